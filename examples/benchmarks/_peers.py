@@ -1,0 +1,186 @@
+"""The same masked autoregressive flow in every library, behind one interface.
+
+Every layer is a MADE with hidden layers [H, H], ReLU and an affine head, with density as the direction of one pass.  A
+builder returns named calls; each library is imported only in the worker process that times it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+Calls = dict[str, Callable[[], object]]
+
+
+class Case(NamedTuple):
+    """Sizes of one comparison: dimensions, width, layers, batch."""
+
+    dim: int
+    width: int
+    layers: int
+    batch: int
+
+
+def _trainer(model: nn.Module, log_prob: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], None]:
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-5)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        loss = -log_prob(x).mean()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def _density_gradient(log_prob: Callable[[Tensor], Tensor], parameters: list[Tensor], x: Tensor) -> Callable[[], object]:
+    def run() -> object:
+        leaf = x.clone().requires_grad_()
+        return torch.autograd.grad(log_prob(leaf).sum(), [leaf, *parameters])
+
+    return run
+
+
+def _sample_gradient(
+    solve: Callable[[Tensor], tuple[Tensor, Tensor]], parameters: list[Tensor], z: Tensor
+) -> Callable[[], object]:
+    weight = torch.randn_like(z)
+
+    def run() -> object:
+        leaf = z.clone().requires_grad_()
+        x, ladj = solve(leaf)
+        return torch.autograd.grad((x * weight).sum() + ladj.sum(), [leaf, *parameters])
+
+    return run
+
+
+def _frozen(fn: Callable[[Tensor], object], value: Tensor) -> Callable[[], object]:
+    def run() -> object:
+        with torch.no_grad():
+            return fn(value)
+
+    return run
+
+
+def _calls(
+    model: nn.Module, log_prob: Callable[[Tensor], Tensor], solve: Callable[[Tensor], tuple[Tensor, Tensor]], case: Case
+) -> Calls:
+    x, z = torch.randn(case.batch, case.dim), torch.randn(case.batch, case.dim)
+    parameters = list(model.parameters())
+    return {
+        "sample": _frozen(solve, z),
+        "log_prob": _frozen(log_prob, x),
+        "train": _trainer(model, log_prob, x),
+        "density_gradient": _density_gradient(log_prob, parameters, x),
+        "sample_gradient": _sample_gradient(solve, parameters, z),
+    }
+
+
+def ours(case: Case) -> Calls:
+    import pyro.distributions as dist
+
+    import pyro_flows as pf
+
+    chain = pf.maf(case.dim, num_layers=case.layers, hidden_dims=(case.width,) * 2, activation="relu")
+    with torch.no_grad():
+        for layer in chain:  # as the others start: away from the identity
+            layer.net.layers[-1].weight.normal_(std=case.width**-0.5 / 3)
+    base = dist.Normal(torch.zeros(case.dim), torch.ones(case.dim)).to_event(1)
+    flow = dist.TransformedDistribution(base, [chain])
+    calls = _calls(chain, flow.log_prob, chain.forward_and_ladj, case)
+    sizes = (case.dim, case.width, case.width, 2 * case.dim)
+    parts: list[nn.Module] = []
+    for fan_in, fan_out in zip(sizes, sizes[1:], strict=False):
+        parts += [nn.Linear(fan_in, fan_out), nn.ReLU()]
+    dense = nn.Sequential(*parts[:-1])
+
+    def passes(value: Tensor) -> None:
+        for _ in range(case.layers):
+            dense(value)
+
+    return calls | {"dense_pass": _frozen(passes, torch.randn(case.batch, case.dim))}
+
+
+def pyro(case: Case) -> Calls:
+    import pyro.distributions as dist
+    import pyro.distributions.transforms as transforms
+
+    layers = nn.ModuleList(
+        transforms.affine_autoregressive(case.dim, hidden_dims=[case.width] * 2) for _ in range(case.layers)
+    )
+    base = dist.Normal(torch.zeros(case.dim), torch.ones(case.dim)).to_event(1)
+    flow = dist.TransformedDistribution(base, [layer.inv for layer in reversed(layers)])
+
+    def log_prob(x: Tensor) -> Tensor:
+        flow.clear_cache()
+        return flow.log_prob(x.view_as(x))  # a new object: the cache goes by identity and would return old values
+
+    def solve(z: Tensor) -> tuple[Tensor, Tensor]:
+        ladj = z.new_zeros(z.shape[:-1])
+        for layer in layers:
+            z = layer._inverse(z)
+            ladj = ladj - layer._cached_log_scale.sum(-1)
+        return z, ladj
+
+    return _calls(layers, log_prob, solve, case)
+
+
+def zuko(case: Case) -> Calls:
+    import zuko
+
+    flow = zuko.flows.MAF(case.dim, transforms=case.layers, hidden_features=(case.width,) * 2)
+
+    def solve(z: Tensor) -> tuple[Tensor, Tensor]:
+        transform = flow.transform(None)
+        return transform.inv.call_and_ladj(z)
+
+    return _calls(flow, lambda x: flow().log_prob(x), solve, case)
+
+
+def nflows(case: Case) -> Calls:
+    from nflows import transforms
+    from nflows.distributions.normal import StandardNormal
+    from nflows.flows.base import Flow
+
+    parts: list[nn.Module] = []
+    for k in range(case.layers):
+        if k:
+            parts.append(transforms.ReversePermutation(case.dim))
+        parts.append(
+            transforms.MaskedAffineAutoregressiveTransform(
+                case.dim, case.width, num_blocks=1, use_residual_blocks=False
+            )
+        )
+    chain = transforms.CompositeTransform(parts)
+    flow = Flow(chain, StandardNormal([case.dim]))
+    return _calls(flow, flow.log_prob, chain.inverse, case)
+
+
+def normflows(case: Case) -> Calls:
+    import normflows
+
+    parts: list[nn.Module] = []
+    for k in range(case.layers):
+        if k:
+            parts.append(normflows.flows.Permute(case.dim, mode="swap"))
+        made = normflows.flows.MaskedAffineAutoregressive(case.dim, case.width, num_blocks=1, use_residual_blocks=False)
+        parts.append(normflows.flows.Reverse(made))
+    base = normflows.distributions.DiagGaussian(case.dim, trainable=False)
+    flow = normflows.NormalizingFlow(base, parts)
+
+    def solve(z: Tensor) -> tuple[Tensor, Tensor]:
+        return flow.forward_and_log_det(z)
+
+    return _calls(flow, flow.log_prob, solve, case)
+
+
+LIBRARIES: dict[str, Callable[[Case], Calls]] = {
+    "pyro_flows": ours,
+    "pyro": pyro,
+    "zuko": zuko,
+    "nflows": nflows,
+    "normflows": normflows,
+}

@@ -1,0 +1,138 @@
+"""Fair timing: each library in a worker process of its own, all in turns, medians of per-round ratios.
+
+Times are CPU seconds of the worker with one thread, so that a neighbour on the machine counts little; argument
+validation is off for all.
+"""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import statistics
+import time
+import warnings
+from collections.abc import Iterable
+from multiprocessing.connection import Connection
+
+import torch
+from _peers import LIBRARIES, Case
+
+__all__ = ["Bench", "machine", "markdown"]
+
+
+def _serve(name: str, seed: int, threads: int, pipe: Connection) -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(threads)
+    torch.distributions.Distribution.set_default_validate_args(False)
+    calls = {}
+    clock = time.process_time if threads == 1 else time.perf_counter
+    while True:
+        order = pipe.recv()
+        if order is None:
+            return
+        kind, argument = order
+        if kind == "build":
+            torch.manual_seed(seed)
+            calls = {}
+            gc.collect()
+            calls = LIBRARIES[name](argument)
+            pipe.send(sorted(calls))
+            continue
+        call, target, repeats = argument
+        gc.collect()
+        gc.disable()
+        if repeats == 0:  # warm up and find out how often fits the target
+            calls[call]()
+            start = clock()
+            calls[call]()
+            repeats = max(1, min(2000, int(target / max(clock() - start, 1e-7))))
+        start = clock()
+        for _ in range(repeats):
+            calls[call]()
+        spent = (clock() - start) / repeats
+        gc.enable()
+        pipe.send((repeats, spent))
+
+
+class Bench:
+    """Worker processes for the named libraries, timed in turns.
+
+    Args:
+        names: of the libraries; those that are not installed are left out with a word.
+        seed: of every worker.
+        threads: of every worker.
+    """
+
+    def __init__(self, names: Iterable[str], seed: int = 0, threads: int = 1) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipes: dict[str, Connection] = {}
+        self.workers = []
+        for name in names:
+            here, there = context.Pipe()
+            worker = context.Process(target=_serve, args=(name, seed, threads, there), daemon=True)
+            worker.start()
+            self.pipes[name] = here
+            self.workers.append(worker)
+
+    def __enter__(self) -> Bench:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for pipe in self.pipes.values():
+            pipe.send(None)
+        for worker in self.workers:
+            worker.join(10)
+
+    def build(self, case: Case, names: Iterable[str]) -> None:
+        """Builds one case in the named workers."""
+        names = list(names)
+        for name in names:
+            self.pipes[name].send(("build", case))
+        for name in names:
+            self.pipes[name].recv()
+
+    def time(self, jobs: list[tuple[str, str]], rounds: int, target: float = 0.05) -> dict[tuple[str, str], list[float]]:
+        """Seconds per call of each ``(library, call)``, one figure a round, in turns."""
+        repeats = dict.fromkeys(jobs, 0)
+        figures: dict[tuple[str, str], list[float]] = {job: [] for job in jobs}
+        for k in range(rounds + 1):  # the first round only warms up
+            for job in jobs:
+                name, call = job
+                self.pipes[name].send(("time", (call, target, repeats[job])))
+                repeats[job], spent = self.pipes[name].recv()
+                if k:
+                    figures[job].append(spent)
+        return figures
+
+
+def ratio(figures: dict, over: tuple[str, str], under: tuple[str, str]) -> tuple[float, float, float]:
+    """Median, least and greatest of the per-round ratios."""
+    each = [a / b for a, b in zip(figures[over], figures[under], strict=True)]
+    return statistics.median(each), min(each), max(each)
+
+
+def shown(seconds: float) -> str:
+    """A time with a unit."""
+    for size, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "us")):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.1e} s"
+
+
+def machine() -> str:
+    """What the figures were measured on."""
+    import platform
+
+    model = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo") as info:
+            model = next(line.split(":", 1)[1].strip() for line in info if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return f"{model}, torch {torch.__version__}, Python {platform.python_version()}"
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """A table."""
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])

@@ -1,0 +1,66 @@
+"""Sampling from a masked autoregressive flow: the exact inverse here against that of the other libraries.
+
+    python examples/benchmarks/inverse.py                 # one layer, all sizes; minutes
+    python examples/benchmarks/inverse.py --flows         # five-layer flows of the MAF paper's sizes
+    python examples/benchmarks/inverse.py --smoke         # seconds, on small sizes
+
+Needs the ``bench`` extra.  Prints a table; ratios are medians over rounds, least and greatest in brackets.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+
+import torch
+from _peers import LIBRARIES, Case
+from _timing import Bench, machine, markdown, ratio, shown
+
+
+def one_layer(dims: list[int], batches: list[int]) -> list[Case]:
+    return [Case(dim, min(8 * dim, 1024), 1, batch) for dim in dims for batch in batches]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="small sizes, one round")
+    parser.add_argument("--flows", action="store_true", help="five-layer flows instead of one layer")
+    parser.add_argument("--dims", type=int, nargs="+", default=[8, 32, 64, 128, 512])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 100, 1000])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--peers", nargs="+", default=[n for n in LIBRARIES if n != "pyro_flows"])
+    parser.add_argument("--slow-rounds", type=int, default=2, help="rounds where a naive call takes seconds")
+    args = parser.parse_args()
+    cases = one_layer(args.dims, args.batches)
+    if args.flows:
+        cases = [Case(d, h, 5, b) for h in (100, 512) for d in (6, 8, 21, 43, 63) for b in args.batches]
+    if args.smoke:
+        args.rounds, args.peers = 1, ["pyro"]
+        cases = [Case(4, 32, 1, 10), Case(4, 32, 5, 10)]
+    print(f"{machine()}; one thread, seed 0, float32, hidden layers [H, H], {args.rounds} rounds in turns\n")
+    header = ["D, H, layers, batch", "ours", "ours / dense pass", "ours / our log_prob"]
+    rows = []
+    with Bench(["pyro_flows", *args.peers]) as bench:
+        for case in cases:
+            heavy = case.dim * case.batch >= 128_000
+            # Where one naive call takes half a minute, one library stands for all of them.
+            peers = args.peers[:1] if case.dim >= 512 and case.batch >= 1000 else args.peers
+            bench.build(case, ["pyro_flows", *peers])
+            jobs = [("pyro_flows", call) for call in ("sample", "dense_pass", "log_prob")]
+            jobs += [(peer, "sample") for peer in peers]
+            figures = bench.time(jobs, args.slow_rounds if heavy else args.rounds)
+            row = [f"{case.dim}, {case.width}, {case.layers}, {case.batch}"]
+            row.append(shown(statistics.median(figures[jobs[0]])))
+            for job in jobs[1:]:
+                inverted = job[0] == "pyro_flows"
+                mid, low, high = ratio(figures, jobs[0], job) if inverted else ratio(figures, job, jobs[0])
+                row.append(f"{mid:.2f} ({low:.2f}-{high:.2f})" if inverted else f"{mid:.1f} ({low:.1f}-{high:.1f})")
+            row += ["-"] * (len(args.peers) - len(peers))
+            rows.append(row)
+            print("  ".join(row), flush=True)
+    print("\n" + markdown(header + [f"{peer} / ours" for peer in args.peers], rows))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()

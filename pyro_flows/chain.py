@@ -1,0 +1,171 @@
+"""Transforms in sequence, and torch's or Pyro's own transforms as parts of one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Size, Tensor, nn
+from torch.distributions import Transform, constraints
+
+from pyro_flows.core import FlowTransform
+
+__all__ = ["Chain", "Wrap"]
+
+
+class Wrap(FlowTransform):
+    """A torch or Pyro transform as a part of a chain, e.g. ``biject_to(constraint)`` or ``ExpTransform()``.
+
+    Args:
+        transform: any bijective ``torch.distributions.Transform``; a module is registered.
+        event_shape: shape of one event on the base side; elementwise transforms are summed over all of it.
+    """
+
+    def __init__(self, transform: Transform, event_shape: int | Iterable[int]) -> None:
+        super().__init__(event_shape)
+        if isinstance(transform, FlowTransform) or not isinstance(transform, Transform):
+            raise TypeError(f"Wrap: expected a torch or Pyro transform that is no flow, got {type(transform).__name__}")
+        if not transform.bijective:
+            raise ValueError(f"Wrap: {type(transform).__name__} is not bijective, so it has no density")
+        if transform.domain.event_dim > len(self.event_shape):
+            raise ValueError(
+                f"Wrap: {type(transform).__name__} acts on {transform.domain.event_dim} event dimensions, "
+                f"got event shape {tuple(self.event_shape)}"
+            )
+        self.transform = transform
+        self._sum_dims = len(self.event_shape) - transform.domain.event_dim
+
+    @property
+    def data_shape(self) -> Size:
+        return Size(self.transform.forward_shape(self.event_shape))
+
+    @constraints.dependent_property(is_discrete=False)
+    def domain(self) -> constraints.Constraint:
+        return constraints.independent(self.transform.domain, self._sum_dims)
+
+    @constraints.dependent_property(is_discrete=False)
+    def codomain(self) -> constraints.Constraint:
+        return constraints.independent(self.transform.codomain, self._sum_dims)
+
+    def _ladj(self, x: Tensor, y: Tensor) -> Tensor:
+        ladj = self.transform.log_abs_det_jacobian(x, y)
+        # Constant Jacobians may come without the event's size (e.g. a scalar scale), so give them it before summing.
+        inner = len(self.event_shape) - self._sum_dims
+        whole = x.shape[: x.dim() - inner]
+        ladj = ladj.expand(whole)
+        return ladj.sum(tuple(range(-self._sum_dims, 0))) if self._sum_dims else ladj
+
+    def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        y = self.transform(x)
+        return y, self._ladj(x, y)
+
+    def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x = self.transform.inv(y)
+        return x, -self._ladj(x, y)
+
+
+class Chain(FlowTransform):
+    r"""Transforms in sequence, first to last from base to data: :math:`f = f_n \circ \dots \circ f_1`.
+
+    Parts may be flows with or without a context (all contexts have the same size: the chain's ``context_dim``), other
+    chains, inverses, conditioned views, and torch or Pyro transforms, which are wrapped.  Each direction costs the sum
+    of its parts.
+
+    Args:
+        parts: the transforms; event shapes must follow on from each other.
+
+    Raises:
+        ValueError: for an empty list, event shapes that do not fit, or contexts of different sizes.
+    """
+
+    def __init__(self, parts: Iterable[Transform]) -> None:
+        parts = list(parts)
+        flows = [part for part in parts if isinstance(part, FlowTransform)]
+        if not flows:
+            raise ValueError("Chain: expected at least one flow transform, got none")
+        sizes = sorted({part.context_dim for part in flows} - {0})
+        if len(sizes) > 1:
+            raise ValueError(f"Chain: all parts that take a context must agree on context_dim, got {sizes}")
+        known = next(part for part in parts if isinstance(part, FlowTransform))
+        start = known.event_shape
+        for part in reversed(parts[: parts.index(known)]):
+            start = Size(part.inverse_shape(start))
+        super().__init__(start, sizes[0] if sizes else 0)
+        shape = self.event_shape
+        self.parts = nn.ModuleList()
+        for k, part in enumerate(parts):
+            part = part if isinstance(part, FlowTransform) else Wrap(part, shape)
+            if part.event_shape != shape:
+                raise ValueError(
+                    f"Chain: part {k} ({type(part).__name__}) expects event shape {tuple(part.event_shape)}, but what "
+                    f"comes before it gives {tuple(shape)}"
+                )
+            self.parts.append(part)
+            shape = part.data_shape
+
+    @property
+    def sampling_cost(self) -> str:
+        return _total_cost(part.sampling_cost for part in self.parts)
+
+    @property
+    def density_cost(self) -> str:
+        return _total_cost(part.density_cost for part in self.parts)
+
+    @property
+    def data_shape(self) -> Size:
+        return self.parts[-1].data_shape
+
+    @constraints.dependent_property(is_discrete=False)
+    def domain(self) -> constraints.Constraint:
+        return self.parts[0].domain
+
+    @constraints.dependent_property(is_discrete=False)
+    def codomain(self) -> constraints.Constraint:
+        return self.parts[-1].codomain
+
+    def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        total: Tensor | None = None
+        for part in self.parts:
+            x, ladj = part._forward_and_ladj(x, context if part.context_dim else None)
+            total = ladj if total is None else total + ladj
+        return x, total
+
+    def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        total: Tensor | None = None
+        for part in reversed(self.parts):
+            y, ladj = part._inverse_and_ladj(y, context if part.context_dim else None)
+            total = ladj if total is None else total + ladj
+        return y, total
+
+    def _map_shape(self, shape: Size, source: Size, target: Size) -> Size:
+        shape = super()._map_shape(shape, source, target)
+        cut = len(shape) - len(target)
+        # Conditioned parts bring the batch shapes of their contexts.
+        batch = (part.forward_shape(part.event_shape) for part in self.parts)
+        extra = [b[: len(b) - len(part.data_shape)] for b, part in zip(batch, self.parts, strict=True)]
+        return torch.broadcast_shapes(shape[:cut], *extra) + target
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __iter__(self) -> Iterator[FlowTransform]:
+        return iter(self.parts)
+
+    def __getitem__(self, index: int | slice) -> FlowTransform:
+        return Chain(list(self.parts)[index]) if isinstance(index, slice) else self.parts[index]
+
+
+def _total_cost(costs: Iterable[str]) -> str:
+    counted: dict[str, int] = {}
+    for cost in costs:
+        for term in cost.split(" + "):
+            count, unit = term.split(" ", 1)
+            unit = unit.replace("passes", "pass").replace("sweeps", "sweep")
+            counted[unit] = counted.get(unit, 0) + int(count)
+    plural = {"pass": "passes", "sweep": "sweeps"}
+
+    def term(unit: str, n: int) -> str:
+        head, _, rest = unit.partition(" ")
+        return " ".join(filter(None, [str(n), head if n == 1 else plural.get(head, head), rest]))
+
+    return " + ".join(term(unit, n) for unit, n in counted.items())

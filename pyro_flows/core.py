@@ -1,0 +1,421 @@
+"""The base contract of every flow: two leaf methods, everything else derived once.
+
+A transform maps base to data.  A leaf writes ``forward_and_ladj`` (base to data) and ``inverse_and_ladj`` (data to
+base); calling, inverting, scoring, conditioning, shapes, checks, copying and the memo of recent results follow here.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from pyro.distributions.conditional import ConditionalTransform
+from pyro.distributions.torch_transform import TransformModule
+from torch import Size, Tensor, nn
+from torch.distributions import constraints
+
+from pyro_flows.memo import Memo
+
+__all__ = ["Conditioned", "FlowTransform", "Inverse"]
+
+
+@functools.cache
+def _real(event_dim: int) -> constraints.Constraint:
+    if event_dim == 0:
+        return constraints.real
+    return constraints.real_vector if event_dim == 1 else constraints.independent(constraints.real, event_dim)
+
+
+def event_size(event_shape: int | Iterable[int]) -> Size:
+    """The shape of one event, from an ``input_dim`` or a shape; every dimension must be a positive integer."""
+    shape = (event_shape,) if isinstance(event_shape, int) else tuple(event_shape)
+    if not shape or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in shape):
+        raise ValueError(f"expected input_dim or event_shape to be positive integers, got {event_shape!r}")
+    return Size(shape)
+
+
+def _guarded(leaf: Callable[..., tuple[Tensor, Tensor]], data_side: bool) -> Callable[..., tuple[Tensor, Tensor]]:
+    @functools.wraps(leaf)
+    def method(self: FlowTransform, value: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return leaf(self, self._admit(value, context, data_side), context)
+
+    return method
+
+
+class FlowTransform(TransformModule, ConditionalTransform):
+    r"""Abstract base of every flow: a Pyro ``TransformModule`` that maps base :math:`x` to data :math:`y = f(x)`.
+
+    A leaf implements ``forward_and_ladj(x, context=None) -> (y, ladj)`` and ``inverse_and_ladj(y, context=None) ->
+    (x, ladj)`` with
+
+    - ``x``, ``y``: shape ``(*batch, *event_shape)``;
+    - ``ladj``: shape ``(*batch,)``, in nats: :math:`\log|\det \partial y/\partial x|` for the forward method and its
+      negative for the inverse one;
+    - ``context``: shape ``(*context_batch, context_dim)``, broadcast against ``batch``, or ``None``.
+
+    Both are wrapped once, at class creation, in a check of the arguments; inside, values already have the whole batch
+    shape.  Parts of a flow call each other's unchecked ``_forward_and_ladj`` and ``_inverse_and_ladj``.
+
+    Args:
+        event_shape: an ``input_dim`` or the shape of one event.
+        context_dim: size of the context vector, 0 for an unconditional transform.
+
+    Raises:
+        ValueError: where a shape, a dtype, a device or a context does not fit; the message says what to do.
+
+    References:
+        Normalizing Flows for Probabilistic Modeling and Inference (Papamakarios et al., 2019), arXiv:1912.02762.
+    """
+
+    bijective = True
+    sampling_cost = "1 pass"  # base to data
+    density_cost = "1 pass"  # data to base
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name, data_side in (("forward_and_ladj", False), ("inverse_and_ladj", True)):
+            if name in cls.__dict__:
+                leaf = cls.__dict__[name]
+                setattr(cls, "_" + name, leaf)
+                setattr(cls, name, _guarded(leaf, data_side))
+
+    def __init__(self, event_shape: int | Iterable[int], context_dim: int = 0) -> None:
+        super().__init__(cache_size=0)
+        self.event_shape = event_size(event_shape)
+        if isinstance(context_dim, bool) or not isinstance(context_dim, int) or context_dim < 0:
+            raise ValueError(f"expected context_dim to be an integer >= 0, got {context_dim!r}")
+        self.context_dim = context_dim
+        self.__dict__["_memo"] = Memo()
+
+    # What a leaf writes.
+
+    def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Base to data, with ``log|det dy/dx|``."""
+        raise TypeError(f"{type(self).__name__} must define forward_and_ladj(x, context=None) -> (y, ladj)")
+
+    def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Data to base, with ``log|det dx/dy|``."""
+        raise TypeError(f"{type(self).__name__} must define inverse_and_ladj(y, context=None) -> (x, ladj)")
+
+    _forward_and_ladj = forward_and_ladj
+    _inverse_and_ladj = inverse_and_ladj
+
+    # What Pyro and torch ask of a transform.
+
+    @property
+    def data_shape(self) -> Size:
+        """Event shape on the data side; differs from ``event_shape`` only where a wrapped transform changes it."""
+        return self.event_shape
+
+    @constraints.dependent_property(is_discrete=False)
+    def domain(self) -> constraints.Constraint:
+        """Constraint on ``x``."""
+        return _real(len(self.event_shape))
+
+    @constraints.dependent_property(is_discrete=False)
+    def codomain(self) -> constraints.Constraint:
+        """Constraint on ``y``; it becomes the ``support`` of a ``TransformedDistribution``."""
+        return _real(len(self.data_shape))
+
+    def _call(self, x: Tensor) -> Tensor:
+        y, ladj = self.forward_and_ladj(x)
+        self._memo.remember(self, x, y, ladj, made_y=True)
+        return y
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        known = self._memo.preimage(self, y)
+        if known is not None:
+            return known[0]
+        x, ladj = self.inverse_and_ladj(y)
+        self._memo.remember(self, x, y, -ladj, made_y=False)
+        return x
+
+    def inverse_and_memo(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """``inverse_and_ladj(y)``, answered from memory if ``y`` is what this transform has just produced."""
+        known = self._memo.preimage(self, y)
+        return (known[0], -known[1]) if known is not None else self.inverse_and_ladj(y)
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """``log|det dy/dx|`` at ``x``, shape ``(*batch,)``, in nats; free right after ``self(x)`` or ``self.inv(y)``."""
+        known = self._memo.ladj(self, x, y)
+        return self.forward_and_ladj(x)[1] if known is None else known
+
+    @property
+    def inv(self) -> FlowTransform:
+        """The inverse as a module that shares the parameters; ``t.inv.inv is t``."""
+        ref = self.__dict__.get("_inverse_ref")
+        inverse = ref() if ref is not None else None
+        if inverse is None:
+            inverse = Inverse(self)
+            self.__dict__["_inverse_ref"] = weakref.ref(inverse)
+        return inverse
+
+    def with_cache(self, cache_size: int = 1) -> FlowTransform:
+        """Returns ``self``: the memo is always on, always fresh, and needs no size."""
+        return self
+
+    def forward_shape(self, shape: Iterable[int]) -> Size:
+        """Shape of ``y`` for an ``x`` of this shape."""
+        return self._map_shape(Size(shape), self.event_shape, self.data_shape)
+
+    def inverse_shape(self, shape: Iterable[int]) -> Size:
+        """Shape of ``x`` for a ``y`` of this shape."""
+        return self._map_shape(Size(shape), self.data_shape, self.event_shape)
+
+    def _map_shape(self, shape: Size, source: Size, target: Size) -> Size:
+        if len(shape) < len(source):
+            raise ValueError(f"{self._name}: expected at least {len(source)} dimensions, got shape {tuple(shape)}")
+        cut = len(shape) - len(source)
+        if shape[cut:] != source:
+            # A base of size 1 per dimension may still be broadcast, as torch's own transforms allow.
+            try:
+                if torch.broadcast_shapes(shape[cut:], source) != source:
+                    raise RuntimeError
+            except RuntimeError:
+                raise ValueError(self._wrong_event(shape, source)) from None
+        return shape[:cut] + target
+
+    # Conditioning.
+
+    def condition(self, context: Tensor) -> Conditioned:
+        """A view of this transform at one context (or a batch of them); see :class:`Conditioned`."""
+        if self.context_dim == 0:
+            raise ValueError(
+                f"{self._name} was built with context_dim=0 and takes no context; to condition a list in which only "
+                "some transforms take one, put them in a Chain([...]): it gives the context to those that do"
+            )
+        return Conditioned(self, context)
+
+    # The boundary.
+
+    @property
+    def _name(self) -> str:
+        return type(self).__name__
+
+    def _wrong_event(self, shape: Size, event: Size) -> str:
+        want = f"last dimension {event[0]} (input_dim)" if len(event) == 1 else f"trailing shape {tuple(event)}"
+        return f"{self._name}: expected a value with {want}, got shape {tuple(shape)}"
+
+    def _admit(self, value: Tensor, context: Tensor | None, data_side: bool) -> Tensor:
+        """Checks a value and its context once, and returns the value with the whole batch shape."""
+        event = self.data_shape if data_side else self.event_shape
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{self._name}: expected a tensor, got {type(value).__name__}")
+        shape = value.shape
+        if shape[len(shape) - len(event) :] != event or len(shape) < len(event):
+            raise ValueError(self._wrong_event(shape, event))
+        if not value.is_floating_point():
+            raise TypeError(f"{self._name}: expected a floating-point value, got {value.dtype}; use value.float()")
+        kin = _first_floating(self)
+        if kin is not None:
+            self._same_kind("value", value, kin)
+        if self.context_dim == 0:
+            if context is not None:
+                raise ValueError(f"{self._name} was built with context_dim=0, but a context was given: leave it out")
+            return value
+        if context is None:
+            raise ValueError(
+                f"{self._name} was built with context_dim={self.context_dim}: call .condition(context) first, "
+                "or give context="
+            )
+        self._check_context(context)
+        if kin is not None:
+            self._same_kind("context", context, kin)
+        batch = shape[: len(shape) - len(event)]
+        if context.shape[:-1] != batch:
+            try:
+                whole = torch.broadcast_shapes(batch, context.shape[:-1])
+            except RuntimeError:
+                raise ValueError(
+                    f"{self._name}: batch shape {tuple(batch)} of the value and {tuple(context.shape[:-1])} of the "
+                    "context do not broadcast"
+                ) from None
+            if whole != batch:
+                value = value.expand(whole + event)
+        return value
+
+    def _check_context(self, context: Tensor) -> None:
+        if not isinstance(context, Tensor):
+            raise TypeError(f"{self._name}: expected a tensor as context, got {type(context).__name__}")
+        if context.dim() == 0 or context.shape[-1] != self.context_dim:
+            raise ValueError(
+                f"{self._name}: expected a context with last dimension {self.context_dim} (context_dim), "
+                f"got shape {tuple(context.shape)}"
+            )
+
+    def _same_kind(self, what: str, value: Tensor, kin: Tensor) -> None:
+        if value.dtype != kin.dtype and not torch.is_autocast_enabled(value.device.type):
+            raise TypeError(
+                f"{self._name}: the {what} is {value.dtype} but the parameters are {kin.dtype}; "
+                f"convert one of them, e.g. {what}.to({kin.dtype})"
+            )
+        if value.device != kin.device:
+            raise ValueError(
+                f"{self._name}: the {what} is on {value.device} but the parameters are on {kin.device}; "
+                f"move one of them, e.g. flow.to({str(value.device)!r})"
+            )
+
+    # State: the memo is dropped whenever what it was computed from may have changed or moved.
+
+    def clear_cache(self) -> None:
+        """Forgets recent results; needed only after a raw write to some parameter's ``.data``."""
+        for module in self.modules():
+            if isinstance(module, FlowTransform):
+                module._memo.clear()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FlowTransform:
+        self._memo.clear()
+        return super()._apply(fn, recurse)
+
+    def train(self, mode: bool = True) -> FlowTransform:
+        self._memo.clear()
+        return super().train(mode)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._memo.clear()
+        super()._load_from_state_dict(*args)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state.pop("_memo", None)
+        state.pop("_inverse_ref", None)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__["_memo"] = Memo()
+
+    __repr__ = nn.Module.__repr__
+
+    def extra_repr(self) -> str:
+        size = self.event_shape[0] if len(self.event_shape) == 1 else tuple(self.event_shape)
+        context = f", context_dim={self.context_dim}" if self.context_dim else ""
+        return f"{size}{context}, sampling: {self.sampling_cost}, density: {self.density_cost}"
+
+
+def _first_floating(module: nn.Module) -> Tensor | None:
+    for held in (module._parameters, module._buffers):
+        for tensor in held.values():
+            if tensor is not None and tensor.is_floating_point():
+                return tensor
+    for child in module._modules.values():
+        found = _first_floating(child) if child is not None else None
+        if found is not None:
+            return found
+    return None
+
+
+class Inverse(FlowTransform):
+    """The inverse of a transform: :math:`y = f^{-1}(x)`; a module that shares the parameters of ``transform``.
+
+    Each direction costs what the opposite one of ``transform`` costs.
+
+    Args:
+        transform: the transform to invert.
+    """
+
+    def __init__(self, transform: FlowTransform) -> None:
+        super().__init__(transform.data_shape, transform.context_dim)
+        self.transform = transform
+        self.sampling_cost, self.density_cost = transform.density_cost, transform.sampling_cost
+
+    @property
+    def data_shape(self) -> Size:
+        return self.transform.event_shape
+
+    @constraints.dependent_property(is_discrete=False)
+    def domain(self) -> constraints.Constraint:
+        return self.transform.codomain
+
+    @constraints.dependent_property(is_discrete=False)
+    def codomain(self) -> constraints.Constraint:
+        return self.transform.domain
+
+    @property
+    def inv(self) -> FlowTransform:
+        return self.transform
+
+    def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.transform._inverse_and_ladj(x, context)
+
+    def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.transform._forward_and_ladj(y, context)
+
+    # The transform's own memo serves both names of the pair.
+
+    def _call(self, x: Tensor) -> Tensor:
+        return self.transform._inverse(x)
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return self.transform._call(y)
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        return -self.transform.log_abs_det_jacobian(y, x)
+
+    def forward_shape(self, shape: Iterable[int]) -> Size:
+        return self.transform.inverse_shape(shape)
+
+    def inverse_shape(self, shape: Iterable[int]) -> Size:
+        return self.transform.forward_shape(shape)
+
+
+class Conditioned(FlowTransform):
+    """A transform bound to a context: a view that shares the parameters and holds the context.
+
+    The context's batch shape becomes part of every shape, so that ``TransformedDistribution(base,
+    [t.condition(context)])`` has the context's batch shape and samples accordingly.  Leading dimensions of size 1 in
+    the context are dropped.  The view is a module: ``parameters()`` are those of ``transform``; ``.to()`` moves the
+    shared parameters and this view's context (not the contexts of other views).  The context is no part of the
+    ``state_dict``; a copy or a pickle of the view holds it detached from its graph.
+
+    Args:
+        transform: a transform with ``context_dim > 0``.
+        context: shape ``(*context_batch, context_dim)``.
+    """
+
+    def __init__(self, transform: FlowTransform, context: Tensor) -> None:
+        super().__init__(transform.event_shape)
+        transform._check_context(context)
+        kin = _first_floating(transform)
+        if kin is not None:
+            transform._same_kind("context", context, kin)
+        while context.dim() > 1 and context.shape[0] == 1:
+            context = context.squeeze(0)
+        self.transform = transform
+        self.register_buffer("context", context, persistent=False)
+        self.sampling_cost, self.density_cost = transform.sampling_cost, transform.density_cost
+
+    @property
+    def data_shape(self) -> Size:
+        return self.transform.data_shape
+
+    @constraints.dependent_property(is_discrete=False)
+    def domain(self) -> constraints.Constraint:
+        return self.transform.domain
+
+    @constraints.dependent_property(is_discrete=False)
+    def codomain(self) -> constraints.Constraint:
+        return self.transform.codomain
+
+    def condition(self, context: Tensor) -> Conditioned:
+        raise ValueError("this view is bound to a context already: call .condition on the transform itself (.transform)")
+
+    def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        # The context's batch joins here, so the bound transform's own boundary does the checking.
+        return self.transform.forward_and_ladj(x, self.context)
+
+    def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.transform.inverse_and_ladj(y, self.context)
+
+    def _map_shape(self, shape: Size, source: Size, target: Size) -> Size:
+        shape = super()._map_shape(shape, source, target)
+        cut = len(shape) - len(target)
+        return torch.broadcast_shapes(shape[:cut], self.context.shape[:-1]) + target
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        state["_buffers"] = {**state["_buffers"], "context": self.context.detach()}
+        return state

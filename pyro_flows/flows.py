@@ -1,0 +1,221 @@
+"""Builders: one a paper, each a :class:`~pyro_flows.chain.Chain` that is the identity when fresh.
+
+They share one vocabulary: ``input_dim`` (or an event shape) first, then keywords.  ``hidden_dims=None`` means two hidden
+layers of width ``4 * input_dim``, at least 64 and at most 512.  A chain has no base distribution of its own: give it to
+``TransformedDistribution``, to ``AutoNormalizingFlow``, or to :class:`~pyro_flows.distributions.Flow`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from torch import Tensor
+
+from pyro_flows.chain import Chain
+from pyro_flows.core import event_size
+from pyro_flows.nets import Activation
+from pyro_flows.transforms import Autoregressive, Coupling, Rescaling
+from pyro_flows.transforms.coupling import Mask, coupling_mask
+from pyro_flows.univariate import Affine, Shift, Univariate
+
+__all__ = ["iaf", "maf", "nice", "realnvp"]
+
+Order = str | Sequence[int] | Tensor
+
+
+def _count(num_layers: int) -> int:
+    if isinstance(num_layers, bool) or not isinstance(num_layers, int) or num_layers < 1:
+        raise ValueError(f"expected num_layers to be an integer >= 1, got {num_layers!r}")
+    return num_layers
+
+
+def _hidden(event_shape: int | Iterable[int], hidden_dims: Sequence[int] | None) -> Sequence[int]:
+    if hidden_dims is not None:
+        return hidden_dims
+    return (min(max(64, 4 * event_size(event_shape).numel()), 512),) * 2
+
+
+def _couplings(
+    event_shape: int | Iterable[int], univariate: Univariate, num_layers: int, mask: Mask, **options: object
+) -> list[Coupling]:
+    """Layers in pairs, the second of which moves what the first keeps; a random mask is drawn anew for each pair."""
+    layers: list[Coupling] = []
+    random = isinstance(mask, str) and mask == "random"
+    for k in range(_count(num_layers)):
+        if k % 2 == 0:
+            kept = coupling_mask(event_size(event_shape), mask)
+        layers.append(Coupling(event_shape, univariate, mask=kept, flip=k % 2 == 1, save_mask=random, **options))
+    return layers
+
+
+def nice(
+    input_dim: int | Iterable[int],
+    *,
+    context_dim: int = 0,
+    num_layers: int = 4,
+    hidden_dims: Sequence[int] | None = None,
+    mask: Mask = "alternating",
+    rescale: bool = True,
+    residual: bool = False,
+    activation: Activation = "silu",
+) -> Chain:
+    r"""NICE: additive couplings and a diagonal rescaling layer.
+
+    From data to base, :math:`h = f_1 \circ \dots \circ f_n(y)` by couplings :math:`h_m = y_m - m(y_k)` of unit
+    Jacobian, then :math:`x = e^{s} h`; :math:`\log|\det \partial x / \partial y| = \sum_i s_i`.  Both directions cost
+    ``num_layers`` passes of a dense network.
+
+    Args:
+        input_dim: the number of dimensions, or an event shape.
+        context_dim: size of the context, 0 for none; couplings and rescaling then depend on it.
+        num_layers: number of couplings (paper: 4).
+        hidden_dims: widths of each conditioner's hidden layers (paper: five of 1000; here by size, see the module).
+        mask: which dimensions the first coupling keeps: ``"half"``, ``"alternating"``, ``"random"`` or boolean; the
+            second moves those, and so on (paper: alternating).
+        rescale: whether to end, on the base side, with the rescaling layer.
+        residual: whether conditioners have residual blocks.
+        activation: of the conditioners (paper: ReLU).
+
+    The paper's base is logistic; here it is whatever base the chain is given.
+
+    References:
+        NICE: Non-linear Independent Components Estimation (Dinh et al., 2014), arXiv:1410.8516.
+    """
+    options = {"context_dim": context_dim, "residual": residual, "activation": activation}
+    hidden = _hidden(input_dim, hidden_dims)
+    layers = _couplings(input_dim, Shift(), num_layers, mask, hidden_dims=hidden, **options)
+    if rescale:
+        # Conditional scales need no depth of their own: one layer as wide as the couplings' first.
+        widths = tuple(hidden)[:1]
+        return Chain([Rescaling(input_dim, hidden_dims=widths, **options), *layers])
+    return Chain(layers)
+
+
+def realnvp(
+    input_dim: int | Iterable[int],
+    *,
+    context_dim: int = 0,
+    num_layers: int = 8,
+    hidden_dims: Sequence[int] | None = None,
+    mask: Mask = "alternating",
+    residual: bool = False,
+    activation: Activation = "silu",
+    max_log_scale: float = 5.0,
+    univariate: Univariate | None = None,
+) -> Chain:
+    r"""RealNVP: affine couplings, :math:`y_m = x_m e^{s(x_k)} + m(x_k)`.
+
+    Both directions cost ``num_layers`` passes of a dense network; the triangular Jacobian gives
+    :math:`\log|\det| = \sum s`.
+
+    Args:
+        input_dim: the number of dimensions, or an event shape.
+        context_dim: size of the context, 0 for none.
+        num_layers: number of couplings (paper: depends on the scale; 5 or 10 in the MAF paper's comparison).
+        hidden_dims: widths of each conditioner's hidden layers (here by size, see the module).
+        mask: which dimensions the first coupling keeps: ``"half"``, ``"alternating"``, ``"random"`` (a new draw for
+            each pair of layers) or boolean; the second moves those, and so on.
+        residual: whether conditioners have residual blocks (paper: convolutional residual ones).
+        activation: of the conditioners (paper: ReLU).
+        max_log_scale: bound of the smooth clip on log-scales (paper: tanh times a learnt scale).
+        univariate: another family of scalar maps in place of the affine one.
+
+    References:
+        Density estimation using Real NVP (Dinh et al., 2016), arXiv:1605.08803.
+    """
+    family = Affine(max_log_scale) if univariate is None else univariate
+    options = {"context_dim": context_dim, "residual": residual, "activation": activation}
+    return Chain(_couplings(input_dim, family, num_layers, mask, hidden_dims=_hidden(input_dim, hidden_dims), **options))
+
+
+def _autoregressive(
+    input_dim: int | Iterable[int], fast: str, num_layers: int, order: Order, adjacency: Tensor | None, **options: object
+) -> Chain:
+    layers = []
+    for k in range(_count(num_layers)):
+        if isinstance(order, str) and order == "alternating":
+            each: Order = "identity" if k % 2 == 0 or adjacency is not None else "reverse"
+        else:
+            each = order
+        layers.append(Autoregressive(input_dim, fast=fast, order=each, adjacency=adjacency, **options))
+    return Chain(layers)
+
+
+def maf(
+    input_dim: int | Iterable[int],
+    *,
+    context_dim: int = 0,
+    num_layers: int = 5,
+    hidden_dims: Sequence[int] | None = None,
+    order: Order = "alternating",
+    adjacency: Tensor | None = None,
+    residual: bool = False,
+    activation: Activation = "silu",
+    max_log_scale: float = 5.0,
+    univariate: Univariate | None = None,
+) -> Chain:
+    r"""Masked autoregressive flow: :math:`y_i = x_i e^{s_i(y_{<i})} + m_i(y_{<i})` in each layer.
+
+    Density costs ``num_layers`` passes of a masked network.  Sampling is exact, goes through ``input_dim`` steps per
+    layer, and uses each weight once: about the arithmetic of one dense pass per layer.
+
+    Args:
+        input_dim: the number of dimensions, or an event shape.
+        context_dim: size of the context, 0 for none.
+        num_layers: number of autoregressive layers (paper: 5 and 10).
+        hidden_dims: widths of each network's hidden layers (paper: one or two of 100 to 1024; here by size, see the
+            module).
+        order: ``"alternating"`` (natural and reversed in turns, as in the paper), ``"identity"``, ``"reverse"``,
+            ``"random"`` (drawn for each layer) or a permutation for all layers.
+        adjacency: boolean matrix in place of the order: which outputs may see which inputs; the same in all layers.
+        residual: whether networks have residual blocks.
+        activation: of the networks (paper: ReLU).
+        max_log_scale: bound of the smooth clip on log-scales (paper: none).
+        univariate: another family of scalar maps in place of the affine one.
+
+    The paper puts batch normalisation between layers; here there is none.
+
+    References:
+        Masked Autoregressive Flow for Density Estimation (Papamakarios et al., 2017), arXiv:1705.07057.
+    """
+    options = {"context_dim": context_dim, "residual": residual, "activation": activation}
+    options["univariate"] = Affine(max_log_scale) if univariate is None else univariate
+    options["hidden_dims"] = _hidden(input_dim, hidden_dims)
+    return _autoregressive(input_dim, "density", num_layers, order, adjacency, **options)
+
+
+def iaf(
+    input_dim: int | Iterable[int],
+    *,
+    context_dim: int = 0,
+    num_layers: int = 3,
+    hidden_dims: Sequence[int] | None = None,
+    order: Order = "alternating",
+    adjacency: Tensor | None = None,
+    residual: bool = False,
+    activation: Activation = "silu",
+    max_log_scale: float = 5.0,
+    univariate: Univariate | None = None,
+) -> Chain:
+    r"""Inverse autoregressive flow: :math:`y_i = x_i e^{s_i(x_{<i})} + m_i(x_{<i})` in each layer.
+
+    Sampling, and scoring one's own samples, costs ``num_layers`` passes of a masked network.  The density of other
+    points is exact, goes through ``input_dim`` steps per layer, and uses each weight once.
+
+    Args:
+        input_dim: the number of dimensions, or an event shape.
+        context_dim: size of the context, 0 for none.
+        num_layers: number of autoregressive layers (paper: up to 8).
+        hidden_dims: widths of each network's hidden layers (here by size, see the module).
+        order, adjacency, residual, max_log_scale, univariate: as for :func:`maf`.
+        activation: of the networks (paper: ELU).
+
+    The paper's layer is :math:`\sigma x + (1 - \sigma) m` with a sigmoid gate; here it is the affine form.
+
+    References:
+        Improved Variational Inference with Inverse Autoregressive Flow (Kingma et al., 2016), arXiv:1606.04934.
+    """
+    options = {"context_dim": context_dim, "residual": residual, "activation": activation}
+    options["univariate"] = Affine(max_log_scale) if univariate is None else univariate
+    options["hidden_dims"] = _hidden(input_dim, hidden_dims)
+    return _autoregressive(input_dim, "sampling", num_layers, order, adjacency, **options)

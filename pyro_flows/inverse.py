@@ -1,0 +1,387 @@
+r"""The exact inverse of an autoregressive map, in which each weight of its network is used once, and its gradient.
+
+Given ``z`` and a masked network whose outputs for dimension :math:`i` depend on :math:`x_{<i}`, the engine solves
+:math:`x_i = g(z_i, \mathrm{params}_i(x_{<i}))` for all :math:`i`.  Done naively this takes ``input_dim`` passes through
+the network.  Here inputs, hidden units and outputs are sorted by the step at which they become computable, so that the
+weights are block lower triangular; the engine goes through the steps once and computes each unit as soon as it can, in
+place, in feature-major buffers.  Steps are taken in blocks: one matrix product per layer for all that comes from
+earlier blocks, small ones inside.  The gradient goes through the same steps backwards, again with each weight once.
+
+:func:`solve` is the entry point.  Its two kernels are ``torch.library`` custom operators, so that it compiles, batches
+under ``torch.func`` and differentiates; second derivatives take the plain way through the network, one pass per step.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import count
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from pyro_flows.sweeps import ForwardSweep, ReverseSweep, Structure, columns_at_once
+
+__all__ = ["Solver", "solve"]
+
+Calls = list[Callable[[], object]]
+
+_handles = count()
+_solvers: weakref.WeakValueDictionary[int, Solver] = weakref.WeakValueDictionary()
+
+
+class Solver:
+    """What the engine knows of a network beside its weights; custom operators name it by its ``handle``.
+
+    Args:
+        structure: the steps and times of its units.
+        activation: the elementwise function between layers.
+        univariate: the family of scalar maps, with ``solver`` and ``partials``.
+        inverse: whether ``x`` is the univariate's inverse at ``z`` (else its forward value).
+    """
+
+    def __init__(self, structure: Structure, activation: Callable[[Tensor], Tensor], univariate: object, inverse: bool):
+        self.structure, self.activation, self.univariate, self.inverse = structure, activation, univariate, inverse
+        self.handle = next(_handles)
+        _solvers[self.handle] = self
+        self._idle: list[ForwardSweep | ReverseSweep] = []
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Solver, (self.structure, self.activation, self.univariate, self.inverse)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Solver:
+        return Solver(self.structure, self.activation, self.univariate, self.inverse)
+
+    def scalar(self, z: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        """``(x, ladj)`` elementwise; ``params`` with its parameter axis last."""
+        return self.univariate.inverse(z, params) if self.inverse else self.univariate.forward(z, params)
+
+    def slope(self, pre: Tensor, post: Tensor) -> Tensor:
+        """The activation's derivative, elementwise."""
+        known = _SLOPES.get(self.activation)
+        if known is not None:
+            return known(pre, post)
+        return torch.func.vjp(self.activation, pre)[1](torch.ones_like(pre))[0]
+
+    def borrow(
+        self, kind: type, like: Tensor, columns: int, weights: Sequence[Tensor], *options: bool
+    ) -> ForwardSweep | ReverseSweep:
+        """A sweep with its buffers and views, an idle one if it fits; taken out, so that no two calls share one."""
+        stream = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0
+        key = (kind, columns, options, like.dtype, like.device, stream, tuple(w.data_ptr() for w in weights))
+        for k in range(len(self._idle) - 1, -1, -1):
+            try:
+                sweep = self._idle.pop(k)
+            except IndexError:  # another thread was faster
+                continue
+            if sweep.key == key:
+                return sweep
+            self._idle.append(sweep)
+        sweep = kind(self, like, columns, weights, *options)
+        sweep.key = key
+        return sweep
+
+    def give_back(self, sweep: ForwardSweep | ReverseSweep) -> None:
+        """Keeps a small sweep for the next call: making its views costs as much as a small solve."""
+        if sweep.nbytes <= 2**26:
+            self._idle.append(sweep)
+            del self._idle[:-4]
+
+
+_SLOPES: dict[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]] = {
+    torch.relu: lambda pre, post: (post > 0).to(post.dtype),
+    torch.tanh: lambda pre, post: 1 - post * post,
+    torch.sigmoid: lambda pre, post: post * (1 - post),
+    F.elu: lambda pre, post: torch.where(post > 0, 1.0, post + 1),
+    F.silu: lambda pre, post: torch.sigmoid(pre).mul_(1 + pre - post),
+}
+
+
+def solve(
+    solver: Solver, z: Tensor, first_bias: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Solves for ``x``, everything by rank; exact, and differentiable in all tensors.
+
+    Costs about one dense pass of the network and as much sequential work as there are steps; memory does not grow with
+    the number of steps.  The gradient costs about one backward pass.
+
+    Args:
+        solver: the static description.
+        z: shape ``(*batch, input_dim)``.
+        first_bias: bias of the first layer, context included, shape ``(*batch, width)`` or broadcasting to it.
+        weights: one matrix per layer, zero in masked places (or never read there, if the structure is dense).
+        biases: those of the layers after the first.
+
+    Returns:
+        ``x`` with the shape of ``z`` and the log-determinant of ``z -> x``, shape ``(*batch,)``.
+    """
+    batch = z.shape[:-1]
+    flat = z.reshape(-1, z.shape[-1])
+    if first_bias.dim() == 1:
+        bias = first_bias[None]
+    elif first_bias.shape[:-1].numel() == 1:
+        bias = first_bias.reshape(1, -1)
+    else:
+        bias = first_bias.expand(*batch, -1).reshape(-1, first_bias.shape[-1])
+    keep = torch.is_grad_enabled() and any(t.requires_grad for t in (flat, bias, *weights, *biases))
+    matrices = (*weights, *biases)
+    if _forward_mode():
+        x, ladj = _by_passes(solver, flat, bias, *matrices)
+    elif torch.compiler.is_compiling():
+        x, ladj, _ = torch.ops.pyro_flows.solve(flat, bias, list(weights), list(biases), solver.handle, keep)
+    elif keep:
+        x, ladj, _ = _Solve.apply(solver.handle, flat, bias, *matrices)
+    elif torch._C._are_functorch_transforms_active():
+        x, ladj, _ = torch.ops.pyro_flows.solve(flat, bias, list(weights), list(biases), solver.handle, False)
+    else:
+        x, ladj, _ = _solve(flat, bias, weights, biases, solver.handle, False)  # nothing to record
+    return x.reshape(*batch, -1), ladj.reshape(batch)
+
+
+@torch.no_grad()
+def _solve(
+    z: Tensor, first_bias: Tensor, weights: list[Tensor], biases: list[Tensor], handle: int, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    solver = _solvers[handle]
+    n = z.shape[0]
+    x, ladj = torch.empty_like(z), z.new_empty(n)
+    tape = z.new_empty(solver.structure.tape_rows if keep else 0, n)
+    shared = first_bias.shape[0] == 1
+    chunk = columns_at_once(n, solver.structure.adjoint_rows, z.device)
+    for start in range(0, n, chunk):
+        part = slice(start, min(n, start + chunk))
+        sweep = solver.borrow(ForwardSweep, z, part.stop - part.start, weights, not shared)
+        sweep.run(z[part], first_bias if shared else first_bias[part], weights, biases)
+        torch.sum(sweep.ladj, 0, out=ladj[part])
+        x[part].copy_(sweep.x.T)
+        if keep:
+            tape[:, part].copy_(sweep.tape)
+        solver.give_back(sweep)
+    return x, ladj, tape
+
+
+@torch.library.custom_op("pyro_flows::solve", mutates_args=())
+def _solve_op(
+    z: Tensor, first_bias: Tensor, weights: list[Tensor], biases: list[Tensor], handle: int, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _solve(z, first_bias, weights, biases, handle, keep)
+
+
+@_solve_op.register_fake
+def _(
+    z: Tensor, first_bias: Tensor, weights: list[Tensor], biases: list[Tensor], handle: int, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = _solvers[handle].structure.tape_rows if keep else 0
+    return torch.empty_like(z), z.new_empty(z.shape[0]), z.new_empty(rows, z.shape[0])
+
+
+def _forward_mode() -> bool:
+    """Whether someone differentiates forwards, for which the engine has no rule."""
+    if torch.compiler.is_compiling():
+        return False
+    if forward_ad._current_level >= 0:
+        return True
+    levels = torch._C._functorch.get_interpreter_stack() or ()
+    return any(level.key() == torch._C._functorch.TransformType.Jvp for level in levels)
+
+
+def _halves(matrices: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Weights and biases; the first layer's bias is not among them."""
+    layers = (len(matrices) + 1) // 2
+    return list(matrices[:layers]), list(matrices[layers:])
+
+
+def _setup(ctx: object, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    z, first_bias, weights, biases, ctx.handle, _ = inputs
+    ctx.save_for_backward(z, first_bias, output[0], output[2], *weights, *biases)
+
+
+def _gradient(ctx: object, grad_x: Tensor | None, grad_ladj: Tensor | None, _: Tensor | None) -> tuple[Tensor, ...]:
+    z, first_bias, x, tape, *matrices = ctx.saved_tensors
+    if tape.shape[0] == 0:  # whoever called the operator saw no need of a gradient
+        tape = torch.ops.pyro_flows.solve(z, first_bias, *_halves(matrices), ctx.handle, True)[2]
+    grad_x = torch.zeros_like(x) if grad_x is None else grad_x
+    grad_ladj = x.new_zeros(x.shape[0]) if grad_ladj is None else grad_ladj
+    return _Gradient.apply(ctx.handle, grad_x, grad_ladj, x, tape, z, first_bias, *matrices)
+
+
+def _gradient_op(ctx: object, *cotangents: Tensor | None) -> tuple:
+    dz, dbias, *rest = _gradient(ctx, *cotangents)
+    return dz, dbias, *_halves(rest), None, None
+
+
+_solve_op.register_autograd(_gradient_op, setup_context=_setup)
+
+
+class _Solve(torch.autograd.Function):
+    """The operator with its gradient, in the form that ``torch.func`` understands too."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(handle: int, z: Tensor, first_bias: Tensor, *matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.ops.pyro_flows.solve(z, first_bias, *_halves(matrices), handle, True)
+
+    @staticmethod
+    def setup_context(ctx: object, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+        handle, z, first_bias, *matrices = inputs
+        _setup(ctx, (z, first_bias, *_halves(matrices), handle, True), output)
+        ctx.mark_non_differentiable(output[2])
+
+    @staticmethod
+    def backward(ctx: object, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *_gradient(ctx, *cotangents)
+
+
+class _Gradient(torch.autograd.Function):
+    """First derivatives by one reverse sweep; derivatives of those by the plain way."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        handle: int, grad_x: Tensor, grad_ladj: Tensor, x: Tensor, tape: Tensor, z: Tensor, first_bias: Tensor, *matrices: Tensor
+    ) -> tuple[Tensor, ...]:
+        solver = _solvers[handle]
+        pre, post, params = solver.structure.unpack(tape, solver.activation)
+        zt, xt = z.T, x.T
+        ladj = solver.scalar(zt, params.movedim(1, -1))[1]
+        by_z, by_params, ladj_by_z, ladj_by_params = solver.univariate.partials(
+            solver.inverse, zt, params, xt, ladj, grad_ladj
+        )
+        slopes = [solver.slope(a, h) for a, h in zip(pre, post, strict=True)]
+        adjoint = torch.ops.pyro_flows.sweep_back(
+            grad_x, by_params, ladj_by_params, slopes, _halves(matrices)[0], handle
+        )
+        grad_xt, dparams, dpre = solver.structure.unpack_adjoint(adjoint)
+        dz = torch.addcmul(ladj_by_z, grad_xt, by_z).T
+        below = [xt, *post]
+        above = [*dpre, dparams]
+        dweights = [upper @ lower.T for upper, lower in zip(above, below, strict=True)]
+        # first_bias stands for the whole batch or for each sample.
+        each = above[0].T
+        dbias = each if first_bias.shape[0] == z.shape[0] else each.sum(0, keepdim=True)
+        return dz, dbias, *dweights, *(upper.sum(1) for upper in above[1:])
+
+    @staticmethod
+    def setup_context(ctx: object, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+        ctx.handle, grad_x, grad_ladj, _, _, *tensors = inputs
+        ctx.save_for_backward(grad_x, grad_ladj, *tensors)
+
+    @staticmethod
+    def backward(ctx: object, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        solver = _solvers[ctx.handle]
+
+        def gradient(grad_x: Tensor, grad_ladj: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+            return torch.func.vjp(partial(_by_passes, solver), *tensors)[1]((grad_x, grad_ladj))
+
+        grad_x, grad_ladj, *tensors = torch.func.vjp(gradient, *ctx.saved_tensors)[1](cotangents)
+        return None, grad_x, grad_ladj, None, None, *tensors
+
+
+def _by_passes(solver: Solver, z: Tensor, first_bias: Tensor, *matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """The same solution by one full pass for each step: slow, and differentiable any number of times."""
+    structure = solver.structure
+    weights, biases = _halves(matrices)
+    x = torch.zeros_like(z)
+    for _ in range(structure.num_steps):
+        pre = F.linear(x, weights[0]) + first_bias
+        stream = pre
+        for k in range(1, len(weights)):
+            pre = F.linear(solver.activation(pre), weights[k], biases[k - 1])
+            if k in structure.joins:
+                stream = pre = pre + stream
+        params = pre.unflatten(-1, (structure.num_params, structure.input_dim)).transpose(-1, -2)
+        x, ladj = solver.scalar(z, params)
+    return x, ladj.sum(-1)
+
+
+@torch.library.custom_op("pyro_flows::sweep_back", mutates_args=())
+def _sweep_back(
+    grad_x: Tensor, by_params: Tensor, ladj_by_params: Tensor, slopes: list[Tensor], weights: list[Tensor], handle: int
+) -> Tensor:
+    solver = _solvers[handle]
+    n = grad_x.shape[0]
+    adjoint = grad_x.new_empty(solver.structure.adjoint_rows, n)
+    chunk = columns_at_once(n, solver.structure.adjoint_rows, grad_x.device)
+    for start in range(0, n, chunk):
+        part = slice(start, min(n, start + chunk))
+        sweep = solver.borrow(ReverseSweep, grad_x, part.stop - part.start, weights)
+        sweep.run(
+            grad_x[part], by_params[..., part], ladj_by_params[..., part], [s[:, part] for s in slopes], weights
+        )
+        adjoint[:, part].copy_(sweep.adjoint)
+        solver.give_back(sweep)
+    return adjoint
+
+
+@_sweep_back.register_fake
+def _(
+    grad_x: Tensor, by_params: Tensor, ladj_by_params: Tensor, slopes: list[Tensor], weights: list[Tensor], handle: int
+) -> Tensor:
+    return grad_x.new_empty(_solvers[handle].structure.adjoint_rows, grad_x.shape[0])
+
+
+# Batching: samples are rows of z (columns of everything feature-major), so a batch of problems that share their weights
+# is one larger problem; batches of weights are solved one by one.
+
+
+def _rows(value: Tensor, dim: int | None, size: int, axis: int) -> Tensor:
+    """Merges a batch dimension into the sample axis (counted without the batch dimension)."""
+    value = value.movedim(dim, axis) if dim is not None else value.unsqueeze(axis).expand(
+        *value.shape[:axis], size, *value.shape[axis:]
+    )
+    return value.flatten(axis, axis + 1)
+
+
+def _one_by_one(op: Callable[..., object], size: int, in_dims: Sequence, args: Sequence) -> list:
+    def pick(value: object, dim: object, k: int) -> object:
+        if isinstance(value, (list, tuple)):
+            return [pick(v, d, k) for v, d in zip(value, dim, strict=True)]
+        return value.select(dim, k) if isinstance(value, Tensor) and dim is not None else value
+
+    return [op(*(pick(v, d, k) for v, d in zip(args, in_dims, strict=True))) for k in range(size)]
+
+
+def _batched(dims: object) -> bool:
+    return any(d is not None for d in dims) if isinstance(dims, (list, tuple)) else dims is not None
+
+
+@_solve_op.register_vmap
+def _(info: object, in_dims: tuple, *args: object) -> tuple:
+    z, first_bias, weights, biases, handle, keep = args
+    size = info.batch_size
+    if _batched(in_dims[2]) or _batched(in_dims[3]):
+        results = _one_by_one(torch.ops.pyro_flows.solve, size, in_dims, args)
+        return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0, 0, 0)
+    n = z.shape[1 if in_dims[0] == 0 else 0]
+    if in_dims[1] is not None and first_bias.shape[1 if in_dims[1] == 0 else 0] == 1:
+        first_bias = first_bias.movedim(in_dims[1], 0).expand(-1, n, -1)
+        bias = _rows(first_bias, 0, size, 0)
+    elif in_dims[1] is None and first_bias.shape[0] == 1:
+        bias = first_bias
+    else:
+        bias = _rows(first_bias, in_dims[1], size, 0)
+    x, ladj, tape = torch.ops.pyro_flows.solve(_rows(z, in_dims[0], size, 0), bias, weights, biases, handle, keep)
+    return (x.unflatten(0, (size, n)), ladj.unflatten(0, (size, n)), tape.unflatten(1, (size, n))), (0, 0, 1)
+
+
+@_sweep_back.register_vmap
+def _(info: object, in_dims: tuple, *args: object) -> tuple[Tensor, int]:
+    grad_x, by_params, ladj_by_params, slopes, weights, handle = args
+    size = info.batch_size
+    if _batched(in_dims[4]):
+        return torch.stack(_one_by_one(torch.ops.pyro_flows.sweep_back, size, in_dims, args)), 0
+    n = grad_x.shape[1 if in_dims[0] == 0 else 0]
+    adjoint = torch.ops.pyro_flows.sweep_back(
+        _rows(grad_x, in_dims[0], size, 0),
+        _rows(by_params, in_dims[1], size, 2),
+        _rows(ladj_by_params, in_dims[2], size, 2),
+        [_rows(s, d, size, 1) for s, d in zip(slopes, in_dims[3], strict=True)],
+        weights,
+        handle,
+    )
+    return adjoint.unflatten(1, (size, n)), 1

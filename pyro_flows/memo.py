@@ -1,0 +1,121 @@
+"""The memo of a transform: what it has just computed, for as long as that is certainly still true.
+
+Nothing is keyed on a tensor that a user made.  Remembered are ``y -> (x, ladj)`` for a ``y`` that the forward map
+produced, so that scoring one's own sample costs nothing, and the ``ladj`` of an ``x`` that the inverse has returned, so
+that scoring data costs one pass.  A result holds only while grad mode, every parameter and buffer (identity, version,
+``requires_grad``), and the number of optimiser steps taken in this process are what they were.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.weak import TensorWeakRef
+
+__all__ = ["Memo"]
+
+_steps = 0
+
+
+def _count_step(*args: Any) -> None:
+    # Fused optimisers and those that write to .data do not bump a parameter's version, but each calls this hook.
+    global _steps
+    _steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)
+
+
+def _transparent() -> bool:
+    """Whether values are plain tensors, not tracers of torch.compile or torch.func."""
+    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+
+
+def _walk(module: nn.Module) -> int:
+    """A number that changes when any parameter or buffer is written in place, replaced, frozen or thawed."""
+    total = 0
+    for held in (module._parameters, module._buffers):
+        for tensor in held.values():
+            if tensor is not None:
+                total += tensor._version + id(tensor) + (tensor.requires_grad << 62)
+    for child in module._modules.values():
+        if child is not None:
+            total += _walk(child)
+    return total
+
+
+def _stamp(module: nn.Module) -> tuple[int, bool, int] | None:
+    try:
+        return _steps, torch.is_grad_enabled(), _walk(module)
+    except RuntimeError:  # inference tensors count no versions
+        return None
+
+
+class _Entry(NamedTuple):
+    x: TensorWeakRef | Tensor
+    y: TensorWeakRef | Tensor
+    ladj: Tensor
+    versions: tuple[int, int]
+    stamp: tuple[int, bool, int]
+
+
+class Memo:
+    """At most one result for each direction of one transform."""
+
+    __slots__ = ("_forward", "_inverse")
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets both results."""
+        self._forward: _Entry | None = None
+        self._inverse: _Entry | None = None
+
+    def remember(self, module: nn.Module, x: Tensor, y: Tensor, ladj: Tensor, made_y: bool) -> None:
+        """Stores what one call computed; ``made_y`` says which side of the pair is ours."""
+        if not _transparent() or x.is_inference() or y.is_inference() or x is y:
+            return
+        stamp = _stamp(module)
+        if stamp is None:
+            return
+        versions = (x._version, y._version)
+        # Only the side that we made is watched weakly, so that the memo dies with what it belongs to.
+        if made_y:
+            self._forward = _Entry(x, TensorWeakRef(y), ladj, versions, stamp)
+        else:
+            self._inverse = _Entry(TensorWeakRef(x), TensorWeakRef(y), ladj, versions, stamp)
+
+    def preimage(self, module: nn.Module, y: Tensor) -> tuple[Tensor, Tensor] | None:
+        """``(x, ladj)`` if ``y`` is the very tensor that the forward map has produced and nothing changed since."""
+        entry = self._forward
+        if entry is None or not _transparent():
+            return None
+        made = entry.y()
+        if made is None:
+            self._forward = None
+            return None
+        # A leaf that asks for its gradient asks for the inverse as a function of y, which a memory is not.
+        if made is not y or (y.requires_grad and y.is_leaf):
+            return None
+        if (entry.x._version, y._version) != entry.versions or _stamp(module) != entry.stamp:
+            return None
+        return entry.x, entry.ladj
+
+    def ladj(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor | None:
+        """The forward map's ladj if ``(x, y)`` is one of the pairs just computed and nothing changed since."""
+        if not _transparent():
+            return None
+        for entry in (self._inverse, self._forward):
+            if entry is None:
+                continue
+            known_x = entry.x if isinstance(entry.x, Tensor) else entry.x()
+            if entry is self._inverse and x.requires_grad and x.is_leaf:
+                continue  # a leaf that asks for its gradient, as in preimage
+            if known_x is x and entry.y() is y and (x._version, y._version) == entry.versions:
+                if _stamp(module) == entry.stamp:
+                    return entry.ladj
+        return None

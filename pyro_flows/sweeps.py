@@ -1,0 +1,274 @@
+"""The two sweeps of the inverse engine: through the steps of a triangular network once, forwards or backwards.
+
+Buffers are feature-major, ``(features, columns)``, with units sorted by time, so that "all units of time at most t" is
+a contiguous slice of rows and every product works in place on views.  The views, not the arithmetic, are what costs in
+a small problem; a sweep therefore binds them once, as a list of calls, and can run many times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from pyro_flows.inverse import Solver
+
+__all__ = ["ForwardSweep", "ReverseSweep", "Structure", "columns_at_once"]
+
+Calls = list[Callable[[], object]]
+
+# Activations that may overwrite their input, because their slope can be had from their value.
+_IN_PLACE: dict[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] = {
+    torch.relu: torch.relu_,
+    torch.tanh: torch.tanh_,
+    torch.sigmoid: torch.sigmoid_,
+    torch.nn.functional.elu: partial(torch.nn.functional.elu, inplace=True),
+}
+
+
+def columns_at_once(n: int, rows: int, device: torch.device) -> int:
+    """How many samples one sweep takes: what stays in a processor's cache, or in a bounded part of a GPU's memory."""
+    limit = 1024 if device.type == "cpu" else max(1024, 2**27 // rows)
+    return n if n <= limit + limit // 2 else limit
+
+
+class Structure:
+    """Sizes and times of a triangular network: layer 0 is ``x``, then the hidden layers, then the outputs.
+
+    Args:
+        steps: for each input, by rank, the step at which it is solved; ascending.
+        times: for each hidden layer, the number of steps that must be done before each unit; ascending.
+        num_params: outputs per input.
+        joins: indices (from 0) of the hidden layers to which the pre-activation of two layers below is added.
+    """
+
+    def __init__(self, steps: Tensor, times: Sequence[Tensor], num_params: int, joins: Sequence[int] = ()) -> None:
+        self.input_dim, self.num_params = len(steps), num_params
+        self.num_steps = int(steps[-1]) + 1
+        self.widths = [len(time) for time in times]
+        self.joins = frozenset(joins)
+        moments = torch.arange(self.num_steps + 1)
+        # before[l][t]: how many units of layer l have a time of at most t.
+        self.before = [torch.searchsorted(time, moments, right=True).tolist() for time in (steps + 1, *times)]
+        self.outputs = self.input_dim * num_params
+        self.tape_rows = self.outputs + sum(self.widths)
+        self.adjoint_rows = self.input_dim + self.tape_rows
+        long = (2, 32, 256, 2048)
+        self.block = (2, 8, 16, 32, 64)[sum(self.num_steps > n for n in long)]
+
+    def in_place(self, activation: Callable[[Tensor], Tensor]) -> bool:
+        """Whether the tape holds the activations' values (else what goes into them)."""
+        return not self.joins and activation in _IN_PLACE
+
+    def rows(self, packed: Tensor, start: int) -> list[Tensor]:
+        """The hidden layers' parts of a packed tensor, from row ``start`` on."""
+        return list(packed[start:].split(self.widths)) if self.widths else []
+
+    def unpack(self, tape: Tensor, act: Callable[[Tensor], Tensor]) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """``(pre, post, params)``: into and out of each activation, and the outputs ``(input_dim, num_params, n)``."""
+        params = tape[: self.outputs].unflatten(0, (self.input_dim, self.num_params))
+        hidden = self.rows(tape, self.outputs)
+        if self.in_place(act):
+            return hidden, hidden, params
+        return hidden, [act(pre) for pre in hidden], params
+
+    def unpack_adjoint(self, adjoint: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """``(x, outputs, pre)``: the gradients, outputs parameter by parameter as in the weights."""
+        head = self.input_dim + self.outputs
+        outputs = adjoint[self.input_dim : head].unflatten(0, (self.input_dim, self.num_params))
+        return adjoint[: self.input_dim], outputs.transpose(0, 1).flatten(0, 1), self.rows(adjoint, head)
+
+    def blocks(self) -> list[tuple[int, int]]:
+        """The steps in blocks ``[start, stop)``."""
+        return [(t, min(t + self.block, self.num_steps)) for t in range(0, self.num_steps, self.block)]
+
+
+class _Sweep:
+    key: object = None
+
+    def __init__(self, solver: Solver, weights: Sequence[Tensor], like: Tensor, columns: int) -> None:
+        self.structure = solver.structure
+        *self.inner, head = weights
+        # Outputs by dimension, so that those of one step are neighbours; refreshed from the weights at each run.
+        self.head = like.new_empty(self.structure.outputs, head.shape[1])
+        self.like, self.columns = like, columns
+        self.nbytes = self.head.nbytes
+        self.calls: Calls = []
+
+    def empty(self, *shape: int) -> Tensor:
+        made = self.like.new_empty(shape)
+        self.nbytes += made.nbytes
+        return made
+
+    def load_head(self, weight: Tensor) -> None:
+        s = self.structure
+        by_dimension = weight.view(s.num_params, s.input_dim, -1).transpose(0, 1)
+        self.head.view(s.input_dim, s.num_params, -1).copy_(by_dimension)
+
+
+class ForwardSweep(_Sweep):
+    """Solves for ``x``: fills ``x``, ``ladj`` (per dimension) and ``tape``, each ``(rows, columns)``."""
+
+    def __init__(self, solver: Solver, like: Tensor, columns: int, weights: Sequence[Tensor], own_bias: bool) -> None:
+        super().__init__(solver, weights, like, columns)
+        s = self.structure
+        self.z, self.x, self.ladj = (self.empty(s.input_dim, columns) for _ in range(3))
+        self.tape = self.empty(s.tape_rows, columns)
+        params = self.tape[: s.outputs]
+        pre = s.rows(self.tape, s.outputs)
+        in_place = s.in_place(solver.activation)
+        post = pre if in_place else [self.empty(width, columns) for width in s.widths]
+        # Biases as columns, the first one's with a column per sample if the context says so.
+        sizes = [*s.widths, s.outputs]
+        self.biases = [self.empty(size, columns if own_bias and k == 0 else 1) for k, size in enumerate(sizes)]
+        self._bind(solver, params, [self.x, *pre], [self.x, *post], in_place)
+        del self.like
+
+    def _bind(self, solver: Solver, params: Tensor, pre: list[Tensor], post: list[Tensor], in_place: bool) -> None:
+        s, calls = self.structure, self.calls
+        count, width, last = s.before, s.num_params, len(s.widths)
+        by_dimension = params.view(s.input_dim, width, -1)
+
+        def start(target: Tensor, bias: Tensor, weight: Tensor, source: Tensor, a: int, c: int, k: int) -> None:
+            if c > a and k:
+                calls.append(partial(torch.addmm, bias[a:c], weight[a:c, :k], source[:k], out=target[a:c]))
+            elif c > a:
+                calls.append(partial(target[a:c].copy_, bias[a:c]))
+
+        def add(target: Tensor, weight: Tensor, source: Tensor, a: int, c: int, lo: int, hi: int) -> None:
+            if c > a and hi > lo:
+                calls.append(partial(target[a:c].addmm_, weight[a:c, lo:hi], source[lo:hi]))
+
+        def finish(layer: int, a: int, c: int) -> None:
+            if c == a:
+                return
+            into = pre[layer][a:c]
+            if layer - 1 in s.joins:
+                calls.append(partial(into.add_, pre[layer - 2][a:c]))
+            if in_place:
+                calls.append(partial(_IN_PLACE[solver.activation], into))
+            else:
+                calls.append(partial(_assign, post[layer][a:c], solver.activation, into))
+
+        for layer in range(1, last + 1):
+            ready = count[layer][0]
+            start(pre[layer], self.biases[layer - 1], self.inner[layer - 1], post[layer - 1], 0, ready, count[layer - 1][0])
+            finish(layer, 0, ready)
+        for begin, end in s.blocks():
+            for layer in range(1, last + 1):
+                a, c = count[layer][begin], count[layer][end]
+                start(pre[layer], self.biases[layer - 1], self.inner[layer - 1], post[layer - 1], a, c, count[layer - 1][begin])
+            known = count[last][begin] if last else count[0][begin]
+            start(params, self.biases[last], self.head, post[last], width * count[0][begin], width * count[0][end], known)
+            for t in range(begin, end):
+                d0, d1 = count[0][t], count[0][t + 1]
+                add(params, self.head, post[last], width * d0, width * d1, known, count[last][t])
+                calls += solver.univariate.solver(
+                    solver.inverse, self.z[d0:d1], by_dimension[d0:d1], self.x[d0:d1], self.ladj[d0:d1]
+                )
+                for layer in range(1, last + 1):
+                    a, c = count[layer][t], count[layer][t + 1]
+                    below = count[layer - 1]
+                    add(pre[layer], self.inner[layer - 1], post[layer - 1], a, c, below[begin], below[t + 1])
+                    finish(layer, a, c)
+
+    def run(self, z: Tensor, first_bias: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> None:
+        """``z``: shape ``(columns, input_dim)``; ``first_bias``: ``(columns or 1, width)``."""
+        s = self.structure
+        self.z.copy_(z.T)
+        self.load_head(weights[-1])
+        for held, given in zip(self.biases, (first_bias.T, *(b[:, None] for b in biases)), strict=True):
+            if held is self.biases[-1]:
+                given = given.unflatten(0, (s.num_params, s.input_dim)).transpose(0, 1)
+                held = held.view(s.input_dim, s.num_params, -1)
+            held.copy_(given)
+        for call in self.calls:
+            call()
+
+
+class ReverseSweep(_Sweep):
+    """Solves the transposed problem: fills ``adjoint`` with the gradients after ``x``, the outputs and each layer."""
+
+    def __init__(self, solver: Solver, like: Tensor, columns: int, weights: Sequence[Tensor]) -> None:
+        super().__init__(solver, weights, like, columns)
+        s = self.structure
+        self.adjoint = self.empty(s.adjoint_rows, columns)
+        self.x = self.adjoint[: s.input_dim]
+        self.params = self.adjoint[s.input_dim : s.input_dim + s.outputs]
+        self.by_params = self.empty(s.input_dim, s.num_params, columns)
+        self.slopes = [self.empty(width, columns) for width in s.widths]
+        self._bind(s.rows(self.adjoint, s.input_dim + s.outputs))
+        del self.like
+
+    def _bind(self, pre: list[Tensor]) -> None:
+        s, calls = self.structure, self.calls
+        count, width, last = s.before, s.num_params, len(s.widths)
+        by_dimension = self.params.view(s.input_dim, width, -1)
+        # above[l]: gradients of what layer l feeds (layer 0 is x), and the transposed weights in between.
+        above = [*pre, self.params]
+        weights = [w.T for w in (*self.inner, self.head)]
+
+        def from_step(layer: int, t: int) -> int:
+            """First row of ``above[layer]`` that a unit of time t (an input of step t - 1) feeds."""
+            return width * count[0][t] if layer == last else count[layer + 1][t - 1]
+
+        def later(layer: int, end: int) -> int:
+            """First row of ``above[layer]`` that later blocks have already done."""
+            return width * count[0][end] if layer == last else count[layer + 1][end]
+
+        def gather(layer: int, target: Tensor, a: int, c: int, lo: int, hi: int, fresh: bool) -> None:
+            source = above[layer][lo:hi]
+            if c > a and hi > lo:
+                if fresh:
+                    calls.append(partial(torch.mm, weights[layer][a:c, lo:hi], source, out=target[a:c]))
+                else:
+                    calls.append(partial(target[a:c].addmm_, weights[layer][a:c, lo:hi], source))
+            elif c > a and fresh:
+                calls.append(target[a:c].zero_)
+
+        def finish(layer: int, a: int, c: int) -> None:
+            if c == a:
+                return
+            calls.append(partial(pre[layer - 1][a:c].mul_, self.slopes[layer - 1][a:c]))
+            if layer + 1 in s.joins:
+                calls.append(partial(pre[layer - 1][a:c].add_, pre[layer + 1][a:c]))
+
+        for begin, end in reversed(s.blocks()):
+            gather(0, self.x, count[0][begin], count[0][end], later(0, end), len(above[0]), fresh=False)
+            for layer in range(last, 0, -1):
+                a, c = count[layer][begin], count[layer][end]
+                gather(layer, pre[layer - 1], a, c, later(layer, end), len(above[layer]), fresh=True)
+            for t in range(end - 1, begin - 1, -1):
+                for layer in range(last, 0, -1):
+                    a, c = count[layer][t], count[layer][t + 1]
+                    gather(layer, pre[layer - 1], a, c, from_step(layer, t + 1), later(layer, end), fresh=False)
+                    finish(layer, a, c)
+                d0, d1 = count[0][t], count[0][t + 1]
+                gather(0, self.x, d0, d1, from_step(0, t + 1), later(0, end), fresh=False)
+                slope = self.by_params[d0:d1]
+                calls.append(partial(by_dimension[d0:d1].addcmul_, slope, self.x[d0:d1].unsqueeze(1)))
+        for layer in range(last, 0, -1):
+            ready = count[layer][0]
+            gather(layer, pre[layer - 1], 0, ready, 0, len(above[layer]), fresh=True)
+            finish(layer, 0, ready)
+
+    def run(
+        self, grad_x: Tensor, by_params: Tensor, ladj_by_params: Tensor, slopes: Sequence[Tensor], weights: Sequence[Tensor]
+    ) -> None:
+        """Everything feature-major except ``grad_x``, shape ``(columns, input_dim)``."""
+        self.x.copy_(grad_x.T)
+        self.by_params.copy_(by_params)
+        self.params.view(self.by_params.shape).copy_(ladj_by_params)
+        self.load_head(weights[-1])
+        for held, given in zip(self.slopes, slopes, strict=True):
+            held.copy_(given)
+        for call in self.calls:
+            call()
+
+
+def _assign(target: Tensor, fn: Callable[[Tensor], Tensor], source: Tensor) -> None:
+    target.copy_(fn(source))

@@ -1,0 +1,151 @@
+"""Coupling transforms: NICE's additive and RealNVP's affine layers, for any mask and any univariate map."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Size, Tensor
+
+from pyro_flows.core import FlowTransform
+from pyro_flows.nets import MLP, Activation
+from pyro_flows.univariate import Affine, Univariate
+
+__all__ = ["Coupling", "coupling_mask"]
+
+Mask = str | Tensor | Sequence[bool]
+
+
+def coupling_mask(event_shape: Size, mask: Mask) -> Tensor:
+    """The dimensions that a coupling leaves as they are, boolean, of shape ``event_shape``.
+
+    ``"half"`` keeps the first half, ``"alternating"`` every other one beginning with the second, ``"random"`` a random
+    half; a boolean mask is taken as given.  With one dimension nothing is kept: the coupling is then elementwise.
+    """
+    size = event_shape.numel()
+    if isinstance(mask, str):
+        if mask == "half":
+            kept = torch.arange(size) < size // 2
+        elif mask == "alternating":
+            kept = torch.arange(size) % 2 == 1
+        elif mask == "random":
+            kept = torch.randperm(size) < size // 2
+        else:
+            raise ValueError(f"expected mask to be 'half', 'alternating', 'random' or boolean, got {mask!r}")
+        return kept.reshape(event_shape)
+    given = torch.as_tensor(mask).cpu()
+    if given.dtype != torch.bool or given.shape != event_shape:
+        raise ValueError(
+            f"expected mask to be boolean of shape {tuple(event_shape)}, got {given.dtype} of shape {tuple(given.shape)}"
+        )
+    if given.all() or (size > 1 and not given.any()):
+        raise ValueError(
+            f"expected mask to keep some dimensions and move others, got one that keeps {int(given.sum())} of {size}"
+        )
+    return given.clone()
+
+
+class Coupling(FlowTransform):
+    r"""Moves some dimensions by univariate maps whose parameters depend on the others: :math:`y_k = x_k` for the kept
+    dimensions, :math:`y_m = u(x_m; p(x_k, c))` for the moved ones.
+
+    The Jacobian is triangular and :math:`\log|\det| = \sum_m \log u'`; the inverse is
+    :math:`x_m = u^{-1}(y_m; p(y_k, c))`.  Each direction costs one pass of a dense network.
+
+    Args:
+        event_shape: an ``input_dim`` or the shape of one event.
+        univariate: the family of scalar maps; ``Affine()`` for RealNVP, ``Shift()`` for NICE.
+        mask: which dimensions to keep: ``"half"``, ``"alternating"``, ``"random"`` (drawn once, saved in the
+            ``state_dict``) or a boolean mask of shape ``event_shape``, true where kept.
+        flip: whether to move what ``mask`` keeps and keep the rest.
+        save_mask: whether the mask is part of the ``state_dict``; by default if it was drawn here.
+        context_dim: size of the context, 0 for none.
+        hidden_dims, residual, activation: of the conditioner, an :class:`~pyro_flows.nets.MLP`.
+
+    Raises:
+        ValueError: for a mask of another shape, or one that keeps all or nothing (with more than one dimension).
+
+    References:
+        Density estimation using Real NVP (Dinh et al., 2016), arXiv:1605.08803.
+        NICE: Non-linear Independent Components Estimation (Dinh et al., 2014), arXiv:1410.8516.
+    """
+
+    def __init__(
+        self,
+        event_shape: int | Iterable[int],
+        univariate: Univariate | None = None,
+        *,
+        mask: Mask = "alternating",
+        flip: bool = False,
+        save_mask: bool | None = None,
+        context_dim: int = 0,
+        hidden_dims: Sequence[int] = (64, 64),
+        residual: bool = False,
+        activation: Activation = "silu",
+    ) -> None:
+        super().__init__(event_shape, context_dim)
+        self.univariate = Affine() if univariate is None else univariate
+        kept = coupling_mask(self.event_shape, mask).flatten()
+        if flip and kept.numel() > 1:
+            kept = ~kept
+        self.num_kept = int(kept.sum())
+        # One permutation does both: kept dimensions first, then the moved ones.
+        saved = isinstance(mask, str) and mask == "random" if save_mask is None else save_mask
+        self.register_buffer("order", torch.argsort(~kept, stable=True), persistent=saved)
+        self._find_layout()
+        self.net = MLP(
+            self.num_kept,
+            kept.numel() - self.num_kept,
+            num_params=self.univariate.num_params,
+            hidden_dims=hidden_dims,
+            context_dim=context_dim,
+            residual=residual,
+            activation=activation,
+        )
+
+    def _find_layout(self) -> None:
+        # Slices are cheaper than gathers, where the kept dimensions come first or last.
+        size, places = self.order.numel(), self.order.tolist()
+        first, last = places == list(range(size)), places[: self.num_kept] == list(range(size - self.num_kept, size))
+        self._layout = "first" if first else "last" if last else "scattered"
+
+    @property
+    def mask(self) -> Tensor:
+        """Boolean, shape ``event_shape``; true where a dimension is kept."""
+        return (torch.argsort(self.order) < self.num_kept).reshape(self.event_shape)
+
+    def _split(self, flat: Tensor) -> tuple[Tensor, Tensor]:
+        rest = flat.shape[-1] - self.num_kept
+        if self._layout == "last":
+            moved, kept = flat.split((rest, self.num_kept), -1)
+            return kept, moved
+        if self._layout == "scattered":
+            flat = flat.index_select(-1, self.order)
+        return flat.split((self.num_kept, rest), -1)
+
+    def _join(self, kept: Tensor, moved: Tensor) -> Tensor:
+        if self._layout == "last":
+            return torch.cat((moved, kept), -1)
+        flat = torch.cat((kept, moved), -1)
+        return flat.index_select(-1, torch.argsort(self.order)) if self._layout == "scattered" else flat
+
+    def _move(self, value: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
+        dims = len(self.event_shape)
+        kept, moved = self._split(value if dims == 1 else value.flatten(-dims))
+        move = self.univariate.inverse if inverse else self.univariate.forward
+        moved, slope = move(moved, self.net(kept, context))
+        flat = self._join(kept, moved)
+        return flat if dims == 1 else flat.unflatten(-1, self.event_shape), slope.sum(-1)
+
+    def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._move(x, context, inverse=False)
+
+    def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._move(y, context, inverse=True)
+
+    def _load_from_state_dict(self, *args: object) -> None:
+        super()._load_from_state_dict(*args)
+        self._find_layout()
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {self.univariate}, keeps {self.num_kept}"

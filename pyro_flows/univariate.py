@@ -1,0 +1,149 @@
+r"""Monotone maps of one number, the pieces that couplings and autoregressive flows apply to each dimension.
+
+A univariate maps ``(x, params)`` to ``(y, ladj)`` and back, elementwise; ``params`` has the shape of ``x`` with a last
+axis of ``num_params``.  All-zero parameters give the identity, so that a conditioner whose last layer is zero makes a
+flow start there.  It holds no tensors: what it needs comes in, on the device and in the dtype of ``x``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+__all__ = ["Affine", "Shift", "Univariate", "soft_clip"]
+
+
+def soft_clip(value: Tensor, bound: float) -> Tensor:
+    r"""Smooth clip to ``(-bound, bound)``: :math:`c \tanh(a / c)`, the identity near zero, infinitely differentiable."""
+    return torch.tanh(value * (1.0 / bound)) * bound
+
+
+class Univariate:
+    """Abstract base: a family of increasing bijections of the line with ``num_params`` parameters each."""
+
+    num_params: int
+
+    def forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        """``(y, log dy/dx)``, both of the shape of ``x``; ``params``: shape ``(*x.shape, num_params)``."""
+        raise TypeError(f"{type(self).__name__} must define forward(x, params) -> (y, ladj)")
+
+    def inverse(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        """``(x, log dx/dy)``, both of the shape of ``y``."""
+        raise TypeError(f"{type(self).__name__} must define inverse(y, params) -> (x, ladj)")
+
+    def solver(self, inverse: bool, z: Tensor, params: Tensor, x: Tensor, ladj: Tensor) -> list[Callable[[], object]]:
+        """Calls that map ``z`` to ``x`` and ``ladj`` in place, each time on what the buffers then hold.
+
+        For the incremental engine, which runs them once a dimension.  ``params`` has its parameter axis second;
+        ``z`` may be overwritten, ``params`` may not.  Override only where fewer or cheaper calls can do it.
+        """
+        move = self.inverse if inverse else self.forward
+
+        def run() -> None:
+            moved, slope = move(z, params.movedim(1, -1))
+            x.copy_(moved)
+            ladj.copy_(slope)
+
+        return [run]
+
+    def partials(
+        self, inverse: bool, z: Tensor, params: Tensor, x: Tensor, ladj: Tensor, weight: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Elementwise derivatives of ``(x, ladj)`` after ``(z, params)``, for the gradient through the engine.
+
+        Returns ``(dx/dz, dx/dparams, weight dladj/dz, weight dladj/dparams)``; here too the parameter axis is second.
+        Override only where a closed form is cheaper than automatic differentiation.
+        """
+        move = self.inverse if inverse else self.forward
+        pull = torch.func.vjp(lambda v, p: move(v, p.movedim(1, -1)), z, params)[1]
+        none = torch.zeros_like(x)
+        slopes = pull((torch.ones_like(x), none))
+        weighted = pull((none, weight.expand_as(x).contiguous()))
+        return (*slopes, *weighted)
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and self.__dict__ == other.__dict__
+
+    def __hash__(self) -> int:
+        return hash((type(self), *self.__dict__.values()))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{k}={v}' for k, v in self.__dict__.items())})"
+
+
+class Shift(Univariate):
+    r""":math:`y = x + m`; the additive map of NICE, with unit Jacobian.
+
+    References:
+        NICE: Non-linear Independent Components Estimation (Dinh et al., 2014), arXiv:1410.8516.
+    """
+
+    num_params = 1
+
+    def forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        return x + params[..., 0], torch.zeros_like(x)
+
+    def inverse(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        return y - params[..., 0], torch.zeros_like(y)
+
+
+class Affine(Univariate):
+    r""":math:`y = x\,e^{s} + m` with parameters :math:`(m, a)` and :math:`s = c \tanh(a / c)`.
+
+    The log-scale is the identity in :math:`a` near zero and stays in :math:`(-c, c)`; unlike a hard clamp it leaves
+    gradients of the log-determinant right everywhere.
+
+    Args:
+        max_log_scale: the bound :math:`c` on the absolute log-scale.
+
+    References:
+        Density estimation using Real NVP (Dinh et al., 2016), arXiv:1605.08803.
+    """
+
+    num_params = 2
+
+    def __init__(self, max_log_scale: float = 5.0) -> None:
+        if not max_log_scale > 0:
+            raise ValueError(f"Affine: expected max_log_scale > 0, got {max_log_scale}")
+        self.max_log_scale = float(max_log_scale)
+
+    def forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        shift, raw = params.unbind(-1)
+        log_scale = soft_clip(raw, self.max_log_scale)
+        return torch.addcmul(shift, x, log_scale.exp()), log_scale
+
+    def inverse(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        shift, raw = params.unbind(-1)
+        ladj = torch.tanh(raw * (1.0 / self.max_log_scale)) * -self.max_log_scale
+        return (y - shift) * ladj.exp(), ladj
+
+    def solver(self, inverse: bool, z: Tensor, params: Tensor, x: Tensor, ladj: Tensor) -> list[Callable[[], object]]:
+        bound = -self.max_log_scale if inverse else self.max_log_scale
+        shift, raw = params[:, 0], params[:, 1]
+        calls: list[Callable[[], object]] = [
+            partial(torch.mul, raw, 1.0 / self.max_log_scale, out=ladj),
+            ladj.tanh_,
+            partial(ladj.mul_, bound),
+            partial(torch.exp, ladj, out=x),
+        ]
+        if inverse:
+            return [*calls, partial(z.sub_, shift), partial(x.mul_, z)]
+        return [*calls, partial(torch.addcmul, shift, z, x, out=x)]
+
+    def partials(
+        self, inverse: bool, z: Tensor, params: Tensor, x: Tensor, ladj: Tensor, weight: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        scale = ladj.exp()
+        tanh = ladj * (1.0 / self.max_log_scale)
+        bend = 1.0 - tanh * tanh  # d log-scale / d raw
+        if inverse:
+            by_params = torch.stack((-scale, -x * bend), 1)
+            by_raw = -weight * bend
+        else:
+            by_params = torch.stack((torch.ones_like(x), z * scale * bend), 1)
+            by_raw = weight * bend
+        zero = torch.zeros_like(x)
+        return scale, by_params, zero, torch.stack((zero, by_raw), 1)
