@@ -71,7 +71,9 @@ class Solver:
     ) -> ForwardSweep | ReverseSweep:
         """A sweep with its buffers and views, an idle one if it fits; taken out, so that no two calls share one."""
         stream = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0
-        key = (kind, columns, options, like.dtype, like.device, stream, tuple(w.data_ptr() for w in weights))
+        key = (kind, columns, options, like.dtype, like.device, stream)
+        if self.structure.dense:
+            key += tuple(w.data_ptr() for w in weights)  # the views are of the weights themselves
         for k in range(len(self._idle) - 1, -1, -1):
             try:
                 sweep = self._idle.pop(k)
@@ -101,7 +103,12 @@ _SLOPES: dict[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]] = 
 
 
 def solve(
-    solver: Solver, z: Tensor, first_bias: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]
+    solver: Solver,
+    z: Tensor,
+    first_bias: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    masks: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor]:
     """Solves for ``x``, everything by rank; exact, and differentiable in all tensors.
 
@@ -112,8 +119,9 @@ def solve(
         solver: the static description.
         z: shape ``(*batch, input_dim)``.
         first_bias: bias of the first layer, context included, shape ``(*batch, width)`` or broadcasting to it.
-        weights: one matrix per layer, zero in masked places (or never read there, if the structure is dense).
+        weights: one matrix per layer; what stands in masked places is never used.
         biases: those of the layers after the first.
+        masks: boolean, one for each weight.
 
     Returns:
         ``x`` with the shape of ``z`` and the log-determinant of ``z -> x``, shape ``(*batch,)``.
@@ -127,23 +135,24 @@ def solve(
     else:
         bias = first_bias.expand(*batch, -1).reshape(-1, first_bias.shape[-1])
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (flat, bias, *weights, *biases))
-    matrices = (*weights, *biases)
+    groups = (list(weights), list(biases), list(masks))
     if _forward_mode():
-        x, ladj = _by_passes(solver, flat, bias, *matrices)
+        x, ladj = _by_passes(solver, masks, flat, bias, *weights, *biases)
     elif torch.compiler.is_compiling():
-        x, ladj, _ = torch.ops.pyro_flows.solve(flat, bias, list(weights), list(biases), solver.handle, keep)
+        x, ladj, _ = torch.ops.pyro_flows.solve(flat, bias, *groups, solver.handle, keep)
     elif keep:
-        x, ladj, _ = _Solve.apply(solver.handle, flat, bias, *matrices)
+        x, ladj, _ = _Solve.apply(solver.handle, flat, bias, *weights, *biases, *masks)
     elif torch._C._are_functorch_transforms_active():
-        x, ladj, _ = torch.ops.pyro_flows.solve(flat, bias, list(weights), list(biases), solver.handle, False)
+        x, ladj, _ = torch.ops.pyro_flows.solve(flat, bias, *groups, solver.handle, False)
     else:
-        x, ladj, _ = _solve(flat, bias, weights, biases, solver.handle, False)  # nothing to record
+        with torch._C._AutoDispatchBelowAutograd():  # nothing to record, so spare every small call the look
+            x, ladj, _ = _solve(flat, bias, *groups, solver.handle, False)
     return x.reshape(*batch, -1), ladj.reshape(batch)
 
 
 @torch.no_grad()
 def _solve(
-    z: Tensor, first_bias: Tensor, weights: list[Tensor], biases: list[Tensor], handle: int, keep: bool
+    z: Tensor, first_bias: Tensor, weights: list[Tensor], biases: list[Tensor], masks: list[Tensor], handle: int, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     solver = _solvers[handle]
     n = z.shape[0]
@@ -154,7 +163,7 @@ def _solve(
     for start in range(0, n, chunk):
         part = slice(start, min(n, start + chunk))
         sweep = solver.borrow(ForwardSweep, z, part.stop - part.start, weights, not shared)
-        sweep.run(z[part], first_bias if shared else first_bias[part], weights, biases)
+        sweep.run(z[part], first_bias if shared else first_bias[part], weights, biases, masks)
         torch.sum(sweep.ladj, 0, out=ladj[part])
         x[part].copy_(sweep.x.T)
         if keep:
@@ -165,14 +174,14 @@ def _solve(
 
 @torch.library.custom_op("pyro_flows::solve", mutates_args=())
 def _solve_op(
-    z: Tensor, first_bias: Tensor, weights: list[Tensor], biases: list[Tensor], handle: int, keep: bool
+    z: Tensor, first_bias: Tensor, weights: list[Tensor], biases: list[Tensor], masks: list[Tensor], handle: int, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _solve(z, first_bias, weights, biases, handle, keep)
+    return _solve(z, first_bias, weights, biases, masks, handle, keep)
 
 
 @_solve_op.register_fake
 def _(
-    z: Tensor, first_bias: Tensor, weights: list[Tensor], biases: list[Tensor], handle: int, keep: bool
+    z: Tensor, first_bias: Tensor, weights: list[Tensor], biases: list[Tensor], masks: list[Tensor], handle: int, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows = _solvers[handle].structure.tape_rows if keep else 0
     return torch.empty_like(z), z.new_empty(z.shape[0]), z.new_empty(rows, z.shape[0])
@@ -188,29 +197,30 @@ def _forward_mode() -> bool:
     return any(level.key() == torch._C._functorch.TransformType.Jvp for level in levels)
 
 
-def _halves(matrices: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Weights and biases; the first layer's bias is not among them."""
-    layers = (len(matrices) + 1) // 2
-    return list(matrices[:layers]), list(matrices[layers:])
+def _groups(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Weights, biases and masks; the first layer's bias is not among them."""
+    layers = (len(tensors) + 1) // 3
+    return list(tensors[:layers]), list(tensors[layers : 2 * layers - 1]), list(tensors[2 * layers - 1 :])
 
 
 def _setup(ctx: object, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    z, first_bias, weights, biases, ctx.handle, _ = inputs
-    ctx.save_for_backward(z, first_bias, output[0], output[2], *weights, *biases)
+    z, first_bias, weights, biases, masks, ctx.handle, _ = inputs
+    ctx.save_for_backward(z, first_bias, output[0], output[2], *weights, *biases, *masks)
 
 
 def _gradient(ctx: object, grad_x: Tensor | None, grad_ladj: Tensor | None, _: Tensor | None) -> tuple[Tensor, ...]:
-    z, first_bias, x, tape, *matrices = ctx.saved_tensors
+    z, first_bias, x, tape, *tensors = ctx.saved_tensors
     if tape.shape[0] == 0:  # whoever called the operator saw no need of a gradient
-        tape = torch.ops.pyro_flows.solve(z, first_bias, *_halves(matrices), ctx.handle, True)[2]
+        tape = torch.ops.pyro_flows.solve(z, first_bias, *_groups(tensors), ctx.handle, True)[2]
     grad_x = torch.zeros_like(x) if grad_x is None else grad_x
     grad_ladj = x.new_zeros(x.shape[0]) if grad_ladj is None else grad_ladj
-    return _Gradient.apply(ctx.handle, grad_x, grad_ladj, x, tape, z, first_bias, *matrices)
+    return _Gradient.apply(ctx.handle, grad_x, grad_ladj, x, tape, z, first_bias, *tensors)
 
 
 def _gradient_op(ctx: object, *cotangents: Tensor | None) -> tuple:
     dz, dbias, *rest = _gradient(ctx, *cotangents)
-    return dz, dbias, *_halves(rest), None, None
+    layers = (len(rest) + 1) // 2
+    return dz, dbias, rest[:layers], rest[layers:], [None] * layers, None, None
 
 
 _solve_op.register_autograd(_gradient_op, setup_context=_setup)
@@ -222,18 +232,22 @@ class _Solve(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(handle: int, z: Tensor, first_bias: Tensor, *matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.ops.pyro_flows.solve(z, first_bias, *_halves(matrices), handle, True)
+    def forward(handle: int, z: Tensor, first_bias: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if torch._C._are_functorch_transforms_active():
+            return torch.ops.pyro_flows.solve(z, first_bias, *_groups(tensors), handle, True)
+        with torch._C._AutoDispatchBelowAutograd():
+            return _solve(z, first_bias, *_groups(tensors), handle, True)
 
     @staticmethod
     def setup_context(ctx: object, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-        handle, z, first_bias, *matrices = inputs
-        _setup(ctx, (z, first_bias, *_halves(matrices), handle, True), output)
+        handle, z, first_bias, *tensors = inputs
+        _setup(ctx, (z, first_bias, *_groups(tensors), handle, True), output)
         ctx.mark_non_differentiable(output[2])
 
     @staticmethod
     def backward(ctx: object, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *_gradient(ctx, *cotangents)
+        grads = _gradient(ctx, *cotangents)
+        return None, *grads, *[None] * (len(grads) // 2)
 
 
 class _Gradient(torch.autograd.Function):
@@ -243,9 +257,17 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        handle: int, grad_x: Tensor, grad_ladj: Tensor, x: Tensor, tape: Tensor, z: Tensor, first_bias: Tensor, *matrices: Tensor
+        handle: int,
+        grad_x: Tensor,
+        grad_ladj: Tensor,
+        x: Tensor,
+        tape: Tensor,
+        z: Tensor,
+        first_bias: Tensor,
+        *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         solver = _solvers[handle]
+        weights, _, masks = _groups(tensors)
         pre, post, params = solver.structure.unpack(tape, solver.activation)
         zt, xt = z.T, x.T
         ladj = solver.scalar(zt, params.movedim(1, -1))[1]
@@ -253,14 +275,18 @@ class _Gradient(torch.autograd.Function):
             solver.inverse, zt, params, xt, ladj, grad_ladj
         )
         slopes = [solver.slope(a, h) for a, h in zip(pre, post, strict=True)]
-        adjoint = torch.ops.pyro_flows.sweep_back(
-            grad_x, by_params, ladj_by_params, slopes, _halves(matrices)[0], handle
-        )
+        arguments = (grad_x, by_params, ladj_by_params, slopes, weights, masks, handle)
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            adjoint = torch.ops.pyro_flows.sweep_back(*arguments)
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                adjoint = _sweep_back(*arguments)
         grad_xt, dparams, dpre = solver.structure.unpack_adjoint(adjoint)
         dz = torch.addcmul(ladj_by_z, grad_xt, by_z).T
-        below = [xt, *post]
         above = [*dpre, dparams]
-        dweights = [upper @ lower.T for upper, lower in zip(above, below, strict=True)]
+        dweights = [
+            torch.where(mask, upper @ lower.T, 0.0) for upper, lower, mask in zip(above, [xt, *post], masks, strict=True)
+        ]
         # first_bias stands for the whole batch or for each sample.
         each = above[0].T
         dbias = each if first_bias.shape[0] == z.shape[0] else each.sum(0, keepdim=True)
@@ -273,23 +299,28 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: object, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-        solver = _solvers[ctx.handle]
+        grad_x, grad_ladj, z, first_bias, *tensors = ctx.saved_tensors
+        weights, biases, masks = _groups(tensors)
+        by_passes = partial(_by_passes, _solvers[ctx.handle], masks)
 
-        def gradient(grad_x: Tensor, grad_ladj: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-            return torch.func.vjp(partial(_by_passes, solver), *tensors)[1]((grad_x, grad_ladj))
+        def gradient(grad_x: Tensor, grad_ladj: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+            return torch.func.vjp(by_passes, *inputs)[1]((grad_x, grad_ladj))
 
-        grad_x, grad_ladj, *tensors = torch.func.vjp(gradient, *ctx.saved_tensors)[1](cotangents)
-        return None, grad_x, grad_ladj, None, None, *tensors
+        inputs = (grad_x, grad_ladj, z, first_bias, *weights, *biases)
+        grad_x, grad_ladj, *rest = torch.func.vjp(gradient, *inputs)[1](cotangents)
+        return None, grad_x, grad_ladj, None, None, *rest, *[None] * len(masks)
 
 
-def _by_passes(solver: Solver, z: Tensor, first_bias: Tensor, *matrices: Tensor) -> tuple[Tensor, Tensor]:
+def _by_passes(
+    solver: Solver, masks: Sequence[Tensor], z: Tensor, first_bias: Tensor, *matrices: Tensor
+) -> tuple[Tensor, Tensor]:
     """The same solution by one full pass for each step: slow, and differentiable any number of times."""
     structure = solver.structure
-    weights, biases = _halves(matrices)
+    weights = [torch.where(mask, weight, 0.0) for mask, weight in zip(masks, matrices, strict=False)]
+    biases = matrices[len(weights) :]
     x = torch.zeros_like(z)
     for _ in range(structure.num_steps):
-        pre = F.linear(x, weights[0]) + first_bias
-        stream = pre
+        stream = pre = F.linear(x, weights[0]) + first_bias
         for k in range(1, len(weights)):
             pre = F.linear(solver.activation(pre), weights[k], biases[k - 1])
             if k in structure.joins:
@@ -299,9 +330,15 @@ def _by_passes(solver: Solver, z: Tensor, first_bias: Tensor, *matrices: Tensor)
     return x, ladj.sum(-1)
 
 
-@torch.library.custom_op("pyro_flows::sweep_back", mutates_args=())
+@torch.no_grad()
 def _sweep_back(
-    grad_x: Tensor, by_params: Tensor, ladj_by_params: Tensor, slopes: list[Tensor], weights: list[Tensor], handle: int
+    grad_x: Tensor,
+    by_params: Tensor,
+    ladj_by_params: Tensor,
+    slopes: list[Tensor],
+    weights: list[Tensor],
+    masks: list[Tensor],
+    handle: int,
 ) -> Tensor:
     solver = _solvers[handle]
     n = grad_x.shape[0]
@@ -310,17 +347,35 @@ def _sweep_back(
     for start in range(0, n, chunk):
         part = slice(start, min(n, start + chunk))
         sweep = solver.borrow(ReverseSweep, grad_x, part.stop - part.start, weights)
-        sweep.run(
-            grad_x[part], by_params[..., part], ladj_by_params[..., part], [s[:, part] for s in slopes], weights
-        )
+        elementwise = (by_params[..., part], ladj_by_params[..., part], [s[:, part] for s in slopes])
+        sweep.run(grad_x[part], *elementwise, weights, masks)
         adjoint[:, part].copy_(sweep.adjoint)
         solver.give_back(sweep)
     return adjoint
 
 
-@_sweep_back.register_fake
+@torch.library.custom_op("pyro_flows::sweep_back", mutates_args=())
+def _sweep_back_op(
+    grad_x: Tensor,
+    by_params: Tensor,
+    ladj_by_params: Tensor,
+    slopes: list[Tensor],
+    weights: list[Tensor],
+    masks: list[Tensor],
+    handle: int,
+) -> Tensor:
+    return _sweep_back(grad_x, by_params, ladj_by_params, slopes, weights, masks, handle)
+
+
+@_sweep_back_op.register_fake
 def _(
-    grad_x: Tensor, by_params: Tensor, ladj_by_params: Tensor, slopes: list[Tensor], weights: list[Tensor], handle: int
+    grad_x: Tensor,
+    by_params: Tensor,
+    ladj_by_params: Tensor,
+    slopes: list[Tensor],
+    weights: list[Tensor],
+    masks: list[Tensor],
+    handle: int,
 ) -> Tensor:
     return grad_x.new_empty(_solvers[handle].structure.adjoint_rows, grad_x.shape[0])
 
@@ -352,9 +407,9 @@ def _batched(dims: object) -> bool:
 
 @_solve_op.register_vmap
 def _(info: object, in_dims: tuple, *args: object) -> tuple:
-    z, first_bias, weights, biases, handle, keep = args
+    z, first_bias, *others = args
     size = info.batch_size
-    if _batched(in_dims[2]) or _batched(in_dims[3]):
+    if any(_batched(dims) for dims in in_dims[2:]):
         results = _one_by_one(torch.ops.pyro_flows.solve, size, in_dims, args)
         return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0, 0, 0)
     n = z.shape[1 if in_dims[0] == 0 else 0]
@@ -365,15 +420,15 @@ def _(info: object, in_dims: tuple, *args: object) -> tuple:
         bias = first_bias
     else:
         bias = _rows(first_bias, in_dims[1], size, 0)
-    x, ladj, tape = torch.ops.pyro_flows.solve(_rows(z, in_dims[0], size, 0), bias, weights, biases, handle, keep)
+    x, ladj, tape = torch.ops.pyro_flows.solve(_rows(z, in_dims[0], size, 0), bias, *others)
     return (x.unflatten(0, (size, n)), ladj.unflatten(0, (size, n)), tape.unflatten(1, (size, n))), (0, 0, 1)
 
 
-@_sweep_back.register_vmap
+@_sweep_back_op.register_vmap
 def _(info: object, in_dims: tuple, *args: object) -> tuple[Tensor, int]:
-    grad_x, by_params, ladj_by_params, slopes, weights, handle = args
+    grad_x, by_params, ladj_by_params, slopes, *others = args
     size = info.batch_size
-    if _batched(in_dims[4]):
+    if any(_batched(dims) for dims in in_dims[4:]):
         return torch.stack(_one_by_one(torch.ops.pyro_flows.sweep_back, size, in_dims, args)), 0
     n = grad_x.shape[1 if in_dims[0] == 0 else 0]
     adjoint = torch.ops.pyro_flows.sweep_back(
@@ -381,7 +436,6 @@ def _(info: object, in_dims: tuple, *args: object) -> tuple[Tensor, int]:
         _rows(by_params, in_dims[1], size, 2),
         _rows(ladj_by_params, in_dims[2], size, 2),
         [_rows(s, d, size, 1) for s, d in zip(slopes, in_dims[3], strict=True)],
-        weights,
-        handle,
+        *others,
     )
     return adjoint.unflatten(1, (size, n)), 1

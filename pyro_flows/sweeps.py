@@ -44,13 +44,16 @@ class Structure:
         times: for each hidden layer, the number of steps that must be done before each unit; ascending.
         num_params: outputs per input.
         joins: indices (from 0) of the hidden layers to which the pre-activation of two layers below is added.
+        dense: whether masks hold back nothing that the times let through; masked places are then never read.
     """
 
-    def __init__(self, steps: Tensor, times: Sequence[Tensor], num_params: int, joins: Sequence[int] = ()) -> None:
+    def __init__(
+        self, steps: Tensor, times: Sequence[Tensor], num_params: int, joins: Sequence[int] = (), dense: bool = False
+    ) -> None:
         self.input_dim, self.num_params = len(steps), num_params
         self.num_steps = int(steps[-1]) + 1
         self.widths = [len(time) for time in times]
-        self.joins = frozenset(joins)
+        self.joins, self.dense = frozenset(joins), dense
         moments = torch.arange(self.num_steps + 1)
         # before[l][t]: how many units of layer l have a time of at most t.
         self.before = [torch.searchsorted(time, moments, right=True).tolist() for time in (steps + 1, *times)]
@@ -92,11 +95,13 @@ class _Sweep:
 
     def __init__(self, solver: Solver, weights: Sequence[Tensor], like: Tensor, columns: int) -> None:
         self.structure = solver.structure
-        *self.inner, head = weights
-        # Outputs by dimension, so that those of one step are neighbours; refreshed from the weights at each run.
-        self.head = like.new_empty(self.structure.outputs, head.shape[1])
         self.like, self.columns = like, columns
-        self.nbytes = self.head.nbytes
+        self.nbytes = 0
+        *inner, head = weights
+        # Views of the weights themselves, or copies with zeros in the masked places, refreshed at each run.
+        self.inner = inner if self.structure.dense else [self.empty(*w.shape) for w in inner]
+        # Outputs by dimension, so that those of one step are neighbours; likewise refreshed.
+        self.head = self.empty(*head.shape)
         self.calls: Calls = []
 
     def empty(self, *shape: int) -> Tensor:
@@ -104,9 +109,13 @@ class _Sweep:
         self.nbytes += made.nbytes
         return made
 
-    def load_head(self, weight: Tensor) -> None:
+    def load_weights(self, weights: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
         s = self.structure
-        by_dimension = weight.view(s.num_params, s.input_dim, -1).transpose(0, 1)
+        if not s.dense:
+            weights = [torch.where(mask, weight, 0.0) for mask, weight in zip(masks, weights, strict=True)]
+            for held, given in zip(self.inner, weights, strict=False):
+                held.copy_(given)
+        by_dimension = weights[-1].view(s.num_params, s.input_dim, -1).transpose(0, 1)
         self.head.view(s.input_dim, s.num_params, -1).copy_(by_dimension)
 
 
@@ -176,11 +185,13 @@ class ForwardSweep(_Sweep):
                     add(pre[layer], self.inner[layer - 1], post[layer - 1], a, c, below[begin], below[t + 1])
                     finish(layer, a, c)
 
-    def run(self, z: Tensor, first_bias: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> None:
+    def run(
+        self, z: Tensor, first_bias: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], masks: Sequence[Tensor]
+    ) -> None:
         """``z``: shape ``(columns, input_dim)``; ``first_bias``: ``(columns or 1, width)``."""
         s = self.structure
         self.z.copy_(z.T)
-        self.load_head(weights[-1])
+        self.load_weights(weights, masks)
         for held, given in zip(self.biases, (first_bias.T, *(b[:, None] for b in biases)), strict=True):
             if held is self.biases[-1]:
                 given = given.unflatten(0, (s.num_params, s.input_dim)).transpose(0, 1)
@@ -257,13 +268,19 @@ class ReverseSweep(_Sweep):
             finish(layer, 0, ready)
 
     def run(
-        self, grad_x: Tensor, by_params: Tensor, ladj_by_params: Tensor, slopes: Sequence[Tensor], weights: Sequence[Tensor]
+        self,
+        grad_x: Tensor,
+        by_params: Tensor,
+        ladj_by_params: Tensor,
+        slopes: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        masks: Sequence[Tensor],
     ) -> None:
         """Everything feature-major except ``grad_x``, shape ``(columns, input_dim)``."""
         self.x.copy_(grad_x.T)
         self.by_params.copy_(by_params)
         self.params.view(self.by_params.shape).copy_(ladj_by_params)
-        self.load_head(weights[-1])
+        self.load_weights(weights, masks)
         for held, given in zip(self.slopes, slopes, strict=True):
             held.copy_(given)
         for call in self.calls:

@@ -121,12 +121,13 @@ class Affine(Univariate):
         return (y - shift) * ladj.exp(), ladj
 
     def solver(self, inverse: bool, z: Tensor, params: Tensor, x: Tensor, ladj: Tensor) -> list[Callable[[], object]]:
-        bound = -self.max_log_scale if inverse else self.max_log_scale
+        # Tensors, because a product with a Python number costs twice as much as one with a tensor of no dimension.
+        bound = torch.tensor(self.max_log_scale, dtype=z.dtype, device="cpu")
         shift, raw = params[:, 0], params[:, 1]
         calls: list[Callable[[], object]] = [
-            partial(torch.mul, raw, 1.0 / self.max_log_scale, out=ladj),
+            partial(torch.mul, raw, 1.0 / bound, out=ladj),
             ladj.tanh_,
-            partial(ladj.mul_, bound),
+            partial(ladj.mul_, -bound if inverse else bound),
             partial(torch.exp, ladj, out=x),
         ]
         if inverse:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-import torch
 from torch import Tensor
 
 from pyro_flows.core import FlowTransform
@@ -67,7 +66,7 @@ class Autoregressive(FlowTransform):
         )
         degrees = self.net.degrees
         joins = range(2, len(degrees.times), 2) if residual else ()
-        structure = Structure(degrees.steps, degrees.times, self.univariate.num_params, joins)
+        structure = Structure(degrees.steps, degrees.times, self.univariate.num_params, joins, degrees.dense)
         self.solver = Solver(structure, self.net.activation, self.univariate, inverse=fast == "sampling")
         slow = f"1 sweep of {structure.num_steps} steps"
         self.sampling_cost, self.density_cost = (slow, "1 pass") if fast == "density" else ("1 pass", slow)
@@ -86,16 +85,14 @@ class Autoregressive(FlowTransform):
         return self._shaped(self.net.from_ranks(moved)), slope.sum(-1)
 
     def _sweep(self, value: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        first, *others = self.net.layers
-        # The masked places of a dense structure are never read, but their gradient must be zero.
-        raw = self.net.degrees.dense and not torch.is_grad_enabled()
-        weights = [layer.weight if raw else layer.masked_weight() for layer in (first, *others)]
+        layers = self.net.layers
         solved, ladj = solve(
             self.solver,
             self.net.to_ranks(self._flat(value)),
             self.net.first_bias(context),
-            weights,
-            [layer.bias for layer in others],
+            [layer.weight for layer in layers],
+            [layer.bias for layer in layers[1:]],
+            [layer.mask for layer in layers],
         )
         return self._shaped(self.net.from_ranks(solved)), ladj
 

@@ -1,0 +1,73 @@
+"""Gradient through the slow direction of a masked autoregressive flow, after inputs and parameters.
+
+    python examples/benchmarks/gradient.py
+    python examples/benchmarks/gradient.py --smoke
+
+The other libraries differentiate the loop of their inverse; here one reverse sweep does it.  Beside the ratio to each
+of them stand the ratio of our gradient to one forward and backward pass of Pyro's own density, and the bytes that each
+keeps for its backward pass.  Needs the ``bench`` extra.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+
+import torch
+from _peers import LIBRARIES, Case
+from _timing import Bench, machine, markdown, ratio, shown
+
+
+def saved_bytes(name: str, case: Case) -> int:
+    """Bytes of distinct storages that autograd keeps for the gradient through the inverse."""
+    seen: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    torch.manual_seed(0)
+    calls = LIBRARIES[name](case)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        calls["sample_gradient"]()
+    return sum(seen.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="small sizes, one round")
+    parser.add_argument("--dims", type=int, nargs="+", default=[8, 32, 64, 128])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 100, 1000])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--peers", nargs="+", default=["pyro", "zuko", "nflows"])
+    args = parser.parse_args()
+    cases = [Case(dim, min(8 * dim, 1024), 1, batch) for dim in args.dims for batch in args.batches]
+    cases = [case for case in cases if case.dim * case.batch <= 64_000]
+    if args.smoke:
+        args.rounds, args.peers, cases = 1, ["pyro"], [Case(4, 32, 1, 10)]
+    print(f"{machine()}; one thread, seed 0, float32, hidden layers [H, H], {args.rounds} rounds in turns\n")
+    header = ["D, H, layers, batch", "ours", "ours / pyro density fwd+bwd", "kept here", "kept by pyro"]
+    rows = []
+    with Bench(["pyro_flows", *args.peers]) as bench:
+        for case in cases:
+            bench.build(case, ["pyro_flows", *args.peers])
+            jobs = [("pyro_flows", "sample_gradient"), ("pyro", "density_gradient")]
+            jobs += [(peer, "sample_gradient") for peer in args.peers]
+            rounds = min(args.rounds, 3) if case.dim * case.batch >= 64_000 else args.rounds
+            figures = bench.time(jobs, rounds)
+            row = [f"{case.dim}, {case.width}, {case.layers}, {case.batch}", shown(statistics.median(figures[jobs[0]]))]
+            mid, low, high = ratio(figures, jobs[0], jobs[1])
+            row.append(f"{mid:.2f} ({low:.2f}-{high:.2f})")
+            row += [f"{saved_bytes(name, case) / 2**20:.2f} MB" for name in ("pyro_flows", "pyro")]
+            for job in jobs[2:]:
+                mid, low, high = ratio(figures, job, jobs[0])
+                row.append(f"{mid:.1f} ({low:.1f}-{high:.1f})")
+            rows.append(row)
+            print("  ".join(row), flush=True)
+    print("\n" + markdown(header + [f"{peer} / ours" for peer in args.peers], rows))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
