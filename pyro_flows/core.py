@@ -401,7 +401,9 @@ class Conditioned(FlowTransform):
         return self.transform.codomain
 
     def condition(self, context: Tensor) -> Conditioned:
-        raise ValueError("this view is bound to a context already: call .condition on the transform itself (.transform)")
+        raise ValueError(
+            "this view is bound to a context already: call .condition on the transform itself (.transform)"
+        )
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         # The context's batch joins here, so the bound transform's own boundary does the checking.

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["Degrees"]
+from pyro_flows.activations import IN_PLACE
+from pyro_flows.masked import Band, staircase
+
+__all__ = ["Degrees", "Structure"]
 
 
 def _order(input_dim: int, order: str | Sequence[int] | Tensor) -> tuple[Tensor, str]:
@@ -127,8 +130,80 @@ class Degrees:
         # A set may use another one if nothing of that lies outside of it.
         return [(~a).float() @ b.float().T == 0 for a, b in zip(above, below, strict=True)]
 
+    def bands(self, repeats: int) -> tuple[tuple[Band, ...], ...]:
+        """How a pass through each layer is cut; the outputs come ``repeats`` times."""
+        below = [self.steps + 1, *self.times]
+        above = [*self.times, self.steps]
+        last = len(above) - 1
+        return tuple(
+            staircase(a, b, self.dense, repeats if k == last else 1)
+            for k, (a, b) in enumerate(zip(above, below, strict=True))
+        )
+
     def _free(self) -> list[Tensor]:
         """The masks that the times alone would give."""
         below = [self.steps + 1, *self.times]
         above = [*self.times, self.steps]
         return [a[:, None] >= b[None, :] for a, b in zip(above, below, strict=True)]
+
+
+class Structure:
+    """Sizes and times of a triangular network: layer 0 is ``x``, then the hidden layers, then the outputs.
+
+    Args:
+        steps: for each input, by rank, the step at which it is solved; ascending.
+        times: for each hidden layer, the number of steps that must be done before each unit; ascending.
+        num_params: outputs per input.
+        joins: indices (from 0) of the hidden layers to which the pre-activation of two layers below is added.
+        dense: whether masks hold back nothing that the times let through; masked places are then never read.
+        bands: how the product with each weight is cut.
+    """
+
+    def __init__(
+        self,
+        steps: Tensor,
+        times: Sequence[Tensor],
+        num_params: int,
+        joins: Sequence[int],
+        dense: bool,
+        bands: tuple[tuple[Band, ...], ...],
+    ) -> None:
+        self.input_dim, self.num_params = len(steps), num_params
+        self.num_steps = int(steps[-1]) + 1
+        self.widths = [len(time) for time in times]
+        self.joins, self.dense, self.bands = frozenset(joins), dense, bands
+        moments = torch.arange(self.num_steps + 1)
+        # before[l][t]: how many units of layer l have a time of at most t.
+        self.before = [torch.searchsorted(time, moments, right=True).tolist() for time in (steps + 1, *times)]
+        self.outputs = self.input_dim * num_params
+        # Kept for the gradient: outputs, per-dimension ladj, hidden layers.  Its result: x, outputs, hidden layers.
+        self.tape_rows = self.adjoint_rows = self.outputs + self.input_dim + sum(self.widths)
+        long = (2, 32, 256, 2048)
+        self.block = (2, 8, 16, 32, 64)[sum(self.num_steps > n for n in long)]
+
+    def in_place(self, activation: Callable[[Tensor], Tensor]) -> bool:
+        """Whether the tape holds the activations' values (else what goes into them)."""
+        return not self.joins and activation in IN_PLACE
+
+    def rows(self, packed: Tensor, start: int) -> list[Tensor]:
+        """The hidden layers' parts of a packed tensor, from row ``start`` on."""
+        return list(packed[start:].split(self.widths)) if self.widths else []
+
+    def unpack(
+        self, tape: Tensor, act: Callable[[Tensor], Tensor]
+    ) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
+        """``(pre, post, params, ladj)``: into and out of each activation, the outputs ``(input_dim, num_params, n)``."""
+        params = tape[: self.outputs].unflatten(0, (self.input_dim, self.num_params))
+        head = self.outputs + self.input_dim
+        hidden, ladj = self.rows(tape, head), tape[self.outputs : head]
+        return hidden, hidden if self.in_place(act) else [act(pre) for pre in hidden], params, ladj
+
+    def unpack_adjoint(self, adjoint: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """``(x, outputs, pre)``: the gradients, outputs parameter by parameter as in the weights."""
+        head = self.input_dim + self.outputs
+        outputs = adjoint[self.input_dim : head].unflatten(0, (self.input_dim, self.num_params))
+        return adjoint[: self.input_dim], outputs.transpose(0, 1).flatten(0, 1), self.rows(adjoint, head)
+
+    def blocks(self) -> list[tuple[int, int]]:
+        """The steps in blocks ``[start, stop)``."""
+        return [(t, min(t + self.block, self.num_steps)) for t in range(0, self.num_steps, self.block)]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyro_flows.chain import Chain
 from pyro_flows.core import event_size
-from pyro_flows.nets import Activation
+from pyro_flows.activations import Activation
 from pyro_flows.transforms import Autoregressive, Coupling, Rescaling
 from pyro_flows.transforms.coupling import Mask, coupling_mask
 from pyro_flows.univariate import Affine, Shift, Univariate
@@ -125,11 +125,18 @@ def realnvp(
     """
     family = Affine(max_log_scale) if univariate is None else univariate
     options = {"context_dim": context_dim, "residual": residual, "activation": activation}
-    return Chain(_couplings(input_dim, family, num_layers, mask, hidden_dims=_hidden(input_dim, hidden_dims), **options))
+    return Chain(
+        _couplings(input_dim, family, num_layers, mask, hidden_dims=_hidden(input_dim, hidden_dims), **options)
+    )
 
 
 def _autoregressive(
-    input_dim: int | Iterable[int], fast: str, num_layers: int, order: Order, adjacency: Tensor | None, **options: object
+    input_dim: int | Iterable[int],
+    fast: str,
+    num_layers: int,
+    order: Order,
+    adjacency: Tensor | None,
+    **options: object,
 ) -> Chain:
     layers = []
     for k in range(_count(num_layers)):

@@ -13,6 +13,7 @@ under ``torch.func`` and differentiates; second derivatives take the plain way t
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -21,9 +22,12 @@ from itertools import count
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from pyro_flows.sweeps import ForwardSweep, ReverseSweep, Structure, columns_at_once
+from pyro_flows.activations import slope
+from pyro_flows.degrees import Structure
+from pyro_flows.masked import weight_gradient
+from pyro_flows.sweeps import ForwardSweep, ReverseSweep, columns_at_once
+from pyro_flows.tracing import forward_mode, plain_eager
 
 __all__ = ["Solver", "solve"]
 
@@ -59,13 +63,6 @@ class Solver:
         """``(x, ladj)`` elementwise; ``params`` with its parameter axis last."""
         return self.univariate.inverse(z, params) if self.inverse else self.univariate.forward(z, params)
 
-    def slope(self, pre: Tensor, post: Tensor) -> Tensor:
-        """The activation's derivative, elementwise."""
-        known = _SLOPES.get(self.activation)
-        if known is not None:
-            return known(pre, post)
-        return torch.func.vjp(self.activation, pre)[1](torch.ones_like(pre))[0]
-
     def borrow(
         self, kind: type, like: Tensor, columns: int, weights: Sequence[Tensor], *options: bool
     ) -> ForwardSweep | ReverseSweep:
@@ -93,15 +90,6 @@ class Solver:
             del self._idle[:-4]
 
 
-_SLOPES: dict[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]] = {
-    torch.relu: lambda pre, post: (post > 0).to(post.dtype),
-    torch.tanh: lambda pre, post: 1 - post * post,
-    torch.sigmoid: lambda pre, post: post * (1 - post),
-    F.elu: lambda pre, post: torch.where(post > 0, 1.0, post + 1),
-    F.silu: lambda pre, post: torch.sigmoid(pre).mul_(1 + pre - post),
-}
-
-
 def solve(
     solver: Solver,
     z: Tensor,
@@ -121,7 +109,7 @@ def solve(
         first_bias: bias of the first layer, context included, shape ``(*batch, width)`` or broadcasting to it.
         weights: one matrix per layer; what stands in masked places is never used.
         biases: those of the layers after the first.
-        masks: boolean, one for each weight.
+        masks: one for each weight, an integer of its element's size with all bits set where the weight counts.
 
     Returns:
         ``x`` with the shape of ``z`` and the log-determinant of ``z -> x``, shape ``(*batch,)``.
@@ -136,14 +124,12 @@ def solve(
         bias = first_bias.expand(*batch, -1).reshape(-1, first_bias.shape[-1])
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (flat, bias, *weights, *biases))
     groups = (list(weights), list(biases), list(masks))
-    if _forward_mode():
+    if forward_mode():
         x, ladj = _by_passes(solver, masks, flat, bias, *weights, *biases)
-    elif torch.compiler.is_compiling():
-        x, ladj, _ = torch.ops.pyro_flows.solve(flat, bias, *groups, solver.handle, keep)
-    elif keep:
+    elif keep and (plain_eager() or torch._C._are_functorch_transforms_active()):
         x, ladj, _ = _Solve.apply(solver.handle, flat, bias, *weights, *biases, *masks)
-    elif torch._C._are_functorch_transforms_active():
-        x, ladj, _ = torch.ops.pyro_flows.solve(flat, bias, *groups, solver.handle, False)
+    elif not plain_eager():
+        x, ladj, _ = torch.ops.pyro_flows.solve(flat, bias, *groups, solver.handle, keep)
     else:
         with torch._C._AutoDispatchBelowAutograd():  # nothing to record, so spare every small call the look
             x, ladj, _ = _solve(flat, bias, *groups, solver.handle, False)
@@ -152,7 +138,13 @@ def solve(
 
 @torch.no_grad()
 def _solve(
-    z: Tensor, first_bias: Tensor, weights: list[Tensor], biases: list[Tensor], masks: list[Tensor], handle: int, keep: bool
+    z: Tensor,
+    first_bias: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    masks: list[Tensor],
+    handle: int,
+    keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     solver = _solvers[handle]
     n = z.shape[0]
@@ -174,27 +166,29 @@ def _solve(
 
 @torch.library.custom_op("pyro_flows::solve", mutates_args=())
 def _solve_op(
-    z: Tensor, first_bias: Tensor, weights: list[Tensor], biases: list[Tensor], masks: list[Tensor], handle: int, keep: bool
+    z: Tensor,
+    first_bias: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    masks: list[Tensor],
+    handle: int,
+    keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _solve(z, first_bias, weights, biases, masks, handle, keep)
 
 
 @_solve_op.register_fake
 def _(
-    z: Tensor, first_bias: Tensor, weights: list[Tensor], biases: list[Tensor], masks: list[Tensor], handle: int, keep: bool
+    z: Tensor,
+    first_bias: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    masks: list[Tensor],
+    handle: int,
+    keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows = _solvers[handle].structure.tape_rows if keep else 0
     return torch.empty_like(z), z.new_empty(z.shape[0]), z.new_empty(rows, z.shape[0])
-
-
-def _forward_mode() -> bool:
-    """Whether someone differentiates forwards, for which the engine has no rule."""
-    if torch.compiler.is_compiling():
-        return False
-    if forward_ad._current_level >= 0:
-        return True
-    levels = torch._C._functorch.get_interpreter_stack() or ()
-    return any(level.key() == torch._C._functorch.TransformType.Jvp for level in levels)
 
 
 def _groups(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
@@ -214,7 +208,9 @@ def _gradient(ctx: object, grad_x: Tensor | None, grad_ladj: Tensor | None, _: T
         tape = torch.ops.pyro_flows.solve(z, first_bias, *_groups(tensors), ctx.handle, True)[2]
     grad_x = torch.zeros_like(x) if grad_x is None else grad_x
     grad_ladj = x.new_zeros(x.shape[0]) if grad_ladj is None else grad_ladj
-    return _Gradient.apply(ctx.handle, grad_x, grad_ladj, x, tape, z, first_bias, *tensors)
+    # Nobody differentiates the gradient further unless grad mode is on.
+    gradient = _Gradient.apply if torch.is_grad_enabled() else _Gradient.forward
+    return gradient(ctx.handle, grad_x, grad_ladj, x, tape, z, first_bias, *tensors)
 
 
 def _gradient_op(ctx: object, *cotangents: Tensor | None) -> tuple:
@@ -232,8 +228,9 @@ class _Solve(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(handle: int, z: Tensor, first_bias: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if torch._C._are_functorch_transforms_active():
+    def forward(*inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        handle, z, first_bias, *tensors = inputs
+        if not plain_eager():
             return torch.ops.pyro_flows.solve(z, first_bias, *_groups(tensors), handle, True)
         with torch._C._AutoDispatchBelowAutograd():
             return _solve(z, first_bias, *_groups(tensors), handle, True)
@@ -250,42 +247,39 @@ class _Solve(torch.autograd.Function):
         return None, *grads, *[None] * (len(grads) // 2)
 
 
+# apply() asks for the signature at each call; finding it anew costs as much as a small product.
+_Solve.forward.__signature__ = inspect.signature(_Solve.forward)
+
+
 class _Gradient(torch.autograd.Function):
     """First derivatives by one reverse sweep; derivatives of those by the plain way."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        handle: int,
-        grad_x: Tensor,
-        grad_ladj: Tensor,
-        x: Tensor,
-        tape: Tensor,
-        z: Tensor,
-        first_bias: Tensor,
-        *tensors: Tensor,
-    ) -> tuple[Tensor, ...]:
+    def forward(*inputs: Tensor) -> tuple[Tensor, ...]:
+        handle, grad_x, grad_ladj, x, tape, z, first_bias, *tensors = inputs
         solver = _solvers[handle]
         weights, _, masks = _groups(tensors)
-        pre, post, params = solver.structure.unpack(tape, solver.activation)
+        pre, post, params, ladj = solver.structure.unpack(tape, solver.activation)
         zt, xt = z.T, x.T
-        ladj = solver.scalar(zt, params.movedim(1, -1))[1]
         by_z, by_params, ladj_by_z, ladj_by_params = solver.univariate.partials(
             solver.inverse, zt, params, xt, ladj, grad_ladj
         )
-        slopes = [solver.slope(a, h) for a, h in zip(pre, post, strict=True)]
+        slopes = [slope(solver.activation, a, h) for a, h in zip(pre, post, strict=True)]
         arguments = (grad_x, by_params, ladj_by_params, slopes, weights, masks, handle)
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-            adjoint = torch.ops.pyro_flows.sweep_back(*arguments)
-        else:
+        eager = plain_eager()
+        if eager:
             with torch._C._AutoDispatchBelowAutograd():
                 adjoint = _sweep_back(*arguments)
+        else:
+            adjoint = torch.ops.pyro_flows.sweep_back(*arguments)
         grad_xt, dparams, dpre = solver.structure.unpack_adjoint(adjoint)
         dz = torch.addcmul(ladj_by_z, grad_xt, by_z).T
         above = [*dpre, dparams]
         dweights = [
-            torch.where(mask, upper @ lower.T, 0.0) for upper, lower, mask in zip(above, [xt, *post], masks, strict=True)
+            weight_gradient(bands, mask, upper.T, lower.T, eager)
+            for bands, mask, upper, lower in zip(solver.structure.bands, masks, above, [xt, *post], strict=True)
         ]
         # first_bias stands for the whole batch or for each sample.
         each = above[0].T
@@ -316,7 +310,7 @@ def _by_passes(
 ) -> tuple[Tensor, Tensor]:
     """The same solution by one full pass for each step: slow, and differentiable any number of times."""
     structure = solver.structure
-    weights = [torch.where(mask, weight, 0.0) for mask, weight in zip(masks, matrices, strict=False)]
+    weights = [torch.where(mask != 0, weight, 0.0) for mask, weight in zip(masks, matrices, strict=False)]
     biases = matrices[len(weights) :]
     x = torch.zeros_like(z)
     for _ in range(structure.num_steps):
@@ -386,8 +380,10 @@ def _(
 
 def _rows(value: Tensor, dim: int | None, size: int, axis: int) -> Tensor:
     """Merges a batch dimension into the sample axis (counted without the batch dimension)."""
-    value = value.movedim(dim, axis) if dim is not None else value.unsqueeze(axis).expand(
-        *value.shape[:axis], size, *value.shape[axis:]
+    value = (
+        value.movedim(dim, axis)
+        if dim is not None
+        else value.unsqueeze(axis).expand(*value.shape[:axis], size, *value.shape[axis:])
     )
     return value.flatten(axis, axis + 1)
 

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import TensorWeakRef
 
+from pyro_flows.tracing import plain_eager
+
 __all__ = ["Memo"]
 
 _steps = 0
@@ -27,11 +29,6 @@ def _count_step(*args: Any) -> None:
 
 
 register_optimizer_step_post_hook(_count_step)
-
-
-def _transparent() -> bool:
-    """Whether values are plain tensors, not tracers of torch.compile or torch.func."""
-    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
 
 
 def _walk(module: nn.Module) -> int:
@@ -77,7 +74,7 @@ class Memo:
 
     def remember(self, module: nn.Module, x: Tensor, y: Tensor, ladj: Tensor, made_y: bool) -> None:
         """Stores what one call computed; ``made_y`` says which side of the pair is ours."""
-        if not _transparent() or x.is_inference() or y.is_inference() or x is y:
+        if not plain_eager() or x.is_inference() or y.is_inference() or x is y:
             return
         stamp = _stamp(module)
         if stamp is None:
@@ -92,7 +89,7 @@ class Memo:
     def preimage(self, module: nn.Module, y: Tensor) -> tuple[Tensor, Tensor] | None:
         """``(x, ladj)`` if ``y`` is the very tensor that the forward map has produced and nothing changed since."""
         entry = self._forward
-        if entry is None or not _transparent():
+        if entry is None or not plain_eager():
             return None
         made = entry.y()
         if made is None:
@@ -107,7 +104,7 @@ class Memo:
 
     def ladj(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor | None:
         """The forward map's ladj if ``(x, y)`` is one of the pairs just computed and nothing changed since."""
-        if not _transparent():
+        if not plain_eager():
             return None
         for entry in (self._inverse, self._forward):
             if entry is None:

@@ -13,35 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyro_flows.degrees import Degrees
+from pyro_flows.activations import Activation, activation_function
+from pyro_flows.degrees import Degrees, Structure
+from pyro_flows.masked import Layout, masked_network
 
-__all__ = ["MLP", "MaskedLinear", "MaskedMLP", "activation_function"]
-
-Activation = str | Callable[[Tensor], Tensor]
-
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "elu": F.elu,
-    "gelu": F.gelu,
-    "leaky_relu": F.leaky_relu,
-    "relu": torch.relu,
-    "sigmoid": torch.sigmoid,
-    "silu": F.silu,
-    "softplus": F.softplus,
-    "tanh": torch.tanh,
-}
-
-
-def activation_function(activation: Activation) -> Callable[[Tensor], Tensor]:
-    """The elementwise function of this name, or the given function itself."""
-    if isinstance(activation, str):
-        if activation not in _ACTIVATIONS:
-            raise ValueError(f"expected activation to be one of {sorted(_ACTIVATIONS)} or a function, got {activation!r}")
-        return _ACTIVATIONS[activation]
-    if isinstance(activation, nn.Module) and any(True for _ in activation.parameters()):
-        raise ValueError("expected an activation without parameters: the networks here treat it as a fixed function")
-    if not callable(activation):
-        raise TypeError(f"expected activation to be a name or a function, got {type(activation).__name__}")
-    return activation
+__all__ = ["MLP", "MaskedMLP"]
 
 
 def _widths(hidden_dims: Sequence[int], residual: bool) -> tuple[int, ...]:
@@ -61,31 +37,7 @@ def _positive(name: str, value: int, least: int = 1) -> int:
     return value
 
 
-class MaskedLinear(nn.Module):
-    """A linear layer whose weight counts only where ``mask`` is true: what is written elsewhere changes nothing.
-
-    Args:
-        mask: boolean, shape ``(out_features, in_features)``; a row per output.
-    """
-
-    def __init__(self, mask: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("mask", mask, persistent=False)
-        # The bound of nn.Linear, with the number of inputs that each unit really sees.
-        bound = mask.sum(1, keepdim=True).clamp(min=1).rsqrt()
-        weight = (2 * torch.rand(mask.shape) - 1) * bound
-        self.weight = nn.Parameter(weight * mask)
-        self.bias = nn.Parameter((2 * torch.rand(mask.shape[0]) - 1) * bound[:, 0])
-
-    def masked_weight(self) -> Tensor:
-        """The weight with zeros in all masked places, whatever is stored there."""
-        return torch.where(self.mask, self.weight, 0.0)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.masked_weight(), self.bias)
-
-    def extra_repr(self) -> str:
-        return f"{self.weight.shape[1]}, {self.weight.shape[0]}, free={int(self.mask.sum())}"
+_INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _run(layers: nn.ModuleList, pre: Tensor, act: Callable[[Tensor], Tensor], residual: bool) -> Tensor:
@@ -159,7 +111,9 @@ class MLP(nn.Module):
             else:
                 # The context's share is computed once per context, not once per sample.
                 weight = first.weight
-                pre = F.linear(x, weight[:, : self.input_dim], first.bias) + F.linear(context, weight[:, self.input_dim :])
+                pre = F.linear(x, weight[:, : self.input_dim], first.bias) + F.linear(
+                    context, weight[:, self.input_dim :]
+                )
             flat = _run(self.layers, pre, self.activation, self.residual)
         # Parameter by parameter in memory: each is contiguous for the elementwise map that follows.
         return flat.unflatten(-1, (self.num_params, self.output_dim)).transpose(-1, -2)
@@ -218,17 +172,38 @@ class MaskedMLP(nn.Module):
         # order[k]: which input comes k-th.  A drawn order defines the map, so it is saved; a given one is not.
         self.register_buffer("order", degrees.order, persistent=isinstance(order, str) and order == "random")
         self.register_buffer("rank", torch.argsort(degrees.order), persistent=False)
+        joins = range(2, len(degrees.times), 2) if residual else ()
+        bands = degrees.bands(num_params)
+        self.structure = Structure(degrees.steps, degrees.times, num_params, joins, degrees.dense, bands)
+        self.layout = Layout(self.activation, self.structure.joins, bands)
         masks = degrees.masks()
         masks[-1] = masks[-1].repeat(num_params, 1)  # parameter by parameter, as in MLP
-        self.layers = nn.ModuleList(MaskedLinear(mask) for mask in masks)
+        for k, mask in enumerate(masks):
+            self._add_layer(k, mask, zero=zero_init and k == len(masks) - 1)
+        self.num_layers = len(masks)
         if context_dim:
-            width = masks[0].shape[0]
-            self.context_weight = nn.Parameter((2 * torch.rand(width, context_dim) - 1) / math.sqrt(context_dim))
-        if zero_init:
-            nn.init.zeros_(self.layers[-1].weight)
-            nn.init.zeros_(self.layers[-1].bias)
-            if context_dim and len(masks) == 1:
-                nn.init.zeros_(self.context_weight)
+            weight = (2 * torch.rand(masks[0].shape[0], context_dim) - 1) / math.sqrt(context_dim)
+            self.context_weight = nn.Parameter(torch.zeros_like(weight) if zero_init and len(masks) == 1 else weight)
+
+    def _add_layer(self, k: int, mask: Tensor, zero: bool) -> None:
+        # The bound of nn.Linear, with the number of inputs that each unit really sees.
+        bound = mask.sum(1, keepdim=True).clamp(min=1).rsqrt()
+        weight = (2 * torch.rand(mask.shape) - 1) * bound * mask
+        bias = (2 * torch.rand(mask.shape[0]) - 1) * bound[:, 0]
+        self.register_parameter(f"weight_{k}", nn.Parameter(torch.zeros_like(weight) if zero else weight))
+        self.register_parameter(f"bias_{k}", nn.Parameter(torch.zeros_like(bias) if zero else bias))
+        # The mask as integers of the weight's size, all bits set where the weight counts.
+        self.register_buffer(f"bits_{k}", -mask.to(_INTEGER[weight.element_size()]), persistent=False)
+
+    def tensors(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Weights, biases and masks of the layers; masks are integers, with all bits set where the weight counts."""
+        parameters, buffers = self._parameters, self._buffers
+        layers = range(self.num_layers)
+        return (
+            [parameters[f"weight_{k}"] for k in layers],
+            [parameters[f"bias_{k}"] for k in layers],
+            [buffers[f"bits_{k}"] for k in layers],
+        )
 
     def to_ranks(self, x: Tensor) -> Tensor:
         """The last axis of ``x`` in autoregressive order: rank 0 first."""
@@ -244,17 +219,13 @@ class MaskedMLP(nn.Module):
 
     def first_bias(self, context: Tensor | None) -> Tensor:
         """What the first layer adds to its weighted inputs: shape ``(*context_batch, width)``, or ``(width,)``."""
-        bias = self.layers[0].bias
-        return bias if context is None else F.linear(context, self.context_weight, bias)
+        bias = self._parameters["bias_0"]
+        return bias if context is None else F.linear(context, self._parameters["context_weight"], bias)
 
     def ranked(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """As :meth:`forward`, with inputs and outputs by rank."""
-        first = self.layers[0]
-        if context is None:
-            pre = first(x)
-        else:
-            pre = F.linear(x, first.masked_weight()) + self.first_bias(context)
-        flat = _run(self.layers, pre, self.activation, self.residual)
+        weights, biases, masks = self.tensors()
+        flat = masked_network(self.layout, x, self.first_bias(context), weights, biases[1:], masks)
         return flat.unflatten(-1, (self.num_params, self.input_dim)).transpose(-1, -2)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
@@ -266,6 +237,13 @@ class MaskedMLP(nn.Module):
         if self.degrees.kind == "identity":
             return params
         return params.flip(-2) if self.degrees.kind == "reverse" else params.index_select(-2, self.rank)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MaskedMLP:
+        super()._apply(fn, recurse)
+        for k, weight in enumerate(self.tensors()[0]):
+            name = f"bits_{k}"
+            self._buffers[name] = self._buffers[name].to(_INTEGER[weight.element_size()])
+        return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)

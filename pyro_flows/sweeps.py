@@ -14,80 +14,21 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from pyro_flows.activations import IN_PLACE
+from pyro_flows.masked import keep
+
 if TYPE_CHECKING:
     from pyro_flows.inverse import Solver
 
-__all__ = ["ForwardSweep", "ReverseSweep", "Structure", "columns_at_once"]
+__all__ = ["ForwardSweep", "ReverseSweep", "columns_at_once"]
 
 Calls = list[Callable[[], object]]
-
-# Activations that may overwrite their input, because their slope can be had from their value.
-_IN_PLACE: dict[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] = {
-    torch.relu: torch.relu_,
-    torch.tanh: torch.tanh_,
-    torch.sigmoid: torch.sigmoid_,
-    torch.nn.functional.elu: partial(torch.nn.functional.elu, inplace=True),
-}
 
 
 def columns_at_once(n: int, rows: int, device: torch.device) -> int:
     """How many samples one sweep takes: what stays in a processor's cache, or in a bounded part of a GPU's memory."""
     limit = 1024 if device.type == "cpu" else max(1024, 2**27 // rows)
     return n if n <= limit + limit // 2 else limit
-
-
-class Structure:
-    """Sizes and times of a triangular network: layer 0 is ``x``, then the hidden layers, then the outputs.
-
-    Args:
-        steps: for each input, by rank, the step at which it is solved; ascending.
-        times: for each hidden layer, the number of steps that must be done before each unit; ascending.
-        num_params: outputs per input.
-        joins: indices (from 0) of the hidden layers to which the pre-activation of two layers below is added.
-        dense: whether masks hold back nothing that the times let through; masked places are then never read.
-    """
-
-    def __init__(
-        self, steps: Tensor, times: Sequence[Tensor], num_params: int, joins: Sequence[int] = (), dense: bool = False
-    ) -> None:
-        self.input_dim, self.num_params = len(steps), num_params
-        self.num_steps = int(steps[-1]) + 1
-        self.widths = [len(time) for time in times]
-        self.joins, self.dense = frozenset(joins), dense
-        moments = torch.arange(self.num_steps + 1)
-        # before[l][t]: how many units of layer l have a time of at most t.
-        self.before = [torch.searchsorted(time, moments, right=True).tolist() for time in (steps + 1, *times)]
-        self.outputs = self.input_dim * num_params
-        self.tape_rows = self.outputs + sum(self.widths)
-        self.adjoint_rows = self.input_dim + self.tape_rows
-        long = (2, 32, 256, 2048)
-        self.block = (2, 8, 16, 32, 64)[sum(self.num_steps > n for n in long)]
-
-    def in_place(self, activation: Callable[[Tensor], Tensor]) -> bool:
-        """Whether the tape holds the activations' values (else what goes into them)."""
-        return not self.joins and activation in _IN_PLACE
-
-    def rows(self, packed: Tensor, start: int) -> list[Tensor]:
-        """The hidden layers' parts of a packed tensor, from row ``start`` on."""
-        return list(packed[start:].split(self.widths)) if self.widths else []
-
-    def unpack(self, tape: Tensor, act: Callable[[Tensor], Tensor]) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        """``(pre, post, params)``: into and out of each activation, and the outputs ``(input_dim, num_params, n)``."""
-        params = tape[: self.outputs].unflatten(0, (self.input_dim, self.num_params))
-        hidden = self.rows(tape, self.outputs)
-        if self.in_place(act):
-            return hidden, hidden, params
-        return hidden, [act(pre) for pre in hidden], params
-
-    def unpack_adjoint(self, adjoint: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """``(x, outputs, pre)``: the gradients, outputs parameter by parameter as in the weights."""
-        head = self.input_dim + self.outputs
-        outputs = adjoint[self.input_dim : head].unflatten(0, (self.input_dim, self.num_params))
-        return adjoint[: self.input_dim], outputs.transpose(0, 1).flatten(0, 1), self.rows(adjoint, head)
-
-    def blocks(self) -> list[tuple[int, int]]:
-        """The steps in blocks ``[start, stop)``."""
-        return [(t, min(t + self.block, self.num_steps)) for t in range(0, self.num_steps, self.block)]
 
 
 class _Sweep:
@@ -112,7 +53,7 @@ class _Sweep:
     def load_weights(self, weights: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
         s = self.structure
         if not s.dense:
-            weights = [torch.where(mask, weight, 0.0) for mask, weight in zip(masks, weights, strict=True)]
+            weights = [keep(w, mask) for mask, w in zip(masks, weights, strict=True)]
             for held, given in zip(self.inner, weights, strict=False):
                 held.copy_(given)
         by_dimension = weights[-1].view(s.num_params, s.input_dim, -1).transpose(0, 1)
@@ -125,10 +66,10 @@ class ForwardSweep(_Sweep):
     def __init__(self, solver: Solver, like: Tensor, columns: int, weights: Sequence[Tensor], own_bias: bool) -> None:
         super().__init__(solver, weights, like, columns)
         s = self.structure
-        self.z, self.x, self.ladj = (self.empty(s.input_dim, columns) for _ in range(3))
+        self.z, self.x = (self.empty(s.input_dim, columns) for _ in range(2))
         self.tape = self.empty(s.tape_rows, columns)
-        params = self.tape[: s.outputs]
-        pre = s.rows(self.tape, s.outputs)
+        params, self.ladj, hidden = self.tape.split((s.outputs, s.input_dim, sum(s.widths)))
+        pre = s.rows(hidden, 0)
         in_place = s.in_place(solver.activation)
         post = pre if in_place else [self.empty(width, columns) for width in s.widths]
         # Biases as columns, the first one's with a column per sample if the context says so.
@@ -159,20 +100,38 @@ class ForwardSweep(_Sweep):
             if layer - 1 in s.joins:
                 calls.append(partial(into.add_, pre[layer - 2][a:c]))
             if in_place:
-                calls.append(partial(_IN_PLACE[solver.activation], into))
+                calls.append(partial(IN_PLACE[solver.activation], into))
             else:
                 calls.append(partial(_assign, post[layer][a:c], solver.activation, into))
 
         for layer in range(1, last + 1):
             ready = count[layer][0]
-            start(pre[layer], self.biases[layer - 1], self.inner[layer - 1], post[layer - 1], 0, ready, count[layer - 1][0])
+            start(
+                pre[layer],
+                self.biases[layer - 1],
+                self.inner[layer - 1],
+                post[layer - 1],
+                0,
+                ready,
+                count[layer - 1][0],
+            )
             finish(layer, 0, ready)
         for begin, end in s.blocks():
             for layer in range(1, last + 1):
                 a, c = count[layer][begin], count[layer][end]
-                start(pre[layer], self.biases[layer - 1], self.inner[layer - 1], post[layer - 1], a, c, count[layer - 1][begin])
+                start(
+                    pre[layer],
+                    self.biases[layer - 1],
+                    self.inner[layer - 1],
+                    post[layer - 1],
+                    a,
+                    c,
+                    count[layer - 1][begin],
+                )
             known = count[last][begin] if last else count[0][begin]
-            start(params, self.biases[last], self.head, post[last], width * count[0][begin], width * count[0][end], known)
+            start(
+                params, self.biases[last], self.head, post[last], width * count[0][begin], width * count[0][end], known
+            )
             for t in range(begin, end):
                 d0, d1 = count[0][t], count[0][t + 1]
                 add(params, self.head, post[last], width * d0, width * d1, known, count[last][t])
@@ -186,7 +145,12 @@ class ForwardSweep(_Sweep):
                     finish(layer, a, c)
 
     def run(
-        self, z: Tensor, first_bias: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], masks: Sequence[Tensor]
+        self,
+        z: Tensor,
+        first_bias: Tensor,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor],
+        masks: Sequence[Tensor],
     ) -> None:
         """``z``: shape ``(columns, input_dim)``; ``first_bias``: ``(columns or 1, width)``."""
         s = self.structure

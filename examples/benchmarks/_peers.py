@@ -36,7 +36,9 @@ def _trainer(model: nn.Module, log_prob: Callable[[Tensor], Tensor], x: Tensor) 
     return step
 
 
-def _density_gradient(log_prob: Callable[[Tensor], Tensor], parameters: list[Tensor], x: Tensor) -> Callable[[], object]:
+def _density_gradient(
+    log_prob: Callable[[Tensor], Tensor], parameters: list[Tensor], x: Tensor
+) -> Callable[[], object]:
     def run() -> object:
         leaf = x.clone().requires_grad_()
         return torch.autograd.grad(log_prob(leaf).sum(), [leaf, *parameters])

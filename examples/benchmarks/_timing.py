@@ -91,7 +91,9 @@ class Bench:
         for name in names:
             self.pipes[name].recv()
 
-    def time(self, jobs: list[tuple[str, str]], rounds: int, target: float = 0.05) -> dict[tuple[str, str], list[float]]:
+    def time(
+        self, jobs: list[tuple[str, str]], rounds: int, target: float = 0.05
+    ) -> dict[tuple[str, str], list[float]]:
         """Seconds per call of each ``(library, call)``, one figure a round, in turns."""
         repeats = dict.fromkeys(jobs, 0)
         figures: dict[tuple[str, str], list[float]] = {job: [] for job in jobs}

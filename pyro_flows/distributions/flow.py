@@ -51,9 +51,7 @@ class Flow(nn.Module):
         ValueError: if the base's event shape is not the chain's, or a fixed base has tensors that want a gradient.
     """
 
-    def __init__(
-        self, chain: FlowTransform | list[Transform], base: Distribution | nn.Module | None = None
-    ) -> None:
+    def __init__(self, chain: FlowTransform | list[Transform], base: Distribution | nn.Module | None = None) -> None:
         super().__init__()
         self.chain = chain if isinstance(chain, FlowTransform) else Chain(chain)
         event = self.chain.event_shape

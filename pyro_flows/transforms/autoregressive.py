@@ -8,8 +8,8 @@ from torch import Tensor
 
 from pyro_flows.core import FlowTransform
 from pyro_flows.inverse import Solver, solve
-from pyro_flows.nets import Activation, MaskedMLP
-from pyro_flows.sweeps import Structure
+from pyro_flows.activations import Activation
+from pyro_flows.nets import MaskedMLP
 from pyro_flows.univariate import Affine, Univariate
 
 __all__ = ["Autoregressive"]
@@ -64,9 +64,7 @@ class Autoregressive(FlowTransform):
             residual=residual,
             activation=activation,
         )
-        degrees = self.net.degrees
-        joins = range(2, len(degrees.times), 2) if residual else ()
-        structure = Structure(degrees.steps, degrees.times, self.univariate.num_params, joins, degrees.dense)
+        structure = self.net.structure
         self.solver = Solver(structure, self.net.activation, self.univariate, inverse=fast == "sampling")
         slow = f"1 sweep of {structure.num_steps} steps"
         self.sampling_cost, self.density_cost = (slow, "1 pass") if fast == "density" else ("1 pass", slow)
@@ -85,15 +83,9 @@ class Autoregressive(FlowTransform):
         return self._shaped(self.net.from_ranks(moved)), slope.sum(-1)
 
     def _sweep(self, value: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        layers = self.net.layers
-        solved, ladj = solve(
-            self.solver,
-            self.net.to_ranks(self._flat(value)),
-            self.net.first_bias(context),
-            [layer.weight for layer in layers],
-            [layer.bias for layer in layers[1:]],
-            [layer.mask for layer in layers],
-        )
+        weights, biases, masks = self.net.tensors()
+        ranked = self.net.to_ranks(self._flat(value))
+        solved, ladj = solve(self.solver, ranked, self.net.first_bias(context), weights, biases[1:], masks)
         return self._shaped(self.net.from_ranks(solved)), ladj
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:

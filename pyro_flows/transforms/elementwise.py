@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from pyro_flows.core import FlowTransform
-from pyro_flows.nets import MLP, Activation
+from pyro_flows.activations import Activation
+from pyro_flows.nets import MLP
 from pyro_flows.univariate import soft_clip
 
 __all__ = ["Permutation", "Rescaling"]
@@ -96,9 +97,7 @@ class Permutation(FlowTransform):
 
     sampling_cost = density_cost = "1 gather"
 
-    def __init__(
-        self, event_shape: int | Iterable[int], permutation: str | Sequence[int] | Tensor = "random"
-    ) -> None:
+    def __init__(self, event_shape: int | Iterable[int], permutation: str | Sequence[int] | Tensor = "random") -> None:
         super().__init__(event_shape)
         size = self.event_shape.numel()
         drawn = isinstance(permutation, str)

@@ -1,0 +1,29 @@
+"""Whether a call is plain eager execution, in which hand-made kernels and remembered results are allowed."""
+
+from __future__ import annotations
+
+import torch
+from torch.autograd import forward_ad
+
+__all__ = ["forward_mode", "plain_eager"]
+
+
+def plain_eager() -> bool:
+    """False under ``torch.compile``, ``torch.jit.trace``, ``torch.func``, ``make_fx`` and any other dispatch mode."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or torch.jit.is_tracing()
+        or forward_ad._current_level >= 0
+    )
+
+
+def forward_mode() -> bool:
+    """Whether someone differentiates forwards, for which hand-made kernels have no rule."""
+    if torch.compiler.is_compiling():
+        return False
+    if forward_ad._current_level >= 0:
+        return True
+    levels = torch._C._functorch.get_interpreter_stack() or ()
+    return any(level.key() == torch._C._functorch.TransformType.Jvp for level in levels)
