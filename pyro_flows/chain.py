@@ -113,26 +113,26 @@ class Chain(FlowTransform):
 
     @property
     def data_shape(self) -> Size:
-        return self.parts[-1].data_shape
+        return self._parts()[-1].data_shape
 
     @constraints.dependent_property(is_discrete=False)
     def domain(self) -> constraints.Constraint:
-        return self.parts[0].domain
+        return self._parts()[0].domain
 
     @constraints.dependent_property(is_discrete=False)
     def codomain(self) -> constraints.Constraint:
-        return self.parts[-1].codomain
+        return self._parts()[-1].codomain
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         total: Tensor | None = None
-        for part in self.parts:
+        for part in self._parts():
             x, ladj = part._forward_and_ladj(x, context if part.context_dim else None)
             total = ladj if total is None else total + ladj
         return x, total
 
     def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         total: Tensor | None = None
-        for part in reversed(self.parts):
+        for part in reversed(self._parts()):
             y, ladj = part._inverse_and_ladj(y, context if part.context_dim else None)
             total = ladj if total is None else total + ladj
         return y, total
@@ -145,6 +145,10 @@ class Chain(FlowTransform):
         extra = [b[: len(b) - len(part.data_shape)] for b, part in zip(batch, self.parts, strict=True)]
         return torch.broadcast_shapes(shape[:cut], *extra) + target
 
+    def _parts(self) -> list[FlowTransform]:
+        # A ModuleList is slow to index, and this is asked for several times in each call.
+        return list(self._modules["parts"]._modules.values())
+
     def __len__(self) -> int:
         return len(self.parts)
 
@@ -152,7 +156,7 @@ class Chain(FlowTransform):
         return iter(self.parts)
 
     def __getitem__(self, index: int | slice) -> FlowTransform:
-        return Chain(list(self.parts)[index]) if isinstance(index, slice) else self.parts[index]
+        return Chain(self._parts()[index]) if isinstance(index, slice) else self.parts[index]
 
 
 def _total_cost(costs: Iterable[str]) -> str:

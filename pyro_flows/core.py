@@ -149,8 +149,20 @@ class FlowTransform(TransformModule, ConditionalTransform):
         ref = self.__dict__.get("_inverse_ref")
         inverse = ref() if ref is not None else None
         if inverse is None:
-            inverse = Inverse(self)
+            inverse = self._make_inverse()
             self.__dict__["_inverse_ref"] = weakref.ref(inverse)
+        return inverse
+
+    def _make_inverse(self) -> Inverse:
+        # Scoring asks for the inverse at each call, and nothing may hold it but the caller: a strong reference would
+        # make a cycle that keeps parameters alive.  So its making must cost little: the fields are made once.
+        fields = self.__dict__.get("_inverse_fields")
+        if fields is None:
+            fields = Inverse(self).__dict__.copy()
+            del fields["_modules"]
+            self.__dict__["_inverse_fields"] = fields
+        inverse = Inverse.__new__(Inverse)
+        inverse.__dict__.update(fields, _modules={"transform": self}, training=self.training)
         return inverse
 
     def with_cache(self, cache_size: int = 1) -> FlowTransform:
@@ -282,6 +294,7 @@ class FlowTransform(TransformModule, ConditionalTransform):
         state = self.__dict__.copy()
         state.pop("_memo", None)
         state.pop("_inverse_ref", None)
+        state.pop("_inverse_fields", None)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from pyro_flows.activations import IN_PLACE, slope
 from pyro_flows.tracing import plain_eager
 
-__all__ = ["Band", "Layout", "keep", "masked_network", "staircase", "weight_gradient"]
+__all__ = ["Band", "Head", "Layout", "keep", "masked_network", "staircase", "weight_gradient", "worth_cutting"]
 
 Function = Callable[[Tensor], Tensor]
 
@@ -37,19 +37,19 @@ class Layout(NamedTuple):
 
     activation: Function
     joins: frozenset[int]  # layers to which the pre-activation of two layers below is added
-    bands: tuple[tuple[Band, ...], ...]  # of each layer
+    bands: tuple[tuple[Band, ...], ...]  # of each layer, empty where it is not cut
 
 
 def staircase(above: Tensor, below: Tensor, dense: bool, repeats: int = 1) -> tuple[Band, ...]:
-    """Bands of a layer whose rows have times ``above`` and see the columns with times ``below`` up to their own.
+    """Bands of a layer whose rows have times ``above`` and see the columns with times ``below`` up to their own; none
+    for a layer that is too small to be cut.
 
     ``dense`` says that masks hide nothing more; ``repeats`` that the rows come that many times.
     """
     rows, cols = len(above), len(below)
-    pieces = 4 if rows >= 128 and rows * cols >= 2**16 else 1
-    if pieces == 1:
-        return (Band(0, rows * repeats, 0, cols),)
-    cuts = [rows * j // pieces for j in range(pieces + 1)]
+    if rows < 64 or cols < 64:
+        return ()
+    cuts = [rows * j // 4 for j in range(5)]
     bands = []
     for r in range(repeats):
         for a, c in zip(cuts, cuts[1:], strict=False):
@@ -58,9 +58,38 @@ def staircase(above: Tensor, below: Tensor, dense: bool, repeats: int = 1) -> tu
     return tuple(bands)
 
 
+def worth_cutting(bands: Sequence[Band], weight: Tensor, n: int) -> Sequence[Band]:
+    """The bands if leaving out masked work pays for their number with ``n`` rows of input, else one for all."""
+    rows, cols = weight.shape
+    # Four bands cost four times the calls; a head of several parameters has as many staircases, each cut in four.
+    if bands and rows * cols * (n + 32) * 4 // len(bands) >= 2**24:
+        return bands
+    return (Band(0, rows, 0, cols),)
+
+
 def keep(value: Tensor, bits: Tensor) -> Tensor:
     """Zeros where ``bits`` is zero: as cheap as a product, and whatever stands there, NaN included, is gone."""
     return (value.view(bits.dtype) & bits).view(value.dtype)
+
+
+class Head(NamedTuple):
+    """What to do with a network's outputs: move each input by the univariate, or by its inverse."""
+
+    univariate: object
+    inverse: bool
+
+    def move(self, x: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+        """``(moved, ladj)``, elementwise; outputs come parameter by parameter."""
+        params = out.unflatten(-1, (self.univariate.num_params, x.shape[-1])).transpose(-1, -2)
+        return self.univariate.inverse(x, params) if self.inverse else self.univariate.forward(x, params)
+
+    def pull(
+        self, x: Tensor, out: Tensor, moved: Tensor, ladj: Tensor, grad: Tensor, grad_ladj: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients after ``x`` and the outputs."""
+        params = out.unflatten(-1, (self.univariate.num_params, x.shape[-1]))
+        by_x, by_params = self.univariate.pull(self.inverse, x, params, moved, ladj, grad, grad_ladj.unsqueeze(-1))
+        return by_x, by_params.flatten(-2)
 
 
 def masked_network(
@@ -70,8 +99,9 @@ def masked_network(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
     masks: Sequence[Tensor],
-) -> Tensor:
-    """The last layer's output.
+    head: Head | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The last layer's output; with a head, ``x`` moved by it and the ladj of that, summed over dimensions.
 
     Args:
         layout: the static description.
@@ -80,17 +110,31 @@ def masked_network(
         weights: one matrix per layer; what stands in masked places is never used.
         biases: those of the layers after the first.
         masks: one for each weight, an integer of its element's size with all bits set where the weight counts.
+        head: what to do with the outputs, if not to return them.
     """
     if not plain_eager() or masks[0].element_size() != weights[0].element_size():
-        return _plain(layout, masks, x, first_bias, *weights, *biases)
+        return _plain(layout, head, masks, x, first_bias, *weights, *biases)
     batch = x.shape[:-1]
     if first_bias.dim() > 1:
         first_bias = first_bias.expand(*batch, -1).reshape(-1, first_bias.shape[-1])
-    out = _Pass.apply(layout, x.reshape(-1, x.shape[-1]), first_bias, *weights, *biases, *masks)
-    return out.view(*batch, out.shape[-1])
+    flat = x if len(batch) == 1 else x.reshape(batch.numel(), x.shape[-1])
+    if torch.is_grad_enabled():
+        out = _apply(layout, head, masks, flat, first_bias, *weights, *biases)
+    else:
+        out = _run(layout, flat, first_bias, weights, biases, masks)[0]
+        if head is not None:
+            moved, ladj = head.move(flat, out)
+            out = moved, ladj.sum(-1)
+    if len(batch) == 1:
+        return out
+    if head is None:
+        return out.view(*batch, out.shape[-1])
+    return out[0].view(x.shape), out[1].view(batch)
 
 
-def _plain(layout: Layout, masks: Sequence[Tensor], x: Tensor, first_bias: Tensor, *matrices: Tensor) -> Tensor:
+def _plain(
+    layout: Layout, head: Head | None, masks: Sequence[Tensor], x: Tensor, first_bias: Tensor, *matrices: Tensor
+) -> Tensor | tuple[Tensor, Tensor]:
     weights = [torch.where(mask != 0, weight, 0.0) for mask, weight in zip(masks, matrices, strict=False)]
     biases = matrices[len(weights) :]
     stream = pre = F.linear(x, weights[0]) + first_bias
@@ -98,7 +142,10 @@ def _plain(layout: Layout, masks: Sequence[Tensor], x: Tensor, first_bias: Tenso
         pre = F.linear(layout.activation(pre), weights[k], biases[k - 1])
         if k in layout.joins:
             stream = pre = pre + stream
-    return pre
+    if head is None:
+        return pre
+    moved, ladj = head.move(x, pre)
+    return moved, ladj.sum(-1)
 
 
 def _forward(
@@ -154,62 +201,95 @@ def _by_input(bands: Sequence[Band], weight: Tensor, kept: Sequence[Tensor], gra
     return total
 
 
-def _split(tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
-    layers = (len(tensors) + 1) // 3
-    return tensors[:layers], tensors[layers : 2 * layers - 1], tensors[2 * layers - 1 :]
+def _run(
+    layout: Layout,
+    x: Tensor,
+    first_bias: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    masks: Sequence[Tensor],
+) -> tuple[Tensor, list[Tensor], list[Tensor], list[list[Tensor]], list[Sequence[Band]]]:
+    """The output, what goes into and out of each activation, the masked parts of each weight, and how it was cut."""
+    in_place = None if layout.joins else IN_PLACE.get(layout.activation)
+    bands = [worth_cutting(cut, weight, x.shape[0]) for cut, weight in zip(layout.bands, weights, strict=True)]
+    pre, kept = _forward(bands[0], weights[0], masks[0], first_bias, x)
+    into, outof, parts = [], [], [kept]
+    stream = pre
+    for k in range(1, len(weights)):
+        post = in_place(pre) if in_place else layout.activation(pre)
+        into.append(pre)
+        outof.append(post)
+        pre, kept = _forward(bands[k], weights[k], masks[k], biases[k - 1], post)
+        parts.append(kept)
+        if k in layout.joins:
+            stream = pre = pre.add_(stream)
+    return pre, into, outof, parts, bands
 
 
 class _Pass(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: object, layout: Layout, x: Tensor, first_bias: Tensor, *tensors: Tensor) -> Tensor:
-        weights, biases, masks = _split(tensors)
-        pre, kept = _forward(layout.bands[0], weights[0], masks[0], first_bias, x)
-        into, outof, parts = [], [], [kept]
-        in_place = None if layout.joins else IN_PLACE.get(layout.activation)
-        stream = pre
-        for k in range(1, len(weights)):
-            post = in_place(pre) if in_place else layout.activation(pre)
-            into.append(pre)
-            outof.append(post)
-            pre, kept = _forward(layout.bands[k], weights[k], masks[k], biases[k - 1], post)
-            parts.append(kept)
-            if k in layout.joins:
-                stream = pre = pre.add_(stream)
-        ctx.layout, ctx.layers, ctx.counts = layout, len(weights), [len(kept) for kept in parts]
-        flat = [masked for kept in parts for masked in kept]
-        ctx.save_for_backward(x, first_bias, *tensors, *into, *outof, *flat)
-        return pre
+    """The network, and with a head the univariate map of ``x`` by the network's outputs and the sum of its ladj."""
 
     @staticmethod
-    def backward(ctx: object, grad: Tensor) -> tuple[Tensor | None, ...]:
-        layout, layers = ctx.layout, ctx.layers
+    def forward(
+        ctx: object,
+        layout: Layout,
+        head: Head | None,
+        masks: Sequence[Tensor],
+        x: Tensor,
+        first_bias: Tensor,
+        *tensors: Tensor,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        layers = len(masks)
+        out, into, outof, parts, ctx.bands = _run(layout, x, first_bias, tensors[:layers], tensors[layers:], masks)
+        ctx.layout, ctx.head, ctx.masks = layout, head, masks
+        ctx.counts = [len(kept) for kept in parts]
+        flat = [masked for kept in parts for masked in kept]
+        if head is None:
+            ctx.save_for_backward(x, first_bias, *tensors, *into, *outof, *flat)
+            return out
+        moved, ladj = head.move(x, out)
+        ctx.save_for_backward(x, first_bias, *tensors, *into, *outof, *flat, out, moved, ladj)
+        return moved, ladj.sum(-1)
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor, grad_ladj: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        layout, head, masks, bands = ctx.layout, ctx.head, ctx.masks, ctx.bands
+        layers = len(masks)
         x, first_bias, *saved = ctx.saved_tensors
-        weights, biases, masks = _split(saved[: 3 * layers - 1])
-        nothing = [None] * layers
+        weights, biases = saved[:layers], saved[layers : 2 * layers - 1]
         if torch.is_grad_enabled():
             inputs = (x, first_bias, *weights, *biases)
-            pull = torch.func.vjp(lambda *args: _plain(layout, masks, *args), *inputs)[1]
-            return None, *pull(grad), *nothing
-        rest = iter(saved[3 * layers - 1 :])
+            pull = torch.func.vjp(lambda *args: _plain(layout, head, masks, *args), *inputs)[1]
+            return None, None, None, *pull(grad if head is None else (grad, grad_ladj))
+        rest = iter(saved[2 * layers - 1 :])
         into = [next(rest) for _ in range(layers - 1)]
         outof = [next(rest) for _ in range(layers - 1)]
         parts = [[next(rest) for _ in range(count)] for count in ctx.counts]
+        _, _, _, wants_x, _, *wanted = ctx.needs_input_grad
+        by_x: Tensor | None = None
+        if head is not None:
+            by_x, grad = head.pull(x, *rest, grad, grad_ladj)
         by_weight: list[Tensor | None] = [None] * layers
         by_bias: list[Tensor | None] = [None] * layers
         after: dict[int, Tensor] = {}
         for k in range(layers - 1, 0, -1):
-            wanted = ctx.needs_input_grad
-            if wanted[3 + k]:
-                by_weight[k] = weight_gradient(layout.bands[k], masks[k], grad, outof[k - 1])
-            if wanted[2 + layers + k]:
+            if wanted[k]:
+                by_weight[k] = weight_gradient(bands[k], masks[k], grad, outof[k - 1])
+            if wanted[layers + k - 1]:
                 by_bias[k] = grad.sum(0)
             after[k] = grad
-            grad = _by_input(layout.bands[k], weights[k], parts[k], grad)
+            grad = _by_input(bands[k], weights[k], parts[k], grad)
             grad.mul_(slope(layout.activation, into[k - 1], outof[k - 1]))
             if k + 1 in layout.joins:  # this pre-activation also goes around the block above it
                 grad.add_(after[k + 1])
-        if ctx.needs_input_grad[3]:
-            by_weight[0] = weight_gradient(layout.bands[0], masks[0], grad, x)
+        if wanted[0]:
+            by_weight[0] = weight_gradient(bands[0], masks[0], grad, x)
         by_first = grad if first_bias.dim() > 1 else grad.sum(0)
-        by_x = _by_input(layout.bands[0], weights[0], parts[0], grad) if ctx.needs_input_grad[1] else None
-        return None, by_x, by_first, *by_weight, *by_bias[1:], *nothing
+        if wants_x:
+            through = _by_input(bands[0], weights[0], parts[0], grad)
+            by_x = through if by_x is None else by_x.add_(through)
+        return None, None, None, by_x if wants_x else None, by_first, *by_weight, *by_bias[1:]
+
+
+# Without the detour by which apply() looks for transforms of torch.func: there are none where it is called.
+_apply = super(torch.autograd.Function, _Pass).apply

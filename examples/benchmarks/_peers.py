@@ -89,7 +89,7 @@ def ours(case: Case) -> Calls:
     chain = pf.maf(case.dim, num_layers=case.layers, hidden_dims=(case.width,) * 2, activation="relu")
     with torch.no_grad():
         for layer in chain:  # as the others start: away from the identity
-            layer.net.layers[-1].weight.normal_(std=case.width**-0.5 / 3)
+            layer.net.tensors()[0][-1].normal_(std=case.width**-0.5 / 3)
     base = dist.Normal(torch.zeros(case.dim), torch.ones(case.dim)).to_event(1)
     flow = dist.TransformedDistribution(base, [chain])
     calls = _calls(chain, flow.log_prob, chain.forward_and_ladj, case)

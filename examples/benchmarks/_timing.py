@@ -6,6 +6,7 @@ validation is off for all.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import multiprocessing
 import statistics
@@ -79,7 +80,8 @@ class Bench:
 
     def __exit__(self, *error: object) -> None:
         for pipe in self.pipes.values():
-            pipe.send(None)
+            with contextlib.suppress(OSError):
+                pipe.send(None)
         for worker in self.workers:
             worker.join(10)
 

@@ -6,9 +6,10 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
+from pyro_flows.activations import Activation
 from pyro_flows.core import FlowTransform
 from pyro_flows.inverse import Solver, solve
-from pyro_flows.activations import Activation
+from pyro_flows.masked import Head, masked_network
 from pyro_flows.nets import MaskedMLP
 from pyro_flows.univariate import Affine, Univariate
 
@@ -76,11 +77,12 @@ class Autoregressive(FlowTransform):
         return value if len(self.event_shape) == 1 else value.unflatten(-1, self.event_shape)
 
     def _one_pass(self, value: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
+        weights, biases, masks = self.net.tensors()
         ranked = self.net.to_ranks(self._flat(value))
-        params = self.net.ranked(ranked, context)
-        move = self.univariate.inverse if inverse else self.univariate.forward
-        moved, slope = move(ranked, params)
-        return self._shaped(self.net.from_ranks(moved)), slope.sum(-1)
+        bias = self.net.first_bias(context)
+        head = Head(self.univariate, inverse)
+        moved, ladj = masked_network(self.net.layout, ranked, bias, weights, biases[1:], masks, head)
+        return self._shaped(self.net.from_ranks(moved)), ladj
 
     def _sweep(self, value: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         weights, biases, masks = self.net.tensors()

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from pyro_flows.core import FlowTransform
 from pyro_flows.activations import Activation
+from pyro_flows.core import FlowTransform
 from pyro_flows.nets import MLP
 from pyro_flows.univariate import soft_clip
 
