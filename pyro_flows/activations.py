@@ -54,7 +54,7 @@ def activation_function(activation: Activation) -> Callable[[Tensor], Tensor]:
 
 
 def slope(activation: Callable[[Tensor], Tensor], pre: Tensor, post: Tensor) -> Tensor:
-    """The derivative at ``pre``, given the value ``post`` too; ``pre`` may hold the value where ``IN_PLACE`` says so."""
+    """The derivative at ``pre``, where the value is ``post``; for what is in ``IN_PLACE``, ``pre`` is not looked at."""
     known = _SLOPES.get(activation)
     if known is not None:
         return known(pre, post)

@@ -139,7 +139,7 @@ class FlowTransform(TransformModule, ConditionalTransform):
         return (known[0], -known[1]) if known is not None else self.inverse_and_ladj(y)
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        """``log|det dy/dx|`` at ``x``, shape ``(*batch,)``, in nats; free right after ``self(x)`` or ``self.inv(y)``."""
+        """``log|det dy/dx|`` at ``x``, shape ``(*batch,)``, in nats; free after ``self(x)`` or ``self.inv(y)``."""
         known = self._memo.ladj(self, x, y)
         return self.forward_and_ladj(x)[1] if known is None else known
 

@@ -192,7 +192,7 @@ class Structure:
     def unpack(
         self, tape: Tensor, act: Callable[[Tensor], Tensor]
     ) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
-        """``(pre, post, params, ladj)``: into and out of each activation, the outputs ``(input_dim, num_params, n)``."""
+        """``(pre, post, params, ladj)``: into and out of activations, outputs ``(input_dim, num_params, n)``, ladj."""
         params = tape[: self.outputs].unflatten(0, (self.input_dim, self.num_params))
         head = self.outputs + self.input_dim
         hidden, ladj = self.rows(tape, head), tape[self.outputs : head]

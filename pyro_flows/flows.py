@@ -1,8 +1,8 @@
 """Builders: one a paper, each a :class:`~pyro_flows.chain.Chain` that is the identity when fresh.
 
-They share one vocabulary: ``input_dim`` (or an event shape) first, then keywords.  ``hidden_dims=None`` means two hidden
-layers of width ``4 * input_dim``, at least 64 and at most 512.  A chain has no base distribution of its own: give it to
-``TransformedDistribution``, to ``AutoNormalizingFlow``, or to :class:`~pyro_flows.distributions.Flow`.
+They share one vocabulary: ``input_dim`` (or an event shape) first, then keywords.  ``hidden_dims=None`` means two
+hidden layers of width ``4 * input_dim``, at least 64 and at most 512.  A chain has no base distribution of its own:
+give it to ``TransformedDistribution``, to ``AutoNormalizingFlow``, or to :class:`~pyro_flows.distributions.Flow`.
 """
 
 from __future__ import annotations
@@ -214,8 +214,12 @@ def iaf(
         context_dim: size of the context, 0 for none.
         num_layers: number of autoregressive layers (paper: up to 8).
         hidden_dims: widths of each network's hidden layers (here by size, see the module).
-        order, adjacency, residual, max_log_scale, univariate: as for :func:`maf`.
+        order: ``"alternating"``, ``"identity"``, ``"reverse"``, ``"random"`` or a permutation, as for :func:`maf`.
+        adjacency: boolean matrix in place of the order, as for :func:`maf`.
+        residual: whether networks have residual blocks (paper: in its autoregressive ResNets).
         activation: of the networks (paper: ELU).
+        max_log_scale: bound of the smooth clip on log-scales.
+        univariate: another family of scalar maps in place of the affine one.
 
     The paper's layer is :math:`\sigma x + (1 - \sigma) m` with a sigmoid gate; here it is the affine form.
 

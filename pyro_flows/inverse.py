@@ -47,7 +47,9 @@ class Solver:
         inverse: whether ``x`` is the univariate's inverse at ``z`` (else its forward value).
     """
 
-    def __init__(self, structure: Structure, activation: Callable[[Tensor], Tensor], univariate: object, inverse: bool):
+    def __init__(
+        self, structure: Structure, activation: Callable[[Tensor], Tensor], univariate: object, inverse: bool
+    ) -> None:
         self.structure, self.activation, self.univariate, self.inverse = structure, activation, univariate, inverse
         self.handle = next(_handles)
         _solvers[self.handle] = self

@@ -8,6 +8,7 @@ everything that traces or transforms the call, take plain differentiable operati
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -52,7 +53,7 @@ def staircase(above: Tensor, below: Tensor, dense: bool, repeats: int = 1) -> tu
     cuts = [rows * j // 4 for j in range(5)]
     bands = []
     for r in range(repeats):
-        for a, c in zip(cuts, cuts[1:], strict=False):
+        for a, c in itertools.pairwise(cuts):
             low = int((below <= above[a]).sum()) if dense else 0
             bands.append(Band(r * rows + a, r * rows + c, low, int((below <= above[c - 1]).sum())))
     return tuple(bands)

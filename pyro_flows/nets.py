@@ -6,6 +6,7 @@ num_params)``, and starts at zero unless asked otherwise, so that a fresh flow i
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -90,7 +91,7 @@ class MLP(nn.Module):
             self.constant = nn.Parameter(torch.zeros(outputs))
             return
         sizes = (fan_in, *_widths(hidden_dims, residual), outputs)
-        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in zip(sizes, sizes[1:], strict=False))
+        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in itertools.pairwise(sizes))
         if zero_init:
             nn.init.zeros_(self.layers[-1].weight)
             nn.init.zeros_(self.layers[-1].bias)

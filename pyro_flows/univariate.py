@@ -17,7 +17,7 @@ __all__ = ["Affine", "Shift", "Univariate", "soft_clip"]
 
 
 def soft_clip(value: Tensor, bound: float) -> Tensor:
-    r"""Smooth clip to ``(-bound, bound)``: :math:`c \tanh(a / c)`, the identity near zero, infinitely differentiable."""
+    r"""Smooth clip to ``(-bound, bound)``: :math:`c \tanh(a / c)`, the identity near zero."""
     return torch.tanh(value * (1.0 / bound)) * bound
 
 

@@ -6,6 +6,7 @@ builder returns named calls; each library is imported only in the worker process
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -95,7 +96,7 @@ def ours(case: Case) -> Calls:
     calls = _calls(chain, flow.log_prob, chain.forward_and_ladj, case)
     sizes = (case.dim, case.width, case.width, 2 * case.dim)
     parts: list[nn.Module] = []
-    for fan_in, fan_out in zip(sizes, sizes[1:], strict=False):
+    for fan_in, fan_out in itertools.pairwise(sizes):
         parts += [nn.Linear(fan_in, fan_out), nn.ReLU()]
     dense = nn.Sequential(*parts[:-1])
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution
+from torch.distributions import Distribution, Transform
 
 from pyro_flows.core import event_size
 
@@ -50,8 +51,8 @@ class FixedBase(nn.Module):
 
     def __init__(self, distribution: Distribution) -> None:
         super().__init__()
-        self.distribution = distribution
         _map_tensors(distribution, _refuse_gradient)
+        self.distribution = copy.deepcopy(distribution)  # moving the module must not move the caller's object
 
     def forward(self) -> Distribution:
         """The distribution."""
@@ -74,10 +75,11 @@ def _refuse_gradient(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _map_tensors(distribution: Distribution, fn: Callable[[Tensor], Tensor]) -> None:
+def _map_tensors(distribution: Distribution | Transform, fn: Callable[[Tensor], Tensor]) -> None:
     """Replaces every tensor that a distribution holds, also inside the distributions that it wraps."""
     for name, value in vars(distribution).items():
         if isinstance(value, Tensor):
             vars(distribution)[name] = fn(value)
-        elif isinstance(value, Distribution):
-            _map_tensors(value, fn)
+        for inner in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(inner, (Distribution, Transform)) and not isinstance(inner, nn.Module):
+                _map_tensors(inner, fn)

@@ -36,7 +36,9 @@ class FlowDistribution(TransformedDistribution):
 
 
 class Flow(nn.Module):
-    r"""A normalizing flow as a module: base and chain, :math:`\log p(y) = \log b(x) - \log|\det \partial y/\partial x|`.
+    r"""A normalizing flow as a module: a base and a chain.
+
+    The density is :math:`\log p(y) = \log b(x) - \log|\det \partial y / \partial x|` at :math:`x = f^{-1}(y)`.
 
     The module owns both, so ``parameters``, ``to``, ``state_dict``, ``requires_grad_`` and ``pyro.module`` reach
     everything.  Calling it gives a Pyro distribution that shares the parameters: ``pyro.sample("x", flow())``, or

@@ -37,7 +37,7 @@ def coupling_mask(event_shape: Size, mask: Mask) -> Tensor:
     given = torch.as_tensor(mask).cpu()
     if given.dtype != torch.bool or given.shape != event_shape:
         raise ValueError(
-            f"expected mask to be boolean of shape {tuple(event_shape)}, got {given.dtype} of shape {tuple(given.shape)}"
+            f"expected a boolean mask of shape {tuple(event_shape)}, got {given.dtype} of shape {tuple(given.shape)}"
         )
     if given.all() or (size > 1 and not given.any()):
         raise ValueError(
@@ -47,8 +47,9 @@ def coupling_mask(event_shape: Size, mask: Mask) -> Tensor:
 
 
 class Coupling(FlowTransform):
-    r"""Moves some dimensions by univariate maps whose parameters depend on the others: :math:`y_k = x_k` for the kept
-    dimensions, :math:`y_m = u(x_m; p(x_k, c))` for the moved ones.
+    r"""Moves some dimensions by univariate maps whose parameters depend on the others.
+
+    :math:`y_k = x_k` for the kept dimensions, :math:`y_m = u(x_m; p(x_k, c))` for the moved ones.
 
     The Jacobian is triangular and :math:`\log|\det| = \sum_m \log u'`; the inverse is
     :math:`x_m = u^{-1}(y_m; p(y_k, c))`.  Each direction costs one pass of a dense network.
