@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows.activations import IN_PLACE
-from pyro_flows.masked import Band, staircase
+from pyro_flows.masked import Cut, staircase
 
 __all__ = ["Degrees", "Structure"]
 
@@ -130,7 +130,7 @@ class Degrees:
         # A set may use another one if nothing of that lies outside of it.
         return [(~a).float() @ b.float().T == 0 for a, b in zip(above, below, strict=True)]
 
-    def bands(self, repeats: int) -> tuple[tuple[Band, ...], ...]:
+    def cuts(self, repeats: int) -> tuple[Cut, ...]:
         """How a pass through each layer is cut; the outputs come ``repeats`` times."""
         below = [self.steps + 1, *self.times]
         above = [*self.times, self.steps]
@@ -156,7 +156,7 @@ class Structure:
         num_params: outputs per input.
         joins: indices (from 0) of the hidden layers to which the pre-activation of two layers below is added.
         dense: whether masks hold back nothing that the times let through; masked places are then never read.
-        bands: how the product with each weight is cut.
+        cuts: how the product with each weight is cut.
     """
 
     def __init__(
@@ -166,12 +166,12 @@ class Structure:
         num_params: int,
         joins: Sequence[int],
         dense: bool,
-        bands: tuple[tuple[Band, ...], ...],
+        cuts: tuple[Cut, ...],
     ) -> None:
         self.input_dim, self.num_params = len(steps), num_params
         self.num_steps = int(steps[-1]) + 1
         self.widths = [len(time) for time in times]
-        self.joins, self.dense, self.bands = frozenset(joins), dense, bands
+        self.joins, self.dense, self.cuts = frozenset(joins), dense, cuts
         moments = torch.arange(self.num_steps + 1)
         # before[l][t]: how many units of layer l have a time of at most t.
         self.before = [torch.searchsorted(time, moments, right=True).tolist() for time in (steps + 1, *times)]

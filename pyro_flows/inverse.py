@@ -25,7 +25,7 @@ from torch import Tensor
 
 from pyro_flows.activations import slope
 from pyro_flows.degrees import Structure
-from pyro_flows.masked import weight_gradient, worth_cutting
+from pyro_flows.masked import weight_gradient
 from pyro_flows.sweeps import ForwardSweep, ReverseSweep, columns_at_once
 from pyro_flows.tracing import forward_mode, plain_eager
 
@@ -280,8 +280,8 @@ class _Gradient(torch.autograd.Function):
         dz = torch.addcmul(ladj_by_z, grad_xt, by_z).T
         above = [*dpre, dparams]
         dweights = [
-            weight_gradient(worth_cutting(bands, mask, z.shape[0]), mask, upper.T, lower.T, eager)
-            for bands, mask, upper, lower in zip(solver.structure.bands, masks, above, [xt, *post], strict=True)
+            weight_gradient(cut.at(z.shape[0]), mask, upper.T, lower.T, eager)
+            for cut, mask, upper, lower in zip(solver.structure.cuts, masks, above, [xt, *post], strict=True)
         ]
         # first_bias stands for the whole batch or for each sample.
         each = above[0].T

@@ -9,6 +9,7 @@ everything that traces or transforms the call, take plain differentiable operati
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from torch import Tensor
 from pyro_flows.activations import IN_PLACE, slope
 from pyro_flows.tracing import plain_eager
 
-__all__ = ["Band", "Head", "Layout", "keep", "masked_network", "staircase", "weight_gradient", "worth_cutting"]
+__all__ = ["Band", "Cut", "Head", "Layout", "keep", "masked_network", "staircase", "weight_gradient"]
 
 Function = Callable[[Tensor], Tensor]
 
@@ -33,39 +34,41 @@ class Band(NamedTuple):
     high: int
 
 
+class Cut(NamedTuple):
+    """The bands of a layer, and from how many rows of input on leaving out masked work pays for their number."""
+
+    bands: tuple[Band, ...]
+    worth_from: float
+
+    def at(self, n: int) -> tuple[Band, ...] | None:
+        """The bands if they are worth it for ``n`` rows, else ``None``: one product for all."""
+        return self.bands if n >= self.worth_from else None
+
+
 class Layout(NamedTuple):
     """What a pass needs to know of a network beside its weights."""
 
     activation: Function
     joins: frozenset[int]  # layers to which the pre-activation of two layers below is added
-    bands: tuple[tuple[Band, ...], ...]  # of each layer, empty where it is not cut
+    cuts: tuple[Cut, ...]  # of each layer
 
 
-def staircase(above: Tensor, below: Tensor, dense: bool, repeats: int = 1) -> tuple[Band, ...]:
-    """Bands of a layer whose rows have times ``above`` and see the columns with times ``below`` up to their own; none
-    for a layer that is too small to be cut.
+def staircase(above: Tensor, below: Tensor, dense: bool, repeats: int = 1) -> Cut:
+    """How to cut a layer whose rows have times ``above`` and see the columns with times ``below`` up to their own.
 
     ``dense`` says that masks hide nothing more; ``repeats`` that the rows come that many times.
     """
     rows, cols = len(above), len(below)
     if rows < 64 or cols < 64:
-        return ()
+        return Cut((), math.inf)
     cuts = [rows * j // 4 for j in range(5)]
     bands = []
     for r in range(repeats):
         for a, c in itertools.pairwise(cuts):
             low = int((below <= above[a]).sum()) if dense else 0
             bands.append(Band(r * rows + a, r * rows + c, low, int((below <= above[c - 1]).sum())))
-    return tuple(bands)
-
-
-def worth_cutting(bands: Sequence[Band], weight: Tensor, n: int) -> Sequence[Band]:
-    """The bands if leaving out masked work pays for their number with ``n`` rows of input, else one for all."""
-    rows, cols = weight.shape
-    # Four bands cost four times the calls; a head of several parameters has as many staircases, each cut in four.
-    if bands and rows * cols * (n + 32) * 4 // len(bands) >= 2**24:
-        return bands
-    return (Band(0, rows, 0, cols),)
+    # Measured: four bands, which cost some fifteen calls, pay from about this many multiplications on.
+    return Cut(tuple(bands), 2**24 * len(bands) / 4 / (rows * repeats * cols) - 32)
 
 
 def keep(value: Tensor, bits: Tensor) -> Tensor:
@@ -84,12 +87,16 @@ class Head(NamedTuple):
         params = out.unflatten(-1, (self.univariate.num_params, x.shape[-1])).transpose(-1, -2)
         return self.univariate.inverse(x, params) if self.inverse else self.univariate.forward(x, params)
 
+    def run(self, x: Tensor, out: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """As :meth:`move`, by hand, with what the gradient needs; ``out`` may be overwritten."""
+        return self.univariate.run(self.inverse, x, out.view(*x.shape[:-1], -1, x.shape[-1]))
+
     def pull(
-        self, x: Tensor, out: Tensor, moved: Tensor, ladj: Tensor, grad: Tensor, grad_ladj: Tensor
+        self, x: Tensor, moved: Tensor, ladj: Tensor, kept: Sequence[Tensor], grad: Tensor, grad_ladj: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Gradients after ``x`` and the outputs."""
-        params = out.unflatten(-1, (self.univariate.num_params, x.shape[-1]))
-        by_x, by_params = self.univariate.pull(self.inverse, x, params, moved, ladj, grad, grad_ladj.unsqueeze(-1))
+        grads = (grad, grad_ladj.unsqueeze(-1))
+        by_x, by_params = self.univariate.pull(self.inverse, x, moved, ladj, kept, *grads)
         return by_x, by_params.flatten(-2)
 
 
@@ -124,7 +131,7 @@ def masked_network(
     else:
         out = _run(layout, flat, first_bias, weights, biases, masks)[0]
         if head is not None:
-            moved, ladj = head.move(flat, out)
+            moved, ladj, _ = head.run(flat, out)
             out = moved, ladj.sum(-1)
     if len(batch) == 1:
         return out
@@ -150,10 +157,10 @@ def _plain(
 
 
 def _forward(
-    bands: Sequence[Band], weight: Tensor, bits: Tensor, bias: Tensor, x: Tensor
+    bands: Sequence[Band] | None, weight: Tensor, bits: Tensor, bias: Tensor, x: Tensor
 ) -> tuple[Tensor, list[Tensor]]:
     """``x @ weight.T + bias``, and the masked parts of the weight, one a band."""
-    if len(bands) == 1:
+    if bands is None:
         masked = keep(weight, bits)
         return torch.addmm(bias, x, masked.T), [masked]
     out = x.new_empty(x.shape[0], weight.shape[0])
@@ -171,11 +178,13 @@ def _forward(
     return out, kept
 
 
-def weight_gradient(bands: Sequence[Band], bits: Tensor, grad: Tensor, x: Tensor, in_place: bool = True) -> Tensor:
+def weight_gradient(
+    bands: Sequence[Band] | None, bits: Tensor, grad: Tensor, x: Tensor, in_place: bool = True
+) -> Tensor:
     """The gradient after a weight, ``grad.T @ x`` with zeros in masked places."""
     if not in_place:
         return torch.where(bits != 0, grad.T @ x, 0.0)
-    if len(bands) == 1:
+    if bands is None:
         product = grad.T @ x
         product.view(bits.dtype).bitwise_and_(bits)
         return product
@@ -188,9 +197,9 @@ def weight_gradient(bands: Sequence[Band], bits: Tensor, grad: Tensor, x: Tensor
     return product
 
 
-def _by_input(bands: Sequence[Band], weight: Tensor, kept: Sequence[Tensor], grad: Tensor) -> Tensor:
+def _by_input(bands: Sequence[Band] | None, weight: Tensor, kept: Sequence[Tensor], grad: Tensor) -> Tensor:
     """The gradient after the layer's input."""
-    if len(bands) == 1:
+    if bands is None:
         return grad @ kept[0]
     total = grad.new_zeros(grad.shape[0], weight.shape[1])
     for (a, c, low, high), masked in zip(bands, kept, strict=True):
@@ -209,10 +218,11 @@ def _run(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
     masks: Sequence[Tensor],
-) -> tuple[Tensor, list[Tensor], list[Tensor], list[list[Tensor]], list[Sequence[Band]]]:
+) -> tuple[Tensor, list[Tensor], list[Tensor], list[list[Tensor]], list[Sequence[Band] | None]]:
     """The output, what goes into and out of each activation, the masked parts of each weight, and how it was cut."""
     in_place = None if layout.joins else IN_PLACE.get(layout.activation)
-    bands = [worth_cutting(cut, weight, x.shape[0]) for cut, weight in zip(layout.bands, weights, strict=True)]
+    n = x.shape[0]
+    bands = [cut.at(n) for cut in layout.cuts]
     pre, kept = _forward(bands[0], weights[0], masks[0], first_bias, x)
     into, outof, parts = [], [], [kept]
     stream = pre
@@ -248,8 +258,8 @@ class _Pass(torch.autograd.Function):
         if head is None:
             ctx.save_for_backward(x, first_bias, *tensors, *into, *outof, *flat)
             return out
-        moved, ladj = head.move(x, out)
-        ctx.save_for_backward(x, first_bias, *tensors, *into, *outof, *flat, out, moved, ladj)
+        moved, ladj, kept = head.run(x, out)
+        ctx.save_for_backward(x, first_bias, *tensors, *into, *outof, *flat, moved, ladj, *kept)
         return moved, ladj.sum(-1)
 
     @staticmethod
@@ -269,7 +279,7 @@ class _Pass(torch.autograd.Function):
         _, _, _, wants_x, _, *wanted = ctx.needs_input_grad
         by_x: Tensor | None = None
         if head is not None:
-            by_x, grad = head.pull(x, *rest, grad, grad_ladj)
+            by_x, grad = head.pull(x, next(rest), next(rest), tuple(rest), grad, grad_ladj)
         by_weight: list[Tensor | None] = [None] * layers
         by_bias: list[Tensor | None] = [None] * layers
         after: dict[int, Tensor] = {}

@@ -34,10 +34,12 @@ register_optimizer_step_post_hook(_count_step)
 def _walk(module: nn.Module) -> int:
     """A number that changes when any parameter or buffer is written in place, replaced, frozen or thawed."""
     total = 0
-    for held in (module._parameters, module._buffers):
-        for tensor in held.values():
-            if tensor is not None:
-                total += tensor._version + id(tensor) + (tensor.requires_grad << 62)
+    for tensor in module._parameters.values():
+        if tensor is not None:
+            total += tensor._version + id(tensor) + (tensor.requires_grad << 62)
+    for tensor in module._buffers.values():
+        if tensor is not None:
+            total += tensor._version + id(tensor)
     for child in module._modules.values():
         if child is not None:
             total += _walk(child)

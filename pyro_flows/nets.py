@@ -174,14 +174,14 @@ class MaskedMLP(nn.Module):
         self.register_buffer("order", degrees.order, persistent=isinstance(order, str) and order == "random")
         self.register_buffer("rank", torch.argsort(degrees.order), persistent=False)
         joins = range(2, len(degrees.times), 2) if residual else ()
-        bands = degrees.bands(num_params)
-        self.structure = Structure(degrees.steps, degrees.times, num_params, joins, degrees.dense, bands)
-        self.layout = Layout(self.activation, self.structure.joins, bands)
+        cuts = degrees.cuts(num_params)
+        self.structure = Structure(degrees.steps, degrees.times, num_params, joins, degrees.dense, cuts)
+        self.layout = Layout(self.activation, self.structure.joins, cuts)
         masks = degrees.masks()
         masks[-1] = masks[-1].repeat(num_params, 1)  # parameter by parameter, as in MLP
         for k, mask in enumerate(masks):
             self._add_layer(k, mask, zero=zero_init and k == len(masks) - 1)
-        self.num_layers = len(masks)
+        self._names = tuple([f"{what}_{k}" for k in range(len(masks))] for what in ("weight", "bias", "bits"))
         if context_dim:
             weight = (2 * torch.rand(masks[0].shape[0], context_dim) - 1) / math.sqrt(context_dim)
             self.context_weight = nn.Parameter(torch.zeros_like(weight) if zero_init and len(masks) == 1 else weight)
@@ -199,12 +199,8 @@ class MaskedMLP(nn.Module):
     def tensors(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Weights, biases and masks of the layers; masks are integers, with all bits set where the weight counts."""
         parameters, buffers = self._parameters, self._buffers
-        layers = range(self.num_layers)
-        return (
-            [parameters[f"weight_{k}"] for k in layers],
-            [parameters[f"bias_{k}"] for k in layers],
-            [buffers[f"bits_{k}"] for k in layers],
-        )
+        weights, biases, masks = self._names
+        return [parameters[n] for n in weights], [parameters[n] for n in biases], [buffers[n] for n in masks]
 
     def to_ranks(self, x: Tensor) -> Tensor:
         """The last axis of ``x`` in autoregressive order: rank 0 first."""

@@ -7,7 +7,8 @@ flow start there.  It holds no tensors: what it needs comes in, on the device an
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -19,6 +20,12 @@ __all__ = ["Affine", "Shift", "Univariate", "soft_clip"]
 def soft_clip(value: Tensor, bound: float) -> Tensor:
     r"""Smooth clip to ``(-bound, bound)``: :math:`c \tanh(a / c)`, the identity near zero."""
     return torch.tanh(value * (1.0 / bound)) * bound
+
+
+@functools.cache
+def _number(value: float, dtype: torch.dtype) -> Tensor:
+    """A tensor of no dimension: products with one cost half as much as with a Python number."""
+    return torch.tensor(value, dtype=dtype, device="cpu")
 
 
 class Univariate:
@@ -64,15 +71,21 @@ class Univariate:
         weighted = pull((none, weight.expand_as(x).contiguous()))
         return (*slopes, *weighted)
 
-    def pull(
-        self, inverse: bool, z: Tensor, params: Tensor, x: Tensor, ladj: Tensor, grad: Tensor, grad_ladj: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Gradients after ``(z, params)``, given those after ``(x, ladj)``; the parameter axis is last but one.
+    def run(self, inverse: bool, z: Tensor, params: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """``(x, ladj, kept)`` for the one-pass direction, where ``params`` has its parameter axis last but one.
 
-        For the one-pass direction.  Override only where a closed form is cheaper than automatic differentiation.
+        ``params`` may be overwritten; ``kept`` is what :meth:`pull` needs beside ``z``, ``x`` and ``ladj``.  Override
+        the two together, and only where hand-made arithmetic is cheaper than the plain one.
         """
+        x, ladj = (self.inverse if inverse else self.forward)(z, params.transpose(-1, -2))
+        return x, ladj, (params,)
+
+    def pull(
+        self, inverse: bool, z: Tensor, x: Tensor, ladj: Tensor, kept: Sequence[Tensor], grad: Tensor, grad_ladj: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients after ``(z, params)``, given those after ``(x, ladj)``; everything as in :meth:`run`."""
         move = self.inverse if inverse else self.forward
-        pull = torch.func.vjp(lambda v, p: move(v, p.transpose(-1, -2)), z, params)[1]
+        pull = torch.func.vjp(lambda v, p: move(v, p.transpose(-1, -2)), z, *kept)[1]
         return pull((grad, grad_ladj.expand_as(ladj)))
 
     def __eq__(self, other: object) -> bool:
@@ -132,13 +145,12 @@ class Affine(Univariate):
         return (y - shift) * ladj.exp(), ladj
 
     def solver(self, inverse: bool, z: Tensor, params: Tensor, x: Tensor, ladj: Tensor) -> list[Callable[[], object]]:
-        # Tensors, because a product with a Python number costs twice as much as one with a tensor of no dimension.
-        bound = torch.tensor(self.max_log_scale, dtype=z.dtype, device="cpu")
+        bound = self.max_log_scale
         shift, raw = params[:, 0], params[:, 1]
         calls: list[Callable[[], object]] = [
-            partial(torch.mul, raw, 1.0 / bound, out=ladj),
+            partial(torch.mul, raw, _number(1.0 / bound, z.dtype), out=ladj),
             ladj.tanh_,
-            partial(ladj.mul_, -bound if inverse else bound),
+            partial(ladj.mul_, _number(-bound if inverse else bound, z.dtype)),
             partial(torch.exp, ladj, out=x),
         ]
         if inverse:
@@ -160,13 +172,21 @@ class Affine(Univariate):
         zero = torch.zeros_like(x)
         return scale, by_params, zero, torch.stack((zero, by_raw), 1)
 
+    def run(self, inverse: bool, z: Tensor, params: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        shift, ladj = params.unbind(-2)
+        bound = self.max_log_scale
+        ladj.mul_(_number(1.0 / bound, ladj.dtype)).tanh_().mul_(_number(-bound if inverse else bound, ladj.dtype))
+        if inverse:
+            return (z - shift).mul_(ladj.exp()), ladj, ()
+        return torch.addcmul(shift, z, ladj.exp()), ladj, ()
+
     def pull(
-        self, inverse: bool, z: Tensor, params: Tensor, x: Tensor, ladj: Tensor, grad: Tensor, grad_ladj: Tensor
+        self, inverse: bool, z: Tensor, x: Tensor, ladj: Tensor, kept: Sequence[Tensor], grad: Tensor, grad_ladj: Tensor
     ) -> tuple[Tensor, Tensor]:
         by_z = ladj.exp().mul_(grad)
-        tanh = ladj * (1.0 / self.max_log_scale)
-        bend = torch.addcmul(tanh.new_ones(()), tanh, tanh, value=-1)
-        by_params = torch.empty_like(params)
+        tanh = ladj * _number(1.0 / self.max_log_scale, ladj.dtype)
+        bend = torch.addcmul(_number(1.0, ladj.dtype), tanh, tanh, value=-1)
+        by_params = grad.new_empty(*grad.shape[:-1], 2, grad.shape[-1])
         by_shift, by_raw = by_params.unbind(-2)
         if inverse:
             torch.neg(by_z, out=by_shift)

@@ -1,0 +1,46 @@
+"""Sphinx configuration: python -m sphinx -W -b html docs docs/_build/html."""
+
+import sys
+from pathlib import Path
+
+here = Path(__file__).parent
+sys.path.insert(0, str(here.parent))
+
+import pyro_flows  # noqa: E402
+
+project = "pyro_flows"
+author = "the pyro_flows developers"
+copyright = author
+version = release = pyro_flows.__version__
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.intersphinx",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+]
+exclude_patterns = ["_build"]
+html_theme = "furo"
+html_title = f"pyro_flows {version}"
+
+# A reference that leads nowhere is an error.
+nitpicky = True
+
+myst_enable_extensions = ["dollarmath"]
+myst_heading_anchors = 3
+
+napoleon_numpy_docstring = False
+# Attributes listed in a docstring and again as members would be described twice.
+napoleon_use_ivar = True
+
+autodoc_member_order = "bysource"
+autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
+
+# Inventories are kept here, so that the build needs no network; inventories/make.py writes them.
+intersphinx_mapping = {
+    "python": ("https://docs.python.org/3", "inventories/python.inv"),
+    "torch": ("https://docs.pytorch.org/docs/stable", "inventories/torch.inv"),
+    "pyro": ("https://docs.pyro.ai/en/stable", "inventories/pyro.inv"),
+}
