@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["IN_PLACE", "Activation", "activation_function", "slope"]
+__all__ = ["IN_PLACE", "Activation", "activation_function", "known_activations", "slope"]
 
 Activation = str | Callable[[Tensor], Tensor]
 
@@ -51,6 +51,11 @@ def activation_function(activation: Activation) -> Callable[[Tensor], Tensor]:
     if not callable(activation):
         raise TypeError(f"expected activation to be a name or a function, got {type(activation).__name__}")
     return activation
+
+
+def known_activations() -> frozenset[Callable[[Tensor], Tensor]]:
+    """The functions that have a name here."""
+    return frozenset(_BY_NAME.values())
 
 
 def slope(activation: Callable[[Tensor], Tensor], pre: Tensor, post: Tensor) -> Tensor:

@@ -13,7 +13,9 @@ under ``torch.func`` and differentiates; second derivatives take the plain way t
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import uuid
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -23,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyro_flows.activations import slope
+from pyro_flows.activations import known_activations, slope
 from pyro_flows.degrees import Structure
 from pyro_flows.masked import weight_gradient
 from pyro_flows.sweeps import ForwardSweep, ReverseSweep, columns_at_once
@@ -33,8 +35,8 @@ __all__ = ["Solver", "solve"]
 
 Calls = list[Callable[[], object]]
 
-_handles = count()
-_solvers: weakref.WeakValueDictionary[int, Solver] = weakref.WeakValueDictionary()
+_numbers = count()
+_solvers: weakref.WeakValueDictionary[str, Solver] = weakref.WeakValueDictionary()
 
 
 class Solver:
@@ -51,9 +53,22 @@ class Solver:
         self, structure: Structure, activation: Callable[[Tensor], Tensor], univariate: object, inverse: bool
     ) -> None:
         self.structure, self.activation, self.univariate, self.inverse = structure, activation, univariate, inverse
-        self.handle = next(_handles)
+        self.handle = f"{self._digest()}-{next(_numbers)}"
         _solvers[self.handle] = self
         self._idle: list[ForwardSweep | ReverseSweep] = []
+
+    def _digest(self) -> str:
+        """Stands for all that the gradient's formula depends on.
+
+        Compiled graphs name a solver by its handle, and compilers keep graphs on disk: equal names must mean equal
+        mathematics, in whatever process.
+        """
+        s = self.structure
+        own = type(self.univariate).__module__.startswith(__package__ + ".") and self.activation in known_activations()
+        # What is not defined here may change behind an unchanged name.
+        parts = (s.before, s.num_params, sorted(s.joins), s.dense, self.activation, self.univariate, self.inverse)
+        text = repr(parts[:4]) + str(getattr(parts[4], "__name__", parts[4])) + repr(parts[5:])
+        return hashlib.sha256((text if own else text + uuid.uuid4().hex).encode()).hexdigest()[:16]
 
     def __reduce__(self) -> tuple[object, ...]:
         return Solver, (self.structure, self.activation, self.univariate, self.inverse)
@@ -145,7 +160,7 @@ def _solve(
     weights: list[Tensor],
     biases: list[Tensor],
     masks: list[Tensor],
-    handle: int,
+    handle: str,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     solver = _solvers[handle]
@@ -173,7 +188,7 @@ def _solve_op(
     weights: list[Tensor],
     biases: list[Tensor],
     masks: list[Tensor],
-    handle: int,
+    handle: str,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _solve(z, first_bias, weights, biases, masks, handle, keep)
@@ -186,7 +201,7 @@ def _(
     weights: list[Tensor],
     biases: list[Tensor],
     masks: list[Tensor],
-    handle: int,
+    handle: str,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows = _solvers[handle].structure.tape_rows if keep else 0
@@ -334,7 +349,7 @@ def _sweep_back(
     slopes: list[Tensor],
     weights: list[Tensor],
     masks: list[Tensor],
-    handle: int,
+    handle: str,
 ) -> Tensor:
     solver = _solvers[handle]
     n = grad_x.shape[0]
@@ -358,7 +373,7 @@ def _sweep_back_op(
     slopes: list[Tensor],
     weights: list[Tensor],
     masks: list[Tensor],
-    handle: int,
+    handle: str,
 ) -> Tensor:
     return _sweep_back(grad_x, by_params, ladj_by_params, slopes, weights, masks, handle)
 
@@ -371,7 +386,7 @@ def _(
     slopes: list[Tensor],
     weights: list[Tensor],
     masks: list[Tensor],
-    handle: int,
+    handle: str,
 ) -> Tensor:
     return grad_x.new_empty(_solvers[handle].structure.adjoint_rows, grad_x.shape[0])
 

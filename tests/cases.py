@@ -1,0 +1,247 @@
+"""Every flow of the package once, small: what the contract tests run over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import transforms as torch_transforms
+
+import pyro_flows as pf
+from pyro_flows.testing import CHECKS
+
+CONTEXT_DIM = 2
+
+
+@dataclass(frozen=True)
+class Case:
+    """A flow to test.
+
+    Attributes:
+        name: unique.
+        covers: the public names that it stands for.
+        build: from a ``context_dim`` (0 for none) to the flow; where it takes none, it is called with 0 only.
+        event_shape: shape of a base-side value.
+        takes_context: whether it can be built with a context.
+        scale: how far ``shake`` moves its parameters.
+        rtol: of ``check_transform``, in units of the machine epsilon; ``None`` for its own.
+        positive: whether base-side values must be positive.
+        left_out: checks of ``check_transform`` that Python itself rules out for this one.
+    """
+
+    name: str
+    covers: tuple[str, ...]
+    build: Callable[[int], pf.FlowTransform]
+    event_shape: tuple[int, ...]
+    takes_context: bool = True
+    scale: float = 0.5
+    rtol: float | None = None
+    positive: bool = False
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def checks(self) -> list[str]:
+        return [name for name in CHECKS if name not in self.left_out]
+
+    def draw(self, batch: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A base-side value."""
+        x = torch.randn(*batch, *self.event_shape, dtype=dtype, device=device)
+        return x.abs() + 0.1 if self.positive else x
+
+
+def shake(module: nn.Module, scale: float = 0.5) -> nn.Module:
+    """Moves all parameters far from where they start, zeros included, by normal noise; returns the module."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(scale * torch.randn_like(parameter))
+    return module
+
+
+class Cubic(pf.Univariate):
+    """A family as a user would write it: forward and inverse only, without closed forms for the engine.
+
+    ``y = sinh(b + asinh(x + m))``: increasing, neither affine nor odd, with both directions in closed form.
+    """
+
+    num_params = 2
+
+    def forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        shift, bend = params.unbind(-1)
+        inner = torch.asinh(x + shift)
+        return torch.sinh(inner + bend), torch.log(torch.cosh(inner + bend)) - torch.log(torch.cosh(inner))
+
+    def inverse(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        shift, bend = params.unbind(-1)
+        inner = torch.asinh(y)
+        return torch.sinh(inner - bend) - shift, torch.log(torch.cosh(inner - bend)) - torch.log(torch.cosh(inner))
+
+
+def diamond() -> Tensor:
+    """An adjacency on four dimensions: 2 -> {0, 3} -> 1."""
+    adjacency = torch.zeros(4, 4, dtype=torch.bool)
+    adjacency[0, 2] = adjacency[3, 2] = adjacency[1, 0] = adjacency[1, 3] = adjacency[1, 2] = True
+    return adjacency
+
+
+_SMALL = {"hidden_dims": (8, 8)}
+
+
+def _sine(x: Tensor) -> Tensor:
+    return x + torch.sin(x)
+
+
+def _leaves() -> Iterator[Case]:
+    def coupling(name: str, shape: int | tuple[int, ...], *args: object, **options: object) -> Case:
+        event = (shape,) if isinstance(shape, int) else shape
+
+        def build(context_dim: int) -> pf.FlowTransform:
+            return pf.Coupling(shape, *args, context_dim=context_dim, **{"hidden_dims": (8,), **options})
+
+        return Case(f"coupling-{name}", ("Coupling",), build, event)
+
+    yield coupling("affine", 3)
+    yield coupling("half", 5, mask="half")
+    yield coupling("half-flipped", 5, mask="half", flip=True)
+    yield coupling("random", 4, mask="random")
+    yield coupling("image", (2, 3), mask=[[True, False, True], [False, False, True]])
+    yield coupling("one-dimension", 1)
+    yield coupling("shift", 3, pf.Shift())
+    yield coupling("own-univariate", 3, Cubic())
+    yield coupling("residual", 3, residual=True, hidden_dims=(6, 6), activation="tanh")
+
+    def autoregressive(name: str, shape: int | tuple[int, ...], *args: object, **options: object) -> Iterator[Case]:
+        event = (shape,) if isinstance(shape, int) else shape
+        left_out = options.pop("left_out", ())
+        for fast in ("density", "sampling"):
+
+            def build(context_dim: int, fast: str = fast) -> pf.FlowTransform:
+                settings = {"hidden_dims": (8, 8), "fast": fast, **options}
+                return pf.Autoregressive(shape, *args, context_dim=context_dim, **settings)
+
+            yield Case(f"autoregressive-{fast}-{name}", ("Autoregressive",), build, event, left_out=left_out)
+
+    yield from autoregressive("affine", 4)
+    yield from autoregressive("random-order", 5, order="random")
+    yield from autoregressive("given-order", 4, order=[2, 0, 3, 1], activation="relu")
+    yield from autoregressive("adjacency", 4, adjacency=diamond())
+    yield from autoregressive("residual", 4, residual=True, activation="gelu")
+    yield from autoregressive("no-hidden", 3, hidden_dims=())
+    yield from autoregressive("narrow", 5, hidden_dims=(2, 3), activation="tanh")
+    yield from autoregressive("image", (2, 3), order="reverse")
+    yield from autoregressive("one-dimension", 1)
+    yield from autoregressive("shift", 3, pf.Shift())
+    yield from autoregressive("own-univariate", 3, Cubic(), activation=_sine)
+    # A lambda does not pickle, whoever holds it.
+    yield from autoregressive("lambda", 3, activation=lambda x: x * torch.sigmoid(x), left_out=("copies",))
+
+    def rescaling(shape: int | tuple[int, ...]) -> Callable[[int], pf.FlowTransform]:
+        return lambda context_dim: pf.Rescaling(shape, context_dim=context_dim, hidden_dims=(8,))
+
+    yield Case("rescaling", ("Rescaling",), rescaling(3), (3,))
+    yield Case("rescaling-image", ("Rescaling",), rescaling((2, 3)), (2, 3))
+
+    def permutation(name: str, shape: int | tuple[int, ...], indices: object) -> Case:
+        event = (shape,) if isinstance(shape, int) else shape
+        return Case(name, ("Permutation",), lambda _: pf.Permutation(shape, indices), event, takes_context=False)
+
+    yield permutation("permutation-random", 4, "random")
+    yield permutation("permutation-reverse", (2, 3), "reverse")
+    yield permutation("permutation-given", 3, [2, 0, 1])
+
+    def wrap(name: str, transform: torch_transforms.Transform, shape: tuple[int, ...], positive: bool = False) -> Case:
+        build = lambda _: pf.Wrap(transform, shape)  # noqa: E731
+        return Case(f"wrap-{name}", ("Wrap",), build, shape, takes_context=False, positive=positive)
+
+    yield wrap("exp", torch_transforms.ExpTransform(), (3,))
+    yield wrap("log", torch_transforms.ExpTransform().inv, (2, 2), positive=True)
+    yield wrap("sigmoid", torch_transforms.SigmoidTransform(), (2,))
+    yield wrap("affine", torch_transforms.AffineTransform(0.5, 2.0), (2, 3))
+    yield wrap("stick-breaking", torch_transforms.StickBreakingTransform(), (3,))
+
+
+def _composites() -> Iterator[Case]:
+    def nested(context_dim: int) -> pf.FlowTransform:
+        inner = pf.Chain(
+            [
+                pf.Permutation(3, [1, 2, 0]),
+                pf.maf(3, num_layers=1, context_dim=context_dim, **_SMALL),
+                torch_transforms.AffineTransform(0.5, 2.0),
+            ]
+        )
+        parts = [inner, pf.Coupling(3, hidden_dims=(8,)), pf.iaf(3, num_layers=1, context_dim=context_dim, **_SMALL)]
+        return pf.Chain([parts[0], pf.Chain(parts[1:]).inv])
+
+    yield Case("chain-nested", ("Chain", "Inverse"), nested, (3,))
+
+    def onto_positive(context_dim: int) -> pf.FlowTransform:
+        return pf.Chain([pf.maf(3, num_layers=1, context_dim=context_dim, **_SMALL), torch_transforms.ExpTransform()])
+
+    yield Case("chain-onto-positive", ("Chain",), onto_positive, (3,))
+
+    def conditioned(_: int) -> pf.FlowTransform:
+        flow = pf.Autoregressive(3, context_dim=CONTEXT_DIM, hidden_dims=(8,))
+        return flow.condition(torch.tensor([0.5, -1.0]))
+
+    yield Case("conditioned", ("Conditioned",), conditioned, (3,), takes_context=False)
+
+
+def _builders() -> Iterator[Case]:
+    variants: dict[str, list[tuple[str, int | tuple[int, ...], dict[str, object]]]] = {
+        "nice": [
+            ("", 3, {}),
+            ("-image", (2, 3), {"mask": "half"}),
+            ("-one-dimension", 1, {}),
+            ("-no-rescale", 3, {"rescale": False, "mask": "random"}),
+        ],
+        "realnvp": [
+            ("", 4, {}),
+            ("-half", 5, {"mask": "half", "num_layers": 2}),
+            ("-random", 4, {"mask": "random", "num_layers": 4}),
+            ("-given", 3, {"mask": [True, False, False], "num_layers": 2}),
+            ("-image", (2, 3), {"mask": "alternating", "num_layers": 2, "residual": True}),
+            ("-one-dimension", 1, {"num_layers": 2}),
+            ("-own-univariate", 3, {"univariate": Cubic(), "num_layers": 2}),
+        ],
+    }
+    for name in ("maf", "iaf"):
+        variants[name] = [
+            ("", 4, {}),
+            ("-random", 5, {"order": "random", "num_layers": 2}),
+            ("-adjacency", 4, {"adjacency": diamond(), "num_layers": 2}),
+            ("-residual", 3, {"residual": True, "num_layers": 2}),
+            ("-narrow", 5, {"hidden_dims": (2,), "num_layers": 2}),
+            ("-image", (2, 3), {"num_layers": 2}),
+            ("-one-dimension", 1, {"num_layers": 2}),
+            ("-own-univariate", 3, {"univariate": Cubic(), "num_layers": 2}),
+        ]
+    for name, each in variants.items():
+        builder = getattr(pf, name)
+        for suffix, shape, options in each:
+
+            def build(
+                context_dim: int,
+                builder: Callable[..., pf.Chain] = builder,
+                shape: int | tuple[int, ...] = shape,
+                options: dict[str, object] = options,
+            ) -> pf.FlowTransform:
+                return builder(shape, context_dim=context_dim, **{**_SMALL, **options})
+
+            event = (shape,) if isinstance(shape, int) else shape
+            yield Case(name + suffix, (name, "Chain"), build, event, scale=0.3)
+
+
+def _inverses(cases: list[Case]) -> Iterator[Case]:
+    for name in ("coupling-image", "autoregressive-density-affine", "rescaling", "nice", "realnvp", "maf", "iaf"):
+        case = next(case for case in cases if case.name == name)
+
+        def build(context_dim: int, inner: Callable[[int], pf.FlowTransform] = case.build) -> pf.FlowTransform:
+            return inner(context_dim).inv
+
+        yield Case(f"inverse-{name}", ("Inverse",), build, case.event_shape, scale=case.scale)
+
+
+CASES = [*_leaves(), *_composites(), *_builders()]
+CASES += _inverses(CASES)
+BUILDERS = [case for case in CASES if case.name in ("nice", "realnvp", "maf", "iaf")]
