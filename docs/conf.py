@@ -1,5 +1,6 @@
 """Sphinx configuration: python -m sphinx -W -b html docs docs/_build/html."""
 
+import importlib
 import sys
 from pathlib import Path
 
@@ -35,6 +36,8 @@ napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 
 autodoc_member_order = "bysource"
+# Leaves implement methods that are described once, in the base.
+autodoc_inherit_docstrings = False
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
 
@@ -44,3 +47,21 @@ intersphinx_mapping = {
     "torch": ("https://docs.pytorch.org/docs/stable", "inventories/torch.inv"),
     "pyro": ("https://docs.pyro.ai/en/stable", "inventories/pyro.inv"),
 }
+
+
+def documented_elsewhere(app, env, node, contnode):
+    """Leads a name under which something is imported, such as pyro_flows.Flow, to where it is documented."""
+    target = node.get("reftarget", "")
+    if not target.startswith("pyro_flows."):
+        return None
+    module, _, name = target.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name)
+        home = f"{found.__module__}.{found.__qualname__}"
+    except (ImportError, AttributeError):
+        return None
+    return env.get_domain("py").resolve_xref(env, node["refdoc"], app.builder, node["reftype"], home, node, contnode)
+
+
+def setup(app):
+    app.connect("missing-reference", documented_elsewhere)

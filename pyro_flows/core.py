@@ -120,18 +120,28 @@ class FlowTransform(TransformModule, ConditionalTransform):
         """Constraint on ``y``; it becomes the ``support`` of a ``TransformedDistribution``."""
         return _real(len(self.data_shape))
 
-    def _call(self, x: Tensor) -> Tensor:
-        y, ladj = self.forward_and_ladj(x)
-        self._memo.remember(self, x, y, ladj, made_y=True)
+    def __call__(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """``y = f(x)``, at a context if one is given."""
+        y, ladj = self.forward_and_ladj(x, context)
+        if context is None:
+            self._memo.remember(self, x, y, ladj, made_y=True)
         return y
 
-    def _inverse(self, y: Tensor) -> Tensor:
+    def _inv_call(self, y: Tensor) -> Tensor:
         known = self._memo.preimage(self, y)
         if known is not None:
             return known[0]
         x, ladj = self.inverse_and_ladj(y)
         self._memo.remember(self, x, y, -ladj, made_y=False)
         return x
+
+    # As in torch, the names with an underscore never answer from memory.
+
+    def _call(self, x: Tensor) -> Tensor:
+        return self.forward_and_ladj(x)[0]
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return self.inverse_and_ladj(y)[0]
 
     def inverse_and_memo(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """``inverse_and_ladj(y)``, answered from memory if ``y`` is what this transform has just produced."""
@@ -359,11 +369,11 @@ class Inverse(FlowTransform):
 
     # The transform's own memo serves both names of the pair.
 
-    def _call(self, x: Tensor) -> Tensor:
-        return self.transform._inverse(x)
+    def __call__(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        return self.transform._inv_call(x) if context is None else self.forward_and_ladj(x, context)[0]
 
-    def _inverse(self, y: Tensor) -> Tensor:
-        return self.transform._call(y)
+    def _inv_call(self, y: Tensor) -> Tensor:
+        return self.transform(y)
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         return -self.transform.log_abs_det_jacobian(y, x)

@@ -351,21 +351,21 @@ def _memo(s: _Subject) -> None:
         s.close("ladj after x = inv(y)", view.log_abs_det_jacobian(view.inv(data), data), s.ladj, hint, s.scales[2])
     with torch.enable_grad():
         params = [p for p in twin.parameters() if p.requires_grad]
-        fresh, known = view.forward_and_ladj(x)[1], view.log_abs_det_jacobian(x, y)
-        s.equal(
-            "ladj in grad mode after a no_grad call to have a graph:", known.requires_grad, fresh.requires_grad, hint
-        )
-        if fresh.requires_grad:
-            pairs = zip(*(torch.autograd.grad(v.sum(), params, allow_unused=True) for v in (known, fresh)), strict=True)
-            for got, want in pairs:
-                if got is not None and want is not None:
-                    s.close("gradient of ladj after a no_grad call", got, want, hint, float(want.abs().max()))
-                s.equal("unused parameters:", got is None, want is None, hint)
-        for _ in range(2 if params else 0):  # a remembered graph could be gone through only once
-            again = view.inv(data)
-            loss = again.sum() + view.log_abs_det_jacobian(again, data).sum()
-            if loss.requires_grad:
-                loss.backward()
+        for turn in range(4):  # each side twice: a remembered graph could be gone through only once
+            if turn % 2 == 0:
+                y = view(x)
+                loss, fresh = y.sum() + view.log_abs_det_jacobian(x, y).sum(), view.forward_and_ladj(x)
+            else:
+                back = view.inv(data)
+                loss, fresh = back.sum() - view.log_abs_det_jacobian(back, data).sum(), view.inverse_and_ladj(data)
+            want = fresh[0].sum() + fresh[1].sum()
+            s.equal("a result in grad mode after a no_grad call to have a graph:", loss.requires_grad, want.requires_grad, hint)
+            if want.requires_grad:
+                pairs = zip(*(torch.autograd.grad(v, params, allow_unused=True) for v in (loss, want)), strict=True)
+                for got, true in pairs:
+                    if true is not None:
+                        size = float(true.abs().max())
+                        s.close("gradient after a no_grad call", torch.zeros_like(true) if got is None else got, true, hint, size)
         y = view(x)
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():

@@ -59,7 +59,7 @@ def shake(module: nn.Module, scale: float = 0.5) -> nn.Module:
     return module
 
 
-class Cubic(pf.Univariate):
+class Sinh(pf.Univariate):
     """A family as a user would write it: forward and inverse only, without closed forms for the engine.
 
     ``y = sinh(b + asinh(x + m))``: increasing, neither affine nor odd, with both directions in closed form.
@@ -108,7 +108,7 @@ def _leaves() -> Iterator[Case]:
     yield coupling("image", (2, 3), mask=[[True, False, True], [False, False, True]])
     yield coupling("one-dimension", 1)
     yield coupling("shift", 3, pf.Shift())
-    yield coupling("own-univariate", 3, Cubic())
+    yield coupling("own-univariate", 3, Sinh())
     yield coupling("residual", 3, residual=True, hidden_dims=(6, 6), activation="tanh")
 
     def autoregressive(name: str, shape: int | tuple[int, ...], *args: object, **options: object) -> Iterator[Case]:
@@ -132,7 +132,7 @@ def _leaves() -> Iterator[Case]:
     yield from autoregressive("image", (2, 3), order="reverse")
     yield from autoregressive("one-dimension", 1)
     yield from autoregressive("shift", 3, pf.Shift())
-    yield from autoregressive("own-univariate", 3, Cubic(), activation=_sine)
+    yield from autoregressive("own-univariate", 3, Sinh(), activation=_sine)
     # A lambda does not pickle, whoever holds it.
     yield from autoregressive("lambda", 3, activation=lambda x: x * torch.sigmoid(x), left_out=("copies",))
 
@@ -202,7 +202,7 @@ def _builders() -> Iterator[Case]:
             ("-given", 3, {"mask": [True, False, False], "num_layers": 2}),
             ("-image", (2, 3), {"mask": "alternating", "num_layers": 2, "residual": True}),
             ("-one-dimension", 1, {"num_layers": 2}),
-            ("-own-univariate", 3, {"univariate": Cubic(), "num_layers": 2}),
+            ("-own-univariate", 3, {"univariate": Sinh(), "num_layers": 2}),
         ],
     }
     for name in ("maf", "iaf"):
@@ -214,7 +214,7 @@ def _builders() -> Iterator[Case]:
             ("-narrow", 5, {"hidden_dims": (2,), "num_layers": 2}),
             ("-image", (2, 3), {"num_layers": 2}),
             ("-one-dimension", 1, {"num_layers": 2}),
-            ("-own-univariate", 3, {"univariate": Cubic(), "num_layers": 2}),
+            ("-own-univariate", 3, {"univariate": Sinh(), "num_layers": 2}),
         ]
     for name, each in variants.items():
         builder = getattr(pf, name)
@@ -229,7 +229,7 @@ def _builders() -> Iterator[Case]:
                 return builder(shape, context_dim=context_dim, **{**_SMALL, **options})
 
             event = (shape,) if isinstance(shape, int) else shape
-            yield Case(name + suffix, (name, "Chain"), build, event, scale=0.3)
+            yield Case(name + suffix, (name, "Chain"), build, event, scale=0.2)
 
 
 def _inverses(cases: list[Case]) -> Iterator[Case]:

@@ -44,6 +44,10 @@ PYRO = {
         "class",
         "distributions.html#pyro.distributions.ConditionalTransform",
     ),
+    "pyro.distributions.distribution.Distribution": (
+        "class",
+        "distributions.html#pyro.distributions.Distribution",
+    ),
     "pyro.distributions.torch.TransformedDistribution": (
         "class",
         "distributions.html#pyro.distributions.TransformedDistribution",
