@@ -17,6 +17,7 @@ from pyro.distributions.torch_transform import TransformModule
 from torch import Size, Tensor, nn
 from torch.distributions import constraints
 
+from pyro_flows.boundary import admit, check_context, event_size, wrong_event
 from pyro_flows.memo import Memo
 
 __all__ = ["Conditioned", "FlowTransform", "Inverse"]
@@ -29,18 +30,10 @@ def _real(event_dim: int) -> constraints.Constraint:
     return constraints.real_vector if event_dim == 1 else constraints.independent(constraints.real, event_dim)
 
 
-def event_size(event_shape: int | Iterable[int]) -> Size:
-    """The shape of one event, from an ``input_dim`` or a shape; every dimension must be a positive integer."""
-    shape = (event_shape,) if isinstance(event_shape, int) else tuple(event_shape)
-    if not shape or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in shape):
-        raise ValueError(f"expected input_dim or event_shape to be positive integers, got {event_shape!r}")
-    return Size(shape)
-
-
 def _guarded(leaf: Callable[..., tuple[Tensor, Tensor]], data_side: bool) -> Callable[..., tuple[Tensor, Tensor]]:
     @functools.wraps(leaf)
     def method(self: FlowTransform, value: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return leaf(self, self._admit(value, context, data_side), context)
+        return leaf(self, admit(self, value, context, data_side), context)
 
     return method
 
@@ -189,7 +182,9 @@ class FlowTransform(TransformModule, ConditionalTransform):
 
     def _map_shape(self, shape: Size, source: Size, target: Size) -> Size:
         if len(shape) < len(source):
-            raise ValueError(f"{self._name}: expected at least {len(source)} dimensions, got shape {tuple(shape)}")
+            raise ValueError(
+                f"{type(self).__name__}: expected at least {len(source)} dimensions, got shape {tuple(shape)}"
+            )
         cut = len(shape) - len(source)
         if shape[cut:] != source:
             # A base of size 1 per dimension may still be broadcast, as torch's own transforms allow.
@@ -197,7 +192,7 @@ class FlowTransform(TransformModule, ConditionalTransform):
                 if torch.broadcast_shapes(shape[cut:], source) != source:
                     raise RuntimeError
             except RuntimeError:
-                raise ValueError(self._wrong_event(shape, source)) from None
+                raise ValueError(wrong_event(self, shape, source)) from None
         return shape[:cut] + target
 
     # Conditioning.
@@ -206,79 +201,10 @@ class FlowTransform(TransformModule, ConditionalTransform):
         """A view of this transform at one context (or a batch of them); see :class:`Conditioned`."""
         if self.context_dim == 0:
             raise ValueError(
-                f"{self._name} was built with context_dim=0 and takes no context; to condition a list in which only "
-                "some transforms take one, put them in a Chain([...]): it gives the context to those that do"
+                f"{type(self).__name__} was built with context_dim=0 and takes no context; to condition a list in which "
+                "only some transforms take one, put them in a Chain([...]): it gives the context to those that do"
             )
         return Conditioned(self, context)
-
-    # The boundary.
-
-    @property
-    def _name(self) -> str:
-        return type(self).__name__
-
-    def _wrong_event(self, shape: Size, event: Size) -> str:
-        want = f"last dimension {event[0]} (input_dim)" if len(event) == 1 else f"trailing shape {tuple(event)}"
-        return f"{self._name}: expected a value with {want}, got shape {tuple(shape)}"
-
-    def _admit(self, value: Tensor, context: Tensor | None, data_side: bool) -> Tensor:
-        """Checks a value and its context once, and returns the value with the whole batch shape."""
-        event = self.data_shape if data_side else self.event_shape
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{self._name}: expected a tensor, got {type(value).__name__}")
-        shape = value.shape
-        if shape[len(shape) - len(event) :] != event or len(shape) < len(event):
-            raise ValueError(self._wrong_event(shape, event))
-        if not value.is_floating_point():
-            raise TypeError(f"{self._name}: expected a floating-point value, got {value.dtype}; use value.float()")
-        kin = _first_floating(self)
-        if kin is not None:
-            self._same_kind("value", value, kin)
-        if self.context_dim == 0:
-            if context is not None:
-                raise ValueError(f"{self._name} was built with context_dim=0, but a context was given: leave it out")
-            return value
-        if context is None:
-            raise ValueError(
-                f"{self._name} was built with context_dim={self.context_dim}: call .condition(context) first, "
-                "or give context="
-            )
-        self._check_context(context)
-        if kin is not None:
-            self._same_kind("context", context, kin)
-        batch = shape[: len(shape) - len(event)]
-        if context.shape[:-1] != batch:
-            try:
-                whole = torch.broadcast_shapes(batch, context.shape[:-1])
-            except RuntimeError:
-                raise ValueError(
-                    f"{self._name}: batch shape {tuple(batch)} of the value and {tuple(context.shape[:-1])} of the "
-                    "context do not broadcast"
-                ) from None
-            if whole != batch:
-                value = value.expand(whole + event)
-        return value
-
-    def _check_context(self, context: Tensor) -> None:
-        if not isinstance(context, Tensor):
-            raise TypeError(f"{self._name}: expected a tensor as context, got {type(context).__name__}")
-        if context.dim() == 0 or context.shape[-1] != self.context_dim:
-            raise ValueError(
-                f"{self._name}: expected a context with last dimension {self.context_dim} (context_dim), "
-                f"got shape {tuple(context.shape)}"
-            )
-
-    def _same_kind(self, what: str, value: Tensor, kin: Tensor) -> None:
-        if value.dtype != kin.dtype and not torch.is_autocast_enabled(value.device.type):
-            raise TypeError(
-                f"{self._name}: the {what} is {value.dtype} but the parameters are {kin.dtype}; "
-                f"convert one of them, e.g. {what}.to({kin.dtype})"
-            )
-        if value.device != kin.device:
-            raise ValueError(
-                f"{self._name}: the {what} is on {value.device} but the parameters are on {kin.device}; "
-                f"move one of them, e.g. flow.to({str(value.device)!r})"
-            )
 
     # State: the memo is dropped whenever what it was computed from may have changed or moved.
 
@@ -317,18 +243,6 @@ class FlowTransform(TransformModule, ConditionalTransform):
         size = self.event_shape[0] if len(self.event_shape) == 1 else tuple(self.event_shape)
         context = f", context_dim={self.context_dim}" if self.context_dim else ""
         return f"{size}{context}, sampling: {self.sampling_cost}, density: {self.density_cost}"
-
-
-def _first_floating(module: nn.Module) -> Tensor | None:
-    for held in (module._parameters, module._buffers):
-        for tensor in held.values():
-            if tensor is not None and tensor.is_floating_point():
-                return tensor
-    for child in module._modules.values():
-        found = _first_floating(child) if child is not None else None
-        if found is not None:
-            return found
-    return None
 
 
 class Inverse(FlowTransform):
@@ -401,10 +315,7 @@ class Conditioned(FlowTransform):
 
     def __init__(self, transform: FlowTransform, context: Tensor) -> None:
         super().__init__(transform.event_shape)
-        transform._check_context(context)
-        kin = _first_floating(transform)
-        if kin is not None:
-            transform._same_kind("context", context, kin)
+        check_context(transform, context)
         while context.dim() > 1 and context.shape[0] == 1:
             context = context.squeeze(0)
         self.transform = transform

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor
 
 from pyro_flows.activations import Activation
+from pyro_flows.boundary import event_size
 from pyro_flows.chain import Chain
-from pyro_flows.core import event_size
 from pyro_flows.transforms import Autoregressive, Coupling, Rescaling
 from pyro_flows.transforms.coupling import Mask, coupling_mask
 from pyro_flows.univariate import Affine, Shift, Univariate

@@ -13,98 +13,23 @@ under ``torch.func`` and differentiates; second derivatives take the plain way t
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import uuid
-import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import count
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyro_flows.activations import known_activations, slope
-from pyro_flows.degrees import Structure
+from pyro_flows.activations import slope
 from pyro_flows.masked import weight_gradient
+from pyro_flows.solver import Solver, named
 from pyro_flows.sweeps import ForwardSweep, ReverseSweep, columns_at_once
 from pyro_flows.tracing import forward_mode, plain_eager
 
 __all__ = ["Solver", "solve"]
 
 Calls = list[Callable[[], object]]
-
-_numbers = count()
-_solvers: weakref.WeakValueDictionary[str, Solver] = weakref.WeakValueDictionary()
-
-
-class Solver:
-    """What the engine knows of a network beside its weights; custom operators name it by its ``handle``.
-
-    Args:
-        structure: the steps and times of its units.
-        activation: the elementwise function between layers.
-        univariate: the family of scalar maps, with ``solver`` and ``partials``.
-        inverse: whether ``x`` is the univariate's inverse at ``z`` (else its forward value).
-    """
-
-    def __init__(
-        self, structure: Structure, activation: Callable[[Tensor], Tensor], univariate: object, inverse: bool
-    ) -> None:
-        self.structure, self.activation, self.univariate, self.inverse = structure, activation, univariate, inverse
-        self.handle = f"{self._digest()}-{next(_numbers)}"
-        _solvers[self.handle] = self
-        self._idle: list[ForwardSweep | ReverseSweep] = []
-
-    def _digest(self) -> str:
-        """Stands for all that the gradient's formula depends on.
-
-        Compiled graphs name a solver by its handle, and compilers keep graphs on disk: equal names must mean equal
-        mathematics, in whatever process.
-        """
-        s = self.structure
-        own = type(self.univariate).__module__.startswith(__package__ + ".") and self.activation in known_activations()
-        # What is not defined here may change behind an unchanged name.
-        parts = (s.before, s.num_params, sorted(s.joins), s.dense, self.activation, self.univariate, self.inverse)
-        text = repr(parts[:4]) + str(getattr(parts[4], "__name__", parts[4])) + repr(parts[5:])
-        return hashlib.sha256((text if own else text + uuid.uuid4().hex).encode()).hexdigest()[:16]
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return Solver, (self.structure, self.activation, self.univariate, self.inverse)
-
-    def __deepcopy__(self, memo: dict[int, object]) -> Solver:
-        return Solver(self.structure, self.activation, self.univariate, self.inverse)
-
-    def scalar(self, z: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
-        """``(x, ladj)`` elementwise; ``params`` with its parameter axis last."""
-        return self.univariate.inverse(z, params) if self.inverse else self.univariate.forward(z, params)
-
-    def borrow(
-        self, kind: type, like: Tensor, columns: int, weights: Sequence[Tensor], *options: bool
-    ) -> ForwardSweep | ReverseSweep:
-        """A sweep with its buffers and views, an idle one if it fits; taken out, so that no two calls share one."""
-        stream = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0
-        key = (kind, columns, options, like.dtype, like.device, stream)
-        if self.structure.dense:
-            key += tuple(w.data_ptr() for w in weights)  # the views are of the weights themselves
-        for k in range(len(self._idle) - 1, -1, -1):
-            try:
-                sweep = self._idle.pop(k)
-            except IndexError:  # another thread was faster
-                continue
-            if sweep.key == key:
-                return sweep
-            self._idle.append(sweep)
-        sweep = kind(self, like, columns, weights, *options)
-        sweep.key = key
-        return sweep
-
-    def give_back(self, sweep: ForwardSweep | ReverseSweep) -> None:
-        """Keeps a small sweep for the next call: making its views costs as much as a small solve."""
-        if sweep.nbytes <= 2**26:
-            self._idle.append(sweep)
-            del self._idle[:-4]
 
 
 def solve(
@@ -131,6 +56,9 @@ def solve(
     Returns:
         ``x`` with the shape of ``z`` and the log-determinant of ``z -> x``, shape ``(*batch,)``.
     """
+    if torch.is_autocast_enabled(z.device.type):  # half precision would be no inverse
+        with torch.autocast(z.device.type, enabled=False):
+            return solve(solver, z, first_bias.to(z.dtype), weights, biases, masks)
     batch = z.shape[:-1]
     flat = z.reshape(-1, z.shape[-1])
     if first_bias.dim() == 1:
@@ -150,7 +78,7 @@ def solve(
     else:
         with torch._C._AutoDispatchBelowAutograd():  # nothing to record, so spare every small call the look
             x, ladj, _ = _solve(flat, bias, *groups, solver.handle, False)
-    return x.reshape(*batch, -1), ladj.reshape(batch)
+    return x.reshape(z.shape), ladj.reshape(batch)
 
 
 @torch.no_grad()
@@ -163,7 +91,7 @@ def _solve(
     handle: str,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    solver = _solvers[handle]
+    solver = named(handle)
     n = z.shape[0]
     x, ladj = torch.empty_like(z), z.new_empty(n)
     tape = z.new_empty(solver.structure.tape_rows if keep else 0, n)
@@ -204,7 +132,7 @@ def _(
     handle: str,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows = _solvers[handle].structure.tape_rows if keep else 0
+    rows = named(handle).structure.tape_rows if keep else 0
     return torch.empty_like(z), z.new_empty(z.shape[0]), z.new_empty(rows, z.shape[0])
 
 
@@ -276,7 +204,7 @@ class _Gradient(torch.autograd.Function):
     @staticmethod
     def forward(*inputs: Tensor) -> tuple[Tensor, ...]:
         handle, grad_x, grad_ladj, x, tape, z, first_bias, *tensors = inputs
-        solver = _solvers[handle]
+        solver = named(handle)
         weights, _, masks = _groups(tensors)
         pre, post, params, ladj = solver.structure.unpack(tape, solver.activation)
         zt, xt = z.T, x.T
@@ -312,7 +240,7 @@ class _Gradient(torch.autograd.Function):
     def backward(ctx: object, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         grad_x, grad_ladj, z, first_bias, *tensors = ctx.saved_tensors
         weights, biases, masks = _groups(tensors)
-        by_passes = partial(_by_passes, _solvers[ctx.handle], masks)
+        by_passes = partial(_by_passes, named(ctx.handle), masks)
 
         def gradient(grad_x: Tensor, grad_ladj: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
             return torch.func.vjp(by_passes, *inputs)[1]((grad_x, grad_ladj))
@@ -351,7 +279,7 @@ def _sweep_back(
     masks: list[Tensor],
     handle: str,
 ) -> Tensor:
-    solver = _solvers[handle]
+    solver = named(handle)
     n = grad_x.shape[0]
     adjoint = grad_x.new_empty(solver.structure.adjoint_rows, n)
     chunk = columns_at_once(n, solver.structure.adjoint_rows, grad_x.device)
@@ -388,7 +316,7 @@ def _(
     masks: list[Tensor],
     handle: str,
 ) -> Tensor:
-    return grad_x.new_empty(_solvers[handle].structure.adjoint_rows, grad_x.shape[0])
+    return grad_x.new_empty(named(handle).structure.adjoint_rows, grad_x.shape[0])
 
 
 # Batching: samples are rows of z (columns of everything feature-major), so a batch of problems that share their weights

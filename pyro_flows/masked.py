@@ -120,6 +120,9 @@ def masked_network(
         masks: one for each weight, an integer of its element's size with all bits set where the weight counts.
         head: what to do with the outputs, if not to return them.
     """
+    if torch.is_autocast_enabled(x.device.type):  # the ladj is worth full precision
+        with torch.autocast(x.device.type, enabled=False):
+            return masked_network(layout, x, first_bias.to(x.dtype), weights, biases, masks, head)
     if not plain_eager() or masks[0].element_size() != weights[0].element_size():
         return _plain(layout, head, masks, x, first_bias, *weights, *biases)
     batch = x.shape[:-1]

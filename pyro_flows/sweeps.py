@@ -18,7 +18,7 @@ from pyro_flows.activations import IN_PLACE
 from pyro_flows.masked import keep
 
 if TYPE_CHECKING:
-    from pyro_flows.inverse import Solver
+    from pyro_flows.solver import Solver
 
 __all__ = ["ForwardSweep", "ReverseSweep", "columns_at_once"]
 

@@ -359,13 +359,24 @@ def _memo(s: _Subject) -> None:
                 back = view.inv(data)
                 loss, fresh = back.sum() - view.log_abs_det_jacobian(back, data).sum(), view.inverse_and_ladj(data)
             want = fresh[0].sum() + fresh[1].sum()
-            s.equal("a result in grad mode after a no_grad call to have a graph:", loss.requires_grad, want.requires_grad, hint)
+            s.equal(
+                "a result in grad mode after a no_grad call to have a graph:",
+                loss.requires_grad,
+                want.requires_grad,
+                hint,
+            )
             if want.requires_grad:
                 pairs = zip(*(torch.autograd.grad(v, params, allow_unused=True) for v in (loss, want)), strict=True)
                 for got, true in pairs:
                     if true is not None:
                         size = float(true.abs().max())
-                        s.close("gradient after a no_grad call", torch.zeros_like(true) if got is None else got, true, hint, size)
+                        s.close(
+                            "gradient after a no_grad call",
+                            torch.zeros_like(true) if got is None else got,
+                            true,
+                            hint,
+                            size,
+                        )
         y = view(x)
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():

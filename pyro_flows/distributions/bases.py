@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Transform
 
-from pyro_flows.core import event_size
+from pyro_flows.boundary import event_size
 
 __all__ = ["DiagonalNormal", "FixedBase"]
 

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from pyro_flows.activations import Activation
 from pyro_flows.core import FlowTransform
-from pyro_flows.inverse import Solver, solve
+from pyro_flows.inverse import solve
 from pyro_flows.masked import Head, masked_network
 from pyro_flows.nets import MaskedMLP
+from pyro_flows.solver import Solver
 from pyro_flows.univariate import Affine, Univariate
 
 __all__ = ["Autoregressive"]

@@ -1,0 +1,106 @@
+"""The boundary: arguments are checked here once, with worded errors, and nowhere inside."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Size, Tensor, nn
+
+if TYPE_CHECKING:
+    from pyro_flows.core import FlowTransform
+
+__all__ = ["admit", "check_context", "event_size", "wrong_event"]
+
+
+def event_size(event_shape: int | Iterable[int]) -> Size:
+    """The shape of one event, from an ``input_dim`` or a shape; every dimension must be a positive integer."""
+    shape = (event_shape,) if isinstance(event_shape, int) else tuple(event_shape)
+    if not shape or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in shape):
+        raise ValueError(f"expected input_dim or event_shape to be positive integers, got {event_shape!r}")
+    return Size(shape)
+
+
+def wrong_event(transform: FlowTransform, shape: Size, event: Size) -> str:
+    """What to say of a value of this shape where this event shape was expected."""
+    want = f"last dimension {event[0]} (input_dim)" if len(event) == 1 else f"trailing shape {tuple(event)}"
+    return f"{type(transform).__name__}: expected a value with {want}, got shape {tuple(shape)}"
+
+
+def admit(transform: FlowTransform, value: Tensor, context: Tensor | None, data_side: bool) -> Tensor:
+    """Checks a value and its context, and returns the value with the whole batch shape."""
+    event = transform.data_shape if data_side else transform.event_shape
+    name = type(transform).__name__
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    shape = value.shape
+    cut = len(shape) - len(event)
+    if cut < 0 or shape[cut:] != event:
+        raise ValueError(wrong_event(transform, shape, event))
+    if not value.is_floating_point():
+        raise TypeError(f"{name}: expected a floating-point value, got {value.dtype}; use value.float()")
+    kin = _first_floating(transform)
+    if kin is not None:
+        _same_kind(name, "value", value, kin)
+    if transform.context_dim == 0:
+        if context is not None:
+            raise ValueError(f"{name} was built with context_dim=0, but a context was given: leave it out")
+        return value
+    if context is None:
+        raise ValueError(
+            f"{name} was built with context_dim={transform.context_dim}: call .condition(context) first, "
+            "or give context="
+        )
+    check_context(transform, context)
+    batch = shape[:cut]
+    if context.shape[:-1] == batch:
+        return value
+    try:
+        whole = torch.broadcast_shapes(batch, context.shape[:-1])
+    except RuntimeError:
+        raise ValueError(
+            f"{name}: batch shape {tuple(batch)} of the value and {tuple(context.shape[:-1])} of the context do not "
+            "broadcast"
+        ) from None
+    return value if whole == batch else value.expand(whole + event)
+
+
+def check_context(transform: FlowTransform, context: Tensor) -> None:
+    """Checks a context's size, dtype and device."""
+    name = type(transform).__name__
+    if not isinstance(context, Tensor):
+        raise TypeError(f"{name}: expected a tensor as context, got {type(context).__name__}")
+    if context.dim() == 0 or context.shape[-1] != transform.context_dim:
+        raise ValueError(
+            f"{name}: expected a context with last dimension {transform.context_dim} (context_dim), "
+            f"got shape {tuple(context.shape)}"
+        )
+    kin = _first_floating(transform)
+    if kin is not None:
+        _same_kind(name, "context", context, kin)
+
+
+def _same_kind(name: str, what: str, value: Tensor, kin: Tensor) -> None:
+    if value.dtype != kin.dtype and not torch.is_autocast_enabled(value.device.type):
+        raise TypeError(
+            f"{name}: the {what} is {value.dtype} but the parameters are {kin.dtype}; "
+            f"convert one of them, e.g. {what}.to({kin.dtype})"
+        )
+    if value.device != kin.device:
+        raise ValueError(
+            f"{name}: the {what} is on {value.device} but the parameters are on {kin.device}; "
+            f"move one of them, e.g. flow.to({str(value.device)!r})"
+        )
+
+
+def _first_floating(module: nn.Module) -> Tensor | None:
+    for held in (module._parameters, module._buffers):
+        for tensor in held.values():
+            if tensor is not None and tensor.is_floating_point():
+                return tensor
+    for child in module._modules.values():
+        found = _first_floating(child) if child is not None else None
+        if found is not None:
+            return found
+    return None

@@ -1,0 +1,94 @@
+"""What the inverse engine knows of a network beside its weights, under a name that custom operators can carry."""
+
+from __future__ import annotations
+
+import hashlib
+import uuid
+import weakref
+from collections.abc import Callable, Sequence
+from itertools import count
+
+import torch
+from torch import Tensor
+
+from pyro_flows.activations import known_activations
+from pyro_flows.degrees import Structure
+from pyro_flows.sweeps import ForwardSweep, ReverseSweep
+
+__all__ = ["Solver", "named"]
+
+_numbers = count()
+_solvers: weakref.WeakValueDictionary[str, Solver] = weakref.WeakValueDictionary()
+
+
+class Solver:
+    """What the engine knows of a network beside its weights; custom operators name it by its ``handle``.
+
+    Args:
+        structure: the steps and times of its units.
+        activation: the elementwise function between layers.
+        univariate: the family of scalar maps, with ``solver`` and ``partials``.
+        inverse: whether ``x`` is the univariate's inverse at ``z`` (else its forward value).
+    """
+
+    def __init__(
+        self, structure: Structure, activation: Callable[[Tensor], Tensor], univariate: object, inverse: bool
+    ) -> None:
+        self.structure, self.activation, self.univariate, self.inverse = structure, activation, univariate, inverse
+        self.handle = f"{self._digest()}-{next(_numbers)}"
+        _solvers[self.handle] = self
+        self._idle: list[ForwardSweep | ReverseSweep] = []
+
+    def _digest(self) -> str:
+        """Stands for all that the gradient's formula depends on.
+
+        Compiled graphs name a solver by its handle, and compilers keep graphs on disk: equal names must mean equal
+        mathematics, in whatever process.
+        """
+        s = self.structure
+        own = type(self.univariate).__module__.startswith(__package__ + ".") and self.activation in known_activations()
+        # What is not defined here may change behind an unchanged name.
+        parts = (s.before, s.num_params, sorted(s.joins), s.dense, self.activation, self.univariate, self.inverse)
+        text = repr(parts[:4]) + str(getattr(parts[4], "__name__", parts[4])) + repr(parts[5:])
+        return hashlib.sha256((text if own else text + uuid.uuid4().hex).encode()).hexdigest()[:16]
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Solver, (self.structure, self.activation, self.univariate, self.inverse)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Solver:
+        return Solver(self.structure, self.activation, self.univariate, self.inverse)
+
+    def scalar(self, z: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        """``(x, ladj)`` elementwise; ``params`` with its parameter axis last."""
+        return self.univariate.inverse(z, params) if self.inverse else self.univariate.forward(z, params)
+
+    def borrow(
+        self, kind: type, like: Tensor, columns: int, weights: Sequence[Tensor], *options: bool
+    ) -> ForwardSweep | ReverseSweep:
+        """A sweep with its buffers and views, an idle one if it fits; taken out, so that no two calls share one."""
+        stream = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0
+        key = (kind, columns, options, like.dtype, like.device, stream)
+        if self.structure.dense:
+            key += tuple(w.data_ptr() for w in weights)  # the views are of the weights themselves
+        for k in range(len(self._idle) - 1, -1, -1):
+            try:
+                sweep = self._idle.pop(k)
+            except IndexError:  # another thread was faster
+                continue
+            if sweep.key == key:
+                return sweep
+            self._idle.append(sweep)
+        sweep = kind(self, like, columns, weights, *options)
+        sweep.key = key
+        return sweep
+
+    def give_back(self, sweep: ForwardSweep | ReverseSweep) -> None:
+        """Keeps a small sweep for the next call: making its views costs as much as a small solve."""
+        if sweep.nbytes <= 2**26:
+            self._idle.append(sweep)
+            del self._idle[:-4]
+
+
+def named(handle: str) -> Solver:
+    """The living solver of this handle."""
+    return _solvers[handle]
