@@ -119,7 +119,7 @@ def corner_plot(data: np.ndarray, draws: np.ndarray, path: Path) -> None:
             ax.spines["left"].set_visible(False)
         else:
             points, color = (data, TRUTH) if i > j else (draws, FLOW)
-            ax.scatter(points[:2000, j], points[:2000, i], s=2, color=color, alpha=0.5, linewidths=0)
+            ax.scatter(points[:1500, j], points[:1500, i], s=2, color=color, alpha=0.5, linewidths=0)
             ax.set_ylim(low[i], high[i])
             ax.tick_params(labelleft=j == 0)
         if i > j and j == 0:
@@ -127,11 +127,12 @@ def corner_plot(data: np.ndarray, draws: np.ndarray, path: Path) -> None:
         if i < j and j == 4:
             ax.spines[["left", "right"]].set_visible([False, True])
             ax.yaxis.tick_right()
+            ax.tick_params(labelright=True)
             ax.yaxis.set_label_position("right")
             ax.set_ylabel(LABELS[i])
         if i == 4:
             ax.set_xlabel(LABELS[j])
-    fig.suptitle("Power plant: 2000 hours as measured (grey, below) and as drawn from a fitted maf (teal, above)")
+    fig.suptitle("Power plant: 1500 hours as measured (grey, below) and as drawn from a fitted maf (teal, above)")
     fig.align_ylabels()
     fig.tight_layout()
     fig.savefig(path)

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import copy
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Size, Tensor, nn
-from torch.distributions import Transform, constraints
+from torch.distributions import Distribution, Transform, constraints
 
 from pyro_flows.core import FlowTransform
 
-__all__ = ["Chain", "Wrap"]
+__all__ = ["Chain", "Wrap", "map_tensors"]
 
 
 class Wrap(FlowTransform):
     """A torch or Pyro transform as a part of a chain, e.g. ``biject_to(constraint)`` or ``ExpTransform()``.
 
     Args:
-        transform: any bijective ``torch.distributions.Transform``; a module is registered.
+        transform: any bijective ``torch.distributions.Transform``.  A module is registered; of any other a copy is
+            kept, whose tensors move with this module but are no part of its ``state_dict``.
         event_shape: shape of one event on the base side; elementwise transforms are summed over all of it.
     """
 
@@ -32,7 +34,7 @@ class Wrap(FlowTransform):
                 f"Wrap: {type(transform).__name__} acts on {transform.domain.event_dim} event dimensions, "
                 f"got event shape {tuple(self.event_shape)}"
             )
-        self.transform = transform
+        self.transform = transform if isinstance(transform, nn.Module) else copy.deepcopy(transform)
         self._sum_dims = len(self.event_shape) - transform.domain.event_dim
 
     @property
@@ -46,6 +48,11 @@ class Wrap(FlowTransform):
     @constraints.dependent_property(is_discrete=False)
     def codomain(self) -> constraints.Constraint:
         return constraints.independent(self.transform.codomain, self._sum_dims)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Wrap:
+        if not isinstance(self.transform, nn.Module):
+            map_tensors(self.transform, fn)
+        return super()._apply(fn, recurse)
 
     def _ladj(self, x: Tensor, y: Tensor) -> Tensor:
         ladj = self.transform.log_abs_det_jacobian(x, y)
@@ -173,3 +180,13 @@ def _total_cost(costs: Iterable[str]) -> str:
         return " ".join(filter(None, [str(n), head if n == 1 else plural.get(head, head), rest]))
 
     return " + ".join(term(unit, n) for unit, n in counted.items())
+
+
+def map_tensors(distribution: Distribution | Transform, fn: Callable[[Tensor], Tensor]) -> None:
+    """Replaces every tensor that a distribution or transform holds, also inside those that it wraps."""
+    for name, value in vars(distribution).items():
+        if isinstance(value, Tensor):
+            vars(distribution)[name] = fn(value)
+        for inner in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(inner, (Distribution, Transform)) and not isinstance(inner, nn.Module):
+                map_tensors(inner, fn)

@@ -201,7 +201,7 @@ class FlowTransform(TransformModule, ConditionalTransform):
         """A view of this transform at one context (or a batch of them); see :class:`Conditioned`."""
         if self.context_dim == 0:
             raise ValueError(
-                f"{type(self).__name__} was built with context_dim=0 and takes no context; to condition a list in which "
+                f"{type(self).__name__} was built with context_dim=0 and takes no context; to condition a list where "
                 "only some transforms take one, put them in a Chain([...]): it gives the context to those that do"
             )
         return Conditioned(self, context)

@@ -65,13 +65,13 @@ def test_conversion_moves_the_base(base, device, default_dtype):
     assert flow.rsample_and_log_prob((5,))[1].dtype == torch.float64
 
 
-@pytest.mark.parametrize("base", list(bases(1)))
+@pytest.mark.parametrize("base", ["none", "distribution", "learnable"])
 def test_meta_device_takes_the_base_along(base):
     flow = pf.Flow(pf.realnvp(3, hidden_dims=(8,), num_layers=2), bases(3)[base]).to("meta")
     made = flow.base()
     x = torch.empty(5, 3, device="meta")
     assert flow.chain(x).device.type == "meta"
-    assert made.log_prob(x).device.type == "meta" if base != "mixture" else made.loc.device.type == "meta"
+    assert made.mean.device.type == "meta"
 
 
 def test_default_base_takes_the_chains_dtype(default_dtype):
@@ -94,11 +94,11 @@ def test_state_comes_back(base):
 
 @pytest.mark.parametrize("base", list(bases(1)))
 def test_copies_and_pickles(base):
-    flow = pf.Flow(shake(pf.maf(3, hidden_dims=(8,))), bases(3)[base])
+    flow = pf.Flow(shake(pf.maf(3, hidden_dims=(8,)), 0.2), bases(3)[base]).double()
     y = flow.rsample((6,))
     want = flow.log_prob(y)
     for twin in (copy.deepcopy(flow), pickle.loads(pickle.dumps(flow))):
-        torch.testing.assert_close(twin.log_prob(y.detach()), want, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(twin.log_prob(y.detach()), want, rtol=1e-8, atol=1e-8)
 
 
 def test_freezing_reaches_chain_and_base():
@@ -151,33 +151,28 @@ def test_each_context_has_its_own_samples():
     assert (means[0] - means[1]).abs().max() > 0.1
 
 
-def grid(edge, steps, dtype=torch.float64):
-    axis = torch.linspace(-edge, edge, steps, dtype=dtype)
-    return torch.cartesian_prod(axis, axis), float(axis[1] - axis[0]) ** 2
+def mass(flow, context=None):
+    """The integral of a 2-D density, on a grid that is fine near the origin and coarse in the tails."""
+    with torch.no_grad():
+        reach = 4 * float(flow.sample((20_000,), context).abs().max())
+        edge = math.asinh(reach)
+        axis = torch.linspace(-edge, edge, 701, dtype=torch.float64)
+        points, cells = torch.cartesian_prod(axis.sinh(), axis.sinh()), torch.cartesian_prod(axis.cosh(), axis.cosh())
+        density = flow.log_prob(points, context).exp()
+    return float((density * cells.prod(-1)).sum()) * float(axis[1] - axis[0]) ** 2
 
 
 @pytest.mark.parametrize("inverse", [False, True], ids=["", "inverse"])
 @EACH_BUILDER
 def test_density_integrates_to_one(builder, inverse):
-    chain = shake(builder(2, hidden_dims=(8,), num_layers=2).double(), 0.4)
-    flow = pf.Flow(chain.inv if inverse else chain)
-    flow.double()
-    with torch.no_grad():
-        reach = float(flow.sample((20000,)).abs().max())
-        points, cell = grid(1.6 * reach, 1201)
-        mass = float(flow.log_prob(points).exp().sum()) * cell
-    assert mass == pytest.approx(1.0, abs=2e-3)
+    chain = shake(builder(2, hidden_dims=(8,), num_layers=2), 0.4)
+    assert mass(pf.Flow(chain.inv if inverse else chain).double()) == pytest.approx(1.0, abs=1e-3)
 
 
 @EACH_BUILDER
 def test_density_with_context_integrates_to_one(builder):
-    flow = pf.Flow(shake(builder(2, context_dim=2, hidden_dims=(8,), num_layers=2).double(), 0.4)).double()
-    context = torch.tensor([1.0, -0.5]).double()
-    with torch.no_grad():
-        reach = float(flow.sample((20000,), context).abs().max())
-        points, cell = grid(1.6 * reach, 1201)
-        mass = float(flow.log_prob(points, context).exp().sum()) * cell
-    assert mass == pytest.approx(1.0, abs=2e-3)
+    flow = pf.Flow(shake(builder(2, context_dim=2, hidden_dims=(8,), num_layers=2), 0.4)).double()
+    assert mass(flow, torch.tensor([1.0, -0.5]).double()) == pytest.approx(1.0, abs=1e-3)
 
 
 @pytest.mark.parametrize("base", ["none", "learnable"])
@@ -192,7 +187,8 @@ def test_mass_of_a_ball_by_density_equals_that_by_sampling(builder, base):
         distance = (samples - centre).norm(dim=-1)
         radius = float(distance.median())
         sampled = float((distance < radius).double().mean())
-        points, cell = grid(radius, 801)
+        axis = torch.linspace(-radius, radius, 801, dtype=torch.float64)
+        points, cell = torch.cartesian_prod(axis, axis), float(axis[1] - axis[0]) ** 2
         inside = points.norm(dim=-1) < radius
         by_density = float((flow.log_prob(points + centre).exp() * inside).sum()) * cell
     assert by_density == pytest.approx(sampled, abs=0.01)  # six standard errors
@@ -215,8 +211,9 @@ def linear_gaussian(fast, order):
 def test_linear_flow_of_a_normal_is_a_multivariate_normal(fast, order):
     flow = pf.Flow(linear_gaussian(fast, order))
     zero = torch.zeros(3).double()
-    loc = flow.chain(zero)
-    scale = torch.stack([flow.chain(row) - loc for row in torch.eye(3).double()], -1)
+    with torch.no_grad():
+        loc = flow.chain(zero)
+        scale = torch.stack([flow.chain(row) - loc for row in torch.eye(3).double()], -1)
     assert scale.tril(-1).abs().sum() > 0.1 or scale.triu(1).abs().sum() > 0.1
     truth = dist.MultivariateNormal(loc, scale @ scale.T)
     y = truth.sample((50,))

@@ -88,6 +88,22 @@ def test_partials_equal_automatic_differentiation(family, inverse):
 
 @BOTH
 @EACH
+def test_one_pass_forms_equal_automatic_differentiation(family, inverse):
+    z, params = draw(family, 4, 6)
+    params = params.transpose(1, 2).contiguous()
+    grad, grad_ladj = torch.randn(4, 6, dtype=torch.float64), torch.randn(4, 1, dtype=torch.float64)
+    want_x, want_ladj, want_kept = Univariate.run(family, inverse, z, params.clone())
+    want = Univariate.pull(family, inverse, z, want_x, want_ladj, want_kept, grad, grad_ladj)
+    x, ladj, kept = family.run(inverse, z, params.clone())
+    assert (x - want_x).abs().max() <= 1e-14 * (1 + want_x.abs().max())
+    assert (ladj - want_ladj).abs().max() <= 1e-14
+    for a, b in zip(family.pull(inverse, z, x, ladj, kept, grad, grad_ladj), want, strict=True):
+        assert a.shape == b.shape
+        assert (a - b).abs().max() <= 1e-13 * (1 + b.abs().max())
+
+
+@BOTH
+@EACH
 def test_default_partials_equal_gradients(family, inverse):
     z, params = draw(family, 4, 6)
     z.requires_grad_()

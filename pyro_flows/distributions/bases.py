@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterable
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution, Transform
+from torch.distributions import Distribution
 
 from pyro_flows.boundary import event_size
+from pyro_flows.chain import map_tensors
 
 __all__ = ["DiagonalNormal", "FixedBase"]
 
@@ -51,7 +52,7 @@ class FixedBase(nn.Module):
 
     def __init__(self, distribution: Distribution) -> None:
         super().__init__()
-        _map_tensors(distribution, _refuse_gradient)
+        map_tensors(distribution, _refuse_gradient)
         self.distribution = copy.deepcopy(distribution)  # moving the module must not move the caller's object
 
     def forward(self) -> Distribution:
@@ -59,7 +60,7 @@ class FixedBase(nn.Module):
         return self.distribution
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FixedBase:
-        _map_tensors(self.distribution, fn)
+        map_tensors(self.distribution, fn)
         return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
@@ -73,13 +74,3 @@ def _refuse_gradient(tensor: Tensor) -> Tensor:
             "parameters and returns the distribution when called, e.g. DiagonalNormal(input_dim, learnable=True)"
         )
     return tensor
-
-
-def _map_tensors(distribution: Distribution | Transform, fn: Callable[[Tensor], Tensor]) -> None:
-    """Replaces every tensor that a distribution holds, also inside the distributions that it wraps."""
-    for name, value in vars(distribution).items():
-        if isinstance(value, Tensor):
-            vars(distribution)[name] = fn(value)
-        for inner in value if isinstance(value, (list, tuple)) else [value]:
-            if isinstance(inner, (Distribution, Transform)) and not isinstance(inner, nn.Module):
-                _map_tensors(inner, fn)
