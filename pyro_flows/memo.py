@@ -31,26 +31,26 @@ def _count_step(*args: Any) -> None:
 register_optimizer_step_post_hook(_count_step)
 
 
-def _walk(module: nn.Module) -> int:
-    """A number that changes when any parameter or buffer is written in place, replaced, frozen or thawed."""
-    total = 0
+def _walk(module: nn.Module, seen: list[int]) -> None:
+    """Lists what changes when a parameter or buffer is written in place, replaced, moved, frozen or thawed."""
     for tensor in module._parameters.values():
         if tensor is not None:
-            total += tensor._version + id(tensor) + (tensor.requires_grad << 62)
+            seen += (id(tensor), 2 * tensor._version + tensor.requires_grad)
     for tensor in module._buffers.values():
         if tensor is not None:
-            total += tensor._version + id(tensor)
+            seen += (id(tensor), tensor._version)
     for child in module._modules.values():
         if child is not None:
-            total += _walk(child)
-    return total
+            _walk(child, seen)
 
 
-def _stamp(module: nn.Module) -> tuple[int, bool, int] | None:
+def _stamp(module: nn.Module) -> list[int] | None:
+    seen = [_steps, torch.is_grad_enabled()]
     try:
-        return _steps, torch.is_grad_enabled(), _walk(module)
+        _walk(module, seen)
     except RuntimeError:  # inference tensors count no versions
         return None
+    return seen
 
 
 class _Entry(NamedTuple):
@@ -58,7 +58,7 @@ class _Entry(NamedTuple):
     y: TensorWeakRef | Tensor
     ladj: Tensor
     versions: tuple[int, int]
-    stamp: tuple[int, bool, int]
+    stamp: list[int]
 
 
 class Memo:

@@ -1,168 +1,22 @@
-"""The base contract as code: hold your own transforms to it, and find the part of a flow that makes NaN.
-
-:func:`check_transform` runs the checks named in ``CHECKS`` and fails with a message that says which one, what was
-expected, what came, and what to look at.  :func:`locate_nonfinite` walks a flow part by part.
-"""
+"""The checks of the base contract, one function each; every one takes a subject and fails through it."""
 
 from __future__ import annotations
 
 import copy
 import io
-import math
 import pickle
-from collections.abc import Callable, Iterable
-from functools import cached_property
-from typing import Any, NamedTuple
+from collections.abc import Callable
 
 import torch
 from torch import Size, Tensor, nn
 
-from pyro_flows.chain import Chain
-from pyro_flows.core import Conditioned, FlowTransform, Inverse
+from pyro_flows.core import FlowTransform
+from pyro_flows.testing.subject import DERIVATIVE, DIFFERENCE, NAMES, Subject
 
-__all__ = ["CHECKS", "check_transform", "locate_nonfinite"]
-
-# Rounding allowed, in units of eps times the size of what enters a result.  A chain of some ten layers with scales of
-# e^-3 to e^3 loses a few dozen; a wrong formula is off by a factor of 1000 more.
-ULPS = 512
-# What float64 is held to where two ways of getting the same derivative are compared, and for finite differences.
-DERIVATIVE, DIFFERENCE = 1e-7, 1e-5
-ROWS = 4  # of the batch, for everything that needs a Jacobian
+__all__ = ["ALL"]
 
 
-class _Way(NamedTuple):
-    """One direction at a few rows, in float64."""
-
-    value: Tensor  # (n, *source)
-    out: Tensor  # (n, *target)
-    ladj: Tensor  # (n,)
-    jacobian: Tensor  # (n, target numbers, source numbers)
-    slope: Tensor  # gradient of ladj, (n, source numbers)
-
-    def scale(self) -> Tensor:
-        """|out| + |f'| |value|, shape (n, target numbers): what rounding of the input and of the output amounts to."""
-        moved = (self.jacobian.abs() @ self.value.flatten(1).abs().unsqueeze(-1)).squeeze(-1)
-        return self.out.flatten(1).abs() + moved
-
-    def ladj_scale(self) -> Tensor:
-        """The same for ladj, shape (n,); its terms are of order one even where they cancel."""
-        return self.ladj.abs() + (self.slope.abs() * self.value.flatten(1).abs()).sum(1) + self.value[0].numel()
-
-
-_NAMES = ("forward_and_ladj", "inverse_and_ladj")
-
-
-class _Subject:
-    """A transform under test, its results, and float64 truths that several checks share."""
-
-    def __init__(
-        self, transform: FlowTransform, x: Tensor, context: Tensor | None, atol: float | None, rtol: float | None
-    ) -> None:
-        self.transform, self.x, self.context = transform, x, context
-        self.check = ""
-        self.rtol = ULPS * torch.finfo(x.dtype).eps if rtol is None else rtol
-        self.atol = self.rtol if atol is None else atol
-        with torch.no_grad():
-            self.y, self.ladj = transform.forward_and_ladj(x, context)
-            if self.y.shape[self.y.dim() - len(transform.data_shape) :] == transform.data_shape:
-                self.back, self.back_ladj = transform.inverse_and_ladj(self.y, context)
-
-    def fail(self, expected: str, got: str, hint: str) -> None:
-        """Raises the one error of this module."""
-        raise AssertionError(
-            f"[{self.check}] {type(self.transform).__name__}: expected {expected}, got {got}. Hint: {hint}"
-        )
-
-    def equal(self, what: str, got: Any, want: Any, hint: str) -> None:
-        """Fails unless ``got == want``."""
-        if got != want:
-            self.fail(f"{what} {want}", str(got), hint)
-
-    def close(
-        self, what: str, got: Tensor, want: Tensor, hint: str, scale: Tensor | float = 0.0, rtol: float | None = None
-    ) -> None:
-        """Fails unless ``|got - want| <= atol + rtol * (|want| + scale)`` everywhere."""
-        self.equal(f"shape of {what}", tuple(got.shape), tuple(want.shape), hint)
-        if want.numel() == 0:
-            return
-        atol, rtol = (self.atol, self.rtol) if rtol is None else (rtol, rtol)
-        got, want = got.detach().double(), want.detach().double()
-        error, allowed = (got - want).abs(), atol + rtol * (want.abs() + scale)
-        excess = (error / allowed).nan_to_num(math.inf, math.inf)
-        if excess.max() > 1:
-            worst = int(excess.argmax())
-            off, may = float(error.flatten()[worst]), float(allowed.flatten()[worst])
-            self.fail(
-                f"{what} = {float(want.flatten()[worst]):.6g} (entry {worst}, error at most {may:.2g})",
-                f"{float(got.flatten()[worst]):.6g} (error {off:.2g})",
-                hint,
-            )
-
-    def refuses(self, what: str, kind: type[Exception], call: Callable[[], object]) -> None:
-        """Fails unless ``call`` raises ``kind``."""
-        hint = "FlowTransform checks its arguments in the public methods; do not override those checks"
-        try:
-            call()
-        except kind:
-            return
-        except Exception as error:
-            self.fail(f"{kind.__name__} for {what}", f"{type(error).__name__}: {error}", hint)
-        self.fail(f"{kind.__name__} for {what}", "no error", hint)
-
-    def bound(self, transform: FlowTransform, context: Tensor | None = None) -> FlowTransform:
-        """The transform as Pyro sees it: bound to the context if it takes one."""
-        context = self.context if context is None else context
-        return transform if context is None else transform.condition(context)
-
-    @cached_property
-    def batch(self) -> Size:
-        return self.ladj.shape
-
-    @cached_property
-    def precise(self) -> FlowTransform:
-        return copy.deepcopy(self.transform).double()
-
-    def rows(self, value: Tensor, event: Size) -> Tensor:
-        return value.expand(self.batch + event).reshape(-1, *event)[:ROWS]
-
-    @cached_property
-    def few_contexts(self) -> Tensor | None:
-        return None if self.context is None else self.rows(self.context, self.context.shape[-1:]).double()
-
-    @cached_property
-    def ways(self) -> tuple[_Way, _Way]:
-        forward = self._way(0, self.rows(self.x, self.transform.event_shape).double())
-        return forward, self._way(1, forward.out)
-
-    def _way(self, side: int, value: Tensor) -> _Way:
-        value = value.detach().clone().requires_grad_()
-        with torch.enable_grad():
-            out, ladj = getattr(self.precise, _NAMES[side])(value, self.few_contexts)
-        if not out.requires_grad:
-            self.fail(f"{_NAMES[side]} to be differentiable", "an output without a graph", "look for a detach()")
-        rows = [torch.autograd.grad(column.sum(), value, retain_graph=True)[0] for column in out.flatten(1).unbind(1)]
-        slope = torch.autograd.grad(ladj.sum(), value, allow_unused=True)[0] if ladj.requires_grad else None
-        slope = torch.zeros_like(value) if slope is None else slope
-        jacobian = torch.stack([row.flatten(1) for row in rows], 1)
-        return _Way(value.detach(), out.detach(), ladj.detach(), jacobian, slope.flatten(1))
-
-    @cached_property
-    def scales(self) -> tuple[float, float, float]:
-        """Of y, of x and of ladj, over the few rows; for comparing two computations of the same thing."""
-        if self.batch.numel() == 0:
-            return 0.0, 0.0, 0.0
-        forward, inverse = self.ways
-        ladj = max(float(forward.ladj_scale().max()), float(inverse.ladj_scale().max()))
-        return float(forward.scale().max()), float(inverse.scale().max()), ladj
-
-    def same(self, what: str, got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor], side: int, hint: str) -> None:
-        """Compares ``(value, ladj)`` of one direction."""
-        name = ("y", "x")[side]
-        self.close(f"{name} {what}", got[0], want[0], hint, self.scales[side])
-        self.close(f"ladj of {_NAMES[side]} {what}", got[1], want[1], hint, self.scales[2])
-
-
-def _shapes(s: _Subject) -> None:
+def _shapes(s: Subject) -> None:
     t = s.transform
     joint = s.x.shape[: s.x.dim() - len(t.event_shape)]
     joint = joint if s.context is None else torch.broadcast_shapes(joint, s.context.shape[:-1])
@@ -173,7 +27,7 @@ def _shapes(s: _Subject) -> None:
     for dtype in (torch.float32, torch.float64):
         twin = t if dtype == s.x.dtype else copy.deepcopy(t).to(dtype)
         context = None if s.context is None else s.context.to(dtype)
-        for name, value in zip(_NAMES, (s.x, s.y), strict=True):
+        for name, value in zip(NAMES, (s.x, s.y), strict=True):
             with torch.no_grad():
                 results = getattr(twin, name)(value.to(dtype), context)
             for what, result in zip(("value", "ladj"), results, strict=True):
@@ -182,7 +36,7 @@ def _shapes(s: _Subject) -> None:
                 s.equal(f"{what} of {name} on", result.device, s.x.device, hint)
 
 
-def _structure(s: _Subject) -> None:
+def _structure(s: Subject) -> None:
     t = s.transform
     s.equal("domain.event_dim", t.domain.event_dim, len(t.event_shape), "wrap it in constraints.independent")
     s.equal("codomain.event_dim", t.codomain.event_dim, len(t.data_shape), "wrap it in constraints.independent")
@@ -194,9 +48,9 @@ def _structure(s: _Subject) -> None:
     s.equal("inverse_shape", tuple(view.inverse_shape(s.y.shape)), tuple(s.back.shape), hint)
 
 
-def _batch(s: _Subject) -> None:
+def _batch(s: Subject) -> None:
     t, results = s.transform, ((s.y, s.ladj), (s.back, s.back_ladj))
-    for side, (name, value) in enumerate(zip(_NAMES, (s.x, s.y), strict=True)):
+    for side, (name, value) in enumerate(zip(NAMES, (s.x, s.y), strict=True)):
         run: Callable[..., tuple[Tensor, Tensor]] = torch.no_grad()(getattr(t, name))
         event, want = (t.event_shape, t.data_shape)[side], results[side]
         value = value.expand(s.batch + event)
@@ -226,7 +80,7 @@ def _batch(s: _Subject) -> None:
         s.same("of the first row of a batch", (rest[0][0], rest[1][0]), single, side, hint)
 
 
-def _round_trip(s: _Subject) -> None:
+def _round_trip(s: Subject) -> None:
     if s.batch.numel() == 0:
         return
     context = None if s.context is None else s.few_contexts.to(s.x.dtype)
@@ -239,7 +93,7 @@ def _round_trip(s: _Subject) -> None:
     s.close("y in float64", y.flatten(1), way.out.flatten(1), "the given dtype loses more than rounding", way.scale())
 
 
-def _ladj(s: _Subject) -> None:
+def _ladj(s: Subject) -> None:
     if s.batch.numel() == 0:
         return
     for side, way in enumerate(s.ways):
@@ -248,9 +102,9 @@ def _ladj(s: _Subject) -> None:
             hint = "ladj is log|det| of the autograd Jacobian, in nats; see which dimensions or factors it leaves out"
             if torch.allclose(way.ladj, -truth, rtol=DERIVATIVE, atol=DERIVATIVE):
                 hint = "the sign is wrong: forward gives log|det dy/dx|, inverse log|det dx/dy|"
-            s.close(f"ladj of {_NAMES[side]}", way.ladj, truth, hint, way.ladj_scale(), DERIVATIVE)
+            s.close(f"ladj of {NAMES[side]}", way.ladj, truth, hint, way.ladj_scale(), DERIVATIVE)
         got = s.rows((s.ladj, s.back_ladj)[side], Size())
-        s.close(f"ladj of {_NAMES[side]} in float64", got, way.ladj, "the given dtype loses too much", s.scales[2])
+        s.close(f"ladj of {NAMES[side]} in float64", got, way.ladj, "the given dtype loses too much", s.scales[2])
     hint = "inverse_and_ladj returns log|det dx/dy|: the negative of the forward one at the same point"
     s.close("inverse ladj", s.back_ladj, -s.ladj, hint, s.scales[2])
 
@@ -259,7 +113,7 @@ def _random_like(value: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(value.shape, generator=generator, dtype=value.dtype).to(value.device)
 
 
-def _gradient(s: _Subject) -> None:
+def _gradient(s: Subject) -> None:
     if s.batch.numel() == 0:
         return
     generator = torch.Generator().manual_seed(0)
@@ -268,7 +122,7 @@ def _gradient(s: _Subject) -> None:
     learnt = [(name, p) for name, p in t.named_parameters() if p.requires_grad]
     names = ["value", *["context"] * len(extra), *(name for name, _ in learnt)]
     for side, way in enumerate(s.ways):
-        run, other = (getattr(t, name) for name in (_NAMES[side], _NAMES[1 - side]))
+        run, other = (getattr(t, name) for name in (NAMES[side], NAMES[1 - side]))
         inputs = [way.value.clone().requires_grad_(), *extra, *(p for _, p in learnt)]
         by_out, by_ladj = _random_like(way.out, generator), _random_like(way.ladj, generator)
 
@@ -293,9 +147,9 @@ def _gradient(s: _Subject) -> None:
                 implicit = gradients(-(pulled * out.flatten(1)).sum() - (by_ladj * ladj).sum(), inputs[1:])
             pulled = pulled.reshape(way.value.shape)
             for name, got, want in zip(names, grads, [pulled, *implicit], strict=True):
-                hint = f"the gradients of {_NAMES[0]} and {_NAMES[1]} do not belong to the same map"
+                hint = f"the gradients of {NAMES[0]} and {NAMES[1]} do not belong to the same map"
                 size = float(want.abs().max()) if want.numel() else 0.0
-                s.close(f"gradient of {_NAMES[side]} for {name}", got, want, hint, size, DERIVATIVE)
+                s.close(f"gradient of {NAMES[side]} for {name}", got, want, hint, size, DERIVATIVE)
         steps = [_random_like(value, generator) for value in inputs]
         slope = sum((g * d).sum() for g, d in zip(grads, steps, strict=True))
         ends = []
@@ -309,24 +163,24 @@ def _gradient(s: _Subject) -> None:
                 value.add_(step, alpha=1e-6)
         hint = "compare each gradient with finite differences in float64; clamps and detach() break it"
         size = sum(float((g * d).abs().sum()) for g, d in zip(grads, steps, strict=True)) + float(loss.detach().abs())
-        what = f"directional derivative of {_NAMES[side]} by finite differences"
+        what = f"directional derivative of {NAMES[side]} by finite differences"
         s.close(what, slope, (ends[0] - ends[1]) / 2e-6, hint, size, DIFFERENCE)
 
 
-def _functions(s: _Subject) -> None:
+def _functions(s: Subject) -> None:
     if s.batch.numel() == 0:
         return
     hint = "torch.func needs leaf maths without .item(), boolean-mask indexing, or writes in place"
     for side, way in enumerate(s.ways):
-        run = getattr(s.precise, _NAMES[side])
+        run = getattr(s.precise, NAMES[side])
         inputs = (way.value,) if s.context is None else (way.value, s.few_contexts)
-        s.close(f"vmap of {_NAMES[side]}", torch.func.vmap(run)(*inputs)[0], way.out, hint, s.scales[side], DERIVATIVE)
+        s.close(f"vmap of {NAMES[side]}", torch.func.vmap(run)(*inputs)[0], way.out, hint, s.scales[side], DERIVATIVE)
         jacobian = torch.func.jacrev(lambda *v: run(*v)[0])(*(v[0] for v in inputs))  # noqa: B023
         want = way.jacobian[0].reshape(jacobian.shape)
-        s.close(f"jacrev of {_NAMES[side]}", jacobian, want, hint, float(want.abs().max()), DERIVATIVE)
+        s.close(f"jacrev of {NAMES[side]}", jacobian, want, hint, float(want.abs().max()), DERIVATIVE)
 
 
-def _inv(s: _Subject) -> None:
+def _inv(s: Subject) -> None:
     t = s.transform
     hint = "FlowTransform.inv does all of this; do not override it"
     inverse = t.inv
@@ -339,7 +193,7 @@ def _inv(s: _Subject) -> None:
         s.close("x of .inv(y)", s.bound(inverse)(s.y), s.back, hint, s.scales[1])
 
 
-def _memo(s: _Subject) -> None:
+def _memo(s: Subject) -> None:
     hint = "remember nothing by hand: FlowTransform does, and knows when a result no longer holds"
     twin = copy.deepcopy(s.transform)
     view, x = s.bound(twin), s.x.clone()
@@ -395,7 +249,7 @@ def _memo(s: _Subject) -> None:
         s.close("x of y, after the x that made it was overwritten", view.inv(y), want_x, hint, s.scales[1])
 
 
-def _copies(s: _Subject) -> None:
+def _copies(s: Subject) -> None:
     twin = copy.deepcopy(s.transform)
     before = len(pickle.dumps(twin))
     many = s.x.new_zeros(1000, *twin.event_shape) + s.x.reshape(-1, *twin.event_shape)[:1].sum(0)
@@ -418,7 +272,7 @@ def _copies(s: _Subject) -> None:
         s.equal(f"parameters that a {what} shares:", len(shared), 0, hint)
 
 
-def _state(s: _Subject) -> None:
+def _state(s: Subject) -> None:
     file, twin = io.BytesIO(), copy.deepcopy(s.transform)
     torch.save(s.transform.state_dict(), file)
     file.seek(0)
@@ -433,7 +287,7 @@ def _state(s: _Subject) -> None:
         s.same("after load_state_dict", twin.inverse_and_ladj(s.y, s.context), (s.back, s.back_ladj), 1, hint)
 
 
-def _parameters(s: _Subject) -> None:
+def _parameters(s: Subject) -> None:
     names: dict[int, str] = {}
     for name, p in s.transform.named_parameters(remove_duplicate=False):
         if not p.is_contiguous():
@@ -443,7 +297,7 @@ def _parameters(s: _Subject) -> None:
         s.equal(f"parameter {name} registered once; its other name:", first, name, "register each tensor in one place")
 
 
-def _context(s: _Subject) -> None:
+def _context(s: Subject) -> None:
     t, x, size = s.transform, s.x, s.transform.context_dim
     if size == 0:
         extra = x.new_zeros(2)
@@ -468,7 +322,7 @@ def _context(s: _Subject) -> None:
             s.equal("forward_shape with a batch of contexts", shape, tuple(whole[0].shape), hint)
 
 
-def _errors(s: _Subject) -> None:
+def _errors(s: Subject) -> None:
     t = s.transform
     sides = ((t.forward_and_ladj, s.x), (t.inverse_and_ladj, s.y))
     for call, value in sides:
@@ -481,7 +335,7 @@ def _errors(s: _Subject) -> None:
             s.refuses("another dtype than the parameters'", TypeError, lambda: call(other, s.context))  # noqa: B023
 
 
-_CHECKS: dict[str, Callable[[_Subject], None]] = {
+ALL: dict[str, Callable[[Subject], None]] = {
     "shapes": _shapes,
     "structure": _structure,
     "parameters": _parameters,
@@ -497,92 +351,3 @@ _CHECKS: dict[str, Callable[[_Subject], None]] = {
     "context": _context,
     "errors": _errors,
 }
-CHECKS = tuple(_CHECKS)
-"""Names of all checks, in the order in which they run."""
-
-
-def check_transform(
-    transform: FlowTransform,
-    x: Tensor,
-    context: Tensor | None = None,
-    *,
-    atol: float | None = None,
-    rtol: float | None = None,
-    checks: Iterable[str] = CHECKS,
-) -> None:
-    r"""Holds a transform to the base contract of :class:`~pyro_flows.FlowTransform`.
-
-    Rounding is judged by what enters a result: :math:`|f(f^{-1}(y)) - y| \le a + r (|y| + |f'|\,|x|)`, and likewise for
-    everything else that is computed twice.  Derivatives are compared in float64, on a deep copy and at most four rows.
-    The transform itself is left as it is, apart from gradients: nothing is accumulated in ``.grad``.
-
-    Args:
-        transform: any transform; parameters are best moved away from their initial values before.
-        x: a base-side value of shape ``(*batch, *event_shape)``, of the transform's dtype and device.
-        context: shape ``(*context_batch, context_dim)`` if the transform takes one.
-        atol: the absolute error :math:`a` allowed, by default equal to ``rtol``.
-        rtol: the relative error :math:`r` allowed, by default 512 times the machine epsilon of ``x``.
-        checks: which ones to run, of ``CHECKS``; e.g. all but ``"copies"`` for a transform that holds a lambda.
-
-    Raises:
-        AssertionError: naming the check that failed, what was expected, what came, and what to look at.
-    """
-    wanted = set(checks)
-    if wanted - set(_CHECKS):
-        raise ValueError(f"expected checks among {CHECKS}, got {sorted(wanted - set(_CHECKS))}")
-    subject = _Subject(transform, x, context, atol, rtol)
-    for name, check in _CHECKS.items():
-        if name in wanted:
-            subject.check = name
-            check(subject)
-
-
-@torch.no_grad()
-def locate_nonfinite(transform: FlowTransform, x: Tensor, context: Tensor | None = None) -> str | None:
-    """Says where on the way from base to data NaN or infinity first appears; ``None`` if nowhere.
-
-    Chains, inverses and conditioned views are entered, at any depth.  For the way from data to base give
-    ``transform.inv`` and a data-side value.
-
-    Args:
-        transform: the flow to walk.
-        x: a base-side value of shape ``(*batch, *event_shape)``.
-        context: shape ``(*context_batch, context_dim)`` if the transform takes one.
-
-    Returns:
-        The path of the part, and which parameter or output it is, e.g. ``"parts.1 (Coupling): parameter
-        net.layers.0.weight has 1 non-finite of 12 entries"``.
-    """
-    for what, value in (("x", x), ("context", context)):
-        if value is not None and not value.isfinite().all():
-            return f"input {what} {_count(value)}"
-    return _walk("", transform, x, context, False)[0]
-
-
-def _count(value: Tensor) -> str:
-    return f"has {int((~value.isfinite()).sum())} non-finite of {value.numel()} entries"
-
-
-def _walk(
-    path: str, part: FlowTransform, value: Tensor, context: Tensor | None, inverse: bool
-) -> tuple[str | None, Tensor]:
-    if isinstance(part, (Inverse, Conditioned)):
-        bound = part.context if isinstance(part, Conditioned) else context
-        return _walk(f"{path}transform.", part.transform, value, bound, inverse ^ isinstance(part, Inverse))
-    if isinstance(part, Chain):
-        numbered = list(enumerate(part))
-        for k, inner in reversed(numbered) if inverse else numbered:
-            found, value = _walk(f"{path}parts.{k}.", inner, value, context, inverse)
-            if found is not None:
-                return found, value
-        return None, value
-    value, ladj = getattr(part, _NAMES[inverse])(value, context if part.context_dim else None)
-    if value.isfinite().all() and ladj.isfinite().all():
-        return None, value
-    where = f"{path[:-1] or 'the transform'} ({type(part).__name__})"
-    for kind, held in (("parameter", part.named_parameters()), ("buffer", part.named_buffers())):
-        for name, tensor in held:
-            if not tensor.isfinite().all():
-                return f"{where}: {kind} {name} {_count(tensor)}", value
-    what = ("ladj", ladj) if value.isfinite().all() else ("x" if inverse else "y", value)
-    return f"{where}: output {what[0]} {_count(what[1])}", value
