@@ -106,7 +106,7 @@ def density(out: Path, epochs: int) -> None:
 
 def corner_plot(data: np.ndarray, draws: np.ndarray, path: Path) -> None:
     """All pairs of columns: the data below the diagonal, draws above it, both on it."""
-    fig, axes = plt.subplots(5, 5, figsize=(9.6, 9.2), sharex="col")
+    fig, axes = plt.subplots(5, 5, figsize=(8.8, 8.4), sharex="col")
     low, high = np.quantile(data, [0.001, 0.999], axis=0)
     for i, j in np.ndindex(5, 5):
         ax = axes[i, j]
@@ -119,7 +119,7 @@ def corner_plot(data: np.ndarray, draws: np.ndarray, path: Path) -> None:
             ax.spines["left"].set_visible(False)
         else:
             points, color = (data, TRUTH) if i > j else (draws, FLOW)
-            ax.scatter(points[:1500, j], points[:1500, i], s=2, color=color, alpha=0.5, linewidths=0)
+            ax.scatter(points[:1200, j], points[:1200, i], s=2, color=color, alpha=0.5, linewidths=0)
             ax.set_ylim(low[i], high[i])
             ax.tick_params(labelleft=j == 0)
         if i > j and j == 0:
@@ -132,7 +132,7 @@ def corner_plot(data: np.ndarray, draws: np.ndarray, path: Path) -> None:
             ax.set_ylabel(LABELS[i])
         if i == 4:
             ax.set_xlabel(LABELS[j])
-    fig.suptitle("Power plant: 1500 hours as measured (grey, below) and as drawn from a fitted maf (teal, above)")
+    fig.suptitle("Power plant: 1200 hours as measured (grey, below) and as drawn from a fitted maf (teal, above)")
     fig.align_ylabels()
     fig.tight_layout()
     fig.savefig(path)

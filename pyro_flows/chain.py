@@ -23,6 +23,8 @@ class Wrap(FlowTransform):
         event_shape: shape of one event on the base side; elementwise transforms are summed over all of it.
     """
 
+    sampling_cost = density_cost = "1 product"
+
     def __init__(self, transform: Transform, event_shape: int | Iterable[int]) -> None:
         super().__init__(event_shape)
         if isinstance(transform, FlowTransform) or not isinstance(transform, Transform):

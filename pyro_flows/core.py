@@ -38,7 +38,7 @@ def _guarded(leaf: Callable[..., tuple[Tensor, Tensor]], data_side: bool) -> Cal
     return method
 
 
-class FlowTransform(TransformModule, ConditionalTransform):
+class FlowTransform(TransformModule):
     r"""Abstract base of every flow: a Pyro ``TransformModule`` that maps base :math:`x` to data :math:`y = f(x)`.
 
     A leaf implements ``forward_and_ladj(x, context=None) -> (y, ladj)`` and ``inverse_and_ladj(y, context=None) ->
@@ -243,6 +243,10 @@ class FlowTransform(TransformModule, ConditionalTransform):
         size = self.event_shape[0] if len(self.event_shape) == 1 else tuple(self.event_shape)
         context = f", context_dim={self.context_dim}" if self.context_dim else ""
         return f"{size}{context}, sampling: {self.sampling_cost}, density: {self.density_cost}"
+
+
+# Registered, not inherited: its metaclass would clash with that of PyroModule.
+ConditionalTransform.register(FlowTransform)
 
 
 class Inverse(FlowTransform):

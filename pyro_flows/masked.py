@@ -89,7 +89,7 @@ class Head(NamedTuple):
 
     def run(self, x: Tensor, out: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """As :meth:`move`, by hand, with what the gradient needs; ``out`` may be overwritten."""
-        return self.univariate.run(self.inverse, x, out.view(*x.shape[:-1], -1, x.shape[-1]))
+        return self.univariate.run(self.inverse, x, out.view(*x.shape[:-1], self.univariate.num_params, x.shape[-1]))
 
     def pull(
         self, x: Tensor, moved: Tensor, ladj: Tensor, kept: Sequence[Tensor], grad: Tensor, grad_ladj: Tensor

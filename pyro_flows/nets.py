@@ -200,7 +200,10 @@ class MaskedMLP(nn.Module):
         """Weights, biases and masks of the layers; masks are integers, with all bits set where the weight counts."""
         parameters, buffers = self._parameters, self._buffers
         weights, biases, masks = self._names
-        return [parameters[n] for n in weights], [parameters[n] for n in biases], [buffers[n] for n in masks]
+        try:
+            return [parameters[n] for n in weights], [parameters[n] for n in biases], [buffers[n] for n in masks]
+        except KeyError:  # some weight is reparameterised, and computed by its attribute
+            return [getattr(self, n) for n in weights], [getattr(self, n) for n in biases], [buffers[n] for n in masks]
 
     def to_ranks(self, x: Tensor) -> Tensor:
         """The last axis of ``x`` in autoregressive order: rank 0 first."""
@@ -216,8 +219,7 @@ class MaskedMLP(nn.Module):
 
     def first_bias(self, context: Tensor | None) -> Tensor:
         """What the first layer adds to its weighted inputs: shape ``(*context_batch, width)``, or ``(width,)``."""
-        bias = self._parameters["bias_0"]
-        return bias if context is None else F.linear(context, self._parameters["context_weight"], bias)
+        return self.bias_0 if context is None else F.linear(context, self.context_weight, self.bias_0)
 
     def ranked(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """As :meth:`forward`, with inputs and outputs by rank."""

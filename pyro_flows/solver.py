@@ -84,7 +84,7 @@ class Solver:
 
     def give_back(self, sweep: ForwardSweep | ReverseSweep) -> None:
         """Keeps a small sweep for the next call: making its views costs as much as a small solve."""
-        if sweep.nbytes <= 2**26:
+        if sweep.nbytes <= 2**25:
             self._idle.append(sweep)
             del self._idle[:-4]
 

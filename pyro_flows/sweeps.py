@@ -28,7 +28,7 @@ Calls = list[Callable[[], object]]
 def columns_at_once(n: int, rows: int, device: torch.device) -> int:
     """How many samples one sweep takes: what stays in a processor's cache, or in a bounded part of a GPU's memory."""
     limit = 1024 if device.type == "cpu" else max(1024, 2**27 // rows)
-    return n if n <= limit + limit // 2 else limit
+    return max(1, n) if n <= limit + limit // 2 else limit
 
 
 class _Sweep:

@@ -36,7 +36,7 @@ BUILDERS = {
     "iaf, given order": lambda: pf.Flow(pf.iaf(4, order=[2, 0, 3, 1], **SMALL)),
     "iaf, context": lambda: pf.Flow(pf.iaf(4, context_dim=2, **SMALL)),
     "iaf.inv": lambda: pf.Flow(pf.iaf(4, order="random", **SMALL).inv),
-    "permutations": lambda: pf.Flow([pf.Permutation(6), *pf.maf(6, **SMALL), pf.Permutation((6,), "reverse")]),
+    "permutations": lambda: pf.Flow([*pf.maf(6, **SMALL), pf.Permutation(6), *pf.iaf(6, **SMALL)]),
     "learnable base": lambda: pf.Flow(pf.realnvp(4, **SMALL), pf.DiagonalNormal(4, learnable=True)),
 }
 
@@ -108,7 +108,7 @@ def test_what_is_drawn_would_differ(name):
 def test_pickle_and_deepcopy_after_use(name):
     flow = made(name)
     values = arguments(flow)
-    sample, score = flow.rsample_and_log_prob((3,), *values[1:])
+    sample, _ = flow.rsample_and_log_prob((3,), *values[1:])
     flow(*values[1:]).log_prob(sample)
     expected = flow.log_prob(*values)
     buffer = io.BytesIO()
@@ -153,9 +153,18 @@ def test_inverse_is_pickled_as_a_module(name):
     expected = chain.inv(y)
     inverse = pickle.loads(pickle.dumps(chain.inv))
     assert torch.equal(inverse(y), expected)
-    assert inverse.inv.inv is inverse
     assert torch.equal(copy.deepcopy(chain.inv)(y), expected)
     assert sum(1 for _ in inverse.parameters()) == sum(1 for _ in chain.parameters())
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda t: pickle.loads(pickle.dumps(t))], ids=["deepcopy", "pickle"])
+def test_the_inverse_of_a_copied_inverse_is_the_one_it_came_from(copied):
+    chain = made("realnvp").chain
+    assert chain.inv.inv is chain
+    inverse = copied(chain.inv)
+    assert inverse.inv.inv is inverse
+    both = copied([chain, chain.inv])
+    assert both[1].inv is both[0]
 
 
 @pytest.mark.parametrize(

@@ -48,10 +48,15 @@ def check_transform(
         AssertionError: naming the check that failed, what was expected, what came, and what to look at.
     """
     wanted = set(checks)
-    if wanted - set(_CHECKS):
-        raise ValueError(f"expected checks among {CHECKS}, got {sorted(wanted - set(_CHECKS))}")
-    subject = _Subject(transform, x, context, atol, rtol)
-    for name, check in _CHECKS.items():
+    if wanted - ALL.keys():
+        raise ValueError(f"expected checks among {CHECKS}, got {sorted(wanted - ALL.keys())}")
+    subject = Subject(transform, x, context, atol, rtol)
+    for name, check in ALL.items():
         if name in wanted:
             subject.check = name
-            check(subject)
+            try:
+                check(subject)
+            except AssertionError:
+                raise
+            except Exception as error:
+                subject.fail("no error", f"{type(error).__name__}: {error}", "see the error above, raised on the way")

@@ -1,0 +1,399 @@
+"""Flows under compilers, function transforms, tracers, other devices and precisions."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from functools import partial
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import SVI, JitTrace_ELBO, Trace_ELBO
+from pyro.optim import Adam
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import pyro_flows as pf
+
+DIM = 3
+SMALL = {"num_layers": 2, "hidden_dims": (8,)}
+BUILDERS = {
+    "nice": partial(pf.nice, DIM, **SMALL),
+    "realnvp": partial(pf.realnvp, DIM, **SMALL),
+    "maf": partial(pf.maf, DIM, **SMALL),
+    "iaf": partial(pf.iaf, DIM, **SMALL),
+    "maf, random order": partial(pf.maf, DIM, order=[2, 0, 1], activation="tanh", **SMALL),
+    "iaf, residual": partial(pf.iaf, DIM, residual=True, num_layers=1, hidden_dims=(8,)),
+}
+DIRECTIONS = ["forward_and_ladj", "inverse_and_ladj"]
+
+
+def shaken(module, dtype=torch.double):
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return module.to(dtype)
+
+
+@pytest.fixture(params=BUILDERS)
+def name(request):
+    return request.param
+
+
+@pytest.fixture(params=DIRECTIONS)
+def direction(request):
+    return request.param
+
+
+def points(*batch, dtype=torch.double):
+    return torch.randn(*batch, DIM, generator=torch.Generator().manual_seed(1), dtype=dtype)
+
+
+def gradients(outputs, module, *inputs):
+    weights = [torch.linspace(1, 2, out.numel(), dtype=out.dtype).reshape(out.shape) for out in outputs]
+    total = sum((weight * out).sum() for weight, out in zip(weights, outputs, strict=True))
+    wanted = [*inputs, *module.parameters()]
+    return torch.autograd.grad(total, wanted, allow_unused=True, materialize_grads=True)
+
+
+# torch.compile
+
+
+@pytest.fixture
+def compiled():
+    torch._dynamo.reset()
+    yield partial(torch.compile, fullgraph=True, backend="aot_eager")
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", ["nice", "realnvp", "maf", "iaf"])
+@pytest.mark.parametrize("context_dim", [0, 2], ids=["plain", "conditional"])
+def test_compile(name, direction, context_dim, compiled):
+    chain = shaken(BUILDERS[name](context_dim=context_dim))
+    context = (torch.randn(5, context_dim, dtype=torch.double),) if context_dim else ()
+    method = getattr(chain, direction)
+    values = {kind: points(5).requires_grad_() for kind in ("eager", "compiled")}
+    expected = method(values["eager"], *context)
+    found = compiled(method)(values["compiled"], *context)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    for ours, theirs in zip(
+        gradients(found, chain, values["compiled"]), gradients(expected, chain, values["eager"]), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["realnvp", "maf", "iaf"])
+def test_compiled_log_prob_is_never_stale(name, compiled):
+    flow = pf.Flow(shaken(BUILDERS[name]()))
+    optimizer = torch.optim.Adam(flow.parameters(), lr=0.05, fused=True)
+    score = compiled(flow.log_prob)
+    data = points(5)
+    seen = []
+    for _ in range(3):
+        found = score(data)
+        torch.testing.assert_close(found, copy.deepcopy(flow).log_prob(data.clone()))
+        optimizer.zero_grad()
+        (-found.mean()).backward()
+        optimizer.step()
+        seen.append(found.detach())
+    assert (seen[0] - seen[1]).abs().max() > 1e-3 and (seen[1] - seen[2]).abs().max() > 1e-3
+
+
+@pytest.mark.slow
+def test_compile_with_inductor(name, direction):
+    torch._dynamo.reset()
+    chain = shaken(BUILDERS[name](), torch.float)
+    value = points(5, dtype=torch.float)
+    found = torch.compile(getattr(chain, direction), fullgraph=True)(value)
+    for ours, theirs in zip(found, getattr(chain, direction)(value), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+# torch.func
+
+
+def test_jacobians(name, direction):
+    """The Jacobian forwards, backwards and by rows, and its determinant."""
+    chain = shaken(BUILDERS[name]())
+    method = getattr(chain, direction)
+    x = points()
+    reverse = jacrev(lambda v: method(v)[0])(x)
+    torch.testing.assert_close(jacfwd(lambda v: method(v)[0])(x), reverse)
+    y = x.clone().requires_grad_()
+    rows = torch.stack([torch.autograd.grad(method(y)[0][k], y)[0] for k in range(DIM)])
+    torch.testing.assert_close(reverse, rows)
+    torch.testing.assert_close(torch.linalg.slogdet(reverse)[1], method(x)[1])
+
+
+def test_derivatives_of_the_log_density(name):
+    flow = pf.Flow(shaken(BUILDERS[name]()))
+    x = points()
+    gradient = grad(flow.log_prob)(x)
+    leaf = x.clone().requires_grad_()
+    torch.testing.assert_close(gradient, torch.autograd.grad(flow.log_prob(leaf), leaf)[0])
+    steps = 1e-5 * torch.eye(DIM, dtype=torch.double)
+    numeric = torch.stack([(flow.log_prob(x + h) - flow.log_prob(x - h)) / 2e-5 for h in steps])
+    torch.testing.assert_close(gradient, numeric.detach(), rtol=1e-6, atol=1e-6)
+    curvature = hessian(flow.log_prob)(x)
+    torch.testing.assert_close(curvature, jacrev(jacrev(flow.log_prob))(x))
+    rows = torch.stack([(grad(flow.log_prob)(x + h) - grad(flow.log_prob)(x - h)) / 2e-5 for h in steps])
+    torch.testing.assert_close(curvature, rows.detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_second_derivatives_of_both_directions(name, direction):
+    chain = shaken(BUILDERS[name]())
+    method = getattr(chain, direction)
+    parameters = tuple(parameter.detach() for parameter in chain.parameters())[:2]
+    assert torch.autograd.gradgradcheck(lambda x: method(x), points(2).requires_grad_(), atol=1e-4)
+    assert parameters
+
+
+def test_vmap_over_points(name, direction):
+    method = getattr(shaken(BUILDERS[name]()), direction)
+    x = points(4, 5)
+    for found, expected in zip(vmap(method)(x), method(x), strict=True):
+        torch.testing.assert_close(found, expected)
+    for found, expected in zip(vmap(vmap(method))(x), method(x), strict=True):
+        torch.testing.assert_close(found, expected)
+    for found, expected in zip(vmap(method, in_dims=1, out_dims=1)(x), method(x), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("name", ["nice", "realnvp", "maf", "iaf"])
+def test_vmap_over_contexts(name, direction):
+    chain = shaken(BUILDERS[name](context_dim=2))
+    context = torch.randn(4, 2, dtype=torch.double)
+    method = getattr(chain, direction)
+    for x, dims in ((points(4), (0, 0)), (points(), (None, 0))):
+        for found, expected in zip(vmap(method, dims)(x, context), method(x, context), strict=True):
+            torch.testing.assert_close(found, expected)
+
+
+def test_vmap_over_models(name, direction):
+    """An ensemble: one call for flows of the same shape with parameters of their own."""
+    chains = [shaken(BUILDERS[name]()) for _ in range(2)]
+    with torch.no_grad():
+        for parameter in chains[1].parameters():
+            parameter.mul_(0.5)
+    parameters, _ = torch.func.stack_module_state(chains)
+    x = points(4)
+
+    class Called(torch.nn.Module):
+        def __init__(self, chain):
+            super().__init__()
+            self.chain = chain
+
+        def forward(self, value):
+            return getattr(self.chain, direction)(value)
+
+    called = Called(chains[0])
+    parameters = {f"chain.{key}": value for key, value in parameters.items()}
+    found = vmap(lambda p: functional_call(called, p, (x,)))(parameters)
+    for k, chain in enumerate(chains):
+        for ours, theirs in zip(found, getattr(chain, direction)(x), strict=True):
+            torch.testing.assert_close(ours[k], theirs)
+
+
+def test_per_sample_gradients(name):
+    flow = pf.Flow(shaken(BUILDERS[name]()))
+    data = points(4)
+    parameters = {key: value.detach() for key, value in flow.named_parameters()}
+
+    class Score(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.flow = flow
+
+        def forward(self, value):
+            return self.flow.log_prob(value)
+
+    score = Score()
+    parameters = {f"flow.{key}": value for key, value in parameters.items()}
+    found = vmap(grad(lambda p, x: functional_call(score, p, (x,))), (None, 0))(parameters, data)
+    for k in range(4):
+        flow.zero_grad()
+        flow.log_prob(data[k].clone()).backward()
+        for key, parameter in flow.named_parameters():
+            expected = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            torch.testing.assert_close(found[f"flow.{key}"][k], expected)
+
+
+def test_forward_and_reverse_products(name, direction):
+    method = getattr(shaken(BUILDERS[name]()), direction)
+    x, tangent = points(5), points(5).flip(0)
+    outputs, pull = vjp(method, x)
+    pushed = jvp(method, (x,), (tangent,))[1]
+    cotangents = tuple(torch.randn_like(out) for out in outputs)
+    left = sum((c * p).sum() for c, p in zip(cotangents, pushed, strict=True))
+    torch.testing.assert_close(left, (pull(cotangents)[0] * tangent).sum())
+
+
+def test_transforms_leave_nothing_behind(name):
+    """Nothing that lives inside a transform may stay in a flow: it could not be copied or used afterwards."""
+    chain = shaken(BUILDERS[name]())
+    x = points(4)
+    expected = chain.inverse_and_ladj(x)[0]
+    vmap(lambda v: chain.inv(chain(v)))(x)
+    jacrev(lambda v: chain.log_abs_det_jacobian(chain.inv(v), v))(points())
+    torch.testing.assert_close(copy.deepcopy(chain).inv(x), expected)
+    torch.testing.assert_close(chain.inv(x), expected)
+
+
+# Tracers
+
+
+def test_make_fx(name, direction):
+    method = getattr(shaken(BUILDERS[name]()), direction)
+    graph = make_fx(lambda v: method(v))(points(5))
+    other = points(5).flip(0)
+    for found, expected in zip(graph(other), method(other), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("name", ["nice", "realnvp", "maf", "iaf"])
+def test_jit_elbo(name):
+    """A hand-written guide: Pyro's AutoNormalizingFlow registers one parameter twice, which its Jit ELBOs refuse."""
+
+    def model():
+        z = pyro.sample("z", dist.Normal(torch.zeros(DIM), 1.0).to_event(1))
+        pyro.sample("y", dist.Normal(z.sum(-1), 1.0), obs=torch.tensor(1.0))
+
+    losses = {}
+    for elbo in (JitTrace_ELBO, Trace_ELBO):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        flow = pf.Flow(shaken(BUILDERS[name](), torch.float))
+
+        def guide(flow=flow):
+            pyro.module("flow", flow)
+            pyro.sample("z", flow())
+
+        options = {"ignore_jit_warnings": True} if elbo is JitTrace_ELBO else {}
+        with warnings.catch_warnings():
+            # torch.jit is deprecated and warns of each shape that becomes a constant; Pyro's Jit ELBOs are made of it.
+            warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)
+            warnings.filterwarnings("ignore", ".*torch.jit.*", DeprecationWarning)
+            svi = SVI(model, guide, Adam({"lr": 0.01}), elbo(**options))
+            svi.step()  # the trace is taken here, and may use up other random numbers
+            pyro.set_rng_seed(1)
+            losses[elbo] = [svi.step() for _ in range(5)]
+    torch.testing.assert_close(losses[JitTrace_ELBO], losses[Trace_ELBO], rtol=0.05, atol=0.05)
+    pyro.clear_param_store()
+
+
+# Devices and precisions
+
+
+@pytest.mark.parametrize("batch", [(), (5,), (2, 5), (0,)])
+def test_meta_device(name, direction, batch):
+    """A tensor that was left on another device raises here."""
+    for context_dim in (0, 2):
+        chain = BUILDERS[name](context_dim=context_dim).to("meta")
+        context = (torch.ones(*batch, context_dim, device="meta"),) if context_dim else ()
+        value = torch.ones(*batch, DIM, device="meta")
+        moved, ladj = getattr(chain, direction)(value, *context)
+        assert (moved.device.type, ladj.device.type) == ("meta", "meta")
+        assert (moved.shape, ladj.shape) == ((*batch, DIM), batch)
+    flow = pf.Flow(BUILDERS[name]()).to("meta")
+    assert flow.log_prob(torch.ones(*batch, DIM, device="meta")).shape == batch
+    assert flow.sample(batch).device.type == "meta"
+
+
+def test_flow_built_on_a_device(name):
+    with torch.device("meta"):
+        flow = pf.Flow(BUILDERS[name]())
+    assert {tensor.device.type for tensor in (*flow.parameters(), *flow.buffers())} == {"meta"}
+    assert flow.log_prob(torch.ones(5, DIM, device="meta")).shape == (5,)
+
+
+def test_device_option(name, direction, request):
+    device = request.config.getoption("--device", default=None)
+    if device is None or torch.device(device).type == "cpu":
+        pytest.skip("no --device other than the CPU")
+    chain = shaken(BUILDERS[name](context_dim=2))
+    value, context = points(5), torch.ones(5, 2, dtype=torch.double)
+    expected = getattr(chain, direction)(value, context)
+    wanted = gradients(getattr(chain, direction)(value, context), chain)
+    chain.to(device)
+    found = getattr(chain, direction)(value.to(device), context.to(device))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.device.type == torch.device(device).type
+        torch.testing.assert_close(ours.cpu(), theirs)
+    weights = [torch.linspace(1, 2, out.numel(), dtype=out.dtype).reshape(out.shape).to(device) for out in found]
+    total = sum((weight * out).sum() for weight, out in zip(weights, found, strict=True))
+    for ours, theirs in zip(torch.autograd.grad(total, list(chain.parameters())), wanted, strict=True):
+        torch.testing.assert_close(ours.cpu(), theirs)
+
+
+@pytest.mark.parametrize("built", [torch.float, torch.double])
+@pytest.mark.parametrize("default", [torch.float, torch.double])
+def test_dtype_follows_the_input(name, direction, built, default):
+    chain = shaken(BUILDERS[name](), built)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        value = points(5, dtype=built).requires_grad_()
+        outputs = getattr(chain, direction)(value)
+        assert all(out.dtype == built for out in outputs)
+        assert all(g.dtype == built for g in gradients(outputs, chain, value))
+        assert all(out.dtype == built for out in pf.Flow(chain).rsample_and_log_prob((4,)))
+    finally:
+        torch.set_default_dtype(before)
+
+
+def test_autocast(name, direction):
+    """In bfloat16 the two directions still undo each other, as well as that precision can tell, and train."""
+    chain = shaken(BUILDERS[name](), torch.float)
+    value = points(5, dtype=torch.float)
+    exact = getattr(chain, direction)(value)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = getattr(chain, direction)(value)
+        (-pf.Flow(chain).log_prob(value).mean()).backward()
+    for found, expected in zip(rough, exact, strict=True):
+        assert found.shape == expected.shape and found.isfinite().all()
+        torch.testing.assert_close(found.float(), expected, rtol=0.2, atol=0.2)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in chain.parameters())
+
+
+def test_inference_mode(name, direction):
+    chain = shaken(BUILDERS[name]())
+    value = points(5)
+    expected = getattr(chain, direction)(value)
+    flow = pf.Flow(chain)
+    with torch.inference_mode():
+        for found, wanted in zip(getattr(chain, direction)(points(5)), expected, strict=True):
+            assert found.is_inference()
+            torch.testing.assert_close(found, wanted.detach())
+        sample = flow.sample((4,))
+        score = flow().log_prob(sample)
+    torch.testing.assert_close(flow.log_prob(sample.clone()), score.clone(), rtol=1e-8, atol=1e-8)
+    flow.log_prob(value).sum().backward()
+
+
+def test_flow_built_in_inference_mode(name):
+    with torch.inference_mode():
+        flow = pf.Flow(BUILDERS[name]())
+        sample = flow().sample((4,))
+        torch.testing.assert_close(flow().log_prob(sample), flow.log_prob(sample.clone()))
+
+
+def test_both_directions_in_threads(name):
+    """Buffers that the engine keeps between calls are not shared by calls that overlap."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    chain = shaken(BUILDERS[name]())
+    batches = [torch.randn(50, DIM, dtype=torch.double) for _ in range(16)]
+    with torch.no_grad():
+        expected = [chain.inv(chain.forward_and_ladj(batch)[0]) for batch in batches]
+
+    def work(batch):
+        with torch.no_grad():
+            return chain.inverse_and_ladj(chain.forward_and_ladj(batch)[0])[0]
+
+    with ThreadPoolExecutor(4) as pool:
+        for found, wanted in zip(pool.map(work, batches), expected, strict=True):
+            torch.testing.assert_close(found, wanted)
