@@ -62,19 +62,19 @@ def shake(module: nn.Module, scale: float = 0.5) -> nn.Module:
 class Sinh(pf.Univariate):
     """A family as a user would write it: forward and inverse only, without closed forms for the engine.
 
-    ``y = sinh(b + asinh(x + m))``: increasing, neither affine nor odd, with both directions in closed form.
+    ``y = sinh(tanh(b) + asinh(x + m))``: increasing, neither affine nor odd, with both directions in closed form.
     """
 
     num_params = 2
 
     def forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         shift, bend = params.unbind(-1)
-        inner = torch.asinh(x + shift)
+        inner, bend = torch.asinh(x + shift), torch.tanh(bend)
         return torch.sinh(inner + bend), torch.log(torch.cosh(inner + bend)) - torch.log(torch.cosh(inner))
 
     def inverse(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         shift, bend = params.unbind(-1)
-        inner = torch.asinh(y)
+        inner, bend = torch.asinh(y), torch.tanh(bend)
         return torch.sinh(inner - bend) - shift, torch.log(torch.cosh(inner - bend)) - torch.log(torch.cosh(inner))
 
 

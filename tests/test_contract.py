@@ -181,23 +181,38 @@ class PerDimensionLadj(Scale):
         return x * self.log_scale.exp(), self.log_scale.expand(x.shape)
 
 
+class DividesByZero(Scale):
+    def forward_and_ladj(self, x, context=None):
+        y, ladj = Scale._forward_and_ladj(self, x)
+        return y, ladj / 0
+
+
 class DefaultDtype(Scale):
     def forward_and_ladj(self, x, context=None):
         y, ladj = Scale._forward_and_ladj(self, x)
         return y, torch.zeros(ladj.shape).add_(ladj)
 
 
-class Rounds(Scale):
+class Random(Scale):
     def forward_and_ladj(self, x, context=None):
         y, ladj = Scale._forward_and_ladj(self, x)
-        return y.to(torch.bfloat16).to(y.dtype), ladj
+        return y + 1e-2 * torch.rand_like(y), ladj
 
 
 class Remembers(Scale):
     def log_abs_det_jacobian(self, x, y):
-        if "known" not in self.__dict__:
-            self.__dict__["known"] = super().log_abs_det_jacobian(x, y)
-        return self.__dict__["known"].detach()
+        if self.__dict__.get("known", (None,))[0] is not x:
+            self.__dict__["known"] = x, super().log_abs_det_jacobian(x, y)
+        return self.__dict__["known"][1]
+
+
+class RemembersWithoutGrad(Scale):
+    def log_abs_det_jacobian(self, x, y):
+        if torch.is_grad_enabled():
+            return super().log_abs_det_jacobian(x, y)
+        if self.__dict__.get("known", (None,))[0] is not x:
+            self.__dict__["known"] = x, super().log_abs_det_jacobian(x, y)
+        return self.__dict__["known"][1]
 
 
 class Derived(Scale):
@@ -283,12 +298,13 @@ class Positive(Scale):
 
 
 class TakesAnything(Scale):
-    def __init_subclass__(cls, **kwargs):
-        super().__init_subclass__(**kwargs)
+    pass
 
-    @property
-    def forward_and_ladj(self):
-        return lambda x, context=None: Scale._forward_and_ladj(self, x.to(self.log_scale.dtype)[..., :3])
+
+# Past the wrapper that every class body gets, which is what checks arguments.
+TakesAnything.forward_and_ladj = lambda self, x, context=None: self._forward_and_ladj(
+    x.to(self.log_scale.dtype)[..., :3]
+)
 
 
 FAULTS = [
@@ -300,10 +316,12 @@ FAULTS = [
     (ViewsTheBatch, "batch", "leading dimension of 1"),
     (OneBatchDimension, "batch", "leading dimension of 1"),
     (PerDimensionLadj, "shapes", "sum ladj over the whole event"),
+    (DividesByZero, "shapes", "all of ladj finite.*locate_nonfinite"),
     (DefaultDtype, "shapes", "new_zeros"),
-    (Rounds, "round_trip", ""),
-    (Remembers, "memo", ""),
-    (Derived, "memo", "stale|graph"),
+    (Random, "batch", ""),
+    (Remembers, "memo", "deepcopy"),
+    (RemembersWithoutGrad, "memo", "a stale result was returned"),
+    (Derived, "gradient", "do not belong to the same map"),
     (NotContiguous, "parameters", "parameter matrix to be contiguous"),
     (TwoNames, "parameters", "parameter again registered once"),
     (ClampedGradient, "gradient", "finite differences"),

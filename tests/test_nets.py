@@ -50,9 +50,7 @@ def allowed(order: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("hidden", HIDDEN)
 @pytest.mark.parametrize("order", ORDERS)
 def test_no_output_sees_what_does_not_come_before_it(order, hidden, num_params, context_dim):
-    net = MaskedMLP(
-        5, num_params=num_params, hidden_dims=HIDDEN[hidden], context_dim=context_dim, order=ORDERS[order]
-    )
+    net = MaskedMLP(5, num_params=num_params, hidden_dims=HIDDEN[hidden], context_dim=context_dim, order=ORDERS[order])
     shake(net.double())
     context = torch.randn(context_dim, dtype=torch.float64) if context_dim else None
     seen = dependence(net, context)

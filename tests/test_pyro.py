@@ -100,6 +100,16 @@ def test_each_context_has_a_density_of_its_own(builder):
     assert each.std() > 1e-3
 
 
+def test_empty_batches(builder):
+    flow = pf.Flow(shaken(builder(3)))
+    assert flow.sample((0,)).shape == (0, 3)
+    assert flow.log_prob(torch.ones(0, 3)).shape == (0,)
+    assert flow.rsample_and_log_prob((2, 0))[1].shape == (2, 0)
+    conditional = pf.Flow(shaken(builder(3, context_dim=2)))
+    assert conditional(torch.ones(0, 2)).sample((4,)).shape == (4, 0, 3)
+    assert conditional(torch.ones(0, 2)).log_prob(torch.ones(3)).shape == (0,)
+
+
 def test_constant_parts_beside_conditional_ones():
     chain = shaken(pf.iaf(2, context_dim=3, hidden_dims=(8,), num_layers=1))
     scale = torch.distributions.AffineTransform(torch.ones(2), 2 * torch.ones(2))

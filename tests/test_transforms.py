@@ -228,7 +228,6 @@ def test_wrapped_module_is_trained_with_the_chain():
     torch.testing.assert_close(chain.forward_and_ladj(x)[1], truth, rtol=1e-4, atol=1e-4)
 
 
-
 BAD = [
     (lambda: pf.Coupling(0), "input_dim or event_shape to be positive integers, got 0"),
     (lambda: pf.Coupling(-2), "positive integers, got -2"),
@@ -259,8 +258,8 @@ BAD = [
     (lambda: pf.Wrap(torch_transforms.CorrCholeskyTransform().inv, 3), "2 event dimensions"),
     (lambda: pf.Chain([]), "at least one flow"),
     (lambda: pf.Chain([torch_transforms.ExpTransform()]), "at least one flow"),
-    (lambda: pf.Chain([pf.Coupling(3), pf.Coupling(4)]), r"part 1 \(Coupling\) expects event shape \(4,\).*gives \(3,\)"),
-    (lambda: pf.Chain([pf.Coupling(3, context_dim=1), pf.Coupling(3, context_dim=2)]), r"agree on context_dim.*\[1, 2\]"),
+    (lambda: pf.Chain([pf.Coupling(3), pf.Coupling(4)]), r"part 1 \(Coupling\) expects.*\(4,\).*gives \(3,\)"),
+    (lambda: pf.Chain([pf.Coupling(3, context_dim=1), pf.Coupling(3, context_dim=2)]), r"context_dim.*\[1, 2\]"),
     (lambda: pf.Coupling(3).condition(torch.zeros(2)), "context_dim=0.*Chain"),
     (lambda: pf.Coupling(3, context_dim=2).condition(torch.zeros(3)), "last dimension 2"),
     (lambda: pf.Coupling(3, context_dim=2).condition(torch.zeros(2)).condition(torch.zeros(2)), "bound to a context"),
@@ -302,15 +301,15 @@ def test_incomplete_transform_says_what_it_lacks():
 
 def test_boundary_messages_name_the_remedy():
     flow = pf.Coupling(3, context_dim=2)
-    with pytest.raises(ValueError, match=r"Coupling: expected a value with last dimension 3 \(input_dim\), got.*\(5, 4\)"):
+    with pytest.raises(ValueError, match=r"Coupling: expected.*last dimension 3 \(input_dim\), got.*\(5, 4\)"):
         flow.forward_and_ladj(torch.zeros(5, 4), torch.zeros(2))
     with pytest.raises(ValueError, match=r"context_dim=2: call .condition\(context\) first"):
         flow(torch.zeros(5, 3))
     with pytest.raises(ValueError, match="do not broadcast"):
         flow.forward_and_ladj(torch.zeros(5, 3), torch.zeros(4, 2))
-    with pytest.raises(TypeError, match="value is torch.float64 but the parameters are torch.float32"):
+    with pytest.raises(TypeError, match=r"value is torch.float64 but the parameters are torch.float32"):
         flow.forward_and_ladj(torch.zeros(5, 3).double(), torch.zeros(2))
-    with pytest.raises(TypeError, match="context is torch.float64"):
+    with pytest.raises(TypeError, match=r"context is torch.float64"):
         flow.forward_and_ladj(torch.zeros(5, 3), torch.zeros(2).double())
     with pytest.raises(TypeError, match="expected a tensor"):
         flow.forward_and_ladj([0.0, 0.0, 0.0], torch.zeros(2))

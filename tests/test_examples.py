@@ -1,0 +1,58 @@
+"""Every script under examples/ runs, found by looking: a new one is tested without being listed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = sorted(path for path in (ROOT / "examples").rglob("*.py") if not path.name.startswith("_"))
+
+
+def run(script, cwd, *arguments):
+    environment = os.environ | {"MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1", "TMPDIR": str(cwd)}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, "-W", "error", str(script), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=300)
+
+
+def test_there_are_examples():
+    assert ROOT / "examples" / "quickstart.py" in SCRIPTS
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT / "examples")))
+def test_smoke(script, tmp_path):
+    done = run(script, tmp_path, "--smoke")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.strip(), "an example that says nothing"
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT / "examples")))
+def test_help(script, tmp_path):
+    done = run(script, tmp_path, "--help")
+    assert done.returncode == 0 and "--smoke" in done.stdout
+
+
+def test_quickstart_leaves_three_pictures_where_it_is_told(tmp_path):
+    done = run(ROOT / "examples" / "quickstart.py", tmp_path, "--smoke", "--out", "pictures")
+    assert done.returncode == 0, done.stderr
+    names = {"quickstart_density.png", "quickstart_conditional.png", "quickstart_posterior.png"}
+    assert {path.name for path in (tmp_path / "pictures").iterdir()} == names
+    assert names == {path.name for path in (ROOT / "docs" / "pictures").glob("quickstart_*.png")}
+    assert "maf" in done.stdout and "full Gaussian" in done.stdout
+
+
+def test_stored_pictures_are_small():
+    for path in (ROOT / "docs" / "pictures").iterdir():
+        assert path.stat().st_size < 300_000, path.name
+
+
+def test_every_data_file_has_its_source():
+    source = (ROOT / "examples" / "data" / "SOURCE.txt").read_text()
+    for path in (ROOT / "examples" / "data").iterdir():
+        assert path.name == "SOURCE.txt" or path.name in source
+    assert "CC BY 4.0" in source
