@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Size, Tensor, nn
 
+from pyro_flows.tracing import autocasting
+
 if TYPE_CHECKING:
     from pyro_flows.core import FlowTransform
 
@@ -82,7 +84,7 @@ def check_context(transform: FlowTransform, context: Tensor) -> None:
 
 
 def _same_kind(name: str, what: str, value: Tensor, kin: Tensor) -> None:
-    if value.dtype != kin.dtype and not torch.is_autocast_enabled(value.device.type):
+    if value.dtype != kin.dtype and not autocasting(value.device):
         raise TypeError(
             f"{name}: the {what} is {value.dtype} but the parameters are {kin.dtype}; "
             f"convert one of them, e.g. {what}.to({kin.dtype})"

@@ -184,11 +184,14 @@ def _total_cost(costs: Iterable[str]) -> str:
     return " + ".join(term(unit, n) for unit, n in counted.items())
 
 
-def map_tensors(distribution: Distribution | Transform, fn: Callable[[Tensor], Tensor]) -> None:
+def map_tensors(holder: Distribution | Transform, fn: Callable[[Tensor], Tensor], seen: set[int] | None = None) -> None:
     """Replaces every tensor that a distribution or transform holds, also inside those that it wraps."""
-    for name, value in vars(distribution).items():
+    seen = set() if seen is None else seen
+    seen.add(id(holder))  # torch's transforms point at their inverses, and these back
+    for name, value in vars(holder).items():
         if isinstance(value, Tensor):
-            vars(distribution)[name] = fn(value)
+            vars(holder)[name] = fn(value)
         for inner in value if isinstance(value, (list, tuple)) else [value]:
-            if isinstance(inner, (Distribution, Transform)) and not isinstance(inner, nn.Module):
-                map_tensors(inner, fn)
+            known = isinstance(inner, nn.Module) or id(inner) in seen
+            if isinstance(inner, (Distribution, Transform)) and not known:
+                map_tensors(inner, fn, seen)

@@ -277,6 +277,9 @@ class Inverse(FlowTransform):
 
     @property
     def inv(self) -> FlowTransform:
+        ref = self.transform.__dict__.get("_inverse_ref")
+        if ref is None or ref() is None:  # a copy, which its transform does not know yet
+            self.transform.__dict__["_inverse_ref"] = weakref.ref(self)
         return self.transform
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,7 @@ from pyro_flows.activations import slope
 from pyro_flows.masked import weight_gradient
 from pyro_flows.solver import Solver, named
 from pyro_flows.sweeps import ForwardSweep, ReverseSweep, columns_at_once
-from pyro_flows.tracing import forward_mode, plain_eager
+from pyro_flows.tracing import autocasting, forward_mode, plain_eager
 
 __all__ = ["Solver", "solve"]
 
@@ -56,7 +56,7 @@ def solve(
     Returns:
         ``x`` with the shape of ``z`` and the log-determinant of ``z -> x``, shape ``(*batch,)``.
     """
-    if torch.is_autocast_enabled(z.device.type):  # half precision would be no inverse
+    if autocasting(z.device):  # half precision would be no inverse
         with torch.autocast(z.device.type, enabled=False):
             return solve(solver, z, first_bias.to(z.dtype), weights, biases, masks)
     batch = z.shape[:-1]

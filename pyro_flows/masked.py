@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyro_flows.activations import IN_PLACE, slope
-from pyro_flows.tracing import plain_eager
+from pyro_flows.tracing import autocasting, plain_eager
 
 __all__ = ["Band", "Cut", "Head", "Layout", "keep", "masked_network", "staircase", "weight_gradient"]
 
@@ -120,7 +120,7 @@ def masked_network(
         masks: one for each weight, an integer of its element's size with all bits set where the weight counts.
         head: what to do with the outputs, if not to return them.
     """
-    if torch.is_autocast_enabled(x.device.type):  # the ladj is worth full precision
+    if autocasting(x.device):  # the ladj is worth full precision
         with torch.autocast(x.device.type, enabled=False):
             return masked_network(layout, x, first_bias.to(x.dtype), weights, biases, masks, head)
     if not plain_eager() or masks[0].element_size() != weights[0].element_size():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.autograd import forward_ad
 
-__all__ = ["forward_mode", "plain_eager"]
+__all__ = ["autocasting", "forward_mode", "plain_eager"]
 
 
 def plain_eager() -> bool:
@@ -17,6 +17,12 @@ def plain_eager() -> bool:
         or torch.jit.is_tracing()
         or forward_ad._current_level >= 0
     )
+
+
+def autocasting(device: torch.device) -> bool:
+    """Whether autocast is on for this device, if it knows of it at all."""
+    kind = device.type
+    return kind != "meta" and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def forward_mode() -> bool:

@@ -59,6 +59,9 @@ def imports(path):
     """``(module, line, at the top)`` for each import of this package in a file."""
     tree = ast.parse(path.read_text())
     top = {id(node) for node in tree.body}
+    for node in tree.body:
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []  # names for annotations, which nothing loads
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path.name}:{node.lineno}: relative import"

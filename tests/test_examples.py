@@ -31,12 +31,6 @@ def test_smoke(script, tmp_path):
     assert done.stdout.strip(), "an example that says nothing"
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT / "examples")))
-def test_help(script, tmp_path):
-    done = run(script, tmp_path, "--help")
-    assert done.returncode == 0 and "--smoke" in done.stdout
-
-
 def test_quickstart_leaves_three_pictures_where_it_is_told(tmp_path):
     done = run(ROOT / "examples" / "quickstart.py", tmp_path, "--smoke", "--out", "pictures")
     assert done.returncode == 0, done.stderr

@@ -107,8 +107,7 @@ def test_rescaling_by_context_is_bounded():
     flow = shake(pf.Rescaling(2, context_dim=1, max_log_scale=0.5).double(), 1.0)
     context = torch.linspace(-1e6, 1e6, 9).double()[:, None]
     moved = flow.inverse_and_ladj(torch.ones(9, 2).double(), context)[0].log() - flow.log_scale
-    assert moved.abs().max() <= 0.5 + 1e-12
-    assert (moved[0] != moved[-1]).any()
+    assert 0.1 < moved.abs().max() <= 0.5 + 1e-12
 
 
 def test_permutation_gathers():
