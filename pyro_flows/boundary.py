@@ -21,6 +21,8 @@ def event_size(event_shape: int | Iterable[int]) -> Size:
     shape = (event_shape,) if isinstance(event_shape, int) else tuple(event_shape)
     if not shape or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in shape):
         raise ValueError(f"expected input_dim or event_shape to be positive integers, got {event_shape!r}")
+    if len(shape) > 8:
+        raise ValueError(f"expected an event of at most 8 dimensions, got shape {shape}")
     return Size(shape)
 
 

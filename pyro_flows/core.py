@@ -23,11 +23,11 @@ from pyro_flows.memo import Memo
 __all__ = ["Conditioned", "FlowTransform", "Inverse"]
 
 
-@functools.cache
-def _real(event_dim: int) -> constraints.Constraint:
-    if event_dim == 0:
-        return constraints.real
-    return constraints.real_vector if event_dim == 1 else constraints.independent(constraints.real, event_dim)
+_REAL = [
+    constraints.real,
+    constraints.real_vector,
+    *(constraints.independent(constraints.real, n) for n in range(2, 9)),
+]
 
 
 def _guarded(leaf: Callable[..., tuple[Tensor, Tensor]], data_side: bool) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -106,12 +106,12 @@ class FlowTransform(TransformModule):
     @constraints.dependent_property(is_discrete=False)
     def domain(self) -> constraints.Constraint:
         """Constraint on ``x``."""
-        return _real(len(self.event_shape))
+        return _REAL[len(self.event_shape)]
 
     @constraints.dependent_property(is_discrete=False)
     def codomain(self) -> constraints.Constraint:
         """Constraint on ``y``; it becomes the ``support`` of a ``TransformedDistribution``."""
-        return _real(len(self.data_shape))
+        return _REAL[len(self.data_shape)]
 
     def __call__(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """``y = f(x)``, at a context if one is given."""

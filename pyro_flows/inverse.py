@@ -143,19 +143,24 @@ def _groups(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list
 
 
 def _setup(ctx: object, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    z, first_bias, weights, biases, masks, ctx.handle, _ = inputs
+    z, first_bias, weights, biases, masks, handle, _ = inputs
+    ctx.solver = named(handle)  # which may have no other holder by the time of the gradient
     ctx.save_for_backward(z, first_bias, output[0], output[2], *weights, *biases, *masks)
 
 
-def _gradient(ctx: object, grad_x: Tensor | None, grad_ladj: Tensor | None, _: Tensor | None) -> tuple[Tensor, ...]:
+def _gradient(ctx: object, grad_x: Tensor | None, grad_ladj: Tensor | None, none: Tensor | None) -> tuple[Tensor, ...]:
+    device = ctx.saved_tensors[0].device
+    if autocasting(device):
+        with torch.autocast(device.type, enabled=False):
+            return _gradient(ctx, grad_x, grad_ladj, none)
     z, first_bias, x, tape, *tensors = ctx.saved_tensors
     if tape.shape[0] == 0:  # whoever called the operator saw no need of a gradient
-        tape = torch.ops.pyro_flows.solve(z, first_bias, *_groups(tensors), ctx.handle, True)[2]
+        tape = torch.ops.pyro_flows.solve(z, first_bias, *_groups(tensors), ctx.solver.handle, True)[2]
     grad_x = torch.zeros_like(x) if grad_x is None else grad_x
     grad_ladj = x.new_zeros(x.shape[0]) if grad_ladj is None else grad_ladj
     # Nobody differentiates the gradient further unless grad mode is on.
     gradient = _Gradient.apply if torch.is_grad_enabled() else _Gradient.forward
-    return gradient(ctx.handle, grad_x, grad_ladj, x, tape, z, first_bias, *tensors)
+    return gradient(ctx.solver.handle, grad_x, grad_ladj, x, tape, z, first_bias, *tensors)
 
 
 def _gradient_op(ctx: object, *cotangents: Tensor | None) -> tuple:
@@ -233,14 +238,15 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: object, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-        ctx.handle, grad_x, grad_ladj, _, _, *tensors = inputs
+        handle, grad_x, grad_ladj, _, _, *tensors = inputs
+        ctx.solver = named(handle)
         ctx.save_for_backward(grad_x, grad_ladj, *tensors)
 
     @staticmethod
     def backward(ctx: object, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         grad_x, grad_ladj, z, first_bias, *tensors = ctx.saved_tensors
         weights, biases, masks = _groups(tensors)
-        by_passes = partial(_by_passes, named(ctx.handle), masks)
+        by_passes = partial(_by_passes, ctx.solver, masks)
 
         def gradient(grad_x: Tensor, grad_ladj: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
             return torch.func.vjp(by_passes, *inputs)[1]((grad_x, grad_ladj))

@@ -267,6 +267,9 @@ class _Pass(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: object, grad: Tensor, grad_ladj: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        if autocasting(grad.device):
+            with torch.autocast(grad.device.type, enabled=False):
+                return _Pass.backward(ctx, grad, grad_ladj)
         layout, head, masks, bands = ctx.layout, ctx.head, ctx.masks, ctx.bands
         layers = len(masks)
         x, first_bias, *saved = ctx.saved_tensors

@@ -8,6 +8,7 @@ that scoring data costs one pass.  A result holds only while grad mode, every pa
 
 from __future__ import annotations
 
+import operator
 from typing import Any, NamedTuple
 
 import torch
@@ -31,26 +32,38 @@ def _count_step(*args: Any) -> None:
 register_optimizer_step_post_hook(_count_step)
 
 
-def _walk(module: nn.Module, seen: list[int]) -> None:
-    """Lists what changes when a parameter or buffer is written in place, replaced, moved, frozen or thawed."""
-    for tensor in module._parameters.values():
-        if tensor is not None:
-            seen += (id(tensor), 2 * tensor._version + tensor.requires_grad)
-    for tensor in module._buffers.values():
-        if tensor is not None:
-            seen += (id(tensor), tensor._version)
-    for child in module._modules.values():
-        if child is not None:
-            _walk(child, seen)
+class _Stamp:
+    """What a result depends on: optimiser steps, grad mode, and each parameter and buffer with its version."""
 
+    __slots__ = ("counts", "tensors")
 
-def _stamp(module: nn.Module) -> list[int] | None:
-    seen = [_steps, torch.is_grad_enabled()]
-    try:
-        _walk(module, seen)
-    except RuntimeError:  # inference tensors count no versions
-        return None
-    return seen
+    def __init__(self, module: nn.Module) -> None:
+        # The tensors themselves, because the identity of one that is gone may be that of another by now.
+        self.tensors: list[Tensor] = []
+        self.counts = [_steps, torch.is_grad_enabled()]
+        self._walk(module)
+
+    def _walk(self, module: nn.Module) -> None:
+        for tensor in module._parameters.values():
+            if tensor is not None:
+                self.tensors.append(tensor)
+                self.counts.append(2 * tensor._version + tensor.requires_grad)
+        for tensor in module._buffers.values():
+            if tensor is not None:
+                self.tensors.append(tensor)
+                self.counts.append(tensor._version)
+        for child in module._modules.values():
+            if child is not None:
+                self._walk(child)
+
+    def still_holds(self, module: nn.Module) -> bool:
+        """Whether nothing was written in place, replaced, moved, frozen or thawed since."""
+        try:
+            now = _Stamp(module)
+        except RuntimeError:  # inference tensors count no versions
+            return False
+        same = len(now.tensors) == len(self.tensors) and all(map(operator.is_, now.tensors, self.tensors))
+        return same and now.counts == self.counts
 
 
 class _Entry(NamedTuple):
@@ -58,7 +71,7 @@ class _Entry(NamedTuple):
     y: TensorWeakRef | Tensor
     ladj: Tensor
     versions: tuple[int, int]
-    stamp: list[int]
+    stamp: _Stamp
 
 
 class Memo:
@@ -78,8 +91,9 @@ class Memo:
         """Stores what one call computed; ``made_y`` says which side of the pair is ours."""
         if not plain_eager() or x.is_inference() or y.is_inference() or x is y:
             return
-        stamp = _stamp(module)
-        if stamp is None:
+        try:
+            stamp = _Stamp(module)
+        except RuntimeError:  # inference tensors count no versions
             return
         versions = (x._version, y._version)
         # Only the side that we made is watched weakly, so that the memo dies with what it belongs to.
@@ -100,7 +114,7 @@ class Memo:
         # A leaf that asks for its gradient asks for the inverse as a function of y, which a memory is not.
         if made is not y or (y.requires_grad and y.is_leaf):
             return None
-        if (entry.x._version, y._version) != entry.versions or _stamp(module) != entry.stamp:
+        if (entry.x._version, y._version) != entry.versions or not entry.stamp.still_holds(module):
             return None
         return entry.x, entry.ladj
 
@@ -115,6 +129,6 @@ class Memo:
             if entry is self._inverse and x.requires_grad and x.is_leaf:
                 continue  # a leaf that asks for its gradient, as in preimage
             if known_x is x and entry.y() is y and (x._version, y._version) == entry.versions:
-                if _stamp(module) == entry.stamp:
+                if entry.stamp.still_holds(module):
                     return entry.ladj
         return None

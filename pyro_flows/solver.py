@@ -78,7 +78,8 @@ class Solver:
             if sweep.key == key:
                 return sweep
             self._idle.append(sweep)
-        sweep = kind(self, like, columns, weights, *options)
+        with torch.inference_mode(False):  # buffers made under inference mode could not be used outside of it
+            sweep = kind(self, like, columns, weights, *options)
         sweep.key = key
         return sweep
 

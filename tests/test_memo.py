@@ -441,3 +441,16 @@ def test_a_flow_is_freed_after_use():
         assert parameter() is None  # by reference counts alone: no cycle holds it
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("direction", ["forward_and_ladj", "inverse_and_ladj"])
+@pytest.mark.parametrize("name", BUILDERS)
+def test_a_graph_outlives_its_flow(name, direction):
+    def made():
+        x = points(5).requires_grad_()
+        return x, sum(out.sum() for out in getattr(shaken(BUILDERS[name]()), direction)(x))
+
+    x, total = made()
+    gc.collect()
+    total.backward()
+    assert x.grad.isfinite().all()

@@ -148,6 +148,17 @@ def test_what_was_drawn_comes_back_with_the_state(build):
         assert torch.equal(got, want)
 
 
+def test_loaded_mask_is_the_one_that_is_used():
+    # With two dimensions either one is kept, and the two are laid out differently.
+    flows = [shake(pf.Coupling(2, mask="random", hidden_dims=(8,))) for _ in range(20)]
+    first = flows[0]
+    other = next(flow for flow in flows if not torch.equal(flow.mask, first.mask))
+    other.load_state_dict(first.state_dict())
+    x = torch.randn(5, 2)
+    assert torch.equal(other(x), first(x))
+    assert torch.equal(other.mask, first.mask)
+
+
 def test_random_masks_alternate_in_pairs():
     masks = [layer.mask for layer in pf.realnvp(10, mask="random", num_layers=6, hidden_dims=(4,))]
     for first, second in zip(masks[::2], masks[1::2], strict=True):

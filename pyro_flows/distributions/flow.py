@@ -21,18 +21,19 @@ class FlowDistribution(TransformedDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-density in nats, shape ``(*sample, *batch)``; one pass in the density direction."""
-        if self._validate_args:
-            self._validate_sample(value)
         (transform,) = self.transforms
+        # Neither torch's check nor its Independent can take an empty batch.
+        if self._validate_args and value.numel():
+            self._validate_sample(value)
         x, ladj = transform.inverse_and_memo(value)
-        return self.base_dist.log_prob(x) + ladj
+        return self.base_dist.log_prob(x) + ladj if x.numel() else ladj
 
     def rsample_and_log_prob(self, sample_shape: Size | tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
         """Reparameterised samples and their log-densities; one pass in the sampling direction."""
         (transform,) = self.transforms
         x = self.base_dist.rsample(Size(sample_shape))
         y, ladj = transform.forward_and_ladj(x)
-        return y, self.base_dist.log_prob(x) - ladj
+        return y, self.base_dist.log_prob(x) - ladj if x.numel() else -ladj
 
 
 class Flow(nn.Module):
