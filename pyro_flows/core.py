@@ -252,7 +252,8 @@ ConditionalTransform.register(FlowTransform)
 class Inverse(FlowTransform):
     """The inverse of a transform: :math:`y = f^{-1}(x)`; a module that shares the parameters of ``transform``.
 
-    Each direction costs what the opposite one of ``transform`` costs.
+    Each direction costs what the opposite one of ``transform`` costs.  ``log_abs_det_jacobian(x, y)`` is the negative
+    of that of ``transform`` at ``(y, x)``, and so a function of ``y``.
 
     Args:
         transform: the transform to invert.

@@ -13,7 +13,6 @@ under ``torch.func`` and differentiates; second derivatives take the plain way t
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -27,9 +26,7 @@ from pyro_flows.solver import Solver, named
 from pyro_flows.sweeps import ForwardSweep, ReverseSweep, columns_at_once
 from pyro_flows.tracing import autocasting, forward_mode, plain_eager
 
-__all__ = ["Solver", "solve"]
-
-Calls = list[Callable[[], object]]
+__all__ = ["solve"]
 
 
 def solve(
@@ -71,7 +68,9 @@ def solve(
     groups = (list(weights), list(biases), list(masks))
     if forward_mode():
         x, ladj = _by_passes(solver, masks, flat, bias, *weights, *biases)
-    elif keep and (plain_eager() or torch._C._are_functorch_transforms_active()):
+    elif keep and plain_eager():
+        x, ladj, _ = _apply_plainly(solver.handle, flat, bias, *weights, *biases, *masks)
+    elif keep and torch._C._are_functorch_transforms_active():
         x, ladj, _ = _Solve.apply(solver.handle, flat, bias, *weights, *biases, *masks)
     elif not plain_eager():
         x, ladj, _ = torch.ops.pyro_flows.solve(flat, bias, *groups, solver.handle, keep)
@@ -197,8 +196,8 @@ class _Solve(torch.autograd.Function):
         return None, *grads, *[None] * (len(grads) // 2)
 
 
-# apply() asks for the signature at each call; finding it anew costs as much as a small product.
-_Solve.forward.__signature__ = inspect.signature(_Solve.forward)
+# Without the detour by which apply() looks for transforms of torch.func: for plain eager calls, where there are none.
+_apply_plainly = super(torch.autograd.Function, _Solve).apply
 
 
 class _Gradient(torch.autograd.Function):

@@ -32,6 +32,14 @@ def _count_step(*args: Any) -> None:
 register_optimizer_step_post_hook(_count_step)
 
 
+def _gather(module: nn.Module, held: list[Tensor | None]) -> None:
+    held += module._parameters.values()
+    held += module._buffers.values()
+    for child in module._modules.values():
+        if child is not None:
+            _gather(child, held)
+
+
 class _Stamp:
     """What a result depends on: optimiser steps, grad mode, and each parameter and buffer with its version."""
 
@@ -39,22 +47,11 @@ class _Stamp:
 
     def __init__(self, module: nn.Module) -> None:
         # The tensors themselves, because the identity of one that is gone may be that of another by now.
-        self.tensors: list[Tensor] = []
-        self.counts = [_steps, torch.is_grad_enabled()]
-        self._walk(module)
-
-    def _walk(self, module: nn.Module) -> None:
-        for tensor in module._parameters.values():
-            if tensor is not None:
-                self.tensors.append(tensor)
-                self.counts.append(2 * tensor._version + tensor.requires_grad)
-        for tensor in module._buffers.values():
-            if tensor is not None:
-                self.tensors.append(tensor)
-                self.counts.append(tensor._version)
-        for child in module._modules.values():
-            if child is not None:
-                self._walk(child)
+        held: list[Tensor | None] = []
+        _gather(module, held)
+        self.tensors = [tensor for tensor in held if tensor is not None]
+        self.counts = [2 * tensor._version + tensor.requires_grad for tensor in self.tensors]
+        self.counts += (_steps, torch.is_grad_enabled())
 
     def still_holds(self, module: nn.Module) -> bool:
         """Whether nothing was written in place, replaced, moved, frozen or thawed since."""

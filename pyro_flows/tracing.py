@@ -10,17 +10,20 @@ __all__ = ["autocasting", "forward_mode", "plain_eager"]
 
 def plain_eager() -> bool:
     """False under ``torch.compile``, ``torch.jit.trace``, ``torch.func``, ``make_fx`` and any other dispatch mode."""
+    # Asked several times in each call, so without the wrappers around these flags.
     return not (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack()
-        or torch.jit.is_tracing()
+        or torch._C._is_tracing()
         or forward_ad._current_level >= 0
     )
 
 
 def autocasting(device: torch.device) -> bool:
     """Whether autocast is on for this device, if it knows of it at all."""
+    if not torch._C._is_any_autocast_enabled():
+        return False
     kind = device.type
     return kind != "meta" and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 

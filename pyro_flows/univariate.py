@@ -173,9 +173,10 @@ class Affine(Univariate):
         return scale, by_params, zero, torch.stack((zero, by_raw), 1)
 
     def run(self, inverse: bool, z: Tensor, params: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        shift, ladj = params.unbind(-2)
+        shift, raw = params.unbind(-2)
         bound = self.max_log_scale
-        ladj.mul_(_number(1.0 / bound, ladj.dtype)).tanh_().mul_(_number(-bound if inverse else bound, ladj.dtype))
+        # The first product leaves the strides of the parameters behind; in place from there on.
+        ladj = (raw * _number(1.0 / bound, raw.dtype)).tanh_().mul_(_number(-bound if inverse else bound, raw.dtype))
         if inverse:
             return (z - shift).mul_(ladj.exp()), ladj, ()
         return torch.addcmul(shift, z, ladj.exp()), ladj, ()
@@ -186,12 +187,8 @@ class Affine(Univariate):
         by_z = ladj.exp().mul_(grad)
         tanh = ladj * _number(1.0 / self.max_log_scale, ladj.dtype)
         bend = 1.0 - tanh.mul_(tanh)
-        by_params = grad.new_empty(*grad.shape[:-1], 2, grad.shape[-1])
-        by_shift, by_raw = by_params.unbind(-2)
         if inverse:
-            torch.neg(by_z, out=by_shift)
-            torch.addcmul(grad_ladj, grad, x, out=by_raw).mul_(bend).neg_()
-        else:
-            by_shift.copy_(grad)
-            torch.addcmul(grad_ladj, by_z, z, out=by_raw).mul_(bend)
-        return by_z, by_params
+            by_raw = torch.addcmul(grad_ladj, grad, x).mul_(bend)
+            return by_z, torch.stack((by_z, by_raw), -2).neg_()
+        by_raw = torch.addcmul(grad_ladj, by_z, z).mul_(bend)
+        return by_z, torch.stack((grad, by_raw), -2)
