@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["IN_PLACE", "Activation", "activation_function", "known_activations", "slope"]
+__all__ = ["IN_PLACE", "Activation", "activation_function", "known_activations", "pull", "slope"]
 
 Activation = str | Callable[[Tensor], Tensor]
 
@@ -40,6 +40,14 @@ _SLOPES: dict[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]] = 
 }
 
 
+_PULLS: dict[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    torch.relu: lambda grad, pre, post: torch.ops.aten.threshold_backward.default(grad, post, 0),
+    torch.tanh: lambda grad, pre, post: torch.ops.aten.tanh_backward.default(grad, post),
+    torch.sigmoid: lambda grad, pre, post: torch.ops.aten.sigmoid_backward.default(grad, post),
+    F.silu: lambda grad, pre, post: torch.ops.aten.silu_backward.default(grad, pre),
+}
+
+
 def activation_function(activation: Activation) -> Callable[[Tensor], Tensor]:
     """The elementwise function of this name, or the given function itself."""
     if isinstance(activation, str):
@@ -64,3 +72,9 @@ def slope(activation: Callable[[Tensor], Tensor], pre: Tensor, post: Tensor) -> 
     if known is not None:
         return known(pre, post)
     return torch.func.vjp(activation, pre)[1](torch.ones_like(pre))[0]
+
+
+def pull(activation: Callable[[Tensor], Tensor], grad: Tensor, pre: Tensor, post: Tensor) -> Tensor:
+    """The gradient after ``pre``, given that after ``post``; ``grad`` may be overwritten."""
+    known = _PULLS.get(activation)
+    return grad.mul_(slope(activation, pre, post)) if known is None else known(grad, pre, post)

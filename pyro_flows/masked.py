@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyro_flows.activations import IN_PLACE, slope
+from pyro_flows.activations import IN_PLACE, pull
 from pyro_flows.tracing import autocasting, plain_eager
 
 __all__ = ["Band", "Cut", "Head", "Layout", "keep", "masked_network", "staircase", "weight_gradient"]
@@ -59,7 +59,7 @@ def staircase(above: Tensor, below: Tensor, dense: bool, repeats: int = 1) -> Cu
     ``dense`` says that masks hide nothing more; ``repeats`` that the rows come that many times.
     """
     rows, cols = len(above), len(below)
-    if rows < 64 or cols < 64:
+    if rows < 128 or cols < 64:
         return Cut((), math.inf)
     cuts = [rows * j // 4 for j in range(5)]
     bands = []
@@ -276,8 +276,8 @@ class _Pass(torch.autograd.Function):
         weights, biases = saved[:layers], saved[layers : 2 * layers - 1]
         if torch.is_grad_enabled():
             inputs = (x, first_bias, *weights, *biases)
-            pull = torch.func.vjp(lambda *args: _plain(layout, head, masks, *args), *inputs)[1]
-            return None, None, None, *pull(grad if head is None else (grad, grad_ladj))
+            backwards = torch.func.vjp(lambda *args: _plain(layout, head, masks, *args), *inputs)[1]
+            return None, None, None, *backwards(grad if head is None else (grad, grad_ladj))
         rest = iter(saved[2 * layers - 1 :])
         into = [next(rest) for _ in range(layers - 1)]
         outof = [next(rest) for _ in range(layers - 1)]
@@ -296,7 +296,7 @@ class _Pass(torch.autograd.Function):
                 by_bias[k] = grad.sum(0)
             after[k] = grad
             grad = _by_input(bands[k], weights[k], parts[k], grad)
-            grad.mul_(slope(layout.activation, into[k - 1], outof[k - 1]))
+            grad = pull(layout.activation, grad, into[k - 1], outof[k - 1])
             if k + 1 in layout.joins:  # this pre-activation also goes around the block above it
                 grad.add_(after[k + 1])
         if wanted[0]:

@@ -59,8 +59,8 @@ class _Stamp:
             now = _Stamp(module)
         except RuntimeError:  # inference tensors count no versions
             return False
-        same = len(now.tensors) == len(self.tensors) and all(map(operator.is_, now.tensors, self.tensors))
-        return same and now.counts == self.counts
+        # Equal counts are as many, so the tensors can be compared in pairs.
+        return now.counts == self.counts and all(map(operator.is_, now.tensors, self.tensors))
 
 
 class _Entry(NamedTuple):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pyro_flows.activations import Activation, activation_function
 from pyro_flows.degrees import Degrees, Structure
-from pyro_flows.masked import Layout, masked_network
+from pyro_flows.masked import Head, Layout, masked_network
 
 __all__ = ["MLP", "MaskedMLP"]
 
@@ -221,11 +221,17 @@ class MaskedMLP(nn.Module):
         """What the first layer adds to its weighted inputs: shape ``(*context_batch, width)``, or ``(width,)``."""
         return self.bias_0 if context is None else F.linear(context, self.context_weight, self.bias_0)
 
-    def ranked(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """As :meth:`forward`, with inputs and outputs by rank."""
-        weights, biases, masks = self.tensors()
-        flat = masked_network(self.layout, x, self.first_bias(context), weights, biases[1:], masks)
-        return flat.unflatten(-1, (self.num_params, self.input_dim)).transpose(-1, -2)
+    def ranked(
+        self, x: Tensor, context: Tensor | None = None, head: Head | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """As :meth:`forward`, with inputs and outputs by rank; with a head, what that makes of them, and its ladj."""
+        weights, (bias, *biases), masks = self.tensors()
+        if context is not None:
+            bias = F.linear(context, self.context_weight, bias)
+        out = masked_network(self.layout, x, bias, weights, biases, masks, head)
+        if head is not None:
+            return out
+        return out.unflatten(-1, (self.num_params, self.input_dim)).transpose(-1, -2)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """``x``: shape ``(*batch, input_dim)``; ``context``: broadcasts to ``(*batch, context_dim)``.

@@ -12,6 +12,7 @@ import torch
 from pyro.optim.clipped_adam import ClippedAdam
 
 import pyro_flows as pf
+from pyro_flows import nets
 from pyro_flows.transforms import autoregressive
 
 DIM = 3
@@ -364,7 +365,7 @@ def passes(monkeypatch):
 
         return wrapper
 
-    monkeypatch.setattr(autoregressive, "masked_network", counted("pass", autoregressive.masked_network))
+    monkeypatch.setattr(nets, "masked_network", counted("pass", nets.masked_network))
     monkeypatch.setattr(autoregressive, "solve", counted("sweep", autoregressive.solve))
     return counts
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from pyro_flows.activations import Activation
 from pyro_flows.core import FlowTransform
 from pyro_flows.inverse import solve
-from pyro_flows.masked import Head, masked_network
+from pyro_flows.masked import Head
 from pyro_flows.nets import MaskedMLP
 from pyro_flows.solver import Solver
 from pyro_flows.univariate import Affine, Univariate
@@ -78,12 +78,10 @@ class Autoregressive(FlowTransform):
         return value if len(self.event_shape) == 1 else value.unflatten(-1, self.event_shape)
 
     def _one_pass(self, value: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
-        weights, biases, masks = self.net.tensors()
-        ranked = self.net.to_ranks(self._flat(value))
-        bias = self.net.first_bias(context)
-        head = Head(self.univariate, inverse)
-        moved, ladj = masked_network(self.net.layout, ranked, bias, weights, biases[1:], masks, head)
-        return self._shaped(self.net.from_ranks(moved)), ladj
+        net = self.net
+        ranked = net.to_ranks(self._flat(value))
+        moved, ladj = net.ranked(ranked, context, Head(self.univariate, inverse))
+        return self._shaped(net.from_ranks(moved)), ladj
 
     def _sweep(self, value: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         weights, biases, masks = self.net.tensors()
