@@ -92,14 +92,21 @@ def _solve(
 ) -> tuple[Tensor, Tensor, Tensor]:
     solver = named(handle)
     n = z.shape[0]
-    x, ladj = torch.empty_like(z), z.new_empty(n)
-    tape = z.new_empty(solver.structure.tape_rows if keep else 0, n)
     shared = first_bias.shape[0] == 1
     chunk = columns_at_once(n, solver.structure.adjoint_rows, z.device)
+    if n <= chunk:
+        sweep = solver.borrow(ForwardSweep, z, n, weights, biases, not shared)
+        sweep.run(z, first_bias, weights, masks)
+        tape = sweep.tape.clone() if keep else z.new_empty(0, n)
+        result = sweep.x.T.clone(memory_format=torch.contiguous_format), sweep.ladj.sum(0), tape
+        solver.give_back(sweep)
+        return result
+    x, ladj = z.new_empty(z.shape), z.new_empty(n)
+    tape = z.new_empty(solver.structure.tape_rows if keep else 0, n)
     for start in range(0, n, chunk):
         part = slice(start, min(n, start + chunk))
-        sweep = solver.borrow(ForwardSweep, z, part.stop - part.start, weights, not shared)
-        sweep.run(z[part], first_bias if shared else first_bias[part], weights, biases, masks)
+        sweep = solver.borrow(ForwardSweep, z, part.stop - part.start, weights, biases, not shared)
+        sweep.run(z[part], first_bias if shared else first_bias[part], weights, masks)
         torch.sum(sweep.ladj, 0, out=ladj[part])
         x[part].copy_(sweep.x.T)
         if keep:
@@ -132,7 +139,7 @@ def _(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows = named(handle).structure.tape_rows if keep else 0
-    return torch.empty_like(z), z.new_empty(z.shape[0]), z.new_empty(rows, z.shape[0])
+    return z.new_empty(z.shape), z.new_empty(z.shape[0]), z.new_empty(rows, z.shape[0])
 
 
 def _groups(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:

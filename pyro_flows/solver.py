@@ -63,13 +63,13 @@ class Solver:
         return self.univariate.inverse(z, params) if self.inverse else self.univariate.forward(z, params)
 
     def borrow(
-        self, kind: type, like: Tensor, columns: int, weights: Sequence[Tensor], *options: bool
+        self, kind: type, like: Tensor, columns: int, weights: Sequence[Tensor], *options: Sequence[Tensor] | bool
     ) -> ForwardSweep | ReverseSweep:
         """A sweep with its buffers and views, an idle one if it fits; taken out, so that no two calls share one."""
         stream = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0
-        key = (kind, columns, options, like.dtype, like.device, stream)
-        if self.structure.dense:
-            key += tuple(w.data_ptr() for w in weights)  # the views are of the weights themselves
+        # A sweep has views of biases, and unless it must mask them of weights: they are its own only where these are.
+        viewed = (*(weights if self.structure.dense else ()), *(b for given in options[:1] for b in given))
+        key = (kind, columns, options[1:], like.dtype, like.device, stream, *[v.data_ptr() for v in viewed])
         for k in range(len(self._idle) - 1, -1, -1):
             try:
                 sweep = self._idle.pop(k)

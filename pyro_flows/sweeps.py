@@ -34,37 +34,53 @@ def columns_at_once(n: int, rows: int, device: torch.device) -> int:
 class _Sweep:
     key: object = None
 
-    def __init__(self, solver: Solver, weights: Sequence[Tensor], like: Tensor, columns: int) -> None:
+    def __init__(self, solver: Solver, like: Tensor, columns: int, weights: Sequence[Tensor]) -> None:
         self.structure = solver.structure
         self.like, self.columns = like, columns
         self.nbytes = 0
+        self.calls: Calls = []
         *inner, head = weights
         # Views of the weights themselves, or copies with zeros in the masked places, refreshed at each run.
         self.inner = inner if self.structure.dense else [self.empty(*w.shape) for w in inner]
         # Outputs by dimension, so that those of one step are neighbours; likewise refreshed.
         self.head = self.empty(*head.shape)
-        self.calls: Calls = []
+        if self.structure.dense:
+            self.calls.append(partial(self.by_dimension(self.head).copy_, self.by_parameter(head)))
 
     def empty(self, *shape: int) -> Tensor:
         made = self.like.new_empty(shape)
         self.nbytes += made.nbytes
         return made
 
+    def by_dimension(self, rows: Tensor) -> Tensor:
+        """Rows of outputs as stored here, shape ``(input_dim, num_params, ...)``."""
+        return rows.view(self.structure.input_dim, self.structure.num_params, *rows.shape[1:])
+
+    def by_parameter(self, rows: Tensor) -> Tensor:
+        """Rows of outputs as in the weights, in the same shape."""
+        return rows.unflatten(0, (self.structure.num_params, self.structure.input_dim)).transpose(0, 1)
+
     def load_weights(self, weights: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
-        s = self.structure
-        if not s.dense:
-            weights = [keep(w, mask) for mask, w in zip(masks, weights, strict=True)]
-            for held, given in zip(self.inner, weights, strict=False):
+        if not self.structure.dense:
+            *inner, head = (keep(weight, mask) for weight, mask in zip(weights, masks, strict=True))
+            for held, given in zip(self.inner, inner, strict=True):
                 held.copy_(given)
-        by_dimension = weights[-1].view(s.num_params, s.input_dim, -1).transpose(0, 1)
-        self.head.view(s.input_dim, s.num_params, -1).copy_(by_dimension)
+            self.by_dimension(self.head).copy_(self.by_parameter(head))
 
 
 class ForwardSweep(_Sweep):
     """Solves for ``x``: fills ``x``, ``ladj`` (per dimension) and ``tape``, each ``(rows, columns)``."""
 
-    def __init__(self, solver: Solver, like: Tensor, columns: int, weights: Sequence[Tensor], own_bias: bool) -> None:
-        super().__init__(solver, weights, like, columns)
+    def __init__(
+        self,
+        solver: Solver,
+        like: Tensor,
+        columns: int,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor],
+        own_bias: bool,
+    ) -> None:
+        super().__init__(solver, like, columns, weights)
         s = self.structure
         self.z, self.x = (self.empty(s.input_dim, columns) for _ in range(2))
         self.tape = self.empty(s.tape_rows, columns)
@@ -74,7 +90,12 @@ class ForwardSweep(_Sweep):
         post = pre if in_place else [self.empty(width, columns) for width in s.widths]
         # Biases as columns, the first one's with a column per sample if the context says so.
         sizes = [*s.widths, s.outputs]
-        self.biases = [self.empty(size, columns if own_bias and k == 0 else 1) for k, size in enumerate(sizes)]
+        self.first = self.empty(sizes[0], columns if own_bias else 1)
+        self.biases = [self.first, *(bias[:, None] for bias in biases)]
+        if biases:
+            head_bias = self.empty(s.outputs, 1)
+            self.calls.append(partial(self.by_dimension(head_bias).copy_, self.by_parameter(self.biases[-1])))
+            self.biases[-1] = head_bias
         self._bind(solver, params, [self.x, *pre], [self.x, *post], in_place)
         del self.like
 
@@ -144,23 +165,14 @@ class ForwardSweep(_Sweep):
                     add(pre[layer], self.inner[layer - 1], post[layer - 1], a, c, below[begin], below[t + 1])
                     finish(layer, a, c)
 
-    def run(
-        self,
-        z: Tensor,
-        first_bias: Tensor,
-        weights: Sequence[Tensor],
-        biases: Sequence[Tensor],
-        masks: Sequence[Tensor],
-    ) -> None:
+    def run(self, z: Tensor, first_bias: Tensor, weights: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
         """``z``: shape ``(columns, input_dim)``; ``first_bias``: ``(columns or 1, width)``."""
-        s = self.structure
         self.z.copy_(z.T)
         self.load_weights(weights, masks)
-        for held, given in zip(self.biases, (first_bias.T, *(b[:, None] for b in biases)), strict=True):
-            if held is self.biases[-1]:
-                given = given.unflatten(0, (s.num_params, s.input_dim)).transpose(0, 1)
-                held = held.view(s.input_dim, s.num_params, -1)
-            held.copy_(given)
+        if len(self.biases) > 1:
+            self.first.copy_(first_bias.T)
+        else:
+            self.by_dimension(self.first).copy_(self.by_parameter(first_bias.T))
         for call in self.calls:
             call()
 
@@ -169,7 +181,7 @@ class ReverseSweep(_Sweep):
     """Solves the transposed problem: fills ``adjoint`` with the gradients after ``x``, the outputs and each layer."""
 
     def __init__(self, solver: Solver, like: Tensor, columns: int, weights: Sequence[Tensor]) -> None:
-        super().__init__(solver, weights, like, columns)
+        super().__init__(solver, like, columns, weights)
         s = self.structure
         self.adjoint = self.empty(s.adjoint_rows, columns)
         self.x = self.adjoint[: s.input_dim]
