@@ -57,7 +57,7 @@ def solve(
         with torch.autocast(z.device.type, enabled=False):
             return solve(solver, z, first_bias.to(z.dtype), weights, biases, masks)
     batch = z.shape[:-1]
-    flat = z.reshape(-1, z.shape[-1])
+    flat = z if len(batch) == 1 else z.reshape(-1, z.shape[-1])
     if first_bias.dim() == 1:
         bias = first_bias[None]
     elif first_bias.shape[:-1].numel() == 1:
@@ -65,19 +65,20 @@ def solve(
     else:
         bias = first_bias.expand(*batch, -1).reshape(-1, first_bias.shape[-1])
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (flat, bias, *weights, *biases))
-    groups = (list(weights), list(biases), list(masks))
-    if forward_mode():
+    if plain_eager():
+        if keep:
+            x, ladj, _ = _apply_plainly(solver.handle, flat, bias, *weights, *biases, *masks)
+        else:
+            with torch._C._AutoDispatchBelowAutograd():  # nothing to record, so spare every small call the look
+                x, ladj, _ = _solve(flat, bias, weights, biases, masks, solver.handle, False)
+    elif forward_mode():
         x, ladj = _by_passes(solver, masks, flat, bias, *weights, *biases)
-    elif keep and plain_eager():
-        x, ladj, _ = _apply_plainly(solver.handle, flat, bias, *weights, *biases, *masks)
     elif keep and torch._C._are_functorch_transforms_active():
         x, ladj, _ = _Solve.apply(solver.handle, flat, bias, *weights, *biases, *masks)
-    elif not plain_eager():
-        x, ladj, _ = torch.ops.pyro_flows.solve(flat, bias, *groups, solver.handle, keep)
     else:
-        with torch._C._AutoDispatchBelowAutograd():  # nothing to record, so spare every small call the look
-            x, ladj, _ = _solve(flat, bias, *groups, solver.handle, False)
-    return x.reshape(z.shape), ladj.reshape(batch)
+        groups = (list(weights), list(biases), list(masks))
+        x, ladj, _ = torch.ops.pyro_flows.solve(flat, bias, *groups, solver.handle, keep)
+    return (x, ladj) if len(batch) == 1 else (x.reshape(z.shape), ladj.reshape(batch))
 
 
 @torch.no_grad()
