@@ -24,9 +24,7 @@ def locate_nonfinite(transform: FlowTransform, x: Tensor, context: Tensor | None
         context: shape ``(*context_batch, context_dim)`` if the transform takes one.
 
     Returns:
-        The path of the part and which parameter or output of it, as in ``parts.1 (Coupling): parameter
-        net.layers.0.weight has 1 non-finite of 12 entries``.
-
+        The path of the part, and which parameter or output of it is not finite.
     """
     for what, value in (("x", x), ("context", context)):
         if value is not None and not value.isfinite().all():
