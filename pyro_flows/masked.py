@@ -24,6 +24,8 @@ __all__ = ["Band", "Cut", "Head", "Layout", "keep", "masked_network", "staircase
 
 Function = Callable[[Tensor], Tensor]
 
+ROWS = 2048  # of a batch at a time, where no gradient is wanted
+
 
 class Band(NamedTuple):
     """Rows ``[start, stop)`` of a weight: all see the columns below ``low``, none sees those from ``high`` on."""
@@ -131,16 +133,35 @@ def masked_network(
     flat = x if len(batch) == 1 else x.reshape(batch.numel(), x.shape[-1])
     if torch.is_grad_enabled():
         out = _apply(layout, head, masks, flat, first_bias, *weights, *biases)
+    elif flat.shape[0] > 2 * ROWS and flat.device.type == "cpu":
+        # In pieces that stay in the processor's cache, since nothing of them is kept.
+        own = first_bias.dim() > 1
+        pieces = zip(flat.split(ROWS), first_bias.split(ROWS) if own else itertools.repeat(first_bias), strict=False)
+        done = [_result(layout, rows, bias, weights, biases, masks, head) for rows, bias in pieces]
+        out = torch.cat(done) if head is None else tuple(torch.cat(part) for part in zip(*done, strict=True))
     else:
-        out = _run(layout, flat, first_bias, weights, biases, masks)[0]
-        if head is not None:
-            moved, ladj, _ = head.run(flat, out)
-            out = moved, ladj.sum(-1)
+        out = _result(layout, flat, first_bias, weights, biases, masks, head)
     if len(batch) == 1:
         return out
     if head is None:
         return out.view(*batch, out.shape[-1])
     return out[0].view(x.shape), out[1].view(batch)
+
+
+def _result(
+    layout: Layout,
+    x: Tensor,
+    first_bias: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    head: Head | None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    out = _run(layout, x, first_bias, weights, biases, masks)[0]
+    if head is None:
+        return out
+    moved, ladj, _ = head.run(x, out)
+    return moved, ladj.sum(-1)
 
 
 def _plain(

@@ -7,6 +7,7 @@ import torch
 from cases import diamond, shake
 from oracles import jacobian
 
+import pyro_flows as pf
 from pyro_flows import MLP, MaskedMLP
 
 HIDDEN = {
@@ -210,3 +211,19 @@ def test_activation_modules_without_parameters_work():
     by_module.load_state_dict(by_name.state_dict())
     x = torch.randn(5, 3)
     torch.testing.assert_close(by_name(x), by_module(x))
+
+
+@pytest.mark.parametrize("own_context", [False, True])
+def test_large_batches_go_in_pieces_without_a_trace(monkeypatch, own_context):
+    monkeypatch.setattr("pyro_flows.masked.ROWS", 4)
+    layer = pf.Autoregressive(3, context_dim=2, hidden_dims=(7,)).double()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    x = torch.randn(19, 3, dtype=torch.float64)
+    context = torch.randn(*((19,) if own_context else ()), 2, dtype=torch.float64)
+    whole, whole_params = layer.inverse_and_ladj(x, context), layer.net(x, context)
+    with torch.no_grad():
+        pieces, params = layer.inverse_and_ladj(x, context), layer.net(x, context)
+    torch.testing.assert_close(pieces, whole)
+    torch.testing.assert_close(params, whole_params)
