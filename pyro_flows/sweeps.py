@@ -34,9 +34,9 @@ def columns_at_once(n: int, rows: int, device: torch.device) -> int:
 class _Sweep:
     key: object = None
 
-    def __init__(self, solver: Solver, like: Tensor, columns: int, weights: Sequence[Tensor]) -> None:
+    def __init__(self, solver: Solver, like: Tensor, weights: Sequence[Tensor]) -> None:
         self.structure = solver.structure
-        self.like, self.columns = like, columns
+        self.like = like
         self.nbytes = 0
         self.calls: Calls = []
         *inner, head = weights
@@ -80,7 +80,7 @@ class ForwardSweep(_Sweep):
         biases: Sequence[Tensor],
         own_bias: bool,
     ) -> None:
-        super().__init__(solver, like, columns, weights)
+        super().__init__(solver, like, weights)
         s = self.structure
         self.z, self.x = (self.empty(s.input_dim, columns) for _ in range(2))
         self.tape = self.empty(s.tape_rows, columns)
@@ -181,7 +181,7 @@ class ReverseSweep(_Sweep):
     """Solves the transposed problem: fills ``adjoint`` with the gradients after ``x``, the outputs and each layer."""
 
     def __init__(self, solver: Solver, like: Tensor, columns: int, weights: Sequence[Tensor]) -> None:
-        super().__init__(solver, like, columns, weights)
+        super().__init__(solver, like, weights)
         s = self.structure
         self.adjoint = self.empty(s.adjoint_rows, columns)
         self.x = self.adjoint[: s.input_dim]
