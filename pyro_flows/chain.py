@@ -7,11 +7,20 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Size, Tensor, nn
-from torch.distributions import Distribution, Transform, constraints
+from torch.distributions import (
+    AffineTransform,
+    ComposeTransform,
+    Distribution,
+    IndependentTransform,
+    Transform,
+    constraints,
+)
 
 from pyro_flows.core import FlowTransform
 
 __all__ = ["Chain", "Wrap", "map_tensors"]
+
+_ENDS = ("lower_bound", "upper_bound")
 
 
 class Wrap(FlowTransform):
@@ -49,7 +58,7 @@ class Wrap(FlowTransform):
 
     @constraints.dependent_property(is_discrete=False)
     def codomain(self) -> constraints.Constraint:
-        return constraints.independent(self.transform.codomain, self._sum_dims)
+        return constraints.independent(image(self.transform, self.transform.domain), self._sum_dims)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Wrap:
         if not isinstance(self.transform, nn.Module):
@@ -111,6 +120,9 @@ class Chain(FlowTransform):
                 )
             self.parts.append(part)
             shape = part.data_shape
+        angles = self.periodic
+        if angles is not None:
+            self.turned(angles)  # every part must treat them as angles
 
     @property
     def sampling_cost(self) -> str:
@@ -119,6 +131,22 @@ class Chain(FlowTransform):
     @property
     def density_cost(self) -> str:
         return _total_cost(part.density_cost for part in self.parts)
+
+    @property
+    def periodic(self) -> Tensor | None:
+        parts = self._parts()
+        first = next((k for k, part in enumerate(parts) if part.periodic is not None), None)
+        if first is None:
+            return None
+        angles = parts[first].periodic
+        for part in reversed(parts[:first]):
+            angles = part.turned(angles, inverse=True)
+        return angles
+
+    def turned(self, angles: Tensor, inverse: bool = False) -> Tensor:
+        for part in reversed(self._parts()) if inverse else self._parts():
+            angles = part.turned(angles, inverse)
+        return angles
 
     @property
     def data_shape(self) -> Size:
@@ -130,7 +158,11 @@ class Chain(FlowTransform):
 
     @constraints.dependent_property(is_discrete=False)
     def codomain(self) -> constraints.Constraint:
-        return self._parts()[-1].codomain
+        parts = self._parts()
+        reached = parts[0].codomain
+        for part in parts[1:]:
+            reached = image(part.transform, reached) if isinstance(part, Wrap) else part.codomain
+        return reached
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         total: Tensor | None = None
@@ -168,14 +200,42 @@ class Chain(FlowTransform):
         return Chain(self._parts()[index]) if isinstance(index, slice) else self.parts[index]
 
 
+def image(transform: Transform, start: constraints.Constraint) -> constraints.Constraint:
+    """Where a transform takes a constrained set; torch's affine transforms say that they reach all real numbers."""
+    if isinstance(transform, ComposeTransform):
+        for part in transform.parts:
+            start = image(part, start)
+        return start
+    if isinstance(transform, IndependentTransform):
+        return constraints.independent(image(transform.base_transform, start), transform.reinterpreted_batch_ndims)
+    dims, inner = 0, start
+    while isinstance(inner, constraints.independent):
+        dims, inner = dims + inner.reinterpreted_batch_ndims, inner.base_constraint
+    if not isinstance(transform, AffineTransform):
+        return constraints.independent(transform.codomain, max(0, start.event_dim - transform.codomain.event_dim))
+    ends = [transform.loc + transform.scale * getattr(inner, name) for name in _ENDS if hasattr(inner, name)]
+    upwards, downwards = (bool((torch.as_tensor(sign * transform.scale) > 0).all()) for sign in (1, -1))
+    if isinstance(inner, constraints.interval) and (upwards or downwards):
+        made = constraints.interval(*(ends if upwards else reversed(ends)))
+    elif isinstance(inner, constraints.greater_than) and (upwards or downwards):
+        made = (constraints.greater_than if upwards else constraints.less_than)(*ends)
+    elif isinstance(inner, constraints.less_than) and (upwards or downwards):
+        made = (constraints.less_than if upwards else constraints.greater_than)(*ends)
+    else:
+        return constraints.independent(transform.codomain, max(0, start.event_dim - transform.codomain.event_dim))
+    return constraints.independent(made, dims)
+
+
 def _total_cost(costs: Iterable[str]) -> str:
     counted: dict[str, int] = {}
     for cost in costs:
         for term in cost.split(" + "):
             count, unit = term.split(" ", 1)
-            unit = unit.replace("passes", "pass").replace("sweeps", "sweep")
+            head, _, rest = unit.partition(" ")
+            head = "pass" if head == "passes" else head.removesuffix("s") if head != "pass" else head
+            unit = " ".join(filter(None, [head, rest]))
             counted[unit] = counted.get(unit, 0) + int(count)
-    plural = {"pass": "passes", "sweep": "sweeps"}
+    plural = {"pass": "passes"} | {unit: unit + "s" for unit in ("sweep", "product", "solve", "gather")}
 
     def term(unit: str, n: int) -> str:
         head, _, rest = unit.partition(" ")

@@ -195,6 +195,25 @@ class FlowTransform(TransformModule):
                 raise ValueError(wrong_event(self, shape, source)) from None
         return shape[:cut] + target
 
+    @property
+    def periodic(self) -> Tensor | None:
+        """Boolean, shape ``event_shape``: which dimensions are angles, taken modulo 2 pi; ``None`` if none is."""
+        return None
+
+    def turned(self, angles: Tensor, inverse: bool = False) -> Tensor:
+        """Which dimensions of ``y`` are angles where these of ``x`` are (or of ``x``, where these of ``y`` are).
+
+        Raises:
+            ValueError: if this transform moves an angle as if it lay on a line.
+        """
+        own = self.periodic
+        if own is None or not (own.is_meta or torch.equal(own.to(angles.device), angles)):
+            raise ValueError(
+                f"{type(self).__name__} moves angles as numbers on a line, or takes other dimensions for angles than "
+                "its neighbours do, so the result would be no density; use ncsf, or Coupling(..., periodic=...) for all"
+            )
+        return angles
+
     # Conditioning.
 
     def condition(self, context: Tensor) -> Conditioned:
@@ -265,6 +284,14 @@ class Inverse(FlowTransform):
         self.sampling_cost, self.density_cost = transform.density_cost, transform.sampling_cost
 
     @property
+    def periodic(self) -> Tensor | None:
+        inner = self.transform.periodic
+        return None if inner is None else self.transform.turned(inner)
+
+    def turned(self, angles: Tensor, inverse: bool = False) -> Tensor:
+        return self.transform.turned(angles, not inverse)
+
+    @property
     def data_shape(self) -> Size:
         return self.transform.event_shape
 
@@ -329,6 +356,13 @@ class Conditioned(FlowTransform):
         self.transform = transform
         self.register_buffer("context", context, persistent=False)
         self.sampling_cost, self.density_cost = transform.sampling_cost, transform.density_cost
+
+    @property
+    def periodic(self) -> Tensor | None:
+        return self.transform.periodic
+
+    def turned(self, angles: Tensor, inverse: bool = False) -> Tensor:
+        return self.transform.turned(angles, inverse)
 
     @property
     def data_shape(self) -> Size:

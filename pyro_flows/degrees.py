@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows.activations import IN_PLACE
-from pyro_flows.masked import Cut, staircase
+from pyro_flows.bands import Cut, staircase
 
 __all__ = ["Degrees", "Structure"]
 

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import torch
 from torch import Tensor
 
 from pyro_flows.activations import Activation
 from pyro_flows.boundary import event_size
 from pyro_flows.chain import Chain
+from pyro_flows.spline import Spline
 from pyro_flows.transforms import Autoregressive, Coupling, Rescaling
 from pyro_flows.transforms.coupling import Mask, coupling_mask
 from pyro_flows.univariate import Affine, Shift, Univariate
 
-__all__ = ["iaf", "maf", "nice", "realnvp"]
+__all__ = ["iaf", "maf", "ncsf", "nice", "nsf", "realnvp"]
 
 Order = str | Sequence[int] | Tensor
 
@@ -100,7 +102,7 @@ def realnvp(
     mask: Mask = "alternating",
     residual: bool = False,
     activation: Activation = "silu",
-    max_log_scale: float = 5.0,
+    max_log_scale: float = 3.0,
     univariate: Univariate | None = None,
 ) -> Chain:
     r"""RealNVP: affine couplings, :math:`y_m = x_m e^{s(x_k)} + m(x_k)`.
@@ -158,10 +160,10 @@ def maf(
     adjacency: Tensor | None = None,
     residual: bool = False,
     activation: Activation = "silu",
-    max_log_scale: float = 5.0,
+    max_log_scale: float = 2.0,
     univariate: Univariate | None = None,
 ) -> Chain:
-    r"""Masked autoregressive flow: :math:`y_i = x_i e^{s_i(y_{<i})} + m_i(y_{<i})` in each layer.
+    r"""Masked autoregressive flow: :math:`x_i = y_i e^{s_i(y_{<i})} + m_i(y_{<i})` in each layer, from data to base.
 
     Density costs ``num_layers`` passes of a masked network.  Sampling is exact, goes through ``input_dim`` steps per
     layer, and uses each weight once: about the arithmetic of one dense pass per layer.
@@ -177,10 +179,12 @@ def maf(
         adjacency: boolean matrix in place of the order: which outputs may see which inputs; the same in all layers.
         residual: whether networks have residual blocks.
         activation: of the networks (paper: ReLU).
-        max_log_scale: bound of the smooth clip on log-scales (paper: none).
+        max_log_scale: bound of the smooth clip on log-scales (paper: none); a tight one keeps layers from blowing up
+            each other's outliers.
         univariate: another family of scalar maps in place of the affine one.
 
-    The paper puts batch normalisation between layers; here there is none.
+    The paper writes the same family from base to data, :math:`y_i = x_i e^{\alpha_i} + \mu_i`, and puts batch
+    normalisation between layers; here there is none.
 
     References:
         Masked Autoregressive Flow for Density Estimation (Papamakarios et al., 2017), arXiv:1705.07057.
@@ -230,3 +234,116 @@ def iaf(
     options["univariate"] = Affine(max_log_scale) if univariate is None else univariate
     options["hidden_dims"] = _hidden(input_dim, hidden_dims)
     return _autoregressive(input_dim, "sampling", num_layers, order, adjacency, **options)
+
+
+def nsf(
+    input_dim: int | Iterable[int],
+    *,
+    autoregressive: bool = False,
+    context_dim: int = 0,
+    num_layers: int | None = None,
+    hidden_dims: Sequence[int] | None = None,
+    bins: int = 8,
+    bound: float = 5.0,
+    boundary: str = "linear",
+    mask: Mask = "alternating",
+    order: Order = "alternating",
+    adjacency: Tensor | None = None,
+    residual: bool = False,
+    activation: Activation = "silu",
+) -> Chain:
+    r"""Neural spline flow: each dimension moved by a monotone rational-quadratic spline.
+
+    With couplings, as by default, both directions cost ``num_layers`` passes of a dense network.  Autoregressive, as
+    :func:`maf`: density costs ``num_layers`` passes of a masked network, and sampling as many sweeps of ``input_dim``
+    steps, each weight used once.  Splines learn densities with several modes and sharp edges in few layers; they act on
+    :math:`[-B, B]` in each dimension, so data should be standardised.
+
+    Args:
+        input_dim: the number of dimensions, or an event shape.
+        autoregressive: whether layers are autoregressive rather than couplings.
+        context_dim: size of the context, 0 for none.
+        num_layers: number of layers (paper: 10); by default 6 couplings, or 3 autoregressive layers.
+        hidden_dims: widths of each network's hidden layers (paper: two residual blocks of 128 or 256; here by size, see
+            the module).
+        bins: number of bins of each spline (paper: 8).
+        bound: half the side :math:`B` of the square in which a spline bends (paper: 3).
+        boundary: ``"linear"``: beyond the square a spline goes on as a line with a slope that is learnt;
+            ``"identity"``: it is the identity there, as in the paper.
+        mask: of couplings, as for :func:`realnvp`.
+        order: of autoregressive layers, as for :func:`maf`.
+        adjacency: of autoregressive layers, as for :func:`maf`.
+        residual: whether networks have residual blocks (paper: yes).
+        activation: of the networks (paper: ReLU).
+
+    The paper mixes dimensions by a permutation and an LU-decomposed linear layer before each spline layer; here masks
+    and orders alternate, and such layers can be put in between by hand.
+
+    References:
+        Neural Spline Flows (Durkan et al., 2019), arXiv:1906.04032.
+    """
+    if boundary not in ("linear", "identity"):
+        raise ValueError(f"nsf: expected boundary to be 'linear' or 'identity', got {boundary!r}")
+    hidden = _hidden(input_dim, hidden_dims)
+    options = {"context_dim": context_dim, "residual": residual, "activation": activation, "hidden_dims": hidden}
+    family = Spline(bins, bound, boundary)
+    if autoregressive:
+        layers = 3 if num_layers is None else num_layers
+        return _autoregressive(input_dim, "density", layers, order, adjacency, univariate=family, **options)
+    return Chain(_couplings(input_dim, family, 6 if num_layers is None else num_layers, mask, **options))
+
+
+def ncsf(
+    input_dim: int | Iterable[int],
+    *,
+    periodic: Tensor | Sequence[bool] | None = None,
+    context_dim: int = 0,
+    num_layers: int = 6,
+    hidden_dims: Sequence[int] | None = None,
+    bins: int = 8,
+    bound: float = 5.0,
+    mask: Mask = "alternating",
+    residual: bool = False,
+    activation: Activation = "silu",
+) -> Chain:
+    r"""Neural circular spline flow: couplings by circular splines, for angles, tori, and angles among other numbers.
+
+    An angle :math:`x` in radians, taken modulo :math:`2\pi`, is moved by a rational-quadratic spline of
+    :math:`[-\pi, \pi]` onto itself with the same slope at both ends, and rotated; conditioners see angles by their
+    cosine and sine.  So the density is continuous and periodic in each angle.  Both directions cost ``num_layers``
+    passes of a dense network, twice as many with angles and other dimensions in both halves of the mask.
+
+    A :class:`~pyro_flows.distributions.Flow` over it has by default a base that is uniform in the angles.  As with
+    Pyro's ``VonMises``, the support is real and the density integrates to 1 over one turn.
+
+    Args:
+        input_dim: the number of dimensions, or an event shape.
+        periodic: boolean, shape ``event_shape``, true where a dimension is an angle; all by default.
+        context_dim: size of the context, 0 for none.
+        num_layers: number of steps, each of which moves half the dimensions.
+        hidden_dims: widths of each conditioner's hidden layers (here by size, see the module).
+        bins: number of bins of each spline (paper: 3 to 32).
+        bound: half the side of the square in which the spline of a dimension that is no angle bends.
+        mask: which dimensions the first step keeps, as for :func:`realnvp`; the second moves those, and so on.
+        residual: whether conditioners have residual blocks.
+        activation: of the conditioners.
+
+    References:
+        Normalizing Flows on Tori and Spheres (Rezende et al., 2020), arXiv:2002.02428.
+    """
+    event = event_size(input_dim)
+    angle = torch.ones(event, dtype=torch.bool) if periodic is None else torch.as_tensor(periodic).bool().cpu()
+    if angle.shape != event:
+        raise ValueError(f"ncsf: expected periodic to have shape {tuple(event)}, got {tuple(angle.shape)}")
+    options = {"context_dim": context_dim, "residual": residual, "activation": activation}
+    options |= {"hidden_dims": _hidden(input_dim, hidden_dims), "periodic": angle}
+    random = isinstance(mask, str) and mask == "random"
+    layers = []
+    for k in range(_count(num_layers)):
+        if k % 2 == 0:
+            kept = coupling_mask(event, mask)
+        moved = kept if k % 2 and event.numel() > 1 else ~kept
+        for some, family in ((angle, Spline(bins, boundary="circular")), (~angle, Spline(bins, bound))):
+            if (moved & some).any():
+                layers.append(Coupling(input_dim, family, mask=~(moved & some), save_mask=random, **options))
+    return Chain(layers)

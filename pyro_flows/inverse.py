@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyro_flows.activations import slope
-from pyro_flows.masked import weight_gradient
+from pyro_flows.bands import weight_gradient
 from pyro_flows.solver import Solver, named
 from pyro_flows.sweeps import ForwardSweep, ReverseSweep, columns_at_once
 from pyro_flows.tracing import autocasting, forward_mode, plain_eager

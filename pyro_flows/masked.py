@@ -1,15 +1,12 @@
 """One pass through a masked network, forwards and backwards, without the work that the masks make useless.
 
-A weight matrix sorted by degree is a staircase.  In large layers it is cut into a few bands of rows: what all rows of a
-band see is used as it is stored, only the rest of the band is masked, and what none of them sees is not read at all.
-Small layers take one masked product.  The whole network is one node of the autograd graph; second derivatives, and
-everything that traces or transforms the call, take plain differentiable operations.
+The network and the univariate map that it serves are one node of the autograd graph; second derivatives, and everything
+that traces or transforms the call, take plain differentiable operations.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -18,33 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyro_flows.activations import IN_PLACE, pull
+from pyro_flows.bands import Band, Cut, band_product, input_gradient, weight_gradient
+from pyro_flows.heads import Head, Slab, Slabs
 from pyro_flows.tracing import autocasting, plain_eager
 
-__all__ = ["Band", "Cut", "Head", "Layout", "keep", "masked_network", "staircase", "weight_gradient"]
+__all__ = ["Layout", "masked_network"]
 
 Function = Callable[[Tensor], Tensor]
 
 ROWS = 2048  # of a batch at a time, where no gradient is wanted
-
-
-class Band(NamedTuple):
-    """Rows ``[start, stop)`` of a weight: all see the columns below ``low``, none sees those from ``high`` on."""
-
-    start: int
-    stop: int
-    low: int
-    high: int
-
-
-class Cut(NamedTuple):
-    """The bands of a layer, and from how many rows of input on leaving out masked work pays for their number."""
-
-    bands: tuple[Band, ...]
-    worth_from: float
-
-    def at(self, n: int) -> tuple[Band, ...] | None:
-        """The bands if they are worth it for ``n`` rows, else ``None``: one product for all."""
-        return self.bands if n >= self.worth_from else None
 
 
 class Layout(NamedTuple):
@@ -53,53 +32,13 @@ class Layout(NamedTuple):
     activation: Function
     joins: frozenset[int]  # layers to which the pre-activation of two layers below is added
     cuts: tuple[Cut, ...]  # of each layer
+    slabs: Slabs | None  # of the outputs, if there is a hidden layer
 
-
-def staircase(above: Tensor, below: Tensor, dense: bool, repeats: int = 1) -> Cut:
-    """How to cut a layer whose rows have times ``above`` and see the columns with times ``below`` up to their own.
-
-    ``dense`` says that masks hide nothing more; ``repeats`` that the rows come that many times.
-    """
-    rows, cols = len(above), len(below)
-    if rows < 128 or cols < 64:
-        return Cut((), math.inf)
-    cuts = [rows * j // 4 for j in range(5)]
-    bands = []
-    for r in range(repeats):
-        for a, c in itertools.pairwise(cuts):
-            low = int((below <= above[a]).sum()) if dense else 0
-            bands.append(Band(r * rows + a, r * rows + c, low, int((below <= above[c - 1]).sum())))
-    # Measured: four bands, which cost some fifteen calls, pay from about this many multiplications on.
-    return Cut(tuple(bands), 2**24 * len(bands) / 4 / (rows * repeats * cols) - 32)
-
-
-def keep(value: Tensor, bits: Tensor) -> Tensor:
-    """Zeros where ``bits`` is zero: as cheap as a product, and whatever stands there, NaN included, is gone."""
-    return (value.view(bits.dtype) & bits).view(value.dtype)
-
-
-class Head(NamedTuple):
-    """What to do with a network's outputs: move each input by the univariate, or by its inverse."""
-
-    univariate: object
-    inverse: bool
-
-    def move(self, x: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-        """``(moved, ladj)``, elementwise; outputs come parameter by parameter."""
-        params = out.unflatten(-1, (self.univariate.num_params, x.shape[-1])).transpose(-1, -2)
-        return self.univariate.inverse(x, params) if self.inverse else self.univariate.forward(x, params)
-
-    def run(self, x: Tensor, out: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """As :meth:`move`, by hand, with what the gradient needs; ``out`` may be overwritten."""
-        return self.univariate.run(self.inverse, x, out.view(*x.shape[:-1], self.univariate.num_params, x.shape[-1]))
-
-    def pull(
-        self, x: Tensor, moved: Tensor, ladj: Tensor, kept: Sequence[Tensor], grad: Tensor, grad_ladj: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Gradients after ``x`` and the outputs."""
-        grads = (grad, grad_ladj.unsqueeze(-1))
-        by_x, by_params = self.univariate.pull(self.inverse, x, moved, ladj, kept, *grads)
-        return by_x, by_params.flatten(-2)
+    def slabs_at(self, head: Head | None, x: Tensor) -> tuple[Slab, ...] | None:
+        """How to make the outputs slab by slab, if that is what the head wants."""
+        if head is None or self.slabs is None or not head.univariate.wide:
+            return None
+        return self.slabs.at(x.shape[0], x.device)
 
 
 def masked_network(
@@ -157,6 +96,10 @@ def _result(
     masks: Sequence[Tensor],
     head: Head | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
+    slabs = layout.slabs_at(head, x)
+    if slabs is not None:
+        hidden = _run(layout, x, first_bias, weights[:-1], biases, masks, last=False)[0]
+        return head.run_slabs(slabs, x, hidden, weights[-1], masks[-1], biases[-1])[:2]
     out = _run(layout, x, first_bias, weights, biases, masks)[0]
     if head is None:
         return out
@@ -180,61 +123,6 @@ def _plain(
     return moved, ladj.sum(-1)
 
 
-def _forward(
-    bands: Sequence[Band] | None, weight: Tensor, bits: Tensor, bias: Tensor, x: Tensor
-) -> tuple[Tensor, list[Tensor]]:
-    """``x @ weight.T + bias``, and the masked parts of the weight, one a band."""
-    if bands is None:
-        masked = keep(weight, bits)
-        return torch.addmm(bias, x, masked.T), [masked]
-    out = x.new_empty(x.shape[0], weight.shape[0])
-    kept = []
-    for a, c, low, high in bands:
-        part = out[:, a:c]
-        if low:
-            torch.addmm(bias[..., a:c], x[:, :low], weight[a:c, :low].T, out=part)
-        else:
-            part.copy_(bias[..., a:c])
-        masked = keep(weight[a:c, low:high], bits[a:c, low:high])
-        if high > low:
-            part.addmm_(x[:, low:high], masked.T)
-        kept.append(masked)
-    return out, kept
-
-
-def weight_gradient(
-    bands: Sequence[Band] | None, bits: Tensor, grad: Tensor, x: Tensor, in_place: bool = True
-) -> Tensor:
-    """The gradient after a weight, ``grad.T @ x`` with zeros in masked places."""
-    if not in_place:
-        return torch.where(bits != 0, grad.T @ x, 0.0)
-    if bands is None:
-        product = grad.T @ x
-        product.view(bits.dtype).bitwise_and_(bits)
-        return product
-    product = grad.new_empty(bits.shape)
-    for a, c, low, high in bands:
-        if high:
-            torch.mm(grad[:, a:c].T, x[:, :high], out=product[a:c, :high])
-        product[a:c, low:high].view(bits.dtype).bitwise_and_(bits[a:c, low:high])
-        product[a:c, high:].zero_()
-    return product
-
-
-def _by_input(bands: Sequence[Band] | None, weight: Tensor, kept: Sequence[Tensor], grad: Tensor) -> Tensor:
-    """The gradient after the layer's input."""
-    if bands is None:
-        return grad @ kept[0]
-    total = grad.new_zeros(grad.shape[0], weight.shape[1])
-    for (a, c, low, high), masked in zip(bands, kept, strict=True):
-        part = grad[:, a:c]
-        if low:
-            total[:, :low].addmm_(part, weight[a:c, :low])
-        if high > low:
-            total[:, low:high].addmm_(part, masked)
-    return total
-
-
 def _run(
     layout: Layout,
     x: Tensor,
@@ -242,19 +130,25 @@ def _run(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
     masks: Sequence[Tensor],
+    last: bool = True,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[list[Tensor]], list[Sequence[Band] | None]]:
-    """The output, what goes into and out of each activation, the masked parts of each weight, and how it was cut."""
+    """The output, what goes into and out of each activation, the masked parts of each weight, and how it was cut.
+
+    Without the ``last`` layer, whose weight is then left out of ``weights``, the output is what goes into that.
+    """
     in_place = None if layout.joins else IN_PLACE.get(layout.activation)
     n = x.shape[0]
     bands = [cut.at(n) for cut in layout.cuts]
-    pre, kept = _forward(bands[0], weights[0], masks[0], first_bias, x)
+    pre, kept = band_product(bands[0], weights[0], masks[0], first_bias, x)
     into, outof, parts = [], [], [kept]
     stream = pre
-    for k in range(1, len(weights)):
+    for k in range(1, len(weights) + (not last)):
         post = in_place(pre) if in_place else layout.activation(pre)
         into.append(pre)
         outof.append(post)
-        pre, kept = _forward(bands[k], weights[k], masks[k], biases[k - 1], post)
+        if k == len(weights):
+            return post, into, outof, parts, bands
+        pre, kept = band_product(bands[k], weights[k], masks[k], biases[k - 1], post)
         parts.append(kept)
         if k in layout.joins:
             stream = pre = pre.add_(stream)
@@ -275,16 +169,26 @@ class _Pass(torch.autograd.Function):
         *tensors: Tensor,
     ) -> Tensor | tuple[Tensor, Tensor]:
         layers = len(masks)
-        out, into, outof, parts, ctx.bands = _run(layout, x, first_bias, tensors[:layers], tensors[layers:], masks)
-        ctx.layout, ctx.head, ctx.masks = layout, head, masks
-        ctx.counts = [len(kept) for kept in parts]
-        flat = [masked for kept in parts for masked in kept]
-        if head is None:
-            ctx.save_for_backward(x, first_bias, *tensors, *into, *outof, *flat)
-            return out
-        moved, ladj, kept = head.run(x, out)
-        ctx.save_for_backward(x, first_bias, *tensors, *into, *outof, *flat, moved, ladj, *kept)
-        return moved, ladj.sum(-1)
+        weights, biases = tensors[:layers], tensors[layers:]
+        slabs = layout.slabs_at(head, x)
+        plain = slabs is None
+        used = weights if plain else weights[:-1]
+        out, into, outof, parts, ctx.bands = _run(layout, x, first_bias, used, biases, masks, last=plain)
+        ctx.layout, ctx.head, ctx.masks, ctx.slabs = layout, head, masks, slabs
+        kept: tuple[Tensor, ...] = ()
+        if not plain:
+            moved, ladj, last, every = head.run_slabs(slabs, x, out, weights[-1], masks[-1], biases[-1])
+            parts.append(last)
+            kept = tuple(tensor for each in every for tensor in each)
+            ctx.kept_counts = [len(each) for each in every]
+        elif head is not None:
+            moved, ladj, kept = head.run(x, out)
+            kept = (moved, ladj, *kept)
+            ladj = ladj.sum(-1)
+        ctx.counts = [len(each) for each in parts]
+        flat = [masked for each in parts for masked in each]
+        ctx.save_for_backward(x, first_bias, *tensors, *into, *outof, *flat, *kept)
+        return out if head is None else (moved, ladj)
 
     @staticmethod
     def backward(ctx: object, grad: Tensor, grad_ladj: Tensor | None = None) -> tuple[Tensor | None, ...]:
@@ -305,18 +209,26 @@ class _Pass(torch.autograd.Function):
         parts = [[next(rest) for _ in range(count)] for count in ctx.counts]
         _, _, _, wants_x, _, *wanted = ctx.needs_input_grad
         by_x: Tensor | None = None
-        if head is not None:
-            by_x, grad = head.pull(x, next(rest), next(rest), tuple(rest), grad, grad_ladj)
         by_weight: list[Tensor | None] = [None] * layers
         by_bias: list[Tensor | None] = [None] * layers
         after: dict[int, Tensor] = {}
-        for k in range(layers - 1, 0, -1):
+        top = layers - 1
+        if ctx.slabs is not None:
+            every = [[next(rest) for _ in range(count)] for count in ctx.kept_counts]
+            by_x, grad, by_weight[top], by_bias[top] = head.pull_slabs(
+                ctx.slabs, outof[-1], masks[-1], parts[-1], every, grad, grad_ladj
+            )
+            grad = pull(layout.activation, grad, into[-1], outof[-1])
+            top -= 1
+        elif head is not None:
+            by_x, grad = head.pull(x, next(rest), next(rest), tuple(rest), grad, grad_ladj)
+        for k in range(top, 0, -1):
             if wanted[k]:
                 by_weight[k] = weight_gradient(bands[k], masks[k], grad, outof[k - 1])
             if wanted[layers + k - 1]:
                 by_bias[k] = grad.sum(0)
             after[k] = grad
-            grad = _by_input(bands[k], weights[k], parts[k], grad)
+            grad = input_gradient(bands[k], weights[k], parts[k], grad)
             grad = pull(layout.activation, grad, into[k - 1], outof[k - 1])
             if k + 1 in layout.joins:  # this pre-activation also goes around the block above it
                 grad.add_(after[k + 1])
@@ -324,7 +236,7 @@ class _Pass(torch.autograd.Function):
             by_weight[0] = weight_gradient(bands[0], masks[0], grad, x)
         by_first = grad if first_bias.dim() > 1 else grad.sum(0)
         if wants_x:
-            through = _by_input(bands[0], weights[0], parts[0], grad)
+            through = input_gradient(bands[0], weights[0], parts[0], grad)
             by_x = through if by_x is None else by_x.add_(through)
         return None, None, None, by_x if wants_x else None, by_first, *by_weight, *by_bias[1:]
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from pyro_flows.activations import Activation, activation_function
 from pyro_flows.degrees import Degrees, Structure
-from pyro_flows.masked import Head, Layout, masked_network
+from pyro_flows.heads import Head, Slabs
+from pyro_flows.masked import Layout, masked_network
 
 __all__ = ["MLP", "MaskedMLP"]
 
@@ -39,6 +40,15 @@ def _positive(name: str, value: int, least: int = 1) -> int:
 
 
 _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _first_gain(inputs: float | Tensor) -> Tensor:
+    """Of the first layer's weights over the bound 1 / sqrt(inputs), for each number of inputs.
+
+    Activations should bend where the data are.  With few inputs that takes larger weights than usual; with many, the
+    detail that these bring is noise, and what a flow would learn first.
+    """
+    return (4.5 * torch.as_tensor(inputs, dtype=torch.get_default_dtype()).clamp(min=1).rsqrt()).clamp(1.0, 3.0)
 
 
 def _run(layers: nn.ModuleList, pre: Tensor, act: Callable[[Tensor], Tensor], residual: bool) -> Tensor:
@@ -92,6 +102,9 @@ class MLP(nn.Module):
             return
         sizes = (fan_in, *_widths(hidden_dims, residual), outputs)
         self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in itertools.pairwise(sizes))
+        if len(self.layers) > 1:
+            with torch.no_grad():
+                self.layers[0].weight.mul_(_first_gain(fan_in))
         if zero_init:
             nn.init.zeros_(self.layers[-1].weight)
             nn.init.zeros_(self.layers[-1].bias)
@@ -176,21 +189,25 @@ class MaskedMLP(nn.Module):
         joins = range(2, len(degrees.times), 2) if residual else ()
         cuts = degrees.cuts(num_params)
         self.structure = Structure(degrees.steps, degrees.times, num_params, joins, degrees.dense, cuts)
-        self.layout = Layout(self.activation, self.structure.joins, cuts)
+        slabs = Slabs(degrees.steps, degrees.times[-1], num_params) if degrees.times else None
+        self.layout = Layout(self.activation, self.structure.joins, cuts, slabs)
         masks = degrees.masks()
         masks[-1] = masks[-1].repeat(num_params, 1)  # parameter by parameter, as in MLP
         for k, mask in enumerate(masks):
-            self._add_layer(k, mask, zero=zero_init and k == len(masks) - 1)
+            self._add_layer(k, mask, zero=zero_init and k == len(masks) - 1, first=k == 0 and len(masks) > 1)
         self._names = tuple([f"{what}_{k}" for k in range(len(masks))] for what in ("weight", "bias", "bits"))
         if context_dim:
             weight = (2 * torch.rand(masks[0].shape[0], context_dim) - 1) / math.sqrt(context_dim)
+            weight = weight * _first_gain(context_dim) if len(masks) > 1 else weight
             self.context_weight = nn.Parameter(torch.zeros_like(weight) if zero_init and len(masks) == 1 else weight)
 
-    def _add_layer(self, k: int, mask: Tensor, zero: bool) -> None:
-        # The bound of nn.Linear, with the number of inputs that each unit really sees.
+    def _add_layer(self, k: int, mask: Tensor, zero: bool, first: bool) -> None:
+        # Bounds go by the number of inputs that each unit really sees.
         bound = mask.sum(1, keepdim=True).clamp(min=1).rsqrt()
         weight = (2 * torch.rand(mask.shape) - 1) * bound * mask
         bias = (2 * torch.rand(mask.shape[0]) - 1) * bound[:, 0]
+        if first:
+            weight = weight * _first_gain(mask.sum(1, keepdim=True))
         self.register_parameter(f"weight_{k}", nn.Parameter(torch.zeros_like(weight) if zero else weight))
         self.register_parameter(f"bias_{k}", nn.Parameter(torch.zeros_like(bias) if zero else bias))
         # The mask as integers of the weight's size, all bits set where the weight counts.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows.activations import IN_PLACE
-from pyro_flows.masked import keep
+from pyro_flows.bands import keep
 
 if TYPE_CHECKING:
     from pyro_flows.solver import Solver

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-__all__ = ["Affine", "Shift", "Univariate", "soft_clip"]
+__all__ = ["Affine", "Shift", "Univariate", "number", "soft_clip"]
 
 
 def soft_clip(value: Tensor, bound: float) -> Tensor:
@@ -23,7 +23,7 @@ def soft_clip(value: Tensor, bound: float) -> Tensor:
 
 
 @functools.cache
-def _number(value: float, dtype: torch.dtype) -> Tensor:
+def number(value: float, dtype: torch.dtype) -> Tensor:
     """A tensor of no dimension: products with one cost half as much as with a Python number."""
     return torch.tensor(value, dtype=dtype, device="cpu")
 
@@ -32,6 +32,8 @@ class Univariate:
     """Abstract base: a family of increasing bijections of the line with ``num_params`` parameters each."""
 
     num_params: int
+    periodic = False  # whether it maps angles to angles, modulo 2 pi
+    wide = False  # many parameters: a network's outputs then go to columns() and pull_columns()
 
     def forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         """``(y, log dy/dx)``, both of the shape of ``x``; ``params``: shape ``(*x.shape, num_params)``."""
@@ -87,6 +89,16 @@ class Univariate:
         move = self.inverse if inverse else self.forward
         pull = torch.func.vjp(lambda v, p: move(v, p.transpose(-1, -2)), z, *kept)[1]
         return pull((grad, grad_ladj.expand_as(ladj)))
+
+    def columns(self, inverse: bool, z: Tensor, params: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """As :meth:`run`, for ``z`` of shape ``(columns,)`` and parameters one row each; only if ``wide``."""
+        raise TypeError(f"{type(self).__name__} is wide, so it must define columns(inverse, z, params)")
+
+    def pull_columns(
+        self, inverse: bool, kept: Sequence[Tensor], grad: Tensor, grad_ladj: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """As :meth:`pull`, for what :meth:`columns` gave; only if ``wide``."""
+        raise TypeError(f"{type(self).__name__} is wide, so it must define pull_columns(inverse, kept, ...)")
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and self.__dict__ == other.__dict__
@@ -148,9 +160,9 @@ class Affine(Univariate):
         bound = self.max_log_scale
         shift, raw = params[:, 0], params[:, 1]
         calls: list[Callable[[], object]] = [
-            partial(torch.mul, raw, _number(1.0 / bound, z.dtype), out=ladj),
+            partial(torch.mul, raw, number(1.0 / bound, z.dtype), out=ladj),
             ladj.tanh_,
-            partial(ladj.mul_, _number(-bound if inverse else bound, z.dtype)),
+            partial(ladj.mul_, number(-bound if inverse else bound, z.dtype)),
             partial(torch.exp, ladj, out=x),
         ]
         if inverse:
@@ -176,7 +188,7 @@ class Affine(Univariate):
         shift, raw = params.unbind(-2)
         bound = self.max_log_scale
         # The first product leaves the strides of the parameters behind; in place from there on.
-        ladj = (raw * _number(1.0 / bound, raw.dtype)).tanh_().mul_(_number(-bound if inverse else bound, raw.dtype))
+        ladj = (raw * number(1.0 / bound, raw.dtype)).tanh_().mul_(number(-bound if inverse else bound, raw.dtype))
         if inverse:
             return (z - shift).mul_(ladj.exp()), ladj, ()
         return torch.addcmul(shift, z, ladj.exp()), ladj, ()
@@ -185,7 +197,7 @@ class Affine(Univariate):
         self, inverse: bool, z: Tensor, x: Tensor, ladj: Tensor, kept: Sequence[Tensor], grad: Tensor, grad_ladj: Tensor
     ) -> tuple[Tensor, Tensor]:
         by_z = ladj.exp().mul_(grad)
-        tanh = ladj * _number(1.0 / self.max_log_scale, ladj.dtype)
+        tanh = ladj * number(1.0 / self.max_log_scale, ladj.dtype)
         bend = 1.0 - tanh.mul_(tanh)
         if inverse:
             by_raw = torch.addcmul(grad_ladj, grad, x).mul_(bend)

@@ -28,6 +28,7 @@ class Case:
         scale: how far ``shake`` moves its parameters.
         rtol: of ``check_transform``, in units of the machine epsilon; ``None`` for its own.
         positive: whether base-side values must be positive.
+        angles: whether base-side values are angles, from one turn.
         left_out: checks of ``check_transform`` that Python itself rules out for this one.
     """
 
@@ -39,6 +40,7 @@ class Case:
     scale: float = 0.5
     rtol: float | None = None
     positive: bool = False
+    angles: bool = False
     left_out: tuple[str, ...] = ()
 
     @property
@@ -48,6 +50,8 @@ class Case:
     def draw(self, batch: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """A base-side value."""
         x = torch.randn(*batch, *self.event_shape, dtype=dtype, device=device)
+        if self.angles:
+            return 3 * torch.tanh(x)
         return x.abs() + 0.1 if self.positive else x
 
 
@@ -109,6 +113,19 @@ def _leaves() -> Iterator[Case]:
     yield coupling("one-dimension", 1)
     yield coupling("shift", 3, pf.Shift())
     yield coupling("own-univariate", 3, Sinh())
+    yield coupling("spline", 3, pf.Spline())
+    yield coupling("spline-identity", (2, 2), pf.Spline(2, 2.0, "identity"), mask="half")
+
+    def circular(name: str, dims: int, **options: object) -> Case:
+        def build(context_dim: int) -> pf.FlowTransform:
+            spline = pf.Spline(5, boundary="circular")
+            return pf.Coupling(dims, spline, context_dim=context_dim, hidden_dims=(8,), **options)
+
+        return Case(f"coupling-circular{name}", ("Coupling",), build, (dims,), angles=True)
+
+    yield circular("", 3)
+    yield circular("-mixed", 4, mask=[True, True, True, False], periodic=[False, True, False, True])
+    yield circular("-one-dimension", 1)
     yield coupling("residual", 3, residual=True, hidden_dims=(6, 6), activation="tanh")
 
     def autoregressive(name: str, shape: int | tuple[int, ...], *args: object, **options: object) -> Iterator[Case]:
@@ -132,6 +149,9 @@ def _leaves() -> Iterator[Case]:
     yield from autoregressive("image", (2, 3), order="reverse")
     yield from autoregressive("one-dimension", 1)
     yield from autoregressive("shift", 3, pf.Shift())
+    yield from autoregressive("spline", 4, pf.Spline(4))
+    yield from autoregressive("spline-identity", 9, pf.Spline(3, 2.0, "identity"), order="random")
+    yield from autoregressive("spline-no-hidden", 3, pf.Spline(3), hidden_dims=())
     yield from autoregressive("own-univariate", 3, Sinh(), activation=_sine)
     # A lambda does not pickle, whoever holds it.
     yield from autoregressive("lambda", 3, activation=lambda x: x * torch.sigmoid(x), left_out=("copies",))
@@ -149,6 +169,39 @@ def _leaves() -> Iterator[Case]:
     yield permutation("permutation-random", 4, "random")
     yield permutation("permutation-reverse", (2, 3), "reverse")
     yield permutation("permutation-given", 3, [2, 0, 1])
+
+    def plain(name: str, flow: type[pf.FlowTransform], shape: int | tuple[int, ...], **options: object) -> Case:
+        event = (shape,) if isinstance(shape, int) else shape
+        return Case(name, (flow.__name__,), lambda _: flow(shape, **options), event, takes_context=False, scale=0.3)
+
+    yield plain("lu-linear", pf.LULinear, 4)
+    yield plain("lu-linear-random", pf.LULinear, 5, permutation="random", bias=False)
+    yield plain("lu-linear-reverse", pf.LULinear, 3, permutation="reverse")
+    yield plain("lu-linear-image", pf.LULinear, (2, 3), permutation=[4, 2, 0, 1, 3, 5])
+    yield plain("lu-linear-one-dimension", pf.LULinear, 1)
+    yield plain("householder", pf.Householder, 4)
+    yield plain("householder-odd", pf.Householder, 5, num_reflections=3)
+    yield plain("householder-many", pf.Householder, 3, num_reflections=8)
+    yield plain("householder-image", pf.Householder, (2, 3), num_reflections=2)
+    yield plain("householder-one-dimension", pf.Householder, 1)
+
+    def actnorm(name: str, shape: tuple[int, ...]) -> Case:
+        def build(_: int) -> pf.FlowTransform:
+            flow = pf.ActNorm(shape)
+            flow.inverse_and_ladj(2 * torch.randn(50, *shape) + 1)  # its first batch
+            return flow
+
+        return Case(name, ("ActNorm",), build, shape, takes_context=False)
+
+    yield actnorm("actnorm", (3,))
+    yield actnorm("actnorm-series", (2, 4))
+    yield actnorm("actnorm-image", (2, 3, 2))
+    yield Case("actnorm-unset", ("ActNorm",), lambda _: pf.ActNorm(3).eval(), (3,), takes_context=False)
+
+    def standardization(_: int) -> pf.FlowTransform:
+        return pf.Standardization(torch.tensor([1.0, -20.0, 0.3]), torch.tensor([0.1, 3.0, 10.0]))
+
+    yield Case("standardization", ("Standardization",), standardization, (3,), takes_context=False)
 
     def wrap(name: str, transform: torch_transforms.Transform, shape: tuple[int, ...], positive: bool = False) -> Case:
         build = lambda _: pf.Wrap(transform, shape)  # noqa: E731
@@ -178,7 +231,7 @@ def _composites() -> Iterator[Case]:
     def onto_positive(context_dim: int) -> pf.FlowTransform:
         return pf.Chain([pf.maf(3, num_layers=1, context_dim=context_dim, **_SMALL), torch_transforms.ExpTransform()])
 
-    yield Case("chain-onto-positive", ("Chain",), onto_positive, (3,))
+    yield Case("chain-onto-positive", ("Chain",), onto_positive, (3,), scale=0.3)
 
     def conditioned(_: int) -> pf.FlowTransform:
         flow = pf.Autoregressive(3, context_dim=CONTEXT_DIM, hidden_dims=(8,))
@@ -216,6 +269,21 @@ def _builders() -> Iterator[Case]:
             ("-one-dimension", 1, {"num_layers": 2}),
             ("-own-univariate", 3, {"univariate": Sinh(), "num_layers": 2}),
         ]
+    variants["nsf"] = [
+        ("", 4, {}),
+        ("-autoregressive", 4, {"autoregressive": True}),
+        ("-autoregressive-adjacency", 4, {"autoregressive": True, "adjacency": diamond(), "num_layers": 2}),
+        ("-identity", 3, {"boundary": "identity", "num_layers": 2, "mask": "half", "bound": 3.0}),
+        ("-image", (2, 3), {"num_layers": 2, "residual": True, "bins": 3}),
+        ("-one-dimension", 1, {"num_layers": 2}),
+        ("-autoregressive-one-dimension", 1, {"num_layers": 2, "autoregressive": True}),
+    ]
+    variants["ncsf"] = [
+        ("", 3, {"num_layers": 4}),
+        ("-mixed", 4, {"num_layers": 2, "periodic": [True, False, True, False], "mask": "half"}),
+        ("-one-dimension", 1, {"num_layers": 2}),
+        ("-random", (2, 2), {"num_layers": 2, "mask": "random", "residual": True}),
+    ]
     for name, each in variants.items():
         builder = getattr(pf, name)
         for suffix, shape, options in each:
@@ -229,11 +297,21 @@ def _builders() -> Iterator[Case]:
                 return builder(shape, context_dim=context_dim, **{**_SMALL, **options})
 
             event = (shape,) if isinstance(shape, int) else shape
-            yield Case(name + suffix, (name, "Chain"), build, event, scale=0.2)
+            scale = 0.1 if name in ("nsf", "ncsf") else 0.2
+            yield Case(name + suffix, (name, "Chain"), build, event, scale=scale, angles=name == "ncsf")
 
 
 def _inverses(cases: list[Case]) -> Iterator[Case]:
-    for name in ("coupling-image", "autoregressive-density-affine", "rescaling", "nice", "realnvp", "maf", "iaf"):
+    for name in (
+        "coupling-image",
+        "autoregressive-density-affine",
+        "rescaling",
+        "nice",
+        "realnvp",
+        "maf",
+        "iaf",
+        "nsf",
+    ):
         case = next(case for case in cases if case.name == name)
 
         def build(context_dim: int, inner: Callable[[int], pf.FlowTransform] = case.build) -> pf.FlowTransform:
@@ -244,4 +322,4 @@ def _inverses(cases: list[Case]) -> Iterator[Case]:
 
 CASES = [*_leaves(), *_composites(), *_builders()]
 CASES += _inverses(CASES)
-BUILDERS = [case for case in CASES if case.name in ("nice", "realnvp", "maf", "iaf")]
+BUILDERS = [case for case in CASES if case.name in ("nice", "realnvp", "maf", "iaf", "nsf", "ncsf")]

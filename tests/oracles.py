@@ -40,7 +40,7 @@ def d_pass(
     if context is not None:
         batch = torch.broadcast_shapes(flat.shape[:-1], context.shape[:-1])
         flat = flat.expand(*batch, flat.shape[-1])
-    move = transform.univariate.inverse if transform.fast == "sampling" else transform.univariate.forward
+    move = transform.univariate.inverse
     solved = torch.zeros_like(flat)
     for _ in range(flat.shape[-1]):
         solved, ladj = move(flat, network(transform.net, solved, context))

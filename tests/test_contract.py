@@ -59,6 +59,7 @@ def test_contract_after_training(case, context_dim, device):
     flow = pf.Flow(case.build(context_dim)).double().to(device)
     optimiser = torch.optim.Adam(flow.parameters(), lr=0.01)
     data = torch.randn(100, *case.event_shape, dtype=torch.float64, device=device).cumsum(-1) + 1
+    data = 3 * torch.tanh(data) if case.angles else data
     context = data[:, :1].expand(-1, context_dim).tanh() if context_dim else None
     first = None
     for _ in range(25):
@@ -84,7 +85,7 @@ def test_fresh_builders_are_exactly_the_identity(case, context_dim, device):
     context = torch.randn(6, context_dim, device=device) if context_dim else None
     zero = torch.zeros(6, device=device)
     for moved, ladj in (flow.forward_and_ladj(x, context), flow.inverse_and_ladj(x, context)):
-        if "own-univariate" in case.name:  # sinh(asinh(x)) rounds
+        if "own-univariate" in case.name or "csf" in case.name or "nsf" in case.name:  # not without rounding
             torch.testing.assert_close(moved, x)
             torch.testing.assert_close(ladj, zero, rtol=0, atol=1e-5)
         else:

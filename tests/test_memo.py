@@ -27,7 +27,7 @@ OPTIMIZERS = {
     "Adam": lambda parameters: torch.optim.Adam(parameters, lr=0.05),
     "Adam foreach": lambda parameters: torch.optim.Adam(parameters, lr=0.05, foreach=True),
     "Adam fused": lambda parameters: torch.optim.Adam(parameters, lr=0.05, fused=True),
-    "SGD fused": lambda parameters: torch.optim.SGD(parameters, lr=0.05, fused=True),
+    "SGD fused": lambda parameters: torch.optim.SGD(parameters, lr=0.01, fused=True),
     "ClippedAdam": lambda parameters: ClippedAdam(parameters, lr=0.05),  # writes to .data
 }
 

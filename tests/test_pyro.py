@@ -46,7 +46,7 @@ def builder(request):
     return partial(BUILDERS[request.param], num_layers=2, hidden_dims=(16,))
 
 
-def shaken(module, scale=0.3):
+def shaken(module, scale=0.15):
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(scale * torch.randn_like(parameter))
@@ -75,7 +75,7 @@ def test_transformed_distribution(builder):
 
 @pytest.mark.parametrize("batch", [(), (7,), (2, 7)])
 def test_conditional_transformed_distribution(builder, batch):
-    chain = shaken(builder(3, context_dim=2))
+    chain = shaken(builder(3, context_dim=2), 0.1)
     context = torch.randn(*batch, 2)
     ours = pf.Flow(chain)(context)
     theirs = dist.ConditionalTransformedDistribution(normal(3), [chain]).condition(context)

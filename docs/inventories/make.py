@@ -22,11 +22,13 @@ PYTHON = {
     "int": ("class", "library/functions.html#$"),
     "list": ("class", "library/stdtypes.html#$"),
     "object": ("class", "library/functions.html#$"),
+    "os.PathLike": ("class", "library/os.html#$"),
     "slice": ("class", "library/functions.html#$"),
     "str": ("class", "library/stdtypes.html#$"),
     "tuple": ("class", "library/stdtypes.html#$"),
     "typing.Any": ("data", "library/typing.html#$"),
     "AssertionError": ("exception", "library/exceptions.html#$"),
+    "FloatingPointError": ("exception", "library/exceptions.html#$"),
     "TypeError": ("exception", "library/exceptions.html#$"),
     "ValueError": ("exception", "library/exceptions.html#$"),
     "None": ("data", "library/constants.html#$"),
@@ -34,10 +36,13 @@ PYTHON = {
 TORCH = {
     "torch.Size": ("class", "size.html#$"),
     "torch.Tensor": ("class", "tensors.html#$"),
+    "torch.dtype": ("class", "tensor_attributes.html#$"),
     "torch.distributions.constraints.Constraint": ("class", "distributions.html#$"),
     "torch.distributions.distribution.Distribution": ("class", "distributions.html#$"),
     "torch.distributions.transforms.Transform": ("class", "distributions.html#$"),
     "torch.nn.modules.module.Module": ("class", "generated/torch.nn.Module.html#torch.nn.Module"),
+    "torch.nn.parameter.Parameter": ("class", "generated/torch.nn.parameter.Parameter.html#$"),
+    "torch.optim.optimizer.Optimizer": ("class", "optim.html#torch.optim.Optimizer"),
 }
 PYRO = {
     "pyro.distributions.conditional.ConditionalTransform": (

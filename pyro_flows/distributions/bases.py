@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable
 
 import pyro.distributions as dist
 import torch
-from torch import Tensor, nn
-from torch.distributions import Distribution
+from torch import Size, Tensor, nn
+from torch.distributions import Distribution, constraints
 
 from pyro_flows.boundary import event_size
 from pyro_flows.chain import map_tensors
 
-__all__ = ["DiagonalNormal", "FixedBase"]
+__all__ = ["DiagonalNormal", "FixedBase", "GaussianMixture", "StudentT", "UniformCircle"]
+
+
+def _hold(module: nn.Module, name: str, value: Tensor, learnable: bool) -> None:
+    """A parameter, or a buffer that the constructor's arguments determine."""
+    if learnable:
+        setattr(module, name, nn.Parameter(value))
+    else:
+        module.register_buffer(name, value, persistent=False)
+
+
+def _vector(module: nn.Module, input_dim: int) -> Size:
+    if isinstance(input_dim, bool) or not isinstance(input_dim, int) or input_dim < 1:
+        raise ValueError(f"{type(module).__name__}: expected input_dim to be a positive integer, got {input_dim!r}")
+    return Size((input_dim,))
 
 
 class DiagonalNormal(nn.Module):
@@ -28,16 +43,186 @@ class DiagonalNormal(nn.Module):
         super().__init__()
         self.event_shape = event_size(event_shape)
         for name in ("loc", "log_scale"):
-            value = torch.zeros(self.event_shape)
-            if learnable:
-                setattr(self, name, nn.Parameter(value))
-            else:
-                self.register_buffer(name, value, persistent=False)
+            _hold(self, name, torch.zeros(self.event_shape), learnable)
 
     def forward(self) -> dist.Distribution:
         """The distribution, event shape ``event_shape``."""
         normal = dist.Normal(self.loc, self.log_scale.exp(), validate_args=False)
         return normal.to_event(len(self.event_shape))
+
+
+class StudentT(nn.Module):
+    r"""Independent Student's t, :math:`(x_i - \mu_i) e^{-r_i} \sim t_{\nu_i}`: tails that fall off as a power.
+
+    The degrees of freedom :math:`\nu_i = \nu_{\min} + \log(1 + e^{a_i})` are one per dimension and stay above
+    :math:`\nu_{\min}`; at :math:`\nu > 1` there is a mean, at :math:`\nu > 2` a variance.  Draws are reparameterised,
+    also with respect to :math:`\nu`.
+
+    Args:
+        event_shape: an ``input_dim`` or the shape of one event.
+        df: :math:`\nu` at first, in all dimensions.
+        learnable: whether the degrees of freedom are parameters.
+        learn_affine: whether :math:`\mu` and :math:`r`, which start at 0, are parameters.
+        min_df: :math:`\nu_{\min} \ge 0`.
+
+    Raises:
+        ValueError: unless ``df > min_df >= 0``.
+
+    References:
+        Tails of Lipschitz Triangular Flows (Jaini et al., 2019), arXiv:1907.04481.
+    """
+
+    def __init__(
+        self,
+        event_shape: int | Iterable[int],
+        df: float = 5.0,
+        learnable: bool = True,
+        *,
+        learn_affine: bool = False,
+        min_df: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.event_shape = event_size(event_shape)
+        if not 0 <= min_df < df < math.inf:
+            raise ValueError(f"StudentT: expected df > min_df >= 0, got df={df} and min_df={min_df}")
+        self.min_df = float(min_df)
+        above = df - min_df
+        raw = above + math.log(-math.expm1(-above))  # the inverse of log(1 + exp(a))
+        _hold(self, "raw_df", torch.full(self.event_shape, raw), learnable)
+        for name in ("loc", "log_scale"):
+            _hold(self, name, torch.zeros(self.event_shape), learn_affine)
+
+    @property
+    def df(self) -> Tensor:
+        """Degrees of freedom, shape ``event_shape``."""
+        return self.min_df + torch.logaddexp(self.raw_df, torch.zeros_like(self.raw_df))
+
+    def forward(self) -> dist.Distribution:
+        """The distribution, event shape ``event_shape``."""
+        # Its constructor would look at the values of df whatever validate_args says, which waits for the device.
+        made = dist.StudentT.__new__(dist.StudentT)
+        made.df, made.loc, made.scale = self.df, self.loc, self.log_scale.exp()
+        made._chi2 = dist.Chi2(made.df, validate_args=False)
+        Distribution.__init__(made, self.event_shape, validate_args=False)
+        return made.to_event(len(self.event_shape))
+
+
+class _Mixture(dist.MixtureSameFamily):
+    def rsample(self, sample_shape: Size | tuple[int, ...] = ()) -> Tensor:
+        raise NotImplementedError(
+            "GaussianMixture: there are no reparameterised draws, because which component a draw comes from is "
+            "discrete; use .sample(), fit by log_prob, or take a base such as DiagonalNormal"
+        )
+
+
+class GaussianMixture(nn.Module):
+    r"""A learnt mixture of normals, :math:`\sum_k w_k \, N(\mu_k, S_k S_k^\top)`, for modes that lie apart.
+
+    :math:`w = \mathrm{softmax}(` ``logits`` :math:`)`, and :math:`S_k` is diagonal or lower triangular with the
+    diagonal ``exp(log_scale)``.  At first the weights are equal, :math:`\mu_k` is drawn by torch's random numbers from
+    :math:`N(0, I/2)`, and :math:`S_k S_k^\top = I/2`: on average over the draw, mean 0 and covariance :math:`I`.
+
+    A density costs one evaluation of each component, a draw one draw of each.  There are no reparameterised draws, so
+    ``rsample`` of a flow over this base raises an error, and a guide with it needs score-function gradients; it is for
+    densities that are fitted to data.
+
+    Args:
+        input_dim: the number of dimensions.
+        num_components: how many normals.
+        full_covariance: whether each has a covariance of its own rather than variances.
+
+    Raises:
+        ValueError: for sizes that are no positive integers.
+
+    References:
+        Semi-Supervised Learning with Normalizing Flows (Izmailov et al., 2019), arXiv:1912.13025, whose base is one.
+    """
+
+    def __init__(self, input_dim: int, num_components: int = 5, *, full_covariance: bool = False) -> None:
+        super().__init__()
+        self.event_shape = _vector(self, input_dim)
+        if isinstance(num_components, bool) or not isinstance(num_components, int) or num_components < 1:
+            raise ValueError(f"GaussianMixture: expected num_components to be an integer >= 1, got {num_components!r}")
+        self.logits = nn.Parameter(torch.zeros(num_components))
+        self.loc = nn.Parameter(torch.randn(num_components, input_dim) * math.sqrt(0.5))
+        self.log_scale = nn.Parameter(torch.full((num_components, input_dim), math.log(0.5) / 2))
+        # Strictly below the diagonal; the rest is never read.
+        lower = nn.Parameter(torch.zeros(num_components, input_dim, input_dim)) if full_covariance else None
+        self.register_parameter("lower", lower)
+
+    def forward(self) -> dist.Distribution:
+        """The distribution, event shape ``(input_dim,)``."""
+        scale = self.log_scale.exp()
+        if self.lower is None:
+            parts = dist.Normal(self.loc, scale, validate_args=False).to_event(1)
+        else:
+            tril = self.lower.tril(-1) + torch.diag_embed(scale)
+            parts = dist.MultivariateNormal(self.loc, scale_tril=tril, validate_args=False)
+        weights = dist.Categorical(logits=self.logits, validate_args=False)
+        return _Mixture(weights, parts, validate_args=False)
+
+
+class _Circles(dist.Normal):
+    """Uniform angles where ``angle`` is true, normal elsewhere; batch shape that of the event, until ``to_event``."""
+
+    support = constraints.real
+
+    def __init__(self, centre: Tensor, angle: Tensor) -> None:
+        super().__init__(centre, torch.ones_like(centre), validate_args=False)
+        self.angle = angle
+
+    def expand(self, batch_shape: Iterable[int], _instance: Distribution | None = None) -> _Circles:
+        shape = Size(batch_shape)
+        return _Circles(self.loc.expand(shape), self.angle.expand(shape))
+
+    def rsample(self, sample_shape: Size | tuple[int, ...] = ()) -> Tensor:
+        angles = (
+            torch.rand(self._extended_shape(Size(sample_shape)), dtype=self.loc.dtype, device=self.loc.device) - 0.5
+        )
+        return torch.where(self.angle, angles * (2 * math.pi), super().rsample(sample_shape))
+
+    def sample(self, sample_shape: Size | tuple[int, ...] = ()) -> Tensor:
+        with torch.no_grad():
+            return self.rsample(sample_shape)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        # The zeros keep the batch shape, the graph, and NaN.
+        return torch.where(self.angle, value * 0 - math.log(2 * math.pi), super().log_prob(value))
+
+
+class UniformCircle(nn.Module):
+    r"""Independent uniform angles in radians, :math:`\log p(x) = -D \log 2\pi`, for flows on circles and tori.
+
+    Draws lie in :math:`[-\pi, \pi)`.  Angles count modulo :math:`2\pi`: as with Pyro's ``VonMises`` the support is
+    real, the density is the same at every angle, and it integrates to 1 over one turn.  So the flow on it must map
+    circles to circles; over a map of the line the result is no density.  Dimensions that are no angles are standard
+    normal.
+
+    Args:
+        event_shape: an ``input_dim`` or the shape of one event.
+        periodic: boolean, shape ``event_shape``, true where a dimension is an angle; all by default.
+
+    Raises:
+        ValueError: if ``periodic`` has another shape.
+
+    References:
+        Normalizing Flows on Tori and Spheres (Rezende et al., 2020), arXiv:2002.02428.
+    """
+
+    def __init__(self, event_shape: int | Iterable[int], periodic: Tensor | Iterable[bool] | None = None) -> None:
+        super().__init__()
+        self.event_shape = event_size(event_shape)
+        angle = torch.ones(self.event_shape, dtype=torch.bool) if periodic is None else torch.as_tensor(periodic).bool()
+        if angle.shape != self.event_shape:
+            raise ValueError(
+                f"UniformCircle: expected periodic to have shape {tuple(self.event_shape)}, got {tuple(angle.shape)}"
+            )
+        self.register_buffer("centre", torch.zeros(self.event_shape), persistent=False)
+        self.register_buffer("angle", angle.clone(), persistent=False)
+
+    def forward(self) -> dist.Distribution:
+        """The distribution, event shape ``event_shape``."""
+        return _Circles(self.centre, self.angle).to_event(len(self.event_shape))
 
 
 class FixedBase(nn.Module):

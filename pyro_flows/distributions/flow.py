@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
+import torch
 from pyro.distributions import TransformedDistribution
 from torch import Size, Tensor, nn
 from torch.distributions import Distribution, Transform
 
 from pyro_flows.chain import Chain
 from pyro_flows.core import FlowTransform
-from pyro_flows.distributions.bases import DiagonalNormal, FixedBase
+from pyro_flows.distributions.bases import DiagonalNormal, FixedBase, UniformCircle
+from pyro_flows.tracing import plain_eager
 
 __all__ = ["Flow", "FlowDistribution"]
 
@@ -22,8 +26,8 @@ class FlowDistribution(TransformedDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-density in nats, shape ``(*sample, *batch)``; one pass in the density direction."""
         (transform,) = self.transforms
-        # Neither torch's check nor its Independent can take an empty batch.
-        if self._validate_args and value.numel():
+        # Neither torch's check nor its Independent can take an empty batch, and a check branches on the data.
+        if self._validate_args and value.numel() and plain_eager():
             self._validate_sample(value)
         x, ladj = transform.inverse_and_memo(value)
         return self.base_dist.log_prob(x) + ladj if x.numel() else ladj
@@ -47,11 +51,13 @@ class Flow(nn.Module):
 
     Args:
         chain: a chain or any other flow transform; several are put in a :class:`~pyro_flows.chain.Chain`.
-        base: ``None`` for a standard normal on the chain's device; a distribution, fixed, whose tensors move with the
+        base: ``None`` for a standard normal on the chain's device, uniform in dimensions that are angles (see
+            :func:`~pyro_flows.flows.ncsf`); a distribution, fixed, whose tensors move with the
             module; or an ``nn.Module`` that returns a distribution when called, whose parameters are then the flow's.
 
     Raises:
-        ValueError: if the base's event shape is not the chain's, or a fixed base has tensors that want a gradient.
+        ValueError: if the base's event shape is not the chain's, a fixed base has tensors that want a gradient, or the
+            chain's angles have a base that is no density of angles.
     """
 
     def __init__(self, chain: FlowTransform | list[Transform], base: Distribution | nn.Module | None = None) -> None:
@@ -59,7 +65,8 @@ class Flow(nn.Module):
         self.chain = chain if isinstance(chain, FlowTransform) else Chain(chain)
         event = self.chain.event_shape
         if base is None:
-            base = DiagonalNormal(event)
+            periodic = self.chain.periodic
+            base = DiagonalNormal(event) if periodic is None else UniformCircle(event, periodic)
             held = next((t for t in (*self.chain.parameters(), *self.chain.buffers()) if t.is_floating_point()), None)
             if held is not None:
                 base.to(held.device, held.dtype)
@@ -76,6 +83,9 @@ class Flow(nn.Module):
                 f"Flow: expected a base with event shape {tuple(event)}, got batch shape {tuple(made.batch_shape)} and "
                 f"event shape {tuple(made.event_shape)}{hint}"
             )
+
+        if self.chain.periodic is not None:
+            _refuse_line(made, self.chain.periodic)
 
     @property
     def event_shape(self) -> Size:
@@ -113,3 +123,20 @@ class Flow(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Reparameterised draws and their log-densities, in one pass."""
         return self(context).rsample_and_log_prob(Size(sample_shape))
+
+
+@torch.no_grad()
+def _refuse_line(base: Distribution, angles: Tensor) -> None:
+    """Refuses a base whose density goes on beyond a turn and is another one there, so that a turn holds less than 1."""
+    if angles.is_meta:
+        return
+    here = torch.full(angles.shape, 0.5, device=angles.device)
+    try:
+        change = base.log_prob(here + 2 * math.pi * angles) - base.log_prob(here)
+    except ValueError:  # beyond its support
+        return
+    if (change.isfinite() & (change.abs() > 1e-3)).any():
+        raise ValueError(
+            "Flow: this chain takes angles modulo 2 pi, but the base gives another density at x + 2 pi than at x, so "
+            "it would not integrate to 1 over a turn; leave base out, or take UniformCircle or Pyro's VonMises"
+        )

@@ -2,6 +2,17 @@
 
 from pyro_flows.transforms.autoregressive import Autoregressive
 from pyro_flows.transforms.coupling import Coupling
-from pyro_flows.transforms.elementwise import Permutation, Rescaling
+from pyro_flows.transforms.elementwise import Permutation, Rescaling, Standardization
+from pyro_flows.transforms.linear import Householder, LULinear
+from pyro_flows.transforms.normalization import ActNorm
 
-__all__ = ["Autoregressive", "Coupling", "Permutation", "Rescaling"]
+__all__ = [
+    "ActNorm",
+    "Autoregressive",
+    "Coupling",
+    "Householder",
+    "LULinear",
+    "Permutation",
+    "Rescaling",
+    "Standardization",
+]

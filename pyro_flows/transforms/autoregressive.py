@@ -8,8 +8,8 @@ from torch import Tensor
 
 from pyro_flows.activations import Activation
 from pyro_flows.core import FlowTransform
+from pyro_flows.heads import Head
 from pyro_flows.inverse import solve
-from pyro_flows.masked import Head
 from pyro_flows.nets import MaskedMLP
 from pyro_flows.solver import Solver
 from pyro_flows.univariate import Affine, Univariate
@@ -20,10 +20,10 @@ __all__ = ["Autoregressive"]
 class Autoregressive(FlowTransform):
     r"""Each dimension moved by a univariate map whose parameters depend on the dimensions before it.
 
-    With ``fast="density"`` (MAF), parameters come from the data: :math:`y_i = u(x_i; p_i(y_{<i}, c))`, so that the
-    inverse, and with it the density of data, is one pass of the network.  With ``fast="sampling"`` (IAF) they come from
-    the base: :math:`y_i = u(x_i; p_i(x_{<i}, c))`, so that the forward map is one pass.  The Jacobian is triangular in
-    the order and :math:`\log|\det| = \sum_i \log u'`.  The other direction is exact as well; it goes through the steps
+    With ``fast="sampling"`` (IAF), parameters come from the base: :math:`y_i = u(x_i; p_i(x_{<i}, c))`, so that the
+    forward map is one pass of the network.  With ``fast="density"`` (MAF) it is the other way round, :math:`x_i =
+    u(y_i; p_i(y_{<i}, c))`, so that the density of data is one pass.  The Jacobian is triangular in the order and
+    :math:`\log|\det| = \pm \sum_i \log u'`.  The other direction is exact as well; it goes through the steps
     of the order one after another, but uses each weight once, so that it costs about one dense pass of arithmetic.
 
     Args:
@@ -55,6 +55,11 @@ class Autoregressive(FlowTransform):
         if fast not in ("density", "sampling"):
             raise ValueError(f"Autoregressive: expected fast to be 'density' or 'sampling', got {fast!r}")
         self.univariate = Affine() if univariate is None else univariate
+        if self.univariate.periodic:
+            raise ValueError(
+                "Autoregressive: its network would tear a circle open at pi; angles are moved by couplings, which see "
+                "them by cosine and sine: see ncsf, or Coupling(..., Spline(boundary='circular'))"
+            )
         self.fast = fast
         self.net = MaskedMLP(
             self.event_shape.numel(),
@@ -67,7 +72,7 @@ class Autoregressive(FlowTransform):
             activation=activation,
         )
         structure = self.net.structure
-        self.solver = Solver(structure, self.net.activation, self.univariate, inverse=fast == "sampling")
+        self.solver = Solver(structure, self.net.activation, self.univariate, inverse=True)
         slow = f"1 sweep of {structure.num_steps} steps"
         self.sampling_cost, self.density_cost = (slow, "1 pass") if fast == "density" else ("1 pass", slow)
 
@@ -77,10 +82,10 @@ class Autoregressive(FlowTransform):
     def _shaped(self, value: Tensor) -> Tensor:
         return value if len(self.event_shape) == 1 else value.unflatten(-1, self.event_shape)
 
-    def _one_pass(self, value: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
+    def _one_pass(self, value: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         net = self.net
         ranked = net.to_ranks(self._flat(value))
-        moved, ladj = net.ranked(ranked, context, Head(self.univariate, inverse))
+        moved, ladj = net.ranked(ranked, context, Head(self.univariate, inverse=False))
         return self._shaped(net.from_ranks(moved)), ladj
 
     def _sweep(self, value: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -90,7 +95,7 @@ class Autoregressive(FlowTransform):
         return self._shaped(self.net.from_ranks(solved)), ladj
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._sweep(x, context) if self.fast == "density" else self._one_pass(x, context, inverse=False)
+        return self._sweep(x, context) if self.fast == "density" else self._one_pass(x, context)
 
     def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._one_pass(y, context, inverse=True) if self.fast == "density" else self._sweep(y, context)
+        return self._one_pass(y, context) if self.fast == "density" else self._sweep(y, context)

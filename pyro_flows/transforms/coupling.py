@@ -60,12 +60,15 @@ class Coupling(FlowTransform):
         mask: which dimensions to keep: ``"half"``, ``"alternating"``, ``"random"`` (drawn once, saved in the
             ``state_dict``) or a boolean mask of shape ``event_shape``, true where kept.
         flip: whether to move what ``mask`` keeps and keep the rest.
+        periodic: boolean, shape ``event_shape``, true where a dimension is an angle; by default all are if the
+            univariate is periodic, else none.  The conditioner sees angles by cosine and sine.
         save_mask: whether the mask is part of the ``state_dict``; by default if it was drawn here.
         context_dim: size of the context, 0 for none.
         hidden_dims, residual, activation: of the conditioner, an :class:`~pyro_flows.nets.MLP`.
 
     Raises:
-        ValueError: for a mask of another shape, or one that keeps all or nothing (with more than one dimension).
+        ValueError: for a mask of another shape, or one that keeps all or nothing (with more than one dimension); for a
+            periodic univariate that would move anything but angles, or another one that would move an angle.
 
     References:
         Density estimation using Real NVP (Dinh et al., 2016), arXiv:1605.08803.
@@ -79,6 +82,7 @@ class Coupling(FlowTransform):
         *,
         mask: Mask = "alternating",
         flip: bool = False,
+        periodic: Tensor | Sequence[bool] | None = None,
         save_mask: bool | None = None,
         context_dim: int = 0,
         hidden_dims: Sequence[int] = (64, 64),
@@ -94,9 +98,11 @@ class Coupling(FlowTransform):
         # One permutation does both: kept dimensions first, then the moved ones.
         saved = isinstance(mask, str) and mask == "random" if save_mask is None else save_mask
         self.register_buffer("order", torch.argsort(~kept, stable=True), persistent=saved)
+        self.register_buffer("undo", torch.argsort(self.order), persistent=False)
         self._find_layout()
+        angles = self._angles(periodic, kept)
         self.net = MLP(
-            self.num_kept,
+            self.num_kept + angles,
             kept.numel() - self.num_kept,
             num_params=self.univariate.num_params,
             hidden_dims=hidden_dims,
@@ -104,6 +110,46 @@ class Coupling(FlowTransform):
             residual=residual,
             activation=activation,
         )
+
+    def _angles(self, periodic: Tensor | Sequence[bool] | None, kept: Tensor) -> int:
+        """Notes which dimensions are angles; returns how many of those are kept."""
+        if periodic is None:
+            angle = torch.full(self.event_shape, self.univariate.periodic)
+        else:
+            angle = torch.as_tensor(periodic).bool().cpu()
+        if angle.shape != self.event_shape:
+            raise ValueError(
+                f"Coupling: expected periodic to have shape {tuple(self.event_shape)}, got {tuple(angle.shape)}"
+            )
+        moved = angle.flatten()[~kept]
+        if (moved != self.univariate.periodic).any():
+            what = ("angles", "others") if self.univariate.periodic else ("no angles", "angles")
+            raise ValueError(
+                f"Coupling: {self.univariate} moves {what[0]}, but the mask leaves it {what[1]} to move; keep these, "
+                "and move them in a coupling of their own"
+            )
+        count = int(angle.flatten()[kept].sum())
+        if angle.any():
+            self.register_buffer("angle", angle, persistent=False)
+            # Of the kept dimensions, in their order.
+            self.register_buffer("angular", torch.nonzero(angle.flatten()[kept]).flatten(), persistent=False)
+        self._all_angles = count == self.num_kept and count > 0
+        self._some_angles = count > 0
+        return count
+
+    @property
+    def periodic(self) -> Tensor | None:
+        """Boolean, shape ``event_shape``: which dimensions are angles; ``None`` if none is."""
+        return self._buffers.get("angle")
+
+    def _features(self, kept: Tensor) -> Tensor:
+        """What the conditioner sees of the kept dimensions: angles by cosine and sine."""
+        if not self._some_angles:
+            return kept
+        if self._all_angles:
+            return torch.cat((kept.cos(), kept.sin()), -1)
+        angles = kept.index_select(-1, self.angular)
+        return torch.cat((kept.index_copy(-1, self.angular, angles.cos()), angles.sin()), -1)
 
     def _find_layout(self) -> None:
         # Slices are cheaper than gathers, where the kept dimensions come first or last.
@@ -129,13 +175,13 @@ class Coupling(FlowTransform):
         if self._layout == "last":
             return torch.cat((moved, kept), -1)
         flat = torch.cat((kept, moved), -1)
-        return flat.index_select(-1, torch.argsort(self.order)) if self._layout == "scattered" else flat
+        return flat.index_select(-1, self.undo) if self._layout == "scattered" else flat
 
     def _move(self, value: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
         dims = len(self.event_shape)
         kept, moved = self._split(value if dims == 1 else value.flatten(-dims))
         move = self.univariate.inverse if inverse else self.univariate.forward
-        moved, slope = move(moved, self.net(kept, context))
+        moved, slope = move(moved, self.net(self._features(kept), context))
         flat = self._join(kept, moved)
         return flat if dims == 1 else flat.unflatten(-1, self.event_shape), slope.sum(-1)
 
@@ -147,6 +193,8 @@ class Coupling(FlowTransform):
 
     def _load_from_state_dict(self, *args: object) -> None:
         super()._load_from_state_dict(*args)
+        with torch.no_grad():
+            self.undo.copy_(torch.argsort(self.order))
         self._find_layout()
 
     def extra_repr(self) -> str:

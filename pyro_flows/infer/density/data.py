@@ -1,0 +1,248 @@
+"""Data as a fit takes them: admitted once with worded errors, converted, split, and handed out in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Size, Tensor, nn
+from torch.utils.data import DataLoader
+
+from pyro_flows.distributions import Flow
+
+__all__ = ["Batch", "Expected", "Loader", "Rows", "Source", "admit_rows", "expected_by", "name_rows"]
+
+Batch = tuple[Tensor, Tensor | None, Tensor | None]
+"""Values, contexts, and the numbers that the rows had in what was given (``None`` from a loader)."""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a flow takes.
+
+    Attributes:
+        event_shape: shape of one row, ``None`` where the module does not say.
+        context_dim: size of the context, ``None`` where the module does not say.
+        dtype: of its parameters.
+        device: of its parameters.
+        continuous: whether it is a flow, whose values are real numbers; to another module, integers go as they are.
+    """
+
+    event_shape: Size | None
+    context_dim: int | None
+    dtype: torch.dtype
+    device: torch.device
+    continuous: bool
+
+
+def expected_by(module: nn.Module) -> Expected:
+    """What this flow or other density takes."""
+    held = [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
+    event, context = getattr(module, "event_shape", None), getattr(module, "context_dim", None)
+    return Expected(
+        Size(event) if isinstance(event, (tuple, list)) else None,
+        context if isinstance(context, int) else None,
+        held[0].dtype if held else torch.get_default_dtype(),
+        held[0].device if held else torch.device("cpu"),
+        isinstance(module, Flow),
+    )
+
+
+@dataclass
+class Rows:
+    """Rows held whole, on the flow's device.
+
+    Attributes:
+        value: shape ``(rows, *event_shape)``.
+        context: shape ``(rows, context_dim)``, or ``None``.
+        index: the numbers that the rows had in what was given, on the CPU.
+    """
+
+    value: Tensor
+    context: Tensor | None
+    index: Tensor
+
+    def __len__(self) -> int:
+        return len(self.value)
+
+    def steps(self, batch_size: int) -> int:
+        """The number of batches in an epoch."""
+        return -(-len(self) // batch_size)
+
+    def batches(self, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
+        """All rows once, in a new order, in batches of equal size up to one row."""
+        order = torch.randperm(len(self), generator=generator)
+        pieces = order.tensor_split(self.steps(batch_size))
+        moved = order.to(self.value.device).tensor_split(self.steps(batch_size))
+        for rows, piece in zip(moved, pieces, strict=True):
+            yield self.value[rows], None if self.context is None else self.context[rows], self.index[piece]
+
+    def chunks(self, size: int) -> Iterator[Batch]:
+        """All rows once, in order."""
+        contexts = (None for _ in self.value.split(size)) if self.context is None else self.context.split(size)
+        yield from zip(self.value.split(size), contexts, self.index.split(size), strict=True)
+
+    def take(self, rows: Tensor) -> Rows:
+        """Some of the rows."""
+        there = rows.to(self.value.device)
+        return Rows(self.value[there], None if self.context is None else self.context[there], self.index[rows])
+
+    def split(self, fraction: float, most: int, generator: torch.Generator) -> tuple[Rows, Rows]:
+        """Two random parts, the second with this fraction of the rows, but at least one and at most ``most``."""
+        held_out = min(max(1, round(fraction * len(self))), most)
+        if len(self) < 10 or len(self) - held_out < 2:
+            raise ValueError(
+                f"fit_density: {len(self)} rows are too few to hold out {fraction:.0%} of them; give validation=, or "
+                "validation_fraction=0 to fit without"
+            )
+        order = torch.randperm(len(self), generator=generator)
+        return self.take(order[held_out:]), self.take(order[:held_out])
+
+
+class Loader:
+    """A ``DataLoader`` that yields values, or pairs of values and contexts; one pass is one epoch.
+
+    Args:
+        loader: yields ``x``, ``(x,)`` or ``(x, context)``.
+        expected: what the flow takes.
+        what: its name in errors.
+    """
+
+    def __init__(self, loader: DataLoader, expected: Expected, what: str) -> None:
+        self.loader, self.expected, self.what = loader, expected, what
+        self.rows = self.count = 0
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def steps(self, batch_size: int) -> int:
+        """The number of batches, as counted in the first pass."""
+        return self.count
+
+    def batches(self, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
+        """One pass, as the loader gives it."""
+        for batch in self.loader:
+            value, context = self._unpack(batch)
+            value = _values(value, self.expected, self.what)
+            yield value, _contexts(context, value, self.expected, self.what, self.what), None
+
+    def chunks(self, size: int) -> Iterator[Batch]:
+        """One pass, as the loader gives it."""
+        yield from self.batches(size, torch.default_generator)
+
+    def survey(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """A first pass that counts, and refuses NaN."""
+        self.rows = self.count = 0
+        for value, context, _ in self.chunks(0):
+            for each, kind in ((value, "values"), (context, "contexts")):
+                if each is not None:
+                    _refuse_nonfinite(each, f"batch {self.count} of the DataLoader given as {self.what}, {kind},")
+            self.rows, self.count = self.rows + len(value), self.count + 1
+            yield value, context
+        if not self.rows:
+            raise ValueError(f"fit_density: the DataLoader given as {self.what} is empty")
+
+    def _unpack(self, batch: Any) -> tuple[Any, Any]:
+        if isinstance(batch, (Tensor, np.ndarray)):
+            return batch, None
+        if isinstance(batch, (tuple, list)) and len(batch) in (1, 2):
+            return batch[0], batch[1] if len(batch) == 2 else None
+        size = f" of {len(batch)}" if isinstance(batch, (tuple, list)) else ""
+        raise TypeError(
+            f"fit_density: expected the DataLoader given as {self.what} to yield x, (x,) or (x, context), "
+            f"got a {type(batch).__name__}{size}"
+        )
+
+
+Source = Rows | Loader
+
+
+def admit_rows(given: Any, context: Any, expected: Expected, what: str, what_context: str) -> Rows:
+    """Values and contexts given whole, checked, in the flow's dtype and on its device."""
+    value = _values(given, expected, what)
+    if not len(value):
+        raise ValueError(f"fit_density: {what} is empty, shape {tuple(value.shape)}; expected at least one row")
+    _refuse_nonfinite(value, what)
+    context = _contexts(context, value, expected, what, what_context)
+    if context is not None:
+        _refuse_nonfinite(context, what_context)
+    return Rows(value, context, torch.arange(len(value)))
+
+
+def name_rows(rows: Tensor) -> str:
+    """The first few of these row numbers, in words."""
+    first = ", ".join(str(int(row)) for row in rows[:5])
+    return f"row{'s' if len(rows) > 1 else ''} {first}{', …' if len(rows) > 5 else ''}"
+
+
+def _tensor(given: Any, what: str, expected: Expected, keep_integers: bool) -> Tensor:
+    if not isinstance(given, Tensor):
+        array = np.asarray(given) if hasattr(given, "__array__") or isinstance(given, (list, tuple)) else None
+        if array is None or array.dtype.kind not in "fiub":
+            kind = type(given).__name__ if array is None else f"{type(given).__name__} of dtype {array.dtype}"
+            hint = "; a Dataset goes in a DataLoader" if isinstance(given, torch.utils.data.Dataset) else ""
+            raise TypeError(
+                f"fit_density: expected {what} to be a tensor, a NumPy array of numbers or a DataLoader, "
+                f"got {kind}{hint}"
+            )
+        # Byte orders and strides that torch does not know are gone after a copy.
+        given = torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("="), order="C"))
+    if given.is_complex():
+        raise TypeError(f"fit_density: expected {what} to be real numbers, got {given.dtype}")
+    whole = not given.is_floating_point() and keep_integers
+    return given.detach().to(device=expected.device, dtype=given.dtype if whole else expected.dtype)
+
+
+def _values(given: Any, expected: Expected, what: str) -> Tensor:
+    value = _tensor(given, what, expected, not expected.continuous)
+    event = expected.event_shape
+    if event is not None and value.dim() == 1 and event == (1,):
+        value = value.unsqueeze(-1)
+    if value.dim() == 0 or (event is not None and value.shape[1:] != event):
+        shape = "(rows, ...)" if event is None else f"(rows, {', '.join(map(str, event))})"
+        hint = " (input_dim columns)" if event is not None and len(event) == 1 else ""
+        raise ValueError(f"fit_density: expected {what} of shape {shape}{hint}, got shape {tuple(value.shape)}")
+    return value
+
+
+def _contexts(given: Any, value: Tensor, expected: Expected, what: str, what_context: str) -> Tensor | None:
+    size = expected.context_dim
+    if given is None:
+        if size:
+            raise ValueError(
+                f"fit_density: this flow was built with context_dim={size}: give a context for each row of {what} "
+                "(context=, validation_context=, or a DataLoader that yields pairs)"
+            )
+        return None
+    if size == 0:
+        raise ValueError(
+            f"fit_density: this flow was built with context_dim=0, but contexts came with {what}: leave them out, or "
+            "build the flow with context_dim"
+        )
+    context = _tensor(given, what_context, expected, not expected.continuous)
+    if context.dim() == 1 and size == 1:
+        context = context.unsqueeze(-1)
+    if context.dim() == 0 or len(context) != len(value):
+        raise ValueError(
+            f"fit_density: expected a context for each of the {len(value)} rows of {what}, "
+            f"got {what_context} of shape {tuple(context.shape)}"
+        )
+    if size is not None and context.shape[1:] != (size,):
+        raise ValueError(
+            f"fit_density: expected {what_context} of shape (rows, {size}) (context_dim columns), "
+            f"got shape {tuple(context.shape)}"
+        )
+    return context
+
+
+def _refuse_nonfinite(value: Tensor, what: str) -> None:
+    bad = ~value.isfinite().reshape(len(value), -1).all(-1)
+    if bad.any():
+        rows = bad.nonzero()[:, 0]
+        raise ValueError(
+            f"fit_density: {what} has NaN, infinity or numbers too large for {value.dtype} in {len(rows)} of "
+            f"{len(value)} rows ({name_rows(rows)}); leave these rows out or repair them"
+        )

@@ -1,0 +1,267 @@
+"""``fit_density``: maximum likelihood of a flow, or of any module with ``log_prob``, in one call."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution, Transform
+from torch.optim import AdamW, Optimizer
+from tqdm.auto import tqdm
+
+from pyro_flows.core import FlowTransform
+from pyro_flows.distributions import Flow
+from pyro_flows.infer.density import checkpoint as files
+from pyro_flows.infer.density.checks import reals_of
+from pyro_flows.infer.density.data import Rows, admit_rows, expected_by
+from pyro_flows.infer.density.prepare import prepare
+from pyro_flows.infer.density.schedule import Schedule
+from pyro_flows.infer.density.settings import Settings
+from pyro_flows.infer.density.training import Training, evaluate, log_prob_of
+from pyro_flows.infer.density.units import in_units, is_plain_flow
+
+__all__ = ["DensityFit", "fit_density"]
+
+
+@dataclass(repr=False)
+class DensityFit:
+    """What :func:`fit_density` returns.
+
+    Attributes:
+        flow: what was trained: the flow or module that was given, or the ``Flow`` around the chain that was given.
+        model: the same in the units of the data; shares the parameters.  A ``Flow`` if ``flow`` is one; ``flow`` itself
+            if nothing was standardised.
+        history: lists of one entry an epoch: ``epoch``; ``step``, steps taken so far; ``train`` and ``validation``,
+            mean log-likelihood in nats per row, in the units of the data (that of ``train`` is taken along the way, of
+            ``validation`` at the end of the epoch, NaN without validation rows); ``lr``; ``seconds`` so far.
+        best_epoch: the epoch whose state the flow is left in.
+        validation: mean log-likelihood of the validation rows in that state, in nats per row and in the units of the
+            data; NaN without validation rows.
+        stopped: why it ended: ``"patience"``, ``"max_epochs"``, ``"max_steps"`` or ``"seconds"``.
+    """
+
+    flow: nn.Module
+    model: nn.Module
+    history: dict[str, list[float]]
+    best_epoch: int
+    validation: float
+    stopped: str
+
+    @property
+    def distribution(self) -> Distribution | nn.Module:
+        """The density in the units of the data, a Pyro distribution that shares the parameters.
+
+        For a flow that takes contexts it is a module, which gives that distribution when called with contexts in their
+        own units; for a module that is no flow, the module (standardised if that was asked for).
+        """
+        return self.model() if isinstance(self.model, Flow) and not self.model.context_dim else self.model
+
+    def log_prob(self, data: Any, context: Any = None) -> Tensor:
+        """Log-densities in nats of rows as they are, shape ``(rows,)``, without a graph; in pieces, on the CPU."""
+        rows = admit_rows(data, context, expected_by(self.model), "data", "context")
+        if is_plain_flow(self.model):
+            reals_of(self.model, rows.value, "data")
+        return torch.cat([scores.cpu() for scores in evaluate(log_prob_of(self.model), rows)])
+
+    def __repr__(self) -> str:
+        held_out = not math.isnan(self.validation)
+        score = self.validation if held_out else self.history["train"][self.best_epoch - 1]
+        return (
+            f"DensityFit({'validation' if held_out else 'train'} {score:.4f} nats per row at epoch {self.best_epoch} "
+            f"of {self.history['epoch'][-1]}, stopped by {self.stopped}, {self.history['step'][-1]} steps in "
+            f"{self.history['seconds'][-1]:.1f} s)"
+        )
+
+
+def fit_density(
+    flow: FlowTransform | nn.Module,
+    data: Any,
+    validation: Any = None,
+    context: Any = None,
+    progress: bool = True,
+    *,
+    validation_context: Any = None,
+    validation_fraction: float = 0.1,
+    standardize: bool | None = None,
+    batch_size: int | None = None,
+    max_epochs: int | None = None,
+    max_steps: int | None = None,
+    seconds: float | None = None,
+    lr: float = 3e-3,
+    schedule: str = "plateau",
+    patience: int | None = None,
+    weight_decay: float = 0.0,
+    clip_norm: float | None = 5.0,
+    average: float = 0.998,
+    optimizer: Optimizer | Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: int = 10,
+    seed: int | None = 0,
+) -> DensityFit:
+    """Fits a density to data by maximum likelihood, stopped early by held-out rows.
+
+    The flow is trained in place: it stays the same object with the same parameters, those frozen stay frozen, and it is
+    left in evaluation mode in the state that scored best.  So it is after an error or an interruption, too.  Data are
+    standardised on the way: what comes in other units than the flow's own is in ``DensityFit.model``, which ends in a
+    :class:`~pyro_flows.transforms.elementwise.Standardization`, and in ``DensityFit.distribution``.
+
+    A step costs one pass in the density direction and its gradient; an epoch, one such pass over all validation rows.
+
+    Args:
+        flow: a chain or other flow transform (which gets a standard normal base), a
+            :class:`~pyro_flows.distributions.Flow`, or any module with ``log_prob(value)`` or ``log_prob(value,
+            context)``, e.g. of discrete data.
+        data: shape ``(rows, *event_shape)``, a tensor or NumPy array, converted to the flow's dtype and device (to a
+            module that is no flow, integers go as they are); or a ``DataLoader`` that yields ``x``, ``(x,)`` or ``(x,
+            context)``, of which one pass is an epoch, after a first one for checks and standardisation.
+        validation: rows to judge by, likewise.  By default a random part of ``data``; with a ``DataLoader`` as data,
+            the training score is what is judged by.
+        context: shape ``(rows, context_dim)``, for flows that take one.
+        progress: whether to show a progress bar.
+        validation_context: contexts of ``validation``.
+        validation_fraction: the part of ``data`` that is held out, at most 20,000 rows; 0 to judge by the training
+            score.
+        standardize: whether to standardise data, column by column, and contexts.  By default that is done for flows
+            over real numbers, except for dimensions that are angles (those that a part's ``periodic`` names), and with
+            the part of the chain that maps onto a constrained support left behind it; not for other modules.
+        batch_size: rows in a step, by default about a thirty-second of the rows, from 64 to 1024; a ``DataLoader`` has
+            its own.
+        max_epochs: passes over the data at most, by default as many as make 20,000 steps, from 20 to 1000.
+        max_steps: steps at most.
+        seconds: time at most.
+        lr: the first learning rate.
+        schedule: ``"plateau"`` (after ``patience`` epochs without improvement back to the best state, with 0.3 times
+            the learning rate; the end after two such cuts in vain), ``"cosine"`` (from ``lr`` to a hundredth of it over
+            the whole run) or ``"constant"``; the latter two end after ``patience`` epochs without improvement.
+        patience: in epochs, by default as many as make 600 steps, at least 5.  An improvement is one of 0.001 nats per
+            row since the last one.
+        weight_decay: of AdamW.
+        clip_norm: largest norm of the gradient, ``None`` for any.
+        average: decay of an exponential moving average of the parameters, which is what validation and the final state
+            are about; less at first, :math:`t / (t + 10)` at step :math:`t`; 0 for no average.
+        optimizer: in place of AdamW: a torch optimiser over the flow's parameters, or what makes one of parameters;
+            its own learning rates are the first ones.
+        checkpoint: a file to save to, and to resume from if it is there; a resumed run equals one that never stopped.
+        checkpoint_every: in epochs; it is saved at the end as well.
+        seed: of the random split and the order of rows, and inside the fit of torch's global generators, which are left
+            as they were found; ``None`` to draw it from the global one.
+
+    Returns:
+        The flow, the density in the data's units, the history of scores, and why it ended.
+
+    Raises:
+        ValueError: for data that do not fit or whose likelihood has no bound (constant or dependent columns), rows
+            outside of the support, settings out of range, or a checkpoint of another fit.
+        TypeError: for objects of other kinds.
+        FloatingPointError: if a score or gradient is not finite; says in which rows and which layer it began.
+
+    References:
+        Masked Autoregressive Flow for Density Estimation (Papamakarios et al., 2017), section 4, arXiv:1705.07057.
+        Decoupled Weight Decay Regularization (Loshchilov & Hutter, 2019), arXiv:1711.05101.
+    """
+    flow = _as_density(flow)
+    parameters = [p for p in flow.parameters() if p.requires_grad]
+    if not parameters:
+        raise ValueError(
+            "fit_density: expected a flow with trainable parameters, got one without; if it was frozen, call "
+            "flow.requires_grad_(True)"
+        )
+    known = files.read(checkpoint)
+    if seed is None:
+        seed = int(torch.randint(2**31, ())) if known is None else known["settings"]["seed"]
+    settings = Settings(
+        validation_fraction=validation_fraction,
+        standardize=standardize,
+        batch_size=batch_size,
+        max_epochs=max_epochs,
+        max_steps=max_steps,
+        seconds=seconds,
+        lr=lr,
+        schedule=schedule,
+        patience=patience,
+        weight_decay=weight_decay,
+        clip_norm=clip_norm,
+        average=average,
+        checkpoint_every=checkpoint_every,
+        seed=seed,
+    )
+    optimizer = _as_optimizer(optimizer, flow, parameters, settings)
+    given = (data, context, validation, validation_context)
+    device = expected_by(flow).device
+    with files.own_randomness(device, seed):
+        generator = torch.Generator().manual_seed(seed)
+        start = prepare(flow, given, settings, generator, stacklevel=2)
+        size = settings.batch_size_for(len(start.train)) if isinstance(start.train, Rows) else 0
+        plan = settings.plan(size, start.train.steps(size))
+        identity = {
+            "architecture": files.architecture_of(flow),
+            "data": start.identity,
+            "settings": settings.identity(plan, type(optimizer).__name__),
+        }
+        units = start.units
+        if known is not None:
+            files.refuse_other(checkpoint, known, identity)
+            units = start.known_units(known["units"], checkpoint)
+        training = Training(
+            flow,
+            in_units(flow, units, standardize),
+            start.train,
+            start.validation,
+            optimizer,
+            Schedule(schedule, plan.patience),
+            plan,
+            settings,
+            generator,
+        )
+        if known is not None:
+            training.load_state_dict(known["training"])
+            files.set_random(known["random"], device, shuffle=generator, **start.generators)
+
+        def save() -> None:
+            if checkpoint is not None:
+                random = files.random_state(device, shuffle=generator, **start.generators)
+                content = {**identity, "units": units, "training": training.state_dict(), "random": random}
+                files.write(checkpoint, content)
+
+        with tqdm(total=plan.total_steps, initial=training.step, disable=not progress, unit="step") as bar:
+            training.run(bar, save)
+    held_out = training.history["validation"][training.best_epoch - 1]
+    return DensityFit(flow, training.model, training.history, training.best_epoch, held_out, training.stopped)
+
+
+def _as_density(flow: Any) -> nn.Module:
+    if isinstance(flow, FlowTransform):
+        return Flow(flow).train(flow.training)
+    if isinstance(flow, nn.Module) and callable(getattr(flow, "log_prob", None)):
+        return flow
+    hint = "a module of another kind wants a method log_prob(value)"
+    if isinstance(flow, Distribution):
+        hint = "a distribution owns no parameters: give the module that made it"
+    elif isinstance(flow, Transform):
+        hint = "put torch's and Pyro's own transforms in a Chain([...])"
+    raise TypeError(
+        f"fit_density: expected a flow transform, a Flow, or a module with log_prob, got {type(flow).__name__}; {hint}"
+    )
+
+
+def _as_optimizer(given: Any, flow: nn.Module, parameters: list[nn.Parameter], settings: Settings) -> Optimizer:
+    if given is None:
+        fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
+        return AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay, fused=fused)
+    made = given if isinstance(given, Optimizer) or not callable(given) else given(parameters)
+    if not isinstance(made, Optimizer):
+        raise TypeError(
+            "fit_density: expected optimizer to be a torch optimiser, or what makes one of parameters, e.g. "
+            f"partial(torch.optim.SGD, lr=0.1); got {type(made).__name__}"
+        )
+    held = {id(p) for group in made.param_groups for p in group["params"]}
+    if not held & {id(p) for p in parameters}:
+        raise ValueError(
+            "fit_density: the optimizer holds none of the flow's trainable parameters; make it of flow.parameters()"
+        )
+    return made

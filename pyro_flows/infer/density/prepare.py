@@ -1,0 +1,145 @@
+"""From what was given to what a fit starts with: checked rows, held-out rows, and the units of the data."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from pyro_flows.infer.density.checkpoint import checksum
+from pyro_flows.infer.density.checks import Survey, reals_of
+from pyro_flows.infer.density.data import Expected, Loader, Rows, Source, admit_rows, expected_by
+from pyro_flows.infer.density.settings import HELD_OUT_AT_MOST, Settings
+from pyro_flows.infer.density.units import Units, is_plain_flow, periodic_dimensions, pull_back, split_chain
+
+__all__ = ["Prepared", "prepare"]
+
+
+@dataclass
+class Prepared:
+    """What a fit starts with.
+
+    Attributes:
+        train: rows to fit to.
+        validation: rows to judge by, if any.
+        units: location and scale of the training rows and their contexts.
+        identity: what tells these data from others.
+    """
+
+    train: Source
+    validation: Source | None
+    units: Units
+    identity: dict[str, str]
+
+    @property
+    def generators(self) -> dict[str, torch.Generator | None]:
+        """Generators that data loaders own."""
+        sources = {"data_loader": self.train, "validation_loader": self.validation}
+        return {name: source.loader.generator for name, source in sources.items() if isinstance(source, Loader)}
+
+    def known_units(self, known: Units, path: str | os.PathLike[str]) -> Units:
+        """Those of a checkpoint, if these data may be the same.
+
+        What a loader shuffles comes with other rounding each time, or other noise, so that units are only near.
+        """
+        for name, then in known.items():
+            now, spread = self.units[name], known[name.replace("loc", "scale")]
+            if (then is None) != (now is None) or (then is not None and ((now - then).abs() > 0.2 * spread).any()):
+                raise ValueError(
+                    f"fit_density: the checkpoint {str(path)!r} belongs to a fit of other data: their {name} differ; "
+                    "give the same data to go on, or delete the file or give another path to start anew"
+                )
+        return known
+
+
+def prepare(
+    flow: nn.Module,
+    given: tuple[Any, Any, Any, Any],
+    settings: Settings,
+    generator: torch.Generator,
+    stacklevel: int,
+) -> Prepared:
+    """Admits data, holds rows out, and looks at what is left to train on.
+
+    Args:
+        flow: what is to be trained.
+        given: data, contexts, validation data and their contexts.
+        settings: say how much to hold out.
+        generator: draws what is held out.
+        stacklevel: of warnings, seen from here.
+    """
+    data, context, validation, validation_context = given
+    expected = expected_by(flow)
+    train = _admit(flow, data, context, expected, "data", "context")
+    held_out: Source | None = None
+    if validation is not None:
+        held_out = _admit(flow, validation, validation_context, expected, "validation", "validation_context")
+        if expected.event_shape is None and isinstance(train, Rows) and isinstance(held_out, Rows):
+            _same_columns(train, held_out)
+    elif validation_context is not None:
+        raise ValueError("fit_density: validation_context was given without validation; give both or neither")
+    identity = {**_identity(train, "data"), **_identity(held_out, "validation")}
+    if held_out is None and isinstance(train, Rows) and settings.validation_fraction:
+        train, held_out = train.split(settings.validation_fraction, HELD_OUT_AT_MOST, generator)
+    values, contexts = Survey(), Survey()
+    front, back = split_chain(flow.chain) if is_plain_flow(flow) else ([], [])
+    real = train.value if isinstance(train, Rows) else None
+    if isinstance(train, Loader):
+        _first_pass(flow, train, values, contexts)
+        identity["data"] = f"{len(train)} rows in {train.count} batches"
+    elif expected.continuous or settings.standardize:
+        real = pull_back(back, train.value)
+        values.add(real)
+        if train.context is not None:
+            contexts.add(train.context)
+    if expected.continuous:
+        values.refuse_degenerate(real, stacklevel + 1)
+    units: Units = dict.fromkeys(("loc", "scale", "context_loc", "context_scale"))
+    if values.rows and settings.standardize is not False:
+        units["loc"], units["scale"] = values.loc_and_scale(periodic_dimensions(front))
+        if contexts.rows:
+            units["context_loc"], units["context_scale"] = contexts.loc_and_scale()
+    return Prepared(train, held_out, units, identity)
+
+
+def _admit(flow: nn.Module, given: Any, context: Any, expected: Expected, what: str, what_context: str) -> Source:
+    if not isinstance(given, DataLoader):
+        rows = admit_rows(given, context, expected, what, what_context)
+        if is_plain_flow(flow):
+            reals_of(flow, rows.value, what)
+        return rows
+    if context is not None:
+        raise ValueError(
+            f"fit_density: {what_context} was given besides a DataLoader; let the loader yield pairs (x, context)"
+        )
+    loader = Loader(given, expected, what)
+    if what != "data":
+        _first_pass(flow, loader, Survey(), Survey())
+    return loader
+
+
+def _first_pass(flow: nn.Module, loader: Loader, values: Survey, contexts: Survey) -> None:
+    for value, context in loader.survey():
+        values.add(reals_of(flow, value, f"a batch of {loader.what}") if is_plain_flow(flow) else value)
+        if context is not None:
+            contexts.add(context)
+
+
+def _identity(source: Source | None, what: str) -> dict[str, str]:
+    if isinstance(source, Rows):
+        return {what: checksum(source.value), f"contexts of {what}": checksum(source.context)}
+    return {what: "none" if source is None else f"{len(source)} rows in {source.count} batches"}
+
+
+def _same_columns(train: Rows, held_out: Rows) -> None:
+    pairs = {"columns": (train.value, held_out.value), "contexts": (train.context, held_out.context)}
+    for name, pair in pairs.items():
+        shapes = [None if value is None else tuple(value.shape[1:]) for value in pair]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"fit_density: expected validation with {name} as in data, of shape {shapes[0]} a row, got {shapes[1]}"
+            )

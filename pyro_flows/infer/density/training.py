@@ -1,0 +1,290 @@
+"""The loop of a fit: epochs, the best state, the schedule, and what a checkpoint holds of them."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from pyro_flows.infer.density.data import Batch, Rows, Source
+from pyro_flows.infer.density.schedule import Schedule
+from pyro_flows.infer.density.settings import Plan, Settings
+from pyro_flows.infer.density.trouble import bad_gradient, bad_score, first_nonfinite
+from pyro_flows.infer.density.units import StandardizedFlow, is_plain_flow
+
+__all__ = ["Training", "evaluate", "log_prob_of"]
+
+_COLUMNS = ("epoch", "step", "train", "validation", "lr", "seconds")
+_COUNTERS = ("epoch", "step", "best", "best_epoch", "stopped")
+_CHUNK = 2**18  # numbers that are scored at once where no gradient is wanted
+
+
+def log_prob_of(model: nn.Module) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """The log-density of admitted rows by the shortest way."""
+    if is_plain_flow(model):
+
+        def of_flow(value: Tensor, context: Tensor | None) -> Tensor:
+            # As its distribution computes it, but without making one: values are checked already.
+            if isinstance(model, StandardizedFlow):
+                context = model.scaled(context)
+            x, ladj = model.chain.inverse_and_ladj(value, context)
+            return model.base().log_prob(x) + ladj
+
+        return of_flow
+
+    def of_module(value: Tensor, context: Tensor | None) -> Tensor:
+        scores = model.log_prob(value) if context is None else model.log_prob(value, context)
+        if not isinstance(scores, Tensor) or scores.shape != value.shape[:1]:
+            got = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
+            raise ValueError(
+                f"fit_density: expected log_prob of {type(model).__name__} to give one number a row, shape "
+                f"{tuple(value.shape[:1])}, got {got}; sum over the dimensions of a row"
+            )
+        return scores
+
+    return of_module
+
+
+@torch.no_grad()
+def evaluate(score: Callable[[Tensor, Tensor | None], Tensor], source: Source, batch_size: int = 1) -> Iterator[Tensor]:
+    """Scores of all rows, piece by piece, without a graph."""
+    size = 1
+    if isinstance(source, Rows) and len(source):
+        size = max(batch_size, _CHUNK // max(source.value[0].numel(), 1), 1)
+    for value, context, _ in source.chunks(size):
+        yield score(value, context)
+
+
+@dataclass
+class Training:
+    """One fit: all that changes on the way.
+
+    Attributes:
+        flow: what is trained; its state is kept and put back.
+        model: the same in the units of the data; shares the parameters.
+        train: rows to fit to.
+        validation: rows to judge by, ``None`` to judge by the training score.
+        optimizer: holds the parameters.
+        schedule: of the learning rate.
+        plan: sizes and limits.
+        settings: for the limit in time, clipping and averaging.
+        generator: shuffles.
+    """
+
+    flow: nn.Module
+    model: nn.Module
+    train: Source
+    validation: Source | None
+    optimizer: Optimizer
+    schedule: Schedule
+    plan: Plan
+    settings: Settings
+    generator: torch.Generator
+    history: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in _COLUMNS})
+    epoch: int = 0
+    step: int = 0
+    best: float = -math.inf
+    best_epoch: int = 0
+    stopped: str | None = None
+
+    def __post_init__(self) -> None:
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.averages = [p.detach().clone() for p in self.parameters] if self.settings.average else []
+        self._log_prob = log_prob_of(self.model)
+        self._spent, self._since = 0.0, time.monotonic()
+        self.best_state = self._snapshot()  # what to fall back on where not even the first epoch ends well
+
+    def run(self, bar: Any, save: Callable[[], None]) -> None:
+        """Trains until something says stop; leaves the flow in evaluation mode, in the best state known."""
+        try:
+            while self.stopped is None:
+                self._train_epoch(bar)
+                self._close_epoch(bar)
+                if self.stopped is not None or self.epoch % self.settings.checkpoint_every == 0:
+                    save()
+        finally:
+            self.flow.load_state_dict(self.best_state)
+            self.model.eval()
+            self.flow.eval()
+            self.optimizer.zero_grad(set_to_none=True)
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds spent, those before a resumption included."""
+        return self._spent + time.monotonic() - self._since
+
+    def _progress(self) -> float:
+        steps = self.step / self.plan.total_steps
+        return steps if self.settings.seconds is None else max(steps, self.elapsed / self.settings.seconds)
+
+    def _train_epoch(self, bar: Any) -> None:
+        self.model.train()
+        self.flow.train()
+        total, rows = 0.0, 0
+        for value, context, index in self.train.batches(self.plan.batch_size, self.generator):
+            if not len(value):
+                continue
+            factor = self.schedule.factor(self._progress())
+            for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+                group["lr"] = rate * factor
+            total += len(value) * self._take_step(value, context, index)
+            rows += len(value)
+            bar.update(1)
+            if self._out_of_steps() or self._out_of_time():
+                break
+        if not rows:
+            raise ValueError("fit_density: the DataLoader given as data was empty in this pass; it must start anew")
+        self.epoch += 1
+        self._trained = total / rows
+
+    def _score(self, value: Tensor, context: Tensor | None) -> Tensor:
+        try:
+            return self._log_prob(value, context)
+        except ValueError:
+            # A distribution that validates refuses NaN before it comes to a score.
+            if first_nonfinite(self.flow, self.model, (value, context, None)) is None:
+                raise
+            return value.new_full((len(value),), math.nan, dtype=self.parameters[0].dtype)
+
+    def _take_step(self, value: Tensor, context: Tensor | None, index: Tensor | None) -> float:
+        loss = -self._score(value, context).mean()
+        score = -loss.item()
+        if not math.isfinite(score):
+            self._raise_bad_score(f"log-likelihood of a batch is {score}", (value, context, index))
+        if not loss.requires_grad:
+            raise ValueError("fit_density: the log-likelihood does not depend on any parameter that is to be trained")
+        self.optimizer.zero_grad()
+        loss.backward()
+        grads = [p.grad for p in self.parameters if p.grad is not None]
+        norm = nn.utils.get_total_norm(grads)
+        if not math.isfinite(norm.item()):
+            raise FloatingPointError(bad_gradient(self.flow, norm.item()))
+        if self.settings.clip_norm is not None:
+            nn.utils.clip_grads_with_norm_(self.parameters, self.settings.clip_norm, norm)
+        self.optimizer.step()
+        self.step += 1
+        if self.averages:
+            # Early on, the average must not remember where training began.
+            weight = 1 - min(self.settings.average, (self.step - 1) / (self.step + 9))
+            with torch.no_grad():
+                for mean, parameter in zip(self.averages, self.parameters, strict=True):
+                    mean.lerp_(parameter, weight)
+        return score
+
+    def _close_epoch(self, bar: Any) -> None:
+        self.model.eval()
+        self.flow.eval()
+        with self._averaged():
+            held_out = math.nan if self.validation is None else self._validate()
+            score = self._trained if self.validation is None else held_out
+            rate = self.optimizer.param_groups[0]["lr"]
+            row = (self.epoch, self.step, self._trained, held_out, float(rate), self.elapsed)
+            for column, entry in zip(_COLUMNS, row, strict=True):
+                self.history[column].append(entry)
+            if math.isfinite(score) and score > self.best:
+                self.best, self.best_epoch, self.best_state = score, self.epoch, self._snapshot()
+        bar.set_description(f"epoch {self.epoch}", refresh=False)
+        shown = f"train {self._trained:.4f}" + ("" if self.validation is None else f", validation {held_out:.4f}")
+        bar.set_postfix_str(f"{shown}, best {self.best:.4f}, lr {rate:.1e}", refresh=False)
+        self._decide(score)
+
+    def _decide(self, score: float) -> None:
+        verdict = self.schedule.judge(score if math.isfinite(score) else math.nan)
+        self.stopped = "patience" if verdict == "stop" else self._limit()
+        if not self.best_epoch and (verdict != "go" or self.stopped is not None):
+            self._raise_never_finite()
+        if verdict == "back":
+            self.flow.load_state_dict(self.best_state)
+            for mean, parameter in zip(self.averages, self.parameters, strict=bool(self.averages)):
+                mean.copy_(parameter.detach())
+
+    def _limit(self) -> str | None:
+        if self._out_of_steps():
+            return "max_steps"
+        if self.epoch >= self.plan.max_epochs:
+            return "max_epochs"
+        return "seconds" if self._out_of_time() else None
+
+    def _out_of_steps(self) -> bool:
+        return self.settings.max_steps is not None and self.step >= self.settings.max_steps
+
+    def _out_of_time(self) -> bool:
+        return self.settings.seconds is not None and self.elapsed >= self.settings.seconds
+
+    def _validate(self) -> float:
+        total, rows = 0.0, 0
+        for scores in evaluate(self._score, self.validation, self.plan.batch_size):
+            total, rows = total + scores.cpu().double().sum().item(), rows + len(scores)
+        return total / rows if rows else math.nan
+
+    def _raise_never_finite(self) -> None:
+        what = f"validation log-likelihood was not finite in any of {self.epoch} epochs"
+        for value, context, index in self.validation.chunks(self.plan.batch_size):
+            with torch.no_grad():
+                bad = not self._score(value, context).isfinite().all()
+            if bad:
+                self._raise_bad_score(what, (value, context, index))
+        raise FloatingPointError(f"fit_density: the {what}; try a smaller lr")
+
+    def _raise_bad_score(self, what: str, batch: Batch) -> None:
+        scores = self._score(*batch[:2]).detach()
+        found = first_nonfinite(self.flow, self.model, batch)
+        raise FloatingPointError(bad_score(what, scores, batch[2], found))
+
+    def _snapshot(self) -> dict[str, Any]:
+        return {name: v.detach().clone() if isinstance(v, Tensor) else v for name, v in self.flow.state_dict().items()}
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """The averages in place of the parameters."""
+        if not self.averages:
+            yield
+            return
+        latest = [p.detach().clone() for p in self.parameters]
+        self._write(self.averages)
+        try:
+            yield
+        finally:
+            self._write(latest)
+
+    @torch.no_grad()
+    def _write(self, values: list[Tensor]) -> None:
+        for parameter, value in zip(self.parameters, values, strict=True):
+            parameter.copy_(value)
+
+    # Resumption.
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs to go on as if nothing had happened, but for generators."""
+        return {
+            "flow": self.flow.state_dict(),
+            "best_state": self.best_state,
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "averages": self.averages,
+            "history": self.history,
+            "spent": self.elapsed,
+            **{name: getattr(self, name) for name in _COUNTERS},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """What :meth:`state_dict` gave; a limit that was reached then may be a higher one now."""
+        self.flow.load_state_dict(state["flow"])
+        self.best_state, self.history = state["best_state"], state["history"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        for mean, known in zip(self.averages, state["averages"], strict=True):
+            mean.copy_(known)
+        for name in _COUNTERS:
+            setattr(self, name, state[name])
+        self._spent, self._since = state["spent"], time.monotonic()
+        if self.stopped != "patience":
+            self.stopped = self._limit()

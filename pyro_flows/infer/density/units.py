@@ -1,0 +1,234 @@
+"""The units of data: where a flow's standardisation goes, and flows that have one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Size, Tensor, nn
+from torch.distributions import Distribution, constraints
+
+from pyro_flows.chain import Chain
+from pyro_flows.core import FlowTransform
+from pyro_flows.distributions import Flow, FlowDistribution
+from pyro_flows.transforms import Permutation, Standardization
+
+__all__ = [
+    "StandardizedDensity",
+    "StandardizedFlow",
+    "Units",
+    "can_standardize",
+    "in_units",
+    "is_plain_flow",
+    "periodic_dimensions",
+    "pull_back",
+    "split_chain",
+    "standardized",
+]
+
+Units = dict[str, Tensor | None]
+"""``loc``, ``scale``, ``context_loc`` and ``context_scale`` in float64, ``None`` for what is not standardised."""
+
+
+class StandardizedFlow(Flow):
+    """A conditional flow that takes contexts in their own units and standardises them inside.
+
+    Made by :func:`standardized`.
+
+    Args:
+        chain: a flow transform with a context.
+        base: as for :class:`~pyro_flows.distributions.Flow`.
+        context_loc: subtracted from every context, shape ``(context_dim,)``; saved in the ``state_dict``.
+        context_scale: what contexts are then divided by, of the same shape and saved likewise.
+    """
+
+    def __init__(
+        self,
+        chain: FlowTransform,
+        base: Distribution | nn.Module | None,
+        context_loc: Tensor,
+        context_scale: Tensor,
+    ) -> None:
+        super().__init__(chain, base)
+        self.register_buffer("context_loc", context_loc.detach().clone())
+        self.register_buffer("context_scale", context_scale.detach().clone())
+
+    def scaled(self, context: Tensor) -> Tensor:
+        """A context as the chain sees it."""
+        return (context - self.context_loc) / self.context_scale
+
+    def forward(self, context: Tensor | None = None) -> FlowDistribution:
+        """The distribution at a context of shape ``(*batch, context_dim)``, in the context's own units."""
+        return super().forward(None if context is None else self.scaled(context))
+
+    condition = forward
+
+
+class StandardizedDensity(nn.Module):
+    r"""A module with ``log_prob`` in other units, :math:`\log p(y) = \log q((y - t) / \sigma) - \sum_i \log\sigma_i`.
+
+    Args:
+        module: the density :math:`q` of standardised values, with ``log_prob(value)`` or ``log_prob(value, context)``.
+        loc: :math:`t`, of the event's shape.
+        scale: :math:`\sigma`, of the same shape.
+        context_loc: the same for contexts, if there are any.
+        context_scale: the same for contexts.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        loc: Tensor,
+        scale: Tensor,
+        context_loc: Tensor | None = None,
+        context_scale: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.module = module
+        self.register_buffer("loc", loc)
+        self.register_buffer("scale", scale)
+        self.register_buffer("context_loc", context_loc)
+        self.register_buffer("context_scale", context_scale)
+
+    def _contexts(self, context: Tensor | None) -> tuple[Tensor, ...]:
+        return () if context is None else ((context - self.context_loc) / self.context_scale,)
+
+    def log_prob(self, value: Tensor, context: Tensor | None = None) -> Tensor:
+        """Log-density in nats."""
+        return self.module.log_prob((value - self.loc) / self.scale, *self._contexts(context)) - self.scale.log().sum()
+
+    def sample(self, sample_shape: Size | tuple[int, ...] = (), context: Tensor | None = None) -> Tensor:
+        """Draws, if the module can."""
+        return self.module.sample(sample_shape, *self._contexts(context)) * self.scale + self.loc
+
+
+def is_plain_flow(module: nn.Module) -> bool:
+    """Whether a module is a flow whose density is that of its chain and base, and so can be taken apart."""
+    made_by = (type(module).forward, type(module).log_prob) if isinstance(module, Flow) else ()
+    return made_by in ((Flow.forward, Flow.log_prob), (StandardizedFlow.forward, Flow.log_prob))
+
+
+def standardized(
+    flow: Flow,
+    loc: Tensor | None = None,
+    scale: Tensor | None = None,
+    context_loc: Tensor | None = None,
+    context_scale: Tensor | None = None,
+) -> Flow:
+    """The same flow in the units of data, sharing all its parts: what a fitted flow is saved and loaded as.
+
+    A :class:`~pyro_flows.transforms.elementwise.Standardization` is put at the data end of the chain, but before parts
+    at that end which learn nothing (e.g. ``ExpTransform()``), so that the support stays what these make it.  Contexts,
+    if the chain takes them, are standardised in a :class:`StandardizedFlow`.  Without numbers, locations are 0 and
+    scales 1: a flow of the same architecture, so made, can load the state of a fitted one.
+
+    Args:
+        flow: the flow; it is left as it is.
+        loc: location of the data, as the parts behind it give them back.
+        scale: their scale, positive.
+        context_loc: location of contexts, shape ``(context_dim,)``.
+        context_scale: their scale, positive.
+
+    Returns:
+        A flow that shares the parameters; ``flow`` itself if there is nothing to standardise.
+    """
+    if not is_plain_flow(flow):
+        raise TypeError(f"standardized: expected a Flow as it is, got a {type(flow).__name__}")
+    front, back = split_chain(flow.chain)
+    kin = next((t for t in (*flow.parameters(), *flow.buffers()) if t.is_floating_point()), torch.zeros(()))
+    chain = flow.chain
+    if can_standardize(flow):
+        shape = back[0].event_shape if back else front[-1].data_shape
+        loc = kin.new_zeros(shape) if loc is None else loc
+        scale = kin.new_ones(shape) if scale is None else scale
+        chain = Chain([*front, Standardization(loc.to(kin), scale.to(kin)), *back]).train(flow.training)
+    elif not flow.context_dim:
+        return flow
+    if flow.context_dim:
+        # A flow that standardises contexts already is asked in the contexts' own units, so its numbers must stay.
+        known = isinstance(flow, StandardizedFlow)
+        first = flow.context_loc if known else kin.new_zeros(flow.context_dim) if context_loc is None else context_loc
+        then = flow.context_scale if known else torch.ones_like(first) if context_scale is None else context_scale
+        return StandardizedFlow(chain, flow.base, first.to(kin), then.to(kin)).train(flow.training)
+    return Flow(chain, flow.base).train(flow.training)
+
+
+def in_units(density: nn.Module, units: Units, standardize: bool | None) -> nn.Module:
+    """A density in the units of data: ``density`` itself where nothing is to be standardised."""
+    if standardize is False or units["loc"] is None:
+        return density
+    if is_plain_flow(density):
+        if standardize and not can_standardize(density):
+            raise ValueError(
+                "fit_density: standardize=True, but there is nothing to standardise: this flow's values are angles or "
+                f"constrained ({density.chain.codomain}); leave it out, or say standardize=False"
+            )
+        return standardized(density, **units)
+    if not standardize:
+        return density
+    kin = next(p for p in density.parameters() if p.is_floating_point())
+    numbers = {name: None if value is None else value.to(kin) for name, value in units.items()}
+    return StandardizedDensity(density, **numbers)
+
+
+def split_chain(chain: FlowTransform) -> tuple[list[FlowTransform], list[FlowTransform]]:
+    """Parts before the standardisation, and those at the data end that stay behind it."""
+    parts = _flat(chain)
+    cut = len(parts)
+    while cut and _stays(parts[cut - 1]):
+        cut -= 1
+    return parts[:cut], parts[cut:]
+
+
+def can_standardize(flow: Flow) -> bool:
+    """Whether there is a place in the chain where any real number may stand."""
+    front, back = split_chain(flow.chain)
+    angles = periodic_dimensions(front)
+    if angles is not None:
+        return not angles.all()
+    place = back[0].domain if back else front[-1].codomain
+    # A base on part of the line only, with a chain that takes all of it, is a density that ends somewhere.
+    return _is_real(place) and (not _is_real(flow.chain.domain) or _is_real(flow.base().support))
+
+
+def periodic_dimensions(parts: list[FlowTransform]) -> Tensor | None:
+    """Which dimensions at the data end of these parts some part takes for angles; ``None`` if none is."""
+    found: Tensor | None = None
+    for part in parts:
+        periodic = _periodic(part)
+        if periodic is not None and part.event_shape == part.data_shape:
+            periodic = periodic.expand(part.event_shape)
+            found = periodic if found is None or found.shape != periodic.shape else found | periodic
+        if found is not None and isinstance(part, Permutation):
+            found = found.flatten()[part.permutation.to(found.device)].unflatten(0, part.event_shape)
+    return found
+
+
+def pull_back(back: list[FlowTransform], value: Tensor) -> Tensor:
+    """Data as the parts before the standardisation see them."""
+    for part in reversed(back):
+        value = part.inverse_and_ladj(value)[0]
+    return value
+
+
+def _flat(chain: FlowTransform) -> list[FlowTransform]:
+    return [inner for part in chain for inner in _flat(part)] if isinstance(chain, Chain) else [chain]
+
+
+def _stays(part: FlowTransform) -> bool:
+    """Whether a part belongs behind the standardisation: it learns nothing, or what it gives is constrained."""
+    if part.context_dim:
+        return False
+    learns = next(part.parameters(), None) is not None
+    return not learns or not (_is_real(part.codomain) or _periodic(part) is not None)
+
+
+def _periodic(part: FlowTransform) -> Tensor | None:
+    if part.periodic is None:
+        return None
+    mask = torch.as_tensor(part.periodic, dtype=torch.bool).cpu()  # one value may stand for all dimensions
+    return mask if mask.any() else None
+
+
+def _is_real(constraint: constraints.Constraint) -> bool:
+    while hasattr(constraint, "base_constraint"):
+        constraint = constraint.base_constraint
+    return constraint is constraints.real or isinstance(constraint, type(constraints.real))

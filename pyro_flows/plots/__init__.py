@@ -1,0 +1,15 @@
+"""Pictures of densities, samples, training and calibration: ``from pyro_flows import plots``.
+
+Each function draws into ``ax``, or into a new figure where none is given, and returns what it drew into.  No setting of
+matplotlib is changed and nothing is shown: that is for ``matplotlib.pyplot.show`` or ``savefig``.
+
+A *model* is a distribution, a :class:`~pyro_flows.distributions.flow.Flow` or the result of a fit.  Data, samples and
+contexts are tensors of any dtype on any device, NumPy arrays or lists.  No gradient is recorded.
+"""
+
+from pyro_flows.plots.calibrations import calibration, pit
+from pyro_flows.plots.densities import density
+from pyro_flows.plots.histories import history
+from pyro_flows.plots.scatters import corner, samples
+
+__all__ = ["calibration", "corner", "density", "history", "pit", "samples"]

@@ -1,0 +1,145 @@
+"""Whether a model's intervals hold as many observations as they say."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_flows.plots.canvas import CYCLE, DATA, FRAME, MODEL, canvas, labels
+from pyro_flows.plots.inputs import distribution_of, draw, numbers, rows_of, single
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["calibration", "pit"]
+
+CHUNK = 1 << 20  # numbers drawn at a time
+STEPS = 100  # of nominal coverage
+REPEATS = 4000  # of what the band is simulated from
+NAMED = 12  # curves in a legend that can still be told apart
+
+
+def pit(model: Any, data: Any, context: Any = None, n: int = 1000) -> Tensor:
+    r"""Probability integral transform: where each observation falls among draws given its own context.
+
+    :math:`u = (r + v (t + 1)) / (n + 1)` for each dimension, where :math:`r` of :math:`n` draws are below the
+    observation, :math:`t` equal it and :math:`v \sim U(0, 1)`.  Where the model's marginals are right, each column is
+    uniform, exactly so for any number of draws.  The cost is ``n`` draws per row.
+
+    Args:
+        model: a model.
+        data: shape ``(rows, *event)``.
+        context: one for each row, shape ``(rows, context_dim)``, or one for all, shape ``(context_dim,)``; ``None`` for
+            a model without.
+        n: draws for each row.
+
+    Returns:
+        Values between 0 and 1, float64, on the CPU, shape ``(rows, event size)``.
+
+    Raises:
+        ValueError: where shapes do not fit, or a draw is NaN.
+
+    References:
+        Validating Bayesian Inference Algorithms with Simulation-Based Calibration (Talts et al., 2018),
+        arXiv:1804.06788.
+    """
+    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+        raise ValueError(f"pit: expected n to be an integer >= 1, got {n!r}")
+    if context is not None and not isinstance(context, Tensor):
+        context = numbers(context, "pit", "context")
+    if context is not None and context.ndim not in (1, 2):
+        raise ValueError(f"pit: expected a context of shape (rows, context_dim), got shape {tuple(context.shape)}")
+    each = context is not None and context.ndim == 2 and len(context) > 1
+    made = single(distribution_of(model, context[0] if each else context, "pit"), "pit")
+    rows = torch.from_numpy(rows_of(data, made.event_shape, "pit", "data"))
+    if each and len(context) != len(rows):
+        raise ValueError(f"pit: expected one context for each of {len(rows)} rows of data, got {len(context)}")
+    found = []
+    for part in torch.arange(len(rows)).split(max(1, CHUNK // (n * rows.shape[1]))):
+        if each:
+            drawn = draw(distribution_of(model, context[part[0] : part[-1] + 1], "pit"), (n,))
+        else:
+            drawn = draw(made, (n, len(part)))
+        found.append(_place(rows[part], drawn.cpu().double().reshape(n, len(part), -1)))
+    return torch.cat(found)
+
+
+def _place(observed: Tensor, drawn: Tensor) -> Tensor:
+    if drawn.isnan().any():
+        raise ValueError("pit: a draw of the model is NaN; pyro_flows.testing.locate_nonfinite finds the layer")
+    below, equal = (drawn < observed).sum(0), (drawn == observed).sum(0)
+    return (below + torch.rand(observed.shape, dtype=observed.dtype) * (equal + 1)) / (len(drawn) + 1)
+
+
+def calibration(
+    model: Any,
+    data: Any,
+    context: Any = None,
+    ax: Axes | None = None,
+    n: int = 1000,
+    *,
+    names: Sequence[str] | None = None,
+    level: float = 0.95,
+) -> Axes:
+    """How many observations fall into the model's central intervals, against how many should, for each dimension.
+
+    A curve above the diagonal belongs to intervals that are too wide, one below it to intervals that are too narrow.
+    The band is binomial, as wide everywhere as it takes for all curves of a calibrated model to stay inside over their
+    whole length with probability ``level``; its width is simulated.  This looks at one dimension at a time and not at
+    how they hang together.  The cost is that of :func:`pit`.
+
+    Args:
+        model: a model.
+        data: held-out rows, shape ``(rows, *event)``.
+        context: one for each row, or ``None`` for a model without; see :func:`pit`.
+        ax: where to draw.
+        n: draws for each row.
+        names: one for each dimension.
+        level: of the band.
+
+    Raises:
+        ValueError: where shapes do not fit.
+
+    References:
+        Graphical Test for Discrete Uniformity and its Applications in Goodness of Fit Evaluation and Multiple Sample
+        Comparison (Säilynoja et al., 2021), arXiv:2103.10522.
+    """
+    if not 0 < level < 1:
+        raise ValueError(f"calibration: expected level between 0 and 1, got {level}")
+    places = pit(model, data, context, n).numpy()
+    rows, dims = places.shape
+    text = labels(names, range(dims), "calibration")
+    nominal = np.linspace(0, 1, STEPS + 1)
+    spread = _band(rows, 1 - (1 - level) / dims)
+    ax = canvas(ax, (4.4, 4.4))
+    ax.fill_between(
+        nominal, np.clip(nominal - spread, 0, 1), np.clip(nominal + spread, 0, 1), color=DATA, alpha=0.13, linewidth=0
+    )
+    ax.plot((0, 1), (0, 1), color=FRAME, linewidth=0.9, linestyle="--")
+    for k in range(dims):
+        inside = np.sort(np.abs(2 * places[:, k] - 1))
+        covered = np.searchsorted(inside, nominal, "right") / rows
+        color = CYCLE[k % len(CYCLE)] if dims <= NAMED else MODEL
+        style = ("-", "--")[k // len(CYCLE) % 2] if dims <= NAMED else "-"
+        ax.plot(nominal, covered, color=color, linestyle=style, linewidth=1.5, label=text[k])
+    ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="nominal coverage of intervals", ylabel="share of observations inside")
+    ax.set_aspect("equal")
+    ax.text(0.04, 0.96, "intervals too wide", color=FRAME, fontsize=8, ha="left", va="top")
+    ax.text(0.96, 0.04, "intervals too narrow", color=FRAME, fontsize=8, ha="right", va="bottom")
+    if 1 < dims <= NAMED or names is not None:
+        ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return ax
+
+
+def _band(rows: int, level: float) -> np.ndarray:
+    """Half the width of the band: so many binomial standard errors that it holds a whole curve at this level."""
+    nominal = np.linspace(0, 1, STEPS + 1)
+    error = np.sqrt(nominal * (1 - nominal) / rows)
+    # Central coverage is uniform for a calibrated model, so its curve is a cumulative count of equal cells.
+    count = np.random.default_rng(0).multinomial(rows, np.full(STEPS, 1 / STEPS), REPEATS).cumsum(1)[:, :-1]
+    furthest = (np.abs(count / rows - nominal[1:-1]) / error[1:-1]).max(1)
+    return np.quantile(furthest, level) * error

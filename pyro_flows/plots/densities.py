@@ -1,0 +1,114 @@
+"""The density of a model of one or two dimensions."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch.distributions import Distribution
+
+from pyro_flows.plots.canvas import DATA, MODEL, SHADES, bars, canvas, reach, thinned
+from pyro_flows.plots.inputs import distribution_of, drawn_rows, numbers, rows_of, score, single
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["density"]
+
+
+def density(
+    model: Any,
+    *,
+    bounds: Any = None,
+    points: int | None = None,
+    context: Any = None,
+    data: Any = None,
+    ax: Axes | None = None,
+    **style: Any,
+) -> Axes:
+    """The density of a model of one dimension, as a line, or of two, as a picture.
+
+    Colours grow with the square root of the density, so that thin bridges and tails show; they are full where only a
+    hundredth of the mass in the picture is denser.  The cost is one density evaluation per grid point.
+
+    Args:
+        model: a model whose event has one entry or two, with an empty batch shape.
+        bounds: ``(low, high)`` for one dimension, a pair of these for two; by default where the data are, or without
+            data where draws of the model are.
+        points: grid points along each dimension (default: 500 for one dimension, 200 for two).
+        context: one context, shape ``(context_dim,)``.
+        data: rows to show as well: as a histogram in one dimension, as at most 1000 points in two.
+        ax: where to draw.
+        **style: for ``Axes.plot`` in one dimension and ``Axes.pcolormesh`` in two, e.g. ``cmap`` or ``norm``.
+
+    Raises:
+        ValueError: for a model of more dimensions or with a batch shape, a density that is NaN somewhere, or arguments
+            that do not fit.
+    """
+    made = single(distribution_of(model, context, "density"), "density", (1, 2))
+    rows = None if data is None else rows_of(data, made.event_shape, "density", "data")
+    limits = _limits(bounds, made, rows)
+    dims = len(limits)
+    count = (500, 200)[dims - 1] if points is None else points
+    if isinstance(count, bool) or not isinstance(count, int) or count < 2:
+        raise ValueError(f"density: expected points to be an integer >= 2, got {points!r}")
+    grids = [np.linspace(low, high, count) for low, high in limits]
+    mesh = np.stack(np.meshgrid(*grids, indexing="ij"), -1).reshape(-1, dims)
+    height = np.exp(score(made, mesh, "density")).reshape((count,) * dims)
+    ax = canvas(ax)
+    draw = _line if dims == 1 else _picture
+    draw(ax, grids, height, rows, style)
+    return ax
+
+
+def _limits(bounds: Any, made: Distribution, rows: np.ndarray | None) -> list[tuple[float, float]]:
+    dims = made.event_shape.numel()
+    if bounds is not None:
+        given = numbers(bounds, "density", "bounds")
+        if given.shape == (2,):
+            given = given[None]
+        if given.shape != (dims, 2) or not (given[:, 0] < given[:, 1]).all():
+            raise ValueError(
+                f"density: expected bounds with low < high for {dims} dimension{'s'[: dims - 1]}, e.g. "
+                f"{('(-3, 3)', '((-3, 3), (-3, 3))')[dims - 1]}, got {bounds!r}"
+            )
+        return [(float(low), float(high)) for low, high in given]
+    if rows is None:
+        rows = drawn_rows(made, 4000, "density")
+    return reach(rows)
+
+
+def _line(
+    ax: Axes, grids: list[np.ndarray], height: np.ndarray, rows: np.ndarray | None, style: dict[str, Any]
+) -> None:
+    (grid,) = grids
+    if rows is not None:
+        ax.stairs(*bars(rows[:, 0], grid[0], grid[-1]), fill=True, color=DATA, alpha=0.25, label="data")
+    look = {} if "color" in style or "c" in style else {"color": MODEL}
+    ax.plot(grid, height, **look, **style)
+    ax.set(xlim=(grid[0], grid[-1]), ylabel="density")
+    ax.set_ylim(bottom=0)
+
+
+def _picture(
+    ax: Axes, grids: list[np.ndarray], height: np.ndarray, rows: np.ndarray | None, style: dict[str, Any]
+) -> None:
+    from matplotlib.colors import LinearSegmentedColormap, PowerNorm
+
+    look = {"cmap": LinearSegmentedColormap.from_list("flow", SHADES), "shading": "nearest", "rasterized": True} | style
+    if "norm" not in style:
+        top = look.pop("vmax", None)
+        look["norm"] = PowerNorm(0.5, look.pop("vmin", 0.0), _full(height) if top is None else top)
+    ax.pcolormesh(*grids, height.T, **look)
+    if rows is not None:
+        ax.scatter(*thinned(rows, 1000).T, s=4, color=DATA, alpha=0.5, linewidths=0)
+    ax.set(xlim=(grids[0][0], grids[0][-1]), ylim=(grids[1][0], grids[1][-1]))
+
+
+def _full(height: np.ndarray) -> float:
+    """The density that a hundredth of the mass exceeds: a spike must not leave the rest of a picture pale."""
+    ranked = np.sort(height, axis=None)[::-1]
+    mass = ranked.cumsum()
+    if not 0 < mass[-1] < np.inf:
+        return 1.0
+    return float(ranked[np.searchsorted(mass, 0.01 * mass[-1])])

@@ -1,0 +1,205 @@
+"""What the pictures are of: models of several kinds and rows of numbers, checked once and brought to the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Size, Tensor, nn
+from torch.distributions import Distribution
+
+from pyro_flows.core import FlowTransform
+
+__all__ = ["distribution_of", "draw", "drawn_rows", "draws_of", "numbers", "rows_of", "score", "single"]
+
+CHUNK = 1 << 14  # rows scored at a time
+
+
+def numbers(value: Any, name: str, what: str) -> np.ndarray:
+    """A float64 array of finite numbers, whatever they came in."""
+    try:
+        array = np.asarray(_plain(value))
+        if array.dtype.kind not in "fiub":
+            raise TypeError
+        array = array.astype(np.float64)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: expected {what} to be real numbers, got {_kind(value)}") from None
+    if array.size == 0:
+        raise ValueError(f"{name}: {what} is empty, shape {array.shape}")
+    bad = int((~np.isfinite(array)).sum())
+    if bad:
+        raise ValueError(
+            f"{name}: {bad} of {array.size} numbers in {what} are NaN or infinite; leave those rows out first"
+        )
+    return array
+
+
+def _plain(value: Any) -> Any:
+    """The value with tensors, also those in lists, as arrays; NumPy knows neither gradients nor bfloat16."""
+    if isinstance(value, Tensor):
+        value = value.detach().cpu()
+        return value.numpy() if value.is_complex() else value.double().numpy()
+    return [_plain(part) for part in value] if isinstance(value, (list, tuple)) else value
+
+
+def _kind(value: Any) -> str:
+    dtype = getattr(value, "dtype", None)
+    return type(value).__name__ + (f" of {dtype}" if dtype is not None else "")
+
+
+def rows_of(value: Any, event_shape: Size, name: str, what: str) -> np.ndarray:
+    """Rows of events, each flattened: shape ``(rows, event size)``."""
+    array = numbers(value, name, what)
+    size = event_shape.numel()
+    fits = array.ndim > len(event_shape) and array.shape[array.ndim - len(event_shape) :] == tuple(event_shape)
+    if array.ndim == 1 and size == 1:  # one dimension may go without an axis of its own
+        return array[:, None]
+    if not fits or array.ndim == 0:
+        raise ValueError(
+            f"{name}: expected {what} of shape {_shape('rows', *event_shape)}, got shape {tuple(array.shape)}"
+        )
+    return array.reshape(-1, size)
+
+
+def _shape(*parts: object) -> str:
+    return "(" + ", ".join(map(str, parts)) + ("," if len(parts) == 1 else "") + ")"
+
+
+def distribution_of(model: Any, context: Any, name: str) -> Distribution:
+    """The distribution that a model stands for, at a context if one is given."""
+    if not isinstance(model, (Distribution, nn.Module)):
+        model = getattr(model, "distribution", model)  # of the result of a fit
+    if isinstance(model, FlowTransform):
+        raise TypeError(
+            f"{name}: {type(model).__name__} is a transform and has no density; give it a base: pf.Flow(transform)"
+        )
+    if isinstance(model, Distribution):
+        if context is not None:
+            raise ValueError(f"{name}: {type(model).__name__} takes no context: leave it out")
+        return model
+    if context is None and getattr(model, "context_dim", 0):
+        raise ValueError(f"{name}: this flow was built with context_dim={model.context_dim}: give context=")
+    made = None
+    if context is not None and hasattr(model, "condition"):
+        made = model.condition(_context(model, context, name))
+    elif context is None and isinstance(model, nn.Module):
+        try:
+            made = model()
+        except (NotImplementedError, TypeError):  # a module that is called otherwise, or not at all
+            pass
+    if not isinstance(made, Distribution):
+        hint = "" if context is None else ", at a context"
+        raise TypeError(
+            f"{name}: expected a distribution, a Flow or the result of fitting a flow{hint}, got {type(model).__name__}"
+        )
+    return made
+
+
+def _context(model: Any, context: Any, name: str) -> Tensor:
+    """The context in the dtype and on the device of the model's parameters."""
+    given = torch.from_numpy(numbers(context, name, "context"))
+    if isinstance(model, nn.Module):
+        for held in (*model.parameters(), *model.buffers()):
+            if held.is_floating_point():
+                return given.to(held.device, held.dtype)
+    if isinstance(context, Tensor) and context.is_floating_point():
+        return context.detach()
+    return given.to(torch.get_default_dtype())
+
+
+def single(made: Distribution, name: str, sizes: Sequence[int] | None = None) -> Distribution:
+    """The distribution, if it is that of one event, of so many entries."""
+    if made.batch_shape:
+        raise ValueError(
+            f"{name}: expected an empty batch shape, got {tuple(made.batch_shape)}; give one context of shape "
+            "(context_dim,), or call .to_event() on a distribution of independent dimensions"
+        )
+    if sizes is not None and made.event_shape.numel() not in sizes:
+        raise ValueError(
+            f"{name}: expected {' or '.join(map(str, sizes))} dimensions, got event shape {tuple(made.event_shape)}; "
+            "plots.corner draws more of them"
+        )
+    return made
+
+
+@contextmanager
+def _resting(made: Distribution | None) -> Iterator[None]:
+    """No gradient, and evaluation mode: a layer that learns from its first batch must not learn from a picture."""
+    modes = {}
+    while made is not None:
+        for part in getattr(made, "transforms", ()):
+            if isinstance(part, nn.Module):
+                modes.update((inner, inner.training) for inner in part.modules())
+        made = getattr(made, "base_dist", None)
+    for inner in modes:
+        inner.training = False
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for inner, mode in modes.items():
+            inner.training = mode
+
+
+def draw(made: Distribution, shape: tuple[int, ...] = ()) -> Tensor:
+    """Samples that leave no trace in the model."""
+    with _resting(made):
+        return made.sample(shape)
+
+
+def drawn_rows(made: Distribution, n: int, name: str) -> np.ndarray:
+    """Draws as rows, each flattened: ``n`` for each entry of the batch shape."""
+    drawn = draw(made, (n,))
+    if not drawn.isfinite().all():
+        raise ValueError(
+            f"{name}: some of the model's draws are NaN or infinite; pyro_flows.testing.locate_nonfinite finds where"
+        )
+    return rows_of(drawn, made.event_shape, name, "the model's draws")
+
+
+def draws_of(model: Any, n: int, context: Any, name: str) -> tuple[np.ndarray, Size]:
+    """Samples as rows, and the shape of one: given ones, or at least ``n`` draws of a model."""
+    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+        raise ValueError(f"{name}: expected n to be an integer >= 1, got {n!r}")
+    if isinstance(model, (Tensor, np.ndarray, list, tuple)):
+        array = numbers(model, name, "samples")
+        if array.ndim == 0:
+            raise ValueError(f"{name}: expected samples of shape (rows, *event), got a single number")
+        event = Size(array.shape[1:])
+        return array.reshape(len(array), -1), event
+    made = distribution_of(model, context, name)
+    if context is None:
+        single(made, name)
+    return drawn_rows(made, -(-n // max(1, made.batch_shape.numel())), name), made.event_shape
+
+
+def score(made: Distribution, points: np.ndarray, name: str) -> np.ndarray:
+    """Log-densities in nats of points of shape ``(n, event size)``; minus infinity outside the support."""
+    event = made.event_shape
+    found = []
+    with _resting(made):
+        kin = made.sample()
+        for part in torch.from_numpy(points).split(CHUNK):
+            values = part.to(kin.device, kin.dtype).reshape(len(part), *event)
+            inside = _inside(made, values)
+            # What lies outside is replaced by a draw, because validation refuses it.
+            safe = torch.where(inside.reshape(-1, *(1,) * len(event)), values, kin)
+            found.append(made.log_prob(safe).masked_fill(~inside, -torch.inf).double().cpu())
+    log_prob = torch.cat(found)
+    bad = int(log_prob.isnan().sum())
+    if bad:
+        raise ValueError(
+            f"{name}: the log-density is NaN at {bad} of {len(log_prob)} points; "
+            "pyro_flows.testing.locate_nonfinite finds the layer"
+        )
+    return log_prob.numpy()
+
+
+def _inside(made: Distribution, values: Tensor) -> Tensor:
+    try:
+        return made.support.check(values)
+    except (NotImplementedError, ValueError):  # a support that is not known, or depends on something unknown
+        return values.new_ones(len(values), dtype=torch.bool)

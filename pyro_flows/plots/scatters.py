@@ -1,0 +1,145 @@
+"""Draws of a model beside data: in one pair of dimensions, or in all pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pyro_flows.plots.canvas import DATA, MODEL, bars, canvas, figure, labels, reach, thinned
+from pyro_flows.plots.inputs import draws_of, rows_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["corner", "samples"]
+
+MOST = 12  # dimensions of a corner plot that can still be read
+BINS = 48  # counts behind contours, along each dimension
+SPREAD = 1.5  # of the kernel that smooths counts for contours, in bins
+
+
+def samples(
+    model: Any, data: Any = None, n: int = 2000, *, context: Any = None, ax: Axes | None = None, **style: Any
+) -> Axes:
+    """Draws of a model of two dimensions, or given samples, on top of as many rows of data.
+
+    The picture reaches as far as nearly all of the data, or without data of the draws.
+
+    Args:
+        model: a model, or samples of shape ``(rows, 2)``.
+        data: rows to compare with.
+        n: how many draws; given samples and data are thinned evenly to so many.
+        context: one context, or a batch of them over which the draws are spread.
+        ax: where to draw.
+        **style: for ``Axes.scatter`` of the draws.
+
+    Raises:
+        ValueError: for samples of another number of dimensions, or arguments that do not fit.
+    """
+    draws, event = draws_of(model, n, context, "samples")
+    if draws.shape[1] != 2:
+        raise ValueError(f"samples: expected two dimensions, got {draws.shape[1]}; plots.corner draws other numbers")
+    rows = None if data is None else rows_of(data, event, "samples", "data")
+    ax = canvas(ax)
+    if rows is not None:
+        ax.scatter(*thinned(rows, n).T, s=6, color=DATA, alpha=0.4, linewidths=0, label="data")
+    look = {"s": 6, "alpha": 0.5, "linewidths": 0, "label": "samples"}
+    look |= {} if "color" in style or "c" in style else {"color": MODEL}
+    ax.scatter(*thinned(draws, n).T, **look | style)
+    ax.set(**dict(zip(("xlim", "ylim"), reach(draws if rows is None else rows), strict=True)))
+    if rows is not None:
+        ax.legend(frameon=False, markerscale=2.5, fontsize=8)
+    return ax
+
+
+def corner(
+    model: Any,
+    data: Any = None,
+    names: Sequence[str] | None = None,
+    n: int = 10_000,
+    *,
+    context: Any = None,
+    dims: Sequence[int] | None = None,
+) -> Figure:
+    """All pairs of dimensions: data as points, the model as contours around 50 and 90 % of its draws.
+
+    On the diagonal are the densities of both as histograms.  Without data the points are the draws themselves.  The
+    picture reaches as far as the data, or without data as the draws.
+
+    Args:
+        model: a model, or samples of shape ``(rows, *event)``.
+        data: rows to compare with.
+        names: one for each dimension drawn.
+        n: how many draws.
+        context: one context, or a batch of them over which the draws are spread.
+        dims: which dimensions of the flattened event to draw, at most 12 (default: all).
+
+    Raises:
+        ValueError: for more than 12 dimensions, or arguments that do not fit.
+    """
+    draws, event = draws_of(model, n, context, "corner")
+    rows = None if data is None else rows_of(data, event, "corner", "data")
+    chosen = _chosen(dims, draws.shape[1])
+    text = labels(names, chosen, "corner")
+    draws = draws[:, chosen]
+    rows = None if rows is None else rows[:, chosen]
+    shown, color = (draws, MODEL) if rows is None else (rows, DATA)
+    limits = reach(shown)
+    edges = [np.linspace(low, high, BINS + 1) for low, high in limits]
+    size = len(chosen)
+    side = max(3.2, 1.5 * size + 0.4)
+    fig, axes = figure(size, size, (side, side))
+    for i, j in np.ndindex(size, size):
+        ax = axes[i, j]
+        if i < j:
+            ax.remove()
+            continue
+        ax.set(xlim=limits[j], xlabel=text[j] if i == size - 1 else "", ylabel=text[i] if j == 0 < i else "")
+        ax.locator_params(nbins=4)
+        if i == j:
+            if rows is not None:
+                ax.stairs(*bars(rows[:, i], *limits[i]), fill=True, color=DATA, alpha=0.25, label="data")
+            ax.stairs(*bars(draws[:, i], *limits[i]), color=MODEL, linewidth=1.4, label="samples")
+            ax.set_yticks([])
+            ax.spines["left"].set_visible(False)
+        else:
+            ax.set_ylim(limits[i])
+            ax.scatter(*thinned(shown[:, [j, i]], 1500).T, s=3, color=color, alpha=0.3, linewidths=0, rasterized=True)
+            _contours(ax, draws[:, [j, i]], (edges[j], edges[i]))
+        ax.tick_params(labelbottom=i == size - 1, labelleft=j == 0)
+    fig.align_labels()
+    if rows is not None:
+        handles, called = axes[0, 0].get_legend_handles_labels()
+        fig.legend(handles, called, loc="outside upper right", frameon=False, fontsize=9)
+    return fig
+
+
+def _chosen(dims: Sequence[int] | None, size: int) -> list[int]:
+    chosen = list(range(size)) if dims is None else list(dims)
+    if not 0 < len(chosen) <= MOST:
+        raise ValueError(
+            f"corner: expected 1 to {MOST} dimensions, got {len(chosen)}; choose some of them, e.g. dims=[0, 1, 2]"
+        )
+    if any(isinstance(k, bool) or not isinstance(k, int) or not 0 <= k < size for k in chosen):
+        raise ValueError(f"corner: expected dims to be integers from 0 to {size - 1}, got {chosen}")
+    return chosen
+
+
+def _contours(ax: Axes, pairs: np.ndarray, edges: tuple[np.ndarray, np.ndarray]) -> None:
+    """Lines around the densest 50 and 90 % of the pairs inside the edges."""
+    count = np.histogram2d(*pairs.T, bins=edges)[0]
+    if not count.any():
+        return
+    reach = np.arange(-6, 7)
+    kernel = np.exp(-0.5 * (reach / SPREAD) ** 2)
+    for axis in (0, 1):
+        count = np.apply_along_axis(np.convolve, axis, count, kernel / kernel.sum(), "same")
+    ranked = np.sort(count, axis=None)[::-1]
+    mass = ranked.cumsum() / ranked.sum()
+    levels = [ranked[np.searchsorted(mass, inside)] for inside in (0.9, 0.5)]
+    if ranked[-1] < levels[0] < levels[1] < ranked[0]:
+        middles = [(part[1:] + part[:-1]) / 2 for part in edges]
+        ax.contour(*middles, count.T, levels=levels, colors=MODEL, linewidths=(1.0, 1.5))
