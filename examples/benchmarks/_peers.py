@@ -60,7 +60,7 @@ def _sample_gradient(
     return run
 
 
-def _frozen(fn: Callable[[Tensor], object], value: Tensor) -> Callable[[], object]:
+def frozen(fn: Callable[[Tensor], object], value: Tensor) -> Callable[[], object]:
     def run() -> object:
         with torch.no_grad():
             return fn(value)
@@ -68,14 +68,14 @@ def _frozen(fn: Callable[[Tensor], object], value: Tensor) -> Callable[[], objec
     return run
 
 
-def _calls(
+def flow_calls(
     model: nn.Module, log_prob: Callable[[Tensor], Tensor], solve: Callable[[Tensor], tuple[Tensor, Tensor]], case: Case
 ) -> Calls:
     x, z = torch.randn(case.batch, case.dim), torch.randn(case.batch, case.dim)
     parameters = list(model.parameters())
     return {
-        "sample": _frozen(solve, z),
-        "log_prob": _frozen(log_prob, x),
+        "sample": frozen(solve, z),
+        "log_prob": frozen(log_prob, x),
         "train": _trainer(model, log_prob, x),
         "density_gradient": _density_gradient(log_prob, parameters, x),
         "sample_gradient": _sample_gradient(solve, parameters, z),
@@ -93,7 +93,7 @@ def ours(case: Case) -> Calls:
             layer.net.tensors()[0][-1].normal_(std=case.width**-0.5 / 3)
     base = dist.Normal(torch.zeros(case.dim), torch.ones(case.dim)).to_event(1)
     flow = dist.TransformedDistribution(base, [chain])
-    calls = _calls(chain, flow.log_prob, chain.forward_and_ladj, case)
+    calls = flow_calls(chain, flow.log_prob, chain.forward_and_ladj, case)
     sizes = (case.dim, case.width, case.width, 2 * case.dim)
     parts: list[nn.Module] = []
     for fan_in, fan_out in itertools.pairwise(sizes):
@@ -104,7 +104,7 @@ def ours(case: Case) -> Calls:
         for _ in range(case.layers):
             dense(value)
 
-    return calls | {"dense_pass": _frozen(passes, torch.randn(case.batch, case.dim))}
+    return calls | {"dense_pass": frozen(passes, torch.randn(case.batch, case.dim))}
 
 
 def pyro(case: Case) -> Calls:
@@ -128,7 +128,7 @@ def pyro(case: Case) -> Calls:
             ladj = ladj - layer._cached_log_scale.sum(-1)
         return z, ladj
 
-    return _calls(layers, log_prob, solve, case)
+    return flow_calls(layers, log_prob, solve, case)
 
 
 def zuko(case: Case) -> Calls:
@@ -140,7 +140,7 @@ def zuko(case: Case) -> Calls:
         transform = flow.transform(None)
         return transform.inv.call_and_ladj(z)
 
-    return _calls(flow, lambda x: flow().log_prob(x), solve, case)
+    return flow_calls(flow, lambda x: flow().log_prob(x), solve, case)
 
 
 def nflows(case: Case) -> Calls:
@@ -159,7 +159,7 @@ def nflows(case: Case) -> Calls:
         )
     chain = transforms.CompositeTransform(parts)
     flow = Flow(chain, StandardNormal([case.dim]))
-    return _calls(flow, flow.log_prob, chain.inverse, case)
+    return flow_calls(flow, flow.log_prob, chain.inverse, case)
 
 
 def normflows(case: Case) -> Calls:
@@ -177,7 +177,7 @@ def normflows(case: Case) -> Calls:
     def solve(z: Tensor) -> tuple[Tensor, Tensor]:
         return flow.forward_and_log_det(z)
 
-    return _calls(flow, flow.log_prob, solve, case)
+    return flow_calls(flow, flow.log_prob, solve, case)
 
 
 LIBRARIES: dict[str, Callable[[Case], Calls]] = {

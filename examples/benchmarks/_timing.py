@@ -12,16 +12,16 @@ import multiprocessing
 import statistics
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from multiprocessing.connection import Connection
 
 import torch
-from _peers import LIBRARIES, Case
+from _peers import LIBRARIES, Calls
 
 __all__ = ["Bench", "machine", "markdown"]
 
 
-def _serve(name: str, seed: int, threads: int, pipe: Connection) -> None:
+def _serve(builder: Callable[[object], Calls], seed: int, threads: int, pipe: Connection) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(threads)
     torch.distributions.Distribution.set_default_validate_args(False)
@@ -36,8 +36,12 @@ def _serve(name: str, seed: int, threads: int, pipe: Connection) -> None:
             torch.manual_seed(seed)
             calls = {}
             gc.collect()
-            calls = LIBRARIES[name](argument)
+            calls = builder(argument)
+            torch.distributions.Distribution.set_default_validate_args(False)  # Pyro's import turns it on
             pipe.send(sorted(calls))
+            continue
+        if kind == "value":
+            pipe.send(calls[argument]())
             continue
         call, target, repeats = argument
         gc.collect()
@@ -62,15 +66,22 @@ class Bench:
         names: of the libraries; those that are not installed are left out with a word.
         seed: of every worker.
         threads: of every worker.
+        libraries: builders by name: each makes named calls of a case.
     """
 
-    def __init__(self, names: Iterable[str], seed: int = 0, threads: int = 1) -> None:
+    def __init__(
+        self,
+        names: Iterable[str],
+        seed: int = 0,
+        threads: int = 1,
+        libraries: Mapping[str, Callable[..., Calls]] = LIBRARIES,
+    ) -> None:
         context = multiprocessing.get_context("spawn")
         self.pipes: dict[str, Connection] = {}
         self.workers = []
         for name in names:
             here, there = context.Pipe()
-            worker = context.Process(target=_serve, args=(name, seed, threads, there), daemon=True)
+            worker = context.Process(target=_serve, args=(libraries[name], seed, threads, there), daemon=True)
             worker.start()
             self.pipes[name] = here
             self.workers.append(worker)
@@ -85,13 +96,18 @@ class Bench:
         for worker in self.workers:
             worker.join(10)
 
-    def build(self, case: Case, names: Iterable[str]) -> None:
+    def build(self, case: object, names: Iterable[str]) -> None:
         """Builds one case in the named workers."""
         names = list(names)
         for name in names:
             self.pipes[name].send(("build", case))
         for name in names:
             self.pipes[name].recv()
+
+    def value(self, name: str, call: str) -> object:
+        """What one call of a library returns."""
+        self.pipes[name].send(("value", call))
+        return self.pipes[name].recv()
 
     def time(
         self, jobs: list[tuple[str, str]], rounds: int, target: float = 0.05

@@ -1,0 +1,258 @@
+"""Rational-quadratic splines in every library, behind one interface: the spline alone, and flows made of it.
+
+All have eight bins on [-5, 5] and the identity beyond.  Networks have hidden layers [H, H] and ReLU.  A builder returns
+named calls; each library is imported only in the worker process that times it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from _peers import Calls, Case, flow_calls, frozen
+from torch import Tensor, nn
+
+BINS, BOUND = 8, 5.0
+SIZES = [BINS, BINS, BINS - 1]
+
+Move = Callable[[Tensor, Tensor], object]
+
+
+class Task(NamedTuple):
+    """What to build: the ``op``, or flows of ``coupling`` or ``autoregressive`` layers."""
+
+    kind: str
+    case: Case
+
+
+def _op_calls(forward: Move, inverse: Move, case: Case, rows: bool = False) -> Calls:
+    """Calls of a spline whose parameters lie last in memory, or with ``rows`` before the dimensions."""
+    x = 2 * torch.randn(case.batch, case.dim)
+    params = torch.randn(case.batch, case.dim, sum(SIZES))
+    if rows:
+        params = params.transpose(-1, -2).contiguous()
+    upper = (torch.randn_like(x), torch.randn_like(x))
+
+    def seen(raw: Tensor) -> Tensor:
+        return raw.transpose(-1, -2) if rows else raw
+
+    def both() -> object:
+        leaves = x.detach().requires_grad_(), params.detach().requires_grad_()
+        return torch.autograd.grad(forward(leaves[0], seen(leaves[1])), leaves, upper)
+
+    return {
+        "forward and backward": both,
+        "forward": frozen(lambda value: forward(value, seen(params)), x),
+        "inverse": frozen(lambda value: inverse(value, seen(params)), x),
+    }
+
+
+def _ours_op(case: Case) -> Calls:
+    import pyro_flows as pf
+
+    spline = pf.Spline(BINS, BOUND, "identity")
+    calls = _op_calls(spline.forward, spline.inverse, case, rows=True)  # as the conditioners here give them
+    others = _op_calls(spline.forward, spline.inverse, case)
+    return calls | {f"{name}, parameters last": call for name, call in others.items()}
+
+
+def _pyro_op(case: Case) -> Calls:
+    from pyro.distributions.transforms.spline import _monotonic_rational_spline
+
+    def move(inverse: bool, x: Tensor, params: Tensor) -> object:  # as in its ConditionalSpline of quadratic order
+        w, h, d = params.split(SIZES, -1)
+        w, h, d = F.softmax(w, -1), F.softmax(h, -1), F.softplus(d)
+        return _monotonic_rational_spline(x, w, h, d, inverse=inverse, bound=BOUND)
+
+    return _op_calls(functools.partial(move, False), functools.partial(move, True), case)
+
+
+def _zuko_op(case: Case) -> Calls:
+    from zuko.transforms import MonotonicRQSTransform
+
+    def transform(params: Tensor) -> MonotonicRQSTransform:
+        return MonotonicRQSTransform(*params.split(SIZES, -1), bound=BOUND)
+
+    return _op_calls(
+        lambda x, params: transform(params).call_and_ladj(x),
+        lambda y, params: transform(params).inv.call_and_ladj(y),
+        case,
+    )
+
+
+def _durkan_op(spline: Callable[..., object], case: Case) -> Calls:
+    """For the two libraries that have the code of the paper's authors."""
+
+    def move(inverse: bool, x: Tensor, params: Tensor) -> object:
+        return spline(x, *params.split(SIZES, -1), inverse=inverse, tails="linear", tail_bound=BOUND)
+
+    return _op_calls(functools.partial(move, False), functools.partial(move, True), case)
+
+
+def _nflows_op(case: Case) -> Calls:
+    from nflows.transforms.splines.rational_quadratic import unconstrained_rational_quadratic_spline
+
+    return _durkan_op(unconstrained_rational_quadratic_spline, case)
+
+
+def _normflows_op(case: Case) -> Calls:
+    from normflows.utils.splines import unconstrained_rational_quadratic_spline
+
+    return _durkan_op(unconstrained_rational_quadratic_spline, case)
+
+
+def _with_count(calls: Calls, model: nn.Module) -> Calls:
+    return calls | {"parameters": lambda: sum(p.numel() for p in model.parameters())}
+
+
+def _ours_flow(case: Case, autoregressive: bool) -> Calls:
+    import pyro.distributions as dist
+
+    import pyro_flows as pf
+
+    hidden = (case.width, case.width)
+    options = {"num_layers": case.layers, "hidden_dims": hidden, "activation": "relu"}
+    chain = pf.nsf(case.dim, autoregressive=autoregressive, bins=BINS, bound=BOUND, boundary="identity", **options)
+    with torch.no_grad():
+        for layer in chain:  # as the others start: away from the identity
+            last = layer.net.tensors()[0][-1] if autoregressive else layer.net.layers[-1].weight
+            last.normal_(std=case.width**-0.5 / 3)
+    base = dist.Normal(torch.zeros(case.dim), torch.ones(case.dim)).to_event(1)
+    flow = dist.TransformedDistribution(base, [chain])
+    return _with_count(flow_calls(chain, flow.log_prob, chain.forward_and_ladj, case), chain)
+
+
+def _pyro_autoregressive(case: Case) -> Calls:
+    import pyro.distributions as dist
+    from pyro.distributions.transforms import SplineAutoregressive
+    from pyro.nn import AutoRegressiveNN
+
+    # Put together by hand: Pyro's helper makes parameters for the linear order only.
+    layers = nn.ModuleList()
+    for _ in range(case.layers):
+        net = AutoRegressiveNN(case.dim, [case.width] * 2, param_dims=SIZES)
+        layers.append(SplineAutoregressive(case.dim, net, count_bins=BINS, bound=BOUND, order="quadratic"))
+    base = dist.Normal(torch.zeros(case.dim), torch.ones(case.dim)).to_event(1)
+    flow = dist.TransformedDistribution(base, [layer.inv for layer in reversed(layers)])
+
+    def log_prob(x: Tensor) -> Tensor:
+        flow.clear_cache()
+        return flow.log_prob(x.view_as(x))  # a new object: the cache goes by identity and would return old values
+
+    def solve(z: Tensor) -> tuple[Tensor, Tensor]:
+        ladj = z.new_zeros(z.shape[:-1])
+        for layer in reversed(layers):
+            z = layer._inverse(z)
+            ladj = ladj - layer._cache_log_detJ.sum(-1)
+        return z, ladj
+
+    return _with_count(flow_calls(layers, log_prob, solve, case), layers)
+
+
+def _zuko_flow(case: Case, autoregressive: bool) -> Calls:
+    import zuko
+
+    passes = None if autoregressive else 2
+    hidden = (case.width, case.width)
+    flow = zuko.flows.NSF(case.dim, bins=BINS, transforms=case.layers, hidden_features=hidden, passes=passes)
+
+    def solve(z: Tensor) -> tuple[Tensor, Tensor]:
+        transform = flow.transform(None)
+        return transform.inv.call_and_ladj(z)
+
+    return _with_count(flow_calls(flow, lambda x: flow().log_prob(x), solve, case), flow)
+
+
+class _Conditioner(nn.Sequential):
+    """A plain network, as the other libraries' couplings want it: they also take their scale from its width."""
+
+    def __init__(self, case: Case, inputs: int, outputs: int) -> None:
+        width = self.hidden_features = case.width
+        super().__init__(
+            nn.Linear(inputs, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, outputs)
+        )
+
+    def forward(self, x: Tensor, context: None = None) -> Tensor:
+        return super().forward(x)
+
+
+def _nflows(parts: Sequence[nn.Module], case: Case) -> Calls:
+    from nflows.distributions.normal import StandardNormal
+    from nflows.flows.base import Flow
+    from nflows.transforms import CompositeTransform
+
+    chain = CompositeTransform(parts)
+    flow = Flow(chain, StandardNormal([case.dim]))
+    return _with_count(flow_calls(flow, flow.log_prob, chain.inverse, case), flow)
+
+
+def _nflows_coupling(case: Case) -> Calls:
+    from nflows.transforms import PiecewiseRationalQuadraticCouplingTransform
+    from nflows.utils.torchutils import create_alternating_binary_mask
+
+    net = functools.partial(_Conditioner, case)
+    options = {"num_bins": BINS, "tails": "linear", "tail_bound": BOUND}
+    masks = [create_alternating_binary_mask(case.dim, even=k % 2 == 0) for k in range(case.layers)]
+    return _nflows([PiecewiseRationalQuadraticCouplingTransform(mask, net, **options) for mask in masks], case)
+
+
+def _nflows_autoregressive(case: Case) -> Calls:
+    from nflows.transforms import MaskedPiecewiseRationalQuadraticAutoregressiveTransform, ReversePermutation
+
+    options = {"num_bins": BINS, "tails": "linear", "tail_bound": BOUND, "num_blocks": 1, "use_residual_blocks": False}
+    parts: list[nn.Module] = []
+    for k in range(case.layers):
+        if k:
+            parts.append(ReversePermutation(case.dim))
+        parts.append(MaskedPiecewiseRationalQuadraticAutoregressiveTransform(case.dim, case.width, **options))
+    return _nflows(parts, case)
+
+
+def _normflows_coupling(case: Case) -> Calls:
+    import normflows
+
+    layers = []
+    for k in range(case.layers):
+        layer = normflows.flows.CoupledRationalQuadraticSpline(
+            case.dim, 1, case.width, num_bins=BINS, tail_bound=BOUND, reverse_mask=k % 2 == 0
+        )
+        inner = layer.prqct  # its own network has residual blocks, with one more matrix
+        outputs = inner.num_transform_features * sum(SIZES)
+        inner.transform_net = _Conditioner(case, inner.num_identity_features, outputs)
+        layers.append(layer)
+    base = normflows.distributions.DiagGaussian(case.dim, trainable=False)
+    flow = normflows.NormalizingFlow(base, layers)
+    return _with_count(flow_calls(flow, flow.log_prob, flow.forward_and_log_det, case), flow)
+
+
+BUILDERS: dict[str, dict[str, Callable[[Case], Calls]]] = {
+    "op": {
+        "pyro_flows": _ours_op,
+        "pyro": _pyro_op,
+        "zuko": _zuko_op,
+        "nflows": _nflows_op,
+        "normflows": _normflows_op,
+    },
+    "coupling": {
+        "pyro_flows": functools.partial(_ours_flow, autoregressive=False),
+        "zuko": functools.partial(_zuko_flow, autoregressive=False),
+        "nflows": _nflows_coupling,
+        "normflows": _normflows_coupling,
+    },
+    "autoregressive": {
+        "pyro_flows": functools.partial(_ours_flow, autoregressive=True),
+        "pyro": _pyro_autoregressive,
+        "zuko": functools.partial(_zuko_flow, autoregressive=True),
+        "nflows": _nflows_autoregressive,
+    },
+}
+
+
+def _build(name: str, task: Task) -> Calls:
+    return BUILDERS[task.kind][name](task.case)
+
+
+SPLINES = {name: functools.partial(_build, name) for name in BUILDERS["op"]}

@@ -1,0 +1,126 @@
+"""Rational-quadratic splines and neural spline flows, here and in the other libraries.
+
+    python examples/benchmarks/spline.py                       # all tables; minutes
+    python examples/benchmarks/spline.py --tables op           # the spline alone, forwards and backwards
+    python examples/benchmarks/spline.py --tables sample       # samples of an autoregressive layer
+    python examples/benchmarks/spline.py --tables train        # training steps
+    python examples/benchmarks/spline.py --smoke
+
+Eight bins on [-5, 5], the identity beyond; same networks, plain Adam, one thread.  Ratios above 1 mean that we are
+faster: medians over rounds, least and greatest in brackets.  Needs the ``bench`` extra.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+
+import torch
+from _peers import Case
+from _spline_peers import BUILDERS, SPLINES, Task
+from _timing import Bench, machine, markdown, ratio, shown
+
+OP = [Case(32, 0, 0, 100), Case(32, 0, 0, 1000), Case(128, 0, 0, 1000)]
+SAMPLE = [Case(d, h, 1, b) for d, h in ((8, 64), (32, 256), (64, 512)) for b in (1, 100, 1000)]
+TRAIN = [Case(8, 64, 3, b) for b in (100, 1000)] + [Case(21, 100, 5, b) for b in (100, 1000)]
+TRAIN += [Case(32, 256, 3, 1000), Case(64, 512, 1, 1000)]
+US = "pyro_flows"
+
+
+class Tables:
+    """Measures one table after another with the same workers."""
+
+    def __init__(self, bench: Bench, peers: list[str], rounds: int, slow_rounds: int) -> None:
+        self.bench = bench
+        self.peers = peers
+        self.rounds = rounds
+        self.slow_rounds = slow_rounds
+
+    def taking_part(self, *kinds: str) -> list[str]:
+        return [peer for peer in self.peers if any(peer in BUILDERS[kind] for kind in kinds)]
+
+    def build(self, kind: str, case: Case) -> None:
+        self.bench.build(Task(kind, case), [US, *self.taking_part(kind)])
+
+    def ratios(self, call: str, jobs: list[tuple[str, str] | None], rounds: int) -> list[str]:
+        """Our time for a call, and that of the jobs in its units; "-" where there is nothing to compare."""
+        figures = self.bench.time([(US, call), *filter(None, jobs)], rounds)
+        row = [shown(statistics.median(figures[US, call]))]
+        for job in jobs:
+            if job is None:
+                row.append("-")
+                continue
+            each = ratio(figures, job, (US, call))
+            digits = 1 if each[0] >= 10 else 2
+            row.append("{:.{n}f} ({:.{n}f}-{:.{n}f})".format(*each, n=digits))
+        return row
+
+    def op(self, cases: list[Case]) -> str:
+        peers, calls, rows = self.taking_part("op"), ("forward and backward", "forward", "inverse"), []
+        for case in cases:
+            self.build("op", case)
+            for call in calls:
+                jobs = [*((peer, call) for peer in peers), (US, f"{call}, parameters last")]
+                row = [f"{case.batch * case.dim:,}", call, *self.ratios(call, jobs, self.rounds)]
+                rows.append(row)
+                print("  ".join(row), flush=True)
+        rows.sort(key=lambda row: calls.index(row[1]))
+        header = ["elements", "call", "ours", *(f"{peer} / ours" for peer in peers), "parameters last / ours"]
+        return markdown(header, rows)
+
+    def sample(self, cases: list[Case]) -> str:
+        peers, rows = self.taking_part("autoregressive"), []
+        for case in cases:
+            self.build("autoregressive", case)
+            rounds = self.slow_rounds if case.dim * case.batch >= 32_000 else self.rounds
+            row = [f"{case.dim}, {case.width}, {case.layers}, {case.batch}"]
+            row += self.ratios("sample", [(peer, "sample") for peer in peers], rounds)
+            rows.append(row)
+            print("  ".join(row), flush=True)
+        return markdown(["D, H, layers, batch", "ours", *(f"{peer} / ours" for peer in peers)], rows)
+
+    def train(self, cases: list[Case]) -> str:
+        kinds = ("coupling", "autoregressive")
+        peers, rows, counts = self.taking_part(*kinds), [], {}
+        for kind in kinds:
+            able = self.taking_part(kind)
+            for case in cases:
+                self.build(kind, case)
+                row = [kind, f"{case.dim}, {case.width}, {case.layers}, {case.batch}"]
+                row += self.ratios("train", [(peer, "train") if peer in able else None for peer in peers], self.rounds)
+                rows.append(row)
+                print("  ".join(row), flush=True)
+                names = [name if name in (US, *able) else None for name in (US, *peers)]
+                counts[kind, f"{case.dim}, {case.width}, {case.layers}"] = [
+                    f"{self.bench.value(name, 'parameters'):,}" if name else "-" for name in names
+                ]
+        times = markdown(["kind", "D, H, layers, batch", "ours", *(f"{peer} / ours" for peer in peers)], rows)
+        sizes = markdown(["kind", "D, H, layers", "ours", *peers], [[*key, *each] for key, each in counts.items()])
+        return f"{times}\n\nparameters\n\n{sizes}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="small sizes, one round")
+    parser.add_argument("--tables", nargs="+", choices=["op", "sample", "train"], default=["op", "sample", "train"])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--slow-rounds", type=int, default=2, help="rounds where a naive call takes seconds")
+    parser.add_argument("--peers", nargs="+", default=[n for n in SPLINES if n != US])
+    args = parser.parse_args()
+    cases = {"op": OP, "sample": SAMPLE, "train": TRAIN}
+    if args.smoke:
+        args.rounds, args.peers = 1, ["pyro"]
+        cases = {"op": [Case(4, 0, 0, 10)], "sample": [Case(4, 32, 1, 10)], "train": [Case(4, 32, 2, 10)]}
+    print(f"{machine()}; one thread, seed 0, float32, hidden layers [H, H], {args.rounds} rounds in turns\n")
+    done = []
+    with Bench([US, *args.peers], libraries=SPLINES) as bench:
+        tables = Tables(bench, args.peers, args.rounds, min(args.rounds, args.slow_rounds))
+        for name in args.tables:
+            print(name)
+            done.append(f"{name}\n\n{getattr(tables, name)(cases[name])}")
+    print("\n" + "\n\n".join(done))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()

@@ -1,0 +1,208 @@
+"""Densities of real data: every flow of the package, and zuko's, at equal budget, by held-out log-likelihood.
+
+    python examples/benchmarks/uci.py FOLDER                       # all sets, all models, three seeds; about an hour
+    python examples/benchmarks/uci.py FOLDER --sets wine_white     # one set; minutes
+    python examples/benchmarks/uci.py --smoke                      # synthetic data, seconds
+
+FOLDER holds ``uci_small/*.npz`` (``x``, and ``split_test_rows`` where a split is published) and
+``miniboone/miniboone.npz`` (``x_val``, ``x_test``).  Test rows are fixed: the first published split, or a tenth drawn
+with seed 0; miniboone is trained on its validation part.  A tenth of the other rows is held out for early stopping, by
+the seed, which also starts the model and orders the rows.  Columns are standardised by the training rows.  Columns of
+few distinct values, which would let any density grow without bound, are dequantised: each value is spread evenly
+towards its neighbours, by at most half the median gap.
+
+All models go through ``fit_density`` with the same steps, batches and schedule, and are left in the state of their best
+held-out score.  Scores are nats per row in standardised units, mean and standard deviation over seeds; times are CPU
+seconds of training on one thread.  Runs are kept in ``--results``, so that a second call only fills in what is missing.
+Needs the ``bench`` extra for zuko.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+import numpy as np
+import torch
+from _timing import machine, markdown
+from torch import Tensor, nn
+
+import pyro_flows as pf
+
+SETS = ["power_plant", "kin8nm", "wine_white", "houses", "protein_tertiary_structure", "miniboone"]
+Split = tuple[Tensor, Tensor, Tensor]
+
+
+class Gaussian(nn.Module):
+    """A full-covariance normal; its maximum likelihood needs no training."""
+
+    def __init__(self, train: Tensor) -> None:
+        super().__init__()
+        covariance = torch.cov(train.double().T).reshape(train.shape[1], -1)
+        self.normal = torch.distributions.MultivariateNormal(train.double().mean(0), covariance)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return self.normal.log_prob(value.double())
+
+
+class Zuko(nn.Module):
+    """A flow of zuko's as a module with ``log_prob``, with the sizes of ours."""
+
+    def __init__(self, kind: str, dims: int, layers: int) -> None:
+        super().__init__()
+        import zuko
+
+        width = min(max(64, 4 * dims), 512)
+        self.flow = getattr(zuko.flows, kind)(dims, transforms=layers, hidden_features=(width, width))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return self.flow().log_prob(value)
+
+
+MODELS: dict[str, Callable[[int], nn.Module]] = {
+    "nice, not rescaled": lambda dims: pf.Flow(pf.nice(dims, rescale=False)),
+    "nice": lambda dims: pf.Flow(pf.nice(dims)),
+    "realnvp": lambda dims: pf.Flow(pf.realnvp(dims)),
+    "maf": lambda dims: pf.Flow(pf.maf(dims)),
+    "zuko MAF": lambda dims: Zuko("MAF", dims, 5),
+    "maf, mixture base": lambda dims: pf.Flow(pf.maf(dims), base=pf.GaussianMixture(dims, 10)),
+    "nsf, couplings": lambda dims: pf.Flow(pf.nsf(dims)),
+    "nsf, autoregressive": lambda dims: pf.Flow(pf.nsf(dims, autoregressive=True)),
+    "zuko NSF": lambda dims: Zuko("NSF", dims, 3),
+}
+
+
+def dequantized(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Spreads the values of columns that have few distinct ones."""
+    x = x.copy()
+    for column in x.T:
+        values, index = np.unique(column, return_inverse=True)
+        if len(values) > len(column) / 5:
+            continue
+        gaps = np.diff(values)
+        half = np.minimum(gaps, np.median(gaps)) / 2
+        below, above = np.append(half[:1], half), np.append(half, half[-1:])
+        column += rng.random(len(column)) * (below + above)[index] - below[index]
+    return x
+
+
+def load(folder: Path | None, name: str, seed: int) -> Split:
+    """Training, validation and test rows, standardised by the training rows."""
+    rng = np.random.default_rng(0)
+    if folder is None:
+        x = rng.standard_normal((600, 3)) @ rng.standard_normal((3, 3)) + rng.standard_normal((600, 1)) ** 2
+        rows, test = x[:500], x[500:]
+    elif name == "miniboone":
+        held = np.load(folder / "miniboone" / "miniboone.npz")
+        rows, test = held["x_val"].astype(np.float64), held["x_test"].astype(np.float64)
+    else:
+        held = np.load(folder / "uci_small" / f"{name}.npz")
+        x = dequantized(held["x"], rng)
+        chosen = held["split_test_rows"][0] if "split_test_rows" in held else rng.permutation(len(x))[: len(x) // 10]
+        is_test = np.zeros(len(x), dtype=bool)
+        is_test[chosen] = True
+        rows, test = x[~is_test], x[is_test]
+    order = np.random.default_rng(seed + 1).permutation(len(rows))
+    validation, train = rows[order[: len(rows) // 10]], rows[order[len(rows) // 10 :]]
+    loc, scale = train.mean(0), train.std(0)
+    return tuple(torch.tensor((part - loc) / scale, dtype=torch.float32) for part in (train, validation, test))
+
+
+def run(folder: Path | None, name: str, model: str, seed: int, steps: int) -> dict[str, object]:
+    """Trains one model on one set, in a process of its own."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    torch.distributions.Distribution.set_default_validate_args(False)
+    train, validation, test = load(folder, name, seed)
+    torch.manual_seed(seed)
+    start = time.process_time()
+    if model == "Gaussian":
+        flow: nn.Module = Gaussian(train)
+    else:
+        flow = MODELS[model](train.shape[1])
+        # The default grows with the data; half of its largest keeps the steps of all sets alike.
+        size = min(2 ** round(np.log2(max(len(train) / 32, 64))), 512)
+        options = {"schedule": "cosine", "max_steps": steps, "patience": steps, "batch_size": size}
+        pf.fit_density(flow, train, validation, progress=False, seed=seed, standardize=False, **options)
+    spent = time.process_time() - start
+    with torch.no_grad():
+        scores = torch.cat([flow.log_prob(part) for part in test.split(2048)])
+    return {
+        "set": name,
+        "model": model,
+        "seed": seed,
+        "steps": steps,
+        "score": scores.double().mean().item(),
+        "seconds": spent,
+        "parameters": sum(p.numel() for p in flow.parameters()),
+        "rows": [len(train), len(test), train.shape[1]],
+    }
+
+
+def table(runs: list[dict[str, object]], sets: list[str], models: list[str]) -> str:
+    """Scores with their spread, and what they cost."""
+    rows = []
+    for model in models:
+        row = [model]
+        for name in sets:
+            these = [r for r in runs if (r["set"], r["model"]) == (name, model)]
+            if not these:
+                row.append("")
+                continue
+            scores = [float(r["score"]) for r in these]
+            spread = f" ± {statistics.stdev(scores):.3f}" if len(scores) > 1 else ""
+            spent = statistics.mean(float(r["seconds"]) for r in these)
+            cost = f"; {spent:.0f} s, {these[0]['parameters'] / 1000:.0f} k" if these[0]["parameters"] else ""
+            row.append(f"{statistics.mean(scores):.3f}{spread}{cost}")
+        rows.append(row)
+    sizes = {r["set"]: r["rows"] for r in runs}
+    header = [f"{name} ({sizes[name][2]} columns, {sizes[name][0]} rows)" if name in sizes else name for name in sets]
+    return markdown(["", *header], rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?", help="where the data are")
+    parser.add_argument("--smoke", action="store_true", help="synthetic data, a few steps")
+    parser.add_argument("--sets", nargs="+", default=SETS)
+    parser.add_argument("--models", nargs="+", default=["Gaussian", *MODELS])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--results", type=Path, help="JSON lines of runs, read and added to")
+    args = parser.parse_args()
+    if args.smoke:
+        args.folder, args.sets, args.seeds, args.steps = None, ["synthetic"], [0], 5
+        args.models = [name for name in args.models if not name.startswith("zuko")]
+        args.results = Path(tempfile.mkdtemp()) / "runs.jsonl"
+    elif args.folder is None:
+        parser.error("give the folder of the data, or --smoke")
+    results = args.results or Path("uci.jsonl")
+    known = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    known = [r for r in known if r["steps"] == args.steps]
+    done = {(r["set"], r["model"], r["seed"]) for r in known}
+    wanted = [(name, model, seed) for name in args.sets for seed in args.seeds for model in args.models]
+    print(f"{machine()}; {args.steps} steps, seeds {args.seeds}, float32, one thread a run\n")
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.jobs, mp_context=context, max_tasks_per_child=1) as pool, results.open("a") as file:
+        jobs = [pool.submit(run, args.folder, *each, args.steps) for each in wanted if each not in done]
+        for job in as_completed(jobs):
+            found = job.result()
+            known.append(found)
+            print(json.dumps(found), file=file, flush=True)
+            line = f"{found['set']:<28}{found['model']:<22}seed {found['seed']}  {found['score']:9.3f}"
+            print(f"{line}  {found['seconds']:6.1f} s", flush=True)
+    known.sort(key=lambda r: r["seed"])
+    print("\n" + table([r for r in known if r["seed"] in args.seeds], args.sets, args.models))
+
+
+if __name__ == "__main__":
+    main()
