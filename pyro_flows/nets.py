@@ -42,13 +42,13 @@ def _positive(name: str, value: int, least: int = 1) -> int:
 _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def _first_gain(inputs: float | Tensor) -> Tensor:
-    """Of the first layer's weights over the bound 1 / sqrt(inputs), for each number of inputs.
+def _first_gain(inputs: float) -> float:
+    """Of the first layer's weights over the bound 1 / sqrt(inputs), where units see so many inputs on average.
 
     Activations should bend where the data are.  With few inputs that takes larger weights than usual; with many, the
     detail that these bring is noise, and what a flow would learn first.
     """
-    return (4.5 * torch.as_tensor(inputs, dtype=torch.get_default_dtype()).clamp(min=1).rsqrt()).clamp(1.0, 3.0)
+    return min(max(4.5 / math.sqrt(max(inputs, 1.0)), 1.0), 3.0)
 
 
 def _run(layers: nn.ModuleList, pre: Tensor, act: Callable[[Tensor], Tensor], residual: bool) -> Tensor:
@@ -207,7 +207,7 @@ class MaskedMLP(nn.Module):
         weight = (2 * torch.rand(mask.shape) - 1) * bound * mask
         bias = (2 * torch.rand(mask.shape[0]) - 1) * bound[:, 0]
         if first:
-            weight = weight * _first_gain(mask.sum(1, keepdim=True))
+            weight = weight * _first_gain(mask.sum(1).double().mean().item())
         self.register_parameter(f"weight_{k}", nn.Parameter(torch.zeros_like(weight) if zero else weight))
         self.register_parameter(f"bias_{k}", nn.Parameter(torch.zeros_like(bias) if zero else bias))
         # The mask as integers of the weight's size, all bits set where the weight counts.
