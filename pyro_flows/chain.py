@@ -159,9 +159,10 @@ class Chain(FlowTransform):
     @constraints.dependent_property(is_discrete=False)
     def codomain(self) -> constraints.Constraint:
         parts = self._parts()
-        reached = parts[0].codomain
-        for part in parts[1:]:
-            reached = image(part.transform, reached) if isinstance(part, Wrap) else part.codomain
+        last = next((k for k in range(len(parts) - 1, 0, -1) if not isinstance(parts[k], Wrap)), 0)
+        reached = parts[last].codomain
+        for part in parts[last + 1 :]:
+            reached = image(part.transform, reached)
         return reached
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -211,18 +212,20 @@ def image(transform: Transform, start: constraints.Constraint) -> constraints.Co
     dims, inner = 0, start
     while isinstance(inner, constraints.independent):
         dims, inner = dims + inner.reinterpreted_batch_ndims, inner.base_constraint
-    if not isinstance(transform, AffineTransform):
-        return constraints.independent(transform.codomain, max(0, start.event_dim - transform.codomain.event_dim))
+    bounded = isinstance(inner, (constraints.interval, constraints.greater_than, constraints.less_than))
+    told = constraints.independent(transform.codomain, max(0, start.event_dim - transform.codomain.event_dim))
+    if not (bounded and isinstance(transform, AffineTransform)):
+        return told
     ends = [transform.loc + transform.scale * getattr(inner, name) for name in _ENDS if hasattr(inner, name)]
     upwards, downwards = (bool((torch.as_tensor(sign * transform.scale) > 0).all()) for sign in (1, -1))
-    if isinstance(inner, constraints.interval) and (upwards or downwards):
+    if not (upwards or downwards):
+        return told
+    if isinstance(inner, constraints.interval):
         made = constraints.interval(*(ends if upwards else reversed(ends)))
-    elif isinstance(inner, constraints.greater_than) and (upwards or downwards):
-        made = (constraints.greater_than if upwards else constraints.less_than)(*ends)
-    elif isinstance(inner, constraints.less_than) and (upwards or downwards):
-        made = (constraints.less_than if upwards else constraints.greater_than)(*ends)
+    elif isinstance(inner, constraints.greater_than) == upwards:
+        made = constraints.greater_than(*ends)
     else:
-        return constraints.independent(transform.codomain, max(0, start.event_dim - transform.codomain.event_dim))
+        made = constraints.less_than(*ends)
     return constraints.independent(made, dims)
 
 

@@ -368,6 +368,8 @@ def test_corner_of_degenerate_rows():
     flat = torch.randn(50, 2) * torch.tensor([1.0, 0.0]) + 5
     for fig in (plots.corner(flat), plots.corner(torch.ones(1, 2)), plots.corner(normal(1.0, 1.0), flat + 1e6)):
         fig.canvas.draw()
+        assert len(fig.axes) == 3
+        assert all(np.isfinite(ax.get_xlim()).all() and np.isfinite(ax.get_ylim()).all() for ax in fig.axes)
 
 
 # History
@@ -609,10 +611,11 @@ def test_both_dtypes_while_the_other_is_the_default(dtype, default_dtype):
     default_dtype(torch.float64 if dtype == torch.float32 else torch.float32)
     try:
         context, data = np.zeros(1), np.random.default_rng(0).normal(size=(20, 2))
-        plots.density(flow, context=context, data=data, points=10)
-        plots.samples(flow, data, 10, context=context)
-        plots.corner(flow, data, n=50, context=context)
-        plots.calibration(flow, data, np.zeros((20, 1)), n=10)
+        assert plots.density(flow, context=context, data=data, points=10).collections
+        assert plots.samples(flow, data, 10, context=context).collections
+        assert len(plots.corner(flow, data, n=50, context=context).axes) == 3
+        assert plots.calibration(flow, data, np.zeros((20, 1)), n=10).lines
+        assert {parameter.dtype for parameter in flow.parameters()} == {dtype}
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -684,8 +687,9 @@ def test_a_module_without_a_distribution_is_no_model():
 def test_devices(device):
     flow = flow_of(2, context_dim=1).to(device)
     data, context = torch.randn(20, 2, device=device), torch.randn(20, 1, device=device)
-    plots.density(flow, context=context[0].cpu(), data=data, points=10)
-    plots.samples(flow, data, n=10, context=context[0])
-    plots.corner(flow, data, n=50, context=context)
-    plots.calibration(flow, data, context, n=10)
-    plots.history({"train": data[:, 0]})
+    assert plots.density(flow, context=context[0].cpu(), data=data, points=10).collections
+    assert plots.samples(flow, data, n=10, context=context[0]).collections
+    assert len(plots.corner(flow, data, n=50, context=context).axes) == 3
+    assert plots.calibration(flow, data, context, n=10).lines
+    assert plots.history({"train": data[:, 0]}).lines
+    assert all(parameter.device.type == device.type for parameter in flow.parameters())

@@ -63,9 +63,8 @@ class Flow(nn.Module):
     def __init__(self, chain: FlowTransform | list[Transform], base: Distribution | nn.Module | None = None) -> None:
         super().__init__()
         self.chain = chain if isinstance(chain, FlowTransform) else Chain(chain)
-        event = self.chain.event_shape
+        event, periodic = self.chain.event_shape, self.chain.periodic
         if base is None:
-            periodic = self.chain.periodic
             base = DiagonalNormal(event) if periodic is None else UniformCircle(event, periodic)
             held = next((t for t in (*self.chain.parameters(), *self.chain.buffers()) if t.is_floating_point()), None)
             if held is not None:
@@ -84,8 +83,8 @@ class Flow(nn.Module):
                 f"event shape {tuple(made.event_shape)}{hint}"
             )
 
-        if self.chain.periodic is not None:
-            _refuse_line(made, self.chain.periodic)
+        if periodic is not None:
+            _refuse_line(made, periodic)
 
     @property
     def event_shape(self) -> Size:

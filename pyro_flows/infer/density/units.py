@@ -9,16 +9,16 @@ from torch.distributions import Distribution, constraints
 from pyro_flows.chain import Chain
 from pyro_flows.core import FlowTransform
 from pyro_flows.distributions import Flow, FlowDistribution
-from pyro_flows.transforms import Permutation, Standardization
+from pyro_flows.transforms import Standardization
 
 __all__ = [
     "StandardizedDensity",
     "StandardizedFlow",
     "Units",
+    "angles_behind",
     "can_standardize",
     "in_units",
     "is_plain_flow",
-    "periodic_dimensions",
     "pull_back",
     "split_chain",
     "standardized",
@@ -181,7 +181,7 @@ def split_chain(chain: FlowTransform) -> tuple[list[FlowTransform], list[FlowTra
 def can_standardize(flow: Flow) -> bool:
     """Whether there is a place in the chain where any real number may stand."""
     front, back = split_chain(flow.chain)
-    angles = periodic_dimensions(front)
+    angles = angles_behind(front)
     if angles is not None:
         return not angles.all()
     place = back[0].domain if back else front[-1].codomain
@@ -189,17 +189,12 @@ def can_standardize(flow: Flow) -> bool:
     return _is_real(place) and (not _is_real(flow.chain.domain) or _is_real(flow.base().support))
 
 
-def periodic_dimensions(parts: list[FlowTransform]) -> Tensor | None:
-    """Which dimensions at the data end of these parts some part takes for angles; ``None`` if none is."""
-    found: Tensor | None = None
-    for part in parts:
-        periodic = _periodic(part)
-        if periodic is not None and part.event_shape == part.data_shape:
-            periodic = periodic.expand(part.event_shape)
-            found = periodic if found is None or found.shape != periodic.shape else found | periodic
-        if found is not None and isinstance(part, Permutation):
-            found = found.flatten()[part.permutation.to(found.device)].unflatten(0, part.event_shape)
-    return found
+def angles_behind(parts: list[FlowTransform]) -> Tensor | None:
+    """Which dimensions at the data end of these parts are angles, on the CPU; ``None`` if none is."""
+    chain = Chain(parts) if parts else None
+    if chain is None or chain.periodic is None or not chain.periodic.any():
+        return None
+    return chain.turned(chain.periodic).cpu()
 
 
 def pull_back(back: list[FlowTransform], value: Tensor) -> Tensor:
@@ -218,14 +213,7 @@ def _stays(part: FlowTransform) -> bool:
     if part.context_dim:
         return False
     learns = next(part.parameters(), None) is not None
-    return not learns or not (_is_real(part.codomain) or _periodic(part) is not None)
-
-
-def _periodic(part: FlowTransform) -> Tensor | None:
-    if part.periodic is None:
-        return None
-    mask = torch.as_tensor(part.periodic, dtype=torch.bool).cpu()  # one value may stand for all dimensions
-    return mask if mask.any() else None
+    return not learns or not (_is_real(part.codomain) or part.periodic is not None)
 
 
 def _is_real(constraint: constraints.Constraint) -> bool:
