@@ -55,26 +55,25 @@ class Slabs:
 
 
 class Head(NamedTuple):
-    """What to do with a network's outputs: move each input by the univariate, or by its inverse."""
+    """What to do with a network's outputs: move each input by the univariate."""
 
     univariate: object
-    inverse: bool
 
     def move(self, x: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
         """``(moved, ladj)``, elementwise; outputs come parameter by parameter."""
         params = out.unflatten(-1, (self.univariate.num_params, x.shape[-1])).transpose(-1, -2)
-        return self.univariate.inverse(x, params) if self.inverse else self.univariate.forward(x, params)
+        return self.univariate.forward(x, params)
 
     def run(self, x: Tensor, out: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """As :meth:`move`, by hand, with what the gradient needs; ``out`` may be overwritten."""
-        return self.univariate.run(self.inverse, x, out.view(*x.shape[:-1], self.univariate.num_params, x.shape[-1]))
+        return self.univariate.run(False, x, out.view(*x.shape[:-1], self.univariate.num_params, x.shape[-1]))
 
     def pull(
         self, x: Tensor, moved: Tensor, ladj: Tensor, kept: Sequence[Tensor], grad: Tensor, grad_ladj: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Gradients after ``x`` and the outputs."""
         grads = (grad, grad_ladj.unsqueeze(-1))
-        by_x, by_params = self.univariate.pull(self.inverse, x, moved, ladj, kept, *grads)
+        by_x, by_params = self.univariate.pull(False, x, moved, ladj, kept, *grads)
         return by_x, by_params.flatten(-2)
 
     def run_slabs(
@@ -88,7 +87,7 @@ class Head(NamedTuple):
             part = keep(weight[:, start:stop, :high], bits[:, start:stop, :high]).flatten(0, 1)
             out = torch.addmm(bias[:, start:stop].reshape(-1, 1), part, hidden[:, :high].T)
             z = x[:, start:stop].T.reshape(-1)
-            y, ladj, kept = self.univariate.columns(self.inverse, z, out.view(weight.shape[0], z.shape[0]))
+            y, ladj, kept = self.univariate.columns(False, z, out.view(weight.shape[0], z.shape[0]))
             moved[start:stop] = y.view(stop - start, x.shape[0])
             ladj = ladj.view(stop - start, x.shape[0]).sum(0)
             total = ladj if total is None else total.add_(ladj)
@@ -115,7 +114,7 @@ class Head(NamedTuple):
         for (start, stop, high), part, kept in zip(slabs, parts, every, strict=True):
             upper = grad[:, start:stop].T.reshape(-1)
             by_z, by_out = self.univariate.pull_columns(
-                self.inverse, kept, upper, grad_ladj.expand(stop - start, n).reshape(-1)
+                False, kept, upper, grad_ladj.expand(stop - start, n).reshape(-1)
             )
             by_x[start:stop] = by_z.view(stop - start, n)
             flat = by_out.view(count * (stop - start), n)

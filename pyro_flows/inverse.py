@@ -220,9 +220,7 @@ class _Gradient(torch.autograd.Function):
         weights, _, masks = _groups(tensors)
         pre, post, params, ladj = solver.structure.unpack(tape, solver.activation)
         zt, xt = z.T, x.T
-        by_z, by_params, ladj_by_z, ladj_by_params = solver.univariate.partials(
-            solver.inverse, zt, params, xt, ladj, grad_ladj
-        )
+        by_z, by_params, ladj_by_z, ladj_by_params = solver.univariate.partials(True, zt, params, xt, ladj, grad_ladj)
         slopes = [slope(solver.activation, a, h) for a, h in zip(pre, post, strict=True)]
         arguments = (grad_x, by_params, ladj_by_params, slopes, weights, masks, handle)
         eager = plain_eager()
@@ -278,7 +276,7 @@ def _by_passes(
             if k in structure.joins:
                 stream = pre = pre + stream
         params = pre.unflatten(-1, (structure.num_params, structure.input_dim)).transpose(-1, -2)
-        x, ladj = solver.scalar(z, params)
+        x, ladj = solver.univariate.inverse(z, params)
     return x, ladj.sum(-1)
 
 

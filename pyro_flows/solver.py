@@ -27,14 +27,12 @@ class Solver:
     Args:
         structure: the steps and times of its units.
         activation: the elementwise function between layers.
-        univariate: the family of scalar maps, with ``solver`` and ``partials``.
-        inverse: whether ``x`` is the univariate's inverse at ``z`` (else its forward value).
+        univariate: the family of scalar maps, with ``inverse``, ``solver`` and ``partials``; ``x`` is its inverse at
+            ``z``.
     """
 
-    def __init__(
-        self, structure: Structure, activation: Callable[[Tensor], Tensor], univariate: object, inverse: bool
-    ) -> None:
-        self.structure, self.activation, self.univariate, self.inverse = structure, activation, univariate, inverse
+    def __init__(self, structure: Structure, activation: Callable[[Tensor], Tensor], univariate: object) -> None:
+        self.structure, self.activation, self.univariate = structure, activation, univariate
         self.handle = f"{self._digest()}-{next(_numbers)}"
         _solvers[self.handle] = self
         self._idle: list[ForwardSweep | ReverseSweep] = []
@@ -48,19 +46,15 @@ class Solver:
         s = self.structure
         own = type(self.univariate).__module__.startswith(__package__ + ".") and self.activation in known_activations()
         # What is not defined here may change behind an unchanged name.
-        parts = (s.before, s.num_params, sorted(s.joins), s.dense, self.activation, self.univariate, self.inverse)
+        parts = (s.before, s.num_params, sorted(s.joins), s.dense, self.activation, self.univariate)
         text = repr(parts[:4]) + str(getattr(parts[4], "__name__", parts[4])) + repr(parts[5:])
         return hashlib.sha256((text if own else text + uuid.uuid4().hex).encode()).hexdigest()[:16]
 
     def __reduce__(self) -> tuple[object, ...]:
-        return Solver, (self.structure, self.activation, self.univariate, self.inverse)
+        return Solver, (self.structure, self.activation, self.univariate)
 
     def __deepcopy__(self, memo: dict[int, object]) -> Solver:
-        return Solver(self.structure, self.activation, self.univariate, self.inverse)
-
-    def scalar(self, z: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
-        """``(x, ladj)`` elementwise; ``params`` with its parameter axis last."""
-        return self.univariate.inverse(z, params) if self.inverse else self.univariate.forward(z, params)
+        return Solver(self.structure, self.activation, self.univariate)
 
     def borrow(
         self, kind: type, like: Tensor, columns: int, weights: Sequence[Tensor], *options: Sequence[Tensor] | bool

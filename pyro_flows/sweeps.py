@@ -157,7 +157,7 @@ class ForwardSweep(_Sweep):
                 d0, d1 = count[0][t], count[0][t + 1]
                 add(params, self.head, post[last], width * d0, width * d1, known, count[last][t])
                 calls += solver.univariate.solver(
-                    solver.inverse, self.z[d0:d1], by_dimension[d0:d1], self.x[d0:d1], self.ladj[d0:d1]
+                    True, self.z[d0:d1], by_dimension[d0:d1], self.x[d0:d1], self.ladj[d0:d1]
                 )
                 for layer in range(1, last + 1):
                     a, c = count[layer][t], count[layer][t + 1]

@@ -108,12 +108,18 @@ def ours(case: Case) -> Calls:
 
 
 def pyro(case: Case) -> Calls:
-    import pyro.distributions as dist
     import pyro.distributions.transforms as transforms
 
     layers = nn.ModuleList(
         transforms.affine_autoregressive(case.dim, hidden_dims=[case.width] * 2) for _ in range(case.layers)
     )
+    return pyro_calls(layers, "_cached_log_scale", case)
+
+
+def pyro_calls(layers: nn.ModuleList, ladj: str, case: Case) -> Calls:
+    """Pyro's autoregressive layers as a flow; ``ladj`` is where a layer leaves the log-slopes of its last call."""
+    import pyro.distributions as dist
+
     base = dist.Normal(torch.zeros(case.dim), torch.ones(case.dim)).to_event(1)
     flow = dist.TransformedDistribution(base, [layer.inv for layer in reversed(layers)])
 
@@ -122,11 +128,11 @@ def pyro(case: Case) -> Calls:
         return flow.log_prob(x.view_as(x))  # a new object: the cache goes by identity and would return old values
 
     def solve(z: Tensor) -> tuple[Tensor, Tensor]:
-        ladj = z.new_zeros(z.shape[:-1])
-        for layer in layers:
+        total = z.new_zeros(z.shape[:-1])
+        for layer in reversed(layers):
             z = layer._inverse(z)
-            ladj = ladj - layer._cached_log_scale.sum(-1)
-        return z, ladj
+            total = total - getattr(layer, ladj).sum(-1)
+        return z, total
 
     return flow_calls(layers, log_prob, solve, case)
 

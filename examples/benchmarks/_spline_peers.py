@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from _peers import Calls, Case, flow_calls, frozen
+from _peers import Calls, Case, flow_calls, frozen, pyro_calls
 from torch import Tensor, nn
 
 BINS, BOUND = 8, 5.0
@@ -126,7 +126,6 @@ def _ours_flow(case: Case, autoregressive: bool) -> Calls:
 
 
 def _pyro_autoregressive(case: Case) -> Calls:
-    import pyro.distributions as dist
     from pyro.distributions.transforms import SplineAutoregressive
     from pyro.nn import AutoRegressiveNN
 
@@ -135,21 +134,7 @@ def _pyro_autoregressive(case: Case) -> Calls:
     for _ in range(case.layers):
         net = AutoRegressiveNN(case.dim, [case.width] * 2, param_dims=SIZES)
         layers.append(SplineAutoregressive(case.dim, net, count_bins=BINS, bound=BOUND, order="quadratic"))
-    base = dist.Normal(torch.zeros(case.dim), torch.ones(case.dim)).to_event(1)
-    flow = dist.TransformedDistribution(base, [layer.inv for layer in reversed(layers)])
-
-    def log_prob(x: Tensor) -> Tensor:
-        flow.clear_cache()
-        return flow.log_prob(x.view_as(x))  # a new object: the cache goes by identity and would return old values
-
-    def solve(z: Tensor) -> tuple[Tensor, Tensor]:
-        ladj = z.new_zeros(z.shape[:-1])
-        for layer in reversed(layers):
-            z = layer._inverse(z)
-            ladj = ladj - layer._cache_log_detJ.sum(-1)
-        return z, ladj
-
-    return _with_count(flow_calls(layers, log_prob, solve, case), layers)
+    return _with_count(pyro_calls(layers, "_cache_log_detJ", case), layers)
 
 
 def _zuko_flow(case: Case, autoregressive: bool) -> Calls:

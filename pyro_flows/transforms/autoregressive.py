@@ -72,7 +72,7 @@ class Autoregressive(FlowTransform):
             activation=activation,
         )
         structure = self.net.structure
-        self.solver = Solver(structure, self.net.activation, self.univariate, inverse=True)
+        self.solver = Solver(structure, self.net.activation, self.univariate)
         slow = f"1 sweep of {structure.num_steps} steps"
         self.sampling_cost, self.density_cost = (slow, "1 pass") if fast == "density" else ("1 pass", slow)
 
@@ -85,7 +85,7 @@ class Autoregressive(FlowTransform):
     def _one_pass(self, value: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         net = self.net
         ranked = net.to_ranks(self._flat(value))
-        moved, ladj = net.ranked(ranked, context, Head(self.univariate, inverse=False))
+        moved, ladj = net.ranked(ranked, context, Head(self.univariate))
         return self._shaped(net.from_ranks(moved)), ladj
 
     def _sweep(self, value: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
