@@ -182,7 +182,7 @@ class Structure:
         self.block = (2, 8, 16, 32, 64)[sum(self.num_steps > n for n in long)]
 
     def in_place(self, activation: Callable[[Tensor], Tensor]) -> bool:
-        """Whether the tape holds the activations' values (else what goes into them)."""
+        """Whether the tape holds the values of this activation (else what goes into it)."""
         return not self.joins and activation in IN_PLACE
 
     def rows(self, packed: Tensor, start: int) -> list[Tensor]:
@@ -190,13 +190,14 @@ class Structure:
         return list(packed[start:].split(self.widths)) if self.widths else []
 
     def unpack(
-        self, tape: Tensor, act: Callable[[Tensor], Tensor]
+        self, tape: Tensor, activations: Sequence[Callable[[Tensor], Tensor]]
     ) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
         """``(pre, post, params, ladj)``: into and out of activations, outputs ``(input_dim, num_params, n)``, ladj."""
         params = tape[: self.outputs].unflatten(0, (self.input_dim, self.num_params))
         head = self.outputs + self.input_dim
         hidden, ladj = self.rows(tape, head), tape[self.outputs : head]
-        return hidden, hidden if self.in_place(act) else [act(pre) for pre in hidden], params, ladj
+        post = [pre if self.in_place(act) else act(pre) for act, pre in zip(activations, hidden, strict=True)]
+        return hidden, post, params, ladj
 
     def unpack_adjoint(self, adjoint: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         """``(x, outputs, pre)``: the gradients, outputs parameter by parameter as in the weights."""

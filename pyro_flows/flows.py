@@ -159,7 +159,7 @@ def maf(
     order: Order = "alternating",
     adjacency: Tensor | None = None,
     residual: bool = False,
-    activation: Activation = "silu",
+    activation: Activation = ("isru", "silu"),
     max_log_scale: float = 2.0,
     univariate: Univariate | None = None,
 ) -> Chain:
@@ -178,7 +178,8 @@ def maf(
             ``"random"`` (drawn for each layer) or a permutation for all layers.
         adjacency: boolean matrix in place of the order: which outputs may see which inputs; the same in all layers.
         residual: whether networks have residual blocks.
-        activation: of the networks (paper: ReLU).
+        activation: of the networks (paper: ReLU); the first layer's is bounded, so that an input far out does not
+            throw the others far.
         max_log_scale: bound of the smooth clip on log-scales (paper: none); a tight one keeps layers from blowing up
             each other's outliers.
         univariate: another family of scalar maps in place of the affine one.

@@ -218,10 +218,10 @@ class _Gradient(torch.autograd.Function):
         handle, grad_x, grad_ladj, x, tape, z, first_bias, *tensors = inputs
         solver = named(handle)
         weights, _, masks = _groups(tensors)
-        pre, post, params, ladj = solver.structure.unpack(tape, solver.activation)
+        pre, post, params, ladj = solver.structure.unpack(tape, solver.activations)
         zt, xt = z.T, x.T
         by_z, by_params, ladj_by_z, ladj_by_params = solver.univariate.partials(True, zt, params, xt, ladj, grad_ladj)
-        slopes = [slope(solver.activation, a, h) for a, h in zip(pre, post, strict=True)]
+        slopes = [slope(act, a, h) for act, a, h in zip(solver.activations, pre, post, strict=True)]
         arguments = (grad_x, by_params, ladj_by_params, slopes, weights, masks, handle)
         eager = plain_eager()
         if eager:
@@ -272,7 +272,7 @@ def _by_passes(
     for _ in range(structure.num_steps):
         stream = pre = F.linear(x, weights[0]) + first_bias
         for k in range(1, len(weights)):
-            pre = F.linear(solver.activation(pre), weights[k], biases[k - 1])
+            pre = F.linear(solver.activations[k - 1](pre), weights[k], biases[k - 1])
             if k in structure.joins:
                 stream = pre = pre + stream
         params = pre.unflatten(-1, (structure.num_params, structure.input_dim)).transpose(-1, -2)

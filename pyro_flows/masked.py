@@ -29,7 +29,7 @@ ROWS = 2048  # of a batch at a time, where no gradient is wanted
 class Layout(NamedTuple):
     """What a pass needs to know of a network beside its weights."""
 
-    activation: Function
+    activations: tuple[Function, ...]  # after each hidden layer
     joins: frozenset[int]  # layers to which the pre-activation of two layers below is added
     cuts: tuple[Cut, ...]  # of each layer
     slabs: Slabs | None  # of the outputs, if there is a hidden layer
@@ -114,7 +114,7 @@ def _plain(
     biases = matrices[len(weights) :]
     stream = pre = F.linear(x, weights[0]) + first_bias
     for k in range(1, len(weights)):
-        pre = F.linear(layout.activation(pre), weights[k], biases[k - 1])
+        pre = F.linear(layout.activations[k - 1](pre), weights[k], biases[k - 1])
         if k in layout.joins:
             stream = pre = pre + stream
     if head is None:
@@ -136,14 +136,15 @@ def _run(
 
     Without the ``last`` layer, whose weight is then left out of ``weights``, the output is what goes into that.
     """
-    in_place = None if layout.joins else IN_PLACE.get(layout.activation)
     n = x.shape[0]
     bands = [cut.at(n) for cut in layout.cuts]
     pre, kept = band_product(bands[0], weights[0], masks[0], first_bias, x)
     into, outof, parts = [], [], [kept]
     stream = pre
     for k in range(1, len(weights) + (not last)):
-        post = in_place(pre) if in_place else layout.activation(pre)
+        activation = layout.activations[k - 1]
+        in_place = None if layout.joins else IN_PLACE.get(activation)
+        post = in_place(pre) if in_place else activation(pre)
         into.append(pre)
         outof.append(post)
         if k == len(weights):
@@ -218,7 +219,7 @@ class _Pass(torch.autograd.Function):
             by_x, grad, by_weight[top], by_bias[top] = head.pull_slabs(
                 ctx.slabs, outof[-1], masks[-1], parts[-1], every, grad, grad_ladj
             )
-            grad = pull(layout.activation, grad, into[-1], outof[-1])
+            grad = pull(layout.activations[-1], grad, into[-1], outof[-1])
             top -= 1
         elif head is not None:
             by_x, grad = head.pull(x, next(rest), next(rest), tuple(rest), grad, grad_ladj)
@@ -229,7 +230,7 @@ class _Pass(torch.autograd.Function):
                 by_bias[k] = grad.sum(0)
             after[k] = grad
             grad = input_gradient(bands[k], weights[k], parts[k], grad)
-            grad = pull(layout.activation, grad, into[k - 1], outof[k - 1])
+            grad = pull(layout.activations[k - 1], grad, into[k - 1], outof[k - 1])
             if k + 1 in layout.joins:  # this pre-activation also goes around the block above it
                 grad.add_(after[k + 1])
         if wanted[0]:

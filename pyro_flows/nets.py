@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyro_flows.activations import Activation, activation_function
+from pyro_flows.activations import Activation, activation_functions
 from pyro_flows.degrees import Degrees, Structure
 from pyro_flows.heads import Head, Slabs
 from pyro_flows.masked import Layout, masked_network
@@ -51,12 +51,12 @@ def _first_gain(inputs: float) -> float:
     return min(max(4.5 / math.sqrt(max(inputs, 1.0)), 1.0), 3.0)
 
 
-def _run(layers: nn.ModuleList, pre: Tensor, act: Callable[[Tensor], Tensor], residual: bool) -> Tensor:
+def _run(layers: nn.ModuleList, pre: Tensor, acts: Sequence[Callable[[Tensor], Tensor]], residual: bool) -> Tensor:
     """From the first layer's pre-activation to the last layer's output."""
     last = len(layers) - 1
     stream = pre
     for k in range(1, last + 1):
-        pre = layers[k](act(pre))
+        pre = layers[k](acts[k - 1](pre))
         if residual and k % 2 == 0 and k < last:  # the second layer of a block
             stream = pre = pre + stream
     return pre
@@ -72,7 +72,8 @@ class MLP(nn.Module):
         hidden_dims: widths of the hidden layers; with ``residual`` one two-layer block for each entry, all equal.
         context_dim: size of the context, 0 for none.
         residual: whether to use residual blocks.
-        activation: a name or an elementwise function without parameters.
+        activation: a name or an elementwise function without parameters, or one for each hidden layer, of which the
+            last stands for all that follow.
         zero_init: whether the last layer starts at zero.
     """
 
@@ -94,13 +95,14 @@ class MLP(nn.Module):
         self.num_params = _positive("num_params", num_params)
         self.context_dim = _positive("context_dim", context_dim, least=0)
         self.residual = residual
-        self.activation = activation_function(activation)
+        widths = _widths(hidden_dims, residual)
+        self.activations = activation_functions(activation, len(widths))
         outputs = output_dim * num_params
         fan_in = input_dim + context_dim
         if fan_in == 0:  # nothing to look at: a learnt constant
             self.constant = nn.Parameter(torch.zeros(outputs))
             return
-        sizes = (fan_in, *_widths(hidden_dims, residual), outputs)
+        sizes = (fan_in, *widths, outputs)
         self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in itertools.pairwise(sizes))
         if len(self.layers) > 1:
             with torch.no_grad():
@@ -128,7 +130,7 @@ class MLP(nn.Module):
                 pre = F.linear(x, weight[:, : self.input_dim], first.bias) + F.linear(
                     context, weight[:, self.input_dim :]
                 )
-            flat = _run(self.layers, pre, self.activation, self.residual)
+            flat = _run(self.layers, pre, self.activations, self.residual)
         # Parameter by parameter in memory: each is contiguous for the elementwise map that follows.
         return flat.unflatten(-1, (self.num_params, self.output_dim)).transpose(-1, -2)
 
@@ -152,7 +154,8 @@ class MaskedMLP(nn.Module):
             the sequence in which they come.
         adjacency: boolean, shape ``(input_dim, input_dim)``; true at ``[i, j]`` where output ``i`` may see input ``j``.
         residual: whether to use residual blocks.
-        activation: a name or an elementwise function without parameters.
+        activation: a name or an elementwise function without parameters, or one for each hidden layer, of which the
+            last stands for all that follow.
         zero_init: whether the last layer starts at zero.
 
     Raises:
@@ -180,8 +183,8 @@ class MaskedMLP(nn.Module):
         self.num_params = _positive("num_params", num_params)
         self.context_dim = _positive("context_dim", context_dim, least=0)
         self.residual = residual
-        self.activation = activation_function(activation)
         degrees = Degrees(input_dim, _widths(hidden_dims, residual), context_dim > 0, order, adjacency)
+        self.activations = activation_functions(activation, len(degrees.times))
         self.degrees = degrees
         # order[k]: which input comes k-th.  A drawn order defines the map, so it is saved; a given one is not.
         self.register_buffer("order", degrees.order, persistent=isinstance(order, str) and order == "random")
@@ -190,7 +193,7 @@ class MaskedMLP(nn.Module):
         cuts = degrees.cuts(num_params)
         self.structure = Structure(degrees.steps, degrees.times, num_params, joins, degrees.dense, cuts)
         slabs = Slabs(degrees.steps, degrees.times[-1], num_params) if degrees.times else None
-        self.layout = Layout(self.activation, self.structure.joins, cuts, slabs)
+        self.layout = Layout(self.activations, self.structure.joins, cuts, slabs)
         masks = degrees.masks()
         masks[-1] = masks[-1].repeat(num_params, 1)  # parameter by parameter, as in MLP
         for k, mask in enumerate(masks):

@@ -26,13 +26,15 @@ class Solver:
 
     Args:
         structure: the steps and times of its units.
-        activation: the elementwise function between layers.
+        activations: the elementwise functions after each hidden layer.
         univariate: the family of scalar maps, with ``inverse``, ``solver`` and ``partials``; ``x`` is its inverse at
             ``z``.
     """
 
-    def __init__(self, structure: Structure, activation: Callable[[Tensor], Tensor], univariate: object) -> None:
-        self.structure, self.activation, self.univariate = structure, activation, univariate
+    def __init__(
+        self, structure: Structure, activations: Sequence[Callable[[Tensor], Tensor]], univariate: object
+    ) -> None:
+        self.structure, self.activations, self.univariate = structure, tuple(activations), univariate
         self.handle = f"{self._digest()}-{next(_numbers)}"
         _solvers[self.handle] = self
         self._idle: list[ForwardSweep | ReverseSweep] = []
@@ -44,17 +46,18 @@ class Solver:
         mathematics, in whatever process.
         """
         s = self.structure
-        own = type(self.univariate).__module__.startswith(__package__ + ".") and self.activation in known_activations()
+        own = type(self.univariate).__module__.startswith(__package__ + ".")
+        own = own and known_activations().issuperset(self.activations)
         # What is not defined here may change behind an unchanged name.
-        parts = (s.before, s.num_params, sorted(s.joins), s.dense, self.activation, self.univariate)
-        text = repr(parts[:4]) + str(getattr(parts[4], "__name__", parts[4])) + repr(parts[5:])
+        names = [getattr(each, "__name__", each) for each in self.activations]
+        text = repr((s.before, s.num_params, sorted(s.joins), s.dense)) + f"{names}{self.univariate!r}"
         return hashlib.sha256((text if own else text + uuid.uuid4().hex).encode()).hexdigest()[:16]
 
     def __reduce__(self) -> tuple[object, ...]:
-        return Solver, (self.structure, self.activation, self.univariate)
+        return Solver, (self.structure, self.activations, self.univariate)
 
     def __deepcopy__(self, memo: dict[int, object]) -> Solver:
-        return Solver(self.structure, self.activation, self.univariate)
+        return Solver(self.structure, self.activations, self.univariate)
 
     def borrow(
         self, kind: type, like: Tensor, columns: int, weights: Sequence[Tensor], *options: Sequence[Tensor] | bool

@@ -86,8 +86,8 @@ class ForwardSweep(_Sweep):
         self.tape = self.empty(s.tape_rows, columns)
         params, self.ladj, hidden = self.tape.split((s.outputs, s.input_dim, sum(s.widths)))
         pre = s.rows(hidden, 0)
-        in_place = s.in_place(solver.activation)
-        post = pre if in_place else [self.empty(width, columns) for width in s.widths]
+        in_place = [s.in_place(act) for act in solver.activations]
+        post = [p if held else self.empty(*p.shape) for p, held in zip(pre, in_place, strict=True)]
         # Biases as columns, the first one's with a column per sample if the context says so.
         sizes = [*s.widths, s.outputs]
         self.first = self.empty(sizes[0], columns if own_bias else 1)
@@ -99,7 +99,9 @@ class ForwardSweep(_Sweep):
         self._bind(solver, params, [self.x, *pre], [self.x, *post], in_place)
         del self.like
 
-    def _bind(self, solver: Solver, params: Tensor, pre: list[Tensor], post: list[Tensor], in_place: bool) -> None:
+    def _bind(
+        self, solver: Solver, params: Tensor, pre: list[Tensor], post: list[Tensor], in_place: list[bool]
+    ) -> None:
         s, calls = self.structure, self.calls
         count, width, last = s.before, s.num_params, len(s.widths)
         by_dimension = params.view(s.input_dim, width, -1)
@@ -120,10 +122,11 @@ class ForwardSweep(_Sweep):
             into = pre[layer][a:c]
             if layer - 1 in s.joins:
                 calls.append(partial(into.add_, pre[layer - 2][a:c]))
-            if in_place:
-                calls.append(partial(IN_PLACE[solver.activation], into))
+            activation = solver.activations[layer - 1]
+            if in_place[layer - 1]:
+                calls.append(partial(IN_PLACE[activation], into))
             else:
-                calls.append(partial(_assign, post[layer][a:c], solver.activation, into))
+                calls.append(partial(_assign, post[layer][a:c], activation, into))
 
         for layer in range(1, last + 1):
             ready = count[layer][0]

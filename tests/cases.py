@@ -146,6 +146,7 @@ def _leaves() -> Iterator[Case]:
     yield from autoregressive("residual", 4, residual=True, activation="gelu")
     yield from autoregressive("no-hidden", 3, hidden_dims=())
     yield from autoregressive("narrow", 5, hidden_dims=(2, 3), activation="tanh")
+    yield from autoregressive("activations", 4, activation=("isru", "silu"))
     yield from autoregressive("image", (2, 3), order="reverse")
     yield from autoregressive("one-dimension", 1)
     yield from autoregressive("shift", 3, pf.Shift())

@@ -22,7 +22,7 @@ def plain_network(net: pf.MaskedMLP, x: Tensor, context: Tensor | None = None) -
         pre = pre + F.linear(context, net.context_weight)
     stream, last = pre, len(weights) - 1
     for k in range(1, last + 1):
-        pre = F.linear(net.activation(pre), weights[k], biases[k])
+        pre = F.linear(net.activations[k - 1](pre), weights[k], biases[k])
         if net.residual and k % 2 == 0 and k < last:
             stream = pre = pre + stream
     params = pre.unflatten(-1, (net.num_params, net.input_dim)).transpose(-1, -2)

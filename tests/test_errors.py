@@ -129,6 +129,8 @@ BUILDS = {
     ),
     "activation, name": (lambda: pf.iaf(3, activation="swish"), ValueError, "'silu'.*'swish'"),
     "activation, number": (lambda: pf.iaf(3, activation=3), TypeError, "name or a function, got int"),
+    "activation, none": (lambda: pf.iaf(3, activation=[]), ValueError, "at least one activation, got an empty"),
+    "activation, one of two": (lambda: pf.realnvp(3, activation=("relu", "swish")), ValueError, "'silu'.*'swish'"),
     "activation, learns": (lambda: pf.iaf(3, activation=torch.nn.PReLU()), ValueError, "without parameters"),
     "fast": (lambda: pf.Autoregressive(3, fast="both"), ValueError, "'density' or 'sampling', got 'both'"),
     "max_log_scale": (lambda: pf.realnvp(3, max_log_scale=0.0), ValueError, "max_log_scale > 0, got 0.0"),

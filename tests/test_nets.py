@@ -8,7 +8,7 @@ from cases import diamond, shake
 from oracles import jacobian
 
 import pyro_flows as pf
-from pyro_flows import MLP, MaskedMLP
+from pyro_flows import MLP, MaskedMLP, activations
 
 HIDDEN = {
     "none": (),
@@ -211,6 +211,47 @@ def test_activation_modules_without_parameters_work():
     by_module.load_state_dict(by_name.state_dict())
     x = torch.randn(5, 3)
     torch.testing.assert_close(by_name(x), by_module(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "name", sorted(n for n in activations._BY_NAME if activations._BY_NAME[n] in activations.IN_PLACE)
+)
+def test_activations_in_place_agree_with_autograd_as_far_out_as_numbers_go(name, dtype):
+    act = activations._BY_NAME[name]
+    far = torch.logspace(-20, 9, 500, dtype=dtype)
+    pre = torch.cat([-far.flip(0), torch.randn(500, dtype=dtype), far]).requires_grad_()
+    plain = act(pre)
+    (wanted,) = torch.autograd.grad(plain.sum(), pre)
+    post = activations.IN_PLACE[act](pre.detach().clone())
+    rounding = 8 * torch.finfo(dtype).eps
+    torch.testing.assert_close(post, plain.detach(), rtol=rounding, atol=0)
+    # The slope comes from the value, in which that of a saturated unit is only known to rounding.
+    for found in (
+        activations.slope(act, pre.detach(), post),
+        activations.pull(act, torch.ones_like(post), pre.detach(), post),
+    ):
+        torch.testing.assert_close(found, wanted, rtol=rounding, atol=rounding)
+
+
+def test_one_activation_for_each_layer_and_the_last_for_all_that_follow():
+    net = MLP(2, 3, hidden_dims=(5, 6, 7), activation=("isru", "tanh"), zero_init=False)
+    x = torch.randn(4, 2)
+    hidden = activations.isru(net.layers[0](x))
+    hidden = torch.tanh(net.layers[1](hidden))
+    hidden = torch.tanh(net.layers[2](hidden))
+    torch.testing.assert_close(net(x)[..., 0], net.layers[3](hidden))
+
+
+def test_mafs_parameters_stay_bounded_however_far_out_the_inputs_are():
+    """Those of a network whose first activation grows do not."""
+    far = torch.tensor([[0.3, -0.2, 0.1], [1e6, -1e6, 1e6]])
+    for options, bounded in (({}, True), ({"activation": "silu"}, False)):
+        (layer,) = pf.maf(3, num_layers=1, **options)
+        shake(layer)
+        with torch.no_grad():
+            params = layer.net(far)
+        assert (params[1].abs().max() < 1e3) == bounded
 
 
 @pytest.mark.parametrize("own_context", [False, True])

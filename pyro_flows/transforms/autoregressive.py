@@ -72,7 +72,7 @@ class Autoregressive(FlowTransform):
             activation=activation,
         )
         structure = self.net.structure
-        self.solver = Solver(structure, self.net.activation, self.univariate)
+        self.solver = Solver(structure, self.net.activations, self.univariate)
         slow = f"1 sweep of {structure.num_steps} steps"
         self.sampling_cost, self.density_cost = (slow, "1 pass") if fast == "density" else ("1 pass", slow)
 
