@@ -17,7 +17,7 @@ from torch import Tensor
 from pyro_flows.activations import IN_PLACE, pull
 from pyro_flows.bands import Band, Cut, band_product, input_gradient, weight_gradient
 from pyro_flows.heads import Head, Slab, Slabs
-from pyro_flows.tracing import autocasting, plain_eager
+from pyro_flows.tracing import autocasting, batched, plain_eager
 
 __all__ = ["Layout", "masked_network"]
 
@@ -200,7 +200,7 @@ class _Pass(torch.autograd.Function):
         layers = len(masks)
         x, first_bias, *saved = ctx.saved_tensors
         weights, biases = saved[:layers], saved[layers : 2 * layers - 1]
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or batched(grad) or (grad_ladj is not None and batched(grad_ladj)):
             inputs = (x, first_bias, *weights, *biases)
             backwards = torch.func.vjp(lambda *args: _plain(layout, head, masks, *args), *inputs)[1]
             return None, None, None, *backwards(grad if head is None else (grad, grad_ladj))

@@ -62,6 +62,12 @@ def _run(layers: nn.ModuleList, pre: Tensor, acts: Sequence[Callable[[Tensor], T
     return pre
 
 
+def _hooked(module: nn.Module) -> bool:
+    return bool(
+        module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
+    )
+
+
 class MLP(nn.Module):
     """A dense conditioner: ``num_params`` numbers per output dimension from ``x`` and a context.
 
@@ -97,6 +103,7 @@ class MLP(nn.Module):
         self.residual = residual
         widths = _widths(hidden_dims, residual)
         self.activations = activation_functions(activation, len(widths))
+        self.joins = frozenset(range(2, len(widths), 2) if residual else ())
         outputs = output_dim * num_params
         fan_in = input_dim + context_dim
         if fan_in == 0:  # nothing to look at: a learnt constant
@@ -110,6 +117,21 @@ class MLP(nn.Module):
         if zero_init:
             nn.init.zeros_(self.layers[-1].weight)
             nn.init.zeros_(self.layers[-1].bias)
+
+    def tensors(self) -> tuple[list[Tensor], list[Tensor]] | None:
+        """Weights and biases of the layers, if they are all that :meth:`forward` depends on, and it has an input.
+
+        ``None`` if there are hooks, or a layer was reparameterised or replaced: these have a say in a call only.
+        """
+        if self.input_dim == 0 or _hooked(self):
+            return None
+        weights, biases = [], []
+        for layer in self._modules["layers"]._modules.values():
+            if type(layer) is not nn.Linear or _hooked(layer):
+                return None
+            weights.append(layer._parameters["weight"])
+            biases.append(layer._parameters["bias"])
+        return weights, biases
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """``x``: shape ``(*batch, input_dim)``; ``context``: broadcasts to ``(*batch, context_dim)``.

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["autocasting", "forward_mode", "plain_eager"]
+__all__ = ["autocasting", "batched", "forward_mode", "plain_eager"]
 
 
 def plain_eager() -> bool:
@@ -36,3 +37,8 @@ def forward_mode() -> bool:
         return True
     levels = torch._C._functorch.get_interpreter_stack() or ()
     return any(level.key() == torch._C._functorch.TransformType.Jvp for level in levels)
+
+
+def batched(grad: Tensor) -> bool:
+    """Whether a gradient stands for many, as with ``is_grads_batched`` or in a ``vmap`` over gradients."""
+    return torch._C._are_functorch_transforms_active() or torch._C._functorch.is_legacy_batchedtensor(grad)

@@ -125,6 +125,16 @@ class Shift(Univariate):
     def inverse(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         return y - params[..., 0], torch.zeros_like(y)
 
+    def run(self, inverse: bool, z: Tensor, params: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        shift = params.select(-2, 0)
+        return (z - shift if inverse else z + shift), torch.zeros_like(z), ()
+
+    def pull(
+        self, inverse: bool, z: Tensor, x: Tensor, ladj: Tensor, kept: Sequence[Tensor], grad: Tensor, grad_ladj: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        by_z = grad.clone()  # callers add to it in place
+        return by_z, (by_z.neg() if inverse else by_z.clone()).unsqueeze(-2)
+
 
 class Affine(Univariate):
     r""":math:`y = x\,e^{s} + m` with parameters :math:`(m, a)` and :math:`s = c \tanh(a / c)`.

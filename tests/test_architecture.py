@@ -26,6 +26,7 @@ CORE = {
     "chain",
     "core",
     "degrees",
+    "dense",
     "heads",
     "inverse",
     "masked",

@@ -9,6 +9,7 @@ from torch import Size, Tensor
 
 from pyro_flows.activations import Activation
 from pyro_flows.core import FlowTransform
+from pyro_flows.dense import Parting, Plan, dense_pass, known_slopes, takes_dense_pass
 from pyro_flows.nets import MLP
 from pyro_flows.univariate import Affine, Univariate
 
@@ -95,10 +96,12 @@ class Coupling(FlowTransform):
         if flip and kept.numel() > 1:
             kept = ~kept
         self.num_kept = int(kept.sum())
-        # One permutation does both: kept dimensions first, then the moved ones.
         saved = isinstance(mask, str) and mask == "random" if save_mask is None else save_mask
+        # Kept dimensions first, then the moved ones.
         self.register_buffer("order", torch.argsort(~kept, stable=True), persistent=saved)
         self.register_buffer("undo", torch.argsort(self.order), persistent=False)
+        self.register_buffer("kept_at", self.order[: self.num_kept].clone(), persistent=False)
+        self.register_buffer("moved_at", self.order[self.num_kept :].clone(), persistent=False)
         self._find_layout()
         angles = self._angles(periodic, kept)
         self.net = MLP(
@@ -110,6 +113,7 @@ class Coupling(FlowTransform):
             residual=residual,
             activation=activation,
         )
+        self._known_slopes = known_slopes(self.net.activations, self.univariate)
 
     def _angles(self, periodic: Tensor | Sequence[bool] | None, kept: Tensor) -> int:
         """Notes which dimensions are angles; returns how many of those are kept."""
@@ -142,15 +146,6 @@ class Coupling(FlowTransform):
         """Boolean, shape ``event_shape``: which dimensions are angles; ``None`` if none is."""
         return self._buffers.get("angle")
 
-    def _features(self, kept: Tensor) -> Tensor:
-        """What the conditioner sees of the kept dimensions: angles by cosine and sine."""
-        if not self._some_angles:
-            return kept
-        if self._all_angles:
-            return torch.cat((kept.cos(), kept.sin()), -1)
-        angles = kept.index_select(-1, self.angular)
-        return torch.cat((kept.index_copy(-1, self.angular, angles.cos()), angles.sin()), -1)
-
     def _find_layout(self) -> None:
         # Slices are cheaper than gathers, where the kept dimensions come first or last.
         size, places = self.order.numel(), self.order.tolist()
@@ -162,28 +157,29 @@ class Coupling(FlowTransform):
         """Boolean, shape ``event_shape``; true where a dimension is kept."""
         return (torch.argsort(self.order) < self.num_kept).reshape(self.event_shape)
 
-    def _split(self, flat: Tensor) -> tuple[Tensor, Tensor]:
-        rest = flat.shape[-1] - self.num_kept
-        if self._layout == "last":
-            moved, kept = flat.split((rest, self.num_kept), -1)
-            return kept, moved
-        if self._layout == "scattered":
-            flat = flat.index_select(-1, self.order)
-        return flat.split((self.num_kept, rest), -1)
-
-    def _join(self, kept: Tensor, moved: Tensor) -> Tensor:
-        if self._layout == "last":
-            return torch.cat((moved, kept), -1)
-        flat = torch.cat((kept, moved), -1)
-        return flat.index_select(-1, self.undo) if self._layout == "scattered" else flat
+    def _parting(self) -> Parting:
+        held = self._buffers
+        indices = (held["kept_at"], held["moved_at"], held["undo"])
+        return Parting(self._layout, *indices, held["angular"] if self._some_angles else None, self._all_angles)
 
     def _move(self, value: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
         dims = len(self.event_shape)
-        kept, moved = self._split(value if dims == 1 else value.flatten(-dims))
-        move = self.univariate.inverse if inverse else self.univariate.forward
-        moved, slope = move(moved, self.net(self._features(kept), context))
-        flat = self._join(kept, moved)
-        return flat if dims == 1 else flat.unflatten(-1, self.event_shape), slope.sum(-1)
+        flat = value if dims == 1 else value.flatten(-dims)
+        net, parting, univariate = self.net, self._parting(), self.univariate
+        tensors = net.tensors() if takes_dense_pass(value, self._known_slopes) else None
+        if tensors is None:
+            kept, moved = parting.split(flat)
+            params = net(parting.features(kept), context)
+            moved, slope = (univariate.inverse if inverse else univariate.forward)(moved, params)
+            flat = parting.join(kept, moved)
+            return flat if dims == 1 else flat.unflatten(-1, self.event_shape), slope.sum(-1)
+        batch = flat.shape[:-1]
+        plan = Plan(parting, univariate, inverse, net.activations, net.joins, batch)
+        if len(batch) == 1:
+            flat, ladj = dense_pass(plan, flat, context, *tensors)
+            return flat if dims == 1 else flat.view(value.shape), ladj
+        flat, ladj = dense_pass(plan, flat.reshape(batch.numel(), flat.shape[-1]), context, *tensors)
+        return flat.view(value.shape), ladj.view(batch)
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._move(x, context, inverse=False)
@@ -195,6 +191,8 @@ class Coupling(FlowTransform):
         super()._load_from_state_dict(*args)
         with torch.no_grad():
             self.undo.copy_(torch.argsort(self.order))
+            self.kept_at.copy_(self.order[: self.num_kept])
+            self.moved_at.copy_(self.order[self.num_kept :])
         self._find_layout()
 
     def extra_repr(self) -> str:
