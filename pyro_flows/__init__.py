@@ -4,7 +4,7 @@ from pyro_flows.chain import Chain, Wrap
 from pyro_flows.core import Conditioned, FlowTransform, Inverse
 from pyro_flows.distributions import DiagonalNormal, Flow, FlowDistribution, GaussianMixture, StudentT, UniformCircle
 from pyro_flows.flows import iaf, maf, ncsf, nice, nsf, realnvp
-from pyro_flows.infer import fit_density
+from pyro_flows.infer import AutoFlow, fit_density, fit_guide
 from pyro_flows.nets import MLP, MaskedMLP
 from pyro_flows.spline import Spline
 from pyro_flows.transforms import (
@@ -14,6 +14,7 @@ from pyro_flows.transforms import (
     Householder,
     LULinear,
     Permutation,
+    Preconditioner,
     Rescaling,
     Standardization,
 )
@@ -25,6 +26,7 @@ __all__ = [
     "MLP",
     "ActNorm",
     "Affine",
+    "AutoFlow",
     "Autoregressive",
     "Chain",
     "Conditioned",
@@ -39,6 +41,7 @@ __all__ = [
     "LULinear",
     "MaskedMLP",
     "Permutation",
+    "Preconditioner",
     "Rescaling",
     "Shift",
     "Spline",
@@ -48,6 +51,7 @@ __all__ = [
     "Univariate",
     "Wrap",
     "fit_density",
+    "fit_guide",
     "iaf",
     "maf",
     "ncsf",

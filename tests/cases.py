@@ -204,6 +204,24 @@ def _leaves() -> Iterator[Case]:
 
     yield Case("standardization", ("Standardization",), standardization, (3,), takes_context=False)
 
+    def preconditioner(name: str, size: int, full: bool) -> Case:
+        def build(_: int) -> pf.FlowTransform:
+            generator = torch.Generator().manual_seed(0)
+
+            def normal(*shape: int) -> Tensor:
+                return torch.randn(*shape, generator=generator, dtype=torch.float64).to(torch.get_default_dtype())
+
+            scale = (0.3 * normal(size)).exp()
+            if full:
+                scale = torch.diag(scale) + 0.3 * normal(size, size).tril(-1)
+            return pf.Preconditioner(3 * normal(size), scale)
+
+        return Case(name, ("Preconditioner",), build, (size,), takes_context=False, scale=0.3)
+
+    yield preconditioner("preconditioner", 4, full=True)
+    yield preconditioner("preconditioner-diagonal", 4, full=False)
+    yield preconditioner("preconditioner-one-dimension", 1, full=True)
+
     def wrap(name: str, transform: torch_transforms.Transform, shape: tuple[int, ...], positive: bool = False) -> Case:
         build = lambda _: pf.Wrap(transform, shape)  # noqa: E731
         return Case(f"wrap-{name}", ("Wrap",), build, shape, takes_context=False, positive=positive)

@@ -390,7 +390,7 @@ def test_average_smooths():
     data = cloud(400)
     flow = pf.maf(2, **SMALL)
     noisy, smooth = (
-        fit(copy.deepcopy(flow), data, lr=0.1, max_epochs=16, schedule="constant", average=average)
+        fit(copy.deepcopy(flow), data, lr=0.1, max_epochs=16, batch_size=10, schedule="constant", average=average)
         for average in (0.0, 0.98)
     )
     swing = [torch.tensor(f.history["validation"][4:]).diff().abs().mean() for f in (noisy, smooth)]

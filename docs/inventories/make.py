@@ -16,6 +16,7 @@ PYTHON = {
     "collections.abc.Callable": ("class", "library/collections.abc.html#$"),
     "collections.abc.Iterable": ("class", "library/collections.abc.html#$"),
     "collections.abc.Iterator": ("class", "library/collections.abc.html#$"),
+    "collections.abc.Mapping": ("class", "library/collections.abc.html#$"),
     "collections.abc.Sequence": ("class", "library/collections.abc.html#$"),
     "dict": ("class", "library/stdtypes.html#$"),
     "float": ("class", "library/functions.html#$"),
@@ -23,19 +24,24 @@ PYTHON = {
     "list": ("class", "library/stdtypes.html#$"),
     "object": ("class", "library/functions.html#$"),
     "os.PathLike": ("class", "library/os.html#$"),
+    "pathlib.Path": ("class", "library/pathlib.html#$"),
     "slice": ("class", "library/functions.html#$"),
     "str": ("class", "library/stdtypes.html#$"),
     "tuple": ("class", "library/stdtypes.html#$"),
     "typing.Any": ("data", "library/typing.html#$"),
     "AssertionError": ("exception", "library/exceptions.html#$"),
+    "ImportError": ("exception", "library/exceptions.html#$"),
+    "RuntimeError": ("exception", "library/exceptions.html#$"),
     "FloatingPointError": ("exception", "library/exceptions.html#$"),
     "TypeError": ("exception", "library/exceptions.html#$"),
     "ValueError": ("exception", "library/exceptions.html#$"),
     "None": ("data", "library/constants.html#$"),
 }
 TORCH = {
+    "torch._C.Generator": ("class", "generated/torch.Generator.html#torch.Generator"),
     "torch.Size": ("class", "size.html#$"),
     "torch.Tensor": ("class", "tensors.html#$"),
+    "torch.device": ("class", "tensor_attributes.html#$"),
     "torch.dtype": ("class", "tensor_attributes.html#$"),
     "torch.distributions.constraints.Constraint": ("class", "distributions.html#$"),
     "torch.distributions.distribution.Distribution": ("class", "distributions.html#$"),
@@ -60,6 +66,10 @@ PYRO = {
     "pyro.distributions.torch_transform.TransformModule": (
         "class",
         "distributions.html#pyro.distributions.TransformModule",
+    ),
+    "pyro.infer.autoguide.guides.AutoContinuous": (
+        "class",
+        "infer.autoguide.html#pyro.infer.autoguide.AutoContinuous",
     ),
 }
 

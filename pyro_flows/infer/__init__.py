@@ -1,5 +1,25 @@
-"""Inference with flows: fitting densities to data."""
+"""Inference with flows: densities fitted to data, guides fitted to posteriors, and what to think of both."""
 
+from pyro_flows.infer.bridge import to_arviz
 from pyro_flows.infer.density import DensityFit, StandardizedFlow, fit_density, standardized
+from pyro_flows.infer.diagnostics import simulation_based_calibration
+from pyro_flows.infer.fitting import GuideFit, fit_guide, load_guide
+from pyro_flows.infer.guides import AutoFlow
+from pyro_flows.infer.objectives import AlphaDivergence, DReGELBO, ForwardKL, PathELBO
 
-__all__ = ["DensityFit", "StandardizedFlow", "fit_density", "standardized"]
+__all__ = [
+    "AlphaDivergence",
+    "AutoFlow",
+    "DReGELBO",
+    "DensityFit",
+    "ForwardKL",
+    "GuideFit",
+    "PathELBO",
+    "StandardizedFlow",
+    "fit_density",
+    "fit_guide",
+    "load_guide",
+    "simulation_based_calibration",
+    "standardized",
+    "to_arviz",
+]

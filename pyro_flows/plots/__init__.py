@@ -10,6 +10,7 @@ contexts are tensors of any dtype on any device, NumPy arrays or lists.  No grad
 from pyro_flows.plots.calibrations import calibration, pit
 from pyro_flows.plots.densities import density
 from pyro_flows.plots.histories import history
+from pyro_flows.plots.ranks import ranks
 from pyro_flows.plots.scatters import corner, samples
 
-__all__ = ["calibration", "corner", "density", "history", "pit", "samples"]
+__all__ = ["calibration", "corner", "density", "history", "pit", "ranks", "samples"]

@@ -5,6 +5,7 @@ from pyro_flows.transforms.coupling import Coupling
 from pyro_flows.transforms.elementwise import Permutation, Rescaling, Standardization
 from pyro_flows.transforms.linear import Householder, LULinear
 from pyro_flows.transforms.normalization import ActNorm
+from pyro_flows.transforms.preconditioner import Preconditioner
 
 __all__ = [
     "ActNorm",
@@ -13,6 +14,7 @@ __all__ = [
     "Householder",
     "LULinear",
     "Permutation",
+    "Preconditioner",
     "Rescaling",
     "Standardization",
 ]

@@ -1,0 +1,137 @@
+"""Draws of a guide as ArviZ wants them: the only place in the package that touches ArviZ."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_flows.infer.diagnostics.psis import importance
+
+__all__ = ["to_arviz"]
+
+KIND = "independent draws of a guide, not MCMC: one chain, for which r_hat has no meaning"
+
+
+def to_arviz(
+    posterior: Mapping[str, Any],
+    *,
+    log_weights: Any = None,
+    log_p: Any = None,
+    log_q: Any = None,
+    posterior_predictive: Mapping[str, Any] | None = None,
+    log_likelihood: Mapping[str, Any] | None = None,
+    observed_data: Mapping[str, Any] | None = None,
+    constant_data: Mapping[str, Any] | None = None,
+    dims: Mapping[str, Sequence[str]] | None = None,
+    coords: Mapping[str, Sequence[Any]] | None = None,
+    attrs: Mapping[str, Any] | None = None,
+) -> Any:
+    """Makes ArviZ's ``InferenceData`` (ArviZ 0.x) or ``DataTree`` (1.x) of a guide's draws.
+
+    The draws are one chain, for functions such as ``az.summary``, ``az.plot_pair`` and ``az.loo``.  ArviZ gives every
+    draw the same weight and its effective sample size is about autocorrelation, of which there is none: where the
+    weights of a guide matter, export draws resampled by them (and leave the weights out).
+
+    With log weights, the attributes of the result and of its posterior hold their ``khat`` and ``ess`` (a fraction),
+    from :func:`~pyro_flows.infer.diagnostics.psis.importance`; its verdict is for ``attrs``.
+
+    Args:
+        posterior: draws of each site, shape ``(n, *shape)``, tensors or arrays.
+        log_weights: log importance weights, shape ``(n,)``, in nats; by default the difference of the next two.
+        log_p: log joint density of the draws, ``lp`` among the sample statistics, shape ``(n,)``.
+        log_q: log density of the guide there, ``log_q`` among them, shape ``(n,)``.
+        posterior_predictive: data drawn at the draws, shape ``(n, *shape)`` a site.
+        log_likelihood: of each observation at the draws, shape ``(n, *shape)`` a data site; what ``az.loo`` wants.
+        observed_data: the data, by site.
+        constant_data: whatever else the model was given.
+        dims: names of the dimensions of a site, without those of chain and draw.
+        coords: labels along named dimensions.
+        attrs: further attributes, numbers or text.
+
+    Raises:
+        ImportError: without ArviZ.
+        ValueError: if numbers of draws differ, or nothing is given.
+    """
+    draws = _groups("posterior", posterior, None)
+    if not draws:
+        raise ValueError("to_arviz: expected draws of at least one site, got none")
+    n = next(iter(draws.values())).shape[1]
+    if log_weights is None and log_p is not None and log_q is not None:
+        log_weights = _array(log_p) - _array(log_q)
+    stats = {"lp": log_p, "log_q": log_q, "log_weight": log_weights}
+    groups = {
+        "posterior": draws,
+        "sample_stats": _groups("sample_stats", {k: v for k, v in stats.items() if v is not None}, n, ()),
+        "posterior_predictive": _groups("posterior_predictive", posterior_predictive, n),
+        "log_likelihood": _groups("log_likelihood", log_likelihood, n),
+        "observed_data": {name: _array(value) for name, value in (observed_data or {}).items()},
+        "constant_data": {name: _array(value) for name, value in (constant_data or {}).items()},
+    }
+    groups = {name: group for name, group in groups.items() if group}
+    facts: dict[str, Any] = {"inference_library": "pyro_flows", "draws": KIND}
+    if log_weights is not None:
+        found = importance(torch.from_numpy(_array(log_weights).astype(np.float64)))
+        facts |= {"khat": found.khat, "ess": found.ess}
+    facts |= {name: _plain(value) for name, value in (attrs or {}).items()}
+    names = None if dims is None else {name: list(of) for name, of in dims.items()}
+    labels = None if coords is None else {name: list(values) for name, values in coords.items()}
+    return _convert(groups, names, labels, facts)
+
+
+def _convert(
+    groups: dict[str, dict[str, np.ndarray]], dims: Any, coords: Any, attrs: dict[str, Any]
+) -> Any:  # of a class that depends on ArviZ's version
+    from_dict = _arviz().from_dict
+    if "posterior" in inspect.signature(from_dict).parameters:  # 0.x: a keyword argument for each group
+        return from_dict(**groups, dims=dims, coords=coords, attrs=dict(attrs), posterior_attrs=dict(attrs))
+    # 1.x: groups in one dictionary, attributes by group; not verified against the real thing.
+    return from_dict(groups, dims=dims, coords=coords, attrs={"/": dict(attrs), "posterior": dict(attrs)})
+
+
+def _arviz() -> Any:
+    with warnings.catch_warnings():
+        # 0.23 announces 1.x at import, both of which are served here.
+        warnings.filterwarnings("ignore", r"\s*ArviZ is undergoing a major refactor", FutureWarning)
+        try:
+            import arviz
+        except ImportError as error:
+            raise ImportError("to_arviz: ArviZ is not installed: pip install arviz") from error
+    return arviz
+
+
+def _plain(value: Any) -> int | float | str:
+    """What can be stored in a file as an attribute; true and false cannot."""
+    if isinstance(value, bool):
+        return int(value)
+    return value if isinstance(value, (int, float)) else str(value)
+
+
+def _array(value: Any) -> np.ndarray:
+    if isinstance(value, Tensor):
+        value = value.detach().cpu()
+        # NumPy has no bfloat16.
+        value = (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+    return np.asarray(value)
+
+
+def _groups(
+    group: str, values: Mapping[str, Any] | None, n: int | None, shape: tuple[int, ...] | None = None
+) -> dict[str, np.ndarray]:
+    """The draws of a group with an axis for the chain in front, all of as many draws."""
+    arrays = {name: _array(value) for name, value in (values or {}).items()}
+    first = next(iter(arrays.values()), np.zeros(0))
+    expected = n if n is not None else first.shape[0] if first.ndim else 1
+    for name, array in arrays.items():
+        if array.ndim == 0 or len(array) != expected or (shape is not None and array.shape[1:] != shape):
+            rest = "..." if shape is None else ""
+            raise ValueError(
+                f"to_arviz: expected {name} in {group} of shape ({expected}, {rest}), one row for each draw, got "
+                f"{array.shape}"
+            )
+    return {name: array[None] for name, array in arrays.items()}

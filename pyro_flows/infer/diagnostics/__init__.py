@@ -1,0 +1,22 @@
+"""Whether a guide can be trusted: importance weights, a verdict in words, simulation-based calibration."""
+
+from pyro_flows.infer.diagnostics.calibration import Calibration, simulation_based_calibration
+from pyro_flows.infer.diagnostics.moments import Moments, compare_moments
+from pyro_flows.infer.diagnostics.psis import Importance, Smoothed, importance, pareto_smoothed, resample
+from pyro_flows.infer.diagnostics.verdict import Probe, Verdict, judge, widening
+
+__all__ = [
+    "Calibration",
+    "Importance",
+    "Moments",
+    "Probe",
+    "Smoothed",
+    "Verdict",
+    "compare_moments",
+    "importance",
+    "judge",
+    "pareto_smoothed",
+    "resample",
+    "simulation_based_calibration",
+    "widening",
+]

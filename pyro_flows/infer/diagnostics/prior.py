@@ -1,0 +1,108 @@
+"""Draws of latents and data from a Pyro model's prior, and what cannot be drawn that way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+__all__ = ["Simulation", "simulate"]
+
+
+class Simulation(NamedTuple):
+    """Latents and data drawn together, by site, and for each data site the argument of the model that takes it."""
+
+    latents: dict[str, Tensor]
+    data: dict[str, Tensor]
+    arguments: dict[str, str]
+
+
+class _Proper(Messenger):
+    """Refuses what has no distribution to draw from, by the name of its site."""
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        inner = msg["fn"]
+        while not isinstance(inner, (dist.ImproperUniform, dist.Unit)) and hasattr(inner, "base_dist"):
+            inner = inner.base_dist
+        name = msg["name"]
+        if isinstance(inner, dist.ImproperUniform):
+            raise ValueError(
+                f"simulate: the prior of {name!r} is improper and cannot be drawn from; give it a proper one, such "
+                "as a wide normal"
+            )
+        if isinstance(inner, dist.Unit):
+            raise ValueError(
+                f"simulate: the model has a factor {name!r}, so that its prior and data cannot be drawn; write it as a "
+                "sample statement with a distribution"
+            )
+
+
+def simulate(
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    observed: Mapping[str, str] | None = None,
+) -> Simulation:
+    """Runs the model once with its data taken away.
+
+    Args:
+        model: the model.
+        args: its arguments; values of data among them are not used, their shapes may be.
+        kwargs: its keyword arguments.
+        observed: for each data site the argument that takes its value, beyond those that have the same name; names data
+            sites also where the model is run without data.
+
+    Raises:
+        ValueError: for a model without data or latents, with an improper prior, a factor, or a scaled or subsampled
+            site.
+    """
+    with torch.no_grad(), _Proper():
+        trace = poutine.trace(poutine.uncondition(model)).get_trace(*args, **kwargs)
+    named = dict(observed or {})
+    latents, data = {}, {}
+    for name, site in trace.nodes.items():
+        if site["type"] != "sample":
+            continue
+        if site_is_subsample(site):
+            _refuse_subsample(name, site)
+            continue
+        if site["infer"].get("_deterministic"):
+            continue
+        if isinstance(site["scale"], Tensor) or site["scale"] != 1.0:
+            raise ValueError(
+                f"simulate: the density of {name!r} is scaled (by poutine.scale or a subsampling plate), so that it is "
+                "not that of what is drawn; simulate from the model without that"
+            )
+        value = site["value"].detach()
+        if name in named or site["infer"].get("was_observed"):
+            data[name] = value
+        else:
+            latents[name] = value
+    unknown = [name for name in named if name not in data]
+    if unknown:
+        raise ValueError(
+            f"simulate: observed names {unknown}, which the model does not have; its sites are {[*latents, *data]}"
+        )
+    if not data:
+        raise ValueError(
+            f"simulate: the model observes nothing; pass its data, or name its data sites in observed, e.g. "
+            f"observed={{'y': 'y'}}; its sites are {list(latents)}"
+        )
+    if not latents:
+        raise ValueError(f"simulate: the model has no latents; its data sites are {list(data)}")
+    return Simulation(latents, data, {site: named.get(site, site) for site in data})
+
+
+def _refuse_subsample(name: str, site: dict[str, Any]) -> None:
+    size, part = site["fn"].size, site["value"].numel()
+    if part < size:
+        raise ValueError(
+            f"simulate: the plate {name!r} takes {part} of {size}: data can be drawn for all only; call the model so "
+            "that the plate is not subsampled"
+        )

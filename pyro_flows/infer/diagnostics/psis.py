@@ -1,0 +1,315 @@
+r"""Importance weights of a guide's draws: smoothed tail, tail index, effective sample size, evidence, resampling.
+
+A weight is :math:`w = p(z, y) / q(z)` at a draw :math:`z \sim q`, where :math:`p` need not be normalised.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from pyro.ops.stats import fit_generalized_pareto
+from torch import Generator, Tensor
+
+__all__ = ["Importance", "Smoothed", "importance", "pareto_smoothed", "resample", "tail_index"]
+
+SMALLEST = math.log(torch.finfo(torch.float64).tiny)  # a log weight this far below the largest is a weight of zero
+FEWEST = 5  # draws that a tail is fitted to
+RELIABLE = 0.7  # largest tail index at which smoothed weights are of use
+
+
+@dataclass(frozen=True)
+class Smoothed:
+    """Smoothed log weights, and the index of the tail that they were smoothed by.
+
+    Attributes:
+        log_weights: shape ``(n,)``, float64; their exponentials sum to 1.
+        khat: infinite where the tail has fewer than five draws to be fitted to, minus infinity where there is no tail:
+            the largest weights are equal.
+        tail: the share of all weight by which the largest weights exceed the smallest of the tail, after smoothing.
+    """
+
+    log_weights: Tensor
+    khat: float
+    tail: float
+
+
+@dataclass(frozen=True)
+class Importance:
+    """What the importance weights of a guide's draws say.
+
+    A draw whose weight is NaN or plus infinity has failed.  It counts as a weight of zero, except in ``elbo``,
+    ``iw_elbo`` and ``spread``, which leave it out.  A log weight of minus infinity is a weight of zero and no failure.
+
+    Attributes:
+        khat: index of the tail of the weights, from the generalised Pareto distribution fitted to the largest of them.
+            Weights have ``1 / khat`` moments; below 0.7 smoothed weights are of use.  It depends on the shape of the
+            tail only and not on its size, so that it says nothing where weights are nearly constant.
+        ess: effective sample size of the weights as they are, as a fraction of the draws, from 0 to 1.
+        log_evidence: logarithm of the mean weight, in nats.
+        log_evidence_error: its standard error, to first order.  See ``trusted``.
+        elbo: mean log weight, in nats, a lower bound of the log evidence; minus infinity if a weight is zero.
+        elbo_error: its standard error.
+        iw_elbo: expected logarithm of the mean of ``iw_draws`` weights, in nats, the bound between the two.
+        iw_elbo_error: its standard error; NaN for a single group of so many.
+        iw_draws: weights in each mean of ``iw_elbo``.
+        spread: standard deviation of the log weights that are finite, in nats.
+        tail: the share of all weight that lies in the excess of the tail: how much of what the draws say hangs on it.
+        largest: the share of the largest weight.
+        n: draws, failures included.
+        failures: weights that are NaN or plus infinity.
+        zeros: weights that are zero.
+    """
+
+    khat: float
+    ess: float
+    log_evidence: float
+    log_evidence_error: float
+    elbo: float
+    elbo_error: float
+    iw_elbo: float
+    iw_elbo_error: float
+    iw_draws: int
+    spread: float
+    tail: float
+    largest: float
+    n: int
+    failures: int
+    zeros: int
+
+    @property
+    def trusted(self) -> bool:
+        """Whether the standard error of the evidence can be believed.
+
+        It needs weights of finite variance, some hundred effective draws, and no failures: a heavy tail that has not
+        been seen yet makes estimate and error too small together.  Weights whose tail is negligible count as light.
+        """
+        light = self.khat < RELIABLE or self.tail < 0.005
+        return light and self.n * self.ess >= 100 and not self.failures
+
+
+def pareto_smoothed(log_weights: Tensor) -> Smoothed:
+    r"""Replaces the largest weights by quantiles of the generalised Pareto distribution fitted to them.
+
+    Of :math:`n` weights the largest :math:`M = \lceil\min(n / 5, 3 \sqrt n)\rceil` are the tail: with the threshold
+    :math:`t`, the next smaller weight, the excesses :math:`w - t` have a distribution with index :math:`\hat k` and
+    scale :math:`\sigma`, and the :math:`i`-th smallest becomes
+    :math:`t + \sigma ((1 - (i - 1/2) / M)^{-\hat k} - 1) / \hat k`, but at most the largest weight there was.
+
+    The fit is Zhang and Stephens' with a weak prior that draws :math:`\hat k` to one half.
+
+    Args:
+        log_weights: shape ``(n,)``, of any floating dtype, on any device, in nats, not normalised.  NaN and plus
+            infinity are taken for weights of zero; :func:`importance` counts them.
+
+    Returns:
+        Log weights in the given order and on the given device, in float64.
+
+    Raises:
+        ValueError: if the shape is another one, or no weight is positive.
+
+    References:
+        Pareto Smoothed Importance Sampling (Vehtari et al., 2015), arXiv:1507.02646.
+    """
+    values, _ = _usable(log_weights, "pareto_smoothed")
+    top = values.max()
+    if top == -math.inf:
+        raise ValueError(
+            f"pareto_smoothed: none of {len(values)} weights is positive (each is zero or NaN): the density is zero or "
+            "fails wherever the guide draws; look at its values at some draws"
+        )
+    return _smooth(values - top)
+
+
+def tail_index(log_values: Tensor) -> float:
+    """Index of the tail of positive numbers, given by their logarithms, as in :func:`pareto_smoothed`.
+
+    Infinite if none of them is positive.
+    """
+    values, _ = _usable(log_values, "tail_index")
+    top = values.max()
+    return _smooth(values - top).khat if top > -math.inf else math.inf
+
+
+def _usable(log_weights: Tensor, name: str) -> tuple[Tensor, int]:
+    """The log weights in float64, with failures as minus infinity, and how many there are."""
+    if not isinstance(log_weights, Tensor) or log_weights.dim() != 1 or not log_weights.is_floating_point():
+        found = (
+            f"shape {tuple(log_weights.shape)} of {log_weights.dtype}"
+            if isinstance(log_weights, Tensor)
+            else type(log_weights).__name__
+        )
+        raise ValueError(f"{name}: expected log weights as a floating-point tensor of shape (draws,), got {found}")
+    if not len(log_weights):
+        raise ValueError(f"{name}: expected at least one log weight, got none")
+    values = log_weights.detach().double()
+    failed = values.isnan() | (values == math.inf)
+    return values.masked_fill(failed, -math.inf), int(failed.sum())
+
+
+def _smooth(values: Tensor) -> Smoothed:
+    """Smooths log weights whose largest is 0."""
+    n = len(values)
+    size = math.ceil(min(n / 5, 3 * math.sqrt(n)))
+    if size >= n:
+        return Smoothed(values - values.logsumexp(0), math.inf, 0.0)
+    largest, places = values.topk(size + 1)
+    threshold = largest[-1].clamp(min=SMALLEST)
+    count = int((largest > threshold).sum())
+    khat = -math.inf if count == 0 else math.inf
+    if count >= FEWEST:
+        # Ascending; the difference of two nearly equal weights keeps its digits this way.
+        tail = largest[:count].flip(0)
+        excess = tail.exp() * -torch.expm1(threshold - tail)
+        index, scale = _generalized_pareto(excess)
+        if math.isfinite(index) and math.isfinite(scale) and scale > 0:
+            khat = index
+            rest = -torch.log1p(-(torch.arange(count, dtype=values.dtype, device=values.device) + 0.5) / count)
+            quantiles = scale * (torch.expm1(index * rest) / index if abs(index) > 1e-12 else rest)
+            smooth = (threshold.exp() + quantiles).log().clamp(max=0)
+            values = values.index_copy(0, places[:count].flip(0), smooth)
+    share = (values.exp() - threshold.exp()).clamp(min=0).sum() / values.exp().sum()
+    return Smoothed(values - values.logsumexp(0), khat, float(share) if count else 0.0)
+
+
+def _generalized_pareto(excess: Tensor) -> tuple[float, float]:
+    # Pyro's fit makes tensors on the default device.
+    with torch.device("cpu"):
+        return fit_generalized_pareto(excess.cpu())
+
+
+def importance(log_weights: Tensor, *, iw_draws: int = 10) -> Importance:
+    r"""Sums up the importance weights of independent draws of a guide.
+
+    .. math::
+        \text{ess} = \frac{(\sum_i w_i)^2}{n \sum_i w_i^2}, \qquad
+        \log \hat Z = \log \frac1n \sum_i w_i, \qquad
+        \text{se}(\log \hat Z) \approx \sqrt{\frac{1 / \text{ess} - 1}{n - 1}}
+
+    The standard error is that of the delta method.  ``iw_elbo`` is a mean over disjoint groups, taken in a random but
+    fixed order, and so has no bias.  No number here sees a region that the guide never draws from.
+
+    Args:
+        log_weights: :math:`\log p(z, y) - \log q(z)` at draws of :math:`q`, shape ``(n,)``, in nats.
+        iw_draws: weights in each mean of ``iw_elbo``; fewer if there are fewer draws.
+
+    Raises:
+        ValueError: if a shape or a number does not fit.
+
+    References:
+        Pareto Smoothed Importance Sampling (Vehtari et al., 2015), arXiv:1507.02646; Importance Weighted Autoencoders
+        (Burda et al., 2015), arXiv:1509.00519.
+    """
+    values, failures = _usable(log_weights, "importance")
+    n = len(values)
+    if isinstance(iw_draws, bool) or not isinstance(iw_draws, int) or iw_draws < 1:
+        raise ValueError(f"importance: expected iw_draws to be an integer >= 1, got {iw_draws!r}")
+    valid = values[~(log_weights.detach().isnan() | (log_weights.detach() == math.inf))]
+    finite = valid[valid.isfinite()]
+    count = min(iw_draws, max(1, len(valid)))
+    elbo, elbo_error = _mean(valid)
+    grouped = _groups(valid, count)
+    iw_elbo, iw_elbo_error = _mean(grouped.logsumexp(1) - math.log(count))
+    if count == 1:
+        iw_elbo, iw_elbo_error = elbo, elbo_error
+    if not len(finite):
+        khat, ess, log_evidence, error, tail, largest = math.inf, 0.0, -math.inf, math.inf, 0.0, 0.0
+    else:
+        top = values.max()
+        weights = (values - top).exp()
+        total, squares = weights.sum(), weights.square().sum()
+        ess = min(1.0, float(total.square() / squares / n))
+        log_evidence = float(total.log() + top) - math.log(n)
+        # Centred, because 1 / ess - 1 of nearly constant weights is lost in rounding.
+        relative = weights * (n / total) - 1
+        error = math.sqrt(float(relative.square().mean()) / (n - 1)) if n > 1 else math.inf
+        smoothed = _smooth(values - top)
+        khat, tail = smoothed.khat, smoothed.tail
+        largest = float(1 / total)
+    return Importance(
+        khat=khat,
+        ess=ess,
+        log_evidence=log_evidence,
+        log_evidence_error=error,
+        elbo=elbo,
+        elbo_error=elbo_error,
+        iw_elbo=iw_elbo,
+        iw_elbo_error=iw_elbo_error,
+        iw_draws=count,
+        spread=float(finite.std()) if len(finite) > 1 else math.nan,
+        tail=tail,
+        largest=largest,
+        n=n,
+        failures=failures,
+        zeros=len(valid) - len(finite),
+    )
+
+
+def _mean(values: Tensor) -> tuple[float, float]:
+    """The mean and its standard error; minus infinity where a value is, NaN for none."""
+    mean = float(values.mean())
+    if not math.isfinite(mean) or len(values) < 2:
+        return mean, math.nan
+    return mean, float(values.std()) / math.sqrt(len(values))
+
+
+def _groups(values: Tensor, size: int) -> Tensor:
+    """Disjoint groups of so many, as rows, in an order that has nothing to do with the given one."""
+    order = torch.randperm(len(values), generator=Generator().manual_seed(0), device="cpu").to(values.device)
+    rows = len(values) // size
+    return values[order[: rows * size]].reshape(rows, size)
+
+
+def resample(
+    draws: Tensor | Mapping[str, Tensor],
+    log_weights: Tensor,
+    n: int,
+    generator: Generator | None = None,
+    smoothed: bool = True,
+) -> Tensor | dict[str, Tensor]:
+    """Draws with equal weights out of weighted ones, by systematic resampling.
+
+    A draw of normalised weight ``w`` comes back ``n w`` times, rounded up or down at random; the order is random.  Take
+    ``n`` not larger than the number of effective draws, or draws come back more than once.
+
+    Args:
+        draws: a tensor of shape ``(draws, ...)``, or a dictionary of such.
+        log_weights: shape ``(draws,)``.
+        n: how many to return.
+        generator: where randomness comes from; torch's global one if not given.
+        smoothed: whether to smooth the weights by :func:`pareto_smoothed` first, which costs a little bias and saves
+            much variance.
+
+    Returns:
+        What ``draws`` is, with ``n`` rows, on the device that it is on.
+
+    Raises:
+        ValueError: if the shapes or ``n`` do not fit, or no weight is positive.
+    """
+    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+        raise ValueError(f"resample: expected n to be an integer >= 1, got {n!r}")
+    values, _ = _usable(log_weights, "resample")
+    parts = draws if isinstance(draws, Mapping) else {"draws": draws}
+    for name, part in parts.items():
+        if part.dim() == 0 or len(part) != len(values):
+            raise ValueError(
+                f"resample: expected {name} with {len(values)} rows, one for each weight, got shape {tuple(part.shape)}"
+            )
+    normalised = pareto_smoothed(values).log_weights if smoothed else _normalised(values)
+    place = generator.device if generator is not None else torch.device("cpu")
+    offset = torch.rand((), generator=generator, dtype=torch.float64, device=place).to(values.device)
+    order = torch.randperm(n, generator=generator, device=place).to(values.device)
+    reached = normalised.exp().cumsum(0)
+    # The last position may round to 1, which lies beyond the last weight.
+    at = ((torch.arange(n, dtype=torch.float64, device=values.device) + offset) / n).clamp(max=1 - 2**-53)
+    chosen = torch.searchsorted(reached / reached[-1], at, right=True)[order]
+    found = {name: part[chosen.to(part.device)] for name, part in parts.items()}
+    return found if isinstance(draws, Mapping) else found["draws"]
+
+
+def _normalised(values: Tensor) -> Tensor:
+    if values.max() == -math.inf:
+        raise ValueError(f"resample: none of {len(values)} weights is positive")
+    return values - values.logsumexp(0)

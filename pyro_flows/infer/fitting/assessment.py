@@ -1,0 +1,145 @@
+"""How good a fitted flow is: weights of its draws, what moves with them, and what its draws never see."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+
+from pyro_flows.distributions import Flow
+from pyro_flows.infer.diagnostics import Importance, Verdict, compare_moments, importance, judge, widening
+from pyro_flows.infer.guides.probe import ModeProbe, probe_modes
+from pyro_flows.infer.joint import FAILURES
+from pyro_flows.infer.latents import Latents
+
+__all__ = ["Assessment", "assess", "weigh"]
+
+CHUNK = 1000
+DRAWS = 10_000
+FEWEST = 1000
+
+LogDensity = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """Draws of a flow, what model and flow say of them, and the verdict."""
+
+    draws: Tensor
+    """Unconstrained, ``(n, D)``."""
+    log_p: Tensor
+    """The model's log joint density, ``(n,)``."""
+    log_q: Tensor
+    """The flow's log-density, ``(n,)``."""
+    importance: Importance
+    probe: ModeProbe | None
+    verdict: Verdict
+
+    @property
+    def log_weights(self) -> Tensor:
+        """``log_p - log_q``, shape ``(n,)``."""
+        return self.log_p - self.log_q
+
+
+@torch.no_grad()
+def weigh(
+    flow: Flow, density: LogDensity, n: int, deadline: float = math.inf, scale: float = 1.0
+) -> tuple[Tensor, ...]:
+    """Draws, log p and log q; fewer than ``n`` (at least one batch) where the deadline comes first.
+
+    Args:
+        flow: where they are drawn.
+        density: of the model; where it raises it counts as NaN.
+        n: how many draws.
+        deadline: by ``time.monotonic()``.
+        scale: by which the base is widened; log q is then that of the widened flow.
+    """
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    left = n
+    while left > 0 and (not parts or time.monotonic() < deadline):
+        count = min(CHUNK, left)
+        x = flow.base().sample((count,))
+        z, ladj = flow.chain.forward_and_ladj(x * scale)
+        log_q = flow.base().log_prob(x) - x.shape[-1] * math.log(scale) - ladj
+        try:
+            log_p = density(z)
+        except FAILURES:
+            log_p = torch.cat([_one(density, row) for row in z])
+        parts.append((z, log_p.to(z.dtype), log_q))
+        left -= count
+    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+
+
+def _nothing_found(z: Tensor) -> ModeProbe:
+    """A search that did not take place."""
+    none, dim = z.new_zeros(0), z.shape[-1]
+    return ModeProbe(
+        locations=none.reshape(0, dim),
+        scale=none.reshape(0, dim, dim),
+        log_p=none,
+        log_q=none,
+        excess=none,
+        share=none,
+        guide_share=none,
+        missed=none.bool(),
+        missing_share=0.0,
+        evaluations=0,
+        complete=False,
+    )
+
+
+def _one(density: LogDensity, row: Tensor) -> Tensor:
+    try:
+        return density(row[None])
+    except FAILURES:
+        return row.new_full((1,), math.nan)
+
+
+def assess(
+    flow: Flow,
+    density: LogDensity,
+    latents: Latents,
+    initial: Tensor,
+    *,
+    minibatch: bool = False,
+    draws: int = DRAWS,
+    seconds: float = math.inf,
+    generator: Generator | None = None,
+) -> Assessment:
+    """Draws, weights, moments, a wider guide, a search for modes, and a verdict from all of these.
+
+    Half of ``seconds`` goes to the draws, the rest to the wider guide and the search.
+    """
+    begin = time.monotonic()
+    z, log_p, log_q = weigh(flow, density, draws, begin + 0.5 * seconds)
+    log_weights = log_p - log_q
+    if minibatch or not (log_weights.isfinite().sum() >= 2):
+        found = importance(log_weights)
+        return Assessment(z, log_p, log_q, found, None, judge(found, minibatch=minibatch))
+    found = importance(log_weights)
+    fine = z.isfinite().all(-1)
+    moments = compare_moments(latents.draws(z[fine]), log_weights[fine])
+    wide_count = max(min(len(z), 2000), 1)
+    _, wide_p, wide_q = weigh(flow, density, wide_count, begin + 0.65 * seconds, scale=widening(z.shape[-1]))
+    wide = importance(wide_p - wide_q)
+    left = begin + seconds - time.monotonic()
+    probe = _nothing_found(z)
+    if left > 0 and math.isfinite(found.log_evidence):
+        try:
+            probe = probe_modes(
+                density,
+                lambda points: flow().log_prob(points),
+                z[fine],
+                initial,
+                log_evidence=found.log_evidence,
+                generator=generator,
+                max_seconds=None if seconds == math.inf else left,
+            )
+        except ValueError:  # it came to no start in the time that was left
+            if left > 1.0:
+                raise
+    return Assessment(z, log_p, log_q, found, probe, judge(found, probe, moments=moments, wide=wide))

@@ -1,0 +1,272 @@
+"""What ``fit_guide`` returns: draws, a verdict, predictions, and ways to keep them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pyro_flows.distributions import Flow
+from pyro_flows.infer.bridge import to_arviz
+from pyro_flows.infer.diagnostics import Importance, Verdict, resample
+from pyro_flows.infer.fitting.assessment import Assessment, weigh
+from pyro_flows.infer.fitting.predictions import computed, log_likelihoods, observed, predictions
+from pyro_flows.infer.fitting.training import History
+from pyro_flows.infer.guides.auto import AutoFlow
+from pyro_flows.infer.joint import JointDensity
+from pyro_flows.infer.latents import Latents
+
+__all__ = ["GuideFit", "load_guide"]
+
+FORMAT = 1
+
+
+class GuideFit:
+    """A fitted guide, with what is known about its quality.
+
+    Attributes:
+        flow: of the unconstrained latents.
+        latents: their names, shapes and supports.
+        history: what each step came to (ELBO in nats, spread of the log-weights, and so on).
+        assessment: draws with their weights, and what was concluded from them.
+        guide: the :class:`~pyro_flows.infer.AutoFlow`; ``None`` for a loaded fit, which has no model.
+        failures: draws in training at which the model's density was not finite or could not be computed.
+        notes: what the fit had to do differently than asked, in words.
+    """
+
+    def __init__(
+        self,
+        flow: Flow,
+        latents: Latents,
+        history: History,
+        assessment: Assessment,
+        *,
+        guide: AutoFlow | None = None,
+        density: JointDensity | None = None,
+        failures: int = 0,
+        evaluations: int = 0,
+        notes: tuple[str, ...] = (),
+    ) -> None:
+        self.flow, self.latents, self.history, self.assessment = flow, latents, history, assessment
+        self.guide, self._density = guide, density
+        self.failures, self.evaluations, self.notes = failures, evaluations, notes
+
+    @property
+    def verdict(self) -> Verdict:
+        """Whether the guide can be trusted; ``print(fit.verdict)`` says it in words."""
+        return self.assessment.verdict
+
+    @property
+    def importance(self) -> Importance:
+        """All numbers about the importance weights, such as evidence, ELBO and IW-ELBO with their errors."""
+        return self.assessment.importance
+
+    @property
+    def log_weights(self) -> Tensor:
+        """``log p - log q`` of the draws by which the guide was judged, in nats, shape ``(n,)``."""
+        return self.assessment.log_weights
+
+    @property
+    def khat(self) -> float:
+        """Tail index of the weights, to be read with the verdict, not alone."""
+        return self.importance.khat
+
+    @property
+    def ess(self) -> float:
+        """Effective sample size of the weighted draws as a fraction of their number, in (0, 1]."""
+        return self.importance.ess
+
+    @property
+    def log_evidence(self) -> float:
+        """Estimate of the log marginal likelihood of the data, in nats."""
+        return self.importance.log_evidence
+
+    def __repr__(self) -> str:
+        return (
+            f"GuideFit({len(self.latents)} latent sites, {self.latents.dim} dimensions, "
+            f"ELBO {self.importance.elbo:.3f}, ess {self.ess:.3f}, khat {self.khat:.2f}, verdict: {self.verdict.label})"
+        )
+
+    # Draws.
+
+    @torch.no_grad()
+    def sample(self, n: int = 1000, *, resampled: bool = False) -> dict[str, Tensor]:
+        """Draws of the latents by site, constrained, shape ``(n, *site.shape)``.
+
+        Args:
+            n: how many.
+            resampled: whether to correct them by smoothed importance resampling, which takes ``4 n`` evaluations of
+                the model (at least those of the verdict); where the verdict is "use importance resampling", do.
+        """
+        return self.latents.draws(self._unconstrained(n, resampled))
+
+    def _unconstrained(self, n: int, resampled: bool) -> Tensor:
+        if isinstance(n, bool) or not isinstance(n, int) or n < 0:
+            raise ValueError(f"expected a number of draws, an integer >= 0, got {n!r}")
+        if not resampled or n == 0:
+            return self.flow.sample((n,))
+        known = self.assessment
+        if 4 * n <= len(known.draws) or self._density is None:
+            if self._density is None and n > len(known.draws):
+                raise ValueError(
+                    f"this fit was loaded without its model, so only its {len(known.draws)} weighted draws can be "
+                    f"resampled; got n={n}"
+                )
+            z, weights = known.draws, known.log_weights
+        else:
+            z, log_p, log_q = weigh(self.flow, self._density, 4 * n)
+            weights = log_p - log_q
+        return resample(z, weights, n)
+
+    def log_prob(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Log-density of the guide at unconstrained images of the values, shapes ``(*sample, *site.shape)``, in nats.
+
+        It is the density of the unconstrained latents; that of the constrained ones lacks the supports' Jacobians.
+        """
+        return self.flow.log_prob(self.latents.pack(values))
+
+    # Predictions.
+
+    def predictive(self, n: int = 1000, *args: object, resampled: bool = False, **kwargs: object) -> dict[str, Tensor]:
+        """Draws of the model's other sites, data drawn anew, at draws of the latents: shape ``(n, *site.shape)``.
+
+        Args:
+            n: how many.
+            *args: of the model, e.g. new covariates and ``y=None``; those of the fit if there are none.
+            resampled: as in :meth:`sample`.
+            **kwargs: likewise.
+        """
+        density = self._with_model("predictive")
+        if not args and not kwargs:
+            args, kwargs = density.args, density.kwargs
+        with torch.no_grad():
+            z = self._unconstrained(n, resampled)
+            try:
+                return predictions(density.model, self.latents, z, args, kwargs, density.vectorized)
+            except (ValueError, RuntimeError, IndexError) as error:
+                shapes = {site.name: tuple(site.shape) for site in self.latents}
+                raise ValueError(
+                    f"predictive: the model does not run with these arguments at latents of shapes {shapes}, for which "
+                    f"this fit was made; latents in a plate belong to data of one size. {type(error).__name__}: {error}"
+                ) from error
+
+    def _with_model(self, what: str) -> JointDensity:
+        if self._density is None:
+            raise ValueError(
+                f"{what}: this fit was loaded without its model; build the guide again, AutoFlow(model).setup(data), "
+                "and load the flow's state into it, or draw with .sample(n) and use pyro.infer.Predictive"
+            )
+        return self._density
+
+    # Elsewhere.
+
+    def to_arviz(
+        self,
+        *,
+        draws: int = 2000,
+        posterior_predictive: bool = True,
+        log_likelihood: bool = True,
+        resampled: bool = False,
+        constant_data: Mapping[str, object] | None = None,
+        coords: Mapping[str, object] | None = None,
+        dims: Mapping[str, object] | None = None,
+    ) -> object:
+        """An ArviZ ``InferenceData`` (0.x) or ``DataTree`` (1.x) of the draws by which the guide was judged.
+
+        What the model computes by ``pyro.deterministic`` is in the posterior, too.
+
+        Args:
+            draws: how many of them.
+            posterior_predictive: whether to run the model for this group; without a model it is left out.
+            log_likelihood: likewise.
+            resampled: whether to resample the draws by their weights; their weights are then left out.
+            constant_data: as in ArviZ.
+            coords: as in ArviZ.
+            dims: as in ArviZ.
+        """
+        known = self.assessment
+        if resampled:
+            z, weights = resample(known.draws, known.log_weights, draws), {}
+        else:
+            z = known.draws[:draws]
+            weights = {
+                "log_weights": known.log_weights[:draws],
+                "log_p": known.log_p[:draws],
+                "log_q": known.log_q[:draws],
+            }
+        groups: dict[str, object] = {}
+        posterior = self.latents.draws(z)
+        if self._density is not None:
+            d = self._density
+            whole = (d.model, self.latents, z, d.args, d.kwargs, d.vectorized)
+            extra = computed(*whole)
+            posterior |= extra
+            groups["observed_data"] = observed(d.model, self.latents, z, d.args, d.kwargs)
+            if posterior_predictive:
+                found = predictions(*whole)
+                groups["posterior_predictive"] = {name: found[name] for name in found if name not in extra}
+            if log_likelihood:
+                groups["log_likelihood"] = log_likelihoods(*whole)
+        attrs = {"khat": self.khat, "ess": self.ess, "verdict": self.verdict.label}
+        return to_arviz(
+            posterior,
+            **weights,
+            **{name: group for name, group in groups.items() if group},
+            constant_data=constant_data,
+            coords=coords,
+            dims=dims,
+            attrs=attrs,
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Writes the fit to a file that :func:`load_guide` reads without model or data."""
+        state = {
+            "format": FORMAT,
+            "flow": copy.deepcopy(self.flow),  # without what Pyro's parameter store hangs on parameters
+            "latents": self.latents,
+            "history": self.history,
+            "assessment": self.assessment,
+            "failures": self.failures,
+            "evaluations": self.evaluations,
+            "notes": self.notes,
+        }
+        torch.save(state, path)
+
+
+def load_guide(path: str | Path, map_location: str | torch.device | Callable | None = None) -> GuideFit:
+    """Reads what :meth:`GuideFit.save` wrote: draws, densities, history and verdict, without model or data.
+
+    The file is a pickle: load only what you trust.
+
+    Args:
+        path: of the file.
+        map_location: device, as in ``torch.load``.
+
+    Raises:
+        ValueError: if the file is no saved fit, or of another format.
+    """
+    try:
+        state = torch.load(path, map_location=map_location, weights_only=False)
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"load_guide: {path} is not a file that GuideFit.save wrote, or it is damaged: {error}"
+        ) from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        found = state.get("format") if isinstance(state, dict) else type(state).__name__
+        raise ValueError(f"load_guide: expected a fit saved in format {FORMAT}, got {found!r}")
+    latents: Latents = state["latents"]
+    device = next(state["flow"].parameters()).device
+    return GuideFit(
+        state["flow"],
+        latents.to(device),
+        state["history"],
+        state["assessment"],
+        failures=state["failures"],
+        evaluations=state["evaluations"],
+        notes=state["notes"],
+    )

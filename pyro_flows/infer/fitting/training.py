@@ -1,0 +1,248 @@
+"""The loop of ``fit_guide``: path gradients of many draws at once, in two phases."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from pyro_flows.distributions import Flow
+from pyro_flows.infer.fitting.budget import Budget, cosine
+from pyro_flows.infer.guides.posterior import frozen
+from pyro_flows.infer.joint import FAILURES
+from pyro_flows.transforms import Preconditioner
+
+__all__ = ["History", "Training"]
+
+WARM = 0.2  # of the budget, for the affine part alone
+WARM_RATES = (0.05, 0.005)
+RATES = (1e-2, 1e-5)
+CAREFUL_RATES = (1e-3, 1e-5)
+TEMPERED = 0.6  # of the flow's phase, until the posterior has its whole weight
+COVER = 4.0
+CLIP = 10.0
+EXACT = 0.02  # a spread of the log-weights at which nothing is left to learn
+PATIENCE = 25  # steps in a row
+LOOK = 50  # steps of the affine phase that are compared with as many before
+
+
+@dataclass
+class History:
+    """What each step of a fit came to.
+
+    Attributes:
+        elbo: mean of log p - log q over the step's draws, in nats.
+        spread: standard deviation of log p - log q over the step's draws.
+        rate: the optimiser's step size.
+        phase: ``"affine"`` or ``"flow"``.
+        seconds: wall time since the fit began.
+        weight: the posterior's weight under tempering, else 1.
+        failures: draws in the step whose density was not finite or could not be computed.
+    """
+
+    elbo: list[float] = field(default_factory=list)
+    spread: list[float] = field(default_factory=list)
+    rate: list[float] = field(default_factory=list)
+    phase: list[str] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    weight: list[float] = field(default_factory=list)
+    failures: list[int] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.elbo)
+
+
+class Training:
+    """Trains a guide's flow against an unnormalised log-density.
+
+    Args:
+        flow: base, a chain of a flow and a :class:`Preconditioner`.
+        density: of unconstrained vectors, ``(S, dim)`` to ``(S,)``.
+        budget: when to stop.
+        particles: draws per step.
+        path_gradient: whether the entropy's gradient follows the path alone.
+        tempering: the first weight of the posterior, or ``None``.
+        covering: whether to follow, beside the ELBO, the forward divergence as its own weighted draws estimate it,
+            which holds the guide to the shares of all modes that it has found.
+        report: called after each step with the history.
+    """
+
+    def __init__(
+        self,
+        flow: Flow,
+        density: Callable[[Tensor], Tensor],
+        budget: Budget,
+        *,
+        particles: int,
+        path_gradient: bool = True,
+        tempering: float | None = None,
+        covering: bool = False,
+        report: Callable[[History], None] | None = None,
+    ) -> None:
+        self.flow, self.density, self.budget = flow, density, budget
+        self.particles, self.path_gradient, self.tempering = particles, path_gradient, tempering
+        self.covering, self.report = covering, report
+        self.history = History()
+        self.failed_steps = 0
+        self.dropped = 0
+        self._best: tuple[float, dict[str, Tensor]] | None = None
+        self._exact = 0
+
+    @property
+    def preconditioner(self) -> Preconditioner:
+        """The affine end."""
+        return self.flow.chain[-1]
+
+    def run(self, fresh: bool = True) -> None:
+        """Both phases; leaves the flow in its best state.
+
+        Args:
+            fresh: whether the flow is still the identity; else the affine phase is left out, and steps are smaller, so
+                that the flow stays where it is.
+        """
+        if fresh and self.tempering is None:
+            self._phase("affine", Flow(self.preconditioner, self.flow.base), 0.0, WARM, WARM_RATES)
+            self.preconditioner.fold()
+            self._best = None
+            first = min(WARM, self.budget.fraction)
+        else:
+            first = 0.0
+        self._exact = 0
+        self._phase("flow", self.flow, first, 1.0, RATES if fresh else CAREFUL_RATES)
+        self._restore()
+
+    def _phase(self, name: str, flow: Flow, begin: float, end: float, rates: tuple[float, float]) -> None:
+        parameters = [p for p in flow.parameters() if p.requires_grad]
+        optimizer = torch.optim.Adam(parameters, lr=rates[0], fused=True)
+        window = 0
+        while (fraction := self.budget.fraction) < end and not self._converged() and not self._settled(name):
+            part = (fraction - begin) / max(end - begin, 1e-9)
+            rate = cosine(part, *rates)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            weight = 1.0 if self.tempering is None else self.tempering ** max(0.0, 1.0 - part / TEMPERED)
+            self._step(name, flow, parameters, optimizer, rate, weight)
+            self.budget.done += 1
+            window += 1
+            if window >= 50 and weight == 1.0:
+                window = 0
+                self._remember(flow)
+            if self.report is not None:
+                self.report(self.history)
+
+    def _step(
+        self,
+        name: str,
+        flow: Flow,
+        parameters: list[nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        rate: float,
+        weight: float,
+    ) -> None:
+        draws, log_q = flow.rsample_and_log_prob((self.particles,))
+        z = draws.detach().requires_grad_()
+        try:
+            log_p = self.density(z)
+            (pull,) = torch.autograd.grad(log_p.sum(), z)
+        except FAILURES:
+            self._failed(name, rate, weight)
+            return
+        with torch.no_grad():
+            fine = log_p.isfinite() & pull.isfinite().all(-1)
+        if self.path_gradient:
+            with frozen(flow.chain):
+                x, ladj = flow.chain.inverse_and_ladj(z)
+            value = flow.base().log_prob(x) + ladj
+            (push,) = torch.autograd.grad(value.sum(), z)
+        else:
+            push = None
+        with torch.no_grad():
+            count = fine.sum().clamp(min=1)
+            toward = weight * pull if push is None else weight * pull - push
+            fine = fine & (toward.isfinite().all(-1))
+            toward = torch.where(fine.unsqueeze(-1), toward, 0.0) * (-1.0 / count)
+        optimizer.zero_grad()
+        if push is None:
+            torch.autograd.backward((draws, log_q), (toward, torch.where(fine, 1.0, 0.0).to(log_q) / count))
+        else:
+            draws.backward(toward)
+        if self.covering:
+            self._cover(flow, draws, log_p - log_q, fine)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, CLIP, foreach=True)
+        difference = (log_p.detach() - log_q.detach())[fine]
+        bad = self.particles - len(difference)
+        if len(difference) == 0 or not bool(norm.isfinite()):
+            self._failed(name, rate, weight)
+            return
+        optimizer.step()
+        self.dropped += bad
+        spread = difference.std().item() if len(difference) > 1 else math.inf
+        self._exact = self._exact + 1 if spread < EXACT and weight == 1.0 else 0
+        self._note(name, difference.mean().item(), spread, rate, weight, bad)
+
+    def _cover(self, flow: Flow, draws: Tensor, log_weights: Tensor, fine: Tensor) -> None:
+        """Adds the gradient of the forward divergence, by the step's own draws and their weights."""
+        with torch.no_grad():
+            share = torch.where(fine, log_weights, -math.inf).softmax(0)
+            z = torch.where(fine.unsqueeze(-1), draws, 0.0)
+        x, ladj = flow.chain.inverse_and_ladj(z)
+        (-COVER * (share * (flow.base().log_prob(x) + ladj)).sum()).backward()
+
+    def _failed(self, name: str, rate: float, weight: float) -> None:
+        self.failed_steps += 1
+        self.dropped += self.particles
+        self._note(name, math.nan, math.nan, rate, weight, self.particles)
+        if self.failed_steps > 100 and self.failed_steps > 0.5 * len(self.history):
+            self._restore()
+            raise ValueError(
+                f"fit_guide: {self.failed_steps} of {len(self.history)} steps failed: the model raised, or its density "
+                "was not finite at any draw. Check the model with pyro.enable_validation(), or start from a better "
+                "point: AutoFlow(model, init_loc_fn=...)"
+            )
+
+    def _note(self, phase: str, elbo: float, spread: float, rate: float, weight: float, bad: int) -> None:
+        h = self.history
+        for values, value in zip(
+            (h.elbo, h.spread, h.rate, h.phase, h.seconds, h.weight, h.failures),
+            (elbo, spread, rate, phase, self.budget.elapsed, weight, bad),
+            strict=True,
+        ):
+            values.append(value)
+
+    def _converged(self) -> bool:
+        return self._exact >= PATIENCE
+
+    def _settled(self, phase: str) -> bool:
+        """Whether the affine phase, which begins near its best, gains no more."""
+        done = self.history.elbo
+        if phase != "affine" or len(done) < 2 * LOOK or len(done) % LOOK:
+            return False
+        now, before = torch.tensor(done[-LOOK:]).double(), torch.tensor(done[-2 * LOOK : -LOOK]).double()
+        gain, noise = now.mean() - before.mean(), (now.var() + before.var()).sqrt() / math.sqrt(LOOK)
+        return bool(gain < 2 * noise)
+
+    def _remember(self, flow: Flow) -> None:
+        """Keeps the state if the last steps were the best so far."""
+        last = [v for v in self.history.elbo[-50:] if math.isfinite(v)]
+        if not last:
+            return
+        mean = sum(last) / len(last)
+        if self._best is None or mean > self._best[0]:
+            self._best = (mean, copy.deepcopy(self.flow.state_dict()))
+
+    def _restore(self) -> None:
+        """Goes back to the best state if the last one is clearly worse, or not finite."""
+        if self._best is None:
+            return
+        last = [v for v in self.history.elbo[-50:] if math.isfinite(v)]
+        spread = [v for v in self.history.spread[-50:] if math.isfinite(v)]
+        finite = all(p.isfinite().all() for p in self.flow.parameters())
+        if last and finite:
+            noise = 3 * (sum(spread) / max(len(spread), 1)) / math.sqrt(self.particles * len(last))
+            if sum(last) / len(last) >= self._best[0] - max(noise, 0.02):
+                return
+        self.flow.load_state_dict(self._best[1])

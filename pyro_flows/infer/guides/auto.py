@@ -1,0 +1,384 @@
+"""``AutoFlow``: a normalizing flow as the guide of any Pyro model with continuous latents."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions import TransformModule
+from pyro.infer.autoguide import AutoContinuous
+from pyro.infer.autoguide.initialization import InitMessenger
+from pyro.params.param_store import param_with_module_name
+from pyro.poutine.enum_messenger import EnumMessenger
+from pyro.poutine.runtime import _PYRO_STACK
+from torch import Tensor
+
+from pyro_flows.chain import Chain, Wrap
+from pyro_flows.core import FlowTransform
+from pyro_flows.distributions import Flow, FlowDistribution
+from pyro_flows.flows import iaf, nsf, realnvp
+from pyro_flows.infer.guides.posterior import PathPosterior
+from pyro_flows.infer.guides.prototype import (
+    Init,
+    feasible,
+    finite_start,
+    initializer,
+    inspect,
+    is_subsampled,
+    shapes_of,
+)
+from pyro_flows.infer.guides.start import find_start
+from pyro_flows.infer.joint import JointDensity
+from pyro_flows.infer.latents import Latents
+from pyro_flows.transforms import Preconditioner
+
+__all__ = ["AutoFlow", "default_builder", "seeded"]
+
+Builder = Callable[[int], TransformModule]
+SLOW_SECONDS = 20.0  # for the start, where a model runs for one draw at a time
+FULL_RANK = 300  # dimensions up to which the preconditioner is a full matrix
+STARTS = ("pathfinder", "prior")
+_BUILT = itertools.count()
+
+
+def default_builder(dim: int) -> FlowTransform:
+    """What a guide of so many dimensions is made of, if nothing is said.
+
+    Three small autoregressive layers that sample in one pass, in the order of the latents and backwards in turns, so
+    that a latent may follow those before it, as in the model; beyond 64 dimensions affine couplings between random
+    halves, which cost less there; a spline where there is only one dimension.
+    """
+    if dim == 1:
+        return nsf(1, num_layers=1)
+    if dim <= 64:
+        return iaf(dim, num_layers=3, hidden_dims=(max(32, dim),) * 2)
+    return realnvp(dim, num_layers=8, hidden_dims=(64, 64), mask="random", max_log_scale=2.0)
+
+
+class AutoFlow(AutoContinuous):
+    r"""An autoguide whose posterior is a normalizing flow: :math:`z = \mu + S (A\, f(u) + b)`, :math:`u \sim N(0, I)`.
+
+    :math:`z` holds all latents in unconstrained space, :math:`f` is a flow that starts as the identity, :math:`\mu` and
+    :math:`S` come from an informed start, and the triangular :math:`A` and :math:`b` learn.  It follows Pyro's
+    conventions for autoguides: it takes the model's arguments, works with stock ``SVI`` and any ELBO, with vectorised
+    particles, plates, ``AutoGuideList``, ``NeuTraReparam`` and ``Predictive``.  :func:`~pyro_flows.infer.fit_guide`
+    trains it and judges the result.
+
+    It is built at the first call, or by :meth:`setup`, which runs the model; from then on its parameters are there to
+    be moved, saved, loaded and optimised.  A draw costs one pass of the flow in its sampling direction; each step
+    with the path gradient costs one pass in the density direction as well.
+
+    Discrete latents cannot be in it: hide and enumerate them, ``AutoFlow(poutine.block(config_enumerate(model),
+    hide=["k"]))`` with ``TraceEnum_ELBO``.
+
+    Args:
+        model: a Pyro model.
+        builder: what makes the flow of a number of dimensions, e.g. ``partial(pf.realnvp, num_layers=8)``; by default
+            that of :func:`default_builder`.
+        start: ``"pathfinder"``: quasi-Newton paths and Laplace's approximation, ranked by their ELBO; ``"prior"``: a
+            small Gaussian around the initial point.
+        init_loc_fn: how to choose the initial value of each site (see ``pyro.infer.autoguide.initialization``); by
+            default the middle of its support, also where its prior is improper.
+        path_gradient: whether the entropy's gradient follows the path alone (see ``PathPosterior``).
+        particles: draws per step of ``fit_guide``; by default 128, or fewer for slow models.
+        tempering: the weight of the posterior against the base with which ``fit_guide`` begins, which rises to 1 over
+            the first 60 % of its steps; ``None`` for none.  For several modes; 0.05 is a good value.
+        num_starts: dispersed points from which the start is sought.
+        dtype: of the flow; by default that of the model's latents.
+        seed: of all random choices, so that two fits are the same.
+
+    Raises:
+        ValueError: for unknown options; and, at the first call, for models that no such guide can represent.
+
+    References:
+        Variational Inference with Normalizing Flows (Rezende & Mohamed, 2015), arXiv:1505.05770.
+        Pathfinder: Parallel quasi-Newton variational inference (Zhang et al., 2022), arXiv:2108.03782.
+        Advances in Black-Box VI: Normalizing Flows, Importance Weighting, and Optimization (Agrawal, Sheldon & Domke,
+        2020), arXiv:2006.10343.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., object],
+        builder: Builder | None = None,
+        *,
+        start: str = "pathfinder",
+        init_loc_fn: Init | None = None,
+        path_gradient: bool = True,
+        particles: int | None = None,
+        tempering: float | None = None,
+        num_starts: int = 4,
+        dtype: torch.dtype | None = None,
+        seed: int | None = None,
+    ) -> None:
+        if not callable(model):
+            raise TypeError(f"AutoFlow: expected model to be a Pyro model, a callable, got {type(model).__name__}")
+        if builder is not None and (not callable(builder) or isinstance(builder, torch.nn.Module)):
+            raise TypeError(
+                "AutoFlow: expected builder to be a function from a number of dimensions to a flow, e.g. "
+                f"partial(pf.realnvp, num_layers=8), got {type(builder).__name__}"
+            )
+        if start not in STARTS:
+            raise ValueError(f"AutoFlow: expected start to be one of {STARTS}, got {start!r}")
+        if tempering is not None and not 0 < tempering <= 1:
+            raise ValueError(f"AutoFlow: expected tempering to be in (0, 1], got {tempering}")
+        if particles is not None and particles < 1:
+            raise ValueError(f"AutoFlow: expected particles to be at least 1, got {particles}")
+        super().__init__(model, init_loc_fn=feasible)
+        self._pyro_name = _new_name(self)
+        self._plain_model = (model,)
+        self.builder, self.start, self.init_loc_fn = builder, start, init_loc_fn
+        self.path_gradient, self.particles, self.tempering = path_gradient, particles, tempering
+        self.num_starts, self.flow_dtype, self.seed = num_starts, dtype, seed
+        self.latents: Latents | None = None
+        self.subsampled = False
+        self.vectorized: bool | None = None  # False once the model is known not to run for many draws at once
+        self.start_seconds: float | None = None  # wall time for finding the start
+        self._shapes: tuple[object, ...] | None = None
+        self._observed: set[str] = set()
+
+    # Building.
+
+    def setup(self, *args: object, **kwargs: object) -> AutoFlow:
+        """Runs the model on its arguments and builds the flow at an informed start; returns the guide."""
+        if self.prototype_trace is None:
+            self._setup_prototype(*args, **kwargs)
+            if self.master is None:  # else the list of guides makes them
+                with poutine.block():
+                    self._create_plates(*args, **kwargs)  # which NeuTra looks at before any call
+        return self
+
+    def _setup_prototype(self, *args: object, **kwargs: object) -> None:
+        if self.prototype_trace is not None:
+            return
+        init = initializer(self.init_loc_fn, args, kwargs)
+        self._model = (InitMessenger(init)(self._plain_model[0]),)
+        with seeded(self.seed):
+            trace, latents = inspect(self._plain_model[0], init, args, kwargs)
+            try:
+                super()._setup_prototype(*args, **kwargs)
+                self.latents, self.subsampled = latents, is_subsampled(trace)
+                self._observed = set(trace.observation_nodes)
+                density = JointDensity(self.plain_model, latents, args, kwargs)
+                # One at a time: hidden discrete sites differ from run to run, which looks like a failure to broadcast.
+                alone = JointDensity(self.plain_model, latents, args, kwargs, vectorize=False)
+                initial = finite_start(alone, trace, latents)
+                self.flow = self._build(density, initial)
+                self.initial = initial
+                self.vectorized = None if density.vectorized else False
+            except BaseException:
+                self.prototype_trace = None  # so that the next call tries again
+                raise
+        self._shapes = shapes_of(args, kwargs)
+
+    def _build(self, density: JointDensity, initial: Tensor) -> Flow:
+        dim = len(initial)
+        dtype = self.flow_dtype or initial.dtype
+        made = default_builder(dim) if self.builder is None else self.builder(dim)
+        if not isinstance(made, FlowTransform):
+            parts = list(made) if isinstance(made, Iterable) else [made]
+            if parts and all(isinstance(part, torch.distributions.Transform) for part in parts):
+                made = Chain([p if isinstance(p, FlowTransform) else Wrap(p, (dim,)) for p in parts])
+        if not isinstance(made, FlowTransform) or made.event_shape != (dim,) or made.context_dim:
+            raise ValueError(
+                f"AutoFlow: expected builder({dim}) to give a flow of {dim} dimensions without context, got {made!r}"
+            )
+        loc, scale = self._find_start(density, initial)
+        chain = Chain([made, Preconditioner(loc, scale)])
+        return Flow(chain.to(device=initial.device, dtype=dtype))
+
+    def _find_start(self, density: JointDensity, initial: Tensor) -> tuple[Tensor, Tensor]:
+        dim = len(initial)
+        # A model that draws more than its latents, such as hidden discrete sites, has no density to climb here.
+        if self.start == "prior" or (not self.subsampled and density.random_at(initial)):
+            scale = torch.full_like(initial, 0.1)
+        else:
+            with poutine.block():
+                still = density.still() if self.subsampled else density
+                seconds = self.start_seconds
+                if seconds is None and not density.vectorized:
+                    seconds = SLOW_SECONDS
+                found = find_start(
+                    still,
+                    initial,
+                    starts=self.num_starts,
+                    max_seconds=seconds,
+                    full_rank_up_to=FULL_RANK,
+                )
+            initial, scale = found.loc, found.scale
+        if scale.dim() == 1 and dim <= FULL_RANK:
+            scale = torch.diag_embed(scale)
+        return initial, scale
+
+    def density(self, *args: object, **kwargs: object) -> JointDensity:
+        """The model's joint density over this guide's latents, at these arguments of the model."""
+        if self.prototype_trace is None:
+            self.setup(*args, **kwargs)
+        else:
+            self._compare_shapes(args, kwargs)
+        return JointDensity(self.plain_model, self.latents, args, kwargs, self.vectorized)
+
+    @property
+    def plain_model(self) -> Callable[..., object]:
+        """The model as it was given."""
+        return self._plain_model[0]
+
+    @property
+    def preconditioner(self) -> Preconditioner:
+        """The affine end of the flow."""
+        return self._built().chain[-1]
+
+    def _built(self) -> Flow:
+        if self.latents is None:
+            raise ValueError("AutoFlow: this guide has not seen its model yet: call .setup(*args) with its arguments")
+        return self.flow
+
+    # What Pyro's autoguides offer.
+
+    def forward(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
+        """Samples the latents; takes the model's arguments, returns values by site."""
+        if self.prototype_trace is None:
+            self._setup_prototype(*args, **kwargs)
+        else:
+            self._compare_shapes(args, kwargs)
+        return super().forward(*args, **kwargs)
+
+    def _compare_shapes(self, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        """Refuses data of a shape that gives the model other latents; looks only where shapes are new."""
+        shapes = shapes_of(args, kwargs)
+        if not shapes or shapes == self._shapes or self._shapes is None or self._model is None:
+            return
+        with torch.random.fork_rng(), poutine.block():
+            trace = poutine.trace(self.model).get_trace(*args, **kwargs)
+        # Data that are left out, as for predictions, are no new latents.
+        there = {site.name: tuple(site.shape) for site in Latents(trace) if site.name not in self._observed}
+        here = {site.name: tuple(site.shape) for site in self.latents}
+        if there != here:
+            name = next(n for n in {**here, **there} if here.get(n) != there.get(n))
+            raise ValueError(
+                f"AutoFlow: with these arguments the latent site {name!r} has shape {there.get(name)}, but this guide "
+                f"was built for {here.get(name)}: a guide belongs to data of one shape. Make a new guide for these, or "
+                "give missing data as a mask"
+            )
+        self._shapes = shapes
+
+    def get_base_dist(self) -> torch.distributions.Distribution:
+        """The standard normal, event shape ``(latent_dim,)``."""
+        return self._built().base()
+
+    def get_transform(self, *args: object, **kwargs: object) -> Chain:
+        """From the base to the unconstrained latents."""
+        return self._built().chain
+
+    def get_posterior(self, *args: object, **kwargs: object) -> FlowDistribution:
+        """Of the unconstrained latents; its ``log_prob`` has the whole derivative."""
+        return self._built()()
+
+    def sample_latent(self, *args: object, **kwargs: object) -> Tensor:
+        """Samples the vector of unconstrained latents."""
+        flow = self._built()
+        self._refuse_foreign(flow)
+        if self.path_gradient:
+            # TraceEnum_ELBO, known by its messenger, is linear in the guide's log-density.
+            linear = any(isinstance(handler, EnumMessenger) for handler in _PYRO_STACK)
+            posterior = PathPosterior(flow.base(), [flow.chain], linear=linear)
+        else:
+            posterior = flow()
+        return pyro.sample(f"_{self._pyro_name}_latent", posterior, infer={"is_auxiliary": True})
+
+    def _unpack_latent(self, latent: Tensor) -> Iterator[tuple[dict[str, object], Tensor]]:
+        for site, value in super()._unpack_latent(latent):
+            yield site, value.to(site["value"].dtype)  # the flow may have a dtype of its own
+
+    def _refuse_foreign(self, flow: Flow) -> None:
+        """Pyro's store knows parameters by name: ``SVI`` would train another's of this name, and leave these alone."""
+        if not self._pyro_context.active or pyro.settings.get("module_local_params"):
+            return
+        stored, module = pyro.get_param_store()._params, self._pyro_get_fullname("flow")
+        for name, parameter in flow.named_parameters():
+            if stored.get(param_with_module_name(module, name), parameter) is not parameter:
+                raise ValueError(
+                    "AutoFlow: Pyro's parameter store holds other parameters under the name of this guide, "
+                    f"{module!r}, and SVI would train those: call pyro.clear_param_store() before training this guide, "
+                    f"or take them over by pyro.module({module!r}, guide.flow, update_module_params=True)"
+                )
+
+    @torch.no_grad()
+    def sample_posterior(self, num_draws: int = 1000) -> dict[str, Tensor]:
+        """Draws of all latents by site, shape ``(num_draws, *site.shape)``."""
+        flow = self._built()
+        return self.latents.draws(flow.sample((num_draws,)))
+
+    @torch.no_grad()
+    def median(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
+        """Medians of the unconstrained marginals, mapped to the sites' supports; from 10,000 draws."""
+        return {name: value[0] for name, value in self.quantiles([0.5], *args, **kwargs).items()}
+
+    @torch.no_grad()
+    def quantiles(self, quantiles: Iterable[float], *args: object, **kwargs: object) -> dict[str, Tensor]:
+        """Quantiles of the unconstrained marginals, mapped to the sites' supports; shape ``(n, *site.shape)``."""
+        if self.latents is None:
+            self.setup(*args, **kwargs)
+        with seeded(0):  # so that asking twice gives the same answer
+            z = self._built().sample((10_000,))
+        levels = torch.as_tensor(list(quantiles), dtype=z.dtype, device=z.device)
+        if not ((levels >= 0) & (levels <= 1)).all():
+            raise ValueError(f"AutoFlow: expected quantiles between 0 and 1, got {levels.tolist()}")
+        for site in self.latents:
+            if not site.increasing:
+                z[:, site.start : site.start + site.size].neg_()
+        # By columns, as torch takes no more than 16 million numbers at once.
+        found = torch.cat([torch.quantile(part, levels, 0) for part in z.split(1000, 1)], 1)
+        for site in self.latents:
+            if not site.increasing:
+                found[:, site.start : site.start + site.size].neg_()
+        return self.latents.draws(found)
+
+    # Copies keep the model; pickles cannot hold most models, and leave it out.
+
+    def __deepcopy__(self, memo: dict[int, object]) -> AutoFlow:
+        model, plain = self._model, self._plain_model
+        new = self.__class__.__new__(self.__class__)
+        memo[id(self)] = new
+        for key, value in self.__getstate__().items():
+            new.__dict__[key] = copy.deepcopy(value, memo)
+        new.__dict__.update(_model=model, _plain_model=plain)
+        new._rename()
+        return new
+
+    def __getstate__(self) -> dict[str, object]:
+        state = self.__dict__.copy()
+        state.update(_model=None, _plain_model=None, master=None)
+        # Pyro's store hangs on parameters what cannot be pickled; copies are without.
+        state["_modules"] = copy.deepcopy(self._modules)
+        return state
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        super().__setstate__(state)
+        self._rename()
+
+    def _rename(self) -> None:
+        """A copy needs a name of its own in Pyro's parameter store, unless its owner gives the name."""
+        if "." not in self._pyro_name:
+            self._pyro_name = _new_name(self)
+
+
+def _new_name(guide: AutoFlow) -> str:
+    count = next(_BUILT)
+    return type(guide).__name__ + (f"_{count}" if count else "")
+
+
+@contextmanager
+def seeded(seed: int | None) -> Iterator[None]:
+    """Random numbers of its own, if there is a seed."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,89 @@
+"""What a guide samples from: a flow whose entropy follows only the path through the draw."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pyro.distributions as dist
+from pyro.distributions.score_parts import ScoreParts
+from torch import Size, Tensor, nn
+from torch.distributions import Transform
+
+from pyro_flows.distributions import FlowDistribution
+
+__all__ = ["PathPosterior", "frozen"]
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Within it, the module's parameters are constants; the gradient after its inputs stays."""
+    held = [(m._parameters, name, p) for m in module.modules() for name, p in m._parameters.items() if p is not None]
+    for parameters, name, parameter in held:
+        parameters[name] = parameter.detach()
+    try:
+        yield
+    finally:
+        for parameters, name, parameter in held:
+            parameters[name] = parameter
+
+
+class PathPosterior(FlowDistribution):
+    r"""A flow as the distribution of a guide's latent vector, with the path gradient ("sticking the landing").
+
+    The gradient of :math:`E_q[\log q_\phi(z_\phi)]` by the parameters :math:`\phi` is that through the draw
+    :math:`z_\phi` alone, because the score has mean zero.  What it leaves out is noise: where guide and posterior
+    agree, the gradient is zero for every draw.  So where a value is the draw that this distribution has just made, its
+    log-density holds the parameters fixed.  Only ``score_parts(...).log_prob``, which importance-weighted bounds such
+    as Pyro's ``RenyiELBO`` use, keeps the whole derivative: with the path gradient those would be biased.
+
+    Args:
+        base_distribution: of the flow.
+        transforms: the flow's chain, alone in a list.
+        linear: whether the bound is known to be linear in this log-density, so that ``score_parts(...).log_prob`` can
+            follow the path as well.  ``TraceEnum_ELBO`` is, and takes its entropy term from there.
+
+    References:
+        Sticking the Landing (Roeder et al., 2017), arXiv:1703.09194.
+        Doubly Reparameterized Gradient Estimators (Tucker et al., 2019), arXiv:1810.04152.
+    """
+
+    _drawn: Tensor | None = None
+
+    def __init__(
+        self,
+        base_distribution: dist.Distribution,
+        transforms: list[Transform],
+        validate_args: bool | None = None,
+        *,
+        linear: bool = False,
+    ) -> None:
+        self.linear = linear
+        super().__init__(base_distribution, transforms, validate_args=validate_args)
+
+    def rsample(self, sample_shape: Size | tuple[int, ...] = ()) -> Tensor:
+        """Reparameterised draws, which this distribution will know again."""
+        self._drawn = super().rsample(sample_shape)
+        return self._drawn
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log-density in nats; its gradient is the path gradient if ``value`` is the last draw."""
+        if value is not self._drawn or not value.requires_grad:
+            return super().log_prob(value)
+        (transform,) = self.transforms
+        with frozen(transform):
+            x, ladj = transform.inverse_and_ladj(value)
+        return self.base_dist.log_prob(x) + ladj
+
+    def score_parts(self, value: Tensor) -> ScoreParts:
+        """The whole log-density, no score, and the entropy term with the path gradient."""
+        if self.linear:
+            log_prob = self.log_prob(value)
+            return ScoreParts(log_prob, 0, log_prob)
+        whole = FlowDistribution.log_prob(self, value)
+        return ScoreParts(whole, 0, self.log_prob(value) if value is self._drawn else whole)
+
+    def expand(self, batch_shape: Size | tuple[int, ...], _instance: object = None) -> dist.Distribution:
+        new = self._get_checked_instance(PathPosterior, _instance)
+        new.linear = self.linear
+        return super().expand(batch_shape, new)

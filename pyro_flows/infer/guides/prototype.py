@@ -1,0 +1,213 @@
+"""A first look at a model: its latents at a feasible point, and what no guide of one fixed vector could represent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.infer.autoguide.initialization import InitMessenger
+from pyro.infer.autoguide.utils import helpful_support_errors
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+from torch.distributions import Distribution, biject_to
+from torch.utils._pytree import tree_leaves
+
+from pyro_flows.infer.joint import FAILURES, JointDensity
+from pyro_flows.infer.latents import Latents, same_support
+
+__all__ = ["feasible", "finite_start", "inspect", "shapes_of"]
+
+ANGLES = (dist.VonMises, dist.SineBivariateVonMises, dist.SineSkewed)
+Init = Callable[[dict[str, object]], Tensor]
+
+
+def feasible(site: dict[str, object], like: Tensor | None = None) -> Tensor:
+    """A value in the middle of the support, also where the distribution cannot be sampled.
+
+    Args:
+        site: of a trace.
+        like: gives dtype and device where the distribution has no tensors of its own.
+    """
+    fn = site["fn"]
+    with helpful_support_errors(site):
+        try:
+            transform = biject_to(fn.support)
+        except NotImplementedError as error:
+            if fn.support.is_discrete or "sphere" in repr(fn.support).lower():
+                raise  # for which there is a word of advice
+            raise ValueError(
+                f"AutoFlow: no bijection from the line is known for the support of site {site['name']!r}, "
+                f"{fn.support!r}; register one (torch.distributions.biject_to.register), or sample it as "
+                "ImproperUniform on a known support with its log-density in pyro.factor"
+            ) from error
+    try:
+        zeros = transform.inv(fn.sample().detach())
+    except NotImplementedError:  # an improper prior
+        shape = transform.inverse_shape(fn.batch_shape + fn.event_shape)
+        zeros = torch.empty(shape) if like is None else like.new_empty(shape)
+    return transform(torch.zeros_like(zeros))
+
+
+def initializer(chosen: Init | None, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Init:
+    """The user's way to initialise sites, with :func:`feasible` where that cannot sample."""
+    tensors = [leaf for leaf in tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor)]
+    like = next((t for t in tensors if t.is_floating_point()), None)
+
+    def init(site: dict[str, object]) -> Tensor:
+        if chosen is not None:
+            try:
+                return chosen(site)
+            except NotImplementedError:
+                pass
+        return feasible(site, like)
+
+    return init
+
+
+def inspect(
+    model: object, init: Init, args: tuple[object, ...], kwargs: Mapping[str, object]
+) -> tuple[object, Latents]:
+    """A trace of the model at an initial point, observations included, and the layout of its latents.
+
+    Raises:
+        ValueError: for a model without latents, with a sequential plate, with latents in a subsampled plate, with an
+            angle, with a support that depends on another latent, or whose latents change from one run to the next.
+    """
+    trace = _run(InitMessenger(init)(model), args, kwargs)
+    for name, site in _latent(trace):
+        inner = site["fn"]
+        while not isinstance(inner, ANGLES) and isinstance(getattr(inner, "base_dist", None), Distribution):
+            inner = inner.base_dist
+        if isinstance(inner, ANGLES):
+            raise ValueError(
+                f"AutoFlow: site {name!r} is an angle ({type(inner).__name__}), whose density repeats along the line, "
+                "so that it has no posterior there. Sample it as ImproperUniform on constraints.interval(-pi, pi), "
+                "with its log-density in pyro.factor"
+            )
+        for frame in site["cond_indep_stack"]:
+            if not frame.vectorized:
+                raise ValueError(
+                    f"AutoFlow: site {name!r} lies in the sequential plate {frame.name!r}: write it as a vectorised "
+                    f"one, `with pyro.plate({frame.name!r}, {frame.size}):`, or as one site with an event dimension"
+                )
+            if frame.full_size is not None and frame.full_size != frame.size:
+                raise ValueError(
+                    f"AutoFlow: the latent site {name!r} lies in the plate {frame.name!r}, of which a run sees "
+                    f"{frame.size} of {frame.full_size}: one vector for all runs would share these latents between "
+                    "different data. Give the whole plate at once, or amortise: in a guide of your own, "
+                    f"`with pyro.plate({frame.name!r}, ..., subsample_size=...) as i: pyro.sample({name!r}, "
+                    "flow(context_of(data[i])))` with a conditional flow"
+                )
+    latents = Latents(trace)
+    if not len(latents):
+        raise ValueError(
+            "AutoFlow: this model has no latent variables: every sample site is observed, or hidden from the guide"
+        )
+    if latents.dim == 0:
+        raise ValueError(f"AutoFlow: the latent sites {[site.name for site in latents]} are all empty")
+    _refuse_change(model, init, trace, args, kwargs)
+    return trace, latents
+
+
+def _run(model: object, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
+    with poutine.block():
+        return poutine.trace(model).get_trace(*args, **kwargs)
+
+
+def _latent(trace: object) -> list[tuple[str, dict[str, object]]]:
+    return [(name, site) for name, site in trace.iter_stochastic_nodes() if not site_is_subsample(site)]
+
+
+def _refuse_change(
+    model: object, init: Init, trace: object, args: tuple[object, ...], kwargs: Mapping[str, object]
+) -> None:
+    """Runs the model at other latent values and compares its sites with those of the trace."""
+    # Opposite points, as random numbers start anew each time: whatever hangs on a sign is seen.
+    for radius in (0.3, -0.3, 1.0, -1.0):
+
+        def moved(site: dict[str, object], radius: float = radius) -> Tensor:
+            value = init(site)
+            transform = biject_to(site["fn"].support)
+            free = transform.inv(value)
+            return transform(free + radius * (2 * torch.rand_like(free) - 1))
+
+        try:
+            with torch.random.fork_rng():
+                other = _run(InitMessenger(moved)(model), args, kwargs)
+        except FAILURES:
+            continue  # a point where the model is not defined says nothing about its structure
+        for name, site in _latent(trace):
+            found = other.nodes.get(name)
+            if found is None or found["value"].shape != site["value"].shape:
+                what = "is missing" if found is None else f"has shape {tuple(found['value'].shape)}"
+                raise ValueError(
+                    f"AutoFlow: the latent site {name!r}, of shape {tuple(site['value'].shape)}, {what} at other "
+                    "values of the latents: a guide over one fixed vector needs the same sites in every run"
+                )
+            if not same_support(site["fn"].support, found["fn"].support):
+                raise ValueError(
+                    f"AutoFlow: the support of site {name!r} depends on another latent. Sample it on a fixed support, "
+                    "and compute the bounded value from it (for `x ~ Uniform(0, b)`: `u ~ Uniform(0, 1)`, `x = b * u`)"
+                )
+        extra = {n for n, _ in _latent(other)} - {n for n, _ in _latent(trace)}
+        if extra:
+            raise ValueError(
+                f"AutoFlow: the latent sites {sorted(extra)} are there only at some values of the other latents: a "
+                "guide over one fixed vector needs the same sites in every run"
+            )
+
+
+@torch.no_grad()
+def finite_start(density: JointDensity, trace: object, latents: Latents, attempts: int = 20) -> Tensor:
+    """An unconstrained point, shape ``(dim,)``, where the log-density is finite: the prototype's, or one near it.
+
+    Raises:
+        ValueError: if none is found; it names the sites whose log-density is not finite.
+    """
+    values = {site.name: trace.nodes[site.name]["value"].detach() for site in latents}
+    first = point = latents.pack(values)
+    error: Exception | None = None
+    for attempt in range(attempts + 1):
+        try:
+            if density(point[None]).isfinite().all():
+                return point
+        except FAILURES as raised:
+            error = raised
+        point = first + min(0.2 * (attempt + 1), 2.0) * (2 * torch.rand_like(first) - 1)
+    try:
+        bad = {name: value.item() for name, value in density.sites(first).items() if not value.isfinite()}
+    except FAILURES as raised:
+        raise ValueError(
+            f"AutoFlow: the model raises at the initial values of its latents, and at {attempts} points near them: "
+            f"{type(raised).__name__}: {raised}"
+        ) from raised
+    if error is not None and not bad:
+        raise ValueError(
+            f"AutoFlow: the model runs at the initial values of its latents, but its density cannot be computed there, "
+            f"nor at {attempts} points near them: {type(error).__name__}: {error}"
+        ) from error
+    raised = "" if error is None else f" ({type(error).__name__}: {error})"
+    sites = ", ".join(f"{name!r} ({value})" for name, value in bad.items()) or "the supports' Jacobians"
+    raise ValueError(
+        f"AutoFlow: the log-density is not finite at the initial values of the latents, nor at {attempts} points near "
+        f"them; it comes from {sites}{raised}. Check the data, or say where to start: "
+        "init_loc_fn=init_to_value(values={...})"
+    ) from error
+
+
+def shapes_of(args: tuple[object, ...], kwargs: Mapping[str, object]) -> tuple[object, ...]:
+    """What to compare of two calls' arguments: shapes of tensors, values of what may be a size, types of the rest."""
+    return tuple(
+        tuple(leaf.shape)
+        if isinstance(getattr(leaf, "shape", None), tuple)
+        else (leaf if isinstance(leaf, int | str | None) else type(leaf))
+        for leaf in tree_leaves((args, dict(kwargs)))
+    )
+
+
+def is_subsampled(trace: object) -> bool:
+    """Whether the model sees a part of some plate in each run."""
+    drawn = [site["fn"] for site in trace.nodes.values() if site["type"] == "sample" and site_is_subsample(site)]
+    return any(fn.subsample_size is not None and fn.subsample_size < fn.size for fn in drawn)

@@ -1,0 +1,122 @@
+"""Draws of a model's latents as values of a guide's own sites.
+
+How a guide takes values for its latents:
+
+- an ``AutoContinuous`` samples one auxiliary vector, ``_{name}_latent``: each latent is taken to unconstrained space by
+  ``biject_to`` of the support in the guide's ``prototype_trace`` and flattened, in the order of that trace; the guide
+  itself adds the Jacobians;
+- an ``AutoNormal`` samples ``{site}_unconstrained`` for each latent, in the same space;
+- an ``AutoGuideList`` of these: each part its own;
+- any other guide samples the latents themselves, from distributions that have a density, and nothing auxiliary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro.infer.autoguide import AutoContinuous, AutoGuideList, AutoNormal
+from pyro.poutine import Trace
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+from torch.distributions import biject_to
+
+__all__ = ["guide_values"]
+
+
+def guide_values(guide: Callable, trace: Trace, draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Values ``(n, *shape)`` for every site that the guide samples from a density.
+
+    Args:
+        guide: the guide, which has been called.
+        trace: one trace of it.
+        draws: ``(n, *shape)`` constrained values for each of the model's latents.
+
+    Raises:
+        ValueError: if the sites, a shape or a support do not fit, or the guide has no density of the latents.
+    """
+    sites = {s["name"]: s for _, s in trace.iter_stochastic_nodes() if not site_is_subsample(s)}
+    latents = {name: site for name, site in sites.items() if not site["infer"].get("is_auxiliary")}
+    _compare("sites", set(latents), set(draws))
+    draws = {name: _fitted(latents[name], value) for name, value in draws.items()}
+
+    values: dict[str, Tensor] = {}
+    parts = list(guide) if isinstance(guide, AutoGuideList) else [guide]
+    for part in parts:
+        if isinstance(part, AutoContinuous):
+            values |= _packed(part, draws)
+        elif isinstance(part, AutoNormal):
+            prototypes = part.prototype_trace.iter_stochastic_nodes()
+            values |= {f"{name}_unconstrained": _unconstrained(site, draws[name]) for name, site in prototypes}
+        elif part is guide:
+            for name, site in latents.items():
+                _check_support(site, draws[name])
+            values |= draws
+
+    for name, site in sites.items():
+        if name not in values and not isinstance(site["fn"], dist.Delta):
+            raise ValueError(
+                f"ForwardKL: the guide samples {name!r}, which draws of {sorted(draws)} say nothing of: use an "
+                "AutoContinuous (a flow guide, AutoMultivariateNormal, ...), an AutoNormal, or a guide that samples "
+                "the model's latents themselves, without auxiliary sites"
+            )
+        if name in values and isinstance(site["fn"], dist.Delta):
+            raise ValueError(f"ForwardKL: the guide has no density at {name!r}, where it is a Delta")
+    return values
+
+
+def _compare(what: str, expected: set[str], got: set[str]) -> None:
+    if expected != got:
+        missing, unknown = sorted(expected - got), sorted(got - expected)
+        raise ValueError(
+            f"ForwardKL: expected draws of the guide's {what} {sorted(expected)}, got {sorted(got)}"
+            + (f"; add {missing}" if missing else "")
+            + (f"; leave {unknown} out" if unknown else "")
+        )
+
+
+def _fitted(site: dict[str, Any], value: Tensor) -> Tensor:
+    like = site["value"]
+    value = value.to(like.device, like.dtype if like.is_floating_point() else value.dtype)
+    if value.shape[1:] != like.shape:
+        raise ValueError(
+            f"ForwardKL: expected draws of {site['name']!r} with shape (n, *{tuple(like.shape)}), got "
+            f"{tuple(value.shape)}; latents in a subsampled plate are not supported"
+        )
+    return value
+
+
+def _check_support(site: dict[str, Any], value: Tensor) -> None:
+    fine = site["fn"].support.check(value)
+    _refuse_rows(site["name"], fine.reshape(len(value), -1).all(-1), f"outside of the support {site['fn'].support}")
+
+
+def _refuse_rows(name: str, fine: Tensor, why: str) -> None:
+    if not fine.all():
+        rows = (~fine).nonzero().flatten().tolist()
+        shown = ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
+        raise ValueError(f"ForwardKL: {len(rows)} of {len(fine)} draws of {name!r} are {why}, rows {shown}")
+
+
+def _unconstrained(site: dict[str, Any], value: Tensor) -> Tensor:
+    _check_support(site, value)
+    free = biject_to(site["fn"].support).inv(value)
+    edge = "on the edge of the support, where unconstrained values are not finite: move them inside or leave them out"
+    _refuse_rows(site["name"], free.isfinite().reshape(len(free), -1).all(-1), edge)
+    return free
+
+
+def _packed(guide: AutoContinuous, draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    rows = []
+    for name, site in guide.prototype_trace.iter_stochastic_nodes():
+        free = _unconstrained(site, draws[name])
+        expected = guide._unconstrained_shapes[name]
+        if free.shape[1:] != expected:
+            raise ValueError(
+                f"ForwardKL: draws of {name!r} have unconstrained shape {tuple(free.shape[1:])}, but the guide was "
+                f"built for {tuple(expected)}"
+            )
+        rows.append(free.flatten(1) if free.dim() > 1 else free.unsqueeze(-1))
+    return {f"_{guide._pyro_name}_latent": torch.cat(rows, -1)}

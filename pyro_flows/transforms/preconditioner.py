@@ -1,0 +1,98 @@
+"""The affine end of a guide: where the posterior is, how wide, and along which directions."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pyro_flows.core import FlowTransform
+
+__all__ = ["Preconditioner"]
+
+
+class Preconditioner(FlowTransform):
+    r"""A fixed affine map after a learnt one, :math:`y = \mu + S (A x + b)`.
+
+    :math:`\mu` (``loc``) and :math:`S` (``scale``, lower triangular or diagonal) come from an informed start and are
+    buffers; :math:`b` and the triangular (or diagonal) :math:`A` learn, and are 0 and the identity at first, so that
+    steps of an optimiser are measured in the scale of the posterior.  :meth:`fold` moves what was learnt into the
+    buffers.  Base to data costs one product, data to base one triangular solve.
+
+    Args:
+        loc: shape ``(input_dim,)``.
+        scale: shape ``(input_dim, input_dim)``, lower triangular with a positive diagonal, or ``(input_dim,)``,
+            positive.
+
+    Raises:
+        ValueError: if shapes do not fit, or a diagonal is not positive.
+
+    References:
+        Automatic Differentiation Variational Inference (Kucukelbir et al., 2017), arXiv:1603.00788; Pathfinder (Zhang
+        et al., 2022), arXiv:2108.03782.
+    """
+
+    sampling_cost = "1 product"
+    density_cost = "1 solve"
+
+    def __init__(self, loc: Tensor, scale: Tensor) -> None:
+        super().__init__(loc.shape[-1:])
+        size = self.event_shape[0]
+        if loc.dim() != 1 or scale.shape not in ((size,), (size, size)):
+            raise ValueError(
+                "Preconditioner: expected loc of shape (D,) and scale of shape (D,) or (D, D), got "
+                f"{tuple(loc.shape)} and {tuple(scale.shape)}"
+            )
+        self.full = scale.dim() == 2
+        diagonal = scale.diagonal() if self.full else scale
+        if not (loc.isfinite().all() and scale.isfinite().all() and (diagonal > 0).all()):
+            raise ValueError("Preconditioner: expected a finite loc and a finite scale with a positive diagonal")
+        self.register_buffer("loc", loc.detach().clone())
+        self.register_buffer("scale", (scale.tril() if self.full else scale).detach().clone())
+        self.shift = nn.Parameter(torch.zeros_like(loc))
+        self.log_diagonal = nn.Parameter(torch.zeros_like(loc))
+        # Strictly below the diagonal; the rest is never read.
+        self.register_parameter("lower", nn.Parameter(torch.zeros_like(scale)) if self.full else None)
+
+    def _learnt(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Matrix (or diagonal), location, and log-determinant of the whole."""
+        if self.full:
+            inner = self.lower.tril(-1) + torch.diag_embed(self.log_diagonal.exp())
+            matrix, log_fixed = self.scale @ inner, self.scale.diagonal().log()
+            moved = self.scale @ self.shift
+        else:
+            matrix, log_fixed = self.scale * self.log_diagonal.exp(), self.scale.log()
+            moved = self.scale * self.shift
+        return matrix, self.loc + moved, (log_fixed + self.log_diagonal).sum()
+
+    def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        matrix, loc, ladj = self._learnt()
+        y = F.linear(x, matrix) + loc if self.full else x * matrix + loc
+        return y, ladj.expand(x.shape[:-1])
+
+    def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        matrix, loc, ladj = self._learnt()
+        if not self.full:
+            return (y - loc) / matrix, -ladj.expand(y.shape[:-1])
+        rows = (y - loc).reshape(-1, y.shape[-1])
+        x = torch.linalg.solve_triangular(matrix.mT, rows, upper=True, left=False)
+        return x.reshape(y.shape), -ladj.expand(y.shape[:-1])
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Moves what was learnt into ``loc`` and ``scale``; the map stays the same."""
+        matrix, loc, _ = self._learnt()
+        self.loc.copy_(loc)
+        self.scale.copy_(matrix)
+        for parameter in self.parameters():
+            parameter.zero_()
+        self.clear_cache()
+
+    @torch.no_grad()
+    def place(self, loc: Tensor, scale: Tensor) -> None:
+        """Sets the fixed part and resets the learnt one."""
+        self.loc.copy_(loc)
+        self.scale.copy_(scale if scale.dim() == self.scale.dim() else torch.diag_embed(scale))
+        for parameter in self.parameters():
+            parameter.zero_()
+        self.clear_cache()

@@ -1,0 +1,542 @@
+"""``fit_guide``: exact answers recovered, budgets kept, what a fit gives, and what it survives."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+import subprocess
+import sys
+import time
+from functools import partial
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import config_enumerate
+
+import pyro_flows as pf
+from pyro_flows.infer import AutoFlow, fit_guide, load_guide
+from pyro_flows.infer.diagnostics.verdict import LABELS, Verdict
+
+X = torch.linspace(-1, 1, 8, dtype=torch.float64)
+Y = torch.tensor([-1.3, -0.4, -0.9, 0.2, 0.6, 0.3, 1.6, 1.1], dtype=torch.float64)
+SMALL = partial(pf.realnvp, num_layers=2, hidden_dims=(8,), mask="random")
+fit = partial(fit_guide, progress=False)
+
+
+@pytest.fixture(autouse=True)
+def double(default_dtype):
+    default_dtype(torch.float64)
+
+
+def regression(x, y=None):
+    """Conjugate: the posterior is Gaussian."""
+    a = pyro.sample("a", dist.Normal(0.0, 2.0))
+    b = pyro.sample("b", dist.Normal(0.0, 2.0))
+    mean = pyro.deterministic("mean", a + b * x)
+    with pyro.plate("rows", len(x)):
+        return pyro.sample("y", dist.Normal(mean, 0.5), obs=y)
+
+
+def exact():
+    """Mean, covariance and log evidence of the regression."""
+    design = torch.stack([torch.ones(8, dtype=torch.float64), X.double()], 1)
+    precision = design.mT @ design / 0.25 + torch.eye(2, dtype=torch.float64) / 4
+    covariance = torch.linalg.inv(precision)
+    marginal = 4 * design @ design.mT + 0.25 * torch.eye(8, dtype=torch.float64)
+    zero = torch.zeros(8, dtype=torch.float64)
+    evidence = torch.distributions.MultivariateNormal(zero, marginal).log_prob(Y.double())
+    return covariance @ design.mT @ Y.double() / 0.25, covariance, evidence
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    """One fit for many tests; model and data are in float64."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    pyro.set_rng_seed(0)
+    try:
+        yield fit(AutoFlow(regression, SMALL, seed=0), X, y=Y, steps=150)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def groups(y, size=4):
+    mu = pyro.sample("mu", dist.Normal(0.0, 3.0))
+    weights = pyro.sample("weights", dist.Dirichlet(torch.ones(3)))
+    with pyro.plate("groups", size):
+        theta = pyro.sample("theta", dist.Normal(mu, 1.0))
+        pyro.deterministic("twice", 2 * theta)
+        pyro.deterministic("total", mu + weights.sum(-1))
+        pyro.sample("y", dist.Normal(theta, 1.0), obs=y)
+    pyro.sample("z", dist.MultivariateNormal(weights, torch.eye(3)), obs=torch.ones(3))
+
+
+@pytest.fixture(scope="module")
+def hierarchical():
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    pyro.set_rng_seed(0)
+    try:
+        yield fit(AutoFlow(groups, SMALL, seed=0, num_starts=1), torch.tensor([1.0, 2.0, 4.0, 3.0]), steps=60)
+    finally:
+        torch.set_default_dtype(before)
+
+
+# What it finds
+
+
+def test_conjugate_model(fitted):
+    mean, covariance, evidence = exact()
+    draws = fitted.sample(20_000)
+    found = torch.stack([draws["a"], draws["b"]], 1)
+    sd = covariance.diagonal().sqrt()
+    assert ((found.mean(0) - mean).abs() < 5 * sd / 20_000**0.5).all()
+    torch.testing.assert_close(
+        torch.cov(found.mT), covariance, rtol=0.05, atol=0.05 * covariance.diagonal().min().item()
+    )
+    assert abs(fitted.log_evidence - evidence) < 1e-3
+    assert fitted.ess > 0.999 and fitted.importance.elbo <= evidence + 1e-3
+    # Draws of the guide have its own density, and log_prob that of named values.
+    values = fitted.sample(5)
+    q = torch.distributions.MultivariateNormal(mean, covariance)
+    torch.testing.assert_close(
+        fitted.log_prob(values), q.log_prob(torch.stack([values["a"], values["b"]], 1)), rtol=0, atol=0.05
+    )
+
+
+def test_verdict(fitted):
+    verdict = fitted.verdict
+    assert isinstance(verdict, Verdict) and verdict.label == "good" and verdict.ok and verdict.label in LABELS
+    assert "good" in str(verdict) and "good" in repr(fitted) and "2 latent sites" in repr(fitted)
+    assert isinstance(fitted.ess, float) and isinstance(fitted.khat, float) and isinstance(fitted.log_evidence, float)
+    assert fitted.failures == 0 and fitted.notes == ()
+    weights = fitted.log_weights
+    assert weights.shape == (10_000,) and weights.isfinite().all()
+    torch.testing.assert_close(weights, fitted.assessment.log_p - fitted.assessment.log_q)
+    density = fitted.guide.density(X, y=Y)
+    with torch.no_grad():
+        torch.testing.assert_close(density(fitted.assessment.draws[:10]), fitted.assessment.log_p[:10])
+        torch.testing.assert_close(fitted.flow.log_prob(fitted.assessment.draws[:10]), fitted.assessment.log_q[:10])
+
+
+def test_history(fitted):
+    history = fitted.history
+    lengths = {len(getattr(history, name)) for name in vars(history)}
+    assert lengths == {len(history)} and 1 <= len(history) <= 150
+    assert set(history.phase) <= {"affine", "flow"} and all(math.isfinite(v) for v in history.elbo)
+    assert history.seconds == sorted(history.seconds) and set(history.weight) == {1.0} and set(history.failures) == {0}
+    assert history.phase == sorted(history.phase)  # affine first
+
+
+def test_stops_when_nothing_is_left_to_learn(fitted):
+    assert len(fitted.history) < 150
+
+
+def test_model_is_bad_for_a_plain_flow():
+    """A guide that cannot fit says so: a posterior bent far beyond what two steps learn."""
+
+    def banana():
+        x = pyro.sample("x", dist.Normal(torch.zeros(2), torch.tensor([3.0, 0.05])).to_event(1))
+        pyro.factor("bend", -0.5 * ((x[..., 1] - x[..., 0] ** 2) / 0.05) ** 2)
+
+    found = fit(AutoFlow(banana, SMALL, seed=0), steps=2)
+    assert found.verdict.label != "good" and not found.verdict.ok and found.ess < 0.9
+
+
+def test_several_modes_by_default():
+    """Two separated modes of unequal weight: both are covered, in about the right shares."""
+
+    def modes():
+        parts = dist.Normal(torch.tensor([[-2.0, -2.0], [2.0, 2.0]]), 0.5).to_event(1)
+        pyro.sample("x", dist.MixtureSameFamily(dist.Categorical(torch.tensor([0.7, 0.3])), parts))
+
+    found = fit(AutoFlow(modes, partial(pf.realnvp, num_layers=4, hidden_dims=(16,)), seed=0), steps=300)
+    assert any("2 modes" in note for note in found.notes)
+    share = (found.sample(5000, resampled=True)["x"][:, 0] > 0).double().mean()
+    assert abs(share - 0.3) < 0.05
+    assert found.verdict.label != "modes missing" and abs(found.log_evidence) < 0.05
+
+
+def test_missing_mode_is_seen():
+    """Where a start of one place is asked for, the verdict names what is left out."""
+
+    def modes():
+        parts = dist.Normal(torch.tensor([[-6.0, -6.0], [6.0, 6.0]]), 0.5).to_event(1)
+        pyro.sample("x", dist.MixtureSameFamily(dist.Categorical(torch.tensor([0.6, 0.4])), parts))
+
+    found = fit(
+        AutoFlow(modes, SMALL, start="prior", init_loc_fn=lambda site: torch.full((2,), -6.0), seed=0), steps=60
+    )
+    assert found.verdict.label == "modes missing" and not found.verdict.ok
+
+
+# Budgets and options
+
+
+@pytest.mark.parametrize("steps", [1, 7])
+def test_steps(steps):
+    found = fit(AutoFlow(regression, SMALL, start="prior", seed=0), X, y=Y, steps=steps)
+    assert len(found.history) == steps and found.sample(3)["a"].shape == (3,)
+
+
+def test_seconds():
+    """Very generous: the machine may be busy; the point is that the budget ends it."""
+
+    def slow(y):
+        time.sleep(0.002)
+        with pyro.plate("dims", 5):
+            x = pyro.sample("x", dist.StudentT(3.0, 0.0, 1.0))
+            pyro.sample("y", dist.StudentT(2.0, x, 0.1), obs=y)
+
+    begin = time.monotonic()
+    found = fit(AutoFlow(slow, SMALL, seed=0), torch.randn(5), seconds=3.0)
+    assert time.monotonic() - begin < 30 and len(found.history) > 3
+    assert found.log_weights.isfinite().all()
+
+
+def test_both_budgets():
+    found = fit(AutoFlow(regression, SMALL, start="prior", seed=0), X, y=Y, steps=3, seconds=60)
+    assert len(found.history) == 3
+
+
+@pytest.mark.parametrize("shown", [False, True])
+def test_progress(shown, capsys):
+    fit_guide(AutoFlow(regression, SMALL, start="prior", seed=0), X, y=Y, steps=3, progress=shown)
+    printed = capsys.readouterr()
+    assert not printed.out and bool("fit_guide" in printed.err) is shown
+
+
+def test_same_seed_same_fit():
+    """By steps, whatever was drawn before; and random numbers of others are left alone."""
+    found = []
+    for outer in (1, 2):
+        pyro.set_rng_seed(outer)
+        before = torch.get_rng_state()
+        found.append(fit(AutoFlow(groups, SMALL, seed=3, num_starts=1, particles=16), torch.arange(4.0), steps=25))
+        assert torch.equal(before, torch.get_rng_state())
+    one, two = found
+    assert one.history.elbo == two.history.elbo
+    torch.testing.assert_close(one.log_weights, two.log_weights, rtol=0, atol=0)
+    assert one.khat == two.khat and one.verdict.label == two.verdict.label
+    other = fit(AutoFlow(groups, SMALL, seed=4, num_starts=1, particles=16), torch.arange(4.0), steps=25)
+    assert other.history.elbo != one.history.elbo
+
+
+def test_no_handler_sees_it():
+    """It can be called inside a trace, a plate or without gradients."""
+    with torch.no_grad(), poutine.trace() as seen, pyro.plate("outer", 3):
+        found = fit(AutoFlow(regression, SMALL, start="prior", seed=0), X, y=Y, steps=3)
+    assert not [n for n in seen.trace.nodes if n not in ("outer",)]
+    assert found.sample(2)["a"].shape == (2,)
+
+
+@pytest.mark.parametrize("option", [{"tempering": 0.1}, {"path_gradient": False}, {"particles": 4}, {"start": "prior"}])
+def test_options_of_the_guide(option):
+    found = fit(AutoFlow(regression, SMALL, seed=0, **option), X, y=Y, steps=40)
+    assert all(math.isfinite(v) for v in found.history.elbo) and found.log_weights.isfinite().all()
+    weights = found.history.weight
+    if "tempering" in option:
+        assert weights[0] < 0.2 and weights[-1] == 1.0 and weights == sorted(weights)
+    else:
+        assert set(weights) == {1.0}
+
+
+def test_tempering_of_one_dimension():
+    def model():
+        pyro.sample("x", dist.Gamma(3.0, 2.0))
+
+    found = fit(AutoFlow(model, seed=0), steps=200)
+    assert abs(found.sample(20_000)["x"].mean() - 1.5) < 0.05 and abs(found.log_evidence) < 0.01
+
+
+@pytest.mark.parametrize("default", [torch.float32, torch.float64])
+@pytest.mark.parametrize("data", [torch.float32, torch.float64])
+def test_dtypes(default_dtype, default, data):
+    default_dtype(default)
+
+    def model(x, y):
+        a = pyro.sample("a", dist.Normal(x.new_tensor(0.0), 2.0))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("y", dist.Normal(a * x, x.new_tensor(0.5)), obs=y)
+
+    found = fit(AutoFlow(model, seed=0), X.to(data), Y.to(data), steps=30)
+    assert found.sample(2)["a"].dtype == data and found.log_weights.dtype == data
+    precision = 4 * (X**2).sum() + 0.25
+    assert abs(found.sample(10_000)["a"].double().mean() - 4 * (X * Y).sum() / precision) < 0.1
+    assert found.predictive(4)["y"].dtype == data
+
+
+def test_plain_model_takes_its_arguments_by_name():
+    found = fit(lambda *, rows, y: regression(rows, y), rows=X, y=Y, steps=2)
+    assert set(found.sample(2)) == {"a", "b"}
+
+
+def test_fits_the_guide_that_is_given(fitted):
+    """Fitting goes on from a guide that was built, on data of the same shape."""
+    guide = copy.deepcopy(fitted.guide)
+    again = fit(guide, X, y=Y, steps=2)
+    assert again.guide is guide
+
+
+# Draws, predictions, ArviZ
+
+
+def test_samples(hierarchical):
+    shapes = {"mu": (), "weights": (3,), "theta": (4,)}
+    for n in (0, 1, 7):
+        for resampled in (False, True):
+            draws = hierarchical.sample(n, resampled=resampled)
+            assert {name: tuple(v.shape) for name, v in draws.items()} == {k: (n, *s) for k, s in shapes.items()}
+            assert not any(v.requires_grad for v in draws.values())
+    torch.testing.assert_close(hierarchical.sample(5)["weights"].sum(-1), torch.ones(5))
+    many = hierarchical.sample(3000, resampled=True)  # more than a quarter of the weighted draws
+    assert many["theta"].shape == (3000, 4)
+    kept = hierarchical.assessment.draws
+    few = hierarchical.latents.pack(hierarchical.sample(50, resampled=True))
+    nearest = torch.cdist(few, kept).min(1).values
+    assert nearest.max() < 1e-6  # from those that were judged
+
+
+def test_resampled_moments():
+    """A guide that is off is put right by its weights."""
+    found = fit(AutoFlow(regression, SMALL, start="prior", seed=0), X, y=Y, steps=20)
+    mean, covariance, evidence = exact()
+    draws = found.sample(2000, resampled=True)
+    sd = covariance.diagonal().sqrt()
+    off = torch.stack([draws["a"].mean(), draws["b"].mean()]) - mean
+    if found.ess > 0.1:
+        assert (off.abs() < 0.2 * sd).all() and abs(found.log_evidence - evidence) < 0.1
+    else:
+        assert found.verdict.label != "good"
+
+
+def test_predictive(hierarchical):
+    draws = hierarchical.predictive(6)
+    shapes = {name: tuple(v.shape) for name, v in draws.items()}
+    assert shapes == {"twice": (6, 4), "total": (6,), "y": (6, 4), "z": (6, 3)}
+    assert not torch.equal(draws["y"][0], draws["y"][1]) and not (draws["z"] == 1).any()
+    assert {n: tuple(v.shape) for n, v in hierarchical.predictive(0).items()} == {
+        n: (0, *s[1:]) for n, s in shapes.items()
+    }
+    assert hierarchical.predictive(5, resampled=True)["y"].shape == (5, 4)
+
+
+def test_predictive_moments(fitted):
+    """Mean and variance of new data are those of the exact predictive, at new covariates, with ``y=None``."""
+    x = torch.tensor([-2.0, 0.0, 3.0])
+    mean, covariance, _ = exact()
+    design = torch.stack([torch.ones(3), x], 1)
+    for draws in (
+        fitted.predictive(20_000, x),
+        fitted.predictive(20_000, x, y=None),
+        fitted.predictive(20_000, x, y=x),
+    ):
+        assert draws["y"].shape == draws["mean"].shape == (20_000, 3)
+        variance = (design @ covariance @ design.mT).diagonal()
+        for name, expected in (("y", variance + 0.25), ("mean", variance)):
+            error = (expected / 20_000).sqrt()
+            assert ((draws[name].mean(0) - design @ mean).abs() < 5 * error).all(), name
+            torch.testing.assert_close(draws[name].var(0), expected, rtol=0.07, atol=0)
+
+
+def test_predictive_one_at_a_time():
+    """Models that do not broadcast predict too."""
+
+    def model(y):
+        a = pyro.sample("a", dist.Normal(0, 1))
+        if a > 100:
+            raise ValueError
+        pyro.sample("y", dist.Normal(a.item() * torch.ones(2), 1.0).to_event(1), obs=y)
+
+    with pytest.warns(UserWarning, match="does not broadcast") as caught:
+        found = fit(AutoFlow(model, seed=0), torch.ones(2), steps=2)
+    assert len(caught) == 1 and len(found.notes) == 1 and len(found.log_weights) >= 1000
+    assert found.predictive(4)["y"].shape == (4, 2)
+
+
+def test_arviz(fitted):
+    az = pytest.importorskip("arviz")
+    data = fitted.to_arviz(draws=500, constant_data={"x": X})
+    assert data.posterior["a"].shape == (1, 500)
+    torch.testing.assert_close(torch.as_tensor(data.observed_data["y"].values), Y)
+    assert data.posterior_predictive["y"].shape == data.log_likelihood["y"].shape == (1, 500, 8)
+    a, b = (torch.as_tensor(data.posterior[n].values[0]) for n in "ab")
+    expected = dist.Normal(a[:, None] + b[:, None] * X, 0.5).log_prob(Y)
+    torch.testing.assert_close(torch.as_tensor(data.log_likelihood["y"].values[0]), expected)
+    weights = torch.as_tensor(data.sample_stats["log_weight"].values[0])
+    torch.testing.assert_close(weights, fitted.log_weights[:500])
+    loo = az.loo(data)
+    # Leave-one-out by brute force: conjugate, one datum left out at a time.
+    total = 0.0
+    for i in range(8):
+        keep = torch.arange(8) != i
+        design = torch.stack([torch.ones(8), X], 1)
+        cov = torch.linalg.inv(design[keep].mT @ design[keep] / 0.25 + torch.eye(2) / 4)
+        mean = cov @ design[keep].mT @ Y[keep] / 0.25
+        total += dist.Normal(design[i] @ mean, (design[i] @ cov @ design[i] + 0.25).sqrt()).log_prob(Y[i]).item()
+    assert float(loo.elpd_loo) == pytest.approx(total, abs=0.3)
+    assert set(az.summary(data, var_names=["a", "b"]).index) == {"a", "b"}
+
+
+def test_arviz_groups(hierarchical):
+    plain = hierarchical.to_arviz(draws=20, posterior_predictive=False, log_likelihood=False, resampled=True)
+    assert "posterior_predictive" not in plain.groups() and "log_likelihood" not in plain.groups()
+    assert plain.posterior["theta"].shape == (1, 20, 4)
+    full = hierarchical.to_arviz(draws=20)
+    assert full.log_likelihood["z"].shape == (1, 20) and full.log_likelihood["y"].shape == (1, 20, 4)
+
+
+# Saving
+
+
+LOAD = """
+import sys, torch
+sys.path.insert(0, {root!r})
+from pyro_flows.infer import load_guide
+torch.manual_seed(99)
+fit = load_guide({saved!r})
+values, log_prob, label, khat = torch.load({points!r})
+found = fit.log_prob(values)
+assert (found - log_prob).abs().max() <= 1e-12 * log_prob.abs().max(), (found, log_prob)
+assert fit.verdict.label == label and fit.khat == khat
+assert fit.sample(5)["theta"].shape == (5, 4) and fit.sample(5, resampled=True)["weights"].shape == (5, 3)
+assert fit.to_arviz().posterior["theta"].shape[-1] == 4
+print(repr(fit))
+"""
+
+
+def test_saved_fit_in_another_process(hierarchical, tmp_path, request):
+    path = tmp_path / "fit.pt"
+    hierarchical.save(path)
+    values = hierarchical.sample(20)
+    points = (values, hierarchical.log_prob(values).detach(), hierarchical.verdict.label, hierarchical.khat)
+    torch.save(points, tmp_path / "points.pt")
+    code = LOAD.format(root=str(request.config.rootpath), saved=str(path), points=str(tmp_path / "points.pt"))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == repr(hierarchical)
+
+
+def test_saving_changes_nothing(hierarchical, tmp_path):
+    hierarchical.save(tmp_path / "fit.pt")
+    loaded = load_guide(tmp_path / "fit.pt", map_location="cpu")
+    z = torch.randn(6, hierarchical.latents.dim)
+    torch.testing.assert_close(loaded.flow.log_prob(z), hierarchical.flow.log_prob(z), rtol=0, atol=0)
+    assert loaded.guide is None and hierarchical.guide is not None and loaded.notes == hierarchical.notes
+    assert vars(loaded.history) == vars(hierarchical.history)
+    loaded.save(tmp_path / "again.pt")
+    again = load_guide(tmp_path / "again.pt")
+    torch.testing.assert_close(again.log_weights, hierarchical.log_weights, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda f: pickle.loads(pickle.dumps(f))], ids=["deepcopy", "pickle"])
+def test_copies_of_a_fit(hierarchical, copied):
+    twin = copied(hierarchical)
+    z = torch.randn(6, hierarchical.latents.dim)
+    torch.testing.assert_close(twin.flow.log_prob(z), hierarchical.flow.log_prob(z), rtol=0, atol=0)
+    assert twin.predictive(2)["y"].shape == (2, 4)
+
+
+# What it survives
+
+
+def test_densities_that_are_not_finite_in_places():
+    """Draws without a density are dropped and counted, and the rest is fitted."""
+
+    def model():
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        pyro.factor("hole", torch.where((x > 1.0) & (x < 1.2), -torch.inf, 0.0))
+
+    found = fit(AutoFlow(model, particles=64, seed=0), steps=30)
+    assert found.failures > 0 and found.failures == sum(found.history.failures)
+    assert all(p.isfinite().all() for p in found.flow.parameters())
+    draws = found.sample(10_000)["x"]
+    assert abs(draws.mean()) < 0.3 and 0.4 < draws.std() < 1.3
+    inside = torch.distributions.Normal(0.0, 1.0).cdf(torch.tensor([1.0, 1.2])).diff().item()
+    assert abs(found.log_evidence - math.log1p(-inside)) < 0.3
+
+
+@pytest.mark.parametrize("kind", [ValueError, RuntimeError])
+def test_densities_that_raise_in_places(kind):
+    """A constraint that breaks, or a factorisation that fails, at some draws."""
+
+    def model():
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        if kind is ValueError:
+            pyro.sample("y", dist.Exponential(x + 1), obs=torch.tensor(0.0))
+        else:
+            root = torch.linalg.cholesky((x + 1).unsqueeze(-1).unsqueeze(-1)).squeeze(-1).squeeze(-1)
+            pyro.factor("y", 2 * root.log())
+
+    found = fit(AutoFlow(model, particles=16, seed=0), steps=300)
+    assert found.failures > 0 and all(p.isfinite().all() for p in found.flow.parameters())
+    draws = found.sample(5000, resampled=True)["x"]
+    # By quadrature.
+    x = torch.linspace(-1, 6, 20_000)
+    weight = dist.Normal(0.0, 1.0).log_prob(x).exp() * (x + 1)
+    assert (draws > -1).all() and abs(draws.mean() - (x * weight).sum() / weight.sum()) < 0.08
+    assert found.log_evidence == pytest.approx(weight.mean().mul(7).log().item(), abs=0.1)
+
+
+def test_hopeless_densities_end():
+    """Where hardly any draw has a density the fit ends with a word on what to do."""
+    calls = 0
+
+    def model():
+        nonlocal calls
+        calls += 1
+        pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        if calls > 40:
+            raise RuntimeError("no more")
+
+    with pytest.raises((ValueError, RuntimeError)) as caught:
+        fit(AutoFlow(model, SMALL, start="prior", particles=4, seed=0), steps=2000)
+    assert "no more" in str(caught.value) or "failed" in str(caught.value)
+
+
+def test_parameters_of_the_model_are_held():
+    """``pyro.param`` in the model keeps its value; the posterior is that at this value."""
+
+    def model(y):
+        sd = pyro.param("sd", torch.tensor(2.0), constraint=dist.constraints.positive)
+        a = pyro.sample("a", dist.Normal(0.0, sd))
+        pyro.sample("y", dist.Normal(a, 1.0), obs=y)
+
+    found = fit(AutoFlow(model, seed=0), torch.tensor(1.0), steps=60)
+    assert pyro.param("sd").item() == 2.0
+    assert abs(found.sample(10_000)["a"].mean() - 0.8) < 0.05
+    expected = dist.Normal(0.0, math.sqrt(5.0)).log_prob(torch.tensor(1.0))
+    assert abs(found.log_evidence - expected) < 2e-3
+
+
+def test_subsampled_likelihood_is_not_judged():
+    """Minibatches: the fit is near the whole posterior, and the verdict says that it cannot tell."""
+    y = torch.randn(60) + 1
+
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+        with pyro.plate("data", len(y), subsample_size=20) as rows:
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=y[rows])
+
+    found = fit(AutoFlow(model, seed=0), y, steps=300)
+    draws = found.sample(5000)["mu"]
+    assert abs(draws.mean() - y.mean()) < 0.12 and 0.06 < draws.std() < 0.3
+    assert found.verdict.label == "not judged"
+
+
+def test_discrete_latents_are_refused_with_the_way():
+    def model(y):
+        m = pyro.sample("m", dist.Normal(torch.zeros(2), 5.0).to_event(1))
+        k = pyro.sample("k", dist.Categorical(torch.tensor([0.5, 0.5])))
+        pyro.sample("y", dist.Normal((m * torch.nn.functional.one_hot(k, 2)).sum(-1), 1.0), obs=y)
+
+    with pytest.raises(ValueError, match=r"(?i)discrete"):
+        fit(model, torch.tensor(1.0), steps=2)
+    hidden = poutine.block(config_enumerate(model), hide=["k"])
+    # All components begin at the same place, where the label makes no difference.
+    with pytest.raises(ValueError, match="TraceEnum_ELBO"):
+        fit(AutoFlow(hidden, seed=0), torch.tensor(1.0), steps=2)

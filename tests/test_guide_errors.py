@@ -1,0 +1,424 @@
+"""What a guide cannot do it refuses in words, with the site's name and what to do instead."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import SVI, Trace_ELBO, config_enumerate
+from pyro.optim import Adam
+
+import pyro_flows as pf
+from pyro_flows.infer import AutoFlow, fit_guide, load_guide
+
+SMALL = partial(pf.realnvp, num_layers=2, hidden_dims=(8,))
+Quick = partial(AutoFlow, builder=SMALL, start="prior", seed=0)
+fit = partial(fit_guide, progress=False)
+Y = torch.tensor([1.0, 2.0, 4.0])
+
+
+def plain(y=None, size=3):
+    mu = pyro.sample("mu", dist.Normal(0.0, 3.0))
+    with pyro.plate("rows", size):
+        theta = pyro.sample("theta", dist.Normal(mu, 1.0))
+        pyro.sample("y", dist.Normal(theta, 1.0), obs=y)
+
+
+def in_every_way(model, *args, match, kind=ValueError):
+    """By setup, by the first step of SVI, by fit_guide; and again at a second attempt."""
+    guide = Quick(model)
+    for _ in range(2):
+        with pytest.raises(kind, match=match):
+            guide.setup(*args)
+    with pytest.raises(kind, match=match):
+        SVI(model, Quick(model), Adam({"lr": 1e-3}), Trace_ELBO()).step(*args)
+    with pytest.raises(kind, match=match):
+        fit(model, *args, steps=1)
+
+
+# Models
+
+
+def test_no_latents():
+    def model():
+        pyro.sample("y", dist.Normal(0, 1), obs=torch.tensor(0.0))
+
+    in_every_way(model, match="no latent variables")
+    in_every_way(poutine.block(plain, hide=["mu", "theta"]), Y, match="no latent variables")
+    in_every_way(lambda: None, match="no latent variables")
+
+
+def test_empty_latents():
+    in_every_way(lambda: pyro.sample("x", dist.Normal(torch.zeros(0), 1).to_event(1)), match=r"\['x'\] are all empty")
+
+
+@pytest.mark.parametrize("vector", [False, True])
+def test_support_of_another_latent(vector):
+    def model():
+        top = pyro.sample("top", dist.LogNormal(0.0, 1.0))
+        wide = dist.Uniform(0.0, top.unsqueeze(-1).expand((*top.shape, 2))).to_event(1)
+        pyro.sample("x", wide if vector else dist.Uniform(0.0, top))
+
+    in_every_way(model, match="support of site 'x' depends on another latent.*x = b \\* u")
+
+
+def test_support_of_another_latent_given_as_a_number():
+    def model():
+        top = pyro.sample("top", dist.LogNormal(0.0, 1.0))
+        inside = dist.constraints.independent(dist.constraints.interval(0.0, float(top)), 1)
+        pyro.sample("x", dist.ImproperUniform(inside, (), (2,)))
+
+    in_every_way(model, match="support of site 'x' depends on another latent")
+
+
+def test_support_given_by_data_is_fine():
+    def model(top):
+        pyro.sample("x", dist.Uniform(0.0, top))
+
+    guide = Quick(model).setup(torch.tensor(3.0))
+    assert (guide.sample_posterior(50)["x"] <= 3).all()
+
+
+def test_sites_that_come_and_go():
+    def gone():
+        x = pyro.sample("x", dist.Normal(0, 1))
+        if x <= 0:
+            pyro.sample("below", dist.Normal(0, 1))
+
+    def added():
+        x = pyro.sample("x", dist.Normal(0, 1))
+        if x > 0:
+            pyro.sample("above", dist.Normal(0, 1))
+
+    def shaped():
+        x = pyro.sample("x", dist.Normal(0, 1))
+        pyro.sample("z", dist.Normal(torch.zeros(2 if x > 0 else 3), 1).to_event(1))
+
+    for seed in range(4):  # whatever the direction in which it looks
+        pyro.set_rng_seed(seed)
+        for model, word in (
+            (gone, "'below'.*is missing"),
+            (added, "'above'.*only at some"),
+            (shaped, "'z'.*has shape"),
+        ):
+            with pytest.raises(ValueError, match=f"(?s){word}.*same sites in every run"):
+                AutoFlow(model, SMALL, start="prior", seed=seed).setup()
+
+
+def test_not_finite_at_the_start():
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(0, 1))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("good", dist.Normal(mu, 1.0), obs=torch.zeros(len(y)))
+            pyro.sample("late", dist.Normal(mu, 1.0), obs=y)
+
+    pyro.enable_validation(False)
+    try:
+        with pytest.raises(ValueError, match=r"comes from 'late' \(nan\)\. Check.*init_loc_fn"):
+            Quick(model).setup(torch.tensor([0.0, torch.nan]))
+    finally:
+        pyro.enable_validation(True)
+    # With validation on the distribution raises, and its words come through as well.
+    in_every_way(
+        model, torch.tensor([0.0, torch.nan]), match=r"(?s)comes from 'late' \(nan\) \(ValueError.*support.*Real"
+    )
+
+    def impossible():
+        x = pyro.sample("x", dist.Normal(0, 1))
+        pyro.factor("wall", torch.full_like(x, -torch.inf))
+
+    in_every_way(impossible, match=r"comes from 'wall' \(-inf\)")
+
+
+def test_raises_at_the_start():
+    def model():
+        x = pyro.sample("x", dist.Normal(0, 1))
+        raise RuntimeError(f"the model's own words {x.shape}")
+
+    with pytest.raises(RuntimeError, match="the model's own words"):
+        Quick(model).setup()
+
+
+def test_begins_nearby_if_the_middle_is_no_good():
+    """The middle of the supports has no density; a point near it has."""
+
+    def model():
+        x = pyro.sample("x", dist.Normal(torch.zeros(2), 1).to_event(1))
+        pyro.factor("apart", (x[..., 0] - x[..., 1]).abs().log())
+
+    guide = AutoFlow(model, SMALL, seed=0).setup()
+    assert guide.flow.sample((3,)).isfinite().all()
+
+
+def test_sequential_plate():
+    def model():
+        for i in pyro.plate("years", 3):
+            pyro.sample(f"x_{i}", dist.Normal(0, 1))
+
+    in_every_way(model, match="'x_0' lies in the sequential plate 'years'.*with pyro.plate")
+
+
+def test_sequential_plate_of_data_is_fine():
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(0, 1))
+        for i in pyro.plate("rows", 3):
+            pyro.sample(f"y_{i}", dist.Normal(mu, 1), obs=y[i])
+
+    assert fit(Quick(model), Y, steps=1).sample(2)["mu"].shape == (2,)
+
+
+def test_subsampled_local_latents():
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(0, 1))
+        with pyro.plate("rows", len(y), subsample_size=2) as i:
+            theta = pyro.sample("theta", dist.Normal(mu, 1))
+            pyro.sample("y", dist.Normal(theta, 1), obs=y[i])
+
+    in_every_way(model, Y, match="'theta' lies in the plate 'rows', of which a run sees 2 of 3.*amortise")
+
+
+def test_discrete_latents():
+    def model():
+        k = pyro.sample("kind", dist.Categorical(torch.ones(2)))
+        pyro.sample("x", dist.Normal(k.float(), 1))
+
+    in_every_way(model, match="(?s)discrete sample site 'kind'.*enumerat")
+
+
+def test_hidden_discrete_latents_in_fit_guide():
+    """Found even where the labels make no difference at the initial point."""
+
+    def model(y):
+        m = pyro.sample("m", dist.Normal(torch.zeros(2), 5.0).to_event(1))
+        with pyro.plate("rows", len(y)):
+            k = pyro.sample("k", dist.Categorical(torch.ones(2)))
+            pyro.sample("y", dist.Normal(m[..., 0] + k * (m[..., 1] - m[..., 0]), 1.0), obs=y)
+
+    for hidden in (poutine.block(model, hide=["k"]), poutine.block(config_enumerate(model), hide=["k"])):
+        with pytest.raises(ValueError, match=r"another density at each run.*TraceEnum_ELBO"):
+            fit(AutoFlow(hidden, SMALL, seed=0), Y, steps=1)
+
+
+def test_random_numbers_that_do_not_matter_are_fine():
+    """A model that draws random numbers and throws them away is not random."""
+
+    def model(y):
+        torch.nn.Linear(2, 2)
+        mu = pyro.sample("mu", dist.Normal(0, 1))
+        pyro.sample("y", dist.Normal(mu, 1), obs=y)
+
+    assert fit(Quick(model), Y[0], steps=1).notes == ()
+
+
+def test_supports_without_a_bijection():
+    with pytest.raises(ValueError, match=r"(?i)projected ?normal|sphere"):
+        Quick(lambda: pyro.sample("x", dist.ProjectedNormal(torch.ones(3)))).setup()
+
+
+def test_angles():
+    """On the line their density repeats, and a guide would spread over as many turns as it reaches."""
+    in_every_way(lambda: pyro.sample("x", dist.VonMises(0.0, 2.0)), match="'x' is an angle.*ImproperUniform")
+    in_every_way(lambda: pyro.sample("x", dist.VonMises(torch.zeros(2), 2.0).to_event(1)), match="'x' is an angle")
+
+
+# Data of another shape
+
+
+def test_other_data():
+    guide = Quick(plain).setup(Y)
+    guide(Y + 1)
+    guide(None)
+    for args in ((torch.ones(5), 5), (torch.ones(1), 1), (None, 2)):
+        with pytest.raises(ValueError, match=r"'theta' has shape \(\d,\).* built for \(3,\).*new guide"):
+            guide(*args)
+        with pytest.raises(ValueError, match=r"'theta' has shape"):
+            guide.density(*args)
+        with pytest.raises(ValueError, match=r"'theta' has shape"):
+            fit(guide, *args, steps=1)
+    guide(Y)
+
+
+def test_other_sites():
+    def model(extra):
+        pyro.sample("x", dist.Normal(0, 1))
+        if extra:
+            pyro.sample("z", dist.Normal(0, 1))
+
+    guide = Quick(model).setup(False)
+    with pytest.raises(ValueError, match=r"'z'"):
+        guide(True)
+
+
+def test_other_data_with_the_same_latents_is_fine():
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(0, 1))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Normal(mu, 1), obs=y)
+
+    guide = Quick(model).setup(Y)
+    assert guide(torch.ones(7))["mu"].shape == ()
+    found = fit(guide, torch.ones(7), steps=1)
+    assert found.predictive(2, torch.ones(9))["y"].shape == (2, 9)
+
+
+def test_predictions_for_other_groups():
+    found = fit(Quick(plain), Y, steps=1)
+    assert found.predictive(2, None)["y"].shape == (2, 3)
+    with pytest.raises(ValueError, match=r"predictive: .*'theta': \(3,\).*data of one size"), pytest.warns(UserWarning):
+        found.predictive(2, None, 5)
+
+
+# Options
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"start": "laplace"}, r"start to be one of \('pathfinder', 'prior'\), got 'laplace'"),
+        ({"tempering": 0.0}, r"tempering to be in \(0, 1\], got 0.0"),
+        ({"tempering": 1.5}, r"tempering to be in \(0, 1\], got 1.5"),
+        ({"particles": 0}, "particles to be at least 1, got 0"),
+    ],
+)
+def test_options(options, match):
+    with pytest.raises(ValueError, match=match):
+        AutoFlow(plain, **options)
+
+
+def test_things_that_are_not_what_they_should_be():
+    with pytest.raises(TypeError, match="model to be a Pyro model, a callable, got Tensor"):
+        AutoFlow(Y)
+    with pytest.raises(TypeError, match="model to be a Pyro model, a callable, got Tensor"):
+        fit(Y, steps=1)
+    with pytest.raises(TypeError, match=r"builder to be a function.*partial\(pf.realnvp"):
+        AutoFlow(plain, pf.realnvp(4))
+    with pytest.raises(TypeError, match="builder"):
+        AutoFlow(plain, 8)
+
+
+@pytest.mark.parametrize(
+    "builder",
+    [
+        lambda dim: pf.realnvp(dim + 1, hidden_dims=(8,)),
+        lambda dim: pf.realnvp(dim, hidden_dims=(8,), context_dim=2),
+        lambda dim: pf.realnvp((2, dim // 2), hidden_dims=(8,)),
+        lambda dim: torch.nn.Linear(dim, dim),
+        lambda dim: [],
+        lambda dim: None,
+    ],
+    ids=["too large", "with context", "a matrix", "no flow", "empty", "none"],
+)
+def test_builders(builder):
+    with pytest.raises(ValueError, match=r"expected builder\(4\) to give a flow of 4 dimensions without context"):
+        AutoFlow(plain, builder, start="prior").setup(Y)
+
+
+def test_before_setup():
+    guide = Quick(plain)
+    for call in (guide.get_transform, guide.get_posterior, guide.get_base_dist, guide.sample_posterior):
+        with pytest.raises(ValueError, match=r"has not seen its model yet: call .setup\(\*args\)"):
+            call()
+
+
+@pytest.mark.parametrize("levels", [[-0.1], [0.5, 1.2], [float("nan")]])
+def test_quantiles(levels):
+    with pytest.raises(ValueError, match="quantiles between 0 and 1"):
+        Quick(plain).setup(Y).quantiles(levels)
+
+
+# fit_guide
+
+
+@pytest.mark.parametrize("name", ["steps", "seconds", "progress"])
+def test_arguments_of_the_model_that_collide(name):
+    scope = {}
+    exec(f"def model(y, {name}=None): plain(y)", {"plain": plain}, scope)
+    with pytest.raises(ValueError, match=f"argument named '{name}'.*functools.partial"):
+        fit_guide(scope["model"], Y)
+    with pytest.raises(ValueError, match=f"argument named '{name}'"):
+        fit_guide(Quick(scope["model"]), Y)
+    bound = partial(scope["model"], **{name: None})
+    assert len(fit(Quick(bound), Y, steps=1).history) == 1
+
+
+@pytest.mark.parametrize("name", ["particles", "seed", "builder", "tempering", "dtype", "start"])
+def test_options_of_the_guide_given_to_fit_guide(name):
+    with pytest.raises(TypeError, match=rf"'{name}' is no argument of the model.*AutoFlow\(model, {name}="):
+        fit(plain, Y, steps=1, **{name: 3})
+
+
+@pytest.mark.parametrize("steps", [0, -1, 1.5, True, "3"])
+def test_steps(steps):
+    with pytest.raises(ValueError, match="steps to be a positive integer"):
+        fit(Quick(plain), Y, steps=steps)
+
+
+@pytest.mark.parametrize("seconds", [0, -1.0, float("inf"), float("nan")])
+def test_seconds(seconds):
+    with pytest.raises(ValueError, match="seconds to be a positive number"):
+        fit(Quick(plain), Y, seconds=seconds)
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    pyro.set_rng_seed(0)
+    return fit(Quick(plain), Y, steps=1)
+
+
+@pytest.mark.parametrize("n", [-1, 2.0, True, None])
+def test_numbers_of_draws(fitted, n):
+    for call in (fitted.sample, fitted.predictive, partial(fitted.sample, resampled=True)):
+        with pytest.raises(ValueError, match="expected a number of draws, an integer >= 0"):
+            call(n)
+
+
+def test_loading(fitted, tmp_path):
+    path = tmp_path / "fit.pt"
+    with pytest.raises(FileNotFoundError):
+        load_guide(path)
+    for content in (b"", b"not a fit", b"PK\x03\x04 but cut off"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"fit\.pt is not a file that GuideFit.save wrote, or it is damaged"):
+            load_guide(path)
+    fitted.save(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="damaged"):
+        load_guide(path)
+    for other in ({"format": 99}, {"weights": 1}, [1, 2], torch.zeros(2)):
+        torch.save(other, path)
+        with pytest.raises(ValueError, match="expected a fit saved in format"):
+            load_guide(path)
+
+
+def test_loaded_fits_lack_the_model(fitted, tmp_path):
+    fitted.save(tmp_path / "fit.pt")
+    loaded = load_guide(tmp_path / "fit.pt")
+    with pytest.raises(ValueError, match=r"predictive: this fit was loaded without its model.*setup"):
+        loaded.predictive(2)
+    with pytest.raises(ValueError, match=r"loaded without its model, so only its .* weighted draws"):
+        loaded.sample(100_000, resampled=True)
+
+
+# The affine end
+
+
+@pytest.mark.parametrize(
+    ("loc", "scale"),
+    [
+        (torch.zeros(3), torch.ones(2)),
+        (torch.zeros(3), torch.ones(3, 2)),
+        (torch.zeros(2, 2), torch.ones(2)),
+        (torch.zeros(3), torch.tensor([1.0, 0.0, 1.0])),
+        (torch.zeros(3), -torch.eye(3)),
+        (torch.tensor([0.0, torch.nan]), torch.ones(2)),
+        (torch.zeros(2), torch.tensor([1.0, torch.inf])),
+    ],
+)
+def test_preconditioner(loc, scale):
+    with pytest.raises(ValueError, match="Preconditioner: expected"):
+        pf.Preconditioner(loc, scale)

@@ -1,0 +1,245 @@
+"""The joint density over packed latents: against Pyro's traces, all at once against one at a time, and fall-backs."""
+
+from __future__ import annotations
+
+import warnings
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.distributions import constraints
+from torch.distributions import biject_to
+
+from pyro_flows.infer.guides.prototype import initializer, inspect
+from pyro_flows.infer.joint import JointDensity
+
+
+@pytest.fixture(autouse=True)
+def double(default_dtype):
+    default_dtype(torch.float64)
+
+
+def joint(model, *args, vectorize=None, **kwargs):
+    _, latents = inspect(model, initializer(None, args, kwargs), args, kwargs)
+    return JointDensity(model, latents, args, kwargs, vectorize)
+
+
+def by_trace(density, row):
+    """Pyro's own log density at one point, with Jacobians from each site's bijection."""
+    values = density.latents.draws(row)
+    with poutine.block():
+        trace = poutine.trace(poutine.condition(density.model, data=values)).get_trace(*density.args, **density.kwargs)
+    total = trace.log_prob_sum()
+    for site in density.latents:
+        transform = biject_to(trace.nodes[site.name]["fn"].support)
+        free = transform.inv(values[site.name])
+        total = total + transform.log_abs_det_jacobian(free, values[site.name]).sum()
+    return total
+
+
+def scalar():
+    pyro.sample("x", dist.Normal(0.3, 2.0))
+
+
+def supports():
+    concentration = pyro.sample("concentration", dist.Gamma(2.0, 1.0))
+    p = pyro.sample("p", dist.Dirichlet(torch.ones(3)))
+    corr = pyro.sample("corr", dist.LKJCholesky(3, 2.0))
+    cuts = pyro.sample("cuts", dist.ImproperUniform(constraints.ordered_vector, (), (3,)))
+    level = pyro.sample("level", dist.ImproperUniform(constraints.interval(-1.0, 2.0), (), ()))
+    scale = pyro.sample("scale", dist.ImproperUniform(constraints.lower_cholesky, (), (2, 2)))
+    precision = pyro.sample("precision", dist.ImproperUniform(constraints.positive_definite, (), (2, 2)))
+    pyro.factor("well behaved", -scale.square().sum((-1, -2)) - precision.diagonal(dim1=-2, dim2=-1).sum(-1))
+    data = torch.randn(6, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    spread = concentration.unsqueeze(-1).unsqueeze(-1) * corr
+    with pyro.plate("rows", 6):
+        pyro.sample("y", dist.MultivariateNormal((p + cuts) * level.unsqueeze(-1), scale_tril=spread), obs=data)
+
+
+def plates(x, y):
+    a = pyro.sample("a", dist.Normal(0, 1))
+    with pyro.plate("outer", 3, dim=-2):
+        b = pyro.sample("b", dist.Normal(a, 1.0))
+        s = pyro.sample("s", dist.LogNormal(0.0, 0.5))
+        with pyro.plate("inner", 4, dim=-1):
+            w = pyro.sample("w", dist.Normal(b.unsqueeze(-1), 1.0).expand((*b.shape[:-1], 4, 2)).to_event(1))
+            pyro.sample("y", dist.Normal((w * x).sum(-1), s), obs=y)
+
+
+def weighted(mask, y):
+    a = pyro.sample("a", dist.Exponential(1.0))
+    with pyro.plate("rows", 5), poutine.scale(scale=2.5):
+        b = pyro.sample("b", dist.Normal(0, a))
+        with poutine.mask(mask=mask):
+            pyro.sample("y", dist.Normal(b, 1.0), obs=y)
+    pyro.deterministic("twice", 2 * b)
+
+
+def undeclared(y):
+    """Batch dimensions without a plate."""
+    a = pyro.sample("a", dist.Normal(torch.zeros(3), 1.0))
+    pyro.sample("y", dist.Normal(a.sum(-1, keepdim=True), 1.0), obs=y)
+
+
+MODELS = {
+    "scalar": (scalar, ()),
+    "supports": (supports, ()),
+    "plates": (plates, (torch.linspace(-1, 1, 24).reshape(3, 4, 2), torch.linspace(0, 2, 12).reshape(3, 4))),
+    "weighted": (weighted, (torch.tensor([True, False, True, True, False]), torch.arange(5.0))),
+    "undeclared": (undeclared, (torch.arange(7.0),)),
+    "observed plate only": (weighted, (torch.tensor(True), torch.arange(5.0))),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_density(name):
+    """Equal to Pyro's trace, one at a time and all at once, with its gradient."""
+    model, args = MODELS[name]
+    density = joint(model, *args)
+    z = torch.randn(4, density.latents.dim)
+    expected = torch.stack([by_trace(density, row) for row in z])
+    assert expected.isfinite().all()
+    torch.testing.assert_close(density(z), expected, rtol=1e-10, atol=1e-10)
+    assert density.vectorized and density.why_not is None and density.evaluations == 4
+    alone = joint(model, *args, vectorize=False)
+    torch.testing.assert_close(alone(z), expected, rtol=1e-10, atol=1e-10)
+    for rows in (z[:1], z[:3], torch.randn(17, density.latents.dim)):
+        torch.testing.assert_close(density(rows), alone(rows), rtol=1e-10, atol=1e-10)
+    assert density(z[:0]).shape == (0,) and alone(z[:0]).shape == (0,)
+    z.requires_grad_()
+    (together,) = torch.autograd.grad(density(z).sum(), z)
+    (one_by_one,) = torch.autograd.grad(alone(z).sum(), z)
+    torch.testing.assert_close(together, one_by_one, rtol=1e-9, atol=1e-9)
+
+
+def test_sites_add_up():
+    density = joint(weighted, *MODELS["weighted"][1])
+    row = torch.randn(density.latents.dim)
+    parts = density.sites(row)
+    assert {"a", "b", "y"} <= set(parts)
+    torch.testing.assert_close(sum(parts.values()) + density.latents.unpack(row)[1], density(row[None])[0])
+
+
+def test_subsampled_likelihood_is_scaled():
+    """One minibatch for all draws, scaled as in an ELBO, and unbiased."""
+    y = torch.randn(6)
+
+    def model():
+        a = pyro.sample("a", dist.Normal(0, 1))
+        with pyro.plate("rows", 6, subsample_size=2) as rows:
+            pyro.sample("y", dist.Normal(a, 1), obs=y[rows])
+
+    density = joint(model)
+    z = torch.linspace(-1, 1, 3)[:, None]
+    mean = torch.stack([density(z) for _ in range(3000)])
+    whole = dist.Normal(0, 1).log_prob(z[:, 0]) + dist.Normal(z, 1).log_prob(y).sum(-1)
+    assert ((mean.mean(0) - whole).abs() < 4 * mean.std(0) / 3000**0.5).all() and (mean.std(0) > 0.1).all()
+    assert density.random_at(z[0])
+    still = density.still()
+    torch.testing.assert_close(still(z), still(z), rtol=0, atol=0)
+    before = torch.get_rng_state()
+    still(z)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def quiet(density, z):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return density(z)
+
+
+def raises_for_many(y):
+    a = pyro.sample("a", dist.Normal(0, 1))
+    if a > 10:
+        raise RuntimeError
+    pyro.sample("y", dist.Normal(a.item(), 1.0), obs=y)
+
+
+def mixes_draws(y):
+    """Silent: the mean over what it takes to be the only dimension."""
+    a = pyro.sample("a", dist.Normal(0, 1).expand([3]).to_event(1))
+    pyro.sample("y", dist.Normal(a.mean(), 1.0), obs=y)
+
+
+def pairs_draws_with_columns():
+    """Silent where there are as many draws as columns."""
+    a = pyro.sample("a", dist.Normal(0, 1))
+    x = torch.tensor([1.0, -3.0])
+    pyro.sample("y", dist.Normal(a * x, 1.0).to_event(1), obs=torch.zeros(2))
+
+
+def sums_the_batch(y):
+    a = pyro.sample("a", dist.Normal(0, 1))
+    pyro.factor("prior", -(a**4).sum())
+
+
+@pytest.mark.parametrize("model", [raises_for_many, mixes_draws, pairs_draws_with_columns, sums_the_batch])
+def test_falls_back_once(model):
+    args = () if model is pairs_draws_with_columns else (torch.tensor(0.5),)
+    density = joint(model, *args)
+    z = torch.randn(5, density.latents.dim)
+    with pytest.warns(UserWarning, match="does not broadcast") as caught:
+        found = density(z)
+    assert len(caught) == 1 and not density.vectorized and density.why_not
+    torch.testing.assert_close(found, torch.stack([by_trace(density, row) for row in z]))
+    torch.testing.assert_close(quiet(density, z), found)
+
+
+def test_tries_again_where_nothing_is_finite():
+    """At points where the density is not defined nothing is decided."""
+
+    def model():
+        a = pyro.sample("a", dist.Normal(0, 1))
+        pyro.factor("domain", torch.where(a < 0, -torch.inf, a.mean()))
+
+    density = joint(model)
+    z = torch.tensor([[-1.0], [-2.0]])
+    assert quiet(density, z).isinf().all() and density.vectorized
+    with pytest.warns(UserWarning, match="does not broadcast"):
+        density(-z)
+    assert not density.vectorized
+
+
+def test_errors_of_the_model_reach_the_caller():
+    """A density that raises does so on every call; it neither hides nor falls back for ever."""
+
+    def model():
+        a = pyro.sample("a", dist.Normal(0, 1).expand([2]).to_event(1))
+        torch.linalg.cholesky(torch.diag_embed(a))
+        pyro.factor("f", -a.square().sum(-1))
+
+    density = JointDensity(model, joint(scalar_pair).latents)
+    with pytest.raises(RuntimeError, match="positive"):
+        density(-torch.ones(3, 2))
+    assert density(torch.ones(3, 2)).shape == (3,) and density.vectorized
+    with pytest.raises(RuntimeError, match="positive"):
+        density(-torch.ones(3, 2))
+
+
+def scalar_pair():
+    pyro.sample("a", dist.Normal(0, 1).expand([2]).to_event(1))
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 3, 1), (4, 2)])
+def test_wrong_shapes(shape):
+    with pytest.raises(ValueError, match=r"expected unconstrained latents of shape \(S, 1\)"):
+        joint(scalar)(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("default", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_dtype_of_the_points(default_dtype, default, dtype):
+    default_dtype(default)
+
+    def model(y):
+        a = pyro.sample("a", dist.Normal(y.new_zeros(2), 1.0).to_event(1))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Normal(a.sum(-1), 1.0), obs=y)
+
+    density = joint(model, torch.arange(4, dtype=dtype))
+    z = torch.randn(3, 2, dtype=dtype)
+    assert density(z).dtype == dtype and density.vectorized
+    expected = torch.stack([by_trace(density, row) for row in z])
+    torch.testing.assert_close(density(z), expected.to(dtype))
