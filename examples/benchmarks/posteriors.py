@@ -1,0 +1,271 @@
+"""Posteriors with reference draws: ``fit_guide``, Pyro's guides and Pyro's NUTS, by what they get wrong and by cost.
+
+    python examples/benchmarks/posteriors.py FOLDER                    # fit_guide on all, three seeds; ten minutes
+    python examples/benchmarks/posteriors.py FOLDER --peers --nuts     # beside Pyro's guides and NUTS; about an hour
+    python examples/benchmarks/posteriors.py FOLDER --names sblrc-blr  # one posterior
+    python examples/benchmarks/posteriors.py --smoke                   # synthetic ones, budgets too small to count
+
+FOLDER is laid out as posteriordb's ``posterior_database``; all its posteriors are run whose Stan program is written in
+Pyro in ``_posteriors.py`` and that have reference draws.  A funnel and a banana with exact draws come with the script.
+
+Each run has a process of its own, one thread, float64, and a budget of CPU seconds after import.  ``fit_guide`` has
+nothing but the model, the seconds and a seed.  Pyro's guides are trained by Adam with 16 vectorised particles, a step
+size that falls from 0.01 to 0.001, and nothing else; NUTS has 500 warm-up steps, 1000 draws and no limit.
+
+Errors are the largest of any mean and of any standard deviation, in the reference's standard deviations, of 10,000
+draws; the reference has 10,000 too, so an error of 0.02 or so is its noise, and for the wide part of the funnel, whose
+standard deviation hangs on a few draws, far more.  *Resampled* are 10,000 draws of 40,000 by their smoothed importance
+weights, drawn after the budget.  ESS is the fraction of the draws that count under the importance weights; for NUTS the
+smallest effective sample size of a scalar, by the draws.  Gradients are counted for each draw: one evaluation of the
+model's log-density with its gradient; evaluations without a gradient, such as those of the verdict, come on top, after
+the plus.  Runs are kept in ``--results``, so that a second call only fills in what is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import multiprocessing
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyro.distributions as dist
+import torch
+from _posterior_peers import NUTS, PEERS, nuts, peer
+from _posteriors import Posterior, errors, find, named, stored
+from _timing import machine, markdown
+from torch import Tensor
+
+OURS = "fit_guide"
+DRAWS = 10_000
+ESS, ERROR = 0.9, 0.05  # what fit_guide is held to
+Row = dict[str, object]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run."""
+
+    name: str
+    method: str
+    seed: int
+    seconds: float
+    folder: Path | None
+    draws: int = DRAWS
+
+    @property
+    def key(self) -> tuple[str, str, int, float]:
+        return self.name, self.method, self.seed, self.seconds
+
+
+def product_rate() -> float:
+    """Thousands of millions of floating-point operations per CPU second, in products of 512 x 512 float64 matrices."""
+    a = torch.randn(512, 512, dtype=torch.float64)
+    a @ a
+    start = time.process_time()
+    for _ in range(20):
+        a @ a
+    return 20 * 2 * 512**3 / (time.process_time() - start) / 1e9
+
+
+def ours(job: Job, posterior: Posterior) -> Row:
+    """``fit_guide`` as it is."""
+    from pyro_flows.infer import AutoFlow, fit_guide
+    from pyro_flows.infer.joint import JointDensity
+
+    # Counts the start's evaluations as well as those of training and verdict, apart by whether they have a gradient.
+    count = {True: 0, False: 0}
+    plain = JointDensity.__call__
+
+    def counted(density: JointDensity, z: Tensor) -> Tensor:
+        count[z.requires_grad and torch.is_grad_enabled()] += len(z)
+        return plain(density, z)
+
+    JointDensity.__call__ = counted
+    start = time.process_time()
+    fit = fit_guide(AutoFlow(posterior.model(dist.ImproperUniform), seed=job.seed), seconds=job.seconds, progress=False)
+    spent = time.process_time() - start
+    found = {"gradients": count[True], "evaluations": count[False], "cpu": spent, "steps": len(fit.history)}
+    reference = posterior.reference()
+
+    def wrong(resampled: bool) -> tuple[float, float]:
+        return errors(named(posterior.derive(fit.sample(job.draws, resampled=resampled))), reference)
+
+    torch.manual_seed(job.seed)
+    return found | {
+        "dim": fit.latents.dim,
+        "ess": fit.ess,
+        "khat": fit.khat,
+        "errors": wrong(False),
+        "resampled": wrong(True),
+        "verdict": fit.verdict.label,
+        "elbo": fit.importance.elbo,
+        "log_evidence": fit.log_evidence,
+        "notes": list(fit.notes),
+    }
+
+
+def run(job: Job) -> Row:
+    """One run in a process of its own."""
+    # fit_guide keeps its budget by time.monotonic(). On a machine that others use, wall time would measure them as
+    # well; with one thread CPU time is the same thing without them.
+    time.monotonic = time.process_time
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    importlib.import_module("torch._dynamo")  # which else the first optimiser does
+    importlib.import_module("pyro_flows.infer")
+    rate = product_rate()
+    about = {"name": job.name, "method": job.method, "seed": job.seed, "seconds": job.seconds, "gflops": rate}
+    try:
+        posterior = find(job.name, job.folder)
+        if job.method == OURS:
+            return about | ours(job, posterior)
+        if job.method == NUTS:
+            return about | nuts(posterior, job.seed, 1000 if job.draws == DRAWS else 10)
+        return about | peer(job.method, posterior, job.seed, job.seconds, job.draws)
+    except Exception as error:  # a peer that cannot run a posterior is a result, too
+        if job.method == OURS:
+            raise
+        return about | {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"}
+
+
+def _cell(rows: list[Row], value: Callable[[Row], float], form: str) -> str:
+    """Median, and the range if there are several."""
+    numbers = [value(row) for row in rows]
+    middle = statistics.median(numbers)
+    text = format(middle, form)
+    return text if len(numbers) == 1 else f"{text} ({format(min(numbers), form)} to {format(max(numbers), form)})"
+
+
+def _pair(rows: list[Row], key: str) -> str:
+    if key not in rows[0]:
+        return "-"
+    first, second = (statistics.median(row[key][k] for row in rows) for k in (0, 1))
+    worst = [max(row[key][k] for row in rows) for k in (0, 1)]
+    text = f"{first:.3f} / {second:.3f}"
+    return text if len(rows) == 1 else f"{text} (worst {worst[0]:.3f} / {worst[1]:.3f})"
+
+
+def table(rows: list[Row]) -> str:
+    """One line for each posterior, method and budget: medians over seeds, with their range."""
+    columns = "D|method, s|ESS|k-hat|mean / sd error|resampled|verdict|gradients|CPU s"
+    dims = {row["name"]: str(row["dim"]) for row in rows if "dim" in row}
+    groups: dict[tuple[object, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["name"], row["method"], row["seconds"]), []).append(row)
+    lines = []
+    for (name, method, seconds), every in groups.items():
+        label = f"{method}, {seconds:g}" if seconds else str(method)
+        these = [row for row in every if "error" not in row]
+        if not these:
+            lines.append([str(name), "", label, f"failed: {every[0]['error']}", *[""] * 6])
+            continue
+        verdicts = [str(row["verdict"]) for row in these]
+        gradients, others = (statistics.median(row[k] for row in these) for k in ("gradients", "evaluations"))
+        lines.append(
+            [
+                str(name),
+                dims.get(name, ""),
+                label,
+                _cell(these, lambda row: float(row["ess"]), ".3f"),
+                _cell(these, lambda row: float(row["khat"]), ".2f") if "khat" in these[0] else "-",
+                _pair(these, "errors"),
+                _pair(these, "resampled"),
+                "; ".join(f"{verdicts.count(v)} {v}" if len(these) > 1 else v for v in dict.fromkeys(verdicts)),
+                f"{gradients / 1000:.0f} k" + (f" + {others / 1000:.0f} k" if others else ""),
+                _cell(these, lambda row: float(row["cpu"]), ".1f"),
+            ]
+        )
+    return markdown(["", *columns.split("|")], lines)
+
+
+def misses(rows: list[Row]) -> list[str]:
+    """Runs of ``fit_guide`` that fall short, and what its verdict says of them."""
+    found = []
+    for row in rows:
+        if row["method"] != OURS or "error" in row:
+            continue
+        (mean, width), ess = row["errors"], float(row["ess"])
+        if ess < ESS or mean > ERROR or width > ERROR:
+            wrong = f"ESS {ess:.3f}, mean error {mean:.3f}, sd error {width:.3f}"
+            found.append(f"{row['name']}, seed {row['seed']}, {row['seconds']:g} s: {wrong}; verdict: {row['verdict']}")
+    return found
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?", help="posteriordb's posterior_database")
+    parser.add_argument("--smoke", action="store_true", help="synthetic posteriors, a second each")
+    parser.add_argument("--names", nargs="+", help="posteriors; by default all there are")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2], help="of fit_guide")
+    parser.add_argument("--seconds", type=float, default=10, help="CPU seconds of fit_guide")
+    parser.add_argument("--peers", nargs="*", choices=PEERS, metavar="GUIDE", help=f"Pyro's guides: {', '.join(PEERS)}")
+    parser.add_argument("--peer-seconds", type=float, default=30)
+    parser.add_argument("--peer-seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--nuts", action="store_true", help="Pyro's NUTS as well, with the seeds of the peers")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--results", type=Path, help="JSON lines of runs, read and added to")
+    args = parser.parse_args()
+    if args.smoke:
+        args.folder, args.names, args.seeds, args.seconds, args.peer_seconds = None, None, [0], 1.0, 0.5
+        args.peers, args.results = ["AutoNormal"], Path(tempfile.mkdtemp()) / "runs.jsonl"
+    elif args.folder is None:
+        parser.error("give the folder of the posteriors, or --smoke")
+    return args
+
+
+def plan(args: argparse.Namespace) -> list[Job]:
+    """All runs in the order of the table."""
+    names = args.names or [*([] if args.folder is None else stored(args.folder)), "funnel10", "banana4"]
+    peers = PEERS if args.peers == [] else args.peers or ()
+    draws = 2000 if args.smoke else DRAWS
+    jobs = []
+    for name in names:
+        jobs += [Job(name, OURS, seed, args.seconds, args.folder, draws) for seed in args.seeds]
+        jobs += [Job(name, p, seed, args.peer_seconds, args.folder, draws) for p in peers for seed in args.peer_seeds]
+        jobs += [Job(name, NUTS, seed, 0.0, args.folder, draws) for seed in args.peer_seeds if args.nuts]
+    return jobs
+
+
+def main() -> None:
+    args = arguments()
+    results = args.results or Path("posteriors.jsonl")
+    known = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    by_key = {(row["name"], row["method"], row["seed"], row["seconds"]): row for row in known}
+    jobs = plan(args)
+    print(f"{machine()}; float64, one thread a run, CPU seconds\n")
+    context = multiprocessing.get_context("spawn")
+    once = None if args.smoke else 1
+    pool = ProcessPoolExecutor(args.jobs, mp_context=context, max_tasks_per_child=once)
+    with pool, results.open("a") as file:
+        for future in as_completed([pool.submit(run, job) for job in jobs if job.key not in by_key]):
+            row = future.result()
+            by_key[row["name"], row["method"], row["seed"], row["seconds"]] = row
+            print(json.dumps(row), file=file, flush=True)
+            print(f"{row['name']:<42}{row['method']:<24}seed {row['seed']}  ", end="")
+            if "error" in row:
+                print(row["error"], flush=True)
+                continue
+            (mean, width), ess = row["errors"], float(row["ess"])
+            print(f"ESS {ess:.3f}  errors {mean:.3f} {width:.3f}  {row['verdict']}  {row['cpu']:.1f} s", flush=True)
+    rows = [by_key[job.key] for job in jobs]
+    rates = [float(row["gflops"]) for row in rows]
+    print("\n" + table(rows))
+    print(
+        f"\nProduct of two 512 x 512 float64 matrices on one thread: {statistics.median(rates):.1f} GFLOP/s "
+        f"({min(rates):.1f} to {max(rates):.1f} over the runs)"
+    )
+    print(f"\nRuns of fit_guide with ESS below {ESS} or an error above {ERROR}:")
+    print("\n".join(misses(rows)) or "none")
+
+
+if __name__ == "__main__":
+    main()
