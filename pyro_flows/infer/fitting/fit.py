@@ -135,7 +135,7 @@ def fit_guide(
         guide=guide,
         density=density,
         failures=training.dropped,
-        evaluations=density.evaluations,
+        evaluations=guide.start_evaluations + density.evaluations,
         notes=tuple(notes),
     )
 

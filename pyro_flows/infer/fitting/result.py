@@ -33,6 +33,7 @@ class GuideFit:
         history: what each step came to (ELBO in nats, spread of the log-weights, and so on).
         assessment: draws with their weights, and what was concluded from them.
         guide: the :class:`~pyro_flows.infer.AutoFlow`; ``None`` for a loaded fit, which has no model.
+        evaluations: of the model's density, each draw counted, those of the start and of the verdict included.
         failures: draws in training at which the model's density was not finite or could not be computed.
         notes: what the fit had to do differently than asked, in words.
     """

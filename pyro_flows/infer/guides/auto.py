@@ -90,7 +90,7 @@ class AutoFlow(AutoContinuous):
             the first 60 % of its steps; ``None`` for none.  For several modes; 0.05 is a good value.
         num_starts: dispersed points from which the start is sought.
         dtype: of the flow; by default that of the model's latents.
-        seed: of all random choices, so that two fits are the same.
+        seed: of all random choices, so that two fits of as many steps are the same; by seconds they never quite are.
 
     Raises:
         ValueError: for unknown options; and, at the first call, for models that no such guide can represent.
@@ -139,6 +139,7 @@ class AutoFlow(AutoContinuous):
         self.subsampled = False
         self.vectorized: bool | None = None  # False once the model is known not to run for many draws at once
         self.start_seconds: float | None = None  # wall time for finding the start
+        self.start_evaluations = 0
         self._shapes: tuple[object, ...] | None = None
         self._observed: set[str] = set()
 
@@ -171,6 +172,7 @@ class AutoFlow(AutoContinuous):
                 self.flow = self._build(density, initial)
                 self.initial = initial
                 self.vectorized = None if density.vectorized else False
+                self.start_evaluations = density.evaluations + alone.evaluations
             except BaseException:
                 self.prototype_trace = None  # so that the next call tries again
                 raise
@@ -199,6 +201,8 @@ class AutoFlow(AutoContinuous):
             scale = torch.full_like(initial, 0.1)
         else:
             with poutine.block():
+                with torch.no_grad():
+                    density(initial[None])  # finds out whether it runs for many draws at once
                 still = density.still() if self.subsampled else density
                 seconds = self.start_seconds
                 if seconds is None and not density.vectorized:
