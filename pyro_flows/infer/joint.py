@@ -29,9 +29,9 @@ class JointDensity:
     r"""The unnormalised log-density of a model's latents in unconstrained space.
 
     :math:`\log p(z) = \log p(\text{data}, \theta(z)) + \log|\partial \theta / \partial z|`, in nats, differentiable;
-    ``(S, dim)`` gives ``(S,)``.  The model runs once for all ``S``, under a plate outside its own, if it broadcasts:
-    that is tried against one run at a time, and where the two disagree the density falls back on the latter and
-    says so.  Scales, masks and subsampling count as in an ELBO.
+    ``(S, dim)`` gives ``(S,)``.  The model runs once for all ``S``, in a dimension left of its plates, if it
+    broadcasts: that is tried against one run at a time, and where the two disagree the density falls back on the latter
+    and says so.  Scales, masks and subsampling count as in an ELBO.
 
     Args:
         model: any Pyro model with the latents given.

@@ -45,10 +45,10 @@ class LowerTriangular(Transform):
 
     def forward_shape(self, shape: Size) -> Size:
         size = _size(shape[-1])
-        return (*Size(shape[:-1]), size, size)
+        return Size((*shape[:-1], size, size))
 
     def inverse_shape(self, shape: Size) -> Size:
-        return (*Size(shape[:-2]), shape[-1] * (shape[-1] + 1) // 2)
+        return Size((*shape[:-2], shape[-1] * (shape[-1] + 1) // 2))
 
 
 def _size(length: int) -> int:

@@ -16,11 +16,12 @@ from pyro_flows.infer.guides.probe import ModeProbe, probe_modes
 from pyro_flows.infer.joint import FAILURES
 from pyro_flows.infer.latents import Latents
 
-__all__ = ["Assessment", "assess", "weigh"]
+__all__ = ["Assessment", "assess", "search_modes", "weigh"]
 
 CHUNK = 1000
 DRAWS = 10_000
 FEWEST = 1000
+STARTS = 32  # of the search for modes
 
 LogDensity = Callable[[Tensor], Tensor]
 
@@ -72,6 +73,30 @@ def weigh(
         parts.append((z, log_p.to(z.dtype), log_q))
         left -= count
     return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+
+
+def search_modes(
+    flow: Flow,
+    density: LogDensity,
+    draws: Tensor,
+    initial: Tensor,
+    log_evidence: float,
+    *,
+    starts: int = STARTS,
+    seconds: float = math.inf,
+    generator: Generator | None = None,
+) -> ModeProbe:
+    """Modes of the density, and whether the flow, of which there are draws, covers them; see :func:`probe_modes`."""
+    return probe_modes(
+        density,
+        lambda points: flow().log_prob(points),
+        draws[draws.isfinite().all(-1)],
+        initial,
+        log_evidence=log_evidence,
+        starts=starts,
+        generator=generator,
+        max_seconds=None if seconds == math.inf else seconds,
+    )
 
 
 def _nothing_found(z: Tensor) -> ModeProbe:
@@ -130,15 +155,7 @@ def assess(
     probe = _nothing_found(z)
     if left > 0 and math.isfinite(found.log_evidence):
         try:
-            probe = probe_modes(
-                density,
-                lambda points: flow().log_prob(points),
-                z[fine],
-                initial,
-                log_evidence=found.log_evidence,
-                generator=generator,
-                max_seconds=None if seconds == math.inf else left,
-            )
+            probe = search_modes(flow, density, z, initial, found.log_evidence, seconds=left, generator=generator)
         except ValueError:  # it came to no start in the time that was left
             if left > 1.0:
                 raise

@@ -16,13 +16,13 @@ from tqdm.auto import tqdm
 
 from pyro_flows.distributions import Flow
 from pyro_flows.infer.diagnostics import importance
-from pyro_flows.infer.fitting.assessment import DRAWS, FEWEST, Assessment, assess, weigh
+from pyro_flows.infer.fitting.assessment import DRAWS, FEWEST, Assessment, assess, search_modes, weigh
 from pyro_flows.infer.fitting.budget import Budget
 from pyro_flows.infer.fitting.modes import cover_modes
 from pyro_flows.infer.fitting.result import GuideFit
 from pyro_flows.infer.fitting.training import History, Training
 from pyro_flows.infer.guides.auto import AutoFlow, seeded
-from pyro_flows.infer.guides.probe import ModeProbe, probe_modes
+from pyro_flows.infer.guides.probe import ModeProbe
 from pyro_flows.infer.joint import JointDensity
 
 __all__ = ["fit_guide"]
@@ -89,7 +89,7 @@ def fit_guide(
                 density = guide.density(*args, **kwargs)
                 initial = guide.initial
                 _refuse_random(guide, density, initial)
-                particles = _particles(guide, density, initial, budget)
+                particles = _particles(guide, density, initial)
             for each in {str(each.message): each for each in caught}.values():
                 notes.append(str(each.message))
                 warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
@@ -98,9 +98,8 @@ def fit_guide(
             budget.keep = 0.0 if seconds is None else part * seconds
             several = _several_modes(guide, density, initial, budget, generator)
             if several is not None:
-                found = int((several.share > 0.003).sum())
+                found = cover_modes(guide.flow, several, generator, _limit(budget, 0.15))
                 notes.append(f"the start covers {found} modes, by a mixture of Gaussians")
-                cover_modes(guide.flow, several, generator, _limit(budget, 0.15))
                 covered = copy.deepcopy(guide.flow.state_dict())
             training = Training(
                 guide.flow,
@@ -182,7 +181,7 @@ def _refuse_random(guide: AutoFlow, density: JointDensity, initial: Tensor) -> N
 
 
 @torch.no_grad()
-def _particles(guide: AutoFlow, density: JointDensity, initial: Tensor, budget: Budget) -> int:
+def _particles(guide: AutoFlow, density: JointDensity, initial: Tensor) -> int:
     """As asked, or as many as the model's speed allows: many are worth more than steps, up to a point."""
     if guide.particles is not None:
         return guide.particles
@@ -211,18 +210,11 @@ def _several_modes(
     found = importance(log_p - log_q)
     if not math.isfinite(found.log_evidence):
         return None
-    fine = z.isfinite().all(-1)
     slow = math.inf if density.vectorized else SLOW_SECONDS / 2
     seconds = min(slow, math.inf if budget.seconds is None else 0.15 * budget.seconds)
-    probe = probe_modes(
-        density,
-        lambda points: affine().log_prob(points),
-        z[fine],
-        initial,
-        log_evidence=found.log_evidence,
-        starts=16 if density.vectorized else 6,
-        generator=generator,
-        max_seconds=None if seconds == math.inf else seconds,
+    starts = 16 if density.vectorized else 6
+    probe = search_modes(
+        affine, density, z, initial, found.log_evidence, starts=starts, seconds=seconds, generator=generator
     )
     return probe if probe.missing_share > SEVERAL else None
 

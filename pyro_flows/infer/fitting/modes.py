@@ -31,9 +31,9 @@ def mixture_draws(probe: ModeProbe, n: int, generator: Generator | None = None) 
     return draws, int((share > 0).sum())
 
 
-def cover_modes(flow: Flow, probe: ModeProbe, generator: Generator | None = None, deadline: float = math.inf) -> None:
-    """Fits the flow to the mixture by maximum likelihood, which spans all modes; takes no model evaluations."""
-    draws, _ = mixture_draws(probe, DRAWS, generator)
+def cover_modes(flow: Flow, probe: ModeProbe, generator: Generator | None = None, deadline: float = math.inf) -> int:
+    """Fits the flow to the mixture by maximum likelihood, without a call of the model; returns the number of modes."""
+    draws, modes = mixture_draws(probe, DRAWS, generator)
     preconditioner: Preconditioner = flow.chain[-1]
     centred = draws - draws.mean(0)
     covariance = centred.mT @ centred / len(draws)
@@ -59,3 +59,4 @@ def cover_modes(flow: Flow, probe: ModeProbe, generator: Generator | None = None
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 10.0, foreach=True)
         optimizer.step()
+    return modes

@@ -141,12 +141,12 @@ class GuideFit:
             **kwargs: likewise.
         """
         density = self._with_model("predictive")
-        if not args and not kwargs:
-            args, kwargs = density.args, density.kwargs
+        if args or kwargs:
+            density = JointDensity(density.model, self.latents, args, kwargs, density.vectorized)
         with torch.no_grad():
             z = self._unconstrained(n, resampled)
             try:
-                return predictions(density.model, self.latents, z, args, kwargs, density.vectorized)
+                return predictions(density, z)
             except (ValueError, RuntimeError, IndexError) as error:
                 shapes = {site.name: tuple(site.shape) for site in self.latents}
                 raise ValueError(
@@ -201,16 +201,14 @@ class GuideFit:
         groups: dict[str, object] = {}
         posterior = self.latents.draws(z)
         if self._density is not None:
-            d = self._density
-            whole = (d.model, self.latents, z, d.args, d.kwargs, d.vectorized)
-            extra = computed(*whole)
+            extra = computed(self._density, z)
             posterior |= extra
-            groups["observed_data"] = observed(d.model, self.latents, z, d.args, d.kwargs)
+            groups["observed_data"] = observed(self._density, z)
             if posterior_predictive:
-                found = predictions(*whole)
+                found = predictions(self._density, z)
                 groups["posterior_predictive"] = {name: found[name] for name in found if name not in extra}
             if log_likelihood:
-                groups["log_likelihood"] = log_likelihoods(*whole)
+                groups["log_likelihood"] = log_likelihoods(self._density, z)
         attrs = {"khat": self.khat, "ess": self.ess, "verdict": self.verdict.label}
         return to_arviz(
             posterior,

@@ -27,7 +27,7 @@ COVER = 4.0
 CLIP = 10.0
 EXACT = 0.02  # a spread of the log-weights at which nothing is left to learn
 PATIENCE = 25  # steps in a row
-LOOK = 50  # steps of the affine phase that are compared with as many before
+LOOK = 50  # steps whose mean is compared with that of others
 
 
 @dataclass
@@ -128,9 +128,9 @@ class Training:
             self._step(name, flow, parameters, optimizer, rate, weight)
             self.budget.done += 1
             window += 1
-            if window >= 50 and weight == 1.0:
+            if window >= LOOK and weight == 1.0:
                 window = 0
-                self._remember(flow)
+                self._remember()
             if self.report is not None:
                 self.report(self.history)
 
@@ -225,9 +225,9 @@ class Training:
         gain, noise = now.mean() - before.mean(), (now.var() + before.var()).sqrt() / math.sqrt(LOOK)
         return bool(gain < 2 * noise)
 
-    def _remember(self, flow: Flow) -> None:
+    def _remember(self) -> None:
         """Keeps the state if the last steps were the best so far."""
-        last = [v for v in self.history.elbo[-50:] if math.isfinite(v)]
+        last = [v for v in self.history.elbo[-LOOK:] if math.isfinite(v)]
         if not last:
             return
         mean = sum(last) / len(last)
@@ -238,8 +238,8 @@ class Training:
         """Goes back to the best state if the last one is clearly worse, or not finite."""
         if self._best is None:
             return
-        last = [v for v in self.history.elbo[-50:] if math.isfinite(v)]
-        spread = [v for v in self.history.spread[-50:] if math.isfinite(v)]
+        last = [v for v in self.history.elbo[-LOOK:] if math.isfinite(v)]
+        spread = [v for v in self.history.spread[-LOOK:] if math.isfinite(v)]
         finite = all(p.isfinite().all() for p in self.flow.parameters())
         if last and finite:
             noise = 3 * (sum(spread) / max(len(spread), 1)) / math.sqrt(self.particles * len(last))
