@@ -185,7 +185,7 @@ class Chain(FlowTransform):
         # Conditioned parts bring the batch shapes of their contexts.
         batch = (part.forward_shape(part.event_shape) for part in self.parts)
         extra = [b[: len(b) - len(part.data_shape)] for b, part in zip(batch, self.parts, strict=True)]
-        return torch.broadcast_shapes(shape[:cut], *extra) + target
+        return torch.broadcast_shapes(shape[:cut], *extra) + target if any(extra) else shape
 
     def _parts(self) -> list[FlowTransform]:
         # A ModuleList is slow to index, and this is asked for several times in each call.

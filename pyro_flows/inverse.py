@@ -165,9 +165,10 @@ def _gradient(ctx: object, grad_x: Tensor | None, grad_ladj: Tensor | None, none
         tape = torch.ops.pyro_flows.solve(z, first_bias, *_groups(tensors), ctx.solver.handle, True)[2]
     grad_x = torch.zeros_like(x) if grad_x is None else grad_x
     grad_ladj = x.new_zeros(x.shape[0]) if grad_ladj is None else grad_ladj
-    # Nobody differentiates the gradient further unless grad mode is on.
-    gradient = _Gradient.apply if torch.is_grad_enabled() else _Gradient.forward
-    return gradient(ctx.solver.handle, grad_x, grad_ladj, x, tape, z, first_bias, *tensors)
+    inputs = (ctx.solver.handle, grad_x, grad_ladj, x, tape, z, first_bias, *tensors)
+    if torch.is_grad_enabled():  # else nobody differentiates the gradient further
+        return _Gradient.apply(*inputs)
+    return _first_order(*inputs, by_weights=not plain_eager() or any(t.requires_grad for t in tensors))
 
 
 def _gradient_op(ctx: object, *cotangents: Tensor | None) -> tuple:
@@ -208,6 +209,46 @@ class _Solve(torch.autograd.Function):
 _apply_plainly = super(torch.autograd.Function, _Solve).apply
 
 
+def _first_order(
+    handle: str,
+    grad_x: Tensor,
+    grad_ladj: Tensor,
+    x: Tensor,
+    tape: Tensor,
+    z: Tensor,
+    first_bias: Tensor,
+    *tensors: Tensor,
+    by_weights: bool = True,
+) -> tuple[Tensor | None, ...]:
+    """Gradients after ``z``, the first bias, weights and biases; ``None`` for the last two if nobody wants them."""
+    solver = named(handle)
+    weights, biases, masks = _groups(tensors)
+    pre, post, params, ladj = solver.structure.unpack(tape, solver.activations)
+    zt, xt = z.T, x.T
+    by_z, by_params, ladj_by_z, ladj_by_params = solver.univariate.partials(True, zt, params, xt, ladj, grad_ladj)
+    slopes = [slope(act, a, h) for act, a, h in zip(solver.activations, pre, post, strict=True)]
+    arguments = (grad_x, by_params, ladj_by_params, slopes, weights, masks, handle)
+    eager = plain_eager()
+    if eager:
+        with torch._C._AutoDispatchBelowAutograd():
+            adjoint = _sweep_back(*arguments)
+    else:
+        adjoint = torch.ops.pyro_flows.sweep_back(*arguments)
+    grad_xt, dparams, dpre = solver.structure.unpack_adjoint(adjoint)
+    dz = torch.addcmul(ladj_by_z, grad_xt, by_z).T
+    above = [*dpre, dparams]
+    # first_bias stands for the whole batch or for each sample.
+    each = above[0].T
+    dbias = each if first_bias.shape[0] == z.shape[0] else each.sum(0, keepdim=True)
+    if not by_weights:
+        return dz, dbias, *[None] * (len(weights) + len(biases))
+    dweights = [
+        weight_gradient(cut.at(z.shape[0]), mask, upper.T, lower.T, eager)
+        for cut, mask, upper, lower in zip(solver.structure.cuts, masks, above, [xt, *post], strict=True)
+    ]
+    return dz, dbias, *dweights, *(upper.sum(1) for upper in above[1:])
+
+
 class _Gradient(torch.autograd.Function):
     """First derivatives by one reverse sweep; derivatives of those by the plain way."""
 
@@ -215,31 +256,7 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def forward(*inputs: Tensor) -> tuple[Tensor, ...]:
-        handle, grad_x, grad_ladj, x, tape, z, first_bias, *tensors = inputs
-        solver = named(handle)
-        weights, _, masks = _groups(tensors)
-        pre, post, params, ladj = solver.structure.unpack(tape, solver.activations)
-        zt, xt = z.T, x.T
-        by_z, by_params, ladj_by_z, ladj_by_params = solver.univariate.partials(True, zt, params, xt, ladj, grad_ladj)
-        slopes = [slope(act, a, h) for act, a, h in zip(solver.activations, pre, post, strict=True)]
-        arguments = (grad_x, by_params, ladj_by_params, slopes, weights, masks, handle)
-        eager = plain_eager()
-        if eager:
-            with torch._C._AutoDispatchBelowAutograd():
-                adjoint = _sweep_back(*arguments)
-        else:
-            adjoint = torch.ops.pyro_flows.sweep_back(*arguments)
-        grad_xt, dparams, dpre = solver.structure.unpack_adjoint(adjoint)
-        dz = torch.addcmul(ladj_by_z, grad_xt, by_z).T
-        above = [*dpre, dparams]
-        dweights = [
-            weight_gradient(cut.at(z.shape[0]), mask, upper.T, lower.T, eager)
-            for cut, mask, upper, lower in zip(solver.structure.cuts, masks, above, [xt, *post], strict=True)
-        ]
-        # first_bias stands for the whole batch or for each sample.
-        each = above[0].T
-        dbias = each if first_bias.shape[0] == z.shape[0] else each.sum(0, keepdim=True)
-        return dz, dbias, *dweights, *(upper.sum(1) for upper in above[1:])
+        return _first_order(*inputs)
 
     @staticmethod
     def setup_context(ctx: object, inputs: tuple, output: tuple[Tensor, ...]) -> None:

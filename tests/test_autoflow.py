@@ -330,7 +330,8 @@ assert (found - expected).abs().max() <= 1e-5 * expected.abs().max(), (found, ex
 def test_state_in_another_process(tmp_path, request):
     """The default flow, masks at random: loaded into a guide of another seed in another process."""
     guide = shake(AutoFlow(groups, start="prior", seed=0).setup(Y), 0.1)
-    z = torch.randn(10, 6)
+    z = guide.flow.sample((10,))
+    z = z + 0.02 * torch.randn_like(z)
     torch.save(guide.state_dict(), tmp_path / "state.pt")
     torch.save((z, guide.flow.log_prob(z).detach()), tmp_path / "points.pt")
     code = LOAD.format(

@@ -20,6 +20,8 @@ from pyro.infer import config_enumerate
 import pyro_flows as pf
 from pyro_flows.infer import AutoFlow, fit_guide, load_guide
 from pyro_flows.infer.diagnostics.verdict import LABELS, Verdict
+from pyro_flows.infer.fitting.adam import Adam
+from pyro_flows.infer.fitting.training import emphasis
 
 X = torch.linspace(-1, 1, 8, dtype=torch.float64)
 Y = torch.tensor([-1.3, -0.4, -0.9, 0.2, 0.6, 0.3, 1.6, 1.1], dtype=torch.float64)
@@ -540,3 +542,53 @@ def test_discrete_latents_are_refused_with_the_way():
     # All components begin at the same place, where the label makes no difference.
     with pytest.raises(ValueError, match="TraceEnum_ELBO"):
         fit(AutoFlow(hidden, seed=0), torch.tensor(1.0), steps=2)
+
+
+# The loop's own parts.
+
+
+def test_emphasis_follows_both_divergences():
+    """Weighted by it, path gradients add up to those of KL(q | p) + KL(p | q), here of normals."""
+    generator = torch.Generator().manual_seed(0)
+    u = torch.randn(400_000, generator=generator, dtype=torch.float64)
+    loc, scale = 0.15, 0.9
+    z = loc + scale * u
+    log_weights = -0.5 * z**2 + 0.5 * u**2 + math.log(scale)
+    pull = -z + u / scale  # d (log p - log q) / dz
+    share = emphasis(log_weights + 3.0, torch.ones_like(z, dtype=torch.bool))
+    assert abs(share.mean() - 1) < 1e-2
+    found = torch.stack(((-2 * share * pull).mean(), (-2 * share * pull * u).mean()))
+    # KL(q | p) = (s^2 + m^2 - 1) / 2 - log s and KL(p | q) = (1 + m^2) / (2 s^2) - 1/2 + log s, after m and s.
+    by_loc = loc + loc / scale**2
+    by_scale = (scale - 1 / scale) + (-(1 + loc**2) / scale**3 + 1 / scale)
+    torch.testing.assert_close(found, torch.tensor([by_loc, by_scale], dtype=torch.float64), rtol=0.03, atol=0.01)
+
+
+def test_emphasis_waits_for_even_weights():
+    fine = torch.ones(4, dtype=torch.bool)
+    assert torch.equal(emphasis(torch.tensor([0.0, 4.0, -4.0, 8.0]), fine), torch.ones(4))
+    torch.testing.assert_close(emphasis(torch.full((4,), 7.0), fine), torch.ones(4))
+    # What failed has no say, and the heaviest draw is held back.
+    fine = torch.tensor([True] * 63 + [False])
+    share = emphasis(torch.tensor([5.0] + [0.0] * 62 + [math.nan]), fine)
+    assert share.isfinite().all() and share[0] <= 5.5
+
+
+def test_adam_is_that_of_torch():
+    generator = torch.Generator().manual_seed(0)
+    starts = [torch.randn(4, 3, generator=generator), torch.randn(5, generator=generator)]
+    ours = [torch.nn.Parameter(s.clone()) for s in starts]
+    theirs = [torch.nn.Parameter(s.clone()) for s in starts]
+    adam, reference = Adam(ours), torch.optim.Adam(theirs)
+    for step in range(20):
+        rate = 0.1 / (step + 1)
+        reference.param_groups[0]["lr"] = rate
+        for parameters, optimizer in ((ours, adam), (theirs, reference)):
+            optimizer.zero_grad()
+            sum((p**4).sum() for p in parameters).backward()
+            if optimizer is adam:
+                adam.step(rate)
+            else:
+                reference.step()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)

@@ -9,6 +9,7 @@ import torch
 from torch import Generator, Tensor
 
 from pyro_flows.distributions import Flow
+from pyro_flows.infer.fitting.adam import Adam
 from pyro_flows.infer.fitting.budget import cosine
 from pyro_flows.infer.guides.probe import ModeProbe
 from pyro_flows.transforms import Preconditioner
@@ -43,7 +44,7 @@ def cover_modes(flow: Flow, probe: ModeProbe, generator: Generator | None = None
         scale = covariance.diagonal().sqrt()
     preconditioner.place(draws.mean(0), scale)
     parameters = [p for p in flow.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(parameters, lr=1e-2, fused=True)
+    optimizer = Adam(parameters)
     begin = time.monotonic()
     for step in range(STEPS):
         done = step / STEPS
@@ -51,12 +52,11 @@ def cover_modes(flow: Flow, probe: ModeProbe, generator: Generator | None = None
             done = max(done, (time.monotonic() - begin) / max(deadline - begin, 1e-3))
         if done >= 1:
             break
-        for group in optimizer.param_groups:
-            group["lr"] = cosine(done, 1e-2, 1e-4)
         rows = torch.randint(len(draws), (BATCH,), generator=generator).to(draws.device)
         loss = -flow.log_prob(draws[rows]).mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 10.0, foreach=True)
-        optimizer.step()
+        optimizer.step(cosine(done, 1e-2, 1e-4))
+    flow.chain.clear_cache()
     return modes

@@ -56,7 +56,8 @@ def default_builder(dim: int) -> FlowTransform:
     if dim == 1:
         return nsf(1, num_layers=1)
     if dim <= 64:
-        return iaf(dim, num_layers=3, hidden_dims=(max(32, dim),) * 2)
+        # A bound far out: in a funnel the log-scales of some latents go with another latent, however far that goes.
+        return iaf(dim, num_layers=3, hidden_dims=(max(32, dim),) * 2, max_log_scale=10.0)
     return realnvp(dim, num_layers=8, hidden_dims=(64, 64), mask="random", max_log_scale=2.0)
 
 
