@@ -2,7 +2,16 @@
 
 from pyro_flows.chain import Chain, Wrap
 from pyro_flows.core import Conditioned, FlowTransform, Inverse
-from pyro_flows.distributions import DiagonalNormal, Flow, FlowDistribution, GaussianMixture, StudentT, UniformCircle
+from pyro_flows.distributions import (
+    MADE,
+    ConvMADE,
+    DiagonalNormal,
+    Flow,
+    FlowDistribution,
+    GaussianMixture,
+    StudentT,
+    UniformCircle,
+)
 from pyro_flows.flows import iaf, maf, ncsf, nice, nsf, realnvp
 from pyro_flows.infer import AutoFlow, fit_density, fit_guide
 from pyro_flows.nets import MLP, MaskedMLP
@@ -23,6 +32,7 @@ from pyro_flows.univariate import Affine, Shift, Univariate
 __version__ = "0.1.0"
 
 __all__ = [
+    "MADE",
     "MLP",
     "ActNorm",
     "Affine",
@@ -30,6 +40,7 @@ __all__ = [
     "Autoregressive",
     "Chain",
     "Conditioned",
+    "ConvMADE",
     "Coupling",
     "DiagonalNormal",
     "Flow",

@@ -10,7 +10,12 @@ from torch import Tensor
 from pyro_flows.activations import IN_PLACE
 from pyro_flows.bands import Cut, staircase
 
-__all__ = ["Degrees", "Structure"]
+__all__ = ["Degrees", "Structure", "as_order", "least_degree"]
+
+
+def as_order(input_dim: int, order: str | Sequence[int] | Tensor) -> Tensor:
+    """The dimensions in the sequence in which they come, from a name or a permutation."""
+    return _order(input_dim, order)[0]
 
 
 def _order(input_dim: int, order: str | Sequence[int] | Tensor) -> tuple[Tensor, str]:
@@ -47,8 +52,22 @@ def _levels(adjacency: Tensor) -> Tensor:
     return level
 
 
+def least_degree(input_dim: int, context: bool) -> int:
+    """Of a hidden unit.  One of degree d sees the inputs of rank < d, and one of degree 0 the context alone, if any."""
+    return 0 if context or input_dim == 1 else 1
+
+
 class Degrees:
     """The structure of a MADE, in ranks: inputs and outputs by their place in the order, units sorted by degree.
+
+    Args:
+        input_dim: number of inputs, and of output dimensions.
+        widths: of the hidden layers.
+        context: whether there is one.
+        order: as of :class:`~pyro_flows.nets.MaskedMLP`.
+        adjacency: likewise.
+        units: the degrees of each hidden layer, ascending, in place of evenly spaced ones.
+        direct: whether outputs also see the inputs before them without detour.
 
     Attributes:
         order: ``order[k]`` is the input that comes ``k``-th.
@@ -65,21 +84,25 @@ class Degrees:
         context: bool,
         order: str | Sequence[int] | Tensor,
         adjacency: Tensor | None,
+        units: Sequence[Tensor] | None = None,
+        direct: bool = False,
     ) -> None:
         self.input_dim, self.widths = input_dim, tuple(widths)
         if adjacency is None:
             self.order, self.kind = _order(input_dim, order)
-            self._by_rank(context)
+            self._unit = self._even(context) if units is None else list(units)
+            self._by_rank(direct)
         else:
             if not (isinstance(order, str) and order == "identity"):
                 raise ValueError("give either an order or an adjacency, not both: the adjacency implies an order")
             self._by_set(context, torch.as_tensor(adjacency).cpu())
 
-    def _by_rank(self, context: bool) -> None:
-        # A unit of degree d sees the inputs of rank < d.  Degree 0 is worth having only if there is a context to see.
-        least = 0 if context or self.input_dim == 1 else 1
+    def _even(self, context: bool) -> list[Tensor]:
+        least = least_degree(self.input_dim, context)
         levels = self.input_dim - least
-        self._unit = [least + torch.arange(width) * levels // width for width in self.widths]
+        return [least + torch.arange(width) * levels // width for width in self.widths]
+
+    def _by_rank(self, direct: bool) -> None:
         ranks = torch.arange(self.input_dim)
         # What a unit really reaches: the widest prefix that some unit below it, of a degree not above its own, reaches.
         below, seen = ranks + 1, ranks + 1  # an input of rank r counts as a unit of degree r + 1
@@ -88,6 +111,7 @@ class Degrees:
             index = torch.searchsorted(below, unit, right=True) - 1
             below, seen = unit, torch.where(index < 0, 0, seen[index.clamp(min=0)])
             reach.append(seen)
+        seen = ranks if direct else seen
         self.steps = torch.unique(seen, return_inverse=True)[1]
         self.times = [torch.where(r == 0, 0, self.steps[(r - 1).clamp(min=0)] + 1) for r in reach[:-1]]
         self._sees: Tensor | None = None
@@ -157,6 +181,8 @@ class Structure:
         joins: indices (from 0) of the hidden layers to which the pre-activation of two layers below is added.
         dense: whether masks hold back nothing that the times let through; masked places are then never read.
         cuts: how the product with each weight is cut.
+        features: rows of layer 0 that stand for each input, or ``None`` if that is the input itself.
+        direct: whether the outputs also see layer 0; its weight then comes last.
     """
 
     def __init__(
@@ -167,6 +193,8 @@ class Structure:
         joins: Sequence[int],
         dense: bool,
         cuts: tuple[Cut, ...],
+        features: int | None = None,
+        direct: bool = False,
     ) -> None:
         self.input_dim, self.num_params = len(steps), num_params
         self.num_steps = int(steps[-1]) + 1
@@ -175,6 +203,9 @@ class Structure:
         moments = torch.arange(self.num_steps + 1)
         # before[l][t]: how many units of layer l have a time of at most t.
         self.before = [torch.searchsorted(time, moments, right=True).tolist() for time in (steps + 1, *times)]
+        self.features, self.direct = features, direct
+        # The same for rows that feed others: layer 0 may have several an input.
+        self.feeding = [[n * (features or 1) for n in self.before[0]], *self.before[1:]]
         self.outputs = self.input_dim * num_params
         # Kept for the gradient: outputs, per-dimension ladj, hidden layers.  Its result: x, outputs, hidden layers.
         self.tape_rows = self.adjoint_rows = self.outputs + self.input_dim + sum(self.widths)

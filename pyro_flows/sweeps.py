@@ -39,13 +39,16 @@ class _Sweep:
         self.like = like
         self.nbytes = 0
         self.calls: Calls = []
-        *inner, head = weights
+        *inner, head = weights[:-1] if self.structure.direct else weights
         # Views of the weights themselves, or copies with zeros in the masked places, refreshed at each run.
         self.inner = inner if self.structure.dense else [self.empty(*w.shape) for w in inner]
         # Outputs by dimension, so that those of one step are neighbours; likewise refreshed.
         self.head = self.empty(*head.shape)
         if self.structure.dense:
             self.calls.append(partial(self.by_dimension(self.head).copy_, self.by_parameter(head)))
+        if self.structure.direct:
+            self.direct = self.empty(*weights[-1].shape)
+            self.calls.append(partial(self.by_dimension(self.direct).copy_, self.by_parameter(weights[-1])))
 
     def empty(self, *shape: int) -> Tensor:
         made = self.like.new_empty(shape)
@@ -96,14 +99,16 @@ class ForwardSweep(_Sweep):
             head_bias = self.empty(s.outputs, 1)
             self.calls.append(partial(self.by_dimension(head_bias).copy_, self.by_parameter(self.biases[-1])))
             self.biases[-1] = head_bias
-        self._bind(solver, params, [self.x, *pre], [self.x, *post], in_place)
+        own = s.features is not None and not solver.univariate.shared
+        inputs = self.empty(s.input_dim * s.features, columns) if own else self.x
+        self._bind(solver, params, [inputs, *pre], [inputs, *post], in_place)
         del self.like
 
     def _bind(
         self, solver: Solver, params: Tensor, pre: list[Tensor], post: list[Tensor], in_place: list[bool]
     ) -> None:
         s, calls = self.structure, self.calls
-        count, width, last = s.before, s.num_params, len(s.widths)
+        count, feeding, width, last = s.before, s.feeding, s.num_params, len(s.widths)
         by_dimension = params.view(s.input_dim, width, -1)
 
         def start(target: Tensor, bias: Tensor, weight: Tensor, source: Tensor, a: int, c: int, k: int) -> None:
@@ -137,7 +142,7 @@ class ForwardSweep(_Sweep):
                 post[layer - 1],
                 0,
                 ready,
-                count[layer - 1][0],
+                feeding[layer - 1][0],
             )
             finish(layer, 0, ready)
         for begin, end in s.blocks():
@@ -150,21 +155,29 @@ class ForwardSweep(_Sweep):
                     post[layer - 1],
                     a,
                     c,
-                    count[layer - 1][begin],
+                    feeding[layer - 1][begin],
                 )
-            known = count[last][begin] if last else count[0][begin]
+            known = feeding[last][begin]
             start(
                 params, self.biases[last], self.head, post[last], width * count[0][begin], width * count[0][end], known
             )
+            seen = feeding[0][begin]
+            if s.direct:
+                add(params, self.direct, post[0], width * count[0][begin], width * count[0][end], 0, seen)
             for t in range(begin, end):
                 d0, d1 = count[0][t], count[0][t + 1]
-                add(params, self.head, post[last], width * d0, width * d1, known, count[last][t])
-                calls += solver.univariate.solver(
-                    True, self.z[d0:d1], by_dimension[d0:d1], self.x[d0:d1], self.ladj[d0:d1]
-                )
+                add(params, self.head, post[last], width * d0, width * d1, known, feeding[last][t])
+                if s.direct:
+                    add(params, self.direct, post[0], width * d0, width * d1, seen, feeding[0][t])
+                given, made, x = self.z[d0:d1], by_dimension[d0:d1], self.x[d0:d1]
+                if s.features is None:
+                    calls += solver.univariate.solver(True, given, made, x, self.ladj[d0:d1])
+                else:
+                    coded = post[0][feeding[0][t] : feeding[0][t + 1]]
+                    calls += solver.univariate.draws(d0, d1, given, made, x, coded)
                 for layer in range(1, last + 1):
                     a, c = count[layer][t], count[layer][t + 1]
-                    below = count[layer - 1]
+                    below = feeding[layer - 1]
                     add(pre[layer], self.inner[layer - 1], post[layer - 1], a, c, below[begin], below[t + 1])
                     finish(layer, a, c)
 

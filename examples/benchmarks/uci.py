@@ -36,6 +36,7 @@ from _timing import machine, markdown
 from torch import Tensor, nn
 
 import pyro_flows as pf
+from pyro_flows.distributions import MixtureHead
 
 SETS = ["power_plant", "kin8nm", "wine_white", "houses", "protein_tertiary_structure", "miniboone"]
 Split = tuple[Tensor, Tensor, Tensor]
@@ -51,6 +52,13 @@ class Gaussian(nn.Module):
 
     def log_prob(self, value: Tensor) -> Tensor:
         return self.normal.log_prob(value.double())
+
+
+def made(dims: int, components: int = 0) -> pf.MADE:
+    """A MADE of normals, or of mixtures, with networks as wide as those of ``maf``."""
+    head = MixtureHead(components) if components else "normal"
+    width = min(max(64, 4 * dims), 512)
+    return pf.MADE(dims, head, hidden_dims=(width, width))
 
 
 class Zuko(nn.Module):
@@ -74,6 +82,9 @@ MODELS: dict[str, Callable[[int], nn.Module]] = {
     "maf": lambda dims: pf.Flow(pf.maf(dims)),
     "zuko MAF": lambda dims: Zuko("MAF", dims, 5),
     "maf, mixture base": lambda dims: pf.Flow(pf.maf(dims), base=pf.GaussianMixture(dims, 10)),
+    "MADE": made,
+    "MADE-MoG": lambda dims: made(dims, 10),
+    "MAF-MoG": lambda dims: pf.Flow(pf.maf(dims), base=made(dims, 10)),
     "nsf, couplings": lambda dims: pf.Flow(pf.nsf(dims)),
     "nsf, autoregressive": lambda dims: pf.Flow(pf.nsf(dims, autoregressive=True)),
     "zuko NSF": lambda dims: Zuko("NSF", dims, 3),

@@ -1,6 +1,36 @@
-"""Distributions made of flows: a flow with its base, and bases."""
+"""Distributions made of flows: a flow with its base, and bases; and autoregressive ones, which are no flows."""
 
 from pyro_flows.distributions.bases import DiagonalNormal, FixedBase, GaussianMixture, StudentT, UniformCircle
 from pyro_flows.distributions.flow import Flow, FlowDistribution
+from pyro_flows.distributions.made import (
+    MADE,
+    AutoregressiveDistribution,
+    BernoulliHead,
+    CategoricalHead,
+    ConvMADE,
+    DistributionHead,
+    LogisticMixtureHead,
+    MixedHead,
+    MixtureHead,
+    NormalHead,
+)
 
-__all__ = ["DiagonalNormal", "FixedBase", "Flow", "FlowDistribution", "GaussianMixture", "StudentT", "UniformCircle"]
+__all__ = [
+    "MADE",
+    "AutoregressiveDistribution",
+    "BernoulliHead",
+    "CategoricalHead",
+    "ConvMADE",
+    "DiagonalNormal",
+    "DistributionHead",
+    "FixedBase",
+    "Flow",
+    "FlowDistribution",
+    "GaussianMixture",
+    "LogisticMixtureHead",
+    "MixedHead",
+    "MixtureHead",
+    "NormalHead",
+    "StudentT",
+    "UniformCircle",
+]

@@ -99,6 +99,7 @@ class Training:
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.averages = [p.detach().clone() for p in self.parameters] if self.settings.average else []
         self._log_prob = log_prob_of(self.model)
+        self._masked = [module for module in self.flow.modules() if hasattr(module, "resample_masks")]
         self._spent, self._since = 0.0, time.monotonic()
         self.best_state = self._snapshot()  # what to fall back on where not even the first epoch ends well
 
@@ -135,6 +136,8 @@ class Training:
             factor = self.schedule.factor(self._progress())
             for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
                 group["lr"] = rate * factor
+            for module in self._masked:  # order-agnostic training: another order each step
+                module.resample_masks()
             total += len(value) * self._take_step(value, context, index)
             rows += len(value)
             bar.update(1)

@@ -1,0 +1,145 @@
+"""What all autoregressive models share: a head, a context, and the distribution that they hand out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Size, Tensor, nn
+from torch.distributions.constraints import Constraint
+
+from pyro_flows.boundary import check_context, wrong_event
+from pyro_flows.distributions.made.contract import Head
+from pyro_flows.distributions.made.distribution import AutoregressiveDistribution
+
+__all__ = ["AutoregressiveModel"]
+
+
+class AutoregressiveModel(nn.Module):
+    r"""Abstract base: :math:`p(x \mid c) = \prod_i p(x_i \mid x_{<i}, c)`, all conditionals by one network.
+
+    A subclass defines ``score``, ``draw`` and ``rdraw``; the rest is derived.  Calling a model gives a Pyro
+    distribution that shares the parameters: ``pyro.sample("x", made())``, or ``made(context)`` if it takes one.
+
+    Args:
+        event_shape: shape of one event.
+        head: what the network's outputs mean, bound to as many dimensions.
+        context_dim: size of the context, 0 for none.
+    """
+
+    def __init__(self, event_shape: Size, head: Head, context_dim: int) -> None:
+        super().__init__()
+        self.event_shape, self.head, self.context_dim = event_shape, head, context_dim
+
+    # What a subclass defines; ``member`` is one of its orders and masks, ``None`` for the one in use.
+
+    def score(self, value: Tensor, context: Tensor | None, member: object = None) -> Tensor:
+        """Log-density, shape ``(*batch,)``, of ``value`` of shape ``(*batch, *event)``; the context broadcasts."""
+        raise TypeError(f"{type(self).__name__} must define score(value, context, member)")
+
+    def draw(self, batch: Size, context: Tensor | None, member: object = None) -> Tensor:
+        """Draws of shape ``(*batch, *event)``, without gradient."""
+        raise TypeError(f"{type(self).__name__} must define draw(batch, context, member)")
+
+    def rdraw(self, batch: Size, context: Tensor | None, member: object = None) -> Tensor:
+        """Differentiable draws of shape ``(*batch, *event)``."""
+        raise TypeError(f"{type(self).__name__} must define rdraw(batch, context, member)")
+
+    # What follows from that.
+
+    @property
+    def input_dim(self) -> int:
+        """Number of dimensions of one event."""
+        return self.event_shape.numel()
+
+    @property
+    def has_rsample(self) -> bool:
+        """Whether draws can be differentiable after the parameters."""
+        return self.head.has_rsample
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the parameters, and of draws."""
+        return next(self.parameters()).dtype
+
+    @property
+    def support(self) -> Constraint:
+        """Of one event."""
+        return self.head.support(self.event_shape)
+
+    def check(self, value: Tensor) -> None:
+        """Raises a worded error for a value of another shape, or outside of the support."""
+        cut = value.dim() - len(self.event_shape)
+        if cut < 0 or value.shape[cut:] != self.event_shape:
+            raise ValueError(wrong_event(self, value.shape, self.event_shape))
+        self.head.check(value.reshape(*value.shape[:cut], self.input_dim))
+
+    def cast(self, value: Tensor) -> Tensor:
+        """Values in the dtype of the parameters; only whole numbers may have another one."""
+        if value.dtype == self.dtype:
+            return value
+        if value.is_floating_point() and not self.head.discrete:
+            raise TypeError(
+                f"{type(self).__name__}: the value is {value.dtype} but the parameters are {self.dtype}; convert one "
+                f"of them, e.g. value.to({self.dtype})"
+            )
+        return value.to(self.dtype)
+
+    def _admit(self, context: Tensor | None) -> Tensor | None:
+        name = type(self).__name__
+        if self.context_dim == 0:
+            if context is not None:
+                raise ValueError(f"{name} was built with context_dim=0, but a context was given: leave it out")
+        elif context is None:
+            raise ValueError(f"this {name} was built with context_dim={self.context_dim}: call it with a context")
+        else:
+            check_context(self, context)
+        return context
+
+    def members(self) -> tuple[object, ...]:
+        """Those whose mean density the model stands for now."""
+        return (None,)
+
+    def forward(self, context: Tensor | None = None) -> AutoregressiveDistribution:
+        """The distribution, at a context of shape ``(*batch, context_dim)`` if the model takes one."""
+        return AutoregressiveDistribution(self, self._admit(context), self.members())
+
+    condition = forward
+
+    def log_prob(self, value: Tensor, context: Tensor | None = None) -> Tensor:
+        """Log-density in nats, of the shape that value and context broadcast to."""
+        return self(context).log_prob(value)
+
+    def sample(self, sample_shape: Size | tuple[int, ...] = (), context: Tensor | None = None) -> Tensor:
+        """Draws without gradient, shape ``(*sample_shape, *context_batch, *event_shape)``."""
+        return self(context).sample(Size(sample_shape))
+
+    def rsample(self, sample_shape: Size | tuple[int, ...] = (), context: Tensor | None = None) -> Tensor:
+        """Differentiable draws, where the head has them."""
+        return self(context).rsample(Size(sample_shape))
+
+
+def one_by_one(
+    passes: Callable[[Tensor], Tensor], head: Head, start: Tensor, order: Tensor, differentiable: bool
+) -> Tensor:
+    """Draws by one pass of the network for each dimension: slow, and differentiable if the head is.
+
+    Args:
+        passes: from values, shape ``(*batch, D)``, to parameters ``(*batch, D, num_params)``.
+        head: of the model.
+        start: shape ``(*batch, D)``: whatever stands in it is not looked at.
+        order: the dimensions in the sequence in which they come.
+        differentiable: whether to draw by the head's ``rsample``.
+    """
+    draw = head.rsample if differentiable else head.sample
+    columns = list(start.unbind(-1))
+    for dim in order:
+        index = dim.reshape(1)
+        params = passes(torch.stack(columns, -1)).index_select(-2, index)
+        columns[int(dim)] = draw(params, index).squeeze(-1)
+    return torch.stack(columns, -1)

@@ -1,0 +1,210 @@
+"""Convolutional MADE: an autoregressive model of images in raster order, and of sequences in time."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Size, Tensor, nn
+
+from pyro_flows.activations import Activation, activation_functions
+from pyro_flows.boundary import event_size
+from pyro_flows.distributions.made.autoregressive import AutoregressiveModel, one_by_one
+from pyro_flows.distributions.made.composed import as_head
+from pyro_flows.distributions.made.contract import Head
+from pyro_flows.distributions.made.masked_convolutions import Stacks
+from pyro_flows.distributions.made.raster import RasterSweep
+
+__all__ = ["ConvMADE"]
+
+IMAGE_LAYERS, LEAST_LAYERS, MOST_LAYERS = 7, 4, 12
+ROOM, MORE_ROOM = 2**26, 2**28  # numbers that one sweep may hold, on a processor and elsewhere
+
+
+def _whole(name: str, value: int, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"ConvMADE: expected {name} to be an integer >= {least}, got {value!r}")
+    return value
+
+
+def _wholes(name: str, value: int | Iterable[int]) -> tuple[int, ...]:
+    given = (value,) if isinstance(value, int) else tuple(value)
+    if not given or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in given):
+        raise ValueError(f"ConvMADE: expected {name} to be positive integers, got {value!r}")
+    return given
+
+
+def _sides(image: bool, kernel_size: int | Sequence[int], layers: int) -> list[int]:
+    """How many neighbours to one side each layer's kernel sees."""
+    given = _wholes("kernel_size", kernel_size)
+    if image and any(size % 2 == 0 for size in given):
+        raise ValueError(f"ConvMADE: expected odd kernel sizes for images, got {kernel_size!r}")
+    least = 3 if image else 2
+    if given[0] < least:
+        raise ValueError(
+            f"ConvMADE: expected a kernel_size of at least {least} in the first layer, which does not see the place "
+            f"itself, got {kernel_size!r}"
+        )
+    sizes = itertools.chain(given, itertools.repeat(given[-1]))
+    return [size // 2 if image else size - 1 for size in itertools.islice(sizes, layers)]
+
+
+def _distances(given: int | Sequence[int] | None, image: bool, length: int, sides: Sequence[int]) -> list[int]:
+    """The dilation of each layer, 1 for the first."""
+    if given is not None or image:
+        later = itertools.cycle(_wholes("dilations", (1, 2) if given is None else given))
+        return [1, *itertools.islice(later, len(sides) - 1)]
+    found, reach, step = [1], sides[0], 1
+    for side in sides[1:]:
+        if reach >= length - 1:  # all is seen: once more from the beginning
+            reach, step = sides[0], 1
+        found.append(step)
+        reach, step = reach + side * step, step * 2
+    return found
+
+
+def _reach(sides: Sequence[int], distances: Sequence[int]) -> int:
+    return sum(side * distance for side, distance in zip(sides, distances, strict=True))
+
+
+class ConvMADE(AutoregressiveModel):
+    r"""Convolutional MADE: :math:`p(x \mid c) = \prod_i p(x_i \mid x_{<i}, c)`, with weights shared by all places.
+
+    Images ``(C, H, W)`` come in raster order: row by row, in a row from left to right, and at a pixel the channels in
+    turn.  Sequences ``(C, T)`` come in time, and at a step the channels in turn.  Hidden channels are shared out among
+    the channels of the event.  Images have two stacks of convolutions, one over the rows above and one over what comes
+    before in the same row, which takes from the first at every layer: so there is no blind spot to the upper right.
+    Sequences have the second one only, dilated.  The first layer's bias depends on row and column (or time), and the
+    outputs' bias on the dimension; at first the outputs are the head's biases, since the last layer starts at zero.
+
+    How far back a conditional looks is bounded by kernels and dilations, see :attr:`reach`; beyond that it knows
+    positions only.  A density costs one pass.  A draw costs about the arithmetic of one pass too, since each layer's
+    values at a place are computed once, in ``H * W * C`` times as many small steps as there are layers.  Differentiable
+    draws (``rsample``), where the head has them, take one full pass for each dimension: they are for small events.
+
+    Args:
+        event_shape: ``(C, H, W)`` or ``(C, T)``.
+        head: ``"bernoulli"``, ``"normal"``, ``"mixture"``, ``"logistic"``, or a head such as ``CategoricalHead(256)``.
+        hidden_channels: of each stack, at least ``C``.
+        num_layers: convolutions one after another; by default 7 for images, and for sequences as many as it takes to
+            look back over all of the sequence, from 4 to 12.
+        kernel_size: an odd number for images; for sequences the number of steps seen, that at hand included.  One for
+            all layers or one for each, of which the last stands for all that follow; at least 3 (images) or 2
+            (sequences) in the first layer.
+        dilations: distances of what a kernel looks at, for the layers after the first, from the beginning again where
+            there are more layers; by default 1, 2 for images, and for sequences 1, 2, 4, ... until all is seen.
+        context_dim: size of the context, 0 for none; it goes into every layer's bias.
+        positions: whether the first layer's bias depends on the place.
+        activation: a name or an elementwise function, or one for each layer.
+
+    Raises:
+        ValueError: for events of another kind, even kernels for images, fewer hidden channels than channels of the
+            event, sizes out of range, or an unknown head.
+
+    References:
+        Pixel Recurrent Neural Networks (van den Oord et al., 2016), arXiv:1601.06759; the two stacks: Conditional Image
+        Generation with PixelCNN Decoders (van den Oord et al., 2016), arXiv:1606.05328; dilated in time: WaveNet (van
+        den Oord et al., 2016), arXiv:1609.03499.
+    """
+
+    def __init__(
+        self,
+        event_shape: Sequence[int],
+        head: str | Head = "bernoulli",
+        *,
+        hidden_channels: int = 64,
+        num_layers: int | None = None,
+        kernel_size: int | Sequence[int] = (7, 3),
+        dilations: int | Sequence[int] | None = None,
+        context_dim: int = 0,
+        positions: bool = True,
+        activation: Activation = "elu",
+    ) -> None:
+        event = event_size(event_shape)
+        if len(event) not in (2, 3):
+            raise ValueError(
+                f"ConvMADE: expected event_shape to be (C, H, W) or (C, T), got {tuple(event)}; for vectors see MADE"
+            )
+        super().__init__(event, as_head(head, event.numel()), _whole("context_dim", context_dim, 0))
+        self.hidden_channels = _whole("hidden_channels", hidden_channels, 1)
+        if hidden_channels < event[0]:
+            raise ValueError(
+                f"ConvMADE: expected hidden_channels to be at least the number of channels {event[0]}, since each "
+                f"needs one of its own, got {hidden_channels}"
+            )
+        image = len(event) == 3
+        height, width = (event[1], event[2]) if image else (1, event[1])
+        if num_layers is None:
+            num_layers = IMAGE_LAYERS if image else LEAST_LAYERS
+            while not image and num_layers < MOST_LAYERS:
+                sides = _sides(image, kernel_size, num_layers)
+                if _reach(sides, _distances(dilations, image, width, sides)) >= width - 1:
+                    break
+                num_layers += 1
+        sides = _sides(image, kernel_size, _whole("num_layers", num_layers, 1))
+        distances = _distances(dilations, image, width, sides)
+        self.reach = _reach(sides, distances)
+        self.net = Stacks(
+            (event[0], height, width),
+            self.head.num_features,
+            self.head.num_params,
+            hidden_channels,
+            sides,
+            distances,
+            context_dim,
+            positions,
+            activation_functions(activation, num_layers),
+        )
+        start = self.head.bias().to(self.net.out_weight)
+        self.bias = nn.Parameter(start.clone(memory_format=torch.contiguous_format))
+        order = torch.arange(self.input_dim).view(event[0], -1).T.reshape(-1)
+        self.register_buffer("order", order, persistent=False)
+
+    def params(self, value: Tensor, context: Tensor | None = None) -> Tensor:
+        """Parameters of all conditionals, shape ``(*batch, C * H * W, num_params)``, as the head reads them; one pass.
+
+        Args:
+            value: shape ``(*batch, *event_shape)``.
+            context: broadcasts to ``(*batch, context_dim)``.
+        """
+        value = self.cast(value)
+        batch = value.shape[: value.dim() - len(self.event_shape)]
+        if context is not None:
+            batch = torch.broadcast_shapes(batch, context.shape[:-1])
+            context = context.expand(*batch, -1).reshape(batch.numel(), self.context_dim)
+        net, rows = self.net, batch.numel()
+        flat = value.expand(*batch, *self.event_shape).reshape(rows, self.input_dim)
+        coded = self.head.features(flat).unflatten(1, net.shape).movedim(-1, 2).flatten(1, 2)
+        made = net(coded, context).unflatten(1, (net.shape[0], -1)).movedim(2, -1).flatten(1, 3)
+        return (made + self.bias).view(*batch, *self.bias.shape)
+
+    def score(self, value: Tensor, context: Tensor | None, member: object = None) -> Tensor:
+        params = self.params(value, context)
+        flat = self.cast(value).flatten(-len(self.event_shape))
+        return self.head.log_prob(flat, params).sum(-1)
+
+    @torch.no_grad()
+    def draw(self, batch: Size, context: Tensor | None, member: object = None) -> Tensor:
+        rows = batch.numel()
+        if context is not None:
+            context = context.expand(*batch, -1).reshape(rows, self.context_dim)
+        out = self.bias.new_empty(rows, *self.net.shape)
+        kind = self.device.type
+        chunk = max(16, (ROOM if kind == "cpu" else MORE_ROOM) // self.net.numbers_per_draw)
+        for start in range(0, rows, chunk):
+            own = None if context is None else context[start : start + chunk]
+            n = min(chunk, rows - start)
+            out[start : start + n] = RasterSweep(self.net, self.head, self.bias, n, own).run()
+        return out.view(*batch, *self.event_shape)
+
+    def rdraw(self, batch: Size, context: Tensor | None, member: object = None) -> Tensor:
+        start = self.bias.new_zeros(*batch, self.input_dim)
+        drawn = one_by_one(
+            lambda x: self.params(x.unflatten(-1, self.event_shape), context), self.head, start, self.order, True
+        )
+        return drawn.unflatten(-1, self.event_shape)
+
+    def extra_repr(self) -> str:
+        context = f", context_dim={self.context_dim}" if self.context_dim else ""
+        return f"{tuple(self.event_shape)}, hidden_channels={self.hidden_channels}, reach={self.reach}{context}"

@@ -1,0 +1,114 @@
+"""The Pyro distribution that an autoregressive model hands out: a view that shares its parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from pyro.distributions import TorchDistribution
+from torch import Size, Tensor
+from torch.distributions import constraints
+from torch.distributions.constraints import Constraint
+
+from pyro_flows.tracing import plain_eager
+
+if TYPE_CHECKING:
+    from pyro_flows.distributions.made.autoregressive import AutoregressiveModel
+
+__all__ = ["AutoregressiveDistribution"]
+
+
+class AutoregressiveDistribution(TorchDistribution):
+    r"""A product of univariate conditionals, :math:`p(x) = \prod_i p(x_i \mid x_{<i}, c)`, for ``pyro.sample``.
+
+    Made by a model's call; shares its parameters.  A density costs one pass of the network for each member, a draw one
+    sweep through the dimensions.
+
+    Args:
+        model: what owns the parameters.
+        context: shape ``(*batch, context_dim)``, whose batch shape is then the distribution's, or ``None``.
+        members: which of the model's orders and masks; several stand for the mean of their densities.
+        batch_shape: by default that of the context.
+    """
+
+    arg_constraints: ClassVar[dict[str, Constraint]] = {}
+
+    def __init__(
+        self,
+        model: AutoregressiveModel,
+        context: Tensor | None = None,
+        members: tuple[object, ...] = (None,),
+        *,
+        batch_shape: Size | None = None,
+        validate_args: bool | None = None,
+    ) -> None:
+        self.model, self.context, self.members = model, context, members
+        own = Size() if context is None else context.shape[:-1]
+        super().__init__(own if batch_shape is None else batch_shape, model.event_shape, validate_args=validate_args)
+
+    @constraints.dependent_property
+    def support(self) -> Constraint:
+        """Of one event."""
+        return self.model.support
+
+    @property
+    def has_rsample(self) -> bool:
+        """Whether draws are differentiable after the parameters: if the head's are, and there is one member."""
+        return len(self.members) == 1 and self.model.has_rsample
+
+    def expand(
+        self, batch_shape: Size | Iterable[int], _instance: AutoregressiveDistribution | None = None
+    ) -> AutoregressiveDistribution:
+        shape = Size(batch_shape)
+        context = None if self.context is None else self.context.expand(*shape, -1)
+        return AutoregressiveDistribution(
+            self.model, context, self.members, batch_shape=shape, validate_args=self._validate_args
+        )
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log-density or log-mass in nats, shape ``(*sample, *batch)``."""
+        if self._validate_args and value.numel() and plain_eager():
+            self.model.check(value)
+        cut = value.dim() - len(self.event_shape)
+        batch = torch.broadcast_shapes(value.shape[:cut], self.batch_shape)
+        value = value.expand(batch + self.event_shape)
+        scores = [self.model.score(value, self.context, member) for member in self.members]
+        if len(scores) == 1:
+            return scores[0]
+        stacked = torch.stack(scores)
+        return torch.logsumexp(stacked, 0) - torch.log(stacked.new_tensor(float(len(scores))))
+
+    def sample(self, sample_shape: Size | tuple[int, ...] = ()) -> Tensor:
+        """Draws, shape ``(*sample, *batch, *event)``; of an ensemble each comes from a member chosen at random."""
+        shape = Size(sample_shape) + self.batch_shape
+        with torch.no_grad():
+            if len(self.members) == 1:
+                return self.model.draw(shape, self.context, self.members[0])
+            return self._from_ensemble(shape)
+
+    def _from_ensemble(self, shape: Size) -> Tensor:
+        rows = shape.numel()
+        device = self.model.device
+        which = torch.randint(len(self.members), (rows,), device=device)
+        context = self.context
+        if context is not None:
+            context = context.expand(*shape, -1).reshape(rows, -1)
+        drawn: Tensor | None = None
+        for k, member in enumerate(self.members):
+            chosen = (which == k).nonzero().squeeze(-1)
+            own = None if context is None else context[chosen]
+            part = self.model.draw(Size((len(chosen),)), own, member)
+            drawn = part.new_empty((rows, *self.event_shape)) if drawn is None else drawn
+            drawn[chosen] = part
+        return drawn.view(shape + self.event_shape)
+
+    def rsample(self, sample_shape: Size | tuple[int, ...] = ()) -> Tensor:
+        """Differentiable draws, where the head has them."""
+        if not self.has_rsample:
+            raise NotImplementedError(
+                f"{type(self.model).__name__}: there are no reparameterised draws of {self.model.head}"
+                + (", nor of an ensemble of orders" if len(self.members) > 1 else "")
+                + "; use .sample() with a score-function estimator, or .relaxed(temperature) where the head has one"
+            )
+        return self.model.rdraw(Size(sample_shape) + self.batch_shape, self.context, self.members[0])
