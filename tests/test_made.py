@@ -392,6 +392,27 @@ def test_fitting_goes_through_the_masks():
     assert made.impute(rows[:4], torch.tensor([True] * 4 + [False])).shape == (1, 4, D)
 
 
+def test_marginals_to_start_from():
+    rows = (torch.rand(300, D, generator=torch.Generator().manual_seed(0)) < torch.linspace(0.1, 0.9, D)).float()
+    expected = dist.Bernoulli((rows.sum(0) + 0.5) / 301).log_prob(binary().float()).sum(-1)
+    made = pf.MADE(D, hidden_dims=(6,), seed=0).fit_marginals(rows)
+    torch.testing.assert_close(made.log_prob(binary().float()), expected)
+    conv = pf.ConvMADE((1, 1, D), hidden_channels=4, num_layers=2).fit_marginals(rows.view(-1, 1, 1, D))
+    torch.testing.assert_close(conv.log_prob(binary().float().view(-1, 1, 1, D)), expected)
+    classes = pf.MADE(2, CategoricalHead([2, 3]), hidden_dims=(6,), seed=0)
+    classes.fit_marginals(torch.tensor([[0, 0], [1, 2], [1, 2], [1, 1]]))
+    assert classes.log_prob(torch.tensor([1, 2])) > classes.log_prob(torch.tensor([0, 1]))
+
+
+def test_real_data_in_their_own_units():
+    generator = torch.Generator().manual_seed(0)
+    rows = 1000 + 50 * torch.randn(600, 2, generator=generator) @ torch.tensor([[1.0, 0.9], [0.0, 0.4]])
+    made = pf.MADE(2, "normal", hidden_dims=(16,), seed=0)
+    fit = pf.fit_density(made, rows, standardize=True, max_steps=300, progress=False)
+    exact = dist.MultivariateNormal(rows.mean(0), rows.T.cov()).log_prob(rows).mean()
+    assert abs(fit.log_prob(rows).mean() - exact) < 0.1
+
+
 def test_base_of_a_flow():
     torch.manual_seed(0)
     base = shaken(pf.MADE(3, MixtureHead(2), hidden_dims=(6,), seed=0), 0.3)

@@ -45,7 +45,23 @@ class AutoregressiveModel(nn.Module):
         """Differentiable draws of shape ``(*batch, *event)``."""
         raise TypeError(f"{type(self).__name__} must define rdraw(batch, context, member)")
 
+    def set_bias(self, bias: Tensor) -> None:
+        """Sets the biases of the outputs, shape ``(input_dim, num_params)``."""
+        raise TypeError(f"{type(self).__name__} must define set_bias(bias)")
+
     # What follows from that.
+
+    @torch.no_grad()
+    def fit_marginals(self, rows: Tensor) -> AutoregressiveModel:
+        """Sets the biases of the outputs to the marginals of data, and returns the model.
+
+        A fresh model, whose last layer is zero, is then that of independent dimensions, from which training starts.
+
+        Args:
+            rows: shape ``(rows, *event_shape)``.
+        """
+        self.set_bias(self.head.bias(self.cast(rows.to(self.device)).reshape(len(rows), self.input_dim)))
+        return self
 
     @property
     def input_dim(self) -> int:

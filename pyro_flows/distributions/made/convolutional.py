@@ -184,6 +184,9 @@ class ConvMADE(AutoregressiveModel):
         flat = self.cast(value).flatten(-len(self.event_shape))
         return self.head.log_prob(flat, params).sum(-1)
 
+    def set_bias(self, bias: Tensor) -> None:
+        self.bias.copy_(bias)
+
     @torch.no_grad()
     def draw(self, batch: Size, context: Tensor | None, member: object = None) -> Tensor:
         rows = batch.numel()

@@ -275,6 +275,9 @@ class MADE(AutoregressiveModel):
         seen = F.dropout(self.head.features(value), self.dropout, self.training)
         return self.head.log_prob(value, self.net(seen, context, member)).sum(-1)
 
+    def set_bias(self, bias: Tensor) -> None:
+        self.net.output_bias().copy_(bias.T.reshape(-1))
+
     def draw(self, batch: Size, context: Tensor | None, member: Member | None = None) -> Tensor:
         rows = batch.numel()
         if context is not None:

@@ -65,6 +65,10 @@ class SharedNetwork(nn.Module):
         layers = range(len(self.hidden_dims) + 1)
         return [getattr(self, f"weight_{k}") for k in layers], [getattr(self, f"bias_{k}") for k in layers]
 
+    def output_bias(self) -> Tensor:
+        """Shape ``(num_params * D,)``, parameter by parameter."""
+        return getattr(self, f"bias_{len(self.hidden_dims)}")
+
     def _first_bias(self, context: Tensor | None) -> Tensor:
         return self.bias_0 if context is None else F.linear(context, self.context_weight, self.bias_0)
 

@@ -48,9 +48,10 @@ def fit_guide(
 
     An informed start (quasi-Newton paths and Laplace's approximation, ranked by their ELBO); a search for several
     modes, and where there are some a flow fitted to a mixture of Gaussians on them; an affine map trained first, then a
-    flow on top that begins as the identity, both by the path gradient of the ELBO with many draws at once and a step
-    size that decays (and of the forward divergence as well, once the draws' weights are fairly even); then importance weights of fresh draws, and a verdict.  Nothing has to be tuned; what can be is an
-    option of :class:`~pyro_flows.infer.AutoFlow`.  Parameters of the model itself are held as they are.
+    flow on top that begins as the identity, both by the path gradient of the ELBO, and of the forward divergence once
+    weights are fairly even, with many draws at once and a step size that decays; then importance weights of fresh
+    draws, and a verdict.  Nothing has to be tuned; what can be is an option of
+    :class:`~pyro_flows.infer.AutoFlow`.  Parameters of the model itself are held as they are.
 
     Args:
         model_or_guide: a Pyro model, or an :class:`~pyro_flows.infer.AutoFlow` of one, whose options are then used.
