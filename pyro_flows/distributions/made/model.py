@@ -59,6 +59,8 @@ class MADE(AutoregressiveModel):
             for real ones smooth and at first bounded, as in :func:`~pyro_flows.flows.maf`, against outliers.
         dropout: share of the network's inputs that are left out at random, in training mode and for ``log_prob`` alone;
             against overfitting where rows are few.
+        mask_inputs: whether the network is also told who sees what in the member at hand, by inputs that are constantly
+            1 under the same masks, as in the paper; for few members.
         seed: of all orders and connections; by default drawn from torch's random numbers.  It is saved in the
             ``state_dict``, and so are masks in that way.
 
@@ -85,6 +87,7 @@ class MADE(AutoregressiveModel):
         direct: bool = True,
         activation: Activation | None = None,
         dropout: float = 0.0,
+        mask_inputs: bool = False,
         seed: int | None = None,
     ) -> None:
         event = event_size(input_dim)
@@ -121,7 +124,7 @@ class MADE(AutoregressiveModel):
         self.register_buffer("order", fixed, persistent=drawn)
         if activation is None:
             activation = "relu" if self.head.discrete else ("isru", "silu")
-        self.net = SharedNetwork(self.head, self.hidden_dims, context_dim, direct, activation)
+        self.net = SharedNetwork(self.head, self.hidden_dims, context_dim, direct, activation, mask_inputs)
         self._held: OrderedDict[object, Member] = OrderedDict()
 
     def _generator(self, number: int) -> Generator:

@@ -25,6 +25,11 @@ WHOLE = Cut((), math.inf)
 KEPT_BYTES = 2**26  # of masks that are kept for the next time
 
 
+def _seen(weight: Tensor, bits: Tensor) -> Tensor:
+    """Sums over the inputs that each row sees."""
+    return torch.where(bits != 0, weight, 0.0).sum(1)
+
+
 class SharedNetwork(nn.Module):
     """Weights by dimension and number of the unit, of which each member of a MADE uses its own share.
 
@@ -34,10 +39,18 @@ class SharedNetwork(nn.Module):
         context_dim: size of the context, 0 for none; every unit and output may see it.
         direct: whether outputs also see the inputs before them without detour.
         activation: a name or an elementwise function, or one for each hidden layer.
+        mask_inputs: whether units and outputs that see inputs are also told which ones, by weights of inputs that are
+            constantly 1.
     """
 
     def __init__(
-        self, head: Head, hidden_dims: Sequence[int], context_dim: int, direct: bool, activation: Activation
+        self,
+        head: Head,
+        hidden_dims: Sequence[int],
+        context_dim: int,
+        direct: bool,
+        activation: Activation,
+        mask_inputs: bool,
     ) -> None:
         super().__init__()
         self.head = head
@@ -55,6 +68,9 @@ class SharedNetwork(nn.Module):
             bias = head.bias().T.reshape(-1) if last else torch.zeros(fan_out)
             self.register_parameter(f"bias_{k}", nn.Parameter(bias.to(torch.get_default_dtype()).clone()))
         self.register_parameter("direct", nn.Parameter(torch.zeros(outputs, inputs)) if self.is_direct else None)
+        self.register_parameter("mask_weight", nn.Parameter(torch.zeros(sizes[1], inputs)) if mask_inputs else None)
+        told = mask_inputs and self.is_direct
+        self.register_parameter("mask_direct", nn.Parameter(torch.zeros(outputs, inputs)) if told else None)
         if context_dim:
             weight = (2 * torch.rand(sizes[1], context_dim) - 1) / math.sqrt(context_dim)
             self.context_weight = nn.Parameter(weight if self.hidden_dims else torch.zeros_like(weight))
@@ -69,8 +85,9 @@ class SharedNetwork(nn.Module):
         """Shape ``(num_params * D,)``, parameter by parameter."""
         return getattr(self, f"bias_{len(self.hidden_dims)}")
 
-    def _first_bias(self, context: Tensor | None) -> Tensor:
-        return self.bias_0 if context is None else F.linear(context, self.context_weight, self.bias_0)
+    def _first_bias(self, context: Tensor | None, bits: Sequence[Tensor]) -> Tensor:
+        bias = self.bias_0 if self.mask_weight is None else self.bias_0 + _seen(self.mask_weight, bits[0])
+        return bias if context is None else F.linear(context, self.context_weight, bias)
 
     def bits(self, member: Member) -> list[Tensor]:
         """The member's masks as integers of the weights' size, all bits set where a weight counts."""
@@ -98,11 +115,12 @@ class SharedNetwork(nn.Module):
         weights, biases = self._weights()
         bits = self.bits(member)
         x = features.flatten(-2)
-        out = masked_network(self.layout, x, self._first_bias(context), weights, biases[1:], bits[: len(weights)])
+        out = masked_network(self.layout, x, self._first_bias(context, bits), weights, biases[1:], bits[: len(weights)])
         if self.is_direct:
             plain = Layout((), frozenset(), (WHOLE,), None)
             none = self.direct.new_zeros(self.direct.shape[0])
-            out = out + masked_network(plain, x, none, [self.direct], [], bits[-1:])
+            bias = none if self.mask_direct is None else _seen(self.mask_direct, bits[-1])
+            out = out + masked_network(plain, x, bias, [self.direct], [], bits[-1:])
         return out.unflatten(-1, (self.head.num_params, self.head.input_dim)).transpose(-1, -2)
 
     @torch.no_grad()
@@ -124,8 +142,11 @@ class SharedNetwork(nn.Module):
         like, sampler = self.weight_0, self._sampler
         if sampler is None or not sampler.fits(member, known, like):
             self._sampler = sampler = Sampler(self.head, self.layout.activations, member, known, weights, biases)
-        sampler.load(weights, biases, self.bits(member))
-        return sampler.run(rows, self._first_bias(context), given)
+        bits = self.bits(member)
+        if self.mask_direct is not None:
+            biases[-1] = biases[-1] + _seen(self.mask_direct, bits[-1])
+        sampler.load(weights, biases, bits)
+        return sampler.run(rows, self._first_bias(context, bits), given)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_bits": OrderedDict(), "_sampler": None}
