@@ -13,6 +13,7 @@ from pyro_flows.distributions.made import (
     MixedHead,
     MixtureHead,
     NormalHead,
+    RelaxedBernoulliHead,
 )
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "MixedHead",
     "MixtureHead",
     "NormalHead",
+    "RelaxedBernoulliHead",
     "StudentT",
     "UniformCircle",
 ]

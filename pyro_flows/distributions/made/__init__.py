@@ -8,6 +8,7 @@ from pyro_flows.distributions.made.distribution import AutoregressiveDistributio
 from pyro_flows.distributions.made.heads import BernoulliHead, CategoricalHead, NormalHead
 from pyro_flows.distributions.made.mixtures import LogisticMixtureHead, MixtureHead
 from pyro_flows.distributions.made.model import MADE
+from pyro_flows.distributions.made.relaxed import RelaxedBernoulliHead
 
 __all__ = [
     "MADE",
@@ -22,4 +23,5 @@ __all__ = [
     "MixedHead",
     "MixtureHead",
     "NormalHead",
+    "RelaxedBernoulliHead",
 ]

@@ -14,7 +14,7 @@ from torch.distributions import constraints
 from pyro_flows.distributions.made.contract import Head
 from pyro_flows.univariate import number, soft_clip
 
-__all__ = ["BernoulliHead", "CategoricalHead", "Head", "NormalHead", "choose", "soft_unclip"]
+__all__ = ["BernoulliHead", "CategoricalHead", "Head", "NormalHead", "choose", "choosing", "soft_unclip", "spoiling"]
 
 
 def soft_unclip(value: Tensor, bound: float) -> Tensor:
@@ -36,6 +36,30 @@ def choose(logits: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     total = cumulative[..., -1]
     # Never the last but one beyond the total, since z is less than 1; nor one without probability.
     return (cumulative <= (z * total).unsqueeze(-1)).sum(-1), total - total
+
+
+def choosing(logits: Tensor, z: Tensor, room: Tensor, coded: Tensor) -> list[Callable[[], object]]:
+    """As :func:`choose`, in place, with the categories on the second axis.
+
+    Args:
+        logits: shape ``(n, K, columns)``.
+        z: uniform in [0, 1), shape ``(n, columns)``; is NaN afterwards where the logits are.
+        room: shape of the logits, may be them; ones for the categories before the one that is drawn afterwards.
+        coded: likewise, is not them; the one-hot code afterwards.
+    """
+    return [
+        partial(torch.softmax, logits, 1, out=room),
+        partial(torch.cumsum, room, 1, out=room),
+        partial(z.mul_, room[:, -1]),  # rounding is shared out among all categories
+        partial(room.le_, z.unsqueeze(1)),
+        partial(torch.eq, room[:, 0], 0, out=coded[:, 0]),
+        partial(torch.sub, room[:, :-1], room[:, 1:], out=coded[:, 1:]),
+    ]
+
+
+def spoiling(x: Tensor, z: Tensor) -> Callable[[], object]:
+    """A call that makes ``x`` NaN where ``z`` is, and else leaves it."""
+    return partial(x.addcmul_, z, number(0.0, z.dtype) if z.device.type == "cpu" else torch.zeros_like(z))
 
 
 class BernoulliHead(Head):
@@ -216,21 +240,14 @@ class CategoricalHead(Head):
     def draws(self, dims: Tensor, z: Tensor, params: Tensor, x: Tensor, features: Tensor) -> list[Callable[[], object]]:
         probs = torch.empty_like(params)
         coded = features.unflatten(0, (len(dims), self.num_features))
-        calls: list[Callable[[], object]] = [partial(torch.softmax, params, 1, out=probs)]
+        calls: list[Callable[[], object]] = []
+        source = params
         if not self._same:
             excess = self.excess[dims].unsqueeze(-1)
             calls = [partial(probs.copy_, params), partial(probs.masked_fill_, excess, -math.inf)]
-            calls.append(partial(torch.softmax, probs, 1, out=probs))
-        return [
-            *calls,
-            partial(torch.cumsum, probs, 1, out=probs),
-            partial(z.mul_, probs[:, -1]),  # rounding is shared out among all categories
-            partial(probs.le_, z.unsqueeze(1)),  # ones up to the category that is drawn, which is that many
-            partial(torch.sum, probs, 1, out=x),
-            partial(torch.eq, probs[:, 0], 0, out=coded[:, 0]),
-            partial(torch.sub, probs[:, :-1], probs[:, 1:], out=coded[:, 1:]),
-            partial(x.addcmul_, z, number(0.0, z.dtype) if z.device.type == "cpu" else torch.zeros_like(z)),  # NaN
-        ]
+            source = probs
+        calls += choosing(source, z, probs, coded)
+        return [*calls, partial(torch.sum, probs, 1, out=x), spoiling(x, z)]
 
 
 class NormalHead(Head):

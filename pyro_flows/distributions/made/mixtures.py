@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +12,8 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_flows.distributions.made.contract import Head
-from pyro_flows.distributions.made.heads import choose, soft_unclip
-from pyro_flows.univariate import soft_clip
+from pyro_flows.distributions.made.heads import choose, choosing, soft_unclip, spoiling
+from pyro_flows.univariate import number, soft_clip
 
 __all__ = ["LogisticMixtureHead", "MixtureHead"]
 
@@ -37,6 +39,27 @@ def _pick(logits: Tensor, *parts: Tensor) -> tuple[Tensor, ...]:
     """Of each part the entry of one component, drawn by the logits."""
     index, none = choose(logits, torch.rand_like(logits[..., 0]))
     return tuple(part.gather(-1, index.unsqueeze(-1)).squeeze(-1) + none for part in parts)
+
+
+def _picking(
+    count: int, bound: float, z: Tensor, params: Tensor, x: Tensor
+) -> tuple[list[Callable[[], object]], Tensor]:
+    """Calls that draw a component, in place, with its mean to ``x``; and where they leave its scale."""
+    logits, loc, raw = params.unflatten(1, (3, count)).unbind(1)
+    room, code, scale = torch.empty_like(logits), torch.empty_like(logits), torch.empty_like(x)
+    calls: list[Callable[[], object]] = [
+        *choosing(logits, z, room, code),
+        partial(torch.mul, code, raw, out=room),
+        partial(torch.sum, room, 1, out=scale),
+        partial(scale.mul_, number(1.0 / bound, x.dtype)),
+        scale.tanh_,
+        partial(scale.mul_, number(bound, x.dtype)),
+        scale.exp_,
+        partial(torch.mul, code, loc, out=room),
+        partial(torch.sum, room, 1, out=x),
+        spoiling(x, z),
+    ]
+    return calls, scale
 
 
 class MixtureHead(Head):
@@ -99,6 +122,11 @@ class MixtureHead(Head):
             scale = data.double().std(0, correction=0).unsqueeze(-1).clamp(min=torch.finfo(data.dtype).tiny)
         raw = soft_unclip((rest * scale).log().expand_as(loc), self.max_log_scale)
         return torch.cat((torch.zeros_like(loc), loc, raw), -1)
+
+    def draws(self, dims: Tensor, z: Tensor, params: Tensor, x: Tensor, features: Tensor) -> list[Callable[[], object]]:
+        calls, scale = _picking(self.num_components, self.max_log_scale, z, params, x)
+        calls += [z.normal_, partial(x.addcmul_, z, scale)]
+        return calls if features.data_ptr() == x.data_ptr() else [*calls, partial(features.copy_, x)]
 
 
 class LogisticMixtureHead(Head):
@@ -188,3 +216,19 @@ class LogisticMixtureHead(Head):
             scale = (scaled.std(0, correction=0) / (1.8 * math.sqrt(count))).clamp(min=0.5 / self.half).unsqueeze(-1)
         raw = soft_unclip(scale.log().expand_as(loc), self.max_log_scale)
         return torch.cat((torch.zeros_like(loc), loc, raw), -1)
+
+    def draws(self, dims: Tensor, z: Tensor, params: Tensor, x: Tensor, features: Tensor) -> list[Callable[[], object]]:
+        calls, scale = _picking(self.num_components, self.max_log_scale, z, params, x)
+        half, one = number(self.half, x.dtype), number(1.0, x.dtype)
+        return [
+            *calls,
+            z.uniform_,
+            z.logit_,
+            partial(x.addcmul_, z, scale),
+            partial(x.add_, one),
+            partial(x.mul_, half),
+            x.round_,
+            partial(x.clamp_, 0, self.levels - 1),
+            partial(torch.mul, x, number(1.0 / self.half, x.dtype), out=features),
+            partial(features.sub_, one),
+        ]
