@@ -458,6 +458,9 @@ def test_values_outside_of_the_support():
     distribution = pf.MADE(D, hidden_dims=(6,), seed=0)()
     with pyro.validation_enabled(True), pytest.raises(ValueError, match="2"):
         pf.MADE(D, hidden_dims=(6,), seed=0)().log_prob(torch.full((D,), 2.0))
+    for on, wrong in ((True, 4), (False, 4), (False, 1)):
+        with pyro.validation_enabled(on), pytest.raises(ValueError, match="last dimension 5"):
+            distribution.log_prob(torch.ones(wrong))
     with pyro.validation_enabled(True), pytest.raises(ValueError, match="last dimension 5"):
         pf.MADE(D, hidden_dims=(6,), seed=0)().log_prob(torch.ones(4))
     assert distribution.support.event_dim == 1

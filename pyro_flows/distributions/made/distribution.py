@@ -11,6 +11,7 @@ from torch import Size, Tensor
 from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
 
+from pyro_flows.boundary import wrong_event
 from pyro_flows.tracing import plain_eager
 
 if TYPE_CHECKING:
@@ -71,6 +72,8 @@ class AutoregressiveDistribution(TorchDistribution):
         if self._validate_args and value.numel() and plain_eager():
             self.model.check(value)
         cut = value.dim() - len(self.event_shape)
+        if cut < 0 or value.shape[cut:] != self.event_shape:
+            raise ValueError(wrong_event(self.model, value.shape, self.event_shape))
         batch = torch.broadcast_shapes(value.shape[:cut], self.batch_shape)
         value = value.expand(batch + self.event_shape)
         scores = [self.model.score(value, self.context, member) for member in self.members]
