@@ -445,6 +445,7 @@ def test_base_of_a_flow():
         ({"num_masks": 3}, "one member only"),
         ({"num_masks": 0, "order": "any"}, "at least 1"),
         ({"ensemble_size": 3}, "one member only"),
+        ({"ensemble_size": 5, "order": "any", "num_masks": 4}, "there are 4 members"),
         ({"head": "poisson"}, "head"),
         ({"input_dim": (2, 3)}, "ConvMADE"),
     ],

@@ -135,6 +135,8 @@ class MADE(AutoregressiveModel):
             raise ValueError(f"MADE: expected a number of members of at least 1, got {value!r}")
         if value > 1 and not self.varied:
             raise ValueError(f'MADE: there is one member only, not {value}: train with order="any" to have more')
+        if self.num_masks is not None and value > self.num_masks:
+            raise ValueError(f"MADE: there are {self.num_masks} members, not {value}; num_masks says how many")
         return value
 
     # Members.
