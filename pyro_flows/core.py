@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from pyro.distributions.conditional import ConditionalTransform
 from pyro.distributions.torch_transform import TransformModule
+from pyro.ops.provenance import ProvenanceTensor, extract_provenance, track_provenance
 from torch import Size, Tensor, nn
 from torch.distributions import constraints
 
@@ -33,6 +34,10 @@ _REAL = [
 def _guarded(leaf: Callable[..., tuple[Tensor, Tensor]], data_side: bool) -> Callable[..., tuple[Tensor, Tensor]]:
     @functools.wraps(leaf)
     def method(self: FlowTransform, value: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if type(value) is ProvenanceTensor or type(context) is ProvenanceTensor:
+            # Pyro's marks of where a value comes from: hand-made gradients want plain tensors, and would be lost.
+            (value, context), marks = extract_provenance((value, context))
+            return track_provenance(method(self, value, context), marks)
         return leaf(self, admit(self, value, context, data_side), context)
 
     return method

@@ -12,6 +12,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from cases import BUILDERS, diamond, shake
+from pyro.ops.provenance import detach_provenance, get_provenance, track_provenance
 from torch import nn
 
 import pyro_flows as pf
@@ -366,3 +367,37 @@ def test_adjacency_makes_independent_dimensions_independent():
     marginal = lambda v: flow.base().base_dist.log_prob(flow.chain.inv(v))[torch.tensor([0, 2, 3])].sum()  # noqa: E731
     hessian = torch.autograd.functional.hessian(marginal, y)
     assert hessian[0, 3] == 0 and hessian[0, 2] != 0 and hessian[3, 2] != 0
+
+
+@pytest.mark.parametrize("name", ["maf", "iaf", "nsf", "realnvp", "nice"])
+def test_marks_of_trace_graph_elbo_leave_gradients_alone(name):
+    """Pyro marks what depends on a draw by a subclass of tensors; results are marked, gradients those of plain ones."""
+    torch.manual_seed(0)
+    flow = pf.Flow(getattr(pf, name)(3, context_dim=2, num_layers=2, hidden_dims=(8,))).double()
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    parameters = list(flow.parameters())
+    context = torch.randn(4, 2, dtype=torch.float64)
+    value = torch.randn(5, 4, 3, dtype=torch.float64)
+
+    def gradients(result):
+        total = detach_provenance(result).square().sum()
+        return torch.autograd.grad(total, parameters, allow_unused=True)
+
+    def draws(at):
+        torch.manual_seed(1)
+        return flow.rsample((2, 3), at)
+
+    marked = track_provenance(context, frozenset({"z"}))
+    for made, plain, marks in (
+        (flow.log_prob(track_provenance(value, frozenset({"x"})), context), flow.log_prob(value, context), {"x"}),
+        (flow.log_prob(value, marked), flow.log_prob(value, context), {"z"}),
+        (draws(marked), draws(context), {"z"}),
+    ):
+        assert get_provenance(made) == marks
+        assert torch.equal(detach_provenance(made), plain)
+        found = gradients(made)
+        for ours, theirs in zip(found, gradients(plain), strict=True):
+            assert ours is None if theirs is None else torch.equal(ours, theirs)
+        assert any(g is not None and g.abs().sum() > 0 for g in found)

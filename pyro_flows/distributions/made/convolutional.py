@@ -191,7 +191,7 @@ class ConvMADE(AutoregressiveModel):
     def draw(self, batch: Size, context: Tensor | None, member: object = None) -> Tensor:
         rows = batch.numel()
         if context is not None:
-            context = context.expand(*batch, -1).reshape(rows, self.context_dim)
+            context = context.expand(*batch, -1).reshape(rows, context.shape[-1])
         out = self.bias.new_empty(rows, *self.net.shape)
         kind = self.device.type
         chunk = max(16, (ROOM if kind == "cpu" else MORE_ROOM) // self.net.numbers_per_draw)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from pyro.distributions import TorchDistribution
+from pyro.ops.provenance import extract_provenance, track_provenance
 from torch import Size, Tensor
 from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
@@ -44,8 +46,11 @@ class AutoregressiveDistribution(TorchDistribution):
         batch_shape: Size | None = None,
         validate_args: bool | None = None,
     ) -> None:
-        self.model, self.context, self.members = model, context, members
-        own = Size() if context is None else context.shape[:-1]
+        # Pyro's marks of where a value comes from (TraceGraph_ELBO) go on results: hand-made gradients want plain
+        # tensors, and would be lost.
+        self.context, self._marks = extract_provenance(context)
+        self.model, self.members = model, members
+        own = Size() if context is None else self.context.shape[:-1]
         super().__init__(own if batch_shape is None else batch_shape, model.event_shape, validate_args=validate_args)
 
     @constraints.dependent_property
@@ -62,13 +67,14 @@ class AutoregressiveDistribution(TorchDistribution):
         self, batch_shape: Size | Iterable[int], _instance: AutoregressiveDistribution | None = None
     ) -> AutoregressiveDistribution:
         shape = Size(batch_shape)
-        context = None if self.context is None else self.context.expand(*shape, -1)
+        context = None if self.context is None else track_provenance(self.context.expand(*shape, -1), self._marks)
         return AutoregressiveDistribution(
             self.model, context, self.members, batch_shape=shape, validate_args=self._validate_args
         )
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-density or log-mass in nats, shape ``(*sample, *batch)``."""
+        value, marks = extract_provenance(value)
         if self._validate_args and value.numel() and plain_eager():
             self.model.check(value)
         cut = value.dim() - len(self.event_shape)
@@ -77,18 +83,18 @@ class AutoregressiveDistribution(TorchDistribution):
         batch = torch.broadcast_shapes(value.shape[:cut], self.batch_shape)
         value = value.expand(batch + self.event_shape)
         scores = [self.model.score(value, self.context, member) for member in self.members]
-        if len(scores) == 1:
-            return scores[0]
-        stacked = torch.stack(scores)
-        return torch.logsumexp(stacked, 0) - torch.log(stacked.new_tensor(float(len(scores))))
+        score = scores[0]
+        if len(scores) > 1:
+            score = torch.logsumexp(torch.stack(scores), 0) - math.log(len(scores))
+        return track_provenance(score, marks | self._marks)
 
     def sample(self, sample_shape: Size | tuple[int, ...] = ()) -> Tensor:
         """Draws, shape ``(*sample, *batch, *event)``; of an ensemble each comes from a member chosen at random."""
         shape = Size(sample_shape) + self.batch_shape
         with torch.no_grad():
-            if len(self.members) == 1:
-                return self.model.draw(shape, self.context, self.members[0])
-            return self._from_ensemble(shape)
+            one = len(self.members) == 1
+            drawn = self.model.draw(shape, self.context, self.members[0]) if one else self._from_ensemble(shape)
+        return track_provenance(drawn, self._marks)
 
     def _from_ensemble(self, shape: Size) -> Tensor:
         rows = shape.numel()
@@ -96,7 +102,7 @@ class AutoregressiveDistribution(TorchDistribution):
         which = torch.randint(len(self.members), (rows,), device=device)
         context = self.context
         if context is not None:
-            context = context.expand(*shape, -1).reshape(rows, -1)
+            context = context.expand(*shape, -1).reshape(rows, context.shape[-1])
         drawn: Tensor | None = None
         for k, member in enumerate(self.members):
             chosen = (which == k).nonzero().squeeze(-1)
@@ -114,4 +120,5 @@ class AutoregressiveDistribution(TorchDistribution):
                 + (", nor of an ensemble of orders" if len(self.members) > 1 else "")
                 + "; use .sample() with a score-function estimator, or .relaxed(temperature) where the head has one"
             )
-        return self.model.rdraw(Size(sample_shape) + self.batch_shape, self.context, self.members[0])
+        drawn = self.model.rdraw(Size(sample_shape) + self.batch_shape, self.context, self.members[0])
+        return track_provenance(drawn, self._marks)

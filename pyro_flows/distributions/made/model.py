@@ -264,7 +264,7 @@ class MADE(AutoregressiveModel):
             NotImplementedError: if the head has no relaxed form.
         """
         other = copy.copy(self)
-        other._modules = {**self._modules, "head": self.head.relaxed(temperature)}
+        other._modules = {**self._modules, "head": self.head.relaxed(temperature).to(self.head.like)}
         return other
 
     # What the distribution asks for.
@@ -286,7 +286,7 @@ class MADE(AutoregressiveModel):
     def draw(self, batch: Size, context: Tensor | None, member: Member | None = None) -> Tensor:
         rows = batch.numel()
         if context is not None:
-            context = context.expand(*batch, -1).reshape(rows, -1)
+            context = context.expand(*batch, -1).reshape(rows, context.shape[-1])
         member = self.members()[0] if member is None else member
         return self.net.draw(rows, context, member).view(*batch, self.input_dim)
 
