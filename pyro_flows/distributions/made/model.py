@@ -255,7 +255,9 @@ class MADE(AutoregressiveModel):
     def relaxed(self, temperature: float) -> MADE:
         """The model of a continuous relaxation, with differentiable draws; shares the parameters.
 
-        Draws take one pass of the network for each dimension, and so does their gradient.
+        Draws take one pass of the network for each dimension, and so does their gradient.  Densities of relaxed values
+        are those of another model, with continuous latents: the guide that is best for it need not be good for the
+        discrete one, and at low temperatures float32 is coarse near 0 and 1.
 
         Args:
             temperature: the lower, the nearer to this model, and the more the gradients scatter.

@@ -1,0 +1,172 @@
+"""Binarised MNIST: MADE and its convolutional form, by held-out nats, with draws and completions as a picture.
+
+    python examples/benchmarks/binarized_mnist.py FOLDER                     # all models, ten CPU minutes each
+    python examples/benchmarks/binarized_mnist.py FOLDER --models conv-32    # one of them
+    python examples/benchmarks/binarized_mnist.py --smoke                    # random images, seconds
+
+FOLDER holds ``binarized_mnist.npz``, Larochelle's split: 50,000, 10,000 and 10,000 images of 28 x 28 bits.  Models are
+named by what they are: ``made-500`` has one hidden layer of 500 units and the natural order; ``made-500-any`` is
+trained over all orders and scored by ensembles of them; ``conv-32`` is convolutional with 32 channels in each stack.
+Training keeps the state of the best validation score, ``--seconds`` of wall time each, one seed, on ``--device``.
+
+The picture has test images, draws of each model, and lower halves drawn by the order-agnostic one given upper halves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from _timing import machine, markdown
+from torch import Tensor
+
+import pyro_flows as pf
+from pyro_flows.distributions import AutoregressiveDistribution
+
+matplotlib.use("Agg")
+SIDE = 28
+PIXELS = SIDE * SIDE
+PAPER = {
+    "MADE, one hidden layer, one mask (paper)": 88.40,
+    "MADE, two hidden layers, 32 masks (paper)": 86.64,
+}
+Model = pf.MADE | pf.ConvMADE
+MODELS: dict[str, Callable[[int], Model]] = {
+    "made-500": lambda scale: pf.MADE(PIXELS, hidden_dims=(500 // scale,), seed=0),
+    "made-500-500": lambda scale: pf.MADE(PIXELS, hidden_dims=(500 // scale,) * 2, seed=0),
+    "made-500-any": lambda scale: pf.MADE(PIXELS, hidden_dims=(500 // scale,), order="any", ensemble_size=1, seed=0),
+    "conv-32": lambda scale: pf.ConvMADE((1, SIDE, SIDE), hidden_channels=32 // scale),
+}
+
+
+def load(folder: Path | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Training, validation and test images, shape ``(rows, 784)``."""
+    if folder is None:
+        x = (torch.rand(120, PIXELS) < torch.linspace(0.1, 0.9, PIXELS)).float()
+        return x[:80], x[80:100], x[100:]
+    held = np.load(folder / "binarized_mnist.npz")
+    return tuple(
+        torch.from_numpy(np.unpackbits(held[f"x_{part}"], axis=1)).float() for part in ("train", "valid", "test")
+    )
+
+
+def shaped(model: Model, x: Tensor) -> Tensor:
+    """Images as the model takes them."""
+    return x.unflatten(-1, model.event_shape)
+
+
+def nats(distribution: AutoregressiveDistribution, x: Tensor) -> tuple[float, float]:
+    """Mean negative log-likelihood and two standard errors."""
+    with torch.no_grad():
+        scores = -torch.cat([distribution.log_prob(shaped(distribution.model, part)) for part in x.split(250)]).double()
+    return scores.mean().item(), 2 * scores.std().item() / math.sqrt(len(scores))
+
+
+def independent(train: Tensor, test: Tensor) -> float:
+    """Of independent pixels, by their smoothed frequencies."""
+    logits = torch.logit((train.sum(0) + 0.5) / (len(train) + 1))
+    return -torch.distributions.Bernoulli(logits=logits).log_prob(test).sum(-1).mean().item()
+
+
+def fit(name: str, parts: tuple[Tensor, Tensor, Tensor], args: argparse.Namespace) -> tuple[Model, float, int]:
+    """A trained model, CPU seconds, and steps."""
+    torch.manual_seed(args.seed)
+    model = MODELS[name](8 if args.smoke else 1).to(args.device)
+    train, validation = (shaped(model, x).to(args.device) for x in parts[:2])
+    # A part of the validation rows is enough to stop by; the whole of it would take as long as training.
+    options = {"max_steps": 4} if args.smoke else {"seconds": args.seconds, "max_epochs": 10_000}
+    begin = time.process_time()
+    found = pf.fit_density(
+        model,
+        train,
+        validation=validation[:1000],
+        progress=False,
+        seed=args.seed,
+        batch_size=min(100, len(train)),
+        schedule="cosine",
+        patience=10_000,
+        lr=args.lr,
+        **options,
+    )
+    return model.eval(), time.process_time() - begin, found.history["step"][-1]
+
+
+def report(models: dict[str, tuple[Model, float, int]], parts: tuple[Tensor, Tensor, Tensor]) -> str:
+    """Nats of each model on the test images, beside the paper's."""
+    train, _, test = parts
+    rows = [["independent pixels", f"{independent(train, test):.2f}", "", "", ""]]
+    for name, (model, seconds, steps) in models.items():
+        several = isinstance(model, pf.MADE) and model.varied
+        for count in (1, 4, 16) if several else (1,):
+            at = model.ensemble(count) if several else model()
+            mean, error = nats(at, test.to(model.device))
+            label = f"{name}, mean of {count} order(s)" if several else name
+            size = sum(p.numel() for p in model.parameters())
+            rows.append([label, f"{mean:.2f} ± {error:.2f}", f"{size / 1000:.0f} k", f"{steps}", f"{seconds:.0f}"])
+    rows += [[name, f"{value:.2f}", "", "", ""] for name, value in PAPER.items()]
+    return markdown(["", "nats per image", "parameters", "steps of 100 images", "CPU s"], rows)
+
+
+def draw(models: dict[str, tuple[Model, float, int]], test: Tensor, path: Path) -> None:
+    """The picture."""
+    from matplotlib import pyplot as plt
+
+    columns = 14
+    rows = [("test images", test[:columns])]
+    for name, (model, _, _) in models.items():
+        torch.manual_seed(0)
+        x = model.one().sample((columns,)) if isinstance(model, pf.MADE) else model.sample((columns,))
+        rows.append((name, x.flatten(1).cpu()))
+    upper = torch.arange(PIXELS) < PIXELS // 2
+    for name, (model, _, _) in models.items():
+        if isinstance(model, pf.MADE) and model.any_order:
+            completed = model.impute(test[:columns].to(model.device), upper.to(model.device), 2).cpu()
+            rows += [("upper halves", torch.where(upper, test[:columns], 0.5)), (f"by {name}", completed[0])]
+            rows.append(("again", completed[1]))
+    canvas = torch.cat([x.view(columns, SIDE, SIDE).permute(1, 0, 2).flatten(1) for _, x in rows])
+    fig, ax = plt.subplots(figsize=(8.5, 0.55 * len(rows) + 0.1))
+    ax.imshow(canvas.numpy(), cmap="Greys", vmin=0, vmax=1, interpolation="none")
+    ax.set(xticks=[], yticks=[SIDE * (k + 0.5) for k in range(len(rows))])
+    ax.set_yticklabels([name for name, _ in rows], fontsize=8)
+    ax.tick_params(length=0)
+    fig.subplots_adjust(left=0.14, right=0.995, top=0.99, bottom=0.01)
+    fig.savefig(path, dpi=100)
+    plt.close(fig)
+    print(f"Picture: {path}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?", help="where binarized_mnist.npz is")
+    parser.add_argument("--smoke", action="store_true", help="random images, a few steps")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--seconds", type=float, default=600, help="of training, each")
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, help="folder for the picture (default: out)")
+    args = parser.parse_args()
+    if args.folder is None and not args.smoke:
+        parser.error("give the folder of the data, or --smoke")
+    torch.set_num_threads(1)
+    out = args.out or Path(tempfile.mkdtemp() if args.smoke else "out")
+    out.mkdir(parents=True, exist_ok=True)
+    parts = load(None if args.smoke else args.folder)
+    print(f"{machine()}; {args.device}, float32, one thread, seed {args.seed}\n")
+    models = {}
+    for name in args.models:
+        models[name] = fit(name, parts, args)
+        print(f"{name}: {models[name][1]:.0f} s", flush=True)
+    print("\n" + report(models, parts) + "\n")
+    draw(models, parts[2], out / "binarized_mnist.png")
+
+
+if __name__ == "__main__":
+    main()
