@@ -78,7 +78,7 @@ class ConvMADE(AutoregressiveModel):
     Sequences have the second one only, dilated.  The first layer's bias depends on row and column (or time), and the
     outputs' bias on the dimension; at first the outputs are the head's biases, since the last layer starts at zero.
 
-    How far back a conditional looks is bounded by kernels and dilations, see :attr:`reach`; beyond that it knows
+    How far back a conditional looks is bounded by kernels and dilations, see ``reach``; beyond that it knows
     positions only.  A density costs one pass.  A draw costs about the arithmetic of one pass too, since each layer's
     values at a place are computed once, in ``H * W * C`` times as many small steps as there are layers.  Differentiable
     draws (``rsample``), where the head has them, take one full pass for each dimension: they are for small events.

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from pyro.distributions import TorchDistribution
 from pyro.ops.provenance import extract_provenance, track_provenance
-from torch import Size, Tensor
+from torch import Size, Tensor, nn
 from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
 
 from pyro_flows.boundary import wrong_event
 from pyro_flows.tracing import plain_eager
-
-if TYPE_CHECKING:
-    from pyro_flows.distributions.made.autoregressive import AutoregressiveModel
 
 __all__ = ["AutoregressiveDistribution"]
 
@@ -29,7 +26,7 @@ class AutoregressiveDistribution(TorchDistribution):
     sweep through the dimensions.
 
     Args:
-        model: what owns the parameters.
+        model: what owns the parameters, an ``AutoregressiveModel``.
         context: shape ``(*batch, context_dim)``, whose batch shape is then the distribution's, or ``None``.
         members: which of the model's orders and masks; several stand for the mean of their densities.
         batch_shape: by default that of the context.
@@ -39,7 +36,7 @@ class AutoregressiveDistribution(TorchDistribution):
 
     def __init__(
         self,
-        model: AutoregressiveModel,
+        model: nn.Module,
         context: Tensor | None = None,
         members: tuple[object, ...] = (None,),
         *,
@@ -60,7 +57,7 @@ class AutoregressiveDistribution(TorchDistribution):
 
     @property
     def has_rsample(self) -> bool:
-        """Whether draws are differentiable after the parameters: if the head's are, and there is one member."""
+        """Whether draws are differentiable after the parameters, which those of an ensemble never are."""
         return len(self.members) == 1 and self.model.has_rsample
 
     def expand(
