@@ -62,8 +62,8 @@ class SharedNetwork(nn.Module):
         )
         for k, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes)):
             last = k == len(sizes) - 2
-            # A unit sees half of what is below it on average.
-            bound = 0.0 if last else math.sqrt(6.0 / max(fan_in, 1))
+            # Smaller than rectified units would want for depth: measured, it generalises better.
+            bound = 0.0 if last else 1.0 / math.sqrt(fan_in)
             self.register_parameter(f"weight_{k}", nn.Parameter((2 * torch.rand(fan_out, fan_in) - 1) * bound))
             bias = head.bias().T.reshape(-1) if last else torch.zeros(fan_out)
             self.register_parameter(f"bias_{k}", nn.Parameter(bias.to(torch.get_default_dtype()).clone()))
