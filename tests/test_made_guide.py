@@ -375,3 +375,14 @@ def test_discrete_draws_and_ensembles_say_what_to_do_for_gradients():
     with pytest.raises(NotImplementedError, match="ensemble"):
         made.eval().relaxed(0.5).rsample()
     assert made.relaxed(0.5).train().rsample((2,)).shape == (2, CAUSES)
+
+
+def test_plain_draws_of_a_relaxed_model_are_relaxed():
+    torch.manual_seed(0)
+    made = pf.MADE(4, hidden_dims=(8,), seed=0)
+    relaxed = made.relaxed(0.5)
+    for _ in range(2):  # in turns, since both draw by the same weights
+        assert set(made.sample((50,)).unique().tolist()) <= {0.0, 1.0}
+        x = relaxed.sample((50,))
+        assert ((x > 0) & (x < 1)).all() and len(x.unique()) > 100
+        assert relaxed.log_prob(x).isfinite().all()

@@ -140,22 +140,18 @@ class AutoregressiveModel(nn.Module):
         return self(context).rsample(Size(sample_shape))
 
 
-def one_by_one(
-    passes: Callable[[Tensor], Tensor], head: Head, start: Tensor, order: Tensor, differentiable: bool
-) -> Tensor:
-    """Draws by one pass of the network for each dimension: slow, and differentiable if the head is.
+def one_by_one(passes: Callable[[Tensor], Tensor], head: Head, start: Tensor, order: Tensor) -> Tensor:
+    """Differentiable draws, by one pass of the network for each dimension.
 
     Args:
         passes: from values, shape ``(*batch, D)``, to parameters ``(*batch, D, num_params)``.
         head: of the model.
         start: shape ``(*batch, D)``: whatever stands in it is not looked at.
         order: the dimensions in the sequence in which they come.
-        differentiable: whether to draw by the head's ``rsample``.
     """
-    draw = head.rsample if differentiable else head.sample
     columns = list(start.unbind(-1))
     for dim in order:
         index = dim.reshape(1)
         params = passes(torch.stack(columns, -1)).index_select(-2, index)
-        columns[int(dim)] = draw(params, index).squeeze(-1)
+        columns[int(dim)] = head.rsample(params, index).squeeze(-1)
     return torch.stack(columns, -1)

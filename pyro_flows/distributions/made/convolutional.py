@@ -204,7 +204,7 @@ class ConvMADE(AutoregressiveModel):
     def rdraw(self, batch: Size, context: Tensor | None, member: object = None) -> Tensor:
         start = self.bias.new_zeros(*batch, self.input_dim)
         drawn = one_by_one(
-            lambda x: self.params(x.unflatten(-1, self.event_shape), context), self.head, start, self.order, True
+            lambda x: self.params(x.unflatten(-1, self.event_shape), context), self.head, start, self.order
         )
         return drawn.unflatten(-1, self.event_shape)
 

@@ -34,7 +34,7 @@ def impute(
     for rows, known, member in _patterns(made, observed.expand(value.shape).reshape(-1, value.shape[-1]), number):
         given = out[:, rows].flatten(0, 1)
         own = None if context is None else _rows(context, batch)[rows].repeat(num_samples, 1)
-        drawn = made.net.draw(len(given), own, member, given, known)
+        drawn = made.net.draw(made.head, len(given), own, member, given, known)
         out[:, rows] = drawn.unflatten(0, (num_samples, len(rows)))
     return out.view(num_samples, *value.shape)
 

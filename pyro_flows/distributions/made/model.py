@@ -290,12 +290,12 @@ class MADE(AutoregressiveModel):
         if context is not None:
             context = context.expand(*batch, -1).reshape(rows, context.shape[-1])
         member = self.members()[0] if member is None else member
-        return self.net.draw(rows, context, member).view(*batch, self.input_dim)
+        return self.net.draw(self.head, rows, context, member).view(*batch, self.input_dim)
 
     def rdraw(self, batch: Size, context: Tensor | None, member: Member | None = None) -> Tensor:
         member = self.members()[0] if member is None else member
         start = torch.zeros(*batch, self.input_dim, dtype=self.dtype, device=self.device)
-        return one_by_one(lambda x: self.params(x, context, member), self.head, start, member.order, True)
+        return one_by_one(lambda x: self.params(x, context, member), self.head, start, member.order)
 
     # State.
 

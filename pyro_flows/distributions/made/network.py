@@ -125,11 +125,12 @@ class SharedNetwork(nn.Module):
 
     @torch.no_grad()
     def draw(
-        self, rows: int, context: Tensor | None, member: Member, given: Tensor | None = None, known: int = 0
+        self, head: Head, rows: int, context: Tensor | None, member: Member, given: Tensor | None = None, known: int = 0
     ) -> Tensor:
         """Draws by one sweep through the dimensions, in which each weight is used once; shape ``(rows, D)``.
 
         Args:
+            head: says what the outputs mean; that of a relaxed model is another one than the network was made for.
             rows: how many.
             context: shape ``(rows, context_dim)`` or ``(1, context_dim)``, or ``None``.
             member: whose order and masks to use.
@@ -140,8 +141,8 @@ class SharedNetwork(nn.Module):
         if self.is_direct:
             weights.append(self.direct)
         like, sampler = self.weight_0, self._sampler
-        if sampler is None or not sampler.fits(member, known, like):
-            self._sampler = sampler = Sampler(self.head, self.layout.activations, member, known, weights, biases)
+        if sampler is None or not sampler.fits(head, member, known, like):
+            self._sampler = sampler = Sampler(head, self.layout.activations, member, known, weights, biases)
         bits = self.bits(member)
         if self.mask_direct is not None:
             biases[-1] = biases[-1] + _seen(self.mask_direct, bits[-1])

@@ -75,7 +75,7 @@ class Sampler:
         weights: Sequence[Tensor],
         biases: Sequence[Tensor],
     ) -> None:
-        self.member, self.known = member, known
+        self.head, self.member, self.known = head, member, known
         self.solver = Solver(member.structure(), activations, _Draws(head, member.order, known))
         device = weights[0].device
         self.order, self.rank = member.order.to(device), member.rank.to(device)
@@ -83,10 +83,11 @@ class Sampler:
         self._weights = [torch.empty_like(weight) for weight in weights]
         self._biases = [torch.empty_like(bias) for bias in biases[1:]]
 
-    def fits(self, member: Member, known: int, like: Tensor) -> bool:
-        """Whether this one is for that member and kind of tensor."""
+    def fits(self, head: Head, member: Member, known: int, like: Tensor) -> bool:
+        """Whether this one is for that head, member and kind of tensor."""
         kind = (self._weights[0].dtype, self._weights[0].device)
-        return self.member is member and self.known == known and kind == (like.dtype, like.device)
+        same = self.head is head and self.member is member and self.known == known
+        return same and kind == (like.dtype, like.device)
 
     def load(self, weights: Sequence[Tensor], biases: Sequence[Tensor], bits: Sequence[Tensor]) -> None:
         """Takes the weights as they are now, sorted, with zeros in masked places."""
