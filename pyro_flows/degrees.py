@@ -10,7 +10,7 @@ from torch import Tensor
 from pyro_flows.activations import IN_PLACE
 from pyro_flows.bands import Cut, staircase
 
-__all__ = ["Degrees", "Structure", "as_order", "least_degree"]
+__all__ = ["Degrees", "Structure", "as_order", "even_degrees", "least_degree"]
 
 
 def as_order(input_dim: int, order: str | Sequence[int] | Tensor) -> Tensor:
@@ -57,6 +57,12 @@ def least_degree(input_dim: int, context: bool) -> int:
     return 0 if context or input_dim == 1 else 1
 
 
+def even_degrees(input_dim: int, width: int, context: bool) -> Tensor:
+    """Ascending degrees of a hidden layer, spread evenly."""
+    least = least_degree(input_dim, context)
+    return least + torch.arange(width) * (input_dim - least) // width
+
+
 class Degrees:
     """The structure of a MADE, in ranks: inputs and outputs by their place in the order, units sorted by degree.
 
@@ -90,17 +96,13 @@ class Degrees:
         self.input_dim, self.widths = input_dim, tuple(widths)
         if adjacency is None:
             self.order, self.kind = _order(input_dim, order)
-            self._unit = self._even(context) if units is None else list(units)
+            even = (even_degrees(input_dim, width, context) for width in self.widths)
+            self._unit = list(even if units is None else units)
             self._by_rank(direct)
         else:
             if not (isinstance(order, str) and order == "identity"):
                 raise ValueError("give either an order or an adjacency, not both: the adjacency implies an order")
             self._by_set(context, torch.as_tensor(adjacency).cpu())
-
-    def _even(self, context: bool) -> list[Tensor]:
-        least = least_degree(self.input_dim, context)
-        levels = self.input_dim - least
-        return [least + torch.arange(width) * levels // width for width in self.widths]
 
     def _by_rank(self, direct: bool) -> None:
         ranks = torch.arange(self.input_dim)

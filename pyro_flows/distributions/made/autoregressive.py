@@ -8,7 +8,7 @@ import torch
 from torch import Size, Tensor, nn
 from torch.distributions.constraints import Constraint
 
-from pyro_flows.boundary import check_context, wrong_event
+from pyro_flows.boundary import check_context
 from pyro_flows.distributions.made.contract import Head
 from pyro_flows.distributions.made.distribution import AutoregressiveDistribution
 
@@ -87,13 +87,6 @@ class AutoregressiveModel(nn.Module):
     def support(self) -> Constraint:
         """Of one event."""
         return self.head.support(self.event_shape)
-
-    def check(self, value: Tensor) -> None:
-        """Raises a worded error for a value of another shape, or outside of the support."""
-        cut = value.dim() - len(self.event_shape)
-        if cut < 0 or value.shape[cut:] != self.event_shape:
-            raise ValueError(wrong_event(self, value.shape, self.event_shape))
-        self.head.check(value.reshape(*value.shape[:cut], self.input_dim))
 
     def cast(self, value: Tensor) -> Tensor:
         """Values in the dtype of the parameters; only whole numbers may have another one."""

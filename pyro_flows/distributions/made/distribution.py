@@ -72,11 +72,11 @@ class AutoregressiveDistribution(TorchDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-density or log-mass in nats, shape ``(*sample, *batch)``."""
         value, marks = extract_provenance(value)
-        if self._validate_args and value.numel() and plain_eager():
-            self.model.check(value)
         cut = value.dim() - len(self.event_shape)
         if cut < 0 or value.shape[cut:] != self.event_shape:
             raise ValueError(wrong_event(self.model, value.shape, self.event_shape))
+        if self._validate_args and value.numel() and plain_eager():
+            self.model.head.check(value.reshape(*value.shape[:cut], self.model.input_dim))
         batch = torch.broadcast_shapes(value.shape[:cut], self.batch_shape)
         value = value.expand(batch + self.event_shape)
         scores = [self.model.score(value, self.context, member) for member in self.members]

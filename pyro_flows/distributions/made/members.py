@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Generator, Tensor
 
-from pyro_flows.degrees import Degrees, Structure, least_degree
+from pyro_flows.degrees import Degrees, Structure, even_degrees, least_degree
 
 __all__ = ["CONNECTIVITIES", "Member", "draw_units"]
 
@@ -25,7 +25,7 @@ def draw_units(
     units = []
     for width in widths:
         if connectivity == "even":
-            units.append(least + torch.arange(width) * (input_dim - least) // width)
+            units.append(even_degrees(input_dim, width, context))
         else:
             units.append(torch.randint(least, input_dim, (width,), generator=generator))
             least = int(units[-1].min())
