@@ -180,7 +180,7 @@ TRANSFORMS = sorted(
     {v for v in PUBLIC.values() if inspect.isclass(v) and issubclass(v, pf.FlowTransform)}, key=lambda v: v.__name__
 )
 PAPERS = [v for v in TRANSFORMS if v.__module__.startswith("pyro_flows.transforms")]
-BUILDERS = [v for v in PUBLIC.values() if inspect.isfunction(v) and v.__module__ == "pyro_flows.flows"]
+BUILDERS = [v for v in PUBLIC.values() if inspect.isfunction(v) and v.__module__.startswith("pyro_flows.flows")]
 
 
 def test_all_is_sorted_and_complete():

@@ -1,8 +1,6 @@
-"""Builders: one a paper, each a :class:`~pyro_flows.chain.Chain` that is the identity when fresh.
+"""Builders of flows of vectors, each the identity when fresh.
 
-They share one vocabulary: ``input_dim`` (or an event shape) first, then keywords.  ``hidden_dims=None`` means two
-hidden layers of width ``4 * input_dim``, at least 64 and at most 512.  A chain has no base distribution of its own:
-give it to ``TransformedDistribution``, to ``AutoNormalizingFlow``, or to :class:`~pyro_flows.distributions.Flow`.
+``hidden_dims=None`` means two hidden layers of width ``4 * input_dim``, at least 64 and at most 512.
 """
 
 from __future__ import annotations
