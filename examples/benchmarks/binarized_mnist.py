@@ -5,11 +5,13 @@
     python examples/benchmarks/binarized_mnist.py --smoke                    # random images, seconds
 
 FOLDER holds ``binarized_mnist.npz``, Larochelle's split: 50,000, 10,000 and 10,000 images of 28 x 28 bits.  Models are
-named by what they are: ``made-500`` has one hidden layer of 500 units and the natural order; ``made-500-any`` is
-trained over all orders and scored by ensembles of them; ``conv-32`` is convolutional with 32 channels in each stack.
-Training keeps the state of the best validation score, ``--seconds`` of wall time each, one seed, on ``--device``.
+named by what they are: ``made-500`` has one hidden layer of 500 units and the natural order, ``made-500-500`` two;
+``made-500-any`` is trained over all orders and scored by ensembles of them; ``conv-32`` is convolutional with 32
+channels in each stack.  Training keeps the state of the best validation score, ``--seconds`` of wall time each, one
+seed, on ``--device``.
 
-The picture has test images, draws of each model, and lower halves drawn by the order-agnostic one given upper halves.
+The picture has test images, draws of each model, lower halves drawn given upper ones, and by the model of all orders
+also left halves given right ones.
 """
 
 from __future__ import annotations
@@ -41,7 +43,9 @@ Model = pf.MADE | pf.ConvMADE
 MODELS: dict[str, Callable[[int], Model]] = {
     "made-500": lambda scale: pf.MADE(PIXELS, hidden_dims=(500 // scale,), seed=0),
     "made-500-500": lambda scale: pf.MADE(PIXELS, hidden_dims=(500 // scale,) * 2, seed=0),
-    "made-500-any": lambda scale: pf.MADE(PIXELS, hidden_dims=(500 // scale,), order="any", ensemble_size=1, seed=0),
+    "made-500-any": lambda scale: pf.MADE(
+        PIXELS, hidden_dims=(500 // scale,), order="any", mask_inputs=True, ensemble_size=1, seed=0
+    ),
     "conv-32": lambda scale: pf.ConvMADE((1, SIDE, SIDE), hidden_channels=32 // scale),
 }
 
@@ -119,17 +123,20 @@ def draw(models: dict[str, tuple[Model, float, int]], test: Tensor, path: Path) 
     from matplotlib import pyplot as plt
 
     columns = 14
-    rows = [("test images", test[:columns])]
+    test = test[:: max(len(test) // columns, 1)][:columns]  # sorted by digit
+    rows = [("test images", test)]
     for name, (model, _, _) in models.items():
         torch.manual_seed(0)
         x = model.one().sample((columns,)) if isinstance(model, pf.MADE) else model.sample((columns,))
         rows.append((name, x.flatten(1).cpu()))
-    upper = torch.arange(PIXELS) < PIXELS // 2
-    for name, (model, _, _) in models.items():
-        if isinstance(model, pf.MADE) and model.any_order:
-            completed = model.impute(test[:columns].to(model.device), upper.to(model.device), 2).cpu()
-            rows += [("upper halves", torch.where(upper, test[:columns], 0.5)), (f"by {name}", completed[0])]
-            rows.append(("again", completed[1]))
+    place = torch.arange(PIXELS)
+    for what, known in (("upper halves", place < PIXELS // 2), ("right halves", place % SIDE >= SIDE // 2)):
+        able = {n: m for n, (m, _, _) in models.items() if isinstance(m, pf.MADE)}
+        able = {n: m for n, m in able.items() if m.any_order or what == "upper halves"}
+        if able:
+            rows.append((what, torch.where(known, test, 0.5)))
+        for name, model in able.items():
+            rows.append((f"by {name}", model.impute(test.to(model.device), known.to(model.device)).squeeze(0).cpu()))
     canvas = torch.cat([x.view(columns, SIDE, SIDE).permute(1, 0, 2).flatten(1) for _, x in rows])
     fig, ax = plt.subplots(figsize=(8.5, 0.55 * len(rows) + 0.1))
     ax.imshow(canvas.numpy(), cmap="Greys", vmin=0, vmax=1, interpolation="none")
