@@ -280,6 +280,21 @@ def test_imputation_against_enumeration(number):
         torch.testing.assert_close(missing, joint - marginal, rtol=0, atol=1e-12)
 
 
+def test_imputation_of_twelve_dimensions_against_enumeration():
+    made, states = make("any order and connections", dims=12), binary(12)
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(6):
+        observed = torch.rand(12, generator=generator) < torch.rand((), generator=generator)
+        observed[0], observed[1] = True, False
+        joint = made.score(states, None, made.member_for(observed))
+        which = (states[:, observed] @ (2.0 ** torch.arange(int(observed.sum())).double())).long()
+        shares = torch.zeros(2 ** int(observed.sum()), dtype=torch.float64).index_add(0, which, joint.exp())
+        assert (shares.sum() - 1).abs() < 1e-12
+        marginal = shares.log()[which]
+        torch.testing.assert_close(made.log_prob_observed(states, observed), marginal, rtol=0, atol=1e-12)
+        torch.testing.assert_close(made.log_prob_missing(states, observed), joint - marginal, rtol=0, atol=1e-12)
+
+
 def test_imputed_draws_follow_the_conditional():
     made = make("any order")
     rows = torch.tensor([[1.0, 0.0, 0.0, 0.0, 1.0], [0.0, 1.0, 1.0, 0.0, 0.0]], dtype=torch.float64)

@@ -62,8 +62,8 @@ class SharedNetwork(nn.Module):
         )
         for k, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes)):
             last = k == len(sizes) - 2
-            # Smaller than rectified units would want for depth: measured, it generalises better.
-            bound = 0.0 if last else 1.0 / math.sqrt(fan_in)
+            # Measured: of discrete values smaller weights to start from generalise better, of real ones larger ones.
+            bound = 0.0 if last else math.sqrt((1.0 if head.discrete else 6.0) / max(fan_in, 1))
             self.register_parameter(f"weight_{k}", nn.Parameter((2 * torch.rand(fan_out, fan_in) - 1) * bound))
             bias = head.bias().T.reshape(-1) if last else torch.zeros(fan_out)
             self.register_parameter(f"bias_{k}", nn.Parameter(bias.to(torch.get_default_dtype()).clone()))
@@ -75,7 +75,7 @@ class SharedNetwork(nn.Module):
             weight = (2 * torch.rand(sizes[1], context_dim) - 1) / math.sqrt(context_dim)
             self.context_weight = nn.Parameter(weight if self.hidden_dims else torch.zeros_like(weight))
         self._bits: OrderedDict[object, tuple[Member, list[Tensor]]] = OrderedDict()
-        self._sampler: Sampler | None = None
+        self._idle: list[Sampler] = []
 
     def _weights(self) -> tuple[list[Tensor], list[Tensor]]:
         layers = range(len(self.hidden_dims) + 1)
@@ -140,14 +140,20 @@ class SharedNetwork(nn.Module):
         weights, biases = self._weights()
         if self.is_direct:
             weights.append(self.direct)
-        like, sampler = self.weight_0, self._sampler
-        if sampler is None or not sampler.fits(head, member, known, like):
-            self._sampler = sampler = Sampler(head, self.layout.activations, member, known, weights, biases)
+        # Taken out while it is used, so that no two threads share its buffers.
+        try:
+            sampler = self._idle.pop()
+        except IndexError:
+            sampler = None
+        if sampler is None or not sampler.fits(head, member, known, self.weight_0):
+            sampler = Sampler(head, self.layout.activations, member, known, weights, biases)
         bits = self.bits(member)
         if self.mask_direct is not None:
             biases[-1] = biases[-1] + _seen(self.mask_direct, bits[-1])
         sampler.load(weights, biases, bits)
-        return sampler.run(rows, self._first_bias(context, bits), given)
+        drawn = sampler.run(rows, self._first_bias(context, bits), given)
+        self._idle = [sampler]
+        return drawn
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_bits": OrderedDict(), "_sampler": None}
+        return {**self.__dict__, "_bits": OrderedDict(), "_idle": []}
