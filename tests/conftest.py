@@ -20,6 +20,7 @@ def device(request) -> torch.device:
 def seed():
     pyro.set_rng_seed(0)
     pyro.clear_param_store()
+    pyro.enable_validation(True)  # torch.compile of a distribution switches it off for the whole process
 
 
 @pytest.fixture
