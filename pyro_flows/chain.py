@@ -18,7 +18,7 @@ from torch.distributions import (
 
 from pyro_flows.core import FlowTransform
 
-__all__ = ["Chain", "Wrap", "map_tensors"]
+__all__ = ["Chain", "Wrap", "map_tensors", "total_cost"]
 
 _ENDS = ("lower_bound", "upper_bound")
 
@@ -126,11 +126,11 @@ class Chain(FlowTransform):
 
     @property
     def sampling_cost(self) -> str:
-        return _total_cost(part.sampling_cost for part in self.parts)
+        return total_cost(part.sampling_cost for part in self.parts)
 
     @property
     def density_cost(self) -> str:
-        return _total_cost(part.density_cost for part in self.parts)
+        return total_cost(part.density_cost for part in self.parts)
 
     @property
     def periodic(self) -> Tensor | None:
@@ -229,7 +229,8 @@ def image(transform: Transform, start: constraints.Constraint) -> constraints.Co
     return constraints.independent(made, dims)
 
 
-def _total_cost(costs: Iterable[str]) -> str:
+def total_cost(costs: Iterable[str]) -> str:
+    """The costs of parts in sequence, added up by their units."""
     counted: dict[str, int] = {}
     for cost in costs:
         for term in cost.split(" + "):

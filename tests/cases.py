@@ -204,6 +204,13 @@ def _leaves() -> Iterator[Case]:
 
     yield Case("standardization", ("Standardization",), standardization, (3,), takes_context=False)
 
+    def logit_pixels(name: str, shape: tuple[int, ...], **options: object) -> Case:
+        build = lambda _: pf.LogitPixels(shape, **options)  # noqa: E731
+        return Case(f"logit-pixels{name}", ("LogitPixels",), build, shape, takes_context=False)
+
+    yield logit_pixels("", (2, 3))
+    yield logit_pixels("-narrow", (3,), levels=17, margin=1e-6)
+
     def preconditioner(name: str, size: int, full: bool) -> Case:
         def build(_: int) -> pf.FlowTransform:
             generator = torch.Generator().manual_seed(0)
@@ -320,6 +327,93 @@ def _builders() -> Iterator[Case]:
             yield Case(name + suffix, (name, "Chain"), build, event, scale=scale, angles=name == "ncsf")
 
 
+def _images() -> Iterator[Case]:
+    small = {"channels": 3, "num_blocks": 1}
+
+    def coupling(name: str, shape: tuple[int, ...], *args: object, **options: object) -> Case:
+        def build(context_dim: int) -> pf.FlowTransform:
+            return pf.ConvCoupling(shape, *args, context_dim=context_dim, **{**small, **options})
+
+        return Case(f"conv-coupling-{name}", ("ConvCoupling",), build, shape, scale=0.3)
+
+    corner = torch.zeros(2, 2, 2, dtype=torch.bool)
+    corner[0, 0, 1] = corner[1, 1] = True
+    yield coupling("checkerboard", (2, 2, 3))
+    yield coupling("channels", (3, 2, 2), mask="channels", flip=True, activation="elu")
+    yield coupling("boolean", (2, 2, 2), pf.Shift(), mask=corner, num_blocks=0)
+    yield coupling("series", (2, 3), pf.Spline(3), mask="channels")
+    yield coupling("series-checkerboard", (1, 5), pf.Spline(2), flip=True, kernel_size=1)
+    yield coupling("one-number", (1, 1, 1))
+    yield coupling("own-univariate", (1, 2, 2), Sinh())
+
+    def plain(name: str, covers: str, flow: Callable[[], pf.FlowTransform]) -> Case:
+        made = flow()
+        return Case(name, (covers,), lambda _: flow(), tuple(made.event_shape), takes_context=False, scale=0.2)
+
+    yield plain("squeeze", "Squeeze", lambda: pf.Squeeze((2, 4, 2)))
+    yield plain("squeeze-series", "Squeeze", lambda: pf.Squeeze((3, 4)))
+    yield plain("conv1x1", "Conv1x1", lambda: pf.Conv1x1((3, 2, 2)))
+    yield plain("conv1x1-series", "Conv1x1", lambda: pf.Conv1x1((4, 3), start="permutation", bias=True))
+    yield plain("conv1x1-identity", "Conv1x1", lambda: pf.Conv1x1((2, 1, 2), start="identity"))
+    yield plain("conv1x1-one-channel", "Conv1x1", lambda: pf.Conv1x1((1, 2)))
+
+    def split(context_dim: int) -> pf.FlowTransform:
+        options = {"context_dim": context_dim, "channels": 3}
+        last = pf.Split(None, (2, 2, 2), **options)
+        return pf.Split(pf.Chain([last, pf.Conv1x1((2, 2, 2))]), (4, 2, 2), **options)
+
+    yield Case("split", ("Split",), split, (4, 2, 2), scale=0.2)
+    squeezing = lambda _: pf.Chain([pf.Squeeze((1, 4)).inv, pf.Conv1x1((2, 2)), pf.Squeeze((1, 4))])  # noqa: E731
+    series = lambda c: pf.Split(squeezing(c), (2, 4), context_dim=c, channels=3, num_blocks=1)  # noqa: E731
+    yield Case("split-series", ("Split",), series, (2, 4), scale=0.2)
+
+    def realnvp(shape: tuple[int, ...], **options: object) -> Callable[[int], pf.FlowTransform]:
+        settings = {**small, "num_couplings": 1, "activation": "elu", **options}
+        return lambda context_dim: pf.multiscale_realnvp(shape, context_dim=context_dim, **settings)
+
+    covers = ("multiscale_realnvp", "Chain", "Split", "Inverse")
+    yield Case("multiscale_realnvp", covers, realnvp((1, 4, 4), num_scales=2), (1, 4, 4), scale=0.1)
+    spline = realnvp((1, 4), num_scales=3, univariate=pf.Spline(3))
+    yield Case("multiscale_realnvp-nsf-series", covers, spline, (1, 4), scale=0.1)
+
+    def glow(shape: tuple[int, ...], **options: object) -> Callable[[int], pf.FlowTransform]:
+        def build(context_dim: int) -> pf.FlowTransform:
+            settings = {**small, "num_steps": 2, "activation": "elu", **options}
+            flow = pf.glow(shape, context_dim=context_dim, **settings)
+            flow.inverse_and_ladj(2 * torch.randn(50, *shape) + 1, torch.randn(context_dim) if context_dim else None)
+            return flow  # after its first batch
+
+        return build
+
+    covers = ("glow", "Chain", "Split", "Inverse")
+    yield Case("glow", covers, glow((2, 4, 4), num_steps=1), (2, 4, 4), scale=0.1)
+    yield Case("glow-series", covers, glow((1, 4), num_scales=1), (1, 4), scale=0.1)
+
+
+def _mint() -> Iterator[Case]:
+    def layer(name: str, shape: tuple[int, ...], **options: object) -> Case:
+        def build(context_dim: int) -> pf.FlowTransform:
+            settings = {"num_groups": 2, "hidden_dims": (4,), "tolerance": 1e-14, **options}
+            return pf.Mint(shape, context_dim=context_dim, **settings)
+
+        return Case(f"mint{name}", ("Mint",), build, shape)
+
+    yield layer("", (2, 2, 2))
+    yield layer("-upper", (1, 2, 3), lower=False, activation="tanh", num_groups=3)
+    yield layer("-position", (3, 1, 2), order="position", activation="softplus")
+    yield layer("-series", (2, 3), kernel_size=5, shared_scale=True, activation="sigmoid")
+    yield layer("-one-number", (1, 1, 1), num_groups=1, kernel_size=1)
+
+    def mintnet(shape: tuple[int, ...], **options: object) -> Callable[[int], pf.FlowTransform]:
+        settings = {"num_groups": 2, "hidden_dims": (4,), "tolerance": 1e-14, **options}
+        return lambda context_dim: pf.mintnet(shape, context_dim=context_dim, **settings)
+
+    covers = ("mintnet", "Mint", "Chain", "Squeeze", "Inverse")
+    yield Case("mintnet", covers, mintnet((1, 4, 2), num_layers=2, squeeze=1), (1, 4, 2), scale=0.2)
+    split = mintnet((2, 4), num_layers=2, squeeze=1, split=True)
+    yield Case("mintnet-split-series", covers, split, (2, 4), scale=0.1)
+
+
 def _inverses(cases: list[Case]) -> Iterator[Case]:
     for name in (
         "coupling-image",
@@ -339,6 +433,7 @@ def _inverses(cases: list[Case]) -> Iterator[Case]:
         yield Case(f"inverse-{name}", ("Inverse",), build, case.event_shape, scale=case.scale)
 
 
-CASES = [*_leaves(), *_composites(), *_builders()]
+CASES = [*_leaves(), *_composites(), *_builders(), *_images(), *_mint()]
 CASES += _inverses(CASES)
 BUILDERS = [case for case in CASES if case.name in ("nice", "realnvp", "maf", "iaf", "nsf", "ncsf")]
+IMAGE_BUILDERS = [case for case in CASES if case.name in ("glow", "mintnet", "multiscale_realnvp")]

@@ -6,7 +6,7 @@ import inspect
 
 import pytest
 import torch
-from cases import BUILDERS, CASES, CONTEXT_DIM, shake
+from cases import BUILDERS, CASES, CONTEXT_DIM, IMAGE_BUILDERS, shake
 from torch import nn
 
 import pyro_flows as pf
@@ -54,13 +54,13 @@ def test_contract_in_other_batch_shapes(case, context_dim, dtype, device, defaul
 
 
 @pytest.mark.parametrize("context_dim", [0, CONTEXT_DIM])
-@pytest.mark.parametrize("case", BUILDERS, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*BUILDERS, *IMAGE_BUILDERS], ids=lambda case: case.name)
 def test_contract_after_training(case, context_dim, device):
     flow = pf.Flow(case.build(context_dim)).double().to(device)
     optimiser = torch.optim.Adam(flow.parameters(), lr=0.01)
     data = torch.randn(100, *case.event_shape, dtype=torch.float64, device=device).cumsum(-1) + 1
     data = 3 * torch.tanh(data) if case.angles else data
-    context = data[:, :1].expand(-1, context_dim).tanh() if context_dim else None
+    context = data.flatten(1)[:, :1].expand(-1, context_dim).tanh() if context_dim else None
     first = None
     for _ in range(25):
         optimiser.zero_grad()
@@ -111,7 +111,7 @@ def test_every_public_flow_has_a_case():
     assert {"nice", "Coupling"} <= transforms | builders  # that is, both are found
     assert transforms | builders <= covered | {"FlowTransform"}
     assert len({case.name for case in CASES}) == len(CASES)
-    assert {case.name for case in BUILDERS} == builders
+    assert {case.name for case in (*BUILDERS, *IMAGE_BUILDERS)} == builders
 
 
 # The checker itself.  Each of these breaks one rule; the first is what they are made of.

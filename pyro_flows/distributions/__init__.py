@@ -1,6 +1,7 @@
 """Distributions made of flows: a flow with its base, and bases; and autoregressive ones, which are no flows."""
 
 from pyro_flows.distributions.bases import DiagonalNormal, FixedBase, GaussianMixture, StudentT, UniformCircle
+from pyro_flows.distributions.dequantization import Dequantized, DequantizedDistribution, bits_per_dim
 from pyro_flows.distributions.flow import Flow, FlowDistribution
 from pyro_flows.distributions.made import (
     MADE,
@@ -15,6 +16,7 @@ from pyro_flows.distributions.made import (
     NormalHead,
     RelaxedBernoulliHead,
 )
+from pyro_flows.distributions.noise import Dequantizer
 
 __all__ = [
     "MADE",
@@ -22,6 +24,9 @@ __all__ = [
     "BernoulliHead",
     "CategoricalHead",
     "ConvMADE",
+    "Dequantized",
+    "DequantizedDistribution",
+    "Dequantizer",
     "DiagonalNormal",
     "DistributionHead",
     "FixedBase",
@@ -35,4 +40,5 @@ __all__ = [
     "RelaxedBernoulliHead",
     "StudentT",
     "UniformCircle",
+    "bits_per_dim",
 ]

@@ -6,6 +6,19 @@ its own: give it to ``TransformedDistribution``, to ``AutoNormalizingFlow``, or 
 :class:`~pyro_flows.distributions.Flow`.
 """
 
+from pyro_flows.flows.images import glow, multiscale_realnvp
+from pyro_flows.flows.mint import MINTNET_CONFIGURATIONS, mintnet
 from pyro_flows.flows.vectors import iaf, maf, ncsf, nice, nsf, realnvp
 
-__all__ = ["iaf", "maf", "ncsf", "nice", "nsf", "realnvp"]
+__all__ = [
+    "MINTNET_CONFIGURATIONS",
+    "glow",
+    "iaf",
+    "maf",
+    "mintnet",
+    "multiscale_realnvp",
+    "ncsf",
+    "nice",
+    "nsf",
+    "realnvp",
+]

@@ -1,14 +1,17 @@
 """Inference with flows: densities fitted to data, guides fitted to posteriors, and what to think of both."""
 
+from pyro_flows.infer.anomaly import AnomalyDetector
 from pyro_flows.infer.bridge import to_arviz
 from pyro_flows.infer.density import DensityFit, StandardizedFlow, fit_density, standardized
 from pyro_flows.infer.diagnostics import simulation_based_calibration
 from pyro_flows.infer.fitting import GuideFit, fit_guide, load_guide
 from pyro_flows.infer.guides import AutoFlow
 from pyro_flows.infer.objectives import AlphaDivergence, DReGELBO, ForwardKL, PathELBO
+from pyro_flows.infer.surprise import pixel_scores
 
 __all__ = [
     "AlphaDivergence",
+    "AnomalyDetector",
     "AutoFlow",
     "DReGELBO",
     "DensityFit",
@@ -19,6 +22,7 @@ __all__ = [
     "fit_density",
     "fit_guide",
     "load_guide",
+    "pixel_scores",
     "simulation_based_calibration",
     "standardized",
     "to_arviz",

@@ -1,20 +1,30 @@
 """Transforms, one file a paper family; builders in :mod:`pyro_flows.flows` stack them."""
 
 from pyro_flows.transforms.autoregressive import Autoregressive
+from pyro_flows.transforms.conv_coupling import ConvCoupling
 from pyro_flows.transforms.coupling import Coupling
 from pyro_flows.transforms.elementwise import Permutation, Rescaling, Standardization
-from pyro_flows.transforms.linear import Householder, LULinear
+from pyro_flows.transforms.images import Split, Squeeze
+from pyro_flows.transforms.linear import Conv1x1, Householder, LULinear
+from pyro_flows.transforms.mint import Mint
 from pyro_flows.transforms.normalization import ActNorm
+from pyro_flows.transforms.pixels import LogitPixels
 from pyro_flows.transforms.preconditioner import Preconditioner
 
 __all__ = [
     "ActNorm",
     "Autoregressive",
+    "Conv1x1",
+    "ConvCoupling",
     "Coupling",
     "Householder",
     "LULinear",
+    "LogitPixels",
+    "Mint",
     "Permutation",
     "Preconditioner",
     "Rescaling",
+    "Split",
+    "Squeeze",
     "Standardization",
 ]

@@ -1,4 +1,4 @@
-"""Linear transforms of whole events: an LU-decomposed matrix, and a product of Householder reflections."""
+"""Linear transforms: LU-decomposed matrices, of whole events and of channels, and Householder reflections."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pyro_flows.boundary import event_size
 from pyro_flows.core import FlowTransform
 
-__all__ = ["Householder", "LULinear"]
+__all__ = ["Conv1x1", "Householder", "LULinear"]
 
 
 def _rows(transform: FlowTransform, value: Tensor) -> Tensor:
@@ -33,6 +34,22 @@ def _permutation(size: int, permutation: str | Sequence[int] | Tensor) -> Tensor
     if indices.is_floating_point() or not torch.equal(indices.sort().values, torch.arange(size)):
         raise ValueError(f"LULinear: expected a permutation of 0..{size - 1}, got {indices.tolist()}")
     return indices.long().clone()
+
+
+# Of a matrix in LU form, packed as LAPACK does: the rows are events.
+
+
+def _lu_product(rows: Tensor, factors: Tensor) -> Tensor:
+    """``L U`` applied to each row."""
+    rows = rows * factors.diagonal().exp() + F.linear(rows, factors.triu(1))
+    return rows + F.linear(rows, factors.tril(-1))
+
+
+def _lu_solve(rows: Tensor, factors: Tensor) -> Tensor:
+    """The inverse of ``L U`` applied to each row, by two triangular solves."""
+    upper = factors.triu(1) + torch.diag_embed(factors.diagonal().exp())
+    rows = torch.linalg.solve_triangular(factors.tril(-1).mT, rows, upper=True, left=False, unitriangular=True)
+    return torch.linalg.solve_triangular(upper.mT, rows, upper=False, left=False)
 
 
 class LULinear(FlowTransform):
@@ -83,26 +100,114 @@ class LULinear(FlowTransform):
         return self.factors.diagonal()
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        rows, log_diagonal = _rows(self, x), self.log_diagonal
-        rows = rows * log_diagonal.exp() + F.linear(rows, self.factors.triu(1))
-        rows = rows + F.linear(rows, self.factors.tril(-1))
+        rows = _lu_product(_rows(self, x), self.factors)
         if self.permutation is not None:
             rows = rows.index_select(-1, self.permutation)
         if self.bias is not None:
             rows = rows + self.bias
-        return rows.reshape(x.shape), log_diagonal.sum().expand(x.shape[: x.dim() - len(self.event_shape)])
+        return rows.reshape(x.shape), self.log_diagonal.sum().expand(x.shape[: x.dim() - len(self.event_shape)])
 
     def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         # Solves have no low precision, so under autocast they are done in that of the factors.
-        rows, log_diagonal = _rows(self, y).to(self.factors.dtype), self.log_diagonal
+        rows = _rows(self, y).to(self.factors.dtype)
         if self.bias is not None:
             rows = rows - self.bias
         if self.permutation is not None:
             rows = rows.index_select(-1, torch.argsort(self.permutation))
-        upper = self.factors.triu(1) + torch.diag_embed(log_diagonal.exp())
-        rows = torch.linalg.solve_triangular(self.factors.tril(-1).mT, rows, upper=True, left=False, unitriangular=True)
-        rows = torch.linalg.solve_triangular(upper.mT, rows, upper=False, left=False)
-        return rows.reshape(y.shape), -log_diagonal.sum().expand(y.shape[: y.dim() - len(self.event_shape)])
+        rows = _lu_solve(rows, self.factors)
+        return rows.reshape(y.shape), -self.log_diagonal.sum().expand(y.shape[: y.dim() - len(self.event_shape)])
+
+
+_STARTS = ("rotation", "permutation", "identity")
+
+
+def _start(size: int, start: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Where a 1x1 convolution begins: packed factors, permutation and signs of an orthogonal matrix."""
+    if start == "rotation":
+        matrix = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64))[0]
+        matrix[0] *= torch.linalg.det(matrix).sign()
+    else:
+        matrix = torch.eye(size, dtype=torch.float64)[torch.randperm(size) if start == "permutation" else slice(None)]
+    pivots, lower, upper = torch.linalg.lu(matrix)
+    signs = upper.diagonal().sign()
+    # L U = (L S) (S U) = S (S L S) (S U), so that the diagonal of the last factor is positive.
+    factors = (signs[:, None] * lower * signs).tril(-1) + (signs[:, None] * upper).triu(1)
+    factors = factors + torch.diag_embed(upper.diagonal().abs().log())
+    permutation = pivots.argmax(1)
+    return factors.to(torch.get_default_dtype()), permutation, signs[permutation].to(torch.get_default_dtype())
+
+
+class Conv1x1(FlowTransform):
+    r"""An invertible 1x1 convolution: the same matrix for the channels of every place, :math:`y = S P L U x + b`.
+
+    :math:`P L U` is as in :class:`LULinear`, and :math:`S` a diagonal of fixed signs, without which rotations could not
+    be reached; :math:`\log|\det|` is :math:`\sum_i \log U_{ii}` times the number of places.  The matrix, or its inverse
+    by two triangular solves of the size of the channels, is made once in a call, so each direction costs one small
+    product per place.
+
+    Args:
+        event_shape: ``(C, H, W)``, ``(C, T)``, or any other with channels first.
+        start: the matrix at first: ``"rotation"`` at random, as in the paper, ``"permutation"`` at random, or
+            ``"identity"``.  Permutation and signs, drawn here, stay as they are and are part of the ``state_dict``.
+        bias: whether there is a :math:`b`, one number per channel.
+
+    Raises:
+        ValueError: for an unknown ``start``.
+
+    References:
+        Glow: Generative Flow with Invertible 1x1 Convolutions (Kingma & Dhariwal, 2018), section 3.2, arXiv:1807.03039.
+    """
+
+    sampling_cost = density_cost = "1 product"
+
+    def __init__(self, event_shape: Iterable[int], *, start: str = "rotation", bias: bool = False) -> None:
+        super().__init__(event_size(event_shape))
+        if start not in _STARTS:
+            raise ValueError(f"Conv1x1: expected start to be one of {', '.join(_STARTS)}, got {start!r}")
+        channels = self.event_shape[0]
+        factors, permutation, signs = _start(channels, start)
+        self.factors = nn.Parameter(factors)
+        self.register_parameter("bias", nn.Parameter(torch.zeros(channels)) if bias else None)
+        drawn = start != "identity"
+        self.register_buffer("permutation", permutation, persistent=drawn)
+        self.register_buffer("signs", signs, persistent=drawn)
+
+    @property
+    def _places(self) -> int:
+        return self.event_shape[1:].numel()
+
+    @property
+    def matrix(self) -> Tensor:
+        """What each place is multiplied by, shape ``(C, C)``."""
+        columns = _lu_product(self._eye(), self.factors)
+        return columns.index_select(1, self.permutation).mT * self.signs.unsqueeze(1)
+
+    @property
+    def inverse_matrix(self) -> Tensor:
+        """The inverse of ``matrix``."""
+        columns = self._eye().index_select(1, torch.argsort(self.permutation)) * self.signs.unsqueeze(1)
+        return _lu_solve(columns, self.factors).mT
+
+    def _eye(self) -> Tensor:
+        return torch.eye(self.event_shape[0], dtype=self.factors.dtype, device=self.factors.device)
+
+    def _ladj(self, value: Tensor) -> Tensor:
+        return (self.factors.diagonal().sum() * self._places).expand(value.shape[: value.dim() - len(self.event_shape)])
+
+    def _at_each_place(self, matrix: Tensor, value: Tensor) -> Tensor:
+        columns = value.reshape(*value.shape[: value.dim() - len(self.event_shape)], self.event_shape[0], self._places)
+        return torch.matmul(matrix, columns).to(value.dtype).reshape(value.shape)
+
+    def _offset(self) -> Tensor:
+        return self.bias.reshape(-1, *(1 for _ in self.event_shape[1:]))
+
+    def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        y = self._at_each_place(self.matrix, x)
+        return y if self.bias is None else y + self._offset(), self._ladj(x)
+
+    def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        value = y if self.bias is None else y - self._offset()
+        return self._at_each_place(self.inverse_matrix, value), -self._ladj(y)
 
 
 # Vectors shorter than this count as the first unit vector; its square is still a normal number in float32.

@@ -1,0 +1,399 @@
+"""Discrete pixels by continuous densities: uniform and variational dequantisation, and bits per dimension."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import ClassVar
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.distributions import TorchDistribution
+from pyro.ops.provenance import extract_provenance, track_provenance
+from torch import Size, Tensor, nn
+from torch.distributions import constraints
+from torch.distributions.constraints import Constraint
+
+from pyro_flows.boundary import check_context, event_size, wrong_event
+from pyro_flows.core import FlowTransform
+from pyro_flows.distributions.flow import Flow
+from pyro_flows.distributions.noise import counted_uniform, fresh_uniform, from_uniform, grid_bits
+from pyro_flows.tracing import plain_eager
+from pyro_flows.transforms.pixels import LogitPixels
+
+__all__ = ["Dequantized", "DequantizedDistribution", "bits_per_dim"]
+
+_AT_ONCE = 2**16  # numbers that are scored at once, if they come from several draws
+
+
+def bits_per_dim(
+    log_prob: Tensor | float, event_shape: int | Iterable[int], levels: int | None = None
+) -> Tensor | float:
+    r"""Bits per dimension, :math:`-\log p / (D \log 2)`, of log-densities or log-masses in nats; keeps their shape.
+
+    Papers report bits per dimension of pixels in units of levels, for which a density of 1 per level costs no bits.
+    There are two ways to come to it:
+
+    - The density is of intensities in units of levels, :math:`v \in [0, L)`, or the mass is of whole levels, as those
+      of :class:`~pyro_flows.transforms.pixels.LogitPixels` and :class:`Dequantized` are: leave ``levels`` out.
+    - The density is of intensities scaled to :math:`[0, 1]`, :math:`v / L`: give ``levels``, and
+      :math:`\log_2 L` is added (8 for 256 levels, 4.09 for 17).
+
+    Args:
+        log_prob: in nats, any shape.
+        event_shape: shape of one image, whose number of entries is :math:`D`; channels count as dimensions.
+        levels: :math:`L`, only for densities of intensities scaled to [0, 1].
+
+    Raises:
+        ValueError: for ``levels`` below 2, or sizes that are no positive integers.
+    """
+    offset = 0.0 if levels is None else math.log2(_levels("bits_per_dim", levels))
+    return log_prob * (-1 / (event_size(event_shape).numel() * math.log(2))) + offset
+
+
+def _levels(who: str, levels: int) -> int:
+    if isinstance(levels, bool) or not isinstance(levels, int) or levels < 2:
+        raise ValueError(f"{who}: expected levels to be an integer >= 2, got {levels!r}")
+    return levels
+
+
+class DequantizedDistribution(TorchDistribution):
+    """Integer images for ``pyro.sample``: made by a call of :class:`Dequantized`, whose parameters it shares.
+
+    Args:
+        model: the module.
+        context: shape ``(*batch, context_dim)``, whose batch shape is then the distribution's, or ``None``.
+        batch_shape: by default that of the context.
+    """
+
+    arg_constraints: ClassVar[dict[str, Constraint]] = {}
+    has_rsample = False
+
+    def __init__(
+        self,
+        model: Dequantized,
+        context: Tensor | None = None,
+        *,
+        batch_shape: Size | None = None,
+        validate_args: bool | None = None,
+    ) -> None:
+        self.context, self._marks = extract_provenance(context)
+        self.model = model
+        own = Size() if context is None else self.context.shape[:-1]
+        super().__init__(own if batch_shape is None else batch_shape, model.event_shape, validate_args=validate_args)
+
+    @constraints.dependent_property
+    def support(self) -> Constraint:
+        """Whole numbers from 0 to ``levels - 1``."""
+        return self.model.support
+
+    def expand(
+        self, batch_shape: Size | Iterable[int], _instance: DequantizedDistribution | None = None
+    ) -> DequantizedDistribution:
+        shape = Size(batch_shape)
+        context = None if self.context is None else track_provenance(self.context.expand(*shape, -1), self._marks)
+        return DequantizedDistribution(self.model, context, batch_shape=shape, validate_args=self._validate_args)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Lower bound in nats of the log-mass of whole numbers, shape ``(*sample, *batch)``."""
+        value, marks = extract_provenance(value)
+        value = self.model.whole(value, self._validate_args)
+        dims = len(self.event_shape)
+        batch = torch.broadcast_shapes(value.shape[: value.dim() - dims], self.batch_shape)
+        scores = self.model._terms(value.expand(batch + self.event_shape), self.context)
+        return track_provenance(torch.logsumexp(scores, 0) - math.log(len(scores)), marks | self._marks)
+
+    @torch.no_grad()
+    def sample(self, sample_shape: Size | tuple[int, ...] = ()) -> Tensor:
+        """Draws, of 64-bit integers, shape ``(*sample, *batch, *event)``."""
+        shape = Size(sample_shape)
+        if self.context is None:
+            drawn = self.model.flow.sample(shape + self.batch_shape)
+        else:
+            drawn = self.model.flow.sample(shape, self.context)
+            drawn = drawn.reshape(shape + self.batch_shape + self.event_shape)
+        if plain_eager() and not drawn.isfinite().all():
+            raise FloatingPointError(
+                f"Dequantized: {int((~drawn.isfinite()).sum())} of {drawn.numel()} numbers that the flow drew are not "
+                "finite; locate_nonfinite says where that begins"
+            )
+        return track_provenance(drawn.floor().clamp(0, self.model.levels - 1).long(), self._marks)
+
+
+class Dequantized(nn.Module):
+    r"""A distribution of integer pixels by a density of intensities: :math:`P(n) = \int_{[n, n + 1)^D} p(v)\,dv`.
+
+    Scores are a lower bound, which noise :math:`u` within the pixels estimates:
+
+    .. math:: \log P(n) \ge E\left[\log \frac{1}{K} \sum_{k=1}^{K} \frac{p(n + u_k)}{q(u_k \mid n)}\right],
+
+    with :math:`u_k` uniform (:math:`q = 1`) or, with a ``dequantizer``, drawn from a flow that sees the pixels.  The
+    bound is one in expectation over the noise, and grows tighter with the number of draws :math:`K`; where
+    :math:`q` is the posterior of the noise, one draw is exact.
+
+    In training mode noise is fresh in each call.  In evaluation mode it is a function of the seed, the number of the
+    draw and the row's pixels: a row has the same score each time, on whatever device and in whatever batch, rows that
+    differ have as good as independent noise, and no state of a generator is used up.
+
+    Calling the module gives a Pyro distribution over whole numbers that shares the parameters: ``pyro.sample("x",
+    deq())``, or ``deq(context)`` if the flow takes one.  For variational dequantisation with the noise as a latent
+    site, see :meth:`model` and :meth:`guide`.  A score costs ``draws`` scores of the flow (and as many draws of the
+    dequantizer), a draw one draw of the flow, which is rounded down.
+
+    Args:
+        flow: a :class:`~pyro_flows.distributions.flow.Flow` whose data are intensities in units of levels, e.g.
+            ``Flow(Chain([..., LogitPixels(event_shape, levels)]))``; a flow transform, which gets a standard normal
+            base; or any module with ``event_shape`` and ``log_prob`` (and ``sample``).
+        levels: the number of values of a pixel: 0, 1, ..., ``levels - 1``.
+        draws: :math:`K`.
+        dequantizer: :math:`q`, a :class:`~pyro_flows.distributions.noise.Dequantizer` or another module that, called
+            with pixels scaled to (-1, 1), gives a distribution of such a kind; it is not given the flow's context.
+            ``None`` for uniform noise.
+        seed: of the noise in evaluation mode.
+        name: of this module in Pyro's param store, as :meth:`model` and :meth:`guide` register it.
+
+    Raises:
+        ValueError: for a flow whose data are not pixels of so many levels, or settings out of range.
+        TypeError: for a module without ``event_shape`` or ``log_prob``.
+
+    References:
+        A note on the evaluation of generative models (Theis et al., 2015), arXiv:1511.01844.
+        Flow++: Improving Flow-Based Generative Models with Variational Dequantization and Architecture Design (Ho et
+        al., 2019), section 3.1, arXiv:1902.00275.
+    """
+
+    def __init__(
+        self,
+        flow: FlowTransform | nn.Module,
+        levels: int = 256,
+        draws: int = 1,
+        dequantizer: nn.Module | None = None,
+        seed: int = 0,
+        *,
+        name: str = "dequantized",
+    ) -> None:
+        super().__init__()
+        self.levels, self.draws = _levels("Dequantized", levels), _count("draws", draws)
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise ValueError(f"Dequantized: expected seed to be an integer, got {seed!r}")
+        self.seed, self.name = seed, name
+        flow = Flow(flow).train(flow.training) if isinstance(flow, FlowTransform) else flow
+        event = getattr(flow, "event_shape", None)
+        known = isinstance(flow, nn.Module) and isinstance(event, (tuple, list))
+        if not known or not callable(getattr(flow, "log_prob", None)):
+            raise TypeError(
+                "Dequantized: expected a Flow, or another module with log_prob and event_shape, got "
+                f"{type(flow).__name__}"
+            )
+        self.flow, self.event_shape = flow, Size(event)
+        self._fit()
+        if dequantizer is not None:
+            if not isinstance(dequantizer, nn.Module):
+                raise TypeError(f"Dequantized: expected dequantizer to be a module, got {type(dequantizer).__name__}")
+            own = getattr(dequantizer, "event_shape", self.event_shape)
+            if own != self.event_shape:
+                raise ValueError(
+                    f"Dequantized: expected a dequantizer of event shape {tuple(self.event_shape)}, got {tuple(own)}"
+                )
+        self.dequantizer = dequantizer
+
+    def _fit(self) -> None:
+        """Refuses a flow whose data cannot be pixels of so many levels."""
+        hint = f"end the chain in LogitPixels({tuple(self.event_shape)}, levels={self.levels})"
+        for part in self.flow.modules():
+            if isinstance(part, LogitPixels) and part.levels != self.levels:
+                raise ValueError(
+                    f"Dequantized: expected a flow of pixels with {self.levels} levels, got LogitPixels with "
+                    f"levels={part.levels}; give both the same"
+                )
+        reached = self.flow.chain.codomain if isinstance(self.flow, Flow) else constraints.dependent
+        if constraints.is_dependent(reached) or self._like().is_meta:
+            return
+        # The innermost and the outermost noise that there is.
+        step = 2.0 ** -(grid_bits(self.levels, self._like().dtype) + 1)
+        corners = (step, self.levels - step)
+        if not all(bool(reached.check(self._like().new_full(self.event_shape, end)).all()) for end in corners):
+            raise ValueError(
+                f"Dequantized: expected a flow onto intensities from 0 to {self.levels}, got one onto {reached}; {hint}"
+            )
+
+    def _like(self) -> Tensor:
+        """A tensor of the dtype and device that the flow computes in."""
+        held = (t for t in (*self.flow.parameters(), *self.flow.buffers()) if t.is_floating_point())
+        return next(held, torch.zeros((), device="cpu"))
+
+    @property
+    def context_dim(self) -> int:
+        """Size of the context, 0 for none."""
+        return getattr(self.flow, "context_dim", 0)
+
+    @property
+    def support(self) -> Constraint:
+        """Of one image."""
+        return constraints.independent(constraints.integer_interval(0, self.levels - 1), len(self.event_shape))
+
+    def forward(self, context: Tensor | None = None) -> DequantizedDistribution:
+        """The distribution, at a context of shape ``(*batch, context_dim)`` if the flow takes one."""
+        return DequantizedDistribution(self, self._admit(context))
+
+    condition = forward
+
+    def log_prob(self, value: Tensor, context: Tensor | None = None) -> Tensor:
+        """Lower bound in nats of the log-mass of whole numbers, of the shape that value and context broadcast to."""
+        return self(context).log_prob(value)
+
+    def sample(self, sample_shape: Size | tuple[int, ...] = (), context: Tensor | None = None) -> Tensor:
+        """Draws, of 64-bit integers, shape ``(*sample_shape, *context_batch, *event_shape)``."""
+        return self(context).sample(Size(sample_shape))
+
+    def scores(
+        self, value: Tensor, context: Tensor | None = None, draws: int | None = None, fresh: bool | None = None
+    ) -> Tensor:
+        r"""One score :math:`\log p(n + u_k) - \log q(u_k \mid n)` in nats for each draw, shape ``(draws, *batch)``.
+
+        Args:
+            value: whole numbers, shape ``(*batch, *event_shape)``.
+            context: shape ``(*batch, context_dim)``, if the flow takes one.
+            draws: their number, by default the module's.
+            fresh: whether noise is drawn anew, by default in training mode.
+        """
+        draws = self.draws if draws is None else _count("draws", draws)
+        return self._terms(self.whole(value), self._admit(context), draws, fresh)
+
+    def whole(self, value: Tensor, validate: bool = True) -> Tensor:
+        """Pixels as integers of 64 bits, checked.
+
+        Raises:
+            TypeError: for what is no tensor of real numbers.
+            ValueError: for another shape, fractions, NaN, or numbers beyond the levels.
+        """
+        if not isinstance(value, Tensor) or value.is_complex():
+            kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"Dequantized: expected a tensor of whole numbers, got {kind}")
+        cut = value.dim() - len(self.event_shape)
+        if cut < 0 or value.shape[cut:] != self.event_shape:
+            raise ValueError(wrong_event(self, value.shape, self.event_shape))
+        if validate and value.numel() and plain_eager() and not value.is_meta:
+            self._refuse_other(value)
+        return value.long()
+
+    def _refuse_other(self, value: Tensor) -> None:
+        wrong = (value < 0) | (value > self.levels - 1)
+        if value.is_floating_point():
+            wrong |= value != value.floor()  # NaN as well
+        if not wrong.any():
+            return
+        where = tuple(wrong.nonzero()[0].tolist())
+        hint = "give the model the levels that the data have, or leave such rows out"
+        if value.is_floating_point() and value.isfinite().all():
+            if value.min() >= 0 and value.max() <= 1:
+                hint = f"pixels scaled to [0, 1] want (value * {self.levels - 1}).round() first"
+            elif (value != value.floor()).any():
+                hint = "round them, or score intensities that are dequantised already by the flow itself"
+        raise ValueError(
+            f"Dequantized: expected whole numbers from 0 to {self.levels - 1} (levels={self.levels}), got "
+            f"{value[where].item():g} at {where} ({int(wrong.sum())} such in {wrong.numel()}); {hint}"
+        )
+
+    def _admit(self, context: Tensor | None) -> Tensor | None:
+        if self.context_dim == 0:
+            if context is not None:
+                raise ValueError("Dequantized: its flow has context_dim=0, but a context was given: leave it out")
+        elif context is None:
+            raise ValueError(f"Dequantized: its flow has context_dim={self.context_dim}: call it with a context")
+        else:
+            check_context(self, extract_provenance(context)[0])
+        return context
+
+    def intensities(self, value: Tensor, draws: int | None = None, fresh: bool | None = None) -> Tensor:
+        """Pixels with noise, as the flow is given them: shape ``(draws, *batch, *event)``; arguments as above."""
+        draws = self.draws if draws is None else _count("draws", draws)
+        return torch.cat([v for v, _ in self._noisy(self.whole(value), draws, fresh)])
+
+    def _terms(
+        self, value: Tensor, context: Tensor | None, draws: int | None = None, fresh: bool | None = None
+    ) -> Tensor:
+        scores = []
+        for v, log_q in self._noisy(value, self.draws if draws is None else draws, fresh):
+            # A module may know of rows alone.
+            one = len(v) == 1
+            score = self._density(v[0], context)[None] if one else self._density(v, context)
+            scores.append(score if log_q is None else score - log_q)
+        return torch.cat(scores)
+
+    def _noisy(self, value: Tensor, draws: int, fresh: bool | None) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Intensities and the log-density of their noise, ``None`` for zero, a few draws at a time."""
+        fresh = self.training if fresh is None else fresh
+        numbers = value.to(self._like().dtype)
+        q = None if self.dequantizer is None else self.dequantizer(self._centred(numbers))
+        bits = grid_bits(1 if q is not None else self.levels, numbers.dtype)
+        size = max(_AT_ONCE // max(numbers.numel(), 1), 1) if isinstance(self.flow, Flow) else 1
+        for first in range(0, draws, size):
+            some = range(first, min(first + size, draws))
+            shape = Size((len(some), *numbers.shape))
+            log_q = None
+            if fresh and q is not None:
+                u, log_q = q.rsample_and_log_prob(shape[:1])
+            elif fresh:
+                u = fresh_uniform(shape, bits, numbers)
+            else:
+                u = counted_uniform(value, len(self.event_shape), self.seed, some, bits, numbers.dtype)
+                u, log_q = (u, None) if q is None else from_uniform(q, u)
+            yield self._within(numbers, u), log_q
+
+    def _density(self, intensities: Tensor, context: Tensor | None) -> Tensor:
+        return self.flow.log_prob(intensities) if context is None else self.flow.log_prob(intensities, context)
+
+    def _within(self, numbers: Tensor, u: Tensor) -> Tensor:
+        """Intensities that rounding keeps inside their pixels."""
+        edge = 2.0 ** -(grid_bits(self.levels, numbers.dtype) + 1)
+        return numbers + u.clamp(edge, 1 - edge)
+
+    def _centred(self, numbers: Tensor) -> Tensor:
+        return (numbers + 0.5) * (2 / self.levels) - 1
+
+    # The noise as a latent site of Pyro.
+
+    def model(self, value: Tensor, context: Tensor | None = None) -> None:
+        """The model of rows of pixels whose latent site ``"noise"`` is uniform within them.
+
+        With :meth:`guide`, ``SVI(deq.model, deq.guide, optim, Trace_ELBO())`` trains the flow and the dequantizer
+        together; the ELBO has the distribution of the sum of :meth:`log_prob` with one fresh draw.
+
+        Args:
+            value: whole numbers, shape ``(rows, *event_shape)``.
+            context: shape ``(rows, context_dim)``, if the flow takes one.
+        """
+        numbers, context = self._rows(value).to(self._like().dtype), self._admit(context)
+        with pyro.plate("rows", len(numbers)):
+            u = pyro.sample("noise", self._uniform(numbers))
+            pyro.factor("pixels", self._density(self._within(numbers, u), context))
+
+    def guide(self, value: Tensor, context: Tensor | None = None) -> None:
+        """The guide of :meth:`model`: noise by the dequantizer, uniform without one."""
+        numbers = self._rows(value).to(self._like().dtype)
+        q = self._uniform(numbers) if self.dequantizer is None else self.dequantizer(self._centred(numbers))
+        with pyro.plate("rows", len(numbers)):
+            pyro.sample("noise", q)
+
+    def _rows(self, value: Tensor) -> Tensor:
+        pyro.module(self.name, self)
+        value = self.whole(value)
+        if value.dim() != 1 + len(self.event_shape):
+            want = ", ".join(map(str, ("rows", *self.event_shape)))
+            raise ValueError(f"Dequantized: expected pixels of shape ({want}), got shape {tuple(value.shape)}")
+        return value
+
+    def _uniform(self, numbers: Tensor) -> dist.Distribution:
+        low = numbers.new_zeros(self.event_shape)
+        return dist.Uniform(low, low + 1, validate_args=False).to_event(len(self.event_shape))
+
+    def extra_repr(self) -> str:
+        return f"levels={self.levels}, draws={self.draws}, seed={self.seed}"
+
+
+def _count(what: str, number: int) -> int:
+    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+        raise ValueError(f"Dequantized: expected {what} to be an integer >= 1, got {number!r}")
+    return number

@@ -1,0 +1,164 @@
+"""The builder of MintNet: pairs of masked convolutional layers for images ``(C, H, W)`` and series ``(C, T)``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from types import MappingProxyType
+
+from torch import Size
+
+from pyro_flows.boundary import event_size
+from pyro_flows.chain import Chain
+from pyro_flows.core import FlowTransform
+from pyro_flows.transforms import ActNorm, Mint, Split, Squeeze
+from pyro_flows.triangular import as_image
+
+__all__ = ["MINTNET_CONFIGURATIONS", "mintnet"]
+
+#: The networks of the paper by data set, as options of ``mintnet``; ImageNet is that of 32 x 32.
+MINTNET_CONFIGURATIONS = MappingProxyType(
+    {
+        "mnist": MappingProxyType({"num_layers": 20, "num_groups": 45, "squeeze": 2}),
+        "cifar10": MappingProxyType({"num_layers": 21, "num_groups": 85, "squeeze": 2}),
+        "imagenet32": MappingProxyType({"num_layers": 21, "num_groups": 85, "squeeze": 2}),
+    }
+)
+
+
+def mintnet(
+    event_shape: Iterable[int],
+    *,
+    context_dim: int = 0,
+    num_layers: int = 6,
+    num_groups: int | Sequence[int] = 16,
+    kernel_size: int = 3,
+    order: str = "channel",
+    squeeze: int = 0,
+    split: bool = False,
+    act_norm: bool = False,
+    one_sided: bool = False,
+    hidden_dims: Sequence[int] = (64,),
+    activation: str = "elu",
+    min_slope: float = 1e-3,
+    shared_scale: bool = False,
+    tolerance: float | None = None,
+    max_sweeps: int | None = None,
+    on_fail: str = "raise",
+) -> Chain:
+    r"""MintNet: pairs of :class:`~pyro_flows.transforms.Mint` layers, monotone maps by masked convolutions.
+
+    From data to base, the first of each pair makes a coordinate depend on those before it, the second on those after
+    it; :math:`\log|\det|` is the sum over layers of the logarithms of the triangular Jacobians' diagonals, exactly.
+    Density costs two passes for each pair.  Sampling is exact as well: it solves two triangular systems for each pair,
+    each by about as many passes as its longest chain of dependencies, or fewer.  Squeezes are undone on the base side,
+    so the base is an event of the image's shape.  A fresh flow is near the identity.
+
+    The networks of the paper are ``mintnet((3, 32, 32), **MINTNET_CONFIGURATIONS["cifar10"])`` and so on, with
+    ``from pyro_flows.flows import MINTNET_CONFIGURATIONS``.
+
+    Args:
+        event_shape: ``(C, H, W)`` or ``(C, T)``.
+        context_dim: size of the context, 0 for none; every layer sees it.
+        num_layers: number of pairs (paper: 20 for MNIST, 21 for CIFAR-10 and ImageNet32).
+        num_groups: hidden maps for each channel; after a squeeze, as many times fewer as there are more channels, or
+            given for each stage, one more than there are squeezes (paper: 45 for MNIST, 85 for CIFAR-10).
+        kernel_size: of the convolutions, odd (paper: 3).
+        order: of the coordinates, ``"channel"`` (paper) or ``"position"``; see :class:`~pyro_flows.transforms.Mint`.
+        squeeze: number of squeezes, spread evenly over the pairs (paper: 2, after a third and two thirds of them).
+        split: whether half of the channels leave after each squeeze, Gaussian given the others (paper: no).
+        act_norm: whether each pair has an :class:`~pyro_flows.transforms.ActNorm` on its data side, which the first
+            batch in training sets (paper: no).
+        one_sided: whether all layers have the first's orientation: then the whole flow is triangular, and gives the
+            density of each coordinate given those before it; needs ``squeeze=0``.
+        hidden_dims: widths of the hidden layers of the contexts' networks.
+        activation: of the layers, increasing (paper: ELU).
+        min_slope: the least factor of a coordinate in a layer (paper: 1e-12).
+        shared_scale: whether those factors are shared over places; no parameter then depends on the image's size.
+        tolerance: of the solver, relative; ``None`` for one that goes with the dtype.
+        max_sweeps: of the solver; ``None`` for as many as it takes.
+        on_fail: whether to ``"raise"`` or ``"warn"`` if so many were too few.
+
+    Raises:
+        ValueError: if the event is no image or series, or cannot be squeezed that often, or options do not go together.
+
+    References:
+        MintNet: Building Invertible Neural Networks with Masked Convolutions (Song et al., 2019), arXiv:1907.07945.
+    """
+    event = event_size(event_shape)
+    as_image("mintnet", event)
+    _check(event, num_layers, squeeze, split, one_sided)
+    groups = _groups(num_groups, squeeze, len(event) - 1)
+    per_stage = num_layers // (squeeze + 1)
+    options = {
+        "kernel_size": kernel_size,
+        "order": order,
+        "context_dim": context_dim,
+        "hidden_dims": hidden_dims,
+        "activation": activation,
+        "min_slope": min_slope,
+        "shared_scale": shared_scale,
+        "tolerance": tolerance,
+        "max_sweeps": max_sweeps,
+        "on_fail": on_fail,
+    }
+
+    def pair(shape: Size, width: int) -> list[FlowTransform]:
+        # From base to data, so the one that data meet first comes last.
+        layers = [Mint(shape, num_groups=width, lower=one_sided or k == 1, **options) for k in range(2)]
+        return [*layers, *([ActNorm(shape)] if act_norm else [])]
+
+    def stage(shape: Size, level: int) -> list[FlowTransform]:
+        count = per_stage if level < squeeze else num_layers - squeeze * per_stage
+        pairs = [part for _ in range(count) for part in pair(shape, groups[level])]
+        if level == squeeze:
+            return pairs
+        down = Squeeze(shape)
+        whole = down.event_shape
+        if split:
+            half = Size((whole[0] // 2, *whole[1:]))
+            coarse = [Split(Chain(stage(half, level + 1)), whole, context_dim=context_dim)]
+        else:
+            coarse = stage(whole, level + 1)
+        return [down.inv, *coarse, Squeeze(shape), *pairs]
+
+    return Chain(stage(event, 0))
+
+
+def _check(event: Size, num_layers: int, squeeze: int, split: bool, one_sided: bool) -> None:
+    if isinstance(squeeze, bool) or not isinstance(squeeze, int) or squeeze < 0:
+        raise ValueError(f"mintnet: expected squeeze to be an integer >= 0, got {squeeze!r}")
+    if isinstance(num_layers, bool) or not isinstance(num_layers, int) or num_layers < 1:
+        raise ValueError(f"mintnet: expected num_layers to be an integer >= 1, got {num_layers!r}")
+    if num_layers <= squeeze:
+        raise ValueError(
+            f"mintnet: expected at least one pair of layers at each size, so num_layers > squeeze, got {num_layers} "
+            f"and {squeeze}"
+        )
+    odd = next((n for n in event[1:] if n % 2**squeeze), None)
+    if odd is not None:
+        raise ValueError(
+            f"mintnet: expected sides that can be halved {squeeze} times (squeeze={squeeze}), got event shape "
+            f"{tuple(event)}; ask for fewer squeezes, or pad the data to sides that are multiples of {2**squeeze}"
+        )
+    if split and not squeeze:
+        raise ValueError("mintnet: split=True needs squeeze >= 1: channels leave after squeezes")
+    if one_sided and squeeze:
+        raise ValueError(
+            "mintnet: one_sided=True needs squeeze=0: a squeezed image has another order, so the flow as a whole would "
+            "not be triangular"
+        )
+
+
+def _groups(num_groups: int | Sequence[int], squeeze: int, dims: int) -> list[int]:
+    """The number of groups at each stage."""
+    if isinstance(num_groups, int):
+        if isinstance(num_groups, bool) or num_groups < 1:
+            raise ValueError(f"mintnet: expected num_groups to be an integer >= 1, got {num_groups!r}")
+        return [max(num_groups >> (dims * k), 1) for k in range(squeeze + 1)]
+    groups = list(num_groups)
+    if len(groups) != squeeze + 1:
+        raise ValueError(
+            f"mintnet: expected num_groups to be an integer or {squeeze + 1} of them, one more than there are squeezes"
+            f", got {num_groups!r}"
+        )
+    return groups

@@ -1,0 +1,158 @@
+"""Couplings of images and series, whose parameters are the maps of a convolutional network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Size, Tensor
+
+from pyro_flows.activations import Activation
+from pyro_flows.convolutions import ConvNet, image_shape
+from pyro_flows.core import FlowTransform
+from pyro_flows.univariate import Affine, Univariate
+
+__all__ = ["ConvCoupling"]
+
+
+def _kept(event_shape: Size, mask: str | Tensor) -> Tensor:
+    """What a coupling leaves as it is, boolean, of the event's shape; see :class:`ConvCoupling`."""
+    channels, *sides = event_shape
+    size = event_shape.numel()
+    if isinstance(mask, str):
+        if size == 1:
+            return torch.zeros(event_shape, dtype=torch.bool)
+        if mask == "checkerboard":
+            if size == channels:
+                raise ValueError(
+                    f"ConvCoupling: a checkerboard keeps every other place, but event shape {tuple(event_shape)} has "
+                    "one place only; use mask='channels'"
+                )
+            parity = sum(torch.arange(n).reshape(-1, *(1,) * (len(sides) - 1 - k)) for k, n in enumerate(sides)) % 2
+            return (parity == 1).expand(event_shape).clone()
+        if mask == "channels":
+            if channels == 1:
+                raise ValueError(
+                    f"ConvCoupling: mask='channels' keeps half of the channels, but event shape {tuple(event_shape)} "
+                    "has one only; use mask='checkerboard', or put a Squeeze before"
+                )
+            first = torch.arange(channels) < channels // 2
+            return first.reshape(-1, *(1 for _ in sides)).expand(event_shape).clone()
+        raise ValueError(f"ConvCoupling: expected mask to be 'checkerboard', 'channels' or boolean, got {mask!r}")
+    given = torch.as_tensor(mask).cpu()
+    if given.dtype != torch.bool or given.shape != event_shape:
+        raise ValueError(
+            f"ConvCoupling: expected a boolean mask of shape {tuple(event_shape)}, got {given.dtype} of shape "
+            f"{tuple(given.shape)}"
+        )
+    if given.all() or (size > 1 and not given.any()):
+        raise ValueError(
+            "ConvCoupling: expected mask to keep some numbers and move others, got one that keeps "
+            f"{int(given.sum())} of {size}"
+        )
+    return given.clone()
+
+
+class ConvCoupling(FlowTransform):
+    r"""Moves some places or channels of an image by univariate maps whose parameters depend on the others.
+
+    :math:`y_k = x_k` for what is kept, :math:`y_m = u(x_m; p(x_k, c))` for what is moved, with one set of parameters
+    per place and channel; :math:`\log|\det| = \sum_m \log u'`, and the inverse is
+    :math:`x_m = u^{-1}(y_m; p(y_k, c))`.  Each direction costs one pass of a convolutional network.
+
+    Where whole channels are kept, the network sees these and nothing else.  Otherwise it sees the image with zeros
+    where it is moved, and the mask as another channel (one for each channel, if their masks differ).
+
+    Args:
+        event_shape: ``(C, H, W)`` or ``(C, T)``.
+        univariate: the family of scalar maps, ``Affine()`` by default; all but those of angles.
+        mask: what to keep: ``"checkerboard"`` the places whose coordinates have an odd sum, in all channels;
+            ``"channels"`` the first half of the channels, rounded down; or a boolean mask of shape ``event_shape``,
+            true where kept, which a caller who draws it must keep, since it is no part of the ``state_dict``.
+        flip: whether to move what ``mask`` keeps and keep the rest.
+        context_dim: size of the context, 0 for none.
+        channels, num_blocks, kernel_size, activation: of the network, a :class:`~pyro_flows.convolutions.ConvNet`.
+
+    Raises:
+        ValueError: if the event is no image or series, or the mask has another shape, or keeps all or nothing.
+
+    References:
+        Density estimation using Real NVP (Dinh et al., 2016), section 3.4, arXiv:1605.08803.
+    """
+
+    def __init__(
+        self,
+        event_shape: Iterable[int],
+        univariate: Univariate | None = None,
+        *,
+        mask: str | Tensor = "checkerboard",
+        flip: bool = False,
+        context_dim: int = 0,
+        channels: int = 32,
+        num_blocks: int = 2,
+        kernel_size: int = 3,
+        activation: Activation = "relu",
+    ) -> None:
+        super().__init__(image_shape("ConvCoupling", event_shape), context_dim)
+        self.univariate = Affine() if univariate is None else univariate
+        if self.univariate.periodic:
+            raise ValueError(
+                f"ConvCoupling: {self.univariate} moves angles, but the network takes numbers on a line; use "
+                "Coupling(..., periodic=...)"
+            )
+        kept = _kept(self.event_shape, mask)
+        if flip and kept.numel() > 1:
+            kept = ~kept
+        self.register_buffer("mask", kept, persistent=False)
+        planes = kept.flatten(1)
+        self._whole_channels = bool((planes == planes[:, :1]).all() and kept.any())
+        # Of the channels, or of all numbers in row-major order.
+        units = planes[:, 0] if self._whole_channels else kept.flatten()
+        self.register_buffer("kept_at", torch.nonzero(units).flatten(), persistent=False)
+        self.register_buffer("moved_at", torch.nonzero(~units).flatten(), persistent=False)
+        if self._whole_channels:
+            seen, made = len(self.kept_at), len(self.moved_at)
+        else:
+            shared = bool((planes == planes[:1]).all())
+            self._planes = 1 if shared else self.event_shape[0]
+            seen, made = self.event_shape[0] + self._planes, self.event_shape[0]
+        self.net = ConvNet(
+            seen,
+            made,
+            num_params=self.univariate.num_params,
+            space_dims=len(self.event_shape) - 1,
+            channels=channels,
+            num_blocks=num_blocks,
+            kernel_size=kernel_size,
+            context_dim=context_dim,
+            activation=activation,
+        )
+
+    def _move(self, value: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
+        dims = len(self.event_shape)
+        move = self.univariate.inverse if inverse else self.univariate.forward
+        batch = value.shape[: value.dim() - dims]
+        if self._whole_channels:
+            params = self.net(value.index_select(-dims, self.kept_at), context)
+            moved, slope = move(value.index_select(-dims, self.moved_at), params)
+            out = value.index_copy(-dims, self.moved_at, moved.to(value.dtype))
+            return out, slope.flatten(-dims).sum(-1)
+        seen = torch.where(self.mask, value, value.new_zeros(()))
+        planes = self.mask[: self._planes].to(value.dtype)
+        params = self.net(torch.cat((seen, planes.expand(*batch, *planes.shape)), -dims), context)
+        # Where only places are kept, half of the parameters are for nothing; a spline costs more than to pick them.
+        params = params.movedim(-1, -1 - dims).flatten(-dims).index_select(-1, self.moved_at).transpose(-1, -2)
+        flat = value.flatten(-dims)
+        moved, slope = move(flat.index_select(-1, self.moved_at), params)
+        out = flat.index_copy(-1, self.moved_at, moved.to(value.dtype))
+        return out.unflatten(-1, self.event_shape), slope.sum(-1)
+
+    def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._move(x, context, inverse=False)
+
+    def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._move(y, context, inverse=True)
+
+    def extra_repr(self) -> str:
+        kept = int(self.mask.sum()) if not self.mask.is_meta else "?"
+        return f"{super().extra_repr()}, {self.univariate}, keeps {kept} of {self.event_shape.numel()}"

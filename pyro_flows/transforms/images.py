@@ -1,0 +1,207 @@
+"""Shapes of images and series: places traded for channels, and half of the channels factored out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Size, Tensor
+from torch.distributions import constraints
+
+from pyro_flows.activations import Activation
+from pyro_flows.chain import total_cost
+from pyro_flows.convolutions import ConvNet, image_shape
+from pyro_flows.core import FlowTransform
+from pyro_flows.univariate import Affine
+
+__all__ = ["Split", "Squeeze"]
+
+
+class Squeeze(FlowTransform):
+    r"""Trades places for channels: data ``(C, H, W)`` is base ``(4 C, H / 2, W / 2)``, and ``(C, T)`` is
+    ``(2 C, T / 2)``.
+
+    Each square of 2 x 2 places becomes one place; channel :math:`c` of its place :math:`(d_y, d_x)` becomes channel
+    :math:`(2 d_y + d_x) C + c`.  A reordering, so :math:`\log|\det| = 0`.  Each direction is one copy.
+
+    Args:
+        event_shape: shape of the image, ``(C, H, W)`` or ``(C, T)``: that of the *data* side, ``data_shape``.  The
+            transform's own ``event_shape`` is that of its base side, which is squeezed.
+
+    Raises:
+        ValueError: if the event is no image or series, or the size of a side is odd.
+
+    References:
+        Density estimation using Real NVP (Dinh et al., 2016), section 3.6, arXiv:1605.08803.
+    """
+
+    sampling_cost = density_cost = "1 gather"
+
+    def __init__(self, event_shape: Iterable[int]) -> None:
+        image = image_shape("Squeeze", event_shape)
+        channels, *sides = image
+        if any(n % 2 for n in sides):
+            raise ValueError(
+                f"Squeeze: expected sides of even size, got event shape {tuple(image)}; pad the data to even sizes, "
+                "or crop it"
+            )
+        super().__init__((channels << len(sides), *(n // 2 for n in sides)))
+        self._image = image
+
+    @property
+    def data_shape(self) -> Size:
+        """Shape of the image."""
+        return self._image
+
+    def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        sides = self.event_shape[1:]
+        dims = len(sides)
+        # (*batch, 2, .., 2, C, h, ..) to (*batch, C, h, 2, ..)
+        parts = x.unflatten(-1 - dims, (*(2 for _ in sides), self._image[0]))
+        order = [dims, *(k for side in range(dims) for k in (dims + 1 + side, side))]
+        y = _permuted(parts, order).reshape(*x.shape[: -1 - dims], *self._image)
+        return y, x.new_zeros(x.shape[: -1 - dims])
+
+    def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        sides = self.event_shape[1:]
+        dims = len(sides)
+        batch = y.shape[: -1 - dims]
+        # (*batch, C, h, 2, ..) to (*batch, 2, .., 2, C, h, ..)
+        parts = y.reshape(*batch, self._image[0], *(n for side in sides for n in (side, 2)))
+        order = [*range(2, 2 * dims + 1, 2), 0, *range(1, 2 * dims, 2)]
+        return _permuted(parts, order).reshape(*batch, *self.event_shape), y.new_zeros(batch)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, data: {tuple(self._image)}"
+
+
+def _permuted(value: Tensor, order: list[int]) -> Tensor:
+    """The last dimensions in this order."""
+    first = value.dim() - len(order)
+    return value.permute(*range(first), *(first + k for k in order))
+
+
+def _is_real(constraint: constraints.Constraint) -> bool:
+    while isinstance(constraint, constraints.independent):
+        constraint = constraint.base_constraint
+    return isinstance(constraint, type(constraints.real))
+
+
+class Split(FlowTransform):
+    r"""Factors out half of the channels: the first half goes on, the others are Gaussian given these.
+
+    With :math:`x = (x_a, x_b)` by channels, :math:`y_a = f(x_a)` by ``inner`` and
+    :math:`y_b = \mu(y_a, c) + e^{s(y_a, c)} x_b`, where a convolutional network gives :math:`\mu` and a log-scale that
+    is smoothly bounded; :math:`\log|\det|` is that of ``inner`` plus :math:`\sum s`.  With a standard normal base
+    :math:`y_b` is Gaussian given :math:`y_a`, mean and scale zero and one at first.  So the base holds all the numbers
+    of an image, also those that left early, in an event of the same shape.  Each direction costs that of ``inner`` and
+    one pass.
+
+    ``inner`` maps events ``(C / 2, H, W)`` to events of that very shape.  It may squeeze inside, if it starts by
+    undoing that: ``Chain([Squeeze(half).inv, ..., Squeeze(half)])``, from base to data.  It may hold another split.
+
+    Args:
+        inner: the flow of the first half; ``None`` to leave it as it is.
+        event_shape: ``(C, H, W)`` or ``(C, T)``, with an even number of channels.
+        context_dim: size of the context, 0 for none; the Gaussian and ``inner``, if that takes one, see it.
+        max_log_scale: bound of the smooth clip on log-scales.
+        channels, num_blocks, kernel_size, activation: of the network, a :class:`~pyro_flows.convolutions.ConvNet`.
+
+    Raises:
+        ValueError: for an odd number of channels, or an inner flow of other events or another context.
+
+    References:
+        Density estimation using Real NVP (Dinh et al., 2016), section 3.6, arXiv:1605.08803.
+        Glow: Generative Flow with Invertible 1x1 Convolutions (Kingma & Dhariwal, 2018), arXiv:1807.03039.
+    """
+
+    def __init__(
+        self,
+        inner: FlowTransform | None,
+        event_shape: Iterable[int],
+        *,
+        context_dim: int = 0,
+        max_log_scale: float = 3.0,
+        channels: int = 32,
+        num_blocks: int = 0,
+        kernel_size: int = 3,
+        activation: Activation = "relu",
+    ) -> None:
+        event = image_shape("Split", event_shape)
+        if event[0] % 2:
+            raise ValueError(
+                f"Split: expected an even number of channels, got event shape {tuple(event)}; put a Squeeze before"
+            )
+        super().__init__(event, context_dim)
+        half = Size((event[0] // 2, *event[1:]))
+        if inner is not None:
+            self._check(inner, half)
+        self.inner = inner
+        self.univariate = Affine(max_log_scale)
+        self.net = ConvNet(
+            half[0],
+            half[0],
+            num_params=self.univariate.num_params,
+            space_dims=len(event) - 1,
+            channels=channels,
+            num_blocks=num_blocks,
+            kernel_size=kernel_size,
+            context_dim=context_dim,
+            activation=activation,
+        )
+
+    def _check(self, inner: FlowTransform, half: Size) -> None:
+        if not isinstance(inner, FlowTransform):
+            raise TypeError(f"Split: expected inner to be a flow transform or None, got {type(inner).__name__}")
+        if inner.event_shape != half or inner.data_shape != half:
+            raise ValueError(
+                f"Split: expected an inner flow of events of shape {tuple(half)} on both sides, got "
+                f"{tuple(inner.event_shape)} on the base side and {tuple(inner.data_shape)} on the data side; one that "
+                "squeezes undoes it on the base side by Squeeze(...).inv"
+            )
+        if inner.context_dim not in (0, self.context_dim):
+            raise ValueError(
+                f"Split: the inner flow takes a context of size {inner.context_dim}, got "
+                f"context_dim={self.context_dim}; give both the same"
+            )
+        if inner.periodic is not None or not (_is_real(inner.domain) and _is_real(inner.codomain)):
+            raise ValueError(
+                "Split: expected an inner flow of unconstrained numbers, got one of angles or of constrained ones; "
+                "put such parts outside"
+            )
+
+    @property
+    def sampling_cost(self) -> str:
+        return "1 pass" if self.inner is None else total_cost(("1 pass", self.inner.sampling_cost))
+
+    @property
+    def density_cost(self) -> str:
+        return "1 pass" if self.inner is None else total_cost(("1 pass", self.inner.density_cost))
+
+    def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        dims = len(self.event_shape)
+        first, second = x.chunk(2, -dims)
+        inner_ladj: Tensor | float = 0.0
+        if self.inner is not None:
+            first, inner_ladj = self.inner._forward_and_ladj(first, context if self.inner.context_dim else None)
+        second, slope = self.univariate.forward(second.expand_as(first), self.net(first, context))
+        return torch.cat((first, second), -dims), slope.flatten(-dims).sum(-1) + inner_ladj
+
+    def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        dims = len(self.event_shape)
+        first, second = y.chunk(2, -dims)
+        second, slope = self.univariate.inverse(second, self.net(first, context))
+        ladj = slope.flatten(-dims).sum(-1)
+        if self.inner is not None:
+            first, inner_ladj = self.inner._inverse_and_ladj(first, context if self.inner.context_dim else None)
+            ladj = ladj + inner_ladj
+        return torch.cat((first, second.expand_as(first)), -dims), ladj
+
+    def _map_shape(self, shape: Size, source: Size, target: Size) -> Size:
+        shape = super()._map_shape(shape, source, target)
+        if self.inner is None:
+            return shape
+        # A conditioned view inside brings the batch shape of its context.
+        half = self.inner.event_shape
+        extra, cut = self.inner.forward_shape(half)[: -len(half)], len(shape) - len(target)
+        return torch.broadcast_shapes(shape[:cut], extra) + target if extra else shape
