@@ -78,8 +78,9 @@ def multiscale_realnvp(
             side of 4 or more: 2 for 8 x 8, 3 for 28 x 28, and 4 for 32 x 32 (paper: down to 4 x 4).
         num_couplings: checkerboards, and channel couplings, of each scale (paper: 3).
         channels: hidden channels of the finest scale's networks, twice as many after each squeeze as in the paper
-            (paper: 64 for 32 x 32, else 32).
-        num_blocks: residual blocks of each network (paper: 8 for 32 x 32, 4 for CelebA, else 2).
+            (there 64 for CIFAR-10, else 32).
+        num_blocks: residual blocks of each network (paper: 8 for CIFAR-10, 4 for other images of 32 x 32, 2 for those
+            of 64 x 64).
         kernel_size: of the networks' convolutions (paper: 3).
         activation: of the networks (paper: ReLU).
         max_log_scale: bound of the smooth clip on log-scales (paper: tanh times a learnt scale).

@@ -51,8 +51,8 @@ class _Map(TriangularMap):
 
 
 def _settings(tolerance: float | None, max_sweeps: int | None, on_fail: str) -> SolverSettings:
-    if tolerance is not None and not (isinstance(tolerance, (int, float)) and tolerance > 0):
-        raise ValueError(f"Mint: expected tolerance to be positive, or None, got {tolerance!r}")
+    if tolerance is not None and not (isinstance(tolerance, (int, float)) and 0 < tolerance < 1):
+        raise ValueError(f"Mint: expected tolerance between 0 and 1, or None, got {tolerance!r}")
     whole = isinstance(max_sweeps, int) and not isinstance(max_sweeps, bool)
     if max_sweeps is not None and not (whole and max_sweeps > 0):
         raise ValueError(f"Mint: expected max_sweeps to be an integer >= 1, or None, got {max_sweeps!r}")
