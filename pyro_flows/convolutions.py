@@ -21,7 +21,10 @@ def image_shape(name: str, event_shape: int | Iterable[int]) -> Size:
     """The shape of an event that must be ``(C, H, W)`` or ``(C, T)``; ``name`` is who asks."""
     shape = event_size(event_shape)
     if len(shape) not in (2, 3):
-        raise ValueError(f"{name}: expected an event of shape (C, H, W) or (C, T), got {tuple(shape)}")
+        raise ValueError(
+            f"{name}: expected an event of shape (C, H, W) or (C, T), got {tuple(shape)}; a single channel has a "
+            "dimension of its own too, e.g. (1, 28, 28)"
+        )
     return shape
 
 

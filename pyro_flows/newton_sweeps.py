@@ -269,12 +269,13 @@ class _Sweeps:
         bad = int((~torch.isfinite(self.z)).any(1).sum())
         if bad:
             raise ValueError(f"{name}: expected finite values to invert, got {bad} of {self.total} rows that are not")
-        for kind, tensors in (("parameters", self.shared), ("context's values", self.rowwise)):
+        kinds = (("parameters", self.shared, ""), ("context's values", self.rowwise, "the context is not finite, or "))
+        for kind, tensors, reason in kinds:
             bad = sum(int((~torch.isfinite(t)).sum()) for t in tensors)
             if bad:
                 raise ValueError(
-                    f"{name}: expected finite {kind}, got {bad} numbers that are not; the training that made them has "
-                    "diverged, or a bad state was loaded"
+                    f"{name}: expected finite {kind}, got {bad} numbers that are not; {reason}the training that made "
+                    "them has diverged, or a bad state was loaded"
                 )
         if bool(torch.isnan(self.slack).any()):
             raise ValueError(

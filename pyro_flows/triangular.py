@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_flows.convolutions import image_shape
+
 __all__ = ["ORDERS", "Tile", "as_image", "earlier_taps", "kernel_of", "ranks", "tiles", "waves"]
 
 ORDERS = ("channel", "position")
@@ -29,13 +31,8 @@ def as_image(name: str, event_shape: Sequence[int]) -> tuple[int, int, int]:
     Raises:
         ValueError: for an event of another number of dimensions.
     """
-    shape = tuple(event_shape)
-    if len(shape) not in (2, 3):
-        raise ValueError(
-            f"{name}: expected an event (channels, height, width) or (channels, time), got {shape}; a single channel "
-            "has a dimension of its own too, e.g. (1, 28, 28)"
-        )
-    return (shape[0], 1, shape[1]) if len(shape) == 2 else shape
+    shape = image_shape(name, event_shape)
+    return (shape[0], 1, shape[1]) if len(shape) == 2 else tuple(shape)
 
 
 def kernel_of(name: str, event_shape: Sequence[int], kernel_size: int) -> tuple[int, int]:

@@ -7,7 +7,9 @@ import io
 import itertools
 import math
 import pickle
+from pathlib import Path
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -18,10 +20,12 @@ from torch.autograd.graph import saved_tensors_hooks
 
 import pyro_flows as pf
 from pyro_flows.flows import MINTNET_CONFIGURATIONS
+from pyro_flows.infer import fit_density
 from pyro_flows.monotone import MONOTONE
 from pyro_flows.slopes import Weights, _plain, value_and_slope
 from pyro_flows.triangular import ORDERS, as_image, earlier_taps, ranks, waves
 
+DIGITS = Path(__file__).parent.parent / "examples" / "data" / "digits.npz"
 SHAPES = [(1, 4, 4), (3, 3, 2), (4, 2, 2), (2, 5)]
 KINDS = list(itertools.product(SHAPES, ORDERS, (True, False)))
 
@@ -403,11 +407,11 @@ def test_too_few_sweeps_are_reported():
     assert made(x).isfinite().all()  # what no float can reach ends all the same
 
 
-@pytest.mark.parametrize("context_dim", [0, 2])
-def test_gradients_of_sampling(context_dim):
-    """T8: of the solution and its log-determinant, after the base value, the context and every parameter."""
-    made = layer((2, 2, 2), scale=1.5, context_dim=context_dim, hidden_dims=(3,), tolerance=1e-15)
-    x = torch.randn(2, 2, 2, 2, dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize("shape, context_dim", [((2, 2, 2), 0), ((2, 2, 2), 2), ((2, 3), 1)])
+def test_gradients_of_sampling(shape, context_dim):
+    """T8, T14: of the solution and its log-determinant, after the base value, the context and every parameter."""
+    made = layer(shape, scale=1.5, context_dim=context_dim, hidden_dims=(3,), tolerance=1e-15)
+    x = torch.randn(2, *shape, dtype=torch.float64, requires_grad=True)
     context = context_of(made, 2)
     names, params = zip(*made.named_parameters(), strict=True)
     more = [] if context is None else [context.requires_grad_()]
@@ -585,6 +589,13 @@ def test_context_matters_and_is_batched():
         torch.testing.assert_close(made.forward_and_ladj(x[k, 1], contexts[k, 0])[0], y, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_context_that_is_not_finite_is_named(bad):
+    made = layer((1, 2, 2), context_dim=2)
+    with pytest.raises(ValueError, match=r"expected finite context's values.*the context is not finite, or"):
+        made(torch.zeros(3, 1, 2, 2, dtype=torch.float64), torch.tensor([0.0, bad], dtype=torch.float64))
+
+
 def test_log_slopes_check_their_arguments():
     made = layer((2, 3, 3))
     with pytest.raises(ValueError, match="trailing shape"):
@@ -614,6 +625,31 @@ def test_svi_trains_it():
     torch.testing.assert_close(drawn.std(0), data.std(0), rtol=0, atol=0.15)
 
 
+@pytest.mark.slow
+def test_digits_are_learnt():
+    """T12: handwritten digits of 17 levels, in about a minute.  T13: draws have the moments of the data."""
+    raw = torch.from_numpy(np.load(DIGITS)["x"])[:, None]
+    raw = raw[torch.randperm(len(raw), generator=torch.Generator().manual_seed(0))]
+    train, validation, test = raw[:1297], raw[1297:1497], raw[1497:]
+    flow = pf.mintnet((1, 8, 8), num_layers=8, num_groups=(16, 16), squeeze=1)
+    model = pf.Dequantized(pf.Chain([*flow, pf.LogitPixels((1, 8, 8), 17, margin=1e-6)]), 17)
+    options = {"lr": 6e-3, "batch_size": 64, "schedule": "cosine", "weight_decay": 0.3, "max_steps": 1000}
+    fit_density(model, train.numpy(), validation.numpy(), progress=False, **options)
+    with torch.no_grad():
+        bits = float(pf.bits_per_dim(model.scores(test, draws=4).mean(), (1, 8, 8)))
+        drawn = model.sample((600,)).double()
+        v = model.intensities(test, 1)[0]
+        x = model.flow.chain.inv(v)
+        back = model.flow.chain(x)
+    # A Gaussian has 2.33; below 1.6 pixels would be leaking, or a log-determinant wrong.
+    assert 1.6 < bits <= 1.95
+    truth = raw.double()
+    assert (drawn.mean(0) - truth.mean(0)).square().mean().sqrt() < 0.7
+    assert (drawn.std(0) - truth.std(0)).square().mean().sqrt() < 0.7
+    assert abs(float(drawn.mean() - truth.mean())) < 0.25
+    assert (back - v).abs().max() < 1e-3
+
+
 def test_autocast_keeps_the_density():
     made = layer((2, 3, 3), scale=1.0, double=False, context_dim=2)
     y, context = torch.randn(4, 2, 3, 3), torch.randn(4, 2)
@@ -627,14 +663,29 @@ def test_autocast_keeps_the_density():
     torch.testing.assert_close(back, y, rtol=1e-3, atol=1e-3)
 
 
+def test_gradients_taken_under_autocast_are_the_same():
+    made = layer((2, 3, 3), scale=1.0, double=False)
+    y = torch.randn(4, 2, 3, 3)
+
+    def grads():
+        x, ladj = made.inverse_and_ladj(y)
+        return torch.autograd.grad(x.square().sum() - ladj.sum(), list(made.parameters()))
+
+    want = grads()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = grads()
+    for mine, other in zip(got, want, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
+
+
 # Errors
 
 
 @pytest.mark.parametrize(
     "shape, options, message",
     [
-        ((4,), {}, "channels, height, width"),
-        ((1, 2, 3, 4), {}, "channels, time"),
+        ((4,), {}, r"Mint: expected an event of shape \(C, H, W\)"),
+        ((1, 2, 3, 4), {}, r"or \(C, T\), got \(1, 2, 3, 4\)"),
         (4, {}, r"e\.g\. \(1, 28, 28\)"),
         ((1, 4, 4), {"kernel_size": 4}, "odd integer"),
         ((1, 4, 4), {"kernel_size": 0}, "odd integer"),
@@ -659,7 +710,7 @@ def test_layers_refuse(shape, options, message):
 @pytest.mark.parametrize(
     "shape, options, message",
     [
-        (3, {}, "channels, height, width"),
+        (3, {}, r"mintnet: expected an event of shape \(C, H, W\)"),
         ((1, 6, 6), {"squeeze": 2}, "halved 2 times.*multiples of 4"),
         ((1, 8, 8), {"squeeze": 2, "num_layers": 2}, "num_layers > squeeze"),
         ((1, 8, 8), {"squeeze": -1}, "squeeze"),
@@ -668,6 +719,8 @@ def test_layers_refuse(shape, options, message):
         ((1, 8, 8), {"one_sided": True, "squeeze": 1}, "squeeze=0"),
         ((1, 8, 8), {"num_groups": (4, 2)}, "an integer or 1 of them"),
         ((1, 8, 8), {"num_groups": 0}, "num_groups"),
+        ((1, 8, 8), {"num_groups": 2.5}, r"an integer or 1 of them.*got 2\.5"),
+        ((1, 8, 8), {"num_groups": "8"}, "an integer or 1 of them.*got '8'"),
     ],
 )
 def test_builders_refuse(shape, options, message):

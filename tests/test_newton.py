@@ -14,7 +14,7 @@ from torch.func import hessian, jacfwd, jacrev, jvp, vmap
 
 from pyro_flows import newton_adjoint
 from pyro_flows.newton import SolverSettings, TriangularMap, solve_triangular
-from pyro_flows.newton_sweeps import FLOOR, sweep
+from pyro_flows.newton_sweeps import FLOOR, TRUST, _Sweeps, sweep
 
 DOUBLE = torch.float64
 
@@ -130,6 +130,21 @@ class Cubic(TriangularMap):
 
     def slope_bounds(self, shared, rowwise):
         return shared[0].new_tensor(1.0), shared[0].new_tensor(2.0)
+
+
+class Root(TriangularMap):
+    """Nearly the square root, of the sign of x: a Newton step goes to -0.9 x, so that it stays in any bracket."""
+
+    name = "Root"
+    wave = torch.zeros(1, dtype=torch.long)
+
+    def value_and_slope(self, x, shared, rowwise):
+        near = x * x + 1e-12
+        root = near**-0.24
+        return x * (1e-4 + root), 1e-4 + root * (1 - 0.48 * x * x / near)
+
+    def slope_bounds(self, shared, rowwise):
+        return torch.tensor([1e-4], dtype=DOUBLE), torch.tensor([1e-4 + 1e-12**-0.24], dtype=DOUBLE)
 
 
 def plain(net, z, shared, rowwise=(), sweeps=200, x=None):
@@ -324,6 +339,182 @@ def test_solved_rows_leave():
     assert (badness(net, x, z, shared) < 1e5).all()
 
 
+# The safeguards one by one
+
+
+def test_stubborn_brackets_are_halved():
+    """Newton's method stays inside the bracket and gains little: only bisection gets on."""
+    net = Root()
+    start = torch.tensor([[-7.0], [0.5], [5.0], [20.0]], dtype=DOUBLE)
+    z = torch.zeros_like(start)
+    assert (plain(net, z, (), x=start, sweeps=50).abs() > 1e-3 * start.abs()).all()
+    x, stats = sweep(net, z, (), (), SolverSettings(), start)
+    assert stats[0] < 40 and stats[3] > 0
+    assert x.abs().max() < 1e-13
+
+
+@torch.no_grad()
+def test_guarded_steps_keep_to_their_rules():
+    """Fronts stay in their brackets; what was accepted moves once, if alone, and never again."""
+    seen = set()
+    for seed in range(8):
+        net = Net(12, band=3)
+        z, shared = draw(net, 8, seed=seed), net.parameters(3.0, seed=seed)
+        run = _Sweeps(net, z, shared, (), SolverSettings(tolerance=1e-2), 3 * torch.ones_like(z))
+        run.evaluate()
+        run.looking = False
+        run.guard()
+        for _ in range(400):
+            x, first, done, newton = run.x, run.first, run.done, run.x + run.r / run.d
+            passed = run.ratio < 1
+            count = run.careful()[1]
+            assert torch.equal(run.x[done], x[done])
+            inside = (run.lo <= run.x) & (run.x <= run.hi)
+            active = (run.wave == first) & (run.first == first) & ~passed & ~done
+            assert inside[active].all()
+            new = (run.wave >= first) & (run.wave < run.first)
+            alone, several = ((new & passed & ~done & more) for more in (run.first == first + 1, run.first > first + 1))
+            assert torch.equal(run.x[alone], newton[alone])
+            assert torch.equal(run.x[several], x[several])
+            seen |= {name for name, each in {"alone": alone, "several": several}.items() if each.any()}
+            if count == 8:
+                break
+            run.evaluate()
+        assert count == 8
+    assert seen == {"alone", "several"}
+
+
+@torch.no_grad()
+def test_the_last_step_is_taken_where_it_gains():
+    """What each kind of solved row does in a plain step, also when guarded steps begin."""
+    net, shared = Cubic(3), [torch.zeros(3, 3, dtype=DOUBLE)]
+    want = torch.tensor([0.5, -1.0, 2.0], dtype=DOUBLE).expand(5, 3)
+    z = net.value_and_slope(want, shared, ())[0]
+    start = want.clone()
+    start[0, 0] += 5e-4  # within the tolerance, and much better than before
+    start[1, 0] += 5e-4  # the same, and no better than before
+    start[2, 0] += 0.1  # was accepted earlier
+    start[3, 0] += 0.1  # not solved
+    start[4] = torch.nextafter(want[4], torch.zeros_like(want[4]))  # rounding
+    run = _Sweeps(net, z, shared, (), SolverSettings(tolerance=1e-3), start)
+    run.evaluate()
+    run.looking, run.live = False, torch.tensor([True, True, False, True, True])
+    run.worst = torch.where(torch.arange(5) == 1, 2 * run.ratio.amax(1), math.inf)
+    newton = start + run.r / run.d
+    assert newton[4].ne(start[4]).any()
+    solved, count = run.plain()
+    assert solved.tolist() == [True, True, True, False, True] and count == 4
+    moved = (run.x != start).nonzero().tolist()
+    assert moved == [[0, 0], [3, 0]]
+    assert torch.equal(run.x[[0, 3], 0], newton[[0, 3], 0])
+    run.evaluate()
+    run.guard()
+    assert run.first[:, 0].tolist() == [3, 3, 3, 0, 3]
+    assert run.done[2].all() and not run.done[3].any()
+
+
+@torch.no_grad()
+def test_rows_are_stuck_only_if_they_are_under_way():
+    net, shared = Cubic(3), [torch.zeros(3, 3, dtype=DOUBLE)]
+    z = torch.ones(2, 3, dtype=DOUBLE)
+    start = sweep(net, z, shared, (), SolverSettings())[0]
+    start[0] = 5
+    run = _Sweeps(net, z, shared, (), SolverSettings(), start)
+    run.evaluate()
+    assert [run.stuck(), run.stuck()] == [False, True]
+    run.live = torch.tensor([False, True])
+    assert not run.stuck()
+
+
+def test_maps_that_need_no_guard_get_none():
+    gen = torch.Generator().manual_seed(0)
+    a = 3 * torch.randn(9, 9, generator=gen, dtype=DOUBLE).tril(-1) + torch.eye(9, dtype=DOUBLE)
+    net = Net(12, band=3)
+    for solved, shared in ((Linear(9), [a]), (net, net.parameters(0.5))):
+        run = _Sweeps(solved, draw(solved, 8), shared, (), SolverSettings(), None)
+        with torch.no_grad():
+            run.run()
+        assert not run.guarded and run.evaluations > 3
+
+
+def test_solved_rows_rest_in_the_batch():
+    """Accepted at a loose tolerance, a row takes one more step, and none while others are under way."""
+    kept = []
+
+    class Watched(Net):
+        def value_and_slope(self, x, shared, rowwise):
+            f, d = super().value_and_slope(x, shared, rowwise)
+            kept.append((x.clone(), f, d))
+            return f, d
+
+    net, tolerance = Watched(16, band=3), 0.5
+    shared, z = net.parameters(2.0), draw(net, 20)
+    start = torch.zeros_like(z)
+    start[:5] = sweep(net, z, shared, (), SolverSettings())[0][:5]
+    start[:5, -1] += 0.1  # where each step would gain digits
+    kept.clear()
+    sweep(net, z, shared, (), SolverSettings(tolerance=tolerance), start)
+    m = net.slope_bounds(shared, ())[0]
+    whole = [each for each in kept if len(each[0]) == 20]
+    rests, moves = 0, 0
+    for row in range(20):
+        accepted = None
+        for k, (x, f, _) in enumerate(whole):
+            if accepted is not None and k > accepted + 1:
+                assert torch.equal(x[row], whole[accepted + 1][0][row])
+                rests += 1
+            elif accepted is None and bool(((z[row] - f[row]).abs() < m[0] * tolerance * (1 + x[row].abs())).all()):
+                accepted = k
+                moves += k + 1 < len(whole) and not torch.equal(whole[k + 1][0][row], x[row])
+    assert rests >= 3 and moves >= 2
+
+
+@torch.no_grad()
+def test_rows_that_overflow_begin_anew_wave_by_wave():
+    gen = torch.Generator().manual_seed(0)
+    net, shared = Cubic(4), [torch.randn(4, 4, generator=gen, dtype=DOUBLE)]
+    z = torch.randn(3, 4, generator=gen, dtype=DOUBLE)
+    start = torch.ones_like(z)
+    start[0, 1] = start[2, 1] = 1e200
+    run = _Sweeps(net, z, shared, (), SolverSettings(), start)
+    run.looking = False
+    run.evaluate()
+    run.guard()
+    run.careful()
+    assert run.cold[:, 0].tolist() == [True, False, True] and not run.lost.any()
+    assert not run.x[[0, 2]].any() and (run.x[1] != 1).all()
+    for _ in range(3):
+        before = run.x
+        run.evaluate()
+        run.careful()
+        later = run.wave.expand(3, 4)[[0, 2]] > run.first[[0, 2]]
+        assert later.any() and not run.x[[0, 2]][later].any()  # not before their turn
+        assert (run.x[1] != before[1]).any()
+    run.x[2, 3] = 1e200
+    run.x[2, 2] = math.inf
+    run.evaluate()
+    solved, count = run.careful()
+    assert run.lost[:, 0].tolist() == [False, False, True] and solved.tolist() == [False, False, True] and count == 1
+
+
+@torch.no_grad()
+def test_steps_beyond_the_front_have_a_limit():
+    a = torch.eye(4, dtype=DOUBLE) + 1e8 * torch.ones(4, 4, dtype=DOUBLE).tril(-1)
+    z = torch.zeros(1, 4, dtype=DOUBLE)
+    run = _Sweeps(Linear(4), z, [a], (), SolverSettings(), torch.ones_like(z))
+    run.looking = False
+    run.evaluate()
+    run.guard()
+    run.careful()
+    assert run.x.tolist() == [[0.0, *[1.0 - 2 * TRUST] * 3]]
+    steep = torch.eye(4, dtype=DOUBLE) + 1e200 * torch.ones(4, 4, dtype=DOUBLE).tril(-1)
+    run = _Sweeps(Linear(4), z, [steep], (), SolverSettings(), torch.ones_like(z))
+    run.looking = True
+    run.evaluate()
+    run.plain()
+    assert run.x.tolist() == [[0.0, *[-run.far] * 3]]
+
+
 def test_empty_batch_and_meta():
     net = Net(2, 3)
     shared = [p.requires_grad_() for p in net.parameters()]
@@ -391,6 +582,8 @@ def test_what_is_not_finite_is_an_error(bad):
     wrong[1, 2] = wrong[4, 0] = bad
     with pytest.raises(ValueError, match=r"Net \(5,\): expected finite values to invert, got 2 of 6 rows"):
         solve_triangular(net, wrong, shared, rowwise, SolverSettings())
+    with pytest.raises(ValueError, match="expected finite values to invert, got 2 of 6 rows"):
+        solve_triangular(net, wrong, shared, rowwise, SolverSettings(max_sweeps=1))
     for k in range(len(shared)):
         if bad < 0 and k in (2, 5):
             continue  # a unit that saturates, and f stays finite
@@ -429,6 +622,9 @@ def test_what_cannot_be_represented_is_an_error():
     z = torch.ones(3, 8, dtype=DOUBLE)
     with pytest.raises(RuntimeError, match="3 of 3 rows"):
         solve_triangular(Linear(8), z, [a], (), SolverSettings())
+    with pytest.warns(RuntimeWarning, match="overflows or loses all digits"):
+        _, report = solve_triangular(Linear(8), z, [a], (), SolverSettings(on_fail="warn"))
+    assert not report.converged and report.sweeps < 100  # given up, not gone on with to the limit
 
 
 # Gradients
@@ -507,6 +703,41 @@ def test_linear_systems_whose_series_overflows_go_turn_by_turn(transpose):
     assert len(calls) == 3 + 9
     want = torch.linalg.solve_triangular(a.T if transpose else a, g.T, upper=transpose).T
     torch.testing.assert_close(v, want, rtol=1e-10, atol=0)
+
+
+def test_linear_systems_go_on_where_small_residuals_do_not_shrink():
+    """A residual of a thousandth that stays as large for some turns is no rounding yet."""
+    gen = torch.Generator().manual_seed(0)
+    size = 24
+    a = torch.eye(size, dtype=DOUBLE)
+    a[range(2, size), range(1, size - 1)] = 1.0
+    a[range(2, size), range(size - 2)] = -1.0
+    want = 1e3 + torch.randn(3, size, generator=gen, dtype=DOUBLE)
+    g = want @ a.T
+    residual = (g - g @ a.T).abs() / (g.abs() + (g @ a.T).abs() + g.abs())
+    assert 1e-4 < residual.max() < 1e-2
+    level, count = newton_adjoint._level(Linear(size), g, False)
+    v = newton_adjoint._solve(lambda v: v @ a.T, torch.ones_like(g), g, level, count)
+    torch.testing.assert_close(v, want, rtol=1e-9, atol=0)
+
+
+def test_one_report_for_a_batch_of_problems():
+    """Of solves with parameters of their own under vmap: the slowest, all evaluations, the worst."""
+    net, reports = Net(12, band=3), []
+    z, stacks = draw(net, 4), [torch.stack(p) for p in zip(*(net.parameters(g) for g in (0.05, 3.0)), strict=True)]
+
+    def solve(*shared):
+        x, report = solve_triangular(net, z, shared, (), SolverSettings())
+        reports.append(report)
+        return x
+
+    vmap(solve)(*stacks)
+    for k in (0, 1):
+        solve(*(p[k] for p in stacks))
+    both, easy, hard = reports
+    assert easy.sweeps < hard.sweeps == both.sweeps and both.residual == max(easy.residual, hard.residual)
+    assert both.evaluations == easy.evaluations + hard.evaluations
+    assert both.bisections == hard.bisections > easy.bisections and both.converged
 
 
 def test_saved_memory_does_not_grow_with_sweeps():

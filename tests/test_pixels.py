@@ -195,6 +195,18 @@ def test_noise_stays_exactly_inside_its_pixel(levels, dtype):
         assert abs(float(u.double().mean()) - 0.5) < 5 * math.sqrt(1 / 12 / u.numel())
 
 
+@pytest.mark.parametrize("levels", [17, 256, 4096])
+@pytest.mark.parametrize("dtype", OTHER)
+def test_noise_of_a_flow_stays_in_its_pixel_at_the_ends(levels, dtype):
+    """A dequantizer's noise can round to 0 or 1, which would be the edge of the next pixel."""
+    deq = pf.Dequantized(pf.Flow(pf.LogitPixels(1, levels)).to(dtype), levels)
+    n = torch.arange(levels, dtype=dtype)[:, None]
+    near = torch.finfo(dtype).eps / 2
+    for u in (0.0, near, 1 - near, 1.0):
+        v = deq._within(n, torch.full_like(n, u))
+        assert v.dtype == dtype and (v > n).all() and (v < n + 1).all()
+
+
 def test_coarse_dtypes_are_refused():
     with pytest.raises(ValueError, match="bfloat16 is too coarse for noise within 256 levels"):
         grid_bits(256, torch.bfloat16)

@@ -7,11 +7,10 @@ from types import MappingProxyType
 
 from torch import Size
 
-from pyro_flows.boundary import event_size
 from pyro_flows.chain import Chain
+from pyro_flows.convolutions import image_shape
 from pyro_flows.core import FlowTransform
 from pyro_flows.transforms import ActNorm, Mint, Split, Squeeze
-from pyro_flows.triangular import as_image
 
 __all__ = ["MINTNET_CONFIGURATIONS", "mintnet"]
 
@@ -84,8 +83,7 @@ def mintnet(
     References:
         MintNet: Building Invertible Neural Networks with Masked Convolutions (Song et al., 2019), arXiv:1907.07945.
     """
-    event = event_size(event_shape)
-    as_image("mintnet", event)
+    event = image_shape("mintnet", event_shape)
     _check(event, num_layers, squeeze, split, one_sided)
     groups = _groups(num_groups, squeeze, len(event) - 1)
     per_stage = num_layers // (squeeze + 1)
@@ -155,7 +153,7 @@ def _groups(num_groups: int | Sequence[int], squeeze: int, dims: int) -> list[in
         if isinstance(num_groups, bool) or num_groups < 1:
             raise ValueError(f"mintnet: expected num_groups to be an integer >= 1, got {num_groups!r}")
         return [max(num_groups >> (dims * k), 1) for k in range(squeeze + 1)]
-    groups = list(num_groups)
+    groups = list(num_groups) if isinstance(num_groups, Iterable) and not isinstance(num_groups, str) else []
     if len(groups) != squeeze + 1:
         raise ValueError(
             f"mintnet: expected num_groups to be an integer or {squeeze + 1} of them, one more than there are squeezes"
