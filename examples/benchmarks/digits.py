@@ -8,9 +8,9 @@
 into 1297 to train on, 200 to stop by and 300 to test on.  Pixels are dequantised by uniform noise and put on the real
 line by a logit with margin 1e-6; a score is the bound of one noise, averaged over 20 of them, in bits per pixel.  All
 models go through ``fit_density`` with the same batch, schedule and weight decay, and as many steps as take
-``--seconds`` of CPU time, by a measurement of twenty beforehand.  Each has a learning rate of its own out of two, chosen
-by validation with the first seed; the state of the best validation score is what is tested.  Flows of vectors have an
-``ActNorm`` at the data end, which brings pixels to unit scale.
+``--seconds`` of CPU time, by a measurement of twenty beforehand.  Each has a learning rate of its own out of two,
+chosen by validation with the first seed; the state of the best validation score is what is tested.  Flows of vectors
+have an ``ActNorm`` at the data end, which brings pixels to unit scale.
 """
 
 from __future__ import annotations

@@ -1,0 +1,145 @@
+"""What a codec asks of a model: all conditionals in one pass, and rows found step by step."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Size, Tensor, nn
+
+from pyro_flows.distributions import MADE, ConvMADE
+from pyro_flows.distributions.made.contract import Head
+from pyro_flows.distributions.made.raster import RasterSweep
+from pyro_flows.infer.compression.cumulative import Edges, cumulative, level_counts
+
+__all__ = ["Conditionals", "NetworkConditionals", "Read", "snapshot"]
+
+#: Takes the dimensions of a step and their cumulative probabilities, gives the whole numbers, shape ``(rows, n)``.
+Read = Callable[[Tensor, Edges], Tensor]
+
+
+def snapshot(model: nn.Module) -> nn.Module:
+    """A copy on the processor, in double precision."""
+    return copy.deepcopy(model).to("cpu", torch.float64).eval().requires_grad_(False)
+
+
+class Conditionals(ABC):
+    """The conditionals :math:`P(x_i | x_{<i}, c)` of whole numbers, in double precision on the processor.
+
+    Attributes:
+        event_shape, context_dim: of the model.
+        levels: how many levels each dimension has, shape ``(D,)``.
+        steps: the dimensions in the sequence in which they are told; those of one step do not depend on each other.
+        numbers: how many numbers a pass holds for each row, about.
+    """
+
+    event_shape: Size
+    context_dim: int
+    levels: Tensor
+    steps: list[Tensor]
+    numbers: int
+
+    @abstractmethod
+    def edges(self, x: Tensor, context: Tensor | None) -> Edges:
+        """Cumulative probabilities of all dimensions of whole numbers of shape ``(rows, D)``; one pass."""
+
+    @abstractmethod
+    def find(self, rows: int, context: Tensor | None, read: Read) -> Tensor:
+        """Asks ``read`` for the whole numbers of each step and puts them together; shape ``(rows, D)``."""
+
+    @abstractmethod
+    def log_prob(self, x: Tensor, context: Tensor | None) -> Tensor:
+        """Log-mass in nats, shape ``(rows,)``."""
+
+    @abstractmethod
+    def parts(self) -> Iterator[tuple[str, Tensor]]:
+        """Everything by which the model is told from others, under names."""
+
+    def digest(self) -> bytes:
+        """Eight bytes that stand for the model."""
+        made = hashlib.sha256(type(self).__name__.encode())
+        parts = {"levels": self.levels, "steps": torch.cat(self.steps), **dict(self.parts())}
+        for name in sorted(parts):
+            part = parts[name].detach().contiguous()
+            part = (
+                part.double().numpy().astype("<f8") if part.is_floating_point() else part.long().numpy().astype("<i8")
+            )
+            made.update(f"{name}{tuple(part.shape)}".encode())
+            made.update(part.tobytes())
+        return made.digest()[:8]
+
+
+class _Reading(Head):
+    """A head that in place of drawing asks for what has been written."""
+
+    def __init__(self, head: Head, read: Read) -> None:
+        super().__init__()
+        self.head, self.read = head, read
+        self.num_params, self.num_features = head.num_params, head.num_features
+        self._input_dim = head.input_dim
+        self.to(head.like)
+
+    def code(self, value: Tensor, dims: Tensor | None = None) -> Tensor:
+        return self.head.code(value, dims)
+
+    def draws(self, dims: Tensor, z: Tensor, params: Tensor, x: Tensor, features: Tensor) -> list[Callable[[], object]]:
+        rows, value = params.permute(2, 0, 1), x.T
+        coded = features.unflatten(0, (len(dims), self.num_features)).permute(2, 0, 1)
+        shared = features.data_ptr() == x.data_ptr()
+
+        def run() -> None:
+            value.copy_(self.read(dims, cumulative(self.head, rows, dims)))
+            if not shared:
+                coded.copy_(self.code(value, dims))
+
+        return [run]
+
+
+class NetworkConditionals(Conditionals):
+    """Of a MADE or a convolutional one, whose draws by one sweep become reading.
+
+    Args:
+        model: the model.
+        number: which member, where there are several.
+    """
+
+    def __init__(self, model: MADE | ConvMADE, number: int = 0) -> None:
+        self.levels = torch.tensor(level_counts(model.head))
+        self.model = snapshot(model)
+        self.event_shape, self.context_dim = model.event_shape, model.context_dim
+        self.member = self.model.member(self.model._number(number + 1) - 1) if isinstance(model, MADE) else None
+        order = self.model.order if self.member is None else self.member.order
+        self.steps = list(order.split(1))
+        dims, bits = len(self.levels), int(self.levels.max()).bit_length()
+        net = model.net.numbers_per_draw if isinstance(model, ConvMADE) else 4 * sum(model.hidden_dims)
+        self.numbers = dims * (6 * bits + 3 * model.head.num_params) + net
+
+    def _params(self, x: Tensor, context: Tensor | None) -> Tensor:
+        value = x.double().unflatten(1, self.event_shape)
+        return self.model.params(value, context) if self.member is None else self.model.params(x, context, self.member)
+
+    def edges(self, x: Tensor, context: Tensor | None) -> Edges:
+        return cumulative(self.model.head, self._params(x, context))
+
+    def log_prob(self, x: Tensor, context: Tensor | None) -> Tensor:
+        return self.model.head.log_prob(x.double(), self._params(x, context)).sum(-1)
+
+    def find(self, rows: int, context: Tensor | None, read: Read) -> Tensor:
+        head, model = _Reading(self.model.head, read), self.model
+        with torch.random.fork_rng(devices=[]):  # a sweep draws noise, which is not looked at here
+            if self.member is None:
+                drawn = RasterSweep(model.net, head, model.bias, rows, context).run().flatten(1)
+            else:
+                drawn = model.net.draw(head, rows, context, self.member)
+                model.net._idle = []
+        return drawn.long()
+
+    def parts(self) -> Iterator[tuple[str, Tensor]]:
+        yield from self.model.named_parameters()
+        yield from self.model.named_buffers()
+        if self.member is not None:
+            for k, units in enumerate(self.member.units):
+                yield f"units {k}", units

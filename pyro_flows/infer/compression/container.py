@@ -1,0 +1,138 @@
+"""The file: a header, pieces one after the other, and check sums; all numbers little-endian."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from pyro_flows.infer.compression.decisions import Piece
+
+__all__ = ["DTYPES", "Header", "pack", "unpack"]
+
+MAGIC, VERSION = b"PFZ", 1
+DTYPES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_START = struct.Struct("<3sBB8sI")  # magic, version, dtype, model, data
+_LARGEST = 2**56
+
+
+class Header(NamedTuple):
+    """What stands before the pieces.
+
+    Attributes:
+        dtype: of the numbers, one of ``DTYPES``.
+        model: eight bytes that stand for the model.
+        data: check sum of the numbers.
+        context: check sum of the contexts, ``None`` for none.
+        batch: shape of the batch.
+        rows: of the batch that are in one piece, but for the last.
+    """
+
+    dtype: torch.dtype
+    model: bytes
+    data: int
+    context: int | None
+    batch: tuple[int, ...]
+    rows: int
+
+
+def _number(value: int) -> bytes:
+    """Seven bits a byte, the lowest first; all but the last have the eighth bit set."""
+    out = bytearray()
+    while value > 127:
+        out.append(value & 127 | 128)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+class _Bytes:
+    """What is left to read."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data, self.at = data, 0
+
+    def take(self, size: int) -> bytes:
+        if size > len(self.data) - self.at:
+            raise _corrupt("it ends too early")
+        self.at += size
+        return self.data[self.at - size : self.at]
+
+    def number(self) -> int:
+        value = shift = 0
+        while True:
+            byte = self.take(1)[0]
+            value |= (byte & 127) << shift
+            if byte < 128:
+                return value
+            shift += 7
+            if value > _LARGEST:
+                raise _corrupt("a number in it is too large")
+
+
+def _corrupt(why: str) -> ValueError:
+    return ValueError(f"Codec: the data are corrupt or truncated: {why}; nothing was decoded")
+
+
+def pack(header: Header, pieces: Sequence[tuple[Piece, bool]]) -> bytes:
+    """The file.
+
+    Args:
+        header: of all.
+        pieces: each with whether it was written without the model.
+    """
+    out = [_START.pack(MAGIC, VERSION, DTYPES.index(header.dtype), header.model, header.data)]
+    out.append(b"\0" if header.context is None else b"\1" + struct.pack("<I", header.context))
+    out += [_number(value) for value in (len(header.batch), *header.batch, header.rows)]
+    for piece, plain in pieces:
+        out.append(_number(2 * len(piece.words) + plain))
+        out.append(_number(len(piece.places)))
+        gaps = np.diff(piece.places, prepend=0)
+        out += [_number(2 * int(gap) + int(odd)) for gap, odd in zip(gaps, piece.odd, strict=True)]
+        out.append(piece.words.astype("<u4").tobytes())
+    whole = b"".join(out)
+    return whole + struct.pack("<I", zlib.crc32(whole))
+
+
+def unpack(data: bytes) -> tuple[Header, list[tuple[Piece, bool]]]:
+    """What :func:`pack` was given.
+
+    Raises:
+        ValueError: for data that are something else, of another version, corrupt or truncated.
+    """
+    if data[:3] != MAGIC[: len(data)] or not data:
+        raise ValueError("Codec: expected data that a Codec has encoded, which begin with PFZ, got something else")
+    if len(data) > 3 and data[3] != VERSION:
+        raise ValueError(
+            f"Codec: expected data of version {VERSION}, got version {data[3]}; they were written by another release, "
+            "or are corrupt"
+        )
+    if len(data) < _START.size + 4 or struct.unpack("<I", data[-4:])[0] != zlib.crc32(data[:-4]):
+        raise _corrupt("their check sum is wrong")
+    rest = _Bytes(data[:-4])
+    _, _, code, model, sum_ = _START.unpack(rest.take(_START.size))
+    if code >= len(DTYPES):
+        raise _corrupt("they are of no known dtype")
+    context = struct.unpack("<I", rest.take(4))[0] if rest.take(1) == b"\1" else None
+    dims = rest.number()
+    if dims > 64:
+        raise _corrupt("they have too many dimensions")
+    batch = tuple(rest.number() for _ in range(dims))
+    header = Header(DTYPES[code], model, sum_, context, batch, rest.number())
+    pieces = []
+    while rest.at < len(rest.data):
+        size, plain = divmod(rest.number(), 2)
+        noted = rest.number()
+        if noted > len(data):
+            raise _corrupt("a number in it is too large")
+        codes = np.array([rest.number() for _ in range(noted)], dtype=np.int64)
+        words = np.frombuffer(rest.take(4 * size), dtype="<u4")
+        pieces.append((Piece(words, np.cumsum(codes // 2), codes % 2 == 1), bool(plain)))
+    total = int(np.prod(batch, dtype=object)) if batch else 1
+    if header.rows < 1 or len(pieces) != -(-total // header.rows):
+        raise _corrupt("it has another number of pieces than its shape asks for")
+    return header, pieces

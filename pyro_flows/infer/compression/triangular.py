@@ -1,0 +1,215 @@
+r"""The discrete model that a flow of one orientation holds: :math:`P(n_i | n_{<i}) = F(f_i(n_i + 1)) - F(f_i(n_i))`.
+
+The map :math:`f_i` of coordinate :math:`i` is increasing in that coordinate and depends else on those before it, which
+are at the centres of their pixels, :math:`n_j + 1/2`.  So there are two streams through the layers: that of the
+centres, by whole convolutions, and beside it that of one coordinate at a border between two levels, which takes what
+comes before it from the first stream and itself through the centre taps alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributions import Normal
+
+from pyro_flows.core import FlowTransform
+from pyro_flows.distributions import Dequantized, Flow
+from pyro_flows.infer.compression.conditionals import Conditionals, Read, snapshot
+from pyro_flows.infer.compression.cumulative import Edges
+from pyro_flows.infer.density.units import StandardizedFlow, is_plain_flow
+from pyro_flows.infer.surprise import _is_elementwise, _leaves, _single
+from pyro_flows.slopes import Weights
+from pyro_flows.transforms import ActNorm, LogitPixels, Mint
+
+__all__ = ["FlowConditionals"]
+
+
+class _Seen(NamedTuple):
+    """What the coordinates of a layer, in a row, see of those before them; ``D = C * H * W``.
+
+    Attributes:
+        first, second: pre-activations without their own share, shape ``(n, D, K)``.
+        third: the value without its own share, shape ``(n, D)``.
+        into, square, out: centre taps, shapes ``(C, K)``, ``(C, K, K)`` and ``(n or 1, C, K)``.
+        scale: shape ``(n or 1, D)``.
+    """
+
+    first: Tensor
+    second: Tensor
+    third: Tensor
+    into: Tensor
+    square: Tensor
+    out: Tensor
+    scale: Tensor
+
+
+def _over(bias: Tensor) -> Tensor:
+    return bias[..., None, None]
+
+
+def _centres(layer: Mint, x: Tensor, context: Tensor | None) -> tuple[Tensor, _Seen]:
+    """A layer's value, and what its coordinates see."""
+    image = x.unsqueeze(-2) if x.dim() == 3 else x
+    n, channels, height, width = image.shape
+    shared, rowwise = layer._weights(context, x.shape[:1])
+    w, act = Weights(*shared, *rowwise), layer.layout.activation
+    groups, (down, right) = layer.num_groups, (k // 2 for k in w.first.shape[2:])
+    into = w.first[:, :, down, right].view(channels, groups, channels).diagonal(dim1=0, dim2=2).T
+    square = w.second[:, :, down, right].view(channels, groups, channels, groups)
+    square = square.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    out = w.outer[None] if w.gate is None else w.outer * w.gate.unflatten(-1, w.outer.shape)
+
+    def row(maps: Tensor, own: Tensor) -> Tensor:
+        """Hidden maps without the own share, ``(n, C, K, H * W)`` to ``(n, D, K)``."""
+        rest = maps.reshape(n, channels, groups, height * width) - own
+        return rest.transpose(-1, -2).flatten(1, 2)
+
+    flat = image.reshape(n, channels, 1, height * width)
+    first = F.conv2d(image, w.first, padding=(down, right)) + _over(w.first_bias)
+    hidden = act.value(first)
+    seen_first = row(first, into[:, :, None] * flat)
+    own = square @ hidden.view(n, channels, groups, -1)
+    second = F.conv2d(hidden, w.second, padding=(down, right)) + _over(w.second_bias)
+    seen_second = row(second, own)
+    hidden = act.value(second)
+    own = (out[..., None] * hidden.view(n, channels, groups, -1)).sum(2).flatten(1)
+    gated = hidden if w.gate is None else hidden * _over(w.gate)
+    third = F.conv2d(gated, w.third, padding=(down, right)) + w.third_bias
+    value = w.scale * image + third
+    scale = w.scale.expand(w.scale.shape[0] if w.scale.dim() == 4 else 1, channels, height, width).flatten(1)
+    seen = _Seen(seen_first, seen_second, third.flatten(1) - own, into, square, out, scale)
+    return value.view(x.shape), seen
+
+
+def _borders(layer: Mint, seen: _Seen, edge: Tensor, dims: Tensor) -> Tensor:
+    """The layer's value of each of ``dims`` where it alone is at an edge; shape ``(n, len(dims))``."""
+    act, channel = layer.layout.activation, dims // (seen.third.shape[1] // len(seen.into))
+    hidden = act.value(seen.first[:, dims] + seen.into[channel] * edge[..., None])
+    hidden = act.value(seen.second[:, dims] + torch.einsum("mkj,nmj->nmk", seen.square[channel], hidden))
+    return seen.scale[:, dims] * edge + seen.third[:, dims] + (seen.out[:, channel] * hidden).sum(-1)
+
+
+class FlowConditionals(Conditionals):
+    """Of a flow of ``Mint`` layers of one orientation on ``LogitPixels``, over a base of independent normals.
+
+    Args:
+        model: the flow, or a ``Dequantized`` of one.
+    """
+
+    def __init__(self, model: Flow | Dequantized) -> None:
+        if isinstance(model, Dequantized) and model.dequantizer is not None:
+            raise ValueError(
+                "Codec: expected a Dequantized with uniform noise, got one with a dequantizer, of which the discrete "
+                "model knows nothing; give Dequantized(flow, levels), without it"
+            )
+        flow = model.flow if isinstance(model, Dequantized) else model
+        if not isinstance(flow, Flow) or not is_plain_flow(flow):
+            raise TypeError(f"Codec: expected a Flow, or a Dequantized of one, got {type(flow).__name__}")
+        self.flow = snapshot(flow)
+        self.event_shape, self.context_dim = self.flow.event_shape, self.flow.context_dim
+        pixels, layers = self._check()
+        dims = self.event_shape.numel()
+        self.levels = torch.full((dims,), pixels.levels)
+        base = _single(self.flow.base(), self.flow)
+        if not isinstance(base, Normal):
+            raise ValueError(f"Codec: expected a base of independent normals, got {type(base).__name__}")
+        self.loc, self.scale = (each.detach().expand(self.event_shape).flatten() for each in (base.loc, base.scale))
+        wave = layers[0].waves.flatten()
+        self.steps = [(wave == k).nonzero()[:, 0] for k in range(int(wave.max()) + 1)]
+        self.numbers = dims * (6 * pixels.levels.bit_length() + sum(4 + 3 * layer.num_groups for layer in layers))
+
+    def _check(self) -> tuple[LogitPixels, list[Mint]]:
+        leaves = list(_leaves(self.flow.chain, None, False))
+        last = leaves[-1][0]
+        if not isinstance(last, LogitPixels) or leaves[-1][2]:
+            raise ValueError(
+                "Codec: expected a flow that ends in LogitPixels(event_shape, levels), from which the levels are known,"
+                f" got one that ends in {type(last).__name__}"
+            )
+        layers = []
+        for k, (part, _, inverse) in enumerate(leaves[:-1]):
+            if isinstance(part, Mint) and not inverse:
+                layers.append(part)
+            elif not (isinstance(part, ActNorm) or _is_elementwise(part)):
+                raise ValueError(
+                    f"Codec: expected Mint layers and elementwise parts, got {type(part).__name__}"
+                    f"{' the other way round' if inverse else ''} (part {k} of {len(leaves)}), of which no conditionals"
+                    " are known"
+                )
+        kinds = {(layer.order, layer.lower, layer.kernel) for layer in layers}
+        if len(kinds) != 1:
+            raise ValueError(
+                "Codec: expected Mint layers of one orientation, order and kernel, so that the flow is triangular, got "
+                f"{len(kinds)} kinds; build it by mintnet(event_shape, one_sided=True)"
+            )
+        return last, layers
+
+    def _parts(self, context: Tensor | None) -> list[tuple[FlowTransform, Tensor | None, bool]]:
+        if context is not None and isinstance(self.flow, StandardizedFlow):
+            context = self.flow.scaled(context)
+        return list(reversed(list(_leaves(self.flow.chain, context, False))))
+
+    @torch.no_grad()
+    def _seen(self, x: Tensor, context: Tensor | None) -> list[_Seen | None]:
+        """What each part's coordinates see where those before are at their centres."""
+        value = (x.double() + 0.5).unflatten(1, self.event_shape)
+        seen: list[_Seen | None] = []
+        for part, own, inverse in self._parts(context):
+            if isinstance(part, Mint):
+                value, found = _centres(part, value, own)
+                seen.append(found)
+            else:
+                value = self._move(part, value, own, inverse)
+                seen.append(None)
+        return seen
+
+    @staticmethod
+    def _move(part: FlowTransform, value: Tensor, context: Tensor | None, inverse: bool) -> Tensor:
+        return (part._forward_and_ladj if inverse else part._inverse_and_ladj)(value, context)[0]
+
+    @torch.no_grad()
+    def _base(self, edge: Tensor, seen: list[_Seen | None], context: Tensor | None, dims: Tensor) -> Tensor:
+        """Where edges go to, in standard deviations of the base; shape ``(n, len(dims))``."""
+        value = edge.double()
+        for (part, own, inverse), found in zip(self._parts(context), seen, strict=True):
+            if found is not None:
+                value = _borders(part, found, value, dims)
+            else:
+                whole = value.new_ones(len(value), len(self.levels)).index_copy(1, dims, value)
+                whole = self._move(part, whole.unflatten(1, self.event_shape), own, inverse)
+                value = whole.flatten(1)[:, dims]
+        return (value - self.loc[dims]) / self.scale[dims]
+
+    def edges(self, x: Tensor, context: Tensor | None) -> Edges:
+        seen, every = self._seen(x, context), torch.arange(len(self.levels))
+        return lambda middle: torch.special.ndtr(self._base(middle, seen, context, every))
+
+    def find(self, rows: int, context: Tensor | None, read: Read) -> Tensor:
+        x = torch.zeros(rows, len(self.levels), dtype=torch.long)
+
+        def below(dims: Tensor) -> Edges:
+            seen = self._seen(x, context)
+            return lambda middle: torch.special.ndtr(self._base(middle, seen, context, dims))
+
+        for dims in self.steps:
+            x[:, dims] = read(dims, below(dims))
+        return x
+
+    def log_prob(self, x: Tensor, context: Tensor | None) -> Tensor:
+        seen, every = self._seen(x, context), torch.arange(len(self.levels))
+        low = self._base(x, seen, context, every).masked_fill(x == 0, -torch.inf)
+        high = self._base(x + 1, seen, context, every).masked_fill(x == self.levels - 1, torch.inf)
+        # The difference of the tail that is nearer, where digits are.
+        low, high = torch.where(low > 0, -high, low), torch.where(low > 0, -low, high)
+        mass = torch.special.ndtr(high) - torch.special.ndtr(low)
+        return mass.clamp(min=torch.finfo(mass.dtype).tiny).log().sum(-1)
+
+    def parts(self) -> Iterator[tuple[str, Tensor]]:
+        yield from self.flow.named_parameters()
+        yield from self.flow.named_buffers()
+        (margin,) = (part.margin for part in self.flow.modules() if isinstance(part, LogitPixels))
+        yield "margin", torch.tensor(margin, dtype=torch.float64)
