@@ -15,13 +15,14 @@ from pyro_flows.distributions import (
     UniformCircle,
     bits_per_dim,
 )
-from pyro_flows.flows import glow, iaf, maf, mintnet, multiscale_realnvp, ncsf, nice, nsf, realnvp
+from pyro_flows.flows import cnf, glow, iaf, maf, mintnet, multiscale_realnvp, ncsf, nice, nsf, realnvp
 from pyro_flows.infer import AutoFlow, fit_density, fit_guide
 from pyro_flows.nets import MLP, MaskedMLP
 from pyro_flows.spline import Spline
 from pyro_flows.transforms import (
     ActNorm,
     Autoregressive,
+    Continuous,
     Conv1x1,
     ConvCoupling,
     Coupling,
@@ -49,6 +50,7 @@ __all__ = [
     "Autoregressive",
     "Chain",
     "Conditioned",
+    "Continuous",
     "Conv1x1",
     "ConvCoupling",
     "ConvMADE",
@@ -79,6 +81,7 @@ __all__ = [
     "Univariate",
     "Wrap",
     "bits_per_dim",
+    "cnf",
     "fit_density",
     "fit_guide",
     "glow",

@@ -414,6 +414,39 @@ def _mint() -> Iterator[Case]:
     yield Case("mintnet-split-series", covers, split, (2, 4), scale=0.1)
 
 
+class _Waves(nn.Module):
+    """A field as a user would write it."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(size, size)
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        return self.linear(torch.tanh(x)) * torch.cos(t)
+
+
+def _continuous() -> Iterator[Case]:
+    # Two solves agree as far as the tolerance, 1e-12, and not to rounding.
+    fine = {"solver": "dopri8", "rtol": 1e-12, "atol": 1e-12}
+    ulps = 2.0**16
+
+    def cnf(name: str, shape: int | tuple[int, ...], **options: object) -> Case:
+        event = (shape,) if isinstance(shape, int) else shape
+
+        def build(context_dim: int) -> pf.FlowTransform:
+            return pf.cnf(shape, context_dim=context_dim, **{"hidden_dims": (4,), **fine, **options})
+
+        return Case("cnf" + name, ("cnf", "Continuous", "Chain"), build, event, scale=0.2, rtol=ulps)
+
+    yield cnf("", 2)
+    yield cnf("-mlp", 1, field="mlp", activation="softplus", per_row=True, gradient="backprop")
+    yield cnf("-series", (1, 2), field="conv", hidden_dims=(2,))
+
+    given = lambda _: pf.Continuous(2, _Waves(2), **fine)  # noqa: E731
+
+    yield Case("continuous-given", ("Continuous",), given, (2,), takes_context=False, scale=0.2, rtol=ulps)
+
+
 def _inverses(cases: list[Case]) -> Iterator[Case]:
     for name in (
         "coupling-image",
@@ -433,7 +466,7 @@ def _inverses(cases: list[Case]) -> Iterator[Case]:
         yield Case(f"inverse-{name}", ("Inverse",), build, case.event_shape, scale=case.scale)
 
 
-CASES = [*_leaves(), *_composites(), *_builders(), *_images(), *_mint()]
+CASES = [*_leaves(), *_composites(), *_builders(), *_images(), *_mint(), *_continuous()]
 CASES += _inverses(CASES)
 BUILDERS = [case for case in CASES if case.name in ("nice", "realnvp", "maf", "iaf", "nsf", "ncsf")]
-IMAGE_BUILDERS = [case for case in CASES if case.name in ("glow", "mintnet", "multiscale_realnvp")]
+IMAGE_BUILDERS = [case for case in CASES if case.name in ("cnf", "glow", "mintnet", "multiscale_realnvp")]

@@ -1,6 +1,7 @@
 """Transforms, one file a paper family; builders in :mod:`pyro_flows.flows` stack them."""
 
 from pyro_flows.transforms.autoregressive import Autoregressive
+from pyro_flows.transforms.continuous import Continuous
 from pyro_flows.transforms.conv_coupling import ConvCoupling
 from pyro_flows.transforms.coupling import Coupling
 from pyro_flows.transforms.elementwise import Permutation, Rescaling, Standardization
@@ -14,6 +15,7 @@ from pyro_flows.transforms.preconditioner import Preconditioner
 __all__ = [
     "ActNorm",
     "Autoregressive",
+    "Continuous",
     "Conv1x1",
     "ConvCoupling",
     "Coupling",

@@ -1,0 +1,256 @@
+r"""Vector fields :math:`v(t, x, c)` that a continuous flow follows, and the products with their Jacobian that it needs.
+
+Shapes everywhere: ``t`` a scalar, ``x`` ``(rows, *event_shape)``, ``context`` ``(rows or 1, context_dim)`` or ``None``.
+Fields start at zero, so that a fresh flow is the identity, and are smooth, so that solvers can take large steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pyro_flows.activations import slope
+from pyro_flows.boundary import event_size
+from pyro_flows.tracing import plain_eager
+
+__all__ = ["Field", "GivenField", "Modulation", "SmoothActivation", "smooth", "unit_probes", "widths"]
+
+_LOOP = 4  # so many products are faster one by one
+
+Function = Callable[[Tensor], Tensor]
+
+
+class Field(nn.Module):
+    r"""Abstract base of vector fields.
+
+    A subclass writes :meth:`forward`, and for speed :meth:`products` and :meth:`with_divergence`, which are made by
+    automatic differentiation here.
+
+    Args:
+        event_shape: shape of ``x`` without its rows.
+        context_dim: size of the context, 0 for none.
+        time_dependent: whether the field may depend on ``t``.
+    """
+
+    #: Whether the exact divergence costs about as much as the field itself, whatever the number of dimensions.
+    cheap_divergence = False
+
+    def __init__(self, event_shape: int | Iterable[int], context_dim: int = 0, time_dependent: bool = True) -> None:
+        super().__init__()
+        self.event_shape = event_size(event_shape)
+        if isinstance(context_dim, bool) or not isinstance(context_dim, int) or context_dim < 0:
+            raise ValueError(f"expected context_dim to be an integer >= 0, got {context_dim!r}")
+        self.context_dim, self.time_dependent = context_dim, bool(time_dependent)
+
+    def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """The velocity, with the shape of ``x``."""
+        raise TypeError(f"{type(self).__name__} must define forward(t, x, context=None) -> velocity")
+
+    def products(self, t: Tensor, x: Tensor, probes: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        r"""The velocity, and :math:`J p` or :math:`J^\top p` (whichever is cheaper) for each probe.
+
+        ``probes`` has shape ``(count, rows, *event_shape)``, as the products have.
+        """
+        if plain_eager():
+            return self._pulled(t, x, probes, context)
+        v, pull = torch.func.vjp(lambda x: self(t, x, context), x)
+        if len(probes) == 1:
+            return v, pull(probes[0])[0].unsqueeze(0)
+        return v, torch.func.vmap(lambda probe: pull(probe)[0])(probes)
+
+    def _pulled(self, t: Tensor, x: Tensor, probes: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        taped = torch.is_grad_enabled()
+        with torch.enable_grad():
+            x = x if taped and x.requires_grad else x.detach().requires_grad_()
+            v = self(t, x, context)
+        if not v.requires_grad:  # a constant
+            return v, torch.zeros_like(probes)
+        options = {"create_graph": taped, "retain_graph": True, "allow_unused": True}
+        if len(probes) <= _LOOP:
+            pulled = [torch.autograd.grad(v, x, probe, **options)[0] for probe in probes]
+            pulled = [torch.zeros_like(x) if each is None else each for each in pulled]
+            pulled = torch.stack(pulled) if len(pulled) > 1 else pulled[0].unsqueeze(0)
+        else:
+            pulled = torch.autograd.grad(v, x, probes, is_grads_batched=True, **options)[0]
+            pulled = torch.zeros_like(probes) if pulled is None else pulled
+        return v if taped else v.detach(), pulled
+
+    def with_divergence(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        r"""The velocity, and its exact divergence :math:`\sum_i \partial v_i / \partial x_i`, shape ``(rows,)``."""
+        v, pushed = self.products(t, x, unit_probes(x), context)
+        return v, pushed.flatten(2).diagonal(dim1=0, dim2=2).sum(-1)
+
+
+def unit_probes(x: Tensor) -> Tensor:
+    """One probe for each dimension, shape ``(D, rows, *event_shape)``."""
+    event = x.shape[1:]
+    eye = torch.eye(event.numel(), dtype=x.dtype, device=x.device)
+    return eye.view(-1, 1, *event).expand(-1, *x.shape)
+
+
+class GivenField(Field):
+    """A field that a user wrote, called as ``module(t, x)``, or ``module(t, x, context)`` if it takes a context.
+
+    It is tried once on three rows: it must keep the shape, and give each row what it gives it alone.
+
+    Args:
+        module: the field; products with its Jacobian are made by automatic differentiation.
+        event_shape: shape of one ``x``.
+        context_dim: size of the context, 0 for none.
+
+    Raises:
+        ValueError: if the module changes the shape, or mixes rows.
+        TypeError: if it is no module, or gives no tensor.
+    """
+
+    def __init__(self, module: nn.Module, event_shape: int | Iterable[int], context_dim: int = 0) -> None:
+        super().__init__(event_shape, context_dim)
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"expected field to be a name or a torch.nn.Module, got {type(module).__name__}")
+        self.module = module
+        self._try()
+
+    def _try(self) -> None:
+        like = next((p for p in self.module.parameters() if p.is_floating_point()), torch.empty(0))
+        x = like.new_empty(3, *self.event_shape)
+        x.copy_(torch.linspace(-1, 1, x.numel()).view(x.shape))
+        t = like.new_full((), 0.5)
+        context = x.new_zeros(3, self.context_dim) if self.context_dim else None
+        with torch.no_grad():
+            many = self(t, x, context)
+            one = self(t, x[:1], None if context is None else context[:1])
+        if not many.is_meta and not torch.allclose(one[0], many[0], rtol=1e-3, atol=1e-5, equal_nan=True):
+            raise ValueError(
+                f"field {type(self.module).__name__}: a row has another velocity alone than among others; a field must "
+                "treat rows independently (no batch normalisation, no mean over rows)"
+            )
+
+    def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
+        if context is not None and len(context) != len(x):
+            context = context.expand(len(x), -1)
+        v = self.module(t, x) if context is None else self.module(t, x, context)
+        if not isinstance(v, Tensor):
+            raise TypeError(f"field {type(self.module).__name__}: expected a tensor, got {type(v).__name__}")
+        if v.shape != x.shape:
+            raise ValueError(
+                f"field {type(self.module).__name__}: expected a velocity with the shape of x, {tuple(x.shape)}, got "
+                f"{tuple(v.shape)}; a field keeps the event's shape and gives one row for each"
+            )
+        return v
+
+
+# What the package's own fields are made of.
+
+
+def _tanh(pre: Tensor) -> tuple[Tensor, Tensor]:
+    post = torch.tanh(pre)
+    return post, 1 - post * post
+
+
+def _softplus(pre: Tensor) -> tuple[Tensor, Tensor]:
+    return F.softplus(pre), torch.sigmoid(pre)
+
+
+def _silu(pre: Tensor) -> tuple[Tensor, Tensor]:
+    gate = torch.sigmoid(pre)
+    post = pre * gate
+    return post, gate * (1 + pre - post)
+
+
+_SMOOTH: dict[str, tuple[Function, Callable[[Tensor], tuple[Tensor, Tensor]]]] = {
+    "silu": (F.silu, _silu),
+    "softplus": (F.softplus, _softplus),
+    "tanh": (torch.tanh, _tanh),
+}
+
+
+class SmoothActivation:
+    """An elementwise function, alone and with its derivative.
+
+    Args:
+        function: from pre-activations to activations.
+        both: the same with the derivative; by automatic differentiation if left out.
+    """
+
+    def __init__(self, function: Function, both: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None) -> None:
+        self.function, self._both = function, both
+
+    def __call__(self, pre: Tensor) -> Tensor:
+        return self.function(pre)
+
+    def with_slope(self, pre: Tensor) -> tuple[Tensor, Tensor]:
+        """``(a(pre), a'(pre))``."""
+        if self._both is not None:
+            return self._both(pre)
+        post = self.function(pre)
+        return post, slope(self.function, pre, post)
+
+
+def smooth(activation: str | Function) -> SmoothActivation:
+    """An activation of a field, by name or as a smooth function of the user's."""
+    if isinstance(activation, str):
+        if activation not in _SMOOTH:
+            raise ValueError(
+                f"expected activation to be one of {sorted(_SMOOTH)} or a function, got {activation!r}; solvers need "
+                "fields that are smooth"
+            )
+        return SmoothActivation(*_SMOOTH[activation])
+    if isinstance(activation, nn.Module) and any(True for _ in activation.parameters()):
+        raise ValueError("expected an activation without parameters: fields treat it as a fixed function")
+    if not callable(activation):
+        raise TypeError(f"expected activation to be a name or a function, got {type(activation).__name__}")
+    return SmoothActivation(activation)
+
+
+def widths(name: str, sizes: Sequence[int], least: int = 0) -> tuple[int, ...]:
+    """Checked sizes of hidden layers."""
+    sizes = tuple(sizes)
+    if len(sizes) < least or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in sizes):
+        raise ValueError(f"expected {name} to be {least} or more positive integers, got {sizes!r}")
+    return sizes
+
+
+class Modulation(nn.Module):
+    """What time and context add to, or multiply, each unit of the layers by: linear in both, one block a layer.
+
+    Args:
+        sizes: units of each layer.
+        context_dim: size of the context, 0 for none.
+        time_dependent: whether time has a say.
+        zero_last: whether the last block starts at zero.
+        bias: whether there is a constant as well.
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        context_dim: int = 0,
+        time_dependent: bool = True,
+        zero_last: bool = False,
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        self.sizes, total = list(sizes), sum(sizes)
+        inputs = context_dim + int(time_dependent)
+        bound = 1 / math.sqrt(max(inputs, 1))
+
+        def draw(*shape: int) -> nn.Parameter:
+            values = bound * (2 * torch.rand(*shape) - 1)
+            if zero_last:
+                values[total - self.sizes[-1] :] = 0
+            return nn.Parameter(values)
+
+        self.time = draw(total) if time_dependent else None
+        self.context = draw(total, context_dim) if context_dim else None
+        self.bias = draw(total) if bias else None
+
+    def forward(self, t: Tensor, context: Tensor | None) -> Tensor | None:
+        """All blocks, shape ``(total,)`` without a context and ``(rows or 1, total)`` with one; ``None`` for none."""
+        moved = self.bias if self.time is None else self.time * t
+        if self.time is not None and self.bias is not None:
+            moved = moved + self.bias
+        return moved if self.context is None else F.linear(context, self.context, moved)

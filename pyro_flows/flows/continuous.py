@@ -1,0 +1,127 @@
+"""The builder of continuous-time flows, of vectors, images and series."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from torch import Tensor, nn
+
+from pyro_flows.boundary import event_size
+from pyro_flows.chain import Chain
+from pyro_flows.conv_fields import ConvField
+from pyro_flows.dense_fields import ChainField, GatedField, ResidualField
+from pyro_flows.fields import Field
+from pyro_flows.transforms import Continuous
+
+__all__ = ["cnf"]
+
+_FIELDS = ("concatsquash", "mlp", "gated", "residual", "conv")
+
+
+def _named(kind: str, event: tuple[int, ...], hidden_dims: Sequence[int] | None, **options: object) -> Field:
+    if kind not in _FIELDS:
+        raise ValueError(f"cnf: expected field to be one of {list(_FIELDS)} or a torch.nn.Module, got {kind!r}")
+    if kind == "conv":
+        return ConvField(event, hidden_dims=(32, 32) if hidden_dims is None else hidden_dims, **options)
+    if hidden_dims is None:
+        hidden_dims = (min(max(64, 4 * event_size(event).numel()), 512),) * 2
+    if kind in ("concatsquash", "mlp"):
+        return ChainField(event, hidden_dims=hidden_dims, squash=kind == "concatsquash", **options)
+    make = GatedField if kind == "gated" else ResidualField
+    return make(event, hidden_dims=hidden_dims, **options)
+
+
+def cnf(
+    event_shape: int | Iterable[int],
+    *,
+    context_dim: int = 0,
+    hidden_dims: Sequence[int] | None = None,
+    field: str | nn.Module = "concatsquash",
+    time_dependent: bool = True,
+    activation: str | Callable[[Tensor], Tensor] = "tanh",
+    divergence: str = "auto",
+    noise: str = "rademacher",
+    num_probes: int | None = None,
+    scoring: str = "auto",
+    solver: str = "dopri5",
+    rtol: float | Sequence[float] = 1e-5,
+    atol: float | Sequence[float] = 1e-5,
+    steps: int = 20,
+    max_steps: int = 2000,
+    gradient: str = "adjoint",
+    per_row: bool = False,
+    kinetic: float = 0.0,
+    jacobian: float = 0.0,
+) -> Chain:
+    r"""Continuous normalizing flow (FFJORD): one :class:`~pyro_flows.transforms.Continuous` transform.
+
+    Rows follow :math:`\dot z = v(t, z, c)` from the base at :math:`t = 0` to the data at :math:`t = 1`, and
+    :math:`\log|\det \partial y/\partial x| = \int_0^1 \nabla \cdot v\, dt`.  Each direction is one solve.  A fresh flow
+    is exactly the identity.
+
+    Args:
+        event_shape: an ``input_dim`` or the shape of one event; ``(C, H, W)`` or ``(C, T)`` for ``field="conv"``.
+        context_dim: size of the context, 0 for none.
+        hidden_dims: widths of the field's hidden layers; two of ``4 * input_dim``, at least 64 and at most 512, by
+            default (FFJORD: three of 64 for toy data, two or three of some 10 per dimension for tables), or two of 32
+            channels for ``"conv"``.  Up to two have an exact divergence at the cost of one evaluation more in
+            ``"mlp"`` and ``"concatsquash"``.
+        field: ``"concatsquash"`` (FFJORD), ``"mlp"``, ``"gated"``, ``"residual"``, ``"conv"``, or a module called as
+            ``field(t, x)``, or ``field(t, x, context)``, that keeps the shape of ``x``.
+        time_dependent: whether the package's own fields depend on time.
+        activation: of the package's own fields: ``"tanh"``, ``"softplus"``, ``"silu"`` or a smooth elementwise
+            function (FFJORD: softplus or tanh).
+        divergence: ``"auto"``, ``"exact"``, ``"hutchinson"`` (FFJORD) or ``"hutch++"``.
+        noise: of the estimates, ``"rademacher"`` or ``"gaussian"`` (FFJORD: either).
+        num_probes: of the estimates (FFJORD: 1).
+        scoring: in ``eval()``, where training estimates: ``"auto"``, ``"exact"`` or ``"frozen"``.
+        solver: of torchdiffeq, adaptive or of fixed steps (Chen et al.: implicit Adams; FFJORD: dopri5; RNODE: rk4).
+        rtol: relative tolerance, or a pair for sampling and density (FFJORD: 1e-5).
+        atol: absolute tolerance, or a pair for sampling and density (FFJORD: 1e-5).
+        steps: number of fixed steps (RNODE: 4 for training).
+        max_steps: of adaptive solvers, before an error.
+        gradient: ``"adjoint"`` (Chen et al., FFJORD) or ``"backprop"``, through the solver's steps.
+        per_row: whether each row is held to the tolerance, rather than all on average.
+        kinetic: weight of :math:`\int |v|^2 dt` (RNODE: 0.01), see
+            :func:`~pyro_flows.transforms.continuous.collect_penalties`.
+        jacobian: weight of :math:`\int \|\partial v/\partial z\|_F^2 dt` (RNODE: 0.01).
+
+    The papers' flows have a learnt end time, or several fields in sequence; here time ends at 1, which the field's
+    scale makes up for, and several are a :class:`~pyro_flows.chain.Chain` of several.
+
+    Raises:
+        ValueError: for options out of range, or a field that changes the shape or mixes rows.
+
+    References:
+        Neural Ordinary Differential Equations (Chen et al., 2018), arXiv:1806.07366.
+        FFJORD: Free-form Continuous Dynamics for Scalable Reversible Generative Models (Grathwohl et al., 2019),
+        arXiv:1810.01367.
+        How to train your neural ODE: the world of Jacobian and kinetic regularization (Finlay et al., 2020),
+        arXiv:2002.02798.
+    """
+    event = event_size(event_shape)
+    if isinstance(field, str):
+        options = {"context_dim": context_dim, "time_dependent": time_dependent, "activation": activation}
+        field = _named(field, event, hidden_dims, **options)
+    return Chain(
+        [
+            Continuous(
+                event,
+                field,
+                context_dim=context_dim,
+                divergence=divergence,
+                noise=noise,
+                num_probes=num_probes,
+                scoring=scoring,
+                solver=solver,
+                rtol=rtol,
+                atol=atol,
+                steps=steps,
+                max_steps=max_steps,
+                gradient=gradient,
+                per_row=per_row,
+                kinetic=kinetic,
+                jacobian=jacobian,
+            )
+        ]
+    )

@@ -1,0 +1,229 @@
+r"""Integration of rows along a vector field by torchdiffeq, with gradients by the adjoint or through the solver.
+
+:func:`integrate` is the entry point.  The state is what rows have moved by, with columns that are integrated along, in
+one tensor.  It starts at zero, so rounding is relative to the way and not to the place, and a field that is zero moves
+nothing at all.  Tolerances are those of the place: ``atol + rtol * |x|``.
+
+The adjoint is a second solve backwards (arXiv:1806.07366, appendix B), of ``x``, the gradient after it, and those
+after parameters, whose error does not steer the steps (arXiv:2009.09457).  Its tolerance is relative to the incoming
+gradient, so the scale of a loss does not matter.  Memory does not grow with the number of evaluations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pyro_flows.newton_adjoint import vmapped
+from pyro_flows.ode_solver import ADAPTIVE, Call, Dynamics, OdeReport, OdeSettings, Watch, floored, rms, row_norm
+from pyro_flows.tracing import plain_eager
+
+__all__ = ["integrate"]
+
+
+@torch.compiler.disable
+def integrate(
+    dynamics: Dynamics,
+    settings: OdeSettings,
+    report: OdeReport,
+    x: Tensor,
+    shared: Sequence[Tensor] = (),
+    rowwise: Sequence[Tensor] = (),
+    span: tuple[float, float] = (0.0, 1.0),
+) -> tuple[Tensor, Tensor]:
+    """Integrates rows along the field.
+
+    Args:
+        dynamics: what to integrate.
+        settings: how.
+        report: filled in.
+        x: shape ``(n, D)``, float32 or float64.
+        shared: tensors that all rows share; gradients reach them.
+        rowwise: tensors with a leading dimension ``n``; gradients reach them.
+        span: the times from which and to which, in either sequence.
+
+    Returns:
+        Where rows end, shape ``(n, D)``, and the integrals of the columns, shape ``(n, num_columns)``.
+
+    Raises:
+        ValueError: if ``x`` is not finite.
+        RuntimeError: if the field is not, or the solver makes no headway; time and rows are named.
+    """
+    call = Call(dynamics, settings, report, span)
+    tensors = (*shared, *rowwise)
+    taped = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *tensors))
+    if plain_eager() and (not taped or settings.gradient == "backprop"):
+        moved = _solve(call, x, shared, rowwise)
+    else:
+        moved = _Solve.apply(call, None, len(shared), x, *tensors)
+    return x + moved[:, : x.shape[1]], moved[:, x.shape[1] :]
+
+
+def _solve(call: Call, x: Tensor, shared: Sequence[Tensor], rowwise: Sequence[Tensor]) -> Tensor:
+    """How far rows move, and the columns, shape ``(n, D + num_columns)``."""
+    settings, size = call.settings, x.shape[1]
+    rhs = call.dynamics.bind(shared, rowwise)
+    rtol, atol = floored(settings, x.dtype)
+
+    def packed(t: Tensor, state: Tensor) -> Tensor:
+        return torch.cat(rhs(t, x + state[:, :size]), 1)
+
+    with torch.no_grad():
+        scale = torch.cat((x.abs() * rtol + atol, x.new_full((len(x), call.dynamics.num_columns), atol)), 1)
+    norm = row_norm if settings.per_row else rms
+    start = x.new_zeros(len(x), size + call.dynamics.num_columns)
+    watch = Watch(call, packed, norm, len(x), x)
+    if not bool(scale.isfinite().all()):  # a field that saturates would not tell
+        raise watch.trouble("")
+    out = watch.run(start, rtol, scale, call.span)
+    report = call.report
+    report.evaluations, report.steps, report.rejected = watch.evaluations, watch.steps, watch.rejected
+    report.local_error = watch.local_error if settings.solver in ADAPTIVE else None
+    return out
+
+
+class _Solve(torch.autograd.Function):
+    """The solution with the gradient by the adjoint; its arguments are laid out as ``vmapped`` wants them."""
+
+    @staticmethod
+    def forward(call: Call, none: None, split: int, x: Tensor, *tensors: Tensor) -> Tensor:
+        return _solve(call, x, tensors[:split], tensors[split:])
+
+    @staticmethod
+    def setup_context(ctx: object, inputs: tuple, output: Tensor) -> None:
+        ctx.call, _, ctx.split, x, *tensors = inputs
+        ctx.save_for_backward(x, output, *tensors)
+
+    @staticmethod
+    def backward(ctx: object, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, moved, *tensors = ctx.saved_tensors
+        needed = ctx.needs_input_grad[4:]
+        end = x + moved[:, : x.shape[1]]
+        constants = (ctx.call, needed, ctx.split)
+        if plain_eager() and not torch.is_grad_enabled():
+            gx, *grads = _adjoint(*constants, end, g, *tensors)
+        else:
+            gx, *grads = _Adjoint.apply(*constants, end, g, *tensors)
+        grads = iter(grads)
+        return None, None, None, gx, *(next(grads) if need else None for need in needed)
+
+    @staticmethod
+    def vmap(info: object, in_dims: tuple, *args: object) -> tuple[Tensor, int]:
+        return vmapped(_Solve.apply, 1, info.batch_size, in_dims, args), 0
+
+
+def _adjoint(
+    call: Call, needed: Sequence[bool], split: int, end: Tensor, g: Tensor, *tensors: Tensor
+) -> tuple[Tensor, ...]:
+    """Gradients after where rows start, less those after where they end, and after those tensors that need one.
+
+    ``g`` is given, after where rows end and after the columns.
+    """
+    rows, size = end.shape
+    settings, n = call.settings, end.numel()
+    rtol, atol = floored(settings, end.dtype)
+    end, g = end.detach(), g.detach()
+    after_end, after_columns = g[:, :size], g[:, size:]
+    moving = [_moving(t, need) for t, need in zip(tensors, needed, strict=True)]
+    wanted = [t for t, need in zip(moving, needed, strict=True) if need]
+    rhs = call.dynamics.bind(moving[:split], moving[split:])
+
+    def augmented(t: Tensor, state: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = torch.add(end, state[:n].view(rows, size)).requires_grad_()
+            outputs = rhs(t, x)
+            pairs = [
+                (out, weight)
+                for out, weight in zip(
+                    outputs, (after_end + state[n : 2 * n].view(rows, size), after_columns), strict=True
+                )
+                if out.requires_grad
+            ]
+            grads: Sequence[Tensor | None] = [None] * (1 + len(wanted))
+            if pairs:
+                outs, weights = zip(*pairs, strict=True)
+                grads = torch.autograd.grad(outs, (x, *wanted), weights, allow_unused=True)
+        flat = [
+            like.new_zeros(like.numel()) if grad is None else grad.reshape(-1)
+            for grad, like in zip(grads, (x, *wanted), strict=True)
+        ]
+        # Gradients grow against the time in which they are integrated.
+        return torch.cat([outputs[0].detach().reshape(-1), torch.cat(flat).neg_()])
+
+    rest = sum(t.numel() for t in wanted)
+    tiny = torch.finfo(end.dtype).tiny
+    level = float(g.square().mean().sqrt()) + 100 * tiny
+    scale = [end.abs() * rtol + atol, after_end.abs() * rtol + level * atol]
+    scale = torch.cat([*(t.reshape(-1) for t in scale), end.new_ones(rest)])
+    start = end.new_zeros(2 * n + rest)
+
+    def norm(ratio: Tensor) -> Tensor:
+        parts = ratio[: 2 * n].view(2, rows, size).square()
+        return (parts.mean(2) if settings.per_row else parts.mean((1, 2))).amax().sqrt()
+
+    watch = Watch(call, augmented, norm, rows, end, backward=True)
+    with torch.no_grad():
+        out = watch.run(start, rtol, scale, call.span[::-1])
+    call.report.backward_evaluations += watch.evaluations
+    grads, cut = [out[n : 2 * n].view(rows, size)], 2 * n
+    for like in wanted:
+        grads.append(out[cut : cut + like.numel()].view(like.shape))
+        cut += like.numel()
+    return tuple(grads)
+
+
+def _moving(t: Tensor, need: bool) -> Tensor:
+    """A leaf to differentiate after; where it is one already, a module need not be called with others in its place."""
+    if plain_eager() and t.is_leaf and t.requires_grad == need:
+        return t
+    return t.detach().requires_grad_(need)
+
+
+class _Adjoint(torch.autograd.Function):
+    """The adjoint solve where someone looks on: a batch of them by ``vmap``, and a refusal of second derivatives."""
+
+    @staticmethod
+    def forward(
+        call: Call, needed: Sequence[bool], split: int, end: Tensor, g: Tensor, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        return _adjoint(call, needed, split, end, g, *tensors)
+
+    @staticmethod
+    def setup_context(ctx: object, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+        ctx.name = inputs[0].dynamics.name
+
+    @staticmethod
+    def backward(ctx: object, *grads: Tensor) -> tuple[None, ...]:
+        raise RuntimeError(
+            f'{ctx.name}: the adjoint gives first derivatives only; build the flow with gradient="backprop" for more'
+        )
+
+    @staticmethod
+    def vmap(info: object, in_dims: tuple, *args: object) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        call, needed, split, *tensors = args
+        dims = in_dims[3:]
+        size = info.batch_size
+        shared = range(2, 2 + split)
+        alone = any(dims[k] is not None for k in shared) or any(needed[:split])
+        if alone:  # gradients of what rows share are apart for each
+            parts = [
+                _Adjoint.apply(
+                    call,
+                    needed,
+                    split,
+                    *(t if d is None else t.select(d, k) for t, d in zip(tensors, dims, strict=True)),
+                )
+                for k in range(size)
+            ]
+            stacked = tuple(torch.stack(each) for each in zip(*parts, strict=True))
+            return stacked, (0,) * len(stacked)
+        flat = []
+        for k, (t, d) in enumerate(zip(tensors, dims, strict=True)):
+            if k not in shared:
+                t = t.expand(size, *t.shape) if d is None else t.movedim(d, 0)
+                t = t.flatten(0, 1)
+            flat.append(t)
+        made = _Adjoint.apply(call, needed, split, *flat)
+        return tuple(t.unflatten(0, (size, -1)) for t in made), (0,) * len(made)
