@@ -29,6 +29,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
+import torch.nn.functional as F
 from _timing import machine, markdown
 from torch import Tensor
 
@@ -115,10 +116,12 @@ def draw(results: list[dict[str, object]], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     rows = [("test images", load()[2][:14])] + [(r["name"], torch.tensor(r["draws"])) for r in results]
-    canvas = torch.cat([x.view(14, 8, 8).permute(1, 0, 2).flatten(1).float() for _, x in rows])
+    # A margin of two pixels around each image.
+    padded = [F.pad(x.view(14, 8, 8).float(), (2, 2, 2, 2)) for _, x in rows]
+    canvas = torch.cat([x.permute(1, 0, 2).flatten(1) for x in padded])
     fig, ax = plt.subplots(figsize=(8.5, 0.55 * len(rows) + 0.1))
     ax.imshow(canvas.numpy(), cmap="Greys", vmin=0, vmax=LEVELS - 1, interpolation="none")
-    ax.set(xticks=[], yticks=[8 * k + 3.5 for k in range(len(rows))])
+    ax.set(xticks=[], yticks=[12 * k + 5.5 for k in range(len(rows))])
     ax.set_yticklabels([name for name, _ in rows], fontsize=8)
     ax.tick_params(length=0)
     fig.subplots_adjust(left=0.17, right=0.995, top=0.99, bottom=0.01)
