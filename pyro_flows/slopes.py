@@ -90,7 +90,7 @@ def value_and_slope(layout: Layout, x: Tensor, weights: Weights) -> tuple[Tensor
         return _plain(layout.activation, x, *weights)
     if torch.is_grad_enabled():
         return _apply(layout, x, *weights)
-    return _run(layout, x, weights)[:2]
+    return _run(layout, x, weights, keep=False)[:2]
 
 
 def _conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -115,7 +115,8 @@ def _tiled_conv(tiles: Sequence[Tile], x: Tensor, weight: Tensor, bias: Tensor |
 
 
 def _activate(act: Monotone, pre: Tensor) -> Tensor:
-    return act.in_place(pre) if pre.is_contiguous() else act.value(pre).contiguous()
+    pre = pre.contiguous()  # what it was a part of is free from here on
+    return act.in_place(pre)
 
 
 def _grouped(hidden: Tensor, channels: int) -> Tensor:
@@ -137,18 +138,21 @@ def _plain(act: Monotone, x: Tensor, *tensors: Tensor | None) -> tuple[Tensor, T
     return value, (outer.unsqueeze(-2) @ slopes).reshape(x.shape) + w.scale
 
 
-def _run(layout: Layout, x: Tensor, w: Weights) -> tuple[Tensor, ...]:
-    """Value and slope, and what is kept: the two hidden maps and the inner sums."""
+def _run(layout: Layout, x: Tensor, w: Weights, keep: bool) -> tuple[Tensor | None, ...]:
+    """Value and slope, and what is kept, if anything is: the two hidden maps and the inner sums."""
     act, channels = layout.activation, x.shape[1]
     first = _activate(act, _tiled_conv(layout.tiles[0], x, w.first, w.first_bias))
     inner = torch.matmul(w.inner, _grouped(act.slope(first), channels))
     second = _activate(act, _tiled_conv(layout.tiles[1], first, w.second, w.second_bias))
+    first = first if keep else None
     slopes = _grouped(act.slope(second), channels).mul_(inner)
+    inner = inner if keep else None
     outer, gated = w.outer, second
     if w.gate is not None:
         gated = second * w.gate[..., None, None]
         outer = outer * w.gate.unflatten(-1, outer.shape)
     slope = torch.matmul(outer.unsqueeze(-2), slopes).view(x.shape).add_(w.scale)
+    del slopes
     value = torch.addcmul(_tiled_conv(layout.tiles[2], gated, w.third, None), w.scale, x).add_(w.third_bias)
     return value, slope, first, second, inner
 
@@ -193,7 +197,7 @@ class _Pass(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: object, layout: Layout, x: Tensor, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
-        value, slope, *kept = _run(layout, x, Weights(*tensors))
+        value, slope, *kept = _run(layout, x, Weights(*tensors), keep=True)
         ctx.layout = layout
         ctx.save_for_backward(x, *kept, *tensors)
         ctx.set_materialize_grads(False)
