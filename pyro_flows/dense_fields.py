@@ -169,6 +169,27 @@ class ChainField(_Dense):
 class _Pushing(_Dense):
     """Fields whose tangents go along with the value, one for each dimension where the divergence is asked for."""
 
+    def __init__(
+        self,
+        event_shape: int | Iterable[int],
+        *,
+        hidden_dims: Sequence[int] = (64, 64),
+        context_dim: int = 0,
+        time_dependent: bool = True,
+        activation: Activation = "tanh",
+    ) -> None:
+        super().__init__(event_shape, context_dim, time_dependent)
+        size = self.event_shape.numel()
+        hidden = widths("hidden_dims", hidden_dims, least=1)
+        self.activation = smooth(activation)
+        self.layers, modulated = self._build(size, hidden)
+        shifted = bool(context_dim or time_dependent)
+        self.shifts = Modulation(modulated, context_dim, time_dependent) if shifted else None
+
+    def _build(self, size: int, hidden: tuple[int, ...]) -> tuple[nn.ModuleList, list[int]]:
+        """The layers, and the widths of what time and context shift."""
+        raise TypeError(f"{type(self).__name__} must define _build")
+
     def _run(
         self, t: Tensor, x: Tensor, context: Tensor | None, probes: Tensor | None, trace: bool
     ) -> tuple[Tensor, Tensor | None]:
@@ -202,22 +223,8 @@ class GatedField(_Pushing):
         activation: ``"tanh"``, ``"softplus"``, ``"silu"`` or a smooth elementwise function.
     """
 
-    def __init__(
-        self,
-        event_shape: int | Iterable[int],
-        *,
-        hidden_dims: Sequence[int] = (64, 64),
-        context_dim: int = 0,
-        time_dependent: bool = True,
-        activation: Activation = "tanh",
-    ) -> None:
-        super().__init__(event_shape, context_dim, time_dependent)
-        size = self.event_shape.numel()
-        hidden = widths("hidden_dims", hidden_dims, least=1)
-        self.activation = smooth(activation)
-        self.layers = _linears((size, *hidden, size), multiple=2)
-        modulated = bool(context_dim or time_dependent)
-        self.shifts = Modulation([2 * n for n in hidden], context_dim, time_dependent) if modulated else None
+    def _build(self, size: int, hidden: tuple[int, ...]) -> tuple[nn.ModuleList, list[int]]:
+        return _linears((size, *hidden, size), multiple=2), [2 * n for n in hidden]
 
     def _hidden(
         self, t: Tensor, x: Tensor, context: Tensor | None, tangents: Tensor | None
@@ -250,26 +257,11 @@ class ResidualField(_Pushing):
         activation: ``"tanh"``, ``"softplus"``, ``"silu"`` or a smooth elementwise function.
     """
 
-    def __init__(
-        self,
-        event_shape: int | Iterable[int],
-        *,
-        hidden_dims: Sequence[int] = (64, 64),
-        context_dim: int = 0,
-        time_dependent: bool = True,
-        activation: Activation = "tanh",
-    ) -> None:
-        super().__init__(event_shape, context_dim, time_dependent)
-        size = self.event_shape.numel()
-        hidden = widths("hidden_dims", hidden_dims, least=1)
+    def _build(self, size: int, hidden: tuple[int, ...]) -> tuple[nn.ModuleList, list[int]]:
         if len(set(hidden)) > 1:
             raise ValueError(f"a residual field needs hidden_dims that are all equal, got {hidden!r}")
-        self.activation = smooth(activation)
         width, blocks = hidden[0], len(hidden)
-        self.layers = _linears((size, *(width,) * (2 * blocks + 1), size))
-        modulated = bool(context_dim or time_dependent)
-        sizes = [width] * (blocks + 1)
-        self.shifts = Modulation(sizes, context_dim, time_dependent) if modulated else None
+        return _linears((size, *(width,) * (2 * blocks + 1), size)), [width] * (blocks + 1)
 
     def _hidden(
         self, t: Tensor, x: Tensor, context: Tensor | None, tangents: Tensor | None

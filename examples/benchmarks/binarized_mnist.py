@@ -23,16 +23,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
+from _rows import save_rows
 from _timing import machine, markdown
 from torch import Tensor
 
 import pyro_flows as pf
 from pyro_flows.distributions import AutoregressiveDistribution
 
-matplotlib.use("Agg")
 SIDE = 28
 PIXELS = SIDE * SIDE
 PAPER = {
@@ -120,8 +119,6 @@ def report(models: dict[str, tuple[Model, float, int]], parts: tuple[Tensor, Ten
 
 def draw(models: dict[str, tuple[Model, float, int]], test: Tensor, path: Path) -> None:
     """The picture."""
-    from matplotlib import pyplot as plt
-
     columns = 14
     test = test[:: max(len(test) // columns, 1)][:columns]  # sorted by digit
     rows = [("test images", test)]
@@ -137,16 +134,7 @@ def draw(models: dict[str, tuple[Model, float, int]], test: Tensor, path: Path) 
             rows.append((what, torch.where(known, test, 0.5)))
         for name, model in able.items():
             rows.append((f"by {name}", model.impute(test.to(model.device), known.to(model.device)).squeeze(0).cpu()))
-    canvas = torch.cat([x.view(columns, SIDE, SIDE).permute(1, 0, 2).flatten(1) for _, x in rows])
-    fig, ax = plt.subplots(figsize=(8.5, 0.55 * len(rows) + 0.1))
-    ax.imshow(canvas.numpy(), cmap="Greys", vmin=0, vmax=1, interpolation="none")
-    ax.set(xticks=[], yticks=[SIDE * (k + 0.5) for k in range(len(rows))])
-    ax.set_yticklabels([name for name, _ in rows], fontsize=8)
-    ax.tick_params(length=0)
-    fig.subplots_adjust(left=0.14, right=0.995, top=0.99, bottom=0.01)
-    fig.savefig(path, dpi=100)
-    plt.close(fig)
-    print(f"Picture: {path}")
+    save_rows(rows, 1, path)
 
 
 def main() -> None:

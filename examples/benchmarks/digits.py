@@ -26,16 +26,14 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
-import torch.nn.functional as F
+from _rows import save_rows
 from _timing import machine, markdown
 from torch import Tensor
 
 import pyro_flows as pf
 
-matplotlib.use("Agg")
 LEVELS, SHAPE, NOISES = 17, (1, 8, 8), 20
 DIGITS = Path(__file__).parent.parent / "data" / "digits.npz"
 MODELS: dict[str, Callable[[], pf.FlowTransform]] = {
@@ -111,25 +109,6 @@ def run(name: str, seed: int, lr: float, seconds: float) -> dict[str, object]:
     }
 
 
-def draw(results: list[dict[str, object]], path: Path) -> None:
-    """Test images, and draws of each model's first seed."""
-    from matplotlib import pyplot as plt
-
-    rows = [("test images", load()[2][:14])] + [(r["name"], torch.tensor(r["draws"])) for r in results]
-    # A margin of two pixels around each image.
-    padded = [F.pad(x.view(14, 8, 8).float(), (2, 2, 2, 2)) for _, x in rows]
-    canvas = torch.cat([x.permute(1, 0, 2).flatten(1) for x in padded])
-    fig, ax = plt.subplots(figsize=(8.5, 0.55 * len(rows) + 0.1))
-    ax.imshow(canvas.numpy(), cmap="Greys", vmin=0, vmax=LEVELS - 1, interpolation="none")
-    ax.set(xticks=[], yticks=[12 * k + 5.5 for k in range(len(rows))])
-    ax.set_yticklabels([name for name, _ in rows], fontsize=8)
-    ax.tick_params(length=0)
-    fig.subplots_adjust(left=0.17, right=0.995, top=0.99, bottom=0.01)
-    fig.savefig(path, dpi=100)
-    plt.close(fig)
-    print(f"Picture: {path}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="a second each")
@@ -186,7 +165,8 @@ def main() -> None:
         "CPU s",
     ]
     print("\n" + markdown(head, rows) + "\n")
-    draw(list(best.values()), out / "digits.png")
+    drawn = [(name, torch.tensor(found["draws"])) for name, found in best.items()]
+    save_rows([("test images", load()[2][:14]), *drawn], LEVELS - 1, out / "digits.png")
 
 
 if __name__ == "__main__":

@@ -20,16 +20,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
+from _rows import save_rows
 from _timing import machine, markdown
 from torch import Tensor
 
 import pyro_flows as pf
 from pyro_flows.flows import MINTNET_CONFIGURATIONS
 
-matplotlib.use("Agg")
 SHAPE = (1, 28, 28)
 MODELS: dict[str, Callable[[], pf.FlowTransform]] = {
     "mintnet-small": lambda: pf.mintnet(SHAPE, num_layers=6, num_groups=(12, 8, 4), squeeze=2),
@@ -82,23 +81,11 @@ def score(model: pf.Dequantized, x: Tensor, noises: int) -> tuple[float, float]:
 
 def draw(models: dict[str, pf.Dequantized], test: Tensor, path: Path) -> None:
     """Test images, and draws of each model."""
-    from matplotlib import pyplot as plt
-
-    columns = 14
-    rows = [("test images", test[:columns])]
+    rows = [("test images", test[:14])]
     for name, model in models.items():
         torch.manual_seed(0)
-        rows.append((name, model.sample((columns,)).cpu()))
-    canvas = torch.cat([x.view(columns, 28, 28).permute(1, 0, 2).flatten(1).float() for _, x in rows])
-    fig, ax = plt.subplots(figsize=(8.5, 0.55 * len(rows) + 0.1))
-    ax.imshow(canvas.numpy(), cmap="Greys", vmin=0, vmax=255, interpolation="none")
-    ax.set(xticks=[], yticks=[28 * (k + 0.5) for k in range(len(rows))])
-    ax.set_yticklabels([name for name, _ in rows], fontsize=8)
-    ax.tick_params(length=0)
-    fig.subplots_adjust(left=0.14, right=0.995, top=0.99, bottom=0.01)
-    fig.savefig(path, dpi=100)
-    plt.close(fig)
-    print(f"Picture: {path}")
+        rows.append((name, model.sample((len(rows[0][1]),))))
+    save_rows(rows, 255, path)
 
 
 def main() -> None:
