@@ -48,6 +48,7 @@ class OdeReport:
         local_error: sum over steps of the solver's estimate of what each adds to the error, in units of the tolerance;
             ``None`` for fixed steps, which have no estimate.
         backward_evaluations: calls of the field in the adjoint solve, once gradients were asked for.
+        gradient: the way that gradients take, ``"adjoint"`` or ``"backprop"``; ``None`` where nothing needs one.
     """
 
     solver: str
@@ -57,6 +58,7 @@ class OdeReport:
     rejected: int = 0
     local_error: float | None = None
     backward_evaluations: int = 0
+    gradient: str | None = None
 
 
 class Dynamics(ABC):
@@ -159,9 +161,10 @@ class Watch:
                     odeint(self._plain, start, ends, method=settings.solver, options=options)
                 raise self.trouble("the result is not finite")
             return out
-        self.first = value = self(ends[0].to(start.dtype), start)
+        if self.first is None:
+            self.first = self(ends[0].to(start.dtype), start)
         options = {
-            "first_step": self._first_step(value.detach(), scale),
+            "first_step": self._first_step(self.first.detach(), scale),
             "max_num_steps": settings.max_steps,
             "norm": self.norm,
             "step_t": ends[1:],  # end on the end, where torchdiffeq would interpolate

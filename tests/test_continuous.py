@@ -69,7 +69,7 @@ class Shrinking(nn.Module):
 
 
 def small(**options):
-    settings = {"hidden_dims": (6, 6), **TIGHT, **options}
+    settings = {"hidden_dims": (6, 6), "gradient": "adjoint", **TIGHT, **options}
     context_dim = settings.pop("context_dim", 0)
     return shake(pf.cnf(settings.pop("size", 2), context_dim=context_dim, **settings).double(), 0.4)
 
@@ -241,7 +241,7 @@ def test_report_counts_what_was_done():
             calls.append(float(t))
             return super().forward(t, x)
 
-    flow = pf.Continuous(2, Counting(2).double(), rtol=1e-6, atol=1e-6)
+    flow = pf.Continuous(2, Counting(2).double(), rtol=1e-6, atol=1e-6, gradient="adjoint")
     x = torch.randn(5, 2, dtype=torch.double)
     calls.clear()
     y, ladj = flow.forward_and_ladj(x)
@@ -405,6 +405,51 @@ def test_memory_of_the_adjoint_does_not_grow_with_evaluations():
     assert held["backprop", 1e-10] > 3 * held["backprop", 1e-3]
 
 
+@pytest.mark.parametrize("solver", ["dopri5", "rk4"])
+@pytest.mark.parametrize("limit, expected", [(4 * 2**20, "backprop"), (0, "adjoint")])
+def test_auto_goes_by_what_an_evaluation_keeps(solver, limit, expected, monkeypatch):
+    monkeypatch.setattr("pyro_flows.ode.KEPT", limit)
+    auto, chosen = small(gradient="auto", solver=solver, rtol=1e-4), small(gradient=expected, solver=solver, rtol=1e-4)
+    chosen.load_state_dict(auto.state_dict())
+    x = torch.randn(5, 2, dtype=torch.double, requires_grad=True)
+    by = []
+    for flow in (auto, chosen):
+        y, ladj = flow.forward_and_ladj(x)
+        by.append(torch.autograd.grad(y.square().sum() + ladj.sum(), [x, *flow.parameters()]))
+    for got, want in zip(*by, strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+    report = auto[0].last_solve
+    assert report.gradient == chosen[0].last_solve.gradient == expected
+    assert report.evaluations == chosen[0].last_solve.evaluations
+    assert (report.backward_evaluations > 0) == (expected == "adjoint")
+    with torch.no_grad():
+        auto(x)
+    assert auto[0].last_solve.gradient is None
+
+
+@pytest.mark.parametrize("name", ["concatsquash", "mlp", "gated", "residual"])
+def test_what_an_evaluation_keeps(name, monkeypatch):
+    from pyro_flows import ode
+
+    counted = []
+    monkeypatch.setattr(ode, "_kept", lambda *args, kept=ode._kept: counted.append(kept(*args)) or counted[-1])
+    flow = shake(pf.cnf(3, field=name, gradient="auto", solver="rk4", steps=20), 0.4)
+    before = torch.randn(200, 3, requires_grad=True)
+    x = before.sin().cos().sin()  # what the rows come from is no concern of the solve
+    held = {}
+
+    def pack(tensor):
+        held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor.detach()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y, ladj = flow.forward_and_ladj(x)
+    assert len(counted) == 1 and flow[0].last_solve.evaluations == 80
+    assert 0.75 * sum(held.values()) < 80 * counted[0] < sum(held.values())
+    (y.sum() + ladj.sum()).backward()
+    assert before.grad.isfinite().all()
+
+
 def test_functions_of_parameters():
     flow = small()[0]
     x = torch.randn(4, 2, dtype=torch.double)
@@ -556,7 +601,7 @@ def test_penalties_are_integrals():
         ({"atol": -1e-3}, "atol between 0 and 1"),
         ({"rtol": (1e-3,)}, "pair of these for sampling and density"),
         ({"solver": "rk45"}, r"solver to be one of \['dopri5'.*'rk4'\], got 'rk45'"),
-        ({"gradient": "forward"}, "'adjoint' or 'backprop'"),
+        ({"gradient": "forward"}, r"gradient to be one of \['auto', 'adjoint', 'backprop'\], got 'forward'"),
         ({"divergence": "trace"}, "divergence to be one of"),
         ({"noise": "uniform"}, "noise to be one of"),
         ({"num_probes": 1, "divergence": "hutch++"}, "num_probes to be an integer >= 2"),
@@ -648,7 +693,7 @@ def test_failure_of_the_adjoint_names_itself():
             v = super().forward(t, x)
             return v * math.nan if self.broken else v
 
-    flow = pf.Continuous(2, Breaking(2))
+    flow = pf.Continuous(2, Breaking(2), gradient="adjoint")
     loss = flow(torch.randn(3, 2)).sum()
     flow.field.module.broken = True
     with pytest.raises(RuntimeError, match="not finite in the adjoint solve at t=1"):

@@ -48,7 +48,7 @@ def cnf(
     atol: float | Sequence[float] = 1e-5,
     steps: int = 20,
     max_steps: int = 2000,
-    gradient: str = "adjoint",
+    gradient: str = "auto",
     per_row: bool = False,
     kinetic: float = 0.0,
     jacobian: float = 0.0,
@@ -80,7 +80,8 @@ def cnf(
         atol: absolute tolerance, or a pair for sampling and density (FFJORD: 1e-5).
         steps: number of fixed steps (RNODE: 4 for training).
         max_steps: of adaptive solvers, before an error.
-        gradient: ``"adjoint"`` (Chen et al., FFJORD) or ``"backprop"``, through the solver's steps.
+        gradient: ``"adjoint"`` (Chen et al., FFJORD), ``"backprop"``, through the solver's steps, or ``"auto"``, the
+            latter where an evaluation keeps at most 4 MiB for it.
         per_row: whether each row is held to the tolerance, rather than all on average.
         kinetic: weight of :math:`\int |v|^2 dt` (RNODE: 0.01), see
             :func:`~pyro_flows.transforms.continuous.collect_penalties`.

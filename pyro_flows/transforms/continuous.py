@@ -22,6 +22,7 @@ from pyro_flows.tracing import autocasting, plain_eager
 __all__ = ["Continuous", "Penalties", "SolveCheck", "collect_penalties"]
 
 _SCORING = ("auto", "exact", "frozen")
+_GRADIENTS = ("auto", "adjoint", "backprop")
 
 
 class SolveCheck(NamedTuple):
@@ -166,8 +167,8 @@ class Continuous(FlowTransform):
 
     **Gradients.**  ``"adjoint"`` solves backwards, with memory that does not grow with the evaluations, first
     derivatives only, exact up to the tolerance.  ``"backprop"`` goes through the solver's steps: exact for what was
-    computed, any number of derivatives, memory by evaluation, and faster by a third or so where that memory is there.
-    Under ``torch.func`` it is the adjoint in both cases.
+    computed, any number of derivatives, in less time, with memory by evaluation.  ``"auto"`` is ``"backprop"`` where
+    the first evaluation keeps at most 4 MiB, else the adjoint, as under ``torch.func``; ``last_solve`` says which.
 
     **Rows.**  An adaptive solver takes the same steps for all rows of a batch, chosen by the root mean square of their
     errors, so a row's result depends on its batch mates, within the tolerance on average; a row that is harder than
@@ -193,7 +194,7 @@ class Continuous(FlowTransform):
             errors of the dtype.
         steps: number of fixed steps.
         max_steps: of adaptive solvers, before an error.
-        gradient: ``"adjoint"`` or ``"backprop"``.
+        gradient: ``"auto"``, ``"adjoint"`` or ``"backprop"``.
         per_row: whether every row is held to the tolerance rather than all on average.
         kinetic: weight of :math:`\int |v|^2 dt` in :func:`collect_penalties`.
         jacobian: weight of :math:`\int \|\partial v / \partial z\|_F^2 dt` there, by the divergence's own probes.
@@ -229,7 +230,7 @@ class Continuous(FlowTransform):
         atol: float | Sequence[float] = 1e-5,
         steps: int = 20,
         max_steps: int = 2000,
-        gradient: str = "adjoint",
+        gradient: str = "auto",
         per_row: bool = False,
         kinetic: float = 0.0,
         jacobian: float = 0.0,
@@ -243,8 +244,8 @@ class Continuous(FlowTransform):
             )
         if solver not in ADAPTIVE and solver not in FIXED:
             raise ValueError(f"Continuous: expected solver to be one of {[*ADAPTIVE, *FIXED]}, got {solver!r}")
-        if gradient not in ("adjoint", "backprop"):
-            raise ValueError(f"Continuous: expected gradient to be 'adjoint' or 'backprop', got {gradient!r}")
+        if gradient not in _GRADIENTS:
+            raise ValueError(f"Continuous: expected gradient to be one of {list(_GRADIENTS)}, got {gradient!r}")
         if scoring not in _SCORING:
             raise ValueError(f"Continuous: expected scoring to be one of {list(_SCORING)}, got {scoring!r}")
         self.solver, self.gradient, self.per_row, self.scoring = solver, gradient, bool(per_row), scoring
