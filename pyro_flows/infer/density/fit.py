@@ -231,7 +231,8 @@ def fit_density(
             files.refuse_other(checkpoint, known, identity)
             units = start.known_units(known["units"], checkpoint)
         model = in_units(flow, units, standardize)
-        aim = Likelihood(flow, model) if matching is None else _match(matching, model, seed, start, size)
+        held_out = 0 if start.validation is None else len(start.validation)
+        aim = Likelihood(flow, model) if matching is None else Matching(matching, model, seed, held_out)
         training = Training(
             flow,
             model,
@@ -256,18 +257,11 @@ def fit_density(
 
         with tqdm(total=plan.total_steps, initial=training.step, disable=not progress, unit="step") as bar:
             training.run(bar, save)
-        held_out = training.history["validation"][training.best_epoch - 1]
+        score = training.history["validation"][training.best_epoch - 1]
         if matching is not None:
-            held_out = _likelihood(model, start)
+            score = _likelihood(model, start)
     name = "likelihood" if matching is None else "flow_matching"
-    return DensityFit(flow, model, training.history, training.best_epoch, held_out, training.stopped, name)
-
-
-def _match(matching: FlowMatching, model: nn.Module, seed: int, start: Prepared, size: int) -> Matching:
-    held_out = 0 if start.validation is None else len(start.validation)
-    # A loader's batches are as large as they come.
-    size = size or -(-len(start.train) // start.train.steps(0))
-    return Matching(matching, model, seed, held_out, size)
+    return DensityFit(flow, model, training.history, training.best_epoch, score, training.stopped, name)
 
 
 def _likelihood(model: nn.Module, start: Prepared) -> float:

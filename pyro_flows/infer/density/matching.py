@@ -22,8 +22,11 @@ __all__ = ["FlowMatching", "Matching", "as_objective", "assigned", "matched_part
 
 _COUPLINGS = ("independent", "optimal_transport")
 _TIMES = ("uniform", "logit_normal")
-_HELD_OUT = 4096  # pairs of a validation: few held-out rows are each paired several times
-_REPEATS = 16
+# Few rows are each paired several times, for pairs are cheap where events are small.
+_STEP = (512, 2**15)  # in a step: pairs, or numbers in them
+_HELD_OUT = (4096, 2**18)  # in a validation
+_MOST = 16  # pairs of one row
+_GROUP = 256  # pairs that are assigned at once, for that takes cubic time
 
 
 @dataclass(frozen=True)
@@ -36,19 +39,20 @@ class FlowMatching:
     .. math:: L = \mathrm{E} \tfrac1D \left| v(t, z_t, c) - (x_1 - x_0) \right|^2, \quad z_t = (1 - t) x_0 + t x_1 ,
 
     whose minimiser, the mean velocity of all paths through a place, takes the base to the data.  A step costs one
-    evaluation of the field for each row, and no solve.  The likelihood is not what is maximised, but follows.
+    evaluation of the field for each pair, and no solve.  The likelihood is not what is maximised, but follows.
 
     Args:
         coupling: how rows and draws are paired in a batch.  ``"independent"``: as they come.  ``"optimal_transport"``:
-            so that :math:`\sum |x_1 - x_0|^2` is the least, each draw once, which makes paths straighter and solves
-            cheaper, for :math:`O(n^3)` time at :math:`n` rows in a batch on the CPU (some 0.05 s at 1024).  Not with a
-            context: pairs made without regard to it leave each context another part of the base, which sampling does
-            not know of.
+            so that :math:`\sum |x_1 - x_0|^2` is the least in groups of up to 256 pairs, each draw used once, which
+            makes paths straighter and solves cheaper; some milliseconds on the CPU for each group.  Not with a context:
+            pairs made without regard to it leave each context another part of the base, which sampling does not know.
         time: the distribution of :math:`t`: ``"uniform"``, or ``"logit_normal"``, :math:`\mathrm{logit}\, t \sim
             N(0, 1)`, with more of the middle, where the regression is hard, and less of the ends.
         sigma: standard deviation of normal noise that is added to :math:`x_1` anew in each step: the density learnt is
             that of the data with it, which bounds the density of data on a grid or a surface.  In units of the field's
             end at the data, where standardised data have variance 1.
+        pairs: draws, each at a time of its own, that a row is paired with in a step; by default as many as make 512
+            pairs, or 32,768 numbers if that is less, from 1 to 16.
 
     Raises:
         ValueError: for other values.
@@ -69,6 +73,7 @@ class FlowMatching:
     coupling: str = "independent"
     time: str = "uniform"
     sigma: float = 0.0
+    pairs: int | None = None
 
     def __post_init__(self) -> None:
         for name, known in (("coupling", _COUPLINGS), ("time", _TIMES)):
@@ -77,6 +82,9 @@ class FlowMatching:
         number = isinstance(self.sigma, (int, float)) and not isinstance(self.sigma, bool)
         if not number or not 0 <= self.sigma < math.inf:
             raise ValueError(f"FlowMatching: expected sigma to be a number >= 0, got {self.sigma!r}")
+        pairs = self.pairs
+        if pairs is not None and (isinstance(pairs, bool) or not isinstance(pairs, int) or pairs < 1):
+            raise ValueError(f"FlowMatching: expected pairs to be an integer >= 1, got {pairs!r}")
 
     def times(self, like: Tensor) -> Tensor:
         """One time for each row: one in each of so many equally likely parts, in random order."""
@@ -138,19 +146,22 @@ def matched_parts(
     return parts[: places[0]], continuous, parts[places[0] + 1 :]
 
 
+def repeats(rows: int, size: int, most: tuple[int, int]) -> int:
+    """How many pairs each row is to make, with so many pairs or numbers in all at most, for events of this size."""
+    return min(max(min(most[0], most[1] // size) // max(rows, 1), 1), _MOST)
+
+
 @torch.no_grad()
-def assigned(x0: Tensor, x1: Tensor, size: int | None = None) -> Tensor:
-    """Draws in the sequence in which they are nearest to the rows in all: the least sum of squared distances.
+def assigned(x0: Tensor, x1: Tensor) -> Tensor:
+    """Draws in the sequence in which they are nearest to the rows, each group by its least sum of squared distances.
 
     Args:
         x0: draws, shape ``(n, *event_shape)``.
         x1: rows, of the same shape.
-        size: rows that are paired among themselves at most; all by default.
     """
     from scipy.optimize import linear_sum_assignment
 
-    count = 1 if size is None else -(-len(x1) // size)
-    made = []
+    made, count = [], max(-(-len(x1) // _GROUP), 1)
     for draws, rows in zip(x0.tensor_split(count), x1.tensor_split(count), strict=True):
         # Squared distances up to what each row and each draw adds to all sums alike.
         cost = -rows.flatten(1).double() @ draws.flatten(1).double().T
@@ -167,17 +178,16 @@ class Matching(Objective):
         model: the flow in the units of the data.
         seed: of the fixed pairs.
         held_out: rows of a validation.
-        size: rows that are paired in a step, and so in validation.
     """
 
     noun = "negative matching loss"
     beyond = "every parameter is finite, the velocity or its square is not"
     notable = 1e-4
 
-    def __init__(self, settings: FlowMatching, model: Flow, seed: int, held_out: int, size: int) -> None:
-        self.settings, self.model, self.seed, self.size = settings, model, seed, size
+    def __init__(self, settings: FlowMatching, model: Flow, seed: int, held_out: int) -> None:
+        self.settings, self.model, self.seed = settings, model, seed
         self.before, self.continuous, self.after = matched_parts(model, settings)
-        self.repeats = min(max(_HELD_OUT // max(held_out, 1), 1), _REPEATS)
+        self.held_out = repeats(held_out, self.continuous.event_shape.numel(), _HELD_OUT)
         self.device = next(self.continuous.parameters()).device
 
     def fixed(self) -> AbstractContextManager[None]:
@@ -190,11 +200,16 @@ class Matching(Objective):
         with torch.no_grad():
             for part in reversed(self.after):
                 value = part.inverse_and_ladj(value, context if part.context_dim else None)[0]
+        rows, pairs = len(value), self.held_out
         if self.model.training:
-            return self._once(value, context, None)
-        return sum(self._once(value, context, self.size) for _ in range(self.repeats)) / self.repeats
+            pairs = self.settings.pairs or repeats(rows, self.continuous.event_shape.numel(), _STEP)
+        if pairs > 1:
+            value = value.repeat(pairs, *(1,) * (value.dim() - 1))
+            context = None if context is None else context.repeat(pairs, 1)
+        return self._paired(value, context).view(pairs, rows).mean(0)
 
-    def _once(self, x1: Tensor, context: Tensor | None, size: int | None) -> Tensor:
+    def _paired(self, x1: Tensor, context: Tensor | None) -> Tensor:
+        """The score of each row with one draw."""
         settings = self.settings
         with torch.no_grad():
             x0 = self.model.base().sample(x1.shape[:1])
@@ -203,7 +218,7 @@ class Matching(Objective):
             if settings.sigma:
                 x1 = x1 + settings.sigma * torch.randn_like(x1)
             if settings.coupling == "optimal_transport":
-                x0 = assigned(x0, x1, size)
+                x0 = assigned(x0, x1)
             t, target = settings.times(x1), x1 - x0
             z = x0 + t.view(-1, *(1,) * (x1.dim() - 1)) * target
         v = self.continuous.field.at_times(t, z, context if self.continuous.context_dim else None)
