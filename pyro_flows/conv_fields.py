@@ -36,6 +36,8 @@ class ConvField(Field):
         arXiv:1810.01367.
     """
 
+    rowwise_times = True
+
     def __init__(
         self,
         event_shape: Iterable[int],

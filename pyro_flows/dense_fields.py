@@ -34,10 +34,14 @@ def _linears(sizes: Sequence[int], multiple: int = 1) -> nn.ModuleList:
 class _Dense(Field):
     """Events are flattened around ``_run``, which has the value and, if asked, the divergence or products."""
 
+    rowwise_times = True
+
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
         return self._run(t, x.flatten(1), context, None, False)[0].view(x.shape)
 
     def with_divergence(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if t.dim():  # the closed forms have one last gate for all rows
+            return super().with_divergence(t, x, context)
         v, trace = self._run(t, x.flatten(1), context, None, True)
         return v.view(x.shape), trace
 
@@ -163,7 +167,10 @@ class ChainField(_Dense):
                 tangents = F.linear(tangents, weight) * slope
         if trace:
             return pre, _trace([*weights, weight], slopes, x)
-        return pre, None if probes is None else F.linear(tangents, weight)
+        if probes is None:
+            return pre, None
+        tangents = F.linear(tangents, weight)
+        return pre, tangents if gate is None else tangents * gate
 
 
 class _Pushing(_Dense):

@@ -1,6 +1,7 @@
 r"""Vector fields :math:`v(t, x, c)` that a continuous flow follows, and the products with their Jacobian that it needs.
 
 Shapes everywhere: ``t`` a scalar, ``x`` ``(rows, *event_shape)``, ``context`` ``(rows or 1, context_dim)`` or ``None``.
+Where each row has a time of its own, as when fields are matched to paths, it is :meth:`Field.at_times` that takes them.
 Fields start at zero, so that a fresh flow is the identity, and are smooth, so that solvers can take large steps.
 """
 
@@ -38,6 +39,8 @@ class Field(nn.Module):
 
     #: Whether the exact divergence costs about as much as the field itself, whatever the number of dimensions.
     cheap_divergence = False
+    #: Whether ``forward`` takes ``t`` of shape ``(rows,)``, too, as the package's own fields do.
+    rowwise_times = False
 
     def __init__(self, event_shape: int | Iterable[int], context_dim: int = 0, time_dependent: bool = True) -> None:
         super().__init__()
@@ -49,6 +52,31 @@ class Field(nn.Module):
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
         """The velocity, with the shape of ``x``."""
         raise TypeError(f"{type(self).__name__} must define forward(t, x, context=None) -> velocity")
+
+    def at_times(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """The velocity of each row at a time of its own, ``t`` of shape ``(rows,)``; differentiable.
+
+        Where ``rowwise_times`` says so it is one call of ``forward``, else one under ``torch.func.vmap`` over the rows.
+
+        Raises:
+            ValueError: if the field cannot go under ``vmap``.
+        """
+        if self.rowwise_times:
+            return self(t, x, context)
+        given = (t, x) if context is None else (t, x, context.expand(len(x), -1))
+
+        def alone(t: Tensor, *row: Tensor) -> Tensor:
+            return self(t, *(each.unsqueeze(0) for each in row))[0]
+
+        try:
+            return torch.func.vmap(alone, randomness="different")(*given)
+        except RuntimeError as error:  # what vmap cannot do, in its words
+            name = type(self.module if isinstance(self, GivenField) else self).__name__
+            raise ValueError(
+                f"field {name}: a time for each row was asked for, but it cannot be called under torch.func.vmap "
+                f"({_first_line(error)}); make it do without .item(), branches on values and the like, or take t of "
+                "shape (rows,) as well as scalars and set rowwise_times = True in its class"
+            ) from error
 
     def products(self, t: Tensor, x: Tensor, probes: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         r"""The velocity, and :math:`J p` or :math:`J^\top p` (whichever is cheaper) for each probe.
@@ -85,6 +113,10 @@ class Field(nn.Module):
         return v, pushed.flatten(2).diagonal(dim1=0, dim2=2).sum(-1)
 
 
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:200]
+
+
 def unit_probes(x: Tensor) -> Tensor:
     """One probe for each dimension, shape ``(D, rows, *event_shape)``."""
     event = x.shape[1:]
@@ -98,12 +130,13 @@ class GivenField(Field):
     It is tried once on three rows: it must keep the shape, and give each row what it gives it alone.
 
     Args:
-        module: the field; products with its Jacobian are made by automatic differentiation.
+        module: the field; products with its Jacobian are made by automatic differentiation.  If it has an attribute
+            ``rowwise_times`` that is true, it takes ``t`` of shape ``(rows,)`` as well, which is tried, too.
         event_shape: shape of one ``x``.
         context_dim: size of the context, 0 for none.
 
     Raises:
-        ValueError: if the module changes the shape, or mixes rows.
+        ValueError: if the module changes the shape, mixes rows, or takes no times of rows where it says so.
         TypeError: if it is no module, or gives no tensor.
     """
 
@@ -112,6 +145,7 @@ class GivenField(Field):
         if not isinstance(module, nn.Module):
             raise TypeError(f"expected field to be a name or a torch.nn.Module, got {type(module).__name__}")
         self.module = module
+        self.rowwise_times = bool(getattr(module, "rowwise_times", False))
         self._try()
 
     def _try(self) -> None:
@@ -127,6 +161,24 @@ class GivenField(Field):
             raise ValueError(
                 f"field {type(self.module).__name__}: a row has another velocity alone than among others; a field must "
                 "treat rows independently (no batch normalisation, no mean over rows)"
+            )
+        if self.rowwise_times and not many.is_meta:
+            self._try_times(x, context)
+
+    @torch.no_grad()
+    def _try_times(self, x: Tensor, context: Tensor | None) -> None:
+        times = torch.linspace(0.2, 0.8, len(x), dtype=x.dtype, device=x.device)
+        rows = zip(times, x, [None] * len(x) if context is None else context, strict=True)
+        want = torch.cat([self(t, row[None], None if c is None else c[None]) for t, row, c in rows])
+        try:
+            good = torch.allclose(self(times, x, context), want, rtol=1e-3, atol=1e-5, equal_nan=True)
+        except (RuntimeError, ValueError):  # shapes that do not broadcast, or broadcast to others
+            good = False
+        if not good:
+            raise ValueError(
+                f"field {type(self.module).__name__}: it says rowwise_times = True, but t of shape (rows,) does not "
+                "give each row what it has at its time alone; give t the dimensions of x, as in t.view(-1, 1), or "
+                "leave rowwise_times out"
             )
 
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
@@ -249,7 +301,9 @@ class Modulation(nn.Module):
         self.bias = draw(total) if bias else None
 
     def forward(self, t: Tensor, context: Tensor | None) -> Tensor | None:
-        """All blocks, shape ``(total,)`` without a context and ``(rows or 1, total)`` with one; ``None`` for none."""
+        """All blocks, shape ``(total,)``, or ``(rows or 1, total)`` by rows of contexts or times; ``None`` for none."""
+        if t.dim():
+            t = t.unsqueeze(-1)
         moved = self.bias if self.time is None else self.time * t
         if self.time is not None and self.bias is not None:
             moved = moved + self.bias

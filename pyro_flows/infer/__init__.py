@@ -3,7 +3,7 @@
 from pyro_flows.infer.anomaly import AnomalyDetector
 from pyro_flows.infer.bridge import to_arviz
 from pyro_flows.infer.compression import Codec
-from pyro_flows.infer.density import DensityFit, StandardizedFlow, fit_density, standardized
+from pyro_flows.infer.density import DensityFit, FlowMatching, StandardizedFlow, fit_density, standardized
 from pyro_flows.infer.diagnostics import simulation_based_calibration
 from pyro_flows.infer.fitting import GuideFit, fit_guide, load_guide
 from pyro_flows.infer.guides import AutoFlow
@@ -17,6 +17,7 @@ __all__ = [
     "Codec",
     "DReGELBO",
     "DensityFit",
+    "FlowMatching",
     "ForwardKL",
     "GuideFit",
     "PathELBO",

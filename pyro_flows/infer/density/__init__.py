@@ -1,6 +1,7 @@
-"""Densities by maximum likelihood: the fit, and what becomes of data and units on the way."""
+"""Densities by maximum likelihood or flow matching: the fit, and what becomes of data and units on the way."""
 
 from pyro_flows.infer.density.fit import DensityFit, fit_density
+from pyro_flows.infer.density.matching import FlowMatching
 from pyro_flows.infer.density.units import StandardizedFlow, standardized
 
-__all__ = ["DensityFit", "StandardizedFlow", "fit_density", "standardized"]
+__all__ = ["DensityFit", "FlowMatching", "StandardizedFlow", "fit_density", "standardized"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -19,10 +20,12 @@ from pyro_flows.distributions import Flow
 from pyro_flows.infer.density import checkpoint as files
 from pyro_flows.infer.density.checks import reals_of
 from pyro_flows.infer.density.data import Rows, admit_rows, expected_by
-from pyro_flows.infer.density.prepare import prepare
+from pyro_flows.infer.density.matching import FlowMatching, Matching, as_objective, matched_parts
+from pyro_flows.infer.density.objective import Likelihood, evaluate, log_prob_of, mean_score
+from pyro_flows.infer.density.prepare import Prepared, prepare
 from pyro_flows.infer.density.schedule import Schedule
 from pyro_flows.infer.density.settings import Settings
-from pyro_flows.infer.density.training import Training, evaluate, log_prob_of
+from pyro_flows.infer.density.training import Training
 from pyro_flows.infer.density.units import in_units, is_plain_flow
 
 __all__ = ["DensityFit", "fit_density"]
@@ -43,6 +46,12 @@ class DensityFit:
         validation: mean log-likelihood of the validation rows in that state, in nats per row and in the units of the
             data; NaN without validation rows.
         stopped: why it ended: ``"patience"``, ``"max_epochs"``, ``"max_steps"`` or ``"seconds"``.
+        objective: what was trained by, ``"likelihood"`` or ``"flow_matching"``.
+
+    With flow matching, ``train`` and ``validation`` in the history are the negative matching loss: minus the mean
+    squared error of a velocity, per dimension, in units of the field's end at the data (where standardised data have
+    variance 1).  That of validation is by pairs and times that are fixed, and it decides about the best epoch.  The
+    attribute ``validation`` is a log-likelihood in any case, computed once in the final state.
     """
 
     flow: nn.Module
@@ -51,6 +60,7 @@ class DensityFit:
     best_epoch: int
     validation: float
     stopped: str
+    objective: str = "likelihood"
 
     @property
     def distribution(self) -> Distribution | nn.Module:
@@ -71,8 +81,9 @@ class DensityFit:
     def __repr__(self) -> str:
         held_out = not math.isnan(self.validation)
         score = self.validation if held_out else self.history["train"][self.best_epoch - 1]
+        unit = "nats per row" if held_out or self.objective == "likelihood" else "(negative matching loss)"
         return (
-            f"DensityFit({'validation' if held_out else 'train'} {score:.4f} nats per row at epoch {self.best_epoch} "
+            f"DensityFit({'validation' if held_out else 'train'} {score:.4f} {unit} at epoch {self.best_epoch} "
             f"of {self.history['epoch'][-1]}, stopped by {self.stopped}, {self.history['step'][-1]} steps in "
             f"{self.history['seconds'][-1]:.1f} s)"
         )
@@ -102,8 +113,9 @@ def fit_density(
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int = 10,
     seed: int | None = 0,
+    objective: str | FlowMatching = "likelihood",
 ) -> DensityFit:
-    """Fits a density to data by maximum likelihood, stopped early by held-out rows.
+    """Fits a density to data by maximum likelihood or flow matching, stopped early by held-out rows.
 
     The flow is trained in place: it stays the same object with the same parameters, those frozen stay frozen, and it is
     left in evaluation mode in the state that scored best.  So it is after an error or an interruption, too.  Data are
@@ -111,6 +123,10 @@ def fit_density(
     :class:`~pyro_flows.transforms.elementwise.Standardization`, and in ``DensityFit.distribution``.
 
     A step costs one pass in the density direction and its gradient; an epoch, one such pass over all validation rows.
+    With flow matching it is one evaluation of the field and its gradient instead, without a solve, and there is one
+    pass over the validation rows at the very end.  Where a continuous part has ``kinetic`` or ``jacobian`` weights, the
+    mean of these penalties over a batch, in the part's own units (those of standardised data), is added to the negative
+    log-likelihood that a step lowers, and not to any score; flow matching has no part of them.
 
     Args:
         flow: a chain or other flow transform (which gets a standard normal base), a
@@ -150,13 +166,17 @@ def fit_density(
         checkpoint_every: in epochs; it is saved at the end as well.
         seed: of the random split and the order of rows, and inside the fit of torch's global generators, which are left
             as they were found; ``None`` to draw it from the global one.
+        objective: ``"likelihood"``; or ``"flow_matching"`` or a :class:`FlowMatching` with settings of its own, for
+            flows with exactly one :class:`~pyro_flows.transforms.continuous.Continuous` part, whose field it trains.
+            The other parts are gone through, and they and the base have to be free of trainable parameters.
 
     Returns:
         The flow, the density in the data's units, the history of scores, and why it ended.
 
     Raises:
         ValueError: for data that do not fit or whose likelihood has no bound (constant or dependent columns), rows
-            outside of the support, settings out of range, or a checkpoint of another fit.
+            outside of the support, settings out of range, a checkpoint of another fit, or a flow that flow matching
+            cannot train.
         TypeError: for objects of other kinds.
         FloatingPointError: if a score or gradient is not finite; says in which rows and which layer it began.
 
@@ -164,7 +184,9 @@ def fit_density(
         Masked Autoregressive Flow for Density Estimation (Papamakarios et al., 2017), section 4, arXiv:1705.07057.
         Decoupled Weight Decay Regularization (Loshchilov & Hutter, 2019), arXiv:1711.05101.
     """
-    flow = _as_density(flow)
+    flow, matching = _as_density(flow), as_objective(objective)
+    if matching is not None:
+        matched_parts(flow, matching)
     parameters = [p for p in flow.parameters() if p.requires_grad]
     if not parameters:
         raise ValueError(
@@ -189,6 +211,7 @@ def fit_density(
         average=average,
         checkpoint_every=checkpoint_every,
         seed=seed,
+        objective="likelihood" if matching is None else str(matching),
     )
     optimizer = _as_optimizer(optimizer, flow, parameters, settings)
     given = (data, context, validation, validation_context)
@@ -207,13 +230,17 @@ def fit_density(
         if known is not None:
             files.refuse_other(checkpoint, known, identity)
             units = start.known_units(known["units"], checkpoint)
+        model = in_units(flow, units, standardize)
+        held_out = 0 if start.validation is None else len(start.validation)
+        aim = Likelihood(flow, model) if matching is None else Matching(matching, model, seed, held_out)
         training = Training(
             flow,
-            in_units(flow, units, standardize),
+            model,
+            aim,
             start.train,
             start.validation,
             optimizer,
-            Schedule(schedule, plan.patience),
+            Schedule(schedule, plan.patience, aim.notable),
             plan,
             settings,
             generator,
@@ -230,8 +257,26 @@ def fit_density(
 
         with tqdm(total=plan.total_steps, initial=training.step, disable=not progress, unit="step") as bar:
             training.run(bar, save)
-    held_out = training.history["validation"][training.best_epoch - 1]
-    return DensityFit(flow, training.model, training.history, training.best_epoch, held_out, training.stopped)
+        score = training.history["validation"][training.best_epoch - 1]
+        if matching is not None:
+            score = _likelihood(model, start)
+    name = "likelihood" if matching is None else "flow_matching"
+    return DensityFit(flow, model, training.history, training.best_epoch, score, training.stopped, name)
+
+
+def _likelihood(model: nn.Module, start: Prepared) -> float:
+    """The held-out log-likelihood of a finished fit, which an error of the solver must not undo."""
+    if start.validation is None:
+        return math.nan
+    try:
+        return mean_score(log_prob_of(model), start.validation)
+    except RuntimeError as error:
+        warnings.warn(
+            f"fit_density: the flow is trained, but its held-out log-likelihood could not be had: {error}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return math.nan
 
 
 def _as_density(flow: Any) -> nn.Module:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 
-from pyro_flows.infer.density.settings import CUT, CUTS, FINAL, LEAST, NOTABLE
+from pyro_flows.infer.density.settings import CUT, CUTS, FINAL, LEAST
 
 __all__ = ["Schedule"]
 
@@ -22,6 +22,7 @@ class Schedule:
     Attributes:
         kind: ``"plateau"``, ``"cosine"`` or ``"constant"``.
         patience: in epochs.
+        notable: gain of the score that counts as an improvement.
         scale: factor that cuts have left.
         since: epochs since the last notable improvement or cut.
         idle: cuts since the last notable improvement.
@@ -30,6 +31,7 @@ class Schedule:
 
     kind: str
     patience: int
+    notable: float = 1e-3
     scale: float = 1.0
     since: int = 0
     idle: int = 0
@@ -44,7 +46,7 @@ class Schedule:
     def judge(self, score: float) -> str:
         """What follows from an epoch's score: ``"go"``, ``"back"`` to the best state, or ``"stop"``."""
         # Small gains add up: what counts is the gain since the last one that counted.
-        if score > self.reference + NOTABLE:
+        if score > self.reference + self.notable:
             self.reference, self.since, self.idle = score, 0, 0
             return "go"
         self.since += 1

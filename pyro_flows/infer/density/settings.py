@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-__all__ = ["CUT", "CUTS", "FINAL", "HELD_OUT_AT_MOST", "LEAST", "NOTABLE", "SCHEDULES", "Plan", "Settings"]
+__all__ = ["CUT", "CUTS", "FINAL", "HELD_OUT_AT_MOST", "LEAST", "SCHEDULES", "Plan", "Settings"]
 
 SCHEDULES = ("plateau", "cosine", "constant")
 
@@ -17,7 +17,6 @@ PATIENCE_STEPS, SHORTEST_PATIENCE = 600, 5
 HELD_OUT_AT_MOST = 20_000  # rows of a random validation part
 # The plateau schedule: factor of a cut; cuts in vain before the end; the factor that is too small to go on with.
 CUT, CUTS, LEAST = 0.3, 2, 1e-3
-NOTABLE = 1e-3  # nats per row that count as an improvement
 FINAL = 0.01  # where the cosine ends, as a factor of the first rate
 
 
@@ -60,6 +59,7 @@ class Settings:
     average: float
     checkpoint_every: int
     seed: int
+    objective: str = "likelihood"
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "max_epochs", "max_steps", "patience", "checkpoint_every"):

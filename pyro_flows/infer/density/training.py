@@ -13,53 +13,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from pyro_flows.infer.density.data import Batch, Rows, Source
+from pyro_flows.infer.density.data import Batch, Source
+from pyro_flows.infer.density.objective import Objective, mean_score
 from pyro_flows.infer.density.schedule import Schedule
 from pyro_flows.infer.density.settings import Plan, Settings
-from pyro_flows.infer.density.trouble import bad_gradient, bad_score, first_nonfinite
-from pyro_flows.infer.density.units import StandardizedFlow, is_plain_flow
+from pyro_flows.infer.density.trouble import bad_gradient, bad_score
+from pyro_flows.transforms.continuous import collect_penalties
 
-__all__ = ["Training", "evaluate", "log_prob_of"]
+__all__ = ["Training"]
 
 _COLUMNS = ("epoch", "step", "train", "validation", "lr", "seconds")
 _COUNTERS = ("epoch", "step", "best", "best_epoch", "stopped")
-_CHUNK = 2**18  # numbers that are scored at once where no gradient is wanted
-
-
-def log_prob_of(model: nn.Module) -> Callable[[Tensor, Tensor | None], Tensor]:
-    """The log-density of admitted rows by the shortest way."""
-    if is_plain_flow(model):
-
-        def of_flow(value: Tensor, context: Tensor | None) -> Tensor:
-            # As its distribution computes it, but without making one: values are checked already.
-            if isinstance(model, StandardizedFlow):
-                context = model.scaled(context)
-            x, ladj = model.chain.inverse_and_ladj(value, context)
-            return model.base().log_prob(x) + ladj
-
-        return of_flow
-
-    def of_module(value: Tensor, context: Tensor | None) -> Tensor:
-        scores = model.log_prob(value) if context is None else model.log_prob(value, context)
-        if not isinstance(scores, Tensor) or scores.shape != value.shape[:1]:
-            got = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
-            raise ValueError(
-                f"fit_density: expected log_prob of {type(model).__name__} to give one number a row, shape "
-                f"{tuple(value.shape[:1])}, got {got}; sum over the dimensions of a row"
-            )
-        return scores
-
-    return of_module
-
-
-@torch.no_grad()
-def evaluate(score: Callable[[Tensor, Tensor | None], Tensor], source: Source, batch_size: int = 1) -> Iterator[Tensor]:
-    """Scores of all rows, piece by piece, without a graph."""
-    size = 1
-    if isinstance(source, Rows) and len(source):
-        size = max(batch_size, _CHUNK // max(source.value[0].numel(), 1), 1)
-    for value, context, _ in source.chunks(size):
-        yield score(value, context)
 
 
 @dataclass
@@ -69,6 +33,7 @@ class Training:
     Attributes:
         flow: what is trained; its state is kept and put back.
         model: the same in the units of the data; shares the parameters.
+        objective: what is maximised.
         train: rows to fit to.
         validation: rows to judge by, ``None`` to judge by the training score.
         optimizer: holds the parameters.
@@ -80,6 +45,7 @@ class Training:
 
     flow: nn.Module
     model: nn.Module
+    objective: Objective
     train: Source
     validation: Source | None
     optimizer: Optimizer
@@ -98,7 +64,6 @@ class Training:
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.averages = [p.detach().clone() for p in self.parameters] if self.settings.average else []
-        self._log_prob = log_prob_of(self.model)
         self._masked = [module for module in self.flow.modules() if hasattr(module, "resample_masks")]
         self._spent, self._since = 0.0, time.monotonic()
         self.best_state = self._snapshot()  # what to fall back on where not even the first epoch ends well
@@ -150,20 +115,24 @@ class Training:
 
     def _score(self, value: Tensor, context: Tensor | None) -> Tensor:
         try:
-            return self._log_prob(value, context)
+            return self.objective.scores(value, context)
         except ValueError:
             # A distribution that validates refuses NaN before it comes to a score.
-            if first_nonfinite(self.flow, self.model, (value, context, None)) is None:
+            if self.objective.first_nonfinite((value, context, None)) is None:
                 raise
             return value.new_full((len(value),), math.nan, dtype=self.parameters[0].dtype)
 
     def _take_step(self, value: Tensor, context: Tensor | None, index: Tensor | None) -> float:
-        loss = -self._score(value, context).mean()
+        with collect_penalties() as penalties:
+            loss = -self._score(value, context).mean()
         score = -loss.item()
+        noun = self.objective.noun
         if not math.isfinite(score):
-            self._raise_bad_score(f"log-likelihood of a batch is {score}", (value, context, index))
+            self._raise_bad_score(f"{noun} of a batch is {score}", (value, context, index))
+        if penalties.parts:
+            loss = loss + penalties.total()
         if not loss.requires_grad:
-            raise ValueError("fit_density: the log-likelihood does not depend on any parameter that is to be trained")
+            raise ValueError(f"fit_density: the {noun} does not depend on any parameter that is to be trained")
         self.optimizer.zero_grad()
         loss.backward()
         grads = [p.grad for p in self.parameters if p.grad is not None]
@@ -223,13 +192,11 @@ class Training:
         return self.settings.seconds is not None and self.elapsed >= self.settings.seconds
 
     def _validate(self) -> float:
-        total, rows = 0.0, 0
-        for scores in evaluate(self._score, self.validation, self.plan.batch_size):
-            total, rows = total + scores.cpu().double().sum().item(), rows + len(scores)
-        return total / rows if rows else math.nan
+        with self.objective.fixed():
+            return mean_score(self._score, self.validation, self.plan.batch_size)
 
     def _raise_never_finite(self) -> None:
-        what = f"validation log-likelihood was not finite in any of {self.epoch} epochs"
+        what = f"validation {self.objective.noun} was not finite in any of {self.epoch} epochs"
         for value, context, index in self.validation.chunks(self.plan.batch_size):
             with torch.no_grad():
                 bad = not self._score(value, context).isfinite().all()
@@ -239,7 +206,8 @@ class Training:
 
     def _raise_bad_score(self, what: str, batch: Batch) -> None:
         scores = self._score(*batch[:2]).detach()
-        found = first_nonfinite(self.flow, self.model, batch)
+        found = self.objective.first_nonfinite(batch)
+        found = self.objective.beyond if found is None else f"it begins in {found}"
         raise FloatingPointError(bad_score(what, scores, batch[2], found))
 
     def _snapshot(self) -> dict[str, Any]:

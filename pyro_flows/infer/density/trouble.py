@@ -36,14 +36,13 @@ def first_nonfinite(flow: nn.Module, model: nn.Module, batch: Batch) -> str | No
     return nonfinite_output(flow, call) or nonfinite_state(flow)
 
 
-def bad_score(what: str, scores: Tensor, index: Tensor | None, found: str | None) -> str:
-    """A message about scores that are not finite: the quantity, the rows, and what :func:`first_nonfinite` found."""
+def bad_score(what: str, scores: Tensor, index: Tensor | None, found: str) -> str:
+    """A message about scores that are not finite: the quantity, the rows, and where it begins."""
     rows = (~scores.isfinite()).nonzero()[:, 0].cpu()
     which = f"{len(rows)} of {len(scores)} rows"
     if index is not None and len(rows):
         which += f" ({name_rows(index[rows])} as given)"
-    begin = f"it begins in {found}" if found else "every layer is finite, the density at what they give is not"
-    return f"fit_density: the {what}, from {which}; {begin}; {_REMEDY}"
+    return f"fit_density: the {what}, from {which}; {found}; {_REMEDY}"
 
 
 def bad_gradient(flow: nn.Module, norm: float) -> str:

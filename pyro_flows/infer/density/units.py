@@ -17,6 +17,7 @@ __all__ = [
     "Units",
     "angles_behind",
     "can_standardize",
+    "flat_parts",
     "in_units",
     "is_plain_flow",
     "pull_back",
@@ -171,7 +172,7 @@ def in_units(density: nn.Module, units: Units, standardize: bool | None) -> nn.M
 
 def split_chain(chain: FlowTransform) -> tuple[list[FlowTransform], list[FlowTransform]]:
     """Parts before the standardisation, and those at the data end that stay behind it."""
-    parts = _flat(chain)
+    parts = flat_parts(chain)
     cut = len(parts)
     while cut and _stays(parts[cut - 1]):
         cut -= 1
@@ -204,8 +205,9 @@ def pull_back(back: list[FlowTransform], value: Tensor) -> Tensor:
     return value
 
 
-def _flat(chain: FlowTransform) -> list[FlowTransform]:
-    return [inner for part in chain for inner in _flat(part)] if isinstance(chain, Chain) else [chain]
+def flat_parts(chain: FlowTransform) -> list[FlowTransform]:
+    """The parts of a chain from base to data, those of chains within it among them."""
+    return [inner for part in chain for inner in flat_parts(part)] if isinstance(chain, Chain) else [chain]
 
 
 def _stays(part: FlowTransform) -> bool:

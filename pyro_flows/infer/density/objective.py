@@ -1,0 +1,110 @@
+"""What a fit maximises, row by row: the log-likelihood, or what stands in its place."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from pyro_flows.infer.density.data import Batch, Rows, Source
+from pyro_flows.infer.density.trouble import first_nonfinite
+from pyro_flows.infer.density.units import StandardizedFlow, is_plain_flow
+
+__all__ = ["Likelihood", "Objective", "evaluate", "log_prob_of", "mean_score"]
+
+_CHUNK = 2**18  # numbers that are scored at once where no gradient is wanted
+
+
+class Objective(ABC):
+    """One score a row, whose mean over rows is to be as large as possible.
+
+    Attributes:
+        noun: what a score is, in messages.
+        beyond: what to say of a score that is not finite though all that is known of the model is.
+        notable: gain that counts as an improvement.
+    """
+
+    noun: str
+    beyond: str
+    notable: float
+
+    @abstractmethod
+    def scores(self, value: Tensor, context: Tensor | None) -> Tensor:
+        """Of admitted rows, shape ``(rows,)``."""
+
+    @abstractmethod
+    def first_nonfinite(self, batch: Batch) -> str | None:
+        """Where NaN or infinity first appears as rows are scored; ``None`` if nowhere before the score itself."""
+
+    def fixed(self) -> AbstractContextManager[None]:
+        """Within it, the scores of the same rows in the same order are the same if the model is."""
+        return nullcontext()
+
+
+class Likelihood(Objective):
+    """The log-likelihood in nats.
+
+    Args:
+        flow: what was given to be trained.
+        model: the same in the units of the data.
+    """
+
+    noun, beyond = "log-likelihood", "every layer is finite, the density at what they give is not"
+    notable = 1e-3
+
+    def __init__(self, flow: nn.Module, model: nn.Module) -> None:
+        self.flow, self.model = flow, model
+        self._log_prob = log_prob_of(model)
+
+    def scores(self, value: Tensor, context: Tensor | None) -> Tensor:
+        return self._log_prob(value, context)
+
+    def first_nonfinite(self, batch: Batch) -> str | None:
+        return first_nonfinite(self.flow, self.model, batch)
+
+
+def log_prob_of(model: nn.Module) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """The log-density of admitted rows by the shortest way."""
+    if is_plain_flow(model):
+
+        def of_flow(value: Tensor, context: Tensor | None) -> Tensor:
+            # As its distribution computes it, but without making one: values are checked already.
+            if isinstance(model, StandardizedFlow):
+                context = model.scaled(context)
+            x, ladj = model.chain.inverse_and_ladj(value, context)
+            return model.base().log_prob(x) + ladj
+
+        return of_flow
+
+    def of_module(value: Tensor, context: Tensor | None) -> Tensor:
+        scores = model.log_prob(value) if context is None else model.log_prob(value, context)
+        if not isinstance(scores, Tensor) or scores.shape != value.shape[:1]:
+            got = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
+            raise ValueError(
+                f"fit_density: expected log_prob of {type(model).__name__} to give one number a row, shape "
+                f"{tuple(value.shape[:1])}, got {got}; sum over the dimensions of a row"
+            )
+        return scores
+
+    return of_module
+
+
+@torch.no_grad()
+def evaluate(score: Callable[[Tensor, Tensor | None], Tensor], source: Source, batch_size: int = 1) -> Iterator[Tensor]:
+    """Scores of all rows, piece by piece, without a graph."""
+    size = 1
+    if isinstance(source, Rows) and len(source):
+        size = max(batch_size, _CHUNK // max(source.value[0].numel(), 1), 1)
+    for value, context, _ in source.chunks(size):
+        yield score(value, context)
+
+
+def mean_score(score: Callable[[Tensor, Tensor | None], Tensor], source: Source, batch_size: int = 1) -> float:
+    """The mean of the scores of all rows, NaN without rows."""
+    total, rows = 0.0, 0
+    for scores in evaluate(score, source, batch_size):
+        total, rows = total + scores.cpu().double().sum().item(), rows + len(scores)
+    return total / rows if rows else float("nan")
