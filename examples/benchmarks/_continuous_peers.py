@@ -16,8 +16,6 @@ import torch
 from _peers import Calls
 from torch import Tensor, nn
 
-TIMED = ("adjoint", "backprop", "log_prob", "sample")
-
 
 class Case(NamedTuple):
     """Sizes of one comparison: dimensions, width, batch, tolerance."""
@@ -94,18 +92,15 @@ def ours(case: Case) -> Calls:
     plain, x = _start(case)
     tolerances = {"rtol": case.tolerance, "atol": case.tolerance}
     calls: Calls = {}
-    for gradient, given in itertools.product(("adjoint", "backprop"), (False, True)):
-        field = plain if given else "mlp"
+    for name, gradient, field in (("default", "auto", "mlp"), ("adjoint", "adjoint", "mlp"), ("module", "auto", plain)):
         flow = pf.Flow(pf.cnf(case.dim, field=field, hidden_dims=(case.width,) * 2, gradient=gradient, **tolerances))
-        solver = flow.chain[0]
-        if not given:
-            own = solver.field
+        own = flow.chain[0].field
+        if field == "mlp":
             with torch.no_grad():
                 for mine, theirs in zip(own.layers, plain.layers, strict=True):
                     mine.weight.copy_(theirs.weight[:, : mine.weight.shape[1]])
                     mine.bias.copy_(theirs.bias)
                 own.shifts.time.copy_(plain.layers[0].weight[:, -1])
-        name = f"{gradient}, module" if given else gradient
         calls[name] = _stepping(flow, flow.log_prob, x)
 
         def count(flow: pf.Flow = flow) -> tuple[int, int]:
@@ -114,7 +109,7 @@ def ours(case: Case) -> Calls:
             return report.evaluations, report.backward_evaluations
 
         calls[f"evaluations, {name}"] = count
-        if name == "adjoint":
+        if name == "default":
             calls["log_prob"] = _quietly(lambda flow=flow: flow.log_prob(x))
             calls["sample"] = _quietly(lambda flow=flow: flow.sample((case.batch,)))
     return calls

@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from _timing import machine, markdown, shown
+from _timing import grown, machine, markdown, shown
 from torch import Tensor, nn
 
 import pyro_flows as pf
@@ -74,12 +74,6 @@ def between(values: list[float], digits: int = 2) -> str:
 # The pass.
 
 
-def _held() -> float:
-    """The most that this process has held since the mark was set down, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024.0 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-
-
 def _grown(kind: str, shape: Shape, groups: int, batch: int) -> float:
     """By how many bytes the peak memory of this process grows in one pass."""
     torch.set_num_threads(1)
@@ -88,10 +82,7 @@ def _grown(kind: str, shape: Shape, groups: int, batch: int) -> float:
     x = torch.randn(batch, *shape)
     with torch.no_grad():
         call(x[:1])
-        Path("/proc/self/clear_refs").write_text("5")  # sets the mark down to what is held now
-        before = _held()
-        kept = call(x)
-        return _held() - before + 0 * len(kept)
+        return grown(lambda: call(x))
 
 
 def peak(kind: str, shape: Shape, groups: int) -> float:
