@@ -19,6 +19,7 @@ import argparse
 import copy
 import functools
 import importlib.util
+import math
 import statistics
 import sys
 import time
@@ -96,7 +97,7 @@ def off(values: Tensor, truth: Tensor, unit: float = 1.0) -> str:
 
 @torch.no_grad()
 def tolerance(args: argparse.Namespace) -> None:
-    head = ["", "tolerance", "evaluations", "error: rms, worst", "by check_solve", "per row: evaluations", "error"]
+    head = ["", "tolerance", "evaluations", "error: rms, worst", "ladj by check_solve", "per row: evaluations", "error"]
     rows = []
     for name, flow, x in flows(args):
         x = x.float().double()  # the same points in both precisions
@@ -212,7 +213,8 @@ def _peak(way: str, dims: int, batch: int, steps: int) -> tuple[float, float]:
     flow = shaken(dims, 0.1, solver="rk4", steps=steps, gradient=way)
     x = torch.randn(batch, dims)
     loss_gradient(flow, x[:1])
-    return saved(flow, x), grown(lambda: loss_gradient(flow, x)) if Path("/proc/self/clear_refs").exists() else 0.0
+    peak = grown(lambda: loss_gradient(flow, x)) if Path("/proc/self/clear_refs").exists() else math.nan
+    return saved(flow, x), peak  # in this order, for freed memory is not given back
 
 
 def memory(args: argparse.Namespace) -> None:
