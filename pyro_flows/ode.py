@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pyro_flows.newton_adjoint import vmapped
 from pyro_flows.ode_solver import ADAPTIVE, Call, Dynamics, OdeReport, OdeSettings, Watch, floored, rms, row_norm
-from pyro_flows.tracing import plain_eager
+from pyro_flows.tracing import forward_mode, plain_eager
 
 __all__ = ["integrate"]
 
@@ -50,10 +50,16 @@ def integrate(
     Raises:
         ValueError: if ``x`` is not finite.
         RuntimeError: if the field is not, or the solver makes no headway; time and rows are named.
+        NotImplementedError: for derivatives in forward mode.
     """
     call = Call(dynamics, settings, report, span)
     tensors = (*shared, *rowwise)
     taped = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *tensors))
+    if forward_mode():  # neither torchdiffeq nor the adjoint has a rule for it
+        raise NotImplementedError(
+            f"{dynamics.name}: no derivatives in forward mode (jvp, jacfwd, torch.func.hessian); use "
+            'torch.func.jacrev, or torch.autograd.functional.hessian of a flow with gradient="backprop"'
+        )
     if plain_eager() and (not taped or settings.gradient == "backprop"):
         moved = _solve(call, x, shared, rowwise)
     else:

@@ -302,8 +302,14 @@ class Continuous(FlowTransform):
                 return self._solve(x.to(like.dtype), context, density, finer, noise, span)
         if x.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"Continuous: expected float32 or float64 values to integrate, got {x.dtype}")
+        if torch.jit.is_tracing():
+            raise RuntimeError(
+                f"{self._name}: torch.jit.trace would keep the steps of this one solve for all others; use the plain "
+                "function, and Trace_ELBO in place of JitTrace_ELBO"
+            )
         if batch.numel() == 0:
-            return x.clone(), x.flatten(len(batch)).sum(-1)
+            none = sum((p.flatten()[:0].sum() for p in self.field.parameters()), x.new_zeros(()))  # for the graph
+            return x + none, x.flatten(len(batch)).sum(-1) + none
         rows = x.reshape(batch.numel(), self.event_shape.numel())
         shared, rowwise = [*self.field.parameters()], []
         if context is not None:
