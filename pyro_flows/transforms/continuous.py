@@ -174,8 +174,8 @@ class Continuous(FlowTransform):
     its mates may be off by more.  With ``per_row`` the steps are those that the hardest row needs, so that each row
     keeps to the tolerance, for more evaluations.  Fixed steps do not depend on mates at all.  Errors of the steps add
     up and are stretched along the way: the log-density of 500 points by a flow of two moons was off by 20 tolerances
-    (root mean square) and 200 (worst) at 1e-5, and with ``per_row`` by 1 and 10, for 1.7 times the evaluations; a row
-    alone differed from itself among the others by as much.
+    (root mean square) and 200 (worst) at 1e-5, and with ``per_row`` by 1 and 10, for 1.7 times the evaluations.  A row
+    that is solved alone is off by some tens of tolerances in both cases, and differs from itself among others by that.
 
     Args:
         event_shape: an ``input_dim`` or the shape of one event.
