@@ -194,13 +194,14 @@ class Watch:
         t, value = self.last
         by_row = self._by_row(value.detach())
         where = "in the adjoint solve " if self.backward else ""
+        around = ', or go through the solver\'s steps (gradient="backprop")' if self.backward else ""
         at = f"{where}at t={float(t):.4g}"
         bad = ~by_row.isfinite().all(1)
         if bool(bad.any()):
             return RuntimeError(
                 f"{name}: the field or its divergence is not finite {at} in {_rows(bad)}. It diverges, or its "
                 "parameters are not finite: lower the learning rate, standardise the data, use a bounded activation "
-                '("tanh"), or penalise with kinetic= and jacobian='
+                f'("tanh"), or penalise with kinetic= and jacobian={around}'
             )
         speed = by_row[:, : self.x.shape[1]].abs().amax(1)
         errors = speed if self.errors is None else self._by_row(self.errors).abs().amax(1).nan_to_num(math.inf)
@@ -208,11 +209,10 @@ class Watch:
         rows = rows[worst >= 0.1 * worst[0]].sort().values
         return RuntimeError(
             f"{name}: {settings.solver} makes no headway {at} ({self.steps} steps, {self.evaluations} evaluations; "
-            f"{reason.rstrip('.')}); the hardest rows are {rows.tolist()}, with |v| up to "
+            f"{reason.split(':')[0].rstrip('.')}); the hardest rows are {rows.tolist()}, with |v| up to "
             f"{float(speed[rows].max()):.3g}. The field is stiff or diverges: loosen the tolerances "
-            f"(rtol={settings.rtol:g}, atol={settings.atol:g}), "
-            "penalise with kinetic= and jacobian= in training, take a solver of fixed steps, or raise max_steps "
-            f"({settings.max_steps})"
+            f"(rtol={settings.rtol:g}, atol={settings.atol:g}), penalise with kinetic= and jacobian= in training, "
+            f"take a solver of fixed steps, or raise max_steps ({settings.max_steps}){around}"
         )
 
     def _by_row(self, state: Tensor) -> Tensor:

@@ -121,6 +121,27 @@ def test_forward_mode_is_refused_in_words():
             run()
 
 
+class Contracting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rate = nn.Parameter(torch.tensor(-20.0))
+
+    def forward(self, t, x):
+        return self.rate * x
+
+
+def test_an_adjoint_that_loses_its_way_says_so():
+    """Behind a contraction by e^-20 there is nothing left to go back from, but through the solver's own steps."""
+    x = torch.randn(3, 2, requires_grad=True)
+    lost = pf.cnf(2, field=Contracting())
+    y = lost(x)
+    with pytest.warns(RuntimeWarning, match=r"did not find back to where some rows began.*gradient=\"backprop\""):
+        y.sum().backward()
+    exact = pf.cnf(2, field=Contracting(), gradient="backprop")
+    (got,) = torch.autograd.grad(exact.forward_and_ladj(x)[1].sum(), list(exact.parameters()))
+    torch.testing.assert_close(got, torch.tensor(6.0))  # ladj is twice the rate
+
+
 class Stiff(nn.Module):
     def forward(self, t, x):
         return torch.cat([-1e5 * x[:, :1], x[:, 1:]], 1)
