@@ -10,6 +10,8 @@
 2. The same flow learns measurements at a power plant, two columns for a picture, and all five.
 3. A simulator makes ``y = theta_2 + theta_1^2`` with noise, and ``cnf`` with the context ``y`` learns the posterior of
    ``theta`` from draws of pairs, without a likelihood.  A sum over a grid is exact, and says how near it came.
+
+It takes about three minutes on one CPU core.
 """
 
 from __future__ import annotations
@@ -283,7 +285,7 @@ def learn_posterior(args: object) -> None:
         exact = exact_posterior(seen, points)
         learnt = model.log_prob(points, seen)
         share = exact.exp()
-        divergence = (share * (exact - math.log(cell) - learnt)).nan_to_num(0.0).sum()
+        divergence = (share * (exact - math.log(cell) - learnt)).sum()
         draws = model.sample((4000,), seen)
         mean, spread = share @ points[:, 1], (share @ points[:, 0].square() - (share @ points[:, 0]) ** 2).sqrt()
         numbers = (value, divergence, draws[:, 1].mean(), mean, draws[:, 0].std(), spread)
