@@ -14,6 +14,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
@@ -108,10 +109,10 @@ def runs(wanted: Iterable[tuple[str, str, int, float]], rows: int, results: Path
     stored = [] if results is None or not results.exists() else map(json.loads, results.read_text().splitlines())
     known = {(r["set"], r["model"], r["seed"], r["budget"]): r for r in stored}
     wanted = list(wanted)
-    with get_context("spawn").Pool(1) as pool:
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         for each in wanted:
             if each not in known:
-                known[each] = found = pool.apply(fitted, (*each, rows))
+                known[each] = found = pool.submit(fitted, *each, rows).result()
                 if results is not None:
                     with results.open("a") as file:
                         print(json.dumps(found), file=file)

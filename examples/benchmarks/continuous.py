@@ -24,6 +24,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -222,8 +223,8 @@ def memory(args: argparse.Namespace) -> None:
     for steps in (10,) if args.smoke else (10, 20, 40, 80):
         row = [f"{4 * steps}"]
         for way in ("adjoint", "backprop"):
-            with get_context("spawn").Pool(1) as pool:
-                kept, peak = pool.apply(_peak, (way, 8, args.batches[-1], steps))
+            with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+                kept, peak = pool.submit(_peak, way, 8, args.batches[-1], steps).result()
             row += [f"{kept / 2**20:.1f} MiB", f"{peak / 2**20:.0f} MiB"]
         rows.append(row)
     print(f"D = 8, {args.batches[-1]} rows, rk4")
