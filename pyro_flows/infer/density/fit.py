@@ -1,4 +1,4 @@
-"""``fit_density``: maximum likelihood of a flow, or of any module with ``log_prob``, in one call."""
+"""``fit_density``: a flow, or any module with ``log_prob``, fitted to data in one call."""
 
 from __future__ import annotations
 
@@ -166,9 +166,10 @@ def fit_density(
         checkpoint_every: in epochs; it is saved at the end as well.
         seed: of the random split and the order of rows, and inside the fit of torch's global generators, which are left
             as they were found; ``None`` to draw it from the global one.
-        objective: ``"likelihood"``; or ``"flow_matching"`` or a :class:`FlowMatching` with settings of its own, for
-            flows with exactly one :class:`~pyro_flows.transforms.continuous.Continuous` part, whose field it trains.
-            The other parts are gone through, and they and the base have to be free of trainable parameters.
+        objective: ``"likelihood"``; or ``"flow_matching"``, or a
+            :class:`~pyro_flows.infer.density.matching.FlowMatching` with settings of its own, for flows with exactly
+            one :class:`~pyro_flows.transforms.continuous.Continuous` part, whose field it trains.  The other parts are
+            gone through, and they and the base have to be free of trainable parameters.
 
     Returns:
         The flow, the density in the data's units, the history of scores, and why it ended.
