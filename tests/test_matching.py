@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 
+import matplotlib
+import matplotlib.pyplot as plt
 import pyro.distributions as dist
 import pytest
 import torch
@@ -14,6 +16,7 @@ from torch.distributions import ExpTransform
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_flows as pf
+from pyro_flows import plots
 from pyro_flows.infer import FlowMatching, fit_density
 from pyro_flows.infer.density.matching import Matching, assigned, matched_parts
 from pyro_flows.transforms.continuous import collect_penalties
@@ -267,6 +270,18 @@ def test_validation_is_the_likelihood_of_held_out_rows():
     assert without.best_epoch == 1 + max(range(2), key=without.history["train"].__getitem__)
     plain = fit_density(pf.realnvp(2, num_layers=1, **SMALL), data, **FAST)
     assert plain.objective == "likelihood" and "nats" in repr(plain)
+
+
+def test_history_is_drawn_in_its_own_units():
+    matplotlib.use("Agg")
+    for objective, label in (
+        ("flow_matching", "negative matching loss"),
+        ("likelihood", "log-likelihood (nats per row)"),
+    ):
+        found = match(pf.cnf(2, solver="rk4", steps=2, **SMALL), cloud(), objective)
+        axes = plots.history(found)
+        assert axes.get_ylabel() == label
+        plt.close(axes.figure)
 
 
 def test_held_out_scores_are_a_function():
