@@ -140,7 +140,9 @@ def test_gaussian_is_recovered(coupling):
     data, test = GAUSSIAN.sample((2000,)), GAUSSIAN.sample((2000,))
     flow = pf.cnf(2, field="concatsquash", hidden_dims=(24,)).double()
     settings = FlowMatching(coupling, pairs=1 if coupling == "optimal_transport" else None)
-    found = match(flow, data, settings, max_epochs=20, batch_size=100, lr=0.02, schedule="cosine")
+    found = match(
+        flow, data, settings, max_epochs=20, batch_size=100, lr=0.02, schedule="cosine", validation_fraction=0.02
+    )
     gap = (GAUSSIAN.log_prob(test) - found.log_prob(test)).mean()
     assert -0.01 < gap < 0.03
     draws = found.distribution.sample((4000,))
