@@ -30,12 +30,14 @@ STYLE = {
 }
 
 
-def begin(doc: str) -> Namespace:
-    """Reads ``--smoke``, ``--out`` and ``--seed``, makes the folder and seeds everything."""
+def begin(doc: str, **flags: str) -> Namespace:
+    """Reads ``--smoke``, ``--out``, ``--seed`` and a script's own flags, makes the folder and seeds everything."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="tiny budgets; the picture goes to a temporary folder")
     parser.add_argument("--out", type=Path, help="folder for the picture (default: out)")
     parser.add_argument("--seed", type=int, default=0)
+    for name, what in flags.items():
+        parser.add_argument(f"--{name}", action="store_true", help=what)
     args = parser.parse_args()
     args.out = args.out or Path(tempfile.mkdtemp() if args.smoke else "out")
     args.out.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ gradient, so the scale of a loss does not matter.  Memory does not grow with the
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -18,9 +19,11 @@ from torch import Tensor
 
 from pyro_flows.newton_adjoint import vmapped
 from pyro_flows.ode_solver import ADAPTIVE, Call, Dynamics, OdeReport, OdeSettings, Watch, floored, rms, row_norm
-from pyro_flows.tracing import plain_eager
+from pyro_flows.tracing import forward_mode, plain_eager
 
 __all__ = ["integrate"]
+
+_LOST = 0.1  # so far from where a row began, relative to 1 + |x|, the way back is another one
 
 
 @torch.compiler.disable
@@ -50,10 +53,16 @@ def integrate(
     Raises:
         ValueError: if ``x`` is not finite.
         RuntimeError: if the field is not, or the solver makes no headway; time and rows are named.
+        NotImplementedError: for derivatives in forward mode.
     """
     call = Call(dynamics, settings, report, span)
     tensors = (*shared, *rowwise)
     taped = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *tensors))
+    if forward_mode():  # neither torchdiffeq nor the adjoint has a rule for it
+        raise NotImplementedError(
+            f"{dynamics.name}: no derivatives in forward mode (jvp, jacfwd, torch.func.hessian); use "
+            'torch.func.jacrev, or torch.autograd.functional.hessian of a flow with gradient="backprop"'
+        )
     if plain_eager() and (not taped or settings.gradient == "backprop"):
         moved = _solve(call, x, shared, rowwise)
     else:
@@ -103,7 +112,7 @@ class _Solve(torch.autograd.Function):
         end = x + moved[:, : x.shape[1]]
         constants = (ctx.call, needed, ctx.split)
         if plain_eager() and not torch.is_grad_enabled():
-            gx, *grads = _adjoint(*constants, end, g, *tensors)
+            gx, *grads = _adjoint(*constants, end, g, *tensors, began=x)
         else:
             gx, *grads = _Adjoint.apply(*constants, end, g, *tensors)
         grads = iter(grads)
@@ -115,11 +124,18 @@ class _Solve(torch.autograd.Function):
 
 
 def _adjoint(
-    call: Call, needed: Sequence[bool], split: int, end: Tensor, g: Tensor, *tensors: Tensor
+    call: Call,
+    needed: Sequence[bool],
+    split: int,
+    end: Tensor,
+    g: Tensor,
+    *tensors: Tensor,
+    began: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Gradients after where rows start, less those after where they end, and after those tensors that need one.
 
-    ``g`` is given, after where rows end and after the columns.
+    ``g`` is given, after where rows end and after the columns.  Rows that do not come back to where they ``began``, as
+    a strong contraction cannot be gone back, are warned of.
     """
     rows, size = end.shape
     settings, n = call.settings, end.numel()
@@ -167,11 +183,25 @@ def _adjoint(
     with torch.no_grad():
         out = watch.run(start, rtol, scale, call.span[::-1])
     call.report.backward_evaluations += watch.evaluations
+    if began is not None:
+        _warn_of_lost(call, end + out[:n].view(rows, size), began)
     grads, cut = [out[n : 2 * n].view(rows, size)], 2 * n
     for like in wanted:
         grads.append(out[cut : cut + like.numel()].view(like.shape))
         cut += like.numel()
     return tuple(grads)
+
+
+def _warn_of_lost(call: Call, found: Tensor, began: Tensor) -> None:
+    off = (found - began).abs() / (1 + began.abs())
+    if off.numel() and float(off.amax()) > _LOST:
+        warnings.warn(  # in the same words each time, so that a training loop shows it once
+            f"{call.dynamics.name}: the adjoint solve did not find back to where some rows began, so their gradients "
+            "are wrong: the field contracts more than the tolerance can tell; tighten rtol and atol, or go through the "
+            'solver\'s steps (gradient="backprop")',
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def _moving(t: Tensor, need: bool) -> Tensor:

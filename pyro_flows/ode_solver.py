@@ -117,6 +117,7 @@ class Watch:
         self.local_error, self.ratio = 0.0, 0.0
         self.first: Tensor | None = None
         self.last: tuple[Tensor, Tensor] | None = None
+        self.errors: Tensor | None = None
         self.strict = False
 
     def __call__(self, t: Tensor, state: Tensor) -> Tensor:
@@ -131,7 +132,8 @@ class Watch:
         return value
 
     def norm(self, ratio: Tensor) -> Tensor:
-        value = self._norm(ratio.detach())
+        self.errors = ratio.detach()
+        value = self._norm(self.errors)
         self.ratio = float(value)
         return value
 
@@ -190,27 +192,34 @@ class Watch:
         if bool(bad.any()) and not self.backward:
             return ValueError(f"{name}: expected finite values to integrate, got others in {_rows(bad)}")
         t, value = self.last
-        by_row = value.detach()
-        if self.backward:
-            by_row = by_row[: 2 * self.x.numel()].view(2, *self.x.shape).movedim(0, 1).flatten(1)
+        by_row = self._by_row(value.detach())
         where = "in the adjoint solve " if self.backward else ""
+        around = ', or go through the solver\'s steps (gradient="backprop")' if self.backward else ""
         at = f"{where}at t={float(t):.4g}"
         bad = ~by_row.isfinite().all(1)
         if bool(bad.any()):
             return RuntimeError(
                 f"{name}: the field or its divergence is not finite {at} in {_rows(bad)}. It diverges, or its "
                 "parameters are not finite: lower the learning rate, standardise the data, use a bounded activation "
-                '("tanh"), or penalise with kinetic= and jacobian='
+                f'("tanh"), or penalise with kinetic= and jacobian={around}'
             )
-        speed = by_row.abs().amax(1)
-        fastest = speed.topk(min(_ROWS_NAMED, len(speed))).indices.sort().values.tolist()
+        speed = by_row[:, : self.x.shape[1]].abs().amax(1)
+        errors = speed if self.errors is None else self._by_row(self.errors).abs().amax(1).nan_to_num(math.inf)
+        worst, rows = errors.topk(min(_ROWS_NAMED, len(errors)))
+        rows = rows[worst >= 0.1 * worst[0]].sort().values
         return RuntimeError(
             f"{name}: {settings.solver} makes no headway {at} ({self.steps} steps, {self.evaluations} evaluations; "
-            f"{reason.rstrip('.')}); the fastest rows are {fastest}, with |v| up to {float(speed.max()):.3g}. The "
-            f"field is stiff or diverges: loosen the tolerances (rtol={settings.rtol:g}, atol={settings.atol:g}), "
-            "penalise with kinetic= and jacobian= in training, take a solver of fixed steps, or raise max_steps "
-            f"({settings.max_steps})"
+            f"{reason.split(':')[0].rstrip('.')}); the hardest rows are {rows.tolist()}, with |v| up to "
+            f"{float(speed[rows].max()):.3g}. The field is stiff or diverges: loosen the tolerances "
+            f"(rtol={settings.rtol:g}, atol={settings.atol:g}), penalise with kinetic= and jacobian= in training, "
+            f"take a solver of fixed steps, or raise max_steps ({settings.max_steps}){around}"
         )
+
+    def _by_row(self, state: Tensor) -> Tensor:
+        """A row of the state for each row, without what rows share."""
+        if not self.backward:
+            return state
+        return state[: 2 * self.x.numel()].view(2, *self.x.shape).movedim(0, 1).flatten(1)
 
 
 class _Grid:

@@ -30,7 +30,12 @@ from torch.distributions import constraints
 
 import pyro_flows as pf
 
-BUILDERS = {"nice": pf.nice, "realnvp": pf.realnvp, "maf": pf.maf, "iaf": pf.iaf}
+
+def cnf(size, num_layers=None, **options):
+    return pf.cnf(size, rtol=1e-5, atol=1e-5, **options)
+
+
+BUILDERS = {"nice": pf.nice, "realnvp": pf.realnvp, "maf": pf.maf, "iaf": pf.iaf, "cnf": cnf}
 
 
 @pytest.fixture(autouse=True)

@@ -119,12 +119,13 @@ class Training:
         return self.flow.chain[-1]
 
     def run(self, fresh: bool = True) -> None:
-        """Both phases; leaves the flow in its best state.
+        """Both phases; leaves the flow in its best state, and in ``eval()``, where its density is a function.
 
         Args:
             fresh: whether the flow is still the identity; else the affine phase is left out, and steps are smaller, so
                 that the flow stays where it is.
         """
+        self.flow.train()
         if fresh and self.tempering is None:
             self._phase("affine", Flow(self.preconditioner, self.flow.base), 0.0, WARM, WARM_RATES)
             self.preconditioner.fold()
@@ -135,7 +136,7 @@ class Training:
         self._exact = 0
         self._phase("flow", self.flow, first, 1.0, RATES if fresh else CAREFUL_RATES)
         self._restore()
-        self.flow.chain.clear_cache()
+        self.flow.eval().chain.clear_cache()
 
     def _phase(self, name: str, flow: Flow, begin: float, end: float, rates: tuple[float, float]) -> None:
         parameters = [p for p in flow.parameters() if p.requires_grad]

@@ -1,0 +1,191 @@
+"""Continuous flows pushed: rows and their mates, every field through the contract, empty batches, unfit fields."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from cases import shake
+from torch import nn
+
+import pyro_flows as pf
+from pyro_flows.testing import check_transform
+
+FIELDS = {
+    "concatsquash": (3, {"field": "concatsquash"}),
+    "concatsquash-autonomous": (3, {"field": "concatsquash", "time_dependent": False}),
+    "deep": (2, {"field": "concatsquash", "hidden_dims": (4, 4, 4)}),
+    "mlp-autonomous": ((1, 2), {"field": "mlp", "time_dependent": False, "activation": "silu"}),
+    "gated": (2, {"field": "gated"}),
+    "gated-autonomous": (1, {"field": "gated", "time_dependent": False}),
+    "residual": (2, {"field": "residual", "activation": "softplus"}),
+    "residual-autonomous": (2, {"field": "residual", "time_dependent": False}),
+    "conv": ((1, 2, 2), {"field": "conv", "hidden_dims": (2,)}),
+    "conv-autonomous": ((1, 3), {"field": "conv", "hidden_dims": (2,), "time_dependent": False}),
+}
+
+
+def build(name, context_dim=0, **options):
+    shape, own = FIELDS[name]
+    return shake(pf.cnf(shape, context_dim=context_dim, **{"hidden_dims": (4,), **own, **options}), 0.3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("context_dim", [0, 2])
+@pytest.mark.parametrize("name", FIELDS)
+def test_contract_of_every_field(name, context_dim):
+    flow = build(name, context_dim, solver="dopri8", rtol=1e-12, atol=1e-12).double()
+    x = torch.randn(5, *flow.event_shape, dtype=torch.double)
+    context = torch.randn(5, context_dim, dtype=torch.double) if context_dim else None
+    check_transform(flow, x, context, rtol=2**16 * torch.finfo(torch.double).eps)
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_copies_pickles_and_states_are_the_same_map(name, tmp_path):
+    flow = build(name, 2)
+    x, context = torch.randn(4, *flow.event_shape), torch.randn(4, 2)
+    want = flow.forward_and_ladj(x, context)
+    torch.save(flow.state_dict(), tmp_path / "state.pt")
+    loaded = build(name, 2)
+    loaded.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    for twin in (
+        loaded,
+        copy.deepcopy(flow),
+        pickle.loads(pickle.dumps(flow)),
+        pickle.loads(pickle.dumps(flow.inv)).inv,
+    ):
+        for a, b in zip(twin.forward_and_ladj(x, context), want, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_functions_of_one_row(name):
+    flow = build(name, rtol=1e-8, atol=1e-8).double()
+    x = torch.randn(3, *flow.event_shape, dtype=torch.double)
+    size = flow.event_shape.numel()
+    jacobians = torch.func.vmap(torch.func.jacrev(lambda v: flow.forward_and_ladj(v)[0]))(x).view(3, size, size)
+    ladj = flow.forward_and_ladj(x)[1]
+    torch.testing.assert_close(torch.linalg.slogdet(jacobians)[1], ladj, rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_rows_differ_with_their_mates_as_far_as_the_tolerance_lets_them():
+    """What is off in the log-density, and how far a row alone is from itself among others."""
+
+    def score(flow, y):
+        x, ladj = flow.inverse_and_ladj(y)
+        return ladj - 0.5 * x.square().sum(-1)
+
+    def make(tolerance, per_row=False):
+        flow = pf.cnf(2, hidden_dims=(16, 16), rtol=tolerance, atol=tolerance, per_row=per_row).double()
+        flow.load_state_dict(state)
+        return flow
+
+    state = shake(pf.cnf(2, hidden_dims=(16, 16)), 0.8).state_dict()
+    y = 2 * torch.randn(100, 2, dtype=torch.double)
+    truth = score(make(1e-12), y)
+    moved = []
+    for tolerance in (1e-4, 1e-7):
+        off = {}
+        for per_row in (False, True):
+            flow = make(tolerance, per_row)
+            among = score(flow, y)
+            alone = torch.cat([score(flow, row[None]) for row in y[:12]])
+            off[per_row] = (among - truth).abs().max() / tolerance
+            moved.append((alone - among[:12]).abs().max())
+            # Apart by no more than each of them is off.
+            error_alone = (alone - truth[:12]).abs()
+            assert ((alone - among[:12]).abs() <= error_alone + (among - truth)[:12].abs() + 1e-12).all()
+            assert error_alone.max() < 1000 * tolerance
+        assert off[True] < 30
+        assert off[True] < off[False] < 1000
+    assert moved[0] > 30 * moved[2]  # it goes with the tolerance
+
+
+@pytest.mark.parametrize("gradient", ["adjoint", "backprop"])
+def test_an_empty_batch_has_gradients_of_zero(gradient):
+    flow = pf.Flow(pf.cnf(2, hidden_dims=(4,), gradient=gradient))
+    with torch.no_grad():
+        next(flow.parameters()).fill_(torch.nan)
+    flow.log_prob(torch.zeros(2, 0, 2)).sum().backward()
+    assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in flow.parameters())
+
+
+def test_forward_mode_is_refused_in_words():
+    flow = build("gated")
+    x = torch.randn(2)
+    for run in (lambda: torch.func.jacfwd(flow)(x), lambda: torch.func.jvp(flow, (x,), (x,))):
+        with pytest.raises(NotImplementedError, match=r"no derivatives in forward mode .*use torch\.func\.jacrev"):
+            run()
+
+
+class Contracting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rate = nn.Parameter(torch.tensor(-20.0))
+
+    def forward(self, t, x):
+        return self.rate * x
+
+
+def test_an_adjoint_that_loses_its_way_says_so():
+    """Behind a contraction by e^-20 there is nothing left to go back from, but through the solver's own steps."""
+    x = torch.randn(3, 2, requires_grad=True)
+    lost = pf.cnf(2, field=Contracting())
+    y = lost(x)
+    with pytest.warns(RuntimeWarning, match=r"did not find back to where some rows began.*gradient=\"backprop\""):
+        y.sum().backward()
+    exact = pf.cnf(2, field=Contracting(), gradient="backprop")
+    (got,) = torch.autograd.grad(exact.forward_and_ladj(x)[1].sum(), list(exact.parameters()))
+    torch.testing.assert_close(got, torch.tensor(6.0))  # ladj is twice the rate
+
+
+class Stiff(nn.Module):
+    def forward(self, t, x):
+        return torch.cat([-1e5 * x[:, :1], x[:, 1:]], 1)
+
+
+class Narrowing(nn.Module):
+    def forward(self, t, x):
+        return x if float(t) < 0.6 else x[:, :1]
+
+
+class Noisy(nn.Module):
+    def forward(self, x):
+        return torch.randn_like(x)
+
+
+def test_the_row_that_is_stiff_is_named():
+    x = torch.tensor([[0.0, 0.0], [1.0, 1.0], [0.0, 1.0]])
+    with pytest.raises(RuntimeError, match=r"at t=0\.00.*hardest rows are \[1\].*raise max_steps \(100\)"):
+        pf.cnf(2, field=Stiff(), max_steps=100)(x)
+
+
+@pytest.mark.parametrize("field", [nn.BatchNorm1d(2), nn.Dropout(), Noisy()])
+def test_fields_that_are_no_function_of_a_row_are_refused(field):
+    class Calling(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = field
+
+        def forward(self, t, x):
+            return self.inner(x)
+
+    with pytest.raises(ValueError, match="treats rows independently"):
+        pf.cnf(2, field=Calling())
+
+
+def test_a_field_that_narrows_on_the_way():
+    with pytest.raises(ValueError, match=r"Narrowing: expected a velocity with the shape of x, \(5, 2\), got \(5, 1\)"):
+        pf.cnf(2, field=Narrowing())(torch.randn(5, 2))
+
+
+@pytest.mark.parametrize("solver", ["dopri5", "rk4", "euler"])
+def test_parameters_that_are_nan_are_named(solver):
+    flow = pf.cnf(2, hidden_dims=(4,), solver=solver)
+    with torch.no_grad():
+        next(flow.parameters()).fill_(torch.nan)
+    with pytest.raises(RuntimeError, match=r"not finite at t=0 in rows \[0, 1, 2\].*its parameters are not finite"):
+        flow(torch.randn(3, 2))
