@@ -37,6 +37,8 @@ def layer(shape, scale=3.0, double=True, **options):
         for name, p in made.named_parameters():
             if name.startswith("net"):
                 p.add_(0.5 * torch.randn_like(p))
+            elif name.startswith("attention"):
+                p.normal_().mul_(scale / math.sqrt(3 * p.shape[-1]))  # so many times the spread that it starts with
             elif name.startswith("taps"):
                 p.normal_().mul_(scale / math.sqrt(9 * made.event_shape[0]))
             else:
