@@ -92,8 +92,9 @@ def _attention(
 ) -> Attention | None:
     """How places attend to each other, ``None`` for not at all."""
     for name, value, least in (("attention", heads, 0), ("head_dim", head_dim, 1), ("window", window, 1)):
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        if not (whole and value >= least or value is None and name == "window"):
+        if name == "window" and value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
             kind = f"an integer >= {least}{', or None' if name == 'window' else ''}"
             raise ValueError(f"Mint: expected {name} to be {kind}, got {value!r}")
     if not heads:
