@@ -4,13 +4,14 @@ Tokens are places, in the order of a raster scan.  With :math:`p_i` the values a
 before it, and :math:`p_i^-` the same without token :math:`i` itself,
 
 .. math:: q_i = Q \tanh(A^- p_i^- + a + s), \quad (k_j, v_j) = K \tanh(A p_j + b), \quad
-    o_i = O \sum_{j < i} \operatorname{softmax}_j(q_i \cdot R_{i - j} k_j / \sqrt{m})\, v_j
+    o_i = O \sum_{j < i} \operatorname{softmax}_j(q_i \cdot R_{j - i} k_j / \sqrt{m})\, v_j
 
 over the tokens before, for each head of size :math:`m`, and over one learnt key and value that stand for no token, so
 that the first token has something to attend to.  Neither the query nor any key of token :math:`i` sees token
 :math:`i`: no :math:`o_i` depends on its own token, and the Jacobian is zero there and above, exactly.  Rotations
-:math:`R` turn pairs of numbers by angles in proportion to the distance, so that what a token gets depends on distances
-and no parameter depends on the size.  Values are bounded, and so is :math:`o`.
+:math:`R` turn pairs of numbers by angles in proportion to the distance along an axis, and leave a few numbers as they
+are; so what a token gets depends on distances, and no parameter depends on the size.  The key of no token has those
+few numbers alone, and so no distance.  Values are bounded, and so is :math:`o`.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ class AttentionWeights(NamedTuple):
         key_taps: :math:`A`, shape ``(M, (T + 1) * C)``.
         key_bias: :math:`b`, shape ``(M,)``.
         key_mix: :math:`K`, keys before values, shape ``(2 * M, M)``.
-        null: the key and the value that stand for no token, shape ``(2, heads, head_dim)``.
+        null_key: stands for no token, shape ``(heads, U)``, of the ``U`` numbers that are not rotated.
+        null_value: its value, shape ``(heads, head_dim)``.
         out: :math:`O`, shape ``(C, M)``.
     """
 
@@ -49,7 +51,8 @@ class AttentionWeights(NamedTuple):
     key_taps: Tensor
     key_bias: Tensor
     key_mix: Tensor
-    null: Tensor
+    null_key: Tensor
+    null_value: Tensor
     out: Tensor
 
 
@@ -84,20 +87,33 @@ class Attention(NamedTuple):
         patches = self.patches(image)
         queries = self.queries(patches[..., : -x.shape[1]], places, weights)
         keys, values = self.keys_values(patches, places, weights)
+        # Nothing comes after the last token.
+        keys, values = keys[..., :-1, :], values[..., :-1, :]
         got = self.attend(queries, keys, values, weights, self.allowed(x)).mT.reshape(x.shape)
         return got if self.lower else got.flip(-2, -1)
 
+    @property
+    def rotated(self) -> int:
+        """How many numbers of a head are rotated: a pair for each axis, as many times as leave some that are not."""
+        pair = 2 * self.axes
+        return (self.head_dim - 1) // pair * pair
+
+    @property
+    def axes(self) -> int:
+        """1 where the kernel has one row, else 2."""
+        return 1 if self.kernel[0] == 1 else 2
+
     def places(self, x: Tensor) -> Tensor:
-        """Rows and columns of the tokens, shape ``(H * W, axes)``; of a single axis where the kernel has one row."""
+        """Rows and columns of the tokens, shape ``(H * W, axes)``."""
         rows, columns = (torch.arange(n, device=x.device) for n in x.shape[-2:])
-        if self.kernel[0] == 1:
+        if self.axes == 1:
             return columns.expand(len(rows), -1).reshape(-1, 1).to(x.dtype)
         return torch.stack(torch.meshgrid(rows, columns, indexing="ij"), -1).flatten(0, 1).to(x.dtype)
 
     def allowed(self, x: Tensor) -> Tensor:
-        """Which keys, that of no token first, each token attends to; boolean, shape ``(H * W, H * W + 1)``."""
+        """Which keys, of no token and of all but the last, each attends to; boolean, shape ``(H * W, H * W)``."""
         tokens = torch.arange(x.shape[-2] * x.shape[-1], device=x.device)
-        back = tokens[:, None] - tokens
+        back = tokens[:, None] - tokens[:-1]
         allowed = back > 0 if self.window is None else (back > 0) & (back <= self.window)
         return F.pad(allowed, (1, 0), value=True)
 
@@ -118,13 +134,11 @@ class Attention(NamedTuple):
             weights: all tensors.
 
         Returns:
-            Shape ``(n, heads, tokens, head_dim + 1)``; the last number is for the key that stands for no token.
+            Shape ``(n, heads, tokens, head_dim)``.
         """
         bias = weights.query_bias
         seen = torch.tanh(F.linear(before, weights.query_taps) + (bias if bias.dim() == 1 else bias.unsqueeze(-2)))
-        found = self._heads(F.linear(seen, weights.query_mix) / math.sqrt(self.head_dim))
-        # That key has no place: its score is of the query as it is before the rotation.
-        return torch.cat((self._rotated(found, places), found @ weights.null[0].unsqueeze(-1)), -1)
+        return self._turn(self._heads(F.linear(seen, weights.query_mix) / math.sqrt(self.head_dim)), places)
 
     def keys_values(self, patches: Tensor, places: Tensor, weights: AttentionWeights) -> tuple[Tensor, Tensor]:
         """Keys and values of tokens from their patches, which later tokens attend to.
@@ -135,11 +149,11 @@ class Attention(NamedTuple):
             weights: all tensors.
 
         Returns:
-            Shapes ``(n, heads, tokens, head_dim + 1)`` and ``(n, heads, tokens, head_dim)``.
+            Both of shape ``(n, heads, tokens, head_dim)``.
         """
         seen = torch.tanh(F.linear(patches, weights.key_taps, weights.key_bias))
         keys, values = (self._heads(each) for each in F.linear(seen, weights.key_mix).chunk(2, -1))
-        return F.pad(self._rotated(keys, places), (0, 1)), values
+        return self._turn(keys, places), values
 
     def attend(
         self, queries: Tensor, keys: Tensor, values: Tensor, weights: AttentionWeights, allowed: Tensor | None = None
@@ -154,26 +168,28 @@ class Attention(NamedTuple):
             allowed: as :meth:`allowed`; ``None`` if each token attends to all keys.
         """
         rows = values.shape[0]
-        null = F.pad(torch.zeros_like(weights.null[0]), (0, 1), value=1.0)[:, None].expand(rows, -1, -1, -1)
-        keys = torch.cat((null, keys), -2)
-        values = torch.cat((weights.null[1][:, None].expand(rows, -1, -1, -1), values), -2)
+        null = F.pad(weights.null_key, (self.rotated, 0)), weights.null_value
+        first = (each[:, None].expand(rows, -1, -1, -1) for each in null)
+        keys, values = (torch.cat(each, -2) for each in zip(first, (keys, values), strict=True))
         scores = queries @ keys.mT
         if allowed is not None:
-            scores = scores.masked_fill(~allowed, -math.inf)
+            # A sum has a cheaper gradient than masked_fill.
+            scores = scores + scores.new_zeros(allowed.shape).masked_fill_(~allowed, -math.inf)
         got = torch.softmax(scores, -1) @ values
         return F.linear(got.transpose(-3, -2).flatten(-2), weights.out)
 
     def _heads(self, tokens: Tensor) -> Tensor:
         return tokens.unflatten(-1, (self.heads, self.head_dim)).transpose(-3, -2)
 
-    def _rotated(self, x: Tensor, places: Tensor) -> Tensor:
-        """Turns pairs of numbers by angles in proportion to the places."""
-        pairs = self.head_dim // (2 * places.shape[-1])
+    def _turn(self, x: Tensor, places: Tensor) -> Tensor:
+        """Rotates pairs of numbers by angles in proportion to the places."""
+        half = self.rotated // 2
+        pairs = half // self.axes
         speeds = _BASE ** (-torch.arange(pairs, device=x.device, dtype=x.dtype) / pairs)
         angles = (places.unsqueeze(-1) * speeds).flatten(-2)
         cos, sin = angles.cos(), angles.sin()
-        a, b = x.chunk(2, -1)
-        return torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
+        a, b, rest = x.split((half, half, self.head_dim - self.rotated), -1)
+        return torch.cat((a * cos - b * sin, a * sin + b * cos, rest), -1)
 
 
 class AttentionNet(nn.Module):
@@ -199,7 +215,8 @@ class AttentionNet(nn.Module):
         self.key_taps = uniform(width, before + channels)
         self.key_bias = nn.Parameter(torch.zeros(width))
         self.key_mix = uniform(2 * width, width)
-        self.null = nn.Parameter(torch.zeros(2, rule.heads, rule.head_dim))
+        self.null_key = nn.Parameter(torch.zeros(rule.heads, rule.head_dim - rule.rotated))
+        self.null_value = nn.Parameter(torch.zeros(rule.heads, rule.head_dim))
         self.out = nn.Parameter(torch.zeros(channels, width))
 
     def weights(self) -> AttentionWeights:

@@ -16,7 +16,7 @@ from pyro_flows.attention import Attention, AttentionNet
 from pyro_flows.infer import pixel_scores
 
 DOUBLE = torch.float64
-SMALL = {"attention": 2, "head_dim": 4}
+SMALL = {"attention": 2, "head_dim": 5}
 SHAPES = [(1, 4, 4), (2, 3, 2), (3, 2, 3), (1, 7), (2, 5)]
 
 
@@ -34,7 +34,8 @@ def one_by_one(x, rule, w):
     _, height, width = x.shape[1:]
     (down, right), heads, size = (n // 2 for n in rule.kernel), rule.heads, rule.head_dim
     axes = 1 if rule.kernel[0] == 1 else 2
-    pairs = size // (2 * axes)
+    pairs = (size - 1) // (2 * axes)
+    half = pairs * axes
     speeds = 100.0 ** (-torch.arange(pairs, dtype=DOUBLE) / pairs)
     out = torch.zeros_like(x)
     sign = 1 if rule.lower else -1
@@ -45,7 +46,7 @@ def one_by_one(x, rule, w):
 
     def turned(v, cell):
         angle = torch.cat([(sign * cell[-axes:][k]) * speeds for k in range(axes)])
-        return torch.complex(v[: size // 2], v[size // 2 :]) * torch.exp(1j * angle)
+        return torch.cat((torch.complex(v[:half], v[half : 2 * half]) * torch.exp(1j * angle), v[2 * half :]))
 
     for n, event in enumerate(x):
         kept = []
@@ -58,12 +59,12 @@ def one_by_one(x, rule, w):
             for h in range(heads):
                 part = slice(h * size, (h + 1) * size)
                 back = kept if rule.window is None else kept[max(i - rule.window, 0) :]
-                scores = [q[part] @ w.null[0, h]]
+                scores = [q[part][2 * half :] @ w.null_key[h]]
                 scores += [
                     (turned(q[part], (r, c)).conj() * turned(each[part], where)).real.sum() for each, _, where in back
                 ]
                 share = torch.softmax(torch.stack(scores) / math.sqrt(size), 0)
-                values = torch.stack([w.null[1, h], *(each[part] for _, each, _ in back)])
+                values = torch.stack([w.null_value[h], *(each[part] for _, each, _ in back)])
                 got.append(share @ values)
             out[n, :, r, c] = w.out @ torch.cat(got)
             kept.append((k, v, (r, c)))
@@ -74,7 +75,7 @@ def one_by_one(x, rule, w):
 @pytest.mark.parametrize("kernel, shape", [((3, 3), (2, 3, 4)), ((1, 3), (2, 1, 7)), ((5, 5), (1, 3, 3))])
 @pytest.mark.parametrize("window", [None, 1, 4])
 def test_against_loops(kernel, shape, window, lower):
-    rule = Attention(kernel, 2, 4, window, lower)
+    rule = Attention(kernel, 2, 10, window, lower)
     weights = net(shape[0], rule).weights()
     x = torch.randn(2, *shape, dtype=DOUBLE)
     torch.testing.assert_close(rule(x, weights), one_by_one(x, rule, weights), rtol=1e-12, atol=1e-12)
@@ -83,7 +84,7 @@ def test_against_loops(kernel, shape, window, lower):
 def test_one_token_after_the_other():
     """With keys and values that are kept, as many as the window has, and not before the first token."""
     for window in (None, 3):
-        rule = Attention((1, 3), 2, 4, window)
+        rule = Attention((1, 3), 2, 5, window)
         w = net(2, rule).weights()
         x = torch.randn(3, 2, 1, 9, dtype=DOUBLE)
         places, patches = rule.places(x), rule.patches(x)
@@ -110,19 +111,19 @@ def test_series_are_seen_by_distance():
 
 def test_values_far_out_are_bounded():
     """Nothing beyond what values and the last matrix allow, however large x is; also for the first token."""
-    rule = Attention((3, 3), 2, 4)
+    rule = Attention((3, 3), 2, 5)
     w = net(2, rule).weights()
-    most = w.out.abs() @ torch.maximum(w.key_mix[8:].abs().sum(1), w.null[1].abs().flatten())
+    most = w.out.abs() @ torch.maximum(w.key_mix[10:].abs().sum(1), w.null_value.abs().flatten())
     for size in (1.0, 1e3, 1e150):
         got = rule(size * torch.randn(4, 2, 3, 3, dtype=DOUBLE), w)
         assert (got.abs() <= most[:, None, None]).all()
-        first = (w.out @ w.null[1].flatten()).expand(4, -1)
+        first = (w.out @ w.null_value.flatten()).expand(4, -1)
         torch.testing.assert_close(got[:, :, 0, 0], first)
 
 
 def test_softmaxes_are_kept_once():
     """For the gradient: one number for each event, head and pair of tokens."""
-    rule = Attention((3, 3), 2, 4)
+    rule = Attention((3, 3), 2, 5)
     made, kept = net(1, rule), {}
 
     def pack(t):
@@ -132,7 +133,7 @@ def test_softmaxes_are_kept_once():
     with saved_tensors_hooks(pack, lambda t: t):
         rule(torch.randn(8, 1, 8, 8, dtype=DOUBLE), made.weights())
     large = [n for n in kept.values() if n >= 8 * 2 * 64 * 64]
-    assert large == [8 * 2 * 64 * 65]
+    assert large == [8 * 2 * 64 * 64]
 
 
 # In a layer
@@ -242,7 +243,7 @@ def test_contexts_shift_queries():
     x, ladj = made.inverse_and_ladj(y.expand(5, 1, 3, 3), contexts)
     assert torch.equal(x[0], x[1])
     with torch.no_grad():
-        made.net.layers[-1].weight[-8:].normal_()  # the last of its outputs
+        made.net.layers[-1].weight[-10:].normal_()  # the last of its outputs
     moved, same = made.inverse_and_ladj(y.expand(5, 1, 3, 3), contexts)
     assert torch.equal(same, ladj)
     assert torch.equal(moved[:, 0, 0, 0], x[:, 0, 0, 0])  # there is one value to attend to, whatever the query
@@ -297,7 +298,7 @@ def test_builder():
         ({"attention": -1}, r"attention to be an integer >= 0, got -1"),
         ({"attention": True}, r"attention to be an integer >= 0, got True"),
         ({"attention": 1, "head_dim": 0}, r"head_dim to be an integer >= 1, got 0"),
-        ({"attention": 1, "head_dim": 6}, r"head_dim to be a multiple of 4, .* got 6"),
+        ({"attention": 1, "head_dim": 4}, r"head_dim >= 5, .* got 4"),
         ({"attention": 1, "window": 0}, r"window to be an integer >= 1, or None, got 0"),
         ({"attention": 1, "order": "channel"}, r"needs order='position', got order='channel'; leave order out"),
         ({"attention": 1, "order": "rows"}, r"order to be one of .* got 'rows'"),
@@ -307,5 +308,5 @@ def test_refuses(options, message):
     for build in (pf.Mint, pf.mintnet):
         with pytest.raises(ValueError, match=message):
             build((1, 4, 4), **options)
-    with pytest.raises(ValueError, match="multiple of 2"):
-        pf.Mint((1, 4), attention=1, head_dim=3)
+    with pytest.raises(ValueError, match=r"head_dim >= 3, .* got 2"):
+        pf.Mint((1, 4), attention=1, head_dim=2)

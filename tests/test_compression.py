@@ -95,7 +95,7 @@ def mint(event, levels=17, size=0.05, **options):
 
 
 def attending(event, **options):
-    model = mint(event, attention=1, head_dim=4, **options)
+    model = mint(event, attention=1, head_dim=5, **options)
     with torch.no_grad():
         for name, each in model.named_parameters():
             if name.endswith("attention.out"):
@@ -500,7 +500,7 @@ def test_parameters_that_are_no_numbers(name, integers):
 def test_layers_with_and_without_attention(coder):
     """The finer way through the coordinates is that of both."""
     event, options = (1, 3, 3), {"num_groups": 2, "order": "position"}
-    for parts in ([{}, {"attention": 1, "head_dim": 4}], [{"attention": 1, "head_dim": 4}, {}]):
+    for parts in ([{}, {"attention": 1, "head_dim": 5}], [{"attention": 1, "head_dim": 5}, {}]):
         layers = [pf.Mint(event, **options, **each) for each in parts]
         model = shaken(pf.Flow(pf.Chain([*layers, pf.LogitPixels(event, 5)])))
         x = torch.randint(5, (20, *event))

@@ -415,8 +415,8 @@ def test_too_few_sweeps_are_reported():
         ((2, 2, 2), 0, {}),
         ((2, 2, 2), 2, {}),
         ((2, 3), 1, {}),
-        ((1, 2, 2), 0, {"attention": 1, "head_dim": 4, "num_groups": 1}),
-        ((1, 3), 1, {"attention": 2, "head_dim": 2, "num_groups": 1, "lower": False}),
+        ((1, 2, 2), 0, {"attention": 1, "head_dim": 5, "num_groups": 1}),
+        ((1, 3), 1, {"attention": 1, "head_dim": 3, "num_groups": 1, "lower": False}),
     ],
 )
 def test_gradients_of_sampling(shape, context_dim, options):

@@ -10,7 +10,8 @@ line by a logit with margin 1e-6; a score is the bound of one noise, averaged ov
 models go through ``fit_density`` with the same batch, schedule and weight decay, and as many steps as take
 ``--seconds`` of CPU time, by a measurement of twenty beforehand.  Each has a learning rate of its own out of two,
 chosen by validation with the first seed; the state of the best validation score is what is tested.  Flows of vectors
-have an ``ActNorm`` at the data end, which brings pixels to unit scale.
+have an ``ActNorm`` at the data end, which brings pixels to unit scale.  ``mintnet-attention`` has one head in each
+layer, and the order that it needs; ``mintnet-position`` has that order alone.
 """
 
 from __future__ import annotations
@@ -36,8 +37,11 @@ import pyro_flows as pf
 
 LEVELS, SHAPE, NOISES = 17, (1, 8, 8), 20
 DIGITS = Path(__file__).parent.parent / "data" / "digits.npz"
+MINTNET = {"num_layers": 8, "num_groups": (16, 16), "squeeze": 1, "act_norm": True}
 MODELS: dict[str, Callable[[], pf.FlowTransform]] = {
-    "mintnet": lambda: pf.mintnet(SHAPE, num_layers=8, num_groups=(16, 16), squeeze=1, act_norm=True),
+    "mintnet": lambda: pf.mintnet(SHAPE, **MINTNET),
+    "mintnet-position": lambda: pf.mintnet(SHAPE, order="position", **MINTNET),
+    "mintnet-attention": lambda: pf.mintnet(SHAPE, attention=1, **MINTNET),
     "glow": lambda: pf.glow(SHAPE),
     "multiscale_realnvp": lambda: pf.multiscale_realnvp(SHAPE),
     "realnvp": lambda: pf.Chain([*pf.realnvp(SHAPE), pf.ActNorm(SHAPE)]),

@@ -40,7 +40,7 @@ def mintnet(
     activation: str = "elu",
     min_slope: float = 1e-3,
     attention: int = 0,
-    head_dim: int = 8,
+    head_dim: int = 16,
     window: int | None = None,
     shared_scale: bool = False,
     tolerance: float | None = None,
@@ -78,7 +78,7 @@ def mintnet(
         min_slope: the least factor of a coordinate in a layer (paper: 1e-12).
         attention: number of heads by which the pixels (or times) of each layer attend to those before them, 0 for none
             (paper: 0).  At first they add zero; the log-determinant stays exact.
-        head_dim: size of each head, a multiple of 4 for images and of 2 for series.
+        head_dim: size of each head, at least 5 for images and 3 for series.
         window: how many pixels back attention reaches in each layer; ``None`` for all.
         shared_scale: whether those factors are shared over places; no parameter then depends on the image's size.
         tolerance: of the solver, relative; ``None`` for one that goes with the dtype.

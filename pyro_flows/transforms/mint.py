@@ -99,10 +99,10 @@ def _attention(
             raise ValueError(f"Mint: expected {name} to be {kind}, got {value!r}")
     if not heads:
         return None
-    step = 2 * (len(event) - 1)
-    if head_dim % step:
+    least = 2 * (len(event) - 1) + 1
+    if head_dim < least:
         raise ValueError(
-            f"Mint: expected head_dim to be a multiple of {step}, for a pair of numbers to each axis of the event, got "
+            f"Mint: expected head_dim >= {least}, a pair of numbers for each axis of the event and one more, got "
             f"{head_dim}"
         )
     # Kernels of a single place would leave queries nothing to look at.
@@ -152,7 +152,7 @@ class Mint(FlowTransform):
             which the density has jumps).
         min_slope: the least :math:`t`, :math:`t = \sqrt{r^2 + m^2}` with a learnt :math:`r`.
         attention: the number of heads, 0 for none; at first they add zero.
-        head_dim: the size of keys and values of each head, a multiple of 4 for images and of 2 for series.
+        head_dim: the size of keys and values of each head, at least 5 for images and 3 for series.
         window: how many pixels back (in the order) attention reaches; ``None`` for all.  It bounds what must be kept to
             go on with a series, not the cost of a pass.
         shared_scale: whether :math:`t` (and what a context adds to the output) is one number for each channel rather
@@ -189,7 +189,7 @@ class Mint(FlowTransform):
         activation: str = "elu",
         min_slope: float = 1e-3,
         attention: int = 0,
-        head_dim: int = 8,
+        head_dim: int = 16,
         window: int | None = None,
         shared_scale: bool = False,
         tolerance: float | None = None,
