@@ -1,6 +1,7 @@
 """MintNet layers: what the log-determinant costs beside the convolutions, and the inverse against its alternatives.
 
     python examples/benchmarks/mintnet.py            # about ten minutes
+    python examples/benchmarks/mintnet.py --tables attention    # some of them
     python examples/benchmarks/mintnet.py --smoke    # seconds, on sizes too small to mean anything
 
 Five tables. *Pass*: value and log-determinant of a layer, and a training step, against the three dense convolutions of
@@ -35,6 +36,7 @@ from torch import Tensor, nn
 import pyro_flows as pf
 
 DIGITS = Path(__file__).parent.parent / "data" / "digits.npz"
+TABLES = ("pass", "inverse", "gradient", "attention", "digits")
 Shape = tuple[int, int, int]
 
 
@@ -355,6 +357,7 @@ def digits(seconds: float, seed: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--gain", type=float, default=2.0)
     parser.add_argument("--seconds", type=float, default=100, help="of training, for the last table")
@@ -373,11 +376,16 @@ def main() -> None:
     deep = [((1, 8, 8), 16, 1), ((1, 8, 8), 16, 32), ((1, 28, 28), 16, 8), ((3, 16, 16), 8, 4)]
     if args.smoke:
         args.rounds, args.seconds = 1, 0.5
-    passes(small if args.smoke else wide, args.rounds)
-    inverses(small if args.smoke else deep, args.gain, 1e-8, args.rounds)
-    gradients(small if args.smoke else deep[1:], args.gain, args.rounds)
-    attention(small if args.smoke else deep[1:], args.gain, args.rounds)
-    digits(args.seconds, args.seed)
+    if "pass" in args.tables:
+        passes(small if args.smoke else wide, args.rounds)
+    if "inverse" in args.tables:
+        inverses(small if args.smoke else deep, args.gain, 1e-8, args.rounds)
+    if "gradient" in args.tables:
+        gradients(small if args.smoke else deep[1:], args.gain, args.rounds)
+    if "attention" in args.tables:
+        attention(small if args.smoke else deep[1:], args.gain, args.rounds)
+    if "digits" in args.tables:
+        digits(args.seconds, args.seed)
 
 
 if __name__ == "__main__":
