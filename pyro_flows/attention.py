@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyro_flows.tracing import autocasting
+from pyro_flows.tracing import autocasting, plain_eager
 
 __all__ = ["Attention", "AttentionNet", "AttentionWeights"]
 
@@ -78,7 +78,11 @@ class Attention(NamedTuple):
     lower: bool = True
 
     def __call__(self, x: Tensor, weights: AttentionWeights) -> Tensor:
-        """What each token gets, of the shape ``(n, C, H, W)`` of ``x``; costs ``O(n (H W)^2 M)``."""
+        """What each token gets, of the shape ``(n, C, H, W)`` of ``x``.
+
+        Costs ``O(n (H W)^2 M)``, and memory for ``n * heads * (H W)^2`` numbers, which are kept for a gradient; without
+        one there is no need for them on a CPU.
+        """
         if autocasting(x.device):
             with torch.autocast(x.device.type, enabled=False):
                 return self(x.to(weights.out.dtype), weights)
@@ -171,11 +175,14 @@ class Attention(NamedTuple):
         null = F.pad(weights.null_key, (self.rotated, 0)), weights.null_value
         first = (each[:, None].expand(rows, -1, -1, -1) for each in null)
         keys, values = (torch.cat(each, -2) for each in zip(first, (keys, values), strict=True))
-        scores = queries @ keys.mT
-        if allowed is not None:
+        bias = None if allowed is None else keys.new_zeros(allowed.shape).masked_fill_(~allowed, -math.inf)
+        if plain_eager() and not torch.is_grad_enabled() and keys.device.type == "cpu":
+            # Without a map of all pairs; it has no second derivatives, and elsewhere less than full precision.
+            got = F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias, scale=1.0)
+        else:
+            scores = queries @ keys.mT
             # A sum has a cheaper gradient than masked_fill.
-            scores = scores + scores.new_zeros(allowed.shape).masked_fill_(~allowed, -math.inf)
-        got = torch.softmax(scores, -1) @ values
+            got = torch.softmax(scores if bias is None else scores + bias, -1) @ values
         return F.linear(got.transpose(-3, -2).flatten(-2), weights.out)
 
     def _heads(self, tokens: Tensor) -> Tensor:

@@ -79,7 +79,10 @@ def test_against_loops(kernel, shape, window, lower):
     rule = Attention(kernel, 2, 10, window, lower)
     weights = net(shape[0], rule).weights()
     x = torch.randn(2, *shape, dtype=DOUBLE)
-    torch.testing.assert_close(rule(x, weights), one_by_one(x, rule, weights), rtol=1e-12, atol=1e-12)
+    want = one_by_one(x, rule, weights)
+    for recording in (True, False):
+        with torch.set_grad_enabled(recording):
+            torch.testing.assert_close(rule(x, weights), want, rtol=1e-12, atol=1e-12)
 
 
 def test_one_token_after_the_other():
@@ -92,7 +95,10 @@ def test_one_token_after_the_other():
         keys, values = rule.keys_values(patches[:, :0], places[:0], w)
         for i in range(9):
             now, where = patches[:, i : i + 1], places[i : i + 1]
-            got = rule.attend(rule.queries(now[..., :-2], where, w), keys, values, w)
+            before = rule.queries(now[..., :-2], where, w)
+            got = rule.attend(before, keys, values, w)
+            with torch.no_grad():
+                torch.testing.assert_close(rule.attend(before, keys, values, w), got, rtol=1e-12, atol=1e-12)
             torch.testing.assert_close(got[:, 0], rule(x, w)[:, :, 0, i], rtol=1e-12, atol=1e-12)
             more = rule.keys_values(now, where, w)
             keys, values = (torch.cat(each, -2) for each in zip((keys, values), more, strict=True))
