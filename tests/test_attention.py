@@ -106,6 +106,17 @@ def test_one_token_after_the_other():
                 keys, values = keys[:, :, -window:], values[:, :, -window:]
 
 
+@torch.no_grad()
+def test_later_tokens_change_no_bit():
+    """What a codec relies on, whose reader has not seen them yet; also where a kernel goes by blocks of keys."""
+    rule = Attention((1, 3), 2, 8)
+    w = net(1, rule).weights()
+    x = torch.randn(2, 1, 1, 700, dtype=DOUBLE)
+    for known in (1, 300, 699):
+        later = torch.cat((x[..., :known], 100 * torch.randn_like(x[..., known:])), -1)
+        assert torch.equal(rule(later, w)[..., : known + 1], rule(x, w)[..., : known + 1])
+
+
 def test_series_are_seen_by_distance():
     """What a token gets does not change when all that it sees moves on in time."""
     rule = Attention((1, 3), 2, 6, window=3)
