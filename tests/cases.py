@@ -403,6 +403,9 @@ def _mint() -> Iterator[Case]:
     yield layer("-position", (3, 1, 2), order="position", activation="softplus")
     yield layer("-series", (2, 3), kernel_size=5, shared_scale=True, activation="sigmoid")
     yield layer("-one-number", (1, 1, 1), num_groups=1, kernel_size=1)
+    attention = {"attention": 1, "head_dim": 5}
+    yield layer("-attention", (2, 2, 2), **attention, lower=False)
+    yield layer("-attention-series", (1, 5), **attention, window=2, shared_scale=True)
 
     def mintnet(shape: tuple[int, ...], **options: object) -> Callable[[int], pf.FlowTransform]:
         settings = {"num_groups": 2, "hidden_dims": (4,), "tolerance": 1e-14, **options}

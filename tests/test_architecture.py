@@ -21,6 +21,7 @@ ROOT = Path(pf.__file__).parent
 LAYERS = ["core", "transforms", "flows", "distributions", "infer", "plots"]
 CORE = {
     "activations",
+    "attention",
     "bands",
     "boundary",
     "chain",

@@ -37,6 +37,8 @@ def layer(shape, scale=3.0, double=True, **options):
         for name, p in made.named_parameters():
             if name.startswith("net"):
                 p.add_(0.5 * torch.randn_like(p))
+            elif name.startswith("attention"):
+                p.normal_().mul_(scale / math.sqrt(3 * p.shape[-1]))  # so many times the spread that it starts with
             elif name.startswith("taps"):
                 p.normal_().mul_(scale / math.sqrt(9 * made.event_shape[0]))
             else:
@@ -407,10 +409,19 @@ def test_too_few_sweeps_are_reported():
     assert made(x).isfinite().all()  # what no float can reach ends all the same
 
 
-@pytest.mark.parametrize("shape, context_dim", [((2, 2, 2), 0), ((2, 2, 2), 2), ((2, 3), 1)])
-def test_gradients_of_sampling(shape, context_dim):
+@pytest.mark.parametrize(
+    "shape, context_dim, options",
+    [
+        ((2, 2, 2), 0, {}),
+        ((2, 2, 2), 2, {}),
+        ((2, 3), 1, {}),
+        ((1, 2, 2), 0, {"attention": 1, "head_dim": 5, "num_groups": 1}),
+        ((1, 3), 1, {"attention": 1, "head_dim": 3, "num_groups": 1, "lower": False}),
+    ],
+)
+def test_gradients_of_sampling(shape, context_dim, options):
     """T8, T14: of the solution and its log-determinant, after the base value, the context and every parameter."""
-    made = layer(shape, scale=1.5, context_dim=context_dim, hidden_dims=(3,), tolerance=1e-15)
+    made = layer(shape, scale=1.5, context_dim=context_dim, hidden_dims=(3,), tolerance=1e-15, **options)
     x = torch.randn(2, *shape, dtype=torch.float64, requires_grad=True)
     context = context_of(made, 2)
     names, params = zip(*made.named_parameters(), strict=True)
@@ -433,7 +444,7 @@ def test_gradients_of_sampling(shape, context_dim):
 
     assert torch.autograd.gradcheck(run, (x, *more, *params), atol=1e-6, rtol=1e-5)
     y = made.forward_and_ladj(x, context)[0]
-    assert (jacobian(y, x).tril(-1) != 0).any()  # more than one over the diagonal
+    assert (in_order(jacobian(y, x), made).tril(-1) != 0).any()  # more than one over the diagonal
 
 
 def test_memory_of_sampling_does_not_grow_with_sweeps():

@@ -31,7 +31,7 @@ def mintnet(
     num_layers: int = 6,
     num_groups: int | Sequence[int] = 16,
     kernel_size: int = 3,
-    order: str = "channel",
+    order: str | None = None,
     squeeze: int = 0,
     split: bool = False,
     act_norm: bool = False,
@@ -39,6 +39,9 @@ def mintnet(
     hidden_dims: Sequence[int] = (64,),
     activation: str = "elu",
     min_slope: float = 1e-3,
+    attention: int = 0,
+    head_dim: int = 16,
+    window: int | None = None,
     shared_scale: bool = False,
     tolerance: float | None = None,
     max_sweeps: int | None = None,
@@ -63,6 +66,7 @@ def mintnet(
             given for each stage, one more than there are squeezes (paper: 45 for MNIST, 85 for CIFAR-10).
         kernel_size: of the convolutions, odd (paper: 3).
         order: of the coordinates, ``"channel"`` (paper) or ``"position"``; see :class:`~pyro_flows.transforms.Mint`.
+            ``None`` for the first, or, with attention, for the second, which it needs.
         squeeze: number of squeezes, spread evenly over the pairs (paper: 2, after a third and two thirds of them).
         split: whether half of the channels leave after each squeeze, Gaussian given the others (paper: no).
         act_norm: whether each pair has an :class:`~pyro_flows.transforms.ActNorm` on its data side, which the first
@@ -72,6 +76,10 @@ def mintnet(
         hidden_dims: widths of the hidden layers of the contexts' networks.
         activation: of the layers, increasing (paper: ELU).
         min_slope: the least factor of a coordinate in a layer (paper: 1e-12).
+        attention: number of heads by which the pixels (or times) of each layer attend to those before them, 0 for none
+            (paper: 0).  At first they add zero; the log-determinant stays exact.
+        head_dim: size of each head, at least 5 for images and 3 for series.
+        window: how many pixels back attention reaches in each layer; ``None`` for all.
         shared_scale: whether those factors are shared over places; no parameter then depends on the image's size.
         tolerance: of the solver, relative; ``None`` for one that goes with the dtype.
         max_sweeps: of the solver; ``None`` for as many as it takes.
@@ -94,6 +102,9 @@ def mintnet(
         "hidden_dims": hidden_dims,
         "activation": activation,
         "min_slope": min_slope,
+        "attention": attention,
+        "head_dim": head_dim,
+        "window": window,
         "shared_scale": shared_scale,
         "tolerance": tolerance,
         "max_sweeps": max_sweeps,
