@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Size, Tensor, nn
 
 from pyro_flows.boundary import admit
@@ -14,7 +17,8 @@ from pyro_flows.core import FlowTransform
 from pyro_flows.monotone import monotone
 from pyro_flows.nets import MLP
 from pyro_flows.newton import SolveReport, SolverSettings, TriangularMap, solve_triangular
-from pyro_flows.slopes import Layout, Weights, layout, value_and_slope
+from pyro_flows.slopes import Layout, Weights, layout, plain_pass, value_and_slope
+from pyro_flows.steps import Past, Stepper
 from pyro_flows.triangular import as_image, earlier_taps, kernel_of, waves
 from pyro_flows.univariate import soft_clip
 
@@ -90,6 +94,8 @@ class Mint(FlowTransform):
             pixel (or time) after another with all its channels.
         lower: whether a coordinate depends on those before it, or, if false, on those after it.  Layers of both kinds
             in turns let each depend on all.
+        dilation: distance of the taps of all three convolutions; of a series then only every ``dilation``-th step
+            takes part in a chain, which is as many times shorter.
         context_dim: size of the context, 0 for none.
         hidden_dims: widths of the hidden layers of the context's network.
         activation: :math:`h`, one of ``"elu"``, ``"softplus"``, ``"tanh"``, ``"sigmoid"`` and ``"leaky_relu"`` (with
@@ -122,6 +128,7 @@ class Mint(FlowTransform):
         kernel_size: int = 3,
         order: str = "channel",
         lower: bool = True,
+        dilation: int = 1,
         context_dim: int = 0,
         hidden_dims: Sequence[int] = (64,),
         activation: str = "elu",
@@ -137,12 +144,15 @@ class Mint(FlowTransform):
         self.kernel = kernel = kernel_of("Mint", self.event_shape, kernel_size)
         if isinstance(num_groups, bool) or not isinstance(num_groups, int) or num_groups < 1:
             raise ValueError(f"Mint: expected num_groups to be an integer >= 1, got {num_groups!r}")
+        if isinstance(dilation, bool) or not isinstance(dilation, int) or dilation < 1:
+            raise ValueError(f"Mint: expected dilation to be an integer >= 1, got {dilation!r}")
         if not (isinstance(min_slope, (int, float)) and 0 < min_slope < 1):
             raise ValueError(f"Mint: expected min_slope between 0 and 1, got {min_slope!r}")
-        self.num_groups, self.order, self.lower = num_groups, order, bool(lower)
+        self.num_groups, self.order, self.lower, self.dilation = num_groups, order, bool(lower), dilation
         self.activation, self.shared_scale = monotone("Mint", activation).name, bool(shared_scale)
         self.settings = _settings(tolerance, max_sweeps, on_fail)
-        self.register_buffer("waves", waves(image, kernel, order, self.lower).view(self.event_shape), persistent=False)
+        wave = waves(image, kernel, order, self.lower, dilation)
+        self.register_buffer("waves", wave.view(self.event_shape), persistent=False)
         self._add_taps(earlier_taps(channels, kernel, order, self.lower))
         self.map = _Map(f"Mint layer {tuple(self.event_shape)}", self.waves, self.layout)
         space = (1,) * (len(self.event_shape) - 1) if shared_scale else self.event_shape[1:]
@@ -158,7 +168,7 @@ class Mint(FlowTransform):
         middle = torch.zeros_like(earlier)
         middle[:, :, self.kernel[0] // 2, self.kernel[1] // 2] = torch.eye(channels, dtype=torch.bool)
         free, centre = (each.flatten().nonzero().squeeze(-1) for each in (earlier, middle))
-        self.layout = layout(monotone("Mint", self.activation), earlier | middle, groups)
+        self.layout = layout(monotone("Mint", self.activation), earlier | middle, groups, self.dilation)
         self.register_buffer("places", torch.cat((free, centre)), persistent=False)
         area = math.prod(self.kernel) * channels
         sides = ((groups, 1), (groups, groups), (1, groups))
@@ -250,6 +260,37 @@ class Mint(FlowTransform):
         """
         return self._pass(admit(self, y, context, data_side=True), context)[1]
 
+    @property
+    def _causal(self) -> bool:
+        """Whether each step of a series depends on those before it alone, all their channels included."""
+        by_time = self.order == "position" or self.event_shape[0] == 1
+        return len(self.event_shape) == 2 and self.lower and by_time
+
+    @property
+    def reach(self) -> int | None:
+        return 3 * (self.kernel[1] // 2) * self.dilation if self._causal else None
+
+    @property
+    def shared_over_time(self) -> bool:
+        return len(self.event_shape) == 2 and self.shared_scale
+
+    def stepper(self, rows: int, context: Tensor | None = None) -> Stepper:
+        """One step of a series after another; see :mod:`pyro_flows.steps`.
+
+        Args:
+            rows: how many series at once.
+            context: shape ``(rows, context_dim)``, for a layer that takes one.
+        """
+        if not (self._causal and self.shared_over_time):
+            raise ValueError(
+                f"Mint: expected a layer of a series (C, T) with lower=True, order='position' and shared_scale=True to "
+                f"go through step by step, got event shape {tuple(self.event_shape)}, lower={self.lower}, "
+                f"order={self.order!r}, shared_scale={self.shared_scale}; see mintnet(..., causal=True)"
+            )
+        if getattr(self, "attention", None):
+            raise ValueError("Mint: a layer with attention keeps all that came before, and does not go step by step")
+        return _Steps(self, rows, context)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Mint:
         super()._apply(fn, recurse)
         self.map.wave = self.waves
@@ -267,4 +308,55 @@ class Mint(FlowTransform):
 
     def extra_repr(self) -> str:
         kind = "lower" if self.lower else "upper"
-        return f"{super().extra_repr()}, num_groups={self.num_groups}, {kind}, by {self.order}, {self.activation}"
+        apart = f", dilation={self.dilation}" if self.dilation > 1 else ""
+        return (
+            f"{super().extra_repr()}, num_groups={self.num_groups}, {kind}, by {self.order}, {self.activation}{apart}"
+        )
+
+
+class _Steps(Stepper):
+    """A causal layer step by step: the past is a bias of the hidden maps, so a step is a problem of ``C`` numbers."""
+
+    def __init__(self, layer: Mint, rows: int, context: Tensor | None) -> None:
+        channels, hidden = layer.event_shape[0], layer.bias_0.numel()
+        self.side, self.act, self.settings = layer.kernel[1] // 2, layer.layout.activation, layer.settings
+        shared, rowwise = layer._weights(context, Size([rows]))
+        w = Weights(*shared, *rowwise)
+        # Taps on the future are zeros.
+        self.w = w._replace(**{name: getattr(w, name)[..., : self.side + 1] for name in ("first", "second", "third")})
+        self.past = [Past(rows, n, self.side, layer.dilation, w.first) for n in (channels, hidden, hidden)]
+        here = torch.ones(channels, channels, device="cpu").tril().bool()[:, :, None, None]
+        wave = torch.arange(channels, device=layer.waves.device)[:, None]
+        self.map = _Map(f"{layer.map.name}, one step", wave, layout(self.act, here, layer.num_groups))
+
+    def _convolve(self, k: int, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        joined = self.past[k].join(x.squeeze(-2)).unsqueeze(-2)
+        out = F.conv2d(joined, weight, dilation=(1, self.past[k].dilation))
+        return out if bias is None else out + bias[..., None, None]
+
+    def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        convolve = [partial(self._convolve, k) for k in range(3)]
+        x, slopes = plain_pass(self.act, y.unsqueeze(-2), self.w, convolve)
+        return x.squeeze(-2), slopes.squeeze(-2).log().sum(-2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        rows, w = len(x), self.w
+        weights = (w.first, w.second, w.third)
+        biases = [w.first_bias.expand(rows, -1), w.second_bias.expand(rows, -1), w.third_bias.expand(rows, -1, 1, 1)]
+        if self.side:
+            for k, (past, weight) in enumerate(zip(self.past, weights, strict=True)):
+                known = F.conv1d(past.seen(), weight[:, :, 0, : self.side])
+                biases[k] = biases[k] + known.view(biases[k].shape)
+        shared = [*(weight[..., self.side :] for weight in weights), w.inner, w.outer]
+        rowwise = [*biases, w.scale.expand(rows, -1, 1, 1), *(() if w.gate is None else (w.gate,))]
+        y, _ = solve_triangular(self.map, x, shared, rowwise, self.settings)
+        return y, -self.inverse(y)[1]
+
+    def repeated(self, times: int) -> Stepper:
+        made = copy.copy(self)
+        made.past = [past.repeated(times) for past in self.past]
+        if self.w.gate is not None:  # then a context gave each row these of its own
+            names = ("first_bias", "second_bias", "third_bias", "scale", "gate")
+            own = {name: getattr(self.w, name) for name in names}
+            made.w = self.w._replace(**{name: t.repeat(times, *[1] * (t.dim() - 1)) for name, t in own.items()})
+        return made

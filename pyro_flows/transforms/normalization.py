@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_flows.core import FlowTransform
+from pyro_flows.steps import Stepper, affine
 from pyro_flows.tracing import plain_eager
 
 __all__ = ["ActNorm"]
@@ -44,6 +45,8 @@ class ActNorm(FlowTransform):
     """
 
     sampling_cost = density_cost = "1 product"
+    reach = 0
+    shared_over_time = True
     _read: tuple[Tensor, int, bool] | None = None
 
     def __init__(self, event_shape: int | Iterable[int]) -> None:
@@ -63,6 +66,10 @@ class ActNorm(FlowTransform):
         if self.training and self._is_first(y):
             self._set(*self._moments(y))
         return (y - self.loc) * torch.exp(-self.log_scale), -self._ladj(y)
+
+    def stepper(self, rows: int, context: Tensor | None = None) -> Stepper:
+        """One step of a series after another; see :mod:`pyro_flows.steps`."""
+        return affine(self.loc, self.log_scale)
 
     def _ladj(self, value: Tensor) -> Tensor:
         places = math.prod(self.event_shape[1:])

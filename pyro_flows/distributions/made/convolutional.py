@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Size, Tensor, nn
 
 from pyro_flows.activations import Activation, activation_functions
-from pyro_flows.boundary import event_size
+from pyro_flows.boundary import event_size, positive_integers
 from pyro_flows.distributions.made.autoregressive import AutoregressiveModel, one_by_one
 from pyro_flows.distributions.made.composed import as_head
 from pyro_flows.distributions.made.contract import Head
-from pyro_flows.distributions.made.masked_convolutions import Stacks
 from pyro_flows.distributions.made.raster import RasterSweep
+from pyro_flows.masked_convolutions import Stacks
 
 __all__ = ["ConvMADE"]
 
@@ -28,16 +28,9 @@ def _whole(name: str, value: int, least: int) -> int:
     return value
 
 
-def _wholes(name: str, value: int | Iterable[int]) -> tuple[int, ...]:
-    given = (value,) if isinstance(value, int) else tuple(value)
-    if not given or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in given):
-        raise ValueError(f"ConvMADE: expected {name} to be positive integers, got {value!r}")
-    return given
-
-
 def _sides(image: bool, kernel_size: int | Sequence[int], layers: int) -> list[int]:
     """How many neighbours to one side each layer's kernel sees."""
-    given = _wholes("kernel_size", kernel_size)
+    given = positive_integers("ConvMADE", "kernel_size", kernel_size)
     if image and any(size % 2 == 0 for size in given):
         raise ValueError(f"ConvMADE: expected odd kernel sizes for images, got {kernel_size!r}")
     least = 3 if image else 2
@@ -53,7 +46,7 @@ def _sides(image: bool, kernel_size: int | Sequence[int], layers: int) -> list[i
 def _distances(given: int | Sequence[int] | None, image: bool, length: int, sides: Sequence[int]) -> list[int]:
     """The dilation of each layer, 1 for the first."""
     if given is not None or image:
-        later = itertools.cycle(_wholes("dilations", (1, 2) if given is None else given))
+        later = itertools.cycle(positive_integers("ConvMADE", "dilations", (1, 2) if given is None else given))
         return [1, *itertools.islice(later, len(sides) - 1)]
     found, reach, step = [1], sides[0], 1
     for side in sides[1:]:

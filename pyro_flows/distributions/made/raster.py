@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows.distributions.made.contract import Head
-from pyro_flows.distributions.made.masked_convolutions import ConvLayer, Stacks
+from pyro_flows.masked_convolutions import ConvLayer, Stacks
 
 __all__ = ["RasterSweep"]
 
