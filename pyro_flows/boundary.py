@@ -13,7 +13,7 @@ from pyro_flows.tracing import autocasting
 if TYPE_CHECKING:
     from pyro_flows.core import FlowTransform
 
-__all__ = ["admit", "check_context", "event_size", "positive_integers", "wrong_event"]
+__all__ = ["admit", "check_context", "event_size", "positive_integers", "refuse_other_kind", "wrong_event"]
 
 
 def event_size(event_shape: int | Iterable[int]) -> Size:
@@ -95,6 +95,15 @@ def check_context(transform: FlowTransform, context: Tensor) -> None:
     kin = _first_floating(transform)
     if kin is not None:
         _same_kind(name, "context", context, kin)
+
+
+def refuse_other_kind(name: str, what: str, value: Tensor, module: nn.Module) -> None:
+    """Refuses what is no tensor, or one that is of another dtype or on another device than a module's numbers."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor as {what}, got {type(value).__name__}")
+    kin = _first_floating(module)
+    if kin is not None:
+        _same_kind(name, what, value, kin)
 
 
 def _same_kind(name: str, what: str, value: Tensor, kin: Tensor) -> None:

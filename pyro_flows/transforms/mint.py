@@ -230,14 +230,15 @@ class Mint(FlowTransform):
         spread = [each.view(rows, each.shape[1], *space) for each in (last, scale)]
         return shared, (self.bias_0 + first, self.bias_1 + second, *spread, soft_clip(gate, _MOST).exp())
 
-    def _pass(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+    def inverse_and_log_slopes(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Data to base, and what :meth:`log_slopes` gives, for a value and a context that fit."""
         batch = y.shape[: y.dim() - len(self.event_shape)]
         rows = y.reshape(batch.numel(), *self.event_shape)
         x, slopes = self.map.value_and_slope(rows, *self._weights(context, batch))
         return x.view(y.shape), slopes.log().view(y.shape)
 
     def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        x, logs = self._pass(y, context)
+        x, logs = self.inverse_and_log_slopes(y, context)
         return x, logs.flatten(-len(self.event_shape)).sum(-1)
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -258,7 +259,7 @@ class Mint(FlowTransform):
             y: data-side value, shape ``(*batch, *event_shape)``.
             context: shape ``(*context_batch, context_dim)``, broadcast against the batch.
         """
-        return self._pass(admit(self, y, context, data_side=True), context)[1]
+        return self.inverse_and_log_slopes(admit(self, y, context, data_side=True), context)[1]
 
     @property
     def _causal(self) -> bool:

@@ -45,8 +45,6 @@ class ActNorm(FlowTransform):
     """
 
     sampling_cost = density_cost = "1 product"
-    reach = 0
-    shared_over_time = True
     _read: tuple[Tensor, int, bool] | None = None
 
     def __init__(self, event_shape: int | Iterable[int]) -> None:
@@ -66,6 +64,14 @@ class ActNorm(FlowTransform):
         if self.training and self._is_first(y):
             self._set(*self._moments(y))
         return (y - self.loc) * torch.exp(-self.log_scale), -self._ladj(y)
+
+    @property
+    def shared_over_time(self) -> bool:
+        return len(self.event_shape) == 2
+
+    @property
+    def reach(self) -> int | None:
+        return 0 if self.shared_over_time else None
 
     def stepper(self, rows: int, context: Tensor | None = None) -> Stepper:
         """One step of a series after another; see :mod:`pyro_flows.steps`."""
