@@ -78,7 +78,7 @@ class Stream:
         self._parts: list[tuple[Stepper, bool]] = []  # from base to data, and whether each stands for its inverse
         for k, (part, own, inverse) in enumerate(leaves):
             if own is not None:
-                own = own.expand(*self.batch_shape, -1).reshape(rows, -1)
+                own = own.expand(*self.batch_shape, -1).reshape(rows, own.shape[-1])
             try:
                 if not hasattr(part, "stepper"):
                     raise ValueError(
@@ -119,7 +119,7 @@ class Stream:
                 total = total + ladj
             total = total + self._base.log_prob(value).sum(-2)
         self.steps += total.shape[-1]
-        return total.view(*self.batch_shape, -1) if several else total.view(self.batch_shape)
+        return total.view(*self.batch_shape, total.shape[1]) if several else total.view(self.batch_shape)
 
     @torch.no_grad()
     def step(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -139,12 +139,12 @@ class Stream:
             value, ladj = (part.inverse if inverse else part.forward)(value)
             total = total - ladj
         self.steps += 1
-        return value.view(*self.batch_shape, -1), total.view(self.batch_shape)
+        return value.view(*self.batch_shape, value.shape[1]), total.view(self.batch_shape)
 
     def sample(self) -> Tensor:
         """Draws the next step, shape ``(*batch, C)``, and takes it."""
         x = self._base.sample((self.batch_shape.numel(),)).squeeze(-1)
-        return self.step(x.view(*self.batch_shape, -1))[0]
+        return self.step(x.view(*self.batch_shape, x.shape[1]))[0]
 
     def forecast(self, steps: int, num_samples: int) -> Tensor:
         """Draws of the steps to come, shape ``(num_samples, *batch, C, steps)``; this stream stays where it is.
@@ -172,7 +172,7 @@ class Stream:
         refuse_other_kind("Stream", what, value, self.flow)
         one = (*self.batch_shape, self.flow.chain.event_shape[0])
         if value.shape == one:
-            return value.reshape(-1, one[-1], 1), False
+            return value.reshape(self.batch_shape.numel(), one[-1], 1), False
         if value.shape[:-1] != one:
             raise ValueError(
                 f"Stream: expected {what} to be one step of shape {one}, (*batch, C), or n steps, {(*one, 'n')}, got "

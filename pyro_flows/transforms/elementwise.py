@@ -134,7 +134,8 @@ class Standardization(FlowTransform):
                 f"{tuple(given[0].shape)} and {tuple(given[1].shape)}"
             ) from None
         event = Size(shape) if event_shape is None else event_size(event_shape)
-        if len(shape) > len(event) or torch.broadcast_shapes(shape, event) != event:
+        sides = zip(reversed(shape), reversed(event), strict=False)
+        if len(shape) > len(event) or any(side not in (1, whole) for side, whole in sides):
             raise ValueError(
                 f"Standardization: expected loc and scale that broadcast to event_shape {tuple(event)}, got "
                 f"{tuple(shape)}"
