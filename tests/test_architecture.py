@@ -46,6 +46,7 @@ CORE = {
     "nonfinite",
     "ode",
     "ode_solver",
+    "raster",
     "slopes",
     "solver",
     "spline",

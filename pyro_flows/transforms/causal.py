@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import torch
 from torch import Size, Tensor, nn
@@ -13,7 +14,9 @@ from pyro_flows.activations import Activation, activation_functions
 from pyro_flows.boundary import admit, positive_integers
 from pyro_flows.core import FlowTransform
 from pyro_flows.masked_convolutions import Stacks, StackSteps
+from pyro_flows.raster import RasterSweep, rows_at_once
 from pyro_flows.steps import Stepper
+from pyro_flows.tracing import plain_eager
 from pyro_flows.univariate import Affine, Univariate
 
 __all__ = ["CausalAutoregressive"]
@@ -31,7 +34,7 @@ class CausalAutoregressive(FlowTransform):
     The fast direction takes one pass over the whole series.  The other one goes through ``T`` steps of ``C`` channels,
     in which each hidden value is computed once: the arithmetic of one pass, in ``C * T`` times as many pieces as there
     are convolutions.  Its gradient is that of these operations, backwards through the steps: about twice as much again,
-    and memory that grows in proportion to ``T``.
+    and memory that grows in proportion to ``T`` and to the reach.
 
     Args:
         event_shape: ``(channels, time)``.
@@ -128,11 +131,35 @@ class CausalAutoregressive(FlowTransform):
         """What comes out, and the logarithms of all slopes."""
         batch, rows, context = self._rows(value, context)
         if one_pass:
-            out = self.net(rows.unsqueeze(-2), context).squeeze(-2).unflatten(1, self.bias.shape)
-            moved, slopes = self._apply_to(rows, out)
+            moved, slopes = self._apply_to(rows, self._outputs(rows, context))
+        elif plain_eager() and not rows.is_meta and not self._wants_gradient(rows, context):
+            moved = self._sweep(rows.detach(), context)
+            slopes = -self._apply_to(moved, self._outputs(moved, context))[1]
         else:
             moved, slopes = _Steps(self, len(rows), context).unknown(rows)
         return moved.view(*batch, *self.event_shape), slopes.view(*batch, *self.event_shape)
+
+    def _outputs(self, rows: Tensor, context: Tensor | None) -> Tensor:
+        """Of the network, shape ``(rows, C, num_params, T)``."""
+        return self.net(rows.unsqueeze(-2), context).squeeze(-2).unflatten(1, self.bias.shape)
+
+    def _wants_gradient(self, rows: Tensor, context: Tensor | None) -> bool:
+        if not torch.is_grad_enabled():
+            return False
+        tensors = (rows, *(() if context is None else (context,)), *self.parameters())
+        return any(tensor.requires_grad for tensor in tensors)
+
+    @torch.no_grad()
+    def _sweep(self, rows: Tensor, context: Tensor | None) -> Tensor:
+        """The direction that goes step by step, without a graph."""
+        bias = self.bias.unsqueeze(1).expand(-1, self.event_shape[1], -1).flatten(0, 1)
+        solve, out = _Solve(self.univariate), torch.empty_like(rows)
+        chunk = rows_at_once(self.net, rows.device)
+        for start in range(0, len(rows), chunk):
+            some = slice(start, start + chunk)
+            own, given = (None if context is None else context[some]), rows[some]
+            out[some] = RasterSweep(self.net, solve, bias, len(given), own).run(given.unsqueeze(-2)).squeeze(-2)
+        return out
 
     def _apply_to(self, value: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
         """``value``: shape ``(rows, C, n)``; ``out``: outputs of the network, ``(rows, C, num_params, n)``."""
@@ -166,6 +193,21 @@ class CausalAutoregressive(FlowTransform):
     def extra_repr(self) -> str:
         net = f"hidden_channels={self.net.hidden}, kernel_size={self.kernel_size}, dilations={self.dilations}"
         return f"{super().extra_repr()}, {self.univariate}, {net}"
+
+
+class _Solve:
+    """The scalar map as what a sweep draws values by: the noise is what the map gives, and its argument is found."""
+
+    num_features = 1
+
+    def __init__(self, univariate: Univariate) -> None:
+        self.univariate = univariate
+
+    def draws(
+        self, index: Tensor, noise: Tensor, params: Tensor, x: Tensor, coded: Tensor
+    ) -> list[Callable[[], object]]:
+        calls = self.univariate.solver(True, noise, params, x, torch.empty_like(x))
+        return [*calls, partial(coded.copy_, x)]
 
 
 class _Steps(Stepper):

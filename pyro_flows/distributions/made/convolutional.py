@@ -13,13 +13,12 @@ from pyro_flows.boundary import event_size, positive_integers
 from pyro_flows.distributions.made.autoregressive import AutoregressiveModel, one_by_one
 from pyro_flows.distributions.made.composed import as_head
 from pyro_flows.distributions.made.contract import Head
-from pyro_flows.distributions.made.raster import RasterSweep
 from pyro_flows.masked_convolutions import Stacks
+from pyro_flows.raster import RasterSweep, rows_at_once
 
 __all__ = ["ConvMADE"]
 
 IMAGE_LAYERS, LEAST_LAYERS, MOST_LAYERS = 7, 4, 12
-ROOM, MORE_ROOM = 2**26, 2**28  # numbers that one sweep may hold, on a processor and elsewhere
 
 
 def _whole(name: str, value: int, least: int) -> int:
@@ -186,8 +185,7 @@ class ConvMADE(AutoregressiveModel):
         if context is not None:
             context = context.expand(*batch, -1).reshape(rows, context.shape[-1])
         out = self.bias.new_empty(rows, *self.net.shape)
-        kind = self.device.type
-        chunk = max(16, (ROOM if kind == "cpu" else MORE_ROOM) // self.net.numbers_per_draw)
+        chunk = rows_at_once(self.net, self.device)
         for start in range(0, rows, chunk):
             own = None if context is None else context[start : start + chunk]
             n = min(chunk, rows - start)
