@@ -100,7 +100,7 @@ class Stream:
             y: one step, shape ``(*batch, C)``, or several, ``(*batch, C, n)``.
 
         Returns:
-            The log-density of each step given all before it, in nats: shape ``(*batch,)``, or ``(*batch, n)``.
+            Shape ``(*batch,)``, or ``(*batch, n)`` for several, in nats; the log-density of each given all before it.
 
         Raises:
             ValueError: for another shape, or values outside of the support, such as NaN.
