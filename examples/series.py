@@ -39,6 +39,7 @@ DATA = Path(__file__).parent / "data" / "series.npz"
 STYLE = {"axes.edgecolor": "#8d99ae", "axes.spines.right": False, "axes.spines.top": False, "savefig.dpi": 100}
 INK, BAND = "#3d405b", "#1f7a8c"
 MOST_LAGS = 24
+WINDOW = 60
 
 
 class Series(NamedTuple):
@@ -141,28 +142,34 @@ def arma(series: Series, n: int) -> Scores:
 
 class Learner(NamedTuple):
     build: Callable[[tuple[int, int]], pf.Chain]
-    window: int
+    weight_decay: float
 
 
 LEARNERS = {
-    "mintnet": Learner(partial(pf.mintnet, causal=True, num_layers=2, num_groups=6, dilations=(1, 1, 2, 4)), 60),
-    "causal_maf, affine": Learner(
-        partial(pf.causal_maf, num_layers=2, hidden_channels=8, num_convolutions=3, max_log_scale=1.0), 60
-    ),
-    "causal_maf, spline": Learner(
-        partial(pf.causal_maf, num_layers=1, hidden_channels=8, num_convolutions=3, univariate=pf.Spline(6)), 60
+    "mintnet": Learner(partial(pf.mintnet, causal=True, num_layers=1, num_groups=4, kernel_size=7, dilations=1), 0.3),
+    "causal_maf": Learner(
+        partial(
+            pf.causal_maf,
+            num_layers=1,
+            hidden_channels=6,
+            num_convolutions=2,
+            kernel_size=12,
+            dilations=1,
+            max_log_scale=1.0,
+        ),
+        1.0,
     ),
 }
 
 
 def learn(series: Series, learner: Learner, seed: int, budget: dict[str, object]) -> pf.Flow:
-    """Fits to all windows of the first part; what judges are windows that end in the next one."""
+    """Fits to all windows of the first part; what judges are windows of which at least a third lies in the next."""
     torch.manual_seed(seed)
-    length, z = learner.window, series.z[None]  # one channel
-    chain = learner.build((1, length))
-    windows = z[:, : series.train].unfold(1, length, 1).movedim(1, 0)  # shape (windows, 1, length)
-    held_out = z[:, series.train - length // 2 : series.known].unfold(1, length, 1).movedim(1, 0)
-    options = {"batch_size": 64, "weight_decay": 1.0, "patience": 20, "seed": seed, "progress": False}
+    z = series.z[None]  # one channel
+    chain = learner.build((1, WINDOW))
+    windows = z[:, : series.train].unfold(1, WINDOW, 1).movedim(1, 0)  # shape (windows, 1, WINDOW)
+    held_out = z[:, series.train - 2 * WINDOW // 3 : series.known].unfold(1, WINDOW, 1).movedim(1, 0)
+    options = {"batch_size": 64, "weight_decay": learner.weight_decay, "patience": 20, "seed": seed, "progress": False}
     return pf.fit_density(chain, windows, held_out, **options, **budget).model
 
 

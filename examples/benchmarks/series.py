@@ -36,7 +36,7 @@ def calls_of(name: str, times: int, batch: int, seed: int) -> dict[str, Callable
         for p in flow.parameters():
             p.add_(0.03 * torch.randn_like(p))
     stream = Stream(flow, (batch,))
-    window = flow.sample((batch,))
+    window = flow.sample((batch,)).clone()  # its scores would be known else
     stream.observe(window)
     base = torch.randn(batch, CHANNELS, times)
     return {
