@@ -325,6 +325,21 @@ def test_draws_of_a_stream_have_the_flow_s_own_distribution():
     assert ((one.std(0) / other.std(0)).log().abs() < 0.08).all()
 
 
+@pytest.mark.parametrize("name", BUILDERS)
+def test_autocast_changes_nothing(name):
+    """Half precision in one direction would be no inverse of the other."""
+    chain = far(BUILDERS[name]((2, 6)), 0.1).float()
+    y = torch.randn(3, 2, 6)
+    plain = Stream(pf.Flow(chain), (3,)).observe(y)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(Stream(pf.Flow(chain), (3,)).observe(y), plain)
+        x, ladj = chain.inverse_and_ladj(y)
+        torch.testing.assert_close(chain.forward_and_ladj(x)[0], y, rtol=1e-3, atol=1e-3)
+        stream = Stream(pf.Flow(chain), (3,))
+        torch.testing.assert_close(stream.step(x[..., 0])[0], y[..., 0], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(ladj, chain.inverse_and_ladj(y)[1], rtol=1e-3, atol=1e-3)
+
+
 def test_copies_go_their_own_way():
     flow = pair("mint", 2, 1, 5)[0]
     context = torch.randn(3, 1, dtype=DOUBLE)

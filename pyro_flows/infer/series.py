@@ -114,10 +114,11 @@ class Stream:
             )
         total = value.new_zeros(len(value), value.shape[-1])
         if value.shape[-1]:
-            for part, inverse in reversed(self._parts):
-                value, ladj = (part.forward if inverse else part.inverse)(value)
-                total = total + ladj
-            total = total + self._base.log_prob(value).sum(-2)
+            with torch.autocast(value.device.type, enabled=False):
+                for part, inverse in reversed(self._parts):
+                    value, ladj = (part.forward if inverse else part.inverse)(value)
+                    total = total + ladj
+                total = total + self._base.log_prob(value).sum(-2)
         self.steps += total.shape[-1]
         return total.view(*self.batch_shape, total.shape[1]) if several else total.view(self.batch_shape)
 
@@ -134,10 +135,11 @@ class Stream:
         value, several = self._admit(x, "x")
         if several:
             raise ValueError(f"Stream: expected one step of shape {(*self.batch_shape, value.shape[1])}, got several")
-        total = self._base.log_prob(value).sum(-2)
-        for part, inverse in self._parts:
-            value, ladj = (part.inverse if inverse else part.forward)(value)
-            total = total - ladj
+        with torch.autocast(value.device.type, enabled=False):
+            total = self._base.log_prob(value).sum(-2)
+            for part, inverse in self._parts:
+                value, ladj = (part.inverse if inverse else part.forward)(value)
+                total = total - ladj
         self.steps += 1
         return value.view(*self.batch_shape, value.shape[1]), total.view(self.batch_shape)
 

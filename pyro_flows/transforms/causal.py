@@ -16,7 +16,7 @@ from pyro_flows.core import FlowTransform
 from pyro_flows.masked_convolutions import Stacks, StackSteps
 from pyro_flows.raster import RasterSweep, rows_at_once
 from pyro_flows.steps import Stepper
-from pyro_flows.tracing import plain_eager
+from pyro_flows.tracing import autocasting, plain_eager
 from pyro_flows.univariate import Affine, Univariate
 
 __all__ = ["CausalAutoregressive"]
@@ -129,6 +129,10 @@ class CausalAutoregressive(FlowTransform):
 
     def _move(self, value: Tensor, context: Tensor | None, one_pass: bool) -> tuple[Tensor, Tensor]:
         """What comes out, and the logarithms of all slopes."""
+        if autocasting(value.device):  # half precision in one direction would be no inverse of the other
+            with torch.autocast(value.device.type, enabled=False):
+                dtype = self.bias.dtype
+                return self._move(value.to(dtype), None if context is None else context.to(dtype), one_pass)
         batch, rows, context = self._rows(value, context)
         if one_pass:
             moved, slopes = self._apply_to(rows, self._outputs(rows, context))
