@@ -16,6 +16,7 @@ few numbers alone, and so no distance.  Values are bounded, and so is :math:`o`.
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import NamedTuple
 
@@ -23,9 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pyro_flows.steps import Past
 from pyro_flows.tracing import autocasting, plain_eager
 
-__all__ = ["Attention", "AttentionNet", "AttentionWeights"]
+__all__ = ["Attention", "AttentionNet", "AttentionSteps", "AttentionWeights"]
 
 _BASE = 100.0  # wavelengths of the rotations go from 2 pi up to nearly so many times that
 
@@ -59,9 +61,7 @@ class AttentionWeights(NamedTuple):
 class Attention(NamedTuple):
     """How tokens attend to each other; it holds no tensors, which come as :class:`AttentionWeights`.
 
-    A call makes all tokens at once.  One token after the other takes a row of :meth:`patches` at a time:
-    :meth:`queries` of what is before the token, :meth:`attend` to keys and values that are kept, and, once the token is
-    known, its own by :meth:`keys_values`.
+    A call makes all tokens at once; :class:`AttentionSteps` goes from one to the next.
 
     Attributes:
         kernel: rows and columns of the neighbourhood, odd.
@@ -93,7 +93,7 @@ class Attention(NamedTuple):
         keys, values = self.keys_values(patches, places, weights)
         # Nothing comes after the last token.
         keys, values = keys[..., :-1, :], values[..., :-1, :]
-        got = self.attend(queries, keys, values, weights, self.allowed(x)).mT.reshape(x.shape)
+        got = self.attend(queries, keys, values, weights, self.allowed(*self.tokens(x))).mT.reshape(x.shape)
         return got if self.lower else got.flip(-2, -1)
 
     @property
@@ -114,12 +114,25 @@ class Attention(NamedTuple):
             return columns.expand(len(rows), -1).reshape(-1, 1).to(x.dtype)
         return torch.stack(torch.meshgrid(rows, columns, indexing="ij"), -1).flatten(0, 1).to(x.dtype)
 
-    def allowed(self, x: Tensor) -> Tensor:
-        """Which keys, of no token and of all but the last, each attends to; boolean, shape ``(H * W, H * W)``."""
+    def tokens(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The numbers of the tokens that ask, and of those that answer, all but the last."""
         tokens = torch.arange(x.shape[-2] * x.shape[-1], device=x.device)
-        back = tokens[:, None] - tokens[:-1]
+        return tokens, tokens[:-1]
+
+    def allowed(self, asking: Tensor, answering: Tensor) -> Tensor:
+        """Which keys, of no token and of those that answer, each token attends to; boolean.
+
+        Args:
+            asking: numbers of tokens.
+            answering: numbers of tokens.
+        """
+        back = asking[:, None] - answering
         allowed = back > 0 if self.window is None else (back > 0) & (back <= self.window)
         return F.pad(allowed, (1, 0), value=True)
+
+    def reach(self, convolved: int) -> int | None:
+        """How many steps back a step of a series looks, ``convolved`` without attention; ``None`` for all."""
+        return None if self.window is None else max(convolved, self.window + self.kernel[1] // 2)
 
     def patches(self, x: Tensor) -> Tensor:
         """A token's neighbours before it, then the token itself; shape ``(n, H * W, (T + 1) * C)``."""
@@ -192,9 +205,9 @@ class Attention(NamedTuple):
         """Rotates pairs of numbers by angles in proportion to the places."""
         half = self.rotated // 2
         pairs = half // self.axes
-        speeds = _BASE ** (-torch.arange(pairs, device=x.device, dtype=x.dtype) / pairs)
+        speeds = _BASE ** (-torch.arange(pairs, device=x.device, dtype=places.dtype) / pairs)
         angles = (places.unsqueeze(-1) * speeds).flatten(-2)
-        cos, sin = angles.cos(), angles.sin()
+        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         a, b, rest = x.split((half, half, self.head_dim - self.rotated), -1)
         return torch.cat((a * cos - b * sin, a * sin + b * cos, rest), -1)
 
@@ -232,3 +245,56 @@ class AttentionNet(nn.Module):
 
     def extra_repr(self) -> str:
         return f"heads={self.rule.heads}, head_dim={self.rule.head_dim}, window={self.rule.window}"
+
+
+class AttentionSteps:
+    """Attention in a series from one step to the next: keys and values are kept, as many as the window has or all.
+
+    Args:
+        rule: how tokens attend to each other, from the first to the last.
+        weights: all tensors.
+        rows: how many series go on side by side.
+        channels: of each.
+    """
+
+    def __init__(self, rule: Attention, weights: AttentionWeights, rows: int, channels: int) -> None:
+        self.rule, self.weights, self.taken = rule, weights, 0
+        self.past = Past(rows, channels, rule.kernel[1] // 2, 1, weights.out)
+        self.keys = self.values = weights.out.new_zeros(rows, rule.heads, 0, rule.head_dim)
+
+    def _places(self, count: int) -> Tensor:
+        # Far out, single precision could not tell one angle from the next.
+        kind = torch.float32 if self.keys.device.type == "mps" else torch.float64
+        return torch.arange(self.taken, self.taken + count, device=self.keys.device, dtype=kind).unsqueeze(-1)
+
+    def ahead(self) -> Tensor:
+        """What the next step gets, which depends on those before it alone; shape ``(rows, C)``."""
+        before = self.past.seen().mT.flatten(1).unsqueeze(1)
+        queries = self.rule.queries(before, self._places(1), self.weights)
+        return self.rule.attend(queries, self.keys, self.values, self.weights).squeeze(1)
+
+    def take(self, y: Tensor) -> Tensor:
+        """What the next steps get, and takes these steps; both of shape ``(rows, C, n)``."""
+        count, kept = y.shape[-1], self.keys.shape[-2]
+        joined = self.past.join(y)
+        taps = [joined[..., j : j + count] for j in range(self.past.taps + 1)]
+        patches, places = torch.cat(taps, 1).mT, self._places(count)
+        queries = self.rule.queries(patches[..., : -y.shape[1]], places, self.weights)
+        made = self.rule.keys_values(patches, places, self.weights)
+        keys, values = (torch.cat(pair, -2) for pair in zip((self.keys, self.values), made, strict=True))
+        tokens = torch.arange(kept + count, device=y.device)
+        allowed = self.rule.allowed(tokens[kept:], tokens)
+        got = self.rule.attend(queries, keys, values, self.weights, allowed)
+        first = 0 if self.rule.window is None else max(kept + count - self.rule.window, 0)
+        self.keys, self.values = keys[..., first:, :].contiguous(), values[..., first:, :].contiguous()
+        self.taken += count
+        return got.mT
+
+    def repeated(self, times: int) -> AttentionSteps:
+        """A copy that goes its own way, with all rows so many times over."""
+        made = copy.copy(self)
+        made.past = self.past.repeated(times)
+        made.keys, made.values = (each.repeat(times, 1, 1, 1) for each in (self.keys, self.values))
+        if self.weights.query_bias.dim() == 2:  # a context gave each row its own
+            made.weights = self.weights._replace(query_bias=self.weights.query_bias.repeat(times, 1))
+        return made

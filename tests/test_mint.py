@@ -83,7 +83,7 @@ def check_layer(made, rows=3):
 # Orders, taps, waves
 
 
-def longest_chains(shape, kernel, order, lower, convolutions=3):
+def longest_chains(shape, kernel, order, lower, dilation=1, convolutions=3):
     """By brute force: the longest chain of the true sparsity of stacked masked convolutions."""
     taps = earlier_taps(shape[0], kernel, order, lower).double()
     middle = kernel[0] // 2, kernel[1] // 2
@@ -92,7 +92,8 @@ def longest_chains(shape, kernel, order, lower, convolutions=3):
     size = math.prod(shape)
     seen = torch.eye(size, dtype=torch.float64).view(size, *shape)
     for _ in range(convolutions):
-        seen = (F.conv2d(seen, taps, padding=middle) > 0).double()
+        padding = [side * dilation for side in middle]
+        seen = (F.conv2d(seen, taps, padding=padding, dilation=dilation) > 0).double()
     depends = seen.reshape(size, size).T > 0
     places = ranks(shape, order, lower).flatten().argsort()
     assert not depends[places][:, places].triu(1).any() and depends.diagonal().all()
@@ -111,6 +112,10 @@ def test_waves_are_the_longest_chains(order, lower):
     for shape, kernel in itertools.product(shapes, [(3, 3), (1, 3), (5, 5), (1, 5), (1, 1)]):
         want = longest_chains(shape, kernel, order, lower)
         assert torch.equal(waves(shape, kernel, order, lower), want), (shape, kernel)
+    for shape, dilation in itertools.product([(2, 1, 9), (1, 1, 7), (3, 1, 4), (2, 3, 5)], [2, 3, 4]):
+        for kernel in [(1, 3), (1, 5), (3, 3)]:
+            want = longest_chains(shape, kernel, order, lower, dilation)
+            assert torch.equal(waves(shape, kernel, order, lower, dilation), want), (shape, kernel, dilation)
 
 
 def test_waves_of_published_sizes():
@@ -189,9 +194,11 @@ def test_gradients_are_those_of_plain_operations(activation, gated):
         ((4, 3), "channel", True),
     ],
 )
-def test_leaving_out_zeros_changes_nothing(shape, order, lower, gated):
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_leaving_out_zeros_changes_nothing(shape, order, lower, gated, dilation):
     """Wide layers, whose convolutions go by tiles: against the whole ones, values and all gradients."""
-    made = layer(shape, scale=1.0, num_groups=40, order=order, lower=lower, kernel_size=5, context_dim=int(gated))
+    options = {"order": order, "lower": lower, "kernel_size": 5, "dilation": dilation}
+    made = layer(shape, scale=1.0, num_groups=40, context_dim=int(gated), **options)
     first, second, third = made.layout.tiles
     assert len(second) == (2 if order == "channel" and shape[0] == 4 else 1) and len(first) == len(third) == 1
     shared, rows = made._weights(context_of(made, 3), torch.Size([3]))
@@ -199,7 +206,7 @@ def test_leaving_out_zeros_changes_nothing(shape, order, lower, gated):
     inputs = [t.detach().requires_grad_() for t in (x, *shared, *rows)]
     free = earlier_taps(shape[0], made.kernel, order, lower)
     pair = []
-    for run in (value_and_slope, lambda plan, x, w: _plain(plan.activation, x, *w)):
+    for run in (value_and_slope, lambda plan, x, w: _plain(plan, x, *w)):
         value, slope = run(made.layout, inputs[0], Weights(*inputs[1:]))
         grads = torch.autograd.grad((value.sin() + slope.log()).sum(), inputs)
         pair.append((value, slope, *grads))

@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch import Size, Tensor, nn
 
-from pyro_flows.attention import Attention, AttentionNet, AttentionWeights
+from pyro_flows.attention import Attention, AttentionNet
 from pyro_flows.boundary import admit
 from pyro_flows.core import FlowTransform
+from pyro_flows.mint_map import MintMap, MintSteps
 from pyro_flows.monotone import monotone
 from pyro_flows.nets import MLP
-from pyro_flows.newton import SolveReport, SolverSettings, TriangularMap, solve_triangular
-from pyro_flows.slopes import Layout, Weights, layout, value_and_slope
+from pyro_flows.newton import SolveReport, SolverSettings, solve_triangular
+from pyro_flows.slopes import layout
+from pyro_flows.steps import Stepper
 from pyro_flows.triangular import as_image, earlier_taps, kernel_of, ranks, waves
 from pyro_flows.univariate import soft_clip
 
@@ -23,46 +25,6 @@ __all__ = ["Mint"]
 
 _GAIN = 0.005  # of the first weights, over Xavier's
 _MOST = 3.0  # of the logarithm of what a context multiplies by
-_ROUNDING = 1e-5  # relative
-
-
-class _Map(TriangularMap):
-    """A layer as the solver sees it: its parameters come as arguments, in the sequence that ``split`` takes apart."""
-
-    def __init__(self, name: str, wave: Tensor, layout: Layout, attention: Attention | None) -> None:
-        self.name, self.wave, self.layout, self.attention = name, wave, layout, attention
-
-    def split(self, shared: Sequence[Tensor], rowwise: Sequence[Tensor]) -> tuple[Weights, AttentionWeights | None]:
-        """Tensors of the convolutions and of the attention; these come first, and their own of rows last."""
-        if self.attention is None:
-            return Weights(*shared, *rowwise), None
-        count = len(AttentionWeights._fields)
-        weights = AttentionWeights(*shared[:count])
-        if rowwise:
-            *rowwise, shift = rowwise
-            weights = weights._replace(query_bias=weights.query_bias + shift)
-        return Weights(*shared[count:], *rowwise), weights
-
-    def value_and_slope(self, x: Tensor, shared: Sequence[Tensor], rowwise: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        image = x.unsqueeze(-2) if x.dim() == 3 else x
-        weights, attending = self.split(shared, rowwise)
-        value, slope = value_and_slope(self.layout, image, weights)
-        if attending is not None:  # of no token after itself: the slopes are as they were
-            value = value + self.attention(image, attending)
-        return value.view(x.shape), slope.view(x.shape)
-
-    def slope_bounds(self, shared: Sequence[Tensor], rowwise: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        w = self.split(shared, rowwise)[0]
-        # Slopes of activations are at most `steepest`, twice along each path.
-        most = w.inner.abs().sum(-1) * w.outer.abs() * self.layout.activation.steepest**2
-        if w.gate is not None:
-            most = most * w.gate.unflatten(-1, most.shape)
-        most = w.scale + most.sum(-1)[..., None, None]
-        least = w.scale
-        if self.wave.dim() == 2:  # a sequence is an image of one row
-            least, most = least.squeeze(-2), most.squeeze(-2)
-        # Rounding must not take a slope out of its bounds.
-        return least * (1 - _ROUNDING), most * (1 + _ROUNDING)
 
 
 def _settings(tolerance: float | None, max_sweeps: int | None, on_fail: str) -> SolverSettings:
@@ -146,6 +108,8 @@ class Mint(FlowTransform):
             second, which it needs.
         lower: whether a coordinate depends on those before it, or, if false, on those after it.  Layers of both kinds
             in turns let each depend on all.
+        dilation: distance of the taps of all three convolutions; of a series then only every ``dilation``-th step
+            takes part in a chain, which is as many times shorter.
         context_dim: size of the context, 0 for none.
         hidden_dims: widths of the hidden layers of the context's network.
         activation: :math:`h`, one of ``"elu"``, ``"softplus"``, ``"tanh"``, ``"sigmoid"`` and ``"leaky_relu"`` (with
@@ -184,6 +148,7 @@ class Mint(FlowTransform):
         kernel_size: int = 3,
         order: str | None = None,
         lower: bool = True,
+        dilation: int = 1,
         context_dim: int = 0,
         hidden_dims: Sequence[int] = (64,),
         activation: str = "elu",
@@ -202,17 +167,24 @@ class Mint(FlowTransform):
         self.kernel = kernel = kernel_of("Mint", self.event_shape, kernel_size)
         if isinstance(num_groups, bool) or not isinstance(num_groups, int) or num_groups < 1:
             raise ValueError(f"Mint: expected num_groups to be an integer >= 1, got {num_groups!r}")
+        if isinstance(dilation, bool) or not isinstance(dilation, int) or dilation < 1:
+            raise ValueError(f"Mint: expected dilation to be an integer >= 1, got {dilation!r}")
         if not (isinstance(min_slope, (int, float)) and 0 < min_slope < 1):
             raise ValueError(f"Mint: expected min_slope between 0 and 1, got {min_slope!r}")
         rule = _attention(self.event_shape, kernel, attention, head_dim, window, bool(lower))
         self.num_groups, self.order, self.lower = num_groups, _order(order, attention), bool(lower)
-        self.activation, self.shared_scale = monotone("Mint", activation).name, bool(shared_scale)
+        self.activation, self.shared_scale, self.dilation = (
+            monotone("Mint", activation).name,
+            bool(shared_scale),
+            dilation,
+        )
         self.settings = _settings(tolerance, max_sweeps, on_fail)
-        # With attention each coordinate depends on all before it.
-        wave = waves(image, kernel, self.order, self.lower) if rule is None else ranks(image, self.order, self.lower)
+        wave = waves(image, kernel, self.order, self.lower, dilation)
+        if rule is not None:  # each coordinate depends on all before it
+            wave = ranks(image, self.order, self.lower)
         self.register_buffer("waves", wave.view(self.event_shape), persistent=False)
         self._add_taps(earlier_taps(channels, kernel, self.order, self.lower))
-        self.map = _Map(f"Mint layer {tuple(self.event_shape)}", self.waves, self.layout, rule)
+        self.map = MintMap(f"Mint layer {tuple(self.event_shape)}", self.waves, self.layout, rule)
         self.attention = None if rule is None else AttentionNet(channels, rule)
         space = (1,) * (len(self.event_shape) - 1) if shared_scale else self.event_shape[1:]
         self.scale = nn.Parameter(torch.full((channels, *space), math.sqrt(1 - min_slope**2)))
@@ -227,7 +199,7 @@ class Mint(FlowTransform):
         middle = torch.zeros_like(earlier)
         middle[:, :, self.kernel[0] // 2, self.kernel[1] // 2] = torch.eye(channels, dtype=torch.bool)
         free, centre = (each.flatten().nonzero().squeeze(-1) for each in (earlier, middle))
-        self.layout = layout(monotone("Mint", self.activation), earlier | middle, groups)
+        self.layout = layout(monotone("Mint", self.activation), earlier | middle, groups, self.dilation)
         self.register_buffer("places", torch.cat((free, centre)), persistent=False)
         area = math.prod(self.kernel) * channels
         sides = ((groups, 1), (groups, groups), (1, groups))
@@ -262,7 +234,7 @@ class Mint(FlowTransform):
         return blocks.reshape(channels * out, channels * into, *self.kernel)
 
     def _weights(self, context: Tensor | None, batch: Size) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """What all rows share, and what each has of its own; in the sequence of ``_Map.split``."""
+        """What all rows share, and what each has of its own; in the sequence of ``MintMap.split``."""
         centres = self.centres.abs() * self.centre_signs
         square, first, last = centres.split((self.num_groups, 1, 1), -1)
         shared = (
@@ -292,14 +264,15 @@ class Mint(FlowTransform):
         rowwise = (self.bias_0 + first, self.bias_1 + second, *spread, soft_clip(gate, _MOST).exp())
         return shared, rowwise if self.attention is None else (*rowwise, made[:, sum(sizes) :])
 
-    def _pass(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+    def inverse_and_log_slopes(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Data to base, and what :meth:`log_slopes` gives, for a value and a context that fit."""
         batch = y.shape[: y.dim() - len(self.event_shape)]
         rows = y.reshape(batch.numel(), *self.event_shape)
         x, slopes = self.map.value_and_slope(rows, *self._weights(context, batch))
         return x.view(y.shape), slopes.log().view(y.shape)
 
     def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        x, logs = self._pass(y, context)
+        x, logs = self.inverse_and_log_slopes(y, context)
         return x, logs.flatten(-len(self.event_shape)).sum(-1)
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -320,7 +293,40 @@ class Mint(FlowTransform):
             y: data-side value, shape ``(*batch, *event_shape)``.
             context: shape ``(*context_batch, context_dim)``, broadcast against the batch.
         """
-        return self._pass(admit(self, y, context, data_side=True), context)[1]
+        return self.inverse_and_log_slopes(admit(self, y, context, data_side=True), context)[1]
+
+    @property
+    def _causal(self) -> bool:
+        """Whether each step of a series depends on those before it alone, all their channels included."""
+        by_time = self.order == "position" or self.event_shape[0] == 1
+        return len(self.event_shape) == 2 and self.lower and by_time
+
+    @property
+    def reach(self) -> int | None:
+        if not self._causal:
+            return None
+        convolved = 3 * (self.kernel[1] // 2) * self.dilation
+        return convolved if self.attention is None else self.attention.rule.reach(convolved)
+
+    @property
+    def shared_over_time(self) -> bool:
+        return len(self.event_shape) == 2 and self.shared_scale
+
+    def stepper(self, rows: int, context: Tensor | None = None) -> Stepper:
+        """One step of a series after another; see :mod:`pyro_flows.steps`.
+
+        Args:
+            rows: how many series at once.
+            context: shape ``(rows, context_dim)``, for a layer that takes one.
+        """
+        if not (self._causal and self.shared_over_time):
+            raise ValueError(
+                f"Mint: expected a layer of a series (C, T) with lower=True, order='position' and shared_scale=True to "
+                f"go through step by step, got event shape {tuple(self.event_shape)}, lower={self.lower}, "
+                f"order={self.order!r}, shared_scale={self.shared_scale}; see mintnet(..., causal=True)"
+            )
+        side = self.kernel[1] // 2
+        return MintSteps(self.map, self.settings, side, self.dilation, rows, *self._weights(context, Size([rows])))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Mint:
         super()._apply(fn, recurse)
@@ -339,4 +345,7 @@ class Mint(FlowTransform):
 
     def extra_repr(self) -> str:
         kind = "lower" if self.lower else "upper"
-        return f"{super().extra_repr()}, num_groups={self.num_groups}, {kind}, by {self.order}, {self.activation}"
+        apart = f", dilation={self.dilation}" if self.dilation > 1 else ""
+        return (
+            f"{super().extra_repr()}, num_groups={self.num_groups}, {kind}, by {self.order}, {self.activation}{apart}"
+        )

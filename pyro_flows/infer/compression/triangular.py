@@ -23,6 +23,7 @@ from pyro_flows.infer.compression.cumulative import Edges
 from pyro_flows.infer.density.units import StandardizedFlow, is_plain_flow
 from pyro_flows.infer.surprise import _is_elementwise, _leaves, _single
 from pyro_flows.transforms import ActNorm, LogitPixels, Mint
+from pyro_flows.triangular import as_image, ranks
 
 __all__ = ["FlowConditionals"]
 
@@ -57,6 +58,7 @@ def _centres(layer: Mint, x: Tensor, context: Tensor | None) -> tuple[Tensor, _S
     w, attending = layer.map.split(*layer._weights(context, x.shape[:1]))
     act = layer.layout.activation
     groups, (down, right) = layer.num_groups, (k // 2 for k in w.first.shape[2:])
+    spread = {"padding": (down * layer.dilation, right * layer.dilation), "dilation": layer.dilation}
     into = w.first[:, :, down, right].view(channels, groups, channels).diagonal(dim1=0, dim2=2).T
     square = w.second[:, :, down, right].view(channels, groups, channels, groups)
     square = square.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
@@ -68,16 +70,16 @@ def _centres(layer: Mint, x: Tensor, context: Tensor | None) -> tuple[Tensor, _S
         return rest.transpose(-1, -2).flatten(1, 2)
 
     flat = image.reshape(n, channels, 1, height * width)
-    first = F.conv2d(image, w.first, padding=(down, right)) + _over(w.first_bias)
+    first = F.conv2d(image, w.first, **spread) + _over(w.first_bias)
     hidden = act.value(first)
     seen_first = row(first, into[:, :, None] * flat)
     own = square @ hidden.view(n, channels, groups, -1)
-    second = F.conv2d(hidden, w.second, padding=(down, right)) + _over(w.second_bias)
+    second = F.conv2d(hidden, w.second, **spread) + _over(w.second_bias)
     seen_second = row(second, own)
     hidden = act.value(second)
     own = (out[..., None] * hidden.view(n, channels, groups, -1)).sum(2).flatten(1)
     gated = hidden if w.gate is None else hidden * _over(w.gate)
-    third = F.conv2d(gated, w.third, padding=(down, right)) + w.third_bias
+    third = F.conv2d(gated, w.third, **spread) + w.third_bias
     if attending is not None:  # it has no own share
         third = third + layer.attention.rule(image, attending)
     value = w.scale * image + third
@@ -121,6 +123,8 @@ class FlowConditionals(Conditionals):
         self.loc, self.scale = (each.detach().expand(self.event_shape).flatten() for each in (base.loc, base.scale))
         # Of two layers of one order the longer chains are a finer way through the coordinates.
         wave = max((layer.waves.flatten() for layer in layers), key=lambda wave: int(wave.max()))
+        if len({layer.dilation for layer in layers}) > 1:  # whatever the dilations are, what comes before is before
+            wave = ranks(as_image("Codec", self.event_shape), layers[0].order, layers[0].lower).flatten()
         self.steps = [(wave == k).nonzero()[:, 0] for k in range(int(wave.max()) + 1)]
         self.numbers = dims * (6 * pixels.levels.bit_length() + sum(4 + 3 * layer.num_groups for layer in layers))
 

@@ -142,7 +142,8 @@ def fit_density(
         validation_context: contexts of ``validation``.
         validation_fraction: the part of ``data`` that is held out, at most 20,000 rows; 0 to judge by the training
             score.
-        standardize: whether to standardise data, column by column, and contexts.  By default that is done for flows
+        standardize: whether to standardise data, column by column (of series, for flows whose parts all times share,
+            channel by channel over all times), and contexts.  By default that is done for flows
             over real numbers, except for dimensions that are angles (those that a part's ``periodic`` names), and with
             the part of the chain that maps onto a constrained support left behind it; not for other modules.
         batch_size: rows in a step, by default about a thirty-second of the rows, from 64 to 1024; a ``DataLoader`` has
