@@ -15,13 +15,14 @@ from pyro_flows.distributions import (
     UniformCircle,
     bits_per_dim,
 )
-from pyro_flows.flows import cnf, glow, iaf, maf, mintnet, multiscale_realnvp, ncsf, nice, nsf, realnvp
+from pyro_flows.flows import causal_maf, cnf, glow, iaf, maf, mintnet, multiscale_realnvp, ncsf, nice, nsf, realnvp
 from pyro_flows.infer import AutoFlow, fit_density, fit_guide
 from pyro_flows.nets import MLP, MaskedMLP
 from pyro_flows.spline import Spline
 from pyro_flows.transforms import (
     ActNorm,
     Autoregressive,
+    CausalAutoregressive,
     Continuous,
     Conv1x1,
     ConvCoupling,
@@ -48,6 +49,7 @@ __all__ = [
     "Affine",
     "AutoFlow",
     "Autoregressive",
+    "CausalAutoregressive",
     "Chain",
     "Conditioned",
     "Continuous",
@@ -81,6 +83,7 @@ __all__ = [
     "Univariate",
     "Wrap",
     "bits_per_dim",
+    "causal_maf",
     "cnf",
     "fit_density",
     "fit_guide",

@@ -13,7 +13,7 @@ from pyro_flows.tracing import autocasting
 if TYPE_CHECKING:
     from pyro_flows.core import FlowTransform
 
-__all__ = ["admit", "check_context", "event_size", "wrong_event"]
+__all__ = ["admit", "check_context", "event_size", "positive_integers", "refuse_other_kind", "wrong_event"]
 
 
 def event_size(event_shape: int | Iterable[int]) -> Size:
@@ -24,6 +24,18 @@ def event_size(event_shape: int | Iterable[int]) -> Size:
     if len(shape) > 8:
         raise ValueError(f"expected an event of at most 8 dimensions, got shape {shape}")
     return Size(shape)
+
+
+def positive_integers(name: str, what: str, given: int | Iterable[int]) -> tuple[int, ...]:
+    """One positive integer or several, as a tuple.
+
+    Raises:
+        ValueError: if there is none, or one that is no positive integer; ``name`` is who asks, for ``what``.
+    """
+    found = (given,) if isinstance(given, int) else tuple(given)
+    if not found or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in found):
+        raise ValueError(f"{name}: expected {what} to be positive integers, got {given!r}")
+    return found
 
 
 def wrong_event(transform: FlowTransform, shape: Size, event: Size) -> str:
@@ -83,6 +95,15 @@ def check_context(transform: FlowTransform, context: Tensor) -> None:
     kin = _first_floating(transform)
     if kin is not None:
         _same_kind(name, "context", context, kin)
+
+
+def refuse_other_kind(name: str, what: str, value: Tensor, module: nn.Module) -> None:
+    """Refuses what is no tensor, or one that is of another dtype or on another device than a module's numbers."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor as {what}, got {type(value).__name__}")
+    kin = _first_floating(module)
+    if kin is not None:
+        _same_kind(name, what, value, kin)
 
 
 def _same_kind(name: str, what: str, value: Tensor, kin: Tensor) -> None:

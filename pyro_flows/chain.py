@@ -17,6 +17,7 @@ from torch.distributions import (
 )
 
 from pyro_flows.core import FlowTransform
+from pyro_flows.steps import Elementwise, Stepper
 
 __all__ = ["Chain", "Wrap", "map_tensors", "total_cost"]
 
@@ -72,6 +73,36 @@ class Wrap(FlowTransform):
         whole = x.shape[: x.dim() - inner]
         ladj = ladj.expand(whole)
         return ladj.sum(tuple(range(-self._sum_dims, 0))) if self._sum_dims else ladj
+
+    @property
+    def shared_over_time(self) -> bool:
+        if len(self.event_shape) != 2 or self.transform.domain.event_dim or self.transform.codomain.event_dim:
+            return False
+        one = Size((self.event_shape[0], 1))
+        return self.transform.forward_shape(one) == one
+
+    @property
+    def reach(self) -> int | None:
+        return 0 if self.shared_over_time else None
+
+    def stepper(self, rows: int, context: Tensor | None = None) -> Stepper:
+        """One step of a series after another; see :mod:`pyro_flows.steps`."""
+        if not self.shared_over_time:
+            raise ValueError(
+                f"Wrap: {type(self.transform).__name__} is no map of single numbers that is the same at all times of a "
+                "series (C, T)"
+            )
+        move = self.transform
+
+        def forward(x: Tensor) -> tuple[Tensor, Tensor]:
+            y = move(x)
+            return y, move.log_abs_det_jacobian(x, y)
+
+        def inverse(y: Tensor) -> tuple[Tensor, Tensor]:
+            x = move.inv(y)
+            return x, -move.log_abs_det_jacobian(x, y)
+
+        return Elementwise(forward, inverse)
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         y = self.transform(x)
@@ -131,6 +162,15 @@ class Chain(FlowTransform):
     @property
     def density_cost(self) -> str:
         return total_cost(part.density_cost for part in self.parts)
+
+    @property
+    def reach(self) -> int | None:
+        each = [part.reach for part in self._parts()]
+        return None if None in each else sum(each)
+
+    @property
+    def shared_over_time(self) -> bool:
+        return all(part.shared_over_time for part in self._parts())
 
     @property
     def periodic(self) -> Tensor | None:

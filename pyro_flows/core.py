@@ -71,6 +71,10 @@ class FlowTransform(TransformModule):
     bijective = True
     sampling_cost = "1 pass"  # base to data
     density_cost = "1 pass"  # data to base
+    # Of series (C, T): how many steps back a step of x looks in y, None if it looks ahead or back without end; and
+    # whether all times share the parameters.
+    reach: int | None = None
+    shared_over_time = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -289,6 +293,14 @@ class Inverse(FlowTransform):
         self.sampling_cost, self.density_cost = transform.density_cost, transform.sampling_cost
 
     @property
+    def reach(self) -> int | None:
+        return 0 if self.transform.reach == 0 else None
+
+    @property
+    def shared_over_time(self) -> bool:
+        return self.transform.shared_over_time
+
+    @property
     def periodic(self) -> Tensor | None:
         inner = self.transform.periodic
         return None if inner is None else self.transform.turned(inner)
@@ -361,6 +373,14 @@ class Conditioned(FlowTransform):
         self.transform = transform
         self.register_buffer("context", context, persistent=False)
         self.sampling_cost, self.density_cost = transform.sampling_cost, transform.density_cost
+
+    @property
+    def reach(self) -> int | None:
+        return self.transform.reach
+
+    @property
+    def shared_over_time(self) -> bool:
+        return self.transform.shared_over_time
 
     @property
     def periodic(self) -> Tensor | None:

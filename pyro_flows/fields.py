@@ -307,4 +307,8 @@ class Modulation(nn.Module):
         moved = self.bias if self.time is None else self.time * t
         if self.time is not None and self.bias is not None:
             moved = moved + self.bias
-        return moved if self.context is None else F.linear(context, self.context, moved)
+        if self.context is None:
+            return moved
+        if t.dim() and moved is not None:
+            return F.linear(context, self.context) + moved
+        return F.linear(context, self.context, moved)

@@ -15,7 +15,8 @@ call, take plain differentiable operations.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -26,7 +27,9 @@ from pyro_flows.monotone import Monotone
 from pyro_flows.tracing import autocasting, batched, plain_eager
 from pyro_flows.triangular import Tile, tiles
 
-__all__ = ["Layout", "Weights", "layout", "value_and_slope"]
+__all__ = ["Layout", "Weights", "layout", "plain_pass", "value_and_slope"]
+
+Convolve = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 
 _WIDE = 64  # hidden channels at least, for a tile of its own
 
@@ -61,21 +64,23 @@ class Layout(NamedTuple):
 
     activation: Monotone
     tiles: tuple[tuple[Tile, ...], ...]
+    dilation: int = 1
 
 
-def layout(activation: Monotone, taps: Tensor, groups: int) -> Layout:
+def layout(activation: Monotone, taps: Tensor, groups: int, dilation: int = 1) -> Layout:
     """How to go through three convolutions with these taps.
 
     Args:
         activation: after the first two.
         taps: boolean, shape ``(C, C, rows, columns)``: which taps there are, between channels.
         groups: number of hidden channels for each channel.
+        dilation: distance of neighbouring taps.
     """
     channels = taps.shape[0]
     # Several tiles pay where each is wide, and where half of the pairs of channels have no taps.
     count = min(channels, channels * groups // _WIDE) if not taps.flatten(2).any(-1).all() else 1
     sides = ((groups, 1, 1), (groups, groups, max(count, 1)), (1, groups, 1))
-    return Layout(activation, tuple(tiles(taps, *each) for each in sides))
+    return Layout(activation, tuple(tiles(taps, *each, dilation) for each in sides), dilation)
 
 
 def value_and_slope(layout: Layout, x: Tensor, weights: Weights) -> tuple[Tensor, Tensor]:
@@ -87,18 +92,18 @@ def value_and_slope(layout: Layout, x: Tensor, weights: Weights) -> tuple[Tensor
         with torch.autocast(x.device.type, enabled=False):
             return value_and_slope(layout, x.to(weights.first.dtype), weights)
     if not plain_eager():
-        return _plain(layout.activation, x, *weights)
+        return _plain(layout, x, *weights)
     if torch.is_grad_enabled():
         return _apply(layout, x, *weights)
     return _run(layout, x, weights, keep=False)[:2]
 
 
-def _conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
     """Convolution that keeps the size; the bias is shared, or one for each row."""
-    padding = weight.shape[-2] // 2, weight.shape[-1] // 2
-    if bias is None or bias.dim() == 1:
-        return F.conv2d(x, weight, bias, padding=padding)
-    return F.conv2d(x, weight, None, padding=padding) + bias[..., None, None]
+    padding = [side // 2 * dilation for side in weight.shape[-2:]]
+    own = bias if bias is None or bias.dim() == 1 else None
+    out = F.conv2d(x, weight, own, padding=padding, dilation=dilation)
+    return out if bias is own else out + bias[..., None, None]
 
 
 def _tiled_conv(tiles: Sequence[Tile], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -107,7 +112,7 @@ def _tiled_conv(tiles: Sequence[Tile], x: Tensor, weight: Tensor, bias: Tensor |
     parts = {}
     for tile in tiles:
         own = None if shared is None else shared[tile.out]
-        part = F.conv2d(x[:, tile.into], tile.weight(weight), own, padding=tile.padding)
+        part = F.conv2d(x[:, tile.into], tile.weight(weight), own, padding=tile.padding, dilation=tile.dilation)
         rows, columns = (slice(s, s + n) for s, n in zip(tile.skip, x.shape[2:], strict=True))
         parts[tile.out.start] = part[:, :, rows, columns]
     out = torch.cat([parts[k] for k in sorted(parts)], 1) if len(parts) > 1 else part[:, :, rows, columns]
@@ -124,17 +129,28 @@ def _grouped(hidden: Tensor, channels: int) -> Tensor:
     return hidden.reshape(hidden.shape[0], channels, hidden.shape[1] // channels, hidden.shape[2] * hidden.shape[3])
 
 
-def _plain(act: Monotone, x: Tensor, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
-    w = Weights(*tensors)
-    hidden = act.value(_conv(x, w.first, w.first_bias))
+def _plain(layout: Layout, x: Tensor, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+    return plain_pass(layout.activation, x, Weights(*tensors), [partial(_conv, dilation=layout.dilation)] * 3)
+
+
+def plain_pass(act: Monotone, x: Tensor, w: Weights, convolve: Sequence[Convolve]) -> tuple[Tensor, Tensor]:
+    """:func:`value_and_slope` in plain operations, by the three convolutions that are given.
+
+    Args:
+        act: the activation.
+        x: shape ``(n, C, H, W)``.
+        w: the weights.
+        convolve: from input, weight and bias (``None`` for none) to the output, at the places of ``x``.
+    """
+    hidden = act.value(convolve[0](x, w.first, w.first_bias))
     slopes = w.inner @ _grouped(act.slope(hidden), x.shape[1])
-    hidden = act.value(_conv(hidden, w.second, w.second_bias))
+    hidden = act.value(convolve[1](hidden, w.second, w.second_bias))
     slopes = slopes * _grouped(act.slope(hidden), x.shape[1])
     outer = w.outer
     if w.gate is not None:
         hidden = hidden * w.gate[..., None, None]
         outer = outer * w.gate.unflatten(-1, outer.shape)
-    value = _conv(hidden, w.third, None) + w.third_bias + w.scale * x
+    value = convolve[2](hidden, w.third, None) + w.third_bias + w.scale * x
     return value, (outer.unsqueeze(-2) @ slopes).reshape(x.shape) + w.scale
 
 
@@ -175,12 +191,12 @@ def _pull_conv(
         # As many rows and columns as the convolution made, of which some were left out.
         edges: list[int] = []
         for axis in (1, 0):
-            made = x.shape[2 + axis] + 2 * tile.padding[axis] - part.shape[2 + axis] + 1
+            made = x.shape[2 + axis] + 2 * tile.padding[axis] - (part.shape[2 + axis] - 1) * tile.dilation
             edges += [tile.skip[axis], made - x.shape[2 + axis] - tile.skip[axis]]
         own = F.pad(own, edges) if any(edges) else own.contiguous()
         seen, mask = x[:, tile.into].contiguous(), [wants_x, wants_weight, False]
         here, of_part, _ = torch.ops.aten.convolution_backward.default(
-            own, seen, part, None, (1, 1), tile.padding, (1, 1), False, (0, 0), 1, mask
+            own, seen, part, None, (1, 1), tile.padding, (tile.dilation,) * 2, False, (0, 0), 1, mask
         )
         if wants_weight:
             tile.weight(by_weight).copy_(of_part)
@@ -213,20 +229,20 @@ class _Pass(torch.autograd.Function):
                 return _Pass.backward(ctx, grad, by_slope)
         x, first, second, inner, *tensors = ctx.saved_tensors
         if torch.is_grad_enabled() or any(batched(g) for g in given):
-            return None, *_pull_plainly(ctx.layout.activation, (x, *tensors), grad, by_slope)
+            return None, *_pull_plainly(ctx.layout, (x, *tensors), grad, by_slope)
         wanted, weights = ctx.needs_input_grad[1:], Weights(*tensors)
         return None, *_pull(ctx.layout, x, first, second, inner, weights, grad, by_slope, wanted)
 
 
 def _pull_plainly(
-    act: Monotone, inputs: Sequence[Tensor | None], grad: Tensor | None, by_slope: Tensor | None
+    layout: Layout, inputs: Sequence[Tensor | None], grad: Tensor | None, by_slope: Tensor | None
 ) -> list[Tensor | None]:
     """The gradient in operations that can be differentiated further."""
     present = [each for each in inputs if each is not None]
 
     def run(*given: Tensor) -> tuple[Tensor, Tensor]:
         rest = iter(given)
-        return _plain(act, *(None if each is None else next(rest) for each in inputs))
+        return _plain(layout, *(None if each is None else next(rest) for each in inputs))
 
     (value, slope), pull = torch.func.vjp(run, *present)
     grads = iter(

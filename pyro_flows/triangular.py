@@ -91,21 +91,31 @@ def earlier_taps(channels: int, kernel: tuple[int, int], order: str, lower: bool
     return place < centre[:, None, None, None]
 
 
-def waves(shape: tuple[int, int, int], kernel: tuple[int, int], order: str, lower: bool = True) -> Tensor:
+def waves(
+    shape: tuple[int, int, int], kernel: tuple[int, int], order: str, lower: bool = True, dilation: int = 1
+) -> Tensor:
     r"""The length of the longest chain of dependencies that ends at each coordinate; shape ``(C, H, W)``, integers.
 
     For maps made of stacked masked convolutions with taps as :func:`earlier_taps` and the centre, however many (at
     least one): coordinates of the same wave do not depend on each other.  In closed form: with radii :math:`r_x, r_y`
     of the kernel, cut to :math:`W - 1` and :math:`H - 1`, :math:`x + (r_x + 1)(y + (r_y + 1) c)` in the order by
-    channel, and :math:`c + C (x + (r_x + 1) y)` in that by position.  A larger kernel thus makes longer chains.
+    channel, and :math:`c + C (x + (r_x + 1) y)` in that by position.  A larger kernel thus makes longer chains.  Taps
+    that lie apart make shorter ones: every ``dilation``-th row and column is an image of its own.
 
     Args:
         shape: ``(C, H, W)``.
         kernel: rows and columns, both odd.
         order: ``"channel"`` or ``"position"``.
         lower: whether coordinates depend on what comes before, or on what comes after.
+        dilation: distance of neighbouring taps.
     """
     _check(order)
+    if dilation > 1:
+        apart = torch.zeros(shape, dtype=torch.long)
+        for y, x in itertools.product(*(range(min(dilation, n)) for n in shape[1:])):
+            part = apart[:, y::dilation, x::dilation]
+            part.copy_(waves(tuple(part.shape), kernel, order, lower))
+        return apart
     channels, height, width = shape
     down, right = (min(size // 2, length - 1) for size, length in zip(kernel, (height, width), strict=True))
     c, y, x = (torch.arange(n).view(view) for n, view in zip(shape, ((-1, 1, 1), (-1, 1), (-1,)), strict=True))
@@ -125,13 +135,14 @@ class Tile(NamedTuple):
     columns: slice
     padding: tuple[int, int]
     skip: tuple[int, int]  # rows and columns to leave out at the beginning of what comes out
+    dilation: int = 1
 
     def weight(self, weight: Tensor) -> Tensor:
         """The part of a convolution's weight."""
         return weight[self.out, self.into, self.rows, self.columns]
 
 
-def tiles(taps: Tensor, out: int, into: int, count: int) -> tuple[Tile, ...]:
+def tiles(taps: Tensor, out: int, into: int, count: int, dilation: int = 1) -> tuple[Tile, ...]:
     """Cuts a masked convolution by its output channels, and leaves out what is all zeros; the widest tile comes first.
 
     Args:
@@ -139,6 +150,7 @@ def tiles(taps: Tensor, out: int, into: int, count: int) -> tuple[Tile, ...]:
         out: how many output channels belong to each channel.
         into: how many input channels belong to each channel.
         count: number of tiles, at most :math:`C`.
+        dilation: distance of neighbouring taps.
     """
     channels, centre = taps.shape[0], [n // 2 for n in taps.shape[2:]]
     ends = [channels * k // count for k in range(count + 1)]
@@ -150,9 +162,10 @@ def tiles(taps: Tensor, out: int, into: int, count: int) -> tuple[Tile, ...]:
             used = here.sum(axes).nonzero().squeeze(-1).tolist()
             spans.append((used[0], used[-1] + 1))
         (low, high), *kernel = spans
-        before = [c - start for c, (start, _) in zip(centre, kernel, strict=True)]
-        padding = [max(b, stop - 1 - c) for b, c, (_, stop) in zip(before, centre, kernel, strict=True)]
+        before = [(c - start) * dilation for c, (start, _) in zip(centre, kernel, strict=True)]
+        after = [(stop - 1 - c) * dilation for c, (_, stop) in zip(centre, kernel, strict=True)]
+        padding = [max(pair) for pair in zip(before, after, strict=True)]
         skip = tuple(p - b for p, b in zip(padding, before, strict=True))
         slices = (slice(first * out, last * out), slice(low * into, high * into), *(slice(*k) for k in kernel))
-        found.append(Tile(*slices, tuple(padding), skip))
+        found.append(Tile(*slices, tuple(padding), skip, dilation))
     return tuple(sorted(found, key=lambda tile: tile.into.start - tile.into.stop))

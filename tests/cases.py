@@ -403,6 +403,9 @@ def _mint() -> Iterator[Case]:
     yield layer("-position", (3, 1, 2), order="position", activation="softplus")
     yield layer("-series", (2, 3), kernel_size=5, shared_scale=True, activation="sigmoid")
     yield layer("-one-number", (1, 1, 1), num_groups=1, kernel_size=1)
+    attention = {"attention": 1, "head_dim": 5}
+    yield layer("-attention", (2, 2, 2), **attention, lower=False)
+    yield layer("-attention-series", (1, 5), **attention, window=2, shared_scale=True)
 
     def mintnet(shape: tuple[int, ...], **options: object) -> Callable[[int], pf.FlowTransform]:
         settings = {"num_groups": 2, "hidden_dims": (4,), "tolerance": 1e-14, **options}
@@ -412,6 +415,28 @@ def _mint() -> Iterator[Case]:
     yield Case("mintnet", covers, mintnet((1, 4, 2), num_layers=2, squeeze=1), (1, 4, 2), scale=0.2)
     split = mintnet((2, 4), num_layers=2, squeeze=1, split=True)
     yield Case("mintnet-split-series", covers, split, (2, 4), scale=0.1)
+    causal = mintnet((2, 5), num_layers=1, causal=True, dilations=(1, 2))
+    yield Case("mintnet-causal", ("mintnet", "Mint", "Chain"), causal, (2, 5), scale=0.2)
+
+
+def _series() -> Iterator[Case]:
+    small = {"hidden_channels": 3, "num_convolutions": 2}
+
+    def layer(name: str, shape: tuple[int, ...], *args: object, **options: object) -> Case:
+        def build(context_dim: int) -> pf.FlowTransform:
+            return pf.CausalAutoregressive(shape, *args, context_dim=context_dim, **{**small, **options})
+
+        return Case(f"causal-{name}", ("CausalAutoregressive",), build, shape, scale=0.3)
+
+    yield layer("sampling", (2, 3), fast="sampling", kernel_size=2)
+    yield layer("spline", (1, 4), pf.Spline(3))
+    yield layer("own-univariate", (2, 2), Sinh(), activation="tanh", dilations=2)
+    yield layer("one-number", (1, 1), num_convolutions=1)
+
+    def build(context_dim: int) -> pf.FlowTransform:
+        return pf.causal_maf((2, 3), context_dim=context_dim, **small)
+
+    yield Case("causal_maf", ("causal_maf", "CausalAutoregressive", "Chain"), build, (2, 3), scale=0.2)
 
 
 class _Waves(nn.Module):
@@ -466,7 +491,7 @@ def _inverses(cases: list[Case]) -> Iterator[Case]:
         yield Case(f"inverse-{name}", ("Inverse",), build, case.event_shape, scale=case.scale)
 
 
-CASES = [*_leaves(), *_composites(), *_builders(), *_images(), *_mint(), *_continuous()]
+CASES = [*_leaves(), *_composites(), *_builders(), *_images(), *_mint(), *_series(), *_continuous()]
 CASES += _inverses(CASES)
 BUILDERS = [case for case in CASES if case.name in ("nice", "realnvp", "maf", "iaf", "nsf", "ncsf")]
-IMAGE_BUILDERS = [case for case in CASES if case.name in ("cnf", "glow", "mintnet", "multiscale_realnvp")]
+IMAGE_BUILDERS = [case for case in CASES if case.name in ("causal_maf", "cnf", "glow", "mintnet", "multiscale_realnvp")]

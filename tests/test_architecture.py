@@ -21,6 +21,7 @@ ROOT = Path(pf.__file__).parent
 LAYERS = ["core", "transforms", "flows", "distributions", "infer", "plots"]
 CORE = {
     "activations",
+    "attention",
     "bands",
     "boundary",
     "chain",
@@ -35,7 +36,9 @@ CORE = {
     "heads",
     "inverse",
     "masked",
+    "masked_convolutions",
     "memo",
+    "mint_map",
     "monotone",
     "nets",
     "newton",
@@ -45,9 +48,11 @@ CORE = {
     "nonfinite",
     "ode",
     "ode_solver",
+    "raster",
     "slopes",
     "solver",
     "spline",
+    "steps",
     "sweeps",
     "tracing",
     "triangular",
@@ -198,6 +203,7 @@ BUILDERS = [v for v in PUBLIC.values() if inspect.isfunction(v) and v.__module__
 
 
 VECTORS = [v for v in BUILDERS if v.__module__ == "pyro_flows.flows.vectors"]
+SERIES = [v for v in BUILDERS if v.__module__ == "pyro_flows.flows.series"]
 
 
 def test_all_is_sorted_and_complete():
@@ -253,7 +259,8 @@ def test_builders_share_one_vocabulary(builder):
     assert typing.get_type_hints(builder)["return"] is pf.Chain
     if builder in VECTORS:
         assert "num_layers" in names
-    assert isinstance(builder(3 if builder in VECTORS else (1, 4, 4)), pf.Chain)
+    event = 3 if builder in VECTORS else (1, 4) if builder in SERIES else (1, 4, 4)
+    assert isinstance(builder(event), pf.Chain)
 
 
 def annotated(function):

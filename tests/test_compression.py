@@ -94,6 +94,15 @@ def mint(event, levels=17, size=0.05, **options):
     return shaken(pf.Flow(pf.Chain([chain, pf.LogitPixels(event, levels)])), size)
 
 
+def attending(event, **options):
+    model = mint(event, attention=1, head_dim=5, **options)
+    with torch.no_grad():
+        for name, each in model.named_parameters():
+            if name.endswith("attention.out"):
+                each.mul_(10)  # so that what is far away counts
+    return model
+
+
 MIXED = [("bernoulli", [0, 3]), (CategoricalHead(4), [1]), (LogisticMixtureHead(9, 2), [4, 2])]
 MODELS = {
     "bernoulli": lambda: shaken(pf.MADE(12, hidden_dims=(16,), order="random", seed=1)),
@@ -108,6 +117,7 @@ MODELS = {
     "sequence": lambda: shaken(pf.ConvMADE((2, 7), CategoricalHead(3), hidden_channels=6), 0.1),
     "flow of images": lambda: mint((2, 4, 3), context_dim=2, act_norm=True),
     "flow of sequences": lambda: pf.Dequantized(mint((2, 6), 5, order="position"), 5),
+    "flow with attention": lambda: attending((2, 3, 2), context_dim=1),
 }
 
 
@@ -274,7 +284,7 @@ def test_bits_are_those_of_the_model(name):
     torch.testing.assert_close(Codec(model).bits(x, context), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["flow of images", "flow of sequences"])
+@pytest.mark.parametrize("name", ["flow of images", "flow of sequences", "flow with attention"])
 def test_discrete_model_of_a_flow(name):
     """One coordinate at a time at its borders, all others at their centres, through the flow itself."""
     model = MODELS[name]()
@@ -485,6 +495,18 @@ def test_parameters_that_are_no_numbers(name, integers):
             each.view(-1)[0] = torch.nan
     with pytest.raises(FloatingPointError, match="probabilities that are NaN"):
         Codec(model).encode(x, context)
+
+
+def test_layers_with_and_without_attention(coder):
+    """The finer way through the coordinates is that of both."""
+    event, options = (1, 3, 3), {"num_groups": 2, "order": "position"}
+    for parts in ([{}, {"attention": 1, "head_dim": 5}], [{"attention": 1, "head_dim": 5}, {}]):
+        layers = [pf.Mint(event, **options, **each) for each in parts]
+        model = shaken(pf.Flow(pf.Chain([*layers, pf.LogitPixels(event, 5)])))
+        x = torch.randint(5, (20, *event))
+        codec = Codec(model)
+        assert len(codec._model.steps) == 9
+        assert torch.equal(codec.decode(codec.encode(x)), x)
 
 
 def test_models_that_have_no_such_conditionals():

@@ -107,6 +107,30 @@ def test_divergence_and_products_are_those_of_autograd(name, context_dim):
         torch.testing.assert_close(alone, divergence)
 
 
+@pytest.mark.parametrize("context_dim", [0, 2])
+@pytest.mark.parametrize("name", FIELDS)
+def test_a_time_for_each_row(name, context_dim):
+    """The velocity, and in the package's own fields divergence and products too, are those of one call a row."""
+    field = shake(FIELDS[name](context_dim).double(), 0.5)
+    x = torch.randn(4, *field.event_shape, dtype=torch.double)
+    t = torch.rand(4, dtype=torch.double)
+    probes = torch.randn(2, *x.shape, dtype=torch.double)
+    for rows in (1, 4):
+        context = torch.randn(rows, context_dim, dtype=torch.double) if context_dim else None
+        each = [(t[k], x[k : k + 1], None if context is None else context[k % rows][None]) for k in range(4)]
+        want = torch.cat([field(*one) for one in each])
+        got = field.at_times(t, x, context)
+        torch.testing.assert_close(got, want)
+        grads = [torch.autograd.grad(v.square().sum(), [*field.parameters()]) for v in (got, want)]
+        torch.testing.assert_close(*grads)
+        if field.rowwise_times:
+            v, divergence = field.with_divergence(t, x, context)
+            torch.testing.assert_close(v, want)
+            torch.testing.assert_close(divergence, torch.cat([field.with_divergence(*one)[1] for one in each]))
+            pushed = [field.products(*one[:2], probes[:, k : k + 1], one[2])[1] for k, one in enumerate(each)]
+            torch.testing.assert_close(field.products(t, x, probes, context)[1], torch.cat(pushed, 1))
+
+
 @pytest.mark.parametrize("name", FIELDS)
 def test_fresh_fields_are_zero_and_move_nothing(name):
     if name == "given":

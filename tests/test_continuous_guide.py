@@ -244,7 +244,7 @@ def test_a_fit_is_judged_by_a_function():
 
 
 def test_the_estimate_of_an_objective_trains():
-    flow = pf.Flow(pf.cnf(2, field="gated", hidden_dims=(8,), divergence="hutchinson", **{"rtol": 1e-3, "atol": 1e-3}))
+    flow = pf.Flow(pf.cnf(2, field="gated", hidden_dims=(8,), divergence="hutchinson", rtol=1e-3, atol=1e-3))
 
     def model():
         pyro.sample("z", dist.Normal(torch.ones(2), 0.5).to_event(1))
@@ -253,8 +253,8 @@ def test_the_estimate_of_an_objective_trains():
         pyro.module("flow", flow)
         pyro.sample("z", flow())
 
-    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.03}), Trace_ELBO(num_particles=32, vectorize_particles=True))
-    for _ in range(100):
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO(num_particles=32, vectorize_particles=True))
+    for _ in range(60):
         svi.step()
     with torch.no_grad():
         z, log_q = flow.eval().rsample_and_log_prob((1000,))
@@ -329,7 +329,7 @@ def test_amortised_in_a_plate():
         with pyro.plate("rows", 64, subsample=index):
             pyro.sample("z", flow(data[index]))
 
-    steps = 150
+    steps = 100
     svi = SVI(model, guide, pyro.optim.ClippedAdam({"lr": 0.03, "lrd": 0.02 ** (1 / steps)}), PathELBO())
     for _ in range(steps):
         svi.step(torch.randperm(64)[:32])

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from pyro_flows.distributions.made import CategoricalHead, ConvMADE, NormalHead
-from pyro_flows.distributions.made.raster import RasterSweep
+from pyro_flows.raster import RasterSweep
 
 F64 = torch.float64
 
@@ -302,13 +302,13 @@ def test_whole_numbers_of_any_dtype_are_values(dtype):
 
 
 def test_chunks_of_draws_are_put_together(monkeypatch):
-    from pyro_flows.distributions.made import convolutional
+    from pyro_flows import raster
 
     made = shaken((1, 3, 3), "bernoulli", context_dim=1, scale=0.1)
     with torch.no_grad():
         made.net.out_context.fill_(300.0)  # the sign of the context decides
-    monkeypatch.setattr(convolutional, "ROOM", 1)
-    monkeypatch.setattr(convolutional, "MORE_ROOM", 1)
+    monkeypatch.setattr(raster, "ROOM", 1)
+    monkeypatch.setattr(raster, "MORE_ROOM", 1)
     sizes = []
     run = RasterSweep.run
     monkeypatch.setattr(RasterSweep, "run", lambda sweep: sizes.append(sweep.n) or run(sweep))

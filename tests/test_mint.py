@@ -37,6 +37,8 @@ def layer(shape, scale=3.0, double=True, **options):
         for name, p in made.named_parameters():
             if name.startswith("net"):
                 p.add_(0.5 * torch.randn_like(p))
+            elif name.startswith("attention"):
+                p.normal_().mul_(scale / math.sqrt(3 * p.shape[-1]))  # so many times the spread that it starts with
             elif name.startswith("taps"):
                 p.normal_().mul_(scale / math.sqrt(9 * made.event_shape[0]))
             else:
@@ -81,7 +83,7 @@ def check_layer(made, rows=3):
 # Orders, taps, waves
 
 
-def longest_chains(shape, kernel, order, lower, convolutions=3):
+def longest_chains(shape, kernel, order, lower, dilation=1, convolutions=3):
     """By brute force: the longest chain of the true sparsity of stacked masked convolutions."""
     taps = earlier_taps(shape[0], kernel, order, lower).double()
     middle = kernel[0] // 2, kernel[1] // 2
@@ -90,7 +92,8 @@ def longest_chains(shape, kernel, order, lower, convolutions=3):
     size = math.prod(shape)
     seen = torch.eye(size, dtype=torch.float64).view(size, *shape)
     for _ in range(convolutions):
-        seen = (F.conv2d(seen, taps, padding=middle) > 0).double()
+        padding = [side * dilation for side in middle]
+        seen = (F.conv2d(seen, taps, padding=padding, dilation=dilation) > 0).double()
     depends = seen.reshape(size, size).T > 0
     places = ranks(shape, order, lower).flatten().argsort()
     assert not depends[places][:, places].triu(1).any() and depends.diagonal().all()
@@ -109,6 +112,10 @@ def test_waves_are_the_longest_chains(order, lower):
     for shape, kernel in itertools.product(shapes, [(3, 3), (1, 3), (5, 5), (1, 5), (1, 1)]):
         want = longest_chains(shape, kernel, order, lower)
         assert torch.equal(waves(shape, kernel, order, lower), want), (shape, kernel)
+    for shape, dilation in itertools.product([(2, 1, 9), (1, 1, 7), (3, 1, 4), (2, 3, 5)], [2, 3, 4]):
+        for kernel in [(1, 3), (1, 5), (3, 3)]:
+            want = longest_chains(shape, kernel, order, lower, dilation)
+            assert torch.equal(waves(shape, kernel, order, lower, dilation), want), (shape, kernel, dilation)
 
 
 def test_waves_of_published_sizes():
@@ -187,9 +194,11 @@ def test_gradients_are_those_of_plain_operations(activation, gated):
         ((4, 3), "channel", True),
     ],
 )
-def test_leaving_out_zeros_changes_nothing(shape, order, lower, gated):
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_leaving_out_zeros_changes_nothing(shape, order, lower, gated, dilation):
     """Wide layers, whose convolutions go by tiles: against the whole ones, values and all gradients."""
-    made = layer(shape, scale=1.0, num_groups=40, order=order, lower=lower, kernel_size=5, context_dim=int(gated))
+    options = {"order": order, "lower": lower, "kernel_size": 5, "dilation": dilation}
+    made = layer(shape, scale=1.0, num_groups=40, context_dim=int(gated), **options)
     first, second, third = made.layout.tiles
     assert len(second) == (2 if order == "channel" and shape[0] == 4 else 1) and len(first) == len(third) == 1
     shared, rows = made._weights(context_of(made, 3), torch.Size([3]))
@@ -197,7 +206,7 @@ def test_leaving_out_zeros_changes_nothing(shape, order, lower, gated):
     inputs = [t.detach().requires_grad_() for t in (x, *shared, *rows)]
     free = earlier_taps(shape[0], made.kernel, order, lower)
     pair = []
-    for run in (value_and_slope, lambda plan, x, w: _plain(plan.activation, x, *w)):
+    for run in (value_and_slope, lambda plan, x, w: _plain(plan, x, *w)):
         value, slope = run(made.layout, inputs[0], Weights(*inputs[1:]))
         grads = torch.autograd.grad((value.sin() + slope.log()).sum(), inputs)
         pair.append((value, slope, *grads))
@@ -407,10 +416,19 @@ def test_too_few_sweeps_are_reported():
     assert made(x).isfinite().all()  # what no float can reach ends all the same
 
 
-@pytest.mark.parametrize("shape, context_dim", [((2, 2, 2), 0), ((2, 2, 2), 2), ((2, 3), 1)])
-def test_gradients_of_sampling(shape, context_dim):
+@pytest.mark.parametrize(
+    "shape, context_dim, options",
+    [
+        ((2, 2, 2), 0, {}),
+        ((2, 2, 2), 2, {}),
+        ((2, 3), 1, {}),
+        ((1, 2, 2), 0, {"attention": 1, "head_dim": 5, "num_groups": 1}),
+        ((1, 3), 1, {"attention": 1, "head_dim": 3, "num_groups": 1, "lower": False}),
+    ],
+)
+def test_gradients_of_sampling(shape, context_dim, options):
     """T8, T14: of the solution and its log-determinant, after the base value, the context and every parameter."""
-    made = layer(shape, scale=1.5, context_dim=context_dim, hidden_dims=(3,), tolerance=1e-15)
+    made = layer(shape, scale=1.5, context_dim=context_dim, hidden_dims=(3,), tolerance=1e-15, **options)
     x = torch.randn(2, *shape, dtype=torch.float64, requires_grad=True)
     context = context_of(made, 2)
     names, params = zip(*made.named_parameters(), strict=True)
@@ -433,7 +451,7 @@ def test_gradients_of_sampling(shape, context_dim):
 
     assert torch.autograd.gradcheck(run, (x, *more, *params), atol=1e-6, rtol=1e-5)
     y = made.forward_and_ladj(x, context)[0]
-    assert (jacobian(y, x).tril(-1) != 0).any()  # more than one over the diagonal
+    assert (in_order(jacobian(y, x), made).tril(-1) != 0).any()  # more than one over the diagonal
 
 
 def test_memory_of_sampling_does_not_grow_with_sweeps():

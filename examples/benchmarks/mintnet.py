@@ -1,16 +1,18 @@
 """MintNet layers: what the log-determinant costs beside the convolutions, and the inverse against its alternatives.
 
     python examples/benchmarks/mintnet.py            # about ten minutes
+    python examples/benchmarks/mintnet.py --tables attention    # some of them
     python examples/benchmarks/mintnet.py --smoke    # seconds, on sizes too small to mean anything
 
-Four tables.  *Pass*: value and log-determinant of a layer, and a training step, against the three dense convolutions of
+Five tables. *Pass*: value and log-determinant of a layer, and a training step, against the three dense convolutions of
 the same sizes with the same activations, in turns; and the peak memory that each takes beyond its arguments without a
-gradient, in hidden maps, of many events (on Linux).  *Inverse*: evaluations and time of the safeguarded solver, of
-plain Newton-Jacobi sweeps, of damped ones as the paper has them (factor 1/3.5), and of solving one coordinate after the
-other on crops of 7 x 7, on layers with weights ``--gain`` times Xavier's.  *Gradient*: the solve with its implicit
-gradient against the solve alone.  *Digits*: a net of 16 layers, trained for ``--seconds`` on 8 x 8 digits: 64 draws, of
-the net as it is, to 1e-9 and to rounding, and of the net with all weights doubled; and how many of them 100 sweeps for
-each layer miss.
+gradient, in hidden maps, of many events (on Linux). *Inverse*: evaluations and time of the safeguarded solver, of plain
+Newton-Jacobi sweeps, of damped ones as the paper has them (factor 1/3.5), and of solving one coordinate after the other
+on crops of 7 x 7, on layers with weights ``--gain`` times Xavier's. *Gradient*: the solve with its implicit gradient
+against the solve alone. *Attention*: a layer with one head against the same in the order by position without it, pass,
+step and solve, with random weights ``--gain`` times Xavier's, attention's too. *Digits*: a net of 16 layers, trained
+for ``--seconds`` on 8 x 8 digits: 64 draws, of the net as it is, to 1e-9 and to rounding, and of the net with all
+weights doubled; and how many of them 100 sweeps for each layer miss.
 
 CPU seconds of one thread, float32 for the passes and float64 for the solves; medians over rounds, least and greatest.
 """
@@ -34,6 +36,7 @@ from torch import Tensor, nn
 import pyro_flows as pf
 
 DIGITS = Path(__file__).parent.parent / "data" / "digits.npz"
+TABLES = ("pass", "inverse", "gradient", "attention", "digits")
 Shape = tuple[int, int, int]
 
 
@@ -51,13 +54,15 @@ class Dense(nn.Module):
         return self.third(F.elu(self.second(F.elu(self.first(x), inplace=True)), inplace=True))
 
 
-def layer_of(shape: Shape, groups: int, gain: float = 1.0) -> pf.Mint:
+def layer_of(shape: Shape, groups: int, gain: float = 1.0, **options: object) -> pf.Mint:
     """A layer with weights ``gain`` times those of Xavier's rule (fresh ones are a two-hundredth)."""
-    layer = pf.Mint(shape, num_groups=groups)
+    layer = pf.Mint(shape, num_groups=groups, **options)
     with torch.no_grad():
         for name, parameter in layer.named_parameters():
             if name.startswith(("taps", "centres")):
                 parameter.mul_(200 * gain)
+            elif name.startswith("attention"):
+                parameter.normal_().mul_(gain / parameter.shape[-1] ** 0.5)
     return layer
 
 
@@ -253,6 +258,39 @@ def gradients(sizes: list[tuple[Shape, int, int]], gain: float, rounds: int) -> 
     print("\n" + markdown(head, rows) + "\n")
 
 
+def attention(sizes: list[tuple[Shape, int, int]], gain: float, rounds: int) -> None:
+    rows = []
+    for shape, groups, batch in sizes:
+        torch.manual_seed(0)
+        layers = [layer_of(shape, groups, gain, order="position", attention=heads) for heads in (0, 1)]
+        x = torch.randn(batch, *shape)
+
+        def score(layer: pf.Mint, step: bool, x: Tensor = x) -> None:
+            with torch.set_grad_enabled(step):
+                z, ladj = layer.inverse_and_ladj(x)
+                if step:
+                    (z.square().sum() - ladj.sum()).backward()
+
+        def solve(layer: pf.Mint, x: Tensor = x) -> None:
+            with torch.no_grad():
+                layer.forward_and_ladj(x)
+
+        calls = [*(partial(score, step=step) for step in (False, True)), solve]
+        for layer in layers:
+            for call in calls:
+                call(layer)
+        taken = [[[spent(partial(call, layer)) for layer in layers] for call in calls] for _ in range(rounds)]
+        cells = [f"{shape}, {groups}, {batch}"]
+        for k in range(len(calls)):
+            without = statistics.median(t[k][0] for t in taken)
+            cells.append(f"{shown(without)}, x {between([t[k][1] / t[k][0] for t in taken], 1)}")
+        cells.append(", ".join(f"{layer.last_solve.sweeps} of {layer.last_solve.waves}" for layer in layers))
+        rows.append(cells)
+        print("  ".join(cells), flush=True)
+    head = ["event, groups, batch", "pass without, x with", "step", "solve", "sweeps of chain: without, with"]
+    print("\n" + markdown(head, rows) + "\n")
+
+
 # A trained net.
 
 
@@ -310,6 +348,7 @@ def digits(seconds: float, seed: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--gain", type=float, default=2.0)
     parser.add_argument("--seconds", type=float, default=100, help="of training, for the last table")
@@ -328,10 +367,16 @@ def main() -> None:
     deep = [((1, 8, 8), 16, 1), ((1, 8, 8), 16, 32), ((1, 28, 28), 16, 8), ((3, 16, 16), 8, 4)]
     if args.smoke:
         args.rounds, args.seconds = 1, 0.5
-    passes(small if args.smoke else wide, args.rounds)
-    inverses(small if args.smoke else deep, args.gain, 1e-8, args.rounds)
-    gradients(small if args.smoke else deep[1:], args.gain, args.rounds)
-    digits(args.seconds, args.seed)
+    if "pass" in args.tables:
+        passes(small if args.smoke else wide, args.rounds)
+    if "inverse" in args.tables:
+        inverses(small if args.smoke else deep, args.gain, 1e-8, args.rounds)
+    if "gradient" in args.tables:
+        gradients(small if args.smoke else deep[1:], args.gain, args.rounds)
+    if "attention" in args.tables:
+        attention(small if args.smoke else deep[1:], args.gain, args.rounds)
+    if "digits" in args.tables:
+        digits(args.seconds, args.seed)
 
 
 if __name__ == "__main__":

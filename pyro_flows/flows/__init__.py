@@ -9,10 +9,12 @@ its own: give it to ``TransformedDistribution``, to ``AutoNormalizingFlow``, or 
 from pyro_flows.flows.continuous import cnf
 from pyro_flows.flows.images import glow, multiscale_realnvp
 from pyro_flows.flows.mint import MINTNET_CONFIGURATIONS, mintnet
+from pyro_flows.flows.series import causal_maf
 from pyro_flows.flows.vectors import iaf, maf, ncsf, nice, nsf, realnvp
 
 __all__ = [
     "MINTNET_CONFIGURATIONS",
+    "causal_maf",
     "cnf",
     "glow",
     "iaf",

@@ -7,6 +7,7 @@ from types import MappingProxyType
 
 from torch import Size
 
+from pyro_flows.boundary import positive_integers
 from pyro_flows.chain import Chain
 from pyro_flows.convolutions import image_shape
 from pyro_flows.core import FlowTransform
@@ -31,14 +32,19 @@ def mintnet(
     num_layers: int = 6,
     num_groups: int | Sequence[int] = 16,
     kernel_size: int = 3,
-    order: str = "channel",
+    order: str | None = None,
     squeeze: int = 0,
     split: bool = False,
     act_norm: bool = False,
     one_sided: bool = False,
+    causal: bool = False,
+    dilations: int | Sequence[int] | None = None,
     hidden_dims: Sequence[int] = (64,),
     activation: str = "elu",
     min_slope: float = 1e-3,
+    attention: int = 0,
+    head_dim: int = 16,
+    window: int | None = None,
     shared_scale: bool = False,
     tolerance: float | None = None,
     max_sweeps: int | None = None,
@@ -63,15 +69,27 @@ def mintnet(
             given for each stage, one more than there are squeezes (paper: 45 for MNIST, 85 for CIFAR-10).
         kernel_size: of the convolutions, odd (paper: 3).
         order: of the coordinates, ``"channel"`` (paper) or ``"position"``; see :class:`~pyro_flows.transforms.Mint`.
+            ``None`` for the first, or, with attention, for the second, which it needs.
         squeeze: number of squeezes, spread evenly over the pairs (paper: 2, after a third and two thirds of them).
         split: whether half of the channels leave after each squeeze, Gaussian given the others (paper: no).
         act_norm: whether each pair has an :class:`~pyro_flows.transforms.ActNorm` on its data side, which the first
             batch in training sets (paper: no).
         one_sided: whether all layers have the first's orientation: then the whole flow is triangular, and gives the
             density of each coordinate given those before it; needs ``squeeze=0``.
+        causal: for series ``(C, T)``: all layers go by time, a step and its channels after another, from the first
+            one on, with parameters that all times share, so that no parameter depends on ``T`` and a flow goes on
+            beyond it, see :class:`~pyro_flows.infer.series.Stream`.  It stands for ``one_sided=True``,
+            ``order="position"`` and ``shared_scale=True``.
+        dilations: distances of the convolutions' taps, for the layers in the sequence in which data meet them, from
+            the beginning again where there are more layers; by default 1, or 1, 2, 4, 8 if ``causal``.  A causal chain
+            looks ``reach`` steps back, three halves of ``kernel_size - 1`` times the sum of the layers' dilations.
         hidden_dims: widths of the hidden layers of the contexts' networks.
         activation: of the layers, increasing (paper: ELU).
         min_slope: the least factor of a coordinate in a layer (paper: 1e-12).
+        attention: number of heads by which the pixels (or times) of each layer attend to those before them, 0 for none
+            (paper: 0).  At first they add zero; the log-determinant stays exact.
+        head_dim: size of each head, at least 5 for images and 3 for series.
+        window: how many pixels back attention reaches in each layer; ``None`` for all.
         shared_scale: whether those factors are shared over places; no parameter then depends on the image's size.
         tolerance: of the solver, relative; ``None`` for one that goes with the dtype.
         max_sweeps: of the solver; ``None`` for as many as it takes.
@@ -84,7 +102,14 @@ def mintnet(
         MintNet: Building Invertible Neural Networks with Masked Convolutions (Song et al., 2019), arXiv:1907.07945.
     """
     event = image_shape("mintnet", event_shape)
+    if causal:
+        if len(event) != 2:
+            raise ValueError(f"mintnet: expected a series (C, T) for causal=True, got event shape {tuple(event)}")
+        one_sided, order, shared_scale = True, "position", True
     _check(event, num_layers, squeeze, split, one_sided)
+    apart = (1, 2, 4, 8) if causal else (1,)
+    if dilations is not None:
+        apart = positive_integers("mintnet", "dilations", dilations)
     groups = _groups(num_groups, squeeze, len(event) - 1)
     per_stage = num_layers // (squeeze + 1)
     options = {
@@ -94,20 +119,33 @@ def mintnet(
         "hidden_dims": hidden_dims,
         "activation": activation,
         "min_slope": min_slope,
+        "attention": attention,
+        "head_dim": head_dim,
+        "window": window,
         "shared_scale": shared_scale,
         "tolerance": tolerance,
         "max_sweeps": max_sweeps,
         "on_fail": on_fail,
     }
 
-    def pair(shape: Size, width: int) -> list[FlowTransform]:
+    def pair(shape: Size, width: int, before: int) -> list[FlowTransform]:
         # From base to data, so the one that data meet first comes last.
-        layers = [Mint(shape, num_groups=width, lower=one_sided or k == 1, **options) for k in range(2)]
+        layers = [
+            Mint(
+                shape,
+                num_groups=width,
+                lower=one_sided or k == 1,
+                dilation=apart[(2 * before + 1 - k) % len(apart)],
+                **options,
+            )
+            for k in range(2)
+        ]
         return [*layers, *([ActNorm(shape)] if act_norm else [])]
 
     def stage(shape: Size, level: int) -> list[FlowTransform]:
         count = per_stage if level < squeeze else num_layers - squeeze * per_stage
-        pairs = [part for _ in range(count) for part in pair(shape, groups[level])]
+        met = level * per_stage  # pairs that data have met before
+        pairs = [part for k in reversed(range(count)) for part in pair(shape, groups[level], met + k)]
         if level == squeeze:
             return pairs
         down = Squeeze(shape)

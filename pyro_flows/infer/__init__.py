@@ -8,6 +8,7 @@ from pyro_flows.infer.diagnostics import simulation_based_calibration
 from pyro_flows.infer.fitting import GuideFit, fit_guide, load_guide
 from pyro_flows.infer.guides import AutoFlow
 from pyro_flows.infer.objectives import AlphaDivergence, DReGELBO, ForwardKL, PathELBO
+from pyro_flows.infer.series import Stream, step_log_prob
 from pyro_flows.infer.surprise import pixel_scores
 
 __all__ = [
@@ -22,11 +23,13 @@ __all__ = [
     "GuideFit",
     "PathELBO",
     "StandardizedFlow",
+    "Stream",
     "fit_density",
     "fit_guide",
     "load_guide",
     "pixel_scores",
     "simulation_based_calibration",
     "standardized",
+    "step_log_prob",
     "to_arviz",
 ]

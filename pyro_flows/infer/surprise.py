@@ -66,32 +66,50 @@ def pixel_scores(model: Flow | Dequantized, value: Tensor, context: Tensor | Non
     if isinstance(flow, StandardizedFlow) and context is not None:
         context = flow.scaled(context)
     with evaluating(flow):
-        return sum(_surprise(flow, each, context) for each in values) / len(values)
+        return sum(surprise(flow, each, context) for each in values) / len(values)
 
 
-def _surprise(flow: Flow, value: Tensor, context: Tensor | None) -> Tensor:
+def surprise(
+    flow: Flow, value: Tensor, context: Tensor | None, who: str = "pixel_scores", by_time: bool = False
+) -> Tensor:
+    r""":math:`-\log p(y_i \mid y_{<i}, c)` in nats, with a graph where one is wanted.
+
+    Args:
+        flow: of one orientation.
+        value: shape ``(*batch, *event_shape)``.
+        context: as the chain sees it.
+        who: asks, for messages.
+        by_time: whether the order has to be that of the steps of a series.
+    """
     value = admit(flow.chain, value, context, data_side=True)
     if value.numel() and not flow.chain.codomain.check(value).all():
         raise ValueError(
-            f"pixel_scores: expected values in the support, {flow.chain.codomain}, got some outside of it; a "
+            f"{who}: expected values in the support, {flow.chain.codomain}, got some outside of it; a "
             "Dequantized takes whole numbers and adds the noise itself"
         )
-    single = _single(flow.base(), flow)
+    single = _single(flow.base(), flow, who)
     known: tuple[str, list[int]] | None = None
+    if by_time:
+        places = torch.arange(flow.chain.event_shape.numel(), device="cpu").view(flow.chain.event_shape)
+        known = ("time", places.T.flatten().tolist())
     total = torch.zeros_like(value)
     leaves = list(_leaves(flow.chain, context, False))
     for k in reversed(range(len(leaves))):
         part, own, inverse = leaves[k]
         name = f"{type(part).__name__} (part {k} of {len(leaves)})"
-        order = _order(part, name)
+        order = _order(part, name, who)
         if order is not None:
             if known is not None and known[1] != order:
                 raise ValueError(
-                    f"pixel_scores: {name} goes through the dimensions in another order than {known[0]}, so that there "
+                    f"{who}: {name} goes through the dimensions in another order than {known[0]}, so that there "
                     "are no conditionals to read off; build a flow of one orientation, e.g. Mint layers that are all "
                     "lower=True and of the same order"
                 )
             known = (name, order)
+        if not inverse and hasattr(part, "inverse_and_log_slopes"):
+            value, slopes = part.inverse_and_log_slopes(value, own)
+            total = total + slopes
+            continue
         moved = (part._forward_and_ladj if inverse else part._inverse_and_ladj)(value, own)[0]
         if inverse:
             total = total - _log_slopes(part, value, moved, own)
@@ -114,7 +132,7 @@ def _leaves(part: FlowTransform, context: Tensor | None, inverse: bool) -> Itera
         yield part, context if part.context_dim else None, inverse
 
 
-def _order(part: FlowTransform, name: str) -> list[int] | None:
+def _order(part: FlowTransform, name: str, who: str) -> list[int] | None:
     """The dimensions in the sequence in which a triangular part goes through them; ``None`` for an elementwise one."""
     if isinstance(part, (ActNorm, LogitPixels, Rescaling, Standardization)) or _is_elementwise(part):
         return None
@@ -122,7 +140,7 @@ def _order(part: FlowTransform, name: str) -> list[int] | None:
         return part.net.order.tolist()
     if not all(hasattr(part, each) for each in ("log_slopes", "order", "lower")):
         raise ValueError(
-            f"pixel_scores: {name} mixes the dimensions in no order that is known, so that there are no conditionals "
+            f"{who}: {name} mixes the dimensions in no order that is known, so that there are no conditionals "
             "to read off; build a flow of one orientation, of Mint or Autoregressive layers and elementwise parts"
         )
     places = torch.arange(part.event_shape.numel(), device="cpu").view(part.event_shape)
@@ -152,14 +170,14 @@ def _log_slopes(part: FlowTransform, base: Tensor, data: Tensor, context: Tensor
     return part.log_slopes(data) if context is None else part.log_slopes(data, context)
 
 
-def _single(base: Distribution, flow: Flow) -> Distribution:
+def _single(base: Distribution, flow: Flow, who: str = "pixel_scores") -> Distribution:
     """The distributions of single dimensions that a base consists of."""
     inner = base
     while isinstance(inner, Independent):
         inner = inner.base_dist
     if inner.event_shape or inner.batch_shape != flow.chain.event_shape:
         raise ValueError(
-            f"pixel_scores: expected a base of independent dimensions, such as the default one, got "
+            f"{who}: expected a base of independent dimensions, such as the default one, got "
             f"{type(inner).__name__} of batch shape {tuple(inner.batch_shape)} and event shape "
             f"{tuple(inner.event_shape)}"
         )

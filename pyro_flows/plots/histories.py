@@ -17,7 +17,9 @@ __all__ = ["history"]
 
 
 def history(fit: Any, ax: Axes | None = None) -> Axes:
-    """Log-likelihood per row of training and validation data after each epoch, in nats; higher is better.
+    """Scores of training and validation data after each epoch, higher is better: log-likelihoods in nats per row.
+
+    Of a fit by flow matching they are negative matching losses.
 
     The best epoch is marked: the one that the fit names, or the one with the highest validation value.  A learning rate
     that changes is drawn on a second axis.  Where the first epochs lie far below the rest, the picture leaves them out.
@@ -51,7 +53,8 @@ def history(fit: Any, ax: Axes | None = None) -> Axes:
         ax.plot(epoch, validation, color=MODEL, linewidth=1.6, label="validation")
         drawn.append(validation)
         _mark(ax, fit, epoch, validation)
-    ax.set(xlabel="epoch", ylabel="log-likelihood (nats per row)")
+    matched = getattr(fit, "objective", None) == "flow_matching"
+    ax.set(xlabel="epoch", ylabel="negative matching loss" if matched else "log-likelihood (nats per row)")
     _zoom(ax, np.concatenate(drawn))
     ax.legend(frameon=False, fontsize=8, loc="best")
     rate = columns.get("lr")

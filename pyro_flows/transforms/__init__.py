@@ -1,6 +1,7 @@
 """Transforms, one file a paper family; builders in :mod:`pyro_flows.flows` stack them."""
 
 from pyro_flows.transforms.autoregressive import Autoregressive
+from pyro_flows.transforms.causal import CausalAutoregressive
 from pyro_flows.transforms.continuous import Continuous
 from pyro_flows.transforms.conv_coupling import ConvCoupling
 from pyro_flows.transforms.coupling import Coupling
@@ -15,6 +16,7 @@ from pyro_flows.transforms.preconditioner import Preconditioner
 __all__ = [
     "ActNorm",
     "Autoregressive",
+    "CausalAutoregressive",
     "Continuous",
     "Conv1x1",
     "ConvCoupling",

@@ -196,7 +196,8 @@ class Continuous(FlowTransform):
         max_steps: of adaptive solvers, before an error.
         gradient: ``"auto"``, ``"adjoint"`` or ``"backprop"``.
         per_row: whether every row is held to the tolerance rather than all on average.
-        kinetic: weight of :math:`\int |v|^2 dt` in :func:`collect_penalties`.
+        kinetic: weight of :math:`\int |v|^2 dt` in :func:`collect_penalties`, and so in the loss of
+            :func:`~pyro_flows.infer.density.fit.fit_density`.
         jacobian: weight of :math:`\int \|\partial v / \partial z\|_F^2 dt` there, by the divergence's own probes.
 
     Raises:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 
 from pyro_flows.activations import Activation
+from pyro_flows.boundary import event_size
 from pyro_flows.core import FlowTransform
 from pyro_flows.nets import MLP
+from pyro_flows.steps import Stepper, affine, at_any_time
 from pyro_flows.univariate import soft_clip
 
 __all__ = ["Permutation", "Rescaling", "Standardization"]
@@ -69,6 +71,15 @@ class Rescaling(FlowTransform):
             log_scale = log_scale + soft_clip(shift, self.max_log_scale)
         return log_scale, log_scale.sum(tuple(range(-dims, 0))).expand(batch)
 
+    def stepper(self, rows: int, context: Tensor | None = None) -> Stepper:
+        """One step of a series after another, where all times have one scale; see :mod:`pyro_flows.steps`."""
+        if context is not None:
+            raise ValueError(
+                "Rescaling: with a context each time has a scale of its own, so that nothing is known of the time "
+                "after the last; use a part whose parameters all times share"
+            )
+        return affine(0.0, -at_any_time("Rescaling", "log_scale", self.log_scale))
+
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         log_scale, total = self._log_scale(x, context)
         return x * torch.exp(-log_scale), -total
@@ -89,6 +100,8 @@ class Standardization(FlowTransform):
     Args:
         loc: :math:`t`, of the event's shape, e.g. ``data.mean(0)``.
         scale: :math:`\sigma > 0`, of the same shape, e.g. ``data.std(0)``; each may also broadcast to the other.
+        event_shape: ``None`` for the shape of these numbers, or one to which they broadcast, such as ``(C, T)`` for
+            numbers ``(C, 1)`` that all times share; the ``state_dict`` holds the numbers as they are.
 
     Raises:
         ValueError: for shapes that do not fit, a location that is not finite, or a scale that is not positive.
@@ -101,7 +114,13 @@ class Standardization(FlowTransform):
 
     sampling_cost = density_cost = "1 product"
 
-    def __init__(self, loc: Tensor | Sequence[float], scale: Tensor | Sequence[float]) -> None:
+    def __init__(
+        self,
+        loc: Tensor | Sequence[float],
+        scale: Tensor | Sequence[float],
+        *,
+        event_shape: int | Iterable[int] | None = None,
+    ) -> None:
         given = [torch.as_tensor(loc).detach(), torch.as_tensor(scale).detach()]
         if not all(tensor.is_floating_point() for tensor in given):
             raise TypeError(
@@ -114,7 +133,14 @@ class Standardization(FlowTransform):
                 "Standardization: expected loc and scale of the event's shape, got shapes "
                 f"{tuple(given[0].shape)} and {tuple(given[1].shape)}"
             ) from None
-        super().__init__(shape)
+        event = Size(shape) if event_shape is None else event_size(event_shape)
+        sides = zip(reversed(shape), reversed(event), strict=False)
+        if len(shape) > len(event) or any(side not in (1, whole) for side, whole in sides):
+            raise ValueError(
+                f"Standardization: expected loc and scale that broadcast to event_shape {tuple(event)}, got "
+                f"{tuple(shape)}"
+            )
+        super().__init__(event)
         for name, tensor in zip(("loc", "scale"), given, strict=True):
             self.register_buffer(name, tensor.to(given[0]).expand(shape).clone(memory_format=torch.contiguous_format))
         if self.loc.is_meta:
@@ -129,8 +155,28 @@ class Standardization(FlowTransform):
                 f"at {where}; leave constant dimensions out, or give them the scale 1"
             )
 
+    @property
+    def shared_over_time(self) -> bool:
+        if len(self.event_shape) != 2 or self.loc.is_meta:
+            return False
+        whole = torch.stack((self.loc, self.scale)).expand(2, *self.event_shape)
+        return torch.equal(whole[..., :1].expand_as(whole), whole)
+
+    @property
+    def reach(self) -> int | None:
+        return 0 if self.shared_over_time else None
+
+    def stepper(self, rows: int, context: Tensor | None = None) -> Stepper:
+        """One step of a series after another, where all times have the same numbers; see :mod:`pyro_flows.steps`."""
+        loc, scale = (
+            at_any_time("Standardization", name, getattr(self, name).expand(self.event_shape))
+            for name in ("loc", "scale")
+        )
+        return affine(loc, scale.log())
+
     def _ladj(self, value: Tensor) -> Tensor:
-        return self.scale.log().sum().expand(value.shape[: value.dim() - len(self.event_shape)])
+        total = self.scale.log().sum() * (self.event_shape.numel() // self.scale.numel())
+        return total.expand(value.shape[: value.dim() - len(self.event_shape)])
 
     def turned(self, angles: Tensor, inverse: bool = False) -> Tensor:
         moved = ((self.loc != 0) | (self.scale != 1)).to(angles.device)

@@ -9,45 +9,22 @@ from typing import Any
 import torch
 from torch import Size, Tensor, nn
 
+from pyro_flows.attention import Attention, AttentionNet
 from pyro_flows.boundary import admit
 from pyro_flows.core import FlowTransform
+from pyro_flows.mint_map import MintMap, MintSteps
 from pyro_flows.monotone import monotone
 from pyro_flows.nets import MLP
-from pyro_flows.newton import SolveReport, SolverSettings, TriangularMap, solve_triangular
-from pyro_flows.slopes import Layout, Weights, layout, value_and_slope
-from pyro_flows.triangular import as_image, earlier_taps, kernel_of, waves
+from pyro_flows.newton import SolveReport, SolverSettings, solve_triangular
+from pyro_flows.slopes import layout
+from pyro_flows.steps import Stepper
+from pyro_flows.triangular import as_image, earlier_taps, kernel_of, ranks, waves
 from pyro_flows.univariate import soft_clip
 
 __all__ = ["Mint"]
 
 _GAIN = 0.005  # of the first weights, over Xavier's
 _MOST = 3.0  # of the logarithm of what a context multiplies by
-_ROUNDING = 1e-5  # relative
-
-
-class _Map(TriangularMap):
-    """A layer as the solver sees it: its parameters come as arguments, in the sequence of ``Weights``."""
-
-    def __init__(self, name: str, wave: Tensor, layout: Layout) -> None:
-        self.name, self.wave, self.layout = name, wave, layout
-
-    def value_and_slope(self, x: Tensor, shared: Sequence[Tensor], rowwise: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        image = x.unsqueeze(-2) if x.dim() == 3 else x
-        value, slope = value_and_slope(self.layout, image, Weights(*shared, *rowwise))
-        return value.view(x.shape), slope.view(x.shape)
-
-    def slope_bounds(self, shared: Sequence[Tensor], rowwise: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        w = Weights(*shared, *rowwise)
-        # Slopes of activations are at most `steepest`, twice along each path.
-        most = w.inner.abs().sum(-1) * w.outer.abs() * self.layout.activation.steepest**2
-        if w.gate is not None:
-            most = most * w.gate.unflatten(-1, most.shape)
-        most = w.scale + most.sum(-1)[..., None, None]
-        least = w.scale
-        if self.wave.dim() == 2:  # a sequence is an image of one row
-            least, most = least.squeeze(-2), most.squeeze(-2)
-        # Rounding must not take a slope out of its bounds.
-        return least * (1 - _ROUNDING), most * (1 + _ROUNDING)
 
 
 def _settings(tolerance: float | None, max_sweeps: int | None, on_fail: str) -> SolverSettings:
@@ -59,6 +36,39 @@ def _settings(tolerance: float | None, max_sweeps: int | None, on_fail: str) -> 
     if on_fail not in ("raise", "warn"):
         raise ValueError(f"Mint: expected on_fail to be 'raise' or 'warn', got {on_fail!r}")
     return SolverSettings(tolerance, max_sweeps, on_fail)
+
+
+def _order(order: str | None, attention: int) -> str:
+    if order is None:
+        return "position" if attention else "channel"
+    if attention and order == "channel":
+        raise ValueError(
+            "Mint: attention goes from pixel to pixel with all their channels, so it needs order='position', got "
+            "order='channel'; leave order out, or set attention=0"
+        )
+    return order
+
+
+def _attention(
+    event: Size, kernel: tuple[int, int], heads: int, head_dim: int, window: int | None, lower: bool
+) -> Attention | None:
+    """How places attend to each other, ``None`` for not at all."""
+    for name, value, least in (("attention", heads, 0), ("head_dim", head_dim, 1), ("window", window, 1)):
+        if name == "window" and value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            kind = f"an integer >= {least}{', or None' if name == 'window' else ''}"
+            raise ValueError(f"Mint: expected {name} to be {kind}, got {value!r}")
+    if not heads:
+        return None
+    least = 2 * (len(event) - 1) + 1
+    if head_dim < least:
+        raise ValueError(
+            f"Mint: expected head_dim >= {least}, a pair of numbers for each axis of the event and one more, got "
+            f"{head_dim}"
+        )
+    # Kernels of a single place would leave queries nothing to look at.
+    return Attention(kernel_of("Mint", event, max(*kernel, 3)), heads, head_dim, window, lower)
 
 
 class Mint(FlowTransform):
@@ -78,8 +88,15 @@ class Mint(FlowTransform):
     about as many passes as the longest chain of dependencies, ``waves.max() + 1``, or fewer, and differentiates
     implicitly.  What it took is in ``last_solve``.
 
-    A context shifts the hidden maps and the output, and multiplies :math:`t` and the groups of the last convolution by
-    positive numbers, so that all of this holds at each context.
+    With ``attention``, each pixel (or time) also gets :math:`A_i(y_{<i})`, by as many heads of causal attention to the
+    pixels strictly before it, near or far: a sum over :math:`j < i` of values of pixel :math:`j`, weighted by a softmax
+    of products of its key with a query that only sees what is before pixel :math:`i` (``pyro_flows.attention`` has the
+    formula).  It adds to no pixel's derivative after itself, so that slopes, their bounds and the log-determinant stay
+    as they are, exactly.  A pass then costs :math:`O((HW)^2)` more, for which the gradient keeps a softmax of so many
+    numbers for each head and event; and the longest chain of dependencies has all coordinates.
+
+    A context shifts the hidden maps, the queries and the output, and multiplies :math:`t` and the groups of the last
+    convolution by positive numbers, so that all of this holds at each context.
 
     Args:
         event_shape: ``(channels, height, width)`` or ``(channels, time)``.
@@ -87,14 +104,21 @@ class Mint(FlowTransform):
             there are more channels).
         kernel_size: an odd integer; a larger one makes longer chains and so more passes in sampling.
         order: ``"channel"``, one channel after another, whose chains are the shorter ones; or ``"position"``, one
-            pixel (or time) after another with all its channels.
+            pixel (or time) after another with all its channels.  ``None`` for the first, or, with attention, for the
+            second, which it needs.
         lower: whether a coordinate depends on those before it, or, if false, on those after it.  Layers of both kinds
             in turns let each depend on all.
+        dilation: distance of the taps of all three convolutions; of a series then only every ``dilation``-th step
+            takes part in a chain, which is as many times shorter.
         context_dim: size of the context, 0 for none.
         hidden_dims: widths of the hidden layers of the context's network.
         activation: :math:`h`, one of ``"elu"``, ``"softplus"``, ``"tanh"``, ``"sigmoid"`` and ``"leaky_relu"`` (with
             which the density has jumps).
         min_slope: the least :math:`t`, :math:`t = \sqrt{r^2 + m^2}` with a learnt :math:`r`.
+        attention: the number of heads, 0 for none; at first they add zero.
+        head_dim: the size of keys and values of each head, at least 5 for images and 3 for series.
+        window: how many pixels back (in the order) attention reaches; ``None`` for all.  It bounds what must be kept to
+            go on with a series, not the cost of a pass.
         shared_scale: whether :math:`t` (and what a context adds to the output) is one number for each channel rather
             than for each coordinate; then no parameter depends on the size of the image, and a ``state_dict`` loads
             into a layer for another size.
@@ -104,10 +128,12 @@ class Mint(FlowTransform):
 
     Raises:
         ValueError: for an event of another number of dimensions, an even kernel, an activation that is not increasing,
-            or options out of range.
+            attention in the order by channel, or options out of range.
 
     References:
         MintNet: Building Invertible Neural Networks with Masked Convolutions (Song et al., 2019), arXiv:1907.07945.
+        Attention Is All You Need (Vaswani et al., 2017), arXiv:1706.03762.
+        RoFormer: Enhanced Transformer with Rotary Position Embedding (Su et al., 2021), arXiv:2104.09864.
     """
 
     sampling_cost = "1 solve"
@@ -120,12 +146,16 @@ class Mint(FlowTransform):
         *,
         num_groups: int = 16,
         kernel_size: int = 3,
-        order: str = "channel",
+        order: str | None = None,
         lower: bool = True,
+        dilation: int = 1,
         context_dim: int = 0,
         hidden_dims: Sequence[int] = (64,),
         activation: str = "elu",
         min_slope: float = 1e-3,
+        attention: int = 0,
+        head_dim: int = 16,
+        window: int | None = None,
         shared_scale: bool = False,
         tolerance: float | None = None,
         max_sweeps: int | None = None,
@@ -137,19 +167,30 @@ class Mint(FlowTransform):
         self.kernel = kernel = kernel_of("Mint", self.event_shape, kernel_size)
         if isinstance(num_groups, bool) or not isinstance(num_groups, int) or num_groups < 1:
             raise ValueError(f"Mint: expected num_groups to be an integer >= 1, got {num_groups!r}")
+        if isinstance(dilation, bool) or not isinstance(dilation, int) or dilation < 1:
+            raise ValueError(f"Mint: expected dilation to be an integer >= 1, got {dilation!r}")
         if not (isinstance(min_slope, (int, float)) and 0 < min_slope < 1):
             raise ValueError(f"Mint: expected min_slope between 0 and 1, got {min_slope!r}")
-        self.num_groups, self.order, self.lower = num_groups, order, bool(lower)
-        self.activation, self.shared_scale = monotone("Mint", activation).name, bool(shared_scale)
+        rule = _attention(self.event_shape, kernel, attention, head_dim, window, bool(lower))
+        self.num_groups, self.order, self.lower = num_groups, _order(order, attention), bool(lower)
+        self.activation, self.shared_scale, self.dilation = (
+            monotone("Mint", activation).name,
+            bool(shared_scale),
+            dilation,
+        )
         self.settings = _settings(tolerance, max_sweeps, on_fail)
-        self.register_buffer("waves", waves(image, kernel, order, self.lower).view(self.event_shape), persistent=False)
-        self._add_taps(earlier_taps(channels, kernel, order, self.lower))
-        self.map = _Map(f"Mint layer {tuple(self.event_shape)}", self.waves, self.layout)
+        wave = waves(image, kernel, self.order, self.lower, dilation)
+        if rule is not None:  # each coordinate depends on all before it
+            wave = ranks(image, self.order, self.lower)
+        self.register_buffer("waves", wave.view(self.event_shape), persistent=False)
+        self._add_taps(earlier_taps(channels, kernel, self.order, self.lower))
+        self.map = MintMap(f"Mint layer {tuple(self.event_shape)}", self.waves, self.layout, rule)
+        self.attention = None if rule is None else AttentionNet(channels, rule)
         space = (1,) * (len(self.event_shape) - 1) if shared_scale else self.event_shape[1:]
         self.scale = nn.Parameter(torch.full((channels, *space), math.sqrt(1 - min_slope**2)))
         self.register_buffer("min_slope", torch.tensor(float(min_slope)), persistent=False)
         if context_dim:
-            outputs = 3 * channels * num_groups + 2 * self.scale.numel()
+            outputs = 3 * channels * num_groups + 2 * self.scale.numel() + attention * head_dim
             self.net = MLP(0, outputs, hidden_dims=hidden_dims, context_dim=context_dim)
 
     def _add_taps(self, earlier: Tensor) -> None:
@@ -158,7 +199,7 @@ class Mint(FlowTransform):
         middle = torch.zeros_like(earlier)
         middle[:, :, self.kernel[0] // 2, self.kernel[1] // 2] = torch.eye(channels, dtype=torch.bool)
         free, centre = (each.flatten().nonzero().squeeze(-1) for each in (earlier, middle))
-        self.layout = layout(monotone("Mint", self.activation), earlier | middle, groups)
+        self.layout = layout(monotone("Mint", self.activation), earlier | middle, groups, self.dilation)
         self.register_buffer("places", torch.cat((free, centre)), persistent=False)
         area = math.prod(self.kernel) * channels
         sides = ((groups, 1), (groups, groups), (1, groups))
@@ -193,10 +234,11 @@ class Mint(FlowTransform):
         return blocks.reshape(channels * out, channels * into, *self.kernel)
 
     def _weights(self, context: Tensor | None, batch: Size) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """What all rows share, and what each has of its own; in the sequence of ``Weights``."""
+        """What all rows share, and what each has of its own; in the sequence of ``MintMap.split``."""
         centres = self.centres.abs() * self.centre_signs
         square, first, last = centres.split((self.num_groups, 1, 1), -1)
         shared = (
+            *(() if self.attention is None else self.attention.weights()),
             self._dense(self.taps_0, first),
             self._dense(self.taps_1, square),
             self._dense(self.taps_2, last.mT),
@@ -212,22 +254,25 @@ class Mint(FlowTransform):
             return (*shared, self.bias_0, self.bias_1, last, scale.view(-1, *space)), ()
         hidden, rows = self.bias_0.numel(), batch.numel()
         made = self.net(context, context).squeeze(-1).to(scale.dtype).expand(*batch, -1)
-        made = made.reshape(rows, 3 * hidden + 2 * scale.numel())
-        first, second, gate, stretch, last = made.split([hidden] * 3 + [scale.numel()] * 2, -1)
+        sizes = [hidden] * 3 + [scale.numel()] * 2
+        made = made.reshape(rows, made.shape[-1])
+        first, second, gate, stretch, last = made[:, : sum(sizes)].split(sizes, -1)
         stretch = soft_clip(stretch.view(rows, *scale.shape), _MOST).exp()
         scale = self.min_slope + (scale - self.min_slope) * stretch
         last = last.view(scale.shape) + self.bias_2.view(-1, *(1 for _ in self.event_shape[1:]))
         spread = [each.view(rows, each.shape[1], *space) for each in (last, scale)]
-        return shared, (self.bias_0 + first, self.bias_1 + second, *spread, soft_clip(gate, _MOST).exp())
+        rowwise = (self.bias_0 + first, self.bias_1 + second, *spread, soft_clip(gate, _MOST).exp())
+        return shared, rowwise if self.attention is None else (*rowwise, made[:, sum(sizes) :])
 
-    def _pass(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+    def inverse_and_log_slopes(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Data to base, and what :meth:`log_slopes` gives, for a value and a context that fit."""
         batch = y.shape[: y.dim() - len(self.event_shape)]
         rows = y.reshape(batch.numel(), *self.event_shape)
         x, slopes = self.map.value_and_slope(rows, *self._weights(context, batch))
         return x.view(y.shape), slopes.log().view(y.shape)
 
     def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        x, logs = self._pass(y, context)
+        x, logs = self.inverse_and_log_slopes(y, context)
         return x, logs.flatten(-len(self.event_shape)).sum(-1)
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -248,7 +293,40 @@ class Mint(FlowTransform):
             y: data-side value, shape ``(*batch, *event_shape)``.
             context: shape ``(*context_batch, context_dim)``, broadcast against the batch.
         """
-        return self._pass(admit(self, y, context, data_side=True), context)[1]
+        return self.inverse_and_log_slopes(admit(self, y, context, data_side=True), context)[1]
+
+    @property
+    def _causal(self) -> bool:
+        """Whether each step of a series depends on those before it alone, all their channels included."""
+        by_time = self.order == "position" or self.event_shape[0] == 1
+        return len(self.event_shape) == 2 and self.lower and by_time
+
+    @property
+    def reach(self) -> int | None:
+        if not self._causal:
+            return None
+        convolved = 3 * (self.kernel[1] // 2) * self.dilation
+        return convolved if self.attention is None else self.attention.rule.reach(convolved)
+
+    @property
+    def shared_over_time(self) -> bool:
+        return len(self.event_shape) == 2 and self.shared_scale
+
+    def stepper(self, rows: int, context: Tensor | None = None) -> Stepper:
+        """One step of a series after another; see :mod:`pyro_flows.steps`.
+
+        Args:
+            rows: how many series at once.
+            context: shape ``(rows, context_dim)``, for a layer that takes one.
+        """
+        if not (self._causal and self.shared_over_time):
+            raise ValueError(
+                f"Mint: expected a layer of a series (C, T) with lower=True, order='position' and shared_scale=True to "
+                f"go through step by step, got event shape {tuple(self.event_shape)}, lower={self.lower}, "
+                f"order={self.order!r}, shared_scale={self.shared_scale}; see mintnet(..., causal=True)"
+            )
+        side = self.kernel[1] // 2
+        return MintSteps(self.map, self.settings, side, self.dilation, rows, *self._weights(context, Size([rows])))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Mint:
         super()._apply(fn, recurse)
@@ -267,4 +345,7 @@ class Mint(FlowTransform):
 
     def extra_repr(self) -> str:
         kind = "lower" if self.lower else "upper"
-        return f"{super().extra_repr()}, num_groups={self.num_groups}, {kind}, by {self.order}, {self.activation}"
+        apart = f", dilation={self.dilation}" if self.dilation > 1 else ""
+        return (
+            f"{super().extra_repr()}, num_groups={self.num_groups}, {kind}, by {self.order}, {self.activation}{apart}"
+        )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_flows.core import FlowTransform
+from pyro_flows.steps import Stepper, affine
 from pyro_flows.tracing import plain_eager
 
 __all__ = ["ActNorm"]
@@ -63,6 +64,18 @@ class ActNorm(FlowTransform):
         if self.training and self._is_first(y):
             self._set(*self._moments(y))
         return (y - self.loc) * torch.exp(-self.log_scale), -self._ladj(y)
+
+    @property
+    def shared_over_time(self) -> bool:
+        return len(self.event_shape) == 2
+
+    @property
+    def reach(self) -> int | None:
+        return 0 if self.shared_over_time else None
+
+    def stepper(self, rows: int, context: Tensor | None = None) -> Stepper:
+        """One step of a series after another; see :mod:`pyro_flows.steps`."""
+        return affine(self.loc, self.log_scale)
 
     def _ladj(self, value: Tensor) -> Tensor:
         places = math.prod(self.event_shape[1:])

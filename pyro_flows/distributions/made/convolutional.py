@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Size, Tensor, nn
 
 from pyro_flows.activations import Activation, activation_functions
-from pyro_flows.boundary import event_size
+from pyro_flows.boundary import event_size, positive_integers
 from pyro_flows.distributions.made.autoregressive import AutoregressiveModel, one_by_one
 from pyro_flows.distributions.made.composed import as_head
 from pyro_flows.distributions.made.contract import Head
-from pyro_flows.distributions.made.masked_convolutions import Stacks
-from pyro_flows.distributions.made.raster import RasterSweep
+from pyro_flows.masked_convolutions import Stacks
+from pyro_flows.raster import RasterSweep, rows_at_once
 
 __all__ = ["ConvMADE"]
 
 IMAGE_LAYERS, LEAST_LAYERS, MOST_LAYERS = 7, 4, 12
-ROOM, MORE_ROOM = 2**26, 2**28  # numbers that one sweep may hold, on a processor and elsewhere
 
 
 def _whole(name: str, value: int, least: int) -> int:
@@ -28,16 +27,9 @@ def _whole(name: str, value: int, least: int) -> int:
     return value
 
 
-def _wholes(name: str, value: int | Iterable[int]) -> tuple[int, ...]:
-    given = (value,) if isinstance(value, int) else tuple(value)
-    if not given or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in given):
-        raise ValueError(f"ConvMADE: expected {name} to be positive integers, got {value!r}")
-    return given
-
-
 def _sides(image: bool, kernel_size: int | Sequence[int], layers: int) -> list[int]:
     """How many neighbours to one side each layer's kernel sees."""
-    given = _wholes("kernel_size", kernel_size)
+    given = positive_integers("ConvMADE", "kernel_size", kernel_size)
     if image and any(size % 2 == 0 for size in given):
         raise ValueError(f"ConvMADE: expected odd kernel sizes for images, got {kernel_size!r}")
     least = 3 if image else 2
@@ -53,7 +45,7 @@ def _sides(image: bool, kernel_size: int | Sequence[int], layers: int) -> list[i
 def _distances(given: int | Sequence[int] | None, image: bool, length: int, sides: Sequence[int]) -> list[int]:
     """The dilation of each layer, 1 for the first."""
     if given is not None or image:
-        later = itertools.cycle(_wholes("dilations", (1, 2) if given is None else given))
+        later = itertools.cycle(positive_integers("ConvMADE", "dilations", (1, 2) if given is None else given))
         return [1, *itertools.islice(later, len(sides) - 1)]
     found, reach, step = [1], sides[0], 1
     for side in sides[1:]:
@@ -193,8 +185,7 @@ class ConvMADE(AutoregressiveModel):
         if context is not None:
             context = context.expand(*batch, -1).reshape(rows, context.shape[-1])
         out = self.bias.new_empty(rows, *self.net.shape)
-        kind = self.device.type
-        chunk = max(16, (ROOM if kind == "cpu" else MORE_ROOM) // self.net.numbers_per_draw)
+        chunk = rows_at_once(self.net, self.device)
         for start in range(0, rows, chunk):
             own = None if context is None else context[start : start + chunk]
             n = min(chunk, rows - start)

@@ -22,8 +22,8 @@ from pyro_flows.infer.compression.conditionals import Conditionals, Read, snapsh
 from pyro_flows.infer.compression.cumulative import Edges
 from pyro_flows.infer.density.units import StandardizedFlow, is_plain_flow
 from pyro_flows.infer.surprise import _is_elementwise, _leaves, _single
-from pyro_flows.slopes import Weights
 from pyro_flows.transforms import ActNorm, LogitPixels, Mint
+from pyro_flows.triangular import as_image, ranks
 
 __all__ = ["FlowConditionals"]
 
@@ -55,9 +55,10 @@ def _centres(layer: Mint, x: Tensor, context: Tensor | None) -> tuple[Tensor, _S
     """A layer's value, and what its coordinates see."""
     image = x.unsqueeze(-2) if x.dim() == 3 else x
     n, channels, height, width = image.shape
-    shared, rowwise = layer._weights(context, x.shape[:1])
-    w, act = Weights(*shared, *rowwise), layer.layout.activation
+    w, attending = layer.map.split(*layer._weights(context, x.shape[:1]))
+    act = layer.layout.activation
     groups, (down, right) = layer.num_groups, (k // 2 for k in w.first.shape[2:])
+    spread = {"padding": (down * layer.dilation, right * layer.dilation), "dilation": layer.dilation}
     into = w.first[:, :, down, right].view(channels, groups, channels).diagonal(dim1=0, dim2=2).T
     square = w.second[:, :, down, right].view(channels, groups, channels, groups)
     square = square.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
@@ -69,16 +70,18 @@ def _centres(layer: Mint, x: Tensor, context: Tensor | None) -> tuple[Tensor, _S
         return rest.transpose(-1, -2).flatten(1, 2)
 
     flat = image.reshape(n, channels, 1, height * width)
-    first = F.conv2d(image, w.first, padding=(down, right)) + _over(w.first_bias)
+    first = F.conv2d(image, w.first, **spread) + _over(w.first_bias)
     hidden = act.value(first)
     seen_first = row(first, into[:, :, None] * flat)
     own = square @ hidden.view(n, channels, groups, -1)
-    second = F.conv2d(hidden, w.second, padding=(down, right)) + _over(w.second_bias)
+    second = F.conv2d(hidden, w.second, **spread) + _over(w.second_bias)
     seen_second = row(second, own)
     hidden = act.value(second)
     own = (out[..., None] * hidden.view(n, channels, groups, -1)).sum(2).flatten(1)
     gated = hidden if w.gate is None else hidden * _over(w.gate)
-    third = F.conv2d(gated, w.third, padding=(down, right)) + w.third_bias
+    third = F.conv2d(gated, w.third, **spread) + w.third_bias
+    if attending is not None:  # it has no own share
+        third = third + layer.attention.rule(image, attending)
     value = w.scale * image + third
     scale = w.scale.expand(w.scale.shape[0] if w.scale.dim() == 4 else 1, channels, height, width).flatten(1)
     seen = _Seen(seen_first, seen_second, third.flatten(1) - own, into, square, out, scale)
@@ -118,7 +121,10 @@ class FlowConditionals(Conditionals):
         if not isinstance(base, Normal):
             raise ValueError(f"Codec: expected a base of independent normals, got {type(base).__name__}")
         self.loc, self.scale = (each.detach().expand(self.event_shape).flatten() for each in (base.loc, base.scale))
-        wave = layers[0].waves.flatten()
+        # Of two layers of one order the longer chains are a finer way through the coordinates.
+        wave = max((layer.waves.flatten() for layer in layers), key=lambda wave: int(wave.max()))
+        if len({layer.dilation for layer in layers}) > 1:  # whatever the dilations are, what comes before is before
+            wave = ranks(as_image("Codec", self.event_shape), layers[0].order, layers[0].lower).flatten()
         self.steps = [(wave == k).nonzero()[:, 0] for k in range(int(wave.max()) + 1)]
         self.numbers = dims * (6 * pixels.levels.bit_length() + sum(4 + 3 * layer.num_groups for layer in layers))
 

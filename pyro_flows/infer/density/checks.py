@@ -66,8 +66,17 @@ class Survey:
             self.lowest, self.highest = torch.minimum(self.lowest, lowest), torch.maximum(self.highest, highest)
         self.rows += len(piece)
 
-    def loc_and_scale(self, leave: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation in float64; 0 and 1 for columns to be left as they are, 1 for constant ones."""
+    def loc_and_scale(self, leave: Tensor | None = None, over_time: bool = False) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation in float64; 0 and 1 for columns to be left as they are, 1 for constant ones.
+
+        Args:
+            leave: boolean, columns to be left.
+            over_time: whether the last dimension is time and has one of each for all of it, shape ``(C, 1)``.
+        """
+        if over_time:
+            loc = self.mean.mean(-1, keepdim=True)
+            squares = (self.squares + self.rows * (self.mean - loc).square()).sum(-1, keepdim=True)
+            return loc, (squares / (self.rows * self.mean.shape[-1] - 1)).sqrt()
         std = (self.squares / max(self.rows - 1, 1)).sqrt()
         loc, scale = self.mean, torch.where(self.highest > self.lowest, std, 1.0)
         if leave is not None:

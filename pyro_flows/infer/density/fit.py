@@ -1,4 +1,4 @@
-"""``fit_density``: maximum likelihood of a flow, or of any module with ``log_prob``, in one call."""
+"""``fit_density``: a flow, or any module with ``log_prob``, fitted to data in one call."""
 
 from __future__ import annotations
 
@@ -142,7 +142,8 @@ def fit_density(
         validation_context: contexts of ``validation``.
         validation_fraction: the part of ``data`` that is held out, at most 20,000 rows; 0 to judge by the training
             score.
-        standardize: whether to standardise data, column by column, and contexts.  By default that is done for flows
+        standardize: whether to standardise data, column by column (of series, for flows whose parts all times share,
+            channel by channel over all times), and contexts.  By default that is done for flows
             over real numbers, except for dimensions that are angles (those that a part's ``periodic`` names), and with
             the part of the chain that maps onto a constrained support left behind it; not for other modules.
         batch_size: rows in a step, by default about a thirty-second of the rows, from 64 to 1024; a ``DataLoader`` has
@@ -166,9 +167,10 @@ def fit_density(
         checkpoint_every: in epochs; it is saved at the end as well.
         seed: of the random split and the order of rows, and inside the fit of torch's global generators, which are left
             as they were found; ``None`` to draw it from the global one.
-        objective: ``"likelihood"``; or ``"flow_matching"`` or a :class:`FlowMatching` with settings of its own, for
-            flows with exactly one :class:`~pyro_flows.transforms.continuous.Continuous` part, whose field it trains.
-            The other parts are gone through, and they and the base have to be free of trainable parameters.
+        objective: ``"likelihood"``; or ``"flow_matching"``, or a
+            :class:`~pyro_flows.infer.density.matching.FlowMatching` with settings of its own, for flows with exactly
+            one :class:`~pyro_flows.transforms.continuous.Continuous` part, whose field it trains.  The other parts are
+            gone through, and they and the base have to be free of trainable parameters.
 
     Returns:
         The flow, the density in the data's units, the history of scores, and why it ended.

@@ -31,7 +31,7 @@ _GROUP = 256  # pairs that are assigned at once, for that takes cubic time
 
 @dataclass(frozen=True)
 class FlowMatching:
-    r"""Flow matching as the objective of :func:`~pyro_flows.infer.fit_density`, for flows with a continuous part.
+    r"""Flow matching, an objective of :func:`~pyro_flows.infer.density.fit.fit_density` for continuous flows.
 
     A row :math:`x_1`, as the field's end at the data sees it, is paired with a draw :math:`x_0` of the base, as its
     other end sees that.  The field is to have the velocity of the straight path between them,

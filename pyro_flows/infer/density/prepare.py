@@ -100,7 +100,8 @@ def prepare(
         values.refuse_degenerate(real, stacklevel + 1)
     units: Units = dict.fromkeys(("loc", "scale", "context_loc", "context_scale"))
     if values.rows and settings.standardize is not False:
-        units["loc"], units["scale"] = values.loc_and_scale(angles_behind(front))
+        over_time = bool(front) and all(part.shared_over_time for part in front)
+        units["loc"], units["scale"] = values.loc_and_scale(angles_behind(front), over_time)
         if contexts.rows:
             units["context_loc"], units["context_scale"] = contexts.loc_and_scale()
     return Prepared(train, held_out, units, identity)

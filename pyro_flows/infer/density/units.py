@@ -138,9 +138,12 @@ def standardized(
     chain = flow.chain
     if can_standardize(flow):
         shape = back[0].event_shape if back else front[-1].data_shape
-        loc = kin.new_zeros(shape) if loc is None else loc
-        scale = kin.new_ones(shape) if scale is None else scale
-        chain = Chain([*front, Standardization(loc.to(kin), scale.to(kin)), *back]).train(flow.training)
+        # What all times share knows nothing of how many there are.
+        own = Size((shape[0], 1)) if all(part.shared_over_time for part in front) else shape
+        loc = kin.new_zeros(own) if loc is None else loc
+        scale = kin.new_ones(own) if scale is None else scale
+        units = Standardization(loc.to(kin), scale.to(kin), event_shape=shape)
+        chain = Chain([*front, units, *back]).train(flow.training)
     elif not flow.context_dim:
         return flow
     if flow.context_dim:

@@ -4,14 +4,32 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from pyro_flows.distributions.made.contract import Head
-from pyro_flows.distributions.made.masked_convolutions import ConvLayer, Stacks
+from pyro_flows.masked_convolutions import ConvLayer, Stacks
 
-__all__ = ["RasterSweep"]
+__all__ = ["RasterSweep", "rows_at_once"]
+
+ROOM, MORE_ROOM = 2**26, 2**28  # numbers that one sweep may hold, on a processor and elsewhere
+
+
+def rows_at_once(net: Stacks, device: torch.device) -> int:
+    """How many draws one sweep takes."""
+    return max(16, (ROOM if device.type == "cpu" else MORE_ROOM) // net.numbers_per_draw)
+
+
+class Drawing(Protocol):
+    """What makes values from parameters: a head of MADE's, or a scalar map that solves for them."""
+
+    num_features: int
+
+    def draws(
+        self, index: Tensor, noise: Tensor, params: Tensor, x: Tensor, coded: Tensor
+    ) -> list[Callable[[], object]]:
+        """Calls that fill ``x`` and ``coded``, see ``Head.draws`` of MADE."""
 
 
 class _Past:
@@ -69,7 +87,7 @@ class RasterSweep:
         context: ``None`` or ``(n, context_dim)``.
     """
 
-    def __init__(self, net: Stacks, head: Head, bias: Tensor, n: int, context: Tensor | None) -> None:
+    def __init__(self, net: Stacks, head: Drawing, bias: Tensor, n: int, context: Tensor | None) -> None:
         self.net, self.head, self.n = net, head, n
         channels, height, width = net.shape
         layers = net.layers
@@ -148,8 +166,10 @@ class RasterSweep:
             rows = self.left_positions
             self.base[0] += rows[:, min(row, rows.shape[1] - 1), :, None]
 
-    def run(self) -> Tensor:
-        """Draws, shape ``(n, C, H, W)``."""
+    def run(self, given: Tensor | None = None) -> Tensor:
+        """Draws, shape ``(n, C, H, W)``, from uniform noise or from what is given in its place, of the same shape."""
+        if given is not None:  # what solves may write into it
+            given = given.permute(2, 3, 1, 0).clone(memory_format=torch.contiguous_format)
         _, height, width = self.net.shape
         features = self.head.num_features
         for row in range(height):
@@ -157,7 +177,7 @@ class RasterSweep:
             if self.net.two:
                 self._above(row)
             self.params.copy_(self.out_base[row])
-            noise = torch.rand_like(self.x[row])
+            noise = torch.rand_like(self.x[row]) if given is None else given[row]
             for column, steps in enumerate(self.steps):
                 here = self.past[0].here(column)
                 for c, step in enumerate(steps):

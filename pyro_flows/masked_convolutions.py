@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["ConvLayer", "Groups", "Stacks"]
+from pyro_flows.steps import Past
+
+__all__ = ["ConvLayer", "Groups", "StackSteps", "Stacks"]
 
 
 class Groups(NamedTuple):
@@ -114,12 +116,16 @@ class ConvLayer(nn.Module):
         padded = F.pad(x, (side, side, (rows - 1) * d + down, -down))
         return F.conv2d(padded, self.above_weight, dilation=d) + _spread(self.above_offset(context))
 
-    def left(self, x: Tensor, context: Tensor | None) -> Tensor:
-        """Second stack without its link, likewise."""
+    def left(self, x: Tensor, context: Tensor | None, past: Past | None = None) -> Tensor:
+        """Second stack without its link, likewise; of series it may go on from a past."""
         total = _spread(self.left_offset(context))
         if self.taps:
-            padded = F.pad(x, (self.taps * self.dilation, 0))[..., : -self.dilation]  # the location itself is not seen
-            total = F.conv2d(padded, self.left_weight[:, :, None], dilation=self.dilation) + total
+            if past is None:
+                padded = F.pad(x, (self.taps * self.dilation, 0))
+            else:
+                padded = past.join(x.squeeze(-2)).unsqueeze(-2)
+            seen = padded[..., : -self.dilation]  # the location itself is not
+            total = F.conv2d(seen, self.left_weight[:, :, None], dilation=self.dilation) + total
         if self.here_weight is not None:
             total = F.conv2d(x[:, : self.groups.seen[-1]], self.here()[..., None, None]) + total
         return total
@@ -226,11 +232,11 @@ class Stacks(nn.Module):
         past = sum(2 * width + (1 + layer.taps) * layer.dilation for layer in self.layers)
         return self.hidden * (width * rows + past) + channels * width * (height + self.num_params + self.features)
 
-    def forward(self, x: Tensor, context: Tensor | None) -> Tensor:
-        """``context``: ``None`` or ``(n, context_dim)``."""
+    def forward(self, x: Tensor, context: Tensor | None, past: Sequence[Past] | None = None) -> Tensor:
+        """``context``: ``None`` or ``(n, context_dim)``; ``past``: of each layer, for series that go on from there."""
         v = h = above = left = x  # h and v: residual streams, left and above: what the next layer reads
         for k, (layer, activation) in enumerate(zip(self.layers, self.activations, strict=True)):
-            made = layer.left(left, context)
+            made = layer.left(left, context, None if past is None else past[k])
             # What sees nothing at all is the same everywhere; the shape is that of the locations nonetheless.
             h = made.expand(x.shape[0], -1, *x.shape[-2:]) if k == 0 else h + made
             if k == 0 and (own := self.positions(-1)) is not None:
@@ -249,3 +255,60 @@ class Stacks(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.shape}, features={self.features}, num_params={self.num_params}, channels={self.hidden}"
+
+
+class StackSteps:
+    """The stack of series ``(C, T)``, step by step from before the first: each hidden value is computed once.
+
+    Args:
+        net: without positions, so that it is the same at all times.
+        rows: how many series at once.
+        context: ``None`` or ``(rows, context_dim)``.
+    """
+
+    def __init__(self, net: Stacks, rows: int, context: Tensor | None) -> None:
+        self.net, self.context = net, context
+        self.past = [Past(rows, layer.inputs, layer.taps, layer.dilation, net.out_weight) for layer in net.layers]
+
+    def known(self, x: Tensor) -> Tensor:
+        """Outputs at the next steps, all of which are known: ``(rows, C, n)`` to ``(rows, C, num_params, n)``."""
+        out = self.net(x.unsqueeze(-2), self.context, self.past).squeeze(-2)
+        return out.unflatten(1, (self.net.shape[0], self.net.num_params))
+
+    def next(self, find: Callable[[int, Tensor], Tensor]) -> Tensor:
+        """The next step, ``(rows, C)``, channel by channel.
+
+        Args:
+            find: from a channel's number and its outputs ``(rows, num_params)`` to its values ``(rows, 1)``.
+        """
+        net, base = self.net, []
+        for layer, past in zip(net.layers, self.past, strict=True):
+            total = layer.left_offset(self.context).expand(len(past.last), -1)
+            base.append(total + F.conv1d(past.seen(), layer.left_weight).squeeze(-1) if layer.taps else total)
+        own = net.layers[0].groups.own
+        # Of what is known at this step: the series, and what comes out of each layer.
+        made: list[list[Tensor]] = [[] for _ in range(len(base) + 1)]
+        for c in range(net.shape[0]):
+            group, stream = slice(*own[c : c + 2]), None
+            for k, (layer, activation) in enumerate(zip(net.layers, net.activations, strict=True)):
+                total = base[k][:, group]
+                if made[k]:
+                    seen = torch.cat(made[k], 1)
+                    total = total + F.linear(seen, layer.here_weight[group, : seen.shape[1]])
+                stream = total if stream is None else stream + total
+                made[k + 1].append(activation(stream))
+            seen = torch.cat(made[-1], 1)
+            out = F.linear(seen, net.out_weight[c, :, : seen.shape[1]])
+            if self.context is not None:
+                out = out + F.linear(self.context, net.out_context[c])
+            made[0].append(find(c, out))
+        inputs = [torch.cat(parts, 1) for parts in made[:-1]]
+        for past, each in zip(self.past, inputs, strict=True):
+            past.join(each.unsqueeze(-1))
+        return inputs[0]
+
+    def repeated(self, times: int) -> StackSteps:
+        """A copy that goes its own way, with all rows so many times over."""
+        made = StackSteps(self.net, 0, None if self.context is None else self.context.repeat(times, 1))
+        made.past = [past.repeated(times) for past in self.past]
+        return made

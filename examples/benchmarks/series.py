@@ -1,0 +1,99 @@
+"""A step of a stream against the same by whole series: how much of a window's work the past's caches save.
+
+    python examples/benchmarks/series.py
+    python examples/benchmarks/series.py --smoke
+
+For causal flows of series of ``T`` steps: the density of one more step given all before, by ``Stream.observe`` and by
+one pass over the window; and one more draw, by ``Stream.step`` and by drawing the window once more.  All calls take
+turns, in CPU seconds of one thread; what is shown are medians, and of ratios median, least and greatest over rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from _timing import machine, markdown, shown
+
+import pyro_flows as pf
+from pyro_flows.infer import Stream
+
+CHANNELS = 2
+FLOWS: dict[str, Callable[[int], pf.Chain]] = {
+    "mintnet": lambda times: pf.mintnet((CHANNELS, times), causal=True, num_layers=2, num_groups=8),
+    "causal_maf": lambda times: pf.causal_maf((CHANNELS, times), num_layers=2, hidden_channels=32),
+}
+
+
+def calls_of(name: str, times: int, batch: int, seed: int) -> dict[str, Callable[[], object]]:
+    """What is timed: the flow shaken a little, so that there is something to solve."""
+    torch.manual_seed(seed)
+    flow = pf.Flow(FLOWS[name](times)).eval()
+    with torch.no_grad():
+        for p in flow.parameters():
+            p.add_(0.03 * torch.randn_like(p))
+    stream = Stream(flow, (batch,))
+    window = flow.sample((batch,)).clone()  # its scores would be known else
+    stream.observe(window)
+    base = torch.randn(batch, CHANNELS, times)
+    return {
+        "observe": lambda: stream.observe(window[..., -1]),
+        "whole density": torch.no_grad()(lambda: flow.log_prob(window)),
+        "step": lambda: stream.step(base[..., -1]),
+        "whole draw": torch.no_grad()(lambda: flow.chain.forward_and_ladj(base)),
+    }
+
+
+def seconds(call: Callable[[], object], repeats: int) -> float:
+    begin = time.process_time()
+    for _ in range(repeats):
+        call()
+    return (time.process_time() - begin) / repeats
+
+
+def measure(calls: dict[str, Callable[[], object]], rounds: int, target: float) -> dict[str, list[float]]:
+    """Seconds of each call, one figure a round, in turns, after one round to warm up."""
+    repeats = {name: max(1, min(200, int(target / max(seconds(call, 2), 1e-6)))) for name, call in calls.items()}
+    figures: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            figures[name].append(seconds(call, repeats[name]))
+    return figures
+
+
+def ratio(figures: dict[str, list[float]], over: str, under: str) -> str:
+    each = [a / b for a, b in zip(figures[over], figures[under], strict=True)]
+    return f"{statistics.median(each):.1f} ({min(each):.1f}-{max(each):.1f})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="small sizes, one round")
+    parser.add_argument("--times", type=int, nargs="+", default=[16, 64, 256, 1024])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 64])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    target = 0.05
+    if args.smoke:
+        args.times, args.batches, args.rounds, target = [8], [1], 1, 0.0
+    print(f"{machine()}; one thread, seed {args.seed}, float32, {CHANNELS} channels, {args.rounds} rounds in turns\n")
+    rows = []
+    for name in FLOWS:
+        for batch in args.batches:
+            for times in args.times:
+                figures = measure(calls_of(name, times, batch, args.seed), args.rounds, target)
+                middle = [shown(statistics.median(figures[call])) for call in ("observe", "step")]
+                ratios = ratio(figures, "whole density", "observe"), ratio(figures, "whole draw", "step")
+                rows.append([name, str(batch), str(times), middle[0], ratios[0], middle[1], ratios[1]])
+                print("  ".join(rows[-1]), flush=True)
+    header = ["flow", "batch", "T", "observe", "whole pass / observe", "step", "whole draw / step"]
+    print("\n" + markdown(header, rows))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()

@@ -1,0 +1,75 @@
+"""The builder of causal flows of series ``(C, T)`` with convolutions over the past."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from pyro_flows.activations import Activation
+from pyro_flows.boundary import event_size, positive_integers
+from pyro_flows.chain import Chain
+from pyro_flows.transforms import ActNorm, CausalAutoregressive
+from pyro_flows.univariate import Affine, Univariate
+
+__all__ = ["causal_maf"]
+
+
+def causal_maf(
+    event_shape: Iterable[int],
+    *,
+    context_dim: int = 0,
+    num_layers: int = 2,
+    hidden_channels: int = 32,
+    num_convolutions: int = 4,
+    kernel_size: int = 3,
+    dilations: int | Sequence[int] | None = None,
+    act_norm: bool = False,
+    activation: Activation = ("isru", "silu"),
+    max_log_scale: float = 2.0,
+    univariate: Univariate | None = None,
+) -> Chain:
+    r"""Causal masked autoregressive flow of series: :math:`x_{c,t} = y_{c,t} e^{s} + m` in each layer, data to base.
+
+    Shift and log-scale depend on the steps before and, at the same step, on the channels before, by dilated
+    convolutions; :math:`\log|\det|` is the sum of all :math:`s`.  Layers are
+    :class:`~pyro_flows.transforms.CausalAutoregressive` ones, all in the direction of time, so the flow is causal as a
+    whole and looks ``reach`` steps back.  Density costs one pass for each layer.  Sampling goes through the steps, with
+    the arithmetic of a pass.  No parameter depends on ``T``; :class:`~pyro_flows.infer.series.Stream` goes on without
+    end.  A fresh flow is the identity.
+
+    Args:
+        event_shape: ``(C, T)``.
+        context_dim: size of the context, 0 for none; every layer sees it.
+        num_layers: number of autoregressive layers (MAF: 5 and 10, of other orders in turns).
+        hidden_channels: of each layer's convolutions, at least ``C``.
+        num_convolutions: in each layer.
+        kernel_size: steps that a convolution sees, that at hand included (WaveNet: 2).
+        dilations: of the convolutions of each layer; by default 1, 2, 4, ... (WaveNet: up to 512, several times over).
+        act_norm: whether each layer has an :class:`~pyro_flows.transforms.ActNorm` on its data side, which the first
+            batch in training sets.
+        activation: of the networks (WaveNet: gated tanh); the first one's is bounded, so that an input far out does
+            not throw the others far.
+        max_log_scale: bound of the smooth clip on log-scales.
+        univariate: another family of scalar maps in place of the affine one, such as ``Spline()``.
+
+    Raises:
+        ValueError: for an event that is no series, or options out of range.
+
+    References:
+        Masked Autoregressive Flow for Density Estimation (Papamakarios et al., 2017), arXiv:1705.07057.
+        WaveNet: A Generative Model for Raw Audio (van den Oord et al., 2016), arXiv:1609.03499.
+    """
+    (count,) = positive_integers("causal_maf", "num_layers", num_layers)
+    event, parts = event_size(event_shape), []
+    for _ in range(count):
+        layer = CausalAutoregressive(
+            event,
+            Affine(max_log_scale) if univariate is None else univariate,
+            context_dim=context_dim,
+            hidden_channels=hidden_channels,
+            num_convolutions=num_convolutions,
+            kernel_size=kernel_size,
+            dilations=dilations,
+            activation=activation,
+        )
+        parts += [layer, *([ActNorm(event)] if act_norm else [])]
+    return Chain(parts)
