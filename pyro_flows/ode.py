@@ -9,7 +9,8 @@ after parameters, whose error does not steer the steps (arXiv:2009.09457).  Its 
 gradient, so the scale of a loss does not matter.  Memory does not grow with the number of evaluations.
 
 Through the solver's steps the gradient is that of what was computed; it takes a half to two thirds of the time, and
-memory by evaluation.  ``"auto"`` decides by what the first evaluation keeps.
+memory by evaluation.  ``"auto"`` decides by what the first evaluation keeps, and begins again with the adjoint where a
+solve turns out to be so long that it would keep too much.
 """
 
 from __future__ import annotations
@@ -21,13 +22,24 @@ import torch
 from torch import Tensor
 
 from pyro_flows.newton_adjoint import vmapped
-from pyro_flows.ode_solver import ADAPTIVE, Call, Dynamics, OdeReport, OdeSettings, Watch, floored, rms, row_norm
+from pyro_flows.ode_solver import (
+    ADAPTIVE,
+    Call,
+    Dynamics,
+    OdeReport,
+    OdeSettings,
+    TooLongError,
+    Watch,
+    floored,
+    rms,
+    row_norm,
+)
 from pyro_flows.tracing import forward_mode, plain_eager
 
-__all__ = ["KEPT", "integrate"]
+__all__ = ["KEPT", "KEPT_IN_ALL", "integrate"]
 
-#: Bytes that one evaluation may keep for the gradient where ``"auto"`` is to go through the solver's steps.
-KEPT = 4 * 2**20
+#: Bytes that one evaluation, and all of a solve, may keep for the gradient where ``"auto"`` goes through the steps.
+KEPT, KEPT_IN_ALL = 4 * 2**20, 2**30
 
 _SAVED: dict[type, list[str]] = {}  # attributes that hold what a kind of node keeps
 
@@ -73,7 +85,7 @@ def integrate(
         )
     moved, gradient = None, "backprop"
     if plain_eager() and (not taped or settings.gradient != "adjoint"):
-        moved = _solve(call, x, shared, rowwise, KEPT if taped and settings.gradient == "auto" else None)
+        moved = _solve(call, x, shared, rowwise, bounded=taped and settings.gradient == "auto")
     if moved is None:
         moved, gradient = _Solve.apply(call, None, len(shared), x, *tensors), "adjoint"
     report.gradient = gradient if taped else None
@@ -105,11 +117,11 @@ def _kept(value: Tensor, there: Sequence[Tensor]) -> int:
 
 
 def _solve(
-    call: Call, x: Tensor, shared: Sequence[Tensor], rowwise: Sequence[Tensor], limit: int | None = None
+    call: Call, x: Tensor, shared: Sequence[Tensor], rowwise: Sequence[Tensor], bounded: bool = False
 ) -> Tensor | None:
     """How far rows move, and the columns, shape ``(n, D + num_columns)``.
 
-    ``None`` if an evaluation keeps more bytes for the gradient than ``limit``.
+    ``None`` if it is ``bounded`` and would keep more bytes for the gradient than it may.
     """
     settings, size = call.settings, x.shape[1]
     rhs = call.dynamics.bind(shared, rowwise)
@@ -125,11 +137,16 @@ def _solve(
     watch = Watch(call, packed, norm, len(x), x)
     if not bool(scale.isfinite().all()):  # a field that saturates would not tell
         raise watch.trouble("")
-    if limit is not None:
+    if bounded:
         watch.first = watch(x.new_tensor(call.span[0]), start)
-        if _kept(watch.first, (x, *shared, *rowwise)) > limit:
+        kept = _kept(watch.first, (x, *shared, *rowwise))
+        if kept > KEPT:
             return None
-    out = watch.run(start, rtol, scale, call.span)
+        watch.allowed = KEPT_IN_ALL // max(kept, 1)
+    try:
+        out = watch.run(start, rtol, scale, call.span)
+    except TooLongError:
+        return None
     report = call.report
     report.evaluations, report.steps, report.rejected = watch.evaluations, watch.steps, watch.rejected
     report.local_error = watch.local_error if settings.solver in ADAPTIVE else None

@@ -11,7 +11,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["ADAPTIVE", "FIXED", "Call", "Dynamics", "OdeReport", "OdeSettings", "Watch", "floored", "rms", "row_norm"]
+__all__ = [
+    "ADAPTIVE",
+    "FIXED",
+    "Call",
+    "Dynamics",
+    "OdeReport",
+    "OdeSettings",
+    "TooLongError",
+    "Watch",
+    "floored",
+    "rms",
+    "row_norm",
+]
 
 #: Adaptive solvers with their order, and those of fixed steps with their evaluations a step.
 ADAPTIVE = {"dopri5": 5, "dopri8": 8, "bosh3": 3, "fehlberg2": 2, "adaptive_heun": 2}
@@ -101,6 +113,10 @@ def row_norm(ratio: Tensor) -> Tensor:
     return ratio.square().mean(1).amax().sqrt()
 
 
+class TooLongError(Exception):
+    """A solve took more evaluations than it was allowed."""
+
+
 class Watch:
     """A right-hand side as torchdiffeq calls it: counted, and with its last value kept for what to say on failure."""
 
@@ -117,6 +133,7 @@ class Watch:
         self._norm = norm
         self.evaluations = self.steps = self.rejected = 0
         self.local_error, self.ratio = 0.0, 0.0
+        self.allowed: float = math.inf
         self.first: Tensor | None = None
         self.last: tuple[Tensor, Tensor] | None = None
         self.errors: Tensor | None = None
@@ -126,6 +143,8 @@ class Watch:
         if self.first is not None:  # known from the choice of the first step
             value, self.first = self.first, None
             return value
+        if self.evaluations >= self.allowed:
+            raise TooLongError
         self.evaluations += 1
         value = self.rhs(t, state)
         self.last = t, value

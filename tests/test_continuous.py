@@ -451,6 +451,25 @@ def test_auto_goes_by_what_an_evaluation_keeps(solver, limit, expected, monkeypa
     assert auto[0].last_solve.gradient is None
 
 
+@pytest.mark.parametrize("solver", ["dopri5", "rk4"])
+def test_auto_begins_again_where_a_solve_is_long(solver, monkeypatch):
+    """With the adjoint, as if nothing had been tried."""
+    auto, adjoint = small(gradient="auto", solver=solver), small(gradient="adjoint", solver=solver)
+    adjoint.load_state_dict(auto.state_dict())
+    x = torch.randn(5, 2, dtype=torch.double, requires_grad=True)
+    auto(x)
+    report = auto[0].last_solve
+    assert report.gradient == "backprop"
+    monkeypatch.setattr("pyro_flows.ode._kept", lambda *args: 1000)
+    for allowed, gradient in ((report.evaluations, "backprop"), (report.evaluations - 1, "adjoint")):
+        monkeypatch.setattr("pyro_flows.ode.KEPT_IN_ALL", 1000 * allowed + 1)
+        found = auto(x)
+        assert (auto[0].last_solve.gradient, auto[0].last_solve.evaluations) == (gradient, report.evaluations)
+        torch.testing.assert_close(found, adjoint(x), rtol=0, atol=0)
+        grads = [torch.autograd.grad(y.square().sum(), x)[0] for y in (found, adjoint(x))]
+        assert torch.equal(*grads) == (gradient == "adjoint")
+
+
 @pytest.mark.parametrize("name", ["concatsquash", "mlp", "gated", "residual"])
 def test_what_an_evaluation_keeps(name, monkeypatch):
     from pyro_flows import ode

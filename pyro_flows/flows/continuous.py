@@ -81,7 +81,7 @@ def cnf(
         steps: number of fixed steps (RNODE: 4 for training).
         max_steps: of adaptive solvers, before an error.
         gradient: ``"adjoint"`` (Chen et al., FFJORD), ``"backprop"``, through the solver's steps, or ``"auto"``, the
-            latter where an evaluation keeps at most 4 MiB for it.
+            latter where an evaluation keeps at most 4 MiB for it, and all of them 1 GiB.
         per_row: whether each row is held to the tolerance, rather than all on average.
         kinetic: weight of :math:`\int |v|^2 dt` (RNODE: 0.01), see
             :func:`~pyro_flows.transforms.continuous.collect_penalties`.

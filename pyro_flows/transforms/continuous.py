@@ -168,7 +168,8 @@ class Continuous(FlowTransform):
     **Gradients.**  ``"adjoint"`` solves backwards, with memory that does not grow with the evaluations, first
     derivatives only, exact up to the tolerance.  ``"backprop"`` goes through the solver's steps: exact for what was
     computed, any number of derivatives, in less time, with memory by evaluation.  ``"auto"`` is ``"backprop"`` where
-    the first evaluation keeps at most 4 MiB, else the adjoint, as under ``torch.func``; ``last_solve`` says which.
+    the first evaluation keeps at most 4 MiB and all of them 1 GiB, else the adjoint, as under ``torch.func``;
+    ``last_solve`` says which.
 
     **Rows.**  An adaptive solver takes the same steps for all rows of a batch, chosen by the root mean square of their
     errors, so a row's result depends on its batch mates, within the tolerance on average; a row that is harder than
