@@ -140,7 +140,8 @@ def mates(args: argparse.Namespace) -> None:
 @torch.no_grad()
 def hutchinson(args: argparse.Namespace) -> None:
     head = ["D, products", "probes", "mean - exact, standard errors: rms, worst", "sd, nats", "variance / Rademacher's"]
-    rows, points, repeats = [], 20, args.points
+    rows, points, rounds = [], 20, 1 if args.smoke else 8
+    repeats = rounds * args.points
     for dims in (8,) if args.smoke else (8, 64):
         plain = {"solver": "rk4", "steps": 10, "field": "mlp"}
         exact = shaken(dims, 0.1, divergence="exact", **plain)
@@ -153,7 +154,8 @@ def hutchinson(args: argparse.Namespace) -> None:
                 if kind == "hutch++" and products == 1:
                     continue
                 flow = shaken(dims, 0.1, divergence=kind, noise=noise, num_probes=products, **plain).train()
-                values = flow.log_prob(x.repeat(repeats, 1)).view(repeats, points).double()
+                many = x.repeat(args.points, 1)
+                values = torch.cat([flow.log_prob(many) for _ in range(rounds)]).view(repeats, points).double()
                 variance, mean = values.var(0), values.mean(0)
                 z = (mean - truth) / (variance / repeats).sqrt()
                 first = variance if first is None else first
