@@ -32,7 +32,7 @@ def positive_integers(name: str, what: str, given: int | Iterable[int]) -> tuple
     Raises:
         ValueError: if there is none, or one that is no positive integer; ``name`` is who asks, for ``what``.
     """
-    found = (given,) if isinstance(given, int) else tuple(given)
+    found = (given,) if isinstance(given, int) else tuple(given) if isinstance(given, Iterable) else ()
     if not found or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in found):
         raise ValueError(f"{name}: expected {what} to be positive integers, got {given!r}")
     return found

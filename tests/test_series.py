@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import pickle
 
 import pyro.distributions as dist
 import pytest
@@ -14,7 +15,7 @@ from test_mint import check_layer, jacobian, layer
 from torch.distributions import AffineTransform, ExpTransform
 
 import pyro_flows as pf
-from pyro_flows import mint_map, raster
+from pyro_flows import attention, mint_map, raster
 from pyro_flows.attention import Attention, AttentionNet, AttentionSteps
 from pyro_flows.infer import Codec, Stream, pixel_scores, standardized, step_log_prob
 from pyro_flows.slopes import Weights
@@ -270,7 +271,7 @@ def test_streams_know_all_that_a_chain_may_hold():
             chain = pf.Chain(parts).to(dtype).eval()
             flow = pf.Flow(chain, dist.StudentT(torch.full(event, 5.0), 0.5, 2.0).to_event(2)).to(dtype)
             y = torch.rand(4, *event, dtype=dtype) + 0.5
-            got = Stream(flow, (4,)).observe(y)
+            got = pickle.loads(pickle.dumps(Stream(flow, (4,)))).observe(y)
         finally:
             torch.set_default_dtype(torch.float32)
         assert got.dtype == dtype
@@ -352,24 +353,43 @@ def test_autocast_changes_nothing(name):
     torch.testing.assert_close(ladj, chain.inverse_and_ladj(y)[1], rtol=1e-3, atol=1e-3)
 
 
-def test_copies_go_their_own_way():
-    flow = pair("mint", 2, 1, 5)[0]
-    context = torch.randn(3, 1, dtype=DOUBLE)
+@pytest.mark.parametrize("name", BUILDERS)
+def test_copies_go_their_own_way(name):
+    flow, longer = pair(name, 2, 1, 6)
+    context, y = torch.randn(3, 1, dtype=DOUBLE), torch.randn(3, 2, 6, dtype=DOUBLE)
+    want = step_log_prob(longer, y, context).detach()
     stream = Stream(flow, (3,), context)
-    stream.observe(torch.randn(3, 2, 4, dtype=DOUBLE))
-    other, y = stream.copy(), torch.randn(3, 2, dtype=DOUBLE)
+    stream.observe(y[..., :4])
+    other = stream.copy()
     other.step(torch.randn(3, 2, dtype=DOUBLE))
-    torch.manual_seed(5)
+    other.observe(torch.randn(3, 2, 2, dtype=DOUBLE))
     draws = stream.forecast(2, 4)
-    assert draws.shape == (4, 3, 2, 2) and (stream.steps, other.steps) == (4, 5)
-    first = stream.copy()
-    scores = stream.observe(y)
-    torch.testing.assert_close(first.observe(y), scores)
+    assert draws.shape == (4, 3, 2, 2) and (stream.steps, other.steps) == (4, 7)
+    loaded = pickle.loads(pickle.dumps(stream))
     with torch.no_grad():
         for p in flow.parameters():
             p.zero_()  # what is done to the flow is nothing to a stream
-    torch.testing.assert_close(stream.observe(y), first.observe(y))
-    assert "steps=6" in repr(stream) and "reach=45" in repr(stream)
+    for each in (stream, stream.copy(), loaded, copy.deepcopy(loaded)):
+        got = [each.observe(y[..., t]) for t in range(each.steps, 6)]
+        torch.testing.assert_close(torch.stack(got, -1), want[:, 6 - len(got) :], rtol=1e-10, atol=1e-10)
+    assert "steps=6" in repr(stream) and (name != "mint" or "reach=45" in repr(stream))
+
+
+@pytest.mark.parametrize("name, context_dim", list(itertools.product(BUILDERS, (0, 2))))
+def test_forecasts_go_on_from_each_row(name, context_dim):
+    """With the row's own past and context: the whole flow takes draws back to the base values that made them."""
+    flow, longer = pair(name, 2, context_dim, 9)
+    context = torch.randn(3, context_dim, dtype=DOUBLE) if context_dim else None
+    y = torch.randn(3, 2, 5, dtype=DOUBLE)
+    stream = Stream(flow, (3,), context)
+    stream.observe(y)
+    torch.manual_seed(3)
+    draws = stream.forecast(4, 2)
+    torch.manual_seed(3)
+    made = torch.stack([torch.randn(2, 3, 2, dtype=DOUBLE) for _ in range(4)], -1)
+    chain = longer.chain if context is None else longer.chain.condition(context)
+    back = chain.inv(torch.cat((y.expand(2, -1, -1, -1), draws), -1))
+    torch.testing.assert_close(back[..., 5:], made, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["mint", "window", "maf"])
@@ -433,6 +453,25 @@ def test_what_attention_keeps():
     torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)
 
 
+def test_attention_takes_many_steps_in_pieces(monkeypatch):
+    """As few scores at once as that needs, and nothing else changes."""
+    for name, most in (("window", 4 + 8), ("attention", 30)):
+        short, long = pair(name, 2, 0, 30)
+        y, seen = torch.randn(3, 2, 30, dtype=DOUBLE), []
+        monkeypatch.setattr(attention, "_AT_ONCE", 8)
+        plain = Attention.attend
+
+        def attend(self, queries, keys, *args, plain=plain, seen=seen):
+            seen.append((queries.shape[-2], keys.shape[-2]))
+            return plain(self, queries, keys, *args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Attention, "attend", attend)
+            got = Stream(short, (3,)).observe(y)
+        assert max(n for n, _ in seen) == 8 and max(n for _, n in seen) == most
+        torch.testing.assert_close(got, step_log_prob(long, y), rtol=1e-10, atol=1e-10)
+
+
 def test_steps_go_by_the_one_solver():
     """A step's problem has the slopes of the whole layer: the same formula, with the past in the biases."""
     made = layer((3, 6), order="position", shared_scale=True, dilation=2)
@@ -488,9 +527,15 @@ def test_what_streams_say_of_values():
         stream.observe(torch.randn(3, 2, dtype=DOUBLE))
     with pytest.raises(TypeError, match="expected a tensor as y, got list"):
         stream.observe([[0.0]])
-    with pytest.raises(ValueError, match="missing"):
-        stream.observe(torch.full((3, 2), torch.nan))
-    assert stream.steps == 0
+    for wrong in (torch.nan, torch.inf, -torch.inf):
+        with pytest.raises(ValueError, match=r"expected finite values in the support.*missing"):
+            stream.observe(torch.full((3, 2), wrong))
+        with pytest.raises(ValueError, match=r"expected finite base values.*\.sample\(\) draws them"):
+            stream.step(torch.full((3, 2), wrong))
+    assert stream.steps == 0 and stream.observe(torch.zeros(3, 2)).isfinite().all()  # nothing was taken
+    for shape in (3, (-1,), (1.5,), (True,), "3"):
+        with pytest.raises(ValueError, match=r"batch_shape to be a shape such as \(\) or \(5,\), got"):
+            Stream(stream.flow, shape)
     for steps, num_samples in ((0, 1), (1, 0), (True, 1), (1.0, 1)):
         with pytest.raises(ValueError, match="integer >= 1"):
             stream.forecast(steps, num_samples)
@@ -501,6 +546,16 @@ def test_what_streams_say_of_values():
         Stream(flow, (), torch.randn(2))
     with pytest.raises(ValueError, match="leave it out"):
         Stream(pf.Flow(maf((2, 4))), (), torch.randn(1))
+    with pytest.raises(
+        ValueError, match=r"same at all times.*broadcasts with batch_shape \(3,\), got shape \(3, 4, 1\)"
+    ):
+        Stream(flow, (3,), torch.randn(3, 4, 1))  # a context for each time
+    bound = pf.Flow(flow.chain.condition(torch.randn(5, 1)))
+    assert Stream(bound).observe(torch.randn(5, 2)).shape == (5,)
+    with pytest.raises(
+        ValueError, match=r"CausalAutoregressive that is bound .* batch_shape \(3,\), got shape \(5, 1\)"
+    ):
+        Stream(bound, (3,))
     assert Stream(flow, (), torch.randn(5, 1)).observe(torch.randn(5, 2)).shape == (5,)
     empty = Stream(flow, (0,), torch.randn(1))
     assert empty.observe(torch.randn(0, 2, 3)).shape == (0, 3) and empty.sample().shape == (0, 2)
@@ -511,7 +566,9 @@ def test_builders_refuse():
         pf.mintnet((1, 4, 4), causal=True)
     with pytest.raises(ValueError, match="needs squeeze=0"):
         pf.mintnet((1, 4), causal=True, squeeze=1)
-    for given in (0, (), (1, 0), (True,), 1.5 * torch.ones(1)):
+    with pytest.raises(ValueError, match=r"needs order='position', got order='channel'; leave order out"):
+        pf.mintnet((1, 4), causal=True, order="channel")
+    for given in (0, (), (1, 0), (True,), 1.5 * torch.ones(1), 1.5):
         with pytest.raises(ValueError, match="dilations to be positive integers"):
             pf.mintnet((1, 4), dilations=given)
     with pytest.raises(ValueError, match="dilation to be an integer"):
@@ -566,9 +623,18 @@ def test_what_step_log_prob_refuses():
         step_log_prob(pf.Flow(pf.mintnet((2, 4), one_sided=True)), y)
     with pytest.raises(ValueError, match="in no order that is known"):
         step_log_prob(pf.Flow(pf.glow((2, 4), num_scales=1)), y)
-    for lengths in (torch.tensor([0, 1, 2]), torch.tensor([1, 2, 5]), torch.ones(3)):
+    flow = pf.Flow(maf((2, 4)))
+    for lengths in (torch.tensor([0, 1, 2]), torch.tensor([1, 2, 5]), torch.ones(3), torch.ones(3).bool()):
         with pytest.raises(ValueError, match="integers from 1 to 4"):
-            step_log_prob(pf.Flow(maf((2, 4))), y, lengths=lengths)
+            step_log_prob(flow, y, lengths=lengths)
+    with pytest.raises(ValueError, match=r"broadcast to the batch \(3,\), one for each series, got shape \(2,\)"):
+        step_log_prob(flow, y, lengths=[1, 2])
+    with pytest.raises(ValueError, match=r"trailing shape \(2, 4\), got shape \(3, 2, 5\)"):
+        step_log_prob(flow, torch.randn(3, 2, 5), lengths=[1, 2, 3])
+    with pytest.raises(TypeError, match="expected a tensor, got list"):
+        step_log_prob(flow, [[0.0]], lengths=[1])
+    with pytest.raises(ValueError, match="outside of it; pad series, and tell their lengths"):
+        step_log_prob(flow, y * torch.nan, lengths=[1, 2, 3])
 
 
 def test_pixel_scores_of_causal_flows():
