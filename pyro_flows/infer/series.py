@@ -31,12 +31,13 @@ class Stream:
     r"""Where series stand in time, for a flow that is causal: :math:`p(y_t \mid y_{<t}, c)`, step by step without end.
 
     A causal flow maps a step and all before it to a step of the base.  What it needs to know of the past are the last
-    inputs of each convolution, and those are kept, so that a new step costs the same however many came before: in the
-    density direction one pass of one step, in the other one for each ``Mint`` layer one solve of ``C`` numbers, and
-    for each ``CausalAutoregressive`` one one evaluation for each channel.  Of attention without a window all keys and
-    values are kept, so that a step costs more as time goes on.  All of it equals what the flow says of whole
-    series, up to rounding, from the first step on; beyond the flow's ``T``, it is what the same parameters say in a
-    flow of longer series.  No gradients are kept, and the weights are those of the moment at which it was made.
+    inputs of each convolution, and the keys and values of attention, as many as its window has.  Those are kept, so
+    that a new step costs the same however many came before: in the density direction one pass of one step, in the
+    other a solve of ``C`` numbers for each ``Mint`` layer, and for each ``CausalAutoregressive`` one an evaluation for
+    each channel.  Only attention without a window keeps all keys and values, and costs more as time goes on.  All of it
+    equals what the flow says of whole series, up to rounding, from the first step on; beyond the flow's ``T``, it is
+    what the same parameters say in a flow of longer series.  No gradients are kept, and the weights are those of the
+    moment at which it was made.  Streams can be pickled.
 
     Args:
         flow: a :class:`~pyro_flows.distributions.flow.Flow` of series ``(C, T)`` whose parts are causal in time or
