@@ -248,6 +248,20 @@ def test_streams_equal_whole_series(name, batch, context_dim):
     torch.testing.assert_close(torch.stack(scores, -1), step_log_prob(long, want, context), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("name", BUILDERS)
+def test_streams_of_inverses(name):
+    """Parts the other way round, which observe one step after another."""
+    context = torch.randn(3, 1, dtype=DOUBLE)
+    chain = far(BUILDERS[name]((2, 7), context_dim=1), 0.1)
+    flow, y = pf.Flow(chain.inv), torch.randn(3, 2, 7, dtype=DOUBLE)
+    stream = Stream(flow, (3,), context)
+    scores = torch.cat([stream.observe(y[..., :2]), stream.observe(y[..., 2:])], -1)
+    torch.testing.assert_close(scores.sum(-1), flow.log_prob(y, context), rtol=1e-9, atol=1e-9)
+    x, stream = chain(y, context), Stream(flow, (3,), context)
+    moved = [stream.step(x[..., t])[0] for t in range(7)]
+    torch.testing.assert_close(torch.stack(moved, -1), y, rtol=1e-7, atol=1e-7)
+
+
 def test_streams_know_all_that_a_chain_may_hold():
     """Standardisations, rescalings, elementwise parts, inverses, conditioned parts, another base, other dtypes."""
     context = torch.randn(3, dtype=DOUBLE)

@@ -124,7 +124,7 @@ class Stream:
         if value.shape[-1]:
             with torch.autocast(value.device.type, enabled=False):
                 for part, inverse in reversed(self._parts):
-                    value, ladj = (part.forward if inverse else part.inverse)(value)
+                    value, ladj = _one_by_one(part, value) if inverse else part.inverse(value)
                     total = total + ladj
                 total = total + self._base.log_prob(value).sum(-2)
         self.steps += total.shape[-1]
@@ -212,6 +212,11 @@ class Stream:
         reach = self.flow.chain.reach
         sees = "" if reach is None else f", reach={reach}"
         return f"Stream(batch_shape={tuple(self.batch_shape)}, C={self.flow.event_shape[0]}, steps={self.steps}{sees})"
+
+
+def _one_by_one(part: Stepper, value: Tensor) -> tuple[Tensor, Tensor]:
+    moved, ladjs = zip(*(part.forward(step) for step in value.split(1, -1)), strict=True)
+    return torch.cat(moved, -1), torch.cat(ladjs, -1)
 
 
 def _batch(given: Iterable[int]) -> Size:
