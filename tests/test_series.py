@@ -705,6 +705,18 @@ def test_other_flows_are_standardised_by_column():
         torch.testing.assert_close(units.loc, data.mean(0), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("event", [(3,), (2, 4), (1, 2, 2)])
+def test_states_of_flows_that_learn_a_base_alone(event):
+    """Nothing is before the standardisation, so that nothing says that times share their units."""
+    parts = [pf.Standardization(torch.zeros(event), torch.ones(event)), ExpTransform()]
+    flow = pf.Flow(pf.Chain(parts), pf.DiagonalNormal(event, learnable=True))
+    fit = pf.fit_density(flow, torch.randn(50, *event).exp(), max_steps=2, validation_fraction=0, progress=False)
+    loaded = standardized(pf.Flow(pf.Chain(parts), pf.DiagonalNormal(event, learnable=True)))
+    loaded.load_state_dict(fit.model.state_dict())
+    y = torch.randn(5, *event).exp()
+    torch.testing.assert_close(loaded.log_prob(y), fit.model.log_prob(y))
+
+
 def test_standardisations_of_many_places():
     loc, scale = torch.tensor([[1.0], [2.0]]), torch.tensor([[0.5], [3.0]])
     whole = pf.Standardization(loc.expand(2, 4), scale.expand(2, 4))
