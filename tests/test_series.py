@@ -128,6 +128,25 @@ def test_causal_flows_are_triangular(name, channels):
     check_triangular(far(pf.CausalAutoregressive((channels, 9), hidden_channels=5, num_convolutions=2), 0.5))
 
 
+@pytest.mark.parametrize(
+    "window, kernel_size, dilation, reach", [(2, 3, 1, 3), (4, 3, 1, 5), (5, 5, 1, 7), (4, 1, 3, 5)]
+)
+def test_reach_of_windows(window, kernel_size, dilation, reach):
+    """The last key's own neighbours are seen, too, by a kernel of three at least."""
+    made = layer(
+        (2, 10),
+        order="position",
+        shared_scale=True,
+        attention=2,
+        head_dim=4,
+        window=window,
+        kernel_size=kernel_size,
+        dilation=dilation,
+    )
+    assert made.reach == reach
+    check_triangular(made)
+
+
 def test_reach_of_chains():
     assert mint((2, 50)).reach == 3 * (1 + 2 + 4 + 8)
     assert mint((2, 50), dilations=3, kernel_size=5, act_norm=True).reach == 4 * 6 * 3
