@@ -594,6 +594,19 @@ def test_what_streams_say_of_values():
     assert empty.observe(torch.randn(0, 2, 3)).shape == (0, 3) and empty.sample().shape == (0, 2)
 
 
+def test_a_step_that_fails_halfway():
+    """Layers that have taken it stand elsewhere than those that have not; a copy made before goes on."""
+    flow = pf.Flow(far(pf.Chain([maf((1, 4)), mint((1, 4), num_layers=1, max_sweeps=1)]), 0.5))
+    stream, y = Stream(flow, (2,)), torch.randn(2, 1, dtype=DOUBLE)
+    want, before = stream.copy().observe(y), stream.copy()
+    with pytest.raises(RuntimeError, match="max_sweeps"):
+        stream.step(torch.full((2, 1), 3.0, dtype=DOUBLE))
+    for act in (stream.sample, lambda: stream.observe(y), stream.copy().sample, lambda: stream.forecast(1, 2)):
+        with pytest.raises(RuntimeError, match=r"stopped an earlier step halfway.*\.copy\(\) made before"):
+            act()
+    torch.testing.assert_close(before.observe(y), want)
+
+
 def test_builders_refuse():
     with pytest.raises(ValueError, match=r"series \(C, T\) for causal=True"):
         pf.mintnet((1, 4, 4), causal=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Size, Tensor
@@ -96,7 +97,7 @@ class Stream:
                 name = f"{type(part).__name__} (part {k} of {len(leaves)})"
                 raise ValueError(f"Stream: {name} does not go step by step: {error}") from None
         self._base = _one_step(flow)
-        self.steps = 0
+        self.steps, self._torn = 0, False
 
     @torch.no_grad()
     def observe(self, y: Tensor) -> Tensor:
@@ -111,6 +112,7 @@ class Stream:
         Raises:
             ValueError: for another shape, or values outside of the support or not finite; the stream stays where it is.
             TypeError: for what is no tensor, or of another dtype.
+            RuntimeError: where a solver gives up (``max_sweeps``), after which the stream is of no more use.
         """
         value, several = self._admit(y, "y")
         codomain = self.flow.chain.codomain
@@ -122,7 +124,7 @@ class Stream:
             )
         total = value.new_zeros(len(value), value.shape[-1])
         if value.shape[-1]:
-            with torch.autocast(value.device.type, enabled=False):
+            with self._moving(value.device):
                 for part, inverse in reversed(self._parts):
                     value, ladj = _one_by_one(part, value) if inverse else part.inverse(value)
                     total = total + ladj
@@ -143,13 +145,14 @@ class Stream:
         Raises:
             ValueError: for another shape, or values that are not finite; the stream stays where it is.
             TypeError: for what is no tensor, or of another dtype.
+            RuntimeError: where a solver gives up (``max_sweeps``), after which the stream is of no more use.
         """
         value, several = self._admit(x, "x")
         if several:
             raise ValueError(f"Stream: expected one step of shape {(*self.batch_shape, value.shape[1])}, got several")
         if not value.isfinite().all():
             raise ValueError("Stream: expected finite base values, got some that are not; .sample() draws them")
-        with torch.autocast(value.device.type, enabled=False):
+        with self._moving(value.device):
             total = self._base.log_prob(value).sum(-2)
             for part, inverse in self._parts:
                 value, ladj = (part.inverse if inverse else part.forward)(value)
@@ -195,8 +198,21 @@ class Stream:
                 f"broadcasts with batch_shape {tuple(self.batch_shape)}, got shape {tuple(context.shape)}"
             ) from None
 
+    @contextmanager
+    def _moving(self, device: torch.device) -> Iterator[None]:
+        """All parts take the same steps, in full precision, or the stream is of no more use."""
+        self._torn = True
+        with torch.autocast(device.type, enabled=False):
+            yield
+        self._torn = False
+
     def _admit(self, value: Tensor, what: str) -> tuple[Tensor, bool]:
         """Rows ``(rows, C, n)``, and whether ``n`` steps were given or one."""
+        if self._torn:
+            raise RuntimeError(
+                "Stream: an error stopped an earlier step halfway, so that parts stand at different times; go on with "
+                "a .copy() made before it, or observe all in a new one"
+            )
         refuse_other_kind("Stream", what, value, self.flow)
         one = (*self.batch_shape, self.flow.chain.event_shape[0])
         if value.shape == one:
