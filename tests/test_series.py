@@ -727,6 +727,23 @@ def test_series_are_standardised_by_channel(name):
     torch.testing.assert_close(got.sum(-1), longer.log_prob(more), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["attention", "maf"])
+def test_contexts_come_in_their_own_units(name):
+    loc, scale = torch.tensor([[2.0], [-1.0]]).double(), torch.tensor([[3.0], [0.5]]).double()
+    chain = far(BUILDERS[name]((2, 5), context_dim=1), 0.3)
+    flow = standardized(pf.Flow(chain), loc, scale, torch.tensor([40.0]).double(), torch.tensor([8.0]).double())
+    context, x = 40 + 8 * torch.randn(3, 1, dtype=DOUBLE), torch.randn(3, 2, 5, dtype=DOUBLE)
+    y = loc + scale * x
+    truth = pf.Flow(chain).log_prob(x, (context - 40) / 8) - 5 * scale.log().sum()
+    torch.testing.assert_close(flow.log_prob(y, context), truth, rtol=1e-10, atol=1e-10)
+    whole, lengths = step_log_prob(flow, y, context), torch.tensor([5, 2, 4])
+    torch.testing.assert_close(whole.sum(-1), truth, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(Stream(flow, (3,), context).observe(y), whole, rtol=1e-10, atol=1e-10)
+    inside = torch.arange(5) < lengths[:, None]
+    got = step_log_prob(flow, torch.where(inside[:, None], y, torch.nan), context, lengths=lengths)
+    torch.testing.assert_close(got, torch.where(inside, whole, 0.0), rtol=1e-10, atol=1e-10)
+
+
 def test_other_flows_are_standardised_by_column():
     data = waves_with_trend()
     two_sided = pf.mintnet((2, 12), num_layers=1, num_groups=2)

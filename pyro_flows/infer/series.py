@@ -272,6 +272,7 @@ def step_log_prob(flow: Flow, value: Tensor, context: Tensor | None = None, *, l
         value: shape ``(*batch, C, T)``; whatever stands behind a series' end does not matter, be it NaN.
         context: shape ``(*batch, context_dim)``, for a flow that takes one.
         lengths: integers from 1 to ``T`` that broadcast to ``batch``, the steps that each series has; all by default.
+            Behind them each series goes on at its first value, from which a fresh ``ActNorm`` may start in training.
 
     Returns:
         Shape ``(*batch, T)``, in nats, 0 behind a series' end.
