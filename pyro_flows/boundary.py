@@ -97,13 +97,19 @@ def check_context(transform: FlowTransform, context: Tensor) -> None:
         _same_kind(name, "context", context, kin)
 
 
-def refuse_other_kind(name: str, what: str, value: Tensor, module: nn.Module) -> None:
-    """Refuses what is no tensor, or one that is of another dtype or on another device than a module's numbers."""
+def refuse_other_kind(name: str, what: str, value: Tensor, module: nn.Module) -> Tensor:
+    """Refuses what is no tensor, or one that is of another dtype or on another device than a module's numbers.
+
+    Returns:
+        The tensor, in the dtype of these; where autocast lets another one in, that is a conversion.
+    """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor as {what}, got {type(value).__name__}")
     kin = _first_floating(module)
-    if kin is not None:
-        _same_kind(name, what, value, kin)
+    if kin is None:
+        return value
+    _same_kind(name, what, value, kin)
+    return value.to(kin.dtype)
 
 
 def _same_kind(name: str, what: str, value: Tensor, kin: Tensor) -> None:

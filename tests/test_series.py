@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import shake
-from test_mint import check_layer, jacobian, layer
+from test_mint import check_layer, jacobian, layer, longest_chains
 from torch.distributions import AffineTransform, ExpTransform
 
 import pyro_flows as pf
@@ -19,6 +19,7 @@ from pyro_flows import attention, mint_map, raster
 from pyro_flows.attention import Attention, AttentionNet, AttentionSteps
 from pyro_flows.infer import Codec, Stream, pixel_scores, standardized, step_log_prob
 from pyro_flows.slopes import Weights
+from pyro_flows.triangular import as_image
 
 DOUBLE = torch.float64
 
@@ -112,6 +113,10 @@ def test_dilated_mint_layers_are_triangular(channels, dilation):
         check_layer(made)
         check_triangular(made)
         assert made.reach == 3 * dilation
+        assert torch.equal(
+            made.waves,
+            longest_chains(as_image("test", made.event_shape), made.kernel, "position", True, dilation)[:, 0],
+        )
 
 
 @pytest.mark.parametrize("name, channels", list(itertools.product(BUILDERS, (1, 2, 3))))
@@ -377,7 +382,13 @@ def test_autocast_changes_nothing(name):
     chain = far(BUILDERS[name]((2, 6)), 0.1).float()
     y = torch.randn(3, 2, 6)
     plain = Stream(pf.Flow(chain), (3,)).observe(y)
+    half, context = y.bfloat16(), torch.randn(3, 1).bfloat16()
+    told = pf.Flow(far(BUILDERS[name]((2, 6), context_dim=1), 0.1).float())
+    expected = Stream(told, (3,), context.float()).observe(half.float())
     with torch.autocast("cpu", torch.bfloat16):
+        stream = Stream(told, (3,), context)  # where half precision may come in, and networks of contexts have it
+        torch.testing.assert_close(stream.copy().observe(half), expected, rtol=0.02, atol=0.02)
+        assert stream.step(half[..., 0])[0].dtype == torch.float32
         torch.testing.assert_close(Stream(pf.Flow(chain), (3,)).observe(y), plain)
         x, ladj = chain.inverse_and_ladj(y)
         torch.testing.assert_close(chain.forward_and_ladj(x)[0], y, rtol=1e-3, atol=1e-3)
@@ -505,9 +516,10 @@ def test_attention_takes_many_steps_in_pieces(monkeypatch):
         torch.testing.assert_close(got, step_log_prob(long, y), rtol=1e-10, atol=1e-10)
 
 
-def test_steps_go_by_the_one_solver():
+@pytest.mark.parametrize("num_groups", [3, 48])  # in one piece, and wide enough for convolutions in several
+def test_steps_go_by_the_one_solver(num_groups):
     """A step's problem has the slopes of the whole layer: the same formula, with the past in the biases."""
-    made = layer((3, 6), order="position", shared_scale=True, dilation=2)
+    made = layer((3, 6), scale=9 / num_groups, order="position", shared_scale=True, dilation=2, num_groups=num_groups)
     steps, y = made.stepper(4), torch.randn(4, 3, 6, dtype=DOUBLE)
     x = made.inverse_and_ladj(y)[0]
     torch.testing.assert_close(

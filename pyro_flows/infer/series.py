@@ -69,7 +69,7 @@ class Stream:
             raise ValueError(f"Stream: this flow was built with context_dim={flow.context_dim}: {told}")
         self.flow = flow = copy.deepcopy(flow).eval().requires_grad_(False)
         if context is not None:
-            refuse_other_kind("Stream", "context", context, flow)
+            context = refuse_other_kind("Stream", "context", context, flow)
             if context.dim() == 0 or context.shape[-1] != flow.context_dim:
                 raise ValueError(
                     f"Stream: expected a context with last dimension {flow.context_dim} (context_dim), got shape "
@@ -213,7 +213,7 @@ class Stream:
                 "Stream: an error stopped an earlier step halfway, so that parts stand at different times; go on with "
                 "a .copy() made before it, or observe all in a new one"
             )
-        refuse_other_kind("Stream", what, value, self.flow)
+        value = refuse_other_kind("Stream", what, value, self.flow)
         one = (*self.batch_shape, self.flow.chain.event_shape[0])
         if value.shape == one:
             return value.reshape(self.batch_shape.numel(), one[-1], 1), False
