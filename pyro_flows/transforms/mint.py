@@ -60,6 +60,11 @@ def _attention(
             kind = f"an integer >= {least}{', or None' if name == 'window' else ''}"
             raise ValueError(f"Mint: expected {name} to be {kind}, got {value!r}")
     if not heads:
+        if window is not None:
+            raise ValueError(
+                f"Mint: window={window} is that of attention, of which there is none, got attention={heads}; set it to "
+                "a number of heads, or leave window out"
+            )
         return None
     least = 2 * (len(event) - 1) + 1
     if head_dim < least:
