@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import pickle
 
 import pyro.distributions as dist
@@ -704,11 +705,24 @@ def test_pixel_scores_of_causal_flows():
         torch.testing.assert_close(-scores.sum(1), step_log_prob(flow, y), rtol=1e-10, atol=1e-10)
 
 
-def test_codec_of_dilated_layers():
-    chain = pf.Chain([shake(mint((2, 6)), 0.1), pf.LogitPixels((2, 6), 7)])
-    values = torch.randint(0, 7, (5, 2, 6))
-    codec = Codec(pf.Flow(chain))
-    assert torch.equal(codec.decode(codec.encode(values)), values)
+@pytest.mark.parametrize(
+    "shape, options",
+    [
+        ((2, 6), {"causal": True}),
+        ((2, 6), {"causal": True, "attention": 2, "head_dim": 4, "window": 3, "context_dim": 1}),
+        ((2, 5, 6), {"one_sided": True, "dilations": (2, 3)}),  # what is next by one dilation depends by another
+        ((1, 6, 9), {"one_sided": True, "order": "position", "dilations": (2, 3)}),
+    ],
+)
+def test_codec_of_dilated_layers(shape, options):
+    """Numbers of which the model has an idea, so that they are written by it."""
+    chain = shake(pf.mintnet(shape, num_layers=1, num_groups=3, hidden_dims=(4,), **options), 0.2)
+    flow = pf.Flow(pf.Chain([chain, pf.LogitPixels(shape, 7)]))
+    context = [0.05 * torch.randn(20, flow.context_dim)] if flow.context_dim else []
+    values = torch.randint(2, 5, (20, *shape))
+    codec = Codec(flow)
+    assert codec.bits(values, *context).sum() < values.numel() * math.log2(7) + 64
+    assert torch.equal(codec.decode(codec.encode(values, *context), *context), values)
 
 
 # Fitting
