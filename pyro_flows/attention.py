@@ -30,6 +30,13 @@ from pyro_flows.tracing import autocasting, plain_eager
 __all__ = ["Attention", "AttentionNet", "AttentionSteps", "AttentionWeights"]
 
 _BASE = 100.0  # wavelengths of the rotations go from 2 pi up to nearly so many times that
+_AT_ONCE = 256  # steps of a series, so that there are never scores of all pairs
+
+
+def _numbers(first: int, count: int, device: torch.device) -> Tensor:
+    """Places along an axis; far out, single precision could not tell one angle from the next."""
+    kind = torch.float32 if device.type == "mps" else torch.float64
+    return torch.arange(first, first + count, device=device, dtype=kind)
 
 
 class AttentionWeights(NamedTuple):
@@ -109,10 +116,10 @@ class Attention(NamedTuple):
 
     def places(self, x: Tensor) -> Tensor:
         """Rows and columns of the tokens, shape ``(H * W, axes)``."""
-        rows, columns = (torch.arange(n, device=x.device) for n in x.shape[-2:])
+        rows, columns = (_numbers(0, n, x.device) for n in x.shape[-2:])
         if self.axes == 1:
-            return columns.expand(len(rows), -1).reshape(-1, 1).to(x.dtype)
-        return torch.stack(torch.meshgrid(rows, columns, indexing="ij"), -1).flatten(0, 1).to(x.dtype)
+            return columns.expand(len(rows), -1).reshape(-1, 1)
+        return torch.stack(torch.meshgrid(rows, columns, indexing="ij"), -1).flatten(0, 1)
 
     def tokens(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The numbers of the tokens that ask, and of those that answer, all but the last."""
@@ -263,9 +270,7 @@ class AttentionSteps:
         self.keys = self.values = weights.out.new_zeros(rows, rule.heads, 0, rule.head_dim)
 
     def _places(self, count: int) -> Tensor:
-        # Far out, single precision could not tell one angle from the next.
-        kind = torch.float32 if self.keys.device.type == "mps" else torch.float64
-        return torch.arange(self.taken, self.taken + count, device=self.keys.device, dtype=kind).unsqueeze(-1)
+        return _numbers(self.taken, count, self.keys.device).unsqueeze(-1)
 
     def ahead(self) -> Tensor:
         """What the next step gets, which depends on those before it alone; shape ``(rows, C)``."""
@@ -274,7 +279,13 @@ class AttentionSteps:
         return self.rule.attend(queries, self.keys, self.values, self.weights).squeeze(1)
 
     def take(self, y: Tensor) -> Tensor:
-        """What the next steps get, and takes these steps; both of shape ``(rows, C, n)``."""
+        """What the next steps get, and takes these steps; both of shape ``(rows, C, n)``.
+
+        In pieces of 256 steps, each of which costs scores of its steps with the keys kept before it and its own.
+        """
+        return torch.cat([self._take(some) for some in y.split(_AT_ONCE, -1)], -1)
+
+    def _take(self, y: Tensor) -> Tensor:
         count, kept = y.shape[-1], self.keys.shape[-2]
         joined = self.past.join(y)
         taps = [joined[..., j : j + count] for j in range(self.past.taps + 1)]

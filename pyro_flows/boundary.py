@@ -32,7 +32,7 @@ def positive_integers(name: str, what: str, given: int | Iterable[int]) -> tuple
     Raises:
         ValueError: if there is none, or one that is no positive integer; ``name`` is who asks, for ``what``.
     """
-    found = (given,) if isinstance(given, int) else tuple(given)
+    found = (given,) if isinstance(given, int) else tuple(given) if isinstance(given, Iterable) else ()
     if not found or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in found):
         raise ValueError(f"{name}: expected {what} to be positive integers, got {given!r}")
     return found
@@ -97,13 +97,19 @@ def check_context(transform: FlowTransform, context: Tensor) -> None:
         _same_kind(name, "context", context, kin)
 
 
-def refuse_other_kind(name: str, what: str, value: Tensor, module: nn.Module) -> None:
-    """Refuses what is no tensor, or one that is of another dtype or on another device than a module's numbers."""
+def refuse_other_kind(name: str, what: str, value: Tensor, module: nn.Module) -> Tensor:
+    """Refuses what is no tensor, or one that is of another dtype or on another device than a module's numbers.
+
+    Returns:
+        The tensor, in the dtype of these; where autocast lets another one in, that is a conversion.
+    """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor as {what}, got {type(value).__name__}")
     kin = _first_floating(module)
-    if kin is not None:
-        _same_kind(name, what, value, kin)
+    if kin is None:
+        return value
+    _same_kind(name, what, value, kin)
+    return value.to(kin.dtype)
 
 
 def _same_kind(name: str, what: str, value: Tensor, kin: Tensor) -> None:

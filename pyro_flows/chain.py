@@ -92,17 +92,15 @@ class Wrap(FlowTransform):
                 f"Wrap: {type(self.transform).__name__} is no map of single numbers that is the same at all times of a "
                 "series (C, T)"
             )
-        move = self.transform
+        return Elementwise(self._moved, self._moved_back)
 
-        def forward(x: Tensor) -> tuple[Tensor, Tensor]:
-            y = move(x)
-            return y, move.log_abs_det_jacobian(x, y)
+    def _moved(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.transform(x)
+        return y, self.transform.log_abs_det_jacobian(x, y)
 
-        def inverse(y: Tensor) -> tuple[Tensor, Tensor]:
-            x = move.inv(y)
-            return x, -move.log_abs_det_jacobian(x, y)
-
-        return Elementwise(forward, inverse)
+    def _moved_back(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.transform.inv(y)
+        return x, -self.transform.log_abs_det_jacobian(x, y)
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         y = self.transform(x)

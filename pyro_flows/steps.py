@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -98,9 +99,15 @@ class Elementwise(Stepper):
 
 def affine(loc: Tensor | float, log_scale: Tensor) -> Elementwise:
     """The steps of ``y = loc + exp(log_scale) x``, for numbers of shape ``(C, 1)``."""
-    return Elementwise(
-        lambda x: (loc + log_scale.exp() * x, log_scale), lambda y: ((y - loc) * torch.exp(-log_scale), -log_scale)
-    )
+    return Elementwise(partial(_scaled, loc, log_scale), partial(_unscaled, loc, log_scale))
+
+
+def _scaled(loc: Tensor | float, log_scale: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    return loc + log_scale.exp() * x, log_scale
+
+
+def _unscaled(loc: Tensor | float, log_scale: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    return (y - loc) * torch.exp(-log_scale), -log_scale
 
 
 def at_any_time(name: str, what: str, value: Tensor) -> Tensor:

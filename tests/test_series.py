@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
+import pickle
 
 import pyro.distributions as dist
 import pytest
 import torch
 import torch.nn.functional as F
 from cases import shake
-from test_mint import check_layer, jacobian, layer
+from test_mint import check_layer, jacobian, layer, longest_chains
 from torch.distributions import AffineTransform, ExpTransform
 
 import pyro_flows as pf
-from pyro_flows import mint_map, raster
+from pyro_flows import attention, mint_map, raster
 from pyro_flows.attention import Attention, AttentionNet, AttentionSteps
 from pyro_flows.infer import Codec, Stream, pixel_scores, standardized, step_log_prob
 from pyro_flows.slopes import Weights
+from pyro_flows.triangular import as_image
 
 DOUBLE = torch.float64
 
@@ -111,6 +114,10 @@ def test_dilated_mint_layers_are_triangular(channels, dilation):
         check_layer(made)
         check_triangular(made)
         assert made.reach == 3 * dilation
+        assert torch.equal(
+            made.waves,
+            longest_chains(as_image("test", made.event_shape), made.kernel, "position", True, dilation)[:, 0],
+        )
 
 
 @pytest.mark.parametrize("name, channels", list(itertools.product(BUILDERS, (1, 2, 3))))
@@ -125,6 +132,25 @@ def test_causal_flows_are_triangular(name, channels):
         check_triangular(times_three)
     check_triangular(trained(BUILDERS[name]((channels, 6))))
     check_triangular(far(pf.CausalAutoregressive((channels, 9), hidden_channels=5, num_convolutions=2), 0.5))
+
+
+@pytest.mark.parametrize(
+    "window, kernel_size, dilation, reach", [(2, 3, 1, 3), (4, 3, 1, 5), (5, 5, 1, 7), (4, 1, 3, 5)]
+)
+def test_reach_of_windows(window, kernel_size, dilation, reach):
+    """The last key's own neighbours are seen, too, by a kernel of three at least."""
+    made = layer(
+        (2, 10),
+        order="position",
+        shared_scale=True,
+        attention=2,
+        head_dim=4,
+        window=window,
+        kernel_size=kernel_size,
+        dilation=dilation,
+    )
+    assert made.reach == reach
+    check_triangular(made)
 
 
 def test_reach_of_chains():
@@ -247,6 +273,20 @@ def test_streams_equal_whole_series(name, batch, context_dim):
     torch.testing.assert_close(torch.stack(scores, -1), step_log_prob(long, want, context), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("name", BUILDERS)
+def test_streams_of_inverses(name):
+    """Parts the other way round, which observe one step after another."""
+    context = torch.randn(3, 1, dtype=DOUBLE)
+    chain = far(BUILDERS[name]((2, 7), context_dim=1), 0.1)
+    flow, y = pf.Flow(chain.inv), torch.randn(3, 2, 7, dtype=DOUBLE)
+    stream = Stream(flow, (3,), context)
+    scores = torch.cat([stream.observe(y[..., :2]), stream.observe(y[..., 2:])], -1)
+    torch.testing.assert_close(scores.sum(-1), flow.log_prob(y, context), rtol=1e-9, atol=1e-9)
+    x, stream = chain(y, context), Stream(flow, (3,), context)
+    moved = [stream.step(x[..., t])[0] for t in range(7)]
+    torch.testing.assert_close(torch.stack(moved, -1), y, rtol=1e-7, atol=1e-7)
+
+
 def test_streams_know_all_that_a_chain_may_hold():
     """Standardisations, rescalings, elementwise parts, inverses, conditioned parts, another base, other dtypes."""
     context = torch.randn(3, dtype=DOUBLE)
@@ -270,7 +310,7 @@ def test_streams_know_all_that_a_chain_may_hold():
             chain = pf.Chain(parts).to(dtype).eval()
             flow = pf.Flow(chain, dist.StudentT(torch.full(event, 5.0), 0.5, 2.0).to_event(2)).to(dtype)
             y = torch.rand(4, *event, dtype=dtype) + 0.5
-            got = Stream(flow, (4,)).observe(y)
+            got = pickle.loads(pickle.dumps(Stream(flow, (4,)))).observe(y)
         finally:
             torch.set_default_dtype(torch.float32)
         assert got.dtype == dtype
@@ -343,7 +383,13 @@ def test_autocast_changes_nothing(name):
     chain = far(BUILDERS[name]((2, 6)), 0.1).float()
     y = torch.randn(3, 2, 6)
     plain = Stream(pf.Flow(chain), (3,)).observe(y)
+    half, context = y.bfloat16(), torch.randn(3, 1).bfloat16()
+    told = pf.Flow(far(BUILDERS[name]((2, 6), context_dim=1), 0.1).float())
+    expected = Stream(told, (3,), context.float()).observe(half.float())
     with torch.autocast("cpu", torch.bfloat16):
+        stream = Stream(told, (3,), context)  # where half precision may come in, and networks of contexts have it
+        torch.testing.assert_close(stream.copy().observe(half), expected, rtol=0.02, atol=0.02)
+        assert stream.step(half[..., 0])[0].dtype == torch.float32
         torch.testing.assert_close(Stream(pf.Flow(chain), (3,)).observe(y), plain)
         x, ladj = chain.inverse_and_ladj(y)
         torch.testing.assert_close(chain.forward_and_ladj(x)[0], y, rtol=1e-3, atol=1e-3)
@@ -352,24 +398,43 @@ def test_autocast_changes_nothing(name):
     torch.testing.assert_close(ladj, chain.inverse_and_ladj(y)[1], rtol=1e-3, atol=1e-3)
 
 
-def test_copies_go_their_own_way():
-    flow = pair("mint", 2, 1, 5)[0]
-    context = torch.randn(3, 1, dtype=DOUBLE)
+@pytest.mark.parametrize("name", BUILDERS)
+def test_copies_go_their_own_way(name):
+    flow, longer = pair(name, 2, 1, 6)
+    context, y = torch.randn(3, 1, dtype=DOUBLE), torch.randn(3, 2, 6, dtype=DOUBLE)
+    want = step_log_prob(longer, y, context).detach()
     stream = Stream(flow, (3,), context)
-    stream.observe(torch.randn(3, 2, 4, dtype=DOUBLE))
-    other, y = stream.copy(), torch.randn(3, 2, dtype=DOUBLE)
+    stream.observe(y[..., :4])
+    other = stream.copy()
     other.step(torch.randn(3, 2, dtype=DOUBLE))
-    torch.manual_seed(5)
+    other.observe(torch.randn(3, 2, 2, dtype=DOUBLE))
     draws = stream.forecast(2, 4)
-    assert draws.shape == (4, 3, 2, 2) and (stream.steps, other.steps) == (4, 5)
-    first = stream.copy()
-    scores = stream.observe(y)
-    torch.testing.assert_close(first.observe(y), scores)
+    assert draws.shape == (4, 3, 2, 2) and (stream.steps, other.steps) == (4, 7)
+    loaded = pickle.loads(pickle.dumps(stream))
     with torch.no_grad():
         for p in flow.parameters():
             p.zero_()  # what is done to the flow is nothing to a stream
-    torch.testing.assert_close(stream.observe(y), first.observe(y))
-    assert "steps=6" in repr(stream) and "reach=45" in repr(stream)
+    for each in (stream, stream.copy(), loaded, copy.deepcopy(loaded)):
+        got = [each.observe(y[..., t]) for t in range(each.steps, 6)]
+        torch.testing.assert_close(torch.stack(got, -1), want[:, 6 - len(got) :], rtol=1e-10, atol=1e-10)
+    assert "steps=6" in repr(stream) and (name != "mint" or "reach=45" in repr(stream))
+
+
+@pytest.mark.parametrize("name, context_dim", list(itertools.product(BUILDERS, (0, 2))))
+def test_forecasts_go_on_from_each_row(name, context_dim):
+    """With the row's own past and context: the whole flow takes draws back to the base values that made them."""
+    flow, longer = pair(name, 2, context_dim, 9)
+    context = torch.randn(3, context_dim, dtype=DOUBLE) if context_dim else None
+    y = torch.randn(3, 2, 5, dtype=DOUBLE)
+    stream = Stream(flow, (3,), context)
+    stream.observe(y)
+    torch.manual_seed(3)
+    draws = stream.forecast(4, 2)
+    torch.manual_seed(3)
+    made = torch.stack([torch.randn(2, 3, 2, dtype=DOUBLE) for _ in range(4)], -1)
+    chain = longer.chain if context is None else longer.chain.condition(context)
+    back = chain.inv(torch.cat((y.expand(2, -1, -1, -1), draws), -1))
+    torch.testing.assert_close(back[..., 5:], made, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["mint", "window", "maf"])
@@ -433,9 +498,29 @@ def test_what_attention_keeps():
     torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)
 
 
-def test_steps_go_by_the_one_solver():
+def test_attention_takes_many_steps_in_pieces(monkeypatch):
+    """As few scores at once as that needs, and nothing else changes."""
+    for name, most in (("window", 4 + 8), ("attention", 30)):
+        short, long = pair(name, 2, 0, 30)
+        y, seen = torch.randn(3, 2, 30, dtype=DOUBLE), []
+        monkeypatch.setattr(attention, "_AT_ONCE", 8)
+        plain = Attention.attend
+
+        def attend(self, queries, keys, *args, plain=plain, seen=seen):
+            seen.append((queries.shape[-2], keys.shape[-2]))
+            return plain(self, queries, keys, *args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Attention, "attend", attend)
+            got = Stream(short, (3,)).observe(y)
+        assert max(n for n, _ in seen) == 8 and max(n for _, n in seen) == most
+        torch.testing.assert_close(got, step_log_prob(long, y), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("num_groups", [3, 48])  # in one piece, and wide enough for convolutions in several
+def test_steps_go_by_the_one_solver(num_groups):
     """A step's problem has the slopes of the whole layer: the same formula, with the past in the biases."""
-    made = layer((3, 6), order="position", shared_scale=True, dilation=2)
+    made = layer((3, 6), scale=9 / num_groups, order="position", shared_scale=True, dilation=2, num_groups=num_groups)
     steps, y = made.stepper(4), torch.randn(4, 3, 6, dtype=DOUBLE)
     x = made.inverse_and_ladj(y)[0]
     torch.testing.assert_close(
@@ -488,9 +573,15 @@ def test_what_streams_say_of_values():
         stream.observe(torch.randn(3, 2, dtype=DOUBLE))
     with pytest.raises(TypeError, match="expected a tensor as y, got list"):
         stream.observe([[0.0]])
-    with pytest.raises(ValueError, match="missing"):
-        stream.observe(torch.full((3, 2), torch.nan))
-    assert stream.steps == 0
+    for wrong in (torch.nan, torch.inf, -torch.inf):
+        with pytest.raises(ValueError, match=r"expected finite values in the support.*missing"):
+            stream.observe(torch.full((3, 2), wrong))
+        with pytest.raises(ValueError, match=r"expected finite base values.*\.sample\(\) draws them"):
+            stream.step(torch.full((3, 2), wrong))
+    assert stream.steps == 0 and stream.observe(torch.zeros(3, 2)).isfinite().all()  # nothing was taken
+    for shape in (3, (-1,), (1.5,), (True,), "3"):
+        with pytest.raises(ValueError, match=r"batch_shape to be a shape such as \(\) or \(5,\), got"):
+            Stream(stream.flow, shape)
     for steps, num_samples in ((0, 1), (1, 0), (True, 1), (1.0, 1)):
         with pytest.raises(ValueError, match="integer >= 1"):
             stream.forecast(steps, num_samples)
@@ -501,9 +592,32 @@ def test_what_streams_say_of_values():
         Stream(flow, (), torch.randn(2))
     with pytest.raises(ValueError, match="leave it out"):
         Stream(pf.Flow(maf((2, 4))), (), torch.randn(1))
+    with pytest.raises(
+        ValueError, match=r"same at all times.*broadcasts with batch_shape \(3,\), got shape \(3, 4, 1\)"
+    ):
+        Stream(flow, (3,), torch.randn(3, 4, 1))  # a context for each time
+    bound = pf.Flow(flow.chain.condition(torch.randn(5, 1)))
+    assert Stream(bound).observe(torch.randn(5, 2)).shape == (5,)
+    with pytest.raises(
+        ValueError, match=r"CausalAutoregressive that is bound .* batch_shape \(3,\), got shape \(5, 1\)"
+    ):
+        Stream(bound, (3,))
     assert Stream(flow, (), torch.randn(5, 1)).observe(torch.randn(5, 2)).shape == (5,)
     empty = Stream(flow, (0,), torch.randn(1))
     assert empty.observe(torch.randn(0, 2, 3)).shape == (0, 3) and empty.sample().shape == (0, 2)
+
+
+def test_a_step_that_fails_halfway():
+    """Layers that have taken it stand elsewhere than those that have not; a copy made before goes on."""
+    flow = pf.Flow(far(pf.Chain([maf((1, 4)), mint((1, 4), num_layers=1, max_sweeps=1)]), 0.5))
+    stream, y = Stream(flow, (2,)), torch.randn(2, 1, dtype=DOUBLE)
+    want, before = stream.copy().observe(y), stream.copy()
+    with pytest.raises(RuntimeError, match="max_sweeps"):
+        stream.step(torch.full((2, 1), 3.0, dtype=DOUBLE))
+    for act in (stream.sample, lambda: stream.observe(y), stream.copy().sample, lambda: stream.forecast(1, 2)):
+        with pytest.raises(RuntimeError, match=r"stopped an earlier step halfway.*\.copy\(\) made before"):
+            act()
+    torch.testing.assert_close(before.observe(y), want)
 
 
 def test_builders_refuse():
@@ -511,7 +625,9 @@ def test_builders_refuse():
         pf.mintnet((1, 4, 4), causal=True)
     with pytest.raises(ValueError, match="needs squeeze=0"):
         pf.mintnet((1, 4), causal=True, squeeze=1)
-    for given in (0, (), (1, 0), (True,), 1.5 * torch.ones(1)):
+    with pytest.raises(ValueError, match=r"needs order='position', got order='channel'; leave order out"):
+        pf.mintnet((1, 4), causal=True, order="channel")
+    for given in (0, (), (1, 0), (True,), 1.5 * torch.ones(1), 1.5):
         with pytest.raises(ValueError, match="dilations to be positive integers"):
             pf.mintnet((1, 4), dilations=given)
     with pytest.raises(ValueError, match="dilation to be an integer"):
@@ -566,9 +682,18 @@ def test_what_step_log_prob_refuses():
         step_log_prob(pf.Flow(pf.mintnet((2, 4), one_sided=True)), y)
     with pytest.raises(ValueError, match="in no order that is known"):
         step_log_prob(pf.Flow(pf.glow((2, 4), num_scales=1)), y)
-    for lengths in (torch.tensor([0, 1, 2]), torch.tensor([1, 2, 5]), torch.ones(3)):
+    flow = pf.Flow(maf((2, 4)))
+    for lengths in (torch.tensor([0, 1, 2]), torch.tensor([1, 2, 5]), torch.ones(3), torch.ones(3).bool()):
         with pytest.raises(ValueError, match="integers from 1 to 4"):
-            step_log_prob(pf.Flow(maf((2, 4))), y, lengths=lengths)
+            step_log_prob(flow, y, lengths=lengths)
+    with pytest.raises(ValueError, match=r"broadcast to the batch \(3,\), one for each series, got shape \(2,\)"):
+        step_log_prob(flow, y, lengths=[1, 2])
+    with pytest.raises(ValueError, match=r"trailing shape \(2, 4\), got shape \(3, 2, 5\)"):
+        step_log_prob(flow, torch.randn(3, 2, 5), lengths=[1, 2, 3])
+    with pytest.raises(TypeError, match="expected a tensor, got list"):
+        step_log_prob(flow, [[0.0]], lengths=[1])
+    with pytest.raises(ValueError, match="outside of it; pad series, and tell their lengths"):
+        step_log_prob(flow, y * torch.nan, lengths=[1, 2, 3])
 
 
 def test_pixel_scores_of_causal_flows():
@@ -580,11 +705,24 @@ def test_pixel_scores_of_causal_flows():
         torch.testing.assert_close(-scores.sum(1), step_log_prob(flow, y), rtol=1e-10, atol=1e-10)
 
 
-def test_codec_of_dilated_layers():
-    chain = pf.Chain([shake(mint((2, 6)), 0.1), pf.LogitPixels((2, 6), 7)])
-    values = torch.randint(0, 7, (5, 2, 6))
-    codec = Codec(pf.Flow(chain))
-    assert torch.equal(codec.decode(codec.encode(values)), values)
+@pytest.mark.parametrize(
+    "shape, options",
+    [
+        ((2, 6), {"causal": True}),
+        ((2, 6), {"causal": True, "attention": 2, "head_dim": 4, "window": 3, "context_dim": 1}),
+        ((2, 5, 6), {"one_sided": True, "dilations": (2, 3)}),  # what is next by one dilation depends by another
+        ((1, 6, 9), {"one_sided": True, "order": "position", "dilations": (2, 3)}),
+    ],
+)
+def test_codec_of_dilated_layers(shape, options):
+    """Numbers of which the model has an idea, so that they are written by it."""
+    chain = shake(pf.mintnet(shape, num_layers=1, num_groups=3, hidden_dims=(4,), **options), 0.2)
+    flow = pf.Flow(pf.Chain([chain, pf.LogitPixels(shape, 7)]))
+    context = [0.05 * torch.randn(20, flow.context_dim)] if flow.context_dim else []
+    values = torch.randint(2, 5, (20, *shape))
+    codec = Codec(flow)
+    assert codec.bits(values, *context).sum() < values.numel() * math.log2(7) + 64
+    assert torch.equal(codec.decode(codec.encode(values, *context), *context), values)
 
 
 # Fitting
@@ -615,6 +753,23 @@ def test_series_are_standardised_by_channel(name):
     torch.testing.assert_close(got.sum(-1), longer.log_prob(more), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["attention", "maf"])
+def test_contexts_come_in_their_own_units(name):
+    loc, scale = torch.tensor([[2.0], [-1.0]]).double(), torch.tensor([[3.0], [0.5]]).double()
+    chain = far(BUILDERS[name]((2, 5), context_dim=1), 0.3)
+    flow = standardized(pf.Flow(chain), loc, scale, torch.tensor([40.0]).double(), torch.tensor([8.0]).double())
+    context, x = 40 + 8 * torch.randn(3, 1, dtype=DOUBLE), torch.randn(3, 2, 5, dtype=DOUBLE)
+    y = loc + scale * x
+    truth = pf.Flow(chain).log_prob(x, (context - 40) / 8) - 5 * scale.log().sum()
+    torch.testing.assert_close(flow.log_prob(y, context), truth, rtol=1e-10, atol=1e-10)
+    whole, lengths = step_log_prob(flow, y, context), torch.tensor([5, 2, 4])
+    torch.testing.assert_close(whole.sum(-1), truth, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(Stream(flow, (3,), context).observe(y), whole, rtol=1e-10, atol=1e-10)
+    inside = torch.arange(5) < lengths[:, None]
+    got = step_log_prob(flow, torch.where(inside[:, None], y, torch.nan), context, lengths=lengths)
+    torch.testing.assert_close(got, torch.where(inside, whole, 0.0), rtol=1e-10, atol=1e-10)
+
+
 def test_other_flows_are_standardised_by_column():
     data = waves_with_trend()
     two_sided = pf.mintnet((2, 12), num_layers=1, num_groups=2)
@@ -623,6 +778,18 @@ def test_other_flows_are_standardised_by_column():
         units = fit.model.chain[len(fit.model.chain) - 1]
         assert units.loc.shape == (2, 12)
         torch.testing.assert_close(units.loc, data.mean(0), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("event", [(3,), (2, 4), (1, 2, 2)])
+def test_states_of_flows_that_learn_a_base_alone(event):
+    """Nothing is before the standardisation, so that nothing says that times share their units."""
+    parts = [pf.Standardization(torch.zeros(event), torch.ones(event)), ExpTransform()]
+    flow = pf.Flow(pf.Chain(parts), pf.DiagonalNormal(event, learnable=True))
+    fit = pf.fit_density(flow, torch.randn(50, *event).exp(), max_steps=2, validation_fraction=0, progress=False)
+    loaded = standardized(pf.Flow(pf.Chain(parts), pf.DiagonalNormal(event, learnable=True)))
+    loaded.load_state_dict(fit.model.state_dict())
+    y = torch.randn(5, *event).exp()
+    torch.testing.assert_close(loaded.log_prob(y), fit.model.log_prob(y))
 
 
 def test_standardisations_of_many_places():

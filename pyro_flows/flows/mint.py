@@ -105,6 +105,10 @@ def mintnet(
     if causal:
         if len(event) != 2:
             raise ValueError(f"mintnet: expected a series (C, T) for causal=True, got event shape {tuple(event)}")
+        if order not in (None, "position"):
+            raise ValueError(
+                f"mintnet: causal=True goes by time, so it needs order='position', got order={order!r}; leave order out"
+            )
         one_sided, order, shared_scale = True, "position", True
     _check(event, num_layers, squeeze, split, one_sided)
     apart = (1, 2, 4, 8) if causal else (1,)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Size, Tensor
 from torch.distributions import Distribution, constraints
 
-from pyro_flows.boundary import refuse_other_kind
+from pyro_flows.boundary import admit, refuse_other_kind
 from pyro_flows.distributions import Flow
 from pyro_flows.infer.density.units import StandardizedFlow, is_plain_flow
 from pyro_flows.infer.surprise import _leaves, _single, surprise
@@ -31,12 +32,13 @@ class Stream:
     r"""Where series stand in time, for a flow that is causal: :math:`p(y_t \mid y_{<t}, c)`, step by step without end.
 
     A causal flow maps a step and all before it to a step of the base.  What it needs to know of the past are the last
-    inputs of each convolution, and those are kept, so that a new step costs the same however many came before: in the
-    density direction one pass of one step, in the other one for each ``Mint`` layer one solve of ``C`` numbers, and
-    for each ``CausalAutoregressive`` one one evaluation for each channel.  Of attention without a window all keys and
-    values are kept, so that a step costs more as time goes on.  All of it equals what the flow says of whole
-    series, up to rounding, from the first step on; beyond the flow's ``T``, it is what the same parameters say in a
-    flow of longer series.  No gradients are kept, and the weights are those of the moment at which it was made.
+    inputs of each convolution, and the keys and values of attention, as many as its window has.  Those are kept, so
+    that a new step costs the same however many came before: in the density direction one pass of one step, in the
+    other a solve of ``C`` numbers for each ``Mint`` layer, and for each ``CausalAutoregressive`` one an evaluation for
+    each channel.  Only attention without a window keeps all keys and values, and costs more as time goes on.  All of it
+    equals what the flow says of whole series, up to rounding, from the first step on; beyond the flow's ``T``, it is
+    what the same parameters say in a flow of longer series.  No gradients are kept, and the weights are those of the
+    moment at which it was made.  Streams can be pickled.
 
     Args:
         flow: a :class:`~pyro_flows.distributions.flow.Flow` of series ``(C, T)`` whose parts are causal in time or
@@ -61,21 +63,25 @@ class Stream:
     @torch.no_grad()
     def __init__(self, flow: Flow, batch_shape: Iterable[int] = (), context: Tensor | None = None) -> None:
         _check(flow, "Stream")
-        self.batch_shape = Size(batch_shape)
+        self.batch_shape = _batch(batch_shape)
         if (context is None) != (flow.context_dim == 0):
             told = "leave it out" if context is not None else "give context="
             raise ValueError(f"Stream: this flow was built with context_dim={flow.context_dim}: {told}")
         self.flow = flow = copy.deepcopy(flow).eval().requires_grad_(False)
         if context is not None:
-            refuse_other_kind("Stream", "context", context, flow)
+            context = refuse_other_kind("Stream", "context", context, flow)
             if context.dim() == 0 or context.shape[-1] != flow.context_dim:
                 raise ValueError(
                     f"Stream: expected a context with last dimension {flow.context_dim} (context_dim), got shape "
                     f"{tuple(context.shape)}"
                 )
-            self.batch_shape = torch.broadcast_shapes(self.batch_shape, context.shape[:-1])
+            self._widen("a context", context)
             context = flow.scaled(context) if isinstance(flow, StandardizedFlow) else context
-        rows, leaves = self.batch_shape.numel(), list(_leaves(flow.chain, context, False))
+        leaves = list(_leaves(flow.chain, context, False))
+        for part, own, _ in leaves:
+            if own is not None and own is not context:
+                self._widen(f"a {type(part).__name__} that is bound to a context", own)
+        rows = self.batch_shape.numel()
         self._parts: list[tuple[Stepper, bool]] = []  # from base to data, and whether each stands for its inverse
         for k, (part, own, inverse) in enumerate(leaves):
             if own is not None:
@@ -91,7 +97,7 @@ class Stream:
                 name = f"{type(part).__name__} (part {k} of {len(leaves)})"
                 raise ValueError(f"Stream: {name} does not go step by step: {error}") from None
         self._base = _one_step(flow)
-        self.steps = 0
+        self.steps, self._torn = 0, False
 
     @torch.no_grad()
     def observe(self, y: Tensor) -> Tensor:
@@ -104,20 +110,23 @@ class Stream:
             Shape ``(*batch,)``, or ``(*batch, n)`` for several, in nats; the log-density of each given all before it.
 
         Raises:
-            ValueError: for another shape, or values outside of the support, such as NaN.
+            ValueError: for another shape, or values outside of the support or not finite; the stream stays where it is.
+            TypeError: for what is no tensor, or of another dtype.
+            RuntimeError: where a solver gives up (``max_sweeps``), after which the stream is of no more use.
         """
         value, several = self._admit(y, "y")
         codomain = self.flow.chain.codomain
-        if value.numel() and not constraints.is_dependent(codomain) and not codomain.check(value).all():
+        known = value.numel() and not constraints.is_dependent(codomain)
+        if not value.isfinite().all() or (known and not codomain.check(value).all()):
             raise ValueError(
-                f"Stream: expected values in the support, {codomain}, got some outside of it; in the place of a "
-                "missing step, .sample() draws one"
+                f"Stream: expected finite values in the support, {codomain}, got others; in the place of a missing "
+                "step, .sample() draws one"
             )
         total = value.new_zeros(len(value), value.shape[-1])
         if value.shape[-1]:
-            with torch.autocast(value.device.type, enabled=False):
+            with self._moving(value.device):
                 for part, inverse in reversed(self._parts):
-                    value, ladj = (part.forward if inverse else part.inverse)(value)
+                    value, ladj = _one_by_one(part, value) if inverse else part.inverse(value)
                     total = total + ladj
                 total = total + self._base.log_prob(value).sum(-2)
         self.steps += total.shape[-1]
@@ -132,11 +141,18 @@ class Stream:
 
         Returns:
             The data value, shape ``(*batch, C)``, and its log-density given all before, shape ``(*batch,)``.
+
+        Raises:
+            ValueError: for another shape, or values that are not finite; the stream stays where it is.
+            TypeError: for what is no tensor, or of another dtype.
+            RuntimeError: where a solver gives up (``max_sweeps``), after which the stream is of no more use.
         """
         value, several = self._admit(x, "x")
         if several:
             raise ValueError(f"Stream: expected one step of shape {(*self.batch_shape, value.shape[1])}, got several")
-        with torch.autocast(value.device.type, enabled=False):
+        if not value.isfinite().all():
+            raise ValueError("Stream: expected finite base values, got some that are not; .sample() draws them")
+        with self._moving(value.device):
             total = self._base.log_prob(value).sum(-2)
             for part, inverse in self._parts:
                 value, ladj = (part.inverse if inverse else part.forward)(value)
@@ -153,6 +169,9 @@ class Stream:
         """Draws of the steps to come, shape ``(num_samples, *batch, C, steps)``; this stream stays where it is.
 
         Costs ``steps`` draws of one step, for ``num_samples`` times as many rows.
+
+        Raises:
+            ValueError: for numbers that are no positive integers.
         """
         for what, given in (("steps", steps), ("num_samples", num_samples)):
             if isinstance(given, bool) or not isinstance(given, int) or given < 1:
@@ -170,9 +189,31 @@ class Stream:
         made._parts = [(part.repeated(times), inverse) for part, inverse in self._parts]
         return made
 
+    def _widen(self, what: str, context: Tensor) -> None:
+        try:
+            self.batch_shape = torch.broadcast_shapes(self.batch_shape, context.shape[:-1])
+        except RuntimeError:
+            raise ValueError(
+                f"Stream: expected {what} of shape (*batch, context_dim), the same at all times, whose batch "
+                f"broadcasts with batch_shape {tuple(self.batch_shape)}, got shape {tuple(context.shape)}"
+            ) from None
+
+    @contextmanager
+    def _moving(self, device: torch.device) -> Iterator[None]:
+        """All parts take the same steps, in full precision, or the stream is of no more use."""
+        self._torn = True
+        with torch.autocast(device.type, enabled=False):
+            yield
+        self._torn = False
+
     def _admit(self, value: Tensor, what: str) -> tuple[Tensor, bool]:
         """Rows ``(rows, C, n)``, and whether ``n`` steps were given or one."""
-        refuse_other_kind("Stream", what, value, self.flow)
+        if self._torn:
+            raise RuntimeError(
+                "Stream: an error stopped an earlier step halfway, so that parts stand at different times; go on with "
+                "a .copy() made before it, or observe all in a new one"
+            )
+        value = refuse_other_kind("Stream", what, value, self.flow)
         one = (*self.batch_shape, self.flow.chain.event_shape[0])
         if value.shape == one:
             return value.reshape(self.batch_shape.numel(), one[-1], 1), False
@@ -187,6 +228,18 @@ class Stream:
         reach = self.flow.chain.reach
         sees = "" if reach is None else f", reach={reach}"
         return f"Stream(batch_shape={tuple(self.batch_shape)}, C={self.flow.event_shape[0]}, steps={self.steps}{sees})"
+
+
+def _one_by_one(part: Stepper, value: Tensor) -> tuple[Tensor, Tensor]:
+    moved, ladjs = zip(*(part.forward(step) for step in value.split(1, -1)), strict=True)
+    return torch.cat(moved, -1), torch.cat(ladjs, -1)
+
+
+def _batch(given: Iterable[int]) -> Size:
+    shape = tuple(given) if isinstance(given, Iterable) else (-1,)
+    if all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in shape):
+        return Size(shape)
+    raise ValueError(f"Stream: expected batch_shape to be a shape such as () or (5,), got {given!r}")
 
 
 def _one_step(flow: Flow) -> Distribution:
@@ -219,24 +272,39 @@ def step_log_prob(flow: Flow, value: Tensor, context: Tensor | None = None, *, l
         value: shape ``(*batch, C, T)``; whatever stands behind a series' end does not matter, be it NaN.
         context: shape ``(*batch, context_dim)``, for a flow that takes one.
         lengths: integers from 1 to ``T`` that broadcast to ``batch``, the steps that each series has; all by default.
+            Behind them each series goes on at its first value, from which a fresh ``ActNorm`` may start in training.
 
     Returns:
         Shape ``(*batch, T)``, in nats, 0 behind a series' end.
 
     Raises:
-        ValueError: for a flow that is not causal, values outside of the support, or lengths out of range.
-        TypeError: for what is no flow.
+        ValueError: for a flow that is not causal, values outside of the support, or lengths that are out of range or
+            do not fit the batch.
+        TypeError: for what is no flow, or values that are no tensor or of another dtype.
     """
     _check(flow, "step_log_prob")
     inside: Tensor | None = None
     if lengths is not None:
-        lengths = torch.as_tensor(lengths, device=value.device)
-        times = flow.event_shape[1]
-        if lengths.is_floating_point() or (lengths.numel() and not ((lengths > 0) & (lengths <= times)).all()):
-            raise ValueError(f"step_log_prob: expected lengths to be integers from 1 to {times}, got {lengths}")
-        inside = torch.arange(times, device=value.device) < lengths.unsqueeze(-1)
+        value = admit(flow.chain, value, context, data_side=True)
+        inside = _inside(lengths, value)
         value = torch.where(inside.unsqueeze(-2), value, value[..., :1])  # numbers that have a density
     if isinstance(flow, StandardizedFlow) and context is not None:
         context = flow.scaled(context)
     scores = -surprise(flow, value, context, "step_log_prob", by_time=True).sum(-2)
     return scores if inside is None else torch.where(inside, scores, 0.0)
+
+
+def _inside(lengths: Tensor | Iterable[int], value: Tensor) -> Tensor:
+    """Which steps of a batch of series belong to them."""
+    lengths, times, batch = torch.as_tensor(lengths, device=value.device), value.shape[-1], value.shape[:-2]
+    whole = not (lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool)
+    if not whole or (lengths.numel() and not ((lengths > 0) & (lengths <= times)).all()):
+        raise ValueError(f"step_log_prob: expected lengths to be integers from 1 to {times}, got {lengths}")
+    try:
+        lengths = lengths.expand(batch)
+    except RuntimeError:
+        raise ValueError(
+            f"step_log_prob: expected lengths that broadcast to the batch {tuple(batch)}, one for each series, got "
+            f"shape {tuple(lengths.shape)}"
+        ) from None
+    return torch.arange(times, device=value.device) < lengths.unsqueeze(-1)

@@ -83,9 +83,11 @@ def surprise(
     """
     value = admit(flow.chain, value, context, data_side=True)
     if value.numel() and not flow.chain.codomain.check(value).all():
+        told = (
+            "pad series, and tell their lengths" if by_time else "a Dequantized takes whole numbers and adds the noise"
+        )
         raise ValueError(
-            f"{who}: expected values in the support, {flow.chain.codomain}, got some outside of it; a "
-            "Dequantized takes whole numbers and adds the noise itself"
+            f"{who}: expected values in the support, {flow.chain.codomain}, got some outside of it; {told}"
         )
     single = _single(flow.base(), flow, who)
     known: tuple[str, list[int]] | None = None

@@ -60,6 +60,11 @@ def _attention(
             kind = f"an integer >= {least}{', or None' if name == 'window' else ''}"
             raise ValueError(f"Mint: expected {name} to be {kind}, got {value!r}")
     if not heads:
+        if window is not None:
+            raise ValueError(
+                f"Mint: window={window} is that of attention, of which there is none, got attention={heads}; set it to "
+                "a number of heads, or leave window out"
+            )
         return None
     least = 2 * (len(event) - 1) + 1
     if head_dim < least:
@@ -172,12 +177,9 @@ class Mint(FlowTransform):
         if not (isinstance(min_slope, (int, float)) and 0 < min_slope < 1):
             raise ValueError(f"Mint: expected min_slope between 0 and 1, got {min_slope!r}")
         rule = _attention(self.event_shape, kernel, attention, head_dim, window, bool(lower))
-        self.num_groups, self.order, self.lower = num_groups, _order(order, attention), bool(lower)
-        self.activation, self.shared_scale, self.dilation = (
-            monotone("Mint", activation).name,
-            bool(shared_scale),
-            dilation,
-        )
+        self.num_groups, self.dilation, self.shared_scale = num_groups, dilation, bool(shared_scale)
+        self.order, self.lower = _order(order, attention), bool(lower)
+        self.activation = monotone("Mint", activation).name
         self.settings = _settings(tolerance, max_sweeps, on_fail)
         wave = waves(image, kernel, self.order, self.lower, dilation)
         if rule is not None:  # each coordinate depends on all before it
@@ -318,6 +320,9 @@ class Mint(FlowTransform):
         Args:
             rows: how many series at once.
             context: shape ``(rows, context_dim)``, for a layer that takes one.
+
+        Raises:
+            ValueError: for a layer that does not go by time, or whose parameters differ between times.
         """
         if not (self._causal and self.shared_over_time):
             raise ValueError(

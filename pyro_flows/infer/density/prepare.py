@@ -14,7 +14,7 @@ from pyro_flows.infer.density.checkpoint import checksum
 from pyro_flows.infer.density.checks import Survey, reals_of
 from pyro_flows.infer.density.data import Expected, Loader, Rows, Source, admit_rows, expected_by
 from pyro_flows.infer.density.settings import HELD_OUT_AT_MOST, Settings
-from pyro_flows.infer.density.units import Units, angles_behind, is_plain_flow, pull_back, split_chain
+from pyro_flows.infer.density.units import Units, angles_behind, is_plain_flow, over_time, pull_back, split_chain
 
 __all__ = ["Prepared", "prepare"]
 
@@ -100,8 +100,7 @@ def prepare(
         values.refuse_degenerate(real, stacklevel + 1)
     units: Units = dict.fromkeys(("loc", "scale", "context_loc", "context_scale"))
     if values.rows and settings.standardize is not False:
-        over_time = bool(front) and all(part.shared_over_time for part in front)
-        units["loc"], units["scale"] = values.loc_and_scale(angles_behind(front), over_time)
+        units["loc"], units["scale"] = values.loc_and_scale(angles_behind(front), over_time(front))
         if contexts.rows:
             units["context_loc"], units["context_scale"] = contexts.loc_and_scale()
     return Prepared(train, held_out, units, identity)

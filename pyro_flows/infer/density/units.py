@@ -20,6 +20,7 @@ __all__ = [
     "flat_parts",
     "in_units",
     "is_plain_flow",
+    "over_time",
     "pull_back",
     "split_chain",
     "standardized",
@@ -139,7 +140,7 @@ def standardized(
     if can_standardize(flow):
         shape = back[0].event_shape if back else front[-1].data_shape
         # What all times share knows nothing of how many there are.
-        own = Size((shape[0], 1)) if all(part.shared_over_time for part in front) else shape
+        own = Size((shape[0], 1)) if over_time(front) else shape
         loc = kin.new_zeros(own) if loc is None else loc
         scale = kin.new_ones(own) if scale is None else scale
         units = Standardization(loc.to(kin), scale.to(kin), event_shape=shape)
@@ -199,6 +200,11 @@ def angles_behind(parts: list[FlowTransform]) -> Tensor | None:
     if chain is None or chain.periodic is None or not chain.periodic.any():
         return None
     return chain.turned(chain.periodic).cpu()
+
+
+def over_time(front: list[FlowTransform]) -> bool:
+    """Whether the units of series are those of their channels: nothing before the standardisation knows the time."""
+    return bool(front) and all(part.shared_over_time for part in front)
 
 
 def pull_back(back: list[FlowTransform], value: Tensor) -> Tensor:
