@@ -461,6 +461,7 @@ def learnt_base():
         (lambda: pf.Chain([pf.ActNorm(2), *pf.cnf(2)]), r"chain\.parts\.0\.loc.*freeze them \(part\.requires_grad_"),
         (learnt_base, r"parameters of the base or of other parts want a gradient, too: base\."),
         (lambda: pf.cnf(2).requires_grad_(False), "it has no trainable parameters"),
+        (lambda: pf.cnf(2, time_dependent=False), "needs a field that depends on time.*time_dependent=True"),
         (lambda: Scores(), "got a Scores, whose density is its own"),
     ],
 )

@@ -124,6 +124,12 @@ def matched_parts(
             f"{got} among {[type(part).__name__ for part in parts]}; take one, or objective='likelihood'"
         )
     continuous = parts[places[0]]
+    if not continuous.field.time_dependent:
+        raise ValueError(
+            "fit_density: flow matching needs a field that depends on time, for the mean velocity of straight paths "
+            "through a place is another at each time, and the mean over all times does not take the base to the data; "
+            "build it with time_dependent=True, or take objective='likelihood'"
+        )
     own = {id(p) for p in continuous.field.parameters() if p.requires_grad}
     others = [name for name, p in flow.named_parameters() if p.requires_grad and id(p) not in own]
     if others:
