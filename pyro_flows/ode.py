@@ -11,6 +11,7 @@ gradient, so the scale of a loss does not matter.  Memory does not grow with the
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 
@@ -170,7 +171,11 @@ def _adjoint(
 
     rest = sum(t.numel() for t in wanted)
     tiny = torch.finfo(end.dtype).tiny
-    level = float(g.square().mean().sqrt()) + 100 * tiny
+    largest = float(g.abs().amax())
+    if not math.isfinite(largest):
+        raise call.unfit(g)
+    # By the largest, for squares of large or small gradients leave the range of float32.
+    level = largest * float((g / max(largest, tiny)).square().mean().sqrt()) + 100 * tiny
     scale = [end.abs() * rtol + atol, after_end.abs() * rtol + level * atol]
     scale = torch.cat([*(t.reshape(-1) for t in scale), end.new_ones(rest)])
     start = end.new_zeros(2 * n + rest)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
 from typing import NamedTuple
@@ -16,7 +17,16 @@ from pyro_flows.core import FlowTransform
 from pyro_flows.divergence import Estimator, columns, draw, estimator, probes_of
 from pyro_flows.fields import Field, GivenField
 from pyro_flows.ode import integrate
-from pyro_flows.ode_solver import ADAPTIVE, FIXED, Dynamics, OdeReport, OdeSettings
+from pyro_flows.ode_solver import (
+    ADAPTIVE,
+    FIXED,
+    Dynamics,
+    OdeReport,
+    OdeSettings,
+    increasing,
+    pair_of,
+    whole,
+)
 from pyro_flows.tracing import autocasting, plain_eager
 
 __all__ = ["Continuous", "Penalties", "SolveCheck", "collect_penalties"]
@@ -55,25 +65,26 @@ class Penalties:
         return sum((part.mean() for part in self.parts if part.numel()), 0.0)
 
 
-_collectors: list[Penalties] = []
+# Of the thread that looks on, lest fits in several take each other's.
+_collectors: ContextVar[tuple[Penalties, ...]] = ContextVar("collectors", default=())
 
 
 @contextlib.contextmanager
 def collect_penalties() -> Iterator[Penalties]:
     """Collects what continuous transforms with ``kinetic`` or ``jacobian`` weights are to be penalised by.
 
-    Only passes within the block integrate the penalties; outside of it they cost nothing. ::
+    Only passes of the same thread within the block integrate the penalties; outside of it they cost nothing. ::
 
         with collect_penalties() as penalties:
             loss = -flow.log_prob(data).mean()
         (loss + penalties.total()).backward()
     """
     penalties = Penalties()
-    _collectors.append(penalties)
+    token = _collectors.set((*_collectors.get(), penalties))
     try:
         yield penalties
     finally:
-        _collectors.remove(penalties)
+        _collectors.reset(token)
 
 
 class _Methods(nn.Module):
@@ -127,22 +138,6 @@ class _FieldDynamics(Dynamics):
             return v.flatten(1), along
 
         return rhs
-
-
-def _pair(name: str, value: float | Sequence[float]) -> tuple[float, float]:
-    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
-    good = all(isinstance(v, (int, float)) and not isinstance(v, bool) and 0 < v < 1 for v in pair)
-    if len(pair) != 2 or not good:
-        raise ValueError(
-            f"Continuous: expected {name} between 0 and 1, or a pair of these for sampling and density, got {value!r}"
-        )
-    return float(pair[0]), float(pair[1])
-
-
-def _whole(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"Continuous: expected {name} to be an integer >= 1, got {value!r}")
-    return value
 
 
 def _weight(name: str, value: float) -> float:
@@ -242,15 +237,15 @@ class Continuous(FlowTransform):
                 f"Continuous: expected a field of event shape {tuple(self.event_shape)} and context_dim={context_dim}, "
                 f"got one of {tuple(self.field.event_shape)} and {self.field.context_dim}"
             )
-        if solver not in ADAPTIVE and solver not in FIXED:
+        if solver not in (*ADAPTIVE, *FIXED):
             raise ValueError(f"Continuous: expected solver to be one of {[*ADAPTIVE, *FIXED]}, got {solver!r}")
         if gradient not in ("adjoint", "backprop"):
             raise ValueError(f"Continuous: expected gradient to be 'adjoint' or 'backprop', got {gradient!r}")
         if scoring not in _SCORING:
             raise ValueError(f"Continuous: expected scoring to be one of {list(_SCORING)}, got {scoring!r}")
         self.solver, self.gradient, self.per_row, self.scoring = solver, gradient, bool(per_row), scoring
-        self.rtol, self.atol = _pair("rtol", rtol), _pair("atol", atol)
-        self.steps, self.max_steps = _whole("steps", steps), _whole("max_steps", max_steps)
+        self.rtol, self.atol = pair_of("rtol", rtol), pair_of("atol", atol)
+        self.steps, self.max_steps = whole("steps", steps), whole("max_steps", max_steps)
         self.kinetic, self.jacobian = _weight("kinetic", kinetic), _weight("jacobian", jacobian)
         size = self.event_shape.numel()
         self.estimator = estimator(divergence, noise, num_probes, size).resolved(self.field)
@@ -318,7 +313,7 @@ class Continuous(FlowTransform):
             context = context.reshape(1, -1) if one else context.expand(*batch, -1).reshape(len(rows), -1)
             (shared if one else rowwise).append(context)
         settings = self.estimator if self.training else self._scorer()
-        penalised = bool(_collectors) and (self.kinetic > 0 or self.jacobian > 0)
+        penalised = bool(_collectors.get()) and (self.kinetic > 0 or self.jacobian > 0)
         wanted = (penalised and self.kinetic > 0, penalised and self.jacobian > 0)
         if settings.kind != "exact":
             rowwise.append(self._probes(settings, rows, context, span[0], noise))
@@ -347,7 +342,7 @@ class Continuous(FlowTransform):
         weights = [w for w, want in zip((self.kinetic, self.jacobian), wanted, strict=True) if want]
         sign = -1.0 if density else 1.0  # an integral from 1 to 0
         penalty = sum(sign * w * along[:, 1 + k] for k, w in enumerate(weights))
-        for collector in _collectors:
+        for collector in _collectors.get():
             collector.parts.append(penalty.view(batch))
 
     @torch.no_grad()
@@ -387,11 +382,12 @@ class Continuous(FlowTransform):
         Returns:
             Values, shape ``(len(times), *batch, *event_shape)``, and ``log|det|`` of the way from the start to there,
             shape ``(len(times), *batch)``, in the sequence of ``times``.
+
+        Raises:
+            ValueError: for times that do not increase from 0 to 1 at most.
         """
         value = admit(self, value, context, density)
-        times = [float(t) for t in times]
-        if not times or times != sorted(set(times)) or times[0] < 0 or times[-1] > 1:
-            raise ValueError(f"Continuous: expected increasing times between 0 and 1, got {times!r}")
+        times = increasing(times)
         states, ladjs, at = [], [], 1.0 if density else 0.0
         ladj = value.new_zeros(value.shape[: value.dim() - len(self.event_shape)])
         for t in reversed(times) if density else times:
