@@ -518,6 +518,20 @@ def test_the_estimate_is_a_function_in_eval_and_fresh_in_training():
         torch.testing.assert_close(scored.inverse_and_ladj(x)[1], exact.inverse_and_ladj(x)[1], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["hutchinson", "hutch++"])
+def test_a_frozen_estimate_is_one_function_both_ways(kind):
+    flow = small(size=4, divergence=kind, scoring="frozen", gradient="backprop", context_dim=1).eval()
+    x, context = torch.randn(3, 4, dtype=torch.double), torch.randn(3, 1, dtype=torch.double)
+    with torch.no_grad():
+        y, ladj = flow.forward_and_ladj(x, context)
+        torch.testing.assert_close(flow.inverse_and_ladj(y.clone(), context)[1], -ladj, rtol=0, atol=1e-7)
+        torch.testing.assert_close(flow[0].path(x, [0.4, 1.0], context)[1][1], ladj, rtol=0, atol=1e-7)
+    torch.autograd.gradcheck(lambda y: flow.inverse_and_ladj(y, context)[1], y.requires_grad_(), atol=1e-6)
+    exact = small(size=4, context_dim=1)
+    exact.load_state_dict(flow.state_dict(), strict=False)
+    assert (exact.forward_and_ladj(x, context)[1] - ladj).abs().max() > 1e-3  # an estimate it is
+
+
 def test_estimates_train_by_both_gradients():
     x = torch.randn(3, 3, dtype=torch.double)
     grads = []

@@ -39,7 +39,8 @@ class FlowMatching:
     .. math:: L = \mathrm{E} \tfrac1D \left| v(t, z_t, c) - (x_1 - x_0) \right|^2, \quad z_t = (1 - t) x_0 + t x_1 ,
 
     whose minimiser, the mean velocity of all paths through a place, takes the base to the data.  A step costs one
-    evaluation of the field for each pair, and no solve.  The likelihood is not what is maximised, but follows.
+    evaluation of the field for each pair, and no solve.  The likelihood is not what is maximised, but follows.  The
+    field has to depend on time.
 
     Args:
         coupling: how rows and draws are paired in a batch.  ``"independent"``: as they come.  ``"optimal_transport"``:
