@@ -250,6 +250,20 @@ def test_rows_and_their_mates():
     assert errors[True, "count"] > errors[False, "count"]
 
 
+def test_gradients_of_rows_and_their_mates():
+    x = torch.cat([0.1 * torch.randn(99, 2), torch.tensor([[3.0, 0.0]])]).double()
+
+    def gradient(rows, tolerance, per_row):
+        flow = pf.Continuous(2, Shrinking(), rtol=tolerance, atol=tolerance, per_row=per_row)
+        rows = rows.clone().requires_grad_()
+        return torch.autograd.grad(sum(v.sum() for v in flow.forward_and_ladj(rows)), rows)[0][-1]
+
+    truth = gradient(x, 1e-11, False)
+    together, each, alone = gradient(x, 1e-4, False), gradient(x, 1e-4, True), gradient(x[-1:], 1e-4, True)
+    torch.testing.assert_close(each, alone, rtol=0, atol=1e-3)  # steps are those that the hard row wants
+    assert (each - truth).abs().max() < 0.5 * (together - truth).abs().max()
+
+
 @torch.no_grad()
 def test_fixed_steps_do_not_depend_on_mates():
     fixed = small(solver="rk4", steps=5)
@@ -526,7 +540,8 @@ def test_a_frozen_estimate_is_one_function_both_ways(kind):
         y, ladj = flow.forward_and_ladj(x, context)
         torch.testing.assert_close(flow.inverse_and_ladj(y.clone(), context)[1], -ladj, rtol=0, atol=1e-7)
         torch.testing.assert_close(flow[0].path(x, [0.4, 1.0], context)[1][1], ladj, rtol=0, atol=1e-7)
-    torch.autograd.gradcheck(lambda y: flow.inverse_and_ladj(y, context)[1], y.requires_grad_(), atol=1e-6)
+    given = y.requires_grad_(), context.requires_grad_()
+    torch.autograd.gradcheck(lambda *given: flow.inverse_and_ladj(*given)[1], given, atol=1e-6)
     exact = small(size=4, context_dim=1)
     exact.load_state_dict(flow.state_dict(), strict=False)
     assert (exact.forward_and_ladj(x, context)[1] - ladj).abs().max() > 1e-3  # an estimate it is

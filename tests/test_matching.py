@@ -20,6 +20,7 @@ from pyro_flows import plots
 from pyro_flows.infer import FlowMatching, fit_density
 from pyro_flows.infer.density.checkpoint import own_randomness
 from pyro_flows.infer.density.matching import Matching, assigned, matched_parts
+from pyro_flows.infer.density.schedule import Schedule
 from pyro_flows.transforms.continuous import collect_penalties
 
 MEAN = torch.tensor([1.0, -2.0], dtype=torch.double)
@@ -258,6 +259,11 @@ def test_optimal_transport_lowers_the_loss():
     }
     losses = {name: fit.history["validation"][-1] for name, fit in found.items()}
     assert losses["optimal_transport"] > 0.5 * losses["independent"]
+
+
+def test_gains_count_from_a_ten_thousandth():
+    schedule = Schedule("constant", 1, Matching.notable)
+    assert [schedule.judge(score) for score in (-1.0, -0.9998, -0.99975)] == ["go", "go", "stop"]
 
 
 def test_penalties_have_no_part_in_matching():

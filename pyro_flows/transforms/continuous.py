@@ -157,7 +157,7 @@ class Continuous(FlowTransform):
     number of dimensions :math:`D`, else about :math:`D` of them.  ``"hutchinson"`` and ``"hutch++"`` are unbiased
     estimates from ``num_probes`` products with the Jacobian, by noise that is fixed during a solve: in training new
     noise for each row and solve, and in ``eval()`` as ``scoring`` says, so that the density is a function.  The basis
-    of ``"hutch++"`` is that of the Jacobian where a solve starts, and in ``eval()`` that at zero, half way.
+    of ``"hutch++"`` is that of the Jacobian where a solve starts, and in ``eval()`` that at zeros, half way.
     ``"auto"`` is exact where that is cheap or :math:`D \le 32`, else ``"hutchinson"``.
 
     **Gradients.**  ``"adjoint"`` solves backwards, with memory that does not grow with the evaluations, first
@@ -334,14 +334,14 @@ class Continuous(FlowTransform):
     def _probes(
         self, settings: Estimator, rows: Tensor, context: Tensor | None, time: float, noise: Tensor | None
     ) -> Tensor:
-        if noise is None:
-            shape = (len(rows), settings.count, rows.shape[1])
-            noise = draw(settings.noise, rows, *shape) if self.training else self.frozen.to(rows.dtype).expand(shape)
+        x, count = rows.view(-1, *self.event_shape), len(rows)
         if not self.training:
-            # Where a solve starts is another place in the other direction, and a basis from there would move with x.
-            time, rows = 0.5, torch.zeros_like(rows)
-        at = rows.new_full((), time)
-        return probes_of(settings, self.field, at, rows.view(-1, *self.event_shape), context, noise)
+            # The other direction starts at another place, and a basis from there would move with x and the context.
+            x, time, noise = x.new_zeros(1, *self.event_shape), 0.5, self.frozen.to(rows.dtype).unsqueeze(0)
+            context = None if context is None else context.new_zeros(1, self.context_dim)
+        elif noise is None:
+            noise = draw(settings.noise, rows, count, settings.count, rows.shape[1])
+        return probes_of(settings, self.field, rows.new_full((), time), x, context, noise).expand(count, -1, -1)
 
     def _collect(self, along: Tensor, wanted: tuple[bool, bool], density: bool, batch: Size) -> None:
         weights = [w for w, want in zip((self.kinetic, self.jacobian), wanted, strict=True) if want]
