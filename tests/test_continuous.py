@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 
@@ -9,6 +10,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+import torch.nn.functional as F
 from cases import shake
 from pyro.infer import SVI, Trace_ELBO
 from torch import nn
@@ -105,6 +107,15 @@ def test_divergence_and_products_are_those_of_autograd(name, context_dim):
     if context_dim == 0:
         alone = torch.func.vmap(lambda row: field.with_divergence(t, row[None])[1][0])(x)
         torch.testing.assert_close(alone, divergence)
+
+
+def test_many_products_at_once():
+    field, t = GivenField(Wave(7).double(), 7), torch.tensor(0.3, dtype=torch.double)
+    x = torch.randn(3, 7, dtype=torch.double)
+    full = jacobian(lambda v: field(t, v), x)
+    torch.testing.assert_close(field.with_divergence(t, x)[1], full.diagonal(dim1=1, dim2=2).sum(-1))
+    probes = torch.randn(5, 3, 7, dtype=torch.double)
+    torch.testing.assert_close(field.products(t, x, probes)[1], torch.einsum("nji,knj->kni", full, probes))
 
 
 @pytest.mark.parametrize("context_dim", [0, 2])
@@ -290,9 +301,16 @@ def test_report_counts_what_was_done():
     calls.clear()
     (y.sum() + ladj.sum()).backward()
     assert report.backward_evaluations == len(calls) > 0
+    hard = pf.Continuous(2, Shrinking())
+    hard.forward_and_ladj(3 * x)
+    assert hard.last_solve.rejected > 0
+    for each in (report, hard.last_solve):  # dopri5 keeps the last slope of a step
+        assert each.evaluations == 1 + 6 * (each.steps + each.rejected)
     flow = small(solver="rk4", steps=7)[0]
     flow.forward_and_ladj(x)
     assert flow.last_solve.evaluations == 28 and flow.last_solve.local_error is None
+    flow.path(x, [0.0, 0.5, 1.0])
+    assert flow.last_solve.evaluations == 16  # a step is no longer than a whole solve's
 
 
 @pytest.mark.parametrize("options", [{"rtol": 1e-4, "atol": 1e-4}, {"solver": "rk4", "steps": 4}])
@@ -309,6 +327,14 @@ def test_check_solve_measures_the_error(options):
         for measured, error in zip(check[:2], errors, strict=True):
             assert 0.7 * error <= measured <= 1.5 * error
         assert check.finer.evaluations > check.report.evaluations == flow.last_solve.evaluations
+
+
+def test_check_solve_compares_estimates_by_the_same_noise():
+    flow = small(size=3, divergence="hutchinson", rtol=1e-6, atol=1e-6)[0]
+    x = torch.randn(20, 3, dtype=torch.double)
+    assert flow.training and flow.check_solve(x).ladj < 1e-4
+    with torch.no_grad():
+        assert (flow.forward_and_ladj(x)[1] - flow.forward_and_ladj(x)[1]).abs().max() > 1e-2
 
 
 def test_path_goes_from_base_to_data():
@@ -372,6 +398,12 @@ def test_gradients_agree(direction, solver, hidden, shared):
                 ends.append(gradients(flow, x, context, direction)[1].detach())
     slope = sum((g * s).sum() for g, s in zip(by["adjoint"][2:], steps, strict=True))
     torch.testing.assert_close(slope, (ends[0] - ends[1]) / 2e-5, rtol=1e-5, atol=1e-7)
+
+
+def test_a_gradient_of_zero():
+    flow = small()
+    (0 * flow(torch.randn(3, 2, dtype=torch.double))).sum().backward()
+    assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in flow.parameters())
 
 
 def test_adjoint_does_not_mind_the_scale_of_the_loss():
@@ -515,6 +547,7 @@ def test_the_estimate_is_a_function_in_eval_and_fresh_in_training():
     with torch.no_grad():
         a, b = flow.inverse_and_ladj(x)[1], flow.inverse_and_ladj(x)[1]
         assert (a - b).abs().min() > 1e-6  # each row
+        assert len(flow.inverse_and_ladj(x[[0, 0, 0]])[1].unique()) > 1  # and each for itself
         flow.eval()
         a, b = flow.inverse_and_ladj(x)[1], flow.inverse_and_ladj(x)[1]
         assert torch.equal(a, b)
@@ -568,6 +601,33 @@ def test_auto_is_exact_where_that_is_cheap():
     assert kind(33, field="gated", hidden_dims=(8,)) == kind((1, 6, 6), field="conv", hidden_dims=(2,)) == "hutchinson"
     assert pf.cnf(33, field="gated", hidden_dims=(8,))[0].frozen.shape == (1, 33)
     assert pf.cnf(33, field="gated", hidden_dims=(8,), scoring="exact")[0].frozen is None
+
+
+def test_what_the_builder_is_given_arrives():
+    options = {
+        "scoring": "frozen",
+        "solver": "rk4",
+        "rtol": (1e-3, 1e-4),
+        "atol": (1e-5, 1e-6),
+        "steps": 7,
+        "max_steps": 9,
+        "gradient": "backprop",
+        "per_row": True,
+        "kinetic": 0.1,
+        "jacobian": 0.2,
+    }
+    estimates = {"divergence": "hutch++", "noise": "gaussian", "num_probes": 6}
+    layer = pf.cnf(3, **options, **estimates)[0]
+    assert {name: getattr(layer, name) for name in options} == options
+    assert layer.estimator == Estimator(*estimates.values())
+    ours, its = (inspect.signature(made).parameters for made in (pf.cnf, pf.Continuous))
+    shared = [name for name in its if name in ours and name != "field"]
+    assert {*options, *estimates} < {*shared}
+    assert all(ours[name].default == its[name].default for name in shared)
+    for kind in ("concatsquash", "mlp", "gated", "residual", "conv"):
+        event = (1, 3) if kind == "conv" else 3
+        field = pf.cnf(event, field=kind, context_dim=2, time_dependent=False, activation="silu")[0].field
+        assert (field.context_dim, field.time_dependent, field.activation.function) == (2, False, F.silu)
 
 
 # Penalties

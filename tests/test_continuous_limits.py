@@ -196,6 +196,8 @@ class Wrong(nn.Module):
                 return torch.sin(x)
         if self.how == "constant":
             return self.linear.bias.expand(x.shape)
+        if self.how == "ones":
+            return torch.ones_like(x)
         return self.linear(x)
 
 
@@ -217,8 +219,9 @@ def test_fields_are_tried_in_words(field, context_dim, kind, message):
 
 def test_a_constant_field_and_one_made_in_inference_mode_are_none_of_these():
     x = torch.randn(3, 2)
-    y, ladj = pf.cnf(2, field=Wrong("constant")).forward_and_ladj(x)
-    assert torch.equal(ladj, torch.zeros(3)) and not torch.equal(x, y)
+    for how in ("constant", "ones"):
+        y, ladj = pf.cnf(2, field=Wrong(how)).forward_and_ladj(x)
+        assert torch.equal(ladj, torch.zeros(3)) and not torch.equal(x, y)
     with torch.inference_mode():
         pf.cnf(2, field=Wrong(""))(x)
 
