@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pyro_flows.newton_adjoint import vmapped
 from pyro_flows.ode_solver import ADAPTIVE, Call, Dynamics, OdeReport, OdeSettings, Watch, floored, rms, row_norm
-from pyro_flows.tracing import forward_mode, plain_eager
+from pyro_flows.tracing import autocasting, forward_mode, plain_eager
 
 __all__ = ["integrate"]
 
@@ -109,6 +109,9 @@ class _Solve(torch.autograd.Function):
     @staticmethod
     def backward(ctx: object, g: Tensor) -> tuple[Tensor | None, ...]:
         x, moved, *tensors = ctx.saved_tensors
+        if autocasting(x.device):  # with rounding that no tolerance could be kept with
+            with torch.autocast(x.device.type, enabled=False):
+                return _Solve.backward(ctx, g)
         needed = ctx.needs_input_grad[4:]
         end = x + moved[:, : x.shape[1]]
         constants = (ctx.call, needed, ctx.split)

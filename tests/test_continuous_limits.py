@@ -268,6 +268,25 @@ def test_the_adjoint_does_not_mind_scales_whose_squares_leave_float32(power):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize("direction", ["forward_and_ladj", "inverse_and_ladj"])
+def test_solves_and_adjoints_keep_full_precision_under_autocast(direction):
+    flow = build("concatsquash", 2)
+    x, context = torch.randn(4, 3), torch.randn(4, 2)
+
+    def made():
+        y, ladj = getattr(flow, direction)(x, context)
+        grads = torch.autograd.grad(y.square().sum() + ladj.sum(), list(flow.parameters()))
+        return [y, ladj, *grads]
+
+    want = made()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = made()
+        half = getattr(flow, direction)(x.bfloat16(), context.bfloat16())[0]
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+    assert half.dtype is torch.float32
+
+
 def test_penalties_of_another_thread_are_its_own():
     flow, x = build("gated", kinetic=1.0), torch.randn(3, 2)
     inside = []
