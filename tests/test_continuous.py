@@ -329,6 +329,13 @@ def test_check_solve_measures_the_error(options):
         assert check.finer.evaluations > check.report.evaluations == flow.last_solve.evaluations
 
 
+def test_check_solve_does_not_compare_a_solve_with_itself():
+    x = torch.randn(5, 2)
+    for density in (False, True):
+        check = small(rtol=(1e-3, 1e-7), atol=(1e-3, 1e-7))[0].float().check_solve(x, density=density)
+        assert math.isnan(check.value) == math.isnan(check.ladj) == density
+
+
 def test_check_solve_compares_estimates_by_the_same_noise():
     flow = small(size=3, divergence="hutchinson", rtol=1e-6, atol=1e-6)[0]
     x = torch.randn(20, 3, dtype=torch.double)

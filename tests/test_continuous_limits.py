@@ -109,10 +109,12 @@ def test_rows_differ_with_their_mates_as_far_as_the_tolerance_lets_them():
 
 @pytest.mark.parametrize("gradient", ["adjoint", "backprop"])
 def test_an_empty_batch_has_gradients_of_zero(gradient):
-    flow = pf.Flow(pf.cnf(2, hidden_dims=(4,), gradient=gradient))
+    flow = pf.Flow(pf.cnf(2, hidden_dims=(4,), gradient=gradient, context_dim=1))
     with torch.no_grad():
         next(flow.parameters()).fill_(torch.nan)
-    flow.log_prob(torch.zeros(2, 0, 2)).sum().backward()
+    context = torch.zeros(2, 1, 1, requires_grad=True)
+    flow.log_prob(torch.zeros(2, 0, 2), context).sum().backward()
+    assert torch.equal(context.grad, torch.zeros_like(context))
     assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in flow.parameters())
 
 

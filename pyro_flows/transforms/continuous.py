@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from pyro_flows.ode_solver import (
     Dynamics,
     OdeReport,
     OdeSettings,
+    floored,
     increasing,
     pair_of,
     whole,
@@ -38,8 +40,8 @@ class SolveCheck(NamedTuple):
     """Errors of a solve, as differences from one of finer tolerance.
 
     Attributes:
-        value: largest difference of where rows end.
-        ladj: largest difference of the log-determinant.
+        value: largest difference of where rows end; NaN where the tolerance is as fine as the dtype has it already.
+        ladj: largest difference of the log-determinant; likewise.
         report: of the solve.
         finer: report of the finer one.
     """
@@ -198,8 +200,10 @@ class Continuous(FlowTransform):
             an exact divergence that is :math:`D` products with the Jacobian in each evaluation.
 
     Raises:
-        ValueError: for options out of range, or a field that changes shape or mixes rows.
+        ValueError: for options out of range, or a field that changes shape, mixes rows, or has no gradient after ``x``.
+        TypeError: for a field that is no module or cannot be called so; in a pass, for values in half precision.
         RuntimeError: in a pass, if the field is not finite, or too stiff for ``max_steps``; time and rows are named.
+        NotImplementedError: for derivatives in forward mode.
 
     References:
         Neural Ordinary Differential Equations (Chen et al., 2018), arXiv:1806.07366.
@@ -307,7 +311,8 @@ class Continuous(FlowTransform):
                 "function, and Trace_ELBO in place of JitTrace_ELBO"
             )
         if batch.numel() == 0:
-            none = sum((p.flatten()[:0].sum() for p in self.field.parameters()), x.new_zeros(()))  # for the graph
+            given = [*self.field.parameters(), *([] if context is None else [context])]
+            none = sum((t.flatten()[:0].sum() for t in given), x.new_zeros(()))  # for the graph
             return x + none, x.flatten(len(batch)).sum(-1) + none
         rows = x.reshape(batch.numel(), self.event_shape.numel())
         shared, rowwise = [*self.field.parameters()], []
@@ -362,7 +367,7 @@ class Continuous(FlowTransform):
         Returns:
             The largest differences of values, in their own units, and of log-determinants, in nats, with a report of
             each solve.  Estimates of the divergence use the same noise in both, so theirs is not among the errors.  In
-            float32, whose tolerances are no finer than 1.2e-6, the finer solve of a fine one is hardly finer.
+            float32 no tolerance is finer than 1.2e-6: what is left of the difference is rough, and NaN from there on.
         """
         value = admit(self, value, context, density)
         settings = self.estimator if self.training else self._scorer()
@@ -375,6 +380,10 @@ class Continuous(FlowTransform):
         better, finer_ladj = self._solve(value, context, density, 100.0, noise)
         finer = self.last_solve
         self.last_solve = report
+        if self.solver in ADAPTIVE and floored(self._settings(density), value.dtype) == floored(
+            self._settings(density, 100.0), value.dtype
+        ):
+            return SolveCheck(math.nan, math.nan, report, finer)
         return SolveCheck(_largest(end - better), _largest(ladj - finer_ladj), report, finer)
 
     @torch.no_grad()
