@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
@@ -15,13 +15,13 @@ from torch import Size, Tensor, nn
 
 from pyro_flows.boundary import admit
 from pyro_flows.core import FlowTransform
-from pyro_flows.divergence import Estimator, columns, draw, estimator, probes_of
+from pyro_flows.divergence import Estimator, draw, estimator, probes_of
+from pyro_flows.dynamics import FieldDynamics
 from pyro_flows.fields import Field, GivenField
 from pyro_flows.ode import integrate
 from pyro_flows.ode_solver import (
     ADAPTIVE,
     FIXED,
-    Dynamics,
     OdeReport,
     OdeSettings,
     floored,
@@ -87,59 +87,6 @@ def collect_penalties() -> Iterator[Penalties]:
         yield penalties
     finally:
         _collectors.reset(token)
-
-
-class _Methods(nn.Module):
-    """A field whose methods can be called with other tensors in place of its parameters."""
-
-    def __init__(self, inner: Field) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, call: Callable[[Field], tuple[Tensor, list[Tensor]]]) -> tuple[Tensor, list[Tensor]]:
-        return call(self.inner)
-
-
-class _FieldDynamics(Dynamics):
-    """A field with its divergence, and penalties if asked for, on flat rows."""
-
-    def __init__(
-        self, name: str, inner: Field, settings: Estimator, has_context: bool, penalties: tuple[bool, bool]
-    ) -> None:
-        self.name, self.inner, self.settings = name, inner, settings
-        self.has_context, self.penalties = has_context, penalties
-        self.num_columns = 1 + sum(penalties)
-
-    def bind(
-        self, shared: Sequence[Tensor], rowwise: Sequence[Tensor]
-    ) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        inner, event = self.inner, self.inner.event_shape
-        names, own = zip(*inner.named_parameters(), strict=True) if any(True for _ in inner.parameters()) else ((), ())
-        given, rest = shared[: len(own)], [*shared[len(own) :], *rowwise]
-        context = rest.pop(0) if self.has_context else None
-        probes = None
-        if rest:
-            probes = rest[0].transpose(0, 1).contiguous()
-            probes = probes.view(*probes.shape[:2], *event)
-
-        def both(inner: Field, t: Tensor, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-            return columns(self.settings, inner, t, x, context, probes, self.penalties)
-
-        if all(a is b for a, b in zip(given, own, strict=True)):
-            evaluate = lambda t, x: both(inner, t, x)  # noqa: E731
-        else:
-            methods = _Methods(inner)
-            tensors = {f"inner.{name}": tensor for name, tensor in zip(names, given, strict=True)}
-
-            def evaluate(t: Tensor, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-                return torch.func.functional_call(methods, tensors, (lambda inner: both(inner, t, x),))
-
-        def rhs(t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-            v, made = evaluate(t, x if len(event) == 1 else x.unflatten(1, event))
-            along = made[0].unsqueeze(1) if len(made) == 1 else torch.stack(made, 1)
-            return v.flatten(1), along
-
-        return rhs
 
 
 def _weight(name: str, value: float) -> float:
@@ -325,7 +272,7 @@ class Continuous(FlowTransform):
         wanted = (penalised and self.kinetic > 0, penalised and self.jacobian > 0)
         if settings.kind != "exact":
             rowwise.append(self._probes(settings, rows, context, span[0], noise))
-        dynamics = _FieldDynamics(self._name, self.field, settings, context is not None, wanted)
+        dynamics = FieldDynamics(self._name, self.field, settings, context is not None, wanted)
         self.last_solve = report = OdeReport(self.solver, "density" if density else "sampling")
         moved, along = integrate(dynamics, self._settings(density, finer), report, rows, shared, rowwise, span)
         if penalised:
