@@ -297,6 +297,7 @@ def test_report_counts_what_was_done():
     report = flow.last_solve
     assert report.evaluations == len(calls) and report.steps > 0 and report.backward_evaluations == 0
     assert 0 < report.local_error <= report.steps
+    assert report.rejected == 0  # the first step is not too long
     assert min(calls) == 0 and max(calls) <= 1  # the field is not asked beyond its time
     calls.clear()
     (y.sum() + ladj.sum()).backward()
