@@ -162,6 +162,20 @@ def test_autonomous_fields_ignore_time(name):
     assert torch.equal(early, late) == ("autonomous" in name or name == "conv-series")
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "name, part", [("concatsquash-2", p) for p in ("shifts", "gates", "last_gate")] + [("conv", "gates")]
+)
+def test_time_has_a_say_in_shifts_and_in_gates(name, part):
+    field = shake(FIELDS[name](0).double(), 0.5)
+    for other in ("shifts", "gates", "last_gate"):
+        if other != part and getattr(field, other, None) is not None:
+            getattr(field, other).time.zero_()
+    x = torch.randn(4, *field.event_shape, dtype=torch.double)
+    early, late = (field(torch.tensor(t, dtype=torch.double), x) for t in (0.1, 0.9))
+    assert (early - late).abs().max() > 1e-3
+
+
 # Solves
 
 
