@@ -270,6 +270,21 @@ def test_the_adjoint_does_not_mind_scales_whose_squares_leave_float32(power):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize("power", [-80, 0, 80])
+def test_the_tolerance_of_the_adjoint_goes_with_the_gradient(power):
+    """At rest, where all that moves is the gradient, by a rotation."""
+
+    class Turning(nn.Module):
+        def forward(self, t, x):
+            return 6 * torch.stack([-x[:, 1], x[:, 0]], 1)
+
+    x = torch.zeros(1, 2, requires_grad=True)
+    y = pf.Continuous(2, Turning())(x)
+    (got,) = torch.autograd.grad(y[0, 0] * 2.0**power, x)
+    want = torch.tensor([[math.cos(6), -math.sin(6)]])
+    torch.testing.assert_close(got / 2.0**power, want, rtol=0, atol=1e-3)
+
+
 @pytest.mark.parametrize("direction", ["forward_and_ladj", "inverse_and_ladj"])
 def test_solves_and_adjoints_keep_full_precision_under_autocast(direction):
     flow = build("concatsquash", 2)
