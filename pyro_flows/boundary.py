@@ -18,7 +18,7 @@ __all__ = ["admit", "check_context", "event_size", "positive_integers", "refuse_
 
 def event_size(event_shape: int | Iterable[int]) -> Size:
     """The shape of one event, from an ``input_dim`` or a shape; every dimension must be a positive integer."""
-    shape = (event_shape,) if isinstance(event_shape, int) else tuple(event_shape)
+    shape = tuple(event_shape) if isinstance(event_shape, Iterable) else (event_shape,)
     if not shape or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in shape):
         raise ValueError(f"expected input_dim or event_shape to be positive integers, got {event_shape!r}")
     if len(shape) > 8:

@@ -85,11 +85,8 @@ def probes_of(settings: Estimator, field: Field, t: Tensor, x: Tensor, context: 
     if basis == 0:
         return noise
     sketch, rest = noise[:, :basis], noise[:, basis:]
-    event = x.shape[1:]
     made = field.products(t, x, sketch.transpose(0, 1).reshape(basis, *x.shape), context)[1]
     q = torch.linalg.qr(made.flatten(2).movedim(0, -1))[0].mT  # (rows, basis, D)
-    if event.numel() < basis:
-        q = torch.nn.functional.pad(q, (0, 0, 0, basis - event.numel()))
     return torch.cat((q, rest - (rest @ q.mT) @ q), 1)
 
 

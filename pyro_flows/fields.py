@@ -136,8 +136,9 @@ class GivenField(Field):
         context_dim: size of the context, 0 for none.
 
     Raises:
-        ValueError: if the module changes the shape, mixes rows, or takes no times of rows where it says so.
-        TypeError: if it is no module, or gives no tensor.
+        ValueError: if the module changes the shape, mixes rows, writes into ``x``, hides from autograd how it depends
+            on ``x``, or takes no times of rows where it says so.
+        TypeError: if it is no module, cannot be called so, or gives no tensor.
     """
 
     def __init__(self, module: nn.Module, event_shape: int | Iterable[int], context_dim: int = 0) -> None:
@@ -154,16 +155,50 @@ class GivenField(Field):
         x.copy_(torch.linspace(-1, 1, x.numel()).view(x.shape))
         t = like.new_full((), 0.5)
         context = x.new_zeros(3, self.context_dim) if self.context_dim else None
+        name, kept = type(self.module).__name__, x.clone()
+        try:
+            with torch.no_grad():
+                self._ask(t, x, context)
+        except (TypeError, RuntimeError) as error:  # in Python's words or torch's
+            takes = "field(t, x)" if context is None else "field(t, x, context)"
+            shapes = f"t a scalar, x of shape {tuple(x.shape)}"
+            shapes += "" if context is None else f", context of shape {tuple(context.shape)}"
+            raise TypeError(
+                f"field {name}: expected a module that can be called as {takes}, {shapes}; that ended in "
+                f"{type(error).__name__} ({_first_line(error)})"
+            ) from error
+        if not x.is_meta and not torch.equal(x, kept):
+            raise ValueError(f"field {name}: it writes into x; a field must leave its arguments as they are")
         with torch.no_grad():
             many = self(t, x, context)
             few = self(t, x[:2], None if context is None else context[:2])
-        if not many.is_meta and not torch.allclose(few, many[:2], rtol=1e-3, atol=1e-5, equal_nan=True):
+        if many.is_meta:
+            return
+        if not torch.allclose(few, many[:2], rtol=1e-3, atol=1e-5, equal_nan=True):
             raise ValueError(
-                f"field {type(self.module).__name__}: a row has another velocity among other rows; a field must be a "
+                f"field {name}: a row has another velocity among other rows; a field must be a "
                 "function that treats rows independently (no batch normalisation, no mean over rows, no dropout)"
             )
-        if self.rowwise_times and not many.is_meta:
+        self._try_slopes(t, x, context, many)
+        if self.rowwise_times:
             self._try_times(x, context)
+
+    def _try_slopes(self, t: Tensor, x: Tensor, context: Tensor | None, v: Tensor) -> None:
+        """A velocity that is cut off from ``x`` would have no divergence, and the density would be wrong in silence."""
+        if torch.is_inference_mode_enabled():  # no gradients for anyone
+            return
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            found = self(t, x, context)
+            if found.requires_grad and torch.autograd.grad(found.sum(), x, allow_unused=True)[0] is not None:
+                return
+        with torch.no_grad():
+            if torch.equal(self(t, x + 0.5, context), v):
+                return
+        raise ValueError(
+            f"field {type(self.module).__name__}: its velocity changes with x, but there is no gradient to say so, so "
+            "that the divergence would be zero; compute it in torch, without detach(), .data or torch.no_grad()"
+        )
 
     @torch.no_grad()
     def _try_times(self, x: Tensor, context: Tensor | None) -> None:
@@ -181,10 +216,13 @@ class GivenField(Field):
                 "leave rowwise_times out"
             )
 
+    def _ask(self, t: Tensor, x: Tensor, context: Tensor | None) -> Tensor:
+        return self.module(t, x) if context is None else self.module(t, x, context)
+
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
         if context is not None and len(context) != len(x):
             context = context.expand(len(x), -1)
-        v = self.module(t, x) if context is None else self.module(t, x, context)
+        v = self._ask(t, x, context)
         if not isinstance(v, Tensor):
             raise TypeError(f"field {type(self.module).__name__}: expected a tensor, got {type(v).__name__}")
         if v.shape != x.shape:
@@ -253,13 +291,16 @@ def smooth(activation: str | Function) -> SmoothActivation:
         return SmoothActivation(*_SMOOTH[activation])
     if isinstance(activation, nn.Module) and any(True for _ in activation.parameters()):
         raise ValueError("expected an activation without parameters: fields treat it as a fixed function")
-    if not callable(activation):
-        raise TypeError(f"expected activation to be a name or a function, got {type(activation).__name__}")
+    if isinstance(activation, type) or not callable(activation):
+        got = f"the class {activation.__name__}" if isinstance(activation, type) else type(activation).__name__
+        raise TypeError(f"expected activation to be a name or a function, e.g. torch.sin, got {got}")
     return SmoothActivation(activation)
 
 
 def widths(name: str, sizes: Sequence[int], least: int = 0) -> tuple[int, ...]:
     """Checked sizes of hidden layers."""
+    if not isinstance(sizes, Iterable):
+        raise TypeError(f"expected {name} to be {least} or more positive integers in a tuple, got {sizes!r}")
     sizes = tuple(sizes)
     if len(sizes) < least or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in sizes):
         raise ValueError(f"expected {name} to be {least} or more positive integers, got {sizes!r}")

@@ -15,6 +15,7 @@ solve turns out to be so long that it would keep too much.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 
@@ -34,7 +35,7 @@ from pyro_flows.ode_solver import (
     rms,
     row_norm,
 )
-from pyro_flows.tracing import forward_mode, plain_eager
+from pyro_flows.tracing import autocasting, forward_mode, plain_eager
 
 __all__ = ["KEPT", "KEPT_IN_ALL", "integrate"]
 
@@ -168,6 +169,9 @@ class _Solve(torch.autograd.Function):
     @staticmethod
     def backward(ctx: object, g: Tensor) -> tuple[Tensor | None, ...]:
         x, moved, *tensors = ctx.saved_tensors
+        if autocasting(x.device):  # with rounding that no tolerance could be kept with
+            with torch.autocast(x.device.type, enabled=False):
+                return _Solve.backward(ctx, g)
         needed = ctx.needs_input_grad[4:]
         end = x + moved[:, : x.shape[1]]
         constants = (ctx.call, needed, ctx.split)
@@ -230,7 +234,11 @@ def _adjoint(
 
     rest = sum(t.numel() for t in wanted)
     tiny = torch.finfo(end.dtype).tiny
-    level = float(g.square().mean().sqrt()) + 100 * tiny
+    largest = float(g.abs().amax())
+    if not math.isfinite(largest):
+        raise call.unfit(g)
+    # By the largest, for squares of large or small gradients leave the range of float32.
+    level = largest * float((g / max(largest, tiny)).square().mean().sqrt()) + 100 * tiny
     scale = [end.abs() * rtol + atol, after_end.abs() * rtol + level * atol]
     scale = torch.cat([*(t.reshape(-1) for t in scale), end.new_ones(rest)])
     start = end.new_zeros(2 * n + rest)

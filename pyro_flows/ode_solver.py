@@ -21,8 +21,11 @@ __all__ = [
     "TooLongError",
     "Watch",
     "floored",
+    "increasing",
+    "pair_of",
     "rms",
     "row_norm",
+    "whole",
 ]
 
 #: Adaptive solvers with their order, and those of fixed steps with their evaluations a step.
@@ -95,6 +98,44 @@ class Call(NamedTuple):
     settings: OdeSettings
     report: OdeReport
     span: tuple[float, float]
+
+    def unfit(self, gradient: Tensor) -> RuntimeError:
+        """What to say of a gradient after the solution that is not finite."""
+        return RuntimeError(
+            f"{self.dynamics.name}: expected a finite gradient after where rows end and their log-determinants, got "
+            f"others in {_rows(~gradient.isfinite().all(1))}; what the loss makes of these is not finite there, or has "
+            "no finite slope"
+        )
+
+
+def pair_of(name: str, value: float | Sequence[float]) -> tuple[float, float]:
+    """Checked tolerances for sampling and density, from one for both or from two."""
+    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    good = all(isinstance(v, (int, float)) and not isinstance(v, bool) and 0 < v < 1 for v in pair)
+    if len(pair) != 2 or not good:
+        raise ValueError(
+            f"Continuous: expected {name} between 0 and 1, or a pair of these for sampling and density, got {value!r}"
+        )
+    return float(pair[0]), float(pair[1])
+
+
+def whole(name: str, value: int) -> int:
+    """A checked number of steps."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"Continuous: expected {name} to be an integer >= 1, got {value!r}")
+    return value
+
+
+def increasing(times: Sequence[float] | Tensor) -> list[float]:
+    """Checked times of a path."""
+    try:
+        found = [float(t) for t in times]
+    except (TypeError, ValueError, RuntimeError):  # no sequence, or one of other things than numbers
+        found = []
+    # NaN is in no sequence, though a sorted one may hold it.
+    if not found or not all(0 <= t <= 1 for t in found) or found != sorted(set(found)):
+        raise ValueError(f"Continuous: expected increasing times between 0 and 1, got {times!r}")
+    return found
 
 
 def floored(settings: OdeSettings, dtype: torch.dtype) -> tuple[float, float]:

@@ -32,6 +32,7 @@ CORE = {
     "dense",
     "dense_fields",
     "divergence",
+    "dynamics",
     "fields",
     "heads",
     "inverse",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 
@@ -9,6 +10,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+import torch.nn.functional as F
 from cases import shake
 from pyro.infer import SVI, Trace_ELBO
 from torch import nn
@@ -107,6 +109,15 @@ def test_divergence_and_products_are_those_of_autograd(name, context_dim):
         torch.testing.assert_close(alone, divergence)
 
 
+def test_many_products_at_once():
+    field, t = GivenField(Wave(7).double(), 7), torch.tensor(0.3, dtype=torch.double)
+    x = torch.randn(3, 7, dtype=torch.double)
+    full = jacobian(lambda v: field(t, v), x)
+    torch.testing.assert_close(field.with_divergence(t, x)[1], full.diagonal(dim1=1, dim2=2).sum(-1))
+    probes = torch.randn(5, 3, 7, dtype=torch.double)
+    torch.testing.assert_close(field.products(t, x, probes)[1], torch.einsum("nji,knj->kni", full, probes))
+
+
 @pytest.mark.parametrize("context_dim", [0, 2])
 @pytest.mark.parametrize("name", FIELDS)
 def test_a_time_for_each_row(name, context_dim):
@@ -149,6 +160,20 @@ def test_autonomous_fields_ignore_time(name):
     x = torch.randn(4, *field.event_shape, dtype=torch.double)
     early, late = (field(torch.tensor(t, dtype=torch.double), x) for t in (0.1, 0.9))
     assert torch.equal(early, late) == ("autonomous" in name or name == "conv-series")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "name, part", [("concatsquash-2", p) for p in ("shifts", "gates", "last_gate")] + [("conv", "gates")]
+)
+def test_time_has_a_say_in_shifts_and_in_gates(name, part):
+    field = shake(FIELDS[name](0).double(), 0.5)
+    for other in ("shifts", "gates", "last_gate"):
+        if other != part and getattr(field, other, None) is not None:
+            getattr(field, other).time.zero_()
+    x = torch.randn(4, *field.event_shape, dtype=torch.double)
+    early, late = (field(torch.tensor(t, dtype=torch.double), x) for t in (0.1, 0.9))
+    assert (early - late).abs().max() > 1e-3
 
 
 # Solves
@@ -250,6 +275,20 @@ def test_rows_and_their_mates():
     assert errors[True, "count"] > errors[False, "count"]
 
 
+def test_gradients_of_rows_and_their_mates():
+    x = torch.cat([0.1 * torch.randn(99, 2), torch.tensor([[3.0, 0.0]])]).double()
+
+    def gradient(rows, tolerance, per_row):
+        flow = pf.Continuous(2, Shrinking(), rtol=tolerance, atol=tolerance, per_row=per_row)
+        rows = rows.clone().requires_grad_()
+        return torch.autograd.grad(sum(v.sum() for v in flow.forward_and_ladj(rows)), rows)[0][-1]
+
+    truth = gradient(x, 1e-11, False)
+    together, each, alone = gradient(x, 1e-4, False), gradient(x, 1e-4, True), gradient(x[-1:], 1e-4, True)
+    torch.testing.assert_close(each, alone, rtol=0, atol=1e-3)  # steps are those that the hard row wants
+    assert (each - truth).abs().max() < 0.5 * (together - truth).abs().max()
+
+
 @torch.no_grad()
 def test_fixed_steps_do_not_depend_on_mates():
     fixed = small(solver="rk4", steps=5)
@@ -272,13 +311,21 @@ def test_report_counts_what_was_done():
     report = flow.last_solve
     assert report.evaluations == len(calls) and report.steps > 0 and report.backward_evaluations == 0
     assert 0 < report.local_error <= report.steps
+    assert report.rejected == 0  # the first step is not too long
     assert min(calls) == 0 and max(calls) <= 1  # the field is not asked beyond its time
     calls.clear()
     (y.sum() + ladj.sum()).backward()
     assert report.backward_evaluations == len(calls) > 0
+    hard = pf.Continuous(2, Shrinking())
+    hard.forward_and_ladj(3 * x)
+    assert hard.last_solve.rejected > 0
+    for each in (report, hard.last_solve):  # dopri5 keeps the last slope of a step
+        assert each.evaluations == 1 + 6 * (each.steps + each.rejected)
     flow = small(solver="rk4", steps=7)[0]
     flow.forward_and_ladj(x)
     assert flow.last_solve.evaluations == 28 and flow.last_solve.local_error is None
+    flow.path(x, [0.0, 0.5, 1.0])
+    assert flow.last_solve.evaluations == 16  # a step is no longer than a whole solve's
 
 
 @pytest.mark.parametrize("options", [{"rtol": 1e-4, "atol": 1e-4}, {"solver": "rk4", "steps": 4}])
@@ -295,6 +342,21 @@ def test_check_solve_measures_the_error(options):
         for measured, error in zip(check[:2], errors, strict=True):
             assert 0.7 * error <= measured <= 1.5 * error
         assert check.finer.evaluations > check.report.evaluations == flow.last_solve.evaluations
+
+
+def test_check_solve_does_not_compare_a_solve_with_itself():
+    x = torch.randn(5, 2)
+    for density in (False, True):
+        check = small(rtol=(1e-3, 1e-7), atol=(1e-3, 1e-7))[0].float().check_solve(x, density=density)
+        assert math.isnan(check.value) == math.isnan(check.ladj) == density
+
+
+def test_check_solve_compares_estimates_by_the_same_noise():
+    flow = small(size=3, divergence="hutchinson", rtol=1e-6, atol=1e-6)[0]
+    x = torch.randn(20, 3, dtype=torch.double)
+    assert flow.training and flow.check_solve(x).ladj < 1e-4
+    with torch.no_grad():
+        assert (flow.forward_and_ladj(x)[1] - flow.forward_and_ladj(x)[1]).abs().max() > 1e-2
 
 
 def test_path_goes_from_base_to_data():
@@ -358,6 +420,12 @@ def test_gradients_agree(direction, solver, hidden, shared):
                 ends.append(gradients(flow, x, context, direction)[1].detach())
     slope = sum((g * s).sum() for g, s in zip(by["adjoint"][2:], steps, strict=True))
     torch.testing.assert_close(slope, (ends[0] - ends[1]) / 2e-5, rtol=1e-5, atol=1e-7)
+
+
+def test_a_gradient_of_zero():
+    flow = small()
+    (0 * flow(torch.randn(3, 2, dtype=torch.double))).sum().backward()
+    assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in flow.parameters())
 
 
 def test_adjoint_does_not_mind_the_scale_of_the_loss():
@@ -565,6 +633,7 @@ def test_the_estimate_is_a_function_in_eval_and_fresh_in_training():
     with torch.no_grad():
         a, b = flow.inverse_and_ladj(x)[1], flow.inverse_and_ladj(x)[1]
         assert (a - b).abs().min() > 1e-6  # each row
+        assert len(flow.inverse_and_ladj(x[[0, 0, 0]])[1].unique()) > 1  # and each for itself
         flow.eval()
         a, b = flow.inverse_and_ladj(x)[1], flow.inverse_and_ladj(x)[1]
         assert torch.equal(a, b)
@@ -580,6 +649,21 @@ def test_the_estimate_is_a_function_in_eval_and_fresh_in_training():
         for each in (exact, scored):
             each.load_state_dict(flow.state_dict(), strict=False)
         torch.testing.assert_close(scored.inverse_and_ladj(x)[1], exact.inverse_and_ladj(x)[1], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["hutchinson", "hutch++"])
+def test_a_frozen_estimate_is_one_function_both_ways(kind):
+    flow = small(size=4, divergence=kind, scoring="frozen", gradient="backprop", context_dim=1).eval()
+    x, context = torch.randn(3, 4, dtype=torch.double), torch.randn(3, 1, dtype=torch.double)
+    with torch.no_grad():
+        y, ladj = flow.forward_and_ladj(x, context)
+        torch.testing.assert_close(flow.inverse_and_ladj(y.clone(), context)[1], -ladj, rtol=0, atol=1e-7)
+        torch.testing.assert_close(flow[0].path(x, [0.4, 1.0], context)[1][1], ladj, rtol=0, atol=1e-7)
+    given = y.requires_grad_(), context.requires_grad_()
+    torch.autograd.gradcheck(lambda *given: flow.inverse_and_ladj(*given)[1], given, atol=1e-6)
+    exact = small(size=4, context_dim=1)
+    exact.load_state_dict(flow.state_dict(), strict=False)
+    assert (exact.forward_and_ladj(x, context)[1] - ladj).abs().max() > 1e-3  # an estimate it is
 
 
 def test_estimates_train_by_both_gradients():
@@ -603,6 +687,33 @@ def test_auto_is_exact_where_that_is_cheap():
     assert kind(33, field="gated", hidden_dims=(8,)) == kind((1, 6, 6), field="conv", hidden_dims=(2,)) == "hutchinson"
     assert pf.cnf(33, field="gated", hidden_dims=(8,))[0].frozen.shape == (1, 33)
     assert pf.cnf(33, field="gated", hidden_dims=(8,), scoring="exact")[0].frozen is None
+
+
+def test_what_the_builder_is_given_arrives():
+    options = {
+        "scoring": "frozen",
+        "solver": "rk4",
+        "rtol": (1e-3, 1e-4),
+        "atol": (1e-5, 1e-6),
+        "steps": 7,
+        "max_steps": 9,
+        "gradient": "backprop",
+        "per_row": True,
+        "kinetic": 0.1,
+        "jacobian": 0.2,
+    }
+    estimates = {"divergence": "hutch++", "noise": "gaussian", "num_probes": 6}
+    layer = pf.cnf(3, **options, **estimates)[0]
+    assert {name: getattr(layer, name) for name in options} == options
+    assert layer.estimator == Estimator(*estimates.values())
+    ours, its = (inspect.signature(made).parameters for made in (pf.cnf, pf.Continuous))
+    shared = [name for name in its if name in ours and name != "field"]
+    assert {*options, *estimates} < {*shared}
+    assert all(ours[name].default == its[name].default for name in shared)
+    for kind in ("concatsquash", "mlp", "gated", "residual", "conv"):
+        event = (1, 3) if kind == "conv" else 3
+        field = pf.cnf(event, field=kind, context_dim=2, time_dependent=False, activation="silu")[0].field
+        assert (field.context_dim, field.time_dependent, field.activation.function) == (2, False, F.silu)
 
 
 # Penalties

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
+import threading
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch import nn
 
 import pyro_flows as pf
 from pyro_flows.testing import check_transform
+from pyro_flows.transforms.continuous import collect_penalties
 
 FIELDS = {
     "concatsquash": (3, {"field": "concatsquash"}),
@@ -29,7 +32,9 @@ FIELDS = {
 
 def build(name, context_dim=0, **options):
     shape, own = FIELDS[name]
-    return shake(pf.cnf(shape, context_dim=context_dim, **{"hidden_dims": (4,), **own, **options}), 0.3)
+    return shake(
+        pf.cnf(shape, context_dim=context_dim, **{"hidden_dims": (4,), "gradient": "adjoint", **own, **options}), 0.3
+    )
 
 
 @pytest.mark.slow
@@ -106,10 +111,12 @@ def test_rows_differ_with_their_mates_as_far_as_the_tolerance_lets_them():
 
 @pytest.mark.parametrize("gradient", ["adjoint", "backprop"])
 def test_an_empty_batch_has_gradients_of_zero(gradient):
-    flow = pf.Flow(pf.cnf(2, hidden_dims=(4,), gradient=gradient))
+    flow = pf.Flow(pf.cnf(2, hidden_dims=(4,), gradient=gradient, context_dim=1))
     with torch.no_grad():
         next(flow.parameters()).fill_(torch.nan)
-    flow.log_prob(torch.zeros(2, 0, 2)).sum().backward()
+    context = torch.zeros(2, 1, 1, requires_grad=True)
+    flow.log_prob(torch.zeros(2, 0, 2), context).sum().backward()
+    assert torch.equal(context.grad, torch.zeros_like(context))
     assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in flow.parameters())
 
 
@@ -175,6 +182,147 @@ def test_fields_that_are_no_function_of_a_row_are_refused(field):
 
     with pytest.raises(ValueError, match="treats rows independently"):
         pf.cnf(2, field=Calling())
+
+
+class Wrong(nn.Module):
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+        self.linear = nn.Linear(3 if how == "size" else 2, 2)
+
+    def forward(self, t, x):
+        if self.how == "in place":
+            return x.mul_(0.5)
+        if self.how == "detached":
+            return self.linear(x.detach())
+        if self.how == "no_grad":
+            with torch.no_grad():
+                return torch.sin(x)
+        if self.how == "constant":
+            return self.linear.bias.expand(x.shape)
+        if self.how == "ones":
+            return torch.ones_like(x)
+        return self.linear(x)
+
+
+@pytest.mark.parametrize(
+    "field, context_dim, kind, message",
+    [
+        (nn.Linear(2, 2), 0, TypeError, r"field Linear: .* called as field\(t, x\), t a scalar, x of shape \(3, 2\)"),
+        (Wrong("size"), 0, TypeError, r"field Wrong: .*ended in RuntimeError \(mat1 and mat2"),
+        (Wrong(""), 1, TypeError, r"called as field\(t, x, context\), .* context of shape \(3, 1\)"),
+        (Wrong("in place"), 0, ValueError, "field Wrong: it writes into x"),
+        (Wrong("detached"), 0, ValueError, r"changes with x, but there is no gradient .*without detach\(\)"),
+        (Wrong("no_grad"), 0, ValueError, "changes with x, but there is no gradient"),
+    ],
+)
+def test_fields_are_tried_in_words(field, context_dim, kind, message):
+    with pytest.raises(kind, match=message):
+        pf.cnf(2, field=field, context_dim=context_dim)
+
+
+def test_a_constant_field_and_one_made_in_inference_mode_are_none_of_these():
+    x = torch.randn(3, 2)
+    for how in ("constant", "ones"):
+        y, ladj = pf.cnf(2, field=Wrong(how)).forward_and_ladj(x)
+        assert torch.equal(ladj, torch.zeros(3)) and not torch.equal(x, y)
+    with torch.inference_mode():
+        pf.cnf(2, field=Wrong(""))(x)
+
+
+@pytest.mark.parametrize(
+    "options, kind, message",
+    [
+        ({"hidden_dims": 64}, TypeError, "expected hidden_dims to be 0 or more positive integers in a tuple, got 64"),
+        ({"activation": nn.Tanh}, TypeError, r"a function, e\.g\. torch\.sin, got the class Tanh"),
+        ({"solver": ["rk4"]}, ValueError, r"solver to be one of .*, got \['rk4'\]"),
+        ({"event_shape": 2.0}, ValueError, "input_dim or event_shape to be positive integers, got 2.0"),
+    ],
+)
+def test_options_of_another_kind(options, kind, message):
+    with pytest.raises(kind, match=message):
+        pf.cnf(**{"event_shape": 2, **options})
+
+
+@pytest.mark.parametrize("times", [[], [math.nan], [0.0, math.nan], [0.5, 0.2], [-0.1], [1.1], "ab", 0.5, torch.eye(2)])
+def test_times_of_a_path(times):
+    with pytest.raises(ValueError, match="expected increasing times between 0 and 1, got"):
+        build("gated")[0].path(torch.randn(3, 2), times)
+
+
+def test_a_gradient_that_is_not_finite_is_not_blamed_on_the_field():
+    y = build("gated")(torch.randn(4, 2))
+    weights = torch.ones(4, 2)
+    weights[2, 1] = math.nan
+    with pytest.raises(RuntimeError, match=r"expected a finite gradient .* in rows \[2\] \(1 of 4\); what the loss"):
+        (y * weights).sum().backward()
+
+
+@pytest.mark.parametrize("power", [-80, 80])
+def test_the_adjoint_does_not_mind_scales_whose_squares_leave_float32(power):
+    flow = build("gated")
+    x, grads, counts = torch.randn(5, 2), [], []
+    for scale in (1.0, 2.0**power):
+        y, ladj = flow.forward_and_ladj(x)
+        loss = scale * (y.square().sum() + ladj.sum())
+        grads.append([g / scale for g in torch.autograd.grad(loss, list(flow.parameters()))])
+        counts.append(flow[0].last_solve.backward_evaluations)
+    assert counts[0] == counts[1]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("power", [-80, 0, 80])
+def test_the_tolerance_of_the_adjoint_goes_with_the_gradient(power):
+    """At rest, where all that moves is the gradient, by a rotation."""
+
+    class Turning(nn.Module):
+        def forward(self, t, x):
+            return 6 * torch.stack([-x[:, 1], x[:, 0]], 1)
+
+    x = torch.zeros(1, 2, requires_grad=True)
+    y = pf.Continuous(2, Turning(), gradient="adjoint")(x)
+    (got,) = torch.autograd.grad(y[0, 0] * 2.0**power, x)
+    want = torch.tensor([[math.cos(6), -math.sin(6)]])
+    torch.testing.assert_close(got / 2.0**power, want, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("direction", ["forward_and_ladj", "inverse_and_ladj"])
+def test_solves_and_adjoints_keep_full_precision_under_autocast(direction):
+    flow = build("concatsquash", 2)
+    x, context = torch.randn(4, 3), torch.randn(4, 2)
+
+    def made():
+        y, ladj = getattr(flow, direction)(x, context)
+        grads = torch.autograd.grad(y.square().sum() + ladj.sum(), list(flow.parameters()))
+        return [y, ladj, *grads]
+
+    want = made()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = made()
+        half = getattr(flow, direction)(x.bfloat16(), context.bfloat16())[0]
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+    assert half.dtype is torch.float32
+
+
+def test_penalties_of_another_thread_are_its_own():
+    flow, x = build("gated", kinetic=1.0), torch.randn(3, 2)
+    inside = []
+
+    def other():
+        flow.forward_and_ladj(x)
+        with collect_penalties() as own:
+            flow.forward_and_ladj(2 * x)
+        inside.append(len(own.parts))
+
+    with collect_penalties() as penalties:
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+        assert not penalties.parts
+        flow.forward_and_ladj(x)
+    assert len(penalties.parts) == 1 and inside == [1]
 
 
 def test_a_field_that_narrows_on_the_way():

@@ -18,7 +18,9 @@ from torch.utils.data import DataLoader, TensorDataset
 import pyro_flows as pf
 from pyro_flows import plots
 from pyro_flows.infer import FlowMatching, fit_density
+from pyro_flows.infer.density.checkpoint import own_randomness
 from pyro_flows.infer.density.matching import Matching, assigned, matched_parts
+from pyro_flows.infer.density.schedule import Schedule
 from pyro_flows.transforms.continuous import collect_penalties
 
 MEAN = torch.tensor([1.0, -2.0], dtype=torch.double)
@@ -203,6 +205,53 @@ def test_assignment_uses_each_draw_once_in_groups():
     assert assigned(x0[:0], x1[:0]).shape == (0, 2)
 
 
+class Counting(Rowwise):
+    def forward(self, t, x):
+        self.rows = len(x)
+        return super().forward(t, x)
+
+
+@pytest.mark.parametrize(
+    "event, rows, pairs, training, held_out",
+    [(2, 64, None, 8, 16), (2, 20, None, 16, 16), (2, 600, None, 1, 6), (2, 64, 3, 3, 16), (1024, 8, None, 4, 16)],
+)
+def test_pairs_of_a_row(event, rows, pairs, training, held_out):
+    """As many as make 512 pairs or 2^15 numbers in a step, and 4096 or 2^18 in a validation, but 16 at most."""
+    field = Counting(event)
+    aim = Matching(FlowMatching(pairs=pairs), pf.Flow(pf.Continuous(event, field)), seed=5, held_out=rows)
+    data = torch.randn(rows, event)
+    for train, count in ((True, training), (False, held_out)):
+        aim.model.train(train)
+        assert aim.scores(data, None).shape == (rows,)
+        assert field.rows == count * rows
+
+
+@torch.no_grad()
+def test_a_score_is_that_of_its_own_row():
+    flow = shake(pf.cnf(2, hidden_dims=(4,), context_dim=1), 0.5)
+    aim = Matching(FlowMatching(pairs=3), pf.Flow(flow).train(), seed=5, held_out=0)
+    data, context = torch.randn(5, 2), torch.randn(5, 1)
+
+    def scores():
+        with aim.fixed():
+            return aim.scores(data, context)
+
+    before = scores()
+    for given in (data, context):
+        given[3] += 1
+        after = scores()
+        assert (after != before).nonzero().flatten().tolist() == [3]
+        before = after
+
+
+def test_fixed_pairs_are_not_those_that_training_begins_with():
+    aim = matching(Affine(torch.eye(2), torch.zeros(2)))
+    with aim.fixed():
+        held_out = torch.rand(4)
+    with own_randomness(aim.device, aim.seed):
+        assert not torch.equal(torch.rand(4), held_out)
+
+
 def test_optimal_transport_lowers_the_loss():
     data = cloud(300)
     found = {
@@ -210,6 +259,11 @@ def test_optimal_transport_lowers_the_loss():
     }
     losses = {name: fit.history["validation"][-1] for name, fit in found.items()}
     assert losses["optimal_transport"] > 0.5 * losses["independent"]
+
+
+def test_gains_count_from_a_ten_thousandth():
+    schedule = Schedule("constant", 1, Matching.notable)
+    assert [schedule.judge(score) for score in (-1.0, -0.9998, -0.99975)] == ["go", "go", "stop"]
 
 
 def test_penalties_have_no_part_in_matching():
@@ -461,6 +515,7 @@ def learnt_base():
         (lambda: pf.Chain([pf.ActNorm(2), *pf.cnf(2)]), r"chain\.parts\.0\.loc.*freeze them \(part\.requires_grad_"),
         (learnt_base, r"parameters of the base or of other parts want a gradient, too: base\."),
         (lambda: pf.cnf(2).requires_grad_(False), "it has no trainable parameters"),
+        (lambda: pf.cnf(2, time_dependent=False), "needs a field that depends on time.*time_dependent=True"),
         (lambda: Scores(), "got a Scores, whose density is its own"),
     ],
 )

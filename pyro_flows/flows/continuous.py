@@ -91,7 +91,9 @@ def cnf(
     scale makes up for, and several are a :class:`~pyro_flows.chain.Chain` of several.
 
     Raises:
-        ValueError: for options out of range, or a field that changes the shape or mixes rows.
+        ValueError: for options out of range, or a field that changes the shape, mixes rows, or has no gradient after
+            ``x``.
+        TypeError: for a field that is no module or cannot be called so.
 
     References:
         Neural Ordinary Differential Equations (Chen et al., 2018), arXiv:1806.07366.

@@ -39,7 +39,8 @@ class FlowMatching:
     .. math:: L = \mathrm{E} \tfrac1D \left| v(t, z_t, c) - (x_1 - x_0) \right|^2, \quad z_t = (1 - t) x_0 + t x_1 ,
 
     whose minimiser, the mean velocity of all paths through a place, takes the base to the data.  A step costs one
-    evaluation of the field for each pair, and no solve.  The likelihood is not what is maximised, but follows.
+    evaluation of the field for each pair, and no solve.  The likelihood is not what is maximised, but follows.  The
+    field has to depend on time.
 
     Args:
         coupling: how rows and draws are paired in a batch.  ``"independent"``: as they come.  ``"optimal_transport"``:
@@ -124,6 +125,12 @@ def matched_parts(
             f"{got} among {[type(part).__name__ for part in parts]}; take one, or objective='likelihood'"
         )
     continuous = parts[places[0]]
+    if not continuous.field.time_dependent:
+        raise ValueError(
+            "fit_density: flow matching needs a field that depends on time, for the mean velocity of straight paths "
+            "through a place is another at each time, and the mean over all times does not take the base to the data; "
+            "build it with time_dependent=True, or take objective='likelihood'"
+        )
     own = {id(p) for p in continuous.field.parameters() if p.requires_grad}
     others = [name for name, p in flow.named_parameters() if p.requires_grad and id(p) not in own]
     if others:
