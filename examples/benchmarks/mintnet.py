@@ -294,11 +294,11 @@ def attention(sizes: list[tuple[Shape, int, int]], gain: float, rounds: int) -> 
 # A trained net.
 
 
-def digits(seconds: float, seed: int) -> None:
+def digits(seconds: float, seed: int, pairs: int, draws: int) -> None:
     torch.manual_seed(seed)
     x = np.load(DIGITS)["x"].reshape(-1, 1, 8, 8)
     x = torch.from_numpy(x[np.random.default_rng(0).permutation(len(x))])
-    chain = pf.mintnet((1, 8, 8), num_layers=8, num_groups=(16, 8, 4), squeeze=2)
+    chain = pf.mintnet((1, 8, 8), num_layers=pairs, num_groups=(16, 8, 4), squeeze=2)
     model = pf.Dequantized(pf.Flow(pf.Chain([chain, pf.LogitPixels((1, 8, 8), 17)])), 17)
     pf.fit_density(
         model, x[:1297], x[1297:1497], progress=False, seconds=seconds, batch_size=64, schedule="cosine", lr=6e-3
@@ -313,7 +313,7 @@ def digits(seconds: float, seed: int) -> None:
                 for name, parameter in layer.named_parameters():
                     if name.startswith(("taps", "centres")):
                         parameter.mul_(factor)
-            z = torch.randn(64, 1, 8, 8, dtype=torch.float64)
+            z = torch.randn(draws, 1, 8, 8, dtype=torch.float64)
             taken = spent(lambda net=net, z=z: net(z))
             y = net(z)
             sweeps = [layer.last_solve.sweeps for layer in layers]
@@ -336,13 +336,19 @@ def digits(seconds: float, seed: int) -> None:
                 f"{sum(sweeps)}, at most {max(sweeps)} a layer",
                 str(bisections),
                 shown(taken),
-                f"{int((~(error <= 1e-5)).sum())} of 64 ({error.max():.0e})",
+                f"{int((~(error <= 1e-5)).sum())} of {draws} ({error.max():.0e})",
                 ", ".join(f"{n}: {k}" for n, k in failed.items()),
             ]
         )
         print("  ".join(rows[-1]), flush=True)
-    head = ["net of 16 layers", "sweeps of 64 draws", "bisections", "time", "draws more than 1e-5 off (largest error)"]
-    print("\n" + markdown([*head, "of 64 by 100 sweeps a layer"], rows))
+    head = [
+        f"net of {len(layers)} layers",
+        f"sweeps of {draws} draws",
+        "bisections",
+        "time",
+        "draws more than 1e-5 off (largest error)",
+    ]
+    print("\n" + markdown([*head, f"of {draws} by 100 sweeps a layer"], rows))
 
 
 def main() -> None:
@@ -376,7 +382,7 @@ def main() -> None:
     if "attention" in args.tables:
         attention(small if args.smoke else deep[1:], args.gain, args.rounds)
     if "digits" in args.tables:
-        digits(args.seconds, args.seed)
+        digits(args.seconds, args.seed, *((3, 4) if args.smoke else (8, 64)))
 
 
 if __name__ == "__main__":
