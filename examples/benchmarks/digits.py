@@ -117,7 +117,7 @@ def run(name: str, seed: int, lr: float, seconds: float) -> dict[str, object]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="a second each")
+    parser.add_argument("--smoke", action="store_true", help="two models, a second each")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=USUAL)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--seconds", type=float, default=60, help="CPU time of training, each")
@@ -126,7 +126,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder for the picture (default: out)")
     args = parser.parse_args()
     if args.smoke:
-        args.seconds, args.seeds, args.rates = 0.3, [0], [3e-3]
+        args.seconds, args.seeds, args.rates, args.models = 0.3, [0], [3e-3], args.models[:2]
     out = args.out or Path(tempfile.mkdtemp() if args.smoke else "out")
     out.mkdir(parents=True, exist_ok=True)
     print(f"{machine()}; float32, one thread, {args.seconds:g} CPU s of training each, seeds {args.seeds}\n")
