@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import math
 import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +33,7 @@ from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 from torch import Tensor
 
 import pyro_flows as pf
+from pyro_flows.infer import DensityFit
 
 SHADES = LinearSegmentedColormap.from_list("flow", ["#ffffff", "#bfe3e6", "#5fb3bf", "#1f7a8c", "#0b3c49"])
 COLUMNS = ("exhaust vacuum, cm Hg", "power, MW")
@@ -53,6 +53,15 @@ def refined(flow: pf.Flow, tolerance: float = FINE, per_row: bool = False) -> pf
 
 def continuous(flow: pf.Flow) -> pf.Continuous:
     return next(layer for layer in flow.modules() if isinstance(layer, pf.Continuous))
+
+
+def fit(flow: torch.nn.Module, data: Tensor, steps: int, seed: int, **options: object) -> tuple[DensityFit, float]:
+    """A fit by maximum likelihood, and the seconds of CPU time that it took."""
+    begun = time.process_time()
+    options = {"batch_size": min(512, len(data) // 2), "lr": 1e-2, **options}
+    with torch.enable_grad():
+        found = pf.fit_density(flow, data, max_steps=steps, schedule="cosine", progress=False, seed=seed, **options)
+    return found, time.process_time() - begun
 
 
 def report(name: str, scores: Tensor) -> None:
@@ -150,19 +159,7 @@ def learn_plane(args: object) -> None:
         # Half as large, so that the base begins as wide as the data.
         data, test = sampler(rows) / 2, sampler(rows // 4) / 2
         flow = pf.Flow(pf.cnf(2, **COARSE))
-        begun = time.process_time()
-        pf.fit_density(
-            flow,
-            data,
-            standardize=False,
-            batch_size=min(512, rows // 2),
-            max_steps=steps,
-            lr=1e-2,
-            schedule="cosine",
-            progress=False,
-            seed=args.seed,
-        )
-        seconds = time.process_time() - begun
+        _, seconds = fit(flow, data, steps, args.seed, standardize=False)
         with torch.no_grad():
             report(name, refined(flow).log_prob(test) - 2 * math.log(2))
         solve = continuous(flow).last_solve
@@ -185,24 +182,14 @@ def learn_plant(args: object) -> None:
     train, test = (torch.from_numpy(stored["x"][rows]) for rows in (~test_rows, test_rows))
     if args.smoke:
         train, test = train[:300], test[:100]
-    fit = partial(
-        pf.fit_density,
-        max_steps=2 if args.smoke else 600,
-        batch_size=256,
-        lr=5e-3,
-        schedule="cosine",
-        progress=False,
-        seed=args.seed,
-    )
+    steps = 2 if args.smoke else 600
     print(f"\nPower plant, {len(test)} rows not seen: log-likelihood, nats a row, ± 2 standard errors")
     scores = {}
     for name, columns in (("two columns", [1, 4]), ("all five columns", list(range(5)))):
         own, held_out = train[:, columns], test[:, columns]
         gauss = dist.MultivariateNormal(own.mean(0), own.T.cov())
         report(f"{name}, normal", gauss.log_prob(held_out))
-        begun = time.process_time()
-        fitted = fit(pf.cnf(len(columns), **COARSE), own)
-        seconds = time.process_time() - begun
+        fitted, seconds = fit(pf.cnf(len(columns), **COARSE), own, steps, args.seed, batch_size=256, lr=5e-3)
         model = refined(fitted.model)
         with torch.no_grad():
             report(f"{name}, cnf", model.log_prob(held_out))
@@ -259,20 +246,7 @@ def exact_posterior(y: Tensor, points: Tensor) -> Tensor:
 def learn_posterior(args: object) -> None:
     pairs, steps, n = (500, 2, 40) if args.smoke else (20_000, 600, 240)
     theta, y = simulate(pairs)
-    begun = time.process_time()
-    with torch.enable_grad():
-        fitted = pf.fit_density(
-            pf.cnf(2, context_dim=1, **COARSE),
-            theta,
-            context=y,
-            batch_size=min(512, pairs // 2),
-            max_steps=steps,
-            lr=1e-2,
-            schedule="cosine",
-            progress=False,
-            seed=args.seed,
-        )
-    seconds = time.process_time() - begun
+    fitted, seconds = fit(pf.cnf(2, context_dim=1, **COARSE), theta, steps, args.seed, context=y)
     model = refined(fitted.model)
     axis = (torch.arange(n) + 0.5) * (9 / n) - 4.5
     points, cell = torch.cartesian_prod(axis, axis), (9 / n) ** 2

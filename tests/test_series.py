@@ -61,6 +61,15 @@ def far(chain, by=0.2):
     return chain
 
 
+def three_times(chain):
+    """With all parameters, moved a little, three times as large."""
+    chain = far(chain, 0.1)
+    with torch.no_grad():
+        for p in chain.parameters():
+            p.mul_(3)
+    return chain
+
+
 def trained(chain, steps=30):
     """After some steps on series that wander."""
     chain = chain.double()
@@ -125,11 +134,7 @@ def test_causal_flows_are_triangular(name, channels):
     for context_dim in (0, 2):
         chain = BUILDERS[name]((channels, 6), context_dim=context_dim)
         check_triangular(far(copy.deepcopy(chain), 0.3))
-        with torch.no_grad():
-            times_three = far(copy.deepcopy(chain), 0.1)
-            for p in times_three.parameters():
-                p.mul_(3)
-        check_triangular(times_three)
+        check_triangular(three_times(copy.deepcopy(chain)))
     check_triangular(trained(BUILDERS[name]((channels, 6))))
     check_triangular(far(pf.CausalAutoregressive((channels, 9), hidden_channels=5, num_convolutions=2), 0.5))
 
@@ -164,6 +169,31 @@ def test_reach_of_chains():
     assert pf.ActNorm((2, 3)).inv.reach == 0 and pf.ActNorm((2, 3, 4)).reach is None
 
 
+def rounding(move, at):
+    """What roundings of ``at`` may move its image by, through the slopes there."""
+    at = at.detach().requires_grad_()
+    moved = jacobian(move(at)[0], at).abs() @ at.detach().abs().flatten(1).unsqueeze(-1)
+    return 100 * torch.finfo(DOUBLE).eps * moved.view(at.shape)
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_round_trips_of_large_parameters(name):
+    """T4, three times as large; autoregressive layers amplify from step to step, so they are judged by their slopes."""
+    chain = three_times(BUILDERS[name]((2, 12)))
+    for scale in (1.0, 4.0):
+        x = scale * torch.randn(20, 2, 12, dtype=DOUBLE)
+        for move, back in (
+            (chain.forward_and_ladj, chain.inverse_and_ladj),
+            (chain.inverse_and_ladj, chain.forward_and_ladj),
+        ):
+            y, ladj = move(x)
+            again, minus = back(y)
+            slack = 0.0 if name in ("mint", "attention", "window") else rounding(back, y)
+            assert ((again - x).abs() <= 1e-8 * (1 + x.abs()) + slack).all()
+            if name in ("mint", "attention", "window"):
+                torch.testing.assert_close(minus, -ladj, rtol=1e-8, atol=1e-8)
+
+
 @pytest.mark.parametrize("name", BUILDERS)
 def test_round_trips(name):
     """T4: trained, from the base's values and from four times as far; float64 and float32."""
@@ -189,10 +219,10 @@ def test_round_trips(name):
 
 @pytest.mark.parametrize("name, context_dim", list(itertools.product(BUILDERS, (0, 1))))
 def test_gradients_of_sampling(name, context_dim):
-    """T8: of draws and their log-determinant, after base values, context and every parameter."""
+    """T8: of draws and their log-determinant, after base values, context and every parameter, three times as large."""
     options = {"num_layers": 1} if name != "iaf" else {}
     options |= {"tolerance": 1e-15, "num_groups": 2} if name in ("mint", "attention", "window") else {}
-    chain = far(BUILDERS[name]((2, 3), context_dim=context_dim, **options), 0.3)
+    chain = three_times(BUILDERS[name]((2, 3), context_dim=context_dim, **options))
     x = torch.randn(2, 2, 3, dtype=DOUBLE, requires_grad=True)
     more = (torch.randn(2, 1, dtype=DOUBLE, requires_grad=True),) if context_dim else ()
     names, params = zip(*chain.named_parameters(), strict=True)

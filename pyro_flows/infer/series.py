@@ -13,7 +13,7 @@ from torch.distributions import Distribution, constraints
 from pyro_flows.boundary import admit, refuse_other_kind
 from pyro_flows.distributions import Flow
 from pyro_flows.infer.density.units import StandardizedFlow, is_plain_flow
-from pyro_flows.infer.surprise import _leaves, _single, surprise
+from pyro_flows.infer.surprise import leaves_of, single_base, surprise
 from pyro_flows.steps import Stepper, at_any_time
 
 __all__ = ["Stream", "step_log_prob"]
@@ -77,7 +77,7 @@ class Stream:
                 )
             self._widen("a context", context)
             context = flow.scaled(context) if isinstance(flow, StandardizedFlow) else context
-        leaves = list(_leaves(flow.chain, context, False))
+        leaves = list(leaves_of(flow.chain, context, False))
         for part, own, _ in leaves:
             if own is not None and own is not context:
                 self._widen(f"a {type(part).__name__} that is bound to a context", own)
@@ -244,7 +244,7 @@ def _batch(given: Iterable[int]) -> Size:
 
 def _one_step(flow: Flow) -> Distribution:
     """What a base of independent dimensions is at any time, batch shape ``(C, 1)``."""
-    single = _single(flow.base(), flow, "Stream")
+    single = single_base(flow.base(), flow, "Stream")
     name = f"Stream: the base, {type(single).__name__}"
     numbers = {
         what: at_any_time(name, what, getattr(single, what).expand(flow.chain.event_shape))

@@ -16,7 +16,7 @@ from pyro_flows.infer.anomaly import evaluating
 from pyro_flows.infer.density.units import StandardizedFlow, is_plain_flow
 from pyro_flows.transforms import ActNorm, Autoregressive, LogitPixels, Rescaling, Standardization
 
-__all__ = ["pixel_scores"]
+__all__ = ["is_elementwise", "leaves_of", "pixel_scores", "single_base", "surprise"]
 
 _Leaf = tuple[FlowTransform, Tensor | None, bool]
 
@@ -89,13 +89,13 @@ def surprise(
         raise ValueError(
             f"{who}: expected values in the support, {flow.chain.codomain}, got some outside of it; {told}"
         )
-    single = _single(flow.base(), flow, who)
+    single = single_base(flow.base(), flow, who)
     known: tuple[str, list[int]] | None = None
     if by_time:
         places = torch.arange(flow.chain.event_shape.numel(), device="cpu").view(flow.chain.event_shape)
         known = ("time", places.T.flatten().tolist())
     total = torch.zeros_like(value)
-    leaves = list(_leaves(flow.chain, context, False))
+    leaves = list(leaves_of(flow.chain, context, False))
     for k in reversed(range(len(leaves))):
         part, own, inverse = leaves[k]
         name = f"{type(part).__name__} (part {k} of {len(leaves)})"
@@ -121,22 +121,22 @@ def surprise(
     return -(single.log_prob(value) + total)
 
 
-def _leaves(part: FlowTransform, context: Tensor | None, inverse: bool) -> Iterator[_Leaf]:
+def leaves_of(part: FlowTransform, context: Tensor | None, inverse: bool) -> Iterator[_Leaf]:
     """Parts that are no containers, from base to data, each with its context and whether it stands for its inverse."""
     if isinstance(part, Chain):
         for inner in reversed(list(part)) if inverse else part:
-            yield from _leaves(inner, context, inverse)
+            yield from leaves_of(inner, context, inverse)
     elif isinstance(part, Inverse):
-        yield from _leaves(part.transform, context, not inverse)
+        yield from leaves_of(part.transform, context, not inverse)
     elif isinstance(part, Conditioned):
-        yield from _leaves(part.transform, part.context, inverse)
+        yield from leaves_of(part.transform, part.context, inverse)
     else:
         yield part, context if part.context_dim else None, inverse
 
 
 def _order(part: FlowTransform, name: str, who: str) -> list[int] | None:
     """The dimensions in the sequence in which a triangular part goes through them; ``None`` for an elementwise one."""
-    if isinstance(part, (ActNorm, LogitPixels, Rescaling, Standardization)) or _is_elementwise(part):
+    if isinstance(part, (ActNorm, LogitPixels, Rescaling, Standardization)) or is_elementwise(part):
         return None
     if isinstance(part, Autoregressive):
         return part.net.order.tolist()
@@ -150,7 +150,8 @@ def _order(part: FlowTransform, name: str, who: str) -> list[int] | None:
     return (places if part.lower else places.flip(0)).tolist()
 
 
-def _is_elementwise(part: FlowTransform) -> bool:
+def is_elementwise(part: FlowTransform) -> bool:
+    """Whether a part is one of torch's transforms of single numbers."""
     return isinstance(part, Wrap) and part.transform.domain.event_dim == part.transform.codomain.event_dim == 0
 
 
@@ -172,7 +173,7 @@ def _log_slopes(part: FlowTransform, base: Tensor, data: Tensor, context: Tensor
     return part.log_slopes(data) if context is None else part.log_slopes(data, context)
 
 
-def _single(base: Distribution, flow: Flow, who: str = "pixel_scores") -> Distribution:
+def single_base(base: Distribution, flow: Flow, who: str) -> Distribution:
     """The distributions of single dimensions that a base consists of."""
     inner = base
     while isinstance(inner, Independent):

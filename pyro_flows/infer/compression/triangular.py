@@ -21,7 +21,7 @@ from pyro_flows.distributions import Dequantized, Flow
 from pyro_flows.infer.compression.conditionals import Conditionals, Read, snapshot
 from pyro_flows.infer.compression.cumulative import Edges
 from pyro_flows.infer.density.units import StandardizedFlow, is_plain_flow
-from pyro_flows.infer.surprise import _is_elementwise, _leaves, _single
+from pyro_flows.infer.surprise import is_elementwise, leaves_of, single_base
 from pyro_flows.transforms import ActNorm, LogitPixels, Mint
 from pyro_flows.triangular import as_image, ranks
 
@@ -117,19 +117,19 @@ class FlowConditionals(Conditionals):
         pixels, layers = self._check()
         dims = self.event_shape.numel()
         self.levels = torch.full((dims,), pixels.levels)
-        base = _single(self.flow.base(), self.flow)
+        base = single_base(self.flow.base(), self.flow, "Codec")
         if not isinstance(base, Normal):
             raise ValueError(f"Codec: expected a base of independent normals, got {type(base).__name__}")
         self.loc, self.scale = (each.detach().expand(self.event_shape).flatten() for each in (base.loc, base.scale))
-        # Of two layers of one order the longer chains are a finer way through the coordinates.
-        wave = max((layer.waves.flatten() for layer in layers), key=lambda wave: int(wave.max()))
-        if len({layer.dilation for layer in layers}) > 1:  # whatever the dilations are, what comes before is before
-            wave = ranks(as_image("Codec", self.event_shape), layers[0].order, layers[0].lower).flatten()
+        wave = layers[0].waves
+        if any(not torch.equal(layer.waves, wave) for layer in layers):  # what all of them have in common is the order
+            wave = ranks(as_image("Codec", self.event_shape), layers[0].order, layers[0].lower)
+        wave = wave.flatten()
         self.steps = [(wave == k).nonzero()[:, 0] for k in range(int(wave.max()) + 1)]
         self.numbers = dims * (6 * pixels.levels.bit_length() + sum(4 + 3 * layer.num_groups for layer in layers))
 
     def _check(self) -> tuple[LogitPixels, list[Mint]]:
-        leaves = list(_leaves(self.flow.chain, None, False))
+        leaves = list(leaves_of(self.flow.chain, None, False))
         last = leaves[-1][0]
         if not isinstance(last, LogitPixels) or leaves[-1][2]:
             raise ValueError(
@@ -140,7 +140,7 @@ class FlowConditionals(Conditionals):
         for k, (part, _, inverse) in enumerate(leaves[:-1]):
             if isinstance(part, Mint) and not inverse:
                 layers.append(part)
-            elif not (isinstance(part, ActNorm) or _is_elementwise(part)):
+            elif not (isinstance(part, ActNorm) or is_elementwise(part)):
                 raise ValueError(
                     f"Codec: expected Mint layers and elementwise parts, got {type(part).__name__}"
                     f"{' the other way round' if inverse else ''} (part {k} of {len(leaves)}), of which no conditionals"
@@ -157,7 +157,7 @@ class FlowConditionals(Conditionals):
     def _parts(self, context: Tensor | None) -> list[tuple[FlowTransform, Tensor | None, bool]]:
         if context is not None and isinstance(self.flow, StandardizedFlow):
             context = self.flow.scaled(context)
-        return list(reversed(list(_leaves(self.flow.chain, context, False))))
+        return list(reversed(list(leaves_of(self.flow.chain, context, False))))
 
     @torch.no_grad()
     def _seen(self, x: Tensor, context: Tensor | None) -> list[_Seen | None]:
