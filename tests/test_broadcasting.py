@@ -13,9 +13,9 @@ import torch
 from pyro.nn import PyroModule, PyroSample
 from pyro.ops.indexing import Vindex
 
-from pyro_flows.infer.footprint import BYTES, Footprint, rows_at_once
 from pyro_flows.infer.guides.prototype import initializer, inspect
 from pyro_flows.infer.joint import JointDensity
+from pyro_flows.infer.pace import BYTES, Footprint, rows_at_once
 
 X = torch.randn(7, 3, generator=torch.Generator().manual_seed(0))
 Y = torch.randn(7, generator=torch.Generator().manual_seed(1))
@@ -208,4 +208,4 @@ def test_rows_at_once():
         assert bounds[0] <= rows_at_once(density, 1000) <= bounds[1]
         assert rows_at_once(density, 1) == 1
         if size > 10:
-            assert density.bytes_per_draw >= 4 * size and 1000 * density.bytes_per_draw > BYTES
+            assert density.pace.bytes_per_draw >= 4 * size and 1000 * density.pace.bytes_per_draw > BYTES

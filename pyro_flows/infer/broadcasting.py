@@ -21,12 +21,11 @@ from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-import pyro_flows
 from pyro_flows.infer.latents import Latents, sum_beyond
 
 __all__ = ["explain", "warn_once"]
 
-_OURS = tuple(str(Path(package.__file__).parent) for package in (torch, pyro, pyro_flows))
+_OURS = tuple(map(str, (Path(torch.__file__).parent, Path(pyro.__file__).parent, Path(__file__).parents[1])))
 _STANDARD = str(Path(sysconfig.get_paths()["stdlib"]))
 _NAME = r"[A-Za-z_][\w.]*"
 _MATMUL = re.compile(rf"({_NAME}) ?@ ?({_NAME})")

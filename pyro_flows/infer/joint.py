@@ -13,8 +13,8 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_flows.infer.broadcasting import explain, warn_once
-from pyro_flows.infer.footprint import Footprint
 from pyro_flows.infer.latents import Latents, sum_beyond
+from pyro_flows.infer.pace import Footprint, Pace
 
 __all__ = ["JointDensity"]
 
@@ -53,7 +53,7 @@ class JointDensity:
         self.evaluations = 0
         self.vectorized = True if vectorize is None else vectorize
         self.why_not: str | None = None
-        self.bytes_per_draw: float | None = None
+        self.pace = Pace()
         self._tested = vectorize is not None
 
     def __call__(self, z: Tensor) -> Tensor:
@@ -157,7 +157,7 @@ class JointDensity:
         rows = torch.stack((z[0], z[-1] + 0.1))
         try:
             with Footprint() as alone_footprint:
-                alone = torch.stack([self._seeded(self._alone, row) for row in rows])
+                alone = torch.stack([self._timed(1, self._alone, row) for row in rows])
         except FAILURES:
             return  # there is nothing to compare with here: the next call tries again
         if not alone.isfinite().all():
@@ -169,15 +169,15 @@ class JointDensity:
             self.latents.max_plate_nesting = declared + extra
             try:
                 with Footprint() as footprint:
-                    together = self._seeded(self._together, rows)
-                self.bytes_per_draw = footprint.bytes / len(rows)
+                    together = self._timed(len(rows), self._together, rows)
+                self.pace.bytes_per_draw = footprint.bytes / len(rows)
                 if ((together - alone).abs() <= 1e-3 + 1e-4 * alone.abs()).all():
                     return
                 errors.append(None)
             except Exception as error:  # whatever a model says when its tensors get a dimension more
                 errors.append(error)
         self.latents.max_plate_nesting = declared
-        self.vectorized, self.bytes_per_draw = False, alone_footprint.bytes / len(rows)
+        self.vectorized, self.pace.bytes_per_draw = False, alone_footprint.bytes / len(rows)
         self.why_not = (
             "this model does not broadcast over a plate of draws, so they go one at a time, which is slower: "
             + explain(self.model, self.latents, self.args, self.kwargs, rows, errors[0])
@@ -185,6 +185,10 @@ class JointDensity:
             "(https://pyro.ai/examples/tensor_shapes.html)"
         )
         warn_once(self.model, self.why_not, stacklevel=3)
+
+    def _timed(self, rows: int, fn: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
+        with self.pace.call(rows):
+            return self._seeded(fn, z)
 
     @staticmethod
     def _seeded(fn: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:

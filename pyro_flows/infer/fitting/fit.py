@@ -7,7 +7,8 @@ import inspect
 import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from pyro import poutine
@@ -24,14 +25,18 @@ from pyro_flows.infer.fitting.training import History, Training
 from pyro_flows.infer.guides.auto import AutoFlow, seeded
 from pyro_flows.infer.guides.probe import ModeProbe
 from pyro_flows.infer.joint import JointDensity
+from pyro_flows.infer.pace import FLAT, rows_at_once
 
 __all__ = ["fit_guide"]
 
 RESERVED = ("seconds", "steps", "progress")
 PARTICLES = 128
 SLOW_SECONDS = 40.0  # for the verdict, where a model runs for one draw at a time
-ASSESSING = 0.12  # of the seconds, for the verdict
-SLOW_ASSESSING = 0.4  # likewise, where a model runs for one draw at a time
+STARTING = 0.25  # of the seconds, for the start
+SLOW_PARTICLES = 8  # draws per step, where a model runs for one draw at a time
+LONG = 0.03  # seconds of a call that count
+ASSESSING = 0.12  # of the seconds, for the verdict, at least
+SLOW_ASSESSING = 0.4  # at most
 SEVERAL = 0.01  # share of the posterior in modes that the start leaves out, for which it is worth to begin anew
 
 
@@ -85,18 +90,17 @@ def fit_guide(
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 bar.say("looking for a start")
-                guide.start_seconds = None if seconds is None else 0.25 * seconds
-                guide.setup(*args, **kwargs)
+                with _start_within(guide, None if seconds is None else STARTING * seconds):
+                    guide.setup(*args, **kwargs)
                 density = guide.density(*args, **kwargs)
                 initial = guide.initial
                 _refuse_random(guide, density, initial)
-                particles = _particles(guide, density, initial)
+                particles = _particles(guide, density, initial, seconds)
             for each in {str(each.message): each for each in caught}.values():
                 notes.append(str(each.message))
                 warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
             generator = Generator().manual_seed(int(torch.randint(2**62, ())))
-            part = ASSESSING if density.vectorized else SLOW_ASSESSING
-            budget.keep = 0.0 if seconds is None else part * seconds
+            budget.keep = _for_the_verdict(density, seconds)
             several = _several_modes(guide, density, initial, budget, generator)
             if several is not None:
                 found = cover_modes(guide.flow, several, generator, _limit(budget, 0.15))
@@ -113,6 +117,7 @@ def fit_guide(
                 report=bar.report,
             )
             budget.begin()
+            budget.step_seconds = max(density.pace.shortest, particles * density.pace.seconds_per_draw)
             training.run(fresh=several is None)
             bar.say("judging")
             assessment = _assess(guide, density, initial, budget, generator)
@@ -159,6 +164,18 @@ def _guide(model_or_guide: Callable[..., object] | AutoFlow, kwargs: dict[str, o
     return guide
 
 
+@contextmanager
+def _start_within(guide: AutoFlow, seconds: float | None) -> Iterator[None]:
+    """Gives the guide no more time than this to be built."""
+    own = guide.start_seconds
+    if seconds is not None:
+        guide.start_seconds = seconds if own is None else min(own, seconds)
+    try:
+        yield
+    finally:
+        guide.start_seconds = own
+
+
 def _argument_names(model: Callable[..., object]) -> list[str]:
     try:
         parameters = inspect.signature(model).parameters.values()
@@ -182,22 +199,44 @@ def _refuse_random(guide: AutoFlow, density: JointDensity, initial: Tensor) -> N
 
 
 @torch.no_grad()
-def _particles(guide: AutoFlow, density: JointDensity, initial: Tensor) -> int:
+def _particles(guide: AutoFlow, density: JointDensity, initial: Tensor, seconds: float | None) -> int:
     """As asked, or as many as the model's speed allows: many are worth more than steps, up to a point."""
+    z = initial + 0.01 * torch.randn(PARTICLES, len(initial), dtype=initial.dtype, device=initial.device)
+    pace = density.pace
+    if seconds is None:
+        density(z[:2])  # finds out whether it runs for many at once
+    while seconds is not None and density.vectorized:
+        rows = pace.at_once(PARTICLES, timed=True)
+        with pace.call(rows):
+            density(z[:rows])
+        if pace.at_once(PARTICLES, timed=True) <= rows:
+            break
     if guide.particles is not None:
         return guide.particles
-    z = initial + 0.01 * torch.randn(PARTICLES, len(initial), dtype=initial.dtype, device=initial.device)
-    density(z[:2])  # finds out whether it runs for many at once
+    if seconds is not None:
+        # Some hundred steps are worth more than the draws in each.
+        affordable = max(LONG, FLAT * pace.shortest, 0.005 * seconds) / max(pace.seconds_per_draw, 1e-9)
+        sizes = (PARTICLES, 32, SLOW_PARTICLES, 4) if density.vectorized else (SLOW_PARTICLES, 4)
+        return next((size for size in sizes if size <= affordable), 2)
     if not density.vectorized:
-        return 8
+        return SLOW_PARTICLES
     times = []
     for count in (PARTICLES, 32, PARTICLES, 32):
         start = time.monotonic()
-        density(z[:count])
+        for part in z[:count].split(rows_at_once(density, count)):
+            density(part)
         times.append(time.monotonic() - start)
     many, few = min(times[0], times[2]), min(times[1], times[3])
     # Where time grows with the draws and steps are dear, fewer draws give more steps.
-    return 32 if many > 3e-2 and many > 2 * few else PARTICLES
+    return 32 if many > LONG and many > 2 * few else PARTICLES
+
+
+def _for_the_verdict(density: JointDensity, seconds: float | None) -> float:
+    """Seconds that are kept: what judging a thousand draws takes, within bounds."""
+    if seconds is None:
+        return 0.0
+    need = 2.5 * FEWEST * density.pace.seconds_per_draw
+    return min(max(need, ASSESSING * seconds), SLOW_ASSESSING * seconds)
 
 
 def _several_modes(
@@ -206,13 +245,19 @@ def _several_modes(
     """Modes that the start leaves out, if they hold a part of the posterior that counts."""
     if guide.subsampled or guide.start == "prior" or guide.tempering is not None:
         return None
+    seconds = math.inf if budget.seconds is None else 0.15 * budget.seconds
+    if seconds < max(10 * density.pace.shortest, 100 * density.pace.seconds_per_draw):
+        return None  # a search so short would find nothing
+    end = time.monotonic() + min(seconds, math.inf if density.vectorized else SLOW_SECONDS / 2)
     affine = Flow(guide.preconditioner, guide.flow.base)
-    z, log_p, log_q = weigh(affine, density, 256 if density.vectorized else 64)
+    count = 256 if density.vectorized else 64
+    z, log_p, log_q = weigh(affine, density, count, math.inf if budget.seconds is None else end)
     found = importance(log_p - log_q)
-    if not math.isfinite(found.log_evidence):
+    if not math.isfinite(found.log_evidence) or len(z) < 2:
         return None
-    slow = math.inf if density.vectorized else SLOW_SECONDS / 2
-    seconds = min(slow, math.inf if budget.seconds is None else 0.15 * budget.seconds)
+    seconds = end - time.monotonic()
+    if seconds <= 0:
+        return None
     starts = 16 if density.vectorized else 6
     probe = search_modes(
         affine, density, z, initial, found.log_evidence, starts=starts, seconds=seconds, generator=generator
@@ -223,7 +268,7 @@ def _several_modes(
 def _assess(
     guide: AutoFlow, density: JointDensity, initial: Tensor, budget: Budget, generator: Generator
 ) -> Assessment:
-    left = budget.left() if density.vectorized else min(budget.left(), SLOW_SECONDS)
+    left = max(budget.left(), 0.02 * (budget.seconds or 0.0))
     return assess(
         guide.flow,
         density,
@@ -231,7 +276,8 @@ def _assess(
         initial,
         minibatch=guide.subsampled,
         draws=DRAWS if density.vectorized else FEWEST,
-        seconds=max(left, 0.02 * (budget.seconds or 0.0)),
+        seconds=left,
+        search_seconds=left if density.vectorized else SLOW_SECONDS / 3,
         generator=generator,
     )
 

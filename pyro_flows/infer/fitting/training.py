@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -15,6 +16,7 @@ from pyro_flows.infer.fitting.adam import Adam
 from pyro_flows.infer.fitting.budget import Budget, cosine
 from pyro_flows.infer.guides.posterior import frozen
 from pyro_flows.infer.joint import FAILURES
+from pyro_flows.infer.pace import rows_at_once
 from pyro_flows.transforms import Preconditioner
 
 __all__ = ["History", "Training"]
@@ -146,8 +148,10 @@ class Training:
             part = (fraction - begin) / max(end - begin, 1e-9)
             rate = cosine(part, *rates)
             weight = 1.0 if self.tempering is None else self.tempering ** max(0.0, 1.0 - part / TEMPERED)
+            before = time.monotonic()
             self._step(name, flow, optimizer, rate, weight)
             self.budget.done += 1
+            self.budget.step_seconds = time.monotonic() - before
             window += 1
             if window >= LOOK and weight == 1.0:
                 window = 0
@@ -164,15 +168,14 @@ class Training:
         weight: float,
     ) -> None:
         draws, log_q = flow.rsample_and_log_prob((self.particles,))
-        z = draws.detach().requires_grad_()
+        z = draws.detach()
         try:
-            log_p = self.density(z)
-            (pull,) = torch.autograd.grad(log_p.sum(), z)
+            log_p, pull = self._pull(z)
         except FAILURES:
             self._failed(name, rate, weight)
             return
-        with torch.no_grad():
-            fine = log_p.isfinite() & pull.isfinite().all(-1)
+        fine = log_p.isfinite() & pull.isfinite().all(-1)
+        z.requires_grad_()
         if self.path_gradient:
             with frozen(flow.chain):
                 x, ladj = flow.chain.inverse_and_ladj(z)
@@ -197,7 +200,7 @@ class Training:
         if self.covering:
             self._cover(flow, draws, log_p - log_q, fine)
         norm = torch.nn.utils.clip_grad_norm_(optimizer.parameters, CLIP, foreach=True)
-        difference = (log_p.detach() - log_q.detach())[fine]
+        difference = (log_p - log_q.detach())[fine]
         bad = self.particles - len(difference)
         if len(difference) == 0 or not bool(norm.isfinite()):
             self._failed(name, rate, weight)
@@ -207,6 +210,16 @@ class Training:
         spread = difference.std().item() if len(difference) > 1 else math.inf
         self._exact = self._exact + 1 if spread < EXACT and weight == 1.0 else 0
         self._note(name, difference.mean().item(), spread, rate, weight, bad)
+
+    def _pull(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-densities of the model ``(S,)`` and their gradients ``(S, dim)``, by as many draws as fit into memory."""
+        values, slopes = [], []
+        for part in z.split(rows_at_once(self.density, len(z))):
+            part = part.detach().requires_grad_()
+            log_p = self.density(part)
+            slopes += torch.autograd.grad(log_p.sum(), part)
+            values.append(log_p.detach())
+        return torch.cat(values), torch.cat(slopes)
 
     def _cover(self, flow: Flow, draws: Tensor, log_weights: Tensor, fine: Tensor) -> None:
         """Adds the gradient of the forward divergence, by the step's own draws and their weights."""

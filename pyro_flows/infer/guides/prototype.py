@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Mapping
 
 import pyro.distributions as dist
@@ -67,9 +69,11 @@ def initializer(chosen: Init | None, args: tuple[object, ...], kwargs: Mapping[s
 
 
 def inspect(
-    model: object, init: Init, args: tuple[object, ...], kwargs: Mapping[str, object]
+    model: object, init: Init, args: tuple[object, ...], kwargs: Mapping[str, object], deadline: float = math.inf
 ) -> tuple[object, Latents]:
     """A trace of the model at an initial point, observations included, and the layout of its latents.
+
+    The model runs at four more points, or at one if the deadline, by ``time.monotonic()``, is over by then.
 
     Raises:
         ValueError: for a model without latents, with a sequential plate, with latents in a subsampled plate, with an
@@ -107,7 +111,7 @@ def inspect(
         )
     if latents.dim == 0:
         raise ValueError(f"AutoFlow: the latent sites {[site.name for site in latents]} are all empty")
-    _refuse_change(model, init, trace, args, kwargs)
+    _refuse_change(model, init, trace, args, kwargs, deadline)
     return trace, latents
 
 
@@ -121,7 +125,12 @@ def _latent(trace: object) -> list[tuple[str, dict[str, object]]]:
 
 
 def _refuse_change(
-    model: object, init: Init, trace: object, args: tuple[object, ...], kwargs: Mapping[str, object]
+    model: object,
+    init: Init,
+    trace: object,
+    args: tuple[object, ...],
+    kwargs: Mapping[str, object],
+    deadline: float,
 ) -> None:
     """Runs the model at other latent values and compares its sites with those of the trace."""
     # Opposite points, as random numbers start anew each time: whatever hangs on a sign is seen.
@@ -157,6 +166,8 @@ def _refuse_change(
                 f"AutoFlow: the latent sites {sorted(extra)} are there only at some values of the other latents: a "
                 "guide over one fixed vector needs the same sites in every run"
             )
+        if time.monotonic() > deadline:
+            return
 
 
 @torch.no_grad()
