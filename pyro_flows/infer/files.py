@@ -16,11 +16,13 @@ import secrets
 import stat
 import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,12 +31,23 @@ try:
 except ImportError:  # Windows has no such locks
     fcntl = None
 
-__all__ = ["check_path", "read_state", "remove_leftovers", "write_state"]
+__all__ = ["check_path", "read_state", "refuse_others", "remove_leftovers", "write_state"]
 
 _MAGIC = b"pyro_flows state 1\n"
 _LENGTH = struct.Struct("<Q")  # of the description
 _DIGEST = hashlib.sha256().digest_size
 _ALIGNMENT = 64
+_UNEXPECTED = (
+    ValueError,
+    TypeError,
+    KeyError,
+    IndexError,
+    AttributeError,
+    RuntimeError,  # of torch, and of too deep a nesting
+    OverflowError,
+    struct.error,
+)
+Parts = Mapping[str, Any]
 _SCALARS = (type(None), bool, int, float, str)
 
 
@@ -94,7 +107,9 @@ def write_state(path: str | os.PathLike[str], state: Any, *, kind: str, version:
         ) from error
 
 
-def read_state(path: str | os.PathLike[str], *, kind: str, version: int = 1, remedy: str) -> Any:
+def read_state(
+    path: str | os.PathLike[str], *, kind: str, version: int = 1, remedy: str, parts: Parts | None = None
+) -> Any:
     """Reads what :func:`write_state` wrote, tensors on the CPU.  Nothing that the file holds is run.
 
     Args:
@@ -102,6 +117,8 @@ def read_state(path: str | os.PathLike[str], *, kind: str, version: int = 1, rem
         kind: what the file should hold.
         version: of the contents, the only one that is read.
         remedy: what the caller of the function can do about a file that cannot be read, for the messages.
+        parts: of a dictionary: the type of each entry, or several types, or the parts of a dictionary in it.  Further
+            entries are let through.
 
     Raises:
         FileNotFoundError: if there is no file.
@@ -110,10 +127,7 @@ def read_state(path: str | os.PathLike[str], *, kind: str, version: int = 1, rem
     path = Path(path)
     if path.exists() and not path.is_file():
         raise ValueError(f"expected the path of a {kind}, got {str(path)!r}, which is no file")
-
-    def refusal(why: str) -> ValueError:
-        return ValueError(f"the {kind} {str(path)!r} cannot be read: {why}; {remedy}")
-
+    refusal = partial(_refusal, path, kind, remedy=remedy)
     with open(path, "rb") as file:
         start = file.read(len(_MAGIC))
         if start != _MAGIC:
@@ -126,21 +140,48 @@ def read_state(path: str | os.PathLike[str], *, kind: str, version: int = 1, rem
     body = memoryview(data)[: filled - _DIGEST]
     if filled != size or hashlib.sha256(body).digest() != data[filled - _DIGEST : filled]:
         raise refusal("it is damaged or not whole (its check sum is wrong)")
-    try:
+    with refuse_others(path, kind=kind, remedy=remedy):
         (length,) = _LENGTH.unpack_from(body, len(_MAGIC))
         begin = len(_MAGIC) + _LENGTH.size
         described = json.loads(bytes(body[begin : begin + length]))
         found = described["kind"], described["version"], described["byteorder"]
         if found[0] == kind and found[1:] == (version, sys.byteorder):
             tensors = [_tensor(place, data, begin + length, len(body)) for place in described["tensors"]]
-            return _decode(described["state"], tensors)
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, struct.error, RecursionError) as error:
-        raise refusal(f"its contents are not as expected ({type(error).__name__}: {error})") from error
+            state = _decode(described["state"], tensors)
+            _check_parts(state, parts or {}, "it")
+            return state
     if found[0] != kind:
         raise refusal(f"it is a {found[0]}")
     if found[1] != version:
         raise refusal(f"it is of version {found[1]}, and this release reads version {version}")
     raise refusal(f"its numbers are {found[2]}-endian, and this machine is not")
+
+
+@contextmanager
+def refuse_others(path: str | os.PathLike[str], *, kind: str, remedy: str) -> Iterator[None]:
+    """Inside, contents that cannot be used raise the ``ValueError`` of :func:`read_state`."""
+    try:
+        yield
+    except _UNEXPECTED as error:
+        raise _refusal(
+            path, kind, f"its contents are not as expected ({type(error).__name__}: {error})", remedy
+        ) from error
+
+
+def _refusal(path: str | os.PathLike[str], kind: str, why: str, remedy: str) -> ValueError:
+    return ValueError(f"the {kind} {str(path)!r} cannot be read: {why}; {remedy}")
+
+
+def _check_parts(state: Any, parts: Parts, where: str) -> None:
+    if not isinstance(state, dict):
+        raise TypeError(f"{where} is a {type(state).__name__}, expected a dict")
+    for name, kinds in parts.items():
+        if name not in state:
+            raise ValueError(f"{where} lacks {name!r}")
+        if isinstance(kinds, dict):
+            _check_parts(state[name], kinds, f"{name!r}")
+        elif not isinstance(state[name], kinds):
+            raise TypeError(f"{name!r} is a {type(state[name]).__name__}")
 
 
 def check_path(path: str | os.PathLike[str]) -> Path:
@@ -232,6 +273,8 @@ def _encode(value: Any, tensors: list[Tensor], where: str) -> Any:
             raise TypeError(f"expected dense tensors, got one of another layout at {where}")
         tensors.append(value.detach().resolve_conj().resolve_neg().cpu().contiguous())
         return ["tensor", len(tensors) - 1]
+    if isinstance(value, np.generic):
+        value = value.item()
     if isinstance(value, _SCALARS):
         return value
     if isinstance(value, dict):
