@@ -46,6 +46,16 @@ class Budget:
         self._training_from = time.monotonic()
 
     @property
+    def trained(self) -> float:
+        """Seconds since training began."""
+        return time.monotonic() - self._training_from
+
+    def resume(self, done: int, spent: float, trained: float) -> None:
+        """Goes on after so many steps, and so many seconds, of which so many were training."""
+        now = time.monotonic()
+        self.done, self.start, self._training_from = done, now - spent, now - trained
+
+    @property
     def fraction(self) -> float:
         """Of the training that is done; 1 or more when it is over, or the next step would end far too late."""
         by_steps = 0.0 if self.steps is None else self.done / self.steps

@@ -33,6 +33,7 @@ from pyro_flows.infer.guides.prototype import (
     initializer,
     inspect,
     is_subsampled,
+    parameters_of,
     shapes_of,
 )
 from pyro_flows.infer.guides.start import find_start
@@ -149,6 +150,7 @@ class AutoFlow(AutoContinuous):
         self.vectorized: bool | None = None  # False once the model is known not to run for many draws at once
         self.start_seconds = start_seconds
         self.start_evaluations = 0
+        self.model_parameters: dict[str, Tensor] = {}  # of the model itself, with the values that they had at the start
         self._shapes: tuple[object, ...] | None = None
         self._observed: set[str] = set()
 
@@ -163,6 +165,18 @@ class AutoFlow(AutoContinuous):
                     self._create_plates(*args, **kwargs)  # which NeuTra looks at before any call
         return self
 
+    def restart(self) -> AutoFlow:
+        """Forgets what was built and learnt, so that the next call builds the guide anew; returns the guide.
+
+        The parameters that it had are no longer its own, and the new ones have a name of their own in Pyro's store.
+        """
+        self.prototype_trace = self.latents = self.vectorized = self._shapes = None
+        for name in ("flow", "_density"):
+            if hasattr(self, name):
+                delattr(self, name)
+        self._rename()
+        return self
+
     def _setup_prototype(self, *args: object, **kwargs: object) -> None:
         if self.prototype_trace is not None:
             return
@@ -175,6 +189,7 @@ class AutoFlow(AutoContinuous):
             try:
                 super()._setup_prototype(*args, **kwargs)
                 self.latents, self.subsampled = latents, is_subsampled(trace)
+                self.model_parameters = parameters_of(trace)
                 self._observed = set(trace.observation_nodes)
                 density = JointDensity(self.plain_model, latents, args, kwargs)
                 # One at a time: hidden discrete sites differ from run to run, which looks like a failure to broadcast.

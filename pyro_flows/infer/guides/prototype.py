@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 
+import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
@@ -19,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from pyro_flows.infer.joint import FAILURES, JointDensity
 from pyro_flows.infer.latents import Latents, same_support
 
-__all__ = ["feasible", "finite_start", "inspect", "shapes_of"]
+__all__ = ["feasible", "finite_start", "inspect", "parameters_of", "shapes_of"]
 
 ANGLES = (dist.VonMises, dist.SineBivariateVonMises, dist.SineSkewed)
 Init = Callable[[dict[str, object]], Tensor]
@@ -222,3 +223,17 @@ def is_subsampled(trace: object) -> bool:
     """Whether the model sees a part of some plate in each run."""
     drawn = [site["fn"] for site in trace.nodes.values() if site["type"] == "sample" and site_is_subsample(site)]
     return any(fn.subsample_size is not None and fn.subsample_size < fn.size for fn in drawn)
+
+
+def parameters_of(trace: object) -> dict[str, Tensor]:
+    """Copies of the parameters in a trace of a model that an optimizer of Pyro's would train, by name."""
+    store = pyro.get_param_store()
+    found = {}
+    for name, site in trace.nodes.items():
+        if site["type"] != "param":
+            continue
+        value = store[name] if name in store else site["value"]  # in a plate, a run may see a part of it
+        free = value.unconstrained() if hasattr(value, "unconstrained") else value
+        if free.requires_grad:
+            found[name] = value.detach().clone()
+    return found
