@@ -57,7 +57,7 @@ def log_likelihoods(density: JointDensity, z: Tensor) -> Values:
         data = {name: site for name, site in data.items() if above.get(name, set()) - fixed}
     refused: dict[str, str] = {}
     with torch.no_grad():
-        chunks = z.split(AT_ONCE if density.vectorized else 1)
+        chunks = z.split(density.pace.at_once(AT_ONCE, timed=False) if density.vectorized else 1)
         parts = [_log_likelihoods(density, chunk, data, refused) for chunk in chunks]
     for name, why in refused.items():
         warnings.warn(f"to_arviz: no log-likelihood of {name!r}, which {why}", stacklevel=3)
@@ -174,12 +174,12 @@ def _values(model: Model, density: JointDensity, z: Tensor, wanted: Callable[[Si
     if not len(z):
         one = _values(model, density, z.new_zeros(1, z.shape[1]), wanted)
         return {name: value[:0] for name, value in one.items()}
-    vectorized = density.vectorized
+    vectorized, at_once = density.vectorized, density.pace.at_once(AT_ONCE, timed=False)
     parts: list[Values] = []
     with torch.no_grad():
         if vectorized:
             try:
-                parts = [_together(model, density, chunk, wanted) for chunk in z.split(AT_ONCE)]
+                parts = [_together(model, density, chunk, wanted) for chunk in z.split(at_once)]
             except Exception as error:  # whatever the model says when its tensors get a dimension more
                 warnings.warn(
                     "this model does not run for many draws at once, so they go one at a time: "
