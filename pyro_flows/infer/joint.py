@@ -106,21 +106,30 @@ class JointDensity:
         return False
 
     @torch.enable_grad()
-    def is_observed(self, values: Mapping[str, Tensor], by_way: bool) -> bool:
-        """Whether some datum or factor hangs on a latent, if only by way of a discrete one.
+    def is_observed(self, row: Tensor, by_way: bool) -> bool:
+        """Whether there is a factor, or a datum that hangs on a latent, if only by way of a discrete one.
 
         Args:
-            values: of the latents.
+            row: a point, shape ``(dim,)``.
             by_way: whether any datum counts, as the model draws something in between that is not summed out.
         """
-        values = {name: value.detach().requires_grad_() for name, value in values.items()}
-        nesting = self.latents.max_plate_nesting
-        try:
-            sites = self.enumerated_at(values, nesting)[1] if self.discrete else self.sites_at(values)
-            found = [site.log_prob() for site in sites.values() if site.kind in (DATA, FACTOR)]
-        except FAILURES:  # the values lie where it is not defined
-            return True
-        return any(by_way or value.requires_grad or value.dim() > nesting for value in found)
+        nesting, before = self.latents.max_plate_nesting, None
+        for move in range(MOVES):
+            values, _ = self.latents.unpack(_moved(row, move).requires_grad_())
+            try:
+                sites = self.enumerated_at(values, nesting)[1] if self.discrete else self.sites_at(values)
+                if any(site.kind == FACTOR for site in sites.values()):
+                    return True
+                found = [site.log_prob() for site in sites.values() if site.kind == DATA]
+            except FAILURES:  # at a point where the density is not defined
+                return True
+            if any(by_way or value.requires_grad or value.dim() > nesting for value in found):
+                return True
+            # Where a value lost its gradient, as by item(), it shows at another point.
+            if before is not None and not all(map(torch.equal, found, before)):
+                return True
+            before = found
+        return False
 
     def still(self) -> Callable[[Tensor], Tensor]:
         """The density at one fixed draw of whatever the model draws beside its latents, such as a minibatch."""
@@ -183,7 +192,7 @@ class JointDensity:
         masked = [latent for latent in self.latents if is_masked(sites[latent.name])]
         found: dict[str, Tensor] = {}
         for move in range(MOVES if masked else 0):
-            point = row.detach() + 0.5 * move * torch.arange(1, len(row) + 1).to(row).cos()
+            point = _moved(row, move)
             values = {name: value.requires_grad_() for name, value in self.latents.unpack(point)[0].items()}
             asked = [values[latent.name] for latent in masked]
             try:
@@ -254,6 +263,10 @@ class JointDensity:
         with torch.random.fork_rng(devices=[z.device] if z.is_cuda else []):
             torch.manual_seed(0)
             return fn(z)
+
+
+def _moved(row: Tensor, move: int) -> Tensor:
+    return row.detach() + 0.5 * move * torch.arange(1, len(row) + 1).to(row).cos()
 
 
 def _random_state(like: Tensor) -> tuple[object, ...]:

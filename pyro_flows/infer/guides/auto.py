@@ -254,14 +254,15 @@ class AutoFlow(AutoContinuous):
             self.discrete = self._shown = frozenset(drawn)
         nesting = [site.nesting for name, site in hidden.items() if name in self.discrete | self.hidden_data]
         self.latents.max_plate_nesting = max([self.latents.max_plate_nesting, *nesting])
+        point = self.latents.pack(values)
         try:
-            self._joint(args, kwargs, False)(self.latents.pack(values)[None])
+            self._joint(args, kwargs, False)(point[None])
         except NotImplementedError as error:
             self.why_not_summed = str(error)
             self.discrete = self._shown = frozenset()
         except FAILURES:  # at a point where the density is not defined
             pass
-        self.unobserved = not self._joint(args, kwargs, False).is_observed(values, bool(drawn) and not self.discrete)
+        self.unobserved = not self._joint(args, kwargs, False).is_observed(point, bool(drawn) and not self.discrete)
         if self.unobserved and not self.of_prior:
             # The model that this guide is trained with has the data, also where all of them are hidden from the guide.
             self._shown = self.discrete | self.hidden_data
