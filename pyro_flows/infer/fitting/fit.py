@@ -39,8 +39,8 @@ from pyro_flows.infer.joint import JointDensity
 
 __all__ = ["fit_guide"]
 
-RESERVED = ("seconds", "steps", "progress", "checkpoint", "checkpoint_every")
-SETTINGS = ("particles", "path_gradient", "tempering", "start", "num_starts", "seed")
+RESERVED = ("seconds", "steps", "progress", "checkpoint", "checkpoint_every", "fit_prior")
+SETTINGS = ("particles", "path_gradient", "tempering", "start", "num_starts", "seed", "of_prior")
 STARTING = 0.25  # of the seconds, for the start
 
 
@@ -53,6 +53,7 @@ def fit_guide(
     progress: bool = True,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int = 100,
+    fit_prior: bool = False,
     **kwargs: object,
 ) -> GuideFit:
     r"""Fits a flow to the posterior of a model, and says whether to trust it.
@@ -62,7 +63,8 @@ def fit_guide(
     flow on top that begins as the identity, both by the path gradient of the ELBO, and of the forward divergence once
     weights are fairly even, with many draws at once and a step size that decays; then importance weights of fresh
     draws, and a verdict.  Nothing has to be tuned; what can be is an option of
-    :class:`~pyro_flows.infer.AutoFlow`.
+    :class:`~pyro_flows.infer.AutoFlow`.  Discrete latents that Pyro can enumerate are summed out, whether or not the
+    model marks them; predictions draw them anew.
 
     A guide that was set up or trained before is built anew, at the start that these data give.  It is left as it was
     fitted, and the result has a copy of its own, which no later training of the guide changes.
@@ -91,15 +93,17 @@ def fit_guide(
             stopped.  The file is replaced as a whole, its check sum is verified, and nothing in it is run.  An
             interruption saves the state after the last whole step.  It costs a copy of the state at each step.
         checkpoint_every: in steps; it is saved every 30 seconds and when training begins and ends as well.
+        fit_prior: whether to fit the prior of a model without data; otherwise a model without an observed site or a
+            factor is refused.
 
     Returns:
         a :class:`~pyro_flows.infer.GuideFit`: ``fit.verdict``, ``fit.sample(n)``, ``fit.predictive(n)``,
         ``fit.to_arviz()``.
 
     Raises:
-        ValueError: for models that no such guide can represent (see :class:`~pyro_flows.infer.AutoFlow`), if the model
-            has an argument named as one of this function's, if the density fails at most draws, or for a checkpoint
-            that is damaged or of another fit.
+        ValueError: for models that no such guide can represent (see :class:`~pyro_flows.infer.AutoFlow`), for a model
+            in which nothing is observed, if the model has an argument named as one of this function's, if the density
+            fails at most draws, or for a checkpoint that is damaged or of another fit.
         OSError: if the checkpoint cannot be written, e.g. because the disk is full; the old one is unchanged.
 
     References:
@@ -109,6 +113,7 @@ def fit_guide(
     """
     budget = Budget(steps, seconds, time.monotonic())
     guide = _guide(model_or_guide, kwargs)
+    guide.of_prior = fit_prior
     if isinstance(checkpoint_every, bool) or not isinstance(checkpoint_every, int) or checkpoint_every < 1:
         raise ValueError(f"fit_guide: expected checkpoint_every to be an integer >= 1, got {checkpoint_every!r}")
     known = files.read(checkpoint)
@@ -221,7 +226,9 @@ class _Begun:
 def _begin(guide: AutoFlow, args: tuple[object, ...], kwargs: dict[str, object], budget: Budget, known: None) -> _Begun:
     """A start, and what the model's speed and its modes ask for."""
     with start_within(guide, None if budget.seconds is None else STARTING * budget.seconds):
+        guide.hide_discrete(*args, **kwargs)
         guide.setup(*args, **kwargs)
+    _refuse_unobserved(guide)
     density = guide.density(*args, **kwargs)
     initial = guide.initial
     _refuse_random(guide, density, initial)
@@ -255,8 +262,9 @@ def _begin_again(
     state, start = known["start"], guide.start
     try:
         guide.start = "prior"
+        guide.hide_discrete(*args, **kwargs)
         guide.setup(*args, **kwargs)
-        guide.__dict__.pop("_density", None)
+        guide.__dict__.pop("_first_density", None)
         guide.vectorized = state["vectorized"]
         density = guide.density(*args, **kwargs)
     finally:
@@ -341,13 +349,38 @@ def _argument_names(model: Callable[..., object]) -> list[str]:
     return [p.name for p in parameters if p.name not in bound]
 
 
+def _refuse_unobserved(guide: AutoFlow) -> None:
+    if guide.of_prior and not guide.unobserved:
+        raise ValueError(
+            "fit_guide: fit_prior=True is for a model in which nothing is observed, and this one has data: leave them "
+            "out, or hide them, poutine.block(model, expose=[...])"
+        )
+    if not guide.unobserved or guide.of_prior:
+        return
+    if guide.hidden_data:
+        raise ValueError(
+            "fit_guide: nothing is observed in this model, so that its posterior is its prior: poutine.block hides "
+            f"the observations {sorted(guide.hidden_data)} along with other sites. Name what to hide, "
+            "poutine.block(model, hide=[...]), in place of expose=[...]; or fit the prior on purpose, "
+            "fit_guide(..., fit_prior=True)"
+        )
+    raise ValueError(
+        "fit_guide: nothing is observed in this model, so that its posterior is its prior: no site with obs=... or "
+        "given by pyro.condition hangs on a latent, and no pyro.factor. Pass the data; or, if poutine.block hides them "
+        "within the model, name what to hide by hide=[...] in place of expose=[...]; or fit the prior on purpose, "
+        "fit_guide(..., fit_prior=True)"
+    )
+
+
 def _refuse_random(guide: AutoFlow, density: JointDensity, initial: Tensor) -> None:
+    if guide.why_not_summed:
+        raise ValueError(f"fit_guide: Pyro cannot sum out this model's discrete latents: {guide.why_not_summed}")
     if not guide.subsampled and density.random_at(initial):
         raise ValueError(
             "fit_guide: at fixed values of its latents this model gives another density at each run, so it draws "
-            "something that the guide does not know, such as hidden discrete sites. Sum these out in the model, or "
-            "train with SVI(model, AutoFlow(poutine.block(config_enumerate(model), hide=[...])), optimizer, "
-            "TraceEnum_ELBO())"
+            "something that the guide does not know. A minibatch belongs into pyro.plate(..., subsample_size=...); "
+            "discrete sites hidden by poutine.block around the model are summed out, those hidden within it are not: "
+            "leave them to fit_guide"
         )
 
 

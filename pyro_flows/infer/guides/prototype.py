@@ -219,12 +219,6 @@ def shapes_of(args: tuple[object, ...], kwargs: Mapping[str, object]) -> tuple[o
     )
 
 
-def is_subsampled(trace: object) -> bool:
-    """Whether the model sees a part of some plate in each run."""
-    drawn = [site["fn"] for site in trace.nodes.values() if site["type"] == "sample" and site_is_subsample(site)]
-    return any(fn.subsample_size is not None and fn.subsample_size < fn.size for fn in drawn)
-
-
 def parameters_of(trace: object) -> dict[str, Tensor]:
     """Copies of the parameters in a trace of a model that an optimizer of Pyro's would train, by name."""
     store = pyro.get_param_store()
