@@ -9,7 +9,7 @@ import re
 import sysconfig
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
@@ -83,8 +83,7 @@ def explain(
     kwargs: Mapping[str, object],
     rows: Tensor,
     error: Exception | None,
-    *,
-    summed: bool = False,
+    discrete: Collection[str] = (),
 ) -> str:
     """Says which line of a model does not broadcast over a dimension of draws, and how to write it.
 
@@ -95,14 +94,14 @@ def explain(
         kwargs: of the model.
         rows: unconstrained points, shape ``(S, dim)``.
         error: what the model raised for all rows at once; ``None`` if it gave other densities than for each alone.
-        summed: whether the model has discrete latents that are summed out, so that its own runs are random.
+        discrete: names of latents that are summed out; where there are some, sites are not compared.
     """
     line = None if error is None else _raised_at(error)
     what = "it gives other densities for many draws at once than for one at a time"
     if error is not None:
         words = re.sub(r"\s*Trace Shapes:.*", "", str(error), flags=re.DOTALL)  # which Pyro appends
         what = f"for many draws at once it raises {type(error).__name__}: {words}"
-    if line is None and not summed:
+    if line is None and not discrete:
         site, line = _first_site_that_differs(model, latents, args, kwargs, rows)
         what += "" if site is None else f"; the first site that differs is {site!r}"
     if line is None:

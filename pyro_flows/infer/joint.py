@@ -247,7 +247,7 @@ class JointDensity:
         self.vectorized, self.pace.bytes_per_draw = False, alone_footprint.bytes / len(rows)
         self.why_not = (
             "this model does not broadcast over a plate of draws, so they go one at a time, which is slower: "
-            + explain(self.model, self.latents, self.args, self.kwargs, rows, errors[0], summed=bool(self.discrete))
+            + explain(self.model, self.latents, self.args, self.kwargs, rows, errors[0], self.discrete)
             + "\n  Values must broadcast over dimensions left of the plates "
             "(https://pyro.ai/examples/tensor_shapes.html)"
         )

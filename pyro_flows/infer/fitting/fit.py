@@ -40,7 +40,7 @@ from pyro_flows.infer.joint import JointDensity
 __all__ = ["fit_guide"]
 
 RESERVED = ("seconds", "steps", "progress", "checkpoint", "checkpoint_every", "fit_prior")
-SETTINGS = ("particles", "path_gradient", "tempering", "start", "num_starts", "seed")
+SETTINGS = ("particles", "path_gradient", "tempering", "start", "num_starts", "seed", "of_prior")
 STARTING = 0.25  # of the seconds, for the start
 
 
@@ -227,6 +227,7 @@ class _Begun:
 def _begin(guide: AutoFlow, args: tuple[object, ...], kwargs: dict[str, object], budget: Budget, known: None) -> _Begun:
     """A start, and what the model's speed and its modes ask for."""
     with start_within(guide, None if budget.seconds is None else STARTING * budget.seconds):
+        guide.hide_discrete(*args, **kwargs)
         guide.setup(*args, **kwargs)
     _refuse_unobserved(guide)
     density = guide.density(*args, **kwargs)
@@ -262,8 +263,9 @@ def _begin_again(
     state, start = known["start"], guide.start
     try:
         guide.start = "prior"
+        guide.hide_discrete(*args, **kwargs)
         guide.setup(*args, **kwargs)
-        guide.__dict__.pop("_density", None)
+        guide.__dict__.pop("_first_density", None)
         guide.vectorized = state["vectorized"]
         density = guide.density(*args, **kwargs)
     finally:

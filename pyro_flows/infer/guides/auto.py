@@ -173,6 +173,20 @@ class AutoFlow(AutoContinuous):
                     self._create_plates(*args, **kwargs)  # which NeuTra looks at before any call
         return self
 
+    def restart(self) -> AutoFlow:
+        """Forgets what was built and learnt, so that the next call builds the guide anew; returns the guide.
+
+        The parameters that it had are no longer its own, and the new ones have a name of their own in Pyro's store.
+        """
+        self.prototype_trace = self.latents = self.vectorized = self._shapes = None
+        self.discrete = self._shown = frozenset()
+        self.why_not_summed = None
+        for name in ("flow", "_first_density"):
+            if hasattr(self, name):
+                delattr(self, name)
+        self._rename()
+        return self
+
     def hide_discrete(self, *args: object, **kwargs: object) -> AutoFlow:
         """Hides the model's discrete latents from this guide, so that its density sums them out; returns the guide.
 
@@ -200,18 +214,6 @@ class AutoFlow(AutoContinuous):
                 self._plain_model = (poutine.block(self.plain_model, hide=[site.name for site in drawn]),)
         return self
 
-    def restart(self) -> AutoFlow:
-        """Forgets what was built and learnt, so that the next call builds the guide anew; returns the guide.
-
-        The parameters that it had are no longer its own, and the new ones have a name of their own in Pyro's store.
-        """
-        self.prototype_trace = self.latents = self.vectorized = self._shapes = None
-        for name in ("flow", "_density"):
-            if hasattr(self, name):
-                delattr(self, name)
-        self._rename()
-        return self
-
     def _setup_prototype(self, *args: object, **kwargs: object) -> None:
         if self.prototype_trace is not None:
             return
@@ -227,16 +229,17 @@ class AutoFlow(AutoContinuous):
                 self.model_parameters = parameters_of(trace)
                 self._observed = set(trace.observation_nodes)
                 self._look_behind(trace, args, kwargs)
-                density = self._joint(args, kwargs, None)
+                density = self._density(args, kwargs, None)
                 # One at a time: hidden sites differ from run to run, which looks like a failure to broadcast.
-                alone = self._joint(args, kwargs, False)
+                alone = self._density(args, kwargs, False)
                 initial = finite_start(alone, trace, latents)
+                density._own = alone._own
                 self.flow = self._build(density, initial, begin + limit)
                 self.initial = initial
                 self.vectorized = None if density.vectorized else False
                 self.start_evaluations = density.evaluations + alone.evaluations
                 density.evaluations = 0
-                self._density = density
+                self._first_density = density
             except BaseException:
                 self.prototype_trace = None  # so that the next call tries again
                 raise
@@ -256,13 +259,13 @@ class AutoFlow(AutoContinuous):
         self.latents.max_plate_nesting = max([self.latents.max_plate_nesting, *nesting])
         point = self.latents.pack(values)
         try:
-            self._joint(args, kwargs, False)(point[None])
+            self._density(args, kwargs, False)(point[None])
         except NotImplementedError as error:
             self.why_not_summed = str(error)
             self.discrete = self._shown = frozenset()
         except FAILURES:  # at a point where the density is not defined
             pass
-        self.unobserved = not self._joint(args, kwargs, False).is_observed(point, bool(drawn) and not self.discrete)
+        self.unobserved = not self._density(args, kwargs, False).is_observed(point, bool(drawn) and not self.discrete)
         if self.unobserved and not self.of_prior:
             # The model that this guide is trained with has the data, also where all of them are hidden from the guide.
             self._shown = self.discrete | self.hidden_data
@@ -320,12 +323,12 @@ class AutoFlow(AutoContinuous):
         else:
             self._compare_shapes(args, kwargs)
         # What was found out of it while the guide was built need not be found out again.
-        known = self.__dict__.pop("_density", None)
+        known = self.__dict__.pop("_first_density", None)
         if known is not None and _same_objects((known.args, known.kwargs), (args, kwargs)):
             return known
-        return self._joint(args, kwargs, self.vectorized)
+        return self._density(args, kwargs, self.vectorized)
 
-    def _joint(self, args: tuple[object, ...], kwargs: dict[str, object], vectorize: bool | None) -> JointDensity:
+    def _density(self, args: tuple[object, ...], kwargs: dict[str, object], vectorize: bool | None) -> JointDensity:
         model = unblocked(self.plain_model, self._shown) if self._shown else self.plain_model
         return JointDensity(model, self.latents, args, kwargs, vectorize, self.discrete)
 
@@ -460,7 +463,7 @@ class AutoFlow(AutoContinuous):
     def __getstate__(self) -> dict[str, object]:
         state = self.__dict__.copy()
         state.update(_model=None, _plain_model=None, master=None)
-        state.pop("_density", None)
+        state.pop("_first_density", None)
         # Pyro's store hangs on parameters what cannot be pickled; copies are without.
         state["_modules"] = copy.deepcopy(self._modules)
         return state
