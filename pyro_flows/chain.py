@@ -49,6 +49,10 @@ class Wrap(FlowTransform):
         self.transform = transform if isinstance(transform, nn.Module) else copy.deepcopy(transform)
         self._sum_dims = len(self.event_shape) - transform.domain.event_dim
 
+    def arguments(self) -> tuple[tuple[object, ...], dict[str, object]]:
+        """What it is made of; see ``pyro_flows.recipes``."""
+        return (self.transform, self.event_shape), {}
+
     @property
     def data_shape(self) -> Size:
         return Size(self.transform.forward_shape(self.event_shape))
@@ -152,6 +156,10 @@ class Chain(FlowTransform):
         angles = self.periodic
         if angles is not None:
             self.turned(angles)  # every part must treat them as angles
+
+    def arguments(self) -> tuple[tuple[object, ...], dict[str, object]]:
+        """What it is made of; see ``pyro_flows.recipes``."""
+        return (self._parts(),), {}
 
     @property
     def sampling_cost(self) -> str:

@@ -20,6 +20,7 @@ from torch.distributions import constraints
 
 from pyro_flows.boundary import admit, check_context, event_size, wrong_event
 from pyro_flows.memo import Memo
+from pyro_flows.recipes import remembered
 
 __all__ = ["Conditioned", "FlowTransform", "Inverse"]
 
@@ -83,6 +84,7 @@ class FlowTransform(TransformModule):
                 leaf = cls.__dict__[name]
                 setattr(cls, "_" + name, leaf)
                 setattr(cls, name, _guarded(leaf, data_side))
+        remembered(cls)
 
     def __init__(self, event_shape: int | Iterable[int], context_dim: int = 0) -> None:
         super().__init__(cache_size=0)
@@ -292,6 +294,10 @@ class Inverse(FlowTransform):
         self.transform = transform
         self.sampling_cost, self.density_cost = transform.density_cost, transform.sampling_cost
 
+    def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What it is made of; see ``pyro_flows.recipes``."""
+        return (self.transform,), {}
+
     @property
     def reach(self) -> int | None:
         return 0 if self.transform.reach == 0 else None
@@ -373,6 +379,10 @@ class Conditioned(FlowTransform):
         self.transform = transform
         self.register_buffer("context", context, persistent=False)
         self.sampling_cost, self.density_cost = transform.sampling_cost, transform.density_cost
+
+    def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What it is made of; see ``pyro_flows.recipes``."""
+        return (self.transform, self.context), {}
 
     @property
     def reach(self) -> int | None:

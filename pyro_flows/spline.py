@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_flows.recipes import options_of
 from pyro_flows.tracing import plain_eager
 from pyro_flows.univariate import Univariate, number
 
@@ -81,6 +82,9 @@ class Spline(Univariate):
         self.bins = bins
         self.boundary = boundary
         self.bound = math.pi if boundary == "circular" else float(5.0 if bound is None else bound)
+
+    def arguments(self) -> tuple[tuple[object, ...], dict[str, object]]:
+        return (), options_of(self) | ({"bound": None} if self.periodic else {})
 
     @property
     def num_params(self) -> int:

@@ -10,9 +10,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from pyro_flows.recipes import options_of, remembered
 
 __all__ = ["Affine", "Shift", "Univariate", "number", "soft_clip"]
 
@@ -99,6 +102,14 @@ class Univariate:
     ) -> tuple[Tensor, Tensor]:
         """As :meth:`pull`, for what :meth:`columns` gave; only if ``wide``."""
         raise TypeError(f"{type(self).__name__} is wide, so it must define pull_columns(inverse, kept, ...)")
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        remembered(cls)
+
+    def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What it is made of; see ``pyro_flows.recipes``."""
+        return (), options_of(self)
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and self.__dict__ == other.__dict__

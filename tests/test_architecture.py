@@ -50,6 +50,7 @@ CORE = {
     "ode",
     "ode_solver",
     "raster",
+    "recipes",
     "slopes",
     "solver",
     "spline",

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import copy
+import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from dataclasses import asdict
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from pyro_flows.distributions import Flow
 from pyro_flows.infer.bridge import to_arviz
 from pyro_flows.infer.diagnostics import Importance, Verdict, resample
+from pyro_flows.infer.files import check_path, read_state, refuse_others, write_state
 from pyro_flows.infer.fitting.assessment import Assessment, weigh
 from pyro_flows.infer.fitting.predictions import (
     computed,
@@ -22,6 +23,17 @@ from pyro_flows.infer.fitting.predictions import (
     seen_entries,
     to_redraw,
 )
+from pyro_flows.infer.fitting.stored import (
+    device_of,
+    flow_of,
+    moved,
+    plain_assessment,
+    plain_flow,
+    plain_latents,
+    read_assessment,
+    read_history,
+    read_latents,
+)
 from pyro_flows.infer.fitting.training import History
 from pyro_flows.infer.guides.auto import AutoFlow
 from pyro_flows.infer.joint import JointDensity
@@ -30,7 +42,27 @@ from pyro_flows.infer.sites import Site
 
 __all__ = ["GuideFit", "load_guide"]
 
-FORMAT = 1
+KIND, VERSION = "saved fit of a guide", 2
+PARTS = {
+    "flow": {
+        **dict.fromkeys(("state", "points"), dict),
+        **dict.fromkeys(("device", "unnamed"), (str, type(None))),
+        "chain": (dict, list),
+        "base": dict,
+        "frozen": list,
+        "training": bool,
+        "dim": int,
+    },
+    "latents": {"sites": list, "max_plate_nesting": int},
+    "history": dict,
+    "assessment": {
+        **dict.fromkeys(("draws", "log_p", "log_q"), Tensor),
+        **dict.fromkeys(("importance", "verdict"), dict),
+        "probe": (dict, type(None)),
+    },
+    **dict.fromkeys(("failures", "evaluations"), int),
+    "notes": tuple,
+}
 
 
 class GuideFit:
@@ -271,19 +303,39 @@ class GuideFit:
             attrs=attrs,
         )
 
-    def save(self, path: str | Path) -> None:
-        """Writes the fit to a file that :func:`load_guide` reads without model or data."""
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the fit to a file that :func:`load_guide` reads without model or data.
+
+        The file is the old one or the new one at any time.  It holds numbers and names, under a check sum, and no code:
+        of the flow, the names of this package's classes and their options.  Where a builder used anything else, such as
+        a class of your own or a transform of torch's, a warning says so; such a file is loaded by giving the builder
+        again.
+
+        Args:
+            path: of the file, in a folder that exists.
+
+        Raises:
+            ValueError: if the folder does not exist, or the flow or a support cannot be described.
+            OSError: if the file cannot be written, e.g. because the disk is full; the old one is unchanged.
+        """
+        check_path(path)
+        flow = plain_flow(self.flow)
+        if flow["unnamed"] is not None:
+            warnings.warn(
+                f"GuideFit.save: the file cannot hold all of what the builder made ({flow['unnamed']}); to load it, "
+                "give the builder again: load_guide(path, builder=...)",
+                stacklevel=2,
+            )
         state = {
-            "format": FORMAT,
-            "flow": copy.deepcopy(self.flow),  # without what Pyro's parameter store hangs on parameters
-            "latents": self.latents,
-            "history": self.history,
-            "assessment": self.assessment,
+            "flow": flow,
+            "latents": plain_latents(self.latents),
+            "history": asdict(self.history),
+            "assessment": plain_assessment(self.assessment),
             "failures": self.failures,
             "evaluations": self.evaluations,
-            "notes": self.notes,
+            "notes": tuple(self.notes),
         }
-        torch.save(state, path)
+        write_state(path, state, kind=KIND, version=VERSION)
 
 
 def _entries(value: Tensor, site: Site | None) -> Tensor:
@@ -297,37 +349,41 @@ def _entries(value: Tensor, site: Site | None) -> Tensor:
     return flat.index_select(len(lead), entries.flatten().nonzero().squeeze(-1))
 
 
-def load_guide(path: str | Path, map_location: str | torch.device | Callable | None = None) -> GuideFit:
+def load_guide(
+    path: str | os.PathLike[str],
+    map_location: str | torch.device | dict[str, str] | Callable | None = None,
+    *,
+    builder: Callable[[int], object] | None = None,
+) -> GuideFit:
     """Reads what :meth:`GuideFit.save` wrote: draws, densities, history and verdict, without model or data.
 
-    The file is a pickle: load only what you trust.
+    The file holds plain data, and nothing in it is run.  Its check sum is verified, and the flow is rebuilt and
+    compared with the saved one at a few points.
 
     Args:
         path: of the file.
-        map_location: device, as in ``torch.load``.
+        map_location: device, as in ``torch.load``; by default the one that the fit was on.
+        builder: that of the guide, ``AutoFlow(model, builder)``, where it used more than this package's own classes.
 
     Raises:
-        ValueError: if the file is no saved fit, or of another format.
+        FileNotFoundError: if there is no file.
+        ValueError: if the file is no saved fit, is damaged, comes from another release, or needs the builder.
     """
-    try:
-        state = torch.load(path, map_location=map_location, weights_only=False)
-    except FileNotFoundError:
-        raise
-    except Exception as error:
-        raise ValueError(
-            f"load_guide: {path} is not a file that GuideFit.save wrote, or it is damaged: {error}"
-        ) from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        found = state.get("format") if isinstance(state, dict) else type(state).__name__
-        raise ValueError(f"load_guide: expected a fit saved in format {FORMAT}, got {found!r}")
-    latents: Latents = state["latents"]
-    device = next(state["flow"].parameters()).device
-    return GuideFit(
-        state["flow"],
-        latents.to(device),
-        state["history"],
-        state["assessment"],
-        failures=state["failures"],
-        evaluations=state["evaluations"],
-        notes=state["notes"],
-    )
+    known = {"kind": KIND, "remedy": "give the path of a file that GuideFit.save of this release wrote"}
+    state = read_state(path, version=VERSION, parts=PARTS, **known)
+    device = device_of(map_location, state["flow"]["device"])
+    with refuse_others(path, **known):
+        flow = flow_of(state["flow"], builder).to(device)
+        rest = moved({name: state[name] for name in ("latents", "assessment")}, device)
+        latents = read_latents(rest["latents"])
+        if (latents.dim,) != flow.event_shape:
+            raise ValueError(f"a flow of {tuple(flow.event_shape)} dimensions for {latents.dim} latents")
+        return GuideFit(
+            flow,
+            latents,
+            read_history(state["history"]),
+            read_assessment(rest["assessment"], latents.dim),
+            failures=state["failures"],
+            evaluations=state["evaluations"],
+            notes=state["notes"],
+        )

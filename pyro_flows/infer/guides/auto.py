@@ -43,7 +43,7 @@ from pyro_flows.infer.latents import Latents
 from pyro_flows.infer.sites import DATA, DRAWN, FACTOR, is_part, run, sites_of
 from pyro_flows.transforms import Preconditioner
 
-__all__ = ["AutoFlow", "default_builder", "seeded"]
+__all__ = ["AutoFlow", "as_flow_of", "default_builder", "seeded"]
 
 Builder = Callable[[int], TransformModule]
 SLOW_SECONDS = 20.0  # for the start, where a model runs for one draw at a time
@@ -65,6 +65,24 @@ def default_builder(dim: int) -> FlowTransform:
         # A bound far out: in a funnel the log-scales of some latents go with another latent, however far that goes.
         return iaf(dim, num_layers=3, hidden_dims=(max(32, dim),) * 2, max_log_scale=10.0)
     return realnvp(dim, num_layers=8, hidden_dims=(64, 64), mask="random", max_log_scale=2.0)
+
+
+def as_flow_of(builder: Builder, dim: int) -> FlowTransform:
+    """What a builder makes, as one flow.
+
+    Raises:
+        ValueError: if it is no flow of so many dimensions.
+    """
+    made = builder(dim)
+    if not isinstance(made, FlowTransform):
+        parts = list(made) if isinstance(made, Iterable) else [made]
+        if parts and all(isinstance(part, torch.distributions.Transform) for part in parts):
+            made = Chain([p if isinstance(p, FlowTransform) else Wrap(p, (dim,)) for p in parts])
+    if not isinstance(made, FlowTransform) or made.event_shape != (dim,) or made.context_dim:
+        raise ValueError(
+            f"AutoFlow: expected builder({dim}) to give a flow of {dim} dimensions without context, got {made!r}"
+        )
+    return made
 
 
 class AutoFlow(AutoContinuous):
@@ -271,17 +289,8 @@ class AutoFlow(AutoContinuous):
             self._shown = self.discrete | self.hidden_data
 
     def _build(self, density: JointDensity, initial: Tensor, deadline: float) -> Flow:
-        dim = len(initial)
         dtype = self.flow_dtype or initial.dtype
-        made = default_builder(dim) if self.builder is None else self.builder(dim)
-        if not isinstance(made, FlowTransform):
-            parts = list(made) if isinstance(made, Iterable) else [made]
-            if parts and all(isinstance(part, torch.distributions.Transform) for part in parts):
-                made = Chain([p if isinstance(p, FlowTransform) else Wrap(p, (dim,)) for p in parts])
-        if not isinstance(made, FlowTransform) or made.event_shape != (dim,) or made.context_dim:
-            raise ValueError(
-                f"AutoFlow: expected builder({dim}) to give a flow of {dim} dimensions without context, got {made!r}"
-            )
+        made = as_flow_of(default_builder if self.builder is None else self.builder, len(initial))
         loc, scale = self._find_start(density, initial, deadline)
         chain = Chain([made, Preconditioner(loc, scale)])
         return Flow(chain.to(device=initial.device, dtype=dtype))
