@@ -85,8 +85,8 @@ def _plain(given: Tensor, name: str, what: str) -> Tensor:
         raise TypeError(f"{name}: expected {what} to be real numbers, got {given.dtype}; {_HINTS['c']}")
     if hasattr(given, "get_mask"):
         given = given.get_data()
-    given = given.detach().as_subclass(Tensor)
-    given = given.to_dense() if given.layout is not torch.strided else given
+    given = given.detach()
+    given = (given if given.layout is torch.strided else given.to_dense()).as_subclass(Tensor)
     if given.dtype in _UNSIGNED:
         # NumPy knows whether the largest fits; in float64 the others are as near as they can be.
         small = given.dtype != torch.uint64 or not given.numel() or int(given.cpu().numpy().max()) < 2**63

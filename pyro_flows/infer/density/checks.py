@@ -10,9 +10,9 @@ from torch.distributions import constraints
 
 from pyro_flows.chain import Wrap
 from pyro_flows.distributions import Flow
-from pyro_flows.distributions.made import Head
+from pyro_flows.distributions.made import Head, MixedHead
 from pyro_flows.infer.density.arrays import name_rows
-from pyro_flows.infer.density.columns import at_bounds
+from pyro_flows.infer.density.columns import at_bounds, is_free
 from pyro_flows.infer.density.spikes import few_values, spikes
 from pyro_flows.infer.density.units import pull_back, split_chain
 
@@ -21,6 +21,10 @@ __all__ = ["Survey", "reals_of", "refuse_outside"]
 _SAMPLE = 4096  # rows that are looked at for few distinct values and dependent columns
 _FEWEST = 100  # rows that can tell a discrete column
 _FAR = 10.0  # location or scale, in those of the base, from which on training starts far from the data
+_TWO_PARTS = (
+    "where a bound is a value that rows really share (no rain, a sensor's limit), fit the rows within and give the "
+    "share of that value beside them (a two-part model)"
+)
 
 
 def reals_of(flow: Flow, value: Tensor, what: str) -> Tensor:
@@ -31,42 +35,58 @@ def reals_of(flow: Flow, value: Tensor, what: str) -> Tensor:
     inside = inside.to(value.device).reshape(*inside.shape[:1], -1).all(-1)
     back = split_chain(flow.chain)[1]
     real, edge = pull_back(back, value)
+    if back and edge.shape == value.shape and is_free(back[0].domain, back[0].event_shape).all():
+        edge = edge | at_bounds(codomain, value)
     bad = ~inside | edge.reshape(len(value), -1).any(1) | ~real.isfinite().flatten(1).all(1)
     if bad.any():
         columns: list[int] = []
         if edge.shape == value.shape and all(isinstance(part, Wrap) for part in back):
             edge = edge | ~real.isfinite() if real.shape == edge.shape else edge
             columns = edge.flatten(1).any(0).nonzero()[:, 0].tolist()
-        _refuse(bad, what, f"the flow's support, {codomain}", columns, value.dtype)
+        remedy = (
+            f"move them inside by less than the data are rounded, or end the chain in another transform; {_TWO_PARTS}"
+        )
+        _refuse(bad, what, f"the flow's support, {codomain}", columns, remedy, value.dtype)
     return real
 
 
 def refuse_outside(head: Head, value: Tensor, what: str) -> None:
     """The same for an autoregressive model, dimension by dimension."""
     rows = value.detach().flatten(1)
-    outside = ~head.inside(rows)
-    # At a bound the density may be 0 or infinite, as that of a Gamma, or an ordinary number, as an Exponential's.
-    like = head.floating(rows)
-    edge = at_bounds(head.constraint, like) if head.constraint is not None and not head.discrete else None
-    if edge is not None and edge.any():
-        params = like.new_full((1, rows.shape[1], head.num_params), 0.3)
-        with torch.no_grad():
-            finite = [head.log_prob(like, sign * params).isfinite() for sign in (1, -1)]
-        outside |= edge & ~(finite[0] & finite[1])
+    outside = ~head.inside(rows) | _without_density(head, head.floating(rows))
     if outside.any():
         columns = outside.any(0).nonzero()[:, 0].tolist()
-        allowed = f"{type(head).__name__}: expected {head.allowed(columns[0])} in column {columns[0]}"
-        _refuse(outside.any(1), what, f"the model's support ({allowed})", columns, value.dtype)
+        support = f"the model's support ({type(head).__name__}: expected {head.allowed(columns[0])})"
+        counts = head.discrete_dims()[columns[0]]
+        remedy = "number categories and levels from 0, or take another head"
+        if not counts:
+            remedy = f"move them inside by less than the data are rounded, or take another head; {_TWO_PARTS}"
+        _refuse(outside.any(1), what, support, columns, remedy, value.dtype)
 
 
-def _refuse(bad: Tensor, what: str, support: str, columns: list[int], dtype: torch.dtype) -> None:
+@torch.no_grad()
+def _without_density(head: Head, rows: Tensor) -> Tensor:
+    """Which numbers are at a bound where the density is 0 or infinite, as a Gamma's; an Exponential's is neither."""
+    if isinstance(head, MixedHead):
+        found = torch.zeros_like(rows, dtype=torch.bool)
+        for part, dims in zip(head.heads, head.places, strict=True):
+            found[:, dims] = _without_density(part, rows[:, dims])
+        return found
+    if head.discrete or head.constraint is None:
+        return torch.zeros_like(rows, dtype=torch.bool)
+    edge = at_bounds(head.constraint, rows)
+    if edge.any():
+        params = rows.new_full((1, rows.shape[1], head.num_params), 0.3)
+        edge &= ~(head.log_prob(rows, params).isfinite() & head.log_prob(rows, -params).isfinite())
+    return edge
+
+
+def _refuse(bad: Tensor, what: str, support: str, columns: list[int], remedy: str, dtype: torch.dtype) -> None:
     rows = bad.nonzero()[:, 0]
     where = f" in {_columns(columns).rsplit(' ', 1)[0]}" if columns else ""
     raise ValueError(
         f"fit_density: {len(rows)} of {len(bad)} rows of {what} ({name_rows(rows)}) lie outside of {support}, or on "
-        f"its edge (in {dtype}){where}; leave them out, move them inside by less than the data are rounded, or end the "
-        "chain in another transform; where a bound is a value that rows really share (no rain, a sensor's limit), fit "
-        "the rows within and give the share of that value beside them (a two-part model)"
+        f"its edge{where}, as {dtype} has them; leave them out, {remedy}"
     )
 
 
@@ -129,7 +149,7 @@ class Survey:
         return loc, scale
 
     def warn_of_units(self, left: Tensor, start: tuple[Tensor, Tensor], what: str, remedy: str, level: int) -> None:
-        """Warns of columns that are not standardised though they are far from where training starts.
+        """Warns of columns that are not standardized though they are far from where training starts.
 
         Args:
             left: boolean, which columns are not.
@@ -145,7 +165,7 @@ class Survey:
         if columns:
             sizes = ", ".join(f"{loc.flatten()[k]:.3g} ± {scale.flatten()[k]:.3g}" for k in columns[:4])
             warnings.warn(
-                f"fit_density: {what}: {_columns(columns)} not standardised, and far from the location and scale that "
+                f"fit_density: {what}: {_columns(columns)} not standardized, and far from the location and scale that "
                 f"training starts with ({sizes}{', …' if len(columns) > 4 else ''}), so that it may take long or fail; "
                 f"{remedy}",
                 UserWarning,

@@ -41,7 +41,9 @@ class Precision:
         """Columns that lose a good part of their distinct numbers: how many there were, and how many are left."""
         if not self._pieces:
             return {}
-        before, after = (_distinct(torch.cat(pieces).flatten(1)) for pieces in zip(*self._pieces, strict=True))
+        before, after = (
+            _distinct(torch.cat(pieces).reshape(self._rows, -1)) for pieces in zip(*self._pieces, strict=True)
+        )
         lost = (after < _LEFT * before).nonzero()[:, 0].tolist()
         return {column: (int(before[column]), int(after[column])) for column in lost}
 
@@ -54,7 +56,7 @@ class Precision:
         return (
             f"the flow computes in {used}, which cannot tell apart the numbers in column{'s' * (len(merged) > 1)} "
             f"{columns} of {what}: {before} distinct values in {given} become {after} (in {self._rows} rows); take "
-            f"{remedy} and score in that dtype, or subtract an offset from such a column first, in {given}"
+            f"{remedy} and score in that dtype, or shift and scale such a column first, in {given}"
         )
 
 

@@ -75,6 +75,11 @@ def prepare(
     """
     data, context, validation, validation_context = given
     expected = expected_by(flow)
+    if expected.dtype.itemsize < 4:
+        raise ValueError(
+            f"fit_density: the flow's parameters are {expected.dtype}, which loses small steps; call flow.float() "
+            f"first, and flow.to({expected.dtype}) when it is trained"
+        )
     train = _admit(flow, data, context, expected, "data", "context")
     precision = train.precision
     held_out: Source | None = None
@@ -139,17 +144,14 @@ def _warn_of_units(flow: nn.Module, ends: Tensor, values: Survey, contexts: Surv
         values.warn_of_units(ends.isinf(), (loc, scale), "data", remedy, level + 1)
         return
     start = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
-    remedy = (
-        "give them in units in which they are of the order of 1, angles in radians"
-        if wanted
-        else "say standardize=True, after which fit.model scores and draws in the units of the data, or give them in "
-        "units in which they are of the order of 1"
-    )
-    left = (ends.isinf() | torch.tensor(not wanted)) & ~_discrete(flow)
-    values.warn_of_units(left, start, "data", remedy, level + 1)
-    if contexts.rows and not wanted:
-        every = torch.ones(contexts.mean.shape, dtype=torch.bool)
-        contexts.warn_of_units(every, start, "context", remedy, level + 1)
+    remedy = "give them in units in which they are of the order of 1, angles in radians"
+    values.warn_of_units(ends.isinf() & ~_discrete(flow), start, "data", remedy, level + 1)
+    if not wanted:
+        remedy = "say standardize=True, after which fit.model scores and draws in the units of the data"
+        values.warn_of_units(~ends.isinf(), start, "data", remedy, level + 1)
+        if contexts.rows:
+            every = torch.ones(contexts.mean.shape, dtype=torch.bool)
+            contexts.warn_of_units(every, start, "context", remedy, level + 1)
 
 
 def _admit(flow: nn.Module, given: Any, context: Any, expected: Expected, what: str, what_context: str) -> Source:

@@ -16,7 +16,7 @@ from torch.distributions import (
 )
 from torch.distributions.constraints import Constraint
 
-from pyro_flows.chain import Chain, Wrap
+from pyro_flows.chain import Chain, Wrap, image
 from pyro_flows.core import FlowTransform, Inverse
 from pyro_flows.distributions import Flow, FlowDistribution
 from pyro_flows.distributions.made import Head
@@ -176,8 +176,10 @@ def in_units(density: nn.Module, units: Units, standardize: bool | None) -> nn.M
         return density
     ends = ends_of(density)
     if standardize and ends is not None and ends.isinf().all() and units["context_loc"] is None:
-        plain = is_plain_flow(density)
-        known = f"angles or constrained ({density.chain.codomain})" if plain else f"those of {density.head}"
+        if is_plain_flow(density):
+            known = f"angles or constrained ({density.chain.codomain})"
+        else:
+            known = f"discrete, within bounds, or of families that learn no location and scale ({density.head})"
         raise ValueError(
             f"fit_density: standardize=True, but there is nothing to standardise: this model's values are {known}; "
             "leave it out, or say standardize=False"
@@ -276,7 +278,11 @@ def _pulled(transform: Transform, y: Tensor) -> tuple[Tensor, Tensor]:
     if isinstance(transform, IndependentTransform):
         return _pulled(transform.base_transform, y)
     if isinstance(transform, ComposeTransform):
-        return _pulled_through(transform.parts, y)
+        x, edge = _pulled_through(transform.parts, y)
+        # Ends are rounded on the way through the parts, so the whole is looked at, too.
+        whole = image(transform, transform.domain)
+        free = is_free(transform.domain, x.shape[1:]).all() and edge.shape == y.shape
+        return x, edge | at_bounds(whole, y) if free else edge
     if isinstance(transform, (CatTransform, StackTransform)) and not -y.dim() < _from_right(transform, y) < 0:
         raise ValueError(
             f"fit_density: {type(transform).__name__} has dim={transform.dim}, which in rows of shape {tuple(y.shape)} "
