@@ -69,6 +69,7 @@ class Spline(Univariate):
     """
 
     wide = True
+    half_precision = False
 
     def __init__(self, bins: int = 8, bound: float | None = None, boundary: str = "linear") -> None:
         if isinstance(bins, bool) or not isinstance(bins, int) or bins < 2:

@@ -36,6 +36,7 @@ class Univariate:
 
     num_params: int
     periodic = False  # whether it maps angles to angles, modulo 2 pi
+    half_precision = True  # whether float16 and bfloat16 are enough for it
     wide = False  # many parameters: a network's outputs then go to columns() and pull_columns()
 
     def forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:

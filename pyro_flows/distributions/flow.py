@@ -9,6 +9,7 @@ from pyro.distributions import TransformedDistribution
 from torch import Size, Tensor, nn
 from torch.distributions import Distribution, Transform
 
+from pyro_flows.boundary import check_tensor
 from pyro_flows.chain import Chain
 from pyro_flows.core import FlowTransform
 from pyro_flows.distributions.bases import DiagonalNormal, FixedBase, UniformCircle
@@ -26,6 +27,7 @@ class FlowDistribution(TransformedDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-density in nats, shape ``(*sample, *batch)``; one pass in the density direction."""
         (transform,) = self.transforms
+        check_tensor("Flow", "a tensor", value)
         # Neither torch's check nor its Independent can take an empty batch, and a check branches on the data.
         if self._validate_args and value.numel() and plain_eager():
             self._validate_sample(value)
