@@ -237,7 +237,7 @@ class FlowTransform(TransformModule):
     # State: the memo is dropped whenever what it was computed from may have changed or moved.
 
     def clear_cache(self) -> None:
-        """Forgets recent results; needed only after a raw write to some parameter's ``.data``."""
+        """Forgets recent results; needed only after a write into a parameter's ``.data``, as ``p.data.add_(1)``."""
         for module in self.modules():
             if isinstance(module, FlowTransform):
                 module._memo.clear()
