@@ -95,7 +95,9 @@ class _Entry(NamedTuple):
         """Whether nothing changed, neither in the module nor in ``x`` and ``y``."""
         return (
             self.states == _state(x) + _state(y)
-            and all(ref.cdata == value.untyped_storage()._cdata for ref, value in zip(self.storages, (x, y), strict=True))
+            and all(
+                ref.cdata == value.untyped_storage()._cdata for ref, value in zip(self.storages, (x, y), strict=True)
+            )
             and self.stamp.still_holds(module)
         )
 
