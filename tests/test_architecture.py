@@ -59,6 +59,7 @@ CORE = {
     "tracing",
     "triangular",
     "univariate",
+    "wrapped",
 }
 FILES = sorted(ROOT.rglob("*.py"))
 HEAVY = ["matplotlib", "arviz", "torchdiffeq", "zuko", "nflows", "normflows", "constriction", "sklearn", "scipy"]

@@ -32,7 +32,10 @@ class FlowDistribution(TransformedDistribution):
         if self._validate_args and value.numel() and plain_eager():
             self._validate_sample(value)
         x, ladj = transform.inverse_and_memo(value)
-        return self.base_dist.log_prob(x) + ladj if x.numel() else ladj
+        if x.numel():
+            return self.base_dist.log_prob(x) + ladj
+        # Nothing, but a function of all parameters, as DistributedDataParallel wants where a process has no rows.
+        return ladj + x.sum(tuple(range(-len(transform.event_shape), 0)))
 
     def rsample_and_log_prob(self, sample_shape: Size | tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
         """Reparameterised samples and their log-densities; one pass in the sampling direction."""
