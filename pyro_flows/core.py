@@ -269,6 +269,9 @@ class FlowTransform(TransformModule):
 
     __repr__ = nn.Module.__repr__
 
+    def __hash__(self) -> int:
+        return id(self)  # as of any module; Pyro's calls super(), which torch.compile cannot trace
+
     def extra_repr(self) -> str:
         size = self.event_shape[0] if len(self.event_shape) == 1 else tuple(self.event_shape)
         context = f", context_dim={self.context_dim}" if self.context_dim else ""
