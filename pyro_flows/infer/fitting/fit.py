@@ -27,7 +27,7 @@ from pyro_flows.infer.joint import JointDensity
 
 __all__ = ["fit_guide"]
 
-RESERVED = ("seconds", "steps", "progress")
+RESERVED = ("seconds", "steps", "progress", "fit_prior")
 PARTICLES = 128
 SLOW_SECONDS = 40.0  # for the verdict, where a model runs for one draw at a time
 ASSESSING = 0.12  # of the seconds, for the verdict
@@ -42,6 +42,7 @@ def fit_guide(
     seconds: float | None = None,
     steps: int | None = None,
     progress: bool = True,
+    fit_prior: bool = False,
     **kwargs: object,
 ) -> GuideFit:
     r"""Fits a flow to the posterior of a model, and says whether to trust it.
@@ -51,7 +52,8 @@ def fit_guide(
     flow on top that begins as the identity, both by the path gradient of the ELBO, and of the forward divergence once
     weights are fairly even, with many draws at once and a step size that decays; then importance weights of fresh
     draws, and a verdict.  Nothing has to be tuned; what can be is an option of
-    :class:`~pyro_flows.infer.AutoFlow`.  Parameters of the model itself are held as they are.
+    :class:`~pyro_flows.infer.AutoFlow`.  Discrete latents that Pyro can enumerate are summed out, whether or not the
+    model marks them; predictions draw them anew.  Parameters of the model itself are held as they are.
 
     Args:
         model_or_guide: a Pyro model, or an :class:`~pyro_flows.infer.AutoFlow` of one, whose options are then used.
@@ -61,14 +63,17 @@ def fit_guide(
         steps: of the optimiser.  With both, whichever ends first; with neither, 4000 steps.  Training stops before if
             the log-weights are constant, for then nothing is left to learn.
         progress: whether to show a bar.
+        fit_prior: whether to fit the prior of a model without data; otherwise a model without an observed site or a
+            factor is refused.
 
     Returns:
         a :class:`~pyro_flows.infer.GuideFit`: ``fit.verdict``, ``fit.sample(n)``, ``fit.predictive(n)``,
         ``fit.to_arviz()``.
 
     Raises:
-        ValueError: for models that no such guide can represent (see :class:`~pyro_flows.infer.AutoFlow`), if the model
-            has an argument named as one of this function's, or if the density fails at most draws.
+        ValueError: for models that no such guide can represent (see :class:`~pyro_flows.infer.AutoFlow`), for a model
+            in which nothing is observed, if the model has an argument named as one of this function's, or if the
+            density fails at most draws.
 
     References:
         Advances in Black-Box VI (Agrawal, Sheldon & Domke, 2020), arXiv:2006.10343; Sticking the Landing (Roeder et
@@ -77,6 +82,7 @@ def fit_guide(
     """
     begin = time.monotonic()
     guide = _guide(model_or_guide, kwargs)
+    guide.of_prior = fit_prior
     budget = Budget(steps, seconds, begin)
     notes: list[str] = []
     with seeded(guide.seed), poutine.block(), torch.enable_grad():
@@ -86,7 +92,9 @@ def fit_guide(
                 warnings.simplefilter("always")
                 bar.say("looking for a start")
                 guide.start_seconds = None if seconds is None else 0.25 * seconds
+                guide.hide_discrete(*args, **kwargs)
                 guide.setup(*args, **kwargs)
+                _refuse_unobserved(guide)
                 density = guide.density(*args, **kwargs)
                 initial = guide.initial
                 _refuse_random(guide, density, initial)
@@ -171,13 +179,38 @@ def _argument_names(model: Callable[..., object]) -> list[str]:
     return [p.name for p in parameters if p.name not in bound]
 
 
+def _refuse_unobserved(guide: AutoFlow) -> None:
+    if guide.of_prior and not guide.unobserved:
+        raise ValueError(
+            "fit_guide: fit_prior=True is for a model in which nothing is observed, and this one has data: leave them "
+            "out, or hide them, poutine.block(model, expose=[...])"
+        )
+    if not guide.unobserved or guide.of_prior:
+        return
+    if guide.hidden_data:
+        raise ValueError(
+            "fit_guide: nothing is observed in this model, so that its posterior is its prior: poutine.block hides "
+            f"the observations {sorted(guide.hidden_data)} along with other sites. Name what to hide, "
+            "poutine.block(model, hide=[...]), in place of expose=[...]; or fit the prior on purpose, "
+            "fit_guide(..., fit_prior=True)"
+        )
+    raise ValueError(
+        "fit_guide: nothing is observed in this model, so that its posterior is its prior: no site with obs=... or "
+        "given by pyro.condition hangs on a latent, and no pyro.factor. Pass the data; or, if poutine.block hides them "
+        "within the model, name what to hide by hide=[...] in place of expose=[...]; or fit the prior on purpose, "
+        "fit_guide(..., fit_prior=True)"
+    )
+
+
 def _refuse_random(guide: AutoFlow, density: JointDensity, initial: Tensor) -> None:
+    if guide.why_not_summed:
+        raise ValueError(f"fit_guide: Pyro cannot sum out this model's discrete latents: {guide.why_not_summed}")
     if not guide.subsampled and density.random_at(initial):
         raise ValueError(
             "fit_guide: at fixed values of its latents this model gives another density at each run, so it draws "
-            "something that the guide does not know, such as hidden discrete sites. Sum these out in the model, or "
-            "train with SVI(model, AutoFlow(poutine.block(config_enumerate(model), hide=[...])), optimizer, "
-            "TraceEnum_ELBO())"
+            "something that the guide does not know. A minibatch belongs into pyro.plate(..., subsample_size=...); "
+            "discrete sites hidden by poutine.block around the model are summed out, those hidden within it are not: "
+            "leave them to fit_guide"
         )
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,11 +14,19 @@ from pyro_flows.distributions import Flow
 from pyro_flows.infer.bridge import to_arviz
 from pyro_flows.infer.diagnostics import Importance, Verdict, resample
 from pyro_flows.infer.fitting.assessment import Assessment, weigh
-from pyro_flows.infer.fitting.predictions import computed, log_likelihoods, observed, predictions
+from pyro_flows.infer.fitting.predictions import (
+    computed,
+    log_likelihoods,
+    observed,
+    predictions,
+    seen_entries,
+    to_redraw,
+)
 from pyro_flows.infer.fitting.training import History
 from pyro_flows.infer.guides.auto import AutoFlow
 from pyro_flows.infer.joint import JointDensity
 from pyro_flows.infer.latents import Latents
+from pyro_flows.infer.sites import Site
 
 __all__ = ["GuideFit", "load_guide"]
 
@@ -131,23 +140,40 @@ class GuideFit:
 
     # Predictions.
 
-    def predictive(self, n: int = 1000, *args: object, resampled: bool = False, **kwargs: object) -> dict[str, Tensor]:
+    def predictive(
+        self,
+        n: int = 1000,
+        *args: object,
+        resampled: bool = False,
+        redraw: str | Sequence[str] | None = None,
+        **kwargs: object,
+    ) -> dict[str, Tensor]:
         """Draws of the model's other sites, data drawn anew, at draws of the latents: shape ``(n, *site.shape)``.
+
+        Data on which other sites depend keep their values by default: what ``pyro.condition`` fixes, and covariates
+        that are observed above an outcome.  Discrete latents are drawn anew with the data.
 
         Args:
             n: how many.
             *args: of the model, e.g. new covariates and ``y=None``; those of the fit if there are none.
             resampled: as in :meth:`sample`.
-            **kwargs: likewise.
+            redraw: names of the sites with data to draw anew, or ``"all"``; a replicate of a series of sites that
+                depend on each other wants all of them.
+            **kwargs: as ``args``.
+
+        Raises:
+            ValueError: if the model does not run with these arguments, or ``redraw`` names a site without data.
         """
         density = self._with_model("predictive")
         if args or kwargs:
-            density = JointDensity(density.model, self.latents, args, kwargs, density.vectorized)
+            density = JointDensity(density.model, self.latents, args, kwargs, density.vectorized, density.discrete)
         with torch.no_grad():
             z = self._unconstrained(n, resampled)
             try:
-                return predictions(density, z)
+                return predictions(density, z, to_redraw(density, z, redraw))
             except (ValueError, RuntimeError, IndexError) as error:
+                if "redraw" in str(error):
+                    raise
                 shapes = {site.name: tuple(site.shape) for site in self.latents}
                 raise ValueError(
                     f"predictive: the model does not run with these arguments at latents of shapes {shapes}, for which "
@@ -171,19 +197,24 @@ class GuideFit:
         posterior_predictive: bool = True,
         log_likelihood: bool = True,
         resampled: bool = False,
+        redraw: str | Sequence[str] | None = None,
         constant_data: Mapping[str, object] | None = None,
         coords: Mapping[str, object] | None = None,
         dims: Mapping[str, object] | None = None,
     ) -> object:
         """An ArviZ ``InferenceData`` (0.x) or ``DataTree`` (1.x) of the draws by which the guide was judged.
 
-        What the model computes by ``pyro.deterministic`` is in the posterior, too.
+        What the model computes by ``pyro.deterministic`` is in the posterior, too.  Log-likelihoods count as in the
+        model's density: ``poutine.scale`` multiplies them, discrete latents are summed out, and of a site under a mask
+        the log-likelihoods, the predictions and the data are those of the entries that count, in one dimension.  A
+        model that sees a part of its data in each run has no log-likelihoods and predictions here.
 
         Args:
             draws: how many of them.
             posterior_predictive: whether to run the model for this group; without a model it is left out.
             log_likelihood: likewise.
             resampled: whether to resample the draws by their weights; their weights are then left out.
+            redraw: as in :meth:`predictive`; what is not drawn anew is not among the predictions.
             constant_data: as in ArviZ.
             coords: as in ArviZ.
             dims: as in ArviZ.
@@ -203,12 +234,25 @@ class GuideFit:
         if self._density is not None:
             extra = computed(self._density, z)
             posterior |= extra
-            groups["observed_data"] = observed(self._density, z)
-            if posterior_predictive:
-                found = predictions(self._density, z)
-                groups["posterior_predictive"] = {name: found[name] for name in found if name not in extra}
-            if log_likelihood:
-                groups["log_likelihood"] = log_likelihoods(self._density, z)
+            data = observed(self._density, z)
+            if self.guide is not None and self.guide.subsampled:
+                if posterior_predictive or log_likelihood:
+                    warnings.warn(
+                        "to_arviz: this model sees a part of its data in each run, so there are no log-likelihoods and "
+                        "predictions of all; fit a model that sees all of them for these",
+                        stacklevel=2,
+                    )
+            else:
+                groups["observed_data"] = {n: _entries(site.value, site) for n, site in data.items()}
+                if posterior_predictive:
+                    names = to_redraw(self._density, z, redraw)
+                    found = predictions(self._density, z, names)
+                    held = {*extra, *data} - set(names)
+                    groups["posterior_predictive"] = {
+                        name: _entries(value, data.get(name)) for name, value in found.items() if name not in held
+                    }
+                if log_likelihood:
+                    groups["log_likelihood"] = log_likelihoods(self._density, z)
         attrs = {"khat": self.khat, "ess": self.ess, "verdict": self.verdict.label}
         return to_arviz(
             posterior,
@@ -233,6 +277,17 @@ class GuideFit:
             "notes": self.notes,
         }
         torch.save(state, path)
+
+
+def _entries(value: Tensor, site: Site | None) -> Tensor:
+    """The entries of a site's data, or of draws of them, that its mask lets count, in one dimension for the batch's."""
+    entries = None if site is None else seen_entries(site)
+    if entries is None:
+        return value
+    event = value.shape[value.dim() - site.fn.event_dim :]
+    lead = value.shape[: max(value.dim() - len(event) - entries.dim(), 0)]
+    flat = value.expand(lead + entries.shape + event).reshape(*lead, -1, *event)
+    return flat.index_select(len(lead), entries.flatten().nonzero().squeeze(-1))
 
 
 def load_guide(path: str | Path, map_location: str | torch.device | Callable | None = None) -> GuideFit:

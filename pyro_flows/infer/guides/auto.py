@@ -6,6 +6,7 @@ import copy
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pyro
 import torch
@@ -22,6 +23,7 @@ from pyro_flows.chain import Chain, Wrap
 from pyro_flows.core import FlowTransform
 from pyro_flows.distributions import Flow, FlowDistribution
 from pyro_flows.flows import iaf, nsf, realnvp
+from pyro_flows.infer.enumeration import can_be_summed, hidden_sites, unblocked
 from pyro_flows.infer.guides.posterior import PathPosterior
 from pyro_flows.infer.guides.prototype import (
     Init,
@@ -29,12 +31,12 @@ from pyro_flows.infer.guides.prototype import (
     finite_start,
     initializer,
     inspect,
-    is_subsampled,
     shapes_of,
 )
 from pyro_flows.infer.guides.start import find_start
-from pyro_flows.infer.joint import JointDensity
+from pyro_flows.infer.joint import FAILURES, JointDensity
 from pyro_flows.infer.latents import Latents
+from pyro_flows.infer.sites import DATA, DRAWN, FACTOR, is_part, run, sites_of
 from pyro_flows.transforms import Preconditioner
 
 __all__ = ["AutoFlow", "default_builder", "seeded"]
@@ -143,6 +145,12 @@ class AutoFlow(AutoContinuous):
         self.start_evaluations = 0
         self._shapes: tuple[object, ...] | None = None
         self._observed: set[str] = set()
+        self.of_prior = False  # whether to fit the prior on purpose, where there are no data
+        self.unobserved = False  # whether no data are to be seen
+        self.hidden_data: frozenset[str] = frozenset()  # sites with data that poutine.block hides
+        self.discrete: frozenset[str] = frozenset()  # hidden sites that the density sums out
+        self.why_not_summed: str | None = None
+        self._shown: frozenset[str] = frozenset()  # hidden sites that the density has nevertheless
 
     # Building.
 
@@ -155,6 +163,33 @@ class AutoFlow(AutoContinuous):
                     self._create_plates(*args, **kwargs)  # which NeuTra looks at before any call
         return self
 
+    def hide_discrete(self, *args: object, **kwargs: object) -> AutoFlow:
+        """Hides the model's discrete latents from this guide, so that its density sums them out; returns the guide.
+
+        Raises:
+            ValueError: if Pyro cannot enumerate one of them.
+        """
+        if self.prototype_trace is None:
+            init = initializer(self.init_loc_fn, args, kwargs)
+
+            def drawn_if_discrete(site: dict[str, Any]) -> Tensor:
+                return site["fn"].sample() if site["fn"].support.is_discrete else init(site)
+
+            with torch.random.fork_rng():
+                trace = run(InitMessenger(drawn_if_discrete)(self.plain_model), args, kwargs, {})
+            sites = sites_of(trace, frozenset()).values()
+            drawn = [site for site in sites if site.kind == DRAWN and site.fn.support.is_discrete]
+            for site in drawn:
+                if not can_be_summed(site):
+                    raise ValueError(
+                        f"AutoFlow: the discrete latent site {site.name!r} ({type(site.fn).__name__}) has no finite "
+                        "list of values to sum over (enumeration): bound it, e.g. Categorical on 0 ... K in place of "
+                        "Poisson, or sum it out by hand"
+                    )
+            if drawn:
+                self._plain_model = (poutine.block(self.plain_model, hide=[site.name for site in drawn]),)
+        return self
+
     def _setup_prototype(self, *args: object, **kwargs: object) -> None:
         if self.prototype_trace is not None:
             return
@@ -164,11 +199,12 @@ class AutoFlow(AutoContinuous):
             trace, latents = inspect(self._plain_model[0], init, args, kwargs)
             try:
                 super()._setup_prototype(*args, **kwargs)
-                self.latents, self.subsampled = latents, is_subsampled(trace)
+                self.latents, self.subsampled = latents, is_part(trace)
                 self._observed = set(trace.observation_nodes)
-                density = JointDensity(self.plain_model, latents, args, kwargs)
-                # One at a time: hidden discrete sites differ from run to run, which looks like a failure to broadcast.
-                alone = JointDensity(self.plain_model, latents, args, kwargs, vectorize=False)
+                self._look_behind(trace, args, kwargs)
+                density = self._density(args, kwargs, None)
+                # One at a time: hidden sites differ from run to run, which looks like a failure to broadcast.
+                alone = self._density(args, kwargs, False)
                 initial = finite_start(alone, trace, latents)
                 self.flow = self._build(density, initial)
                 self.initial = initial
@@ -178,6 +214,28 @@ class AutoFlow(AutoContinuous):
                 self.prototype_trace = None  # so that the next call tries again
                 raise
         self._shapes = shapes_of(args, kwargs)
+
+    def _look_behind(self, trace: Any, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        """Looks for sites that ``poutine.block`` hides from this guide: discrete latents to sum out, and data."""
+        values = {site.name: trace.nodes[site.name]["value"].detach() for site in self.latents}
+        hidden = hidden_sites(self.plain_model, values, args, kwargs)
+        self.hidden_data = frozenset(name for name, site in hidden.items() if site.kind in (DATA, FACTOR))
+        drawn = {name: site for name, site in hidden.items() if site.kind == DRAWN}
+        if all(map(can_be_summed, drawn.values())) and not self.of_prior:
+            self.discrete = self._shown = frozenset(drawn)
+        nesting = [site.nesting for name, site in hidden.items() if name in self.discrete | self.hidden_data]
+        self.latents.max_plate_nesting = max([self.latents.max_plate_nesting, *nesting])
+        try:
+            self._density(args, kwargs, False)(self.latents.pack(values)[None])
+        except NotImplementedError as error:
+            self.why_not_summed = str(error)
+            self.discrete = self._shown = frozenset()
+        except FAILURES:  # at a point where the density is not defined
+            pass
+        self.unobserved = not self._density(args, kwargs, False).is_observed(values, bool(drawn) and not self.discrete)
+        if self.unobserved and not self.of_prior:
+            # The model that this guide is trained with has the data, also where all of them are hidden from the guide.
+            self._shown = self.discrete | self.hidden_data
 
     def _build(self, density: JointDensity, initial: Tensor) -> Flow:
         dim = len(initial)
@@ -197,8 +255,11 @@ class AutoFlow(AutoContinuous):
 
     def _find_start(self, density: JointDensity, initial: Tensor) -> tuple[Tensor, Tensor]:
         dim = len(initial)
-        # A model that draws more than its latents, such as hidden discrete sites, has no density to climb here.
-        if self.start == "prior" or (not self.subsampled and density.random_at(initial)):
+        # Where the data are hidden, what climbs the prior would leave the user's initial point; and a model that draws
+        # more than its latents has no density to climb.
+        hidden = self.unobserved and bool(self.hidden_data) and not self.of_prior
+        chosen = hidden and (self.init_loc_fn is not None or not self._shown)
+        if self.start == "prior" or chosen or (not self.subsampled and density.random_at(initial)):
             scale = torch.full_like(initial, 0.1)
         else:
             with poutine.block():
@@ -226,7 +287,11 @@ class AutoFlow(AutoContinuous):
             self.setup(*args, **kwargs)
         else:
             self._compare_shapes(args, kwargs)
-        return JointDensity(self.plain_model, self.latents, args, kwargs, self.vectorized)
+        return self._density(args, kwargs, self.vectorized)
+
+    def _density(self, args: tuple[object, ...], kwargs: dict[str, object], vectorize: bool | None) -> JointDensity:
+        model = unblocked(self.plain_model, self._shown) if self._shown else self.plain_model
+        return JointDensity(model, self.latents, args, kwargs, vectorize, self.discrete)
 
     @property
     def plain_model(self) -> Callable[..., object]:

@@ -205,9 +205,3 @@ def shapes_of(args: tuple[object, ...], kwargs: Mapping[str, object]) -> tuple[o
         else (leaf if isinstance(leaf, int | str | None) else type(leaf))
         for leaf in tree_leaves((args, dict(kwargs)))
     )
-
-
-def is_subsampled(trace: object) -> bool:
-    """Whether the model sees a part of some plate in each run."""
-    drawn = [site["fn"] for site in trace.nodes.values() if site["type"] == "sample" and site_is_subsample(site)]
-    return any(fn.subsample_size is not None and fn.subsample_size < fn.size for fn in drawn)
