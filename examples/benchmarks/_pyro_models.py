@@ -19,7 +19,7 @@ from pyro.infer import config_enumerate
 from pyro.infer.autoguide import AutoDelta, AutoDiagonalNormal, AutoNormal
 from torch import Tensor, nn
 
-__all__ = ["Case", "Deep", "cases", "chorales", "deep_model"]
+__all__ = ["Case", "Deep", "cases", "chorales", "deep_model", "hmm", "without_discrete"]
 
 AT_BATS = 45
 HITS = [18, 17, 16, 15, 14, 14, 13, 12, 11, 11, 10, 10, 10, 10, 10, 9, 8, 7]
@@ -31,7 +31,7 @@ class Case:
     """A model with its data, and how Pyro's example fits it.
 
     Attributes:
-        expose: the continuous latents, where there are discrete ones beside them, which are summed out.
+        discrete: whether some latents are, which are summed out.
         guide: Pyro's, that of the example where it has one.
         vectorize: whether the model runs for many draws at once.
         rates: step sizes of Adam that are tried.
@@ -43,15 +43,24 @@ class Case:
     model: Callable[..., object]
     args: tuple[object, ...]
     guide: Callable[..., pyro.infer.autoguide.AutoGuide] = AutoNormal
-    expose: tuple[str, ...] | None = None
+    discrete: bool = False
     vectorize: bool = True
     rates: tuple[float, ...] = (0.01,)
     truth: float | None = None
     simulated: bool = False
 
     def visible(self) -> Callable[..., object]:
-        """What a guide sees: the model without discrete latents and what depends on them."""
-        return self.model if self.expose is None else poutine.block(self.model, expose=list(self.expose))
+        """What a guide sees: the model without its discrete latents."""
+        return without_discrete(self.model) if self.discrete else self.model
+
+
+def without_discrete(model: Callable[..., object]) -> Callable[..., object]:
+    """Hides discrete latents; the observations stay, by which ``AutoFlow`` finds its start."""
+
+    def hidden(site: dict) -> bool:
+        return site["type"] == "sample" and not site["is_observed"] and site["fn"].has_enumerate_support
+
+    return poutine.block(model, hide_fn=hidden)
 
 
 def _trapezoid(values: Tensor, *grids: Tensor) -> float:
@@ -356,7 +365,7 @@ def cases() -> list[Case]:
             gmm,
             (points,),
             AutoDelta,
-            ("weights", "scale", "locs"),
+            discrete=True,
             vectorize=False,
             rates=(0.1, 0.01),
             truth=gmm_evidence(points),
@@ -365,25 +374,9 @@ def cases() -> list[Case]:
     for model in (pooled, not_pooled, partially_pooled, logit_pooled):
         truth = baseball_evidence(model.__name__, hits)
         found.append(Case(f"baseball, {model.__name__.replace('_', ' ')}", model, (hits,), truth=truth))
-    sites = {
-        cjs_1: ["phi"],
-        cjs_2: [f"phi_{t}" for t in range(1, 7)],
-        cjs_3: ["phi_mean", "phi_sigma", *(f"phi_logit_{t}" for t in range(1, 7))],
-        cjs_4: ["phi_male", "phi_female"],
-        cjs_5: ["phi_beta", *(f"phi_gamma_{t}" for t in range(1, 7))],
-    }
-    for model, names in sites.items():
+    for model in (cjs_1, cjs_2, cjs_3, cjs_4, cjs_5):
         known = model in (cjs_1, cjs_4)
         truth = cjs_evidence(history, sex, model is cjs_4) if known else None
-        found.append(
-            Case(
-                model.__name__.replace("_", " "),
-                model,
-                (history, sex),
-                AutoDiagonalNormal,
-                ("rho", *names),
-                truth=truth,
-                simulated=True,
-            )
-        )
+        name = model.__name__.replace("_", " ")
+        found.append(Case(name, model, (history, sex), AutoDiagonalNormal, discrete=True, truth=truth, simulated=True))
     return found
