@@ -15,6 +15,9 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
+from pyro.infer import SVI, Predictive, Trace_ELBO
+from pyro.infer.reparam import NeuTraReparam
+from pyro.nn import PyroModule
 
 import pyro_flows as pf
 from pyro_flows.infer import AutoFlow, fit_guide, load_guide
@@ -276,11 +279,80 @@ def test_plain_model_takes_its_arguments_by_name():
     assert set(found.sample(2)) == {"a", "b"}
 
 
-def test_fits_the_guide_that_is_given(fitted):
-    """Fitting goes on from a guide that was built, on data of the same shape."""
-    guide = copy.deepcopy(fitted.guide)
-    again = fit(guide, X, y=Y, steps=2)
-    assert again.guide is guide
+@pytest.mark.parametrize("before", ["setup", "setup elsewhere", "SVI", "fit", "moved"])
+def test_fits_the_guide_that_is_given(before):
+    """A guide that was built, trained or moved before begins anew, and is left as it was fitted."""
+    guide = AutoFlow(regression, SMALL, seed=0, particles=16)
+    if before == "setup":
+        guide.setup(X, y=Y)
+    elif before == "setup elsewhere":
+        guide.setup(X[:5], y=Y[:5])
+    elif before == "SVI":
+        svi = SVI(regression, guide, pyro.optim.Adam({"lr": 0.1}), Trace_ELBO())
+        for _ in range(3):
+            svi.step(X, Y + 5)
+    elif before == "fit":
+        fit(guide, X, y=Y + 5, steps=3)
+    else:
+        guide.setup(X, y=Y)
+        with torch.no_grad():
+            for parameter in guide.parameters():
+                parameter += 0.3
+    found = fit(guide, X, y=Y, steps=5)
+    fresh = fit(AutoFlow(regression, SMALL, seed=0, particles=16), X, y=Y, steps=5)
+    assert found.history.elbo == fresh.history.elbo
+    z = torch.randn(6, 2)
+    torch.testing.assert_close(guide.flow.log_prob(z), found.flow.log_prob(z), rtol=0, atol=0)
+    assert not guide.flow.training and all(p.grad is None for p in guide.parameters())
+
+
+@pytest.mark.parametrize("later", ["refit", "SVI", "load", "move", "data", "restart"])
+def test_a_result_owns_what_it_knows(later):
+    """Nothing that is done to the guide or to the data afterwards changes draws, densities or predictions."""
+    x, y = X.clone(), Y.clone()
+    guide = AutoFlow(regression, SMALL, seed=0, particles=16)
+    found = fit(guide, x, y, steps=5)
+    z = torch.randn(6, 2)
+
+    def known():
+        pyro.set_rng_seed(1)
+        log_p = found._density(z)
+        return found.flow.log_prob(z), found.sample(3)["a"], found.predictive(3)["y"], log_p, found.log_weights
+
+    before = [each.detach().clone() for each in known()]
+    if later == "refit":
+        fit(guide, X, Y + 5, steps=5)
+    elif later == "SVI":
+        svi = SVI(regression, guide, pyro.optim.SGD({"lr": 0.1}), Trace_ELBO())
+        svi.step(X, Y + 5)
+    elif later == "load":
+        guide.load_state_dict({name: value + 0.1 for name, value in guide.state_dict().items()})
+    elif later == "move":
+        guide.float()
+    elif later == "data":
+        x += 1
+        y *= -3
+    else:
+        guide.restart()
+    for one, other in zip(before, known(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def test_the_guide_of_a_result_is_one():
+    """It trains by SVI under a name of its own, predicts, and reparameterizes, and shares the flow of the result."""
+    guide = AutoFlow(regression, SMALL, seed=0, particles=16)
+    found = fit(guide, X, y=Y, steps=5)
+    assert found.guide is not guide and found.guide.flow is found.flow and found.guide.latents is found.latents
+    predicted = Predictive(regression, guide=found.guide, num_samples=4)(X)
+    assert predicted["y"].shape == (4, 8)
+    for each in (guide, found.guide):  # both in one parameter store
+        svi = SVI(regression, each, pyro.optim.SGD({"lr": 1e-3}), Trace_ELBO())
+        before = [p.detach().clone() for p in each.parameters()]
+        svi.step(X, y=Y)
+        assert any(not torch.equal(p, q) for p, q in zip(before, each.parameters(), strict=True))
+    neutra = NeuTraReparam(found.guide.requires_grad_(False))
+    trace = poutine.trace(neutra.reparam(regression)).get_trace(X, y=Y)
+    assert torch.equal(trace.nodes["y"]["value"], Y)
 
 
 # Draws, predictions, ArviZ
@@ -501,18 +573,72 @@ def test_hopeless_densities_end():
 
 
 def test_parameters_of_the_model_are_held():
-    """``pyro.param`` in the model keeps its value; the posterior is that at this value."""
+    """``pyro.param`` in the model keeps its value; the posterior is that at this value, and a warning says so."""
 
     def model(y):
         sd = pyro.param("sd", torch.tensor(2.0), constraint=dist.constraints.positive)
         a = pyro.sample("a", dist.Normal(0.0, sd))
         pyro.sample("y", dist.Normal(a, 1.0), obs=y)
 
-    found = fit(AutoFlow(model, seed=0), torch.tensor(1.0), steps=60)
+    with pytest.warns(UserWarning, match=r"parameters of the model \('sd'\) are held") as caught:
+        found = fit(AutoFlow(model, seed=0), torch.tensor(1.0), steps=60)
+    assert len(caught) == 1 and any("'sd'" in note for note in found.notes)
     assert pyro.param("sd").item() == 2.0
     assert abs(found.sample(10_000)["a"].mean() - 0.8) < 0.05
     expected = dist.Normal(0.0, math.sqrt(5.0)).log_prob(torch.tensor(1.0))
     assert abs(found.log_evidence - expected) < 2e-3
+
+
+def test_parameters_that_are_meant_to_be_held():
+    """Frozen or hidden ones are no matter; modules count as ``pyro.param`` does."""
+
+    class Model(PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.sd = torch.nn.Parameter(torch.tensor(2.0))
+
+        def forward(self, y):
+            a = pyro.sample("a", dist.Normal(0.0, self.sd))
+            pyro.sample("y", dist.Normal(a, 1.0), obs=y)
+
+    model = Model()
+    with pytest.warns(UserWarning, match="'sd'"):
+        fit(AutoFlow(model, start="prior"), torch.tensor(1.0), steps=2)
+    fit(AutoFlow(poutine.block(model, hide_types=["param"]), start="prior"), torch.tensor(1.0), steps=2)
+    model.requires_grad_(False)
+    assert not fit(AutoFlow(model, start="prior"), torch.tensor(1.0), steps=2).notes
+
+
+def test_a_result_keeps_the_parameters_of_the_model():
+    """Training ``pyro.param`` afterwards leaves predictions as they are; where a module changes, a warning says so."""
+
+    def model(y):
+        loc = pyro.param("loc", lambda: torch.randn(()))
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(a + loc, 0.01), obs=y)
+
+    layer = torch.nn.Linear(1, 1)
+
+    def with_module(y):
+        pyro.module("layer", layer)
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(layer(a.unsqueeze(-1)).squeeze(-1), 0.01), obs=y)
+
+    with pytest.warns(UserWarning, match="'loc'"):
+        found = fit(AutoFlow(model, start="prior", seed=0), torch.tensor(3.0), steps=30)
+    pyro.set_rng_seed(0)
+    before = found.predictive(5)["y"]
+    for change in (lambda: pyro.param("loc").data.add_(10.0), pyro.clear_param_store):
+        change()
+        pyro.set_rng_seed(0)
+        torch.testing.assert_close(found.predictive(5)["y"], before, rtol=0, atol=0)
+    with pytest.warns(UserWarning, match="held"):
+        found = fit(AutoFlow(with_module, start="prior", seed=0), torch.tensor(3.0), steps=2)
+    found.predictive(2)
+    with torch.no_grad():
+        layer.weight += 1
+    with pytest.warns(UserWarning, match="has changed since this fit"):
+        found.predictive(2)
 
 
 def test_subsampled_likelihood_is_not_judged():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-import warnings
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -13,8 +12,10 @@ import pyro
 import torch
 from torch import Tensor
 
+from pyro_flows.infer.broadcasting import explain, warn_once
 from pyro_flows.infer.enumeration import enumerating, marginal_log_prob
 from pyro_flows.infer.latents import Latents
+from pyro_flows.infer.pace import Footprint, Pace
 from pyro_flows.infer.sites import DATA, FACTOR, Site, is_masked, per_draw, run, sites_of
 
 __all__ = ["JointDensity"]
@@ -63,6 +64,7 @@ class JointDensity:
         self.evaluations = 0
         self.vectorized = True if vectorize is None else vectorize
         self.why_not: str | None = None
+        self.pace = Pace()
         self._tested = vectorize is not None
 
     def __call__(self, z: Tensor) -> Tensor:
@@ -212,32 +214,39 @@ class JointDensity:
         """Holds the vectorised density against one run at a time, at two points that differ."""
         rows = torch.stack((z[0], z[-1] + 0.1))
         try:
-            alone = torch.stack([self._seeded(self._alone, row) for row in rows])
+            with Footprint() as alone_footprint:
+                alone = torch.stack([self._timed(1, self._alone, row) for row in rows])
         except FAILURES:
             return  # there is nothing to compare with here: the next call tries again
         if not alone.isfinite().all():
             return
         self._tested = True
         declared = self.latents.max_plate_nesting
+        errors: list[Exception | None] = []
         for extra in range(HIDDEN_PLATES + 1):
             self.latents.max_plate_nesting = declared + extra
             try:
-                together = self._seeded(self._together, rows)
+                with Footprint() as footprint:
+                    together = self._timed(len(rows), self._together, rows)
+                self.pace.bytes_per_draw = footprint.bytes / len(rows)
                 if ((together - alone).abs() <= 1e-3 + 1e-4 * alone.abs()).all():
-                    self.why_not = None
                     return
-                why_not = "it gives other densities for many draws at once than for one at a time"
+                errors.append(None)
             except Exception as error:  # whatever a model says when its tensors get a dimension more
-                why_not = f"for many draws at once it raises {type(error).__name__}: {error}"
-            self.why_not = self.why_not or why_not
+                errors.append(error)
         self.latents.max_plate_nesting = declared
-        self.vectorized = False
-        warnings.warn(
+        self.vectorized, self.pace.bytes_per_draw = False, alone_footprint.bytes / len(rows)
+        self.why_not = (
             "this model does not broadcast over a plate of draws, so they go one at a time, which is slower: "
-            f"{self.why_not}. Write it so that it broadcasts over dimensions left of its plates "
-            "(https://pyro.ai/examples/tensor_shapes.html)",
-            stacklevel=3,
+            + explain(self.model, self.latents, self.args, self.kwargs, rows, errors[0], summed=bool(self.discrete))
+            + "\n  Values must broadcast over dimensions left of the plates "
+            "(https://pyro.ai/examples/tensor_shapes.html)"
         )
+        warn_once(self.model, self.why_not, stacklevel=3)
+
+    def _timed(self, rows: int, fn: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
+        with self.pace.call(rows):
+            return self._seeded(fn, z)
 
     @staticmethod
     def _seeded(fn: Callable[[Tensor], Any], z: Tensor) -> Any:

@@ -55,10 +55,12 @@ def log_likelihoods(density: JointDensity, z: Tensor) -> Values:
     if above is not None:
         fixed = {name for name, site in alone.items() if site.kind in (DATA, FACTOR)}
         data = {name: site for name, site in data.items() if above.get(name, set()) - fixed}
-    parts: list[Values] = []
+    refused: dict[str, str] = {}
     with torch.no_grad():
-        for chunk in z.split(AT_ONCE if density.vectorized else 1):
-            parts.append(_log_likelihoods(density, chunk, data))
+        chunks = z.split(density.pace.at_once(AT_ONCE, timed=False) if density.vectorized else 1)
+        parts = [_log_likelihoods(density, chunk, data, refused) for chunk in chunks]
+    for name, why in refused.items():
+        warnings.warn(f"to_arviz: no log-likelihood of {name!r}, which {why}", stacklevel=3)
     found = {}
     for name in parts[0] if parts else ():
         value = torch.cat([part[name] for part in parts])
@@ -145,15 +147,14 @@ def _above(density: JointDensity, z: Tensor) -> dict[str, set[str]] | None:
     return {name: set(upstream) for name, upstream in found["sample_sample"].items()}
 
 
-def _log_likelihoods(density: JointDensity, z: Tensor, data: dict[str, Site]) -> Values:
+def _log_likelihoods(density: JointDensity, z: Tensor, data: dict[str, Site], refused: dict[str, str]) -> Values:
     nesting = density.latents.max_plate_nesting
     count = len(z) if density.vectorized else None
     values = density.latents.unpack(z, nesting)[0] if density.vectorized else density.latents.draws(z[0])
     if density.discrete:
         trace, sites = density.enumerated_at(values, nesting + (count is not None))
-        found, refused = pointwise(trace, sites, count, nesting)
-        for name, why in refused.items():
-            warnings.warn(f"to_arviz: no log-likelihood of {name!r}, which {why}", stacklevel=6)
+        found, why = pointwise(trace, sites, count, nesting)
+        refused |= why
         data = {name: site for name, site in data.items() if name not in refused}
     else:
         sites, found = density.sites_at(values), {}
@@ -173,12 +174,12 @@ def _values(model: Model, density: JointDensity, z: Tensor, wanted: Callable[[Si
     if not len(z):
         one = _values(model, density, z.new_zeros(1, z.shape[1]), wanted)
         return {name: value[:0] for name, value in one.items()}
-    vectorized = density.vectorized
+    vectorized, at_once = density.vectorized, density.pace.at_once(AT_ONCE, timed=False)
     parts: list[Values] = []
     with torch.no_grad():
         if vectorized:
             try:
-                parts = [_together(model, density, chunk, wanted) for chunk in z.split(AT_ONCE)]
+                parts = [_together(model, density, chunk, wanted) for chunk in z.split(at_once)]
             except Exception as error:  # whatever the model says when its tensors get a dimension more
                 warnings.warn(
                     "this model does not run for many draws at once, so they go one at a time: "

@@ -40,8 +40,8 @@ class GuideFit:
         flow: of the unconstrained latents.
         latents: their names, shapes and supports.
         history: what each step came to (ELBO in nats, spread of the log-weights, and so on).
-        assessment: draws with their weights, and what was concluded from them.
-        guide: the :class:`~pyro_flows.infer.AutoFlow`; ``None`` for a loaded fit, which has no model.
+        guide: the :class:`~pyro_flows.infer.AutoFlow`, the fit's own copy, to which ``flow`` belongs; ``None`` for a
+            loaded fit, which has no model.
         evaluations: of the model's density, each draw counted, those of the start and of the verdict included.
         failures: draws in training at which the model's density was not finite or could not be computed.
         notes: what the fit had to do differently than asked, in words.
@@ -52,7 +52,7 @@ class GuideFit:
         flow: Flow,
         latents: Latents,
         history: History,
-        assessment: Assessment,
+        assessment: Assessment | Callable[[], Assessment],
         *,
         guide: AutoFlow | None = None,
         density: JointDensity | None = None,
@@ -60,9 +60,16 @@ class GuideFit:
         evaluations: int = 0,
         notes: tuple[str, ...] = (),
     ) -> None:
-        self.flow, self.latents, self.history, self.assessment = flow, latents, history, assessment
+        self.flow, self.latents, self.history, self._assessment = flow, latents, history, assessment
         self.guide, self._density = guide, density
         self.failures, self.evaluations, self.notes = failures, evaluations, notes
+
+    @property
+    def assessment(self) -> Assessment:
+        """Draws with their weights, and what was concluded from them; of an interrupted fit formed at the first use."""
+        if callable(self._assessment):
+            self._assessment = self._assessment()
+        return self._assessment
 
     @property
     def verdict(self) -> Verdict:
