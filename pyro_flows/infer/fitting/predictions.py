@@ -27,7 +27,7 @@ Values = dict[str, Tensor]
 def predictions(density: JointDensity, z: Tensor, redraw: Collection[str]) -> Values:
     """Draws of the model's other sites, shape ``(n, *site.shape)``, at unconstrained latents ``z`` of shape (n, dim).
 
-    ``pyro.deterministic`` sites are computed, and data that are not drawn anew keep their values.
+    What the model computes is there, and data that are not drawn anew keep their values.
 
     Args:
         density: of the model.
@@ -38,7 +38,7 @@ def predictions(density: JointDensity, z: Tensor, redraw: Collection[str]) -> Va
 
 
 def computed(density: JointDensity, z: Tensor) -> Values:
-    """What the model computes of its latents by ``pyro.deterministic``, shape ``(n, *site.shape)``."""
+    """What the model computes of its latents, such as by ``pyro.deterministic``, shape ``(n, *site.shape)``."""
     return _values(density.model, density, z, lambda site: site.kind == COMPUTED)
 
 
