@@ -22,10 +22,10 @@ from pyro_flows.boundary import admit, check_context, event_size, wrong_event
 from pyro_flows.memo import Memo
 from pyro_flows.recipes import remembered
 
-__all__ = ["Conditioned", "FlowTransform", "Inverse"]
+__all__ = ["REAL", "Conditioned", "FlowTransform", "Inverse"]
 
 
-_REAL = [
+REAL = [
     constraints.real,
     constraints.real_vector,
     *(constraints.independent(constraints.real, n) for n in range(2, 9)),
@@ -117,12 +117,12 @@ class FlowTransform(TransformModule):
     @constraints.dependent_property(is_discrete=False)
     def domain(self) -> constraints.Constraint:
         """Constraint on ``x``."""
-        return _REAL[len(self.event_shape)]
+        return REAL[len(self.event_shape)]
 
     @constraints.dependent_property(is_discrete=False)
     def codomain(self) -> constraints.Constraint:
         """Constraint on ``y``; it becomes the ``support`` of a ``TransformedDistribution``."""
-        return _REAL[len(self.data_shape)]
+        return REAL[len(self.data_shape)]
 
     def __call__(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """``y = f(x)``, at a context if one is given."""
@@ -239,7 +239,7 @@ class FlowTransform(TransformModule):
     # State: the memo is dropped whenever what it was computed from may have changed or moved.
 
     def clear_cache(self) -> None:
-        """Forgets recent results; needed only after a raw write to some parameter's ``.data``."""
+        """Forgets recent results; needed only after a write into a parameter's ``.data``, as ``p.data.add_(1)``."""
         for module in self.modules():
             if isinstance(module, FlowTransform):
                 module._memo.clear()
@@ -269,6 +269,9 @@ class FlowTransform(TransformModule):
 
     __repr__ = nn.Module.__repr__
 
+    def __hash__(self) -> int:
+        return id(self)  # as of any module; Pyro's calls super(), which torch.compile cannot trace
+
     def extra_repr(self) -> str:
         size = self.event_shape[0] if len(self.event_shape) == 1 else tuple(self.event_shape)
         context = f", context_dim={self.context_dim}" if self.context_dim else ""
@@ -286,8 +289,11 @@ class Inverse(FlowTransform):
     of that of ``transform`` at ``(y, x)``, and so a function of ``y``.
 
     Args:
-        transform: the transform to invert.
+        transform: the transform to invert; of an inverse the transform itself is returned.
     """
+
+    def __new__(cls, transform: FlowTransform | None = None) -> FlowTransform:
+        return transform.transform if isinstance(transform, Inverse) else super().__new__(cls)
 
     def __init__(self, transform: FlowTransform) -> None:
         super().__init__(transform.data_shape, transform.context_dim)

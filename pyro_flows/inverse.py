@@ -24,9 +24,12 @@ from pyro_flows.activations import slope
 from pyro_flows.bands import weight_gradient
 from pyro_flows.solver import Solver, named
 from pyro_flows.sweeps import ForwardSweep, ReverseSweep, columns_at_once
-from pyro_flows.tracing import autocasting, forward_mode, plain_eager
+from pyro_flows.tracing import autocasting, beyond_rules, plain_eager
+from pyro_flows.univariate import Univariate
 
 __all__ = ["solve"]
+
+_is_legacy = torch._C._functorch.is_legacy_batchedtensor
 
 
 def solve(
@@ -71,9 +74,9 @@ def solve(
         else:
             with torch._C._AutoDispatchBelowAutograd():  # nothing to record, so spare every small call the look
                 x, ladj, _ = _solve(flat, bias, weights, biases, masks, solver.handle, False)
-    elif forward_mode():
+    elif beyond_rules():
         x, ladj = _by_passes(solver, masks, flat, bias, *weights, *biases)
-    elif keep and torch._C._are_functorch_transforms_active():
+    elif torch._C._are_functorch_transforms_active():  # which may ask for a gradient though no tensor does
         x, ladj, _ = _Solve.apply(solver.handle, flat, bias, *weights, *biases, *masks)
     else:
         groups = (list(weights), list(biases), list(masks))
@@ -156,16 +159,26 @@ def _setup(ctx: object, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) ->
 
 
 def _gradient(ctx: object, grad_x: Tensor | None, grad_ladj: Tensor | None, none: Tensor | None) -> tuple[Tensor, ...]:
-    device = ctx.saved_tensors[0].device
-    if autocasting(device):
-        with torch.autocast(device.type, enabled=False):
-            return _gradient(ctx, grad_x, grad_ladj, none)
-    z, first_bias, x, tape, *tensors = ctx.saved_tensors
+    saved = ctx.saved_tensors  # asked for once, because torch.utils.checkpoint gives them once
+    if autocasting(saved[0].device):
+        with torch.autocast(saved[0].device.type, enabled=False):
+            return _pull(ctx.solver, saved, grad_x, grad_ladj)
+    return _pull(ctx.solver, saved, grad_x, grad_ladj)
+
+
+def _pull(
+    solver: Solver, saved: Sequence[Tensor], grad_x: Tensor | None, grad_ladj: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    z, first_bias, x, tape, *tensors = saved
     if tape.shape[0] == 0:  # whoever called the operator saw no need of a gradient
-        tape = torch.ops.pyro_flows.solve(z, first_bias, *_groups(tensors), ctx.solver.handle, True)[2]
+        tape = torch.ops.pyro_flows.solve(z, first_bias, *_groups(tensors), solver.handle, True)[2]
     grad_x = torch.zeros_like(x) if grad_x is None else grad_x
     grad_ladj = x.new_zeros(x.shape[0]) if grad_ladj is None else grad_ladj
-    inputs = (ctx.solver.handle, grad_x, grad_ladj, x, tape, z, first_bias, *tensors)
+    if _is_legacy(grad_x) or _is_legacy(grad_ladj):  # is_grads_batched, of which kernels know nothing
+        weights, biases, masks = _groups(tensors)
+        pull = torch.func.vjp(partial(_by_passes, solver, masks), z, first_bias, *weights, *biases)[1]
+        return pull((grad_x, grad_ladj))
+    inputs = (solver.handle, grad_x, grad_ladj, x, tape, z, first_bias, *tensors)
     if torch.is_grad_enabled():  # else nobody differentiates the gradient further
         return _Gradient.apply(*inputs)
     return _first_order(*inputs, by_weights=not plain_eager() or any(t.requires_grad for t in tensors))
@@ -223,12 +236,14 @@ def _first_order(
     """Gradients after ``z``, the first bias, weights and biases; ``None`` for the last two if nobody wants them."""
     solver = named(handle)
     weights, biases, masks = _groups(tensors)
+    eager = plain_eager()
+    # A closed form may write in place, which vmap does not take.
+    partials = solver.univariate.partials if eager else partial(Univariate.partials, solver.univariate)
     pre, post, params, ladj = solver.structure.unpack(tape, solver.activations)
     zt, xt = z.T, x.T
-    by_z, by_params, ladj_by_z, ladj_by_params = solver.univariate.partials(True, zt, params, xt, ladj, grad_ladj)
+    by_z, by_params, ladj_by_z, ladj_by_params = partials(True, zt, params, xt, ladj, grad_ladj)
     slopes = [slope(act, a, h) for act, a, h in zip(solver.activations, pre, post, strict=True)]
     arguments = (grad_x, by_params, ladj_by_params, slopes, weights, masks, handle)
-    eager = plain_eager()
     if eager:
         with torch._C._AutoDispatchBelowAutograd():
             adjoint = _sweep_back(*arguments)

@@ -16,9 +16,11 @@ from torch import Tensor
 
 from pyro_flows.recipes import options_of
 from pyro_flows.tracing import plain_eager
-from pyro_flows.univariate import Univariate, number
+from pyro_flows.univariate import Univariate, numbers
 
 __all__ = ["Spline"]
+
+_Number = Callable[[float], Tensor]
 
 _RANGE = math.log(1e3)  # of a bin's size relative to another's, and of a slope relative to one
 _BOUNDARIES = ("linear", "identity", "circular")
@@ -69,6 +71,7 @@ class Spline(Univariate):
     """
 
     wide = True
+    half_precision = False
 
     def __init__(self, bins: int = 8, bound: float | None = None, boundary: str = "linear") -> None:
         if isinstance(bins, bool) or not isinstance(bins, int) or bins < 2:
@@ -161,15 +164,16 @@ class Spline(Univariate):
     # Mathematics, on inputs of shape (columns,) and parameters of shape (num_params, columns).
 
     def columns(self, inverse: bool, z: Tensor, params: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        half, side = number(0.5, z.dtype), number(2 * self.bound, z.dtype)
+        number = numbers(z.dtype)
+        half, side = number(0.5), number(2 * self.bound)
         circular = self.boundary == "circular"
-        unit = torch.add(half, (z - params[-1] if circular and inverse else z) * number(0.5 / self.bound, z.dtype))
+        unit = torch.add(half, (z - params[-1] if circular and inverse else z) * number(0.5 / self.bound))
         if circular:
             unit = unit - unit.floor()
         within = unit.clamp(0.0, 1.0)
-        part = self._bin(within, params, inverse)
+        part = self._bin(within, params, inverse, number)
         beyond = None if circular else unit - within  # zero inside
-        moved, xi, slope = (_unbend if inverse else _bend)(within, beyond, part)
+        moved, xi, slope = (_unbend if inverse else _bend)(within, beyond, part, number)
         ladj = slope.log()
         if circular:
             x = (moved - half) * side
@@ -183,11 +187,11 @@ class Spline(Univariate):
             kept = (xi, slope, *part[:6], *part.kept, beyond)
         return x, -ladj if inverse else ladj, kept
 
-    def _bin(self, value: Tensor, params: Tensor, inverse: bool) -> _Bin:
+    def _bin(self, value: Tensor, params: Tensor, inverse: bool, number: _Number) -> _Bin:
         count, columns = self.bins, value.shape[0]
         raw, knots = params[: 2 * count], params[2 * count :]
-        bend, logs = soft_sign(raw, _RANGE / 2)
-        sizes = logs.exp_().view(2, count, columns)
+        bend, logs = _soft_sign(raw, _RANGE / 2, number)
+        sizes = logs.exp().view(2, count, columns)
         ends = sizes.cumsum(1)
         total = ends[:, -1]
         side = 1 if inverse else 0
@@ -195,10 +199,10 @@ class Spline(Univariate):
         both = index.expand(2, 1, columns)
         size, end = sizes.gather(1, both).squeeze(1), ends.gather(1, both).squeeze(1)
         (left, bottom), (width, height) = ((end - size) / total).unbind(), (size / total).unbind()
-        slope_bend, slopes = soft_sign(knots.gather(0, self._ends(index)), _RANGE)
-        slopes = slopes.exp_()
+        slope_bend, slopes = _soft_sign(knots.gather(0, self._ends(index)), _RANGE, number)
+        slopes = slopes.exp()
         if self.boundary == "identity":
-            slopes = torch.where(self._inner(index), slopes, number(1.0, slopes.dtype))
+            slopes = torch.where(self._inner(index), slopes, number(1.0))
         return _Bin(left, width, bottom, height, *slopes.unbind(), (bend, sizes, total, index, slope_bend))
 
     def _ends(self, index: Tensor) -> Tensor:
@@ -218,7 +222,8 @@ class Spline(Univariate):
     ) -> tuple[Tensor, Tensor]:
         xi, m, left, width, bottom, height, d0, d1, bend, sizes, total, index, slope_bend, *tail = kept
         circular = not tail
-        one, two, side = (number(value, xi.dtype) for value in (1.0, 2.0, 2 * self.bound))
+        number = numbers(xi.dtype)
+        one, two, side = number(1.0), number(2.0), number(2 * self.bound)
         om = one - xi
         q, xi2, om2 = xi * om, xi * xi, om * om
         s = height / width
@@ -245,7 +250,7 @@ class Spline(Univariate):
             by_y = grad_unit
         if not circular and inverse:
             inner = beyond == 0
-            by_y = torch.where(inner, by_y, number(0.0, by_y.dtype))
+            by_y = torch.where(inner, by_y, number(0.0))
             by_z = torch.where(inner, by_z, grad / m)
         u = by_y * height / den
         beta = torch.addcmul(v, u, ratio)
@@ -274,37 +279,37 @@ class Spline(Univariate):
         out[: 2 * count].div_(bend).div_(bend)
         by_slopes = by_slopes / (slope_bend * slope_bend)
         if self.boundary == "identity":
-            by_slopes = torch.where(self._inner(index), by_slopes, number(0.0, by_slopes.dtype))
+            by_slopes = torch.where(self._inner(index), by_slopes, number(0.0))
         out[2 * count :].zero_().scatter_add_(0, self._ends(index), by_slopes)
         if circular:
             out[-1] = -by_z if inverse else grad
         return by_z, out
 
 
-def soft_sign(value: Tensor, bound: float) -> tuple[Tensor, Tensor]:
+def _soft_sign(value: Tensor, bound: float, number: _Number) -> tuple[Tensor, Tensor]:
     r"""``(t, value / t)`` with :math:`t = 1 + |a| / c`: a smooth clip to ``(-bound, bound)`` without saturation."""
-    bend = value.abs().mul_(number(1.0 / bound, value.dtype)).add_(number(1.0, value.dtype))
+    bend = torch.add(number(1.0), value.abs(), alpha=1.0 / bound)
     return bend, torch.div(value, bend)
 
 
-def _to_end(share: Tensor, beyond: Tensor | None) -> Tensor:
+def _to_end(share: Tensor, beyond: Tensor | None, number: _Number) -> Tensor:
     """A share of a bin, within bounds; for inputs beyond the square exactly 0 or 1, since their line goes far."""
     if beyond is not None:
-        share = torch.addcmul(share, beyond.detach(), number(1e15, share.dtype))
+        share = torch.addcmul(share, beyond.detach(), number(1e15))
     return share.clamp(0.0, 1.0)
 
 
-def _bend(value: Tensor, beyond: Tensor | None, part: _Bin) -> tuple[Tensor, Tensor, Tensor]:
+def _bend(value: Tensor, beyond: Tensor | None, part: _Bin, number: _Number) -> tuple[Tensor, Tensor, Tensor]:
     """The spline at a point of the unit interval: its value, where in the bin the point lies, and the slope."""
     left, width, bottom, height, d0, d1, _ = part
-    xi = _to_end((value - left) / width, beyond)
-    ratio, slope = _quotient(xi, height / width, d0, d1)
+    xi = _to_end((value - left) / width, beyond, number)
+    ratio, slope = _quotient(xi, height / width, d0, d1, number(1.0))
     return torch.addcmul(bottom, height, ratio), xi, slope
 
 
-def _quotient(xi: Tensor, s: Tensor, d0: Tensor, d1: Tensor) -> tuple[Tensor, Tensor]:
+def _quotient(xi: Tensor, s: Tensor, d0: Tensor, d1: Tensor, one: Tensor) -> tuple[Tensor, Tensor]:
     """Where in its height, and with which slope, a spline passes through a bin; sums of positive terms throughout."""
-    om = number(1.0, xi.dtype) - xi
+    om = one - xi
     a, b = torch.addcmul(d0 * om, s, xi), torch.addcmul(d1 * xi, s, om)
     top = xi * a
     den = torch.addcmul(top, om, b)
@@ -312,25 +317,25 @@ def _quotient(xi: Tensor, s: Tensor, d0: Tensor, d1: Tensor) -> tuple[Tensor, Te
     return top / den, root * root * torch.addcmul(xi * b, om, a)
 
 
-def _unbend(value: Tensor, beyond: Tensor | None, part: _Bin) -> tuple[Tensor, Tensor, Tensor]:
+def _unbend(value: Tensor, beyond: Tensor | None, part: _Bin, number: _Number) -> tuple[Tensor, Tensor, Tensor]:
     """The inverse of :func:`_bend`, with the slope of that."""
     left, width, bottom, height, d0, d1, _ = part
-    one, two = number(1.0, value.dtype), number(2.0, value.dtype)
+    one, two = number(1.0), number(2.0)
     s = height / width
     eta = ((value - bottom) / height).clamp(0.0, 1.0)
     # Of the two forms of the root, the one from whose end of the bin no digits cancel; the discriminant is then a sum
     # of positive terms too.
     rest = one - eta
     twice = two * s
-    b = torch.addcmul(torch.addcmul(d0 * rest, d1, eta, value=-1), twice, eta)
+    b = torch.addcmul(d0 * rest, twice - d1, eta)
     above = b > s
     far, near = torch.where(above, eta, rest), torch.where(above, rest, eta)
     lean = (s - b).abs()
     least = s - lean
     disc = torch.addcmul(least * least, two * twice * near, lean)
     step = twice * far / (s + lean + disc.sqrt())
-    xi = _to_end(torch.where(above, step, one - step), beyond)
-    return torch.addcmul(left, width, xi), xi, _quotient(xi, s, d0, d1)[1]
+    xi = _to_end(torch.where(above, step, one - step), beyond, number)
+    return torch.addcmul(left, width, xi), xi, _quotient(xi, s, d0, d1, one)[1]
 
 
 class _Move(torch.autograd.Function):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["autocasting", "batched", "forward_mode", "plain_eager"]
+__all__ = ["autocasting", "batched", "beyond_rules", "forward_mode", "plain_eager"]
 
 
 def plain_eager() -> bool:
@@ -37,6 +37,18 @@ def forward_mode() -> bool:
         return True
     levels = torch._C._functorch.get_interpreter_stack() or ()
     return any(level.key() == torch._C._functorch.TransformType.Jvp for level in levels)
+
+
+def beyond_rules() -> bool:
+    """Whether a call takes more than what a hand-made gradient has rules for, which is reverse mode and ``vmap``.
+
+    So do forward mode, ``functionalize``, and every transform of ``torch.func`` inside ``torch.compile``.
+    """
+    if torch.compiler.is_compiling():
+        return torch._C._are_functorch_transforms_active()
+    levels = torch._C._functorch.get_interpreter_stack() or ()
+    kinds = torch._C._functorch.TransformType
+    return forward_mode() or any(level.key() not in (kinds.Grad, kinds.Vmap) for level in levels)
 
 
 def batched(grad: Tensor) -> bool:

@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from pyro_flows.recipes import options_of, remembered
 
-__all__ = ["Affine", "Shift", "Univariate", "number", "soft_clip"]
+__all__ = ["Affine", "Shift", "Univariate", "number", "numbers", "soft_clip"]
 
 
 def soft_clip(value: Tensor, bound: float) -> Tensor:
@@ -27,8 +28,20 @@ def soft_clip(value: Tensor, bound: float) -> Tensor:
 
 @functools.cache
 def number(value: float, dtype: torch.dtype) -> Tensor:
-    """A tensor of no dimension: products with one cost half as much as with a Python number."""
-    return torch.tensor(value, dtype=dtype, device="cpu")
+    """A tensor of no dimension: products with one cost half as much as with a Python number.
+
+    For eager calls; what may be traced too takes :func:`numbers`.
+    """
+    # It outlives the call, so it must not belong to inference mode or to a transform of torch.func.
+    with torch.inference_mode(False), temporarily_clear_interpreter_stack():
+        return torch.tensor(value, dtype=dtype, device="cpu")
+
+
+def numbers(dtype: torch.dtype) -> Callable[[float], Tensor]:
+    """:func:`number` of one dtype, and where tensors are traced in place of it one that is traced with them."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return partial(torch.tensor, dtype=dtype, device="cpu")
+    return lambda value: number(value, dtype)
 
 
 class Univariate:
@@ -36,6 +49,7 @@ class Univariate:
 
     num_params: int
     periodic = False  # whether it maps angles to angles, modulo 2 pi
+    half_precision = True  # whether float16 and bfloat16 are enough for it
     wide = False  # many parameters: a network's outputs then go to columns() and pull_columns()
 
     def forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-__all__ = ["interrupts_held_back"]
+from pyro.poutine.runtime import _DIM_ALLOCATOR, _PYRO_STACK
+
+__all__ = ["carrying", "interrupts_held_back", "pyro_as_it_was"]
 
 
 @contextmanager
@@ -32,3 +34,26 @@ def interrupts_held_back() -> Iterator[None]:
         signal.signal(signal.SIGINT, handler)
         if came and not handled:
             handler(signal.SIGINT, None)
+
+
+@contextmanager
+def carrying(so_far: list[Callable[[], object]]) -> Iterator[None]:
+    """What is raised inside carries as its attribute ``fit`` what the first of these gives, or ``None``."""
+    try:
+        yield
+    except BaseException as error:
+        error.fit = so_far[0]() if so_far else None
+        raise
+
+
+@contextmanager
+def pyro_as_it_was() -> Iterator[None]:
+    """Takes off Pyro's stacks what an interruption has left on them, on the way in or out of a handler."""
+    stacks = [(stack, list(stack)) for stack in (_PYRO_STACK, _DIM_ALLOCATOR._stack)]
+    try:
+        yield
+    except BaseException:
+        with interrupts_held_back():
+            for stack, before in stacks:
+                stack[:] = before
+        raise

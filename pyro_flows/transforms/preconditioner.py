@@ -33,6 +33,7 @@ class Preconditioner(FlowTransform):
     """
 
     sampling_cost = "1 product"
+    half_precision = False  # as for LULinear
     density_cost = "1 solve"
 
     def __init__(self, loc: Tensor, scale: Tensor) -> None:

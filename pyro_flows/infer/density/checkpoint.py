@@ -109,21 +109,24 @@ def read(path: str | os.PathLike[str] | None) -> dict[str, Any] | None:
     return content
 
 
-def refuse_other(path: str | os.PathLike[str], then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def refuse_other(
+    path: str | os.PathLike[str], then: Mapping[str, Any], now: Mapping[str, Any], name: str = "fit_density"
+) -> None:
     """Raises a ``ValueError`` that says in what the checkpoint's fit and this one differ.
 
     Args:
         path: of the checkpoint, for the message.
         then: what :func:`architecture_of` and the like gave when it was written, each a mapping by topic.
         now: the same for this fit.
+        name: of the function, for the message.
     """
     for topic, expected in now.items():
         known = then.get(topic, {})
-        for name in [*expected, *(name for name in known if name not in expected)]:
-            if known.get(name) != expected.get(name):
+        for part in [*expected, *(part for part in known if part not in expected)]:
+            if known.get(part) != expected.get(part):
                 raise ValueError(
-                    f"fit_density: the checkpoint {str(path)!r} belongs to a fit of another {topic}: {name} is "
-                    f"{_word(known, name)} there and {_word(expected, name)} here; make them agree to go on, or delete "
+                    f"{name}: the checkpoint {str(path)!r} belongs to a fit of another {topic}: {part} is "
+                    f"{_word(known, part)} there and {_word(expected, part)} here; make them agree to go on, or delete "
                     "the file or give another path to start anew"
                 )
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +28,7 @@ from pyro_flows.infer.density.settings import Settings
 from pyro_flows.infer.density.training import Training
 from pyro_flows.infer.density.units import in_units, is_plain_flow
 from pyro_flows.infer.files import refuse_others
-from pyro_flows.infer.interrupts import interrupts_held_back
+from pyro_flows.infer.interrupts import carrying, interrupts_held_back
 
 __all__ = ["DensityFit", "fit_density"]
 
@@ -235,7 +234,7 @@ def fit_density(
     given = (data, context, validation, validation_context)
     device = expected_by(flow).device
     so_far: list[Callable[[], DensityFit | None]] = []
-    with _carrying(so_far), files.own_randomness(device, seed):
+    with carrying(so_far), files.own_randomness(device, seed):
         generator = torch.Generator().manual_seed(seed)
         start = prepare(flow, given, settings, generator, stacklevel=2)
         size = settings.batch_size_for(len(start.train)) if isinstance(start.train, Rows) else 0
@@ -290,16 +289,6 @@ def fit_density(
         if matching is not None:
             fit.validation = _likelihood(model, start)
     return fit
-
-
-@contextmanager
-def _carrying(so_far: list[Callable[[], DensityFit | None]]) -> Iterator[None]:
-    """What is raised inside carries the result so far as its attribute ``fit``."""
-    try:
-        yield
-    except BaseException as error:
-        error.fit = so_far[0]() if so_far else None
-        raise
 
 
 def _resume(

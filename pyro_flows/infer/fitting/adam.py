@@ -27,6 +27,17 @@ class Adam:
         self._second = [torch.zeros_like(p) for p in self.parameters]
         self._steps = [torch.zeros((), dtype=torch.float32, device=p.device) for p in self.parameters]
 
+    def state(self) -> list[list[Tensor]]:
+        """Copies of the moments and of the numbers of steps."""
+        return [[each.clone() for each in kind] for kind in (self._first, self._second, self._steps)]
+
+    @torch.no_grad()
+    def load(self, state: list[list[Tensor]]) -> None:
+        """Puts back what :meth:`state` gave."""
+        for kind, known in zip((self._first, self._second, self._steps), state, strict=True):
+            for each, value in zip(kind, known, strict=True):
+                each.copy_(value)
+
     def zero_grad(self) -> None:
         """Forgets the gradients."""
         for parameter in self.parameters:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pyro
 import torch
@@ -17,11 +20,13 @@ from pyro.params.param_store import param_with_module_name
 from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
+from torch.utils._pytree import tree_flatten
 
 from pyro_flows.chain import Chain, Wrap
 from pyro_flows.core import FlowTransform
 from pyro_flows.distributions import Flow, FlowDistribution
 from pyro_flows.flows import iaf, nsf, realnvp
+from pyro_flows.infer.enumeration import can_be_summed, hidden_sites, unblocked
 from pyro_flows.infer.guides.posterior import PathPosterior
 from pyro_flows.infer.guides.prototype import (
     Init,
@@ -29,12 +34,13 @@ from pyro_flows.infer.guides.prototype import (
     finite_start,
     initializer,
     inspect,
-    is_subsampled,
+    parameters_of,
     shapes_of,
 )
 from pyro_flows.infer.guides.start import find_start
-from pyro_flows.infer.joint import JointDensity
+from pyro_flows.infer.joint import FAILURES, JointDensity
 from pyro_flows.infer.latents import Latents
+from pyro_flows.infer.sites import DATA, DRAWN, FACTOR, is_part, run, sites_of
 from pyro_flows.transforms import Preconditioner
 
 __all__ = ["AutoFlow", "as_flow_of", "default_builder", "seeded"]
@@ -108,6 +114,8 @@ class AutoFlow(AutoContinuous):
         tempering: the weight of the posterior against the base with which ``fit_guide`` begins, which rises to 1 over
             the first 60 % of its steps; ``None`` for none.  For several modes; 0.05 is a good value.
         num_starts: dispersed points from which the start is sought.
+        start_seconds: wall time for building the guide, the search for a start included; what is best by then is taken.
+            By default 20 for the search where the model runs for one draw at a time, else none.
         dtype: of the flow; by default that of the model's latents.
         seed: of all random choices, so that two fits of as many steps are the same; by seconds they never quite are.
 
@@ -132,6 +140,7 @@ class AutoFlow(AutoContinuous):
         particles: int | None = None,
         tempering: float | None = None,
         num_starts: int = 4,
+        start_seconds: float | None = None,
         dtype: torch.dtype | None = None,
         seed: int | None = None,
     ) -> None:
@@ -148,6 +157,8 @@ class AutoFlow(AutoContinuous):
             raise ValueError(f"AutoFlow: expected tempering to be in (0, 1], got {tempering}")
         if particles is not None and particles < 1:
             raise ValueError(f"AutoFlow: expected particles to be at least 1, got {particles}")
+        if start_seconds is not None and not 0 < start_seconds < math.inf:
+            raise ValueError(f"AutoFlow: expected start_seconds to be a positive number, got {start_seconds!r}")
         super().__init__(model, init_loc_fn=feasible)
         self._pyro_name = _new_name(self)
         self._plain_model = (model,)
@@ -157,10 +168,17 @@ class AutoFlow(AutoContinuous):
         self.latents: Latents | None = None
         self.subsampled = False
         self.vectorized: bool | None = None  # False once the model is known not to run for many draws at once
-        self.start_seconds: float | None = None  # wall time for finding the start
+        self.start_seconds = start_seconds
         self.start_evaluations = 0
+        self.model_parameters: dict[str, Tensor] = {}  # of the model itself, with the values that they had at the start
         self._shapes: tuple[object, ...] | None = None
         self._observed: set[str] = set()
+        self.of_prior = False  # whether to fit the prior on purpose, where there are no data
+        self.unobserved = False  # whether no data are to be seen
+        self.hidden_data: frozenset[str] = frozenset()  # sites with data that poutine.block hides
+        self.discrete: frozenset[str] = frozenset()  # hidden sites that the density sums out
+        self.why_not_summed: str | None = None
+        self._shown: frozenset[str] = frozenset()  # hidden sites that the density has nevertheless
 
     # Building.
 
@@ -173,48 +191,126 @@ class AutoFlow(AutoContinuous):
                     self._create_plates(*args, **kwargs)  # which NeuTra looks at before any call
         return self
 
+    def restart(self) -> AutoFlow:
+        """Forgets what was built and learnt, so that the next call builds the guide anew; returns the guide.
+
+        The parameters that it had are no longer its own, and the new ones have a name of their own in Pyro's store.
+        """
+        self.prototype_trace = self.latents = self.vectorized = self._shapes = None
+        self.discrete = self._shown = frozenset()
+        self.why_not_summed = None
+        for name in ("flow", "_first_density"):
+            if hasattr(self, name):
+                delattr(self, name)
+        self._rename()
+        return self
+
+    def hide_discrete(self, *args: object, **kwargs: object) -> AutoFlow:
+        """Hides the model's discrete latents from this guide, so that its density sums them out; returns the guide.
+
+        Raises:
+            ValueError: if Pyro cannot enumerate one of them.
+        """
+        if self.prototype_trace is None:
+            init = initializer(self.init_loc_fn, args, kwargs)
+
+            def drawn_if_discrete(site: dict[str, Any]) -> Tensor:
+                return site["fn"].sample() if site["fn"].support.is_discrete else init(site)
+
+            with torch.random.fork_rng():
+                trace = run(InitMessenger(drawn_if_discrete)(self.plain_model), args, kwargs, {})
+            sites = sites_of(trace, frozenset()).values()
+            drawn = [site for site in sites if site.kind == DRAWN and site.fn.support.is_discrete]
+            for site in drawn:
+                if not can_be_summed(site):
+                    raise ValueError(
+                        f"AutoFlow: the discrete latent site {site.name!r} ({type(site.fn).__name__}) has no finite "
+                        "list of values to sum over (enumeration): bound it, e.g. Categorical on 0 ... K in place of "
+                        "Poisson, or sum it out by hand"
+                    )
+            if drawn:
+                self._plain_model = (poutine.block(self.plain_model, hide=[site.name for site in drawn]),)
+        return self
+
     def _setup_prototype(self, *args: object, **kwargs: object) -> None:
         if self.prototype_trace is not None:
             return
+        limit = math.inf if self.start_seconds is None else self.start_seconds
+        begin = time.monotonic()
         init = initializer(self.init_loc_fn, args, kwargs)
         self._model = (InitMessenger(init)(self._plain_model[0]),)
         with seeded(self.seed):
-            trace, latents = inspect(self._plain_model[0], init, args, kwargs)
+            trace, latents = inspect(self._plain_model[0], init, args, kwargs, begin + 0.3 * limit)
             try:
                 super()._setup_prototype(*args, **kwargs)
-                self.latents, self.subsampled = latents, is_subsampled(trace)
+                self.latents, self.subsampled = latents, is_part(trace)
+                self.model_parameters = parameters_of(trace)
                 self._observed = set(trace.observation_nodes)
-                density = JointDensity(self.plain_model, latents, args, kwargs)
-                # One at a time: hidden discrete sites differ from run to run, which looks like a failure to broadcast.
-                alone = JointDensity(self.plain_model, latents, args, kwargs, vectorize=False)
+                self._look_behind(trace, args, kwargs)
+                density = self._density(args, kwargs, None)
+                # One at a time: hidden sites differ from run to run, which looks like a failure to broadcast.
+                alone = self._density(args, kwargs, False)
                 initial = finite_start(alone, trace, latents)
-                self.flow = self._build(density, initial)
+                density._own = alone._own
+                self.flow = self._build(density, initial, begin + limit)
                 self.initial = initial
                 self.vectorized = None if density.vectorized else False
                 self.start_evaluations = density.evaluations + alone.evaluations
+                density.evaluations = 0
+                self._first_density = density
             except BaseException:
                 self.prototype_trace = None  # so that the next call tries again
                 raise
         self._shapes = shapes_of(args, kwargs)
 
-    def _build(self, density: JointDensity, initial: Tensor) -> Flow:
+    def _look_behind(self, trace: Any, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        """Looks for sites that ``poutine.block`` hides from this guide: discrete latents to sum out, and data."""
+        self.discrete = self._shown = frozenset()
+        self.why_not_summed = None
+        values = {site.name: trace.nodes[site.name]["value"].detach() for site in self.latents}
+        hidden = hidden_sites(self.plain_model, values, args, kwargs)
+        self.hidden_data = frozenset(name for name, site in hidden.items() if site.kind in (DATA, FACTOR))
+        drawn = {name: site for name, site in hidden.items() if site.kind == DRAWN}
+        if all(map(can_be_summed, drawn.values())) and not self.of_prior:
+            self.discrete = self._shown = frozenset(drawn)
+        nesting = [site.nesting for name, site in hidden.items() if name in self.discrete | self.hidden_data]
+        self.latents.max_plate_nesting = max([self.latents.max_plate_nesting, *nesting])
+        point = self.latents.pack(values)
+        try:
+            self._density(args, kwargs, False)(point[None])
+        except NotImplementedError as error:
+            self.why_not_summed = str(error)
+            self.discrete = self._shown = frozenset()
+        except FAILURES:  # at a point where the density is not defined
+            pass
+        self.unobserved = not self._density(args, kwargs, False).is_observed(point, bool(drawn) and not self.discrete)
+        if self.unobserved and not self.of_prior:
+            # The model that this guide is trained with has the data, also where all of them are hidden from the guide.
+            self._shown = self.discrete | self.hidden_data
+
+    def _build(self, density: JointDensity, initial: Tensor, deadline: float) -> Flow:
         dtype = self.flow_dtype or initial.dtype
         made = as_flow_of(default_builder if self.builder is None else self.builder, len(initial))
-        loc, scale = self._find_start(density, initial)
+        loc, scale = self._find_start(density, initial, deadline)
         chain = Chain([made, Preconditioner(loc, scale)])
         return Flow(chain.to(device=initial.device, dtype=dtype))
 
-    def _find_start(self, density: JointDensity, initial: Tensor) -> tuple[Tensor, Tensor]:
+    def _find_start(self, density: JointDensity, initial: Tensor, deadline: float) -> tuple[Tensor, Tensor]:
         dim = len(initial)
-        # A model that draws more than its latents, such as hidden discrete sites, has no density to climb here.
-        if self.start == "prior" or (not self.subsampled and density.random_at(initial)):
+        # Where the data are hidden, what climbs the prior would leave the user's initial point; and a model that draws
+        # more than its latents has no density to climb.
+        hidden = self.unobserved and bool(self.hidden_data) and not self.of_prior
+        chosen = hidden and (self.init_loc_fn is not None or not self._shown)
+        late = time.monotonic() > deadline
+        if self.start == "prior" or chosen or late or (not self.subsampled and density.random_at(initial)):
             scale = torch.full_like(initial, 0.1)
         else:
             with poutine.block():
                 with torch.no_grad():
                     density(initial[None])  # finds out whether it runs for many draws at once
                 still = density.still() if self.subsampled else density
-                seconds = self.start_seconds
+                still.pace = density.pace
+                seconds = None if deadline == math.inf else max(0.0, deadline - time.monotonic())
                 if seconds is None and not density.vectorized:
                     seconds = SLOW_SECONDS
                 found = find_start(
@@ -235,7 +331,15 @@ class AutoFlow(AutoContinuous):
             self.setup(*args, **kwargs)
         else:
             self._compare_shapes(args, kwargs)
-        return JointDensity(self.plain_model, self.latents, args, kwargs, self.vectorized)
+        # What was found out of it while the guide was built need not be found out again.
+        known = self.__dict__.pop("_first_density", None)
+        if known is not None and _same_objects((known.args, known.kwargs), (args, kwargs)):
+            return known
+        return self._density(args, kwargs, self.vectorized)
+
+    def _density(self, args: tuple[object, ...], kwargs: dict[str, object], vectorize: bool | None) -> JointDensity:
+        model = unblocked(self.plain_model, self._shown) if self._shown else self.plain_model
+        return JointDensity(model, self.latents, args, kwargs, vectorize, self.discrete)
 
     @property
     def plain_model(self) -> Callable[..., object]:
@@ -368,6 +472,7 @@ class AutoFlow(AutoContinuous):
     def __getstate__(self) -> dict[str, object]:
         state = self.__dict__.copy()
         state.update(_model=None, _plain_model=None, master=None)
+        state.pop("_first_density", None)
         # Pyro's store hangs on parameters what cannot be pickled; copies are without.
         state["_modules"] = copy.deepcopy(self._modules)
         return state
@@ -380,6 +485,11 @@ class AutoFlow(AutoContinuous):
         """A copy needs a name of its own in Pyro's parameter store, unless its owner gives the name."""
         if "." not in self._pyro_name:
             self._pyro_name = _new_name(self)
+
+
+def _same_objects(first: object, second: object) -> bool:
+    (one, one_spec), (other, other_spec) = tree_flatten(first), tree_flatten(second)
+    return one_spec == other_spec and all(a is b for a, b in zip(one, other, strict=True))
 
 
 def _new_name(guide: AutoFlow) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Mapping
 
+import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
@@ -17,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from pyro_flows.infer.joint import FAILURES, JointDensity
 from pyro_flows.infer.latents import Latents, same_support
 
-__all__ = ["feasible", "finite_start", "inspect", "shapes_of"]
+__all__ = ["feasible", "finite_start", "inspect", "parameters_of", "shapes_of"]
 
 ANGLES = (dist.VonMises, dist.SineBivariateVonMises, dist.SineSkewed)
 Init = Callable[[dict[str, object]], Tensor]
@@ -67,9 +70,11 @@ def initializer(chosen: Init | None, args: tuple[object, ...], kwargs: Mapping[s
 
 
 def inspect(
-    model: object, init: Init, args: tuple[object, ...], kwargs: Mapping[str, object]
+    model: object, init: Init, args: tuple[object, ...], kwargs: Mapping[str, object], deadline: float = math.inf
 ) -> tuple[object, Latents]:
     """A trace of the model at an initial point, observations included, and the layout of its latents.
+
+    The model runs at four more points, or at one if the deadline, by ``time.monotonic()``, is over by then.
 
     Raises:
         ValueError: for a model without latents, with a sequential plate, with latents in a subsampled plate, with an
@@ -107,7 +112,7 @@ def inspect(
         )
     if latents.dim == 0:
         raise ValueError(f"AutoFlow: the latent sites {[site.name for site in latents]} are all empty")
-    _refuse_change(model, init, trace, args, kwargs)
+    _refuse_change(model, init, trace, args, kwargs, deadline)
     return trace, latents
 
 
@@ -121,7 +126,12 @@ def _latent(trace: object) -> list[tuple[str, dict[str, object]]]:
 
 
 def _refuse_change(
-    model: object, init: Init, trace: object, args: tuple[object, ...], kwargs: Mapping[str, object]
+    model: object,
+    init: Init,
+    trace: object,
+    args: tuple[object, ...],
+    kwargs: Mapping[str, object],
+    deadline: float,
 ) -> None:
     """Runs the model at other latent values and compares its sites with those of the trace."""
     # Opposite points, as random numbers start anew each time: whatever hangs on a sign is seen.
@@ -157,6 +167,8 @@ def _refuse_change(
                 f"AutoFlow: the latent sites {sorted(extra)} are there only at some values of the other latents: a "
                 "guide over one fixed vector needs the same sites in every run"
             )
+        if time.monotonic() > deadline:
+            return
 
 
 @torch.no_grad()
@@ -207,7 +219,15 @@ def shapes_of(args: tuple[object, ...], kwargs: Mapping[str, object]) -> tuple[o
     )
 
 
-def is_subsampled(trace: object) -> bool:
-    """Whether the model sees a part of some plate in each run."""
-    drawn = [site["fn"] for site in trace.nodes.values() if site["type"] == "sample" and site_is_subsample(site)]
-    return any(fn.subsample_size is not None and fn.subsample_size < fn.size for fn in drawn)
+def parameters_of(trace: object) -> dict[str, Tensor]:
+    """Copies of the parameters in a trace of a model that an optimizer of Pyro's would train, by name."""
+    store = pyro.get_param_store()
+    found = {}
+    for name, site in trace.nodes.items():
+        if site["type"] != "param":
+            continue
+        value = store[name] if name in store else site["value"]  # in a plate, a run may see a part of it
+        free = value.unconstrained() if hasattr(value, "unconstrained") else value
+        if free.requires_grad:
+            found[name] = value.detach().clone()
+    return found
