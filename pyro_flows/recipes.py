@@ -92,8 +92,8 @@ def made_from(plain: Any) -> Any:
 
 
 def options_of(instance: object) -> dict[str, Any]:
-    """The arguments of a class that holds each under its own name."""
-    return {name: vars(instance)[name] for name in inspect.signature(type(instance)).parameters}
+    """The arguments of a class that holds each as an attribute of its own name."""
+    return {name: getattr(instance, name) for name in inspect.signature(type(instance)).parameters}
 
 
 @dataclass(frozen=True)
