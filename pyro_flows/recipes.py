@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -54,14 +55,16 @@ def recipe(value: Any) -> Any:
         value = value.item()
     if isinstance(value, _SCALARS):
         return value
+    if isinstance(value, _Foreign):
+        raise TypeError(f"{value.name!r} is not of this package")
     if isinstance(value, (Tensor, np.ndarray)):
         return torch.as_tensor(value).detach()
     if isinstance(value, (list, tuple)):
         return type(value)(map(recipe, value)) if type(value) in (list, tuple) else tuple(map(recipe, value))
     if isinstance(value, dict):
         return {"items": [[recipe(key), recipe(each)] for key, each in value.items()]}
-    if _KNOWN.get(type(value).__name__) is not type(value):
-        raise TypeError(f"{getattr(value, '__name__', type(value).__name__)!r} is not of this package")
+    if not _is_ours(value):
+        return recipe(_Foreign.of(value))
     args, kwargs = value.arguments() if hasattr(value, "arguments") else value.__dict__["_arguments"]
     return {
         "make": type(value).__name__,
@@ -89,12 +92,27 @@ def made_from(plain: Any) -> Any:
 
 
 def options_of(instance: object) -> dict[str, Any]:
-    """The arguments of a class that holds each under its own name."""
-    return {name: vars(instance)[name] for name in inspect.signature(type(instance)).parameters}
+    """The arguments of a class that holds each as an attribute of its own name."""
+    return {name: getattr(instance, name) for name in inspect.signature(type(instance)).parameters}
+
+
+@dataclass(frozen=True)
+class _Foreign:
+    """In place of an argument that is not of this package: it may not want to be copied, or may be large."""
+
+    name: str
+
+    @classmethod
+    def of(cls, value: object) -> _Foreign:
+        return cls(getattr(value, "__name__", type(value).__name__))
+
+
+def _is_ours(value: object) -> bool:
+    return _KNOWN.get(type(value).__name__) is type(value)
 
 
 def _kept(value: Any) -> Any:
-    """A copy of what the caller may change later; other objects as they are."""
+    """A copy of what the caller may change later."""
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, np.ndarray):
@@ -103,4 +121,6 @@ def _kept(value: Any) -> Any:
         return [_kept(each) for each in value] if isinstance(value, list) else tuple(map(_kept, value))
     if isinstance(value, Mapping):
         return {name: _kept(each) for name, each in value.items()}
-    return value
+    if isinstance(value, range):
+        return list(value)
+    return value if isinstance(value, (*_SCALARS, np.generic)) or _is_ours(value) else _Foreign.of(value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import pickle
 import random
 from functools import partial
 
@@ -86,6 +87,23 @@ def test_recipes_of_all_flows():
         if not torch.equal(flow(x), again.eval()(x)):
             wrong.append(case.name)
     assert not wrong
+
+
+def test_arguments_are_remembered_as_they_were():
+    """Later changes of a list or a tensor do not matter, and what cannot be copied does not stand in the way."""
+    order, widths = torch.tensor([2, 0, 1]), [5, 6]
+    layer = pf.Autoregressive(3, order=order, hidden_dims=widths)
+    order.zero_()
+    widths.clear()
+    again = made_from(recipe(layer))
+    assert torch.equal(again.net.order, layer.net.order)
+    again.load_state_dict(layer.state_dict())
+    flow = pf.Coupling((n for n in (2, 3)), hidden_dims=map(int, "56"), activation=torch.tanh)
+    for twin in (copy.deepcopy(flow), pickle.loads(pickle.dumps(flow))):
+        x = torch.randn(4, 2, 3)
+        assert torch.equal(twin(x), flow(x))
+        with pytest.raises(TypeError, match="'<genexpr>' is not of this package"):
+            recipe(twin)
 
 
 BUILDERS = {

@@ -148,7 +148,8 @@ def read_state(
         if found[0] == kind and found[1:] == (version, sys.byteorder):
             tensors = [_tensor(place, data, begin + length, len(body)) for place in described["tensors"]]
             state = _decode(described["state"], tensors)
-            _check_parts(state, parts or {}, "it")
+            if parts is not None:
+                _check_parts(state, parts, "it")
             return state
     if found[0] != kind:
         raise refusal(f"it is a {found[0]}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Iterator
@@ -260,16 +259,16 @@ class Training:
     # Resumption.
 
     def state_dict(self) -> dict[str, Any]:
-        """A copy of all that a resumed run needs to go on as if nothing had happened, but for generators."""
+        """A copy on the CPU of all that a resumed run needs to go on as if nothing had happened, but for generators."""
         changing = {
-            "flow": self._snapshot(),
+            "flow": dict(self.flow.state_dict()),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "averages": self.averages,
             "history": self.history,
         }
         rest = {name: getattr(self, name) for name in _COUNTERS}
-        return {**copy.deepcopy(changing), "best_state": self.best_state, "spent": self.elapsed, **rest}
+        return {**_copied(changing), "best_state": self.best_state, "spent": self.elapsed, **rest}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """What :meth:`state_dict` gave; a limit that was reached then may be a higher one now."""
@@ -287,3 +286,14 @@ class Training:
         self._spent, self._since = state["spent"], time.monotonic()
         if self.stopped != "patience":
             self.stopped = self._limit()
+
+
+def _copied(value: Any) -> Any:
+    """With tensors of its own on the CPU, so that no memory of the device is taken."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _copied(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_copied(each) for each in value] if isinstance(value, list) else tuple(map(_copied, value))
+    return value
