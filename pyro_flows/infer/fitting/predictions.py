@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pyro_flows.infer.enumeration import pointwise
 from pyro_flows.infer.joint import JointDensity
+from pyro_flows.infer.pace import in_pieces
 from pyro_flows.infer.sites import COMPUTED, DATA, FACTOR, LATENT, Site
 
 __all__ = ["computed", "log_likelihoods", "observed", "predictions", "seen_entries", "to_redraw"]
@@ -57,8 +58,8 @@ def log_likelihoods(density: JointDensity, z: Tensor) -> Values:
         data = {name: site for name, site in data.items() if above.get(name, set()) - fixed}
     parts: list[Values] = []
     with torch.no_grad():
-        for chunk in z.split(AT_ONCE if density.vectorized else 1):
-            parts.append(_log_likelihoods(density, chunk, data))
+        most = AT_ONCE if density.vectorized else 1
+        parts += in_pieces(density.pace, z, lambda chunk: _log_likelihoods(density, chunk, data), most)
     found = {}
     for name in parts[0] if parts else ():
         value = torch.cat([part[name] for part in parts])
@@ -178,7 +179,7 @@ def _values(model: Model, density: JointDensity, z: Tensor, wanted: Callable[[Si
     with torch.no_grad():
         if vectorized:
             try:
-                parts = [_together(model, density, chunk, wanted) for chunk in z.split(AT_ONCE)]
+                parts = in_pieces(density.pace, z, lambda chunk: _together(model, density, chunk, wanted), AT_ONCE)
             except Exception as error:  # whatever the model says when its tensors get a dimension more
                 warnings.warn(
                     "this model does not run for many draws at once, so they go one at a time: "
