@@ -283,7 +283,7 @@ class AutoFlow(AutoContinuous):
         hidden = hidden_sites(self.plain_model, values, args, kwargs)
         self.hidden_data = frozenset(name for name, site in hidden.items() if site.kind in (DATA, FACTOR))
         drawn = {name: site for name, site in hidden.items() if site.kind == DRAWN}
-        if all(map(can_be_summed, drawn.values())) and not self.of_prior:
+        if all(map(can_be_summed, drawn.values())):
             self.discrete = self._shown = frozenset(drawn)
         nesting = [site.nesting for name, site in hidden.items() if name in self.discrete | self.hidden_data]
         self.latents.max_plate_nesting = max([self.latents.max_plate_nesting, *nesting])
