@@ -58,7 +58,8 @@ def effective(draws: Draws) -> tuple[float, float]:
     data = to_arviz({"mu": draws["mu"], "log_tau": draws["tau"].log(), "theta": draws["theta"]})
     import arviz as az  # after to_arviz, which keeps ArviZ's announcements to itself
 
-    return tuple(float(az.ess(data, method=method).to_array().min()) for method in ("bulk", "tail"))
+    found = (az.ess(data, method=method).data_vars.values() for method in ("bulk", "tail"))
+    return tuple(min(float(each.min()) for each in values) for values in found)
 
 
 def row(name: str, draws: Draws, diverged: int, gradients: int, seconds: float) -> None:

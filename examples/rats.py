@@ -73,7 +73,8 @@ def tables(fits: dict[str, GuideFit], smoke: bool) -> None:
     print("\nLeave-one-out cross-validation, sums over 150 weights in nats")
     for name, loo in scores.items():
         high = int((loo.pareto_k > 0.7).sum())
-        score = f"elpd {loo.elpd_loo:.1f} ± {loo.se:.1f}, {loo.p_loo:.0f} parameters"
+        elpd, size = (loo.elpd_loo, loo.p_loo) if hasattr(loo, "elpd_loo") else (loo.elpd, loo.p)  # ArviZ 0.x, 1.x
+        score = f"elpd {elpd:.1f} ± {loo.se:.1f}, {size:.0f} parameters"
         print(f"  {name:<12} {score}, weights with k > 0.7: {high}")
 
 

@@ -13,7 +13,15 @@ from pyro_flows.tracing import autocasting
 if TYPE_CHECKING:
     from pyro_flows.core import FlowTransform
 
-__all__ = ["admit", "check_context", "event_size", "positive_integers", "refuse_other_kind", "wrong_event"]
+__all__ = [
+    "admit",
+    "check_context",
+    "check_tensor",
+    "event_size",
+    "positive_integers",
+    "refuse_other_kind",
+    "wrong_event",
+]
 
 
 def event_size(event_shape: int | Iterable[int]) -> Size:
@@ -48,8 +56,7 @@ def admit(transform: FlowTransform, value: Tensor, context: Tensor | None, data_
     """Checks a value and its context, and returns the value with the whole batch shape."""
     event = transform.data_shape if data_side else transform.event_shape
     name = type(transform).__name__
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    check_tensor(name, "a tensor", value)
     shape = value.shape
     cut = len(shape) - len(event)
     if cut < 0 or shape[cut:] != event:
@@ -58,6 +65,8 @@ def admit(transform: FlowTransform, value: Tensor, context: Tensor | None, data_
         raise TypeError(f"{name}: expected a floating-point value, got {value.dtype}; use value.float()")
     kin = _first_floating(transform)
     if kin is not None:
+        if kin.dtype.itemsize < 4:
+            _refuse_half(name, transform, kin.dtype)
         _same_kind(name, "value", value, kin)
     if transform.context_dim == 0:
         if context is not None:
@@ -85,8 +94,7 @@ def admit(transform: FlowTransform, value: Tensor, context: Tensor | None, data_
 def check_context(transform: FlowTransform, context: Tensor) -> None:
     """Checks a context's size, dtype and device."""
     name = type(transform).__name__
-    if not isinstance(context, Tensor):
-        raise TypeError(f"{name}: expected a tensor as context, got {type(context).__name__}")
+    check_tensor(name, "a tensor as context", context)
     if context.dim() == 0 or context.shape[-1] != transform.context_dim:
         raise ValueError(
             f"{name}: expected a context with last dimension {transform.context_dim} (context_dim), "
@@ -97,19 +105,38 @@ def check_context(transform: FlowTransform, context: Tensor) -> None:
         _same_kind(name, "context", context, kin)
 
 
+def check_tensor(name: str, what: str, value: object) -> None:
+    """Refuses what is no tensor; ``what`` was expected."""
+    if not isinstance(value, Tensor):
+        masked = hasattr(value, "filled")
+        hint = "fill in what is masked, then torch.tensor(array.filled())" if masked else "e.g. torch.tensor(numbers)"
+        raise TypeError(f"{name}: expected {what}, got {type(value).__name__}; convert it, {hint}")
+
+
 def refuse_other_kind(name: str, what: str, value: Tensor, module: nn.Module) -> Tensor:
     """Refuses what is no tensor, or one that is of another dtype or on another device than a module's numbers.
 
     Returns:
         The tensor, in the dtype of these; where autocast lets another one in, that is a conversion.
     """
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a tensor as {what}, got {type(value).__name__}")
+    check_tensor(name, f"a tensor as {what}", value)
     kin = _first_floating(module)
     if kin is None:
         return value
     _same_kind(name, what, value, kin)
     return value.to(kin.dtype)
+
+
+def _refuse_half(name: str, transform: FlowTransform, dtype: torch.dtype) -> None:
+    """Refuses parameters in half precision where a part, or the univariate map of one, needs more."""
+    for module in transform.modules():
+        for part in (module, getattr(module, "univariate", None)):
+            if not getattr(part, "half_precision", True):
+                raise TypeError(
+                    f"{name}: {type(part).__name__} needs float32 or float64, but the parameters are {dtype}; call "
+                    "flow.float(), and to have the networks compute in half precision, score and sample under "
+                    "torch.autocast"
+                )
 
 
 def _same_kind(name: str, what: str, value: Tensor, kin: Tensor) -> None:

@@ -2,35 +2,36 @@
 
 from __future__ import annotations
 
-import copy
+import functools
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Size, Tensor, nn
-from torch.distributions import (
-    AffineTransform,
-    ComposeTransform,
-    Distribution,
-    IndependentTransform,
-    Transform,
-    constraints,
-)
+from torch.distributions import Distribution, Transform, constraints
 
-from pyro_flows.core import FlowTransform
+from pyro_flows.core import REAL, Conditioned, FlowTransform, Inverse
 from pyro_flows.steps import Elementwise, Stepper
+from pyro_flows.wrapped import held_inside, image, moved, own_copy
 
-__all__ = ["Chain", "Wrap", "map_tensors", "total_cost"]
+__all__ = ["Chain", "Wrap", "leaves", "map_tensors", "total_cost"]
 
-_ENDS = ("lower_bound", "upper_bound")
+_DEEPEST = 8  # levels of chains within chains; copies and files go down by recursion, so deeper ones are flattened
 
 
 class Wrap(FlowTransform):
     """A torch or Pyro transform as a part of a chain, e.g. ``biject_to(constraint)`` or ``ExpTransform()``.
 
     Args:
-        transform: any bijective ``torch.distributions.Transform``.  A module is registered; of any other a copy is
+        transform: any bijective ``torch.distributions.Transform``, of single numbers or of events, among them
+            compositions, ``IndependentTransform``, ``CatTransform`` and ``StackTransform`` (with a negative ``dim``, so
+            that it counts from the event's end) and their inverses.  A module is registered; of any other a copy is
             kept, whose tensors move with this module but are no part of its ``state_dict``.
         event_shape: shape of one event on the base side; elementwise transforms are summed over all of it.
+
+    Raises:
+        ValueError: if the transform is not bijective, cannot take this event, or holds parameters or modules that a
+            copy would never train.
     """
 
     sampling_cost = density_cost = "1 product"
@@ -46,40 +47,83 @@ class Wrap(FlowTransform):
                 f"Wrap: {type(transform).__name__} acts on {transform.domain.event_dim} event dimensions, "
                 f"got event shape {tuple(self.event_shape)}"
             )
-        self.transform = transform if isinstance(transform, nn.Module) else copy.deepcopy(transform)
-        self._sum_dims = len(self.event_shape) - transform.domain.event_dim
+        self._images: dict[bool, tuple[constraints.Constraint, constraints.Constraint]] = {}
+        if isinstance(transform, nn.Module):
+            self.transform = transform
+            self._data_shape = Size(transform.forward_shape(self.event_shape))
+            return
+        self.transform = own_copy(transform)
+        self._data_shape = self._tried(self.event_shape)
+
+    def _tried(self, shape: Size) -> Size:
+        """What becomes of an event of this shape, both ways and in a batch."""
+        held = (each for each in held_inside(self.transform) if isinstance(each, Tensor))
+        kin = next((tensor for tensor in held if tensor.is_floating_point()), torch.zeros((), device="cpu"))
+        # Inside of all sets that torch knows: a half, and matrices that are the identity.
+        one = kin.new_full(shape, 0.5)
+        if self.transform.domain.event_dim > 1:
+            one = torch.eye(*shape[-2:], device=kin.device, dtype=kin.dtype)
+        batch = max(shape) + 1  # no size of the event, so that what counts dimensions from the front is found out
+        x = one.expand(batch, *shape)
+        name = f"Wrap: {type(self.transform).__name__} cannot take events of shape {tuple(shape)}"
+        try:
+            with torch.no_grad():
+                y, ladj = moved(self.transform, x, len(shape))
+                back = moved(self.transform.inv, y, y.dim() - 1)[0]
+        except NotImplementedError:  # of the inverse, say: it may be wanted one way only
+            return Size(self.transform.forward_shape(shape))
+        except (AssertionError, IndexError, RuntimeError, ValueError) as error:
+            raise ValueError(f"{name}: {error}; bounds and lengths in it must fit an event of that shape") from error
+        if y.shape[:1] != x.shape[:1] or back.shape != x.shape or ladj.shape != x.shape[:1]:
+            raise ValueError(
+                f"{name}: a batch of shape {tuple(x.shape)} becomes {tuple(y.shape)}, and that {tuple(back.shape)}; "
+                "bounds in it must have the event's shape or broadcast to it"
+            )
+        return y.shape[1:]
+
+    def arguments(self) -> tuple[tuple[object, ...], dict[str, object]]:
+        """What it is made of; see ``pyro_flows.recipes``."""
+        return (self.transform, self.event_shape), {}
 
     @property
     def data_shape(self) -> Size:
-        return Size(self.transform.forward_shape(self.event_shape))
+        return self._data_shape
 
     @constraints.dependent_property(is_discrete=False)
     def domain(self) -> constraints.Constraint:
-        return constraints.independent(self.transform.domain, self._sum_dims)
+        return self.reached(REAL[len(self.data_shape)], back=True)
 
     @constraints.dependent_property(is_discrete=False)
     def codomain(self) -> constraints.Constraint:
-        return constraints.independent(image(self.transform, self.transform.domain), self._sum_dims)
+        return self.reached(REAL[len(self.event_shape)])
+
+    def reached(self, start: constraints.Constraint, back: bool = False) -> constraints.Constraint:
+        """Where the transform takes a set, or its inverse does.  Each distribution asks, so the last answer is kept."""
+        known = self._images.get(back)
+        if known is None or known[0] is not start:
+            known = self._images[back] = start, image(self.transform.inv if back else self.transform, start)
+        return known[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_images": {}}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Wrap:
+        self._images.clear()
         if not isinstance(self.transform, nn.Module):
             map_tensors(self.transform, fn)
         return super()._apply(fn, recurse)
 
-    def _ladj(self, x: Tensor, y: Tensor) -> Tensor:
-        ladj = self.transform.log_abs_det_jacobian(x, y)
-        # Constant Jacobians may come without the event's size (e.g. a scalar scale), so give them it before summing.
-        inner = len(self.event_shape) - self._sum_dims
-        whole = x.shape[: x.dim() - inner]
-        ladj = ladj.expand(whole)
-        return ladj.sum(tuple(range(-self._sum_dims, 0))) if self._sum_dims else ladj
-
-    @property
+    @functools.cached_property
     def shared_over_time(self) -> bool:
         if len(self.event_shape) != 2 or self.transform.domain.event_dim or self.transform.codomain.event_dim:
             return False
         one = Size((self.event_shape[0], 1))
-        return self.transform.forward_shape(one) == one
+        if isinstance(self.transform, nn.Module):
+            return self.transform.forward_shape(one) == one
+        try:
+            return self._tried(one) == one
+        except ValueError:
+            return False
 
     @property
     def reach(self) -> int | None:
@@ -92,23 +136,13 @@ class Wrap(FlowTransform):
                 f"Wrap: {type(self.transform).__name__} is no map of single numbers that is the same at all times of a "
                 "series (C, T)"
             )
-        return Elementwise(self._moved, self._moved_back)
-
-    def _moved(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        y = self.transform(x)
-        return y, self.transform.log_abs_det_jacobian(x, y)
-
-    def _moved_back(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        x = self.transform.inv(y)
-        return x, -self.transform.log_abs_det_jacobian(x, y)
+        return Elementwise(*(functools.partial(moved, each, dims=0) for each in (self.transform, self.transform.inv)))
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        y = self.transform(x)
-        return y, self._ladj(x, y)
+        return moved(self.transform, x, len(self.event_shape))
 
     def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        x = self.transform.inv(y)
-        return x, -self._ladj(x, y)
+        return moved(self.transform.inv, y, len(self.data_shape))
 
 
 class Chain(FlowTransform):
@@ -116,7 +150,8 @@ class Chain(FlowTransform):
 
     Parts may be flows with or without a context (all contexts have the same size: the chain's ``context_dim``), other
     chains, inverses, conditioned views, and torch or Pyro transforms, which are wrapped.  Each direction costs the sum
-    of its parts.
+    of its parts.  A chain within a chain stays one part, whose names in the ``state_dict`` follow its place; where
+    chains lie more than eight deep in each other, the layers of the inner ones become parts of this one.
 
     Args:
         parts: the transforms; event shapes must follow on from each other.
@@ -128,6 +163,9 @@ class Chain(FlowTransform):
     def __init__(self, parts: Iterable[Transform]) -> None:
         parts = list(parts)
         flows = [part for part in parts if isinstance(part, FlowTransform)]
+        if any(_depth(part) >= _DEEPEST for part in flows):
+            parts = [leaf for part in parts for leaf in (leaves(part) if part in flows else [part])]
+            flows = [part for part in parts if isinstance(part, FlowTransform)]
         if not flows:
             raise ValueError("Chain: expected at least one flow transform, got none")
         sizes = sorted({part.context_dim for part in flows} - {0})
@@ -140,8 +178,12 @@ class Chain(FlowTransform):
         super().__init__(start, sizes[0] if sizes else 0)
         shape = self.event_shape
         self.parts = nn.ModuleList()
+        kin = next((t for part in flows for t in (*part.parameters(), *part.buffers()) if t.is_floating_point()), None)
         for k, part in enumerate(parts):
-            part = part if isinstance(part, FlowTransform) else Wrap(part, shape)
+            if not isinstance(part, FlowTransform):
+                known = isinstance(part, nn.Module) or kin is None or kin.is_meta
+                # Bounds come in the default dtype, on the CPU; the copy of a plain transform follows the flows.
+                part = Wrap(part, shape) if known else Wrap(part, shape).to(kin.device, kin.dtype)
             if part.event_shape != shape:
                 raise ValueError(
                     f"Chain: part {k} ({type(part).__name__}) expects event shape {tuple(part.event_shape)}, but what "
@@ -152,6 +194,10 @@ class Chain(FlowTransform):
         angles = self.periodic
         if angles is not None:
             self.turned(angles)  # every part must treat them as angles
+
+    def arguments(self) -> tuple[tuple[object, ...], dict[str, object]]:
+        """What it is made of; see ``pyro_flows.recipes``."""
+        return (self._parts(),), {}
 
     @property
     def sampling_cost(self) -> str:
@@ -200,7 +246,7 @@ class Chain(FlowTransform):
         last = next((k for k in range(len(parts) - 1, 0, -1) if not isinstance(parts[k], Wrap)), 0)
         reached = parts[last].codomain
         for part in parts[last + 1 :]:
-            reached = image(part.transform, reached)
+            reached = part.reached(reached)
         return reached
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -239,32 +285,24 @@ class Chain(FlowTransform):
         return Chain(self._parts()[index]) if isinstance(index, slice) else self.parts[index]
 
 
-def image(transform: Transform, start: constraints.Constraint) -> constraints.Constraint:
-    """Where a transform takes a constrained set; torch's affine transforms say that they reach all real numbers."""
-    if isinstance(transform, ComposeTransform):
-        for part in transform.parts:
-            start = image(part, start)
-        return start
-    if isinstance(transform, IndependentTransform):
-        return constraints.independent(image(transform.base_transform, start), transform.reinterpreted_batch_ndims)
-    dims, inner = 0, start
-    while isinstance(inner, constraints.independent):
-        dims, inner = dims + inner.reinterpreted_batch_ndims, inner.base_constraint
-    bounded = isinstance(inner, (constraints.interval, constraints.greater_than, constraints.less_than))
-    told = constraints.independent(transform.codomain, max(0, start.event_dim - transform.codomain.event_dim))
-    if not (bounded and isinstance(transform, AffineTransform)):
-        return told
-    ends = [transform.loc + transform.scale * getattr(inner, name) for name in _ENDS if hasattr(inner, name)]
-    upwards, downwards = (bool((torch.as_tensor(sign * transform.scale) > 0).all()) for sign in (1, -1))
-    if not (upwards or downwards):
-        return told
-    if isinstance(inner, constraints.interval):
-        made = constraints.interval(*(ends if upwards else reversed(ends)))
-    elif isinstance(inner, constraints.greater_than) == upwards:
-        made = constraints.greater_than(*ends)
-    else:
-        made = constraints.less_than(*ends)
-    return constraints.independent(made, dims)
+def leaves(transform: FlowTransform) -> list[FlowTransform]:
+    """The layers of a flow from base to data: chains are taken apart, also inside inverses and conditioned views."""
+    if type(transform) is Chain:
+        return [leaf for part in transform._parts() for leaf in leaves(part)]
+    if type(transform) not in (Inverse, Conditioned):
+        return [transform]
+    inner = leaves(transform.transform)
+    if inner == [transform.transform]:
+        return [transform]
+    if type(transform) is Inverse:
+        return [leaf.inv for leaf in reversed(inner)]
+    return [Conditioned(leaf, transform.context) if leaf.context_dim else leaf for leaf in inner]
+
+
+def _depth(transform: FlowTransform) -> int:
+    held = isinstance(transform, (Inverse, Conditioned))
+    inner = [transform.transform] if held else transform._parts() if isinstance(transform, Chain) else []
+    return 1 + max(map(_depth, inner), default=0)
 
 
 def total_cost(costs: Iterable[str]) -> str:

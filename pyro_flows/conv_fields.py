@@ -11,12 +11,14 @@ from torch import Tensor, nn
 
 from pyro_flows.convolutions import image_shape
 from pyro_flows.fields import Field, Modulation, smooth, widths
+from pyro_flows.recipes import remembered
 
 __all__ = ["ConvField"]
 
 _CONVOLUTIONS = {1: (nn.Conv1d, F.conv1d), 2: (nn.Conv2d, F.conv2d)}
 
 
+@remembered
 class ConvField(Field):
     r"""Convolutions :math:`(W * h + b) \odot \sigma(g(t, c)) + u(t, c)`, gates and shifts by channel (FFJORD).
 

@@ -20,11 +20,12 @@ from torch.distributions import constraints
 
 from pyro_flows.boundary import admit, check_context, event_size, wrong_event
 from pyro_flows.memo import Memo
+from pyro_flows.recipes import remembered
 
-__all__ = ["Conditioned", "FlowTransform", "Inverse"]
+__all__ = ["REAL", "Conditioned", "FlowTransform", "Inverse"]
 
 
-_REAL = [
+REAL = [
     constraints.real,
     constraints.real_vector,
     *(constraints.independent(constraints.real, n) for n in range(2, 9)),
@@ -83,6 +84,7 @@ class FlowTransform(TransformModule):
                 leaf = cls.__dict__[name]
                 setattr(cls, "_" + name, leaf)
                 setattr(cls, name, _guarded(leaf, data_side))
+        remembered(cls)
 
     def __init__(self, event_shape: int | Iterable[int], context_dim: int = 0) -> None:
         super().__init__(cache_size=0)
@@ -115,12 +117,12 @@ class FlowTransform(TransformModule):
     @constraints.dependent_property(is_discrete=False)
     def domain(self) -> constraints.Constraint:
         """Constraint on ``x``."""
-        return _REAL[len(self.event_shape)]
+        return REAL[len(self.event_shape)]
 
     @constraints.dependent_property(is_discrete=False)
     def codomain(self) -> constraints.Constraint:
         """Constraint on ``y``; it becomes the ``support`` of a ``TransformedDistribution``."""
-        return _REAL[len(self.data_shape)]
+        return REAL[len(self.data_shape)]
 
     def __call__(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """``y = f(x)``, at a context if one is given."""
@@ -205,6 +207,11 @@ class FlowTransform(TransformModule):
         return shape[:cut] + target
 
     @property
+    def sign(self) -> Tensor:
+        """Not defined for maps of events: raises AttributeError, so that ``hasattr`` and ``torch.jit`` pass it over."""
+        raise AttributeError(f"{type(self).__name__} moves whole events, so it has no sign: it neither rises nor falls")
+
+    @property
     def periodic(self) -> Tensor | None:
         """Boolean, shape ``event_shape``: which dimensions are angles, taken modulo 2 pi; ``None`` if none is."""
         return None
@@ -237,7 +244,7 @@ class FlowTransform(TransformModule):
     # State: the memo is dropped whenever what it was computed from may have changed or moved.
 
     def clear_cache(self) -> None:
-        """Forgets recent results; needed only after a raw write to some parameter's ``.data``."""
+        """Forgets recent results; needed only after a write into a parameter's ``.data``, as ``p.data.add_(1)``."""
         for module in self.modules():
             if isinstance(module, FlowTransform):
                 module._memo.clear()
@@ -287,13 +294,20 @@ class Inverse(FlowTransform):
     of that of ``transform`` at ``(y, x)``, and so a function of ``y``.
 
     Args:
-        transform: the transform to invert.
+        transform: the transform to invert; of an inverse the transform itself is returned.
     """
+
+    def __new__(cls, transform: FlowTransform | None = None) -> FlowTransform:
+        return transform.transform if isinstance(transform, Inverse) else super().__new__(cls)
 
     def __init__(self, transform: FlowTransform) -> None:
         super().__init__(transform.data_shape, transform.context_dim)
         self.transform = transform
         self.sampling_cost, self.density_cost = transform.density_cost, transform.sampling_cost
+
+    def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What it is made of; see ``pyro_flows.recipes``."""
+        return (self.transform,), {}
 
     @property
     def reach(self) -> int | None:
@@ -376,6 +390,10 @@ class Conditioned(FlowTransform):
         self.transform = transform
         self.register_buffer("context", context, persistent=False)
         self.sampling_cost, self.density_cost = transform.sampling_cost, transform.density_cost
+
+    def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What it is made of; see ``pyro_flows.recipes``."""
+        return (self.transform, self.context), {}
 
     @property
     def reach(self) -> int | None:

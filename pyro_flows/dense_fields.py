@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyro_flows.fields import Field, Modulation, smooth, widths
+from pyro_flows.recipes import remembered
 
 __all__ = ["ChainField", "GatedField", "ResidualField"]
 
@@ -71,6 +72,7 @@ def _trace(weights: Sequence[Tensor], slopes: Sequence[Tensor], x: Tensor) -> Te
     return ((tangents * last.unsqueeze(1)).sum(0) * slopes[-1]).sum(-1)
 
 
+@remembered
 class ChainField(_Dense):
     r"""A plain chain of layers, whose first sees time and context, or all of which are gated by them (FFJORD).
 
@@ -219,6 +221,7 @@ class _Pushing(_Dense):
         raise TypeError(f"{type(self).__name__} must define _hidden")
 
 
+@remembered
 class GatedField(_Pushing):
     r"""Layers :math:`a(W h + b + u(t, c)) \odot \sigma(V h + d + g(t, c))`: gates that see ``x`` as well.
 
@@ -253,6 +256,7 @@ class GatedField(_Pushing):
         return h, tangents
 
 
+@remembered
 class ResidualField(_Pushing):
     r"""Blocks :math:`h + W_2\, a(W_1\, a(h) + b_1 + u(t, c)) + b_2` between a first and a last linear layer.
 

@@ -2,23 +2,25 @@
 
 Nothing is keyed on a tensor that a user made.  Remembered are ``y -> (x, ladj)`` for a ``y`` that the forward map
 produced, so that scoring one's own sample costs nothing, and the ``ladj`` of an ``x`` that the inverse has returned, so
-that scoring data costs one pass.  A result holds only while grad mode, every parameter and buffer (identity, version,
-``requires_grad``), and the number of optimiser steps taken in this process are what they were.
+that scoring data costs one pass.  A result holds only while grad mode, every parameter and buffer (identity, storage,
+layout, version, ``requires_grad``), and the number of optimiser steps taken in this process are what they were.
 """
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import TensorWeakRef
 
 from pyro_flows.tracing import plain_eager
 
-__all__ = ["Memo"]
+__all__ = ["Kept", "Memo"]
 
 _steps = 0
 
@@ -32,26 +34,41 @@ def _count_step(*args: Any) -> None:
 register_optimizer_step_post_hook(_count_step)
 
 
-def _gather(module: nn.Module, held: list[Tensor | None]) -> None:
-    held += module._parameters.values()
-    held += module._buffers.values()
-    for child in module._modules.values():
-        if child is not None:
-            _gather(child, held)
+_held = operator.itemgetter("_parameters", "_buffers", "_modules")
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    """Every parameter and buffer, in an order that does not change; asked for twice in each use of the memo."""
+    found: list[Tensor | None] = []
+    modules: list[nn.Module | None] = [module]
+    for each in modules:  # grows meanwhile
+        if each is not None:
+            parameters, buffers, children = _held(each.__dict__)
+            found += parameters.values()
+            found += buffers.values()
+            modules += children.values()
+    return [tensor for tensor in found if tensor is not None]
 
 
 class _Stamp:
-    """What a result depends on: optimiser steps, grad mode, and each parameter and buffer with its version."""
+    """What a result depends on: optimizer steps, grad mode, and each parameter and buffer with its state."""
 
-    __slots__ = ("counts", "tensors")
+    __slots__ = ("counts", "storages", "tensors")
 
     def __init__(self, module: nn.Module) -> None:
         # The tensors themselves, because the identity of one that is gone may be that of another by now.
-        held: list[Tensor | None] = []
-        _gather(module, held)
-        self.tensors = [tensor for tensor in held if tensor is not None]
-        self.counts = [2 * tensor._version + tensor.requires_grad for tensor in self.tensors]
+        self.tensors = _tensors(module)
+        self.counts: list[Any] = [2 * tensor._version + tensor.requires_grad for tensor in self.tensors]
+        # Assigning to .data counts no version, but gives another address or other strides.
+        self.counts += map(Tensor.data_ptr, self.tensors)
+        self.counts += map(Tensor.stride, self.tensors)
         self.counts += (_steps, torch.is_grad_enabled())
+        self.storages: list[torch.UntypedStorage] = []
+
+    def keep(self) -> _Stamp:
+        """Holds the storages, so that no other tensor gets their addresses."""
+        self.storages += map(Tensor.untyped_storage, self.tensors)
+        return self
 
     def still_holds(self, module: nn.Module) -> bool:
         """Whether nothing was written in place, replaced, moved, frozen or thawed since."""
@@ -63,24 +80,41 @@ class _Stamp:
         return now.counts == self.counts and all(map(operator.is_, now.tensors, self.tensors))
 
 
+def _state(value: Tensor) -> tuple[Any, ...]:
+    return value._version, value.data_ptr(), value.shape, value.stride()
+
+
 class _Entry(NamedTuple):
     x: TensorWeakRef | Tensor
     y: TensorWeakRef | Tensor
     ladj: Tensor
-    versions: tuple[int, int]
+    states: tuple[Any, ...]
+    storages: tuple[StorageWeakRef, StorageWeakRef]
     stamp: _Stamp
+
+    def still_holds(self, module: nn.Module, x: Tensor, y: Tensor) -> bool:
+        """Whether nothing changed, neither in the module nor in ``x`` and ``y``."""
+        return (
+            self.states == _state(x) + _state(y)
+            and all(
+                ref.cdata == value.untyped_storage()._cdata for ref, value in zip(self.storages, (x, y), strict=True)
+            )
+            and self.stamp.still_holds(module)
+        )
 
 
 class Memo:
     """At most one result for each direction of one transform."""
 
-    __slots__ = ("_forward", "_inverse")
+    __slots__ = ("_forward", "_inverse", "cleared")
 
     def __init__(self) -> None:
+        self.cleared = 0  # how often
         self.clear()
 
     def clear(self) -> None:
         """Forgets both results."""
+        self.cleared += 1
         self._forward: _Entry | None = None
         self._inverse: _Entry | None = None
 
@@ -89,15 +123,16 @@ class Memo:
         if not plain_eager() or x.is_inference() or y.is_inference() or x is y:
             return
         try:
-            stamp = _Stamp(module)
-        except RuntimeError:  # inference tensors count no versions
+            stamp, states = _Stamp(module).keep(), _state(x) + _state(y)
+            # Weakly: the memo shall not keep a batch.  Its address alone may be another's when it is gone.
+            storages = StorageWeakRef(x.untyped_storage()), StorageWeakRef(y.untyped_storage())
+        except RuntimeError:  # inference tensors count no versions, and some kinds of tensors have no storage
             return
-        versions = (x._version, y._version)
         # Only the side that we made is watched weakly, so that the memo dies with what it belongs to.
         if made_y:
-            self._forward = _Entry(x, TensorWeakRef(y), ladj, versions, stamp)
+            self._forward = _Entry(x, TensorWeakRef(y), ladj, states, storages, stamp)
         else:
-            self._inverse = _Entry(TensorWeakRef(x), TensorWeakRef(y), ladj, versions, stamp)
+            self._inverse = _Entry(TensorWeakRef(x), TensorWeakRef(y), ladj, states, storages, stamp)
 
     def preimage(self, module: nn.Module, y: Tensor) -> tuple[Tensor, Tensor] | None:
         """``(x, ladj)`` if ``y`` is the very tensor that the forward map has produced and nothing changed since."""
@@ -111,9 +146,7 @@ class Memo:
         # A leaf that asks for its gradient asks for the inverse as a function of y, which a memory is not.
         if made is not y or (y.requires_grad and y.is_leaf):
             return None
-        if (entry.x._version, y._version) != entry.versions or not entry.stamp.still_holds(module):
-            return None
-        return entry.x, entry.ladj
+        return (entry.x, entry.ladj) if entry.still_holds(module, entry.x, y) else None
 
     def ladj(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor | None:
         """The forward map's ladj if ``(x, y)`` is one of the pairs just computed and nothing changed since."""
@@ -125,7 +158,37 @@ class Memo:
             known_x = entry.x if isinstance(entry.x, Tensor) else entry.x()
             if entry is self._inverse and x.requires_grad and x.is_leaf:
                 continue  # a leaf that asks for its gradient, as in preimage
-            if known_x is x and entry.y() is y and (x._version, y._version) == entry.versions:
-                if entry.stamp.still_holds(module):
-                    return entry.ladj
+            if known_x is x and entry.y() is y and entry.still_holds(module, x, y):
+                return entry.ladj
         return None
+
+
+class Kept:
+    """One value made of a module's tensors, for as long as nothing that it depends on changes."""
+
+    __slots__ = ("_cleared", "_stamp", "_value")
+
+    def __init__(self) -> None:
+        self._stamp: _Stamp | None = None
+
+    def get(self, module: nn.Module, memo: Memo, make: Callable[[], Tensor]) -> Tensor:
+        """The value that was kept, or a new one.
+
+        Args:
+            module: what the value is made of.
+            memo: of a transform in it; to clear that forgets the value as well.
+            make: makes the value.
+        """
+        if self._stamp is None or self._cleared != memo.cleared or not self._stamp.still_holds(module):
+            self._value, self._cleared = make(), memo.cleared
+            try:
+                self._stamp = _Stamp(module)
+            except RuntimeError:  # inference tensors count no versions
+                self._stamp = None
+        return self._value
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Kept:
+        return Kept()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Kept, ()

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_flows.recipes import options_of
 from pyro_flows.tracing import batched, plain_eager
 from pyro_flows.univariate import Univariate, numbers
 
@@ -70,6 +71,7 @@ class Spline(Univariate):
     """
 
     wide = True
+    half_precision = False
 
     def __init__(self, bins: int = 8, bound: float | None = None, boundary: str = "linear") -> None:
         if isinstance(bins, bool) or not isinstance(bins, int) or bins < 2:
@@ -83,6 +85,9 @@ class Spline(Univariate):
         self.bins = bins
         self.boundary = boundary
         self.bound = math.pi if boundary == "circular" else float(5.0 if bound is None else bound)
+
+    def arguments(self) -> tuple[tuple[object, ...], dict[str, object]]:
+        return (), options_of(self) | ({"bound": None} if self.periodic else {})
 
     @property
     def num_params(self) -> int:

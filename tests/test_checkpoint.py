@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import copy
+import math
+import os
+import random
+import signal
 import subprocess
 import sys
+import threading
+import time
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_flows as pf
 from pyro_flows.infer.density import checkpoint
+from pyro_flows.infer.files import read_state, write_state
 
 SMALL = {"num_layers": 2, "hidden_dims": (8,)}
 
@@ -52,14 +60,18 @@ class Dropout(nn.Module):
 
 
 class Stops(torch.optim.Adam):
-    """Dies at its tenth step, as a machine might."""
+    """Stops after some steps, as somebody or a machine might."""
 
-    left = 10
+    error = KeyboardInterrupt
+
+    def __init__(self, parameters, lr=0.01, left=10):
+        super().__init__(parameters, lr=lr)
+        self.left = left
 
     def step(self, closure=None):
         self.left -= 1
         if self.left < 0:
-            raise KeyboardInterrupt
+            raise self.error
         return super().step(closure)
 
 
@@ -110,6 +122,105 @@ def test_resumed_after_a_crash(kind, schedule, tmp_path):
         fit(copy.deepcopy(start), checkpoint=path, **{**options, "optimizer": partial(Named, lr=0.01)})
     assert [file.name for file in tmp_path.iterdir()] == ["fit.pt"]
     equal(fit(make(kind), checkpoint=path, **options), whole)
+
+
+@pytest.mark.parametrize("steps", [3, 10, 23])
+def test_interruption_writes_the_last_whole_epoch(steps, tmp_path):
+    """Six steps an epoch; a checkpoint is due long after."""
+    start, path = make(), tmp_path / "fit.pt"
+    options = {"max_epochs": 5, "optimizer": partial(torch.optim.Adam, lr=0.01)}
+    whole = fit(copy.deepcopy(start), **options)
+    flow = copy.deepcopy(start)
+    stops = {**options, "optimizer": partial(Named, lr=0.01, left=steps), "checkpoint_every": 100}
+    with pytest.raises(KeyboardInterrupt) as caught:
+        fit(flow, checkpoint=path, **stops)
+    epochs = steps // 6
+    so_far = caught.value.fit
+    if epochs:
+        assert so_far.flow is flow and so_far.stopped == "interrupted" and "interrupted" in repr(so_far)
+        assert so_far.history["train"] == whole.history["train"][:epochs]
+        assert so_far.validation == max(whole.history["validation"][:epochs])
+        score = so_far.log_prob(data()).mean().item()
+        assert math.isfinite(score) and score != fit(copy.deepcopy(start), max_epochs=1).log_prob(data()).mean()
+    else:
+        assert so_far is None
+    assert not flow.training
+    assert all(p.grad is None for p in flow.parameters())
+    equal(fit(make(), checkpoint=path, **options), whole)
+
+
+def test_errors_carry_the_fit_and_write_nothing(tmp_path):
+    class Breaks(Stops):
+        error = RuntimeError("the machine is on fire")
+
+    flow, path = make(), tmp_path / "fit.pt"
+    with pytest.raises(RuntimeError, match="on fire") as caught:
+        fit(flow, optimizer=partial(Breaks, left=20), checkpoint=path, checkpoint_every=100)
+    assert len(caught.value.fit.history["train"]) == 3 and not path.exists()
+    assert not flow.training and all(p.grad is None for p in flow.parameters())
+
+
+def test_ctrl_c_at_any_time(tmp_path):
+    """By the signal itself, one, two at once, or a stream of them, in any line of the fit."""
+    start, rand = make(), random.Random(0)
+    options = {"schedule": "constant", "patience": 10**6}
+    whole = fit(copy.deepcopy(start), max_epochs=12, **options)
+    for k in range(9):
+        path, flow, wait = tmp_path / f"{k}.pt", copy.deepcopy(start), rand.uniform(0.02, 0.2)
+        over, pauses = threading.Event(), [(), (0.001,), (0.002,) * 200][k % 3]
+
+        def press(over=over, pauses=pauses, wait=wait):
+            for pause in (wait, *pauses):
+                if over.wait(pause):
+                    return
+                os.kill(os.getpid(), signal.SIGINT)
+
+        thread = threading.Thread(target=press)
+        caught = []
+        try:
+            try:
+                thread.start()
+                fit(flow, max_epochs=10**6, checkpoint=path, checkpoint_every=[1, 1000][k % 2], **options)
+            finally:
+                over.set()
+        except KeyboardInterrupt as stop:
+            caught.append(stop)
+        thread.join()
+        assert caught
+        assert set(os.listdir(tmp_path)) <= {f"{j}.pt" for j in range(k + 1)}  # no leftover
+        assert not flow.training and all(p.grad is None for p in flow.parameters())
+        if path.exists():
+            known = checkpoint.read(path)["training"]
+            assert known["history"]["train"][:12] == whole.history["train"][: known["epoch"]]
+            so_far = getattr(caught[0], "fit", None)
+            if so_far is not None:
+                assert so_far.validation == max(so_far.history["validation"])
+                assert len(so_far.history["train"]) - known["epoch"] in (0, 1)
+            if known["epoch"] < 12:
+                equal(fit(make(), max_epochs=12, checkpoint=path, **options), whole)
+
+
+def test_kills_leave_a_checkpoint_to_go_on_from(tmp_path):
+    start, path, rand = make(), tmp_path / "fit.pt", random.Random(0)
+    options = {"schedule": "constant", "patience": 10**6, "checkpoint": path}
+    whole = fit(copy.deepcopy(start), max_epochs=8, **{**options, "checkpoint": None})
+    for _ in range(10):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # threads of other tests
+            child = os.fork()
+        if child == 0:
+            try:
+                fit(copy.deepcopy(start), max_epochs=10**6, **options)
+            finally:
+                os._exit(1)
+        time.sleep(rand.uniform(0.02, 0.2))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        if path.exists():
+            known = checkpoint.read(path)["training"]
+            assert known["history"]["train"][:8] == whole.history["train"][: known["epoch"]]
+    assert len(fit(make(), max_epochs=known["epoch"] + 1, **options).history["train"]) == known["epoch"] + 1
+    assert os.listdir(tmp_path) == ["fit.pt"]
 
 
 class Named(Stops):
@@ -179,8 +290,9 @@ def test_finished_run_is_read_back(tmp_path):
 def test_file_is_plain(tmp_path):
     path = tmp_path / "fit.pt"
     fit(make(), max_epochs=2, checkpoint=str(path))
-    content = torch.load(path, weights_only=True)
-    assert {"format", "architecture", "data", "settings", "units", "training", "random"} == set(content)
+    content = read_state(path, kind=checkpoint.KIND, version=checkpoint.VERSION, remedy="")
+    assert {"architecture", "data", "settings", "units", "training", "random"} == set(content)
+    assert b"pyro_flows." not in path.read_bytes()  # no module is named
 
 
 # What is refused
@@ -259,27 +371,66 @@ def test_damaged_files_are_refused(damage, written, tmp_path):
 def test_foreign_files_are_refused(tmp_path):
     path = tmp_path / "fit.pt"
     torch.save(make().state_dict(), path)
-    with pytest.raises(ValueError, match="is no checkpoint of this function"):
+    with pytest.raises(ValueError, match=r"fit\.pt' cannot be read: it is no such file"):
         fit(make(), checkpoint=path)
     torch.save(make(), path)  # a pickled module, which would run code
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match="cannot be read: it is no such file"):
         fit(make(), checkpoint=path)
-    for place in (tmp_path, tmp_path / "nowhere" / "fit.pt"):
-        with pytest.raises(ValueError, match="a file in a folder that exists"):
-            fit(make(), checkpoint=place)
+    write_state(path, {}, kind="fit of a guide")
+    with pytest.raises(ValueError, match="cannot be read: it is a fit of a guide; delete it"):
+        fit(make(), checkpoint=path)
+    write_state(path, {}, kind=checkpoint.KIND, version=1)
+    with pytest.raises(ValueError, match="it is of version 1, and this release reads version 2"):
+        fit(make(), checkpoint=path)
+    with pytest.raises(ValueError, match="expected the path of a file, got"):
+        fit(make(), checkpoint=tmp_path)
+    with pytest.raises(ValueError, match="a file in a folder that exists"):
+        fit(make(), checkpoint=tmp_path / "nowhere" / "fit.pt")
 
 
-def test_writing_is_all_or_nothing(tmp_path, monkeypatch):
-    path = tmp_path / "fit.pt"
-    checkpoint.write(path, {"a": torch.ones(2)})
+def entries(content, *where):
+    """The way to each entry of nested dictionaries."""
+    for key, value in content.items():
+        yield (*where, key)
+        if isinstance(value, dict):
+            yield from entries(value, *where, key)
 
-    def fails(content, file):
-        file.write(b"half")
-        raise OSError("no space left")
 
-    monkeypatch.setattr(torch, "save", fails)
-    with pytest.raises(OSError, match="no space"):
-        checkpoint.write(path, {"a": torch.zeros(2)})
-    monkeypatch.undo()
-    assert torch.equal(checkpoint.read(path)["a"], torch.ones(2))
-    assert [file.name for file in tmp_path.iterdir()] == ["fit.pt"]
+def test_checkpoints_with_missing_or_other_parts_are_refused(written, tmp_path):
+    path, options = tmp_path / "fit.pt", {"kind": checkpoint.KIND, "version": checkpoint.VERSION}
+    path.write_bytes(written)
+    whole = read_state(path, **options, remedy="")
+    tried = 0
+    for where in entries(whole):
+        if "optimizer" in where[:-1] or where[0] in ("architecture", "data", "settings"):
+            continue
+        for other in (None, "text", torch.zeros(3, 5, 7)):
+            content = copy.deepcopy(whole)
+            holder = content
+            for key in where[:-1]:
+                holder = holder[key]
+            if other is None:
+                del holder[where[-1]]
+            elif isinstance(holder[where[-1]], type(other)) and not isinstance(other, torch.Tensor):
+                continue
+            else:
+                holder[where[-1]] = other
+            write_state(path, content, **options)
+            flow = make()
+            before = copy.deepcopy(flow.state_dict())
+            with pytest.raises(ValueError, match=r"(?s)fit\.pt'.*(delete it|delete the file)"):
+                fit(flow, max_epochs=2, checkpoint=path)
+            assert all(torch.equal(value, before[name]) for name, value in flow.state_dict().items())
+            tried += 1
+    assert tried > 50
+
+
+def test_flipped_bits_are_refused(written, tmp_path):
+    path, rand = tmp_path / "fit.pt", random.Random(0)
+    for k in range(300):
+        bad = bytearray(written)
+        place = k if k < 100 else rand.randrange(len(bad))  # all of the header
+        bad[place] ^= 1 << rand.randrange(8)
+        path.write_bytes(bad)
+        with pytest.raises(ValueError, match=r"cannot be read.*delete it, or give another path"):
+            checkpoint.read(path)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import re
+import resource
 import struct
 import sys
 import warnings
@@ -430,6 +431,90 @@ def test_tampering_that_mends_the_check_sum(written):
             assert "Codec: " in str(error)
         else:  # as by a byte that became what it was, another dtype, or the coder's last bits
             assert torch.equal(restored.reshape(x.shape).long(), x.to(restored.dtype).long())
+
+
+def mended(body):
+    return body + struct.pack("<I", zlib.crc32(body))
+
+
+def numbers(*values):
+    return b"".join(map(container._number, values))
+
+
+SHAPES = [
+    [2**50],
+    [2**20],
+    [513],
+    [2**12] * 3,
+    [0, 2**50, 2**50],
+    [2**40, 2**40],
+    [1] * 64,
+    [2**62],
+    [2**56, 2**8, 2**8],
+]
+PIECES = {
+    "none": b"",
+    "empty": numbers(0, 0),
+    "empty and plain": numbers(1, 0),
+    "one word": numbers(2, 0) + b"abcd",
+    "a place beyond 64 bits": numbers(2, 1, 2**64) + b"abcd",
+    "a place beyond 63 bits": numbers(2, 1, 2**63) + b"abcd",
+    "places that add up to more": numbers(2, 3, 2**39, 2**39, 2**40) + b"abcd",
+    "more words than there are": numbers(2**39, 0) + b"abcd",
+    "more places than there are": numbers(2, 2**39) + b"abcd",
+}
+
+
+@pytest.mark.parametrize("pieces", PIECES)
+def test_sizes_are_bounded_by_the_length(pieces, written, monkeypatch):
+    """Files of some 40 bytes with sound check sums that speak of up to 2 ** 80 rows."""
+    codec, data, _ = written
+    reader, peak = decisions.Reader, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    def bounded(piece, levels, rows):
+        assert rows <= 512
+        return reader(piece, levels, rows)
+
+    monkeypatch.setattr("pyro_flows.infer.compression.codec.Reader", bounded)
+    for shape in SHAPES:
+        for rows in (0, 1, 511, 512, 513, 2**20, 2**39, 2**50, 2**63, 2**70):
+            body = data[:17] + b"\0" + numbers(len(shape), *shape, rows) + PIECES[pieces]
+            with pytest.raises(ValueError, match="Codec: "):
+                codec.decode(mended(body))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 2**16  # 64 MiB
+
+
+def test_each_bit_and_each_cut_is_refused(integers):
+    for name in ("categories", "mixed", "image", "flow of sequences"):
+        model = MODELS[name]()
+        x, context = rows_of(model, 2)
+        codec = Codec(model)
+        data = codec.encode(x, context)
+        damaged = [data[:at] for at in range(len(data))]
+        for at in range(len(data)):
+            for bit in range(8):
+                damaged.append(data[:at] + bytes([data[at] ^ 1 << bit]) + data[at + 1 :])
+        generator = np.random.default_rng(0)
+        damaged += [generator.bytes(size) for size in range(60)]
+        damaged += [mended(data[:at]) for at in range(18, len(data) - 4)]
+        damaged += [mended(data[:17] + generator.bytes(size)) for size in range(60)]
+        for bad in damaged:
+            with pytest.raises(ValueError, match="Codec: "):
+                codec.decode(bad, context)
+
+
+def test_numbers_that_the_dtype_cannot_hold(integers):
+    """The check sum over the numbers knows nothing of the dtype in which they are given back."""
+    codec = Codec(MODELS["logistics"]())
+    x = torch.full((2, 6), 200)
+    body = bytearray(codec.encode(x)[:-4])
+    for code, dtype in enumerate(container.DTYPES):
+        body[4] = code
+        if dtype in (torch.bool, torch.int8):
+            with pytest.raises(ValueError, match=f"numbers are {dtype}, which cannot hold them"):
+                codec.decode(mended(bytes(body)))
+        else:
+            assert torch.equal(codec.decode(mended(bytes(body))), x.to(dtype))
 
 
 def test_something_else(written):

@@ -10,6 +10,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.optim.clipped_adam import ClippedAdam
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import pyro_flows as pf
 from pyro_flows import nets
@@ -219,14 +220,80 @@ def change_by_assigned_state_dict(chain):
 
 def change_by_data(chain):
     for parameter in chain.parameters():
+        parameter.data.add_(0.1)
+    chain.clear_cache()  # a write into .data leaves no trace
+
+
+def change_by_replaced_data(chain):
+    for parameter in chain.parameters():
         parameter.data = parameter.data + 0.1
-    chain.clear_cache()
+
+
+def change_by_replaced_data_twice(chain):
+    """The second storage may well be where the first one was."""
+    for parameter in chain.parameters():
+        shape, moved = parameter.shape, (parameter.detach() + 0.1).tolist()
+        parameter.data = torch.zeros(shape)
+        parameter.data = torch.tensor(moved).reshape(shape)
 
 
 def change_by_vector(chain):
     vector = torch.nn.utils.parameters_to_vector(chain.parameters())
     torch.nn.utils.vector_to_parameters(vector + 0.1, chain.parameters())
-    chain.clear_cache()  # vector_to_parameters writes to .data
+
+
+def change_by_row_of_one_matrix(chain):
+    """Two sets of weights in one storage, as an ensemble's or an evolution strategy's."""
+    vector = torch.nn.utils.parameters_to_vector(chain.parameters())
+    both = torch.stack([vector, vector + 0.1]).detach()
+    torch.nn.utils.vector_to_parameters(both[0], chain.parameters())
+    x = points(3)
+    y = chain(x)
+    torch.nn.utils.vector_to_parameters(both[1], chain.parameters())
+    torch.testing.assert_close(chain.inv(y), copy.deepcopy(chain).inv(y.detach().clone()))
+
+
+def change_by_strides(chain):
+    """Square weights transposed: the same storage, read in another order."""
+    for parameter in chain.parameters():
+        if parameter.dim() > 1 and parameter.shape[-1] == parameter.shape[-2]:
+            parameter.data = parameter.data.mT
+        elif parameter.dim() == 1:
+            parameter.data = parameter.data.flip(0) + 0.1
+
+
+def change_by_set(chain):
+    with torch.no_grad():
+        for parameter in chain.parameters():
+            parameter.set_(parameter + 0.1)
+
+
+def change_by_converting_parts(chain):
+    """A net of a layer has no memo of its own that its methods could clear."""
+    for module in chain.modules():
+        if not isinstance(module, pf.FlowTransform):
+            module._apply(lambda tensor: tensor + 0.1 if tensor.is_floating_point() else tensor.clone())
+    for parameter in chain.parameters():
+        parameter.data = parameter.data.clone()
+
+
+def change_by_average(chain):
+    averaged = torch.optim.swa_utils.AveragedModel(chain)
+    moved = copy.deepcopy(chain)
+    change_in_place(moved)
+    averaged.update_parameters(moved)
+    for mine, theirs in zip(chain.parameters(), averaged.module.parameters(), strict=True):
+        mine.detach().copy_(theirs)
+
+
+def change_by_parametrizing(chain):
+    class Moved(torch.nn.Module):
+        def forward(self, weight):
+            return weight + 0.1
+
+    for module in list(chain.modules()):
+        for name in list(module._parameters):
+            torch.nn.utils.parametrize.register_parametrization(module, name, Moved())
 
 
 def change_by_init(chain):
@@ -252,7 +319,15 @@ CHANGES = [
     change_by_state_dict,
     change_by_assigned_state_dict,
     change_by_data,
+    change_by_replaced_data,
+    change_by_replaced_data_twice,
     change_by_vector,
+    change_by_row_of_one_matrix,
+    change_by_strides,
+    change_by_set,
+    change_by_converting_parts,
+    change_by_average,
+    change_by_parametrizing,
     change_by_init,
     change_by_swapping_layers,
 ]
@@ -291,6 +366,58 @@ def test_values_changed_in_place(chain):
         pulled.add_(1)
         expected = copy.deepcopy(chain).forward_and_ladj(pulled.clone())[1]
         torch.testing.assert_close(chain.log_abs_det_jacobian(pulled, data), expected)
+
+
+def test_values_replaced(chain):
+    with torch.no_grad():
+        x = points(5)
+        y = chain(x)
+        y.data = y.data + 1
+        y.data = y.data + 1  # may be where the first values were
+        torch.testing.assert_close(chain.inv(y), copy.deepcopy(chain).inv(y.clone()))
+        y = chain(x)
+        y.data = y.data[:3]
+        torch.testing.assert_close(chain.inv(y), x[:3], rtol=1e-4, atol=1e-4)
+        y, kept = chain(x), x.clone()
+        x.data = x.data + 1
+        torch.testing.assert_close(chain.inv(y), kept, rtol=1e-4, atol=1e-4)
+        data = points(5, seed=2)
+        pulled = chain.inv(data)
+        pulled.data = pulled.data + 1
+        data.data = chain(pulled).data
+        expected = copy.deepcopy(chain).forward_and_ladj(pulled.clone())[1]
+        torch.testing.assert_close(chain.log_abs_det_jacobian(pulled, data), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_nothing_of_a_batch_is_kept():
+    chain = shaken(BUILDERS["realnvp"]())
+    with torch.no_grad():
+        x = chain.inv(points(5))
+    storage = StorageWeakRef(x.untyped_storage())
+    assert not storage.expired()
+    del x
+    gc.collect()
+    assert storage.expired()
+
+
+def test_tensors_swapped():
+    flow = shaken(pf.Rescaling(DIM))
+    with torch.no_grad():
+        y = flow(points(5))
+        for parameter in flow.parameters():
+            torch.utils.swap_tensors(parameter, torch.nn.Parameter(parameter.detach() + 0.1))
+        assert torch.equal(flow.inv(y), copy.deepcopy(flow).inv(y.clone()))
+
+
+def test_buffer_replaced():
+    flow = pf.Permutation(DIM, [2, 0, 1])
+    with torch.no_grad():
+        y = flow(points(5))
+        flow.permutation = torch.tensor([1, 2, 0])
+        assert torch.equal(flow.inv(y), copy.deepcopy(flow).inv(y.clone()))
+        y = flow(points(5))
+        flow.permutation.data = torch.tensor([0, 2, 1])
+        assert torch.equal(flow.inv(y), copy.deepcopy(flow).inv(y.clone()))
 
 
 def test_precision_changed_in_between(chain):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import warnings
 
 import pyro
 import pyro.distributions as dist
@@ -12,7 +13,9 @@ import pytest
 import torch
 from cases import shake
 from pyro.infer import SVI, Trace_ELBO
+from torch import nn
 from torch.func import functional_call, jacrev, vmap
+from torch.nn.parallel import DistributedDataParallel
 
 import pyro_flows as pf
 
@@ -176,7 +179,7 @@ def test_a_loaded_one_is_not_set_again():
             flow = pf.ActNorm(3)
             if first:
                 flow(torch.randn(1, 3))
-                assert not flow._is_first(value[:1]) and flow._is_first(value)
+                assert not flow._is_set()
             file.seek(0)
             flow.load_state_dict(torch.load(file, weights_only=True), assign=assign)
             want = saved.inverse_and_ladj(value)
@@ -192,7 +195,7 @@ def test_a_loaded_one_is_not_set_again():
 def test_copies_know_whether_they_are_set(make):
     value = batch((3,)) + 50
     for flow in (ready(), pf.ActNorm(3)):
-        flow._is_first(value)
+        flow._is_set()
         twin = make(flow)
         assert flow._read is not None and twin._read is None
         twin.inverse_and_ladj(value)
@@ -200,7 +203,7 @@ def test_copies_know_whether_they_are_set(make):
         assert torch.equal(twin.loc, flow.loc) is is_set(flow)
     # Written after it was read, which the copy must not overlook.
     flow = pf.ActNorm(3)
-    flow._is_first(value)
+    flow._is_set()
     flow.initialized.fill_(True)
     make(flow).inverse_and_ladj(value)
     twin = make(flow)
@@ -215,9 +218,9 @@ def test_flag_can_be_taken_back():
     assert is_set(flow)
     torch.testing.assert_close(flow.loc.detach(), value.mean(0))
     flow = pf.ActNorm(3)
-    assert flow._is_first(value)
+    assert not flow._is_set()
     flow.initialized = torch.tensor(True)  # another tensor, as young as the one before
-    assert not flow._is_first(value)
+    assert flow._is_set()
 
 
 def test_conversions_keep_it_set():
@@ -345,6 +348,88 @@ def test_in_a_guide():
     draws = flow.sample((5000,))
     torch.testing.assert_close(draws.mean(0), torch.tensor([3.0, -2.0]), rtol=0, atol=0.3)
     torch.testing.assert_close(draws.std(0), torch.tensor([0.5, 2.0]), rtol=0.2, atol=0)
+
+
+# Several processes
+
+
+class Loss(nn.Module):
+    """What ``DistributedDataParallel`` wraps."""
+
+    def __init__(self, flow):
+        super().__init__()
+        self.flow = flow
+
+    def forward(self, value):
+        return -self.flow.log_prob(value).sum() / 100
+
+
+def layered(shape):
+    torch.manual_seed(0)
+    flow = pf.Flow([pf.ActNorm(shape), shake(pf.Coupling(shape, hidden_dims=(8,))), pf.ActNorm(shape)])
+    return flow.double()
+
+
+def rows_of(rank, shape, sizes):
+    """All rows, and those of one process."""
+    torch.manual_seed(5)
+    whole = batch(shape, sum(sizes), dtype=torch.double)
+    return whole, whole.split(list(sizes))[rank]
+
+
+def agree(rank, flow):
+    """Whether both processes have the same parameters."""
+    told = torch.nn.utils.parameters_to_vector(flow.parameters()).detach()
+    both = [torch.empty_like(told) for _ in range(2)]
+    torch.distributed.all_gather(both, told)
+    return torch.equal(*both)
+
+
+def share(rank):
+    for shape, sizes in (((3,), (16, 5)), ((2, 4), (7, 1)), ((3,), (0, 6)), ((3,), (1, 1))):
+        flow, alone = layered(shape), layered(shape)
+        whole, own = rows_of(rank, shape, sizes)
+        parallel = DistributedDataParallel(Loss(flow))
+        parallel(own).backward()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # alone it is
+            alone.log_prob(whole)
+        for mine, theirs in zip(flow.parameters(), alone.parameters(), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
+        optimizer = torch.optim.SGD(flow.parameters(), lr=1e-3)
+        for _ in range(3):
+            optimizer.zero_grad()
+            parallel(own).backward()
+            optimizer.step()
+        assert agree(rank, flow) and is_set(flow.chain[0])
+    flow = layered((3,))
+    parallel = DistributedDataParallel(Loss(flow))
+    parallel(rows_of(rank, (3,), (1, 0))[1])  # one row among all is none to start from
+    assert not is_set(flow.chain[0])
+    whole, own = rows_of(rank, (3,), (4, 4))
+    with pytest.raises(ValueError, match="finite first batch"):  # in both, though one has the fault
+        parallel(own / rank if rank == 0 else own)
+    parallel.eval()(own)
+    assert not is_set(flow.chain[0])
+    if rank == 0:  # the other one is not there: nothing waits for it
+        with pytest.warns(UserWarning, match="outside of DistributedDataParallel.*broadcast the state_dict"):
+            layered((3,)).log_prob(whole)
+    torch.distributed.barrier()
+
+
+def work(rank, path):
+    """What each of two processes does; its assertions reach the test."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+    try:
+        share(rank)  # what it wraps is gone before the group is
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_processes_share_the_first_batch(tmp_path):
+    """Batches of unequal sizes, or none, set what one process sets with all rows."""
+    torch.multiprocessing.spawn(work, (tmp_path / "meeting",), nprocs=2)
 
 
 def test_autocast():

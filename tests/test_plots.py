@@ -232,7 +232,7 @@ def test_what_is_no_model_is_named():
         plots.density(pf.maf(2))
     with pytest.raises(TypeError, match="expected a distribution, a Flow or the result of fitting a flow, got str"):
         plots.density("maf")
-    with pytest.raises(TypeError, match="data to be real numbers, got ndarray of complex"):
+    with pytest.raises(TypeError, match="data to be real numbers, got ndarray of dtype complex"):
         plots.density(normal(1.0, 1.0), data=np.ones((3, 2)) * 1j)
     with pytest.raises(TypeError, match="data to be real numbers, got list"):
         plots.density(normal(1.0, 1.0), data=[["a", "b"]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 
 import numpy as np
@@ -31,12 +32,19 @@ def normal(spread, n, seed=0):
 # Smoothing
 
 
-@pytest.mark.parametrize("n", [21, 30, 200, 5000])
+# Of 21 and 5000 weights the tail would hold 4.2 and 212.1: up as in the paper, which ArviZ 1.x rounds down.
+ROUNDED = pytest.mark.skipif(not hasattr(arviz, "psislw"), reason="ArviZ 1.x takes a tail of another size")
+
+
+@pytest.mark.parametrize("n", [pytest.param(21, marks=ROUNDED), 30, 200, 4900, pytest.param(5000, marks=ROUNDED)])
 @pytest.mark.parametrize("k", [0.2, 0.5, 0.8, 1.2])
 def test_arviz_smooths_the_same_way(k, n):
     log_weights = pareto(k, n) - 700.0
     found = pareto_smoothed(log_weights)
-    expected, khat = arviz.psislw(log_weights.numpy().copy())
+    if hasattr(arviz, "psislw"):
+        expected, khat = arviz.psislw(log_weights.numpy().copy())
+    else:  # 1.x, which takes the negative
+        expected, khat = sys.modules["arviz_stats.base"].array_stats.psislw(-log_weights.numpy())
     assert found.khat == pytest.approx(float(khat), abs=1e-10)
     np.testing.assert_allclose(found.log_weights.numpy(), expected, rtol=0, atol=1e-10)
 

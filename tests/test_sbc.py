@@ -211,6 +211,17 @@ def masked_improper(y):
     pyro.sample("y", dist.Normal(x, 1.0).to_event(1), obs=y)
 
 
+def flat(y):
+    x = pyro.sample("x", dist.Normal(0.0, 1.0).expand([3]).mask(False).to_event(1))
+    pyro.sample("y", dist.Normal(x, 1.0).to_event(1), obs=y)
+
+
+def flat_by_handler(y):
+    with poutine.mask(mask=False):
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(x, 1.0).mask(False), obs=y)
+
+
 def with_factor(y):
     x = pyro.sample("x", dist.Normal(0.0, 1.0))
     pyro.factor("penalty", -(x**2))
@@ -242,6 +253,8 @@ def without_data(y):
     [
         (improper, "prior of 'x' is improper"),
         (masked_improper, "prior of 'x' is improper"),
+        (flat, "prior of 'x' is improper"),
+        (flat_by_handler, "prior of 'x' is improper"),
         (with_factor, "has a factor 'penalty'"),
         (scaled, "density of 'y' is scaled"),
         (subsampled, "plate 'data' takes 3 of 10"),

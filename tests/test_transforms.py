@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from cases import Sinh, diamond, shake
@@ -9,6 +12,7 @@ from oracles import jacobian
 from torch.distributions import transforms as torch_transforms
 
 import pyro_flows as pf
+from pyro_flows.chain import leaves
 from pyro_flows.transforms.coupling import coupling_mask
 
 
@@ -332,3 +336,119 @@ def test_coupling_mask_is_never_the_callers_tensor():
     kept = coupling_mask(torch.Size([3]), mask)
     kept[1] = True
     assert mask.tolist() == [True, False, True]
+
+
+# Chains within chains
+
+
+def in_chains(levels):
+    flow = pf.Coupling(2, hidden_dims=(4,))
+    for _ in range(levels):
+        flow = pf.Chain([flow])
+    return flow
+
+
+def grown(levels):
+    """As a loop writes it that adds a layer at a time."""
+    flow = pf.Chain([pf.Coupling(2, hidden_dims=(4,))])
+    for _ in range(levels):
+        flow = pf.Chain([flow, pf.Rescaling(2)])
+    return flow
+
+
+def turned(levels):
+    flow = pf.Coupling(2, hidden_dims=(4,))
+    for _ in range(levels):
+        flow = pf.Inverse(pf.Chain([flow, pf.Rescaling(2)]))
+    return flow
+
+
+def turned_by_property(levels):
+    flow = pf.Coupling(2, hidden_dims=(4,))
+    for _ in range(levels):
+        flow = pf.Chain([flow, pf.Rescaling(2)]).inv
+    return flow
+
+
+def inverses(levels):
+    flow = pf.Coupling(2, hidden_dims=(4,))
+    for _ in range(levels):
+        flow = pf.Inverse(flow)
+    return flow
+
+
+def conditioned(levels):
+    flow = pf.Coupling(2, hidden_dims=(4,), context_dim=1)
+    for _ in range(levels):
+        flow = pf.Chain([flow.condition(torch.ones(1)), pf.Rescaling(2, context_dim=1)])
+    return flow.condition(torch.ones(1))
+
+
+@pytest.mark.parametrize("build, levels", [(in_chains, 200), (grown, 200), (turned, 100), (turned_by_property, 100)])
+def test_chains_within_chains(build, levels):
+    flow = pf.Flow(shake(build(levels), 0.1).double())
+    x = torch.randn(4, 2).double()
+    y, ladj = flow.chain.forward_and_ladj(x)
+    layers = leaves(flow.chain)
+    assert len(layers) == (1 if build is in_chains else levels + 1)
+    by_hand, total = x, 0.0
+    for layer in layers:
+        by_hand, each = layer.forward_and_ladj(by_hand)
+        total = total + each
+    assert torch.equal(by_hand, y)
+    torch.testing.assert_close(total, ladj, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(flow.chain.inv(y.clone()), x, rtol=1e-8, atol=1e-8)
+    truth = torch.stack([torch.linalg.slogdet(jacobian(flow.chain, row))[1] for row in x])
+    torch.testing.assert_close(ladj, truth, rtol=1e-8, atol=1e-8)
+    for twin in (copy.deepcopy(flow), pickle.loads(pickle.dumps(flow))):
+        twin.load_state_dict(flow.state_dict())
+        assert torch.equal(twin.chain(x), y)
+    assert "Coupling" in repr(flow) and flow.chain.reach is None and flow().support.event_dim == 1
+    assert "pass" in flow.chain.sampling_cost and flow.float().eval().chain.codomain.event_dim == 1
+
+
+def test_views_within_chains():
+    flow = conditioned(40)
+    x = torch.randn(5, 2)
+    y, ladj = flow.forward_and_ladj(x)
+    back, other = copy.deepcopy(flow).inverse_and_ladj(y)
+    torch.testing.assert_close(back, x, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(other, -ladj, rtol=1e-4, atol=1e-4)
+
+
+def test_few_levels_stay_as_they_were_written():
+    inner, last = pf.realnvp(2, num_layers=2, hidden_dims=(4,)), pf.Rescaling(2)
+    chain = pf.Chain([pf.Chain([inner]), last])
+    assert chain[0][0] is inner and chain[-1] is last and len(chain) == 2
+    assert any(name.startswith("parts.0.parts.0.parts.1.net.") for name in chain.state_dict())
+    twice = pf.Chain([inner, inner])
+    assert twice[0] is twice[1] and len(list(twice.parameters())) == len(list(inner.parameters()))
+
+
+def test_deep_chains_share_what_they_are_made_of():
+    inner = pf.Rescaling(2)
+    flow = pf.Chain([inner, pf.Rescaling(2)])
+    for _ in range(30):
+        flow = pf.Chain([flow, inner])
+    assert sum(leaf is inner for leaf in leaves(flow)) == 31
+    assert len(list(flow.parameters())) == 2 * len(list(inner.parameters()))
+
+
+def test_inverse_of_an_inverse_is_the_transform():
+    flow = pf.Coupling(2, hidden_dims=(4,))
+    assert inverses(100) is not None and pf.Inverse(pf.Inverse(flow)) is flow
+    assert isinstance(inverses(101), pf.Inverse) and inverses(101).inv.inv is not None
+    assert pf.Inverse(flow.inv) is flow and flow.inv.inv is flow
+    inverse = pf.Inverse(flow)
+    assert inverse.inv is flow and flow.inv is inverse
+    for twin in (copy.deepcopy(inverse), pickle.loads(pickle.dumps(inverse))):
+        x = torch.randn(3, 2)
+        assert isinstance(twin, pf.Inverse) and torch.equal(twin(x), inverse(x.clone()))
+
+
+def test_flows_end_to_end():
+    first, second = (pf.Flow(shake(build(2, num_layers=1, hidden_dims=(4,)))).double() for build in (pf.maf, pf.nsf))
+    both = pf.Flow(pf.Chain([first.chain, second.chain]))
+    data = torch.randn(6, 2).double()
+    middle, ladj = second.chain.inverse_and_ladj(data)
+    torch.testing.assert_close(both.log_prob(data), first.log_prob(middle) + ladj, rtol=1e-12, atol=1e-12)

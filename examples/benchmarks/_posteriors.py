@@ -208,6 +208,8 @@ class Program:
     model: Callable[..., None]
     read: Callable[[Data], Data]
     derive: Callable[[Draws], Draws] = dict
+    is_prior: bool = False
+    """Whether the model is the density itself, without data."""
 
 
 PROGRAMS = {
@@ -292,7 +294,7 @@ def _modes_draws() -> Draws:
 
 
 SYNTHETIC = {
-    "funnel10": Posterior("funnel10", lambda flat: partial(funnel, 10), _funnel_draws),
+    "funnel10": Posterior("funnel10", lambda flat: partial(funnel, 10), _funnel_draws, is_prior=True),
     "banana4": Posterior("banana4", lambda flat: partial(banana, flat, 4), _banana_draws),
     "two_modes4": Posterior("two_modes4", lambda flat: partial(two_modes, flat, 4), _modes_draws),
 }

@@ -156,7 +156,7 @@ def judged(name: str, seconds: float, seed: int, options: dict[str, object]) -> 
     posterior = SYNTHETIC[name]
     guide = AutoFlow(posterior.model(dist.ImproperUniform), seed=seed, **options)
     start = time.process_time()
-    fit = fit_guide(guide, seconds=seconds, progress=False)
+    fit = fit_guide(guide, seconds=seconds, progress=False, fit_prior=posterior.is_prior)
     spent = time.process_time() - start
     torch.manual_seed(seed)
     truth = posterior.reference()

@@ -90,7 +90,8 @@ def ours(job: Job, posterior: Posterior) -> Row:
 
     JointDensity.__call__ = counted
     start = time.process_time()
-    fit = fit_guide(AutoFlow(posterior.model(dist.ImproperUniform), seed=job.seed), seconds=job.seconds, progress=False)
+    guide = AutoFlow(posterior.model(dist.ImproperUniform), seed=job.seed)
+    fit = fit_guide(guide, seconds=job.seconds, progress=False, fit_prior=posterior.is_prior)
     spent = time.process_time() - start
     found = {"gradients": count[True], "evaluations": count[False], "cpu": spent, "steps": len(fit.history)}
     reference = posterior.reference()

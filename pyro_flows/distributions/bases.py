@@ -13,6 +13,7 @@ from torch.distributions import Distribution, constraints
 
 from pyro_flows.boundary import event_size
 from pyro_flows.chain import map_tensors
+from pyro_flows.recipes import remembered
 
 __all__ = ["DiagonalNormal", "FixedBase", "GaussianMixture", "StudentT", "UniformCircle"]
 
@@ -31,6 +32,7 @@ def _vector(module: nn.Module, input_dim: int) -> Size:
     return Size((input_dim,))
 
 
+@remembered
 class DiagonalNormal(nn.Module):
     r"""Independent normals, :math:`x_i \sim N(\mu_i, e^{2 r_i})`; standard normal at first.
 
@@ -51,6 +53,7 @@ class DiagonalNormal(nn.Module):
         return normal.to_event(len(self.event_shape))
 
 
+@remembered
 class StudentT(nn.Module):
     r"""Independent Student's t, :math:`(x_i - \mu_i) e^{-r_i} \sim t_{\nu_i}`: tails that fall off as a power.
 
@@ -115,6 +118,7 @@ class _Mixture(dist.MixtureSameFamily):
         )
 
 
+@remembered
 class GaussianMixture(nn.Module):
     r"""A learnt mixture of normals, :math:`\sum_k w_k \, N(\mu_k, S_k S_k^\top)`, for modes that lie apart.
 
@@ -190,6 +194,7 @@ class _Circles(dist.Normal):
         return torch.where(self.angle, value * 0 - math.log(2 * math.pi), super().log_prob(value))
 
 
+@remembered
 class UniformCircle(nn.Module):
     r"""Independent uniform angles in radians, :math:`\log p(x) = -D \log 2\pi`, for flows on circles and tori.
 
@@ -225,6 +230,7 @@ class UniformCircle(nn.Module):
         return _Circles(self.centre, self.angle).to_event(len(self.event_shape))
 
 
+@remembered
 class FixedBase(nn.Module):
     """A given distribution without parameters to learn, moved along with the module.
 
@@ -239,6 +245,10 @@ class FixedBase(nn.Module):
         super().__init__()
         map_tensors(distribution, _refuse_gradient)
         self.distribution = copy.deepcopy(distribution)  # moving the module must not move the caller's object
+
+    def arguments(self) -> tuple[tuple[object, ...], dict[str, object]]:
+        """What it is made of; see ``pyro_flows.recipes``."""
+        return (self.distribution,), {}
 
     def forward(self) -> Distribution:
         """The distribution."""

@@ -9,6 +9,7 @@ from pyro.distributions import TransformedDistribution
 from torch import Size, Tensor, nn
 from torch.distributions import Distribution, Transform
 
+from pyro_flows.boundary import check_tensor
 from pyro_flows.chain import Chain
 from pyro_flows.core import FlowTransform
 from pyro_flows.distributions.bases import DiagonalNormal, FixedBase, UniformCircle
@@ -26,11 +27,15 @@ class FlowDistribution(TransformedDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-density in nats, shape ``(*sample, *batch)``; one pass in the density direction."""
         (transform,) = self.transforms
+        check_tensor("Flow", "a tensor", value)
         # Neither torch's check nor its Independent can take an empty batch, and a check branches on the data.
         if self._validate_args and value.numel() and plain_eager():
             self._validate_sample(value)
         x, ladj = transform.inverse_and_memo(value)
-        return self.base_dist.log_prob(x) + ladj if x.numel() else ladj
+        if x.numel():
+            return self.base_dist.log_prob(x) + ladj
+        # Nothing, but a function of all parameters, as DistributedDataParallel wants where a process has no rows.
+        return ladj + x.sum(tuple(range(-len(transform.event_shape), 0)))
 
     def rsample_and_log_prob(self, sample_shape: Size | tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
         """Reparameterised samples and their log-densities; one pass in the sampling direction."""

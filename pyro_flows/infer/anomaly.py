@@ -7,16 +7,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from pyro_flows.distributions import Dequantized, bits_per_dim
-from pyro_flows.infer.density.data import expected_by, name_rows
+from pyro_flows.infer.density.arrays import name_rows, to_tensor
+from pyro_flows.infer.density.data import expected_by
 
 __all__ = ["AnomalyDetector", "evaluating"]
 
 _CHUNK = 2**18  # numbers that are scored at once
+_KINDS = "as a tensor or an array of numbers"
 
 
 class AnomalyDetector:
@@ -143,7 +144,7 @@ class AnomalyDetector:
 
     def _admit(self, rows: Any, context: Any) -> tuple[Tensor, Tensor | None]:
         expected = expected_by(self.model)
-        value = _tensor(rows, "rows")
+        value = to_tensor(rows, "AnomalyDetector", "rows", _KINDS)
         event = value.shape[1:] if expected.event_shape is None else expected.event_shape
         if value.dim() == 0 or value.shape[1:] != event:
             want = ", ".join(map(str, ("rows", *event)))
@@ -155,22 +156,13 @@ class AnomalyDetector:
         value = value.to(device=expected.device, dtype=value.dtype if whole else expected.dtype)
         if context is None:
             return value, None
-        context = _tensor(context, "context")
+        context = to_tensor(context, "AnomalyDetector", "context", _KINDS)
         if context.dim() == 0 or len(context) != len(value):
             raise ValueError(
                 f"AnomalyDetector: expected a context for each of the {len(value)} rows, got shape "
                 f"{tuple(context.shape)}"
             )
         return value, context.to(device=expected.device, dtype=expected.dtype)
-
-
-def _tensor(given: Any, what: str) -> Tensor:
-    if isinstance(given, Tensor):
-        return given.detach()
-    array = np.asarray(given) if hasattr(given, "__array__") or isinstance(given, (list, tuple)) else None
-    if array is None or array.dtype.kind not in "fiub":
-        raise TypeError(f"AnomalyDetector: expected {what} as a tensor or an array of numbers, got {given!r:.60}")
-    return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("="), order="C"))
 
 
 @contextmanager

@@ -41,6 +41,8 @@ def to_arviz(
     With log weights, the attributes of the result and of its posterior hold their ``khat`` and ``ess`` (a fraction),
     from :func:`~pyro_flows.infer.diagnostics.psis.importance`; its verdict is for ``attrs``.
 
+    A slash in the name of a site becomes a dot, as ArviZ 1.x and NetCDF files refuse slashes.
+
     Args:
         posterior: draws of each site, shape ``(n, *shape)``, tensors or arrays.
         log_weights: log importance weights, shape ``(n,)``, in nats; by default the difference of the next two.
@@ -56,7 +58,8 @@ def to_arviz(
 
     Raises:
         ImportError: without ArviZ.
-        ValueError: if numbers of draws differ, or nothing is given.
+        ValueError: if numbers of draws differ, if nothing is given, if a site has the name of a dimension, or if
+            ``dims`` and ``coords`` do not fit the shapes.
     """
     draws = _groups("posterior", posterior, None)
     if not draws:
@@ -70,8 +73,8 @@ def to_arviz(
         "sample_stats": _groups("sample_stats", {k: v for k, v in stats.items() if v is not None}, n, ()),
         "posterior_predictive": _groups("posterior_predictive", posterior_predictive, n),
         "log_likelihood": _groups("log_likelihood", log_likelihood, n),
-        "observed_data": {name: _array(value) for name, value in (observed_data or {}).items()},
-        "constant_data": {name: _array(value) for name, value in (constant_data or {}).items()},
+        "observed_data": _arrays("observed_data", observed_data),
+        "constant_data": _arrays("constant_data", constant_data),
     }
     groups = {name: group for name, group in groups.items() if group}
     facts: dict[str, Any] = {"inference_library": "pyro_flows", "draws": KIND}
@@ -79,7 +82,9 @@ def to_arviz(
         found = importance(torch.from_numpy(_array(log_weights).astype(np.float64)))
         facts |= {"khat": found.khat, "ess": found.ess}
     facts |= {name: _plain(value) for name, value in (attrs or {}).items()}
-    names = None if dims is None else {name: list(of) for name, of in dims.items()}
+    names = None
+    if dims is not None:
+        names = {_name(name): [of] if isinstance(of, str) else list(of) for name, of in dims.items()}
     labels = None if coords is None else {name: list(values) for name, values in coords.items()}
     return _convert(groups, names, labels, facts)
 
@@ -88,10 +93,34 @@ def _convert(
     groups: dict[str, dict[str, np.ndarray]], dims: Any, coords: Any, attrs: dict[str, Any]
 ) -> Any:  # of a class that depends on ArviZ's version
     from_dict = _arviz().from_dict
+    for group, arrays in groups.items():
+        for name, array in arrays.items():
+            given = [dim for dim in (dims or {}).get(name, ()) if dim not in ("chain", "draw")]
+            own = array.shape if group.endswith("_data") else array.shape[2:]
+            if len(given) > len(own) and group != "log_likelihood":  # which lacks the dimensions of events
+                raise ValueError(
+                    f"to_arviz: expected dims of {name} to name at most {len(own)} dimensions, those of its shape "
+                    f"{own} in {group}, got {given}"
+                )
     if "posterior" in inspect.signature(from_dict).parameters:  # 0.x: a keyword argument for each group
-        return from_dict(**groups, dims=dims, coords=coords, attrs=dict(attrs), posterior_attrs=dict(attrs))
-    # 1.x: groups in one dictionary, attributes by group; not verified against the real thing.
-    return from_dict(groups, dims=dims, coords=coords, attrs={"/": dict(attrs), "posterior": dict(attrs)})
+        made = from_dict(**groups, dims=dims, coords=coords, attrs=dict(attrs), posterior_attrs=dict(attrs))
+    else:  # 1.x: groups in one dictionary, attributes by group
+        made = from_dict(groups, dims=dims, coords=coords, attrs={"/": dict(attrs), "posterior": dict(attrs)})
+    # ArviZ drops a variable that has the name of a dimension, and fills up the shorter of two by NaN, without a word.
+    for group, arrays in groups.items():
+        kept = made[group].data_vars if group in made else {}
+        for name, array in arrays.items():
+            if name not in kept:
+                raise ValueError(
+                    f"to_arviz: {name} in {group} has the name of a dimension, so ArviZ would drop it: rename the "
+                    "site, or the dimension in dims"
+                )
+            if kept[name].size != array.size:  # 0.x makes vectors of scalars
+                raise ValueError(
+                    f"to_arviz: {name} in {group} has shape {array.shape}, but another variable is longer along the "
+                    f"dimensions {kept[name].dims} that they share: give their dimensions different names in dims"
+                )
+    return made
 
 
 def _arviz() -> Any:
@@ -120,11 +149,25 @@ def _array(value: Any) -> np.ndarray:
     return np.asarray(value)
 
 
+def _name(name: str) -> str:
+    return name.replace("/", ".")
+
+
+def _arrays(group: str, values: Mapping[str, Any] | None) -> dict[str, np.ndarray]:
+    arrays = {_name(name): _array(value) for name, value in (values or {}).items()}
+    if len(arrays) < len(values or {}):
+        raise ValueError(
+            f"to_arviz: two of the names {list(values or {})} in {group} are the same once a slash is written as a "
+            "dot: rename one"
+        )
+    return arrays
+
+
 def _groups(
     group: str, values: Mapping[str, Any] | None, n: int | None, shape: tuple[int, ...] | None = None
 ) -> dict[str, np.ndarray]:
     """The draws of a group with an axis for the chain in front, all of as many draws."""
-    arrays = {name: _array(value) for name, value in (values or {}).items()}
+    arrays = _arrays(group, values)
     first = next(iter(arrays.values()), np.zeros(0))
     expected = n if n is not None else first.shape[0] if first.ndim else 1
     for name, array in arrays.items():

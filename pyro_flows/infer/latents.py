@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -37,7 +37,7 @@ class Latent:
         """Whether larger numbers give larger values; not so below an upper bound alone."""
         try:
             return bool(torch.as_tensor(self.transform.sign).ge(0).all())
-        except NotImplementedError:  # entries depend on each other
+        except (NotImplementedError, AttributeError):  # entries depend on each other
             return True
 
     @property
@@ -86,6 +86,14 @@ class Latents:
         self.sites = tuple(sites)
         self.dim = start
         self.max_plate_nesting = nesting
+
+    @classmethod
+    def of(cls, sites: Iterable[Latent], max_plate_nesting: int) -> Latents:
+        """Of sites that are known already."""
+        made = cls.__new__(cls)
+        made.sites, made.max_plate_nesting = tuple(sites), max_plate_nesting
+        made.dim = sum(site.size for site in made.sites)
+        return made
 
     def __iter__(self) -> Iterator[Latent]:
         return iter(self.sites)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import pyro.distributions.constraints as pyro_constraints
 import torch
 from pyro.distributions.transforms import CholeskyTransform
 from torch import Size, Tensor
 from torch.distributions import ComposeTransform, Transform, biject_to, constraints
 
-__all__ = ["LowerTriangular"]
+__all__ = ["LowerTriangular", "plain_support", "support_of"]
 
 
 class LowerTriangular(Transform):
@@ -68,6 +70,61 @@ def _positive_definite(_: object) -> Transform:
 
 def _of_components(support: constraints.MixtureSameFamilyConstraint) -> Transform:
     return biject_to(support.base_constraint)
+
+
+def plain_support(support: object) -> dict[str, Any]:
+    """A support as plain data: the public name of a constraint of torch's or Pyro's, and what bounds it.
+
+    Raises:
+        TypeError: for a constraint of another kind.
+    """
+    for name, known in _public().items():
+        if known is type(support):
+            return {"constraint": name, "bounds": {key: _plain(value) for key, value in vars(support).items()}}
+    fixed = not any(isinstance(bound, Tensor) for bound in vars(support).values())
+    for name, known in _public().items():
+        if type(known) is type(support) and fixed and vars(known) == vars(support):
+            return {"constraint": name, "bounds": {}}
+    raise TypeError(f"{support!r} is none of torch's or Pyro's constraints")
+
+
+def support_of(plain: dict[str, Any]) -> constraints.Constraint:
+    """What :func:`plain_support` described.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    known = _public().get(plain["constraint"])
+    if known is None:
+        raise ValueError(f"there is no constraint {plain['constraint']!r}")
+    if isinstance(known, constraints.Constraint):
+        return known
+    return known(**{key: _restored(value) for key, value in plain["bounds"].items()})
+
+
+def _public() -> dict[str, Any]:
+    """Constraints, and classes of those with bounds, by name."""
+    found = {name: getattr(place, name) for place in (pyro_constraints, constraints) for name in place.__all__}
+    kind = constraints.Constraint
+    classes = {name: each for name, each in found.items() if isinstance(each, type) and issubclass(each, kind)}
+    del classes["Constraint"]
+    return {name: each for name, each in found.items() if isinstance(each, kind)} | classes
+
+
+def _plain(bound: Any) -> Any:
+    if isinstance(bound, constraints.Constraint):
+        return plain_support(bound)
+    if isinstance(bound, (list, tuple)):
+        return [_plain(each) for each in bound]
+    if isinstance(bound, (Tensor, bool, int, float, type(None))):
+        return bound
+    raise TypeError(f"a bound is a {type(bound).__name__}")
+
+
+def _restored(plain: Any) -> Any:
+    if isinstance(plain, dict):
+        return support_of(plain)
+    return [_restored(each) for each in plain] if isinstance(plain, list) else plain
 
 
 for _support, _make in (

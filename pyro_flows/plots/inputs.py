@@ -12,6 +12,7 @@ from torch import Size, Tensor, nn
 from torch.distributions import Distribution
 
 from pyro_flows.core import FlowTransform
+from pyro_flows.infer.density.arrays import to_tensor
 
 __all__ = ["distribution_of", "draw", "drawn_rows", "draws_of", "numbers", "rows_of", "score", "single"]
 
@@ -20,13 +21,7 @@ CHUNK = 1 << 14  # rows scored at a time
 
 def numbers(value: Any, name: str, what: str) -> np.ndarray:
     """A float64 array of finite numbers, whatever they came in."""
-    try:
-        array = np.asarray(_plain(value))
-        if array.dtype.kind not in "fiub":
-            raise TypeError
-        array = array.astype(np.float64)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name}: expected {what} to be real numbers, got {_kind(value)}") from None
+    array = to_tensor(value, name, what).cpu().double().numpy()
     if array.size == 0:
         raise ValueError(f"{name}: {what} is empty, shape {array.shape}")
     bad = int((~np.isfinite(array)).sum())
@@ -35,19 +30,6 @@ def numbers(value: Any, name: str, what: str) -> np.ndarray:
             f"{name}: {bad} of {array.size} numbers in {what} are NaN or infinite; leave those rows out first"
         )
     return array
-
-
-def _plain(value: Any) -> Any:
-    """The value with tensors, also those in lists, as arrays; NumPy knows neither gradients nor bfloat16."""
-    if isinstance(value, Tensor):
-        value = value.detach().cpu()
-        return value.numpy() if value.is_complex() else value.double().numpy()
-    return [_plain(part) for part in value] if isinstance(value, (list, tuple)) else value
-
-
-def _kind(value: Any) -> str:
-    dtype = getattr(value, "dtype", None)
-    return type(value).__name__ + (f" of {dtype}" if dtype is not None else "")
 
 
 def rows_of(value: Any, event_shape: Size, name: str, what: str) -> np.ndarray:

@@ -78,6 +78,7 @@ class LULinear(FlowTransform):
     """
 
     sampling_cost = "1 product"
+    half_precision = False  # torch solves triangular systems in float32 and float64 only
     density_cost = "1 solve"
 
     def __init__(
@@ -159,6 +160,7 @@ class Conv1x1(FlowTransform):
     """
 
     sampling_cost = density_cost = "1 product"
+    half_precision = False  # torch solves triangular systems in float32 and float64 only
 
     def __init__(self, event_shape: Iterable[int], *, start: str = "rotation", bias: bool = False) -> None:
         super().__init__(event_size(event_shape))
@@ -242,6 +244,7 @@ class Householder(FlowTransform):
     """
 
     sampling_cost = density_cost = "1 product"
+    half_precision = False  # torch solves triangular systems in float32 and float64 only
 
     def __init__(self, event_shape: int | Iterable[int], num_reflections: int | None = None) -> None:
         super().__init__(event_shape)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from pyro_flows.core import FlowTransform
 from pyro_flows.steps import Stepper, affine
@@ -30,6 +32,11 @@ class ActNorm(FlowTransform):
     on they are parameters like others.  ``initialized`` says whether it has happened; it is part of the ``state_dict``,
     and ``flow.initialized.fill_(False)`` asks for another time.
 
+    Under ``DistributedDataParallel`` the first batch is that of all processes together, of whatever sizes: each of them
+    must come here in the same forward pass, and sets the same values.  A first batch that comes outside of its forward
+    pass is this process's own, with a warning where processes work together: broadcast the ``state_dict`` from one of
+    them if they share the training in another way, or call the layer once before wrapping.
+
     It does not happen in evaluation mode, with fewer than two events, or under ``torch.compile``, ``torch.func`` and
     tracers; there the present values count, which are those of the identity at first.  So call it once before it is
     compiled.  A dimension that is constant in the first batch keeps the scale 1.
@@ -38,7 +45,7 @@ class ActNorm(FlowTransform):
         event_shape: an ``input_dim``, or ``(channels, *space)`` such as ``(C, T)`` and ``(C, H, W)``.
 
     Raises:
-        ValueError: if the first batch is not finite.
+        ValueError: if the first batch is not finite, in any of the processes.
 
     References:
         Glow: Generative Flow with Invertible 1x1 Convolutions (Kingma & Dhariwal, 2018), section 3.1, arXiv:1807.03039.
@@ -55,14 +62,14 @@ class ActNorm(FlowTransform):
         self.register_buffer("initialized", torch.tensor(False))
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        if self.training and self._is_first(x):
-            mean, log_std = self._moments(x)
+        if self.training and (found := self._first(x)) is not None:
+            mean, log_std = found
             self._set(-mean * torch.exp(-log_std), -log_std)
         return self.loc + torch.exp(self.log_scale) * x, self._ladj(x)
 
     def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        if self.training and self._is_first(y):
-            self._set(*self._moments(y))
+        if self.training and (found := self._first(y)) is not None:
+            self._set(*found)
         return (y - self.loc) * torch.exp(-self.log_scale), -self._ladj(y)
 
     @property
@@ -81,24 +88,21 @@ class ActNorm(FlowTransform):
         places = math.prod(self.event_shape[1:])
         return (self.log_scale.sum() * places).expand(value.shape[: value.dim() - len(self.event_shape)])
 
-    def _is_first(self, value: Tensor) -> bool:
-        """Whether this is a batch to start from."""
-        if not plain_eager() or value.numel() <= self.event_shape.numel() or value.is_meta:
-            return False
-        flag = self.initialized
-        if flag.is_inference():  # it counts no versions
-            return not bool(flag)
-        # To read the flag is to wait for its device, so that is done only after it was written or replaced.
-        read = self._read
-        if read is None or read[0] is not flag or read[1] != flag._version:
-            self._read = read = (flag, flag._version, bool(flag))
-        return not read[2]
-
-    def _moments(self, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and logarithm of the standard deviation over the batch and space."""
+    def _first(self, value: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Mean and logarithm of the standard deviation, if this is a batch to start from."""
+        if not plain_eager() or value.is_meta or self._is_set():
+            return None
+        group = _group_of(self)
+        several = value.numel() > self.event_shape.numel()
+        if group is None:
+            if not several:
+                return None
+            _warn_alone()
+        # Where processes work together each must take part, whatever its own batch is.
         events = value.detach().reshape(-1, *self.event_shape).to(self.loc.dtype)
-        over = (0, *range(2, events.dim()))
-        variance, mean = (m.squeeze(0) for m in torch.var_mean(events, over, correction=0, keepdim=True))
+        count, mean, variance, largest = _moments(events, group)
+        if count < 2:
+            return None
         bad = int((~(mean.isfinite() & variance.isfinite())).sum())
         if bad:
             raise ValueError(
@@ -107,9 +111,18 @@ class ActNorm(FlowTransform):
                 "it is"
             )
         # What rounding leaves of the variance of a constant is no scale.
-        least = 4 * torch.finfo(events.dtype).eps * events.abs().amax(over, keepdim=True).squeeze(0)
-        std = variance.sqrt()
-        return mean, torch.where(std > least, std, 1).log()
+        std, least = variance.sqrt(), 4 * torch.finfo(events.dtype).eps * largest
+        return mean.view_as(self.loc), torch.where(std > least, std, 1).log().view_as(self.loc)
+
+    def _is_set(self) -> bool:
+        flag = self.initialized
+        if flag.is_inference():  # it counts no versions
+            return bool(flag)
+        # To read the flag is to wait for its device, so that is done only after it was written or replaced.
+        read = self._read
+        if read is None or read[0] is not flag or read[1] != flag._version:
+            self._read = read = (flag, flag._version, bool(flag))
+        return read[2]
 
     def _set(self, loc: Tensor, log_scale: Tensor) -> None:
         with torch.no_grad():
@@ -121,3 +134,46 @@ class ActNorm(FlowTransform):
         state = super().__getstate__()
         state.pop("_read", None)  # a copy counts its versions anew
         return state
+
+
+def _moments(events: Tensor, group: distributed.ProcessGroup | None) -> tuple[int, Tensor, Tensor, Tensor]:
+    """How many events there are in all processes; mean, variance and largest size of each dimension or channel."""
+    count, channels = events.shape[:2]
+    flat = events.movedim(1, 0).reshape(channels, -1)
+    if count:
+        variance, mean = torch.var_mean(flat, 1, correction=0)
+        own = torch.stack([mean, variance, flat.abs().amax(1)])
+    else:
+        own = flat.new_zeros(3, channels)
+    if group is None:
+        return count, *own
+    told = torch.cat([own.flatten(), own.new_tensor([count])])
+    told = told.to(torch.promote_types(told.dtype, torch.float))  # half precision does not count far
+    each = [torch.empty_like(told) for _ in range(distributed.get_world_size(group))]
+    distributed.all_gather(each, told, group=group)
+    found = torch.stack(each)  # the same in each process, to the last bit
+    counts, (means, variances, largest) = found[:, -1:], found[:, :-1].unflatten(1, (3, channels)).unbind(1)
+    weights = counts / counts.sum().clamp(min=1)
+    mean = (weights * means).sum(0)
+    variance = (weights * (variances + (means - mean) ** 2)).sum(0)
+    return int(counts.sum()), *(each.to(own.dtype) for each in (mean, variance, largest.amax(0)))
+
+
+def _group_of(module: nn.Module) -> distributed.ProcessGroup | None:
+    """The processes that are in the same forward pass of ``DistributedDataParallel``, if this is one."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return None
+    active = DistributedDataParallel._get_active_ddp_module()
+    if active is None or distributed.get_world_size(active.process_group) < 2:
+        return None
+    return active.process_group if any(each is module for each in active.module.modules()) else None
+
+
+def _warn_alone() -> None:
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        warnings.warn(
+            "ActNorm: the first batch came outside of DistributedDataParallel's forward pass, so it sets the layer of "
+            "this process alone; if the processes train one flow together, call it inside of that (wrap a module whose "
+            "forward gives the loss), or broadcast the state_dict from one of them now",
+            stacklevel=2,
+        )

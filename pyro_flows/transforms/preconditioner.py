@@ -33,6 +33,7 @@ class Preconditioner(FlowTransform):
     """
 
     sampling_cost = "1 product"
+    half_precision = False  # as for LULinear
     density_cost = "1 solve"
 
     def __init__(self, loc: Tensor, scale: Tensor) -> None:
@@ -53,6 +54,10 @@ class Preconditioner(FlowTransform):
         self.log_diagonal = nn.Parameter(torch.zeros_like(loc))
         # Strictly below the diagonal; the rest is never read.
         self.register_parameter("lower", nn.Parameter(torch.zeros_like(scale)) if self.full else None)
+
+    def arguments(self) -> tuple[tuple[object, ...], dict[str, object]]:
+        """What it is made of; see ``pyro_flows.recipes``."""
+        return (self.loc, self.scale), {}
 
     def _learnt(self) -> tuple[Tensor, Tensor, Tensor]:
         """Matrix (or diagonal), location, and log-determinant of the whole."""

@@ -8,7 +8,7 @@ import torch
 from torch import Size, Tensor, nn
 from torch.distributions.constraints import Constraint
 
-from pyro_flows.boundary import check_context
+from pyro_flows.boundary import check_context, check_tensor
 from pyro_flows.distributions.made.contract import Head
 from pyro_flows.distributions.made.distribution import AutoregressiveDistribution
 
@@ -60,6 +60,7 @@ class AutoregressiveModel(nn.Module):
         Args:
             rows: shape ``(rows, *event_shape)``.
         """
+        check_tensor(type(self).__name__, "a tensor of rows", rows)
         self.set_bias(self.head.bias(self.cast(rows.to(self.device)).reshape(len(rows), self.input_dim)))
         return self
 

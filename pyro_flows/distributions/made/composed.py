@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
@@ -198,6 +199,14 @@ class DistributionHead(Head):
     def code(self, value: Tensor, dims: Tensor | None = None) -> Tensor:
         return (value.sign() * value.abs().log1p() if self._counts else value).unsqueeze(-1)
 
+    def fixed_points(self) -> list[float]:
+        """As elsewhere, of families that learn the argument that a change of units is made up for by."""
+        points = super().fixed_points()
+        learnt = set(self.arguments)
+        line = math.isnan(points[0])
+        moves = {"loc", "scale"} <= learnt if line else bool({"loc", "scale", "rate"} & learnt)
+        return points if moves else [math.inf] * self.input_dim
+
     def extra_repr(self) -> str:
         return f"{self.name}, {list(self.arguments)}"
 
@@ -244,8 +253,13 @@ class MixedHead(Head):
         if input_dim != len(self.owner):
             raise ValueError(f"MixedHead: expected heads for {input_dim} dimensions, got them for {len(self.owner)}")
 
-    def _discrete_somewhere(self) -> bool:
-        return any(head._discrete_somewhere() for head in self.heads)
+    def discrete_dims(self) -> list[bool]:
+        each = [head.discrete_dims() for head in self.heads]
+        return [each[owner][own] for owner, own in zip(self.owner.tolist(), self.local.tolist(), strict=True)]
+
+    def fixed_points(self) -> list[float]:
+        each = [head.fixed_points() for head in self.heads]
+        return [each[owner][own] for owner, own in zip(self.owner.tolist(), self.local.tolist(), strict=True)]
 
     def _each(
         self, dims: Tensor | None, call: Callable[[Head, Tensor, Tensor | None], Tensor], axis: int = -1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 
 import torch
@@ -170,11 +171,26 @@ class Head(nn.Module):
     def support(self, event_shape: Size | tuple[int, ...]) -> Constraint:
         """Of one event, whose shape holds ``input_dim`` numbers."""
         if self.constraint is None:
-            return _Inside(self, len(event_shape), self._discrete_somewhere())
+            return _Inside(self, len(event_shape), any(self.discrete_dims()))
         return constraints.independent(self.constraint, len(event_shape))
 
-    def _discrete_somewhere(self) -> bool:
-        return self.discrete
+    def discrete_dims(self) -> list[bool]:
+        """Which dimensions have values of their own, with a mass each."""
+        return [self.discrete] * self.input_dim
+
+    def fixed_points(self) -> list[float]:
+        """About which point the values of each dimension may be stretched, as a standardisation does.
+
+        NaN stands for any point: a family on the whole line may be moved, too.  A number is the end of a half-line,
+        which must stay where it is.  Infinity stands for none: counts, categories, intervals, and families that are
+        not the same any more after a change of units.
+        """
+        support = self.constraint
+        known = support is not None and not (self.discrete or support.is_discrete)
+        if known and (support is constraints.real or isinstance(support, type(constraints.real))):
+            return [math.nan] * self.input_dim
+        ends = [getattr(support, name) for name in ("lower_bound", "upper_bound") if known and hasattr(support, name)]
+        return [float(ends[0]) if len(ends) == 1 else math.inf] * self.input_dim
 
     def check(self, value: Tensor) -> None:
         """Raises a worded error for a value, shape ``(*, input_dim)``, that is not in the support.

@@ -13,7 +13,7 @@ from torch import Size, Tensor, nn
 from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
 
-from pyro_flows.boundary import wrong_event
+from pyro_flows.boundary import check_tensor, wrong_event
 from pyro_flows.tracing import plain_eager
 
 __all__ = ["AutoregressiveDistribution"]
@@ -72,6 +72,7 @@ class AutoregressiveDistribution(TorchDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-density or log-mass in nats, shape ``(*sample, *batch)``."""
         value, marks = extract_provenance(value)
+        check_tensor(type(self.model).__name__, "a tensor", value)
         cut = value.dim() - len(self.event_shape)
         if cut < 0 or value.shape[cut:] != self.event_shape:
             raise ValueError(wrong_event(self.model, value.shape, self.event_shape))

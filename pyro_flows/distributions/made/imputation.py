@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Size, Tensor
 
+from pyro_flows.boundary import check_tensor
 from pyro_flows.distributions.made.members import Member
 
 if TYPE_CHECKING:
@@ -63,6 +64,8 @@ def split_log_prob(
 
 def check_observed(made: MADE, value: Tensor, observed: Tensor) -> None:
     """Worded errors for a mask of another kind or shape, or one that leaves nothing to do."""
+    check_tensor("MADE", "values as a tensor", value)
+    check_tensor("MADE", "observed as a boolean tensor", observed)
     if observed.dtype != torch.bool:
         raise TypeError(f"MADE: expected observed to be boolean, got {observed.dtype}; use observed.bool()")
     try:

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from pyro_flows.distributions import MADE, ConvMADE, Dequantized, Flow
 from pyro_flows.infer.compression.conditionals import Conditionals, NetworkConditionals
-from pyro_flows.infer.compression.container import DTYPES, Header, pack, unpack
+from pyro_flows.infer.compression.container import DTYPES, MOST_ROWS, Header, corrupt, pack, unpack
 from pyro_flows.infer.compression.decisions import Piece, Reader, even, write
 from pyro_flows.infer.compression.triangular import FlowConditionals
 
 __all__ = ["Codec"]
 
 _ROOM = 2**25  # numbers that a pass may hold
-_MOST_ROWS = 512
+_MOST_ROWS = MOST_ROWS
 
 
 class Codec:
@@ -151,6 +151,8 @@ class Codec:
                 "Codec: expected data that this model has encoded, got those of another; parameters, levels and order "
                 "must be the same to the last digit"
             )
+        if header.rows > max(1, _ROOM // self._model.numbers):
+            raise corrupt("their pieces have more rows than are written at once")
         batch = torch.Size(header.batch)
         contexts = self._contexts(context, batch)
         if header.context != _context_sum(contexts):
@@ -164,7 +166,10 @@ class Codec:
                 "Codec: the file is whole, but what was decoded is not what was encoded: the model's probabilities "
                 "here differ from those of the encoder by more than 2 ** -36, as happens with very large weights"
             )
-        return rows.to(header.dtype).view(*batch, *self._model.event_shape)
+        made = rows.to(header.dtype)
+        if not torch.equal(made.long(), rows):
+            raise corrupt(f"they say that the numbers are {header.dtype}, which cannot hold them")
+        return made.view(*batch, *self._model.event_shape)
 
     def _reads(self, piece: Piece, rows: Tensor, context: Tensor | None) -> bool:
         try:

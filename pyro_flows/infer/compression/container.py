@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 import zlib
 from collections.abc import Sequence
@@ -12,12 +13,13 @@ import torch
 
 from pyro_flows.infer.compression.decisions import Piece
 
-__all__ = ["DTYPES", "Header", "pack", "unpack"]
+__all__ = ["DTYPES", "MOST_ROWS", "Header", "corrupt", "pack", "unpack"]
 
 MAGIC, VERSION = b"PFZ", 1
 DTYPES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _START = struct.Struct("<3sBB8sI")  # magic, version, dtype, model, data
-_LARGEST = 2**56
+MOST_ROWS = 512  # in a piece
+_LARGEST = 2**40  # of all numbers in a file, and of all their sums and products
 
 
 class Header(NamedTuple):
@@ -58,7 +60,7 @@ class _Bytes:
 
     def take(self, size: int) -> bytes:
         if size > len(self.data) - self.at:
-            raise _corrupt("it ends too early")
+            raise corrupt("it ends too early")
         self.at += size
         return self.data[self.at - size : self.at]
 
@@ -67,14 +69,15 @@ class _Bytes:
         while True:
             byte = self.take(1)[0]
             value |= (byte & 127) << shift
+            if value > _LARGEST:
+                raise corrupt("a number in it is too large")
             if byte < 128:
                 return value
             shift += 7
-            if value > _LARGEST:
-                raise _corrupt("a number in it is too large")
 
 
-def _corrupt(why: str) -> ValueError:
+def corrupt(why: str) -> ValueError:
+    """What to raise for a file that cannot be what was written."""
     return ValueError(f"Codec: the data are corrupt or truncated: {why}; nothing was decoded")
 
 
@@ -112,27 +115,37 @@ def unpack(data: bytes) -> tuple[Header, list[tuple[Piece, bool]]]:
             "or are corrupt"
         )
     if len(data) < _START.size + 4 or struct.unpack("<I", data[-4:])[0] != zlib.crc32(data[:-4]):
-        raise _corrupt("their check sum is wrong")
+        raise corrupt("their check sum is wrong")
     rest = _Bytes(data[:-4])
     _, _, code, model, sum_ = _START.unpack(rest.take(_START.size))
     if code >= len(DTYPES):
-        raise _corrupt("they are of no known dtype")
-    context = struct.unpack("<I", rest.take(4))[0] if rest.take(1) == b"\1" else None
+        raise corrupt("they are of no known dtype")
+    flag = rest.take(1)[0]
+    if flag > 1:
+        raise corrupt("they say neither that there is a context nor that there is none")
+    context = struct.unpack("<I", rest.take(4))[0] if flag else None
     dims = rest.number()
     if dims > 64:
-        raise _corrupt("they have too many dimensions")
+        raise corrupt("they have too many dimensions")
     batch = tuple(rest.number() for _ in range(dims))
+    if math.prod(max(size, 1) for size in batch) > _LARGEST:
+        raise corrupt("their shape is too large")
     header = Header(DTYPES[code], model, sum_, context, batch, rest.number())
     pieces = []
     while rest.at < len(rest.data):
         size, plain = divmod(rest.number(), 2)
         noted = rest.number()
-        if noted > len(data):
-            raise _corrupt("a number in it is too large")
-        codes = np.array([rest.number() for _ in range(noted)], dtype=np.int64)
+        places, odd, last = [], [], 0
+        for _ in range(noted):  # each takes a byte at least
+            gap, parity = divmod(rest.number(), 2)
+            last += gap
+            if last > _LARGEST:
+                raise corrupt("a number in it is too large")
+            places.append(last)
+            odd.append(parity == 1)
         words = np.frombuffer(rest.take(4 * size), dtype="<u4")
-        pieces.append((Piece(words, np.cumsum(codes // 2), codes % 2 == 1), bool(plain)))
-    total = int(np.prod(batch, dtype=object)) if batch else 1
-    if header.rows < 1 or len(pieces) != -(-total // header.rows):
-        raise _corrupt("it has another number of pieces than its shape asks for")
+        pieces.append((Piece(words, np.array(places, np.int64), np.array(odd, bool)), bool(plain)))
+    # Each piece takes some bytes, so that the file's length bounds the rows, and all that is made of them.
+    if not 1 <= header.rows <= MOST_ROWS or len(pieces) != -(-math.prod(batch) // header.rows):
+        raise corrupt("they have another number of pieces than their shape asks for")
     return header, pieces

@@ -3,43 +3,90 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import warnings
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pyro_flows.infer.files import check_path, read_state, refuse_others, remove_leftovers, write_state
+
 __all__ = [
+    "COLUMNS",
+    "KIND",
+    "REMEDY",
+    "Keeper",
     "architecture_of",
     "checksum",
+    "layout_of",
     "own_randomness",
     "random_state",
     "read",
     "refuse_other",
     "set_random",
-    "write",
 ]
 
-_FORMAT = 1
+COLUMNS = ("epoch", "step", "train", "validation", "lr", "seconds")  # of a history
+
+KIND, VERSION = "checkpoint of fit_density", 2
+REMEDY = "delete it, or give another path as checkpoint"
+PARTS = {
+    **dict.fromkeys(("architecture", "data"), dict),
+    "settings": {"seed": int},
+    "units": {name: (Tensor, type(None)) for name in ("loc", "scale", "context_loc", "context_scale")},
+    "training": {
+        **dict.fromkeys(("flow", "best_state", "optimizer", "schedule"), dict),
+        "history": dict.fromkeys(COLUMNS, list),
+        "averages": list,
+        **dict.fromkeys(("spent", "best"), float),
+        **dict.fromkeys(("epoch", "step", "best_epoch"), int),
+        "stopped": (str, type(None)),
+    },
+    "random": {"cpu": Tensor, "shuffle": Tensor},
+}
 
 
-def write(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
-    """Saves a checkpoint: the file is the old one or the new one at any time, whatever happens meanwhile."""
-    path = Path(path)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save({"format": _FORMAT, **content}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+class Keeper:
+    """Keeps a copy of all that a resumed fit needs, as it was when an epoch ended, and writes that.
+
+    Args:
+        path: of the file; ``None`` to do nothing.
+        content: makes the copy.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None, content: Callable[[], Mapping[str, Any]]) -> None:
+        self.path, self.content = path, content
+        self._kept: Mapping[str, Any] | None = None
+
+    def keep(self) -> None:
+        """Takes a copy."""
+        if self.path is not None:
+            self._kept = self.content()
+
+    def write(self) -> None:
+        """Writes the last copy if that was not done before.
+
+        Raises:
+            OSError: if that is impossible; the file that was there is unchanged.
+        """
+        if self._kept is None:
+            return
+        try:
+            write_state(self.path, self._kept, kind=KIND, version=VERSION)
+        except OSError:
+            self._kept = None  # it is in vain to try that again on the way out
+            raise
+        self._kept = None
+
+    def leave(self) -> None:
+        """Writes on the way out, where an error must not take the place of what is under way."""
+        try:
+            self.write()
+        except (OSError, ValueError, TypeError) as error:
+            warnings.warn(f"fit_density: {error}", RuntimeWarning, stacklevel=2)
 
 
 def read(path: str | os.PathLike[str] | None) -> dict[str, Any] | None:
@@ -50,38 +97,36 @@ def read(path: str | os.PathLike[str] | None) -> dict[str, Any] | None:
     """
     if path is None:
         return None
-    path = Path(path)
-    if path.is_dir() or not path.parent.is_dir():
-        raise ValueError(f"fit_density: expected checkpoint to be a file in a folder that exists, got {str(path)!r}")
-    if not path.exists():
+    check_path(path)
+    remove_leftovers(path)
+    if not os.path.exists(path):
         return None
-    remedy = "delete it, or give another path as checkpoint"
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged file does to an unpickler
-        raise ValueError(
-            f"fit_density: the checkpoint {str(path)!r} cannot be read ({type(error).__name__}); {remedy}"
-        ) from error
-    if not isinstance(content, dict) or content.get("format") != _FORMAT:
-        raise ValueError(f"fit_density: {str(path)!r} is no checkpoint of this function; {remedy}")
+    content = read_state(path, kind=KIND, version=VERSION, remedy=REMEDY, parts=PARTS)
+    with refuse_others(path, kind=KIND, remedy=REMEDY):
+        lengths = {len(content["training"]["history"][name]) for name in COLUMNS}
+        if lengths != {content["training"]["epoch"]}:
+            raise ValueError(f"a history of {sorted(lengths)} epochs in place of {content['training']['epoch']}")
     return content
 
 
-def refuse_other(path: str | os.PathLike[str], then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def refuse_other(
+    path: str | os.PathLike[str], then: Mapping[str, Any], now: Mapping[str, Any], name: str = "fit_density"
+) -> None:
     """Raises a ``ValueError`` that says in what the checkpoint's fit and this one differ.
 
     Args:
         path: of the checkpoint, for the message.
         then: what :func:`architecture_of` and the like gave when it was written, each a mapping by topic.
         now: the same for this fit.
+        name: of the function, for the message.
     """
     for topic, expected in now.items():
         known = then.get(topic, {})
-        for name in [*expected, *(name for name in known if name not in expected)]:
-            if known.get(name) != expected.get(name):
+        for part in [*expected, *(part for part in known if part not in expected)]:
+            if known.get(part) != expected.get(part):
                 raise ValueError(
-                    f"fit_density: the checkpoint {str(path)!r} belongs to a fit of another {topic}: {name} is "
-                    f"{_word(known, name)} there and {_word(expected, name)} here; make them agree to go on, or delete "
+                    f"{name}: the checkpoint {str(path)!r} belongs to a fit of another {topic}: {part} is "
+                    f"{_word(known, part)} there and {_word(expected, part)} here; make them agree to go on, or delete "
                     "the file or give another path to start anew"
                 )
 
@@ -92,11 +137,12 @@ def _word(mapping: Mapping[str, Any], name: str) -> str:
 
 def architecture_of(module: nn.Module) -> dict[str, str]:
     """Names, shapes and dtypes of what a module saves."""
-    return {
-        name: f"{tuple(value.shape)} {value.dtype}"
-        for name, value in module.state_dict().items()
-        if isinstance(value, Tensor)
-    }
+    return layout_of({name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)})
+
+
+def layout_of(values: Mapping[str, Tensor | None]) -> dict[str, str]:
+    """Names, shapes and dtypes."""
+    return {name: "none" if value is None else f"{tuple(value.shape)} {value.dtype}" for name, value in values.items()}
 
 
 def checksum(value: Tensor | None) -> str:

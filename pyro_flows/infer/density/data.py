@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,8 +12,10 @@ from torch import Size, Tensor, nn
 from torch.utils.data import DataLoader
 
 from pyro_flows.distributions import Flow
+from pyro_flows.infer.density.arrays import name_rows, to_tensor
+from pyro_flows.infer.density.precision import Precision
 
-__all__ = ["Batch", "Expected", "Loader", "Rows", "Source", "admit_rows", "expected_by", "name_rows"]
+__all__ = ["Batch", "Expected", "Loader", "Rows", "Source", "admit_rows", "expected_by"]
 
 Batch = tuple[Tensor, Tensor | None, Tensor | None]
 """Values, contexts, and the numbers that the rows had in what was given (``None`` from a loader)."""
@@ -59,11 +61,13 @@ class Rows:
         value: shape ``(rows, *event_shape)``.
         context: shape ``(rows, context_dim)``, or ``None``.
         index: the numbers that the rows had in what was given, on the CPU.
+        precision: what the conversion to the flow's dtype did to values and contexts, where it was looked at.
     """
 
     value: Tensor
     context: Tensor | None
     index: Tensor
+    precision: tuple[Precision, Precision] = field(default_factory=lambda: (Precision(), Precision()))
 
     def __len__(self) -> int:
         return len(self.value)
@@ -114,6 +118,7 @@ class Loader:
     def __init__(self, loader: DataLoader, expected: Expected, what: str) -> None:
         self.loader, self.expected, self.what = loader, expected, what
         self.rows = self.count = 0
+        self.precision = (Precision(), Precision())
 
     def __len__(self) -> int:
         return self.rows
@@ -126,8 +131,8 @@ class Loader:
         """One pass, as the loader gives it."""
         for batch in self.loader:
             value, context = self._unpack(batch)
-            value = _values(value, self.expected, self.what)
-            yield value, _contexts(context, value, self.expected, self.what, self.what), None
+            value = _values(value, self.expected, self.what, self.precision[0])
+            yield value, _contexts(context, value, self.expected, self.what, self.what, self.precision[1]), None
 
     def chunks(self, size: int) -> Iterator[Batch]:
         """One pass, as the loader gives it."""
@@ -162,42 +167,27 @@ Source = Rows | Loader
 
 def admit_rows(given: Any, context: Any, expected: Expected, what: str, what_context: str) -> Rows:
     """Values and contexts given whole, checked, in the flow's dtype and on its device."""
-    value = _values(given, expected, what)
+    precision = (Precision(), Precision())
+    value = _values(given, expected, what, precision[0])
     if not len(value):
         raise ValueError(f"fit_density: {what} is empty, shape {tuple(value.shape)}; expected at least one row")
     _refuse_nonfinite(value, what)
-    context = _contexts(context, value, expected, what, what_context)
+    context = _contexts(context, value, expected, what, what_context, precision[1])
     if context is not None:
         _refuse_nonfinite(context, what_context)
-    return Rows(value, context, torch.arange(len(value)))
+    return Rows(value, context, torch.arange(len(value)), precision)
 
 
-def name_rows(rows: Tensor) -> str:
-    """The first few of these row numbers, in words."""
-    first = ", ".join(str(int(row)) for row in rows[:5])
-    return f"row{'s' if len(rows) > 1 else ''} {first}{', …' if len(rows) > 5 else ''}"
+def _tensor(given: Any, what: str, expected: Expected, precision: Precision) -> Tensor:
+    made = to_tensor(given, "fit_density", what, "to be a tensor, a NumPy array of numbers or a DataLoader")
+    whole = not made.is_floating_point() and not expected.continuous
+    converted = made.to(device=expected.device, dtype=made.dtype if whole else expected.dtype)
+    precision.add(made, converted)
+    return converted
 
 
-def _tensor(given: Any, what: str, expected: Expected, keep_integers: bool) -> Tensor:
-    if not isinstance(given, Tensor):
-        array = np.asarray(given) if hasattr(given, "__array__") or isinstance(given, (list, tuple)) else None
-        if array is None or array.dtype.kind not in "fiub":
-            kind = type(given).__name__ if array is None else f"{type(given).__name__} of dtype {array.dtype}"
-            hint = "; a Dataset goes in a DataLoader" if isinstance(given, torch.utils.data.Dataset) else ""
-            raise TypeError(
-                f"fit_density: expected {what} to be a tensor, a NumPy array of numbers or a DataLoader, "
-                f"got {kind}{hint}"
-            )
-        # Byte orders and strides that torch does not know are gone after a copy.
-        given = torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("="), order="C"))
-    if given.is_complex():
-        raise TypeError(f"fit_density: expected {what} to be real numbers, got {given.dtype}")
-    whole = not given.is_floating_point() and keep_integers
-    return given.detach().to(device=expected.device, dtype=given.dtype if whole else expected.dtype)
-
-
-def _values(given: Any, expected: Expected, what: str) -> Tensor:
-    value = _tensor(given, what, expected, not expected.continuous)
+def _values(given: Any, expected: Expected, what: str, precision: Precision) -> Tensor:
+    value = _tensor(given, what, expected, precision)
     event = expected.event_shape
     if event is not None and value.dim() == 1 and event == (1,):
         value = value.unsqueeze(-1)
@@ -208,7 +198,9 @@ def _values(given: Any, expected: Expected, what: str) -> Tensor:
     return value
 
 
-def _contexts(given: Any, value: Tensor, expected: Expected, what: str, what_context: str) -> Tensor | None:
+def _contexts(
+    given: Any, value: Tensor, expected: Expected, what: str, what_context: str, precision: Precision
+) -> Tensor | None:
     size = expected.context_dim
     if given is None:
         if size:
@@ -222,7 +214,7 @@ def _contexts(given: Any, value: Tensor, expected: Expected, what: str, what_con
             f"fit_density: this flow was built with context_dim=0, but contexts came with {what}: leave them out, or "
             "build the flow with context_dim"
         )
-    context = _tensor(given, what_context, expected, not expected.continuous)
+    context = _tensor(given, what_context, expected, precision)
     if context.dim() == 1 and size == 1:
         context = context.unsqueeze(-1)
     if context.dim() == 0 or len(context) != len(value):

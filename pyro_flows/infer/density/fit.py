@@ -27,6 +27,8 @@ from pyro_flows.infer.density.schedule import Schedule
 from pyro_flows.infer.density.settings import Settings
 from pyro_flows.infer.density.training import Training
 from pyro_flows.infer.density.units import in_units, is_plain_flow
+from pyro_flows.infer.files import refuse_others
+from pyro_flows.infer.interrupts import carrying, interrupts_held_back
 
 __all__ = ["DensityFit", "fit_density"]
 
@@ -45,7 +47,8 @@ class DensityFit:
         best_epoch: the epoch whose state the flow is left in.
         validation: mean log-likelihood of the validation rows in that state, in nats per row and in the units of the
             data; NaN without validation rows.
-        stopped: why it ended: ``"patience"``, ``"max_epochs"``, ``"max_steps"`` or ``"seconds"``.
+        stopped: why it ended: ``"patience"``, ``"max_epochs"``, ``"max_steps"`` or ``"seconds"``; ``"interrupted"`` for
+            a result that an exception carries.
         objective: what was trained by, ``"likelihood"`` or ``"flow_matching"``.
 
     With flow matching, ``train`` and ``validation`` in the history are the negative matching loss: minus the mean
@@ -118,9 +121,18 @@ def fit_density(
     """Fits a density to data by maximum likelihood or flow matching, stopped early by held-out rows.
 
     The flow is trained in place: it stays the same object with the same parameters, those frozen stay frozen, and it is
-    left in evaluation mode in the state that scored best.  So it is after an error or an interruption, too.  Data are
-    standardised on the way: what comes in other units than the flow's own is in ``DensityFit.model``, which ends in a
-    :class:`~pyro_flows.transforms.elementwise.Standardization`, and in ``DensityFit.distribution``.
+    left in evaluation mode, without gradients, in the state that scored best.  So it is after an error or an
+    interruption, too.  Data are standardised on the way: what comes in other units than the flow's own is in
+    ``DensityFit.model``, which ends in a :class:`~pyro_flows.transforms.elementwise.Standardization`, and in
+    ``DensityFit.distribution``.
+
+    Ctrl-C raises ``KeyboardInterrupt`` as anywhere else.  The exception, as any other that ends the training, carries
+    the :class:`DensityFit` so far as its attribute ``fit``, which is ``None`` before the end of the first epoch::
+
+        try:
+            fit = fit_density(flow, data, checkpoint="fit.pt")
+        except KeyboardInterrupt as stop:
+            fit = stop.fit
 
     A step costs one pass in the density direction and its gradient; an epoch, one such pass over all validation rows.
     With flow matching it is one evaluation of the field and its gradient instead, without a solve, and there is one
@@ -164,6 +176,8 @@ def fit_density(
         optimizer: in place of AdamW: a torch optimiser over the flow's parameters, or what makes one of parameters;
             its own learning rates are the first ones.
         checkpoint: a file to save to, and to resume from if it is there; a resumed run equals one that never stopped.
+            The file is replaced as a whole, its check sum is verified, and nothing in it is run.  An interruption
+            saves the state at the end of the last whole epoch.  It costs a copy of the state at each epoch.
         checkpoint_every: in epochs; it is saved at the end as well.
         seed: of the random split and the order of rows, and inside the fit of torch's global generators, which are left
             as they were found; ``None`` to draw it from the global one.
@@ -177,10 +191,11 @@ def fit_density(
 
     Raises:
         ValueError: for data that do not fit or whose likelihood has no bound (constant or dependent columns), rows
-            outside of the support, settings out of range, a checkpoint of another fit, or a flow that flow matching
-            cannot train.
+            outside of the support, settings out of range, a checkpoint that is damaged or of another fit, or a flow
+            that flow matching cannot train.
         TypeError: for objects of other kinds.
         FloatingPointError: if a score or gradient is not finite; says in which rows and which layer it began.
+        OSError: if the checkpoint cannot be written, e.g. because the disk is full; the old one is unchanged.
 
     References:
         Masked Autoregressive Flow for Density Estimation (Papamakarios et al., 2017), section 4, arXiv:1705.07057.
@@ -218,7 +233,8 @@ def fit_density(
     optimizer = _as_optimizer(optimizer, flow, parameters, settings)
     given = (data, context, validation, validation_context)
     device = expected_by(flow).device
-    with files.own_randomness(device, seed):
+    so_far: list[Callable[[], DensityFit | None]] = []
+    with carrying(so_far), files.own_randomness(device, seed):
         generator = torch.Generator().manual_seed(seed)
         start = prepare(flow, given, settings, generator, stacklevel=2)
         size = settings.batch_size_for(len(start.train)) if isinstance(start.train, Rows) else 0
@@ -230,7 +246,8 @@ def fit_density(
         }
         units = start.units
         if known is not None:
-            files.refuse_other(checkpoint, known, identity)
+            then, now = ({"units": files.layout_of(each)} for each in (known["units"], units))
+            files.refuse_other(checkpoint, {**known, **then}, {**identity, **now})
             units = start.known_units(known["units"], checkpoint)
         model = in_units(flow, units, standardize)
         held_out = 0 if start.validation is None else len(start.validation)
@@ -248,22 +265,49 @@ def fit_density(
             generator,
         )
         if known is not None:
-            training.load_state_dict(known["training"])
-            files.set_random(known["random"], device, shuffle=generator, **start.generators)
+            _resume(training, known, checkpoint, device, shuffle=generator, **start.generators)
 
-        def save() -> None:
-            if checkpoint is not None:
-                random = files.random_state(device, shuffle=generator, **start.generators)
-                content = {**identity, "units": units, "training": training.state_dict(), "random": random}
-                files.write(checkpoint, content)
+        def content() -> dict[str, Any]:
+            random = files.random_state(device, shuffle=generator, **start.generators)
+            return {**identity, "units": units, "training": training.state_dict(), "random": random}
 
+        def result() -> DensityFit:
+            return DensityFit(
+                flow,
+                model,
+                training.history,
+                training.best_epoch,
+                math.nan if matching is not None else training.history["validation"][training.best_epoch - 1],
+                training.stopped or "interrupted",
+                "likelihood" if matching is None else "flow_matching",
+            )
+
+        so_far.append(lambda: result() if training.best_epoch else None)
         with tqdm(total=plan.total_steps, initial=training.step, disable=not progress, unit="step") as bar:
-            training.run(bar, save)
-        score = training.history["validation"][training.best_epoch - 1]
+            training.run(bar, files.Keeper(checkpoint, content))
+        fit = result()
         if matching is not None:
-            score = _likelihood(model, start)
-    name = "likelihood" if matching is None else "flow_matching"
-    return DensityFit(flow, model, training.history, training.best_epoch, score, training.stopped, name)
+            fit.validation = _likelihood(model, start)
+    return fit
+
+
+def _resume(
+    training: Training,
+    known: dict[str, Any],
+    path: str | os.PathLike[str],
+    device: torch.device,
+    **generators: torch.Generator | None,
+) -> None:
+    """Goes on from a checkpoint; one that does not fit leaves the flow as it was."""
+    with interrupts_held_back():
+        before = training.best_state
+        try:
+            with refuse_others(path, kind=files.KIND, remedy=files.REMEDY):
+                training.load_state_dict(known["training"])
+                files.set_random(known["random"], device, **generators)
+        except ValueError:
+            training.flow.load_state_dict(before)
+            raise
 
 
 def _likelihood(model: nn.Module, start: Prepared) -> float:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import os
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from pyro_flows.infer.density.checkpoint import checksum
-from pyro_flows.infer.density.checks import Survey, reals_of
+from pyro_flows.infer.density.checks import Survey, reals_of, refuse_outside
 from pyro_flows.infer.density.data import Expected, Loader, Rows, Source, admit_rows, expected_by
 from pyro_flows.infer.density.settings import HELD_OUT_AT_MOST, Settings
-from pyro_flows.infer.density.units import Units, angles_behind, is_plain_flow, over_time, pull_back, split_chain
+from pyro_flows.infer.density.units import Units, ends_of, is_plain_flow, over_time, pull_back, split_chain
 
 __all__ = ["Prepared", "prepare"]
 
@@ -74,7 +75,13 @@ def prepare(
     """
     data, context, validation, validation_context = given
     expected = expected_by(flow)
+    if expected.dtype.itemsize < 4:
+        raise ValueError(
+            f"fit_density: the flow's parameters are {expected.dtype}, which loses small steps; call flow.float() "
+            f"first, and flow.to({expected.dtype}) when it is trained"
+        )
     train = _admit(flow, data, context, expected, "data", "context")
+    precision = train.precision
     held_out: Source | None = None
     if validation is not None:
         held_out = _admit(flow, validation, validation_context, expected, "validation", "validation_context")
@@ -86,24 +93,65 @@ def prepare(
     if held_out is None and isinstance(train, Rows) and settings.validation_fraction:
         train, held_out = train.split(settings.validation_fraction, HELD_OUT_AT_MOST, generator)
     values, contexts = Survey(), Survey()
-    front, back = split_chain(flow.chain) if is_plain_flow(flow) else ([], [])
+    plain, ends = is_plain_flow(flow), ends_of(flow)
+    front, back = split_chain(flow.chain) if plain else ([], [])
     real = train.value if isinstance(train, Rows) else None
     if isinstance(train, Loader):
         _first_pass(flow, train, values, contexts)
         identity["data"] = f"{len(train)} rows in {train.count} batches"
-    elif expected.continuous or settings.standardize:
-        real = pull_back(back, train.value)
-        values.add(real)
+    elif expected.continuous or ends is not None or settings.standardize:
+        real = pull_back(back, train.value)[0]
+        values.add(real, train.value)
         if train.context is not None:
             contexts.add(train.context)
+    coarse = [
+        each.told(what) if each.merged() else "" for each, what in zip(precision, ("data", "context"), strict=True)
+    ]
     if expected.continuous:
-        values.refuse_degenerate(real, stacklevel + 1)
+        values.refuse_degenerate(real, coarse[0])
+    for told in filter(None, coarse):
+        warnings.warn(f"fit_density: {told}", UserWarning, stacklevel=stacklevel + 1)
+    if expected.continuous or ends is not None:
+        looked_at = torch.ones(flow.event_shape, dtype=torch.bool) if expected.continuous else ~_discrete(flow)
+        for column in precision[0].merged():
+            looked_at.view(-1)[column] = False  # said already
+        values.warn_of_repeats(train.value if isinstance(train, Rows) else None, looked_at, stacklevel + 1)
     units: Units = dict.fromkeys(("loc", "scale", "context_loc", "context_scale"))
     if values.rows and settings.standardize is not False:
-        units["loc"], units["scale"] = values.loc_and_scale(angles_behind(front), over_time(front))
+        units["loc"], units["scale"] = values.loc_and_scale(ends, over_time(front))
         if contexts.rows:
             units["context_loc"], units["context_scale"] = contexts.loc_and_scale()
+        if ends is not None:
+            _warn_of_units(flow, ends, values, contexts, bool(settings.standardize), stacklevel + 1)
     return Prepared(train, held_out, units, identity)
+
+
+def _discrete(flow: nn.Module) -> Tensor:
+    return torch.tensor(flow.head.discrete_dims()).reshape(flow.event_shape)
+
+
+def _warn_of_units(flow: nn.Module, ends: Tensor, values: Survey, contexts: Survey, wanted: bool, level: int) -> None:
+    """Warns of columns that stay in their own units though these are far from those that training starts with."""
+    if is_plain_flow(flow):
+        if not ends.isinf().any():
+            return
+        with torch.no_grad():
+            start = flow.base().sample((256,)).cpu().double().reshape(256, -1)
+        # Parts may permute dimensions, so each is compared with all of the base.
+        scale = start.std(0)
+        loc, scale = start.mean(), (scale.amin() * scale.amax()).sqrt()
+        remedy = "give them in units in which they are of the order of 1, angles in radians; or say standardize=False"
+        values.warn_of_units(ends.isinf(), (loc, scale), "data", remedy, level + 1)
+        return
+    start = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
+    remedy = "give them in units in which they are of the order of 1, angles in radians"
+    values.warn_of_units(ends.isinf() & ~_discrete(flow), start, "data", remedy, level + 1)
+    if not wanted:
+        remedy = "say standardize=True, after which fit.model scores and draws in the units of the data"
+        values.warn_of_units(~ends.isinf(), start, "data", remedy, level + 1)
+        if contexts.rows:
+            every = torch.ones(contexts.mean.shape, dtype=torch.bool)
+            contexts.warn_of_units(every, start, "context", remedy, level + 1)
 
 
 def _admit(flow: nn.Module, given: Any, context: Any, expected: Expected, what: str, what_context: str) -> Source:
@@ -111,6 +159,8 @@ def _admit(flow: nn.Module, given: Any, context: Any, expected: Expected, what: 
         rows = admit_rows(given, context, expected, what, what_context)
         if is_plain_flow(flow):
             reals_of(flow, rows.value, what)
+        elif ends_of(flow) is not None:
+            refuse_outside(flow.head, rows.value, what)
         return rows
     if context is not None:
         raise ValueError(
@@ -123,8 +173,11 @@ def _admit(flow: nn.Module, given: Any, context: Any, expected: Expected, what: 
 
 
 def _first_pass(flow: nn.Module, loader: Loader, values: Survey, contexts: Survey) -> None:
+    what = f"a batch of {loader.what}"
     for value, context in loader.survey():
-        values.add(reals_of(flow, value, f"a batch of {loader.what}") if is_plain_flow(flow) else value)
+        if not is_plain_flow(flow) and ends_of(flow) is not None:
+            refuse_outside(flow.head, value, what)
+        values.add(reals_of(flow, value, what) if is_plain_flow(flow) else value, value)
         if context is not None:
             contexts.add(context)
 

@@ -62,6 +62,13 @@ class Schedule:
         return asdict(self)
 
     def load_state_dict(self, state: dict[str, float | int | str]) -> None:
-        """What :meth:`state_dict` gave."""
+        """What :meth:`state_dict` gave.
+
+        Raises:
+            ValueError: for other names or types.
+        """
+        expected = {name: type(value) for name, value in asdict(self).items()}
+        if {name: type(value) for name, value in state.items()} != expected:
+            raise ValueError(f"a schedule of {sorted(state)} with other names or types than {sorted(expected)}")
         for name, value in state.items():
             setattr(self, name, value)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,16 +13,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from pyro_flows.infer.density.checkpoint import COLUMNS, Keeper
 from pyro_flows.infer.density.data import Batch, Source
 from pyro_flows.infer.density.objective import Objective, mean_score
 from pyro_flows.infer.density.schedule import Schedule
 from pyro_flows.infer.density.settings import Plan, Settings
 from pyro_flows.infer.density.trouble import bad_gradient, bad_score
+from pyro_flows.infer.interrupts import interrupts_held_back
 from pyro_flows.transforms.continuous import collect_penalties
 
 __all__ = ["Training"]
 
-_COLUMNS = ("epoch", "step", "train", "validation", "lr", "seconds")
 _COUNTERS = ("epoch", "step", "best", "best_epoch", "stopped")
 
 
@@ -53,7 +54,7 @@ class Training:
     plan: Plan
     settings: Settings
     generator: torch.Generator
-    history: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in _COLUMNS})
+    history: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in COLUMNS})
     epoch: int = 0
     step: int = 0
     best: float = -math.inf
@@ -68,19 +69,42 @@ class Training:
         self._spent, self._since = 0.0, time.monotonic()
         self.best_state = self._snapshot()  # what to fall back on where not even the first epoch ends well
 
-    def run(self, bar: Any, save: Callable[[], None]) -> None:
-        """Trains until something says stop; leaves the flow in evaluation mode, in the best state known."""
+    def run(self, bar: Any, keeper: Keeper) -> None:
+        """Trains until something says stop; leaves the flow in evaluation mode, in the best state known.
+
+        An interruption (``KeyboardInterrupt``, ``SystemExit``) writes the checkpoint on the way out: the state at the
+        end of the last whole epoch, from which a resumed run goes on as if it had never stopped.
+
+        Args:
+            bar: shows the progress.
+            keeper: writes checkpoints.
+        """
+        interrupted = True
         try:
+            if not self.epoch:
+                keeper.keep()
             while self.stopped is None:
                 self._train_epoch(bar)
                 self._close_epoch(bar)
+                keeper.keep()
                 if self.stopped is not None or self.epoch % self.settings.checkpoint_every == 0:
-                    save()
+                    keeper.write()
+            interrupted = False
+        except Exception:
+            interrupted = False
+            raise
         finally:
-            self.flow.load_state_dict(self.best_state)
-            self.model.eval()
-            self.flow.eval()
-            self.optimizer.zero_grad(set_to_none=True)
+            with interrupts_held_back():
+                self._settle()
+                if interrupted:
+                    keeper.leave()
+
+    def _settle(self) -> None:
+        self.flow.load_state_dict(self.best_state)
+        self.model.eval()
+        self.flow.eval()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.flow.zero_grad(set_to_none=True)
 
     @property
     def elapsed(self) -> float:
@@ -159,10 +183,11 @@ class Training:
             score = self._trained if self.validation is None else held_out
             rate = self.optimizer.param_groups[0]["lr"]
             row = (self.epoch, self.step, self._trained, held_out, float(rate), self.elapsed)
-            for column, entry in zip(_COLUMNS, row, strict=True):
-                self.history[column].append(entry)
-            if math.isfinite(score) and score > self.best:
-                self.best, self.best_epoch, self.best_state = score, self.epoch, self._snapshot()
+            with interrupts_held_back():  # so that the history, the best epoch and its state belong together
+                for column, entry in zip(COLUMNS, row, strict=True):
+                    self.history[column].append(entry)
+                if math.isfinite(score) and score > self.best:
+                    self.best, self.best_epoch, self.best_state = score, self.epoch, self._snapshot()
         bar.set_description(f"epoch {self.epoch}", refresh=False)
         shown = f"train {self._trained:.4f}" + ("" if self.validation is None else f", validation {held_out:.4f}")
         bar.set_postfix_str(f"{shown}, best {self.best:.4f}, lr {rate:.1e}", refresh=False)
@@ -234,28 +259,41 @@ class Training:
     # Resumption.
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs to go on as if nothing had happened, but for generators."""
-        return {
-            "flow": self.flow.state_dict(),
-            "best_state": self.best_state,
+        """A copy on the CPU of all that a resumed run needs to go on as if nothing had happened, but for generators."""
+        changing = {
+            "flow": dict(self.flow.state_dict()),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "averages": self.averages,
             "history": self.history,
-            "spent": self.elapsed,
-            **{name: getattr(self, name) for name in _COUNTERS},
         }
+        rest = {name: getattr(self, name) for name in _COUNTERS}
+        return {**_copied(changing), "best_state": self.best_state, "spent": self.elapsed, **rest}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """What :meth:`state_dict` gave; a limit that was reached then may be a higher one now."""
+        self.flow.load_state_dict(state["best_state"])  # so that one that does not fit is found now
         self.flow.load_state_dict(state["flow"])
         self.best_state, self.history = state["best_state"], state["history"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         for mean, known in zip(self.averages, state["averages"], strict=True):
+            if mean.shape != known.shape:
+                raise ValueError(f"an average of shape {tuple(known.shape)} in place of {tuple(mean.shape)}")
             mean.copy_(known)
         for name in _COUNTERS:
             setattr(self, name, state[name])
         self._spent, self._since = state["spent"], time.monotonic()
         if self.stopped != "patience":
             self.stopped = self._limit()
+
+
+def _copied(value: Any) -> Any:
+    """With tensors of its own on the CPU, so that no memory of the device is taken."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _copied(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_copied(each) for each in value] if isinstance(value, list) else tuple(map(_copied, value))
+    return value

@@ -6,7 +6,8 @@ import contextlib
 
 from torch import Tensor, nn
 
-from pyro_flows.infer.density.data import Batch, name_rows
+from pyro_flows.infer.density.arrays import name_rows
+from pyro_flows.infer.density.data import Batch
 from pyro_flows.infer.density.units import StandardizedFlow, is_plain_flow
 from pyro_flows.nonfinite import locate_nonfinite, nonfinite_output, nonfinite_state
 

@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import torch
 from torch import Size, Tensor, nn
-from torch.distributions import Distribution, constraints
+from torch.distributions import (
+    AffineTransform,
+    CatTransform,
+    ComposeTransform,
+    Distribution,
+    IndependentTransform,
+    StackTransform,
+    Transform,
+    constraints,
+)
+from torch.distributions.constraints import Constraint
 
-from pyro_flows.chain import Chain
-from pyro_flows.core import FlowTransform
+from pyro_flows.chain import Chain, Wrap, image
+from pyro_flows.core import FlowTransform, Inverse
 from pyro_flows.distributions import Flow, FlowDistribution
+from pyro_flows.distributions.made import Head
+from pyro_flows.infer.density.columns import at_bounds, is_free
 from pyro_flows.transforms import Standardization
 
 __all__ = [
@@ -16,10 +28,11 @@ __all__ = [
     "StandardizedFlow",
     "Units",
     "angles_behind",
-    "can_standardize",
+    "ends_of",
     "flat_parts",
     "in_units",
     "is_plain_flow",
+    "movable",
     "over_time",
     "pull_back",
     "split_chain",
@@ -85,6 +98,7 @@ class StandardizedDensity(nn.Module):
     ) -> None:
         super().__init__()
         self.module = module
+        self.event_shape, self.context_dim = (getattr(module, name, None) for name in ("event_shape", "context_dim"))
         self.register_buffer("loc", loc)
         self.register_buffer("scale", scale)
         self.register_buffer("context_loc", context_loc)
@@ -137,7 +151,7 @@ def standardized(
     front, back = split_chain(flow.chain)
     kin = next((t for t in (*flow.parameters(), *flow.buffers()) if t.is_floating_point()), torch.zeros(()))
     chain = flow.chain
-    if can_standardize(flow):
+    if movable(flow).any():
         shape = back[0].event_shape if back else front[-1].data_shape
         # What all times share knows nothing of how many there are.
         own = Size((shape[0], 1)) if over_time(front) else shape
@@ -160,12 +174,17 @@ def in_units(density: nn.Module, units: Units, standardize: bool | None) -> nn.M
     """A density in the units of data: ``density`` itself where nothing is to be standardised."""
     if standardize is False or units["loc"] is None:
         return density
+    ends = ends_of(density)
+    if standardize and ends is not None and ends.isinf().all() and units["context_loc"] is None:
+        if is_plain_flow(density):
+            known = f"angles or constrained ({density.chain.codomain})"
+        else:
+            known = f"discrete, within bounds, or of families that learn no location and scale ({density.head})"
+        raise ValueError(
+            f"fit_density: standardize=True, but there is nothing to standardise: this model's values are {known}; "
+            "leave it out, or say standardize=False"
+        )
     if is_plain_flow(density):
-        if standardize and not can_standardize(density):
-            raise ValueError(
-                "fit_density: standardize=True, but there is nothing to standardise: this flow's values are angles or "
-                f"constrained ({density.chain.codomain}); leave it out, or say standardize=False"
-            )
         return standardized(density, **units)
     if not standardize:
         return density
@@ -175,23 +194,49 @@ def in_units(density: nn.Module, units: Units, standardize: bool | None) -> nn.M
 
 
 def split_chain(chain: FlowTransform) -> tuple[list[FlowTransform], list[FlowTransform]]:
-    """Parts before the standardisation, and those at the data end that stay behind it."""
+    """Parts before the standardisation, and those at the data end that stay behind it.
+
+    Where the numbers before these are bounded and those after them are not (e.g. ``ExpTransform().inv``), none stays.
+    """
     parts = flat_parts(chain)
     cut = len(parts)
     while cut and _stays(parts[cut - 1]):
         cut -= 1
+    if cut < len(parts):
+        first = after = is_free(parts[cut].domain, parts[cut].event_shape)
+        for part in parts[cut:]:  # affine transforms call real whatever they reach
+            affine = isinstance(part, Wrap) and isinstance(part.transform, AffineTransform)
+            after = after if affine else is_free(*_end(part))
+        if after.sum() > first.sum():
+            cut = len(parts)
     return parts[:cut], parts[cut:]
 
 
-def can_standardize(flow: Flow) -> bool:
-    """Whether there is a place in the chain where any real number may stand."""
+def movable(flow: Flow) -> Tensor:
+    """Which numbers may be standardised, where the standardisation goes: boolean, on the CPU."""
     front, back = split_chain(flow.chain)
     angles = angles_behind(front)
     if angles is not None:
-        return not angles.all()
-    place = back[0].domain if back else front[-1].codomain
+        return ~angles
+    free = is_free(*((back[0].domain, back[0].event_shape) if back else _end(front[-1])))
     # A base on part of the line only, with a chain that takes all of it, is a density that ends somewhere.
-    return _is_real(place) and (not _is_real(flow.chain.domain) or _is_real(flow.base().support))
+    event = flow.chain.event_shape
+    ends = is_free(flow.chain.domain, event).all() and not is_free(flow.base().support, event).all()
+    return torch.zeros_like(free) if ends else free
+
+
+def ends_of(density: nn.Module) -> Tensor | None:
+    """Where each number of an event may be stretched about, as ``Head.fixed_points`` says; ``None`` if unknown."""
+    if is_plain_flow(density):
+        return torch.where(movable(density), torch.nan, torch.inf).double()
+    head = getattr(density, "head", None)
+    if not isinstance(head, Head):
+        return None
+    return torch.tensor(head.fixed_points(), dtype=torch.float64, device="cpu").reshape(density.event_shape)
+
+
+def _end(part: FlowTransform) -> tuple[Constraint, Size]:
+    return part.codomain, part.data_shape
 
 
 def angles_behind(parts: list[FlowTransform]) -> Tensor | None:
@@ -207,15 +252,62 @@ def over_time(front: list[FlowTransform]) -> bool:
     return bool(front) and all(part.shared_over_time for part in front)
 
 
-def pull_back(back: list[FlowTransform], value: Tensor) -> Tensor:
-    """Data as the parts before the standardisation see them."""
-    for part in reversed(back):
-        value = part.inverse_and_ladj(value)[0]
-    return value
+def pull_back(back: list[FlowTransform], value: Tensor) -> tuple[Tensor, Tensor]:
+    """Data as the parts before the standardisation see them, and which numbers are at or beyond a bound on the way.
+
+    The latter has the shape of the data, or that of their rows alone where parts change the event's shape.
+    """
+    return _pulled_through([part.transform if isinstance(part, Wrap) else part for part in back], value)
+
+
+def _pulled_through(parts: list[Transform], y: Tensor) -> tuple[Tensor, Tensor]:
+    edge = torch.zeros_like(y, dtype=torch.bool)
+    for part in reversed(parts):
+        y, found = _pulled(part, y)
+        if found.shape != edge.shape:
+            found, edge = (bad.reshape(len(y), -1).any(1) for bad in (found, edge))
+        edge = edge | found
+    return y, edge
+
+
+def _pulled(transform: Transform, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Its inverse, and which numbers are at or beyond a bound that it does not reach from the line.
+
+    Torch's transforms do not say of each other where they end, so each elementary one is looked at by itself.
+    """
+    if isinstance(transform, IndependentTransform):
+        return _pulled(transform.base_transform, y)
+    if isinstance(transform, ComposeTransform):
+        x, edge = _pulled_through(transform.parts, y)
+        # Ends are rounded on the way through the parts, so the whole is looked at, too.
+        whole = image(transform, transform.domain)
+        free = is_free(transform.domain, x.shape[1:]).all() and edge.shape == y.shape
+        return x, edge | at_bounds(whole, y) if free else edge
+    if isinstance(transform, (CatTransform, StackTransform)) and not -y.dim() < _from_right(transform, y) < 0:
+        raise ValueError(
+            f"fit_density: {type(transform).__name__} has dim={transform.dim}, which in rows of shape {tuple(y.shape)} "
+            "is no dimension of an event; count from the right, e.g. dim=-1"
+        )
+    if isinstance(transform, CatTransform):
+        pairs = zip(transform.transforms, y.split(transform.lengths, transform.dim), strict=True)
+        return tuple(torch.cat(each, transform.dim) for each in zip(*(_pulled(*pair) for pair in pairs), strict=True))
+    if isinstance(transform, StackTransform):
+        pairs = zip(transform.transforms, y.unbind(transform.dim), strict=True)
+        return tuple(torch.stack(each, transform.dim) for each in zip(*(_pulled(*pair) for pair in pairs), strict=True))
+    x = transform.inverse_and_ladj(y)[0] if isinstance(transform, FlowTransform) else transform.inv(y)
+    known = not constraints.is_dependent(transform.codomain) and not constraints.is_dependent(transform.domain)
+    open_ended = known and bool(is_free(transform.domain, x.shape[1:]).all())
+    return x, at_bounds(transform.codomain, y) if open_ended else torch.zeros_like(y, dtype=torch.bool)
+
+
+def _from_right(transform: CatTransform | StackTransform, y: Tensor) -> int:
+    return transform.dim if transform.dim < 0 else transform.dim - y.dim()
 
 
 def flat_parts(chain: FlowTransform) -> list[FlowTransform]:
-    """The parts of a chain from base to data, those of chains within it among them."""
+    """The parts of a chain from base to data, those of chains within it and of inverted ones among them."""
+    if isinstance(chain, Inverse) and isinstance(chain.transform, Chain):
+        return [part.inv for part in reversed(flat_parts(chain.transform))]
     return [inner for part in chain for inner in flat_parts(part)] if isinstance(chain, Chain) else [chain]
 
 
@@ -224,10 +316,4 @@ def _stays(part: FlowTransform) -> bool:
     if part.context_dim:
         return False
     learns = next(part.parameters(), None) is not None
-    return not learns or not (_is_real(part.codomain) or part.periodic is not None)
-
-
-def _is_real(constraint: constraints.Constraint) -> bool:
-    while hasattr(constraint, "base_constraint"):
-        constraint = constraint.base_constraint
-    return constraint is constraints.real or isinstance(constraint, type(constraints.real))
+    return not learns or not (is_free(*_end(part)).all() or part.periodic is not None)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.distributions.torch_distribution import MaskedDistribution
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
@@ -31,7 +32,10 @@ class _Proper(Messenger):
         while not isinstance(inner, (dist.ImproperUniform, dist.Unit)) and hasattr(inner, "base_dist"):
             inner = inner.base_dist
         name = msg["name"]
-        if isinstance(inner, dist.ImproperUniform):
+        fn = msg["fn"].base_dist if isinstance(msg["fn"], torch.distributions.Independent) else msg["fn"]
+        flat = isinstance(fn, MaskedDistribution) and not torch.as_tensor(fn._mask).any()
+        flat = (flat or msg["mask"] is False) and not msg["infer"].get("was_observed")
+        if isinstance(inner, dist.ImproperUniform) or flat:
             raise ValueError(
                 f"simulate: the prior of {name!r} is improper and cannot be drawn from; give it a proper one, such "
                 "as a wide normal"

@@ -17,10 +17,12 @@ __all__ = ["LABELS", "Probe", "Verdict", "judge", "widening"]
 GOOD, TAILS, RESAMPLE = "good", "good, tails uncertain", "use importance resampling"
 MODES, BAD, UNJUDGED = "modes missing", "bad", "not judged"
 UNSEARCHED = "good, modes not searched"
-LABELS = (GOOD, TAILS, UNSEARCHED, RESAMPLE, MODES, BAD, UNJUDGED)
+FEW = "good, few draws judged"
+LABELS = (GOOD, TAILS, UNSEARCHED, FEW, RESAMPLE, MODES, BAD, UNJUDGED)
 
 GOOD_ESS = 0.9  # of draws that can be used as they are
 FEWEST = 100  # draws that can be judged
+ENOUGH = 1000  # draws that a judgement needs where more were asked for
 SETTLED = 4000  # draws from which on the index of a single dimension's tail is not noise
 SHIFT = 0.1  # of a mean, in standard deviations, or of the logarithm of a standard deviation, that matters
 TAIL = 0.005  # share of weight in the tail from which its index says something
@@ -31,6 +33,7 @@ MEANING = {
     GOOD: "the draws can be used as they are",
     TAILS: "means and central intervals can be used as they are; standard deviations and extreme quantiles may be off",
     UNSEARCHED: "the draws fit the model where they lie; whether they leave out a mode was not found out in time",
+    FEW: "the few draws that were judged in time fit the model; what shows in one of hundreds is not known",
     RESAMPLE: "the draws as they are mislead, resampled by their weights they can be used",
     MODES: "the guide leaves out a part of the posterior, and resampling cannot bring it back",
     BAD: "neither the draws nor their weights can be relied on",
@@ -60,8 +63,8 @@ class Verdict:
     """What :func:`judge` says; ``str`` of it is meant to be read.
 
     Attributes:
-        label: ``"good"``, ``"good, tails uncertain"``, ``"good, modes not searched"``, ``"use importance
-            resampling"``, ``"modes missing"``, ``"bad"`` or ``"not judged"``.
+        label: ``"good"``, ``"good, tails uncertain"``, ``"good, modes not searched"``, ``"good, few draws judged"``,
+            ``"use importance resampling"``, ``"modes missing"``, ``"bad"`` or ``"not judged"``.
         ok: whether the draws can be used as they are, for means and central intervals at least: the first two labels.
         text: the numbers, what they mean, and what to do next.
         numbers: the numbers by name.
@@ -98,6 +101,7 @@ def judge(
     wide: Importance | None = None,
     minibatch: bool = False,
     failures: int = 0,
+    asked: int | None = None,
 ) -> Verdict:
     r"""Says whether a guide can be used, from its importance weights and from what they cannot see.
 
@@ -109,11 +113,12 @@ def judge(
     4. *use importance resampling*: :math:`\hat k < \min(0.7, 1 - 1 / \log_{10} n)` and :math:`n e \ge 1000` (a tenth
        of fewer than 10,000 draws, and 100 at least), and :math:`e < 0.9`, or a fiftieth of the draws has no weight, or
        the weights move a mean or the logarithm of a standard deviation by more than 0.1.
-    5. *good, modes not searched*: the probe ran out of time.
-    6. *good, tails uncertain*: :math:`e \ge 0.9`, and :math:`\hat k` is above that limit; or some standard deviation
+    5. *good, few draws judged*: fewer than 1000 draws could be judged, of more that were asked for.
+    6. *good, modes not searched*: the probe ran out of time.
+    7. *good, tails uncertain*: :math:`e \ge 0.9`, and :math:`\hat k` is above that limit; or some standard deviation
        hangs on a few of at least 4000 draws; or the wider guide finds a hundredth of the posterior outside, or weights
        there whose index is 0.5 or more, while an exact guide has 0.3 at most.
-    7. *good*.
+    8. *good*.
 
     :math:`\hat k` depends on the shape of the largest weights only.  Where those are nearly constant it fits noise, so
     it is heeded only if at least half a percent of all weight lies in the tail's excess.
@@ -127,6 +132,7 @@ def judge(
             both ways; one whose tails end too early, which its own weights hardly show, gives less than the wider one.
         minibatch: whether the log density was that of a subsample of the data, so that the weights are noisy.
         failures: draws at which the log density could not be evaluated, beyond those that ``found`` counts.
+        asked: how many draws were to be judged, if time may have ended before.
 
     References:
         Yes, but Did It Work?: Evaluating Variational Inference (Yao et al., 2018), arXiv:1802.02538; Pareto Smoothed
@@ -141,8 +147,12 @@ def judge(
             "memory, and judge the same guide by that; or use simulation-based calibration.",
             numbers,
         )
+    cut = asked is not None and found.n < min(asked, ENOUGH)
+    if cut:
+        facts.insert(0, f"Time was up after {found.n:,} of {asked:,} draws.")
+    more = "Give the fit more seconds, or write the model so that it runs for many draws at once."
     if found.n < FEWEST:
-        return _verdict(UNJUDGED, facts, f"Take at least {FEWEST} draws, better 10,000.", numbers)
+        return _verdict(UNJUDGED, facts, more if cut else f"Take at least {FEWEST} draws, better 10,000.", numbers)
     outside = numbers.get("outside", 0.0)
     limit = min(0.7, 1 - 1 / math.log10(found.n))
     heavy = found.khat >= limit and found.tail >= TAIL
@@ -172,6 +182,8 @@ def judge(
             "layers, would make that unnecessary.",
             numbers,
         )
+    if cut:
+        return _verdict(FEW, facts, more, numbers)
     stray = wide is not None and wide.khat >= 0.5 and wide.tail >= TAIL
     if probe is not None and not getattr(probe, "complete", True):
         return _verdict(

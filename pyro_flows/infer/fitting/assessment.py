@@ -12,9 +12,10 @@ from torch import Generator, Tensor
 
 from pyro_flows.distributions import Flow
 from pyro_flows.infer.diagnostics import Importance, Verdict, compare_moments, importance, judge, widening
-from pyro_flows.infer.guides.probe import ModeProbe, probe_modes
+from pyro_flows.infer.guides.probe import ModeProbe, nothing_found, probe_modes
 from pyro_flows.infer.joint import FAILURES
 from pyro_flows.infer.latents import Latents
+from pyro_flows.infer.pace import Pace, pace_of
 
 __all__ = ["Assessment", "assess", "search_modes", "weigh"]
 
@@ -50,7 +51,7 @@ class Assessment:
 def weigh(
     flow: Flow, density: LogDensity, n: int, deadline: float = math.inf, scale: float = 1.0
 ) -> tuple[Tensor, ...]:
-    """Draws, log p and log q; fewer than ``n`` (at least one batch) where the deadline comes first.
+    """Draws, log p and log q; fewer than ``n`` (at least one) where the deadline comes first.
 
     Args:
         flow: where they are drawn.
@@ -66,13 +67,29 @@ def weigh(
         x = flow.base().sample((count,))
         z, ladj = flow.chain.forward_and_ladj(x * scale)
         log_q = flow.base().log_prob(x) - x.shape[-1] * math.log(scale) - ladj
-        try:
-            log_p = density(z)
-        except FAILURES:
-            log_p = torch.cat([_one(density, row) for row in z])
-        parts.append((z, log_p.to(z.dtype), log_q))
+        log_p = _scores(density, z, deadline)
+        parts.append((z[: len(log_p)], log_p.to(z.dtype), log_q[: len(log_p)]))
         left -= count
     return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+
+
+def _scores(density: LogDensity, z: Tensor, deadline: float) -> Tensor:
+    """Log-densities of the first rows, at least one: all that are scored before the deadline."""
+    pace = pace_of(density) or Pace()
+    parts: list[Tensor] = []
+    first = 0
+    while first < len(z) and (not parts or time.monotonic() < deadline):
+        part = z[first : first + pace.at_once(len(z), timed=deadline < math.inf)]
+        try:
+            with pace.call(len(part)):
+                parts.append(density(part))
+        except FAILURES:
+            for row in part:
+                parts.append(_one(density, row))
+                if time.monotonic() > deadline:
+                    return torch.cat(parts)
+        first += len(part)
+    return torch.cat(parts)
 
 
 def search_modes(
@@ -99,24 +116,6 @@ def search_modes(
     )
 
 
-def _nothing_found(z: Tensor) -> ModeProbe:
-    """A search that did not take place."""
-    none, dim = z.new_zeros(0), z.shape[-1]
-    return ModeProbe(
-        locations=none.reshape(0, dim),
-        scale=none.reshape(0, dim, dim),
-        log_p=none,
-        log_q=none,
-        excess=none,
-        share=none,
-        guide_share=none,
-        missed=none.bool(),
-        missing_share=0.0,
-        evaluations=0,
-        complete=False,
-    )
-
-
 def _one(density: LogDensity, row: Tensor) -> Tensor:
     try:
         return density(row[None])
@@ -133,30 +132,31 @@ def assess(
     minibatch: bool = False,
     draws: int = DRAWS,
     seconds: float = math.inf,
+    search_seconds: float = math.inf,
     generator: Generator | None = None,
 ) -> Assessment:
     """Draws, weights, moments, a wider guide, a search for modes, and a verdict from all of these.
 
-    Half of ``seconds`` goes to the draws, the rest to the wider guide and the search.
+    Half of ``seconds`` goes to the draws (more where that is too short for a thousand), the rest to the wider guide and
+    the search, which has ``search_seconds`` at most.
     """
     begin = time.monotonic()
-    z, log_p, log_q = weigh(flow, density, draws, begin + 0.5 * seconds)
+    pace = pace_of(density) or Pace()
+    # Where time is short, draws come first: what few of them say is worth little, whatever is found besides.
+    part = 0.5 if 0.5 * seconds >= min(draws, FEWEST) * pace.seconds_per_draw else 0.8
+    z, log_p, log_q = weigh(flow, density, draws, begin + part * seconds)
     log_weights = log_p - log_q
-    if minibatch or not (log_weights.isfinite().sum() >= 2):
-        found = importance(log_weights)
-        return Assessment(z, log_p, log_q, found, None, judge(found, minibatch=minibatch))
     found = importance(log_weights)
+    if minibatch or not (log_weights.isfinite().sum() >= 2):
+        return Assessment(z, log_p, log_q, found, None, judge(found, minibatch=minibatch, asked=draws))
     fine = z.isfinite().all(-1)
     moments = compare_moments(latents.draws(z[fine]), log_weights[fine])
     wide_count = max(min(len(z), 2000), 1)
-    _, wide_p, wide_q = weigh(flow, density, wide_count, begin + 0.65 * seconds, scale=widening(z.shape[-1]))
+    _, wide_p, wide_q = weigh(flow, density, wide_count, begin + (part + 0.15) * seconds, scale=widening(z.shape[-1]))
     wide = importance(wide_p - wide_q)
-    left = begin + seconds - time.monotonic()
-    probe = _nothing_found(z)
+    left = min(begin + seconds - time.monotonic(), search_seconds)
+    probe = nothing_found(z)
     if left > 0 and math.isfinite(found.log_evidence):
-        try:
-            probe = search_modes(flow, density, z, initial, found.log_evidence, seconds=left, generator=generator)
-        except ValueError:  # it came to no start in the time that was left
-            if left > 1.0:
-                raise
-    return Assessment(z, log_p, log_q, found, probe, judge(found, probe, moments=moments, wide=wide))
+        probe = search_modes(flow, density, z, initial, found.log_evidence, seconds=left, generator=generator)
+    verdict = judge(found, probe, moments=moments, wide=wide, asked=draws)
+    return Assessment(z, log_p, log_q, found, probe, verdict)

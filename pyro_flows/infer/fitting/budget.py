@@ -29,6 +29,7 @@ class Budget:
             raise ValueError(f"fit_guide: expected seconds to be a positive number, got {seconds!r}")
         self.steps, self.seconds, self.start, self.keep = steps, seconds, start, keep
         self.done = 0
+        self.step_seconds = 0.0  # of the next step, as far as known
         self._training_from = time.monotonic()
 
     @property
@@ -45,14 +46,26 @@ class Budget:
         self._training_from = time.monotonic()
 
     @property
+    def trained(self) -> float:
+        """Seconds since training began."""
+        return time.monotonic() - self._training_from
+
+    def resume(self, done: int, spent: float, trained: float) -> None:
+        """Goes on after so many steps, and so many seconds, of which so many were training."""
+        now = time.monotonic()
+        self.done, self.start, self._training_from = done, now - spent, now - trained
+
+    @property
     def fraction(self) -> float:
-        """Of the training that is done; 1 or more when it is over."""
+        """Of the training that is done; 1 or more when it is over, or the next step would end far too late."""
         by_steps = 0.0 if self.steps is None else self.done / self.steps
         if self.seconds is None:
             return by_steps
-        end = self.start + self.seconds - self.keep
+        now, end = time.monotonic(), self.start + self.seconds - self.keep
+        if now + 0.5 * self.step_seconds > end:
+            return max(by_steps, 1.0)
         whole = max(end - self._training_from, 1e-3)
-        return max(by_steps, (time.monotonic() - self._training_from) / whole)
+        return max(by_steps, (now - self._training_from) / whole)
 
 
 def cosine(fraction: float, first: float, last: float) -> float:

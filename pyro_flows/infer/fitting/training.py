@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -13,8 +14,11 @@ from torch import Tensor
 from pyro_flows.distributions import Flow
 from pyro_flows.infer.fitting.adam import Adam
 from pyro_flows.infer.fitting.budget import Budget, cosine
+from pyro_flows.infer.fitting.checkpoint import Keeper
 from pyro_flows.infer.guides.posterior import frozen
+from pyro_flows.infer.interrupts import interrupts_held_back
 from pyro_flows.infer.joint import FAILURES
+from pyro_flows.infer.pace import rows_at_once
 from pyro_flows.transforms import Preconditioner
 
 __all__ = ["History", "Training"]
@@ -77,6 +81,20 @@ def emphasis(log_weights: Tensor, fine: Tensor) -> Tensor:
     return (1.0 + c * weights.clamp(max=HEAVIEST)) / (1.0 + c)
 
 
+def _speeds(flow: Flow) -> dict[int, float]:
+    """What makes up for the gains of affine layers, by the identity of the parameters that these multiply.
+
+    Gains keep steps of stock optimizers small; here many draws, a clipped gradient and a decaying step size do that.
+    """
+    speeds = {}
+    for layer in flow.modules():
+        gain = getattr(getattr(layer, "univariate", None), "gain", 1.0)
+        tensors = None if gain == 1 else layer.net.tensors()
+        if tensors is not None:
+            speeds.update({id(each[-1]): 1 / gain for each in tensors[:2]})
+    return speeds
+
+
 class Training:
     """Trains a guide's flow against an unnormalised log-density.
 
@@ -89,7 +107,10 @@ class Training:
         tempering: the first weight of the posterior, or ``None``.
         covering: whether to follow, beside the ELBO, the forward divergence as its own weighted draws estimate it,
             which holds the guide to the shares of all modes that it has found.
+        fresh: whether the flow is still the identity; else the affine phase is left out, and steps are smaller, so
+            that the flow stays where it is.
         report: called after each step with the history.
+        keeper: writes checkpoints; ``None`` for none.
     """
 
     def __init__(
@@ -102,58 +123,124 @@ class Training:
         path_gradient: bool = True,
         tempering: float | None = None,
         covering: bool = False,
+        fresh: bool = True,
         report: Callable[[History], None] | None = None,
+        keeper: Keeper | None = None,
     ) -> None:
         self.flow, self.density, self.budget = flow, density, budget
         self.particles, self.path_gradient, self.tempering = particles, path_gradient, tempering
-        self.covering, self.report = covering, report
+        self.covering, self.report, self.keeper = covering, report, keeper
         self.history = History()
         self.failed_steps = 0
         self.dropped = 0
+        self.phase = "affine" if fresh and tempering is None else "flow"
+        self._rates = RATES if fresh else CAREFUL_RATES
+        self._first = 0.0  # progress when the flow's phase began
         self._best: tuple[float, dict[str, Tensor]] | None = None
         self._exact = 0
+        self._window = 0  # steps since the last look at whether the state is the best
+        self._moments: list[list[Tensor]] | None = None  # to go on with
 
     @property
     def preconditioner(self) -> Preconditioner:
         """The affine end."""
         return self.flow.chain[-1]
 
-    def run(self, fresh: bool = True) -> None:
-        """Both phases; leaves the flow in its best state, and in ``eval()``, where its density is a function.
+    def run(self) -> None:
+        """All phases that are left; leaves the flow in its best state, and in ``eval()``, where it is a function.
 
-        Args:
-            fresh: whether the flow is still the identity; else the affine phase is left out, and steps are smaller, so
-                that the flow stays where it is.
+        So it does after an error and an interruption, too.
         """
+        places = [(m._parameters, n, p) for m in self.flow.modules() for n, p in m._parameters.items()]
         self.flow.train()
-        if fresh and self.tempering is None:
-            self._phase("affine", Flow(self.preconditioner, self.flow.base), 0.0, WARM, WARM_RATES)
-            self.preconditioner.fold()
-            self._best = None
-            first = min(WARM, self.budget.fraction)
-        else:
-            first = 0.0
-        self._exact = 0
-        self._phase("flow", self.flow, first, 1.0, RATES if fresh else CAREFUL_RATES)
-        self._restore()
-        self.flow.eval().chain.clear_cache()
+        interrupted = True
+        try:
+            if self.phase == "affine":
+                self._phase(Flow(self.preconditioner, self.flow.base), 0.0, WARM, WARM_RATES)
+                with interrupts_held_back():
+                    self.preconditioner.fold()
+                    self._best, self._moments, self._exact, self._window = None, None, 0, 0
+                    self._first, self.phase = min(WARM, self.budget.fraction), "flow"
+            if self.phase == "flow":
+                self._phase(self.flow, self._first, 1.0, self._rates)
+                with interrupts_held_back():
+                    self._restore()
+                    self.phase = "done"
+                    self._keep()
+                if self.keeper is not None:
+                    self.keeper.write()
+            interrupted = False
+        except Exception:
+            interrupted = False
+            raise
+        finally:
+            with interrupts_held_back():
+                for parameters, name, parameter in places:  # an interruption may have left constants there
+                    parameters[name] = parameter
+                self._restore()
+                self.flow.zero_grad(set_to_none=True)
+                self.flow.requires_grad_(True).eval().chain.clear_cache()
+                if interrupted and self.keeper is not None:
+                    self.keeper.leave()
 
-    def _phase(self, name: str, flow: Flow, begin: float, end: float, rates: tuple[float, float]) -> None:
-        parameters = [p for p in flow.parameters() if p.requires_grad]
-        optimizer = Adam(parameters)
-        window = 0
+    def _phase(self, flow: Flow, begin: float, end: float, rates: tuple[float, float]) -> None:
+        name = self.phase
+        optimizer = Adam([p for p in flow.parameters() if p.requires_grad], _speeds(flow))
+        if self._moments is not None:
+            optimizer.load(self._moments)
+            self._moments = None
+        self._keep(optimizer)
         while (fraction := self.budget.fraction) < end and not self._converged() and not self._settled(name):
             part = (fraction - begin) / max(end - begin, 1e-9)
             rate = cosine(part, *rates)
             weight = 1.0 if self.tempering is None else self.tempering ** max(0.0, 1.0 - part / TEMPERED)
+            before = time.monotonic()
             self._step(name, flow, optimizer, rate, weight)
             self.budget.done += 1
-            window += 1
-            if window >= LOOK and weight == 1.0:
-                window = 0
+            self.budget.step_seconds = time.monotonic() - before
+            self._window += 1
+            if self._window >= LOOK and weight == 1.0:
+                self._window = 0
                 self._remember()
+            self._keep(optimizer)
             if self.report is not None:
                 self.report(self.history)
+
+    # Checkpoints.
+
+    def _keep(self, optimizer: Adam | None = None) -> None:
+        if self.keeper is not None:
+            self.keeper.keep(self._state(optimizer), self.budget)
+
+    def _state(self, optimizer: Adam | None) -> dict[str, object]:
+        """All that training needs to go on from here, but for random states: copies, except for what never changes."""
+        best = None if self._best is None else {"elbo": self._best[0], "flow": self._best[1]}
+        return {
+            "phase": self.phase,
+            "first": self._first,
+            "flow": {name: value.detach().clone() for name, value in self.flow.state_dict().items()},
+            "moments": [] if optimizer is None else optimizer.state(),
+            "best": best,
+            "exact": self._exact,
+            "window": self._window,
+            "failed_steps": self.failed_steps,
+            "dropped": self.dropped,
+            "done": self.budget.done,
+            "spent": self.budget.elapsed,
+            "trained": self.budget.trained,
+            "history": self.history,
+        }
+
+    def load(self, state: dict[str, object]) -> None:
+        """Goes on from what a checkpoint holds."""
+        self.flow.load_state_dict(state["flow"])
+        self.phase, self._first, self._moments = state["phase"], state["first"], state["moments"] or None
+        best = state["best"]
+        self._best = None if best is None else (best["elbo"], best["flow"])
+        self._exact, self._window = state["exact"], state["window"]
+        self.failed_steps, self.dropped = state["failed_steps"], state["dropped"]
+        self.history = History(**state["history"])
+        self.budget.resume(state["done"], state["spent"], state["trained"])
 
     def _step(
         self,
@@ -164,15 +251,14 @@ class Training:
         weight: float,
     ) -> None:
         draws, log_q = flow.rsample_and_log_prob((self.particles,))
-        z = draws.detach().requires_grad_()
+        z = draws.detach()
         try:
-            log_p = self.density(z)
-            (pull,) = torch.autograd.grad(log_p.sum(), z)
+            log_p, pull = self._pull(z)
         except FAILURES:
             self._failed(name, rate, weight)
             return
-        with torch.no_grad():
-            fine = log_p.isfinite() & pull.isfinite().all(-1)
+        fine = log_p.isfinite() & pull.isfinite().all(-1)
+        z.requires_grad_()
         if self.path_gradient:
             with frozen(flow.chain):
                 x, ladj = flow.chain.inverse_and_ladj(z)
@@ -197,7 +283,7 @@ class Training:
         if self.covering:
             self._cover(flow, draws, log_p - log_q, fine)
         norm = torch.nn.utils.clip_grad_norm_(optimizer.parameters, CLIP, foreach=True)
-        difference = (log_p.detach() - log_q.detach())[fine]
+        difference = (log_p - log_q.detach())[fine]
         bad = self.particles - len(difference)
         if len(difference) == 0 or not bool(norm.isfinite()):
             self._failed(name, rate, weight)
@@ -207,6 +293,16 @@ class Training:
         spread = difference.std().item() if len(difference) > 1 else math.inf
         self._exact = self._exact + 1 if spread < EXACT and weight == 1.0 else 0
         self._note(name, difference.mean().item(), spread, rate, weight, bad)
+
+    def _pull(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-densities of the model ``(S,)`` and their gradients ``(S, dim)``, by as many draws as fit into memory."""
+        values, slopes = [], []
+        for part in z.split(rows_at_once(self.density, len(z))):
+            part = part.detach().requires_grad_()
+            log_p = self.density(part)
+            slopes += torch.autograd.grad(log_p.sum(), part)
+            values.append(log_p.detach())
+        return torch.cat(values), torch.cat(slopes)
 
     def _cover(self, flow: Flow, draws: Tensor, log_weights: Tensor, fine: Tensor) -> None:
         """Adds the gradient of the forward divergence, by the step's own draws and their weights."""

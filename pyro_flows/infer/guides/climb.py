@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from pyro_flows.infer.pace import pace_of
 
 __all__ = ["LogDensity", "Paths", "SafeDensity", "bfgs", "climb", "curved", "diagonal_bfgs", "identity"]
 
@@ -23,7 +26,8 @@ class SafeDensity:
     """A log-density that never raises and counts what it is asked: points that it refuses are ``-inf``.
 
     Points come and answers go in float64 on the CPU, where the bookkeeping is done; the density sees the dtype and the
-    device of ``like``.  A call that raises is split in halves until the guilty points stand alone.
+    device of ``like``.  A call that raises is split in halves until the guilty points stand alone.  A density with a
+    :class:`~pyro_flows.infer.pace.Pace` gets as many points in one call as that says.
 
     Args:
         density: maps ``(S, D)`` to ``(S,)``.
@@ -37,7 +41,10 @@ class SafeDensity:
         self.density, self.dtype, self.device, self.rows = density, like.dtype, like.device, rows
         self.deadline = None if max_seconds is None else time.monotonic() + max_seconds
         self.eps = torch.finfo(like.dtype).eps
+        self.pace = pace_of(density)
         self.evaluations = 0
+        self.found = 0
+        """Points where the log-density was finite."""
         self.error: Exception | None = None
 
     @property
@@ -60,19 +67,29 @@ class SafeDensity:
     def _all(self, z: Tensor, gradient: bool, rows: int) -> tuple[Tensor, Tensor]:
         # No rows, no call: a density need not know what to do with none.
         parts = [(z.new_zeros(0), z[:0])]
-        for first in range(0, len(z), rows):
-            part = z[first : first + rows]
-            late = first > 0 and self.expired
-            unknown = part.new_full(part.shape[:1], -torch.inf), torch.zeros_like(part)
-            parts.append(unknown if late else self._call(part, gradient))
+        first = 0
+        while first < len(z):
+            timed = self.deadline is not None
+            part = z[first : first + (rows if self.pace is None else self.pace.at_once(rows, timed=timed))]
+            parts.append(self._late(z[first:]) if self._is_late(first) else self._call(part, gradient))
+            first += len(parts[-1][0])
         value, slope = (torch.cat(kind) for kind in zip(*parts, strict=True))
         fine = value.isfinite() & slope.isfinite().all(-1)
+        self.found += int(fine.sum())
         return value.masked_fill(~fine, -torch.inf), slope.masked_fill(~fine[:, None], 0.0)
+
+    def _is_late(self, first: int) -> bool:
+        """Whether the time is up for a call: the very first is made in any case, so that something is known."""
+        return self.expired and (first > 0 if self.pace is None else self.evaluations > 0)
+
+    @staticmethod
+    def _late(z: Tensor) -> tuple[Tensor, Tensor]:
+        return z.new_full(z.shape[:1], -torch.inf), torch.zeros_like(z)
 
     def _call(self, z: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
         self.evaluations += len(z)
         try:
-            with torch.set_grad_enabled(gradient):
+            with torch.set_grad_enabled(gradient), nullcontext() if self.pace is None else self.pace.call(len(z)):
                 point = z.detach().to(self.device, self.dtype).requires_grad_(gradient)
                 value = self.density(point)
                 if value.shape != z.shape[:1]:
@@ -85,8 +102,11 @@ class SafeDensity:
         except _REFUSALS as error:
             self.error = error
         if len(z) == 1:
-            return z.new_full((1,), -torch.inf), torch.zeros_like(z)
-        halves = [self._call(part, gradient) for part in z.split((len(z) + 1) // 2)]
+            return self._late(z)
+        halves = [
+            self._late(part) if self.pace is not None and self.expired else self._call(part, gradient)
+            for part in z.split((len(z) + 1) // 2)
+        ]
         return torch.cat([half[0] for half in halves]), torch.cat([half[1] for half in halves])
 
 

@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 from pyro_flows.infer.guides.climb import LogDensity, SafeDensity, climb, identity
 from pyro_flows.infer.guides.curvature import Peaks, laplace, triangular
 
-__all__ = ["ModeProbe", "probe_modes"]
+__all__ = ["ModeProbe", "nothing_found", "probe_modes"]
 
 _STEPS, _CAUTION = 100, 0.1
 _DENSE, _TRIES = 300, 4
@@ -106,6 +106,8 @@ def probe_modes(
     spread = _spread(own)
     points, inside = _starts(safe, own, initial.detach().double().cpu(), starts, generator)
     dense = points.shape[-1] <= _DENSE
+    if not len(points) and safe.pace is not None and safe.expired:
+        return nothing_found(draws, safe.evaluations)
     if not len(points):
         raise ValueError(
             "probe_modes: log_p is not finite at any start, not even at the guide's own draws; look at the fit and at "
@@ -130,6 +132,24 @@ def probe_modes(
         for part in (peaks.points, peaks.scale, peaks.values, q_there, excess, share, mass_q.exp().clamp(max=1.0))
     ]
     return ModeProbe(*answer, missed.to(draws.device), rest, safe.evaluations, complete)
+
+
+def nothing_found(draws: Tensor, evaluations: int = 0) -> ModeProbe:
+    """A search that came to nothing in its time."""
+    none, dim = draws.new_zeros(0), draws.shape[-1]
+    return ModeProbe(
+        locations=none.reshape(0, dim),
+        scale=none.reshape(0, dim, dim),
+        log_p=none,
+        log_q=none,
+        excess=none,
+        share=none,
+        guide_share=none,
+        missed=none.bool(),
+        missing_share=0.0,
+        evaluations=evaluations,
+        complete=False,
+    )
 
 
 def _spread(own: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from pyro_flows.infer.guides.curvature import bend, difference, first_metric, la
 __all__ = ["Start", "find_start"]
 
 _PLAIN = (0.03, 0.1, 0.3, 1.0)
+_BLIND = 0.1
 _PER_PATH = 30
 _FINALISTS = 8
 _SCREEN, _ERRORS, _SURE = 16, 3.0, 0.1
@@ -85,7 +86,8 @@ def find_start(
         starts: climbs, the first of them from ``initial``.
         draws: draws for an ELBO, in pairs of opposite sign; four times as many in refinements.
         generator: source of randomness, on the CPU; ``None`` is torch's own.
-        max_seconds: wall-clock limit, looked at between calls; what is best by then is returned.
+        max_seconds: wall-clock limit, looked at between calls; what is best by then is returned.  If no candidate could
+            be ranked, that is a narrow Gaussian around ``initial``, with minus infinity as its ELBO.
         full_rank_up_to: with more dimensions the scale is diagonal.
 
     Raises:
@@ -111,6 +113,9 @@ def find_start(
     if not safe.expired:
         points = _dispersed(safe, centre, starts, generator)
         best.add_all(_candidates(safe, points, full))
+    if best.winner is None and safe.found and safe.expired:
+        # No candidate had all of its draws in time.
+        best.winner = _Gaussian(centre, _BLIND * unit, "initial")
     if best.winner is None:
         cause = safe.error
         raise ValueError(
