@@ -101,7 +101,9 @@ class Wrap(FlowTransform):
         """Where the transform takes a set, or its inverse does.  Each distribution asks, so the last answer is kept."""
         known = self._images.get(back)
         if known is None or known[0] is not start:
-            known = self._images[back] = start, image(self.transform.inv if back else self.transform, start)
+            known = start, image(self.transform.inv if back else self.transform, start)
+            if not isinstance(self.transform, nn.Module):  # a module may learn its bounds
+                self._images[back] = known
         return known[1]
 
     def __getstate__(self) -> dict[str, Any]:
