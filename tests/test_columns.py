@@ -27,8 +27,9 @@ from torch.distributions import (
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_flows as pf
+from pyro_flows import plots
 from pyro_flows.distributions import CategoricalHead, DistributionHead, MixedHead, MixtureHead
-from pyro_flows.infer import AnomalyDetector
+from pyro_flows.infer import AnomalyDetector, ForwardKL
 from pyro_flows.infer.density.arrays import to_tensor
 from pyro_flows.infer.density.checks import reals_of
 from pyro_flows.infer.density.columns import at_bounds, is_free
@@ -537,8 +538,9 @@ def test_masks_mean_missing_wherever_arrays_come_in():
         "list": lambda: fit(flow(), list(bad)),
         "log_prob": lambda: known.log_prob(bad),
         "detector": lambda: AnomalyDetector(known.model, bad),
+        "draws": lambda: ForwardKL({"x": bad}),
         "bits": lambda: AnomalyDetector(known.model, full).bits(bad),
-        "plot": lambda: pf.plots.corner(known, bad) if hasattr(pf, "plots") else to_tensor(bad, "corner", "data"),
+        "plot": lambda: plots.corner(bad),
     }
     for name, call in calls.items():
         with pytest.raises(ValueError, match=r"is masked in 2 of 50 rows \(rows 4, 9\).*missing"):
