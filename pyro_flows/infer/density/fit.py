@@ -133,8 +133,9 @@ def fit_density(
             :class:`~pyro_flows.distributions.Flow`, or any module with ``log_prob(value)`` or ``log_prob(value,
             context)``, e.g. of discrete data.
         data: shape ``(rows, *event_shape)``, a tensor, NumPy array or data frame, converted to the flow's dtype and
-            device (to a module that is no flow, integers go as they are; masks and ``NA`` count as missing); or a ``DataLoader`` that yields ``x``, ``(x,)`` or ``(x,
-            context)``, of which one pass is an epoch, after a first one for checks and standardisation.
+            device (to a module that is no flow, integers go as they are; masks and ``NA`` count as missing); or a
+            ``DataLoader`` that yields ``x``, ``(x,)`` or ``(x, context)``, of which one pass is an epoch, after a first
+            one for checks and standardisation.
         validation: rows to judge by, likewise.  By default a random part of ``data``; with a ``DataLoader`` as data,
             the training score is what is judged by.
         context: shape ``(rows, context_dim)``, for flows that take one.
