@@ -506,6 +506,7 @@ class AutoFlow(AutoContinuous):
         model, plain = self._model, self._plain_model
         new = self.__class__.__new__(self.__class__)
         memo[id(self)] = new
+        memo[id(self.prototype_trace)] = self.prototype_trace  # which is never changed, and holds the data
         for key, value in self.__getstate__().items():
             new.__dict__[key] = copy.deepcopy(value, memo)
         new.__dict__.update(_model=model, _plain_model=plain)
