@@ -464,7 +464,7 @@ def test_parameters_that_are_not_finite():
         svi.step(Y)
     with torch.no_grad():
         guide.preconditioner.shift[1] = torch.nan
-    with pytest.raises(ValueError, match=r"1 parameters .* 'chain.parts.1.shift' first.* At draw 3 .*ClippedAdam.*fit_guide"):
+    with pytest.raises(ValueError, match=r"1 parameters .* 'chain.parts.1.shift' first.* At draw 3 .*ClippedAdam"):
         svi.step(Y)
 
 
@@ -531,11 +531,11 @@ def test_loading(fitted, tmp_path):
     fitted.save(path)
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="damaged|cannot be read"):
+    with pytest.raises(ValueError, match="cannot be read"):
         load_guide(path)
     for other in ({"format": 99}, {"weights": 1}, [1, 2], torch.zeros(2)):
         torch.save(other, path)
-        with pytest.raises(ValueError, match="cannot be read: it is no such file, is damaged, or comes from another release"):
+        with pytest.raises(ValueError, match="it is no such file, is damaged, or comes from another release"):
             load_guide(path)
 
 
