@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 
-__all__ = ["autocasting", "batched", "beyond_rules", "forward_mode", "plain_eager"]
+__all__ = ["autocasting", "batched", "beyond_rules", "forward_mode", "lasting", "plain_eager"]
 
 
 def plain_eager() -> bool:
@@ -54,3 +58,10 @@ def beyond_rules() -> bool:
 def batched(grad: Tensor) -> bool:
     """Whether a gradient stands for many, as with ``is_grads_batched`` or in a ``vmap`` over gradients."""
     return torch._C._are_functorch_transforms_active() or torch._C._functorch.is_legacy_batchedtensor(grad)
+
+
+@contextmanager
+def lasting() -> Iterator[None]:
+    """Within it, new tensors belong to no transform of ``torch.func`` nor to inference mode, and can be kept."""
+    with torch.inference_mode(False), temporarily_clear_interpreter_stack():
+        yield

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from pyro_flows.recipes import options_of, remembered
+from pyro_flows.tracing import lasting
 
 __all__ = ["Affine", "Shift", "Univariate", "number", "numbers", "soft_clip"]
 
@@ -32,8 +32,7 @@ def number(value: float, dtype: torch.dtype) -> Tensor:
 
     For eager calls; what may be traced too takes :func:`numbers`.
     """
-    # It outlives the call, so it must not belong to inference mode or to a transform of torch.func.
-    with torch.inference_mode(False), temporarily_clear_interpreter_stack():
+    with lasting():
         return torch.tensor(value, dtype=dtype, device="cpu")
 
 

@@ -486,3 +486,36 @@ def test_values_outside_of_the_support():
         real.log_prob(torch.zeros(2, dtype=torch.float64))
     with pyro.validation_enabled(False):
         assert real.log_prob(torch.full((2,), math.nan)).isnan()
+
+
+class Scored(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model.log_prob(x).sum()
+
+
+@pytest.mark.parametrize("order", ["identity", "any"])
+def test_ensembles_of_stacked_weights(order):
+    """Gradients through ``vmap`` over models are those of each, and leave nothing behind that breaks later calls."""
+    members = [Scored(pf.MADE(4, "normal", hidden_dims=(8,), order=order, seed=0).eval()) for _ in range(3)]
+    for parameter in (p for member in members for p in member.parameters()):
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    x, (shared, *members) = torch.randn(8, 4), members
+    weights, buffers = torch.func.stack_module_state(members)
+
+    def total(weights):
+        each = torch.func.vmap(lambda p, b: torch.func.functional_call(shared, (p, b), (x,)))
+        return each(weights, buffers).sum()
+
+    if order == "identity":
+        with pytest.raises(ValueError, match="score once with the model before"):
+            torch.func.grad(total)(weights)
+        shared(x)
+    found = torch.func.grad(total)(weights)
+    expected = torch.autograd.grad(members[1](x), list(members[1].parameters()))
+    for (name, _), each in zip(members[1].named_parameters(), expected, strict=True):
+        torch.testing.assert_close(found[name][1], each)
+    assert shared(x).isfinite() and shared.model.sample((2,)).shape == (2, 4)

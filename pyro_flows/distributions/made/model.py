@@ -21,6 +21,7 @@ from pyro_flows.distributions.made.distribution import AutoregressiveDistributio
 from pyro_flows.distributions.made.imputation import check_observed, impute, split_log_prob
 from pyro_flows.distributions.made.members import CONNECTIVITIES, Member, draw_units
 from pyro_flows.distributions.made.network import SharedNetwork
+from pyro_flows.tracing import lasting
 
 __all__ = ["MADE"]
 
@@ -145,11 +146,15 @@ class MADE(AutoregressiveModel):
         """The ``number``-th order and connections."""
         held = self._held.pop(number, None)
         if held is None:
-            generator = self._generator(number)
-            order = self.order.cpu()
-            if self.any_order:
-                order = torch.randperm(self.input_dim, generator=generator)
-            held = self._make(order, generator)
+            if not self.any_order and torch._C._functorch.is_functorch_wrapped_tensor(self.order):
+                raise ValueError(
+                    "MADE: the order is inside of a transform of torch.func (stacked buffers): score once with the "
+                    "model before, which keeps its masks, or stack the parameters alone"
+                )
+            with lasting():
+                generator = self._generator(number)
+                order = torch.randperm(self.input_dim, generator=generator) if self.any_order else self.order.cpu()
+                held = self._make(order, generator)
         return self._hold(number, held)
 
     def _hold(self, key: object, member: Member) -> Member:

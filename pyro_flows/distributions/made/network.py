@@ -18,6 +18,7 @@ from pyro_flows.distributions.made.contract import Head
 from pyro_flows.distributions.made.members import Member
 from pyro_flows.distributions.made.sampling import Sampler
 from pyro_flows.masked import Layout, masked_network
+from pyro_flows.tracing import lasting
 
 __all__ = ["SharedNetwork"]
 
@@ -96,7 +97,8 @@ class SharedNetwork(nn.Module):
         key = (id(member), kind, weight.device)
         held = self._bits.pop(key, None)
         if held is None or held[0] is not member:
-            made = [-mask.to(kind) for mask in (mask.to(weight.device) for mask in member.masks())]
+            with lasting():
+                made = [-mask.to(kind) for mask in (mask.to(weight.device) for mask in member.masks())]
             held = (member, made)
         self._bits[key] = held  # the latest last
         size = sum(b.nbytes for b in held[1])
