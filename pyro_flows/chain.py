@@ -58,12 +58,13 @@ class Wrap(FlowTransform):
     def _tried(self, shape: Size) -> Size:
         """What becomes of an event of this shape, both ways and in a batch."""
         held = (each for each in held_inside(self.transform) if isinstance(each, Tensor))
-        kin = next((tensor for tensor in held if tensor.is_floating_point()), torch.zeros(()))
-        inner = self.transform.domain.event_dim
+        kin = next((tensor for tensor in held if tensor.is_floating_point()), torch.zeros((), device="cpu"))
         # Inside of all sets that torch knows: a half, and matrices that are the identity.
-        one = torch.eye(*shape[-2:]).expand(shape) if inner > 1 else torch.full(shape, 0.5)
+        one = kin.new_full(shape, 0.5)
+        if self.transform.domain.event_dim > 1:
+            one = torch.eye(*shape[-2:], device=kin.device, dtype=kin.dtype)
         batch = max(shape) + 1  # no size of the event, so that what counts dimensions from the front is found out
-        x = one.to(kin).expand(batch, *shape)
+        x = one.expand(batch, *shape)
         name = f"Wrap: {type(self.transform).__name__} cannot take events of shape {tuple(shape)}"
         try:
             with torch.no_grad():
@@ -100,7 +101,9 @@ class Wrap(FlowTransform):
         """Where the transform takes a set, or its inverse does.  Each distribution asks, so the last answer is kept."""
         known = self._images.get(back)
         if known is None or known[0] is not start:
-            known = self._images[back] = start, image(self.transform.inv if back else self.transform, start)
+            known = start, image(self.transform.inv if back else self.transform, start)
+            if not isinstance(self.transform, nn.Module):  # a module may learn its bounds
+                self._images[back] = known
         return known[1]
 
     def __getstate__(self) -> dict[str, Any]:

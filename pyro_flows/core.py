@@ -207,6 +207,11 @@ class FlowTransform(TransformModule):
         return shape[:cut] + target
 
     @property
+    def sign(self) -> Tensor:
+        """Not defined for maps of events: raises AttributeError, so that ``hasattr`` and ``torch.jit`` pass it over."""
+        raise AttributeError(f"{type(self).__name__} moves whole events, so it has no sign: it neither rises nor falls")
+
+    @property
     def periodic(self) -> Tensor | None:
         """Boolean, shape ``event_shape``: which dimensions are angles, taken modulo 2 pi; ``None`` if none is."""
         return None

@@ -8,7 +8,8 @@ place, in feature-major buffers.  Steps are taken in blocks: one matrix product 
 earlier blocks, small ones inside.  The gradient goes through the same steps backwards, again with each weight once.
 
 :func:`solve` is the entry point.  Its two kernels are ``torch.library`` custom operators, so that it compiles, batches
-under ``torch.func`` and differentiates; second derivatives take the plain way through the network, one pass per step.
+under ``torch.func`` and differentiates; second derivatives take the plain way through the network, one pass per step,
+and so does what the kernels have no rule for: forward mode, ``is_grads_batched``, ``torch.func`` inside a compiler.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 
 from pyro_flows.activations import slope
 from pyro_flows.bands import weight_gradient
@@ -28,8 +30,6 @@ from pyro_flows.tracing import autocasting, beyond_rules, plain_eager
 from pyro_flows.univariate import Univariate
 
 __all__ = ["solve"]
-
-_is_legacy = torch._C._functorch.is_legacy_batchedtensor
 
 
 def solve(
@@ -174,7 +174,8 @@ def _pull(
         tape = torch.ops.pyro_flows.solve(z, first_bias, *_groups(tensors), solver.handle, True)[2]
     grad_x = torch.zeros_like(x) if grad_x is None else grad_x
     grad_ladj = x.new_zeros(x.shape[0]) if grad_ladj is None else grad_ladj
-    if _is_legacy(grad_x) or _is_legacy(grad_ladj):  # is_grads_batched, of which kernels know nothing
+    if is_legacy_batchedtensor(grad_x) or is_legacy_batchedtensor(grad_ladj):
+        # One that stands for many (is_grads_batched), of which kernels know nothing.
         weights, biases, masks = _groups(tensors)
         pull = torch.func.vjp(partial(_by_passes, solver, masks), z, first_bias, *weights, *biases)[1]
         return pull((grad_x, grad_ladj))

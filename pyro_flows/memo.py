@@ -9,6 +9,7 @@ layout, version, ``requires_grad``), and the number of optimiser steps taken in 
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from torch.utils.weak import TensorWeakRef
 
 from pyro_flows.tracing import plain_eager
 
-__all__ = ["Memo"]
+__all__ = ["Kept", "Memo"]
 
 _steps = 0
 
@@ -105,13 +106,15 @@ class _Entry(NamedTuple):
 class Memo:
     """At most one result for each direction of one transform."""
 
-    __slots__ = ("_forward", "_inverse")
+    __slots__ = ("_forward", "_inverse", "cleared")
 
     def __init__(self) -> None:
+        self.cleared = 0  # how often
         self.clear()
 
     def clear(self) -> None:
         """Forgets both results."""
+        self.cleared += 1
         self._forward: _Entry | None = None
         self._inverse: _Entry | None = None
 
@@ -158,3 +161,34 @@ class Memo:
             if known_x is x and entry.y() is y and entry.still_holds(module, x, y):
                 return entry.ladj
         return None
+
+
+class Kept:
+    """One value made of a module's tensors, for as long as nothing that it depends on changes."""
+
+    __slots__ = ("_cleared", "_stamp", "_value")
+
+    def __init__(self) -> None:
+        self._stamp: _Stamp | None = None
+
+    def get(self, module: nn.Module, memo: Memo, make: Callable[[], Tensor]) -> Tensor:
+        """The value that was kept, or a new one.
+
+        Args:
+            module: what the value is made of.
+            memo: of a transform in it; to clear that forgets the value as well.
+            make: makes the value.
+        """
+        if self._stamp is None or self._cleared != memo.cleared or not self._stamp.still_holds(module):
+            self._value, self._cleared = make(), memo.cleared
+            try:
+                self._stamp = _Stamp(module)
+            except RuntimeError:  # inference tensors count no versions
+                self._stamp = None
+        return self._value
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Kept:
+        return Kept()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Kept, ()

@@ -16,7 +16,7 @@ from torch import Tensor
 from pyro_flows.newton_adjoint import Linear, first_order, push, vmapped
 from pyro_flows.newton_map import SolveReport, SolverSettings, TriangularMap, named_map
 from pyro_flows.newton_sweeps import TOLERANCE, sweep
-from pyro_flows.tracing import autocasting, forward_mode, plain_eager
+from pyro_flows.tracing import autocasting, beyond_rules, forward_mode, plain_eager
 
 __all__ = ["SolveReport", "SolverSettings", "TriangularMap", "solve_triangular"]
 
@@ -43,6 +43,7 @@ def solve_triangular(
     Raises:
         ValueError: if values, parameters or bounds are not finite.
         RuntimeError: if rows stay unsolved (a warning with ``on_fail="warn"``).
+        NotImplementedError: for ``functionalize``, or any transform of ``torch.func`` inside a compiler.
     """
     settings = SolverSettings() if settings is None else settings
     _check(settings)
@@ -57,10 +58,16 @@ def solve_triangular(
     tensors = (*shared, *rowwise)
     if plain_eager() and not (torch.is_grad_enabled() and any(t.requires_grad for t in (z, *tensors))):
         x, stats = sweep(map, z, shared, rowwise, settings)
-    elif plain_eager() or forward_mode() or not _traced():
+    elif plain_eager() or forward_mode() or not (_traced() or beyond_rules()):
         x, stats = _Solve.apply(map, settings, len(shared), z, *tensors)
         while torch._C._functorch.is_functorch_wrapped_tensor(stats):
             stats = torch._C._functorch.get_unwrapped(stats)
+    elif torch._C._are_functorch_transforms_active():
+        raise NotImplementedError(
+            f"{map.name}: this iterative solve cannot go under functionalize, nor under any transform of torch.func "
+            "inside torch.compile or make_fx; leave these out, or compile the flow alone and call backward() on the "
+            "result"
+        )
     else:
         x, stats = torch.ops.pyro_flows.solve_triangular(z, list(shared), list(rowwise), map.handle, *settings)
     return x, SolveReport(stats.detach())
@@ -103,10 +110,10 @@ class _Solve(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: object, g: Tensor, none: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, *tensors = ctx.saved_tensors
-        if autocasting(x.device):
-            with torch.autocast(x.device.type, enabled=False):
+        if autocasting(g.device):
+            with torch.autocast(g.device.type, enabled=False):
                 return _Solve.backward(ctx, g, none)
+        x, *tensors = ctx.saved_tensors
         if not torch.is_grad_enabled():  # nobody differentiates the gradient further
             v, grads = first_order(ctx.solved, ctx.split, g, x, tensors, ctx.needs_input_grad[4:])
             return None, None, None, v, *grads

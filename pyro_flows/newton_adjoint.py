@@ -14,6 +14,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 
 from pyro_flows.newton_map import TriangularMap
 
@@ -29,7 +30,8 @@ def _solve(product: Callable[[Tensor], Tensor], d: Tensor, g: Tensor, level: Ten
     if count == 1 or v.numel() == 0:
         return v
     last = math.inf
-    for k in range(2 * count + 2):
+    # Of a gradient that stands for many (is_grads_batched) no number can be read.
+    for k in range(0 if is_legacy_batchedtensor(g) else 2 * count + 2):
         jv = product(v)
         r = g - jv
         scale = jv.abs().add_(g.abs()).addcmul_(d, v.abs()).add_(tiny)
@@ -80,7 +82,7 @@ def first_order(
             d = d.detach()
         level, count = _level(solved, x, True)
         with torch.no_grad():
-            v = _solve(partial(_pull, f, moving), d, g.detach(), level, count)
+            v = _solve(partial(_pull, f, moving), d, g, level, count)
         del f
         if not any(needed):
             return v, [None] * len(tensors)
@@ -101,7 +103,6 @@ class Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(solved: TriangularMap, transpose: bool, split: int, rhs: Tensor, x: Tensor, *tensors: Tensor) -> Tensor:
-        rhs = rhs.detach()
         with torch.enable_grad():
             x, tensors = _detached(x, tensors)
             f, d = solved.value_and_slope(x, tensors[:split], tensors[split:])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows.recipes import options_of
-from pyro_flows.tracing import plain_eager
+from pyro_flows.tracing import batched, plain_eager
 from pyro_flows.univariate import Univariate, numbers
 
 __all__ = ["Spline"]
@@ -351,7 +351,7 @@ class _Move(torch.autograd.Function):
     @staticmethod
     def backward(ctx: object, grad: Tensor, grad_ladj: Tensor) -> tuple[Tensor | None, ...]:
         z, params, x, ladj, *kept = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or batched(grad) or batched(grad_ladj):
             by_z, by_params = torch.func.vjp(lambda *inputs: ctx.spline.run(ctx.inverse, *inputs)[:2], z, params)[1](
                 (grad, grad_ladj)
             )

@@ -162,32 +162,42 @@ class Shift(Univariate):
 
 
 class Affine(Univariate):
-    r""":math:`y = x\,e^{s} + m` with parameters :math:`(m, a)` and :math:`s = c \tanh(a / c)`.
+    r""":math:`y = x\,e^{s} + g m` with parameters :math:`(m, a)` and :math:`s = c \tanh(g a / c)`.
 
-    The log-scale is the identity in :math:`a` near zero and stays in :math:`(-c, c)`; unlike a hard clamp it leaves
+    The log-scale is the identity in :math:`g a` near zero and stays in :math:`(-c, c)`; unlike a hard clamp it leaves
     gradients of the log-determinant right everywhere.
 
     Args:
         max_log_scale: the bound :math:`c` on the absolute log-scale.
+        gain: the factor :math:`g` on both parameters.  A step of Adam moves every weight of a network by the step size,
+            and so its outputs by that times the number of units: a gain below 1 makes the flow move less.
 
     References:
         Density estimation using Real NVP (Dinh et al., 2016), arXiv:1605.08803.
     """
 
     num_params = 2
+    gain = 1.0
 
-    def __init__(self, max_log_scale: float = 5.0) -> None:
+    def __init__(self, max_log_scale: float = 5.0, gain: float = 1.0) -> None:
         if not max_log_scale > 0:
             raise ValueError(f"Affine: expected max_log_scale > 0, got {max_log_scale}")
+        if not 0 < gain < float("inf"):
+            raise ValueError(f"Affine: expected gain > 0, got {gain}")
         self.max_log_scale = float(max_log_scale)
+        if gain != 1:
+            self.gain = float(gain)
 
     def forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
-        shift, raw = params.unbind(-1)
+        shift, raw = self._gained(params).unbind(-1)
         log_scale = soft_clip(raw, self.max_log_scale)
         return torch.addcmul(shift, x, log_scale.exp()), log_scale
 
+    def _gained(self, params: Tensor) -> Tensor:
+        return params if self.gain == 1 else params * number(self.gain, params.dtype)
+
     def inverse(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
-        shift, raw = params.unbind(-1)
+        shift, raw = self._gained(params).unbind(-1)
         ladj = torch.tanh(raw * (1.0 / self.max_log_scale)) * -self.max_log_scale
         return (y - shift) * ladj.exp(), ladj
 
@@ -195,14 +205,16 @@ class Affine(Univariate):
         bound = self.max_log_scale
         shift, raw = params[:, 0], params[:, 1]
         calls: list[Callable[[], object]] = [
-            partial(torch.mul, raw, number(1.0 / bound, z.dtype), out=ladj),
+            partial(torch.mul, raw, number(self.gain / bound, z.dtype), out=ladj),
             ladj.tanh_,
             partial(ladj.mul_, number(-bound if inverse else bound, z.dtype)),
             partial(torch.exp, ladj, out=x),
         ]
         if inverse:
-            return [*calls, partial(z.sub_, shift), partial(x.mul_, z)]
-        return [*calls, partial(torch.addcmul, shift, z, x, out=x)]
+            return [*calls, partial(z.sub_, shift, alpha=self.gain), partial(x.mul_, z)]
+        if self.gain == 1:
+            return [*calls, partial(torch.addcmul, shift, z, x, out=x)]
+        return [*calls, partial(x.mul_, z), partial(x.add_, shift, alpha=self.gain)]
 
     def partials(
         self, inverse: bool, z: Tensor, params: Tensor, x: Tensor, ladj: Tensor, weight: Tensor
@@ -217,10 +229,10 @@ class Affine(Univariate):
             by_params = torch.stack((torch.ones_like(x), z * scale * bend), 1)
             by_raw = weight * bend
         zero = torch.zeros_like(x)
-        return scale, by_params, zero, torch.stack((zero, by_raw), 1)
+        return scale, self._gained(by_params), zero, self._gained(torch.stack((zero, by_raw), 1))
 
     def run(self, inverse: bool, z: Tensor, params: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        shift, raw = params.unbind(-2)
+        shift, raw = self._gained(params).unbind(-2)
         bound = self.max_log_scale
         # The first product leaves the strides of the parameters behind; in place from there on.
         ladj = (raw * number(1.0 / bound, raw.dtype)).tanh_().mul_(number(-bound if inverse else bound, raw.dtype))
@@ -236,6 +248,6 @@ class Affine(Univariate):
         bend = 1.0 - tanh.mul_(tanh)
         if inverse:
             by_raw = torch.addcmul(grad_ladj, grad, x).mul_(bend)
-            return by_z, torch.stack((by_z, by_raw), -2).neg_()
+            return by_z, self._gained(torch.stack((by_z, by_raw), -2)).neg_()
         by_raw = torch.addcmul(grad_ladj, by_z, z).mul_(bend)
-        return by_z, torch.stack((grad, by_raw), -2)
+        return by_z, self._gained(torch.stack((grad, by_raw), -2))

@@ -15,6 +15,7 @@ import pyro.distributions.transforms as T
 import pytest
 import torch
 from pyro import poutine
+from pyro.contrib.forecast import Forecaster, ForecastingModel
 from pyro.infer import (
     HMC,
     MCMC,
@@ -38,7 +39,8 @@ from pyro.ops.indexing import Vindex
 from pyro.optim import Adam
 
 import pyro_flows as pf
-from pyro_flows.infer import AlphaDivergence, AutoFlow, DReGELBO, ForwardKL, PathELBO
+from pyro_flows.infer import AlphaDivergence, AutoFlow, DReGELBO, ForwardKL, PathELBO, fit_guide
+from pyro_flows.infer.guides.posterior import Steady
 from tests.cases import shake
 from tests.test_latents import SUPPORTS, improper
 
@@ -484,6 +486,231 @@ def test_predictive():
     for parallel in (False, True):
         draws = Predictive(groups, guide=guide, num_samples=5, parallel=parallel)(torch.zeros(4))
         assert draws["theta"].reshape(5, -1).shape == (5, 4)
+
+
+def test_quantiles_are_those_of_the_draws():
+    """Also below an upper bound alone, where the order is the other way round."""
+
+    def model():
+        pyro.sample("x", improper(dist.constraints.less_than(2.0), ()))
+        pyro.sample("y", improper(dist.constraints.real_vector, (2,)))
+
+    guide = shake(AutoFlow(model, SMALL, start="prior", seed=0).setup(), 0.2)
+    levels = [0.0, 0.1, 0.5, 0.9, 1.0]
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        z = guide.flow.sample((10_000,))
+    free = torch.stack(
+        [-torch.quantile(-z[:, 0], torch.tensor(levels), 0), *torch.quantile(z[:, 1:], torch.tensor(levels), 0).T]
+    )
+    expected = guide.latents.draws(free.T)
+    found = guide.quantiles(levels)
+    for name in ("x", "y"):
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-5)
+    assert (found["x"].diff() > 0).all()
+
+
+CHANGES = {
+    "optimizer": lambda guide: steps(groups, guide, Trace_ELBO(), 1, Y),
+    "in place": lambda guide: torch.nn.init.constant_(guide.preconditioner.shift, 3.0),
+    "state": lambda guide: guide.load_state_dict({k: 1.5 * v for k, v in guide.state_dict().items()}),
+    "dtype": lambda guide: guide.double(),
+    "cleared": lambda guide: (guide.preconditioner.shift.data.add_(1.0), guide.get_transform().clear_cache()),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_draws_of_quantiles_are_reused_while_nothing_changes(monkeypatch, name):
+    guide = Quick(groups).setup(Y)
+    drawn = []
+    sample = pf.Flow.sample
+    monkeypatch.setattr(pf.Flow, "sample", lambda *args: drawn.append(1) or sample(*args))
+    first = guide.median()
+    assert len(drawn) == 1
+    for _ in range(3):
+        again = guide.quantiles([0.5, 0.1])
+        assert all(torch.equal(again[key][0], first[key]) for key in first)
+    assert len(drawn) == 1
+    CHANGES[name](guide)
+    drawn.clear()
+    later = guide.median()
+    assert len(drawn) == 1
+    fresh = copy.deepcopy(guide).median()
+    assert all(torch.equal(later[key], fresh[key]) for key in first)
+    assert any(not torch.equal(later[key], first[key]) for key in first)
+
+
+DATA_LEFT_OUT = {
+    "Bernoulli": lambda eta: dist.Bernoulli(logits=eta),
+    "Poisson": lambda eta: dist.Poisson(eta.exp()),
+    "Binomial": lambda eta: dist.Binomial(7, logits=eta),
+    "Categorical": lambda eta: dist.Categorical(logits=torch.stack((eta, -eta, 0 * eta), -1)),
+    "DirichletMultinomial": lambda eta: dist.DirichletMultinomial(torch.stack((eta, -eta), -1).exp(), 5),
+    "Normal": lambda eta: dist.Normal(eta, 1.0),
+}
+
+
+@pytest.mark.parametrize("kind", DATA_LEFT_OUT)
+@pytest.mark.parametrize("parallel", [False, True])
+def test_predictions_of_data_left_out(kind, parallel):
+    """As Pyro predicts with its own guides: counts, labels, and any number of rows; the model runs for Pyro alone."""
+    runs = []
+
+    def model(x, y=None):
+        runs.append(1)
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("y", DATA_LEFT_OUT[kind](w * x), obs=y)
+
+    x = torch.randn(6)
+    y = DATA_LEFT_OUT[kind](x).sample()
+    guide = Quick(model).setup(x, y)
+    for rows in (6, 1, 9):
+        runs.clear()
+        guide(torch.randn(rows), None)
+        assert not runs
+        drawn = Predictive(model, guide=guide, num_samples=3, parallel=parallel)(torch.randn(rows), None)
+        assert drawn["y"].shape == (3, rows, *y.shape[1:])
+        support = DATA_LEFT_OUT[kind](torch.zeros(rows)).support
+        assert support.check(drawn["y"]).all()
+
+
+def test_predictions_agree_with_the_posterior():
+    """A conjugate model: the predictive mean and spread from draws of the guide in ``Predictive``."""
+
+    def model(n, y=None):
+        p = pyro.sample("p", dist.Beta(2.0, 2.0))
+        with pyro.plate("rows", n):
+            pyro.sample("y", dist.Bernoulli(p), obs=y)
+
+    y = torch.tensor([1.0, 1, 1, 0, 1, 1])
+    fit = fit_guide(AutoFlow(model, seed=0), len(y), y, steps=100, progress=False)
+    drawn = Predictive(model, guide=fit.guide, num_samples=4000, parallel=True)(20, None)["y"].sum(-1)
+    a, b = 2 + y.sum(), 2 + len(y) - y.sum()
+    exact = dist.BetaBinomial(a, b, 20)
+    assert abs(drawn.mean() - exact.mean) < 5 * (exact.variance / 4000) ** 0.5
+    assert abs(drawn.var() / exact.variance - 1) < 0.15
+
+
+class Walk(ForecastingModel):
+    """A slope for all times, and a local drift for each."""
+
+    def model(self, zero_data, covariates):
+        slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
+        with self.time_plate:
+            drift = pyro.sample("drift", dist.Normal(0.0, 0.1))
+        level = slope * covariates.squeeze(-1) + drift.cumsum(-1)
+        self.predict(dist.Normal(0.0, 0.5), level.unsqueeze(-1))
+
+
+def test_forecaster():
+    """Pyro's own: trained on ten times, it forecasts five more, local latents included."""
+    times = torch.arange(15.0).unsqueeze(-1) / 10
+    data = 2 * times[:10] + 0.1 * torch.randn(10, 1)
+    model = Walk()
+    guide = AutoFlow(model, SMALL, num_starts=1, seed=0)
+    forecaster = Forecaster(model, data, times[:10], guide=guide, learning_rate=0.01, num_steps=20, log_every=0)
+    drawn = forecaster(data, times, num_samples=40)
+    assert drawn.shape == (40, 5, 1) and drawn.isfinite().all()
+    assert abs(drawn.mean(0).squeeze(-1) - 2 * times[10:].squeeze(-1)).max() < 1.0
+
+
+def test_jit_trace_module(tmp_path):
+    """As Pyro's regression tutorial does: the traced guide draws what the guide draws."""
+    guide = Quick(groups).setup(Y)
+    pyro.set_rng_seed(1)
+    expected = guide.call(Y)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace_module(guide, {"call": (Y,)}, check_trace=False)
+        torch.jit.save(traced, tmp_path / "guide.pt")
+        pyro.set_rng_seed(1)
+        found = torch.jit.load(tmp_path / "guide.pt").call(Y)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+# Far draws in training
+
+
+def test_a_draw_without_a_gradient_moves_nothing():
+    """Where the model's density has no gradient at some particles, the others train the guide, and nothing is NaN."""
+
+    def model():
+        x = pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.factor("edge", x[..., 0].clamp(min=0.0).sqrt())  # whose gradient below zero is NaN
+
+    guide = Quick(model).setup()
+    svi = SVI(model, guide, Adam({"lr": 1e-2}), Trace_ELBO(num_particles=20, vectorize_particles=True))
+    before = snapshot(guide)
+    for _ in range(5):
+        svi.step()
+    assert change(guide, before)
+    assert all(p.isfinite().all() for p in guide.parameters())
+
+
+def test_one_far_draw_does_not_freeze_the_optimizer():
+    """A gradient of 1e12 once counts ten times the usual; else Adam's step would be zero for hundreds of steps."""
+    huge = [False]
+
+    def model():
+        x = pyro.sample("x", dist.Normal(3.0, 1.0))
+        pyro.factor("spike", 1e12 * x if huge[0] else 0 * x)
+
+    guide = Quick(model).setup()
+    svi = SVI(model, guide, Adam({"lr": 1e-2}), Trace_ELBO())
+    for step in range(60):
+        huge[0] = step == 20
+        svi.step()
+        if step == 20:
+            before = guide.preconditioner.shift.detach().clone()
+    assert (guide.preconditioner.shift - before).abs().max() > 0.05
+
+
+def test_steady_leaves_usual_gradients_alone():
+    steady = Steady()
+    gradients = torch.randn(50, 4, 3, dtype=torch.float64)
+    for each in gradients:
+        torch.testing.assert_close(steady(each), each, rtol=0, atol=0)
+    far = torch.cat((gradients[0], 1e9 * gradients[1, :1], torch.full((1, 3), torch.nan)))
+    found = steady(far)
+    torch.testing.assert_close(found[:4], far[:4], rtol=0, atol=0)
+    assert (found[5] == 0).all() and 3 < found[4].norm() < 60
+    torch.testing.assert_close(found[4] / found[4].norm(), far[4] / far[4].norm())
+    # Gradients that are all larger from now on are usual soon.
+    for _ in range(60):
+        found = steady(1e9 * gradients[1])
+    torch.testing.assert_close(found, 1e9 * gradients[1], rtol=0, atol=0)
+
+
+def regression():
+    """The model of Pyro's regression tutorial, on simulated data."""
+    generator = torch.Generator().manual_seed(1)
+    africa = (torch.rand(170, generator=generator) < 0.3).float()
+    rugged = 6 * torch.rand(170, generator=generator)
+    x = torch.stack([africa, rugged, africa * rugged], 1)
+    y = 9.2 + x @ torch.tensor([-1.85, -0.19, 0.35]) + 0.95 * torch.randn(170, generator=generator)
+
+    def model():
+        w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+        b = pyro.sample("b", dist.Normal(0.0, 10.0))
+        sigma = pyro.sample("sigma", dist.Uniform(0.0, 10.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("obs", dist.Normal((x * w).sum(-1) + b, sigma), obs=y)
+
+    return model
+
+
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
+def test_the_step_size_of_the_tutorial(seed):
+    """One particle and steps of 0.03: the guide ends where a good fit does, and no draw is lost."""
+    model = regression()
+    pyro.set_rng_seed(seed)
+    guide = AutoFlow(model, seed=0, num_starts=1)
+    svi = SVI(model, guide, Adam({"lr": 0.03}), Trace_ELBO())
+    losses = [svi.step() for _ in range(150)]
+    assert torch.tensor(losses).isfinite().all()
+    assert sorted(losses[-50:])[25] < 264  # 260.8 is the best there is
 
 
 def plated(x, y, weights):

@@ -22,7 +22,7 @@ from pyro_flows.infer.fitting.assessment import weigh
 from pyro_flows.infer.fitting.budget import Budget
 from pyro_flows.infer.fitting.training import Training
 from pyro_flows.infer.guides.probe import nothing_found
-from pyro_flows.infer.pace import BYTES, Pace
+from pyro_flows.infer.pace import BYTES, Pace, in_pieces
 
 SMALL = partial(pf.realnvp, num_layers=2, hidden_dims=(8,), mask="random")
 fit = partial(fit_guide, progress=False)
@@ -224,6 +224,21 @@ def test_memory_is_bounded(large):
     some = z[:4].requires_grad_()
     (expected,) = torch.autograd.grad(density(some).sum(), some)
     torch.testing.assert_close(pull[:4], expected)
+
+
+def test_pieces_for_predictions():
+    """Where nothing is known of the memory of a draw, the first two show it."""
+    seen = []
+
+    def run(part):
+        seen.append(len(part))
+        return torch.zeros(len(part), 1_000_000).sum(-1)
+
+    pace = Pace()
+    found = in_pieces(pace, torch.zeros(80, 1), run, 1000)
+    assert seen[0] == 2 and sum(seen) == 80 and 20 < max(seen) < 40 and torch.cat(found).shape == (80,)
+    assert len(in_pieces(pace, torch.zeros(5, 1), run, 1)) == 5  # a model that runs for one draw at a time
+    assert len(in_pieces(Pace(), torch.zeros(5, 1), run, 1)) == 5
 
 
 # Checkpoints and interruptions

@@ -589,6 +589,21 @@ def test_parameters_of_the_model_are_held():
     assert abs(found.log_evidence - expected) < 2e-3
 
 
+def test_copies_where_the_model_has_parameters():
+    """A trace of such a model holds tensors that cannot be copied, and data that need not be."""
+
+    def model(y):
+        sd = pyro.param("sd", torch.tensor(2.0), constraint=dist.constraints.positive)
+        a = pyro.sample("a", dist.Normal(0.0, sd))
+        pyro.sample("y", dist.Normal(a, 1.0), obs=y)
+
+    guide = AutoFlow(model, start="prior", seed=0).setup(torch.tensor(1.0))
+    twin = copy.deepcopy(guide)
+    assert twin.prototype_trace is guide.prototype_trace and twin.latents is not guide.latents
+    assert all(p is not q for p, q in zip(twin.parameters(), guide.parameters(), strict=True))
+    assert twin(torch.tensor(1.0))["a"].shape == ()
+
+
 def test_parameters_that_are_meant_to_be_held():
     """Frozen or hidden ones are no matter; modules count as ``pyro.param`` does."""
 

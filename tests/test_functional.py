@@ -10,6 +10,7 @@ import pytest
 import torch
 from cases import Sinh, shake
 from torch import Tensor, nn
+from torch._dynamo.exc import Unsupported
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.func import functional_call, functionalize, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vmap
@@ -151,6 +152,7 @@ def _called(score: Score, buffers: dict[str, Tensor], weights: dict[str, Tensor]
 def gradients_of_an_ensemble(score: Score, x: Tensor, c: Tensor) -> None:
     members, weights, call = ensemble(score)
     wanted = [one_by_one(member, x, c) for member in members]
+    same(call(weights, x, c), torch.stack([member(x, c) for member in members]).detach())
     by_weights, by_x, by_c = grad(lambda *given: call(*given).sum(), (0, 1, 2))(weights, x, c)
     same(by_weights, {name: torch.stack([each[2][name].sum(0) for each in wanted]) for name in weights})
     same((by_x, by_c), tuple(sum(each[k] for each in wanted) for k in (0, 1)))
@@ -336,7 +338,7 @@ TRANSFORMS = [
 # Without the mark: what sweeps with the kinds of gradient that a univariate can have, and two transforms everywhere.
 SWEEPS = [f"autoregressive density, {name}" for name in ("affine", "spline", "own")]
 EVERYWHERE = [gradients_of_an_ensemble, hessians]
-COMPILED = [(SWEEPS[0], compiled), (SWEEPS[1], compiled), (SWEEPS[0], compiled_transforms)]
+COMPILED = [(SWEEPS[1], compiled), (SWEEPS[0], compiled_transforms)]
 
 
 def quick(layer: str, direction: str, transform: Callable[..., None]) -> bool:
@@ -363,7 +365,12 @@ def cells() -> list[object]:
 
 @pytest.mark.parametrize(("layer", "direction", "transform"), cells())
 def test_transform(layer, direction, transform):
-    transform(*make(layer, direction))
+    refused = (compiled_transforms, functionalized)
+    if layer.startswith("mint") and direction == "forward_and_ladj" and transform in refused:
+        with pytest.raises((Unsupported, NotImplementedError), match="iterative solve cannot go under functionalize"):
+            transform(*make(layer, direction))
+    else:
+        transform(*make(layer, direction))
 
 
 @pytest.mark.parametrize("mode", ["inference", "fake", "vmap", "compile"])

@@ -13,6 +13,7 @@ import torch
 from pyro import poutine
 from pyro.infer import config_enumerate
 from pyro.infer.autoguide import init_to_value
+from pyro.infer.reparam import LocScaleReparam
 from pyro.ops.indexing import Vindex
 
 import pyro_flows as pf
@@ -292,6 +293,23 @@ def test_what_is_fixed_stays_fixed():
     assert (new["x"] == x + 10.0).all() and (new["y"].mean(0) - 2 * (x + 10)).abs().max() < 1.0
     with pytest.raises(ValueError, match=r"redraw.*\['z'\]"):
         found.predictive(2, redraw="z")
+
+
+def test_what_a_reparametrization_makes_is_computed():
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", 6):
+            theta = pyro.sample("theta", dist.Normal(mu, 2.0))
+            pyro.sample("y", dist.Normal(theta, 1.0), obs=y)
+
+    found = fit(AutoFlow(poutine.reparam(model, {"theta": LocScaleReparam(0.0)}), seed=0), Y, steps=20)
+    exact = dist.MultivariateNormal(torch.zeros(6), 5 * torch.eye(6) + 1.0).log_prob(Y)
+    assert abs(found.log_evidence - exact) < 0.01
+    draws, data = found.predictive(5), found.to_arviz(draws=100)
+    assert draws["theta"].shape == (5, 6) and (draws["theta"] != draws["y"]).all()
+    posterior = {name: torch.as_tensor(data.posterior[name].values)[0] for name in ("mu", "theta", "theta_decentered")}
+    assert torch.allclose(posterior["theta"], posterior["mu"][:, None] + 2 * posterior["theta_decentered"])
+    assert list(data.posterior_predictive) == list(data.log_likelihood) == ["y"]
 
 
 def pair_on(x, y):

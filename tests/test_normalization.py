@@ -385,40 +385,44 @@ def agree(rank, flow):
     return torch.equal(*both)
 
 
+def share(rank):
+    for shape, sizes in (((3,), (16, 5)), ((2, 4), (7, 1)), ((3,), (0, 6)), ((3,), (1, 1))):
+        flow, alone = layered(shape), layered(shape)
+        whole, own = rows_of(rank, shape, sizes)
+        parallel = DistributedDataParallel(Loss(flow))
+        parallel(own).backward()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # alone it is
+            alone.log_prob(whole)
+        for mine, theirs in zip(flow.parameters(), alone.parameters(), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
+        optimizer = torch.optim.SGD(flow.parameters(), lr=1e-3)
+        for _ in range(3):
+            optimizer.zero_grad()
+            parallel(own).backward()
+            optimizer.step()
+        assert agree(rank, flow) and is_set(flow.chain[0])
+    flow = layered((3,))
+    parallel = DistributedDataParallel(Loss(flow))
+    parallel(rows_of(rank, (3,), (1, 0))[1])  # one row among all is none to start from
+    assert not is_set(flow.chain[0])
+    whole, own = rows_of(rank, (3,), (4, 4))
+    with pytest.raises(ValueError, match="finite first batch"):  # in both, though one has the fault
+        parallel(own / rank if rank == 0 else own)
+    parallel.eval()(own)
+    assert not is_set(flow.chain[0])
+    if rank == 0:  # the other one is not there: nothing waits for it
+        with pytest.warns(UserWarning, match="outside of DistributedDataParallel.*broadcast the state_dict"):
+            layered((3,)).log_prob(whole)
+    torch.distributed.barrier()
+
+
 def work(rank, path):
     """What each of two processes does; its assertions reach the test."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
     try:
-        for shape, sizes in (((3,), (16, 5)), ((2, 4), (7, 1)), ((3,), (0, 6)), ((3,), (1, 1))):
-            flow, alone = layered(shape), layered(shape)
-            whole, own = rows_of(rank, shape, sizes)
-            parallel = DistributedDataParallel(Loss(flow))
-            parallel(own).backward()
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # alone it is
-                alone.log_prob(whole)
-            for mine, theirs in zip(flow.parameters(), alone.parameters(), strict=True):
-                torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
-            optimizer = torch.optim.SGD(flow.parameters(), lr=1e-3)
-            for _ in range(3):
-                optimizer.zero_grad()
-                parallel(own).backward()
-                optimizer.step()
-            assert agree(rank, flow) and is_set(flow.chain[0])
-        flow = layered((3,))
-        parallel = DistributedDataParallel(Loss(flow))
-        parallel(rows_of(rank, (3,), (1, 0))[1])  # one row among all is none to start from
-        assert not is_set(flow.chain[0])
-        whole, own = rows_of(rank, (3,), (4, 4))
-        with pytest.raises(ValueError, match="finite first batch"):  # in both, though one has the fault
-            parallel(own / rank if rank == 0 else own)
-        parallel.eval()(own)
-        assert not is_set(flow.chain[0])
-        if rank == 0:  # the other one is not there: nothing waits for it
-            with pytest.warns(UserWarning, match="outside of DistributedDataParallel.*broadcast the state_dict"):
-                layered((3,)).log_prob(whole)
-        torch.distributed.barrier()
+        share(rank)  # what it wraps is gone before the group is
     finally:
         torch.distributed.destroy_process_group()
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import pickle
 from functools import partial
 
 import pyro
@@ -29,6 +31,9 @@ from pyro.optim import Adam, ClippedAdam
 from torch.distributions import constraints
 
 import pyro_flows as pf
+from pyro_flows.distributions import made as heads
+from pyro_flows.infer import AutoFlow
+from tests.cases import CASES, CONTEXT_DIM
 
 
 def cnf(size, num_layers=None, **options):
@@ -465,3 +470,58 @@ def test_constraints_of_a_flow_are_those_of_its_event():
     assert chain.codomain.check(torch.zeros(4, 2, 2, 3)).shape == (4,)
     assert pf.iaf(3).codomain is constraints.real_vector
     assert chain.bijective
+
+
+# Properties: torch.jit, hasattr and inspection ask for each of them, and take no error but AttributeError for a no.
+
+
+def properties(module):
+    names = [name for name in dir(type(module)) if isinstance(inspect.getattr_static(type(module), name), property)]
+    for name in names:
+        try:
+            getattr(module, name)
+        except AttributeError:
+            pass
+    return names
+
+
+def every_flow(case):
+    for context_dim in (0, CONTEXT_DIM) if case.takes_context else (0,):
+        flow = case.build(context_dim)
+        yield from (flow, flow.inv, pf.Flow(flow))
+        if context_dim:
+            bound = flow.condition(torch.zeros(CONTEXT_DIM))
+            yield from (bound, bound.inv)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_properties_of_flows(case):
+    for whole in every_flow(case):
+        for module in whole.modules():
+            properties(module)
+            assert not hasattr(module, "sign")
+
+
+def density_model():
+    pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+
+OTHERS = {
+    "MADE, Bernoulli": lambda: pf.MADE(3),
+    "MADE, normal": lambda: pf.MADE(3, heads.NormalHead(), context_dim=2),
+    "MADE, categorical": lambda: pf.MADE(3, heads.CategoricalHead(4)),
+    "MADE, mixture": lambda: pf.MADE(3, heads.MixtureHead(2)),
+    "MADE, mixed": lambda: pf.MADE(2, heads.MixedHead([(heads.NormalHead(), [0]), (heads.BernoulliHead(), [1])])),
+    "ConvMADE": lambda: pf.ConvMADE((1, 4, 4)),
+    "StudentT": lambda: pf.Flow(pf.maf(2), pf.StudentT(2)),
+    "GaussianMixture": lambda: pf.Flow(pf.maf(2), pf.GaussianMixture(2, 3)),
+    "Dequantized": lambda: pf.Dequantized(pf.Flow(pf.realnvp((1, 2, 2))), 256),
+    "a guide without its model": lambda: AutoFlow(density_model),
+    "a guide": lambda: AutoFlow(density_model, start="prior").setup(),
+    "a guide from a pickle": lambda: pickle.loads(pickle.dumps(AutoFlow(density_model, start="prior").setup())),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_properties_of_other_modules(name):
+    assert [found for module in OTHERS[name]().modules() for found in properties(module)]

@@ -12,7 +12,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import JitTrace_ELBO, Trace_ELBO
-from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.func import grad, hessian, jacfwd, jacrev, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import pyro_flows as pf
@@ -67,23 +67,6 @@ def compiled():
     torch._dynamo.reset()
     yield partial(torch.compile, fullgraph=True, backend="aot_eager")
     torch._dynamo.reset()
-
-
-@pytest.mark.parametrize("name", ["nice", "realnvp", "maf", "iaf"])
-@pytest.mark.parametrize("context_dim", [0, 2], ids=["plain", "conditional"])
-def test_compile(name, direction, context_dim, compiled):
-    chain = shaken(BUILDERS[name](context_dim=context_dim))
-    context = (torch.randn(5, context_dim, dtype=torch.double),) if context_dim else ()
-    method = getattr(chain, direction)
-    values = {kind: points(5).requires_grad_() for kind in ("eager", "compiled")}
-    expected = method(values["eager"], *context)
-    found = compiled(method)(values["compiled"], *context)
-    for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, theirs)
-    for ours, theirs in zip(
-        gradients(found, chain, values["compiled"]), gradients(expected, chain, values["eager"]), strict=True
-    ):
-        torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("name", ["realnvp", "maf", "iaf"])
@@ -169,65 +152,6 @@ def test_vmap_over_contexts(name, direction):
     for x, dims in ((points(4), (0, 0)), (points(), (None, 0))):
         for found, expected in zip(vmap(method, dims)(x, context), method(x, context), strict=True):
             torch.testing.assert_close(found, expected)
-
-
-def test_vmap_over_models(name, direction):
-    """An ensemble: one call for flows of the same shape with parameters of their own."""
-    chains = [shaken(BUILDERS[name]()) for _ in range(2)]
-    with torch.no_grad():
-        for parameter in chains[1].parameters():
-            parameter.mul_(0.5)
-    parameters, _ = torch.func.stack_module_state(chains)
-    x = points(4)
-
-    class Called(torch.nn.Module):
-        def __init__(self, chain):
-            super().__init__()
-            self.chain = chain
-
-        def forward(self, value):
-            return getattr(self.chain, direction)(value)
-
-    called = Called(chains[0])
-    parameters = {f"chain.{key}": value for key, value in parameters.items()}
-    found = vmap(lambda p: functional_call(called, p, (x,)))(parameters)
-    for k, chain in enumerate(chains):
-        for ours, theirs in zip(found, getattr(chain, direction)(x), strict=True):
-            torch.testing.assert_close(ours[k], theirs)
-
-
-def test_per_sample_gradients(name):
-    flow = pf.Flow(shaken(BUILDERS[name]()))
-    data = points(4)
-    parameters = {key: value.detach() for key, value in flow.named_parameters()}
-
-    class Score(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.flow = flow
-
-        def forward(self, value):
-            return self.flow.log_prob(value)
-
-    score = Score()
-    parameters = {f"flow.{key}": value for key, value in parameters.items()}
-    found = vmap(grad(lambda p, x: functional_call(score, p, (x,))), (None, 0))(parameters, data)
-    for k in range(4):
-        flow.zero_grad()
-        flow.log_prob(data[k].clone()).backward()
-        for key, parameter in flow.named_parameters():
-            expected = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            torch.testing.assert_close(found[f"flow.{key}"][k], expected)
-
-
-def test_forward_and_reverse_products(name, direction):
-    method = getattr(shaken(BUILDERS[name]()), direction)
-    x, tangent = points(5), points(5).flip(0)
-    outputs, pull = vjp(method, x)
-    pushed = jvp(method, (x,), (tangent,))[1]
-    cotangents = tuple(torch.randn_like(out) for out in outputs)
-    left = sum((c * p).sum() for c, p in zip(cotangents, pushed, strict=True))
-    torch.testing.assert_close(left, (pull(cotangents)[0] * tangent).sum())
 
 
 def test_transforms_leave_nothing_behind(name):

@@ -12,7 +12,15 @@ from oracles import relative_error
 from pyro_flows import Affine, Shift, Spline, Univariate
 from pyro_flows.univariate import soft_clip
 
-FAMILIES = [Shift(), Affine(), Affine(max_log_scale=0.7), Spline(), Spline(3, 2.0, "identity"), Sinh()]
+FAMILIES = [
+    Shift(),
+    Affine(),
+    Affine(max_log_scale=0.7),
+    Affine(3.0, gain=0.3),
+    Spline(),
+    Spline(3, 2.0, "identity"),
+    Sinh(),
+]
 EACH = pytest.mark.parametrize("family", FAMILIES, ids=repr)
 BOTH = pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
 

@@ -11,7 +11,7 @@ import pyro.distributions.transforms as pyro_transforms
 import pytest
 import torch
 from cases import shake
-from pyro.distributions import constraints
+from pyro.distributions import TransformModule, constraints
 from torch.autograd.functional import jacobian
 from torch.distributions import (
     AffineTransform,
@@ -282,3 +282,31 @@ def test_fit_density_takes_each(name):
     target = pf.Flow(pf.Chain([pf.Rescaling(event), onto]))
     fit = pf.fit_density(target, data, max_epochs=2, batch_size=32)
     assert torch.isfinite(fit.model.log_prob(data)).all() and fit.model.sample((4,)).shape == (4, *data.shape[1:])
+
+
+def test_bounds_that_a_module_learns():
+    class Above(TransformModule):
+        bijective, domain = True, constraints.real
+
+        def __init__(self):
+            super().__init__()
+            self.low = torch.nn.Parameter(torch.zeros(()))
+
+        @constraints.dependent_property(is_discrete=False, event_dim=0)
+        def codomain(self):
+            return constraints.greater_than(self.low.detach())
+
+        def _call(self, x):
+            return self.low + x.exp()
+
+        def _inverse(self, y):
+            return (y - self.low).log()
+
+        def log_abs_det_jacobian(self, x, y):
+            return x
+
+    flow = made([Above()], (3,), torch.float)
+    for low in (0.0, 5.0):
+        with torch.no_grad():
+            flow.chain[1].transform.low.fill_(low)
+        assert flow().support.check(torch.full((3,), 4.0)) == (low < 4)

@@ -16,7 +16,7 @@ from pyro_flows.infer.broadcasting import explain, warn_once
 from pyro_flows.infer.enumeration import enumerating, marginal_log_prob
 from pyro_flows.infer.latents import Latents
 from pyro_flows.infer.pace import Footprint, Pace
-from pyro_flows.infer.sites import DATA, FACTOR, Site, is_masked, per_draw, run, sites_of
+from pyro_flows.infer.sites import COMPUTED, DATA, FACTOR, Site, is_masked, per_draw, run, sites_of
 
 __all__ = ["JointDensity"]
 
@@ -120,10 +120,11 @@ class JointDensity:
                 sites = self.enumerated_at(values, nesting)[1] if self.discrete else self.sites_at(values)
                 if any(site.kind == FACTOR for site in sites.values()):
                     return True
-                found = [site.log_prob() for site in sites.values() if site.kind == DATA]
+                data = [site.log_prob() for site in sites.values() if site.kind == DATA]
+                found = data + [site.log_prob() for site in sites.values() if site.kind == COMPUTED]
             except FAILURES:  # at a point where the density is not defined
                 return True
-            if any(by_way or value.requires_grad or value.dim() > nesting for value in found):
+            if any(by_way or value.dim() > nesting for value in data) or any(value.requires_grad for value in found):
                 return True
             # Where a value lost its gradient, as by item(), it shows at another point.
             if before is not None and not all(map(torch.equal, found, before)):

@@ -37,7 +37,7 @@ class Latent:
         """Whether larger numbers give larger values; not so below an upper bound alone."""
         try:
             return bool(torch.as_tensor(self.transform.sign).ge(0).all())
-        except NotImplementedError:  # entries depend on each other
+        except (NotImplementedError, AttributeError):  # entries depend on each other
             return True
 
     @property

@@ -6,12 +6,14 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["Footprint", "Pace", "pace_of", "rows_at_once"]
+__all__ = ["Footprint", "Pace", "in_pieces", "pace_of", "rows_at_once"]
 
+Result = TypeVar("Result")
 BYTES = 2**28  # that the tensors of one call may take together
 FIRST = 2  # rows of the first call where time is limited
 CALL = 0.1  # seconds that one call may take where its time grows with its rows
@@ -111,3 +113,20 @@ def rows_at_once(density: object, most: int) -> int:
     """
     pace = pace_of(density)
     return most if pace is None else pace.at_once(most, timed=False)
+
+
+def in_pieces(pace: Pace, z: Tensor, run: Callable[[Tensor], Result], most: int) -> list[Result]:
+    """Runs a model for ``most`` draws at a time, or for as many as stay within 256 MiB.
+
+    Args:
+        pace: of the model; where it does not know the memory of a draw, the first two draws show it.
+        z: draws, shape ``(n, dim)``.
+        run: of the model at some of them.
+        most: draws in a run.
+    """
+    found = []
+    if pace.bytes_per_draw is None and min(most, len(z)) > FIRST:
+        with Footprint() as footprint:
+            found.append(run(z[:FIRST]))
+        pace.bytes_per_draw, z = footprint.bytes / FIRST, z[FIRST:]
+    return found + [run(part) for part in z.split(pace.at_once(most, timed=False))]

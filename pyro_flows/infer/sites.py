@@ -46,7 +46,8 @@ class Site:
     Attributes:
         name: of the site.
         kind: ``"latent"``, of the guide; ``"data"``, observed; ``"factor"``, a term of the log-density alone;
-            ``"computed"``, by ``pyro.deterministic``; ``"drawn"``, anything else that the run drew or enumerated.
+            ``"computed"``, by ``pyro.deterministic`` or a reparametrization; ``"drawn"``, anything else that the run
+            drew or enumerated.
         message: Pyro's account of it.
         own: entries of a latent that keep their own density under a mask, of the shape of its batch; ``None`` for
             none.
@@ -136,7 +137,7 @@ def _kind(message: dict[str, Any]) -> str:
         return FACTOR
     if not message["is_observed"]:
         return DRAWN
-    return FACTOR if type(fn).__name__ == "Delta" else DATA
+    return COMPUTED if type(fn).__name__ == "Delta" else DATA  # such as what a reparametrization makes of a latent
 
 
 def per_draw(name: str, each: Tensor, count: int, nesting: int) -> Tensor:

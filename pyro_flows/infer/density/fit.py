@@ -144,9 +144,10 @@ def fit_density(
         flow: a chain or other flow transform (which gets a standard normal base), a
             :class:`~pyro_flows.distributions.Flow`, or any module with ``log_prob(value)`` or ``log_prob(value,
             context)``, e.g. of discrete data.
-        data: shape ``(rows, *event_shape)``, a tensor or NumPy array, converted to the flow's dtype and device (to a
-            module that is no flow, integers go as they are); or a ``DataLoader`` that yields ``x``, ``(x,)`` or ``(x,
-            context)``, of which one pass is an epoch, after a first one for checks and standardisation.
+        data: shape ``(rows, *event_shape)``, a tensor, NumPy array or data frame, converted to the flow's dtype and
+            device (to a module that is no flow, integers go as they are; masks and ``NA`` count as missing); or a
+            ``DataLoader`` that yields ``x``, ``(x,)`` or ``(x, context)``, of which one pass is an epoch, after a first
+            one for checks and standardisation.
         validation: rows to judge by, likewise.  By default a random part of ``data``; with a ``DataLoader`` as data,
             the training score is what is judged by.
         context: shape ``(rows, context_dim)``, for flows that take one.
@@ -157,7 +158,8 @@ def fit_density(
         standardize: whether to standardise data, column by column (of series, for flows whose parts all times share,
             channel by channel over all times), and contexts.  By default that is done for flows
             over real numbers, except for dimensions that are angles (those that a part's ``periodic`` names), and with
-            the part of the chain that maps onto a constrained support left behind it; not for other modules.
+            the part of the chain that maps onto a constrained support left behind it; not for other modules.  Discrete
+            columns of a :class:`~pyro_flows.distributions.made.MADE` stay as they are in any case.
         batch_size: rows in a step, by default about a thirty-second of the rows, from 64 to 1024; a ``DataLoader`` has
             its own.
         max_epochs: passes over the data at most, by default as many as make 20,000 steps, from 20 to 1000.

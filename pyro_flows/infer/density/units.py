@@ -283,11 +283,6 @@ def _pulled(transform: Transform, y: Tensor) -> tuple[Tensor, Tensor]:
         whole = image(transform, transform.domain)
         free = is_free(transform.domain, x.shape[1:]).all() and edge.shape == y.shape
         return x, edge | at_bounds(whole, y) if free else edge
-    if isinstance(transform, (CatTransform, StackTransform)) and not -y.dim() < _from_right(transform, y) < 0:
-        raise ValueError(
-            f"fit_density: {type(transform).__name__} has dim={transform.dim}, which in rows of shape {tuple(y.shape)} "
-            "is no dimension of an event; count from the right, e.g. dim=-1"
-        )
     if isinstance(transform, CatTransform):
         pairs = zip(transform.transforms, y.split(transform.lengths, transform.dim), strict=True)
         return tuple(torch.cat(each, transform.dim) for each in zip(*(_pulled(*pair) for pair in pairs), strict=True))
@@ -298,10 +293,6 @@ def _pulled(transform: Transform, y: Tensor) -> tuple[Tensor, Tensor]:
     known = not constraints.is_dependent(transform.codomain) and not constraints.is_dependent(transform.domain)
     open_ended = known and bool(is_free(transform.domain, x.shape[1:]).all())
     return x, at_bounds(transform.codomain, y) if open_ended else torch.zeros_like(y, dtype=torch.bool)
-
-
-def _from_right(transform: CatTransform | StackTransform, y: Tensor) -> int:
-    return transform.dim if transform.dim < 0 else transform.dim - y.dim()
 
 
 def flat_parts(chain: FlowTransform) -> list[FlowTransform]:

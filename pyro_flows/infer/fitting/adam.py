@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -17,12 +17,17 @@ class Adam:
     A ``torch.optim.Optimizer`` imports torch's compiler when it is made, which takes as long as a tenth of a short fit.
     In turn nothing tells flows of the step: whoever uses this clears their caches at the end.
 
+    Args:
+        parameters: what to move.
+        speeds: for some of them the factor of the step size, by identity; 1 for the others.
+
     References:
         Adam: A Method for Stochastic Optimization (Kingma & Ba, 2014), arXiv:1412.6980.
     """
 
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
+    def __init__(self, parameters: Sequence[Tensor], speeds: Mapping[int, float] | None = None) -> None:
         self.parameters = list(parameters)
+        self._speeds = [(speeds or {}).get(id(p), 1.0) for p in self.parameters]
         self._first = [torch.zeros_like(p) for p in self.parameters]
         self._second = [torch.zeros_like(p) for p in self.parameters]
         self._steps = [torch.zeros((), dtype=torch.float32, device=p.device) for p in self.parameters]
@@ -46,8 +51,12 @@ class Adam:
     @torch.no_grad()
     def step(self, rate: float) -> None:
         """Moves the parameters that have a gradient."""
-        state = (self.parameters, self._first, self._second, self._steps)
+        state = (self.parameters, self._first, self._second, self._steps, self._speeds)
         moving = [each for each in zip(*state, strict=True) if each[0].grad is not None]
+        for speed in {each[-1] for each in moving}:
+            self._move([each[:-1] for each in moving if each[-1] == speed], speed * rate)
+
+    def _move(self, moving: list[tuple[Tensor, ...]], rate: float) -> None:
         parameters, first, second, steps = (list(column) for column in zip(*moving, strict=True))
         adam(
             parameters,

@@ -16,7 +16,7 @@ from pyro_flows.infer.fitting.assessment import FEWEST, search_modes, weigh
 from pyro_flows.infer.fitting.budget import Budget
 from pyro_flows.infer.guides.auto import AutoFlow
 from pyro_flows.infer.guides.probe import ModeProbe
-from pyro_flows.infer.joint import JointDensity
+from pyro_flows.infer.joint import FAILURES, JointDensity
 from pyro_flows.infer.pace import FLAT, rows_at_once
 
 __all__ = ["SLOW_SECONDS", "choose_particles", "seconds_for_verdict", "several_modes", "start_within"]
@@ -45,18 +45,24 @@ def start_within(guide: AutoFlow, seconds: float | None) -> Iterator[None]:
 @torch.no_grad()
 def choose_particles(guide: AutoFlow, density: JointDensity, initial: Tensor, seconds: float | None) -> int:
     """As asked, or as many as the model's speed allows: many are worth more than steps, up to a point."""
-    z = initial + 0.01 * torch.randn(PARTICLES, len(initial), dtype=initial.dtype, device=initial.device)
+    asked = guide.particles
+    z = initial.expand(PARTICLES, -1)
+    if asked is None:
+        z = z + 0.01 * torch.randn_like(z)
     pace = density.pace
-    if seconds is None:
-        density(z[:2])  # finds out whether it runs for many at once
-    while seconds is not None and density.vectorized:
-        rows = pace.at_once(PARTICLES, timed=True)
-        with pace.call(rows):
-            density(z[:rows])
-        if pace.at_once(PARTICLES, timed=True) <= rows:
-            break
-    if guide.particles is not None:
-        return guide.particles
+    try:
+        if seconds is None:
+            density(z[:2])  # finds out whether it runs for many at once
+        while seconds is not None and density.vectorized:
+            rows = pace.at_once(PARTICLES, timed=True)
+            with pace.call(rows):
+                density(z[:rows])
+            if pace.at_once(PARTICLES, timed=True) <= rows:
+                break
+    except FAILURES:  # which training can do with
+        return asked or PARTICLES
+    if asked is not None:
+        return asked
     if seconds is not None:
         # Some hundred steps are worth more than the draws in each.
         affordable = max(LONG, FLAT * pace.shortest, 0.005 * seconds) / max(pace.seconds_per_draw, 1e-9)

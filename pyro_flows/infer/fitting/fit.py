@@ -283,7 +283,7 @@ def _begin_again(
 
 def _result(guide: AutoFlow, begun: _Begun, training: Training, assessment: Assessment | None) -> GuideFit:
     """The result, which owns its guide, and the density of the data as they are now."""
-    own = copy.deepcopy(guide, {id(guide.prototype_trace): guide.prototype_trace})
+    own = copy.deepcopy(guide)
     density = own_density(begun.density, own.latents, guide.model_parameters)
     return GuideFit(
         own.flow,

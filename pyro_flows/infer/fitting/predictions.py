@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pyro_flows.infer.enumeration import pointwise
 from pyro_flows.infer.joint import JointDensity
+from pyro_flows.infer.pace import in_pieces
 from pyro_flows.infer.sites import COMPUTED, DATA, FACTOR, LATENT, Site
 
 __all__ = ["computed", "log_likelihoods", "observed", "predictions", "seen_entries", "to_redraw"]
@@ -27,7 +28,7 @@ Values = dict[str, Tensor]
 def predictions(density: JointDensity, z: Tensor, redraw: Collection[str]) -> Values:
     """Draws of the model's other sites, shape ``(n, *site.shape)``, at unconstrained latents ``z`` of shape (n, dim).
 
-    ``pyro.deterministic`` sites are computed, and data that are not drawn anew keep their values.
+    What the model computes is there, and data that are not drawn anew keep their values.
 
     Args:
         density: of the model.
@@ -38,7 +39,7 @@ def predictions(density: JointDensity, z: Tensor, redraw: Collection[str]) -> Va
 
 
 def computed(density: JointDensity, z: Tensor) -> Values:
-    """What the model computes of its latents by ``pyro.deterministic``, shape ``(n, *site.shape)``."""
+    """What the model computes of its latents, such as by ``pyro.deterministic``, shape ``(n, *site.shape)``."""
     return _values(density.model, density, z, lambda site: site.kind == COMPUTED)
 
 
@@ -57,8 +58,8 @@ def log_likelihoods(density: JointDensity, z: Tensor) -> Values:
         data = {name: site for name, site in data.items() if above.get(name, set()) - fixed}
     refused: dict[str, str] = {}
     with torch.no_grad():
-        chunks = z.split(density.pace.at_once(AT_ONCE, timed=False) if density.vectorized else 1)
-        parts = [_log_likelihoods(density, chunk, data, refused) for chunk in chunks]
+        most = AT_ONCE if density.vectorized else 1
+        parts = in_pieces(density.pace, z, lambda chunk: _log_likelihoods(density, chunk, data, refused), most)
     for name, why in refused.items():
         warnings.warn(f"to_arviz: no log-likelihood of {name!r}, which {why}", stacklevel=3)
     found = {}
@@ -174,12 +175,12 @@ def _values(model: Model, density: JointDensity, z: Tensor, wanted: Callable[[Si
     if not len(z):
         one = _values(model, density, z.new_zeros(1, z.shape[1]), wanted)
         return {name: value[:0] for name, value in one.items()}
-    vectorized, at_once = density.vectorized, density.pace.at_once(AT_ONCE, timed=False)
+    vectorized = density.vectorized
     parts: list[Values] = []
     with torch.no_grad():
         if vectorized:
             try:
-                parts = [_together(model, density, chunk, wanted) for chunk in z.split(at_once)]
+                parts = in_pieces(density.pace, z, lambda chunk: _together(model, density, chunk, wanted), AT_ONCE)
             except Exception as error:  # whatever the model says when its tensors get a dimension more
                 warnings.warn(
                     "this model does not run for many draws at once, so they go one at a time: "

@@ -81,6 +81,20 @@ def emphasis(log_weights: Tensor, fine: Tensor) -> Tensor:
     return (1.0 + c * weights.clamp(max=HEAVIEST)) / (1.0 + c)
 
 
+def _speeds(flow: Flow) -> dict[int, float]:
+    """What makes up for the gains of affine layers, by the identity of the parameters that these multiply.
+
+    Gains keep steps of stock optimizers small; here many draws, a clipped gradient and a decaying step size do that.
+    """
+    speeds = {}
+    for layer in flow.modules():
+        gain = getattr(getattr(layer, "univariate", None), "gain", 1.0)
+        tensors = None if gain == 1 else layer.net.tensors()
+        if tensors is not None:
+            speeds.update({id(each[-1]): 1 / gain for each in tensors[:2]})
+    return speeds
+
+
 class Training:
     """Trains a guide's flow against an unnormalised log-density.
 
@@ -171,7 +185,7 @@ class Training:
 
     def _phase(self, flow: Flow, begin: float, end: float, rates: tuple[float, float]) -> None:
         name = self.phase
-        optimizer = Adam([p for p in flow.parameters() if p.requires_grad])
+        optimizer = Adam([p for p in flow.parameters() if p.requires_grad], _speeds(flow))
         if self._moments is not None:
             optimizer.load(self._moments)
             self._moments = None

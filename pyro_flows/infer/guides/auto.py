@@ -27,27 +27,35 @@ from pyro_flows.core import FlowTransform
 from pyro_flows.distributions import Flow, FlowDistribution
 from pyro_flows.flows import iaf, nsf, realnvp
 from pyro_flows.infer.enumeration import can_be_summed, hidden_sites, unblocked
-from pyro_flows.infer.guides.posterior import PathPosterior
+from pyro_flows.infer.guides.posterior import PathPosterior, Steady
 from pyro_flows.infer.guides.prototype import (
     Init,
+    Sizes,
     feasible,
     finite_start,
     initializer,
     inspect,
+    latent_shapes,
     parameters_of,
-    shapes_of,
+    resized,
+    sizes_of,
 )
 from pyro_flows.infer.guides.start import find_start
 from pyro_flows.infer.joint import FAILURES, JointDensity
 from pyro_flows.infer.latents import Latents
 from pyro_flows.infer.sites import DATA, DRAWN, FACTOR, is_part, run, sites_of
+from pyro_flows.memo import Kept
 from pyro_flows.transforms import Preconditioner
+from pyro_flows.univariate import Affine
 
 __all__ = ["AutoFlow", "as_flow_of", "default_builder", "seeded"]
 
 Builder = Callable[[int], TransformModule]
+NOT_BUILT = "AutoFlow: this guide has not seen its model yet: call .setup(*args) with its arguments"
+NO_MODEL = "AutoFlow: this guide comes from a pickle, which holds no model; make a new one and load its state_dict"
 SLOW_SECONDS = 20.0  # for the start, where a model runs for one draw at a time
 FULL_RANK = 300  # dimensions up to which the preconditioner is a full matrix
+GAIN = 0.1  # of the default flow, so that steps of 0.03, as in Pyro's tutorials, do not make its scales explode
 STARTS = ("pathfinder", "prior")
 _BUILT = itertools.count()
 
@@ -63,8 +71,8 @@ def default_builder(dim: int) -> FlowTransform:
         return nsf(1, num_layers=1)
     if dim <= 64:
         # A bound far out: in a funnel the log-scales of some latents go with another latent, however far that goes.
-        return iaf(dim, num_layers=3, hidden_dims=(max(32, dim),) * 2, max_log_scale=10.0)
-    return realnvp(dim, num_layers=8, hidden_dims=(64, 64), mask="random", max_log_scale=2.0)
+        return iaf(dim, num_layers=3, hidden_dims=(max(32, dim),) * 2, univariate=Affine(10.0, GAIN))
+    return realnvp(dim, num_layers=8, hidden_dims=(64, 64), mask="random", univariate=Affine(2.0, GAIN))
 
 
 def as_flow_of(builder: Builder, dim: int) -> FlowTransform:
@@ -171,14 +179,17 @@ class AutoFlow(AutoContinuous):
         self.start_seconds = start_seconds
         self.start_evaluations = 0
         self.model_parameters: dict[str, Tensor] = {}  # of the model itself, with the values that they had at the start
-        self._shapes: tuple[object, ...] | None = None
-        self._observed: set[str] = set()
         self.of_prior = False  # whether to fit the prior on purpose, where there are no data
         self.unobserved = False  # whether no data are to be seen
         self.hidden_data: frozenset[str] = frozenset()  # sites with data that poutine.block hides
         self.discrete: frozenset[str] = frozenset()  # hidden sites that the density sums out
         self.why_not_summed: str | None = None
         self._shown: frozenset[str] = frozenset()  # hidden sites that the density has nevertheless
+        self._sizes: Sizes = {}  # of the arguments that this guide was built for
+        self._fitting: Sizes = {}  # of those that are known to fit, last
+        self._observed: set[str] = set()
+        self._steady = Steady()
+        self._sorted = Kept()
 
     # Building.
 
@@ -196,7 +207,8 @@ class AutoFlow(AutoContinuous):
 
         The parameters that it had are no longer its own, and the new ones have a name of their own in Pyro's store.
         """
-        self.prototype_trace = self.latents = self.vectorized = self._shapes = None
+        self.prototype_trace = self.latents = self.vectorized = None
+        self._sizes = self._fitting = {}
         self.discrete = self._shown = frozenset()
         self.why_not_summed = None
         for name in ("flow", "_first_density"):
@@ -261,7 +273,7 @@ class AutoFlow(AutoContinuous):
             except BaseException:
                 self.prototype_trace = None  # so that the next call tries again
                 raise
-        self._shapes = shapes_of(args, kwargs)
+        self._sizes, self._steady = sizes_of(self.plain_model, args, kwargs), Steady()
 
     def _look_behind(self, trace: Any, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         """Looks for sites that ``poutine.block`` hides from this guide: discrete latents to sum out, and data."""
@@ -271,7 +283,7 @@ class AutoFlow(AutoContinuous):
         hidden = hidden_sites(self.plain_model, values, args, kwargs)
         self.hidden_data = frozenset(name for name, site in hidden.items() if site.kind in (DATA, FACTOR))
         drawn = {name: site for name, site in hidden.items() if site.kind == DRAWN}
-        if all(map(can_be_summed, drawn.values())) and not self.of_prior:
+        if all(map(can_be_summed, drawn.values())):
             self.discrete = self._shown = frozenset(drawn)
         nesting = [site.nesting for name, site in hidden.items() if name in self.discrete | self.hidden_data]
         self.latents.max_plate_nesting = max([self.latents.max_plate_nesting, *nesting])
@@ -329,8 +341,8 @@ class AutoFlow(AutoContinuous):
         """The model's joint density over this guide's latents, at these arguments of the model."""
         if self.prototype_trace is None:
             self.setup(*args, **kwargs)
-        else:
-            self._compare_shapes(args, kwargs)
+        elif sizes_of(self.plain_model, args, kwargs) != self._sizes:
+            self._compare_latents(args, kwargs)
         # What was found out of it while the guide was built need not be found out again.
         known = self.__dict__.pop("_first_density", None)
         if known is not None and _same_objects((known.args, known.kwargs), (args, kwargs)):
@@ -342,19 +354,36 @@ class AutoFlow(AutoContinuous):
         return JointDensity(model, self.latents, args, kwargs, vectorize, self.discrete)
 
     @property
+    def model(self) -> Callable[..., object]:
+        """The model, with the initial values of its latents."""
+        if self._model is None:
+            raise AttributeError(NO_MODEL)
+        return self._model[0]
+
+    @property
     def plain_model(self) -> Callable[..., object]:
         """The model as it was given."""
+        if self._plain_model is None:
+            raise AttributeError(NO_MODEL)
         return self._plain_model[0]
 
     @property
     def preconditioner(self) -> Preconditioner:
         """The affine end of the flow."""
-        return self._built().chain[-1]
+        return self.flow.chain[-1]
 
     def _built(self) -> Flow:
         if self.latents is None:
-            raise ValueError("AutoFlow: this guide has not seen its model yet: call .setup(*args) with its arguments")
+            raise ValueError(NOT_BUILT)
         return self.flow
+
+    def __getattr__(self, name: str) -> object:
+        # What a property raises ends here as well, without its words.
+        if name in ("model", "plain_model"):
+            raise AttributeError(NO_MODEL)
+        if name in ("flow", "preconditioner", "initial", "latent_dim") and self.__dict__.get("latents") is None:
+            raise AttributeError(NOT_BUILT)
+        return super().__getattr__(name)
 
     # What Pyro's autoguides offer.
 
@@ -362,28 +391,31 @@ class AutoFlow(AutoContinuous):
         """Samples the latents; takes the model's arguments, returns values by site."""
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
-        else:
-            self._compare_shapes(args, kwargs)
+        elif self._model is not None:
+            sizes = sizes_of(self.plain_model, args, kwargs)
+            if sizes not in (self._sizes, self._fitting):
+                # Only then is a run of the model worth it: Pyro replays the guide's rows in another plate of their
+                # name, and may say nothing.
+                if resized((frame.size for frame in self._prototype_frames.values()), self._sizes, sizes):
+                    self._compare_latents(args, kwargs, known=True)
         return super().forward(*args, **kwargs)
 
-    def _compare_shapes(self, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        """Refuses data of a shape that gives the model other latents; looks only where shapes are new."""
-        shapes = shapes_of(args, kwargs)
-        if not shapes or shapes == self._shapes or self._shapes is None or self._model is None:
-            return
-        with torch.random.fork_rng(), poutine.block():
-            trace = poutine.trace(self.model).get_trace(*args, **kwargs)
-        # Data that are left out, as for predictions, are no new latents.
-        there = {site.name: tuple(site.shape) for site in Latents(trace) if site.name not in self._observed}
+    def _compare_latents(self, args: tuple[object, ...], kwargs: dict[str, object], known: bool = False) -> None:
+        """Refuses arguments at which the model has other latents, if that can be told; or other shapes of known ones.
+
+        Latents that the guide does not know are drawn from the model, as in predictions for a new group.
+        """
+        there = latent_shapes(self.plain_model, args, kwargs, self._observed)
         here = {site.name: tuple(site.shape) for site in self.latents}
-        if there != here:
-            name = next(n for n in {**here, **there} if here.get(n) != there.get(n))
+        names = () if there is None else [n for n in here if n in there] if known else {**here, **there}
+        name = next((n for n in names if here.get(n) != there.get(n)), None)
+        if name is not None:
             raise ValueError(
                 f"AutoFlow: with these arguments the latent site {name!r} has shape {there.get(name)}, but this guide "
                 f"was built for {here.get(name)}: a guide belongs to data of one shape. Make a new guide for these, or "
                 "give missing data as a mask"
             )
-        self._shapes = shapes
+        self._fitting = sizes_of(self.plain_model, args, kwargs)
 
     def get_base_dist(self) -> torch.distributions.Distribution:
         """The standard normal, event shape ``(latent_dim,)``."""
@@ -407,7 +439,10 @@ class AutoFlow(AutoContinuous):
             posterior = PathPosterior(flow.base(), [flow.chain], linear=linear)
         else:
             posterior = flow()
-        return pyro.sample(f"_{self._pyro_name}_latent", posterior, infer={"is_auxiliary": True})
+        latent = pyro.sample(f"_{self._pyro_name}_latent", posterior, infer={"is_auxiliary": True})
+        if latent.requires_grad and not torch.jit.is_tracing():
+            self._steady.watch(flow, latent)
+        return latent
 
     def _unpack_latent(self, latent: Tensor) -> Iterator[tuple[dict[str, object], Tensor]]:
         for site, value in super()._unpack_latent(latent):
@@ -442,20 +477,28 @@ class AutoFlow(AutoContinuous):
         """Quantiles of the unconstrained marginals, mapped to the sites' supports; shape ``(n, *site.shape)``."""
         if self.latents is None:
             self.setup(*args, **kwargs)
-        with seeded(0):  # so that asking twice gives the same answer
-            z = self._built().sample((10_000,))
-        levels = torch.as_tensor(list(quantiles), dtype=z.dtype, device=z.device)
+        z = self._sorted_draws()
+        levels = torch.as_tensor(list(quantiles), dtype=z.dtype, device=z.device).double().unsqueeze(-1)
         if not ((levels >= 0) & (levels <= 1)).all():
-            raise ValueError(f"AutoFlow: expected quantiles between 0 and 1, got {levels.tolist()}")
+            raise ValueError(f"AutoFlow: expected quantiles between 0 and 1, got {levels.squeeze(-1).tolist()}")
+        rising = torch.ones(z.shape[1], dtype=torch.bool, device=z.device)
         for site in self.latents:
-            if not site.increasing:
-                z[:, site.start : site.start + site.size].neg_()
-        # By columns, as torch takes no more than 16 million numbers at once.
-        found = torch.cat([torch.quantile(part, levels, 0) for part in z.split(1000, 1)], 1)
-        for site in self.latents:
-            if not site.increasing:
-                found[:, site.start : site.start + site.size].neg_()
-        return self.latents.draws(found)
+            rising[site.start : site.start + site.size] = site.increasing
+        place = torch.where(rising, levels, 1 - levels) * (len(z) - 1)
+        below = place.long()
+        above = (below + 1).clamp(max=len(z) - 1)
+        return self.latents.draws(torch.lerp(z.gather(0, below), z.gather(0, above), (place - below).to(z.dtype)))
+
+    def _sorted_draws(self) -> Tensor:
+        """10,000 draws, each column sorted; the same ones until something that they depend on changes."""
+        flow = self._built()
+
+        def make() -> Tensor:
+            with seeded(0):  # so that asking twice gives the same answer
+                z = flow.sample((10_000,)).sort(0).values
+            return torch.where(z[-1].isnan(), torch.nan, z)
+
+        return self._sorted.get(flow, flow.chain._memo, make)
 
     # Copies keep the model; pickles cannot hold most models, and leave it out.
 
@@ -463,6 +506,7 @@ class AutoFlow(AutoContinuous):
         model, plain = self._model, self._plain_model
         new = self.__class__.__new__(self.__class__)
         memo[id(self)] = new
+        memo[id(self.prototype_trace)] = self.prototype_trace  # which is never changed, and holds the data
         for key, value in self.__getstate__().items():
             new.__dict__[key] = copy.deepcopy(value, memo)
         new.__dict__.update(_model=model, _plain_model=plain)

@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pyro.distributions as dist
+import torch
 from pyro.distributions.score_parts import ScoreParts
 from torch import Size, Tensor, nn
 from torch.distributions import Transform
 
 from pyro_flows.distributions import FlowDistribution
 
-__all__ = ["PathPosterior", "frozen"]
+__all__ = ["PathPosterior", "Steady", "frozen"]
 
 
 @contextmanager
@@ -26,6 +27,57 @@ def frozen(module: nn.Module) -> Iterator[None]:
     finally:
         for parameters, name, parameter in held:
             parameters[name] = parameter
+
+
+class Steady:
+    """A hook on a guide's draws that keeps one of them from deciding what an optimizer does.
+
+    A gradient that is not finite is left out: it would make all parameters NaN.  A finite one counts at most
+    ``at_most`` times what is usual: far draws have gradients that fill the second moment of Adam for a thousand steps,
+    in which nothing moves.  Usual is a running mean of what counted, so steps adapt within a few draws.
+
+    Args:
+        at_most: how much the gradient of one draw counts at most, in units of the usual norm.
+    """
+
+    def __init__(self, at_most: float = 10.0) -> None:
+        self.at_most = at_most
+        self.usual: Tensor | None = None
+        self.draws = 0
+
+    def watch(self, flow: nn.Module, draw: Tensor) -> None:
+        """Hooks itself on what the flow has drawn.
+
+        Raises:
+            ValueError: if the draw is not finite because parameters of the flow are not.
+        """
+        if not draw.isfinite().all():
+            broken = [name for name, parameter in flow.named_parameters() if not parameter.isfinite().all()]
+            if broken:
+                raise ValueError(
+                    f"AutoFlow: {len(broken)} parameters of this guide, {broken[0]!r} first, are not finite. At draw "
+                    f"{self.draws} in training they were, so the optimizer step after it broke them. Train a new "
+                    "guide with a smaller step size, with pyro.optim.ClippedAdam, or with more particles, "
+                    "Trace_ELBO(num_particles=16, vectorize_particles=True); or call fit_guide, which leaves out "
+                    "draws that fail"
+                )
+        self.draws += 1
+        draw.register_hook(self)
+
+    def __call__(self, grad: Tensor) -> Tensor:
+        """Returns the gradient to use; ``grad``: shape ``(*draws, dim)``."""
+        fine = grad.isfinite().all(-1, keepdim=True)
+        grad = torch.where(fine, grad, 0.0)
+        with torch.no_grad():
+            norm = grad.norm(dim=-1, keepdim=True)
+            counted = norm[fine & (norm > 0)]
+            if not len(counted):
+                return grad
+            middle = counted.median()
+            usual = middle if self.usual is None else self.usual.to(middle)
+            self.usual = torch.lerp(usual, middle.clamp(max=self.at_most * usual), 0.1)
+            share = (self.at_most * usual / norm).clamp(max=1.0)
+        return grad * share
 
 
 class PathPosterior(FlowDistribution):

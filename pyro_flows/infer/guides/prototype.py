@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
+from inspect import signature
 
 import pyro
 import pyro.distributions as dist
@@ -14,13 +15,13 @@ from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.infer.autoguide.utils import helpful_support_errors
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import Distribution, biject_to
-from torch.utils._pytree import tree_leaves
+from torch.distributions import Distribution, Transform, biject_to, constraints, transform_to
+from torch.utils._pytree import tree_flatten_with_path, tree_leaves
 
 from pyro_flows.infer.joint import FAILURES, JointDensity
 from pyro_flows.infer.latents import Latents, same_support
 
-__all__ = ["feasible", "finite_start", "inspect", "parameters_of", "shapes_of"]
+__all__ = ["feasible", "finite_start", "inspect", "latent_shapes", "parameters_of", "resized", "sizes_of"]
 
 ANGLES = (dist.VonMises, dist.SineBivariateVonMises, dist.SineSkewed)
 Init = Callable[[dict[str, object]], Tensor]
@@ -29,28 +30,43 @@ Init = Callable[[dict[str, object]], Tensor]
 def feasible(site: dict[str, object], like: Tensor | None = None) -> Tensor:
     """A value in the middle of the support, also where the distribution cannot be sampled.
 
+    Where the support has no middle, as that of a discrete site, the value is a sample.
+
     Args:
         site: of a trace.
         like: gives dtype and device where the distribution has no tensors of its own.
     """
     fn = site["fn"]
-    with helpful_support_errors(site):
-        try:
-            transform = biject_to(fn.support)
-        except NotImplementedError as error:
-            if fn.support.is_discrete or "sphere" in repr(fn.support).lower():
-                raise  # for which there is a word of advice
-            raise ValueError(
-                f"AutoFlow: no bijection from the line is known for the support of site {site['name']!r}, "
-                f"{fn.support!r}; register one (torch.distributions.biject_to.register), or sample it as "
-                "ImproperUniform on a known support with its log-density in pyro.factor"
-            ) from error
+    transform = _to_support(fn.support)
     try:
-        zeros = transform.inv(fn.sample().detach())
+        value = fn.sample().detach()
+        if transform is not None:
+            value = transform(torch.zeros_like(transform.inv(value)))
     except NotImplementedError:  # an improper prior
+        if transform is None:
+            raise _no_bijection(site) from None
         shape = transform.inverse_shape(fn.batch_shape + fn.event_shape)
-        zeros = torch.empty(shape) if like is None else like.new_empty(shape)
-    return transform(torch.zeros_like(zeros))
+        value = transform(torch.zeros(shape) if like is None else like.new_zeros(shape))
+    value._pyro_custom_init = False  # a reparameterization may replace it without a warning
+    return value
+
+
+def _to_support(support: constraints.Constraint) -> Transform | None:
+    """From the line; onto the support, but perhaps not one to one: a reparameterization may still replace the site."""
+    for registry in (biject_to, transform_to):
+        try:
+            return registry(support)
+        except NotImplementedError:
+            continue
+    return None
+
+
+def _no_bijection(site: dict[str, object]) -> ValueError:
+    return ValueError(
+        f"AutoFlow: no bijection from the line is known for the support of site {site['name']!r}, "
+        f"{site['fn'].support!r}; register one (torch.distributions.biject_to.register), or sample it as "
+        "ImproperUniform on a known support with its log-density in pyro.factor"
+    )
 
 
 def initializer(chosen: Init | None, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Init:
@@ -77,11 +93,18 @@ def inspect(
     The model runs at four more points, or at one if the deadline, by ``time.monotonic()``, is over by then.
 
     Raises:
-        ValueError: for a model without latents, with a sequential plate, with latents in a subsampled plate, with an
+        ValueError: for a model without latents, with a discrete or spherical latent or one whose support has no
+            bijection from the line, with a sequential plate, with latents in a subsampled plate, with an
             angle, with a support that depends on another latent, or whose latents change from one run to the next.
     """
     trace = _run(InitMessenger(init)(model), args, kwargs)
+    # The finished trace is what counts, however sites got their values: reparameterized sites are no latents any more.
     for name, site in _latent(trace):
+        try:
+            with helpful_support_errors(site):
+                biject_to(site["fn"].support)
+        except NotImplementedError as error:
+            raise _no_bijection(site) from error
         inner = site["fn"]
         while not isinstance(inner, ANGLES) and isinstance(getattr(inner, "base_dist", None), Distribution):
             inner = inner.base_dist
@@ -139,9 +162,13 @@ def _refuse_change(
 
         def moved(site: dict[str, object], radius: float = radius) -> Tensor:
             value = init(site)
-            transform = biject_to(site["fn"].support)
+            transform = _to_support(site["fn"].support)
+            if transform is None:  # its reparameterization gives it another value
+                return value
             free = transform.inv(value)
-            return transform(free + radius * (2 * torch.rand_like(free) - 1))
+            value = transform(free + radius * (2 * torch.rand_like(free) - 1))
+            value._pyro_custom_init = False
+            return value
 
         try:
             with torch.random.fork_rng():
@@ -209,14 +236,47 @@ def finite_start(density: JointDensity, trace: object, latents: Latents, attempt
     ) from error
 
 
-def shapes_of(args: tuple[object, ...], kwargs: Mapping[str, object]) -> tuple[object, ...]:
-    """What to compare of two calls' arguments: shapes of tensors, values of what may be a size, types of the rest."""
-    return tuple(
-        tuple(leaf.shape)
-        if isinstance(getattr(leaf, "shape", None), tuple)
-        else (leaf if isinstance(leaf, int | str | None) else type(leaf))
-        for leaf in tree_leaves((args, dict(kwargs)))
-    )
+Sizes = dict[tuple[object, ...], int | str]
+
+
+def sizes_of(model: object, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Sizes:
+    """What the arguments of a call show, by its place: sizes of tensors and arrays, integers, strings and flags."""
+    try:
+        bound = signature(model).bind(*args, **kwargs)
+        bound.apply_defaults()
+        arguments = bound.arguments
+    except (TypeError, ValueError):  # nothing is known of some callables
+        arguments = {"args": args, "kwargs": dict(kwargs)}
+    sizes = {}
+    for path, leaf in tree_flatten_with_path(dict(arguments))[0]:
+        shape = getattr(leaf, "shape", None)
+        if isinstance(shape, tuple):
+            sizes.update({(path, dim): size for dim, size in enumerate(shape)})
+        elif isinstance(leaf, int | str):
+            sizes[(path, None)] = str(leaf) if isinstance(leaf, bool | str) else leaf
+    return sizes
+
+
+def resized(plates: Iterable[int], then: Sizes, now: Sizes) -> bool:
+    """Whether one of the plates seems to have another size now: so has each argument that had its size then."""
+    for plate in set(plates):
+        found = [now[place] for place, size in then.items() if size == plate and place in now]
+        if found and plate not in found:
+            return True
+    return False
+
+
+def latent_shapes(
+    model: object, args: tuple[object, ...], kwargs: Mapping[str, object], observed: Container[str]
+) -> dict[str, tuple[int, ...]] | None:
+    """The shapes of a model's latents at some arguments, in which data may be missing; ``None`` if it cannot run."""
+    try:
+        with torch.random.fork_rng(), torch.no_grad():
+            trace = _run(InitMessenger(initializer(None, args, kwargs))(model), args, kwargs)
+    except FAILURES:
+        return None
+    sites = [(name, site["fn"]) for name, site in _latent(trace) if name not in observed]
+    return {name: tuple(fn.batch_shape + fn.event_shape) for name, fn in sites}
 
 
 def parameters_of(trace: object) -> dict[str, Tensor]:

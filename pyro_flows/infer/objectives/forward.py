@@ -18,6 +18,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
+from pyro_flows.infer.density.arrays import to_tensor
 from pyro_flows.infer.objectives.packing import guide_values
 from pyro_flows.infer.objectives.particles import refuse_messenger, sum_particles
 
@@ -81,7 +82,7 @@ class ForwardKL(ELBO):
         vectorize_particles: bool = True,
         retain_graph: bool | None = None,
     ) -> None:
-        self.draws = {name: torch.as_tensor(value).detach() for name, value in draws.items()}
+        self.draws = {name: to_tensor(value, "ForwardKL", f"draws of {name!r}") for name, value in draws.items()}
         if not self.draws:
             raise ValueError("ForwardKL: expected draws of at least one site, got none")
         sizes = {name: len(value) if value.dim() else 0 for name, value in self.draws.items()}
