@@ -218,3 +218,9 @@ def test_stand_in_for_version_one(parts, monkeypatch):
             np.testing.assert_array_equal(value, old[group][name].values)
     assert coords == parts["coords"] and dims == parts["dims"]
     assert attrs["/"] == attrs["posterior"] == old.attrs
+
+
+def test_masked_entries_are_missing():
+    data = np.ma.masked_array([1, 2, 3], mask=[False, True, False])
+    found = to_arviz({"a": torch.zeros(4)}, observed_data={"y": data}).observed_data["y"].values
+    assert np.isnan(found[1]) and found[[0, 2]].tolist() == [1.0, 3.0]

@@ -146,6 +146,8 @@ def _array(value: Any) -> np.ndarray:
         value = value.detach().cpu()
         # NumPy has no bfloat16.
         value = (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+    if isinstance(value, np.ma.MaskedArray):
+        value = value.astype(float).filled(np.nan)
     return np.asarray(value)
 
 
