@@ -112,6 +112,14 @@ def test_resumed_equals_uninterrupted(variant, tmp_path):
     equal(fit(make(), max_epochs=6, checkpoint=path, **options), whole)
 
 
+def test_a_fit_that_begins_anew_replaces_the_checkpoint(tmp_path):
+    path, start = tmp_path / "fit.pt", make()
+    fit(copy.deepcopy(start), max_epochs=2, seed=0, checkpoint=path)
+    anew = fit(copy.deepcopy(start), data() + 1, max_epochs=3, seed=0, checkpoint=path, resume=False)
+    equal(anew, fit(copy.deepcopy(start), data() + 1, max_epochs=3, seed=0))
+    equal(fit(make(), data() + 1, max_epochs=3, seed=0, checkpoint=path), anew)
+
+
 @pytest.mark.parametrize("kind", ["dropout", "realnvp"])
 @pytest.mark.parametrize("schedule", ["plateau", "cosine"])
 def test_resumed_after_a_crash(kind, schedule, tmp_path):

@@ -334,6 +334,14 @@ def test_interrupted_without_a_checkpoint():
     assert found.assessment is found.assessment
 
 
+def test_a_fit_that_begins_anew_replaces_the_checkpoint(tmp_path):
+    path = tmp_path / "fit.pt"
+    fit(started(hierarchy), Y, steps=5, checkpoint=path)
+    anew = fit(started(hierarchy), Y + 1, steps=5, checkpoint=path, resume=False)
+    again = fit(started(hierarchy), Y + 1, steps=5, checkpoint=path)
+    assert len(anew.history) == 5 and again.history.elbo == anew.history.elbo
+
+
 def test_other_checkpoints_are_refused(tmp_path):
     path = tmp_path / "fit.pt"
     fit(started(hierarchy), Y, steps=5, checkpoint=path)

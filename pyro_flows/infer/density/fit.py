@@ -115,6 +115,7 @@ def fit_density(
     optimizer: Optimizer | Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int = 10,
+    resume: bool = True,
     seed: int | None = 0,
     objective: str | FlowMatching = "likelihood",
 ) -> DensityFit:
@@ -181,6 +182,7 @@ def fit_density(
             The file is replaced as a whole, its check sum is verified, and nothing in it is run.  An interruption
             saves the state at the end of the last whole epoch.  It costs a copy of the state at each epoch.
         checkpoint_every: in epochs; it is saved at the end as well.
+        resume: whether to go on from a checkpoint that is there; if not, the fit begins anew and replaces it.
         seed: of the random split and the order of rows, and inside the fit of torch's global generators, which are left
             as they were found; ``None`` to draw it from the global one.
         objective: ``"likelihood"``; or ``"flow_matching"``, or a
@@ -212,7 +214,7 @@ def fit_density(
             "fit_density: expected a flow with trainable parameters, got one without; if it was frozen, call "
             "flow.requires_grad_(True)"
         )
-    known = files.read(checkpoint)
+    known = files.read(checkpoint) if resume else None
     if seed is None:
         seed = int(torch.randint(2**31, ())) if known is None else known["settings"]["seed"]
     settings = Settings(

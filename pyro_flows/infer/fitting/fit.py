@@ -39,7 +39,7 @@ from pyro_flows.infer.joint import JointDensity
 
 __all__ = ["fit_guide"]
 
-RESERVED = ("seconds", "steps", "progress", "checkpoint", "checkpoint_every", "fit_prior")
+RESERVED = ("seconds", "steps", "progress", "checkpoint", "checkpoint_every", "resume", "fit_prior")
 SETTINGS = ("particles", "path_gradient", "tempering", "start", "num_starts", "seed", "of_prior")
 STARTING = 0.25  # of the seconds, for the start
 
@@ -53,6 +53,7 @@ def fit_guide(
     progress: bool = True,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int = 100,
+    resume: bool = True,
     fit_prior: bool = False,
     **kwargs: object,
 ) -> GuideFit:
@@ -93,6 +94,7 @@ def fit_guide(
             stopped.  The file is replaced as a whole, its check sum is verified, and nothing in it is run.  An
             interruption saves the state after the last whole step.  It costs a copy of the state at each step.
         checkpoint_every: in steps; it is saved every 30 seconds and when training begins and ends as well.
+        resume: whether to go on from a checkpoint that is there; if not, the fit begins anew and replaces it.
         fit_prior: whether to fit the prior of a model without data; otherwise a model without an observed site or a
             factor is refused.
 
@@ -116,7 +118,7 @@ def fit_guide(
     guide.of_prior = fit_prior
     if isinstance(checkpoint_every, bool) or not isinstance(checkpoint_every, int) or checkpoint_every < 1:
         raise ValueError(f"fit_guide: expected checkpoint_every to be an integer >= 1, got {checkpoint_every!r}")
-    known = files.read(checkpoint)
+    known = files.read(checkpoint) if resume else None
     identity = {
         "data": files.data_of(args, kwargs),
         "settings": {"steps": budget.steps, "seconds": seconds, **{name: getattr(guide, name) for name in SETTINGS}},
