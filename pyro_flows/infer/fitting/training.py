@@ -17,7 +17,7 @@ from pyro_flows.infer.guides.posterior import frozen
 from pyro_flows.infer.joint import FAILURES
 from pyro_flows.transforms import Preconditioner
 
-__all__ = ["History", "Training"]
+__all__ = ["History", "Training", "speeds_of"]
 
 WARM = 0.2  # of the budget, for the affine part alone
 WARM_RATES = (0.05, 0.005)
@@ -77,7 +77,7 @@ def emphasis(log_weights: Tensor, fine: Tensor) -> Tensor:
     return (1.0 + c * weights.clamp(max=HEAVIEST)) / (1.0 + c)
 
 
-def _speeds(flow: Flow) -> dict[int, float]:
+def speeds_of(flow: Flow) -> dict[int, float]:
     """What makes up for the gains of affine layers, by the identity of the parameters that these multiply.
 
     Gains keep steps of stock optimizers small; here many draws, a clipped gradient and a decaying step size do that.
@@ -154,7 +154,7 @@ class Training:
 
     def _phase(self, name: str, flow: Flow, begin: float, end: float, rates: tuple[float, float]) -> None:
         parameters = [p for p in flow.parameters() if p.requires_grad]
-        optimizer = Adam(parameters, _speeds(flow))
+        optimizer = Adam(parameters, speeds_of(flow))
         window = 0
         while (fraction := self.budget.fraction) < end and not self._converged() and not self._settled(name):
             part = (fraction - begin) / max(end - begin, 1e-9)
