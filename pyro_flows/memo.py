@@ -182,7 +182,7 @@ class Kept:
         if self._stamp is None or self._cleared != memo.cleared or not self._stamp.still_holds(module):
             self._value, self._cleared = make(), memo.cleared
             try:
-                self._stamp = _Stamp(module)
+                self._stamp = _Stamp(module).keep()
             except RuntimeError:  # inference tensors count no versions
                 self._stamp = None
         return self._value

@@ -40,6 +40,8 @@ from pyro.optim import Adam
 
 import pyro_flows as pf
 from pyro_flows.infer import AlphaDivergence, AutoFlow, DReGELBO, ForwardKL, PathELBO, fit_guide
+from pyro_flows.infer.fitting.adam import Adam as FitAdam
+from pyro_flows.infer.fitting.training import speeds_of
 from pyro_flows.infer.guides.posterior import Steady
 from tests.cases import shake
 from tests.test_latents import SUPPORTS, improper
@@ -681,6 +683,25 @@ def test_steady_leaves_usual_gradients_alone():
     for _ in range(60):
         found = steady(1e9 * gradients[1])
     torch.testing.assert_close(found, 1e9 * gradients[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("builder", [pf.iaf, pf.realnvp])
+def test_gains_do_not_slow_fits(builder):
+    """Under the speeds that ``fit_guide`` uses, flows with and without a gain go the same way."""
+    target = torch.randn(64, 3, dtype=torch.float64)
+    ends = []
+    for gain in (1.0, 0.1):
+        torch.manual_seed(0)
+        flow = pf.Flow(builder(3, num_layers=2, hidden_dims=(8,), univariate=pf.Affine(4.0, gain=gain))).double()
+        optimizer = FitAdam(list(flow.parameters()), speeds_of(flow))
+        for _ in range(5):
+            optimizer.zero_grad()
+            (flow.chain(target) ** 3).mean().backward()
+            optimizer.step(1e-2)
+            flow.chain.clear_cache()
+        ends.append(flow.chain(target).detach())
+    assert (ends[0] - target).abs().max() > 0.05
+    torch.testing.assert_close(ends[1], ends[0], rtol=1e-4, atol=1e-4)
 
 
 def regression():

@@ -464,8 +464,20 @@ def test_parameters_that_are_not_finite():
         svi.step(Y)
     with torch.no_grad():
         guide.preconditioner.shift[1] = torch.nan
-    with pytest.raises(ValueError, match=r"1 parameters .* 'chain.parts.1.shift' first.* At draw 3 .*ClippedAdam"):
+    with pytest.raises(
+        ValueError, match=r"1 parameters .* not finite, '.*shift' first.* draw 3 .*ClippedAdam.*fit_guide"
+    ):
         svi.step(Y)
+
+
+def test_scales_that_have_exploded():
+    guide = AutoFlow(plain, start="prior", seed=0).setup(Y)
+    guide(Y)
+    with torch.no_grad():
+        guide.preconditioner.log_diagonal.fill_(200.0)
+        guide.preconditioner.lower.fill_(1.0)
+    with pytest.raises(ValueError, match=r"draw 2 of this guide in training is NaN: its scales have exploded.*Clipped"):
+        guide(Y)
 
 
 @pytest.mark.parametrize("levels", [[-0.1], [0.5, 1.2], [float("nan")]])

@@ -21,7 +21,7 @@ from pyro_flows.infer.joint import FAILURES
 from pyro_flows.infer.pace import rows_at_once
 from pyro_flows.transforms import Preconditioner
 
-__all__ = ["History", "Training"]
+__all__ = ["History", "Training", "speeds_of"]
 
 WARM = 0.2  # of the budget, for the affine part alone
 WARM_RATES = (0.05, 0.005)
@@ -81,7 +81,7 @@ def emphasis(log_weights: Tensor, fine: Tensor) -> Tensor:
     return (1.0 + c * weights.clamp(max=HEAVIEST)) / (1.0 + c)
 
 
-def _speeds(flow: Flow) -> dict[int, float]:
+def speeds_of(flow: Flow) -> dict[int, float]:
     """What makes up for the gains of affine layers, by the identity of the parameters that these multiply.
 
     Gains keep steps of stock optimizers small; here many draws, a clipped gradient and a decaying step size do that.
@@ -179,13 +179,13 @@ class Training:
                     parameters[name] = parameter
                 self._restore()
                 self.flow.zero_grad(set_to_none=True)
-                self.flow.requires_grad_(True).eval().chain.clear_cache()
+                self.flow.eval().chain.clear_cache()
                 if interrupted and self.keeper is not None:
                     self.keeper.leave()
 
     def _phase(self, flow: Flow, begin: float, end: float, rates: tuple[float, float]) -> None:
         name = self.phase
-        optimizer = Adam([p for p in flow.parameters() if p.requires_grad], _speeds(flow))
+        optimizer = Adam([p for p in flow.parameters() if p.requires_grad], speeds_of(flow))
         if self._moments is not None:
             optimizer.load(self._moments)
             self._moments = None

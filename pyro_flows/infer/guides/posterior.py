@@ -49,17 +49,22 @@ class Steady:
         """Hooks itself on what the flow has drawn.
 
         Raises:
-            ValueError: if the draw is not finite because parameters of the flow are not.
+            ValueError: if the draw is not finite because parameters of the flow are not, or if it is NaN because its
+                scales have exploded.
         """
         if not draw.isfinite().all():
             broken = [name for name, parameter in flow.named_parameters() if not parameter.isfinite().all()]
-            if broken:
+            if broken or draw.isnan().any():
+                what = f"draw {self.draws + 1} of this guide in training is NaN: its scales have exploded"
+                if broken:
+                    what = (
+                        f"{len(broken)} parameters of this guide are not finite, {broken[0]!r} first. They were at "
+                        f"draw {self.draws} in training, so the optimizer step after it broke them"
+                    )
                 raise ValueError(
-                    f"AutoFlow: {len(broken)} parameters of this guide, {broken[0]!r} first, are not finite. At draw "
-                    f"{self.draws} in training they were, so the optimizer step after it broke them. Train a new "
-                    "guide with a smaller step size, with pyro.optim.ClippedAdam, or with more particles, "
-                    "Trace_ELBO(num_particles=16, vectorize_particles=True); or call fit_guide, which leaves out "
-                    "draws that fail"
+                    f"AutoFlow: {what}. Train a new guide with a smaller step size, with pyro.optim.ClippedAdam, or "
+                    "with more particles, Trace_ELBO(num_particles=16, vectorize_particles=True); or call fit_guide, "
+                    "which leaves out draws that fail"
                 )
         self.draws += 1
         draw.register_hook(self)
