@@ -674,11 +674,13 @@ def test_steady_leaves_usual_gradients_alone():
     gradients = torch.randn(50, 4, 3, dtype=torch.float64)
     for each in gradients:
         torch.testing.assert_close(steady(each), each, rtol=0, atol=0)
+    # In a weighted objective one draw may have nearly all of the gradient, with the others' sum as usual.
+    weighted = gradients[0] * torch.tensor([[2.0], [1e-9], [1e-9], [1e-9]])
+    torch.testing.assert_close(steady(weighted), weighted, rtol=0, atol=0)
     far = torch.cat((gradients[0], 1e9 * gradients[1, :1], torch.full((1, 3), torch.nan)))
     found = steady(far)
-    torch.testing.assert_close(found[:4], far[:4], rtol=0, atol=0)
-    assert (found[5] == 0).all() and 3 < found[4].norm() < 60
-    torch.testing.assert_close(found[4] / found[4].norm(), far[4] / far[4].norm())
+    assert (found[5] == 0).all() and 3 < found.norm() < 60
+    torch.testing.assert_close(found[:5] / found.norm(), far[:5] / far[:5].norm())
     # Gradients that are all larger from now on are usual soon.
     for _ in range(60):
         found = steady(1e9 * gradients[1])

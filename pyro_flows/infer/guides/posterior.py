@@ -32,12 +32,13 @@ def frozen(module: nn.Module) -> Iterator[None]:
 class Steady:
     """A hook on a guide's draws that keeps one of them from deciding what an optimizer does.
 
-    A gradient that is not finite is left out: it would make all parameters NaN.  A finite one counts at most
-    ``at_most`` times what is usual: far draws have gradients that fill the second moment of Adam for a thousand steps,
-    in which nothing moves.  Usual is a running mean of what counted, so steps adapt within a few draws.
+    The gradient of a draw that is not finite is left out: it would make all parameters NaN.  That of the other draws of
+    a call counts at most ``at_most`` times what is usual: far draws have gradients that fill the second moment of Adam
+    for a thousand steps, in which nothing moves.  Usual is a running mean of what counted, so steps adapt within a few
+    draws.
 
     Args:
-        at_most: how much the gradient of one draw counts at most, in units of the usual norm.
+        at_most: how much the gradient of one call counts at most, in units of the usual norm.
     """
 
     def __init__(self, at_most: float = 10.0) -> None:
@@ -71,18 +72,17 @@ class Steady:
 
     def __call__(self, grad: Tensor) -> Tensor:
         """Returns the gradient to use; ``grad``: shape ``(*draws, dim)``."""
-        fine = grad.isfinite().all(-1, keepdim=True)
-        grad = torch.where(fine, grad, 0.0)
+        grad = torch.where(grad.isfinite().all(-1, keepdim=True), grad, 0.0)
         with torch.no_grad():
-            norm = grad.norm(dim=-1, keepdim=True)
-            counted = norm[fine & (norm > 0)]
-            if not len(counted):
+            # Of all draws together: in a weighted objective one of them may rightly have most of it.
+            norm = grad.norm()
+            if not norm > 0:
                 return grad
-            middle = counted.median()
-            usual = middle if self.usual is None else self.usual.to(middle)
-            self.usual = torch.lerp(usual, middle.clamp(max=self.at_most * usual), 0.1)
+            usual = norm if self.usual is None else self.usual.to(norm)
+            self.usual = torch.lerp(usual, norm.clamp(max=self.at_most * usual), 0.1)
             share = (self.at_most * usual / norm).clamp(max=1.0)
         return grad * share
+
 
 
 class PathPosterior(FlowDistribution):
