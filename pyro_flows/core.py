@@ -208,7 +208,7 @@ class FlowTransform(TransformModule):
 
     @property
     def sign(self) -> Tensor:
-        """Not defined for maps of events: raises AttributeError, so that ``hasattr`` and ``torch.jit`` pass it over."""
+        """Raises AttributeError, as a map of events has no sign, so that ``hasattr`` and ``torch.jit`` pass it over."""
         raise AttributeError(f"{type(self).__name__} moves whole events, so it has no sign: it neither rises nor falls")
 
     @property

@@ -14,6 +14,7 @@ from pathlib import Path
 PYTHON = {
     "bool": ("class", "library/functions.html#$"),
     "collections.abc.Callable": ("class", "library/collections.abc.html#$"),
+    "collections.abc.Collection": ("class", "library/collections.abc.html#$"),
     "collections.abc.Iterable": ("class", "library/collections.abc.html#$"),
     "collections.abc.Iterator": ("class", "library/collections.abc.html#$"),
     "collections.abc.Mapping": ("class", "library/collections.abc.html#$"),

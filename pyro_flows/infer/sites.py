@@ -59,7 +59,7 @@ class Site:
     own: Tensor | None = None
 
     @property
-    def fn(self) -> TorchDistribution:
+    def fn(self) -> torch.distributions.Distribution:
         """The distribution."""
         return self.message["fn"]
 
