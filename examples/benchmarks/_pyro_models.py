@@ -17,6 +17,7 @@ import torch
 from pyro import poutine
 from pyro.infer import config_enumerate
 from pyro.infer.autoguide import AutoDelta, AutoDiagonalNormal, AutoNormal
+from pyro.ops.indexing import Vindex
 from torch import Tensor, nn
 
 __all__ = ["Case", "Deep", "cases", "chorales", "deep_model", "hmm", "without_discrete"]
@@ -33,7 +34,6 @@ class Case:
     Attributes:
         discrete: whether some latents are, which are summed out.
         guide: Pyro's, that of the example where it has one.
-        vectorize: whether the model runs for many draws at once.
         rates: step sizes of Adam that are tried.
         truth: log evidence in nats, if it is known.
         simulated: whether the data are.
@@ -44,7 +44,6 @@ class Case:
     args: tuple[object, ...]
     guide: Callable[..., pyro.infer.autoguide.AutoGuide] = AutoNormal
     discrete: bool = False
-    vectorize: bool = True
     rates: tuple[float, ...] = (0.01,)
     truth: float | None = None
     simulated: bool = False
@@ -82,7 +81,7 @@ def gmm(data: Tensor) -> None:
         locs = pyro.sample("locs", dist.Normal(0.0, 10.0))
     with pyro.plate("data", len(data)):
         k = pyro.sample("k", dist.Categorical(weights))
-        pyro.sample("obs", dist.Normal(locs[k], scale), obs=data)
+        pyro.sample("obs", dist.Normal(Vindex(locs.unsqueeze(-2))[..., k], scale), obs=data)
 
 
 def gmm_evidence(data: Tensor) -> float:
@@ -366,7 +365,6 @@ def cases() -> list[Case]:
             (points,),
             AutoDelta,
             discrete=True,
-            vectorize=False,
             rates=(0.1, 0.01),
             truth=gmm_evidence(points),
         ),

@@ -71,15 +71,13 @@ def trained(case: Case, make: Guide, rate: float, steps: int, draws: int, seed: 
     pyro.set_rng_seed(seed)
     guide = make(case.visible())
     elbo = TraceEnum_ELBO if case.discrete else Trace_ELBO
-    many = {"max_plate_nesting": 1, "vectorize_particles": case.vectorize}
-    svi = SVI(case.model, guide, Adam({"lr": rate}), elbo(num_particles=20 if case.vectorize else 1, **many))
+    many = {"max_plate_nesting": 1, "vectorize_particles": True}
+    svi = SVI(case.model, guide, Adam({"lr": rate}), elbo(num_particles=20, **many))
     try:
         for _ in range(steps):
             svi.step(*case.args)
         with torch.no_grad():
-            return -elbo(num_particles=draws if case.vectorize else draws // 10, **many).loss(
-                case.model, guide, *case.args
-            )
+            return -elbo(num_particles=draws, **many).loss(case.model, guide, *case.args)
     except ValueError as error:
         print(f"  {case.name}, {type(guide).__name__}, step size {rate}, seed {seed}: {str(error).splitlines()[0]}")
         return math.nan
