@@ -687,6 +687,15 @@ def test_steady_leaves_usual_gradients_alone():
     torch.testing.assert_close(found, 1e9 * gradients[1], rtol=0, atol=0)
 
 
+def test_training_that_stands_still_says_so():
+    steady, nothing = Steady(), torch.full((4, 3), torch.nan)
+    for _ in range(19):
+        assert (steady(nothing) == 0).all()
+    with pytest.warns(RuntimeWarning, match="none of the last 20 draws has a finite gradient"):
+        steady(nothing)
+    steady(nothing)  # once
+
+
 @pytest.mark.parametrize("builder", [pf.iaf, pf.realnvp])
 def test_gains_do_not_slow_fits(builder):
     """Under the speeds that ``fit_guide`` uses, flows with and without a gain go the same way."""

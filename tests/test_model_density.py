@@ -112,6 +112,27 @@ def test_factors_and_conditioned_sites_are_data():
     assert abs(fit(AutoFlow(conditioned, seed=0), steps=20).log_evidence - marginal - fixed) < 1e-3
 
 
+def test_data_under_a_mask_that_leaves_none():
+    for mask in (False, torch.zeros(6).bool()):
+        with pytest.raises(ValueError, match="nothing is observed"):
+            fit(guide(poutine.mask(pair, mask=mask)), Y, steps=1)
+
+
+@pytest.mark.parametrize("block", [{"expose": ["stay"]}, {"hide_fn": lambda site: site["name"] != "stay"}])
+def test_where_all_data_of_a_chain_are_hidden(block):
+    """Pyro's enumeration keeps track of all sites of a markov chain, hidden ones as well."""
+
+    def model(y):
+        stay = pyro.sample("stay", dist.Beta(2.0, 2.0))
+        x = torch.tensor(1.0)
+        for t in pyro.markov(range(4)):
+            x = pyro.sample(f"x{t}", dist.Bernoulli(stay * x + 0.1 * (1 - x)), infer={"enumerate": "parallel"})
+            pyro.sample(f"y{t}", dist.Bernoulli(0.1 + 0.8 * x), obs=y[t])
+
+    for y, low, high in ((torch.ones(4), 0.6, 0.9), (torch.zeros(4), 0.1, 0.5)):
+        assert low < AutoFlow(poutine.block(model, **block), seed=0).setup(y).median()["stay"] < high
+
+
 def test_where_all_data_are_hidden_the_start_is_the_one_given():
     """A guide of some sites, for an ELBO that sees the whole model."""
     chosen = {"a": torch.tensor(2.5), "s": torch.tensor(0.3)}
@@ -431,6 +452,28 @@ def test_minibatches_of_a_mixture_are_scaled():
     parts = [w.log() + dist.Normal(2.0, 1.0).log_prob(Y[:3]), (1 - w).log() + dist.Normal(-2.0, 1.0).log_prob(Y[:3])]
     likelihood = 2 * torch.logsumexp(torch.stack(parts), 0).sum(-1)
     assert torch.allclose(log_p, dist.Beta(2.0, 2.0).log_prob(w[:, 0]) + likelihood + ladj)
+
+
+def test_what_cannot_be_summed_out_is_refused_in_words():
+    def event(y):
+        z = pyro.sample("z", dist.Bernoulli(0.4).expand([3]).to_event(1))
+        pyro.sample("y", dist.Normal(pyro.sample("a", dist.Normal(0.0, 1.0)) + z.sum(-1), 1.0), obs=y)
+
+    def branch(y):
+        a, z = pyro.sample("a", dist.Normal(0.0, 1.0)), pyro.sample("z", dist.Bernoulli(0.4))
+        pyro.sample("y", dist.Normal(a if z > 0.5 else -a, 1.0), obs=y)
+
+    def delta(y):
+        b = pyro.sample("b", dist.Delta(2 * pyro.sample("a", dist.Normal(0.0, 1.0))))
+        pyro.sample("y", dist.Normal(b, 1.0), obs=y)
+
+    for model, match in (
+        (event, r"'z' .*pyro\.plate, not by to_event"),
+        (branch, r"(?s)\['z'\] are summed out.*torch\.where, not by `if`"),
+        (delta, r"'b' is a Delta.*pyro\.deterministic\('b', value\)"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            fit(guide(model), Y[0], steps=1)
 
 
 def test_scales_that_differ_are_refused():

@@ -110,7 +110,7 @@ def explain(
     where = f"\n  at {line}"
     if cause.number != line.number:
         where += f",\n  and the cause may be {cause}"
-    return f"{what}{where}.\n  {_advice(cause, error, latents.max_plate_nesting)}"
+    return f"{what}{where}.\n  {_advice(cause, error, latents.max_plate_nesting, bool(discrete))}"
 
 
 def warn_once(model: Callable[..., object], message: str, stacklevel: int) -> None:
@@ -216,7 +216,7 @@ def _suspect(line: _Line) -> _Line | None:
     return None
 
 
-def _advice(line: _Line, error: Exception | None, nesting: int) -> str:
+def _advice(line: _Line, error: Exception | None, nesting: int, enumerates: bool) -> str:
     """How to write a line so that it broadcasts over dimensions on the left."""
     source = line.source
     product, indexed = _MATMUL.search(source), _INDEXED.search(source)
@@ -230,6 +230,11 @@ def _advice(line: _Line, error: Exception | None, nesting: int) -> str:
         )
     if indexed:
         values, index = indexed.groups()
+        if enumerates:
+            return (
+                f"Write `pyro.ops.indexing.Vindex({values}.unsqueeze(-2))[..., {index}]`, which takes an entry of the "
+                "last dimension for each value of a discrete latent and each draw."
+            )
         known = _value(line, values)
         if known is None or (known.dim() > 1 and known.shape[-2] == 1):
             return f"Write `pyro.ops.indexing.Vindex({values})[..., {index}]`, which indexes the last dimension."

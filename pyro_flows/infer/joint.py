@@ -16,7 +16,7 @@ from pyro_flows.infer.broadcasting import explain, warn_once
 from pyro_flows.infer.enumeration import enumerating, marginal_log_prob
 from pyro_flows.infer.latents import Latents
 from pyro_flows.infer.pace import Footprint, Pace
-from pyro_flows.infer.sites import COMPUTED, DATA, FACTOR, Site, is_masked, per_draw, run, sites_of
+from pyro_flows.infer.sites import COMPUTED, DATA, FACTOR, Site, counts, is_masked, per_draw, run, sites_of
 
 __all__ = ["JointDensity"]
 
@@ -46,6 +46,7 @@ class JointDensity:
         args, kwargs: the model's arguments.
         vectorize: whether to run it once for all; ``None`` to find out.
         discrete: names of the model's discrete latents, which are summed out.
+        ignored: names of sites that do not count.
     """
 
     def __init__(
@@ -56,9 +57,10 @@ class JointDensity:
         kwargs: Mapping[str, object] | None = None,
         vectorize: bool | None = None,
         discrete: Collection[str] = (),
+        ignored: Collection[str] = (),
     ) -> None:
         self.model, self.latents, self.args, self.kwargs = model, latents, args, dict(kwargs or {})
-        self.discrete = frozenset(discrete)
+        self.discrete, self.ignored = frozenset(discrete), frozenset(ignored)
         self._names = frozenset(site.name for site in latents)
         self._own: dict[str, Tensor] | None = None
         self.evaluations = 0
@@ -120,7 +122,7 @@ class JointDensity:
                 sites = self.enumerated_at(values, nesting)[1] if self.discrete else self.sites_at(values)
                 if any(site.kind == FACTOR for site in sites.values()):
                     return True
-                data = [site.log_prob() for site in sites.values() if site.kind == DATA]
+                data = [site.log_prob() for site in sites.values() if site.kind == DATA and counts(site)]
                 found = data + [site.log_prob() for site in sites.values() if site.kind == COMPUTED]
             except FAILURES:  # at a point where the density is not defined
                 return True
@@ -153,12 +155,16 @@ class JointDensity:
     def sites_at(self, values: Mapping[str, Tensor], model: Callable[..., object] | None = None) -> dict[str, Site]:
         """The sites of one run at given values of the latents, of the model or of another form of it."""
         trace = run(model or self.model, self.args, self.kwargs, values)
-        return sites_of(trace, self._names, self._own)
+        return self._sites_of(trace)
 
     def enumerated_at(self, values: Mapping[str, Tensor], nesting: int) -> tuple[Any, dict[str, Site]]:
         """Trace and sites of one run in which the discrete latents take all their values, left of ``nesting`` dims."""
         trace = run(enumerating(self.model, self.discrete, -1 - nesting), self.args, self.kwargs, values)
-        return trace, sites_of(trace, self._names, self._own)
+        return trace, self._sites_of(trace)
+
+    def _sites_of(self, trace: Any) -> dict[str, Site]:
+        found = sites_of(trace, self._names, self._own)
+        return {name: site for name, site in found.items() if name not in self.ignored} if self.ignored else found
 
     def _alone(self, row: Tensor) -> Tensor:
         if self._own is None:

@@ -27,6 +27,7 @@ __all__ = [
     "FACTOR",
     "LATENT",
     "Site",
+    "counts",
     "is_masked",
     "is_part",
     "per_draw",
@@ -178,6 +179,11 @@ def is_masked(site: Site) -> bool:
         fn = fn.base_dist
     masks = (site.message["mask"], fn._mask if isinstance(fn, MaskedDistribution) else None)
     return any(mask is not None and mask is not True and not bool(torch.as_tensor(mask).all()) for mask in masks)
+
+
+def counts(site: Site) -> bool:
+    """Whether a mask leaves any entry of a site."""
+    return site.mask is None or bool(torch.as_tensor(site.mask).any())
 
 
 def is_part(trace: Any) -> bool:

@@ -205,7 +205,9 @@ class GuideFit:
         """
         density = self._with_model("predictive")
         if args or kwargs:
-            density = JointDensity(density.model, self.latents, args, kwargs, density.vectorized, density.discrete)
+            density = JointDensity(
+                density.model, self.latents, args, kwargs, density.vectorized, density.discrete, density.ignored
+            )
         with torch.no_grad():
             z = self._unconstrained(n, resampled)
             try:

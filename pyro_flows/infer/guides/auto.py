@@ -184,6 +184,7 @@ class AutoFlow(AutoContinuous):
         self.hidden_data: frozenset[str] = frozenset()  # sites with data that poutine.block hides
         self.discrete: frozenset[str] = frozenset()  # hidden sites that the density sums out
         self.why_not_summed: str | None = None
+        self._hidden: frozenset[str] = frozenset()  # sites that poutine.block hides
         self._shown: frozenset[str] = frozenset()  # hidden sites that the density has nevertheless
         self._sizes: Sizes = {}  # of the arguments that this guide was built for
         self._fitting: Sizes = {}  # of those that are known to fit, last
@@ -238,7 +239,7 @@ class AutoFlow(AutoContinuous):
                     raise ValueError(
                         f"AutoFlow: the discrete latent site {site.name!r} ({type(site.fn).__name__}) has no finite "
                         "list of values to sum over (enumeration): bound it, e.g. Categorical on 0 ... K in place of "
-                        "Poisson, or sum it out by hand"
+                        "Poisson; write independent ones in a pyro.plate, not by to_event; or sum it out by hand"
                     )
             if drawn:
                 self._plain_model = (poutine.block(self.plain_model, hide=[site.name for site in drawn]),)
@@ -262,7 +263,7 @@ class AutoFlow(AutoContinuous):
                 density = self._density(args, kwargs, None)
                 # One at a time: hidden sites differ from run to run, which looks like a failure to broadcast.
                 alone = self._density(args, kwargs, False)
-                initial = finite_start(alone, trace, latents)
+                initial = self._finite_start(alone, trace)
                 density._own = alone._own
                 self.flow = self._build(density, initial, begin + limit)
                 self.initial = initial
@@ -275,12 +276,25 @@ class AutoFlow(AutoContinuous):
                 raise
         self._sizes, self._steady = sizes_of(self.plain_model, args, kwargs), Steady()
 
+    def _finite_start(self, alone: JointDensity, trace: Any) -> Tensor:
+        try:
+            return finite_start(alone, trace, self.latents)
+        except ValueError as error:
+            if not self.discrete:
+                raise
+            raise ValueError(
+                f"{error}\nThe discrete latents {sorted(self.discrete)} are summed out, so the model runs with all of "
+                "their values at once, in dimensions on the left: choose by torch.where, not by `if`, and keep data "
+                "that depend on them in their plates (https://pyro.ai/examples/enumeration.html)"
+            ) from error
+
     def _look_behind(self, trace: Any, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         """Looks for sites that ``poutine.block`` hides from this guide: discrete latents to sum out, and data."""
         self.discrete = self._shown = frozenset()
         self.why_not_summed = None
         values = {site.name: trace.nodes[site.name]["value"].detach() for site in self.latents}
         hidden = hidden_sites(self.plain_model, values, args, kwargs)
+        self._hidden = frozenset(hidden)
         self.hidden_data = frozenset(name for name, site in hidden.items() if site.kind in (DATA, FACTOR))
         drawn = {name: site for name, site in hidden.items() if site.kind == DRAWN}
         if all(map(can_be_summed, drawn.values())):
@@ -350,8 +364,11 @@ class AutoFlow(AutoContinuous):
         return self._density(args, kwargs, self.vectorized)
 
     def _density(self, args: tuple[object, ...], kwargs: dict[str, object], vectorize: bool | None) -> JointDensity:
-        model = unblocked(self.plain_model, self._shown) if self._shown else self.plain_model
-        return JointDensity(model, self.latents, args, kwargs, vectorize, self.discrete)
+        if not self._shown:
+            return JointDensity(self.plain_model, self.latents, args, kwargs, vectorize)
+        # All sites are let through, for what pyro.markov keeps track of, and those that stay hidden do not count.
+        model, ignored = unblocked(self.plain_model), self._hidden - self._shown
+        return JointDensity(model, self.latents, args, kwargs, vectorize, self.discrete, ignored)
 
     @property
     def model(self) -> Callable[..., object]:

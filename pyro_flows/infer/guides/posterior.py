@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,6 +15,8 @@ from torch.distributions import Transform
 from pyro_flows.distributions import FlowDistribution
 
 __all__ = ["PathPosterior", "Steady", "frozen"]
+
+PATIENCE = 20  # calls without any finite gradient, after which a warning says so
 
 
 @contextmanager
@@ -45,6 +48,7 @@ class Steady:
         self.at_most = at_most
         self.usual: Tensor | None = None
         self.draws = 0
+        self.failed = 0  # calls in a row in which no draw had a finite gradient
 
     def watch(self, flow: nn.Module, draw: Tensor) -> None:
         """Hooks itself on what the flow has drawn.
@@ -72,7 +76,17 @@ class Steady:
 
     def __call__(self, grad: Tensor) -> Tensor:
         """Returns the gradient to use; ``grad``: shape ``(*draws, dim)``."""
-        grad = torch.where(grad.isfinite().all(-1, keepdim=True), grad, 0.0)
+        fine = grad.isfinite().all(-1, keepdim=True)
+        grad = torch.where(fine, grad, 0.0)
+        self.failed = 0 if fine.any() else self.failed + 1
+        if self.failed == PATIENCE:
+            warnings.warn(
+                f"AutoFlow: none of the last {PATIENCE} draws has a finite gradient, so nothing is learned: the model's "
+                "density is not finite there. Look for log(0) and overflow in it, use float64, or train a new guide with "
+                "a smaller step size",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         with torch.no_grad():
             # Of all draws together: in a weighted objective one of them may rightly have most of it.
             norm = grad.norm()
@@ -82,7 +96,6 @@ class Steady:
             self.usual = torch.lerp(usual, norm.clamp(max=self.at_most * usual), 0.1)
             share = (self.at_most * usual / norm).clamp(max=1.0)
         return grad * share
-
 
 
 class PathPosterior(FlowDistribution):

@@ -114,6 +114,10 @@ def inspect(
                 "so that it has no posterior there. Sample it as ImproperUniform on constraints.interval(-pi, pi), "
                 "with its log-density in pyro.factor"
             )
+        if isinstance(inner, dist.Delta):
+            raise ValueError(
+                f"AutoFlow: site {name!r} is a Delta, a value and no latent: write pyro.deterministic({name!r}, value)"
+            )
         for frame in site["cond_indep_stack"]:
             if not frame.vectorized:
                 raise ValueError(
