@@ -526,9 +526,9 @@ def test_models_that_do_not_broadcast_are_summed_one_at_a_time():
             z = pyro.sample("z", dist.Categorical(torch.tensor([0.4, 0.6])))
             pyro.sample("y", dist.Normal(Vindex(mu)[..., z], 1.0), obs=y)
 
-    with pytest.warns(UserWarning, match="does not broadcast"):
-        values, log_p, _, density = densities(model, Y)
+    values, log_p, _, density = densities(model, Y)
     assert not density.vectorized
+    assert "does not broadcast" in density.why_not and "Vindex(mu.unsqueeze(-2))[..., z]" in density.why_not
     parts = [math.log(p) + dist.Normal(values["mu"][:, k, None], 1.0).log_prob(Y) for k, p in enumerate((0.4, 0.6))]
     prior = dist.Normal(torch.tensor([-2.0, 2.0]), 1.0).log_prob(values["mu"]).sum(-1)
     assert torch.allclose(log_p, prior + torch.logsumexp(torch.stack(parts), 0).sum(-1))

@@ -30,6 +30,7 @@ _STANDARD = str(Path(sysconfig.get_paths()["stdlib"]))
 _NAME = r"[A-Za-z_][\w.]*"
 _MATMUL = re.compile(rf"({_NAME}) ?@ ?({_NAME})")
 _INDEXED = re.compile(rf"({_NAME})\[({_NAME})\]")
+_VINDEXED = re.compile(rf"Vindex\(({_NAME})\)\[\.\.\., ?({_NAME})\]")
 # What looks at all dimensions, or counts them from the left, and how to write it; the first that is found is named.
 _ADVICE = (
     (r"\bfloat\(|\bint\(|\bbool\(|\.item\(|\.tolist\(|\.numpy\(", "keep values as tensors, not as Python numbers"),
@@ -211,7 +212,8 @@ def _suspect(line: _Line) -> _Line | None:
     for number in range(line.number, line.first, -1):
         candidate = line._replace(number=number)
         source = candidate.source
-        if _MATMUL.search(source) or _INDEXED.search(source) or any(re.search(p, source) for p, _ in _ADVICE):
+        known = (_MATMUL, _INDEXED, _VINDEXED, *(pattern for pattern, _ in _ADVICE))
+        if any(re.search(pattern, source) for pattern in known):
             return candidate
     return None
 
@@ -219,7 +221,7 @@ def _suspect(line: _Line) -> _Line | None:
 def _advice(line: _Line, error: Exception | None, nesting: int, enumerates: bool) -> str:
     """How to write a line so that it broadcasts over dimensions on the left."""
     source = line.source
-    product, indexed = _MATMUL.search(source), _INDEXED.search(source)
+    product, indexed = _MATMUL.search(source), _VINDEXED.search(source) or _INDEXED.search(source)
     if product:
         return _about_product(*product.groups(), line, nesting)
     if _in_linear(error):
@@ -230,7 +232,7 @@ def _advice(line: _Line, error: Exception | None, nesting: int, enumerates: bool
         )
     if indexed:
         values, index = indexed.groups()
-        if enumerates:
+        if enumerates or "Vindex" in source:
             return (
                 f"Write `pyro.ops.indexing.Vindex({values}.unsqueeze(-2))[..., {index}]`, which takes an entry of the "
                 "last dimension for each value of a discrete latent and each draw."

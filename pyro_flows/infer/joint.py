@@ -47,6 +47,7 @@ class JointDensity:
         vectorize: whether to run it once for all; ``None`` to find out.
         discrete: names of the model's discrete latents, which are summed out.
         ignored: names of sites that do not count.
+        quiet: whether to keep it to :attr:`why_not` that the model does not broadcast, without a warning.
     """
 
     def __init__(
@@ -58,11 +59,13 @@ class JointDensity:
         vectorize: bool | None = None,
         discrete: Collection[str] = (),
         ignored: Collection[str] = (),
+        quiet: bool = False,
     ) -> None:
         self.model, self.latents, self.args, self.kwargs = model, latents, args, dict(kwargs or {})
         self.discrete, self.ignored = frozenset(discrete), frozenset(ignored)
         self._names = frozenset(site.name for site in latents)
         self._own: dict[str, Tensor] | None = None
+        self.quiet = quiet
         self.evaluations = 0
         self.vectorized = True if vectorize is None else vectorize
         self.why_not: str | None = None
@@ -258,7 +261,8 @@ class JointDensity:
             + "\n  Values must broadcast over dimensions left of the plates "
             "(https://pyro.ai/examples/tensor_shapes.html)"
         )
-        warn_once(self.model, self.why_not, stacklevel=3)
+        if not self.quiet:
+            warn_once(self.model, self.why_not, stacklevel=3)
 
     def _timed(self, rows: int, fn: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
         with self.pace.call(rows):

@@ -18,7 +18,9 @@ from pyro import poutine
 from torch import Generator, Tensor
 from tqdm.auto import tqdm
 
+from pyro_flows.infer.broadcasting import warn_once
 from pyro_flows.infer.density.checkpoint import architecture_of, random_state, set_random
+from pyro_flows.infer.enumeration import unblocked
 from pyro_flows.infer.fitting import checkpoint as files
 from pyro_flows.infer.fitting.assessment import DRAWS, FEWEST, Assessment, assess
 from pyro_flows.infer.fitting.budget import Budget
@@ -142,7 +144,8 @@ def fit_guide(
         if known is not None:
             files.refuse_other(checkpoint, known, identity, "fit_guide")
         if begun.density.why_not is not None:
-            notes.append(begun.density.why_not)  # of which a warning may have been given before
+            notes.append(begun.density.why_not)
+            warn_once(unblocked(guide.plain_model), begun.density.why_not, stacklevel=2)
         if guide.model_parameters:
             notes.append(_held(guide.model_parameters))
             warnings.warn(notes[-1], stacklevel=2)

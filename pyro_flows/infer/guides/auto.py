@@ -364,11 +364,12 @@ class AutoFlow(AutoContinuous):
         return self._density(args, kwargs, self.vectorized)
 
     def _density(self, args: tuple[object, ...], kwargs: dict[str, object], vectorize: bool | None) -> JointDensity:
+        # Stock SVI, which this guide may be for, does not run the model for many draws at once.
         if not self._shown:
-            return JointDensity(self.plain_model, self.latents, args, kwargs, vectorize)
+            return JointDensity(self.plain_model, self.latents, args, kwargs, vectorize, quiet=True)
         # All sites are let through, for what pyro.markov keeps track of, and those that stay hidden do not count.
         model, ignored = unblocked(self.plain_model), self._hidden - self._shown
-        return JointDensity(model, self.latents, args, kwargs, vectorize, self.discrete, ignored)
+        return JointDensity(model, self.latents, args, kwargs, vectorize, self.discrete, ignored, quiet=True)
 
     @property
     def model(self) -> Callable[..., object]:

@@ -81,9 +81,9 @@ class Steady:
         self.failed = 0 if fine.any() else self.failed + 1
         if self.failed == PATIENCE:
             warnings.warn(
-                f"AutoFlow: none of the last {PATIENCE} draws has a finite gradient, so nothing is learned: the model's "
-                "density is not finite there. Look for log(0) and overflow in it, use float64, or train a new guide with "
-                "a smaller step size",
+                f"AutoFlow: none of the last {PATIENCE} draws has a finite gradient, so nothing is learned: the "
+                "density of the model is not finite there. Look for log(0) and overflow in it, use float64, or train a "
+                "new guide with a smaller step size",
                 RuntimeWarning,
                 stacklevel=2,
             )
