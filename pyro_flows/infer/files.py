@@ -31,7 +31,7 @@ try:
 except ImportError:  # Windows has no such locks
     fcntl = None
 
-__all__ = ["check_path", "read_state", "refuse_others", "remove_leftovers", "write_state"]
+__all__ = ["check_path", "read_if_there", "read_state", "refuse_others", "remove_leftovers", "write_state"]
 
 _MAGIC = b"pyro_flows state 1\n"
 _LENGTH = struct.Struct("<Q")  # of the description
@@ -105,6 +105,19 @@ def write_state(path: str | os.PathLike[str], state: Any, *, kind: str, version:
             "folder that can be written to",
             str(path),
         ) from error
+
+
+def read_if_there(path: str | os.PathLike[str] | None, **what: Any) -> Any:
+    """:func:`read_state`, or ``None`` without a path or a file; also removes what killed runs left beside it.
+
+    Raises:
+        ValueError: if the file cannot be read, or could not be written.
+    """
+    if path is None:
+        return None
+    check_path(path)
+    remove_leftovers(path)
+    return read_state(path, **what) if os.path.exists(path) else None
 
 
 def read_state(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_flows.infer.files import check_path, read_state, refuse_others, remove_leftovers, write_state
+from pyro_flows.infer.files import read_if_there, refuse_others, write_state
 
 __all__ = [
     "COLUMNS",
@@ -95,13 +95,9 @@ def read(path: str | os.PathLike[str] | None) -> dict[str, Any] | None:
     Raises:
         ValueError: if the file cannot be read as one, or could not be written.
     """
-    if path is None:
+    content = read_if_there(path, kind=KIND, version=VERSION, remedy=REMEDY, parts=PARTS)
+    if content is None:
         return None
-    check_path(path)
-    remove_leftovers(path)
-    if not os.path.exists(path):
-        return None
-    content = read_state(path, kind=KIND, version=VERSION, remedy=REMEDY, parts=PARTS)
     with refuse_others(path, kind=KIND, remedy=REMEDY):
         lengths = {len(content["training"]["history"][name]) for name in COLUMNS}
         if lengths != {content["training"]["epoch"]}:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from pyro_flows.infer.density.checkpoint import checksum, refuse_other
-from pyro_flows.infer.files import check_path, read_state, refuse_others, remove_leftovers, write_state
+from pyro_flows.infer.files import read_if_there, refuse_others, write_state
 from pyro_flows.infer.latents import Latents
 
 __all__ = ["Keeper", "data_of", "latents_of", "read", "refuse", "refuse_other"]
@@ -104,13 +104,9 @@ def read(path: str | os.PathLike[str] | None) -> dict[str, Any] | None:
     Raises:
         ValueError: if the file cannot be read as one, or could not be written.
     """
-    if path is None:
+    content = read_if_there(path, kind=KIND, version=VERSION, remedy=REMEDY, parts=PARTS)
+    if content is None:
         return None
-    check_path(path)
-    remove_leftovers(path)
-    if not os.path.exists(path):
-        return None
-    content = read_state(path, kind=KIND, version=VERSION, remedy=REMEDY, parts=PARTS)
     with refuse(path):
         lengths = {len(column) for column in content["training"]["history"].values()}
         if lengths != {content["training"]["done"]}:
