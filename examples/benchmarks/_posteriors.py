@@ -208,8 +208,6 @@ class Program:
     model: Callable[..., None]
     read: Callable[[Data], Data]
     derive: Callable[[Draws], Draws] = dict
-    is_prior: bool = False
-    """Whether the model is the density itself, without data."""
 
 
 PROGRAMS = {
@@ -236,6 +234,8 @@ class Posterior:
     """Takes the class of the flat priors."""
     reference: Callable[[], Draws]
     derive: Callable[[Draws], Draws] = dict
+    is_prior: bool = False
+    """Whether the model is the density itself, without data."""
 
 
 def _unzip(path: Path) -> Any:
