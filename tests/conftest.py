@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import signal
+
 import pyro
 import pytest
 import torch
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as shells leave it for what they start in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser):

@@ -882,7 +882,7 @@ def test_as_a_guide():
     def model():
         pyro.sample("z", dist.MultivariateNormal(torch.ones(2), torch.eye(2)))
 
-    guide = pf.AutoFlow(model, lambda size: pf.cnf(size, hidden_dims=(8,), rtol=1e-3, atol=1e-3))
+    guide = pf.AutoFlow(model, lambda size: pf.cnf(size, hidden_dims=(8,), rtol=1e-3, atol=1e-3), start="prior")
     svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO(num_particles=20, vectorize_particles=True))
     losses = [svi.step() for _ in range(40)]
     assert sum(losses[-5:]) < 0.3 * sum(losses[:5])
