@@ -340,6 +340,27 @@ def pair_on(x, y):
         pyro.sample("y", dist.Normal(slope * at, 0.1), obs=y)
 
 
+def test_what_is_fixed_stays_fixed_where_pyro_sees_no_dependence():
+    """In NumPy and in place, too."""
+
+    def model(x, y, way):
+        slope = pyro.sample("slope", dist.Normal(0.0, 5.0))
+        at = pyro.sample("x", dist.Normal(torch.zeros(6), 1.0).to_event(1), obs=x)
+        if way == "numpy":
+            mean = torch.as_tensor(at.detach().numpy().copy())
+        else:
+            mean = torch.zeros(6)
+            mean[:] = at
+        pyro.sample("y", dist.Normal(slope.unsqueeze(-1) * mean, 0.1).to_event(1), obs=y)
+
+    x = torch.arange(6.0)
+    for way in ("numpy", "in place"):
+        found = fit(guide(model), x, 2 * x, way, steps=60)
+        drawn = found.predictive(100)
+        assert (drawn["x"] == x).all() and (drawn["y"] != 2 * x).any()
+        assert list(found.to_arviz(draws=50).log_likelihood) == ["y"]
+
+
 # Discrete latents
 
 

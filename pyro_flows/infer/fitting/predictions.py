@@ -15,12 +15,13 @@ from torch import Tensor
 from pyro_flows.infer.enumeration import pointwise
 from pyro_flows.infer.joint import JointDensity
 from pyro_flows.infer.pace import in_pieces
-from pyro_flows.infer.sites import COMPUTED, DATA, FACTOR, LATENT, Site
+from pyro_flows.infer.sites import COMPUTED, DATA, DRAWN, FACTOR, LATENT, Site
 
 __all__ = ["computed", "log_likelihoods", "observed", "predictions", "seen_entries", "to_redraw"]
 
 PLATE = "_draws_at_once"
 AT_ONCE = 1000
+TRIED = 20  # sites that are drawn anew to see whether others change
 Model = Callable[..., object]
 Values = dict[str, Tensor]
 
@@ -51,20 +52,20 @@ def log_likelihoods(density: JointDensity, z: Tensor) -> Values:
     log-densities of their own, and are left out with a warning.
     """
     alone = _alone(density, z)
-    above = _above(density, z)
     data = {name: site for name, site in alone.items() if site.kind == DATA}
-    if above is not None:
-        fixed = {name for name, site in alone.items() if site.kind in (DATA, FACTOR)}
-        data = {name: site for name, site in data.items() if above.get(name, set()) - fixed}
     refused: dict[str, str] = {}
     with torch.no_grad():
         most = AT_ONCE if density.vectorized else 1
         parts = in_pieces(density.pace, z, lambda chunk: _log_likelihoods(density, chunk, data, refused), most)
     for name, why in refused.items():
         warnings.warn(f"to_arviz: no log-likelihood of {name!r}, which {why}", stacklevel=3)
+    above = _above(density, z) or {}
+    fixed = {name for name, site in alone.items() if site.kind in (DATA, FACTOR)}
     found = {}
     for name in parts[0] if parts else ():
         value = torch.cat([part[name] for part in parts])
+        if not above.get(name, {name}) - fixed and (value == value[:1]).all():
+            continue  # it hangs on no latent
         entries = seen_entries(data[name])
         found[name] = value if entries is None else value[:, entries.expand(value.shape[1:])]
     return {name: value for name, value in found.items() if value[:1].numel()}
@@ -112,7 +113,24 @@ def to_redraw(density: JointDensity, z: Tensor, redraw: str | Sequence[str] | No
     if above is None:
         return data
     below = {name: {n for n in above if name in above[n] and sites[n].kind != COMPUTED} for name in data}
-    return [name for name in data if not below[name] - {name}]
+    ends = [name for name in data if not below[name] - {name}]
+    # What a model does in place or in NumPy leaves no trace, so a few are tried.
+    return ends if len(ends) > TRIED else [name for name in ends if not _moves_others(density, z, sites, name)]
+
+
+def _moves_others(density: JointDensity, z: Tensor, sites: dict[str, Site], name: str) -> bool:
+    """Whether the log-density of other data changes when those of one site are drawn anew."""
+    held = {n: site.value for n, site in sites.items() if site.kind == DRAWN}
+    values = {**density.latents.draws(z[0] if len(z) else z.new_zeros(z.shape[1])), **held}
+    try:
+        with torch.no_grad(), torch.random.fork_rng():
+            anew = density.sites_at(values, _Redrawn([name])(density.model))
+            scores = [
+                (site.log_prob(), anew[n].log_prob()) for n, site in sites.items() if site.kind == DATA and n != name
+            ]
+    except Exception:  # a site that cannot be drawn, or a model that does not run at such data
+        return False
+    return not all(torch.equal(then, now) for then, now in scores)
 
 
 class _Redrawn(UnconditionMessenger):
