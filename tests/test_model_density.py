@@ -340,6 +340,19 @@ def pair_on(x, y):
         pyro.sample("y", dist.Normal(slope * at, 0.1), obs=y)
 
 
+def test_what_hangs_on_no_latent_is_drawn_for_each():
+    def model(y):
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        pyro.sample("u", dist.Normal(0.0, 1.0), obs=torch.tensor(0.3))
+        with pyro.plate("rows", 6):
+            pyro.sample("kind", dist.Bernoulli(0.5))
+            pyro.sample("y", dist.Normal(a, 1.0), obs=y)
+
+    drawn = fit(guide(model), Y, steps=1).predictive(400)
+    assert len(drawn["u"].unique()) == 400 and abs(drawn["u"].std() - 1.0) < 0.2
+    assert (drawn["kind"].mean(0) - 0.5).abs().max() < 0.15
+
+
 def test_what_is_fixed_stays_fixed_where_pyro_sees_no_dependence():
     """In NumPy and in place, too."""
 

@@ -216,7 +216,11 @@ def _values(model: Model, density: JointDensity, z: Tensor, wanted: Callable[[Si
 def _together(model: Model, density: JointDensity, z: Tensor, wanted: Callable[[Site], bool]) -> Values:
     nesting = density.latents.max_plate_nesting
     values, _ = density.latents.unpack(z, nesting)
-    with pyro.plate(PLATE, len(z), dim=-1 - nesting):
-        many = density.sites_at(values, model)
+
+    def many_at_once(*args: object, **kwargs: object) -> object:
+        with pyro.plate(PLATE, len(z), dim=-1 - nesting):  # so that what hangs on no latent is drawn for each
+            return model(*args, **kwargs)
+
+    many = density.sites_at(values, many_at_once)
     alone = density.sites_at(density.latents.draws(z[0]), model)
     return {name: _by_draw(site.value, len(z), alone[name].value.shape) for name, site in many.items() if wanted(site)}
