@@ -47,7 +47,7 @@ class JointDensity:
         vectorize: whether to run it once for all; ``None`` to find out.
         discrete: names of the model's discrete latents, which are summed out.
         ignored: names of sites that do not count.
-        quiet: whether to keep it to :attr:`why_not` that the model does not broadcast, without a warning.
+        quiet: whether to keep it to ``why_not`` that the model does not broadcast, without a warning.
     """
 
     def __init__(
