@@ -49,6 +49,19 @@ class Adam:
             parameter.grad = None
 
     @torch.no_grad()
+    def clip(self, most: float) -> Tensor:
+        """Scales the gradients so that their norm, each times the speed of its parameter, is ``most`` at most.
+
+        Returns:
+            the norm before.
+        """
+        pairs = zip(self.parameters, self._speeds, strict=True)
+        grads = [p.grad if speed == 1.0 else speed * p.grad for p, speed in pairs if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads, foreach=True)
+        torch.nn.utils.clip_grads_with_norm_(self.parameters, most, norm, foreach=True)
+        return norm
+
+    @torch.no_grad()
     def step(self, rate: float) -> None:
         """Moves the parameters that have a gradient."""
         state = (self.parameters, self._first, self._second, self._steps, self._speeds)

@@ -282,7 +282,7 @@ class Training:
         surrogate.backward()
         if self.covering:
             self._cover(flow, draws, log_p - log_q, fine)
-        norm = torch.nn.utils.clip_grad_norm_(optimizer.parameters, CLIP, foreach=True)
+        norm = optimizer.clip(CLIP)
         difference = (log_p - log_q.detach())[fine]
         bad = self.particles - len(difference)
         if len(difference) == 0 or not bool(norm.isfinite()):
