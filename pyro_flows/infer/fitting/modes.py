@@ -11,6 +11,7 @@ from torch import Generator, Tensor
 from pyro_flows.distributions import Flow
 from pyro_flows.infer.fitting.adam import Adam
 from pyro_flows.infer.fitting.budget import cosine
+from pyro_flows.infer.fitting.training import CLIP, speeds_of
 from pyro_flows.infer.guides.probe import ModeProbe
 from pyro_flows.transforms import Preconditioner
 
@@ -44,7 +45,7 @@ def cover_modes(flow: Flow, probe: ModeProbe, generator: Generator | None = None
         scale = covariance.diagonal().sqrt()
     preconditioner.place(draws.mean(0), scale)
     parameters = [p for p in flow.parameters() if p.requires_grad]
-    optimizer = Adam(parameters)
+    optimizer = Adam(parameters, speeds_of(flow))
     begin = time.monotonic()
     for step in range(STEPS):
         done = step / STEPS
@@ -56,7 +57,7 @@ def cover_modes(flow: Flow, probe: ModeProbe, generator: Generator | None = None
         loss = -flow.log_prob(draws[rows]).mean()
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 10.0, foreach=True)
+        optimizer.clip(CLIP)
         optimizer.step(cosine(done, 1e-2, 1e-4))
     flow.chain.clear_cache()
     return modes
