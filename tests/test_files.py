@@ -189,6 +189,7 @@ def forked(work):
 def test_kills_leave_the_old_file_or_the_new_one(tmp_path):
     """A child writes 1, 2, 3, ... until it is killed; 40 of them, at random moments."""
     path, rand = tmp_path / "file", random.Random(0)
+    begun, begins = os.pipe()
 
     def state(number):
         return {"number": number, "values": torch.full((50_000,), float(number))}
@@ -198,11 +199,14 @@ def test_kills_leave_the_old_file_or_the_new_one(tmp_path):
         while True:
             number += 1
             write(path, state(number))
+            if number == 1:
+                os.write(begins, b"x")
 
     write(path, state(0))
     left = 0
     for _ in range(40):
         with forked(work):
+            os.read(begun, 1)  # a busy machine takes its time over a child
             time.sleep(rand.uniform(0.0, 0.03))
         left += len(os.listdir(tmp_path)) > 1
         found = read(path)
