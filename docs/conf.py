@@ -27,7 +27,7 @@ html_title = f"pyro_flows {version}"
 
 # A reference that leads nowhere is an error.
 nitpicky = True
-nitpick_ignore = [("py:class", "pyro_flows.heads.Head")]  # what a transform hands to its network
+nitpick_ignore = [("py:class", "pyro_flows.nets.masked_pass.Head")]  # what a transform hands to its network
 
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3

@@ -1,7 +1,8 @@
 """Normalizing flows for Pyro: every flow a ``TransformModule``, exact and fast in both directions."""
 
-from pyro_flows.chain import Chain, Wrap
-from pyro_flows.core import Conditioned, FlowTransform, Inverse
+from pyro_flows.core.chain import Chain
+from pyro_flows.core.transform import Conditioned, FlowTransform, Inverse
+from pyro_flows.core.wrap import Wrap
 from pyro_flows.distributions import (
     MADE,
     ConvMADE,
@@ -17,8 +18,8 @@ from pyro_flows.distributions import (
 )
 from pyro_flows.flows import causal_maf, cnf, glow, iaf, maf, mintnet, multiscale_realnvp, ncsf, nice, nsf, realnvp
 from pyro_flows.infer import AutoFlow, fit_density, fit_guide
-from pyro_flows.nets import MLP, MaskedMLP
-from pyro_flows.spline import Spline
+from pyro_flows.nets.dense import MLP
+from pyro_flows.nets.masked import MaskedMLP
 from pyro_flows.transforms import (
     ActNorm,
     Autoregressive,
@@ -38,7 +39,8 @@ from pyro_flows.transforms import (
     Squeeze,
     Standardization,
 )
-from pyro_flows.univariate import Affine, Shift, Univariate
+from pyro_flows.univariate.base import Affine, Shift, Univariate
+from pyro_flows.univariate.spline import Spline
 
 __version__ = "0.1.0"
 

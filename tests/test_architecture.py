@@ -18,49 +18,28 @@ import torch
 import pyro_flows as pf
 
 ROOT = Path(pf.__file__).parent
-LAYERS = ["core", "transforms", "flows", "distributions", "infer", "plots"]
-CORE = {
-    "activations",
-    "attention",
-    "bands",
-    "boundary",
-    "chain",
-    "conv_fields",
-    "convolutions",
+# Folders, each of which imports only from those before it.
+LAYERS = [
     "core",
-    "degrees",
-    "dense",
-    "dense_fields",
-    "divergence",
-    "dynamics",
-    "fields",
-    "heads",
-    "inverse",
-    "masked",
-    "masked_convolutions",
-    "memo",
-    "mint_map",
-    "monotone",
-    "nets",
-    "newton",
-    "newton_adjoint",
-    "newton_map",
-    "newton_sweeps",
-    "nonfinite",
-    "ode",
-    "ode_solver",
-    "raster",
-    "recipes",
-    "slopes",
-    "solver",
-    "spline",
-    "steps",
-    "sweeps",
-    "tracing",
-    "triangular",
     "univariate",
-    "wrapped",
-}
+    "nets",
+    "inverse",
+    "transforms",
+    "flows",
+    "distributions",
+    "infer.machine",
+    "infer.models",
+    "infer.search",
+    "infer.density",
+    "infer.diagnostics",
+    "infer.objectives",
+    "infer.bridge",
+    "infer.guides",
+    "infer.uses",
+    "infer.compression",
+    "infer",
+    "plots",
+]
 FILES = sorted(ROOT.rglob("*.py"))
 HEAVY = ["matplotlib", "arviz", "torchdiffeq", "zuko", "nflows", "normflows", "constriction", "sklearn", "scipy"]
 
@@ -70,31 +49,21 @@ def module_name(path):
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def part_of(module):
-    """The first name below the package: a module of its own, or a folder."""
-    return module.split(".")[1] if "." in module else ""
-
-
-def layer(module):
-    part = part_of(module)
-    if part in LAYERS[1:]:
-        return LAYERS.index(part)
-    return 0
+def folder_of(module):
+    """The folder of ``LAYERS`` to which a module belongs."""
+    parts = module.split(".")[1:]
+    return ".".join(parts[: 2 if parts[:1] == ["infer"] else 1])
 
 
 def imports(path):
-    """``(module, line, at the top)`` for each import of this package in a file."""
+    """``(module, line, at the top)`` for each import in a file, those for annotations among them."""
     tree = ast.parse(path.read_text())
     top = {id(node) for node in tree.body}
-    for node in tree.body:
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            node.body = []  # names for annotations, which nothing loads
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path.name}:{node.lineno}: relative import"
-            names = [node.module]
-            if node.module == "pyro_flows":  # from pyro_flows import core
-                names = [f"pyro_flows.{alias.name}" for alias in node.names]
+            members = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [name if name in MODULES else node.module for name in members]
         elif isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         else:
@@ -103,40 +72,52 @@ def imports(path):
             yield name, node.lineno, id(node) in top
 
 
+MODULES = {module_name(path) for path in FILES}
+
+
 def ours(path):
     return [(name, line) for name, line, _ in imports(path) if name.split(".")[0] == "pyro_flows"]
 
 
 def test_every_module_has_a_layer():
-    known = CORE | set(LAYERS[1:]) | {"testing", ""}
-    assert {part_of(module_name(path)) for path in FILES} <= known, "say in this test to which layer a new file belongs"
+    assert {folder_of(module) for module in MODULES} == {*LAYERS, "testing", ""}
 
 
-@pytest.mark.parametrize("path", FILES, ids=module_name)
-def test_imports_go_one_way(path):
-    module = module_name(path)
-    if module == "pyro_flows":
-        return
-    allowed = 0 if part_of(module) == "testing" else layer(module)
-    for name, line in ours(path):
-        assert name != "pyro_flows", f"{path.name}:{line}: import from the module that defines the name"
-        if part_of(name) == "testing":
-            assert part_of(module) == "testing", f"{path.name}:{line}: the harness is for tests"
-        assert layer(name) <= allowed, f"{path.name}:{line}: {module} may not import {name}"
+def test_the_root_is_short():
+    assert len([entry for entry in ROOT.iterdir() if entry.name != "__pycache__"]) <= 14
+    assert [path.name for path in ROOT.glob("*.py")] == ["__init__.py"]
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "transforms").glob("[!_]*.py")), ids=module_name)
-def test_families_do_not_import_each_other(path):
-    assert not [name for name, _ in ours(path) if part_of(name) == "transforms"]
+def test_imports_go_one_way():
+    for path in FILES:
+        module = module_name(path)
+        if module == "pyro_flows":
+            continue
+        folder = folder_of(module)
+        allowed = ["core", "testing"] if folder == "testing" else LAYERS[: LAYERS.index(folder) + 1]
+        for name, line in ours(path):
+            assert name != "pyro_flows", f"{path.name}:{line}: import from the module that defines the name"
+            assert folder_of(name) in allowed, f"{path.name}:{line}: {module} may not import {name}"
 
 
-def test_core_layer_has_no_cycle():
-    graph = {path.stem: {part_of(name) for name, _ in ours(path)} & CORE for path in ROOT.glob("*.py")}
-    graph = {name: below for name, below in graph.items() if name in CORE}
+def test_families_do_not_import_each_other():
+    def family(module):
+        return module.split(".")[2:3]
+
+    for path in (ROOT / "transforms").rglob("*.py"):
+        if path.parent.name == "transforms" and path.stem == "__init__":
+            continue
+        for name, line in ours(path):
+            same = family(name) == family(module_name(path))
+            assert folder_of(name) != "transforms" or same, f"{path.name}:{line}: {name}"
+
+
+def test_modules_have_no_circle():
+    graph = {module_name(path): {name for name, _ in ours(path)} for path in FILES}
     done = set()
     while graph:
         free = {name for name, below in graph.items() if below <= done}
-        assert free, f"a cycle among {sorted(graph)}"
+        assert free, f"a circle among {sorted(graph)}"
         done |= free
         graph = {name: below for name, below in graph.items() if name not in free}
 
@@ -146,7 +127,7 @@ def test_only_plots_draws():
         for name, line, top in imports(path):
             if name.split(".")[0] in ("matplotlib", "arviz"):
                 assert not top, f"{path.name}:{line}: {name} is imported inside functions only"
-                assert part_of(module_name(path)) in ("plots", "infer"), f"{path.name}:{line}"
+                assert module_name(path).split(".")[1] in ("plots", "infer"), f"{path.name}:{line}"
             assert name.split(".")[0] not in ("zuko", "nflows", "normflows", "sklearn"), f"{path.name}:{line}"
 
 

@@ -12,9 +12,9 @@ from test_mint import check_layer, in_order, jacobian, layer, trained
 from torch.autograd.graph import saved_tensors_hooks
 
 import pyro_flows as pf
-from pyro_flows.attention import Attention, AttentionNet
 from pyro_flows.infer import pixel_scores
-from pyro_flows.triangular import as_image, ranks
+from pyro_flows.transforms.mint.attention import Attention, AttentionNet
+from pyro_flows.transforms.mint.orders import as_image, ranks
 
 DOUBLE = torch.float64
 SMALL = {"attention": 2, "head_dim": 5}

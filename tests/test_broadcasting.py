@@ -13,9 +13,9 @@ import torch
 from pyro.nn import PyroModule, PyroSample
 from pyro.ops.indexing import Vindex
 
-from pyro_flows.infer.guides.prototype import initializer, inspect
-from pyro_flows.infer.joint import JointDensity
-from pyro_flows.infer.pace import BYTES, Footprint, rows_at_once
+from pyro_flows.infer.machine.pace import BYTES, Footprint, rows_at_once
+from pyro_flows.infer.models.joint import JointDensity
+from pyro_flows.infer.models.prototype import initializer, inspect
 
 X = torch.randn(7, 3, generator=torch.Generator().manual_seed(0))
 Y = torch.randn(7, generator=torch.Generator().manual_seed(1))

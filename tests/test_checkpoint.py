@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_flows as pf
 from pyro_flows.infer.density import checkpoint
-from pyro_flows.infer.files import read_state, write_state
+from pyro_flows.infer.machine.files import read_state, write_state
 
 SMALL = {"num_layers": 2, "hidden_dims": (8,)}
 

@@ -30,10 +30,9 @@ import pyro_flows as pf
 from pyro_flows import plots
 from pyro_flows.distributions import CategoricalHead, DistributionHead, MixedHead, MixtureHead
 from pyro_flows.infer import AnomalyDetector, ForwardKL
-from pyro_flows.infer.density.arrays import to_tensor
-from pyro_flows.infer.density.checks import reals_of
-from pyro_flows.infer.density.columns import at_bounds, is_free
-from pyro_flows.infer.density.spikes import spikes
+from pyro_flows.infer.density.columns import at_bounds, is_free, spikes
+from pyro_flows.infer.density.data import to_tensor
+from pyro_flows.infer.density.survey import reals_of
 from pyro_flows.infer.density.units import pull_back
 
 SMALL = {"num_layers": 1, "hidden_dims": (8,)}

@@ -16,12 +16,11 @@ from pyro.infer import SVI, Trace_ELBO
 from torch import nn
 
 import pyro_flows as pf
-from pyro_flows.conv_fields import ConvField
-from pyro_flows.dense_fields import ChainField, GatedField, ResidualField
-from pyro_flows.divergence import Estimator, columns, draw, probes_of
-from pyro_flows.fields import GivenField
-from pyro_flows.ode_solver import ADAPTIVE, FIXED
-from pyro_flows.transforms.continuous import collect_penalties
+from pyro_flows.transforms.continuous.divergence import Estimator, columns, draw, probes_of
+from pyro_flows.transforms.continuous.field_nets import ChainField, ConvField, GatedField, ResidualField
+from pyro_flows.transforms.continuous.fields import GivenField
+from pyro_flows.transforms.continuous.layer import collect_penalties
+from pyro_flows.transforms.continuous.ode_solver import ADAPTIVE, FIXED
 
 TIGHT = {"rtol": 1e-10, "atol": 1e-10}
 FIELDS = {
@@ -500,7 +499,7 @@ def test_memory_of_the_adjoint_does_not_grow_with_evaluations():
 @pytest.mark.parametrize("solver", ["dopri5", "rk4"])
 @pytest.mark.parametrize("limit, expected", [(4 * 2**20, "backprop"), (0, "adjoint")])
 def test_auto_goes_by_what_an_evaluation_keeps(solver, limit, expected, monkeypatch):
-    monkeypatch.setattr("pyro_flows.ode.KEPT", limit)
+    monkeypatch.setattr("pyro_flows.transforms.continuous.ode.KEPT", limit)
     auto, chosen = small(gradient="auto", solver=solver, rtol=1e-4), small(gradient=expected, solver=solver, rtol=1e-4)
     chosen.load_state_dict(auto.state_dict())
     x = torch.randn(5, 2, dtype=torch.double, requires_grad=True)
@@ -528,9 +527,9 @@ def test_auto_begins_again_where_a_solve_is_long(solver, monkeypatch):
     auto(x)
     report = auto[0].last_solve
     assert report.gradient == "backprop"
-    monkeypatch.setattr("pyro_flows.ode._kept", lambda *args: 1000)
+    monkeypatch.setattr("pyro_flows.transforms.continuous.ode._kept", lambda *args: 1000)
     for allowed, gradient in ((report.evaluations, "backprop"), (report.evaluations - 1, "adjoint")):
-        monkeypatch.setattr("pyro_flows.ode.KEPT_IN_ALL", 1000 * allowed + 1)
+        monkeypatch.setattr("pyro_flows.transforms.continuous.ode.KEPT_IN_ALL", 1000 * allowed + 1)
         found = auto(x)
         assert (auto[0].last_solve.gradient, auto[0].last_solve.evaluations) == (gradient, report.evaluations)
         torch.testing.assert_close(found, adjoint(x), rtol=0, atol=0)
@@ -540,7 +539,7 @@ def test_auto_begins_again_where_a_solve_is_long(solver, monkeypatch):
 
 @pytest.mark.parametrize("name", ["concatsquash", "mlp", "gated", "residual"])
 def test_what_an_evaluation_keeps(name, monkeypatch):
-    from pyro_flows import ode
+    from pyro_flows.transforms.continuous import ode
 
     counted = []
     monkeypatch.setattr(ode, "_kept", lambda *args, kept=ode._kept: counted.append(kept(*args)) or counted[-1])

@@ -14,7 +14,7 @@ from torch import nn
 
 import pyro_flows as pf
 from pyro_flows.testing import check_transform
-from pyro_flows.transforms.continuous import collect_penalties
+from pyro_flows.transforms.continuous.layer import collect_penalties
 
 FIELDS = {
     "concatsquash": (3, {"field": "concatsquash"}),

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from pyro_flows.distributions.made import CategoricalHead, ConvMADE, NormalHead
-from pyro_flows.raster import RasterSweep
+from pyro_flows.inverse.raster import RasterSweep
 
 F64 = torch.float64
 
@@ -302,7 +302,7 @@ def test_whole_numbers_of_any_dtype_are_values(dtype):
 
 
 def test_chunks_of_draws_are_put_together(monkeypatch):
-    from pyro_flows import raster
+    from pyro_flows.inverse import raster
 
     made = shaken((1, 3, 3), "bernoulli", context_dim=1, scale=0.1)
     with torch.no_grad():

@@ -12,7 +12,7 @@ from cases import Sinh, shake
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyro_flows as pf
-from pyro_flows import dense
+from pyro_flows.nets import dense_pass as dense
 from pyro_flows.transforms import coupling
 
 FAMILIES = {

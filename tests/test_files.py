@@ -19,9 +19,9 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from pyro_flows.infer import files
-from pyro_flows.infer.files import read_state, write_state
-from pyro_flows.infer.interrupts import interrupts_held_back
+from pyro_flows.infer.machine import files
+from pyro_flows.infer.machine.files import read_state, write_state
+from pyro_flows.infer.machine.interrupts import interrupts_held_back
 
 READ = {"kind": "kind", "remedy": "delete it"}
 

@@ -18,11 +18,11 @@ from pyro.poutine.runtime import _PYRO_STACK
 import pyro_flows as pf
 from pyro_flows.infer import AutoFlow, fit_guide
 from pyro_flows.infer.diagnostics import importance, judge
-from pyro_flows.infer.fitting.assessment import weigh
-from pyro_flows.infer.fitting.budget import Budget
-from pyro_flows.infer.fitting.training import Training
-from pyro_flows.infer.guides.probe import nothing_found
-from pyro_flows.infer.pace import BYTES, Pace, in_pieces
+from pyro_flows.infer.guides.assessment import weigh
+from pyro_flows.infer.guides.budget import Budget
+from pyro_flows.infer.guides.loop import Training
+from pyro_flows.infer.machine.pace import BYTES, Pace, in_pieces
+from pyro_flows.infer.search.probe import nothing_found
 
 SMALL = partial(pf.realnvp, num_layers=2, hidden_dims=(8,), mask="random")
 fit = partial(fit_guide, progress=False)

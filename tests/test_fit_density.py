@@ -18,8 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_flows as pf
 from pyro_flows.infer import DensityFit, StandardizedFlow, standardized
-from pyro_flows.infer.density.schedule import Schedule
-from pyro_flows.infer.density.settings import CUTS, LEAST
+from pyro_flows.infer.density.plan import CUTS, LEAST, Schedule
 
 SMALL = {"num_layers": 1, "hidden_dims": (8,)}
 GAUSSIAN = dist.MultivariateNormal(torch.tensor([10.0, -100.0]), scale_tril=torch.tensor([[2.0, 0.0], [30.0, 15.0]]))

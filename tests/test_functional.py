@@ -17,7 +17,7 @@ from torch.func import functional_call, functionalize, grad, hessian, jacfwd, ja
 from torch.utils.checkpoint import checkpoint
 
 import pyro_flows as pf
-from pyro_flows.univariate import number
+from pyro_flows.univariate.base import number
 
 F64, CONTEXT_DIM = torch.float64, 2
 

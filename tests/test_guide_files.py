@@ -17,12 +17,12 @@ from pyro.distributions import constraints as pyro_constraints
 from torch.distributions import biject_to, constraints, transforms
 
 import pyro_flows as pf
+from pyro_flows.core.recipes import made_from, recipe
 from pyro_flows.infer import AutoFlow, fit_guide, load_guide
-from pyro_flows.infer.files import read_state, write_state
-from pyro_flows.infer.fitting import result, stored
-from pyro_flows.infer.latents import same_support
-from pyro_flows.infer.supports import plain_support, support_of
-from pyro_flows.recipes import made_from, recipe
+from pyro_flows.infer.guides import result, stored
+from pyro_flows.infer.machine.files import read_state, write_state
+from pyro_flows.infer.models.latents import same_support
+from pyro_flows.infer.models.supports import plain_support, support_of
 
 SMALL = {"num_layers": 2, "hidden_dims": (6,)}
 

@@ -14,9 +14,8 @@ from torch.distributions import biject_to, constraints
 
 from pyro_flows.distributions.made.composed import DistributionHead, MixedHead, as_head
 from pyro_flows.distributions.made.contract import Head
-from pyro_flows.distributions.made.heads import BernoulliHead, CategoricalHead, NormalHead
+from pyro_flows.distributions.made.heads import BernoulliHead, CategoricalHead, NormalHead, RelaxedBernoulliHead
 from pyro_flows.distributions.made.mixtures import LogisticMixtureHead, MixtureHead
-from pyro_flows.distributions.made.relaxed import RelaxedBernoulliHead
 
 DIM, LEVELS, CLASSES = 4, 9, [3, 1, 5, 2]
 

@@ -16,7 +16,7 @@ from oracles import jacobian
 from torch import nn
 
 import pyro_flows as pf
-from pyro_flows.convolutions import ConvNet
+from pyro_flows.nets.convolutional import ConvNet
 
 SMALL = {"channels": 4, "num_blocks": 1, "activation": "elu"}
 DIRECTIONS = ["forward_and_ladj", "inverse_and_ladj"]

@@ -12,8 +12,8 @@ from pyro import poutine
 from pyro.distributions import constraints
 from torch.distributions import biject_to
 
-from pyro_flows.infer.guides.prototype import initializer, inspect
-from pyro_flows.infer.joint import JointDensity
+from pyro_flows.infer.models.joint import JointDensity
+from pyro_flows.infer.models.prototype import initializer, inspect
 
 
 @pytest.fixture(autouse=True)

@@ -15,8 +15,8 @@ from pyro.distributions import constraints
 from pyro.infer.autoguide.initialization import InitMessenger
 from torch.distributions import biject_to
 
-from pyro_flows.infer.guides.prototype import feasible
-from pyro_flows.infer.latents import Latents, same_support
+from pyro_flows.infer.models.latents import Latents, same_support
+from pyro_flows.infer.models.prototype import feasible
 
 TWO = torch.tensor([-1.0, 0.5])
 # Support and event shape: each site once from a distribution, once from a flat prior.

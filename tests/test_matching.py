@@ -20,8 +20,8 @@ from pyro_flows import plots
 from pyro_flows.infer import FlowMatching, fit_density
 from pyro_flows.infer.density.checkpoint import own_randomness
 from pyro_flows.infer.density.matching import Matching, assigned, matched_parts
-from pyro_flows.infer.density.schedule import Schedule
-from pyro_flows.transforms.continuous import collect_penalties
+from pyro_flows.infer.density.plan import Schedule
+from pyro_flows.transforms.continuous.layer import collect_penalties
 
 MEAN = torch.tensor([1.0, -2.0], dtype=torch.double)
 TRIL = torch.tensor([[0.5, 0.0], [0.8, 1.5]], dtype=torch.double)

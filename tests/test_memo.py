@@ -13,7 +13,7 @@ from pyro.optim.clipped_adam import ClippedAdam
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import pyro_flows as pf
-from pyro_flows import nets
+from pyro_flows.nets import masked as nets
 from pyro_flows.transforms import autoregressive
 
 DIM = 3

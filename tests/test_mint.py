@@ -21,9 +21,8 @@ from torch.autograd.graph import saved_tensors_hooks
 import pyro_flows as pf
 from pyro_flows.flows import MINTNET_CONFIGURATIONS
 from pyro_flows.infer import fit_density
-from pyro_flows.monotone import MONOTONE
-from pyro_flows.slopes import Weights, _plain, value_and_slope
-from pyro_flows.triangular import ORDERS, as_image, earlier_taps, ranks, waves
+from pyro_flows.transforms.mint.orders import ORDERS, as_image, earlier_taps, ranks, waves
+from pyro_flows.transforms.mint.slopes import MONOTONE, Weights, _plain, value_and_slope
 
 DIGITS = Path(__file__).parent.parent / "examples" / "data" / "digits.npz"
 SHAPES = [(1, 4, 4), (3, 3, 2), (4, 2, 2), (2, 5)]

@@ -18,8 +18,8 @@ from pyro.ops.indexing import Vindex
 
 import pyro_flows as pf
 from pyro_flows.infer import AutoFlow, fit_guide
-from pyro_flows.infer.enumeration import unblocked
-from pyro_flows.infer.sites import run
+from pyro_flows.infer.models.enumeration import unblocked
+from pyro_flows.infer.models.sites import run
 
 SMALL = partial(pf.realnvp, num_layers=2, hidden_dims=(8,))
 fit = partial(fit_guide, progress=False)

@@ -8,7 +8,8 @@ from cases import diamond, shake
 from oracles import jacobian
 
 import pyro_flows as pf
-from pyro_flows import MLP, MaskedMLP, activations
+from pyro_flows import MLP, MaskedMLP
+from pyro_flows.nets import activations
 
 HIDDEN = {
     "none": (),
@@ -256,7 +257,7 @@ def test_mafs_parameters_stay_bounded_however_far_out_the_inputs_are():
 
 @pytest.mark.parametrize("own_context", [False, True])
 def test_large_batches_go_in_pieces_without_a_trace(monkeypatch, own_context):
-    monkeypatch.setattr("pyro_flows.masked.ROWS", 4)
+    monkeypatch.setattr("pyro_flows.nets.masked_pass.ROWS", 4)
     layer = pf.Autoregressive(3, context_dim=2, hidden_dims=(7,)).double()
     with torch.no_grad():
         for parameter in layer.parameters():

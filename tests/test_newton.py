@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch.func import hessian, jacfwd, jacrev, jvp, vmap
 
-from pyro_flows import newton_adjoint
-from pyro_flows.newton import SolverSettings, TriangularMap, solve_triangular
-from pyro_flows.newton_sweeps import FLOOR, TRUST, _Sweeps, sweep
+from pyro_flows.inverse import newton_adjoint
+from pyro_flows.inverse.newton import SolverSettings, TriangularMap, solve_triangular
+from pyro_flows.inverse.newton_sweeps import FLOOR, TRUST, _Sweeps, sweep
 
 DOUBLE = torch.float64
 

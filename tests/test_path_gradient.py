@@ -24,8 +24,7 @@ from pyro.optim import Adam
 import pyro_flows as pf
 from pyro_flows.distributions import Flow
 from pyro_flows.infer import AutoFlow, PathELBO
-from pyro_flows.infer.guides import PathPosterior
-from pyro_flows.infer.guides.posterior import frozen
+from pyro_flows.infer.guides.posterior import PathPosterior, frozen
 from tests.cases import BUILDERS, shake
 
 DIM = 3

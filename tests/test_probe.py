@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.distributions import Independent, MultivariateNormal, Normal
 
-from pyro_flows.infer.guides.probe import probe_modes
+from pyro_flows.infer.search.probe import probe_modes
 
 
 def generator(seed=0):

@@ -16,11 +16,13 @@ from test_mint import check_layer, jacobian, layer, longest_chains
 from torch.distributions import AffineTransform, ExpTransform
 
 import pyro_flows as pf
-from pyro_flows import attention, mint_map, raster
-from pyro_flows.attention import Attention, AttentionNet, AttentionSteps
 from pyro_flows.infer import Codec, Stream, pixel_scores, standardized, step_log_prob
-from pyro_flows.slopes import Weights
-from pyro_flows.triangular import as_image
+from pyro_flows.inverse import raster
+from pyro_flows.transforms.mint import attention
+from pyro_flows.transforms.mint import map as mint_map
+from pyro_flows.transforms.mint.attention import Attention, AttentionNet, AttentionSteps
+from pyro_flows.transforms.mint.orders import as_image
+from pyro_flows.transforms.mint.slopes import Weights
 
 DOUBLE = torch.float64
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import pyro_flows as pf
-from pyro_flows import heads, spline
-from pyro_flows.univariate import Univariate
+from pyro_flows.nets import masked_pass as heads
+from pyro_flows.univariate import spline
+from pyro_flows.univariate.base import Univariate
 
 BOUNDARIES = ["linear", "identity", "circular"]
 EACH = pytest.mark.parametrize("boundary", BOUNDARIES)

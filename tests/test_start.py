@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.distributions import MultivariateNormal, Normal
 
-from pyro_flows.infer.guides.climb import SafeDensity, climb
-from pyro_flows.infer.guides.curvature import bend, first_metric, laplace
-from pyro_flows.infer.guides.start import _Gaussian, _Ranking, find_start
+from pyro_flows.infer.search.climb import SafeDensity, climb
+from pyro_flows.infer.search.curvature import bend, first_metric, laplace
+from pyro_flows.infer.search.start import _Gaussian, _Ranking, find_start
 
 
 def generator(seed=0):

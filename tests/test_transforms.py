@@ -12,7 +12,7 @@ from oracles import jacobian
 from torch.distributions import transforms as torch_transforms
 
 import pyro_flows as pf
-from pyro_flows.chain import leaves
+from pyro_flows.core.chain import leaves
 from pyro_flows.transforms.coupling import coupling_mask
 
 

@@ -10,7 +10,7 @@ from cases import Sinh
 from oracles import relative_error
 
 from pyro_flows import Affine, Shift, Spline, Univariate
-from pyro_flows.univariate import soft_clip
+from pyro_flows.univariate.base import soft_clip
 
 FAMILIES = [
     Shift(),

@@ -26,7 +26,7 @@ from torch import Tensor
 
 import pyro_flows as pf
 from pyro_flows.infer import FlowMatching
-from pyro_flows.infer.density import training
+from pyro_flows.infer.density import loop as training
 
 EXAMPLES = Path(__file__).parent.parent
 PLANES = ("moons", "checkerboard", "spirals")

@@ -78,7 +78,7 @@ def product_rate() -> float:
 def ours(job: Job, posterior: Posterior) -> Row:
     """``fit_guide`` as it is."""
     from pyro_flows.infer import AutoFlow, fit_guide
-    from pyro_flows.infer.joint import JointDensity
+    from pyro_flows.infer.models.joint import JointDensity
 
     # Counts the start's evaluations as well as those of training and verdict, apart by whether they have a gradient.
     count = {True: 0, False: 0}

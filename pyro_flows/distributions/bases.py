@@ -11,9 +11,9 @@ import torch
 from torch import Size, Tensor, nn
 from torch.distributions import Distribution, constraints
 
-from pyro_flows.boundary import event_size
-from pyro_flows.chain import map_tensors
-from pyro_flows.recipes import remembered
+from pyro_flows.core.checks import event_size
+from pyro_flows.core.recipes import remembered
+from pyro_flows.core.wrap import map_tensors
 
 __all__ = ["DiagonalNormal", "FixedBase", "GaussianMixture", "StudentT", "UniformCircle"]
 
@@ -247,7 +247,7 @@ class FixedBase(nn.Module):
         self.distribution = copy.deepcopy(distribution)  # moving the module must not move the caller's object
 
     def arguments(self) -> tuple[tuple[object, ...], dict[str, object]]:
-        """What it is made of; see ``pyro_flows.recipes``."""
+        """What it is made of; see ``pyro_flows.core.recipes``."""
         return (self.distribution,), {}
 
     def forward(self) -> Distribution:

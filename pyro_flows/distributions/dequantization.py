@@ -15,11 +15,11 @@ from torch import Size, Tensor, nn
 from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
 
-from pyro_flows.boundary import check_context, event_size, wrong_event
-from pyro_flows.core import FlowTransform
+from pyro_flows.core.checks import check_context, event_size, wrong_event
+from pyro_flows.core.modes import plain_eager
+from pyro_flows.core.transform import FlowTransform
 from pyro_flows.distributions.flow import Flow
 from pyro_flows.distributions.noise import counted_uniform, fresh_uniform, from_uniform, grid_bits
-from pyro_flows.tracing import plain_eager
 from pyro_flows.transforms.pixels import LogitPixels
 
 __all__ = ["Dequantized", "DequantizedDistribution", "bits_per_dim"]

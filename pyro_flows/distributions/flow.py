@@ -9,11 +9,11 @@ from pyro.distributions import TransformedDistribution
 from torch import Size, Tensor, nn
 from torch.distributions import Distribution, Transform
 
-from pyro_flows.boundary import check_tensor
-from pyro_flows.chain import Chain
-from pyro_flows.core import FlowTransform
+from pyro_flows.core.chain import Chain
+from pyro_flows.core.checks import check_tensor
+from pyro_flows.core.modes import plain_eager
+from pyro_flows.core.transform import FlowTransform
 from pyro_flows.distributions.bases import DiagonalNormal, FixedBase, UniformCircle
-from pyro_flows.tracing import plain_eager
 
 __all__ = ["Flow", "FlowDistribution"]
 
@@ -55,7 +55,7 @@ class Flow(nn.Module):
     ``flow(context)`` if the chain takes a context, whose batch shape is then the distribution's.
 
     Args:
-        chain: a chain or any other flow transform; several are put in a :class:`~pyro_flows.chain.Chain`.
+        chain: a chain or any other flow transform; several are put in a :class:`~pyro_flows.core.chain.Chain`.
         base: ``None`` for a standard normal on the chain's device, uniform in dimensions that are angles (see
             :func:`~pyro_flows.flows.ncsf`); a distribution, fixed, whose tensors move with the
             module; or an ``nn.Module`` that returns a distribution when called, whose parameters are then the flow's.

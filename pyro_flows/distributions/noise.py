@@ -10,12 +10,12 @@ import torch
 from torch import Size, Tensor, nn
 from torch.distributions import Distribution, Independent, SigmoidTransform, constraints
 
-from pyro_flows.activations import Activation
-from pyro_flows.boundary import event_size
-from pyro_flows.chain import Chain
+from pyro_flows.core.chain import Chain
+from pyro_flows.core.checks import event_size
 from pyro_flows.distributions.flow import Flow, FlowDistribution
 from pyro_flows.flows import realnvp
-from pyro_flows.nets import MLP
+from pyro_flows.nets.activations import Activation
+from pyro_flows.nets.dense import MLP
 
 __all__ = ["Dequantizer", "counted_uniform", "fresh_uniform", "from_uniform", "grid_bits"]
 

@@ -1,4 +1,4 @@
-"""Builders: one a paper, each a :class:`~pyro_flows.chain.Chain`.
+"""Builders: one a paper, each a :class:`~pyro_flows.core.chain.Chain`.
 
 They share one vocabulary: ``input_dim`` (or an event shape) first, then keywords.  For vectors ``hidden_dims=None``
 means two hidden layers of width ``4 * input_dim``, at least 64 and at most 512.  A chain has no base distribution of

@@ -6,12 +6,11 @@ from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor, nn
 
-from pyro_flows.boundary import event_size
-from pyro_flows.chain import Chain
-from pyro_flows.conv_fields import ConvField
-from pyro_flows.dense_fields import ChainField, GatedField, ResidualField
-from pyro_flows.fields import Field
+from pyro_flows.core.chain import Chain
+from pyro_flows.core.checks import event_size
 from pyro_flows.transforms import Continuous
+from pyro_flows.transforms.continuous.field_nets import ChainField, ConvField, GatedField, ResidualField
+from pyro_flows.transforms.continuous.fields import Field
 
 __all__ = ["cnf"]
 
@@ -84,11 +83,11 @@ def cnf(
             latter where an evaluation keeps at most 4 MiB for it, and all of them 1 GiB.
         per_row: whether each row is held to the tolerance, rather than all on average.
         kinetic: weight of :math:`\int |v|^2 dt` (RNODE: 0.01), see
-            :func:`~pyro_flows.transforms.continuous.collect_penalties`.
+            :func:`~pyro_flows.transforms.continuous.layer.collect_penalties`.
         jacobian: weight of :math:`\int \|\partial v/\partial z\|_F^2 dt` (RNODE: 0.01).
 
     The papers' flows have a learnt end time, or several fields in sequence; here time ends at 1, which the field's
-    scale makes up for, and several are a :class:`~pyro_flows.chain.Chain` of several.
+    scale makes up for, and several are a :class:`~pyro_flows.core.chain.Chain` of several.
 
     Raises:
         ValueError: for options out of range, or a field that changes the shape, mixes rows, or has no gradient after

@@ -6,12 +6,12 @@ from collections.abc import Iterable
 
 from torch import Size
 
-from pyro_flows.activations import Activation
-from pyro_flows.chain import Chain
-from pyro_flows.convolutions import image_shape
-from pyro_flows.core import FlowTransform
+from pyro_flows.core.chain import Chain
+from pyro_flows.core.transform import FlowTransform
+from pyro_flows.nets.activations import Activation
+from pyro_flows.nets.convolutional import image_shape
 from pyro_flows.transforms import ActNorm, Conv1x1, ConvCoupling, Split, Squeeze
-from pyro_flows.univariate import Affine, Univariate
+from pyro_flows.univariate.base import Affine, Univariate
 
 __all__ = ["glow", "multiscale_realnvp"]
 

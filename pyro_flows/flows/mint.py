@@ -7,10 +7,10 @@ from types import MappingProxyType
 
 from torch import Size
 
-from pyro_flows.boundary import positive_integers
-from pyro_flows.chain import Chain
-from pyro_flows.convolutions import image_shape
-from pyro_flows.core import FlowTransform
+from pyro_flows.core.chain import Chain
+from pyro_flows.core.checks import positive_integers
+from pyro_flows.core.transform import FlowTransform
+from pyro_flows.nets.convolutional import image_shape
 from pyro_flows.transforms import ActNorm, Mint, Split, Squeeze
 
 __all__ = ["MINTNET_CONFIGURATIONS", "mintnet"]
@@ -78,7 +78,7 @@ def mintnet(
             density of each coordinate given those before it; needs ``squeeze=0``.
         causal: for series ``(C, T)``: all layers go by time, a step and its channels after another, from the first
             one on, with parameters that all times share, so that no parameter depends on ``T`` and a flow goes on
-            beyond it, see :class:`~pyro_flows.infer.series.Stream`.  It stands for ``one_sided=True``,
+            beyond it, see :class:`~pyro_flows.infer.Stream`.  It stands for ``one_sided=True``,
             ``order="position"`` and ``shared_scale=True``.
         dilations: distances of the convolutions' taps, for the layers in the sequence in which data meet them, from
             the beginning again where there are more layers; by default 1, or 1, 2, 4, 8 if ``causal``.  A causal chain

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from pyro_flows.activations import Activation
-from pyro_flows.boundary import event_size, positive_integers
-from pyro_flows.chain import Chain
+from pyro_flows.core.chain import Chain
+from pyro_flows.core.checks import event_size, positive_integers
+from pyro_flows.nets.activations import Activation
 from pyro_flows.transforms import ActNorm, CausalAutoregressive
-from pyro_flows.univariate import Affine, Univariate
+from pyro_flows.univariate.base import Affine, Univariate
 
 __all__ = ["causal_maf"]
 
@@ -33,7 +33,7 @@ def causal_maf(
     convolutions; :math:`\log|\det|` is the sum of all :math:`s`.  Layers are
     :class:`~pyro_flows.transforms.CausalAutoregressive` ones, all in the direction of time, so the flow is causal as a
     whole and looks ``reach`` steps back.  Density costs one pass for each layer.  Sampling goes through the steps, with
-    the arithmetic of a pass.  No parameter depends on ``T``; :class:`~pyro_flows.infer.series.Stream` goes on without
+    the arithmetic of a pass.  No parameter depends on ``T``; :class:`~pyro_flows.infer.Stream` goes on without
     end.  A fresh flow is the identity.
 
     Args:

@@ -10,13 +10,13 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from pyro_flows.activations import Activation
-from pyro_flows.boundary import event_size
-from pyro_flows.chain import Chain
-from pyro_flows.spline import Spline
+from pyro_flows.core.chain import Chain
+from pyro_flows.core.checks import event_size
+from pyro_flows.nets.activations import Activation
 from pyro_flows.transforms import Autoregressive, Coupling, Rescaling
 from pyro_flows.transforms.coupling import Mask, coupling_mask
-from pyro_flows.univariate import Affine, Shift, Univariate
+from pyro_flows.univariate.base import Affine, Shift, Univariate
+from pyro_flows.univariate.spline import Spline
 
 __all__ = ["iaf", "maf", "ncsf", "nice", "nsf", "realnvp"]
 

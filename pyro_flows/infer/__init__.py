@@ -1,15 +1,16 @@
 """Inference with flows: densities fitted to data, guides fitted to posteriors, and what to think of both."""
 
-from pyro_flows.infer.anomaly import AnomalyDetector
 from pyro_flows.infer.bridge import to_arviz
 from pyro_flows.infer.compression import Codec
 from pyro_flows.infer.density import DensityFit, FlowMatching, StandardizedFlow, fit_density, standardized
 from pyro_flows.infer.diagnostics import simulation_based_calibration
-from pyro_flows.infer.fitting import GuideFit, fit_guide, load_guide
-from pyro_flows.infer.guides import AutoFlow
+from pyro_flows.infer.guides.auto import AutoFlow
+from pyro_flows.infer.guides.fit import fit_guide
+from pyro_flows.infer.guides.result import GuideFit, load_guide
 from pyro_flows.infer.objectives import AlphaDivergence, DReGELBO, ForwardKL, PathELBO
-from pyro_flows.infer.series import Stream, step_log_prob
-from pyro_flows.infer.surprise import pixel_scores
+from pyro_flows.infer.uses.anomaly import AnomalyDetector
+from pyro_flows.infer.uses.series import Stream, step_log_prob
+from pyro_flows.infer.uses.surprise import pixel_scores
 
 __all__ = [
     "AlphaDivergence",

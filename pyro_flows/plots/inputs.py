@@ -11,8 +11,8 @@ import torch
 from torch import Size, Tensor, nn
 from torch.distributions import Distribution
 
-from pyro_flows.core import FlowTransform
-from pyro_flows.infer.density.arrays import to_tensor
+from pyro_flows.core.transform import FlowTransform
+from pyro_flows.infer.density.data import to_tensor
 
 __all__ = ["distribution_of", "draw", "drawn_rows", "draws_of", "numbers", "rows_of", "score", "single"]
 

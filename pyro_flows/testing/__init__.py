@@ -10,8 +10,8 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from pyro_flows.core import FlowTransform
-from pyro_flows.nonfinite import locate_nonfinite
+from pyro_flows.core.nonfinite import locate_nonfinite
+from pyro_flows.core.transform import FlowTransform
 from pyro_flows.testing.checks import ALL
 from pyro_flows.testing.subject import Subject
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Size, Tensor
 
-from pyro_flows.core import FlowTransform
+from pyro_flows.core.transform import FlowTransform
 
 __all__ = ["DERIVATIVE", "DIFFERENCE", "NAMES", "Subject"]
 

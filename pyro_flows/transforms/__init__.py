@@ -2,13 +2,13 @@
 
 from pyro_flows.transforms.autoregressive import Autoregressive
 from pyro_flows.transforms.causal import CausalAutoregressive
-from pyro_flows.transforms.continuous import Continuous
+from pyro_flows.transforms.continuous.layer import Continuous
 from pyro_flows.transforms.conv_coupling import ConvCoupling
 from pyro_flows.transforms.coupling import Coupling
 from pyro_flows.transforms.elementwise import Permutation, Rescaling, Standardization
 from pyro_flows.transforms.images import Split, Squeeze
 from pyro_flows.transforms.linear import Conv1x1, Householder, LULinear
-from pyro_flows.transforms.mint import Mint
+from pyro_flows.transforms.mint.layer import Mint
 from pyro_flows.transforms.normalization import ActNorm
 from pyro_flows.transforms.pixels import LogitPixels
 from pyro_flows.transforms.preconditioner import Preconditioner

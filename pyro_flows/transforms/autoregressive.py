@@ -6,13 +6,13 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
-from pyro_flows.activations import Activation
-from pyro_flows.core import FlowTransform
-from pyro_flows.heads import Head
-from pyro_flows.inverse import solve
-from pyro_flows.nets import MaskedMLP
-from pyro_flows.solver import Solver
-from pyro_flows.univariate import Affine, Univariate
+from pyro_flows.core.transform import FlowTransform
+from pyro_flows.inverse.buffers import Solver
+from pyro_flows.inverse.sweep import solve
+from pyro_flows.nets.activations import Activation
+from pyro_flows.nets.masked import MaskedMLP
+from pyro_flows.nets.masked_pass import Head
+from pyro_flows.univariate.base import Affine, Univariate
 
 __all__ = ["Autoregressive"]
 

@@ -10,14 +10,14 @@ from functools import partial
 import torch
 from torch import Size, Tensor, nn
 
-from pyro_flows.activations import Activation, activation_functions
-from pyro_flows.boundary import admit, positive_integers
-from pyro_flows.core import FlowTransform
-from pyro_flows.masked_convolutions import Stacks, StackSteps
-from pyro_flows.raster import RasterSweep, rows_at_once
-from pyro_flows.steps import Stepper
-from pyro_flows.tracing import autocasting, plain_eager
-from pyro_flows.univariate import Affine, Univariate
+from pyro_flows.core.checks import admit, positive_integers
+from pyro_flows.core.modes import autocasting, plain_eager
+from pyro_flows.core.steps import Stepper
+from pyro_flows.core.transform import FlowTransform
+from pyro_flows.inverse.raster import RasterSweep, rows_at_once
+from pyro_flows.nets.activations import Activation, activation_functions
+from pyro_flows.nets.masked_convolutional import Stacks, StackSteps
+from pyro_flows.univariate.base import Affine, Univariate
 
 __all__ = ["CausalAutoregressive"]
 
@@ -191,7 +191,7 @@ class CausalAutoregressive(FlowTransform):
         return self.inverse_and_log_slopes(admit(self, y, context, data_side=True), context)[1]
 
     def stepper(self, rows: int, context: Tensor | None = None) -> Stepper:
-        """One step of a series after another; see :mod:`pyro_flows.steps`."""
+        """One step of a series after another; see :mod:`pyro_flows.core.steps`."""
         return _Steps(self, rows, context)
 
     def extra_repr(self) -> str:

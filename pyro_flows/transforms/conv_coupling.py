@@ -7,10 +7,10 @@ from collections.abc import Iterable
 import torch
 from torch import Size, Tensor
 
-from pyro_flows.activations import Activation
-from pyro_flows.convolutions import ConvNet, image_shape
-from pyro_flows.core import FlowTransform
-from pyro_flows.univariate import Affine, Univariate
+from pyro_flows.core.transform import FlowTransform
+from pyro_flows.nets.activations import Activation
+from pyro_flows.nets.convolutional import ConvNet, image_shape
+from pyro_flows.univariate.base import Affine, Univariate
 
 __all__ = ["ConvCoupling"]
 
@@ -71,7 +71,7 @@ class ConvCoupling(FlowTransform):
             true where kept, which a caller who draws it must keep, since it is no part of the ``state_dict``.
         flip: whether to move what ``mask`` keeps and keep the rest.
         context_dim: size of the context, 0 for none.
-        channels, num_blocks, kernel_size, activation: of the network, a :class:`~pyro_flows.convolutions.ConvNet`.
+        channels, num_blocks, kernel_size, activation: of the network, a :class:`~pyro_flows.nets.ConvNet`.
 
     Raises:
         ValueError: if the event is no image or series, or the mask has another shape, or keeps all or nothing.

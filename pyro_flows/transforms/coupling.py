@@ -7,11 +7,11 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Size, Tensor
 
-from pyro_flows.activations import Activation
-from pyro_flows.core import FlowTransform
-from pyro_flows.dense import Parting, Plan, dense_pass, known_slopes, takes_dense_pass
-from pyro_flows.nets import MLP
-from pyro_flows.univariate import Affine, Univariate
+from pyro_flows.core.transform import FlowTransform
+from pyro_flows.nets.activations import Activation
+from pyro_flows.nets.dense import MLP
+from pyro_flows.nets.dense_pass import Parting, Plan, dense_pass, known_slopes, takes_dense_pass
+from pyro_flows.univariate.base import Affine, Univariate
 
 __all__ = ["Coupling", "coupling_mask"]
 

@@ -7,12 +7,12 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Size, Tensor, nn
 
-from pyro_flows.activations import Activation
-from pyro_flows.boundary import event_size
-from pyro_flows.core import FlowTransform
-from pyro_flows.nets import MLP
-from pyro_flows.steps import Stepper, affine, at_any_time
-from pyro_flows.univariate import soft_clip
+from pyro_flows.core.checks import event_size
+from pyro_flows.core.steps import Stepper, affine, at_any_time
+from pyro_flows.core.transform import FlowTransform
+from pyro_flows.nets.activations import Activation
+from pyro_flows.nets.dense import MLP
+from pyro_flows.univariate.base import soft_clip
 
 __all__ = ["Permutation", "Rescaling", "Standardization"]
 
@@ -72,7 +72,7 @@ class Rescaling(FlowTransform):
         return log_scale, log_scale.sum(tuple(range(-dims, 0))).expand(batch)
 
     def stepper(self, rows: int, context: Tensor | None = None) -> Stepper:
-        """One step of a series after another, where all times have one scale; see :mod:`pyro_flows.steps`."""
+        """One step of a series after another, where all times have one scale; see :mod:`pyro_flows.core.steps`."""
         if context is not None:
             raise ValueError(
                 "Rescaling: with a context each time has a scale of its own, so that nothing is known of the time "
@@ -167,7 +167,7 @@ class Standardization(FlowTransform):
         return 0 if self.shared_over_time else None
 
     def stepper(self, rows: int, context: Tensor | None = None) -> Stepper:
-        """One step of a series after another, where all times have the same numbers; see :mod:`pyro_flows.steps`."""
+        """One time step after another, if all times share the numbers; see :mod:`pyro_flows.core.steps`."""
         loc, scale = (
             at_any_time("Standardization", name, getattr(self, name).expand(self.event_shape))
             for name in ("loc", "scale")

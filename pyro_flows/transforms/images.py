@@ -8,11 +8,11 @@ import torch
 from torch import Size, Tensor
 from torch.distributions import constraints
 
-from pyro_flows.activations import Activation
-from pyro_flows.chain import total_cost
-from pyro_flows.convolutions import ConvNet, image_shape
-from pyro_flows.core import FlowTransform
-from pyro_flows.univariate import Affine
+from pyro_flows.core.chain import total_cost
+from pyro_flows.core.transform import FlowTransform
+from pyro_flows.nets.activations import Activation
+from pyro_flows.nets.convolutional import ConvNet, image_shape
+from pyro_flows.univariate.base import Affine
 
 __all__ = ["Split", "Squeeze"]
 
@@ -105,7 +105,7 @@ class Split(FlowTransform):
         event_shape: ``(C, H, W)`` or ``(C, T)``, with an even number of channels.
         context_dim: size of the context, 0 for none; the Gaussian and ``inner``, if that takes one, see it.
         max_log_scale: bound of the smooth clip on log-scales.
-        channels, num_blocks, kernel_size, activation: of the network, a :class:`~pyro_flows.convolutions.ConvNet`.
+        channels, num_blocks, kernel_size, activation: of the network, a :class:`~pyro_flows.nets.ConvNet`.
 
     Raises:
         ValueError: for an odd number of channels, or an inner flow of other events or another context.

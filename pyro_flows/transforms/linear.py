@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyro_flows.boundary import event_size
-from pyro_flows.core import FlowTransform
+from pyro_flows.core.checks import event_size
+from pyro_flows.core.transform import FlowTransform
 
 __all__ = ["Conv1x1", "Householder", "LULinear"]
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pyro_flows.core import FlowTransform
-from pyro_flows.steps import Stepper, affine
-from pyro_flows.tracing import plain_eager
+from pyro_flows.core.modes import plain_eager
+from pyro_flows.core.steps import Stepper, affine
+from pyro_flows.core.transform import FlowTransform
 
 __all__ = ["ActNorm"]
 
@@ -81,7 +81,7 @@ class ActNorm(FlowTransform):
         return 0 if self.shared_over_time else None
 
     def stepper(self, rows: int, context: Tensor | None = None) -> Stepper:
-        """One step of a series after another; see :mod:`pyro_flows.steps`."""
+        """One step of a series after another; see :mod:`pyro_flows.core.steps`."""
         return affine(self.loc, self.log_scale)
 
     def _ladj(self, value: Tensor) -> Tensor:

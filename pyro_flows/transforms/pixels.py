@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_flows.core import FlowTransform
+from pyro_flows.core.transform import FlowTransform
 
 __all__ = ["LogitPixels"]
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyro_flows.core import FlowTransform
+from pyro_flows.core.transform import FlowTransform
 
 __all__ = ["Preconditioner"]
 
@@ -56,7 +56,7 @@ class Preconditioner(FlowTransform):
         self.register_parameter("lower", nn.Parameter(torch.zeros_like(scale)) if self.full else None)
 
     def arguments(self) -> tuple[tuple[object, ...], dict[str, object]]:
-        """What it is made of; see ``pyro_flows.recipes``."""
+        """What it is made of; see ``pyro_flows.core.recipes``."""
         return (self.loc, self.scale), {}
 
     def _learnt(self) -> tuple[Tensor, Tensor, Tensor]:

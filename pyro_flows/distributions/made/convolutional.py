@@ -8,13 +8,13 @@ from collections.abc import Sequence
 import torch
 from torch import Size, Tensor, nn
 
-from pyro_flows.activations import Activation, activation_functions
-from pyro_flows.boundary import event_size, positive_integers
+from pyro_flows.core.checks import event_size, positive_integers
 from pyro_flows.distributions.made.autoregressive import AutoregressiveModel, one_by_one
 from pyro_flows.distributions.made.composed import as_head
 from pyro_flows.distributions.made.contract import Head
-from pyro_flows.masked_convolutions import Stacks
-from pyro_flows.raster import RasterSweep, rows_at_once
+from pyro_flows.inverse.raster import RasterSweep, rows_at_once
+from pyro_flows.nets.activations import Activation, activation_functions
+from pyro_flows.nets.masked_convolutional import Stacks
 
 __all__ = ["ConvMADE"]
 

@@ -13,7 +13,7 @@ from torch.distributions import constraints
 
 from pyro_flows.distributions.made.contract import Head
 from pyro_flows.distributions.made.heads import choose, choosing, soft_unclip, spoiling
-from pyro_flows.univariate import number, soft_clip
+from pyro_flows.univariate.base import number, soft_clip
 
 __all__ = ["LogisticMixtureHead", "MixtureHead"]
 

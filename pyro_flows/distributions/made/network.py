@@ -5,24 +5,195 @@ from __future__ import annotations
 import itertools
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
-from pyro_flows.activations import Activation, activation_functions
-from pyro_flows.bands import Cut
+from pyro_flows.core.modes import lasting
 from pyro_flows.distributions.made.contract import Head
-from pyro_flows.distributions.made.members import Member
-from pyro_flows.distributions.made.sampling import Sampler
-from pyro_flows.masked import Layout, masked_network
-from pyro_flows.tracing import lasting
+from pyro_flows.inverse.buffers import ForwardSweep, Solver, columns_at_once
+from pyro_flows.nets.activations import Activation, activation_functions
+from pyro_flows.nets.degrees import Degrees, even_degrees, least_degree
+from pyro_flows.nets.masked_pass import Layout, masked_network
+from pyro_flows.nets.structure import Cut, Structure, keep
 
-__all__ = ["SharedNetwork"]
+__all__ = ["CONNECTIVITIES", "Member", "Sampler", "SharedNetwork", "draw_units"]
+
+CONNECTIVITIES = ("even", "random")
+
+
+def draw_units(
+    input_dim: int, widths: Sequence[int], context: bool, connectivity: str, generator: Generator
+) -> list[Tensor]:
+    """Degrees of each hidden layer's units.
+
+    Evenly spread, or drawn: uniform between the least degree of the layer below and ``input_dim - 1``.
+    """
+    least = least_degree(input_dim, context)
+    units = []
+    for width in widths:
+        if connectivity == "even":
+            units.append(even_degrees(input_dim, width, context))
+        else:
+            units.append(torch.randint(least, input_dim, (width,), generator=generator))
+            least = int(units[-1].min())
+    return units
+
+
+class Member:
+    """One of the autoregressive models that share a network's weights.
+
+    Weights stay where they are, by dimension and number of the unit; a member says which of them count.
+
+    Args:
+        order: ``order[k]`` is the dimension that comes ``k``-th.
+        units: degrees of each hidden layer's units; a unit of degree d sees the ``d`` first dimensions.
+        direct: whether outputs also see the dimensions before them without detour.
+        num_params, features: numbers per dimension that come out, and that go in.
+    """
+
+    def __init__(self, order: Tensor, units: Sequence[Tensor], *, direct: bool, num_params: int, features: int) -> None:
+        self.order, self.rank = order, torch.argsort(order)
+        self.units, self.direct = list(units), direct
+        self.num_params, self.features = num_params, features
+        # Where each layer's rows and columns go when units are sorted by degree and dimensions by rank.
+        self.sorting = [torch.argsort(unit, stable=True) for unit in self.units]
+
+    def masks(self) -> list[Tensor]:
+        """One boolean mask for each weight, rows by unit or output, the direct one last."""
+        inputs = (self.rank + 1).repeat_interleave(self.features)  # an input of rank r counts as a unit of degree r + 1
+        outputs = self.rank.repeat(self.num_params)
+        below, above = [inputs, *self.units], [*self.units, outputs]
+        masks = [a[:, None] >= b[None, :] for a, b in zip(above, below, strict=True)]
+        return [*masks, outputs[:, None] >= inputs[None, :]] if self.direct else masks
+
+    def structure(self) -> Structure:
+        """Of the network with its units sorted."""
+        dims, widths = len(self.order), [len(unit) for unit in self.units]
+        units = [unit[by] for unit, by in zip(self.units, self.sorting, strict=True)]
+        degrees = Degrees(dims, widths, False, "identity", None, units, self.direct)
+        # Dense, since masked weights are zeros by the time they get there.
+        cuts = tuple([None] * (len(widths) + 1))
+        return Structure(
+            degrees.steps, degrees.times, self.num_params, (), True, cuts, features=self.features, direct=self.direct
+        )
+
+    def permutations(self) -> list[tuple[Tensor, Tensor]]:
+        """Rows and columns of each weight in sorted order, the direct one last."""
+        dims = len(self.order)
+        inputs = (self.order[:, None] * self.features + torch.arange(self.features)).flatten()
+        outputs = (torch.arange(self.num_params)[:, None] * dims + self.order).flatten()
+        below, above = [inputs, *self.sorting], [*self.sorting, outputs]
+        pairs = list(zip(above, below, strict=True))
+        return [*pairs, (outputs, inputs)] if self.direct else pairs
+
+
+class _Draws:
+    """What the sweep does with a dimension's parameters: draws it, or takes what is known of it.
+
+    Args:
+        head: says how to draw.
+        order: dimensions by rank.
+        known: how many of the first ranks are given.
+    """
+
+    def __init__(self, head: Head, order: Tensor, known: int) -> None:
+        self.head, self.order, self.known = head, order, known
+        # Whether the network sees the value itself, so that its inputs need no room of their own.
+        self.shared = head.num_features == 1 and type(head).code is Head.code
+
+    def draws(
+        self, start: int, stop: int, z: Tensor, params: Tensor, x: Tensor, coded: Tensor
+    ) -> list[Callable[[], object]]:
+        """Calls that fill ``x`` and its features at ranks ``[start, stop)``; everything feature-major."""
+        calls: list[Callable[[], object]] = []
+        given = min(max(self.known - start, 0), stop - start)
+        dims = self.order[start:stop].to(z.device)
+        if given:
+            calls.append(lambda: x[:given].copy_(z[:given]))
+            if not self.shared:
+                calls.append(lambda: self._code(x[:given], dims[:given], coded))
+        if given < stop - start:
+            features = self.head.num_features
+            rest = coded[given * features :]
+            calls += self.head.draws(dims[given:], z[given:], params[given:], x[given:], rest)
+        return calls
+
+    def _code(self, x: Tensor, dims: Tensor, coded: Tensor) -> None:
+        made = self.head.features(x.T, dims)  # (columns, n, features)
+        coded[: made.shape[-2] * made.shape[-1]].copy_(made.flatten(-2).T)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.head}, known={self.known})"
+
+
+class Sampler:
+    """A member's weights in the order in which the sweep uses them, and the sweep itself.
+
+    Args:
+        head: says how to draw.
+        activations: after each hidden layer.
+        member: whose order and masks to use.
+        known: how many of the first dimensions in the order will be given.
+        weights, biases: of the network, the direct weight last; only for their sizes.
+    """
+
+    def __init__(
+        self,
+        head: Head,
+        activations: Sequence[Callable[[Tensor], Tensor]],
+        member: Member,
+        known: int,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor],
+    ) -> None:
+        self.head, self.member, self.known = head, member, known
+        self.solver = Solver(member.structure(), activations, _Draws(head, member.order, known))
+        device = weights[0].device
+        self.order, self.rank = member.order.to(device), member.rank.to(device)
+        self._places = [(rows.to(device), columns.to(device)) for rows, columns in member.permutations()]
+        self._weights = [torch.empty_like(weight) for weight in weights]
+        self._biases = [torch.empty_like(bias) for bias in biases[1:]]
+
+    def fits(self, head: Head, member: Member, known: int, like: Tensor) -> bool:
+        """Whether this one is for that head, member and kind of tensor."""
+        kind = (self._weights[0].dtype, self._weights[0].device)
+        same = self.head is head and self.member is member and self.known == known
+        return same and kind == (like.dtype, like.device)
+
+    def load(self, weights: Sequence[Tensor], biases: Sequence[Tensor], bits: Sequence[Tensor]) -> None:
+        """Takes the weights as they are now, sorted, with zeros in masked places."""
+        for room, weight, mask, (rows, columns) in zip(self._weights, weights, bits, self._places, strict=True):
+            room.copy_(keep(weight, mask).index_select(0, rows).index_select(1, columns))
+        for room, bias, (rows, _) in zip(self._biases, biases[1:], self._places[1:], strict=False):
+            torch.index_select(bias, 0, rows, out=room)
+
+    def run(self, rows: int, first_bias: Tensor, given: Tensor | None) -> Tensor:
+        """Draws of shape ``(rows, D)``; ``first_bias``: ``(width,)``, ``(1, width)`` or ``(rows, width)``."""
+        first = first_bias.reshape(-1, first_bias.shape[-1]).index_select(1, self._places[0][0])
+        own = first.shape[0] > 1
+        dims = len(self.order)
+        out = first.new_empty(rows, dims)
+        chunk = columns_at_once(rows, self.solver.structure.adjoint_rows, out.device)
+        for start in range(0, rows, chunk):
+            part = slice(start, min(rows, start + chunk))
+            size = part.stop - part.start
+            noise = torch.rand(size, dims, dtype=out.dtype, device=out.device)
+            if self.known:
+                noise[:, : self.known] = given[part].index_select(1, self.order[: self.known]).to(out.dtype)
+            sweep = self.solver.borrow(ForwardSweep, noise, size, self._weights, self._biases, own)
+            sweep.run(noise, first[part] if own else first, self._weights, [])
+            out[part] = sweep.x.T
+            self.solver.give_back(sweep)
+        return out.index_select(1, self.rank)
+
 
 WHOLE = Cut((), math.inf)
+
+
 KEPT_BYTES = 2**26  # of masks that are kept for the next time
 
 

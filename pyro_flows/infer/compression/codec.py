@@ -32,7 +32,7 @@ class Codec:
     - a :class:`~pyro_flows.distributions.made.MADE` or :class:`~pyro_flows.distributions.made.ConvMADE` of levels: a
       head ``"bernoulli"``, ``CategoricalHead``, ``LogisticMixtureHead``, a ``MixedHead`` of these, or another with
       levels 0 to :math:`L - 1`;
-    - a flow of :class:`~pyro_flows.transforms.mint.Mint` layers of one orientation, over independent normals, on
+    - a flow of :class:`~pyro_flows.transforms.Mint` layers of one orientation, over independent normals, on
       :class:`~pyro_flows.transforms.pixels.LogitPixels`, or a ``Dequantized`` of one: with those before it at the
       centres of their pixels, :math:`P(n_i \mid n_{<i}) = \Phi(f_i(n_i + 1)) - \Phi(f_i(n_i))`, to which the tails are
       added at the first and the last level.

@@ -16,14 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributions import Normal
 
-from pyro_flows.core import FlowTransform
+from pyro_flows.core.transform import FlowTransform
 from pyro_flows.distributions import Dequantized, Flow
 from pyro_flows.infer.compression.conditionals import Conditionals, Read, snapshot
 from pyro_flows.infer.compression.cumulative import Edges
 from pyro_flows.infer.density.units import StandardizedFlow, is_plain_flow
-from pyro_flows.infer.surprise import is_elementwise, leaves_of, single_base
+from pyro_flows.infer.uses.surprise import is_elementwise, leaves_of, single_base
 from pyro_flows.transforms import ActNorm, LogitPixels, Mint
-from pyro_flows.triangular import as_image, ranks
+from pyro_flows.transforms.mint.orders import as_image, ranks
 
 __all__ = ["FlowConditionals"]
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_flows.infer.files import read_if_there, refuse_others, write_state
+from pyro_flows.infer.machine.files import read_if_there, refuse_others, write_state
 
 __all__ = [
     "COLUMNS",

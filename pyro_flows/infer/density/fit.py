@@ -15,20 +15,19 @@ from torch.distributions import Distribution, Transform
 from torch.optim import AdamW, Optimizer
 from tqdm.auto import tqdm
 
-from pyro_flows.core import FlowTransform
+from pyro_flows.core.transform import FlowTransform
 from pyro_flows.distributions import Flow
 from pyro_flows.infer.density import checkpoint as files
-from pyro_flows.infer.density.checks import reals_of
 from pyro_flows.infer.density.data import Rows, admit_rows, expected_by
+from pyro_flows.infer.density.loop import Training
 from pyro_flows.infer.density.matching import FlowMatching, Matching, as_objective, matched_parts
 from pyro_flows.infer.density.objective import Likelihood, evaluate, log_prob_of, mean_score
+from pyro_flows.infer.density.plan import Schedule, Settings
 from pyro_flows.infer.density.prepare import Prepared, prepare
-from pyro_flows.infer.density.schedule import Schedule
-from pyro_flows.infer.density.settings import Settings
-from pyro_flows.infer.density.training import Training
+from pyro_flows.infer.density.survey import reals_of
 from pyro_flows.infer.density.units import in_units, is_plain_flow
-from pyro_flows.infer.files import refuse_others
-from pyro_flows.infer.interrupts import carrying, interrupts_held_back
+from pyro_flows.infer.machine.files import refuse_others
+from pyro_flows.infer.machine.interrupts import carrying, interrupts_held_back
 
 __all__ = ["DensityFit", "fit_density"]
 
@@ -187,7 +186,7 @@ def fit_density(
             as they were found; ``None`` to draw it from the global one.
         objective: ``"likelihood"``; or ``"flow_matching"``, or a
             :class:`~pyro_flows.infer.density.matching.FlowMatching` with settings of its own, for flows with exactly
-            one :class:`~pyro_flows.transforms.continuous.Continuous` part, whose field it trains.  The other parts are
+            one :class:`~pyro_flows.transforms.Continuous` part, whose field it trains.  The other parts are
             gone through, and they and the base have to be free of trainable parameters.
 
     Returns:

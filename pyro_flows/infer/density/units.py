@@ -16,8 +16,9 @@ from torch.distributions import (
 )
 from torch.distributions.constraints import Constraint
 
-from pyro_flows.chain import Chain, Wrap, image
-from pyro_flows.core import FlowTransform, Inverse
+from pyro_flows.core.chain import Chain
+from pyro_flows.core.transform import FlowTransform, Inverse
+from pyro_flows.core.wrap import Wrap, image
 from pyro_flows.distributions import Flow, FlowDistribution
 from pyro_flows.distributions.made import Head
 from pyro_flows.infer.density.columns import at_bounds, is_free

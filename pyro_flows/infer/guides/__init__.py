@@ -1,16 +1,9 @@
-"""Guides made of flows, how they begin, and the search for modes that they miss."""
+"""Guides made of flows: ``AutoFlow`` for Pyro's SVI, and ``fit_guide``, which fits one and judges it."""
 
 from pyro_flows.infer.guides.auto import AutoFlow, default_builder
+from pyro_flows.infer.guides.fit import fit_guide
+from pyro_flows.infer.guides.loop import History
 from pyro_flows.infer.guides.posterior import PathPosterior
-from pyro_flows.infer.guides.probe import ModeProbe, probe_modes
-from pyro_flows.infer.guides.start import Start, find_start
+from pyro_flows.infer.guides.result import GuideFit, load_guide
 
-__all__ = [
-    "AutoFlow",
-    "ModeProbe",
-    "PathPosterior",
-    "Start",
-    "default_builder",
-    "find_start",
-    "probe_modes",
-]
+__all__ = ["AutoFlow", "GuideFit", "History", "PathPosterior", "default_builder", "fit_guide", "load_guide"]

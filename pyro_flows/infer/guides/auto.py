@@ -22,13 +22,17 @@ from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
-from pyro_flows.chain import Chain, Wrap
-from pyro_flows.core import FlowTransform
+from pyro_flows.core.chain import Chain
+from pyro_flows.core.memo import Kept
+from pyro_flows.core.transform import FlowTransform
+from pyro_flows.core.wrap import Wrap
 from pyro_flows.distributions import Flow, FlowDistribution
 from pyro_flows.flows import iaf, nsf, realnvp
-from pyro_flows.infer.enumeration import can_be_summed, hidden_sites, unblocked
 from pyro_flows.infer.guides.posterior import PathPosterior, Steady
-from pyro_flows.infer.guides.prototype import (
+from pyro_flows.infer.models.enumeration import can_be_summed, hidden_sites, unblocked
+from pyro_flows.infer.models.joint import FAILURES, JointDensity
+from pyro_flows.infer.models.latents import Latents
+from pyro_flows.infer.models.prototype import (
     Init,
     Sizes,
     feasible,
@@ -40,13 +44,10 @@ from pyro_flows.infer.guides.prototype import (
     resized,
     sizes_of,
 )
-from pyro_flows.infer.guides.start import find_start
-from pyro_flows.infer.joint import FAILURES, JointDensity
-from pyro_flows.infer.latents import Latents
-from pyro_flows.infer.sites import DATA, DRAWN, FACTOR, is_part, run, sites_of
-from pyro_flows.memo import Kept
+from pyro_flows.infer.models.sites import DATA, DRAWN, FACTOR, is_part, run, sites_of
+from pyro_flows.infer.search.start import find_start
 from pyro_flows.transforms import Preconditioner
-from pyro_flows.univariate import Affine
+from pyro_flows.univariate.base import Affine
 
 __all__ = ["AutoFlow", "as_flow_of", "default_builder", "seeded"]
 

@@ -18,7 +18,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
-from pyro_flows.infer.density.arrays import to_tensor
+from pyro_flows.infer.density.data import to_tensor
 from pyro_flows.infer.objectives.packing import guide_values
 from pyro_flows.infer.objectives.particles import refuse_messenger, sum_particles
 

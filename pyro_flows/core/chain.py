@@ -1,0 +1,195 @@
+"""Transforms in sequence, and the one walk of a flow: its leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Size, Tensor, nn
+from torch.distributions import Transform, constraints
+
+from pyro_flows.core.transform import Conditioned, FlowTransform, Inverse
+from pyro_flows.core.wrap import Wrap
+
+__all__ = ["Chain", "leaves", "total_cost"]
+
+_DEEPEST = 8  # levels of chains within chains; copies and files go down by recursion, so deeper ones are flattened
+
+
+class Chain(FlowTransform):
+    r"""Transforms in sequence, first to last from base to data: :math:`f = f_n \circ \dots \circ f_1`.
+
+    Parts may be flows with or without a context (all contexts have the same size: the chain's ``context_dim``), other
+    chains, inverses, conditioned views, and torch or Pyro transforms, which are wrapped.  Each direction costs the sum
+    of its parts.  A chain within a chain stays one part, whose names in the ``state_dict`` follow its place; where
+    chains lie more than eight deep in each other, the layers of the inner ones become parts of this one.
+
+    Args:
+        parts: the transforms; event shapes must follow on from each other.
+
+    Raises:
+        ValueError: for an empty list, event shapes that do not fit, or contexts of different sizes.
+    """
+
+    def __init__(self, parts: Iterable[Transform]) -> None:
+        parts = list(parts)
+        flows = [part for part in parts if isinstance(part, FlowTransform)]
+        if any(_depth(part) >= _DEEPEST for part in flows):
+            parts = [leaf for part in parts for leaf in (leaves(part) if part in flows else [part])]
+            flows = [part for part in parts if isinstance(part, FlowTransform)]
+        if not flows:
+            raise ValueError("Chain: expected at least one flow transform, got none")
+        sizes = sorted({part.context_dim for part in flows} - {0})
+        if len(sizes) > 1:
+            raise ValueError(f"Chain: all parts that take a context must agree on context_dim, got {sizes}")
+        known = next(part for part in parts if isinstance(part, FlowTransform))
+        start = known.event_shape
+        for part in reversed(parts[: parts.index(known)]):
+            start = Size(part.inverse_shape(start))
+        super().__init__(start, sizes[0] if sizes else 0)
+        shape = self.event_shape
+        self.parts = nn.ModuleList()
+        kin = next((t for part in flows for t in (*part.parameters(), *part.buffers()) if t.is_floating_point()), None)
+        for k, part in enumerate(parts):
+            if not isinstance(part, FlowTransform):
+                known = isinstance(part, nn.Module) or kin is None or kin.is_meta
+                # Bounds come in the default dtype, on the CPU; the copy of a plain transform follows the flows.
+                part = Wrap(part, shape) if known else Wrap(part, shape).to(kin.device, kin.dtype)
+            if part.event_shape != shape:
+                raise ValueError(
+                    f"Chain: part {k} ({type(part).__name__}) expects event shape {tuple(part.event_shape)}, but what "
+                    f"comes before it gives {tuple(shape)}"
+                )
+            self.parts.append(part)
+            shape = part.data_shape
+        angles = self.periodic
+        if angles is not None:
+            self.turned(angles)  # every part must treat them as angles
+
+    def arguments(self) -> tuple[tuple[object, ...], dict[str, object]]:
+        """What it is made of; see ``pyro_flows.core.recipes``."""
+        return (self._parts(),), {}
+
+    @property
+    def sampling_cost(self) -> str:
+        return total_cost(part.sampling_cost for part in self.parts)
+
+    @property
+    def density_cost(self) -> str:
+        return total_cost(part.density_cost for part in self.parts)
+
+    @property
+    def reach(self) -> int | None:
+        each = [part.reach for part in self._parts()]
+        return None if None in each else sum(each)
+
+    @property
+    def shared_over_time(self) -> bool:
+        return all(part.shared_over_time for part in self._parts())
+
+    @property
+    def periodic(self) -> Tensor | None:
+        parts = self._parts()
+        first = next((k for k, part in enumerate(parts) if part.periodic is not None), None)
+        if first is None:
+            return None
+        angles = parts[first].periodic
+        for part in reversed(parts[:first]):
+            angles = part.turned(angles, inverse=True)
+        return angles
+
+    def turned(self, angles: Tensor, inverse: bool = False) -> Tensor:
+        for part in reversed(self._parts()) if inverse else self._parts():
+            angles = part.turned(angles, inverse)
+        return angles
+
+    @property
+    def data_shape(self) -> Size:
+        return self._parts()[-1].data_shape
+
+    @constraints.dependent_property(is_discrete=False)
+    def domain(self) -> constraints.Constraint:
+        return self._parts()[0].domain
+
+    @constraints.dependent_property(is_discrete=False)
+    def codomain(self) -> constraints.Constraint:
+        parts = self._parts()
+        last = next((k for k in range(len(parts) - 1, 0, -1) if not isinstance(parts[k], Wrap)), 0)
+        reached = parts[last].codomain
+        for part in parts[last + 1 :]:
+            reached = part.reached(reached)
+        return reached
+
+    def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        total: Tensor | None = None
+        for part in self._parts():
+            x, ladj = part._forward_and_ladj(x, context if part.context_dim else None)
+            total = ladj if total is None else total + ladj
+        return x, total
+
+    def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        total: Tensor | None = None
+        for part in reversed(self._parts()):
+            y, ladj = part._inverse_and_ladj(y, context if part.context_dim else None)
+            total = ladj if total is None else total + ladj
+        return y, total
+
+    def _map_shape(self, shape: Size, source: Size, target: Size) -> Size:
+        shape = super()._map_shape(shape, source, target)
+        cut = len(shape) - len(target)
+        # Conditioned parts bring the batch shapes of their contexts.
+        batch = (part.forward_shape(part.event_shape) for part in self.parts)
+        extra = [b[: len(b) - len(part.data_shape)] for b, part in zip(batch, self.parts, strict=True)]
+        return torch.broadcast_shapes(shape[:cut], *extra) + target if any(extra) else shape
+
+    def _parts(self) -> list[FlowTransform]:
+        # A ModuleList is slow to index, and this is asked for several times in each call.
+        return list(self._modules["parts"]._modules.values())
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __iter__(self) -> Iterator[FlowTransform]:
+        return iter(self.parts)
+
+    def __getitem__(self, index: int | slice) -> FlowTransform:
+        return Chain(self._parts()[index]) if isinstance(index, slice) else self.parts[index]
+
+
+def leaves(transform: FlowTransform) -> list[FlowTransform]:
+    """The layers of a flow from base to data: chains are taken apart, also inside inverses and conditioned views."""
+    if type(transform) is Chain:
+        return [leaf for part in transform._parts() for leaf in leaves(part)]
+    if type(transform) not in (Inverse, Conditioned):
+        return [transform]
+    inner = leaves(transform.transform)
+    if inner == [transform.transform]:
+        return [transform]
+    if type(transform) is Inverse:
+        return [leaf.inv for leaf in reversed(inner)]
+    return [Conditioned(leaf, transform.context) if leaf.context_dim else leaf for leaf in inner]
+
+
+def _depth(transform: FlowTransform) -> int:
+    held = isinstance(transform, (Inverse, Conditioned))
+    inner = [transform.transform] if held else transform._parts() if isinstance(transform, Chain) else []
+    return 1 + max(map(_depth, inner), default=0)
+
+
+def total_cost(costs: Iterable[str]) -> str:
+    """The costs of parts in sequence, added up by their units."""
+    counted: dict[str, int] = {}
+    for cost in costs:
+        for term in cost.split(" + "):
+            count, unit = term.split(" ", 1)
+            head, _, rest = unit.partition(" ")
+            head = "pass" if head == "passes" else head.removesuffix("s") if head != "pass" else head
+            unit = " ".join(filter(None, [head, rest]))
+            counted[unit] = counted.get(unit, 0) + int(count)
+    plural = {"pass": "passes"} | {unit: unit + "s" for unit in ("sweep", "product", "solve", "gather")}
+
+    def term(unit: str, n: int) -> str:
+        head, _, rest = unit.partition(" ")
+        return " ".join(filter(None, [str(n), head if n == 1 else plural.get(head, head), rest]))
+
+    return " + ".join(term(unit, n) for unit, n in counted.items())

@@ -1,0 +1,222 @@
+"""Checks of arguments: each kind of check is worded here once, and runs where a caller hands a value over."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Protocol
+
+import torch
+from torch import Size, Tensor, nn
+
+from pyro_flows.core.modes import autocasting
+
+__all__ = [
+    "Admitting",
+    "admit",
+    "check_context",
+    "check_tensor",
+    "choice",
+    "event_size",
+    "integer",
+    "positive_integers",
+    "refuse_other_kind",
+    "wrong_event",
+]
+
+
+class Admitting(Protocol):
+    """What a check needs to know of a flow."""
+
+    event_shape: Size
+    context_dim: int
+
+    @property
+    def data_shape(self) -> Size: ...
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+    def buffers(self) -> Iterator[Tensor]: ...
+
+
+def event_size(event_shape: int | Iterable[int]) -> Size:
+    """The shape of one event, from an ``input_dim`` or a shape; every dimension must be a positive integer."""
+    shape = tuple(event_shape) if isinstance(event_shape, Iterable) else (event_shape,)
+    if not shape or not all(_is_integer(n, 1) for n in shape):
+        raise ValueError(f"expected input_dim or event_shape to be positive integers, got {event_shape!r}")
+    if len(shape) > 8:
+        raise ValueError(f"expected an event of at most 8 dimensions, got shape {shape}")
+    return Size(shape)
+
+
+def _is_integer(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def integer(name: str, what: str, value: int, least: int = 1, *, odd: bool = False) -> int:
+    """Returns an integer of at least ``least``, odd if asked for.
+
+    Args:
+        name: the class or function that the caller sees, for the message; may be empty.
+        what: the parameter.
+        value: its value.
+        least: the smallest integer allowed.
+        odd: whether it must be odd.
+
+    Raises:
+        ValueError: for anything else, Booleans included.
+    """
+    if _is_integer(value, least) and (not odd or value % 2):
+        return value
+    kind = "an odd integer" if odd else "an integer"
+    raise ValueError(f"{name}{': ' if name else ''}expected {what} to be {kind} >= {least}, got {value!r}")
+
+
+def positive_integers(name: str, what: str, given: int | Iterable[int]) -> tuple[int, ...]:
+    """Returns one positive integer or several as a tuple.
+
+    Raises:
+        ValueError: if there is none, or one of them is no positive integer.
+    """
+    found = (given,) if isinstance(given, int) else tuple(given) if isinstance(given, Iterable) else ()
+    if not found or not all(_is_integer(n, 1) for n in found):
+        raise ValueError(f"{name}{': ' if name else ''}expected {what} to be positive integers, got {given!r}")
+    return found
+
+
+def choice(name: str, what: str, value: str, options: Iterable[str], otherwise: str = "") -> str:
+    """Returns a string that is one of the options.
+
+    Args:
+        name: the class or function that the caller sees, for the message; may be empty.
+        what: the parameter.
+        value: its value.
+        options: the strings allowed.
+        otherwise: what else the parameter may be, for the message.
+
+    Raises:
+        ValueError: for any other value.
+    """
+    known = list(options)
+    if isinstance(value, str) and value in known:
+        return value
+    words = [*map(repr, known), *([otherwise] if otherwise else [])]
+    told = ", ".join(words[:-1]) + f" or {words[-1]}" if len(words) > 1 else words[0]
+    raise ValueError(f"{name}{': ' if name else ''}expected {what} to be {told}, got {value!r}")
+
+
+def wrong_event(transform: Admitting, shape: Size, event: Size) -> str:
+    """What to say of a value of this shape where this event shape was expected."""
+    want = f"last dimension {event[0]} (input_dim)" if len(event) == 1 else f"trailing shape {tuple(event)}"
+    return f"{type(transform).__name__}: expected a value with {want}, got shape {tuple(shape)}"
+
+
+def admit(transform: Admitting, value: Tensor, context: Tensor | None, data_side: bool) -> Tensor:
+    """Checks a value and its context, and returns the value with the whole batch shape."""
+    event = transform.data_shape if data_side else transform.event_shape
+    name = type(transform).__name__
+    check_tensor(name, "a tensor", value)
+    shape = value.shape
+    cut = len(shape) - len(event)
+    if cut < 0 or shape[cut:] != event:
+        raise ValueError(wrong_event(transform, shape, event))
+    if not value.is_floating_point():
+        raise TypeError(f"{name}: expected a floating-point value, got {value.dtype}; use value.float()")
+    kin = _first_floating(transform)
+    if kin is not None:
+        if kin.dtype.itemsize < 4:
+            _refuse_half(name, transform, kin.dtype)
+        _same_kind(name, "value", value, kin)
+    if transform.context_dim == 0:
+        if context is not None:
+            raise ValueError(f"{name} was built with context_dim=0, but a context was given: leave it out")
+        return value
+    if context is None:
+        raise ValueError(
+            f"{name} was built with context_dim={transform.context_dim}: call .condition(context) first, "
+            "or give context="
+        )
+    check_context(transform, context)
+    batch = shape[:cut]
+    if context.shape[:-1] == batch:
+        return value
+    try:
+        whole = torch.broadcast_shapes(batch, context.shape[:-1])
+    except RuntimeError:
+        raise ValueError(
+            f"{name}: batch shape {tuple(batch)} of the value and {tuple(context.shape[:-1])} of the context do not "
+            "broadcast"
+        ) from None
+    return value if whole == batch else value.expand(whole + event)
+
+
+def check_context(transform: Admitting, context: Tensor) -> None:
+    """Checks a context's size, dtype and device."""
+    name = type(transform).__name__
+    check_tensor(name, "a tensor as context", context)
+    if context.dim() == 0 or context.shape[-1] != transform.context_dim:
+        raise ValueError(
+            f"{name}: expected a context with last dimension {transform.context_dim} (context_dim), "
+            f"got shape {tuple(context.shape)}"
+        )
+    kin = _first_floating(transform)
+    if kin is not None:
+        _same_kind(name, "context", context, kin)
+
+
+def check_tensor(name: str, what: str, value: object) -> None:
+    """Refuses what is no tensor; ``what`` was expected."""
+    if not isinstance(value, Tensor):
+        masked = hasattr(value, "filled")
+        hint = "fill in what is masked, then torch.tensor(array.filled())" if masked else "e.g. torch.tensor(numbers)"
+        raise TypeError(f"{name}: expected {what}, got {type(value).__name__}; convert it, {hint}")
+
+
+def refuse_other_kind(name: str, what: str, value: Tensor, module: nn.Module) -> Tensor:
+    """Refuses what is no tensor, or one that is of another dtype or on another device than a module's numbers.
+
+    Returns:
+        The tensor, in the dtype of these; where autocast lets another one in, that is a conversion.
+    """
+    check_tensor(name, f"a tensor as {what}", value)
+    kin = _first_floating(module)
+    if kin is None:
+        return value
+    _same_kind(name, what, value, kin)
+    return value.to(kin.dtype)
+
+
+def _refuse_half(name: str, transform: Admitting, dtype: torch.dtype) -> None:
+    """Refuses parameters in half precision where a part, or the univariate map of one, needs more."""
+    for module in transform.modules():
+        for part in (module, getattr(module, "univariate", None)):
+            if not getattr(part, "half_precision", True):
+                raise TypeError(
+                    f"{name}: {type(part).__name__} needs float32 or float64, but the parameters are {dtype}; call "
+                    "flow.float(), and to have the networks compute in half precision, score and sample under "
+                    "torch.autocast"
+                )
+
+
+def _same_kind(name: str, what: str, value: Tensor, kin: Tensor) -> None:
+    if value.dtype != kin.dtype and not autocasting(value.device):
+        raise TypeError(
+            f"{name}: the {what} is {value.dtype} but the parameters are {kin.dtype}; "
+            f"convert one of them, e.g. {what}.to({kin.dtype})"
+        )
+    if value.device != kin.device:
+        raise ValueError(
+            f"{name}: the {what} is on {value.device} but the parameters are on {kin.device}; "
+            f"move one of them, e.g. flow.to({str(value.device)!r})"
+        )
+
+
+def _first_floating(module: nn.Module) -> Tensor | None:
+    for held in (module._parameters, module._buffers):
+        for tensor in held.values():
+            if tensor is not None and tensor.is_floating_point():
+                return tensor
+    for child in module._modules.values():
+        found = _first_floating(child) if child is not None else None
+        if found is not None:
+            return found
+    return None

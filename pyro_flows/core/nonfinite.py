@@ -1,0 +1,105 @@
+"""Where on the way through a flow NaN or infinity first appears."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from pyro_flows.core.chain import Chain
+from pyro_flows.core.transform import Conditioned, FlowTransform, Inverse
+
+__all__ = ["locate_nonfinite", "nonfinite_output", "nonfinite_state"]
+
+
+@torch.no_grad()
+def locate_nonfinite(
+    transform: FlowTransform, x: Tensor, context: Tensor | None = None, *, within: nn.Module | None = None
+) -> str | None:
+    """Says where on the way from base to data NaN or infinity first appears; ``None`` if nowhere.
+
+    Chains, inverses and conditioned views are entered, at any depth.  For the way from data to base give
+    ``transform.inv`` and a data-side value.
+
+    Args:
+        transform: the flow to walk.
+        x: a base-side value of shape ``(*batch, *event_shape)``.
+        context: shape ``(*context_batch, context_dim)`` if the transform takes one.
+        within: a module that holds the parts under names of its own, to be used in place of paths from ``transform``.
+
+    Returns:
+        The path of the part, and which parameter or output of it is not finite.
+    """
+    for what, value in (("x", x), ("context", context)):
+        if value is not None and not value.isfinite().all():
+            return f"input {what} {_count(value)}"
+    names = {} if within is None else {module: name for name, module in within.named_modules() if name}
+    return _walk("", transform, x, context, False, names)[0]
+
+
+def nonfinite_state(module: nn.Module) -> str | None:
+    """The first parameter or buffer of a module that is not finite, and in how many entries; ``None`` if all are."""
+    for kind, held in (("parameter", module.named_parameters()), ("buffer", module.named_buffers())):
+        for name, tensor in held:
+            if not tensor.isfinite().all():
+                return f"{kind} {name} {_count(tensor)}"
+    return None
+
+
+def nonfinite_output(module: nn.Module, call: Callable[[], object]) -> str | None:
+    """The first submodule whose output is not finite while ``call`` runs; ``None`` if there is none.
+
+    Args:
+        module: whose submodules to watch; those that are called as modules are seen.
+        call: uses the module, e.g. ``lambda: module.log_prob(x)``.
+    """
+    found: list[str] = []
+
+    def watch(name: str) -> Callable[[nn.Module, object, object], None]:
+        def hook(inner: nn.Module, given: object, output: object) -> None:
+            if not found and isinstance(output, Tensor) and not output.isfinite().all():
+                found.append(f"{name} ({type(inner).__name__}): {nonfinite_state(inner) or 'output ' + _count(output)}")
+
+        return hook
+
+    handles = [inner.register_forward_hook(watch(name)) for name, inner in module.named_modules() if name]
+    try:
+        with torch.no_grad():
+            call()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else None
+
+
+def _count(value: Tensor) -> str:
+    return f"has {int((~value.isfinite()).sum())} non-finite of {value.numel()} entries"
+
+
+def _walk(
+    path: str,
+    part: FlowTransform,
+    value: Tensor,
+    context: Tensor | None,
+    inverse: bool,
+    names: dict[nn.Module, str],
+) -> tuple[str | None, Tensor]:
+    if isinstance(part, (Inverse, Conditioned)):
+        bound = part.context if isinstance(part, Conditioned) else context
+        return _walk(f"{path}transform.", part.transform, value, bound, inverse ^ isinstance(part, Inverse), names)
+    if isinstance(part, Chain):
+        numbered = list(enumerate(part))
+        for k, inner in reversed(numbered) if inverse else numbered:
+            found, value = _walk(f"{path}parts.{k}.", inner, value, context, inverse, names)
+            if found is not None:
+                return found, value
+        return None, value
+    value, ladj = getattr(part, "inverse_and_ladj" if inverse else "forward_and_ladj")(
+        value, context if part.context_dim else None
+    )
+    if value.isfinite().all() and ladj.isfinite().all():
+        return None, value
+    where = f"{names.get(part) or path[:-1] or 'the transform'} ({type(part).__name__})"
+    wrong = ("ladj", ladj) if value.isfinite().all() else ("x" if inverse else "y", value)
+    return f"{where}: {nonfinite_state(part) or f'output {wrong[0]} {_count(wrong[1])}'}", value

@@ -1,0 +1,130 @@
+"""What a flow was made of, as plain data: public names of this package's classes, and the arguments that they got."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["made_from", "options_of", "recipe", "remembered"]
+
+_PACKAGE = __name__.partition(".")[0]
+
+
+_KNOWN: dict[str, type] = {}
+
+
+_SCALARS = (type(None), bool, int, float, str)
+
+
+def remembered(cls: type) -> type:
+    """A class decorator: instances remember the arguments that they were made with, for ``recipe``.
+
+    A class that defines ``arguments() -> (args, kwargs)`` says them itself.
+    """
+    if cls.__module__.partition(".")[0] == _PACKAGE:
+        _KNOWN[cls.__name__] = cls
+    if not hasattr(cls, "arguments"):
+        init = cls.__init__
+
+        @functools.wraps(init)
+        def method(self: Any, *args: Any, **kwargs: Any) -> None:
+            # A base's own method comes later, and must not take the place of these.
+            self.__dict__.setdefault("_arguments", (_kept(args), _kept(kwargs)))
+            init(self, *args, **kwargs)
+
+        cls.__init__ = method
+    return cls
+
+
+def recipe(value: Any) -> Any:
+    """Plain data from which :func:`made_from` makes an equal object: the same class with the same options.
+
+    Parameters and buffers are no part of it.  Objects of this package are ``{"make": name, "args": [...], "kwargs":
+    {...}}``.
+
+    Args:
+        value: a scalar, a tensor, a list, tuple or dictionary of such, or an object of this package made of such.
+
+    Raises:
+        TypeError: for anything else, such as a class or a function of the user's own.
+    """
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, _SCALARS):
+        return value
+    if isinstance(value, _Foreign):
+        raise TypeError(f"{value.name!r} is not of this package")
+    if isinstance(value, (Tensor, np.ndarray)):
+        return torch.as_tensor(value).detach()
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(recipe, value)) if type(value) in (list, tuple) else tuple(map(recipe, value))
+    if isinstance(value, dict):
+        return {"items": [[recipe(key), recipe(each)] for key, each in value.items()]}
+    if not _is_ours(value):
+        return recipe(_Foreign.of(value))
+    args, kwargs = value.arguments() if hasattr(value, "arguments") else value.__dict__["_arguments"]
+    return {
+        "make": type(value).__name__,
+        "args": [recipe(each) for each in args],
+        "kwargs": {name: recipe(each) for name, each in kwargs.items()},
+    }
+
+
+def made_from(plain: Any) -> Any:
+    """What :func:`recipe` described.
+
+    Raises:
+        ValueError: for a name that this release does not know.
+    """
+    if isinstance(plain, (list, tuple)):
+        return type(plain)(map(made_from, plain))
+    if not isinstance(plain, dict):
+        return plain
+    if "items" in plain:
+        return {made_from(key): made_from(each) for key, each in plain["items"]}
+    if plain["make"] not in _KNOWN:
+        raise ValueError(f"there is no {plain['make']!r} in this release")
+    kwargs = {name: made_from(each) for name, each in plain["kwargs"].items()}
+    return _KNOWN[plain["make"]](*map(made_from, plain["args"]), **kwargs)
+
+
+def options_of(instance: object) -> dict[str, Any]:
+    """The arguments of a class that holds each as an attribute of its own name."""
+    return {name: getattr(instance, name) for name in inspect.signature(type(instance)).parameters}
+
+
+@dataclass(frozen=True)
+class _Foreign:
+    """In place of an argument that is not of this package: it may not want to be copied, or may be large."""
+
+    name: str
+
+    @classmethod
+    def of(cls, value: object) -> _Foreign:
+        return cls(getattr(value, "__name__", type(value).__name__))
+
+
+def _is_ours(value: object) -> bool:
+    return _KNOWN.get(type(value).__name__) is type(value)
+
+
+def _kept(value: Any) -> Any:
+    """A copy of what the caller may change later."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, np.ndarray):
+        return value.copy()
+    if isinstance(value, (list, tuple)):
+        return [_kept(each) for each in value] if isinstance(value, list) else tuple(map(_kept, value))
+    if isinstance(value, Mapping):
+        return {name: _kept(each) for name, each in value.items()}
+    if isinstance(value, range):
+        return list(value)
+    return value if isinstance(value, (*_SCALARS, np.generic)) or _is_ours(value) else _Foreign.of(value)

@@ -1,0 +1,445 @@
+"""The base contract of every flow: two leaf methods, everything else derived once.
+
+A transform maps base to data.  A leaf writes ``forward_and_ladj`` (base to data) and ``inverse_and_ladj`` (data to
+base); calling, inverting, scoring, conditioning, shapes, checks, copying and the memo of recent results follow here.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from pyro.distributions.conditional import ConditionalTransform
+from pyro.distributions.torch_transform import TransformModule
+from pyro.ops.provenance import ProvenanceTensor, extract_provenance, track_provenance
+from torch import Size, Tensor, nn
+from torch.distributions import constraints
+
+from pyro_flows.core.checks import admit, check_context, event_size, wrong_event
+from pyro_flows.core.memo import Memo
+from pyro_flows.core.recipes import remembered
+
+__all__ = ["REAL", "Conditioned", "FlowTransform", "Inverse"]
+
+
+REAL = [
+    constraints.real,
+    constraints.real_vector,
+    *(constraints.independent(constraints.real, n) for n in range(2, 9)),
+]
+
+
+def _guarded(leaf: Callable[..., tuple[Tensor, Tensor]], data_side: bool) -> Callable[..., tuple[Tensor, Tensor]]:
+    @functools.wraps(leaf)
+    def method(self: FlowTransform, value: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if type(value) is ProvenanceTensor or type(context) is ProvenanceTensor:
+            # Pyro's marks of where a value comes from: hand-made gradients want plain tensors, and would be lost.
+            (value, context), marks = extract_provenance((value, context))
+            return track_provenance(method(self, value, context), marks)
+        return leaf(self, admit(self, value, context, data_side), context)
+
+    return method
+
+
+class FlowTransform(TransformModule):
+    r"""Abstract base of every flow: a Pyro ``TransformModule`` that maps base :math:`x` to data :math:`y = f(x)`.
+
+    A leaf implements ``forward_and_ladj(x, context=None) -> (y, ladj)`` and ``inverse_and_ladj(y, context=None) ->
+    (x, ladj)`` with
+
+    - ``x``, ``y``: shape ``(*batch, *event_shape)``;
+    - ``ladj``: shape ``(*batch,)``, in nats: :math:`\log|\det \partial y/\partial x|` for the forward method and its
+      negative for the inverse one;
+    - ``context``: shape ``(*context_batch, context_dim)``, broadcast against ``batch``, or ``None``.
+
+    Both are wrapped once, at class creation, in a check of the arguments; inside, values already have the whole batch
+    shape.  Parts of a flow call each other's unchecked ``_forward_and_ladj`` and ``_inverse_and_ladj``.
+
+    Args:
+        event_shape: an ``input_dim`` or the shape of one event.
+        context_dim: size of the context vector, 0 for an unconditional transform.
+
+    Raises:
+        ValueError: where a shape, a dtype, a device or a context does not fit; the message says what to do.
+
+    References:
+        Normalizing Flows for Probabilistic Modeling and Inference (Papamakarios et al., 2019), arXiv:1912.02762.
+    """
+
+    bijective = True
+    sampling_cost = "1 pass"  # base to data
+    density_cost = "1 pass"  # data to base
+    # Of series (C, T): how many steps back a step of x looks in y, None if it looks ahead or back without end; and
+    # whether all times share the parameters.
+    reach: int | None = None
+    shared_over_time = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name, data_side in (("forward_and_ladj", False), ("inverse_and_ladj", True)):
+            if name in cls.__dict__:
+                leaf = cls.__dict__[name]
+                setattr(cls, "_" + name, leaf)
+                setattr(cls, name, _guarded(leaf, data_side))
+        remembered(cls)
+
+    def __init__(self, event_shape: int | Iterable[int], context_dim: int = 0) -> None:
+        super().__init__(cache_size=0)
+        self.event_shape = event_size(event_shape)
+        if isinstance(context_dim, bool) or not isinstance(context_dim, int) or context_dim < 0:
+            raise ValueError(f"expected context_dim to be an integer >= 0, got {context_dim!r}")
+        self.context_dim = context_dim
+        self.__dict__["_memo"] = Memo()
+
+    # What a leaf writes.
+
+    def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Base to data, with ``log|det dy/dx|``."""
+        raise TypeError(f"{type(self).__name__} must define forward_and_ladj(x, context=None) -> (y, ladj)")
+
+    def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Data to base, with ``log|det dx/dy|``."""
+        raise TypeError(f"{type(self).__name__} must define inverse_and_ladj(y, context=None) -> (x, ladj)")
+
+    _forward_and_ladj = forward_and_ladj
+    _inverse_and_ladj = inverse_and_ladj
+
+    # What Pyro and torch ask of a transform.
+
+    @property
+    def data_shape(self) -> Size:
+        """Event shape on the data side; differs from ``event_shape`` only where a wrapped transform changes it."""
+        return self.event_shape
+
+    @constraints.dependent_property(is_discrete=False)
+    def domain(self) -> constraints.Constraint:
+        """Constraint on ``x``."""
+        return REAL[len(self.event_shape)]
+
+    @constraints.dependent_property(is_discrete=False)
+    def codomain(self) -> constraints.Constraint:
+        """Constraint on ``y``; it becomes the ``support`` of a ``TransformedDistribution``."""
+        return REAL[len(self.data_shape)]
+
+    def __call__(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """``y = f(x)``, at a context if one is given."""
+        y, ladj = self.forward_and_ladj(x, context)
+        if context is None:
+            self._memo.remember(self, x, y, ladj, made_y=True)
+        return y
+
+    def _inv_call(self, y: Tensor) -> Tensor:
+        known = self._memo.preimage(self, y)
+        if known is not None:
+            return known[0]
+        x, ladj = self.inverse_and_ladj(y)
+        self._memo.remember(self, x, y, -ladj, made_y=False)
+        return x
+
+    # As in torch, the names with an underscore never answer from memory.
+
+    def _call(self, x: Tensor) -> Tensor:
+        return self.forward_and_ladj(x)[0]
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return self.inverse_and_ladj(y)[0]
+
+    def inverse_and_memo(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """``inverse_and_ladj(y)``, answered from memory if ``y`` is what this transform has just produced."""
+        known = self._memo.preimage(self, y)
+        return (known[0], -known[1]) if known is not None else self.inverse_and_ladj(y)
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """``log|det dy/dx|`` at ``x``, shape ``(*batch,)``, in nats; free after ``self(x)`` or ``self.inv(y)``."""
+        known = self._memo.ladj(self, x, y)
+        return self.forward_and_ladj(x)[1] if known is None else known
+
+    @property
+    def inv(self) -> FlowTransform:
+        """The inverse as a module that shares the parameters; ``t.inv.inv is t``."""
+        ref = self.__dict__.get("_inverse_ref")
+        inverse = ref() if ref is not None else None
+        if inverse is None:
+            inverse = self._make_inverse()
+            self.__dict__["_inverse_ref"] = weakref.ref(inverse)
+        return inverse
+
+    def _make_inverse(self) -> Inverse:
+        # Scoring asks for the inverse at each call, and nothing may hold it but the caller: a strong reference would
+        # make a cycle that keeps parameters alive.  So its making must cost little: the fields are made once.
+        fields = self.__dict__.get("_inverse_fields")
+        if fields is None:
+            fields = Inverse(self).__dict__.copy()
+            del fields["_modules"]
+            self.__dict__["_inverse_fields"] = fields
+        inverse = Inverse.__new__(Inverse)
+        inverse.__dict__.update(fields, _modules={"transform": self}, training=self.training)
+        return inverse
+
+    def with_cache(self, cache_size: int = 1) -> FlowTransform:
+        """Returns ``self``: the memo is always on, always fresh, and needs no size."""
+        return self
+
+    def forward_shape(self, shape: Iterable[int]) -> Size:
+        """Shape of ``y`` for an ``x`` of this shape."""
+        return self._map_shape(Size(shape), self.event_shape, self.data_shape)
+
+    def inverse_shape(self, shape: Iterable[int]) -> Size:
+        """Shape of ``x`` for a ``y`` of this shape."""
+        return self._map_shape(Size(shape), self.data_shape, self.event_shape)
+
+    def _map_shape(self, shape: Size, source: Size, target: Size) -> Size:
+        if len(shape) < len(source):
+            raise ValueError(
+                f"{type(self).__name__}: expected at least {len(source)} dimensions, got shape {tuple(shape)}"
+            )
+        cut = len(shape) - len(source)
+        if shape[cut:] != source:
+            # A base of size 1 per dimension may still be broadcast, as torch's own transforms allow.
+            try:
+                if torch.broadcast_shapes(shape[cut:], source) != source:
+                    raise RuntimeError
+            except RuntimeError:
+                raise ValueError(wrong_event(self, shape, source)) from None
+        return shape[:cut] + target
+
+    @property
+    def sign(self) -> Tensor:
+        """Raises AttributeError, as a map of events has no sign, so that ``hasattr`` and ``torch.jit`` pass it over."""
+        raise AttributeError(f"{type(self).__name__} moves whole events, so it has no sign: it neither rises nor falls")
+
+    @property
+    def periodic(self) -> Tensor | None:
+        """Boolean, shape ``event_shape``: which dimensions are angles, taken modulo 2 pi; ``None`` if none is."""
+        return None
+
+    def turned(self, angles: Tensor, inverse: bool = False) -> Tensor:
+        """Which dimensions of ``y`` are angles where these of ``x`` are (or of ``x``, where these of ``y`` are).
+
+        Raises:
+            ValueError: if this transform moves an angle as if it lay on a line.
+        """
+        own = self.periodic
+        if own is None or not (own.is_meta or torch.equal(own.to(angles.device), angles)):
+            raise ValueError(
+                f"{type(self).__name__} moves angles as numbers on a line, or takes other dimensions for angles than "
+                "its neighbours do, so the result would be no density; use ncsf, or Coupling(..., periodic=...) for all"
+            )
+        return angles
+
+    # Conditioning.
+
+    def condition(self, context: Tensor) -> Conditioned:
+        """A view of this transform at one context (or a batch of them); see :class:`Conditioned`."""
+        if self.context_dim == 0:
+            raise ValueError(
+                f"{type(self).__name__} was built with context_dim=0 and takes no context; to condition a list where "
+                "only some transforms take one, put them in a Chain([...]): it gives the context to those that do"
+            )
+        return Conditioned(self, context)
+
+    # State: the memo is dropped whenever what it was computed from may have changed or moved.
+
+    def clear_cache(self) -> None:
+        """Forgets recent results; needed only after a write into a parameter's ``.data``, as ``p.data.add_(1)``."""
+        for module in self.modules():
+            if isinstance(module, FlowTransform):
+                module._memo.clear()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FlowTransform:
+        self._memo.clear()
+        return super()._apply(fn, recurse)
+
+    def train(self, mode: bool = True) -> FlowTransform:
+        self._memo.clear()
+        return super().train(mode)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._memo.clear()
+        super()._load_from_state_dict(*args)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state.pop("_memo", None)
+        state.pop("_inverse_ref", None)
+        state.pop("_inverse_fields", None)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__["_memo"] = Memo()
+
+    __repr__ = nn.Module.__repr__
+
+    def __hash__(self) -> int:
+        return id(self)  # as of any module; Pyro's calls super(), which torch.compile cannot trace
+
+    def extra_repr(self) -> str:
+        size = self.event_shape[0] if len(self.event_shape) == 1 else tuple(self.event_shape)
+        context = f", context_dim={self.context_dim}" if self.context_dim else ""
+        return f"{size}{context}, sampling: {self.sampling_cost}, density: {self.density_cost}"
+
+
+# Registered, not inherited: its metaclass would clash with that of PyroModule.
+ConditionalTransform.register(FlowTransform)
+
+
+class Inverse(FlowTransform):
+    """The inverse of a transform: :math:`y = f^{-1}(x)`; a module that shares the parameters of ``transform``.
+
+    Each direction costs what the opposite one of ``transform`` costs.  ``log_abs_det_jacobian(x, y)`` is the negative
+    of that of ``transform`` at ``(y, x)``, and so a function of ``y``.
+
+    Args:
+        transform: the transform to invert; of an inverse the transform itself is returned.
+    """
+
+    def __new__(cls, transform: FlowTransform | None = None) -> FlowTransform:
+        return transform.transform if isinstance(transform, Inverse) else super().__new__(cls)
+
+    def __init__(self, transform: FlowTransform) -> None:
+        super().__init__(transform.data_shape, transform.context_dim)
+        self.transform = transform
+        self.sampling_cost, self.density_cost = transform.density_cost, transform.sampling_cost
+
+    def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What it is made of; see ``pyro_flows.core.recipes``."""
+        return (self.transform,), {}
+
+    @property
+    def reach(self) -> int | None:
+        return 0 if self.transform.reach == 0 else None
+
+    @property
+    def shared_over_time(self) -> bool:
+        return self.transform.shared_over_time
+
+    @property
+    def periodic(self) -> Tensor | None:
+        inner = self.transform.periodic
+        return None if inner is None else self.transform.turned(inner)
+
+    def turned(self, angles: Tensor, inverse: bool = False) -> Tensor:
+        return self.transform.turned(angles, not inverse)
+
+    @property
+    def data_shape(self) -> Size:
+        return self.transform.event_shape
+
+    @constraints.dependent_property(is_discrete=False)
+    def domain(self) -> constraints.Constraint:
+        return self.transform.codomain
+
+    @constraints.dependent_property(is_discrete=False)
+    def codomain(self) -> constraints.Constraint:
+        return self.transform.domain
+
+    @property
+    def inv(self) -> FlowTransform:
+        ref = self.transform.__dict__.get("_inverse_ref")
+        if ref is None or ref() is None:  # a copy, which its transform does not know yet
+            self.transform.__dict__["_inverse_ref"] = weakref.ref(self)
+        return self.transform
+
+    def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.transform._inverse_and_ladj(x, context)
+
+    def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.transform._forward_and_ladj(y, context)
+
+    # The transform's own memo serves both names of the pair.
+
+    def __call__(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        return self.transform._inv_call(x) if context is None else self.forward_and_ladj(x, context)[0]
+
+    def _inv_call(self, y: Tensor) -> Tensor:
+        return self.transform(y)
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        return -self.transform.log_abs_det_jacobian(y, x)
+
+    def forward_shape(self, shape: Iterable[int]) -> Size:
+        return self.transform.inverse_shape(shape)
+
+    def inverse_shape(self, shape: Iterable[int]) -> Size:
+        return self.transform.forward_shape(shape)
+
+
+class Conditioned(FlowTransform):
+    """A transform bound to a context: a view that shares the parameters and holds the context.
+
+    The context's batch shape becomes part of every shape, so that ``TransformedDistribution(base,
+    [t.condition(context)])`` has the context's batch shape and samples accordingly.  Leading dimensions of size 1 in
+    the context are dropped.  The view is a module: ``parameters()`` are those of ``transform``; ``.to()`` moves the
+    shared parameters and this view's context (not the contexts of other views).  The context is no part of the
+    ``state_dict``; a copy or a pickle of the view holds it detached from its graph.
+
+    Args:
+        transform: a transform with ``context_dim > 0``.
+        context: shape ``(*context_batch, context_dim)``.
+    """
+
+    def __init__(self, transform: FlowTransform, context: Tensor) -> None:
+        super().__init__(transform.event_shape)
+        check_context(transform, context)
+        while context.dim() > 1 and context.shape[0] == 1:
+            context = context.squeeze(0)
+        self.transform = transform
+        self.register_buffer("context", context, persistent=False)
+        self.sampling_cost, self.density_cost = transform.sampling_cost, transform.density_cost
+
+    def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What it is made of; see ``pyro_flows.core.recipes``."""
+        return (self.transform, self.context), {}
+
+    @property
+    def reach(self) -> int | None:
+        return self.transform.reach
+
+    @property
+    def shared_over_time(self) -> bool:
+        return self.transform.shared_over_time
+
+    @property
+    def periodic(self) -> Tensor | None:
+        return self.transform.periodic
+
+    def turned(self, angles: Tensor, inverse: bool = False) -> Tensor:
+        return self.transform.turned(angles, inverse)
+
+    @property
+    def data_shape(self) -> Size:
+        return self.transform.data_shape
+
+    @constraints.dependent_property(is_discrete=False)
+    def domain(self) -> constraints.Constraint:
+        return self.transform.domain
+
+    @constraints.dependent_property(is_discrete=False)
+    def codomain(self) -> constraints.Constraint:
+        return self.transform.codomain
+
+    def condition(self, context: Tensor) -> Conditioned:
+        raise ValueError(
+            "this view is bound to a context already: call .condition on the transform itself (.transform)"
+        )
+
+    def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        # The context's batch joins here, so the bound transform's own boundary does the checking.
+        return self.transform.forward_and_ladj(x, self.context)
+
+    def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.transform.inverse_and_ladj(y, self.context)
+
+    def _map_shape(self, shape: Size, source: Size, target: Size) -> Size:
+        shape = super()._map_shape(shape, source, target)
+        cut = len(shape) - len(target)
+        return torch.broadcast_shapes(shape[:cut], self.context.shape[:-1]) + target
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        state["_buffers"] = {**state["_buffers"], "context": self.context.detach()}
+        return state

@@ -1,0 +1,398 @@
+"""Torch's and Pyro's own transforms as parts of a flow.
+
+Torch composes transforms by their declared event dimensions, which are wrong for ``StackTransform``, for
+``CatTransform`` of vectors and for ``AffineTransform`` with a scalar scale.  Here the event is known, so transforms
+made of others are taken apart, and each inner transform gets its part of the event.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Size, Tensor, nn
+from torch.distributions import (
+    AffineTransform,
+    CatTransform,
+    ComposeTransform,
+    Distribution,
+    IndependentTransform,
+    StackTransform,
+    Transform,
+    constraints,
+)
+
+from pyro_flows.core.steps import Elementwise, Stepper
+from pyro_flows.core.transform import REAL, FlowTransform
+
+__all__ = ["Wrap", "held_inside", "image", "map_tensors", "moved", "own_copy"]
+
+
+class Wrap(FlowTransform):
+    """A torch or Pyro transform as a part of a chain, e.g. ``biject_to(constraint)`` or ``ExpTransform()``.
+
+    Args:
+        transform: any bijective ``torch.distributions.Transform``, of single numbers or of events, among them
+            compositions, ``IndependentTransform``, ``CatTransform`` and ``StackTransform`` (with a negative ``dim``, so
+            that it counts from the event's end) and their inverses.  A module is registered; of any other a copy is
+            kept, whose tensors move with this module but are no part of its ``state_dict``.
+        event_shape: shape of one event on the base side; elementwise transforms are summed over all of it.
+
+    Raises:
+        ValueError: if the transform is not bijective, cannot take this event, or holds parameters or modules that a
+            copy would never train.
+    """
+
+    sampling_cost = density_cost = "1 product"
+
+    def __init__(self, transform: Transform, event_shape: int | Iterable[int]) -> None:
+        super().__init__(event_shape)
+        if isinstance(transform, FlowTransform) or not isinstance(transform, Transform):
+            raise TypeError(f"Wrap: expected a torch or Pyro transform that is no flow, got {type(transform).__name__}")
+        if not transform.bijective:
+            raise ValueError(f"Wrap: {type(transform).__name__} is not bijective, so it has no density")
+        if transform.domain.event_dim > len(self.event_shape):
+            raise ValueError(
+                f"Wrap: {type(transform).__name__} acts on {transform.domain.event_dim} event dimensions, "
+                f"got event shape {tuple(self.event_shape)}"
+            )
+        self._images: dict[bool, tuple[constraints.Constraint, constraints.Constraint]] = {}
+        if isinstance(transform, nn.Module):
+            self.transform = transform
+            self._data_shape = Size(transform.forward_shape(self.event_shape))
+            return
+        self.transform = own_copy(transform)
+        self._data_shape = self._tried(self.event_shape)
+
+    def _tried(self, shape: Size) -> Size:
+        """What becomes of an event of this shape, both ways and in a batch."""
+        held = (each for each in held_inside(self.transform) if isinstance(each, Tensor))
+        kin = next((tensor for tensor in held if tensor.is_floating_point()), torch.zeros((), device="cpu"))
+        # Inside of all sets that torch knows: a half, and matrices that are the identity.
+        one = kin.new_full(shape, 0.5)
+        if self.transform.domain.event_dim > 1:
+            one = torch.eye(*shape[-2:], device=kin.device, dtype=kin.dtype)
+        batch = max(shape) + 1  # no size of the event, so that what counts dimensions from the front is found out
+        x = one.expand(batch, *shape)
+        name = f"Wrap: {type(self.transform).__name__} cannot take events of shape {tuple(shape)}"
+        try:
+            with torch.no_grad():
+                y, ladj = moved(self.transform, x, len(shape))
+                back = moved(self.transform.inv, y, y.dim() - 1)[0]
+        except NotImplementedError:  # of the inverse, say: it may be wanted one way only
+            return Size(self.transform.forward_shape(shape))
+        except (AssertionError, IndexError, RuntimeError, ValueError) as error:
+            raise ValueError(f"{name}: {error}; bounds and lengths in it must fit an event of that shape") from error
+        if y.shape[:1] != x.shape[:1] or back.shape != x.shape or ladj.shape != x.shape[:1]:
+            raise ValueError(
+                f"{name}: a batch of shape {tuple(x.shape)} becomes {tuple(y.shape)}, and that {tuple(back.shape)}; "
+                "bounds in it must have the event's shape or broadcast to it"
+            )
+        return y.shape[1:]
+
+    def arguments(self) -> tuple[tuple[object, ...], dict[str, object]]:
+        """What it is made of; see ``pyro_flows.core.recipes``."""
+        return (self.transform, self.event_shape), {}
+
+    @property
+    def data_shape(self) -> Size:
+        return self._data_shape
+
+    @constraints.dependent_property(is_discrete=False)
+    def domain(self) -> constraints.Constraint:
+        return self.reached(REAL[len(self.data_shape)], back=True)
+
+    @constraints.dependent_property(is_discrete=False)
+    def codomain(self) -> constraints.Constraint:
+        return self.reached(REAL[len(self.event_shape)])
+
+    def reached(self, start: constraints.Constraint, back: bool = False) -> constraints.Constraint:
+        """Where the transform takes a set, or its inverse does.  Each distribution asks, so the last answer is kept."""
+        known = self._images.get(back)
+        if known is None or known[0] is not start:
+            known = start, image(self.transform.inv if back else self.transform, start)
+            if not isinstance(self.transform, nn.Module):  # a module may learn its bounds
+                self._images[back] = known
+        return known[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_images": {}}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Wrap:
+        self._images.clear()
+        if not isinstance(self.transform, nn.Module):
+            map_tensors(self.transform, fn)
+        return super()._apply(fn, recurse)
+
+    @functools.cached_property
+    def shared_over_time(self) -> bool:
+        if len(self.event_shape) != 2 or self.transform.domain.event_dim or self.transform.codomain.event_dim:
+            return False
+        one = Size((self.event_shape[0], 1))
+        if isinstance(self.transform, nn.Module):
+            return self.transform.forward_shape(one) == one
+        try:
+            return self._tried(one) == one
+        except ValueError:
+            return False
+
+    @property
+    def reach(self) -> int | None:
+        return 0 if self.shared_over_time else None
+
+    def stepper(self, rows: int, context: Tensor | None = None) -> Stepper:
+        """One step of a series after another; see :mod:`pyro_flows.core.steps`."""
+        if not self.shared_over_time:
+            raise ValueError(
+                f"Wrap: {type(self.transform).__name__} is no map of single numbers that is the same at all times of a "
+                "series (C, T)"
+            )
+        return Elementwise(*(functools.partial(moved, each, dims=0) for each in (self.transform, self.transform.inv)))
+
+    def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return moved(self.transform, x, len(self.event_shape))
+
+    def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return moved(self.transform.inv, y, len(self.data_shape))
+
+
+def map_tensors(holder: Distribution | Transform, fn: Callable[[Tensor], Tensor], seen: set[int] | None = None) -> None:
+    """Replaces every tensor that a distribution or transform holds, also inside those that it wraps."""
+    seen = set() if seen is None else seen
+    seen.add(id(holder))  # torch's transforms point at their inverses, and these back
+    for name, value in vars(holder).items():
+        if isinstance(value, Tensor):
+            vars(holder)[name] = fn(value)
+        for inner in value if isinstance(value, (list, tuple)) else [value]:
+            known = isinstance(inner, nn.Module) or id(inner) in seen
+            if isinstance(inner, (Distribution, Transform)) and not known:
+                map_tensors(inner, fn, seen)
+
+
+_ENDS = (("lower_bound", -math.inf), ("upper_bound", math.inf))
+
+
+def moved(transform: Transform, x: Tensor, dims: int) -> tuple[Tensor, Tensor]:
+    """``y`` and the log-determinant, summed over the last ``dims`` dimensions of ``x``, which are one event."""
+    transform = _bare(transform)
+    if isinstance(transform, ComposeTransform):
+        total = x.new_zeros(x.shape[: x.dim() - dims])
+        for part in transform.parts:
+            y, ladj = moved(part, x, dims)
+            total = total + ladj
+            x, dims = y, dims + y.dim() - x.dim()
+        return x, total
+    joined = _joined(transform)
+    if joined is not None:
+        parts, dim, lengths = joined
+        stacked, summed = lengths is None, dim >= -dims
+        pieces = x.unbind(dim) if stacked else x.split(lengths, dim)
+        each = [moved(*pair, dims - (stacked and summed)) for pair in zip(parts, pieces, strict=True)]
+        for (y, _), part, piece in zip(each, parts, pieces, strict=True):
+            if not stacked and y.shape != piece.shape:
+                raise ValueError(
+                    f"inside a CatTransform {type(part).__name__} makes {tuple(y.shape)} of {tuple(piece.shape)}, but "
+                    "a CatTransform does not know the sizes of both sides"
+                )
+        join = torch.stack if stacked else torch.cat
+        ladjs = [ladj for _, ladj in each]
+        return join([y for y, _ in each], dim), sum(ladjs) if summed else join(ladjs, dim + dims)
+    inner = transform.domain.event_dim
+    if inner > dims:
+        raise ValueError(f"{type(transform).__name__} acts on {inner} dimensions at once, of which there are {dims}")
+    y = transform(x)
+    affine, back = _one_of(transform, AffineTransform)
+    if affine is None:
+        ladj = transform.log_abs_det_jacobian(x, y)
+    else:  # torch counts a scalar scale once, however large the event
+        inner, scale = 0, affine.scale
+        log_scale = scale.abs().log() if isinstance(scale, Tensor) else x.new_full((), math.log(abs(scale)))
+        ladj = -log_scale if back else log_scale
+    # Constant Jacobians may come without the event's size (e.g. a scalar scale), so give them it before summing.
+    ladj = ladj.expand(x.shape[: x.dim() - inner])
+    return y, ladj.sum(tuple(range(inner - dims, 0))) if dims > inner else ladj
+
+
+def image(transform: Transform, start: constraints.Constraint) -> constraints.Constraint:
+    """Where a transform takes a constrained set, whose dimensions are all those of the event."""
+    dims, transform = start.event_dim, _bare(transform)
+    if isinstance(transform, ComposeTransform):
+        for part in transform.parts:
+            start = image(part, start)
+        return start
+    inner, joined = _peeled(start), _joined(transform)
+    if joined is None:
+        told, from_all = transform.codomain, _peeled(transform.domain)
+        told = _spread(told, dims - transform.domain.event_dim + told.event_dim)
+        if isinstance(inner, type(constraints.real)) or str(inner) == str(from_all) or isinstance(transform, nn.Module):
+            return told
+        return _between(transform, inner, told) or _Image(transform, start, told)
+    parts, dim, lengths = joined
+    pieces = [image(part, _spread(constraints.real, dims - (lengths is None))) for part in parts]
+    if all(isinstance(_peeled(piece), type(constraints.real)) for piece in pieces):
+        told = _spread(constraints.real, dims)
+    else:
+        told = _Stack(pieces, dim) if lengths is None else _Cat(pieces, dim, lengths)
+    return told if isinstance(inner, type(constraints.real)) else _Image(transform, start, told)
+
+
+def own_copy(transform: Transform) -> Transform:
+    """A copy without torch's caches, whose results outlive changes of what they were computed from."""
+    everything = transform, *held_inside(transform)
+    for each in everything:
+        if isinstance(each, nn.Module) or (isinstance(each, Tensor) and each.requires_grad):
+            raise ValueError(
+                f"Wrap: {type(transform).__name__} holds parameters, of which a copy would be kept that never trains; "
+                "give the parts to Chain one by one, so that modules among them are registered, or detach() the tensors"
+            )
+        if getattr(each, "_cache_size", 0):
+            each._cached_x_y = None, None
+    made = copy.deepcopy(transform)
+    for each in (made, *held_inside(made)):
+        if getattr(each, "_cache_size", 0):
+            each._cache_size = 0
+    return made
+
+
+def held_inside(holder: Any, seen: set[int] | None = None) -> Iterator[Any]:
+    """Tensors, modules, transforms and distributions that a transform and those inside it hold."""
+    seen = set() if seen is None else seen
+    seen.add(id(holder))
+    for name, value in vars(holder).items():
+        if name == "_cached_x_y":
+            continue
+        for inner in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(inner, (Tensor, nn.Module, Transform, Distribution)) and id(inner) not in seen:
+                yield inner
+                if not isinstance(inner, (Tensor, nn.Module)):
+                    yield from held_inside(inner, seen)
+
+
+def _bare(transform: Transform) -> Transform:
+    """Without the ``IndependentTransform`` around it or its inverse, which only counts event dimensions."""
+    while not isinstance(transform, ComposeTransform):
+        whole, back = _one_of(transform, IndependentTransform)
+        if whole is None:
+            break
+        transform = whole.base_transform.inv if back else whole.base_transform
+    return transform
+
+
+def _one_of(transform: Transform, *kinds: type[Transform]) -> tuple[Any, bool]:
+    """The transform if it is of one of these kinds, or what it is the inverse of, and whether it is the inverse."""
+    if isinstance(transform, nn.Module):
+        return None, False
+    back = isinstance(transform.inv, kinds)
+    whole = transform.inv if back else transform
+    return (whole if isinstance(whole, kinds) else None), back
+
+
+def _joined(transform: Transform) -> tuple[list[Transform], int, list[int] | None] | None:
+    """The transforms of slices, their dimension, and the sizes of what is concatenated (``None`` for a stack)."""
+    whole, back = _one_of(transform, CatTransform, StackTransform)
+    if whole is None:
+        return None
+    if whole.dim >= 0:
+        raise ValueError(
+            f"{type(whole).__name__} counts dim={whole.dim} from the front, where the batch is; count it from the end, "
+            "as dim=-1"
+        )
+    parts = [part.inv for part in whole.transforms] if back else list(whole.transforms)
+    return parts, whole.dim, whole.lengths if isinstance(whole, CatTransform) else None
+
+
+def _spread(constraint: constraints.Constraint, dims: int) -> constraints.Constraint:
+    """Over so many event dimensions."""
+    more = dims - constraint.event_dim
+    return constraints.independent(constraint, more) if more > 0 else constraint
+
+
+def _peeled(constraint: constraints.Constraint) -> constraints.Constraint:
+    while isinstance(constraint, constraints.independent):
+        constraint = constraint.base_constraint
+    return constraint
+
+
+def _between(
+    transform: Transform, inner: constraints.Constraint, told: constraints.Constraint
+) -> constraints.Constraint | None:
+    """What a monotone map of single numbers makes of an interval or a half line, ``None`` if that is not known."""
+    affine = _one_of(transform, AffineTransform)[0] is not None
+    single = affine or not (transform.domain.event_dim or transform.codomain.event_dim)
+    if not single or not any(hasattr(inner, name) for name, _ in _ENDS):
+        return None
+    try:
+        up = torch.as_tensor(transform.sign) > 0
+    except NotImplementedError:
+        return None
+    # Torch's affine transforms say that they reach all real numbers, from wherever they start.
+    low, high = (torch.as_tensor(getattr(_peeled(told), name, end)) for name, end in _ENDS)
+    with torch.no_grad():
+        first = transform(torch.as_tensor(inner.lower_bound)) if hasattr(inner, "lower_bound") else low.where(up, high)
+        last = transform(torch.as_tensor(inner.upper_bound)) if hasattr(inner, "upper_bound") else high.where(up, low)
+    ends = first.where(up, last), last.where(up, first)
+    if any(end.is_meta or end.isnan().any() for end in ends):
+        return None
+    low, high = (end.item() if end.dim() == 0 else end for end in ends)
+    bounded = [not bool(end.isinf().all()) for end in ends]
+    if all(bounded):
+        made = constraints.interval(low, high)
+    elif any(bounded):
+        made = constraints.greater_than(low) if bounded[0] else constraints.less_than(high)
+    else:
+        made = constraints.real
+    return _spread(made, told.event_dim)
+
+
+class _Cat(constraints.cat):
+    """Each slice of an event in a set of its own; unlike torch's, of sets of vectors too."""
+
+    def __init__(self, cseq: Sequence[constraints.Constraint], dim: int, lengths: Sequence[int]) -> None:
+        super().__init__(cseq, dim, lengths)
+
+    def __repr__(self) -> str:
+        return f"Cat({', '.join(map(repr, self.cseq))})"
+
+    def _pieces(self, value: Tensor) -> tuple[Tensor, ...]:
+        return value.split(self.lengths, self.dim)
+
+    def check(self, value: Tensor) -> Tensor:
+        checks = [each.check(piece) for each, piece in zip(self.cseq, self._pieces(value), strict=True)]
+        return torch.stack(checks).all(0)
+
+
+class _Stack(_Cat):
+    def __init__(self, cseq: Sequence[constraints.Constraint], dim: int) -> None:
+        super().__init__(cseq, dim, [1] * len(cseq))
+
+    @property
+    def event_dim(self) -> int:
+        return super().event_dim + 1
+
+    def __repr__(self) -> str:
+        return f"Stack({', '.join(map(repr, self.cseq))})"
+
+    def _pieces(self, value: Tensor) -> tuple[Tensor, ...]:
+        return value.unbind(self.dim)
+
+
+class _Image(constraints.Constraint):
+    """What a transform makes of a set, where that is no constraint that torch knows: a value is traced back."""
+
+    def __init__(self, transform: Transform, start: constraints.Constraint, told: constraints.Constraint) -> None:
+        self.transform, self.start, self.told = transform, start, told
+
+    @property
+    def event_dim(self) -> int:
+        return self.told.event_dim
+
+    def check(self, value: Tensor) -> Tensor:
+        x: Any = moved(self.transform.inv, value, self.told.event_dim)[0]
+        return self.told.check(value) & self.start.check(x)
+
+    def __repr__(self) -> str:
+        return f"{type(self.transform).__name__} of {self.start}"

@@ -1,0 +1,168 @@
+"""How good a fitted flow is: weights of its draws, what moves with them, and what its draws never see."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+
+from pyro_flows.distributions import Flow
+from pyro_flows.infer.diagnostics import Importance, Verdict, compare_moments, importance, judge, widening
+from pyro_flows.infer.machine.pace import Pace, pace_of
+from pyro_flows.infer.models.joint import FAILURES
+from pyro_flows.infer.models.latents import Latents
+from pyro_flows.infer.search.probe import ModeProbe, nothing_found, probe_modes
+
+__all__ = ["Assessment", "assess", "search_modes", "weigh"]
+
+CHUNK = 1000
+
+
+DRAWS = 10_000
+
+
+FEWEST = 1000
+
+
+STARTS = 32  # of the search for modes
+
+LogDensity = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """Draws of a flow, what model and flow say of them, and the verdict."""
+
+    draws: Tensor
+    """Unconstrained, ``(n, D)``."""
+    log_p: Tensor
+    """The model's log joint density, ``(n,)``."""
+    log_q: Tensor
+    """The flow's log-density, ``(n,)``."""
+    importance: Importance
+    probe: ModeProbe | None
+    verdict: Verdict
+
+    @property
+    def log_weights(self) -> Tensor:
+        """``log_p - log_q``, shape ``(n,)``."""
+        return self.log_p - self.log_q
+
+
+@torch.no_grad()
+def weigh(
+    flow: Flow, density: LogDensity, n: int, deadline: float = math.inf, scale: float = 1.0
+) -> tuple[Tensor, ...]:
+    """Draws, log p and log q; fewer than ``n`` (at least one) where the deadline comes first.
+
+    Args:
+        flow: where they are drawn.
+        density: of the model; where it raises it counts as NaN.
+        n: how many draws.
+        deadline: by ``time.monotonic()``.
+        scale: by which the base is widened; log q is then that of the widened flow.
+    """
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    left = n
+    while left > 0 and (not parts or time.monotonic() < deadline):
+        count = min(CHUNK, left)
+        x = flow.base().sample((count,))
+        z, ladj = flow.chain.forward_and_ladj(x * scale)
+        log_q = flow.base().log_prob(x) - x.shape[-1] * math.log(scale) - ladj
+        log_p = _scores(density, z, deadline)
+        parts.append((z[: len(log_p)], log_p.to(z.dtype), log_q[: len(log_p)]))
+        left -= count
+    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+
+
+def _scores(density: LogDensity, z: Tensor, deadline: float) -> Tensor:
+    """Log-densities of the first rows, at least one: all that are scored before the deadline."""
+    pace = pace_of(density) or Pace()
+    parts: list[Tensor] = []
+    first = 0
+    while first < len(z) and (not parts or time.monotonic() < deadline):
+        part = z[first : first + pace.at_once(len(z), timed=deadline < math.inf)]
+        try:
+            with pace.call(len(part)):
+                parts.append(density(part))
+        except FAILURES:
+            for row in part:
+                parts.append(_one(density, row))
+                if time.monotonic() > deadline:
+                    return torch.cat(parts)
+        first += len(part)
+    return torch.cat(parts)
+
+
+def search_modes(
+    flow: Flow,
+    density: LogDensity,
+    draws: Tensor,
+    initial: Tensor,
+    log_evidence: float,
+    *,
+    starts: int = STARTS,
+    seconds: float = math.inf,
+    generator: Generator | None = None,
+) -> ModeProbe:
+    """Modes of the density, and whether the flow, of which there are draws, covers them; see :func:`probe_modes`."""
+    return probe_modes(
+        density,
+        lambda points: flow().log_prob(points),
+        draws[draws.isfinite().all(-1)],
+        initial,
+        log_evidence=log_evidence,
+        starts=starts,
+        generator=generator,
+        max_seconds=None if seconds == math.inf else seconds,
+    )
+
+
+def _one(density: LogDensity, row: Tensor) -> Tensor:
+    try:
+        return density(row[None])
+    except FAILURES:
+        return row.new_full((1,), math.nan)
+
+
+def assess(
+    flow: Flow,
+    density: LogDensity,
+    latents: Latents,
+    initial: Tensor,
+    *,
+    minibatch: bool = False,
+    draws: int = DRAWS,
+    seconds: float = math.inf,
+    search_seconds: float = math.inf,
+    generator: Generator | None = None,
+) -> Assessment:
+    """Draws, weights, moments, a wider guide, a search for modes, and a verdict from all of these.
+
+    Half of ``seconds`` goes to the draws (more where that is too short for a thousand), the rest to the wider guide and
+    the search, which has ``search_seconds`` at most.
+    """
+    begin = time.monotonic()
+    pace = pace_of(density) or Pace()
+    # Where time is short, draws come first: what few of them say is worth little, whatever is found besides.
+    part = 0.5 if 0.5 * seconds >= min(draws, FEWEST) * pace.seconds_per_draw else 0.8
+    z, log_p, log_q = weigh(flow, density, draws, begin + part * seconds)
+    log_weights = log_p - log_q
+    found = importance(log_weights)
+    if minibatch or not (log_weights.isfinite().sum() >= 2):
+        return Assessment(z, log_p, log_q, found, None, judge(found, minibatch=minibatch, asked=draws))
+    fine = z.isfinite().all(-1)
+    moments = compare_moments(latents.draws(z[fine]), log_weights[fine])
+    wide_count = max(min(len(z), 2000), 1)
+    _, wide_p, wide_q = weigh(flow, density, wide_count, begin + (part + 0.15) * seconds, scale=widening(z.shape[-1]))
+    wide = importance(wide_p - wide_q)
+    left = min(begin + seconds - time.monotonic(), search_seconds)
+    probe = nothing_found(z)
+    if left > 0 and math.isfinite(found.log_evidence):
+        probe = search_modes(flow, density, z, initial, found.log_evidence, seconds=left, generator=generator)
+    verdict = judge(found, probe, moments=moments, wide=wide, asked=draws)
+    return Assessment(z, log_p, log_q, found, probe, verdict)

@@ -1,0 +1,127 @@
+"""What ``fit_guide`` chooses by the speed of a model and the time there is: draws per step, shares, searches."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Generator, Tensor
+
+from pyro_flows.distributions import Flow
+from pyro_flows.infer.diagnostics import importance
+from pyro_flows.infer.guides.assessment import FEWEST, search_modes, weigh
+from pyro_flows.infer.guides.auto import AutoFlow
+from pyro_flows.infer.guides.budget import Budget
+from pyro_flows.infer.machine.pace import FLAT, rows_at_once
+from pyro_flows.infer.models.joint import FAILURES, JointDensity
+from pyro_flows.infer.search.probe import ModeProbe
+
+__all__ = ["SLOW_SECONDS", "choose_particles", "seconds_for_verdict", "several_modes", "start_within"]
+
+PARTICLES = 128
+
+
+SLOW_SECONDS = 40.0  # for the verdict, where a model runs for one draw at a time
+
+
+SLOW_PARTICLES = 8  # draws per step, where a model runs for one draw at a time
+
+
+LONG = 0.03  # seconds of a call that count
+
+
+ASSESSING = 0.12  # of the seconds, for the verdict, at least
+
+
+SLOW_ASSESSING = 0.4  # at most
+
+
+SEVERAL = 0.01  # share of the posterior in modes that the start leaves out, for which it is worth to begin anew
+
+
+@contextmanager
+def start_within(guide: AutoFlow, seconds: float | None) -> Iterator[None]:
+    """Gives the guide no more time than this to be built."""
+    own = guide.start_seconds
+    if seconds is not None:
+        guide.start_seconds = seconds if own is None else min(own, seconds)
+    try:
+        yield
+    finally:
+        guide.start_seconds = own
+
+
+@torch.no_grad()
+def choose_particles(guide: AutoFlow, density: JointDensity, initial: Tensor, seconds: float | None) -> int:
+    """As asked, or as many as the model's speed allows: many are worth more than steps, up to a point."""
+    asked = guide.particles
+    z = initial.expand(PARTICLES, -1)
+    if asked is None:
+        z = z + 0.01 * torch.randn_like(z)
+    pace = density.pace
+    try:
+        if seconds is None:
+            density(z[:2])  # finds out whether it runs for many at once
+        while seconds is not None and density.vectorized:
+            rows = pace.at_once(PARTICLES, timed=True)
+            with pace.call(rows):
+                density(z[:rows])
+            if pace.at_once(PARTICLES, timed=True) <= rows:
+                break
+    except FAILURES:  # which training can do with
+        return asked or PARTICLES
+    if asked is not None:
+        return asked
+    if seconds is not None:
+        # Some hundred steps are worth more than the draws in each.
+        affordable = max(LONG, FLAT * pace.shortest, 0.005 * seconds) / max(pace.seconds_per_draw, 1e-9)
+        sizes = (PARTICLES, 32, SLOW_PARTICLES, 4) if density.vectorized else (SLOW_PARTICLES, 4)
+        return next((size for size in sizes if size <= affordable), 2)
+    if not density.vectorized:
+        return SLOW_PARTICLES
+    times = []
+    for count in (PARTICLES, 32, PARTICLES, 32):
+        start = time.monotonic()
+        for part in z[:count].split(rows_at_once(density, count)):
+            density(part)
+        times.append(time.monotonic() - start)
+    many, few = min(times[0], times[2]), min(times[1], times[3])
+    # Where time grows with the draws and steps are dear, fewer draws give more steps.
+    return 32 if many > LONG and many > 2 * few else PARTICLES
+
+
+def seconds_for_verdict(density: JointDensity, seconds: float | None) -> float:
+    """Seconds that are kept: what judging a thousand draws takes, within bounds."""
+    if seconds is None:
+        return 0.0
+    need = 2.5 * FEWEST * density.pace.seconds_per_draw
+    return min(max(need, ASSESSING * seconds), SLOW_ASSESSING * seconds)
+
+
+def several_modes(
+    guide: AutoFlow, density: JointDensity, initial: Tensor, budget: Budget, generator: Generator
+) -> ModeProbe | None:
+    """Modes that the start leaves out, if they hold a part of the posterior that counts."""
+    if guide.subsampled or guide.start == "prior" or guide.tempering is not None:
+        return None
+    seconds = math.inf if budget.seconds is None else 0.15 * budget.seconds
+    if seconds < max(10 * density.pace.shortest, 100 * density.pace.seconds_per_draw):
+        return None  # a search so short would find nothing
+    end = time.monotonic() + min(seconds, math.inf if density.vectorized else SLOW_SECONDS / 2)
+    affine = Flow(guide.preconditioner, guide.flow.base)
+    count = 256 if density.vectorized else 64
+    z, log_p, log_q = weigh(affine, density, count, math.inf if budget.seconds is None else end)
+    found = importance(log_p - log_q)
+    if not math.isfinite(found.log_evidence) or len(z) < 2:
+        return None
+    seconds = end - time.monotonic()
+    if seconds <= 0:
+        return None
+    starts = 16 if density.vectorized else 6
+    probe = search_modes(
+        affine, density, z, initial, found.log_evidence, starts=starts, seconds=seconds, generator=generator
+    )
+    return probe if probe.missing_share > SEVERAL else None

@@ -1,0 +1,234 @@
+"""Runs of a model at given draws of its latents: predictions, and log-likelihoods of the data."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Collection, Sequence
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer.inspect import get_model_relations
+from pyro.poutine.uncondition_messenger import UnconditionMessenger
+from torch import Tensor
+
+from pyro_flows.infer.machine.pace import in_pieces
+from pyro_flows.infer.models.enumeration import pointwise
+from pyro_flows.infer.models.joint import JointDensity
+from pyro_flows.infer.models.sites import COMPUTED, DATA, DRAWN, FACTOR, LATENT, Site
+
+__all__ = ["computed", "log_likelihoods", "observed", "predictions", "seen_entries", "to_redraw"]
+
+PLATE = "_draws_at_once"
+
+
+AT_ONCE = 1000
+
+
+TRIED = 20  # sites that are drawn anew to see whether others change
+
+
+Model = Callable[..., object]
+
+
+Values = dict[str, Tensor]
+
+
+def predictions(density: JointDensity, z: Tensor, redraw: Collection[str]) -> Values:
+    """Draws of the model's other sites, shape ``(n, *site.shape)``, at unconstrained latents ``z`` of shape (n, dim).
+
+    What the model computes is there, and data that are not drawn anew keep their values.
+
+    Args:
+        density: of the model.
+        z: draws of its latents.
+        redraw: names of the data to draw anew.
+    """
+    return _values(_Redrawn(redraw)(density.model), density, z, lambda site: site.kind not in (LATENT, FACTOR))
+
+
+def computed(density: JointDensity, z: Tensor) -> Values:
+    """What the model computes of its latents, such as by ``pyro.deterministic``, shape ``(n, *site.shape)``."""
+    return _values(density.model, density, z, lambda site: site.kind == COMPUTED)
+
+
+def log_likelihoods(density: JointDensity, z: Tensor) -> Values:
+    """Log-density of each datum at each draw as it counts in the model's, scale included, in nats.
+
+    The shape is ``(n, *site.batch_shape)``, of a masked site ``(n, entries that count)``.  Data that hang on no latent,
+    such as what ``pyro.condition`` fixes, are none.  Discrete latents are summed out; data that share them have no
+    log-densities of their own, and are left out with a warning.
+    """
+    alone = _alone(density, z)
+    data = {name: site for name, site in alone.items() if site.kind == DATA}
+    refused: dict[str, str] = {}
+    with torch.no_grad():
+        most = AT_ONCE if density.vectorized else 1
+        parts = in_pieces(density.pace, z, lambda chunk: _log_likelihoods(density, chunk, data, refused), most)
+    for name, why in refused.items():
+        warnings.warn(f"to_arviz: no log-likelihood of {name!r}, which {why}", stacklevel=3)
+    above = _above(density, z) or {}
+    fixed = {name for name, site in alone.items() if site.kind in (DATA, FACTOR)}
+    found = {}
+    for name in parts[0] if parts else ():
+        value = torch.cat([part[name] for part in parts])
+        if not above.get(name, {name}) - fixed and (value == value[:1]).all():
+            continue  # it hangs on no latent
+        entries = seen_entries(data[name])
+        found[name] = value if entries is None else value[:, entries.expand(value.shape[1:])]
+    return {name: value for name, value in found.items() if value[:1].numel()}
+
+
+def observed(density: JointDensity, z: Tensor) -> dict[str, Site]:
+    """The observed sites, ``z`` of shape ``(n, dim)`` with ``n > 0``."""
+    return {name: site for name, site in _alone(density, z).items() if site.kind == DATA}
+
+
+def seen_entries(site: Site) -> Tensor | None:
+    """The entries of a site that its mask lets count, of the shape of its batch; ``None`` if all do."""
+    mask = site.mask
+    if mask is None:
+        return None
+    shape = site.log_prob(scaled=False).shape
+    return torch.as_tensor(mask, device=site.value.device).expand(shape)
+
+
+def to_redraw(density: JointDensity, z: Tensor, redraw: str | Sequence[str] | None) -> list[str]:
+    """Names of the data to draw anew.
+
+    By default those on which nothing else in the model depends: what ``pyro.condition`` fixes and covariates above an
+    outcome stay as they are.
+
+    Args:
+        density: of the model.
+        z: draws of its latents, one at least.
+        redraw: ``None`` for the default, ``"all"``, or names.
+
+    Raises:
+        ValueError: for names of which there are no data.
+    """
+    sites = _alone(density, z)
+    data = [name for name, site in sites.items() if site.kind == DATA]
+    if redraw == "all":
+        return data
+    if redraw is not None:
+        names = [redraw] if isinstance(redraw, str) else list(redraw)
+        unknown = [name for name in names if name not in data]
+        if unknown:
+            raise ValueError(f"predictive: expected redraw to name sites with data, {data}, or 'all', got {unknown}")
+        return names
+    above = _above(density, z)
+    if above is None:
+        return data
+    below = {name: {n for n in above if name in above[n] and sites[n].kind != COMPUTED} for name in data}
+    ends = [name for name in data if not below[name] - {name}]
+    # What a model does in place or in NumPy leaves no trace, so a few are tried.
+    return ends if len(ends) > TRIED else [name for name in ends if not _moves_others(density, z, sites, name)]
+
+
+def _moves_others(density: JointDensity, z: Tensor, sites: dict[str, Site], name: str) -> bool:
+    """Whether the log-density of other data changes when those of one site are drawn anew."""
+    held = {n: site.value for n, site in sites.items() if site.kind == DRAWN}
+    values = {**density.latents.draws(z[0] if len(z) else z.new_zeros(z.shape[1])), **held}
+    try:
+        with torch.no_grad(), torch.random.fork_rng():
+            anew = density.sites_at(values, _Redrawn([name])(density.model))
+            scores = [
+                (site.log_prob(), anew[n].log_prob()) for n, site in sites.items() if site.kind == DATA and n != name
+            ]
+    except Exception:  # a site that cannot be drawn, or a model that does not run at such data
+        return False
+    return not all(torch.equal(then, now) for then, now in scores)
+
+
+class _Redrawn(UnconditionMessenger):
+    """Draws some data anew."""
+
+    def __init__(self, names: Collection[str]) -> None:
+        super().__init__()
+        self.names = frozenset(names)
+
+    def _pyro_sample(self, msg: dict[str, object]) -> None:
+        if msg["name"] in self.names:
+            super()._pyro_sample(msg)
+
+
+def _alone(density: JointDensity, z: Tensor) -> dict[str, Site]:
+    with torch.no_grad():
+        return density.sites_at(density.latents.draws(z[0] if len(z) else z.new_zeros(z.shape[1])))
+
+
+def _above(density: JointDensity, z: Tensor) -> dict[str, set[str]] | None:
+    """The sites that each site hangs on directly; ``None``, with a warning, where that cannot be found out."""
+    values = density.latents.draws(z[0] if len(z) else z.new_zeros(z.shape[1]))
+    try:
+        with poutine.block():
+            found = get_model_relations(poutine.condition(density.model, data=values), density.args, density.kwargs)
+    except Exception as error:  # a model may do with its values what Pyro's tracking does not follow
+        warnings.warn(
+            "Pyro cannot tell which sites of this model depend on which, so all data count as outcomes and are drawn "
+            f"anew; name those to draw by redraw=[...]: {type(error).__name__}: {error}",
+            stacklevel=4,
+        )
+        return None
+    return {name: set(upstream) for name, upstream in found["sample_sample"].items()}
+
+
+def _log_likelihoods(density: JointDensity, z: Tensor, data: dict[str, Site], refused: dict[str, str]) -> Values:
+    nesting = density.latents.max_plate_nesting
+    count = len(z) if density.vectorized else None
+    values = density.latents.unpack(z, nesting)[0] if density.vectorized else density.latents.draws(z[0])
+    if density.discrete:
+        trace, sites = density.enumerated_at(values, nesting + (count is not None))
+        found, why = pointwise(trace, sites, count, nesting)
+        refused |= why
+        data = {name: site for name, site in data.items() if name not in refused}
+    else:
+        sites, found = density.sites_at(values), {}
+    each = {name: found[name] if name in found else sites[name].log_prob() for name in data}
+    shapes = {name: site.log_prob(scaled=False).shape for name, site in data.items()}
+    return {name: _by_draw(value, len(z), shapes[name]) for name, value in each.items()}
+
+
+def _by_draw(value: Tensor, count: int, shape: torch.Size) -> Tensor:
+    """A site's numbers for each draw, shape ``(count, *shape)``."""
+    if value.numel() == shape.numel() and count > 1:  # it depends on no latent
+        return value.reshape(shape).expand(count, *shape)
+    return value.reshape(count, *shape)
+
+
+def _values(model: Model, density: JointDensity, z: Tensor, wanted: Callable[[Site], bool]) -> Values:
+    if not len(z):
+        one = _values(model, density, z.new_zeros(1, z.shape[1]), wanted)
+        return {name: value[:0] for name, value in one.items()}
+    vectorized = density.vectorized
+    parts: list[Values] = []
+    with torch.no_grad():
+        if vectorized:
+            try:
+                parts = in_pieces(density.pace, z, lambda chunk: _together(model, density, chunk, wanted), AT_ONCE)
+            except Exception as error:  # whatever the model says when its tensors get a dimension more
+                warnings.warn(
+                    "this model does not run for many draws at once, so they go one at a time: "
+                    f"{type(error).__name__}: {error}",
+                    stacklevel=4,
+                )
+                vectorized = False
+        if not vectorized:
+            for row in z:
+                sites = density.sites_at(density.latents.draws(row), model)
+                parts.append({name: site.value[None] for name, site in sites.items() if wanted(site)})
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _together(model: Model, density: JointDensity, z: Tensor, wanted: Callable[[Site], bool]) -> Values:
+    nesting = density.latents.max_plate_nesting
+    values, _ = density.latents.unpack(z, nesting)
+
+    def many_at_once(*args: object, **kwargs: object) -> object:
+        with pyro.plate(PLATE, len(z), dim=-1 - nesting):  # so that what hangs on no latent is drawn for each
+            return model(*args, **kwargs)
+
+    many = density.sites_at(values, many_at_once)
+    alone = density.sites_at(density.latents.draws(z[0]), model)
+    return {name: _by_draw(site.value, len(z), alone[name].value.shape) for name, site in many.items() if wanted(site)}

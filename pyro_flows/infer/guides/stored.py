@@ -1,0 +1,295 @@
+"""A fit of a guide as plain data, and back: recipes of flows, names of supports, numbers; no class, module or code."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Callable
+from dataclasses import asdict, fields
+from typing import Any, TypeVar
+
+import torch
+from torch import Size, Tensor
+from torch.distributions import biject_to
+
+from pyro_flows.core.chain import Chain
+from pyro_flows.core.recipes import made_from, recipe
+from pyro_flows.distributions import Flow
+from pyro_flows.infer.diagnostics import Importance, Verdict
+from pyro_flows.infer.diagnostics.verdict import LABELS
+from pyro_flows.infer.guides.assessment import Assessment
+from pyro_flows.infer.guides.auto import as_flow_of
+from pyro_flows.infer.guides.loop import History
+from pyro_flows.infer.models.latents import Latent, Latents, same_support
+from pyro_flows.infer.models.supports import plain_support, support_of
+from pyro_flows.infer.search.probe import ModeProbe
+
+__all__ = [
+    "device_of",
+    "flow_of",
+    "moved",
+    "plain_assessment",
+    "plain_flow",
+    "plain_latents",
+    "read_assessment",
+    "read_history",
+    "read_latents",
+]
+
+POINTS = 8  # at which a flow that was rebuilt is compared with the one that was saved
+
+
+_T = TypeVar("_T")
+
+
+# Flows.
+
+
+@torch.no_grad()
+def plain_flow(flow: Flow) -> dict[str, Any]:
+    """A flow: what it was made of, its state, and a few points by which :func:`flow_of` knows it again.
+
+    Where the first part of the chain, which a guide's builder made, holds something that is not of this package, it is
+    left out; ``"unnamed"`` then says what that is, and the builder has to be given again.
+
+    Raises:
+        ValueError: if something else cannot be described.
+    """
+    state = {name: value.detach() for name, value in flow.state_dict().items()}
+    plain = {
+        "unnamed": None,
+        "state": state,
+        "frozen": [name for name, p in flow.named_parameters() if not p.requires_grad],
+        "training": flow.training,
+        "device": str(next(flow.parameters()).device),
+        "dim": flow.event_shape[0],
+    }
+    training = flow.training
+    flow.eval()  # so that these points change nothing
+    try:
+        with torch.random.fork_rng():
+            x = flow.base().sample((POINTS,))
+        plain["points"] = {"x": x, "y": flow.chain.forward_and_ladj(x)[0], "log_base": flow.base().log_prob(x)}
+    finally:
+        flow.train(training)
+    try:
+        plain["base"] = recipe(flow.base)
+    except TypeError as error:
+        raise ValueError(
+            f"GuideFit.save: a file of plain data cannot hold this flow's base: {error}; take one of this package, or "
+            "save the flow's state_dict"
+        ) from error
+    try:
+        plain["chain"] = recipe(flow.chain)
+        flow_of(moved(plain, torch.device("cpu")))
+        return plain
+    except (TypeError, ValueError, RuntimeError, LookupError, AttributeError) as error:
+        why = str(error)
+    try:
+        if not isinstance(flow.chain, Chain) or len(flow.chain) < 2:
+            raise TypeError(why)
+        return {**plain, "chain": [recipe(part) for part in flow.chain[1:]], "unnamed": why}
+    except TypeError as error:
+        raise ValueError(
+            f"GuideFit.save: a file of plain data cannot hold this flow: {error}; save its state_dict, which a flow "
+            "made in the same way can load"
+        ) from error
+
+
+def flow_of(plain: dict[str, Any], builder: Callable[[int], Any] | None = None) -> Flow:
+    """The flow that :func:`plain_flow` described, on the CPU.
+
+    Args:
+        plain: on the CPU.
+        builder: what made the first part, if that was left out.
+
+    Raises:
+        ValueError: if it is not the flow that was saved.
+    """
+    unnamed = plain["unnamed"]
+    if unnamed is not None and builder is None:
+        raise ValueError(
+            f"the builder of its flow used something that a file of plain data cannot hold: {unnamed}; give the "
+            "guide's builder, load_guide(path, builder=...)"
+        )
+    with torch.random.fork_rng(devices=[]):  # making a flow draws its first parameters
+        if unnamed is None:
+            chain = made_from(plain["chain"])
+        else:
+            chain = Chain([as_flow_of(builder, plain["dim"]), *made_from(plain["chain"])])
+        flow = Flow(chain, made_from(plain["base"]))
+    dtypes = {name: value.dtype for name, value in plain["state"].items()}
+    flow.to(next(dtype for dtype in dtypes.values() if dtype.is_floating_point))
+    flow.load_state_dict(plain["state"])
+    if {name: value.dtype for name, value in flow.state_dict().items()} != dtypes:
+        raise ValueError("its flow has several dtypes")
+    for name, parameter in flow.named_parameters():
+        parameter.requires_grad_(name not in plain["frozen"])
+    flow.eval()
+    points = plain["points"]
+    with torch.no_grad():
+        found = flow.chain.forward_and_ladj(points["x"])[0], flow.base().log_prob(points["x"])
+    for now, then in zip(found, (points["y"], points["log_base"]), strict=True):
+        tolerance = torch.finfo(then.dtype).eps ** (1 / 3)  # other machines add up in another order
+        if now.shape != then.shape or not torch.allclose(now, then, tolerance, tolerance, equal_nan=True):
+            raise ValueError(
+                "what its flow is made of gives another one here: another builder, another release, or parts that were "
+                "changed after they were made; give the guide's builder, load_guide(path, builder=...)"
+            )
+    return flow.train(plain["training"])
+
+
+# Latents.
+
+
+def plain_latents(latents: Latents) -> dict[str, Any]:
+    """Names, shapes, dtypes and supports of latents.
+
+    Raises:
+        ValueError: for a support that is not one of torch's or Pyro's.
+    """
+    sites = []
+    for site in latents:
+        try:
+            support = plain_support(site.support)
+            if not same_support(support_of(support), site.support):
+                raise TypeError(f"{site.support!r} has been changed")
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"GuideFit.save: a file of plain data cannot hold the support of the latent {site.name!r}: {error}; "
+                "supports of torch and Pyro can be held"
+            ) from error
+        sites.append(
+            {
+                "name": site.name,
+                "support": support,
+                **{name: tuple(getattr(site, name)) for name in ("batch_shape", "event_shape", "free_shape")},
+                "dtype": str(site.dtype).removeprefix("torch."),
+            }
+        )
+    plain = {"sites": sites, "max_plate_nesting": latents.max_plate_nesting}
+    read_latents(plain)  # so that what could not be read is not written
+    return plain
+
+
+def read_latents(plain: dict[str, Any]) -> Latents:
+    """What :func:`plain_latents` described.
+
+    Raises:
+        ValueError: for shapes that do not belong together.
+    """
+    sites, start = [], 0
+    for each in plain["sites"]:
+        batch, event, free = (Size(each[name]) for name in ("batch_shape", "event_shape", "free_shape"))
+        dtype = getattr(torch, each["dtype"])
+        site = Latent(each["name"], support_of(each["support"]), batch, event, free, dtype, start)
+        if not isinstance(site.name, str) or biject_to(site.support).forward_shape(batch + free) != site.shape:
+            raise ValueError(f"the latent {site.name!r} has other shapes than its support")
+        sites.append(site)
+        start += site.size
+    return Latents.of(sites, int(plain["max_plate_nesting"]))
+
+
+# Numbers.
+
+
+def record(cls: type[_T], plain: dict[str, Any]) -> _T:
+    """A dataclass or named tuple from its entries.
+
+    Raises:
+        ValueError: if some are missing, or are more or of other types than those of this release.
+    """
+    kinds = typing.get_type_hints(cls)
+    expected = {name: typing.get_origin(kinds[name]) or kinds[name] for name in _names(cls)}
+    if expected.keys() != plain.keys():
+        raise ValueError(f"{cls.__name__} has {sorted(plain)}, expected {sorted(expected)}")
+    for name, kind in expected.items():
+        inner = typing.get_args(kinds[name])[-1:] if kind in (list, dict) else ()
+        held = plain[name].values() if isinstance(plain[name], dict) else plain[name] if inner else ()
+        for value, wanted in ((plain[name], kind), *((each, *inner) for each in held)):
+            if not isinstance(value, (int, float) if wanted is float else wanted):
+                raise ValueError(f"{name!r} of {cls.__name__} holds a {type(value).__name__}")
+    return cls(**plain)
+
+
+def _names(cls: type) -> tuple[str, ...]:
+    return cls._fields if issubclass(cls, tuple) else tuple(each.name for each in fields(cls))
+
+
+def plain_assessment(known: Assessment) -> dict[str, Any]:
+    """Draws, weights, numbers and verdict."""
+    return {
+        **{name: getattr(known, name) for name in ("draws", "log_p", "log_q")},
+        "importance": asdict(known.importance),
+        "probe": None if known.probe is None else known.probe._asdict(),
+        "verdict": asdict(known.verdict),
+    }
+
+
+def read_assessment(plain: dict[str, Any], dim: int) -> Assessment:
+    """What :func:`plain_assessment` described, of a guide of so many dimensions."""
+    probe = None if plain["probe"] is None else record(ModeProbe, plain["probe"])
+    found = Assessment(
+        plain["draws"],
+        plain["log_p"],
+        plain["log_q"],
+        record(Importance, plain["importance"]),
+        probe,
+        record(Verdict, plain["verdict"]),
+    )
+    _check_shapes(vars(found), len(found.draws), draws=(dim,))
+    if probe is not None:
+        _check_shapes(probe._asdict(), len(probe.locations), locations=(dim,), scale=(dim, dim))
+    if found.verdict.label not in LABELS:
+        raise ValueError(f"a verdict {found.verdict.label!r}")
+    return found
+
+
+def _check_shapes(values: dict[str, Any], count: int, **events: tuple[int, ...]) -> None:
+    for name, value in values.items():
+        expected = (count, *events.get(name, ()))
+        if isinstance(value, Tensor) and value.shape != expected:
+            raise ValueError(f"{name!r} has the shape {tuple(value.shape)}, expected {expected}")
+
+
+def read_history(plain: dict[str, Any]) -> History:
+    """What each step came to."""
+    found = record(History, plain)
+    if len({len(column) for column in vars(found).values()}) > 1:
+        raise ValueError("the lists of its history have different lengths")
+    return found
+
+
+# Devices.
+
+
+def device_of(map_location: Any, saved: str) -> torch.device:
+    """Where to, by what ``torch.load`` takes as ``map_location``.
+
+    Raises:
+        ValueError: for a device that is not there.
+    """
+    place = saved
+    if isinstance(map_location, (str, torch.device, int)):
+        place = map_location
+    elif isinstance(map_location, dict):
+        place = map_location.get(saved, saved)
+    elif map_location is not None:
+        storage = map_location(torch.empty(0).untyped_storage(), saved)
+        place = saved if storage is None else storage.device
+    try:
+        return torch.empty(0, device=place).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"load_guide: the device {str(place)!r} is not there ({error}); give another one, e.g. map_location='cpu'"
+        ) from error
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """Plain data with all tensors on a device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: moved(each, device) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(moved(each, device) for each in value)
+    return value

@@ -1,0 +1,342 @@
+"""Files of plain data: written whole or not at all, summed, and read without running anything that they hold.
+
+A file is a line that names the format, a description in JSON, the bytes of the tensors, and a SHA-256 digest of all
+that comes before it.  It names no class and no module, so it outlives a change of either.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import math
+import os
+import re
+import secrets
+import stat
+import struct
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["check_path", "read_if_there", "read_state", "refuse_others", "remove_leftovers", "write_state"]
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None
+
+_MAGIC = b"pyro_flows state 1\n"
+
+
+_LENGTH = struct.Struct("<Q")  # of the description
+
+
+_DIGEST = hashlib.sha256().digest_size
+
+
+_ALIGNMENT = 64
+
+
+_UNEXPECTED = (
+    ValueError,
+    TypeError,
+    KeyError,
+    IndexError,
+    AttributeError,
+    RuntimeError,  # of torch, and of too deep a nesting
+    OverflowError,
+    struct.error,
+)
+
+
+Parts = Mapping[str, Any]
+
+
+_SCALARS = (type(None), bool, int, float, str)
+
+
+def write_state(path: str | os.PathLike[str], state: Any, *, kind: str, version: int = 1) -> None:
+    """Writes plain data to a file, which is the old one or the new one at any time, whatever happens meanwhile.
+
+    The data go to a hidden file beside it, ``.NAME.********.part``, which then takes its place.  Files of this kind
+    that killed runs left behind are removed; one that a living process is writing is locked and stays.
+
+    Args:
+        path: where to write.  A link is followed.
+        state: dictionaries (their keys are scalars), lists, tuples, strings, numbers, Booleans, ``None`` and tensors,
+            nested at will.  Subclasses of these come back as the plain kind; tensors come back on the CPU.
+        kind: what the file holds, e.g. ``"checkpoint of fit_density"``; :func:`read_state` refuses files of other
+            kinds.
+        version: of the contents; :func:`read_state` refuses other versions.
+
+    Raises:
+        ValueError: if the folder does not exist, or the path is no file.
+        TypeError: if ``state`` holds anything else; the message says where.
+        OSError: if the file cannot be written, e.g. because the disk is full; the message says that the old one is
+            unchanged.
+    """
+    path = check_path(path)
+    tensors: list[Tensor] = []
+    encoded = _encode(state, tensors, "state")
+    places, end = [], 0
+    for tensor in tensors:
+        places.append([str(tensor.dtype).removeprefix("torch."), list(tensor.shape), end])
+        end += tensor.nbytes + -tensor.nbytes % _ALIGNMENT
+    described = {"kind": kind, "version": version, "byteorder": sys.byteorder, "tensors": places, "state": encoded}
+    text = json.dumps(described, separators=(",", ":")).encode()
+    text += b" " * (-(len(_MAGIC) + _LENGTH.size + len(text)) % _ALIGNMENT)
+    remove_leftovers(path)
+    try:
+        if path.exists() and not os.access(path, os.W_OK):  # a file that can be replaced may still be protected
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        with _replacing(path) as file:
+            digest = hashlib.sha256()
+
+            def write(data: Any) -> None:
+                digest.update(data)
+                file.write(data)
+
+            write(_MAGIC + _LENGTH.pack(len(text)) + text)
+            for tensor in tensors:
+                write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+                write(bytes(-tensor.nbytes % _ALIGNMENT))
+            file.write(digest.digest())
+    except OSError as error:
+        known = "the file that was there is unchanged" if path.exists() else "no file was written"
+        raise type(error)(
+            error.errno,
+            f"the {kind} could not be written ({error.strerror or error}); {known}; make room, or give a path in a "
+            "folder that can be written to",
+            str(path),
+        ) from error
+
+
+def read_if_there(path: str | os.PathLike[str] | None, **what: Any) -> Any:
+    """:func:`read_state`, or ``None`` without a path or a file; also removes what killed runs left beside it.
+
+    Raises:
+        ValueError: if the file cannot be read, or could not be written.
+    """
+    if path is None:
+        return None
+    check_path(path)
+    remove_leftovers(path)
+    return read_state(path, **what) if os.path.exists(path) else None
+
+
+def read_state(
+    path: str | os.PathLike[str], *, kind: str, version: int = 1, remedy: str, parts: Parts | None = None
+) -> Any:
+    """Reads what :func:`write_state` wrote, tensors on the CPU.  Nothing that the file holds is run.
+
+    Args:
+        path: of the file.
+        kind: what the file should hold.
+        version: of the contents, the only one that is read.
+        remedy: what the caller of the function can do about a file that cannot be read, for the messages.
+        parts: of a dictionary: the type of each entry, or several types, or the parts of a dictionary in it.  Further
+            entries are let through.
+
+    Raises:
+        FileNotFoundError: if there is no file.
+        ValueError: if the file is damaged, is of another kind or version, or is no file of this package.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise ValueError(f"expected the path of a {kind}, got {str(path)!r}, which is no file")
+    refusal = partial(_refusal, path, kind, remedy=remedy)
+    with open(path, "rb") as file:
+        start = file.read(len(_MAGIC))
+        if start != _MAGIC:
+            why = "it is empty" if not start else "it is no such file, is damaged, or comes from another release"
+            raise refusal(why)
+        size = os.fstat(file.fileno()).st_size
+        data = bytearray(max(size, len(_MAGIC) + _DIGEST))
+        data[: len(_MAGIC)] = _MAGIC
+        filled = len(_MAGIC) + file.readinto(memoryview(data)[len(_MAGIC) :])
+    body = memoryview(data)[: filled - _DIGEST]
+    if filled != size or hashlib.sha256(body).digest() != data[filled - _DIGEST : filled]:
+        raise refusal("it is damaged or not whole (its check sum is wrong)")
+    with refuse_others(path, kind=kind, remedy=remedy):
+        (length,) = _LENGTH.unpack_from(body, len(_MAGIC))
+        begin = len(_MAGIC) + _LENGTH.size
+        described = json.loads(bytes(body[begin : begin + length]))
+        found = described["kind"], described["version"], described["byteorder"]
+        if found[0] == kind and found[1:] == (version, sys.byteorder):
+            tensors = [_tensor(place, data, begin + length, len(body)) for place in described["tensors"]]
+            state = _decode(described["state"], tensors)
+            if parts is not None:
+                _check_parts(state, parts, "it")
+            return state
+    if found[0] != kind:
+        raise refusal(f"it is a {found[0]}")
+    if found[1] != version:
+        raise refusal(f"it is of version {found[1]}, and this release reads version {version}")
+    raise refusal(f"its numbers are {found[2]}-endian, and this machine is not")
+
+
+@contextmanager
+def refuse_others(path: str | os.PathLike[str], *, kind: str, remedy: str) -> Iterator[None]:
+    """Inside, contents that cannot be used raise the ``ValueError`` of :func:`read_state`."""
+    try:
+        yield
+    except _UNEXPECTED as error:
+        raise _refusal(
+            path, kind, f"its contents are not as expected ({type(error).__name__}: {error})", remedy
+        ) from error
+
+
+def _refusal(path: str | os.PathLike[str], kind: str, why: str, remedy: str) -> ValueError:
+    return ValueError(f"the {kind} {str(path)!r} cannot be read: {why}; {remedy}")
+
+
+def _check_parts(state: Any, parts: Parts, where: str) -> None:
+    if not isinstance(state, dict):
+        raise TypeError(f"{where} is a {type(state).__name__}, expected a dict")
+    for name, kinds in parts.items():
+        if name not in state:
+            raise ValueError(f"{where} lacks {name!r}")
+        if isinstance(kinds, dict):
+            _check_parts(state[name], kinds, f"{name!r}")
+        elif not isinstance(state[name], kinds):
+            raise TypeError(f"{name!r} is a {type(state[name]).__name__}")
+
+
+def check_path(path: str | os.PathLike[str]) -> Path:
+    """Where a file can be written: its folder exists, and nothing that is no file is in its place; links are followed.
+
+    Raises:
+        ValueError: otherwise.
+    """
+    path = Path(os.path.realpath(path))
+    if not path.parent.is_dir():
+        raise ValueError(
+            f"expected the path of a file in a folder that exists, got {str(path)!r}; make the folder first"
+        )
+    if path.exists() and not path.is_file():
+        raise ValueError(f"expected the path of a file, got {str(path)!r}, which is something else; give another path")
+    return path
+
+
+# Replacing a file.
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """A new file that takes the place of the old one at the end, or vanishes after an error."""
+    name = path
+    try:
+        while True:
+            name = path.with_name(f".{_stem(path)}.{secrets.token_hex(4)}.part")
+            with open(name, "xb") as file:
+                _lock(file)
+                # Before the lock, another process may have taken this file for a leftover.
+                if not os.fstat(file.fileno()).st_nlink:
+                    continue
+                with suppress(OSError):
+                    os.chmod(name, stat.S_IMODE(path.stat().st_mode))
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+                if fcntl is not None:
+                    os.replace(name, path)  # under the lock, so that nobody removes it meanwhile
+            if fcntl is None:
+                os.replace(name, path)  # Windows moves no open file
+            break
+    except BaseException:
+        if name != path:
+            name.unlink(missing_ok=True)
+        raise
+    with suppress(OSError):  # so that the new name outlives a loss of power; not all systems can
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def remove_leftovers(path: str | os.PathLike[str]) -> None:
+    """Removes what killed processes left of their attempts to write a file; what a living one writes is locked."""
+    path = Path(os.path.realpath(path))
+    if fcntl is None:
+        return
+    pattern = re.compile(rf"\.{re.escape(_stem(path))}\.[0-9a-f]{{8}}\.part")
+    with suppress(OSError):  # a folder that cannot be listed
+        for name in os.listdir(path.parent):
+            if not pattern.fullmatch(name):
+                continue
+            # Gone, locked, or not ours.
+            with suppress(OSError), open(path.parent / name, "r+b") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.unlink(path.parent / name)
+
+
+def _lock(file: BinaryIO) -> None:
+    if fcntl is not None:
+        with suppress(OSError):  # where a file system has no locks, leftovers are never removed
+            fcntl.flock(file, fcntl.LOCK_EX)
+
+
+def _stem(path: Path) -> str:
+    """The beginning of the name, so that more can be appended to it."""
+    return path.name[:50]
+
+
+# Plain data as JSON: scalars stand for themselves, everything else is a list that begins with its kind.
+
+
+def _encode(value: Any, tensors: list[Tensor], where: str) -> Any:
+    if isinstance(value, Tensor):
+        if value.layout is not torch.strided or value.is_quantized or value.is_meta:
+            raise TypeError(f"expected dense tensors, got one of another layout at {where}")
+        tensors.append(value.detach().resolve_conj().resolve_neg().cpu().contiguous())
+        return ["tensor", len(tensors) - 1]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, _SCALARS):
+        return value
+    if isinstance(value, dict):
+        for key in value:
+            if not isinstance(key, _SCALARS):
+                raise TypeError(f"expected keys that are strings or numbers, got {type(key).__name__} at {where}")
+        return ["dict", *([key, _encode(each, tensors, f"{where}[{key!r}]")] for key, each in value.items())]
+    if isinstance(value, (list, tuple)):
+        name = "list" if isinstance(value, list) else "tuple"
+        return [name, *(_encode(each, tensors, f"{where}[{k}]") for k, each in enumerate(value))]
+    raise TypeError(
+        "expected dictionaries, lists, tuples, strings, numbers, Booleans, None and tensors, got "
+        f"{type(value).__name__} at {where}"
+    )
+
+
+def _decode(value: Any, tensors: list[Tensor]) -> Any:
+    if isinstance(value, _SCALARS):
+        return value
+    name, *rest = value
+    if name == "tensor":
+        return tensors[rest[0]]
+    if name == "dict":
+        return {key: _decode(each, tensors) for key, each in rest}
+    found = [_decode(each, tensors) for each in rest]
+    return {"list": found, "tuple": tuple(found)}[name]
+
+
+def _tensor(place: Any, data: bytearray, begin: int, end: int) -> Tensor:
+    """A tensor that the description speaks of, if it lies within the data."""
+    name, shape, offset = place
+    dtype, start, count = getattr(torch, name), begin + offset, math.prod(shape)
+    if not isinstance(dtype, torch.dtype) or min(shape, default=0) < 0 or offset < 0:
+        raise ValueError(f"a tensor of dtype {name} and shape {shape}")
+    if start + count * dtype.itemsize > end:
+        raise ValueError("a tensor goes beyond the end")
+    if not count:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(data, dtype=dtype, count=count, offset=start).clone().reshape(shape)

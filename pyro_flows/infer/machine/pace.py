@@ -1,0 +1,142 @@
+"""What a draw of a model costs in memory and in time, and how many rows of a batch go into one call."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+__all__ = ["Footprint", "Pace", "in_pieces", "pace_of", "rows_at_once"]
+
+Result = TypeVar("Result")
+
+
+BYTES = 2**28  # that the tensors of one call may take together
+
+
+FIRST = 2  # rows of the first call where time is limited
+
+
+CALL = 0.1  # seconds that one call may take where its time grows with its rows
+
+
+FLAT = 1.5  # times the shortest call: what takes no longer is not long because of its rows
+
+
+LEVEL = 1.2  # likewise, for many more rows in the next call
+
+
+class Footprint(TorchDispatchMode):
+    """Within it, the bytes of all tensors that are made are added up, in ``bytes``.
+
+    The sum is an upper bound of the peak: without gradients most tensors are freed on the way; with gradients most are
+    kept, and the backward pass makes about as many again.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., object],
+        types: Sequence[type],
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        made = func(*args, **(kwargs or {}))
+        parts = made if isinstance(made, tuple | list) else (made,)
+        for part, returned in zip(parts, func._schema.returns, strict=False):
+            # A view, or a tensor changed in place, takes no memory of its own.
+            if isinstance(part, Tensor) and returned.alias_info is None:
+                self.bytes += part.numel() * part.element_size()
+        return made
+
+
+class Pace:
+    """How many rows a density takes in one call, so that calls stay short where time is limited, and small always.
+
+    Where time is limited, calls begin with two rows.  Their number grows as long as calls take less than a tenth of a
+    second, or not much longer than those with few rows, as in a model whose time does not depend on the rows.
+
+    Attributes:
+        bytes_per_draw: of all tensors made in a run, or ``None`` while that is not known.
+        rows: how many fit into the time of one call.
+    """
+
+    def __init__(self) -> None:
+        self.bytes_per_draw: float | None = None
+        self.rows = FIRST
+        self.shortest = math.inf
+        """Seconds of the fastest call so far."""
+        self._each: float | None = None
+
+    def at_once(self, most: int, *, timed: bool) -> int:
+        """Rows of the next call, ``most`` at most.
+
+        Args:
+            most: the bound where neither memory nor time sets one.
+            timed: whether time is limited.
+        """
+        if self.bytes_per_draw:
+            most = max(1, min(most, int(BYTES // self.bytes_per_draw)))
+        return min(most, self.rows) if timed else most
+
+    @property
+    def seconds_per_draw(self) -> float:
+        """Of the fastest calls so far, each draw's part of the time; 0 before any call."""
+        return self._each or 0.0
+
+    @contextmanager
+    def call(self, rows: int) -> Iterator[None]:
+        """Takes the time of a call of so many rows that is made inside."""
+        begin = time.monotonic()
+        yield
+        seconds = time.monotonic() - begin
+        level = seconds <= LEVEL * self.shortest
+        self.shortest = min(self.shortest, seconds)
+        self._each = seconds / rows if self._each is None else min(self._each, seconds / rows)
+        longest = max(CALL, FLAT * self.shortest)
+        if seconds > longest:
+            self.rows = max(1, min(self.rows, int(rows * longest / seconds)))
+        elif rows >= self.rows:
+            self.rows = (4 if level else 2) * rows
+
+
+def pace_of(density: object) -> Pace | None:
+    """The pace of a density that has one, such as a ``JointDensity``."""
+    found = getattr(density, "pace", None)
+    return found if isinstance(found, Pace) else None
+
+
+def rows_at_once(density: object, most: int) -> int:
+    """How many draws to give a model in one run so that its tensors stay within 256 MiB, at least 1.
+
+    Args:
+        density: a ``JointDensity``; of other densities nothing is known, and memory sets no bound.
+        most: the bound where memory sets none.
+    """
+    pace = pace_of(density)
+    return most if pace is None else pace.at_once(most, timed=False)
+
+
+def in_pieces(pace: Pace, z: Tensor, run: Callable[[Tensor], Result], most: int) -> list[Result]:
+    """Runs a model for ``most`` draws at a time, or for as many as stay within 256 MiB.
+
+    Args:
+        pace: of the model; where it does not know the memory of a draw, the first two draws show it.
+        z: draws, shape ``(n, dim)``.
+        run: of the model at some of them.
+        most: draws in a run.
+    """
+    found = []
+    if pace.bytes_per_draw is None and min(most, len(z)) > FIRST:
+        with Footprint() as footprint:
+            found.append(run(z[:FIRST]))
+        pace.bytes_per_draw, z = footprint.bytes / FIRST, z[FIRST:]
+    return found + [run(part) for part in z.split(pace.at_once(most, timed=False))]

@@ -1,0 +1,419 @@
+"""Maximising a log-density from many points at once: one vectorised call serves the line searches of all of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_flows.infer.machine.pace import pace_of
+
+__all__ = ["LogDensity", "Paths", "SafeDensity", "bfgs", "climb", "curved", "diagonal_bfgs", "identity"]
+
+LogDensity = Callable[[Tensor], Tensor]
+
+
+"""Maps points ``(S, D)`` to log-densities ``(S,)`` in nats, differentiable, not normalised."""
+
+_REFUSALS = (ValueError, RuntimeError, ArithmeticError)
+
+
+_SUFFICIENT, _CURVATURE = 1e-4, 0.9
+
+
+_TRIALS, _MANY, _TROUBLES = 20, 8, 3
+
+
+class SafeDensity:
+    """A log-density that never raises and counts what it is asked: points that it refuses are ``-inf``.
+
+    Points come and answers go in float64 on the CPU, where the bookkeeping is done; the density sees the dtype and the
+    device of ``like``.  A call that raises is split in halves until the guilty points stand alone.  A density with a
+    :class:`~pyro_flows.infer.machine.pace.Pace` gets as many points in one call as that says.
+
+    Args:
+        density: maps ``(S, D)`` to ``(S,)``.
+        like: a tensor with the dtype and the device that the density takes.
+        max_seconds: wall-clock time after which :attr:`expired` is true, and points that wait for their turn are
+            ``-inf``; ``None`` is no limit.
+        rows: most points in one call with gradients; four times as many without.
+    """
+
+    def __init__(self, density: LogDensity, like: Tensor, *, max_seconds: float | None = None, rows: int = 256) -> None:
+        self.density, self.dtype, self.device, self.rows = density, like.dtype, like.device, rows
+        self.deadline = None if max_seconds is None else time.monotonic() + max_seconds
+        self.eps = torch.finfo(like.dtype).eps
+        self.pace = pace_of(density)
+        self.evaluations = 0
+        self.found = 0
+        """Points where the log-density was finite."""
+        self.error: Exception | None = None
+
+    @property
+    def expired(self) -> bool:
+        """Whether the time is up."""
+        return self.deadline is not None and time.monotonic() > self.deadline
+
+    def round(self, z: Tensor) -> Tensor:
+        """Points as the density sees them, so that differences of gradients belong to differences of points."""
+        return z.to(self.dtype).double()
+
+    def values(self, z: Tensor) -> Tensor:
+        """Log-densities, ``(S,)``; not finite is ``-inf``."""
+        return self._all(z, False, 4 * self.rows)[0]
+
+    def gradients(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-densities ``(S,)`` and gradients ``(S, D)``; where either is not finite they are ``-inf`` and 0."""
+        return self._all(z, True, self.rows)
+
+    def _all(self, z: Tensor, gradient: bool, rows: int) -> tuple[Tensor, Tensor]:
+        # No rows, no call: a density need not know what to do with none.
+        parts = [(z.new_zeros(0), z[:0])]
+        first = 0
+        while first < len(z):
+            timed = self.deadline is not None
+            part = z[first : first + (rows if self.pace is None else self.pace.at_once(rows, timed=timed))]
+            parts.append(self._late(z[first:]) if self._is_late(first) else self._call(part, gradient))
+            first += len(parts[-1][0])
+        value, slope = (torch.cat(kind) for kind in zip(*parts, strict=True))
+        fine = value.isfinite() & slope.isfinite().all(-1)
+        self.found += int(fine.sum())
+        return value.masked_fill(~fine, -torch.inf), slope.masked_fill(~fine[:, None], 0.0)
+
+    def _is_late(self, first: int) -> bool:
+        """Whether the time is up for a call: the very first is made in any case, so that something is known."""
+        return self.expired and (first > 0 if self.pace is None else self.evaluations > 0)
+
+    @staticmethod
+    def _late(z: Tensor) -> tuple[Tensor, Tensor]:
+        return z.new_full(z.shape[:1], -torch.inf), torch.zeros_like(z)
+
+    def _call(self, z: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
+        self.evaluations += len(z)
+        try:
+            with torch.set_grad_enabled(gradient), nullcontext() if self.pace is None else self.pace.call(len(z)):
+                point = z.detach().to(self.device, self.dtype).requires_grad_(gradient)
+                value = self.density(point)
+                if value.shape != z.shape[:1]:
+                    raise TypeError(
+                        f"log-density: expected shape {tuple(z.shape[:1])} for points of shape {tuple(z.shape)}, got "
+                        f"{tuple(value.shape)}; return one number for each row"
+                    )
+                slope = torch.autograd.grad(value.sum(), point)[0] if gradient else torch.zeros_like(point)
+            return value.detach().double().cpu(), slope.double().cpu()
+        except _REFUSALS as error:
+            self.error = error
+        if len(z) == 1:
+            return self._late(z)
+        halves = [
+            self._late(part) if self.pace is not None and self.expired else self._call(part, gradient)
+            for part in z.split((len(z) + 1) // 2)
+        ]
+        return torch.cat([half[0] for half in halves]), torch.cat([half[1] for half in halves])
+
+
+class Paths(NamedTuple):
+    """What :func:`climb` found, in float64 on the CPU; row ``i`` of the starts took ``len(positions[i]) - 1`` steps."""
+
+    positions: list[Tensor]
+    """For each start the accepted points, ``(n_i, D)``, the start among them."""
+    gradients: list[Tensor]
+    """Gradients at these points, ``(n_i, D)``."""
+    values: list[Tensor]
+    """Log-densities there in nats, ``(n_i,)``; ``-inf`` alone if the start was refused."""
+    converged: Tensor
+    """Whether the path ended where the next step promises less than the tolerance, ``(S,)``."""
+    evaluations: int
+    """Points at which the density was evaluated."""
+
+    def ends(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Last points ``(S, D)``, their log-densities ``(S,)`` and gradients ``(S, D)``."""
+        return tuple(torch.stack([row[-1] for row in kind]) for kind in (self.positions, self.values, self.gradients))
+
+
+def climb(
+    density: LogDensity | SafeDensity,
+    starts: Tensor,
+    *,
+    max_steps: int = 200,
+    memory: int | None = 10,
+    tolerance: float = 1e-7,
+    metric: Tensor | None = None,
+    max_seconds: float | None = None,
+) -> Paths:
+    r"""Quasi-Newton ascent from all starts at once, :math:`z \leftarrow z + t H \nabla\log p(z)`.
+
+    Each start has its own line search, which asks for a sufficient gain and a smaller slope; every density call carries
+    the next trial of each start that still moves.  One that has converged, or cannot go on, is no longer evaluated.  A
+    start has converged when both its last gain and the gain that the quadratic model promises,
+    :math:`g^\top H g / 2`, are below the tolerance, which depends on no coordinate's unit.
+
+    Args:
+        density: log-density of rows, ``(S, D)`` to ``(S,)``; it may refuse points, see :class:`SafeDensity`.
+        starts: points ``(S, D)``.
+        max_steps: most steps of one start.
+        memory: pairs of steps and gradient differences kept (L-BFGS, with the diagonal update of Gilbert and
+            Lemaréchal); ``None`` keeps :math:`H` as a matrix (BFGS), :math:`O(D^2)` a step, which takes fewer steps.
+        tolerance: in nats, beside the rounding of the log-density.
+        metric: first :math:`H` of each start, ``(S, D, D)``, of which only the diagonal counts unless ``memory`` is
+            ``None``; without one the first step has length 1 at most.
+        max_seconds: wall-clock limit, looked at between calls.
+
+    Raises:
+        ValueError: for starts of another shape.
+
+    References:
+        Nocedal, Wright: Numerical Optimization, 2006, chapters 3, 6 and 7.
+        Zhang, Carpenter, Gelman, Vehtari: Pathfinder: Parallel quasi-Newton variational inference, arXiv:2108.03782.
+    """
+    if starts.dim() != 2 or not len(starts):
+        raise ValueError(f"climb: expected starts of shape (S, D) with S >= 1, got {tuple(starts.shape)}")
+    safe = density if isinstance(density, SafeDensity) else SafeDensity(density, starts, max_seconds=max_seconds)
+    before = safe.evaluations
+    point = starts.detach().double().cpu()
+    value, slope = safe.gradients(point)
+    if memory is None:
+        curvature = _Dense(point, slope, metric)
+    else:
+        curvature = _Limited(point, slope, metric, memory)
+    search = _Search(safe, point, value, slope, curvature, tolerance)
+    path = [[(point[i], value[i], slope[i])] for i in range(len(point))]
+    while search.active.any() and not safe.expired:
+        for i in search.advance():
+            path[i].append((search.point[i].clone(), search.value[i].clone(), search.slope[i].clone()))
+            if len(path[i]) > max_steps:
+                search.active[i] = False
+    columns = [[torch.stack(kind) for kind in zip(*row, strict=True)] for row in path]
+    positions, values, gradients = ([row[k] for row in columns] for k in range(3))
+    return Paths(positions, gradients, values, search.converged, safe.evaluations - before)
+
+
+class _Dense:
+    """Inverse Hessians of the negative log-density as matrices, ``(S, D, D)``, by BFGS."""
+
+    def __init__(self, point: Tensor, slope: Tensor, metric: Tensor | None) -> None:
+        self.scaled = metric is not None
+        if metric is None:
+            metric = identity(point) / slope.norm(dim=-1).clamp(min=1.0)[:, None, None]
+        self.first = metric
+        self.inverse = metric.clone()
+        self.fresh = torch.ones_like(point[:, 0], dtype=torch.bool)
+
+    def directions(self, rows: Tensor, slope: Tensor) -> Tensor:
+        return (self.inverse[rows] @ slope[..., None])[..., 0]
+
+    def update(self, rows: Tensor, step: Tensor, change: Tensor) -> None:
+        keep = curved(step, change)
+        rows, step, change = rows[keep], step[keep], change[keep]
+        inner = (step * change).sum(-1)
+        inverse = self.inverse[rows]
+        if not self.scaled:
+            ratio = (inner / (change * change).sum(-1))[:, None, None]
+            inverse = torch.where(self.fresh[rows, None, None], ratio * identity(step), inverse)
+        self.inverse[rows] = bfgs(inverse, step, change)
+        self.fresh[rows] = False
+
+    def reset(self, rows: Tensor, slope: Tensor) -> None:
+        """Forgets what was learnt; steepest ascent with steps of length 1 where there was nothing to forget."""
+        again = self.fresh[rows]
+        length = slope.norm(dim=-1).clamp(min=1e-300)[:, None, None]
+        plain = identity(slope) / length
+        self.inverse[rows] = torch.where(again[:, None, None], plain, self.first[rows])
+        self.fresh[rows] = True
+
+
+class _Limited:
+    """Inverse Hessians by the last pairs of each start, around a diagonal, ``O(S D memory)`` a step."""
+
+    def __init__(self, point: Tensor, slope: Tensor, metric: Tensor | None, memory: int) -> None:
+        self.scaled = metric is not None
+        if metric is None:
+            metric = (1 / slope.norm(dim=-1, keepdim=True).clamp(min=1.0)).expand_as(point)
+        else:
+            metric = metric.diagonal(dim1=-2, dim2=-1)
+        self.first = metric
+        self.diagonal = metric.clone()
+        self.steps = point.new_zeros(memory, *point.shape)
+        self.changes = torch.zeros_like(self.steps)
+        self.fresh = torch.ones_like(point[:, 0], dtype=torch.bool)
+
+    def directions(self, rows: Tensor, slope: Tensor) -> Tensor:
+        steps, changes = self.steps[:, rows], self.changes[:, rows]
+        # A slot that is empty has zeros, and so no part in either loop.
+        inner = (steps * changes).sum(-1, keepdim=True)
+        weight = torch.where(inner > 0, 1 / inner, torch.zeros_like(inner))
+        taken = []
+        for k in range(len(steps) - 1, -1, -1):
+            part = weight[k] * (steps[k] * slope).sum(-1, keepdim=True)
+            slope = slope - part * changes[k]
+            taken.append(part)
+        slope = self.diagonal[rows] * slope
+        for k in range(len(steps)):
+            slope = slope + (taken[-1 - k] - weight[k] * (changes[k] * slope).sum(-1, keepdim=True)) * steps[k]
+        return slope
+
+    def update(self, rows: Tensor, step: Tensor, change: Tensor) -> None:
+        keep = curved(step, change)
+        rows, step, change = rows[keep], step[keep], change[keep]
+        self.steps[:, rows] = torch.cat([self.steps[1:, rows], step[None]])
+        self.changes[:, rows] = torch.cat([self.changes[1:, rows], change[None]])
+        diagonal = self.diagonal[rows]
+        if not self.scaled:
+            ratio = ((step * change).sum(-1) / (change * change).sum(-1))[:, None]
+            diagonal = torch.where(self.fresh[rows, None], ratio.expand_as(diagonal), diagonal)
+        self.diagonal[rows] = diagonal_bfgs(diagonal, step, change)
+        self.fresh[rows] = False
+
+    def reset(self, rows: Tensor, slope: Tensor) -> None:
+        again = self.fresh[rows]
+        plain = (1 / slope.norm(dim=-1, keepdim=True).clamp(min=1e-300)).expand_as(slope)
+        self.diagonal[rows] = torch.where(again[:, None], plain, self.first[rows])
+        self.steps[:, rows] = 0.0
+        self.changes[:, rows] = 0.0
+        self.fresh[rows] = True
+
+
+def identity(like: Tensor) -> Tensor:
+    """The identity matrix of rows, with the dtype and the device of ``like``."""
+    return torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)
+
+
+def curved(step: Tensor, change: Tensor) -> Tensor:
+    """Pairs with curvature enough for an update that stays positive definite."""
+    return (step * change).sum(-1) > 1e-12 * step.norm(dim=-1) * change.norm(dim=-1)
+
+
+def bfgs(inverse: Tensor, step: Tensor, change: Tensor) -> Tensor:
+    r""":math:`(I - s y^\top / s^\top y)\, H\, (I - y s^\top / s^\top y) + s s^\top / s^\top y` for rows of pairs."""
+    inner = (step * change).sum(-1)[:, None, None]
+    moved = inverse @ change[..., None]
+    cross = moved @ step[:, None, :]
+    spread = 1 + change[:, None, :] @ moved / inner
+    return inverse - (cross + cross.mT) / inner + spread * step[..., None] * step[:, None, :] / inner
+
+
+def diagonal_bfgs(diagonal: Tensor, step: Tensor, change: Tensor) -> Tensor:
+    r"""The diagonal :math:`\alpha` that follows the curvature of rows of pairs, Gilbert and Lemaréchal's update."""
+    inner = (step * change).sum(-1, keepdim=True)
+    outer = (change * change * diagonal).sum(-1, keepdim=True)
+    length = (step * step / diagonal).sum(-1, keepdim=True)
+    new = outer / (inner * diagonal) + change * change / inner - outer * (step / diagonal) ** 2 / (inner * length)
+    return torch.where(new > 0, 1 / new.clamp(min=1e-300), diagonal)
+
+
+class _Search:
+    """The line searches of all starts; each is between a step known to be too short and one known to be too long."""
+
+    def __init__(
+        self, safe: SafeDensity, point: Tensor, value: Tensor, slope: Tensor, curvature: _Dense | _Limited, tol: float
+    ) -> None:
+        self.safe, self.curvature, self.tolerance = safe, curvature, tol
+        self.point, self.value, self.slope = point.clone(), value.clone(), slope.clone()
+        self.active = value > -torch.inf
+        self.converged = torch.zeros_like(self.active)
+        self.calm = torch.zeros_like(value, dtype=torch.long)
+        self.trouble = torch.zeros_like(value, dtype=torch.long)
+        self.way = torch.zeros_like(point)
+        zero = torch.zeros_like(value)
+        self.gain = torch.full_like(value, torch.inf)
+        self.rise, self.size, self.low, self.high, self.trials = (zero.clone() for _ in range(5))
+        self.low_value, self.low_rise = zero.clone(), zero.clone()
+        self.low_point, self.low_slope = point.clone(), slope.clone()
+        self._aim(self.active.nonzero()[:, 0])
+
+    def _noise(self, rows: Tensor) -> Tensor:
+        return 4 * self.safe.eps * self.value[rows].abs()
+
+    def _aim(self, rows: Tensor) -> None:
+        """New directions, from where the rows stand."""
+        way = self.curvature.directions(rows, self.slope[rows])
+        rise = (way * self.slope[rows]).sum(-1)
+        flat = (self.slope[rows] == 0).all(-1)
+        small = self.tolerance + self._noise(rows)
+        calm = (0.5 * rise.abs() < small) & (self.gain[rows].abs() < small)
+        self.calm[rows] = torch.where(calm, self.calm[rows] + 1, torch.zeros_like(self.calm[rows]))
+        done = flat | (self.calm[rows] >= 2)
+        self.converged[rows] |= done
+        self.active[rows[done]] = False
+        for _ in range(2):
+            wrong = ~done & ~((rise > 0) & way.isfinite().all(-1) & rise.isfinite())
+            if wrong.any():
+                self.curvature.reset(rows[wrong], self.slope[rows[wrong]])
+                way[wrong] = self.curvature.directions(rows[wrong], self.slope[rows[wrong]])
+                rise = (way * self.slope[rows]).sum(-1)
+        self.way[rows], self.rise[rows], self.size[rows] = way, rise, 1.0
+        self.low[rows], self.high[rows], self.trials[rows] = 0.0, torch.inf, 0.0
+        self.low_value[rows], self.low_rise[rows] = self.value[rows], rise
+        self.low_point[rows], self.low_slope[rows] = self.point[rows], self.slope[rows]
+
+    def advance(self) -> list[int]:
+        """One density call; gives the rows that took a step."""
+        rows = self.active.nonzero()[:, 0]
+        size, way, start, rise = self.size[rows], self.way[rows], self.value[rows], self.rise[rows]
+        trial = self.safe.round(self.point[rows] + size[:, None] * way)
+        value, slope = self.safe.gradients(trial)
+        along = (slope * way).sum(-1)
+        gained = value >= start + _SUFFICIENT * size * rise
+        # Where the gain drowns in rounding, the slope alone can tell.
+        gained |= (value >= start - self._noise(rows)) & (along >= -0.8 * rise)
+        steady = along <= _CURVATURE * rise
+        self.trials[rows] += 1
+        last = self.trials[rows] >= _TRIALS
+        accept = gained & (steady | last)
+        far, near = ~gained, gained & ~accept
+        # A line search that is out of trials keeps the best it has.
+        rescue = last & far & (self.low[rows] > 0)
+        stuck = last & far & ~rescue
+        ended = accept | last
+        # Searches that are long time after time are lost in rounding, or in a density that is not smooth.
+        hard = (self.trials[rows] > _MANY) & self.high[rows].isfinite()
+        self.trouble[rows] = torch.where(ended, (self.trouble[rows] + 1) * hard, self.trouble[rows])
+        self._bracket(rows, value, along, far, near)
+        self.low_point[rows[near]], self.low_slope[rows[near]] = trial[near], slope[near]
+        trial = torch.where(rescue[:, None], self.low_point[rows], trial)
+        slope = torch.where(rescue[:, None], self.low_slope[rows], slope)
+        value = torch.where(rescue, self.low_value[rows], value)
+        self._move(rows[accept | rescue], *(part[accept | rescue] for part in (trial, value, slope)))
+        self._unstick(rows[stuck])
+        self.active &= self.trouble < _TROUBLES
+        return rows[accept | rescue].tolist()
+
+    def _bracket(self, rows: Tensor, value: Tensor, along: Tensor, far: Tensor, near: Tensor) -> None:
+        """Narrows each bracket and picks the next trial by the quadratic through what is known."""
+        size, low, base, rise = self.size[rows], self.low[rows], self.low_value[rows], self.low_rise[rows]
+        gap = size - low
+        bend = base + rise * gap - value
+        back = (0.5 * rise * gap / bend).nan_to_num(nan=0.5, posinf=0.5, neginf=0.5).clamp(0.02, 0.6)
+        back = torch.where(value.isfinite(), back, torch.full_like(back, 0.1))
+        shorter = low + back * gap
+        fall = rise - along
+        on = torch.where(fall > 0, along / fall, torch.full_like(fall, torch.inf)).clamp(1.0, 9.0)
+        longer = torch.where(self.high[rows].isfinite(), 0.5 * (size + self.high[rows]), size + on * gap)
+        self.high[rows] = torch.where(far, size, self.high[rows])
+        self.low[rows] = torch.where(near, size, low)
+        self.low_value[rows] = torch.where(near, value, base)
+        self.low_rise[rows] = torch.where(near, along, rise)
+        self.size[rows] = torch.where(far, shorter, torch.where(near, longer, size))
+
+    def _move(self, rows: Tensor, point: Tensor, value: Tensor, slope: Tensor) -> None:
+        if len(rows):
+            self.curvature.update(rows, point - self.point[rows], self.slope[rows] - slope)
+            self.gain[rows] = value - self.value[rows]
+            self.point[rows], self.value[rows], self.slope[rows] = point, value, slope
+            self._aim(rows)
+
+    def _unstick(self, rows: Tensor) -> None:
+        """No step along the direction gains: if the model promised next to nothing it is the top, else start anew."""
+        if len(rows):
+            tiny = 0.5 * self.rise[rows] < self.tolerance + 16 * self._noise(rows)
+            hopeless = ~tiny & self.curvature.fresh[rows] & (self.gain[rows] == 0)
+            self.converged[rows[tiny]] = True
+            self.active[rows[tiny | hopeless]] = False
+            again = rows[~tiny & ~hopeless]
+            self.curvature.reset(again, self.slope[again])
+            self.gain[again] = 0.0
+            self._aim(again)

@@ -1,0 +1,156 @@
+"""Hessians of many points at once by differences of gradients, and the Gaussians of Laplace that they make."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_flows.infer.search.climb import SafeDensity, identity
+
+__all__ = ["Peaks", "bend", "difference", "first_metric", "laplace", "symmetric_eigen", "triangular"]
+
+_REACH = 10.0
+
+
+class Peaks(NamedTuple):
+    """Gaussians of Laplace, in float64 on the CPU."""
+
+    points: Tensor
+    """Where, ``(S, D)``."""
+    values: Tensor
+    """Log-density there in nats, ``(S,)``."""
+    scale: Tensor
+    """Lower triangular with positive diagonal, ``(S, D, D)``: the Cholesky factor of the covariance."""
+    spectrum: Tensor
+    """Eigenvalues of the negative Hessian in the units of the last scale but one, ``(S, D)``; near 1 when settled."""
+    proper: Tensor
+    """Whether the point is a maximum with curvature in all directions, ``(S,)``."""
+
+    def log_mass(self) -> Tensor:
+        """Log of the integral of the Gaussian bump, in nats, ``(S,)``."""
+        size = self.scale.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        return self.values + size + 0.5 * self.points.shape[-1] * math.log(2 * math.pi)
+
+
+def bend(safe: SafeDensity, points: Tensor, slope: Tensor, frame: Tensor) -> Tensor:
+    r""":math:`F^\top (-\nabla^2 \log p) F` at each point, by central differences along the columns of :math:`F`.
+
+    One density call of ``2 S D`` rows with gradients (in parts, if these are many).  Where the density refuses a point
+    the difference is one-sided; where it refuses both, the curvature counts as 0.
+
+    Args:
+        safe: the log-density.
+        points: shape ``(S, D)``.
+        slope: gradients there, ``(S, D)``.
+        frame: ``(S, D, K)``, with columns as long as the differences are to be.
+
+    Returns:
+        Symmetric, ``(S, K, K)``.
+    """
+    steps = frame.mT
+    ahead, behind = (safe.round(points[:, None] + sign * steps) for sign in (1, -1))
+    value, gradient = safe.gradients(torch.cat([ahead, behind]).flatten(0, 1))
+    shape = (2, *steps.shape)
+    known = (value > -torch.inf).reshape(shape[:-1])[..., None]
+    gradient = torch.where(known, gradient.reshape(shape), slope[:, None])
+    # What the density saw differs from what was asked for in the last digits, which matters in float32.
+    sides = torch.where(known, torch.stack([ahead, behind]), points[:, None])
+    asked = (steps * steps).sum(-1)
+    got = ((sides[0] - sides[1]) * steps).sum(-1) / asked.clamp(min=1e-300)
+    change = (gradient[1] - gradient[0]) / got.clamp(min=1e-3)[..., None]
+    curvature = change @ frame
+    return 0.5 * (curvature + curvature.mT)
+
+
+def first_metric(safe: SafeDensity, points: Tensor, slope: Tensor) -> Tensor:
+    """Inverse Hessians to begin a climb with, ``(S, D, D)``: positive definite, and no step goes very far.
+
+    Curvature upwards counts as downwards, and what is next to none as much as keeps a step within ``10 max(1, |z|)``.
+    """
+    size = points.abs().clamp(min=1.0)
+    short = size * safe.eps ** (1 / 3)
+    hessian = bend(safe, points, slope, torch.diag_embed(short)) / short[:, None, :] / short[:, :, None]
+    least = slope.abs() / (_REACH * size)
+    unit = hessian.diagonal(dim1=-2, dim2=-1).abs().maximum(least).clamp(min=1e-12).rsqrt()
+    strength, axes = symmetric_eigen(hessian * unit[:, :, None] * unit[:, None, :])
+    strength = strength.abs()
+    strength = strength.maximum(strength.amax(-1, keepdim=True) * safe.eps**0.375)
+    axes = axes * unit[..., None]
+    # Along an axis of length l the step is l (l . g) / strength.
+    length = (axes / size[..., None]).norm(dim=-2)
+    push = (axes * slope[..., None]).sum(-2).abs()
+    strength = strength.maximum(push * length / _REACH)
+    return (axes / strength[:, None, :]) @ axes.mT
+
+
+def difference(safe: SafeDensity) -> float:
+    """Length of a difference in standard deviations: 0.001 in float64, 0.15 in float32, where gradients are noisy."""
+    return 8.2 * safe.eps**0.25
+
+
+def laplace(safe: SafeDensity, points: Tensor, frame: Tensor, *, rounds: int = 6) -> Peaks:
+    r"""Newton's method to the tops, and the Gaussians there, with precision :math:`|{-\nabla^2 \log p}|`.
+
+    Differences are taken along the columns of the last scale, a small part of it long, so that the units of the
+    coordinates do not matter; each round costs ``2 D`` rows with gradients and a few without for each point.
+
+    Args:
+        safe: the log-density.
+        points: where to begin, near maxima, ``(S, D)``.
+        frame: scales ``(S, D, D)`` that are about right, by the order of magnitude.
+        rounds: most rounds; fewer where all points have settled.
+    """
+    points, frame = points.clone(), frame.clone()
+    value, slope = safe.gradients(points)
+    spectrum = torch.zeros_like(points)
+    short = difference(safe)
+    open_ = torch.ones_like(value, dtype=torch.bool)
+    for turn in range(rounds):
+        rows = open_.nonzero()[:, 0]
+        if not len(rows) or (turn and safe.expired):
+            break
+        turned = bend(safe, points[rows], slope[rows], short * frame[rows]) / short**2
+        strength, axes = symmetric_eigen(turned)
+        spectrum[rows] = strength
+        # A direction without curvature may grow fast once, and then only slowly.
+        floor = strength.abs().amax(-1, keepdim=True).clamp(max=1.0) * (1e-8 if turn == 0 else 0.05)
+        size = strength.abs().maximum(floor)
+        frame[rows] = (frame[rows] @ axes) / size.sqrt()[:, None, :]
+        push = (slope[rows, None] @ frame[rows])[:, 0]
+        promise = 0.5 * (push * push).sum(-1)
+        noise = 1e-9 + 4 * safe.eps * value[rows].abs()
+        step = (frame[rows] @ push[..., None])[..., 0]
+        parts = step.new_tensor([1.0, 0.3, 0.03])
+        trial = safe.round(points[rows] + parts[:, None, None] * step)
+        reached = safe.values(trial.flatten(0, 1)).reshape(3, len(rows))
+        pick = (reached >= value[rows] - noise).float().argmax(0)
+        each = torch.arange(len(rows), device=rows.device)
+        better = reached[pick, each] >= value[rows] - noise
+        moved = torch.where(better[:, None], trial[pick, each], points[rows])
+        fresh, incline = safe.gradients(moved)
+        points[rows], value[rows], slope[rows] = moved, fresh, incline
+        settled = ((strength > 0.5) & (strength < 2.0)).all(-1) & (promise < 1e-6 + noise)
+        open_[rows[settled]] = False
+    push = (slope[:, None] @ frame)[:, 0]
+    flat = 0.5 * (push * push).sum(-1) < 1e-3 + 64 * safe.eps * value.abs()
+    proper = flat & (spectrum > 0.05).all(-1) & value.isfinite() & frame.isfinite().all(-1).all(-1)
+    frame = torch.where(proper[:, None, None], frame, frame.nan_to_num(nan=0.0, posinf=1e150, neginf=-1e150))
+    return Peaks(points, value, triangular(frame), spectrum, proper)
+
+
+def symmetric_eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues ``(..., D)`` and eigenvectors ``(..., D, D)``; the diagonal, where the algorithm gives up."""
+    matrix = matrix.nan_to_num(nan=0.0, posinf=1e150, neginf=-1e150).clamp(-1e150, 1e150)
+    try:
+        return torch.linalg.eigh(matrix)
+    except torch.linalg.LinAlgError:
+        return matrix.diagonal(dim1=-2, dim2=-1), identity(matrix).expand_as(matrix)
+
+
+def triangular(frame: Tensor) -> Tensor:
+    """The lower triangular factor of ``frame @ frame.mT`` without forming it, positive on the diagonal."""
+    upper = torch.linalg.qr(frame.mT, mode="r")[1]
+    return upper.mT * upper.diagonal(dim1=-2, dim2=-1).sign()[:, None, :]

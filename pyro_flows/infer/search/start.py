@@ -1,0 +1,392 @@
+"""Where a guide begins: the Gaussian with the best ELBO among those that a few climbs of the posterior suggest."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Generator, Tensor
+
+from pyro_flows.infer.search.climb import LogDensity, Paths, SafeDensity, bfgs, climb, curved, diagonal_bfgs, identity
+from pyro_flows.infer.search.curvature import bend, difference, first_metric, laplace, symmetric_eigen, triangular
+
+__all__ = ["Start", "find_start"]
+
+_PLAIN = (0.03, 0.1, 0.3, 1.0)
+
+
+_BLIND = 0.1
+
+
+_PER_PATH = 30
+
+
+_FINALISTS = 8
+
+
+_SCREEN, _ERRORS, _SURE = 16, 3.0, 0.1
+
+
+_TASTE, _REFINEMENTS, _POOR = 3, 30, 3
+
+
+_FINER = 4
+
+
+_STEPS = 100
+
+
+class Start(NamedTuple):
+    """A Gaussian to begin with; tensors have the dtype and the device of the initial point."""
+
+    loc: Tensor
+    """Mean, shape ``(D,)``."""
+    scale: Tensor
+    """Lower triangular factor of the covariance ``(D, D)``, or standard deviations ``(D,)`` if dimensions are many."""
+    elbo: float
+    """Its ELBO in nats, from four times ``draws`` draws, unless time was up before."""
+    evaluations: int
+    """Points at which the density was evaluated."""
+    kind: str
+    """What made it: ``"initial"``, ``"path"`` or ``"laplace"``, with ``"+refined"`` if it was improved afterwards."""
+
+
+class _Gaussian(NamedTuple):
+    loc: Tensor
+    scale: Tensor
+    kind: str
+
+    def at(self, noise: Tensor) -> Tensor:
+        """Standard normal draws ``(n, D)`` made draws of it."""
+        return self.loc + (noise @ self.scale.mT if self.scale.dim() == 2 else noise * self.scale)
+
+    def log_size(self) -> Tensor:
+        return (self.scale.diagonal() if self.scale.dim() == 2 else self.scale).log().sum()
+
+    def usable(self, eps: float) -> bool:
+        """Whether it is finite, and wide enough for its draws to differ when they are rounded."""
+        sds = self.scale.diagonal() if self.scale.dim() == 2 else self.scale
+        finite = self.loc.isfinite().all() and self.scale.isfinite().all() and self.log_size().isfinite()
+        # A density that has no bound seems to gain for ever from draws that rounding makes the same.
+        return bool(finite and (sds > 8 * eps * self.loc.abs()).all())
+
+
+def find_start(
+    density: LogDensity,
+    initial: Tensor,
+    *,
+    starts: int = 4,
+    draws: int = 64,
+    generator: Generator | None = None,
+    max_seconds: float | None = None,
+    full_rank_up_to: int = 300,
+) -> Start:
+    r"""The Gaussian with the best ELBO among many, for a guide to begin with.
+
+    Candidates: narrow Gaussians around ``initial``; those of Pathfinder, :math:`N(z + H g, H)` along quasi-Newton paths
+    from ``initial`` and from points around it; those of Laplace at the paths' ends.  They are ranked by their ELBOs on
+    the same standard normal draws, less three standard errors.  The best are refined by natural gradient ascent,
+    :math:`\Sigma^{-1} \leftarrow -\mathrm{E}_q \nabla^2 \log p`,
+    :math:`\mu \leftarrow \mu + \Sigma\, \mathrm{E}_q \nabla\log p`, whose expectations are taken at pairs of points in
+    orthogonal directions, exact where the density is Gaussian.
+
+    Everything is batched: some tens of density calls of up to 256 points with gradients (1024 without).
+
+    Args:
+        density: log-density of rows, ``(S, D)`` to ``(S,)``, differentiable, not normalised; it may return NaN, and
+            refuse points by an error, which then count as ``-inf``.
+        initial: a point where the density is finite, shape ``(D,)``; its dtype and device are those of all calls.
+        starts: climbs, the first of them from ``initial``.
+        draws: draws for an ELBO, in pairs of opposite sign; four times as many in refinements.
+        generator: source of randomness, on the CPU; ``None`` is torch's own.
+        max_seconds: wall-clock limit, looked at between calls; what is best by then is returned.  If no candidate could
+            be ranked, that is a narrow Gaussian around ``initial``, with minus infinity as its ELBO.
+        full_rank_up_to: with more dimensions the scale is diagonal.
+
+    Raises:
+        ValueError: if ``initial`` is no finite vector, or no candidate has a finite ELBO.
+
+    References:
+        Zhang, Carpenter, Gelman, Vehtari: Pathfinder: Parallel quasi-Newton variational inference, arXiv:2108.03782.
+        Khan, Lin: Conjugate-computation variational inference, arXiv:1703.04265.
+    """
+    if initial.dim() != 1 or not len(initial) or not initial.is_floating_point() or not initial.isfinite().all():
+        raise ValueError(
+            f"find_start: expected initial as a finite vector of shape (D,), got {initial.dtype} of shape "
+            f"{tuple(initial.shape)}; give one point in unconstrained space"
+        )
+    if starts < 1 or draws < 4:
+        raise ValueError(f"find_start: expected starts >= 1 and draws >= 4, got {starts} and {draws}")
+    safe = SafeDensity(density, initial, max_seconds=max_seconds)
+    centre = initial.detach().double().cpu()
+    full = len(centre) <= full_rank_up_to
+    unit = identity(centre) if full else torch.ones_like(centre)
+    best = _Ranking(safe, _pairs(draws, centre, generator))
+    best.add([_Gaussian(centre, size * unit, "initial") for size in _PLAIN])
+    if not safe.expired:
+        points = _dispersed(safe, centre, starts, generator)
+        best.add_all(_candidates(safe, points, full))
+    if best.winner is None and safe.found and safe.expired:
+        # No candidate had all of its draws in time.
+        best.winner = _Gaussian(centre, _BLIND * unit, "initial")
+    if best.winner is None:
+        cause = safe.error
+        raise ValueError(
+            f"find_start: the log-density is not finite on draws of any candidate, not even close to the initial point"
+            f"{'' if cause is None else f' (the density raised {type(cause).__name__}: {cause})'}; give an initial "
+            f"point inside the support with finite log-density, and look for log(0) and overflow in the model"
+        ) from cause
+    if not safe.expired:
+        best = _refined(safe, best, _pairs(_FINER * draws, centre, generator), generator)
+    winner = best.winner
+    loc, scale = (part.to(initial.device, initial.dtype) for part in (winner.loc, winner.scale))
+    return Start(loc, scale, best.elbo, safe.evaluations, winner.kind)
+
+
+class _Ranking:
+    """Gaussians by their ELBO on the same draws, less three standard errors.
+
+    Of a hundred estimates some are good by chance; those have large errors, and the posterior itself has none.
+    """
+
+    def __init__(self, safe: SafeDensity, noise: Tensor) -> None:
+        self.safe, self.noise = safe, noise
+        self.winner: _Gaussian | None = None
+        self.score = self.elbo = -math.inf
+        self.seconds: dict[str, tuple[float, float, _Gaussian]] = {}
+        """The best of each kind, after its score and its ELBO."""
+
+    @property
+    def sure(self) -> bool:
+        """Whether the winner's log-weights hardly vary: close by, the density is nearly Gaussian."""
+        return self.elbo - self.score < _SURE
+
+    def scores(self, candidates: list[_Gaussian], noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores and ELBOs, ``(C,)`` each, ``-inf`` where a draw has no finite log-density; one call for all."""
+        points = torch.stack([candidate.at(noise) for candidate in candidates])
+        values = self.safe.values(points.flatten(0, 1)).reshape(points.shape[:2])
+        size = torch.stack([candidate.log_size() for candidate in candidates])
+        each = values + 0.5 * (noise * noise).sum(-1) + 0.5 * noise.shape[-1] * math.log(2 * math.pi) + size[:, None]
+        pairs = each.unflatten(1, (-1, 2)).mean(-1)
+        elbos = pairs.mean(-1)
+        scores = elbos - _ERRORS * pairs.std(-1) / math.sqrt(pairs.shape[1])
+        # Not even a sum that overflows is a good one.
+        usable = elbos.isfinite() & scores.isfinite()
+        return scores.masked_fill(~usable, -math.inf), elbos.masked_fill(~usable, -math.inf)
+
+    def add(self, candidates: list[_Gaussian]) -> None:
+        """Takes the best of these if it beats the winner so far."""
+        candidates = [candidate for candidate in candidates if candidate.usable(self.safe.eps)]
+        if not candidates:
+            return
+        scores, elbos = (part.tolist() for part in self.scores(candidates, self.noise))
+        for found in zip(scores, elbos, candidates, strict=True):
+            if found[0] > self.seconds.get(found[2].kind, (-math.inf,))[0]:
+                self.seconds[found[2].kind] = found
+            self.take(*found)
+
+    def take(self, score: float, elbo: float, candidate: _Gaussian) -> None:
+        """Makes it the winner if it beats the one so far."""
+        if score > self.score:
+            self.score, self.elbo, self.winner = score, elbo, candidate
+
+    def add_all(self, candidates: list[_Gaussian]) -> None:
+        """Many: all are screened with few draws, and those that look best are added."""
+        candidates = [candidate for candidate in candidates if candidate.usable(self.safe.eps)]
+        some = self.noise[:_SCREEN]
+        scores = []
+        for first in range(0, len(candidates), 64):
+            scores.append(self.scores(candidates[first : first + 64], some)[0])
+            if self.safe.expired:
+                break
+        if scores:
+            order = torch.cat(scores).argsort(descending=True)[:_FINALISTS].tolist()
+            # The last of each kind, whatever its luck with few draws: it is where a path has converged.
+            last = {candidate.kind: i for i, candidate in enumerate(candidates)}
+            self.add([candidates[i] for i in dict.fromkeys([*order, *last.values()])])
+
+
+def _dispersed(safe: SafeDensity, centre: Tensor, starts: int, generator: Generator | None) -> Tensor:
+    """``centre`` and points around it where the density is finite, nearer where that is hard; ``(S, D)``."""
+    found = [centre[None]]
+    for width in (2.0, 0.5, 0.1):
+        wanted = starts - sum(map(len, found))
+        if wanted <= 0 or safe.expired:
+            break
+        spread = torch.rand(8 * starts, len(centre), generator=generator, dtype=torch.float64, device="cpu")
+        points = centre + width * (2 * spread - 1)
+        found.append(points[safe.values(points).isfinite()][:wanted])
+    return torch.cat(found)
+
+
+def _candidates(safe: SafeDensity, points: Tensor, full: bool) -> list[_Gaussian]:
+    """Gaussians along the climbs from these points, and those of Laplace at their ends."""
+    value, slope = safe.gradients(points)
+    points, slope = points[value.isfinite()], slope[value.isfinite()]
+    if not len(points):
+        return []
+    metric = first_metric(safe, points, slope) if full else None
+    # With a metric from the beginning, more steps are spent only where the density has no top.
+    if full:
+        paths = climb(safe, points, memory=None, metric=metric, max_steps=_STEPS)
+    else:
+        paths = climb(safe, points)
+    found = []
+    for i in range(len(points)):
+        found += _along(paths, i, metric[i] if full else None)
+    if safe.expired:
+        return found
+    last = [gaussian for gaussian in found if gaussian.kind == "end"]
+    found = [gaussian._replace(kind="path") for gaussian in found]
+    ends, values, slope = paths.ends()
+    if full:
+        peaks = laplace(safe, ends, torch.stack([gaussian.scale for gaussian in last]))
+        found += [_Gaussian(*pair, "laplace") for pair in zip(peaks.points, peaks.scale, strict=True)]
+    elif len(points[0]) <= 4 * safe.rows:
+        top = int(values.argmax())
+        found += _diagonal(safe, ends[top], slope[top], last[top])
+    return found
+
+
+def _along(paths: Paths, i: int, metric: Tensor | None) -> list[_Gaussian]:
+    """Pathfinder's Gaussians along one path, thinned; the last is of kind ``"end"``."""
+    points, slopes = paths.positions[i], paths.gradients[i]
+    count = len(points)
+    # Evenly spaced, the last among them.
+    keep = {round(k * (count - 1) / max(1, _PER_PATH - 1)) for k in range(_PER_PATH)}
+    inverse = metric
+    found = []
+    for k in range(count):
+        if k:
+            step, change = points[k] - points[k - 1], slopes[k - 1] - slopes[k]
+            if curved(step, change):
+                inverse = _updated(inverse, step, change)
+        if k in keep or k == count - 1:
+            kind = "end" if k == count - 1 else "path"
+            start = inverse if inverse is not None else torch.full_like(points[k], 1e-4)
+            found.append(_suggested(points[k], slopes[k], start, kind))
+    return found
+
+
+def _updated(inverse: Tensor | None, step: Tensor, change: Tensor) -> Tensor:
+    if inverse is None:
+        inverse = (step @ change / (change @ change)).expand_as(step)
+    if inverse.dim() == 2:
+        return bfgs(inverse[None], step[None], change[None])[0]
+    return diagonal_bfgs(inverse, step, change)
+
+
+def _suggested(point: Tensor, slope: Tensor, inverse: Tensor, kind: str) -> _Gaussian:
+    if inverse.dim() == 2:
+        move = inverse @ slope
+        # Through eigenvalues: rounding can leave an inverse Hessian that Cholesky refuses.
+        unit = inverse.diagonal().clamp(min=1e-300).sqrt()
+        strength, axes = symmetric_eigen(inverse / unit[:, None] / unit)
+        scale = triangular((unit[:, None] * axes * strength.clamp(min=1e-13).sqrt())[None])[0]
+    else:
+        move = inverse * slope
+        scale = inverse.sqrt()
+    # A model that promises this much from one step is not to be believed.
+    return _Gaussian(point + move if move @ slope < 1e3 else point, scale, kind)
+
+
+def _diagonal(safe: SafeDensity, point: Tensor, slope: Tensor, last: _Gaussian) -> list[_Gaussian]:
+    """Laplace's Gaussian of independent dimensions, with the diagonal of the Hessian."""
+    curvature = []
+    short = difference(safe) * last.scale
+    for axes in torch.diag(short).split(max(1, safe.rows // 2)):
+        curvature.append(bend(safe, point[None], slope[None], axes.mT[None])[0].diagonal())
+    precision = torch.cat(curvature).abs() / (short * short)
+    floor = 1e-8 * precision.amax()
+    return [_Gaussian(point, precision.clamp(min=floor).rsqrt(), "laplace")] if floor > 0 else []
+
+
+def _pairs(count: int, like: Tensor, generator: Generator | None) -> Tensor:
+    """Standard normal draws in pairs of opposite sign, so that an error of the mean changes no ELBO to first order."""
+    half = torch.randn((count + 1) // 2, len(like), generator=generator, dtype=torch.float64, device="cpu")
+    return torch.stack([half, -half], 1).flatten(0, 1)
+
+
+def _refined(safe: SafeDensity, best: _Ranking, noise: Tensor, generator: Generator | None) -> _Ranking:
+    """The best of each kind refined, as which of them is best now need not say which leads to the best."""
+    final = _Ranking(safe, noise)
+    for _, _, candidate in best.seconds.values():
+        other = _Ranking(safe, noise)
+        other.add([candidate])
+        if other.winner is not None:
+            _refine(safe, other, _TASTE, generator)
+            final.take(other.score, other.elbo, other.winner)
+    if final.winner is None:
+        return best
+    _refine(safe, final, _REFINEMENTS, generator)
+    return final
+
+
+def _refine(safe: SafeDensity, best: _Ranking, rounds: int, generator: Generator | None) -> None:
+    """Natural gradient steps from the winner as long as the ELBO rises."""
+    rate, sets, poor = 1.0, 1, 0
+    for _ in range(rounds):
+        current, before = best.winner, best.score
+        expected = None if safe.expired else _expected(safe, current, sets, generator)
+        if expected is None or safe.expired:
+            return
+        sizes = (1.0,) if best.sure else (1.0, 0.4, 0.15, 0.05)
+        best.add([_stepped(current, *expected, size * rate) for size in sizes])
+        if best.score - before > 0.02:
+            rate, poor = min(1.0, 1.5 * rate), 0
+            continue
+        settled = bool((expected[0].abs() < 1e-3).all() and best.score - before < 1e-4)
+        # Expectations drown in noise at a density far from Gaussian: more points and shorter steps then.
+        rate, sets, poor = 0.5 * rate, min(4, 2 * sets), poor + 1
+        if poor >= _POOR or settled:
+            return
+
+
+def _expected(
+    safe: SafeDensity, current: _Gaussian, sets: int, generator: Generator | None
+) -> tuple[Tensor, Tensor] | None:
+    r"""Expected gradient ``(D,)`` and curvature ``(D, D)``, or its diagonal, in the Gaussian's own units.
+
+    Stein: :math:`\mathrm{E}\nabla^2\log p = \mathrm{E}[\nabla\log p\, \epsilon^\top]`, with pairs
+    :math:`\epsilon = \pm r q` along orthogonal :math:`q`.  A length :math:`r` with the density of chi at ``D + 2``
+    degrees takes the factor :math:`r^2` out of the average of differences, which is then exact for Gaussians.
+    """
+    dim = len(current.loc)
+    if current.scale.dim() == 2:
+        sets = sets * -(-64 // dim)
+        normal = torch.randn(sets, dim, dim, generator=generator, dtype=torch.float64, device="cpu")
+        across = torch.linalg.qr(normal)[0].mT.flatten(0, 1)
+    else:
+        signs = torch.randint(2, (64 * sets, dim), generator=generator, device="cpu").double()
+        across = (2 * signs - 1) / math.sqrt(dim)
+    shape = (len(across), dim + 2)
+    length = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").norm(dim=-1, keepdim=True)
+    ends = torch.stack([current.at(length * across), current.at(-length * across)])
+    value, slope = safe.gradients(ends.flatten(0, 1))
+    fine = value.isfinite().reshape(2, -1).all(0)
+    if fine.double().mean() < 0.8:
+        return None
+    slope = slope.reshape(ends.shape)
+    slope = slope @ current.scale if current.scale.dim() == 2 else slope * current.scale
+    weight = fine[:, None] * dim / length**2
+    push = (weight * slope.mean(0)).sum(0) / weight.sum()
+    # Where a point was refused the curvature stays what it is.
+    change = torch.where(fine[:, None], (slope[1] - slope[0]) / (2 * length), across)
+    if current.scale.dim() == 2:
+        turned = change.mT @ across / sets
+        return push, 0.5 * (turned + turned.mT)
+    return push, (change * across).mean(0) * dim
+
+
+def _stepped(current: _Gaussian, push: Tensor, turned: Tensor, rate: float) -> _Gaussian:
+    """A natural gradient step; the precision changes tenfold at most along any direction."""
+    kind = current.kind if current.kind.endswith("+refined") else f"{current.kind}+refined"
+    if turned.dim() == 1:
+        precision = 1 - rate + rate * turned.clamp(0.1, 10.0)
+        return _Gaussian(current.loc + rate * current.scale * push / precision, current.scale * precision.rsqrt(), kind)
+    strength, axes = symmetric_eigen(turned)
+    precision = 1 - rate + rate * strength.clamp(0.1, 10.0)
+    frame = current.scale @ axes
+    loc = current.loc + rate * frame @ ((push @ axes) / precision)
+    return _Gaussian(loc, triangular((frame * precision.rsqrt())[None])[0], kind)

@@ -1,0 +1,181 @@
+"""Anomalies: how unlikely a row is, and how rare that is among rows of the usual kind."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyro_flows.distributions import Dequantized, bits_per_dim
+from pyro_flows.infer.density.data import expected_by, name_rows, to_tensor
+
+__all__ = ["AnomalyDetector", "evaluating"]
+
+_CHUNK = 2**18  # numbers that are scored at once
+
+
+_KINDS = "as a tensor or an array of numbers"
+
+
+class AnomalyDetector:
+    r"""Scores rows by bits per dimension, and says how rare such scores are among reference rows.
+
+    The bits per dimension of a row :math:`n` are averaged over draws of the noise that dequantises it,
+    :math:`b = -\frac{1}{K D \log 2} \sum_k \log p(n + u_k)`; the noise is a function of the row, so the score is, too.
+    Of real data, without dequantisation, :math:`b = -\log p / (D \log 2)`.
+
+    One-sided, rows of many bits are anomalies.  Flows can give simple or bland images *fewer* bits than those that they
+    were fitted to; two-sided, rows far from the mean on either side are anomalies, :math:`|b - \bar b|`.  That finds
+    such images, at some cost in finding the others.
+
+    A p-value is the share of reference rows that are at least as extreme, the row itself counted in:
+    :math:`(1 + \#\{i: s_i \ge s\}) / (m + 1)`, and two-sided with the row itself counted in the mean as well.  If rows
+    of the usual kind are exchangeable with the reference rows, the chance of a p-value of at most :math:`\alpha` is at
+    most :math:`\alpha`, whatever the model.  That takes reference rows that the model was neither fitted to nor stopped
+    early by: those have fewer bits than new ones, so that too many of these would stand out.
+
+    Args:
+        model: a :class:`~pyro_flows.distributions.dequantization.Dequantized`, a
+            :class:`~pyro_flows.distributions.flow.Flow` or any other module with ``log_prob``.
+        reference: rows of the usual kind, e.g. held-out ones, shape ``(rows, *event_shape)``; a tensor or an array.
+        context: their contexts, shape ``(rows, context_dim)``, for a model that takes one.
+        draws: :math:`K`, for a ``Dequantized``.
+        two_sided: whether too few bits are as suspect as too many.
+
+    Attributes:
+        reference: bits per dimension of the reference rows in ascending order, in float64 on the CPU.
+        mean: their mean.
+
+    Raises:
+        ValueError: for rows that the model does not take, or fewer than 2 reference rows.
+        FloatingPointError: if a score is NaN.
+
+    References:
+        Detecting Out-of-Distribution Inputs to Deep Generative Models Using Typicality (Nalisnick et al., 2019),
+        arXiv:1906.02994.
+        A Gentle Introduction to Conformal Prediction and Distribution-Free Uncertainty Quantification (Angelopoulos &
+        Bates, 2021), arXiv:2107.07511.
+    """
+
+    def __init__(
+        self, model: nn.Module, reference: Any, context: Any = None, *, draws: int = 8, two_sided: bool = False
+    ) -> None:
+        if not isinstance(model, nn.Module) or not callable(getattr(model, "log_prob", None)):
+            raise TypeError(
+                f"AnomalyDetector: expected a Dequantized, a Flow or a module with log_prob, got {type(model).__name__}"
+            )
+        self.model, self.draws, self.two_sided = model, draws, two_sided
+        bits = self.bits(reference, context)
+        if len(bits) < 2:
+            raise ValueError(f"AnomalyDetector: expected 2 or more reference rows, got {len(bits)}")
+        if not bits.isfinite().all():
+            raise ValueError(
+                f"AnomalyDetector: {int((~bits.isfinite()).sum())} of {len(bits)} reference rows "
+                f"({name_rows((~bits.isfinite()).nonzero()[:, 0])}) have no density; leave them out"
+            )
+        self.reference, self.mean = bits.sort().values, float(bits.mean())
+
+    @torch.no_grad()
+    def bits(self, rows: Any, context: Any = None) -> Tensor:
+        """Bits per dimension, shape ``(rows,)``, in float64 on the CPU; ``draws`` scores of the model a row."""
+        rows, context = self._admit(rows, context)
+        size = max(_CHUNK // max(rows[:1].numel(), 1), 1)
+        pieces = [torch.zeros(0, dtype=torch.float64, device="cpu")]
+        contexts = [None] * -(-len(rows) // size) if context is None else context.split(size)
+        with evaluating(self.model):
+            for piece, own in zip(rows.split(size) if len(rows) else (), contexts, strict=False):
+                pieces.append(self._log_prob(piece, own).double().cpu())
+        log_prob = torch.cat(pieces)
+        if log_prob.isnan().any():
+            where = name_rows(log_prob.isnan().nonzero()[:, 0])
+            raise FloatingPointError(f"AnomalyDetector: the log-density is NaN in {where}; look for NaN in the model")
+        return bits_per_dim(log_prob, rows.shape[1:])
+
+    def scores(self, rows: Any, context: Any = None) -> Tensor:
+        """What thresholds are about: bits per dimension, or their distance from the mean; shape ``(rows,)``."""
+        bits = self.bits(rows, context)
+        return (bits - self.mean).abs() if self.two_sided else bits
+
+    def p_values(self, rows: Any, context: Any = None) -> Tensor:
+        """Conformal p-values, shape ``(rows,)``, from ``1 / (m + 1)`` to 1 with ``m`` reference rows."""
+        bits, m = self.bits(rows, context), len(self.reference)
+        if not self.two_sided:
+            return (1 + m - torch.searchsorted(self.reference, bits)).double() / (m + 1)
+        centre = (m * self.mean + bits) / (m + 1)
+        mirrored = 2 * centre - bits
+        above = m - torch.searchsorted(self.reference, torch.maximum(bits, mirrored))
+        below = torch.searchsorted(self.reference, torch.minimum(bits, mirrored), right=True)
+        # Of infinitely many bits the centre is no number, and no reference row is as far out.
+        return torch.where(bits.isfinite(), 1 + above + below, 1).double() / (m + 1)
+
+    def threshold(self, level: float = 0.05) -> float:
+        """The score above which at most this share of rows of the usual kind lies.
+
+        Args:
+            level: between 0 and 1; the fewer the reference rows, the larger the least level that they can bear out.
+        """
+        m = len(self.reference)
+        if not 0 < level < 1:
+            raise ValueError(f"AnomalyDetector: expected level to be between 0 and 1, got {level}")
+        allowed = math.floor(level * (m + 1) + 1e-9)
+        if not allowed:
+            raise ValueError(
+                f"AnomalyDetector: {m} reference rows cannot bear out a level of {level:g}; give "
+                f"{math.ceil(1 / level - 1)} or more, or a level of at least {1 / (m + 1):.3g}"
+            )
+        scores = (self.reference - self.mean).abs().sort().values if self.two_sided else self.reference
+        return float(scores[m - allowed])
+
+    def flag(self, rows: Any, context: Any = None, level: float = 0.05) -> Tensor:
+        """Which rows have scores above :meth:`threshold`, shape ``(rows,)``."""
+        return self.scores(rows, context) > self.threshold(level)
+
+    def _log_prob(self, rows: Tensor, context: Tensor | None) -> Tensor:
+        if isinstance(self.model, Dequantized):
+            return self.model.scores(rows, context, self.draws, fresh=False).mean(0)
+        scores = self.model.log_prob(rows) if context is None else self.model.log_prob(rows, context)
+        if not isinstance(scores, Tensor) or scores.shape != rows.shape[:1]:
+            got = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
+            raise ValueError(f"AnomalyDetector: expected log_prob to give one number a row, {len(rows)}, got {got}")
+        return scores
+
+    def _admit(self, rows: Any, context: Any) -> tuple[Tensor, Tensor | None]:
+        expected = expected_by(self.model)
+        value = to_tensor(rows, "AnomalyDetector", "rows", _KINDS)
+        event = value.shape[1:] if expected.event_shape is None else expected.event_shape
+        if value.dim() == 0 or value.shape[1:] != event:
+            want = ", ".join(map(str, ("rows", *event)))
+            raise ValueError(f"AnomalyDetector: expected rows of shape ({want}), got shape {tuple(value.shape)}")
+        if value.is_floating_point() and not value.isfinite().all():
+            where = (~value.isfinite()).reshape(len(value), -1).any(-1).nonzero()[:, 0]
+            raise ValueError(f"AnomalyDetector: {name_rows(where)} of the rows hold NaN or infinity; leave them out")
+        whole = not value.is_floating_point() and not expected.continuous
+        value = value.to(device=expected.device, dtype=value.dtype if whole else expected.dtype)
+        if context is None:
+            return value, None
+        context = to_tensor(context, "AnomalyDetector", "context", _KINDS)
+        if context.dim() == 0 or len(context) != len(value):
+            raise ValueError(
+                f"AnomalyDetector: expected a context for each of the {len(value)} rows, got shape "
+                f"{tuple(context.shape)}"
+            )
+        return value, context.to(device=expected.device, dtype=expected.dtype)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode for a while."""
+    modes = {module: module.training for module in model.modules()}
+    if any(modes.values()):
+        model.eval()
+    try:
+        yield
+    finally:
+        if any(modes.values()):
+            model.train()
+            for module, mode in modes.items():
+                module.training = mode

@@ -1,0 +1,310 @@
+"""Series step by step: exact conditional densities, draws of what comes next, and forecasts, without end."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Size, Tensor
+from torch.distributions import Distribution, constraints
+
+from pyro_flows.core.checks import admit, refuse_other_kind
+from pyro_flows.core.steps import Stepper, at_any_time
+from pyro_flows.distributions import Flow
+from pyro_flows.infer.density.units import StandardizedFlow, is_plain_flow
+from pyro_flows.infer.uses.surprise import leaves_of, single_base, surprise
+
+__all__ = ["Stream", "step_log_prob"]
+
+
+def _check(flow: Flow, who: str) -> None:
+    if not is_plain_flow(flow):
+        raise TypeError(
+            f"{who}: expected a Flow, e.g. pf.Flow(pf.mintnet((C, T), causal=True)), got {type(flow).__name__}"
+        )
+    if len(flow.chain.event_shape) != 2 or len(flow.event_shape) != 2:
+        raise ValueError(f"{who}: expected a flow of series (C, T), got event shape {tuple(flow.event_shape)}")
+
+
+class Stream:
+    r"""Where series stand in time, for a flow that is causal: :math:`p(y_t \mid y_{<t}, c)`, step by step without end.
+
+    A causal flow maps a step and all before it to a step of the base.  What it needs to know of the past are the last
+    inputs of each convolution, and the keys and values of attention, as many as its window has.  Those are kept, so
+    that a new step costs the same however many came before: in the density direction one pass of one step, in the
+    other a solve of ``C`` numbers for each ``Mint`` layer, and for each ``CausalAutoregressive`` one an evaluation for
+    each channel.  Only attention without a window keeps all keys and values, and costs more as time goes on.  All of it
+    equals what the flow says of whole series, up to rounding, from the first step on; beyond the flow's ``T``, it is
+    what the same parameters say in a flow of longer series.  No gradients are kept, and the weights are those of the
+    moment at which it was made.  Streams can be pickled.
+
+    Args:
+        flow: a :class:`~pyro_flows.distributions.flow.Flow` of series ``(C, T)`` whose parts are causal in time or
+            elementwise with parameters that all times share: those of ``mintnet(..., causal=True)`` and of
+            ``causal_maf``, ``ActNorm``, ``Rescaling`` and ``Standardization`` that are the same at all times, and
+            elementwise transforms of torch; over a base of independent dimensions that is the same at all times.
+        batch_shape: of the series that go on side by side.
+        context: shape ``(*batch, context_dim)``, for a flow that takes one; the same at all times.
+
+    Attributes:
+        steps: how many steps have been taken.
+
+    Raises:
+        ValueError: for parts or a base of another kind, named in the message, or a context that does not fit.
+        TypeError: for what is no flow.
+
+    References:
+        MintNet: Building Invertible Neural Networks with Masked Convolutions (Song et al., 2019), arXiv:1907.07945.
+        WaveNet: A Generative Model for Raw Audio (van den Oord et al., 2016), arXiv:1609.03499.
+    """
+
+    @torch.no_grad()
+    def __init__(self, flow: Flow, batch_shape: Iterable[int] = (), context: Tensor | None = None) -> None:
+        _check(flow, "Stream")
+        self.batch_shape = _batch(batch_shape)
+        if (context is None) != (flow.context_dim == 0):
+            told = "leave it out" if context is not None else "give context="
+            raise ValueError(f"Stream: this flow was built with context_dim={flow.context_dim}: {told}")
+        self.flow = flow = copy.deepcopy(flow).eval().requires_grad_(False)
+        if context is not None:
+            context = refuse_other_kind("Stream", "context", context, flow)
+            if context.dim() == 0 or context.shape[-1] != flow.context_dim:
+                raise ValueError(
+                    f"Stream: expected a context with last dimension {flow.context_dim} (context_dim), got shape "
+                    f"{tuple(context.shape)}"
+                )
+            self._widen("a context", context)
+            context = flow.scaled(context) if isinstance(flow, StandardizedFlow) else context
+        leaves = list(leaves_of(flow.chain, context, False))
+        for part, own, _ in leaves:
+            if own is not None and own is not context:
+                self._widen(f"a {type(part).__name__} that is bound to a context", own)
+        rows = self.batch_shape.numel()
+        self._parts: list[tuple[Stepper, bool]] = []  # from base to data, and whether each stands for its inverse
+        for k, (part, own, inverse) in enumerate(leaves):
+            if own is not None:
+                own = own.expand(*self.batch_shape, -1).reshape(rows, own.shape[-1])
+            try:
+                if not hasattr(part, "stepper"):
+                    raise ValueError(
+                        "it is not known to be causal in time with parameters that all times share; build the flow of "
+                        "causal_maf, mintnet(..., causal=True) and elementwise parts"
+                    )
+                self._parts.append((part.stepper(rows, own), inverse))
+            except ValueError as error:
+                name = f"{type(part).__name__} (part {k} of {len(leaves)})"
+                raise ValueError(f"Stream: {name} does not go step by step: {error}") from None
+        self._base = _one_step(flow)
+        self.steps, self._torn = 0, False
+
+    @torch.no_grad()
+    def observe(self, y: Tensor) -> Tensor:
+        """Takes what came next, and says how likely that was.
+
+        Args:
+            y: one step, shape ``(*batch, C)``, or several, ``(*batch, C, n)``.
+
+        Returns:
+            Shape ``(*batch,)``, or ``(*batch, n)`` for several, in nats; the log-density of each given all before it.
+
+        Raises:
+            ValueError: for another shape, or values outside of the support or not finite; the stream stays where it is.
+            TypeError: for what is no tensor, or of another dtype.
+            RuntimeError: where a solver gives up (``max_sweeps``), after which the stream is of no more use.
+        """
+        value, several = self._admit(y, "y")
+        codomain = self.flow.chain.codomain
+        known = value.numel() and not constraints.is_dependent(codomain)
+        if not value.isfinite().all() or (known and not codomain.check(value).all()):
+            raise ValueError(
+                f"Stream: expected finite values in the support, {codomain}, got others; in the place of a missing "
+                "step, .sample() draws one"
+            )
+        total = value.new_zeros(len(value), value.shape[-1])
+        if value.shape[-1]:
+            with self._moving(value.device):
+                for part, inverse in reversed(self._parts):
+                    value, ladj = _one_by_one(part, value) if inverse else part.inverse(value)
+                    total = total + ladj
+                total = total + self._base.log_prob(value).sum(-2)
+        self.steps += total.shape[-1]
+        return total.view(*self.batch_shape, total.shape[1]) if several else total.view(self.batch_shape)
+
+    @torch.no_grad()
+    def step(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The next step from its base value, which is then taken.
+
+        Args:
+            x: shape ``(*batch, C)``.
+
+        Returns:
+            The data value, shape ``(*batch, C)``, and its log-density given all before, shape ``(*batch,)``.
+
+        Raises:
+            ValueError: for another shape, or values that are not finite; the stream stays where it is.
+            TypeError: for what is no tensor, or of another dtype.
+            RuntimeError: where a solver gives up (``max_sweeps``), after which the stream is of no more use.
+        """
+        value, several = self._admit(x, "x")
+        if several:
+            raise ValueError(f"Stream: expected one step of shape {(*self.batch_shape, value.shape[1])}, got several")
+        if not value.isfinite().all():
+            raise ValueError("Stream: expected finite base values, got some that are not; .sample() draws them")
+        with self._moving(value.device):
+            total = self._base.log_prob(value).sum(-2)
+            for part, inverse in self._parts:
+                value, ladj = (part.inverse if inverse else part.forward)(value)
+                total = total - ladj
+        self.steps += 1
+        return value.view(*self.batch_shape, value.shape[1]), total.view(self.batch_shape)
+
+    def sample(self) -> Tensor:
+        """Draws the next step, shape ``(*batch, C)``, and takes it."""
+        x = self._base.sample((self.batch_shape.numel(),)).squeeze(-1)
+        return self.step(x.view(*self.batch_shape, x.shape[1]))[0]
+
+    def forecast(self, steps: int, num_samples: int) -> Tensor:
+        """Draws of the steps to come, shape ``(num_samples, *batch, C, steps)``; this stream stays where it is.
+
+        Costs ``steps`` draws of one step, for ``num_samples`` times as many rows.
+
+        Raises:
+            ValueError: for numbers that are no positive integers.
+        """
+        for what, given in (("steps", steps), ("num_samples", num_samples)):
+            if isinstance(given, bool) or not isinstance(given, int) or given < 1:
+                raise ValueError(f"Stream: expected {what} to be an integer >= 1, got {given!r}")
+        ahead = self._repeated(num_samples)
+        ahead.batch_shape = Size((num_samples, *self.batch_shape))
+        return torch.stack([ahead.sample() for _ in range(steps)], -1)
+
+    def copy(self) -> Stream:
+        """Another stream that stands where this one does, and goes its own way from there."""
+        return self._repeated(1)
+
+    def _repeated(self, times: int) -> Stream:
+        made = copy.copy(self)
+        made._parts = [(part.repeated(times), inverse) for part, inverse in self._parts]
+        return made
+
+    def _widen(self, what: str, context: Tensor) -> None:
+        try:
+            self.batch_shape = torch.broadcast_shapes(self.batch_shape, context.shape[:-1])
+        except RuntimeError:
+            raise ValueError(
+                f"Stream: expected {what} of shape (*batch, context_dim), the same at all times, whose batch "
+                f"broadcasts with batch_shape {tuple(self.batch_shape)}, got shape {tuple(context.shape)}"
+            ) from None
+
+    @contextmanager
+    def _moving(self, device: torch.device) -> Iterator[None]:
+        """All parts take the same steps, in full precision, or the stream is of no more use."""
+        self._torn = True
+        with torch.autocast(device.type, enabled=False):
+            yield
+        self._torn = False
+
+    def _admit(self, value: Tensor, what: str) -> tuple[Tensor, bool]:
+        """Rows ``(rows, C, n)``, and whether ``n`` steps were given or one."""
+        if self._torn:
+            raise RuntimeError(
+                "Stream: an error stopped an earlier step halfway, so that parts stand at different times; go on with "
+                "a .copy() made before it, or observe all in a new one"
+            )
+        value = refuse_other_kind("Stream", what, value, self.flow)
+        one = (*self.batch_shape, self.flow.chain.event_shape[0])
+        if value.shape == one:
+            return value.reshape(self.batch_shape.numel(), one[-1], 1), False
+        if value.shape[:-1] != one:
+            raise ValueError(
+                f"Stream: expected {what} to be one step of shape {one}, (*batch, C), or n steps, {(*one, 'n')}, got "
+                f"shape {tuple(value.shape)}"
+            )
+        return value.reshape(self.batch_shape.numel(), one[-1], value.shape[-1]), True
+
+    def __repr__(self) -> str:
+        reach = self.flow.chain.reach
+        sees = "" if reach is None else f", reach={reach}"
+        return f"Stream(batch_shape={tuple(self.batch_shape)}, C={self.flow.event_shape[0]}, steps={self.steps}{sees})"
+
+
+def _one_by_one(part: Stepper, value: Tensor) -> tuple[Tensor, Tensor]:
+    moved, ladjs = zip(*(part.forward(step) for step in value.split(1, -1)), strict=True)
+    return torch.cat(moved, -1), torch.cat(ladjs, -1)
+
+
+def _batch(given: Iterable[int]) -> Size:
+    shape = tuple(given) if isinstance(given, Iterable) else (-1,)
+    if all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in shape):
+        return Size(shape)
+    raise ValueError(f"Stream: expected batch_shape to be a shape such as () or (5,), got {given!r}")
+
+
+def _one_step(flow: Flow) -> Distribution:
+    """What a base of independent dimensions is at any time, batch shape ``(C, 1)``."""
+    single = single_base(flow.base(), flow, "Stream")
+    name = f"Stream: the base, {type(single).__name__}"
+    numbers = {
+        what: at_any_time(name, what, getattr(single, what).expand(flow.chain.event_shape))
+        for what in single.arg_constraints
+    }
+    try:
+        return type(single)(**numbers, validate_args=False)
+    except TypeError:
+        raise ValueError(
+            f"{name}, is not known at a single step; take one with parameters of its own, such as Normal or StudentT"
+        ) from None
+
+
+def step_log_prob(flow: Flow, value: Tensor, context: Tensor | None = None, *, lengths: Tensor | None = None) -> Tensor:
+    r"""The log-density of each step of whole series given all before it, :math:`\log p(y_t \mid y_{<t}, c)`.
+
+    As :func:`~pyro_flows.infer.pixel_scores`, with the sign of a density, summed over channels, and with a
+    gradient.  Its sum over time is ``flow.log_prob(value, context)``; where series are of different lengths, padded to
+    ``T``, it leaves out what stands behind their ends, likelihood and log-determinant.  One pass in the density
+    direction.
+
+    Args:
+        flow: a :class:`~pyro_flows.distributions.flow.Flow` of series ``(C, T)`` whose parts are causal, or
+            elementwise; these may differ between times.
+        value: shape ``(*batch, C, T)``; whatever stands behind a series' end does not matter, be it NaN.
+        context: shape ``(*batch, context_dim)``, for a flow that takes one.
+        lengths: integers from 1 to ``T`` that broadcast to ``batch``, the steps that each series has; all by default.
+            Behind them each series goes on at its first value, from which a fresh ``ActNorm`` may start in training.
+
+    Returns:
+        Shape ``(*batch, T)``, in nats, 0 behind a series' end.
+
+    Raises:
+        ValueError: for a flow that is not causal, values outside of the support, or lengths that are out of range or
+            do not fit the batch.
+        TypeError: for what is no flow, or values that are no tensor or of another dtype.
+    """
+    _check(flow, "step_log_prob")
+    inside: Tensor | None = None
+    if lengths is not None:
+        value = admit(flow.chain, value, context, data_side=True)
+        inside = _inside(lengths, value)
+        value = torch.where(inside.unsqueeze(-2), value, value[..., :1])  # numbers that have a density
+    if isinstance(flow, StandardizedFlow) and context is not None:
+        context = flow.scaled(context)
+    scores = -surprise(flow, value, context, "step_log_prob", by_time=True).sum(-2)
+    return scores if inside is None else torch.where(inside, scores, 0.0)
+
+
+def _inside(lengths: Tensor | Iterable[int], value: Tensor) -> Tensor:
+    """Which steps of a batch of series belong to them."""
+    lengths, times, batch = torch.as_tensor(lengths, device=value.device), value.shape[-1], value.shape[:-2]
+    whole = not (lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool)
+    if not whole or (lengths.numel() and not ((lengths > 0) & (lengths <= times)).all()):
+        raise ValueError(f"step_log_prob: expected lengths to be integers from 1 to {times}, got {lengths}")
+    try:
+        lengths = lengths.expand(batch)
+    except RuntimeError:
+        raise ValueError(
+            f"step_log_prob: expected lengths that broadcast to the batch {tuple(batch)}, one for each series, got "
+            f"shape {tuple(lengths.shape)}"
+        ) from None
+    return torch.arange(times, device=value.device) < lengths.unsqueeze(-1)

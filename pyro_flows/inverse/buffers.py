@@ -1,0 +1,362 @@
+"""The buffers of one sweep through a triangular network, and the solver that owns them.
+
+Buffers are feature-major, ``(features, columns)``, with units sorted by time, so that "all units of time at most t" is
+a contiguous slice of rows and every product works in place on views.  The views, not the arithmetic, are what costs in
+a small problem; a sweep therefore binds them once, as a list of calls, and can run many times.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import uuid
+import weakref
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import count
+
+import torch
+from torch import Tensor
+
+from pyro_flows.nets.activations import IN_PLACE, known_activations
+from pyro_flows.nets.structure import Structure, keep
+from pyro_flows.univariate import Affine, Shift, Spline
+
+__all__ = ["ForwardSweep", "ReverseSweep", "Solver", "columns_at_once", "named"]
+
+# What is defined here has the same mathematics in every process; anything else may change behind an unchanged name.
+_OURS = {Affine, Shift, Spline}
+
+Calls = list[Callable[[], object]]
+
+
+def columns_at_once(n: int, rows: int, device: torch.device) -> int:
+    """How many samples one sweep takes: what stays in a processor's cache, or in a bounded part of a GPU's memory."""
+    limit = 1024 if device.type == "cpu" else max(1024, 2**27 // rows)
+    return max(1, n) if n <= limit + limit // 2 else limit
+
+
+class _Sweep:
+    key: object = None
+
+    def __init__(self, solver: Solver, like: Tensor, weights: Sequence[Tensor]) -> None:
+        self.structure = solver.structure
+        self.like = like
+        self.nbytes = 0
+        self.calls: Calls = []
+        *inner, head = weights[:-1] if self.structure.direct else weights
+        # Views of the weights themselves, or copies with zeros in the masked places, refreshed at each run.
+        self.inner = inner if self.structure.dense else [self.empty(*w.shape) for w in inner]
+        # Outputs by dimension, so that those of one step are neighbours; likewise refreshed.
+        self.head = self.empty(*head.shape)
+        if self.structure.dense:
+            self.calls.append(partial(self.by_dimension(self.head).copy_, self.by_parameter(head)))
+        if self.structure.direct:
+            self.direct = self.empty(*weights[-1].shape)
+            self.calls.append(partial(self.by_dimension(self.direct).copy_, self.by_parameter(weights[-1])))
+
+    def empty(self, *shape: int) -> Tensor:
+        made = self.like.new_empty(shape)
+        self.nbytes += made.nbytes
+        return made
+
+    def by_dimension(self, rows: Tensor) -> Tensor:
+        """Rows of outputs as stored here, shape ``(input_dim, num_params, ...)``."""
+        return rows.view(self.structure.input_dim, self.structure.num_params, *rows.shape[1:])
+
+    def by_parameter(self, rows: Tensor) -> Tensor:
+        """Rows of outputs as in the weights, in the same shape."""
+        return rows.unflatten(0, (self.structure.num_params, self.structure.input_dim)).transpose(0, 1)
+
+    def load_weights(self, weights: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
+        if not self.structure.dense:
+            *inner, head = (keep(weight, mask) for weight, mask in zip(weights, masks, strict=True))
+            for held, given in zip(self.inner, inner, strict=True):
+                held.copy_(given)
+            self.by_dimension(self.head).copy_(self.by_parameter(head))
+
+
+class ForwardSweep(_Sweep):
+    """Solves for ``x``: fills ``x``, ``ladj`` (per dimension) and ``tape``, each ``(rows, columns)``."""
+
+    def __init__(
+        self,
+        solver: Solver,
+        like: Tensor,
+        columns: int,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor],
+        own_bias: bool,
+    ) -> None:
+        super().__init__(solver, like, weights)
+        s = self.structure
+        self.z, self.x = (self.empty(s.input_dim, columns) for _ in range(2))
+        self.tape = self.empty(s.tape_rows, columns)
+        params, self.ladj, hidden = self.tape.split((s.outputs, s.input_dim, sum(s.widths)))
+        pre = s.rows(hidden, 0)
+        in_place = [s.in_place(act) for act in solver.activations]
+        post = [p if held else self.empty(*p.shape) for p, held in zip(pre, in_place, strict=True)]
+        # Biases as columns, the first one's with a column per sample if the context says so.
+        sizes = [*s.widths, s.outputs]
+        self.first = self.empty(sizes[0], columns if own_bias else 1)
+        self.biases = [self.first, *(bias[:, None] for bias in biases)]
+        if biases:
+            head_bias = self.empty(s.outputs, 1)
+            self.calls.append(partial(self.by_dimension(head_bias).copy_, self.by_parameter(self.biases[-1])))
+            self.biases[-1] = head_bias
+        own = s.features is not None and not solver.univariate.shared
+        inputs = self.empty(s.input_dim * s.features, columns) if own else self.x
+        self._bind(solver, params, [inputs, *pre], [inputs, *post], in_place)
+        del self.like
+
+    def _bind(
+        self, solver: Solver, params: Tensor, pre: list[Tensor], post: list[Tensor], in_place: list[bool]
+    ) -> None:
+        s, calls = self.structure, self.calls
+        count, feeding, width, last = s.before, s.feeding, s.num_params, len(s.widths)
+        by_dimension = params.view(s.input_dim, width, -1)
+
+        def start(target: Tensor, bias: Tensor, weight: Tensor, source: Tensor, a: int, c: int, k: int) -> None:
+            if c > a and k:
+                calls.append(partial(torch.addmm, bias[a:c], weight[a:c, :k], source[:k], out=target[a:c]))
+            elif c > a:
+                calls.append(partial(target[a:c].copy_, bias[a:c]))
+
+        def add(target: Tensor, weight: Tensor, source: Tensor, a: int, c: int, lo: int, hi: int) -> None:
+            if c > a and hi > lo:
+                calls.append(partial(target[a:c].addmm_, weight[a:c, lo:hi], source[lo:hi]))
+
+        def finish(layer: int, a: int, c: int) -> None:
+            if c == a:
+                return
+            into = pre[layer][a:c]
+            if layer - 1 in s.joins:
+                calls.append(partial(into.add_, pre[layer - 2][a:c]))
+            activation = solver.activations[layer - 1]
+            if in_place[layer - 1]:
+                calls.append(partial(IN_PLACE[activation], into))
+            else:
+                calls.append(partial(_assign, post[layer][a:c], activation, into))
+
+        for layer in range(1, last + 1):
+            ready = count[layer][0]
+            start(
+                pre[layer],
+                self.biases[layer - 1],
+                self.inner[layer - 1],
+                post[layer - 1],
+                0,
+                ready,
+                feeding[layer - 1][0],
+            )
+            finish(layer, 0, ready)
+        for begin, end in s.blocks():
+            for layer in range(1, last + 1):
+                a, c = count[layer][begin], count[layer][end]
+                start(
+                    pre[layer],
+                    self.biases[layer - 1],
+                    self.inner[layer - 1],
+                    post[layer - 1],
+                    a,
+                    c,
+                    feeding[layer - 1][begin],
+                )
+            known = feeding[last][begin]
+            start(
+                params, self.biases[last], self.head, post[last], width * count[0][begin], width * count[0][end], known
+            )
+            seen = feeding[0][begin]
+            if s.direct:
+                add(params, self.direct, post[0], width * count[0][begin], width * count[0][end], 0, seen)
+            for t in range(begin, end):
+                d0, d1 = count[0][t], count[0][t + 1]
+                add(params, self.head, post[last], width * d0, width * d1, known, feeding[last][t])
+                if s.direct:
+                    add(params, self.direct, post[0], width * d0, width * d1, seen, feeding[0][t])
+                given, made, x = self.z[d0:d1], by_dimension[d0:d1], self.x[d0:d1]
+                if s.features is None:
+                    calls += solver.univariate.solver(True, given, made, x, self.ladj[d0:d1])
+                else:
+                    coded = post[0][feeding[0][t] : feeding[0][t + 1]]
+                    calls += solver.univariate.draws(d0, d1, given, made, x, coded)
+                for layer in range(1, last + 1):
+                    a, c = count[layer][t], count[layer][t + 1]
+                    below = feeding[layer - 1]
+                    add(pre[layer], self.inner[layer - 1], post[layer - 1], a, c, below[begin], below[t + 1])
+                    finish(layer, a, c)
+
+    def run(self, z: Tensor, first_bias: Tensor, weights: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
+        """``z``: shape ``(columns, input_dim)``; ``first_bias``: ``(columns or 1, width)``."""
+        self.z.copy_(z.T)
+        self.load_weights(weights, masks)
+        if len(self.biases) > 1:
+            self.first.copy_(first_bias.T)
+        else:
+            self.by_dimension(self.first).copy_(self.by_parameter(first_bias.T))
+        for call in self.calls:
+            call()
+
+
+class ReverseSweep(_Sweep):
+    """Solves the transposed problem: fills ``adjoint`` with the gradients after ``x``, the outputs and each layer."""
+
+    def __init__(self, solver: Solver, like: Tensor, columns: int, weights: Sequence[Tensor]) -> None:
+        super().__init__(solver, like, weights)
+        s = self.structure
+        self.adjoint = self.empty(s.adjoint_rows, columns)
+        self.x = self.adjoint[: s.input_dim]
+        self.params = self.adjoint[s.input_dim : s.input_dim + s.outputs]
+        self.by_params = self.empty(s.input_dim, s.num_params, columns)
+        self.slopes = [self.empty(width, columns) for width in s.widths]
+        self._bind(s.rows(self.adjoint, s.input_dim + s.outputs))
+        del self.like
+
+    def _bind(self, pre: list[Tensor]) -> None:
+        s, calls = self.structure, self.calls
+        count, width, last = s.before, s.num_params, len(s.widths)
+        by_dimension = self.params.view(s.input_dim, width, -1)
+        # above[l]: gradients of what layer l feeds (layer 0 is x), and the transposed weights in between.
+        above = [*pre, self.params]
+        weights = [w.T for w in (*self.inner, self.head)]
+
+        def from_step(layer: int, t: int) -> int:
+            """First row of ``above[layer]`` that a unit of time t (an input of step t - 1) feeds."""
+            return width * count[0][t] if layer == last else count[layer + 1][t - 1]
+
+        def later(layer: int, end: int) -> int:
+            """First row of ``above[layer]`` that later blocks have already done."""
+            return width * count[0][end] if layer == last else count[layer + 1][end]
+
+        def gather(layer: int, target: Tensor, a: int, c: int, lo: int, hi: int, fresh: bool) -> None:
+            source = above[layer][lo:hi]
+            if c > a and hi > lo:
+                if fresh:
+                    calls.append(partial(torch.mm, weights[layer][a:c, lo:hi], source, out=target[a:c]))
+                else:
+                    calls.append(partial(target[a:c].addmm_, weights[layer][a:c, lo:hi], source))
+            elif c > a and fresh:
+                calls.append(target[a:c].zero_)
+
+        def finish(layer: int, a: int, c: int) -> None:
+            if c == a:
+                return
+            calls.append(partial(pre[layer - 1][a:c].mul_, self.slopes[layer - 1][a:c]))
+            if layer + 1 in s.joins:
+                calls.append(partial(pre[layer - 1][a:c].add_, pre[layer + 1][a:c]))
+
+        for begin, end in reversed(s.blocks()):
+            gather(0, self.x, count[0][begin], count[0][end], later(0, end), len(above[0]), fresh=False)
+            for layer in range(last, 0, -1):
+                a, c = count[layer][begin], count[layer][end]
+                gather(layer, pre[layer - 1], a, c, later(layer, end), len(above[layer]), fresh=True)
+            for t in range(end - 1, begin - 1, -1):
+                for layer in range(last, 0, -1):
+                    a, c = count[layer][t], count[layer][t + 1]
+                    gather(layer, pre[layer - 1], a, c, from_step(layer, t + 1), later(layer, end), fresh=False)
+                    finish(layer, a, c)
+                d0, d1 = count[0][t], count[0][t + 1]
+                gather(0, self.x, d0, d1, from_step(0, t + 1), later(0, end), fresh=False)
+                slope = self.by_params[d0:d1]
+                calls.append(partial(by_dimension[d0:d1].addcmul_, slope, self.x[d0:d1].unsqueeze(1)))
+        for layer in range(last, 0, -1):
+            ready = count[layer][0]
+            gather(layer, pre[layer - 1], 0, ready, 0, len(above[layer]), fresh=True)
+            finish(layer, 0, ready)
+
+    def run(
+        self,
+        grad_x: Tensor,
+        by_params: Tensor,
+        ladj_by_params: Tensor,
+        slopes: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        masks: Sequence[Tensor],
+    ) -> None:
+        """Everything feature-major except ``grad_x``, shape ``(columns, input_dim)``."""
+        self.x.copy_(grad_x.T)
+        self.by_params.copy_(by_params)
+        self.params.view(self.by_params.shape).copy_(ladj_by_params)
+        self.load_weights(weights, masks)
+        for held, given in zip(self.slopes, slopes, strict=True):
+            held.copy_(given)
+        for call in self.calls:
+            call()
+
+
+def _assign(target: Tensor, fn: Callable[[Tensor], Tensor], source: Tensor) -> None:
+    target.copy_(fn(source))
+
+
+_numbers = count()
+
+
+_solvers: weakref.WeakValueDictionary[str, Solver] = weakref.WeakValueDictionary()
+
+
+class Solver:
+    """What the engine knows of a network beside its weights; custom operators name it by its ``handle``.
+
+    Args:
+        structure: the steps and times of its units.
+        activations: the elementwise functions after each hidden layer.
+        univariate: the family of scalar maps, with ``inverse``, ``solver`` and ``partials``; ``x`` is its inverse at
+            ``z``.
+    """
+
+    def __init__(
+        self, structure: Structure, activations: Sequence[Callable[[Tensor], Tensor]], univariate: object
+    ) -> None:
+        self.structure, self.activations, self.univariate = structure, tuple(activations), univariate
+        self.handle = f"{self._digest()}-{next(_numbers)}"
+        _solvers[self.handle] = self
+        self._idle: list[ForwardSweep | ReverseSweep] = []
+
+    def _digest(self) -> str:
+        """Stands for all that the gradient's formula depends on.
+
+        Compiled graphs name a solver by its handle, and compilers keep graphs on disk: equal names must mean equal
+        mathematics, in whatever process.
+        """
+        s = self.structure
+        own = type(self.univariate) in _OURS and known_activations().issuperset(self.activations)
+        names = [getattr(each, "__name__", each) for each in self.activations]
+        text = repr((s.before, s.num_params, sorted(s.joins), s.dense)) + f"{names}{self.univariate!r}"
+        return hashlib.sha256((text if own else text + uuid.uuid4().hex).encode()).hexdigest()[:16]
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Solver, (self.structure, self.activations, self.univariate)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Solver:
+        return Solver(self.structure, self.activations, self.univariate)
+
+    def borrow(
+        self, kind: type, like: Tensor, columns: int, weights: Sequence[Tensor], *options: Sequence[Tensor] | bool
+    ) -> ForwardSweep | ReverseSweep:
+        """A sweep with its buffers and views, an idle one if it fits; taken out, so that no two calls share one."""
+        stream = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0
+        # A sweep has views of biases, and unless it must mask them of weights: they are its own only where these are.
+        viewed = (*(weights if self.structure.dense else ()), *(b for given in options[:1] for b in given))
+        key = (kind, columns, options[1:], like.dtype, like.device, stream, *[v.data_ptr() for v in viewed])
+        for k in range(len(self._idle) - 1, -1, -1):
+            try:
+                sweep = self._idle.pop(k)
+            except IndexError:  # another thread was faster
+                continue
+            if sweep.key == key:
+                return sweep
+            self._idle.append(sweep)
+        with torch.inference_mode(False):  # buffers made under inference mode could not be used outside of it
+            sweep = kind(self, like, columns, weights, *options)
+        sweep.key = key
+        return sweep
+
+    def give_back(self, sweep: ForwardSweep | ReverseSweep) -> None:
+        """Keeps a small sweep for the next call: making its views costs as much as a small solve."""
+        if sweep.nbytes <= 2**25:
+            self._idle.append(sweep)
+            del self._idle[:-4]
+
+
+def named(handle: str) -> Solver:
+    """The living solver of this handle."""
+    return _solvers[handle]

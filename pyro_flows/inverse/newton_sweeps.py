@@ -1,0 +1,435 @@
+r"""Newton-Jacobi sweeps that solve a triangular system :math:`f(x) = z`, safeguarded along a front so that they end.
+
+A sweep evaluates :math:`f` and the diagonal :math:`d` of its Jacobian once and moves every coordinate by
+:math:`(z - f)/d`.  In a triangular map the coordinates fall into waves, and once the waves below are right a wave has
+scalar problems only, each strictly increasing with a slope between the known bounds :math:`m \le d \le M`: the root is
+between :math:`x + r/M` and :math:`x + r/m` for any residual :math:`r = z - f`.  So plain sweeps go on as long as the
+first wave that is not solved moves on in each sample; from the first time that it does not, the waves below it are held
+fixed and its own coordinates keep a bracket, which is halved where Newton's method would leave it or gains too little.
+"""
+
+from __future__ import annotations
+
+import math
+import uuid
+import warnings
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["TOLERANCE", "SolveReport", "SolverSettings", "TriangularMap", "named_map", "sweep"]
+
+_maps: weakref.WeakValueDictionary[str, TriangularMap] = weakref.WeakValueDictionary()
+
+
+class TriangularMap(ABC):
+    r"""A map of events whose Jacobian is triangular, with a positive diagonal, in some order of the coordinates.
+
+    It holds no tensor that needs a gradient: parameters come as ``shared`` (the same for all rows) and ``rowwise``
+    (leading dimension ``n``, for what a context gives).  ``name`` stands in messages.  ``wave`` is an integer tensor of
+    the event's shape: the length of the longest chain of dependencies that ends at a coordinate, 0 for a coordinate
+    that depends on itself alone.
+    """
+
+    name: str
+    wave: Tensor
+    handle: str
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> TriangularMap:
+        self = super().__new__(cls)
+        self.handle = uuid.uuid4().hex  # a name that custom operators can carry
+        _maps[self.handle] = self
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key not in ("handle", "_waves")}
+
+    @abstractmethod
+    def value_and_slope(self, x: Tensor, shared: Sequence[Tensor], rowwise: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """``f(x)`` and the diagonal of its Jacobian, both with the shape ``(n, *event_shape)`` of ``x``."""
+
+    @abstractmethod
+    def slope_bounds(self, shared: Sequence[Tensor], rowwise: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """``0 < m <= M`` between which the diagonal stays for every ``x``, broadcasting to ``(n, *event_shape)``."""
+
+    def waves(self, device: torch.device) -> tuple[Tensor, int]:
+        """``wave`` as a row on a device, and how many waves there are."""
+        known = self.__dict__.setdefault("_waves", {})
+        if device not in known:
+            wave = self.wave.detach().reshape(1, -1)
+            count = int(wave.max()) + 1 if wave.numel() else 1
+            known[device] = wave.to(device, torch.int32), count
+        return known[device]
+
+
+def named_map(handle: str) -> TriangularMap:
+    """The living map of this handle."""
+    return _maps[handle]
+
+
+class SolverSettings(NamedTuple):
+    """How exactly to solve, and what to do where that fails.
+
+    Args:
+        tolerance: largest error of a coordinate relative to ``1 + |x|``, given the coordinates that it depends on;
+            ``None``: near the rounding of the dtype (1e-6 in float32, 1e-13 in float64).
+        max_sweeps: how many sweeps are allowed; ``None``: as many as the method can need.
+        on_fail: ``"raise"`` a ``RuntimeError`` or ``"warn"`` with a ``RuntimeWarning``.
+    """
+
+    tolerance: float | None = None
+    max_sweeps: int | None = None
+    on_fail: str = "raise"
+
+
+@dataclass(frozen=True, eq=False)
+class SolveReport:
+    """What a solve took; the numbers are in ``stats``, a tensor on the host, and are read when asked for."""
+
+    stats: Tensor
+
+    @property
+    def sweeps(self) -> int:
+        """Sweeps of the slowest rows."""
+        return int(self.stats[0])
+
+    @property
+    def evaluations(self) -> int:
+        """Calls of ``value_and_slope`` in the solve."""
+        return int(self.stats[1])
+
+    @property
+    def residual(self) -> float:
+        """Largest ``|f(x) - z| / (m (1 + |x|))`` where it was last evaluated, before the last Newton step."""
+        return float(self.stats[2])
+
+    @property
+    def bisections(self) -> int:
+        """How many times a coordinate was bisected."""
+        return int(self.stats[3])
+
+    @property
+    def converged(self) -> bool:
+        """Whether every row was solved to the tolerance or to rounding."""
+        return bool(self.stats[4])
+
+    @property
+    def waves(self) -> int:
+        """Waves of the map, the sweeps in which a triangular system is solved if it is linear."""
+        return int(self.stats[5])
+
+    def __repr__(self) -> str:
+        return (
+            f"SolveReport(sweeps={self.sweeps}, evaluations={self.evaluations}, residual={self.residual:.3g}, "
+            f"bisections={self.bisections}, converged={self.converged}, waves={self.waves})"
+        )
+
+
+TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-13}
+
+
+FLOOR = 32  # residuals of this many units in the last place of the terms of f are rounding
+
+
+WINDOW = 3  # sweeps between looks at whether the front moves on, or its residual shrinks
+
+
+TRUST = 10  # largest move of a coordinate beyond the front, relative to 1 + |x|
+
+
+def _bound(value: Tensor, z: Tensor) -> Tensor:
+    """A bound as a matrix of one row, or of a row for each of z."""
+    rows = value.shape[0] if value.dim() == z.dim() else 1
+    return value.detach().to(z.dtype).expand(rows, *z.shape[1:]).reshape(rows, -1)
+
+
+class _Sweeps:
+    """The rows under way and what the sweeps know of each."""
+
+    def __init__(
+        self,
+        solved: TriangularMap,
+        z: Tensor,
+        shared: Sequence[Tensor],
+        rowwise: Sequence[Tensor],
+        settings: SolverSettings,
+        start: Tensor | None,
+    ) -> None:
+        self.map, self.shared, self.rowwise, self.settings = solved, tuple(shared), list(rowwise), settings
+        self.event = z.shape[1:]
+        self.total = z.shape[0]
+        self.z = z.reshape(self.total, -1).contiguous()
+        self.wave, self.count = solved.waves(z.device)
+        self.eps = torch.finfo(z.dtype).eps
+        self.far = torch.finfo(z.dtype).max ** 0.4
+        self.m, self.M = (_bound(b, z) for b in solved.slope_bounds(self.shared, self.rowwise))
+        tolerance = TOLERANCE[z.dtype] if settings.tolerance is None else settings.tolerance
+        # Bounds that are none must not let anything pass.
+        sound = ((self.m > 0) & (self.m <= self.M) & (self.M < math.inf)).all()
+        self.slack = torch.where(sound, self.m * tolerance, math.nan)
+        self.allowed = torch.add(self.slack, self.z.abs(), alpha=FLOOR * self.eps)
+        self.x = self.z / (self.m.sqrt() * self.M.sqrt()) if start is None else start.reshape(self.z.shape)
+        self.out: Tensor | None = None
+        self.index: Tensor | None = None
+        self.live: Tensor | None = None
+        self.seen: tuple[Tensor, Tensor] | None = None
+        self.step: Tensor | None = None
+        self.guarded = False
+        self.worst = self.z.new_full((self.total,), math.inf)
+        self.evaluations = 0
+        self.bisections = self.z.new_zeros((), dtype=torch.long)
+        self.residual = self.z.new_zeros(())
+        self.broken = self.z.new_zeros((), dtype=torch.long)
+
+    def evaluate(self) -> None:
+        """Value, slope and residual at ``x``, and which coordinates they let pass."""
+        f, d = self.map.value_and_slope(self.x.view(-1, *self.event), self.shared, self.rowwise)
+        self.evaluations += 1
+        f, self.d = f.reshape(self.x.shape), d.reshape(self.x.shape)
+        self.r = self.z - f
+        self.size, self.abs_x = self.r.abs(), self.x.abs()
+        # Below 1 lets a coordinate pass: the tolerance and the rounding of what f is summed from.
+        self.ratio = self.size / torch.addcmul(
+            self.allowed, torch.add(self.slack, self.d, alpha=FLOOR * self.eps), self.abs_x
+        )
+        self.known_front = None
+
+    def rounding(self) -> Tensor:
+        """What residuals come from the last place of the terms of f."""
+        return self.eps * torch.addcmul(self.z.abs(), self.d, self.abs_x)
+
+    def plain(self) -> tuple[Tensor, int]:
+        """One Newton-Jacobi step; returns which rows are solved, and their number.  Solved rows rest."""
+        worst = self.ratio.amax(1)
+        solved = worst < 1
+        if self.live is not None:
+            solved |= ~self.live
+        count = int(solved.sum())
+        step = self.calm(self.r / self.d)
+        if count:
+            # What is accepted takes the step that it has already, if steps still gain digits there: where the residual
+            # is rounding a step would only disturb what depends on the coordinate, after its residual was looked at.
+            last = worst < 0.1 * self.worst
+            if self.live is not None:
+                last &= self.live
+            still = (solved & ~last)[:, None] | ((self.size < 4 * self.rounding()) & solved[:, None])
+            step.masked_fill_(still, 0.0)
+        self.worst = worst
+        x = self.x + step
+        self.x = torch.where(solved[:, None], x, x.clamp(-self.far, self.far)) if self.looking else x
+        return solved, count
+
+    def front(self) -> Tensor:
+        """The first wave in each row that is not solved."""
+        if self.known_front is None:
+            self.known_front = torch.where(self.ratio < 1, self.count, self.wave).amin(1, keepdim=True)
+        return self.known_front
+
+    def stuck(self) -> bool:
+        """Whether in some row neither the front nor its residual has got ahead since the last call."""
+        first = self.front()
+        worst = self.ratio.masked_fill(self.wave != first, 0.0).amax(1, keepdim=True)
+        before, self.seen = self.seen, (first, worst)
+        if before is None or before[0].shape != first.shape:  # rows left meanwhile
+            return False
+        gained = (first > before[0]) | (worst < 0.25 * before[1]) | (first == self.count)
+        return not bool((gained if self.live is None else gained | ~self.live[:, None]).all())
+
+    def calm(self, step: Tensor) -> Tensor:
+        """Now and then halves the steps that only go to and fro, well beyond the front."""
+        if self.looking and self.step is not None and self.step.shape == step.shape:
+            back = -step / self.step
+            fro = (back > 0.8) & (back < 1.25) & (self.wave > self.front() + 1)
+            step = torch.where(fro, 0.5 * step, step)
+        self.step = step
+        return step
+
+    def guard(self) -> None:
+        """Prepares for guarded steps; says what is wrong with the input if that is why plain ones got stuck."""
+        self.check()
+        self.guarded = True
+        self.first = self.front().clone()
+        if self.live is not None:
+            self.first.masked_fill_(~self.live[:, None], self.count)
+            self.live = None
+        self.done = self.wave < self.first
+        self.cold = torch.zeros_like(self.first, dtype=torch.bool)
+        self.lost = torch.zeros_like(self.cold)
+        self.lo, self.hi = torch.full_like(self.x, -math.inf), torch.full_like(self.x, math.inf)
+        self.width, self.last = self.hi, self.hi
+        self.one_m, self.one_M = 1 / self.m, 1 / self.M
+
+    def careful(self) -> tuple[Tensor, int]:
+        """One step with the front safeguarded; returns which rows are solved or lost, and their number."""
+        x, r, wave = self.x, self.r, self.wave
+        finite = torch.isfinite(self.size.amax(1, keepdim=True))
+        ok = (self.ratio < 1) | self.done
+        first = torch.where(ok, self.count, wave).amin(1, keepdim=True)
+        first = torch.where(finite, first, self.first)
+        moved = (first != self.first) | ~finite
+        below = (wave < first) & finite
+        # A wave that is accepted alone takes its Newton step first: nothing that was accepted depends on it.
+        alone = below & ~self.done & (first == self.first + 1)
+        self.done = self.done | below
+        # The root given what lies below.  Where that has just been moved, brackets begin with the next evaluation.
+        by_least, by_most = r * self.one_m, r * self.one_M
+        lo = torch.maximum(self.lo, x + torch.minimum(by_least, by_most)).masked_fill_(moved, -math.inf)
+        hi = torch.minimum(self.hi, x + torch.maximum(by_least, by_most)).masked_fill_(moved, math.inf)
+        width = hi - lo
+        active = (wave == first) & ~ok & ~moved
+        closed = active & (width < 4 * self.eps * torch.maximum(lo.abs(), hi.abs()).clamp_(min=1.0))
+        step = r / self.d
+        newton = x + step
+        step = self.calm(step)
+        slow = (width > 0.5 * self.width) & (self.size > 0.5 * self.last)
+        halve = active & (slow | ~((newton >= lo) & (newton <= hi)))
+        limit = TRUST * (1 + self.abs_x)
+        warm = (x + torch.clamp(step, -limit, limit)).clamp_(-self.far, self.far)
+        warm = torch.where(torch.isfinite(warm), warm, x)
+        new = torch.where(active | alone, newton, warm)
+        new = torch.where(halve | closed, 0.5 * lo + 0.5 * hi, new)
+        held = (self.done & ~alone) | (self.cold & (wave != first))
+        new = torch.where(held, x, new)
+        # An overflow beyond the front can reach it as 0 * inf: such a row begins anew and goes wave by wave.
+        new = torch.where(~finite & ~self.done, 0.0, new)
+        self.lost = self.lost | (~finite & self.cold)
+        self.cold = self.cold | ~finite
+        self.done = self.done | closed
+        self.bisections += (halve & ~closed).sum()
+        self.x, self.first, self.lo, self.hi = new, first, lo, hi
+        self.width = width
+        self.last = torch.where(moved, math.inf, self.size)
+        solved = ((first == self.count) | self.lost)[:, 0]
+        return solved, int(solved.sum())
+
+    def leave(self, rows: Tensor | None, solved: bool = True) -> None:
+        """Takes rows (all if ``None``) out, with what is to be reported of them."""
+        pick = (lambda t: t) if rows is None else (lambda t: t[rows] if t.shape[0] == self.x.shape[0] else t)
+        size, abs_x = pick(self.size), pick(self.abs_x)
+        relative = size / (pick(self.m) * (1 + abs_x))
+        self.residual = torch.maximum(self.residual, relative.nan_to_num_(math.inf).amax())
+        if solved and self.guarded:
+            # Where the bracket closed the residual is rounding, unless the map is not what it says.
+            row = (pick(self.d).amax(1) * (1 + abs_x.amax(1)))[:, None]
+            fair = (pick(self.ratio) < 1) | (size < self.eps**0.5 * (pick(self.z).abs() + row))
+            self.broken += (~fair.all(1) | pick(self.lost)[:, 0]).sum()
+        if self.index is None and rows is None:
+            self.out = self.x
+            return
+        if self.out is None:
+            self.out = torch.empty_like(self.z)
+            self.index = torch.arange(self.total, device=self.z.device)
+        self.out[pick(self.index)] = pick(self.x)
+
+    def compact(self, solved: Tensor) -> None:
+        """Goes on with the rows that are not solved."""
+        n = self.x.shape[0]
+        self.leave(solved.nonzero()[:, 0])
+        rest = (~solved).nonzero()[:, 0]
+        if self.seen is not None:
+            self.seen = self.seen[0][rest], self.seen[1][rest]
+        self.live = None
+        self.rowwise = [t[rest] for t in self.rowwise]
+        names = ["x", "z", "allowed", "slack", "m", "M", "index", "worst"]
+        if self.guarded:
+            names += ["done", "first", "cold", "lost", "lo", "hi", "width", "last", "one_m", "one_M"]
+        for name in names:
+            value = getattr(self, name)
+            if value.shape[0] == n:
+                setattr(self, name, value[rest])
+
+    def run(self) -> tuple[Tensor, Tensor]:
+        limit = self.settings.max_sweeps
+        cap = 1024 + 256 * self.count if limit is None else limit
+        left = self.x.shape[0]
+        while self.evaluations < cap:
+            self.evaluate()
+            self.looking = self.evaluations % WINDOW == 0
+            if self.looking and not self.guarded and self.stuck():
+                self.guard()
+            solved, count = self.careful() if self.guarded else self.plain()
+            n = self.x.shape[0]
+            left = n - count
+            if left == 0:
+                self.leave(None)
+                break
+            if left <= 0.7 * n:
+                self.compact(solved)
+            elif left < n and not self.guarded:
+                self.live = ~solved
+        else:
+            self.check()
+            self.leave(None, solved=False)
+        broken = left + int(self.broken)
+        stats = [
+            self.evaluations,
+            self.evaluations,
+            float(self.residual),
+            int(self.bisections),
+            broken == 0,
+            self.count,
+        ]
+        if broken:
+            self.fail(broken, stats[2])
+        return self.out.view(-1, *self.event), torch.tensor(stats, dtype=torch.float64)
+
+    def check(self) -> None:
+        """Raises ValueError where the input, not the method, is at fault."""
+        name = self.map.name
+        bad = int((~torch.isfinite(self.z)).any(1).sum())
+        if bad:
+            raise ValueError(f"{name}: expected finite values to invert, got {bad} of {self.total} rows that are not")
+        kinds = (("parameters", self.shared, ""), ("context's values", self.rowwise, "the context is not finite, or "))
+        for kind, tensors, reason in kinds:
+            bad = sum(int((~torch.isfinite(t)).sum()) for t in tensors)
+            if bad:
+                raise ValueError(
+                    f"{name}: expected finite {kind}, got {bad} numbers that are not; {reason}the training that made "
+                    "them has diverged, or a bad state was loaded"
+                )
+        if bool(torch.isnan(self.slack).any()):
+            raise ValueError(
+                f"{name}: expected bounds 0 < m <= M of the slope, got m down to {float(self.m.min()):.3g} and M up to "
+                f"{float(self.M.max()):.3g}"
+            )
+
+    def fail(self, broken: int, residual: float) -> None:
+        """Raises or warns: never silent."""
+        message = (
+            f"{self.map.name}: {broken} of {self.total} rows were not inverted, with a relative residual up to "
+            f"{residual:.3g} after {self.evaluations} sweeps ({self.count} waves); "
+        )
+        if self.settings.max_sweeps is not None and self.evaluations >= self.settings.max_sweeps:
+            message += (
+                f"allow more than max_sweeps={self.settings.max_sweeps} (None sets no limit), or a larger tolerance"
+            )
+        else:
+            message += (
+                "the map overflows or loses all digits there: use float64, keep the weights smaller or the values "
+                "nearer to what the flow was trained on"
+            )
+        if self.settings.on_fail == "warn":
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
+        else:
+            raise RuntimeError(message)
+
+
+@torch.no_grad()
+def sweep(
+    solved: TriangularMap,
+    z: Tensor,
+    shared: Sequence[Tensor],
+    rowwise: Sequence[Tensor],
+    settings: SolverSettings,
+    start: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``x`` with ``f(x) = z`` for each row of ``z``, and the numbers of its :class:`SolveReport`; no gradient."""
+    if z.numel() == 0:
+        stats = [0, 0, 0, 0, 1, solved.waves(z.device)[1]]
+        return z.clone(memory_format=torch.contiguous_format), torch.tensor(stats, dtype=torch.float64)
+    return _Sweeps(solved, z, shared, rowwise, settings, start).run()

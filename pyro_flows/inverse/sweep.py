@@ -1,0 +1,425 @@
+r"""The exact inverse of an autoregressive map, in which each weight of its network is used once, and its gradient.
+
+Given ``z`` and a masked network whose outputs for dimension :math:`i` depend on :math:`x_{<i}`, the engine solves
+:math:`x_i = g(z_i, \mathrm{params}_i(x_{<i}))` for all :math:`i`.  Done naively this takes ``input_dim`` passes through
+the network.  Here inputs, hidden units and outputs are sorted by the step at which they become computable, so that the
+weights are block lower triangular; the engine goes through the steps once and computes each unit as soon as it can, in
+place, in feature-major buffers.  Steps are taken in blocks: one matrix product per layer for all that comes from
+earlier blocks, small ones inside.  The gradient goes through the same steps backwards, again with each weight once.
+
+:func:`solve` is the entry point.  Its two kernels are ``torch.library`` custom operators, so that it compiles, batches
+under ``torch.func`` and differentiates; second derivatives take the plain way through the network, one pass per step,
+and so does what the kernels have no rule for: forward mode, ``is_grads_batched``, ``torch.func`` inside a compiler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
+
+from pyro_flows.core.modes import autocasting, beyond_rules, plain_eager
+from pyro_flows.inverse.buffers import ForwardSweep, ReverseSweep, Solver, columns_at_once, named
+from pyro_flows.nets.activations import slope
+from pyro_flows.nets.structure import weight_gradient
+from pyro_flows.univariate.base import Univariate
+
+__all__ = ["solve"]
+
+
+def solve(
+    solver: Solver,
+    z: Tensor,
+    first_bias: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    masks: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Solves for ``x``, everything by rank; exact, and differentiable in all tensors.
+
+    Costs about one dense pass of the network and as much sequential work as there are steps; memory does not grow with
+    the number of steps.  The gradient costs about one backward pass.
+
+    Args:
+        solver: the static description.
+        z: shape ``(*batch, input_dim)``.
+        first_bias: bias of the first layer, context included, shape ``(*batch, width)`` or broadcasting to it.
+        weights: one matrix per layer; what stands in masked places is never used.
+        biases: those of the layers after the first.
+        masks: one for each weight, an integer of its element's size with all bits set where the weight counts.
+
+    Returns:
+        ``x`` with the shape of ``z`` and the log-determinant of ``z -> x``, shape ``(*batch,)``.
+    """
+    if autocasting(z.device):  # half precision would be no inverse
+        with torch.autocast(z.device.type, enabled=False):
+            return solve(solver, z, first_bias.to(z.dtype), weights, biases, masks)
+    batch = z.shape[:-1]
+    flat = z if len(batch) == 1 else z.reshape(-1, z.shape[-1])
+    if first_bias.dim() == 1:
+        bias = first_bias[None]
+    elif first_bias.shape[:-1].numel() == 1:
+        bias = first_bias.reshape(1, -1)
+    else:
+        bias = first_bias.expand(*batch, -1).reshape(-1, first_bias.shape[-1])
+    keep = torch.is_grad_enabled() and any(t.requires_grad for t in (flat, bias, *weights, *biases))
+    if plain_eager():
+        if keep:
+            x, ladj, _ = _apply_plainly(solver.handle, flat, bias, *weights, *biases, *masks)
+        else:
+            with torch._C._AutoDispatchBelowAutograd():  # nothing to record, so spare every small call the look
+                x, ladj, _ = _solve(flat, bias, weights, biases, masks, solver.handle, False)
+    elif beyond_rules():
+        x, ladj = _by_passes(solver, masks, flat, bias, *weights, *biases)
+    elif torch._C._are_functorch_transforms_active():  # which may ask for a gradient though no tensor does
+        x, ladj, _ = _Solve.apply(solver.handle, flat, bias, *weights, *biases, *masks)
+    else:
+        groups = (list(weights), list(biases), list(masks))
+        x, ladj, _ = torch.ops.pyro_flows.solve(flat, bias, *groups, solver.handle, keep)
+    return (x, ladj) if len(batch) == 1 else (x.reshape(z.shape), ladj.reshape(batch))
+
+
+@torch.no_grad()
+def _solve(
+    z: Tensor,
+    first_bias: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    masks: list[Tensor],
+    handle: str,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    solver = named(handle)
+    n = z.shape[0]
+    shared = first_bias.shape[0] == 1
+    chunk = columns_at_once(n, solver.structure.adjoint_rows, z.device)
+    if n <= chunk:
+        sweep = solver.borrow(ForwardSweep, z, n, weights, biases, not shared)
+        sweep.run(z, first_bias, weights, masks)
+        tape = sweep.tape.clone() if keep else z.new_empty(0, n)
+        result = sweep.x.T.clone(memory_format=torch.contiguous_format), sweep.ladj.sum(0), tape
+        solver.give_back(sweep)
+        return result
+    x, ladj = z.new_empty(z.shape), z.new_empty(n)
+    tape = z.new_empty(solver.structure.tape_rows if keep else 0, n)
+    for start in range(0, n, chunk):
+        part = slice(start, min(n, start + chunk))
+        sweep = solver.borrow(ForwardSweep, z, part.stop - part.start, weights, biases, not shared)
+        sweep.run(z[part], first_bias if shared else first_bias[part], weights, masks)
+        torch.sum(sweep.ladj, 0, out=ladj[part])
+        x[part].copy_(sweep.x.T)
+        if keep:
+            tape[:, part].copy_(sweep.tape)
+        solver.give_back(sweep)
+    return x, ladj, tape
+
+
+@torch.library.custom_op("pyro_flows::solve", mutates_args=())
+def _solve_op(
+    z: Tensor,
+    first_bias: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    masks: list[Tensor],
+    handle: str,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _solve(z, first_bias, weights, biases, masks, handle, keep)
+
+
+@_solve_op.register_fake
+def _(
+    z: Tensor,
+    first_bias: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    masks: list[Tensor],
+    handle: str,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = named(handle).structure.tape_rows if keep else 0
+    return z.new_empty(z.shape), z.new_empty(z.shape[0]), z.new_empty(rows, z.shape[0])
+
+
+def _groups(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Weights, biases and masks; the first layer's bias is not among them."""
+    layers = (len(tensors) + 1) // 3
+    return list(tensors[:layers]), list(tensors[layers : 2 * layers - 1]), list(tensors[2 * layers - 1 :])
+
+
+def _setup(ctx: object, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    z, first_bias, weights, biases, masks, handle, _ = inputs
+    ctx.solver = named(handle)  # which may have no other holder by the time of the gradient
+    ctx.save_for_backward(z, first_bias, output[0], output[2], *weights, *biases, *masks)
+
+
+def _gradient(ctx: object, grad_x: Tensor | None, grad_ladj: Tensor | None, none: Tensor | None) -> tuple[Tensor, ...]:
+    saved = ctx.saved_tensors  # asked for once, because torch.utils.checkpoint gives them once
+    if autocasting(saved[0].device):
+        with torch.autocast(saved[0].device.type, enabled=False):
+            return _pull(ctx.solver, saved, grad_x, grad_ladj)
+    return _pull(ctx.solver, saved, grad_x, grad_ladj)
+
+
+def _pull(
+    solver: Solver, saved: Sequence[Tensor], grad_x: Tensor | None, grad_ladj: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    z, first_bias, x, tape, *tensors = saved
+    if tape.shape[0] == 0:  # whoever called the operator saw no need of a gradient
+        tape = torch.ops.pyro_flows.solve(z, first_bias, *_groups(tensors), solver.handle, True)[2]
+    grad_x = torch.zeros_like(x) if grad_x is None else grad_x
+    grad_ladj = x.new_zeros(x.shape[0]) if grad_ladj is None else grad_ladj
+    if is_legacy_batchedtensor(grad_x) or is_legacy_batchedtensor(grad_ladj):
+        # One that stands for many (is_grads_batched), of which kernels know nothing.
+        weights, biases, masks = _groups(tensors)
+        pull = torch.func.vjp(partial(_by_passes, solver, masks), z, first_bias, *weights, *biases)[1]
+        return pull((grad_x, grad_ladj))
+    inputs = (solver.handle, grad_x, grad_ladj, x, tape, z, first_bias, *tensors)
+    if torch.is_grad_enabled():  # else nobody differentiates the gradient further
+        return _Gradient.apply(*inputs)
+    return _first_order(*inputs, by_weights=not plain_eager() or any(t.requires_grad for t in tensors))
+
+
+def _gradient_op(ctx: object, *cotangents: Tensor | None) -> tuple:
+    dz, dbias, *rest = _gradient(ctx, *cotangents)
+    layers = (len(rest) + 1) // 2
+    return dz, dbias, rest[:layers], rest[layers:], [None] * layers, None, None
+
+
+_solve_op.register_autograd(_gradient_op, setup_context=_setup)
+
+
+class _Solve(torch.autograd.Function):
+    """The operator with its gradient, in the form that ``torch.func`` understands too."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        handle, z, first_bias, *tensors = inputs
+        if not plain_eager():
+            return torch.ops.pyro_flows.solve(z, first_bias, *_groups(tensors), handle, True)
+        with torch._C._AutoDispatchBelowAutograd():
+            return _solve(z, first_bias, *_groups(tensors), handle, True)
+
+    @staticmethod
+    def setup_context(ctx: object, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+        handle, z, first_bias, *tensors = inputs
+        _setup(ctx, (z, first_bias, *_groups(tensors), handle, True), output)
+        ctx.mark_non_differentiable(output[2])
+
+    @staticmethod
+    def backward(ctx: object, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        grads = _gradient(ctx, *cotangents)
+        return None, *grads, *[None] * (len(grads) // 2)
+
+
+# Without the detour by which apply() looks for transforms of torch.func: for plain eager calls, where there are none.
+_apply_plainly = super(torch.autograd.Function, _Solve).apply
+
+
+def _first_order(
+    handle: str,
+    grad_x: Tensor,
+    grad_ladj: Tensor,
+    x: Tensor,
+    tape: Tensor,
+    z: Tensor,
+    first_bias: Tensor,
+    *tensors: Tensor,
+    by_weights: bool = True,
+) -> tuple[Tensor | None, ...]:
+    """Gradients after ``z``, the first bias, weights and biases; ``None`` for the last two if nobody wants them."""
+    solver = named(handle)
+    weights, biases, masks = _groups(tensors)
+    eager = plain_eager()
+    # A closed form may write in place, which vmap does not take.
+    partials = solver.univariate.partials if eager else partial(Univariate.partials, solver.univariate)
+    pre, post, params, ladj = solver.structure.unpack(tape, solver.activations)
+    zt, xt = z.T, x.T
+    by_z, by_params, ladj_by_z, ladj_by_params = partials(True, zt, params, xt, ladj, grad_ladj)
+    slopes = [slope(act, a, h) for act, a, h in zip(solver.activations, pre, post, strict=True)]
+    arguments = (grad_x, by_params, ladj_by_params, slopes, weights, masks, handle)
+    if eager:
+        with torch._C._AutoDispatchBelowAutograd():
+            adjoint = _sweep_back(*arguments)
+    else:
+        adjoint = torch.ops.pyro_flows.sweep_back(*arguments)
+    grad_xt, dparams, dpre = solver.structure.unpack_adjoint(adjoint)
+    dz = torch.addcmul(ladj_by_z, grad_xt, by_z).T
+    above = [*dpre, dparams]
+    # first_bias stands for the whole batch or for each sample.
+    each = above[0].T
+    dbias = each if first_bias.shape[0] == z.shape[0] else each.sum(0, keepdim=True)
+    if not by_weights:
+        return dz, dbias, *[None] * (len(weights) + len(biases))
+    dweights = [
+        weight_gradient(cut.at(z.shape[0]), mask, upper.T, lower.T, eager)
+        for cut, mask, upper, lower in zip(solver.structure.cuts, masks, above, [xt, *post], strict=True)
+    ]
+    return dz, dbias, *dweights, *(upper.sum(1) for upper in above[1:])
+
+
+class _Gradient(torch.autograd.Function):
+    """First derivatives by one reverse sweep; derivatives of those by the plain way."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*inputs: Tensor) -> tuple[Tensor, ...]:
+        return _first_order(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: object, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+        handle, grad_x, grad_ladj, _, _, *tensors = inputs
+        ctx.solver = named(handle)
+        ctx.save_for_backward(grad_x, grad_ladj, *tensors)
+
+    @staticmethod
+    def backward(ctx: object, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        grad_x, grad_ladj, z, first_bias, *tensors = ctx.saved_tensors
+        weights, biases, masks = _groups(tensors)
+        by_passes = partial(_by_passes, ctx.solver, masks)
+
+        def gradient(grad_x: Tensor, grad_ladj: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+            return torch.func.vjp(by_passes, *inputs)[1]((grad_x, grad_ladj))
+
+        inputs = (grad_x, grad_ladj, z, first_bias, *weights, *biases)
+        grad_x, grad_ladj, *rest = torch.func.vjp(gradient, *inputs)[1](cotangents)
+        return None, grad_x, grad_ladj, None, None, *rest, *[None] * len(masks)
+
+
+def _by_passes(
+    solver: Solver, masks: Sequence[Tensor], z: Tensor, first_bias: Tensor, *matrices: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same solution by one full pass for each step: slow, and differentiable any number of times."""
+    structure = solver.structure
+    weights = [torch.where(mask != 0, weight, 0.0) for mask, weight in zip(masks, matrices, strict=False)]
+    biases = matrices[len(weights) :]
+    x = torch.zeros_like(z)
+    for _ in range(structure.num_steps):
+        stream = pre = F.linear(x, weights[0]) + first_bias
+        for k in range(1, len(weights)):
+            pre = F.linear(solver.activations[k - 1](pre), weights[k], biases[k - 1])
+            if k in structure.joins:
+                stream = pre = pre + stream
+        params = pre.unflatten(-1, (structure.num_params, structure.input_dim)).transpose(-1, -2)
+        x, ladj = solver.univariate.inverse(z, params)
+    return x, ladj.sum(-1)
+
+
+@torch.no_grad()
+def _sweep_back(
+    grad_x: Tensor,
+    by_params: Tensor,
+    ladj_by_params: Tensor,
+    slopes: list[Tensor],
+    weights: list[Tensor],
+    masks: list[Tensor],
+    handle: str,
+) -> Tensor:
+    solver = named(handle)
+    n = grad_x.shape[0]
+    adjoint = grad_x.new_empty(solver.structure.adjoint_rows, n)
+    chunk = columns_at_once(n, solver.structure.adjoint_rows, grad_x.device)
+    for start in range(0, n, chunk):
+        part = slice(start, min(n, start + chunk))
+        sweep = solver.borrow(ReverseSweep, grad_x, part.stop - part.start, weights)
+        elementwise = (by_params[..., part], ladj_by_params[..., part], [s[:, part] for s in slopes])
+        sweep.run(grad_x[part], *elementwise, weights, masks)
+        adjoint[:, part].copy_(sweep.adjoint)
+        solver.give_back(sweep)
+    return adjoint
+
+
+@torch.library.custom_op("pyro_flows::sweep_back", mutates_args=())
+def _sweep_back_op(
+    grad_x: Tensor,
+    by_params: Tensor,
+    ladj_by_params: Tensor,
+    slopes: list[Tensor],
+    weights: list[Tensor],
+    masks: list[Tensor],
+    handle: str,
+) -> Tensor:
+    return _sweep_back(grad_x, by_params, ladj_by_params, slopes, weights, masks, handle)
+
+
+@_sweep_back_op.register_fake
+def _(
+    grad_x: Tensor,
+    by_params: Tensor,
+    ladj_by_params: Tensor,
+    slopes: list[Tensor],
+    weights: list[Tensor],
+    masks: list[Tensor],
+    handle: str,
+) -> Tensor:
+    return grad_x.new_empty(named(handle).structure.adjoint_rows, grad_x.shape[0])
+
+
+# Batching: samples are rows of z (columns of everything feature-major), so a batch of problems that share their weights
+# is one larger problem; batches of weights are solved one by one.
+
+
+def _rows(value: Tensor, dim: int | None, size: int, axis: int) -> Tensor:
+    """Merges a batch dimension into the sample axis (counted without the batch dimension)."""
+    value = (
+        value.movedim(dim, axis)
+        if dim is not None
+        else value.unsqueeze(axis).expand(*value.shape[:axis], size, *value.shape[axis:])
+    )
+    return value.flatten(axis, axis + 1)
+
+
+def _one_by_one(op: Callable[..., object], size: int, in_dims: Sequence, args: Sequence) -> list:
+    def pick(value: object, dim: object, k: int) -> object:
+        if isinstance(value, (list, tuple)):
+            return [pick(v, d, k) for v, d in zip(value, dim, strict=True)]
+        return value.select(dim, k) if isinstance(value, Tensor) and dim is not None else value
+
+    return [op(*(pick(v, d, k) for v, d in zip(args, in_dims, strict=True))) for k in range(size)]
+
+
+def _batched(dims: object) -> bool:
+    return any(d is not None for d in dims) if isinstance(dims, (list, tuple)) else dims is not None
+
+
+@_solve_op.register_vmap
+def _(info: object, in_dims: tuple, *args: object) -> tuple:
+    z, first_bias, *others = args
+    size = info.batch_size
+    if any(_batched(dims) for dims in in_dims[2:]):
+        results = _one_by_one(torch.ops.pyro_flows.solve, size, in_dims, args)
+        return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0, 0, 0)
+    n = z.shape[1 if in_dims[0] == 0 else 0]
+    if in_dims[1] is not None and first_bias.shape[1 if in_dims[1] == 0 else 0] == 1:
+        first_bias = first_bias.movedim(in_dims[1], 0).expand(-1, n, -1)
+        bias = _rows(first_bias, 0, size, 0)
+    elif in_dims[1] is None and first_bias.shape[0] == 1:
+        bias = first_bias
+    else:
+        bias = _rows(first_bias, in_dims[1], size, 0)
+    x, ladj, tape = torch.ops.pyro_flows.solve(_rows(z, in_dims[0], size, 0), bias, *others)
+    return (x.unflatten(0, (size, n)), ladj.unflatten(0, (size, n)), tape.unflatten(1, (size, n))), (0, 0, 1)
+
+
+@_sweep_back_op.register_vmap
+def _(info: object, in_dims: tuple, *args: object) -> tuple[Tensor, int]:
+    grad_x, by_params, ladj_by_params, slopes, *others = args
+    size = info.batch_size
+    if any(_batched(dims) for dims in in_dims[4:]):
+        return torch.stack(_one_by_one(torch.ops.pyro_flows.sweep_back, size, in_dims, args)), 0
+    n = grad_x.shape[1 if in_dims[0] == 0 else 0]
+    adjoint = torch.ops.pyro_flows.sweep_back(
+        _rows(grad_x, in_dims[0], size, 0),
+        _rows(by_params, in_dims[1], size, 2),
+        _rows(ladj_by_params, in_dims[2], size, 2),
+        [_rows(s, d, size, 1) for s, d in zip(slopes, in_dims[3], strict=True)],
+        *others,
+    )
+    return adjoint.unflatten(1, (size, n)), 1

@@ -1,0 +1,7 @@
+"""Networks that compute the parameters of a flow."""
+
+from pyro_flows.nets.convolutional import ConvNet
+from pyro_flows.nets.dense import MLP
+from pyro_flows.nets.masked import MaskedMLP
+
+__all__ = ["MLP", "ConvNet", "MaskedMLP"]

@@ -1,0 +1,172 @@
+"""Who may see whom in an autoregressive network: the degrees of its units, its masks, and the steps of its inverse."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pyro_flows.nets.structure import Cut, staircase
+
+__all__ = ["Degrees", "as_order", "even_degrees", "least_degree"]
+
+
+def as_order(input_dim: int, order: str | Sequence[int] | Tensor) -> Tensor:
+    """The dimensions in the sequence in which they come, from a name or a permutation."""
+    return _order(input_dim, order)[0]
+
+
+def _order(input_dim: int, order: str | Sequence[int] | Tensor) -> tuple[Tensor, str]:
+    natural = torch.arange(input_dim)
+    if isinstance(order, str):
+        if order == "identity":
+            return natural, "identity"
+        if order == "reverse":
+            return natural.flip(0), "reverse"
+        if order == "random":
+            return torch.randperm(input_dim), "given"
+        raise ValueError(f"expected order to be 'identity', 'reverse', 'random' or a permutation, got {order!r}")
+    given = torch.as_tensor(order).cpu()
+    if given.dim() != 1 or given.is_floating_point() or not torch.equal(given.sort().values, natural):
+        shown = given.tolist() if given.numel() <= 20 else f"a tensor of shape {tuple(given.shape)}"
+        raise ValueError(f"expected order to be a permutation of 0..{input_dim - 1}, got {shown}")
+    if torch.equal(given, natural):
+        return natural, "identity"
+    return given.long().clone(), "reverse" if torch.equal(given, natural.flip(0)) else "given"
+
+
+def _levels(adjacency: Tensor) -> Tensor:
+    """For each node of a directed acyclic graph, the length of the longest path that ends in it."""
+    level = torch.full((adjacency.shape[0],), -1)
+    depth = 0
+    while (level < 0).any():
+        waiting = level < 0
+        ready = waiting & ~(adjacency & waiting).any(1)
+        if not ready.any():
+            stuck = waiting.nonzero().flatten().tolist()
+            raise ValueError(f"expected an adjacency without cycles, but there is one among dimensions {stuck}")
+        level[ready] = depth
+        depth += 1
+    return level
+
+
+def least_degree(input_dim: int, context: bool) -> int:
+    """Of a hidden unit.  One of degree d sees the inputs of rank < d, and one of degree 0 the context alone, if any."""
+    return 0 if context or input_dim == 1 else 1
+
+
+def even_degrees(input_dim: int, width: int, context: bool) -> Tensor:
+    """Ascending degrees of a hidden layer, spread evenly."""
+    least = least_degree(input_dim, context)
+    return least + torch.arange(width) * (input_dim - least) // width
+
+
+class Degrees:
+    """The structure of a MADE, in ranks: inputs and outputs by their place in the order, units sorted by degree.
+
+    Args:
+        input_dim: number of inputs, and of output dimensions.
+        widths: of the hidden layers.
+        context: whether there is one.
+        order: as of :class:`~pyro_flows.nets.MaskedMLP`.
+        adjacency: likewise.
+        units: the degrees of each hidden layer, ascending, in place of evenly spaced ones.
+        direct: whether outputs also see the inputs before them without detour.
+
+    Attributes:
+        order: ``order[k]`` is the input that comes ``k``-th.
+        steps: for each rank, the step of the inverse at which that input is solved; inputs of one step are
+            conditionally independent given those of the earlier steps.
+        times: for each hidden layer, how many steps must be done before each unit can be computed; sorted.
+        dense: whether the masks hold back nothing that ``steps`` and ``times`` would let through.
+    """
+
+    def __init__(
+        self,
+        input_dim: int,
+        widths: Sequence[int],
+        context: bool,
+        order: str | Sequence[int] | Tensor,
+        adjacency: Tensor | None,
+        units: Sequence[Tensor] | None = None,
+        direct: bool = False,
+    ) -> None:
+        self.input_dim, self.widths = input_dim, tuple(widths)
+        if adjacency is None:
+            self.order, self.kind = _order(input_dim, order)
+            even = (even_degrees(input_dim, width, context) for width in self.widths)
+            self._unit = list(even if units is None else units)
+            self._by_rank(direct)
+        else:
+            if not (isinstance(order, str) and order == "identity"):
+                raise ValueError("give either an order or an adjacency, not both: the adjacency implies an order")
+            self._by_set(context, torch.as_tensor(adjacency).cpu())
+
+    def _by_rank(self, direct: bool) -> None:
+        ranks = torch.arange(self.input_dim)
+        # What a unit really reaches: the widest prefix that some unit below it, of a degree not above its own, reaches.
+        below, seen = ranks + 1, ranks + 1  # an input of rank r counts as a unit of degree r + 1
+        reach = []
+        for unit in [*self._unit, ranks]:
+            index = torch.searchsorted(below, unit, right=True) - 1
+            below, seen = unit, torch.where(index < 0, 0, seen[index.clamp(min=0)])
+            reach.append(seen)
+        seen = ranks if direct else seen
+        self.steps = torch.unique(seen, return_inverse=True)[1]
+        self.times = [torch.where(r == 0, 0, self.steps[(r - 1).clamp(min=0)] + 1) for r in reach[:-1]]
+        self._sees: Tensor | None = None
+        # Degrees and times order units alike, but units of different degrees may share a time.
+        self.dense = all(bool((mask == free).all()) for mask, free in zip(self.masks(), self._free(), strict=True))
+
+    def _by_set(self, context: bool, adjacency: Tensor) -> None:
+        shape = (self.input_dim, self.input_dim)
+        if adjacency.shape != shape:
+            raise ValueError(f"expected an adjacency of shape {shape}, got {tuple(adjacency.shape)}")
+        adjacency = adjacency.bool()
+        if adjacency.diagonal().any():
+            raise ValueError("expected an adjacency with a false diagonal: a dimension cannot be its own condition")
+        level = _levels(adjacency)
+        self.order = torch.argsort(level, stable=True)
+        self.kind = "identity" if torch.equal(self.order, torch.arange(self.input_dim)) else "given"
+        self._sees = adjacency[self.order][:, self.order]  # in ranks
+        self.steps = level[self.order]
+        sets = torch.unique(self._sees, dim=0)
+        if not context and sets.any():
+            sets = sets[sets.any(1)]
+        last = torch.where(sets, self.steps + 1, 0).amax(1)  # time at which a set is complete
+        by_time = torch.argsort(last, stable=True)
+        sets, last = sets[by_time], last[by_time]
+        picks = [torch.arange(width) * len(sets) // width for width in self.widths]
+        self._unit = [sets[pick] for pick in picks]
+        self.times = [last[pick] for pick in picks]
+        self.dense = all(bool((mask == free).all()) for mask, free in zip(self.masks(), self._free(), strict=True))
+
+    def masks(self) -> list[Tensor]:
+        """One boolean mask for each layer, the last one for the outputs; rows are outputs of the layer."""
+        if self._sees is None:
+            ranks = torch.arange(self.input_dim)
+            # An input of rank r counts as a unit of degree r + 1: only what comes later may see it.
+            below = [ranks + 1, *self._unit]
+            above = [*self._unit, ranks]
+            return [a[:, None] >= b[None, :] for a, b in zip(above, below, strict=True)]
+        below = [torch.eye(self.input_dim, dtype=torch.bool), *self._unit]
+        above = [*self._unit, self._sees]
+        # A set may use another one if nothing of that lies outside of it.
+        return [(~a).float() @ b.float().T == 0 for a, b in zip(above, below, strict=True)]
+
+    def cuts(self, repeats: int) -> tuple[Cut, ...]:
+        """How a pass through each layer is cut; the outputs come ``repeats`` times."""
+        below = [self.steps + 1, *self.times]
+        above = [*self.times, self.steps]
+        last = len(above) - 1
+        return tuple(
+            staircase(a, b, self.dense, repeats if k == last else 1)
+            for k, (a, b) in enumerate(zip(above, below, strict=True))
+        )
+
+    def _free(self) -> list[Tensor]:
+        """The masks that the times alone would give."""
+        below = [self.steps + 1, *self.times]
+        above = [*self.times, self.steps]
+        return [a[:, None] >= b[None, :] for a, b in zip(above, below, strict=True)]

@@ -1,0 +1,166 @@
+"""MADE's masked network."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pyro_flows.nets.activations import Activation, activation_functions
+from pyro_flows.nets.degrees import Degrees
+from pyro_flows.nets.dense import _first_gain, _positive, _widths
+from pyro_flows.nets.masked_pass import Head, Layout, Slabs, masked_network
+from pyro_flows.nets.structure import Structure
+
+__all__ = ["MaskedMLP"]
+
+
+_INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class MaskedMLP(nn.Module):
+    r"""MADE's network: output :math:`i` depends only on the inputs that come before :math:`i`.
+
+    Hidden unit :math:`k` of degree :math:`d_k` sees the inputs of rank below :math:`d_k`; a connection exists where
+    degrees do not decrease, and to output :math:`i` from units of degree at most its rank.  Units are stored sorted by
+    degree, inputs and outputs by rank, so every weight matrix is block lower triangular.  With a context there are
+    also units of degree 0, which see the context alone.  In place of an order, ``adjacency`` says for each output
+    which inputs it may see; a unit then has a set of inputs in place of a degree.
+
+    Args:
+        input_dim: number of inputs, and of output dimensions.
+        num_params: parameters per output dimension.
+        hidden_dims: widths of the hidden layers, any number of any widths, also below ``input_dim``; with ``residual``
+            one two-layer block for each entry, all equal.
+        context_dim: size of the context, 0 for none; every output may see all of it.
+        order: ``"identity"``, ``"reverse"``, ``"random"`` (drawn once, saved in the ``state_dict``), or the inputs in
+            the sequence in which they come.
+        adjacency: boolean, shape ``(input_dim, input_dim)``; true at ``[i, j]`` where output ``i`` may see input ``j``.
+        residual: whether to use residual blocks.
+        activation: a name or an elementwise function without parameters, or one for each hidden layer, of which the
+            last stands for all that follow.
+        zero_init: whether the last layer starts at zero.
+
+    Raises:
+        ValueError: for an ``order`` that is no permutation, an ``adjacency`` with a cycle, or sizes out of range.
+
+    References:
+        MADE: Masked Autoencoder for Distribution Estimation (Germain et al., 2015), arXiv:1502.03509.
+    """
+
+    def __init__(
+        self,
+        input_dim: int,
+        *,
+        num_params: int = 1,
+        hidden_dims: Sequence[int] = (64, 64),
+        context_dim: int = 0,
+        order: str | Sequence[int] | Tensor = "identity",
+        adjacency: Tensor | None = None,
+        residual: bool = False,
+        activation: Activation = "silu",
+        zero_init: bool = True,
+    ) -> None:
+        super().__init__()
+        self.input_dim = _positive("input_dim", input_dim)
+        self.num_params = _positive("num_params", num_params)
+        self.context_dim = _positive("context_dim", context_dim, least=0)
+        self.residual = residual
+        degrees = Degrees(input_dim, _widths(hidden_dims, residual), context_dim > 0, order, adjacency)
+        self.activations = activation_functions(activation, len(degrees.times))
+        self.degrees = degrees
+        # order[k]: which input comes k-th.  A drawn order defines the map, so it is saved; a given one is not.
+        self.register_buffer("order", degrees.order, persistent=isinstance(order, str) and order == "random")
+        self.register_buffer("rank", torch.argsort(degrees.order), persistent=False)
+        joins = range(2, len(degrees.times), 2) if residual else ()
+        cuts = degrees.cuts(num_params)
+        self.structure = Structure(degrees.steps, degrees.times, num_params, joins, degrees.dense, cuts)
+        slabs = Slabs(degrees.steps, degrees.times[-1], num_params) if degrees.times else None
+        self.layout = Layout(self.activations, self.structure.joins, cuts, slabs)
+        masks = degrees.masks()
+        masks[-1] = masks[-1].repeat(num_params, 1)  # parameter by parameter, as in MLP
+        for k, mask in enumerate(masks):
+            self._add_layer(k, mask, zero=zero_init and k == len(masks) - 1, first=k == 0 and len(masks) > 1)
+        self._names = tuple([f"{what}_{k}" for k in range(len(masks))] for what in ("weight", "bias", "bits"))
+        if context_dim:
+            weight = (2 * torch.rand(masks[0].shape[0], context_dim) - 1) / math.sqrt(context_dim)
+            weight = weight * _first_gain(context_dim) if len(masks) > 1 else weight
+            self.context_weight = nn.Parameter(torch.zeros_like(weight) if zero_init and len(masks) == 1 else weight)
+
+    def _add_layer(self, k: int, mask: Tensor, zero: bool, first: bool) -> None:
+        # Bounds go by the number of inputs that each unit really sees.
+        bound = mask.sum(1, keepdim=True).clamp(min=1).rsqrt()
+        weight = (2 * torch.rand(mask.shape) - 1) * bound * mask
+        bias = (2 * torch.rand(mask.shape[0]) - 1) * bound[:, 0]
+        if first:
+            weight = weight * _first_gain(mask.sum(1).double().mean().item())
+        self.register_parameter(f"weight_{k}", nn.Parameter(torch.zeros_like(weight) if zero else weight))
+        self.register_parameter(f"bias_{k}", nn.Parameter(torch.zeros_like(bias) if zero else bias))
+        # The mask as integers of the weight's size, all bits set where the weight counts.
+        self.register_buffer(f"bits_{k}", -mask.to(_INTEGER[weight.element_size()]), persistent=False)
+
+    def tensors(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Weights, biases and masks of the layers; masks are integers, with all bits set where the weight counts."""
+        parameters, buffers = self._parameters, self._buffers
+        weights, biases, masks = self._names
+        try:
+            return [parameters[n] for n in weights], [parameters[n] for n in biases], [buffers[n] for n in masks]
+        except KeyError:  # some weight is reparameterised, and computed by its attribute
+            return [getattr(self, n) for n in weights], [getattr(self, n) for n in biases], [buffers[n] for n in masks]
+
+    def to_ranks(self, x: Tensor) -> Tensor:
+        """The last axis of ``x`` in autoregressive order: rank 0 first."""
+        if self.degrees.kind == "identity":
+            return x
+        return x.flip(-1) if self.degrees.kind == "reverse" else x.index_select(-1, self.order)
+
+    def from_ranks(self, x: Tensor) -> Tensor:
+        """Undoes :meth:`to_ranks`."""
+        if self.degrees.kind == "identity":
+            return x
+        return x.flip(-1) if self.degrees.kind == "reverse" else x.index_select(-1, self.rank)
+
+    def first_bias(self, context: Tensor | None) -> Tensor:
+        """What the first layer adds to its weighted inputs: shape ``(*context_batch, width)``, or ``(width,)``."""
+        return self.bias_0 if context is None else F.linear(context, self.context_weight, self.bias_0)
+
+    def ranked(
+        self, x: Tensor, context: Tensor | None = None, head: Head | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """As :meth:`forward`, with inputs and outputs by rank; with a head, what that makes of them, and its ladj."""
+        weights, (bias, *biases), masks = self.tensors()
+        if context is not None:
+            bias = F.linear(context, self.context_weight, bias)
+        out = masked_network(self.layout, x, bias, weights, biases, masks, head)
+        if head is not None:
+            return out
+        return out.unflatten(-1, (self.num_params, self.input_dim)).transpose(-1, -2)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """``x``: shape ``(*batch, input_dim)``; ``context``: broadcasts to ``(*batch, context_dim)``.
+
+        Returns shape ``(*batch, input_dim, num_params)``; one pass.
+        """
+        params = self.ranked(self.to_ranks(x), context)
+        if self.degrees.kind == "identity":
+            return params
+        return params.flip(-2) if self.degrees.kind == "reverse" else params.index_select(-2, self.rank)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MaskedMLP:
+        super()._apply(fn, recurse)
+        for k, weight in enumerate(self.tensors()[0]):
+            name = f"bits_{k}"
+            self._buffers[name] = self._buffers[name].to(_INTEGER[weight.element_size()])
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        with torch.no_grad():
+            self.rank.copy_(torch.argsort(self.order))
+
+    def extra_repr(self) -> str:
+        context = f", context_dim={self.context_dim}" if self.context_dim else ""
+        return f"{self.input_dim}, num_params={self.num_params}{context}, order={self.degrees.kind}"

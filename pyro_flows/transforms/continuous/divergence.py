@@ -1,0 +1,197 @@
+"""What a continuous flow integrates: a field with its divergence, and the penalties of its way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pyro_flows.transforms.continuous.fields import Field, unit_probes
+from pyro_flows.transforms.continuous.ode_solver import Dynamics
+
+__all__ = ["EXACT_UP_TO", "Estimator", "FieldDynamics", "columns", "draw", "estimator", "probes_of"]
+
+#: Dimensions up to which "auto" is exact where the field has no closed form that is cheap at any number of them.
+EXACT_UP_TO = 32
+
+_KINDS = ("auto", "exact", "hutchinson", "hutch++")
+
+
+_NOISES = ("rademacher", "gaussian")
+
+
+class Estimator(NamedTuple):
+    """How the divergence is had.
+
+    Attributes:
+        kind: ``"auto"``, ``"exact"``, ``"hutchinson"`` or ``"hutch++"``.
+        noise: ``"rademacher"`` or ``"gaussian"``.
+        count: probes, and so products with the Jacobian in each evaluation.
+    """
+
+    kind: str = "auto"
+    noise: str = "rademacher"
+    count: int = 1
+
+    def resolved(self, field: Field) -> Estimator:
+        """With ``"auto"`` settled: exact where that is cheap, else Hutchinson."""
+        if self.kind != "auto":
+            return self
+        cheap = field.cheap_divergence or field.event_shape.numel() <= EXACT_UP_TO
+        return self._replace(kind="exact" if cheap else "hutchinson")
+
+    @property
+    def basis(self) -> int:
+        """Probes that go into the basis of Hutch++."""
+        return self.count // 2 if self.kind == "hutch++" else 0
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Of the probes, in sequence."""
+        rest = self.count - self.basis
+        return (1.0,) * self.basis + (1.0 / rest,) * rest
+
+
+def estimator(kind: str, noise: str, count: int | None, size: int) -> Estimator:
+    """Checked settings, for events of so many numbers."""
+    if kind not in _KINDS:
+        raise ValueError(f"expected divergence to be one of {list(_KINDS)}, got {kind!r}")
+    if noise not in _NOISES:
+        raise ValueError(f"expected noise to be one of {list(_NOISES)}, got {noise!r}")
+    least = 2 if kind == "hutch++" else 1
+    count = (4 if kind == "hutch++" else 1) if count is None else count
+    if isinstance(count, bool) or not isinstance(count, int) or count < least:
+        raise ValueError(f"expected num_probes to be an integer >= {least} for divergence={kind!r}, got {count!r}")
+    return Estimator(kind, noise, min(count, 2 * size) if kind == "hutch++" else count)
+
+
+def draw(noise: str, like: Tensor, *shape: int) -> Tensor:
+    """Noise of identity covariance, in the dtype and on the device of ``like``."""
+    if noise == "gaussian":
+        return torch.randn(*shape, dtype=like.dtype, device=like.device)
+    return torch.randint(0, 2, shape, dtype=like.dtype, device=like.device).mul_(2).sub_(1)
+
+
+@torch.no_grad()
+def probes_of(settings: Estimator, field: Field, t: Tensor, x: Tensor, context: Tensor | None, noise: Tensor) -> Tensor:
+    """The probes of one solve, shape ``(rows, count, D)``, from noise of that shape and where the solve starts."""
+    basis = settings.basis
+    if basis == 0:
+        return noise
+    sketch, rest = noise[:, :basis], noise[:, basis:]
+    made = field.products(t, x, sketch.transpose(0, 1).reshape(basis, *x.shape), context)[1]
+    q = torch.linalg.qr(made.flatten(2).movedim(0, -1))[0].mT  # (rows, basis, D)
+    return torch.cat((q, rest - (rest @ q.mT) @ q), 1)
+
+
+def columns(
+    settings: Estimator,
+    field: Field,
+    t: Tensor,
+    x: Tensor,
+    context: Tensor | None,
+    probes: Tensor | None,
+    penalties: tuple[bool, bool] = (False, False),
+) -> tuple[Tensor, list[Tensor]]:
+    r"""The velocity, and numbers for each row that are integrated along.
+
+    Args:
+        settings: with ``"auto"`` resolved.
+        field: the field.
+        t: the time.
+        x: shape ``(rows, *event_shape)``.
+        context: shape ``(rows or 1, context_dim)``, or ``None``.
+        probes: shape ``(count, rows, *event_shape)`` unless exact.
+        penalties: whether to add :math:`|v|^2`, and :math:`\|J\|_F^2` (by the same probes if there are some).
+
+    Returns:
+        ``v`` with the shape of ``x``, and the divergence and what else was asked for, each of shape ``(rows,)``.
+    """
+    kinetic, jacobian = penalties
+    exact = settings.kind == "exact"
+    if exact and not jacobian:
+        v, divergence = field.with_divergence(t, x, context)
+        made = [divergence]
+    else:
+        p = unit_probes(x) if exact else probes
+        v, pushed = field.products(t, x, p, context)
+        weights = (1.0,) if exact else settings.weights
+        p, pushed = p.flatten(2), pushed.flatten(2)
+        made = [_weighted(weights, (p * pushed).sum(-1))]
+        if jacobian:
+            # For a basis and the rest: |J Q|^2 + E|J (1 - QQ') g|^2, in the same way as the trace.
+            made.append(_weighted(weights, pushed.square().sum(-1)))
+    if kinetic:
+        made.insert(1, v.flatten(1).square().sum(-1))
+    return v, made
+
+
+def _weighted(weights: tuple[float, ...], forms: Tensor) -> Tensor:
+    """Weighted sum over probes, shape ``(count, rows)`` to ``(rows,)``."""
+    if len(weights) == 1 or len(set(weights)) == 1:
+        total = forms.sum(0) if len(forms) > 1 else forms[0]
+        return total if weights[0] == 1.0 else total * weights[0]
+    return forms.new_tensor(weights) @ forms
+
+
+class _Methods(nn.Module):
+    """A field whose methods can be called with other tensors in place of its parameters."""
+
+    def __init__(self, inner: Field) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, call: Callable[[Field], tuple[Tensor, list[Tensor]]]) -> tuple[Tensor, list[Tensor]]:
+        return call(self.inner)
+
+
+class FieldDynamics(Dynamics):
+    r"""A field with its divergence, and penalties if asked for, on flat rows.
+
+    Args:
+        name: of the flow, in messages.
+        inner: the field.
+        settings: of the divergence, with ``"auto"`` resolved.
+        has_context: whether a context comes after the field's parameters.
+        penalties: whether to integrate :math:`|v|^2` and :math:`\|J\|_F^2` as well.
+    """
+
+    def __init__(
+        self, name: str, inner: Field, settings: Estimator, has_context: bool, penalties: tuple[bool, bool]
+    ) -> None:
+        self.name, self.inner, self.settings = name, inner, settings
+        self.has_context, self.penalties = has_context, penalties
+        self.num_columns = 1 + sum(penalties)
+
+    def bind(
+        self, shared: Sequence[Tensor], rowwise: Sequence[Tensor]
+    ) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        inner, event = self.inner, self.inner.event_shape
+        names, own = zip(*inner.named_parameters(), strict=True) if any(True for _ in inner.parameters()) else ((), ())
+        given, rest = shared[: len(own)], [*shared[len(own) :], *rowwise]
+        context = rest.pop(0) if self.has_context else None
+        probes = None
+        if rest:
+            probes = rest[0].transpose(0, 1).contiguous()
+            probes = probes.view(*probes.shape[:2], *event)
+
+        def both(inner: Field, t: Tensor, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+            return columns(self.settings, inner, t, x, context, probes, self.penalties)
+
+        if all(a is b for a, b in zip(given, own, strict=True)):
+            evaluate = lambda t, x: both(inner, t, x)  # noqa: E731
+        else:
+            methods = _Methods(inner)
+            tensors = {f"inner.{name}": tensor for name, tensor in zip(names, given, strict=True)}
+
+            def evaluate(t: Tensor, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+                return torch.func.functional_call(methods, tensors, (lambda inner: both(inner, t, x),))
+
+        def rhs(t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+            v, made = evaluate(t, x if len(event) == 1 else x.unflatten(1, event))
+            along = made[0].unsqueeze(1) if len(made) == 1 else torch.stack(made, 1)
+            return v.flatten(1), along
+
+        return rhs

@@ -1,0 +1,355 @@
+"""Vector fields :math:`v(t, x, c)` that a continuous flow follows, and the products with their Jacobian that it needs.
+
+Shapes everywhere: ``t`` a scalar, ``x`` ``(rows, *event_shape)``, ``context`` ``(rows or 1, context_dim)`` or ``None``.
+Where each row has a time of its own, as when fields are matched to paths, it is :meth:`Field.at_times` that takes them.
+Fields start at zero, so that a fresh flow is the identity, and are smooth, so that solvers can take large steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pyro_flows.core.checks import event_size
+from pyro_flows.core.modes import plain_eager
+from pyro_flows.nets.activations import slope
+
+__all__ = ["Field", "GivenField", "Modulation", "SmoothActivation", "smooth", "unit_probes", "widths"]
+
+_LOOP = 4  # so many products are faster one by one
+
+Function = Callable[[Tensor], Tensor]
+
+
+class Field(nn.Module):
+    r"""Abstract base of vector fields.
+
+    A subclass writes :meth:`forward`, and for speed :meth:`products` and :meth:`with_divergence`, which are made by
+    automatic differentiation here.
+
+    Args:
+        event_shape: shape of ``x`` without its rows.
+        context_dim: size of the context, 0 for none.
+        time_dependent: whether the field may depend on ``t``.
+    """
+
+    #: Whether the exact divergence costs about as much as the field itself, whatever the number of dimensions.
+    cheap_divergence = False
+    #: Whether ``forward`` takes ``t`` of shape ``(rows,)``, too, as the package's own fields do.
+    rowwise_times = False
+
+    def __init__(self, event_shape: int | Iterable[int], context_dim: int = 0, time_dependent: bool = True) -> None:
+        super().__init__()
+        self.event_shape = event_size(event_shape)
+        if isinstance(context_dim, bool) or not isinstance(context_dim, int) or context_dim < 0:
+            raise ValueError(f"expected context_dim to be an integer >= 0, got {context_dim!r}")
+        self.context_dim, self.time_dependent = context_dim, bool(time_dependent)
+
+    def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """The velocity, with the shape of ``x``."""
+        raise TypeError(f"{type(self).__name__} must define forward(t, x, context=None) -> velocity")
+
+    def at_times(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """The velocity of each row at a time of its own, ``t`` of shape ``(rows,)``; differentiable.
+
+        Where ``rowwise_times`` says so it is one call of ``forward``, else one under ``torch.func.vmap`` over the rows.
+
+        Raises:
+            ValueError: if the field cannot go under ``vmap``.
+        """
+        if self.rowwise_times:
+            return self(t, x, context)
+        given = (t, x) if context is None else (t, x, context.expand(len(x), -1))
+
+        def alone(t: Tensor, *row: Tensor) -> Tensor:
+            return self(t, *(each.unsqueeze(0) for each in row))[0]
+
+        try:
+            return torch.func.vmap(alone, randomness="different")(*given)
+        except RuntimeError as error:  # what vmap cannot do, in its words
+            name = type(self.module if isinstance(self, GivenField) else self).__name__
+            raise ValueError(
+                f"field {name}: a time for each row was asked for, but it cannot be called under torch.func.vmap "
+                f"({_first_line(error)}); make it do without .item(), branches on values and the like, or take t of "
+                "shape (rows,) as well as scalars and set rowwise_times = True in its class"
+            ) from error
+
+    def products(self, t: Tensor, x: Tensor, probes: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        r"""The velocity, and :math:`J p` or :math:`J^\top p` (whichever is cheaper) for each probe.
+
+        ``probes`` has shape ``(count, rows, *event_shape)``, as the products have.
+        """
+        if plain_eager():
+            return self._pulled(t, x, probes, context)
+        v, pull = torch.func.vjp(lambda x: self(t, x, context), x)
+        if len(probes) == 1:
+            return v, pull(probes[0])[0].unsqueeze(0)
+        return v, torch.func.vmap(lambda probe: pull(probe)[0])(probes)
+
+    def _pulled(self, t: Tensor, x: Tensor, probes: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        taped = torch.is_grad_enabled()
+        with torch.enable_grad():
+            x = x if taped and x.requires_grad else x.detach().requires_grad_()
+            v = self(t, x, context)
+        if not v.requires_grad:  # a constant
+            return v, torch.zeros_like(probes)
+        options = {"create_graph": taped, "retain_graph": True, "allow_unused": True}
+        if len(probes) <= _LOOP:
+            pulled = [torch.autograd.grad(v, x, probe, **options)[0] for probe in probes]
+            pulled = [torch.zeros_like(x) if each is None else each for each in pulled]
+            pulled = torch.stack(pulled) if len(pulled) > 1 else pulled[0].unsqueeze(0)
+        else:
+            pulled = torch.autograd.grad(v, x, probes, is_grads_batched=True, **options)[0]
+            pulled = torch.zeros_like(probes) if pulled is None else pulled
+        return v if taped else v.detach(), pulled
+
+    def with_divergence(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        r"""The velocity, and its exact divergence :math:`\sum_i \partial v_i / \partial x_i`, shape ``(rows,)``."""
+        v, pushed = self.products(t, x, unit_probes(x), context)
+        return v, pushed.flatten(2).diagonal(dim1=0, dim2=2).sum(-1)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:200]
+
+
+def unit_probes(x: Tensor) -> Tensor:
+    """One probe for each dimension, shape ``(D, rows, *event_shape)``."""
+    event = x.shape[1:]
+    eye = torch.eye(event.numel(), dtype=x.dtype, device=x.device)
+    return eye.view(-1, 1, *event).expand(-1, *x.shape)
+
+
+class GivenField(Field):
+    """A field that a user wrote, called as ``module(t, x)``, or ``module(t, x, context)`` if it takes a context.
+
+    It is tried once on three rows: it must keep the shape, and give two of them what it gives them beside the third.
+
+    Args:
+        module: the field; products with its Jacobian are made by automatic differentiation.  If it has an attribute
+            ``rowwise_times`` that is true, it takes ``t`` of shape ``(rows,)`` as well, which is tried, too.
+        event_shape: shape of one ``x``.
+        context_dim: size of the context, 0 for none.
+
+    Raises:
+        ValueError: if the module changes the shape, mixes rows, writes into ``x``, hides from autograd how it depends
+            on ``x``, or takes no times of rows where it says so.
+        TypeError: if it is no module, cannot be called so, or gives no tensor.
+    """
+
+    def __init__(self, module: nn.Module, event_shape: int | Iterable[int], context_dim: int = 0) -> None:
+        super().__init__(event_shape, context_dim)
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"expected field to be a name or a torch.nn.Module, got {type(module).__name__}")
+        self.module = module
+        self.rowwise_times = bool(getattr(module, "rowwise_times", False))
+        self._try()
+
+    def _try(self) -> None:
+        like = next((p for p in self.module.parameters() if p.is_floating_point()), torch.empty(0))
+        x = like.new_empty(3, *self.event_shape)
+        x.copy_(torch.linspace(-1, 1, x.numel()).view(x.shape))
+        t = like.new_full((), 0.5)
+        context = x.new_zeros(3, self.context_dim) if self.context_dim else None
+        name, kept = type(self.module).__name__, x.clone()
+        try:
+            with torch.no_grad():
+                self._ask(t, x, context)
+        except (TypeError, RuntimeError) as error:  # in Python's words or torch's
+            takes = "field(t, x)" if context is None else "field(t, x, context)"
+            shapes = f"t a scalar, x of shape {tuple(x.shape)}"
+            shapes += "" if context is None else f", context of shape {tuple(context.shape)}"
+            raise TypeError(
+                f"field {name}: expected a module that can be called as {takes}, {shapes}; that ended in "
+                f"{type(error).__name__} ({_first_line(error)})"
+            ) from error
+        if not x.is_meta and not torch.equal(x, kept):
+            raise ValueError(f"field {name}: it writes into x; a field must leave its arguments as they are")
+        with torch.no_grad():
+            many = self(t, x, context)
+            few = self(t, x[:2], None if context is None else context[:2])
+        if many.is_meta:
+            return
+        if not torch.allclose(few, many[:2], rtol=1e-3, atol=1e-5, equal_nan=True):
+            raise ValueError(
+                f"field {name}: a row has another velocity among other rows; a field must be a "
+                "function that treats rows independently (no batch normalisation, no mean over rows, no dropout)"
+            )
+        self._try_slopes(t, x, context, many)
+        if self.rowwise_times:
+            self._try_times(x, context)
+
+    def _try_slopes(self, t: Tensor, x: Tensor, context: Tensor | None, v: Tensor) -> None:
+        """A velocity that is cut off from ``x`` would have no divergence, and the density would be wrong in silence."""
+        if torch.is_inference_mode_enabled():  # no gradients for anyone
+            return
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            found = self(t, x, context)
+            if found.requires_grad and torch.autograd.grad(found.sum(), x, allow_unused=True)[0] is not None:
+                return
+        with torch.no_grad():
+            if torch.equal(self(t, x + 0.5, context), v):
+                return
+        raise ValueError(
+            f"field {type(self.module).__name__}: its velocity changes with x, but there is no gradient to say so, so "
+            "that the divergence would be zero; compute it in torch, without detach(), .data or torch.no_grad()"
+        )
+
+    @torch.no_grad()
+    def _try_times(self, x: Tensor, context: Tensor | None) -> None:
+        times = torch.linspace(0.2, 0.8, len(x), dtype=x.dtype, device=x.device)
+        rows = zip(times, x, [None] * len(x) if context is None else context, strict=True)
+        want = torch.cat([self(t, row[None], None if c is None else c[None]) for t, row, c in rows])
+        try:
+            good = torch.allclose(self(times, x, context), want, rtol=1e-3, atol=1e-5, equal_nan=True)
+        except (RuntimeError, ValueError):  # shapes that do not broadcast, or broadcast to others
+            good = False
+        if not good:
+            raise ValueError(
+                f"field {type(self.module).__name__}: it says rowwise_times = True, but t of shape (rows,) does not "
+                "give each row what it has at its time alone; give t the dimensions of x, as in t.view(-1, 1), or "
+                "leave rowwise_times out"
+            )
+
+    def _ask(self, t: Tensor, x: Tensor, context: Tensor | None) -> Tensor:
+        return self.module(t, x) if context is None else self.module(t, x, context)
+
+    def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
+        if context is not None and len(context) != len(x):
+            context = context.expand(len(x), -1)
+        v = self._ask(t, x, context)
+        if not isinstance(v, Tensor):
+            raise TypeError(f"field {type(self.module).__name__}: expected a tensor, got {type(v).__name__}")
+        if v.shape != x.shape:
+            raise ValueError(
+                f"field {type(self.module).__name__}: expected a velocity with the shape of x, {tuple(x.shape)}, got "
+                f"{tuple(v.shape)}; a field keeps the event's shape and gives one row for each"
+            )
+        return v
+
+
+# What the package's own fields are made of.
+
+
+def _tanh(pre: Tensor) -> tuple[Tensor, Tensor]:
+    post = torch.tanh(pre)
+    return post, 1 - post * post
+
+
+def _softplus(pre: Tensor) -> tuple[Tensor, Tensor]:
+    return F.softplus(pre), torch.sigmoid(pre)
+
+
+def _silu(pre: Tensor) -> tuple[Tensor, Tensor]:
+    gate = torch.sigmoid(pre)
+    post = pre * gate
+    return post, gate * (1 + pre - post)
+
+
+_SMOOTH: dict[str, tuple[Function, Callable[[Tensor], tuple[Tensor, Tensor]]]] = {
+    "silu": (F.silu, _silu),
+    "softplus": (F.softplus, _softplus),
+    "tanh": (torch.tanh, _tanh),
+}
+
+
+class SmoothActivation:
+    """An elementwise function, alone and with its derivative.
+
+    Args:
+        function: from pre-activations to activations.
+        both: the same with the derivative; by automatic differentiation if left out.
+    """
+
+    def __init__(self, function: Function, both: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None) -> None:
+        self.function, self._both = function, both
+
+    def __call__(self, pre: Tensor) -> Tensor:
+        return self.function(pre)
+
+    def with_slope(self, pre: Tensor) -> tuple[Tensor, Tensor]:
+        """``(a(pre), a'(pre))``."""
+        if self._both is not None:
+            return self._both(pre)
+        post = self.function(pre)
+        return post, slope(self.function, pre, post)
+
+
+def smooth(activation: str | Function) -> SmoothActivation:
+    """An activation of a field, by name or as a smooth function of the user's."""
+    if isinstance(activation, str):
+        if activation not in _SMOOTH:
+            raise ValueError(
+                f"expected activation to be one of {sorted(_SMOOTH)} or a function, got {activation!r}; solvers need "
+                "fields that are smooth"
+            )
+        return SmoothActivation(*_SMOOTH[activation])
+    if isinstance(activation, nn.Module) and any(True for _ in activation.parameters()):
+        raise ValueError("expected an activation without parameters: fields treat it as a fixed function")
+    if isinstance(activation, type) or not callable(activation):
+        got = f"the class {activation.__name__}" if isinstance(activation, type) else type(activation).__name__
+        raise TypeError(f"expected activation to be a name or a function, e.g. torch.sin, got {got}")
+    return SmoothActivation(activation)
+
+
+def widths(name: str, sizes: Sequence[int], least: int = 0) -> tuple[int, ...]:
+    """Checked sizes of hidden layers."""
+    if not isinstance(sizes, Iterable):
+        raise TypeError(f"expected {name} to be {least} or more positive integers in a tuple, got {sizes!r}")
+    sizes = tuple(sizes)
+    if len(sizes) < least or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in sizes):
+        raise ValueError(f"expected {name} to be {least} or more positive integers, got {sizes!r}")
+    return sizes
+
+
+class Modulation(nn.Module):
+    """What time and context add to, or multiply, each unit of the layers by: linear in both, one block a layer.
+
+    Args:
+        sizes: units of each layer.
+        context_dim: size of the context, 0 for none.
+        time_dependent: whether time has a say.
+        zero_last: whether the last block starts at zero.
+        bias: whether there is a constant as well.
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        context_dim: int = 0,
+        time_dependent: bool = True,
+        zero_last: bool = False,
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        self.sizes, total = list(sizes), sum(sizes)
+        inputs = context_dim + int(time_dependent)
+        bound = 1 / math.sqrt(max(inputs, 1))
+
+        def draw(*shape: int) -> nn.Parameter:
+            values = bound * (2 * torch.rand(*shape) - 1)
+            if zero_last:
+                values[total - self.sizes[-1] :] = 0
+            return nn.Parameter(values)
+
+        self.time = draw(total) if time_dependent else None
+        self.context = draw(total, context_dim) if context_dim else None
+        self.bias = draw(total) if bias else None
+
+    def forward(self, t: Tensor, context: Tensor | None) -> Tensor | None:
+        """All blocks, shape ``(total,)``, or ``(rows or 1, total)`` by rows of contexts or times; ``None`` for none."""
+        if t.dim():
+            t = t.unsqueeze(-1)
+        moved = self.bias if self.time is None else self.time * t
+        if self.time is not None and self.bias is not None:
+            moved = moved + self.bias
+        if self.context is None:
+            return moved
+        if t.dim() and moved is not None:
+            return F.linear(context, self.context) + moved
+        return F.linear(context, self.context, moved)

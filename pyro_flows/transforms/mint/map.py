@@ -1,0 +1,133 @@
+"""A Mint layer as the solver of triangular systems sees it, in one piece and one time step after another."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pyro_flows.core.steps import Past, Stepper
+from pyro_flows.inverse.newton import SolverSettings, TriangularMap, solve_triangular
+from pyro_flows.transforms.mint.attention import Attention, AttentionSteps, AttentionWeights
+from pyro_flows.transforms.mint.slopes import Layout, Weights, layout, plain_pass, value_and_slope
+
+__all__ = ["MintMap", "MintSteps"]
+
+_ROUNDING = 1e-5  # relative
+
+
+class MintMap(TriangularMap):
+    """A layer as the solver sees it: its parameters come as arguments, in the sequence that ``split`` takes apart."""
+
+    def __init__(self, name: str, wave: Tensor, layout: Layout, attention: Attention | None = None) -> None:
+        self.name, self.wave, self.layout, self.attention = name, wave, layout, attention
+
+    def split(self, shared: Sequence[Tensor], rowwise: Sequence[Tensor]) -> tuple[Weights, AttentionWeights | None]:
+        """Tensors of the convolutions and of the attention; these come first, and their own of rows last."""
+        if self.attention is None:
+            return Weights(*shared, *rowwise), None
+        count = len(AttentionWeights._fields)
+        weights = AttentionWeights(*shared[:count])
+        if rowwise:
+            *rowwise, shift = rowwise
+            weights = weights._replace(query_bias=weights.query_bias + shift)
+        return Weights(*shared[count:], *rowwise), weights
+
+    def value_and_slope(self, x: Tensor, shared: Sequence[Tensor], rowwise: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        image = x.unsqueeze(-2) if x.dim() == 3 else x
+        weights, attending = self.split(shared, rowwise)
+        value, slope = value_and_slope(self.layout, image, weights)
+        if attending is not None:  # of no token after itself: the slopes are as they were
+            value = value + self.attention(image, attending)
+        return value.view(x.shape), slope.view(x.shape)
+
+    def slope_bounds(self, shared: Sequence[Tensor], rowwise: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        w = self.split(shared, rowwise)[0]
+        # Slopes of activations are at most `steepest`, twice along each path.
+        most = w.inner.abs().sum(-1) * w.outer.abs() * self.layout.activation.steepest**2
+        if w.gate is not None:
+            most = most * w.gate.unflatten(-1, most.shape)
+        most = w.scale + most.sum(-1)[..., None, None]
+        least = w.scale
+        if self.wave.dim() == 2:  # a sequence is an image of one row
+            least, most = least.squeeze(-2), most.squeeze(-2)
+        # Rounding must not take a slope out of its bounds.
+        return least * (1 - _ROUNDING), most * (1 + _ROUNDING)
+
+
+class MintSteps(Stepper):
+    """A causal layer step by step: the past is a bias of the hidden maps, so a step is a problem of ``C`` numbers.
+
+    Args:
+        whole: the layer's map of whole series.
+        settings: of the solver.
+        side: how many neighbours a convolution sees.
+        dilation: their distance.
+        rows: how many series go on side by side.
+        shared, rowwise: what the map takes.
+    """
+
+    def __init__(
+        self,
+        whole: MintMap,
+        settings: SolverSettings,
+        side: int,
+        dilation: int,
+        rows: int,
+        shared: Sequence[Tensor],
+        rowwise: Sequence[Tensor],
+    ) -> None:
+        self.side, self.act, self.settings = side, whole.layout.activation, settings
+        w, attending = whole.split(shared, rowwise)
+        # Taps on the future are zeros.
+        self.w = w._replace(**{name: getattr(w, name)[..., : side + 1] for name in ("first", "second", "third")})
+        channels, groups = w.outer.shape
+        hidden = channels * groups
+        self.past = [Past(rows, n, side, dilation, w.first) for n in (channels, hidden, hidden)]
+        self.attention = None if attending is None else AttentionSteps(whole.attention, attending, rows, channels)
+        here = torch.ones(channels, channels, device="cpu").tril().bool()[:, :, None, None]
+        wave = torch.arange(channels, device=w.first.device)[:, None]
+        self.map = MintMap(f"{whole.name}, one step", wave, layout(self.act, here, groups))
+
+    def _convolve(self, k: int, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        joined = self.past[k].join(x.squeeze(-2)).unsqueeze(-2)
+        out = F.conv2d(joined, weight, dilation=(1, self.past[k].dilation))
+        return out if bias is None else out + bias[..., None, None]
+
+    def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        convolve = [partial(self._convolve, k) for k in range(3)]
+        x, slopes = plain_pass(self.act, y.unsqueeze(-2), self.w, convolve)
+        x = x.squeeze(-2)
+        if self.attention is not None:
+            x = x + self.attention.take(y)
+        return x, slopes.squeeze(-2).log().sum(-2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        rows, w = len(x), self.w
+        weights = (w.first, w.second, w.third)
+        biases = [w.first_bias.expand(rows, -1), w.second_bias.expand(rows, -1), w.third_bias.expand(rows, -1, 1, 1)]
+        if self.side:
+            for k, (past, weight) in enumerate(zip(self.past, weights, strict=True)):
+                known = F.conv1d(past.seen(), weight[:, :, 0, : self.side])
+                biases[k] = biases[k] + known.view(biases[k].shape)
+        if self.attention is not None:  # it knows nothing of the step itself
+            biases[2] = biases[2] + self.attention.ahead()[:, :, None, None]
+        shared = [*(weight[..., self.side :] for weight in weights), w.inner, w.outer]
+        rowwise = [*biases, w.scale.expand(rows, -1, 1, 1), *(() if w.gate is None else (w.gate,))]
+        y, _ = solve_triangular(self.map, x, shared, rowwise, self.settings)
+        return y, -self.inverse(y)[1]
+
+    def repeated(self, times: int) -> Stepper:
+        made = copy.copy(self)
+        made.past = [past.repeated(times) for past in self.past]
+        if self.attention is not None:
+            made.attention = self.attention.repeated(times)
+        if self.w.gate is not None:  # then a context gave each row these of its own
+            names = ("first_bias", "second_bias", "third_bias", "scale", "gate")
+            own = {name: getattr(self.w, name) for name in names}
+            made.w = self.w._replace(**{name: t.repeat(times, *[1] * (t.dim() - 1)) for name, t in own.items()})
+        return made

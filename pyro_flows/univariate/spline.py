@@ -1,0 +1,376 @@
+"""Monotone rational-quadratic splines: the scalar map of neural spline flows.
+
+Everything here is branch-free, and every quotient has a denominator that is a sum of positive terms, so that values
+and gradients stay finite in single precision wherever the input lies.  Parameters are handled one row each, all inputs
+along the columns: choosing a bin, the costly part, then runs over contiguous memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_flows.core.modes import batched, plain_eager
+from pyro_flows.core.recipes import options_of
+from pyro_flows.univariate.base import Univariate, numbers
+
+__all__ = ["Spline"]
+
+_Number = Callable[[float], Tensor]
+
+_RANGE = math.log(1e3)  # of a bin's size relative to another's, and of a slope relative to one
+
+
+_BOUNDARIES = ("linear", "identity", "circular")
+
+
+_PIECE = 2**14  # inputs at a time: what stays in a processor's cache
+
+
+_KEPT = 13  # tensors that a gradient needs, and one more where the line goes on
+
+
+class _Bin(NamedTuple):
+    """The bin of each input on the unit square, shape ``(columns,)`` each, and what its gradient needs."""
+
+    left: Tensor
+    width: Tensor
+    bottom: Tensor
+    height: Tensor
+    slope0: Tensor
+    slope1: Tensor
+    kept: tuple[Tensor, ...]
+
+
+class Spline(Univariate):
+    r"""Rational-quadratic spline through :math:`K + 1` knots, increasing, with a continuous derivative.
+
+    Knots :math:`(x_k, y_k)` divide the square :math:`[-B, B]^2` into bins of widths and heights
+    :math:`\propto e^{c(a)}`; at the knots the slopes are :math:`\delta_k = e^{c(b_k)}`, with a smooth clip :math:`c`
+    that keeps the ratio of two bins and a slope within :math:`10^{\pm 3}`.  With :math:`s_k` the mean slope of a bin
+    and :math:`\xi = (x - x_k) / (x_{k+1} - x_k)`,
+
+    .. math::
+        y = y_k + (y_{k+1} - y_k)
+            \frac{s_k \xi^2 + \delta_k \xi (1 - \xi)}{s_k + (\delta_k + \delta_{k+1} - 2 s_k)\, \xi (1 - \xi)},
+
+    and the inverse is the root of a quadratic equation.  All-zero parameters give the identity.  Each direction is
+    elementwise, some forty operations; the gradient is in closed form.
+
+    Args:
+        bins: the number :math:`K` of bins, at least 2.
+        bound: half the side :math:`B` of the square.
+        boundary: what lies beyond it.  ``"linear"``: the spline goes on as a straight line with the slope of its last
+            knot, which is learnt; ``"identity"``: :math:`y = x`, as in the paper; ``"circular"``: inputs are angles,
+            taken modulo :math:`2\pi`, the bound is :math:`\pi`, both ends have one slope, and a rotation follows.
+
+    Raises:
+        ValueError: for fewer than two bins, a bound that is not positive, or an unknown boundary.
+
+    References:
+        Neural Spline Flows (Durkan et al., 2019), arXiv:1906.04032.
+        Normalizing Flows on Tori and Spheres (Rezende et al., 2020), arXiv:2002.02428.
+    """
+
+    wide = True
+    half_precision = False
+
+    def __init__(self, bins: int = 8, bound: float | None = None, boundary: str = "linear") -> None:
+        if isinstance(bins, bool) or not isinstance(bins, int) or bins < 2:
+            raise ValueError(f"Spline: expected bins to be an integer >= 2, got {bins!r}")
+        if boundary not in _BOUNDARIES:
+            raise ValueError(f"Spline: expected boundary to be one of {', '.join(_BOUNDARIES)}, got {boundary!r}")
+        if boundary == "circular" and bound is not None:
+            raise ValueError("Spline: a circular boundary has the bound pi: leave bound out")
+        if bound is not None and not 0 < bound < math.inf:
+            raise ValueError(f"Spline: expected bound to be positive and finite, got {bound}")
+        self.bins = bins
+        self.boundary = boundary
+        self.bound = math.pi if boundary == "circular" else float(5.0 if bound is None else bound)
+
+    def arguments(self) -> tuple[tuple[object, ...], dict[str, object]]:
+        return (), options_of(self) | ({"bound": None} if self.periodic else {})
+
+    @property
+    def num_params(self) -> int:
+        """Widths, heights, slopes, and with a circular boundary a rotation."""
+        return (
+            2 * self.bins
+            + {"linear": self.bins + 1, "identity": self.bins - 1, "circular": self.bins + 1}[self.boundary]
+        )
+
+    @property
+    def periodic(self) -> bool:
+        """Whether inputs are angles."""
+        return self.boundary == "circular"
+
+    def forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        return self._move(False, x, params.transpose(-1, -2))
+
+    def inverse(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        return self._move(True, y, params.transpose(-1, -2))
+
+    def solver(self, inverse: bool, z: Tensor, params: Tensor, x: Tensor, ladj: Tensor) -> list[Callable[[], object]]:
+        def run() -> None:
+            moved, slope, _ = self.columns(inverse, z.reshape(-1), _by_row(params, z))
+            x.copy_(moved.view(x.shape))
+            ladj.copy_(slope.view(x.shape))
+
+        return [run]
+
+    def partials(
+        self, inverse: bool, z: Tensor, params: Tensor, x: Tensor, ladj: Tensor, weight: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        kept = self.run(inverse, z, params)[2]
+        one, none = torch.ones_like(x), torch.zeros_like(x)
+        slopes = self.pull(inverse, z, x, ladj, kept, one, none)
+        return (*slopes, *self.pull(inverse, z, x, ladj, kept, none, weight.expand_as(x)))
+
+    def run(self, inverse: bool, z: Tensor, params: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        if z.numel() <= 2 * _PIECE or not plain_eager():
+            x, ladj, kept = self.columns(inverse, z.reshape(-1), _by_row(params, z))
+            return x.view(z.shape), ladj.view(z.shape), kept
+        x, ladj, every = torch.empty_like(z), torch.empty_like(z), []
+        rows, matrices = z.flatten(0, -2), params.flatten(0, -3)
+        to_x, to_ladj = x.view(rows.shape), ladj.view(rows.shape)
+        for part in _pieces(rows):
+            moved, slope, kept = self.columns(inverse, rows[part].reshape(-1), _by_row(matrices[part], rows[part]))
+            to_x[part] = moved.view(-1, z.shape[-1])
+            to_ladj[part] = slope.view(-1, z.shape[-1])
+            every += kept
+        return x, ladj, tuple(every)
+
+    def pull(
+        self, inverse: bool, z: Tensor, x: Tensor, ladj: Tensor, kept: Sequence[Tensor], grad: Tensor, grad_ladj: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        dims, count = grad.shape[-1], _KEPT + (self.boundary != "circular")
+        grad_ladj = grad_ladj.expand_as(grad)
+        if len(kept) == count:
+            by_z, by_params = self.pull_columns(inverse, kept, grad.reshape(-1), grad_ladj.reshape(-1))
+            return by_z.view(grad.shape), by_params.view(self.num_params, *grad.shape).movedim(0, -2)
+        by_z, by_params = torch.empty_like(grad), grad.new_empty(*grad.shape[:-1], self.num_params, dims)
+        rows, log_rows = grad.flatten(0, -2), grad_ladj.flatten(0, -2)
+        to_z, to_params = by_z.view(rows.shape), by_params.view(-1, self.num_params, dims)
+        for k, part in enumerate(_pieces(rows)):
+            held = kept[k * count : (k + 1) * count]
+            each = self.pull_columns(inverse, held, rows[part].reshape(-1), log_rows[part].reshape(-1))
+            to_z[part] = each[0].view(-1, dims)
+            to_params[part] = each[1].view(self.num_params, -1, dims).movedim(0, 1)
+        return by_z, by_params
+
+    def _move(self, inverse: bool, z: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        if plain_eager() and torch.is_grad_enabled() and (z.requires_grad or params.requires_grad):
+            return _Move.apply(self, inverse, z, params)
+        return self.run(inverse, z, params)[:2]
+
+    # Mathematics, on inputs of shape (columns,) and parameters of shape (num_params, columns).
+
+    def columns(self, inverse: bool, z: Tensor, params: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        number = numbers(z.dtype)
+        half, side = number(0.5), number(2 * self.bound)
+        circular = self.boundary == "circular"
+        unit = torch.add(half, (z - params[-1] if circular and inverse else z) * number(0.5 / self.bound))
+        if circular:
+            unit = unit - unit.floor()
+        within = unit.clamp(0.0, 1.0)
+        part = self._bin(within, params, inverse, number)
+        beyond = None if circular else unit - within  # zero inside
+        moved, xi, slope = (_unbend if inverse else _bend)(within, beyond, part, number)
+        ladj = slope.log()
+        if circular:
+            x = (moved - half) * side
+            if not inverse:
+                x = x + params[-1]
+                x = x - torch.floor(x / side + half) * side
+            kept = (xi, slope, *part[:6], *part.kept)
+        else:
+            x = torch.addcdiv(moved, beyond, slope) if inverse else torch.addcmul(moved, beyond, slope)
+            x = (x - half) * side
+            kept = (xi, slope, *part[:6], *part.kept, beyond)
+        return x, -ladj if inverse else ladj, kept
+
+    def _bin(self, value: Tensor, params: Tensor, inverse: bool, number: _Number) -> _Bin:
+        count, columns = self.bins, value.shape[0]
+        raw, knots = params[: 2 * count], params[2 * count :]
+        bend, logs = _soft_sign(raw, _RANGE / 2, number)
+        sizes = logs.exp().view(2, count, columns)
+        ends = sizes.cumsum(1)
+        total = ends[:, -1]
+        side = 1 if inverse else 0
+        index = torch.lt(ends[side, :-1], value * total[side]).sum(0)
+        both = index.expand(2, 1, columns)
+        size, end = sizes.gather(1, both).squeeze(1), ends.gather(1, both).squeeze(1)
+        (left, bottom), (width, height) = ((end - size) / total).unbind(), (size / total).unbind()
+        slope_bend, slopes = _soft_sign(knots.gather(0, self._ends(index)), _RANGE, number)
+        slopes = slopes.exp()
+        if self.boundary == "identity":
+            slopes = torch.where(self._inner(index), slopes, number(1.0))
+        return _Bin(left, width, bottom, height, *slopes.unbind(), (bend, sizes, total, index, slope_bend))
+
+    def _ends(self, index: Tensor) -> Tensor:
+        """Which slopes belong to the two ends of a bin, shape ``(2, columns)``."""
+        if self.boundary == "linear":
+            return torch.stack((index, index + 1))
+        if self.boundary == "circular":
+            return torch.stack((index, (index + 1) % self.bins))
+        return torch.stack(((index - 1).clamp(min=0), index.clamp(max=self.bins - 2)))
+
+    def _inner(self, index: Tensor) -> Tensor:
+        """Whether these knots lie inside the square."""
+        return torch.stack((index > 0, index < self.bins - 1))
+
+    def pull_columns(
+        self, inverse: bool, kept: Sequence[Tensor], grad: Tensor, grad_ladj: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        xi, m, left, width, bottom, height, d0, d1, bend, sizes, total, index, slope_bend, *tail = kept
+        circular = not tail
+        number = numbers(xi.dtype)
+        one, two, side = number(1.0), number(2.0), number(2 * self.bound)
+        om = one - xi
+        q, xi2, om2 = xi * om, xi * xi, om * om
+        s = height / width
+        p0, p1 = d0 * om, d1 * xi
+        a, b = torch.addcmul(p0, s, xi), torch.addcmul(p1, s, om)
+        top = xi * a
+        den = torch.addcmul(top, om, b)
+        ratio = top / den
+        grad_unit = grad * side
+        by_log = -grad_ladj if inverse else grad_ladj
+        if not circular:  # the line beyond the last knot has the slope of that
+            beyond = tail[0]
+            outside = grad_unit * beyond
+            by_log = torch.addcdiv(by_log, outside, m, value=-1) if inverse else torch.addcmul(by_log, outside, m)
+        # The logarithm of the slope after everything it depends on.
+        v, k = by_log * two / den, by_log / torch.addcmul(xi * b, om, a)
+        turn = om - xi
+        log_xi = two * k * (torch.addcmul(p1, s, turn) - p0) - v * (d0 + d1 - two * s) * turn
+        if inverse:
+            by_z = (log_xi / width + grad_unit) / m
+            by_y = -by_z
+            by_z = by_z / side
+        else:
+            by_y = grad_unit
+        if not circular and inverse:
+            inner = beyond == 0
+            by_y = torch.where(inner, by_y, number(0.0))
+            by_z = torch.where(inner, by_z, grad / m)
+        u = by_y * height / den
+        beta = torch.addcmul(v, u, ratio)
+        alpha = u - beta
+        by_s = xi2 * alpha - om2 * beta + two * torch.addcmul(by_log / s, k, q)
+        by_slopes = torch.stack((torch.addcmul(q * alpha, k, om2) * d0, torch.addcmul(k * xi2, q, beta, value=-1) * d1))
+        by_left = torch.addcmul(log_xi, by_y * m, width) / width.neg()
+        by_bottom = by_y
+        by_height = torch.addcdiv(by_y * ratio, by_s, width)
+        by_width = torch.addcmul(by_left * xi, by_s / width, s, value=-1)
+        if not inverse:
+            by_z = by_left / -side
+            if not circular:
+                by_z = torch.where(beyond == 0, by_z, grad * m)
+        # To the parameters.
+        count, columns = self.bins, xi.shape[0]
+        out = torch.empty(self.num_params, columns, dtype=xi.dtype, device=xi.device)
+        by_ends = torch.stack((by_left, by_bottom)) / total
+        by_sizes = torch.stack((by_width, by_height)) / total
+        mean = torch.addcmul(by_ends * torch.stack((left, bottom)), by_sizes, torch.stack((width, height)))
+        rows = out[: 2 * count].view(2, count, columns)
+        before = torch.arange(count, device=xi.device)[:, None] < index
+        torch.mul(before, by_ends.unsqueeze(1), out=rows)
+        rows.scatter_add_(1, index.expand(2, 1, columns), by_sizes.unsqueeze(1))
+        rows.sub_(mean.unsqueeze(1)).mul_(sizes)
+        out[: 2 * count].div_(bend).div_(bend)
+        by_slopes = by_slopes / (slope_bend * slope_bend)
+        if self.boundary == "identity":
+            by_slopes = torch.where(self._inner(index), by_slopes, number(0.0))
+        out[2 * count :].zero_().scatter_add_(0, self._ends(index), by_slopes)
+        if circular:
+            out[-1] = -by_z if inverse else grad
+        return by_z, out
+
+
+def _soft_sign(value: Tensor, bound: float, number: _Number) -> tuple[Tensor, Tensor]:
+    r"""``(t, value / t)`` with :math:`t = 1 + |a| / c`: a smooth clip to ``(-bound, bound)`` without saturation."""
+    bend = torch.add(number(1.0), value.abs(), alpha=1.0 / bound)
+    return bend, torch.div(value, bend)
+
+
+def _to_end(share: Tensor, beyond: Tensor | None, number: _Number) -> Tensor:
+    """A share of a bin, within bounds; for inputs beyond the square exactly 0 or 1, since their line goes far."""
+    if beyond is not None:
+        share = torch.addcmul(share, beyond.detach(), number(1e15))
+    return share.clamp(0.0, 1.0)
+
+
+def _bend(value: Tensor, beyond: Tensor | None, part: _Bin, number: _Number) -> tuple[Tensor, Tensor, Tensor]:
+    """The spline at a point of the unit interval: its value, where in the bin the point lies, and the slope."""
+    left, width, bottom, height, d0, d1, _ = part
+    xi = _to_end((value - left) / width, beyond, number)
+    ratio, slope = _quotient(xi, height / width, d0, d1, number(1.0))
+    return torch.addcmul(bottom, height, ratio), xi, slope
+
+
+def _quotient(xi: Tensor, s: Tensor, d0: Tensor, d1: Tensor, one: Tensor) -> tuple[Tensor, Tensor]:
+    """Where in its height, and with which slope, a spline passes through a bin; sums of positive terms throughout."""
+    om = one - xi
+    a, b = torch.addcmul(d0 * om, s, xi), torch.addcmul(d1 * xi, s, om)
+    top = xi * a
+    den = torch.addcmul(top, om, b)
+    root = s / den
+    return top / den, root * root * torch.addcmul(xi * b, om, a)
+
+
+def _unbend(value: Tensor, beyond: Tensor | None, part: _Bin, number: _Number) -> tuple[Tensor, Tensor, Tensor]:
+    """The inverse of :func:`_bend`, with the slope of that."""
+    left, width, bottom, height, d0, d1, _ = part
+    one, two = number(1.0), number(2.0)
+    s = height / width
+    eta = ((value - bottom) / height).clamp(0.0, 1.0)
+    # Of the two forms of the root, the one from whose end of the bin no digits cancel; the discriminant is then a sum
+    # of positive terms too.
+    rest = one - eta
+    twice = two * s
+    b = torch.addcmul(d0 * rest, twice - d1, eta)
+    above = b > s
+    far, near = torch.where(above, eta, rest), torch.where(above, rest, eta)
+    lean = (s - b).abs()
+    least = s - lean
+    disc = torch.addcmul(least * least, two * twice * near, lean)
+    step = twice * far / (s + lean + disc.sqrt())
+    xi = _to_end(torch.where(above, step, one - step), beyond, number)
+    return torch.addcmul(left, width, xi), xi, _quotient(xi, s, d0, d1, one)[1]
+
+
+class _Move(torch.autograd.Function):
+    """A spline with its gradient in closed form; derivatives of that by automatic differentiation."""
+
+    @staticmethod
+    def forward(ctx: object, spline: Spline, inverse: bool, z: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        x, ladj, kept = spline.run(inverse, z, params)
+        ctx.spline, ctx.inverse = spline, inverse
+        ctx.save_for_backward(z, params, x, ladj, *kept)
+        return x, ladj
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor, grad_ladj: Tensor) -> tuple[Tensor | None, ...]:
+        z, params, x, ladj, *kept = ctx.saved_tensors
+        if torch.is_grad_enabled() or batched(grad) or batched(grad_ladj):
+            by_z, by_params = torch.func.vjp(lambda *inputs: ctx.spline.run(ctx.inverse, *inputs)[:2], z, params)[1](
+                (grad, grad_ladj)
+            )
+        else:
+            by_z, by_params = ctx.spline.pull(ctx.inverse, z, x, ladj, kept, grad, grad_ladj)
+        return None, None, by_z, by_params
+
+
+def _by_row(params: Tensor, z: Tensor) -> Tensor:
+    """Parameters one row each, shape ``(num_params, columns)``, from their place before the last axis."""
+    return params.movedim(-2, 0).reshape(params.shape[-2], z.numel())
+
+
+def _pieces(rows: Tensor) -> list[slice]:
+    step = max(1, _PIECE // rows.shape[-1])
+    return [slice(start, start + step) for start in range(0, rows.shape[0], step)]
