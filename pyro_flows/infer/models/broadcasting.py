@@ -1,4 +1,4 @@
-"""Why a model does not run for many draws at once: the line of the user's code, and how to write it."""
+"""Why a model does not run for many draws at once: the line, and how to write it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _MATMUL = re.compile(rf"({_NAME}) ?@ ?({_NAME})")
 _INDEXED = re.compile(rf"({_NAME})\[({_NAME})\]")
 _VINDEXED = re.compile(rf"Vindex\(({_NAME})\)\[\.\.\., ?({_NAME})\]")
 
-# Patterns of code that reads all dimensions, or counts them from the left, and better code; the first match is named.
+# Code that reads all dimensions, or counts them from the left, and better code, in order of preference.
 _ADVICE = (
     (r"\bfloat\(|\bint\(|\bbool\(|\.item\(|\.tolist\(|\.numpy\(", "keep values as tensors, not as Python numbers"),
     (r"^\s*(if|elif|while|assert)\b", "choose by `torch.where(condition, a, b)` in place of `if`"),
@@ -91,14 +91,8 @@ def explain(
 ) -> str:
     """Says which line of a model does not broadcast over a dimension of draws, and how to write it.
 
-    Args:
-        model: any Pyro model with the latents given.
-        latents: the layout of its latents.
-        args: the model's positional arguments.
-        kwargs: the model's keyword arguments.
-        rows: unconstrained points, shape ``(S, dim)``.
-        error: the model's error for all rows at once; ``None`` if it gave other densities than for each row alone.
-        discrete: names of latents that are summed out; if there are any, sites are not compared.
+    ``error`` is the model's for all unconstrained rows ``(S, dim)`` at once, or ``None`` if it gave other densities
+    than for each row alone.  If there are ``discrete`` latents, which are summed out, sites are not compared.
     """
     line = None if error is None else _raised_at(error)
     what = "it gives other densities for many draws at once than for one at a time"
@@ -167,7 +161,7 @@ class _Lines(Messenger):
 def _first_site_that_differs(
     model: Model, latents: Latents, args: tuple[object, ...], kwargs: Mapping[str, object], rows: Tensor
 ) -> tuple[str | None, _Line | None]:
-    """Returns the first site whose log-densities for all rows at once differ from those of each row, and its line."""
+    """Returns the first site whose log-densities for all rows at once differ, and its line."""
     nesting = latents.max_plate_nesting
 
     def scores(z: Tensor, keep: int, seen: Messenger) -> Iterator[tuple[str, Tensor | None]]:
@@ -272,7 +266,6 @@ def _about_product(left: str, right: str, line: _Line, nesting: int) -> str:
     if event >= 2:
         rows = f"{data}.unsqueeze(-2)"
         return f"Write `({rows} @ {name}).squeeze(-2)` {said}."
-    # Where plates have left a dimension of size 1, the rows of the data take it.
     spread = name if event == 1 and nesting else f"{name}.unsqueeze(-2)"
     return f"Write `({data} * {spread}).sum(-1)` {said}."
 

@@ -30,7 +30,7 @@ DRAWS = "_pyro_flows_draws"
 
 def unblocked(model: Model, names: Collection[str] | None = None) -> Model:
     """Lets some sites of a model, by default all, through the ``poutine.block`` handlers around it."""
-    # A handler wraps a function as partial(wrapper, handler, function), in a partial of its own.
+    # A handler makes partial(partial(wrapper, handler, function)).
     inner: Any = model.func if isinstance(model, functools.partial) and not model.args and not model.keywords else model
     if not (isinstance(inner, functools.partial) and len(inner.args) == 2 and isinstance(inner.args[0], Messenger)):
         return model
@@ -77,17 +77,12 @@ def enumerating(model: Model, names: Collection[str], first_available_dim: int) 
 
 
 def marginal_log_prob(trace: Trace, sites: dict[str, Site], count: int | None, nesting: int) -> Tensor:
-    """Sums enumerated sites out of the log-density: a number, or one for each draw, shape ``(count,)``.
+    """Sums the enumerated sites of a trace out of its log-density.
 
-    Args:
-        trace: a trace of the enumerated model.
-        sites: its sites.
-        count: the number of draws, in the dimension left of the plates; ``None`` for one draw without a dimension.
-        nesting: the number of plate dimensions.
+    With ``count`` draws, in the dimension left of ``nesting`` plate dimensions, the shape is ``(count,)``.
 
     Raises:
-        NotImplementedError: if enumerated sites and what depends on them have different scales, or plates that Pyro
-            cannot sum over.
+        NotImplementedError: if sites that are summed out together differ in scale, or Pyro cannot sum over a plate.
     """
     plain, components = _split(trace, sites, count, nesting)
     total = sum(plain, torch.zeros(()))
@@ -102,13 +97,9 @@ def marginal_log_prob(trace: Trace, sites: dict[str, Site], count: int | None, n
 def pointwise(
     trace: Trace, sites: dict[str, Site], count: int | None, nesting: int
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Computes log-likelihoods of data that depend on enumerated sites, which are summed out.
+    """Returns scaled log-likelihoods, in batch shape, of data that depend on enumerated sites, and why some have none.
 
-    A datum has one if all discrete sites that it depends on are its own, in the same plates.  The arguments are those
-    of :func:`marginal_log_prob`.
-
-    Returns:
-        The log-densities by site, scaled, of the shape of its batch; and by site why some data have none.
+    A datum has one if all discrete sites that it depends on are its own, in the same plates.
     """
     found: dict[str, Tensor] = {}
     refused: dict[str, str] = {}
@@ -148,7 +139,7 @@ class _Component:
 def _split(
     trace: Trace, sites: dict[str, Site], count: int | None, nesting: int
 ) -> tuple[list[Tensor], list[_Component]]:
-    """Returns terms that depend on no enumerated site, a number or one for each draw, and components of the others."""
+    """Returns the terms that depend on no enumerated site, and components of the others."""
     frames = () if count is None else (CondIndepStackFrame(DRAWS, -1 - nesting, count, 0),)
     for site in sites.values():
         site.message["cond_indep_stack"] = (*frames, *site.message["cond_indep_stack"])
@@ -184,7 +175,7 @@ def _symbols(term: Any) -> str:
 
 
 def _unscaled(site: Site) -> Tensor:
-    # A handler's mask would leave each state of a discrete site the weight 1, and so add log K for K states.
+    # Under a handler's mask each of K states would have weight 1, which adds log K.
     return site.fn.log_prob(site.value) if site.kind == DRAWN else site.log_prob(scaled=False)
 
 

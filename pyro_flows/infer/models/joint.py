@@ -45,19 +45,18 @@ class JointDensity:
 
     :math:`\log p(z) = \log p(\text{data}, \theta(z)) + \log|\partial \theta / \partial z|`, in nats, differentiable;
     ``(S, dim)`` gives ``(S,)``.  If the model broadcasts, it runs once for all ``S``, in a dimension left of its
-    plates.  This is compared with one run at a time; where the two disagree, the density falls back on single runs and
-    warns.  Scales, masks and subsampling count as in an ELBO, with one difference: entries of a latent that a mask
-    leaves out and that nothing else depends on, such as the padding of a series, keep their own density.  It integrates
-    to one, so the posterior of the rest and the evidence are right; without it there is no posterior.
+    plates; otherwise, as a comparison shows, one point at a time, with a warning.  Scales, masks and subsampling count
+    as in an ELBO, with one difference: entries of a latent that a mask leaves out and that nothing depends on, such as
+    the padding of a series, keep their own density, without which there is no posterior.
 
     Args:
         model: any Pyro model with the latents given.
-        latents: the layout of its latents.
+        latents: their layout.
         args, kwargs: the model's arguments.
         vectorize: whether to run the model once for all; ``None`` to find out.
-        discrete: names of the model's discrete latents, which are summed out.
+        discrete: names of latents to sum out.
         ignored: names of sites that do not count.
-        quiet: whether to say only in ``why_not``, without a warning, that the model does not broadcast.
+        quiet: whether ``why_not`` alone says that the model does not broadcast, without a warning.
     """
 
     def __init__(
@@ -103,13 +102,13 @@ class JointDensity:
 
     @torch.no_grad()
     def random_at(self, row: Tensor) -> bool:
-        """Whether runs at a point, shape ``(dim,)``, or near it, differ: the model draws more than its latents."""
-        # At a point where all components of a mixture are the same, their hidden labels make no difference.
+        """Whether runs at or near a point, shape ``(dim,)``, differ: the model draws more than its latents."""
+        # Where the components of a mixture are equal, their hidden labels make no difference.
         for point in (row, row + 0.1 * torch.arange(1, len(row) + 1).to(row).cos()):
             try:
                 before = _random_state(row)
                 first = self._alone(point)
-                # The state does not show a generator of the model's own, but a second run does.
+                # A second run shows a generator of the model's own.
                 drawn = before != _random_state(row)
                 for _ in range(RUNS if drawn else 1):
                     if (self._alone(point) - first).abs() > 1e-6 + 1e-6 * first.abs():
@@ -122,11 +121,9 @@ class JointDensity:
 
     @torch.enable_grad()
     def is_observed(self, row: Tensor, by_way: bool) -> bool:
-        """Whether there is a factor, or a datum that depends on a latent, directly or through a discrete one.
+        """Whether there is a factor, or a datum at ``row`` that depends on a latent, if only through a discrete one.
 
-        Args:
-            row: a point, shape ``(dim,)``.
-            by_way: whether any datum counts, because the model draws something in between that is not summed out.
+        With ``by_way`` any datum counts, because the model draws something in between that is not summed out.
         """
         nesting, before = self.latents.max_plate_nesting, None
         for move in range(MOVES):
@@ -141,21 +138,18 @@ class JointDensity:
                 return True
             if any(by_way or value.dim() > nesting for value in data) or any(value.requires_grad for value in found):
                 return True
-            # A value may have lost its gradient, as by item(); then it still differs at another point.
+            # A value that lost its gradient, as by item(), still differs at another point.
             if before is not None and not all(map(torch.equal, found, before)):
                 return True
             before = found
         return False
 
     def still(self) -> StillDensity:
-        """Returns the density at one fixed draw of whatever else the model draws, such as a minibatch."""
+        """Returns the density at one fixed draw of, for example, a minibatch."""
         return StillDensity(self)
 
     def sites(self, row: Tensor) -> dict[str, Tensor]:
-        """Returns the log-density of each site at one point, shape ``(dim,)``, to find the origin of a NaN.
-
-        It is NaN also for values outside of their support, whatever their distribution returns.
-        """
+        """Returns each site's log-density at a point, shape ``(dim,)``; NaN for values outside of their support."""
         values, _ = self.latents.unpack(row)
         with pyro.validation_enabled(False):  # validation would stop at the first site
             sites = self.sites_at(values)
@@ -166,11 +160,11 @@ class JointDensity:
         return found
 
     def sites_at(self, values: Mapping[str, Tensor], model: Model | None = None) -> dict[str, Site]:
-        """Returns the sites of one run of the model, or of another form of it, at given values of the latents."""
+        """Runs the model, or another form of it, at given values of the latents, and returns the sites."""
         return self._sites_of(run(model or self.model, self.args, self.kwargs, values))
 
     def enumerated_at(self, values: Mapping[str, Tensor], nesting: int) -> tuple[Trace, dict[str, Site]]:
-        """Runs the model with all values of its discrete latents, left of ``nesting`` dimensions: trace and sites."""
+        """Runs the model with all values of its discrete latents, left of ``nesting`` dimensions."""
         trace = run(enumerating(self.model, self.discrete, -1 - nesting), self.args, self.kwargs, values)
         return trace, self._sites_of(trace)
 
@@ -195,7 +189,7 @@ class JointDensity:
         if self._own is None:
             self._own = self._seeded(self._unneeded, z[0])
         count, nesting = z.shape[0], self.latents.max_plate_nesting
-        # No plate around the model: a caller's plate, such as an ELBO's for its particles, may have this dimension.
+        # No plate around the model: one of a caller may have this dimension.
         values, total = self.latents.unpack(z, nesting)
         if self.discrete:
             return total + marginal_log_prob(*self.enumerated_at(values, nesting + 1), count, nesting)
@@ -205,7 +199,7 @@ class JointDensity:
 
     @torch.enable_grad()
     def _unneeded(self, row: Tensor) -> dict[str, Tensor]:
-        """Finds entries of latents that a mask leaves out and nothing depends on, by site and batch shape."""
+        """Finds entries of latents that a mask leaves out and nothing depends on, in batch shape."""
         self._own = {}  # for the runs below
         sites = self.sites_at(self.latents.unpack(row.detach())[0])
         masked = [latent for latent in self.latents if is_masked(sites[latent.name])]
@@ -234,7 +228,7 @@ class JointDensity:
         if fine.all() or not fine.any():
             return None
         rows = fine.nonzero().squeeze(-1)
-        # Rows that validation refuses may be finite without it, so the others are validated once more.
+        # Validation may refuse rows that are finite without it.
         return z.new_full((len(z),), math.nan).index_put((rows,), self._together(z[rows]).to(z.dtype))
 
     @torch.no_grad()
@@ -279,14 +273,14 @@ class JointDensity:
 
     @staticmethod
     def _seeded(fn: Callable[[Tensor], T], z: Tensor) -> T:
-        """Calls a function with the same random numbers each time, so that the model's minibatches stay the same."""
+        """Calls a function with the same random numbers, and so the same minibatches, each time."""
         with torch.random.fork_rng(devices=[z.device] if z.is_cuda else []):
             torch.manual_seed(0)
             return fn(z)
 
 
 class StillDensity:
-    """A density at one fixed draw of whatever the model draws beside its latents."""
+    """A density at one fixed draw of whatever else the model draws."""
 
     def __init__(self, density: JointDensity) -> None:
         self.density, self.pace = density, density.pace

@@ -55,11 +55,8 @@ class Latent:
 class Latents:
     """A model's latent sites, in the order of a trace, as one vector of ``dim`` unconstrained numbers.
 
-    It holds no model and no data, so draws can be named and constrained without either, and it can be pickled.
-
-    Args:
-        sites: the latent sites.
-        max_plate_nesting: the number of dimensions that plates and batches of any site take.
+    It holds no model and no data, and can be pickled.  ``max_plate_nesting`` is the number of dimensions that plates
+    and batches of any site take.
     """
 
     def __init__(self, sites: Iterable[Latent], max_plate_nesting: int) -> None:
@@ -97,11 +94,9 @@ class Latents:
         return torch.cat(parts, -1)
 
     def unpack(self, z: Tensor, nesting: int = 0) -> tuple[dict[str, Tensor], Tensor]:
-        """Returns values by site and ``log|d values / d z|``, shape ``(*sample,)``.
+        """Returns values and ``log|d values / d z|``, shape ``(*sample,)``, at ``z`` of shape ``(*sample, dim)``.
 
-        Args:
-            z: unconstrained vectors, shape ``(*sample, dim)``.
-            nesting: dimensions to keep for plates, right of those of ``z``; sites with fewer get 1s there.
+        Right of the sample's dimensions, ``nesting`` are kept for plates; sites with fewer get 1s there.
         """
         lead = z.shape[:-1]
         if 0 in lead:  # torch cannot sum over the dimensions of no events

@@ -1,4 +1,4 @@
-"""A first look at a model: its latents at a feasible point, and models that no guide of one fixed vector represents."""
+"""A first look at a model: its latents at a feasible point; it refuses those that no fixed vector represents."""
 
 from __future__ import annotations
 
@@ -39,13 +39,9 @@ Sizes = dict[tuple[object, ...], int | str]
 
 
 def feasible(site: Message, like: Tensor | None = None) -> Tensor:
-    """Returns a value in the middle of the support, also where the distribution cannot be sampled.
+    """Returns a value in the middle of the support, or a sample where that has none, as if discrete.
 
-    Where the support has no middle, as that of a discrete site, the value is a sample.
-
-    Args:
-        site: Pyro's record of a site.
-        like: gives dtype and device where the distribution has no tensors of its own.
+    ``like`` gives dtype and device if the distribution cannot be sampled.
     """
     fn = site["fn"]
     transform = _to_support(fn.support)
@@ -62,13 +58,13 @@ def feasible(site: Message, like: Tensor | None = None) -> Tensor:
 
 
 def _replaceable(value: Any) -> Tensor:
-    """Marks an initial value as one that a reparameterization may replace without a warning."""
+    """Lets a reparametrization replace an initial value without a warning."""
     value._pyro_custom_init = False
     return value
 
 
 def _to_support(support: constraints.Constraint) -> Transform | None:
-    """Maps the line onto a support, perhaps not one to one: a reparameterization may still replace the site."""
+    """Maps the line onto a support, perhaps not one to one: a reparametrization may still replace the site."""
     for registry in (biject_to, transform_to):
         try:
             return registry(support)
@@ -104,17 +100,15 @@ def initializer(chosen: Init | None, args: tuple[object, ...], kwargs: Mapping[s
 def inspect(
     model: Model, init: Init, args: tuple[object, ...], kwargs: Mapping[str, object], deadline: float = math.inf
 ) -> tuple[Trace, Latents]:
-    """Traces the model at an initial point, observations included, and lays out its latents.
-
-    The model runs at four more points, or at one if the deadline, by ``time.monotonic()``, is over by then.
+    """Traces the model at an initial point, and lays out its latents; runs it at four more points, or until a deadline.
 
     Raises:
-        ValueError: for a model without latents, with a discrete or spherical latent or one whose support has no
-            bijection from the line, with a sequential plate, with latents in a subsampled plate, with an
-            angle, with a support that depends on another latent, or whose latents change from one run to the next.
+        ValueError: for a model without latents; with a latent that is discrete, spherical, an angle or in a sequential
+            or subsampled plate, or whose support has no bijection from the line or depends on another latent; or if
+            the latents change from one run to the next.
     """
     trace = run(InitMessenger(init)(model), args, kwargs)
-    messages = latent_messages(trace)  # of the finished trace: reparameterized sites are latents no longer
+    messages = latent_messages(trace)  # reparametrized sites are latents no longer
     for message in messages.values():
         _refuse_site(message)
     latents = Latents.of(trace)
@@ -124,7 +118,7 @@ def inspect(
         )
     if latents.dim == 0:
         raise ValueError(f"AutoFlow: the latent sites {list(messages)} are all empty")
-    # Opposite points, because random numbers start anew each time: a structure that depends on a sign shows.
+    # Opposite points, as random numbers start anew each time: a structure that depends on a sign shows.
     for radius in (0.3, -0.3, 1.0, -1.0):
 
         def moved(site: Message, radius: float = radius) -> Tensor:
@@ -147,7 +141,7 @@ def inspect(
 
 
 def _refuse_site(site: Message) -> None:
-    """Refuses a latent site that has no posterior density on one fixed vector."""
+    """Refuses a latent site without a density on one fixed vector."""
     name = site["name"]
     try:
         with helpful_support_errors(site):
@@ -184,7 +178,7 @@ def _refuse_site(site: Message) -> None:
 
 
 def _refuse_change(first: dict[str, Message], trace: Trace) -> None:
-    """Refuses latent sites that a run at other values of the latents does not have in the same form."""
+    """Refuses latent sites that another run does not have in the same form."""
     nodes: dict[str, Any] = dict(trace.nodes)
     for name, site in first.items():
         found = nodes.get(name)
@@ -264,7 +258,7 @@ def sizes_of(model: Model, args: tuple[object, ...], kwargs: Mapping[str, object
 
 
 def resized(plates: Iterable[int], then: Sizes, now: Sizes) -> bool:
-    """Whether a plate seems to have another size now: every argument that had its size then has another one."""
+    """Whether, for some plate, every argument that had its size then has another one now."""
     for plate in set(plates):
         found = [now[place] for place, size in then.items() if size == plate and place in now]
         if found and plate not in found:

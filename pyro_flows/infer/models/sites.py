@@ -1,7 +1,4 @@
-"""The sample sites of a run of a model, by their role in inference.
-
-The density, the log-likelihood of each datum and the predictions all take scales, masks and observations from here.
-"""
+"""The sample sites of a run of a model, by their role in inference, with their scales and masks."""
 
 from __future__ import annotations
 
@@ -18,27 +15,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Independent
 
-__all__ = [
-    "COMPUTED",
-    "DATA",
-    "DRAWN",
-    "FACTOR",
-    "LATENT",
-    "Message",
-    "Model",
-    "Site",
-    "counts",
-    "is_masked",
-    "is_part",
-    "latent_messages",
-    "nesting_of",
-    "per_draw",
-    "run",
-    "sample_messages",
-    "sites_of",
-    "sum_beyond",
-    "unmasked",
-]
+__all__ = ["Message", "Model", "Site", "latent_messages", "run", "sample_messages", "sites_of"]
 
 LATENT, DATA, FACTOR, COMPUTED, DRAWN = "latent", "data", "factor", "computed", "drawn"
 
@@ -47,29 +24,26 @@ Message = dict[str, Any]  # Pyro's record of a site, whose distribution Pyro its
 
 
 def run(
-    model: Model,
-    args: tuple[object, ...],
-    kwargs: Mapping[str, object],
-    values: Mapping[str, Tensor] | None = None,
+    model: Model, args: tuple[object, ...], kwargs: Mapping[str, object], values: Mapping[str, Tensor] | None = None
 ) -> Trace:
-    """Runs the model at given values of some sites, hidden from all handlers around; returns Pyro's trace."""
+    """Traces a model at given values of some sites, hidden from all handlers around."""
     with poutine.block():
         return poutine.trace(poutine.condition(model, data=dict(values or {}))).get_trace(*args, **kwargs)
 
 
 def sample_messages(trace: Trace) -> dict[str, Message]:
-    """The records of a trace's sample sites by name, without the indices of subsamples."""
+    """Returns Pyro's records of sample sites by name, without the indices of subsamples."""
     nodes: dict[str, Any] = dict(trace.nodes)
     return {name: node for name, node in nodes.items() if node["type"] == "sample" and not site_is_subsample(node)}
 
 
 def latent_messages(trace: Trace) -> dict[str, Message]:
-    """Those of :func:`sample_messages` that are not observed."""
+    """Returns the sample sites that are not observed."""
     return {name: message for name, message in sample_messages(trace).items() if not message["is_observed"]}
 
 
 def nesting_of(message: Message) -> int:
-    """The number of dimensions that a site's plates and batch take; a batch counts without a plate, too."""
+    """Counts the dimensions of a site's plates, and of its batch, declared or not."""
     dims = [-frame.dim for frame in message["cond_indep_stack"] if frame.vectorized]
     return max(len(message["fn"].batch_shape), *dims, 0)
 
@@ -80,12 +54,10 @@ class Site:
 
     Attributes:
         name: the site's name.
-        kind: ``"latent"``, of the guide; ``"data"``, observed; ``"factor"``, a term of the log-density alone;
-            ``"computed"``, by ``pyro.deterministic`` or a reparametrization; ``"drawn"``, anything else that the run
-            drew or enumerated.
+        kind: ``"latent"``, of the guide; ``"data"``; ``"factor"``; ``"computed"``, by ``pyro.deterministic`` or a
+            reparametrization; ``"drawn"``, anything else that the run drew or enumerated.
         message: Pyro's record.
-        own: the entries of a latent that keep their own density under a mask, of the shape of its batch; ``None`` for
-            none.
+        own: the entries of a latent, in its batch shape, that keep their own density under a mask.
     """
 
     name: str
@@ -110,7 +82,7 @@ class Site:
 
     @property
     def mask(self) -> bool | Tensor | None:
-        """The entries that count, by ``poutine.mask`` and the distribution's own mask; ``None`` if all do."""
+        """The entries that count, by ``poutine.mask`` and by the distribution; ``None`` if all do."""
         masks = _masks(self.message["mask"], self.fn)
         if any(mask is False for mask in masks):
             return False
@@ -128,19 +100,13 @@ class Site:
 
 
 def _masks(*given: Any) -> list[bool | Tensor]:
-    """The masks, those of masked distributions included, that leave anything out."""
+    """Returns the masks among these masks and distributions."""
     masks = [each._mask if isinstance(each, MaskedDistribution) else each for each in given]
     return [mask for mask in masks if mask is False or isinstance(mask, Tensor)]
 
 
 def sites_of(trace: Trace, latents: frozenset[str], own: Mapping[str, Tensor] | None = None) -> dict[str, Site]:
-    """The sample sites of a trace by name, without the indices of subsamples.
-
-    Args:
-        trace: a trace of the model.
-        latents: names of the latents of the guide.
-        own: :attr:`Site.own` by site.
-    """
+    """Returns a trace's sample sites by name, given the guide's latents and :attr:`Site.own` by name."""
     return {
         name: Site(name, LATENT if name in latents else _kind(message), message, (own or {}).get(name))
         for name, message in sample_messages(trace).items()
@@ -157,7 +123,7 @@ def _kind(message: Message) -> str:
         return FACTOR
     if not message["is_observed"]:
         return DRAWN
-    return COMPUTED if type(fn).__name__ == "Delta" else DATA  # such as what a reparametrization makes of a latent
+    return COMPUTED if type(fn).__name__ == "Delta" else DATA  # a reparametrized latent
 
 
 def sum_beyond(values: Tensor, keep: int) -> Tensor:
@@ -166,16 +132,12 @@ def sum_beyond(values: Tensor, keep: int) -> Tensor:
 
 
 def per_draw(name: str, each: Tensor, count: int, nesting: int) -> Tensor:
-    """Sums a site's log-densities for each draw, shape ``(count,)``; a number where they are the same for all.
+    """Sums a site's log-densities over all but the draws, the dimension left of ``nesting`` plate dimensions.
 
-    Args:
-        name: the site's name.
-        each: log-densities with draws in the dimension left of the plates, or without draws.
-        count: the number of draws.
-        nesting: the number of plate dimensions.
+    The result has shape ``(count,)``, or is a number if it is the same for all draws.
 
     Raises:
-        ValueError: if that dimension has another size.
+        ValueError: if the dimension of the draws has another size.
     """
     if each.dim() <= nesting:
         return each.sum()
