@@ -320,7 +320,7 @@ def test_interrupted_without_a_checkpoint():
     with pytest.raises(KeyboardInterrupt) as caught:
         stop_at[0] = 1
         fit(guide, Y, steps=100)
-    assert caught.value.fit is None and guide.latents is None
+    assert caught.value.fit is None and not guide.is_built
     guide = started(hierarchy, start="prior")
     fit(guide, Y, steps=1)
     before = runs[0]

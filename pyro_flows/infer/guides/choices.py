@@ -122,6 +122,6 @@ def several_modes(
         return None
     starts = 16 if density.vectorized else 6
     probe = search_modes(
-        affine, density, z, initial, found.log_evidence, starts=starts, seconds=seconds, generator=generator
+        affine, density, z, initial, found.log_evidence, num_starts=starts, seconds=seconds, generator=generator
     )
     return probe if probe.missing_share > SEVERAL else None

@@ -15,7 +15,7 @@ from torch.optim.adam import adam
 from pyro_flows.distributions import Flow
 from pyro_flows.infer.guides.budget import Budget, cosine
 from pyro_flows.infer.guides.checkpoint import Keeper
-from pyro_flows.infer.guides.posterior import frozen
+from pyro_flows.infer.guides.posterior import path_log_prob
 from pyro_flows.infer.machine.interrupts import interrupts_held_back
 from pyro_flows.infer.machine.pace import rows_at_once
 from pyro_flows.infer.models.joint import FAILURES
@@ -362,10 +362,7 @@ class Training:
         fine = log_p.isfinite() & pull.isfinite().all(-1)
         z.requires_grad_()
         if self.path_gradient:
-            with frozen(flow.chain):
-                x, ladj = flow.chain.inverse_and_ladj(z)
-            value = flow.base().log_prob(x) + ladj
-            (push,) = torch.autograd.grad(value.sum(), z)
+            (push,) = torch.autograd.grad(path_log_prob(flow.base(), flow.chain, z).sum(), z)
         else:
             push = None
         with torch.no_grad():
