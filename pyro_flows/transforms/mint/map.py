@@ -13,7 +13,7 @@ from torch import Tensor
 from pyro_flows.core.steps import Past, Stepper
 from pyro_flows.inverse.newton import SolverSettings, TriangularMap, solve_triangular
 from pyro_flows.transforms.mint.attention import Attention, AttentionSteps, AttentionWeights
-from pyro_flows.transforms.mint.slopes import Layout, Weights, layout, plain_pass, value_and_slope
+from pyro_flows.transforms.mint.slopes import Layout, Weights, convolved, layout, value_and_slope
 
 __all__ = ["MintMap", "MintSteps"]
 
@@ -100,7 +100,7 @@ class MintSteps(Stepper):
 
     def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
         convolve = [partial(self._convolve, k) for k in range(3)]
-        x, slopes = plain_pass(self.act, y.unsqueeze(-2), self.w, convolve)
+        x, slopes = convolved(self.act, y.unsqueeze(-2), self.w, convolve)
         x = x.squeeze(-2)
         if self.attention is not None:
             x = x + self.attention.take(y)
