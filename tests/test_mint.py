@@ -165,7 +165,7 @@ def test_gradients_are_those_of_plain_operations(activation, gated):
         slopes = torch.einsum("ck,nckp,ckj,ncjp->ncp", outer, s2 * gates, inner, s1)
         return value, slopes.view(x.shape) + t
 
-    ours = value_and_slope(made.layout, inputs[0], Weights(*inputs[1:]))
+    ours = value_and_slope(made.convolutions, inputs[0], Weights(*inputs[1:]))
     truth = plain(*inputs)
     for ends in ((0,), (1,), (0, 1)):
         seeds = [torch.randn_like(truth[k]) for k in ends]
@@ -198,7 +198,7 @@ def test_leaving_out_zeros_changes_nothing(shape, order, lower, gated, dilation)
     """Wide layers, whose convolutions go by tiles: against the whole ones, values and all gradients."""
     options = {"order": order, "lower": lower, "kernel_size": 5, "dilation": dilation}
     made = layer(shape, scale=1.0, num_groups=40, context_dim=int(gated), **options)
-    first, second, third = made.layout.tiles
+    first, second, third = made.convolutions.tiles
     assert len(second) == (2 if order == "channel" and shape[0] == 4 else 1) and len(first) == len(third) == 1
     shared, rows = made._weights(context_of(made, 3), torch.Size([3]))
     x = torch.randn(3, *as_image("test", shape), dtype=torch.float64)
@@ -215,7 +215,7 @@ def test_leaving_out_zeros_changes_nothing(shape, order, lower, gated, dilation)
         return convolved(plan.activation, x, w, [whole] * 3)
 
     for run in (value_and_slope, untiled):
-        value, slope = run(made.layout, inputs[0], Weights(*inputs[1:]))
+        value, slope = run(made.convolutions, inputs[0], Weights(*inputs[1:]))
         grads = torch.autograd.grad((value.sin() + slope.log()).sum(), inputs)
         pair.append((value, slope, *grads))
     for k, (got, want) in enumerate(zip(*pair, strict=True)):
@@ -235,7 +235,7 @@ def test_gradients_of_some_inputs_only():
     inputs = [t.detach() for t in (torch.randn(3, 2, 2, 3, dtype=torch.float64), *shared, *rows)]
 
     def total(values):
-        value, slope = value_and_slope(made.layout, values[0], Weights(*values[1:]))
+        value, slope = value_and_slope(made.convolutions, values[0], Weights(*values[1:]))
         return (value.sin() + slope.log()).sum()
 
     every = [t.clone().requires_grad_() for t in inputs]

@@ -17,7 +17,7 @@ from pyro_flows.nets.dense import MLP
 from pyro_flows.transforms.mint.attention import Attention, AttentionNet
 from pyro_flows.transforms.mint.map import MintMap, MintSteps
 from pyro_flows.transforms.mint.orders import as_image, earlier_taps, kernel_of, ranks, waves
-from pyro_flows.transforms.mint.slopes import layout, monotone
+from pyro_flows.transforms.mint.slopes import convolutions, monotone
 from pyro_flows.univariate.base import soft_clip
 
 __all__ = ["Mint"]
@@ -188,7 +188,7 @@ class Mint(FlowTransform):
             wave = ranks(image, self.order, self.lower)
         self.register_buffer("waves", wave.view(self.event_shape), persistent=False)
         self._add_taps(earlier_taps(channels, kernel, self.order, self.lower))
-        self.map = MintMap(f"Mint layer {tuple(self.event_shape)}", self.waves, self.layout, rule)
+        self.map = MintMap(f"Mint layer {tuple(self.event_shape)}", self.waves, self.convolutions, rule)
         self.attention = None if rule is None else AttentionNet(channels, rule)
         space = (1,) * (len(self.event_shape) - 1) if shared_scale else self.event_shape[1:]
         self.scale = nn.Parameter(torch.full((channels, *space), math.sqrt(1 - min_slope**2)))
@@ -203,7 +203,7 @@ class Mint(FlowTransform):
         middle = torch.zeros_like(earlier)
         middle[:, :, self.kernel[0] // 2, self.kernel[1] // 2] = torch.eye(channels, dtype=torch.bool)
         free, centre = (each.flatten().nonzero().squeeze(-1) for each in (earlier, middle))
-        self.layout = layout(monotone("Mint", self.activation), earlier | middle, groups, self.dilation)
+        self.convolutions = convolutions(monotone("Mint", self.activation), earlier | middle, groups, self.dilation)
         self.register_buffer("places", torch.cat((free, centre)), persistent=False)
         area = math.prod(self.kernel) * channels
         sides = ((groups, 1), (groups, groups), (1, groups))

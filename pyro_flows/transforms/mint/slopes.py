@@ -1,15 +1,16 @@
-r"""A map of images that is increasing in each coordinate, its value and its slopes, as one node of the autograd graph.
+r"""A map of images that increases in each coordinate: its value and its slopes.
 
 .. math:: f(x) = t x + W_3 * \big(g\, h(W_2 * h(W_1 * x + b_1) + b_2)\big) + b_3
 
 by convolutions whose centre taps from a channel to itself have products :math:`\ge 0` along every path.  Hidden
-channels are ``c * K + k``: ``K`` of them belong to each channel ``c``.  The slope of each coordinate after itself is
+channels are ``c * K + k``: ``K`` of them belong to each channel ``c``.  The slope of each coordinate, its derivative
+with respect to itself, is
 
 .. math:: d_c = t_c + \sum_k a_{3,ck}\, g_{ck}\, h'(u_{2,ck}) \sum_j A_{c,kj}\, h'(u_{1,cj})
 
 with the centre taps :math:`a_3` and :math:`A_{kj} = a_{2,kj} a_{1,j}`: one small matrix product per channel and place.
-For the gradient the input, the two hidden maps and the inner sums are kept.  Convolutions leave out what their masks
-make zero.
+The gradient needs the input, the two hidden maps and the inner sums.  Convolutions leave out what their masks make
+zero.
 """
 
 from __future__ import annotations
@@ -22,82 +23,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyro_flows.core.modes import autocasting, batched, plain_eager
+from pyro_flows.core.modes import GradientByHand, full_precision, plain_eager
+from pyro_flows.nets.activations import KNOWN, KnownActivation
 from pyro_flows.transforms.mint.orders import Tile, tiles
 
-__all__ = ["MONOTONE", "Layout", "Monotone", "Weights", "convolved", "layout", "monotone", "value_and_slope"]
+__all__ = ["MONOTONE", "Convolutions", "Weights", "convolutions", "convolved", "monotone", "value_and_slope"]
+
+#: The activations of a Mint layer: they never fall, and their slope is known and at most 1.
+MONOTONE = {name: known for name, known in KNOWN.items() if known.steepest is not None}
 
 
-class Monotone(NamedTuple):
-    """An increasing function of a number, with a slope in [0, 1] that can be had from the function's value."""
-
-    name: str
-    value: Callable[[Tensor], Tensor]
-    in_place: Callable[[Tensor], Tensor]
-    slope: Callable[[Tensor], Tensor]  # from the value; a new tensor
-    curl: Callable[[Tensor], Tensor] | None  # from the value: the slope's slope over the slope; None where that is 0
-    steepest: float
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return monotone, ("", self.name)
-
-
-_LEAK = 0.01
-
-
-def _softplus(u: Tensor) -> Tensor:
-    # Beyond the usual threshold of 20 its slope would jump by more than the rounding of float64.
-    return F.softplus(u, threshold=40)
-
-
-MONOTONE = {
-    each.name: each
-    for each in (
-        Monotone(
-            "elu",
-            F.elu,
-            lambda u: F.elu(u, inplace=True),
-            lambda h: h.clamp_max(0).add_(1),
-            lambda h: torch.lt(h, 0, out=torch.empty_like(h)),
-            1.0,
-        ),
-        Monotone(
-            "softplus",
-            _softplus,
-            _softplus,
-            lambda h: -torch.expm1(-h),
-            lambda h: torch.exp(-h),
-            1.0,
-        ),
-        Monotone("tanh", torch.tanh, torch.tanh_, lambda h: 1 - h * h, lambda h: -2 * h, 1.0),
-        Monotone("sigmoid", torch.sigmoid, torch.sigmoid_, lambda h: h * (1 - h), lambda h: 1 - 2 * h, 0.25),
-        Monotone(
-            "leaky_relu",
-            lambda u: F.leaky_relu(u, _LEAK),
-            lambda u: F.leaky_relu(u, _LEAK, inplace=True),
-            lambda h: (h > 0).to(h.dtype) * (1 - _LEAK) + _LEAK,
-            None,
-            1.0,
-        ),
-    )
-}
-
-
-def monotone(name: str, activation: str) -> Monotone:
-    """The activation of this name.
-
-    Args:
-        name: of who asks, for the message.
-        activation: one of ``"elu"``, ``"softplus"``, ``"tanh"``, ``"sigmoid"`` and ``"leaky_relu"``.
+def monotone(name: str, activation: str) -> KnownActivation:
+    """The entry of ``MONOTONE``; ``name`` is the class or function that the caller sees.
 
     Raises:
-        ValueError: for any other, since a map with one that falls somewhere need not be invertible.
+        ValueError: for any other activation, since the map need not be invertible if one falls somewhere.
     """
     if not isinstance(activation, str) or activation not in MONOTONE:
         raise ValueError(
             f"{name}: expected activation to be one of {sorted(MONOTONE)}, got {activation!r}; it must never fall, and "
             "its slope must be known and at most 1, or the map could not be inverted (silu, gelu and mish fall, relu "
-            "is flat; dropout and batch normalisation are no functions of one number)"
+            "is flat; dropout and batch normalization are no functions of one number)"
         )
     return MONOTONE[activation]
 
@@ -132,41 +78,40 @@ class Weights(NamedTuple):
     gate: Tensor | None = None
 
 
-class Layout(NamedTuple):
-    """What a pass needs to know beside its tensors: the activation, and the tiles of each convolution."""
+class Convolutions(NamedTuple):
+    """Three masked convolutions without their weights: the activation after the first two, and the tiles of each."""
 
-    activation: Monotone
+    activation: KnownActivation
     tiles: tuple[tuple[Tile, ...], ...]
 
 
-def layout(activation: Monotone, taps: Tensor, groups: int, dilation: int = 1) -> Layout:
-    """How to go through three convolutions with these taps.
+def convolutions(activation: KnownActivation, taps: Tensor, groups: int, dilation: int = 1) -> Convolutions:
+    """Cuts three convolutions with these taps into tiles.
 
     Args:
         activation: after the first two.
-        taps: boolean, shape ``(C, C, rows, columns)``: which taps there are, between channels.
+        taps: boolean, shape ``(C, C, rows, columns)``, true where there is a tap between two channels.
         groups: number of hidden channels for each channel.
-        dilation: distance of neighbouring taps.
+        dilation: distance of neighboring taps.
     """
     channels = taps.shape[0]
     # Several tiles pay where each is wide, and where half of the pairs of channels have no taps.
     count = min(channels, channels * groups // _WIDE) if not taps.flatten(2).any(-1).all() else 1
     sides = ((groups, 1, 1), (groups, groups, max(count, 1)), (1, groups, 1))
-    return Layout(activation, tuple(tiles(taps, *each, dilation) for each in sides))
+    return Convolutions(activation, tuple(tiles(taps, *each, dilation) for each in sides))
 
 
-def value_and_slope(layout: Layout, x: Tensor, weights: Weights) -> tuple[Tensor, Tensor]:
-    """``f(x)`` and the slope of each coordinate after itself, both of the shape of ``x``, ``(n, C, H, W)``.
+@full_precision
+def value_and_slope(by: Convolutions, x: Tensor, weights: Weights) -> tuple[Tensor, Tensor]:
+    """``f(x)`` and the slope of each coordinate, both of the shape of ``x``, ``(n, C, H, W)``.
 
     Costs three convolutions and about ``1 / (number of taps * C)`` of the second one for the slope.
     """
-    if autocasting(x.device):  # the slope is worth full precision
-        with torch.autocast(x.device.type, enabled=False):
-            return value_and_slope(layout, x.to(weights.first.dtype), weights)
-    return convolved(layout.activation, x, weights, [partial(_convolve, each) for each in layout.tiles])
+    x = x.to(weights.first.dtype)
+    return convolved(by.activation, x, weights, [partial(_convolve, each) for each in by.tiles])
 
 
-def convolved(act: Monotone, x: Tensor, w: Weights, convolve: Sequence[Convolve]) -> tuple[Tensor, Tensor]:
+def convolved(act: KnownActivation, x: Tensor, w: Weights, convolve: Sequence[Convolve]) -> tuple[Tensor, Tensor]:
     """:func:`value_and_slope` by the three convolutions that are given.
 
     Args:
@@ -176,12 +121,12 @@ def convolved(act: Monotone, x: Tensor, w: Weights, convolve: Sequence[Convolve]
         convolve: from input, weight and bias (``None`` for none) to a new tensor, the output at the places of ``x``.
     """
     eager = plain_eager()
-    activate = act.in_place if eager else act.value
+    activate = (act.in_place if eager else None) or act.value
     outer = w.outer if w.gate is None else w.outer * w.gate.unflatten(-1, w.outer.shape)
     first = activate(convolve[0](x, w.first, w.first_bias))
     if eager and torch.is_grad_enabled():
         second = activate(convolve[1](first, w.second, w.second_bias))
-        slope = _Slope.apply(act, first, second, w.inner, outer)
+        slope = _Slope.record(act, first, second, w.inner, outer)
     else:
         sums = w.inner @ _grouped(act.slope(first), x.shape[1])
         second = activate(convolve[1](first, w.second, w.second_bias))
@@ -212,42 +157,41 @@ def _grouped(hidden: Tensor, channels: int) -> Tensor:
     return hidden.reshape(hidden.shape[0], channels, hidden.shape[1] // channels, hidden.shape[2] * hidden.shape[3])
 
 
-def _slope(act: Monotone, first: Tensor, second: Tensor, inner: Tensor, outer: Tensor) -> Tensor:
-    """The slope without :math:`t`, shape ``(n, C, 1, H * W)``, in plain operations."""
+def _slope(act: KnownActivation, first: Tensor, second: Tensor, inner: Tensor, outer: Tensor) -> Tensor:
+    """The slope without :math:`t`, shape ``(n, C, 1, H * W)``, from the two hidden maps."""
     sums = inner @ _grouped(act.slope(first), len(inner))
     return outer.unsqueeze(-2) @ (_grouped(act.slope(second), len(inner)) * sums)
 
 
-class _Slope(torch.autograd.Function):
+class _Slope(GradientByHand):
     """:func:`_slope`, which keeps the inner sums alone: autograd would keep five hidden maps more."""
 
     @staticmethod
-    def forward(ctx: Any, act: Monotone, first: Tensor, second: Tensor, inner: Tensor, outer: Tensor) -> Tensor:
+    def forward(ctx: Any, act: KnownActivation, *inputs: Tensor) -> Tensor:
+        first, second, inner, outer = inputs
         sums = inner @ _grouped(act.slope(first), len(inner))
         ctx.act = act
-        ctx.save_for_backward(first, second, inner, outer, sums)
+        ctx.save_for_backward(*inputs, sums)
         return outer.unsqueeze(-2) @ _grouped(act.slope(second), len(inner)).mul_(sums)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if autocasting(grad.device):
-            with torch.autocast(grad.device.type, enabled=False):
-                return _Slope.backward(ctx, grad)
-        *inputs, sums = ctx.saved_tensors
-        act, (first, second, inner, outer) = ctx.act, inputs
-        if torch.is_grad_enabled() or batched(grad):
-            return None, *torch.func.vjp(partial(_slope, act), *inputs)[1](grad)
+    def plain(ctx: Any) -> tuple[Callable[..., Tensor], Sequence[Tensor]]:
+        return partial(_slope, ctx.act), ctx.saved_tensors[:-1]
+
+    @staticmethod
+    def pull(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        act, (first, second, inner, outer, sums) = ctx.act, ctx.saved_tensors
         _, wants_first, wants_second, wants_inner, wants_outer = ctx.needs_input_grad
         by_first = by_second = by_inner = by_outer = None
-        by_terms = _grouped(act.slope(second), len(inner)).mul_(grad)  # of the terms of the outer sum
+        weighted = _grouped(act.slope(second), len(inner)).mul_(grad)
         if wants_outer:
-            by_outer = (by_terms * sums).sum(-1).sum_to_size(outer.shape)
-        if wants_second and act.curl is not None:
-            # The slope's derivative after the value is `curl`.
-            by_second = (sums * grad).mul_(outer.unsqueeze(-1)).view(second.shape).mul_(act.curl(second))
-        by_sums = by_terms.mul_(outer.unsqueeze(-1))
+            by_outer = (weighted * sums).sum(-1).sum_to_size(outer.shape)
+        # The curvature is the derivative of the slope with respect to the activation's value.
+        if wants_second and act.curvature is not None:
+            by_second = (sums * grad).mul_(outer.unsqueeze(-1)).view(second.shape).mul_(act.curvature(second))
+        by_sums = weighted.mul_(outer.unsqueeze(-1))
         if wants_inner:
             by_inner = (by_sums @ _grouped(act.slope(first), len(inner)).mT).sum(0)
-        if wants_first and act.curl is not None:
-            by_first = (inner.mT @ by_sums).view(first.shape).mul_(act.curl(first))
+        if wants_first and act.curvature is not None:
+            by_first = (inner.mT @ by_sums).view(first.shape).mul_(act.curvature(first))
         return None, by_first, by_second, by_inner, by_outer
