@@ -12,7 +12,8 @@ from torch import Size, Tensor, nn
 from pyro_flows.core.checks import admit
 from pyro_flows.core.steps import Stepper
 from pyro_flows.core.transform import FlowTransform
-from pyro_flows.inverse.newton import SolveReport, SolverSettings, solve_triangular
+from pyro_flows.inverse.newton import solve_triangular
+from pyro_flows.inverse.newton_sweeps import SolveReport, SolverSettings
 from pyro_flows.nets.dense import MLP
 from pyro_flows.transforms.mint.attention import Attention, AttentionNet
 from pyro_flows.transforms.mint.map import MintMap, MintSteps
@@ -26,17 +27,6 @@ _GAIN = 0.005  # of the first weights, over Xavier's
 
 
 _MOST = 3.0  # of the logarithm of what a context multiplies by
-
-
-def _settings(tolerance: float | None, max_sweeps: int | None, on_fail: str) -> SolverSettings:
-    if tolerance is not None and not (isinstance(tolerance, (int, float)) and 0 < tolerance < 1):
-        raise ValueError(f"Mint: expected tolerance between 0 and 1, or None, got {tolerance!r}")
-    whole = isinstance(max_sweeps, int) and not isinstance(max_sweeps, bool)
-    if max_sweeps is not None and not (whole and max_sweeps > 0):
-        raise ValueError(f"Mint: expected max_sweeps to be an integer >= 1, or None, got {max_sweeps!r}")
-    if on_fail not in ("raise", "warn"):
-        raise ValueError(f"Mint: expected on_fail to be 'raise' or 'warn', got {on_fail!r}")
-    return SolverSettings(tolerance, max_sweeps, on_fail)
 
 
 def _order(order: str | None, attention: int) -> str:
@@ -182,7 +172,7 @@ class Mint(FlowTransform):
         self.num_groups, self.dilation, self.shared_scale = num_groups, dilation, bool(shared_scale)
         self.order, self.lower = _order(order, attention), bool(lower)
         self.activation = monotone("Mint", activation).name
-        self.settings = _settings(tolerance, max_sweeps, on_fail)
+        self.settings = SolverSettings(tolerance, max_sweeps, on_fail).check("Mint")
         wave = waves(image, kernel, self.order, self.lower, dilation)
         if rule is not None:  # each coordinate depends on all before it
             wave = ranks(image, self.order, self.lower)

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyro_flows.core.steps import Past, Stepper
-from pyro_flows.inverse.newton import SolverSettings, TriangularMap, solve_triangular
+from pyro_flows.inverse.newton import solve_triangular
+from pyro_flows.inverse.newton_sweeps import SolverSettings, TriangularMap
 from pyro_flows.transforms.mint.attention import Attention, AttentionSteps, AttentionWeights
 from pyro_flows.transforms.mint.slopes import Convolutions, Weights, convolutions, convolved, value_and_slope
 
