@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from pyro_flows.core.chain import Chain
 from pyro_flows.core.checks import event_size
 from pyro_flows.transforms import Continuous
-from pyro_flows.transforms.continuous.field_nets import ChainField, ConvField, GatedField, ResidualField
+from pyro_flows.transforms.continuous.field_nets import ChainField, ConvField
 from pyro_flows.transforms.continuous.fields import Field
 
 __all__ = ["cnf"]
 
-_FIELDS = ("concatsquash", "mlp", "gated", "residual", "conv")
+_FIELDS = ("concatsquash", "mlp", "conv")
 
 
 def _named(kind: str, event: tuple[int, ...], hidden_dims: Sequence[int] | None, **options: object) -> Field:
@@ -24,10 +24,7 @@ def _named(kind: str, event: tuple[int, ...], hidden_dims: Sequence[int] | None,
         return ConvField(event, hidden_dims=(32, 32) if hidden_dims is None else hidden_dims, **options)
     if hidden_dims is None:
         hidden_dims = (min(max(64, 4 * event_size(event).numel()), 512),) * 2
-    if kind in ("concatsquash", "mlp"):
-        return ChainField(event, hidden_dims=hidden_dims, squash=kind == "concatsquash", **options)
-    make = GatedField if kind == "gated" else ResidualField
-    return make(event, hidden_dims=hidden_dims, **options)
+    return ChainField(event, hidden_dims=hidden_dims, squash=kind == "concatsquash", **options)
 
 
 def cnf(
@@ -65,7 +62,7 @@ def cnf(
             default (FFJORD: three of 64 for toy data, two or three of some 10 per dimension for tables), or two of 32
             channels for ``"conv"``.  Up to two have an exact divergence at the cost of one evaluation more in
             ``"mlp"`` and ``"concatsquash"``.
-        field: ``"concatsquash"`` (FFJORD), ``"mlp"``, ``"gated"``, ``"residual"``, ``"conv"``, or a module called as
+        field: ``"concatsquash"`` (FFJORD), ``"mlp"``, ``"conv"``, or a module called as
             ``field(t, x)``, or ``field(t, x, context)``, that keeps the shape of ``x``.
         time_dependent: whether the package's own fields depend on time.
         activation: of the package's own fields: ``"tanh"``, ``"softplus"``, ``"silu"`` or a smooth elementwise

@@ -13,42 +13,9 @@ from pyro_flows.core.recipes import remembered
 from pyro_flows.nets.convolutional import image_shape
 from pyro_flows.transforms.continuous.fields import Field, Modulation, smooth, widths
 
-__all__ = ["ChainField", "ConvField", "GatedField", "ResidualField"]
+__all__ = ["ChainField", "ConvField"]
 
 Activation = str | Callable[[Tensor], Tensor]
-
-
-def _linears(sizes: Sequence[int], multiple: int = 1) -> nn.ModuleList:
-    """Layers of these sizes, hidden ones so many times as wide, the last one zero."""
-    pairs = list(itertools.pairwise(sizes))
-    layers = nn.ModuleList(nn.Linear(i, o * (multiple if k < len(pairs) - 1 else 1)) for k, (i, o) in enumerate(pairs))
-    nn.init.zeros_(layers[-1].weight)
-    nn.init.zeros_(layers[-1].bias)
-    return layers
-
-
-class _Dense(Field):
-    """Events are flattened around ``_run``, which has the value and, if asked, the divergence or products."""
-
-    rowwise_times = True
-
-    def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
-        return self._run(t, x.flatten(1), context, None, False)[0].view(x.shape)
-
-    def with_divergence(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        if t.dim():  # the closed forms have one last gate for all rows
-            return super().with_divergence(t, x, context)
-        v, trace = self._run(t, x.flatten(1), context, None, True)
-        return v.view(x.shape), trace
-
-    def products(self, t: Tensor, x: Tensor, probes: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        v, pushed = self._run(t, x.flatten(1), context, probes.flatten(2), False)
-        return v.view(x.shape), pushed.view(probes.shape)
-
-    def _run(
-        self, t: Tensor, x: Tensor, context: Tensor | None, probes: Tensor | None, trace: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        raise TypeError(f"{type(self).__name__} must define _run")
 
 
 def _trace(weights: Sequence[Tensor], slopes: Sequence[Tensor], x: Tensor) -> Tensor:
@@ -68,7 +35,7 @@ def _trace(weights: Sequence[Tensor], slopes: Sequence[Tensor], x: Tensor) -> Te
 
 
 @remembered
-class ChainField(_Dense):
+class ChainField(Field):
     r"""A plain chain of layers, whose first sees time and context, or all of which are gated by them (FFJORD).
 
     With ``squash`` each layer is :math:`(W h + b) \odot \sigma(g(t, c)) + u(t, c)` with linear :math:`g` and :math:`u`;
@@ -87,6 +54,8 @@ class ChainField(_Dense):
         arXiv:1810.01367.
     """
 
+    rowwise_times = True
+
     def __init__(
         self,
         event_shape: int | Iterable[int],
@@ -101,7 +70,9 @@ class ChainField(_Dense):
         size = self.event_shape.numel()
         hidden = widths("hidden_dims", hidden_dims)
         self.activation = smooth(activation)
-        self.layers = _linears((size, *hidden, size))
+        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in itertools.pairwise((size, *hidden, size)))
+        nn.init.zeros_(self.layers[-1].weight)
+        nn.init.zeros_(self.layers[-1].bias)
         self.cheap_divergence = len(hidden) <= 2
         modulated = bool(context_dim or time_dependent)
         self.squash = bool(squash) and modulated
@@ -116,9 +87,23 @@ class ChainField(_Dense):
         if self.squash and time_dependent:
             self.last_gate = Modulation([size], bias=True)
 
+    def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
+        return self._run(t, x.flatten(1), context)[0].view(x.shape)
+
+    def with_divergence(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if t.dim():  # the closed forms have one last gate for all rows
+            return super().with_divergence(t, x, context)
+        v, trace = self._run(t, x.flatten(1), context, trace=True)
+        return v.view(x.shape), trace
+
+    def products(self, t: Tensor, x: Tensor, probes: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        v, pushed = self._run(t, x.flatten(1), context, probes.flatten(2))
+        return v.view(x.shape), pushed.view(probes.shape)
+
     def _run(
-        self, t: Tensor, x: Tensor, context: Tensor | None, probes: Tensor | None, trace: bool
+        self, t: Tensor, x: Tensor, context: Tensor | None, probes: Tensor | None = None, trace: bool = False
     ) -> tuple[Tensor, Tensor | None]:
+        """The velocity of flat rows, and the divergence or the products with ``probes`` if asked for."""
         layers = list(self.layers)
         count = len(layers)
         shifts: list[Tensor | None] = [None] * count
@@ -168,132 +153,6 @@ class ChainField(_Dense):
             return pre, None
         tangents = F.linear(tangents, weight)
         return pre, tangents if gate is None else tangents * gate
-
-
-class _Pushing(_Dense):
-    """Fields whose tangents go along with the value, one for each dimension where the divergence is asked for."""
-
-    def __init__(
-        self,
-        event_shape: int | Iterable[int],
-        *,
-        hidden_dims: Sequence[int] = (64, 64),
-        context_dim: int = 0,
-        time_dependent: bool = True,
-        activation: Activation = "tanh",
-    ) -> None:
-        super().__init__(event_shape, context_dim, time_dependent)
-        size = self.event_shape.numel()
-        hidden = widths("hidden_dims", hidden_dims, least=1)
-        self.activation = smooth(activation)
-        self.layers, modulated = self._build(size, hidden)
-        shifted = bool(context_dim or time_dependent)
-        self.shifts = Modulation(modulated, context_dim, time_dependent) if shifted else None
-
-    def _build(self, size: int, hidden: tuple[int, ...]) -> tuple[nn.ModuleList, list[int]]:
-        """The layers, and the widths of what time and context shift."""
-        raise TypeError(f"{type(self).__name__} must define _build")
-
-    def _run(
-        self, t: Tensor, x: Tensor, context: Tensor | None, probes: Tensor | None, trace: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        first, last = self.layers[0], self.layers[-1]
-        tangents = None
-        if trace:
-            tangents = first.weight.T.unsqueeze(1)  # what unit vectors become; rows join with the first slopes
-        elif probes is not None:
-            tangents = F.linear(probes, first.weight)
-        h, tangents = self._hidden(t, x, context, tangents)
-        v = last(h)
-        if trace:
-            return v, (tangents * last.weight.unsqueeze(1)).sum((0, 2))
-        return v, None if tangents is None else F.linear(tangents, last.weight)
-
-    def _hidden(
-        self, t: Tensor, x: Tensor, context: Tensor | None, tangents: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """What the last layer sees, and its tangents; ``tangents`` are those after the first layer's weight."""
-        raise TypeError(f"{type(self).__name__} must define _hidden")
-
-
-@remembered
-class GatedField(_Pushing):
-    r"""Layers :math:`a(W h + b + u(t, c)) \odot \sigma(V h + d + g(t, c))`: gates that see ``x`` as well.
-
-    Args:
-        event_shape: shape of one ``x``; events are flattened.
-        hidden_dims: widths of the hidden layers, one or more.
-        context_dim: size of the context, 0 for none.
-        time_dependent: whether the field depends on ``t``.
-        activation: ``"tanh"``, ``"softplus"``, ``"silu"`` or a smooth elementwise function.
-    """
-
-    def _build(self, size: int, hidden: tuple[int, ...]) -> tuple[nn.ModuleList, list[int]]:
-        return _linears((size, *hidden, size), multiple=2), [2 * n for n in hidden]
-
-    def _hidden(
-        self, t: Tensor, x: Tensor, context: Tensor | None, tangents: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        layers = list(self.layers)[:-1]
-        shifts = [None] * len(layers) if self.shifts is None else self.shifts(t, context).split(self.shifts.sizes, -1)
-        h = x
-        for k, (layer, shift) in enumerate(zip(layers, shifts, strict=True)):
-            pre, gate = (layer(h) if shift is None else layer(h) + shift).chunk(2, -1)
-            gate = torch.sigmoid(gate)
-            if tangents is None:
-                h = self.activation(pre) * gate
-                continue
-            post, slope = self.activation.with_slope(pre)
-            h = post * gate
-            moved = tangents if k == 0 else F.linear(tangents, layer.weight)
-            inner, outer = moved.chunk(2, -1)
-            tangents = inner * (slope * gate) + outer * (h * (1 - gate))
-        return h, tangents
-
-
-@remembered
-class ResidualField(_Pushing):
-    r"""Blocks :math:`h + W_2\, a(W_1\, a(h) + b_1 + u(t, c)) + b_2` between a first and a last linear layer.
-
-    Args:
-        event_shape: shape of one ``x``; events are flattened.
-        hidden_dims: one width for each block, all equal.
-        context_dim: size of the context, 0 for none.
-        time_dependent: whether the field depends on ``t``.
-        activation: ``"tanh"``, ``"softplus"``, ``"silu"`` or a smooth elementwise function.
-    """
-
-    def _build(self, size: int, hidden: tuple[int, ...]) -> tuple[nn.ModuleList, list[int]]:
-        if len(set(hidden)) > 1:
-            raise ValueError(f"a residual field needs hidden_dims that are all equal, got {hidden!r}")
-        width, blocks = hidden[0], len(hidden)
-        return _linears((size, *(width,) * (2 * blocks + 1), size)), [width] * (blocks + 1)
-
-    def _hidden(
-        self, t: Tensor, x: Tensor, context: Tensor | None, tangents: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        layers = list(self.layers)[:-1]
-        blocks = len(layers) // 2
-        shifts = [None] * (blocks + 1) if self.shifts is None else self.shifts(t, context).split(self.shifts.sizes, -1)
-
-        def shifted(layer: nn.Module, h: Tensor, shift: Tensor | None) -> Tensor:
-            return layer(h) if shift is None else layer(h) + shift
-
-        h = shifted(layers[0], x, shifts[0])
-        for k in range(blocks):
-            inner, outer = layers[1 + 2 * k], layers[2 + 2 * k]
-            if tangents is None:
-                h = h + outer(self.activation(shifted(inner, self.activation(h), shifts[k + 1])))
-                continue
-            post, slope = self.activation.with_slope(h)
-            moved = F.linear(tangents * slope, inner.weight)
-            post, slope = self.activation.with_slope(shifted(inner, post, shifts[k + 1]))
-            h = h + outer(post)
-            tangents = tangents + F.linear(moved * slope, outer.weight)
-        if tangents is None:
-            return self.activation(h), None
-        post, slope = self.activation.with_slope(h)
-        return post, tangents * slope
 
 
 _CONVOLUTIONS = {1: (nn.Conv1d, F.conv1d), 2: (nn.Conv2d, F.conv2d)}
