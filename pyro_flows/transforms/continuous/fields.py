@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pyro_flows.core.checks import event_size
 from pyro_flows.core.modes import plain_eager
-from pyro_flows.nets.activations import slope
+from pyro_flows.nets.activations import KNOWN, slope
 
 __all__ = ["Field", "GivenField", "Modulation", "SmoothActivation", "smooth", "unit_probes", "widths"]
 
@@ -236,46 +236,20 @@ class GivenField(Field):
 # What the package's own fields are made of.
 
 
-def _tanh(pre: Tensor) -> tuple[Tensor, Tensor]:
-    post = torch.tanh(pre)
-    return post, 1 - post * post
-
-
-def _softplus(pre: Tensor) -> tuple[Tensor, Tensor]:
-    return F.softplus(pre), torch.sigmoid(pre)
-
-
-def _silu(pre: Tensor) -> tuple[Tensor, Tensor]:
-    gate = torch.sigmoid(pre)
-    post = pre * gate
-    return post, gate * (1 + pre - post)
-
-
-_SMOOTH: dict[str, tuple[Function, Callable[[Tensor], tuple[Tensor, Tensor]]]] = {
-    "silu": (F.silu, _silu),
-    "softplus": (F.softplus, _softplus),
-    "tanh": (torch.tanh, _tanh),
-}
+_SMOOTH = ("silu", "softplus", "tanh")
 
 
 class SmoothActivation:
-    """An elementwise function, alone and with its derivative.
+    """An elementwise function from pre-activations to activations, alone and with its derivative."""
 
-    Args:
-        function: from pre-activations to activations.
-        both: the same with the derivative; by automatic differentiation if left out.
-    """
-
-    def __init__(self, function: Function, both: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None) -> None:
-        self.function, self._both = function, both
+    def __init__(self, function: Function) -> None:
+        self.function = function
 
     def __call__(self, pre: Tensor) -> Tensor:
         return self.function(pre)
 
     def with_slope(self, pre: Tensor) -> tuple[Tensor, Tensor]:
         """``(a(pre), a'(pre))``."""
-        if self._both is not None:
-            return self._both(pre)
         post = self.function(pre)
         return post, slope(self.function, pre, post)
 
@@ -288,7 +262,7 @@ def smooth(activation: str | Function) -> SmoothActivation:
                 f"expected activation to be one of {sorted(_SMOOTH)} or a function, got {activation!r}; solvers need "
                 "fields that are smooth"
             )
-        return SmoothActivation(*_SMOOTH[activation])
+        return SmoothActivation(KNOWN[activation].value)
     if isinstance(activation, nn.Module) and any(True for _ in activation.parameters()):
         raise ValueError("expected an activation without parameters: fields treat it as a fixed function")
     if isinstance(activation, type) or not callable(activation):

@@ -24,67 +24,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyro_flows.core.modes import autocasting, batched, plain_eager
+from pyro_flows.nets.activations import KNOWN, KnownActivation
 from pyro_flows.transforms.mint.orders import Tile, tiles
 
-__all__ = ["MONOTONE", "Layout", "Monotone", "Weights", "layout", "monotone", "plain_pass", "value_and_slope"]
+__all__ = ["MONOTONE", "Layout", "Weights", "layout", "monotone", "plain_pass", "value_and_slope"]
 
 
-class Monotone(NamedTuple):
-    """An increasing function of a number, with a slope in [0, 1] that can be had from the function's value."""
-
-    name: str
-    value: Callable[[Tensor], Tensor]
-    in_place: Callable[[Tensor], Tensor]
-    slope: Callable[[Tensor], Tensor]  # from the value; a new tensor
-    curl: Callable[[Tensor], Tensor] | None  # from the value: the slope's slope over the slope; None where that is 0
-    steepest: float
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return monotone, ("", self.name)
+MONOTONE = {name: known for name, known in KNOWN.items() if known.steepest is not None}
 
 
-_LEAK = 0.01
-
-
-def _softplus(u: Tensor) -> Tensor:
-    # Beyond the usual threshold of 20 its slope would jump by more than the rounding of float64.
-    return F.softplus(u, threshold=40)
-
-
-MONOTONE = {
-    each.name: each
-    for each in (
-        Monotone(
-            "elu",
-            F.elu,
-            lambda u: F.elu(u, inplace=True),
-            lambda h: h.clamp_max(0).add_(1),
-            lambda h: torch.lt(h, 0, out=torch.empty_like(h)),
-            1.0,
-        ),
-        Monotone(
-            "softplus",
-            _softplus,
-            _softplus,
-            lambda h: -torch.expm1(-h),
-            lambda h: torch.exp(-h),
-            1.0,
-        ),
-        Monotone("tanh", torch.tanh, torch.tanh_, lambda h: 1 - h * h, lambda h: -2 * h, 1.0),
-        Monotone("sigmoid", torch.sigmoid, torch.sigmoid_, lambda h: h * (1 - h), lambda h: 1 - 2 * h, 0.25),
-        Monotone(
-            "leaky_relu",
-            lambda u: F.leaky_relu(u, _LEAK),
-            lambda u: F.leaky_relu(u, _LEAK, inplace=True),
-            lambda h: (h > 0).to(h.dtype) * (1 - _LEAK) + _LEAK,
-            None,
-            1.0,
-        ),
-    )
-}
-
-
-def monotone(name: str, activation: str) -> Monotone:
+def monotone(name: str, activation: str) -> KnownActivation:
     """The activation of this name.
 
     Args:
@@ -136,12 +85,12 @@ class Weights(NamedTuple):
 class Layout(NamedTuple):
     """What a pass needs to know beside its tensors: the activation, and the tiles of each convolution."""
 
-    activation: Monotone
+    activation: KnownActivation
     tiles: tuple[tuple[Tile, ...], ...]
     dilation: int = 1
 
 
-def layout(activation: Monotone, taps: Tensor, groups: int, dilation: int = 1) -> Layout:
+def layout(activation: KnownActivation, taps: Tensor, groups: int, dilation: int = 1) -> Layout:
     """How to go through three convolutions with these taps.
 
     Args:
@@ -193,9 +142,9 @@ def _tiled_conv(tiles: Sequence[Tile], x: Tensor, weight: Tensor, bias: Tensor |
     return out if bias is None or shared is not None else out + bias[..., None, None]
 
 
-def _activate(act: Monotone, pre: Tensor) -> Tensor:
+def _activate(act: KnownActivation, pre: Tensor) -> Tensor:
     pre = pre.contiguous()  # what it was a part of is free from here on
-    return act.in_place(pre)
+    return (act.in_place or act.value)(pre)
 
 
 def _grouped(hidden: Tensor, channels: int) -> Tensor:
@@ -207,7 +156,7 @@ def _plain(layout: Layout, x: Tensor, *tensors: Tensor | None) -> tuple[Tensor, 
     return plain_pass(layout.activation, x, Weights(*tensors), [partial(_conv, dilation=layout.dilation)] * 3)
 
 
-def plain_pass(act: Monotone, x: Tensor, w: Weights, convolve: Sequence[Convolve]) -> tuple[Tensor, Tensor]:
+def plain_pass(act: KnownActivation, x: Tensor, w: Weights, convolve: Sequence[Convolve]) -> tuple[Tensor, Tensor]:
     """:func:`value_and_slope` in plain operations, by the three convolutions that are given.
 
     Args:
@@ -370,8 +319,8 @@ def _pull(
             by["inner"] = torch.matmul(weighted, slope1.transpose(-1, -2)).sum(0)
         if wants_inner_map:
             through = torch.matmul(w.inner.transpose(-1, -2), weighted).view(shape)
-            if act.curl is not None:
-                along = inner.mul_(outer.unsqueeze(-1)).view(shape).mul_(act.curl(second))
+            if act.curvature is not None:
+                along = inner.mul_(outer.unsqueeze(-1)).view(shape).mul_(act.curvature(second))
     if grad is not None:
         gated = second if gate is None or not want.third else second * gate
         by_gated, by["third"] = _pull_conv(
@@ -389,8 +338,8 @@ def _pull(
             by["second_bias"] = along.sum((-1, -2) if w.second_bias.dim() == 2 else (0, -1, -2))
         wants_first_map = wants_x or want.first or want.first_bias
         along, by["second"] = _pull_conv(layout.tiles[1], along, first, w.second, wants_first_map, want.second)
-    if through is not None and act.curl is not None:
-        through.mul_(act.curl(first))
+    if through is not None and act.curvature is not None:
+        through.mul_(act.curvature(first))
         along = through if along is None else along.add_(through)
     if along is not None and (wants_x or want.first or want.first_bias):
         along.mul_(act.slope(first))
