@@ -209,14 +209,7 @@ class AutoregressiveModel(nn.Module):
         return value.to(self.dtype)
 
     def _admit(self, context: Tensor | None) -> Tensor | None:
-        name = type(self).__name__
-        if self.context_dim == 0:
-            if context is not None:
-                raise ValueError(f"{name} was built with context_dim=0, but a context was given: leave it out")
-        elif context is None:
-            raise ValueError(f"this {name} was built with context_dim={self.context_dim}: call it with a context")
-        else:
-            check_context(self, context)
+        check_context(self, context)
         return context
 
     def members(self) -> tuple[object, ...]:

@@ -231,8 +231,7 @@ class GuideTraining(TrainingLoop):
         z.requires_grad_()
         if self.path_gradient:
             with frozen(flow.chain):
-                x, ladj = flow.chain.inverse_and_ladj(z)
-            value = flow.base().log_prob(x) + ladj
+                value = flow.score(z)
             (push,) = torch.autograd.grad(value.sum(), z)
         else:
             push = None
@@ -279,8 +278,7 @@ class GuideTraining(TrainingLoop):
         with torch.no_grad():
             share = torch.where(fine, log_weights, -math.inf).softmax(0)
             z = torch.where(fine.unsqueeze(-1), draws, 0.0)
-        x, ladj = flow.chain.inverse_and_ladj(z)
-        (-COVER * (share * (flow.base().log_prob(x) + ladj)).sum()).backward()
+        (-COVER * (share * flow.score(z)).sum()).backward()
 
     def _failed(self, name: str, rate: float, weight: float) -> None:
         self.failed_steps += 1
