@@ -22,7 +22,8 @@ from pyro.nn import PyroModule
 import pyro_flows as pf
 from pyro_flows.infer import AutoFlow, fit_guide, load_guide
 from pyro_flows.infer.diagnostics.verdict import LABELS, Verdict
-from pyro_flows.infer.guides.loop import Adam, emphasis
+from pyro_flows.infer.guides.loop import emphasis
+from pyro_flows.infer.machine.adam import Adam
 
 X = torch.linspace(-1, 1, 8, dtype=torch.float64)
 Y = torch.tensor([-1.3, -0.4, -0.9, 0.2, 0.6, 0.3, 1.6, 1.1], dtype=torch.float64)
