@@ -331,6 +331,7 @@ assert (found - expected).abs().max() <= 1e-5 * expected.abs().max(), (found, ex
 """
 
 
+@pytest.mark.full
 def test_state_in_another_process(tmp_path, request):
     """The default flow, masks at random: loaded into a guide of another seed in another process."""
     guide = shake(AutoFlow(groups, start="prior", seed=0).setup(Y), 0.1)

@@ -427,6 +427,7 @@ def work(rank, path):
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.full
 def test_processes_share_the_first_batch(tmp_path):
     """Batches of unequal sizes, or none, set what one process sets with all rows."""
     torch.multiprocessing.spawn(work, (tmp_path / "meeting",), nprocs=2)

@@ -25,7 +25,7 @@ import pyro_flows as pf
 from pyro_flows.distributions import Flow
 from pyro_flows.infer import AutoFlow, PathELBO
 from pyro_flows.infer.guides.posterior import PathPosterior, frozen
-from tests.cases import BUILDERS, shake
+from tests.cases import BUILDERS, full_but, shake
 
 DIM = 3
 SMALL = partial(pf.realnvp, num_layers=2, hidden_dims=(8,))
@@ -138,7 +138,7 @@ def exact_gradients(guide):
     return dict(zip(names, torch.autograd.grad(kl, [getattr(part, n) for n in names]), strict=True))
 
 
-@pytest.mark.parametrize("path", [True, False])
+@pytest.mark.parametrize("path", full_but([True, False], True))
 def test_expected_gradient(path):
     """Both estimators have the gradient of the divergence as their mean."""
     guide = shifted_guide(path)
@@ -153,6 +153,7 @@ def test_expected_gradient(path):
         assert value.abs().max() > 0.05
 
 
+@pytest.mark.full
 def test_renyi_is_unbiased():
     """The gradient of the importance-weighted bound of two draws, against central differences of the bound."""
     guide = shifted_guide(True)

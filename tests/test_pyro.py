@@ -33,7 +33,7 @@ from torch.distributions import constraints
 import pyro_flows as pf
 from pyro_flows.distributions import made as heads
 from pyro_flows.infer import AutoFlow
-from tests.cases import CASES, CONTEXT_DIM
+from tests.cases import CONTEXT_DIM, EACH_FLOW, full_but
 
 
 def cnf(size, num_layers=None, **options):
@@ -51,7 +51,7 @@ def fresh():
     pyro.clear_param_store()
 
 
-@pytest.fixture(params=BUILDERS)
+@pytest.fixture(params=full_but(BUILDERS, "realnvp", "maf"))
 def builder(request):
     return partial(BUILDERS[request.param], num_layers=2, hidden_dims=(16,))
 
@@ -307,7 +307,7 @@ def test_discrete_sites_are_enumerated_beside_a_flow_guide(builder):
     assert sum(losses[-20:]) < sum(losses[:20])
 
 
-@pytest.mark.parametrize("name", ["realnvp", "maf", "iaf"])
+@pytest.mark.parametrize("name", full_but(["realnvp", "maf", "iaf"], "realnvp"))
 def test_elbo_reaches_the_evidence(name):
     """Conjugate model whose posterior the flow can represent: the ELBO is the evidence, without variance."""
     loadings = torch.tensor([[1.0, 0.5], [-0.5, 2.0]], dtype=torch.double)
@@ -340,7 +340,7 @@ def test_elbo_reaches_the_evidence(name):
     torch.testing.assert_close(draws.T.cov(), posterior, rtol=0.1, atol=0.02)
 
 
-@pytest.mark.parametrize("name", ["realnvp", "iaf"])
+@pytest.mark.parametrize("name", full_but(["realnvp", "iaf"], "iaf"))
 def test_neutra(name):
     guide = AutoNormalizingFlow(target, partial(BUILDERS[name], num_layers=2, hidden_dims=(16,)))
     elbo = Trace_ELBO(num_particles=16, vectorize_particles=True, max_plate_nesting=1)
@@ -494,7 +494,7 @@ def every_flow(case):
             yield from (bound, bound.inv)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", EACH_FLOW, ids=lambda case: case.name)
 def test_properties_of_flows(case):
     for whole in every_flow(case):
         for module in whole.modules():
