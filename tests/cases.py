@@ -56,12 +56,26 @@ class Case:
         return x.abs() + 0.1 if self.positive else x
 
 
-def shake(module: nn.Module, scale: float = 0.5) -> nn.Module:
+def shake(module: nn.Module, scale: float = 0.5, seed: int | None = None) -> nn.Module:
     """Moves all parameters far from where they start, zeros included, by normal noise; returns the module."""
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(scale * torch.randn_like(parameter))
+        for p in module.parameters():
+            p.add_(scale * torch.randn(p.shape, generator=generator, dtype=p.dtype, device=p.device))
     return module
+
+
+def train(flow: pf.Flow, data: Tensor, steps: int, lr: float, context: Tensor | None = None) -> list[float]:
+    """Maximum likelihood by Adam on all data at once; the loss at each step."""
+    optimizer = torch.optim.Adam(flow.parameters(), lr=lr)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = -flow.log_prob(data, context).mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses
 
 
 def full_but(values: Iterable[object], *kept: object) -> list[object]:

@@ -36,6 +36,11 @@ def default_dtype():
     torch.set_default_dtype(before)
 
 
+@pytest.fixture
+def double(default_dtype):
+    default_dtype(torch.float64)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """Leaves to the full suite what a product of parameters only repeats.

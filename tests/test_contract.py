@@ -6,7 +6,7 @@ import inspect
 
 import pytest
 import torch
-from cases import BUILDERS, CASES, CONTEXT_DIM, IMAGE_BUILDERS, shake
+from cases import BUILDERS, CASES, CONTEXT_DIM, IMAGE_BUILDERS, shake, train
 from torch import nn
 
 import pyro_flows as pf
@@ -57,18 +57,11 @@ def test_contract_in_other_batch_shapes(case, context_dim, dtype, device, defaul
 @pytest.mark.parametrize("case", [*BUILDERS, *IMAGE_BUILDERS], ids=lambda case: case.name)
 def test_contract_after_training(case, context_dim, device):
     flow = pf.Flow(case.build(context_dim)).double().to(device)
-    optimiser = torch.optim.Adam(flow.parameters(), lr=0.01)
     data = torch.randn(100, *case.event_shape, dtype=torch.float64, device=device).cumsum(-1) + 1
     data = 3 * torch.tanh(data) if case.angles else data
     context = data.flatten(1)[:, :1].expand(-1, context_dim).tanh() if context_dim else None
-    first = None
-    for _ in range(25):
-        optimiser.zero_grad()
-        loss = -flow.log_prob(data, context).mean()
-        loss.backward()
-        optimiser.step()
-        first = float(loss.detach()) if first is None else first
-    assert float(loss.detach()) < first
+    losses = train(flow, data, 25, 0.01, context)
+    assert losses[-1] < losses[0]
     x = case.draw((5,), torch.float64, device)
     hold(case, flow.chain, x, None if context is None else context[:5], case.checks)
 

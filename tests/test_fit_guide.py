@@ -24,15 +24,12 @@ from pyro_flows.infer import AutoFlow, fit_guide, load_guide
 from pyro_flows.infer.diagnostics.verdict import LABELS, Verdict
 from pyro_flows.infer.guides.loop import Adam, emphasis
 
+pytestmark = pytest.mark.usefixtures("double")
+
 X = torch.linspace(-1, 1, 8, dtype=torch.float64)
 Y = torch.tensor([-1.3, -0.4, -0.9, 0.2, 0.6, 0.3, 1.6, 1.1], dtype=torch.float64)
 SMALL = partial(pf.realnvp, num_layers=2, hidden_dims=(8,), mask="random")
 fit = partial(fit_guide, progress=False)
-
-
-@pytest.fixture(autouse=True)
-def double(default_dtype):
-    default_dtype(torch.float64)
 
 
 def regression(x, y=None):

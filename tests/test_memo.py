@@ -9,7 +9,7 @@ import weakref
 import pyro.distributions as dist
 import pytest
 import torch
-from cases import full_but
+from cases import full_but, shake
 from pyro.optim.clipped_adam import ClippedAdam
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -35,11 +35,7 @@ OPTIMIZERS = {
 
 
 def shaken(chain, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in chain.parameters():
-            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
-    return chain
+    return shake(chain, 0.3, seed)
 
 
 def points(*batch, seed=1):

@@ -38,6 +38,8 @@ import pyro_flows as pf
 from pyro_flows.infer.objectives import AlphaDivergence, DReGELBO, ForwardKL, PathELBO
 from pyro_flows.infer.objectives.bounds import _bound
 
+pytestmark = pytest.mark.usefixtures("double")
+
 PATHWISE = {
     "path": PathELBO,
     "dreg": DReGELBO,
@@ -56,11 +58,6 @@ def pathwise(request):
 @pytest.fixture(params=[False, True], ids=["one by one", "vectorized"])
 def vectorized(request):
     return request.param
-
-
-@pytest.fixture(autouse=True)
-def double(default_dtype):
-    default_dtype(torch.float64)
 
 
 def gradients(objective, model, guide, *args):

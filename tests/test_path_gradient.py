@@ -27,13 +27,10 @@ from pyro_flows.infer import AutoFlow, PathELBO
 from pyro_flows.infer.guides.posterior import PathPosterior, frozen
 from tests.cases import BUILDERS, full_but, shake
 
+pytestmark = pytest.mark.usefixtures("double")
+
 DIM = 3
 SMALL = partial(pf.realnvp, num_layers=2, hidden_dims=(8,))
-
-
-@pytest.fixture(autouse=True)
-def double(default_dtype):
-    default_dtype(torch.float64)
 
 
 def posterior():

@@ -33,7 +33,7 @@ from torch.distributions import constraints
 import pyro_flows as pf
 from pyro_flows.distributions import made as heads
 from pyro_flows.infer import AutoFlow
-from tests.cases import CONTEXT_DIM, EACH_FLOW, full_but
+from tests.cases import CONTEXT_DIM, EACH_FLOW, full_but, shake
 
 
 def cnf(size, num_layers=None, **options):
@@ -43,24 +43,13 @@ def cnf(size, num_layers=None, **options):
 BUILDERS = {"nice": pf.nice, "realnvp": pf.realnvp, "maf": pf.maf, "iaf": pf.iaf, "cnf": cnf}
 
 
-@pytest.fixture(autouse=True)
-def fresh():
-    pyro.clear_param_store()
-    pyro.set_rng_seed(0)
-    yield
-    pyro.clear_param_store()
-
-
 @pytest.fixture(params=full_but(BUILDERS, "realnvp", "maf"))
 def builder(request):
     return partial(BUILDERS[request.param], num_layers=2, hidden_dims=(16,))
 
 
 def shaken(module, scale=0.15):
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(scale * torch.randn_like(parameter))
-    return module
+    return shake(module, scale)
 
 
 def normal(dim):

@@ -11,6 +11,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from cases import shake
 from pyro.infer import JitTrace_ELBO, Trace_ELBO
 from torch.func import grad, hessian, jacfwd, jacrev, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -31,11 +32,7 @@ DIRECTIONS = ["forward_and_ladj", "inverse_and_ladj"]
 
 
 def shaken(module, dtype=torch.double):
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    return module.to(dtype)
+    return shake(module, 0.3, seed=0).to(dtype)
 
 
 @pytest.fixture(params=BUILDERS)
