@@ -322,6 +322,7 @@ def test_setup_leaves_no_trace():
     }
 
 
+@pytest.mark.full
 def test_same_seed_same_guide():
     one, two, other = (AutoFlow(groups, num_starts=1, seed=s).setup(Y) for s in (5, 5, 6))
     for (name, a), b in zip(one.state_dict().items(), two.state_dict().values(), strict=True):
@@ -488,6 +489,7 @@ def test_quantiles_take_arguments_before_setup():
     assert guide.sample_posterior(0)["theta"].shape == (0, 4)
 
 
+@pytest.mark.full
 def test_quantiles_of_many_dimensions():
     def model():
         pyro.sample("x", dist.Normal(0, 1).expand([2000]).to_event(1))
@@ -747,6 +749,7 @@ def regression():
     return model
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
 def test_the_step_size_of_the_tutorial(seed):
     """One particle and steps of 0.03: the guide ends where a good fit does, and no draw is lost."""

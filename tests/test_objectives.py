@@ -943,6 +943,7 @@ def test_forward_kl_of_other_guides(vectorized):
         assert objective.loss(positive_and_shares, guide) == pytest.approx(exact)
 
 
+@pytest.mark.full
 def test_forward_kl_reaches_the_moments_of_the_draws():
     w = dist.MultivariateNormal(MEAN, COVARIANCE).sample((300,))
     guide = AutoMultivariateNormal(regression)

@@ -180,6 +180,7 @@ def logistic(x, y):
         pyro.sample("y", dist.Bernoulli(logits=(w * x).sum(-1)), obs=y)
 
 
+@pytest.mark.full
 def test_less_variance_along_a_run():
     """At points of one run of SVI the path gradient's variance is the smaller one, and more so later."""
     x = torch.randn(40, 3)

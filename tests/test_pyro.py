@@ -329,6 +329,7 @@ def test_elbo_reaches_the_evidence(name):
     torch.testing.assert_close(draws.T.cov(), posterior, rtol=0.1, atol=0.02)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", full_but(["realnvp", "iaf"], "iaf"))
 def test_neutra(name):
     guide = AutoNormalizingFlow(target, partial(BUILDERS[name], num_layers=2, hidden_dims=(16,)))
@@ -405,6 +406,7 @@ def test_svi_trains_what_was_registered(builder):
     torch.testing.assert_close(svi.evaluate_loss(), -flow.log_prob(data.clone()).sum().item(), rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.full
 def test_amortised_guide_in_a_subsampled_plate():
     """One conditional flow for all local latents, trained on minibatches; the exact posterior is within its family."""
     size, noise = 100, 0.5
