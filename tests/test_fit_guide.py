@@ -482,6 +482,7 @@ print(repr(fit))
 """
 
 
+@pytest.mark.full
 def test_saved_fit_in_another_process(hierarchical, tmp_path, request):
     path = tmp_path / "fit.pt"
     hierarchical.save(path)
