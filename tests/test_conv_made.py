@@ -11,7 +11,7 @@ import pickle
 import pyro
 import pytest
 import torch
-from cases import shake
+from cases import full_but, shake
 
 from pyro_flows.distributions.made import CategoricalHead, ConvMADE, NormalHead
 from pyro_flows.inverse.raster import RasterSweep
@@ -44,7 +44,10 @@ def shaken(event, head="bernoulli", scale=0.3, dtype=F64, **options):
     return shake(ConvMADE(event, head, **options).to(dtype), scale)
 
 
-@pytest.fixture(params=CASES)
+EACH_KIND = ("binary", "colours", "mixed classes", "one pixel", "sequence of vectors", "dilated")
+
+
+@pytest.fixture(params=full_but(CASES, *EACH_KIND))
 def case(request):
     event, head, options = CASES[request.param]
     made = shaken(event, head, **options)

@@ -415,6 +415,7 @@ def test_predictive_moments(fitted):
             torch.testing.assert_close(draws[name].var(0), expected, rtol=0.07, atol=0)
 
 
+@pytest.mark.full
 def test_predictive_one_at_a_time():
     """Models that do not broadcast predict too."""
 

@@ -11,7 +11,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from cases import shake
+from cases import full_but, shake
 from pyro.infer import JitTrace_ELBO, Trace_ELBO
 from torch.func import grad, hessian, jacfwd, jacrev, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -66,7 +66,7 @@ def compiled():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("name", ["realnvp", "maf", "iaf"])
+@pytest.mark.parametrize("name", full_but(["realnvp", "maf", "iaf"], "maf"))
 def test_compiled_log_prob_is_never_stale(name, compiled):
     flow = pf.Flow(shaken(BUILDERS[name]()))
     optimizer = torch.optim.Adam(flow.parameters(), lr=0.05, fused=True)
