@@ -18,6 +18,8 @@ from torch.distributions import biject_to
 from pyro_flows.infer.models.latents import Latents, same_support
 from pyro_flows.infer.models.prototype import feasible
 
+pytestmark = pytest.mark.usefixtures("double")
+
 TWO = torch.tensor([-1.0, 0.5])
 # Support and event shape: each site once from a distribution, once from a flat prior.
 SUPPORTS = {
@@ -51,11 +53,6 @@ def improper(support, event_shape, batch=()):
     if support.event_dim == 0 and support is not constraints.positive_ordered_vector and event_shape:
         return dist.ImproperUniform(constraints.independent(support, len(event_shape)), batch, event_shape)
     return dist.ImproperUniform(support, batch, event_shape)
-
-
-@pytest.fixture(autouse=True)
-def double(default_dtype):
-    default_dtype(torch.float64)
 
 
 @pytest.mark.parametrize("plated", [False, True], ids=["alone", "in a plate"])

@@ -11,12 +11,11 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions.score_parts import ScoreParts
 from torch import Size, Tensor, nn
-from torch.distributions import Distribution, Transform
+from torch.distributions import Transform
 
-from pyro_flows.core.transform import FlowTransform
 from pyro_flows.distributions import FlowDistribution
 
-__all__ = ["PathPosterior", "Steady", "frozen", "path_log_prob"]
+__all__ = ["PathPosterior", "Steady", "frozen"]
 
 PATIENCE = 20  # calls without any finite gradient, after which a warning says so
 
@@ -33,13 +32,6 @@ def frozen(module: nn.Module) -> Iterator[None]:
     finally:
         for parameters, name, parameter in held:
             parameters[name] = parameter
-
-
-def path_log_prob(base: Distribution, transform: FlowTransform, value: Tensor) -> Tensor:
-    """Scores a flow's draws with the flow held fixed, so that the gradient is the path gradient."""
-    with frozen(transform):
-        x, ladj = transform.inverse_and_ladj(value)
-    return base.log_prob(x) + ladj
 
 
 class Steady:
@@ -146,7 +138,9 @@ class PathPosterior(FlowDistribution):
         if value is not self._drawn or not value.requires_grad:
             return super().log_prob(value)
         (transform,) = self.transforms
-        return path_log_prob(self.base_dist, transform, value)
+        with frozen(transform):
+            x, ladj = transform.inverse_and_ladj(value)
+        return self.base_dist.log_prob(x) + ladj
 
     def score_parts(self, value: Tensor) -> ScoreParts:
         """Returns the whole log-density, no score, and the entropy term with the path gradient."""
