@@ -434,7 +434,7 @@ def test_predictive_one_at_a_time():
 
 def test_arviz(fitted):
     az = pytest.importorskip("arviz")
-    data = fitted.to_arviz(draws=500, constant_data={"x": X})
+    data = fitted.to_arviz(num_samples=500, constant_data={"x": X})
     assert data.posterior["a"].shape == (1, 500)
     torch.testing.assert_close(torch.as_tensor(data.observed_data["y"].values), Y)
     assert data.posterior_predictive["y"].shape == data.log_likelihood["y"].shape == (1, 500, 8)
@@ -458,10 +458,10 @@ def test_arviz(fitted):
 
 
 def test_arviz_groups(hierarchical):
-    plain = hierarchical.to_arviz(draws=20, posterior_predictive=False, log_likelihood=False, resampled=True)
+    plain = hierarchical.to_arviz(num_samples=20, posterior_predictive=False, log_likelihood=False, resampled=True)
     assert "posterior_predictive" not in plain and "log_likelihood" not in plain
     assert plain.posterior["theta"].shape == (1, 20, 4)
-    full = hierarchical.to_arviz(draws=20)
+    full = hierarchical.to_arviz(num_samples=20)
     assert full.log_likelihood["z"].shape == (1, 20) and full.log_likelihood["y"].shape == (1, 20, 4)
 
 

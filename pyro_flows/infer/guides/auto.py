@@ -30,7 +30,7 @@ from pyro_flows.core.transform import FlowTransform
 from pyro_flows.core.wrap import Wrap
 from pyro_flows.distributions import Flow, FlowDistribution
 from pyro_flows.flows import iaf, nsf, realnvp
-from pyro_flows.infer.guides.posterior import PathPosterior, Steady
+from pyro_flows.infer.guides.posterior import PathPosterior, Steady, preconditioner_of
 from pyro_flows.infer.models.enumeration import can_be_summed, hidden_sites, unblocked
 from pyro_flows.infer.models.joint import FAILURES, JointDensity
 from pyro_flows.infer.models.latents import Latents
@@ -408,8 +408,7 @@ class AutoFlow(AutoContinuous):
     @property
     def preconditioner(self) -> Preconditioner:
         """The affine end of the flow."""
-        chain: Any = self.flow.chain
-        return chain[-1]
+        return preconditioner_of(self.flow)
 
     @property
     def is_built(self) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows.distributions import Flow
-from pyro_flows.infer.guides.posterior import frozen
+from pyro_flows.infer.guides.posterior import frozen, preconditioner_of
 from pyro_flows.infer.machine.adam import Adam
 from pyro_flows.infer.machine.budget import Budget, cosine
 from pyro_flows.infer.machine.checkpoint import CheckpointFormat
@@ -105,7 +105,8 @@ def speeds_of(flow: Flow) -> dict[int, float]:
     Gains keep steps of stock optimizers small; here many draws, a clipped gradient and a decaying step size do that.
     """
     speeds = {}
-    for layer in flow.modules():
+    layers: list[Any] = list(flow.modules())
+    for layer in layers:
         gain = getattr(getattr(layer, "univariate", None), "gain", 1.0)
         tensors = None if gain == 1 else layer.net.tensors()
         if tensors is not None:
@@ -164,7 +165,7 @@ class GuideTraining(TrainingLoop):
     @property
     def preconditioner(self) -> Preconditioner:
         """The affine end."""
-        return self.flow.chain[-1]
+        return preconditioner_of(self.flow)
 
     def train(self) -> None:
         """Trains in all phases that are left."""

@@ -13,9 +13,10 @@ from pyro.distributions.score_parts import ScoreParts
 from torch import Size, Tensor, nn
 from torch.distributions import Transform
 
-from pyro_flows.distributions import FlowDistribution
+from pyro_flows.distributions import Flow, FlowDistribution
+from pyro_flows.transforms import Preconditioner
 
-__all__ = ["PathPosterior", "Steady", "frozen"]
+__all__ = ["PathPosterior", "Steady", "frozen", "preconditioner_of"]
 
 PATIENCE = 20  # calls without any finite gradient, after which a warning says so
 
@@ -32,6 +33,12 @@ def frozen(module: nn.Module) -> Iterator[None]:
     finally:
         for parameters, name, parameter in held:
             parameters[name] = parameter
+
+
+def preconditioner_of(flow: Flow) -> Preconditioner:
+    """Returns the affine end of a guide's flow."""
+    chain: Any = flow.chain
+    return chain[-1]
 
 
 class Steady:
