@@ -9,6 +9,7 @@ from torch import Generator, Tensor
 
 from pyro_flows.distributions import Flow
 from pyro_flows.infer.guides.loop import CLIP, speeds_of
+from pyro_flows.infer.guides.posterior import preconditioner_of
 from pyro_flows.infer.machine.adam import Adam
 from pyro_flows.infer.machine.budget import Budget, cosine
 from pyro_flows.infer.search.probe import ModeProbe
