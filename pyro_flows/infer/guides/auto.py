@@ -132,7 +132,7 @@ class AutoFlow(AutoContinuous):
         init_loc_fn: chooses the initial value of each site (see ``pyro.infer.autoguide.initialization``); by default
             the middle of its support, also where its prior is improper.
         path_gradient: whether the entropy's gradient follows the path alone (see ``PathPosterior``).
-        particles: draws per step of ``fit_guide``; by default 128, or fewer for slow models.
+        num_particles: draws per step of ``fit_guide``; by default 128, or fewer for slow models.
         tempering: the first weight of the posterior against the base in ``fit_guide``, which rises to 1 over the first
             60 % of its steps; ``None`` for none.  For several modes; 0.05 is a good value.
         num_starts: dispersed points from which to search for the start.
@@ -167,7 +167,7 @@ class AutoFlow(AutoContinuous):
         start: str = "pathfinder",
         init_loc_fn: Init | None = None,
         path_gradient: bool = True,
-        particles: int | None = None,
+        num_particles: int | None = None,
         tempering: float | None = None,
         num_starts: int = 4,
         start_seconds: float | None = None,
@@ -184,15 +184,15 @@ class AutoFlow(AutoContinuous):
         choice("AutoFlow", "start", start, STARTS)
         if tempering is not None and not 0 < tempering <= 1:
             raise ValueError(f"AutoFlow: expected tempering to be in (0, 1], got {tempering}")
-        if particles is not None:
-            integer("AutoFlow", "particles", particles)
+        if num_particles is not None:
+            integer("AutoFlow", "num_particles", num_particles)
         if start_seconds is not None and not 0 < start_seconds < math.inf:
             raise ValueError(f"AutoFlow: expected start_seconds to be a positive number, got {start_seconds!r}")
         super().__init__(model, init_loc_fn=feasible)
         self._pyro_name = _new_name(self)
         self._plain_model: tuple[Model] | None = (model,)
         self.builder, self.start, self.init_loc_fn = builder, start, init_loc_fn
-        self.path_gradient, self.particles, self.tempering = path_gradient, particles, tempering
+        self.path_gradient, self.num_particles, self.tempering = path_gradient, num_particles, tempering
         self.num_starts, self.flow_dtype, self.seed = num_starts, dtype, seed
         self.subsampled = False
         self.vectorized: bool | None = None  # False once the model is known not to run for many draws at once

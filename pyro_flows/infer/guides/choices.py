@@ -57,7 +57,7 @@ def start_within(guide: AutoFlow, seconds: float | None) -> Iterator[None]:
 @torch.no_grad()
 def choose_particles(guide: AutoFlow, density: JointDensity, initial: Tensor, seconds: float | None) -> int:
     """As asked, or as many as the model's speed allows: many are worth more than steps, up to a point."""
-    asked = guide.particles
+    asked = guide.num_particles
     z = initial.expand(PARTICLES, -1)
     if asked is None:
         z = z + 0.01 * torch.randn_like(z)

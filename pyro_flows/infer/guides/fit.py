@@ -45,7 +45,7 @@ from pyro_flows.infer.models.sites import Model
 __all__ = ["fit_guide"]
 
 
-SETTINGS = ("particles", "path_gradient", "tempering", "start", "num_starts", "seed", "of_prior")
+SETTINGS = ("num_particles", "path_gradient", "tempering", "start", "num_starts", "seed", "of_prior")
 STARTING = 0.25  # of the seconds, for the start
 DEFAULT_STEPS = 4000
 SECONDS_BETWEEN_FILES = 30.0  # of checkpoints, at most
@@ -175,7 +175,7 @@ def fit_guide(
             guide.flow,
             begun.density,
             budget,
-            particles=begun.particles,
+            num_particles=begun.num_particles,
             path_gradient=guide.path_gradient,
             tempering=guide.tempering if begun.covered is None else None,
             covering=begun.covered is not None,
@@ -208,7 +208,7 @@ class _Begun:
     Attributes:
         density: the model's density.
         initial: a point where it is finite.
-        particles: draws per step.
+        num_particles: draws per step.
         generator: for searches of modes.
         covered: the state of a flow that was fitted to several modes, ``None`` if there is one.
         notes: for the result.
@@ -217,7 +217,7 @@ class _Begun:
 
     density: JointDensity
     initial: Tensor
-    particles: int
+    num_particles: int
     generator: Generator
     covered: dict[str, Tensor] | None = None
     notes: list[str] = field(default_factory=list)
@@ -227,7 +227,7 @@ class _Begun:
         """Returns the part of a checkpoint."""
         return {
             "initial": self.initial,
-            "particles": self.particles,
+            "particles": self.num_particles,
             "covered": self.covered,
             "notes": self.notes,
             "vectorized": self.density.vectorized,
