@@ -236,7 +236,10 @@ def test_no_handler_sees_it():
     assert found.sample(2)["a"].shape == (2,)
 
 
-@pytest.mark.parametrize("option", [{"tempering": 0.1}, {"path_gradient": False}, {"num_particles": 4}, {"start": "prior"}])
+OPTIONS = [{"tempering": 0.1}, {"path_gradient": False}, {"num_particles": 4}, {"start": "prior"}]
+
+
+@pytest.mark.parametrize("option", OPTIONS)
 def test_options_of_the_guide(option):
     found = fit(AutoFlow(regression, SMALL, seed=0, **option), X, y=Y, steps=40)
     assert all(math.isfinite(v) for v in found.history.elbo) and found.log_weights.isfinite().all()

@@ -71,7 +71,6 @@ def weigh(
 
 
 def _scores(density: LogDensity, z: Tensor, deadline: float) -> Tensor:
-    """Returns log-densities of the first rows, at least one, scored before the deadline."""
     pace = pace_of(density) or Pace()
     parts: list[Tensor] = []
     first = 0

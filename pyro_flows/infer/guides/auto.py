@@ -77,9 +77,9 @@ _BUILT = itertools.count()
 def default_builder(dim: int) -> FlowTransform:
     """The default flow of a guide with ``dim`` dimensions.
 
-    Up to 64 dimensions: three small autoregressive layers that sample in one pass, in the order of the latents,
-    backwards and forwards again, so that a latent may follow those before it, as in the model.  Beyond: affine
-    couplings between random halves, which cost less there.  In one dimension: a spline.
+    Up to 64 dimensions: three small autoregressive layers that sample in one pass, alternately in the order of the
+    latents and backwards.  Beyond: affine couplings between random halves, which cost less there.  In one dimension: a
+    spline.
     """
     if dim == 1:
         return nsf(1, num_layers=1)
@@ -116,9 +116,8 @@ class AutoFlow(AutoContinuous):
     particles, plates, ``AutoGuideList``, ``NeuTraReparam`` and ``Predictive``.  :func:`~pyro_flows.infer.fit_guide`
     trains it and judges the result.
 
-    The first call, or :meth:`setup`, runs the model and builds the guide, whose parameters can then be moved, saved,
-    loaded and optimized.  A draw costs one pass of the flow in its sampling direction, and a step with the path
-    gradient one more pass in the density direction.
+    The first call, or :meth:`setup`, runs the model and builds the flow.  A draw costs one pass of the flow in its
+    sampling direction, and a step with the path gradient one more pass in the density direction.
 
     The guide has no discrete latents: hide and enumerate them, ``AutoFlow(poutine.block(config_enumerate(model),
     hide=["k"]))`` with ``TraceEnum_ELBO``.
@@ -199,8 +198,8 @@ class AutoFlow(AutoContinuous):
         self.start_seconds = start_seconds
         self.start_evaluations = 0
         self.model_parameters: dict[str, Tensor] = {}  # of the model itself, with their values at the start
-        self.of_prior = False  # whether to fit the prior on purpose, without data
-        self.unobserved = False  # whether the guide sees no data
+        self.of_prior = False  # whether to fit the prior on purpose
+        self.unobserved = False
         self.hidden_data: frozenset[str] = frozenset()  # sites with data that poutine.block hides
         self.discrete: frozenset[str] = frozenset()  # hidden sites that the density sums out
         self.why_not_summed: str | None = None
@@ -281,7 +280,7 @@ class AutoFlow(AutoContinuous):
                 self._observed = set(trace.observation_nodes)
                 self._look_behind(trace, args, kwargs)
                 density = self._density(args, kwargs, None)
-                # One at a time: hidden sites that differ from run to run look like a failure to broadcast.
+                # One at a time: random hidden sites look like a failure to broadcast.
                 alone = self._density(args, kwargs, False)
                 initial = self._finite_start(alone, trace)
                 density._own = alone._own
@@ -333,7 +332,7 @@ class AutoFlow(AutoContinuous):
             pass
         self.unobserved = not self._density(args, kwargs, False).is_observed(point, bool(drawn) and not self.discrete)
         if self.unobserved and not self.of_prior:
-            # The model that the guide is trained with has the data, even if all of them are hidden from the guide.
+            # The model in training has the data, even if the guide sees none.
             self._shown = self.discrete | self.hidden_data
 
     def _build(self, density: JointDensity, initial: Tensor, deadline: float) -> Flow:
@@ -345,8 +344,8 @@ class AutoFlow(AutoContinuous):
 
     def _find_start(self, density: JointDensity, initial: Tensor, deadline: float) -> tuple[Tensor, Tensor]:
         dim = len(initial)
-        # Where the data are hidden, a climb of the prior would leave the user's initial point; and a model that draws
-        # more than its latents has no density to climb.
+        # Without data, a climb of the prior would leave the user's initial point; and a model that draws more than its
+        # latents has no density to climb.
         hidden = self.unobserved and bool(self.hidden_data) and not self.of_prior
         chosen = hidden and (self.init_loc_fn is not None or not self._shown)
         late = time.monotonic() > deadline
@@ -377,7 +376,7 @@ class AutoFlow(AutoContinuous):
             self.setup(*args, **kwargs)
         elif sizes_of(self.plain_model, args, kwargs) != self._sizes:
             self._compare_latents(args, kwargs)
-        # The first density keeps what building the guide found out about it.
+        # The first density keeps the findings of building the guide.
         known = self.__dict__.pop("_first_density", None)
         if known is not None and _same_objects((known.args, known.kwargs), (args, kwargs)):
             return known
@@ -437,15 +436,15 @@ class AutoFlow(AutoContinuous):
         elif self._model is not None:
             sizes = sizes_of(self.plain_model, args, kwargs)
             if sizes not in (self._sizes, self._fitting):
-                # Only then run the model: Pyro may replay the guide's rows in a plate of another size without a word.
+                # Pyro may replay the guide's rows in a plate of another size without a word.
                 if resized((frame.size for frame in self._prototype_frames.values()), self._sizes, sizes):
                     self._compare_latents(args, kwargs, known=True)
         return super().forward(*args, **kwargs)
 
     def _compare_latents(self, args: tuple[object, ...], kwargs: dict[str, object], known: bool = False) -> None:
-        """Refuses arguments at which the model has other latents; if ``known``, only other shapes of known latents.
+        """Refuses arguments at which the model has other latents, or only other shapes of ``known`` ones.
 
-        Latents that the guide does not know are drawn from the model, as in predictions for a new group.
+        Unknown latents are drawn from the model, as for a new group.
         """
         here: dict[str, tuple[int, ...]] = {site.name: tuple(site.shape) for site in self.latents}
         there = latent_shapes(self.plain_model, args, kwargs, self._observed)

@@ -73,8 +73,7 @@ def fit_guide(
     the verdict.  Nothing needs tuning; options are those of :class:`~pyro_flows.infer.AutoFlow`.  Discrete latents that
     Pyro can enumerate are summed out, whether or not the model marks them; predictions draw them anew.
 
-    A guide that was set up or trained before is built anew.  It is left as it was fitted; the result has its own copy,
-    which later training does not change.
+    A guide that was built before is built anew.  It is left as fitted; the result has its own copy.
 
     Ctrl-C raises ``KeyboardInterrupt`` as usual, and leaves the guide in its best state, in ``eval()``, without
     gradients.  Any exception that ends the training carries the result so far as its attribute ``fit``, ``None`` before
@@ -97,8 +96,8 @@ def fit_guide(
             Training stops earlier if the log-weights are constant, as nothing is left to learn.
         progress: whether to show a bar.
         checkpoint: a file to save to, and to resume from if it exists; a resumed fit by steps equals one that never
-            stopped.  The file is replaced as a whole, its check sum is verified, and no code in it runs.  An
-            interruption saves the state after the last whole step.  The cost is a copy of the state at each step.
+            stopped.  The file is replaced as a whole, under a check sum, and holds no code.  An interruption saves the
+            state after the last whole step.  The cost is a copy of the state at each step.
         checkpoint_every: steps between files, which are also written every 30 seconds, and when training begins and
             ends.
         resume: whether to continue from an existing checkpoint; if not, the fit begins anew and replaces it.
@@ -203,25 +202,13 @@ def fit_guide(
 
 @dataclass
 class _Begun:
-    """The start of training.
-
-    Attributes:
-        density: the model's density.
-        initial: a point where it is finite.
-        num_particles: draws per step.
-        generator: for searches of modes.
-        covered: the state of a flow that was fitted to several modes, ``None`` if there is one.
-        notes: for the result.
-        keep: seconds to keep for the verdict.
-    """
-
     density: JointDensity
-    initial: Tensor
+    initial: Tensor  # a point where it is finite
     num_particles: int
-    generator: Generator
-    covered: dict[str, Tensor] | None = None
+    generator: Generator  # for searches of modes
+    covered: dict[str, Tensor] | None = None  # the state of a flow that was fitted to several modes
     notes: list[str] = field(default_factory=list)
-    keep: float = 0.0
+    keep: float = 0.0  # seconds, for the verdict
 
     def state(self, guide: AutoFlow) -> dict[str, object]:
         """Returns the part of a checkpoint."""
@@ -240,7 +227,7 @@ class _Begun:
 
 
 def _begin(guide: AutoFlow, args: tuple[object, ...], kwargs: dict[str, object], budget: Budget) -> _Begun:
-    """Finds a start, and chooses draws per step and the time for the verdict."""
+    """Finds a start, and chooses draws per step and the verdict's time."""
     with start_within(guide, None if budget.seconds is None else STARTING * budget.seconds):
         guide.hide_discrete(*args, **kwargs)
         guide.setup(*args, **kwargs)
@@ -289,7 +276,6 @@ def _begin_again(
 
 
 def _result(guide: AutoFlow, begun: _Begun, training: GuideTraining, assessment: Assessment | None) -> GuideFit:
-    """Makes the result, with its own guide and its own density of the present data."""
     own = copy.deepcopy(guide)
     density = own_density(begun.density, own.latents, guide.model_parameters)
     return GuideFit(
@@ -329,7 +315,6 @@ def _held(parameters: dict[str, Tensor]) -> str:
 def _assess(
     guide: AutoFlow, density: JointDensity, initial: Tensor, generator: Generator, budget: Budget | None = None
 ) -> Assessment:
-    """Judges the guide in the rest of the budget, or without a limit."""
     left = math.inf
     if budget is not None and budget.seconds is not None:
         left = max(budget.left(), 0.02 * budget.seconds)
@@ -347,8 +332,6 @@ def _assess(
 
 
 class _Bar:
-    """A progress bar with the ELBO, or nothing."""
-
     def __init__(self, budget: Budget, show: bool) -> None:
         self.budget = budget
         self.bar = tqdm(total=100, desc="fit_guide", disable=not show, leave=False, unit="%", bar_format=_FORMAT)

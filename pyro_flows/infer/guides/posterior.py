@@ -44,10 +44,9 @@ def preconditioner_of(flow: Flow) -> Preconditioner:
 class Steady:
     """A hook on a guide's draws that limits the influence of single draws on an optimizer.
 
-    It drops the gradient of a draw that is not finite, which would make all parameters NaN.  The gradient of the other
-    draws of a call counts at most ``at_most`` times the usual norm: gradients of far draws fill the second moment of
-    Adam for a thousand steps, in which nothing moves.  The usual norm is a running mean, so steps adapt within a few
-    draws.
+    It drops gradients that are not finite.  Those of the other draws of a call count at most ``at_most`` times the
+    usual norm, a running mean: gradients of far draws fill the second moment of Adam for a thousand steps, in which
+    nothing moves.
     """
 
     def __init__(self, at_most: float = 10.0) -> None:

@@ -177,7 +177,6 @@ def _log_likelihoods(density: JointDensity, z: Tensor, data: dict[str, Site], re
 
 
 def _by_draw(value: Tensor, count: int, shape: torch.Size) -> Tensor:
-    """Returns a site's numbers for each draw, shape ``(count, *shape)``."""
     if value.numel() == shape.numel() and count > 1:  # it depends on no latent
         return value.reshape(shape).expand(count, *shape)
     return value.reshape(count, *shape)

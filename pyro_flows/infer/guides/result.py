@@ -109,7 +109,7 @@ class GuideFit:
 
     @property
     def assessment(self) -> Assessment:
-        """Draws with their weights, and the conclusions; of an interrupted fit computed at the first use."""
+        """Draws with their weights and the verdict; of an interrupted fit computed at the first use."""
         if callable(self._assessment):
             self._assessment = self._assessment()
         return self._assessment
@@ -121,7 +121,7 @@ class GuideFit:
 
     @property
     def importance(self) -> Importance:
-        """All numbers about the importance weights, as evidence, ELBO and IW-ELBO with their errors."""
+        """Numbers about the importance weights, with errors."""
         return self.assessment.importance
 
     @property
@@ -136,7 +136,7 @@ class GuideFit:
 
     @property
     def ess(self) -> float:
-        """Effective sample size of the weighted draws as a fraction of their number."""
+        """Effective sample size as a fraction of the number of draws."""
         return self.importance.ess
 
     @property
@@ -158,9 +158,8 @@ class GuideFit:
 
         Args:
             num_samples: the number of draws.
-            resampled: whether to correct them by smoothed importance resampling, which takes ``4 num_samples``
-                evaluations of the model (or those of the verdict, if that has as many draws); do so if the verdict is
-                "use importance resampling".
+            resampled: whether to correct them by smoothed importance resampling, as the verdict may advise; it takes
+                ``4 num_samples`` evaluations of the model, or the draws of the verdict if they suffice.
         """
         return self.latents.draws(self._unconstrained("sample", num_samples, resampled))
 
@@ -264,7 +263,7 @@ class GuideFit:
             posterior_predictive: whether to run the model for this group, which a fit without a model lacks.
             log_likelihood: whether to run the model for this group.
             resampled: whether to resample the draws by their weights, which are then left out.
-            redraw: as in :meth:`predictive`; data that are not drawn anew are not among the predictions.
+            redraw: as in :meth:`predictive`; other data are not among the predictions.
             constant_data: as in ArviZ.
             coords: as in ArviZ.
             dims: as in ArviZ.
@@ -315,8 +314,8 @@ class GuideFit:
         """Writes the fit to a file that :func:`load_guide` reads without model or data.
 
         The file is at any time the old one or the new one.  It holds numbers and names under a check sum, and no code;
-        of the flow, the names of this package's classes and their options.  If a builder used anything else, as a class
-        of your own or a transform of torch, a warning says so, and loading needs the builder again.
+        of the flow, names of this package's classes and their options.  If a builder used other classes, a warning says
+        so, and loading needs the builder again.
 
         Args:
             path: a file in a folder that exists.

@@ -133,7 +133,6 @@ def _line(frame: FrameType, number: int) -> _Line:
 
 
 def _raised_at(error: Exception) -> _Line | None:
-    """Returns the innermost line of the user's code in a traceback."""
     found, at = None, error.__traceback__
     while at is not None:
         if _is_users(at.tb_frame.f_code.co_filename):
@@ -199,7 +198,6 @@ def _first_site_that_differs(
 
 
 def _suspect(line: _Line) -> _Line | None:
-    """Returns the last line of the function, up to this one, that looks as if it does not broadcast."""
     known = [_MATMUL, _INDEXED, _VINDEXED, *(re.compile(pattern) for pattern, _ in _ADVICE)]
     for number in range(line.number, line.first, -1):
         candidate = line._replace(number=number)
@@ -209,7 +207,6 @@ def _suspect(line: _Line) -> _Line | None:
 
 
 def _advice(line: _Line, error: Exception | None, nesting: int, enumerates: bool) -> str:
-    """Says how to write a line so that it broadcasts over dimensions on the left."""
     source = line.source
     product, indexed = _MATMUL.search(source), _VINDEXED.search(source) or _INDEXED.search(source)
     if product:
@@ -251,7 +248,6 @@ def _shapes(values: Mapping[str, Tensor]) -> str:
 
 
 def _about_product(left: str, right: str, line: _Line, nesting: int) -> str:
-    """Says how to write ``left @ right``, one of which has a dimension of two draws."""
     names = [name.removesuffix(".T") for name in (left, right)]
     first, second = (_value(line, name) for name in names)
     known = {name: value for name, value in zip(names, (first, second), strict=True) if value is not None}
@@ -271,7 +267,6 @@ def _about_product(left: str, right: str, line: _Line, nesting: int) -> str:
 
 
 def _value(line: _Line, name: str) -> Tensor | None:
-    """Returns the tensor that the line sees under this name."""
     first, *rest = name.split(".")
     found: Any = line.names.get(first)
     for part in rest:

@@ -1,18 +1,9 @@
 r"""Bounds on the evidence with gradients through the draws alone: ``PathELBO``, ``DReGELBO``, ``AlphaDivergence``.
 
-All three are one family.  With :math:`K` draws, log weights :math:`\ell_k = \log p(x, z_k) - \log q_\phi(z_k)` and
-
-.. math:: L_{\alpha, K} = \frac{1}{1 - \alpha} \log \frac{1}{K} \sum_k e^{(1 - \alpha) \ell_k},
-    \qquad v_k \propto e^{(1 - \alpha) \ell_k}, \quad \sum_k v_k = 1,
-
-the gradient is :math:`\sum_k v_k \, \partial \log p_k` for the model's parameters, and for the guide's
-
-.. math:: \sum_k \bigl(\alpha v_k + (1 - \alpha) v_k^2\bigr) \frac{\partial \ell_k}{\partial z_k} \frac{d z_k}{d \phi}.
-
-The second comes from the total derivative by replacing the score terms, whose sum is
-:math:`-\sum_k v_k \, \partial_\phi \log q(z_k)`, by a derivative of the weights: the expectation of
-:math:`v_k \, \partial_\phi \log q(z_k)` over :math:`z_k` is that of
-:math:`(1 - \alpha)(v_k - v_k^2) \, \partial_z \ell_k \, d z_k / d \phi`.
+All three are one family, with the formulas of :class:`AlphaDivergence`; the gradient for the model's parameters is
+:math:`\sum_k v_k \, \partial \log p_k`.  That for the guide's comes from the total derivative, in which the score term
+:math:`v_k \, \partial_\phi \log q(z_k)` has the same expectation over :math:`z_k` as
+:math:`(1 - \alpha)(v_k - v_k^2) \, \partial_z \ell_k \, d z_k / d \phi`, where :math:`\ell_k = \log w_k`.
 """
 
 from __future__ import annotations
@@ -166,8 +157,8 @@ class PathELBO(_PathObjective):
     average and only adds noise.  Without it the gradient of every draw is 0 once the guide is the posterior.  It is
     unbiased, for parameters of the guide, of the model, and shared ones.
 
-    A particle whose weight is not finite is left out of the mean.  While Pyro's validation is on, a distribution raises
-    an error for parameters or values that it does not allow; ``pyro.enable_validation(False)`` lets them pass.
+    A particle whose weight is not finite is left out of the mean; ``pyro.enable_validation(False)`` keeps distributions
+    from raising an error there.
 
     Any reparameterized guide will do: autoguides, ``PyroModule``s, functions with ``pyro.param`` or ``pyro.module``.
     The guide runs twice, the second time on the draws of the first, so a module in it must not draw noise of its own
@@ -223,9 +214,9 @@ class DReGELBO(_PathObjective):
     from the evidence lower bound to the evidence.  The squares matter: with plain weights, as with a path gradient in
     ``RenyiELBO``, the gradient belongs to no bound.
 
-    Weights are those of whole traces: members of a plate have no weights of their own even if they are independent, so
-    with many local latents one of ``K`` weights is soon large and the others small.  With a subsampled plate the
-    weights are those of the scaled minibatch, and :math:`L_K` is no lower bound of the whole data's evidence.
+    Weights are those of whole traces, not of members of a plate, so with many local latents one of ``K`` weights is
+    soon large and the others small.  With a subsampled plate :math:`L_K`, of the scaled minibatch, is no lower bound of
+    the whole data's evidence.
 
     A particle without a finite weight counts as one of weight 0, so the bound remains one.
 

@@ -27,8 +27,6 @@ __all__ = ["ForwardKL"]
 
 
 class _SetValues(Messenger):
-    """Gives sample sites their values, but does not mark them as observed."""
-
     def __init__(self, values: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.values = values

@@ -326,7 +326,6 @@ class _Search:
         return 4 * self.safe.eps * self.value[rows].abs()
 
     def _aim(self, rows: Tensor) -> None:
-        """Finds new directions at the present points of the rows."""
         way = self.curvature.directions(rows, self.slope[rows])
         rise = (way * self.slope[rows]).sum(-1)
         flat = (self.slope[rows] == 0).all(-1)

@@ -74,9 +74,8 @@ def probe_modes(
 
     Half of the starts are overdispersed draws, 2 to 5 of the guide's standard deviations wide; the others are around
     ``initial``, alternately uniform in :math:`(-2, 2)^D` and five times wider.  Reflections of the guide's mean through
-    the origin and through ``initial`` are added, as likelihoods are often symmetric, and climbs from the guide's own
-    draws show its basins.  Ends without curvature in all directions (the neck of a funnel, an end that runs off) are no
-    modes.
+    the origin and ``initial`` are added for symmetric likelihoods, and climbs from the guide's own draws show its
+    basins.  Ends without curvature in all directions (as in the neck of a funnel) are no modes.
 
     The mass around a mode comes from importance sampling from its slightly widened Laplace Gaussian :math:`\ell`:
     :math:`m_p = \mathrm{E}_\ell[p / \ell]`, and :math:`m_q` for the guide.  A mode is missed if
@@ -85,13 +84,12 @@ def probe_modes(
     - the guide has less than a tenth of it there, :math:`m_q < m_p / (10 Z)`, and
     - fewer of the climbs from the guide's own draws end there than a tenth of its share would have.
 
-    A heavy tail or a curved posterior, far from its Gaussian, fails the last condition: the guide's draws climb to its
-    only top.
+    A heavy tail or a curved posterior fails the last condition: the guide's draws climb to its only top.
 
     Args:
         log_p: the model's log-density, ``(S, D)`` to ``(S,)``, differentiable, not normalized; points that it refuses
             count as ``-inf``.
-        log_q: the guide's normalised log-density, ``(S, D)`` to ``(S,)``.
+        log_q: the guide's normalized log-density, ``(S, D)`` to ``(S,)``.
         draws: draws of the guide, ``(n, D)``, two at least.
         initial: the point from which fitting began, ``(D,)``.
         log_evidence: the guide's estimate of the log of :math:`Z`, e.g. its ELBO or, better, by importance sampling.

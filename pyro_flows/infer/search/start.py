@@ -227,7 +227,6 @@ def _dispersed(safe: SafeDensity, center: Tensor, num_starts: int, generator: Ge
 
 
 def _candidates(safe: SafeDensity, points: Tensor, full: bool) -> list[_Gaussian]:
-    """Returns Gaussians along the climbs from these points, and those of Laplace at their ends."""
     value, slope = safe.gradients(points)
     points, slope = points[value.isfinite()], slope[value.isfinite()]
     if not len(points):
@@ -329,7 +328,6 @@ def _refined(safe: SafeDensity, best: _Ranking, noise: Tensor, generator: Genera
 
 
 def _refine(safe: SafeDensity, best: _Ranking, rounds: int, generator: Generator | None) -> None:
-    """Takes natural gradient steps from the winner as long as the ELBO rises."""
     rate, sets, poor = 1.0, 1, 0
     for _ in range(rounds):
         current, before = best.best, best.score
