@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import typing
-from dataclasses import asdict, fields
+from dataclasses import is_dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -13,16 +13,14 @@ from torch.distributions import biject_to
 from pyro_flows.core.chain import Chain
 from pyro_flows.core.recipes import made_from, recipe
 from pyro_flows.distributions import Flow
-from pyro_flows.infer.diagnostics import Importance, Verdict
 from pyro_flows.infer.diagnostics.verdict import LABELS
 from pyro_flows.infer.guides.assessment import Assessment
 from pyro_flows.infer.guides.auto import Builder, as_flow_of
 from pyro_flows.infer.guides.loop import History
 from pyro_flows.infer.models.latents import Latent, Latents, same_support
 from pyro_flows.infer.models.supports import plain_support, support_of
-from pyro_flows.infer.search.probe import ModeProbe
 
-__all__ = ["flow_of", "plain_assessment", "plain_flow", "plain_latents", "read_assessment", "read_latents"]
+__all__ = ["flow_of", "plain_flow", "plain_latents", "read_assessment", "read_latents"]
 
 POINTS = 8  # at which a rebuilt flow is compared with the saved one
 
@@ -178,52 +176,36 @@ def read_latents(plain: dict[str, Any]) -> Latents:
 
 
 def record(cls: type[_T], plain: dict[str, Any]) -> _T:
-    """Makes a dataclass or named tuple from its entries.
+    """Makes a dataclass, and those in it, from its entries.
 
     Raises:
         ValueError: if entries are missing, unknown or of another type.
     """
     kinds = typing.get_type_hints(cls)
-    expected = {name: typing.get_origin(kinds[name]) or kinds[name] for name in _names(cls)}
-    if expected.keys() != plain.keys():
-        raise ValueError(f"{cls.__name__} has {sorted(plain)}, expected {sorted(expected)}")
-    for name, kind in expected.items():
-        inner = typing.get_args(kinds[name])[-1:] if kind in (list, dict) else ()
-        held = plain[name].values() if isinstance(plain[name], dict) else plain[name] if inner else ()
-        for value, wanted in ((plain[name], kind), *((each, *inner) for each in held)):
-            if not isinstance(value, (int, float) if wanted is float else wanted):
-                raise ValueError(f"{name!r} of {cls.__name__} holds a {type(value).__name__}")
-    return cls(**plain)
-
-
-def _names(cls: Any) -> tuple[str, ...]:
-    return cls._fields if issubclass(cls, tuple) else tuple(each.name for each in fields(cls))
-
-
-def plain_assessment(known: Assessment) -> dict[str, Any]:
-    """Describes draws, weights, numbers and verdict."""
-    return {
-        **{name: getattr(known, name) for name in ("draws", "log_p", "log_q")},
-        "importance": asdict(known.importance),
-        "probe": None if known.probe is None else known.probe._asdict(),
-        "verdict": asdict(known.verdict),
-    }
+    if kinds.keys() != plain.keys():
+        raise ValueError(f"{cls.__name__} has {sorted(plain)}, expected {sorted(kinds)}")
+    made = {}
+    for name, value in plain.items():
+        kind, parts = typing.get_origin(kinds[name]), typing.get_args(kinds[name])
+        for part in (kinds[name], *parts):
+            if isinstance(part, type) and is_dataclass(part) and isinstance(value, dict):
+                value = record(part, value)
+        pairs = [(value, kind if kind in (list, dict) else kinds[name])]
+        if kind in (list, dict):
+            pairs += [(each, parts[-1]) for each in (value.values() if isinstance(value, dict) else value)]
+        for each, expected in pairs:
+            if not isinstance(each, (int, float) if expected is float else expected):
+                raise ValueError(f"{name!r} of {cls.__name__} holds a {type(each).__name__}")
+        made[name] = value
+    return cls(**made)
 
 
 def read_assessment(plain: dict[str, Any], dim: int) -> Assessment:
-    """Makes the assessment that :func:`plain_assessment` described, of a guide of ``dim`` dimensions."""
-    probe = None if plain["probe"] is None else record(ModeProbe, plain["probe"])
-    found = Assessment(
-        plain["draws"],
-        plain["log_p"],
-        plain["log_q"],
-        record(Importance, plain["importance"]),
-        probe,
-        record(Verdict, plain["verdict"]),
-    )
+    """Makes the assessment of a guide of ``dim`` dimensions from its entries."""
+    found = record(Assessment, plain)
     _check_shapes(vars(found), len(found.draws), draws=(dim,))
-    if probe is not None:
-        _check_shapes(probe._asdict(), len(probe.locations), locations=(dim,), scale=(dim, dim))
+    if found.probe is not None:
+        _check_shapes(vars(found.probe), len(found.probe.locations), locations=(dim,), scale=(dim, dim))
     if found.verdict.label not in LABELS:
         raise ValueError(f"a verdict {found.verdict.label!r}")
     return found

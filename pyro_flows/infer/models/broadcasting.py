@@ -16,12 +16,11 @@ from typing import Any, NamedTuple
 
 import pyro
 import torch
-from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_flows.infer.models.latents import Latents
-from pyro_flows.infer.models.sites import Message, Model, run, sum_beyond
+from pyro_flows.infer.models.sites import Message, Model, run, sites_of, sum_beyond
 
 __all__ = ["explain", "warn_once"]
 
@@ -168,13 +167,9 @@ def _first_site_that_differs(
         with torch.random.fork_rng(devices=[z.device] if z.is_cuda else []):
             torch.manual_seed(0)
             trace = run(seen(model), args, kwargs, values)
-        nodes: dict[str, Any] = dict(trace.nodes)
-        for name, site in nodes.items():
-            if site["type"] != "sample":
-                continue
+        for name, site in sites_of(trace, frozenset()).items():
             try:
-                each = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
-                each = scale_and_mask(each, site["scale"], site["mask"])
+                each = site.log_prob()
             except Exception:  # distributions raise anything at a value of another shape
                 yield name, None
                 continue

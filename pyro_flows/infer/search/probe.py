@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor
@@ -32,7 +32,8 @@ _BASIN = 16
 _LEAST_SHARE, _LEAST_PART = 1e-3, 0.1
 
 
-class ModeProbe(NamedTuple):
+@dataclass(frozen=True)
+class ModeProbe:
     """The modes that :func:`probe_modes` found, best first, in the dtype and on the device of the draws."""
 
     locations: Tensor
