@@ -27,7 +27,10 @@ html_title = f"pyro_flows {version}"
 
 # A reference that leads nowhere is an error.
 nitpicky = True
-nitpick_ignore = [("py:class", "pyro_flows.nets.masked_pass.Head")]  # what a transform hands to its network
+nitpick_ignore = [
+    ("py:class", "pyro_flows.nets.masked_pass.Head"),  # what a transform hands to its network
+    ("py:class", "pyro.poutine.trace_struct.Trace"),  # which the inventory lists under another name
+]
 
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3

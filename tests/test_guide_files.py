@@ -307,7 +307,7 @@ def test_another_builder_is_refused(tmp_path):
     with pytest.warns(UserWarning, match="builder"):
         found.save(tmp_path / "guide.pt")
     others = {
-        "gives another one here": lambda dim: pf.realnvp(dim, activation=torch.sin, **SMALL),
+        "made again, is another one": lambda dim: pf.realnvp(dim, activation=torch.sin, **SMALL),
         "size mismatch": lambda dim: pf.realnvp(dim, num_layers=2, hidden_dims=(7,)),
         "Unexpected key": lambda dim: pf.realnvp(dim, num_layers=1, hidden_dims=(6,)),
         "to give a flow of 3 dimensions": lambda dim: pf.realnvp(dim + 1, **SMALL),

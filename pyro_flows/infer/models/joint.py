@@ -144,7 +144,7 @@ class JointDensity:
             before = found
         return False
 
-    def still(self) -> StillDensity:
+    def still(self) -> Callable[[Tensor], Tensor]:
         """Returns the density at one fixed draw of, for example, a minibatch."""
         return StillDensity(self)
 
