@@ -417,7 +417,7 @@ def test_draws_without_a_gradient_say_so(name):
     params = numbers(head).requires_grad_()
     assert not head.sample(params).requires_grad
     if not head.has_rsample:
-        with pytest.raises(NotImplementedError, match="no reparameterised draws"):
+        with pytest.raises(NotImplementedError, match="no reparameterized draws"):
             head.rsample(params)
 
 

@@ -1,4 +1,4 @@
-"""The weights that all members of a MADE share: one pass under a member's masks, and draws by one sweep."""
+"""The network whose weights all members of a MADE share: a pass under a member's masks, and draws by one sweep."""
 
 from __future__ import annotations
 
@@ -13,25 +13,23 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from pyro_flows.core.modes import lasting
-from pyro_flows.distributions.made.head import Head
+from pyro_flows.distributions.made.head import Calls, Head
 from pyro_flows.inverse.buffers import ForwardSweep, Solver, columns_at_once
 from pyro_flows.nets.activations import Activation, activation_functions
 from pyro_flows.nets.degrees import Degrees, even_degrees, least_degree
 from pyro_flows.nets.masked_pass import Layout, masked_network
 from pyro_flows.nets.structure import Cut, Structure, keep
 
-__all__ = ["CONNECTIVITIES", "Member", "Sampler", "SharedNetwork", "draw_units"]
+__all__ = ["Member", "SharedNetwork", "draw_units"]
 
-CONNECTIVITIES = ("even", "random")
+WHOLE = Cut((), math.inf)
+KEPT_BYTES = 2**26  # of masks that are kept for the next time
 
 
 def draw_units(
     input_dim: int, widths: Sequence[int], context: bool, connectivity: str, generator: Generator
 ) -> list[Tensor]:
-    """Degrees of each hidden layer's units.
-
-    Evenly spread, or drawn: uniform between the least degree of the layer below and ``input_dim - 1``.
-    """
+    """Degrees of each hidden layer's units: evenly spread, or uniform from the least degree of the layer below on."""
     least = least_degree(input_dim, context)
     units = []
     for width in widths:
@@ -44,26 +42,24 @@ def draw_units(
 
 
 class Member:
-    """One of the autoregressive models that share a network's weights.
-
-    Weights stay where they are, by dimension and number of the unit; a member says which of them count.
+    """One of the autoregressive models that share a network's weights, of which it uses some.
 
     Args:
         order: ``order[k]`` is the dimension that comes ``k``-th.
         units: degrees of each hidden layer's units; a unit of degree d sees the ``d`` first dimensions.
-        direct: whether outputs also see the dimensions before them without detour.
-        num_params, features: numbers per dimension that come out, and that go in.
+        direct: whether outputs also see the dimensions before them through a linear layer.
+        num_params, features: numbers per dimension in the outputs and in the inputs.
     """
 
     def __init__(self, order: Tensor, units: Sequence[Tensor], *, direct: bool, num_params: int, features: int) -> None:
         self.order, self.rank = order, torch.argsort(order)
         self.units, self.direct = list(units), direct
         self.num_params, self.features = num_params, features
-        # Where each layer's rows and columns go when units are sorted by degree and dimensions by rank.
+        # The units of each layer, sorted by degree.
         self.sorting = [torch.argsort(unit, stable=True) for unit in self.units]
 
     def masks(self) -> list[Tensor]:
-        """One boolean mask for each weight, rows by unit or output, the direct one last."""
+        """A boolean mask for each weight, rows by unit or output, the direct one last."""
         inputs = (self.rank + 1).repeat_interleave(self.features)  # an input of rank r counts as a unit of degree r + 1
         outputs = self.rank.repeat(self.num_params)
         below, above = [inputs, *self.units], [*self.units, outputs]
@@ -71,15 +67,13 @@ class Member:
         return [*masks, outputs[:, None] >= inputs[None, :]] if self.direct else masks
 
     def structure(self) -> Structure:
-        """Of the network with its units sorted."""
+        """The structure of the network with its units sorted."""
         dims, widths = len(self.order), [len(unit) for unit in self.units]
         units = [unit[by] for unit, by in zip(self.units, self.sorting, strict=True)]
         degrees = Degrees(dims, widths, False, "identity", None, units, self.direct)
-        # Dense, since masked weights are zeros by the time they get there.
-        cuts = tuple([None] * (len(widths) + 1))
-        return Structure(
-            degrees.steps, degrees.times, self.num_params, (), True, cuts, features=self.features, direct=self.direct
-        )
+        # Dense, because masked weights are zeros by then.
+        cuts, sizes = (WHOLE,) * (len(widths) + 1), {"features": self.features, "direct": self.direct}
+        return Structure(degrees.steps, degrees.times, self.num_params, (), True, cuts, **sizes)
 
     def permutations(self) -> list[tuple[Tensor, Tensor]]:
         """Rows and columns of each weight in sorted order, the direct one last."""
@@ -92,24 +86,21 @@ class Member:
 
 
 class _Draws:
-    """What the sweep does with a dimension's parameters: draws it, or takes what is known of it.
+    """The sweep's way from a dimension's parameters to its value: a draw, or the given value.
 
     Args:
-        head: says how to draw.
+        head: draws.
         order: dimensions by rank.
         known: how many of the first ranks are given.
     """
 
     def __init__(self, head: Head, order: Tensor, known: int) -> None:
         self.head, self.order, self.known = head, order, known
-        # Whether the network sees the value itself, so that its inputs need no room of their own.
-        self.shared = head.num_features == 1 and type(head).code is Head.code
+        self.shared = head.given_values  # then the network's inputs need no memory of their own
 
-    def draws(
-        self, start: int, stop: int, z: Tensor, params: Tensor, x: Tensor, coded: Tensor
-    ) -> list[Callable[[], object]]:
+    def draws(self, start: int, stop: int, z: Tensor, params: Tensor, x: Tensor, coded: Tensor) -> Calls:
         """Calls that fill ``x`` and its features at ranks ``[start, stop)``; everything feature-major."""
-        calls: list[Callable[[], object]] = []
+        calls: Calls = []
         given = min(max(self.known - start, 0), stop - start)
         dims = self.order[start:stop].to(z.device)
         if given:
@@ -131,12 +122,12 @@ class _Draws:
 
 
 class Sampler:
-    """A member's weights in the order in which the sweep uses them, and the sweep itself.
+    """A member's weights, sorted for the sweep, and the sweep.
 
     Args:
-        head: says how to draw.
+        head: draws.
         activations: after each hidden layer.
-        member: whose order and masks to use.
+        member: its order and masks are used.
         known: how many of the first dimensions in the order will be given.
         weights, biases: of the network, the direct weight last; only for their sizes.
     """
@@ -159,13 +150,13 @@ class Sampler:
         self._biases = [torch.empty_like(bias) for bias in biases[1:]]
 
     def fits(self, head: Head, member: Member, known: int, like: Tensor) -> bool:
-        """Whether this one is for that head, member and kind of tensor."""
-        kind = (self._weights[0].dtype, self._weights[0].device)
+        """Whether this sampler is for that head, member and kind of tensor."""
+        own = self._weights[0]
         same = self.head is head and self.member is member and self.known == known
-        return same and kind == (like.dtype, like.device)
+        return same and (own.dtype, own.device) == (like.dtype, like.device)
 
     def load(self, weights: Sequence[Tensor], biases: Sequence[Tensor], bits: Sequence[Tensor]) -> None:
-        """Takes the weights as they are now, sorted, with zeros in masked places."""
+        """Copies the present weights, sorted, with zeros in masked places."""
         for room, weight, mask, (rows, columns) in zip(self._weights, weights, bits, self._places, strict=True):
             room.copy_(keep(weight, mask).index_select(0, rows).index_select(1, columns))
         for room, bias, (rows, _) in zip(self._biases, biases[1:], self._places[1:], strict=False):
@@ -191,29 +182,29 @@ class Sampler:
         return out.index_select(1, self.rank)
 
 
-WHOLE = Cut((), math.inf)
-
-
-KEPT_BYTES = 2**26  # of masks that are kept for the next time
-
-
 def _seen(weight: Tensor, bits: Tensor) -> Tensor:
-    """Sums over the inputs that each row sees."""
+    """The sum over the inputs that each row sees."""
     return torch.where(bits != 0, weight, 0.0).sum(1)
 
 
 class SharedNetwork(nn.Module):
-    """Weights by dimension and number of the unit, of which each member of a MADE uses its own share.
+    """Weights by dimension and number of the unit, of which each member of a MADE uses some.
 
     Args:
-        head: the head, bound to the dimensions.
+        head: bound to the dimensions.
         hidden_dims: widths of the hidden layers.
         context_dim: size of the context, 0 for none; every unit and output may see it.
-        direct: whether outputs also see the inputs before them without detour.
+        direct: whether outputs also see the inputs before them through a linear layer.
         activation: a name or an elementwise function, or one for each hidden layer.
-        mask_inputs: whether units and outputs that see inputs are also told which ones, by weights of inputs that are
+        mask_inputs: whether units and outputs are also told which inputs they see, by weights of inputs that are
             constantly 1.
     """
+
+    weight_0: Tensor
+    bias_0: Tensor
+    direct: Tensor
+    mask_weight: Tensor | None
+    mask_direct: Tensor | None
 
     def __init__(
         self,
@@ -234,7 +225,7 @@ class SharedNetwork(nn.Module):
         )
         for k, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes)):
             last = k == len(sizes) - 2
-            # Measured: of discrete values smaller weights to start from generalise better, of real ones larger ones.
+            # Measured: discrete values generalize better from smaller initial weights, real ones from larger ones.
             bound = 0.0 if last else math.sqrt((1.0 if head.discrete else 6.0) / max(fan_in, 1))
             self.register_parameter(f"weight_{k}", nn.Parameter((2 * torch.rand(fan_out, fan_in) - 1) * bound))
             bias = head.bias().T.reshape(-1) if last else torch.zeros(fan_out)
@@ -269,8 +260,7 @@ class SharedNetwork(nn.Module):
         held = self._bits.pop(key, None)
         if held is None or held[0] is not member:
             with lasting():
-                made = [-mask.to(kind) for mask in (mask.to(weight.device) for mask in member.masks())]
-            held = (member, made)
+                held = member, [-mask.to(weight.device).to(kind) for mask in member.masks()]
         self._bits[key] = held  # the latest last
         size = sum(b.nbytes for b in held[1])
         while len(self._bits) > 1 and len(self._bits) * size > KEPT_BYTES:
@@ -283,7 +273,7 @@ class SharedNetwork(nn.Module):
         Args:
             features: shape ``(*batch, D, num_features)``.
             context: shape ``(*context_batch, context_dim)`` that broadcasts to the batch, or ``None``.
-            member: whose masks to use.
+            member: its masks are used.
         """
         weights, biases = self._weights()
         bits = self.bits(member)
@@ -300,20 +290,20 @@ class SharedNetwork(nn.Module):
     def draw(
         self, head: Head, rows: int, context: Tensor | None, member: Member, given: Tensor | None = None, known: int = 0
     ) -> Tensor:
-        """Draws by one sweep through the dimensions, in which each weight is used once; shape ``(rows, D)``.
+        """Draws by one sweep through the dimensions, which uses each weight once; shape ``(rows, D)``.
 
         Args:
-            head: says what the outputs mean; that of a relaxed model is another one than the network was made for.
+            head: of the model, which may be the relaxed form of the network's own.
             rows: how many.
             context: shape ``(rows, context_dim)`` or ``(1, context_dim)``, or ``None``.
-            member: whose order and masks to use.
-            given: shape ``(rows, D)``, of which the ``known`` first dimensions in the order are taken as they are.
+            member: its order and masks are used.
+            given: shape ``(rows, D)``; the ``known`` first dimensions in the order keep these values.
             known: how many are given.
         """
         weights, biases = self._weights()
         if self.is_direct:
             weights.append(self.direct)
-        # Taken out while it is used, so that no two threads share its buffers.
+        # Taken out in the meantime, so that no two threads share its buffers.
         try:
             sampler = self._idle.pop()
         except IndexError:
