@@ -27,14 +27,6 @@ COARSE = {"hidden_dims": (16, 16), "rtol": 1e-3, "atol": 1e-3}
 small = partial(pf.cnf, **COARSE)
 
 
-@pytest.fixture(autouse=True)
-def fresh():
-    pyro.clear_param_store()
-    pyro.set_rng_seed(0)
-    yield
-    pyro.clear_param_store()
-
-
 def schools(y, sigma):
     mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
     tau = pyro.sample("tau", dist.HalfCauchy(5.0))

@@ -18,9 +18,9 @@ from torch.utils.data import DataLoader, TensorDataset
 import pyro_flows as pf
 from pyro_flows import plots
 from pyro_flows.infer import FlowMatching, fit_density
-from pyro_flows.infer.density.checkpoint import own_randomness
 from pyro_flows.infer.density.matching import Matching, assigned, matched_parts
-from pyro_flows.infer.density.plan import Schedule
+from pyro_flows.infer.density.settings import Schedule
+from pyro_flows.infer.machine.randomness import own_randomness
 from pyro_flows.transforms.continuous.layer import collect_penalties
 
 MEAN = torch.tensor([1.0, -2.0], dtype=torch.double)

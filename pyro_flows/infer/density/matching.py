@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from pyro_flows.core.nonfinite import nonfinite_state
 from pyro_flows.core.transform import FlowTransform
 from pyro_flows.distributions import Flow
-from pyro_flows.infer.density.checkpoint import own_randomness
 from pyro_flows.infer.density.data import Batch
 from pyro_flows.infer.density.objective import Objective
 from pyro_flows.infer.density.units import flat_parts, is_plain_flow
+from pyro_flows.infer.machine.randomness import own_randomness
 from pyro_flows.transforms import Continuous
 
 __all__ = ["FlowMatching", "Matching", "as_objective", "assigned", "matched_parts"]
