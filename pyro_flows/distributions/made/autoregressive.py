@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from pyro.distributions import TorchDistribution
@@ -24,6 +24,11 @@ __all__ = ["AutoregressiveDistribution", "AutoregressiveModel", "by_row"]
 def by_row(context: Tensor | None, batch: Size) -> Tensor | None:
     """A context as rows, one for each element of a batch to which it broadcasts."""
     return None if context is None else context.expand(*batch, -1).reshape(batch.numel(), context.shape[-1])
+
+
+def _unmarked(value: Any) -> tuple[Any, Any]:
+    """A value without Pyro's marks of its origin (for ``TraceGraph_ELBO``), and the marks."""
+    return extract_provenance(value)
 
 
 class AutoregressiveDistribution(TorchDistribution):
@@ -50,22 +55,17 @@ class AutoregressiveDistribution(TorchDistribution):
         batch_shape: Size | None = None,
         validate_args: bool | None = None,
     ) -> None:
-        # Pyro's marks of a value's origin (TraceGraph_ELBO) go on results: hand-made gradients need plain tensors, and
-        # would lose them.
-        self.context, self._marks = extract_provenance(context)
+        self.context: Tensor | None
+        self.context, self._marks = _unmarked(context)  # hand-made gradients need plain tensors; results get the marks
         self.model, self.members = model, members
-        own = Size() if context is None else self.context.shape[:-1]
+        self.has_rsample = len(members) == 1 and model.has_rsample  # never of an ensemble
+        own = Size() if self.context is None else self.context.shape[:-1]
         super().__init__(own if batch_shape is None else batch_shape, model.event_shape, validate_args=validate_args)
 
     @constraints.dependent_property
     def support(self) -> Constraint:
         """The support of one event."""
         return self.model.support
-
-    @property
-    def has_rsample(self) -> bool:
-        """Whether draws are differentiable with respect to the parameters; those of an ensemble never are."""
-        return len(self.members) == 1 and self.model.has_rsample
 
     def expand(
         self, batch_shape: Size | Iterable[int], _instance: AutoregressiveDistribution | None = None
@@ -78,7 +78,7 @@ class AutoregressiveDistribution(TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-density or log-mass in nats, shape ``(*sample, *batch)``."""
-        value, marks = extract_provenance(value)
+        value, marks = _unmarked(value)
         check_tensor(type(self.model).__name__, "a tensor", value)
         cut = value.dim() - len(self.event_shape)
         if cut < 0 or value.shape[cut:] != self.event_shape:
@@ -94,7 +94,7 @@ class AutoregressiveDistribution(TorchDistribution):
         return track_provenance(score, marks | self._marks)
 
     @torch.no_grad()
-    def sample(self, sample_shape: Size | tuple[int, ...] = ()) -> Tensor:
+    def sample(self, sample_shape: Size | list[int] | tuple[int, ...] = ()) -> Tensor:
         """Draws, shape ``(*sample, *batch, *event)``; of an ensemble each comes from a member chosen at random."""
         shape = Size(sample_shape) + self.batch_shape
         one = len(self.members) == 1
@@ -111,7 +111,7 @@ class AutoregressiveDistribution(TorchDistribution):
         back = which.argsort(stable=True).argsort()
         return torch.cat(parts)[back].view(shape + self.event_shape)
 
-    def rsample(self, sample_shape: Size | tuple[int, ...] = ()) -> Tensor:
+    def rsample(self, sample_shape: Size | list[int] | tuple[int, ...] = ()) -> Tensor:
         """Differentiable draws, where the head has them."""
         if not self.has_rsample:
             raise NotImplementedError(
@@ -249,10 +249,10 @@ class AutoregressiveModel(nn.Module):
         """Log-density in nats, of the shape that value and context broadcast to."""
         return self(context).log_prob(value)
 
-    def sample(self, sample_shape: Size | tuple[int, ...] = (), context: Tensor | None = None) -> Tensor:
+    def sample(self, sample_shape: Size | list[int] | tuple[int, ...] = (), context: Tensor | None = None) -> Tensor:
         """Draws without gradient, shape ``(*sample_shape, *context_batch, *event_shape)``."""
         return self(context).sample(Size(sample_shape))
 
-    def rsample(self, sample_shape: Size | tuple[int, ...] = (), context: Tensor | None = None) -> Tensor:
+    def rsample(self, sample_shape: Size | list[int] | tuple[int, ...] = (), context: Tensor | None = None) -> Tensor:
         """Differentiable draws, where the head has them."""
         return self(context).rsample(Size(sample_shape))

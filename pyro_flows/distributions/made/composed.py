@@ -94,7 +94,7 @@ class DistributionHead(Head):
         self._is_class = isinstance(distribution, type) and issubclass(distribution, Distribution)
         fixed = {} if fixed is None else dict(fixed)
         if not isinstance(arguments, Mapping):
-            known = getattr(distribution, "arg_constraints", None)
+            known: Any = getattr(distribution, "arg_constraints", None)
             if self._is_class and not isinstance(known, Mapping):
                 raise ValueError(
                     f"DistributionHead: the constraints of {self.name}'s arguments depend on one another; give a "
@@ -191,7 +191,8 @@ class DistributionHead(Head):
         if self.constraint is not None:
             return super().inside(value, dims)
         value = self.floating(value)
-        return self._made(value.new_zeros(*value.shape, self.num_params), dims).support.check(value)
+        support: Any = self._made(value.new_zeros(*value.shape, self.num_params), dims).support
+        return support.check(value)
 
     def allowed(self, dim: int) -> str:
         return f"a value in the support of {self.name}"

@@ -22,19 +22,11 @@ class _Inside(Constraint):
     """An event all of whose numbers a head allows."""
 
     def __init__(self, head: Head, event_dim: int, is_discrete: bool) -> None:
-        self.head, self._event_dim, self._discrete = head, event_dim, is_discrete
+        self.head, self.event_dim, self.is_discrete = head, event_dim, is_discrete
         super().__init__()
 
-    @property
-    def event_dim(self) -> int:
-        return self._event_dim
-
-    @property
-    def is_discrete(self) -> bool:
-        return self._discrete
-
     def check(self, value: Tensor) -> Tensor:
-        flat = value.reshape(*value.shape[: value.dim() - self._event_dim], self.head.input_dim)
+        flat = value.reshape(*value.shape[: value.dim() - self.event_dim], self.head.input_dim)
         return self.head.inside(flat).all(-1)
 
     def __repr__(self) -> str:

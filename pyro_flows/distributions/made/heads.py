@@ -480,14 +480,16 @@ class LogisticMixtureHead(_Mixture):
 
     def __init__(self, levels: int = 256, num_components: int = 10, max_log_scale: float | None = None) -> None:
         self.levels = integer("LogisticMixtureHead", "levels", levels, 2)
-        self.half = 0.5 * (levels - 1)
-        super().__init__(num_components, max(7.0, math.log(10 * self.half)) if max_log_scale is None else max_log_scale)
+        self.half_range = 0.5 * (levels - 1)
+        super().__init__(
+            num_components, max(7.0, math.log(10 * self.half_range)) if max_log_scale is None else max_log_scale
+        )
         self.constraint = constraints.integer_interval(0, levels - 1)
 
     def _parts(self, params: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Logits, and means and log-scales in levels."""
         logits, loc, log_scale = super()._parts(params)
-        return logits, (loc + 1) * self.half, log_scale + math.log(self.half)
+        return logits, (loc + 1) * self.half_range, log_scale + math.log(self.half_range)
 
     def log_prob(self, value: Tensor, params: Tensor, dims: Tensor | None = None) -> Tensor:
         logits, loc, log_scale = self._parts(params)
@@ -514,20 +516,20 @@ class LogisticMixtureHead(_Mixture):
         return f"a level, 0 to {self.levels - 1},"
 
     def code(self, value: Tensor, dims: Tensor | None = None) -> Tensor:
-        return (value * (1.0 / self.half) - 1).unsqueeze(-1)
+        return (value * (1.0 / self.half_range) - 1).unsqueeze(-1)
 
     def start(self, data: Tensor | None) -> Tensor:
         if data is None:
             loc = (2 * self._middles(self.like.dtype) - 1).expand(self.input_dim, -1)
             return self._packed(loc, loc.new_full((self.input_dim, 1), 1 / self.num_components))
-        scaled = data / self.half - 1
+        scaled = data / self.half_range - 1
         # A logistic of scale 1 has a standard deviation of 1.8; no narrower than half a level.
-        scale = (scaled.std(0, correction=0) / (1.8 * math.sqrt(self.num_components))).clamp(min=0.5 / self.half)
+        scale = (scaled.std(0, correction=0) / (1.8 * math.sqrt(self.num_components))).clamp(min=0.5 / self.half_range)
         return self._packed(self._quantiles(scaled), scale.unsqueeze(-1))
 
     def draws(self, dims: Tensor, z: Tensor, params: Tensor, x: Tensor, features: Tensor) -> Calls:
         calls, scale = self._picking(z, params, x)
-        half, one = number(self.half, x.dtype), number(1.0, x.dtype)
+        half, one = number(self.half_range, x.dtype), number(1.0, x.dtype)
         return [
             *calls,
             z.uniform_,
@@ -537,6 +539,6 @@ class LogisticMixtureHead(_Mixture):
             partial(x.mul_, half),
             x.round_,
             partial(x.clamp_, 0, self.levels - 1),
-            partial(torch.mul, x, number(1.0 / self.half, x.dtype), out=features),
+            partial(torch.mul, x, number(1.0 / self.half_range, x.dtype), out=features),
             partial(features.sub_, one),
         ]

@@ -72,8 +72,10 @@ class Member:
         units = [unit[by] for unit, by in zip(self.units, self.sorting, strict=True)]
         degrees = Degrees(dims, widths, False, "identity", None, units, self.direct)
         # Dense, because masked weights are zeros by then.
-        cuts, sizes = (WHOLE,) * (len(widths) + 1), {"features": self.features, "direct": self.direct}
-        return Structure(degrees.steps, degrees.times, self.num_params, (), True, cuts, **sizes)
+        cuts = (WHOLE,) * (len(widths) + 1)
+        return Structure(
+            degrees.steps, degrees.times, self.num_params, (), True, cuts, features=self.features, direct=self.direct
+        )
 
     def permutations(self) -> list[tuple[Tensor, Tensor]]:
         """Rows and columns of each weight in sorted order, the direct one last."""
@@ -173,7 +175,7 @@ class Sampler:
             part = slice(start, min(rows, start + chunk))
             size = part.stop - part.start
             noise = torch.rand(size, dims, dtype=out.dtype, device=out.device)
-            if self.known:
+            if given is not None:
                 noise[:, : self.known] = given[part].index_select(1, self.order[: self.known]).to(out.dtype)
             sweep = self.solver.borrow(ForwardSweep, noise, size, self._weights, self._biases, own)
             sweep.run(noise, first[part] if own else first, self._weights, [])
