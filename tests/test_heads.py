@@ -690,7 +690,7 @@ def test_binding(name):
     assert head is not loose and head.input_dim == DIM and head.bind(DIM) is head
     assert not list(head.parameters()) and not head.state_dict()
     for wrong in (0, -1, 2.0, True, "3", None):
-        with pytest.raises(ValueError, match="input_dim to be a positive integer"):
+        with pytest.raises(ValueError, match="input_dim to be an integer >= 1"):
             head.bind(wrong)
     if name in ALIKE:
         assert head.bind(7).bias().shape == (7, head.num_params)

@@ -101,7 +101,7 @@ def _trace(weights: Sequence[Tensor], slopes: Sequence[Tensor], x: Tensor) -> Te
 
 @remembered
 class ChainField(Field):
-    r"""A chain of dense layers; time and context enter its first layer, or gate all of them (FFJORD).
+    r"""A chain of dense layers; time and context enter the first, or gate all (FFJORD, arXiv:1810.01367).
 
     With ``squash`` each layer is :math:`(W h + b) \odot \sigma(g(t, c)) + u(t, c)` with linear :math:`g` and :math:`u`;
     the last layer's gate depends on time alone.  Without it the first layer is :math:`W x + b + u(t, c)`, and the
@@ -115,9 +115,6 @@ class ChainField(Field):
         activation: ``"tanh"``, ``"softplus"``, ``"silu"`` or a smooth elementwise function.
         squash: whether time and context gate all layers.
 
-    References:
-        FFJORD: Free-form Continuous Dynamics for Scalable Reversible Generative Models (Grathwohl et al., 2019),
-        arXiv:1810.01367.
     """
 
     rowwise_times = True
@@ -219,8 +216,8 @@ _CONVOLUTIONS = {1: (nn.Conv1d, F.conv1d), 2: (nn.Conv2d, F.conv2d)}
 class ConvField(Field):
     r"""Convolutions :math:`(W * h + b) \odot \sigma(g(t, c)) + u(t, c)`, gates and shifts by channel (FFJORD).
 
-    Every layer keeps the size of the image, with zeros beyond the edges.  Products with the Jacobian are convolutions
-    of the probes; the exact divergence takes one for each number of the event, so it is for small events.
+    Layers keep the size of the image, with zeros beyond the edges.  The exact divergence convolves a probe for each
+    number of the event, so it is for small events.
 
     Args:
         event_shape: ``(C, H, W)`` or ``(C, T)``.
@@ -230,9 +227,6 @@ class ConvField(Field):
         time_dependent: whether the field depends on ``t``.
         activation: ``"tanh"``, ``"softplus"``, ``"silu"`` or a smooth elementwise function.
 
-    References:
-        FFJORD: Free-form Continuous Dynamics for Scalable Reversible Generative Models (Grathwohl et al., 2019),
-        arXiv:1810.01367.
     """
 
     rowwise_times = True

@@ -6,11 +6,9 @@ nothing at all.  Tolerances are relative to the place: ``atol + rtol * |x|``.
 
 The adjoint is a second solve backwards (arXiv:1806.07366, appendix B) of ``x``, of the gradient with respect to it and
 of those with respect to parameters, whose error does not steer the steps (arXiv:2009.09457).  Its tolerance is relative
-to the incoming gradient, so the scale of a loss does not matter.  Memory does not grow with the number of evaluations.
-
-Backpropagation through the solver's steps differentiates what was computed; it takes a half to two thirds of the time,
-and memory for each evaluation.  ``"auto"`` decides by what the first evaluation keeps, and starts again with the
-adjoint where a solve turns out so long that it would keep too much.
+to the incoming gradient, so the scale of a loss does not matter.  Backpropagation through the solver's steps takes a
+half to two thirds of the time.  ``"auto"`` decides by what the first evaluation keeps, and starts again with the
+adjoint where a solve turns out too long.
 """
 
 from __future__ import annotations
@@ -200,7 +198,7 @@ def _adjoint(
     """Gradients with respect to the first rows, less those with respect to the last, and to the tensors that need one.
 
     ``g`` is the gradient with respect to the last rows and the columns.  Rows that do not come back to where they
-    ``began``, because a strong contraction cannot be reversed, cause a warning.
+    ``began`` cause a warning.
     """
     rows, size = end.shape
     settings, n = call.settings, end.numel()
@@ -292,28 +290,8 @@ class _Adjoint(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        call, needed, split, *tensors = args
-        dims = in_dims[3:]
-        size = info.batch_size
-        shared = range(2, 2 + split)
-        if any(dims[k] is not None for k in shared) or any(needed[:split]):
-            # Each member of the batch has its own gradients with respect to what its rows share.
-            parts = [
-                _Adjoint.apply(
-                    call,
-                    needed,
-                    split,
-                    *(t if d is None else t.select(d, k) for t, d in zip(tensors, dims, strict=True)),
-                )
-                for k in range(size)
-            ]
-            stacked = tuple(torch.stack(each) for each in zip(*parts, strict=True))
-            return stacked, (0,) * len(stacked)
-        flat = []
-        for k, (t, d) in enumerate(zip(tensors, dims, strict=True)):
-            if k not in shared:
-                t = t.expand(size, *t.shape) if d is None else t.movedim(d, 0)
-                t = t.flatten(0, 1)
-            flat.append(t)
-        made = _Adjoint.apply(call, needed, split, *flat)
-        return tuple(t.unflatten(0, (size, -1)) for t in made), (0,) * len(made)
+        needed, split = args[1:3]
+        made = vmapped(
+            _Adjoint.apply, 2, info.batch_size, in_dims, args, results=1 + sum(needed), apart=any(needed[:split])
+        )
+        return made, (0,) * len(made)
