@@ -711,7 +711,7 @@ def test_names():
     loose = CategoricalHead([2, 3])
     assert as_head(loose, 2).input_dim == 2
     for wrong, words in (
-        ("gauss", '"bernoulli", "logistic", "mixture", "normal", got'),
+        ("gauss", "'bernoulli', 'logistic', 'mixture', 'normal' or a head, got"),
         ("categorical", "num_classes"),
     ):
         with pytest.raises(ValueError, match=words):
@@ -749,7 +749,7 @@ def test_distributions_that_do_not_fit_say_why():
     for kind in (dist.Categorical, dist.Dirichlet, dist.MultivariateNormal):
         with pytest.raises(ValueError, match="vector; take CategoricalHead"):
             DistributionHead(kind)
-    with pytest.raises(ValueError, match="arguments of Uniform may be depends on one another"):
+    with pytest.raises(ValueError, match="constraints of Uniform's arguments depend on one another"):
         DistributionHead(dist.Uniform)
     with pytest.raises(ValueError, match="no real number can be mapped; fix it by fixed="):
         DistributionHead(dist.Binomial, ["total_count"])
@@ -785,7 +785,7 @@ def test_mixed_dimensions_must_be_a_partition(heads):
 def test_mixed_heads_check_their_parts():
     with pytest.raises(ValueError, match="one number for each of the 1 dimensions, got 2"):
         MixedHead([(CategoricalHead([2, 3]), [0]), ("normal", [1])])
-    with pytest.raises(ValueError, match='"bernoulli", "logistic"'):
+    with pytest.raises(ValueError, match="'bernoulli', 'logistic'"):
         MixedHead([("gauss", [0])])
     inner = MixedHead([("bernoulli", [1]), (CategoricalHead(3), [0])])
     head = MixedHead([(inner, [2, 0]), ("normal", [1])]).bind(3)

@@ -27,20 +27,19 @@ def by_row(context: Tensor | None, batch: Size) -> Tensor | None:
 
 
 def _unmarked(value: Any) -> tuple[Any, Any]:
-    """A value without Pyro's marks of its origin (for ``TraceGraph_ELBO``), and the marks."""
+    """A value without Pyro's marks of its origin, and the marks."""
     return extract_provenance(value)
 
 
 class AutoregressiveDistribution(TorchDistribution):
     r"""A product of univariate conditionals, :math:`p(x) = \prod_i p(x_i \mid x_{<i}, c)`, for ``pyro.sample``.
 
-    A call of a model returns it; it shares the model's parameters.  A density costs one pass of the network for each
-    member, a draw one sweep through the dimensions.
+    A call of a model returns it; it shares the parameters.  A density costs one pass for each member, a draw one sweep.
 
     Args:
-        model: owns the parameters, an ``AutoregressiveModel``.
+        model: owns the parameters.
         context: shape ``(*batch, context_dim)``, or ``None``.
-        members: which of the model's orders and masks; several stand for the mean of their densities.
+        members: orders and masks; several stand for the mean of their densities.
         batch_shape: by default that of the context.
     """
 
@@ -95,7 +94,7 @@ class AutoregressiveDistribution(TorchDistribution):
 
     @torch.no_grad()
     def sample(self, sample_shape: Size | list[int] | tuple[int, ...] = ()) -> Tensor:
-        """Draws, shape ``(*sample, *batch, *event)``; of an ensemble each comes from a member chosen at random."""
+        """Draws, shape ``(*sample, *batch, *event)``; each from a member chosen at random."""
         shape = Size(sample_shape) + self.batch_shape
         one = len(self.members) == 1
         drawn = self.model.draw(shape, self.context, self.members[0]) if one else self._from_ensemble(shape)
@@ -132,7 +131,7 @@ class AutoregressiveModel(nn.Module):
 
     Args:
         event_shape: shape of one event.
-        head: the meaning of the network's outputs, bound to as many dimensions.
+        head: bound to as many dimensions.
         context_dim: size of the context, 0 for none.
     """
 
@@ -148,7 +147,7 @@ class AutoregressiveModel(nn.Module):
         Args:
             value: shape ``(*batch, *event_shape)``.
             context: broadcasts to ``(*batch, context_dim)``.
-            member: which order and masks, ``None`` for those in use.
+            member: its order and masks.
         """
         raise TypeError(f"{type(self).__name__} must define params(value, context, member)")
 
@@ -185,7 +184,7 @@ class AutoregressiveModel(nn.Module):
     def fit_marginals(self, rows: Tensor) -> AutoregressiveModel:
         """Sets the biases of the outputs to the marginals of data, and returns the model.
 
-        A fresh model, whose last layer is zero, then has independent dimensions with these marginals.
+        A fresh model then has independent dimensions with these marginals.
 
         Args:
             rows: shape ``(rows, *event_shape)``.

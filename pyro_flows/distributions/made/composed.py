@@ -30,12 +30,7 @@ NAMED: dict[str, type[Head]] = {
 
 
 def as_head(head: str | Head, input_dim: int) -> Head:
-    """The head bound to a number of dimensions.
-
-    Args:
-        head: a head, or the name of one with its default arguments: ``"bernoulli"``, ``"normal"``, ``"mixture"`` (of
-            normals) or ``"logistic"`` (mixture over 256 levels).
-        input_dim: the number of dimensions.
+    """A head, or that of a name with its default arguments, bound to a number of dimensions.
 
     Raises:
         ValueError: for another name, or a head that does not fit the number of dimensions.
@@ -65,10 +60,9 @@ def _arguments(constrained: Mapping[str, object], fixed: Iterable[str]) -> list[
 class DistributionHead(Head):
     r"""Any univariate distribution of Pyro: ``DistributionHead(dist.Gamma)``.
 
-    The parameters are one number for each argument, in the order of ``arguments``; ``biject_to`` of the argument's
-    constraint maps them (a positive one is :math:`e^\theta`).  Of ``probs`` and ``logits``, logits are learned.  The
-    network is given real values and booleans as they are, and counts as :math:`\log(1 + x)` (with the sign of x).  NaN
-    gives NaN even where the distribution would not.
+    There is one parameter for each of ``arguments``, which ``biject_to`` of its constraint maps (a positive argument is
+    :math:`e^\theta`); of ``probs`` and ``logits``, logits are learned.  The network is given counts as
+    :math:`\log(1 + x)` (with the sign of x), other values as they are.  NaN gives NaN.
 
     Args:
         distribution: its class; or a function of the arguments, by name, that makes one.

@@ -58,36 +58,33 @@ def _reach(sides: Sequence[int], distances: Sequence[int]) -> int:
 class ConvMADE(AutoregressiveModel):
     r"""Convolutional MADE: :math:`p(x \mid c) = \prod_i p(x_i \mid x_{<i}, c)`, with weights shared by all places.
 
-    Images ``(C, H, W)`` are in raster order: row by row, from left to right, and channel by channel at each pixel.
-    Sequences ``(C, T)`` go through time, and channel by channel at each step.  The channels of the event share out the
-    hidden channels.  Images have two stacks of convolutions, one over the rows above and one over the same row's past,
-    which takes from the first at every layer: there is no blind spot to the upper right.  Sequences have the second
-    stack only, dilated.  The first layer's bias depends on row and column (or time), and the outputs' bias on the
-    dimension; at first the outputs are the head's biases, because the last layer starts at zero.
+    Images ``(C, H, W)`` are in raster order, sequences ``(C, T)`` in time, with the channels of a place in turn.  The
+    event's channels share out the hidden channels.  Images have two stacks of convolutions, over the rows above and
+    over the same row's past, which takes from the first at every layer: there is no blind spot to the upper right.
+    Sequences have the second stack only, dilated.  The first layer's bias depends on the place, and the outputs' bias
+    on the dimension; at first the outputs are the head's biases.
 
     Kernels and dilations bound how far back a conditional looks, see ``reach``; beyond that it knows positions only.  A
-    density costs one pass.  A draw costs about the arithmetic of one pass too, since it computes each layer's values at
-    a place once, in ``H * W * C`` times as many small steps as there are layers.  Differentiable draws (``rsample``),
-    where the head has them, take one full pass for each dimension: they are for small events.
+    density costs one pass.  A draw costs about the arithmetic of one pass, in ``H * W * C`` times as many small steps
+    as there are layers.  Differentiable draws (``rsample``) take one pass for each dimension: for small events.
 
     Args:
         event_shape: ``(C, H, W)`` or ``(C, T)``.
         head: ``"bernoulli"``, ``"normal"``, ``"mixture"``, ``"logistic"``, or a head such as ``CategoricalHead(256)``.
         hidden_channels: of each stack, at least ``C``.
-        num_layers: successive convolutions; by default 7 for images, and for sequences as many as it takes to look
-            back over all of the sequence, from 4 to 12.
-        kernel_size: an odd number for images; for sequences the number of steps seen, including the present one.  One
-            for all layers or one for each, of which the last stands for all that follow; at least 3 (images) or 2
-            (sequences) in the first layer.
-        dilations: distances within a kernel, for the layers after the first, repeated where there are more layers; by
-            default 1, 2 for images, and for sequences 1, 2, 4, ... until all is seen.
+        num_layers: successive convolutions; by default 7 for images, and for sequences enough to look back over all
+            of it, from 4 to 12.
+        kernel_size: odd for images; for sequences the steps seen, including the present one.  One for all layers or one
+            for each, the last for all that follow; at least 3 (images) or 2 (sequences) in the first layer.
+        dilations: distances within the kernels of layers after the first, repeated as necessary; by default 1, 2 for
+            images, and for sequences 1, 2, 4, ... until all is seen.
         context_dim: size of the context, 0 for none; it goes into every layer's bias.
         positions: whether the first layer's bias depends on the place.
         activation: a name or an elementwise function, or one for each layer.
 
     Raises:
-        ValueError: for events of another kind, even kernels for images, fewer hidden channels than channels of the
-            event, sizes out of range, or an unknown head.
+        ValueError: for other events, even kernels for images, too few hidden channels, sizes out of range, or an
+            unknown head.
 
     References:
         Pixel Recurrent Neural Networks (van den Oord et al., 2016), arXiv:1601.06759; the two stacks: Conditional Image

@@ -29,17 +29,16 @@ HELD = 256  # members that are kept
 class MADE(AutoregressiveModel):
     r"""Masked autoencoder for distribution estimation: :math:`p(x \mid c) = \prod_k p(x_{\pi_k} \mid x_{\pi_{<k}}, c)`.
 
-    One pass of one network gives all :math:`D` conditionals; masks keep from output :math:`i` all inputs that do not
-    come before :math:`i` in the order :math:`\pi`.  The head decides what the outputs mean: binary, categorical or real
-    values, pixel values, or a mixture of types.
+    One pass of one network gives all :math:`D` conditionals: masks let output :math:`i` see the inputs before :math:`i`
+    in the order :math:`\pi` only.  The head gives the outputs a meaning: binary, categorical or real values, levels, or
+    a mixture of types.
 
     With ``order="any"`` the same weights serve all orders: each *member* is one order and one drawing of the hidden
-    units' connections.  Training visits one after another, by an explicit :meth:`resample_masks` before each step
-    (which ``fit_density`` calls); in evaluation the density is the mean over an ensemble of members, and any dimensions
-    can be imputed from any others.
+    units' connections.  In training, :meth:`resample_masks` before each step (``fit_density`` calls it) goes through
+    them; in evaluation the density is the mean over an ensemble, and any dimensions can be imputed from any others.
 
-    A density costs one pass for each member, a draw one sweep through the dimensions, which uses each weight once:
-    about the arithmetic of one pass, in as many small steps as there are dimensions.
+    A density costs one pass for each member, a draw one sweep through the dimensions: about the arithmetic of one pass,
+    in as many small steps as there are dimensions.
 
     Args:
         input_dim: the number of dimensions :math:`D`.
@@ -54,13 +53,13 @@ class MADE(AutoregressiveModel):
         ensemble_size: members in the mean density of evaluation; by default all of a finite number, else 16.
         direct: whether outputs also see the inputs before them through a linear layer.
         activation: of the hidden layers, by name or an elementwise function; by default ReLU for discrete values, and
-            for real ones smooth and at first bounded, as in :func:`~pyro_flows.flows.maf`, against outliers.
-        dropout: share of the network's inputs that are left out at random, in training mode and for ``log_prob`` alone;
-            against overfitting where rows are few.
-        mask_inputs: whether the network is also told which inputs each unit sees in the member at hand, by inputs that
-            are constantly 1 under the same masks, as in the paper; for few members.
-        seed: of all orders and connections; by default drawn from torch's random numbers.  The ``state_dict`` holds it,
-            and thus the masks.
+            for real ones smooth and at first bounded, against outliers, as in :func:`~pyro_flows.flows.maf`.
+        dropout: share of the network's inputs that ``log_prob`` leaves out at random in training mode; against
+            overfitting where rows are few.
+        mask_inputs: whether inputs that are constantly 1, under the same masks, tell each unit which inputs it sees, as
+            in the paper; for few members.
+        seed: of all orders and connections, and thus the masks; by default from torch's random numbers.  The
+            ``state_dict`` holds it.
 
     Raises:
         ValueError: for an order that is no permutation, sizes out of range, or an unknown head.
@@ -190,12 +189,10 @@ class MADE(AutoregressiveModel):
         return self.at_members((self.member(number),), context)
 
     def member_for(self, observed: Tensor, number: int = 0) -> Member:
-        """The member whose order has the observed dimensions first.
-
-        Observed and missing dimensions each come in a random order, another one for each ``number``.
+        """The member whose order has the observed dimensions first, each part in an order that ``number`` draws.
 
         Raises:
-            ValueError: if the model knows one order only, and that does not begin with the observed dimensions.
+            ValueError: if the model's only order does not begin with the observed dimensions.
         """
         known = observed.cpu()
         if not self.any_order:
@@ -217,7 +214,7 @@ class MADE(AutoregressiveModel):
     # Missing dimensions.
 
     def _patterns(self, observed: Tensor, number: int) -> Iterator[tuple[Tensor, int, Member]]:
-        """The rows of each pattern of missingness, its number of known dimensions, and the member that suits it."""
+        """Each pattern's rows, its number of known dimensions, and a member that has them first."""
         kinds, which = torch.unique(observed, dim=0, return_inverse=True)
         for k, kind in enumerate(kinds):
             yield (which == k).nonzero().squeeze(-1), int(kind.sum()), self.member_for(kind, number)
@@ -257,8 +254,8 @@ class MADE(AutoregressiveModel):
     ) -> Tensor:
         """Draws of the missing dimensions given the observed ones, shape ``(num_samples, *batch, D)``.
 
-        Draws come from the conditional of one member, whose order has the observed dimensions first; members of an
-        order-agnostic model agree as far as it is trained.  One sweep for each pattern of missingness.
+        One member's conditional, whose order has the observed dimensions first; members agree as far as they are
+        trained.  One sweep for each pattern of missingness.
 
         Args:
             value: shape ``(*batch, D)``; entries in missing places, NaN included, are ignored.
@@ -268,8 +265,8 @@ class MADE(AutoregressiveModel):
             number: which of the members with such an order.
 
         Raises:
-            ValueError: for a mask that hides everything or nothing in a row, or if the model knows one order only and
-                that does not begin with the observed dimensions.
+            ValueError: for a mask that hides everything or nothing in a row, or if the model's only order does not
+                begin with the observed dimensions.
         """
         seen = self._check_observed(value, observed, context)
         contexts = by_row(context, value.shape[:-1])
@@ -307,15 +304,15 @@ class MADE(AutoregressiveModel):
     def log_prob_missing(
         self, value: Tensor, observed: Tensor, context: Tensor | None = None, *, number: int = 0
     ) -> Tensor:
-        """Log-density of the other dimensions of ``value``, given the observed ones, by one member's conditional."""
+        """Log-density of the other dimensions of ``value``, given the observed ones."""
         return self._split_log_prob(value, observed, context, number)[1]
 
     def relaxed(self, temperature: float) -> MADE:
         """The model of a continuous relaxation, with differentiable draws; shares the parameters.
 
-        Draws take one pass of the network for each dimension, and so does their gradient.  Densities of relaxed values
-        belong to another model, with continuous latents: the best guide for it need not be good for the discrete one,
-        and at low temperatures float32 is coarse near 0 and 1.
+        Draws and their gradients take one pass for each dimension.  Densities are those of another model, with
+        continuous latents, whose best guide need not be good for the discrete one; at low temperatures float32 is
+        coarse near 0 and 1.
 
         Args:
             temperature: the lower, the nearer to this model, and the noisier the gradients.

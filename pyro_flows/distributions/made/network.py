@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections import OrderedDict
@@ -88,13 +89,7 @@ class Member:
 
 
 class _Draws:
-    """The sweep's way from a dimension's parameters to its value: a draw, or the given value.
-
-    Args:
-        head: draws.
-        order: dimensions by rank.
-        known: how many of the first ranks are given.
-    """
+    """The way from a dimension's parameters to its value: a draw, or for the ``known`` first ranks the given one."""
 
     def __init__(self, head: Head, order: Tensor, known: int) -> None:
         self.head, self.order, self.known = head, order, known
@@ -124,15 +119,7 @@ class _Draws:
 
 
 class Sampler:
-    """A member's weights, sorted for the sweep, and the sweep.
-
-    Args:
-        head: draws.
-        activations: after each hidden layer.
-        member: its order and masks are used.
-        known: how many of the first dimensions in the order will be given.
-        weights, biases: of the network, the direct weight last; only for their sizes.
-    """
+    """A member's weights, sorted for the sweep, and the sweep; ``known`` of the first dimensions will be given."""
 
     def __init__(
         self,
@@ -143,19 +130,13 @@ class Sampler:
         weights: Sequence[Tensor],
         biases: Sequence[Tensor],
     ) -> None:
-        self.head, self.member, self.known = head, member, known
+        self.key, self.known = (head, member, known, weights[0].dtype, weights[0].device), known
         self.solver = Solver(member.structure(), activations, _Draws(head, member.order, known))
         device = weights[0].device
         self.order, self.rank = member.order.to(device), member.rank.to(device)
         self._places = [(rows.to(device), columns.to(device)) for rows, columns in member.permutations()]
         self._weights = [torch.empty_like(weight) for weight in weights]
         self._biases = [torch.empty_like(bias) for bias in biases[1:]]
-
-    def fits(self, head: Head, member: Member, known: int, like: Tensor) -> bool:
-        """Whether this sampler is for that head, member and kind of tensor."""
-        own = self._weights[0]
-        same = self.head is head and self.member is member and self.known == known
-        return same and (own.dtype, own.device) == (like.dtype, like.device)
 
     def load(self, weights: Sequence[Tensor], biases: Sequence[Tensor], bits: Sequence[Tensor]) -> None:
         """Copies the present weights, sorted, with zeros in masked places."""
@@ -190,17 +171,7 @@ def _seen(weight: Tensor, bits: Tensor) -> Tensor:
 
 
 class SharedNetwork(nn.Module):
-    """Weights by dimension and number of the unit, of which each member of a MADE uses some.
-
-    Args:
-        head: bound to the dimensions.
-        hidden_dims: widths of the hidden layers.
-        context_dim: size of the context, 0 for none; every unit and output may see it.
-        direct: whether outputs also see the inputs before them through a linear layer.
-        activation: a name or an elementwise function, or one for each hidden layer.
-        mask_inputs: whether units and outputs are also told which inputs they see, by weights of inputs that are
-            constantly 1.
-    """
+    """Weights by dimension and number of the unit, of which each member uses some; arguments as of a MADE."""
 
     weight_0: Tensor
     bias_0: Tensor
@@ -270,13 +241,7 @@ class SharedNetwork(nn.Module):
         return held[1]
 
     def forward(self, features: Tensor, context: Tensor | None, member: Member) -> Tensor:
-        """Parameters of all conditionals, shape ``(*batch, D, num_params)``; one pass.
-
-        Args:
-            features: shape ``(*batch, D, num_features)``.
-            context: shape ``(*context_batch, context_dim)`` that broadcasts to the batch, or ``None``.
-            member: its masks are used.
-        """
+        """Parameters, shape ``(*batch, D, num_params)``, from ``features`` ``(*batch, D, num_features)``; one pass."""
         weights, biases = self._weights()
         bits = self.bits(member)
         x = features.flatten(-2)
@@ -295,22 +260,20 @@ class SharedNetwork(nn.Module):
         """Draws by one sweep through the dimensions, which uses each weight once; shape ``(rows, D)``.
 
         Args:
-            head: of the model, which may be the relaxed form of the network's own.
-            rows: how many.
+            head: of the model, maybe the relaxed form of the network's own.
+            rows: how many draws.
             context: shape ``(rows, context_dim)`` or ``(1, context_dim)``, or ``None``.
             member: its order and masks are used.
             given: shape ``(rows, D)``; the ``known`` first dimensions in the order keep these values.
-            known: how many are given.
+            known: how many dimensions are given.
         """
         weights, biases = self._weights()
         if self.is_direct:
             weights.append(self.direct)
-        # Taken out in the meantime, so that no two threads share its buffers.
-        try:
+        sampler, key = None, (head, member, known, self.weight_0.dtype, self.weight_0.device)
+        with contextlib.suppress(IndexError):  # taken out in the meantime: no two threads share its buffers
             sampler = self._idle.pop()
-        except IndexError:
-            sampler = None
-        if sampler is None or not sampler.fits(head, member, known, self.weight_0):
+        if sampler is None or sampler.key != key:
             sampler = Sampler(head, self.layout.activations, member, known, weights, biases)
         bits = self.bits(member)
         if self.mask_direct is not None:

@@ -91,8 +91,8 @@ def columns(
 
     Args:
         settings: with ``"auto"`` resolved.
-        field: the field.
-        t: the time.
+        field: to evaluate.
+        t: a scalar.
         x: shape ``(rows, *event_shape)``.
         context: shape ``(rows or 1, context_dim)``, or ``None``.
         probes: shape ``(count, rows, *event_shape)`` unless exact.

@@ -37,14 +37,14 @@ def _widths(name: str, sizes: Sequence[int]) -> tuple[int, ...]:
 
 
 class Modulation(nn.Module):
-    """Shifts or gates of each unit of the layers: linear in time and context, one block per layer.
+    """Shifts or gates of all units: linear in time and context, one block per layer.
 
     Args:
         sizes: units of each layer.
         context_dim: size of the context, 0 for none.
         time_dependent: whether blocks depend on time.
         zero_last: whether the last block starts at zero.
-        bias: whether there is a constant as well.
+        bias: whether to add a constant.
     """
 
     def __init__(
@@ -103,9 +103,8 @@ def _trace(weights: Sequence[Tensor], slopes: Sequence[Tensor], x: Tensor) -> Te
 class ChainField(Field):
     r"""A chain of dense layers; time and context enter the first, or gate all (FFJORD, arXiv:1810.01367).
 
-    With ``squash`` each layer is :math:`(W h + b) \odot \sigma(g(t, c)) + u(t, c)` with linear :math:`g` and :math:`u`;
-    the last layer's gate depends on time alone.  Without it the first layer is :math:`W x + b + u(t, c)`, and the
-    others are linear.
+    With ``squash`` each layer is :math:`(W h + b) \odot \sigma(g(t, c)) + u(t, c)` with linear :math:`g` and :math:`u`,
+    and in the last layer :math:`g(t)`; else the first is :math:`W x + b + u(t, c)`, and others are linear.
 
     Args:
         event_shape: shape of one ``x``; events are flattened.

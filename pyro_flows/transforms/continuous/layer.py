@@ -116,29 +116,27 @@ def _increasing(times: Sequence[float] | Tensor) -> list[float]:
 class Continuous(FlowTransform):
     r"""A continuous flow: :math:`y = x + \int_0^1 v(t, z_t, c)\, dt` along :math:`\dot z = v` from :math:`z_0 = x`.
 
-    The log-determinant :math:`\int_0^1 \nabla \cdot v\, dt` (instantaneous change of variables) is integrated along.
-    Each direction is one solve, with as many evaluations of the field as the tolerance takes.  ``last_solve`` reports
-    on the latest, and :meth:`check_solve` measures its error.
+    The log-determinant :math:`\int_0^1 \nabla \cdot v\, dt` is integrated along.  Each direction is one solve, with as
+    many evaluations of the field as the tolerance takes; ``last_solve`` reports on the latest.
 
     **Divergence.**  ``"exact"`` costs about one more evaluation for plain fields of up to two hidden layers, else about
-    as many as there are dimensions :math:`D`.  ``"hutchinson"`` and ``"hutch++"`` are unbiased estimates by
-    ``num_probes`` products with the Jacobian, with noise that is fixed during a solve: new for each row and solve in
-    training; see ``scoring`` for ``eval()``, where the density is a function.  The basis of ``"hutch++"`` comes from
-    the Jacobian where a solve starts, in ``eval()`` from that at zero, half way.  ``"auto"`` is exact where that is
-    cheap or :math:`D \le 32`, else ``"hutchinson"``.
+    as many as there are dimensions :math:`D`.  ``"hutchinson"`` and ``"hutch++"`` are unbiased estimates by products
+    with the Jacobian, with noise that is fixed during a solve: new for each row and solve in training, and in
+    ``eval()``, where the density is a function, as ``scoring`` says.  The basis of ``"hutch++"`` comes from the
+    Jacobian where a solve starts, in ``eval()`` from that at zero, half way.  ``"auto"`` is exact where that is cheap
+    or :math:`D \le 32`, else ``"hutchinson"``.
 
-    **Gradients.**  ``"adjoint"`` solves backwards: memory independent of the evaluations, first derivatives only, exact
-    up to the tolerance.  ``"backprop"`` goes through the solver's steps, which are chosen for the value alone: exact
-    for what was computed, any number of derivatives, faster, with memory for each evaluation.  ``"auto"`` is
-    ``"backprop"`` where the first evaluation keeps at most 4 MiB and all of them 1 GiB, else (and under
-    ``torch.func``) the adjoint; ``last_solve`` says which.
+    **Gradients.**  ``"adjoint"`` solves backwards: memory independent of the evaluations, first derivatives, exact up
+    to the tolerance.  ``"backprop"`` goes through the solver's steps: exact for what was computed, any derivatives,
+    faster, with memory for each evaluation.  ``"auto"`` is ``"backprop"`` where the first evaluation keeps at most
+    4 MiB and all of them 1 GiB, else (and under ``torch.func``) the adjoint.
 
-    **Rows.**  An adaptive solver takes the same steps for all rows of a batch, chosen by their root mean square error:
-    a row's result depends on its batch mates, and a hard row may be off by more than the tolerance.  With ``per_row``
-    the hardest row decides, for more evaluations.  Fixed steps do not depend on mates.  Errors of steps add up and are
-    stretched along the way: at a tolerance of 1e-5 the log-density of 500 points by a flow of two moons was off by 16
-    tolerances (root mean square) and 143 (worst), and with ``per_row`` by 1.6 and 13, for 1.6 times the evaluations; a
-    row alone by 15 and 52 in both cases, and by about as much from itself among others (``examples/continuous.py``).
+    **Rows.**  Adaptive steps are the same for all rows of a batch, chosen by their root mean square error: a row's
+    result depends on its batch mates, and a hard row may be off by more than the tolerance.  With ``per_row`` the
+    hardest row decides.  Fixed steps do not depend on mates.  Errors of steps add up: at a tolerance of 1e-5 the
+    log-density of 500 points by a flow of two moons was off by 16 tolerances (root mean square) and 143 (worst), with
+    ``per_row`` by 1.6 and 13, for 1.6 times the evaluations; a row alone by 15 and 52 in both cases, and by about as
+    much from itself among others (``examples/continuous.py``).
 
     Args:
         event_shape: an ``input_dim`` or the shape of one event.
@@ -163,18 +161,13 @@ class Continuous(FlowTransform):
             exact, by :math:`D` products with the Jacobian in each evaluation.
 
     Raises:
-        ValueError: for options out of range, or a field that changes the shape, mixes rows, or has no gradient with
-            respect to ``x``.
+        ValueError: for options out of range, or a field that changes the shape, mixes rows, or hides its gradient.
         TypeError: for a field that is no module or cannot be called so; in a pass, for values in half precision.
-        RuntimeError: in a pass, if the field is not finite, or too stiff for ``solver_steps``; time and rows are named.
+        RuntimeError: in a pass, if the field is not finite, or too stiff for ``solver_steps``, with time and rows.
         NotImplementedError: for derivatives in forward mode.
 
     References:
-        Neural Ordinary Differential Equations (Chen et al., 2018), arXiv:1806.07366.
-        FFJORD: Free-form Continuous Dynamics for Scalable Reversible Generative Models (Grathwohl et al., 2019),
-        arXiv:1810.01367.
-        How to train your neural ODE: the world of Jacobian and kinetic regularization (Finlay et al., 2020),
-        arXiv:2002.02798.
+        Those of :func:`~pyro_flows.flows.cnf`, and
         Hutch++: Optimal Stochastic Trace Estimation (Meyer et al., 2021), arXiv:2010.09649.
     """
 
@@ -325,12 +318,11 @@ class Continuous(FlowTransform):
         Args:
             value: base-side, or data-side with ``density``.
             context: if the transform takes one.
-            density: which direction to check.
+            density: the direction.
 
         Returns:
-            The largest differences of values and of log-determinants (nats), with both reports.  They leave out the
-            error of a divergence's estimate, whose noise is the same.  In float32 no tolerance is finer than 1.2e-6:
-            near it the difference is rough, at it NaN.
+            The largest differences of values and of log-determinants (nats), without the error of an estimated
+            divergence, whose noise is the same.  In float32, rough near a tolerance of 1.2e-6, and NaN at it.
         """
         value = admit(self, value, context, density)
         settings = self.estimator if self.training else self._scorer()

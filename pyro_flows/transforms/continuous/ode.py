@@ -1,8 +1,7 @@
 """Integration of rows along a vector field by torchdiffeq, with gradients by the adjoint or through the solver.
 
-:func:`integrate` is the entry point.  The state is how far rows have moved, with columns that are integrated along, in
-one tensor.  It starts at zero, so rounding is relative to the way and not to the place, and a field that is zero moves
-nothing at all.  Tolerances are relative to the place: ``atol + rtol * |x|``.
+The state is how far rows have moved, and the columns, in one tensor.  It starts at zero, so rounding is relative to the
+way and not to the place, and a field that is zero moves nothing.  Tolerances are relative to the place.
 
 The adjoint is a second solve backwards (arXiv:1806.07366, appendix B) of ``x``, of the gradient with respect to it and
 of those with respect to parameters, whose error does not steer the steps (arXiv:2009.09457).  Its tolerance is relative
@@ -72,9 +71,7 @@ def integrate(
         Where rows end, shape ``(n, D)``, and the integrals of the columns, shape ``(n, num_columns)``.
 
     Raises:
-        ValueError: if ``x`` is not finite.
-        RuntimeError: if the field is not, or the solver makes no headway; time and rows are named.
-        NotImplementedError: for derivatives in forward mode.
+        ValueError, RuntimeError, NotImplementedError: as in ``Continuous``.
     """
     call = Call(dynamics, settings, report, span)
     tensors = (*shared, *rowwise)
@@ -263,7 +260,7 @@ def _warn_of_lost(call: Call, found: Tensor, began: Tensor) -> None:
 
 
 def _moving(t: Tensor, need: bool) -> Tensor:
-    """A leaf that requires a gradient as needed: the tensor itself if possible, so that modules use their own."""
+    """A leaf that requires a gradient as needed: the tensor itself if possible."""
     if plain_eager() and t.is_leaf and t.requires_grad == need:
         return t
     return t.detach().requires_grad_(need)
