@@ -18,7 +18,7 @@ from pyro_flows.distributions.made.head import Calls, Head
 from pyro_flows.inverse.buffers import ForwardSweep, Solver, columns_at_once
 from pyro_flows.nets.activations import Activation, activation_functions
 from pyro_flows.nets.degrees import Degrees, even_degrees, least_degree
-from pyro_flows.nets.masked_pass import Layout, masked_network
+from pyro_flows.nets.masked_pass import MaskedLayers, masked_network
 from pyro_flows.nets.structure import Cut, Structure, keep
 
 __all__ = ["Member", "SharedNetwork", "draw_units"]
@@ -193,7 +193,7 @@ class SharedNetwork(nn.Module):
         self.hidden_dims, self.is_direct = tuple(hidden_dims), direct and bool(hidden_dims)
         inputs, outputs = head.input_dim * head.num_features, head.input_dim * head.num_params
         sizes = (inputs, *self.hidden_dims, outputs)
-        self.layout = Layout(
+        self.layout = MaskedLayers(
             activation_functions(activation, len(self.hidden_dims)), frozenset(), (WHOLE,) * (len(sizes) - 1), None
         )
         for k, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes)):
@@ -247,7 +247,7 @@ class SharedNetwork(nn.Module):
         x = features.flatten(-2)
         out = masked_network(self.layout, x, self._first_bias(context, bits), weights, biases[1:], bits[: len(weights)])
         if self.is_direct:
-            plain = Layout((), frozenset(), (WHOLE,), None)
+            plain = MaskedLayers((), frozenset(), (WHOLE,), None)
             none = self.direct.new_zeros(self.direct.shape[0])
             bias = none if self.mask_direct is None else _seen(self.mask_direct, bits[-1])
             out = out + masked_network(plain, x, bias, [self.direct], [], bits[-1:])
