@@ -195,7 +195,7 @@ class DistributionHead(Head):
         return (value.sign() * value.abs().log1p() if self._counts else value).unsqueeze(-1)
 
     def fixed_points(self) -> list[float]:
-        """As in :class:`Head`, of families that learn the arguments which absorb a change of units."""
+        """As in ``Head``, of families that learn the arguments which absorb a change of units."""
         points = super().fixed_points()
         learned = set(self.arguments)
         moves = {"loc", "scale"} <= learned if math.isnan(points[0]) else bool({"loc", "scale", "rate"} & learned)

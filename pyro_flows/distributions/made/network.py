@@ -158,7 +158,7 @@ class Sampler:
             noise = torch.rand(size, dims, dtype=out.dtype, device=out.device)
             if given is not None:
                 noise[:, : self.known] = given[part].index_select(1, self.order[: self.known]).to(out.dtype)
-            sweep = self.solver.borrow(ForwardSweep, noise, size, self._weights, self._biases, own)
+            sweep: Any = self.solver.borrow(ForwardSweep, noise, size, self._weights, self._biases, own)
             sweep.run(noise, first[part] if own else first, self._weights, [])
             out[part] = sweep.x.T
             self.solver.give_back(sweep)
@@ -245,7 +245,9 @@ class SharedNetwork(nn.Module):
         weights, biases = self._weights()
         bits = self.bits(member)
         x = features.flatten(-2)
-        out = masked_network(self.layout, x, self._first_bias(context, bits), weights, biases[1:], bits[: len(weights)])
+        out: Any = masked_network(
+            self.layout, x, self._first_bias(context, bits), weights, biases[1:], bits[: len(weights)]
+        )
         if self.is_direct:
             plain = MaskedLayers((), frozenset(), (WHOLE,), None)
             none = self.direct.new_zeros(self.direct.shape[0])
