@@ -753,7 +753,7 @@ def test_distributions_that_do_not_fit_say_why():
         DistributionHead(dist.Uniform)
     with pytest.raises(ValueError, match="no real number can be mapped; fix it by fixed="):
         DistributionHead(dist.Binomial, ["total_count"])
-    with pytest.raises(ValueError, match="support of Pareto depends on what is learnt"):
+    with pytest.raises(ValueError, match="support of Pareto depends on learned arguments"):
         DistributionHead(dist.Pareto)
     with pytest.raises(ValueError, match=r"Gamma has no arguments \['shape'\]"):
         DistributionHead(dist.Gamma, ["shape"])

@@ -57,7 +57,7 @@ def _choosing(logits: Tensor, z: Tensor, room: Tensor, coded: Tensor, beyond: Te
         partial(z.mul_, room[:, -1]),  # all categories share the rounding
         partial(room.le_, z.unsqueeze(1)),
     ]
-    if beyond is not None:  # a parallel sum may be smaller at the last category than behind it
+    if beyond is not None:  # an accelerator's parallel sum may be smaller at the last category than behind it
         calls.append(partial(room.masked_fill_, beyond, 0))
     return [
         *calls,
@@ -289,10 +289,11 @@ class CategoricalHead(Head):
             calls = _choosing(params, z, probs, coded)
         else:
             excess, last = self.excess[dims].unsqueeze(-1), self.last[dims, None, None]
+            beyond = None if x.device.type == "cpu" else self.index.unsqueeze(-1) >= last
             calls = [
                 partial(probs.copy_, params),
                 partial(probs.masked_fill_, excess, -math.inf),
-                *_choosing(probs, z, probs, coded, self.index.unsqueeze(-1) >= last),
+                *_choosing(probs, z, probs, coded, beyond),
             ]
         return [*calls, partial(torch.sum, probs, 1, out=x), _spoiling(x, z)]
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pyro_flows.core.checks import choice, integer, positive_integers
 from pyro_flows.core.recipes import remembered
-from pyro_flows.nets.activations import activation_function, slope
+from pyro_flows.nets.activations import activation_function, value_and_slope
 from pyro_flows.nets.convolutional import image_shape
 from pyro_flows.transforms.continuous.fields import Field
 
@@ -198,13 +198,14 @@ class ChainField(Field):
                 tangents = tangents if gate is None else tangents * gate
             if k == count - 1:
                 break
-            h = self.activation(pre)
-            if trace or tangents is not None:
-                each = slope(self.activation, pre, h)
-                if trace:
-                    slopes.append(each if gate is None else each * gate)
-                if tangents is not None:
-                    tangents = tangents * each
+            if tangents is None and not trace:
+                h = self.activation(pre)
+                continue
+            h, each = value_and_slope(self.activation, pre)
+            if trace:
+                slopes.append(each if gate is None else each * gate)
+            else:
+                tangents = tangents * each
         return pre, tangents, weights, slopes
 
 
@@ -284,7 +285,9 @@ class ConvField(Field):
                 tangents = tangents if gate is None else tangents * gate
             if k == len(self.layers) - 1:
                 return pre, tangents
-            h = self.activation(pre)
-            if tangents is not None:
-                tangents = tangents * slope(self.activation, pre, h)
+            if tangents is None:
+                h = self.activation(pre)
+            else:
+                h, each = value_and_slope(self.activation, pre)
+                tangents = tangents * each
         return h, tangents
