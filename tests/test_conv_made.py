@@ -446,5 +446,5 @@ def test_wrong_values_and_contexts():
         shaken((1, 3, 4)).sample((), context)
     normal = shaken((1, 2, 2), NormalHead())
     assert normal.score(torch.full((1, 2, 2), math.nan, dtype=F64), None).isnan()
-    with pytest.raises(NotImplementedError, match="reparameterised"):
+    with pytest.raises(NotImplementedError, match="reparameterized"):
         shaken((1, 2, 2), "bernoulli").rsample()

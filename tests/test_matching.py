@@ -562,7 +562,7 @@ def test_what_is_not_finite_is_named():
 def test_an_error_of_the_solver_does_not_undo_the_fit():
     flow = pf.cnf(2, **SMALL, solver_steps=1)
     with pytest.warns(
-        RuntimeWarning, match="is trained, but its held-out log-likelihood could not be had: .*max_steps"
+        RuntimeWarning, match="is trained, but its held-out log-likelihood could not be had: .*solver_steps"
     ):
         found = match(flow, cloud(), lr=0.05, max_epochs=10)
     assert math.isnan(found.validation) and len(found.history["train"]) == 10
