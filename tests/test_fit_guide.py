@@ -535,7 +535,7 @@ def test_densities_that_are_not_finite_in_places():
     assert abs(found.log_evidence - math.log1p(-inside)) < 0.3
 
 
-@pytest.mark.parametrize("kind", [ValueError, RuntimeError])
+@pytest.mark.parametrize("kind", full_but([ValueError, RuntimeError], ValueError))
 def test_densities_that_raise_in_places(kind):
     """A constraint that breaks, or a factorisation that fails, at some draws."""
 

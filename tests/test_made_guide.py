@@ -132,6 +132,7 @@ def test_one_particle_after_another_gives_the_same_gradient():
     agree(gradients(guide, program(guide), TraceGraph_ELBO(num_particles=2), 120), exact_gradient(guide))
 
 
+@pytest.mark.full
 def test_a_learnt_baseline_reduces_the_variance_and_not_the_mean():
     guide, baseline = Guide(), Baseline()
     run = program(guide, nn_baseline=baseline, nn_baseline_input=SEEN)
@@ -222,6 +223,7 @@ def test_prior_scores_with_observations():
     torch.testing.assert_close(trace.log_prob_sum(), want)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("form", [Trace_ELBO, TraceGraph_ELBO])
 def test_prior_and_guide_learn_together(form):
     prior, guide = shaken(pf.MADE(CAUSES, hidden_dims=(5,)).double()), Guide()
