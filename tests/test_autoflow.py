@@ -40,9 +40,9 @@ from pyro.optim import Adam
 
 import pyro_flows as pf
 from pyro_flows.infer import AlphaDivergence, AutoFlow, DReGELBO, ForwardKL, PathELBO, fit_guide
-from pyro_flows.infer.guides.loop import Adam as FitAdam
 from pyro_flows.infer.guides.loop import speeds_of
 from pyro_flows.infer.guides.posterior import Steady
+from pyro_flows.infer.machine.adam import Adam as FitAdam
 from tests.cases import full_but, shake
 from tests.test_latents import SUPPORTS, improper
 

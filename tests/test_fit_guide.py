@@ -23,7 +23,8 @@ from pyro.nn import PyroModule
 import pyro_flows as pf
 from pyro_flows.infer import AutoFlow, fit_guide, load_guide
 from pyro_flows.infer.diagnostics.verdict import LABELS, Verdict
-from pyro_flows.infer.guides.loop import Adam, emphasis
+from pyro_flows.infer.guides.loop import emphasis
+from pyro_flows.infer.machine.adam import Adam
 
 pytestmark = pytest.mark.usefixtures("double")
 

@@ -323,7 +323,7 @@ BAD = [
     (lambda: pf.Flow(pf.maf(3), dist.Normal(torch.zeros(3), 1.0)), r"call .to_event\(\) on it"),
     (lambda: pf.Flow(pf.maf(3), dist.Normal(torch.zeros(4), 1.0).to_event(1)), r"shape \(3,\).*shape \(4,\)"),
     (lambda: pf.Flow(pf.maf(3), pf.DiagonalNormal((1, 3))), r"event shape \(3,\).*event shape \(1, 3\)"),
-    (lambda: pf.Flow(pf.maf(3, context_dim=2))(), r"context_dim=2: call flow\(context\)"),
+    (lambda: pf.Flow(pf.maf(3, context_dim=2))(), r"context_dim=2: call it with a context"),
     (lambda: pf.Flow(pf.maf(3, context_dim=2)).log_prob(torch.zeros(3)), "context_dim=2"),
     (lambda: pf.Flow(pf.maf(3))(torch.zeros(2)), "context_dim=0"),
     (lambda: pf.Flow(pf.maf(3)).log_prob(torch.zeros(4)), "last dimension 3|Value is not broadcastable|event"),

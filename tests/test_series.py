@@ -774,7 +774,7 @@ def waves_with_trend(rows=200, times=12):
 def test_series_are_standardised_by_channel(name):
     data = waves_with_trend()
     chain = BUILDERS[name]((2, 12))
-    fit = pf.fit_density(chain, data, max_steps=8, validation_fraction=0, progress=False)
+    fit = pf.fit_density(chain, data, steps=8, validation_fraction=0, progress=False)
     units = fit.model.chain[len(fit.model.chain) - 1]
     assert isinstance(units, pf.Standardization) and units.loc.shape == (2, 1) and units.event_shape == (2, 12)
     pooled = data.movedim(1, 0).flatten(1)
@@ -809,7 +809,7 @@ def test_other_flows_are_standardised_by_column():
     data = waves_with_trend()
     two_sided = pf.mintnet((2, 12), num_layers=1, num_groups=2)
     for chain in (two_sided, pf.Chain([maf((2, 12)), pf.Rescaling((2, 12))])):
-        fit = pf.fit_density(chain, data, max_steps=2, validation_fraction=0, progress=False)
+        fit = pf.fit_density(chain, data, steps=2, validation_fraction=0, progress=False)
         units = fit.model.chain[len(fit.model.chain) - 1]
         assert units.loc.shape == (2, 12)
         torch.testing.assert_close(units.loc, data.mean(0), rtol=1e-4, atol=1e-4)
@@ -820,7 +820,7 @@ def test_states_of_flows_that_learn_a_base_alone(event):
     """Nothing is before the standardisation, so that nothing says that times share their units."""
     parts = [pf.Standardization(torch.zeros(event), torch.ones(event)), ExpTransform()]
     flow = pf.Flow(pf.Chain(parts), pf.DiagonalNormal(event, learnable=True))
-    fit = pf.fit_density(flow, torch.randn(50, *event).exp(), max_steps=2, validation_fraction=0, progress=False)
+    fit = pf.fit_density(flow, torch.randn(50, *event).exp(), steps=2, validation_fraction=0, progress=False)
     loaded = standardized(pf.Flow(pf.Chain(parts), pf.DiagonalNormal(event, learnable=True)))
     loaded.load_state_dict(fit.model.state_dict())
     y = torch.randn(5, *event).exp()

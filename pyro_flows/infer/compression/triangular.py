@@ -20,7 +20,7 @@ from pyro_flows.core.transform import FlowTransform
 from pyro_flows.distributions import Dequantized, Flow
 from pyro_flows.infer.compression.conditionals import Conditionals, Read, snapshot
 from pyro_flows.infer.compression.cumulative import Edges
-from pyro_flows.infer.density.units import StandardizedFlow, is_plain_flow
+from pyro_flows.infer.density.units import is_plain_flow
 from pyro_flows.infer.uses.surprise import is_elementwise, leaves_of, single_base
 from pyro_flows.transforms import ActNorm, LogitPixels, Mint
 from pyro_flows.transforms.mint.orders import as_image, ranks
@@ -155,9 +155,7 @@ class FlowConditionals(Conditionals):
         return last, layers
 
     def _parts(self, context: Tensor | None) -> list[tuple[FlowTransform, Tensor | None, bool]]:
-        if context is not None and isinstance(self.flow, StandardizedFlow):
-            context = self.flow.scaled(context)
-        return list(reversed(list(leaves_of(self.flow.chain, context, False))))
+        return list(reversed(list(leaves_of(self.flow.chain, self.flow.inner_context(context), False))))
 
     @torch.no_grad()
     def _seen(self, x: Tensor, context: Tensor | None) -> list[_Seen | None]:

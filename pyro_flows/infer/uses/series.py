@@ -13,7 +13,7 @@ from torch.distributions import Distribution, constraints
 from pyro_flows.core.checks import admit, refuse_other_kind
 from pyro_flows.core.steps import Stepper, at_any_time
 from pyro_flows.distributions import Flow
-from pyro_flows.infer.density.units import StandardizedFlow, is_plain_flow
+from pyro_flows.infer.density.units import is_plain_flow
 from pyro_flows.infer.uses.surprise import leaves_of, single_base, surprise
 
 __all__ = ["Stream", "step_log_prob"]
@@ -76,7 +76,7 @@ class Stream:
                     f"{tuple(context.shape)}"
                 )
             self._widen("a context", context)
-            context = flow.scaled(context) if isinstance(flow, StandardizedFlow) else context
+            context = flow.inner_context(context)
         leaves = list(leaves_of(flow.chain, context, False))
         for part, own, _ in leaves:
             if own is not None and own is not context:
@@ -288,9 +288,7 @@ def step_log_prob(flow: Flow, value: Tensor, context: Tensor | None = None, *, l
         value = admit(flow.chain, value, context, data_side=True)
         inside = _inside(lengths, value)
         value = torch.where(inside.unsqueeze(-2), value, value[..., :1])  # numbers that have a density
-    if isinstance(flow, StandardizedFlow) and context is not None:
-        context = flow.scaled(context)
-    scores = -surprise(flow, value, context, "step_log_prob", by_time=True).sum(-2)
+    scores = -surprise(flow, value, flow.inner_context(context), "step_log_prob", by_time=True).sum(-2)
     return scores if inside is None else torch.where(inside, scores, 0.0)
 
 

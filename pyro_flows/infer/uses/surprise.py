@@ -13,7 +13,7 @@ from pyro_flows.core.checks import admit
 from pyro_flows.core.transform import Conditioned, FlowTransform, Inverse
 from pyro_flows.core.wrap import Wrap
 from pyro_flows.distributions import Dequantized, Flow
-from pyro_flows.infer.density.units import StandardizedFlow, is_plain_flow
+from pyro_flows.infer.density.units import is_plain_flow
 from pyro_flows.infer.uses.anomaly import evaluating
 from pyro_flows.transforms import ActNorm, Autoregressive, LogitPixels, Rescaling, Standardization
 
@@ -64,8 +64,7 @@ def pixel_scores(model: Flow | Dequantized, value: Tensor, context: Tensor | Non
         flow, values = model, (value,)
     if not is_plain_flow(flow):
         raise TypeError(f"pixel_scores: expected a Flow, or a Dequantized of one, got {type(flow).__name__}")
-    if isinstance(flow, StandardizedFlow) and context is not None:
-        context = flow.scaled(context)
+    context = flow.inner_context(context)
     with evaluating(flow):
         return sum(surprise(flow, each, context) for each in values) / len(values)
 
