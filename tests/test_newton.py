@@ -641,6 +641,7 @@ def grads_of(net, z, rowwise, shared):
     return function, inputs
 
 
+@pytest.mark.full
 def test_gradcheck():
     net = Net(4, groups=2)
     function, inputs = grads_of(net, draw(net, 2), context(net, 2), net.parameters(1.5))
