@@ -341,6 +341,7 @@ def test_differentiable_draws(event):
     assert noise.mean((0, 1)).abs().max() < 0.12
 
 
+@pytest.mark.full
 def test_func_and_compile():
     made = shaken((2, 3, 4), "normal", context_dim=2)
     x, context = torch.randn(5, 2, 3, 4, dtype=F64), torch.randn(5, 2, dtype=F64)

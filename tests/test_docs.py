@@ -12,7 +12,6 @@ import matplotlib
 import pyro
 import pytest
 import torch
-from cases import full_but
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted({*ROOT.glob("README.md"), *(p for p in (ROOT / "docs").rglob("*.md") if "_build" not in p.parts)})
@@ -34,7 +33,8 @@ def test_blocks_are_found():
     assert list(blocks(text)) == [(3, "python", "x = 1\n"), (9, "python", "y = x + 1\n"), (12, "", "no = code\n")]
 
 
-@pytest.mark.parametrize("page", full_but(PAGES, ROOT / "README.md"), ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.full
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_python_blocks_run(page, tmp_path, monkeypatch):
     code = [(line, source) for line, language, source in blocks(page.read_text()) if language == "python"]
     if not code:

@@ -357,6 +357,7 @@ def entries(content, *where):
             yield from entries(value, *where, key)
 
 
+@pytest.mark.full
 def test_missing_and_other_parts_are_refused(fit, tmp_path):
     path, options = tmp_path / "guide.pt", {"kind": result.KIND, "version": result.VERSION}
     fit.save(path)

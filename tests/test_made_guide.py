@@ -169,6 +169,7 @@ def test_svi_lowers_the_exact_divergence(relaxed):
     assert guide.kl(SEEN).sum().item() < 0.25 * before
 
 
+@pytest.mark.full
 def test_a_context_that_depends_on_a_discrete_draw_keeps_its_gradient():
     first = nn.Parameter(torch.tensor(1.5, dtype=torch.float64))
     made = shaken(pf.MADE(2, hidden_dims=(8,), context_dim=1, activation="silu").double())
