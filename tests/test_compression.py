@@ -210,7 +210,7 @@ def test_several_pieces(coder, monkeypatch):
     model = MODELS["image"]()
     x, context = rows_of(model, 23)
     whole = Codec(model).encode(x, context)
-    monkeypatch.setattr("pyro_flows.infer.compression.codec._MOST_ROWS", 5)
+    monkeypatch.setattr("pyro_flows.infer.compression.codec.MOST_ROWS", 5)
     codec = Codec(model)
     pieces = codec.encode(x, context)
     assert len(container.unpack(pieces)[1]) == 5

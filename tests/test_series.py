@@ -727,7 +727,7 @@ def test_what_step_log_prob_refuses():
         step_log_prob(flow, torch.randn(3, 2, 5), lengths=[1, 2, 3])
     with pytest.raises(TypeError, match="expected a tensor, got list"):
         step_log_prob(flow, [[0.0]], lengths=[1])
-    with pytest.raises(ValueError, match="outside of it; pad series, and tell their lengths"):
+    with pytest.raises(ValueError, match="outside of it; pad series, and give their lengths"):
         step_log_prob(flow, y * torch.nan, lengths=[1, 2, 3])
 
 

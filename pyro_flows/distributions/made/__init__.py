@@ -2,8 +2,8 @@
 
 from pyro_flows.distributions.made.autoregressive import AutoregressiveDistribution, AutoregressiveModel
 from pyro_flows.distributions.made.composed import DistributionHead, MixedHead
-from pyro_flows.distributions.made.head import Head
 from pyro_flows.distributions.made.convolutional import ConvMADE
+from pyro_flows.distributions.made.head import Head
 from pyro_flows.distributions.made.heads import (
     BernoulliHead,
     CategoricalHead,
