@@ -46,11 +46,11 @@ def pytest_collection_modifyitems(items):
     """Leaves to the full suite what a product of parameters only repeats.
 
     Of a test with several parameters, the diagonal of the product is unmarked: every value of each occurs, and not
-    every pair. A test whose pairs are what it is about has the mark ``pairs``.
+    every pair. Where a pair is what a test is about, it is a row of one ``parametrize``.
     """
     products = {}
     for item in items:
-        if hasattr(item, "callspec") and not any(map(item.get_closest_marker, ("full", "slow", "pairs"))):
+        if hasattr(item, "callspec") and not any(map(item.get_closest_marker, ("full", "slow"))):
             products.setdefault(item.nodeid.partition("[")[0], []).append(item)
     for product in products.values():
         ids = [item.callspec._idlist for item in product]  # one for each parameter
