@@ -338,7 +338,9 @@ def test_amortised_in_a_plate():
 # Trouble.
 
 
-@pytest.mark.parametrize("after, message", [(None, "makes no headway"), (700, "not finite")])
+@pytest.mark.parametrize(
+    "after, message", [(None, "makes no headway"), pytest.param(700, "not finite", marks=pytest.mark.full)]
+)
 def test_a_field_that_breaks_ends_a_fit_in_words(after, message):
     builder = partial(pf.cnf, field=Breaking(10, after), solver_steps=100)
     with pytest.raises(RuntimeError, match=rf"Continuous \(10,\): .*{message}.*rows (are )?\["):
