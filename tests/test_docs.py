@@ -65,3 +65,11 @@ def test_links_to_files_lead_somewhere():
         targets = [t for t in re.findall(r"\]\(([^)#\s]+)[^)]*\)", prose) if not re.match(r"[a-z]+:", t)]
         offenders += [f"{page}: {target}" for target in targets if not (page.parent / target).exists()]
     assert offenders == []
+
+
+def test_ci_runs_the_set_up_commands_of_the_readme():
+    """The first as it stands, and the second last, so that the closing line of pytest ends the output."""
+    readme = (ROOT / "README.md").read_text()
+    first, second, *_ = [code.strip() for _, language, code in blocks(readme) if language == "sh"]
+    lines = (ROOT / ".ci" / "run").read_text().splitlines()
+    assert f"({first})" in lines and lines[-1] == f"({second})"
