@@ -659,7 +659,7 @@ def test_digits_are_learnt():
     train, validation, test = raw[:1297], raw[1297:1497], raw[1497:]
     flow = pf.mintnet((1, 8, 8), num_layers=8, num_groups=(16, 16), squeeze=1)
     model = pf.Dequantized(pf.Chain([*flow, pf.LogitPixels((1, 8, 8), 17, margin=1e-6)]), 17)
-    options = {"lr": 6e-3, "batch_size": 64, "schedule": "cosine", "weight_decay": 0.3, "max_steps": 1000}
+    options = {"lr": 6e-3, "batch_size": 64, "schedule": "cosine", "weight_decay": 0.3, "steps": 1000}
     fit_density(model, train.numpy(), validation.numpy(), progress=False, **options)
     with torch.no_grad():
         bits = float(pf.bits_per_dim(model.scores(test, draws=4).mean(), (1, 8, 8)))

@@ -17,6 +17,7 @@ __all__ = [
     "KNOWN",
     "Activation",
     "KnownActivation",
+    "activation_function",
     "activation_functions",
     "in_place",
     "isru",
@@ -169,17 +170,19 @@ def activation_functions(activation: Activation, layers: int) -> tuple[Function,
     given = list(activation) if isinstance(activation, list | tuple) else [activation]
     if not given:
         raise ValueError("expected at least one activation, got an empty sequence")
-    found = [_function(each) for each in given]
+    found = [activation_function(each) for each in given]
     return tuple((found + found[-1:] * layers)[:layers])
 
 
-def _function(activation: str | Function) -> Function:
+def activation_function(activation: str | Function) -> Function:
+    """The elementwise function of a name, or the function itself."""
     if isinstance(activation, str):
         return KNOWN[choice("", "activation", activation, KNOWN, "a function")].value
     if isinstance(activation, nn.Module) and any(True for _ in activation.parameters()):
         raise ValueError("expected an activation without parameters: the networks here treat it as a fixed function")
-    if not callable(activation):
-        raise TypeError(f"expected activation to be a name or a function, got {type(activation).__name__}")
+    if isinstance(activation, type) or not callable(activation):
+        got = f"the class {activation.__name__}" if isinstance(activation, type) else type(activation).__name__
+        raise TypeError(f"expected activation to be a name or a function, e.g. torch.sin, got {got}")
     return activation
 
 
