@@ -45,7 +45,7 @@ def coupling(univariate: pf.univariate.Univariate) -> pf.FlowTransform:
 
 
 def conv_coupling(univariate: pf.univariate.Univariate) -> pf.FlowTransform:
-    options = {"channels": 3, "num_blocks": 1, "activation": "elu", "context_dim": CONTEXT_DIM}
+    options = {"hidden_channels": 3, "num_blocks": 1, "activation": "elu", "context_dim": CONTEXT_DIM}
     return pf.ConvCoupling((2, 2, 2), univariate, **options)
 
 

@@ -725,7 +725,7 @@ def test_gradients_taken_under_autocast_are_the_same():
             ((1, 4, 4), {"activation": a}, "never fall")
             for a in ("silu", "gelu", "mish", "relu", torch.nn.GELU(), F.elu)
         ),
-        ((1, 4, 4), {"activation": torch.nn.Dropout()}, "dropout and batch normalisation"),
+        ((1, 4, 4), {"activation": torch.nn.Dropout()}, "dropout and batch normalization"),
     ],
 )
 def test_layers_refuse(shape, options, message):
