@@ -227,7 +227,7 @@ class Coupling(FlowTransform):
             features = features.view(*batch, features.shape[-1])
         params = self.net(features, context)
         if context is not None and len(batch) != 1:
-            params = params.flatten(0, -3)
+            params = params.reshape(batch.numel(), *params.shape[-2:])
         move = self.univariate.inverse if inverse else self.univariate.forward
         moved, slope = move(moved.t(), params.transpose(0, 1))
         return parting.join(kept, moved.t()), slope.sum(0)
