@@ -219,7 +219,14 @@ class Affine(Univariate):
         return scale, by_params, zero, torch.stack((zero, weight * bend))
 
     def run(self, inverse: bool, z: Tensor, params: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        return *self._move(inverse, z, *params.unbind()), ()
+        if self.gain != 1:
+            return *self._move(inverse, z, *params.unbind()), ()
+        shift, raw = params.unbind()
+        bound, dtype = self.max_log_scale, raw.dtype
+        ladj = (raw * number(1.0 / bound, dtype)).tanh_().mul_(number(-bound if inverse else bound, dtype))
+        if inverse:
+            return (z - shift).mul_(ladj.exp()), ladj, ()
+        return torch.addcmul(shift, z, ladj.exp()), ladj, ()
 
     def pull(
         self, inverse: bool, z: Tensor, x: Tensor, ladj: Tensor, kept: Sequence[Tensor], grad: Tensor, grad_ladj: Tensor
