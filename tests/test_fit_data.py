@@ -202,8 +202,8 @@ TYPE_ERRORS = {
     "mapping": (lambda: fit(flow(), DataLoader([{"x": 1.0}] * 50)), r"yield x, .*, got a dict"),
     "distribution": (lambda: fit(flow()(), normal(50, 2)), "got FlowDistribution; .*the module that made it"),
     "transform": (lambda: fit(ExpTransform(), normal(50, 2)), r"got ExpTransform; put .* in a Chain"),
-    "module": (lambda: fit(nn.Linear(2, 2), normal(50, 2)), r"got Linear; .*wants a method log_prob"),
-    "optimizer": (lambda: fit(flow(), normal(50, 2), optimizer="adam"), "torch optimiser, .* got str"),
+    "module": (lambda: fit(nn.Linear(2, 2), normal(50, 2)), r"got Linear; .*needs a method log_prob"),
+    "optimizer": (lambda: fit(flow(), normal(50, 2), optimizer="adam"), "torch optimizer, .* got str"),
     "optimizer-factory": (lambda: fit(flow(), normal(50, 2), optimizer=lambda p: None), "got NoneType"),
 }
 
@@ -257,8 +257,8 @@ def test_close_to_dependent_is_accepted():
 def test_constant_contexts_are_harmless():
     context = torch.cat([torch.ones(100, 1), torch.randn(100, 1)], 1)
     found = fit(flow(2, 2), torch.randn(100, 2), context=context)
-    assert found.model.context_scale[0] == 1
-    assert found.model(torch.tensor([1.0, 0.0])).sample().isfinite().all()
+    assert found.distribution.context_scale[0] == 1
+    assert found.distribution(torch.tensor([1.0, 0.0])).sample().isfinite().all()
 
 
 # Spikes

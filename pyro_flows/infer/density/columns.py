@@ -73,7 +73,7 @@ def _pieces(constraint: constraints.Constraint, *views: Tensor) -> list[tuple[An
         return [(constraint, *views)]
     axis = constraint.dim if constraint.dim < 0 else constraint.dim - views[0].dim()
     stacked = isinstance(constraint, constraints.stack)
-    lengths = [1] * len(constraint.cseq) if stacked else constraint.lengths
+    lengths = [1] * len(constraint.cseq) if isinstance(constraint, constraints.stack) else constraint.lengths
     if axis <= -views[0].dim() or views[0].shape[axis] != sum(lengths):
         return [(constraint, *views)]  # over the rows, or of other events than these
     found, start = [], 0
@@ -201,7 +201,6 @@ class Precision:
     def __init__(self) -> None:
         self._rows = 0
         self._pieces: list[tuple[Tensor, Tensor]] = []
-        self.dtypes: tuple[torch.dtype, torch.dtype] | None = None
 
     def add(self, given: Tensor, converted: Tensor) -> None:
         """Takes another piece, before and after the conversion, shape ``(rows, *event_shape)``."""
@@ -215,7 +214,6 @@ class Precision:
         chosen = [piece[::step][: _ROWS - self._rows].cpu() for piece in (given, converted)]
         self._pieces.append((chosen[0], chosen[1]))
         self._rows += len(chosen[0])
-        self.dtypes = (given.dtype, converted.dtype)
 
     def merged(self) -> dict[int, tuple[int, int]]:
         """Columns that lose a good part of their distinct numbers: how many there were, and how many are left."""
@@ -229,7 +227,7 @@ class Precision:
 
     def told(self, what: str) -> str:
         """What to say of the columns that :meth:`merged` finds, and what to do."""
-        merged, (given, used) = self.merged(), self.dtypes
+        merged, (given, used) = self.merged(), (piece.dtype for piece in self._pieces[0])
         columns = ", ".join(map(str, list(merged)[:8])) + (", …" if len(merged) > 8 else "")
         before, after = next(iter(merged.values()))
         remedy = "flow.float()" if used.itemsize < 4 and given.itemsize == 4 else "flow.double()"

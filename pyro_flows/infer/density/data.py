@@ -105,7 +105,7 @@ def _plain(given: Tensor, name: str, what: str) -> Tensor:
     if given.is_complex():
         raise TypeError(f"{name}: expected {what} to be real numbers, got {given.dtype}; {_HINTS['c']}")
     if hasattr(given, "get_mask"):
-        given = given.get_data()
+        given = given.get_data()  # type: ignore[attr-defined]  # of torch's masked tensors
     given = given.detach()
     given = (given if given.layout is torch.strided else given.to_dense()).as_subclass(Tensor)
     if given.dtype in _UNSIGNED:

@@ -75,7 +75,8 @@ def _without_density(head: Head, rows: Tensor) -> Tensor:
     if isinstance(head, MixedHead):
         found = torch.zeros_like(rows, dtype=torch.bool)
         for part, dims in zip(head.heads, head.places, strict=True):
-            found[:, dims] = _without_density(part, rows[:, dims])
+            if isinstance(part, Head):
+                found[:, dims] = _without_density(part, rows[:, dims])
         return found
     if head.discrete or head.constraint is None:
         return torch.zeros_like(rows, dtype=torch.bool)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_flows.core.chain import leaves
 from pyro_flows.distributions import Flow
 from pyro_flows.infer.guides.posterior import frozen
 from pyro_flows.infer.machine.adam import Adam
@@ -22,7 +23,7 @@ from pyro_flows.infer.machine.pace import rows_at_once
 from pyro_flows.infer.models.joint import FAILURES
 from pyro_flows.transforms import Preconditioner
 
-__all__ = ["CHECKPOINT", "GuideTraining", "History", "speeds_of"]
+__all__ = ["CHECKPOINT", "GuideTraining", "History", "affine_end", "speeds_of"]
 
 CHECKPOINT = CheckpointFormat(
     "fit_guide",
@@ -107,10 +108,15 @@ def speeds_of(flow: Flow) -> dict[int, float]:
     speeds = {}
     for layer in flow.modules():
         gain = getattr(getattr(layer, "univariate", None), "gain", 1.0)
-        tensors = None if gain == 1 else layer.net.tensors()
-        if tensors is not None:
+        net = getattr(layer, "net", None)
+        if gain != 1 and net is not None and (tensors := net.tensors()) is not None:
             speeds.update({id(each[-1]): 1 / gain for each in tensors[:2]})
     return speeds
+
+
+def affine_end(flow: Flow) -> Preconditioner:
+    """The affine map at the data end of a guide's flow."""
+    return next(part for part in reversed(leaves(flow.chain)) if isinstance(part, Preconditioner))
 
 
 class GuideTraining(TrainingLoop):
@@ -161,18 +167,14 @@ class GuideTraining(TrainingLoop):
         self._moments: list[list[Tensor]] = []  # to go on with
         self._places = [(m._parameters, n, p) for m in flow.modules() for n, p in m._parameters.items()]
 
-    @property
-    def preconditioner(self) -> Preconditioner:
-        """The affine end."""
-        return self.flow.chain[-1]
-
     def train(self) -> None:
         """Trains in all phases that are left."""
         self.flow.train()
         if self.phase == "affine":
-            self._phase(Flow(self.preconditioner, self.flow.base), 0.0, WARM, WARM_RATES)
+            affine = affine_end(self.flow)
+            self._phase(Flow(affine, self.flow.base), 0.0, WARM, WARM_RATES)
             with interrupts_held_back():
-                self.preconditioner.fold()
+                affine.fold()
                 self._best, self._moments, self._exact, self._window = None, [], 0, 0
                 self._first, self.phase = min(WARM, self.budget.fraction), "flow"
         if self.phase == "flow":

@@ -31,7 +31,7 @@ __all__ = ["check_path", "read_if_there", "read_state", "refuse_others", "remove
 try:
     import fcntl
 except ImportError:  # Windows has no such locks
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]  # a module has no better type
 
 _MAGIC = b"pyro_flows state 1\n"
 
@@ -106,7 +106,7 @@ def write_state(path: str | os.PathLike[str], state: Any, *, kind: str, version:
 
             write(_MAGIC + _LENGTH.pack(len(text)) + text)
             for tensor in tensors:
-                write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+                write(tensor.reshape(-1).view(torch.uint8).numpy().data)
                 write(bytes(-tensor.nbytes % _ALIGNMENT))
             file.write(digest.digest())
     except OSError as error:
@@ -184,7 +184,7 @@ def read_state(
 
 
 @contextmanager
-def refuse_others(path: str | os.PathLike[str], *, kind: str, remedy: str) -> Iterator[None]:
+def refuse_others(path: str | os.PathLike[str] | None, *, kind: str, remedy: str) -> Iterator[None]:
     """Inside, contents that cannot be used raise the ``ValueError`` of :func:`read_state`."""
     try:
         yield
@@ -194,7 +194,7 @@ def refuse_others(path: str | os.PathLike[str], *, kind: str, remedy: str) -> It
         ) from error
 
 
-def _refusal(path: str | os.PathLike[str], kind: str, why: str, remedy: str) -> ValueError:
+def _refusal(path: str | os.PathLike[str] | None, kind: str, why: str, remedy: str) -> ValueError:
     return ValueError(f"the {kind} {str(path)!r} cannot be read: {why}; {remedy}")
 
 

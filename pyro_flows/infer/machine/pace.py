@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = ["Footprint", "Pace", "in_pieces", "pace_of", "rows_at_once"]
@@ -44,7 +45,7 @@ class Footprint(TorchDispatchMode):
 
     def __torch_dispatch__(
         self,
-        func: Callable[..., object],
+        func: OpOverload,
         types: Sequence[type],
         args: Sequence[object] = (),
         kwargs: Mapping[str, object] | None = None,
