@@ -1,4 +1,4 @@
-"""What ``fit_guide`` chooses by the speed of a model and the time there is: draws per step, shares, searches."""
+"""Choices of ``fit_guide`` by the speed of a model and the time: draws per step, time for the verdict, searches."""
 
 from __future__ import annotations
 
@@ -28,18 +28,12 @@ SLOW_SECONDS = 40.0  # for the verdict, where a model runs for one draw at a tim
 
 
 SLOW_PARTICLES = 8  # draws per step, where a model runs for one draw at a time
-
-
 LONG = 0.03  # seconds of a call that count
-
-
 ASSESSING = 0.12  # of the seconds, for the verdict, at least
 
 
 SLOW_ASSESSING = 0.4  # at most
-
-
-SEVERAL = 0.01  # share of the posterior in modes that the start leaves out, for which it is worth to begin anew
+SEVERAL = 0.01  # share of the posterior in modes that the start leaves out, from which it begins anew
 
 
 @contextmanager
@@ -56,10 +50,10 @@ def start_within(guide: AutoFlow, seconds: float | None) -> Iterator[None]:
 
 @torch.no_grad()
 def choose_particles(guide: AutoFlow, density: JointDensity, initial: Tensor, seconds: float | None) -> int:
-    """As asked, or as many as the model's speed allows: many are worth more than steps, up to a point."""
-    asked = guide.particles
+    """Draws per step: the guide's own number, or as many as the model's speed allows."""
+    given = guide.particles
     z = initial.expand(PARTICLES, -1)
-    if asked is None:
+    if given is None:
         z = z + 0.01 * torch.randn_like(z)
     pace = density.pace
     try:
@@ -71,12 +65,12 @@ def choose_particles(guide: AutoFlow, density: JointDensity, initial: Tensor, se
                 density(z[:rows])
             if pace.at_once(PARTICLES, timed=True) <= rows:
                 break
-    except FAILURES:  # which training can do with
-        return asked or PARTICLES
-    if asked is not None:
-        return asked
+    except FAILURES:  # training can bear them
+        return given or PARTICLES
+    if given is not None:
+        return given
     if seconds is not None:
-        # Some hundred steps are worth more than the draws in each.
+        # Some hundred steps are worth more than more draws in each.
         affordable = max(LONG, FLAT * pace.shortest, 0.005 * seconds) / max(pace.seconds_per_draw, 1e-9)
         sizes = (PARTICLES, 32, SLOW_PARTICLES, 4) if density.vectorized else (SLOW_PARTICLES, 4)
         return next((size for size in sizes if size <= affordable), 2)
@@ -89,12 +83,12 @@ def choose_particles(guide: AutoFlow, density: JointDensity, initial: Tensor, se
             density(part)
         times.append(time.monotonic() - start)
     many, few = min(times[0], times[2]), min(times[1], times[3])
-    # Where time grows with the draws and steps are dear, fewer draws give more steps.
+    # Where time grows with the draws and steps are slow, fewer draws give more steps.
     return 32 if many > LONG and many > 2 * few else PARTICLES
 
 
 def seconds_for_verdict(density: JointDensity, seconds: float | None) -> float:
-    """Seconds that are kept: what judging a thousand draws takes, within bounds."""
+    """Seconds to keep for the verdict: those of judging a thousand draws, within bounds."""
     if seconds is None:
         return 0.0
     need = 2.5 * FEWEST * density.pace.seconds_per_draw
@@ -104,7 +98,7 @@ def seconds_for_verdict(density: JointDensity, seconds: float | None) -> float:
 def several_modes(
     guide: AutoFlow, density: JointDensity, initial: Tensor, budget: Budget, generator: Generator
 ) -> ModeProbe | None:
-    """Modes that the start leaves out, if they hold a part of the posterior that counts."""
+    """Modes that the start leaves out, if their share of the posterior counts."""
     if guide.subsampled or guide.start == "prior" or guide.tempering is not None:
         return None
     seconds = math.inf if budget.seconds is None else 0.15 * budget.seconds
