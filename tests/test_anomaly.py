@@ -53,7 +53,7 @@ def test_bits_are_the_mean_over_fixed_draws():
     assert torch.equal(detector.scores(rows), got)
     two = AnomalyDetector(deq, rows, two_sided=True)
     torch.testing.assert_close(two.scores(rows), (got - got.mean()).abs())
-    more = AnomalyDetector(deq, rows, draws=64).bits(rows)
+    more = AnomalyDetector(deq, rows, num_noise_samples=64).bits(rows)
     assert not torch.allclose(more, got) and abs(float((more - got).mean())) < 0.05
 
 
@@ -139,7 +139,7 @@ def test_threshold_bears_out_its_level():
     detector = AnomalyDetector(normal_flow(), reference)
     for level, at_most in ((0.01, 0), (0.05, 4), (0.5, 49), (0.995, 98)):
         assert int(detector.flag(reference, level=level).sum()) == at_most
-    with pytest.raises(ValueError, match=r"99 reference rows cannot bear out a level of 0\.005; give 199 or more"):
+    with pytest.raises(ValueError, match=r"99 reference rows are too few for a level of 0\.005; give 199 or more"):
         detector.threshold(0.005)
     for level in (0.0, 1.0, -0.1, math.nan):
         with pytest.raises(ValueError, match="level to be between 0 and 1"):
@@ -188,7 +188,7 @@ def test_hostile_rows():
     with pytest.raises(ValueError, match="2 or more reference rows, got 1"):
         AnomalyDetector(deq, rows[:1])
     with pytest.raises(ValueError, match="expected draws"):
-        AnomalyDetector(deq, rows, draws=0)
+        AnomalyDetector(deq, rows, num_noise_samples=0)
     with pytest.raises(TypeError, match="a Dequantized, a Flow or a module with log_prob"):
         AnomalyDetector(dist.Normal(0.0, 1.0), rows)
     conditional = pixels(context_dim=2)
@@ -323,7 +323,7 @@ def test_maps_of_mint_layers():
     v = torch.rand(4, *SHAPE, dtype=torch.float64) * 16
     flow.eval()
     torch.testing.assert_close(pixel_scores(flow, v).flatten(1).sum(1), -flow.log_prob(v).detach())
-    with pytest.raises(ValueError, match=r"Mint \(part 0 of 3\) goes .* in another order than Mint \(part 2 of 3\)"):
+    with pytest.raises(ValueError, match=r"Mint \(part 0 of 3\) takes .* in another order than Mint \(part 2 of 3\)"):
         pixel_scores(pf.Flow([Mint(SHAPE, lower=False), pf.ActNorm(SHAPE).eval(), Mint(SHAPE)]), v.float())
 
 
@@ -337,7 +337,7 @@ def test_maps_of_a_dequantized_flow():
     # Of the last pixel's values, one at least is no likelier than chance, one at most no less likely.
     every = n[:1].repeat(16, 1, 1, 1)
     every[:, 1, 1, 1] = torch.arange(16)
-    mass = (-pixel_scores(deq, every, draws=200)[:, 1, 1, 1]).exp()
+    mass = (-pixel_scores(deq, every, num_noise_samples=200)[:, 1, 1, 1]).exp()
     assert mass.max() > 1 / 16 > mass.min() and mass.sum() < 1.02
     assert torch.equal(pixel_scores(deq, n[:0]), maps[:0])
     noisy = pf.Dequantized(flow, 16, dequantizer=pf.Dequantizer(SHAPE, features=2).double())
@@ -355,9 +355,7 @@ def test_maps_of_fitted_units():
 def test_maps_refuse():
     v = torch.rand(3, *SHAPE, dtype=torch.float64)
     mixed = pf.Flow([Triangular(SHAPE), Triangular(SHAPE, lower=False)]).double()
-    with pytest.raises(
-        ValueError, match=r"Triangular \(part 0 of 2\) goes through the dimensions in another order than"
-    ):
+    with pytest.raises(ValueError, match=r"Triangular \(part 0 of 2\) takes the dimensions in another order than"):
         pixel_scores(mixed, v)
     for part in (pf.Permutation(SHAPE, "reverse"), pf.LULinear(SHAPE), pf.Coupling(SHAPE)):
         name = type(part).__name__

@@ -265,6 +265,7 @@ def test_resumed_with_a_loader(shuffle, tmp_path):
         fit(make(), DataLoader(data() + 5, batch_size=60), data(40), checkpoint=path, **options)
 
 
+@pytest.mark.full
 def test_resumed_in_another_process(tmp_path):
     path, start = tmp_path / "fit.pt", make()
     whole = fit(copy.deepcopy(start), max_epochs=4)

@@ -24,13 +24,10 @@ from pyro_flows.infer.machine.budget import Budget
 from pyro_flows.infer.machine.pace import BYTES, Pace, in_pieces
 from pyro_flows.infer.search.probe import nothing_found
 
+pytestmark = pytest.mark.usefixtures("double")
+
 SMALL = partial(pf.realnvp, num_layers=2, hidden_dims=(8,), mask="random")
 fit = partial(fit_guide, progress=False)
-
-
-@pytest.fixture(autouse=True)
-def double(default_dtype):
-    default_dtype(torch.float64)
 
 
 # Time, by a clock that only the model and looking at the clock move.

@@ -12,6 +12,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from cases import shake
 from torch.distributions import constraints
 
 import pyro_flows as pf
@@ -22,11 +23,7 @@ D = 5
 
 def shaken(made, scale=1.0):
     """The same model far from where it starts."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in made.parameters():
-            parameter.add_(scale * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
-    return made
+    return shake(made, scale, seed=1)
 
 
 def binary(dims=D):

@@ -182,9 +182,9 @@ def test_style_is_the_callers():
 def test_given_axes_are_drawn_into_and_left_as_they_are():
     fig, axes = plt.subplots(1, 4)
     assert plots.density(normal(1.0, 1.0), points=10, ax=axes[0]) is axes[0]
-    assert plots.samples(normal(1.0, 1.0), n=10, ax=axes[1]) is axes[1]
+    assert plots.samples(normal(1.0, 1.0), num_samples=10, ax=axes[1]) is axes[1]
     assert plots.history([1.0, 2.0], ax=axes[2]) is axes[2]
-    assert plots.calibration(normal(1.0, 1.0), torch.randn(10, 2), n=10, ax=axes[3]) is axes[3]
+    assert plots.calibration(normal(1.0, 1.0), torch.randn(10, 2), num_samples=10, ax=axes[3]) is axes[3]
     assert plt.get_fignums() == [fig.number]
     assert all(ax.spines["top"].get_visible() for ax in axes)
 
@@ -247,7 +247,7 @@ def test_what_is_no_model_is_named():
 
 def test_samples_are_beside_as_many_data():
     data = torch.arange(1000.0)[:, None].expand(-1, 2)
-    ax = plots.samples(normal(1.0, 3.0), data, n=100)
+    ax = plots.samples(normal(1.0, 3.0), data, num_samples=100)
     shown, drawn = points(ax, 0), points(ax, 1)
     assert len(shown) == len(drawn) == 100
     assert shown[0, 0] == 0 and shown[-1, 0] == 999 and (np.diff(shown[:, 0]) > 8).all()
@@ -276,15 +276,15 @@ def test_rows_come_in_many_kinds(given):
 
 def test_samples_over_a_batch_of_contexts():
     flow = pf.Flow(pf.maf(2, context_dim=1, num_layers=1, hidden_dims=(8,)))
-    ax = plots.samples(flow, context=torch.zeros(30, 1), n=100)
+    ax = plots.samples(flow, context=torch.zeros(30, 1), num_samples=100)
     assert len(points(ax)) == 100
 
 
 def test_samples_say_what_does_not_fit():
     with pytest.raises(ValueError, match="expected two dimensions, got 3; plots"):
         plots.samples(normal(1.0, 1.0, 1.0))
-    with pytest.raises(ValueError, match="n to be an integer >= 1, got 0"):
-        plots.samples(normal(1.0, 1.0), n=0)
+    with pytest.raises(ValueError, match="num_samples to be an integer >= 1, got 0"):
+        plots.samples(normal(1.0, 1.0), num_samples=0)
     with pytest.raises(ValueError, match="got a single number"):
         plots.samples(torch.tensor(1.0))
     with pytest.raises(ValueError, match="empty batch shape"):
@@ -296,24 +296,24 @@ def test_samples_say_what_does_not_fit():
 
 def test_corner_has_an_axes_for_each_pair_and_one_for_each_dimension():
     data = torch.randn(500, 3)
-    fig = plots.corner(normal(1.0, 2.0, 3.0), data, names=["a", "b", "c"], n=2000)
+    fig = plots.corner(normal(1.0, 2.0, 3.0), data, names=["a", "b", "c"], num_samples=2000)
     assert len(fig.axes) == 6
     assert [ax.get_xlabel() for ax in fig.axes] == ["", "", "", "a", "b", "c"]
     assert [ax.get_ylabel() for ax in fig.axes] == ["", "b", "", "c", "", ""]
     assert [text.get_text() for text in fig.legends[0].get_texts()] == ["data", "samples"]
-    assert len(plots.corner(normal(1.0), n=100).axes) == 1
+    assert len(plots.corner(normal(1.0), num_samples=100).axes) == 1
 
 
 def test_corner_histograms_are_densities():
     data = torch.randn(5000, 2)
-    fig = plots.corner(normal(1.0, 1.0), data, n=20_000)
+    fig = plots.corner(normal(1.0, 1.0), data, num_samples=20_000)
     for ax in (fig.axes[0], fig.axes[2]):
         for height, edges, _ in stairs(ax):
             assert 0.98 < (height * np.diff(edges)).sum() <= 1
             middles = (edges[1:] + edges[:-1]) / 2
             assert np.abs(height - np.exp(-0.5 * middles**2) / math.sqrt(2 * math.pi)).max() < 0.06
     # Draws that the picture does not reach are missed: the histogram of a wider model is lower.
-    fig = plots.corner(normal(10.0, 1.0), data, n=20_000)
+    fig = plots.corner(normal(10.0, 1.0), data, num_samples=20_000)
     height, edges, _ = stairs(fig.axes[0])[1]
     inside = 2 * dist.Normal(0.0, 10.0).cdf(torch.tensor(edges[-1])).item() - 1
     assert (height * np.diff(edges)).sum() == pytest.approx(inside, abs=0.03)
@@ -321,7 +321,7 @@ def test_corner_histograms_are_densities():
 
 def test_corner_contours_hold_what_they_say():
     """For a standard normal in two dimensions the contour of mass m is a circle of radius sqrt(-2 log(1 - m))."""
-    fig = plots.corner(normal(1.0, 1.0), n=200_000)
+    fig = plots.corner(normal(1.0, 1.0), num_samples=200_000)
     (contours,) = [part for part in fig.axes[1].collections if isinstance(part, QuadContourSet)]
     radii = [np.linalg.norm(path.vertices, axis=1) for path in contours.get_paths()]
     expected = [math.sqrt(-2 * math.log(1 - mass)) for mass in (0.9, 0.5)]
@@ -358,7 +358,7 @@ def test_corner_of_many_dimensions_asks_which():
 
 def test_corner_of_events_of_any_shape():
     model = pf.Flow(pf.realnvp((2, 2), num_layers=2, hidden_dims=(8,)))
-    assert len(plots.corner(model, torch.randn(50, 2, 2), n=50).axes) == 10
+    assert len(plots.corner(model, torch.randn(50, 2, 2), num_samples=50).axes) == 10
     with pytest.raises(ValueError, match=r"data of shape \(rows, 2, 2\), got shape \(50, 4\)"):
         plots.corner(model, torch.randn(50, 4))
 
@@ -472,7 +472,7 @@ class Wave(dist.ConditionalDistribution):
 
 def test_pit_of_a_calibrated_model_is_uniform():
     data, context = wave(4000)
-    u = plots.pit(Wave(), data, context, n=19)
+    u = plots.pit(Wave(), data, context, num_samples=19)
     assert u.shape == (4000, 2) and u.dtype == torch.float64 and u.device.type == "cpu"
     for column in u.T:
         steps = torch.arange(1, 4001, dtype=torch.float64) / 4000
@@ -481,7 +481,7 @@ def test_pit_of_a_calibrated_model_is_uniform():
 
 def test_pit_is_the_cumulative_distribution():
     data, context = wave(50)
-    u = plots.pit(Wave(), data, context, n=20_000)
+    u = plots.pit(Wave(), data, context, num_samples=20_000)
     made = Wave().condition(context).base_dist
     assert (u - made.cdf(data)).abs().max() < 5 * math.sqrt(0.25 / 20_000)
 
@@ -496,14 +496,14 @@ def test_pit_does_not_depend_on_the_pieces(monkeypatch):
     context = torch.arange(50.0)[:, None]
     for chunk in (1, 70, 1 << 20):
         monkeypatch.setattr(plots.calibrations, "CHUNK", chunk)
-        above = plots.pit(Sharp(), context + 0.1, context, n=10)
-        below = plots.pit(Sharp(), context - 0.1, context, n=10)
+        above = plots.pit(Sharp(), context + 0.1, context, num_samples=10)
+        below = plots.pit(Sharp(), context - 0.1, context, num_samples=10)
         assert (above > 10 / 11 - 1e-9).all() and (below < 1 / 11 + 1e-9).all()
 
 
 def test_pit_with_ties_is_uniform():
     data = torch.randint(2, (4000, 1)).float()
-    u = plots.pit(dist.Bernoulli(0.5 * torch.ones(1)).to_event(1), data, n=9)
+    u = plots.pit(dist.Bernoulli(0.5 * torch.ones(1)).to_event(1), data, num_samples=9)
     assert abs(u.mean() - 0.5) < 0.02 and abs(u.std() - math.sqrt(1 / 12)) < 0.01
 
 
@@ -519,7 +519,7 @@ def coverage(ax):
 
 def test_calibration_of_the_right_model_lies_within_the_band():
     data, context = wave(1500)
-    nominal, curves, low, high = coverage(plots.calibration(Wave(), data, context, n=200))
+    nominal, curves, low, high = coverage(plots.calibration(Wave(), data, context, num_samples=200))
     assert len(curves) == 2
     for curve in curves:
         assert curve[0] == 0 and curve[-1] == 1 and (np.diff(curve) >= 0).all()
@@ -530,7 +530,7 @@ def test_calibration_of_the_right_model_lies_within_the_band():
 @pytest.mark.parametrize(("wrong", "side"), [(Wave(1.5), 1), (Wave(0.7), -1), (Wave(shift=1.0), -1)])
 def test_calibration_of_a_wrong_model_leaves_the_band(wrong, side):
     data, context = wave(1500)
-    _, curves, low, high = coverage(plots.calibration(wrong, data, context, n=200))
+    _, curves, low, high = coverage(plots.calibration(wrong, data, context, num_samples=200))
     for curve in curves:
         outside = curve > high if side > 0 else curve < low
         assert outside.mean() > 0.5
@@ -539,7 +539,7 @@ def test_calibration_of_a_wrong_model_leaves_the_band(wrong, side):
 def test_calibration_against_the_closed_form():
     """A model of half the true width: its central interval q holds erf(erfinv(q) / 2)."""
     data = 2 * torch.randn(20_000, 1)
-    nominal, (curve,), _, _ = coverage(plots.calibration(normal(1.0), data, n=400))
+    nominal, (curve,), _, _ = coverage(plots.calibration(normal(1.0), data, num_samples=400))
     q = torch.tensor(nominal[1:-1])
     assert np.abs(curve[1:-1] - torch.erf(torch.erfinv(q) / 2).numpy()).max() < 0.02
 
@@ -562,16 +562,18 @@ def test_calibration_of_flows_with_and_without_a_context():
     flow = flow_of(3, context_dim=2)
     context = torch.randn(600, 2)
     data = flow(context).sample()
-    ax = plots.calibration(flow, data.double().numpy(), context.double().numpy(), n=100, names=["a", "b", "c"])
+    ax = plots.calibration(
+        flow, data.double().numpy(), context.double().numpy(), num_samples=100, names=["a", "b", "c"]
+    )
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["a", "b", "c"]
     _, curves, low, high = coverage(ax)
     assert all(((low - 1e-12 <= curve) & (curve <= high + 1e-12)).all() for curve in curves)
     # One context for all rows, and a wrong order of contexts.
     data = flow(context[0]).sample((600,))
-    _, curves, low, high = coverage(plots.calibration(flow, data, context[0], n=100))
+    _, curves, low, high = coverage(plots.calibration(flow, data, context[0], num_samples=100))
     assert all(((low - 1e-12 <= curve) & (curve <= high + 1e-12)).all() for curve in curves)
-    assert plots.pit(flow_of(2), torch.randn(5, 2), n=10).shape == (5, 2)
-    assert plots.pit(flow, data[:1], context[:1], n=10).shape == (1, 3)
+    assert plots.pit(flow_of(2), torch.randn(5, 2), num_samples=10).shape == (5, 2)
+    assert plots.pit(flow, data[:1], context[:1], num_samples=10).shape == (1, 3)
 
 
 def test_calibration_says_what_does_not_fit():
@@ -586,8 +588,8 @@ def test_calibration_says_what_does_not_fit():
         plots.calibration(flow, torch.randn(5, 2), torch.randn(5, 2))
     with pytest.raises(ValueError, match="level between 0 and 1"):
         plots.calibration(normal(1.0, 1.0), torch.randn(5, 2), level=95)
-    with pytest.raises(ValueError, match="n to be an integer"):
-        plots.pit(normal(1.0, 1.0), torch.randn(5, 2), n=0.5)
+    with pytest.raises(ValueError, match="num_samples to be an integer"):
+        plots.pit(normal(1.0, 1.0), torch.randn(5, 2), num_samples=0.5)
     with pytest.raises(ValueError, match="in context are NaN"):
         plots.pit(flow, torch.randn(5, 2), np.full((5, 1), math.nan))
     with pytest.raises(ValueError, match="a draw of the model is NaN"):
@@ -613,8 +615,8 @@ def test_both_dtypes_while_the_other_is_the_default(dtype, default_dtype):
         context, data = np.zeros(1), np.random.default_rng(0).normal(size=(20, 2))
         assert plots.density(flow, context=context, data=data, points=10).collections
         assert plots.samples(flow, data, 10, context=context).collections
-        assert len(plots.corner(flow, data, n=50, context=context).axes) == 3
-        assert plots.calibration(flow, data, np.zeros((20, 1)), n=10).lines
+        assert len(plots.corner(flow, data, num_samples=50, context=context).axes) == 3
+        assert plots.calibration(flow, data, np.zeros((20, 1)), num_samples=10).lines
         assert {parameter.dtype for parameter in flow.parameters()} == {dtype}
     finally:
         torch.set_default_dtype(torch.float32)
@@ -624,7 +626,7 @@ def test_nothing_is_remembered_of_a_gradient():
     flow = flow_of(2)
     for draw in (plots.density, plots.samples, plots.corner):
         draw(flow)
-    plots.calibration(flow, torch.randn(5, 2), n=10)
+    plots.calibration(flow, torch.randn(5, 2), num_samples=10)
     assert all(parameter.grad is None for parameter in flow.parameters())
     flow.log_prob(torch.randn(3, 2)).sum().backward()
 
@@ -639,9 +641,9 @@ def test_a_picture_teaches_a_flow_nothing():
         for model in (flow, flow.condition(context)):
             given = context if model is flow else None
             plots.density(model, context=given, points=10)
-            plots.samples(model, n=10, context=given)
-            plots.corner(model, n=10, context=given)
-            plots.calibration(model, torch.randn(10, 2), given, n=10)
+            plots.samples(model, num_samples=10, context=given)
+            plots.corner(model, num_samples=10, context=given)
+            plots.calibration(model, torch.randn(10, 2), given, num_samples=10)
         assert [module.training for module in flow.modules()] == modes
         assert all(torch.equal(value, state[name]) for name, value in flow.state_dict().items())
 
@@ -654,8 +656,8 @@ def test_the_result_of_a_fit_is_a_model():
     (x0, x1), (y0, y1) = ax.get_xlim(), ax.get_ylim()
     assert mesh(ax).get_array().sum() * (x1 - x0) * (y1 - y0) / 59**2 == pytest.approx(1, abs=0.1)
     assert abs(np.median(points(plots.samples(fit), 0)[:, 0]) - 100) < 5
-    plots.corner(fit, data, n=100)
-    plots.calibration(fit, data, n=20)
+    plots.corner(fit, data, num_samples=100)
+    plots.calibration(fit, data, num_samples=20)
     drawn = curves(plots.history(fit))
     assert np.array_equal(drawn["train"].get_ydata(), fit.history["train"])
     assert any(f"at epoch {fit.best_epoch}" in name for name in drawn)
@@ -670,7 +672,7 @@ def test_the_result_of_a_fit_takes_contexts_in_their_own_units():
     ax = plots.density(fit, context=[1100.0], bounds=(1000, 1200))
     line = ax.lines[0]
     assert abs(line.get_xdata()[line.get_ydata().argmax()] - 1100) < 20
-    assert plots.pit(fit, data[:50], context[:50], n=20).shape == (50, 1)
+    assert plots.pit(fit, data[:50], context[:50], num_samples=20).shape == (50, 1)
 
 
 def test_a_module_without_a_distribution_is_no_model():
@@ -688,8 +690,8 @@ def test_devices(device):
     flow = flow_of(2, context_dim=1).to(device)
     data, context = torch.randn(20, 2, device=device), torch.randn(20, 1, device=device)
     assert plots.density(flow, context=context[0].cpu(), data=data, points=10).collections
-    assert plots.samples(flow, data, n=10, context=context[0]).collections
-    assert len(plots.corner(flow, data, n=50, context=context).axes) == 3
-    assert plots.calibration(flow, data, context, n=10).lines
+    assert plots.samples(flow, data, num_samples=10, context=context[0]).collections
+    assert len(plots.corner(flow, data, num_samples=50, context=context).axes) == 3
+    assert plots.calibration(flow, data, context, num_samples=10).lines
     assert plots.history({"train": data[:, 0]}).lines
     assert all(parameter.device.type == device.type for parameter in flow.parameters())

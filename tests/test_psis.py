@@ -107,7 +107,7 @@ def test_on_the_device(device):
     assert found.log_weights.device == log_weights.device
     assert found.khat == pytest.approx(pareto_smoothed(log_weights.cpu()).khat, abs=1e-9)
     assert resample({"z": log_weights}, log_weights, 3)["z"].device == log_weights.device
-    assert importance(log_weights).n == 500
+    assert importance(log_weights).num_samples == 500
 
 
 # Weights at the edge
@@ -157,7 +157,7 @@ def test_failures_are_weights_of_zero_and_counted():
     bad = torch.tensor([math.nan, math.inf] * 50, dtype=torch.float64)
     found, zeros = importance(torch.cat([good, bad])), importance(torch.cat([good, torch.full((100,), -math.inf)]))
     alone = importance(good)
-    assert (found.failures, found.zeros, found.n) == (100, 0, 1000)
+    assert (found.failures, found.zeros, found.num_samples) == (100, 0, 1000)
     assert (zeros.failures, zeros.zeros) == (0, 100)
     assert found.ess == pytest.approx(0.9 * alone.ess) and zeros.ess == pytest.approx(found.ess)
     assert found.log_evidence == pytest.approx(alone.log_evidence + math.log(0.9))
@@ -173,7 +173,7 @@ def test_few_weights(n):
     found = importance(log_weights)
     assert found.khat == math.inf and not found.trusted
     assert found.log_evidence == pytest.approx(float(log_weights.logsumexp(0)) - math.log(n))
-    assert found.iw_draws == min(n, 10)
+    assert found.iw_samples == min(n, 10)
     torch.testing.assert_close(pareto_smoothed(log_weights).log_weights, log_weights.log_softmax(0))
     assert math.isnan(found.elbo_error) == (n == 1)
 
@@ -188,9 +188,9 @@ def test_what_is_no_weight_is_named():
         for function in (importance, pareto_smoothed, tail_index):
             with pytest.raises(ValueError, match=message):
                 function(given)
-    with pytest.raises(ValueError, match="iw_draws"):
-        importance(torch.zeros(3), iw_draws=0)
-    with pytest.raises(ValueError, match="n to be an integer"):
+    with pytest.raises(ValueError, match="iw_samples"):
+        importance(torch.zeros(3), iw_samples=0)
+    with pytest.raises(ValueError, match="num_samples to be an integer"):
         resample(torch.zeros(3), torch.zeros(3), 0)
     with pytest.raises(ValueError, match=r"expected b with 3 rows.*\(4,\)"):
         resample({"a": torch.zeros(3, 2), "b": torch.zeros(4)}, torch.zeros(3), 2)
@@ -227,9 +227,9 @@ def test_iw_elbo_is_the_expected_log_mean_whatever_the_order():
     many = normal(1.0, 2_000_000, 1).reshape(-1, 5)
     expected = float((many.logsumexp(1) - math.log(5)).mean())
     log_weights = normal(1.0, 100_000).sort().values
-    found = importance(log_weights, iw_draws=5)
+    found = importance(log_weights, iw_samples=5)
     assert found.iw_elbo == pytest.approx(expected, abs=5 * found.iw_elbo_error)
-    assert importance(log_weights, iw_draws=1).iw_elbo == pytest.approx(found.elbo)
+    assert importance(log_weights, iw_samples=1).iw_elbo == pytest.approx(found.elbo)
 
 
 def test_ess_of_float32_weights_that_are_far_from_zero():

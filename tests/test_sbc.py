@@ -48,8 +48,8 @@ def test_exact_posterior_is_uniform():
     found = calibrate()
     assert found.ranks["mu"].shape == (200, 2) and found.ranks["mu"].dtype == torch.long
     assert found.ok and found.pvalues["mu"].shape == (2,)
-    assert (found.simulations, found.draws, found.names) == (200, 99, ["mu[0]", "mu[1]"])
-    assert "as even as chance has it" in str(found)
+    assert (found.simulations, found.num_samples, found.names) == (200, 99, ["mu[0]", "mu[1]"])
+    assert "as even as chance allows" in str(found)
     ranks = found.ranks["mu"].double()
     assert int(ranks.min()) >= 0 and int(ranks.max()) <= 99
     assert ((ranks.mean(0) - 49.5).abs() < 5 * 28.9 / math.sqrt(200)).all()
@@ -86,14 +86,14 @@ def test_ties_are_broken_evenly():
     def fit(data, seed):
         return {"p": torch.distributions.Bernoulli(0.3).sample((19,))}
 
-    assert simulation_based_calibration(coin, fit, torch.zeros(()), simulations=500, draws=19, progress=False).ok
+    assert simulation_based_calibration(coin, fit, torch.zeros(()), simulations=500, num_samples=19, progress=False).ok
 
 
 def test_more_draws_are_thinned():
     def fit(data, seed):
         return {"mu": torch.arange(1000.0)[:, None].expand(1000, 2) / 1000 - 0.5}
 
-    found = calibrate(fit, simulations=10, draws=9)
+    found = calibrate(fit, simulations=10, num_samples=9)
     data = [simulate_seed(seed) for seed in seeds(10)]
     for index, truth in enumerate(data):
         expected = (torch.linspace(0, 999, 9).round()[:, None] / 1000 - 0.5 < truth).sum(0)
@@ -145,7 +145,7 @@ def test_stock_inference_of_pyro():
         with torch.no_grad():
             return {"mu": torch.stack([guide(data["y"])["mu"] for _ in range(19)])}
 
-    found = calibrate(fit, simulations=10, draws=19)
+    found = calibrate(fit, simulations=10, num_samples=19)
     assert found.ranks["mu"].shape == (10, 2) and found.ok
 
 
@@ -292,7 +292,7 @@ def test_fits_that_do_not_fit():
 
     with pytest.raises(RuntimeError, match=r"fit of simulation 0 \(seed \d+\) failed: loss is NaN"):
         calibrate(fails)
-    for name in ("simulations", "draws"):
+    for name in ("simulations", "num_samples"):
         with pytest.raises(ValueError, match=f"{name} to be an integer >= 2"):
             calibrate(**{name: 1})
 
@@ -300,7 +300,7 @@ def test_fits_that_do_not_fit():
 def test_default_dtype_does_not_matter(default_dtype):
     default_dtype(torch.float64)
     assert calibrate(simulations=20).ranks["mu"].shape == (20, 2)
-    assert calibrate(lambda data, seed: {"mu": conjugate(data, seed)["mu"].float()}, simulations=20).draws == 99
+    assert calibrate(lambda data, seed: {"mu": conjugate(data, seed)["mu"].float()}, simulations=20).num_samples == 99
 
 
 # Uniformity

@@ -98,7 +98,7 @@ def test_nearly_constant_weights_are_good_whatever_their_index():
     noise = StudentT(real(1.0)[0]).sample((N,)).clamp(-1e3, 1e3)
     found = judge(importance(1e-6 * noise))
     assert found.label == "good" and found.numbers["khat"] > 0.5
-    assert "of no meaning" in found.text
+    assert "meaningless" in found.text
     assert judge(importance(torch.zeros(N))).label == "good"
 
 
@@ -119,7 +119,7 @@ def test_a_standard_deviation_that_hangs_on_few_draws_is_named():
     log_weights = torch.zeros(N)
     found = judge(importance(log_weights), moments=compare_moments(z, log_weights))
     assert found.label == "good, tails uncertain"
-    assert re.search(r"standard deviation of b hangs on a few draws", found.text)
+    assert re.search(r"standard deviation of b depends on a few draws", found.text)
 
 
 def test_failures_weigh():
@@ -165,7 +165,7 @@ def test_missed_modes_come_first():
 
 
 def test_modes_that_are_covered_or_negligible_change_nothing():
-    assert "none of them left out" in judge(importance(torch.zeros(N)), mode_probe(1.0, missed=[False])).text
+    assert "the guide misses none" in judge(importance(torch.zeros(N)), mode_probe(1.0, missed=[False])).text
     found = judge(importance(torch.zeros(N)), mode_probe(0.998, 0.002, missed=[False, True]))
     assert found.label == "good" and "0.2%" in found.text
     assert "not searched for" in judge(importance(torch.zeros(N))).text
@@ -288,4 +288,4 @@ def test_moments_that_are_no_numbers_do_not_pass():
 def test_few_draws_do_not_make_tails_heavy():
     z = torch.distributions.Exponential(1.0).sample((500, 20))
     found = judge(importance(torch.zeros(500)), moments=compare_moments(z, torch.zeros(500)))
-    assert found.label == "good" and "hangs on" not in found.text
+    assert found.label == "good" and "depends on" not in found.text

@@ -159,6 +159,15 @@ class Wrap(FlowTransform):
     def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return moved(self.transform.inv, y, len(self.data_shape))
 
+    @property
+    def elementwise(self) -> bool:
+        """Whether the transform maps single numbers."""
+        return self.transform.domain.event_dim == self.transform.codomain.event_dim == 0
+
+    def log_slopes(self, y: Tensor, context: Tensor | None = None) -> Tensor:
+        """The logarithm of each slope from data to base, of the shape of ``y``, if the transform is elementwise."""
+        return moved(self.transform.inv, y, 0)[1].expand(y.shape)
+
 
 def map_tensors(holder: Distribution | Transform, fn: Callable[[Tensor], Tensor], seen: set[int] | None = None) -> None:
     """Replaces every tensor that a distribution or transform holds, also inside those that it wraps."""

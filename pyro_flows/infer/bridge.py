@@ -1,4 +1,4 @@
-"""Draws of a guide as ArviZ wants them: the only place in the package that touches ArviZ."""
+"""Draws of a guide in ArviZ's form: the only module that touches ArviZ."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pyro_flows.infer.diagnostics.psis import importance
 
 __all__ = ["to_arviz"]
 
-KIND = "independent draws of a guide, not MCMC: one chain, for which r_hat has no meaning"
+KIND = "independent draws of a guide, not MCMC: one chain, for which r_hat is meaningless"
 
 
 def to_arviz(
@@ -34,25 +34,26 @@ def to_arviz(
 ) -> Any:
     """Makes ArviZ's ``InferenceData`` (ArviZ 0.x) or ``DataTree`` (1.x) of a guide's draws.
 
-    The draws are one chain, for functions such as ``az.summary``, ``az.plot_pair`` and ``az.loo``.  ArviZ gives every
-    draw the same weight and its effective sample size is about autocorrelation, of which there is none: where the
-    weights of a guide matter, export draws resampled by them (and leave the weights out).
+    The draws form one chain, for functions such as ``az.summary``, ``az.plot_pair`` and ``az.loo``.  ArviZ gives every
+    draw the same weight, and its effective sample size measures autocorrelation, which these draws lack.  If the
+    weights of a guide matter, export draws resampled by them and leave the weights out.
 
-    With log weights, the attributes of the result and of its posterior hold their ``khat`` and ``ess`` (a fraction),
-    from :func:`~pyro_flows.infer.diagnostics.psis.importance`; its verdict is for ``attrs``.
+    With log weights, the attributes of the result and of its posterior hold ``khat`` and ``ess`` (a fraction) from
+    :func:`~pyro_flows.infer.diagnostics.psis.importance`.
 
     A slash in the name of a site becomes a dot, as ArviZ 1.x and NetCDF files refuse slashes.
 
     Args:
         posterior: draws of each site, shape ``(n, *shape)``, tensors or arrays.
         log_weights: log importance weights, shape ``(n,)``, in nats; by default the difference of the next two.
-        log_p: log joint density of the draws, ``lp`` among the sample statistics, shape ``(n,)``.
-        log_q: log density of the guide there, ``log_q`` among them, shape ``(n,)``.
-        posterior_predictive: data drawn at the draws, shape ``(n, *shape)`` a site.
-        log_likelihood: of each observation at the draws, shape ``(n, *shape)`` a data site; what ``az.loo`` wants.
+        log_p: log joint density of the draws, stored as the sample statistic ``lp``, shape ``(n,)``.
+        log_q: log density of the guide at the draws, stored as ``log_q``, shape ``(n,)``.
+        posterior_predictive: data simulated at each draw, shape ``(n, *shape)`` a site.
+        log_likelihood: log-likelihood of each observation at each draw, shape ``(n, *shape)`` a data site, for
+            ``az.loo``.
         observed_data: the data, by site.
-        constant_data: whatever else the model was given.
-        dims: names of the dimensions of a site, without those of chain and draw.
+        constant_data: other inputs of the model.
+        dims: names of the dimensions of a site, without chain and draw.
         coords: labels along named dimensions.
         attrs: further attributes, numbers or text.
 
@@ -106,7 +107,7 @@ def _convert(
         made = from_dict(**groups, dims=dims, coords=coords, attrs=dict(attrs), posterior_attrs=dict(attrs))
     else:  # 1.x: groups in one dictionary, attributes by group
         made = from_dict(groups, dims=dims, coords=coords, attrs={"/": dict(attrs), "posterior": dict(attrs)})
-    # ArviZ drops a variable that has the name of a dimension, and fills up the shorter of two by NaN, without a word.
+    # ArviZ silently drops a variable with the name of a dimension, and pads the shorter of two with NaN.
     for group, arrays in groups.items():
         kept = made[group].data_vars if group in made else {}
         for name, array in arrays.items():
@@ -125,7 +126,7 @@ def _convert(
 
 def _arviz() -> Any:
     with warnings.catch_warnings():
-        # 0.23 announces 1.x at import, both of which are served here.
+        # 0.23 announces 1.x at import; this module works with both.
         warnings.filterwarnings("ignore", r"\s*ArviZ is undergoing a major refactor", FutureWarning)
         try:
             import arviz
@@ -135,7 +136,7 @@ def _arviz() -> Any:
 
 
 def _plain(value: Any) -> int | float | str:
-    """What can be stored in a file as an attribute; true and false cannot."""
+    """A value that a file can store as an attribute; Booleans cannot be stored."""
     if isinstance(value, bool):
         return int(value)
     return value if isinstance(value, (int, float)) else str(value)
@@ -146,9 +147,7 @@ def _array(value: Any) -> np.ndarray:
         value = value.detach().cpu()
         # NumPy has no bfloat16.
         value = (value.float() if value.dtype == torch.bfloat16 else value).numpy()
-    if isinstance(value, np.ma.MaskedArray):
-        value = value.astype(float).filled(np.nan)
-    return np.asarray(value)
+    return np.ma.filled(value.astype(float), np.nan) if isinstance(value, np.ma.MaskedArray) else np.asarray(value)
 
 
 def _name(name: str) -> str:
@@ -168,7 +167,7 @@ def _arrays(group: str, values: Mapping[str, Any] | None) -> dict[str, np.ndarra
 def _groups(
     group: str, values: Mapping[str, Any] | None, n: int | None, shape: tuple[int, ...] | None = None
 ) -> dict[str, np.ndarray]:
-    """The draws of a group with an axis for the chain in front, all of as many draws."""
+    """The draws of a group, equally many of each, with a leading axis for the chain."""
     arrays = _arrays(group, values)
     first = next(iter(arrays.values()), np.zeros(0))
     expected = n if n is not None else first.shape[0] if first.ndim else 1

@@ -1,7 +1,7 @@
 """Pictures of densities, samples, training and calibration: ``from pyro_flows import plots``.
 
-Each function draws into ``ax``, or into a new figure where none is given, and returns what it drew into.  No setting of
-matplotlib is changed and nothing is shown: that is for ``matplotlib.pyplot.show`` or ``savefig``.
+Each function draws into ``ax``, or into a new figure by default, and returns the axes or the figure.  No setting of
+matplotlib changes and nothing is shown: call ``matplotlib.pyplot.show`` or ``savefig``.
 
 A *model* is a distribution, a :class:`~pyro_flows.distributions.flow.Flow` or the result of a fit.  Data, samples and
 contexts are tensors of any dtype on any device, NumPy arrays or lists.  No gradient is recorded.

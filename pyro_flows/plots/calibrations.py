@@ -1,4 +1,4 @@
-"""Whether a model's intervals hold as many observations as they say."""
+"""Whether a model's intervals hold the share of observations that they claim."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_flows.plots.canvas import CYCLE, DATA, FRAME, MODEL, canvas, labels
+from pyro_flows.core.checks import integer
+from pyro_flows.plots.canvas import DATA, FRAME, NAMED, canvas, labels, line_style
 from pyro_flows.plots.inputs import distribution_of, draw, numbers, rows_of, single
 
 if TYPE_CHECKING:
@@ -19,36 +20,34 @@ __all__ = ["calibration", "pit"]
 
 CHUNK = 1 << 20  # numbers drawn at a time
 STEPS = 100  # of nominal coverage
-REPEATS = 4000  # of what the band is simulated from
-NAMED = 12  # curves in a legend that can still be told apart
+REPEATS = 4000  # simulated curves behind the band
 
 
-def pit(model: Any, data: Any, context: Any = None, n: int = 1000) -> Tensor:
-    r"""Probability integral transform: where each observation falls among draws given its own context.
+def pit(model: Any, data: Any, context: Any = None, num_samples: int = 1000) -> Tensor:
+    r"""Probability integral transform: the place of each observation among draws given its own context.
 
-    :math:`u = (r + v (t + 1)) / (n + 1)` for each dimension, where :math:`r` of :math:`n` draws are below the
-    observation, :math:`t` equal it and :math:`v \sim U(0, 1)`.  Where the model's marginals are right, each column is
-    uniform, exactly so for any number of draws.  The cost is ``n`` draws per row.
+    For each dimension :math:`u = (r + v (t + 1)) / (n + 1)`, where :math:`r` of :math:`n` draws lie below the
+    observation, :math:`t` equal it and :math:`v \sim U(0, 1)`.  If the model's marginals are right, each column is
+    exactly uniform for any number of draws.  The cost is ``num_samples`` draws a row.
 
     Args:
         model: a model.
         data: shape ``(rows, *event)``.
         context: one for each row, shape ``(rows, context_dim)``, or one for all, shape ``(context_dim,)``; ``None`` for
-            a model without.
-        n: draws for each row.
+            a model without context.
+        num_samples: draws for each row.
 
     Returns:
         Values between 0 and 1, float64, on the CPU, shape ``(rows, event size)``.
 
     Raises:
-        ValueError: where shapes do not fit, or a draw is NaN.
+        ValueError: if shapes do not fit, or a draw is NaN.
 
     References:
         Validating Bayesian Inference Algorithms with Simulation-Based Calibration (Talts et al., 2018),
         arXiv:1804.06788.
     """
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-        raise ValueError(f"pit: expected n to be an integer >= 1, got {n!r}")
+    n = integer("pit", "num_samples", num_samples)
     if context is not None and not isinstance(context, Tensor):
         context = numbers(context, "pit", "context")
     if context is not None and context.ndim not in (1, 2):
@@ -80,29 +79,29 @@ def calibration(
     data: Any,
     context: Any = None,
     ax: Axes | None = None,
-    n: int = 1000,
+    num_samples: int = 1000,
     *,
     names: Sequence[str] | None = None,
     level: float = 0.95,
 ) -> Axes:
-    """How many observations fall into the model's central intervals, against how many should, for each dimension.
+    """Draws the share of observations inside the model's central intervals against the nominal one, by dimension.
 
-    A curve above the diagonal belongs to intervals that are too wide, one below it to intervals that are too narrow.
-    The band is binomial, as wide everywhere as it takes for all curves of a calibrated model to stay inside over their
-    whole length with probability ``level``; its width is simulated.  This looks at one dimension at a time and not at
-    how they hang together.  The cost is that of :func:`pit`.
+    A curve above the diagonal belongs to intervals that are too wide, a curve below it to intervals that are too
+    narrow.  All curves of a calibrated model stay inside the band over their whole length with probability ``level``;
+    the width of the band, in binomial standard errors, is simulated.  The picture shows one dimension at a time and no
+    dependence between them.  The cost is that of :func:`pit`.
 
     Args:
         model: a model.
         data: held-out rows, shape ``(rows, *event)``.
-        context: one for each row, or ``None`` for a model without; see :func:`pit`.
-        ax: where to draw.
-        n: draws for each row.
+        context: one for each row, or ``None`` for a model without context; see :func:`pit`.
+        ax: the axes to draw into.
+        num_samples: draws for each row.
         names: one for each dimension.
-        level: of the band.
+        level: probability of the band.
 
     Raises:
-        ValueError: where shapes do not fit.
+        ValueError: if shapes do not fit.
 
     References:
         Graphical Test for Discrete Uniformity and its Applications in Goodness of Fit Evaluation and Multiple Sample
@@ -110,7 +109,7 @@ def calibration(
     """
     if not 0 < level < 1:
         raise ValueError(f"calibration: expected level between 0 and 1, got {level}")
-    places = pit(model, data, context, n).numpy()
+    places = pit(model, data, context, num_samples).numpy()
     rows, dims = places.shape
     text = labels(names, range(dims), "calibration")
     nominal = np.linspace(0, 1, STEPS + 1)
@@ -123,9 +122,7 @@ def calibration(
     for k in range(dims):
         inside = np.sort(np.abs(2 * places[:, k] - 1))
         covered = np.searchsorted(inside, nominal, "right") / rows
-        color = CYCLE[k % len(CYCLE)] if dims <= NAMED else MODEL
-        style = ("-", "--")[k // len(CYCLE) % 2] if dims <= NAMED else "-"
-        ax.plot(nominal, covered, color=color, linestyle=style, linewidth=1.5, label=text[k])
+        ax.plot(nominal, covered, label=text[k], **line_style(k, dims))
     ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="nominal coverage of intervals", ylabel="share of observations inside")
     ax.set_aspect("equal")
     ax.text(0.04, 0.96, "intervals too wide", color=FRAME, fontsize=8, ha="left", va="top")
@@ -136,10 +133,10 @@ def calibration(
 
 
 def _band(rows: int, level: float) -> np.ndarray:
-    """Half the width of the band: so many binomial standard errors that it holds a whole curve at this level."""
+    """Half the width of the band that holds a whole curve at this level."""
     nominal = np.linspace(0, 1, STEPS + 1)
     error = np.sqrt(nominal * (1 - nominal) / rows)
-    # Central coverage is uniform for a calibrated model, so its curve is a cumulative count of equal cells.
+    # The curve of a calibrated model is a cumulative count of equal cells.
     count = np.random.default_rng(0).multinomial(rows, np.full(STEPS, 1 / STEPS), REPEATS).cumsum(1)[:, :-1]
     furthest = (np.abs(count / rows - nominal[1:-1]) / error[1:-1]).max(1)
     return np.quantile(furthest, level) * error

@@ -1,9 +1,9 @@
-"""Figures, axes and colours, set on the objects themselves: matplotlib's settings stay as they are."""
+"""Figures, axes and colors, set on the objects themselves: matplotlib's settings stay as they are."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -11,11 +11,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["bars", "canvas", "figure", "framed", "labels", "reach", "thinned"]
+__all__ = ["bars", "canvas", "figure", "framed", "labels", "line_style", "reach", "thinned"]
 
 DATA, MODEL, MARK, FRAME = "#3d405b", "#1f7a8c", "#e07a5f", "#8d99ae"
 SHADES = ["#ffffff", "#bfe3e6", "#5fb3bf", "#1f7a8c", "#0d3f4d"]
 CYCLE = [MODEL, MARK, DATA, "#81b29a", "#f2a541", "#9c6b9e"]
+NAMED = 12  # curves that a reader can tell apart in a legend
 
 
 def figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, np.ndarray]:
@@ -33,18 +34,25 @@ def framed(ax: Axes) -> Axes:
     ax.spines[["top", "right"]].set_visible(False)
     ax.spines[["left", "bottom"]].set_color(FRAME)
     ax.tick_params(color=FRAME, labelsize=8)
-    ax.xaxis.label.set_size(9)
-    ax.yaxis.label.set_size(9)
+    ax.xaxis.label.set_fontsize(9)
+    ax.yaxis.label.set_fontsize(9)
     return ax
 
 
 def canvas(ax: Axes | None, size: tuple[float, float] = (4.8, 3.6)) -> Axes:
-    """The axes given, as they are, or those of a new figure."""
+    """The given axes, unchanged, or those of a new figure."""
     return figure(1, 1, size)[1][0, 0] if ax is None else ax
 
 
+def line_style(k: int, count: int) -> dict[str, Any]:
+    """The look of curve ``k`` of ``count``."""
+    if count > NAMED:
+        return {"color": MODEL, "linewidth": 0.8, "alpha": 0.5}
+    return {"color": CYCLE[k % len(CYCLE)], "linestyle": ("-", "--")[k // len(CYCLE) % 2], "linewidth": 1.5}
+
+
 def reach(rows: np.ndarray) -> list[tuple[float, float]]:
-    """For each column the interval to show: nearly all of the rows and a margin of a tenth."""
+    """The interval to show of each column: nearly all rows and a margin of a tenth."""
     low, high = np.quantile(rows, [0.002, 0.998], axis=0)
     width = high - low
     # A column of one value has no width of its own.
@@ -53,13 +61,13 @@ def reach(rows: np.ndarray) -> list[tuple[float, float]]:
 
 
 def thinned(rows: np.ndarray, most: int) -> np.ndarray:
-    """At most so many rows, evenly spaced."""
+    """At most ``most`` of the rows, evenly spaced."""
     return rows[np.linspace(0, len(rows) - 1, most).astype(int)] if len(rows) > most else rows
 
 
 def bars(column: np.ndarray, low: float, high: float) -> tuple[np.ndarray, np.ndarray]:
-    """A histogram, as heights and edges, that is a density of the whole column, also if some of it lies outside."""
-    # The Rice rule, within what can be told apart.
+    """Heights and edges of a histogram, normalized by the whole column, values outside included."""
+    # The Rice rule, within limits.
     edges = np.linspace(low, high, int(np.clip(2 * len(column) ** (1 / 3), 10, 60)) + 1)
     return np.histogram(column, edges)[0] / (len(column) * np.diff(edges)), edges
 

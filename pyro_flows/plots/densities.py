@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch.distributions import Distribution
 
+from pyro_flows.core.checks import integer
 from pyro_flows.plots.canvas import DATA, MODEL, SHADES, bars, canvas, reach, thinned
 from pyro_flows.plots.inputs import distribution_of, drawn_rows, numbers, rows_of, score, single
 
@@ -26,20 +27,20 @@ def density(
     ax: Axes | None = None,
     **style: Any,
 ) -> Axes:
-    """The density of a model of one dimension, as a line, or of two, as a picture.
+    """Draws the density of a model: a line for one dimension, a picture for two.
 
-    Colours grow with the square root of the density, so that thin bridges and tails show; they are full where only a
-    hundredth of the mass in the picture is denser.  The cost is one density evaluation per grid point.
+    Colors grow with the square root of the density, so that thin bridges and tails show; they are full where only a
+    hundredth of the mass in the picture is denser.  The cost is one evaluation of the density a grid point.
 
     Args:
         model: a model whose event has one entry or two, with an empty batch shape.
-        bounds: ``(low, high)`` for one dimension, a pair of these for two; by default where the data are, or without
-            data where draws of the model are.
+        bounds: ``(low, high)`` for one dimension, a pair of these for two; by default the range of the data, or
+            without data of draws of the model.
         points: grid points along each dimension (default: 500 for one dimension, 200 for two).
         context: one context, shape ``(context_dim,)``.
         data: rows to show as well: as a histogram in one dimension, as at most 1000 points in two.
-        ax: where to draw.
-        **style: for ``Axes.plot`` in one dimension and ``Axes.pcolormesh`` in two, e.g. ``cmap`` or ``norm``.
+        ax: the axes to draw into.
+        **style: options of ``Axes.plot`` in one dimension and ``Axes.pcolormesh`` in two, e.g. ``cmap`` or ``norm``.
 
     Raises:
         ValueError: for a model of more dimensions or with a batch shape, a density that is NaN somewhere, or arguments
@@ -49,9 +50,7 @@ def density(
     rows = None if data is None else rows_of(data, made.event_shape, "density", "data")
     limits = _limits(bounds, made, rows)
     dims = len(limits)
-    count = (500, 200)[dims - 1] if points is None else points
-    if isinstance(count, bool) or not isinstance(count, int) or count < 2:
-        raise ValueError(f"density: expected points to be an integer >= 2, got {points!r}")
+    count = (500, 200)[dims - 1] if points is None else integer("density", "points", points, 2)
     grids = [np.linspace(low, high, count) for low, high in limits]
     mesh = np.stack(np.meshgrid(*grids, indexing="ij"), -1).reshape(-1, dims)
     height = np.exp(score(made, mesh, "density")).reshape((count,) * dims)
@@ -84,7 +83,7 @@ def _line(
     (grid,) = grids
     if rows is not None:
         ax.stairs(*bars(rows[:, 0], grid[0], grid[-1]), fill=True, color=DATA, alpha=0.25, label="data")
-    look = {} if "color" in style or "c" in style else {"color": MODEL}
+    look: dict[str, Any] = {} if "color" in style or "c" in style else {"color": MODEL}
     ax.plot(grid, height, **look, **style)
     ax.set(xlim=(grid[0], grid[-1]), ylabel="density")
     ax.set_ylim(bottom=0)
@@ -95,13 +94,15 @@ def _picture(
 ) -> None:
     from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 
-    look = {"cmap": LinearSegmentedColormap.from_list("flow", SHADES), "shading": "nearest", "rasterized": True} | style
+    look: dict[str, Any] = {"cmap": LinearSegmentedColormap.from_list("flow", SHADES), "shading": "nearest"}
+    look |= {"rasterized": True} | style
     if "norm" not in style:
         top = look.pop("vmax", None)
         look["norm"] = PowerNorm(0.5, look.pop("vmin", 0.0), _full(height) if top is None else top)
     ax.pcolormesh(*grids, height.T, **look)
     if rows is not None:
-        ax.scatter(*thinned(rows, 1000).T, s=4, color=DATA, alpha=0.5, linewidths=0)
+        first, second = thinned(rows, 1000).T
+        ax.scatter(first, second, s=4, color=DATA, alpha=0.5, linewidths=0)
     ax.set(xlim=(grids[0][0], grids[0][-1]), ylim=(grids[1][0], grids[1][-1]))
 
 

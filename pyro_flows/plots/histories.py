@@ -1,4 +1,4 @@
-"""How a fit went, epoch by epoch."""
+"""The history of a fit, epoch by epoch."""
 
 from __future__ import annotations
 
@@ -17,17 +17,16 @@ __all__ = ["history"]
 
 
 def history(fit: Any, ax: Axes | None = None) -> Axes:
-    """Scores of training and validation data after each epoch, higher is better: log-likelihoods in nats per row.
+    """Draws the scores of training and validation data after each epoch; higher is better.
 
-    Of a fit by flow matching they are negative matching losses.
-
-    The best epoch is marked: the one that the fit names, or the one with the highest validation value.  A learning rate
-    that changes is drawn on a second axis.  Where the first epochs lie far below the rest, the picture leaves them out.
+    Scores are log-likelihoods in nats per row, or negative matching losses of a fit by flow matching.  The best epoch
+    is marked: the one that the fit names, or the one with the highest validation value.  A learning rate that changes
+    has a second axis.  First epochs far below the rest are cut off.
 
     Args:
-        fit: the result of a fit; its history, a dictionary of lists of equal length with ``train``, and if known
+        fit: the result of a fit; or its history, a dictionary of lists of equal length with ``train``, and if known
             ``epoch``, ``validation`` and ``lr``; or plain numbers, such as an ELBO at each step.
-        ax: where to draw.
+        ax: the axes to draw into.
 
     Raises:
         ValueError: for a history that is empty, without ``train``, or with lists of several lengths.
@@ -123,7 +122,7 @@ def _sequence(values: Any, ax: Axes) -> Axes:
     if window < 4:
         ax.plot(step, column, color=MODEL, linewidth=1.4)
     else:
-        # Single steps are noisy: the mean of those around each one is what to look at.
+        # Single steps are noisy, so draw a moving mean on top.
         ax.plot(step, column, color=MODEL, linewidth=0.6, alpha=0.3)
         middles = step[window - 1 :] - (window - 1) / 2
         ax.plot(middles, np.convolve(column, np.full(window, 1 / window), "valid"), color=MODEL, linewidth=1.5)

@@ -1,4 +1,4 @@
-"""What the pictures are of: models of several kinds and rows of numbers, checked once and brought to the CPU."""
+"""Models and rows of numbers for pictures, checked once and moved to the CPU."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import torch
 from torch import Size, Tensor, nn
 from torch.distributions import Distribution
 
+from pyro_flows.core.checks import integer
 from pyro_flows.core.transform import FlowTransform
 from pyro_flows.infer.density.data import to_tensor
+from pyro_flows.infer.uses.anomaly import evaluating
 
 __all__ = ["distribution_of", "draw", "drawn_rows", "draws_of", "numbers", "rows_of", "score", "single"]
 
@@ -20,7 +22,7 @@ CHUNK = 1 << 14  # rows scored at a time
 
 
 def numbers(value: Any, name: str, what: str) -> np.ndarray:
-    """A float64 array of finite numbers, whatever they came in."""
+    """Finite numbers of any kind as a float64 array."""
     array = to_tensor(value, name, what).cpu().double().numpy()
     if array.size == 0:
         raise ValueError(f"{name}: {what} is empty, shape {array.shape}")
@@ -51,7 +53,7 @@ def _shape(*parts: object) -> str:
 
 
 def distribution_of(model: Any, context: Any, name: str) -> Distribution:
-    """The distribution that a model stands for, at a context if one is given."""
+    """The distribution of a model, at a context if one is given."""
     if not isinstance(model, (Distribution, nn.Module)):
         model = getattr(model, "distribution", model)  # of the result of a fit
     if isinstance(model, FlowTransform):
@@ -62,15 +64,16 @@ def distribution_of(model: Any, context: Any, name: str) -> Distribution:
         if context is not None:
             raise ValueError(f"{name}: {type(model).__name__} takes no context: leave it out")
         return model
-    if context is None and getattr(model, "context_dim", 0):
-        raise ValueError(f"{name}: this flow was built with context_dim={model.context_dim}: give context=")
+    context_dim = getattr(model, "context_dim", None)
+    if context is None and context_dim:
+        raise ValueError(f"{name}: this flow was built with context_dim={context_dim}: give context=")
     made = None
     if context is not None and hasattr(model, "condition"):
         made = model.condition(_context(model, context, name))
     elif context is None and isinstance(model, nn.Module):
         try:
             made = model()
-        except (NotImplementedError, TypeError):  # a module that is called otherwise, or not at all
+        except (NotImplementedError, TypeError):  # a module with another call, or none
             pass
     if not isinstance(made, Distribution):
         hint = "" if context is None else ", at a context"
@@ -93,7 +96,7 @@ def _context(model: Any, context: Any, name: str) -> Tensor:
 
 
 def single(made: Distribution, name: str, sizes: Sequence[int] | None = None) -> Distribution:
-    """The distribution, if it is that of one event, of so many entries."""
+    """The distribution, if it is of a single event, with one of these numbers of entries."""
     if made.batch_shape:
         raise ValueError(
             f"{name}: expected an empty batch shape, got {tuple(made.batch_shape)}; give one context of shape "
@@ -110,20 +113,12 @@ def single(made: Distribution, name: str, sizes: Sequence[int] | None = None) ->
 @contextmanager
 def _resting(made: Distribution | None) -> Iterator[None]:
     """No gradient, and evaluation mode: a layer that learns from its first batch must not learn from a picture."""
-    modes = {}
+    parts = nn.ModuleList()
     while made is not None:
-        for part in getattr(made, "transforms", ()):
-            if isinstance(part, nn.Module):
-                modes.update((inner, inner.training) for inner in part.modules())
+        parts.extend(part for part in getattr(made, "transforms", ()) if isinstance(part, nn.Module))
         made = getattr(made, "base_dist", None)
-    for inner in modes:
-        inner.training = False
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for inner, mode in modes.items():
-            inner.training = mode
+    with torch.no_grad(), evaluating(parts):
+        yield
 
 
 def draw(made: Distribution, shape: tuple[int, ...] = ()) -> Tensor:
@@ -132,9 +127,9 @@ def draw(made: Distribution, shape: tuple[int, ...] = ()) -> Tensor:
         return made.sample(shape)
 
 
-def drawn_rows(made: Distribution, n: int, name: str) -> np.ndarray:
-    """Draws as rows, each flattened: ``n`` for each entry of the batch shape."""
-    drawn = draw(made, (n,))
+def drawn_rows(made: Distribution, num_samples: int, name: str) -> np.ndarray:
+    """Draws as flattened rows: ``num_samples`` for each entry of the batch shape."""
+    drawn = draw(made, (num_samples,))
     if not drawn.isfinite().all():
         raise ValueError(
             f"{name}: some of the model's draws are NaN or infinite; pyro_flows.testing.locate_nonfinite finds where"
@@ -142,10 +137,9 @@ def drawn_rows(made: Distribution, n: int, name: str) -> np.ndarray:
     return rows_of(drawn, made.event_shape, name, "the model's draws")
 
 
-def draws_of(model: Any, n: int, context: Any, name: str) -> tuple[np.ndarray, Size]:
-    """Samples as rows, and the shape of one: given ones, or at least ``n`` draws of a model."""
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-        raise ValueError(f"{name}: expected n to be an integer >= 1, got {n!r}")
+def draws_of(model: Any, num_samples: int, context: Any, name: str) -> tuple[np.ndarray, Size]:
+    """Rows of samples and their event shape: given samples, or at least ``num_samples`` draws of a model."""
+    integer(name, "num_samples", num_samples)
     if isinstance(model, (Tensor, np.ndarray, list, tuple)):
         array = numbers(model, name, "samples")
         if array.ndim == 0:
@@ -155,7 +149,7 @@ def draws_of(model: Any, n: int, context: Any, name: str) -> tuple[np.ndarray, S
     made = distribution_of(model, context, name)
     if context is None:
         single(made, name)
-    return drawn_rows(made, -(-n // max(1, made.batch_shape.numel())), name), made.event_shape
+    return drawn_rows(made, -(-num_samples // max(1, made.batch_shape.numel())), name), made.event_shape
 
 
 def score(made: Distribution, points: np.ndarray, name: str) -> np.ndarray:
@@ -167,7 +161,7 @@ def score(made: Distribution, points: np.ndarray, name: str) -> np.ndarray:
         for part in torch.from_numpy(points).split(CHUNK):
             values = part.to(kin.device, kin.dtype).reshape(len(part), *event)
             inside = _inside(made, values)
-            # What lies outside is replaced by a draw, because validation refuses it.
+            # A draw replaces values outside, which validation would refuse.
             safe = torch.where(inside.reshape(-1, *(1,) * len(event)), values, kin)
             found.append(made.log_prob(safe).masked_fill(~inside, -torch.inf).double().cpu())
     log_prob = torch.cat(found)
@@ -182,6 +176,7 @@ def score(made: Distribution, points: np.ndarray, name: str) -> np.ndarray:
 
 def _inside(made: Distribution, values: Tensor) -> Tensor:
     try:
-        return made.support.check(values)
-    except (NotImplementedError, ValueError):  # a support that is not known, or depends on something unknown
+        support: Any = made.support
+        return support.check(values)
+    except (NotImplementedError, ValueError):  # an unknown or dependent support
         return values.new_ones(len(values), dtype=torch.bool)

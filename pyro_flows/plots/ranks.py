@@ -1,4 +1,4 @@
-"""Ranks of simulation-based calibration, and the band that uniform ones stay in."""
+"""Ranks of simulation-based calibration, and the band of uniform ranks."""
 
 from __future__ import annotations
 
@@ -8,37 +8,37 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pyro_flows.core.checks import choice
 from pyro_flows.infer.diagnostics.calibration import Calibration
-from pyro_flows.plots.canvas import CYCLE, DATA, FRAME, MODEL, canvas
+from pyro_flows.plots.canvas import DATA, FRAME, NAMED, canvas, line_style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = ["ranks"]
 
-NAMED = 12  # curves in a legend that can still be told apart
 EXPECTED = 5  # ranks in a bar, at least
 
 
 def ranks(calibration: Any, ax: Axes | None = None, *, sites: Sequence[str] | None = None, kind: str = "ecdf") -> Axes:
-    """Whether the ranks of a calibration are uniform: distribution functions or histograms, one for each scalar.
+    """Draws the ranks of a calibration against uniform ones: distribution functions or histograms, one a scalar.
 
     ``"ecdf"`` draws the empirical distribution function less that of uniform ranks.  All curves of a right inference
     stay within the band over their whole length with the calibration's probability (95 %).  A curve that is first above
-    and then below belongs to draws that are too narrow, one that is first below to draws that are too wide; a hill to
-    draws that lie too high, a valley to draws that lie too low.
+    and then below belongs to draws that are too narrow, first below and then above to draws that are too wide.  A hill
+    belongs to draws that lie too high, a valley to draws that lie too low.
 
-    ``"histogram"`` draws the ranks as they are: high at both ends for draws that are too narrow, high in the middle for
-    draws that are too wide.  Its band holds for each bar by itself.
+    ``"histogram"`` draws the ranks themselves: high at both ends for draws that are too narrow, high in the middle for
+    draws that are too wide.  Its band holds for single bars.
 
     Args:
         calibration: from :func:`~pyro_flows.infer.diagnostics.calibration.simulation_based_calibration`.
-        ax: where to draw.
-        sites: which sites to draw, by default all.  The band is that of all.
+        ax: the axes to draw into.
+        sites: the sites to draw, by default all.  The band is always that of all.
         kind: ``"ecdf"`` or ``"histogram"``.
 
     Raises:
-        ValueError: for a site or kind that is not there.
+        ValueError: for an unknown site or kind.
 
     References:
         Graphical Test for Discrete Uniformity and its Applications in Goodness of Fit Evaluation and Multiple Sample
@@ -46,13 +46,12 @@ def ranks(calibration: Any, ax: Axes | None = None, *, sites: Sequence[str] | No
     """
     if not isinstance(calibration, Calibration):
         raise TypeError(f"ranks: expected what simulation_based_calibration returns, got {type(calibration).__name__}")
-    if kind not in ("ecdf", "histogram"):
-        raise ValueError(f"ranks: expected kind 'ecdf' or 'histogram', got {kind!r}")
+    choice("ranks", "kind", kind, ("ecdf", "histogram"))
     chosen = list(calibration.ranks) if sites is None else [sites] if isinstance(sites, str) else list(sites)
     unknown = [site for site in chosen if site not in calibration.ranks]
     if unknown or not chosen:
         raise ValueError(f"ranks: expected sites among {list(calibration.ranks)}, got {chosen}")
-    part = Calibration({site: calibration.ranks[site] for site in chosen}, calibration.draws, calibration.level)
+    part = Calibration({site: calibration.ranks[site] for site in chosen}, calibration.num_samples, calibration.level)
     ax = canvas(ax)
     (_ecdf if kind == "ecdf" else _histogram)(ax, calibration, part.flat().numpy(), part.names)
     if len(part.names) <= NAMED:
@@ -60,28 +59,22 @@ def ranks(calibration: Any, ax: Axes | None = None, *, sites: Sequence[str] | No
     return ax
 
 
-def _style(k: int, count: int) -> dict[str, Any]:
-    if count > NAMED:
-        return {"color": MODEL, "linewidth": 0.8, "alpha": 0.5}
-    return {"color": CYCLE[k % len(CYCLE)], "linestyle": ("-", "--")[k // len(CYCLE) % 2], "linewidth": 1.5}
-
-
 def _ecdf(ax: Axes, calibration: Calibration, columns: np.ndarray, names: list[str]) -> None:
     place, low, high = (part.numpy() for part in calibration.bands())
     ax.fill_between(place, low - place, high - place, color=DATA, alpha=0.13, linewidth=0)
     ax.axhline(0, color=FRAME, linewidth=0.9, linestyle="--")
-    # The limits are those of ranks up to a position's own; halves keep rounding out of the comparison.
-    edges = place * (calibration.draws + 1) - 0.5
+    # The limits count ranks up to and including a position; halves keep rounding out of the comparison.
+    edges = place * (calibration.num_samples + 1) - 0.5
     for k, name in enumerate(names):
         share = np.searchsorted(np.sort(columns[:, k]), edges) / len(columns)
-        ax.plot(place, share - place, label=name, **_style(k, len(names)))
+        ax.plot(place, share - place, label=name, **line_style(k, len(names)))
     ax.set(xlim=(0, 1), xlabel="rank, as a fraction", ylabel="distribution function less uniform")
 
 
 def _histogram(ax: Axes, calibration: Calibration, columns: np.ndarray, names: list[str]) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    n, total = len(columns), calibration.draws + 1
+    n, total = len(columns), calibration.num_samples + 1
     bars = max(2, min(20, n // EXPECTED, total))
     edges = np.ceil(np.arange(bars + 1) * total / bars)
     width = np.diff(edges)
@@ -92,7 +85,7 @@ def _histogram(ax: Axes, calibration: Calibration, columns: np.ndarray, names: l
     ax.stairs(n * share + spread, edges / total, baseline=n * share - spread, fill=True, color=DATA, alpha=0.13)
     for k, name in enumerate(names):
         counts = np.histogram(columns[:, k], edges - 0.5)[0]
-        ax.stairs(counts, edges / total, label=name, **_style(k, len(names)))
+        ax.stairs(counts, edges / total, label=name, **line_style(k, len(names)))
     ax.set(xlim=(0, 1), xlabel="rank, as a fraction", ylabel="simulations")
     ax.set_ylim(0, max(ax.get_ylim()[1], math.ceil((n * share + spread).max()) + 1))
     ax.yaxis.set_major_locator(MaxNLocator(integer=True))

@@ -1,4 +1,4 @@
-"""Draws of a model beside data: in one pair of dimensions, or in all pairs."""
+"""Draws of a model beside data, in one pair of dimensions or in all."""
 
 from __future__ import annotations
 
@@ -16,40 +16,49 @@ if TYPE_CHECKING:
 
 __all__ = ["corner", "samples"]
 
-MOST = 12  # dimensions of a corner plot that can still be read
+MOST = 12  # dimensions of a corner plot that a reader can take in
 BINS = 48  # counts behind contours, along each dimension
 SPREAD = 1.5  # of the kernel that smooths counts for contours, in bins
 
 
 def samples(
-    model: Any, data: Any = None, n: int = 2000, *, context: Any = None, ax: Axes | None = None, **style: Any
+    model: Any,
+    data: Any = None,
+    num_samples: int = 2000,
+    *,
+    context: Any = None,
+    ax: Axes | None = None,
+    **style: Any,
 ) -> Axes:
-    """Draws of a model of two dimensions, or given samples, on top of as many rows of data.
+    """Scatters draws of a model of two dimensions, or given samples, on top of equally many rows of data.
 
-    The picture reaches as far as nearly all of the data, or without data of the draws.
+    The picture covers nearly all data, or without data nearly all draws.
 
     Args:
         model: a model, or samples of shape ``(rows, 2)``.
         data: rows to compare with.
-        n: how many draws; given samples and data are thinned evenly to so many.
-        context: one context, or a batch of them over which the draws are spread.
-        ax: where to draw.
-        **style: for ``Axes.scatter`` of the draws.
+        num_samples: how many draws; given samples and data are thinned evenly to this number.
+        context: one context, or a batch of contexts over which the draws are spread.
+        ax: the axes to draw into.
+        **style: options of ``Axes.scatter`` for the draws.
 
     Raises:
         ValueError: for samples of another number of dimensions, or arguments that do not fit.
     """
-    draws, event = draws_of(model, n, context, "samples")
+    draws, event = draws_of(model, num_samples, context, "samples")
     if draws.shape[1] != 2:
         raise ValueError(f"samples: expected two dimensions, got {draws.shape[1]}; plots.corner draws other numbers")
     rows = None if data is None else rows_of(data, event, "samples", "data")
     ax = canvas(ax)
     if rows is not None:
-        ax.scatter(*thinned(rows, n).T, s=6, color=DATA, alpha=0.4, linewidths=0, label="data")
-    look = {"s": 6, "alpha": 0.5, "linewidths": 0, "label": "samples"}
+        first, second = thinned(rows, num_samples).T
+        ax.scatter(first, second, s=6, color=DATA, alpha=0.4, linewidths=0, label="data")
+    look: dict[str, Any] = {"s": 6, "alpha": 0.5, "linewidths": 0, "label": "samples"}
     look |= {} if "color" in style or "c" in style else {"color": MODEL}
-    ax.scatter(*thinned(draws, n).T, **look | style)
-    ax.set(**dict(zip(("xlim", "ylim"), reach(draws if rows is None else rows), strict=True)))
+    first, second = thinned(draws, num_samples).T
+    ax.scatter(first, second, **look | style)
+    xlim, ylim = reach(draws if rows is None else rows)
+    ax.set(xlim=xlim, ylim=ylim)
     if rows is not None:
         ax.legend(frameon=False, markerscale=2.5, fontsize=8)
     return ax
@@ -59,28 +68,28 @@ def corner(
     model: Any,
     data: Any = None,
     names: Sequence[str] | None = None,
-    n: int = 10_000,
+    num_samples: int = 10_000,
     *,
     context: Any = None,
     dims: Sequence[int] | None = None,
 ) -> Figure:
-    """All pairs of dimensions: data as points, the model as contours around 50 and 90 % of its draws.
+    """Draws all pairs of dimensions: data as points, the model as contours around 50 and 90 % of its draws.
 
-    On the diagonal are the densities of both as histograms.  Without data the points are the draws themselves.  The
-    picture reaches as far as the data, or without data as the draws.
+    The diagonal holds histograms of both.  Without data the points are the draws themselves.  The picture covers nearly
+    all data, or without data nearly all draws.
 
     Args:
         model: a model, or samples of shape ``(rows, *event)``.
         data: rows to compare with.
         names: one for each dimension drawn.
-        n: how many draws.
-        context: one context, or a batch of them over which the draws are spread.
+        num_samples: how many draws.
+        context: one context, or a batch of contexts over which the draws are spread.
         dims: which dimensions of the flattened event to draw, at most 12 (default: all).
 
     Raises:
         ValueError: for more than 12 dimensions, or arguments that do not fit.
     """
-    draws, event = draws_of(model, n, context, "corner")
+    draws, event = draws_of(model, num_samples, context, "corner")
     rows = None if data is None else rows_of(data, event, "corner", "data")
     chosen = _chosen(dims, draws.shape[1])
     text = labels(names, chosen, "corner")
@@ -107,7 +116,8 @@ def corner(
             ax.spines["left"].set_visible(False)
         else:
             ax.set_ylim(limits[i])
-            ax.scatter(*thinned(shown[:, [j, i]], 1500).T, s=3, color=color, alpha=0.3, linewidths=0, rasterized=True)
+            across, up = thinned(shown[:, [j, i]], 1500).T
+            ax.scatter(across, up, s=3, color=color, alpha=0.3, linewidths=0, rasterized=True)
             _contours(ax, draws[:, [j, i]], (edges[j], edges[i]))
         ax.tick_params(labelbottom=i == size - 1, labelleft=j == 0)
     fig.align_labels()
@@ -130,7 +140,7 @@ def _chosen(dims: Sequence[int] | None, size: int) -> list[int]:
 
 def _contours(ax: Axes, pairs: np.ndarray, edges: tuple[np.ndarray, np.ndarray]) -> None:
     """Lines around the densest 50 and 90 % of the pairs inside the edges."""
-    count = np.histogram2d(*pairs.T, bins=edges)[0]
+    count = np.histogram2d(pairs[:, 0], pairs[:, 1], bins=list(edges))[0]
     if not count.any():
         return
     reach = np.arange(-6, 7)

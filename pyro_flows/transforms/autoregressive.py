@@ -99,3 +99,14 @@ class Autoregressive(FlowTransform):
 
     def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._one_pass(y, context) if self.fast == "density" else self._sweep(y, context)
+
+    def inverse_and_log_slopes(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Data to base, and what :meth:`log_slopes` gives."""
+        x = self.inverse_and_ladj(y, context)[0]
+        seen, sign = (y, 1) if self.fast == "density" else (x, -1)  # the network sees the side that is fast
+        flat = self._flat(seen)
+        return x, sign * self._shaped(self.univariate.forward(flat, self.net(flat, context))[1])
+
+    def log_slopes(self, y: Tensor, context: Tensor | None = None) -> Tensor:
+        """The logarithm of each slope from data to base, of the shape of ``y``."""
+        return self.inverse_and_log_slopes(y, context)[1]

@@ -88,6 +88,10 @@ class Rescaling(FlowTransform):
         log_scale, total = self._log_scale(y, context)
         return y * torch.exp(log_scale), total
 
+    def log_slopes(self, y: Tensor, context: Tensor | None = None) -> Tensor:
+        """The logarithm of each slope from data to base, of the shape of ``y``."""
+        return self._log_scale(y, context)[0].expand(y.shape)
+
 
 class Standardization(FlowTransform):
     r"""A fixed location and scale per dimension, :math:`y = t + \sigma x`: puts a flow in the units of the data.
@@ -187,6 +191,10 @@ class Standardization(FlowTransform):
 
     def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return (y - self.loc) / self.scale, -self._ladj(y)
+
+    def log_slopes(self, y: Tensor, context: Tensor | None = None) -> Tensor:
+        """The logarithm of each slope from data to base, of the shape of ``y``."""
+        return -self.scale.log().expand(y.shape)
 
 
 class Permutation(FlowTransform):

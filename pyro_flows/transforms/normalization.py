@@ -84,6 +84,10 @@ class ActNorm(FlowTransform):
         """One step of a series after another; see :mod:`pyro_flows.core.steps`."""
         return affine(self.loc, self.log_scale)
 
+    def log_slopes(self, y: Tensor, context: Tensor | None = None) -> Tensor:
+        """The logarithm of each slope from data to base, of the shape of ``y``."""
+        return -self.log_scale.expand(y.shape)
+
     def _ladj(self, value: Tensor) -> Tensor:
         places = math.prod(self.event_shape[1:])
         return (self.log_scale.sum() * places).expand(value.shape[: value.dim() - len(self.event_shape)])

@@ -60,7 +60,7 @@ class LogitPixels(FlowTransform):
         reach = constraints.interval(-self._beyond, self.levels + self._beyond)
         return constraints.independent(reach, len(self.event_shape))
 
-    def log_slopes(self, y: Tensor) -> Tensor:
+    def log_slopes(self, y: Tensor, context: Tensor | None = None) -> Tensor:
         r""":math:`\log dx_i / dv_i` in nats, of the shape of ``y``: what ``inverse_and_ladj`` sums up."""
         return self._base_and_slopes(y)[1]
 

@@ -15,7 +15,7 @@ from torch.distributions.constraints import Constraint
 
 from pyro_flows.core.checks import check_context, check_tensor, wrong_event
 from pyro_flows.core.modes import plain_eager
-from pyro_flows.distributions.made.contract import Head
+from pyro_flows.distributions.made.head import Head
 
 __all__ = ["AutoregressiveDistribution", "AutoregressiveModel"]
 

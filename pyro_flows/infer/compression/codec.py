@@ -20,43 +20,42 @@ from pyro_flows.infer.compression.triangular import FlowConditionals
 __all__ = ["Codec"]
 
 _ROOM = 2**25  # numbers that a pass may hold
-_MOST_ROWS = MOST_ROWS
 
 
 class Codec:
     r"""Lossless compression of rows of whole numbers by a model of them: ``decode(encode(x))`` is ``x``, bit for bit.
 
-    The file takes about :math:`-\log_2 P(x)` bits, by arithmetic coding with the conditionals
-    :math:`P(x_i \mid x_{<i}, c)`, of
+    A file takes about :math:`-\log_2 P(x)` bits, by arithmetic coding with the conditionals
+    :math:`P(x_i \mid x_{<i}, c)` of
 
     - a :class:`~pyro_flows.distributions.made.MADE` or :class:`~pyro_flows.distributions.made.ConvMADE` of levels: a
       head ``"bernoulli"``, ``CategoricalHead``, ``LogisticMixtureHead``, a ``MixedHead`` of these, or another with
       levels 0 to :math:`L - 1`;
     - a flow of :class:`~pyro_flows.transforms.Mint` layers of one orientation, over independent normals, on
-      :class:`~pyro_flows.transforms.pixels.LogitPixels`, or a ``Dequantized`` of one: with those before it at the
-      centres of their pixels, :math:`P(n_i \mid n_{<i}) = \Phi(f_i(n_i + 1)) - \Phi(f_i(n_i))`, to which the tails are
-      added at the first and the last level.
+      :class:`~pyro_flows.transforms.pixels.LogitPixels`, or a ``Dequantized`` of one: with the pixels before it at
+      their centers, :math:`P(n_i \mid n_{<i}) = \Phi(f_i(n_i + 1)) - \Phi(f_i(n_i))`, plus the tails at the first and
+      the last level.
 
-    Encoding takes one pass for all conditionals, decoding one sweep as for draws (of a ``Mint`` stack: one pass for
-    each wave, ``waves.max() + 1`` in all).  A row is told in about :math:`\log_2 L` decisions for each dimension, each
-    of which evaluates one cumulative probability.
+    Encoding takes one pass for all conditionals.  Decoding takes one sweep, as draws do (for a ``Mint`` stack a pass
+    for each wave, ``waves.max() + 1`` in all).  Each dimension of a row takes about :math:`\log_2 L` decisions, each of
+    which evaluates one cumulative probability.
 
-    What makes the bits agree: the model is copied in double precision onto the processor; cumulative probabilities are
-    rounded to multiples of :math:`2^{-18}`, after which all is integer arithmetic; and where one lies within
-    :math:`2^{-36}` of where rounding changes, the file says which way it went.  A file can thus be read wherever the
-    same parameters give probabilities within :math:`2^{-36}` of those of the encoder: with any number of threads, in
-    whatever batch, with other releases of libraries, and from a model in single or double precision.  Networks with
-    very large weights can miss that.  In such a case a file is refused by its check sums and not read wrongly; that it
-    can be read on the machine that writes it, ``encode`` makes sure of.
+    The bits agree because the model is copied to the CPU in double precision, because cumulative probabilities are
+    rounded to multiples of :math:`2^{-18}` before integer arithmetic takes over, and because the file says which way
+    rounding went within :math:`2^{-36}` of where it changes.  So a file can be read wherever the same parameters give
+    probabilities within :math:`2^{-36}` of the encoder's: with any number of threads, in any batch, with other releases
+    of libraries, and from a model in single or double precision.  Networks with very large weights can miss that.  Then
+    check sums refuse the file, and no wrong numbers are returned.  ``encode`` verifies that the machine that writes a
+    file can read it.
 
-    The codec is of the model as it is when the codec is made.
+    Later changes of the model do not change the codec.
 
     Args:
         model: the model.
-        number: which member of a ``MADE`` with several orders or masks; the file's size is that by this one alone.
+        number: which member of a ``MADE`` with several orders or masks; only this one codes the file.
 
     Attributes:
-        levels: how many levels each dimension has, shape ``(D,)``.
+        levels: the number of levels of each dimension, shape ``(D,)``.
 
     Raises:
         TypeError: for a model of another kind.
@@ -79,7 +78,7 @@ class Codec:
 
     @torch.no_grad()
     def bits(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        r""":math:`-\log_2 P(x)` by the model, shape ``(*batch,)``, in float64: what a file cannot do without.
+        r""":math:`-\log_2 P(x)` under the model, shape ``(*batch,)``, in float64: the least size of a file.
 
         Args:
             x: whole numbers, shape ``(*batch, *event_shape)``.
@@ -93,17 +92,17 @@ class Codec:
 
     @torch.no_grad()
     def encode(self, x: Tensor, context: Tensor | None = None, *, verify: bool = True) -> bytes:
-        """Rows as a file.
+        """Writes rows as a file.
 
         Args:
             x: integers or booleans, shape ``(*batch, *event_shape)``.
-            context: shape that broadcasts to ``(*batch, context_dim)``, if the model takes one.  It is not in the
+            context: shape that broadcasts to ``(*batch, context_dim)``, if the model takes one; not part of the
                 file.
-            verify: whether each piece is decoded again, and written without the model, with a warning, if that fails.
-                It costs as much as decoding.
+            verify: whether to decode each piece again, at the cost of decoding, and to write it without the model,
+                with a warning, if that fails.
 
         Raises:
-            TypeError: for what is no tensor of integers or booleans.
+            TypeError: unless ``x`` is a tensor of integers or booleans.
             ValueError: for another shape, or numbers beyond the levels.
             FloatingPointError: if the model gives NaN.
             ImportError: without the package constriction.
@@ -113,7 +112,7 @@ class Codec:
         for part, own in self._pieces(len(rows), contexts):
             mine = rows[part]
             piece = write(mine, self.levels, self._model.steps, self._model.edges(mine, own))
-            # Rows that the model has no idea of take no more than their levels do.
+            # Rows that surprise the model take no more than their levels do.
             plain = 32 * len(piece.words) > len(mine) * float(self.levels.log2().sum()) + 64
             if not plain and verify and not self._reads(piece, mine, own):
                 failed, plain = failed + 1, True
@@ -132,16 +131,16 @@ class Codec:
 
     @torch.no_grad()
     def decode(self, data: bytes, context: Tensor | None = None) -> Tensor:
-        """What :meth:`encode` was given, on the processor, shape ``(*batch, *event_shape)``, in its dtype.
+        """Reads a file: the rows given to :meth:`encode`, in their dtype, on the CPU, shape ``(*batch, *event_shape)``.
 
         Args:
-            data: of :meth:`encode`.
-            context: that of :meth:`encode`.
+            data: the result of :meth:`encode`.
+            context: the context given to :meth:`encode`.
 
         Raises:
-            TypeError: for what is no bytes.
+            TypeError: unless ``data`` are bytes.
             ValueError: for data that are corrupt or truncated, of another model or context, or that cannot be decoded
-                here; never are wrong numbers returned.
+                here; wrong numbers are never returned.
         """
         if not isinstance(data, (bytes, bytearray, memoryview)):
             raise TypeError(f"Codec: expected the bytes of encode, got {type(data).__name__}")
@@ -163,7 +162,7 @@ class Codec:
         rows = torch.cat(found)
         if _sum(rows) != header.data:
             raise ValueError(
-                "Codec: the file is whole, but what was decoded is not what was encoded: the model's probabilities "
+                "Codec: the file is whole, but the rows decoded are not those encoded: the model's probabilities "
                 "here differ from those of the encoder by more than 2 ** -36, as happens with very large weights"
             )
         made = rows.to(header.dtype)
@@ -184,7 +183,7 @@ class Codec:
         return self._model.find(rows, context, reader.read)
 
     def _rows(self) -> int:
-        return max(1, min(_MOST_ROWS, _ROOM // self._model.numbers))
+        return max(1, min(MOST_ROWS, _ROOM // self._model.numbers))
 
     def _pieces(
         self, total: int, contexts: Tensor | None, size: int | None = None
@@ -195,13 +194,13 @@ class Codec:
             yield part, None if contexts is None else contexts[part]
 
     def _admit(self, x: Any, context: Tensor | None) -> tuple[Tensor, torch.Size, Tensor | None]:
-        """Rows as integers of 64 bits, shape ``(rows, D)``; the shape of the batch; contexts."""
+        """Rows as 64-bit integers of shape ``(rows, D)``, the batch shape, and contexts."""
         event = self._model.event_shape
         if not isinstance(x, Tensor) or x.dtype not in DTYPES:
             got = x.dtype if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(
-                "Codec: expected a tensor of integers or booleans, whose bits are to be restored, got "
-                f"{got}; whole numbers of another kind want x.long() or x.to(torch.uint8) first"
+                f"Codec: expected a tensor of integers or booleans, got {got}; convert other whole numbers, e.g. by "
+                "x.long() or x.to(torch.uint8)"
             )
         cut = x.dim() - len(event)
         if cut < 0 or x.shape[cut:] != event:
@@ -219,7 +218,7 @@ class Codec:
         return rows, batch, self._contexts(context, batch)
 
     def _contexts(self, context: Any, batch: torch.Size) -> Tensor | None:
-        """Contexts of all rows, shape ``(rows, context_dim)``."""
+        """The contexts of all rows, shape ``(rows, context_dim)``."""
         dim = self._model.context_dim
         if not dim:
             if context is not None:

@@ -1,4 +1,4 @@
-"""What a codec asks of a model: all conditionals in one pass, and rows found step by step."""
+"""The interface of a codec to a model: all conditionals in one pass, and rows found step by step."""
 
 from __future__ import annotations
 
@@ -6,34 +6,37 @@ import copy
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
 from torch import Size, Tensor, nn
 
 from pyro_flows.distributions import MADE, ConvMADE
-from pyro_flows.distributions.made.contract import Head
+from pyro_flows.distributions.made import Head
 from pyro_flows.infer.compression.cumulative import Edges, cumulative, level_counts
 from pyro_flows.inverse.raster import RasterSweep
 
 __all__ = ["Conditionals", "NetworkConditionals", "Read", "snapshot"]
 
-#: Takes the dimensions of a step and their cumulative probabilities, gives the whole numbers, shape ``(rows, n)``.
+Model = TypeVar("Model", bound=nn.Module)
+
+#: Maps the dimensions of a step and their cumulative probabilities to the whole numbers, shape ``(rows, n)``.
 Read = Callable[[Tensor, Edges], Tensor]
 
 
-def snapshot(model: nn.Module) -> nn.Module:
-    """A copy on the processor, in double precision."""
+def snapshot(model: Model) -> Model:
+    """A copy on the CPU, in double precision."""
     return copy.deepcopy(model).to("cpu", torch.float64).eval().requires_grad_(False)
 
 
 class Conditionals(ABC):
-    """The conditionals :math:`P(x_i | x_{<i}, c)` of whole numbers, in double precision on the processor.
+    """The conditionals :math:`P(x_i | x_{<i}, c)` of whole numbers, in double precision on the CPU.
 
     Attributes:
-        event_shape, context_dim: of the model.
-        levels: how many levels each dimension has, shape ``(D,)``.
-        steps: the dimensions in the sequence in which they are told; those of one step do not depend on each other.
-        numbers: how many numbers a pass holds for each row, about.
+        event_shape, context_dim: those of the model.
+        levels: the number of levels of each dimension, shape ``(D,)``.
+        steps: the dimensions in the order of coding; those of one step do not depend on each other.
+        numbers: about how many numbers a pass holds for each row.
     """
 
     event_shape: Size
@@ -44,11 +47,11 @@ class Conditionals(ABC):
 
     @abstractmethod
     def edges(self, x: Tensor, context: Tensor | None) -> Edges:
-        """Cumulative probabilities of all dimensions of whole numbers of shape ``(rows, D)``; one pass."""
+        """The cumulative probabilities of all dimensions, for whole numbers of shape ``(rows, D)``; costs one pass."""
 
     @abstractmethod
     def find(self, rows: int, context: Tensor | None, read: Read) -> Tensor:
-        """Asks ``read`` for the whole numbers of each step and puts them together; shape ``(rows, D)``."""
+        """Assembles rows, shape ``(rows, D)``, from what ``read`` gives for each step."""
 
     @abstractmethod
     def log_prob(self, x: Tensor, context: Tensor | None) -> Tensor:
@@ -56,24 +59,22 @@ class Conditionals(ABC):
 
     @abstractmethod
     def parts(self) -> Iterator[tuple[str, Tensor]]:
-        """Everything by which the model is told from others, under names."""
+        """All named tensors that identify the model."""
 
     def digest(self) -> bytes:
-        """Eight bytes that stand for the model."""
+        """A digest of the model, eight bytes."""
         made = hashlib.sha256(type(self).__name__.encode())
         parts = {"levels": self.levels, "steps": torch.cat(self.steps), **dict(self.parts())}
         for name in sorted(parts):
             part = parts[name].detach().contiguous()
-            part = (
-                part.double().numpy().astype("<f8") if part.is_floating_point() else part.long().numpy().astype("<i8")
-            )
+            array = part.double().numpy() if part.is_floating_point() else part.long().numpy()
             made.update(f"{name}{tuple(part.shape)}".encode())
-            made.update(part.tobytes())
+            made.update(array.astype(array.dtype.newbyteorder("<")).tobytes())
         return made.digest()[:8]
 
 
 class _Reading(Head):
-    """A head that in place of drawing asks for what has been written."""
+    """A head that reads coded values where it would draw."""
 
     def __init__(self, head: Head, read: Read) -> None:
         super().__init__()
@@ -99,11 +100,11 @@ class _Reading(Head):
 
 
 class NetworkConditionals(Conditionals):
-    """Of a MADE or a convolutional one, whose draws by one sweep become reading.
+    """The conditionals of a ``MADE`` or ``ConvMADE``, whose sweep of draws becomes a sweep of reading.
 
     Args:
         model: the model.
-        number: which member, where there are several.
+        number: which member of a ``MADE`` with several.
     """
 
     def __init__(self, model: MADE | ConvMADE, number: int = 0) -> None:
@@ -129,7 +130,7 @@ class NetworkConditionals(Conditionals):
 
     def find(self, rows: int, context: Tensor | None, read: Read) -> Tensor:
         head, model = _Reading(self.model.head, read), self.model
-        with torch.random.fork_rng(devices=[]):  # a sweep draws noise, which is not looked at here
+        with torch.random.fork_rng(devices=[]):  # a sweep draws noise, which goes unused here
             if self.member is None:
                 drawn = RasterSweep(model.net, head, model.bias, rows, context).run().flatten(1)
             else:

@@ -1,4 +1,4 @@
-"""The file: a header, pieces one after the other, and check sums; all numbers little-endian."""
+"""The file format: a header, the pieces, and check sums; all numbers are little-endian."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ _LARGEST = 2**40  # of all numbers in a file, and of all their sums and products
 
 
 class Header(NamedTuple):
-    """What stands before the pieces.
+    """The part of a file before the pieces.
 
     Attributes:
-        dtype: of the numbers, one of ``DTYPES``.
-        model: eight bytes that stand for the model.
+        dtype: dtype of the numbers, one of ``DTYPES``.
+        model: digest of the model, eight bytes.
         data: check sum of the numbers.
         context: check sum of the contexts, ``None`` for none.
         batch: shape of the batch.
-        rows: of the batch that are in one piece, but for the last.
+        rows: rows in each piece but the last.
     """
 
     dtype: torch.dtype
@@ -43,7 +43,7 @@ class Header(NamedTuple):
 
 
 def _number(value: int) -> bytes:
-    """Seven bits a byte, the lowest first; all but the last have the eighth bit set."""
+    """An integer in seven bits a byte, the lowest first; all but the last byte have the eighth bit set."""
     out = bytearray()
     while value > 127:
         out.append(value & 127 | 128)
@@ -53,7 +53,7 @@ def _number(value: int) -> bytes:
 
 
 class _Bytes:
-    """What is left to read."""
+    """The bytes left to read."""
 
     def __init__(self, data: bytes) -> None:
         self.data, self.at = data, 0
@@ -77,16 +77,16 @@ class _Bytes:
 
 
 def corrupt(why: str) -> ValueError:
-    """What to raise for a file that cannot be what was written."""
+    """The error for a file that no codec wrote like this."""
     return ValueError(f"Codec: the data are corrupt or truncated: {why}; nothing was decoded")
 
 
 def pack(header: Header, pieces: Sequence[tuple[Piece, bool]]) -> bytes:
-    """The file.
+    """Makes the file.
 
     Args:
-        header: of all.
-        pieces: each with whether it was written without the model.
+        header: the header.
+        pieces: each piece, and whether it was written without the model.
     """
     out = [_START.pack(MAGIC, VERSION, DTYPES.index(header.dtype), header.model, header.data)]
     out.append(b"\0" if header.context is None else b"\1" + struct.pack("<I", header.context))
@@ -102,10 +102,10 @@ def pack(header: Header, pieces: Sequence[tuple[Piece, bool]]) -> bytes:
 
 
 def unpack(data: bytes) -> tuple[Header, list[tuple[Piece, bool]]]:
-    """What :func:`pack` was given.
+    """Reads what :func:`pack` was given.
 
     Raises:
-        ValueError: for data that are something else, of another version, corrupt or truncated.
+        ValueError: for other data, another version, or corrupt or truncated data.
     """
     if data[:3] != MAGIC[: len(data)] or not data:
         raise ValueError("Codec: expected data that a Codec has encoded, which begin with PFZ, got something else")
@@ -145,7 +145,7 @@ def unpack(data: bytes) -> tuple[Header, list[tuple[Piece, bool]]]:
             odd.append(parity == 1)
         words = np.frombuffer(rest.take(4 * size), dtype="<u4")
         pieces.append((Piece(words, np.array(places, np.int64), np.array(odd, bool)), bool(plain)))
-    # Each piece takes some bytes, so that the file's length bounds the rows, and all that is made of them.
+    # Each piece takes some bytes, so the length of the file bounds the rows and the memory for them.
     if not 1 <= header.rows <= MOST_ROWS or len(pieces) != -(-math.prod(batch) // header.rows):
         raise corrupt("they have another number of pieces than their shape asks for")
     return header, pieces

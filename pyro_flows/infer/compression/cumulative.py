@@ -1,4 +1,4 @@
-"""Cumulative probabilities of a head's levels, which is all that entropy coding asks of a distribution."""
+"""Cumulative probabilities of a head's levels: all that entropy coding needs of a distribution."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_flows.distributions.made import BernoulliHead, CategoricalHead, LogisticMixtureHead, MixedHead
-from pyro_flows.distributions.made.contract import Head
+from pyro_flows.distributions.made import BernoulliHead, CategoricalHead, Head, LogisticMixtureHead, MixedHead
 
 __all__ = ["Edges", "cumulative", "level_counts"]
 
@@ -17,10 +16,10 @@ Edges = Callable[[Tensor], Tensor]
 
 
 def level_counts(head: Head) -> list[int]:
-    """How many levels each dimension has: 0, 1, ... up to that number less 1.
+    """The number of levels 0, 1, ... of each dimension.
 
     Raises:
-        ValueError: for a head whose values are not so many.
+        ValueError: for a head without finitely many levels from 0.
     """
     if isinstance(head, CategoricalHead):
         return list(head.num_classes)
@@ -46,13 +45,13 @@ def cumulative(head: Head, params: Tensor, dims: Tensor | None = None) -> Edges:
     r"""The function :math:`k \mapsto P(x < k)`.
 
     Args:
-        head: of levels.
-        params: shape ``(*, n, num_params)``, in the dtype in which to compute.
-        dims: the ``n`` dimensions in question, by default all.
+        head: a head of levels.
+        params: shape ``(*, n, num_params)``, in the dtype of the computation.
+        dims: the ``n`` dimensions, by default all.
 
     Returns:
-        A function of whole numbers from 1 to the number of levels less 1, shape ``(*, n)``.  Its error is a few units
-        in the last place of 1.
+        A function of whole numbers from 1 to the number of levels less 1, shape ``(*, n)``, with an error of a few
+        units in the last place of 1.
     """
     if type(head) is BernoulliHead:
         below = torch.sigmoid(-params.squeeze(-1))

@@ -1,14 +1,14 @@
 r"""Levels as sequences of decisions, each with a probability in integers, and their entropy coding.
 
-A level is told by bits, the highest first: is it in the lower or the upper part of what is left?  The cumulative
-probability :math:`F(k)` of the border :math:`k` between both is rounded to an integer :math:`R(k)` out of ``COUNTS``;
-from there on all is integer arithmetic, alike on all machines.  Each level has in addition a ``SHARE``-th of a count of
-its own, so that nothing is impossible.
+A level is coded bit by bit, the highest first: does it lie in the lower or the upper part of the levels left?  The
+cumulative probability :math:`F(k)` of the border :math:`k` between both is rounded to an integer :math:`R(k)` out of
+``COUNTS``; all else is integer arithmetic, the same on all machines.  Each level has a ``SHARE``-th of a count in
+addition, so that no level is impossible.
 
-What encoder and decoder have to agree in is :math:`R(k)`.  Both compute :math:`F(k)` in double precision, but by other
-routes, in other batches or on other machines, so that it may differ in the last digits.  Where ``COUNTS * F`` is within
-``SLACK`` of the border between two integers, the encoder notes which one it took, so that they agree as long as both
-values of :math:`F` are within ``SLACK / COUNTS`` of each other.  Zero and one are in the middle between such borders.
+Encoder and decoder must agree on :math:`R(k)`.  Both compute :math:`F(k)` in double precision, but by other routes, in
+other batches or on other machines, so that the last digits may differ.  Where ``COUNTS * F`` is within ``SLACK`` of the
+border between two integers, the encoder notes which one it took.  So they agree if both values of :math:`F` are within
+``SLACK / COUNTS`` of each other.  Zero and one lie in the middle between such borders.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ __all__ = ["Piece", "Reader", "even", "tolerance", "write"]
 COUNTS = 2**18
 SHARE = 2**10
 SLACK = 2.0**-18
-WHOLE = 2**24  # what the range coder divides
+WHOLE = 2**24  # the total that the range coder divides
 
 
 def tolerance() -> float:
-    """How far two computations of a cumulative probability may be apart: 2 ** -36."""
+    """The largest difference allowed between two computations of a cumulative probability: 2 ** -36."""
     return SLACK / COUNTS
 
 
 class Piece(NamedTuple):
-    """What rows become.
+    """A coded piece of the rows.
 
     Attributes:
-        words: the range coder's output, integers of 32 bits.
-        places: numbers of the decisions, from 0 on, whose rounding is noted; ascending.
+        words: the output of the range coder, integers of 32 bits.
+        places: the indices of the decisions whose rounding is noted, ascending from 0.
         odd: for each of these, whether the integer was odd.
     """
 
@@ -56,19 +56,19 @@ def _queue() -> tuple[Any, Any]:
         stream = importlib.import_module("constriction").stream
     except ImportError as error:
         raise ImportError(
-            "Codec: entropy coding is done by the package constriction, which is not installed: pip install "
+            "Codec: entropy coding needs the package constriction, which is not installed: pip install "
             "'pyro-flows[compression]'"
         ) from error
     return stream.queue, stream.model.Categorical(perfect=False)
 
 
 def _pairs(left: Tensor) -> np.ndarray:
-    # The coder adds one to each of both and divides the rest in proportion: what adds up to the rest is left as it is.
+    # The coder adds one to both and divides the rest in proportion; numbers that add up to the rest stay as they are.
     return torch.stack((left, WHOLE - 2 - left), -1).double().numpy()
 
 
 def _scaled(probability: Tensor) -> Tensor:
-    """In counts; raises where the model makes no number."""
+    """The probability in counts, with an error if it is NaN."""
     if not bool(probability.isfinite().all()):
         raise FloatingPointError(
             "Codec: the model gives probabilities that are NaN; look for numbers that are not finite, or far too "
@@ -78,12 +78,12 @@ def _scaled(probability: Tensor) -> Tensor:
 
 
 def even(levels: Tensor) -> Edges:
-    """The cumulative probabilities of levels that are all as likely; ``levels``: shape ``(n,)``."""
+    """The cumulative probabilities of equally likely levels; ``levels`` has shape ``(n,)``."""
     return lambda middle: middle.double() / levels
 
 
 class _Bisection:
-    """Where symbols of shape ``(rows, n)`` may be, as far as it is told; ``levels`` has shape ``(n,)``."""
+    """The ranges in which symbols of shape ``(rows, n)`` may still lie; ``levels`` has shape ``(n,)``."""
 
     def __init__(self, levels: Tensor, rows: int) -> None:
         self.levels, self.bits = levels, (int(levels.max()) - 1).bit_length()
@@ -92,13 +92,13 @@ class _Bisection:
         self.below, self.above = torch.zeros_like(self.low), torch.full_like(self.low, COUNTS)
 
     def middle(self, bit: int) -> tuple[Tensor, Tensor]:
-        """The borders, and where there is something to decide."""
+        """The borders, and where there is a decision to make."""
         middle = self.low + (1 << bit)
         live = middle < self.levels
         return torch.minimum(middle, self.levels - 1).clamp(min=1), live
 
     def split(self, middle: Tensor, rounded: Tensor) -> Tensor:
-        """The lower part's share of what is left, out of ``WHOLE - 2``."""
+        """The lower part's share of the range, out of ``WHOLE - 2``."""
         self.at = torch.minimum(torch.maximum(rounded, self.below), self.above)
         lower = (self.at - self.below) * SHARE + (middle - self.low)
         total = (self.above - self.below) * SHARE + (self.high - self.low)
@@ -111,12 +111,12 @@ class _Bisection:
 
 
 def write(x: Tensor, levels: Tensor, steps: Sequence[Tensor], edges: Edges) -> Piece:
-    """Codes rows whose conditionals are all known.
+    """Codes rows, given all their conditionals.
 
     Args:
         x: whole numbers, shape ``(rows, D)``.
         levels: shape ``(D,)``.
-        steps: dimensions in the sequence in which they are told; those of one step come together.
+        steps: dimensions in the order of coding; those of one step are coded together.
         edges: cumulative probabilities of all dimensions.
     """
     queue, family = _queue()
@@ -145,12 +145,12 @@ def write(x: Tensor, levels: Tensor, steps: Sequence[Tensor], edges: Edges) -> P
 
 
 class Reader:
-    """Takes symbols from a piece, step by step, in the sequence in which they were told.
+    """Takes symbols from a piece, step by step, in the order of coding.
 
     Args:
-        piece: of :func:`write`.
+        piece: the result of :func:`write`.
         levels: shape ``(D,)``.
-        rows: how many.
+        rows: the number of rows.
     """
 
     def __init__(self, piece: Piece, levels: Tensor, rows: int) -> None:
@@ -160,10 +160,10 @@ class Reader:
         self.levels, self.rows, self.count = levels, rows, 0
 
     def read(self, dims: Tensor, edges: Edges) -> Tensor:
-        """Whole numbers, shape ``(rows, n)``, of the dimensions of one step, whose cumulative probabilities are given.
+        """Reads the dimensions of one step from their cumulative probabilities: whole numbers, shape ``(rows, n)``.
 
         Raises:
-            ValueError: where there is nothing that could have been written.
+            ValueError: if the model cannot have written the piece.
         """
         told = _Bisection(self.levels[dims], self.rows)
         for bit in reversed(range(told.bits)):
@@ -178,8 +178,8 @@ class Reader:
                 found = torch.from_numpy(self.coder.decode(self.family, _pairs(left)))
             except AssertionError:
                 raise ValueError(
-                    "Codec: what the file holds is nothing that this model could have written; it was written "
-                    "elsewhere, by other arithmetic, or tampered with"
+                    "Codec: this model cannot have written the file; it was written elsewhere, by other arithmetic, or "
+                    "tampered with"
                 ) from None
             upper = torch.zeros(live.numel(), dtype=torch.bool)
             upper[chosen] = found.bool()
@@ -187,7 +187,7 @@ class Reader:
         return told.low
 
     def _noted(self, rounded: Tensor, scaled: Tensor, chosen: Tensor) -> Tensor:
-        """With the roundings that the encoder noted."""
+        """The rounded numbers, corrected where the encoder noted them."""
         end = self.count + len(chosen)
         first, last = np.searchsorted(self.places, (self.count, end))
         if first < last:

@@ -1,13 +1,13 @@
 r"""The discrete model that a flow of one orientation holds: :math:`P(n_i | n_{<i}) = F(f_i(n_i + 1)) - F(f_i(n_i))`.
 
-The map :math:`f_i` of coordinate :math:`i` is increasing in that coordinate and depends else on those before it, which
-are at the centres of their pixels, :math:`n_j + 1/2`.  So there are two streams through the layers: that of the
-centres, by whole convolutions, and beside it that of one coordinate at a border between two levels, which takes what
-comes before it from the first stream and itself through the centre taps alone.
+The map :math:`f_i` of coordinate :math:`i` increases in that coordinate and depends on those before it, which are at
+the centers of their pixels, :math:`n_j + 1/2`.  Two streams go through the layers: all centers by whole convolutions,
+and one coordinate at a border between two levels, which sees the first stream and moves through the center taps alone.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributions import Normal
 
-from pyro_flows.core.transform import FlowTransform
+from pyro_flows.core.wrap import Wrap
 from pyro_flows.distributions import Dequantized, Flow
 from pyro_flows.infer.compression.conditionals import Conditionals, Read, snapshot
 from pyro_flows.infer.compression.cumulative import Edges
 from pyro_flows.infer.density.units import is_plain_flow
-from pyro_flows.infer.uses.surprise import is_elementwise, leaves_of, single_base
+from pyro_flows.infer.uses.surprise import Leaf, is_elementwise, leaves_of, single_base
 from pyro_flows.transforms import ActNorm, LogitPixels, Mint
 from pyro_flows.transforms.mint.orders import as_image, ranks
 
@@ -29,12 +29,12 @@ __all__ = ["FlowConditionals"]
 
 
 class _Seen(NamedTuple):
-    """What the coordinates of a layer, in a row, see of those before them; ``D = C * H * W``.
+    """What each coordinate of a layer sees of those before it; ``D = C * H * W``.
 
     Attributes:
         first, second: pre-activations without their own share, shape ``(n, D, K)``.
         third: the value without its own share, shape ``(n, D)``.
-        into, square, out: centre taps, shapes ``(C, K)``, ``(C, K, K)`` and ``(n or 1, C, K)``.
+        into, square, out: center taps, shapes ``(C, K)``, ``(C, K, K)`` and ``(n or 1, C, K)``.
         scale: shape ``(n or 1, D)``.
     """
 
@@ -51,14 +51,15 @@ def _over(bias: Tensor) -> Tensor:
     return bias[..., None, None]
 
 
-def _centres(layer: Mint, x: Tensor, context: Tensor | None) -> tuple[Tensor, _Seen]:
-    """A layer's value, and what its coordinates see."""
+def _centers(layer: Mint, x: Tensor, context: Tensor | None) -> tuple[Tensor, _Seen]:
+    """A layer's value at pixel centers, and what its coordinates see."""
     image = x.unsqueeze(-2) if x.dim() == 3 else x
     n, channels, height, width = image.shape
     w, attending = layer.map.split(*layer._weights(context, x.shape[:1]))
-    act = layer.layout.activation
+    act = layer.convolutions.activation
     groups, (down, right) = layer.num_groups, (k // 2 for k in w.first.shape[2:])
-    spread = {"padding": (down * layer.dilation, right * layer.dilation), "dilation": layer.dilation}
+    padding = (down * layer.dilation, right * layer.dilation)
+    convolve = functools.partial(F.conv2d, padding=padding, dilation=layer.dilation)
     into = w.first[:, :, down, right].view(channels, groups, channels).diagonal(dim1=0, dim2=2).T
     square = w.second[:, :, down, right].view(channels, groups, channels, groups)
     square = square.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
@@ -70,17 +71,17 @@ def _centres(layer: Mint, x: Tensor, context: Tensor | None) -> tuple[Tensor, _S
         return rest.transpose(-1, -2).flatten(1, 2)
 
     flat = image.reshape(n, channels, 1, height * width)
-    first = F.conv2d(image, w.first, **spread) + _over(w.first_bias)
+    first = convolve(image, w.first) + _over(w.first_bias)
     hidden = act.value(first)
     seen_first = row(first, into[:, :, None] * flat)
     own = square @ hidden.view(n, channels, groups, -1)
-    second = F.conv2d(hidden, w.second, **spread) + _over(w.second_bias)
+    second = convolve(hidden, w.second) + _over(w.second_bias)
     seen_second = row(second, own)
     hidden = act.value(second)
     own = (out[..., None] * hidden.view(n, channels, groups, -1)).sum(2).flatten(1)
     gated = hidden if w.gate is None else hidden * _over(w.gate)
-    third = F.conv2d(gated, w.third, **spread) + w.third_bias
-    if attending is not None:  # it has no own share
+    third = convolve(gated, w.third) + w.third_bias
+    if layer.attention is not None and attending is not None:  # without an own share
         third = third + layer.attention.rule(image, attending)
     value = w.scale * image + third
     scale = w.scale.expand(w.scale.shape[0] if w.scale.dim() == 4 else 1, channels, height, width).flatten(1)
@@ -89,15 +90,15 @@ def _centres(layer: Mint, x: Tensor, context: Tensor | None) -> tuple[Tensor, _S
 
 
 def _borders(layer: Mint, seen: _Seen, edge: Tensor, dims: Tensor) -> Tensor:
-    """The layer's value of each of ``dims`` where it alone is at an edge; shape ``(n, len(dims))``."""
-    act, channel = layer.layout.activation, dims // (seen.third.shape[1] // len(seen.into))
+    """The layer's values at ``dims`` if each of these alone moves to an edge; shape ``(n, len(dims))``."""
+    act, channel = layer.convolutions.activation, dims // (seen.third.shape[1] // len(seen.into))
     hidden = act.value(seen.first[:, dims] + seen.into[channel] * edge[..., None])
     hidden = act.value(seen.second[:, dims] + torch.einsum("mkj,nmj->nmk", seen.square[channel], hidden))
     return seen.scale[:, dims] * edge + seen.third[:, dims] + (seen.out[:, channel] * hidden).sum(-1)
 
 
 class FlowConditionals(Conditionals):
-    """Of a flow of ``Mint`` layers of one orientation on ``LogitPixels``, over a base of independent normals.
+    """The conditionals of ``Mint`` layers of one orientation on ``LogitPixels``, over independent normals.
 
     Args:
         model: the flow, or a ``Dequantized`` of one.
@@ -106,8 +107,8 @@ class FlowConditionals(Conditionals):
     def __init__(self, model: Flow | Dequantized) -> None:
         if isinstance(model, Dequantized) and model.dequantizer is not None:
             raise ValueError(
-                "Codec: expected a Dequantized with uniform noise, got one with a dequantizer, of which the discrete "
-                "model knows nothing; give Dequantized(flow, levels), without it"
+                "Codec: expected a Dequantized with uniform noise, got one with a dequantizer, which the discrete "
+                "model does not use; give Dequantized(flow, levels), without it"
             )
         flow = model.flow if isinstance(model, Dequantized) else model
         if not isinstance(flow, Flow) or not is_plain_flow(flow):
@@ -122,14 +123,14 @@ class FlowConditionals(Conditionals):
             raise ValueError(f"Codec: expected a base of independent normals, got {type(base).__name__}")
         self.loc, self.scale = (each.detach().expand(self.event_shape).flatten() for each in (base.loc, base.scale))
         wave = layers[0].waves
-        if any(not torch.equal(layer.waves, wave) for layer in layers):  # what all of them have in common is the order
+        if any(not torch.equal(layer.waves, wave) for layer in layers):  # layers share the order alone
             wave = ranks(as_image("Codec", self.event_shape), layers[0].order, layers[0].lower)
         wave = wave.flatten()
         self.steps = [(wave == k).nonzero()[:, 0] for k in range(int(wave.max()) + 1)]
         self.numbers = dims * (6 * pixels.levels.bit_length() + sum(4 + 3 * layer.num_groups for layer in layers))
 
     def _check(self) -> tuple[LogitPixels, list[Mint]]:
-        leaves = list(leaves_of(self.flow.chain, None, False))
+        leaves = leaves_of(self.flow, None)
         last = leaves[-1][0]
         if not isinstance(last, LogitPixels) or leaves[-1][2]:
             raise ValueError(
@@ -140,7 +141,7 @@ class FlowConditionals(Conditionals):
         for k, (part, _, inverse) in enumerate(leaves[:-1]):
             if isinstance(part, Mint) and not inverse:
                 layers.append(part)
-            elif not (isinstance(part, ActNorm) or is_elementwise(part)):
+            elif not (isinstance(part, (ActNorm, Wrap)) and is_elementwise(part)):
                 raise ValueError(
                     f"Codec: expected Mint layers and elementwise parts, got {type(part).__name__}"
                     f"{' the other way round' if inverse else ''} (part {k} of {len(leaves)}), of which no conditionals"
@@ -154,38 +155,34 @@ class FlowConditionals(Conditionals):
             )
         return last, layers
 
-    def _parts(self, context: Tensor | None) -> list[tuple[FlowTransform, Tensor | None, bool]]:
-        return list(reversed(list(leaves_of(self.flow.chain, self.flow.inner_context(context), False))))
+    def _leaves(self, context: Tensor | None) -> list[Leaf]:
+        """The layers from data to base."""
+        return leaves_of(self.flow, self.flow.inner_context(context))[::-1]
 
     @torch.no_grad()
     def _seen(self, x: Tensor, context: Tensor | None) -> list[_Seen | None]:
-        """What each part's coordinates see where those before are at their centres."""
+        """What the coordinates of each layer see if those before them are at their centers."""
         value = (x.double() + 0.5).unflatten(1, self.event_shape)
         seen: list[_Seen | None] = []
-        for part, own, inverse in self._parts(context):
-            if isinstance(part, Mint):
-                value, found = _centres(part, value, own)
-                seen.append(found)
+        for leaf in self._leaves(context):
+            found = None
+            if isinstance(leaf.part, Mint):
+                value, found = _centers(leaf.part, value, leaf.context)
             else:
-                value = self._move(part, value, own, inverse)
-                seen.append(None)
+                value = leaf.to_base(value)
+            seen.append(found)
         return seen
-
-    @staticmethod
-    def _move(part: FlowTransform, value: Tensor, context: Tensor | None, inverse: bool) -> Tensor:
-        return (part._forward_and_ladj if inverse else part._inverse_and_ladj)(value, context)[0]
 
     @torch.no_grad()
     def _base(self, edge: Tensor, seen: list[_Seen | None], context: Tensor | None, dims: Tensor) -> Tensor:
-        """Where edges go to, in standard deviations of the base; shape ``(n, len(dims))``."""
+        """The base values of edges, in standard deviations; shape ``(n, len(dims))``."""
         value = edge.double()
-        for (part, own, inverse), found in zip(self._parts(context), seen, strict=True):
-            if found is not None:
-                value = _borders(part, found, value, dims)
+        for leaf, found in zip(self._leaves(context), seen, strict=True):
+            if isinstance(leaf.part, Mint) and found is not None:
+                value = _borders(leaf.part, found, value, dims)
             else:
                 whole = value.new_ones(len(value), len(self.levels)).index_copy(1, dims, value)
-                whole = self._move(part, whole.unflatten(1, self.event_shape), own, inverse)
-                value = whole.flatten(1)[:, dims]
+                value = leaf.to_base(whole.unflatten(1, self.event_shape)).flatten(1)[:, dims]
         return (value - self.loc[dims]) / self.scale[dims]
 
     def edges(self, x: Tensor, context: Tensor | None) -> Edges:
@@ -207,7 +204,7 @@ class FlowConditionals(Conditionals):
         seen, every = self._seen(x, context), torch.arange(len(self.levels))
         low = self._base(x, seen, context, every).masked_fill(x == 0, -torch.inf)
         high = self._base(x + 1, seen, context, every).masked_fill(x == self.levels - 1, torch.inf)
-        # The difference of the tail that is nearer, where digits are.
+        # A difference in the nearer tail keeps its digits.
         low, high = torch.where(low > 0, -high, low), torch.where(low > 0, -low, high)
         mass = torch.special.ndtr(high) - torch.special.ndtr(low)
         return mass.clamp(min=torch.finfo(mass.dtype).tiny).log().sum(-1)

@@ -1,4 +1,4 @@
-"""Simulation-based calibration: whether an inference recovers what a model's own simulations were made from."""
+"""Simulation-based calibration: whether inference recovers the latents behind a model's own simulations."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyro_flows.core.checks import integer
 from pyro_flows.infer.diagnostics.moments import scalar_names
 from pyro_flows.infer.diagnostics.prior import Simulation, simulate
 from pyro_flows.infer.diagnostics.uniformity import adjusted_level, band, chi_square, ecdf_pvalues
@@ -24,17 +25,17 @@ __all__ = ["Calibration", "simulation_based_calibration"]
 
 @dataclass(frozen=True, repr=False)
 class Calibration:
-    """What :func:`simulation_based_calibration` found.
+    """The result of :func:`simulation_based_calibration`.
 
     Attributes:
-        ranks: for each site how many of the draws lie below the value that the data were simulated from, from 0 to
-            ``draws``, shape ``(simulations, *shape)``, int64, on the CPU.  Uniform if the inference is right.
-        draws: draws that a value is ranked among.
-        level: probability of ``ok`` being false although the inference is right, at most.
+        ranks: for each site the number of draws below the simulated value, from 0 to ``num_samples``, shape
+            ``(simulations, *shape)``, int64, on the CPU.  Ranks are uniform if the inference is right.
+        num_samples: the number of draws that a value is ranked among.
+        level: at most the probability that ``ok`` is false although the inference is right.
     """
 
     ranks: dict[str, Tensor]
-    draws: int
+    num_samples: int
     level: float = 0.05
 
     @property
@@ -55,11 +56,13 @@ class Calibration:
     def pvalues(self) -> dict[str, Tensor]:
         """For each site the smaller of two p-values, doubled, shape ``(*shape)``; not corrected for their number.
 
-        One is of the chi-square test of equal counts, which sees any unevenness; the other of the largest distance of
-        the empirical distribution function from the diagonal, in units of its own spread, which sees small trends.
+        The chi-square test of equal counts sees any unevenness.  The largest distance of the empirical distribution
+        function from the diagonal, in units of its own spread, sees small trends.
         """
         flat = self.flat()
-        found = (2 * torch.minimum(chi_square(flat, self.draws), ecdf_pvalues(flat, self.draws))).clamp(max=1)
+        found = (2 * torch.minimum(chi_square(flat, self.num_samples), ecdf_pvalues(flat, self.num_samples))).clamp(
+            max=1
+        )
         parts = found.split([ranks[0].numel() for ranks in self.ranks.values()])
         shapes = [ranks.shape[1:] for ranks in self.ranks.values()]
         return {site: part.reshape(shape) for site, part, shape in zip(self.ranks, parts, shapes, strict=True)}
@@ -72,11 +75,11 @@ class Calibration:
 
     @property
     def ok(self) -> bool:
-        """Whether no scalar's ranks are further from uniform than chance explains, all scalars taken together."""
+        """Whether chance explains how far the ranks of all scalars are from uniform."""
         return self.worst >= self.level
 
     def bands(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Bands of the empirical distribution function that hold all curves whole with probability ``1 - level``.
+        """Bands that contain the whole empirical distribution functions of all scalars with probability ``1 - level``.
 
         Returns:
             Positions from 0 to 1, and the lower and upper limit at each, all of the same shape.
@@ -86,7 +89,8 @@ class Calibration:
             Sample Comparison (Säilynoja et al., 2021), arXiv:2103.10522.
         """
         scalars = self.flat().shape[1]
-        return band(self.simulations, self.draws, adjusted_level(self.simulations, self.draws, self.level / scalars))
+        level = adjusted_level(self.simulations, self.num_samples, self.level / scalars)
+        return band(self.simulations, self.num_samples, level)
 
     def __repr__(self) -> str:
         return f"Calibration({self.simulations} simulations, {len(self.names)} scalars, ok={self.ok})"
@@ -94,20 +98,21 @@ class Calibration:
     def __str__(self) -> str:
         scalars = len(self.names)
         lines = [
-            f"{self.simulations} simulations, {self.draws} draws each, {scalars} scalar latent(s): "
-            + ("the ranks are as even as chance has it" if self.ok else "the ranks are not uniform")
+            f"{self.simulations} simulations, {self.num_samples} draws each, {scalars} scalar latent(s): "
+            + ("the ranks are as even as chance allows" if self.ok else "the ranks are not uniform")
             + f" (smallest p-value, corrected for their number: {self.worst:.2g})"
         ]
         every = torch.cat([values.reshape(-1) for values in self.pvalues.values()])
         for k in every.argsort().tolist()[:8]:
             if every[k] * scalars < self.level:
-                lines.append(f"  {self.names[k]}: p = {float(every[k]):.2g}, {_manner(self.flat()[:, k], self.draws)}")
+                manner = _manner(self.flat()[:, k], self.num_samples)
+                lines.append(f"  {self.names[k]}: p = {float(every[k]):.2g}, {manner}")
         return "\n".join(lines)
 
 
-def _manner(ranks: Tensor, draws: int) -> str:
-    """In words, how the ranks of one scalar differ from uniform ones."""
-    place = (ranks.double() + 0.5) / (draws + 1) * 2 - 1
+def _manner(ranks: Tensor, num_samples: int) -> str:
+    """How the ranks of one scalar differ from uniform ones, in words."""
+    place = (ranks.double() + 0.5) / (num_samples + 1) * 2 - 1
     lean = float(place.mean()) * math.sqrt(3 * len(place))
     square = place.square() - 1 / 3
     ends = float(square.mean()) / math.sqrt(4 / 45 / len(place))
@@ -124,20 +129,20 @@ def simulation_based_calibration(
     *args: Any,
     observed: Mapping[str, str] | None = None,
     simulations: int = 100,
-    draws: int = 99,
+    num_samples: int = 99,
     seed: int = 0,
     progress: bool = True,
     **kwargs: Any,
 ) -> Calibration:
     """Simulates latents and data from the model, fits the data, and ranks the latents among the draws of the fit.
 
-    If the fit returned exact posterior draws, each latent's rank would be uniform from 0 to ``draws``.  Draws that are
-    too narrow give ranks at both ends, draws that are too wide ranks in the middle, a bias ranks at one end.  This
-    judges the fit averaged over data that the prior thinks of, one latent at a time, and not the fit to any one data
-    set.  It costs as many fits as simulations.  With 100, nine times in ten it sees that draws lie off by 0.4 posterior
-    standard deviations or are a third too narrow or half too wide; with 1000, a third of that.
+    If the fit returned exact posterior draws, each latent's rank would be uniform from 0 to ``num_samples``.  Narrow
+    draws give ranks at both ends, wide draws give ranks in the middle, and a bias gives ranks at one end.  The test
+    judges the average fit over the prior's data, one latent at a time, and not the fit to any one data set.  It costs
+    one fit a simulation.  With 100 simulations it detects, nine times in ten, draws that are off by 0.4 posterior
+    standard deviations, a third too narrow or half too wide; with 1000, a third of that.
 
-    The data go to ``fit`` by the names of the model's arguments::
+    ``fit`` takes the data by the names of the model's arguments::
 
         def model(x, y=None):
             slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
@@ -151,31 +156,30 @@ def simulation_based_calibration(
 
     Args:
         model: the model.  Its priors must be proper, and its data sites must be able to draw.
-        fit: takes the simulated data, a dictionary from argument to tensor, and a seed, and returns a dictionary from
-            site to draws of shape ``(at least draws, *shape)``, in the model's own space; of more draws, evenly spaced
-            ones are used, which for a Markov chain should be nearly independent.  Sites that are discrete may be
-            missing from it.  Each call starts from the param store as it is now, and leaves it so.
-        *args: arguments of the model, data included: values of data are not used, their shapes may be.
-        observed: for each data site the argument that its value goes to; by default that of the site's name.  Names
-            data sites also if the model is called without data.
-        simulations: data sets.
-        draws: draws that a latent is ranked among.
-        seed: of simulations and fits, each of which gets another one; torch's generators are left as they were.
+        fit: takes the simulated data, a dictionary from argument to tensor, and a seed.  It returns a dictionary from
+            site to draws of shape ``(num_samples or more, *shape)``, in the model's own space.  Of more draws, evenly
+            spaced ones are used, which should be nearly independent for a Markov chain.  Discrete sites may be missing.
+            Each call starts from the present param store, which is restored afterwards.
+        *args: arguments of the model, data included: the values of data are ignored, their shapes may matter.
+        observed: for each data site the argument that takes its value; by default the argument with the site's name.
+            Also names the data sites of a model that is called without data.
+        simulations: how many data sets to simulate.
+        num_samples: how many draws to rank a latent among.
+        seed: the seed from which each simulation and fit gets its own; torch's generators are restored afterwards.
         progress: whether to show a progress bar.
         **kwargs: keyword arguments of the model.
 
     Raises:
         ValueError: if the model has no data, an improper prior, a ``pyro.factor``, a scaled or subsampled site, or a
-            data site without an argument; or if the fit returns something else than draws of the latents.
+            data site without an argument; or if the fit returns anything but draws of the latents.
         RuntimeError: if a fit fails, with the number of the simulation and its seed.
 
     References:
         Validating Bayesian Inference Algorithms with Simulation-Based Calibration (Talts et al., 2018),
         arXiv:1804.06788.
     """
-    for name, value in (("simulations", simulations), ("draws", draws)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 2:
-            raise ValueError(f"simulation_based_calibration: expected {name} to be an integer >= 2, got {value!r}")
+    integer("simulation_based_calibration", "simulations", simulations, 2)
+    integer("simulation_based_calibration", "num_samples", num_samples, 2)
     ranks: dict[str, list[Tensor]] = {}
     seeds = torch.randint(2**31, (simulations,), generator=torch.Generator().manual_seed(seed), device="cpu").tolist()
     bar = tqdm(seeds, desc="calibration", disable=not progress)
@@ -191,7 +195,7 @@ def simulation_based_calibration(
                 raise RuntimeError(
                     f"simulation_based_calibration: the fit of simulation {index} (seed {own}) failed: {error}"
                 ) from error
-            for site, rank in _ranks(found, made.latents, draws).items():
+            for site, rank in _ranks(found, made.latents, num_samples).items():
                 ranks.setdefault(site, []).append(rank)
     lengths = {site: len(parts) for site, parts in ranks.items()}
     if min(lengths.values()) < simulations:
@@ -199,12 +203,12 @@ def simulation_based_calibration(
             f"simulation_based_calibration: expected the fit to return the same sites each time, got {lengths} sets of "
             f"draws in {simulations} simulations"
         )
-    return Calibration({site: torch.stack(parts) for site, parts in ranks.items()}, draws)
+    return Calibration({site: torch.stack(parts) for site, parts in ranks.items()}, num_samples)
 
 
 @contextmanager
 def _apart(seed: int) -> Iterator[None]:
-    """Random numbers and learnt parameters of its own; both are put back afterwards."""
+    """Isolates random numbers and learned parameters; both are restored afterwards."""
     store = pyro.get_param_store()
     before = store.get_state()
     devices = list(range(torch.cuda.device_count()))
@@ -231,8 +235,8 @@ def _check_arguments(model: Callable[..., Any], made: Simulation) -> None:
             )
 
 
-def _ranks(found: Any, latents: Mapping[str, Tensor], draws: int) -> dict[str, Tensor]:
-    """How many of the draws lie below each simulated value, ties broken at random."""
+def _ranks(found: Any, latents: Mapping[str, Tensor], num_samples: int) -> dict[str, Tensor]:
+    """The number of draws below each simulated value, with ties broken at random."""
     if not isinstance(found, Mapping):
         raise ValueError(
             "simulation_based_calibration: expected the fit to return a dictionary from site to draws, got "
@@ -249,12 +253,13 @@ def _ranks(found: Any, latents: Mapping[str, Tensor], draws: int) -> dict[str, T
         if site not in found:
             continue
         values = torch.as_tensor(found[site]).detach()
-        if values.dim() == 0 or len(values) < draws or values.shape[1:] != truth.shape:
+        if values.dim() == 0 or len(values) < num_samples or values.shape[1:] != truth.shape:
             raise ValueError(
-                f"simulation_based_calibration: expected draws of {site} of shape ({draws} or more, "
+                f"simulation_based_calibration: expected draws of {site} of shape ({num_samples} or more, "
                 f"{', '.join(map(str, truth.shape))}), got {tuple(values.shape)}"
             )
-        chosen = values[torch.linspace(0, len(values) - 1, draws, dtype=torch.float64).round().long()].cpu().double()
+        places = torch.linspace(0, len(values) - 1, num_samples, dtype=torch.float64).round().long()
+        chosen = values[places].cpu().double()
         if chosen.isnan().any():
             raise ValueError(f"simulation_based_calibration: some of the draws of {site} are NaN")
         truth = truth.cpu().double()

@@ -1,4 +1,4 @@
-"""What the importance weights do to means and standard deviations: where draws as they are would mislead."""
+"""Means and standard deviations with and without importance weights."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from pyro_flows.infer.diagnostics.psis import pareto_smoothed, tail_index
 
 __all__ = ["Moments", "compare_moments", "flatten_draws"]
 
-EXAMINED = 32  # dimensions whose tails are fitted: those in which single draws weigh most
+EXAMINED = 32  # dimensions whose tails are fitted: those with the largest single weights
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Means and standard deviations of a guide's draws, weighted against unweighted, for each dimension.
+    """Weighted against unweighted means and standard deviations of a guide's draws, for each dimension.
 
     Attributes:
         names: one for each dimension.
         mean: weighted minus unweighted mean, in unweighted standard deviations, shape ``(D,)``.
-        mean_error: standard error of that.
+        mean_error: its standard error.
         scale: logarithm of weighted over unweighted standard deviation, shape ``(D,)``.
-        scale_error: standard error of that, to first order.
-        heavy: tail index of the weighted squares about the mean, shape ``(D,)``; where it reaches 0.7, the standard
-            deviation hangs on a few draws, and no sample of this size settles it.  Of fewer than 4000 draws it is too
-            noisy to say that.  Minus infinity for dimensions that were not examined, because no draw weighs much.
+        scale_error: its standard error, to first order.
+        heavy: tail index of the weighted squares about the mean, shape ``(D,)``.  From 0.7 on, the standard deviation
+            depends on a few draws, and no sample of this size settles it.  The index is too noisy with fewer than 4000
+            draws, and minus infinity for dimensions that were not examined because no draw weighs much.
     """
 
     names: tuple[str, ...]
@@ -63,10 +63,10 @@ def scalar_names(site: str, shape: Sequence[int]) -> list[str]:
 
 
 def compare_moments(draws: Tensor | Mapping[str, Tensor], log_weights: Tensor) -> Moments:
-    r"""Means and standard deviations under smoothed importance weights, against those of the draws as they are.
+    r"""Compares means and standard deviations under smoothed importance weights with those without weights.
 
-    An ESS of :math:`e` bounds the error of a mean only by :math:`\sqrt{1 / e - 1}` standard deviations, a third at 0.9;
-    this finds the actual ones.  Draws may be constrained or not: tails that are light in one may be heavy in
+    An ESS of :math:`e` bounds the error of a mean by :math:`\sqrt{1 / e - 1}` standard deviations, a third at 0.9.
+    This function estimates the errors.  Draws may be constrained or not: tails may be light in one space and heavy in
     the other.
 
     Args:
@@ -83,7 +83,7 @@ def compare_moments(draws: Tensor | Mapping[str, Tensor], log_weights: Tensor) -
         )
     n = len(rows)
     weights = pareto_smoothed(log_weights).log_weights.to(rows.device).exp() * n
-    # A draw at which the density failed may not be a number either.
+    # Where the density failed, the draw may be NaN, too.
     rows = torch.where((weights == 0)[:, None] & ~rows.isfinite(), 0.0, rows)
     center, spread = rows.mean(0), rows.std(0, correction=0)
     unit = (rows - center) / torch.where(spread > 0, spread, 1.0)

@@ -1,4 +1,4 @@
-"""Draws of latents and data from a Pyro model's prior, and what cannot be drawn that way."""
+"""Latents and data drawn together from a Pyro model, with errors for models that cannot draw them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["Simulation", "simulate"]
 
 
 class Simulation(NamedTuple):
-    """Latents and data drawn together, by site, and for each data site the argument of the model that takes it."""
+    """Latents and data by site, and for each data site the argument of the model that takes it."""
 
     latents: dict[str, Tensor]
     data: dict[str, Tensor]
@@ -25,7 +25,7 @@ class Simulation(NamedTuple):
 
 
 class _Proper(Messenger):
-    """Refuses what has no distribution to draw from, by the name of its site."""
+    """Refuses a site that cannot be drawn, by name."""
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
         inner = msg["fn"]
@@ -57,10 +57,10 @@ def simulate(
 
     Args:
         model: the model.
-        args: its arguments; values of data among them are not used, their shapes may be.
+        args: its arguments; the values of data are ignored, their shapes may matter.
         kwargs: its keyword arguments.
-        observed: for each data site the argument that takes its value, beyond those that have the same name; names data
-            sites also where the model is run without data.
+        observed: for each data site the argument that takes its value, unless it has the name of the site; also names
+            the data sites of a model that is run without data.
 
     Raises:
         ValueError: for a model without data or latents, with an improper prior, a factor, or a scaled or subsampled
@@ -70,7 +70,8 @@ def simulate(
         trace = poutine.trace(poutine.uncondition(model)).get_trace(*args, **kwargs)
     named = dict(observed or {})
     latents, data = {}, {}
-    for name, site in trace.nodes.items():
+    nodes: dict[str, Any] = trace.nodes
+    for name, site in nodes.items():
         if site["type"] != "sample":
             continue
         if site_is_subsample(site):
@@ -80,8 +81,8 @@ def simulate(
             continue
         if isinstance(site["scale"], Tensor) or site["scale"] != 1.0:
             raise ValueError(
-                f"simulate: the density of {name!r} is scaled (by poutine.scale or a subsampling plate), so that it is "
-                "not that of what is drawn; simulate from the model without that"
+                f"simulate: the density of {name!r} is scaled (by poutine.scale or a subsampling plate), so that draws "
+                "do not follow it; simulate from the model without the scale"
             )
         value = site["value"].detach()
         if name in named or site["infer"].get("was_observed"):
@@ -107,6 +108,6 @@ def _refuse_subsample(name: str, site: dict[str, Any]) -> None:
     size, part = site["fn"].size, site["value"].numel()
     if part < size:
         raise ValueError(
-            f"simulate: the plate {name!r} takes {part} of {size}: data can be drawn for all only; call the model so "
-            "that the plate is not subsampled"
+            f"simulate: the plate {name!r} takes {part} of {size}, but data can only be drawn for all; call the model "
+            "without subsampling"
         )

@@ -1,6 +1,6 @@
 r"""Importance weights of a guide's draws: smoothed tail, tail index, effective sample size, evidence, resampling.
 
-A weight is :math:`w = p(z, y) / q(z)` at a draw :math:`z \sim q`, where :math:`p` need not be normalised.
+A weight is :math:`w = p(z, y) / q(z)` at a draw :math:`z \sim q`, where :math:`p` need not be normalized.
 """
 
 from __future__ import annotations
@@ -13,21 +13,23 @@ import torch
 from pyro.ops.stats import fit_generalized_pareto
 from torch import Generator, Tensor
 
+from pyro_flows.core.checks import integer
+
 __all__ = ["Importance", "Smoothed", "importance", "pareto_smoothed", "resample", "tail_index"]
 
-SMALLEST = math.log(torch.finfo(torch.float64).tiny)  # a log weight this far below the largest is a weight of zero
+SMALLEST = math.log(torch.finfo(torch.float64).tiny)  # a log weight this far below the largest counts as zero
 FEWEST = 5  # draws that a tail is fitted to
 RELIABLE = 0.7  # largest tail index at which smoothed weights are of use
 
 
 @dataclass(frozen=True)
 class Smoothed:
-    """Smoothed log weights, and the index of the tail that they were smoothed by.
+    """Smoothed log weights, and the tail index of the smoothing.
 
     Attributes:
         log_weights: shape ``(n,)``, float64; their exponentials sum to 1.
-        khat: infinite where the tail has fewer than five draws to be fitted to, minus infinity where there is no tail:
-            the largest weights are equal.
+        khat: the tail index; infinite if the tail has fewer than five draws, minus infinity if the largest weights are
+            equal, so that there is no tail.
         tail: the share of all weight by which the largest weights exceed the smallest of the tail, after smoothing.
     """
 
@@ -38,27 +40,28 @@ class Smoothed:
 
 @dataclass(frozen=True)
 class Importance:
-    """What the importance weights of a guide's draws say.
+    """The importance weights of a guide's draws, in numbers.
 
-    A draw whose weight is NaN or plus infinity has failed.  It counts as a weight of zero, except in ``elbo``,
-    ``iw_elbo`` and ``spread``, which leave it out.  A log weight of minus infinity is a weight of zero and no failure.
+    A draw has failed if its weight is NaN or plus infinity.  A failed draw counts as a weight of zero, except in
+    ``elbo``, ``iw_elbo`` and ``spread``, which leave it out.  A log weight of minus infinity is a weight of zero, not a
+    failure.
 
     Attributes:
-        khat: index of the tail of the weights, from the generalised Pareto distribution fitted to the largest of them.
-            Weights have ``1 / khat`` moments; below 0.7 smoothed weights are of use.  It depends on the shape of the
-            tail only and not on its size, so that it says nothing where weights are nearly constant.
-        ess: effective sample size of the weights as they are, as a fraction of the draws, from 0 to 1.
+        khat: tail index of the weights, from the generalized Pareto distribution fitted to the largest of them.
+            Weights have ``1 / khat`` moments; below 0.7 smoothed weights are useful.  The index depends on the shape of
+            the tail and not on its size, so it says nothing if the weights are nearly constant.
+        ess: effective sample size of the unsmoothed weights, as a fraction of the draws, from 0 to 1.
         log_evidence: logarithm of the mean weight, in nats.
         log_evidence_error: its standard error, to first order.  See ``trusted``.
         elbo: mean log weight, in nats, a lower bound of the log evidence; minus infinity if a weight is zero.
         elbo_error: its standard error.
-        iw_elbo: expected logarithm of the mean of ``iw_draws`` weights, in nats, the bound between the two.
-        iw_elbo_error: its standard error; NaN for a single group of so many.
-        iw_draws: weights in each mean of ``iw_elbo``.
-        spread: standard deviation of the log weights that are finite, in nats.
-        tail: the share of all weight that lies in the excess of the tail: how much of what the draws say hangs on it.
+        iw_elbo: expected logarithm of the mean of ``iw_samples`` weights, in nats, the bound between the two.
+        iw_elbo_error: its standard error; NaN for a single mean.
+        iw_samples: weights in each mean of ``iw_elbo``.
+        spread: standard deviation of the finite log weights, in nats.
+        tail: the share of all weight that lies in the excess of the tail, and so depends on a few draws.
         largest: the share of the largest weight.
-        n: draws, failures included.
+        num_samples: draws, failures included.
         failures: weights that are NaN or plus infinity.
         zeros: weights that are zero.
     """
@@ -71,11 +74,11 @@ class Importance:
     elbo_error: float
     iw_elbo: float
     iw_elbo_error: float
-    iw_draws: int
+    iw_samples: int
     spread: float
     tail: float
     largest: float
-    n: int
+    num_samples: int
     failures: int
     zeros: int
 
@@ -83,32 +86,32 @@ class Importance:
     def trusted(self) -> bool:
         """Whether the standard error of the evidence can be believed.
 
-        It needs weights of finite variance, some hundred effective draws, and no failures: a heavy tail that has not
-        been seen yet makes estimate and error too small together.  Weights whose tail is negligible count as light.
+        The error needs weights of finite variance, a hundred effective draws, and no failures: a heavy tail that was
+        not sampled yet makes estimate and error too small together.  Weights with a negligible tail count as light.
         """
         light = self.khat < RELIABLE or self.tail < 0.005
-        return light and self.n * self.ess >= 100 and not self.failures
+        return light and self.num_samples * self.ess >= 100 and not self.failures
 
 
 def pareto_smoothed(log_weights: Tensor) -> Smoothed:
-    r"""Replaces the largest weights by quantiles of the generalised Pareto distribution fitted to them.
+    r"""Replaces the largest weights by quantiles of the generalized Pareto distribution fitted to them.
 
-    Of :math:`n` weights the largest :math:`M = \lceil\min(n / 5, 3 \sqrt n)\rceil` are the tail: with the threshold
+    The tail is the largest :math:`M = \lceil\min(n / 5, 3 \sqrt n)\rceil` of :math:`n` weights.  With the threshold
     :math:`t`, the next smaller weight, the excesses :math:`w - t` have a distribution with index :math:`\hat k` and
-    scale :math:`\sigma`, and the :math:`i`-th smallest becomes
-    :math:`t + \sigma ((1 - (i - 1/2) / M)^{-\hat k} - 1) / \hat k`, but at most the largest weight there was.
+    scale :math:`\sigma`.  The :math:`i`-th smallest weight becomes
+    :math:`t + \sigma ((1 - (i - 1/2) / M)^{-\hat k} - 1) / \hat k`, but at most the largest given weight.
 
     The fit is Zhang and Stephens' with a weak prior that draws :math:`\hat k` to one half.
 
     Args:
-        log_weights: shape ``(n,)``, of any floating dtype, on any device, in nats, not normalised.  NaN and plus
-            infinity are taken for weights of zero; :func:`importance` counts them.
+        log_weights: shape ``(n,)``, of any floating dtype, on any device, in nats, not normalized.  NaN and plus
+            infinity count as weights of zero; :func:`importance` counts them.
 
     Returns:
         Log weights in the given order and on the given device, in float64.
 
     Raises:
-        ValueError: if the shape is another one, or no weight is positive.
+        ValueError: if the shape does not fit, or no weight is positive.
 
     References:
         Pareto Smoothed Importance Sampling (Vehtari et al., 2015), arXiv:1507.02646.
@@ -124,9 +127,9 @@ def pareto_smoothed(log_weights: Tensor) -> Smoothed:
 
 
 def tail_index(log_values: Tensor) -> float:
-    """Index of the tail of positive numbers, given by their logarithms, as in :func:`pareto_smoothed`.
+    """The tail index of :func:`pareto_smoothed` for positive numbers, given by their logarithms.
 
-    Infinite if none of them is positive.
+    The index is infinite if none of them is positive.
     """
     values, _ = _usable(log_values, "tail_index")
     top = values.max()
@@ -134,7 +137,7 @@ def tail_index(log_values: Tensor) -> float:
 
 
 def _usable(log_weights: Tensor, name: str) -> tuple[Tensor, int]:
-    """The log weights in float64, with failures as minus infinity, and how many there are."""
+    """The log weights in float64, with failures as minus infinity, and the number of failures."""
     if not isinstance(log_weights, Tensor) or log_weights.dim() != 1 or not log_weights.is_floating_point():
         found = (
             f"shape {tuple(log_weights.shape)} of {log_weights.dtype}"
@@ -160,7 +163,7 @@ def _smooth(values: Tensor) -> Smoothed:
     count = int((largest > threshold).sum())
     khat = -math.inf if count == 0 else math.inf
     if count >= FEWEST:
-        # Ascending; the difference of two nearly equal weights keeps its digits this way.
+        # In ascending order; expm1 keeps the digits of the difference of two nearly equal weights.
         tail = largest[:count].flip(0)
         excess = tail.exp() * -torch.expm1(threshold - tail)
         index, scale = _generalized_pareto(excess)
@@ -180,20 +183,20 @@ def _generalized_pareto(excess: Tensor) -> tuple[float, float]:
         return fit_generalized_pareto(excess.cpu())
 
 
-def importance(log_weights: Tensor, *, iw_draws: int = 10) -> Importance:
-    r"""Sums up the importance weights of independent draws of a guide.
+def importance(log_weights: Tensor, *, iw_samples: int = 10) -> Importance:
+    r"""Describes the importance weights of independent draws of a guide.
 
     .. math::
         \text{ess} = \frac{(\sum_i w_i)^2}{n \sum_i w_i^2}, \qquad
         \log \hat Z = \log \frac1n \sum_i w_i, \qquad
         \text{se}(\log \hat Z) \approx \sqrt{\frac{1 / \text{ess} - 1}{n - 1}}
 
-    The standard error is that of the delta method.  ``iw_elbo`` is a mean over disjoint groups, taken in a random but
-    fixed order, and so has no bias.  No number here sees a region that the guide never draws from.
+    The standard error comes from the delta method.  ``iw_elbo`` is an unbiased mean over disjoint groups, taken in a
+    random but fixed order.  No number here sees a region that the guide never draws from.
 
     Args:
         log_weights: :math:`\log p(z, y) - \log q(z)` at draws of :math:`q`, shape ``(n,)``, in nats.
-        iw_draws: weights in each mean of ``iw_elbo``; fewer if there are fewer draws.
+        iw_samples: weights in each mean of ``iw_elbo``; fewer if there are fewer draws.
 
     Raises:
         ValueError: if a shape or a number does not fit.
@@ -204,11 +207,10 @@ def importance(log_weights: Tensor, *, iw_draws: int = 10) -> Importance:
     """
     values, failures = _usable(log_weights, "importance")
     n = len(values)
-    if isinstance(iw_draws, bool) or not isinstance(iw_draws, int) or iw_draws < 1:
-        raise ValueError(f"importance: expected iw_draws to be an integer >= 1, got {iw_draws!r}")
+    integer("importance", "iw_samples", iw_samples)
     valid = values[~(log_weights.detach().isnan() | (log_weights.detach() == math.inf))]
     finite = valid[valid.isfinite()]
-    count = min(iw_draws, max(1, len(valid)))
+    count = min(iw_samples, max(1, len(valid)))
     elbo, elbo_error = _mean(valid)
     grouped = _groups(valid, count)
     iw_elbo, iw_elbo_error = _mean(grouped.logsumexp(1) - math.log(count))
@@ -222,7 +224,7 @@ def importance(log_weights: Tensor, *, iw_draws: int = 10) -> Importance:
         total, squares = weights.sum(), weights.square().sum()
         ess = min(1.0, float(total.square() / squares / n))
         log_evidence = float(total.log() + top) - math.log(n)
-        # Centred, because 1 / ess - 1 of nearly constant weights is lost in rounding.
+        # Centered, because rounding loses 1 / ess - 1 of nearly constant weights.
         relative = weights * (n / total) - 1
         error = math.sqrt(float(relative.square().mean()) / (n - 1)) if n > 1 else math.inf
         smoothed = _smooth(values - top)
@@ -237,18 +239,18 @@ def importance(log_weights: Tensor, *, iw_draws: int = 10) -> Importance:
         elbo_error=elbo_error,
         iw_elbo=iw_elbo,
         iw_elbo_error=iw_elbo_error,
-        iw_draws=count,
+        iw_samples=count,
         spread=float(finite.std()) if len(finite) > 1 else math.nan,
         tail=tail,
         largest=largest,
-        n=n,
+        num_samples=n,
         failures=failures,
         zeros=len(valid) - len(finite),
     )
 
 
 def _mean(values: Tensor) -> tuple[float, float]:
-    """The mean and its standard error; minus infinity where a value is, NaN for none."""
+    """The mean and its standard error; minus infinity if a value is, NaN for no values."""
     mean = float(values.mean())
     if not math.isfinite(mean) or len(values) < 2:
         return mean, math.nan
@@ -256,7 +258,7 @@ def _mean(values: Tensor) -> tuple[float, float]:
 
 
 def _groups(values: Tensor, size: int) -> Tensor:
-    """Disjoint groups of so many, as rows, in an order that has nothing to do with the given one."""
+    """Disjoint groups of ``size`` values, as rows, in a random but fixed order."""
     order = torch.randperm(len(values), generator=Generator().manual_seed(0), device="cpu").to(values.device)
     rows = len(values) // size
     return values[order[: rows * size]].reshape(rows, size)
@@ -265,31 +267,30 @@ def _groups(values: Tensor, size: int) -> Tensor:
 def resample(
     draws: Tensor | Mapping[str, Tensor],
     log_weights: Tensor,
-    n: int,
+    num_samples: int,
     generator: Generator | None = None,
     smoothed: bool = True,
 ) -> Tensor | dict[str, Tensor]:
-    """Draws with equal weights out of weighted ones, by systematic resampling.
+    """Turns weighted draws into draws of equal weight, by systematic resampling.
 
-    A draw of normalised weight ``w`` comes back ``n w`` times, rounded up or down at random; the order is random.  Take
-    ``n`` not larger than the number of effective draws, or draws come back more than once.
+    A draw of normalized weight ``w`` appears ``num_samples * w`` times, rounded up or down at random, in random order.
+    Take at most the number of effective draws, or draws appear more than once.
 
     Args:
-        draws: a tensor of shape ``(draws, ...)``, or a dictionary of such.
+        draws: a tensor of shape ``(draws, ...)``, or a dictionary of such tensors.
         log_weights: shape ``(draws,)``.
-        n: how many to return.
-        generator: where randomness comes from; torch's global one if not given.
+        num_samples: how many draws to return.
+        generator: the source of randomness; torch's global generator by default.
         smoothed: whether to smooth the weights by :func:`pareto_smoothed` first, which costs a little bias and saves
             much variance.
 
     Returns:
-        What ``draws`` is, with ``n`` rows, on the device that it is on.
+        A tensor or a dictionary like ``draws``, on the same device, with ``num_samples`` rows.
 
     Raises:
-        ValueError: if the shapes or ``n`` do not fit, or no weight is positive.
+        ValueError: if the shapes or the number do not fit, or no weight is positive.
     """
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-        raise ValueError(f"resample: expected n to be an integer >= 1, got {n!r}")
+    n = integer("resample", "num_samples", num_samples)
     values, _ = _usable(log_weights, "resample")
     parts = draws if isinstance(draws, Mapping) else {"draws": draws}
     for name, part in parts.items():
@@ -297,19 +298,19 @@ def resample(
             raise ValueError(
                 f"resample: expected {name} with {len(values)} rows, one for each weight, got shape {tuple(part.shape)}"
             )
-    normalised = pareto_smoothed(values).log_weights if smoothed else _normalised(values)
+    normalized = pareto_smoothed(values).log_weights if smoothed else _normalized(values)
     place = generator.device if generator is not None else torch.device("cpu")
     offset = torch.rand((), generator=generator, dtype=torch.float64, device=place).to(values.device)
     order = torch.randperm(n, generator=generator, device=place).to(values.device)
-    reached = normalised.exp().cumsum(0)
-    # The last position may round to 1, which lies beyond the last weight.
+    reached = normalized.exp().cumsum(0)
+    # The last position may round to 1, beyond the last weight.
     at = ((torch.arange(n, dtype=torch.float64, device=values.device) + offset) / n).clamp(max=1 - 2**-53)
     chosen = torch.searchsorted(reached / reached[-1], at, right=True)[order]
     found = {name: part[chosen.to(part.device)] for name, part in parts.items()}
     return found if isinstance(draws, Mapping) else found["draws"]
 
 
-def _normalised(values: Tensor) -> Tensor:
+def _normalized(values: Tensor) -> Tensor:
     if values.max() == -math.inf:
         raise ValueError(f"resample: none of {len(values)} weights is positive")
     return values - values.logsumexp(0)

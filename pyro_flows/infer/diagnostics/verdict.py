@@ -9,6 +9,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from pyro_flows.core.checks import integer
 from pyro_flows.infer.diagnostics.moments import Moments
 from pyro_flows.infer.diagnostics.psis import Importance
 
@@ -20,36 +21,36 @@ UNSEARCHED = "good, modes not searched"
 FEW = "good, few draws judged"
 LABELS = (GOOD, TAILS, UNSEARCHED, FEW, RESAMPLE, MODES, BAD, UNJUDGED)
 
-GOOD_ESS = 0.9  # of draws that can be used as they are
-FEWEST = 100  # draws that can be judged
-ENOUGH = 1000  # draws that a judgement needs where more were asked for
-SETTLED = 4000  # draws from which on the index of a single dimension's tail is not noise
-SHIFT = 0.1  # of a mean, in standard deviations, or of the logarithm of a standard deviation, that matters
-TAIL = 0.005  # share of weight in the tail from which its index says something
-SHARE = 0.01  # of posterior mass that matters when it is missing
+GOOD_ESS = 0.9  # the least of draws that can be used unweighted
+FEWEST = 100  # draws for any judgement
+ENOUGH = 1000  # draws for a full judgement if more were asked for
+SETTLED = 4000  # draws from which the tail index of a single dimension means something
+SHIFT = 0.1  # shift that matters: of a mean in standard deviations, or of a log standard deviation
+TAIL = 0.005  # share of weight in the tail from which its index means something
+SHARE = 0.01  # missing share of posterior mass that matters
 WASTE = 0.02  # share of draws without weight that matters
 
 MEANING = {
     GOOD: "the draws can be used as they are",
     TAILS: "means and central intervals can be used as they are; standard deviations and extreme quantiles may be off",
-    UNSEARCHED: "the draws fit the model where they lie; whether they leave out a mode was not found out in time",
-    FEW: "the few draws that were judged in time fit the model; what shows in one of hundreds is not known",
-    RESAMPLE: "the draws as they are mislead, resampled by their weights they can be used",
+    UNSEARCHED: "the draws fit the model where they lie; time ran out before it was known whether they miss a mode",
+    FEW: "the few draws that were judged in time fit the model; faults of one draw in hundreds are not known",
+    RESAMPLE: "the draws mislead as they are; resampled by their weights they can be used",
     MODES: "the guide leaves out a part of the posterior, and resampling cannot bring it back",
     BAD: "neither the draws nor their weights can be relied on",
-    UNJUDGED: "there is no ground to say anything",
+    UNJUDGED: "there is no basis for a judgement",
 }
 
 
 class Probe(Protocol):
-    """What the verdict reads of a search for modes that the guide never draws from.
+    """The part of a mode search that the verdict reads.
 
     Attributes:
         missing_share: share of the posterior's mass that lies in missed modes.
-        missed: which of the modes found are missed, shape ``(modes,)``, Boolean.
+        missed: which modes the guide misses, shape ``(modes,)``, Boolean.
         locations: the modes, shape ``(modes, D)``, unconstrained.
-        share: share of the posterior's mass of each, shape ``(modes,)``.
-        complete: whether the search came to its end; taken for granted where it is not said.
+        share: share of the posterior's mass in each, shape ``(modes,)``.
+        complete: whether the search ended by itself; true if the attribute is missing.
     """
 
     missing_share: float
@@ -60,12 +61,12 @@ class Probe(Protocol):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What :func:`judge` says; ``str`` of it is meant to be read.
+    """The result of :func:`judge`; print it to read it.
 
     Attributes:
         label: ``"good"``, ``"good, tails uncertain"``, ``"good, modes not searched"``, ``"good, few draws judged"``,
             ``"use importance resampling"``, ``"modes missing"``, ``"bad"`` or ``"not judged"``.
-        ok: whether the draws can be used as they are, for means and central intervals at least: the first two labels.
+        ok: whether the draws can be used unweighted, at least for means and central intervals: the first two labels.
         text: the numbers, what they mean, and what to do next.
         numbers: the numbers by name.
     """
@@ -82,15 +83,13 @@ class Verdict:
         return "\n".join(lines)
 
 
-def widening(dim: int) -> float:
-    r"""By how much to widen the base of a guide for the check of its tails in :func:`judge`.
+def widening(input_dim: int) -> float:
+    r"""The factor by which to widen a guide's base for the check of its tails in :func:`judge`.
 
     :math:`1 + 0.7 / \sqrt D`: if the guide is exact, about half of the draws from the wider one are effective in any
-    dimension ``dim``.
+    dimension ``input_dim``.
     """
-    if isinstance(dim, bool) or not isinstance(dim, int) or dim < 1:
-        raise ValueError(f"widening: expected dim to be an integer >= 1, got {dim!r}")
-    return 1 + 0.7 / math.sqrt(dim)
+    return 1 + 0.7 / math.sqrt(integer("widening", "input_dim", input_dim))
 
 
 def judge(
@@ -103,12 +102,12 @@ def judge(
     failures: int = 0,
     asked: int | None = None,
 ) -> Verdict:
-    r"""Says whether a guide can be used, from its importance weights and from what they cannot see.
+    r"""Judges whether a guide can be used, from its importance weights and from checks of what they cannot see.
 
-    With :math:`n` draws, ESS as a fraction :math:`e` and tail index :math:`\hat k`, the first that applies:
+    With :math:`n` draws, ESS as a fraction :math:`e` and tail index :math:`\hat k`, the first of these that applies:
 
     1. *not judged*: the model subsamples its data, or :math:`n < 100`.
-    2. *modes missing*: the probe found modes that the guide leaves out, with at least a hundredth of the posterior.
+    2. *modes missing*: the probe found modes that the guide misses, with at least a hundredth of the posterior.
     3. *bad*: neither *good* nor *resampling*, or the wider guide finds more than a tenth of the posterior outside.
     4. *use importance resampling*: :math:`\hat k < \min(0.7, 1 - 1 / \log_{10} n)` and :math:`n e \ge 1000` (a tenth
        of fewer than 10,000 draws, and 100 at least), and :math:`e < 0.9`, or a fiftieth of the draws has no weight, or
@@ -116,23 +115,23 @@ def judge(
     5. *good, few draws judged*: fewer than 1000 draws could be judged, of more that were asked for.
     6. *good, modes not searched*: the probe ran out of time.
     7. *good, tails uncertain*: :math:`e \ge 0.9`, and :math:`\hat k` is above that limit; or some standard deviation
-       hangs on a few of at least 4000 draws; or the wider guide finds a hundredth of the posterior outside, or weights
-       there whose index is 0.5 or more, while an exact guide has 0.3 at most.
+       depends on a few of at least 4000 draws; or the wider guide finds a hundredth of the posterior outside, or
+       weights with an index of 0.5 or more (an exact guide has at most 0.3).
     8. *good*.
 
-    :math:`\hat k` depends on the shape of the largest weights only.  Where those are nearly constant it fits noise, so
-    it is heeded only if at least half a percent of all weight lies in the tail's excess.
+    :math:`\hat k` depends only on the shape of the largest weights, and fits noise if these are nearly constant.  So it
+    counts only if at least half a percent of all weight lies in the tail's excess.
 
     Args:
-        found: from the guide's draws.
-        probe: from a search for modes, which weights are blind to: without it, a mode that the guide never visits goes
-            unnoticed, and the text says so.
-        moments: of the same draws.
-        wide: from draws of the guide with its base widened by :func:`widening`.  An exact guide gives the same evidence
-            both ways; one whose tails end too early, which its own weights hardly show, gives less than the wider one.
+        found: the weights of the guide's draws.
+        probe: a search for modes.  Without it, a mode that the guide never visits goes unnoticed, and the text says so.
+        moments: the moments of the same draws.
+        wide: the weights of the guide with its base widened by :func:`widening`.  An exact guide gives the same
+            evidence both ways.  A guide whose tails end too early gives less than the wider one, which its own weights
+            hardly show.
         minibatch: whether the log density was that of a subsample of the data, so that the weights are noisy.
         failures: draws at which the log density could not be evaluated, beyond those that ``found`` counts.
-        asked: how many draws were to be judged, if time may have ended before.
+        asked: how many draws were wanted, if time may have run out.
 
     References:
         Yes, but Did It Work?: Evaluating Variational Inference (Yao et al., 2018), arXiv:1802.02538; Pareto Smoothed
@@ -142,23 +141,23 @@ def judge(
     if minibatch:
         return _verdict(
             UNJUDGED,
-            ["The model subsamples its data, so that each log weight is a noisy estimate, and no number holds."],
+            ["The model subsamples its data, so each log weight is a noisy estimate, and no number holds."],
             "Build the model without subsampling (subsample_size=None), on all data or on a part that fits into "
-            "memory, and judge the same guide by that; or use simulation-based calibration.",
+            "memory, and judge the same guide by that model; or use simulation-based calibration.",
             numbers,
         )
-    cut = asked is not None and found.n < min(asked, ENOUGH)
+    cut = asked is not None and found.num_samples < min(asked, ENOUGH)
     if cut:
-        facts.insert(0, f"Time was up after {found.n:,} of {asked:,} draws.")
+        facts.insert(0, f"Time was up after {found.num_samples:,} of {asked:,} draws.")
     more = "Give the fit more seconds, or write the model so that it runs for many draws at once."
-    if found.n < FEWEST:
+    if found.num_samples < FEWEST:
         return _verdict(UNJUDGED, facts, more if cut else f"Take at least {FEWEST} draws, better 10,000.", numbers)
     outside = numbers.get("outside", 0.0)
-    limit = min(0.7, 1 - 1 / math.log10(found.n))
+    limit = min(0.7, 1 - 1 / math.log10(found.num_samples))
     heavy = found.khat >= limit and found.tail >= TAIL
-    effective = found.n * found.ess
-    usable = not heavy and effective >= max(100, min(1000, found.n / 10))
-    wasted = (found.failures + found.zeros + failures) / (found.n + failures)
+    effective = found.num_samples * found.ess
+    usable = not heavy and effective >= max(100, min(1000, found.num_samples / 10))
+    wasted = (found.failures + found.zeros + failures) / (found.num_samples + failures)
     if numbers.get("missing_share", 0.0) >= SHARE:
         return _verdict(
             MODES,
@@ -170,7 +169,7 @@ def judge(
         )
     if outside > 0.1 or not (found.ess >= GOOD_ESS or usable):
         return _verdict(BAD, facts, _remedy(found, wasted, outside), numbers)
-    # A shift that is not a number is one.
+    # A shift of NaN counts as a shift.
     moved = not (numbers.get("mean_shift", 0.0) <= SHIFT and numbers.get("scale_shift", 0.0) <= SHIFT)
     if found.ess < GOOD_ESS or wasted > WASTE or moved:
         if not usable:
@@ -198,7 +197,7 @@ def judge(
             TAILS,
             facts,
             "For tail quantities compare with the resampled draws, report quantiles in place of standard deviations, "
-            "and try a reparameterised model (a non-centred one for hierarchies), a base with heavier tails, or NUTS.",
+            "and try a reparameterized model (a non-centered one for hierarchies), a base with heavier tails, or NUTS.",
             numbers,
         )
     return _verdict(GOOD, facts, "Nothing.", numbers)
@@ -214,11 +213,9 @@ def _remedy(found: Importance, wasted: float, outside: float) -> str:
             "No draw has a positive weight: look at the model's log density at some draws (a site outside its support, "
             "a NaN), and start the fit elsewhere."
         )
-    steps = "Train longer, then with more layers; then reparameterise the model (a non-centred one for hierarchies)"
+    steps = "Train longer, then with more layers; then reparameterize the model (a non-centered one for hierarchies)"
     if wasted > WASTE:
-        steps = (
-            f"Find out why {wasted:.0%} of the draws have no density (a support, a matrix that is singular). {steps}"
-        )
+        steps = f"Find out why {wasted:.0%} of the draws have no density (a support, a singular matrix). {steps}"
     if outside > 0.1:
         steps = f"Try a base with heavier tails or start from a wider guide. {steps}"
     return f"{steps}; several starts; tempering; else NUTS."
@@ -227,7 +224,7 @@ def _remedy(found: Importance, wasted: float, outside: float) -> str:
 def _facts(
     found: Importance, probe: Probe | None, moments: Moments | None, wide: Importance | None, failures: int
 ) -> tuple[list[str], dict[str, float]]:
-    """Sentences and numbers, whatever comes of them."""
+    """The sentences and numbers of any verdict."""
     numbers = {
         "ess": found.ess,
         "khat": found.khat,
@@ -239,37 +236,37 @@ def _facts(
         "spread": found.spread,
     }
     facts = [
-        f"Weights of {found.n:,} draws: ESS {found.ess:.3f} of the draws, k-hat {found.khat:.2f}{_about_khat(found)}, "
-        f"spread of the log weights {found.spread:.3f} nats.",
+        f"Weights of {found.num_samples:,} draws: ESS {found.ess:.3f} of the draws, k-hat {found.khat:.2f}"
+        f"{_about_khat(found)}, spread of the log weights {found.spread:.3f} nats.",
         f"Log evidence {found.log_evidence:.3f} ± {found.log_evidence_error:.3f} nats"
         + ("" if found.trusted else " (an error not to be trusted)")
-        + f", ELBO {found.elbo:.3f}, with {found.iw_draws} draws {found.iw_elbo:.3f}.",
+        + f", ELBO {found.elbo:.3f}, with {found.iw_samples} draws {found.iw_elbo:.3f}.",
     ]
     failed = found.failures + failures
     if failed or found.zeros:
         facts.append(f"{failed} draws failed (NaN or infinite), {found.zeros} have density zero.")
         numbers["failures"], numbers["zeros"] = float(failed), float(found.zeros)
     if moments is not None:
-        facts += _about_moments(moments, found.n, numbers)
+        facts += _about_moments(moments, found.num_samples, numbers)
     if wide is not None:
         facts.append(_about_tails(found, wide, numbers))
     if probe is None:
-        facts.append("Modes were not searched for: one that the guide never visits would not show in these numbers.")
+        facts.append("Modes were not searched for: a mode that the guide never visits would not show in these numbers.")
         return facts, numbers
     numbers["missing_share"] = float(probe.missing_share)
     missed = int(probe.missed.sum())
     if not len(probe.missed):
-        ended = "found none at all" if getattr(probe, "complete", True) else "ran out of time before it found any"
-        facts.append(f"A search for modes {ended}, and so says nothing.")
+        ended = "found none" if getattr(probe, "complete", True) else "ran out of time before it found any"
+        facts.append(f"A search for modes {ended}, so it says nothing.")
         return facts, numbers
     if not missed:
-        facts.append(f"A search found {len(probe.missed)} mode(s), none of them left out.")
+        facts.append(f"A search found {len(probe.missed)} mode(s), and the guide misses none.")
         return facts, numbers
     where = probe.locations[probe.missed][probe.share[probe.missed].argmax()].tolist()
     place = ", ".join(f"{x:.3g}" for x in where[:6]) + (", …" if len(where) > 6 else "")
     facts.append(
-        f"A search found {missed} mode(s) that the guide leaves out, with about {float(probe.missing_share):.1%} of "
-        f"the posterior; the largest at ({place}) in unconstrained space. Weights do not see that."
+        f"A search found {missed} mode(s) that the guide misses, with about {float(probe.missing_share):.1%} of the "
+        f"posterior; the largest at ({place}) in unconstrained space. Weights do not show that."
     )
     return facts, numbers
 
@@ -280,12 +277,12 @@ def _about_khat(found: Importance) -> str:
     if math.isinf(found.khat):
         return " (too few positive weights to fit a tail)"
     if found.khat >= 0.5 and found.tail < TAIL:
-        return " (of no meaning, for the weights are nearly constant)"
+        return " (meaningless, because the weights are nearly constant)"
     return f" (the tail holds {found.tail:.1%} of the weight)"
 
 
 def _about_moments(moments: Moments, n: int, numbers: dict[str, float]) -> list[str]:
-    """The largest shifts, each less two standard errors, so that what is called a shift is one."""
+    """The largest shifts, after two standard errors are taken off, so that noise does not count."""
     heavy = (moments.heavy >= 0.7) & (n >= SETTLED)
     certain = (moments.mean.abs() - 2 * moments.mean_error).clamp(min=0)
     scaled = (moments.scale.abs() - 2 * moments.scale_error).clamp(min=0).masked_fill(heavy, 0.0)
@@ -299,7 +296,7 @@ def _about_moments(moments: Moments, n: int, numbers: dict[str, float]) -> list[
     if heavy.any():
         names = [moments.names[k] for k in heavy.nonzero()[:, 0].tolist()]
         facts.append(
-            f"The standard deviation of {', '.join(names[:4])}{', …' if len(names) > 4 else ''} hangs on a few draws "
+            f"The standard deviation of {', '.join(names[:4])}{', …' if len(names) > 4 else ''} depends on a few draws "
             f"(tail index up to {numbers['heavy']:.2f}): no sample of this size settles it."
         )
     return facts
@@ -308,14 +305,14 @@ def _about_moments(moments: Moments, n: int, numbers: dict[str, float]) -> list[
 def _about_tails(found: Importance, wide: Importance, numbers: dict[str, float]) -> str:
     gap = wide.log_evidence - found.log_evidence
     error = math.hypot(wide.log_evidence_error, found.log_evidence_error)
-    # What is sure to be missing: three standard errors less than the estimate.
+    # Surely missing: the estimate less three standard errors.
     numbers["outside"] = max(0.0, -math.expm1(-max(0.0, gap - 3 * error))) if math.isfinite(gap) else 0.0
     numbers["wide_khat"] = wide.khat
-    says = "nothing to speak of lies just outside of the guide."
+    says = "hardly anything lies just outside the guide."
     if numbers["outside"] > SHARE:
         says = f"at least {numbers['outside']:.1%} of the posterior lies where the guide hardly draws."
     elif wide.khat >= 0.5 and wide.tail >= TAIL:
-        says = f"k-hat {wide.khat:.2f}, so that something may lie just outside of the guide."
+        says = f"k-hat {wide.khat:.2f}, so something may lie just outside the guide."
     return (
         f"The guide widened in all directions gives a log evidence of {wide.log_evidence:.3f} ± "
         f"{wide.log_evidence_error:.3f}: {says}"

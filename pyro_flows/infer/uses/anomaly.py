@@ -16,34 +16,32 @@ from pyro_flows.infer.density.data import expected_by, name_rows, to_tensor
 __all__ = ["AnomalyDetector", "evaluating"]
 
 _CHUNK = 2**18  # numbers that are scored at once
-
-
 _KINDS = "as a tensor or an array of numbers"
 
 
 class AnomalyDetector:
     r"""Scores rows by bits per dimension, and says how rare such scores are among reference rows.
 
-    The bits per dimension of a row :math:`n` are averaged over draws of the noise that dequantises it,
-    :math:`b = -\frac{1}{K D \log 2} \sum_k \log p(n + u_k)`; the noise is a function of the row, so the score is, too.
-    Of real data, without dequantisation, :math:`b = -\log p / (D \log 2)`.
+    The score of a row :math:`n` of whole numbers is a mean over draws of the noise that dequantizes it,
+    :math:`b = -\frac{1}{K D \log 2} \sum_k \log p(n + u_k)`.  The noise is a function of the row, and so is the score.
+    For real data, without dequantization, :math:`b = -\log p / (D \log 2)`.
 
-    One-sided, rows of many bits are anomalies.  Flows can give simple or bland images *fewer* bits than those that they
-    were fitted to; two-sided, rows far from the mean on either side are anomalies, :math:`|b - \bar b|`.  That finds
-    such images, at some cost in finding the others.
+    One-sided, rows of many bits are anomalies.  Flows can give simple or bland images *fewer* bits than the images that
+    they were fitted to.  Two-sided, rows far from the mean on either side are anomalies, :math:`|b - \bar b|`.  This
+    finds bland images, at some cost in finding the others.
 
     A p-value is the share of reference rows that are at least as extreme, the row itself counted in:
-    :math:`(1 + \#\{i: s_i \ge s\}) / (m + 1)`, and two-sided with the row itself counted in the mean as well.  If rows
-    of the usual kind are exchangeable with the reference rows, the chance of a p-value of at most :math:`\alpha` is at
-    most :math:`\alpha`, whatever the model.  That takes reference rows that the model was neither fitted to nor stopped
-    early by: those have fewer bits than new ones, so that too many of these would stand out.
+    :math:`(1 + \#\{i: s_i \ge s\}) / (m + 1)`.  Two-sided, the mean counts the row itself in, too.  If usual rows are
+    exchangeable with the reference rows, a p-value is at most :math:`\alpha` with probability at most :math:`\alpha`,
+    whatever the model.  Take reference rows that the model was neither fitted to nor stopped early by: such rows have
+    fewer bits than new ones, so that too many new ones would stand out.
 
     Args:
         model: a :class:`~pyro_flows.distributions.dequantization.Dequantized`, a
             :class:`~pyro_flows.distributions.flow.Flow` or any other module with ``log_prob``.
-        reference: rows of the usual kind, e.g. held-out ones, shape ``(rows, *event_shape)``; a tensor or an array.
+        reference: usual rows, e.g. held-out ones, shape ``(rows, *event_shape)``; a tensor or an array.
         context: their contexts, shape ``(rows, context_dim)``, for a model that takes one.
-        draws: :math:`K`, for a ``Dequantized``.
+        num_noise_samples: :math:`K`, for a ``Dequantized``.
         two_sided: whether too few bits are as suspect as too many.
 
     Attributes:
@@ -62,13 +60,19 @@ class AnomalyDetector:
     """
 
     def __init__(
-        self, model: nn.Module, reference: Any, context: Any = None, *, draws: int = 8, two_sided: bool = False
+        self,
+        model: nn.Module,
+        reference: Any,
+        context: Any = None,
+        *,
+        num_noise_samples: int = 8,
+        two_sided: bool = False,
     ) -> None:
         if not isinstance(model, nn.Module) or not callable(getattr(model, "log_prob", None)):
             raise TypeError(
                 f"AnomalyDetector: expected a Dequantized, a Flow or a module with log_prob, got {type(model).__name__}"
             )
-        self.model, self.draws, self.two_sided = model, draws, two_sided
+        self.model, self.num_noise_samples, self.two_sided = model, num_noise_samples, two_sided
         bits = self.bits(reference, context)
         if len(bits) < 2:
             raise ValueError(f"AnomalyDetector: expected 2 or more reference rows, got {len(bits)}")
@@ -81,14 +85,15 @@ class AnomalyDetector:
 
     @torch.no_grad()
     def bits(self, rows: Any, context: Any = None) -> Tensor:
-        """Bits per dimension, shape ``(rows,)``, in float64 on the CPU; ``draws`` scores of the model a row."""
+        """Bits per dimension, shape ``(rows,)``, in float64 on the CPU; costs ``num_noise_samples`` scores a row."""
         rows, context = self._admit(rows, context)
         size = max(_CHUNK // max(rows[:1].numel(), 1), 1)
         pieces = [torch.zeros(0, dtype=torch.float64, device="cpu")]
-        contexts = [None] * -(-len(rows) // size) if context is None else context.split(size)
         with evaluating(self.model):
-            for piece, own in zip(rows.split(size) if len(rows) else (), contexts, strict=False):
-                pieces.append(self._log_prob(piece, own).double().cpu())
+            for start in range(0, len(rows), size):
+                part = slice(start, start + size)
+                own = None if context is None else context[part]
+                pieces.append(self._log_prob(rows[part], own).double().cpu())
         log_prob = torch.cat(pieces)
         if log_prob.isnan().any():
             where = name_rows(log_prob.isnan().nonzero()[:, 0])
@@ -96,7 +101,7 @@ class AnomalyDetector:
         return bits_per_dim(log_prob, rows.shape[1:])
 
     def scores(self, rows: Any, context: Any = None) -> Tensor:
-        """What thresholds are about: bits per dimension, or their distance from the mean; shape ``(rows,)``."""
+        """The scores that thresholds apply to: bits, or their distance from the mean; shape ``(rows,)``."""
         bits = self.bits(rows, context)
         return (bits - self.mean).abs() if self.two_sided else bits
 
@@ -105,18 +110,18 @@ class AnomalyDetector:
         bits, m = self.bits(rows, context), len(self.reference)
         if not self.two_sided:
             return (1 + m - torch.searchsorted(self.reference, bits)).double() / (m + 1)
-        centre = (m * self.mean + bits) / (m + 1)
-        mirrored = 2 * centre - bits
+        center = (m * self.mean + bits) / (m + 1)
+        mirrored = 2 * center - bits
         above = m - torch.searchsorted(self.reference, torch.maximum(bits, mirrored))
         below = torch.searchsorted(self.reference, torch.minimum(bits, mirrored), right=True)
-        # Of infinitely many bits the centre is no number, and no reference row is as far out.
+        # At infinitely many bits the center is NaN, and no reference row is as far out.
         return torch.where(bits.isfinite(), 1 + above + below, 1).double() / (m + 1)
 
     def threshold(self, level: float = 0.05) -> float:
-        """The score above which at most this share of rows of the usual kind lies.
+        """The score above which at most a share ``level`` of usual rows lies.
 
         Args:
-            level: between 0 and 1; the fewer the reference rows, the larger the least level that they can bear out.
+            level: between 0 and 1, at least ``1 / (m + 1)`` with ``m`` reference rows.
         """
         m = len(self.reference)
         if not 0 < level < 1:
@@ -124,7 +129,7 @@ class AnomalyDetector:
         allowed = math.floor(level * (m + 1) + 1e-9)
         if not allowed:
             raise ValueError(
-                f"AnomalyDetector: {m} reference rows cannot bear out a level of {level:g}; give "
+                f"AnomalyDetector: {m} reference rows are too few for a level of {level:g}; give "
                 f"{math.ceil(1 / level - 1)} or more, or a level of at least {1 / (m + 1):.3g}"
             )
         scores = (self.reference - self.mean).abs().sort().values if self.two_sided else self.reference
@@ -136,8 +141,9 @@ class AnomalyDetector:
 
     def _log_prob(self, rows: Tensor, context: Tensor | None) -> Tensor:
         if isinstance(self.model, Dequantized):
-            return self.model.scores(rows, context, self.draws, fresh=False).mean(0)
-        scores = self.model.log_prob(rows) if context is None else self.model.log_prob(rows, context)
+            return self.model.scores(rows, context, self.num_noise_samples, fresh=False).mean(0)
+        density: Any = self.model
+        scores = density.log_prob(rows) if context is None else density.log_prob(rows, context)
         if not isinstance(scores, Tensor) or scores.shape != rows.shape[:1]:
             got = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
             raise ValueError(f"AnomalyDetector: expected log_prob to give one number a row, {len(rows)}, got {got}")
@@ -168,14 +174,15 @@ class AnomalyDetector:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode for a while."""
+    """Puts the model in evaluation mode, and every module back into its own mode afterwards."""
     modes = {module: module.training for module in model.modules()}
-    if any(modes.values()):
-        model.eval()
+    if not any(modes.values()):
+        yield
+        return
+    model.eval()
     try:
         yield
     finally:
-        if any(modes.values()):
-            model.train()
-            for module, mode in modes.items():
-                module.training = mode
+        model.train()
+        for module, mode in modes.items():
+            module.training = mode

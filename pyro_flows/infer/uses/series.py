@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Size, Tensor
 from torch.distributions import Distribution, constraints
 
-from pyro_flows.core.checks import admit, refuse_other_kind
+from pyro_flows.core.checks import admit, integer, refuse_other_kind
 from pyro_flows.core.steps import Stepper, at_any_time
 from pyro_flows.distributions import Flow
 from pyro_flows.infer.density.units import is_plain_flow
@@ -29,23 +29,22 @@ def _check(flow: Flow, who: str) -> None:
 
 
 class Stream:
-    r"""Where series stand in time, for a flow that is causal: :math:`p(y_t \mid y_{<t}, c)`, step by step without end.
+    r"""Runs a causal flow over series step by step without end: :math:`p(y_t \mid y_{<t}, c)`.
 
-    A causal flow maps a step and all before it to a step of the base.  What it needs to know of the past are the last
-    inputs of each convolution, and the keys and values of attention, as many as its window has.  Those are kept, so
-    that a new step costs the same however many came before: in the density direction one pass of one step, in the
-    other a solve of ``C`` numbers for each ``Mint`` layer, and for each ``CausalAutoregressive`` one an evaluation for
-    each channel.  Only attention without a window keeps all keys and values, and costs more as time goes on.  All of it
-    equals what the flow says of whole series, up to rounding, from the first step on; beyond the flow's ``T``, it is
-    what the same parameters say in a flow of longer series.  No gradients are kept, and the weights are those of the
-    moment at which it was made.  Streams can be pickled.
+    A causal flow maps a step and all before it to a step of the base.  The stream keeps the past that the flow needs:
+    the last inputs of each convolution, and the keys and values in the window of attention.  So a step costs the same
+    however many came before: in the density direction one pass of one step, in the other a solve of ``C`` numbers for
+    each ``Mint`` layer and an evaluation a channel for each ``CausalAutoregressive`` layer.  Only attention without a
+    window keeps all keys and values, and grows more costly with time.  Densities equal those of whole series up to
+    rounding; beyond the flow's ``T``, they are those of a longer flow with the same parameters.  The stream copies the
+    flow and records no gradient.  Streams can be pickled.
 
     Args:
         flow: a :class:`~pyro_flows.distributions.flow.Flow` of series ``(C, T)`` whose parts are causal in time or
             elementwise with parameters that all times share: those of ``mintnet(..., causal=True)`` and of
             ``causal_maf``, ``ActNorm``, ``Rescaling`` and ``Standardization`` that are the same at all times, and
             elementwise transforms of torch; over a base of independent dimensions that is the same at all times.
-        batch_shape: of the series that go on side by side.
+        batch_shape: the batch shape of the series, which advance together.
         context: shape ``(*batch, context_dim)``, for a flow that takes one; the same at all times.
 
     Attributes:
@@ -53,7 +52,7 @@ class Stream:
 
     Raises:
         ValueError: for parts or a base of another kind, named in the message, or a context that does not fit.
-        TypeError: for what is no flow.
+        TypeError: for a value that is no flow.
 
     References:
         MintNet: Building Invertible Neural Networks with Masked Convolutions (Song et al., 2019), arXiv:1907.07945.
@@ -76,8 +75,8 @@ class Stream:
                     f"{tuple(context.shape)}"
                 )
             self._widen("a context", context)
-            context = flow.inner_context(context)
-        leaves = list(leaves_of(flow.chain, context, False))
+        context = flow.inner_context(context)
+        leaves = leaves_of(flow, context)
         for part, own, _ in leaves:
             if own is not None and own is not context:
                 self._widen(f"a {type(part).__name__} that is bound to a context", own)
@@ -87,12 +86,13 @@ class Stream:
             if own is not None:
                 own = own.expand(*self.batch_shape, -1).reshape(rows, own.shape[-1])
             try:
-                if not hasattr(part, "stepper"):
+                stepper = getattr(part, "stepper", None)
+                if stepper is None:
                     raise ValueError(
-                        "it is not known to be causal in time with parameters that all times share; build the flow of "
+                        "it is not known to be causal in time with the same parameters at all times; build the flow of "
                         "causal_maf, mintnet(..., causal=True) and elementwise parts"
                     )
-                self._parts.append((part.stepper(rows, own), inverse))
+                self._parts.append((stepper(rows, own), inverse))
             except ValueError as error:
                 name = f"{type(part).__name__} (part {k} of {len(leaves)})"
                 raise ValueError(f"Stream: {name} does not go step by step: {error}") from None
@@ -101,18 +101,18 @@ class Stream:
 
     @torch.no_grad()
     def observe(self, y: Tensor) -> Tensor:
-        """Takes what came next, and says how likely that was.
+        """Takes the next steps and scores them.
 
         Args:
             y: one step, shape ``(*batch, C)``, or several, ``(*batch, C, n)``.
 
         Returns:
-            Shape ``(*batch,)``, or ``(*batch, n)`` for several, in nats; the log-density of each given all before it.
+            The log-density of each step given all before it, in nats, shape ``(*batch,)`` or ``(*batch, n)``.
 
         Raises:
-            ValueError: for another shape, or values outside of the support or not finite; the stream stays where it is.
-            TypeError: for what is no tensor, or of another dtype.
-            RuntimeError: where a solver gives up (``max_sweeps``), after which the stream is of no more use.
+            ValueError: for another shape, or values outside the support or not finite; the stream stays where it is.
+            TypeError: for a value that is no tensor, or has another dtype.
+            RuntimeError: if a solver gives up (``max_sweeps``); the stream cannot be used afterwards.
         """
         value, several = self._admit(y, "y")
         codomain = self.flow.chain.codomain
@@ -134,7 +134,7 @@ class Stream:
 
     @torch.no_grad()
     def step(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The next step from its base value, which is then taken.
+        """Takes the next step, given its base value.
 
         Args:
             x: shape ``(*batch, C)``.
@@ -144,8 +144,8 @@ class Stream:
 
         Raises:
             ValueError: for another shape, or values that are not finite; the stream stays where it is.
-            TypeError: for what is no tensor, or of another dtype.
-            RuntimeError: where a solver gives up (``max_sweeps``), after which the stream is of no more use.
+            TypeError: for a value that is no tensor, or has another dtype.
+            RuntimeError: if a solver gives up (``max_sweeps``); the stream cannot be used afterwards.
         """
         value, several = self._admit(x, "x")
         if several:
@@ -166,22 +166,20 @@ class Stream:
         return self.step(x.view(*self.batch_shape, x.shape[1]))[0]
 
     def forecast(self, steps: int, num_samples: int) -> Tensor:
-        """Draws of the steps to come, shape ``(num_samples, *batch, C, steps)``; this stream stays where it is.
+        """Draws the next steps, shape ``(num_samples, *batch, C, steps)``; this stream stays where it is.
 
-        Costs ``steps`` draws of one step, for ``num_samples`` times as many rows.
+        The cost is ``steps`` draws of one step, with ``num_samples`` times as many rows.
 
         Raises:
-            ValueError: for numbers that are no positive integers.
+            ValueError: unless both numbers are positive integers.
         """
-        for what, given in (("steps", steps), ("num_samples", num_samples)):
-            if isinstance(given, bool) or not isinstance(given, int) or given < 1:
-                raise ValueError(f"Stream: expected {what} to be an integer >= 1, got {given!r}")
-        ahead = self._repeated(num_samples)
+        integer("Stream", "steps", steps)
+        ahead = self._repeated(integer("Stream", "num_samples", num_samples))
         ahead.batch_shape = Size((num_samples, *self.batch_shape))
         return torch.stack([ahead.sample() for _ in range(steps)], -1)
 
     def copy(self) -> Stream:
-        """Another stream that stands where this one does, and goes its own way from there."""
+        """An independent stream at the same point in time."""
         return self._repeated(1)
 
     def _repeated(self, times: int) -> Stream:
@@ -200,14 +198,14 @@ class Stream:
 
     @contextmanager
     def _moving(self, device: torch.device) -> Iterator[None]:
-        """All parts take the same steps, in full precision, or the stream is of no more use."""
+        """Marks the stream as torn unless all parts take the same steps; computes in full precision."""
         self._torn = True
         with torch.autocast(device.type, enabled=False):
             yield
         self._torn = False
 
     def _admit(self, value: Tensor, what: str) -> tuple[Tensor, bool]:
-        """Rows ``(rows, C, n)``, and whether ``n`` steps were given or one."""
+        """Rows of shape ``(rows, C, n)``, and whether a time axis was given."""
         if self._torn:
             raise RuntimeError(
                 "Stream: an error stopped an earlier step halfway, so that parts stand at different times; go on with "
@@ -243,15 +241,16 @@ def _batch(given: Iterable[int]) -> Size:
 
 
 def _one_step(flow: Flow) -> Distribution:
-    """What a base of independent dimensions is at any time, batch shape ``(C, 1)``."""
+    """The base at any single time, batch shape ``(C, 1)``."""
     single = single_base(flow.base(), flow, "Stream")
     name = f"Stream: the base, {type(single).__name__}"
     numbers = {
         what: at_any_time(name, what, getattr(single, what).expand(flow.chain.event_shape))
         for what in single.arg_constraints
     }
+    build: Callable[..., Distribution] = type(single)
     try:
-        return type(single)(**numbers, validate_args=False)
+        return build(**numbers, validate_args=False)
     except TypeError:
         raise ValueError(
             f"{name}, is not known at a single step; take one with parameters of its own, such as Normal or StudentT"
@@ -261,26 +260,27 @@ def _one_step(flow: Flow) -> Distribution:
 def step_log_prob(flow: Flow, value: Tensor, context: Tensor | None = None, *, lengths: Tensor | None = None) -> Tensor:
     r"""The log-density of each step of whole series given all before it, :math:`\log p(y_t \mid y_{<t}, c)`.
 
-    As :func:`~pyro_flows.infer.pixel_scores`, with the sign of a density, summed over channels, and with a
-    gradient.  Its sum over time is ``flow.log_prob(value, context)``; where series are of different lengths, padded to
-    ``T``, it leaves out what stands behind their ends, likelihood and log-determinant.  One pass in the density
-    direction.
+    The scores of :func:`~pyro_flows.infer.pixel_scores` with the sign of a density, summed over channels, and
+    differentiable.  They add up over time to ``flow.log_prob(value, context)``.  For series of different lengths,
+    padded to ``T``, the padding counts neither in the likelihood nor in the log-determinant.  The cost is one pass in
+    the density direction.
 
     Args:
         flow: a :class:`~pyro_flows.distributions.flow.Flow` of series ``(C, T)`` whose parts are causal, or
-            elementwise; these may differ between times.
-        value: shape ``(*batch, C, T)``; whatever stands behind a series' end does not matter, be it NaN.
+            elementwise; elementwise parts may differ between times.
+        value: shape ``(*batch, C, T)``; the padding may hold anything, NaN included.
         context: shape ``(*batch, context_dim)``, for a flow that takes one.
-        lengths: integers from 1 to ``T`` that broadcast to ``batch``, the steps that each series has; all by default.
-            Behind them each series goes on at its first value, from which a fresh ``ActNorm`` may start in training.
+        lengths: the number of steps of each series, integers from 1 to ``T`` that broadcast to ``batch``; all steps by
+            default.  The first value of a series takes the place of its padding, which a fresh ``ActNorm`` may see in
+            training.
 
     Returns:
-        Shape ``(*batch, T)``, in nats, 0 behind a series' end.
+        Shape ``(*batch, T)``, in nats, 0 in the padding.
 
     Raises:
-        ValueError: for a flow that is not causal, values outside of the support, or lengths that are out of range or
-            do not fit the batch.
-        TypeError: for what is no flow, or values that are no tensor or of another dtype.
+        ValueError: for a flow that is not causal, values outside the support, or lengths that are out of range or do
+            not fit the batch.
+        TypeError: for a value that is no flow, or values that are no tensor or have another dtype.
     """
     _check(flow, "step_log_prob")
     inside: Tensor | None = None

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent
 
-from pyro_flows.core.chain import Chain
+from pyro_flows.core.chain import leaves
 from pyro_flows.core.checks import admit
 from pyro_flows.core.transform import Conditioned, FlowTransform, Inverse
 from pyro_flows.core.wrap import Wrap
@@ -17,37 +18,36 @@ from pyro_flows.infer.density.units import is_plain_flow
 from pyro_flows.infer.uses.anomaly import evaluating
 from pyro_flows.transforms import ActNorm, Autoregressive, LogitPixels, Rescaling, Standardization
 
-__all__ = ["is_elementwise", "leaves_of", "pixel_scores", "single_base", "surprise"]
-
-_Leaf = tuple[FlowTransform, Tensor | None, bool]
+__all__ = ["Leaf", "is_elementwise", "leaves_of", "pixel_scores", "single_base", "surprise"]
 
 
 @torch.no_grad()
-def pixel_scores(model: Flow | Dequantized, value: Tensor, context: Tensor | None = None, *, draws: int = 8) -> Tensor:
+def pixel_scores(
+    model: Flow | Dequantized, value: Tensor, context: Tensor | None = None, *, num_noise_samples: int = 8
+) -> Tensor:
     r"""How surprising each dimension is, given those before it: :math:`-\log p(y_i \mid y_{<i}, c)` in nats.
 
-    For a flow whose parts are all triangular in one and the same order of the dimensions, or elementwise, this is
-    exact: with :math:`x = f^{-1}(y)`, it is :math:`-\log b(x_i) - \log \partial x_i / \partial y_i`, and its sum over
-    the event is :math:`-\log p(y)`.  What surprises at a pixel is about the pixels before it in that order alone.  One
-    pass in the density direction, and about one more for the slopes of triangular parts.
+    The scores are exact for a flow whose layers are all elementwise or triangular in one order of the dimensions.  With
+    :math:`x = f^{-1}(y)`, a score is :math:`-\log b(x_i) - \log \partial x_i / \partial y_i`, and the scores of an
+    event add up to :math:`-\log p(y)`.  The score of a pixel depends on that pixel and those before it alone.  The cost
+    is one pass in the density direction, and about one more for the slopes of triangular layers.
 
     Args:
-        model: a :class:`~pyro_flows.distributions.flow.Flow` of parts such as ``Mint`` layers of one orientation,
-            ``Autoregressive`` ones of one order, ``ActNorm``, ``Rescaling``, ``Standardization``, ``LogitPixels`` and
-            elementwise transforms of torch, over a base of independent dimensions; or a
-            :class:`~pyro_flows.distributions.dequantization.Dequantized` of one, with uniform noise.  A part of
-            another kind takes part if it has ``log_slopes(y, context)``, and the attributes ``order`` and ``lower`` of
-            a ``Mint`` layer.
+        model: a :class:`~pyro_flows.distributions.flow.Flow` over a base of independent dimensions, with layers such as
+            ``Mint`` of one orientation, ``Autoregressive`` of one order, ``ActNorm``, ``Rescaling``,
+            ``Standardization``, ``LogitPixels`` and elementwise transforms of torch; or a
+            :class:`~pyro_flows.distributions.dequantization.Dequantized` of such a flow, with uniform noise.  Any other
+            layer needs ``log_slopes(y, context)`` and the attributes ``order`` and ``lower`` of a ``Mint`` layer.
         value: data, shape ``(*batch, *event_shape)``; whole numbers for a ``Dequantized``.
         context: shape ``(*batch, context_dim)``, for a flow that takes one.
-        draws: of the noise, over which maps are averaged, for a ``Dequantized``.
+        num_noise_samples: draws of the noise of a ``Dequantized``, over which the map is averaged.
 
     Returns:
         Shape ``(*batch, *event_shape)``, in nats; divide by ``math.log(2)`` for bits.
 
     Raises:
-        ValueError: where parts go through the dimensions in different orders, or mix them in a way that is not known;
-            for values outside of the support, or a base of dependent dimensions.
+        ValueError: if layers take the dimensions in different orders or mix them in an unknown way, if values lie
+            outside the support, or if the dimensions of the base are dependent.
         TypeError: for a model of another kind.
 
     References:
@@ -59,33 +59,31 @@ def pixel_scores(model: Flow | Dequantized, value: Tensor, context: Tensor | Non
                 "pixel_scores: noise from a dequantizer has no density pixel by pixel; give Dequantized(flow, levels), "
                 "without it"
             )
-        flow, values = model.flow, model.intensities(value, draws, fresh=False).unbind(0)
+        flow, values = model.flow, model.intensities(value, num_noise_samples, fresh=False).unbind(0)
     else:
         flow, values = model, (value,)
     if not is_plain_flow(flow):
         raise TypeError(f"pixel_scores: expected a Flow, or a Dequantized of one, got {type(flow).__name__}")
     context = flow.inner_context(context)
     with evaluating(flow):
-        return sum(surprise(flow, each, context) for each in values) / len(values)
+        return torch.stack([surprise(flow, each, context) for each in values]).mean(0)
 
 
 def surprise(
     flow: Flow, value: Tensor, context: Tensor | None, who: str = "pixel_scores", by_time: bool = False
 ) -> Tensor:
-    r""":math:`-\log p(y_i \mid y_{<i}, c)` in nats, with a graph where one is wanted.
+    r"""Returns :math:`-\log p(y_i \mid y_{<i}, c)` in nats, differentiably.
 
     Args:
-        flow: of one orientation.
+        flow: a flow of one orientation.
         value: shape ``(*batch, *event_shape)``.
-        context: as the chain sees it.
-        who: asks, for messages.
-        by_time: whether the order has to be that of the steps of a series.
+        context: the context in the units of the chain.
+        who: the function that the caller sees, for messages.
+        by_time: whether the order must be that of the steps of a series.
     """
     value = admit(flow.chain, value, context, data_side=True)
     if value.numel() and not flow.chain.codomain.check(value).all():
-        told = (
-            "pad series, and tell their lengths" if by_time else "a Dequantized takes whole numbers and adds the noise"
-        )
+        told = "pad series, and give their lengths" if by_time else "a Dequantized takes whole numbers and adds noise"
         raise ValueError(
             f"{who}: expected values in the support, {flow.chain.codomain}, got some outside of it; {told}"
         )
@@ -95,55 +93,65 @@ def surprise(
         places = torch.arange(flow.chain.event_shape.numel(), device="cpu").view(flow.chain.event_shape)
         known = ("time", places.T.flatten().tolist())
     total = torch.zeros_like(value)
-    leaves = list(leaves_of(flow.chain, context, False))
-    for k in reversed(range(len(leaves))):
-        part, own, inverse = leaves[k]
-        name = f"{type(part).__name__} (part {k} of {len(leaves)})"
+    found = leaves_of(flow, context)
+    for k, leaf in reversed(list(enumerate(found))):
+        part, own, inverse = leaf
+        name = f"{type(part).__name__} (part {k} of {len(found)})"
         order = _order(part, name, who)
         if order is not None:
             if known is not None and known[1] != order:
                 raise ValueError(
-                    f"{who}: {name} goes through the dimensions in another order than {known[0]}, so that there "
-                    "are no conditionals to read off; build a flow of one orientation, e.g. Mint layers that are all "
-                    "lower=True and of the same order"
+                    f"{who}: {name} takes the dimensions in another order than {known[0]}, so that there are no "
+                    "conditionals to read; build a flow of one orientation, e.g. Mint layers that are all lower=True "
+                    "and of the same order"
                 )
             known = (name, order)
-        if not inverse and hasattr(part, "inverse_and_log_slopes"):
-            value, slopes = part.inverse_and_log_slopes(value, own)
-            total = total + slopes
-            continue
-        moved = (part._forward_and_ladj if inverse else part._inverse_and_ladj)(value, own)[0]
-        if inverse:
-            total = total - _log_slopes(part, value, moved, own)
+        both = getattr(part, "inverse_and_log_slopes", None)
+        if both is not None and not inverse:
+            moved, slopes = both(value, own)
         else:
-            total = total + _log_slopes(part, moved, value, own)
-        value = moved
+            moved = leaf.to_base(value)
+            log_slopes: Callable[..., Tensor] = getattr(part, "log_slopes")  # noqa: B009
+            slopes = -log_slopes(moved, own) if inverse else log_slopes(value, own)
+        value, total = moved, total + slopes
     return -(single.log_prob(value) + total)
 
 
-def leaves_of(part: FlowTransform, context: Tensor | None, inverse: bool) -> Iterator[_Leaf]:
-    """Parts that are no containers, from base to data, each with its context and whether it stands for its inverse."""
-    if isinstance(part, Chain):
-        for inner in reversed(list(part)) if inverse else part:
-            yield from leaves_of(inner, context, inverse)
-    elif isinstance(part, Inverse):
-        yield from leaves_of(part.transform, context, not inverse)
-    elif isinstance(part, Conditioned):
-        yield from leaves_of(part.transform, part.context, inverse)
-    else:
-        yield part, context if part.context_dim else None, inverse
+class Leaf(NamedTuple):
+    """A layer of a flow, the context that it sees, and whether the flow uses its inverse."""
+
+    part: FlowTransform
+    context: Tensor | None
+    inverse: bool
+
+    def to_base(self, value: Tensor) -> Tensor:
+        """Moves a value one layer on, from data to base."""
+        move = self.part._forward_and_ladj if self.inverse else self.part._inverse_and_ladj
+        return move(value, self.context)[0]
+
+
+def leaves_of(flow: Flow, context: Tensor | None) -> list[Leaf]:
+    """The layers of a flow from base to data, taken out of inverses and conditioned views."""
+    found = []
+    for part in leaves(flow.chain):
+        own, inverse = context, False
+        while isinstance(part, (Inverse, Conditioned)):
+            own, inverse = (own, not inverse) if isinstance(part, Inverse) else (part.context, inverse)
+            part = part.transform
+        found.append(Leaf(part, own if part.context_dim else None, inverse))
+    return found
 
 
 def _order(part: FlowTransform, name: str, who: str) -> list[int] | None:
-    """The dimensions in the sequence in which a triangular part goes through them; ``None`` for an elementwise one."""
-    if isinstance(part, (ActNorm, LogitPixels, Rescaling, Standardization)) or is_elementwise(part):
+    """The dimensions in the order in which a triangular layer takes them; ``None`` for an elementwise layer."""
+    if is_elementwise(part):
         return None
     if isinstance(part, Autoregressive):
         return part.net.order.tolist()
     if not all(hasattr(part, each) for each in ("log_slopes", "order", "lower")):
         raise ValueError(
-            f"{who}: {name} mixes the dimensions in no order that is known, so that there are no conditionals "
-            "to read off; build a flow of one orientation, of Mint or Autoregressive layers and elementwise parts"
+            f"{who}: {name} mixes the dimensions in no order that is known, so that there are no conditionals to read; "
+            "build a flow of one orientation, of Mint or Autoregressive layers and elementwise parts"
         )
     places = torch.arange(part.event_shape.numel(), device="cpu").view(part.event_shape)
     places = (places if part.order == "channel" else places.movedim(0, -1)).flatten()
@@ -151,30 +159,14 @@ def _order(part: FlowTransform, name: str, who: str) -> list[int] | None:
 
 
 def is_elementwise(part: FlowTransform) -> bool:
-    """Whether a part is one of torch's transforms of single numbers."""
-    return isinstance(part, Wrap) and part.transform.domain.event_dim == part.transform.codomain.event_dim == 0
-
-
-def _log_slopes(part: FlowTransform, base: Tensor, data: Tensor, context: Tensor | None) -> Tensor:
-    """Logarithms of the slopes from data to base, of the shape of either."""
-    if isinstance(part, ActNorm):
-        return -part.log_scale.expand(data.shape)
-    if isinstance(part, Standardization):
-        return -part.scale.log().expand(data.shape)
-    if isinstance(part, Rescaling):
-        return part._log_scale(data, context)[0].expand(data.shape)
+    """Whether a layer maps each dimension by itself."""
     if isinstance(part, Wrap):
-        return -part.transform.log_abs_det_jacobian(base, data).expand(data.shape)
-    if isinstance(part, Autoregressive):
-        # The network sees the side that is fast, and moves it to the other.
-        seen, sign = (data, 1) if part.fast == "density" else (base, -1)
-        flat = part._flat(seen)
-        return sign * part._shaped(part.univariate.forward(flat, part.net(flat, context))[1])
-    return part.log_slopes(data) if context is None else part.log_slopes(data, context)
+        return part.elementwise
+    return isinstance(part, (ActNorm, LogitPixels, Rescaling, Standardization))
 
 
 def single_base(base: Distribution, flow: Flow, who: str) -> Distribution:
-    """The distributions of single dimensions that a base consists of."""
+    """The distributions of the single dimensions of a base."""
     inner = base
     while isinstance(inner, Independent):
         inner = inner.base_dist
