@@ -487,7 +487,7 @@ def test_spikes_are_told_with_what_fits_them():
     for given in (data, DataLoader(data, batch_size=100)):
         with pytest.warns(UserWarning, match=spiked if given is data else "of column 0, .*of column 2") as caught:
             fit(flow(3), given)
-        assert "dequantise" not in str(caught[0].message) and len(caught) == 1
+        assert "dequantize" not in str(caught[0].message) and len(caught) == 1
     made = pf.MADE(2, MixedHead([("normal", [0]), ("bernoulli", [1])]))
     with pytest.warns(UserWarning, match="0 in .* rows of column 0;"):
         fit(made, torch.as_tensor(np.stack((shared(500, 0.2), normal(500) > 1), 1)).float())

@@ -277,7 +277,7 @@ def half_zero(rows=400):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (grid(), r"column 1 is discrete: .*\(dequantise; the smallest steps are 0.5\)"),
+        (grid(), r"column 1 is discrete: .*\(dequantize; the smallest steps are 0.5\)"),
         (half_zero(), r"many rows share.*: 0 in \d+ of 360 rows of column 0; .*two-part"),
         (DataLoader(grid(), batch_size=50), "column 1 is discrete"),
         (torch.randint(0, 5, (400, 2)), "columns 0, 1 are discrete: .*1, 1"),
@@ -296,7 +296,7 @@ def test_no_warning_without_need():
         fit(flow(), torch.randn(400, 2).mul(100).round())  # a fine grid
         fit(flow(), grid(90))  # too few rows to tell
         fit(Free(), torch.randint(0, 2, (400, 2)))  # no flow
-        fit(flow(), grid() + torch.rand(400, 2) / 2)  # dequantised
+        fit(flow(), grid() + torch.rand(400, 2) / 2)  # dequantized
     assert not caught
 
 
