@@ -176,6 +176,8 @@ def vmapped(
         size: of the batch.
         in_dims: the dimension of the batch in each argument, as in ``torch.vmap``.
         args: the arguments of ``call``.
+        results: the number of results, from the first on, with a leading dimension of samples.
+        apart: whether to solve one system after the other in any case, as for gradients of shared tensors.
     """
     constants, tensors, dims = args[:3], args[3:], in_dims[3:]
     shared = range(rows, rows + constants[2])
