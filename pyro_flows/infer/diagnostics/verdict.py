@@ -22,8 +22,8 @@ FEW = "good, few draws judged"
 LABELS = (GOOD, TAILS, UNSEARCHED, FEW, RESAMPLE, MODES, BAD, UNJUDGED)
 
 GOOD_ESS = 0.9  # the least of draws that can be used unweighted
-FEWEST = 100  # draws for any judgement
-ENOUGH = 1000  # draws for a full judgement if more were asked for
+FEWEST = 100  # draws for any judgment
+ENOUGH = 1000  # draws for a full judgment if more were asked for
 SETTLED = 4000  # draws from which the tail index of a single dimension means something
 SHIFT = 0.1  # shift that matters: of a mean in standard deviations, or of a log standard deviation
 TAIL = 0.005  # share of weight in the tail from which its index means something
@@ -38,7 +38,7 @@ MEANING = {
     RESAMPLE: "the draws mislead as they are; resampled by their weights they can be used",
     MODES: "the guide leaves out a part of the posterior, and resampling cannot bring it back",
     BAD: "neither the draws nor their weights can be relied on",
-    UNJUDGED: "there is no basis for a judgement",
+    UNJUDGED: "there is no basis for a judgment",
 }
 
 
