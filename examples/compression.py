@@ -57,7 +57,7 @@ def fit(args: Namespace, train: Tensor, held_out: Tensor, levels: int) -> pf.Con
         conv,
         train.float(),
         validation=held_out.float(),
-        max_steps=20 if args.smoke else 9000 if large else 1000,
+        steps=20 if args.smoke else 9000 if large else 1000,
         batch_size=16 if large else None,
         schedule="cosine" if large else "plateau",
         patience=10_000 if large else None,

@@ -59,7 +59,7 @@ def fit(flow: torch.nn.Module, data: Tensor, steps: int, seed: int, **options: o
     begun = time.process_time()
     options = {"batch_size": min(512, len(data) // 2), "lr": 1e-2, **options}
     with torch.enable_grad():
-        found = pf.fit_density(flow, data, max_steps=steps, schedule="cosine", progress=False, seed=seed, **options)
+        found = pf.fit_density(flow, data, steps=steps, schedule="cosine", progress=False, seed=seed, **options)
     return found, time.process_time() - begun
 
 

@@ -4,8 +4,8 @@
     python examples/eight_schools.py --smoke      # the same in seconds, without NUTS, too short to mean anything
 
 Written *centered*, the schools' effects are theta ~ Normal(mu, tau), and small tau squeezes them: a funnel, hard for
-Gaussian guides and NUTS.  Written *non-centered*, theta = mu + tau * effect with effect ~ Normal(0, 1), the posterior is
-mild.  ``fit_guide`` gets 10 seconds for each.  Beside it are Pyro's AutoNormal on the centered form, and NUTS on the
+Gaussian guides and NUTS.  Written *non-centered*, theta = mu + tau * effect with effect ~ Normal(0, 1), the posterior
+is mild.  ``fit_guide`` gets 10 seconds for each.  Beside it are Pyro's AutoNormal on the centered form, and NUTS on the
 non-centered one.  All else is Gaussian given mu and tau, so the truth is known.
 """
 

@@ -141,7 +141,7 @@ def learn(sampler: Callable[[int], Tensor], axes: np.ndarray, args: Namespace, p
             validation,
             progress=False,
             batch_size=min(512, rows),
-            max_steps=args.steps,
+            steps=args.steps,
             lr=5e-3,
             schedule="cosine",
             seed=args.seed,

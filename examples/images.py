@@ -52,7 +52,7 @@ def fit(args: Namespace, train: Tensor, held_out: Tensor) -> dict[str, pf.Dequan
             model,
             train,
             validation=held_out,
-            max_steps=10 if args.smoke else steps,
+            steps=10 if args.smoke else steps,
             batch_size=64,
             lr=lr,
             schedule="cosine",

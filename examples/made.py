@@ -46,11 +46,11 @@ def fit(args: Namespace, train: Tensor, held_out: Tensor) -> tuple[pf.MADE, pf.C
     steps = 20 if args.smoke else 3000
     width = 32 if args.smoke else 512
     made = pf.MADE(SIDE * SIDE, LogisticMixtureHead(LEVELS, 5), hidden_dims=(width, width), order="any", seed=args.seed)
-    pf.fit_density(made, train, validation=held_out, max_steps=steps, seed=args.seed, progress=False)
+    pf.fit_density(made, train, validation=held_out, steps=steps, seed=args.seed, progress=False)
     channels = 8 if args.smoke else 48
     conv = pf.ConvMADE((1, SIDE, SIDE), LogisticMixtureHead(LEVELS, 5), hidden_channels=channels)
     images = [part.unflatten(-1, (1, SIDE, SIDE)) for part in (train, held_out)]
-    pf.fit_density(conv, images[0], validation=images[1], max_steps=steps // 3, seed=args.seed, progress=False)
+    pf.fit_density(conv, images[0], validation=images[1], steps=steps // 3, seed=args.seed, progress=False)
     return made.eval(), conv.eval()
 
 

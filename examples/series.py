@@ -224,7 +224,7 @@ def main() -> None:
     series = load(args.data)
     if args.smoke:
         series = series._replace(known=len(series.z) - 2 * series.ahead)
-    n, budget, seeds = (20, {"max_steps": 4}, 1) if args.smoke else (200, {"max_steps": 1500}, args.seeds)
+    n, budget, seeds = (20, {"steps": 4}, 1) if args.smoke else (200, {"steps": 1500}, args.seeds)
     torch.manual_seed(0)
     table = [row(f"AR by {each}", [autoregression(series, n, each)]) for each in ("BIC", "AIC")]
     if not args.smoke and find_spec("statsmodels"):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributions import transforms as torch_transforms
@@ -55,12 +56,34 @@ class Case:
         return x.abs() + 0.1 if self.positive else x
 
 
-def shake(module: nn.Module, scale: float = 0.5) -> nn.Module:
+def shake(module: nn.Module, scale: float = 0.5, seed: int | None = None) -> nn.Module:
     """Moves all parameters far from where they start, zeros included, by normal noise; returns the module."""
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(scale * torch.randn_like(parameter))
+        for p in module.parameters():
+            p.add_(scale * torch.randn(p.shape, generator=generator, dtype=p.dtype, device=p.device))
     return module
+
+
+def train(flow: pf.Flow, data: Tensor, steps: int, lr: float, context: Tensor | None = None) -> list[float]:
+    """Maximum likelihood by Adam on all data at once; the loss at each step."""
+    optimizer = torch.optim.Adam(flow.parameters(), lr=lr)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = -flow.log_prob(data, context).mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def full_but(values: Iterable[object], *kept: object) -> list[object]:
+    """Values for ``parametrize`` or a fixture, of which all but ``kept`` are left to the full suite."""
+    values = list(values)
+    if not all(each in values for each in kept):
+        raise ValueError(f"expected some of {values}, got {kept}")
+    return [value if value in kept else pytest.param(value, marks=pytest.mark.full) for value in values]
 
 
 class Sinh(pf.Univariate):
@@ -493,5 +516,8 @@ def _inverses(cases: list[Case]) -> Iterator[Case]:
 
 CASES = [*_leaves(), *_composites(), *_builders(), *_images(), *_mint(), *_series(), *_continuous()]
 CASES += _inverses(CASES)
+# The first case of each flow, and the others for the full suite.
+FIRST = list({case.covers[0]: case for case in reversed(CASES)}.values())
+EACH_FLOW = full_but(CASES, *FIRST)
 BUILDERS = [case for case in CASES if case.name in ("nice", "realnvp", "maf", "iaf", "nsf", "ncsf")]
 IMAGE_BUILDERS = [case for case in CASES if case.name in ("causal_maf", "cnf", "glow", "mintnet", "multiscale_realnvp")]

@@ -34,3 +34,32 @@ def default_dtype():
     before = torch.get_default_dtype()
     yield torch.set_default_dtype
     torch.set_default_dtype(before)
+
+
+@pytest.fixture
+def double(default_dtype):
+    default_dtype(torch.float64)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Leaves to the full suite what a product of parameters only repeats.
+
+    Of a test with several parameters, the diagonal of the product is unmarked: every value of each occurs, and not
+    every pair. A test whose pairs are what it is about has the mark ``pairs``.
+    """
+    products = {}
+    for item in items:
+        if hasattr(item, "callspec") and not any(map(item.get_closest_marker, ("full", "slow", "pairs"))):
+            products.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for product in products.values():
+        ids = [item.callspec._idlist for item in product]  # one for each parameter
+        orders = [list(dict.fromkeys(column)) for column in zip(*ids, strict=True)]
+        diagonal = [[order[k % len(order)] for order in orders] for k in range(max(map(len, orders)))]
+        seen = set()
+        # Values that the diagonal lacks, as where one of its places is marked, come from the first item that has them.
+        for item in sorted(product, key=lambda item: item.callspec._idlist not in diagonal):
+            values = set(enumerate(item.callspec._idlist))
+            if values <= seen:
+                item.add_marker("full")
+            seen |= values

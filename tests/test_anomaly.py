@@ -162,7 +162,7 @@ def test_anomalous_images_are_found():
     rows = level + torch.randint(0, 6, (800, *shape), generator=generator)  # flat but for noise
     chain = pf.Chain([pf.realnvp(shape, num_layers=4, hidden_dims=(32,)), pf.LogitPixels(shape, 16)])
     deq = pf.Dequantized(chain, 16)
-    pf.fit_density(deq, rows[:500], rows[500:600], progress=False, max_steps=250, lr=1e-2, batch_size=100)
+    pf.fit_density(deq, rows[:500], rows[500:600], progress=False, steps=250, lr=1e-2, batch_size=100)
     detector = AnomalyDetector(deq, rows[600:700])
     usual, odd = detector.p_values(rows[700:]), torch.randint(0, 16, (50, *shape), generator=generator)
     assert (detector.p_values(odd) <= 0.05).double().mean() > 0.9

@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_flows as pf
-from pyro_flows.infer.density import checkpoint
+from pyro_flows.infer.density.loop import CHECKPOINT
 from pyro_flows.infer.machine.files import read_state, write_state
 
 SMALL = {"num_layers": 2, "hidden_dims": (8,)}
@@ -207,7 +207,7 @@ def test_ctrl_c_at_any_time(tmp_path):
         assert set(os.listdir(tmp_path)) <= {f"{j}.pt" for j in range(k + 1)}  # no leftover
         assert not flow.training and all(p.grad is None for p in flow.parameters())
         if path.exists():
-            known = checkpoint.read(path)["training"]
+            known = CHECKPOINT.read(path)["training"]
             assert known["history"]["train"][:12] == whole.history["train"][: known["epoch"]]
             so_far = getattr(caught.value, "fit", None)
             if so_far is not None:
@@ -234,7 +234,7 @@ def test_kills_leave_a_checkpoint_to_go_on_from(tmp_path):
         time.sleep(rand.uniform(0.02, 0.2))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        known = checkpoint.read(path)["training"]
+        known = CHECKPOINT.read(path)["training"]
         assert known["history"]["train"][:8] == whole.history["train"][: known["epoch"]]
     assert len(fit(make(), max_epochs=known["epoch"] + 1, **options).history["train"]) == known["epoch"] + 1
     assert os.listdir(tmp_path) == ["fit.pt"]
@@ -265,6 +265,7 @@ def test_resumed_with_a_loader(shuffle, tmp_path):
         fit(make(), DataLoader(data() + 5, batch_size=60), data(40), checkpoint=path, **options)
 
 
+@pytest.mark.full
 def test_resumed_in_another_process(tmp_path):
     path, start = tmp_path / "fit.pt", make()
     whole = fit(copy.deepcopy(start), max_epochs=4)
@@ -307,7 +308,7 @@ def test_finished_run_is_read_back(tmp_path):
 def test_file_is_plain(tmp_path):
     path = tmp_path / "fit.pt"
     fit(make(), max_epochs=2, checkpoint=str(path))
-    content = read_state(path, kind=checkpoint.KIND, version=checkpoint.VERSION, remedy="")
+    content = read_state(path, kind=CHECKPOINT.kind, version=CHECKPOINT.version, remedy="")
     assert {"architecture", "data", "settings", "units", "training", "random"} == set(content)
     assert b"pyro_flows." not in path.read_bytes()  # no module is named
 
@@ -396,7 +397,7 @@ def test_foreign_files_are_refused(tmp_path):
     write_state(path, {}, kind="fit of a guide")
     with pytest.raises(ValueError, match="cannot be read: it is a fit of a guide; delete it"):
         fit(make(), checkpoint=path)
-    write_state(path, {}, kind=checkpoint.KIND, version=1)
+    write_state(path, {}, kind=CHECKPOINT.kind, version=1)
     with pytest.raises(ValueError, match="it is of version 1, and this release reads version 2"):
         fit(make(), checkpoint=path)
     with pytest.raises(ValueError, match="expected the path of a file, got"):
@@ -414,7 +415,7 @@ def entries(content, *where):
 
 
 def test_checkpoints_with_missing_or_other_parts_are_refused(written, tmp_path):
-    path, options = tmp_path / "fit.pt", {"kind": checkpoint.KIND, "version": checkpoint.VERSION}
+    path, options = tmp_path / "fit.pt", {"kind": CHECKPOINT.kind, "version": CHECKPOINT.version}
     path.write_bytes(written)
     whole = read_state(path, **options, remedy="")
     tried = 0
@@ -450,4 +451,4 @@ def test_flipped_bits_are_refused(written, tmp_path):
         bad[place] ^= 1 << rand.randrange(8)
         path.write_bytes(bad)
         with pytest.raises(ValueError, match=r"cannot be read.*delete it, or give another path"):
-            checkpoint.read(path)
+            CHECKPOINT.read(path)

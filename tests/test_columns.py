@@ -40,7 +40,7 @@ REAL, POSITIVE, UNIT = constraints.real, constraints.positive, constraints.unit_
 
 
 def fit(flow, data, *args, **options):
-    return pf.fit_density(flow, data, *args, **{"progress": False, "max_steps": 2, **options})
+    return pf.fit_density(flow, data, *args, **{"progress": False, "steps": 2, **options})
 
 
 def flow(input_dim=2, context_dim=0):
@@ -120,7 +120,7 @@ def test_columns_are_pulled_back_through_transforms_of_transforms():
 def test_scores_are_those_of_columns_transformed_by_hand():
     data = people(400, torch.float64)
     torch.manual_seed(0)
-    options = {"max_steps": 30, "validation_fraction": 0, "average": 0}
+    options = {"steps": 30, "validation_fraction": 0, "average": 0}
     got = fit(pf.Flow(ENDS["cat"]()).double(), data, **options)
     torch.manual_seed(0)
     real, ladj = by_hand(data)
@@ -142,7 +142,7 @@ def test_scores_are_those_of_columns_transformed_by_hand():
 )
 def test_densities_in_the_units_of_the_data_integrate_to_one(back, data, grid):
     rows = data(dist.Beta(2.0, 3.0).sample((300, 1)))
-    found = fit(ending(back, input_dim=1), rows, max_steps=20)
+    found = fit(ending(back, input_dim=1), rows, steps=20)
     places = torch.linspace(*grid, 200_002, dtype=torch.float64)[1:-1]
     density = found.model.double().log_prob(places.unsqueeze(-1)).exp().detach()
     assert abs(torch.trapezoid(density, places) - 1) < 5e-3
@@ -208,7 +208,7 @@ def test_discrete_columns_stay_as_they_are(order):
     data = survey()
     torch.manual_seed(0)
     made = pf.MADE(4, mixed(), hidden_dims=(16,), order=order)
-    found = fit(made, data, standardize=True, max_steps=200, lr=0.02)
+    found = fit(made, data, standardize=True, steps=200, lr=0.02)
     assert found.model.loc[2:].tolist() == [0, 0] and found.model.scale[2:].tolist() == [1, 1]
     truth = dist.Normal(40.0, 12.0).log_prob(data[:, 0])
     truth = truth + dist.LogNormal(10 + 0.02 * data[:, 0], 0.5).log_prob(data[:, 1])
@@ -223,7 +223,7 @@ def test_scores_of_a_model_are_those_of_columns_scaled_by_hand():
     data = survey(300).double()
     loc, scale = data.mean(0), data.std(0)
     loc[2:], scale[2:] = 0, 1
-    options = {"max_steps": 20, "validation_fraction": 0, "average": 0}
+    options = {"steps": 20, "validation_fraction": 0, "average": 0}
     torch.manual_seed(0)
     made = pf.MADE(4, mixed(), hidden_dims=(8,)).double()
     got = fit(made, data, standardize=True, **options)
@@ -266,7 +266,7 @@ def test_what_a_head_says_of_its_units(name):
 def test_positive_families_are_stretched_about_zero(family):
     data = dist.Gamma(3.0, 1e-3).sample((400, 1))
     made = pf.MADE(1, DistributionHead(family), hidden_dims=(8,))
-    found = fit(made, data, standardize=True, validation_fraction=0, max_steps=100)
+    found = fit(made, data, standardize=True, validation_fraction=0, steps=100)
     assert found.model.loc.item() == 0
     torch.testing.assert_close(found.model.scale.item(), data.square().mean().sqrt().item(), rtol=1e-2, atol=0)
     places = torch.linspace(0, 60_000, 20_001, dtype=torch.float64)[1:]
@@ -279,7 +279,7 @@ def test_contexts_of_a_discrete_model_are_standardized():
     context = 500 + 100 * torch.randn(400, 1)
     data = (torch.rand(400, 1) < torch.sigmoid((context - 500) / 50)).float()
     made = pf.MADE(1, "bernoulli", context_dim=1, hidden_dims=(8,))
-    found = fit(made, data, context=context, standardize=True, max_steps=150, lr=0.03)
+    found = fit(made, data, context=context, standardize=True, steps=150, lr=0.03)
     assert abs(found.model.context_loc.item() - 500) < 30 and found.model.scale.item() == 1
     assert found.log_prob(data, context).mean() > -0.58  # a coin has -0.69
     with pytest.raises(ValueError, match=r"nothing to standardise: .* discrete"):

@@ -19,6 +19,7 @@ import numpy as np
 import pyro.distributions as dist
 import pytest
 import torch
+from cases import shake
 
 import pyro_flows as pf
 from pyro_flows.distributions import CategoricalHead, DistributionHead, LogisticMixtureHead, MixedHead
@@ -84,10 +85,7 @@ def integers(monkeypatch):
 
 
 def shaken(model, size=0.3):
-    with torch.no_grad():
-        for each in model.parameters():
-            each.add_(size * torch.randn_like(each))
-    return model.eval()
+    return shake(model, size).eval()
 
 
 def mint(event, levels=17, size=0.05, **options):

@@ -11,6 +11,7 @@ import pickle
 import pyro
 import pytest
 import torch
+from cases import full_but, shake
 
 from pyro_flows.distributions.made import CategoricalHead, ConvMADE, NormalHead
 from pyro_flows.inverse.raster import RasterSweep
@@ -40,14 +41,13 @@ CASES = {
 def shaken(event, head="bernoulli", scale=0.3, dtype=F64, **options):
     """A small model with parameters far from the initial ones."""
     options = {"hidden_channels": 7, "num_layers": 4} | options
-    made = ConvMADE(event, head, **options).to(dtype)
-    with torch.no_grad():
-        for parameter in made.parameters():
-            parameter.add_(torch.randn_like(parameter) * scale)
-    return made
+    return shake(ConvMADE(event, head, **options).to(dtype), scale)
 
 
-@pytest.fixture(params=CASES)
+EACH_KIND = ("binary", "colours", "mixed classes", "one pixel", "sequence of vectors", "dilated")
+
+
+@pytest.fixture(params=full_but(CASES, *EACH_KIND))
 def case(request):
     event, head, options = CASES[request.param]
     made = shaken(event, head, **options)

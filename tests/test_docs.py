@@ -12,6 +12,7 @@ import matplotlib
 import pyro
 import pytest
 import torch
+from cases import full_but
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted({*ROOT.glob("README.md"), *(p for p in (ROOT / "docs").rglob("*.md") if "_build" not in p.parts)})
@@ -33,11 +34,9 @@ def test_blocks_are_found():
     assert list(blocks(text)) == [(3, "python", "x = 1\n"), (9, "python", "y = x + 1\n"), (12, "", "no = code\n")]
 
 
-@pytest.mark.parametrize("page", PAGES or [None], ids=lambda page: str(page and page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", full_but(PAGES, ROOT / "README.md"), ids=lambda page: str(page.relative_to(ROOT)))
 def test_python_blocks_run(page, tmp_path, monkeypatch):
-    code = (
-        [(line, source) for line, language, source in blocks(page.read_text()) if language == "python"] if page else []
-    )
+    code = [(line, source) for line, language, source in blocks(page.read_text()) if language == "python"]
     if not code:
         pytest.skip("no Python on this page")
     monkeypatch.chdir(tmp_path)
@@ -59,11 +58,10 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
         pyro.clear_param_store()
 
 
-@pytest.mark.parametrize("page", PAGES or [None], ids=lambda page: str(page and page.relative_to(ROOT)))
-def test_links_to_files_lead_somewhere(page):
-    if page is None:
-        pytest.skip("no page yet")
-    prose = re.sub(r"`[^`\n]*`", "", FENCE.sub("", page.read_text()))
-    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", prose):
-        if not re.match(r"[a-z]+:", target):
-            assert (page.parent / target).exists(), f"{page.name}: {target}"
+def test_links_to_files_lead_somewhere():
+    offenders = []
+    for page in PAGES:
+        prose = re.sub(r"`[^`\n]*`", "", FENCE.sub("", page.read_text()))
+        targets = [t for t in re.findall(r"\]\(([^)#\s]+)[^)]*\)", prose) if not re.match(r"[a-z]+:", t)]
+        offenders += [f"{page}: {target}" for target in targets if not (page.parent / target).exists()]
+    assert offenders == []

@@ -24,6 +24,7 @@ def test_there_are_examples():
     assert ROOT / "examples" / "quickstart.py" in SCRIPTS
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT / "examples")))
 def test_smoke(script, tmp_path):
     done = run(script, tmp_path, "--smoke")
@@ -31,6 +32,7 @@ def test_smoke(script, tmp_path):
     assert done.stdout.strip(), "an example that says nothing"
 
 
+@pytest.mark.full
 def test_quickstart_leaves_three_pictures_where_it_is_told(tmp_path):
     done = run(ROOT / "examples" / "quickstart.py", tmp_path, "--smoke", "--out", "pictures")
     assert done.returncode == 0, done.stderr

@@ -19,18 +19,15 @@ import pyro_flows as pf
 from pyro_flows.infer import AutoFlow, fit_guide
 from pyro_flows.infer.diagnostics import importance, judge
 from pyro_flows.infer.guides.assessment import weigh
-from pyro_flows.infer.guides.budget import Budget
-from pyro_flows.infer.guides.loop import Training
+from pyro_flows.infer.guides.loop import GuideTraining
+from pyro_flows.infer.machine.budget import Budget
 from pyro_flows.infer.machine.pace import BYTES, Pace, in_pieces
 from pyro_flows.infer.search.probe import nothing_found
 
+pytestmark = pytest.mark.usefixtures("double")
+
 SMALL = partial(pf.realnvp, num_layers=2, hidden_dims=(8,), mask="random")
 fit = partial(fit_guide, progress=False)
-
-
-@pytest.fixture(autouse=True)
-def double(default_dtype):
-    default_dtype(torch.float64)
 
 
 # Time, by a clock that only the model and looking at the clock move.
@@ -217,7 +214,7 @@ def test_memory_is_bounded(large):
     z, log_p, log_q = weigh(guide.flow, density, 400)
     assert len(log_p) == len(log_q) == 400 and sum(rows) == 400 and max(rows) < most / 2
     torch.testing.assert_close(torch.cat([density(part) for part in z[::50].split(2)]), log_p[::50])
-    training = Training(guide.flow, density, Budget(1, None, 0.0), particles=128)
+    training = GuideTraining(guide.flow, density, Budget(1, None, 0.0), particles=128)
     rows.clear()
     log_p, pull = training._pull(z[:128])
     assert sum(rows) == 128 and max(rows) < most / 2

@@ -15,7 +15,7 @@ from torch.distributions import AffineTransform, ExpTransform, biject_to, constr
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_flows as pf
-from pyro_flows.infer.density.plan import Settings
+from pyro_flows.infer.density.settings import Settings
 from pyro_flows.infer.density.survey import Survey
 
 SMALL = {"num_layers": 1, "hidden_dims": (8,)}
@@ -189,7 +189,7 @@ ERRORS = {
     "batch": (lambda: fit(flow(), normal(50, 2), batch_size=2.5), "batch_size to be an integer >= 1, got 2.5"),
     "fraction": (lambda: fit(flow(), normal(50, 2), validation_fraction=1.0), "0 <= validation_fraction < 1"),
     "decay": (lambda: fit(flow(), normal(50, 2), weight_decay=-0.1), "weight_decay >= 0, got -0.1"),
-    "schedule": (lambda: fit(flow(), normal(50, 2), schedule="linear"), "one of .*plateau.*got 'linear'"),
+    "schedule": (lambda: fit(flow(), normal(50, 2), schedule="linear"), "schedule to be .*plateau.*got 'linear'"),
 }
 TYPE_ERRORS = {
     "words": (lambda: fit(flow(), [["a", "b"]]), "a NumPy array of numbers or a DataLoader, got list of dtype <U1"),
@@ -320,7 +320,7 @@ def test_defaults_by_the_amount_of_data():
         standardize=None,
         batch_size=None,
         max_epochs=None,
-        max_steps=None,
+        steps=None,
         seconds=None,
         lr=1e-3,
         schedule="plateau",
@@ -331,10 +331,10 @@ def test_defaults_by_the_amount_of_data():
         checkpoint_every=1,
         seed=0,
     )
-    sizes = [settings.batch_size_for(rows) for rows in (20, 500, 5000, 10**5, 10**7)]
-    assert sizes == sorted(sizes) and sizes[0] == 20 < sizes[1] < sizes[-1] == sizes[-2]
-    for rows, size in zip((20, 500, 5000, 10**5, 10**7), sizes, strict=True):
-        plan = settings.plan(size, -(-rows // size))
+    batches = [settings.batch_size_for(rows) for rows in (20, 500, 5000, 10**5, 10**7)]
+    assert batches == sorted(batches) and batches[0] == 20 < batches[1] < batches[-1] == batches[-2]
+    for rows, size in zip((20, 500, 5000, 10**5, 10**7), batches, strict=True):
+        sizes = settings.sizes(size, -(-rows // size))
         assert not 64 < size < 1024 or rows / 64 < size < rows / 16
-        assert plan.patience >= 5 and 20 <= plan.max_epochs <= 1000
-        assert plan.total_steps == plan.max_epochs * -(-rows // size)
+        assert sizes.patience >= 5 and 20 <= sizes.max_epochs <= 1000
+        assert sizes.total_steps == sizes.max_epochs * -(-rows // size)

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_flows as pf
 from pyro_flows.infer import DensityFit, StandardizedFlow, standardized
-from pyro_flows.infer.density.plan import CUTS, LEAST, Schedule
+from pyro_flows.infer.density.settings import CUTS, LEAST, Schedule
 
 SMALL = {"num_layers": 1, "hidden_dims": (8,)}
 GAUSSIAN = dist.MultivariateNormal(torch.tensor([10.0, -100.0]), scale_tril=torch.tensor([[2.0, 0.0], [30.0, 15.0]]))
@@ -259,10 +259,10 @@ def test_history_has_one_entry_an_epoch():
 
 def test_limits():
     data = cloud(1000)
-    assert fit(pf.maf(2, **SMALL), data, max_epochs=None, max_steps=5, batch_size=300).history["step"] == [3, 5]
+    assert fit(pf.maf(2, **SMALL), data, max_epochs=None, steps=5, batch_size=300).history["step"] == [3, 5]
     found = fit(pf.maf(2, **SMALL), data, max_epochs=100, seconds=1e-9, batch_size=300)
     assert found.stopped == "seconds" and found.history["step"] == [1]
-    assert fit(pf.maf(2, **SMALL), data, max_epochs=None, max_steps=5).stopped == "max_steps"
+    assert fit(pf.maf(2, **SMALL), data, max_epochs=None, steps=5).stopped == "steps"
 
 
 @pytest.mark.parametrize("average", [0.0, 0.9])

@@ -14,6 +14,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from cases import full_but
 from pyro import poutine
 from pyro.infer import SVI, Predictive, Trace_ELBO
 from pyro.infer.reparam import NeuTraReparam
@@ -22,17 +23,15 @@ from pyro.nn import PyroModule
 import pyro_flows as pf
 from pyro_flows.infer import AutoFlow, fit_guide, load_guide
 from pyro_flows.infer.diagnostics.verdict import LABELS, Verdict
-from pyro_flows.infer.guides.loop import Adam, emphasis
+from pyro_flows.infer.guides.loop import emphasis
+from pyro_flows.infer.machine.adam import Adam
+
+pytestmark = pytest.mark.usefixtures("double")
 
 X = torch.linspace(-1, 1, 8, dtype=torch.float64)
 Y = torch.tensor([-1.3, -0.4, -0.9, 0.2, 0.6, 0.3, 1.6, 1.1], dtype=torch.float64)
 SMALL = partial(pf.realnvp, num_layers=2, hidden_dims=(8,), mask="random")
 fit = partial(fit_guide, progress=False)
-
-
-@pytest.fixture(autouse=True)
-def double(default_dtype):
-    default_dtype(torch.float64)
 
 
 def regression(x, y=None):
@@ -278,7 +277,7 @@ def test_plain_model_takes_its_arguments_by_name():
     assert set(found.sample(2)) == {"a", "b"}
 
 
-@pytest.mark.parametrize("before", ["setup", "setup elsewhere", "SVI", "fit", "moved"])
+@pytest.mark.parametrize("before", full_but(["setup", "setup elsewhere", "SVI", "fit", "moved"], "SVI", "fit"))
 def test_fits_the_guide_that_is_given(before):
     """A guide that was built, trained or moved before begins anew, and is left as it was fitted."""
     guide = AutoFlow(regression, SMALL, seed=0, particles=16)
@@ -305,7 +304,9 @@ def test_fits_the_guide_that_is_given(before):
     assert not guide.flow.training and all(p.grad is None for p in guide.parameters())
 
 
-@pytest.mark.parametrize("later", ["refit", "SVI", "load", "move", "data", "restart"])
+@pytest.mark.parametrize(
+    "later", full_but(["refit", "SVI", "load", "move", "data", "restart"], "refit", "load", "data")
+)
 def test_a_result_owns_what_it_knows(later):
     """Nothing that is done to the guide or to the data afterwards changes draws, densities or predictions."""
     x, y = X.clone(), Y.clone()
@@ -415,6 +416,7 @@ def test_predictive_moments(fitted):
             torch.testing.assert_close(draws[name].var(0), expected, rtol=0.07, atol=0)
 
 
+@pytest.mark.full
 def test_predictive_one_at_a_time():
     """Models that do not broadcast predict too."""
 
@@ -482,6 +484,7 @@ print(repr(fit))
 """
 
 
+@pytest.mark.full
 def test_saved_fit_in_another_process(hierarchical, tmp_path, request):
     path = tmp_path / "fit.pt"
     hierarchical.save(path)

@@ -335,17 +335,19 @@ TRANSFORMS = [
     compiled_transforms,
 ]
 
-# Without the mark: what sweeps with the kinds of gradient that a univariate can have, and two transforms everywhere.
+# Without a mark: what sweeps with the kinds of gradient that a univariate can have; full: two transforms everywhere.
 SWEEPS = [f"autoregressive density, {name}" for name in ("affine", "spline", "own")]
 EVERYWHERE = [gradients_of_an_ensemble, hessians]
 COMPILED = [(SWEEPS[1], compiled), (SWEEPS[0], compiled_transforms)]
 
 
-def quick(layer: str, direction: str, transform: Callable[..., None]) -> bool:
+def marks(layer: str, direction: str, transform: Callable[..., None]) -> list[object]:
     swept = layer in SWEEPS and direction == "forward_and_ladj"
     if transform in (compiled, compiled_parts, compiled_transforms):  # seconds each
-        return swept and (layer, transform) in COMPILED
-    return transform in EVERYWHERE or swept
+        return [] if swept and (layer, transform) in COMPILED else [pytest.mark.slow]
+    if swept:
+        return []
+    return [pytest.mark.full if transform in EVERYWHERE else pytest.mark.slow]
 
 
 def cells() -> list[object]:
@@ -355,7 +357,7 @@ def cells() -> list[object]:
             direction,
             transform,
             id=f"{layer}-{direction[:7]}-{transform.__name__}",
-            marks=[] if quick(layer, direction, transform) else pytest.mark.slow,
+            marks=marks(layer, direction, transform),
         )
         for layer in LAYERS
         for direction in DIRECTIONS

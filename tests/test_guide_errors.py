@@ -185,7 +185,7 @@ def test_subsampled_local_latents():
             theta = pyro.sample("theta", dist.Normal(mu, 1))
             pyro.sample("y", dist.Normal(theta, 1), obs=y[i])
 
-    in_every_way(model, Y, match="'theta' lies in the plate 'rows', of which a run sees 2 of 3.*amortise")
+    in_every_way(model, Y, match="'theta' lies in the plate 'rows', of which a run sees 2 of 3.*amortize")
 
 
 # How the first trace gets its values says nothing about what a guide can represent.

@@ -13,9 +13,15 @@ import torch
 from torch.distributions import biject_to, constraints
 
 from pyro_flows.distributions.made.composed import DistributionHead, MixedHead, as_head
-from pyro_flows.distributions.made.contract import Head
-from pyro_flows.distributions.made.heads import BernoulliHead, CategoricalHead, NormalHead, RelaxedBernoulliHead
-from pyro_flows.distributions.made.mixtures import LogisticMixtureHead, MixtureHead
+from pyro_flows.distributions.made.head import Head
+from pyro_flows.distributions.made.heads import (
+    BernoulliHead,
+    CategoricalHead,
+    LogisticMixtureHead,
+    MixtureHead,
+    NormalHead,
+    RelaxedBernoulliHead,
+)
 
 DIM, LEVELS, CLASSES = 4, 9, [3, 1, 5, 2]
 

@@ -482,7 +482,7 @@ def test_fit_beats_a_gaussian(name):
     gaussian = dist.MultivariateNormal(flat.mean(0), flat.T.cov()).log_prob(test.flatten(1)).mean()
     steps = {"num_couplings": 1} if name == "multiscale_realnvp" else {"num_steps": 2}
     flow = getattr(pf, name)((1, 4, 4), num_scales=2, channels=16, num_blocks=1, **steps)
-    fit = pf.fit_density(flow, data, progress=False, max_steps=300, lr=5e-3)
+    fit = pf.fit_density(flow, data, progress=False, steps=300, lr=5e-3)
     assert fit.distribution.log_prob(test).mean() > gaussian + 1
 
 

@@ -15,10 +15,7 @@ from torch.distributions import biject_to
 from pyro_flows.infer.models.joint import JointDensity
 from pyro_flows.infer.models.prototype import initializer, inspect
 
-
-@pytest.fixture(autouse=True)
-def double(default_dtype):
-    default_dtype(torch.float64)
+pytestmark = pytest.mark.usefixtures("double")
 
 
 def joint(model, *args, vectorize=None, **kwargs):

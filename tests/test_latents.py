@@ -18,6 +18,8 @@ from torch.distributions import biject_to
 from pyro_flows.infer.models.latents import Latents, same_support
 from pyro_flows.infer.models.prototype import feasible
 
+pytestmark = pytest.mark.usefixtures("double")
+
 TWO = torch.tensor([-1.0, 0.5])
 # Support and event shape: each site once from a distribution, once from a flat prior.
 SUPPORTS = {
@@ -53,11 +55,6 @@ def improper(support, event_shape, batch=()):
     return dist.ImproperUniform(support, batch, event_shape)
 
 
-@pytest.fixture(autouse=True)
-def double(default_dtype):
-    default_dtype(torch.float64)
-
-
 @pytest.mark.parametrize("plated", [False, True], ids=["alone", "in a plate"])
 @pytest.mark.parametrize("name", SUPPORTS)
 def test_supports(name, plated):
@@ -70,7 +67,7 @@ def test_supports(name, plated):
                 return pyro.sample("x", improper(support, shape))
         return pyro.sample("x", improper(support, shape))
 
-    latents = Latents(trace_of(model))
+    latents = Latents.of(trace_of(model))
     assert len(latents) == 1 and latents.max_plate_nesting == int(plated)
     (site,) = latents
     assert site.shape == ((2,) if plated else ()) + torch.Size(shape)
@@ -94,7 +91,7 @@ def test_supports(name, plated):
 def test_jacobian_by_autograd(name):
     """``log|d value / d z|`` from the Jacobian of the free entries of the value."""
     support, shape = SUPPORTS[name]
-    latents = Latents(trace_of(lambda: pyro.sample("x", improper(support, shape))))
+    latents = Latents.of(trace_of(lambda: pyro.sample("x", improper(support, shape))))
     z = torch.randn(latents.dim)
     # Entries of the value that determine it.
     entries = {
@@ -121,7 +118,7 @@ def nested():
 
 
 def test_layout():
-    latents = Latents(trace_of(nested))
+    latents = Latents.of(trace_of(nested))
     assert [site.name for site in latents] == ["scalar", "weights", "rows", "columns", "cells"]
     shapes = {site.name: tuple(site.shape) for site in latents}
     assert shapes == {"scalar": (), "weights": (3,), "rows": (3, 1), "columns": (4, 2), "cells": (3, 4, 2, 2)}
@@ -141,7 +138,7 @@ def test_layout():
 
 
 def test_draws_of_no_points():
-    latents = Latents(trace_of(nested))
+    latents = Latents.of(trace_of(nested))
     values, ladj = latents.unpack(torch.randn(0, latents.dim), 2)
     assert values["cells"].shape == (0, 3, 4, 2, 2) and ladj.shape == (0,)
 
@@ -153,7 +150,7 @@ def test_dtype_of_each_site(default_dtype):
         pyro.sample("single", dist.Normal(torch.tensor(0.0, dtype=torch.float32), 1.0))
         pyro.sample("double", dist.LogNormal(torch.tensor(0.0, dtype=torch.float64), 1.0))
 
-    latents = Latents(trace_of(model))
+    latents = Latents.of(trace_of(model))
     for default in (torch.float32, torch.float64):
         default_dtype(default)
         values, ladj = latents.unpack(torch.randn(3, 2, dtype=torch.float64))
@@ -163,7 +160,7 @@ def test_dtype_of_each_site(default_dtype):
 
 
 def test_gradients_flow_through_unpack():
-    latents = Latents(trace_of(nested))
+    latents = Latents.of(trace_of(nested))
     z = torch.randn(2, latents.dim, requires_grad=True)
     values, ladj = latents.unpack(z)
     (sum(v.square().sum() for v in values.values()) + ladj.sum()).backward()
@@ -173,7 +170,7 @@ def test_gradients_flow_through_unpack():
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
 def test_copies(copied):
     for support, shape in SUPPORTS.values():
-        latents = Latents(trace_of(lambda support=support, shape=shape: pyro.sample("x", improper(support, shape))))
+        latents = Latents.of(trace_of(lambda support=support, shape=shape: pyro.sample("x", improper(support, shape))))
         z = torch.randn(3, latents.dim)
         torch.testing.assert_close(copied(latents).draws(z)["x"], latents.draws(z)["x"], rtol=0, atol=0)
 

@@ -12,6 +12,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from cases import shake
 from torch.distributions import constraints
 
 import pyro_flows as pf
@@ -22,11 +23,7 @@ D = 5
 
 def shaken(made, scale=1.0):
     """The same model far from where it starts."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in made.parameters():
-            parameter.add_(scale * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
-    return made
+    return shake(made, scale, seed=1)
 
 
 def binary(dims=D):
@@ -403,7 +400,7 @@ def test_fitting_goes_through_the_masks():
     made = pf.MADE(D, hidden_dims=(32,), order="any", seed=0)
     alone = rows.mean(0)
     independent = torch.distributions.Bernoulli(alone).log_prob(rows).sum(-1).mean()
-    fit = pf.fit_density(made, rows[:400], validation=rows[400:], max_steps=400, progress=False)
+    fit = pf.fit_density(made, rows[:400], validation=rows[400:], steps=400, progress=False)
     assert made.position > 100 and not made.training
     assert fit.validation > independent + 0.5
     assert made.impute(rows[:4], torch.tensor([True] * 4 + [False])).shape == (1, 4, D)
@@ -425,7 +422,7 @@ def test_real_data_in_their_own_units():
     generator = torch.Generator().manual_seed(0)
     rows = 1000 + 50 * torch.randn(600, 2, generator=generator) @ torch.tensor([[1.0, 0.9], [0.0, 0.4]])
     made = pf.MADE(2, "normal", hidden_dims=(16,), seed=0)
-    fit = pf.fit_density(made, rows, standardize=True, max_steps=300, progress=False)
+    fit = pf.fit_density(made, rows, standardize=True, steps=300, progress=False)
     exact = dist.MultivariateNormal(rows.mean(0), rows.T.cov()).log_prob(rows).mean()
     assert abs(fit.log_prob(rows).mean() - exact) < 0.1
 

@@ -8,6 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from cases import shake
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO, TraceGraph_ELBO
 from pyro.optim import Adam
@@ -24,11 +25,7 @@ LOGIT = torch.tensor([-0.5, 0.3, -1.0], dtype=torch.float64)
 
 
 def shaken(module, scale=0.7):
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(scale * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
-    return module
+    return shake(module, scale, seed=1)
 
 
 def likelihood(causes):

@@ -18,9 +18,9 @@ from torch.utils.data import DataLoader, TensorDataset
 import pyro_flows as pf
 from pyro_flows import plots
 from pyro_flows.infer import FlowMatching, fit_density
-from pyro_flows.infer.density.checkpoint import own_randomness
 from pyro_flows.infer.density.matching import Matching, assigned, matched_parts
-from pyro_flows.infer.density.plan import Schedule
+from pyro_flows.infer.density.settings import Schedule
+from pyro_flows.infer.machine.randomness import own_randomness
 from pyro_flows.transforms.continuous.layer import collect_penalties
 
 MEAN = torch.tensor([1.0, -2.0], dtype=torch.double)
@@ -334,7 +334,7 @@ def test_history_is_drawn_in_its_own_units():
         ("flow_matching", "negative matching loss"),
         ("likelihood", "log-likelihood (nats per row)"),
     ):
-        found = match(pf.cnf(2, solver="rk4", steps=2, **SMALL), cloud(), objective)
+        found = match(pf.cnf(2, solver="rk4", solver_steps=2, **SMALL), cloud(), objective)
         axes = plots.history(found)
         assert axes.get_ylabel() == label
         plt.close(axes.figure)
@@ -361,7 +361,7 @@ def test_kinds_of_data_and_fields(kind):
         assert found.history["step"] == [4, 8]
     elif kind in ("images", "series"):
         event = (1, 4, 4) if kind == "images" else (2, 5)
-        flow = pf.cnf(event, field="conv", hidden_dims=(4,), solver="rk4", steps=2)
+        flow = pf.cnf(event, field="conv", hidden_dims=(4,), solver="rk4", solver_steps=2)
         found = match(flow, torch.randn(100, *event), FlowMatching(coupling="optimal_transport"))
         assert found.distribution.sample((3,)).shape == (3, *event)
     else:
@@ -405,7 +405,7 @@ def test_dtypes(dtype, other, default_dtype):
 @pytest.mark.parametrize("weights", [{"kinetic": 3.0}, {"jacobian": 2.0}, {"kinetic": 3.0, "jacobian": 2.0}])
 def test_penalties_are_in_the_loss_and_not_in_the_score(weights):
     data = cloud(100).double()
-    options = {"hidden_dims": (4,), "gradient": "backprop", "solver": "rk4", "steps": 4}
+    options = {"hidden_dims": (4,), "gradient": "backprop", "solver": "rk4", "solver_steps": 4}
     torch.manual_seed(2)
     flow = shake(pf.cnf(2, **options, **weights).double(), 0.3)
     start = {name: value.clone() for name, value in flow.state_dict().items()}
@@ -560,7 +560,7 @@ def test_what_is_not_finite_is_named():
 
 
 def test_an_error_of_the_solver_does_not_undo_the_fit():
-    flow = pf.cnf(2, **SMALL, max_steps=1)
+    flow = pf.cnf(2, **SMALL, solver_steps=1)
     with pytest.warns(
         RuntimeWarning, match="is trained, but its held-out log-likelihood could not be had: .*max_steps"
     ):

@@ -21,14 +21,11 @@ from pyro_flows.infer import AutoFlow, fit_guide
 from pyro_flows.infer.models.enumeration import unblocked
 from pyro_flows.infer.models.sites import run
 
+pytestmark = pytest.mark.usefixtures("double")
+
 SMALL = partial(pf.realnvp, num_layers=2, hidden_dims=(8,))
 fit = partial(fit_guide, progress=False)
 Y = torch.tensor([-2.3, -1.4, 2.9, 2.2, -1.7, 3.1], dtype=torch.float64)
-
-
-@pytest.fixture(autouse=True)
-def double(default_dtype):
-    default_dtype(torch.float64)
 
 
 def guide(model, **options):

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch.func import hessian, jacfwd, jacrev, jvp, vmap
 
 from pyro_flows.inverse import newton_adjoint
-from pyro_flows.inverse.newton import SolverSettings, TriangularMap, solve_triangular
-from pyro_flows.inverse.newton_sweeps import FLOOR, TRUST, _Sweeps, sweep
+from pyro_flows.inverse.newton import solve_triangular
+from pyro_flows.inverse.newton_sweeps import FLOOR, TRUST, SolverSettings, TriangularMap, _Sweeps, sweep
 
 DOUBLE = torch.float64
 

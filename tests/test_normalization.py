@@ -11,7 +11,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from cases import shake
+from cases import shake, train
 from pyro.infer import SVI, Trace_ELBO
 from torch import nn
 from torch.func import functional_call, jacrev, vmap
@@ -315,14 +315,7 @@ def test_layers_of_a_chain_are_set_in_the_order_of_the_data():
 def test_trains_with_the_rest():
     data = batch((2,), 500)
     flow = pf.Flow([*pf.maf(2, num_layers=1, hidden_dims=(8,)), pf.ActNorm(2)])
-    optimiser = torch.optim.Adam(flow.parameters(), lr=0.01)
-    losses = []
-    for _ in range(20):
-        optimiser.zero_grad()
-        loss = -flow.log_prob(data).mean()
-        loss.backward()
-        optimiser.step()
-        losses.append(float(loss.detach()))
+    losses = train(flow, data, 20, 0.01)
     truth = dist.Normal(data.mean(0), data.std(0)).to_event(1)
     assert losses[0] == pytest.approx(-float(truth.log_prob(data).mean()), abs=1e-3)  # the best of its kind at once
     assert losses[-1] <= losses[0] + 1e-3
@@ -427,6 +420,7 @@ def work(rank, path):
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.full
 def test_processes_share_the_first_batch(tmp_path):
     """Batches of unequal sizes, or none, set what one process sets with all rows."""
     torch.multiprocessing.spawn(work, (tmp_path / "meeting",), nprocs=2)

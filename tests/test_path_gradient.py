@@ -25,15 +25,12 @@ import pyro_flows as pf
 from pyro_flows.distributions import Flow
 from pyro_flows.infer import AutoFlow, PathELBO
 from pyro_flows.infer.guides.posterior import PathPosterior, frozen
-from tests.cases import BUILDERS, shake
+from tests.cases import BUILDERS, full_but, shake
+
+pytestmark = pytest.mark.usefixtures("double")
 
 DIM = 3
 SMALL = partial(pf.realnvp, num_layers=2, hidden_dims=(8,))
-
-
-@pytest.fixture(autouse=True)
-def double(default_dtype):
-    default_dtype(torch.float64)
 
 
 def posterior():
@@ -138,7 +135,7 @@ def exact_gradients(guide):
     return dict(zip(names, torch.autograd.grad(kl, [getattr(part, n) for n in names]), strict=True))
 
 
-@pytest.mark.parametrize("path", [True, False])
+@pytest.mark.parametrize("path", full_but([True, False], True))
 def test_expected_gradient(path):
     """Both estimators have the gradient of the divergence as their mean."""
     guide = shifted_guide(path)
@@ -153,6 +150,7 @@ def test_expected_gradient(path):
         assert value.abs().max() > 0.05
 
 
+@pytest.mark.full
 def test_renyi_is_unbiased():
     """The gradient of the importance-weighted bound of two draws, against central differences of the bound."""
     guide = shifted_guide(True)
@@ -182,6 +180,7 @@ def logistic(x, y):
         pyro.sample("y", dist.Bernoulli(logits=(w * x).sum(-1)), obs=y)
 
 
+@pytest.mark.full
 def test_less_variance_along_a_run():
     """At points of one run of SVI the path gradient's variance is the smaller one, and more so later."""
     x = torch.randn(40, 3)

@@ -370,7 +370,7 @@ def test_fit_density_takes_integer_images(kind):
     deq = pf.Dequantized(pixel_flow((1, 2, 2), dtype=torch.float32), 16, draws=2)
     with torch.no_grad():
         before = float(deq.eval().log_prob(rows).mean())
-    fit = pf.fit_density(deq, data, progress=False, max_steps=120, max_epochs=12, batch_size=64, lr=1e-2)
+    fit = pf.fit_density(deq, data, progress=False, steps=120, max_epochs=12, batch_size=64, lr=1e-2)
     assert not deq.training
     assert fit.validation > before + 0.3
     assert fit.log_prob(data).shape == (300,)

@@ -651,7 +651,7 @@ def test_a_picture_teaches_a_flow_nothing():
 def test_the_result_of_a_fit_is_a_model():
     torch.manual_seed(0)
     data = 100 + 10 * torch.randn(400, 2) * torch.tensor([1.0, 0.1])
-    fit = pf.fit_density(pf.maf(2, num_layers=1), data, progress=False, max_steps=30)
+    fit = pf.fit_density(pf.maf(2, num_layers=1), data, progress=False, steps=30)
     ax = plots.density(fit, data=data, points=60)
     (x0, x1), (y0, y1) = ax.get_xlim(), ax.get_ylim()
     assert mesh(ax).get_array().sum() * (x1 - x0) * (y1 - y0) / 59**2 == pytest.approx(1, abs=0.1)
@@ -667,7 +667,7 @@ def test_the_result_of_a_fit_takes_contexts_in_their_own_units():
     context = 1000 + 100 * torch.randn(600, 1)
     data = context + torch.randn(600, 1)
     fit = pf.fit_density(
-        pf.maf(1, context_dim=1, num_layers=1), data, context=context, progress=False, max_steps=200, lr=1e-2
+        pf.maf(1, context_dim=1, num_layers=1), data, context=context, progress=False, steps=200, lr=1e-2
     )
     ax = plots.density(fit, context=[1100.0], bounds=(1000, 1200))
     line = ax.lines[0]

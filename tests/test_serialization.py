@@ -77,6 +77,7 @@ torch.save(found, sys.argv[3])
 """
 
 
+@pytest.mark.full
 def test_state_dict_reloads_in_another_process(tmp_path):
     flows = {name: made(name) for name in BUILDERS}
     torch.save({name: flow.state_dict() for name, flow in flows.items()}, tmp_path / "states.pt")

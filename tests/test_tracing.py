@@ -11,6 +11,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from cases import full_but, shake
 from pyro.infer import JitTrace_ELBO, Trace_ELBO
 from torch.func import grad, hessian, jacfwd, jacrev, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -31,11 +32,7 @@ DIRECTIONS = ["forward_and_ladj", "inverse_and_ladj"]
 
 
 def shaken(module, dtype=torch.double):
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    return module.to(dtype)
+    return shake(module, 0.3, seed=0).to(dtype)
 
 
 @pytest.fixture(params=BUILDERS)
@@ -69,7 +66,7 @@ def compiled():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("name", ["realnvp", "maf", "iaf"])
+@pytest.mark.parametrize("name", full_but(["realnvp", "maf", "iaf"], "maf"))
 def test_compiled_log_prob_is_never_stale(name, compiled):
     flow = pf.Flow(shaken(BUILDERS[name]()))
     optimizer = torch.optim.Adam(flow.parameters(), lr=0.05, fused=True)

@@ -66,7 +66,7 @@ def fitted(name: str, model: str, seed: int, seconds: float, rows: int) -> Row:
     train, validation, test = rows_of(name, seed, rows)
     torch.manual_seed(seed)
     flow = flow_of(name, model, train.shape[1])
-    limits = {"max_epochs": 10**6, "max_steps": 10**7, "patience": 10**6, "seconds": seconds}
+    limits = {"max_epochs": 10**6, "steps": 10**7, "patience": 10**6, "seconds": seconds}
     options = {"lr": 5e-3, "schedule": "cosine", "batch_size": min(512, len(train)), "seed": seed, "progress": False}
     begin = time.process_time()
     fit = pf.fit_density(flow, train, validation, objective=OBJECTIVES.get(model, "likelihood"), **limits, **options)

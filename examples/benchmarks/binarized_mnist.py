@@ -82,7 +82,7 @@ def fit(name: str, parts: tuple[Tensor, Tensor, Tensor], args: Namespace) -> tup
     model = MODELS[name](8 if args.smoke else 1).to(args.device)
     train, validation = (shaped(model, x).to(args.device) for x in parts[:2])
     # A part of the validation rows is enough to stop by; the whole of it would take as long as training.
-    options = {"max_steps": 4} if args.smoke else {"seconds": args.seconds, "max_epochs": 10_000}
+    options = {"steps": 4} if args.smoke else {"seconds": args.seconds, "max_epochs": 10_000}
     begin = time.process_time()
     found = pf.fit_density(
         model,

@@ -141,7 +141,7 @@ def hutchinson(args: Namespace) -> None:
     rows, points, rounds = [], 20, 1 if args.smoke else 8
     repeats = rounds * args.points
     for dims in (8,) if args.smoke else (8, 64):
-        plain = {"solver": "rk4", "steps": 10, "field": "mlp"}
+        plain = {"solver": "rk4", "solver_steps": 10, "field": "mlp"}
         exact = shaken(dims, 0.1, divergence="exact", **plain)
         torch.manual_seed(1)
         x = torch.randn(points, dims)
@@ -211,7 +211,7 @@ def gradient(args: Namespace) -> None:
 def _peak(way: str, dims: int, batch: int, steps: int) -> tuple[float, float]:
     """Bytes kept for the gradient of a step, and by how much the step makes the peak memory of a fresh process grow."""
     torch.set_num_threads(1)
-    flow = shaken(dims, 0.1, solver="rk4", steps=steps, gradient=way)
+    flow = shaken(dims, 0.1, solver="rk4", solver_steps=steps, gradient=way)
     x = torch.randn(batch, dims)
     loss_gradient(flow, x[:1])
     peak = grown(lambda: loss_gradient(flow, x)) if Path("/proc/self/clear_refs").exists() else math.nan

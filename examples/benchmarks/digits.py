@@ -64,12 +64,12 @@ def fit(name: str, seed: int, lr: float, seconds: float) -> tuple[pf.Dequantized
         "lr": lr,
     }
     trial = copy.deepcopy(model)
-    pf.fit_density(trial, train, **options, max_steps=2)
+    pf.fit_density(trial, train, **options, steps=2)
     begin = time.process_time()
-    pf.fit_density(trial, train, **options, max_steps=20)
+    pf.fit_density(trial, train, **options, steps=20)
     steps = max(2, int(20 * seconds / (time.process_time() - begin)))
     begin = time.process_time()
-    found = pf.fit_density(model, train, **options, max_steps=steps)
+    found = pf.fit_density(model, train, **options, steps=steps)
     return model.eval(), pf.bits_per_dim(-found.validation, SHAPE) * -1, time.process_time() - begin
 
 

@@ -82,7 +82,7 @@ def run(folder: Path | None, name: str, candidate: str, seed: int, steps: int) -
         batch_size=size,
         lr=2e-3,
         schedule="cosine",
-        max_steps=steps,
+        steps=steps,
         patience=max(20, round(PATIENCE * epochs)),
         progress=False,
         seed=seed,

@@ -52,7 +52,7 @@ def fit(name: str, parts: tuple[Tensor, Tensor, Tensor], args: Namespace) -> tup
     model = pf.Dequantized(pf.Flow([*MODELS[name](), pf.LogitPixels(SHAPE, margin=1e-6)])).to(args.device)
     train, validation = (x.to(args.device) for x in parts[:2])
     # A part of the validation images is enough to choose by; all of them would take as long as training.
-    options = {"max_steps": 2} if args.smoke else {"seconds": args.seconds, "max_epochs": 10_000}
+    options = {"steps": 2} if args.smoke else {"seconds": args.seconds, "max_epochs": 10_000}
     begin = time.process_time()
     found = pf.fit_density(
         model,

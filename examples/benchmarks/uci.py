@@ -138,7 +138,7 @@ def run(folder: Path | None, name: str, model: str, seed: int, steps: int) -> di
         flow = MODELS[model](train.shape[1])
         # The default grows with the data; half of its largest keeps the steps of all sets alike.
         size = min(2 ** round(np.log2(max(len(train) / 32, 64))), 512)
-        options = {"schedule": "cosine", "max_steps": steps, "patience": steps, "batch_size": size}
+        options = {"schedule": "cosine", "steps": steps, "patience": steps, "batch_size": size}
         pf.fit_density(flow, train, validation, progress=False, seed=seed, standardize=False, **options)
     spent = time.process_time() - start
     with torch.no_grad():

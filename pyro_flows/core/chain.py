@@ -8,6 +8,7 @@ import torch
 from torch import Size, Tensor, nn
 from torch.distributions import Transform, constraints
 
+from pyro_flows.core.checks import first_floating
 from pyro_flows.core.transform import Conditioned, FlowTransform, Inverse
 from pyro_flows.core.wrap import Wrap
 
@@ -49,7 +50,7 @@ class Chain(FlowTransform):
         super().__init__(start, sizes[0] if sizes else 0)
         shape = self.event_shape
         self.parts = nn.ModuleList()
-        kin = next((t for part in flows for t in (*part.parameters(), *part.buffers()) if t.is_floating_point()), None)
+        kin = next((tensor for tensor in map(first_floating, flows) if tensor is not None), None)
         for k, part in enumerate(parts):
             if not isinstance(part, FlowTransform):
                 known = isinstance(part, nn.Module) or kin is None or kin.is_meta
@@ -134,13 +135,9 @@ class Chain(FlowTransform):
             total = ladj if total is None else total + ladj
         return y, total
 
-    def _map_shape(self, shape: Size, source: Size, target: Size) -> Size:
-        shape = super()._map_shape(shape, source, target)
-        cut = len(shape) - len(target)
-        # Conditioned parts bring the batch shapes of their contexts.
-        batch = (part.forward_shape(part.event_shape) for part in self.parts)
-        extra = [b[: len(b) - len(part.data_shape)] for b, part in zip(batch, self.parts, strict=True)]
-        return torch.broadcast_shapes(shape[:cut], *extra) + target if any(extra) else shape
+    @property
+    def batch_shape(self) -> Size:
+        return torch.broadcast_shapes(*(part.batch_shape for part in self._parts()))
 
     def _parts(self) -> list[FlowTransform]:
         # A ModuleList is slow to index, and this is asked for several times in each call.

@@ -17,9 +17,11 @@ __all__ = [
     "check_tensor",
     "choice",
     "event_size",
+    "first_floating",
     "integer",
     "positive_integers",
     "refuse_other_kind",
+    "without_leading_ones",
     "wrong_event",
 ]
 
@@ -121,21 +123,14 @@ def admit(transform: Admitting, value: Tensor, context: Tensor | None, data_side
         raise ValueError(wrong_event(transform, shape, event))
     if not value.is_floating_point():
         raise TypeError(f"{name}: expected a floating-point value, got {value.dtype}; use value.float()")
-    kin = _first_floating(transform)
+    kin = first_floating(transform)
     if kin is not None:
         if kin.dtype.itemsize < 4:
             _refuse_half(name, transform, kin.dtype)
         _same_kind(name, "value", value, kin)
-    if transform.context_dim == 0:
-        if context is not None:
-            raise ValueError(f"{name} was built with context_dim=0, but a context was given: leave it out")
-        return value
-    if context is None:
-        raise ValueError(
-            f"{name} was built with context_dim={transform.context_dim}: call .condition(context) first, "
-            "or give context="
-        )
     check_context(transform, context)
+    if context is None:
+        return value
     batch = shape[:cut]
     if context.shape[:-1] == batch:
         return value
@@ -149,18 +144,34 @@ def admit(transform: Admitting, value: Tensor, context: Tensor | None, data_side
     return value if whole == batch else value.expand(whole + event)
 
 
-def check_context(transform: Admitting, context: Tensor) -> None:
-    """Checks a context's size, dtype and device."""
+def check_context(transform: Admitting, context: Tensor | None) -> None:
+    """Checks that a context is given where one is taken, and its size, dtype and device."""
+    if context is None and transform.context_dim == 0:
+        return
     name = type(transform).__name__
+    if context is None:
+        raise ValueError(
+            f"{name} was built with context_dim={transform.context_dim}: call it with a context, give context=, or "
+            "call .condition(context) first"
+        )
+    if transform.context_dim == 0:
+        raise ValueError(f"{name} was built with context_dim=0, but a context was given: leave it out")
     check_tensor(name, "a tensor as context", context)
     if context.dim() == 0 or context.shape[-1] != transform.context_dim:
         raise ValueError(
             f"{name}: expected a context with last dimension {transform.context_dim} (context_dim), "
             f"got shape {tuple(context.shape)}"
         )
-    kin = _first_floating(transform)
+    kin = first_floating(transform)
     if kin is not None:
         _same_kind(name, "context", context, kin)
+
+
+def without_leading_ones(context: Tensor) -> Tensor:
+    """A context without leading batch dimensions of size 1, which a draw or a score at it does not have either."""
+    while context.dim() > 1 and context.shape[0] == 1:
+        context = context.squeeze(0)
+    return context
 
 
 def check_tensor(name: str, what: str, value: object) -> None:
@@ -178,7 +189,7 @@ def refuse_other_kind(name: str, what: str, value: Tensor, module: nn.Module) ->
         The tensor, in the dtype of these; where autocast lets another one in, that is a conversion.
     """
     check_tensor(name, f"a tensor as {what}", value)
-    kin = _first_floating(module)
+    kin = first_floating(module)
     if kin is None:
         return value
     _same_kind(name, what, value, kin)
@@ -210,13 +221,14 @@ def _same_kind(name: str, what: str, value: Tensor, kin: Tensor) -> None:
         )
 
 
-def _first_floating(module: nn.Module) -> Tensor | None:
-    for held in (module._parameters, module._buffers):
-        for tensor in held.values():
-            if tensor is not None and tensor.is_floating_point():
-                return tensor
-    for child in module._modules.values():
-        found = _first_floating(child) if child is not None else None
-        if found is not None:
-            return found
+def first_floating(module: nn.Module) -> Tensor | None:
+    """A parameter or buffer of a module that tells the dtype and device in which it computes, if there is one."""
+    modules: list[nn.Module | None] = [module]
+    while modules:
+        each = modules.pop()
+        if each is not None:
+            for tensor in (*each._parameters.values(), *each._buffers.values()):
+                if tensor is not None and tensor.is_floating_point():
+                    return tensor
+            modules += reversed(each._modules.values())
     return None

@@ -1,16 +1,35 @@
-"""Whether a call is plain eager execution, in which hand-made kernels and remembered results are allowed."""
+"""Modes of execution, and the base of hand-made gradients.
+
+Hand-made kernels and cached results are allowed in plain eager execution only.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 
-__all__ = ["autocasting", "batched", "beyond_rules", "forward_mode", "lasting", "plain_eager"]
+__all__ = [
+    "GradientByHand",
+    "autocasting",
+    "batched",
+    "beyond_rules",
+    "forward_mode",
+    "full_precision",
+    "lasting",
+    "plain_eager",
+]
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+_Outputs = Tensor | tuple[Tensor, ...]
 
 
 def plain_eager() -> bool:
@@ -31,6 +50,25 @@ def autocasting(device: torch.device) -> bool:
         return False
     kind = device.type
     return kind != "meta" and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+def full_precision(call: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Decorator: runs a function without autocast on the device of its first tensor.
+
+    Under autocast, arguments may come in another dtype than the parameters: the function converts them.
+    """
+
+    @functools.wraps(call)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        if torch._C._is_any_autocast_enabled():
+            devices = (each.device for each in args if isinstance(each, Tensor))
+            device = next(devices, torch.device("cpu"))
+            if autocasting(device):
+                with torch.autocast(device.type, enabled=False):
+                    return call(*args, **kwargs)
+        return call(*args, **kwargs)
+
+    return run
 
 
 def forward_mode() -> bool:
@@ -65,3 +103,59 @@ def lasting() -> Iterator[None]:
     """Within it, new tensors belong to no transform of ``torch.func`` nor to inference mode, and can be kept."""
     with torch.inference_mode(False), temporarily_clear_interpreter_stack():
         yield
+
+
+class GradientByHand(torch.autograd.Function):
+    """Abstract base of autograd functions with a gradient by hand.
+
+    A subclass writes ``forward``, :meth:`pull` and :meth:`plain`.  The backward pass runs without autocast.  Where the
+    gradient is itself differentiated, or stands for many gradients, it comes from the plain operations.
+    """
+
+    @staticmethod
+    def pull(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        """The gradients with respect to all arguments of ``forward``, given those with respect to its results."""
+        raise NotImplementedError
+
+    @staticmethod
+    def plain(ctx: Any) -> tuple[Callable[..., _Outputs], Sequence[Tensor | None]]:
+        """A function of differentiable operations with the results of ``forward``, and its arguments.
+
+        These are the last arguments of ``forward``; those before them are constants.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def pull_plainly(cls, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """As :meth:`pull`, by operations that can be differentiated further."""
+        function, inputs = cls.plain(ctx)
+
+        def run(*given: Tensor) -> _Outputs:
+            rest = iter(given)
+            return function(*(None if each is None else next(rest) for each in inputs))
+
+        outputs, pull = torch.func.vjp(run, *(each for each in inputs if each is not None))
+        if isinstance(outputs, Tensor):
+            found = iter(pull(grads[0]))
+        else:
+            pairs = zip(grads, outputs, strict=True)
+            found = iter(pull(tuple(torch.zeros_like(out) if grad is None else grad for grad, out in pairs)))
+        constants = len(ctx.needs_input_grad) - len(inputs)
+        return (*[None] * constants, *(None if each is None else next(found) for each in inputs))
+
+    @classmethod
+    def backward(cls, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        given = [grad for grad in grads if grad is not None]
+        if not given:
+            return (None,) * len(ctx.needs_input_grad)
+        further = torch.is_grad_enabled() or any(batched(grad) for grad in given)
+        pull = cls.pull_plainly if further else cls.pull
+        if autocasting(given[0].device):
+            with torch.autocast(given[0].device.type, enabled=False):
+                return pull(ctx, *grads)
+        return pull(ctx, *grads)
+
+    @classmethod
+    def record(cls, *args: Any) -> Any:
+        """As ``apply`` in plain eager mode, without the search for transforms of ``torch.func``."""
+        return super(torch.autograd.Function, cls).apply(*args)

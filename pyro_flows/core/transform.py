@@ -18,7 +18,7 @@ from pyro.ops.provenance import ProvenanceTensor, extract_provenance, track_prov
 from torch import Size, Tensor, nn
 from torch.distributions import constraints
 
-from pyro_flows.core.checks import admit, check_context, event_size, wrong_event
+from pyro_flows.core.checks import admit, check_context, event_size, without_leading_ones, wrong_event
 from pyro_flows.core.memo import Memo
 from pyro_flows.core.recipes import remembered
 
@@ -147,10 +147,10 @@ class FlowTransform(TransformModule):
     def _inverse(self, y: Tensor) -> Tensor:
         return self.inverse_and_ladj(y)[0]
 
-    def inverse_and_memo(self, y: Tensor) -> tuple[Tensor, Tensor]:
+    def inverse_and_memo(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``inverse_and_ladj(y)``, answered from memory if ``y`` is what this transform has just produced."""
-        known = self._memo.preimage(self, y)
-        return (known[0], -known[1]) if known is not None else self.inverse_and_ladj(y)
+        known = self._memo.preimage(self, y) if context is None else None
+        return (known[0], -known[1]) if known is not None else self.inverse_and_ladj(y, context)
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         """``log|det dy/dx|`` at ``x``, shape ``(*batch,)``, in nats; free after ``self(x)`` or ``self.inv(y)``."""
@@ -191,6 +191,11 @@ class FlowTransform(TransformModule):
         """Shape of ``x`` for a ``y`` of this shape."""
         return self._map_shape(Size(shape), self.data_shape, self.event_shape)
 
+    @property
+    def batch_shape(self) -> Size:
+        """Batch shape of the contexts to which this transform, or parts of it, are bound."""
+        return Size()
+
     def _map_shape(self, shape: Size, source: Size, target: Size) -> Size:
         if len(shape) < len(source):
             raise ValueError(
@@ -204,7 +209,8 @@ class FlowTransform(TransformModule):
                     raise RuntimeError
             except RuntimeError:
                 raise ValueError(wrong_event(self, shape, source)) from None
-        return shape[:cut] + target
+        batch = self.batch_shape
+        return (torch.broadcast_shapes(shape[:cut], batch) if batch else shape[:cut]) + target
 
     @property
     def sign(self) -> Tensor:
@@ -329,6 +335,10 @@ class Inverse(FlowTransform):
     def data_shape(self) -> Size:
         return self.transform.event_shape
 
+    @property
+    def batch_shape(self) -> Size:
+        return self.transform.batch_shape
+
     @constraints.dependent_property(is_discrete=False)
     def domain(self) -> constraints.Constraint:
         return self.transform.codomain
@@ -361,12 +371,6 @@ class Inverse(FlowTransform):
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         return -self.transform.log_abs_det_jacobian(y, x)
 
-    def forward_shape(self, shape: Iterable[int]) -> Size:
-        return self.transform.inverse_shape(shape)
-
-    def inverse_shape(self, shape: Iterable[int]) -> Size:
-        return self.transform.forward_shape(shape)
-
 
 class Conditioned(FlowTransform):
     """A transform bound to a context: a view that shares the parameters and holds the context.
@@ -385,10 +389,8 @@ class Conditioned(FlowTransform):
     def __init__(self, transform: FlowTransform, context: Tensor) -> None:
         super().__init__(transform.event_shape)
         check_context(transform, context)
-        while context.dim() > 1 and context.shape[0] == 1:
-            context = context.squeeze(0)
         self.transform = transform
-        self.register_buffer("context", context, persistent=False)
+        self.register_buffer("context", without_leading_ones(context), persistent=False)
         self.sampling_cost, self.density_cost = transform.sampling_cost, transform.density_cost
 
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -434,10 +436,9 @@ class Conditioned(FlowTransform):
     def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self.transform.inverse_and_ladj(y, self.context)
 
-    def _map_shape(self, shape: Size, source: Size, target: Size) -> Size:
-        shape = super()._map_shape(shape, source, target)
-        cut = len(shape) - len(target)
-        return torch.broadcast_shapes(shape[:cut], self.context.shape[:-1]) + target
+    @property
+    def batch_shape(self) -> Size:
+        return torch.broadcast_shapes(self.context.shape[:-1], self.transform.batch_shape)
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()

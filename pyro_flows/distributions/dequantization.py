@@ -297,13 +297,7 @@ class Dequantized(nn.Module):
         )
 
     def _admit(self, context: Tensor | None) -> Tensor | None:
-        if self.context_dim == 0:
-            if context is not None:
-                raise ValueError("Dequantized: its flow has context_dim=0, but a context was given: leave it out")
-        elif context is None:
-            raise ValueError(f"Dequantized: its flow has context_dim={self.context_dim}: call it with a context")
-        else:
-            check_context(self, extract_provenance(context)[0])
+        check_context(self, context)
         return context
 
     def intensities(self, value: Tensor, draws: int | None = None, fresh: bool | None = None) -> Tensor:

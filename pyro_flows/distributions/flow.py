@@ -10,39 +10,53 @@ from torch import Size, Tensor, nn
 from torch.distributions import Distribution, Transform
 
 from pyro_flows.core.chain import Chain
-from pyro_flows.core.checks import check_tensor
+from pyro_flows.core.checks import check_context, check_tensor, first_floating, without_leading_ones
 from pyro_flows.core.modes import plain_eager
-from pyro_flows.core.transform import FlowTransform
+from pyro_flows.core.transform import REAL, FlowTransform
 from pyro_flows.distributions.bases import DiagonalNormal, FixedBase, UniformCircle
 
 __all__ = ["Flow", "FlowDistribution"]
 
 
 class FlowDistribution(TransformedDistribution):
-    """A ``TransformedDistribution`` over flows that scores in one pass, with or without a memo.
+    """A ``TransformedDistribution`` over a flow that scores in one pass, with or without a cached result.
 
     Made by :class:`Flow`; a view that shares the flow's parameters.
     """
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-density in nats, shape ``(*sample, *batch)``; one pass in the density direction."""
-        (transform,) = self.transforms
         check_tensor("Flow", "a tensor", value)
-        # Neither torch's check nor its Independent can take an empty batch, and a check branches on the data.
-        if self._validate_args and value.numel() and plain_eager():
+        if self._validate_args and _can_check(value):
             self._validate_sample(value)
-        x, ladj = transform.inverse_and_memo(value)
-        if x.numel():
-            return self.base_dist.log_prob(x) + ladj
-        # Nothing, but a function of all parameters, as DistributedDataParallel wants where a process has no rows.
-        return ladj + x.sum(tuple(range(-len(transform.event_shape), 0)))
+        return self.score(value)
+
+    def score(self, value: Tensor) -> Tensor:
+        """``log_prob`` of a value that is known to lie in the support."""
+        (transform,) = self.transforms
+        return _density(self.base_dist, *transform.inverse_and_memo(value), transform)
 
     def rsample_and_log_prob(self, sample_shape: Size | tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
-        """Reparameterised samples and their log-densities; one pass in the sampling direction."""
+        """Reparameterized samples and their log-densities; one pass in the sampling direction."""
+        return self.from_base(self.base_dist.rsample(Size(sample_shape)))
+
+    def from_base(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What base-side values become on the data side, and its log-densities; one pass in the sampling direction."""
         (transform,) = self.transforms
-        x = self.base_dist.rsample(Size(sample_shape))
         y, ladj = transform.forward_and_ladj(x)
-        return y, self.base_dist.log_prob(x) - ladj if x.numel() else -ladj
+        return y, _density(self.base_dist, x, -ladj, transform)
+
+
+def _can_check(value: Tensor) -> bool:
+    # Torch's constraints cannot take an empty batch, and a check branches on the data.
+    return value.numel() > 0 and plain_eager()
+
+
+def _density(base: Distribution | DiagonalNormal, x: Tensor, ladj: Tensor, transform: FlowTransform) -> Tensor:
+    if x.numel():
+        return base.log_prob(x) + ladj
+    # Nothing, but a function of all parameters, as DistributedDataParallel wants where a process has no rows.
+    return ladj + x.sum(tuple(range(-len(transform.event_shape), 0)))
 
 
 class Flow(nn.Module):
@@ -71,9 +85,9 @@ class Flow(nn.Module):
         event, periodic = self.chain.event_shape, self.chain.periodic
         if base is None:
             base = DiagonalNormal(event) if periodic is None else UniformCircle(event, periodic)
-            held = next((t for t in (*self.chain.parameters(), *self.chain.buffers()) if t.is_floating_point()), None)
-            if held is not None:
-                base.to(held.device, held.dtype)
+            kin = first_floating(self.chain)
+            if kin is not None:
+                base.to(kin.device, kin.dtype)
         elif isinstance(base, Distribution):
             base = FixedBase(base)
         elif not isinstance(base, nn.Module):
@@ -101,32 +115,91 @@ class Flow(nn.Module):
         """Size of the context, 0 for none."""
         return self.chain.context_dim
 
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "forward" in vars(cls):
+            raise TypeError(
+                f"{cls.__name__} defines forward, which scores and draws do not call: define inner_context to change "
+                "the context, or write a module of its own that holds a Flow"
+            )
+
+    def inner_context(self, context: Tensor | None) -> Tensor | None:
+        """The context as the chain takes it; every score and draw asks."""
+        return context
+
     def forward(self, context: Tensor | None = None) -> FlowDistribution:
         """The distribution, at a context of shape ``(*batch, context_dim)`` if the chain takes one."""
-        if context is None and self.chain.context_dim:
-            raise ValueError(f"this flow was built with context_dim={self.chain.context_dim}: call flow(context)")
-        chain = self.chain if context is None else self.chain.condition(context)
-        return FlowDistribution(self.base(), [chain])
+        check_context(self, context)
+        context = self.inner_context(context)
+        return FlowDistribution(self.base(), [self.chain if context is None else self.chain.condition(context)])
 
     condition = forward
 
     def log_prob(self, value: Tensor, context: Tensor | None = None) -> Tensor:
         """Log-density in nats, of the shape that value and context broadcast to."""
-        return self(context).log_prob(value)
+        check_tensor("Flow", "a tensor", value)
+        if Distribution._validate_args and _can_check(value):
+            _refuse_outside(self.chain, value)
+        return self.score(value, context)
+
+    def score(self, value: Tensor, context: Tensor | None = None) -> Tensor:
+        """``log_prob`` without a check that the value lies in the support; one pass in the density direction."""
+        context = self._admitted(context)
+        return _density(self._held(), *self.chain.inverse_and_memo(value, context), self.chain)
 
     def sample(self, sample_shape: Size | tuple[int, ...] = (), context: Tensor | None = None) -> Tensor:
         """Draws without gradient, shape ``(*sample_shape, *context_batch, *event_shape)``."""
-        return self(context).sample(Size(sample_shape))
+        context = self._admitted(context)
+        with torch.no_grad():
+            return self.chain(self._draw(self._held(), Size(sample_shape), context, "sample"), context)
 
     def rsample(self, sample_shape: Size | tuple[int, ...] = (), context: Tensor | None = None) -> Tensor:
-        """Reparameterised draws."""
-        return self(context).rsample(Size(sample_shape))
+        """Reparameterized draws."""
+        context = self._admitted(context)
+        return self.chain(self._draw(self._held(), Size(sample_shape), context), context)
 
     def rsample_and_log_prob(
         self, sample_shape: Size | tuple[int, ...] = (), context: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Reparameterised draws and their log-densities, in one pass."""
-        return self(context).rsample_and_log_prob(Size(sample_shape))
+        """Reparameterized draws and their log-densities, in one pass."""
+        context, base = self._admitted(context), self._held()
+        x = self._draw(base, Size(sample_shape), context)
+        y, ladj = self.chain.forward_and_ladj(x, context)
+        return y, _density(base, x, -ladj, self.chain)
+
+    def _admitted(self, context: Tensor | None) -> Tensor | None:
+        check_context(self, context)
+        context = self.inner_context(context)
+        return None if context is None else without_leading_ones(context)
+
+    def _held(self) -> Distribution | DiagonalNormal:
+        """What scores and draws on the base side: the distribution, or without one the most common base itself."""
+        return self.base if type(self.base) is DiagonalNormal else self.base()
+
+    def _draw(
+        self, base: Distribution | DiagonalNormal, sample_shape: Size, context: Tensor | None, kind: str = "rsample"
+    ) -> Tensor:
+        batch = self.chain.batch_shape
+        if context is not None:
+            batch = torch.broadcast_shapes(batch, context.shape[:-1])
+        if isinstance(base, DiagonalNormal):
+            return base.rsample(sample_shape + batch)
+        batch = torch.broadcast_shapes(base.batch_shape, batch)
+        return getattr(base if batch == base.batch_shape else base.expand(batch), kind)(sample_shape)
+
+
+def _refuse_outside(chain: FlowTransform, value: Tensor) -> None:
+    """Refuses values beyond the support, NaN included."""
+    support, dims = chain.codomain, len(chain.data_shape)
+    if support is REAL[dims]:
+        if (value == value).all():
+            return
+    elif value.shape[value.dim() - dims :] != chain.data_shape or support.check(value).all():
+        return  # a wrong shape is refused by the chain
+    raise ValueError(
+        f"Flow: expected a value within the support ({support}), got NaN or numbers beyond it in\n{value}\nCheck the "
+        "data, or end the chain in a transform onto the set that they lie in"
+    )
 
 
 @torch.no_grad()

@@ -184,11 +184,7 @@ class _Dense(nn.Module):
 
 def from_uniform(q: FlowDistribution, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """Draws that are a function of uniform noise of their shape, and their log-densities."""
-    (transform,) = q.transforms
-    base = q.base_dist
-    x = _univariate(base).icdf(uniform)
-    u, ladj = transform.forward_and_ladj(x)
-    return u, base.log_prob(x) - ladj if x.numel() else -ladj
+    return q.from_base(_univariate(q.base_dist).icdf(uniform))
 
 
 def _univariate(base: Distribution) -> Distribution:

@@ -17,7 +17,7 @@ from itertools import count
 import torch
 from torch import Tensor
 
-from pyro_flows.nets.activations import IN_PLACE, known_activations
+from pyro_flows.nets.activations import in_place, known_activations
 from pyro_flows.nets.structure import Structure, keep
 from pyro_flows.univariate import Affine, Shift, Spline
 
@@ -93,8 +93,8 @@ class ForwardSweep(_Sweep):
         self.tape = self.empty(s.tape_rows, columns)
         params, self.ladj, hidden = self.tape.split((s.outputs, s.input_dim, sum(s.widths)))
         pre = s.rows(hidden, 0)
-        in_place = [s.in_place(act) for act in solver.activations]
-        post = [p if held else self.empty(*p.shape) for p, held in zip(pre, in_place, strict=True)]
+        overwriting = [in_place(act) if s.in_place(act) else None for act in solver.activations]
+        post = [p if held else self.empty(*p.shape) for p, held in zip(pre, overwriting, strict=True)]
         # Biases as columns, the first one's with a column per sample if the context says so.
         sizes = [*s.widths, s.outputs]
         self.first = self.empty(sizes[0], columns if own_bias else 1)
@@ -105,11 +105,16 @@ class ForwardSweep(_Sweep):
             self.biases[-1] = head_bias
         own = s.features is not None and not solver.univariate.shared
         inputs = self.empty(s.input_dim * s.features, columns) if own else self.x
-        self._bind(solver, params, [inputs, *pre], [inputs, *post], in_place)
+        self._bind(solver, params, [inputs, *pre], [inputs, *post], overwriting)
         del self.like
 
     def _bind(
-        self, solver: Solver, params: Tensor, pre: list[Tensor], post: list[Tensor], in_place: list[bool]
+        self,
+        solver: Solver,
+        params: Tensor,
+        pre: list[Tensor],
+        post: list[Tensor],
+        overwriting: list[Callable[[Tensor], Tensor] | None],
     ) -> None:
         s, calls = self.structure, self.calls
         count, feeding, width, last = s.before, s.feeding, s.num_params, len(s.widths)
@@ -131,11 +136,11 @@ class ForwardSweep(_Sweep):
             into = pre[layer][a:c]
             if layer - 1 in s.joins:
                 calls.append(partial(into.add_, pre[layer - 2][a:c]))
-            activation = solver.activations[layer - 1]
-            if in_place[layer - 1]:
-                calls.append(partial(IN_PLACE[activation], into))
+            overwrite = overwriting[layer - 1]
+            if overwrite is not None:
+                calls.append(partial(overwrite, into))
             else:
-                calls.append(partial(_assign, post[layer][a:c], activation, into))
+                calls.append(partial(_assign, post[layer][a:c], solver.activations[layer - 1], into))
 
         for layer in range(1, last + 1):
             ready = count[layer][0]

@@ -1,25 +1,28 @@
 r"""The inverse of a map with a triangular Jacobian, by safeguarded Newton-Jacobi sweeps, with implicit gradients.
 
 :func:`solve_triangular` is the entry point.  With :math:`f(x) = z` and an upstream gradient :math:`g` of :math:`x`, one
-more triangular system, :math:`J^\top v = g`, gives :math:`v` as the gradient of :math:`z` and
-:math:`-(\partial f/\partial\theta)^\top v` as that of the parameters, so that memory does not grow with the sweeps.
+more triangular system, :math:`J^\top v = g`, gives :math:`v` as the gradient with respect to :math:`z` and
+:math:`-(\partial f/\partial\theta)^\top v` as the gradient with respect to the parameters, so memory does not grow with
+the sweeps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyro_flows.core.modes import autocasting, beyond_rules, forward_mode, plain_eager
+from pyro_flows.core.modes import beyond_rules, forward_mode, full_precision, plain_eager
 from pyro_flows.inverse.newton_adjoint import Linear, first_order, push, vmapped
 from pyro_flows.inverse.newton_sweeps import TOLERANCE, SolveReport, SolverSettings, TriangularMap, named_map, sweep
 
 __all__ = ["solve_triangular"]
 
 
+@full_precision  # half precision would give no inverse
 def solve_triangular(
     map: TriangularMap,
     z: Tensor,
@@ -44,21 +47,17 @@ def solve_triangular(
         RuntimeError: if rows stay unsolved (a warning with ``on_fail="warn"``).
         NotImplementedError: for ``functionalize``, or any transform of ``torch.func`` inside a compiler.
     """
-    settings = SolverSettings() if settings is None else settings
-    _check(settings)
-    if autocasting(z.device):  # half precision would be no inverse
-        with torch.autocast(z.device.type, enabled=False):
-            shared, rowwise = ([_as(z, t) for t in group] for group in (shared, rowwise))
-            return solve_triangular(map, z, shared, rowwise, settings)
+    settings = (SolverSettings() if settings is None else settings).check()
     if z.dtype not in TOLERANCE:
         raise ValueError(f"{map.name}: expected float32 or float64 values to invert, got {z.dtype}")
     if z.is_meta:
-        return torch.empty_like(z), SolveReport(_fake_stats())
-    tensors = (*shared, *rowwise)
+        return torch.empty_like(z), SolveReport(_no_stats())
+    tensors = [t.to(z.dtype) if t.is_floating_point() else t for t in (*shared, *rowwise)]
+    split = len(shared)
     if plain_eager() and not (torch.is_grad_enabled() and any(t.requires_grad for t in (z, *tensors))):
-        x, stats = sweep(map, z, shared, rowwise, settings)
+        x, stats = sweep(map, z, tensors[:split], tensors[split:], settings)
     elif plain_eager() or forward_mode() or not (_traced() or beyond_rules()):
-        x, stats = _Solve.apply(map, settings, len(shared), z, *tensors)
+        x, stats = _Solve.apply(map, settings, split, z, *tensors)
         while torch._C._functorch.is_functorch_wrapped_tensor(stats):
             stats = torch._C._functorch.get_unwrapped(stats)
     elif torch._C._are_functorch_transforms_active():
@@ -68,27 +67,13 @@ def solve_triangular(
             "result"
         )
     else:
-        x, stats = torch.ops.pyro_flows.solve_triangular(z, list(shared), list(rowwise), map.handle, *settings)
+        x, stats = torch.ops.pyro_flows.solve_triangular(z, tensors[:split], tensors[split:], map.handle, *settings)
     return x, SolveReport(stats.detach())
-
-
-def _as(z: Tensor, t: Tensor) -> Tensor:
-    return t.to(z.dtype) if t.is_floating_point() else t
 
 
 def _traced() -> bool:
     """Whether a compiler looks on, or a mode in which tensors hold no values; ``torch.func`` alone is neither."""
     return bool(torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._is_tracing())
-
-
-def _check(settings: SolverSettings) -> None:
-    tolerance, limit, on_fail = settings
-    if tolerance is not None and not 0 < tolerance < 1:
-        raise ValueError(f"expected tolerance between 0 and 1, or None, got {tolerance!r}")
-    if limit is not None and limit < 1:
-        raise ValueError(f"expected max_sweeps >= 1, or None, got {limit!r}")
-    if on_fail not in ("raise", "warn"):
-        raise ValueError(f"expected on_fail to be 'raise' or 'warn', got {on_fail!r}")
 
 
 class _Solve(torch.autograd.Function):
@@ -101,27 +86,25 @@ class _Solve(torch.autograd.Function):
         return sweep(solved, z, tensors[:split], tensors[split:], settings)
 
     @staticmethod
-    def setup_context(ctx: object, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         ctx.solved, _, ctx.split, _, *tensors = inputs
         ctx.save_for_backward(output[0], *tensors)
         ctx.save_for_forward(output[0], *tensors)
         ctx.mark_non_differentiable(output[1])
 
     @staticmethod
-    def backward(ctx: object, g: Tensor, none: Tensor | None) -> tuple[Tensor | None, ...]:
-        if autocasting(g.device):
-            with torch.autocast(g.device.type, enabled=False):
-                return _Solve.backward(ctx, g, none)
+    @full_precision
+    def backward(ctx: Any, g: Tensor, none: Tensor | None) -> tuple[Tensor | None, ...]:
         x, *tensors = ctx.saved_tensors
         if not torch.is_grad_enabled():  # nobody differentiates the gradient further
             v, grads = first_order(ctx.solved, ctx.split, g, x, tensors, ctx.needs_input_grad[4:])
             return None, None, None, v, *grads
         v = Linear.apply(ctx.solved, True, ctx.split, g, x, *tensors)
-        grads = torch.func.vjp(partial(_value, ctx.solved, ctx.split, x), *tensors)[1](-v) if tensors else ()
-        return None, None, None, v, *grads
+        pulled = torch.func.vjp(partial(_value, ctx.solved, ctx.split, x), *tensors)[1](-v) if tensors else ()
+        return None, None, None, v, *pulled
 
     @staticmethod
-    def jvp(ctx: object, *tangents: Tensor | None) -> tuple[Tensor, None]:
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, None]:
         x, *tensors = ctx.saved_tensors
         rhs = torch.zeros_like(x) if tangents[3] is None else tangents[3]
         if any(t is not None for t in tangents[4:]):
@@ -129,27 +112,29 @@ class _Solve(torch.autograd.Function):
         return Linear.apply(ctx.solved, False, ctx.split, rhs, x, *tensors), None
 
     @staticmethod
-    def vmap(info: object, in_dims: tuple, *args: object) -> tuple[tuple[Tensor, Tensor], tuple[int, None]]:
-        x, stats = vmapped(_Solve.apply, 1, info.batch_size, in_dims, args)
-        return (x, _worst(stats)), (0, None)
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, Tensor], tuple[int, None]]:
+        return _vmapped(_Solve.apply, info.batch_size, in_dims, args)
 
 
 def _value(solved: TriangularMap, split: int, x: Tensor, *tensors: Tensor) -> Tensor:
     return solved.value_and_slope(x, tensors[:split], tensors[split:])[0]
 
 
-def _worst(stats: Tensor) -> Tensor:
-    """One report for solves that were made one after the other."""
-    if stats.dim() == 1:
-        return stats
-    most, total = stats.amax(0), stats.sum(0)
-    return torch.stack([most[0], total[1], most[2], total[3], stats[:, 4].amin(), most[5]])
+def _vmapped(
+    call: Callable[..., Any], size: int, in_dims: Sequence[Any], args: Sequence[Any]
+) -> tuple[tuple[Tensor, Tensor], tuple[int, None]]:
+    """Solutions of a batch of problems with one report: the slowest, all evaluations, the worst."""
+    x, stats = vmapped(call, 1, size, in_dims, args)
+    if stats.dim() > 1:
+        most, total = stats.amax(0), stats.sum(0)
+        stats = torch.stack([most[0], total[1], most[2], total[3], stats[:, 4].amin(), most[5]])
+    return (x, stats), (0, None)
 
 
 # The same for compilers, as operators that name the map by its handle.
 
 
-def _fake_stats() -> Tensor:
+def _no_stats() -> Tensor:
     return torch.zeros(6, dtype=torch.float64, device="cpu")
 
 
@@ -167,8 +152,8 @@ def _solve_op(
 
 
 @_solve_op.register_fake
-def _(z: Tensor, *others: object) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(z, memory_format=torch.contiguous_format), _fake_stats()
+def _(z: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(z, memory_format=torch.contiguous_format), _no_stats()
 
 
 @torch.library.custom_op("pyro_flows::solve_triangular_gradient", mutates_args=())
@@ -176,12 +161,11 @@ def _gradient_op(
     g: Tensor, x: Tensor, shared: list[Tensor], rowwise: list[Tensor], handle: str
 ) -> tuple[Tensor, list[Tensor]]:
     tensors = [*shared, *rowwise]
-    needed = [t.is_floating_point() for t in tensors]
-    v, grads = first_order(named_map(handle), len(shared), g, x, tensors, needed)
-    return _packed(v), [
-        torch.zeros_like(t, memory_format=torch.contiguous_format) if grad is None else _packed(grad)
-        for t, grad in zip(tensors, grads, strict=True)
-    ]
+    v, grads = first_order(named_map(handle), len(shared), g, x, tensors, [t.is_floating_point() for t in tensors])
+    # A compiler may expect of an operator's results that each has its own memory.
+    found = [torch.zeros_like(t) if grad is None else grad for t, grad in zip(tensors, grads, strict=True)]
+    v, *found = (t.clone(memory_format=torch.contiguous_format) for t in (v, *found))
+    return v, found
 
 
 @_gradient_op.register_fake
@@ -190,18 +174,14 @@ def _(g: Tensor, x: Tensor, shared: list[Tensor], rowwise: list[Tensor], handle:
     return v, grads
 
 
-def _packed(t: Tensor) -> Tensor:
-    """A tensor of its own memory, as a compiler may expect of an operator's results."""
-    return t.clone(memory_format=torch.contiguous_format)
-
-
-def _setup(ctx: object, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    _, shared, rowwise, handle, *_ = inputs
-    ctx.split, ctx.handle, ctx.solved = len(shared), handle, named_map(handle)
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, shared, rowwise, ctx.handle, *_ = inputs
+    ctx.split = len(shared)
+    ctx.solved = named_map(ctx.handle)  # lives as long as the graph
     ctx.save_for_backward(output[0], *shared, *rowwise)
 
 
-def _backward(ctx: object, g: Tensor, none: Tensor | None) -> tuple[object, ...]:
+def _backward(ctx: Any, g: Tensor, none: Tensor | None) -> tuple[Any, ...]:
     x, *tensors = ctx.saved_tensors
     shared, rowwise = tensors[: ctx.split], tensors[ctx.split :]
     v, grads = torch.ops.pyro_flows.solve_triangular_gradient(g, x, shared, rowwise, ctx.handle)
@@ -212,13 +192,13 @@ _solve_op.register_autograd(_backward, setup_context=_setup)
 
 
 @_solve_op.register_vmap
-def _(info: object, in_dims: tuple, *args: object) -> tuple[tuple[Tensor, Tensor], tuple[int, None]]:
+def _(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, Tensor], tuple[int, None]]:
     z, shared, rowwise, *constants = args
     split = len(shared)
 
-    def call(_: None, __: None, split: int, z: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.ops.pyro_flows.solve_triangular(z, list(tensors[:split]), list(tensors[split:]), *constants)
+    def call(*given: Any) -> tuple[Tensor, Tensor]:
+        z, *tensors = given[3:]
+        return torch.ops.pyro_flows.solve_triangular(z, tensors[:split], tensors[split:], *constants)
 
     dims = (None, None, None, in_dims[0], *in_dims[1], *in_dims[2])
-    x, stats = vmapped(call, 1, info.batch_size, dims, (None, None, split, z, *shared, *rowwise))
-    return (x, _worst(stats)), (0, None)
+    return _vmapped(call, info.batch_size, dims, (None, None, split, z, *shared, *rowwise))

@@ -1,8 +1,8 @@
 r"""Linear systems in the Jacobian of a triangular map, :math:`J^\top v = g` and :math:`J u = w`, differentiable.
 
-They are what the derivatives of an implicit solution take.  The sweeps :math:`v \leftarrow v + D^{-1}(g - J^\top v)`
-end after as many as there are waves, since :math:`I - D^{-1} J` is nilpotent; mostly the residual is rounding sooner.
-The graph of the products is built once.
+The derivatives of an implicit solution are solutions of such systems.  The sweeps
+:math:`v \leftarrow v + D^{-1}(g - J^\top v)` end after as many as there are waves, since :math:`I - D^{-1} J` is
+nilpotent; mostly the residual is rounding sooner.  The graph of the products is built once.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ FLOOR = 8
 
 
 def _solve(product: Callable[[Tensor], Tensor], d: Tensor, g: Tensor, level: Tensor, count: int) -> Tensor:
-    """``v`` with ``product(v) = g`` for a triangular product of diagonal ``d``; ``level`` is a coordinate's turn."""
+    """``v`` with ``product(v) = g``, for a triangular product with diagonal ``d``; ``level`` is a coordinate's turn."""
     eps, tiny = torch.finfo(g.dtype).eps, torch.finfo(g.dtype).tiny
     v = g / d
     if count == 1 or v.numel() == 0:
@@ -37,15 +38,15 @@ def _solve(product: Callable[[Tensor], Tensor], d: Tensor, g: Tensor, level: Ten
         scale = jv.abs().add_(g.abs()).addcmul_(d, v.abs()).add_(tiny)
         v = v + r / d
         worst = float((r.abs() / scale).amax())
-        # Rounding, by itself or where it gets no smaller.  Once all turns have come the series is exact, and what a
-        # term larger than the sum has cost in digits goes the same way as its error came.
+        # Stop at rounding, or where the residual shrinks no more.  After all turns the series is exact but for the
+        # digits that terms larger than the sum have cost, and further sweeps bring these back.
         enough, gain = (2**10 * FLOOR * eps, 0.5) if k < count else (eps**0.5, 0.9)
         if worst <= FLOOR * eps or gain * last < worst < enough:
             return v
         if not math.isfinite(worst):
             break
         last = worst
-    # Turn by turn nothing overflows that is not in the solution.
+    # Turn by turn, nothing overflows but the solution itself.
     v = torch.zeros_like(v)
     for turn in range(count):
         v = torch.where(level == turn, (g - product(v)) / d, v)
@@ -58,8 +59,25 @@ def _level(solved: TriangularMap, like: Tensor, transpose: bool) -> tuple[Tensor
     return (count - 1 - wave if transpose else wave), count
 
 
-def _detached(x: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    return x.detach().requires_grad_(), [t.detach() for t in tensors]
+def _linear(
+    solved: TriangularMap, transpose: bool, split: int, rhs: Tensor, x: Tensor, tensors: Sequence[Tensor]
+) -> Tensor:
+    """``J(x)^{-1} rhs``, or ``J(x)^{-T} rhs`` with ``transpose``; not differentiable."""
+    # A graph of x alone: one for the parameters too might compute their gradients in each sweep.
+    with torch.enable_grad():
+        x, fixed = x.detach().requires_grad_(), [t.detach() for t in tensors]
+        f, d = solved.value_and_slope(x, fixed[:split], fixed[split:])
+        if not transpose:  # J u is the derivative of J^T v with respect to v, at any v
+            probe = torch.zeros_like(f, requires_grad=True)
+            f, x = torch.autograd.grad(f, x, probe, create_graph=True)[0], probe
+    level, count = _level(solved, rhs, transpose)
+    with torch.no_grad():
+        return _solve(partial(_pull, f, x), d.detach(), rhs, level, count)
+
+
+def _pull(f: Tensor, x: Tensor, v: Tensor) -> Tensor:
+    """``J^T v``, from a graph that stays."""
+    return torch.autograd.grad(f, x, v, retain_graph=True)[0]
 
 
 def _recording() -> AbstractContextManager:
@@ -73,17 +91,9 @@ def _recording() -> AbstractContextManager:
 def first_order(
     solved: TriangularMap, split: int, g: Tensor, x: Tensor, tensors: Sequence[Tensor], needed: Sequence[bool]
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """``v = J^-T g``, the gradient after ``z``, and ``-(df/dt)^T v`` for each tensor that needs it."""
+    """``v = J^-T g``, the gradient with respect to ``z``, and ``-(df/dt)^T v`` for each tensor that needs it."""
     with _recording():
-        # A graph of x alone for the sweeps: one that wants the parameters' gradients too may make them each time.
-        with torch.enable_grad():
-            moving, fixed = _detached(x, tensors)
-            f, d = solved.value_and_slope(moving, fixed[:split], fixed[split:])
-            d = d.detach()
-        level, count = _level(solved, x, True)
-        with torch.no_grad():
-            v = _solve(partial(_pull, f, moving), d, g, level, count)
-        del f
+        v = _linear(solved, True, split, g, x, tensors)
         if not any(needed):
             return v, [None] * len(tensors)
         with torch.enable_grad():
@@ -93,46 +103,31 @@ def first_order(
     return v, [next(grads) if need else None for need in needed]
 
 
-def _pull(f: Tensor, x: Tensor, v: Tensor) -> Tensor:
-    """``J^T v``, from a graph that stays."""
-    return torch.autograd.grad(f, x, v, retain_graph=True)[0]
-
-
 class Linear(torch.autograd.Function):
     r"""``J(x)^{-1} rhs``, or ``J(x)^{-T} rhs`` with ``transpose``; differentiable any number of times."""
 
     @staticmethod
     def forward(solved: TriangularMap, transpose: bool, split: int, rhs: Tensor, x: Tensor, *tensors: Tensor) -> Tensor:
-        with torch.enable_grad():
-            x, tensors = _detached(x, tensors)
-            f, d = solved.value_and_slope(x, tensors[:split], tensors[split:])
-            d = d.detach()
-            if not transpose:  # J u is the derivative of J^T v after v, at any v
-                probe = torch.zeros_like(f, requires_grad=True)
-                f, x = torch.autograd.grad(f, x, probe, create_graph=True)[0], probe
-        level, count = _level(solved, rhs, transpose)
-        with torch.no_grad():
-            return _solve(partial(_pull, f, x), d, rhs, level, count)
+        return _linear(solved, transpose, split, rhs, x, tensors)
 
     @staticmethod
-    def setup_context(ctx: object, inputs: tuple, output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.solved, ctx.transpose, ctx.split, _, *tensors = inputs
         ctx.save_for_backward(output, *tensors)
         ctx.save_for_forward(output, *tensors)
 
     @staticmethod
-    def backward(ctx: object, cotangent: Tensor) -> tuple[Tensor | None, ...]:
-        # For u = J^-1 w and its cotangent c: p = J^-T c is the gradient after w, and that of -p^T J u, with p and u
-        # held fixed, the gradient after what J depends on.  With J^T in place of J p and u trade places.
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+        # For u = J^-1 w with cotangent c, p = J^-T c is the gradient with respect to w.  The gradient with respect to
+        # what J depends on is that of -p^T J u with p and u held fixed.  With J^T in place of J, p and u trade places.
         solution, x, *tensors = ctx.saved_tensors
         other = Linear.apply(ctx.solved, not ctx.transpose, ctx.split, cotangent, x, *tensors)
         left, right = (solution, other) if ctx.transpose else (other, solution)
-
         product = partial(_product, ctx.solved, True, ctx.split, left)
         return None, None, None, other, *torch.func.vjp(product, x, *tensors)[1](-right)
 
     @staticmethod
-    def jvp(ctx: object, *tangents: Tensor | None) -> Tensor:
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
         solution, *inputs = ctx.saved_tensors
         product = partial(_product, ctx.solved, ctx.transpose, ctx.split, solution)
         rhs = -push(product, inputs, tangents[4:])
@@ -141,7 +136,7 @@ class Linear(torch.autograd.Function):
         return Linear.apply(ctx.solved, ctx.transpose, ctx.split, rhs, *inputs)
 
     @staticmethod
-    def vmap(info: object, in_dims: tuple, *args: object) -> tuple[Tensor, int]:
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
         return vmapped(Linear.apply, 2, info.batch_size, in_dims, args), 0
 
 
@@ -161,8 +156,8 @@ def push(function: Callable[..., Tensor], inputs: Sequence[Tensor], tangents: Se
     return torch.func.vjp(pull, torch.zeros_like(value))[1](tangents)[0]
 
 
-def vmapped(call: Callable[..., Tensor], rows: int, size: int, in_dims: tuple, args: tuple) -> object:
-    """A batch of problems: more rows where they share the shared tensors, else one after the other.
+def vmapped(call: Callable[..., Any], rows: int, size: int, in_dims: Sequence[Any], args: Sequence[Any]) -> Any:
+    """Solves a batch of problems: as more rows if the shared tensors are the same for all, else one after the other.
 
     Args:
         call: takes three constants, of which the last says how many tensors are shared, then ``rows`` tensors with a

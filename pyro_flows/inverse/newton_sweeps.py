@@ -22,6 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_flows.core.checks import choice, integer
+
 __all__ = ["TOLERANCE", "SolveReport", "SolverSettings", "TriangularMap", "named_map", "sweep"]
 
 _maps: weakref.WeakValueDictionary[str, TriangularMap] = weakref.WeakValueDictionary()
@@ -85,6 +87,24 @@ class SolverSettings(NamedTuple):
     tolerance: float | None = None
     max_sweeps: int | None = None
     on_fail: str = "raise"
+
+    def check(self, name: str = "") -> SolverSettings:
+        """Returns the settings.
+
+        Args:
+            name: the class that the caller sees, for the message.
+
+        Raises:
+            ValueError: if they are out of range.
+        """
+        given = self.tolerance
+        if given is not None and not (isinstance(given, (int, float)) and 0 < given < 1):
+            prefix = f"{name}: " if name else ""
+            raise ValueError(f"{prefix}expected tolerance between 0 and 1, or None, got {given!r}")
+        if self.max_sweeps is not None:
+            integer(name, "max_sweeps", self.max_sweeps)
+        choice(name, "on_fail", self.on_fail, ("raise", "warn"))
+        return self
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,13 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
 
-from pyro_flows.core.modes import autocasting, beyond_rules, plain_eager
+from pyro_flows.core.modes import beyond_rules, full_precision, plain_eager
 from pyro_flows.inverse.buffers import ForwardSweep, ReverseSweep, Solver, columns_at_once, named
 from pyro_flows.nets.activations import slope
 from pyro_flows.nets.structure import weight_gradient
@@ -31,6 +32,7 @@ from pyro_flows.univariate.base import Univariate
 __all__ = ["solve"]
 
 
+@full_precision  # half precision would be no inverse
 def solve(
     solver: Solver,
     z: Tensor,
@@ -55,9 +57,7 @@ def solve(
     Returns:
         ``x`` with the shape of ``z`` and the log-determinant of ``z -> x``, shape ``(*batch,)``.
     """
-    if autocasting(z.device):  # half precision would be no inverse
-        with torch.autocast(z.device.type, enabled=False):
-            return solve(solver, z, first_bias.to(z.dtype), weights, biases, masks)
+    first_bias = first_bias.to(z.dtype)
     batch = z.shape[:-1]
     flat = z if len(batch) == 1 else z.reshape(-1, z.shape[-1])
     if first_bias.dim() == 1:
@@ -157,18 +157,13 @@ def _setup(ctx: object, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) ->
     ctx.save_for_backward(z, first_bias, output[0], output[2], *weights, *biases, *masks)
 
 
-def _gradient(ctx: object, grad_x: Tensor | None, grad_ladj: Tensor | None, none: Tensor | None) -> tuple[Tensor, ...]:
-    saved = ctx.saved_tensors  # asked for once, because torch.utils.checkpoint gives them once
-    if autocasting(saved[0].device):
-        with torch.autocast(saved[0].device.type, enabled=False):
-            return _pull(ctx.solver, saved, grad_x, grad_ladj)
-    return _pull(ctx.solver, saved, grad_x, grad_ladj)
-
-
-def _pull(
-    solver: Solver, saved: Sequence[Tensor], grad_x: Tensor | None, grad_ladj: Tensor | None
+@full_precision
+def _gradient(
+    ctx: Any, grad_x: Tensor | None, grad_ladj: Tensor | None, none: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    z, first_bias, x, tape, *tensors = saved
+    solver: Solver = ctx.solver
+    # Asked for once, because torch.utils.checkpoint gives them once.
+    z, first_bias, x, tape, *tensors = ctx.saved_tensors
     if tape.shape[0] == 0:  # whoever called the operator saw no need of a gradient
         tape = torch.ops.pyro_flows.solve(z, first_bias, *_groups(tensors), solver.handle, True)[2]
     grad_x = torch.zeros_like(x) if grad_x is None else grad_x

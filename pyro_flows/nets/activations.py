@@ -1,17 +1,31 @@
-"""Elementwise functions between layers: by name, in place where their slope can be had from their value, and slopes."""
+"""The table of elementwise functions between layers: values, slopes and curvature, and how to compute them in place."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pyro_flows.core.checks import choice
 from pyro_flows.univariate.base import number
 
-__all__ = ["IN_PLACE", "Activation", "activation_functions", "isru", "known_activations", "pull", "slope"]
+__all__ = [
+    "KNOWN",
+    "Activation",
+    "KnownActivation",
+    "activation_function",
+    "activation_functions",
+    "in_place",
+    "isru",
+    "known_activations",
+    "pull",
+    "slope",
+    "softplus",
+]
 
 Function = Callable[[Tensor], Tensor]
 
@@ -38,46 +52,117 @@ def _isru_(x: Tensor) -> Tensor:
     return x.mul_(torch.addcmul(one, x, x, value=_ALPHA).rsqrt_())
 
 
-def _isru_slope(pre: Tensor, post: Tensor) -> Tensor:
+def _isru_slope(post: Tensor) -> Tensor:
     rest = torch.addcmul(post.new_ones(()), post, post, value=-_ALPHA).clamp_(min=0)  # below 0 only by rounding
     return rest.sqrt().mul_(rest)
 
 
-_BY_NAME: dict[str, Function] = {
-    "elu": F.elu,
-    "gelu": F.gelu,
-    "isru": isru,
-    "leaky_relu": F.leaky_relu,
-    "relu": torch.relu,
-    "sigmoid": torch.sigmoid,
-    "silu": F.silu,
-    "softplus": F.softplus,
-    "tanh": torch.tanh,
+def softplus(x: Tensor) -> Tensor:
+    """``log(1 + exp(x))``; beyond the usual threshold of 20 its slope would jump by more than float64's rounding."""
+    return F.softplus(x, threshold=40)
+
+
+class KnownActivation(NamedTuple):
+    """An elementwise function and what is known of it.
+
+    Attributes:
+        name: the key in ``KNOWN``.
+        value: the function.
+        slope: the derivative, from the value alone; a new tensor.
+        in_place: the function, written over its argument; only where ``slope`` is known.
+        slope_at: the derivative from argument and value, where it takes both.
+        pull: the gradient with respect to the argument from the gradient, argument and value, in one kernel.
+        curvature: the slope's derivative over the slope, from the value; ``None`` where that is zero or unknown.
+        steepest: the largest slope, of an increasing function that may serve a monotone map.
+    """
+
+    name: str
+    value: Function
+    slope: Function | None = None
+    in_place: Function | None = None
+    slope_at: Callable[[Tensor, Tensor], Tensor] | None = None
+    pull: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+    curvature: Function | None = None
+    steepest: float | None = None
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _known, (self.name,)
+
+
+def _known(name: str) -> KnownActivation:
+    return KNOWN[name]
+
+
+_LEAK = 0.01
+_aten = torch.ops.aten
+
+KNOWN = {
+    each.name: each
+    for each in (
+        KnownActivation(
+            "elu",
+            F.elu,
+            lambda post: post.clamp_max(0).add_(1),
+            partial(F.elu, inplace=True),
+            curvature=lambda post: torch.lt(post, 0, out=torch.empty_like(post)),
+            steepest=1.0,
+        ),
+        KnownActivation("gelu", F.gelu),
+        KnownActivation("isru", isru, _isru_slope, _isru_),
+        KnownActivation(
+            "leaky_relu",
+            F.leaky_relu,
+            lambda post: (post > 0).to(post.dtype) * (1 - _LEAK) + _LEAK,
+            partial(F.leaky_relu, inplace=True),
+            steepest=1.0,
+        ),
+        KnownActivation(
+            "relu",
+            torch.relu,
+            torch.sign,
+            torch.relu_,
+            pull=lambda grad, pre, post: _aten.threshold_backward.default(grad, post, 0),
+        ),
+        KnownActivation(
+            "sigmoid",
+            torch.sigmoid,
+            lambda post: post * (1 - post),
+            torch.sigmoid_,
+            pull=lambda grad, pre, post: _aten.sigmoid_backward.default(grad, post),
+            curvature=lambda post: 1 - 2 * post,
+            steepest=0.25,
+        ),
+        KnownActivation(
+            "silu",
+            F.silu,
+            slope_at=lambda pre, post: torch.sigmoid(pre) * (1 + pre - post),
+            pull=lambda grad, pre, post: _aten.silu_backward.default(grad, pre),
+        ),
+        KnownActivation(
+            "softplus",
+            softplus,
+            lambda post: -torch.expm1(-post),
+            curvature=lambda post: torch.exp(-post),
+            steepest=1.0,
+        ),
+        KnownActivation(
+            "tanh",
+            torch.tanh,
+            lambda post: 1 - post * post,
+            torch.tanh_,
+            pull=lambda grad, pre, post: _aten.tanh_backward.default(grad, post),
+            curvature=lambda post: -2 * post,
+            steepest=1.0,
+        ),
+    )
 }
 
-IN_PLACE: dict[Function, Function] = {
-    torch.relu: torch.relu_,
-    torch.tanh: torch.tanh_,
-    torch.sigmoid: torch.sigmoid_,
-    F.elu: partial(F.elu, inplace=True),
-    isru: _isru_,
-}
+_BY_FUNCTION = {known.value: known for known in KNOWN.values()}
 
-_SLOPES: dict[Function, Callable[[Tensor, Tensor], Tensor]] = {
-    torch.relu: lambda pre, post: torch.sign(post),
-    torch.tanh: lambda pre, post: 1 - post * post,
-    torch.sigmoid: lambda pre, post: post * (1 - post),
-    F.elu: lambda pre, post: torch.where(post > 0, 1.0, post + 1),
-    F.silu: lambda pre, post: torch.sigmoid(pre) * (1 + pre - post),
-    isru: _isru_slope,
-}
 
-_PULLS: dict[Function, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-    torch.relu: lambda grad, pre, post: torch.ops.aten.threshold_backward.default(grad, post, 0),
-    torch.tanh: lambda grad, pre, post: torch.ops.aten.tanh_backward.default(grad, post),
-    torch.sigmoid: lambda grad, pre, post: torch.ops.aten.sigmoid_backward.default(grad, post),
-    F.silu: lambda grad, pre, post: torch.ops.aten.silu_backward.default(grad, pre),
-}
+def in_place(activation: Function) -> Function | None:
+    """The function written over its argument, where its slope is known from the value; else ``None``."""
+    return _BY_FUNCTION[activation].in_place if activation in _BY_FUNCTION else None
 
 
 def activation_functions(activation: Activation, layers: int) -> tuple[Function, ...]:
@@ -85,36 +170,40 @@ def activation_functions(activation: Activation, layers: int) -> tuple[Function,
     given = list(activation) if isinstance(activation, list | tuple) else [activation]
     if not given:
         raise ValueError("expected at least one activation, got an empty sequence")
-    found = [_function(each) for each in given]
+    found = [activation_function(each) for each in given]
     return tuple((found + found[-1:] * layers)[:layers])
 
 
-def _function(activation: str | Function) -> Function:
+def activation_function(activation: str | Function) -> Function:
+    """The elementwise function of a name, or the function itself."""
     if isinstance(activation, str):
-        if activation not in _BY_NAME:
-            raise ValueError(f"expected activation to be one of {sorted(_BY_NAME)} or a function, got {activation!r}")
-        return _BY_NAME[activation]
+        return KNOWN[choice("", "activation", activation, KNOWN, "a function")].value
     if isinstance(activation, nn.Module) and any(True for _ in activation.parameters()):
         raise ValueError("expected an activation without parameters: the networks here treat it as a fixed function")
-    if not callable(activation):
-        raise TypeError(f"expected activation to be a name or a function, got {type(activation).__name__}")
+    if isinstance(activation, type) or not callable(activation):
+        got = f"the class {activation.__name__}" if isinstance(activation, type) else type(activation).__name__
+        raise TypeError(f"expected activation to be a name or a function, e.g. torch.sin, got {got}")
     return activation
 
 
 def known_activations() -> frozenset[Function]:
     """The functions that have a name here."""
-    return frozenset(_BY_NAME.values())
+    return frozenset(_BY_FUNCTION)
 
 
 def slope(activation: Function, pre: Tensor, post: Tensor) -> Tensor:
-    """The derivative at ``pre``, where the value is ``post``; for what is in ``IN_PLACE``, ``pre`` is not looked at."""
-    known = _SLOPES.get(activation)
-    if known is not None:
-        return known(pre, post)
+    """The derivative at ``pre``, where the value is ``post``; not from ``pre`` where :func:`in_place` is known."""
+    known = _BY_FUNCTION.get(activation)
+    if known is not None and known.slope is not None:
+        return known.slope(post)
+    if known is not None and known.slope_at is not None:
+        return known.slope_at(pre, post)
     return torch.func.vjp(activation, pre)[1](torch.ones_like(pre))[0]
 
 
 def pull(activation: Function, grad: Tensor, pre: Tensor, post: Tensor) -> Tensor:
-    """The gradient after ``pre``, given that after ``post``; ``grad`` may be overwritten."""
-    known = _PULLS.get(activation)
-    return grad.mul_(slope(activation, pre, post)) if known is None else known(grad, pre, post)
+    """The gradient with respect to ``pre``, given that with respect to ``post``; ``grad`` may be overwritten."""
+    known = _BY_FUNCTION.get(activation)
+    if known is not None and known.pull is not None:
+        return known.pull(grad, pre, post)
+    return grad.mul_(slope(activation, pre, post))

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Size, Tensor
 
 from pyro_flows.core.modes import autocasting, batched, plain_eager
-from pyro_flows.nets.activations import IN_PLACE, pull
+from pyro_flows.nets.activations import in_place, pull
 from pyro_flows.univariate.base import Univariate
 
 __all__ = ["Parting", "Plan", "dense_pass", "known_slopes", "takes_dense_pass"]
@@ -87,7 +87,7 @@ class Plan(NamedTuple):
 
 def known_slopes(activations: Sequence[Function], univariate: Univariate) -> bool:
     """Whether all has a gradient in closed form; of anything else autograd's own graph is cheaper than one by hand."""
-    known = all(activation in IN_PLACE or activation is F.silu for activation in activations)
+    known = all(in_place(activation) or activation is F.silu for activation in activations)
     return known and type(univariate).pull is not Univariate.pull
 
 
@@ -178,8 +178,8 @@ def _run(
     stream = pre = _first(batch, features, context, weights[0], biases[0])
     for k in range(1, len(weights)):
         activation = activations[k - 1]
-        in_place = None if joins else IN_PLACE.get(activation)
-        post = in_place(pre) if in_place else activation(pre)
+        overwrite = None if joins else in_place(activation)
+        post = (overwrite or activation)(pre)
         into.append(pre)
         outof.append(post)
         pre = torch.addmm(biases[k].unsqueeze(1), weights[k], post)
@@ -238,7 +238,7 @@ class _Pass(torch.autograd.Function):
         # applied in place.
         wanted = ctx.needs_input_grad[4 : 3 + ctx.layers]
         outof = [
-            post if want or activation in IN_PLACE else None
+            post if want or in_place(activation) else None
             for post, want, activation in zip(outof, wanted, plan.activations, strict=True)
         ]
         ctx.save_for_backward(x, context, *tensors, features, z, *into, *outof, *held)

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyro_flows.core.modes import autocasting, batched, plain_eager
-from pyro_flows.nets.activations import IN_PLACE, pull
+from pyro_flows.core.modes import GradientByHand, full_precision, plain_eager
+from pyro_flows.nets.activations import in_place, pull
 from pyro_flows.nets.structure import Band, Cut, band_product, input_gradient, keep, weight_gradient
 
 __all__ = ["Head", "Layout", "Slab", "Slabs", "masked_network"]
@@ -152,6 +153,7 @@ class Layout(NamedTuple):
         return self.slabs.at(x.shape[0], x.device)
 
 
+@full_precision  # the ladj is worth it
 def masked_network(
     layout: Layout,
     x: Tensor,
@@ -172,9 +174,7 @@ def masked_network(
         masks: one for each weight, an integer of its element's size with all bits set where the weight counts.
         head: what to do with the outputs, if not to return them.
     """
-    if autocasting(x.device):  # the ladj is worth full precision
-        with torch.autocast(x.device.type, enabled=False):
-            return masked_network(layout, x, first_bias.to(x.dtype), weights, biases, masks, head)
+    first_bias = first_bias.to(x.dtype)
     if not plain_eager() or masks[0].element_size() != weights[0].element_size():
         return _plain(layout, head, masks, x, first_bias, *weights, *biases)
     batch = x.shape[:-1]
@@ -182,7 +182,7 @@ def masked_network(
         first_bias = first_bias.expand(*batch, -1).reshape(-1, first_bias.shape[-1])
     flat = x if len(batch) == 1 else x.reshape(batch.numel(), x.shape[-1])
     if torch.is_grad_enabled():
-        out = _apply(layout, head, masks, flat, first_bias, *weights, *biases)
+        out = _Pass.record(layout, head, masks, flat, first_bias, *weights, *biases)
     elif flat.shape[0] > 2 * ROWS and flat.device.type == "cpu":
         # In pieces that stay in the processor's cache, since nothing of them is kept.
         own = first_bias.dim() > 1
@@ -254,8 +254,8 @@ def _run(
     stream = pre
     for k in range(1, len(weights) + (not last)):
         activation = layout.activations[k - 1]
-        in_place = None if layout.joins else IN_PLACE.get(activation)
-        post = in_place(pre) if in_place else activation(pre)
+        overwrite = None if layout.joins else in_place(activation)
+        post = (overwrite or activation)(pre)
         into.append(pre)
         outof.append(post)
         if k == len(weights):
@@ -267,7 +267,7 @@ def _run(
     return pre, into, outof, parts, bands
 
 
-class _Pass(torch.autograd.Function):
+class _Pass(GradientByHand):
     """The network, and with a head the univariate map of ``x`` by the network's outputs and the sum of its ladj."""
 
     @staticmethod
@@ -303,18 +303,16 @@ class _Pass(torch.autograd.Function):
         return out if head is None else (moved, ladj)
 
     @staticmethod
-    def backward(ctx: object, grad: Tensor, grad_ladj: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        if autocasting(grad.device):
-            with torch.autocast(grad.device.type, enabled=False):
-                return _Pass.backward(ctx, grad, grad_ladj)
+    def plain(ctx: Any) -> tuple[Callable[..., Tensor | tuple[Tensor, Tensor]], Sequence[Tensor]]:
+        tensors = ctx.saved_tensors[: 1 + 2 * len(ctx.masks)]
+        return partial(_plain, ctx.layout, ctx.head, ctx.masks), tensors
+
+    @staticmethod
+    def pull(ctx: Any, grad: Tensor, grad_ladj: Tensor | None = None) -> tuple[Tensor | None, ...]:
         layout, head, masks, bands = ctx.layout, ctx.head, ctx.masks, ctx.bands
         layers = len(masks)
         x, first_bias, *saved = ctx.saved_tensors
-        weights, biases = saved[:layers], saved[layers : 2 * layers - 1]
-        if torch.is_grad_enabled() or batched(grad) or (grad_ladj is not None and batched(grad_ladj)):
-            inputs = (x, first_bias, *weights, *biases)
-            backwards = torch.func.vjp(lambda *args: _plain(layout, head, masks, *args), *inputs)[1]
-            return None, None, None, *backwards(grad if head is None else (grad, grad_ladj))
+        weights = saved[:layers]
         rest = iter(saved[2 * layers - 1 :])
         into = [next(rest) for _ in range(layers - 1)]
         outof = [next(rest) for _ in range(layers - 1)]
@@ -351,7 +349,3 @@ class _Pass(torch.autograd.Function):
             through = input_gradient(bands[0], weights[0], parts[0], grad)
             by_x = through if by_x is None else by_x.add_(through)
         return None, None, None, by_x if wants_x else None, by_first, *by_weight, *by_bias[1:]
-
-
-# Without the detour by which apply() looks for transforms of torch.func: there are none where it is called.
-_apply = super(torch.autograd.Function, _Pass).apply

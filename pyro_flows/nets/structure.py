@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_flows.nets.activations import IN_PLACE
+from pyro_flows.nets.activations import in_place
 
 __all__ = ["Band", "Cut", "Structure", "band_product", "input_gradient", "keep", "staircase", "weight_gradient"]
 
@@ -156,7 +156,7 @@ class Structure:
 
     def in_place(self, activation: Callable[[Tensor], Tensor]) -> bool:
         """Whether the tape holds the values of this activation (else what goes into it)."""
-        return not self.joins and activation in IN_PLACE
+        return not self.joins and in_place(activation) is not None
 
     def rows(self, packed: Tensor, start: int) -> list[Tensor]:
         """The hidden layers' parts of a packed tensor, from row ``start`` on."""

@@ -11,7 +11,7 @@ import torch
 from torch import Size, Tensor, nn
 
 from pyro_flows.core.checks import admit, positive_integers
-from pyro_flows.core.modes import autocasting, plain_eager
+from pyro_flows.core.modes import full_precision, plain_eager
 from pyro_flows.core.steps import Stepper
 from pyro_flows.core.transform import FlowTransform
 from pyro_flows.inverse.raster import RasterSweep, rows_at_once
@@ -127,12 +127,10 @@ class CausalAutoregressive(FlowTransform):
             context = context.expand(*batch, -1).reshape(rows, self.context_dim)
         return batch, value.reshape(rows, *self.event_shape), context
 
+    @full_precision  # half precision in one direction would be no inverse of the other
     def _move(self, value: Tensor, context: Tensor | None, one_pass: bool) -> tuple[Tensor, Tensor]:
         """What comes out, and the logarithms of all slopes."""
-        if autocasting(value.device):  # half precision in one direction would be no inverse of the other
-            with torch.autocast(value.device.type, enabled=False):
-                dtype = self.bias.dtype
-                return self._move(value.to(dtype), None if context is None else context.to(dtype), one_pass)
+        value, context = value.to(self.bias.dtype), None if context is None else context.to(self.bias.dtype)
         batch, rows, context = self._rows(value, context)
         if one_pass:
             moved, slopes = self._apply_to(rows, self._outputs(rows, context))

@@ -197,11 +197,6 @@ class Split(FlowTransform):
             ladj = ladj + inner_ladj
         return torch.cat((first, second.expand_as(first)), -dims), ladj
 
-    def _map_shape(self, shape: Size, source: Size, target: Size) -> Size:
-        shape = super()._map_shape(shape, source, target)
-        if self.inner is None:
-            return shape
-        # A conditioned view inside brings the batch shape of its context.
-        half = self.inner.event_shape
-        extra, cut = self.inner.forward_shape(half)[: -len(half)], len(shape) - len(target)
-        return torch.broadcast_shapes(shape[:cut], extra) + target if extra else shape
+    @property
+    def batch_shape(self) -> Size:
+        return Size() if self.inner is None else self.inner.batch_shape

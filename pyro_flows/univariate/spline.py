@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from pyro_flows.core.modes import batched, plain_eager
+from pyro_flows.core.modes import GradientByHand, plain_eager
 from pyro_flows.core.recipes import options_of
 from pyro_flows.univariate.base import Univariate, numbers
 
@@ -164,7 +164,7 @@ class Spline(Univariate):
 
     def _move(self, inverse: bool, z: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         if plain_eager() and torch.is_grad_enabled() and (z.requires_grad or params.requires_grad):
-            return _Move.apply(self, inverse, z, params)
+            return _Move.record(self, inverse, z, params)
         return self.run(inverse, z, params)[:2]
 
     # Mathematics, on inputs of shape (columns,) and parameters of shape (num_params, columns).
@@ -344,26 +344,24 @@ def _unbend(value: Tensor, beyond: Tensor | None, part: _Bin, number: _Number) -
     return torch.addcmul(left, width, xi), xi, _quotient(xi, s, d0, d1, one)[1]
 
 
-class _Move(torch.autograd.Function):
+class _Move(GradientByHand):
     """A spline with its gradient in closed form; derivatives of that by automatic differentiation."""
 
     @staticmethod
-    def forward(ctx: object, spline: Spline, inverse: bool, z: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, spline: Spline, inverse: bool, z: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         x, ladj, kept = spline.run(inverse, z, params)
         ctx.spline, ctx.inverse = spline, inverse
         ctx.save_for_backward(z, params, x, ladj, *kept)
         return x, ladj
 
     @staticmethod
-    def backward(ctx: object, grad: Tensor, grad_ladj: Tensor) -> tuple[Tensor | None, ...]:
-        z, params, x, ladj, *kept = ctx.saved_tensors
-        if torch.is_grad_enabled() or batched(grad) or batched(grad_ladj):
-            by_z, by_params = torch.func.vjp(lambda *inputs: ctx.spline.run(ctx.inverse, *inputs)[:2], z, params)[1](
-                (grad, grad_ladj)
-            )
-        else:
-            by_z, by_params = ctx.spline.pull(ctx.inverse, z, x, ladj, kept, grad, grad_ladj)
-        return None, None, by_z, by_params
+    def plain(ctx: Any) -> tuple[Callable[..., tuple[Tensor, ...]], Sequence[Tensor]]:
+        return lambda *inputs: ctx.spline.run(ctx.inverse, *inputs)[:2], ctx.saved_tensors[:2]
+
+    @staticmethod
+    def pull(ctx: Any, grad: Tensor, grad_ladj: Tensor) -> tuple[Tensor | None, ...]:
+        z, _, x, ladj, *kept = ctx.saved_tensors
+        return None, None, *ctx.spline.pull(ctx.inverse, z, x, ladj, kept, grad, grad_ladj)
 
 
 def _by_row(params: Tensor, z: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch.distributions.constraints import Constraint
 
 from pyro_flows.core.checks import check_context, check_tensor, wrong_event
 from pyro_flows.core.modes import plain_eager
-from pyro_flows.distributions.made.contract import Head
+from pyro_flows.distributions.made.head import Head
 
 __all__ = ["AutoregressiveDistribution", "AutoregressiveModel"]
 
@@ -209,14 +209,7 @@ class AutoregressiveModel(nn.Module):
         return value.to(self.dtype)
 
     def _admit(self, context: Tensor | None) -> Tensor | None:
-        name = type(self).__name__
-        if self.context_dim == 0:
-            if context is not None:
-                raise ValueError(f"{name} was built with context_dim=0, but a context was given: leave it out")
-        elif context is None:
-            raise ValueError(f"this {name} was built with context_dim={self.context_dim}: call it with a context")
-        else:
-            check_context(self, context)
+        check_context(self, context)
         return context
 
     def members(self) -> tuple[object, ...]:

@@ -1,10 +1,11 @@
-"""Heads made of other things: of Pyro's univariate distributions, and of several heads side by side."""
+"""Heads made of Pyro's univariate distributions, and of several heads side by side."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -12,11 +13,13 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, biject_to, constraints
 from torch.distributions.constraints import Constraint
 
-from pyro_flows.distributions.made.contract import Head
-from pyro_flows.distributions.made.heads import BernoulliHead, NormalHead
-from pyro_flows.distributions.made.mixtures import LogisticMixtureHead, MixtureHead
+from pyro_flows.core.checks import choice
+from pyro_flows.distributions.made.head import Calls, Head
+from pyro_flows.distributions.made.heads import BernoulliHead, LogisticMixtureHead, MixtureHead, NormalHead
 
 __all__ = ["DistributionHead", "MixedHead", "as_head"]
+
+_T = TypeVar("_T")
 
 NAMED: dict[str, type[Head]] = {
     "bernoulli": BernoulliHead,
@@ -30,12 +33,12 @@ def as_head(head: str | Head, input_dim: int) -> Head:
     """The head bound to a number of dimensions.
 
     Args:
-        head: one, or the name of one with its default arguments: ``"bernoulli"``, ``"normal"``, ``"mixture"`` (of
+        head: a head, or the name of one with its default arguments: ``"bernoulli"``, ``"normal"``, ``"mixture"`` (of
             normals) or ``"logistic"`` (mixture over 256 levels).
         input_dim: the number of dimensions.
 
     Raises:
-        ValueError: for another name, or a head that does not fit so many dimensions.
+        ValueError: for another name, or a head that does not fit the number of dimensions.
         TypeError: for anything else.
     """
     if isinstance(head, str):
@@ -44,17 +47,14 @@ def as_head(head: str | Head, input_dim: int) -> Head:
                 'the head "categorical" needs numbers of classes: give CategoricalHead(num_classes=...), with one '
                 "number for all dimensions or a list"
             )
-        if head not in NAMED:
-            names = ", ".join(f'"{name}"' for name in NAMED)
-            raise ValueError(f"expected a head or one of the names {names}, got {head!r}")
-        head = NAMED[head]()
+        head = NAMED[choice("", "head", head, NAMED, "a head")]()
     if not isinstance(head, Head):
         raise TypeError(f"expected a head such as BernoulliHead() or a name, got {head!r}")
     return head.bind(input_dim)
 
 
 def _arguments(constrained: Mapping[str, object], fixed: Iterable[str]) -> list[str]:
-    """The names to learn: of two ways to say the same the one by logits."""
+    """The names to learn: logits where there are two parametrizations."""
     names = [name for name in constrained if name not in fixed]
     for short, long in (("probs", "logits"), *((name, f"{name}_logits") for name in names)):
         if short in names and long in names:
@@ -65,21 +65,21 @@ def _arguments(constrained: Mapping[str, object], fixed: Iterable[str]) -> list[
 class DistributionHead(Head):
     r"""Any univariate distribution of Pyro: ``DistributionHead(dist.Gamma)``.
 
-    The parameters are one number for each argument, in the order of ``arguments``, and are mapped to what the argument
-    may be by ``biject_to`` of its constraint (a positive one is :math:`e^\theta`).  Where both ``probs`` and
-    ``logits`` could be given, logits are.  The network is given real values and booleans as they are, and counts as
-    :math:`\log(1 + x)` (with the sign of x).  NaN gives NaN even where the distribution would not.
+    The parameters are one number for each argument, in the order of ``arguments``; ``biject_to`` of the argument's
+    constraint maps them (a positive one is :math:`e^\theta`).  Of ``probs`` and ``logits``, logits are learned.  The
+    network is given real values and booleans as they are, and counts as :math:`\log(1 + x)` (with the sign of x).  NaN
+    gives NaN even where the distribution would not.
 
     Args:
         distribution: its class; or a function of the arguments, by name, that makes one.
-        arguments: which ones to learn, by default all that are not fixed; or a dictionary of these and their
-            constraints, necessary for a function.
+        arguments: the names to learn, by default all that are not fixed; or a dictionary of names and constraints,
+            necessary for a function.
         fixed: the other arguments' values, numbers or tensors of shape ``(input_dim,)``, e.g. ``{"total_count": 10}``.
 
     Raises:
-        TypeError: for what is neither a class of distributions nor a function with constraints.
+        TypeError: for neither a class of distributions nor a function with constraints.
         ValueError: for a distribution of vectors, arguments that are no real numbers, or a support that depends on
-            what is learnt.
+            learned arguments.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class DistributionHead(Head):
             known = getattr(distribution, "arg_constraints", None)
             if self._is_class and not isinstance(known, Mapping):
                 raise ValueError(
-                    f"DistributionHead: what the arguments of {self.name} may be depends on one another; give a "
+                    f"DistributionHead: the constraints of {self.name}'s arguments depend on one another; give a "
                     "dictionary of those to learn and their constraints"
                 )
             if not self._is_class:
@@ -122,7 +122,7 @@ class DistributionHead(Head):
             self.register_buffer(f"fixed_{name}", value, persistent=False)
         self._probe()
 
-    def _map(self, name: str, constraint: object) -> object:
+    def _map(self, name: str, constraint: Any) -> Callable[[Tensor], Tensor]:
         hint = f'fix it by fixed={{"{name}": ...}} or name the arguments to learn by arguments=[...]'
         if isinstance(constraint, Constraint) and constraint.event_dim > 0:
             raise ValueError(
@@ -138,7 +138,7 @@ class DistributionHead(Head):
             ) from None
 
     def _probe(self) -> None:
-        """Looks at what the distribution is like."""
+        """Finds out the distribution's shape, support and kind of draws."""
         size = max([1, *(getattr(self, f"fixed_{name}").numel() for name in self.fixed)])
         first, other = (self._made(self.like.new_full((size, self.num_params), at), None) for at in (0.0, 0.3))
         if first.event_shape or first.batch_shape != (size,):
@@ -149,7 +149,7 @@ class DistributionHead(Head):
         support = first.support
         if not isinstance(support, Constraint) or str(support) != str(other.support):
             raise ValueError(
-                f"DistributionHead: the support of {self.name} depends on what is learnt; fix the arguments that it "
+                f"DistributionHead: the support of {self.name} depends on learned arguments; fix those that it "
                 'depends on by fixed={"name": ...}'
             )
         self.discrete, self.has_rsample = support.is_discrete, bool(first.has_rsample)
@@ -200,11 +200,10 @@ class DistributionHead(Head):
         return (value.sign() * value.abs().log1p() if self._counts else value).unsqueeze(-1)
 
     def fixed_points(self) -> list[float]:
-        """As elsewhere, of families that learn the argument that a change of units is made up for by."""
+        """As in :class:`Head`, of families that learn the arguments which absorb a change of units."""
         points = super().fixed_points()
-        learnt = set(self.arguments)
-        line = math.isnan(points[0])
-        moves = {"loc", "scale"} <= learnt if line else bool({"loc", "scale", "rate"} & learnt)
+        learned = set(self.arguments)
+        moves = {"loc", "scale"} <= learned if math.isnan(points[0]) else bool({"loc", "scale", "rate"} & learned)
         return points if moves else [math.inf] * self.input_dim
 
     def extra_repr(self) -> str:
@@ -214,14 +213,19 @@ class DistributionHead(Head):
 class MixedHead(Head):
     """Different heads on different dimensions: ``MixedHead([("bernoulli", [0, 3]), (CategoricalHead(4), [1, 2])])``.
 
-    The numbers of parameters and features are the largest of any; what is too many is ignored, or zero.
+    The numbers of parameters and features are the largest of any head; excess ones are ignored, or zero.
 
     Args:
-        heads: a head (or a name) with its dimensions each, as pairs or a dictionary.
+        heads: heads (or their names) with their dimensions, as pairs or a dictionary.
 
     Raises:
         ValueError: unless the dimensions are 0 to D - 1, each once.
     """
+
+    heads: Any  # an nn.ModuleList of heads
+    owner: Tensor
+    local: Tensor
+    back: Tensor
 
     def __init__(self, heads: Mapping[str | Head, Sequence[int]] | Iterable[tuple[str | Head, Sequence[int]]]) -> None:
         super().__init__()
@@ -235,7 +239,7 @@ class MixedHead(Head):
             )
         self.heads = nn.ModuleList(as_head(head, len(dims)) for (head, _), dims in zip(pairs, places, strict=True))
         self.places = places
-        # For each dimension whose it is, and which of that head's own.
+        # For each dimension the number of its head, and which of that head's dimensions it is.
         owner, local = torch.empty(len(every), dtype=torch.long), torch.empty(len(every), dtype=torch.long)
         for j, dims in enumerate(places):
             owner[dims], local[dims] = j, torch.arange(len(dims))
@@ -253,18 +257,20 @@ class MixedHead(Head):
         if input_dim != len(self.owner):
             raise ValueError(f"MixedHead: expected heads for {input_dim} dimensions, got them for {len(self.owner)}")
 
-    def discrete_dims(self) -> list[bool]:
-        each = [head.discrete_dims() for head in self.heads]
+    def _spread(self, each: Sequence[Sequence[_T]]) -> list[_T]:
+        """Entries of each head's dimensions in the order of all dimensions."""
         return [each[owner][own] for owner, own in zip(self.owner.tolist(), self.local.tolist(), strict=True)]
 
+    def discrete_dims(self) -> list[bool]:
+        return self._spread([head.discrete_dims() for head in self.heads])
+
     def fixed_points(self) -> list[float]:
-        each = [head.fixed_points() for head in self.heads]
-        return [each[owner][own] for owner, own in zip(self.owner.tolist(), self.local.tolist(), strict=True)]
+        return self._spread([head.fixed_points() for head in self.heads])
 
     def _each(
         self, dims: Tensor | None, call: Callable[[Head, Tensor, Tensor | None], Tensor], axis: int = -1
     ) -> Tensor:
-        """Puts together along an axis what ``call(head, columns, the head's dims)`` gives for each head."""
+        """The results of ``call(head, columns, the head's dims)`` for each head, put together along an axis."""
         if dims is None:
             parts = [call(head, getattr(self, f"places_{j}"), None) for j, head in enumerate(self.heads)]
             return torch.cat(parts, axis).index_select(axis, self.back)
@@ -293,7 +299,7 @@ class MixedHead(Head):
         return self._each(dims, lambda head, at, own: head.mean(_own(head, params, at), own))
 
     def relaxed(self, temperature: float) -> Head:
-        """The heads that need it relaxed, the others as they are."""
+        """With the discrete heads relaxed, and the others as they are."""
         heads = [head if head.has_rsample else head.relaxed(temperature) for head in self.heads]
         mixed = MixedHead(list(zip(heads, self.places, strict=True)))
         return mixed if self._input_dim is None else mixed.bind(self._input_dim)
@@ -317,8 +323,8 @@ class MixedHead(Head):
 
         return self._each(None, one, -2)
 
-    def draws(self, dims: Tensor, z: Tensor, params: Tensor, x: Tensor, features: Tensor) -> list[Callable[[], object]]:
-        calls: list[Callable[[], object]] = []
+    def draws(self, dims: Tensor, z: Tensor, params: Tensor, x: Tensor, features: Tensor) -> Calls:
+        calls: Calls = []
         for k, dim in enumerate(dims.tolist()):
             head, own, one = self.heads[int(self.owner[dim])], self.local[dim : dim + 1], slice(k, k + 1)
             coded = features[k * self.num_features : (k + 1) * self.num_features]

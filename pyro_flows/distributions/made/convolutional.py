@@ -11,7 +11,7 @@ from torch import Size, Tensor, nn
 from pyro_flows.core.checks import event_size, positive_integers
 from pyro_flows.distributions.made.autoregressive import AutoregressiveModel, one_by_one
 from pyro_flows.distributions.made.composed import as_head
-from pyro_flows.distributions.made.contract import Head
+from pyro_flows.distributions.made.head import Head
 from pyro_flows.inverse.raster import RasterSweep, rows_at_once
 from pyro_flows.nets.activations import Activation, activation_functions
 from pyro_flows.nets.masked_convolutional import Stacks

@@ -1,4 +1,4 @@
-"""What an autoregressive network's outputs mean: binary values, categories, or normal numbers."""
+"""Heads of binary values, categories, levels and real numbers, the latter two as mixtures as well."""
 
 from __future__ import annotations
 
@@ -11,28 +11,78 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_flows.distributions.made.contract import Head
+from pyro_flows.core.checks import integer, positive_integers
+from pyro_flows.distributions.made.head import Calls, Head
 from pyro_flows.univariate.base import number, soft_clip
 
 __all__ = [
     "BernoulliHead",
     "CategoricalHead",
+    "LogisticMixtureHead",
+    "MixtureHead",
     "NormalHead",
     "RelaxedBernoulliHead",
-    "choose",
-    "choosing",
-    "soft_unclip",
-    "spoiling",
 ]
+
+
+def _positive(name: str, what: str, value: float) -> float:
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name}: expected {what} > 0, got {value}")
+    return float(value)
+
+
+def _off_ends(value: Tensor) -> Tensor:
+    info = torch.finfo(value.dtype)
+    return value.clamp(info.tiny, 1 - info.eps / 2)
+
+
+def _unclip(value: Tensor, bound: float) -> Tensor:
+    """The inverse of ``soft_clip``, bounded for values near or beyond the bound."""
+    return torch.atanh((value / bound).clamp(-0.99, 0.99)) * bound
+
+
+def _choosing(logits: Tensor, z: Tensor, room: Tensor, coded: Tensor, beyond: Tensor | None = None) -> Calls:
+    """Calls that choose categories by inversion of the cumulative probabilities, in place.
+
+    Args:
+        logits: shape ``(n, K, columns)``.
+        z: uniform in [0, 1), shape ``(n, columns)``; afterwards NaN where the logits are.
+        room: of the logits' shape, may be the same memory; afterwards ones for the categories before the chosen one.
+        coded: of the logits' shape, not the same memory; afterwards the one-hot code.
+        beyond: true where no later category may be chosen, shape ``(n, K, 1)``.
+    """
+    calls: Calls = [
+        partial(torch.softmax, logits, 1, out=room),
+        partial(torch.cumsum, room, 1, out=room),
+        partial(z.mul_, room[:, -1]),  # all categories share the rounding
+        partial(room.le_, z.unsqueeze(1)),
+    ]
+    if beyond is not None:  # a parallel sum may be smaller at the last category than behind it
+        calls.append(partial(room.masked_fill_, beyond, 0))
+    return [
+        *calls,
+        partial(torch.eq, room[:, 0], 0, out=coded[:, 0]),
+        partial(torch.sub, room[:, :-1], room[:, 1:], out=coded[:, 1:]),
+    ]
+
+
+def _spoiling(x: Tensor, z: Tensor) -> Callable[[], object]:
+    """A call that makes ``x`` NaN where ``z`` is."""
+    return partial(x.addcmul_, z, number(0.0, z.dtype) if z.device.type == "cpu" else torch.zeros_like(z))
+
+
+def _copying(x: Tensor, features: Tensor) -> Calls:
+    """Calls that code values as themselves."""
+    return [] if features.data_ptr() == x.data_ptr() else [partial(features.copy_, x)]
 
 
 class RelaxedBernoulliHead(Head):
     r"""Values in (0, 1), :math:`x = \sigma((\theta + \ell) / t)` with logistic noise :math:`\ell` and temperature t.
 
     The parameter is the logit of a binary variable, which is 1 where :math:`x > 1/2`; x tends to it as the temperature
-    falls to 0.  The density is that of x itself, so that a bound on the evidence with it is that of the relaxed model.
-    Draws and values are kept off 0 and 1 by the smallest positive number and by one rounding error: at temperatures
-    below some 0.2 the logit of a value close to 1 has few digits left in float32, and the density as few.
+    falls to 0.  The density is that of x, so a bound on the evidence with it is that of the relaxed model.
+    Draws and values stay away from 0 and 1 by the smallest positive number and by one rounding error: in float32, at
+    temperatures below some 0.2, the logit of a value near 1 and thus the density have few digits left.
 
     Args:
         temperature: :math:`t > 0`; the attribute of this name may be changed along the way.
@@ -48,9 +98,7 @@ class RelaxedBernoulliHead(Head):
 
     def __init__(self, temperature: float) -> None:
         super().__init__()
-        if not 0 < temperature < math.inf:
-            raise ValueError(f"RelaxedBernoulliHead: expected temperature > 0, got {temperature}")
-        self.temperature = float(temperature)
+        self.temperature = _positive("RelaxedBernoulliHead", "temperature", temperature)
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature:g}"
@@ -75,56 +123,6 @@ class RelaxedBernoulliHead(Head):
         return "a number strictly between 0 and 1"
 
 
-def _off_ends(value: Tensor) -> Tensor:
-    info = torch.finfo(value.dtype)
-    return value.clamp(info.tiny, 1 - info.eps / 2)
-
-
-def soft_unclip(value: Tensor, bound: float) -> Tensor:
-    """The inverse of ``soft_clip``, for values that it nearly reaches at most."""
-    return torch.atanh((value / bound).clamp(-0.99, 0.99)) * bound
-
-
-def choose(logits: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-    """A category by inversion of the cumulative probabilities.
-
-    Args:
-        logits: shape ``(*, K)``.
-        z: uniform numbers in [0, 1), shape ``(*)``.
-
-    Returns:
-        The index, and a zero that is NaN where the logits are.
-    """
-    cumulative = torch.softmax(logits, -1).cumsum(-1)
-    total = cumulative[..., -1]
-    # Never the last but one beyond the total, since z is less than 1; nor one without probability.
-    return (cumulative <= (z * total).unsqueeze(-1)).sum(-1), total - total
-
-
-def choosing(logits: Tensor, z: Tensor, room: Tensor, coded: Tensor) -> list[Callable[[], object]]:
-    """As :func:`choose`, in place, with the categories on the second axis.
-
-    Args:
-        logits: shape ``(n, K, columns)``.
-        z: uniform in [0, 1), shape ``(n, columns)``; is NaN afterwards where the logits are.
-        room: shape of the logits, may be them; ones for the categories before the one that is drawn afterwards.
-        coded: likewise, is not them; the one-hot code afterwards.
-    """
-    return [
-        partial(torch.softmax, logits, 1, out=room),
-        partial(torch.cumsum, room, 1, out=room),
-        partial(z.mul_, room[:, -1]),  # rounding is shared out among all categories
-        partial(room.le_, z.unsqueeze(1)),
-        partial(torch.eq, room[:, 0], 0, out=coded[:, 0]),
-        partial(torch.sub, room[:, :-1], room[:, 1:], out=coded[:, 1:]),
-    ]
-
-
-def spoiling(x: Tensor, z: Tensor) -> Callable[[], object]:
-    """A call that makes ``x`` NaN where ``z`` is, and else leaves it."""
-    return partial(x.addcmul_, z, number(0.0, z.dtype) if z.device.type == "cpu" else torch.zeros_like(z))
-
-
 class BernoulliHead(Head):
     r"""Binary values, :math:`p(x = 1) = \sigma(\theta)`; :math:`\theta` is a logit in nats.
 
@@ -140,17 +138,11 @@ class BernoulliHead(Head):
         # Unlike x t - softplus(t), right to all digits also where a value is nearly certain.
         return F.logsigmoid((2 * value.to(params.dtype) - 1) * params.squeeze(-1))
 
-    def sample(self, params: Tensor, dims: Tensor | None = None) -> Tensor:
-        with torch.no_grad():
-            logits = params.squeeze(-1)
-            return torch.sigmoid(logits).sub_(torch.rand_like(logits)).ceil_().abs_()
-
     def mean(self, params: Tensor, dims: Tensor | None = None) -> Tensor:
         """Probabilities of 1."""
         return torch.sigmoid(params.squeeze(-1))
 
     def relaxed(self, temperature: float) -> Head:
-
         head = RelaxedBernoulliHead(temperature)
         return head if self._input_dim is None else head.bind(self._input_dim)
 
@@ -162,8 +154,8 @@ class BernoulliHead(Head):
             return super().start(None)
         return torch.logit((data.sum(0) + 0.5) / (len(data) + 1)).unsqueeze(-1)
 
-    def draws(self, dims: Tensor, z: Tensor, params: Tensor, x: Tensor, features: Tensor) -> list[Callable[[], object]]:
-        # 1 where p > z: the difference rounded up is that, or a negative zero; unlike a comparison it lets NaN through.
+    def draws(self, dims: Tensor, z: Tensor, params: Tensor, x: Tensor, features: Tensor) -> Calls:
+        # 1 where p > z, else the difference rounds up to a negative zero; unlike a comparison it lets NaN through.
         return [
             partial(torch.sigmoid, params[:, 0], out=features),
             partial(features.sub_, z),
@@ -177,8 +169,8 @@ class CategoricalHead(Head):
 
     Logits are in nats.  The network is given categories one-hot, with the largest number of classes for all
     dimensions; logits beyond a dimension's own number are excluded exactly.  ``bias(data)`` gives the logarithms of
-    the frequencies, with half an observation added to each.  Expectations are those of the category's number, which
-    mean something only where categories are ordered.
+    the frequencies, with half an observation added to each.  ``mean`` averages the categories' numbers, which makes
+    sense only for ordered ones.
 
     Args:
         num_classes: the number :math:`K_i` of classes, one for all dimensions or one for each.
@@ -187,14 +179,15 @@ class CategoricalHead(Head):
         ValueError: for numbers that are no positive integers, none above 1, or (in ``bind``) not one a dimension.
     """
 
+    index: Tensor
+    last: Tensor
+    excess: Tensor
+
     def __init__(self, num_classes: int | Iterable[int]) -> None:
         super().__init__()
-        counts = (num_classes,) if isinstance(num_classes, int) else tuple(num_classes)
-        if any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in counts) or max(counts, default=0) < 2:
-            raise ValueError(
-                "CategoricalHead: expected num_classes to be a positive integer or a list of such, one of which is "
-                f"at least 2, got {num_classes!r}"
-            )
+        counts = positive_integers("CategoricalHead", "num_classes", num_classes)
+        if max(counts) < 2:
+            raise ValueError(f"CategoricalHead: expected num_classes of at least 2 somewhere, got {num_classes!r}")
         self.num_classes = counts
         self._same, self._listed = len(set(counts)) == 1, not isinstance(num_classes, int)
         self.num_params = self.num_features = max(counts)
@@ -204,7 +197,7 @@ class CategoricalHead(Head):
         self._limit(())
 
     def _limit(self, counts: tuple[int, ...]) -> None:
-        """Each dimension's last category, and which logits are in excess."""
+        """Sets each dimension's last category, and which logits are in excess."""
         last = torch.tensor(counts, dtype=torch.long, device=self.index.device) - 1
         self.register_buffer("last", last, persistent=False)
         self.register_buffer("excess", self.index > last.unsqueeze(-1), persistent=False)
@@ -235,13 +228,6 @@ class CategoricalHead(Head):
         found = logp.expand(*shape, -1).gather(-1, index.expand(shape).unsqueeze(-1)).squeeze(-1)
         return torch.where(index == value, found, value - value - math.inf)  # NaN for NaN
 
-    def sample(self, params: Tensor, dims: Tensor | None = None) -> Tensor:
-        with torch.no_grad():
-            index, none = choose(self._logits(params, dims), torch.rand_like(params[..., 0]))
-            if not self._same:  # a parallel sum may come out smaller at a dimension's last category than behind it
-                index = torch.minimum(index, self.last if dims is None else self.last[dims])
-            return index + none
-
     def mean(self, params: Tensor, dims: Tensor | None = None) -> Tensor:
         probs = torch.softmax(self._logits(params, dims), -1)
         return (probs * self.index.to(probs.dtype)).sum(-1)
@@ -270,8 +256,7 @@ class CategoricalHead(Head):
             The Concrete Distribution (Maddison et al., 2016), arXiv:1611.00712.
             Categorical Reparameterization with Gumbel-Softmax (Jang et al., 2016), arXiv:1611.01144.
         """
-        if not 0 < temperature < math.inf:
-            raise ValueError(f"CategoricalHead: expected temperature > 0, got {temperature}")
+        _positive("CategoricalHead", "temperature", temperature)
         noise = torch.empty_like(params).exponential_().clamp_(min=torch.finfo(params.dtype).tiny).log_()
         soft = torch.softmax((self._logits(params, dims) - noise) / temperature, -1)
         if not hard:
@@ -299,17 +284,19 @@ class CategoricalHead(Head):
         counts = torch.stack([(data == k).sum(0) for k in range(self.num_params)], -1).to(data.dtype)
         return torch.log((counts + 0.5) / (len(data) + 0.5 * (self.last + 1)).unsqueeze(-1)).masked_fill(self.excess, 0)
 
-    def draws(self, dims: Tensor, z: Tensor, params: Tensor, x: Tensor, features: Tensor) -> list[Callable[[], object]]:
+    def draws(self, dims: Tensor, z: Tensor, params: Tensor, x: Tensor, features: Tensor) -> Calls:
         probs = torch.empty_like(params)
         coded = features.unflatten(0, (len(dims), self.num_features))
-        calls: list[Callable[[], object]] = []
-        source = params
-        if not self._same:
-            excess = self.excess[dims].unsqueeze(-1)
-            calls = [partial(probs.copy_, params), partial(probs.masked_fill_, excess, -math.inf)]
-            source = probs
-        calls += choosing(source, z, probs, coded)
-        return [*calls, partial(torch.sum, probs, 1, out=x), spoiling(x, z)]
+        if self._same:
+            calls = _choosing(params, z, probs, coded)
+        else:
+            excess, last = self.excess[dims].unsqueeze(-1), self.last[dims, None, None]
+            calls = [
+                partial(probs.copy_, params),
+                partial(probs.masked_fill_, excess, -math.inf),
+                *_choosing(probs, z, probs, coded, self.index.unsqueeze(-1) >= last),
+            ]
+        return [*calls, partial(torch.sum, probs, 1, out=x), _spoiling(x, z)]
 
 
 class NormalHead(Head):
@@ -319,7 +306,7 @@ class NormalHead(Head):
     and log standard deviations.
 
     Args:
-        max_log_scale: the bound :math:`c` on the absolute log-scale; data of another scale is to be standardised.
+        max_log_scale: the bound :math:`c` on the absolute log-scale; standardize data of another scale.
 
     References:
         Masked Autoregressive Flow for Density Estimation (Papamakarios et al., 2017), arXiv:1705.07057.
@@ -332,9 +319,7 @@ class NormalHead(Head):
 
     def __init__(self, max_log_scale: float = 5.0) -> None:
         super().__init__()
-        if not 0 < max_log_scale < math.inf:
-            raise ValueError(f"NormalHead: expected max_log_scale > 0, got {max_log_scale}")
-        self.max_log_scale = float(max_log_scale)
+        self.max_log_scale = _positive("NormalHead", "max_log_scale", max_log_scale)
 
     def log_prob(self, value: Tensor, params: Tensor, dims: Tensor | None = None) -> Tensor:
         loc, raw = params.unbind(-1)
@@ -349,23 +334,209 @@ class NormalHead(Head):
     def mean(self, params: Tensor, dims: Tensor | None = None) -> Tensor:
         return params[..., 0]
 
-    def allowed(self, dim: int) -> str:
-        return "a number"
-
     def start(self, data: Tensor | None) -> Tensor:
         if data is None:
             return super().start(None)
         scale = data.std(0, correction=0).clamp(min=torch.finfo(data.dtype).tiny)
-        return torch.stack((data.mean(0), soft_unclip(scale.log(), self.max_log_scale)), -1)
+        return torch.stack((data.mean(0), _unclip(scale.log(), self.max_log_scale)), -1)
 
-    def draws(self, dims: Tensor, z: Tensor, params: Tensor, x: Tensor, features: Tensor) -> list[Callable[[], object]]:
+    def draws(self, dims: Tensor, z: Tensor, params: Tensor, x: Tensor, features: Tensor) -> Calls:
         bound = self.max_log_scale
-        calls: list[Callable[[], object]] = [
+        return [
             partial(torch.mul, params[:, 1], number(1.0 / bound, x.dtype), out=x),
             x.tanh_,
             partial(x.mul_, number(bound, x.dtype)),
             x.exp_,
             z.normal_,
             partial(torch.addcmul, params[:, 0], z, x, out=x),
+            *_copying(x, features),
         ]
-        return calls if features.data_ptr() == x.data_ptr() else [*calls, partial(features.copy_, x)]
+
+
+class _Mixture(Head):
+    """Components with logits of their weights, means and log-scales, all of one kind after the other.
+
+    Args:
+        num_components: how many.
+        max_log_scale: the bound on the absolute log-scale.
+    """
+
+    def __init__(self, num_components: int, max_log_scale: float) -> None:
+        super().__init__()
+        name = type(self).__name__
+        self.num_components = integer(name, "num_components", num_components)
+        self.max_log_scale = _positive(name, "max_log_scale", max_log_scale)
+        self.num_params = 3 * num_components
+
+    def _parts(self, params: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits, means and log-scales, shape ``(*, n, num_components)``."""
+        logits, loc, raw = params.unflatten(-1, (3, self.num_components)).unbind(-2)
+        return logits, loc, soft_clip(raw, self.max_log_scale)
+
+    def _middles(self, dtype: torch.dtype) -> Tensor:
+        """The middles of as many equal parts of (0, 1) as there are components."""
+        return (torch.arange(self.num_components, dtype=dtype, device=self.like.device) + 0.5) / self.num_components
+
+    def _quantiles(self, data: Tensor) -> Tensor:
+        """The data's quantiles at the middles, shape ``(D, num_components)``."""
+        places = self._middles(torch.double) * (len(data) - 1)
+        return data.sort(0).values[places.round().long()].T
+
+    def _packed(self, loc: Tensor, scale: Tensor) -> Tensor:
+        """Parameters of equal weights, with these means and scales."""
+        raw = _unclip(scale.log().expand_as(loc), self.max_log_scale)
+        return torch.cat((torch.zeros_like(loc), loc, raw), -1)
+
+    def _picking(self, z: Tensor, params: Tensor, x: Tensor) -> tuple[Calls, Tensor]:
+        """Calls that draw a component and write its mean to ``x``; and the tensor to which they write its scale."""
+        logits, loc, raw = params.unflatten(1, (3, self.num_components)).unbind(1)
+        room, code, scale = torch.empty_like(logits), torch.empty_like(logits), torch.empty_like(x)
+        bound = self.max_log_scale
+        calls: Calls = [
+            *_choosing(logits, z, room, code),
+            partial(torch.mul, code, raw, out=room),
+            partial(torch.sum, room, 1, out=scale),
+            partial(scale.mul_, number(1.0 / bound, x.dtype)),
+            scale.tanh_,
+            partial(scale.mul_, number(bound, x.dtype)),
+            scale.exp_,
+            partial(torch.mul, code, loc, out=room),
+            partial(torch.sum, room, 1, out=x),
+            _spoiling(x, z),
+        ]
+        return calls, scale
+
+
+class MixtureHead(_Mixture):
+    r"""Real values from a mixture of normals, :math:`p(x) = \sum_j w_j N(x; m_j, e^{2 s_j})`.
+
+    The parameters are, for all :math:`K` components one after the other, logits of :math:`w`, means :math:`m` and
+    :math:`a` with :math:`s = c \tanh(a / c)`.  ``bias()`` spreads the means over the quantiles of a standard normal,
+    ``bias(data)`` over those of the data; the scales make the variance that of the whole.  With a MADE this is the
+    MADE-MoG.  A draw costs as much as one of a normal; there are no reparameterized ones.
+
+    Args:
+        num_components: :math:`K`.
+        max_log_scale: the bound :math:`c` on the absolute log-scale; standardize data of another scale.
+
+    References:
+        RNADE: The real-valued neural autoregressive density-estimator (Uria et al., 2013), arXiv:1306.0186.
+        Masked Autoregressive Flow for Density Estimation (Papamakarios et al., 2017), arXiv:1705.07057.
+    """
+
+    discrete = False
+    constraint = constraints.real
+
+    def __init__(self, num_components: int = 10, max_log_scale: float = 5.0) -> None:
+        super().__init__(num_components, max_log_scale)
+
+    def log_prob(self, value: Tensor, params: Tensor, dims: Tensor | None = None) -> Tensor:
+        logits, loc, log_scale = self._parts(params)
+        z = (value.to(params.dtype).unsqueeze(-1) - loc) * torch.exp(-log_scale)
+        joint = torch.log_softmax(logits, -1) - 0.5 * z * z - log_scale
+        return torch.logsumexp(joint, -1) - 0.5 * math.log(2 * math.pi)
+
+    def mean(self, params: Tensor, dims: Tensor | None = None) -> Tensor:
+        logits, loc, _ = self._parts(params)
+        return (torch.softmax(logits, -1) * loc).sum(-1)
+
+    def start(self, data: Tensor | None) -> Tensor:
+        middles = torch.special.ndtri(self._middles(torch.double))
+        rest = (1 - middles.square().mean()).sqrt()  # of the standard deviation, besides that of the means
+        if data is None:
+            return self._packed(middles.expand(self.input_dim, -1), rest.expand(self.input_dim, 1))
+        scale = data.double().std(0, correction=0).unsqueeze(-1).clamp(min=torch.finfo(data.dtype).tiny)
+        return self._packed(self._quantiles(data).double(), rest * scale)
+
+    def draws(self, dims: Tensor, z: Tensor, params: Tensor, x: Tensor, features: Tensor) -> Calls:
+        calls, scale = self._picking(z, params, x)
+        return [*calls, z.normal_, partial(x.addcmul_, z, scale), *_copying(x, features)]
+
+
+class LogisticMixtureHead(_Mixture):
+    r"""Levels 0 to :math:`L - 1`, such as those of a pixel, from a mixture of logistics cut into bins.
+
+    .. math:: P(x = k) = \sum_j w_j
+        \left[\sigma\!\left(\frac{k + 1/2 - M_j}{S_j}\right) - \sigma\!\left(\frac{k - 1/2 - M_j}{S_j}\right)\right],
+
+    with the tails added to the first and the last level.  The parameters are, for all :math:`K` components one after
+    the other, logits of :math:`w`, means :math:`m` and :math:`a`, in units in which the levels go from -1 to 1:
+    :math:`M = (m + 1) h` and :math:`S = h e^{c \tanh(a / c)}` with :math:`h = (L - 1) / 2` levels.  The network is
+    given levels in these units too, :math:`x / h - 1`; values stay level numbers.
+
+    Logarithms are right far out in the tails, and probabilities add up to 1 whatever the parameters.  ``bias()``
+    spreads the means evenly, ``bias(data)`` over the quantiles of the data.  The mean sums over all levels.
+
+    Args:
+        levels: :math:`L`.
+        num_components: :math:`K`.
+        max_log_scale: the bound :math:`c`; by default the smallest scale is about a tenth of a level, and at most
+            :math:`e^{-7}`.
+
+    References:
+        PixelCNN++: Improving the PixelCNN with Discretized Logistic Mixture Likelihood and Other Modifications
+        (Salimans et al., 2017), arXiv:1701.05517.
+    """
+
+    def __init__(self, levels: int = 256, num_components: int = 10, max_log_scale: float | None = None) -> None:
+        self.levels = integer("LogisticMixtureHead", "levels", levels, 2)
+        self.half = 0.5 * (levels - 1)
+        super().__init__(num_components, max(7.0, math.log(10 * self.half)) if max_log_scale is None else max_log_scale)
+        self.constraint = constraints.integer_interval(0, levels - 1)
+
+    def _parts(self, params: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits, and means and log-scales in levels."""
+        logits, loc, log_scale = super()._parts(params)
+        return logits, (loc + 1) * self.half, log_scale + math.log(self.half)
+
+    def log_prob(self, value: Tensor, params: Tensor, dims: Tensor | None = None) -> Tensor:
+        logits, loc, log_scale = self._parts(params)
+        level = value.to(params.dtype).unsqueeze(-1)
+        rate = torch.exp(-log_scale)
+        # sigma(b) - sigma(a) = sigma(b) sigma(-a) (1 - e^(a - b)), without cancellation; b - a is the rate.
+        upper = F.logsigmoid((level + 0.5 - loc) * rate)
+        lower = F.logsigmoid((loc - (level - 0.5)) * rate)
+        width = torch.log(-torch.expm1(-rate))
+        first, last = level <= 0, level >= self.levels - 1
+        zero = torch.zeros_like(upper)
+        mass = torch.where(last, zero, upper) + torch.where(first, zero, lower + torch.where(last, zero, width))
+        return torch.logsumexp(torch.log_softmax(logits, -1) + mass, -1)
+
+    def mean(self, params: Tensor, dims: Tensor | None = None) -> Tensor:
+        logits, loc, log_scale = self._parts(params)
+        rate = torch.exp(-log_scale)
+        above = torch.zeros_like(loc)
+        for level in range(1, self.levels):  # the sum of P(x >= level)
+            above = above + torch.sigmoid((loc - (level - 0.5)) * rate)
+        return (torch.softmax(logits, -1) * above).sum(-1)
+
+    def allowed(self, dim: int) -> str:
+        return f"a level, 0 to {self.levels - 1},"
+
+    def code(self, value: Tensor, dims: Tensor | None = None) -> Tensor:
+        return (value * (1.0 / self.half) - 1).unsqueeze(-1)
+
+    def start(self, data: Tensor | None) -> Tensor:
+        if data is None:
+            loc = (2 * self._middles(self.like.dtype) - 1).expand(self.input_dim, -1)
+            return self._packed(loc, loc.new_full((self.input_dim, 1), 1 / self.num_components))
+        scaled = data / self.half - 1
+        # A logistic of scale 1 has a standard deviation of 1.8; no narrower than half a level.
+        scale = (scaled.std(0, correction=0) / (1.8 * math.sqrt(self.num_components))).clamp(min=0.5 / self.half)
+        return self._packed(self._quantiles(scaled), scale.unsqueeze(-1))
+
+    def draws(self, dims: Tensor, z: Tensor, params: Tensor, x: Tensor, features: Tensor) -> Calls:
+        calls, scale = self._picking(z, params, x)
+        half, one = number(self.half, x.dtype), number(1.0, x.dtype)
+        return [
+            *calls,
+            z.uniform_,
+            z.logit_,
+            partial(x.addcmul_, z, scale),
+            partial(x.add_, one),
+            partial(x.mul_, half),
+            x.round_,
+            partial(x.clamp_, 0, self.levels - 1),
+            partial(torch.mul, x, number(1.0 / self.half, x.dtype), out=features),
+            partial(features.sub_, one),
+        ]

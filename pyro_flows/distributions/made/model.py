@@ -15,7 +15,7 @@ from pyro_flows.core.checks import check_tensor, event_size
 from pyro_flows.core.modes import lasting
 from pyro_flows.distributions.made.autoregressive import AutoregressiveDistribution, AutoregressiveModel, one_by_one
 from pyro_flows.distributions.made.composed import as_head
-from pyro_flows.distributions.made.contract import Head
+from pyro_flows.distributions.made.head import Head
 from pyro_flows.distributions.made.network import CONNECTIVITIES, Member, SharedNetwork, draw_units
 from pyro_flows.nets.activations import Activation
 from pyro_flows.nets.degrees import as_order

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from pyro_flows.core.modes import lasting
-from pyro_flows.distributions.made.contract import Head
+from pyro_flows.distributions.made.head import Head
 from pyro_flows.inverse.buffers import ForwardSweep, Solver, columns_at_once
 from pyro_flows.nets.activations import Activation, activation_functions
 from pyro_flows.nets.degrees import Degrees, even_degrees, least_degree

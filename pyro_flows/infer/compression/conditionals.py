@@ -12,7 +12,7 @@ import torch
 from torch import Size, Tensor, nn
 
 from pyro_flows.distributions import MADE, ConvMADE
-from pyro_flows.distributions.made.contract import Head
+from pyro_flows.distributions.made import Head
 from pyro_flows.infer.compression.cumulative import Edges, cumulative, level_counts
 from pyro_flows.inverse.raster import RasterSweep
 

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_flows.distributions.made import BernoulliHead, CategoricalHead, LogisticMixtureHead, MixedHead
-from pyro_flows.distributions.made.contract import Head
+from pyro_flows.distributions.made import BernoulliHead, CategoricalHead, Head, LogisticMixtureHead, MixedHead
 
 __all__ = ["Edges", "cumulative", "level_counts"]
 

@@ -21,7 +21,7 @@ from pyro_flows.distributions import Dequantized, Flow
 from pyro_flows.infer.compression.conditionals import Conditionals, Read, snapshot
 from pyro_flows.infer.compression.cumulative import Edges
 from pyro_flows.infer.density.units import is_plain_flow
-from pyro_flows.infer.uses.surprise import Leaf, context_units, is_elementwise, leaves_of, single_base
+from pyro_flows.infer.uses.surprise import Leaf, is_elementwise, leaves_of, single_base
 from pyro_flows.transforms import ActNorm, LogitPixels, Mint
 from pyro_flows.transforms.mint.orders import as_image, ranks
 
@@ -157,7 +157,7 @@ class FlowConditionals(Conditionals):
 
     def _leaves(self, context: Tensor | None) -> list[Leaf]:
         """The layers from data to base."""
-        return leaves_of(self.flow, context_units(self.flow, context))[::-1]
+        return leaves_of(self.flow, self.flow.inner_context(context))[::-1]
 
     @torch.no_grad()
     def _seen(self, x: Tensor, context: Tensor | None) -> list[_Seen | None]:

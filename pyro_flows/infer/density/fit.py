@@ -13,21 +13,20 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Transform
 from torch.optim import AdamW, Optimizer
-from tqdm.auto import tqdm
 
 from pyro_flows.core.transform import FlowTransform
 from pyro_flows.distributions import Flow
-from pyro_flows.infer.density import checkpoint as files
 from pyro_flows.infer.density.data import Rows, admit_rows, expected_by
-from pyro_flows.infer.density.loop import Training
+from pyro_flows.infer.density.loop import CHECKPOINT, DensityTraining
 from pyro_flows.infer.density.matching import FlowMatching, Matching, as_objective, matched_parts
 from pyro_flows.infer.density.objective import Likelihood, evaluate, log_prob_of, mean_score
-from pyro_flows.infer.density.plan import Schedule, Settings
 from pyro_flows.infer.density.prepare import Prepared, prepare
+from pyro_flows.infer.density.settings import Settings
 from pyro_flows.infer.density.survey import reals_of
 from pyro_flows.infer.density.units import in_units, is_plain_flow
-from pyro_flows.infer.machine.files import refuse_others
+from pyro_flows.infer.machine.checkpoint import Keeper, architecture_of, layout_of
 from pyro_flows.infer.machine.interrupts import carrying, interrupts_held_back
+from pyro_flows.infer.machine.randomness import own_randomness, random_state, set_random
 
 __all__ = ["DensityFit", "fit_density"]
 
@@ -46,7 +45,7 @@ class DensityFit:
         best_epoch: the epoch whose state the flow is left in.
         validation: mean log-likelihood of the validation rows in that state, in nats per row and in the units of the
             data; NaN without validation rows.
-        stopped: why it ended: ``"patience"``, ``"max_epochs"``, ``"max_steps"`` or ``"seconds"``; ``"interrupted"`` for
+        stopped: why it ended: ``"patience"``, ``"max_epochs"``, ``"steps"`` or ``"seconds"``; ``"interrupted"`` for
             a result that an exception carries.
         objective: what was trained by, ``"likelihood"`` or ``"flow_matching"``.
 
@@ -103,7 +102,7 @@ def fit_density(
     standardize: bool | None = None,
     batch_size: int | None = None,
     max_epochs: int | None = None,
-    max_steps: int | None = None,
+    steps: int | None = None,
     seconds: float | None = None,
     lr: float = 3e-3,
     schedule: str = "plateau",
@@ -163,7 +162,7 @@ def fit_density(
         batch_size: rows in a step, by default about a thirty-second of the rows, from 64 to 1024; a ``DataLoader`` has
             its own.
         max_epochs: passes over the data at most, by default as many as make 20,000 steps, from 20 to 1000.
-        max_steps: steps at most.
+        steps: steps at most.
         seconds: time at most.
         lr: the first learning rate.
         schedule: ``"plateau"`` (after ``patience`` epochs without improvement back to the best state, with 0.3 times
@@ -213,7 +212,7 @@ def fit_density(
             "fit_density: expected a flow with trainable parameters, got one without; if it was frozen, call "
             "flow.requires_grad_(True)"
         )
-    known = files.read(checkpoint) if resume else None
+    known = CHECKPOINT.read(checkpoint) if resume else None
     if seed is None:
         seed = int(torch.randint(2**31, ())) if known is None else known["settings"]["seed"]
     settings = Settings(
@@ -221,7 +220,7 @@ def fit_density(
         standardize=standardize,
         batch_size=batch_size,
         max_epochs=max_epochs,
-        max_steps=max_steps,
+        steps=steps,
         seconds=seconds,
         lr=lr,
         schedule=schedule,
@@ -237,41 +236,32 @@ def fit_density(
     given = (data, context, validation, validation_context)
     device = expected_by(flow).device
     so_far: list[Callable[[], DensityFit | None]] = []
-    with carrying(so_far), files.own_randomness(device, seed):
+    with carrying(so_far), own_randomness(device, seed):
         generator = torch.Generator().manual_seed(seed)
         start = prepare(flow, given, settings, generator, stacklevel=2)
         size = settings.batch_size_for(len(start.train)) if isinstance(start.train, Rows) else 0
-        plan = settings.plan(size, start.train.steps(size))
+        sizes = settings.sizes(size, start.train.steps(size))
         identity = {
-            "architecture": files.architecture_of(flow),
+            "architecture": architecture_of(flow),
             "data": start.identity,
-            "settings": settings.identity(plan, type(optimizer).__name__),
+            "settings": settings.identity(sizes, type(optimizer).__name__),
         }
         units = start.units
         if known is not None:
-            then, now = ({"units": files.layout_of(each)} for each in (known["units"], units))
-            files.refuse_other(checkpoint, {**known, **then}, {**identity, **now})
+            then, now = ({"units": layout_of(each)} for each in (known["units"], units))
+            CHECKPOINT.refuse_other(checkpoint, {**known, **then}, {**identity, **now})
             units = start.known_units(known["units"], checkpoint)
         model = in_units(flow, units, standardize)
         held_out = 0 if start.validation is None else len(start.validation)
         aim = Likelihood(flow, model) if matching is None else Matching(matching, model, seed, held_out)
-        training = Training(
-            flow,
-            model,
-            aim,
-            start.train,
-            start.validation,
-            optimizer,
-            Schedule(schedule, plan.patience, aim.notable),
-            plan,
-            settings,
-            generator,
+        training = DensityTraining(
+            flow, model, aim, start.train, start.validation, optimizer, settings, sizes, generator, progress
         )
         if known is not None:
             _resume(training, known, checkpoint, device, shuffle=generator, **start.generators)
 
         def content() -> dict[str, Any]:
-            random = files.random_state(device, shuffle=generator, **start.generators)
+            random = random_state(device, shuffle=generator, **start.generators)
             return {**identity, "units": units, "training": training.state_dict(), "random": random}
 
         def result() -> DensityFit:
@@ -286,8 +276,7 @@ def fit_density(
             )
 
         so_far.append(lambda: result() if training.best_epoch else None)
-        with tqdm(total=plan.total_steps, initial=training.step, disable=not progress, unit="step") as bar:
-            training.run(bar, files.Keeper(checkpoint, content))
+        training.run(Keeper(CHECKPOINT, checkpoint, content, checkpoint_every))
         fit = result()
         if matching is not None:
             fit.validation = _likelihood(model, start)
@@ -295,7 +284,7 @@ def fit_density(
 
 
 def _resume(
-    training: Training,
+    training: DensityTraining,
     known: dict[str, Any],
     path: str | os.PathLike[str],
     device: torch.device,
@@ -305,9 +294,9 @@ def _resume(
     with interrupts_held_back():
         before = training.best_state
         try:
-            with refuse_others(path, kind=files.KIND, remedy=files.REMEDY):
+            with CHECKPOINT.refusing(path):
                 training.load_state_dict(known["training"])
-                files.set_random(known["random"], device, **generators)
+                set_random(known["random"], device, **generators)
         except ValueError:
             training.flow.load_state_dict(before)
             raise

@@ -1,4 +1,4 @@
-"""The loop of a fit: epochs, the best state, the schedule, and what a checkpoint holds of them."""
+"""The training loop of densities: epochs, the best state, the schedule, and what a checkpoint holds of them."""
 
 from __future__ import annotations
 
@@ -6,121 +6,117 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
+from tqdm.auto import tqdm
 
-from pyro_flows.infer.density.checkpoint import COLUMNS, Keeper
 from pyro_flows.infer.density.data import Batch, Source
 from pyro_flows.infer.density.objective import Objective, bad_gradient, bad_score, mean_score
-from pyro_flows.infer.density.plan import Plan, Schedule, Settings
+from pyro_flows.infer.density.settings import Schedule, Settings, Sizes
+from pyro_flows.infer.machine.budget import Budget
+from pyro_flows.infer.machine.checkpoint import CheckpointFormat
 from pyro_flows.infer.machine.interrupts import interrupts_held_back
+from pyro_flows.infer.machine.loop import TrainingLoop
 from pyro_flows.transforms.continuous.layer import collect_penalties
 
-__all__ = ["Training"]
+__all__ = ["CHECKPOINT", "DensityTraining"]
 
-_COUNTERS = ("epoch", "step", "best", "best_epoch", "stopped")
+_COLUMNS = ("epoch", "step", "train", "validation", "lr", "seconds")  # of a history
+_COUNTERS = ("epoch", "best", "best_epoch", "stopped")
+
+CHECKPOINT = CheckpointFormat(
+    "fit_density",
+    2,
+    {
+        **dict.fromkeys(("architecture", "data"), dict),
+        "settings": {"seed": int},
+        "units": {name: (Tensor, type(None)) for name in ("loc", "scale", "context_loc", "context_scale")},
+        "training": {
+            **dict.fromkeys(("flow", "best_state", "optimizer", "schedule"), dict),
+            "history": dict.fromkeys(_COLUMNS, list),
+            "averages": list,
+            **dict.fromkeys(("spent", "best"), float),
+            **dict.fromkeys(("epoch", "step", "best_epoch"), int),
+            "stopped": (str, type(None)),
+        },
+        "random": {"cpu": Tensor, "shuffle": Tensor},
+    },
+    counter="epoch",
+)
 
 
-@dataclass
-class Training:
-    """One fit: all that changes on the way.
+class DensityTraining(TrainingLoop):
+    """Trains a density by an objective.
 
-    Attributes:
-        flow: what is trained; its state is kept and put back.
+    Args:
+        flow: the module to train.
         model: the same in the units of the data; shares the parameters.
-        objective: what is maximised.
+        objective: the score to maximize.
         train: rows to fit to.
-        validation: rows to judge by, ``None`` to judge by the training score.
+        validation: rows to judge by; ``None`` to judge by the training score.
         optimizer: holds the parameters.
-        schedule: of the learning rate.
-        plan: sizes and limits.
-        settings: for the limit in time, clipping and averaging.
+        settings: limits, clipping and averaging.
+        sizes: of batches and of the run.
         generator: shuffles.
+        progress: whether to show a progress bar.
     """
 
-    flow: nn.Module
-    model: nn.Module
-    objective: Objective
-    train: Source
-    validation: Source | None
-    optimizer: Optimizer
-    schedule: Schedule
-    plan: Plan
-    settings: Settings
-    generator: torch.Generator
-    history: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in COLUMNS})
-    epoch: int = 0
-    step: int = 0
-    best: float = -math.inf
-    best_epoch: int = 0
-    stopped: str | None = None
+    def __init__(
+        self,
+        flow: nn.Module,
+        model: nn.Module,
+        objective: Objective,
+        train: Source,
+        validation: Source | None,
+        optimizer: Optimizer,
+        settings: Settings,
+        sizes: Sizes,
+        generator: Generator,
+        progress: bool,
+    ) -> None:
+        super().__init__(flow, Budget(sizes.total_steps, settings.seconds, time.monotonic()))
+        self.model, self.objective, self.optimizer = model, objective, optimizer
+        self.rows, self.validation, self.generator = train, validation, generator
+        self.settings, self.sizes, self.progress = settings, sizes, progress
+        self.schedule = Schedule(settings.schedule, sizes.patience, objective.notable)
+        self.history: dict[str, list[float]] = {name: [] for name in _COLUMNS}
+        self.epoch = self.best_epoch = 0
+        self.best = -math.inf
+        self.stopped: str | None = None
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+        self.rates = [group["lr"] for group in optimizer.param_groups]
+        self.averages = [p.detach().clone() for p in self.parameters] if settings.average else []
+        self._masked = [module for module in flow.modules() if hasattr(module, "resample_masks")]
+        self.best_state = self.snapshot()  # what to return to where not even the first epoch ends well
 
-    def __post_init__(self) -> None:
-        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
-        self.rates = [group["lr"] for group in self.optimizer.param_groups]
-        self.averages = [p.detach().clone() for p in self.parameters] if self.settings.average else []
-        self._masked = [module for module in self.flow.modules() if hasattr(module, "resample_masks")]
-        self._spent, self._since = 0.0, time.monotonic()
-        self.best_state = self._snapshot()  # what to fall back on where not even the first epoch ends well
-
-    def run(self, bar: Any, keeper: Keeper) -> None:
-        """Trains until something says stop; leaves the flow in evaluation mode, in the best state known.
-
-        An interruption (``KeyboardInterrupt``, ``SystemExit``) writes the checkpoint on the way out: the state at the
-        end of the last whole epoch, from which a resumed run goes on as if it had never stopped.
-
-        Args:
-            bar: shows the progress.
-            keeper: writes checkpoints.
-        """
-        interrupted = True
-        try:
-            if not self.epoch:
-                keeper.keep()
+    def train(self) -> None:
+        """Takes all epochs that are left."""
+        if not self.epoch:
+            self.keep(0)
+        steps = self.sizes.total_steps
+        with tqdm(total=steps, initial=self.budget.done, disable=not self.progress, unit="step") as bar:
             while self.stopped is None:
                 self._train_epoch(bar)
                 self._close_epoch(bar)
-                keeper.keep()
-                if self.stopped is not None or self.epoch % self.settings.checkpoint_every == 0:
-                    keeper.write()
-            interrupted = False
-        except Exception:
-            interrupted = False
-            raise
-        finally:
-            with interrupts_held_back():
-                self._settle()
-                if interrupted:
-                    keeper.leave()
+                self.keep(self.epoch, write=self.stopped is not None)
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
+        """Returns to the best state."""
         self.flow.load_state_dict(self.best_state)
         self.model.eval()
-        self.flow.eval()
         self.optimizer.zero_grad(set_to_none=True)
-        self.flow.zero_grad(set_to_none=True)
 
-    @property
-    def elapsed(self) -> float:
-        """Seconds spent, those before a resumption included."""
-        return self._spent + time.monotonic() - self._since
-
-    def _progress(self) -> float:
-        steps = self.step / self.plan.total_steps
-        return steps if self.settings.seconds is None else max(steps, self.elapsed / self.settings.seconds)
-
-    def _train_epoch(self, bar: Any) -> None:
+    def _train_epoch(self, bar: tqdm) -> None:
         self.model.train()
         self.flow.train()
         total, rows = 0.0, 0
-        for value, context, index in self.train.batches(self.plan.batch_size, self.generator):
+        for value, context, index in self.rows.batches(self.sizes.batch_size, self.generator):
             if not len(value):
                 continue
-            factor = self.schedule.factor(self._progress())
+            factor = self.schedule.factor(self.budget.fraction)
             for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
                 group["lr"] = rate * factor
             for module in self._masked:  # order-agnostic training: another order each step
@@ -128,7 +124,7 @@ class Training:
             total += len(value) * self._take_step(value, context, index)
             rows += len(value)
             bar.update(1)
-            if self._out_of_steps() or self._out_of_time():
+            if self._limit() is not None:
                 break
         if not rows:
             raise ValueError("fit_density: the DataLoader given as data was empty in this pass; it must start anew")
@@ -139,7 +135,7 @@ class Training:
         try:
             return self.objective.scores(value, context)
         except ValueError:
-            # A distribution that validates refuses NaN before it comes to a score.
+            # A distribution that validates refuses NaN before it computes a score.
             if self.objective.first_nonfinite((value, context, None)) is None:
                 raise
             return value.new_full((len(value),), math.nan, dtype=self.parameters[0].dtype)
@@ -157,41 +153,37 @@ class Training:
             raise ValueError(f"fit_density: the {noun} does not depend on any parameter that is to be trained")
         self.optimizer.zero_grad()
         loss.backward()
-        grads = [p.grad for p in self.parameters if p.grad is not None]
-        norm = nn.utils.get_total_norm(grads)
+        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         if not math.isfinite(norm.item()):
             raise FloatingPointError(bad_gradient(self.flow, norm.item()))
         if self.settings.clip_norm is not None:
             nn.utils.clip_grads_with_norm_(self.parameters, self.settings.clip_norm, norm)
         self.optimizer.step()
-        self.step += 1
+        self.budget.done += 1
         if self.averages:
             # Early on, the average must not remember where training began.
-            weight = 1 - min(self.settings.average, (self.step - 1) / (self.step + 9))
+            weight = 1 - min(self.settings.average, (self.budget.done - 1) / (self.budget.done + 9))
             with torch.no_grad():
                 for mean, parameter in zip(self.averages, self.parameters, strict=True):
                     mean.lerp_(parameter, weight)
         return score
 
-    def _close_epoch(self, bar: Any) -> None:
+    def _close_epoch(self, bar: tqdm) -> None:
         self.model.eval()
         self.flow.eval()
         with self._averaged():
-            held_out = math.nan if self.validation is None else self._validate()
+            held_out = math.nan if self.validation is None else self._validate(self.validation)
             score = self._trained if self.validation is None else held_out
-            rate = self.optimizer.param_groups[0]["lr"]
-            row = (self.epoch, self.step, self._trained, held_out, float(rate), self.elapsed)
+            rate = float(self.optimizer.param_groups[0]["lr"])
+            row = (self.epoch, self.budget.done, self._trained, held_out, rate, self.budget.elapsed)
             with interrupts_held_back():  # so that the history, the best epoch and its state belong together
-                for column, entry in zip(COLUMNS, row, strict=True):
+                for column, entry in zip(_COLUMNS, row, strict=True):
                     self.history[column].append(entry)
                 if math.isfinite(score) and score > self.best:
-                    self.best, self.best_epoch, self.best_state = score, self.epoch, self._snapshot()
+                    self.best, self.best_epoch, self.best_state = score, self.epoch, self.snapshot()
         bar.set_description(f"epoch {self.epoch}", refresh=False)
         shown = f"train {self._trained:.4f}" + ("" if self.validation is None else f", validation {held_out:.4f}")
         bar.set_postfix_str(f"{shown}, best {self.best:.4f}, lr {rate:.1e}", refresh=False)
-        self._decide(score)
-
-    def _decide(self, score: float) -> None:
         verdict = self.schedule.judge(score if math.isfinite(score) else math.nan)
         self.stopped = "patience" if verdict == "stop" else self._limit()
         if not self.best_epoch and (verdict != "go" or self.stopped is not None):
@@ -202,29 +194,24 @@ class Training:
                 mean.copy_(parameter.detach())
 
     def _limit(self) -> str | None:
-        if self._out_of_steps():
-            return "max_steps"
-        if self.epoch >= self.plan.max_epochs:
+        """The limit that is reached, if any."""
+        if self.settings.steps is not None and self.budget.done >= self.settings.steps:
+            return "steps"
+        if self.epoch >= self.sizes.max_epochs:
             return "max_epochs"
-        return "seconds" if self._out_of_time() else None
+        return "seconds" if self.budget.left() <= 0 else None
 
-    def _out_of_steps(self) -> bool:
-        return self.settings.max_steps is not None and self.step >= self.settings.max_steps
-
-    def _out_of_time(self) -> bool:
-        return self.settings.seconds is not None and self.elapsed >= self.settings.seconds
-
-    def _validate(self) -> float:
+    def _validate(self, rows: Source) -> float:
         with self.objective.fixed():
-            return mean_score(self._score, self.validation, self.plan.batch_size)
+            return mean_score(self._score, rows, self.sizes.batch_size)
 
     def _raise_never_finite(self) -> None:
         what = f"validation {self.objective.noun} was not finite in any of {self.epoch} epochs"
-        for value, context, index in self.validation.chunks(self.plan.batch_size):
+        for batch in () if self.validation is None else self.validation.chunks(self.sizes.batch_size):
             with torch.no_grad():
-                bad = not self._score(value, context).isfinite().all()
+                bad = not self._score(*batch[:2]).isfinite().all()
             if bad:
-                self._raise_bad_score(what, (value, context, index))
+                self._raise_bad_score(what, batch)
         raise FloatingPointError(f"fit_density: the {what}; try a smaller lr")
 
     def _raise_bad_score(self, what: str, batch: Batch) -> None:
@@ -233,12 +220,9 @@ class Training:
         found = self.objective.beyond if found is None else f"it begins in {found}"
         raise FloatingPointError(bad_score(what, scores, batch[2], found))
 
-    def _snapshot(self) -> dict[str, Any]:
-        return {name: v.detach().clone() if isinstance(v, Tensor) else v for name, v in self.flow.state_dict().items()}
-
     @contextmanager
     def _averaged(self) -> Iterator[None]:
-        """The averages in place of the parameters."""
+        """Inside, the averages replace the parameters."""
         if not self.averages:
             yield
             return
@@ -254,22 +238,22 @@ class Training:
         for parameter, value in zip(self.parameters, values, strict=True):
             parameter.copy_(value)
 
-    # Resumption.
+    # Checkpoints.
 
     def state_dict(self) -> dict[str, Any]:
-        """A copy on the CPU of all that a resumed run needs to go on as if nothing had happened, but for generators."""
+        """What a resumed run needs beside the states of generators: copies on the CPU, and the history itself."""
         changing = {
             "flow": dict(self.flow.state_dict()),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "averages": self.averages,
-            "history": self.history,
         }
-        rest = {name: getattr(self, name) for name in _COUNTERS}
-        return {**_copied(changing), "best_state": self.best_state, "spent": self.elapsed, **rest}
+        counters = {name: getattr(self, name) for name in _COUNTERS}
+        kept = {"best_state": self.best_state, "history": self.history, "spent": self.budget.elapsed}
+        return {**_copied(changing), **kept, **counters, "step": self.budget.done}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """What :meth:`state_dict` gave; a limit that was reached then may be a higher one now."""
+        """Restores what :meth:`state_dict` returned; a limit that was reached then may be higher now."""
         self.flow.load_state_dict(state["best_state"])  # so that one that does not fit is found now
         self.flow.load_state_dict(state["flow"])
         self.best_state, self.history = state["best_state"], state["history"]
@@ -281,13 +265,13 @@ class Training:
             mean.copy_(known)
         for name in _COUNTERS:
             setattr(self, name, state[name])
-        self._spent, self._since = state["spent"], time.monotonic()
+        self.budget.resume(state["step"], state["spent"], state["spent"])
         if self.stopped != "patience":
             self.stopped = self._limit()
 
 
 def _copied(value: Any) -> Any:
-    """With tensors of its own on the CPU, so that no memory of the device is taken."""
+    """Copies with tensors on the CPU, so that no memory of the device is taken."""
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):

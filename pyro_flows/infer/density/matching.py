@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from pyro_flows.core.nonfinite import nonfinite_state
 from pyro_flows.core.transform import FlowTransform
 from pyro_flows.distributions import Flow
-from pyro_flows.infer.density.checkpoint import own_randomness
 from pyro_flows.infer.density.data import Batch
 from pyro_flows.infer.density.objective import Objective
-from pyro_flows.infer.density.units import StandardizedFlow, flat_parts, is_plain_flow
+from pyro_flows.infer.density.units import flat_parts, is_plain_flow
+from pyro_flows.infer.machine.randomness import own_randomness
 from pyro_flows.transforms import Continuous
 
 __all__ = ["FlowMatching", "Matching", "as_objective", "assigned", "matched_parts"]
@@ -202,8 +202,7 @@ class Matching(Objective):
         return own_randomness(self.device, self.seed ^ 1)
 
     def scores(self, value: Tensor, context: Tensor | None) -> Tensor:
-        if isinstance(self.model, StandardizedFlow):
-            context = self.model.scaled(context)
+        context = self.model.inner_context(context)
         with torch.no_grad():
             for part in reversed(self.after):
                 value = part.inverse_and_ladj(value, context if part.context_dim else None)[0]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pyro_flows.core.nonfinite import locate_nonfinite, nonfinite_output, nonfinite_state
 from pyro_flows.infer.density.data import Batch, Rows, Source, name_rows
-from pyro_flows.infer.density.units import StandardizedFlow, is_plain_flow
+from pyro_flows.infer.density.units import is_plain_flow
 
 __all__ = [
     "Likelihood",
@@ -38,8 +38,9 @@ def first_nonfinite(flow: nn.Module, model: nn.Module, batch: Batch) -> str | No
     """
     value, context, _ = batch
     if is_plain_flow(model):
-        inner = model.scaled(context) if isinstance(model, StandardizedFlow) and context is not None else context
-        return locate_nonfinite(model.chain.inv, value, inner, within=flow) or nonfinite_state(flow)
+        return locate_nonfinite(model.chain.inv, value, model.inner_context(context), within=flow) or nonfinite_state(
+            flow
+        )
 
     def call() -> None:
         # Distributions that validate refuse NaN, by when the layer that made it has been seen.
@@ -121,15 +122,7 @@ class Likelihood(Objective):
 def log_prob_of(model: nn.Module) -> Callable[[Tensor, Tensor | None], Tensor]:
     """The log-density of admitted rows by the shortest way."""
     if is_plain_flow(model):
-
-        def of_flow(value: Tensor, context: Tensor | None) -> Tensor:
-            # As its distribution computes it, but without making one: values are checked already.
-            if isinstance(model, StandardizedFlow):
-                context = model.scaled(context)
-            x, ladj = model.chain.inverse_and_ladj(value, context)
-            return model.base().log_prob(x) + ladj
-
-        return of_flow
+        return model.score
 
     def of_module(value: Tensor, context: Tensor | None) -> Tensor:
         scores = model.log_prob(value) if context is None else model.log_prob(value, context)

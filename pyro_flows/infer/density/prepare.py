@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from pyro_flows.infer.density.checkpoint import checksum
 from pyro_flows.infer.density.data import Expected, Loader, Rows, Source, admit_rows, expected_by
-from pyro_flows.infer.density.plan import HELD_OUT_AT_MOST, Settings
+from pyro_flows.infer.density.settings import HELD_OUT_AT_MOST, Settings
 from pyro_flows.infer.density.survey import Survey, reals_of, refuse_outside
 from pyro_flows.infer.density.units import Units, ends_of, is_plain_flow, over_time, pull_back, split_chain
+from pyro_flows.infer.machine.checkpoint import checksum
 
 __all__ = ["Prepared", "prepare"]
 

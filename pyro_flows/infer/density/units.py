@@ -19,7 +19,7 @@ from torch.distributions.constraints import Constraint
 from pyro_flows.core.chain import Chain
 from pyro_flows.core.transform import FlowTransform, Inverse
 from pyro_flows.core.wrap import Wrap, image
-from pyro_flows.distributions import Flow, FlowDistribution
+from pyro_flows.distributions import Flow
 from pyro_flows.distributions.made import Head
 from pyro_flows.infer.density.columns import at_bounds, is_free
 from pyro_flows.transforms import Standardization
@@ -67,15 +67,9 @@ class StandardizedFlow(Flow):
         self.register_buffer("context_loc", context_loc.detach().clone())
         self.register_buffer("context_scale", context_scale.detach().clone())
 
-    def scaled(self, context: Tensor) -> Tensor:
-        """A context as the chain sees it."""
-        return (context - self.context_loc) / self.context_scale
-
-    def forward(self, context: Tensor | None = None) -> FlowDistribution:
-        """The distribution at a context of shape ``(*batch, context_dim)``, in the context's own units."""
-        return super().forward(None if context is None else self.scaled(context))
-
-    condition = forward
+    def inner_context(self, context: Tensor | None) -> Tensor | None:
+        """The context in standardized units."""
+        return None if context is None else (context - self.context_loc) / self.context_scale
 
 
 class StandardizedDensity(nn.Module):
@@ -119,8 +113,7 @@ class StandardizedDensity(nn.Module):
 
 def is_plain_flow(module: nn.Module) -> bool:
     """Whether a module is a flow whose density is that of its chain and base, and so can be taken apart."""
-    made_by = (type(module).forward, type(module).log_prob) if isinstance(module, Flow) else ()
-    return made_by in ((Flow.forward, Flow.log_prob), (StandardizedFlow.forward, Flow.log_prob))
+    return isinstance(module, Flow) and (type(module).log_prob, type(module).score) == (Flow.log_prob, Flow.score)
 
 
 def standardized(

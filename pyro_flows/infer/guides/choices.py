@@ -14,7 +14,7 @@ from pyro_flows.distributions import Flow
 from pyro_flows.infer.diagnostics import importance
 from pyro_flows.infer.guides.assessment import FEWEST, search_modes, weigh
 from pyro_flows.infer.guides.auto import AutoFlow
-from pyro_flows.infer.guides.budget import Budget
+from pyro_flows.infer.machine.budget import Budget
 from pyro_flows.infer.machine.pace import FLAT, rows_at_once
 from pyro_flows.infer.models.joint import FAILURES, JointDensity
 from pyro_flows.infer.search.probe import ModeProbe

@@ -21,11 +21,9 @@ from torch import Generator, Tensor, nn
 from torch.utils._pytree import tree_map
 from tqdm.auto import tqdm
 
-from pyro_flows.infer.density.checkpoint import architecture_of, random_state, set_random
-from pyro_flows.infer.guides import checkpoint as files
+from pyro_flows.core.checks import integer
 from pyro_flows.infer.guides.assessment import DRAWS, FEWEST, Assessment, assess
 from pyro_flows.infer.guides.auto import AutoFlow, seeded
-from pyro_flows.infer.guides.budget import Budget
 from pyro_flows.infer.guides.choices import (
     SLOW_SECONDS,
     choose_particles,
@@ -33,9 +31,13 @@ from pyro_flows.infer.guides.choices import (
     several_modes,
     start_within,
 )
-from pyro_flows.infer.guides.loop import History, Training, cover_modes
+from pyro_flows.infer.guides.cover import cover_modes
+from pyro_flows.infer.guides.loop import CHECKPOINT, GuideTraining, History
 from pyro_flows.infer.guides.result import GuideFit
+from pyro_flows.infer.machine.budget import Budget
+from pyro_flows.infer.machine.checkpoint import Keeper, architecture_of, checksums
 from pyro_flows.infer.machine.interrupts import carrying, pyro_as_it_was
+from pyro_flows.infer.machine.randomness import random_state, set_random
 from pyro_flows.infer.models.broadcasting import warn_once
 from pyro_flows.infer.models.enumeration import unblocked
 from pyro_flows.infer.models.joint import JointDensity
@@ -92,6 +94,12 @@ SETTINGS = ("particles", "path_gradient", "tempering", "start", "num_starts", "s
 
 
 STARTING = 0.25  # of the seconds, for the start
+
+
+DEFAULT_STEPS = 4000
+
+
+SECONDS_BETWEEN_FILES = 30.0  # of checkpoints, at most
 
 
 def fit_guide(
@@ -163,18 +171,21 @@ def fit_guide(
         al., 2017), arXiv:1703.09194; Pathfinder (Zhang et al., 2022), arXiv:2108.03782; Yes, but Did It Work? (Yao
         et al., 2018), arXiv:1802.02538.
     """
-    budget = Budget(steps, seconds, time.monotonic())
+    if steps is not None:
+        integer("fit_guide", "steps", steps)
+    if seconds is not None and not 0 < seconds < math.inf:
+        raise ValueError(f"fit_guide: expected seconds to be a positive number, got {seconds!r}")
+    integer("fit_guide", "checkpoint_every", checkpoint_every)
+    budget = Budget(DEFAULT_STEPS if steps is None and seconds is None else steps, seconds, time.monotonic())
     guide = _guide(model_or_guide, kwargs)
     guide.of_prior = fit_prior
-    if isinstance(checkpoint_every, bool) or not isinstance(checkpoint_every, int) or checkpoint_every < 1:
-        raise ValueError(f"fit_guide: expected checkpoint_every to be an integer >= 1, got {checkpoint_every!r}")
-    known = files.read(checkpoint) if resume else None
+    known = CHECKPOINT.read(checkpoint) if resume else None
     identity = {
-        "data": files.data_of(args, kwargs),
+        "data": checksums(args, kwargs),
         "settings": {"steps": budget.steps, "seconds": seconds, **{name: getattr(guide, name) for name in SETTINGS}},
     }
     if known is not None:
-        files.refuse_other(checkpoint, known, identity, "fit_guide")
+        CHECKPOINT.refuse_other(checkpoint, known, identity)
     so_far: list[Callable[[], GuideFit]] = []
     bar = _Bar(budget, progress)
     with carrying(so_far), pyro_as_it_was(), seeded(guide.seed), poutine.block(), torch.enable_grad(), bar:
@@ -185,12 +196,12 @@ def fit_guide(
             guide.hide_discrete(*args, **kwargs)
             begun = (_begin if known is None else _begin_again)(guide, args, kwargs, budget, known)
         identity |= {
-            "latents": files.latents_of(guide.latents),
-            "parameters": files.data_of((), guide.model_parameters),
+            "latents": {site.name: f"{tuple(site.shape)} {site.dtype} on {site.support!r}" for site in guide.latents},
+            "parameters": checksums((), guide.model_parameters),
             "architecture": architecture_of(guide.flow),
         }
         if known is not None:
-            files.refuse_other(checkpoint, known, identity, "fit_guide")
+            CHECKPOINT.refuse_other(checkpoint, known, identity)
         if begun.density.why_not is not None:
             notes.append(begun.density.why_not)
             warn_once(unblocked(guide.plain_model), begun.density.why_not, stacklevel=2)
@@ -204,10 +215,11 @@ def fit_guide(
             return {
                 **identity,
                 "start": begun.state(guide),
+                "training": training.state_dict(),
                 "random": random_state(device, search=begun.generator),
             }
 
-        training = Training(
+        training = GuideTraining(
             guide.flow,
             begun.density,
             budget,
@@ -217,14 +229,13 @@ def fit_guide(
             covering=begun.covered is not None,
             fresh=begun.covered is None,
             report=bar.report,
-            keeper=None if checkpoint is None else files.Keeper(checkpoint, checkpoint_every, content),
         )
         if known is not None:
-            with files.refuse(checkpoint):
-                training.load(known["training"])
+            with CHECKPOINT.refusing(checkpoint):
+                training.load_state_dict(known["training"])
                 set_random(known["random"], device, search=begun.generator)
         so_far.append(lambda: _result(guide, begun, training, None))
-        training.run()
+        training.run(Keeper(CHECKPOINT, checkpoint, content, checkpoint_every, SECONDS_BETWEEN_FILES))
         bar.say("judging")
         assessment = _assess(guide, begun.density, begun.initial, begun.generator, budget)
         if begun.covered is not None and assessment.verdict.label == "modes missing":
@@ -292,12 +303,8 @@ def _begin(guide: AutoFlow, args: tuple[object, ...], kwargs: dict[str, object],
     budget.keep = begun.keep
     several = several_modes(guide, density, initial, budget, generator)
     if several is not None:
-        found = cover_modes(
-            guide.flow,
-            several,
-            generator,
-            math.inf if budget.seconds is None else time.monotonic() + 0.15 * budget.seconds,
-        )
+        limit = None if budget.seconds is None else 0.15 * budget.seconds
+        found = cover_modes(guide.flow, several, generator, limit)
         begun.notes.append(f"the start covers {found} modes, by a mixture of Gaussians")
         begun.covered = copy.deepcopy(guide.flow.state_dict())
     budget.begin()
@@ -334,7 +341,7 @@ def _begin_again(
     )
 
 
-def _result(guide: AutoFlow, begun: _Begun, training: Training, assessment: Assessment | None) -> GuideFit:
+def _result(guide: AutoFlow, begun: _Begun, training: GuideTraining, assessment: Assessment | None) -> GuideFit:
     """The result, which owns its guide, and the density of the data as they are now."""
     own = copy.deepcopy(guide)
     density = own_density(begun.density, own.latents, guide.model_parameters)

@@ -1,141 +1,57 @@
-"""A start for posteriors of several modes: a flow fitted to a mixture of Gaussians, one on each."""
+"""The training loop of guides: an affine phase, a flow's phase, the best state, and what a checkpoint holds of them."""
 
 from __future__ import annotations
 
-import copy
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Generator, Tensor
-from torch.optim.adam import adam
+from torch import Tensor
 
 from pyro_flows.distributions import Flow
-from pyro_flows.infer.guides.budget import Budget, cosine
-from pyro_flows.infer.guides.checkpoint import Keeper
 from pyro_flows.infer.guides.posterior import frozen
+from pyro_flows.infer.machine.adam import Adam
+from pyro_flows.infer.machine.budget import Budget, cosine
+from pyro_flows.infer.machine.checkpoint import CheckpointFormat
 from pyro_flows.infer.machine.interrupts import interrupts_held_back
+from pyro_flows.infer.machine.loop import TrainingLoop
 from pyro_flows.infer.machine.pace import rows_at_once
 from pyro_flows.infer.models.joint import FAILURES
-from pyro_flows.infer.search.probe import ModeProbe
 from pyro_flows.transforms import Preconditioner
 
-__all__ = ["Adam", "History", "Training", "cover_modes", "mixture_draws", "speeds_of"]
+__all__ = ["CHECKPOINT", "GuideTraining", "History", "speeds_of"]
 
+CHECKPOINT = CheckpointFormat(
+    "fit_guide",
+    1,
+    {
+        **dict.fromkeys(("architecture", "latents", "data", "parameters", "settings", "start"), dict),
+        "training": {
+            "phase": str,
+            **dict.fromkeys(("first", "spent", "trained"), float),
+            **dict.fromkeys(("flow", "history"), dict),
+            "moments": list,
+            "best": (dict, type(None)),
+            **dict.fromkeys(("exact", "window", "failed_steps", "dropped", "done"), int),
+        },
+        "random": {"cpu": Tensor, "search": Tensor},
+    },
+    counter="done",
+)
 
-class Adam:
-    """The fused step of Adam on parameters of one dtype and device.
-
-    A ``torch.optim.Optimizer`` imports torch's compiler when it is made, which takes as long as a tenth of a short fit.
-    In turn nothing tells flows of the step: whoever uses this clears their caches at the end.
-
-    Args:
-        parameters: what to move.
-        speeds: for some of them the factor of the step size, by identity; 1 for the others.
-
-    References:
-        Adam: A Method for Stochastic Optimization (Kingma & Ba, 2014), arXiv:1412.6980.
-    """
-
-    def __init__(self, parameters: Sequence[Tensor], speeds: Mapping[int, float] | None = None) -> None:
-        self.parameters = list(parameters)
-        self._speeds = [(speeds or {}).get(id(p), 1.0) for p in self.parameters]
-        self._first = [torch.zeros_like(p) for p in self.parameters]
-        self._second = [torch.zeros_like(p) for p in self.parameters]
-        self._steps = [torch.zeros((), dtype=torch.float32, device=p.device) for p in self.parameters]
-
-    def state(self) -> list[list[Tensor]]:
-        """Copies of the moments and of the numbers of steps."""
-        return [[each.clone() for each in kind] for kind in (self._first, self._second, self._steps)]
-
-    @torch.no_grad()
-    def load(self, state: list[list[Tensor]]) -> None:
-        """Puts back what :meth:`state` gave."""
-        for kind, known in zip((self._first, self._second, self._steps), state, strict=True):
-            for each, value in zip(kind, known, strict=True):
-                each.copy_(value)
-
-    def zero_grad(self) -> None:
-        """Forgets the gradients."""
-        for parameter in self.parameters:
-            parameter.grad = None
-
-    @torch.no_grad()
-    def clip(self, most: float) -> Tensor:
-        """Scales the gradients so that their norm, each times the speed of its parameter, is ``most`` at most.
-
-        Returns:
-            the norm before.
-        """
-        pairs = zip(self.parameters, self._speeds, strict=True)
-        grads = [p.grad if speed == 1.0 else speed * p.grad for p, speed in pairs if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads, foreach=True)
-        torch.nn.utils.clip_grads_with_norm_(self.parameters, most, norm, foreach=True)
-        return norm
-
-    @torch.no_grad()
-    def step(self, rate: float) -> None:
-        """Moves the parameters that have a gradient."""
-        state = (self.parameters, self._first, self._second, self._steps, self._speeds)
-        moving = [each for each in zip(*state, strict=True) if each[0].grad is not None]
-        for speed in {each[-1] for each in moving}:
-            self._move([each[:-1] for each in moving if each[-1] == speed], speed * rate)
-
-    def _move(self, moving: list[tuple[Tensor, ...]], rate: float) -> None:
-        parameters, first, second, steps = (list(column) for column in zip(*moving, strict=True))
-        adam(
-            parameters,
-            [p.grad for p in parameters],
-            first,
-            second,
-            [],
-            steps,
-            fused=True,
-            amsgrad=False,
-            beta1=0.9,
-            beta2=0.999,
-            lr=rate,
-            weight_decay=0.0,
-            eps=1e-8,
-            maximize=False,
-        )
-
-
-WARM = 0.2  # of the budget, for the affine part alone
-
-
+WARM = 0.2  # the part of the budget for the affine map alone
 WARM_RATES = (0.05, 0.005)
-
-
-RATES = (1e-2, 1e-5)
-
-
-CAREFUL_RATES = (1e-3, 1e-5)
-
-
-TEMPERED = 0.6  # of the flow's phase, until the posterior has its whole weight
-
-
-COVER = 4.0
-
-
-EVEN = 1.5  # a spread of the log-weights at which the forward divergence begins to count as well
-
-
-HEAVIEST = 10.0  # times the mean: what a draw's weight counts at most
-
-
-CLIP = 10.0
-
-
-EXACT = 0.02  # a spread of the log-weights at which nothing is left to learn
-
-
+RATES, CAREFUL_RATES = (1e-2, 1e-5), (1e-3, 1e-5)
+TEMPERED = 0.6  # the part of the flow's phase until the posterior has its whole weight
+COVER = 4.0  # weight of the forward divergence
+EVEN = 1.5  # the spread of the log-weights below which the forward divergence begins to count
+HEAVIEST = 10.0  # the largest weight of a draw, in units of the mean
+CLIP = 10.0  # the largest norm of a gradient
+EXACT = 0.02  # the spread of the log-weights at which nothing is left to learn
 PATIENCE = 25  # steps in a row
-
-
 LOOK = 50  # steps whose mean is compared with that of others
 
 
@@ -146,7 +62,7 @@ class History:
     Attributes:
         elbo: mean of log p - log q over the step's draws, in nats.
         spread: standard deviation of log p - log q over the step's draws.
-        rate: the optimiser's step size.
+        rate: the optimizer's step size.
         phase: ``"affine"`` or ``"flow"``.
         seconds: wall time since the fit began.
         weight: the posterior's weight under tempering, else 1.
@@ -169,8 +85,8 @@ def emphasis(log_weights: Tensor, fine: Tensor) -> Tensor:
     r"""How much each draw counts, 1 on average: :math:`(1 + c\,w) / (1 + c)` with its importance weight :math:`w`.
 
     The path gradient of :math:`KL(q \| p)` counts all draws alike, that of :math:`KL(p \| q)` by their weights.  The
-    first alone flees from tails that it fits badly, and so makes them thinner.  The second is noise as long as weights
-    are uneven, hence :math:`c`, which rises from 0 to 1 as their spread falls.
+    first alone flees from tails that it fits badly, and makes them thinner.  The second is noise as long as weights are
+    uneven, hence :math:`c`, which rises from 0 to 1 as their spread falls.
 
     References:
         Gradients should stay on Path (Vaitl et al., 2022), arXiv:2207.08219.
@@ -184,7 +100,7 @@ def emphasis(log_weights: Tensor, fine: Tensor) -> Tensor:
 
 
 def speeds_of(flow: Flow) -> dict[int, float]:
-    """What makes up for the gains of affine layers, by the identity of the parameters that these multiply.
+    """Speeds that make up for the gains of affine layers, by the identity of the parameters that these multiply.
 
     Gains keep steps of stock optimizers small; here many draws, a clipped gradient and a decaying step size do that.
     """
@@ -197,8 +113,8 @@ def speeds_of(flow: Flow) -> dict[int, float]:
     return speeds
 
 
-class Training:
-    """Trains a guide's flow against an unnormalised log-density.
+class GuideTraining(TrainingLoop):
+    """Trains a guide's flow against an unnormalized log-density.
 
     Args:
         flow: base, a chain of a flow and a :class:`Preconditioner`.
@@ -209,11 +125,12 @@ class Training:
         tempering: the first weight of the posterior, or ``None``.
         covering: whether to follow, beside the ELBO, the forward divergence as its own weighted draws estimate it,
             which holds the guide to the shares of all modes that it has found.
-        fresh: whether the flow is still the identity; else the affine phase is left out, and steps are smaller, so
+        fresh: whether the flow is still the identity; if not, the affine phase is left out, and steps are smaller, so
             that the flow stays where it is.
         report: called after each step with the history.
-        keeper: writes checkpoints; ``None`` for none.
     """
+
+    flow: Flow
 
     def __init__(
         self,
@@ -227,11 +144,10 @@ class Training:
         covering: bool = False,
         fresh: bool = True,
         report: Callable[[History], None] | None = None,
-        keeper: Keeper | None = None,
     ) -> None:
-        self.flow, self.density, self.budget = flow, density, budget
-        self.particles, self.path_gradient, self.tempering = particles, path_gradient, tempering
-        self.covering, self.report, self.keeper = covering, report, keeper
+        super().__init__(flow, budget)
+        self.density, self.particles, self.path_gradient = density, particles, path_gradient
+        self.tempering, self.covering, self.report = tempering, covering, report
         self.history = History()
         self.failed_steps = 0
         self.dropped = 0
@@ -241,58 +157,46 @@ class Training:
         self._best: tuple[float, dict[str, Tensor]] | None = None
         self._exact = 0
         self._window = 0  # steps since the last look at whether the state is the best
-        self._moments: list[list[Tensor]] | None = None  # to go on with
+        self._optimizer: Adam | None = None
+        self._moments: list[list[Tensor]] = []  # to go on with
+        self._places = [(m._parameters, n, p) for m in flow.modules() for n, p in m._parameters.items()]
 
     @property
     def preconditioner(self) -> Preconditioner:
         """The affine end."""
         return self.flow.chain[-1]
 
-    def run(self) -> None:
-        """All phases that are left; leaves the flow in its best state, and in ``eval()``, where it is a function.
-
-        So it does after an error and an interruption, too.
-        """
-        places = [(m._parameters, n, p) for m in self.flow.modules() for n, p in m._parameters.items()]
+    def train(self) -> None:
+        """Trains in all phases that are left."""
         self.flow.train()
-        interrupted = True
-        try:
-            if self.phase == "affine":
-                self._phase(Flow(self.preconditioner, self.flow.base), 0.0, WARM, WARM_RATES)
-                with interrupts_held_back():
-                    self.preconditioner.fold()
-                    self._best, self._moments, self._exact, self._window = None, None, 0, 0
-                    self._first, self.phase = min(WARM, self.budget.fraction), "flow"
-            if self.phase == "flow":
-                self._phase(self.flow, self._first, 1.0, self._rates)
-                with interrupts_held_back():
-                    self._restore()
-                    self.phase = "done"
-                    self._keep()
-                if self.keeper is not None:
-                    self.keeper.write()
-            interrupted = False
-        except Exception:
-            interrupted = False
-            raise
-        finally:
+        if self.phase == "affine":
+            self._phase(Flow(self.preconditioner, self.flow.base), 0.0, WARM, WARM_RATES)
             with interrupts_held_back():
-                for parameters, name, parameter in places:  # an interruption may have left constants there
-                    parameters[name] = parameter
+                self.preconditioner.fold()
+                self._best, self._moments, self._exact, self._window = None, [], 0, 0
+                self._first, self.phase = min(WARM, self.budget.fraction), "flow"
+        if self.phase == "flow":
+            self._phase(self.flow, self._first, 1.0, self._rates)
+            with interrupts_held_back():
                 self._restore()
-                self.flow.zero_grad(set_to_none=True)
-                self.flow.eval().chain.clear_cache()
-                if interrupted and self.keeper is not None:
-                    self.keeper.leave()
+                self.phase, self._optimizer = "done", None
+                self.keep(self.budget.done, write=True)
+
+    def settle(self) -> None:
+        """Returns to the best state."""
+        for parameters, name, parameter in self._places:  # an interruption may have left constants there
+            parameters[name] = parameter
+        self._restore()
+        self.flow.chain.clear_cache()
 
     def _phase(self, flow: Flow, begin: float, end: float, rates: tuple[float, float]) -> None:
         name = self.phase
-        optimizer = Adam([p for p in flow.parameters() if p.requires_grad], speeds_of(flow))
-        if self._moments is not None:
+        optimizer = self._optimizer = Adam((p for p in flow.parameters() if p.requires_grad), speeds_of(flow))
+        if self._moments:
             optimizer.load(self._moments)
-            self._moments = None
-        self._keep(optimizer)
-        while (fraction := self.budget.fraction) < end and not self._converged() and not self._settled(name):
+            self._moments = []
+        self.keep(self.budget.done, write=True)
+        while (fraction := self.budget.fraction) < end and self._exact < PATIENCE and not self._settled(name):
             part = (fraction - begin) / max(end - begin, 1e-9)
             rate = cosine(part, *rates)
             weight = 1.0 if self.tempering is None else self.tempering ** max(0.0, 1.0 - part / TEMPERED)
@@ -304,45 +208,9 @@ class Training:
             if self._window >= LOOK and weight == 1.0:
                 self._window = 0
                 self._remember()
-            self._keep(optimizer)
+            self.keep(self.budget.done)
             if self.report is not None:
                 self.report(self.history)
-
-    # Checkpoints.
-
-    def _keep(self, optimizer: Adam | None = None) -> None:
-        if self.keeper is not None:
-            self.keeper.keep(self._state(optimizer), self.budget)
-
-    def _state(self, optimizer: Adam | None) -> dict[str, object]:
-        """All that training needs to go on from here, but for random states: copies, except for what never changes."""
-        best = None if self._best is None else {"elbo": self._best[0], "flow": self._best[1]}
-        return {
-            "phase": self.phase,
-            "first": self._first,
-            "flow": {name: value.detach().clone() for name, value in self.flow.state_dict().items()},
-            "moments": [] if optimizer is None else optimizer.state(),
-            "best": best,
-            "exact": self._exact,
-            "window": self._window,
-            "failed_steps": self.failed_steps,
-            "dropped": self.dropped,
-            "done": self.budget.done,
-            "spent": self.budget.elapsed,
-            "trained": self.budget.trained,
-            "history": self.history,
-        }
-
-    def load(self, state: dict[str, object]) -> None:
-        """Goes on from what a checkpoint holds."""
-        self.flow.load_state_dict(state["flow"])
-        self.phase, self._first, self._moments = state["phase"], state["first"], state["moments"] or None
-        best = state["best"]
-        self._best = None if best is None else (best["elbo"], best["flow"])
-        self._exact, self._window = state["exact"], state["window"]
-        self.failed_steps, self.dropped = state["failed_steps"], state["dropped"]
-        self.history = History(**state["history"])
-        self.budget.resume(state["done"], state["spent"], state["trained"])
 
     def _step(
         self,
@@ -363,8 +231,7 @@ class Training:
         z.requires_grad_()
         if self.path_gradient:
             with frozen(flow.chain):
-                x, ladj = flow.chain.inverse_and_ladj(z)
-            value = flow.base().log_prob(x) + ladj
+                value = flow.score(z)
             (push,) = torch.autograd.grad(value.sum(), z)
         else:
             push = None
@@ -411,8 +278,7 @@ class Training:
         with torch.no_grad():
             share = torch.where(fine, log_weights, -math.inf).softmax(0)
             z = torch.where(fine.unsqueeze(-1), draws, 0.0)
-        x, ladj = flow.chain.inverse_and_ladj(z)
-        (-COVER * (share * (flow.base().log_prob(x) + ladj)).sum()).backward()
+        (-COVER * (share * flow.score(z)).sum()).backward()
 
     def _failed(self, name: str, rate: float, weight: float) -> None:
         self.failed_steps += 1
@@ -427,16 +293,9 @@ class Training:
             )
 
     def _note(self, phase: str, elbo: float, spread: float, rate: float, weight: float, bad: int) -> None:
-        h = self.history
-        for values, value in zip(
-            (h.elbo, h.spread, h.rate, h.phase, h.seconds, h.weight, h.failures),
-            (elbo, spread, rate, phase, self.budget.elapsed, weight, bad),
-            strict=True,
-        ):
-            values.append(value)
-
-    def _converged(self) -> bool:
-        return self._exact >= PATIENCE
+        row = (elbo, spread, rate, phase, self.budget.elapsed, weight, bad)
+        for column, value in zip(vars(self.history).values(), row, strict=True):
+            column.append(value)
 
     def _settled(self, phase: str) -> bool:
         """Whether the affine phase, which begins near its best, gains no more."""
@@ -450,14 +309,12 @@ class Training:
     def _remember(self) -> None:
         """Keeps the state if the last steps were the best so far."""
         last = [v for v in self.history.elbo[-LOOK:] if math.isfinite(v)]
-        if not last:
-            return
-        mean = sum(last) / len(last)
-        if self._best is None or mean > self._best[0]:
-            self._best = (mean, copy.deepcopy(self.flow.state_dict()))
+        mean = sum(last) / len(last) if last else -math.inf
+        if last and (self._best is None or mean > self._best[0]):
+            self._best = (mean, self.snapshot())
 
     def _restore(self) -> None:
-        """Goes back to the best state if the last one is clearly worse, or not finite."""
+        """Returns to the best state if the last one is clearly worse, or not finite."""
         if self._best is None:
             return
         last = [v for v in self.history.elbo[-LOOK:] if math.isfinite(v)]
@@ -469,54 +326,33 @@ class Training:
                 return
         self.flow.load_state_dict(self._best[1])
 
+    # Checkpoints.
 
-DRAWS = 4096
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs beside the states of generators: copies, and the history itself."""
+        return {
+            "phase": self.phase,
+            "first": self._first,
+            "flow": self.snapshot(),
+            "moments": [] if self._optimizer is None else self._optimizer.state(),
+            "best": None if self._best is None else {"elbo": self._best[0], "flow": self._best[1]},
+            "exact": self._exact,
+            "window": self._window,
+            "failed_steps": self.failed_steps,
+            "dropped": self.dropped,
+            "done": self.budget.done,
+            "spent": self.budget.elapsed,
+            "trained": self.budget.trained,
+            "history": vars(self.history),
+        }
 
-
-BATCH = 256
-
-
-STEPS = 600
-
-
-LEAST = 0.003  # share of a mode that is worth a place in the start
-
-
-def mixture_draws(probe: ModeProbe, n: int, generator: Generator | None = None) -> tuple[Tensor, int]:
-    """Draws of a mixture of the modes' Gaussians by their shares, shape ``(n, D)``, and how many modes it has."""
-    share = torch.where(probe.share > LEAST, probe.share, 0.0).double().cpu()
-    which = torch.multinomial(share / share.sum(), n, replacement=True, generator=generator).to(probe.locations.device)
-    dim = probe.locations.shape[1]
-    noise = torch.randn(n, dim, generator=generator, dtype=torch.float64).to(probe.locations)
-    draws = probe.locations[which] + (probe.scale[which] @ noise.unsqueeze(-1)).squeeze(-1)
-    return draws, int((share > 0).sum())
-
-
-def cover_modes(flow: Flow, probe: ModeProbe, generator: Generator | None = None, deadline: float = math.inf) -> int:
-    """Fits the flow to the mixture by maximum likelihood, without a call of the model; returns the number of modes."""
-    draws, modes = mixture_draws(probe, DRAWS, generator)
-    preconditioner: Preconditioner = flow.chain[-1]
-    centred = draws - draws.mean(0)
-    covariance = centred.mT @ centred / len(draws)
-    if preconditioner.full:
-        scale = torch.linalg.cholesky(covariance + 1e-10 * torch.diag(covariance.diagonal()))
-    else:
-        scale = covariance.diagonal().sqrt()
-    preconditioner.place(draws.mean(0), scale)
-    parameters = [p for p in flow.parameters() if p.requires_grad]
-    optimizer = Adam(parameters, speeds_of(flow))
-    begin = time.monotonic()
-    for step in range(STEPS):
-        done = step / STEPS
-        if math.isfinite(deadline):
-            done = max(done, (time.monotonic() - begin) / max(deadline - begin, 1e-3))
-        if done >= 1:
-            break
-        rows = torch.randint(len(draws), (BATCH,), generator=generator).to(draws.device)
-        loss = -flow.log_prob(draws[rows]).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.clip(CLIP)
-        optimizer.step(cosine(done, 1e-2, 1e-4))
-    flow.chain.clear_cache()
-    return modes
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what :meth:`state_dict` returned."""
+        self.flow.load_state_dict(state["flow"])
+        self.phase, self._first, self._moments = state["phase"], state["first"], state["moments"]
+        best = state["best"]
+        self._best = None if best is None else (best["elbo"], best["flow"])
+        self._exact, self._window = state["exact"], state["window"]
+        self.failed_steps, self.dropped = state["failed_steps"], state["dropped"]
+        self.history = History(**state["history"])
+        self.budget.resume(state["done"], state["spent"], state["trained"])

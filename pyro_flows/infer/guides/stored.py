@@ -186,7 +186,7 @@ def read_latents(plain: dict[str, Any]) -> Latents:
             raise ValueError(f"the latent {site.name!r} has other shapes than its support")
         sites.append(site)
         start += site.size
-    return Latents.of(sites, int(plain["max_plate_nesting"]))
+    return Latents(sites, int(plain["max_plate_nesting"]))
 
 
 # Numbers.

@@ -1,4 +1,4 @@
-"""Why a model does not run for many draws at once: which line of it, and how to write that line."""
+"""Why a model does not run for many draws at once: the line, and how to write it."""
 
 from __future__ import annotations
 
@@ -9,41 +9,30 @@ import re
 import sysconfig
 import warnings
 import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyro
 import torch
-from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from pyro_flows.infer.models.latents import Latents, sum_beyond
+from pyro_flows.infer.models.latents import Latents
+from pyro_flows.infer.models.sites import Message, Model, run, sum_beyond
 
 __all__ = ["explain", "warn_once"]
 
 _OURS = tuple(map(str, (Path(torch.__file__).parent, Path(pyro.__file__).parent, Path(__file__).parents[1])))
-
-
 _STANDARD = str(Path(sysconfig.get_paths()["stdlib"]))
-
-
 _NAME = r"[A-Za-z_][\w.]*"
-
-
 _MATMUL = re.compile(rf"({_NAME}) ?@ ?({_NAME})")
-
-
 _INDEXED = re.compile(rf"({_NAME})\[({_NAME})\]")
-
-
 _VINDEXED = re.compile(rf"Vindex\(({_NAME})\)\[\.\.\., ?({_NAME})\]")
 
-
-# What looks at all dimensions, or counts them from the left, and how to write it; the first that is found is named.
+# Code that reads all dimensions, or counts them from the left, and better code, in order of preference.
 _ADVICE = (
     (r"\bfloat\(|\bint\(|\bbool\(|\.item\(|\.tolist\(|\.numpy\(", "keep values as tensors, not as Python numbers"),
     (r"^\s*(if|elif|while|assert)\b", "choose by `torch.where(condition, a, b)` in place of `if`"),
@@ -69,11 +58,11 @@ _ADVICE = (
 )
 
 
-_WARNED: weakref.WeakSet[Callable[..., object]] = weakref.WeakSet()
+_WARNED: weakref.WeakSet[Model] = weakref.WeakSet()
 
 
 class _Line(NamedTuple):
-    """A line of the user's, and the names that it can see."""
+    """A line of the user's code, and the names that it can see."""
 
     file: str
     number: int
@@ -92,7 +81,7 @@ class _Line(NamedTuple):
 
 
 def explain(
-    model: Callable[..., object],
+    model: Model,
     latents: Latents,
     args: tuple[object, ...],
     kwargs: Mapping[str, object],
@@ -102,14 +91,8 @@ def explain(
 ) -> str:
     """Says which line of a model does not broadcast over a dimension of draws, and how to write it.
 
-    Args:
-        model: any Pyro model with the latents given.
-        latents: their layout.
-        args: of the model.
-        kwargs: of the model.
-        rows: unconstrained points, shape ``(S, dim)``.
-        error: what the model raised for all rows at once; ``None`` if it gave other densities than for each alone.
-        discrete: names of latents that are summed out; where there are some, sites are not compared.
+    ``error`` is the model's for all unconstrained rows ``(S, dim)`` at once, or ``None`` if it gave other densities
+    than for each row alone.  If there are ``discrete`` latents, which are summed out, sites are not compared.
     """
     line = None if error is None else _raised_at(error)
     what = "it gives other densities for many draws at once than for one at a time"
@@ -128,15 +111,13 @@ def explain(
     return f"{what}{where}.\n  {_advice(cause, error, latents.max_plate_nesting, bool(discrete))}"
 
 
-def warn_once(model: Callable[..., object], message: str, stacklevel: int) -> None:
+def warn_once(model: Model, message: str, stacklevel: int) -> None:
     """Warns about a model the first time only."""
-    known = getattr(model, "__func__", model)  # a method is another object each time it is looked up
-    try:
+    known = getattr(model, "__func__", model)  # looking up a method makes a new object each time
+    with contextlib.suppress(TypeError):  # of a model without weak references, which is warned of each time
         if known in _WARNED:
             return
         _WARNED.add(known)
-    except TypeError:  # what cannot be remembered is warned of each time
-        pass
     warnings.warn(message, stacklevel=stacklevel + 1)
 
 
@@ -152,7 +133,7 @@ def _line(frame: FrameType, number: int) -> _Line:
 
 
 def _raised_at(error: Exception) -> _Line | None:
-    """The innermost line of the user's in a traceback."""
+    """Returns the innermost line of the user's code in a traceback."""
     found, at = None, error.__traceback__
     while at is not None:
         if _is_users(at.tb_frame.f_code.co_filename):
@@ -162,13 +143,13 @@ def _raised_at(error: Exception) -> _Line | None:
 
 
 class _Lines(Messenger):
-    """Remembers from which line each site was sampled."""
+    """Records the line that sampled each site."""
 
     def __init__(self) -> None:
         super().__init__()
         self.lines: dict[str, _Line] = {}
 
-    def _pyro_sample(self, msg: dict[str, object]) -> None:
+    def _pyro_sample(self, msg: Message) -> None:
         frame = inspect.currentframe()
         while frame is not None and not _is_users(frame.f_code.co_filename):
             frame = frame.f_back
@@ -178,28 +159,24 @@ class _Lines(Messenger):
 
 @torch.no_grad()
 def _first_site_that_differs(
-    model: Callable[..., object],
-    latents: Latents,
-    args: tuple[object, ...],
-    kwargs: Mapping[str, object],
-    rows: Tensor,
+    model: Model, latents: Latents, args: tuple[object, ...], kwargs: Mapping[str, object], rows: Tensor
 ) -> tuple[str | None, _Line | None]:
-    """The first site whose log-densities for all rows at once are not those of each alone, and its line."""
+    """Returns the first site whose log-densities for all rows at once differ, and its line."""
     nesting = latents.max_plate_nesting
 
     def scores(z: Tensor, keep: int, seen: Messenger) -> Iterator[tuple[str, Tensor | None]]:
         values, _ = latents.unpack(z, nesting if keep else 0)
-        with poutine.block(), torch.random.fork_rng(devices=[z.device] if z.is_cuda else []):
+        with torch.random.fork_rng(devices=[z.device] if z.is_cuda else []):
             torch.manual_seed(0)
-            with seen:
-                trace = poutine.trace(poutine.condition(model, data=values)).get_trace(*args, **kwargs)
-        for name, site in trace.nodes.items():
+            trace = run(seen(model), args, kwargs, values)
+        nodes: dict[str, Any] = dict(trace.nodes)
+        for name, site in nodes.items():
             if site["type"] != "sample":
                 continue
             try:
                 each = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
                 each = scale_and_mask(each, site["scale"], site["mask"])
-            except Exception:  # whatever a distribution says of a value of another shape
+            except Exception:  # distributions raise anything at a value of another shape
                 yield name, None
                 continue
             if keep and each.dim() > nesting:
@@ -213,7 +190,7 @@ def _first_site_that_differs(
         with pyro.validation_enabled(False):
             together = dict(scores(rows, 1, seen))
         for name, found in together.items():
-            wanted = torch.stack([each[name] for each in alone])
+            wanted = torch.stack([each for each in (one[name] for one in alone) if each is not None])
             if found is None or found.dim() > 1 or (found.dim() and found.shape[0] not in (1, len(rows))):
                 return name, seen.lines.get(name)
             if not ((found - wanted).abs() <= 1e-3 + 1e-4 * wanted.abs()).all():
@@ -222,22 +199,21 @@ def _first_site_that_differs(
 
 
 def _suspect(line: _Line) -> _Line | None:
-    """The last line of the function, up to this one, that looks as if it does not broadcast."""
+    """Returns the last line of the function, up to this one, that looks as if it does not broadcast."""
+    known = [_MATMUL, _INDEXED, _VINDEXED, *(re.compile(pattern) for pattern, _ in _ADVICE)]
     for number in range(line.number, line.first, -1):
         candidate = line._replace(number=number)
-        source = candidate.source
-        known = (_MATMUL, _INDEXED, _VINDEXED, *(pattern for pattern, _ in _ADVICE))
-        if any(re.search(pattern, source) for pattern in known):
+        if any(pattern.search(candidate.source) for pattern in known):
             return candidate
     return None
 
 
 def _advice(line: _Line, error: Exception | None, nesting: int, enumerates: bool) -> str:
-    """How to write a line so that it broadcasts over dimensions on the left."""
+    """Says how to write a line so that it broadcasts over dimensions on the left."""
     source = line.source
     product, indexed = _MATMUL.search(source), _VINDEXED.search(source) or _INDEXED.search(source)
     if product:
-        return _about_product(*product.groups(), line, nesting)
+        return _about_product(product[1], product[2], line, nesting)
     if _in_linear(error):
         kept = ("", "") if nesting else (".unsqueeze(-3)", ".unsqueeze(-2)")
         return (
@@ -260,22 +236,26 @@ def _advice(line: _Line, error: Exception | None, nesting: int, enumerates: bool
         if re.search(pattern, source):
             return words[0].upper() + words[1:] + "."
     names = dict.fromkeys(re.findall(_NAME, source))
-    drawn = [name for name in names if (value := _value(line, name)) is not None and value.shape[:1] == (2,)]
-    if not drawn:
-        return "Values of the latents have a dimension more there, on the left of all others."
-    shapes = ", ".join(f"`{name}` has shape {tuple(_value(line, name).shape)}" for name in drawn)
+    values = {name: value for name in names if (value := _value(line, name)) is not None and value.shape[:1] == (2,)}
+    if not values:
+        return "Values of the latents have one more dimension there, left of all others."
+    first = next(iter(values))
     return (
-        f"For two draws {shapes}: append dimensions where that meets vectors or matrices, `{drawn[0]}[..., None]` or "
-        f"`{drawn[0]}[..., None, None]`."
+        f"For two draws {_shapes(values)}: append dimensions where that meets vectors or matrices, "
+        f"`{first}[..., None]` or `{first}[..., None, None]`."
     )
 
 
+def _shapes(values: Mapping[str, Tensor]) -> str:
+    return ", ".join(f"`{name}` has shape {tuple(value.shape)}" for name, value in values.items())
+
+
 def _about_product(left: str, right: str, line: _Line, nesting: int) -> str:
-    """On ``left @ right``, one of which has a dimension of two draws."""
-    first, second = (_value(line, name.removesuffix(".T")) for name in (left, right))
-    known = [(n, v) for n, v in ((left.removesuffix(".T"), first), (right.removesuffix(".T"), second)) if v is not None]
-    shapes = ", ".join(f"`{name}` has shape {tuple(value.shape)}" for name, value in known)
-    said = f"in place of `{left} @ {right}`" + (f" ({shapes} for two draws)" if shapes else "")
+    """Says how to write ``left @ right``, one of which has a dimension of two draws."""
+    names = [name.removesuffix(".T") for name in (left, right)]
+    first, second = (_value(line, name) for name in names)
+    known = {name: value for name, value in zip(names, (first, second), strict=True) if value is not None}
+    said = f"in place of `{left} @ {right}`" + (f" ({_shapes(known)} for two draws)" if known else "")
     turned = first is not None and first.shape[:1] == (2,) and (second is None or second.shape[:1] != (2,))
     latent, name, data = (first, left, right) if turned else (second, right, left)
     if latent is None:
@@ -286,15 +266,14 @@ def _about_product(left: str, right: str, line: _Line, nesting: int) -> str:
     if event >= 2:
         rows = f"{data}.unsqueeze(-2)"
         return f"Write `({rows} @ {name}).squeeze(-2)` {said}."
-    # Where plates have left a dimension of size 1, the rows of the data take it.
     spread = name if event == 1 and nesting else f"{name}.unsqueeze(-2)"
     return f"Write `({data} * {spread}).sum(-1)` {said}."
 
 
 def _value(line: _Line, name: str) -> Tensor | None:
-    """A tensor that the line can see under this name."""
+    """Returns the tensor that the line sees under this name."""
     first, *rest = name.split(".")
-    found = line.names.get(first)
+    found: Any = line.names.get(first)
     for part in rest:
         found = getattr(found, "__dict__", {}).get(part)
     return found if isinstance(found, Tensor) else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,26 +14,24 @@ from pyro import poutine
 from pyro.distributions.util import is_identically_one, scale_and_mask
 from pyro.ops import packed
 from pyro.ops.contract import contract_tensor_tree, contract_to_tensor
+from pyro.poutine import Trace
 from pyro.poutine.block_messenger import BlockMessenger
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _ENUM_ALLOCATOR
 from torch import Tensor
 
-from pyro_flows.infer.models.sites import DATA, DRAWN, Site, per_draw, run, sites_of
+from pyro_flows.infer.models.sites import DATA, DRAWN, Model, Site, per_draw, run, sites_of
 
 __all__ = ["can_be_summed", "enumerating", "hidden_sites", "marginal_log_prob", "pointwise", "unblocked"]
 
 DRAWS = "_pyro_flows_draws"
 
 
-Model = Callable[..., object]
-
-
 def unblocked(model: Model, names: Collection[str] | None = None) -> Model:
-    """The model with some sites, by default all, let through the ``poutine.block`` handlers around it."""
-    # A handler wraps a function as partial(wrapper, handler, function), in a partial of its own.
-    inner = model.func if isinstance(model, functools.partial) and not model.args and not model.keywords else model
+    """Lets some sites of a model, by default all, through the ``poutine.block`` handlers around it."""
+    # A handler makes partial(partial(wrapper, handler, function)).
+    inner: Any = model.func if isinstance(model, functools.partial) and not model.args and not model.keywords else model
     if not (isinstance(inner, functools.partial) and len(inner.args) == 2 and isinstance(inner.args[0], Messenger)):
         return model
     handler, function = inner.args
@@ -48,14 +46,7 @@ def unblocked(model: Model, names: Collection[str] | None = None) -> Model:
 def hidden_sites(
     model: Model, values: dict[str, Tensor], args: tuple[object, ...], kwargs: Mapping[str, object]
 ) -> dict[str, Site]:
-    """The sites that ``poutine.block`` handlers around the model hide, by name.
-
-    Args:
-        model: as it was given.
-        values: of its latents.
-        args: of the model.
-        kwargs: likewise.
-    """
+    """Finds the sites that ``poutine.block`` handlers around the model hide, by name, at values of its latents."""
     whole = unblocked(model)
     if whole is model:
         return {}
@@ -70,12 +61,12 @@ def can_be_summed(site: Site) -> bool:
 
 
 def enumerating(model: Model, names: Collection[str], first_available_dim: int) -> Model:
-    """The model with some discrete sites enumerated, in dimensions from the given one leftwards."""
-    marked = poutine.infer_config(model, lambda site: {"enumerate": "parallel"} if site["name"] in names else {})
+    """Enumerates some discrete sites of a model, in dimensions from the given one leftwards."""
+    marked: Any = poutine.infer_config(model, lambda site: {"enumerate": "parallel"} if site["name"] in names else {})
     whole = poutine.enum(marked, first_available_dim=first_available_dim)
 
     def enumerated(*args: object, **kwargs: object) -> object:
-        before = copy.copy(vars(_ENUM_ALLOCATOR))  # of an ELBO around, which enumerates as well
+        before = copy.copy(vars(_ENUM_ALLOCATOR))  # an ELBO around this call may enumerate as well
         try:
             return whole(*args, **kwargs)
         finally:
@@ -85,44 +76,30 @@ def enumerating(model: Model, names: Collection[str], first_available_dim: int) 
     return enumerated
 
 
-def marginal_log_prob(trace: Any, sites: dict[str, Site], count: int | None, nesting: int) -> Tensor:
-    """The log-density with enumerated sites summed out: a number, or one for each draw, shape ``(count,)``.
+def marginal_log_prob(trace: Trace, sites: dict[str, Site], count: int | None, nesting: int) -> Tensor:
+    """Sums the enumerated sites of a trace out of its log-density.
 
-    Args:
-        trace: of the model, enumerated.
-        sites: of the trace.
-        count: of draws, in the dimension left of the plates; ``None`` for one draw without a dimension.
-        nesting: how many plate dimensions there are.
+    With ``count`` draws, in the dimension left of ``nesting`` plate dimensions, the shape is ``(count,)``.
 
     Raises:
-        NotImplementedError: if enumerated sites and what depends on them have different scales, or plates that Pyro
-            cannot sum over.
+        NotImplementedError: if sites that are summed out together differ in scale, or Pyro cannot sum over a plate.
     """
     plain, components = _split(trace, sites, count, nesting)
-    total = sum(plain) if plain else torch.zeros(())
+    total = sum(plain, torch.zeros(()))
     for component in components:
         draws = {trace.plate_to_symbol[DRAWS]} if count is not None else set()
-        keep = frozenset(draws & {symbol for term in component.terms for symbol in term._pyro_dims})
+        keep = frozenset(draws & {symbol for term in component.terms for symbol in _symbols(term)})
         term = contract_to_tensor(component.tree(), set(component.sums), target_ordinal=keep)
         total = total + term * component.scale
     return total if count is None else total.expand(count)
 
 
 def pointwise(
-    trace: Any, sites: dict[str, Site], count: int | None, nesting: int
+    trace: Trace, sites: dict[str, Site], count: int | None, nesting: int
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Log-likelihoods of the data that hang on enumerated sites, these summed out, and why some data have none.
+    """Returns scaled log-likelihoods, in batch shape, of data that depend on enumerated sites, and why some have none.
 
-    A datum has one if all discrete sites that it hangs on are its own, in the same plates.
-
-    Args:
-        trace: as in :func:`marginal_log_prob`.
-        sites: likewise.
-        count: likewise.
-        nesting: likewise.
-
-    Returns:
-        log-densities of the shape of each site's batch, scaled, and reasons by name of the site.
+    A datum has one if all discrete sites that it depends on are its own, in the same plates.
     """
     found: dict[str, Tensor] = {}
     refused: dict[str, str] = {}
@@ -132,9 +109,9 @@ def pointwise(
         for name in data:
             ordinal = component.ordinals[component.names.index(name)]
             if len(data) > 1:
-                refused[name] = f"hangs on the same discrete sites as {sorted(set(data) - {name})}"
+                refused[name] = f"depends on the same discrete sites as {sorted(set(data) - {name})}"
             elif list(left) != [ordinal]:
-                refused[name] = "hangs on discrete sites outside of its plates"
+                refused[name] = "depends on discrete sites outside of its plates"
             else:
                 (term,) = left[ordinal]
                 found[name] = packed.unpack(term, trace.symbol_to_dim) * component.scale
@@ -152,7 +129,7 @@ class _Component:
     scale: float | Tensor
 
     def tree(self) -> OrderedDict[frozenset[str], list[Tensor]]:
-        """What Pyro's contractions take."""
+        """Returns the terms by plates, as Pyro's contractions take them."""
         tree: OrderedDict[frozenset[str], list[Tensor]] = OrderedDict()
         for ordinal, term in zip(self.ordinals, self.terms, strict=True):
             tree.setdefault(ordinal, []).append(term)
@@ -160,12 +137,12 @@ class _Component:
 
 
 def _split(
-    trace: Any, sites: dict[str, Site], count: int | None, nesting: int
+    trace: Trace, sites: dict[str, Site], count: int | None, nesting: int
 ) -> tuple[list[Tensor], list[_Component]]:
-    """Terms that hang on no enumerated site, a number or one for each draw, and the components of the others."""
+    """Returns the terms that depend on no enumerated site, and components of the others."""
     frames = () if count is None else (CondIndepStackFrame(DRAWS, -1 - nesting, count, 0),)
-    for name in sites:
-        trace.nodes[name]["cond_indep_stack"] = (*frames, *trace.nodes[name]["cond_indep_stack"])
+    for site in sites.values():
+        site.message["cond_indep_stack"] = (*frames, *site.message["cond_indep_stack"])
     trace.symbolize_dims()
     plates = trace.plate_to_symbol
     enumerated_symbols = set(trace.symbol_to_dim) - set(plates.values())
@@ -174,7 +151,7 @@ def _split(
     for name, site in sites.items():
         value = _unscaled(site)
         term = packed.pack(value, site.message["infer"]["_dim_to_symbol"])
-        sums = set(term._pyro_dims) & enumerated_symbols
+        sums = set(_symbols(term)) & enumerated_symbols
         if not sums:
             value = scale_and_mask(value, site.scale)
             plain.append(value.sum() if count is None else per_draw(name, value, count, nesting))
@@ -185,25 +162,31 @@ def _split(
             groups.remove(group)
             sums, members = sums | group[0], group[1] + members
         groups.append((sums, members))
-    return plain, [
-        _Component(*map(list, zip(*members, strict=True)), frozenset(sums), _common_scale(sites, members))
-        for sums, members in groups
-    ]
+    components = []
+    for sums, members in groups:
+        names, ordinals, terms = (list(each) for each in zip(*members, strict=True))
+        components.append(_Component(names, ordinals, terms, frozenset(sums), _common_scale(sites, names)))
+    return plain, components
+
+
+def _symbols(term: Any) -> str:
+    """The symbols of a packed tensor's dimensions, which Pyro keeps on the tensor."""
+    return term._pyro_dims
 
 
 def _unscaled(site: Site) -> Tensor:
-    # A handler's mask would leave each state of a discrete site the weight 1, and so add log K for K states.
+    # Under a handler's mask each of K states would have weight 1, which adds log K.
     return site.fn.log_prob(site.value) if site.kind == DRAWN else site.log_prob(scaled=False)
 
 
-def _common_scale(sites: dict[str, Site], members: list[tuple[str, frozenset[str], Tensor]]) -> float | Tensor:
-    scales = [sites[name].scale for name, _, _ in members]
+def _common_scale(sites: dict[str, Site], names: list[str]) -> float | Tensor:
+    scales = [sites[name].scale for name in names]
     if all(is_identically_one(scale) for scale in scales):
         return 1.0
     first = torch.as_tensor(scales[0])
     if first.numel() != 1 or any(bool((first != scale).any()) for scale in map(torch.as_tensor, scales)):
         raise NotImplementedError(
-            f"the discrete sites and the data {[name for name, _, _ in members]} are summed out together, so they need "
-            "one scale (poutine.scale, a subsampled plate) for all; got several: put them into the same plate"
+            f"the discrete sites and the data {names} are summed out together, so they need one scale (poutine.scale, "
+            "a subsampled plate) for all; got several: put them into the same plate"
         )
     return first

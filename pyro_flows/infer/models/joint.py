@@ -5,60 +5,63 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyro
 import torch
+from pyro.poutine import Trace
 from torch import Tensor
 
 from pyro_flows.infer.machine.pace import Footprint, Pace
 from pyro_flows.infer.models.broadcasting import explain, warn_once
 from pyro_flows.infer.models.enumeration import enumerating, marginal_log_prob
 from pyro_flows.infer.models.latents import Latents
-from pyro_flows.infer.models.sites import COMPUTED, DATA, FACTOR, Site, counts, is_masked, per_draw, run, sites_of
+from pyro_flows.infer.models.sites import (
+    COMPUTED,
+    DATA,
+    FACTOR,
+    Model,
+    Site,
+    counts,
+    is_masked,
+    per_draw,
+    run,
+    sites_of,
+)
 
-__all__ = ["JointDensity"]
+__all__ = ["FAILURES", "JointDensity"]
 
-# How many plates may be hidden from the guide, by poutine.block, left of those that it knows.
-HIDDEN_PLATES = 2
+HIDDEN_PLATES = 2  # plates that poutine.block may hide from the guide, left of those that it knows
+RUNS = 6  # of a model that draws random numbers, to see whether they matter
+MOVES = 3  # points at which to see whether the density depends on what a mask leaves out
+FAILURES = (ValueError, RuntimeError, ArithmeticError)  # of a model where its density is not defined
 
-
-# How often to run a model that draws random numbers to see whether they matter.
-RUNS = 6
-
-
-# At how many points to see whether the density depends on what a mask leaves out.
-MOVES = 3
-
-
-# What a model may raise at a point where its density is not defined.
-FAILURES = (ValueError, RuntimeError, ArithmeticError)
+T = TypeVar("T")
 
 
 class JointDensity:
-    r"""The unnormalised log-density of a model's latents in unconstrained space.
+    r"""The unnormalized log-density of a model's latents in unconstrained space.
 
     :math:`\log p(z) = \log p(\text{data}, \theta(z)) + \log|\partial \theta / \partial z|`, in nats, differentiable;
-    ``(S, dim)`` gives ``(S,)``.  The model runs once for all ``S``, in a dimension left of its plates, if it
-    broadcasts: that is tried against one run at a time, and where the two disagree the density falls back on the latter
-    and says so.  Scales, masks and subsampling count as in an ELBO, with one difference: entries of a latent that a
-    mask leaves out and that nothing else depends on, such as the padding of a series, keep their own density.  It
-    integrates to one, so that the posterior of the rest and the evidence are right; without it there is no posterior.
+    ``(S, dim)`` gives ``(S,)``.  If the model broadcasts, it runs once for all ``S``, in a dimension left of its
+    plates; otherwise, as a comparison shows, one point at a time, with a warning.  Scales, masks and subsampling count
+    as in an ELBO, with one difference: entries of a latent that a mask leaves out and that nothing depends on, such as
+    the padding of a series, keep their own density, without which there is no posterior.
 
     Args:
         model: any Pyro model with the latents given.
         latents: their layout.
         args, kwargs: the model's arguments.
-        vectorize: whether to run it once for all; ``None`` to find out.
-        discrete: names of the model's discrete latents, which are summed out.
+        vectorize: whether to run the model once for all; ``None`` to find out.
+        discrete: names of latents to sum out.
         ignored: names of sites that do not count.
-        quiet: whether to keep it to ``why_not`` that the model does not broadcast, without a warning.
+        quiet: whether ``why_not`` alone says that the model does not broadcast, without a warning.
     """
 
     def __init__(
         self,
-        model: object,
+        model: Model,
         latents: Latents,
         args: tuple[object, ...] = (),
         kwargs: Mapping[str, object] | None = None,
@@ -79,7 +82,7 @@ class JointDensity:
         self._tested = vectorize is not None
 
     def __call__(self, z: Tensor) -> Tensor:
-        """``z``: shape ``(S, dim)``; returns ``(S,)``."""
+        """Returns log-densities ``(S,)`` of points ``(S, dim)``."""
         if z.dim() != 2 or z.shape[1] != self.latents.dim:
             raise ValueError(f"expected unconstrained latents of shape (S, {self.latents.dim}), got {tuple(z.shape)}")
         if not len(z):
@@ -90,7 +93,7 @@ class JointDensity:
         if self.vectorized:
             try:
                 return self._together(z)
-            except ValueError:  # a distribution's, of parameters that break its constraints
+            except ValueError:  # parameters break the constraints of a distribution
                 value = self._where_defined(z)
                 if value is None:
                     raise
@@ -99,13 +102,13 @@ class JointDensity:
 
     @torch.no_grad()
     def random_at(self, row: Tensor) -> bool:
-        """Whether runs at one point, shape ``(dim,)``, or near it, differ: the model draws more than its latents."""
-        # Near it too: where all components of a mixture are the same, their hidden labels make no difference.
+        """Whether runs at or near a point, shape ``(dim,)``, differ: the model draws more than its latents."""
+        # Where the components of a mixture are equal, their hidden labels make no difference.
         for point in (row, row + 0.1 * torch.arange(1, len(row) + 1).to(row).cos()):
             try:
                 before = _random_state(row)
                 first = self._alone(point)
-                # A generator of the model's own is not seen here, but a second run gives it away.
+                # A second run shows a generator of the model's own.
                 drawn = before != _random_state(row)
                 for _ in range(RUNS if drawn else 1):
                     if (self._alone(point) - first).abs() > 1e-6 + 1e-6 * first.abs():
@@ -118,11 +121,9 @@ class JointDensity:
 
     @torch.enable_grad()
     def is_observed(self, row: Tensor, by_way: bool) -> bool:
-        """Whether there is a factor, or a datum that hangs on a latent, if only by way of a discrete one.
+        """Whether there is a factor, or a datum at ``row`` that depends on a latent, if only through a discrete one.
 
-        Args:
-            row: a point, shape ``(dim,)``.
-            by_way: whether any datum counts, as the model draws something in between that is not summed out.
+        With ``by_way`` any datum counts, because the model draws something in between that is not summed out.
         """
         nesting, before = self.latents.max_plate_nesting, None
         for move in range(MOVES):
@@ -133,27 +134,24 @@ class JointDensity:
                     return True
                 data = [site.log_prob() for site in sites.values() if site.kind == DATA and counts(site)]
                 found = data + [site.log_prob() for site in sites.values() if site.kind == COMPUTED]
-            except FAILURES:  # at a point where the density is not defined
+            except FAILURES:  # the density is not defined here
                 return True
             if any(by_way or value.dim() > nesting for value in data) or any(value.requires_grad for value in found):
                 return True
-            # Where a value lost its gradient, as by item(), it shows at another point.
+            # A value that lost its gradient, as by item(), still differs at another point.
             if before is not None and not all(map(torch.equal, found, before)):
                 return True
             before = found
         return False
 
-    def still(self) -> Callable[[Tensor], Tensor]:
-        """The density at one fixed draw of whatever the model draws beside its latents, such as a minibatch."""
-        return lambda z: self._seeded(self, z)
+    def still(self) -> StillDensity:
+        """Returns the density at one fixed draw of, for example, a minibatch."""
+        return StillDensity(self)
 
     def sites(self, row: Tensor) -> dict[str, Tensor]:
-        """The log-density of each site at one point, shape ``(dim,)``: where a NaN comes from.
-
-        NaN as well for values outside of their support, whatever the distribution says of them.
-        """
+        """Returns each site's log-density at a point, shape ``(dim,)``; NaN for values outside of their support."""
         values, _ = self.latents.unpack(row)
-        with pyro.validation_enabled(False):  # it would stop at the first one
+        with pyro.validation_enabled(False):  # validation would stop at the first site
             sites = self.sites_at(values)
             found = {name: site.log_prob().sum() for name, site in sites.items()}
         for name, site in sites.items():
@@ -161,19 +159,18 @@ class JointDensity:
                 found[name] = found[name] * math.nan
         return found
 
-    def sites_at(self, values: Mapping[str, Tensor], model: Callable[..., object] | None = None) -> dict[str, Site]:
-        """The sites of one run at given values of the latents, of the model or of another form of it."""
-        trace = run(model or self.model, self.args, self.kwargs, values)
-        return self._sites_of(trace)
+    def sites_at(self, values: Mapping[str, Tensor], model: Model | None = None) -> dict[str, Site]:
+        """Runs the model, or another form of it, at given values of the latents, and returns the sites."""
+        return self._sites_of(run(model or self.model, self.args, self.kwargs, values))
 
-    def enumerated_at(self, values: Mapping[str, Tensor], nesting: int) -> tuple[Any, dict[str, Site]]:
-        """Trace and sites of one run in which the discrete latents take all their values, left of ``nesting`` dims."""
+    def enumerated_at(self, values: Mapping[str, Tensor], nesting: int) -> tuple[Trace, dict[str, Site]]:
+        """Runs the model with all values of its discrete latents, left of ``nesting`` dimensions."""
         trace = run(enumerating(self.model, self.discrete, -1 - nesting), self.args, self.kwargs, values)
         return trace, self._sites_of(trace)
 
-    def _sites_of(self, trace: Any) -> dict[str, Site]:
+    def _sites_of(self, trace: Trace) -> dict[str, Site]:
         found = sites_of(trace, self._names, self._own)
-        return {name: site for name, site in found.items() if name not in self.ignored} if self.ignored else found
+        return {name: site for name, site in found.items() if name not in self.ignored}
 
     def _alone(self, row: Tensor) -> Tensor:
         if self._own is None:
@@ -182,7 +179,7 @@ class JointDensity:
         return total + self._conditional(values)
 
     def _conditional(self, values: Mapping[str, Tensor]) -> Tensor:
-        """The log-density at one value of each latent."""
+        """Returns the log-density at one value of each latent."""
         nesting = self.latents.max_plate_nesting
         if self.discrete:
             return marginal_log_prob(*self.enumerated_at(values, nesting), None, nesting)
@@ -192,7 +189,7 @@ class JointDensity:
         if self._own is None:
             self._own = self._seeded(self._unneeded, z[0])
         count, nesting = z.shape[0], self.latents.max_plate_nesting
-        # No plate around the model: one of a caller, such as an ELBO's for its particles, may have this dimension.
+        # No plate around the model: one of a caller may have this dimension.
         values, total = self.latents.unpack(z, nesting)
         if self.discrete:
             return total + marginal_log_prob(*self.enumerated_at(values, nesting + 1), count, nesting)
@@ -202,7 +199,7 @@ class JointDensity:
 
     @torch.enable_grad()
     def _unneeded(self, row: Tensor) -> dict[str, Tensor]:
-        """The entries of latents that a mask leaves out and nothing depends on, by site, of the shape of its batch."""
+        """Finds entries of latents that a mask leaves out and nothing depends on, in batch shape."""
         self._own = {}  # for the runs below
         sites = self.sites_at(self.latents.unpack(row.detach())[0])
         masked = [latent for latent in self.latents if is_masked(sites[latent.name])]
@@ -212,7 +209,7 @@ class JointDensity:
             values = {name: value.requires_grad_() for name, value in self.latents.unpack(point)[0].items()}
             asked = [values[latent.name] for latent in masked]
             try:
-                total = self._conditional(values) + sum(0.0 * value.sum() for value in asked)
+                total = self._conditional(values) + sum((0.0 * value.sum() for value in asked), torch.zeros(()))
                 slopes = torch.autograd.grad(total, asked)
             except FAILURES:
                 continue
@@ -222,7 +219,7 @@ class JointDensity:
         return {name: still for name, still in found.items() if still.any()}
 
     def _where_defined(self, z: Tensor) -> Tensor | None:
-        """With NaN at the rows that made it raise; ``None`` if there are none that can be told from the others."""
+        """Puts NaN at the rows that made the model raise; ``None`` if they cannot be told from the others."""
         try:
             with pyro.validation_enabled(False), torch.no_grad():
                 fine = self._together(z).isfinite()
@@ -231,18 +228,18 @@ class JointDensity:
         if fine.all() or not fine.any():
             return None
         rows = fine.nonzero().squeeze(-1)
-        # What validation refused may be finite without it: these rows are held against it once more.
+        # Validation may refuse rows that are finite without it.
         return z.new_full((len(z),), math.nan).index_put((rows,), self._together(z[rows]).to(z.dtype))
 
     @torch.no_grad()
     def _test(self, z: Tensor) -> None:
-        """Holds the vectorised density against one run at a time, at two points that differ."""
+        """Compares the vectorized density with one run at a time, at two points that differ."""
         rows = torch.stack((z[0], z[-1] + 0.1))
         try:
             with Footprint() as alone_footprint:
                 alone = torch.stack([self._timed(1, self._alone, row) for row in rows])
         except FAILURES:
-            return  # there is nothing to compare with here: the next call tries again
+            return  # nothing to compare with here: the next call tries again
         if not alone.isfinite().all():
             return
         self._tested = True
@@ -257,7 +254,7 @@ class JointDensity:
                 if ((together - alone).abs() <= 1e-3 + 1e-4 * alone.abs()).all():
                     return
                 errors.append(None)
-            except Exception as error:  # whatever a model says when its tensors get a dimension more
+            except Exception as error:  # models raise anything when tensors have one more dimension
                 errors.append(error)
         self.latents.max_plate_nesting = declared
         self.vectorized, self.pace.bytes_per_draw = False, alone_footprint.bytes / len(rows)
@@ -275,11 +272,22 @@ class JointDensity:
             return self._seeded(fn, z)
 
     @staticmethod
-    def _seeded(fn: Callable[[Tensor], Any], z: Tensor) -> Any:
-        """With the same random numbers each time, so that minibatches of the model are the same."""
+    def _seeded(fn: Callable[[Tensor], T], z: Tensor) -> T:
+        """Calls a function with the same random numbers, and so the same minibatches, each time."""
         with torch.random.fork_rng(devices=[z.device] if z.is_cuda else []):
             torch.manual_seed(0)
             return fn(z)
+
+
+class StillDensity:
+    """A density at one fixed draw of whatever else the model draws."""
+
+    def __init__(self, density: JointDensity) -> None:
+        self.density, self.pace = density, density.pace
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """Returns log-densities ``(S,)`` of points ``(S, dim)``."""
+        return JointDensity._seeded(self.density, z)
 
 
 def _moved(row: Tensor, move: int) -> Tensor:
@@ -287,7 +295,8 @@ def _moved(row: Tensor, move: int) -> Tensor:
 
 
 def _random_state(like: Tensor) -> tuple[object, ...]:
-    """Of all generators that models commonly draw from."""
+    """Returns the state of all generators that models commonly draw from."""
     own = torch.cuda.get_rng_state(like.device) if like.is_cuda else torch.get_rng_state()
-    kind, keys, *rest = np.random.get_state()
+    legacy: Any = np.random.get_state()
+    kind, keys, *rest = legacy
     return own.tolist(), kind, keys.tolist(), rest, random.getstate()

@@ -6,13 +6,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from pyro.poutine.util import site_is_subsample
+from pyro.poutine import Trace
 from torch import Size, Tensor
 from torch.distributions import Transform, biject_to, constraints
 
 import pyro_flows.infer.models.supports  # noqa: F401  (bijections that torch lacks)
+from pyro_flows.infer.models.sites import latent_messages, nesting_of, sample_messages, sum_beyond
 
-__all__ = ["Latent", "Latents", "same_support", "sum_beyond", "support_tensors"]
+__all__ = ["Latent", "Latents", "same_support"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Latent:
 
     @property
     def increasing(self) -> bool:
-        """Whether larger numbers give larger values; not so below an upper bound alone."""
+        """Whether larger unconstrained numbers give larger values; false below an upper bound alone."""
         try:
             return bool(torch.as_tensor(self.transform.sign).ge(0).all())
         except (NotImplementedError, AttributeError):  # entries depend on each other
@@ -42,58 +43,40 @@ class Latent:
 
     @property
     def shape(self) -> Size:
-        """Of the site's value."""
+        """The shape of the site's value."""
         return self.batch_shape + self.event_shape
 
     @property
     def size(self) -> int:
-        """How many unconstrained numbers it takes."""
+        """The number of unconstrained numbers."""
         return (self.batch_shape + self.free_shape).numel()
 
 
 class Latents:
-    """A model's latent sites in the order of their names in the trace, as one vector of ``dim`` unconstrained numbers.
+    """A model's latent sites, in the order of a trace, as one vector of ``dim`` unconstrained numbers.
 
-    Holds no model and no data, so that draws can be named and constrained without either; it can be pickled.
-
-    Args:
-        trace: of the model, unconditioned: latent sites are the sampled ones that are neither observed nor subsamples.
+    It holds no model and no data, and can be pickled.  ``max_plate_nesting`` is the number of dimensions that plates
+    and batches of any site take.
     """
 
-    def __init__(self, trace: object) -> None:
-        sites: list[Latent] = []
-        nesting = 0
-        start = 0
-        for name, site in trace.nodes.items():
-            if site["type"] != "sample" or site_is_subsample(site):
-                continue
-            # Batch dimensions that no plate declares count as well.
-            nesting = max(nesting, len(site["fn"].batch_shape))
-            for frame in site["cond_indep_stack"]:
-                if frame.vectorized:
-                    nesting = max(nesting, -frame.dim)
-            if site["is_observed"]:
-                continue
-            value, support = site["value"], site["fn"].support
-            event_dim = site["fn"].event_dim
-            free = biject_to(support).inv(value)
-            # The event of a simplex has one number more than it has degrees of freedom.
-            cut = value.dim() - event_dim
-            sites.append(
-                Latent(name, support, value.shape[:cut], value.shape[cut:], free.shape[cut:], value.dtype, start)
-            )
-            start += sites[-1].size
-        self.sites = tuple(sites)
-        self.dim = start
-        self.max_plate_nesting = nesting
+    def __init__(self, sites: Iterable[Latent], max_plate_nesting: int) -> None:
+        self.sites, self.max_plate_nesting = tuple(sites), max_plate_nesting
+        self.dim = sum(site.size for site in self.sites)
 
     @classmethod
-    def of(cls, sites: Iterable[Latent], max_plate_nesting: int) -> Latents:
-        """Of sites that are known already."""
-        made = cls.__new__(cls)
-        made.sites, made.max_plate_nesting = tuple(sites), max_plate_nesting
-        made.dim = sum(site.size for site in made.sites)
-        return made
+    def of(cls, trace: Trace) -> Latents:
+        """The latents of a trace of an unconditioned model: sampled sites, neither observed nor subsamples."""
+        sites: list[Latent] = []
+        start = 0
+        for name, message in latent_messages(trace).items():
+            value, fn = message["value"], message["fn"]
+            free = biject_to(fn.support).inv(value)  # a simplex has one number more than degrees of freedom
+            cut = value.dim() - fn.event_dim
+            sites.append(
+                Latent(name, fn.support, value.shape[:cut], value.shape[cut:], free.shape[cut:], value.dtype, start)
+            )
+            start += sites[-1].size
+        return cls(sites, max(map(nesting_of, sample_messages(trace).values()), default=0))
 
     def __iter__(self) -> Iterator[Latent]:
         return iter(self.sites)
@@ -101,15 +84,8 @@ class Latents:
     def __len__(self) -> int:
         return len(self.sites)
 
-    def to(self, device: torch.device) -> Latents:
-        """The same, with the bounds of supports on a device."""
-        for site in self.sites:
-            for holder, key, tensor in support_tensors(site.support):
-                holder[key] = tensor.to(device)
-        return self
-
     def pack(self, values: Mapping[str, Tensor]) -> Tensor:
-        """Unconstrained vectors ``(*sample, dim)`` of values whose shapes are ``(*sample, *site.shape)``."""
+        """Returns unconstrained vectors ``(*sample, dim)`` of values of shapes ``(*sample, *site.shape)``."""
         parts = []
         for site in self.sites:
             value = values[site.name]
@@ -118,11 +94,9 @@ class Latents:
         return torch.cat(parts, -1)
 
     def unpack(self, z: Tensor, nesting: int = 0) -> tuple[dict[str, Tensor], Tensor]:
-        """Values by site and ``log|d values / d z|``, shape ``(*sample,)``.
+        """Returns values and ``log|d values / d z|``, shape ``(*sample,)``, at ``z`` of shape ``(*sample, dim)``.
 
-        Args:
-            z: shape ``(*sample, dim)``.
-            nesting: how many dimensions to keep for plates, right of those of ``z``; sites with fewer get 1s there.
+        Right of the sample's dimensions, ``nesting`` are kept for plates; sites with fewer get 1s there.
         """
         lead = z.shape[:-1]
         if 0 in lead:  # torch cannot sum over the dimensions of no events
@@ -142,11 +116,11 @@ class Latents:
         return values, total
 
     def draws(self, z: Tensor) -> dict[str, Tensor]:
-        """Constrained values by site, shape ``(*sample, *site.shape)``."""
+        """Returns constrained values by site, shape ``(*sample, *site.shape)``."""
         return self.unpack(z)[0]
 
     def names(self) -> list[str]:
-        """A label for each unconstrained number, such as ``theta[3]``."""
+        """Returns a label for each unconstrained number, such as ``theta[3]``."""
         labels = []
         for site in self.sites:
             shape = site.batch_shape + site.free_shape
@@ -154,24 +128,6 @@ class Latents:
                 place = [str(i.item()) for i in torch.unravel_index(torch.tensor(k), shape)] if shape else []
                 labels.append(site.name + (f"[{','.join(place)}]" if place else ""))
         return labels
-
-
-def sum_beyond(values: Tensor, keep: int) -> Tensor:
-    """Sums over all dimensions after the first ``keep``; also where there are no values."""
-    return values.sum(tuple(range(keep, values.dim()))) if values.dim() > keep else values
-
-
-def support_tensors(support: object) -> Iterator[tuple[dict[str, object], str, Tensor]]:
-    """Every tensor that a constraint holds, with the dictionary and the key that hold it."""
-    for key, value in list(vars(support).items()):
-        if isinstance(value, Tensor):
-            yield vars(support), key, value
-        elif isinstance(value, constraints.Constraint):
-            yield from support_tensors(value)
-        elif isinstance(value, list | tuple):
-            for each in value:
-                if isinstance(each, constraints.Constraint):
-                    yield from support_tensors(each)
 
 
 def same_support(one: object, other: object) -> bool:

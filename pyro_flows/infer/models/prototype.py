@@ -1,4 +1,4 @@
-"""A first look at a model: its latents at a feasible point, and what no guide of one fixed vector could represent."""
+"""A first look at a model: its latents at a feasible point; it refuses those that no fixed vector represents."""
 
 from __future__ import annotations
 
@@ -6,37 +6,42 @@ import math
 import time
 from collections.abc import Callable, Container, Iterable, Mapping
 from inspect import signature
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro import poutine
 from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.infer.autoguide.utils import helpful_support_errors
-from pyro.poutine.util import site_is_subsample
+from pyro.poutine import Trace
 from torch import Tensor
 from torch.distributions import Distribution, Transform, biject_to, constraints, transform_to
 from torch.utils._pytree import tree_flatten_with_path, tree_leaves
 
 from pyro_flows.infer.models.joint import FAILURES, JointDensity
 from pyro_flows.infer.models.latents import Latents, same_support
+from pyro_flows.infer.models.sites import Message, Model, latent_messages, run
 
-__all__ = ["feasible", "finite_start", "inspect", "latent_shapes", "parameters_of", "resized", "sizes_of"]
+__all__ = [
+    "feasible",
+    "finite_start",
+    "initializer",
+    "inspect",
+    "latent_shapes",
+    "parameters_of",
+    "resized",
+    "sizes_of",
+]
 
 ANGLES = (dist.VonMises, dist.SineBivariateVonMises, dist.SineSkewed)
+Init = Callable[[Message], Tensor]
+Sizes = dict[tuple[object, ...], int | str]
 
 
-Init = Callable[[dict[str, object]], Tensor]
+def feasible(site: Message, like: Tensor | None = None) -> Tensor:
+    """Returns a value in the middle of the support, or a sample where that has none, as if discrete.
 
-
-def feasible(site: dict[str, object], like: Tensor | None = None) -> Tensor:
-    """A value in the middle of the support, also where the distribution cannot be sampled.
-
-    Where the support has no middle, as that of a discrete site, the value is a sample.
-
-    Args:
-        site: of a trace.
-        like: gives dtype and device where the distribution has no tensors of its own.
+    ``like`` gives dtype and device if the distribution cannot be sampled.
     """
     fn = site["fn"]
     transform = _to_support(fn.support)
@@ -49,12 +54,17 @@ def feasible(site: dict[str, object], like: Tensor | None = None) -> Tensor:
             raise _no_bijection(site) from None
         shape = transform.inverse_shape(fn.batch_shape + fn.event_shape)
         value = transform(torch.zeros(shape) if like is None else like.new_zeros(shape))
-    value._pyro_custom_init = False  # a reparameterization may replace it without a warning
+    return _replaceable(value)
+
+
+def _replaceable(value: Any) -> Tensor:
+    """Lets a reparametrization replace an initial value without a warning."""
+    value._pyro_custom_init = False
     return value
 
 
 def _to_support(support: constraints.Constraint) -> Transform | None:
-    """From the line; onto the support, but perhaps not one to one: a reparameterization may still replace the site."""
+    """Maps the line onto a support, perhaps not one to one: a reparametrization may still replace the site."""
     for registry in (biject_to, transform_to):
         try:
             return registry(support)
@@ -63,7 +73,7 @@ def _to_support(support: constraints.Constraint) -> Transform | None:
     return None
 
 
-def _no_bijection(site: dict[str, object]) -> ValueError:
+def _no_bijection(site: Message) -> ValueError:
     return ValueError(
         f"AutoFlow: no bijection from the line is known for the support of site {site['name']!r}, "
         f"{site['fn'].support!r}; register one (torch.distributions.biject_to.register), or sample it as "
@@ -72,11 +82,11 @@ def _no_bijection(site: dict[str, object]) -> ValueError:
 
 
 def initializer(chosen: Init | None, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Init:
-    """The user's way to initialise sites, with :func:`feasible` where that cannot sample."""
+    """Returns the user's way to initialize sites, with :func:`feasible` where that cannot sample."""
     tensors = [leaf for leaf in tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor)]
     like = next((t for t in tensors if t.is_floating_point()), None)
 
-    def init(site: dict[str, object]) -> Tensor:
+    def init(site: Message) -> Tensor:
         if chosen is not None:
             try:
                 return chosen(site)
@@ -88,130 +98,117 @@ def initializer(chosen: Init | None, args: tuple[object, ...], kwargs: Mapping[s
 
 
 def inspect(
-    model: object, init: Init, args: tuple[object, ...], kwargs: Mapping[str, object], deadline: float = math.inf
-) -> tuple[object, Latents]:
-    """A trace of the model at an initial point, observations included, and the layout of its latents.
-
-    The model runs at four more points, or at one if the deadline, by ``time.monotonic()``, is over by then.
+    model: Model, init: Init, args: tuple[object, ...], kwargs: Mapping[str, object], deadline: float = math.inf
+) -> tuple[Trace, Latents]:
+    """Traces the model at an initial point, and lays out its latents; runs it at four more points, or until a deadline.
 
     Raises:
-        ValueError: for a model without latents, with a discrete or spherical latent or one whose support has no
-            bijection from the line, with a sequential plate, with latents in a subsampled plate, with an
-            angle, with a support that depends on another latent, or whose latents change from one run to the next.
+        ValueError: for a model without latents; with a latent that is discrete, spherical, an angle or in a sequential
+            or subsampled plate, or whose support has no bijection from the line or depends on another latent; or if
+            the latents change from one run to the next.
     """
-    trace = _run(InitMessenger(init)(model), args, kwargs)
-    # The finished trace is what counts, however sites got their values: reparameterized sites are no latents any more.
-    for name, site in _latent(trace):
-        try:
-            with helpful_support_errors(site):
-                biject_to(site["fn"].support)
-        except NotImplementedError as error:
-            raise _no_bijection(site) from error
-        inner = site["fn"]
-        while not isinstance(inner, ANGLES) and isinstance(getattr(inner, "base_dist", None), Distribution):
-            inner = inner.base_dist
-        if isinstance(inner, ANGLES):
-            raise ValueError(
-                f"AutoFlow: site {name!r} is an angle ({type(inner).__name__}), whose density repeats along the line, "
-                "so that it has no posterior there. Sample it as ImproperUniform on constraints.interval(-pi, pi), "
-                "with its log-density in pyro.factor"
-            )
-        if isinstance(inner, dist.Delta):
-            raise ValueError(
-                f"AutoFlow: site {name!r} is a Delta, a value and no latent: write pyro.deterministic({name!r}, value)"
-            )
-        for frame in site["cond_indep_stack"]:
-            if not frame.vectorized:
-                raise ValueError(
-                    f"AutoFlow: site {name!r} lies in the sequential plate {frame.name!r}: write it as a vectorised "
-                    f"one, `with pyro.plate({frame.name!r}, {frame.size}):`, or as one site with an event dimension"
-                )
-            if frame.full_size is not None and frame.full_size != frame.size:
-                raise ValueError(
-                    f"AutoFlow: the latent site {name!r} lies in the plate {frame.name!r}, of which a run sees "
-                    f"{frame.size} of {frame.full_size}: one vector for all runs would share these latents between "
-                    "different data. Give the whole plate at once, or amortise: in a guide of your own, "
-                    f"`with pyro.plate({frame.name!r}, ..., subsample_size=...) as i: pyro.sample({name!r}, "
-                    "flow(context_of(data[i])))` with a conditional flow"
-                )
-    latents = Latents(trace)
+    trace = run(InitMessenger(init)(model), args, kwargs)
+    messages = latent_messages(trace)  # reparametrized sites are latents no longer
+    for message in messages.values():
+        _refuse_site(message)
+    latents = Latents.of(trace)
     if not len(latents):
         raise ValueError(
             "AutoFlow: this model has no latent variables: every sample site is observed, or hidden from the guide"
         )
     if latents.dim == 0:
-        raise ValueError(f"AutoFlow: the latent sites {[site.name for site in latents]} are all empty")
-    _refuse_change(model, init, trace, args, kwargs, deadline)
-    return trace, latents
-
-
-def _run(model: object, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
-    with poutine.block():
-        return poutine.trace(model).get_trace(*args, **kwargs)
-
-
-def _latent(trace: object) -> list[tuple[str, dict[str, object]]]:
-    return [(name, site) for name, site in trace.iter_stochastic_nodes() if not site_is_subsample(site)]
-
-
-def _refuse_change(
-    model: object,
-    init: Init,
-    trace: object,
-    args: tuple[object, ...],
-    kwargs: Mapping[str, object],
-    deadline: float,
-) -> None:
-    """Runs the model at other latent values and compares its sites with those of the trace."""
-    # Opposite points, as random numbers start anew each time: whatever hangs on a sign is seen.
+        raise ValueError(f"AutoFlow: the latent sites {list(messages)} are all empty")
+    # Opposite points, as random numbers start anew each time: a structure that depends on a sign shows.
     for radius in (0.3, -0.3, 1.0, -1.0):
 
-        def moved(site: dict[str, object], radius: float = radius) -> Tensor:
+        def moved(site: Message, radius: float = radius) -> Tensor:
             value = init(site)
             transform = _to_support(site["fn"].support)
             if transform is None:  # its reparameterization gives it another value
                 return value
             free = transform.inv(value)
-            value = transform(free + radius * (2 * torch.rand_like(free) - 1))
-            value._pyro_custom_init = False
-            return value
+            return _replaceable(transform(free + radius * (2 * torch.rand_like(free) - 1)))
 
         try:
             with torch.random.fork_rng():
-                other = _run(InitMessenger(moved)(model), args, kwargs)
+                other = run(InitMessenger(moved)(model), args, kwargs)
         except FAILURES:
             continue  # a point where the model is not defined says nothing about its structure
-        for name, site in _latent(trace):
-            found = other.nodes.get(name)
-            if found is None or found["value"].shape != site["value"].shape:
-                what = "is missing" if found is None else f"has shape {tuple(found['value'].shape)}"
-                raise ValueError(
-                    f"AutoFlow: the latent site {name!r}, of shape {tuple(site['value'].shape)}, {what} at other "
-                    "values of the latents: a guide over one fixed vector needs the same sites in every run"
-                )
-            if not same_support(site["fn"].support, found["fn"].support):
-                raise ValueError(
-                    f"AutoFlow: the support of site {name!r} depends on another latent. Sample it on a fixed support, "
-                    "and compute the bounded value from it (for `x ~ Uniform(0, b)`: `u ~ Uniform(0, 1)`, `x = b * u`)"
-                )
-        extra = {n for n, _ in _latent(other)} - {n for n, _ in _latent(trace)}
-        if extra:
-            raise ValueError(
-                f"AutoFlow: the latent sites {sorted(extra)} are there only at some values of the other latents: a "
-                "guide over one fixed vector needs the same sites in every run"
-            )
+        _refuse_change(messages, other)
         if time.monotonic() > deadline:
-            return
+            break
+    return trace, latents
+
+
+def _refuse_site(site: Message) -> None:
+    """Refuses a latent site without a density on one fixed vector."""
+    name = site["name"]
+    try:
+        with helpful_support_errors(site):
+            biject_to(site["fn"].support)
+    except NotImplementedError as error:
+        raise _no_bijection(site) from error
+    inner = site["fn"]
+    while not isinstance(inner, ANGLES) and isinstance(getattr(inner, "base_dist", None), Distribution):
+        inner = inner.base_dist
+    if isinstance(inner, ANGLES):
+        raise ValueError(
+            f"AutoFlow: site {name!r} is an angle ({type(inner).__name__}), whose density repeats along the line, "
+            "so it has no posterior there. Sample it as ImproperUniform on constraints.interval(-pi, pi), with its "
+            "log-density in pyro.factor"
+        )
+    if isinstance(inner, dist.Delta):
+        raise ValueError(
+            f"AutoFlow: site {name!r} is a Delta, a value and no latent: write pyro.deterministic({name!r}, value)"
+        )
+    for frame in site["cond_indep_stack"]:
+        if not frame.vectorized:
+            raise ValueError(
+                f"AutoFlow: site {name!r} lies in the sequential plate {frame.name!r}: write it as a vectorized one, "
+                f"`with pyro.plate({frame.name!r}, {frame.size}):`, or as one site with an event dimension"
+            )
+        if frame.full_size is not None and frame.full_size != frame.size:
+            raise ValueError(
+                f"AutoFlow: the latent site {name!r} lies in the plate {frame.name!r}, of which a run sees "
+                f"{frame.size} of {frame.full_size}: one vector for all runs would share these latents between "
+                "different data. Give the whole plate at once, or amortize: in a guide of your own, "
+                f"`with pyro.plate({frame.name!r}, ..., subsample_size=...) as i: pyro.sample({name!r}, "
+                "flow(context_of(data[i])))` with a conditional flow"
+            )
+
+
+def _refuse_change(first: dict[str, Message], trace: Trace) -> None:
+    """Refuses latent sites that another run does not have in the same form."""
+    nodes: dict[str, Any] = dict(trace.nodes)
+    for name, site in first.items():
+        found = nodes.get(name)
+        if found is None or found["value"].shape != site["value"].shape:
+            what = "is missing" if found is None else f"has shape {tuple(found['value'].shape)}"
+            raise ValueError(
+                f"AutoFlow: the latent site {name!r}, of shape {tuple(site['value'].shape)}, {what} at other values of "
+                "the latents: a guide over one fixed vector needs the same sites in every run"
+            )
+        if not same_support(site["fn"].support, found["fn"].support):
+            raise ValueError(
+                f"AutoFlow: the support of site {name!r} depends on another latent. Sample it on a fixed support, and "
+                "compute the bounded value from it (for `x ~ Uniform(0, b)`: `u ~ Uniform(0, 1)`, `x = b * u`)"
+            )
+    extra = latent_messages(trace).keys() - first.keys()
+    if extra:
+        raise ValueError(
+            f"AutoFlow: the latent sites {sorted(extra)} are there only at some values of the other latents: a guide "
+            "over one fixed vector needs the same sites in every run"
+        )
 
 
 @torch.no_grad()
-def finite_start(density: JointDensity, trace: object, latents: Latents, attempts: int = 20) -> Tensor:
-    """An unconstrained point, shape ``(dim,)``, where the log-density is finite: the prototype's, or one near it.
+def finite_start(density: JointDensity, trace: Trace, latents: Latents, attempts: int = 20) -> Tensor:
+    """Returns a point, shape ``(dim,)``, where the log-density is finite: the prototype's, or one near it.
 
     Raises:
         ValueError: if none is found; it names the sites whose log-density is not finite.
     """
-    values = {site.name: trace.nodes[site.name]["value"].detach() for site in latents}
+    values = {name: message["value"].detach() for name, message in latent_messages(trace).items()}
     first = point = latents.pack(values)
     error: Exception | None = None
     for attempt in range(attempts + 1):
@@ -233,27 +230,24 @@ def finite_start(density: JointDensity, trace: object, latents: Latents, attempt
             f"AutoFlow: the model runs at the initial values of its latents, but its density cannot be computed there, "
             f"nor at {attempts} points near them: {type(error).__name__}: {error}"
         ) from error
-    raised = "" if error is None else f" ({type(error).__name__}: {error})"
+    cause = "" if error is None else f" ({type(error).__name__}: {error})"
     sites = ", ".join(f"{name!r} ({value})" for name, value in bad.items()) or "the supports' Jacobians"
     raise ValueError(
         f"AutoFlow: the log-density is not finite at the initial values of the latents, nor at {attempts} points near "
-        f"them; it comes from {sites}{raised}. Check the data, or say where to start: "
+        f"them; it comes from {sites}{cause}. Check the data, or say where to start: "
         "init_loc_fn=init_to_value(values={...})"
     ) from error
 
 
-Sizes = dict[tuple[object, ...], int | str]
-
-
-def sizes_of(model: object, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Sizes:
-    """What the arguments of a call show, by its place: sizes of tensors and arrays, integers, strings and flags."""
+def sizes_of(model: Model, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Sizes:
+    """Returns sizes of tensors, integers, strings and flags among the arguments of a call, by their place."""
     try:
         bound = signature(model).bind(*args, **kwargs)
         bound.apply_defaults()
         arguments = bound.arguments
-    except (TypeError, ValueError):  # nothing is known of some callables
+    except (TypeError, ValueError):  # some callables have no signature
         arguments = {"args": args, "kwargs": dict(kwargs)}
-    sizes = {}
+    sizes: Sizes = {}
     for path, leaf in tree_flatten_with_path(dict(arguments))[0]:
         shape = getattr(leaf, "shape", None)
         if isinstance(shape, tuple):
@@ -264,7 +258,7 @@ def sizes_of(model: object, args: tuple[object, ...], kwargs: Mapping[str, objec
 
 
 def resized(plates: Iterable[int], then: Sizes, now: Sizes) -> bool:
-    """Whether one of the plates seems to have another size now: so has each argument that had its size then."""
+    """Whether, for some plate, every argument that had its size then has another one now."""
     for plate in set(plates):
         found = [now[place] for place, size in then.items() if size == plate and place in now]
         if found and plate not in found:
@@ -273,23 +267,24 @@ def resized(plates: Iterable[int], then: Sizes, now: Sizes) -> bool:
 
 
 def latent_shapes(
-    model: object, args: tuple[object, ...], kwargs: Mapping[str, object], observed: Container[str]
+    model: Model, args: tuple[object, ...], kwargs: Mapping[str, object], observed: Container[str]
 ) -> dict[str, tuple[int, ...]] | None:
-    """The shapes of a model's latents at some arguments, in which data may be missing; ``None`` if it cannot run."""
+    """Returns shapes of a model's latents at arguments that may lack data; ``None`` if it cannot run."""
     try:
         with torch.random.fork_rng(), torch.no_grad():
-            trace = _run(InitMessenger(initializer(None, args, kwargs))(model), args, kwargs)
+            trace = run(InitMessenger(initializer(None, args, kwargs))(model), args, kwargs)
     except FAILURES:
         return None
-    sites = [(name, site["fn"]) for name, site in _latent(trace) if name not in observed]
-    return {name: tuple(fn.batch_shape + fn.event_shape) for name, fn in sites}
+    found = {name: site["fn"] for name, site in latent_messages(trace).items() if name not in observed}
+    return {name: tuple(fn.batch_shape + fn.event_shape) for name, fn in found.items()}
 
 
-def parameters_of(trace: object) -> dict[str, Tensor]:
-    """Copies of the parameters in a trace of a model that an optimizer of Pyro's would train, by name."""
+def parameters_of(trace: Trace) -> dict[str, Tensor]:
+    """Copies the parameters in a trace of a model that a Pyro optimizer would train, by name."""
     store = pyro.get_param_store()
     found = {}
-    for name, site in trace.nodes.items():
+    nodes: dict[str, Any] = dict(trace.nodes)
+    for name, site in nodes.items():
         if site["type"] != "param":
             continue
         value = store[name] if name in store else site["value"]  # in a plate, a run may see a part of it

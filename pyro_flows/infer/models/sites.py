@@ -1,7 +1,4 @@
-"""The sites of a run of a model, by what they are to inference.
-
-The density, the log-likelihood of each datum and the predictions all take scales, masks and observations from here.
-"""
+"""The sample sites of a run of a model, by their role in inference, with their scales and masks."""
 
 from __future__ import annotations
 
@@ -11,35 +8,44 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.distributions import TorchDistribution
 from pyro.distributions.torch_distribution import MaskedDistribution
 from pyro.distributions.util import scale_and_mask
+from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Independent
 
-from pyro_flows.infer.models.latents import sum_beyond
-
-__all__ = [
-    "COMPUTED",
-    "DATA",
-    "DRAWN",
-    "FACTOR",
-    "LATENT",
-    "Site",
-    "counts",
-    "is_masked",
-    "is_part",
-    "per_draw",
-    "run",
-    "sites_of",
-    "unmasked",
-]
+__all__ = ["Message", "Model", "Site", "latent_messages", "run", "sample_messages", "sites_of"]
 
 LATENT, DATA, FACTOR, COMPUTED, DRAWN = "latent", "data", "factor", "computed", "drawn"
 
-
 Model = Callable[..., object]
+Message = dict[str, Any]  # Pyro's record of a site, whose distribution Pyro itself types as a mere callable
+
+
+def run(
+    model: Model, args: tuple[object, ...], kwargs: Mapping[str, object], values: Mapping[str, Tensor] | None = None
+) -> Trace:
+    """Traces a model at given values of some sites, hidden from all handlers around."""
+    with poutine.block():
+        return poutine.trace(poutine.condition(model, data=dict(values or {}))).get_trace(*args, **kwargs)
+
+
+def sample_messages(trace: Trace) -> dict[str, Message]:
+    """Returns Pyro's records of sample sites by name, without the indices of subsamples."""
+    nodes: dict[str, Any] = dict(trace.nodes)
+    return {name: node for name, node in nodes.items() if node["type"] == "sample" and not site_is_subsample(node)}
+
+
+def latent_messages(trace: Trace) -> dict[str, Message]:
+    """Returns the sample sites that are not observed."""
+    return {name: message for name, message in sample_messages(trace).items() if not message["is_observed"]}
+
+
+def nesting_of(message: Message) -> int:
+    """Counts the dimensions of a site's plates, and of its batch, declared or not."""
+    dims = [-frame.dim for frame in message["cond_indep_stack"] if frame.vectorized]
+    return max(len(message["fn"].batch_shape), *dims, 0)
 
 
 @dataclass(frozen=True)
@@ -47,22 +53,20 @@ class Site:
     """One sample site of a run.
 
     Attributes:
-        name: of the site.
-        kind: ``"latent"``, of the guide; ``"data"``, observed; ``"factor"``, a term of the log-density alone;
-            ``"computed"``, by ``pyro.deterministic`` or a reparametrization; ``"drawn"``, anything else that the run
-            drew or enumerated.
-        message: Pyro's account of it.
-        own: entries of a latent that keep their own density under a mask, of the shape of its batch; ``None`` for
-            none.
+        name: the site's name.
+        kind: ``"latent"``, of the guide; ``"data"``; ``"factor"``; ``"computed"``, by ``pyro.deterministic`` or a
+            reparametrization; ``"drawn"``, anything else that the run drew or enumerated.
+        message: Pyro's record.
+        own: the entries of a latent, in its batch shape, that keep their own density under a mask.
     """
 
     name: str
     kind: str
-    message: dict[str, Any]
+    message: Message
     own: Tensor | None = None
 
     @property
-    def fn(self) -> torch.distributions.Distribution:
+    def fn(self) -> Any:
         """The distribution."""
         return self.message["fn"]
 
@@ -73,32 +77,19 @@ class Site:
 
     @property
     def scale(self) -> float | Tensor:
-        """What ``poutine.scale`` and subsampling multiply the log-density by."""
+        """The factor of the log-density by ``poutine.scale`` and subsampling."""
         return self.message["scale"]
 
     @property
-    def nesting(self) -> int:
-        """How many dimensions its plates and its batch take."""
-        dims = [-frame.dim for frame in self.message["cond_indep_stack"] if frame.vectorized]
-        return max(len(self.fn.batch_shape), *dims, 0)
-
-    @property
     def mask(self) -> bool | Tensor | None:
-        """The entries that count, by ``poutine.mask`` and the distribution's own mask; ``None`` if all do."""
-        masks = [self.message["mask"]]
-        if isinstance(self.fn, MaskedDistribution):
-            masks.append(self.fn._mask)
-        masks = [mask for mask in masks if mask is not None and mask is not True]
-        if not masks or any(mask is False for mask in masks):
-            return False if masks else None
-        return masks[0] if len(masks) == 1 else masks[0] & masks[1]
+        """The entries that count, by ``poutine.mask`` and by the distribution; ``None`` if all do."""
+        masks = _masks(self.message["mask"], self.fn)
+        if any(mask is False for mask in masks):
+            return False
+        return masks[0] & masks[-1] if masks else None
 
     def log_prob(self, scaled: bool = True) -> Tensor:
-        """The log-density of each entry as it counts in the model's, in nats.
-
-        Args:
-            scaled: whether to multiply by the scale.
-        """
+        """The log-density of each entry as it counts in the model's, in nats; ``scaled`` includes the scale."""
         message, scale = self.message, self.scale if scaled else 1.0
         value = self.fn.log_prob(self.value, *message["args"], **message["kwargs"])
         value = scale_and_mask(value, scale, message["mask"])
@@ -108,29 +99,21 @@ class Site:
         return torch.where(self.own, scale_and_mask(whole, scale), value)
 
 
-def run(model: Model, args: tuple[object, ...], kwargs: Mapping[str, object], values: Mapping[str, Tensor]) -> Any:
-    """Runs the model at given values of some sites, unseen by any handler around; returns Pyro's trace."""
-    with poutine.block():
-        return poutine.trace(poutine.condition(model, data=values)).get_trace(*args, **kwargs)
+def _masks(*given: Any) -> list[bool | Tensor]:
+    """Returns the masks among these masks and distributions."""
+    masks = [each._mask if isinstance(each, MaskedDistribution) else each for each in given]
+    return [mask for mask in masks if mask is False or isinstance(mask, Tensor)]
 
 
-def sites_of(trace: Any, latents: frozenset[str], own: Mapping[str, Tensor] | None = None) -> dict[str, Site]:
-    """The sample sites of a trace by name, without the indices of subsamples.
-
-    Args:
-        trace: of the model.
-        latents: names of the latents of the guide.
-        own: :attr:`Site.own` by site.
-    """
-    found = {}
-    for name, message in trace.nodes.items():
-        if message["type"] == "sample" and not site_is_subsample(message):
-            kind = LATENT if name in latents else _kind(message)
-            found[name] = Site(name, kind, message, None if own is None else own.get(name))
-    return found
+def sites_of(trace: Trace, latents: frozenset[str], own: Mapping[str, Tensor] | None = None) -> dict[str, Site]:
+    """Returns a trace's sample sites by name, given the guide's latents and :attr:`Site.own` by name."""
+    return {
+        name: Site(name, LATENT if name in latents else _kind(message), message, (own or {}).get(name))
+        for name, message in sample_messages(trace).items()
+    }
 
 
-def _kind(message: dict[str, Any]) -> str:
+def _kind(message: Message) -> str:
     if message["infer"].get("_deterministic", False):
         return COMPUTED
     fn = message["fn"]
@@ -140,20 +123,21 @@ def _kind(message: dict[str, Any]) -> str:
         return FACTOR
     if not message["is_observed"]:
         return DRAWN
-    return COMPUTED if type(fn).__name__ == "Delta" else DATA  # such as what a reparametrization makes of a latent
+    return COMPUTED if type(fn).__name__ == "Delta" else DATA  # a reparametrized latent
+
+
+def sum_beyond(values: Tensor, keep: int) -> Tensor:
+    """Sums over all dimensions except the first ``keep``; also where there are no values."""
+    return values.sum(tuple(range(keep, values.dim()))) if values.dim() > keep else values
 
 
 def per_draw(name: str, each: Tensor, count: int, nesting: int) -> Tensor:
-    """Sums a site's log-densities for each draw, shape ``(count,)``; a number where they are the same for all.
+    """Sums a site's log-densities over all but the draws, the dimension left of ``nesting`` plate dimensions.
 
-    Args:
-        name: of the site.
-        each: with draws in the dimension left of the plates, or without draws.
-        count: of draws.
-        nesting: how many plate dimensions there are.
+    The result has shape ``(count,)``, or is a number if it is the same for all draws.
 
     Raises:
-        ValueError: if that dimension has another size.
+        ValueError: if the dimension of the draws has another size.
     """
     if each.dim() <= nesting:
         return each.sum()
@@ -165,7 +149,7 @@ def per_draw(name: str, each: Tensor, count: int, nesting: int) -> Tensor:
     return sum_beyond(each, 1)
 
 
-def unmasked(fn: TorchDistribution) -> TorchDistribution:
+def unmasked(fn: Any) -> Any:
     """The same distribution without masks of its own."""
     if isinstance(fn, MaskedDistribution):
         return unmasked(fn.base_dist)
@@ -175,12 +159,11 @@ def unmasked(fn: TorchDistribution) -> TorchDistribution:
 
 
 def is_masked(site: Site) -> bool:
-    """Whether the log-density of some entry is left out."""
+    """Whether a mask leaves out the log-density of some entry."""
     fn = site.fn
     while isinstance(fn, Independent):
         fn = fn.base_dist
-    masks = (site.message["mask"], fn._mask if isinstance(fn, MaskedDistribution) else None)
-    return any(mask is not None and mask is not True and not bool(torch.as_tensor(mask).all()) for mask in masks)
+    return not all(torch.as_tensor(mask).all() for mask in _masks(site.message["mask"], fn))
 
 
 def counts(site: Site) -> bool:
@@ -188,15 +171,11 @@ def counts(site: Site) -> bool:
     return site.mask is None or bool(torch.as_tensor(site.mask).any())
 
 
-def is_part(trace: Any) -> bool:
+def is_part(trace: Trace) -> bool:
     """Whether a run sees only a part of some plate."""
-    frames = [
-        frame
-        for message in trace.nodes.values()
-        if message["type"] == "sample"
-        for frame in message["cond_indep_stack"]
-    ]
+    nodes: list[Any] = [node for node in trace.nodes.values() if node["type"] == "sample"]
+    frames = [frame for node in nodes for frame in node["cond_indep_stack"]]
     if any(frame.full_size is not None and frame.full_size != frame.size for frame in frames):
         return True
-    drawn = [message["fn"] for message in trace.nodes.values() if site_is_subsample(message)]
-    return any(fn.subsample_size is not None and fn.subsample_size < fn.size for fn in drawn)
+    indices = [node["fn"] for node in nodes if site_is_subsample(node)]
+    return any(fn.subsample_size is not None and fn.subsample_size < fn.size for fn in indices)

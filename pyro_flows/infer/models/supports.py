@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pyro.distributions.constraints as pyro_constraints
@@ -15,7 +16,7 @@ __all__ = ["LowerTriangular", "plain_support", "support_of"]
 
 
 class LowerTriangular(Transform):
-    """Vectors of ``n (n + 1) / 2`` numbers to lower triangular ``n x n`` matrices with a positive diagonal.
+    """Maps vectors of ``n (n + 1) / 2`` numbers to lower triangular ``n x n`` matrices with a positive diagonal.
 
     Entries are taken row by row; those of the diagonal are logarithms.
     """
@@ -27,7 +28,8 @@ class LowerTriangular(Transform):
     def __eq__(self, other: object) -> bool:
         return isinstance(other, LowerTriangular)
 
-    __hash__ = None
+    def __hash__(self) -> int:
+        return hash(LowerTriangular)
 
     def _call(self, x: Tensor) -> Tensor:
         size = _size(x.shape[-1])
@@ -42,7 +44,7 @@ class LowerTriangular(Transform):
         return free[..., rows, columns]
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        """The sum of the diagonal's logarithms."""
+        """Returns the sum of the diagonal's logarithms."""
         return y.diagonal(dim1=-2, dim2=-1).log().sum(-1)
 
     def forward_shape(self, shape: Size) -> Size:
@@ -60,20 +62,8 @@ def _size(length: int) -> int:
     return size
 
 
-def _triangular(_: object) -> Transform:
-    return LowerTriangular()
-
-
-def _positive_definite(_: object) -> Transform:
-    return ComposeTransform([LowerTriangular(), CholeskyTransform().inv])
-
-
-def _of_components(support: constraints.MixtureSameFamilyConstraint) -> Transform:
-    return biject_to(support.base_constraint)
-
-
 def plain_support(support: object) -> dict[str, Any]:
-    """A support as plain data: the public name of a constraint of torch's or Pyro's, and what bounds it.
+    """Describes a support as plain data: the public name of a constraint of torch or Pyro, and its bounds.
 
     Raises:
         TypeError: for a constraint of another kind.
@@ -85,11 +75,11 @@ def plain_support(support: object) -> dict[str, Any]:
     for name, known in _public().items():
         if type(known) is type(support) and fixed and vars(known) == vars(support):
             return {"constraint": name, "bounds": {}}
-    raise TypeError(f"{support!r} is none of torch's or Pyro's constraints")
+    raise TypeError(f"{support!r} is not a constraint of torch or Pyro")
 
 
 def support_of(plain: dict[str, Any]) -> constraints.Constraint:
-    """What :func:`plain_support` described.
+    """Makes the support that :func:`plain_support` described.
 
     Raises:
         ValueError: for an unknown name.
@@ -103,7 +93,7 @@ def support_of(plain: dict[str, Any]) -> constraints.Constraint:
 
 
 def _public() -> dict[str, Any]:
-    """Constraints, and classes of those with bounds, by name."""
+    """Returns the public constraints, and the classes of those with bounds, by name."""
     found = {name: getattr(place, name) for place in (pyro_constraints, constraints) for name in place.__all__}
     kind = constraints.Constraint
     classes = {name: each for name, each in found.items() if isinstance(each, type) and issubclass(each, kind)}
@@ -127,12 +117,14 @@ def _restored(plain: Any) -> Any:
     return [_restored(each) for each in plain] if isinstance(plain, list) else plain
 
 
-for _support, _make in (
-    (constraints.lower_cholesky, _triangular),
-    (constraints.positive_definite, _positive_definite),
-    (constraints.MixtureSameFamilyConstraint(constraints.real), _of_components),
-):
+_MADE: tuple[tuple[constraints.Constraint, Callable[[Any], Transform]], ...] = (
+    (constraints.lower_cholesky, lambda _: LowerTriangular()),
+    (constraints.positive_definite, lambda _: ComposeTransform([LowerTriangular(), CholeskyTransform().inv])),
+    (constraints.MixtureSameFamilyConstraint(constraints.real), lambda support: biject_to(support.base_constraint)),
+)
+
+for _support, _make in _MADE:
     try:
         biject_to(_support)
-    except NotImplementedError:  # else somebody has chosen one already
+    except NotImplementedError:  # registrations of the user come first
         biject_to.register(_support, _make)

@@ -14,7 +14,7 @@ from pyro_flows.core.checks import admit, integer, refuse_other_kind
 from pyro_flows.core.steps import Stepper, at_any_time
 from pyro_flows.distributions import Flow
 from pyro_flows.infer.density.units import is_plain_flow
-from pyro_flows.infer.uses.surprise import context_units, leaves_of, single_base, surprise
+from pyro_flows.infer.uses.surprise import leaves_of, single_base, surprise
 
 __all__ = ["Stream", "step_log_prob"]
 
@@ -75,7 +75,7 @@ class Stream:
                     f"{tuple(context.shape)}"
                 )
             self._widen("a context", context)
-        context = context_units(flow, context)
+        context = flow.inner_context(context)
         leaves = leaves_of(flow, context)
         for part, own, _ in leaves:
             if own is not None and own is not context:
@@ -288,7 +288,7 @@ def step_log_prob(flow: Flow, value: Tensor, context: Tensor | None = None, *, l
         value = admit(flow.chain, value, context, data_side=True)
         inside = _inside(lengths, value)
         value = torch.where(inside.unsqueeze(-2), value, value[..., :1])  # numbers that have a density
-    scores = -surprise(flow, value, context_units(flow, context), "step_log_prob", by_time=True).sum(-2)
+    scores = -surprise(flow, value, flow.inner_context(context), "step_log_prob", by_time=True).sum(-2)
     return scores if inside is None else torch.where(inside, scores, 0.0)
 
 

@@ -14,11 +14,11 @@ from pyro_flows.core.checks import admit
 from pyro_flows.core.transform import Conditioned, FlowTransform, Inverse
 from pyro_flows.core.wrap import Wrap
 from pyro_flows.distributions import Dequantized, Flow
-from pyro_flows.infer.density.units import StandardizedFlow, is_plain_flow
+from pyro_flows.infer.density.units import is_plain_flow
 from pyro_flows.infer.uses.anomaly import evaluating
 from pyro_flows.transforms import ActNorm, Autoregressive, LogitPixels, Rescaling, Standardization
 
-__all__ = ["Leaf", "context_units", "is_elementwise", "leaves_of", "pixel_scores", "single_base", "surprise"]
+__all__ = ["Leaf", "is_elementwise", "leaves_of", "pixel_scores", "single_base", "surprise"]
 
 
 @torch.no_grad()
@@ -64,14 +64,9 @@ def pixel_scores(
         flow, values = model, (value,)
     if not is_plain_flow(flow):
         raise TypeError(f"pixel_scores: expected a Flow, or a Dequantized of one, got {type(flow).__name__}")
-    context = context_units(flow, context)
+    context = flow.inner_context(context)
     with evaluating(flow):
         return torch.stack([surprise(flow, each, context) for each in values]).mean(0)
-
-
-def context_units(flow: Flow, context: Tensor | None) -> Tensor | None:
-    """The context in the units of the flow's chain."""
-    return flow.scaled(context) if isinstance(flow, StandardizedFlow) and context is not None else context
 
 
 def surprise(

@@ -1,4 +1,4 @@
-"""What a continuous flow integrates: a field with its divergence, and the penalties of its way."""
+"""The divergence of a field, exact or estimated, and the right-hand side that a continuous flow integrates."""
 
 from __future__ import annotations
 
@@ -8,35 +8,31 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pyro_flows.core.checks import choice, integer
 from pyro_flows.transforms.continuous.fields import Field, unit_probes
-from pyro_flows.transforms.continuous.ode_solver import Dynamics
+from pyro_flows.transforms.continuous.ode_solver import Dynamics, Rhs
 
 __all__ = ["EXACT_UP_TO", "Estimator", "FieldDynamics", "columns", "draw", "estimator", "probes_of"]
 
-#: Dimensions up to which "auto" is exact where the field has no closed form that is cheap at any number of them.
+#: Dimensions up to which "auto" is exact where the field has no cheap closed form.
 EXACT_UP_TO = 32
-
-_KINDS = ("auto", "exact", "hutchinson", "hutch++")
-
-
-_NOISES = ("rademacher", "gaussian")
 
 
 class Estimator(NamedTuple):
-    """How the divergence is had.
+    """How to compute the divergence.
 
     Attributes:
         kind: ``"auto"``, ``"exact"``, ``"hutchinson"`` or ``"hutch++"``.
         noise: ``"rademacher"`` or ``"gaussian"``.
-        count: probes, and so products with the Jacobian in each evaluation.
+        num_probes: how many probes, and thus products with the Jacobian in each evaluation.
     """
 
     kind: str = "auto"
     noise: str = "rademacher"
-    count: int = 1
+    num_probes: int = 1
 
     def resolved(self, field: Field) -> Estimator:
-        """With ``"auto"`` settled: exact where that is cheap, else Hutchinson."""
+        """Replaces ``"auto"``: exact where that is cheap, else Hutchinson."""
         if self.kind != "auto":
             return self
         cheap = field.cheap_divergence or field.event_shape.numel() <= EXACT_UP_TO
@@ -44,31 +40,27 @@ class Estimator(NamedTuple):
 
     @property
     def basis(self) -> int:
-        """Probes that go into the basis of Hutch++."""
-        return self.count // 2 if self.kind == "hutch++" else 0
+        """How many probes make the basis of Hutch++."""
+        return self.num_probes // 2 if self.kind == "hutch++" else 0
 
     @property
     def weights(self) -> tuple[float, ...]:
-        """Of the probes, in sequence."""
-        rest = self.count - self.basis
+        """The weight of each probe."""
+        rest = self.num_probes - self.basis
         return (1.0,) * self.basis + (1.0 / rest,) * rest
 
 
 def estimator(kind: str, noise: str, count: int | None, size: int) -> Estimator:
-    """Checked settings, for events of so many numbers."""
-    if kind not in _KINDS:
-        raise ValueError(f"expected divergence to be one of {list(_KINDS)}, got {kind!r}")
-    if noise not in _NOISES:
-        raise ValueError(f"expected noise to be one of {list(_NOISES)}, got {noise!r}")
-    least = 2 if kind == "hutch++" else 1
-    count = (4 if kind == "hutch++" else 1) if count is None else count
-    if isinstance(count, bool) or not isinstance(count, int) or count < least:
-        raise ValueError(f"expected num_probes to be an integer >= {least} for divergence={kind!r}, got {count!r}")
-    return Estimator(kind, noise, min(count, 2 * size) if kind == "hutch++" else count)
+    """Checked settings, for events of ``size`` numbers."""
+    choice("", "divergence", kind, ("auto", "exact", "hutchinson", "hutch++"))
+    choice("", "noise", noise, ("rademacher", "gaussian"))
+    basis = kind == "hutch++"
+    count = integer(f"divergence={kind!r}", "num_probes", (4 if basis else 1) if count is None else count, 1 + basis)
+    return Estimator(kind, noise, min(count, 2 * size) if basis else count)
 
 
 def draw(noise: str, like: Tensor, *shape: int) -> Tensor:
-    """Noise of identity covariance, in the dtype and on the device of ``like``."""
+    """Noise with identity covariance, in the dtype and on the device of ``like``."""
     if noise == "gaussian":
         return torch.randn(*shape, dtype=like.dtype, device=like.device)
     return torch.randint(0, 2, shape, dtype=like.dtype, device=like.device).mul_(2).sub_(1)
@@ -76,7 +68,7 @@ def draw(noise: str, like: Tensor, *shape: int) -> Tensor:
 
 @torch.no_grad()
 def probes_of(settings: Estimator, field: Field, t: Tensor, x: Tensor, context: Tensor | None, noise: Tensor) -> Tensor:
-    """The probes of one solve, shape ``(rows, count, D)``, from noise of that shape and where the solve starts."""
+    """The probes of one solve, shape ``(rows, count, D)``, from noise of that shape, for a start at ``t`` and ``x``."""
     basis = settings.basis
     if basis == 0:
         return noise
@@ -95,7 +87,7 @@ def columns(
     probes: Tensor | None,
     penalties: tuple[bool, bool] = (False, False),
 ) -> tuple[Tensor, list[Tensor]]:
-    r"""The velocity, and numbers for each row that are integrated along.
+    r"""The velocity, and the numbers for each row that are integrated along.
 
     Args:
         settings: with ``"auto"`` resolved.
@@ -107,7 +99,7 @@ def columns(
         penalties: whether to add :math:`|v|^2`, and :math:`\|J\|_F^2` (by the same probes if there are some).
 
     Returns:
-        ``v`` with the shape of ``x``, and the divergence and what else was asked for, each of shape ``(rows,)``.
+        ``v`` with the shape of ``x``; the divergence and the penalties, each of shape ``(rows,)``.
     """
     kinetic, jacobian = penalties
     exact = settings.kind == "exact"
@@ -115,13 +107,13 @@ def columns(
         v, divergence = field.with_divergence(t, x, context)
         made = [divergence]
     else:
-        p = unit_probes(x) if exact else probes
+        p = unit_probes(x) if probes is None else probes
         v, pushed = field.products(t, x, p, context)
         weights = (1.0,) if exact else settings.weights
         p, pushed = p.flatten(2), pushed.flatten(2)
         made = [_weighted(weights, (p * pushed).sum(-1))]
         if jacobian:
-            # For a basis and the rest: |J Q|^2 + E|J (1 - QQ') g|^2, in the same way as the trace.
+            # With a basis Q: |J Q|^2 + E|J (1 - QQ') g|^2, as for the trace.
             made.append(_weighted(weights, pushed.square().sum(-1)))
     if kinetic:
         made.insert(1, v.flatten(1).square().sum(-1))
@@ -137,7 +129,7 @@ def _weighted(weights: tuple[float, ...], forms: Tensor) -> Tensor:
 
 
 class _Methods(nn.Module):
-    """A field whose methods can be called with other tensors in place of its parameters."""
+    """Lets ``functional_call`` replace the parameters in any method of a field."""
 
     def __init__(self, inner: Field) -> None:
         super().__init__()
@@ -148,14 +140,14 @@ class _Methods(nn.Module):
 
 
 class FieldDynamics(Dynamics):
-    r"""A field with its divergence, and penalties if asked for, on flat rows.
+    r"""A field with its divergence and penalties, on flat rows.
 
     Args:
         name: of the flow, in messages.
         inner: the field.
         settings: of the divergence, with ``"auto"`` resolved.
         has_context: whether a context comes after the field's parameters.
-        penalties: whether to integrate :math:`|v|^2` and :math:`\|J\|_F^2` as well.
+        penalties: whether to integrate :math:`|v|^2`, and :math:`\|J\|_F^2`.
     """
 
     def __init__(
@@ -165,32 +157,27 @@ class FieldDynamics(Dynamics):
         self.has_context, self.penalties = has_context, penalties
         self.num_columns = 1 + sum(penalties)
 
-    def bind(
-        self, shared: Sequence[Tensor], rowwise: Sequence[Tensor]
-    ) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    def bind(self, shared: Sequence[Tensor], rowwise: Sequence[Tensor]) -> Rhs:
         inner, event = self.inner, self.inner.event_shape
-        names, own = zip(*inner.named_parameters(), strict=True) if any(True for _ in inner.parameters()) else ((), ())
+        own = dict(inner.named_parameters())
         given, rest = shared[: len(own)], [*shared[len(own) :], *rowwise]
         context = rest.pop(0) if self.has_context else None
         probes = None
         if rest:
             probes = rest[0].transpose(0, 1).contiguous()
             probes = probes.view(*probes.shape[:2], *event)
-
-        def both(inner: Field, t: Tensor, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-            return columns(self.settings, inner, t, x, context, probes, self.penalties)
-
-        if all(a is b for a, b in zip(given, own, strict=True)):
-            evaluate = lambda t, x: both(inner, t, x)  # noqa: E731
-        else:
+        methods = None
+        if any(a is not b for a, b in zip(given, own.values(), strict=True)):
             methods = _Methods(inner)
-            tensors = {f"inner.{name}": tensor for name, tensor in zip(names, given, strict=True)}
-
-            def evaluate(t: Tensor, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-                return torch.func.functional_call(methods, tensors, (lambda inner: both(inner, t, x),))
+            tensors = {f"inner.{name}": tensor for name, tensor in zip(own, given, strict=True)}
 
         def rhs(t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-            v, made = evaluate(t, x if len(event) == 1 else x.unflatten(1, event))
+            x = x if len(event) == 1 else x.unflatten(1, event)
+
+            def call(inner: Field) -> tuple[Tensor, list[Tensor]]:
+                return columns(self.settings, inner, t, x, context, probes, self.penalties)
+
+            v, made = call(inner) if methods is None else torch.func.functional_call(methods, tensors, (call,))
             along = made[0].unsqueeze(1) if len(made) == 1 else torch.stack(made, 1)
             return v.flatten(1), along
 

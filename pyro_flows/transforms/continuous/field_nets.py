@@ -1,58 +1,90 @@
-"""Vector fields of images and series, by convolutions gated by time and context."""
+"""The package's own vector fields: chains of dense layers, and convolutions, gated by time and context."""
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pyro_flows.core.checks import choice, integer, positive_integers
 from pyro_flows.core.recipes import remembered
+from pyro_flows.nets.activations import activation_function, slope
 from pyro_flows.nets.convolutional import image_shape
-from pyro_flows.transforms.continuous.fields import Field, Modulation, smooth, widths
+from pyro_flows.transforms.continuous.fields import Field
 
-__all__ = ["ChainField", "ConvField", "GatedField", "ResidualField"]
+__all__ = ["ChainField", "ConvField"]
 
-Activation = str | Callable[[Tensor], Tensor]
-
-
-def _linears(sizes: Sequence[int], multiple: int = 1) -> nn.ModuleList:
-    """Layers of these sizes, hidden ones so many times as wide, the last one zero."""
-    pairs = list(itertools.pairwise(sizes))
-    layers = nn.ModuleList(nn.Linear(i, o * (multiple if k < len(pairs) - 1 else 1)) for k, (i, o) in enumerate(pairs))
-    nn.init.zeros_(layers[-1].weight)
-    nn.init.zeros_(layers[-1].bias)
-    return layers
+Function = Callable[[Tensor], Tensor]
 
 
-class _Dense(Field):
-    """Events are flattened around ``_run``, which has the value and, if asked, the divergence or products."""
+def _smooth(activation: str | Function) -> Function:
+    if isinstance(activation, str):
+        choice("", "activation", activation, ("silu", "softplus", "tanh"), "a smooth function")
+    return activation_function(activation)
 
-    rowwise_times = True
 
-    def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
-        return self._run(t, x.flatten(1), context, None, False)[0].view(x.shape)
+def _widths(name: str, sizes: Sequence[int]) -> tuple[int, ...]:
+    """Sizes of any number of hidden layers."""
+    if not isinstance(sizes, Iterable):
+        raise TypeError(f"expected {name} to be positive integers in a tuple, which may be empty, got {sizes!r}")
+    sizes = tuple(sizes)
+    return positive_integers("", name, sizes) if sizes else ()
 
-    def with_divergence(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        if t.dim():  # the closed forms have one last gate for all rows
-            return super().with_divergence(t, x, context)
-        v, trace = self._run(t, x.flatten(1), context, None, True)
-        return v.view(x.shape), trace
 
-    def products(self, t: Tensor, x: Tensor, probes: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        v, pushed = self._run(t, x.flatten(1), context, probes.flatten(2), False)
-        return v.view(x.shape), pushed.view(probes.shape)
+class Modulation(nn.Module):
+    """Shifts or gates of each unit of the layers: linear in time and context, one block per layer.
 
-    def _run(
-        self, t: Tensor, x: Tensor, context: Tensor | None, probes: Tensor | None, trace: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        raise TypeError(f"{type(self).__name__} must define _run")
+    Args:
+        sizes: units of each layer.
+        context_dim: size of the context, 0 for none.
+        time_dependent: whether blocks depend on time.
+        zero_last: whether the last block starts at zero.
+        bias: whether there is a constant as well.
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        context_dim: int = 0,
+        time_dependent: bool = True,
+        zero_last: bool = False,
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        self.sizes, total = list(sizes), sum(sizes)
+        inputs = context_dim + int(time_dependent)
+        bound = 1 / math.sqrt(max(inputs, 1))
+
+        def draw(*shape: int) -> nn.Parameter:
+            values = bound * (2 * torch.rand(*shape) - 1)
+            if zero_last:
+                values[total - self.sizes[-1] :] = 0
+            return nn.Parameter(values)
+
+        self.time = draw(total) if time_dependent else None
+        self.context = draw(total, context_dim) if context_dim else None
+        self.bias = draw(total) if bias else None
+
+    def forward(self, t: Tensor, context: Tensor | None) -> Tensor | None:
+        """All blocks, shape ``(total,)``, or ``(rows or 1, total)`` where contexts or times have rows."""
+        t = t.unsqueeze(-1) if t.dim() else t
+        moved: Tensor | None = self.bias
+        if self.time is not None:
+            moved = self.time * t if moved is None else self.time * t + moved
+        if self.context is None or context is None:
+            return moved
+        if t.dim() and moved is not None:
+            return F.linear(context, self.context) + moved
+        return F.linear(context, self.context, moved)
 
 
 def _trace(weights: Sequence[Tensor], slopes: Sequence[Tensor], x: Tensor) -> Tensor:
-    """Of the product of weights and diagonals of slopes, shape ``(rows,)``."""
+    """The trace of the product of weights and diagonal matrices of slopes, shape ``(rows,)``."""
     first, last = weights[0], weights[-1]
     if not slopes:
         return first.diagonal().sum().expand(len(x))
@@ -61,18 +93,19 @@ def _trace(weights: Sequence[Tensor], slopes: Sequence[Tensor], x: Tensor) -> Te
     if len(slopes) == 2:
         return (F.linear(slopes[0], weights[1] * (first @ last).T) * slopes[1]).sum(-1)
     tangents = slopes[0] * first.T.unsqueeze(1)
-    for weight, slope in zip(weights[1:-2], slopes[1:-1], strict=True):
-        tangents = F.linear(tangents, weight) * slope
+    for weight, each in zip(weights[1:-2], slopes[1:-1], strict=True):
+        tangents = F.linear(tangents, weight) * each
     tangents = F.linear(tangents, weights[-2])
     return ((tangents * last.unsqueeze(1)).sum(0) * slopes[-1]).sum(-1)
 
 
 @remembered
-class ChainField(_Dense):
-    r"""A plain chain of layers, whose first sees time and context, or all of which are gated by them (FFJORD).
+class ChainField(Field):
+    r"""A chain of dense layers; time and context enter its first layer, or gate all of them (FFJORD).
 
     With ``squash`` each layer is :math:`(W h + b) \odot \sigma(g(t, c)) + u(t, c)` with linear :math:`g` and :math:`u`;
-    the last layer's gate sees time alone.  Without, the first layer is :math:`W x + b + u(t, c)` and others are linear.
+    the last layer's gate depends on time alone.  Without it the first layer is :math:`W x + b + u(t, c)`, and the
+    others are linear.
 
     Args:
         event_shape: shape of one ``x``; events are flattened.
@@ -87,6 +120,9 @@ class ChainField(_Dense):
         arXiv:1810.01367.
     """
 
+    rowwise_times = True
+    layers: Any  # an nn.ModuleList of nn.Linear
+
     def __init__(
         self,
         event_shape: int | Iterable[int],
@@ -94,206 +130,86 @@ class ChainField(_Dense):
         hidden_dims: Sequence[int] = (64, 64),
         context_dim: int = 0,
         time_dependent: bool = True,
-        activation: Activation = "tanh",
+        activation: str | Function = "tanh",
         squash: bool = True,
     ) -> None:
         super().__init__(event_shape, context_dim, time_dependent)
-        size = self.event_shape.numel()
-        hidden = widths("hidden_dims", hidden_dims)
-        self.activation = smooth(activation)
-        self.layers = _linears((size, *hidden, size))
+        size, hidden = self.event_shape.numel(), _widths("hidden_dims", hidden_dims)
+        self.activation = _smooth(activation)
+        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in itertools.pairwise((size, *hidden, size)))
+        nn.init.zeros_(self.layers[-1].weight)
+        nn.init.zeros_(self.layers[-1].bias)
         self.cheap_divergence = len(hidden) <= 2
         modulated = bool(context_dim or time_dependent)
         self.squash = bool(squash) and modulated
         given = (context_dim, time_dependent)
-        outputs = [*hidden, size]
-        self.shifts = self.gates = self.last_gate = None
+        self.shifts: Modulation | None = None
+        self.gates: Modulation | None = None
+        self.last_gate: Modulation | None = None
         if modulated:
-            shifted = outputs if squash else outputs[:1]
-            self.shifts = Modulation(shifted, *given, zero_last=len(shifted) == len(outputs))
+            outputs = [*hidden, size] if squash else [*hidden, size][:1]
+            self.shifts = Modulation(outputs, *given, zero_last=squash or not hidden)
         if self.squash and hidden:
             self.gates = Modulation(hidden, *given, bias=True)
         if self.squash and time_dependent:
             self.last_gate = Modulation([size], bias=True)
 
+    def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
+        return self._run(t, x.flatten(1), context)[0].view(x.shape)
+
+    def with_divergence(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if t.dim():  # the closed forms need one last gate for all rows
+            return super().with_divergence(t, x, context)
+        v, _, weights, slopes = self._run(t, x.flatten(1), context, trace=True)
+        return v.view(x.shape), _trace(weights, slopes, x)
+
+    def products(self, t: Tensor, x: Tensor, probes: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        v, pushed, _, _ = self._run(t, x.flatten(1), context, probes.flatten(2))
+        return v.view(x.shape), pushed.view(probes.shape)
+
     def _run(
-        self, t: Tensor, x: Tensor, context: Tensor | None, probes: Tensor | None, trace: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        layers = list(self.layers)
-        count = len(layers)
+        self, t: Tensor, x: Tensor, context: Tensor | None, tangents: Tensor | None = None, trace: bool = False
+    ) -> tuple[Tensor, Any, list[Tensor], list[Tensor]]:
+        """The velocity of flat rows and the products; for a trace, the weights and slopes of the layers."""
+        count = len(self.layers)
         shifts: list[Tensor | None] = [None] * count
         if self.shifts is not None:
-            blocks = self.shifts(t, context)
-            shifts[: len(self.shifts.sizes)] = blocks.split(self.shifts.sizes, -1)
+            shifts[: len(self.shifts.sizes)] = self.shifts(t, context).split(self.shifts.sizes, -1)
         gates: list[Tensor | None] = [None] * count
         if self.gates is not None:
             gates[:-1] = torch.sigmoid(self.gates(t, context)).split(self.gates.sizes, -1)
         if self.last_gate is not None:
             gates[-1] = torch.sigmoid(self.last_gate(t, None))
-        h, tangents = x, probes
+        h = x
         weights: list[Tensor] = []
         slopes: list[Tensor] = []
-        slopy = trace or probes is not None
-        for k, layer in enumerate(layers):
+        for k, layer in enumerate(self.layers):
             gate, shift = gates[k], shifts[k]
-            weight, bias, apart = layer.weight, layer.bias, None
-            if gate is not None and gate.dim() == 1:  # the same for all rows: the layer's own weights take it in
-                weight, bias = weight * gate.unsqueeze(-1), bias * gate
-                gate = None
-            if shift is not None and gate is None:
-                if shift.dim() == 1 or bias is None:
-                    bias = bias + shift
-                else:
-                    apart = bias + shift
+            weight, bias = layer.weight, layer.bias
+            if gate is not None and gate.dim() == 1:  # the same for all rows: the weights absorb it
+                weight, bias, gate = weight * gate.unsqueeze(-1), bias * gate, None
             if gate is not None:
                 pre = F.linear(h, weight, bias) * gate
                 pre = pre if shift is None else pre + shift
+            elif shift is not None and shift.dim() > 1:
+                pre = F.linear(h, weight) + (bias + shift)
             else:
-                pre = F.linear(h, weight, bias) if apart is None else F.linear(h, weight) + apart
-            if k == count - 1:
-                break
-            if not slopy:
-                h = self.activation(pre)
-                continue
-            h, slope = self.activation.with_slope(pre)
-            slope = slope if gate is None else slope * gate
+                pre = F.linear(h, weight, bias if shift is None else bias + shift)
             if trace:
                 weights.append(weight)
-                slopes.append(slope)
-            else:
-                tangents = F.linear(tangents, weight) * slope
-        if trace:
-            return pre, _trace([*weights, weight], slopes, x)
-        if probes is None:
-            return pre, None
-        tangents = F.linear(tangents, weight)
-        return pre, tangents if gate is None else tangents * gate
-
-
-class _Pushing(_Dense):
-    """Fields whose tangents go along with the value, one for each dimension where the divergence is asked for."""
-
-    def __init__(
-        self,
-        event_shape: int | Iterable[int],
-        *,
-        hidden_dims: Sequence[int] = (64, 64),
-        context_dim: int = 0,
-        time_dependent: bool = True,
-        activation: Activation = "tanh",
-    ) -> None:
-        super().__init__(event_shape, context_dim, time_dependent)
-        size = self.event_shape.numel()
-        hidden = widths("hidden_dims", hidden_dims, least=1)
-        self.activation = smooth(activation)
-        self.layers, modulated = self._build(size, hidden)
-        shifted = bool(context_dim or time_dependent)
-        self.shifts = Modulation(modulated, context_dim, time_dependent) if shifted else None
-
-    def _build(self, size: int, hidden: tuple[int, ...]) -> tuple[nn.ModuleList, list[int]]:
-        """The layers, and the widths of what time and context shift."""
-        raise TypeError(f"{type(self).__name__} must define _build")
-
-    def _run(
-        self, t: Tensor, x: Tensor, context: Tensor | None, probes: Tensor | None, trace: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        first, last = self.layers[0], self.layers[-1]
-        tangents = None
-        if trace:
-            tangents = first.weight.T.unsqueeze(1)  # what unit vectors become; rows join with the first slopes
-        elif probes is not None:
-            tangents = F.linear(probes, first.weight)
-        h, tangents = self._hidden(t, x, context, tangents)
-        v = last(h)
-        if trace:
-            return v, (tangents * last.weight.unsqueeze(1)).sum((0, 2))
-        return v, None if tangents is None else F.linear(tangents, last.weight)
-
-    def _hidden(
-        self, t: Tensor, x: Tensor, context: Tensor | None, tangents: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """What the last layer sees, and its tangents; ``tangents`` are those after the first layer's weight."""
-        raise TypeError(f"{type(self).__name__} must define _hidden")
-
-
-@remembered
-class GatedField(_Pushing):
-    r"""Layers :math:`a(W h + b + u(t, c)) \odot \sigma(V h + d + g(t, c))`: gates that see ``x`` as well.
-
-    Args:
-        event_shape: shape of one ``x``; events are flattened.
-        hidden_dims: widths of the hidden layers, one or more.
-        context_dim: size of the context, 0 for none.
-        time_dependent: whether the field depends on ``t``.
-        activation: ``"tanh"``, ``"softplus"``, ``"silu"`` or a smooth elementwise function.
-    """
-
-    def _build(self, size: int, hidden: tuple[int, ...]) -> tuple[nn.ModuleList, list[int]]:
-        return _linears((size, *hidden, size), multiple=2), [2 * n for n in hidden]
-
-    def _hidden(
-        self, t: Tensor, x: Tensor, context: Tensor | None, tangents: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        layers = list(self.layers)[:-1]
-        shifts = [None] * len(layers) if self.shifts is None else self.shifts(t, context).split(self.shifts.sizes, -1)
-        h = x
-        for k, (layer, shift) in enumerate(zip(layers, shifts, strict=True)):
-            pre, gate = (layer(h) if shift is None else layer(h) + shift).chunk(2, -1)
-            gate = torch.sigmoid(gate)
-            if tangents is None:
-                h = self.activation(pre) * gate
-                continue
-            post, slope = self.activation.with_slope(pre)
-            h = post * gate
-            moved = tangents if k == 0 else F.linear(tangents, layer.weight)
-            inner, outer = moved.chunk(2, -1)
-            tangents = inner * (slope * gate) + outer * (h * (1 - gate))
-        return h, tangents
-
-
-@remembered
-class ResidualField(_Pushing):
-    r"""Blocks :math:`h + W_2\, a(W_1\, a(h) + b_1 + u(t, c)) + b_2` between a first and a last linear layer.
-
-    Args:
-        event_shape: shape of one ``x``; events are flattened.
-        hidden_dims: one width for each block, all equal.
-        context_dim: size of the context, 0 for none.
-        time_dependent: whether the field depends on ``t``.
-        activation: ``"tanh"``, ``"softplus"``, ``"silu"`` or a smooth elementwise function.
-    """
-
-    def _build(self, size: int, hidden: tuple[int, ...]) -> tuple[nn.ModuleList, list[int]]:
-        if len(set(hidden)) > 1:
-            raise ValueError(f"a residual field needs hidden_dims that are all equal, got {hidden!r}")
-        width, blocks = hidden[0], len(hidden)
-        return _linears((size, *(width,) * (2 * blocks + 1), size)), [width] * (blocks + 1)
-
-    def _hidden(
-        self, t: Tensor, x: Tensor, context: Tensor | None, tangents: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        layers = list(self.layers)[:-1]
-        blocks = len(layers) // 2
-        shifts = [None] * (blocks + 1) if self.shifts is None else self.shifts(t, context).split(self.shifts.sizes, -1)
-
-        def shifted(layer: nn.Module, h: Tensor, shift: Tensor | None) -> Tensor:
-            return layer(h) if shift is None else layer(h) + shift
-
-        h = shifted(layers[0], x, shifts[0])
-        for k in range(blocks):
-            inner, outer = layers[1 + 2 * k], layers[2 + 2 * k]
-            if tangents is None:
-                h = h + outer(self.activation(shifted(inner, self.activation(h), shifts[k + 1])))
-                continue
-            post, slope = self.activation.with_slope(h)
-            moved = F.linear(tangents * slope, inner.weight)
-            post, slope = self.activation.with_slope(shifted(inner, post, shifts[k + 1]))
-            h = h + outer(post)
-            tangents = tangents + F.linear(moved * slope, outer.weight)
-        if tangents is None:
-            return self.activation(h), None
-        post, slope = self.activation.with_slope(h)
-        return post, tangents * slope
+            if tangents is not None:
+                tangents = F.linear(tangents, weight)
+                tangents = tangents if gate is None else tangents * gate
+            if k == count - 1:
+                break
+            h = self.activation(pre)
+            if trace or tangents is not None:
+                each = slope(self.activation, pre, h)
+                if trace:
+                    slopes.append(each if gate is None else each * gate)
+                if tangents is not None:
+                    tangents = tangents * each
+        return pre, tangents, weights, slopes
 
 
 _CONVOLUTIONS = {1: (nn.Conv1d, F.conv1d), 2: (nn.Conv2d, F.conv2d)}
@@ -303,12 +219,12 @@ _CONVOLUTIONS = {1: (nn.Conv1d, F.conv1d), 2: (nn.Conv2d, F.conv2d)}
 class ConvField(Field):
     r"""Convolutions :math:`(W * h + b) \odot \sigma(g(t, c)) + u(t, c)`, gates and shifts by channel (FFJORD).
 
-    Maps keep the size of the image, with zeros beyond the edges.  Products with the Jacobian are convolutions of the
-    probes; the exact divergence takes one for each number of the event, so it is for small events.
+    Every layer keeps the size of the image, with zeros beyond the edges.  Products with the Jacobian are convolutions
+    of the probes; the exact divergence takes one for each number of the event, so it is for small events.
 
     Args:
         event_shape: ``(C, H, W)`` or ``(C, T)``.
-        hidden_dims: channels of the hidden layers, any number.
+        hidden_channels: channels of the hidden layers, any number.
         kernel_size: of all convolutions, odd.
         context_dim: size of the context, 0 for none.
         time_dependent: whether the field depends on ``t``.
@@ -320,67 +236,62 @@ class ConvField(Field):
     """
 
     rowwise_times = True
+    layers: Any  # an nn.ModuleList of convolutions
 
     def __init__(
         self,
         event_shape: Iterable[int],
         *,
-        hidden_dims: Sequence[int] = (32, 32),
+        hidden_channels: Sequence[int] = (32, 32),
         kernel_size: int = 3,
         context_dim: int = 0,
         time_dependent: bool = True,
-        activation: str | Callable[[Tensor], Tensor] = "softplus",
+        activation: str | Function = "softplus",
     ) -> None:
         super().__init__(image_shape("conv field", event_shape), context_dim, time_dependent)
-        if isinstance(kernel_size, bool) or not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(f"expected kernel_size to be an odd integer >= 1, got {kernel_size!r}")
+        self.padding = integer("", "kernel_size", kernel_size, odd=True) // 2
         channels, self.space_dims = self.event_shape[0], len(self.event_shape) - 1
         make = _CONVOLUTIONS[self.space_dims][0]
-        sizes = (channels, *widths("hidden_dims", hidden_dims), channels)
-        self.padding = kernel_size // 2
-        self.activation = smooth(activation)
+        sizes = (channels, *_widths("hidden_channels", hidden_channels), channels)
+        self.activation = _smooth(activation)
         self.layers = nn.ModuleList(make(i, o, kernel_size, padding=self.padding) for i, o in itertools.pairwise(sizes))
         nn.init.zeros_(self.layers[-1].weight)
         nn.init.zeros_(self.layers[-1].bias)
-        outputs = sizes[1:]
-        self.shifts = self.gates = None
+        self.shifts: Modulation | None = None
+        self.gates: Modulation | None = None
         if context_dim or time_dependent:
-            self.shifts = Modulation(outputs, context_dim, time_dependent, zero_last=True)
-            self.gates = Modulation(outputs, context_dim, time_dependent, bias=True)
+            self.shifts = Modulation(sizes[1:], context_dim, time_dependent, zero_last=True)
+            self.gates = Modulation(sizes[1:], context_dim, time_dependent, bias=True)
 
     def _blocks(self, made: Tensor, sizes: Sequence[int]) -> list[Tensor]:
         """Per layer ``(rows or 1, channels, 1, ..)``."""
         made = made.unsqueeze(0) if made.dim() == 1 else made
         return [block.reshape(*block.shape, *(1,) * self.space_dims) for block in made.split(sizes, -1)]
 
-    def products(self, t: Tensor, x: Tensor, probes: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._run(t, x, context, probes)
-
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
         return self._run(t, x, context, None)[0]
 
-    def _run(
-        self, t: Tensor, x: Tensor, context: Tensor | None, tangents: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def products(self, t: Tensor, x: Tensor, probes: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._run(t, x, context, probes)
+
+    def _run(self, t: Tensor, x: Tensor, context: Tensor | None, tangents: Tensor | None) -> tuple[Tensor, Any]:
         convolve = _CONVOLUTIONS[self.space_dims][1]
-        gates = shifts = [None] * len(self.layers)
-        if self.shifts is not None:
+        gates: list[Any] = [None] * len(self.layers)
+        shifts: list[Any] = gates
+        if self.shifts is not None and self.gates is not None:
             gates = self._blocks(torch.sigmoid(self.gates(t, context)), self.gates.sizes)
             shifts = self._blocks(self.shifts(t, context), self.shifts.sizes)
         h = x
-        for k, layer in enumerate(self.layers):
+        for k, (layer, gate, shift) in enumerate(zip(self.layers, gates, shifts, strict=True)):
             pre = layer(h)
-            if gates[k] is not None:
-                pre = torch.addcmul(shifts[k], pre, gates[k])
+            pre = pre if gate is None else torch.addcmul(shift, pre, gate)
             if tangents is not None:
                 moved = convolve(tangents.flatten(0, 1), layer.weight, padding=self.padding)
                 tangents = moved.unflatten(0, tangents.shape[:2])
-                tangents = tangents if gates[k] is None else tangents * gates[k]
+                tangents = tangents if gate is None else tangents * gate
             if k == len(self.layers) - 1:
                 return pre, tangents
-            if tangents is None:
-                h = self.activation(pre)
-            else:
-                h, slope = self.activation.with_slope(pre)
-                tangents = tangents * slope
+            h = self.activation(pre)
+            if tangents is not None:
+                tangents = tangents * slope(self.activation, pre, h)
         return h, tangents

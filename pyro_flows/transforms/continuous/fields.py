@@ -1,35 +1,30 @@
 """Vector fields :math:`v(t, x, c)` that a continuous flow follows, and the products with their Jacobian that it needs.
 
 Shapes everywhere: ``t`` a scalar, ``x`` ``(rows, *event_shape)``, ``context`` ``(rows or 1, context_dim)`` or ``None``.
-Where each row has a time of its own, as when fields are matched to paths, it is :meth:`Field.at_times` that takes them.
-Fields start at zero, so that a fresh flow is the identity, and are smooth, so that solvers can take large steps.
+:meth:`Field.at_times` takes a time for each row, as flow matching needs.  The package's fields start at zero, so that a
+fresh flow is the identity, and are smooth, so that solvers can take large steps.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyro_flows.core.checks import event_size
+from pyro_flows.core.checks import event_size, integer
 from pyro_flows.core.modes import plain_eager
-from pyro_flows.nets.activations import slope
 
-__all__ = ["Field", "GivenField", "Modulation", "SmoothActivation", "smooth", "unit_probes", "widths"]
+__all__ = ["Field", "GivenField", "unit_probes"]
 
-_LOOP = 4  # so many products are faster one by one
-
-Function = Callable[[Tensor], Tensor]
+_LOOP = 4  # up to this many products are faster one by one
 
 
 class Field(nn.Module):
     r"""Abstract base of vector fields.
 
-    A subclass writes :meth:`forward`, and for speed :meth:`products` and :meth:`with_divergence`, which are made by
-    automatic differentiation here.
+    A subclass writes :meth:`forward`, and for speed :meth:`products` and :meth:`with_divergence`, which use automatic
+    differentiation here.
 
     Args:
         event_shape: shape of ``x`` without its rows.
@@ -39,27 +34,25 @@ class Field(nn.Module):
 
     #: Whether the exact divergence costs about as much as the field itself, whatever the number of dimensions.
     cheap_divergence = False
-    #: Whether ``forward`` takes ``t`` of shape ``(rows,)``, too, as the package's own fields do.
+    #: Whether ``forward`` also takes ``t`` of shape ``(rows,)``, as the package's own fields do.
     rowwise_times = False
 
     def __init__(self, event_shape: int | Iterable[int], context_dim: int = 0, time_dependent: bool = True) -> None:
         super().__init__()
         self.event_shape = event_size(event_shape)
-        if isinstance(context_dim, bool) or not isinstance(context_dim, int) or context_dim < 0:
-            raise ValueError(f"expected context_dim to be an integer >= 0, got {context_dim!r}")
-        self.context_dim, self.time_dependent = context_dim, bool(time_dependent)
+        self.context_dim, self.time_dependent = integer("", "context_dim", context_dim, 0), bool(time_dependent)
 
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
         """The velocity, with the shape of ``x``."""
         raise TypeError(f"{type(self).__name__} must define forward(t, x, context=None) -> velocity")
 
     def at_times(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """The velocity of each row at a time of its own, ``t`` of shape ``(rows,)``; differentiable.
+        """The velocity of each row at its own time, ``t`` of shape ``(rows,)``; differentiable.
 
-        Where ``rowwise_times`` says so it is one call of ``forward``, else one under ``torch.func.vmap`` over the rows.
+        One call of ``forward`` where ``rowwise_times`` is true, else one under ``torch.func.vmap`` over the rows.
 
         Raises:
-            ValueError: if the field cannot go under ``vmap``.
+            ValueError: if ``vmap`` cannot run the field.
         """
         if self.rowwise_times:
             return self(t, x, context)
@@ -81,11 +74,11 @@ class Field(nn.Module):
     def products(self, t: Tensor, x: Tensor, probes: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         r"""The velocity, and :math:`J p` or :math:`J^\top p` (whichever is cheaper) for each probe.
 
-        ``probes`` has shape ``(count, rows, *event_shape)``, as the products have.
+        Probes and products have shape ``(count, rows, *event_shape)``.
         """
         if plain_eager():
             return self._pulled(t, x, probes, context)
-        v, pull = torch.func.vjp(lambda x: self(t, x, context), x)
+        v, pull = torch.func.vjp(lambda x: self(t, x, context), x)[:2]
         if len(probes) == 1:
             return v, pull(probes[0])[0].unsqueeze(0)
         return v, torch.func.vmap(lambda probe: pull(probe)[0])(probes)
@@ -97,14 +90,17 @@ class Field(nn.Module):
             v = self(t, x, context)
         if not v.requires_grad:  # a constant
             return v, torch.zeros_like(probes)
-        options = {"create_graph": taped, "retain_graph": True, "allow_unused": True}
-        if len(probes) <= _LOOP:
-            pulled = [torch.autograd.grad(v, x, probe, **options)[0] for probe in probes]
-            pulled = [torch.zeros_like(x) if each is None else each for each in pulled]
-            pulled = torch.stack(pulled) if len(pulled) > 1 else pulled[0].unsqueeze(0)
+
+        def pull(probe: Tensor, batched: bool = False) -> Tensor:
+            found = torch.autograd.grad(
+                v, x, probe, retain_graph=True, create_graph=taped, allow_unused=True, is_grads_batched=batched
+            )[0]
+            return torch.zeros_like(probe) if found is None else found
+
+        if len(probes) == 1:
+            pulled = pull(probes[0]).unsqueeze(0)
         else:
-            pulled = torch.autograd.grad(v, x, probes, is_grads_batched=True, **options)[0]
-            pulled = torch.zeros_like(probes) if pulled is None else pulled
+            pulled = torch.stack([pull(probe) for probe in probes]) if len(probes) <= _LOOP else pull(probes, True)
         return v if taped else v.detach(), pulled
 
     def with_divergence(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -125,19 +121,19 @@ def unit_probes(x: Tensor) -> Tensor:
 
 
 class GivenField(Field):
-    """A field that a user wrote, called as ``module(t, x)``, or ``module(t, x, context)`` if it takes a context.
+    """A user's module as a field, called as ``module(t, x)``, or ``module(t, x, context)`` if it takes a context.
 
-    It is tried once on three rows: it must keep the shape, and give two of them what it gives them beside the third.
+    It is tried once on three rows: it must keep the shape, and give two of them the same velocities without the third.
 
     Args:
-        module: the field; products with its Jacobian are made by automatic differentiation.  If it has an attribute
-            ``rowwise_times`` that is true, it takes ``t`` of shape ``(rows,)`` as well, which is tried, too.
+        module: the field; automatic differentiation gives products with its Jacobian.  If it has a true attribute
+            ``rowwise_times``, it also takes ``t`` of shape ``(rows,)``, which is tried too.
         event_shape: shape of one ``x``.
         context_dim: size of the context, 0 for none.
 
     Raises:
         ValueError: if the module changes the shape, mixes rows, writes into ``x``, hides from autograd how it depends
-            on ``x``, or takes no times of rows where it says so.
+            on ``x``, or claims ``rowwise_times`` wrongly.
         TypeError: if it is no module, cannot be called so, or gives no tensor.
     """
 
@@ -158,7 +154,7 @@ class GivenField(Field):
         name, kept = type(self.module).__name__, x.clone()
         try:
             with torch.no_grad():
-                self._ask(t, x, context)
+                self._call(t, x, context)
         except (TypeError, RuntimeError) as error:  # in Python's words or torch's
             takes = "field(t, x)" if context is None else "field(t, x, context)"
             shapes = f"t a scalar, x of shape {tuple(x.shape)}"
@@ -170,22 +166,22 @@ class GivenField(Field):
         if not x.is_meta and not torch.equal(x, kept):
             raise ValueError(f"field {name}: it writes into x; a field must leave its arguments as they are")
         with torch.no_grad():
-            many = self(t, x, context)
-            few = self(t, x[:2], None if context is None else context[:2])
-        if many.is_meta:
+            three = self(t, x, context)
+            two = self(t, x[:2], None if context is None else context[:2])
+        if three.is_meta:
             return
-        if not torch.allclose(few, many[:2], rtol=1e-3, atol=1e-5, equal_nan=True):
+        if not torch.allclose(two, three[:2], rtol=1e-3, atol=1e-5, equal_nan=True):
             raise ValueError(
                 f"field {name}: a row has another velocity among other rows; a field must be a "
-                "function that treats rows independently (no batch normalisation, no mean over rows, no dropout)"
+                "function that treats rows independently (no batch normalization, no mean over rows, no dropout)"
             )
-        self._try_slopes(t, x, context, many)
+        self._try_slopes(t, x, context, three)
         if self.rowwise_times:
             self._try_times(x, context)
 
     def _try_slopes(self, t: Tensor, x: Tensor, context: Tensor | None, v: Tensor) -> None:
-        """A velocity that is cut off from ``x`` would have no divergence, and the density would be wrong in silence."""
-        if torch.is_inference_mode_enabled():  # no gradients for anyone
+        """A velocity that is detached from ``x`` would have no divergence, and the density would be silently wrong."""
+        if torch.is_inference_mode_enabled():  # no gradients at all
             return
         with torch.enable_grad():
             x = x.detach().requires_grad_()
@@ -212,17 +208,17 @@ class GivenField(Field):
         if not good:
             raise ValueError(
                 f"field {type(self.module).__name__}: it says rowwise_times = True, but t of shape (rows,) does not "
-                "give each row what it has at its time alone; give t the dimensions of x, as in t.view(-1, 1), or "
+                "give each row its velocity at its own time; give t the dimensions of x, as in t.view(-1, 1), or "
                 "leave rowwise_times out"
             )
 
-    def _ask(self, t: Tensor, x: Tensor, context: Tensor | None) -> Tensor:
+    def _call(self, t: Tensor, x: Tensor, context: Tensor | None) -> Tensor:
         return self.module(t, x) if context is None else self.module(t, x, context)
 
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
         if context is not None and len(context) != len(x):
             context = context.expand(len(x), -1)
-        v = self._ask(t, x, context)
+        v = self._call(t, x, context)
         if not isinstance(v, Tensor):
             raise TypeError(f"field {type(self.module).__name__}: expected a tensor, got {type(v).__name__}")
         if v.shape != x.shape:
@@ -231,125 +227,3 @@ class GivenField(Field):
                 f"{tuple(v.shape)}; a field keeps the event's shape and gives one row for each"
             )
         return v
-
-
-# What the package's own fields are made of.
-
-
-def _tanh(pre: Tensor) -> tuple[Tensor, Tensor]:
-    post = torch.tanh(pre)
-    return post, 1 - post * post
-
-
-def _softplus(pre: Tensor) -> tuple[Tensor, Tensor]:
-    return F.softplus(pre), torch.sigmoid(pre)
-
-
-def _silu(pre: Tensor) -> tuple[Tensor, Tensor]:
-    gate = torch.sigmoid(pre)
-    post = pre * gate
-    return post, gate * (1 + pre - post)
-
-
-_SMOOTH: dict[str, tuple[Function, Callable[[Tensor], tuple[Tensor, Tensor]]]] = {
-    "silu": (F.silu, _silu),
-    "softplus": (F.softplus, _softplus),
-    "tanh": (torch.tanh, _tanh),
-}
-
-
-class SmoothActivation:
-    """An elementwise function, alone and with its derivative.
-
-    Args:
-        function: from pre-activations to activations.
-        both: the same with the derivative; by automatic differentiation if left out.
-    """
-
-    def __init__(self, function: Function, both: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None) -> None:
-        self.function, self._both = function, both
-
-    def __call__(self, pre: Tensor) -> Tensor:
-        return self.function(pre)
-
-    def with_slope(self, pre: Tensor) -> tuple[Tensor, Tensor]:
-        """``(a(pre), a'(pre))``."""
-        if self._both is not None:
-            return self._both(pre)
-        post = self.function(pre)
-        return post, slope(self.function, pre, post)
-
-
-def smooth(activation: str | Function) -> SmoothActivation:
-    """An activation of a field, by name or as a smooth function of the user's."""
-    if isinstance(activation, str):
-        if activation not in _SMOOTH:
-            raise ValueError(
-                f"expected activation to be one of {sorted(_SMOOTH)} or a function, got {activation!r}; solvers need "
-                "fields that are smooth"
-            )
-        return SmoothActivation(*_SMOOTH[activation])
-    if isinstance(activation, nn.Module) and any(True for _ in activation.parameters()):
-        raise ValueError("expected an activation without parameters: fields treat it as a fixed function")
-    if isinstance(activation, type) or not callable(activation):
-        got = f"the class {activation.__name__}" if isinstance(activation, type) else type(activation).__name__
-        raise TypeError(f"expected activation to be a name or a function, e.g. torch.sin, got {got}")
-    return SmoothActivation(activation)
-
-
-def widths(name: str, sizes: Sequence[int], least: int = 0) -> tuple[int, ...]:
-    """Checked sizes of hidden layers."""
-    if not isinstance(sizes, Iterable):
-        raise TypeError(f"expected {name} to be {least} or more positive integers in a tuple, got {sizes!r}")
-    sizes = tuple(sizes)
-    if len(sizes) < least or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in sizes):
-        raise ValueError(f"expected {name} to be {least} or more positive integers, got {sizes!r}")
-    return sizes
-
-
-class Modulation(nn.Module):
-    """What time and context add to, or multiply, each unit of the layers by: linear in both, one block a layer.
-
-    Args:
-        sizes: units of each layer.
-        context_dim: size of the context, 0 for none.
-        time_dependent: whether time has a say.
-        zero_last: whether the last block starts at zero.
-        bias: whether there is a constant as well.
-    """
-
-    def __init__(
-        self,
-        sizes: Sequence[int],
-        context_dim: int = 0,
-        time_dependent: bool = True,
-        zero_last: bool = False,
-        bias: bool = False,
-    ) -> None:
-        super().__init__()
-        self.sizes, total = list(sizes), sum(sizes)
-        inputs = context_dim + int(time_dependent)
-        bound = 1 / math.sqrt(max(inputs, 1))
-
-        def draw(*shape: int) -> nn.Parameter:
-            values = bound * (2 * torch.rand(*shape) - 1)
-            if zero_last:
-                values[total - self.sizes[-1] :] = 0
-            return nn.Parameter(values)
-
-        self.time = draw(total) if time_dependent else None
-        self.context = draw(total, context_dim) if context_dim else None
-        self.bias = draw(total) if bias else None
-
-    def forward(self, t: Tensor, context: Tensor | None) -> Tensor | None:
-        """All blocks, shape ``(total,)``, or ``(rows or 1, total)`` by rows of contexts or times; ``None`` for none."""
-        if t.dim():
-            t = t.unsqueeze(-1)
-        moved = self.bias if self.time is None else self.time * t
-        if self.time is not None and self.bias is not None:
-            moved = moved + self.bias
-        if self.context is None:
-            return moved
-        if t.dim() and moved is not None:
-            return F.linear(context, self.context) + moved
-        return F.linear(context, self.context, moved)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Size, Tensor, nn
 
-from pyro_flows.core.checks import admit
+from pyro_flows.core.checks import admit, choice, integer
 from pyro_flows.core.modes import autocasting, plain_eager
 from pyro_flows.core.transform import FlowTransform
 from pyro_flows.transforms.continuous.divergence import Estimator, FieldDynamics, draw, estimator, probes_of
@@ -25,27 +25,21 @@ from pyro_flows.transforms.continuous.ode_solver import (
     OdeReport,
     OdeSettings,
     floored,
-    increasing,
-    pair_of,
-    whole,
 )
 
 __all__ = ["Continuous", "Penalties", "SolveCheck", "collect_penalties"]
 
-_SCORING = ("auto", "exact", "frozen")
-
-
-_GRADIENTS = ("auto", "adjoint", "backprop")
+FIXED_STEPS, MOST_STEPS = 20, 2000  # a solver's by default
 
 
 class SolveCheck(NamedTuple):
-    """Errors of a solve, as differences from one of finer tolerance.
+    """Errors of a solve, as differences from a finer one.
 
     Attributes:
-        value: largest difference of where rows end; NaN where the tolerance is as fine as the dtype has it already.
-        ladj: largest difference of the log-determinant; likewise.
-        report: of the solve.
-        finer: report of the finer one.
+        value: largest difference of where rows end; NaN where the dtype allows no finer tolerance.
+        ladj: largest difference of the log-determinant; NaN as above.
+        report: on the solve.
+        finer: on the finer solve.
     """
 
     value: float
@@ -56,28 +50,28 @@ class SolveCheck(NamedTuple):
 
 @dataclass(eq=False)
 class Penalties:
-    """What passes have added while :func:`collect_penalties` looked on.
+    """The penalties of all passes within :func:`collect_penalties`.
 
     Attributes:
-        parts: a tensor for each pass, of the batch's shape: the weighted integrals.
+        parts: the weighted integrals of each pass, of the batch's shape.
     """
 
     parts: list[Tensor] = dataclass_field(default_factory=list)
 
     def total(self) -> Tensor | float:
-        """The sum over passes of means over rows, to be added to a mean loss; 0 if there were no passes."""
+        """The sum over passes of the mean over rows, to be added to a mean loss; 0 without passes."""
         return sum((part.mean() for part in self.parts if part.numel()), 0.0)
 
 
-# Of the thread that looks on, lest fits in several take each other's.
+# Per thread, so that concurrent fits do not collect each other's penalties.
 _collectors: ContextVar[tuple[Penalties, ...]] = ContextVar("collectors", default=())
 
 
 @contextlib.contextmanager
 def collect_penalties() -> Iterator[Penalties]:
-    """Collects what continuous transforms with ``kinetic`` or ``jacobian`` weights are to be penalised by.
+    """Collects the penalties of continuous transforms with ``kinetic`` or ``jacobian`` weights.
 
-    Only passes of the same thread within the block integrate the penalties; outside of it they cost nothing. ::
+    Only passes of the same thread within the block integrate penalties; outside of it they cost nothing. ::
 
         with collect_penalties() as penalties:
             loss = -flow.log_prob(data).mean()
@@ -92,37 +86,59 @@ def collect_penalties() -> Iterator[Penalties]:
 
 
 def _weight(name: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
         raise ValueError(f"Continuous: expected {name} to be a number >= 0, got {value!r}")
     return float(value)
+
+
+def _tolerances(name: str, value: float | Sequence[float]) -> tuple[float, float]:
+    """Tolerances for sampling and density, from one for both or from two."""
+    pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    good = all(isinstance(v, (int, float)) and not isinstance(v, bool) and 0 < v < 1 for v in pair)
+    if len(pair) != 2 or not good:
+        raise ValueError(
+            f"Continuous: expected {name} between 0 and 1, or a pair of these for sampling and density, got {value!r}"
+        )
+    return float(pair[0]), float(pair[1])
+
+
+def _increasing(times: Sequence[float] | Tensor) -> list[float]:
+    try:
+        found = [float(t) for t in times]
+    except (TypeError, ValueError, RuntimeError):  # no sequence, or one of other things than numbers
+        found = []
+    # The range excludes NaN, which a sorted sequence may hold.
+    if not found or not all(0 <= t <= 1 for t in found) or found != sorted(set(found)):
+        raise ValueError(f"Continuous: expected increasing times between 0 and 1, got {times!r}")
+    return found
 
 
 class Continuous(FlowTransform):
     r"""A continuous flow: :math:`y = x + \int_0^1 v(t, z_t, c)\, dt` along :math:`\dot z = v` from :math:`z_0 = x`.
 
-    By the instantaneous change of variables :math:`\log|\det \partial y / \partial x| = \int_0^1 \nabla \cdot v\, dt`,
-    integrated along.  Both directions are one solve, of as many evaluations of the field as the tolerance takes; what
-    it took is in ``last_solve``, and :meth:`check_solve` measures its error.
+    By the instantaneous change of variables, :math:`\log|\det \partial y / \partial x| = \int_0^1 \nabla \cdot v\, dt`,
+    integrated along.  Each direction is one solve; the tolerance decides how often it evaluates the field.
+    ``last_solve`` reports on the latest solve, and :meth:`check_solve` measures its error.
 
-    **Divergence.**  ``"exact"`` costs about one evaluation more for plain fields of up to two hidden layers at any
-    number of dimensions :math:`D`, else about :math:`D` of them.  ``"hutchinson"`` and ``"hutch++"`` are unbiased
-    estimates from ``num_probes`` products with the Jacobian, by noise that is fixed during a solve: in training new
-    noise for each row and solve, and in ``eval()`` as ``scoring`` says, so that the density is a function.  The basis
-    of ``"hutch++"`` is that of the Jacobian where a solve starts, and in ``eval()`` that at zeros, half way.
+    **Divergence.**  ``"exact"`` costs about one more evaluation for plain fields of up to two hidden layers, whatever
+    the number :math:`D` of dimensions, else about :math:`D` evaluations.  ``"hutchinson"`` and ``"hutch++"`` are
+    unbiased estimates from ``num_probes`` products with the Jacobian, with noise that is fixed during a solve.  In
+    training each row and solve has new noise; in ``eval()`` the density is a function, see ``scoring``.  The basis of
+    ``"hutch++"`` comes from the Jacobian where a solve starts, and in ``eval()`` from the Jacobian at zero, half way.
     ``"auto"`` is exact where that is cheap or :math:`D \le 32`, else ``"hutchinson"``.
 
-    **Gradients.**  ``"adjoint"`` solves backwards, with memory that does not grow with the evaluations, first
+    **Gradients.**  ``"adjoint"`` solves backwards: memory does not grow with the evaluations, there are first
     derivatives only, exact up to the tolerance.  ``"backprop"`` goes through the solver's steps: exact for what was
-    computed, by steps that are chosen for the value alone, any number of derivatives, in less time, with memory by
+    computed, by steps chosen for the value alone; any number of derivatives, in less time, with memory for each
     evaluation.  ``"auto"`` is ``"backprop"`` where the first evaluation keeps at most 4 MiB and all of them 1 GiB, else
-    the adjoint, as under ``torch.func``; ``last_solve`` says which.
+    (and under ``torch.func``) the adjoint; ``last_solve`` says which.
 
     **Rows.**  An adaptive solver takes the same steps for all rows of a batch, chosen by the root mean square of their
-    errors, so a row's result depends on its batch mates, within the tolerance on average; a row that is harder than
-    its mates may be off by more.  With ``per_row`` the steps are those that the hardest row needs, so that each row
-    keeps to the tolerance, for more evaluations.  Fixed steps do not depend on mates at all.  Errors of the steps add
-    up and are stretched along the way: the log-density of 500 points by a flow of two moons was off by 16 tolerances
-    (root mean square) and 143 (worst) at 1e-5, and with ``per_row`` by 1.6 and 13, for 1.6 times the evaluations
+    errors.  A row's result thus depends on its batch mates, within the tolerance on average; a row that is harder than
+    its mates may be off by more.  With ``per_row`` the hardest row decides, so that every row keeps to the tolerance,
+    for more evaluations.  Fixed steps do not depend on mates.  Errors of the steps add up and are stretched along the
+    way: at a tolerance of 1e-5 the log-density of 500 points by a flow of two moons was off by 16 tolerances (root mean
+    square) and 143 (worst), and with ``per_row`` by 1.6 and 13, for 1.6 times the evaluations
     (``examples/continuous.py``).  A row that is solved alone is off by 15 and 52 in both cases, and differs from itself
     among others by about as much.
 
@@ -135,25 +151,27 @@ class Continuous(FlowTransform):
         divergence: ``"auto"``, ``"exact"``, ``"hutchinson"`` or ``"hutch++"``.
         noise: of the estimates, ``"rademacher"`` or ``"gaussian"``.
         num_probes: of the estimates; 1 by default, 4 for ``"hutch++"``, half of which find its basis.
-        scoring: in ``eval()``, where training estimates: ``"exact"``; ``"frozen"``, by noise drawn once, saved, and
-            the same for each row; ``"auto"``, exact up to 32 dimensions or where that is cheap, else frozen.
-        solver: adaptive (``"dopri5"``, ``"dopri8"``, ``"bosh3"``, ``"fehlberg2"``, ``"adaptive_heun"``) or of fixed
+        scoring: the divergence in ``eval()`` where training estimates it: ``"exact"``; ``"frozen"``, by noise that is
+            drawn once, saved, and the same for each row; ``"auto"``, exact up to 32 dimensions or where that is cheap,
+            else frozen.
+        solver: adaptive (``"dopri5"``, ``"dopri8"``, ``"bosh3"``, ``"fehlberg2"``, ``"adaptive_heun"``) or with fixed
             steps (``"euler"``, ``"midpoint"``, ``"heun2"``, ``"heun3"``, ``"rk4"``).
         rtol, atol: tolerances of each step, or pairs of them for sampling and density; no finer than ten rounding
             errors of the dtype.
-        steps: number of fixed steps.
-        max_steps: of adaptive solvers, before an error.
+        solver_steps: the number of fixed steps, by default 20; or the most steps that an adaptive solver may take
+            before it fails, by default 2000.
         gradient: ``"auto"``, ``"adjoint"`` or ``"backprop"``.
-        per_row: whether every row is held to the tolerance rather than all on average.
+        per_row: whether every row is held to the tolerance, rather than all on average.
         kinetic: weight of :math:`\int |v|^2 dt` in :func:`collect_penalties`, and so in the loss of
             :func:`~pyro_flows.infer.density.fit.fit_density`.
         jacobian: weight of :math:`\int \|\partial v / \partial z\|_F^2 dt` there, by the divergence's own probes; with
             an exact divergence that is :math:`D` products with the Jacobian in each evaluation.
 
     Raises:
-        ValueError: for options out of range, or a field that changes shape, mixes rows, or has no gradient after ``x``.
+        ValueError: for options out of range, or a field that changes the shape, mixes rows, or has no gradient with
+            respect to ``x``.
         TypeError: for a field that is no module or cannot be called so; in a pass, for values in half precision.
-        RuntimeError: in a pass, if the field is not finite, or too stiff for ``max_steps``; time and rows are named.
+        RuntimeError: in a pass, if the field is not finite, or too stiff for ``solver_steps``; time and rows are named.
         NotImplementedError: for derivatives in forward mode.
 
     References:
@@ -167,6 +185,7 @@ class Continuous(FlowTransform):
 
     sampling_cost = density_cost = "1 solve"
     last_solve: OdeReport | None = None
+    frozen: Tensor | None
 
     def __init__(
         self,
@@ -181,8 +200,7 @@ class Continuous(FlowTransform):
         solver: str = "dopri5",
         rtol: float | Sequence[float] = 1e-5,
         atol: float | Sequence[float] = 1e-5,
-        steps: int = 20,
-        max_steps: int = 2000,
+        solver_steps: int | None = None,
         gradient: str = "auto",
         per_row: bool = False,
         kinetic: float = 0.0,
@@ -195,46 +213,43 @@ class Continuous(FlowTransform):
                 f"Continuous: expected a field of event shape {tuple(self.event_shape)} and context_dim={context_dim}, "
                 f"got one of {tuple(self.field.event_shape)} and {self.field.context_dim}"
             )
-        if solver not in (*ADAPTIVE, *FIXED):
-            raise ValueError(f"Continuous: expected solver to be one of {[*ADAPTIVE, *FIXED]}, got {solver!r}")
-        if gradient not in _GRADIENTS:
-            raise ValueError(f"Continuous: expected gradient to be one of {list(_GRADIENTS)}, got {gradient!r}")
-        if scoring not in _SCORING:
-            raise ValueError(f"Continuous: expected scoring to be one of {list(_SCORING)}, got {scoring!r}")
-        self.solver, self.gradient, self.per_row, self.scoring = solver, gradient, bool(per_row), scoring
-        self.rtol, self.atol = pair_of("rtol", rtol), pair_of("atol", atol)
-        self.steps, self.max_steps = whole("steps", steps), whole("max_steps", max_steps)
+        self.solver = choice("Continuous", "solver", solver, (*ADAPTIVE, *FIXED))
+        self.gradient = choice("Continuous", "gradient", gradient, ("auto", "adjoint", "backprop"))
+        self.scoring = choice("Continuous", "scoring", scoring, ("auto", "exact", "frozen"))
+        self.per_row = bool(per_row)
+        self.rtol, self.atol = _tolerances("rtol", rtol), _tolerances("atol", atol)
+        self.solver_steps = None if solver_steps is None else integer("Continuous", "solver_steps", solver_steps)
         self.kinetic, self.jacobian = _weight("kinetic", kinetic), _weight("jacobian", jacobian)
         size = self.event_shape.numel()
         self.estimator = estimator(divergence, noise, num_probes, size).resolved(self.field)
         frozen = None
         if self.estimator.kind != "exact" and self._scorer().kind != "exact":
-            frozen = draw(noise, torch.empty(0), self.estimator.count, size)
+            frozen = draw(noise, torch.empty(0), self.estimator.num_probes, size)
         self.register_buffer("frozen", frozen)
 
     def _scorer(self) -> Estimator:
-        """How the divergence is had in ``eval()``."""
+        """The divergence in ``eval()``."""
         if self.scoring == "frozen" or self.estimator.kind == "exact":
             return self.estimator
         kind = Estimator("auto").resolved(self.field).kind if self.scoring == "auto" else "exact"
         return self.estimator._replace(kind="exact") if kind == "exact" else self.estimator
 
     def _settings(self, density: bool, finer: float = 1.0) -> OdeSettings:
+        steps = self.solver_steps or (FIXED_STEPS if self.solver in FIXED else MOST_STEPS)
         return OdeSettings(
             solver=self.solver,
             rtol=self.rtol[density] / finer,
             atol=self.atol[density] / finer,
-            steps=self.steps if finer == 1.0 else 2 * self.steps,
-            max_steps=self.max_steps,
+            solver_steps=steps if finer == 1.0 else 2 * steps,
             per_row=self.per_row,
             gradient=self.gradient,
         )
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._solve(x, context, False)
+        return self._solve(x, context, False)[:2]
 
     def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._solve(y, context, True)
+        return self._solve(y, context, True)[:2]
 
     def _solve(
         self,
@@ -244,12 +259,13 @@ class Continuous(FlowTransform):
         finer: float = 1.0,
         noise: Tensor | None = None,
         span: tuple[float, float] | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, OdeReport]:
+        report = OdeReport(self.solver, "density" if density else "sampling")
         span = ((1.0, 0.0) if density else (0.0, 1.0)) if span is None else span
         batch = x.shape[: x.dim() - len(self.event_shape)]
         if x.is_meta:
-            return torch.empty_like(x), x.new_empty(batch)
-        if autocasting(x.device):  # half precision would be no inverse
+            return torch.empty_like(x), x.new_empty(batch), report
+        if autocasting(x.device):  # half precision has no inverse
             like = next((p for p in self.parameters() if p.is_floating_point()), x)
             with torch.autocast(x.device.type, enabled=False):
                 context = None if context is None else context.to(like.dtype)
@@ -261,12 +277,14 @@ class Continuous(FlowTransform):
                 f"{self._name}: torch.jit.trace would keep the steps of this one solve for all others; use the plain "
                 "function, and Trace_ELBO in place of JitTrace_ELBO"
             )
+        self.last_solve = report
         if batch.numel() == 0:
             given = [*self.field.parameters(), *([] if context is None else [context])]
             none = sum((t.flatten()[:0].sum() for t in given), x.new_zeros(()))  # for the graph
-            return x + none, x.flatten(len(batch)).sum(-1) + none
+            return x + none, x.flatten(len(batch)).sum(-1) + none, report
         rows = x.reshape(batch.numel(), self.event_shape.numel())
-        shared, rowwise = [*self.field.parameters()], []
+        shared: list[Tensor] = [*self.field.parameters()]
+        rowwise: list[Tensor] = []
         if context is not None:
             one = context.numel() == self.context_dim and plain_eager()
             context = context.reshape(1, -1) if one else context.expand(*batch, -1).reshape(len(rows), -1)
@@ -277,11 +295,10 @@ class Continuous(FlowTransform):
         if settings.kind != "exact":
             rowwise.append(self._probes(settings, rows, context, span[0], noise))
         dynamics = FieldDynamics(self._name, self.field, settings, context is not None, wanted)
-        self.last_solve = report = OdeReport(self.solver, "density" if density else "sampling")
         moved, along = integrate(dynamics, self._settings(density, finer), report, rows, shared, rowwise, span)
         if penalised:
             self._collect(along, wanted, density, batch)
-        return moved.view(x.shape), along[:, 0].view(batch)
+        return moved.view(x.shape), along[:, 0].view(batch), report
 
     @property
     def _name(self) -> str:
@@ -291,24 +308,24 @@ class Continuous(FlowTransform):
         self, settings: Estimator, rows: Tensor, context: Tensor | None, time: float, noise: Tensor | None
     ) -> Tensor:
         x, count = rows.view(-1, *self.event_shape), len(rows)
-        if not self.training:
-            # The other direction starts at another place, and a basis from there would move with x and the context.
+        if self.frozen is not None and not self.training:
+            # Both directions need the same basis, independent of x and the context.
             x, time, noise = x.new_zeros(1, *self.event_shape), 0.5, self.frozen.to(rows.dtype).unsqueeze(0)
             context = None if context is None else context.new_zeros(1, self.context_dim)
         elif noise is None:
-            noise = draw(settings.noise, rows, count, settings.count, rows.shape[1])
+            noise = draw(settings.noise, rows, count, settings.num_probes, rows.shape[1])
         return probes_of(settings, self.field, rows.new_full((), time), x, context, noise).expand(count, -1, -1)
 
     def _collect(self, along: Tensor, wanted: tuple[bool, bool], density: bool, batch: Size) -> None:
         weights = [w for w, want in zip((self.kinetic, self.jacobian), wanted, strict=True) if want]
         sign = -1.0 if density else 1.0  # an integral from 1 to 0
-        penalty = sum(sign * w * along[:, 1 + k] for k, w in enumerate(weights))
+        penalty = sum((sign * w * along[:, 1 + k] for k, w in enumerate(weights)), along.new_zeros(()))
         for collector in _collectors.get():
             collector.parts.append(penalty.view(batch))
 
     @torch.no_grad()
     def check_solve(self, value: Tensor, context: Tensor | None = None, density: bool = False) -> SolveCheck:
-        """Measures the error of a solve by another one, of a hundredth of the tolerance or of twice the steps.
+        """Measures the error of a solve by another one, with a hundredth of the tolerance or twice the fixed steps.
 
         Args:
             value: base-side, or data-side with ``density``.
@@ -316,20 +333,18 @@ class Continuous(FlowTransform):
             density: which direction to check.
 
         Returns:
-            The largest differences of values, in their own units, and of log-determinants, in nats, with a report of
-            each solve.  Estimates of the divergence use the same noise in both, so theirs is not among the errors.  In
-            float32 no tolerance is finer than 1.2e-6: what is left of the difference is rough, and NaN from there on.
+            The largest differences of values, in their own units, and of log-determinants, in nats, with a report on
+            each solve.  Estimates of the divergence use the same noise in both, so their error is not included.  In
+            float32 no tolerance is finer than 1.2e-6: near it the difference is rough, and at it NaN.
         """
         value = admit(self, value, context, density)
         settings = self.estimator if self.training else self._scorer()
         noise = None
         if settings.kind != "exact" and self.training:  # the same in both solves
             size = self.event_shape.numel()
-            noise = draw(settings.noise, value, value.numel() // size, settings.count, size)
-        end, ladj = self._solve(value, context, density, noise=noise)
-        report = self.last_solve
-        better, finer_ladj = self._solve(value, context, density, 100.0, noise)
-        finer = self.last_solve
+            noise = draw(settings.noise, value, value.numel() // size, settings.num_probes, size)
+        end, ladj, report = self._solve(value, context, density, noise=noise)
+        better, finer_ladj, finer = self._solve(value, context, density, 100.0, noise)
         self.last_solve = report
         if self.solver in ADAPTIVE and floored(self._settings(density), value.dtype) == floored(
             self._settings(density, 100.0), value.dtype
@@ -341,11 +356,11 @@ class Continuous(FlowTransform):
     def path(
         self, value: Tensor, times: Sequence[float] | Tensor, context: Tensor | None = None, density: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Where rows are at some times on their way, for pictures of it; no gradients.
+        """Returns where rows are at given times on their way, for pictures; no gradients.
 
         Args:
             value: base-side at ``t = 0``, or data-side at ``t = 1`` with ``density``.
-            times: from 0 to 1, increasing; they are gone through backwards with ``density``.
+            times: between 0 and 1, increasing.
             context: if the transform takes one.
             density: whether to start from the data.
 
@@ -354,15 +369,15 @@ class Continuous(FlowTransform):
             shape ``(len(times), *batch)``, in the sequence of ``times``.
 
         Raises:
-            ValueError: for times that do not increase from 0 to 1 at most.
+            ValueError: for times that do not increase or leave the interval from 0 to 1.
         """
         value = admit(self, value, context, density)
-        times = increasing(times)
+        times = _increasing(times)
         states, ladjs, at = [], [], 1.0 if density else 0.0
         ladj = value.new_zeros(value.shape[: value.dim() - len(self.event_shape)])
         for t in reversed(times) if density else times:
             if t != at:
-                value, more = self._solve(value, context, density, span=(at, t))
+                value, more, _ = self._solve(value, context, density, span=(at, t))
                 ladj = ladj + more
             at = t
             states.append(value)
@@ -371,7 +386,8 @@ class Continuous(FlowTransform):
         return torch.stack(states[::turn]), torch.stack(ladjs[::turn])
 
     def extra_repr(self) -> str:
-        how = f"rtol={self.rtol}, atol={self.atol}" if self.solver in ADAPTIVE else f"steps={self.steps}"
+        fixed = self.solver in FIXED
+        how = f"solver_steps={self.solver_steps or FIXED_STEPS}" if fixed else f"rtol={self.rtol}, atol={self.atol}"
         return f"{super().extra_repr()}, {self.solver}, {how}, divergence: {self.estimator.kind}"
 
 

@@ -1,28 +1,30 @@
 """Integration of rows along a vector field by torchdiffeq, with gradients by the adjoint or through the solver.
 
-:func:`integrate` is the entry point.  The state is what rows have moved by, with columns that are integrated along, in
+:func:`integrate` is the entry point.  The state is how far rows have moved, with columns that are integrated along, in
 one tensor.  It starts at zero, so rounding is relative to the way and not to the place, and a field that is zero moves
-nothing at all.  Tolerances are those of the place: ``atol + rtol * |x|``.
+nothing at all.  Tolerances are relative to the place: ``atol + rtol * |x|``.
 
-The adjoint is a second solve backwards (arXiv:1806.07366, appendix B), of ``x``, the gradient after it, and those
-after parameters, whose error does not steer the steps (arXiv:2009.09457).  Its tolerance is relative to the incoming
-gradient, so the scale of a loss does not matter.  Memory does not grow with the number of evaluations.
+The adjoint is a second solve backwards (arXiv:1806.07366, appendix B) of ``x``, of the gradient with respect to it and
+of those with respect to parameters, whose error does not steer the steps (arXiv:2009.09457).  Its tolerance is relative
+to the incoming gradient, so the scale of a loss does not matter.  Memory does not grow with the number of evaluations.
 
-Through the solver's steps the gradient is that of what was computed; it takes a half to two thirds of the time, and
-memory by evaluation.  ``"auto"`` decides by what the first evaluation keeps, and begins again with the adjoint where a
-solve turns out to be so long that it would keep too much.
+Backpropagation through the solver's steps differentiates what was computed; it takes a half to two thirds of the time,
+and memory for each evaluation.  ``"auto"`` decides by what the first evaluation keeps, and starts again with the
+adjoint where a solve turns out so long that it would keep too much.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyro_flows.core.modes import autocasting, forward_mode, plain_eager
+from pyro_flows.core.modes import GradientByHand, forward_mode, plain_eager
 from pyro_flows.inverse.newton_adjoint import vmapped
 from pyro_flows.transforms.continuous.ode_solver import (
     ADAPTIVE,
@@ -30,8 +32,8 @@ from pyro_flows.transforms.continuous.ode_solver import (
     Dynamics,
     OdeReport,
     OdeSettings,
+    Solve,
     TooLongError,
-    Watch,
     floored,
     rms,
     row_norm,
@@ -39,12 +41,12 @@ from pyro_flows.transforms.continuous.ode_solver import (
 
 __all__ = ["KEPT", "KEPT_IN_ALL", "integrate"]
 
-#: Bytes that one evaluation, and all of a solve, may keep for the gradient where ``"auto"`` goes through the steps.
+#: Bytes that one evaluation, and a whole solve, may keep for the gradient where ``"auto"`` goes through the steps.
 KEPT, KEPT_IN_ALL = 4 * 2**20, 2**30
 
-_SAVED: dict[type, list[str]] = {}  # attributes that hold what a kind of node keeps
+_SAVED: dict[type, list[str]] = {}  # the attributes in which a kind of node keeps tensors
 
-_LOST = 0.1  # so far from where a row began, relative to 1 + |x|, the way back is another one
+_LOST = 0.1  # relative to 1 + |x|: rows that end farther from where they began took another way back
 
 
 @torch.compiler.disable
@@ -60,13 +62,13 @@ def integrate(
     """Integrates rows along the field.
 
     Args:
-        dynamics: what to integrate.
-        settings: how.
-        report: filled in.
+        dynamics: the right-hand side.
+        settings: solver and tolerances.
+        report: to be filled in.
         x: shape ``(n, D)``, float32 or float64.
         shared: tensors that all rows share; gradients reach them.
         rowwise: tensors with a leading dimension ``n``; gradients reach them.
-        span: the times from which and to which, in either sequence.
+        span: the first and the last time, in either sequence.
 
     Returns:
         Where rows end, shape ``(n, D)``, and the integrals of the columns, shape ``(n, num_columns)``.
@@ -94,13 +96,13 @@ def integrate(
 
 
 def _kept(value: Tensor, there: Sequence[Tensor]) -> int:
-    """Bytes that autograd keeps for the gradient of a value, besides tensors that are there anyway."""
+    """Bytes that autograd keeps for the gradient of a value, without tensors that are there anyway."""
     seen = {t.untyped_storage().data_ptr() for t in there}
     nodes, met = [value.grad_fn], {t.grad_fn for t in there} | {None}
     total = 0
     while nodes:
         node = nodes.pop()
-        if node in met:
+        if node is None or node in met:
             continue
         met.add(node)
         kind = type(node)
@@ -113,7 +115,7 @@ def _kept(value: Tensor, there: Sequence[Tensor]) -> int:
                 if storage is not None and storage.data_ptr() not in seen:
                     seen.add(storage.data_ptr())
                     total += storage.nbytes()
-        nodes += [after for after, _ in node.next_functions]
+        nodes += [below for below, _ in node.next_functions]
     return total
 
 
@@ -133,58 +135,57 @@ def _solve(
 
     with torch.no_grad():
         scale = torch.cat((x.abs() * rtol + atol, x.new_full((len(x), call.dynamics.num_columns), atol)), 1)
-    norm = row_norm if settings.per_row else rms
     start = x.new_zeros(len(x), size + call.dynamics.num_columns)
-    watch = Watch(call, packed, norm, len(x), x)
-    if not bool(scale.isfinite().all()):  # a field that saturates would not tell
-        raise watch.trouble("")
+    solve = Solve(call, packed, row_norm if settings.per_row else rms, x)
+    if not bool(scale.isfinite().all()):  # a field that saturates would hide it
+        raise solve.trouble("")
     if bounded:
-        watch.first = watch(x.new_tensor(call.span[0]), start)
-        kept = _kept(watch.first, (x, *shared, *rowwise))
+        solve.first = solve(x.new_tensor(call.span[0]), start)
+        kept = _kept(solve.first, (x, *shared, *rowwise))
         if kept > KEPT:
             return None
-        watch.allowed = KEPT_IN_ALL // max(kept, 1)
+        solve.allowed = KEPT_IN_ALL // max(kept, 1)
     try:
-        out = watch.run(start, rtol, scale, call.span)
+        out = solve.run(start, rtol, scale, call.span)
     except TooLongError:
         return None
     report = call.report
-    report.evaluations, report.steps, report.rejected = watch.evaluations, watch.steps, watch.rejected
-    report.local_error = watch.local_error if settings.solver in ADAPTIVE else None
+    report.evaluations, report.steps, report.rejected = solve.evaluations, solve.steps, solve.rejected
+    report.local_error = solve.local_error if settings.solver in ADAPTIVE else None
     return out
 
 
-class _Solve(torch.autograd.Function):
-    """The solution with the gradient by the adjoint; its arguments are laid out as ``vmapped`` wants them."""
+class _Solve(GradientByHand):
+    """The solution with the gradient by the adjoint; its arguments are in the layout of ``vmapped``."""
 
     @staticmethod
-    def forward(call: Call, none: None, split: int, x: Tensor, *tensors: Tensor) -> Tensor:
+    def forward(call: Call, none: None, split: int, x: Tensor, *tensors: Tensor) -> Tensor | None:
         return _solve(call, x, tensors[:split], tensors[split:])
 
     @staticmethod
-    def setup_context(ctx: object, inputs: tuple, output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.call, _, ctx.split, x, *tensors = inputs
         ctx.save_for_backward(x, output, *tensors)
 
     @staticmethod
-    def backward(ctx: object, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, moved, *tensors = ctx.saved_tensors
-        if autocasting(x.device):  # with rounding that no tolerance could be kept with
-            with torch.autocast(x.device.type, enabled=False):
-                return _Solve.backward(ctx, g)
-        needed = ctx.needs_input_grad[4:]
-        end = x + moved[:, : x.shape[1]]
-        constants = (ctx.call, needed, ctx.split)
-        if plain_eager() and not torch.is_grad_enabled():
-            gx, *grads = _adjoint(*constants, end, g, *tensors, began=x)
-        else:
-            gx, *grads = _Adjoint.apply(*constants, end, g, *tensors)
-        grads = iter(grads)
-        return None, None, None, gx, *(next(grads) if need else None for need in needed)
+    def pull(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return _gradients(ctx, partial(_adjoint, began=ctx.saved_tensors[0]), *grads)
+
+    @classmethod
+    def pull_plainly(cls, ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        return _gradients(ctx, _Adjoint.apply, *grads)
 
     @staticmethod
-    def vmap(info: object, in_dims: tuple, *args: object) -> tuple[Tensor, int]:
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[object, int]:
         return vmapped(_Solve.apply, 1, info.batch_size, in_dims, args), 0
+
+
+def _gradients(ctx: Any, adjoint: Callable[..., tuple[Tensor, ...]], g: Tensor) -> tuple[Tensor | None, ...]:
+    x, moved, *tensors = ctx.saved_tensors
+    needed = ctx.needs_input_grad[4:]
+    by_x, *grads = adjoint(ctx.call, needed, ctx.split, x + moved[:, : x.shape[1]], g, *tensors)
+    found = iter(grads)
+    return None, None, None, by_x, *(next(found) if need else None for need in needed)
 
 
 def _adjoint(
@@ -196,16 +197,16 @@ def _adjoint(
     *tensors: Tensor,
     began: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """Gradients after where rows start, less those after where they end, and after those tensors that need one.
+    """Gradients with respect to the first rows, less those with respect to the last, and to the tensors that need one.
 
-    ``g`` is given, after where rows end and after the columns.  Rows that do not come back to where they ``began``, as
-    a strong contraction cannot be gone back, are warned of.
+    ``g`` is the gradient with respect to the last rows and the columns.  Rows that do not come back to where they
+    ``began``, because a strong contraction cannot be reversed, cause a warning.
     """
     rows, size = end.shape
     settings, n = call.settings, end.numel()
     rtol, atol = floored(settings, end.dtype)
     end, g = end.detach(), g.detach()
-    after_end, after_columns = g[:, :size], g[:, size:]
+    by_end, by_columns = g[:, :size], g[:, size:]
     moving = [_moving(t, need) for t, need in zip(tensors, needed, strict=True)]
     wanted = [t for t, need in zip(moving, needed, strict=True) if need]
     rhs = call.dynamics.bind(moving[:split], moving[split:])
@@ -214,22 +215,17 @@ def _adjoint(
         with torch.enable_grad():
             x = torch.add(end, state[:n].view(rows, size)).requires_grad_()
             outputs = rhs(t, x)
-            pairs = [
-                (out, weight)
-                for out, weight in zip(
-                    outputs, (after_end + state[n : 2 * n].view(rows, size), after_columns), strict=True
-                )
-                if out.requires_grad
-            ]
+            weights = (by_end + state[n : 2 * n].view(rows, size), by_columns)
+            pairs = [(out, weight) for out, weight in zip(outputs, weights, strict=True) if out.requires_grad]
             grads: Sequence[Tensor | None] = [None] * (1 + len(wanted))
             if pairs:
-                outs, weights = zip(*pairs, strict=True)
-                grads = torch.autograd.grad(outs, (x, *wanted), weights, allow_unused=True)
+                outs, given = zip(*pairs, strict=True)
+                grads = torch.autograd.grad(outs, (x, *wanted), given, allow_unused=True)
         flat = [
             like.new_zeros(like.numel()) if grad is None else grad.reshape(-1)
             for grad, like in zip(grads, (x, *wanted), strict=True)
         ]
-        # Gradients grow against the time in which they are integrated.
+        # Gradients grow against the direction of time.
         return torch.cat([outputs[0].detach().reshape(-1), torch.cat(flat).neg_()])
 
     rest = sum(t.numel() for t in wanted)
@@ -237,27 +233,23 @@ def _adjoint(
     largest = float(g.abs().amax())
     if not math.isfinite(largest):
         raise call.unfit(g)
-    # By the largest, for squares of large or small gradients leave the range of float32.
+    # Divided by the largest, because squares of large or small gradients leave the range of float32.
     level = largest * float((g / max(largest, tiny)).square().mean().sqrt()) + 100 * tiny
-    scale = [end.abs() * rtol + atol, after_end.abs() * rtol + level * atol]
-    scale = torch.cat([*(t.reshape(-1) for t in scale), end.new_ones(rest)])
+    scales = (end.abs() * rtol + atol, by_end.abs() * rtol + level * atol, end.new_ones(rest))
     start = end.new_zeros(2 * n + rest)
 
     def norm(ratio: Tensor) -> Tensor:
         parts = ratio[: 2 * n].view(2, rows, size).square()
         return (parts.mean(2) if settings.per_row else parts.mean((1, 2))).amax().sqrt()
 
-    watch = Watch(call, augmented, norm, rows, end, backward=True)
+    solve = Solve(call, augmented, norm, end, backward=True)
     with torch.no_grad():
-        out = watch.run(start, rtol, scale, call.span[::-1])
-    call.report.backward_evaluations += watch.evaluations
+        out = solve.run(start, rtol, torch.cat([t.reshape(-1) for t in scales]), call.span[::-1])
+    call.report.backward_evaluations += solve.evaluations
     if began is not None:
         _warn_of_lost(call, end + out[:n].view(rows, size), began)
-    grads, cut = [out[n : 2 * n].view(rows, size)], 2 * n
-    for like in wanted:
-        grads.append(out[cut : cut + like.numel()].view(like.shape))
-        cut += like.numel()
-    return tuple(grads)
+    _, by_x, *grads = out.split([n, n, *(t.numel() for t in wanted)])
+    return by_x.view(rows, size), *(grad.view(like.shape) for grad, like in zip(grads, wanted, strict=True))
 
 
 def _warn_of_lost(call: Call, found: Tensor, began: Tensor) -> None:
@@ -273,14 +265,14 @@ def _warn_of_lost(call: Call, found: Tensor, began: Tensor) -> None:
 
 
 def _moving(t: Tensor, need: bool) -> Tensor:
-    """A leaf to differentiate after; where it is one already, a module need not be called with others in its place."""
+    """A leaf that requires a gradient as needed: the tensor itself if possible, so that modules use their own."""
     if plain_eager() and t.is_leaf and t.requires_grad == need:
         return t
     return t.detach().requires_grad_(need)
 
 
 class _Adjoint(torch.autograd.Function):
-    """The adjoint solve where someone looks on: a batch of them by ``vmap``, and a refusal of second derivatives."""
+    """The adjoint solve under ``torch.func``: ``vmap`` makes a batch of it, second derivatives are refused."""
 
     @staticmethod
     def forward(
@@ -289,23 +281,23 @@ class _Adjoint(torch.autograd.Function):
         return _adjoint(call, needed, split, end, g, *tensors)
 
     @staticmethod
-    def setup_context(ctx: object, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.name = inputs[0].dynamics.name
 
     @staticmethod
-    def backward(ctx: object, *grads: Tensor) -> tuple[None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
         raise RuntimeError(
             f'{ctx.name}: the adjoint gives first derivatives only; build the flow with gradient="backprop" for more'
         )
 
     @staticmethod
-    def vmap(info: object, in_dims: tuple, *args: object) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         call, needed, split, *tensors = args
         dims = in_dims[3:]
         size = info.batch_size
         shared = range(2, 2 + split)
-        alone = any(dims[k] is not None for k in shared) or any(needed[:split])
-        if alone:  # gradients of what rows share are apart for each
+        if any(dims[k] is not None for k in shared) or any(needed[:split]):
+            # Each member of the batch has its own gradients with respect to what its rows share.
             parts = [
                 _Adjoint.apply(
                     call,

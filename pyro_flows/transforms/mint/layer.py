@@ -12,12 +12,13 @@ from torch import Size, Tensor, nn
 from pyro_flows.core.checks import admit
 from pyro_flows.core.steps import Stepper
 from pyro_flows.core.transform import FlowTransform
-from pyro_flows.inverse.newton import SolveReport, SolverSettings, solve_triangular
+from pyro_flows.inverse.newton import solve_triangular
+from pyro_flows.inverse.newton_sweeps import SolveReport, SolverSettings
 from pyro_flows.nets.dense import MLP
 from pyro_flows.transforms.mint.attention import Attention, AttentionNet
 from pyro_flows.transforms.mint.map import MintMap, MintSteps
 from pyro_flows.transforms.mint.orders import as_image, earlier_taps, kernel_of, ranks, waves
-from pyro_flows.transforms.mint.slopes import layout, monotone
+from pyro_flows.transforms.mint.slopes import convolutions, monotone
 from pyro_flows.univariate.base import soft_clip
 
 __all__ = ["Mint"]
@@ -26,17 +27,6 @@ _GAIN = 0.005  # of the first weights, over Xavier's
 
 
 _MOST = 3.0  # of the logarithm of what a context multiplies by
-
-
-def _settings(tolerance: float | None, max_sweeps: int | None, on_fail: str) -> SolverSettings:
-    if tolerance is not None and not (isinstance(tolerance, (int, float)) and 0 < tolerance < 1):
-        raise ValueError(f"Mint: expected tolerance between 0 and 1, or None, got {tolerance!r}")
-    whole = isinstance(max_sweeps, int) and not isinstance(max_sweeps, bool)
-    if max_sweeps is not None and not (whole and max_sweeps > 0):
-        raise ValueError(f"Mint: expected max_sweeps to be an integer >= 1, or None, got {max_sweeps!r}")
-    if on_fail not in ("raise", "warn"):
-        raise ValueError(f"Mint: expected on_fail to be 'raise' or 'warn', got {on_fail!r}")
-    return SolverSettings(tolerance, max_sweeps, on_fail)
 
 
 def _order(order: str | None, attention: int) -> str:
@@ -182,13 +172,13 @@ class Mint(FlowTransform):
         self.num_groups, self.dilation, self.shared_scale = num_groups, dilation, bool(shared_scale)
         self.order, self.lower = _order(order, attention), bool(lower)
         self.activation = monotone("Mint", activation).name
-        self.settings = _settings(tolerance, max_sweeps, on_fail)
+        self.settings = SolverSettings(tolerance, max_sweeps, on_fail).check("Mint")
         wave = waves(image, kernel, self.order, self.lower, dilation)
         if rule is not None:  # each coordinate depends on all before it
             wave = ranks(image, self.order, self.lower)
         self.register_buffer("waves", wave.view(self.event_shape), persistent=False)
         self._add_taps(earlier_taps(channels, kernel, self.order, self.lower))
-        self.map = MintMap(f"Mint layer {tuple(self.event_shape)}", self.waves, self.layout, rule)
+        self.map = MintMap(f"Mint layer {tuple(self.event_shape)}", self.waves, self.convolutions, rule)
         self.attention = None if rule is None else AttentionNet(channels, rule)
         space = (1,) * (len(self.event_shape) - 1) if shared_scale else self.event_shape[1:]
         self.scale = nn.Parameter(torch.full((channels, *space), math.sqrt(1 - min_slope**2)))
@@ -203,7 +193,7 @@ class Mint(FlowTransform):
         middle = torch.zeros_like(earlier)
         middle[:, :, self.kernel[0] // 2, self.kernel[1] // 2] = torch.eye(channels, dtype=torch.bool)
         free, centre = (each.flatten().nonzero().squeeze(-1) for each in (earlier, middle))
-        self.layout = layout(monotone("Mint", self.activation), earlier | middle, groups, self.dilation)
+        self.convolutions = convolutions(monotone("Mint", self.activation), earlier | middle, groups, self.dilation)
         self.register_buffer("places", torch.cat((free, centre)), persistent=False)
         area = math.prod(self.kernel) * channels
         sides = ((groups, 1), (groups, groups), (1, groups))

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyro_flows.core.steps import Past, Stepper
-from pyro_flows.inverse.newton import SolverSettings, TriangularMap, solve_triangular
+from pyro_flows.inverse.newton import solve_triangular
+from pyro_flows.inverse.newton_sweeps import SolverSettings, TriangularMap
 from pyro_flows.transforms.mint.attention import Attention, AttentionSteps, AttentionWeights
-from pyro_flows.transforms.mint.slopes import Layout, Weights, layout, plain_pass, value_and_slope
+from pyro_flows.transforms.mint.slopes import Convolutions, Weights, convolutions, convolved, value_and_slope
 
 __all__ = ["MintMap", "MintSteps"]
 
@@ -23,8 +24,8 @@ _ROUNDING = 1e-5  # relative
 class MintMap(TriangularMap):
     """A layer as the solver sees it: its parameters come as arguments, in the sequence that ``split`` takes apart."""
 
-    def __init__(self, name: str, wave: Tensor, layout: Layout, attention: Attention | None = None) -> None:
-        self.name, self.wave, self.layout, self.attention = name, wave, layout, attention
+    def __init__(self, name: str, wave: Tensor, by: Convolutions, attention: Attention | None = None) -> None:
+        self.name, self.wave, self.convolutions, self.attention = name, wave, by, attention
 
     def split(self, shared: Sequence[Tensor], rowwise: Sequence[Tensor]) -> tuple[Weights, AttentionWeights | None]:
         """Tensors of the convolutions and of the attention; these come first, and their own of rows last."""
@@ -40,7 +41,7 @@ class MintMap(TriangularMap):
     def value_and_slope(self, x: Tensor, shared: Sequence[Tensor], rowwise: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         image = x.unsqueeze(-2) if x.dim() == 3 else x
         weights, attending = self.split(shared, rowwise)
-        value, slope = value_and_slope(self.layout, image, weights)
+        value, slope = value_and_slope(self.convolutions, image, weights)
         if attending is not None:  # of no token after itself: the slopes are as they were
             value = value + self.attention(image, attending)
         return value.view(x.shape), slope.view(x.shape)
@@ -48,7 +49,7 @@ class MintMap(TriangularMap):
     def slope_bounds(self, shared: Sequence[Tensor], rowwise: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         w = self.split(shared, rowwise)[0]
         # Slopes of activations are at most `steepest`, twice along each path.
-        most = w.inner.abs().sum(-1) * w.outer.abs() * self.layout.activation.steepest**2
+        most = w.inner.abs().sum(-1) * w.outer.abs() * self.convolutions.activation.steepest**2
         if w.gate is not None:
             most = most * w.gate.unflatten(-1, most.shape)
         most = w.scale + most.sum(-1)[..., None, None]
@@ -81,7 +82,7 @@ class MintSteps(Stepper):
         shared: Sequence[Tensor],
         rowwise: Sequence[Tensor],
     ) -> None:
-        self.side, self.act, self.settings = side, whole.layout.activation, settings
+        self.side, self.act, self.settings = side, whole.convolutions.activation, settings
         w, attending = whole.split(shared, rowwise)
         # Taps on the future are zeros.
         self.w = w._replace(**{name: getattr(w, name)[..., : side + 1] for name in ("first", "second", "third")})
@@ -91,7 +92,7 @@ class MintSteps(Stepper):
         self.attention = None if attending is None else AttentionSteps(whole.attention, attending, rows, channels)
         here = torch.ones(channels, channels, device="cpu").tril().bool()[:, :, None, None]
         wave = torch.arange(channels, device=w.first.device)[:, None]
-        self.map = MintMap(f"{whole.name}, one step", wave, layout(self.act, here, groups))
+        self.map = MintMap(f"{whole.name}, one step", wave, convolutions(self.act, here, groups))
 
     def _convolve(self, k: int, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         joined = self.past[k].join(x.squeeze(-2)).unsqueeze(-2)
@@ -100,7 +101,7 @@ class MintSteps(Stepper):
 
     def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
         convolve = [partial(self._convolve, k) for k in range(3)]
-        x, slopes = plain_pass(self.act, y.unsqueeze(-2), self.w, convolve)
+        x, slopes = convolved(self.act, y.unsqueeze(-2), self.w, convolve)
         x = x.squeeze(-2)
         if self.attention is not None:
             x = x + self.attention.take(y)

@@ -1,43 +1,36 @@
-"""Schedules of the learning rate, and what a score that stands still leads to."""
+"""Settings of a fit, their defaults by the amount of data, and the schedule of the learning rate."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-__all__ = ["CUT", "CUTS", "FINAL", "HELD_OUT_AT_MOST", "LEAST", "SCHEDULES", "Plan", "Schedule", "Settings"]
+from pyro_flows.core.checks import choice, integer
+from pyro_flows.infer.machine.budget import cosine
+
+__all__ = ["CUT", "CUTS", "FINAL", "HELD_OUT_AT_MOST", "LEAST", "SCHEDULES", "Schedule", "Settings", "Sizes"]
 
 SCHEDULES = ("plateau", "cosine", "constant")
 
-# Sizes by the amount of data.
-SMALLEST_BATCH, LARGEST_BATCH, BATCHES = 64, 1024, 32  # a batch is about one of so many parts of the data
-
-
+# Defaults by the amount of data.
+SMALLEST_BATCH, LARGEST_BATCH, BATCHES = 64, 1024, 32  # BATCHES: in an epoch, about
 TOTAL_STEPS, FEWEST_EPOCHS, MOST_EPOCHS = 20_000, 20, 1000
-
-
 PATIENCE_STEPS, SHORTEST_PATIENCE = 600, 5
-
-
 HELD_OUT_AT_MOST = 20_000  # rows of a random validation part
-
 
 # The plateau schedule: factor of a cut; cuts in vain before the end; the factor that is too small to go on with.
 CUT, CUTS, LEAST = 0.3, 2, 1e-3
-
-
 FINAL = 0.01  # where the cosine ends, as a factor of the first rate
 
 
-@dataclass(frozen=True)
-class Plan:
+class Sizes(NamedTuple):
     """Sizes of a fit.
 
     Attributes:
         batch_size: rows in a step.
         max_epochs: passes over the data at most.
-        patience: epochs without improvement before something is done about it.
+        patience: epochs without improvement until something is done about it.
         total_steps: steps in the longest run that the limits allow.
     """
 
@@ -59,7 +52,7 @@ class Settings:
     standardize: bool | None
     batch_size: int | None
     max_epochs: int | None
-    max_steps: int | None
+    steps: int | None
     seconds: float | None
     lr: float
     schedule: str
@@ -72,21 +65,19 @@ class Settings:
     objective: str = "likelihood"
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "max_epochs", "max_steps", "patience", "checkpoint_every"):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"fit_density: expected {name} to be an integer >= 1, got {value!r}")
+        for name in ("batch_size", "max_epochs", "steps", "patience", "checkpoint_every"):
+            if getattr(self, name) is not None:
+                integer("fit_density", name, getattr(self, name))
         for name in ("seconds", "lr", "clip_norm"):
             value = getattr(self, name)
-            if value is not None and not (value > 0 and not math.isnan(value)):
+            if value is not None and not value > 0:
                 raise ValueError(f"fit_density: expected {name} > 0, got {value!r}")
         for name in ("validation_fraction", "average"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"fit_density: expected 0 <= {name} < 1, got {getattr(self, name)!r}")
         if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"fit_density: expected weight_decay >= 0, got {self.weight_decay!r}")
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"fit_density: expected schedule to be one of {SCHEDULES}, got {self.schedule!r}")
+        choice("fit_density", "schedule", self.schedule, SCHEDULES)
 
     def batch_size_for(self, rows: int) -> int:
         """The batch size: as chosen, or a power of two near a thirty-second of the rows."""
@@ -100,43 +91,43 @@ class Settings:
         near = 2 ** round(math.log2(max(rows / BATCHES, 1.0)))
         return min(max(near, SMALLEST_BATCH), LARGEST_BATCH, rows)
 
-    def plan(self, batch_size: int, steps_per_epoch: int) -> Plan:
-        """Sizes, by the steps of an epoch where they were not chosen."""
+    def sizes(self, batch_size: int, steps_per_epoch: int) -> Sizes:
+        """Sizes, by the steps of an epoch where the caller left them open."""
         epochs, patience = self.max_epochs, self.patience
-        if epochs is None and self.max_steps is not None:
-            epochs = -(-self.max_steps // steps_per_epoch)
+        if epochs is None and self.steps is not None:
+            epochs = -(-self.steps // steps_per_epoch)
         elif epochs is None:
             epochs = min(max(-(-TOTAL_STEPS // steps_per_epoch), FEWEST_EPOCHS), MOST_EPOCHS)
         if patience is None:
             patience = max(SHORTEST_PATIENCE, -(-PATIENCE_STEPS // steps_per_epoch))
         total = epochs * steps_per_epoch
-        return Plan(batch_size, epochs, patience, total if self.max_steps is None else min(total, self.max_steps))
+        return Sizes(batch_size, epochs, patience, total if self.steps is None else min(total, self.steps))
 
-    def identity(self, plan: Plan, optimizer: str) -> dict[str, Any]:
-        """What a resumed fit must agree on: all but limits, of which the cosine is a function."""
-        chosen = {**asdict(self), "batch_size": plan.batch_size, "patience": plan.patience, "optimizer": optimizer}
-        limits = {name: chosen.pop(name) for name in ("max_epochs", "max_steps", "seconds")}
+    def identity(self, sizes: Sizes, optimizer: str) -> dict[str, Any]:
+        """What a resumed fit must agree on: all but limits, of which only the cosine is a function."""
+        chosen = {**asdict(self), "batch_size": sizes.batch_size, "patience": sizes.patience, "optimizer": optimizer}
         del chosen["checkpoint_every"]
-        return {**chosen, **limits, "max_epochs": plan.max_epochs} if self.schedule == "cosine" else chosen
+        limits = {name: chosen.pop(name) for name in ("max_epochs", "steps", "seconds")}
+        return {**chosen, **limits, "max_epochs": sizes.max_epochs} if self.schedule == "cosine" else chosen
 
 
 @dataclass
 class Schedule:
-    """The learning rate's factor, and what to do when the score stands still.
+    """The learning rate's factor, and what follows when the score stands still.
 
-    - ``"plateau"``: constant; after ``patience`` epochs without improvement back to the best state, with the rate times
-      0.3; the end after the second such cut that brings no improvement.
-    - ``"cosine"``: from 1 down to 0.01 over the whole run; the end after ``patience`` epochs without improvement.
-    - ``"constant"``: likewise, with a constant rate.
+    - ``"plateau"``: constant; after ``patience`` epochs without improvement, training returns to the best state with
+      0.3 times the rate; the second such cut without improvement ends it.
+    - ``"cosine"``: from 1 down to 0.01 over the whole run; ``patience`` epochs without improvement end it.
+    - ``"constant"``: a constant rate; ``patience`` epochs without improvement end the training.
 
     Attributes:
         kind: ``"plateau"``, ``"cosine"`` or ``"constant"``.
         patience: in epochs.
-        notable: gain of the score that counts as an improvement.
-        scale: factor that cuts have left.
+        notable: the gain of the score that counts as an improvement.
+        scale: the factor left by cuts.
         since: epochs since the last notable improvement or cut.
         idle: cuts since the last notable improvement.
-        reference: score at the last notable improvement.
+        reference: the score at the last notable improvement.
     """
 
     kind: str
@@ -148,10 +139,8 @@ class Schedule:
     reference: float = -math.inf
 
     def factor(self, progress: float) -> float:
-        """The learning rate in units of the first one, after this share of the run."""
-        if self.kind == "cosine":
-            return FINAL + (1 - FINAL) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-        return self.scale
+        """The learning rate in units of the first one, after this part of the run."""
+        return cosine(progress, 1.0, FINAL) if self.kind == "cosine" else self.scale
 
     def judge(self, score: float) -> str:
         """What follows from an epoch's score: ``"go"``, ``"back"`` to the best state, or ``"stop"``."""
@@ -168,11 +157,11 @@ class Schedule:
         return "back"
 
     def state_dict(self) -> dict[str, float | int | str]:
-        """All of it, as plain numbers."""
+        """All of it, as plain values."""
         return asdict(self)
 
     def load_state_dict(self, state: dict[str, float | int | str]) -> None:
-        """What :meth:`state_dict` gave.
+        """Restores what :meth:`state_dict` returned.
 
         Raises:
             ValueError: for other names or types.

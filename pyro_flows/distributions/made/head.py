@@ -1,4 +1,4 @@
-"""What a head owes: the contract between an autoregressive network and the distributions of single dimensions."""
+"""The contract of heads: a network's outputs as parameters of one distribution for each dimension."""
 
 from __future__ import annotations
 
@@ -11,11 +11,15 @@ from torch import Size, Tensor, nn
 from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
 
+from pyro_flows.core.checks import integer
+
 __all__ = ["Head"]
+
+Calls = list[Callable[[], object]]
 
 
 class _Inside(Constraint):
-    """An event all of whose numbers are what a head's dimensions allow."""
+    """An event all of whose numbers a head allows."""
 
     def __init__(self, head: Head, event_dim: int, is_discrete: bool) -> None:
         self.head, self._event_dim, self._discrete = head, event_dim, is_discrete
@@ -41,20 +45,20 @@ class Head(nn.Module):
     r"""Abstract base: a family of univariate distributions :math:`p(x_i \mid \theta_i)`, one for each dimension.
 
     A head is made without a number of dimensions and then bound to one: ``head.bind(input_dim)``.  It has no
-    parameters of its own; :math:`\theta_i` are the ``num_params`` numbers that a network computes for dimension
-    :math:`i`, any real ones.  Where dimensions need different numbers of them, the last are ignored.
+    parameters of its own; :math:`\theta_i` are the ``num_params`` real numbers that a network computes for dimension
+    :math:`i`.  A dimension that needs fewer ignores the last.
 
     Values are floating, categories and levels too.  The argument ``dims`` of the methods says which dimensions the
-    ``n`` columns of a value stand for; by default all, in order.  Nothing here checks values but ``check``.
+    ``n`` columns of a value stand for, by default all.  Only ``check`` checks values.
 
-    A subclass defines ``log_prob`` and one of ``sample`` and ``rsample``; and a ``constraint``, or ``inside`` and
-    ``allowed`` where dimensions differ.
+    A subclass defines ``log_prob`` and one of ``sample``, ``rsample`` and ``draws``; and a ``constraint``, or
+    ``inside`` and ``allowed`` where dimensions differ.
 
     Attributes:
         num_params: numbers per dimension that the network makes.
-        num_features: numbers per dimension that go into it.
-        discrete: whether all dimensions are, so that ``log_prob`` is the log of a mass.
-        has_rsample: whether draws can be differentiable after the parameters.
+        num_features: numbers per dimension that the network is given.
+        discrete: whether all dimensions are discrete, so that ``log_prob`` is the log of a mass.
+        has_rsample: whether draws can be differentiable with respect to the parameters.
         constraint: of each number, ``None`` where dimensions differ.
     """
 
@@ -63,11 +67,12 @@ class Head(nn.Module):
     discrete: bool = True
     has_rsample: bool = False
     constraint: Constraint | None = None
+    like: Tensor
 
     def __init__(self) -> None:
         super().__init__()
         self._input_dim: int | None = None
-        self.register_buffer("like", torch.zeros(()), persistent=False)  # of the dtype and device in use
+        self.register_buffer("like", torch.zeros(()), persistent=False)  # has the dtype and device in use
 
     @property
     def input_dim(self) -> int:
@@ -80,8 +85,7 @@ class Head(nn.Module):
 
     def bind(self, input_dim: int) -> Head:
         """A copy for this number of dimensions; the head itself if it is bound to it already."""
-        if isinstance(input_dim, bool) or not isinstance(input_dim, int) or input_dim < 1:
-            raise ValueError(f"{type(self).__name__}: expected input_dim to be a positive integer, got {input_dim!r}")
+        integer(type(self).__name__, "input_dim", input_dim)
         if self._input_dim == input_dim:
             return self
         bound = copy.deepcopy(self)
@@ -92,7 +96,7 @@ class Head(nn.Module):
     def _settle(self, input_dim: int) -> None:
         """Checks whether the head fits a number of dimensions, and makes what depends on it."""
 
-    # What a subclass defines.
+    # For subclasses.
 
     def log_prob(self, value: Tensor, params: Tensor, dims: Tensor | None = None) -> Tensor:
         """In nats: ``value`` of shape ``(*, n)``, ``params`` of shape ``(*, n, num_params)``; gives ``(*, n)``."""
@@ -100,15 +104,24 @@ class Head(nn.Module):
 
     def sample(self, params: Tensor, dims: Tensor | None = None) -> Tensor:
         """Draws without gradient, shape ``(*, n)``."""
-        if not self.has_rsample:
-            raise TypeError(f"{type(self).__name__} must define sample(params, dims)")
         with torch.no_grad():
-            return self.rsample(params, dims)
+            if self.has_rsample:
+                return self.rsample(params, dims)
+            if type(self).draws is Head.draws:
+                raise TypeError(f"{type(self).__name__} must define sample(params, dims)")
+            n = params.shape[-2]
+            columns = params.reshape(-1, n, self.num_params).permute(1, 2, 0).contiguous()
+            x = torch.empty_like(columns[:, 0])
+            features = x if self.given_values else x.new_empty(n * self.num_features, x.shape[1])
+            dims = torch.arange(n, device=x.device) if dims is None else dims
+            for call in self.draws(dims, torch.rand_like(x), columns, x, features):
+                call()
+            return x.T.reshape(params.shape[:-1])
 
     def rsample(self, params: Tensor, dims: Tensor | None = None) -> Tensor:
-        """Draws that are differentiable after the parameters, shape ``(*, n)``."""
+        """Draws that are differentiable with respect to the parameters, shape ``(*, n)``."""
         raise NotImplementedError(
-            f"{type(self).__name__}: there are no reparameterised draws; use sample() with a score-function estimator, "
+            f"{type(self).__name__}: there are no reparameterized draws; use sample() with a score-function estimator, "
             "or relaxed(temperature) where there is such a form"
         )
 
@@ -122,7 +135,7 @@ class Head(nn.Module):
         Raises:
             NotImplementedError: if there is none.
         """
-        hint = "its draws are reparameterised already" if self.has_rsample else "use a score-function estimator"
+        hint = "its draws are reparameterized already" if self.has_rsample else "use a score-function estimator"
         raise NotImplementedError(f"{type(self).__name__} has no relaxed form: {hint}")
 
     def inside(self, value: Tensor, dims: Tensor | None = None) -> Tensor:
@@ -133,7 +146,7 @@ class Head(nn.Module):
 
     def allowed(self, dim: int) -> str:
         """Words for the support of a dimension."""
-        return f"a value in {self.constraint}"
+        return "a number" if self.constraint is constraints.real else f"a value in {self.constraint}"
 
     def code(self, value: Tensor, dims: Tensor | None = None) -> Tensor:
         """As :meth:`features`, for floating values."""
@@ -143,18 +156,46 @@ class Head(nn.Module):
         """As :meth:`bias`, for data of a checked shape and a floating dtype; may be of any dtype."""
         return self.like.new_zeros(self.input_dim, self.num_params)
 
-    # What follows from that.
+    def draws(self, dims: Tensor, z: Tensor, params: Tensor, x: Tensor, features: Tensor) -> Calls:
+        """Calls that draw ``x`` and code it, in place, from what the buffers hold at each call.
+
+        For the engine that samples dimension by dimension; everything is feature-major, with samples in columns.
+
+        Args:
+            dims: the ``n`` dimensions.
+            z: uniform in [0, 1), shape ``(n, columns)``; may be overwritten.
+            params: shape ``(n, num_params, columns)``; may not.
+            x: shape ``(n, columns)``, to be filled.
+            features: shape ``(n * num_features, columns)``, to be filled; the memory of ``x`` if ``given_values``.
+        """
+        rows, value = params.permute(2, 0, 1), x.T
+        coded = features.unflatten(0, (len(dims), self.num_features)).permute(2, 0, 1)
+        shared = features.data_ptr() == x.data_ptr()
+
+        def run() -> None:
+            value.copy_(self.sample(rows, dims))
+            if not shared:
+                coded.copy_(self.code(value, dims))
+
+        return [run]
+
+    # Derived.
+
+    @property
+    def given_values(self) -> bool:
+        """Whether the network is given the values themselves."""
+        return self.num_features == 1 and type(self).code is Head.code
 
     def floating(self, value: Tensor) -> Tensor:
-        """The value, if of integers or booleans in the head's own dtype."""
+        """The value; integers and booleans in the head's dtype."""
         return value if value.is_floating_point() else value.to(self.like.dtype)
 
     def features(self, value: Tensor, dims: Tensor | None = None) -> Tensor:
-        """What the network is given for a value: from ``(*, n)`` to ``(*, n, num_features)``, floating."""
+        """The network's input for a value: from ``(*, n)`` to ``(*, n, num_features)``, floating."""
         return self.code(self.floating(value), dims)
 
     def bias(self, data: Tensor | None = None) -> Tensor:
-        """Biases for the network's outputs to start from, shape ``(input_dim, num_params)``, in the head's dtype.
+        """Initial biases of the network's outputs, shape ``(input_dim, num_params)``, in the head's dtype.
 
         Args:
             data: rows of shape ``(N, input_dim)`` to whose marginals the biases are fitted, where that is cheap.
@@ -169,21 +210,21 @@ class Head(nn.Module):
         return self.start(self.floating(data.detach())).to(self.like.dtype)
 
     def support(self, event_shape: Size | tuple[int, ...]) -> Constraint:
-        """Of one event, whose shape holds ``input_dim`` numbers."""
+        """The support of one event, whose shape holds ``input_dim`` numbers."""
         if self.constraint is None:
             return _Inside(self, len(event_shape), any(self.discrete_dims()))
         return constraints.independent(self.constraint, len(event_shape))
 
     def discrete_dims(self) -> list[bool]:
-        """Which dimensions have values of their own, with a mass each."""
+        """Which dimensions have a mass at each value."""
         return [self.discrete] * self.input_dim
 
     def fixed_points(self) -> list[float]:
-        """About which point the values of each dimension may be stretched, as a standardisation does.
+        """The point about which the values of each dimension may be stretched, as a standardization does.
 
-        NaN stands for any point: a family on the whole line may be moved, too.  A number is the end of a half-line,
-        which must stay where it is.  Infinity stands for none: counts, categories, intervals, and families that are
-        not the same any more after a change of units.
+        NaN stands for any point: a family on the whole line may also be moved.  A number is the end of a half-line,
+        which must stay where it is.  Infinity stands for none: counts, categories, intervals, and families that a
+        change of units takes out of themselves.
         """
         support = self.constraint
         known = support is not None and not (self.discrete or support.is_discrete)
@@ -193,10 +234,10 @@ class Head(nn.Module):
         return [float(ends[0]) if len(ends) == 1 else math.inf] * self.input_dim
 
     def check(self, value: Tensor) -> None:
-        """Raises a worded error for a value, shape ``(*, input_dim)``, that is not in the support.
+        """Refuses a value, shape ``(*, input_dim)``, that is not in the support.
 
         Raises:
-            ValueError: naming a dimension and what stands there.
+            ValueError: naming a dimension and its value.
         """
         if value.dim() == 0 or value.shape[-1] != self.input_dim:
             raise ValueError(
@@ -211,28 +252,3 @@ class Head(nn.Module):
                 f"{type(self).__name__}: expected {self.allowed(dim)} in dimension {dim}, got {rows[row, dim].item():g}"
                 f" ({int(wrong.sum())} such in {wrong.numel()})"
             )
-
-    def draws(self, dims: Tensor, z: Tensor, params: Tensor, x: Tensor, features: Tensor) -> list[Callable[[], object]]:
-        """Calls that draw ``x`` and code it, in place, each time by what the buffers then hold.
-
-        For the engine that samples dimension by dimension.  Everything is feature-major, with samples in columns.
-        Override only where fewer or cheaper calls can do it.
-
-        Args:
-            dims: the ``n`` dimensions in question.
-            z: uniform in [0, 1), shape ``(n, columns)``; may be overwritten.
-            params: shape ``(n, num_params, columns)``; may not.
-            x: shape ``(n, columns)``, to be filled.
-            features: shape ``(n * num_features, columns)``, to be filled; the memory of ``x`` itself if a feature is
-                the value.
-        """
-        rows, value = params.permute(2, 0, 1), x.T
-        coded = features.unflatten(0, (len(dims), self.num_features)).permute(2, 0, 1)
-        shared = features.data_ptr() == x.data_ptr()
-
-        def run() -> None:
-            value.copy_(self.sample(rows, dims))
-            if not shared:
-                coded.copy_(self.code(value, dims))
-
-        return [run]

@@ -1,0 +1,56 @@
+"""A start for posteriors of several modes: a flow fitted to a mixture of Gaussians, one on each mode."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Generator, Tensor
+
+from pyro_flows.distributions import Flow
+from pyro_flows.infer.guides.loop import CLIP, speeds_of
+from pyro_flows.infer.machine.adam import Adam
+from pyro_flows.infer.machine.budget import Budget, cosine
+from pyro_flows.infer.search.probe import ModeProbe
+from pyro_flows.transforms import Preconditioner
+
+__all__ = ["cover_modes", "mixture_draws"]
+
+DRAWS, BATCH, STEPS = 4096, 256, 600
+RATES = (1e-2, 1e-4)
+LEAST = 0.003  # share of a mode that is worth a place in the start
+
+
+def mixture_draws(probe: ModeProbe, num_samples: int, generator: Generator | None = None) -> tuple[Tensor, int]:
+    """Draws of a mixture of the modes' Gaussians by their shares, shape ``(num_samples, D)``, and the modes' number."""
+    share = torch.where(probe.share > LEAST, probe.share, 0.0).double().cpu()
+    which = torch.multinomial(share / share.sum(), num_samples, replacement=True, generator=generator)
+    which = which.to(probe.locations.device)
+    noise = torch.randn(num_samples, probe.locations.shape[1], generator=generator, dtype=torch.float64)
+    draws = probe.locations[which] + (probe.scale[which] @ noise.to(probe.locations).unsqueeze(-1)).squeeze(-1)
+    return draws, int((share > 0).sum())
+
+
+def cover_modes(flow: Flow, probe: ModeProbe, generator: Generator | None = None, seconds: float | None = None) -> int:
+    """Fits the flow to the mixture by maximum likelihood, without a call of the model; returns the number of modes."""
+    draws, modes = mixture_draws(probe, DRAWS, generator)
+    preconditioner: Preconditioner = flow.chain[-1]
+    centered = draws - draws.mean(0)
+    covariance = centered.mT @ centered / len(draws)
+    if preconditioner.full:
+        scale = torch.linalg.cholesky(covariance + 1e-10 * torch.diag(covariance.diagonal()))
+    else:
+        scale = covariance.diagonal().sqrt()
+    preconditioner.place(draws.mean(0), scale)
+    optimizer = Adam([p for p in flow.parameters() if p.requires_grad], speeds_of(flow))
+    budget = Budget(STEPS, seconds, time.monotonic())
+    while (done := budget.fraction) < 1:
+        rows = torch.randint(len(draws), (BATCH,), generator=generator).to(draws.device)
+        loss = -flow.log_prob(draws[rows]).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.clip(CLIP)
+        optimizer.step(cosine(done, *RATES))
+        budget.done += 1
+    flow.chain.clear_cache()
+    return modes

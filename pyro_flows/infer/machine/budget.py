@@ -1,0 +1,65 @@
+"""How long a fit goes on, by steps or by time, and how its step size falls."""
+
+from __future__ import annotations
+
+import math
+import time
+
+__all__ = ["Budget", "cosine"]
+
+
+class Budget:
+    """Progress through a fit, between 0 and 1.
+
+    Args:
+        steps: the number of steps, or ``None`` for no limit.
+        seconds: the time since ``start``, or ``None`` for no limit; the limit that is reached first counts.
+        start: ``time.monotonic()`` when the clock began.
+        keep: the seconds at the end that training must leave.
+    """
+
+    def __init__(self, steps: int | None, seconds: float | None, start: float, keep: float = 0.0) -> None:
+        self.steps, self.seconds, self.start, self.keep = steps, seconds, start, keep
+        self.done = 0
+        self.step_seconds = 0.0  # what the next step is expected to take
+        self.begin()
+
+    def begin(self) -> None:
+        """Marks where training begins; progress by time is counted from here."""
+        self._training_from = time.monotonic()
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the clock began."""
+        return time.monotonic() - self.start
+
+    @property
+    def trained(self) -> float:
+        """Seconds since training began."""
+        return time.monotonic() - self._training_from
+
+    def left(self) -> float:
+        """Seconds until the very end; infinite without a limit."""
+        return math.inf if self.seconds is None else self.seconds - self.elapsed
+
+    def resume(self, done: int, spent: float, trained: float) -> None:
+        """Continues after ``done`` steps and ``spent`` seconds, of which training took ``trained``."""
+        now = time.monotonic()
+        self.done, self.start, self._training_from = done, now - spent, now - trained
+
+    @property
+    def fraction(self) -> float:
+        """The part of the training that is done; at least 1 if it is over, or the next step would end far too late."""
+        by_steps = 0.0 if self.steps is None else self.done / self.steps
+        if self.seconds is None:
+            return by_steps
+        now, end = time.monotonic(), self.start + self.seconds - self.keep
+        if now + 0.5 * self.step_seconds > end:
+            return max(by_steps, 1.0)
+        whole = max(end - self._training_from, 1e-3)
+        return max(by_steps, (now - self._training_from) / whole)
+
+
+def cosine(fraction: float, first: float, last: float) -> float:
+    """Falls from ``first`` at 0 to ``last`` at 1 along half a cosine."""
+    return last + 0.5 * (first - last) * (1 + math.cos(math.pi * min(max(fraction, 0.0), 1.0)))

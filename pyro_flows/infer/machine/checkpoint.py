@@ -1,0 +1,189 @@
+"""Checkpoints of fits: written in one piece or not at all, and refused where they belong to another fit."""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+import zlib
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from pyro_flows.infer.machine.files import read_if_there, refuse_others, write_state
+
+__all__ = ["CheckpointFormat", "Keeper", "architecture_of", "checksum", "checksums", "layout_of"]
+
+_REMEDY = "delete it, or give another path as checkpoint"
+
+
+@dataclass(frozen=True)
+class CheckpointFormat:
+    """What the checkpoints of a function hold.
+
+    Attributes:
+        function: the function's name.
+        version: of the contents; no other is read.
+        parts: types of the entries, as :func:`~pyro_flows.infer.machine.files.read_state` takes them; the history is
+            ``training.history``.
+        counter: the entry of ``training`` that says how many rows the history has.
+    """
+
+    function: str
+    version: int
+    parts: Mapping[str, Any]
+    counter: str
+
+    @property
+    def kind(self) -> str:
+        """What the files call themselves."""
+        return f"checkpoint of {self.function}"
+
+    def refusing(self, path: str | os.PathLike[str]) -> AbstractContextManager[None]:
+        """Turns errors inside, about contents that cannot be used, into the error of :meth:`read`."""
+        return refuse_others(path, kind=self.kind, remedy=_REMEDY)
+
+    def read(self, path: str | os.PathLike[str] | None) -> dict[str, Any] | None:
+        """Returns the content of a checkpoint, on the CPU; ``None`` if there is no file yet.
+
+        Raises:
+            ValueError: if the file is not such a checkpoint, or could not be written.
+        """
+        content = read_if_there(path, kind=self.kind, version=self.version, remedy=_REMEDY, parts=self.parts)
+        if path is None or content is None:
+            return None
+        with self.refusing(path):
+            lengths = {len(column) for column in content["training"]["history"].values()}
+            rows = content["training"][self.counter]
+            if lengths != {rows}:
+                raise ValueError(f"a history of {sorted(lengths)} rows in place of {rows}")
+        return content
+
+    def refuse_other(
+        self, path: str | os.PathLike[str] | None, then: Mapping[str, Any], now: Mapping[str, Any]
+    ) -> None:
+        """Refuses the checkpoint of another fit.
+
+        Args:
+            path: of the checkpoint, for the message.
+            then: its contents.
+            now: what this fit would write under some of the names there: mappings by topic.
+
+        Raises:
+            ValueError: that says where the two differ.
+        """
+        for topic, expected in now.items():
+            known = then.get(topic, {})
+            for part in [*expected, *(part for part in known if part not in expected)]:
+                if known.get(part) != expected.get(part):
+                    there, here = (str(each[part]) if part in each else "absent" for each in (known, expected))
+                    raise ValueError(
+                        f"{self.function}: the checkpoint {str(path)!r} belongs to a fit of another {topic}: {part} is "
+                        f"{there} there and {here} here; make them agree to go on, or delete the file or give another "
+                        "path to start anew"
+                    )
+
+
+class Keeper:
+    """Keeps a copy of what a resumed fit needs, and writes it now and then.
+
+    Args:
+        format: of the file.
+        path: of the file; ``None`` to keep nothing.
+        content: makes the copy.  Columns of the history may grow on: rows newer than the copy are left out.
+        every: the number of rows of the history between two files.
+        seconds: the longest time between two files.
+    """
+
+    def __init__(
+        self,
+        format: CheckpointFormat,
+        path: str | os.PathLike[str] | None,
+        content: Callable[[], dict[str, Any]],
+        every: int,
+        seconds: float = float("inf"),
+    ) -> None:
+        self.format, self.path, self.content, self.every, self.seconds = format, path, content, every, seconds
+        self._kept: tuple[dict[str, Any], int] | None = None
+        self._written = time.monotonic()
+
+    def keep(self, rows: int, *, write: bool = False) -> None:
+        """Takes a copy.
+
+        Args:
+            rows: of the history.
+            write: whether to write it though it is not yet time.
+        """
+        if self.path is None:
+            return
+        self._kept = self.content(), rows
+        if write or (rows and rows % self.every == 0) or time.monotonic() - self._written >= self.seconds:
+            self.write()
+
+    def write(self) -> None:
+        """Writes the last copy, unless that is done.
+
+        Raises:
+            OSError: if that is impossible; the file that was there is unchanged.
+        """
+        if self.path is None or self._kept is None:
+            return
+        content, rows = self._kept
+        training = content["training"]
+        history = {name: column[:rows] for name, column in training["history"].items()}
+        whole = {**content, "training": {**training, "history": history}}
+        try:
+            write_state(self.path, whole, kind=self.format.kind, version=self.format.version)
+        except Exception:
+            self._kept = None  # in vain on the way out, too
+            raise
+        self._kept, self._written = None, time.monotonic()
+
+    def leave(self) -> None:
+        """Writes on the way out, where an error must not replace what is already being raised."""
+        try:
+            self.write()
+        except (OSError, ValueError, TypeError) as error:
+            warnings.warn(f"{self.format.function}: {error}", RuntimeWarning, stacklevel=2)
+
+
+def architecture_of(module: nn.Module) -> dict[str, str]:
+    """Names, shapes and dtypes of what a module saves."""
+    return layout_of({name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)})
+
+
+def layout_of(values: Mapping[str, Tensor | None]) -> dict[str, str]:
+    """Names, shapes and dtypes."""
+    return {name: "none" if value is None else f"{tuple(value.shape)} {value.dtype}" for name, value in values.items()}
+
+
+def checksum(value: Tensor | None) -> str:
+    """Shape, dtype and a checksum of all bytes."""
+    if value is None:
+        return "none"
+    total = 0
+    for piece in value.split(65536):
+        total = zlib.crc32(piece.cpu().contiguous().view(torch.uint8).numpy(), total)
+    return f"{tuple(value.shape)} {value.dtype}, checksum {total:08x}"
+
+
+def checksums(args: tuple[object, ...], kwargs: Mapping[str, object]) -> dict[str, str]:
+    """Checksums of the tensors and arrays among a model's arguments, and the values of the others."""
+    named = {f"argument {k}": value for k, value in enumerate(args)} | dict(kwargs)
+    return {name: ", ".join(map(_described, tree_leaves(value))) or "nothing" for name, value in named.items()}
+
+
+def _described(leaf: object) -> str:
+    if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "biuf":
+        leaf = torch.as_tensor(leaf)
+    if isinstance(leaf, Tensor):
+        return checksum(leaf.detach().reshape(-1)) + f", shape {tuple(leaf.shape)}"
+    if isinstance(leaf, nn.Module):
+        return " ".join(f"{name}: {checksum(each.detach().reshape(-1))}" for name, each in leaf.state_dict().items())
+    return repr(leaf) if isinstance(leaf, bool | int | float | str | type(None)) else type(leaf).__name__
