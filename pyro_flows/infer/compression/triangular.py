@@ -56,7 +56,7 @@ def _centers(layer: Mint, x: Tensor, context: Tensor | None) -> tuple[Tensor, _S
     image = x.unsqueeze(-2) if x.dim() == 3 else x
     n, channels, height, width = image.shape
     w, attending = layer.map.split(*layer._weights(context, x.shape[:1]))
-    act = layer.layout.activation
+    act = layer.convolutions.activation
     groups, (down, right) = layer.num_groups, (k // 2 for k in w.first.shape[2:])
     padding = (down * layer.dilation, right * layer.dilation)
     convolve = functools.partial(F.conv2d, padding=padding, dilation=layer.dilation)
@@ -91,7 +91,7 @@ def _centers(layer: Mint, x: Tensor, context: Tensor | None) -> tuple[Tensor, _S
 
 def _borders(layer: Mint, seen: _Seen, edge: Tensor, dims: Tensor) -> Tensor:
     """The layer's values at ``dims`` if each of these alone moves to an edge; shape ``(n, len(dims))``."""
-    act, channel = layer.layout.activation, dims // (seen.third.shape[1] // len(seen.into))
+    act, channel = layer.convolutions.activation, dims // (seen.third.shape[1] // len(seen.into))
     hidden = act.value(seen.first[:, dims] + seen.into[channel] * edge[..., None])
     hidden = act.value(seen.second[:, dims] + torch.einsum("mkj,nmj->nmk", seen.square[channel], hidden))
     return seen.scale[:, dims] * edge + seen.third[:, dims] + (seen.out[:, channel] * hidden).sum(-1)
