@@ -124,6 +124,7 @@ def main() -> None:
             f"test {r['test']:.3f}, {r['seconds']:.0f} s"
         ),
         jobs=args.jobs,
+        fresh=not args.smoke,
     )
     first = collect([(name, args.seeds[0], lr) for name in args.models for lr in args.rates])
     best = {n: min((r for r in first if r["name"] == n), key=lambda r: r["validation"]) for n in args.models}

@@ -177,6 +177,7 @@ def main() -> None:
             ),
             results=args.results or Path("made.jsonl"),
             jobs=args.jobs,
+            fresh=not args.smoke,
         )
 
     rows = made([(name, candidate, first) for name in sets for candidate in CANDIDATES])

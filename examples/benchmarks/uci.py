@@ -199,6 +199,7 @@ def main() -> None:
         lambda r: f"{r['set']:<28}{r['model']:<22}seed {r['seed']}  {r['score']:9.3f}  {r['seconds']:6.1f} s",
         results=args.results or Path("uci.jsonl"),
         jobs=args.jobs,
+        fresh=not args.smoke,
     )
     print("\n" + table(found, args.sets, args.models))
 

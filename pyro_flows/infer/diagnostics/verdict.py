@@ -46,11 +46,11 @@ class Probe(Protocol):
     """The part of a mode search that the verdict reads.
 
     Attributes:
-        missing_share: share of the posterior's mass that lies in missed modes.
+        missing_share: share of the posterior's mass in missed modes.
         missed: which modes the guide misses, shape ``(modes,)``, Boolean.
         locations: the modes, shape ``(modes, D)``, unconstrained.
         share: share of the posterior's mass in each, shape ``(modes,)``.
-        complete: whether the search ended by itself; true if the attribute is missing.
+        complete: whether the search ended by itself; true if missing.
     """
 
     missing_share: float
@@ -67,7 +67,7 @@ class Verdict:
         label: ``"good"``, ``"good, tails uncertain"``, ``"good, modes not searched"``, ``"good, few draws judged"``,
             ``"use importance resampling"``, ``"modes missing"``, ``"bad"`` or ``"not judged"``.
         ok: whether the draws can be used unweighted, at least for means and central intervals: the first two labels.
-        text: the numbers, what they mean, and what to do next.
+        text: the numbers, their meaning, and the next step.
         numbers: the numbers by name.
     """
 
@@ -84,10 +84,9 @@ class Verdict:
 
 
 def widening(input_dim: int) -> float:
-    r"""The factor by which to widen a guide's base for the check of its tails in :func:`judge`.
+    r"""The factor by which to widen a guide's base for the check of tails in :func:`judge`, :math:`1 + 0.7 / \sqrt D`.
 
-    :math:`1 + 0.7 / \sqrt D`: if the guide is exact, about half of the draws from the wider one are effective in any
-    dimension ``input_dim``.
+    If the guide is exact, about half of the wider draws are effective in any dimension ``input_dim``.
     """
     return 1 + 0.7 / math.sqrt(integer("widening", "input_dim", input_dim))
 
@@ -119,18 +118,17 @@ def judge(
        weights with an index of 0.5 or more (an exact guide has at most 0.3).
     8. *good*.
 
-    :math:`\hat k` depends only on the shape of the largest weights, and fits noise if these are nearly constant.  So it
-    counts only if at least half a percent of all weight lies in the tail's excess.
+    :math:`\hat k` fits noise if the largest weights are nearly constant, so it counts only if at least half a percent
+    of all weight lies in the tail's excess.
 
     Args:
         found: the weights of the guide's draws.
-        probe: a search for modes.  Without it, a mode that the guide never visits goes unnoticed, and the text says so.
+        probe: a search for modes; without it, a mode that the guide never visits goes unnoticed.
         moments: the moments of the same draws.
         wide: the weights of the guide with its base widened by :func:`widening`.  An exact guide gives the same
-            evidence both ways.  A guide whose tails end too early gives less than the wider one, which its own weights
-            hardly show.
+            evidence both ways; one whose tails end too early gives less, which its own weights hardly show.
         minibatch: whether the log density was that of a subsample of the data, so that the weights are noisy.
-        failures: draws at which the log density could not be evaluated, beyond those that ``found`` counts.
+        failures: draws at which the log density could not be evaluated, beyond those in ``found``.
         asked: how many draws were wanted, if time may have run out.
 
     References:
