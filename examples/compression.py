@@ -102,7 +102,7 @@ def compress(model: pf.ConvMADE, images: Tensor, levels: int, path: Path) -> dic
 
 
 def draw(ax: Axes, title: str, sizes: dict[str, float]) -> None:
-    """Bars of bits per pixel, the smallest on top; what is not compressed is left out."""
+    """Bars of bits per pixel, the smallest on top, without the uncompressed sizes."""
     shown = sorted((item for item in sizes.items() if "uncompressed" not in item[0]), key=lambda item: -item[1])
     names, values = zip(*shown, strict=True)
     colors = [TRUTH if name == BOUND else FLOW if name == OURS else OTHER for name in names]

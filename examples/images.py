@@ -78,7 +78,7 @@ def bits(model: pf.Dequantized, rows: Tensor, draws: int = 20) -> tuple[str, str
 
 
 def tampered(digits: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Digits with so many pixels at other levels, at least 5 off, and the places of these, shape ``(rows, count)``."""
+    """Digits with ``count`` pixels moved by at least 5 levels, and their places, shape ``(rows, count)``."""
     flat = digits.flatten(1)
     places = torch.rand(flat.shape, generator=generator).topk(count, 1).indices
     other = (flat.gather(1, places) + 5 + torch.randint(8, places.shape, generator=generator)) % LEVELS

@@ -58,7 +58,7 @@ class Truth:
 
 
 def midpoints(n: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """A grid of one turn in both angles, shape ``(n * n, 2)``; its sums are those of a periodic trapezoidal rule."""
+    """A grid of one turn in both angles, shape ``(n * n, 2)``; a sum over it is a periodic trapezoidal rule."""
     axis = (torch.arange(n, dtype=dtype) + 0.5) * (TURN / n) - math.pi
     return torch.cartesian_prod(axis, axis)
 

@@ -35,7 +35,7 @@ OBJECTIVES = {
 
 
 def rows_of(name: str, seed: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Training, validation and test rows: so many to train on of a plane, or the power plant's, standardized."""
+    """Training, validation and test rows: ``rows`` to train on in a plane, or the power plant's, standardized."""
     torch.manual_seed(seed)
     if name in PLANES:
         from gallery import DENSITIES

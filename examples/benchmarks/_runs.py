@@ -6,12 +6,15 @@ import json
 import platform
 import statistics
 import sys
+import time
+from argparse import Namespace
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 EXAMPLES = Path(__file__).parent.parent
 Row = dict[str, object]
@@ -31,6 +34,7 @@ __all__ = [
     "power_plant",
     "save_rows",
     "spread",
+    "trained",
 ]
 
 
@@ -96,3 +100,29 @@ def spread(values: Sequence[float], digits: int = 3) -> str:
     """Mean, and the standard deviation of several."""
     deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.{digits}f}{deviation}"
+
+
+def trained(
+    model: nn.Module, train: Tensor, validation: Tensor, args: Namespace, smoke_steps: int, batch_size: int
+) -> tuple[nn.Module, float, int]:
+    """A model of images after ``args.seconds`` of training, the CPU seconds that it took, and its steps.
+
+    A part of the images is enough to stop by; all of them would take as long as training.
+    """
+    import pyro_flows as pf  # here, because workers that time other libraries import this module, too
+
+    budget = {"steps": smoke_steps} if args.smoke else {"seconds": args.seconds, "max_epochs": 10_000}
+    begin = time.process_time()
+    found = pf.fit_density(
+        model,
+        train.to(args.device),
+        validation=validation.to(args.device),
+        progress=False,
+        seed=args.seed,
+        batch_size=min(batch_size, len(train)),
+        schedule="cosine",
+        patience=10_000,
+        lr=args.lr,
+        **budget,
+    )
+    return model.eval(), time.process_time() - begin, int(found.history["step"][-1])

@@ -17,14 +17,13 @@ also left halves given right ones.
 from __future__ import annotations
 
 import math
-import time
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from _runs import command, machine, markdown, save_rows
+from _runs import command, machine, markdown, save_rows, trained
 from torch import Tensor
 
 import pyro_flows as pf
@@ -80,23 +79,7 @@ def fit(name: str, parts: tuple[Tensor, Tensor, Tensor], args: Namespace) -> tup
     """A trained model, CPU seconds, and steps."""
     torch.manual_seed(args.seed)
     model = MODELS[name](8 if args.smoke else 1).to(args.device)
-    train, validation = (shaped(model, x).to(args.device) for x in parts[:2])
-    # A part of the validation rows is enough to stop by; the whole of it would take as long as training.
-    options = {"steps": 4} if args.smoke else {"seconds": args.seconds, "max_epochs": 10_000}
-    begin = time.process_time()
-    found = pf.fit_density(
-        model,
-        train,
-        validation=validation[:1000],
-        progress=False,
-        seed=args.seed,
-        batch_size=min(100, len(train)),
-        schedule="cosine",
-        patience=10_000,
-        lr=args.lr,
-        **options,
-    )
-    return model.eval(), time.process_time() - begin, found.history["step"][-1]
+    return trained(model, shaped(model, parts[0]), shaped(model, parts[1][:1000]), args, 4, 100)
 
 
 def report(models: dict[str, tuple[Model, float, int]], parts: tuple[Tensor, Tensor, Tensor]) -> str:

@@ -1,4 +1,4 @@
-"""Sampling from a masked autoregressive flow: the exact inverse here against that of the other libraries.
+"""Sampling from a masked autoregressive flow: the exact inverse here and in the other libraries.
 
     python examples/benchmarks/inverse.py                 # one layer, all sizes; minutes
     python examples/benchmarks/inverse.py --flows         # five-layer flows of the MAF paper's sizes

@@ -4,7 +4,7 @@
     python examples/benchmarks/made_sampling.py --smoke    # seconds, on sizes too small to mean anything
 
 Binary dimensions, two weights sets each: with and without the direct linear layer.  CPU seconds of one thread; ratios
-are medians of those of the rounds, with the least and the greatest.  *Pass* is one evaluation of the density.  That the
+are medians over rounds, with the least and the greatest.  *Pass* is one evaluation of the density.  That the
 two ways draw the same numbers from the same noise is a test.
 """
 

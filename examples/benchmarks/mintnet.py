@@ -78,7 +78,7 @@ def _grown(kind: str, shape: Shape, groups: int, batch: int) -> float:
 
 
 def peak(kind: str, shape: Shape, groups: int) -> float:
-    """The same, in hidden maps, by a fresh process; of so many events that a hidden map has 64 MiB."""
+    """The same, in hidden maps, by a fresh process, for a batch whose hidden map has 64 MiB."""
     each = 4 * groups * torch.Size(shape).numel()
     batch = -(-(2**26) // each)
     with get_context("spawn").Pool(1) as pool:

@@ -14,14 +14,13 @@ over ``--noises``.
 from __future__ import annotations
 
 import math
-import time
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from _runs import command, machine, markdown, save_rows
+from _runs import command, machine, markdown, save_rows, trained
 from torch import Tensor
 
 import pyro_flows as pf
@@ -50,23 +49,7 @@ def fit(name: str, parts: tuple[Tensor, Tensor, Tensor], args: Namespace) -> tup
     """A trained model, CPU seconds, and steps."""
     torch.manual_seed(args.seed)
     model = pf.Dequantized(pf.Flow([*MODELS[name](), pf.LogitPixels(SHAPE, margin=1e-6)])).to(args.device)
-    train, validation = (x.to(args.device) for x in parts[:2])
-    # A part of the validation images is enough to choose by; all of them would take as long as training.
-    options = {"steps": 2} if args.smoke else {"seconds": args.seconds, "max_epochs": 10_000}
-    begin = time.process_time()
-    found = pf.fit_density(
-        model,
-        train,
-        validation=validation[:300],
-        progress=False,
-        seed=args.seed,
-        batch_size=min(args.batch, len(train)),
-        schedule="cosine",
-        patience=10_000,
-        lr=args.lr,
-        **options,
-    )
-    return model.eval(), time.process_time() - begin, int(found.history["step"][-1])
+    return trained(model, parts[0], parts[1][:300], args, 2, args.batch)
 
 
 @torch.no_grad()

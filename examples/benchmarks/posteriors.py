@@ -60,7 +60,7 @@ def ours(posterior: Posterior, seed: int, seconds: float, draws: int) -> Row:
     from pyro_flows.infer import AutoFlow, fit_guide
     from pyro_flows.infer.models.joint import JointDensity
 
-    # Counts the start's evaluations as well as those of training and verdict, apart by whether they have a gradient.
+    # Counts the evaluations of start, training and verdict, with and without a gradient.
     count = {True: 0, False: 0}
     plain = JointDensity.__call__
 

@@ -43,7 +43,7 @@ class Tables:
         self.bench.build(Task(kind, case), [US, *self.taking_part(kind)])
 
     def ratios(self, call: str, jobs: list[tuple[str, str] | None], rounds: int) -> list[str]:
-        """Our time for a call, and that of the jobs in its units; "-" where there is nothing to compare."""
+        """Our time for a call, and the other times in units of it; "-" where there is nothing to compare."""
         figures = self.bench.time([(US, call), *filter(None, jobs)], rounds)
         row = [shown(statistics.median(figures[US, call]))]
         return row + ["-" if job is None else ratio(figures, job, (US, call)) for job in jobs]

@@ -98,7 +98,7 @@ class AnomalyDetector:
         if log_prob.isnan().any():
             where = name_rows(log_prob.isnan().nonzero()[:, 0])
             raise FloatingPointError(f"AnomalyDetector: the log-density is NaN in {where}; look for NaN in the model")
-        return bits_per_dim(log_prob, rows.shape[1:])
+        return torch.as_tensor(bits_per_dim(log_prob, rows.shape[1:]))
 
     def scores(self, rows: Any, context: Any = None) -> Tensor:
         """The scores that thresholds apply to: bits, or their distance from the mean; shape ``(rows,)``."""
