@@ -20,7 +20,6 @@ from pyro_flows.infer.machine.interrupts import interrupts_held_back
 from pyro_flows.infer.machine.loop import TrainingLoop
 from pyro_flows.infer.machine.pace import rows_at_once
 from pyro_flows.infer.models.joint import FAILURES
-from pyro_flows.transforms import Preconditioner
 
 __all__ = ["CHECKPOINT", "GuideTraining", "History", "speeds_of"]
 
@@ -162,18 +161,14 @@ class GuideTraining(TrainingLoop):
         self._moments: list[list[Tensor]] = []  # to go on with
         self._places = [(m._parameters, n, p) for m in flow.modules() for n, p in m._parameters.items()]
 
-    @property
-    def preconditioner(self) -> Preconditioner:
-        """The affine end."""
-        return preconditioner_of(self.flow)
-
     def train(self) -> None:
         """Trains in all phases that are left."""
         self.flow.train()
         if self.phase == "affine":
-            self._phase(Flow(self.preconditioner, self.flow.base), 0.0, WARM, WARM_RATES)
+            affine = preconditioner_of(self.flow)
+            self._phase(Flow(affine, self.flow.base), 0.0, WARM, WARM_RATES)
             with interrupts_held_back():
-                self.preconditioner.fold()
+                affine.fold()
                 self._best, self._moments, self._exact, self._window = None, [], 0, 0
                 self._first, self.phase = min(WARM, self.budget.fraction), "flow"
         if self.phase == "flow":
