@@ -116,14 +116,14 @@ class MLP(nn.Module):
         else:
             # Samples are columns: small matrix products are faster that way round, and each parameter is contiguous for
             # the elementwise map that follows.
-            columns = x.reshape(batch.numel(), self.input_dim).t()
-            first, *layers = self.layers
+            columns = (x if len(batch) == 1 else x.reshape(batch.numel(), self.input_dim)).t()
+            first, *layers = self._modules["layers"]._modules.values()
             flat = stream = _outputs(first, columns) if context is None else self._first(columns, context, batch)
             for k, layer in enumerate(layers, 1):
                 flat = _outputs(layer, self.activations[k - 1](flat))
                 if k in self.joins:
                     stream = flat = flat + stream
-        out = flat.view(self.num_params, self.output_dim, batch.numel()).permute(2, 1, 0)
+        out = flat.view(self.num_params, self.output_dim, flat.shape[1]).permute(2, 1, 0)
         return out if len(batch) == 1 else out.unflatten(0, batch) if batch else out[0]
 
     def _first(self, columns: Tensor, context: Tensor, batch: Size) -> Tensor:

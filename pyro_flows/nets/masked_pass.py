@@ -120,6 +120,9 @@ Function = Callable[[Tensor], Tensor]
 ROWS = 2048  # of a batch at a time, where no gradient is wanted
 
 
+_WIDE = 5  # parameters of a univariate from which on slabs pay
+
+
 class MaskedLayers(NamedTuple):
     """What a pass needs to know of a network beside its weights."""
 
@@ -127,6 +130,12 @@ class MaskedLayers(NamedTuple):
     joins: frozenset[int]  # layers to which the pre-activation of two layers below is added
     cuts: tuple[Cut, ...]  # of each layer
     slabs: Slabs | None  # of the outputs, if there is a hidden layer
+
+    def slabs_at(self, univariate: Univariate | None, x: Tensor) -> tuple[Slab, ...] | None:
+        """How to make the outputs slab by slab, if the univariate has so many parameters that it pays."""
+        if univariate is None or self.slabs is None or univariate.num_params < _WIDE:
+            return None
+        return self.slabs.at(x.shape[0], x.device)
 
 
 @full_precision  # the ladj is worth it
@@ -151,8 +160,7 @@ def masked_network(
         univariate: the map whose parameters the outputs are; ``None`` to return them.
     """
     first_bias = first_bias.to(x.dtype)
-    unusual = masks[0].element_size() != weights[0].element_size() or (univariate is not None and net.slabs is None)
-    if unusual or not plain_eager():
+    if not plain_eager() or masks[0].element_size() != weights[0].element_size():
         return _plain(net, univariate, masks, x, first_bias, *weights, *biases)
     batch = x.shape[:-1]
     if first_bias.dim() > 1:
@@ -184,10 +192,14 @@ def _result(
     masks: Sequence[Tensor],
     univariate: Univariate | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    if univariate is None or net.slabs is None:
-        return _run(net, x, first_bias, weights, biases, masks)[0]
+    slabs = net.slabs_at(univariate, x)
+    if univariate is None or slabs is None:
+        out = _run(net, x, first_bias, weights, biases, masks)[0]
+        if univariate is None:
+            return out
+        moved, ladj, _ = univariate.run(False, x, out.view(len(x), univariate.num_params, x.shape[1]).transpose(0, 1))
+        return moved, ladj.sum(-1)
     hidden = _run(net, x, first_bias, weights[:-1], biases, masks, last=False)[0]
-    slabs = net.slabs.at(x.shape[0], x.device)
     return _move_slabs(univariate, slabs, x, hidden, weights[-1], masks[-1], biases[-1])[:2]
 
 
@@ -260,17 +272,21 @@ class _Pass(GradientByHand):
     ) -> Tensor | tuple[Tensor, Tensor]:
         layers = len(masks)
         weights, biases = tensors[:layers], tensors[layers:]
-        plain = univariate is None or net.slabs is None
-        used = weights if plain else weights[:-1]
-        out, into, outof, parts, ctx.bands = _run(net, x, first_bias, used, biases, masks, last=plain)
-        ctx.net, ctx.univariate, ctx.masks, ctx.slabs = net, univariate, masks, None
+        slabs = net.slabs_at(univariate, x)
+        used = weights if slabs is None else weights[:-1]
+        out, into, outof, parts, ctx.bands = _run(net, x, first_bias, used, biases, masks, last=slabs is None)
+        ctx.net, ctx.univariate, ctx.masks, ctx.slabs = net, univariate, masks, slabs
         kept: tuple[Tensor, ...] = ()
-        if univariate is not None and net.slabs is not None:
-            ctx.slabs = net.slabs.at(x.shape[0], x.device)
-            moved, ladj, last, every = _move_slabs(univariate, ctx.slabs, x, out, weights[-1], masks[-1], biases[-1])
+        if univariate is not None and slabs is not None:
+            moved, ladj, last, every = _move_slabs(univariate, slabs, x, out, weights[-1], masks[-1], biases[-1])
             parts.append(last)
             kept = tuple(tensor for each in every for tensor in each)
             ctx.kept_counts = [len(each) for each in every]
+        elif univariate is not None:
+            moved, slope, kept = univariate.run(
+                False, x, out.view(len(x), univariate.num_params, x.shape[1]).transpose(0, 1)
+            )
+            kept, ladj = (moved, slope, *kept), slope.sum(-1)
         ctx.counts = [len(each) for each in parts]
         flat = [masked for each in parts for masked in each]
         ctx.save_for_backward(x, first_bias, *tensors, *into, *outof, *flat, *kept)
@@ -304,6 +320,11 @@ class _Pass(GradientByHand):
             )
             grad = pull(net.activations[-1], grad, into[-1], outof[-1])
             top -= 1
+        elif ctx.univariate is not None:
+            by_x, grad = ctx.univariate.pull(
+                False, x, next(rest), next(rest), tuple(rest), grad, grad_ladj.unsqueeze(-1)
+            )
+            grad = grad.movedim(0, -2).flatten(-2)
         for k in range(top, 0, -1):
             if wanted[k]:
                 by_weight[k] = weight_gradient(bands[k], masks[k], grad, outof[k - 1])

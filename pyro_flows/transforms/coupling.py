@@ -76,7 +76,7 @@ class _Parting(NamedTuple):
         if self.layout == "last":
             return torch.cat((moved, kept), -1)
         if self.layout in ("even", "odd"):
-            return torch.stack((kept, moved) if self.layout == "even" else (moved, kept), -1).flatten(-2)
+            return torch.stack((kept, moved) if self.layout == "even" else (moved, kept), -1).flatten(1)
         flat = torch.cat((kept, moved), -1)
         return flat.index_select(-1, self.undo) if self.layout == "scattered" else flat
 
@@ -216,7 +216,7 @@ class Coupling(FlowTransform):
             moved, ladj = (torch.cat(parts) for parts in zip(*pieces, strict=True))
         else:
             moved, ladj = self._rows(flat, batch, context, inverse)
-        return moved.view(value.shape), ladj.view(batch)
+        return (moved, ladj) if flat is value else (moved.view(value.shape), ladj.view(batch))
 
     def _rows(self, flat: Tensor, batch: Size, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
         """:meth:`_move` of a batch in one dimension, ``batch`` before; the univariate sees samples as columns."""
@@ -227,7 +227,7 @@ class Coupling(FlowTransform):
             features = features.view(*batch, features.shape[-1])
         params = self.net(features, context)
         if context is not None and len(batch) != 1:
-            params = params.flatten(0, -3)
+            params = params.reshape(batch.numel(), *params.shape[-2:])
         move = self.univariate.inverse if inverse else self.univariate.forward
         moved, slope = move(moved.t(), params.transpose(0, 1))
         return parting.join(kept, moved.t()), slope.sum(0)

@@ -9,6 +9,7 @@ holds no tensors: what it needs comes in, on the device and in the dtype of ``x`
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -173,21 +174,20 @@ class Affine(Univariate):
         if gain != 1:
             self.gain = float(gain)
 
-    def _log_scale(self, raw: Tensor, bound: float) -> Tensor:
-        number = numbers(raw.dtype)
-        return torch.tanh(raw * number(self.gain / self.max_log_scale)) * number(bound)
-
     def forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
-        shift, raw = params.movedim(-1, 0).unbind()
-        ladj = self._log_scale(raw, self.max_log_scale)
-        if self.gain == 1:
-            return torch.addcmul(shift, x, ladj.exp()), ladj
-        return torch.add(x * ladj.exp(), shift, alpha=self.gain), ladj
+        return self._move(False, x, *params.movedim(-1, 0).unbind())
 
     def inverse(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
-        shift, raw = params.movedim(-1, 0).unbind()
-        ladj = self._log_scale(raw, -self.max_log_scale)
-        return torch.sub(y, shift, alpha=self.gain) * ladj.exp(), ladj
+        return self._move(True, y, *params.movedim(-1, 0).unbind())
+
+    def _move(self, inverse: bool, z: Tensor, shift: Tensor, raw: Tensor) -> tuple[Tensor, Tensor]:
+        number, bound = numbers(raw.dtype), self.max_log_scale
+        ladj = torch.tanh(raw * number(self.gain / bound)) * number(-bound if inverse else bound)
+        if inverse:
+            return torch.sub(z, shift, alpha=self.gain) * ladj.exp(), ladj
+        if self.gain == 1:
+            return torch.addcmul(shift, z, ladj.exp()), ladj
+        return torch.add(z * ladj.exp(), shift, alpha=self.gain), ladj
 
     def solver(self, inverse: bool, z: Tensor, params: Tensor, x: Tensor, ladj: Tensor) -> list[Callable[[], object]]:
         bound = self.max_log_scale
@@ -204,8 +204,29 @@ class Affine(Univariate):
             return [*calls, partial(torch.addcmul, shift, z, x, out=x)]
         return [*calls, partial(x.mul_, z), partial(x.add_, shift, alpha=self.gain)]
 
+    def partials(
+        self, inverse: bool, z: Tensor, params: Tensor, x: Tensor, ladj: Tensor, weight: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        if not plain_eager():
+            return super().partials(inverse, z, params, x, ladj, weight)
+        scale, zero = ladj.exp(), torch.zeros_like(x)
+        tanh = ladj * (math.sqrt(self.gain) / self.max_log_scale)
+        bend = self.gain - tanh * tanh  # d log-scale / d parameter
+        if inverse:
+            by_params = torch.stack((scale * -self.gain, -x * bend))
+            return scale, by_params, zero, torch.stack((zero, -weight * bend))
+        by_params = torch.stack((torch.full_like(x, self.gain), z * scale * bend))
+        return scale, by_params, zero, torch.stack((zero, weight * bend))
+
     def run(self, inverse: bool, z: Tensor, params: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        return *self.plain(inverse, z, params), ()
+        if self.gain != 1:
+            return *self._move(inverse, z, *params.unbind()), ()
+        shift, raw = params.unbind()
+        bound, dtype = self.max_log_scale, raw.dtype
+        ladj = (raw * number(1.0 / bound, dtype)).tanh_().mul_(number(-bound if inverse else bound, dtype))
+        if inverse:
+            return (z - shift).mul_(ladj.exp()), ladj, ()
+        return torch.addcmul(shift, z, ladj.exp()), ladj, ()
 
     def pull(
         self, inverse: bool, z: Tensor, x: Tensor, ladj: Tensor, kept: Sequence[Tensor], grad: Tensor, grad_ladj: Tensor
