@@ -202,7 +202,7 @@ class ChainField(Field):
                 h = self.activation(pre)
                 continue
             h, each = value_and_slope(self.activation, pre)
-            if trace:
+            if tangents is None:
                 slopes.append(each if gate is None else each * gate)
             else:
                 tangents = tangents * each
