@@ -26,18 +26,31 @@ __all__ = [
 ]
 
 
-class Admitting(Protocol):
-    """What a check needs to know of a flow."""
+class Holding(Protocol):
+    """A module, as far as its tensors are concerned."""
 
-    event_shape: Size
-    context_dim: int
+    _parameters: dict[str, nn.Parameter | None]
+    _buffers: dict[str, Tensor | None]
+    _modules: dict[str, nn.Module | None]
+
+    def modules(self) -> Iterator[nn.Module]: ...
+
+
+class Conditional(Holding, Protocol):
+    """A flow, or another module that may take a context."""
+
+    @property
+    def context_dim(self) -> int: ...
+
+
+class Admitting(Conditional, Protocol):
+    """What a check of values needs to know of a flow."""
+
+    @property
+    def event_shape(self) -> Size: ...
 
     @property
     def data_shape(self) -> Size: ...
-
-    def parameters(self) -> Iterator[nn.Parameter]: ...
-
-    def buffers(self) -> Iterator[Tensor]: ...
 
 
 def event_size(event_shape: int | Iterable[int]) -> Size:
@@ -106,7 +119,7 @@ def choice(name: str, what: str, value: str, options: Iterable[str], otherwise: 
     raise ValueError(f"{name}{': ' if name else ''}expected {what} to be {told}, got {value!r}")
 
 
-def wrong_event(transform: Admitting, shape: Size, event: Size) -> str:
+def wrong_event(transform: object, shape: Size, event: Size) -> str:
     """What to say of a value of this shape where this event shape was expected."""
     want = f"last dimension {event[0]} (input_dim)" if len(event) == 1 else f"trailing shape {tuple(event)}"
     return f"{type(transform).__name__}: expected a value with {want}, got shape {tuple(shape)}"
@@ -144,7 +157,7 @@ def admit(transform: Admitting, value: Tensor, context: Tensor | None, data_side
     return value if whole == batch else value.expand(whole + event)
 
 
-def check_context(transform: Admitting, context: Tensor | None) -> None:
+def check_context(transform: Conditional, context: Tensor | None) -> None:
     """Checks that a context is given where one is taken, and its size, dtype and device."""
     if context is None and transform.context_dim == 0:
         return
@@ -196,7 +209,7 @@ def refuse_other_kind(name: str, what: str, value: Tensor, module: nn.Module) ->
     return value.to(kin.dtype)
 
 
-def _refuse_half(name: str, transform: Admitting, dtype: torch.dtype) -> None:
+def _refuse_half(name: str, transform: Holding, dtype: torch.dtype) -> None:
     """Refuses parameters in half precision where a part, or the univariate map of one, needs more."""
     for module in transform.modules():
         for part in (module, getattr(module, "univariate", None)):
@@ -221,9 +234,9 @@ def _same_kind(name: str, what: str, value: Tensor, kin: Tensor) -> None:
         )
 
 
-def first_floating(module: nn.Module) -> Tensor | None:
+def first_floating(module: Holding) -> Tensor | None:
     """A parameter or buffer of a module that tells the dtype and device in which it computes, if there is one."""
-    modules: list[nn.Module | None] = [module]
+    modules: list[Holding | None] = [module]
     while modules:
         each = modules.pop()
         if each is not None:
