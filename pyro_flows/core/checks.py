@@ -12,7 +12,6 @@ from pyro_flows.core.modes import autocasting
 
 __all__ = [
     "Admitting",
-    "TakingContext",
     "admit",
     "check_context",
     "check_tensor",
@@ -27,20 +26,28 @@ __all__ = [
 ]
 
 
-class TakingContext(Protocol):
-    """What a check of a context needs to know of a module."""
+class Holding(Protocol):
+    """A module, as far as its tensors are concerned."""
 
-    context_dim: int
+    _parameters: dict[str, nn.Parameter | None]
+    _buffers: dict[str, Tensor | None]
+    _modules: dict[str, nn.Module | None]
 
-    def parameters(self) -> Iterator[nn.Parameter]: ...
-
-    def buffers(self) -> Iterator[Tensor]: ...
+    def modules(self) -> Iterator[nn.Module]: ...
 
 
-class Admitting(TakingContext, Protocol):
-    """What a check of a value needs to know of a flow."""
+class Conditional(Holding, Protocol):
+    """A flow, or another module that may take a context."""
 
-    event_shape: Size
+    @property
+    def context_dim(self) -> int: ...
+
+
+class Admitting(Conditional, Protocol):
+    """What a check of values needs to know of a flow."""
+
+    @property
+    def event_shape(self) -> Size: ...
 
     @property
     def data_shape(self) -> Size: ...
@@ -150,7 +157,7 @@ def admit(transform: Admitting, value: Tensor, context: Tensor | None, data_side
     return value if whole == batch else value.expand(whole + event)
 
 
-def check_context(transform: TakingContext, context: Tensor | None) -> None:
+def check_context(transform: Conditional, context: Tensor | None) -> None:
     """Checks that a context is given where one is taken, and its size, dtype and device."""
     if context is None and transform.context_dim == 0:
         return
@@ -202,7 +209,7 @@ def refuse_other_kind(name: str, what: str, value: Tensor, module: nn.Module) ->
     return value.to(kin.dtype)
 
 
-def _refuse_half(name: str, transform: Admitting, dtype: torch.dtype) -> None:
+def _refuse_half(name: str, transform: Holding, dtype: torch.dtype) -> None:
     """Refuses parameters in half precision where a part, or the univariate map of one, needs more."""
     for module in transform.modules():
         for part in (module, getattr(module, "univariate", None)):
@@ -227,9 +234,9 @@ def _same_kind(name: str, what: str, value: Tensor, kin: Tensor) -> None:
         )
 
 
-def first_floating(module: nn.Module) -> Tensor | None:
+def first_floating(module: Holding) -> Tensor | None:
     """A parameter or buffer of a module that tells the dtype and device in which it computes, if there is one."""
-    modules: list[nn.Module | None] = [module]
+    modules: list[Holding | None] = [module]
     while modules:
         each = modules.pop()
         if each is not None:
