@@ -621,7 +621,7 @@ def test_half_precision_is_right_or_refused(name, dtype):
     chain = {
         "glow": lambda: pf.glow((2, 4, 4)),
         "lu": lambda: pf.LULinear(4),
-        "householder": lambda: pf.Householder(4),
+        "householder": lambda: pf.transforms.Householder(4),
     }.get(name, lambda: getattr(pf, name)(4, num_layers=2))()
     flow = pf.Flow(chain).eval()
     with torch.no_grad():

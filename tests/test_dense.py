@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import pyro_flows as pf
 
 FAMILIES = {
-    "affine": pf.Affine(),
-    "shift": pf.Shift(),
+    "affine": pf.univariate.Affine(),
+    "shift": pf.univariate.Shift(),
     "linear": pf.Spline(4),
     "identity": pf.Spline(3, 2.0, "identity"),
     "circular": pf.Spline(3, boundary="circular"),
@@ -158,7 +158,7 @@ def test_networks_of_every_kind(family, options):
 def test_angles_among_other_numbers(inverse):
     angles = [False, True, True, False, True]
     mask = [True, True, True, False, True]
-    layer = make(5, pf.Affine(), periodic=angles, mask=mask)
+    layer = make(5, pf.univariate.Affine(), periodic=angles, mask=mask)
     agree(layer, point(7, 5), None, inverse)
     x = point(7, 5)
     turned = x + 2 * torch.pi * torch.tensor(angles)

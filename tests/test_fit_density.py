@@ -73,7 +73,7 @@ def test_gaussian_is_recovered():
     got = found.distribution.log_prob(test)
     assert -0.02 < (exact - got).mean() < 0.03
     assert isinstance(found, DensityFit) and found.flow is flow
-    assert isinstance(found.distribution, pf.FlowDistribution)
+    assert isinstance(found.distribution, pf.distributions.FlowDistribution)
     draws = found.distribution.sample((4000,))
     torch.testing.assert_close(draws.mean(0), GAUSSIAN.mean, atol=1.5, rtol=0)
     torch.testing.assert_close(draws.std(0), GAUSSIAN.stddev, atol=0, rtol=0.08)

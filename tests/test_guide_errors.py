@@ -577,4 +577,4 @@ def test_loaded_fits_lack_the_model(fitted, tmp_path):
 )
 def test_preconditioner(loc, scale):
     with pytest.raises(ValueError, match="Preconditioner: expected"):
-        pf.Preconditioner(loc, scale)
+        pf.transforms.Preconditioner(loc, scale)

@@ -17,11 +17,13 @@ from torch.distributions import AffineTransform, ExpTransform
 import pyro_flows as pf
 from pyro_flows.infer import Codec, Stream, pixel_scores, standardized, step_log_prob
 from pyro_flows.inverse import raster
+from pyro_flows.transforms import CausalAutoregressive
 from pyro_flows.transforms.mint import attention
 from pyro_flows.transforms.mint import map as mint_map
 from pyro_flows.transforms.mint.attention import Attention, AttentionNet, AttentionSteps
 from pyro_flows.transforms.mint.orders import as_image
 from pyro_flows.transforms.mint.slopes import Weights
+from pyro_flows.univariate import Shift
 
 DOUBLE = torch.float64
 
@@ -36,7 +38,7 @@ def maf(shape, **options):
 
 def iaf(shape, context_dim=0):
     options = {"hidden_channels": 4, "num_convolutions": 2, "context_dim": context_dim}
-    return pf.Chain([pf.CausalAutoregressive(shape, pf.Spline(3), fast="sampling", **options), pf.ActNorm(shape)])
+    return pf.Chain([CausalAutoregressive(shape, pf.Spline(3), fast="sampling", **options), pf.ActNorm(shape)])
 
 
 def attending(shape, **options):
@@ -139,7 +141,7 @@ def test_causal_flows_are_triangular(name, channels):
         check_triangular(far(copy.deepcopy(chain), 0.3))
         check_triangular(three_times(copy.deepcopy(chain)))
     check_triangular(trained(BUILDERS[name]((channels, 6))))
-    check_triangular(far(pf.CausalAutoregressive((channels, 9), hidden_channels=5, num_convolutions=2), 0.5))
+    check_triangular(far(CausalAutoregressive((channels, 9), hidden_channels=5, num_convolutions=2), 0.5))
 
 
 @pytest.mark.parametrize(
@@ -357,7 +359,7 @@ def autoregression(phi, start, sigma):
     """A flow that is y_t = start + phi_1 y_(t-1) + phi_2 y_(t-2) + sigma e_t."""
     chain = pf.Chain(
         [
-            pf.CausalAutoregressive((1, 30), pf.Shift(), hidden_channels=1, num_convolutions=1, activation=lambda x: x),
+            CausalAutoregressive((1, 30), Shift(), hidden_channels=1, num_convolutions=1, activation=lambda x: x),
             AffineTransform(0.0, sigma),
         ]
     ).double()
@@ -675,9 +677,9 @@ def test_builders_refuse():
         ({"dilations": (0,)}, "dilations to be positive"),
     ]:
         with pytest.raises(ValueError, match=message):
-            pf.CausalAutoregressive((2, 4), **options)
+            CausalAutoregressive((2, 4), **options)
     with pytest.raises(ValueError, match="circle"):
-        pf.CausalAutoregressive((2, 4), pf.Spline(boundary="circular"))
+        CausalAutoregressive((2, 4), pf.Spline(boundary="circular"))
     with pytest.raises(ValueError, match=r"series \(C, T\), got event shape \(4,\)"):
         pf.causal_maf((4,))
     with pytest.raises(ValueError, match="num_layers"):
