@@ -178,10 +178,10 @@ def test_gradient_of_what_is_asked_for_only(fast, device):
 @pytest.mark.parametrize(
     "size, options",
     [
-        (2, {}),
-        (3, {"hidden_dims": (2, 3), "order": "reverse"}),
+        pytest.param(2, {}, marks=pytest.mark.full),
+        pytest.param(3, {"hidden_dims": (2, 3), "order": "reverse"}, marks=pytest.mark.full),
         (3, {"residual": True}),
-        (4, {"adjacency": diamond()}),
+        pytest.param(4, {"adjacency": diamond()}, marks=pytest.mark.full),
         (3, {"univariate": Sinh()}),
     ],
     ids=str,
