@@ -243,6 +243,7 @@ def test_sweeps_are_about_as_many_as_waves():
         assert made.last_solve.sweeps <= made.last_solve.waves + 10
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("direction", ["forward_and_ladj", "inverse_and_ladj"])
 def test_compiles_in_one_piece(direction):
     """Values, log-determinants and gradients are those of the eager call."""
@@ -325,6 +326,7 @@ def test_builder():
     torch.testing.assert_close(ladj, torch.linalg.slogdet(jacobian(x, y))[1], rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.full
 def test_what_is_far_away_is_learnt():
     """A series whose second half repeats the first: out of reach of a layer's convolutions."""
     reached = []

@@ -12,7 +12,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from cases import CASES, Sinh, shake
+from cases import CASES, Sinh, full_but, shake
 from pyro.distributions import constraints as pyro_constraints
 from torch.distributions import biject_to, constraints, transforms
 
@@ -116,14 +116,14 @@ BUILDERS = {
     "nsf-autoregressive": partial(pf.nsf, autoregressive=True, **SMALL),
     "cnf": partial(pf.cnf, hidden_dims=(6,)),
     "chain": lambda dim: pf.Chain(
-        [pf.maf(dim, **SMALL).inv, pf.Permutation(dim), pf.LULinear(dim), pf.Householder(dim)]
+        [pf.maf(dim, **SMALL).inv, pf.Permutation(dim), pf.LULinear(dim), pf.transforms.Householder(dim)]
     ),
     "list": lambda dim: [pf.Coupling(dim, pf.Spline(4), hidden_dims=(5,)), pf.Permutation(dim, "reverse")],
     "given-order": lambda dim: pf.iaf(dim, order=torch.tensor([2, 0, 1]), **SMALL),
 }
 
 
-@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("name", full_but(BUILDERS, "default", "maf", "nsf-autoregressive", "chain"))
 def test_builders_come_back(name, tmp_path):
     dtype = [torch.float32, torch.float64][list(BUILDERS).index(name) % 2]
     found = fitted(BUILDERS[name], dtype=dtype)
@@ -142,7 +142,7 @@ BASES = {
     "learnable": lambda: pf.DiagonalNormal(3, learnable=True),
     "student": lambda: pf.StudentT(3, df=4.0, learn_affine=True),
     "student-fixed": lambda: pf.StudentT(3, df=7.0, learnable=False, min_df=2.0),
-    "circle": lambda: pf.UniformCircle(3, [True, False, True]),
+    "circle": lambda: pf.distributions.UniformCircle(3, [True, False, True]),
     "mixture": lambda: pf.GaussianMixture(3, 2, full_covariance=True),
 }
 
@@ -290,7 +290,7 @@ class Field(torch.nn.Module):
         return torch.tanh(self.net(x))
 
 
-@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("name", full_but(OWN, "own-in-a-chain", "function"))
 def test_builders_of_ones_own_are_given_again(name, tmp_path):
     builder, word = OWN[name]
     found = fitted(builder)
@@ -320,7 +320,7 @@ def test_another_builder_is_refused(tmp_path):
 def test_parts_changed_after_they_were_made_are_noticed(tmp_path):
     def builder(dim):
         made = pf.realnvp(dim, **SMALL)
-        made.parts[0].univariate = pf.Affine(0.01)
+        made.parts[0].univariate = pf.univariate.Affine(0.01)
         return made
 
     found = fitted(builder)
@@ -357,6 +357,7 @@ def entries(content, *where):
             yield from entries(value, *where, key)
 
 
+@pytest.mark.full
 def test_missing_and_other_parts_are_refused(fit, tmp_path):
     path, options = tmp_path / "guide.pt", {"kind": result.KIND, "version": result.VERSION}
     fit.save(path)

@@ -157,7 +157,16 @@ def push(function: Callable[..., Tensor], inputs: Sequence[Tensor], tangents: Se
     return torch.func.vjp(pull, torch.zeros_like(value))[1](tangents)[0]
 
 
-def vmapped(call: Callable[..., Any], rows: int, size: int, in_dims: Sequence[Any], args: Sequence[Any]) -> Any:
+def vmapped(
+    call: Callable[..., Any],
+    rows: int,
+    size: int,
+    in_dims: Sequence[Any],
+    args: Sequence[Any],
+    *,
+    results: int = 1,
+    apart: bool = False,
+) -> Any:
     """Solves a batch of problems: as more rows if the shared tensors are the same for all, else one after the other.
 
     Args:
@@ -167,10 +176,12 @@ def vmapped(call: Callable[..., Any], rows: int, size: int, in_dims: Sequence[An
         size: of the batch.
         in_dims: the dimension of the batch in each argument, as in ``torch.vmap``.
         args: the arguments of ``call``.
+        results: the number of results, from the first on, with a leading dimension of samples.
+        apart: whether to solve one system after the other in any case, as for gradients of shared tensors.
     """
     constants, tensors, dims = args[:3], args[3:], in_dims[3:]
     shared = range(rows, rows + constants[2])
-    if any(dims[k] is not None for k in shared):
+    if apart or any(dims[k] is not None for k in shared):
         parts = [
             call(*constants, *(t if d is None else t.select(d, k) for t, d in zip(tensors, dims, strict=True)))
             for k in range(size)
@@ -187,4 +198,4 @@ def vmapped(call: Callable[..., Any], rows: int, size: int, in_dims: Sequence[An
     result = call(*constants, *flat)
     if isinstance(result, Tensor):
         return result.unflatten(0, (size, n))
-    return result[0].unflatten(0, (size, n)), *result[1:]
+    return *(each.unflatten(0, (size, n)) for each in result[:results]), *result[results:]
