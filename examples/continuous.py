@@ -189,7 +189,7 @@ def learn_plant(args: object) -> None:
         gauss = dist.MultivariateNormal(own.mean(0), own.T.cov())
         report(f"{name}, normal", gauss.log_prob(held_out))
         fitted, seconds = fit(pf.cnf(len(columns), **COARSE), own, steps, args.seed, batch_size=256, lr=5e-3)
-        model = refined(fitted.model)
+        model = refined(fitted.distribution)
         with torch.no_grad():
             report(f"{name}, cnf", model.log_prob(held_out))
         print(f"    {seconds:.0f} s of CPU time, {continuous(model).last_solve.evaluations} evaluations a solve")
@@ -246,7 +246,7 @@ def learn_posterior(args: object) -> None:
     pairs, steps, n = (500, 2, 40) if args.smoke else (20_000, 600, 240)
     theta, y = simulate(pairs)
     fitted, seconds = fit(pf.cnf(2, context_dim=1, **COARSE), theta, steps, args.seed, context=y)
-    model = refined(fitted.model)
+    model = refined(fitted.distribution)
     axis = (torch.arange(n) + 0.5) * (9 / n) - 4.5
     points, cell = torch.cartesian_prod(axis, axis), (9 / n) ** 2
     print(f"\nPosteriors by one conditional flow, learned from {pairs} pairs in {seconds:.0f} s of CPU time")

@@ -61,7 +61,7 @@ def check(name: str, fit: GuideFit, weight: Tensor, draws: int) -> Tensor:
 
 def tables(fits: dict[str, GuideFit], smoke: bool) -> None:
     """ArviZ's summary of the population's parameters, and the comparison of the models."""
-    data = {name: fit.to_arviz(dims=DIMS, draws=100 if smoke else 4000) for name, fit in fits.items()}
+    data = {name: fit.to_arviz(dims=DIMS, num_samples=100 if smoke else 4000) for name, fit in fits.items()}
     import arviz as az  # after to_arviz, which keeps ArviZ's announcements to itself
 
     print(az.summary(data["own rates"], kind="stats", var_names=["mean", "sd", "noise"], filter_vars="like"))

@@ -164,7 +164,7 @@ def learn(series: Series, learner: Learner, seed: int, budget: dict[str, object]
     windows = z[:, : series.train].unfold(1, WINDOW, 1).movedim(1, 0)  # shape (windows, 1, WINDOW)
     held_out = z[:, series.train - 2 * WINDOW // 3 : series.known].unfold(1, WINDOW, 1).movedim(1, 0)
     options = {"batch_size": 64, "weight_decay": learner.weight_decay, "patience": 20, "seed": seed, "progress": False}
-    return pf.fit_density(chain, windows, held_out, **options, **budget).model
+    return pf.fit_density(chain, windows, held_out, **options, **budget).distribution
 
 
 def forecasts(series: Series, flow: pf.Flow, n: int) -> Scores:

@@ -135,8 +135,8 @@ def main() -> None:
     data, test = truth.sample(rows), truth.sample(held_out)
     fit = pf.fit_density(pf.ncsf(2), data, seed=args.seed, **budget)
     print(fit)
-    report(truth, fit.model, test, 100 if args.smoke else 600)
-    draw(truth, fit.model, test, args.out / "torus.png")
+    report(truth, fit.distribution, test, 100 if args.smoke else 600)
+    draw(truth, fit.distribution, test, args.out / "torus.png")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,15 @@
-"""Normalizing flows for Pyro: every flow a ``TransformModule``, exact and fast in both directions."""
+"""Normalizing flows for Pyro: every flow a ``TransformModule``, exact and fast in both directions.
 
+The names that most programs need are here; the others are in the subpackages, which need no import of their own, as in
+``pyro_flows.plots.density``.
+"""
+
+import importlib
+from types import ModuleType
+
+from pyro_flows import distributions, flows, infer, nets, transforms, univariate
 from pyro_flows.core.chain import Chain
-from pyro_flows.core.transform import Conditioned, FlowTransform, Inverse
+from pyro_flows.core.transform import FlowTransform, Inverse
 from pyro_flows.core.wrap import Wrap
 from pyro_flows.distributions import (
     MADE,
@@ -10,52 +18,36 @@ from pyro_flows.distributions import (
     Dequantizer,
     DiagonalNormal,
     Flow,
-    FlowDistribution,
     GaussianMixture,
     StudentT,
-    UniformCircle,
     bits_per_dim,
 )
 from pyro_flows.flows import causal_maf, cnf, glow, iaf, maf, mintnet, multiscale_realnvp, ncsf, nice, nsf, realnvp
-from pyro_flows.infer import AutoFlow, fit_density, fit_guide
-from pyro_flows.nets.dense import MLP
-from pyro_flows.nets.masked import MaskedMLP
+from pyro_flows.infer import AutoFlow, fit_density, fit_guide, load_guide
 from pyro_flows.transforms import (
     ActNorm,
     Autoregressive,
-    CausalAutoregressive,
     Continuous,
-    Conv1x1,
     ConvCoupling,
     Coupling,
-    Householder,
     LogitPixels,
     LULinear,
     Mint,
     Permutation,
-    Preconditioner,
     Rescaling,
-    Split,
-    Squeeze,
     Standardization,
 )
-from pyro_flows.univariate.base import Affine, Shift, Univariate
-from pyro_flows.univariate.spline import Spline
+from pyro_flows.univariate import Spline
 
 __version__ = "0.1.0"
 
 __all__ = [
     "MADE",
-    "MLP",
     "ActNorm",
-    "Affine",
     "AutoFlow",
     "Autoregressive",
-    "CausalAutoregressive",
     "Chain",
-    "Conditioned",
     "Continuous",
-    "Conv1x1",
     "ConvCoupling",
     "ConvMADE",
     "Coupling",
@@ -63,26 +55,17 @@ __all__ = [
     "Dequantizer",
     "DiagonalNormal",
     "Flow",
-    "FlowDistribution",
     "FlowTransform",
     "GaussianMixture",
-    "Householder",
     "Inverse",
     "LULinear",
     "LogitPixels",
-    "MaskedMLP",
     "Mint",
     "Permutation",
-    "Preconditioner",
     "Rescaling",
-    "Shift",
     "Spline",
-    "Split",
-    "Squeeze",
     "Standardization",
     "StudentT",
-    "UniformCircle",
-    "Univariate",
     "Wrap",
     "bits_per_dim",
     "causal_maf",
@@ -91,6 +74,7 @@ __all__ = [
     "fit_guide",
     "glow",
     "iaf",
+    "load_guide",
     "maf",
     "mintnet",
     "multiscale_realnvp",
@@ -99,3 +83,19 @@ __all__ = [
     "nsf",
     "realnvp",
 ]
+
+_LOADED = {module.__name__.rpartition(".")[2] for module in (distributions, flows, infer, nets, transforms, univariate)}
+_ON_USE = {"plots", "testing"}
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in _ON_USE:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(
+        f"module {__name__!r} has no attribute {name!r}; names that are not here are in "
+        f"{', '.join(sorted(_LOADED | _ON_USE))}"
+    )
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *_LOADED, *_ON_USE, "__version__"})

@@ -12,6 +12,8 @@ from torch.distributions import transforms as torch_transforms
 
 import pyro_flows as pf
 from pyro_flows.testing import CHECKS
+from pyro_flows.transforms import CausalAutoregressive, Conv1x1, Householder, Preconditioner, Split, Squeeze
+from pyro_flows.univariate import Shift, Univariate
 
 CONTEXT_DIM = 2
 
@@ -86,7 +88,7 @@ def full_but(values: Iterable[object], *kept: object) -> list[object]:
     return [value if value in kept else pytest.param(value, marks=pytest.mark.full) for value in values]
 
 
-class Sinh(pf.Univariate):
+class Sinh(Univariate):
     """A family as a user would write it: forward and inverse only, without closed forms for the engine.
 
     ``y = sinh(tanh(b) + asinh(x + m))``: increasing, neither affine nor odd, with both directions in closed form.
@@ -134,7 +136,7 @@ def _leaves() -> Iterator[Case]:
     yield coupling("random", 4, mask="random")
     yield coupling("image", (2, 3), mask=[[True, False, True], [False, False, True]])
     yield coupling("one-dimension", 1)
-    yield coupling("shift", 3, pf.Shift())
+    yield coupling("shift", 3, Shift())
     yield coupling("own-univariate", 3, Sinh())
     yield coupling("spline", 3, pf.Spline())
     yield coupling("spline-identity", (2, 2), pf.Spline(2, 2.0, "identity"), mask="half")
@@ -172,7 +174,7 @@ def _leaves() -> Iterator[Case]:
     yield from autoregressive("activations", 4, activation=("isru", "silu"))
     yield from autoregressive("image", (2, 3), order="reverse")
     yield from autoregressive("one-dimension", 1)
-    yield from autoregressive("shift", 3, pf.Shift())
+    yield from autoregressive("shift", 3, Shift())
     yield from autoregressive("spline", 4, pf.Spline(4))
     yield from autoregressive("spline-identity", 9, pf.Spline(3, 2.0, "identity"), order="random")
     yield from autoregressive("spline-no-hidden", 3, pf.Spline(3), hidden_dims=())
@@ -203,11 +205,11 @@ def _leaves() -> Iterator[Case]:
     yield plain("lu-linear-reverse", pf.LULinear, 3, permutation="reverse")
     yield plain("lu-linear-image", pf.LULinear, (2, 3), permutation=[4, 2, 0, 1, 3, 5])
     yield plain("lu-linear-one-dimension", pf.LULinear, 1)
-    yield plain("householder", pf.Householder, 4)
-    yield plain("householder-odd", pf.Householder, 5, num_reflections=3)
-    yield plain("householder-many", pf.Householder, 3, num_reflections=8)
-    yield plain("householder-image", pf.Householder, (2, 3), num_reflections=2)
-    yield plain("householder-one-dimension", pf.Householder, 1)
+    yield plain("householder", Householder, 4)
+    yield plain("householder-odd", Householder, 5, num_reflections=3)
+    yield plain("householder-many", Householder, 3, num_reflections=8)
+    yield plain("householder-image", Householder, (2, 3), num_reflections=2)
+    yield plain("householder-one-dimension", Householder, 1)
 
     def actnorm(name: str, shape: tuple[int, ...]) -> Case:
         def build(_: int) -> pf.FlowTransform:
@@ -244,7 +246,7 @@ def _leaves() -> Iterator[Case]:
             scale = (0.3 * normal(size)).exp()
             if full:
                 scale = torch.diag(scale) + 0.3 * normal(size, size).tril(-1)
-            return pf.Preconditioner(3 * normal(size), scale)
+            return Preconditioner(3 * normal(size), scale)
 
         return Case(name, ("Preconditioner",), build, (size,), takes_context=False, scale=0.3)
 
@@ -363,7 +365,7 @@ def _images() -> Iterator[Case]:
     corner[0, 0, 1] = corner[1, 1] = True
     yield coupling("checkerboard", (2, 2, 3))
     yield coupling("channels", (3, 2, 2), mask="channels", flip=True, activation="elu")
-    yield coupling("boolean", (2, 2, 2), pf.Shift(), mask=corner, num_blocks=0)
+    yield coupling("boolean", (2, 2, 2), Shift(), mask=corner, num_blocks=0)
     yield coupling("series", (2, 3), pf.Spline(3), mask="channels")
     yield coupling("series-checkerboard", (1, 5), pf.Spline(2), flip=True, kernel_size=1)
     yield coupling("one-number", (1, 1, 1))
@@ -373,21 +375,21 @@ def _images() -> Iterator[Case]:
         made = flow()
         return Case(name, (covers,), lambda _: flow(), tuple(made.event_shape), takes_context=False, scale=0.2)
 
-    yield plain("squeeze", "Squeeze", lambda: pf.Squeeze((2, 4, 2)))
-    yield plain("squeeze-series", "Squeeze", lambda: pf.Squeeze((3, 4)))
-    yield plain("conv1x1", "Conv1x1", lambda: pf.Conv1x1((3, 2, 2)))
-    yield plain("conv1x1-series", "Conv1x1", lambda: pf.Conv1x1((4, 3), start="permutation", bias=True))
-    yield plain("conv1x1-identity", "Conv1x1", lambda: pf.Conv1x1((2, 1, 2), start="identity"))
-    yield plain("conv1x1-one-channel", "Conv1x1", lambda: pf.Conv1x1((1, 2)))
+    yield plain("squeeze", "Squeeze", lambda: Squeeze((2, 4, 2)))
+    yield plain("squeeze-series", "Squeeze", lambda: Squeeze((3, 4)))
+    yield plain("conv1x1", "Conv1x1", lambda: Conv1x1((3, 2, 2)))
+    yield plain("conv1x1-series", "Conv1x1", lambda: Conv1x1((4, 3), start="permutation", bias=True))
+    yield plain("conv1x1-identity", "Conv1x1", lambda: Conv1x1((2, 1, 2), start="identity"))
+    yield plain("conv1x1-one-channel", "Conv1x1", lambda: Conv1x1((1, 2)))
 
     def split(context_dim: int) -> pf.FlowTransform:
         options = {"context_dim": context_dim, "channels": 3}
-        last = pf.Split(None, (2, 2, 2), **options)
-        return pf.Split(pf.Chain([last, pf.Conv1x1((2, 2, 2))]), (4, 2, 2), **options)
+        last = Split(None, (2, 2, 2), **options)
+        return Split(pf.Chain([last, Conv1x1((2, 2, 2))]), (4, 2, 2), **options)
 
     yield Case("split", ("Split",), split, (4, 2, 2), scale=0.2)
-    squeezing = lambda _: pf.Chain([pf.Squeeze((1, 4)).inv, pf.Conv1x1((2, 2)), pf.Squeeze((1, 4))])  # noqa: E731
-    series = lambda c: pf.Split(squeezing(c), (2, 4), context_dim=c, channels=3, num_blocks=1)  # noqa: E731
+    squeezing = lambda _: pf.Chain([Squeeze((1, 4)).inv, Conv1x1((2, 2)), Squeeze((1, 4))])  # noqa: E731
+    series = lambda c: Split(squeezing(c), (2, 4), context_dim=c, channels=3, num_blocks=1)  # noqa: E731
     yield Case("split-series", ("Split",), series, (2, 4), scale=0.2)
 
     def realnvp(shape: tuple[int, ...], **options: object) -> Callable[[int], pf.FlowTransform]:
@@ -447,7 +449,7 @@ def _series() -> Iterator[Case]:
 
     def layer(name: str, shape: tuple[int, ...], *args: object, **options: object) -> Case:
         def build(context_dim: int) -> pf.FlowTransform:
-            return pf.CausalAutoregressive(shape, *args, context_dim=context_dim, **{**small, **options})
+            return CausalAutoregressive(shape, *args, context_dim=context_dim, **{**small, **options})
 
         return Case(f"causal-{name}", ("CausalAutoregressive",), build, shape, scale=0.3)
 

@@ -13,7 +13,7 @@ import pyro_flows as pf
 Network = Callable[[nn.Module, Tensor, Tensor | None], Tensor]
 
 
-def plain_network(net: pf.MaskedMLP, x: Tensor, context: Tensor | None = None) -> Tensor:
+def plain_network(net: pf.nets.MaskedMLP, x: Tensor, context: Tensor | None = None) -> Tensor:
     """A ``MaskedMLP`` written out with masked weights and torch's own products; shape ``(*batch, D, num_params)``."""
     weights, biases, masks = net.tensors()
     weights = [torch.where(mask != 0, weight, 0.0) for weight, mask in zip(weights, masks, strict=True)]

@@ -301,7 +301,7 @@ def test_maps_are_exact_conditionals(order, lower, context_dim):
 
 
 @pytest.mark.parametrize("dtype", OTHER)
-@pytest.mark.parametrize("univariate", [pf.Affine(), pf.Spline(3)], ids=["affine", "spline"])
+@pytest.mark.parametrize("univariate", [pf.univariate.Affine(), pf.Spline(3)], ids=["affine", "spline"])
 def test_maps_of_autoregressive_flows(univariate, dtype, default_dtype):
     default_dtype(OTHER[dtype])
     options = {"hidden_dims": (6,), "order": [2, 0, 3, 1], "context_dim": 2}

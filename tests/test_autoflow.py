@@ -43,6 +43,7 @@ from pyro_flows.infer import AlphaDivergence, AutoFlow, DReGELBO, ForwardKL, Pat
 from pyro_flows.infer.guides.loop import speeds_of
 from pyro_flows.infer.guides.posterior import Steady
 from pyro_flows.infer.machine.adam import Adam as FitAdam
+from pyro_flows.univariate import Affine
 from tests.cases import full_but, shake
 from tests.test_latents import SUPPORTS, improper
 
@@ -719,7 +720,7 @@ def test_gains_do_not_slow_fits(builder):
     ends = []
     for gain in (1.0, 0.1):
         torch.manual_seed(0)
-        flow = pf.Flow(builder(3, num_layers=2, hidden_dims=(8,), univariate=pf.Affine(4.0, gain=gain))).double()
+        flow = pf.Flow(builder(3, num_layers=2, hidden_dims=(8,), univariate=Affine(4.0, gain=gain))).double()
         optimizer = FitAdam(list(flow.parameters()), speeds_of(flow))
         for _ in range(5):
             optimizer.zero_grad()

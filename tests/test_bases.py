@@ -23,7 +23,7 @@ BASES = {
     "student, affine": lambda: pf.StudentT(DIM, df=2.0, learn_affine=True, min_df=0.5),
     "mixture": lambda: pf.GaussianMixture(DIM),
     "mixture, full": lambda: pf.GaussianMixture(DIM, num_components=2, full_covariance=True),
-    "circle": lambda: pf.UniformCircle(DIM),
+    "circle": lambda: pf.distributions.UniformCircle(DIM),
 }
 REPARAMETERISED = [name for name in BASES if not name.startswith("mixture")]
 LEARNT = [name for name in BASES if name not in ("student, fixed", "circle")]
@@ -187,7 +187,7 @@ def test_mixture_says_that_it_has_no_reparameterised_draws():
 
 @pytest.mark.parametrize("dtype", [torch.float, torch.double])
 def test_circle_is_uniform_over_one_turn(dtype):
-    made = pf.UniformCircle(2).to(dtype)()
+    made = pf.distributions.UniformCircle(2).to(dtype)()
     draws = made.rsample((100_000,))
     assert draws.dtype == dtype and not draws.requires_grad
     assert (draws >= -torch.pi - 1e-6).all() and (draws <= torch.pi).all()
@@ -320,8 +320,8 @@ BAD = [
     (lambda: pf.GaussianMixture(0), "GaussianMixture: expected input_dim"),
     (lambda: pf.GaussianMixture(2, 0), "num_components to be an integer >= 1, got 0"),
     (lambda: pf.GaussianMixture(2, 2.0), "num_components"),
-    (lambda: pf.UniformCircle(-1), "expected input_dim or event_shape to be positive integers, got -1"),
-    (lambda: pf.Flow(pf.maf(3), base=pf.UniformCircle(2)), r"event shape \(3,\).*event shape \(2,\)"),
+    (lambda: pf.distributions.UniformCircle(-1), "expected input_dim or event_shape to be positive integers, got -1"),
+    (lambda: pf.Flow(pf.maf(3), base=pf.distributions.UniformCircle(2)), r"event shape \(3,\).*event shape \(2,\)"),
 ]
 
 

@@ -83,7 +83,7 @@ class Breaking(nn.Module):
 @pytest.mark.parametrize("field", ["concatsquash", "mlp"])
 def test_elbo_reaches_the_evidence_of_a_conjugate_model(field):
     flow = partial(pf.cnf, field=field, hidden_dims=(8,), gradient="backprop", rtol=1e-4, atol=1e-4)
-    fit = fit_guide(AutoFlow(conjugate, flow, seed=0, particles=32), steps=150, progress=False)
+    fit = fit_guide(AutoFlow(conjugate, flow, seed=0, num_particles=32), steps=150, progress=False)
     assert abs(fit.importance.elbo - EVIDENCE) < 2e-3
     assert abs(fit.log_evidence - EVIDENCE) < 2e-3
     assert fit.verdict.ok
@@ -227,7 +227,7 @@ def test_what_an_elbo_sees_of_an_estimate():
 
 
 def test_a_fit_is_judged_by_a_function():
-    guide = AutoFlow(conjugate, partial(estimating, gradient="backprop"), seed=0, particles=16)
+    guide = AutoFlow(conjugate, partial(estimating, gradient="backprop"), seed=0, num_particles=16)
     for _ in range(2):  # it can be fitted again
         fit = fit_guide(guide, steps=20, progress=False)
         assert not guide.flow.training
@@ -340,7 +340,7 @@ def test_amortised_in_a_plate():
 def test_a_field_that_breaks_ends_a_fit_in_words(after, message):
     builder = partial(pf.cnf, field=Breaking(10, after), solver_steps=100)
     with pytest.raises(RuntimeError, match=rf"Continuous \(10,\): .*{message}.*rows (are )?\["):
-        fit_guide(AutoFlow(schools, builder, seed=0, particles=32), EFFECTS, ERRORS, steps=200, progress=False)
+        fit_guide(AutoFlow(schools, builder, seed=0, num_particles=32), EFFECTS, ERRORS, steps=200, progress=False)
 
 
 def test_tracing_by_jit_is_refused():

@@ -106,7 +106,7 @@ def test_nothing_stays_behind_on_the_host(case, context_dim):
 
 def test_every_public_flow_has_a_case():
     covered = {name for case in CASES for name in case.covers}
-    public = {name: getattr(pf, name) for name in pf.__all__}
+    public = {name: getattr(place, name) for place in (pf, pf.transforms, pf.flows) for name in place.__all__}
     transforms = {n for n, v in public.items() if inspect.isclass(v) and issubclass(v, pf.FlowTransform)}
     builders = {n for n, v in public.items() if inspect.isfunction(v) and v.__annotations__.get("return") == "Chain"}
     assert {"nice", "Coupling"} <= transforms | builders  # that is, both are found

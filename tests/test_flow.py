@@ -38,7 +38,7 @@ class Students(nn.Module):
 def bases(size, builder=None):
     """Bases by name; those of the line give way to angles where a builder wants these."""
     if builder is pf.ncsf:
-        return dict.fromkeys(bases(size), pf.UniformCircle(size))
+        return dict.fromkeys(bases(size), pf.distributions.UniformCircle(size))
     return {
         "none": None,
         "distribution": dist.Normal(torch.full((size,), 0.5), torch.ones(size) * 2).to_event(1),

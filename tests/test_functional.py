@@ -22,29 +22,29 @@ from pyro_flows.univariate.base import number
 F64, CONTEXT_DIM = torch.float64, 2
 
 UNIVARIATES = {
-    "shift": pf.Shift(),
-    "affine": pf.Affine(),
+    "shift": pf.univariate.Shift(),
+    "affine": pf.univariate.Affine(),
     "spline": pf.Spline(3),
     "spline identity": pf.Spline(3, 2.0, "identity"),
     "own": Sinh(),
 }
 
 
-def sweeping(univariate: pf.Univariate, fast: str, **options: object) -> pf.FlowTransform:
+def sweeping(univariate: pf.univariate.Univariate, fast: str, **options: object) -> pf.FlowTransform:
     options = {"hidden_dims": (5, 4), "context_dim": CONTEXT_DIM, **options}
     return pf.Autoregressive(3, univariate, fast=fast, **options)
 
 
-def causal(univariate: pf.Univariate, fast: str) -> pf.FlowTransform:
+def causal(univariate: pf.univariate.Univariate, fast: str) -> pf.FlowTransform:
     options = {"hidden_channels": 3, "num_convolutions": 2, "context_dim": CONTEXT_DIM}
-    return pf.CausalAutoregressive((2, 2), univariate, fast=fast, **options)
+    return pf.transforms.CausalAutoregressive((2, 2), univariate, fast=fast, **options)
 
 
-def coupling(univariate: pf.Univariate) -> pf.FlowTransform:
+def coupling(univariate: pf.univariate.Univariate) -> pf.FlowTransform:
     return pf.Coupling(3, univariate, hidden_dims=(5,), context_dim=CONTEXT_DIM)
 
 
-def conv_coupling(univariate: pf.Univariate) -> pf.FlowTransform:
+def conv_coupling(univariate: pf.univariate.Univariate) -> pf.FlowTransform:
     options = {"channels": 3, "num_blocks": 1, "activation": "elu", "context_dim": CONTEXT_DIM}
     return pf.ConvCoupling((2, 2, 2), univariate, **options)
 
@@ -63,7 +63,7 @@ for _name, _univariate in UNIVARIATES.items():
     LAYERS[f"convolutional coupling, {_name}"] = partial(conv_coupling, _univariate)
 LAYERS["coupling, circular"] = partial(coupling, pf.Spline(3, boundary="circular"))
 LAYERS["autoregressive, residual"] = partial(
-    sweeping, pf.Affine(), "density", residual=True, hidden_dims=(4, 4), activation="tanh"
+    sweeping, pf.univariate.Affine(), "density", residual=True, hidden_dims=(4, 4), activation="tanh"
 )
 LAYERS["autoregressive, no hidden layer"] = partial(sweeping, pf.Spline(3), "sampling", hidden_dims=())
 LAYERS["mint"] = partial(mint, (2, 2, 2))

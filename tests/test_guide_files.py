@@ -116,7 +116,7 @@ BUILDERS = {
     "nsf-autoregressive": partial(pf.nsf, autoregressive=True, **SMALL),
     "cnf": partial(pf.cnf, hidden_dims=(6,)),
     "chain": lambda dim: pf.Chain(
-        [pf.maf(dim, **SMALL).inv, pf.Permutation(dim), pf.LULinear(dim), pf.Householder(dim)]
+        [pf.maf(dim, **SMALL).inv, pf.Permutation(dim), pf.LULinear(dim), pf.transforms.Householder(dim)]
     ),
     "list": lambda dim: [pf.Coupling(dim, pf.Spline(4), hidden_dims=(5,)), pf.Permutation(dim, "reverse")],
     "given-order": lambda dim: pf.iaf(dim, order=torch.tensor([2, 0, 1]), **SMALL),
@@ -142,7 +142,7 @@ BASES = {
     "learnable": lambda: pf.DiagonalNormal(3, learnable=True),
     "student": lambda: pf.StudentT(3, df=4.0, learn_affine=True),
     "student-fixed": lambda: pf.StudentT(3, df=7.0, learnable=False, min_df=2.0),
-    "circle": lambda: pf.UniformCircle(3, [True, False, True]),
+    "circle": lambda: pf.distributions.UniformCircle(3, [True, False, True]),
     "mixture": lambda: pf.GaussianMixture(3, 2, full_covariance=True),
 }
 
@@ -320,7 +320,7 @@ def test_another_builder_is_refused(tmp_path):
 def test_parts_changed_after_they_were_made_are_noticed(tmp_path):
     def builder(dim):
         made = pf.realnvp(dim, **SMALL)
-        made.parts[0].univariate = pf.Affine(0.01)
+        made.parts[0].univariate = pf.univariate.Affine(0.01)
         return made
 
     found = fitted(builder)

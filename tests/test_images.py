@@ -17,6 +17,8 @@ from torch import nn
 
 import pyro_flows as pf
 from pyro_flows.nets.convolutional import ConvNet
+from pyro_flows.transforms import Conv1x1, Split, Squeeze
+from pyro_flows.univariate import Affine, Shift
 
 SMALL = {"channels": 4, "num_blocks": 1, "activation": "elu"}
 DIRECTIONS = ["forward_and_ladj", "inverse_and_ladj"]
@@ -51,7 +53,7 @@ def slopes(flow, value, direction="forward_and_ladj", context=None):
 @pytest.mark.parametrize("shape", [(3, 4, 6), (1, 2, 2), (2, 6, 2)])
 def test_squeeze_places_images(shape):
     image = torch.arange(math.prod(shape)).float().reshape(shape)
-    squeezed, ladj = pf.Squeeze(shape).inverse_and_ladj(image)
+    squeezed, ladj = Squeeze(shape).inverse_and_ladj(image)
     channels, height, width = shape
     assert squeezed.shape == (4 * channels, height // 2, width // 2)
     for c in range(channels):
@@ -59,18 +61,18 @@ def test_squeeze_places_images(shape):
             for x in range(width):
                 assert squeezed[(2 * (y % 2) + x % 2) * channels + c, y // 2, x // 2] == image[c, y, x]
     assert ladj == 0
-    assert torch.equal(pf.Squeeze(shape)(squeezed), image)
+    assert torch.equal(Squeeze(shape)(squeezed), image)
 
 
 def test_squeeze_places_series():
     series = torch.tensor([[0.0, 1, 2, 3], [10, 11, 12, 13]])
-    squeezed = pf.Squeeze((2, 4)).inv(series)
+    squeezed = Squeeze((2, 4)).inv(series)
     assert torch.equal(squeezed, torch.tensor([[0.0, 2], [10, 12], [1, 3], [11, 13]]))
-    assert torch.equal(pf.Squeeze((2, 4))(squeezed.clone()), series)
+    assert torch.equal(Squeeze((2, 4))(squeezed.clone()), series)
 
 
 def test_squeeze_has_image_and_squeezed_shape():
-    squeeze = pf.Squeeze((3, 8, 6))
+    squeeze = Squeeze((3, 8, 6))
     assert (squeeze.event_shape, squeeze.data_shape) == ((12, 4, 3), (3, 8, 6))
     flow = pf.Flow([squeeze])
     assert flow().event_shape == (3, 8, 6) and flow.base().event_shape == (12, 4, 3)
@@ -144,7 +146,7 @@ def masks():
 
 @pytest.mark.parametrize("flip", [False, True], ids=["", "flip"])
 @pytest.mark.parametrize("mask", masks())
-@pytest.mark.parametrize("univariate", [pf.Affine(), pf.Shift(), pf.Spline(4)], ids=lambda u: type(u).__name__)
+@pytest.mark.parametrize("univariate", [Affine(), Shift(), pf.Spline(4)], ids=lambda u: type(u).__name__)
 def test_coupling_moves_what_it_should(univariate, mask, flip, direction):
     flow = shake(pf.ConvCoupling((3, 4, 4), univariate, mask=masks()[mask], flip=flip, **SMALL).double(), 0.4)
     x = torch.randn(5, 3, 4, 4).double()
@@ -205,7 +207,7 @@ def test_coupling_parameters_are_those_of_the_place():
 
 
 def test_conv1x1_is_a_convolution():
-    flow = shake(pf.Conv1x1((3, 4, 5), bias=True).double(), 0.3)
+    flow = shake(Conv1x1((3, 4, 5), bias=True).double(), 0.3)
     x = torch.randn(7, 3, 4, 5).double()
     y, ladj = flow.forward_and_ladj(x)
     torch.testing.assert_close(y, F.conv2d(x, flow.matrix[:, :, None, None], flow.bias))
@@ -219,26 +221,26 @@ def test_conv1x1_is_a_convolution():
 
 @pytest.mark.parametrize("channels", [1, 2, 5, 48])
 def test_conv1x1_starts_as_a_rotation(channels):
-    flow = pf.Conv1x1((channels, 2)).double()
+    flow = Conv1x1((channels, 2)).double()
     matrix = flow.matrix.detach()
     torch.testing.assert_close(matrix @ matrix.T, torch.eye(channels).double(), rtol=0, atol=2e-6)
     assert torch.linalg.det(matrix) == pytest.approx(1, abs=1e-5)
     assert channels == 1 or not torch.equal(matrix, torch.eye(channels).double())
-    other = pf.Conv1x1((channels, 2)).double().matrix
+    other = Conv1x1((channels, 2)).double().matrix
     assert channels == 1 or (other - matrix).abs().max() > 0.1
 
 
 def test_conv1x1_other_starts():
     x = torch.randn(4, 5, 3)
-    assert torch.equal(pf.Conv1x1((5, 3), start="identity")(x.clone()), x)
-    flow = pf.Conv1x1((5, 3), start="permutation")
+    assert torch.equal(Conv1x1((5, 3), start="identity")(x.clone()), x)
+    flow = Conv1x1((5, 3), start="permutation")
     y, ladj = flow.forward_and_ladj(x)
     assert torch.equal(y, x[:, flow.permutation]) and torch.equal(ladj, torch.zeros(4))
-    assert set(pf.Conv1x1((5, 3), start="identity").state_dict()) == {"factors"}
+    assert set(Conv1x1((5, 3), start="identity").state_dict()) == {"factors"}
 
 
 def test_conv1x1_of_a_vector_is_lu_linear():
-    flow, whole = pf.Conv1x1((4,), start="identity", bias=True).double(), pf.LULinear(4).double()
+    flow, whole = Conv1x1((4,), start="identity", bias=True).double(), pf.LULinear(4).double()
     whole.load_state_dict(shake(flow).state_dict())
     x = torch.randn(5, 4).double()
     for name in DIRECTIONS:
@@ -251,7 +253,7 @@ def test_conv1x1_of_a_vector_is_lu_linear():
 
 def test_split_is_gaussian_given_the_other_half():
     inner = shake(pf.ConvCoupling((2, 3, 3), **SMALL), 0.3)
-    flow = pf.Flow(shake(pf.Split(inner, (4, 3, 3), channels=4, max_log_scale=2.0), 0.3))
+    flow = pf.Flow(shake(Split(inner, (4, 3, 3), channels=4, max_log_scale=2.0), 0.3))
     y = torch.randn(6, 4, 3, 3)
     first, second = y[:, :2], y[:, 2:]
     loc, raw = flow.chain.net(first).unbind(-1)
@@ -262,16 +264,16 @@ def test_split_is_gaussian_given_the_other_half():
 def test_fresh_split_is_its_inner_flow():
     inner = shake(pf.ConvCoupling((1, 4), **SMALL))
     x = torch.randn(3, 2, 4)
-    y, ladj = pf.Split(inner, (2, 4)).forward_and_ladj(x)
+    y, ladj = Split(inner, (2, 4)).forward_and_ladj(x)
     want, want_ladj = inner.forward_and_ladj(x[:, :1])
     assert torch.equal(y, torch.cat((want, x[:, 1:]), 1)) and torch.equal(ladj, want_ladj)
-    assert torch.equal(pf.Split(None, (2, 4))(x.clone()), x)
+    assert torch.equal(Split(None, (2, 4))(x.clone()), x)
 
 
 def test_split_gives_context_to_both():
     inner = shake(pf.ConvCoupling((2, 2), context_dim=3, **SMALL))
-    for inside in (inner, pf.Conv1x1((2, 2)), None):
-        flow = shake(pf.Split(inside, (4, 2), context_dim=3, channels=4), 0.3).double()
+    for inside in (inner, Conv1x1((2, 2)), None):
+        flow = shake(Split(inside, (4, 2), context_dim=3, channels=4), 0.3).double()
         context = torch.randn(3).double().requires_grad_()
         y, _ = flow.forward_and_ladj(torch.randn(4, 2).double(), context)
         reached = [torch.autograd.grad(y[c, 0], context, retain_graph=True)[0].abs().max() for c in (0, 3)]
@@ -281,7 +283,7 @@ def test_split_gives_context_to_both():
 def test_split_around_a_bound_view():
     inner = shake(pf.ConvCoupling((1, 4), context_dim=2, **SMALL))
     context = torch.randn(5, 2)
-    flow = pf.Split(inner.condition(context), (2, 4))
+    flow = Split(inner.condition(context), (2, 4))
     assert flow.forward_shape((2, 4)) == (5, 2, 4)
     x = torch.randn(2, 4)
     y, ladj = flow.forward_and_ladj(x)
@@ -365,7 +367,7 @@ def parts(flow):
         if isinstance(part, pf.Inverse):
             continue
         yield part
-        if isinstance(part, pf.Split) and part.inner is not None:
+        if isinstance(part, Split) and part.inner is not None:
             yield from parts(part.inner)
 
 
@@ -406,7 +408,7 @@ def test_layout_of_the_paper_glow():
 )
 def test_default_scales(shape, realnvp, glow):
     def count(flow):
-        return sum(isinstance(part, pf.Squeeze) for part in parts(flow))
+        return sum(isinstance(part, Squeeze) for part in parts(flow))
 
     assert count(pf.multiscale_realnvp(shape, num_couplings=1, channels=1, num_blocks=0)) == realnvp
     assert count(pf.glow(shape, num_steps=1, channels=1, num_blocks=0)) == glow
@@ -427,7 +429,7 @@ GRID = {
     "checkerboard": lambda: pf.multiscale_realnvp((1, 1, 2), num_couplings=3, max_log_scale=0.5, **SMALL),
     "two-scales": lambda: pf.multiscale_realnvp((1, 2), num_scales=2, num_couplings=1, max_log_scale=0.5, **SMALL),
     "glow": lambda: pf.glow((1, 2), num_steps=2, max_log_scale=0.5, **SMALL).eval(),
-    "split": lambda: pf.Split(None, (2, 1, 1), max_log_scale=0.5, channels=4),
+    "split": lambda: Split(None, (2, 1, 1), max_log_scale=0.5, channels=4),
 }
 
 
@@ -449,7 +451,12 @@ def test_mass(name):
 def test_compile(direction):
     for flow in (
         FLOWS["realnvp"](context_dim=2),
-        pf.Chain([pf.ConvCoupling((2, 4), pf.Shift(), mask="channels", **SMALL), pf.Conv1x1((2, 4), bias=True)]),
+        pf.Chain(
+            [
+                pf.ConvCoupling((2, 4), Shift(), mask="channels", **SMALL),
+                Conv1x1((2, 4), bias=True),
+            ]
+        ),
     ):
         flow = shake(flow.double(), 0.2)
         torch._dynamo.reset()
@@ -487,21 +494,37 @@ def test_fit_beats_a_gaussian(name):
 
 
 BAD = [
-    (lambda: pf.Squeeze((1, 7, 8)), ValueError, "sides of even size, got event shape .1, 7, 8.; pad .* or crop"),
-    (lambda: pf.Squeeze((2, 3)), ValueError, "sides of even size"),
-    (lambda: pf.Squeeze(4), ValueError, r"of shape \(C, H, W\) or \(C, T\), got \(4,\)"),
-    (lambda: pf.Squeeze((1, 2, 2, 2)), ValueError, r"of shape \(C, H, W\)"),
-    (lambda: pf.Split(None, (3, 4, 4)), ValueError, "even number of channels, got event shape .3, 4, 4.; put a Squ"),
-    (lambda: pf.Split(nn.ReLU(), (2, 4)), TypeError, "inner to be a flow transform or None, got ReLU"),
-    (lambda: pf.Split(pf.Conv1x1((2, 4)), (2, 4)), ValueError, r"events of shape \(1, 4\) on both sides, got \(2, 4\)"),
-    (lambda: pf.Split(pf.Squeeze((1, 4)), (4, 2)), ValueError, r"data side; one that squeezes undoes it"),
     (
-        lambda: pf.Split(pf.ConvCoupling((1, 4), context_dim=2), (2, 4)),
+        lambda: Squeeze((1, 7, 8)),
+        ValueError,
+        "sides of even size, got event shape .1, 7, 8.; pad .* or crop",
+    ),
+    (lambda: Squeeze((2, 3)), ValueError, "sides of even size"),
+    (lambda: Squeeze(4), ValueError, r"of shape \(C, H, W\) or \(C, T\), got \(4,\)"),
+    (lambda: Squeeze((1, 2, 2, 2)), ValueError, r"of shape \(C, H, W\)"),
+    (
+        lambda: Split(None, (3, 4, 4)),
+        ValueError,
+        "even number of channels, got event shape .3, 4, 4.; put a Squ",
+    ),
+    (lambda: Split(nn.ReLU(), (2, 4)), TypeError, "inner to be a flow transform or None, got ReLU"),
+    (
+        lambda: Split(Conv1x1((2, 4)), (2, 4)),
+        ValueError,
+        r"events of shape \(1, 4\) on both sides, got \(2, 4\)",
+    ),
+    (
+        lambda: Split(Squeeze((1, 4)), (4, 2)),
+        ValueError,
+        r"data side; one that squeezes undoes it",
+    ),
+    (
+        lambda: Split(pf.ConvCoupling((1, 4), context_dim=2), (2, 4)),
         ValueError,
         "context of size 2, got context_dim=0",
     ),
     (
-        lambda: pf.Split(pf.Wrap(dist.transforms.ExpTransform(), (1, 4)), (2, 4)),
+        lambda: Split(pf.Wrap(dist.transforms.ExpTransform(), (1, 4)), (2, 4)),
         ValueError,
         "unconstrained numbers.*constrained ones",
     ),
@@ -518,7 +541,11 @@ BAD = [
     (lambda: pf.ConvCoupling((1, 4), channels=0), ValueError, "channels to be an integer >= 1, got 0"),
     (lambda: pf.ConvCoupling((1, 4), num_blocks=-1), ValueError, "num_blocks to be an integer >= 0"),
     (lambda: ConvNet(1, 1, space_dims=3), ValueError, "space_dims to be 1 or 2, got 3"),
-    (lambda: pf.Conv1x1((2, 4), start="random"), ValueError, "rotation, permutation, identity, got 'random'"),
+    (
+        lambda: Conv1x1((2, 4), start="random"),
+        ValueError,
+        "rotation, permutation, identity, got 'random'",
+    ),
     (lambda: pf.glow((1, 7, 7)), ValueError, r"glow: .* halved 1 times, got event shape \(1, 7, 7\), which allows 0"),
     (lambda: pf.glow((1, 28, 28), num_scales=3), ValueError, "halved 3 times.*allows 2.*multiples of 8"),
     (lambda: pf.multiscale_realnvp((1, 28, 28), num_scales=4), ValueError, "multiscale_realnvp: .* halved 3 times"),
@@ -536,5 +563,5 @@ def test_refuses(make, kind, message):
 
 def test_seven_by_seven_needs_no_squeeze():
     flow = pf.multiscale_realnvp((1, 7, 7), channels=2, num_blocks=0)
-    assert not any(isinstance(part, pf.Squeeze) for part in flow)
+    assert not any(isinstance(part, Squeeze) for part in flow)
     assert flow(torch.randn(2, 1, 7, 7)).shape == (2, 1, 7, 7)

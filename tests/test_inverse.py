@@ -54,7 +54,7 @@ LAYOUTS = {
     "leaky-relu": (6, {"activation": "leaky_relu"}),
     "softplus": (6, {"activation": "softplus"}),
     "lambda": (6, {"activation": lambda x: x + torch.sin(x)}),
-    "shift": (6, {"univariate": pf.Shift()}),
+    "shift": (6, {"univariate": pf.univariate.Shift()}),
     "own-univariate": (6, {"univariate": Sinh()}),
     "own-univariate-adjacency": (12, {"univariate": Sinh(), "adjacency": ladder(12), "hidden_dims": (16,)}),
     "blocks": (40, {"hidden_dims": (64, 64)}),

@@ -20,8 +20,8 @@ DIM = 3
 BUILDS = {
     "lu": lambda: pf.LULinear(DIM),
     "lu, random": lambda: pf.LULinear(DIM, permutation=[2, 0, 1], bias=False),
-    "householder": lambda: pf.Householder(DIM),
-    "householder, odd": lambda: pf.Householder(DIM, 5),
+    "householder": lambda: pf.transforms.Householder(DIM),
+    "householder, odd": lambda: pf.transforms.Householder(DIM, 5),
     "standardization": lambda: pf.Standardization(torch.tensor([1.0, -20.0, 0.3]), torch.tensor([0.1, 3.0, 10.0])),
 }
 DIRECTIONS = ["forward_and_ladj", "inverse_and_ladj"]
@@ -161,7 +161,7 @@ def test_lu_fits_a_covariance():
 
 @pytest.mark.parametrize("size, count", [(1, 1), (1, 2), (2, 1), (3, 2), (4, 4), (5, 3), (3, 8)])
 def test_householder_is_the_product_of_its_reflections(size, count):
-    flow = shake(pf.Householder(size, count).double(), 1.0)
+    flow = shake(pf.transforms.Householder(size, count).double(), 1.0)
     want = reflections(flow.vectors.detach())
     torch.testing.assert_close(matrix(flow), want, rtol=1e-12, atol=1e-12)
     x = torch.randn(5, size).double()
@@ -174,7 +174,7 @@ def test_householder_is_the_product_of_its_reflections(size, count):
 @pytest.mark.parametrize("size, count", [(8, 8), (64, 64), (16, 100)])
 @pytest.mark.parametrize("vectors", ["random", "nearly equal", "of all sizes"])
 def test_householder_is_orthogonal(vectors, size, count, dtype):
-    flow = pf.Householder(size, count).to(dtype)
+    flow = pf.transforms.Householder(size, count).to(dtype)
     noise = torch.randn(count, size, dtype=dtype)
     with torch.no_grad():
         if vectors == "random":
@@ -194,7 +194,7 @@ def test_householder_is_orthogonal(vectors, size, count, dtype):
 @pytest.mark.parametrize("tiny", [0.0, 1e-30, -1e-20, 1e-17, 1e-10])
 @pytest.mark.parametrize("dtype", [torch.float, torch.double])
 def test_householder_takes_vectors_without_length(tiny, dtype):
-    flow = pf.Householder(4, 3).to(dtype)
+    flow = pf.transforms.Householder(4, 3).to(dtype)
     with torch.no_grad():
         flow.vectors[1] = tiny
     turn = matrix(flow)
@@ -208,7 +208,7 @@ def test_householder_takes_vectors_without_length(tiny, dtype):
 
 def test_householder_starts_at_the_identity_and_leaves_it():
     for size in (2, 5, 64):
-        flow = pf.Householder(size)
+        flow = pf.transforms.Householder(size)
         assert len(flow.vectors) == size - size % 2
         x = torch.randn(6, size)
         torch.testing.assert_close(flow.forward_and_ladj(x)[0], x)
@@ -232,7 +232,7 @@ def test_householder_learns_a_rotation(size):
     with torch.no_grad():
         diagonal.log_scale.copy_(-scales)
     data = (torch.randn(2000, size) * scales.exp()) @ target.T
-    flow = pf.Flow([diagonal, pf.Householder(size)])
+    flow = pf.Flow([diagonal, pf.transforms.Householder(size)])
     losses = train(flow, data, 400, 0.02)
     truth = dist.MultivariateNormal(torch.zeros(size), target @ scales.mul(2).exp().diag() @ target.T)
     assert losses[-1] == pytest.approx(-float(truth.log_prob(data).mean()), rel=0, abs=0.02)
@@ -280,7 +280,7 @@ BAD = [
     (lambda: pf.LULinear(3, permutation="sorted"), ValueError, "'identity', 'reverse', 'random'.*'sorted'"),
     (lambda: pf.LULinear(0), ValueError, "positive integers"),
     *[
-        (lambda n=n: pf.Householder(3, n), ValueError, f"num_reflections to be an integer >= 1, got {n}")
+        (lambda n=n: pf.transforms.Householder(3, n), ValueError, f"num_reflections to be an integer >= 1, got {n}")
         for n in (0, -2, 1.0, True)
     ],
     (lambda: pf.Standardization(torch.zeros(2), torch.tensor([1.0, 0.0])), ValueError, r"got 0.0 at \(1,\).*constant"),
@@ -393,6 +393,6 @@ def test_inference_mode(name, direction):
 
 def test_costs_are_said():
     assert "sampling: 1 product, density: 1 solve" in repr(pf.LULinear(3))
-    assert "sampling: 1 product, density: 1 product, num_reflections=2" in repr(pf.Householder(3))
+    assert "sampling: 1 product, density: 1 product, num_reflections=2" in repr(pf.transforms.Householder(3))
     chain = pf.Chain([*pf.maf(3, num_layers=2, hidden_dims=(8,)), pf.LULinear(3)])
     assert (chain.sampling_cost, chain.density_cost) == ("2 sweeps of 3 steps + 1 product", "2 passes + 1 solve")

@@ -515,4 +515,4 @@ def test_ensembles_of_stacked_weights(order):
     expected = torch.autograd.grad(members[1](x), list(members[1].parameters()))
     for (name, _), each in zip(members[1].named_parameters(), expected, strict=True):
         torch.testing.assert_close(found[name][1], each)
-    assert shared(x).isfinite() and shared.model.sample((2,)).shape == (2, 4)
+    assert shared(x).isfinite() and shared.distribution.sample((2,)).shape == (2, 4)

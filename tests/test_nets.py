@@ -8,8 +8,7 @@ from cases import diamond, shake
 from oracles import jacobian
 
 import pyro_flows as pf
-from pyro_flows import MLP, MaskedMLP
-from pyro_flows.nets import activations
+from pyro_flows.nets import MLP, MaskedMLP, activations
 
 HIDDEN = {
     "none": (),

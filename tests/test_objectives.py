@@ -863,7 +863,7 @@ def test_models_that_do_not_broadcast_are_named():
 
 
 def test_arguments_are_checked():
-    with pytest.raises(ValueError, match="PathELBO: expected num_particles to be a positive int, got 0"):
+    with pytest.raises(ValueError, match="PathELBO: expected num_particles to be an integer >= 1, got 0"):
         PathELBO(0)
     with pytest.raises(ValueError, match="expected a finite alpha, got inf"):
         AlphaDivergence(math.inf)
@@ -1046,7 +1046,7 @@ def test_forward_kl_says_what_does_not_fit():
         ForwardKL(draws | {"scale": draws["scale"] * math.nan})
     with pytest.raises(ValueError, match="draws of at least one site"):
         ForwardKL({})
-    with pytest.raises(ValueError, match="expected batch_size to be a positive int"):
+    with pytest.raises(ValueError, match="expected batch_size to be an integer >= 1"):
         ForwardKL(draws, 0)
     with pytest.raises(ValueError, match="no density at 'scale', where it is a Delta"):
         ForwardKL(draws).loss(positive_and_shares, AutoDelta(positive_and_shares))

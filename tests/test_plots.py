@@ -96,8 +96,8 @@ def test_density_is_evaluated_in_pieces_without_gradient(monkeypatch):
         graph.append(found.requires_grad)
         return found
 
-    original = pf.FlowDistribution.log_prob
-    monkeypatch.setattr(pf.FlowDistribution, "log_prob", log_prob)
+    original = pf.distributions.FlowDistribution.log_prob
+    monkeypatch.setattr(pf.distributions.FlowDistribution, "log_prob", log_prob)
     plots.density(flow, points=200)
     assert sum(sizes) == 200**2 and max(sizes) < 200**2 and not any(graph)
 

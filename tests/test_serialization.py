@@ -215,7 +215,7 @@ def test_masked_weights_never_matter(name):
     sample = drawn(flow, values)
     with torch.no_grad():
         for module in flow.modules():
-            if isinstance(module, pf.MaskedMLP):
+            if isinstance(module, pf.nets.MaskedMLP):
                 for weight, mask in zip(module.tensors()[0], module.tensors()[2], strict=True):
                     weight.masked_fill_(mask == 0, 1e3)
     assert torch.equal(flow.log_prob(*values), expected)

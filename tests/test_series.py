@@ -17,11 +17,13 @@ from torch.distributions import AffineTransform, ExpTransform
 import pyro_flows as pf
 from pyro_flows.infer import Codec, Stream, pixel_scores, standardized, step_log_prob
 from pyro_flows.inverse import raster
+from pyro_flows.transforms import CausalAutoregressive
 from pyro_flows.transforms.mint import attention
 from pyro_flows.transforms.mint import map as mint_map
 from pyro_flows.transforms.mint.attention import Attention, AttentionNet, AttentionSteps
 from pyro_flows.transforms.mint.orders import as_image
 from pyro_flows.transforms.mint.slopes import Weights
+from pyro_flows.univariate import Shift
 
 DOUBLE = torch.float64
 
@@ -36,7 +38,7 @@ def maf(shape, **options):
 
 def iaf(shape, context_dim=0):
     options = {"hidden_channels": 4, "num_convolutions": 2, "context_dim": context_dim}
-    return pf.Chain([pf.CausalAutoregressive(shape, pf.Spline(3), fast="sampling", **options), pf.ActNorm(shape)])
+    return pf.Chain([CausalAutoregressive(shape, pf.Spline(3), fast="sampling", **options), pf.ActNorm(shape)])
 
 
 def attending(shape, **options):
@@ -139,7 +141,7 @@ def test_causal_flows_are_triangular(name, channels):
         check_triangular(far(copy.deepcopy(chain), 0.3))
         check_triangular(three_times(copy.deepcopy(chain)))
     check_triangular(trained(BUILDERS[name]((channels, 6))))
-    check_triangular(far(pf.CausalAutoregressive((channels, 9), hidden_channels=5, num_convolutions=2), 0.5))
+    check_triangular(far(CausalAutoregressive((channels, 9), hidden_channels=5, num_convolutions=2), 0.5))
 
 
 @pytest.mark.parametrize(
@@ -357,7 +359,7 @@ def autoregression(phi, start, sigma):
     """A flow that is y_t = start + phi_1 y_(t-1) + phi_2 y_(t-2) + sigma e_t."""
     chain = pf.Chain(
         [
-            pf.CausalAutoregressive((1, 30), pf.Shift(), hidden_channels=1, num_convolutions=1, activation=lambda x: x),
+            CausalAutoregressive((1, 30), Shift(), hidden_channels=1, num_convolutions=1, activation=lambda x: x),
             AffineTransform(0.0, sigma),
         ]
     ).double()
@@ -675,9 +677,9 @@ def test_builders_refuse():
         ({"dilations": (0,)}, "dilations to be positive"),
     ]:
         with pytest.raises(ValueError, match=message):
-            pf.CausalAutoregressive((2, 4), **options)
+            CausalAutoregressive((2, 4), **options)
     with pytest.raises(ValueError, match="circle"):
-        pf.CausalAutoregressive((2, 4), pf.Spline(boundary="circular"))
+        CausalAutoregressive((2, 4), pf.Spline(boundary="circular"))
     with pytest.raises(ValueError, match=r"series \(C, T\), got event shape \(4,\)"):
         pf.causal_maf((4,))
     with pytest.raises(ValueError, match="num_layers"):
@@ -775,16 +777,16 @@ def test_series_are_standardised_by_channel(name):
     data = waves_with_trend()
     chain = BUILDERS[name]((2, 12))
     fit = pf.fit_density(chain, data, steps=8, validation_fraction=0, progress=False)
-    units = fit.model.chain[len(fit.model.chain) - 1]
+    units = fit.distribution.chain[len(fit.distribution.chain) - 1]
     assert isinstance(units, pf.Standardization) and units.loc.shape == (2, 1) and units.event_shape == (2, 12)
     pooled = data.movedim(1, 0).flatten(1)
     torch.testing.assert_close(units.loc[:, 0], pooled.mean(1), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(units.scale[:, 0], pooled.std(1), rtol=1e-5, atol=1e-5)
-    assert fit.model.chain.shared_over_time
+    assert fit.distribution.chain.shared_over_time
     longer = standardized(pf.Flow(BUILDERS[name]((2, 30))))
-    longer.load_state_dict(fit.model.state_dict())
+    longer.load_state_dict(fit.distribution.state_dict())
     more = waves_with_trend(5, 30)
-    got = Stream(fit.model, (5,)).observe(more)
+    got = Stream(fit.distribution, (5,)).observe(more)
     torch.testing.assert_close(got.sum(-1), longer.log_prob(more), rtol=1e-4, atol=1e-4)
 
 
@@ -810,7 +812,7 @@ def test_other_flows_are_standardised_by_column():
     two_sided = pf.mintnet((2, 12), num_layers=1, num_groups=2)
     for chain in (two_sided, pf.Chain([maf((2, 12)), pf.Rescaling((2, 12))])):
         fit = pf.fit_density(chain, data, steps=2, validation_fraction=0, progress=False)
-        units = fit.model.chain[len(fit.model.chain) - 1]
+        units = fit.distribution.chain[len(fit.distribution.chain) - 1]
         assert units.loc.shape == (2, 12)
         torch.testing.assert_close(units.loc, data.mean(0), rtol=1e-4, atol=1e-4)
 
@@ -822,9 +824,9 @@ def test_states_of_flows_that_learn_a_base_alone(event):
     flow = pf.Flow(pf.Chain(parts), pf.DiagonalNormal(event, learnable=True))
     fit = pf.fit_density(flow, torch.randn(50, *event).exp(), steps=2, validation_fraction=0, progress=False)
     loaded = standardized(pf.Flow(pf.Chain(parts), pf.DiagonalNormal(event, learnable=True)))
-    loaded.load_state_dict(fit.model.state_dict())
+    loaded.load_state_dict(fit.distribution.state_dict())
     y = torch.randn(5, *event).exp()
-    torch.testing.assert_close(loaded.log_prob(y), fit.model.log_prob(y))
+    torch.testing.assert_close(loaded.log_prob(y), fit.distribution.log_prob(y))
 
 
 def test_standardisations_of_many_places():

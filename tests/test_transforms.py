@@ -45,7 +45,7 @@ def test_masks_of_images_follow_their_shape():
     assert torch.equal(pf.Coupling((2, 3), mask=given).mask, given)
 
 
-@pytest.mark.parametrize("univariate", [pf.Affine(), pf.Shift(), Sinh()], ids=repr)
+@pytest.mark.parametrize("univariate", [pf.univariate.Affine(), pf.univariate.Shift(), Sinh()], ids=repr)
 @pytest.mark.parametrize("mask", ["half", "alternating", "random", [True, False, False, True, True]], ids=str)
 @pytest.mark.parametrize("flip", [False, True])
 def test_coupling_leaves_kept_dimensions_as_they_are(mask, flip, univariate):

@@ -9,7 +9,7 @@ import torch
 from cases import Sinh
 from oracles import relative_error
 
-from pyro_flows import Affine, Shift, Spline, Univariate
+from pyro_flows.univariate import Affine, Shift, Spline, Univariate
 from pyro_flows.univariate.base import soft_clip
 
 FAMILIES = [

@@ -77,7 +77,7 @@ def fitted(name: str, model: str, seed: int, seconds: float, rows: int) -> Row:
         solver.rtol = solver.atol = (1e-6, 1e-6)
     begin = time.process_time()
     with torch.no_grad():
-        scores = torch.cat([fit.model.log_prob(part) for part in test.split(2000)])
+        scores = torch.cat([fit.distribution.log_prob(part) for part in test.split(2000)])
     scoring = time.process_time() - begin
     if model.startswith("cnf"):
         evaluations = flow.chain[0].last_solve.evaluations

@@ -58,7 +58,8 @@ class _Stamp:
     def __init__(self, module: nn.Module) -> None:
         # The tensors themselves, because the identity of one that is gone may be that of another by now.
         self.tensors = _tensors(module)
-        self.counts: list[Any] = [2 * tensor._version + tensor.requires_grad for tensor in self.tensors]
+        self.counts: list[Any] = [tensor._version for tensor in self.tensors]
+        self.counts += [tensor.requires_grad for tensor in self.tensors]
         # Assigning to .data counts no version, but gives another address or other strides.
         self.counts += map(Tensor.data_ptr, self.tensors)
         self.counts += map(Tensor.stride, self.tensors)

@@ -12,6 +12,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch._C._dynamo import eval_frame
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 
@@ -24,6 +25,7 @@ __all__ = [
     "full_precision",
     "lasting",
     "plain_eager",
+    "uncompiled",
 ]
 
 _P = ParamSpec("_P")
@@ -50,6 +52,17 @@ def autocasting(device: torch.device) -> bool:
         return False
     kind = device.type
     return kind != "meta" and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+def uncompiled(call: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Decorator: ``torch.compile`` runs the function as it is.
+
+    ``torch.compiler.disable`` does the same, but loads the compiler when a module is imported.
+    """
+    skip = eval_frame._FrameAction.SKIP  # the function and what it calls
+    eval_frame.set_code_exec_strategy(call.__code__, eval_frame._FrameExecStrategy(skip, skip))
+    call.__dict__["_torchdynamo_disable"] = True  # a caller that is compiled ends its graph here
+    return call
 
 
 def full_precision(call: Callable[_P, _R]) -> Callable[_P, _R]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import overload
 
 import torch
 from pyro.ops.stats import fit_generalized_pareto
@@ -254,6 +255,22 @@ def _groups(values: Tensor, size: int) -> Tensor:
     order = torch.randperm(len(values), generator=Generator().manual_seed(0), device="cpu").to(values.device)
     rows = len(values) // size
     return values[order[: rows * size]].reshape(rows, size)
+
+
+@overload
+def resample(
+    draws: Tensor, log_weights: Tensor, num_samples: int, generator: Generator | None = None, smoothed: bool = True
+) -> Tensor: ...
+
+
+@overload
+def resample(
+    draws: Mapping[str, Tensor],
+    log_weights: Tensor,
+    num_samples: int,
+    generator: Generator | None = None,
+    smoothed: bool = True,
+) -> dict[str, Tensor]: ...
 
 
 def resample(

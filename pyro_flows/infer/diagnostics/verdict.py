@@ -68,10 +68,17 @@ class Probe(Protocol):
         complete: whether the search ended by itself; true if missing.
     """
 
-    missing_share: float
-    missed: Tensor
-    locations: Tensor
-    share: Tensor
+    @property
+    def missing_share(self) -> float: ...
+
+    @property
+    def missed(self) -> Tensor: ...
+
+    @property
+    def locations(self) -> Tensor: ...
+
+    @property
+    def share(self) -> Tensor: ...
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_flows.core.modes import GradientByHand, forward_mode, plain_eager
+from pyro_flows.core.modes import GradientByHand, forward_mode, plain_eager, uncompiled
 from pyro_flows.inverse.newton_adjoint import vmapped
 from pyro_flows.transforms.continuous.ode_solver import (
     ADAPTIVE,
@@ -49,7 +49,7 @@ _SAVED: dict[type, list[str]] = {}  # the attributes in which a kind of node kee
 _LOST = 0.1  # relative to 1 + |x|: rows that end farther from where they began took another way back
 
 
-@torch.compiler.disable
+@uncompiled
 def integrate(
     dynamics: Dynamics,
     settings: OdeSettings,
