@@ -215,6 +215,7 @@ def test_beside_von_mises_in_a_model():
     torch.testing.assert_close(total, want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.full
 def test_nuts_over_an_angle_under_a_flow():
     flow = circular(2, scale=0.08, dtype=torch.float).requires_grad_(False)
 

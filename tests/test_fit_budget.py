@@ -207,6 +207,7 @@ def large():
     return guide, density, rows
 
 
+@pytest.mark.full
 def test_memory_is_bounded(large):
     """Draws are judged, and trained by, a few at a time: the same numbers as all at once."""
     guide, density, rows = large
@@ -276,7 +277,14 @@ def same(one, other):
     assert str(one.verdict) == str(other.verdict) and one.failures == other.failures
 
 
-@pytest.mark.parametrize(("model", "options"), [(hierarchy, {}), (modes, {}), (hierarchy, {"tempering": 0.2})])
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        pytest.param(hierarchy, {}, marks=pytest.mark.full),
+        pytest.param(modes, {}, marks=pytest.mark.full),
+        (hierarchy, {"tempering": 0.2}),
+    ],
+)
 def test_interrupted_fits_go_on(model, options, tmp_path):
     """As if nothing had happened: random numbers, moments, best states, phases and the verdict."""
     steps = 60

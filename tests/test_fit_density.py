@@ -12,6 +12,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from cases import full_but
 from torch import nn
 from torch.distributions import AffineTransform, ExpTransform, biject_to, constraints
 from torch.utils.data import DataLoader, TensorDataset
@@ -384,6 +385,7 @@ def test_schedules_in_the_loop():
     assert rates == sorted(rates, reverse=True) and rates[-1] < 0.3 * 0.31 and found.stopped == "patience"
 
 
+@pytest.mark.full
 def test_average_smooths():
     torch.manual_seed(0)
     data = cloud(400)
@@ -521,7 +523,7 @@ def test_images():
     assert found.distribution.event_shape == (2, 3) and found.log_prob(data).shape == (200,)
 
 
-@pytest.mark.parametrize("with_context", [False, True])
+@pytest.mark.parametrize("with_context", full_but([False, True], True))
 def test_loader_equals_tensor(with_context):
     data = cloud(512).double()
     context = torch.randn(512, 1).double() * 3 if with_context else None

@@ -215,6 +215,7 @@ def test_padded_series(where):
     assert torch.allclose(log_p, expected)
 
 
+@pytest.mark.full
 def test_a_chain_under_a_mask():
     """The state after the end hangs on the state before it; nothing that counts hangs on it."""
 

@@ -29,7 +29,7 @@ from pyro_flows.flows import MINTNET_CONFIGURATIONS
 SHAPE = (1, 28, 28)
 MODELS: dict[str, Callable[[], pf.FlowTransform]] = {
     "mintnet-small": lambda: pf.mintnet(SHAPE, num_layers=6, num_groups=(12, 8, 4), squeeze=2),
-    "glow-small": lambda: pf.glow(SHAPE, num_scales=2, num_steps=6, channels=32),
+    "glow-small": lambda: pf.glow(SHAPE, num_scales=2, num_layers=6, hidden_channels=32),
     "mintnet": lambda: pf.mintnet(SHAPE, **MINTNET_CONFIGURATIONS["mnist"]),
 }
 PAPER = {"MintNet (paper)": 0.98, "Glow (paper of MintNet)": 1.05}

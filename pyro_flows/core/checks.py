@@ -12,6 +12,7 @@ from pyro_flows.core.modes import autocasting
 
 __all__ = [
     "Admitting",
+    "TakingContext",
     "admit",
     "check_context",
     "check_tensor",
@@ -26,18 +27,23 @@ __all__ = [
 ]
 
 
-class Admitting(Protocol):
-    """What a check needs to know of a flow."""
+class TakingContext(Protocol):
+    """What a check of a context needs to know of a module."""
 
-    event_shape: Size
     context_dim: int
-
-    @property
-    def data_shape(self) -> Size: ...
 
     def parameters(self) -> Iterator[nn.Parameter]: ...
 
     def buffers(self) -> Iterator[Tensor]: ...
+
+
+class Admitting(TakingContext, Protocol):
+    """What a check of a value needs to know of a flow."""
+
+    event_shape: Size
+
+    @property
+    def data_shape(self) -> Size: ...
 
 
 def event_size(event_shape: int | Iterable[int]) -> Size:
@@ -106,7 +112,7 @@ def choice(name: str, what: str, value: str, options: Iterable[str], otherwise: 
     raise ValueError(f"{name}{': ' if name else ''}expected {what} to be {told}, got {value!r}")
 
 
-def wrong_event(transform: Admitting, shape: Size, event: Size) -> str:
+def wrong_event(transform: object, shape: Size, event: Size) -> str:
     """What to say of a value of this shape where this event shape was expected."""
     want = f"last dimension {event[0]} (input_dim)" if len(event) == 1 else f"trailing shape {tuple(event)}"
     return f"{type(transform).__name__}: expected a value with {want}, got shape {tuple(shape)}"
@@ -144,7 +150,7 @@ def admit(transform: Admitting, value: Tensor, context: Tensor | None, data_side
     return value if whole == batch else value.expand(whole + event)
 
 
-def check_context(transform: Admitting, context: Tensor | None) -> None:
+def check_context(transform: TakingContext, context: Tensor | None) -> None:
     """Checks that a context is given where one is taken, and its size, dtype and device."""
     if context is None and transform.context_dim == 0:
         return
