@@ -386,6 +386,8 @@ class Conditioned(FlowTransform):
         context: shape ``(*context_batch, context_dim)``.
     """
 
+    context: Tensor
+
     def __init__(self, transform: FlowTransform, context: Tensor) -> None:
         super().__init__(transform.event_shape)
         check_context(transform, context)
