@@ -111,7 +111,9 @@ class NetworkConditionals(Conditionals):
         self.levels = torch.tensor(level_counts(model.head))
         self.model = snapshot(model)
         self.event_shape, self.context_dim = model.event_shape, model.context_dim
-        self.member = self.model.member(self.model._number("number", number + 1) - 1) if isinstance(model, MADE) else None
+        self.member = None
+        if isinstance(self.model, MADE):
+            self.member = self.model.member(self.model._number("number", number + 1) - 1)
         order = self.model.order if self.member is None else self.member.order
         self.steps = list(order.split(1))
         dims, bits = len(self.levels), int(self.levels.max()).bit_length()
