@@ -248,7 +248,7 @@ class Mint(FlowTransform):
             last = self.bias_2[:, None, None]
             return (*shared, self.bias_0, self.bias_1, last, scale.view(-1, *space)), ()
         hidden, rows = self.bias_0.numel(), batch.numel()
-        made = self.net(context, context).squeeze(-1).to(scale.dtype).expand(*batch, -1)
+        made = self.net(context[..., :0], context).squeeze(-1).to(scale.dtype).expand(*batch, -1)
         sizes = [hidden] * 3 + [scale.numel()] * 2
         made = made.reshape(rows, made.shape[-1])
         first, second, gate, stretch, last = made[:, : sum(sizes)].split(sizes, -1)
