@@ -4,28 +4,25 @@
     python examples/calibration.py --smoke   # the same in seconds, with too few simulations to mean anything
 
 Latents are drawn from the prior and data from the model, ``fit_guide`` fits the data, and each latent is ranked among
-99 draws of the fit.  If draws were those of the posterior, ranks would be uniform: curves stay within the grey band
+99 draws of the fit.  If draws were those of the posterior, ranks would be uniform: curves stay within the gray band
 with probability 0.95, all of them over their whole length.
 
 One model is a regression of counts, the other a hierarchy of ten groups with unknown mean, spread between and noise
-within, written with centred effects, so that small spreads make a funnel of it.  All fits have the default options and
+within, written with centered effects, so that small spreads make a funnel of it.  All fits have the default options and
 the same few seconds; none is left out, whatever its verdict.  The verdicts are counted below each summary.
 """
 
 from __future__ import annotations
 
-import argparse
-import tempfile
 import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 
-import matplotlib
 import pyro
 import pyro.distributions as dist
 import torch
+from _script import begin, save
 from matplotlib import pyplot as plt
 from torch import Tensor
 
@@ -69,7 +66,7 @@ def calibrate(
     begin = time.process_time()
     observed = {"y": "y"}
     found = simulation_based_calibration(
-        model, fit, *arguments, observed=observed, simulations=simulations, draws=DRAWS, seed=seed, progress=False
+        model, fit, *arguments, observed=observed, simulations=simulations, num_samples=DRAWS, seed=seed, progress=False
     )
     print(f"{name}: {found}")
     said = ", ".join(f"{count} {label}" for label, count in verdicts.most_common())
@@ -78,37 +75,29 @@ def calibrate(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="few simulations, picture to a temporary folder")
-    parser.add_argument("--simulations", type=int, default=100)
-    parser.add_argument("--seconds", type=float, default=3.0, help="of each fit")
-    parser.add_argument("--cpu", action="store_true", help="count CPU seconds, for a machine that others use as well")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("out"))
-    args = parser.parse_args()
+    args = begin(
+        __doc__,
+        simulations={"type": int, "default": 100},
+        seconds={"type": float, "default": 3.0, "help": "of each fit"},
+        cpu={"action": "store_true", "help": "count CPU seconds, for a machine that others use as well"},
+    )
     if args.smoke:
-        args.simulations, args.seconds, args.out = 3, 0.3, Path(tempfile.mkdtemp())
+        args.simulations, args.seconds = 3, 0.3
     warnings.filterwarnings("ignore", category=UserWarning)
-    matplotlib.use("Agg")
     torch.set_num_threads(1)
     if args.cpu:
         time.monotonic = time.process_time  # the clock of fit_guide
-    torch.manual_seed(args.seed)
     x = torch.randn(40, 3)
     found = [
         calibrate("counts", counts, (x,), args.simulations, args.seconds, args.seed),
         calibrate("groups", groups, (), args.simulations, args.seconds, args.seed),
     ]
     fig, axes = plt.subplots(1, 2, figsize=(10.0, 3.8), constrained_layout=True)
-    titles = ("a regression of counts", "ten groups, centred")
+    titles = ("a regression of counts", "ten groups, centered")
     for ax, calibration, title in zip(axes, found, titles, strict=True):
         plots.ranks(calibration, ax)
         ax.set_title(f"{title}: {calibration.simulations} simulations", fontsize=11)
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / "calibration.png"
-    fig.savefig(path, dpi=110)
-    plt.close(fig)
-    print(f"Picture: {path}")
+    save(fig, args.out / "calibration.png")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
     python examples/compression.py --mnist FOLDER   # also 1,000 of MNIST; some 10 minutes of training first
     python examples/compression.py --smoke          # in seconds, with budgets too small to mean anything
 
-A convolutional MADE learns 8 x 8 digits of 17 grey levels (Optical Recognition of Handwritten Digits, Alpaydin and
+A convolutional MADE learns 8 x 8 digits of 17 gray levels (Optical Recognition of Handwritten Digits, Alpaydin and
 Kaynak, 1998).  A codec then writes the 300 test digits to a file by entropy coding with the model's conditionals, and
 reads them again.  The table has sizes beside the model's own bound, -log2 of the probability of these digits, and those
 of general compressors: bz2 and lzma of the levels as bytes, and packed to 5 bits each, and PNG of all digits on one
@@ -15,7 +15,6 @@ arrays x_train and x_test.  Needs the extra "compression".
 
 from __future__ import annotations
 
-import argparse
 import bz2
 import importlib.util
 import io
@@ -27,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from _guides import FLOW, OTHER, TRUTH, begin, save
+from _script import FLOW, OTHER, TRUTH, begin, digits, save
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from PIL import Image
@@ -38,13 +37,6 @@ from pyro_flows.distributions import LogisticMixtureHead
 from pyro_flows.infer import Codec
 
 BOUND, OURS = "bound by the model", "codec"
-
-
-def digits(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Digits to train on, to stop by, and to test on, shape ``(rows, 1, 8, 8)``, levels 0 to 16."""
-    x = np.load(Path(__file__).parent / "data" / "digits.npz")["x"].reshape(-1, 1, 8, 8)
-    x = torch.from_numpy(x[np.random.default_rng(seed).permutation(len(x))]).to(torch.uint8)
-    return x[:1297], x[1297:1497], x[1497:]
 
 
 def mnist(folder: Path) -> tuple[Tensor, Tensor, Tensor]:
@@ -110,11 +102,11 @@ def compress(model: pf.ConvMADE, images: Tensor, levels: int, path: Path) -> dic
 
 
 def draw(ax: Axes, title: str, sizes: dict[str, float]) -> None:
-    """Bars of bits per pixel, the smallest on top; what is not compressed is left out."""
+    """Bars of bits per pixel, the smallest on top, without the uncompressed sizes."""
     shown = sorted((item for item in sizes.items() if "uncompressed" not in item[0]), key=lambda item: -item[1])
     names, values = zip(*shown, strict=True)
-    colours = [TRUTH if name == BOUND else FLOW if name == OURS else OTHER for name in names]
-    bars = ax.barh(names, values, color=colours, height=0.7)
+    colors = [TRUTH if name == BOUND else FLOW if name == OURS else OTHER for name in names]
+    bars = ax.barh(names, values, color=colors, height=0.7)
     ax.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
     ax.set(title=title, xlabel="bits per pixel", xlim=(0, max(values) * 1.12))
 
@@ -123,13 +115,10 @@ def main() -> None:
     if importlib.util.find_spec("constriction") is None:
         print("The range coder is missing: pip install 'pyro-flows[compression]'")
         return
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--mnist", type=Path)
-    own, sys.argv[1:] = parser.parse_known_args()
-    args = begin(__doc__)
+    args = begin(__doc__, mnist={"type": Path, "help": "the folder of mnist.npz"})
     sets = {"300 digits, 8 x 8 of 17 levels": (digits(), 17)}
-    if own.mnist is not None:
-        sets["1,000 of MNIST, 28 x 28 of 256 levels"] = (mnist(own.mnist), 256)
+    if args.mnist is not None:
+        sets["1,000 of MNIST, 28 x 28 of 256 levels"] = (mnist(args.mnist), 256)
     fig, axes = plt.subplots(1, len(sets), figsize=(4.8 * len(sets), 2.6), squeeze=False, layout="constrained")
     for ax, (title, ((train, held_out, test), levels)) in zip(axes[0], sets.items(), strict=True):
         print(title)

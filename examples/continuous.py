@@ -23,19 +23,18 @@ from pathlib import Path
 import numpy as np
 import pyro.distributions as dist
 import torch
-from _guides import FLOW, OTHER, TRUTH, begin, levels, save
+from _script import FLOW, FOLDER, OTHER, SHADES, TRUTH, begin, levels, mean_of, save
 from gallery import moons, pinwheel
 from matplotlib import pyplot as plt
 from matplotlib.animation import FuncAnimation, PillowWriter
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
-from matplotlib.colors import LinearSegmentedColormap, PowerNorm
+from matplotlib.colors import PowerNorm
 from torch import Tensor
 
 import pyro_flows as pf
 from pyro_flows.infer import DensityFit
 
-SHADES = LinearSegmentedColormap.from_list("flow", ["#ffffff", "#bfe3e6", "#5fb3bf", "#1f7a8c", "#0b3c49"])
 COLUMNS = ("exhaust vacuum, cm Hg", "power, MW")
 # Training goes through the solver's steps at a coarse tolerance, which is quick; scores want a finer one.
 COARSE = {"gradient": "backprop", "rtol": 1e-3, "atol": 1e-3}
@@ -65,7 +64,7 @@ def fit(flow: torch.nn.Module, data: Tensor, steps: int, seed: int, **options: o
 
 
 def report(name: str, scores: Tensor) -> None:
-    print(f"  {name:<26}{scores.mean():9.3f} ± {2 * scores.std() / len(scores) ** 0.5:.3f}")
+    print(f"  {name:<26}{mean_of(scores):>17}")
 
 
 # 1. A density on its way.
@@ -82,7 +81,7 @@ def net(layer: pf.Continuous, times: Tensor, n: int) -> tuple[np.ndarray, np.nda
 
 
 def shade(ax: Axes, corners: np.ndarray, density: np.ndarray, trails: np.ndarray) -> None:
-    norm = PowerNorm(0.5, 0, density.max(), clip=True)  # each time has colours of its own
+    norm = PowerNorm(0.5, 0, density.max(), clip=True)  # each time has colors of its own
     ax.pcolormesh(*np.moveaxis(corners, -1, 0), density, cmap=SHADES, norm=norm, shading="gouraud", rasterized=True)
     ax.add_collection(LineCollection(trails, colors=OTHER, linewidths=0.7, alpha=0.75))
     ax.scatter(*trails[:, -1].T, s=5, color=OTHER, linewidths=0, zorder=3)
@@ -177,7 +176,7 @@ def learn_plane(args: object) -> None:
 
 
 def learn_plant(args: object) -> None:
-    stored = np.load(Path(__file__).parent / "data" / "power_plant.npz")
+    stored = np.load(FOLDER / "power_plant.npz")
     test_rows = np.isin(np.arange(len(stored["x"])), stored["test_rows"])
     train, test = (torch.from_numpy(stored["x"][rows]) for rows in (~test_rows, test_rows))
     if args.smoke:
@@ -190,7 +189,7 @@ def learn_plant(args: object) -> None:
         gauss = dist.MultivariateNormal(own.mean(0), own.T.cov())
         report(f"{name}, normal", gauss.log_prob(held_out))
         fitted, seconds = fit(pf.cnf(len(columns), **COARSE), own, steps, args.seed, batch_size=256, lr=5e-3)
-        model = refined(fitted.model)
+        model = refined(fitted.distribution)
         with torch.no_grad():
             report(f"{name}, cnf", model.log_prob(held_out))
         print(f"    {seconds:.0f} s of CPU time, {continuous(model).last_solve.evaluations} evaluations a solve")
@@ -212,7 +211,7 @@ def draw_plant(model: pf.Flow, test: Tensor, path: Path, n: int) -> None:
     axes[0].set_title(f"{len(test)} hours not seen in training")
     axes[1].pcolormesh(*axes_of, height, cmap=SHADES, norm=PowerNorm(0.5), shading="gouraud", rasterized=True)
     axes[1].contour(*axes_of, height, levels=levels(height), colors=TRUTH, linewidths=(0.6, 0.9, 1.2))
-    axes[1].set_title("density learnt, with 50, 90 and 99 % of it")
+    axes[1].set_title("density learned, with 50, 90 and 99 % of it")
     axes[2].scatter(*draws.T, s=4, color=FLOW, alpha=0.5, linewidths=0)
     axes[2].set_title("as many draws of the flow")
     for ax in axes:
@@ -247,19 +246,19 @@ def learn_posterior(args: object) -> None:
     pairs, steps, n = (500, 2, 40) if args.smoke else (20_000, 600, 240)
     theta, y = simulate(pairs)
     fitted, seconds = fit(pf.cnf(2, context_dim=1, **COARSE), theta, steps, args.seed, context=y)
-    model = refined(fitted.model)
+    model = refined(fitted.distribution)
     axis = (torch.arange(n) + 0.5) * (9 / n) - 4.5
     points, cell = torch.cartesian_prod(axis, axis), (9 / n) ** 2
-    print(f"\nPosteriors by one conditional flow, learnt from {pairs} pairs in {seconds:.0f} s of CPU time")
+    print(f"\nPosteriors by one conditional flow, learned from {pairs} pairs in {seconds:.0f} s of CPU time")
     print("  " + "".join(f"{head:>14}" for head in ("y", "KL, nats", "mean theta_2", "exact", "sd theta_1", "exact")))
     shown = (-1.5, 0.5, 2.0, 4.0)
     fig, axes = plt.subplots(1, len(shown), figsize=(11.2, 3.2), layout="constrained", sharex=True, sharey=True)
     for ax, value in zip(axes, shown, strict=True):
         seen = torch.tensor([value])
         exact = exact_posterior(seen, points)
-        learnt = model.log_prob(points, seen)
+        learned = model.log_prob(points, seen)
         share = exact.exp()
-        divergence = (share * (exact - math.log(cell) - learnt)).sum()
+        divergence = (share * (exact - math.log(cell) - learned)).sum()
         draws = model.sample((4000,), seen)
         mean, spread = share @ points[:, 1], (share @ points[:, 0].square() - (share @ points[:, 0]) ** 2).sqrt()
         numbers = (value, divergence, draws[:, 1].mean(), mean, draws[:, 0].std(), spread)
@@ -274,7 +273,7 @@ def learn_posterior(args: object) -> None:
 
 
 def main() -> None:
-    args = begin(__doc__, animate="write an animation of the first picture, too")
+    args = begin(__doc__, animate={"action": "store_true", "help": "write an animation of the first picture, too"})
     learn_plane(args)
     learn_plant(args)
     learn_posterior(args)

@@ -9,7 +9,7 @@ Where a symptom is seen, one disease explains the others away, so under the post
 
 Four guides learn q(diseases | symptoms) by stock ``SVI`` and are compared with the exact posteriors:
 
-- MADE by score-function gradients (``TraceGraph_ELBO``) with a learnt baseline,
+- MADE by score-function gradients (``TraceGraph_ELBO``) with a learned baseline,
 - MADE by a relaxation: differentiable draws of ``made.relaxed(temperature)``, which are scored by the masses of the
   discrete model and prior, carried on linearly between 0 and 1; the temperature falls,
 - MADE by a relaxation with densities: the bound of a model whose latents are continuous.  It is a proper bound, but on
@@ -26,7 +26,7 @@ from pathlib import Path
 import pyro
 import pyro.distributions as dist
 import torch
-from _guides import FLOW, OTHER, THIRD, TRUTH, begin, save
+from _script import FLOW, OTHER, THIRD, TRUTH, begin, save
 from matplotlib import pyplot as plt
 from pyro.infer import SVI, Trace_ELBO, TraceGraph_ELBO
 from pyro.optim import ClippedAdam
@@ -37,7 +37,7 @@ import pyro_flows as pf
 
 DISEASES, SYMPTOMS, PRIOR, LEAK = 8, 6, 0.2, 0.02
 STATES = torch.tensor(list(itertools.product((0.0, 1.0), repeat=DISEASES)))
-# Name, form, steps, patients in a batch, particles, step size, colour.
+# Name, form, steps, patients in a batch, particles, step size, color.
 GUIDES = (
     ("MADE, score function", "score", 600, 128, 8, 0.03, FLOW),
     ("MADE, relaxed, masses", "masses", 500, 128, 1, 0.03, THIRD),
@@ -148,8 +148,8 @@ def train(
     """A guide, and its gap along the training."""
     pyro.clear_param_store()
     guide = Guide(form == "independent")
-    reparameterised = form in ("masses", "densities")
-    elbo = Trace_ELBO if reparameterised else TraceGraph_ELBO
+    reparameterized = form in ("masses", "densities")
+    elbo = Trace_ELBO if reparameterized else TraceGraph_ELBO
     objective = elbo(num_particles=particles, vectorize_particles=particles > 1, max_plate_nesting=1)
     svi = SVI(patients, guide, ClippedAdam({"lr": lr, "lrd": 0.03 ** (1 / steps), "clip_norm": 100.0}), objective)
     curve = []

@@ -3,10 +3,10 @@
     python examples/eight_schools.py              # prints a table, leaves guides_schools.png in out/
     python examples/eight_schools.py --smoke      # the same in seconds, without NUTS, too short to mean anything
 
-Written *centred*, the schools' effects are theta ~ Normal(mu, tau), and small tau squeezes them: a funnel, in which
-Gaussian guides and NUTS have a hard time.  Written *non-centred*, theta = mu + tau * effect with effect ~ Normal(0, 1),
-it is a mild posterior.  ``fit_guide`` gets 10 seconds for each.  Beside it are Pyro's AutoNormal on the centred form,
-and NUTS on the non-centred one.  Given mu and tau all else is Gaussian, so the truth is known.
+Written *centered*, the schools' effects are theta ~ Normal(mu, tau), and small tau squeezes them: a funnel, hard for
+Gaussian guides and NUTS.  Written *non-centered*, theta = mu + tau * effect with effect ~ Normal(0, 1), the posterior
+is mild.  ``fit_guide`` gets 10 seconds for each.  Beside it are Pyro's AutoNormal on the centered form, and NUTS on the
+non-centered one.  All else is Gaussian given mu and tau, so the truth is known.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 import pyro
 import pyro.distributions as dist
 import torch
-from _guides import FLOW, OTHER, THIRD, TRUTH, begin, levels, save
+from _script import FLOW, OTHER, THIRD, TRUTH, begin, levels, save
 from matplotlib import pyplot as plt
 from pyro.infer import MCMC, NUTS, SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
@@ -30,7 +30,7 @@ from pyro_flows.infer import AutoFlow, GuideFit, fit_guide
 Draws = dict[str, Tensor]
 
 
-def centred(y: Tensor) -> None:
+def centered(y: Tensor) -> None:
     mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
     tau = pyro.sample("tau", dist.HalfCauchy(5.0))
     with pyro.plate("schools", 8):
@@ -38,7 +38,7 @@ def centred(y: Tensor) -> None:
         pyro.sample("y", dist.Normal(theta, ERRORS), obs=y)
 
 
-def non_centred(y: Tensor) -> None:
+def non_centered(y: Tensor) -> None:
     mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
     tau = pyro.sample("tau", dist.HalfCauchy(5.0))
     with pyro.plate("schools", 8):
@@ -55,9 +55,9 @@ def with_theta(draws: Draws) -> Draws:
 
 def auto_normal(n: int, steps: int) -> Draws:
     pyro.clear_param_store()
-    guide = AutoNormal(centred)
+    guide = AutoNormal(centered)
     optimizer = ClippedAdam({"lr": 0.05, "lrd": 0.02 ** (1 / steps), "clip_norm": 10.0})
-    svi = SVI(centred, guide, optimizer, Trace_ELBO(num_particles=64, vectorize_particles=True, max_plate_nesting=1))
+    svi = SVI(centered, guide, optimizer, Trace_ELBO(num_particles=64, vectorize_particles=True, max_plate_nesting=1))
     for _ in range(steps):
         svi.step(EFFECTS)
     with pyro.plate("draws", n, dim=-2), torch.no_grad():
@@ -65,7 +65,7 @@ def auto_normal(n: int, steps: int) -> Draws:
 
 
 def nuts(n: int) -> Draws:
-    mcmc = MCMC(NUTS(non_centred), num_samples=n, warmup_steps=n // 2, disable_progbar=True)
+    mcmc = MCMC(NUTS(non_centered), num_samples=n, warmup_steps=n // 2, disable_progbar=True)
     mcmc.run(EFFECTS)
     return with_theta(mcmc.get_samples())
 
@@ -109,7 +109,7 @@ def main() -> None:
     args = begin(__doc__)
     seconds = 2.0 if args.smoke else 10.0
     fits: dict[str, tuple[GuideFit, float]] = {}
-    for model in (centred, non_centred):
+    for model in (centered, non_centered):
         start = time.monotonic()
         fit = fit_guide(AutoFlow(model, seed=args.seed), EFFECTS, seconds=seconds)
         fits[model.__name__.replace("_", "-")] = fit, time.monotonic() - start
@@ -120,8 +120,8 @@ def main() -> None:
     columns: dict[str, tuple[Draws, str]] = {}
     start = time.monotonic()
     draws = auto_normal(20_000, 10 if args.smoke else 2000)
-    row("AutoNormal, centred", draws, time.monotonic() - start)
-    columns["AutoNormal, centred"] = draws, OTHER
+    row("AutoNormal, centered", draws, time.monotonic() - start)
+    columns["AutoNormal, centered"] = draws, OTHER
     for name, (fit, seconds) in fits.items():
         draws = with_theta(fit.sample(20_000))
         row(f"fit_guide, {name}", draws, seconds)
@@ -129,8 +129,8 @@ def main() -> None:
     if not args.smoke:
         start = time.monotonic()
         draws = nuts(2000)
-        row("NUTS, non-centred", draws, time.monotonic() - start)
-        columns["2000 of NUTS, non-centred"] = draws, THIRD
+        row("NUTS, non-centered", draws, time.monotonic() - start)
+        columns["2000 of NUTS, non-centered"] = draws, THIRD
     for name, (fit, _) in fits.items():
         print(f"\n{name}: {fit.verdict}")
     draw(columns, args.out / "guides_schools.png")

@@ -1,30 +1,27 @@
-"""Eight densities in the plane, learnt by every flow over real numbers in the package, in one picture.
+"""Eight densities in the plane, learned by every flow over real numbers in the package, in one picture.
 
     python examples/gallery.py                # prints a table, leaves gallery.png in out/
     python examples/gallery.py --smoke        # the same in seconds, with budgets too small to mean anything
 
-Each row is one density: a histogram of many draws of it, and what each flow learnt from 20,000 of them, in the same
-colours.  The table holds the mean log-likelihood of 10,000 other draws.  It takes about five minutes on one CPU core.
+Each row is one density: a histogram of many draws of it, and what each flow learned from 20,000 of them, in the same
+colors.  The table holds the mean log-likelihood of 10,000 other draws.  It takes about five minutes on one CPU core.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
-import tempfile
+from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
-import matplotlib
 import numpy as np
 import pyro
 import torch
+from _script import SHADES, begin, save
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap, PowerNorm
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -41,7 +38,7 @@ def moons(n: int) -> Tensor:
 
 
 def rings(n: int) -> Tensor:
-    """Two circles around one centre."""
+    """Two circles around one center."""
     radius = torch.tensor([1.3, 3.1])[torch.randint(2, (n,))] + 0.15 * torch.randn(n)
     return polar(radius, 2 * math.pi * torch.rand(n))
 
@@ -111,7 +108,6 @@ FLOWS: dict[str, Callable[[int], pf.Chain]] = {
     "nsf, autoregressive": partial(pf.nsf, autoregressive=True, **SPLINE),
 }
 WINDOW = ((-4.4, 4.4), (-4.4, 4.4))
-COLORS = LinearSegmentedColormap.from_list("gallery", ["#ffffff", "#bfe3e6", "#5fb3bf", "#1f7a8c", "#0d3f4d"])
 
 
 def stirred(chain: pf.Chain) -> pf.Chain:
@@ -123,14 +119,14 @@ def stirred(chain: pf.Chain) -> pf.Chain:
 
 
 def histogram(ax: Axes, draws: Tensor) -> PowerNorm:
-    """Shows where many draws are; returns the scale of colours, which the flows beside it share."""
+    """Shows where many draws are; returns the scale of colors, which the flows beside it share."""
     height, x, y = np.histogram2d(*draws.numpy().T, bins=160, range=WINDOW, density=True)
     norm = PowerNorm(0.5, 0.0, np.quantile(height[height > 0], 0.98))
-    ax.pcolormesh(x, y, height.T, cmap=COLORS, norm=norm)
+    ax.pcolormesh(x, y, height.T, cmap=SHADES, norm=norm)
     return norm
 
 
-def learn(sampler: Callable[[int], Tensor], axes: np.ndarray, args: argparse.Namespace, progress: tqdm) -> list[Tensor]:
+def learn(sampler: Callable[[int], Tensor], axes: np.ndarray, args: Namespace, progress: tqdm) -> list[Tensor]:
     """Fits every flow to one density and draws its row; returns the log-likelihoods of held-out draws."""
     pyro.set_rng_seed(args.seed)
     rows = 500 if args.smoke else 20_000
@@ -171,27 +167,14 @@ def empty_grid() -> tuple[Figure, np.ndarray]:
     return fig, axes
 
 
-def save(fig: Figure, path: Path) -> None:
-    """Few colours are enough for one ramp, and make a small file."""
-    fig.canvas.draw()
-    picture = Image.fromarray(np.asarray(fig.canvas.buffer_rgba())).convert("RGB")
-    picture.quantize(48, dither=Image.Dither.NONE).save(path, optimize=True)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="tiny budgets; the picture goes to a temporary folder")
-    parser.add_argument("--out", type=Path, help="folder for the picture (default: out)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=1000, help="optimiser steps of each fit")
-    args = parser.parse_args()
+    args = begin(
+        __doc__,
+        steps={"type": int, "default": 1000, "help": "optimizer steps of each fit"},
+    )
     if args.smoke:
         args.steps = 2
-    out = args.out or Path(tempfile.mkdtemp() if args.smoke else "out")
-    out.mkdir(parents=True, exist_ok=True)
-    matplotlib.use("Agg")
     fig, axes = empty_grid()
-    fig.set_dpi(105)
     errors = []
     with tqdm(total=len(DENSITIES) * len(FLOWS), unit="fit") as progress:
         progress.write("| density | " + " | ".join(FLOWS) + " |\n|---" + "|---" * len(FLOWS) + "|")
@@ -201,8 +184,7 @@ def main() -> None:
             progress.write(f"| {name} | " + " | ".join(f"{part.mean():.3f}" for part in scores) + " |")
     print(f"Held-out log-likelihood, nats per draw, seed {args.seed}, {args.steps} steps.")
     print(f"Two standard errors are at most {max(errors):.3f}; all flows of a row are scored on the same draws.")
-    save(fig, out / "gallery.png")
-    print(f"Picture: {out / 'gallery.png'}")
+    save(fig, args.out / "gallery.png", 48)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Images: handwritten digits learnt by MintNet, drawn, taken to the base and back, and judged pixel by pixel.
+"""Images: handwritten digits learned by MintNet, drawn, taken to the base and back, and judged pixel by pixel.
 
     python examples/images.py               # prints tables, leaves two pictures in out/; two to three minutes
     python examples/images.py --smoke       # the same in seconds, with budgets too small to mean anything
 
-Two flows learn 8 x 8 digits of 17 grey levels (Optical Recognition of Handwritten Digits, Alpaydin and Kaynak, 1998).
+Two flows learn 8 x 8 digits of 17 gray levels (Optical Recognition of Handwritten Digits, Alpaydin and Kaynak, 1998).
 One has layers in both orientations and two squeezes: its draws, what becomes of digits on the way to the base and back,
 and ways between two digits are in images_samples.png.  The other has layers in one orientation, so that its density is
 a product of conditionals of single pixels: its maps of surprise, in images_anomalies.png, show which pixels of a digit
@@ -18,9 +18,8 @@ import time
 from argparse import Namespace
 from pathlib import Path
 
-import numpy as np
 import torch
-from _guides import FLOW, OTHER, TRUTH, begin, save
+from _script import FLOW, OTHER, TRUTH, begin, digits, mean_of, save, save_rows
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
@@ -31,13 +30,6 @@ from pyro_flows.infer import AnomalyDetector, pixel_scores
 
 LEVELS, SHAPE = 17, (1, 8, 8)
 SIDE, PIXELS = SHAPE[1], math.prod(SHAPE)
-
-
-def load(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Digits to train on, to stop by, and to test on, shape ``(rows, 1, 8, 8)``, levels 0 to 16."""
-    x = np.load(Path(__file__).parent / "data" / "digits.npz")["x"].reshape(-1, *SHAPE)
-    x = torch.from_numpy(x[np.random.default_rng(seed).permutation(len(x))]).long()
-    return x[:1297], x[1297:1497], x[1497:]
 
 
 def fit(args: Namespace, train: Tensor, held_out: Tensor) -> dict[str, pf.Dequantized]:
@@ -81,12 +73,12 @@ def bits(model: pf.Dequantized, rows: Tensor, draws: int = 20) -> tuple[str, str
     terms = model.scores(rows, draws=draws, fresh=False)
     together = terms.logsumexp(0) - math.log(draws)
     found = (pf.bits_per_dim(scores, SHAPE) for scores in (terms.mean(0), together))
-    loose, tight = (f"{each.mean():.3f} ± {2 * each.std() / len(each) ** 0.5:.3f}" for each in found)
+    loose, tight = map(mean_of, found)
     return loose, tight
 
 
 def tampered(digits: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Digits with so many pixels at other levels, at least 5 off, and the places of these, shape ``(rows, count)``."""
+    """Digits with ``count`` pixels moved by at least 5 levels, and their places, shape ``(rows, count)``."""
     flat = digits.flatten(1)
     places = torch.rand(flat.shape, generator=generator).topk(count, 1).indices
     other = (flat.gather(1, places) + 5 + torch.randint(8, places.shape, generator=generator)) % LEVELS
@@ -218,13 +210,7 @@ def draw_samples(model: pf.Dequantized, test: Tensor, path: Path, columns: int =
     for ends in (test[:2], test[2:4]):
         rows.append(("between two, in the base", between(model, ends, columns)))
         rows.append(("between two, pixel by pixel", (1 - blend) * ends[0] + blend * ends[1]))
-    fig, axes = plt.subplots(len(rows), columns, figsize=(9.6, 4.0))
-    for line, (name, images) in zip(axes, rows, strict=True):
-        for ax, image in zip(line, images, strict=True):
-            show(ax, image)
-        line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
-    fig.subplots_adjust(left=0.18, right=0.995, top=0.99, bottom=0.01, wspace=0.06, hspace=0.06)
-    save(fig, path)
+    save_rows(rows, LEVELS - 1, path)
 
 
 def draw_anomalies(
@@ -266,7 +252,7 @@ def draw_anomalies(
 def main() -> None:
     args = begin(__doc__)
     print(f"torch {torch.__version__}, float32, {torch.get_num_threads()} threads, seed {args.seed}")
-    train, held_out, test = load()
+    train, held_out, test = (part.long() for part in digits())
     models = {name: model.eval() for name, model in fit(args, train, held_out).items()}
     print(f"\nBits per pixel, of {LEVELS} levels (two standard errors), by the bound of one noise and of 20 together")
     for name, model in models.items():

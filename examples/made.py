@@ -3,8 +3,8 @@
     python examples/made.py                 # prints a table, leaves made_digits.png in out/; about two minutes
     python examples/made.py --smoke         # the same in seconds, with budgets too small to mean anything
 
-An order-agnostic MADE and a convolutional one learn 8 x 8 digits of 17 grey levels (Optical Recognition of Handwritten
-Digits, Alpaydin and Kaynak, 1998), with a discretised logistic mixture for each pixel.  The table has bits per pixel on
+An order-agnostic MADE and a convolutional one learn 8 x 8 digits of 17 gray levels (Optical Recognition of Handwritten
+Digits, Alpaydin and Kaynak, 1998), with a discretized logistic mixture for each pixel.  The table has bits per pixel on
 digits not seen before, for one order and for ensembles.  In the picture, the MADE completes digits of which only a part
 is known: the upper half, the left half, or every second pixel, with the same weights.
 """
@@ -15,10 +15,8 @@ import math
 from argparse import Namespace
 from pathlib import Path
 
-import numpy as np
 import torch
-from _guides import begin, save
-from matplotlib import pyplot as plt
+from _script import begin, digits, mean_of, save_rows
 from torch import Tensor
 
 import pyro_flows as pf
@@ -28,18 +26,11 @@ LEVELS, SIDE = 17, 8
 BITS = SIDE * SIDE * math.log(2)
 
 
-def load(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Digits to train on, to hold out, and to test on, shape ``(rows, 64)``, levels 0 to 16."""
-    x = np.load(Path(__file__).parent / "data" / "digits.npz")["x"].reshape(-1, SIDE * SIDE)
-    x = torch.tensor(x[np.random.default_rng(seed).permutation(len(x))], dtype=torch.float32)
-    return x[:1297], x[1297:1497], x[1497:]
-
-
 def bits(distribution: AutoregressiveDistribution, rows: Tensor) -> str:
     """Bits per pixel with two standard errors."""
     with torch.no_grad():
         scores = -torch.cat([distribution.log_prob(part) for part in rows.split(100)]) / BITS
-    return f"{scores.mean():.3f} ± {2 * scores.std() / len(scores) ** 0.5:.3f}"
+    return mean_of(scores)
 
 
 def marginals(train: Tensor, test: Tensor) -> str:
@@ -47,7 +38,7 @@ def marginals(train: Tensor, test: Tensor) -> str:
     counts = torch.stack([(train == level).sum(0) for level in range(LEVELS)], -1) + 0.1
     logs = (counts / counts.sum(-1, keepdim=True)).log()
     scores = -logs.gather(-1, test.long().T).sum(0) / BITS
-    return f"{scores.mean():.3f} ± {2 * scores.std() / len(scores) ** 0.5:.3f}"
+    return mean_of(scores)
 
 
 def fit(args: Namespace, train: Tensor, held_out: Tensor) -> tuple[pf.MADE, pf.ConvMADE]:
@@ -96,25 +87,12 @@ def draw(made: pf.MADE, conv: pf.ConvMADE, test: Tensor, path: Path) -> None:
         completed = made.impute(given, observed, 3)  # (3, 4, 64)
         shown = torch.where(observed, given, math.nan)
         rows.append((f"{name} known", torch.stack((shown, *completed), 1).flatten(0, 1)))
-    fig, axes = plt.subplots(len(rows), columns, figsize=(9, 3.7))
-    for line, (name, images) in zip(axes, rows, strict=True):
-        for ax, image in zip(line, images, strict=True):
-            ax.imshow(image.view(SIDE, SIDE).numpy(), cmap=CMAP, vmin=0, vmax=LEVELS - 1)
-            ax.set(xticks=[], yticks=[])
-            for side in ax.spines.values():
-                side.set(visible=True, color="#dddddd", linewidth=0.5)
-        line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
-    fig.subplots_adjust(left=0.15, right=0.995, top=0.99, bottom=0.01, wspace=0.06, hspace=0.06)
-    save(fig, path)
-    print(f"Picture: {path}")
-
-
-CMAP = plt.get_cmap("Greys").with_extremes(bad="#f3d9cf")
+    save_rows(rows, LEVELS - 1, path)
 
 
 def main() -> None:
     args = begin(__doc__)
-    train, held_out, test = load()
+    train, held_out, test = (part.flatten(1).float() for part in digits())
     made, conv = fit(args, train, held_out)
     table(made, conv, train, test)
     draw(made, conv, test, args.out / "made_digits.png")

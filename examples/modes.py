@@ -19,7 +19,7 @@ from pathlib import Path
 import pyro
 import pyro.distributions as dist
 import torch
-from _guides import FLOW, OTHER, TRUTH, begin, levels, save
+from _script import FLOW, OTHER, TRUTH, begin, levels, save
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from torch import Tensor

@@ -3,10 +3,10 @@
     python examples/neutra.py              # prints a table, leaves guides_neutra.png in out/
     python examples/neutra.py --smoke      # the same in seconds, with chains too short to mean anything
 
-Eight schools in the centred form is a funnel, in whose neck NUTS gets stuck.  A guide that ``fit_guide`` has trained
+Eight schools in the centered form is a funnel, in whose neck NUTS gets stuck.  A guide that ``fit_guide`` has trained
 for ten seconds is handed to Pyro's ``NeuTraReparam`` (Hoffman et al., 2019, arXiv:1903.03704), and NUTS moves in the
 guide's base; where the guide is not exact, NUTS corrects it.  What is counted is gradients of the model: a chain's
-effective draws, by ArviZ, for each 1000 of them.  The third row is what an expert would do, the non-centred form.
+effective draws, by ArviZ, for each 1000 of them.  The third row is what an expert would do, the non-centered form.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 import pyro
 import torch
-from _guides import FLOW, OTHER, THIRD, TRUTH, begin, levels, save
-from eight_schools import centred, non_centred, with_theta
+from _script import FLOW, OTHER, THIRD, TRUTH, begin, levels, save
+from eight_schools import centered, non_centered, with_theta
 from matplotlib import pyplot as plt
 from pyro.infer import MCMC, NUTS
 from pyro.infer.reparam import NeuTraReparam
@@ -98,7 +98,7 @@ def main() -> None:
     args = begin(__doc__)
     n = 20 if args.smoke else 1500
     seconds = 2.0 if args.smoke else 10.0
-    fit = fit_guide(AutoFlow(centred, seed=args.seed), EFFECTS, seconds=seconds)
+    fit = fit_guide(AutoFlow(centered, seed=args.seed), EFFECTS, seconds=seconds)
     print(f"{fit}\n  {fit.evaluations} gradients of the model, many at a time")
     heads = (("diverged", 10), ("gradients", 11), ("bulk", 8), ("tail", 8), ("bulk/1000", 12), ("tail/1000", 12))
     heads = "".join(f"{head:>{width}}" for head, width in (*heads, ("tau<0.5", 10), ("seconds", 9)))
@@ -106,20 +106,20 @@ def main() -> None:
     print(" " * 22 + heads)
     results: dict[str, Draws] = {}
 
-    found, *costs = chain(centred, n, args.seed)
-    results["NUTS, centred"] = found
-    row("centred", found, *costs)
+    found, *costs = chain(centered, n, args.seed)
+    results["NUTS, centered"] = found
+    row("centered", found, *costs)
 
     neutra = NeuTraReparam(fit.guide.requires_grad_(False))
-    found, *costs = chain(neutra.reparam(centred), n, args.seed)
+    found, *costs = chain(neutra.reparam(centered), n, args.seed)
     (latent,) = found.values()
     with torch.no_grad():
         results["NUTS in the guide's space"] = found = fit.latents.draws(fit.flow.chain(latent))
     row("in the guide's space", found, *costs)
 
-    found, *costs = chain(non_centred, n, args.seed)
-    results["NUTS, non-centred"] = found = with_theta(found)
-    row("non-centred", found, *costs)
+    found, *costs = chain(non_centered, n, args.seed)
+    results["NUTS, non-centered"] = found = with_theta(found)
+    row("non-centered", found, *costs)
     draw(results, args.out / "guides_neutra.png")
 
 

@@ -10,20 +10,17 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
 import math
-import tempfile
 from functools import partial
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
+from _script import FLOW, OTHER, SHADES, TRUTH, begin, levels, mean_of, power_plant, save
 from matplotlib import pyplot as plt
-from matplotlib.colors import LinearSegmentedColormap
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoGuide, AutoNormal, AutoNormalizingFlow
 from pyro.optim import ClippedAdam
@@ -34,29 +31,6 @@ from tqdm import trange
 import pyro_flows as pf
 
 LABELS = ["temperature AT (°C)", "vacuum V (cm Hg)", "pressure AP (mbar)", "humidity RH (%)", "output PE (MW)"]
-TRUTH, FLOW, GAUSS = "#3d405b", "#1f7a8c", "#e07a5f"  # data or exact answer, flow, what the flow is compared with
-SHADES = LinearSegmentedColormap.from_list("flow", ["#ffffff", "#bfe3e6", "#5fb3bf", "#1f7a8c"])
-STYLE = {
-    "axes.edgecolor": "#8d99ae",
-    "axes.labelsize": 9,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlesize": 11,
-    "figure.titlesize": 12,
-    "legend.frameon": False,
-    "savefig.dpi": 90,
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
-}
-
-
-def load() -> tuple[Tensor, Tensor, Tensor]:
-    """Train, validation and test rows of the power plant data, with the columns of LABELS."""
-    stored = np.load(Path(__file__).parent / "data" / "power_plant.npz")
-    rows, test_rows = torch.from_numpy(stored["x"]), torch.from_numpy(stored["test_rows"]).long()
-    rest = torch.ones(len(rows), dtype=torch.bool).index_fill(0, test_rows, False).nonzero()[:, 0]
-    rest = rest[torch.randperm(len(rest))]
-    return rows[rest[861:]], rows[rest[:861]], rows[test_rows]
 
 
 def flow_in_units_of(train: Tensor, chain: pf.Chain) -> pf.Flow:
@@ -89,11 +63,11 @@ def fit(name: str, flow: pf.Flow, train: tuple[Tensor, ...], valid: tuple[Tensor
 
 
 def row(name: str, log_probs: Tensor) -> None:
-    print(f"  {name:<20}{log_probs.mean():9.3f} ± {2 * log_probs.std() / len(log_probs) ** 0.5:.3f}")
+    print(f"  {name:<20}{mean_of(log_probs):>17}")
 
 
 def density(out: Path, epochs: int) -> None:
-    train, valid, test = load()
+    train, valid, test = power_plant()
     print("1. p(AT, V, AP, RH, PE): held-out log-likelihood, nats per row, ± 2 standard errors")
     row("full Gaussian", dist.MultivariateNormal(train.mean(0), train.T.cov()).log_prob(test))
     for name, chain in (("realnvp", pf.realnvp(5, num_layers=8)), ("maf", pf.maf(5, num_layers=6))):
@@ -132,16 +106,16 @@ def corner_plot(data: np.ndarray, draws: np.ndarray, path: Path) -> None:
             ax.set_ylabel(LABELS[i])
         if i == 4:
             ax.set_xlabel(LABELS[j])
-    fig.suptitle("Power plant: 1200 hours as measured (grey, below) and as drawn from a fitted maf (teal, above)")
+    fig.suptitle("Power plant: 1200 hours as measured (gray, below) and as drawn from a fitted maf (teal, above)")
     fig.align_ylabels()
     fig.tight_layout()
-    fig.savefig(path)
+    save(fig, path)
 
 
 def conditional(out: Path, epochs: int) -> None:
-    splits = load()
+    splits = power_plant()
     center, spread = splits[0][:, 0].mean(), splits[0][:, 0].std()
-    pairs = [(rows[:, [1, 4]], (rows[:, :1] - center) / spread) for rows in splits]  # (V, PE) and AT, standardised
+    pairs = [(rows[:, [1, 4]], (rows[:, :1] - center) / spread) for rows in splits]  # (V, PE) and AT, standardized
     train, valid, test = pairs
     print("2. p(V, PE | AT): held-out log-likelihood, nats per row, ± 2 standard errors")
     slope = (train[0] * train[1]).mean(0) / train[1].square().mean()
@@ -173,17 +147,17 @@ def conditional(out: Path, epochs: int) -> None:
         ax.scatter(splits[2][:, 0].numpy(), test[0][:, k].numpy(), s=4, color=TRUTH, alpha=0.55, linewidths=0)
         for q in (0.05, 0.5, 0.95):
             line = dist.Normal(mean[k] + slope[k] * context[:, 0], covariance[k, k].sqrt()).icdf(torch.tensor(q))
-            ax.plot(celsius.numpy(), line.numpy(), color=GAUSS, linestyle="--", linewidth=1.2)
+            ax.plot(celsius.numpy(), line.numpy(), color=OTHER, linestyle="--", linewidth=1.2)
             ax.plot(celsius.numpy(), values.quantile(q, 0).numpy(), color=FLOW, linewidth=1.6)
         ax.set(xlabel=LABELS[0], ylabel=label, xlim=(2, 36), ylim=(edges[0], edges[-1]))
     axes[0].set_title("p(V | AT)")
     axes[1].set_title("p(PE | AT)")
     axes[1].plot([], [], color=FLOW, linewidth=1.6, label="maf: density, and 5, 50, 95 %")
-    axes[1].plot([], [], color=GAUSS, linestyle="--", linewidth=1.2, label="linear Gaussian: 5, 50, 95 %")
+    axes[1].plot([], [], color=OTHER, linestyle="--", linewidth=1.2, label="linear Gaussian: 5, 50, 95 %")
     axes[1].scatter([], [], s=8, color=TRUTH, label="held-out hours")
     axes[1].legend(loc="upper right", fontsize=8)
     fig.tight_layout()
-    fig.savefig(out / "quickstart_conditional.png")
+    save(fig, out / "quickstart_conditional.png")
 
 
 EFFECTS = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
@@ -217,7 +191,7 @@ def exact_schools() -> tuple[float, dict[str, tuple[Tensor, Tensor, Tensor]]]:
 
 
 def fit_guide(name: str, guide: AutoGuide, lr: float, steps: int) -> tuple[float, float]:
-    """Maximises the ELBO; returns a fresh estimate of it and its standard error."""
+    """Maximizes the ELBO; returns a fresh estimate of it and its standard error."""
     optimizer = ClippedAdam({"lr": lr, "lrd": 0.02 ** (1 / steps), "clip_norm": 10.0})
     svi = SVI(schools, guide, optimizer, Trace_ELBO(num_particles=64, vectorize_particles=True, max_plate_nesting=1))
     with trange(steps, desc=f"  {name}", leave=False) as progress:
@@ -235,7 +209,7 @@ def posterior(out: Path, steps: int) -> None:
     evidence, exact = exact_schools()
     print(f"3. Eight schools: ELBO, nats, ± 2 standard errors (the log evidence is {evidence:.2f})")
     guides = {
-        "AutoNormal": (AutoNormal(schools), 0.1, GAUSS),
+        "AutoNormal": (AutoNormal(schools), 0.1, OTHER),
         "iaf": (AutoNormalizingFlow(schools, partial(pf.iaf, num_layers=3)), 0.01, FLOW),
     }
     fig, axes = plt.subplots(2, 2, figsize=(9, 7.6), sharey=True, sharex="row")
@@ -247,10 +221,7 @@ def posterior(out: Path, steps: int) -> None:
             draws = {site: value.reshape(3000, -1)[:, 0].numpy() for site, value in guide().items()}
         for ax, (site, (across, log_tau, table)) in zip(column, exact.items(), strict=True):
             ax.scatter(draws[site], np.log(draws["tau"]), s=4, color=color, alpha=0.4, linewidths=0)
-            ranked = table.flatten().sort(descending=True).values
-            mass = ranked.cumsum(0) / ranked.sum()
-            levels = [ranked[mass < inside][-1].item() for inside in (0.99, 0.9, 0.5)]
-            lines = {"levels": levels, "colors": TRUTH, "linewidths": (0.8, 1.1, 1.4)}
+            lines = {"levels": levels(table.numpy()), "colors": TRUTH, "linewidths": (0.8, 1.1, 1.4)}
             ax.contour(across.numpy(), log_tau.numpy(), table.numpy(), **lines)
             ax.set_xlabel({"mu": "mean effect µ", "theta": "effect in the first school θ₁"}[site])
         column[0].set_title(f"{name}: {evidence - elbo:.2f} nats below the evidence", color=color)
@@ -258,24 +229,14 @@ def posterior(out: Path, steps: int) -> None:
     axes[1, 0].set(xlim=(-20, 45), ylabel="log spread between schools, log τ")
     fig.suptitle("Eight schools: draws of two guides, and where 50, 90, 99 % of the exact posterior lie")
     fig.tight_layout()
-    fig.savefig(out / "quickstart_posterior.png")
+    save(fig, out / "quickstart_posterior.png")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="tiny budgets; pictures go to a temporary folder")
-    parser.add_argument("--out", type=Path, help="folder for the pictures (default: out)")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    out = args.out or Path(tempfile.mkdtemp() if args.smoke else "out")
-    out.mkdir(parents=True, exist_ok=True)
-    matplotlib.use("Agg")
-    plt.rcParams.update(STYLE)
+    args = begin(__doc__)
     for part, budget in ((density, 60), (conditional, 60), (posterior, 2000)):
         pyro.set_rng_seed(args.seed)
-        part(out, max(1, budget // 200) if args.smoke else budget)
-        plt.close("all")
-    print(f"Pictures: {out}")
+        part(args.out, max(1, budget // 200) if args.smoke else budget)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
-from _guides import FLOW, OTHER, TRUTH, begin, save
+from _script import FLOW, FOLDER, OTHER, TRUTH, begin, save
 from matplotlib import pyplot as plt
 from torch import Tensor
 
@@ -30,9 +30,7 @@ DIMS = {"weight": ["rat", "age"], "level": ["rat", "one"], "rate": ["rat", "one"
 
 def load() -> Tensor:
     """Weights in grams, shape (30, 5)."""
-    return torch.from_numpy(
-        np.loadtxt(Path(__file__).parent / "data" / "rats.csv", np.float32, delimiter=",", skiprows=1)
-    )
+    return torch.from_numpy(np.loadtxt(FOLDER / "rats.csv", np.float32, delimiter=",", skiprows=1))
 
 
 def growth(weight: Tensor, own_rates: bool) -> None:
@@ -63,7 +61,7 @@ def check(name: str, fit: GuideFit, weight: Tensor, draws: int) -> Tensor:
 
 def tables(fits: dict[str, GuideFit], smoke: bool) -> None:
     """ArviZ's summary of the population's parameters, and the comparison of the models."""
-    data = {name: fit.to_arviz(dims=DIMS, draws=100 if smoke else 4000) for name, fit in fits.items()}
+    data = {name: fit.to_arviz(dims=DIMS, num_samples=100 if smoke else 4000) for name, fit in fits.items()}
     import arviz as az  # after to_arviz, which keeps ArviZ's announcements to itself
 
     print(az.summary(data["own rates"], kind="stats", var_names=["mean", "sd", "noise"], filter_vars="like"))

@@ -13,10 +13,8 @@ extra) its ARMA model of the best BIC takes part.  About two minutes on one CPU 
 
 from __future__ import annotations
 
-import argparse
 import math
 import statistics
-import tempfile
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -24,20 +22,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
 import numpy as np
 import torch
+from _script import FLOW, FOLDER, TRUTH, begin, save
 from matplotlib import pyplot as plt
-from PIL import Image
 from torch import Tensor
 from torch.distributions import Normal
 
 import pyro_flows as pf
 from pyro_flows.infer import Stream
 
-DATA = Path(__file__).parent / "data" / "series.npz"
-STYLE = {"axes.edgecolor": "#8d99ae", "axes.spines.right": False, "axes.spines.top": False, "savefig.dpi": 100}
-INK, BAND = "#3d405b", "#1f7a8c"
 MOST_LAGS = 24
 WINDOW = 60
 
@@ -62,7 +56,7 @@ class Scores(NamedTuple):
 
 
 def load(name: str) -> Series:
-    numbers = torch.from_numpy(np.load(DATA)[name])
+    numbers = torch.from_numpy(np.load(FOLDER / "series.npz")[name])
     if name == "sunspots":
         return Series(numbers.sqrt(), 200, 230, 1700, "square root of the sunspot number", 8)
     months = numbers.view(-1, 12)
@@ -170,7 +164,7 @@ def learn(series: Series, learner: Learner, seed: int, budget: dict[str, object]
     windows = z[:, : series.train].unfold(1, WINDOW, 1).movedim(1, 0)  # shape (windows, 1, WINDOW)
     held_out = z[:, series.train - 2 * WINDOW // 3 : series.known].unfold(1, WINDOW, 1).movedim(1, 0)
     options = {"batch_size": 64, "weight_decay": learner.weight_decay, "patience": 20, "seed": seed, "progress": False}
-    return pf.fit_density(chain, windows, held_out, **options, **budget).model
+    return pf.fit_density(chain, windows, held_out, **options, **budget).distribution
 
 
 def forecasts(series: Series, flow: pf.Flow, n: int) -> Scores:
@@ -192,7 +186,7 @@ def draw(series: Series, flow: pf.Flow, path: Path, n: int) -> None:
     shown, steps = len(series.z) - 100, 11 if series.start else 24
     time = np.arange(len(series.z)) + series.start if series.start else 1950 + np.arange(len(series.z)) / 12
     fig, ax = plt.subplots(figsize=(9, 3.4), layout="constrained")
-    ax.plot(time[shown:], series.z[shown:], color=INK, lw=1.1, label="what came")
+    ax.plot(time[shown:], series.z[shown:], color=TRUTH, lw=1.1, label="what came")
     first = max(series.known, shown + 10)
     for origin in np.linspace(first, len(series.z) - steps - 1, 3).astype(int):
         stream = Stream(flow)
@@ -203,16 +197,13 @@ def draw(series: Series, flow: pf.Flow, path: Path, n: int) -> None:
         when, last = time[origin - 1 : origin + steps], origin == len(series.z) - steps - 1
         for (low, high), alpha, name in (((0, 4), 0.18, "80 % of draws"), ((1, 3), 0.3, "50 % of draws")):
             ax.fill_between(
-                when, levels[low], levels[high], color=BAND, alpha=alpha, lw=0, label=name if last else None
+                when, levels[low], levels[high], color=FLOW, alpha=alpha, lw=0, label=name if last else None
             )
-        ax.plot(when, levels[2], color=BAND, lw=1.4, label="their median" if last else None)
-        ax.axvline(time[origin - 1], color=BAND, lw=0.8, ls=":")
+        ax.plot(when, levels[2], color=FLOW, lw=1.4, label="their median" if last else None)
+        ax.axvline(time[origin - 1], color=FLOW, lw=0.8, ls=":")
     ax.set_ylabel(series.unit)
     ax.legend(frameon=False, ncols=4, loc="upper center", bbox_to_anchor=(0.5, 1.16))
-    fig.savefig(path)
-    plt.close(fig)
-    with Image.open(path) as image:
-        image.convert("RGB").quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
+    save(fig, path, 128)
 
 
 def row(name: str, scores: list[Scores]) -> str:
@@ -225,16 +216,11 @@ def row(name: str, scores: list[Scores]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", choices=("sunspots", "elnino"), default="sunspots")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--smoke", action="store_true", help="tiny budget; the picture goes to a temporary folder")
-    parser.add_argument("--out", type=Path, help="folder for the picture (default: out)")
-    args = parser.parse_args()
-    out = args.out or Path(tempfile.mkdtemp() if args.smoke else "out")
-    out.mkdir(parents=True, exist_ok=True)
-    matplotlib.use("Agg")
-    plt.rcParams.update(STYLE)
+    args = begin(
+        __doc__,
+        data={"choices": ("sunspots", "elnino"), "default": "sunspots"},
+        seeds={"type": int, "default": 3},
+    )
     series = load(args.data)
     if args.smoke:
         series = series._replace(known=len(series.z) - 2 * series.ahead)
@@ -249,14 +235,13 @@ def main() -> None:
             flow = learn(series, learner, seed, budget)
             scores.append(forecasts(series, flow, n))
             if k == seed == 0:
-                draw(series, flow, out / "series.png", 10 * n)
+                draw(series, flow, args.out / "series.png", 10 * n)
         count = sum(p.numel() for p in flow.parameters())
         table.append(row(f"{name}, {count} numbers, reach {flow.chain.reach}", scores))
         print(table[-1], flush=True)
     size = len(series.z) - series.known
     print(f"\n{args.data}: the last {size} steps, {series.ahead} ahead from each; {seeds} seeds (± half of the range)")
     print("| model | log-density, nats | CRPS | within the 80 % interval |\n|---|---|---|---|", *table, sep="\n")
-    print(f"Picture: {out / 'series.png'}")
 
 
 if __name__ == "__main__":

@@ -11,35 +11,21 @@ about a minute on one CPU core.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import math
-import tempfile
 from pathlib import Path
 
-import matplotlib
 import numpy as np
-import pyro
 import pyro.distributions as dist
 import torch
+from _script import SHADES, TRUTH, begin, mean_of, save
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap, PowerNorm
-from PIL import Image
+from matplotlib.colors import PowerNorm
 from torch import Tensor
 
 import pyro_flows as pf
 
-POINTS = "#3d405b"
-SHADES = LinearSegmentedColormap.from_list("flow", ["#ffffff", "#bfe3e6", "#5fb3bf", "#1f7a8c", "#0b3c49"])
-STYLE = {
-    "axes.edgecolor": "#8d99ae",
-    "axes.labelsize": 10,
-    "axes.titlesize": 11,
-    "savefig.dpi": 90,
-    "xtick.labelsize": 9,
-    "ytick.labelsize": 9,
-}
 TURN = 2 * math.pi
 
 
@@ -72,7 +58,7 @@ class Truth:
 
 
 def midpoints(n: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """A grid of one turn in both angles, shape ``(n * n, 2)``; its sums are those of a periodic trapezoidal rule."""
+    """A grid of one turn in both angles, shape ``(n * n, 2)``; a sum over it is a periodic trapezoidal rule."""
     axis = (torch.arange(n, dtype=dtype) + 0.5) * (TURN / n) - math.pi
     return torch.cartesian_prod(axis, axis)
 
@@ -83,10 +69,10 @@ def report(truth: Truth, flow: pf.Flow, test: Tensor, n: int) -> None:
         scores, best = flow.log_prob(test), truth.log_prob(test)
         print(f"Held-out log-likelihood, nats per row, {len(test)} rows, ± 2 standard errors")
         for name, each in (("truth", best), ("ncsf", scores), ("truth - ncsf", best - scores)):
-            print(f"  {name:<14}{each.mean():8.4f} ± {2 * each.std() / len(each) ** 0.5:.4f}")
+            print(f"  {name:<14}{mean_of(each, 4):>17}")
         exact = copy.deepcopy(flow).double()
         mass = exact.log_prob(midpoints(n, torch.double)).exp().mean() * TURN**2
-        print(f"Integral of the learnt density over one turn of both angles: {mass:.6f}")
+        print(f"Integral of the learned density over one turn of both angles: {mass:.6f}")
         turns = torch.tensor([[1, 0], [0, -1], [3, 2]])
         for dtype, made in ((torch.float32, flow), (torch.float64, exact)):
             x = test.to(dtype)
@@ -104,17 +90,17 @@ def square(ax: Axes, title: str) -> None:
 
 
 def surface(ax: Axes, density: np.ndarray, norm: PowerNorm, title: str) -> None:
-    """The torus coloured by a density on a grid of both angles, of which psi goes round the tube."""
+    """The torus colored by a density on a grid of both angles, of which psi goes round the tube."""
     n = len(density)
     phi, psi = np.meshgrid(*[np.linspace(-np.pi, np.pi, n + 1)] * 2, indexing="ij")
     outwards = np.stack([np.cos(psi) * np.cos(phi), np.cos(psi) * np.sin(phi), np.sin(psi)])
     place = outwards + 1.9 * np.stack([np.cos(phi), np.sin(phi), np.zeros_like(phi)])
-    colours = SHADES(norm(density))
+    colors = SHADES(norm(density))
     # Light from above and the left, weaker than matplotlib's own, which would darken what has no density.
     light = np.tensordot([-0.35, -0.45, 0.82], outwards, 1)[:-1, :-1, None]
-    colours[..., :3] *= 0.84 + 0.16 * light
+    colors[..., :3] *= 0.84 + 0.16 * light
     look = {"rcount": n, "ccount": n, "shade": False, "linewidth": 0, "antialiased": False, "clip_on": False}
-    ax.plot_surface(*place, facecolors=colours, **look)
+    ax.plot_surface(*place, facecolors=colors, **look)
     ax.set(xlim=(-2.9, 2.9), ylim=(-2.9, 2.9), zlim=(-1, 1))
     ax.set_box_aspect((2.9, 2.9, 1), zoom=1.75)
     ax.view_init(elev=46, azim=-60)
@@ -127,11 +113,11 @@ def draw(truth: Truth, flow: pf.Flow, test: Tensor, path: Path) -> None:
     with torch.no_grad():
         pair = [made.log_prob(midpoints(n)).exp().reshape(n, n).numpy() for made in (truth, flow)]
     norm = PowerNorm(0.5, 0, np.quantile(pair[0], 0.998), clip=True)  # the square root shows thin bridges, too
-    titles = ("the truth", "what ncsf learnt from draws")
+    titles = ("the truth", "what ncsf learned from draws")
     fig = plt.figure(figsize=(11.4, 8.0))
     grid = fig.add_gridspec(2, 6, left=0.05, right=0.99, top=0.96, bottom=0.06, hspace=0.2, wspace=0.4)
     axes = [fig.add_subplot(grid[0, 2 * k : 2 * k + 2]) for k in range(3)]
-    axes[0].scatter(*test[:3000].T.numpy(), s=3, color=POINTS, alpha=0.5, linewidths=0)
+    axes[0].scatter(*test[:3000].T.numpy(), s=3, color=TRUTH, alpha=0.5, linewidths=0)
     square(axes[0], "3000 held-out rows")
     axes[0].set_ylabel("ψ", rotation=0)
     for ax, values, title in zip(axes[1:], pair, titles, strict=True):
@@ -139,31 +125,18 @@ def draw(truth: Truth, flow: pf.Flow, test: Tensor, path: Path) -> None:
         square(ax, title)
     for k, (values, title) in enumerate(zip(pair, titles, strict=True)):
         surface(fig.add_subplot(grid[1, 3 * k : 3 * k + 3], projection="3d"), values, norm, title)
-    fig.savefig(path)
-    plt.close(fig)
-    with Image.open(path) as image:
-        image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+    save(fig, path)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="tiny budget; the picture goes to a temporary folder")
-    parser.add_argument("--out", type=Path, help="folder for the picture (default: out)")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    out = args.out or Path(tempfile.mkdtemp() if args.smoke else "out")
-    out.mkdir(parents=True, exist_ok=True)
-    matplotlib.use("Agg")
-    plt.rcParams.update(STYLE)
-    pyro.set_rng_seed(args.seed)
+    args = begin(__doc__)
     truth = Truth()
     rows, held_out, budget = (500, 500, {"max_epochs": 2}) if args.smoke else (20_000, 10_000, {})
     data, test = truth.sample(rows), truth.sample(held_out)
     fit = pf.fit_density(pf.ncsf(2), data, seed=args.seed, **budget)
     print(fit)
-    report(truth, fit.model, test, 100 if args.smoke else 600)
-    draw(truth, fit.model, test, out / "torus.png")
-    print(f"Picture: {out / 'torus.png'}")
+    report(truth, fit.distribution, test, 100 if args.smoke else 600)
+    draw(truth, fit.distribution, test, args.out / "torus.png")
 
 
 if __name__ == "__main__":

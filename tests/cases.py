@@ -353,7 +353,7 @@ def _builders() -> Iterator[Case]:
 
 
 def _images() -> Iterator[Case]:
-    small = {"channels": 3, "num_blocks": 1}
+    small = {"hidden_channels": 3, "num_blocks": 1}
 
     def coupling(name: str, shape: tuple[int, ...], *args: object, **options: object) -> Case:
         def build(context_dim: int) -> pf.FlowTransform:
@@ -383,13 +383,13 @@ def _images() -> Iterator[Case]:
     yield plain("conv1x1-one-channel", "Conv1x1", lambda: Conv1x1((1, 2)))
 
     def split(context_dim: int) -> pf.FlowTransform:
-        options = {"context_dim": context_dim, "channels": 3}
+        options = {"context_dim": context_dim, "hidden_channels": 3}
         last = Split(None, (2, 2, 2), **options)
         return Split(pf.Chain([last, Conv1x1((2, 2, 2))]), (4, 2, 2), **options)
 
     yield Case("split", ("Split",), split, (4, 2, 2), scale=0.2)
     squeezing = lambda _: pf.Chain([Squeeze((1, 4)).inv, Conv1x1((2, 2)), Squeeze((1, 4))])  # noqa: E731
-    series = lambda c: Split(squeezing(c), (2, 4), context_dim=c, channels=3, num_blocks=1)  # noqa: E731
+    series = lambda c: Split(squeezing(c), (2, 4), context_dim=c, hidden_channels=3, num_blocks=1)  # noqa: E731
     yield Case("split-series", ("Split",), series, (2, 4), scale=0.2)
 
     def realnvp(shape: tuple[int, ...], **options: object) -> Callable[[int], pf.FlowTransform]:
@@ -403,7 +403,7 @@ def _images() -> Iterator[Case]:
 
     def glow(shape: tuple[int, ...], **options: object) -> Callable[[int], pf.FlowTransform]:
         def build(context_dim: int) -> pf.FlowTransform:
-            settings = {**small, "num_steps": 2, "activation": "elu", **options}
+            settings = {**small, "num_layers": 2, "activation": "elu", **options}
             flow = pf.glow(shape, context_dim=context_dim, **settings)
             flow.inverse_and_ladj(2 * torch.randn(50, *shape) + 1, torch.randn(context_dim) if context_dim else None)
             return flow  # after its first batch
@@ -411,7 +411,7 @@ def _images() -> Iterator[Case]:
         return build
 
     covers = ("glow", "Chain", "Split", "Inverse")
-    yield Case("glow", covers, glow((2, 4, 4), num_steps=1), (2, 4, 4), scale=0.1)
+    yield Case("glow", covers, glow((2, 4, 4), num_layers=1), (2, 4, 4), scale=0.1)
     yield Case("glow-series", covers, glow((1, 4), num_scales=1), (1, 4), scale=0.1)
 
 

@@ -45,20 +45,28 @@ def double(default_dtype):
 def pytest_collection_modifyitems(items):
     """Leaves to the full suite what a product of parameters only repeats.
 
-    Of a test with several parameters, the diagonal of the product is unmarked: every value of each occurs, and not
-    every pair. A test whose pairs are what it is about has the mark ``pairs``.
+    Of a test with several parameters, as many items are unmarked as the longest of them has values: each value of each
+    occurs, and not every pair. Where a pair is what a test is about, it is a row of one ``parametrize``.
     """
     products = {}
     for item in items:
-        if hasattr(item, "callspec") and not any(map(item.get_closest_marker, ("full", "slow", "pairs"))):
+        if hasattr(item, "callspec") and not any(map(item.get_closest_marker, ("full", "slow"))):
             products.setdefault(item.nodeid.partition("[")[0], []).append(item)
     for product in products.values():
         ids = [item.callspec._idlist for item in product]  # one for each parameter
         orders = [list(dict.fromkeys(column)) for column in zip(*ids, strict=True)]
-        diagonal = [[order[k % len(order)] for order in orders] for k in range(max(map(len, orders)))]
+        longest, strides, stride = max(map(len, orders)), [], 1
+        for order in orders:  # the short ones change at different rates, as far as the longest has room
+            fits = len(order) < longest and stride * len(order) <= longest
+            strides.append(stride if fits else 1)
+            stride *= len(order) if fits else 1
+        chosen = [
+            [order[k // stride % len(order)] for order, stride in zip(orders, strides, strict=True)]
+            for k in range(longest)
+        ]
         seen = set()
-        # Values that the diagonal lacks, as where one of its places is marked, come from the first item that has them.
-        for item in sorted(product, key=lambda item: item.callspec._idlist not in diagonal):
+        # Values that these lack, as where one of their places is marked, come from the first item that has them.
+        for item in sorted(product, key=lambda item: item.callspec._idlist not in chosen):
             values = set(enumerate(item.callspec._idlist))
             if values <= seen:
                 item.add_marker("full")

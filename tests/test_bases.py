@@ -300,6 +300,7 @@ def test_trains_as_a_guide(name):
     assert sum(losses[-20:]) < 0.5 * sum(losses[:20])
 
 
+@pytest.mark.full
 def test_compile_log_prob(name):
     torch._dynamo.reset()
     base, value = made(name), torch.randn(5, DIM).double()

@@ -80,7 +80,7 @@ def equal(first, second):
         a, b = (torch.tensor(found.history[column], dtype=torch.float64) for found in (first, second))
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True, msg=lambda text, c=column: f"{c}: {text}")
     assert (first.best_epoch, first.stopped) == (second.best_epoch, second.stopped)
-    states = first.model.state_dict(), second.model.state_dict()
+    states = first.distribution.state_dict(), second.distribution.state_dict()
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
@@ -274,13 +274,13 @@ def test_resumed_in_another_process(tmp_path):
         f"import sys, torch; sys.path.insert(0, {str(Path(__file__).parent)!r}); torch.manual_seed(99); "
         f"from test_checkpoint import fit, make; torch.set_num_threads({torch.get_num_threads()}); "
         f"found = fit(make(), max_epochs=4, checkpoint={str(path)!r}); "
-        f"torch.save([found.model.state_dict(), found.history['train']], {str(tmp_path / 'done.pt')!r})"
+        f"torch.save([found.distribution.state_dict(), found.history['train']], {str(tmp_path / 'done.pt')!r})"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     state, history = torch.load(tmp_path / "done.pt", weights_only=True)
     assert history == whole.history["train"]
-    assert all(torch.equal(value, state[name]) for name, value in whole.model.state_dict().items())
+    assert all(torch.equal(value, state[name]) for name, value in whole.distribution.state_dict().items())
 
 
 def test_conditional_units_come_back(tmp_path):
@@ -301,7 +301,7 @@ def test_finished_run_is_read_back(tmp_path):
     again = fit(make(), patience=1, max_epochs=80, lr=0.1, checkpoint=path)
     equal(again, first)
     assert path.read_bytes() == written
-    assert not any(module.training for module in again.model.modules())
+    assert not any(module.training for module in again.distribution.modules())
     assert again.history["seconds"] == first.history["seconds"]
 
 

@@ -215,6 +215,7 @@ def test_beside_von_mises_in_a_model():
     torch.testing.assert_close(total, want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.full
 def test_nuts_over_an_angle_under_a_flow():
     flow = circular(2, scale=0.08, dtype=torch.float).requires_grad_(False)
 
@@ -285,7 +286,7 @@ def test_fit_density_leaves_angles_as_they_are():
     options = {"max_epochs": 12, "lr": 0.02, "progress": False}
     flow = pf.Flow(pf.ncsf(1, num_layers=1, hidden_dims=(8,)))
     fit = pf.fit_density(flow, data, **options)
-    assert fit.model is flow
+    assert fit.distribution is flow
     assert abs(float((exact.log_prob(test[:, 0]) - fit.log_prob(test)).mean())) < 0.03
     # The same data counted in other turns are the same data.
     again = fit.log_prob(test + TURN * torch.randint(-2, 3, (len(test), 1)))
@@ -299,12 +300,12 @@ def test_fit_density_standardises_what_is_no_angle():
     data = torch.stack([angle, 100 + 20 * angle.cos() + torch.randn(500)], -1)
     chain = pf.ncsf(2, periodic=[True, False], num_layers=2, hidden_dims=(8,))
     fit = pf.fit_density(chain, data, max_epochs=2, progress=False)
-    standardization = fit.model.chain[-1]
+    standardization = fit.distribution.chain[-1]
     assert standardization.loc[0] == 0 and standardization.scale[0] == 1
     torch.testing.assert_close(standardization.loc[1], data[:, 1].mean(), rtol=0.05, atol=0)
     torch.testing.assert_close(standardization.scale[1], data[:, 1].std(), rtol=0.2, atol=0)
     line = torch.linspace(-300, 500, 800).double()
-    assert abs(mass(fit.model.double(), turn(200), line) - 1) < 2e-3
+    assert abs(mass(fit.distribution.double(), turn(200), line) - 1) < 2e-3
 
 
 # Errors.

@@ -89,7 +89,7 @@ def test_each_column_is_standardized_where_it_is_real(end):
     data = people()
     torch.manual_seed(0)
     found = fit(ENDS[end](), data, validation_fraction=0)
-    (units,) = (part for part in found.model.chain if isinstance(part, pf.Standardization))
+    (units,) = (part for part in found.distribution.chain if isinstance(part, pf.Standardization))
     real, _ = by_hand(data)
     torch.testing.assert_close(units.loc.double(), real.mean(0), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(units.scale.double(), real.std(0), rtol=1e-4, atol=1e-4)
@@ -144,7 +144,7 @@ def test_densities_in_the_units_of_the_data_integrate_to_one(back, data, grid):
     rows = data(dist.Beta(2.0, 3.0).sample((300, 1)))
     found = fit(ending(back, input_dim=1), rows, steps=20)
     places = torch.linspace(*grid, 200_002, dtype=torch.float64)[1:-1]
-    density = found.model.double().log_prob(places.unsqueeze(-1)).exp().detach()
+    density = found.distribution.double().log_prob(places.unsqueeze(-1)).exp().detach()
     assert abs(torch.trapezoid(density, places) - 1) < 5e-3
 
 
@@ -152,7 +152,7 @@ def test_columns_of_series_are_standardized_by_channel():
     data = torch.stack((40 + 12 * torch.randn(300, 4), (5 + torch.randn(300, 4)).exp()), 1)
     back = biject_to(constraints.cat([REAL, POSITIVE], dim=-2))
     found = fit(pf.Chain([*pf.causal_maf((2, 4), num_layers=1), back]), data, validation_fraction=0)
-    (units,) = (part for part in found.model.chain if isinstance(part, pf.Standardization))
+    (units,) = (part for part in found.distribution.chain if isinstance(part, pf.Standardization))
     torch.testing.assert_close(units.loc.flatten(), torch.stack((data[:, 0].mean(), data[:, 1].log().mean())))
 
 
@@ -184,8 +184,8 @@ class Positive(nn.Module):
 def test_numbers_that_are_real_only_at_the_end_are_standardized_there():
     data = 300 + 20 * torch.randn(200, 2)
     found = fit(pf.Flow([pf.Wrap(EXP.inv, 2)], Positive()), data, validation_fraction=0)
-    assert [type(part).__name__ for part in found.model.chain] == ["Wrap", "Standardization"]
-    torch.testing.assert_close(found.model.chain[1].loc, data.mean(0))
+    assert [type(part).__name__ for part in found.distribution.chain] == ["Wrap", "Standardization"]
+    torch.testing.assert_close(found.distribution.chain[1].loc, data.mean(0))
 
 
 # Heads of autoregressive models
@@ -209,7 +209,7 @@ def test_discrete_columns_stay_as_they_are(order):
     torch.manual_seed(0)
     made = pf.MADE(4, mixed(), hidden_dims=(16,), order=order)
     found = fit(made, data, standardize=True, steps=200, lr=0.02)
-    assert found.model.loc[2:].tolist() == [0, 0] and found.model.scale[2:].tolist() == [1, 1]
+    assert found.distribution.loc[2:].tolist() == [0, 0] and found.distribution.scale[2:].tolist() == [1, 1]
     truth = dist.Normal(40.0, 12.0).log_prob(data[:, 0])
     truth = truth + dist.LogNormal(10 + 0.02 * data[:, 0], 0.5).log_prob(data[:, 1])
     truth = truth.mean() - 0.673 - math.log(3)
@@ -267,10 +267,10 @@ def test_positive_families_are_stretched_about_zero(family):
     data = dist.Gamma(3.0, 1e-3).sample((400, 1))
     made = pf.MADE(1, DistributionHead(family), hidden_dims=(8,))
     found = fit(made, data, standardize=True, validation_fraction=0, steps=100)
-    assert found.model.loc.item() == 0
-    torch.testing.assert_close(found.model.scale.item(), data.square().mean().sqrt().item(), rtol=1e-2, atol=0)
+    assert found.distribution.loc.item() == 0
+    torch.testing.assert_close(found.distribution.scale.item(), data.square().mean().sqrt().item(), rtol=1e-2, atol=0)
     places = torch.linspace(0, 60_000, 20_001, dtype=torch.float64)[1:]
-    density = found.model.double().log_prob(places.unsqueeze(-1)).exp().detach()
+    density = found.distribution.double().log_prob(places.unsqueeze(-1)).exp().detach()
     assert abs(torch.trapezoid(density, places) - 1) < 1e-2
     assert found.history["train"][-1] > dist.Gamma(3.0, 1e-3).log_prob(data).mean() - 1
 
@@ -280,12 +280,12 @@ def test_contexts_of_a_discrete_model_are_standardized():
     data = (torch.rand(400, 1) < torch.sigmoid((context - 500) / 50)).float()
     made = pf.MADE(1, "bernoulli", context_dim=1, hidden_dims=(8,))
     found = fit(made, data, context=context, standardize=True, steps=150, lr=0.03)
-    assert abs(found.model.context_loc.item() - 500) < 30 and found.model.scale.item() == 1
+    assert abs(found.distribution.context_loc.item() - 500) < 30 and found.distribution.scale.item() == 1
     assert found.log_prob(data, context).mean() > -0.58  # a coin has -0.69
-    with pytest.raises(ValueError, match=r"nothing to standardise: .* discrete"):
+    with pytest.raises(ValueError, match=r"nothing to standardize: .* discrete"):
         fit(pf.MADE(2, "bernoulli"), torch.randint(2, (50, 2)), standardize=True)
     bits = fit(pf.MADE(2, "bernoulli"), torch.randint(2, (50, 2)).bool())
-    assert bits.model is bits.flow
+    assert bits.distribution is bits.flow
 
 
 def uniform(low, high):
@@ -487,7 +487,7 @@ def test_spikes_are_told_with_what_fits_them():
     for given in (data, DataLoader(data, batch_size=100)):
         with pytest.warns(UserWarning, match=spiked if given is data else "of column 0, .*of column 2") as caught:
             fit(flow(3), given)
-        assert "dequantise" not in str(caught[0].message) and len(caught) == 1
+        assert "dequantize" not in str(caught[0].message) and len(caught) == 1
     made = pf.MADE(2, MixedHead([("normal", [0]), ("bernoulli", [1])]))
     with pytest.warns(UserWarning, match="0 in .* rows of column 0;"):
         fit(made, torch.as_tensor(np.stack((shared(500, 0.2), normal(500) > 1), 1)).float())
@@ -555,9 +555,9 @@ def test_masks_mean_missing_wherever_arrays_come_in():
         "DataLoader": lambda: fit(flow(), DataLoader(full, batch_size=50, collate_fn=lambda rows: bad)),
         "list": lambda: fit(flow(), list(bad)),
         "log_prob": lambda: known.log_prob(bad),
-        "detector": lambda: AnomalyDetector(known.model, bad),
+        "detector": lambda: AnomalyDetector(known.distribution, bad),
         "draws": lambda: ForwardKL({"x": bad}),
-        "bits": lambda: AnomalyDetector(known.model, full).bits(bad),
+        "bits": lambda: AnomalyDetector(known.distribution, full).bits(bad),
         "plot": lambda: plots.corner(bad),
     }
     for name, call in calls.items():
@@ -650,4 +650,4 @@ def test_fits_in_half_precision_are_refused():
 def test_loader_of_pairs_for_a_mixed_model():
     loader = DataLoader(TensorDataset(survey(300), 500 + 100 * torch.randn(300, 1)), batch_size=100)
     found = fit(pf.MADE(4, mixed(), context_dim=1), loader, standardize=True)
-    assert found.model.scale[2:].tolist() == [1, 1] and found.model.context_scale.item() > 50
+    assert found.distribution.scale[2:].tolist() == [1, 1] and found.distribution.context_scale.item() > 50

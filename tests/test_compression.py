@@ -620,6 +620,7 @@ def test_without_the_coder(monkeypatch):
         codec.encode(torch.zeros(2, 6).long())
 
 
+@pytest.mark.full
 def test_page(tmp_path, monkeypatch):
     """The blocks of the page that need the coder."""
     pytest.importorskip("constriction")

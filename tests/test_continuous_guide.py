@@ -10,7 +10,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from cases import shake
+from cases import full_but, shake
 from pyro import poutine
 from pyro.infer import MCMC, NUTS, SVI, JitTrace_ELBO, Predictive, RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoGuideList, AutoNormal
@@ -80,10 +80,10 @@ class Breaking(nn.Module):
 # Evidence and gradients.
 
 
-@pytest.mark.parametrize("field", ["concatsquash", "mlp"])
+@pytest.mark.parametrize("field", full_but(["concatsquash", "mlp"], "concatsquash"))
 def test_elbo_reaches_the_evidence_of_a_conjugate_model(field):
     flow = partial(pf.cnf, field=field, hidden_dims=(8,), gradient="backprop", rtol=1e-4, atol=1e-4)
-    fit = fit_guide(AutoFlow(conjugate, flow, seed=0, particles=32), steps=150, progress=False)
+    fit = fit_guide(AutoFlow(conjugate, flow, seed=0, num_particles=32), steps=150, progress=False)
     assert abs(fit.importance.elbo - EVIDENCE) < 2e-3
     assert abs(fit.log_evidence - EVIDENCE) < 2e-3
     assert fit.verdict.ok
@@ -227,7 +227,7 @@ def test_what_an_elbo_sees_of_an_estimate():
 
 
 def test_a_fit_is_judged_by_a_function():
-    guide = AutoFlow(conjugate, partial(estimating, gradient="backprop"), seed=0, particles=16)
+    guide = AutoFlow(conjugate, partial(estimating, gradient="backprop"), seed=0, num_particles=16)
     for _ in range(2):  # it can be fitted again
         fit = fit_guide(guide, steps=20, progress=False)
         assert not guide.flow.training
@@ -257,6 +257,7 @@ def test_the_estimate_of_an_objective_trains():
 # Guides of Pyro's kinds.
 
 
+@pytest.mark.full
 def test_fitted_to_eight_schools(tmp_path):
     fit = fit_guide(AutoFlow(schools, small, seed=0), EFFECTS, ERRORS, steps=60, progress=False)
     assert fit.khat < 0.9 and fit.ess > 0.15
@@ -306,6 +307,7 @@ def test_one_of_a_list_of_guides():
     assert set(guide(EFFECTS, ERRORS)) == {"mu", "tau", "effect"}
 
 
+@pytest.mark.full
 def test_amortised_in_a_plate():
     """q(z | x) for all rows at once, against the exact posterior N(x / 2, 1 / 2)."""
     data = torch.randn(64, 1) * 2**0.5
@@ -336,11 +338,13 @@ def test_amortised_in_a_plate():
 # Trouble.
 
 
-@pytest.mark.parametrize("after, message", [(None, "makes no headway"), (700, "not finite")])
+@pytest.mark.parametrize(
+    "after, message", [(None, "makes no headway"), pytest.param(700, "not finite", marks=pytest.mark.full)]
+)
 def test_a_field_that_breaks_ends_a_fit_in_words(after, message):
     builder = partial(pf.cnf, field=Breaking(10, after), solver_steps=100)
     with pytest.raises(RuntimeError, match=rf"Continuous \(10,\): .*{message}.*rows (are )?\["):
-        fit_guide(AutoFlow(schools, builder, seed=0, particles=32), EFFECTS, ERRORS, steps=200, progress=False)
+        fit_guide(AutoFlow(schools, builder, seed=0, num_particles=32), EFFECTS, ERRORS, steps=200, progress=False)
 
 
 def test_tracing_by_jit_is_refused():

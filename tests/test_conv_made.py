@@ -318,7 +318,7 @@ def test_chunks_of_draws_are_put_together(monkeypatch):
     assert torch.equal(x, (context > 0).double()[..., None, None].expand_as(x))
 
 
-@pytest.mark.parametrize("event", [(2, 2, 3), (2, 3)])
+@pytest.mark.parametrize("event", full_but([(2, 2, 3), (2, 3)], (2, 3)))
 def test_differentiable_draws(event):
     made = shaken(event, "normal", context_dim=1, scale=0.2, dilations=1)
     context = torch.randn(2, 1, dtype=F64, requires_grad=True)
@@ -341,6 +341,7 @@ def test_differentiable_draws(event):
     assert noise.mean((0, 1)).abs().max() < 0.12
 
 
+@pytest.mark.full
 def test_func_and_compile():
     made = shaken((2, 3, 4), "normal", context_dim=2)
     x, context = torch.randn(5, 2, 3, 4, dtype=F64), torch.randn(5, 2, dtype=F64)
@@ -380,6 +381,7 @@ def test_no_parameter_is_idle():
             assert parameter.is_contiguous()
 
 
+@pytest.mark.full
 def test_learns_what_depends_on_far_pixels():
     # The last row repeats the first, which only a model that looks back over all rows can know.
     rows = torch.randint(2, (256, 1, 1, 4)).float()
@@ -446,5 +448,5 @@ def test_wrong_values_and_contexts():
         shaken((1, 3, 4)).sample((), context)
     normal = shaken((1, 2, 2), NormalHead())
     assert normal.score(torch.full((1, 2, 2), math.nan, dtype=F64), None).isnan()
-    with pytest.raises(NotImplementedError, match="reparameterised"):
+    with pytest.raises(NotImplementedError, match="reparameterized"):
         shaken((1, 2, 2), "bernoulli").rsample()

@@ -12,7 +12,6 @@ import matplotlib
 import pyro
 import pytest
 import torch
-from cases import full_but
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted({*ROOT.glob("README.md"), *(p for p in (ROOT / "docs").rglob("*.md") if "_build" not in p.parts)})
@@ -34,7 +33,8 @@ def test_blocks_are_found():
     assert list(blocks(text)) == [(3, "python", "x = 1\n"), (9, "python", "y = x + 1\n"), (12, "", "no = code\n")]
 
 
-@pytest.mark.parametrize("page", full_but(PAGES, ROOT / "README.md"), ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.full
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_python_blocks_run(page, tmp_path, monkeypatch):
     code = [(line, source) for line, language, source in blocks(page.read_text()) if language == "python"]
     if not code:
@@ -65,3 +65,11 @@ def test_links_to_files_lead_somewhere():
         targets = [t for t in re.findall(r"\]\(([^)#\s]+)[^)]*\)", prose) if not re.match(r"[a-z]+:", t)]
         offenders += [f"{page}: {target}" for target in targets if not (page.parent / target).exists()]
     assert offenders == []
+
+
+def test_ci_runs_the_set_up_commands_of_the_readme():
+    """The first as it stands, and the second last, so that the closing line of pytest ends the output."""
+    readme = (ROOT / "README.md").read_text()
+    first, second, *_ = [code.strip() for _, language, code in blocks(readme) if language == "sh"]
+    lines = (ROOT / ".ci" / "run").read_text().splitlines()
+    assert f"({first})" in lines and lines[-1] == f"({second})"

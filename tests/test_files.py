@@ -186,6 +186,7 @@ def forked(work):
         os.waitpid(child, 0)
 
 
+@pytest.mark.full
 def test_kills_leave_the_old_file_or_the_new_one(tmp_path):
     """A child writes 1, 2, 3, ... until it is killed; 40 of them, at random moments."""
     path, rand = tmp_path / "file", random.Random(0)

@@ -207,6 +207,7 @@ def large():
     return guide, density, rows
 
 
+@pytest.mark.full
 def test_memory_is_bounded(large):
     """Draws are judged, and trained by, a few at a time: the same numbers as all at once."""
     guide, density, rows = large
@@ -214,7 +215,7 @@ def test_memory_is_bounded(large):
     z, log_p, log_q = weigh(guide.flow, density, 400)
     assert len(log_p) == len(log_q) == 400 and sum(rows) == 400 and max(rows) < most / 2
     torch.testing.assert_close(torch.cat([density(part) for part in z[::50].split(2)]), log_p[::50])
-    training = GuideTraining(guide.flow, density, Budget(1, None, 0.0), particles=128)
+    training = GuideTraining(guide.flow, density, Budget(1, None, 0.0), num_particles=128)
     rows.clear()
     log_p, pull = training._pull(z[:128])
     assert sum(rows) == 128 and max(rows) < most / 2
@@ -266,7 +267,7 @@ def modes(y):
 
 def started(model, seed=0, **options):
     runs[0], stop_at[0] = 0, math.inf
-    return AutoFlow(model, SMALL, seed=seed, num_starts=1, particles=16, **options)
+    return AutoFlow(model, SMALL, seed=seed, num_starts=1, num_particles=16, **options)
 
 
 def same(one, other):
@@ -276,7 +277,14 @@ def same(one, other):
     assert str(one.verdict) == str(other.verdict) and one.failures == other.failures
 
 
-@pytest.mark.parametrize(("model", "options"), [(hierarchy, {}), (modes, {}), (hierarchy, {"tempering": 0.2})])
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        pytest.param(hierarchy, {}, marks=pytest.mark.full),
+        pytest.param(modes, {}, marks=pytest.mark.full),
+        (hierarchy, {"tempering": 0.2}),
+    ],
+)
 def test_interrupted_fits_go_on(model, options, tmp_path):
     """As if nothing had happened: random numbers, moments, best states, phases and the verdict."""
     steps = 60
@@ -317,7 +325,7 @@ def test_interrupted_without_a_checkpoint():
     with pytest.raises(KeyboardInterrupt) as caught:
         stop_at[0] = 1
         fit(guide, Y, steps=100)
-    assert caught.value.fit is None and guide.latents is None
+    assert caught.value.fit is None and not guide.is_built
     guide = started(hierarchy, start="prior")
     fit(guide, Y, steps=1)
     before = runs[0]
@@ -350,7 +358,7 @@ def test_other_checkpoints_are_refused(tmp_path):
         (lambda: fit(started(hierarchy, seed=1), Y, steps=5, checkpoint=path), "another settings: seed"),
         (lambda: fit(started(modes), Y, steps=5, checkpoint=path), "another latents: x is absent there"),
         (
-            lambda: fit(AutoFlow(hierarchy, seed=0, num_starts=1, particles=16), Y, steps=5, checkpoint=path),
+            lambda: fit(AutoFlow(hierarchy, seed=0, num_starts=1, num_particles=16), Y, steps=5, checkpoint=path),
             "another architecture",
         ),
     ):

@@ -202,8 +202,8 @@ TYPE_ERRORS = {
     "mapping": (lambda: fit(flow(), DataLoader([{"x": 1.0}] * 50)), r"yield x, .*, got a dict"),
     "distribution": (lambda: fit(flow()(), normal(50, 2)), "got FlowDistribution; .*the module that made it"),
     "transform": (lambda: fit(ExpTransform(), normal(50, 2)), r"got ExpTransform; put .* in a Chain"),
-    "module": (lambda: fit(nn.Linear(2, 2), normal(50, 2)), r"got Linear; .*wants a method log_prob"),
-    "optimizer": (lambda: fit(flow(), normal(50, 2), optimizer="adam"), "torch optimiser, .* got str"),
+    "module": (lambda: fit(nn.Linear(2, 2), normal(50, 2)), r"got Linear; .*needs a method log_prob"),
+    "optimizer": (lambda: fit(flow(), normal(50, 2), optimizer="adam"), "torch optimizer, .* got str"),
     "optimizer-factory": (lambda: fit(flow(), normal(50, 2), optimizer=lambda p: None), "got NoneType"),
 }
 
@@ -257,8 +257,8 @@ def test_close_to_dependent_is_accepted():
 def test_constant_contexts_are_harmless():
     context = torch.cat([torch.ones(100, 1), torch.randn(100, 1)], 1)
     found = fit(flow(2, 2), torch.randn(100, 2), context=context)
-    assert found.model.context_scale[0] == 1
-    assert found.model(torch.tensor([1.0, 0.0])).sample().isfinite().all()
+    assert found.distribution.context_scale[0] == 1
+    assert found.distribution(torch.tensor([1.0, 0.0])).sample().isfinite().all()
 
 
 # Spikes
@@ -277,7 +277,7 @@ def half_zero(rows=400):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (grid(), r"column 1 is discrete: .*\(dequantise; the smallest steps are 0.5\)"),
+        (grid(), r"column 1 is discrete: .*\(dequantize; the smallest steps are 0.5\)"),
         (half_zero(), r"many rows share.*: 0 in \d+ of 360 rows of column 0; .*two-part"),
         (DataLoader(grid(), batch_size=50), "column 1 is discrete"),
         (torch.randint(0, 5, (400, 2)), "columns 0, 1 are discrete: .*1, 1"),
@@ -296,7 +296,7 @@ def test_no_warning_without_need():
         fit(flow(), torch.randn(400, 2).mul(100).round())  # a fine grid
         fit(flow(), grid(90))  # too few rows to tell
         fit(Free(), torch.randint(0, 2, (400, 2)))  # no flow
-        fit(flow(), grid() + torch.rand(400, 2) / 2)  # dequantised
+        fit(flow(), grid() + torch.rand(400, 2) / 2)  # dequantized
     assert not caught
 
 

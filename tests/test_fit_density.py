@@ -12,6 +12,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from cases import full_but
 from torch import nn
 from torch.distributions import AffineTransform, ExpTransform, biject_to, constraints
 from torch.utils.data import DataLoader, TensorDataset
@@ -73,7 +74,7 @@ def test_gaussian_is_recovered():
     got = found.distribution.log_prob(test)
     assert -0.02 < (exact - got).mean() < 0.03
     assert isinstance(found, DensityFit) and found.flow is flow
-    assert isinstance(found.distribution, pf.distributions.FlowDistribution)
+    assert isinstance(found.distribution(), pf.distributions.FlowDistribution)
     draws = found.distribution.sample((4000,))
     torch.testing.assert_close(draws.mean(0), GAUSSIAN.mean, atol=1.5, rtol=0)
     torch.testing.assert_close(draws.std(0), GAUSSIAN.stddev, atol=0, rtol=0.08)
@@ -84,13 +85,13 @@ def test_conditional_density_in_its_own_units():
     data = torch.cat([0.1 * context, -0.2 * context], -1) + torch.randn(3000, 2) * torch.tensor([2.0, 3.0])
     flow = pf.Flow(pf.maf(2, context_dim=1, **SMALL))
     found = fit(flow, data[:2500], context=context[:2500], max_epochs=20, lr=1e-2)
-    assert isinstance(found.model, StandardizedFlow)
+    assert isinstance(found.distribution, StandardizedFlow)
     exact = dist.Normal(torch.cat([0.1 * context, -0.2 * context], -1), torch.tensor([2.0, 3.0])).to_event(1)
     gap = (exact.log_prob(data) - found.distribution(context).log_prob(data))[2500:].mean()
     assert -0.05 < gap < 0.08
     for made in (found.distribution.condition(context[:5]), found.distribution(context[:5])):
         assert made.batch_shape == (5,) and made.sample((4,)).shape == (4, 5, 2)
-    torch.testing.assert_close(found.log_prob(data, context), found.model.log_prob(data, context).detach())
+    torch.testing.assert_close(found.log_prob(data, context), found.distribution.log_prob(data, context).detach())
 
 
 @pytest.mark.parametrize("standardize", [None, False])
@@ -98,26 +99,26 @@ def test_constrained_data_have_the_right_support_and_mass(standardize):
     data = torch.randn(1500, 1).mul(0.6).add(1.0).exp()
     chain = pf.Chain([*pf.maf(1, **SMALL), ExpTransform()])
     found = fit(chain, data, max_epochs=10, lr=1e-2, standardize=standardize)
-    assert found.distribution.support.base_constraint is constraints.positive
+    assert found.distribution().support.base_constraint is constraints.positive
     grid = torch.linspace(1e-4, 60.0, 200_001, dtype=torch.float64)
-    density = found.model.double().log_prob(grid.unsqueeze(-1)).exp().detach()
+    density = found.distribution.double().log_prob(grid.unsqueeze(-1)).exp().detach()
     assert abs(torch.trapezoid(density, grid) - 1) < 1e-3
     exact = dist.LogNormal(1.0, 0.6).log_prob(grid[1:]).exp()
     assert torch.trapezoid((density[1:] - exact).abs(), grid[1:]) < 0.15
     assert (found.distribution.sample((100,)) > 0).all()
     if standardize is None:
-        kinds = [type(part).__name__ for part in found.model.chain]
+        kinds = [type(part).__name__ for part in found.distribution.chain]
         assert kinds == ["Autoregressive", "Standardization", "Wrap"]
-        torch.testing.assert_close(found.model.chain[1].loc.item(), 1.0, atol=0.1, rtol=0)
+        torch.testing.assert_close(found.distribution.chain[1].loc.item(), 1.0, atol=0.1, rtol=0)
     else:
-        assert found.model is found.flow
+        assert found.distribution is found.flow
 
 
 def test_simplex():
     data = dist.Dirichlet(torch.tensor([2.0, 3.0, 4.0])).sample((1500,))
     chain = pf.Chain([pf.Chain([*pf.maf(2, **SMALL)]), biject_to(constraints.simplex)])
     found = fit(chain, data, max_epochs=15, lr=1e-2)
-    assert found.distribution.support is constraints.simplex
+    assert found.distribution().support is constraints.simplex
     test = dist.Dirichlet(torch.tensor([2.0, 3.0, 4.0])).sample((2000,))
     gap = (dist.Dirichlet(torch.tensor([2.0, 3.0, 4.0])).log_prob(test) - found.distribution.log_prob(test)).mean()
     # The transform's volume is that of the first two coordinates, as Dirichlet's density is.
@@ -128,7 +129,7 @@ def test_data_end_in_units_of_its_own_is_pulled_back():
     data = cloud(400)
     own = AffineTransform(data.mean(0), data.std(0), event_dim=1)
     found = fit(pf.Chain([*pf.maf(2, **SMALL), own]), data)
-    standardization = found.model.chain[1]
+    standardization = found.distribution.chain[1]
     assert isinstance(standardization, pf.Standardization)
     torch.testing.assert_close(standardization.loc, torch.zeros(2), atol=0.2, rtol=0)
     torch.testing.assert_close(standardization.scale, torch.ones(2), atol=0.2, rtol=0)
@@ -165,22 +166,22 @@ def test_mixed_angles_are_left_alone():
     chain = [Turn([False, False, True])]
     data = 10 + 5 * torch.randn(300, 3)
     found = fit(pf.Chain([*chain, pf.Permutation(3, [2, 0, 1])]), data)
-    standardization = found.model.chain[1]
+    standardization = found.distribution.chain[1]
     # Behind the permutation the third dimension is the data's first one.
     want = data.mean(0)[[1, 2, 0]]
     assert standardization.loc[2] == 0 and standardization.scale[2] == 1
     torch.testing.assert_close(standardization.loc[:2], want[:2], atol=1.0, rtol=0)
     found = fit(chain[0], data)
-    assert found.model.chain[1].loc[2] == 0 and (found.model.chain[1].loc[:2] > 5).all()
+    assert found.distribution.chain[1].loc[2] == 0 and (found.distribution.chain[1].loc[:2] > 5).all()
     last = pf.Coupling(3, mask=[True, False, False], periodic=[True, False, False])
     found = fit(pf.Chain([*chain, pf.Permutation(3, [2, 0, 1]), last]), data)
-    assert found.model.chain[3].loc[0] == 0 and (found.model.chain[3].loc[1:] > 5).all()
+    assert found.distribution.chain[3].loc[0] == 0 and (found.distribution.chain[3].loc[1:] > 5).all()
     # So they are where the part that takes them for angles says that its values are bounded.
     found = fit(Turn([False, False, True], constraints.interval(-100.0, 100.0)), data)
-    assert found.model.chain[1].loc[2] == 0 and (found.model.chain[1].loc[:2] > 5).all()
+    assert found.distribution.chain[1].loc[2] == 0 and (found.distribution.chain[1].loc[:2] > 5).all()
     chain = Turn([True] * 3)
     found = fit(chain, data)
-    assert found.model is found.flow
+    assert found.distribution is found.flow
     with pytest.raises(ValueError, match="standardize=True, but"):
         fit(chain, data, standardize=True)
 
@@ -190,19 +191,19 @@ def test_flows_on_a_circle_and_bounded_bases_are_not_standardised():
     data = dist.VonMises(torch.tensor([0.5, -0.5]), torch.ones(2)).sample((400,))
     flow = pf.Flow(Turn([False, False], constraints.interval(-4, 4)), base)
     found = fit(flow, data, max_epochs=10, lr=0.05)
-    assert found.model is flow
+    assert found.distribution is flow
     torch.testing.assert_close(flow.chain.shift, torch.tensor([0.5, -0.5]), atol=0.25, rtol=0)
     with pytest.raises(ValueError, match="standardize=True, but"):
         fit(flow, data, standardize=True)
     bounded = pf.Flow(pf.maf(2, **SMALL), dist.Uniform(-torch.ones(2), torch.ones(2)).to_event(1))
-    assert fit(bounded, data.clamp(-3, 3) / 4).model is bounded
+    assert fit(bounded, data.clamp(-3, 3) / 4).distribution is bounded
 
 
 def test_module_with_log_prob():
     data = torch.tensor([[0, 0], [0, 1], [1, 1], [1, 1], [1, 0]]).repeat(100, 1)
     module = Bernoulli()
     found = fit(module, data, max_epochs=30, lr=0.1, validation_fraction=0)
-    assert found.flow is found.model is found.distribution is module
+    assert found.flow is found.distribution is module
     assert set(module.seen) == {torch.int64}
     want = [0.2, 0.2, 0.2, 0.4]
     got = found.log_prob([[0, 0], [0, 1], [1, 0], [1, 1]]).exp()
@@ -214,15 +215,15 @@ def test_module_standardised_if_asked():
     context = 100 + 10 * torch.randn(500, 1)
     data = 5 * context + torch.randn(500, 1)
     module = Linear()
-    assert fit(module, data, context=context).model is module
+    assert fit(module, data, context=context).distribution is module
     found = fit(module, data, context=context, standardize=True, max_epochs=3)
-    assert found.model.module is module
+    assert found.distribution.module is module
     inner = (
-        (data - found.model.loc) / found.model.scale,
-        (context - found.model.context_loc) / found.model.context_scale,
+        (data - found.distribution.loc) / found.distribution.scale,
+        (context - found.distribution.context_loc) / found.distribution.context_scale,
     )
-    want = module.log_prob(*inner) - found.model.scale.log().sum()
-    torch.testing.assert_close(found.model.log_prob(data, context), want)
+    want = module.log_prob(*inner) - found.distribution.scale.log().sum()
+    torch.testing.assert_close(found.distribution.log_prob(data, context), want)
     torch.testing.assert_close(found.validation, found.history["validation"][found.best_epoch - 1])
 
 
@@ -237,7 +238,7 @@ def test_scores_are_those_of_the_data():
     torch.testing.assert_close(found.log_prob(held_out), scores.detach())
     assert max(found.history["validation"]) == found.validation
     assert found.history["validation"][found.best_epoch - 1] == found.validation
-    standardization = found.model.chain[-1]
+    standardization = found.distribution.chain[-1]
     z = (held_out - standardization.loc) / standardization.scale
     torch.testing.assert_close(found.flow.log_prob(z) - standardization.scale.log().sum(), scores)
     torch.testing.assert_close(standardization.loc, data.mean(0))
@@ -273,7 +274,7 @@ def test_early_stopping_restores_the_best_state(average):
     found = fit(flow, data, held_out, schedule="constant", **options)
     assert found.stopped == "patience"
     assert found.best_epoch < found.history["epoch"][-1]
-    assert abs(found.model.log_prob(held_out).mean().item() - max(found.history["validation"])) < 1e-4
+    assert abs(found.distribution.log_prob(held_out).mean().item() - max(found.history["validation"])) < 1e-4
     assert found.history["validation"][-1] < found.validation
 
 
@@ -384,6 +385,7 @@ def test_schedules_in_the_loop():
     assert rates == sorted(rates, reverse=True) and rates[-1] < 0.3 * 0.31 and found.stopped == "patience"
 
 
+@pytest.mark.full
 def test_average_smooths():
     torch.manual_seed(0)
     data = cloud(400)
@@ -409,8 +411,8 @@ def test_flow_is_trained_in_place():
     assert all(p is before[name] for name, p in flow.named_parameters())
     assert any(not torch.equal(p, values[name]) for name, p in flow.named_parameters())
     assert all(p.grad is None for p in flow.parameters())
-    assert {id(p) for p in found.model.parameters()} == {id(p) for p in flow.parameters()}
-    assert not any(module.training for model in (flow, found.model) for module in model.modules())
+    assert {id(p) for p in found.distribution.parameters()} == {id(p) for p in flow.parameters()}
+    assert not any(module.training for model in (flow, found.distribution) for module in model.modules())
     # A distribution at hand follows whatever is done to the flow.
     made, value = found.distribution, cloud(5)
     score = made.log_prob(value)
@@ -453,22 +455,22 @@ def test_own_optimizer(optimizer):
 def test_fit_is_continued_from_its_model():
     data = cloud(600)
     first = fit(pf.maf(2, **SMALL), data, max_epochs=5)
-    second = fit(first.model, data, max_epochs=5, lr=1e-4)
+    second = fit(first.distribution, data, max_epochs=5, lr=1e-4)
     assert abs(second.history["train"][0] - first.history["train"][-1]) < 0.1
     context = torch.randn(600, 1) * 5 + 30
     first = fit(pf.maf(2, context_dim=1, **SMALL), data, context=context, max_epochs=5)
-    second = fit(first.model, data, context=context, max_epochs=5, lr=1e-4)
+    second = fit(first.distribution, data, context=context, max_epochs=5, lr=1e-4)
     assert abs(second.history["train"][0] - first.history["train"][-1]) < 0.1
     # Contexts keep the scale that the flow has learnt with, whatever comes later.
-    third = fit(first.model, data, context=10 + 2 * context)
-    assert torch.equal(third.model.context_loc, first.model.context_loc)
+    third = fit(first.distribution, data, context=10 + 2 * context)
+    assert torch.equal(third.distribution.context_loc, first.distribution.context_loc)
 
 
 @pytest.mark.parametrize("context_dim", [0, 1])
 def test_model_is_saved_and_loaded(context_dim, tmp_path):
     data, context = cloud(300), torch.randn(300, 1) * 5 + 30 if context_dim else None
     found = fit(pf.maf(2, context_dim=context_dim, **SMALL), data, context=context)
-    torch.save(found.model.state_dict(), tmp_path / "model.pt")
+    torch.save(found.distribution.state_dict(), tmp_path / "model.pt")
     loaded = standardized(pf.Flow(pf.maf(2, context_dim=context_dim, **SMALL)))
     loaded.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
     want = found.log_prob(data, context)
@@ -492,9 +494,9 @@ def test_dtypes(dtype, other, default_dtype):
         found = fit(flow, each, context=context, max_epochs=1)
         made = found.distribution(context[:3].to(dtype))
         assert made.sample().dtype == dtype and found.log_prob(each, context).dtype == dtype
-        assert {p.dtype for p in (*found.model.parameters(), *found.model.buffers()) if p.is_floating_point()} == {
-            dtype
-        }
+        assert {
+            p.dtype for p in (*found.distribution.parameters(), *found.distribution.buffers()) if p.is_floating_point()
+        } == {dtype}
 
 
 def test_far_from_zero_in_float64():
@@ -521,7 +523,7 @@ def test_images():
     assert found.distribution.event_shape == (2, 3) and found.log_prob(data).shape == (200,)
 
 
-@pytest.mark.parametrize("with_context", [False, True])
+@pytest.mark.parametrize("with_context", full_but([False, True], True))
 def test_loader_equals_tensor(with_context):
     data = cloud(512).double()
     context = torch.randn(512, 1).double() * 3 if with_context else None

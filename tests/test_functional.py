@@ -45,7 +45,7 @@ def coupling(univariate: pf.univariate.Univariate) -> pf.FlowTransform:
 
 
 def conv_coupling(univariate: pf.univariate.Univariate) -> pf.FlowTransform:
-    options = {"channels": 3, "num_blocks": 1, "activation": "elu", "context_dim": CONTEXT_DIM}
+    options = {"hidden_channels": 3, "num_blocks": 1, "activation": "elu", "context_dim": CONTEXT_DIM}
     return pf.ConvCoupling((2, 2, 2), univariate, **options)
 
 
@@ -335,7 +335,7 @@ TRANSFORMS = [
     compiled_transforms,
 ]
 
-# Without a mark: what sweeps with the kinds of gradient that a univariate can have; full: two transforms everywhere.
+# Without a mark: what sweeps with the kinds of gradient that a univariate can have; full: two compiled, two everywhere.
 SWEEPS = [f"autoregressive density, {name}" for name in ("affine", "spline", "own")]
 EVERYWHERE = [gradients_of_an_ensemble, hessians]
 COMPILED = [(SWEEPS[1], compiled), (SWEEPS[0], compiled_transforms)]
@@ -344,7 +344,7 @@ COMPILED = [(SWEEPS[1], compiled), (SWEEPS[0], compiled_transforms)]
 def marks(layer: str, direction: str, transform: Callable[..., None]) -> list[object]:
     swept = layer in SWEEPS and direction == "forward_and_ladj"
     if transform in (compiled, compiled_parts, compiled_transforms):  # seconds each
-        return [] if swept and (layer, transform) in COMPILED else [pytest.mark.slow]
+        return [pytest.mark.full if swept and (layer, transform) in COMPILED else pytest.mark.slow]
     if swept:
         return []
     return [pytest.mark.full if transform in EVERYWHERE else pytest.mark.slow]

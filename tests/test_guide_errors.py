@@ -399,7 +399,7 @@ def test_predictions_for_other_groups():
         ({"start": "laplace"}, r"start to be one of \('pathfinder', 'prior'\), got 'laplace'"),
         ({"tempering": 0.0}, r"tempering to be in \(0, 1\], got 0.0"),
         ({"tempering": 1.5}, r"tempering to be in \(0, 1\], got 1.5"),
-        ({"particles": 0}, "particles to be at least 1, got 0"),
+        ({"num_particles": 0}, "num_particles to be an integer >= 1, got 0"),
     ],
 )
 def test_options(options, match):
@@ -501,7 +501,7 @@ def test_arguments_of_the_model_that_collide(name):
     assert len(fit(Quick(bound), Y, steps=1).history) == 1
 
 
-@pytest.mark.parametrize("name", ["particles", "seed", "builder", "tempering", "dtype", "start"])
+@pytest.mark.parametrize("name", ["num_particles", "seed", "builder", "tempering", "dtype", "start"])
 def test_options_of_the_guide_given_to_fit_guide(name):
     with pytest.raises(TypeError, match=rf"'{name}' is no argument of the model.*AutoFlow\(model, {name}="):
         fit(plain, Y, steps=1, **{name: 3})
@@ -528,7 +528,7 @@ def fitted():
 @pytest.mark.parametrize("n", [-1, 2.0, True, None])
 def test_numbers_of_draws(fitted, n):
     for call in (fitted.sample, fitted.predictive, partial(fitted.sample, resampled=True)):
-        with pytest.raises(ValueError, match="expected a number of draws, an integer >= 0"):
+        with pytest.raises(ValueError, match="expected num_samples to be an integer >= 0"):
             call(n)
 
 

@@ -12,7 +12,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from cases import CASES, Sinh, shake
+from cases import CASES, Sinh, full_but, shake
 from pyro.distributions import constraints as pyro_constraints
 from torch.distributions import biject_to, constraints, transforms
 
@@ -123,7 +123,7 @@ BUILDERS = {
 }
 
 
-@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("name", full_but(BUILDERS, "default", "maf", "nsf-autoregressive", "chain"))
 def test_builders_come_back(name, tmp_path):
     dtype = [torch.float32, torch.float64][list(BUILDERS).index(name) % 2]
     found = fitted(BUILDERS[name], dtype=dtype)
@@ -290,7 +290,7 @@ class Field(torch.nn.Module):
         return torch.tanh(self.net(x))
 
 
-@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("name", full_but(OWN, "own-in-a-chain", "function"))
 def test_builders_of_ones_own_are_given_again(name, tmp_path):
     builder, word = OWN[name]
     found = fitted(builder)
@@ -357,6 +357,7 @@ def entries(content, *where):
             yield from entries(value, *where, key)
 
 
+@pytest.mark.full
 def test_missing_and_other_parts_are_refused(fit, tmp_path):
     path, options = tmp_path / "guide.pt", {"kind": result.KIND, "version": result.VERSION}
     fit.save(path)

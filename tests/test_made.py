@@ -250,7 +250,7 @@ def test_normal_draws_have_gradients():
     made().rsample((5,)).square().sum().backward()
     numeric = (total(1e-5) - total(-1e-5)) / 2e-5
     torch.testing.assert_close(made.net.bias_0.grad[0], numeric.detach(), rtol=1e-6, atol=1e-8)
-    with pytest.raises(NotImplementedError, match="no reparameterised draws"):
+    with pytest.raises(NotImplementedError, match="no reparameterized draws"):
         make("one layer")().rsample()
 
 
@@ -455,7 +455,7 @@ def test_base_of_a_flow():
         ({"connectivity": "dense"}, "connectivity"),
         ({"dropout": 1.0}, "dropout"),
         ({"num_masks": 3}, "one member only"),
-        ({"num_masks": 0, "order": "any"}, "at least 1"),
+        ({"num_masks": 0, "order": "any"}, "num_masks to be an integer >= 1"),
         ({"ensemble_size": 3}, "one member only"),
         ({"ensemble_size": 5, "order": "any", "num_masks": 4}, "there are 4 members"),
         ({"head": "poisson"}, "head"),
@@ -515,4 +515,4 @@ def test_ensembles_of_stacked_weights(order):
     expected = torch.autograd.grad(members[1](x), list(members[1].parameters()))
     for (name, _), each in zip(members[1].named_parameters(), expected, strict=True):
         torch.testing.assert_close(found[name][1], each)
-    assert shared(x).isfinite() and shared.model.sample((2,)).shape == (2, 4)
+    assert shared(x).isfinite() and shared.distribution.sample((2,)).shape == (2, 4)

@@ -132,6 +132,7 @@ def test_one_particle_after_another_gives_the_same_gradient():
     agree(gradients(guide, program(guide), TraceGraph_ELBO(num_particles=2), 120), exact_gradient(guide))
 
 
+@pytest.mark.full
 def test_a_learnt_baseline_reduces_the_variance_and_not_the_mean():
     guide, baseline = Guide(), Baseline()
     run = program(guide, nn_baseline=baseline, nn_baseline_input=SEEN)
@@ -168,6 +169,7 @@ def test_svi_lowers_the_exact_divergence(relaxed):
     assert guide.kl(SEEN).sum().item() < 0.25 * before
 
 
+@pytest.mark.full
 def test_a_context_that_depends_on_a_discrete_draw_keeps_its_gradient():
     first = nn.Parameter(torch.tensor(1.5, dtype=torch.float64))
     made = shaken(pf.MADE(2, hidden_dims=(8,), context_dim=1, activation="silu").double())
@@ -222,6 +224,7 @@ def test_prior_scores_with_observations():
     torch.testing.assert_close(trace.log_prob_sum(), want)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("form", [Trace_ELBO, TraceGraph_ELBO])
 def test_prior_and_guide_learn_together(form):
     prior, guide = shaken(pf.MADE(CAUSES, hidden_dims=(5,)).double()), Guide()

@@ -569,7 +569,7 @@ def test_a_flow_is_freed_after_use():
 
 
 @pytest.mark.parametrize("direction", ["forward_and_ladj", "inverse_and_ladj"])
-@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("name", full_but(BUILDERS, "realnvp", "iaf.inv"))
 def test_a_graph_outlives_its_flow(name, direction):
     def made():
         x = points(5).requires_grad_()

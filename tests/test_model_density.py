@@ -215,6 +215,7 @@ def test_padded_series(where):
     assert torch.allclose(log_p, expected)
 
 
+@pytest.mark.full
 def test_a_chain_under_a_mask():
     """The state after the end hangs on the state before it; nothing that counts hangs on it."""
 
@@ -323,7 +324,7 @@ def test_what_a_reparametrization_makes_is_computed():
     found = fit(AutoFlow(poutine.reparam(model, {"theta": LocScaleReparam(0.0)}), seed=0), Y, steps=20)
     exact = dist.MultivariateNormal(torch.zeros(6), 5 * torch.eye(6) + 1.0).log_prob(Y)
     assert abs(found.log_evidence - exact) < 0.01
-    draws, data = found.predictive(5), found.to_arviz(draws=100)
+    draws, data = found.predictive(5), found.to_arviz(num_samples=100)
     assert draws["theta"].shape == (5, 6) and (draws["theta"] != draws["y"]).all()
     posterior = {name: torch.as_tensor(data.posterior[name].values)[0] for name in ("mu", "theta", "theta_decentered")}
     assert torch.allclose(posterior["theta"], posterior["mu"][:, None] + 2 * posterior["theta_decentered"])
@@ -368,7 +369,7 @@ def test_what_is_fixed_stays_fixed_where_pyro_sees_no_dependence():
         found = fit(guide(model), x, 2 * x, way, steps=60)
         drawn = found.predictive(100)
         assert (drawn["x"] == x).all() and (drawn["y"] != 2 * x).any()
-        assert list(found.to_arviz(draws=50).log_likelihood) == ["y"]
+        assert list(found.to_arviz(num_samples=50).log_likelihood) == ["y"]
 
 
 # Discrete latents

@@ -241,6 +241,7 @@ def test_where_plain_newton_goes_in_circles(target):
     assert report.sweeps < 60
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("factor", [2.0, 3.0])
 @pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
 def test_weights_where_plain_newton_fails(factor, dtype):
@@ -640,6 +641,7 @@ def grads_of(net, z, rowwise, shared):
     return function, inputs
 
 
+@pytest.mark.full
 def test_gradcheck():
     net = Net(4, groups=2)
     function, inputs = grads_of(net, draw(net, 2), context(net, 2), net.parameters(1.5))

@@ -159,7 +159,8 @@ def test_expected_gradients_are_those_of_the_bound(name, vectorized):
         torch.testing.assert_close(found[parameter], -gradient, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("alpha", full_but([0.0, 0.5], 0.5))
+@pytest.mark.full
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
 def test_a_path_gradient_in_renyi_weights_is_biased(alpha, monkeypatch):
     """Freezing the guide inside RenyiELBO: exact for the model's parameter, far off for the guide's."""
     _, exact = integrated(alpha, 2, 60)
@@ -620,7 +621,8 @@ def fit(objective, model, guide, lr=0.05, steps=1000):
     return svi
 
 
-@pytest.mark.parametrize("name", full_but(["path", "dreg", "alpha 0.5", "alpha 2"], "path"))
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["path", "dreg", "alpha 0.5", "alpha 2"])
 def test_svi_reaches_the_posterior(name):
     guide = AutoMultivariateNormal(regression)
     fit(PATHWISE[name](num_particles=4, vectorize_particles=True), regression, guide)
@@ -863,7 +865,7 @@ def test_models_that_do_not_broadcast_are_named():
 
 
 def test_arguments_are_checked():
-    with pytest.raises(ValueError, match="PathELBO: expected num_particles to be a positive int, got 0"):
+    with pytest.raises(ValueError, match="PathELBO: expected num_particles to be an integer >= 1, got 0"):
         PathELBO(0)
     with pytest.raises(ValueError, match="expected a finite alpha, got inf"):
         AlphaDivergence(math.inf)
@@ -1046,7 +1048,7 @@ def test_forward_kl_says_what_does_not_fit():
         ForwardKL(draws | {"scale": draws["scale"] * math.nan})
     with pytest.raises(ValueError, match="draws of at least one site"):
         ForwardKL({})
-    with pytest.raises(ValueError, match="expected batch_size to be a positive int"):
+    with pytest.raises(ValueError, match="expected batch_size to be an integer >= 1"):
         ForwardKL(draws, 0)
     with pytest.raises(ValueError, match="no density at 'scale', where it is a Delta"):
         ForwardKL(draws).loss(positive_and_shares, AutoDelta(positive_and_shares))

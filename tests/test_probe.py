@@ -242,7 +242,7 @@ def test_reproducible_and_counted():
 
 def test_time_limit():
     target = pair((0.7, 0.3))
-    found = probe(target, target.parts[0], max_seconds=0.0)
+    found = probe(target, target.parts[0], seconds=0.0)
     assert found.missing_share == 0 and len(found.share) == 0 and not found.complete
 
 

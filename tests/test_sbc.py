@@ -136,6 +136,7 @@ def test_each_fit_gets_its_data_seed_and_a_clean_store():
     assert dict(pyro.get_param_store().items()).keys() == {"kept"} and pyro.param("kept").item() == 3.0
 
 
+@pytest.mark.full
 def test_stock_inference_of_pyro():
     def fit(data, seed):
         guide = AutoNormal(model)

@@ -80,7 +80,7 @@ def test_climb_reaches_the_top_of_a_gaussian(dim, memory):
     density, mean, factor, _ = gaussian(dim, 1e4)
     density, calls = counted(density)
     starts = 3 * torch.randn(5, dim, generator=generator(), dtype=torch.float64)
-    paths = climb(density, starts, memory=memory, max_steps=500)
+    paths = climb(density, starts, memory=memory, steps=500)
     ends, values, _ = paths.ends()
     assert paths.converged.all()
     assert paths.evaluations == sum(calls)
@@ -153,7 +153,7 @@ def test_climb_works_around_refused_points(refusal):
 
 
 def test_climb_stops_where_there_is_no_top():
-    paths = climb(lambda z: z.sum(-1), torch.zeros(2, 3, dtype=torch.float64), memory=None, max_steps=20)
+    paths = climb(lambda z: z.sum(-1), torch.zeros(2, 3, dtype=torch.float64), memory=None, steps=20)
     assert not paths.converged.any()
     assert max(map(len, paths.values)) <= 21
     with pytest.raises(ValueError, match=r"starts of shape \(S, D\)"):
@@ -300,7 +300,7 @@ def test_refinement_beats_laplace():
     def density(z):
         return (shape * z - rate * z.exp()).sum(-1)
 
-    start = find_start(density, torch.zeros(2, dtype=torch.float64), draws=256, generator=generator())
+    start = find_start(density, torch.zeros(2, dtype=torch.float64), num_samples=256, generator=generator())
     assert start.kind.endswith("+refined")
     # E exp(z) is known for Gaussians, and so are the best mean and variance: rate E exp(z) = shape, variance 1 / shape.
     variance = 1 / shape
@@ -396,7 +396,7 @@ def test_start_of_improper_and_odd_densities_is_finite(density):
 
 def test_time_limit_gives_the_best_so_far():
     density, calls = counted(gaussian(3, 10.0)[0])
-    start = find_start(density, torch.zeros(3, dtype=torch.float64), max_seconds=0.0, generator=generator())
+    start = find_start(density, torch.zeros(3, dtype=torch.float64), seconds=0.0, generator=generator())
     assert start.kind == "initial" and calls == [256]
     torch.testing.assert_close(start.loc, torch.zeros(3, dtype=torch.float64))
 
@@ -408,13 +408,13 @@ def test_initial_point_is_checked(initial):
 
 
 def test_settings_are_checked():
-    with pytest.raises(ValueError, match="starts >= 1 and draws >= 4, got 0 and 64"):
-        find_start(lambda z: -z.square().sum(-1), torch.zeros(2), starts=0)
+    with pytest.raises(ValueError, match="num_starts to be an integer >= 1, got 0"):
+        find_start(lambda z: -z.square().sum(-1), torch.zeros(2), num_starts=0)
 
 
 def test_time_that_is_up_leaves_points_out():
     density, calls = counted(lambda z: -z.square().sum(-1))
-    safe = SafeDensity(density, torch.zeros(1, dtype=torch.float64), max_seconds=0.0, rows=2)
+    safe = SafeDensity(density, torch.zeros(1, dtype=torch.float64), seconds=0.0, rows=2)
     values = safe.gradients(torch.ones(5, 1, dtype=torch.float64))[0]
     assert calls == [2] and safe.expired
     torch.testing.assert_close(values, torch.tensor([-1.0, -1.0] + 3 * [-math.inf], dtype=torch.float64))

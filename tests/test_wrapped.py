@@ -281,7 +281,10 @@ def test_fit_density_takes_each(name):
     data = made([onto], event, torch.float).sample((64,))
     target = pf.Flow(pf.Chain([pf.Rescaling(event), onto]))
     fit = pf.fit_density(target, data, max_epochs=2, batch_size=32)
-    assert torch.isfinite(fit.model.log_prob(data)).all() and fit.model.sample((4,)).shape == (4, *data.shape[1:])
+    assert torch.isfinite(fit.distribution.log_prob(data)).all() and fit.distribution.sample((4,)).shape == (
+        4,
+        *data.shape[1:],
+    )
 
 
 def test_bounds_that_a_module_learns():

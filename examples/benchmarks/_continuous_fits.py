@@ -3,32 +3,27 @@
 Fits run one after the other in a worker, each with a budget of CPU seconds: ``fit_density`` is given the clock of the
 process in place of the wall's.  Learning rate 5e-3 along a cosine to the end of the budget, batches of 512, the state
 of the best held-out score; scores are log-likelihoods of test rows, nats per row, of the planes as they are and of the
-power plant in standardised units.
+power plant in standardized units.
 """
 
 from __future__ import annotations
 
-import json
+import functools
 import statistics
-import sys
 import time
 import warnings
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import torch
-from _timing import markdown
+from _runs import Row, complete, markdown, power_plant, spread
 from torch import Tensor
 
 import pyro_flows as pf
 from pyro_flows.infer import FlowMatching
 from pyro_flows.infer.density import loop as training
 
-EXAMPLES = Path(__file__).parent.parent
 PLANES = ("moons", "checkerboard", "spirals")
 SETS = (*PLANES, "power_plant")
 MODELS = ("cnf", "cnf, matched", "realnvp", "maf", "nsf")
@@ -40,18 +35,15 @@ OBJECTIVES = {
 
 
 def rows_of(name: str, seed: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Training, validation and test rows: so many to train on of a plane, or the power plant's, standardised."""
+    """Training, validation and test rows: ``rows`` to train on in a plane, or the power plant's, standardized."""
     torch.manual_seed(seed)
     if name in PLANES:
         from gallery import DENSITIES
 
         return tuple(DENSITIES[name](n) for n in (rows, rows // 10, rows // 2))
-    stored = np.load(EXAMPLES / "data" / "power_plant.npz")
-    x, held = torch.from_numpy(stored["x"]), torch.from_numpy(stored["test_rows"]).long()
-    rest = torch.ones(len(x), dtype=torch.bool).index_fill(0, held, False).nonzero()[:, 0]
-    rest = rest[torch.randperm(len(rest))]
-    train, validation = x[rest[861:]][:rows], x[rest[:861]][:rows]
-    return tuple((part - train.mean(0)) / train.std(0) for part in (train, validation, x[held]))
+    train, validation, test = power_plant()
+    train, validation = train[:rows], validation[:rows]
+    return tuple((part - train.mean(0)) / train.std(0) for part in (train, validation, test))
 
 
 def flow_of(name: str, model: str, dims: int) -> pf.Flow:
@@ -65,10 +57,9 @@ def flow_of(name: str, model: str, dims: int) -> pf.Flow:
     return pf.Flow(getattr(pf, model)(dims))
 
 
-def fitted(name: str, model: str, seed: int, seconds: float, rows: int) -> dict[str, object]:
+def fitted(name: str, model: str, seed: int, seconds: float, rows: int) -> Row:
     """One fit, in the worker."""
     warnings.simplefilter("ignore")
-    sys.path.append(str(EXAMPLES))
     torch.set_num_threads(1)
     torch.distributions.Distribution.set_default_validate_args(False)
     training.time = SimpleNamespace(monotonic=time.process_time)
@@ -86,7 +77,7 @@ def fitted(name: str, model: str, seed: int, seconds: float, rows: int) -> dict[
         solver.rtol = solver.atol = (1e-6, 1e-6)
     begin = time.process_time()
     with torch.no_grad():
-        scores = torch.cat([fit.model.log_prob(part) for part in test.split(2000)])
+        scores = torch.cat([fit.distribution.log_prob(part) for part in test.split(2000)])
     scoring = time.process_time() - begin
     if model.startswith("cnf"):
         evaluations = flow.chain[0].last_solve.evaluations
@@ -104,29 +95,22 @@ def fitted(name: str, model: str, seed: int, seconds: float, rows: int) -> dict[
     }
 
 
-def runs(wanted: Iterable[tuple[str, str, int, float]], rows: int, results: Path | None) -> list[dict[str, object]]:
+def runs(wanted: Iterable[tuple[str, str, int, float]], rows: int, results: Path | None) -> list[Row]:
     """Fits by ``(set, model, seed, seconds)``: those that the file has, and the others, one after the other."""
-    stored = [] if results is None or not results.exists() else map(json.loads, results.read_text().splitlines())
-    known = {(r["set"], r["model"], r["seed"], r["budget"]): r for r in stored}
-    wanted = list(wanted)
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        for each in wanted:
-            if each not in known:
-                known[each] = found = pool.submit(fitted, *each, rows).result()
-                if results is not None:
-                    with results.open("a") as file:
-                        print(json.dumps(found), file=file)
-                said = [f"seed {found['seed']}", f"{found['score']:.3f}", f"{found['seconds']:.1f} CPU s"]
-                print("  ".join([found["set"], found["model"], *said, f"{found['steps']} steps"]), flush=True)
-    return [known[each] for each in wanted]
+    return complete(
+        functools.partial(fitted, rows=rows),
+        wanted,
+        lambda r: (r["set"], r["model"], r["seed"], r["budget"]),
+        lambda r: (
+            f"{r['set']}  {r['model']}  seed {r['seed']}  {r['score']:.3f}  "
+            f"{r['seconds']:.1f} CPU s  {r['steps']} steps"
+        ),
+        results=results,
+        fresh=False,
+    )
 
 
-def spread(values: Sequence[float]) -> str:
-    """Mean and standard deviation."""
-    return f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
-
-
-def mean_of(found: Sequence[dict[str, object]], key: str) -> float:
+def mean_of(found: Sequence[Row], key: str) -> float:
     return statistics.mean(r[key] for r in found)
 
 

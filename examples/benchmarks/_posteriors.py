@@ -34,7 +34,7 @@ Data = dict[str, Any]
 class Drawable(dist.ImproperUniform):
     """A flat prior that can be asked for a draw: some point of its support.
 
-    Pyro's initialisation strategies call ``sample`` to learn a site's shape, so its autoguides and NUTS refuse a plain
+    Pyro's initialization strategies call ``sample`` to learn a site's shape, so its autoguides and NUTS refuse a plain
     ``ImproperUniform``.
     """
 
@@ -82,12 +82,12 @@ def trend(flat: Flat, x: Tensor, y: Tensor, alpha_prior: tuple[float, float], be
         pyro.sample("y", dist.Normal(alpha + beta * x, sigma), obs=y)
 
 
-def schools(flat: Flat, y: Tensor, error: Tensor, centred: bool) -> None:
+def schools(flat: Flat, y: Tensor, error: Tensor, centered: bool) -> None:
     """Eight schools: effects around a common mean, known errors."""
     mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
     tau = pyro.sample("tau", dist.HalfCauchy(5.0))
     with pyro.plate("schools", len(y)):
-        if centred:
+        if centered:
             effect = pyro.sample("theta", dist.Normal(mu, tau))
         else:
             effect = mu + tau * pyro.sample("theta_trans", dist.Normal(0.0, 1.0))
@@ -197,7 +197,7 @@ def _schools(d: Data) -> Data:
 
 
 def _effects(draws: Draws) -> Draws:
-    """With the effects that the non-centred model scales."""
+    """With the effects that the non-centered model scales."""
     return draws | {"theta": draws["mu"].unsqueeze(-1) + draws["tau"].unsqueeze(-1) * draws["theta_trans"]}
 
 
@@ -213,8 +213,8 @@ class Program:
 PROGRAMS = {
     "arK": Program(autoregression, _series),
     "blr": Program(regression, _blr),
-    "eight_schools_centered": Program(partial(schools, centred=True), _schools),
-    "eight_schools_noncentered": Program(partial(schools, centred=False), _schools, _effects),
+    "eight_schools_centered": Program(partial(schools, centered=True), _schools),
+    "eight_schools_noncentered": Program(partial(schools, centered=False), _schools, _effects),
     "gp_regr": Program(gaussian_process, lambda d: {"x": _tensor(d["x"]), "y": _tensor(d["y"])}),
     "hmm_example": Program(hidden_markov, lambda d: {"y": _tensor(d["y"])}),
     "kidscore_interaction": Program(regression, _kidscore),

@@ -33,7 +33,7 @@ class Case:
 
     Attributes:
         discrete: whether some latents are, which are summed out.
-        guide: Pyro's, that of the example where it has one.
+        guide: the example's own guide, or else one of Pyro's.
         rates: step sizes of Adam that are tried.
         truth: log evidence in nats, if it is known.
         simulated: whether the data are.

@@ -1,6 +1,6 @@
 """Fair timing: each library in a worker process of its own, all in turns, medians of per-round ratios.
 
-Times are CPU seconds of the worker with one thread, so that a neighbour on the machine counts little; argument
+Times are CPU seconds of the worker with one thread, so that a neighbor on the machine counts little; argument
 validation is off for all.
 """
 
@@ -18,8 +18,9 @@ from pathlib import Path
 
 import torch
 from _peers import LIBRARIES, Calls
+from _runs import between
 
-__all__ = ["Bench", "machine", "markdown"]
+__all__ = ["Bench", "grown", "ratio", "shown", "spent"]
 
 
 def _serve(builder: Callable[[object], Calls], seed: int, threads: int, pipe: Connection) -> None:
@@ -126,10 +127,18 @@ class Bench:
         return figures
 
 
-def ratio(figures: dict, over: tuple[str, str], under: tuple[str, str]) -> tuple[float, float, float]:
-    """Median, least and greatest of the per-round ratios."""
+def ratio(figures: dict, over: tuple[str, str], under: tuple[str, str], digits: int | None = None) -> str:
+    """Median, least and greatest of the per-round ratios; by default with one digit from 10 on, else two."""
     each = [a / b for a, b in zip(figures[over], figures[under], strict=True)]
-    return statistics.median(each), min(each), max(each)
+    return between(each, (1 if statistics.median(each) >= 10 else 2) if digits is None else digits)
+
+
+def spent(call: Callable[[], object], repeats: int = 1) -> float:
+    """CPU seconds of one call."""
+    begin = time.process_time()
+    for _ in range(repeats):
+        call()
+    return (time.process_time() - begin) / repeats
 
 
 def shown(seconds: float) -> str:
@@ -152,22 +161,3 @@ def grown(call: Callable[[], object]) -> float:
     before = _held()
     kept = call()
     return _held() - before + 0 * (kept is None)
-
-
-def machine() -> str:
-    """What the figures were measured on."""
-    import platform
-
-    model = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo") as info:
-            model = next(line.split(":", 1)[1].strip() for line in info if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    return f"{model}, torch {torch.__version__}, Python {platform.python_version()}"
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """A table."""
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])

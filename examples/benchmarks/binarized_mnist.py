@@ -1,4 +1,4 @@
-"""Binarised MNIST: MADE and its convolutional form, by held-out nats, with draws and completions as a picture.
+"""Binarized MNIST: MADE and its convolutional form, by held-out nats, with draws and completions as a picture.
 
     python examples/benchmarks/binarized_mnist.py FOLDER                     # all models, ten CPU minutes each
     python examples/benchmarks/binarized_mnist.py FOLDER --models conv-32    # one of them
@@ -16,17 +16,14 @@ also left halves given right ones.
 
 from __future__ import annotations
 
-import argparse
 import math
-import tempfile
-import time
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from _rows import save_rows
-from _timing import machine, markdown
+from _runs import command, machine, markdown, save_rows, trained
 from torch import Tensor
 
 import pyro_flows as pf
@@ -78,27 +75,11 @@ def independent(train: Tensor, test: Tensor) -> float:
     return -torch.distributions.Bernoulli(logits=logits).log_prob(test).sum(-1).mean().item()
 
 
-def fit(name: str, parts: tuple[Tensor, Tensor, Tensor], args: argparse.Namespace) -> tuple[Model, float, int]:
+def fit(name: str, parts: tuple[Tensor, Tensor, Tensor], args: Namespace) -> tuple[Model, float, int]:
     """A trained model, CPU seconds, and steps."""
     torch.manual_seed(args.seed)
     model = MODELS[name](8 if args.smoke else 1).to(args.device)
-    train, validation = (shaped(model, x).to(args.device) for x in parts[:2])
-    # A part of the validation rows is enough to stop by; the whole of it would take as long as training.
-    options = {"steps": 4} if args.smoke else {"seconds": args.seconds, "max_epochs": 10_000}
-    begin = time.process_time()
-    found = pf.fit_density(
-        model,
-        train,
-        validation=validation[:1000],
-        progress=False,
-        seed=args.seed,
-        batch_size=min(100, len(train)),
-        schedule="cosine",
-        patience=10_000,
-        lr=args.lr,
-        **options,
-    )
-    return model.eval(), time.process_time() - begin, found.history["step"][-1]
+    return trained(model, shaped(model, parts[0]), shaped(model, parts[1][:1000]), args, 4, 100)
 
 
 def report(models: dict[str, tuple[Model, float, int]], parts: tuple[Tensor, Tensor, Tensor]) -> str:
@@ -138,21 +119,18 @@ def draw(models: dict[str, tuple[Model, float, int]], test: Tensor, path: Path) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, nargs="?", help="where binarized_mnist.npz is")
-    parser.add_argument("--smoke", action="store_true", help="random images, a few steps")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--seconds", type=float, default=600, help="of training, each")
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, help="folder for the picture (default: out)")
-    args = parser.parse_args()
-    if args.folder is None and not args.smoke:
-        parser.error("give the folder of the data, or --smoke")
+    args = command(
+        __doc__,
+        "random images, a few steps",
+        folder="where binarized_mnist.npz is",
+        picture=True,
+        models={"nargs": "+", "choices": MODELS, "default": list(MODELS)},
+        seconds={"type": float, "default": 600, "help": "of training, each"},
+        lr={"type": float, "default": 0.002},
+        seed={"type": int, "default": 0},
+        device={"default": "cpu"},
+    )
     torch.set_num_threads(1)
-    out = args.out or Path(tempfile.mkdtemp() if args.smoke else "out")
-    out.mkdir(parents=True, exist_ok=True)
     parts = load(None if args.smoke else args.folder)
     print(f"{machine()}; {args.device}, float32, one thread, seed {args.seed}\n")
     models = {}
@@ -160,7 +138,7 @@ def main() -> None:
         models[name] = fit(name, parts, args)
         print(f"{name}: {models[name][1]:.0f} s", flush=True)
     print("\n" + report(models, parts) + "\n")
-    draw(models, parts[2], out / "binarized_mnist.png")
+    draw(models, parts[2], args.out / "binarized_mnist.png")
 
 
 if __name__ == "__main__":

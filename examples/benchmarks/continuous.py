@@ -1,4 +1,4 @@
-"""Continuous flows: what tolerances are worth, what gradients cost, and what is learnt, here and by others.
+"""Continuous flows: what tolerances are worth, what gradients cost, and what is learned, here and by others.
 
     python examples/benchmarks/continuous.py                                # all sections; about an hour
     python examples/benchmarks/continuous.py --sections tolerance speed
@@ -15,28 +15,26 @@ matching against maximum likelihood.  Needs the ``bench`` extra for zuko.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import functools
 import importlib.util
 import math
 import statistics
-import sys
 import time
-from collections.abc import Callable, Sequence
+from argparse import Namespace
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from _continuous_fits import EXAMPLES, SETS, matching, quality
+from _continuous_fits import SETS, matching, quality
 from _continuous_peers import LIBRARIES, Case
-from _timing import Bench, grown, machine, markdown, ratio, shown
+from _runs import command, machine, markdown
+from _timing import Bench, grown, ratio, shown
 from torch import Tensor
 
 import pyro_flows as pf
-
-sys.path.append(str(EXAMPLES))
 
 
 def toleranced(flow: pf.Flow, tolerance: float, **options: object) -> pf.Flow:
@@ -76,7 +74,7 @@ def moons(steps: int) -> tuple[pf.Flow, Tensor]:
     return flow.requires_grad_(False), gallery.moons(500)
 
 
-def flows(args: argparse.Namespace) -> list[tuple[str, pf.Flow, Tensor]]:
+def flows(args: Namespace) -> list[tuple[str, pf.Flow, Tensor]]:
     """Trained and random ones, with points, in double precision."""
     flow, x = moons(args.steps)
     found = [("two moons", copy.deepcopy(flow).double(), x.double())]
@@ -97,7 +95,7 @@ def off(values: Tensor, truth: Tensor, unit: float = 1.0) -> str:
 
 
 @torch.no_grad()
-def tolerance(args: argparse.Namespace) -> None:
+def tolerance(args: Namespace) -> None:
     head = ["", "tolerance", "evaluations", "error: rms, worst", "ladj by check_solve", "per row: evaluations", "error"]
     rows = []
     for name, flow, x in flows(args):
@@ -117,7 +115,7 @@ def tolerance(args: argparse.Namespace) -> None:
 
 
 @torch.no_grad()
-def mates(args: argparse.Namespace) -> None:
+def mates(args: Namespace) -> None:
     head = ["", "tolerance", "per row", "evaluations among 500", "alone", "difference in tolerances: rms, worst"]
     rows = []
     for name, flow, x in flows(args):
@@ -138,7 +136,7 @@ def mates(args: argparse.Namespace) -> None:
 
 
 @torch.no_grad()
-def hutchinson(args: argparse.Namespace) -> None:
+def hutchinson(args: Namespace) -> None:
     head = ["D, products", "probes", "mean - exact, standard errors: rms, worst", "sd, nats", "variance / Rademacher's"]
     rows, points, rounds = [], 20, 1 if args.smoke else 8
     repeats = rounds * args.points
@@ -187,7 +185,7 @@ def saved(flow: pf.Flow, x: Tensor) -> int:
     return sum(seen.values()) + 0 * loss.numel()
 
 
-def gradient(args: argparse.Namespace) -> None:
+def gradient(args: Namespace) -> None:
     head = ["", "tolerance", "adjoint: evaluations", "error", "time", "backprop: evaluations", "error", "time", "kept"]
     rows = []
     for name, flow, x in flows(args):
@@ -220,7 +218,7 @@ def _peak(way: str, dims: int, batch: int, steps: int) -> tuple[float, float]:
     return saved(flow, x), peak  # in this order, for freed memory is not given back
 
 
-def memory(args: argparse.Namespace) -> None:
+def memory(args: Namespace) -> None:
     rows = []
     for steps in (10,) if args.smoke else (10, 20, 40, 80):
         row = [f"{4 * steps}"]
@@ -244,7 +242,7 @@ PAIRS = {  # columns: over which of our calls
 }
 
 
-def speed(args: argparse.Namespace) -> None:
+def speed(args: Namespace) -> None:
     peers = [name for name in ("zuko", "torchdiffeq") if importlib.util.find_spec(name) is not None]
     for name in {"zuko", "torchdiffeq"} - {*peers}:
         print(f"{name} is not installed, and left out")
@@ -266,8 +264,7 @@ def speed(args: argparse.Namespace) -> None:
                     ]
                     for job, many in pairs.items():
                         for ours in many:
-                            mid, low, high = ratio(figures, job, ("pyro_flows", ours))
-                            row.append(f"{mid:.2f} ({low:.2f}-{high:.2f})")
+                            row.append(ratio(figures, job, ("pyro_flows", ours), 2))
                     rows.append(row)
                     made = [bench.value(name, f"evaluations, {call}") for name, call in counted]
                     counts.append([row[0], *(f"{there} + {back}" for there, back in made)])
@@ -276,7 +273,7 @@ def speed(args: argparse.Namespace) -> None:
     print("\n" + markdown(["evaluations", *(" ".join(job) for job in counted)], counts))
 
 
-SECTIONS: dict[str, Callable[[argparse.Namespace], None]] = {
+SECTIONS: dict[str, Callable[[Namespace], None]] = {
     "tolerance": tolerance,
     "rows": mates,
     "hutchinson": hutchinson,
@@ -288,26 +285,26 @@ SECTIONS: dict[str, Callable[[argparse.Namespace], None]] = {
 }
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="small sizes, one round")
-    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
-    parser.add_argument("--rounds", type=int, default=5, help="of timings")
-    parser.add_argument("--dims", type=int, nargs="+", default=[2, 8, 32], help="of speed")
-    parser.add_argument("--batches", type=int, nargs="+", default=[100, 1000], help="rows, of speed and memory")
-    parser.add_argument("--speed-tolerances", type=float, nargs="+", default=[1e-5])
-    parser.add_argument("--sets", nargs="+", choices=SETS, default=SETS, help="of quality and matching")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--seconds", type=float, default=10.0, help="CPU seconds of a fit, of quality")
-    parser.add_argument(
-        "--budgets",
-        type=float,
-        nargs="+",
-        default=[2.5, 10.0, 30.0],
-        help="of matching, in the first set with the first seed",
+def main() -> None:
+    args = command(
+        __doc__,
+        "small sizes, one round",
+        sections={"nargs": "+", "choices": SECTIONS, "default": list(SECTIONS)},
+        rounds={"type": int, "default": 5, "help": "of timings"},
+        dims={"type": int, "nargs": "+", "default": [2, 8, 32], "help": "of speed"},
+        batches={"type": int, "nargs": "+", "default": [100, 1000], "help": "rows, of speed and memory"},
+        speed_tolerances={"type": float, "nargs": "+", "default": [1e-05]},
+        sets={"nargs": "+", "choices": SETS, "default": SETS, "help": "of quality and matching"},
+        seeds={"type": int, "nargs": "+", "default": [0, 1, 2]},
+        seconds={"type": float, "default": 10.0, "help": "CPU seconds of a fit, of quality"},
+        budgets={
+            "type": float,
+            "nargs": "+",
+            "default": [2.5, 10.0, 30.0],
+            "help": "of matching, in the first set with the first seed",
+        },
+        results={"type": Path, "help": "JSON lines of fits, read and added to"},
     )
-    parser.add_argument("--results", type=Path, help="JSON lines of fits, read and added to")
-    args = parser.parse_args(arguments)
     args.steps, args.points, args.rows = 500, 500, 20_000
     args.tolerances = [10.0**-k for k in range(3, 10)]
     if args.smoke:

@@ -9,12 +9,12 @@ Same architecture, plain Adam, one thread.  Ratios above 1 mean that we are fast
 
 from __future__ import annotations
 
-import argparse
 import statistics
 
 import torch
 from _peers import LIBRARIES, Case
-from _timing import Bench, machine, markdown, ratio, shown
+from _runs import command, machine, markdown
+from _timing import Bench, ratio, shown
 
 GRID = [(8, 64, b) for b in (1, 100, 1000, 10000)]
 GRID += [(32, 256, b) for b in (1, 100, 1000, 10000)]
@@ -22,13 +22,14 @@ GRID += [(d, min(8 * d, 1024), b) for d in (64, 128, 512) for b in (1, 100, 1000
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="small sizes, one round")
-    parser.add_argument("--flows", action="store_true", help="five-layer flows instead of one layer")
-    parser.add_argument("--calls", nargs="+", default=["log_prob", "train"])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--peers", nargs="+", default=[n for n in LIBRARIES if n != "pyro_flows"])
-    args = parser.parse_args()
+    args = command(
+        __doc__,
+        "small sizes, one round",
+        flows={"action": "store_true", "help": "five-layer flows instead of one layer"},
+        calls={"nargs": "+", "default": ["log_prob", "train"]},
+        rounds={"type": int, "default": 7},
+        peers={"nargs": "+", "default": [n for n in LIBRARIES if n != "pyro_flows"]},
+    )
     cases = [Case(d, h, 1, b) for d, h, b in GRID]
     if args.flows:
         cases = [Case(d, h, 5, 100) for d in (6, 8, 21, 43, 63) for h in (100, 512)]
@@ -46,8 +47,7 @@ def main() -> None:
                 row = [f"{case.dim}, {case.width}, {case.layers}, {case.batch}", call]
                 row.append(shown(statistics.median(figures[jobs[0]])))
                 for job in jobs[1:]:
-                    mid, low, high = ratio(figures, job, jobs[0])
-                    row.append(f"{mid:.2f} ({low:.2f}-{high:.2f})")
+                    row.append(ratio(figures, job, jobs[0], 2))
                 rows.append(row)
                 print("  ".join(row), flush=True)
     header = ["D, H, layers, batch", "call", "ours"] + [f"{peer} / ours" for peer in args.peers]

@@ -5,7 +5,7 @@
     python examples/benchmarks/digits.py --smoke                  # seconds
 
 8 x 8 images of 17 levels (Alpaydin and Kaynak, 1998; the 1797 that scikit-learn has), split by one fixed permutation
-into 1297 to train on, 200 to stop by and 300 to test on.  Pixels are dequantised by uniform noise and put on the real
+into 1297 to train on, 200 to stop by and 300 to test on.  Pixels are dequantized by uniform noise and put on the real
 line by a logit with margin 1e-6; a score is the bound of one noise, averaged over 20 of them, in bits per pixel.  All
 models go through ``fit_density`` with the same batch, schedule and weight decay, and as many steps as take
 ``--seconds`` of CPU time, by a measurement of twenty beforehand.  Each has a learning rate of its own out of two,
@@ -17,27 +17,20 @@ alone.
 
 from __future__ import annotations
 
-import argparse
 import copy
+import functools
 import math
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
-from pathlib import Path
 
-import numpy as np
 import torch
-from _rows import save_rows
-from _timing import machine, markdown
+from _runs import command, complete, digits, machine, markdown, save_rows
 from torch import Tensor
 
 import pyro_flows as pf
 
 LEVELS, SHAPE, NOISES = 17, (1, 8, 8), 20
-DIGITS = Path(__file__).parent.parent / "data" / "digits.npz"
 MINTNET = {"num_layers": 8, "num_groups": (16, 16), "squeeze": 1, "act_norm": True}
 MODELS: dict[str, Callable[[], pf.FlowTransform]] = {
     "mintnet": lambda: pf.mintnet(SHAPE, **MINTNET),
@@ -52,18 +45,11 @@ USUAL = ["mintnet", "glow", "multiscale_realnvp", "realnvp", "maf"]
 RATES = (2e-3, 6e-3)
 
 
-def load() -> tuple[Tensor, Tensor, Tensor]:
-    """Digits to train on, to stop by, and to test on."""
-    x = np.load(DIGITS)["x"].reshape(-1, *SHAPE)
-    x = torch.from_numpy(x[np.random.default_rng(0).permutation(len(x))])
-    return x[:1297], x[1297:1497], x[1497:]
-
-
 def fit(name: str, seed: int, lr: float, seconds: float) -> tuple[pf.Dequantized, float, float]:
     """A trained model, its validation score in bits per pixel, and CPU seconds."""
     torch.manual_seed(seed)
     torch.set_num_threads(1)
-    train, held_out, _ = load()
+    train, held_out, _ = digits()
     chain = MODELS[name]()
     model = pf.Dequantized(pf.Flow(pf.Chain([chain, pf.LogitPixels(SHAPE, LEVELS, margin=1e-6)])), LEVELS, seed=seed)
     options = {
@@ -98,7 +84,7 @@ def score(model: pf.Dequantized, x: Tensor) -> tuple[float, float]:
 def run(name: str, seed: int, lr: float, seconds: float) -> dict[str, object]:
     """One line of the results."""
     model, validation, spent = fit(name, seed, lr, seconds)
-    train, _, test = load()
+    train, _, test = digits()
     loose, tight = score(model, test)
     torch.manual_seed(0)
     return {
@@ -116,36 +102,33 @@ def run(name: str, seed: int, lr: float, seconds: float) -> dict[str, object]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="two models, a second each")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=USUAL)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--seconds", type=float, default=60, help="CPU time of training, each")
-    parser.add_argument("--rates", type=float, nargs="+", default=list(RATES), help="learning rates to choose from")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    parser.add_argument("--out", type=Path, help="folder for the picture (default: out)")
-    args = parser.parse_args()
+    args = command(
+        __doc__,
+        "two models, a second each",
+        picture=True,
+        models={"nargs": "+", "choices": MODELS, "default": USUAL},
+        seeds={"type": int, "nargs": "+", "default": [0, 1, 2]},
+        seconds={"type": float, "default": 60, "help": "CPU time of training, each"},
+        rates={"type": float, "nargs": "+", "default": list(RATES), "help": "learning rates to choose from"},
+        jobs={"type": int, "default": 1, "help": "runs at a time"},
+    )
     if args.smoke:
         args.seconds, args.seeds, args.rates, args.models = 0.3, [0], [3e-3], args.models[:2]
-    out = args.out or Path(tempfile.mkdtemp() if args.smoke else "out")
-    out.mkdir(parents=True, exist_ok=True)
     print(f"{machine()}; float32, one thread, {args.seconds:g} CPU s of training each, seeds {args.seeds}\n")
-    with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
-
-        def collect(wanted: list[tuple[str, int, float]]) -> list[dict[str, object]]:
-            jobs = [pool.submit(run, *each, args.seconds) for each in wanted]
-            for job in as_completed(jobs):
-                r = job.result()
-                print(
-                    f"{r['name']:<20} seed {r['seed']}, lr {r['lr']:g}: validation {r['validation']:.3f}, "
-                    f"test {r['test']:.3f}, {r['seconds']:.0f} s",
-                    flush=True,
-                )
-            return [job.result() for job in jobs]
-
-        first = collect([(name, args.seeds[0], lr) for name in args.models for lr in args.rates])
-        best = {n: min((r for r in first if r["name"] == n), key=lambda r: r["validation"]) for n in args.models}
-        more = collect([(n, seed, best[n]["lr"]) for n in args.models for seed in args.seeds[1:]])
+    collect = functools.partial(
+        complete,
+        functools.partial(run, seconds=args.seconds),
+        key=lambda r: (r["name"], r["seed"], r["lr"]),
+        say=lambda r: (
+            f"{r['name']:<20} seed {r['seed']}, lr {r['lr']:g}: validation {r['validation']:.3f}, "
+            f"test {r['test']:.3f}, {r['seconds']:.0f} s"
+        ),
+        jobs=args.jobs,
+        fresh=not args.smoke,
+    )
+    first = collect([(name, args.seeds[0], lr) for name in args.models for lr in args.rates])
+    best = {n: min((r for r in first if r["name"] == n), key=lambda r: r["validation"]) for n in args.models}
+    more = collect([(n, seed, best[n]["lr"]) for n in args.models for seed in args.seeds[1:]])
     rows = []
     for name, found in best.items():
         runs = [found, *(r for r in more if r["name"] == name)]
@@ -172,7 +155,7 @@ def main() -> None:
     ]
     print("\n" + markdown(head, rows) + "\n")
     drawn = [(name, torch.tensor(found["draws"])) for name, found in best.items()]
-    save_rows([("test images", load()[2][:14]), *drawn], LEVELS - 1, out / "digits.png")
+    save_rows([("test images", digits()[2][:14]), *drawn], LEVELS - 1, args.out / "digits.png")
 
 
 if __name__ == "__main__":

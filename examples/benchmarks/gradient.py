@@ -1,4 +1,4 @@
-"""Gradient through the slow direction of a masked autoregressive flow, after inputs and parameters.
+"""Gradient through the slow direction of a masked autoregressive flow, with respect to inputs and parameters.
 
     python examples/benchmarks/gradient.py
     python examples/benchmarks/gradient.py --smoke
@@ -10,12 +10,12 @@ keeps for its backward pass.  Needs the ``bench`` extra.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 
 import torch
 from _peers import LIBRARIES, Case
-from _timing import Bench, machine, markdown, ratio, shown
+from _runs import command, machine, markdown
+from _timing import Bench, ratio, shown
 
 
 def saved_bytes(name: str, case: Case) -> int:
@@ -35,13 +35,14 @@ def saved_bytes(name: str, case: Case) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="small sizes, one round")
-    parser.add_argument("--dims", type=int, nargs="+", default=[8, 32, 64, 128])
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 100, 1000])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--peers", nargs="+", default=["pyro", "zuko", "nflows"])
-    args = parser.parse_args()
+    args = command(
+        __doc__,
+        "small sizes, one round",
+        dims={"type": int, "nargs": "+", "default": [8, 32, 64, 128]},
+        batches={"type": int, "nargs": "+", "default": [1, 100, 1000]},
+        rounds={"type": int, "default": 5},
+        peers={"nargs": "+", "default": ["pyro", "zuko", "nflows"]},
+    )
     cases = [Case(dim, min(8 * dim, 1024), 1, batch) for dim in args.dims for batch in args.batches]
     cases = [case for case in cases if case.dim * case.batch <= 64_000]
     if args.smoke:
@@ -57,12 +58,9 @@ def main() -> None:
             rounds = min(args.rounds, 3) if case.dim * case.batch >= 64_000 else args.rounds
             figures = bench.time(jobs, rounds)
             row = [f"{case.dim}, {case.width}, {case.layers}, {case.batch}", shown(statistics.median(figures[jobs[0]]))]
-            mid, low, high = ratio(figures, jobs[0], jobs[1])
-            row.append(f"{mid:.2f} ({low:.2f}-{high:.2f})")
+            row.append(ratio(figures, jobs[0], jobs[1], 2))
             row += [f"{saved_bytes(name, case) / 2**20:.2f} MB" for name in ("pyro_flows", "pyro")]
-            for job in jobs[2:]:
-                mid, low, high = ratio(figures, job, jobs[0])
-                row.append(f"{mid:.1f} ({low:.1f}-{high:.1f})")
+            row += [ratio(figures, job, jobs[0], 1) for job in jobs[2:]]
             rows.append(row)
             print("  ".join(row), flush=True)
     print("\n" + markdown(header + [f"{peer} / ours" for peer in args.peers], rows))

@@ -10,7 +10,7 @@ particles, a fifth of them for its affine end alone. Now and then the gradient i
 few particles, in four ways: ``Trace_ELBO`` with the total derivative and with the path gradient, ``RenyiELBO`` (alpha
 0), which has the total derivative of the importance-weighted bound, and ``DReGELBO``. What is shown is the variance of
 the gradient, summed over all parameters, and before it what the guide lacks, as the standard deviation of
-log p - log q. One posterior is normal, so that the guide becomes exact; the other is centred eight schools. Below it
+log p - log q. One posterior is normal, so that the guide becomes exact; the other is centered eight schools. Below it
 the largest gradient at a guide that is the posterior.
 
 *verdict*: the funnel and two separated modes, both with exact draws, by ``fit_guide`` with several options: errors in
@@ -20,7 +20,6 @@ units of the exact standard deviations, cost in CPU seconds, and what the verdic
 
 from __future__ import annotations
 
-import argparse
 import textwrap
 import time
 import warnings
@@ -30,7 +29,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from _posteriors import SYNTHETIC, errors, named, schools
-from _timing import machine, markdown
+from _runs import command, machine, markdown
 from pyro.infer import ELBO, RenyiELBO, Trace_ELBO
 from torch import Tensor
 
@@ -58,10 +57,10 @@ def conjugate() -> tuple[Model, Tensor, Tensor]:
 
 
 def eight_schools() -> None:
-    """Centred."""
+    """Centered."""
     y = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
     error = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
-    schools(dist.ImproperUniform, y, error, centred=True)
+    schools(dist.ImproperUniform, y, error, centered=True)
 
 
 def estimators(nesting: int) -> dict[str, tuple[ELBO, bool]]:
@@ -143,7 +142,7 @@ def variance(smoke: bool) -> None:
     if smoke:
         steps, checkpoints, repeats = 5, [0, 5], 4
     columns = "step|sd of log p - log q|total|path|total / path|IW total|IW DReG|IW total / DReG".split("|")
-    cases = (("Conjugate regression, 4-D", conjugate()[0]), ("Eight schools, centred, 10-D", eight_schools))
+    cases = (("Conjugate regression, 4-D", conjugate()[0]), ("Eight schools, centered, 10-D", eight_schools))
     for title, model in cases:
         print(f"\nVariance of the gradient of {FEW} particles: {title}\n")
         print(markdown(columns, along(model, steps, checkpoints, repeats)))
@@ -201,12 +200,13 @@ def verdicts(seconds: list[float], seeds: list[int]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="budgets too small to mean anything")
-    parser.add_argument("--tables", nargs="+", choices=("variance", "verdict"), default=["variance", "verdict"])
-    parser.add_argument("--seconds", type=float, nargs="+", default=[10], help="CPU seconds of each fit")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    args = parser.parse_args()
+    args = command(
+        __doc__,
+        "budgets too small to mean anything",
+        tables={"nargs": "+", "choices": ("variance", "verdict"), "default": ["variance", "verdict"]},
+        seconds={"type": float, "nargs": "+", "default": [10], "help": "CPU seconds of each fit"},
+        seeds={"type": int, "nargs": "+", "default": [0]},
+    )
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)

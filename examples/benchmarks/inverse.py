@@ -1,4 +1,4 @@
-"""Sampling from a masked autoregressive flow: the exact inverse here against that of the other libraries.
+"""Sampling from a masked autoregressive flow: the exact inverse here and in the other libraries.
 
     python examples/benchmarks/inverse.py                 # one layer, all sizes; minutes
     python examples/benchmarks/inverse.py --flows         # five-layer flows of the MAF paper's sizes
@@ -9,12 +9,12 @@ Needs the ``bench`` extra.  Prints a table; ratios are medians over rounds, leas
 
 from __future__ import annotations
 
-import argparse
 import statistics
 
 import torch
 from _peers import LIBRARIES, Case
-from _timing import Bench, machine, markdown, ratio, shown
+from _runs import command, machine, markdown
+from _timing import Bench, ratio, shown
 
 
 def one_layer(dims: list[int], batches: list[int]) -> list[Case]:
@@ -22,15 +22,16 @@ def one_layer(dims: list[int], batches: list[int]) -> list[Case]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="small sizes, one round")
-    parser.add_argument("--flows", action="store_true", help="five-layer flows instead of one layer")
-    parser.add_argument("--dims", type=int, nargs="+", default=[8, 32, 64, 128, 512])
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 100, 1000])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--peers", nargs="+", default=[n for n in LIBRARIES if n != "pyro_flows"])
-    parser.add_argument("--slow-rounds", type=int, default=2, help="rounds where a naive call takes seconds")
-    args = parser.parse_args()
+    args = command(
+        __doc__,
+        "small sizes, one round",
+        flows={"action": "store_true", "help": "five-layer flows instead of one layer"},
+        dims={"type": int, "nargs": "+", "default": [8, 32, 64, 128, 512]},
+        batches={"type": int, "nargs": "+", "default": [1, 100, 1000]},
+        rounds={"type": int, "default": 5},
+        peers={"nargs": "+", "default": [n for n in LIBRARIES if n != "pyro_flows"]},
+        slow_rounds={"type": int, "default": 2, "help": "rounds where a naive call takes seconds"},
+    )
     cases = one_layer(args.dims, args.batches)
     if args.flows:
         cases = [Case(d, h, 5, b) for h in (100, 512) for d in (6, 8, 21, 43, 63) for b in args.batches]
@@ -52,9 +53,8 @@ def main() -> None:
             row = [f"{case.dim}, {case.width}, {case.layers}, {case.batch}"]
             row.append(shown(statistics.median(figures[jobs[0]])))
             for job in jobs[1:]:
-                inverted = job[0] == "pyro_flows"
-                mid, low, high = ratio(figures, jobs[0], job) if inverted else ratio(figures, job, jobs[0])
-                row.append(f"{mid:.2f} ({low:.2f}-{high:.2f})" if inverted else f"{mid:.1f} ({low:.1f}-{high:.1f})")
+                ours = job[0] == "pyro_flows"
+                row.append(ratio(figures, jobs[0], job, 2) if ours else ratio(figures, job, jobs[0], 1))
             row += ["-"] * (len(args.peers) - len(peers))
             rows.append(row)
             print("  ".join(row), flush=True)

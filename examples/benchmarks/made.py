@@ -18,19 +18,16 @@ Independent Bernoullis have the training rows' means, smoothed by one row.
 
 from __future__ import annotations
 
-import argparse
-import json
-import multiprocessing
+import functools
 import statistics
 import tempfile
 import time
 import warnings
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import numpy as np
 import torch
-from _timing import machine, markdown
+from _runs import Row, command, complete, machine, markdown
 from torch import Tensor
 
 import pyro_flows as pf
@@ -44,7 +41,6 @@ CANDIDATES: dict[str, dict[str, object]] = {
 }
 WATCHED = 4  # members of an ensemble that validation looks at along the way
 PATIENCE = 0.25  # of all epochs without a better validation score, after which training ends
-Row = dict[str, object]
 
 
 def load(folder: Path | None, name: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -153,41 +149,39 @@ def trials(rows: list[Row], sets: list[str], seed: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, nargs="?", help="where the data are")
-    parser.add_argument("--smoke", action="store_true", help="synthetic data, a few steps")
-    parser.add_argument("--sets", nargs="+", help="by default all files of the folder")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=20_000)
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    parser.add_argument("--results", type=Path, help="JSON lines of runs, read and added to")
-    args = parser.parse_args()
+    args = command(
+        __doc__,
+        "synthetic data, a few steps",
+        folder="where the data are",
+        sets={"nargs": "+", "help": "by default all files of the folder"},
+        seeds={"type": int, "nargs": "+", "default": [0, 1, 2]},
+        steps={"type": int, "default": 20000},
+        jobs={"type": int, "default": 1, "help": "runs at a time"},
+        results={"type": Path, "help": "JSON lines of runs, read and added to"},
+    )
     if args.smoke:
         args.folder, args.sets, args.seeds, args.steps = None, ["synthetic"], [0, 1], 10
         args.results = Path(tempfile.mkdtemp()) / "runs.jsonl"
-    elif args.folder is None:
-        parser.error("give the folder of the data, or --smoke")
     sets = args.sets or sorted(path.stem for path in args.folder.glob("*.npz"))
-    results = args.results or Path("made.jsonl")
-    rows = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
-    rows = [row for row in rows if row["steps"] == args.steps]
     print(f"{machine()}; at most {args.steps} steps, seeds {args.seeds}, float32, one thread a run\n")
     first, *others = args.seeds
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(args.jobs, mp_context=context, max_tasks_per_child=1) as pool, results.open("a") as file:
 
-        def complete(wanted: list[tuple[str, str, int]]) -> None:
-            done = {(row["set"], row["candidate"], row["seed"]) for row in rows}
-            jobs = [pool.submit(run, args.folder, *each, args.steps) for each in wanted if each not in done]
-            for job in as_completed(jobs):
-                row = job.result()
-                rows.append(row)
-                print(json.dumps(row), file=file, flush=True)
-                about = f"validation {row['validation']:9.3f}  test {row['test']:9.3f}  {row['seconds']:6.1f} s"
-                print(f"{row['set']:<12}{row['candidate']:<22}seed {row['seed']}  {about}", flush=True)
+    def made(wanted: list[tuple[str, str, int]]) -> list[Row]:
+        return complete(
+            functools.partial(run, args.folder),
+            [(*each, args.steps) for each in wanted],
+            lambda r: (r["set"], r["candidate"], r["seed"], r["steps"]),
+            lambda r: (
+                f"{r['set']:<12}{r['candidate']:<22}seed {r['seed']}  validation {r['validation']:9.3f}  "
+                f"test {r['test']:9.3f}  {r['seconds']:6.1f} s"
+            ),
+            results=args.results or Path("made.jsonl"),
+            jobs=args.jobs,
+            fresh=not args.smoke,
+        )
 
-        complete([(name, candidate, first) for name in sets for candidate in CANDIDATES])
-        complete([(name, chosen(rows, name, first), seed) for name in sets for seed in others])
+    rows = made([(name, candidate, first) for name in sets for candidate in CANDIDATES])
+    rows += made([(name, chosen(rows, name, first), seed) for name in sets for seed in others])
     print("\n" + table(rows, sets, args.seeds) + "\n")
     print(trials(rows, sets, first))
 

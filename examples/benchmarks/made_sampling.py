@@ -4,19 +4,17 @@
     python examples/benchmarks/made_sampling.py --smoke    # seconds, on sizes too small to mean anything
 
 Binary dimensions, two weights sets each: with and without the direct linear layer.  CPU seconds of one thread; ratios
-are medians of those of the rounds, with the least and the greatest.  *Pass* is one evaluation of the density.  That the
+are medians over rounds, with the least and the greatest.  *Pass* is one evaluation of the density.  That the
 two ways draw the same numbers from the same noise is a test.
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
-import time
-from collections.abc import Callable
 
 import torch
-from _timing import machine, markdown
+from _runs import between, command, machine, markdown
+from _timing import spent
 from torch import Size, Tensor
 
 import pyro_flows as pf
@@ -31,20 +29,13 @@ def by_passes(made: pf.MADE, rows: int) -> Tensor:
     return x
 
 
-def seconds(call: Callable[[], object], repeats: int) -> float:
-    """CPU seconds of one call."""
-    start = time.process_time()
-    for _ in range(repeats):
-        call()
-    return (time.process_time() - start) / repeats
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = command(
+        __doc__,
+        "sizes and budgets too small to mean anything",
+        rounds={"type": int, "default": 3},
+        seed={"type": int, "default": 0},
+    )
     torch.set_num_threads(1)
     torch.distributions.Distribution.set_default_validate_args(False)
     sizes = [(16, (32,), 10)] if args.smoke else [(100, (500,), 100), (784, (500,), 1), (784, (500,), 100)]
@@ -61,9 +52,9 @@ def main() -> None:
                 x = made.sample((batch,))
                 taken = []
                 for _ in range(args.rounds):
-                    sweep = seconds(lambda m=made, b=batch: m.draw(Size((b,)), None), 5)
-                    one = seconds(lambda m=made, v=x: m.score(v, None), 5)
-                    naive = seconds(lambda m=made, b=batch: by_passes(m, b), 1)
+                    sweep = spent(lambda m=made, b=batch: m.draw(Size((b,)), None), 5)
+                    one = spent(lambda m=made, v=x: m.score(v, None), 5)
+                    naive = spent(lambda m=made, b=batch: by_passes(m, b), 1)
                     taken.append((sweep, sweep / one, naive / sweep))
             sweep, passes, ratio = (list(column) for column in zip(*taken, strict=True))
             rows.append(
@@ -71,7 +62,7 @@ def main() -> None:
                     f"{dims}, {list(hidden)}, {'yes' if direct else 'no'}, {batch}",
                     f"{statistics.median(sweep) * 1e3:.1f} ms",
                     f"{statistics.median(passes):.1f}",
-                    f"{statistics.median(ratio):.0f} ({min(ratio):.0f}-{max(ratio):.0f})",
+                    between(ratio, 0),
                 ]
             )
             print("  ".join(rows[-1]), flush=True)

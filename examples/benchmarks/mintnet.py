@@ -19,23 +19,20 @@ CPU seconds of one thread, float32 for the passes and float64 for the solves; me
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
-from collections.abc import Callable
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from _timing import grown, machine, markdown, shown
+from _runs import between, command, digits, machine, markdown
+from _timing import grown, shown, spent
 from torch import Tensor, nn
 
 import pyro_flows as pf
 
-DIGITS = Path(__file__).parent.parent / "data" / "digits.npz"
 TABLES = ("pass", "inverse", "gradient", "attention", "digits")
 Shape = tuple[int, int, int]
 
@@ -59,21 +56,11 @@ def layer_of(shape: Shape, groups: int, gain: float = 1.0, **options: object) ->
     layer = pf.Mint(shape, num_groups=groups, **options)
     with torch.no_grad():
         for name, parameter in layer.named_parameters():
-            if name.startswith(("taps", "centres")):
+            if name.startswith(("taps", "cent")):
                 parameter.mul_(200 * gain)
             elif name.startswith("attention"):
                 parameter.normal_().mul_(gain / parameter.shape[-1] ** 0.5)
     return layer
-
-
-def spent(call: Callable[[], object]) -> float:
-    begin = time.process_time()
-    call()
-    return time.process_time() - begin
-
-
-def between(values: list[float], digits: int = 2) -> str:
-    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
 
 
 # The pass.
@@ -91,7 +78,7 @@ def _grown(kind: str, shape: Shape, groups: int, batch: int) -> float:
 
 
 def peak(kind: str, shape: Shape, groups: int) -> float:
-    """The same, in hidden maps, by a fresh process; of so many events that a hidden map has 64 MiB."""
+    """The same, in hidden maps, by a fresh process, for a batch whose hidden map has 64 MiB."""
     each = 4 * groups * torch.Size(shape).numel()
     batch = -(-(2**26) // each)
     with get_context("spawn").Pool(1) as pool:
@@ -294,15 +281,12 @@ def attention(sizes: list[tuple[Shape, int, int]], gain: float, rounds: int) -> 
 # A trained net.
 
 
-def digits(seconds: float, seed: int, pairs: int, draws: int) -> None:
+def draws_of_a_net(seconds: float, seed: int, pairs: int, draws: int) -> None:
     torch.manual_seed(seed)
-    x = np.load(DIGITS)["x"].reshape(-1, 1, 8, 8)
-    x = torch.from_numpy(x[np.random.default_rng(0).permutation(len(x))])
+    train, held_out, _ = digits()
     chain = pf.mintnet((1, 8, 8), num_layers=pairs, num_groups=(16, 8, 4), squeeze=2)
     model = pf.Dequantized(pf.Flow(pf.Chain([chain, pf.LogitPixels((1, 8, 8), 17)])), 17)
-    pf.fit_density(
-        model, x[:1297], x[1297:1497], progress=False, seconds=seconds, batch_size=64, schedule="cosine", lr=6e-3
-    )
+    pf.fit_density(model, train, held_out, progress=False, seconds=seconds, batch_size=64, schedule="cosine", lr=6e-3)
     layers = [part for part in chain if isinstance(part, pf.Mint)]
     rows = []
     for factor, tolerance in ((1, 1e-9), (1, None), (2, None)):
@@ -311,7 +295,7 @@ def digits(seconds: float, seed: int, pairs: int, draws: int) -> None:
             for layer in layers:
                 layer.settings = layer.settings._replace(tolerance=tolerance)
                 for name, parameter in layer.named_parameters():
-                    if name.startswith(("taps", "centres")):
+                    if name.startswith(("taps", "cent")):
                         parameter.mul_(factor)
             z = torch.randn(draws, 1, 8, 8, dtype=torch.float64)
             taken = spent(lambda net=net, z=z: net(z))
@@ -352,14 +336,15 @@ def digits(seconds: float, seed: int, pairs: int, draws: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true")
-    parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES))
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--gain", type=float, default=2.0)
-    parser.add_argument("--seconds", type=float, default=100, help="of training, for the last table")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = command(
+        __doc__,
+        "sizes and budgets too small to mean anything",
+        tables={"nargs": "+", "choices": TABLES, "default": list(TABLES)},
+        rounds={"type": int, "default": 5},
+        gain={"type": float, "default": 2.0},
+        seconds={"type": float, "default": 100, "help": "of training, for the last table"},
+        seed={"type": int, "default": 0},
+    )
     torch.set_num_threads(1)
     print(f"{machine()}; one thread, seed {args.seed}, {args.rounds} rounds in turns\n")
     small: list[tuple[Shape, int, int]] = [((1, 4, 4), 3, 2), ((2, 4, 4), 2, 2)]
@@ -382,7 +367,7 @@ def main() -> None:
     if "attention" in args.tables:
         attention(small if args.smoke else deep[1:], args.gain, args.rounds)
     if "digits" in args.tables:
-        digits(args.seconds, args.seed, *((3, 4) if args.smoke else (8, 64)))
+        draws_of_a_net(args.seconds, args.seed, *((3, 4) if args.smoke else (8, 64)))
 
 
 if __name__ == "__main__":

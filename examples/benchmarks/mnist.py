@@ -6,24 +6,21 @@
 
 FOLDER holds ``mnist.npz`` with ``x_train`` and ``x_test``, whole numbers from 0 to 255.  ``mintnet`` is the paper's
 network, 20 pairs of layers; ``mintnet-small`` has 6 pairs of 12 groups; ``glow-small`` has 2 scales of 6 steps with 32
-channels.  The last 5000 training images are held out to choose the state by.  Pixels are dequantised by uniform noise
+channels.  The last 5000 training images are held out to choose the state by.  Pixels are dequantized by uniform noise
 and put on the real line by a logit with margin 1e-6, as in the paper.  The score is the bound of one noise, averaged
 over ``--noises``.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
-import tempfile
-import time
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from _rows import save_rows
-from _timing import machine, markdown
+from _runs import command, machine, markdown, save_rows, trained
 from torch import Tensor
 
 import pyro_flows as pf
@@ -32,7 +29,7 @@ from pyro_flows.flows import MINTNET_CONFIGURATIONS
 SHAPE = (1, 28, 28)
 MODELS: dict[str, Callable[[], pf.FlowTransform]] = {
     "mintnet-small": lambda: pf.mintnet(SHAPE, num_layers=6, num_groups=(12, 8, 4), squeeze=2),
-    "glow-small": lambda: pf.glow(SHAPE, num_scales=2, num_steps=6, channels=32),
+    "glow-small": lambda: pf.glow(SHAPE, num_scales=2, num_layers=6, hidden_channels=32),
     "mintnet": lambda: pf.mintnet(SHAPE, **MINTNET_CONFIGURATIONS["mnist"]),
 }
 PAPER = {"MintNet (paper)": 0.98, "Glow (paper of MintNet)": 1.05}
@@ -48,27 +45,11 @@ def load(folder: Path | None) -> tuple[Tensor, Tensor, Tensor]:
     return train[:-5000], train[-5000:], test
 
 
-def fit(name: str, parts: tuple[Tensor, Tensor, Tensor], args: argparse.Namespace) -> tuple[pf.Dequantized, float, int]:
+def fit(name: str, parts: tuple[Tensor, Tensor, Tensor], args: Namespace) -> tuple[pf.Dequantized, float, int]:
     """A trained model, CPU seconds, and steps."""
     torch.manual_seed(args.seed)
     model = pf.Dequantized(pf.Flow([*MODELS[name](), pf.LogitPixels(SHAPE, margin=1e-6)])).to(args.device)
-    train, validation = (x.to(args.device) for x in parts[:2])
-    # A part of the validation images is enough to choose by; all of them would take as long as training.
-    options = {"steps": 2} if args.smoke else {"seconds": args.seconds, "max_epochs": 10_000}
-    begin = time.process_time()
-    found = pf.fit_density(
-        model,
-        train,
-        validation=validation[:300],
-        progress=False,
-        seed=args.seed,
-        batch_size=min(args.batch, len(train)),
-        schedule="cosine",
-        patience=10_000,
-        lr=args.lr,
-        **options,
-    )
-    return model.eval(), time.process_time() - begin, int(found.history["step"][-1])
+    return trained(model, parts[0], parts[1][:300], args, 2, args.batch)
 
 
 @torch.no_grad()
@@ -89,24 +70,21 @@ def draw(models: dict[str, pf.Dequantized], test: Tensor, path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, nargs="?", help="where mnist.npz is")
-    parser.add_argument("--smoke", action="store_true", help="random images, a few steps")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=["mintnet-small"])
-    parser.add_argument("--seconds", type=float, default=1800, help="of training, each")
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--noises", type=int, default=1)
-    parser.add_argument("--rows", type=int, help="test images to score, all by default")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, help="folder for the picture (default: out)")
-    args = parser.parse_args()
-    if args.folder is None and not args.smoke:
-        parser.error("give the folder of the data, or --smoke")
+    args = command(
+        __doc__,
+        "random images, a few steps",
+        folder="where mnist.npz is",
+        picture=True,
+        models={"nargs": "+", "choices": MODELS, "default": ["mintnet-small"]},
+        seconds={"type": float, "default": 1800, "help": "of training, each"},
+        batch={"type": int, "default": 32},
+        lr={"type": float, "default": 0.003},
+        noises={"type": int, "default": 1},
+        rows={"type": int, "help": "test images to score, all by default"},
+        seed={"type": int, "default": 0},
+        device={"default": "cpu"},
+    )
     torch.set_num_threads(1)
-    out = args.out or Path(tempfile.mkdtemp() if args.smoke else "out")
-    out.mkdir(parents=True, exist_ok=True)
     parts = load(None if args.smoke else args.folder)
     test = parts[2][: args.rows]
     print(f"{machine()}; {args.device}, float32, one thread, seed {args.seed}\n")
@@ -121,7 +99,7 @@ def main() -> None:
     rows += [[name, f"{value:.2f}", "", "", ""] for name, value in PAPER.items()]
     head = ["", "bits per pixel", "parameters", f"steps of {args.batch} images", "CPU s"]
     print("\n" + markdown(head, rows) + "\n")
-    draw(models, test, out / "mnist.png")
+    draw(models, test, args.out / "mnist.png")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ FOLDER is laid out as posteriordb's ``posterior_database``; all its posteriors a
 Pyro in ``_posteriors.py`` and that have reference draws.  A funnel and a banana with exact draws come with the script.
 
 Each run has a process of its own, one thread, float64, and a budget of CPU seconds after import.  ``fit_guide`` has
-nothing but the model, the seconds and a seed.  Pyro's guides are trained by Adam with 16 vectorised particles, a step
+nothing but the model, the seconds and a seed.  Pyro's guides are trained by Adam with 16 vectorized particles, a step
 size that falls from 0.01 to 0.001, and nothing else; NUTS has 500 warm-up steps, 1000 draws and no limit.
 
 Errors are the largest of any mean and of any standard deviation, in the reference's standard deviations, of 10,000
@@ -23,46 +23,26 @@ the plus.  Runs are kept in ``--results``, so that a second call only fills in w
 
 from __future__ import annotations
 
-import argparse
+import functools
 import importlib
-import json
-import multiprocessing
 import statistics
 import tempfile
 import time
 import warnings
+from argparse import Namespace
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
 from pathlib import Path
 
 import pyro.distributions as dist
 import torch
 from _posterior_peers import NUTS, PEERS, nuts, peer
 from _posteriors import Posterior, errors, find, named, stored
-from _timing import machine, markdown
+from _runs import Row, command, complete, machine, markdown
 from torch import Tensor
 
 OURS = "fit_guide"
 DRAWS = 40_000
 ESS, ERROR = 0.9, 0.05  # what fit_guide is held to
-Row = dict[str, object]
-
-
-@dataclass(frozen=True)
-class Job:
-    """One run."""
-
-    name: str
-    method: str
-    seed: int
-    seconds: float
-    folder: Path | None
-    draws: int = DRAWS
-
-    @property
-    def key(self) -> tuple[str, str, int, float]:
-        return self.name, self.method, self.seed, self.seconds
 
 
 def product_rate() -> float:
@@ -75,12 +55,12 @@ def product_rate() -> float:
     return 20 * 2 * 512**3 / (time.process_time() - start) / 1e9
 
 
-def ours(job: Job, posterior: Posterior) -> Row:
+def ours(posterior: Posterior, seed: int, seconds: float, draws: int) -> Row:
     """``fit_guide`` as it is."""
     from pyro_flows.infer import AutoFlow, fit_guide
     from pyro_flows.infer.models.joint import JointDensity
 
-    # Counts the start's evaluations as well as those of training and verdict, apart by whether they have a gradient.
+    # Counts the evaluations of start, training and verdict, with and without a gradient.
     count = {True: 0, False: 0}
     plain = JointDensity.__call__
 
@@ -90,16 +70,16 @@ def ours(job: Job, posterior: Posterior) -> Row:
 
     JointDensity.__call__ = counted
     start = time.process_time()
-    guide = AutoFlow(posterior.model(dist.ImproperUniform), seed=job.seed)
-    fit = fit_guide(guide, seconds=job.seconds, progress=False, fit_prior=posterior.is_prior)
+    guide = AutoFlow(posterior.model(dist.ImproperUniform), seed=seed)
+    fit = fit_guide(guide, seconds=seconds, progress=False, fit_prior=posterior.is_prior)
     spent = time.process_time() - start
     found = {"gradients": count[True], "evaluations": count[False], "cpu": spent, "steps": len(fit.history)}
     reference = posterior.reference()
 
     def wrong(resampled: bool) -> tuple[float, float]:
-        return errors(named(posterior.derive(fit.sample(job.draws, resampled=resampled))), reference)
+        return errors(named(posterior.derive(fit.sample(draws, resampled=resampled))), reference)
 
-    torch.manual_seed(job.seed)
+    torch.manual_seed(seed)
     return found | {
         "dim": fit.latents.dim,
         "ess": fit.ess,
@@ -113,7 +93,7 @@ def ours(job: Job, posterior: Posterior) -> Row:
     }
 
 
-def run(job: Job) -> Row:
+def run(name: str, method: str, seed: int, seconds: float, *, folder: Path | None, draws: int) -> Row:
     """One run in a process of its own."""
     # fit_guide keeps its budget by time.monotonic(). On a machine that others use, wall time would measure them as
     # well; with one thread CPU time is the same thing without them.
@@ -122,19 +102,19 @@ def run(job: Job) -> Row:
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
     importlib.import_module("pyro_flows.infer")
-    if job.method != OURS:
-        importlib.import_module("torch._dynamo")  # which else the first optimiser does
+    if method != OURS:
+        importlib.import_module("torch._dynamo")  # which else the first optimizer does
     rate = product_rate()
-    about = {"name": job.name, "method": job.method, "seed": job.seed, "seconds": job.seconds, "gflops": rate}
+    about = {"name": name, "method": method, "seed": seed, "seconds": seconds, "gflops": rate}
     try:
-        posterior = find(job.name, job.folder)
-        if job.method == OURS:
-            return about | ours(job, posterior)
-        if job.method == NUTS:
-            return about | nuts(posterior, job.seed, 1000 if job.draws == DRAWS else 10)
-        return about | peer(job.method, posterior, job.seed, job.seconds, job.draws)
+        posterior = find(name, folder)
+        if method == OURS:
+            return about | ours(posterior, seed, seconds, draws)
+        if method == NUTS:
+            return about | nuts(posterior, seed, 1000 if draws == DRAWS else 10)
+        return about | peer(method, posterior, seed, seconds, draws)
     except Exception as error:  # a peer that cannot run a posterior is a result, too
-        if job.method == OURS:
+        if method == OURS:
             raise
         return about | {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"}
 
@@ -202,63 +182,60 @@ def misses(rows: list[Row]) -> list[str]:
     return found
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, nargs="?", help="posteriordb's posterior_database")
-    parser.add_argument("--smoke", action="store_true", help="synthetic posteriors, a second each")
-    parser.add_argument("--names", nargs="+", help="posteriors; by default all there are")
-    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2], help="of fit_guide")
-    parser.add_argument("--seconds", type=float, default=10, help="CPU seconds of fit_guide")
-    parser.add_argument("--peers", nargs="*", choices=PEERS, metavar="GUIDE", help=f"Pyro's guides: {', '.join(PEERS)}")
-    parser.add_argument("--peer-seconds", type=float, default=30)
-    parser.add_argument("--peer-seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--nuts", action="store_true", help="Pyro's NUTS as well, with the seeds of the peers")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    parser.add_argument("--results", type=Path, help="JSON lines of runs, read and added to")
-    args = parser.parse_args()
+def arguments() -> Namespace:
+    args = command(
+        __doc__,
+        "synthetic posteriors, a second each",
+        folder="posteriordb's posterior_database",
+        names={"nargs": "+", "help": "posteriors; by default all there are"},
+        seeds={"type": int, "nargs": "*", "default": [0, 1, 2], "help": "of fit_guide"},
+        seconds={"type": float, "default": 10, "help": "CPU seconds of fit_guide"},
+        peers={"nargs": "*", "choices": PEERS, "metavar": "GUIDE", "help": f"Pyro's guides: {', '.join(PEERS)}"},
+        peer_seconds={"type": float, "default": 30},
+        peer_seeds={"type": int, "nargs": "+", "default": [0]},
+        nuts={"action": "store_true", "help": "Pyro's NUTS as well, with the seeds of the peers"},
+        jobs={"type": int, "default": 1, "help": "runs at a time"},
+        results={"type": Path, "help": "JSON lines of runs, read and added to"},
+    )
     if args.smoke:
         args.folder, args.names, args.seeds, args.seconds, args.peer_seconds = None, None, [0], 1.0, 0.5
         args.peers, args.results = ["AutoNormal"], Path(tempfile.mkdtemp()) / "runs.jsonl"
-    elif args.folder is None:
-        parser.error("give the folder of the posteriors, or --smoke")
     return args
 
 
-def plan(args: argparse.Namespace) -> list[Job]:
-    """All runs in the order of the table."""
+def plan(args: Namespace) -> list[tuple[str, str, int, float]]:
+    """All runs, ``(name, method, seed, seconds)``, in the order of the table."""
     names = args.names or [*([] if args.folder is None else stored(args.folder)), "funnel10", "banana4"]
     peers = PEERS if args.peers == [] else args.peers or ()
-    draws = 2000 if args.smoke else DRAWS
-    jobs = []
+    runs = []
     for name in names:
-        jobs += [Job(name, OURS, seed, args.seconds, args.folder, draws) for seed in args.seeds]
-        jobs += [Job(name, p, seed, args.peer_seconds, args.folder, draws) for p in peers for seed in args.peer_seeds]
-        jobs += [Job(name, NUTS, seed, 0.0, args.folder, draws) for seed in args.peer_seeds if args.nuts]
-    return jobs
+        runs += [(name, OURS, seed, args.seconds) for seed in args.seeds]
+        runs += [(name, method, seed, args.peer_seconds) for method in peers for seed in args.peer_seeds]
+        runs += [(name, NUTS, seed, 0.0) for seed in args.peer_seeds if args.nuts]
+    return runs
+
+
+def said(row: Row) -> str:
+    """The line of one run."""
+    about = f"{row['name']:<42}{row['method']:<24}seed {row['seed']}  "
+    if "error" in row:
+        return about + str(row["error"])
+    (mean, width), ess = row["errors"], float(row["ess"])
+    return about + f"ESS {ess:.3f}  errors {mean:.3f} {width:.3f}  {row['verdict']}  {row['cpu']:.1f} s"
 
 
 def main() -> None:
     args = arguments()
-    results = args.results or Path("posteriors.jsonl")
-    known = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
-    by_key = {(row["name"], row["method"], row["seed"], row["seconds"]): row for row in known}
-    jobs = plan(args)
     print(f"{machine()}; float64, one thread a run, CPU seconds\n")
-    context = multiprocessing.get_context("spawn")
-    once = None if args.smoke else 1
-    pool = ProcessPoolExecutor(args.jobs, mp_context=context, max_tasks_per_child=once)
-    with pool, results.open("a") as file:
-        for future in as_completed([pool.submit(run, job) for job in jobs if job.key not in by_key]):
-            row = future.result()
-            by_key[row["name"], row["method"], row["seed"], row["seconds"]] = row
-            print(json.dumps(row), file=file, flush=True)
-            print(f"{row['name']:<42}{row['method']:<24}seed {row['seed']}  ", end="")
-            if "error" in row:
-                print(row["error"], flush=True)
-                continue
-            (mean, width), ess = row["errors"], float(row["ess"])
-            print(f"ESS {ess:.3f}  errors {mean:.3f} {width:.3f}  {row['verdict']}  {row['cpu']:.1f} s", flush=True)
-    rows = [by_key[job.key] for job in jobs]
+    rows = complete(
+        functools.partial(run, folder=args.folder, draws=2000 if args.smoke else DRAWS),
+        plan(args),
+        lambda row: (row["name"], row["method"], row["seed"], row["seconds"]),
+        said,
+        results=args.results or Path("posteriors.jsonl"),
+        jobs=args.jobs,
+        fresh=not args.smoke,
+    )
     rates = [float(row["gflops"]) for row in rows]
     print("\n" + table(rows))
     print(

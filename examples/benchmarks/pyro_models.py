@@ -18,7 +18,7 @@ estimates it.
 estimate of the example, ``AutoNormal`` and ``AutoFlow``.  The score is the log probability of sequences held out, for
 each time step, at the mean of the predictive over draws of the guide.
 
-*dmm*: a deep Markov model, whose guide is amortised, so that no autoguide has a place in it: a recurrent net with
+*dmm*: a deep Markov model, whose guide is amortized, so that no autoguide has a place in it: a recurrent net with
 normals, with Pyro's autoregressive flow and with ``iaf``.  Then ``fit_guide`` on the latents of three padded
 sequences under a model that is held, beside the evidence of the same sequences cut to their lengths and fitted one at a
 time.
@@ -29,7 +29,6 @@ Numbers are medians over seeds, with the range behind; one thread, float32, as t
 
 from __future__ import annotations
 
-import argparse
 import logging
 import math
 import statistics
@@ -42,7 +41,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from _pyro_models import Case, Deep, cases, chorales, deep_model, hmm, without_discrete
-from _timing import machine, markdown
+from _runs import command, machine, markdown
 from pyro import poutine
 from pyro.contrib.epidemiology import compartmental
 from pyro.contrib.epidemiology.models import SimpleSIRModel
@@ -210,7 +209,7 @@ def markov(seeds: list[int], steps: int, draws: int, smoke: bool) -> None:
     table(f"hmm of {hidden} states, simulated|nats of a time step held out", rows)
 
 
-class Amortised(nn.Module):
+class Amortized(nn.Module):
     """Guide of a deep Markov model: a net that reads a sequence backwards, and a flow behind each normal."""
 
     def __init__(self, nets: Deep, width: int, flows: list[nn.Module], keys: int = 88) -> None:
@@ -221,7 +220,7 @@ class Amortised(nn.Module):
         self.flows, self.first = nn.ModuleList(flows), nn.Parameter(torch.zeros(nets.latent))
 
     def forward(self, nets: Deep, sequences: Tensor, lengths: Tensor) -> None:
-        pyro.module("amortised", self)
+        pyro.module("amortized", self)
         read = self.reader(sequences.flip(1))[0].flip(1)  # zeros beyond the end come first
         z = self.first.expand(len(sequences), -1)
         with pyro.plate("rows", len(sequences), dim=-1):
@@ -250,7 +249,7 @@ def deep(seeds: list[int], steps: int, fit_steps: int, smoke: bool) -> None:
             pyro.clear_param_store()
             pyro.set_rng_seed(seed)
             nets = Deep(latent, hidden)
-            guide = Amortised(nets, width, make())
+            guide = Amortized(nets, width, make())
             svi = SVI(deep_model, guide, ClippedAdam({"lr": 1e-3, "clip_norm": 10.0}), Trace_ELBO())
             for step in range(steps):
                 svi.step(nets, *chorales(rows, longest, seed=2 + step % 10))
@@ -285,14 +284,15 @@ TABLES = ("models", "sir", "hmm", "dmm")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="budgets too small to mean anything")
-    parser.add_argument("--tables", nargs="+", choices=TABLES, default=TABLES)
-    parser.add_argument("--names", nargs="+", default=[], help="beginnings of names of models")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=400, help="of stock SVI")
-    parser.add_argument("--fit-steps", type=int, default=400, help="of fit_guide")
-    args = parser.parse_args()
+    args = command(
+        __doc__,
+        "budgets too small to mean anything",
+        tables={"nargs": "+", "choices": TABLES, "default": TABLES},
+        names={"nargs": "+", "default": [], "help": "beginnings of names of models"},
+        seeds={"type": int, "nargs": "+", "default": [0, 1, 2]},
+        steps={"type": int, "default": 400, "help": "of stock SVI"},
+        fit_steps={"type": int, "default": 400, "help": "of fit_guide"},
+    )
     warnings.simplefilter("ignore")
     logging.disable(logging.INFO)  # steps of fit_svi
     torch.set_num_threads(1)

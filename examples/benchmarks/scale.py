@@ -9,24 +9,16 @@ layer with 1024 hidden units against one dense pass of the same network, up to 1
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import resource
 import statistics
-import time
-from collections.abc import Callable
 
 import torch
-from _timing import machine, markdown, shown
+from _runs import between, command, machine, markdown
+from _timing import shown, spent
 from torch import nn
 
 import pyro_flows as pf
-
-
-def timed(call: Callable[[], object]) -> float:
-    start = time.process_time()
-    call()
-    return time.process_time() - start
 
 
 def dimensions(dims: list[int], width: int, batch: int, rounds: int) -> None:
@@ -45,11 +37,12 @@ def dimensions(dims: list[int], width: int, batch: int, rounds: int) -> None:
             back, _ = layer.inverse_and_ladj(x)
             error = ((back - z).abs() / (1 + z.abs())).max().item()
             layer.forward_and_ladj(z), dense(z)
-            pairs = [(timed(lambda: layer.forward_and_ladj(z)), timed(lambda: dense(z))) for _ in range(rounds)]  # noqa: B023
+            pairs = [(spent(lambda: layer.forward_and_ladj(z)), spent(lambda: dense(z))) for _ in range(rounds)]  # noqa: B023
         ratios = [a / b for a, b in pairs]
-        spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
         steps = layer.net.structure.num_steps
-        rows.append([str(dim), str(steps), shown(statistics.median(a for a, _ in pairs)), spread, f"{error:.1e}"])
+        rows.append(
+            [str(dim), str(steps), shown(statistics.median(a for a, _ in pairs)), between(ratios), f"{error:.1e}"]
+        )
         print("  ".join(rows[-1]), flush=True)
     print(markdown(["D", "steps", "inverse", "inverse / dense pass", "round trip, relative"], rows))
 
@@ -62,18 +55,19 @@ def samples(counts: list[int], dim: int, width: int) -> None:
         z = torch.randn(count, dim)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         with torch.no_grad():
-            spent = min(timed(lambda: layer.forward_and_ladj(z)) for _ in range(3))  # noqa: B023
+            taken = min(spent(lambda: layer.forward_and_ladj(z)) for _ in range(3))  # noqa: B023
         grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
         held = 2 * z.nbytes / 2**20
-        rows.append([f"{count:,}", f"{spent / count * 1e9:.0f} ns", f"{grown:.0f} MB", f"{held:.0f} MB"])
+        rows.append([f"{count:,}", f"{taken / count * 1e9:.0f} ns", f"{grown:.0f} MB", f"{held:.0f} MB"])
         print("  ".join(rows[-1]), flush=True)
     print(markdown(["samples", "per sample", "peak memory grew by", "input and output alone"], rows) + "\n")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="small sizes, one round")
-    args = parser.parse_args()
+    args = command(
+        __doc__,
+        "small sizes, one round",
+    )
     print(f"{machine()}; one thread, seed 0, float32\n")
     if args.smoke:
         samples([100, 2000], 4, 16)

@@ -10,13 +10,12 @@ turns, in CPU seconds of one thread; what is shown are medians, and of ratios me
 
 from __future__ import annotations
 
-import argparse
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
-from _timing import machine, markdown, shown
+from _runs import command, machine, markdown
+from _timing import ratio, shown, spent
 
 import pyro_flows as pf
 from pyro_flows.infer import Stream
@@ -47,36 +46,25 @@ def calls_of(name: str, times: int, batch: int, seed: int) -> dict[str, Callable
     }
 
 
-def seconds(call: Callable[[], object], repeats: int) -> float:
-    begin = time.process_time()
-    for _ in range(repeats):
-        call()
-    return (time.process_time() - begin) / repeats
-
-
 def measure(calls: dict[str, Callable[[], object]], rounds: int, target: float) -> dict[str, list[float]]:
     """Seconds of each call, one figure a round, in turns, after one round to warm up."""
-    repeats = {name: max(1, min(200, int(target / max(seconds(call, 2), 1e-6)))) for name, call in calls.items()}
+    repeats = {name: max(1, min(200, int(target / max(spent(call, 2), 1e-6)))) for name, call in calls.items()}
     figures: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
-            figures[name].append(seconds(call, repeats[name]))
+            figures[name].append(spent(call, repeats[name]))
     return figures
 
 
-def ratio(figures: dict[str, list[float]], over: str, under: str) -> str:
-    each = [a / b for a, b in zip(figures[over], figures[under], strict=True)]
-    return f"{statistics.median(each):.1f} ({min(each):.1f}-{max(each):.1f})"
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="small sizes, one round")
-    parser.add_argument("--times", type=int, nargs="+", default=[16, 64, 256, 1024])
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 64])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = command(
+        __doc__,
+        "small sizes, one round",
+        times={"type": int, "nargs": "+", "default": [16, 64, 256, 1024]},
+        batches={"type": int, "nargs": "+", "default": [1, 64]},
+        rounds={"type": int, "default": 7},
+        seed={"type": int, "default": 0},
+    )
     target = 0.05
     if args.smoke:
         args.times, args.batches, args.rounds, target = [8], [1], 1, 0.0
@@ -87,7 +75,7 @@ def main() -> None:
             for times in args.times:
                 figures = measure(calls_of(name, times, batch, args.seed), args.rounds, target)
                 middle = [shown(statistics.median(figures[call])) for call in ("observe", "step")]
-                ratios = ratio(figures, "whole density", "observe"), ratio(figures, "whole draw", "step")
+                ratios = ratio(figures, "whole density", "observe", 1), ratio(figures, "whole draw", "step", 1)
                 rows.append([name, str(batch), str(times), middle[0], ratios[0], middle[1], ratios[1]])
                 print("  ".join(rows[-1]), flush=True)
     header = ["flow", "batch", "T", "observe", "whole pass / observe", "step", "whole draw / step"]

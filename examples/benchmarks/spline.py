@@ -12,13 +12,13 @@ faster: medians over rounds, least and greatest in brackets.  Needs the ``bench`
 
 from __future__ import annotations
 
-import argparse
 import statistics
 
 import torch
 from _peers import Case
+from _runs import command, machine, markdown
 from _spline_peers import BUILDERS, SPLINES, Task
-from _timing import Bench, machine, markdown, ratio, shown
+from _timing import Bench, ratio, shown
 
 OP = [Case(32, 0, 0, 100), Case(32, 0, 0, 1000), Case(128, 0, 0, 1000)]
 SAMPLE = [Case(d, h, 1, b) for d, h in ((8, 64), (32, 256), (64, 512)) for b in (1, 100, 1000)]
@@ -43,17 +43,10 @@ class Tables:
         self.bench.build(Task(kind, case), [US, *self.taking_part(kind)])
 
     def ratios(self, call: str, jobs: list[tuple[str, str] | None], rounds: int) -> list[str]:
-        """Our time for a call, and that of the jobs in its units; "-" where there is nothing to compare."""
+        """Our time for a call, and the other times in units of it; "-" where there is nothing to compare."""
         figures = self.bench.time([(US, call), *filter(None, jobs)], rounds)
         row = [shown(statistics.median(figures[US, call]))]
-        for job in jobs:
-            if job is None:
-                row.append("-")
-                continue
-            each = ratio(figures, job, (US, call))
-            digits = 1 if each[0] >= 10 else 2
-            row.append("{:.{n}f} ({:.{n}f}-{:.{n}f})".format(*each, n=digits))
-        return row
+        return row + ["-" if job is None else ratio(figures, job, (US, call)) for job in jobs]
 
     def op(self, cases: list[Case]) -> str:
         peers, calls, rows = self.taking_part("op"), ("forward and backward", "forward", "inverse"), []
@@ -100,13 +93,14 @@ class Tables:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="small sizes, one round")
-    parser.add_argument("--tables", nargs="+", choices=["op", "sample", "train"], default=["op", "sample", "train"])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--slow-rounds", type=int, default=2, help="rounds where a naive call takes seconds")
-    parser.add_argument("--peers", nargs="+", default=[n for n in SPLINES if n != US])
-    args = parser.parse_args()
+    args = command(
+        __doc__,
+        "small sizes, one round",
+        tables={"nargs": "+", "choices": ["op", "sample", "train"], "default": ["op", "sample", "train"]},
+        rounds={"type": int, "default": 5},
+        slow_rounds={"type": int, "default": 2, "help": "rounds where a naive call takes seconds"},
+        peers={"nargs": "+", "default": [n for n in SPLINES if n != US]},
+    )
     cases = {"op": OP, "sample": SAMPLE, "train": TRAIN}
     if args.smoke:
         args.rounds, args.peers = 1, ["pyro"]

@@ -7,32 +7,29 @@
 FOLDER holds ``uci_small/*.npz`` (``x``, and ``split_test_rows`` where a split is published) and
 ``miniboone/miniboone.npz`` (``x_val``, ``x_test``).  Test rows are fixed: the first published split, or a tenth drawn
 with seed 0; miniboone is trained on its validation part.  A tenth of the other rows is held out for early stopping, by
-the seed, which also starts the model and orders the rows.  Columns are standardised by the training rows.  Columns of
-few distinct values, which would let any density grow without bound, are dequantised: each value is spread evenly
-towards its neighbours, by at most half the median gap.
+the seed, which also starts the model and orders the rows.  Columns are standardized by the training rows.  Columns of
+few distinct values, which would let any density grow without bound, are dequantized: each value is spread evenly
+towards its neighbors, by at most half the median gap.
 
 All models go through ``fit_density`` with the same steps, batches and schedule, and are left in the state of their best
-held-out score.  Scores are nats per row in standardised units, mean and standard deviation over seeds; times are CPU
+held-out score.  Scores are nats per row in standardized units, mean and standard deviation over seeds; times are CPU
 seconds of training on one thread.  Runs are kept in ``--results``, so that a second call only fills in what is missing.
 Needs the ``bench`` extra for zuko.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import multiprocessing
+import functools
 import statistics
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import numpy as np
 import torch
-from _timing import machine, markdown
+from _runs import command, complete, machine, markdown, spread
 from torch import Tensor, nn
 
 import pyro_flows as pf
@@ -106,7 +103,7 @@ def dequantized(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def load(folder: Path | None, name: str, seed: int) -> Split:
-    """Training, validation and test rows, standardised by the training rows."""
+    """Training, validation and test rows, standardized by the training rows."""
     rng = np.random.default_rng(0)
     if folder is None:
         x = rng.standard_normal((600, 3)) @ rng.standard_normal((3, 3)) + rng.standard_normal((600, 1)) ** 2
@@ -168,11 +165,9 @@ def table(runs: list[dict[str, object]], sets: list[str], models: list[str]) -> 
             if not these:
                 row.append("")
                 continue
-            scores = [float(r["score"]) for r in these]
-            spread = f" ± {statistics.stdev(scores):.3f}" if len(scores) > 1 else ""
             spent = statistics.mean(float(r["seconds"]) for r in these)
             cost = f"; {spent:.0f} s, {these[0]['parameters'] / 1000:.0f} k" if these[0]["parameters"] else ""
-            row.append(f"{statistics.mean(scores):.3f}{spread}{cost}")
+            row.append(spread([float(r["score"]) for r in these]) + cost)
         rows.append(row)
     sizes = {r["set"]: r["rows"] for r in runs}
     header = [f"{name} ({sizes[name][2]} columns, {sizes[name][0]} rows)" if name in sizes else name for name in sets]
@@ -180,39 +175,33 @@ def table(runs: list[dict[str, object]], sets: list[str], models: list[str]) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, nargs="?", help="where the data are")
-    parser.add_argument("--smoke", action="store_true", help="synthetic data, a few steps")
-    parser.add_argument("--sets", nargs="+", default=SETS)
-    parser.add_argument("--models", nargs="+", default=["Gaussian", *MODELS])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    parser.add_argument("--results", type=Path, help="JSON lines of runs, read and added to")
-    args = parser.parse_args()
+    args = command(
+        __doc__,
+        "synthetic data, a few steps",
+        folder="where the data are",
+        sets={"nargs": "+", "default": SETS},
+        models={"nargs": "+", "default": ["Gaussian", *MODELS]},
+        seeds={"type": int, "nargs": "+", "default": [0, 1, 2]},
+        steps={"type": int, "default": 2000},
+        jobs={"type": int, "default": 1, "help": "runs at a time"},
+        results={"type": Path, "help": "JSON lines of runs, read and added to"},
+    )
     if args.smoke:
         args.folder, args.sets, args.seeds, args.steps = None, ["synthetic"], [0], 5
         args.models = [name for name in args.models if not name.startswith("zuko")]
         args.results = Path(tempfile.mkdtemp()) / "runs.jsonl"
-    elif args.folder is None:
-        parser.error("give the folder of the data, or --smoke")
-    results = args.results or Path("uci.jsonl")
-    known = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
-    known = [r for r in known if r["steps"] == args.steps]
-    done = {(r["set"], r["model"], r["seed"]) for r in known}
-    wanted = [(name, model, seed) for name in args.sets for seed in args.seeds for model in args.models]
+    wanted = [(name, model, seed, args.steps) for name in args.sets for seed in args.seeds for model in args.models]
     print(f"{machine()}; {args.steps} steps, seeds {args.seeds}, float32, one thread a run\n")
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(args.jobs, mp_context=context, max_tasks_per_child=1) as pool, results.open("a") as file:
-        jobs = [pool.submit(run, args.folder, *each, args.steps) for each in wanted if each not in done]
-        for job in as_completed(jobs):
-            found = job.result()
-            known.append(found)
-            print(json.dumps(found), file=file, flush=True)
-            line = f"{found['set']:<28}{found['model']:<22}seed {found['seed']}  {found['score']:9.3f}"
-            print(f"{line}  {found['seconds']:6.1f} s", flush=True)
-    known.sort(key=lambda r: r["seed"])
-    print("\n" + table([r for r in known if r["seed"] in args.seeds], args.sets, args.models))
+    found = complete(
+        functools.partial(run, args.folder),
+        wanted,
+        lambda r: (r["set"], r["model"], r["seed"], r["steps"]),
+        lambda r: f"{r['set']:<28}{r['model']:<22}seed {r['seed']}  {r['score']:9.3f}  {r['seconds']:6.1f} s",
+        results=args.results or Path("uci.jsonl"),
+        jobs=args.jobs,
+        fresh=not args.smoke,
+    )
+    print("\n" + table(found, args.sets, args.models))
 
 
 if __name__ == "__main__":

@@ -48,8 +48,7 @@ def cnf(  # noqa: D417 -- the class documents the other options
 ) -> Chain:
     r"""Continuous normalizing flow (FFJORD): one :class:`~pyro_flows.transforms.Continuous` transform.
 
-    Rows follow :math:`\dot z = v(t, z, c)` from the base at :math:`t = 0` to the data at :math:`t = 1`, and
-    :math:`\log|\det \partial y/\partial x| = \int_0^1 \nabla \cdot v\, dt`.  Each direction is one solve.  A fresh flow
+    Rows follow :math:`\dot z = v(t, z, c)` from the base at :math:`t = 0` to the data at :math:`t = 1`.  A fresh flow
     is exactly the identity.
 
     Args:
@@ -57,10 +56,8 @@ def cnf(  # noqa: D417 -- the class documents the other options
         context_dim: size of the context, 0 for none.
         hidden_dims: widths of the field's hidden layers; two of ``4 * input_dim``, at least 64 and at most 512, by
             default (FFJORD: three of 64 for toy data, two or three of some 10 per dimension for tables), or two of 32
-            channels for ``"conv"``.  Up to two have an exact divergence at the cost of one evaluation more in
-            ``"mlp"`` and ``"concatsquash"``.
-        field: ``"concatsquash"`` (FFJORD), ``"mlp"``, ``"conv"``, or a module called as
-            ``field(t, x)``, or ``field(t, x, context)``, that keeps the shape of ``x``.
+            channels for ``"conv"``.  With up to two, ``"mlp"`` and ``"concatsquash"`` have a cheap exact divergence.
+        field: ``"concatsquash"`` (FFJORD), ``"mlp"``, ``"conv"``, or a module, as for ``Continuous``.
         time_dependent: whether the package's own fields depend on time.
         activation: of the package's own fields: ``"tanh"``, ``"softplus"``, ``"silu"`` or a smooth elementwise
             function (FFJORD: softplus or tanh).
@@ -69,8 +66,8 @@ def cnf(  # noqa: D417 -- the class documents the other options
             (Chen et al.), Hutchinson's estimate with one probe of either noise, dopri5 at 1e-5 and the adjoint
             (FFJORD), and rk4 with 4 steps and both penalties at 0.01 (RNODE: Finlay et al.).
 
-    The papers' flows have a learned end time, or several fields in sequence; here time ends at 1, which the field's
-    scale makes up for, and several are a :class:`~pyro_flows.core.chain.Chain` of several.
+    The papers' flows have a learned end time, or several fields in sequence; here the field's scale makes up for the
+    former, and a :class:`~pyro_flows.core.chain.Chain` of several flows is the latter.
 
     Raises:
         ValueError, TypeError: for options and fields, as in :class:`~pyro_flows.transforms.Continuous`.

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from types import MappingProxyType
+from typing import Any
 
 from torch import Size
 
 from pyro_flows.core.chain import Chain
-from pyro_flows.core.checks import positive_integers
+from pyro_flows.core.checks import integer, positive_integers
 from pyro_flows.core.transform import FlowTransform
 from pyro_flows.nets.convolutional import image_shape
 from pyro_flows.transforms import ActNorm, Mint, Split, Squeeze
 
 __all__ = ["MINTNET_CONFIGURATIONS", "mintnet"]
 
-#: The networks of the paper by data set, as options of ``mintnet``; ImageNet is that of 32 x 32.
+#: The networks of the paper by data set, as options of ``mintnet``; ImageNet of 32 x 32.
 MINTNET_CONFIGURATIONS = MappingProxyType(
     {
         "mnist": MappingProxyType({"num_layers": 20, "num_groups": 45, "squeeze": 2}),
@@ -25,7 +26,7 @@ MINTNET_CONFIGURATIONS = MappingProxyType(
 )
 
 
-def mintnet(
+def mintnet(  # noqa: D417 -- the class documents the other options
     event_shape: Iterable[int],
     *,
     context_dim: int = 0,
@@ -52,11 +53,11 @@ def mintnet(
 ) -> Chain:
     r"""MintNet: pairs of :class:`~pyro_flows.transforms.Mint` layers, monotone maps by masked convolutions.
 
-    From data to base, the first of each pair makes a coordinate depend on those before it, the second on those after
-    it; :math:`\log|\det|` is the sum over layers of the logarithms of the triangular Jacobians' diagonals, exactly.
-    Density costs two passes for each pair.  Sampling is exact as well: it solves two triangular systems for each pair,
-    each by about as many passes as its longest chain of dependencies, or fewer.  Squeezes are undone on the base side,
-    so the base is an event of the image's shape.  A fresh flow is near the identity.
+    From data to base, the first layer of each pair makes a coordinate depend on those before it, the second on those
+    after it; :math:`\log|\det|` is the sum over layers of the logarithms of the triangular Jacobians' diagonals,
+    exactly.  Density costs two passes for each pair.  Sampling is exact as well: it solves two triangular systems for
+    each pair, each by about as many passes as its longest chain of dependencies, or fewer.  Squeezes are undone on the
+    base side, so the base is an event of the image's shape.  A fresh flow is near the identity.
 
     The networks of the paper are ``mintnet((3, 32, 32), **MINTNET_CONFIGURATIONS["cifar10"])`` and so on, with
     ``from pyro_flows.flows import MINTNET_CONFIGURATIONS``.
@@ -65,35 +66,25 @@ def mintnet(
         event_shape: ``(C, H, W)`` or ``(C, T)``.
         context_dim: size of the context, 0 for none; every layer sees it.
         num_layers: number of pairs (paper: 20 for MNIST, 21 for CIFAR-10 and ImageNet32).
-        num_groups: hidden maps for each channel; after a squeeze, as many times fewer as there are more channels, or
+        num_groups: hidden maps for each channel; divided after a squeeze by the growth of the number of channels, or
             given for each stage, one more than there are squeezes (paper: 45 for MNIST, 85 for CIFAR-10).
-        kernel_size: of the convolutions, odd (paper: 3).
-        order: of the coordinates, ``"channel"`` (paper) or ``"position"``; see :class:`~pyro_flows.transforms.Mint`.
-            ``None`` for the first, or, with attention, for the second, which it needs.
         squeeze: number of squeezes, spread evenly over the pairs (paper: 2, after a third and two thirds of them).
         split: whether half of the channels leave after each squeeze, Gaussian given the others (paper: no).
         act_norm: whether each pair has an :class:`~pyro_flows.transforms.ActNorm` on its data side, which the first
             batch in training sets (paper: no).
-        one_sided: whether all layers have the first's orientation: then the whole flow is triangular, and gives the
-            density of each coordinate given those before it; needs ``squeeze=0``.
-        causal: for series ``(C, T)``: all layers go by time, a step and its channels after another, from the first
-            one on, with parameters that all times share, so that no parameter depends on ``T`` and a flow goes on
-            beyond it, see :class:`~pyro_flows.infer.Stream`.  It stands for ``one_sided=True``,
-            ``order="position"`` and ``shared_scale=True``.
-        dilations: distances of the convolutions' taps, for the layers in the sequence in which data meet them, from
-            the beginning again where there are more layers; by default 1, or 1, 2, 4, 8 if ``causal``.  A causal chain
-            looks ``reach`` steps back, three halves of ``kernel_size - 1`` times the sum of the layers' dilations.
-        hidden_dims: widths of the hidden layers of the contexts' networks.
-        activation: of the layers, increasing (paper: ELU).
-        min_slope: the least factor of a coordinate in a layer (paper: 1e-12).
-        attention: number of heads by which the pixels (or times) of each layer attend to those before them, 0 for none
-            (paper: 0).  At first they add zero; the log-determinant stays exact.
-        head_dim: size of each head, at least 5 for images and 3 for series.
-        window: how many pixels back attention reaches in each layer; ``None`` for all.
-        shared_scale: whether those factors are shared over places; no parameter then depends on the image's size.
-        tolerance: of the solver, relative; ``None`` for one that goes with the dtype.
-        max_sweeps: of the solver; ``None`` for as many as it takes.
-        on_fail: whether to ``"raise"`` or ``"warn"`` if so many were too few.
+        one_sided: whether all layers have the orientation of the first: then the whole flow is triangular, and gives
+            the density of each coordinate given those before it; needs ``squeeze=0``.
+        causal: for series ``(C, T)``: all layers go by time, from the first step on and channel by channel, with
+            parameters that all times share.  No parameter then depends on ``T``, and the flow continues beyond it, see
+            :class:`~pyro_flows.infer.Stream`.  It implies ``one_sided=True``, ``order="position"`` and
+            ``shared_scale=True``.
+        dilations: distances of the convolutions' taps, for the layers in the order in which data meet them, repeated if
+            there are more layers; by default 1, or 1, 2, 4, 8 if ``causal``.  A causal chain looks ``reach`` steps
+            back, three halves of ``kernel_size - 1`` times the sum of the layers' dilations.
+        kernel_size, order, hidden_dims, activation, min_slope: as in :class:`~pyro_flows.transforms.Mint` (paper:
+            kernels of 3, order by channel, ELU, a least slope of 1e-12).
+        attention, head_dim, window, shared_scale: as in ``Mint`` (paper: no attention).
+        tolerance, max_sweeps, on_fail: as in ``Mint``.
 
     Raises:
         ValueError: if the event is no image or series, or cannot be squeezed that often, or options do not go together.
@@ -111,12 +102,12 @@ def mintnet(
             )
         one_sided, order, shared_scale = True, "position", True
     _check(event, num_layers, squeeze, split, one_sided)
-    apart = (1, 2, 4, 8) if causal else (1,)
-    if dilations is not None:
-        apart = positive_integers("mintnet", "dilations", dilations)
+    if dilations is None:
+        dilations = (1, 2, 4, 8) if causal else 1
+    apart = positive_integers("mintnet", "dilations", dilations)
     groups = _groups(num_groups, squeeze, len(event) - 1)
     per_stage = num_layers // (squeeze + 1)
-    options = {
+    options: dict[str, Any] = {
         "kernel_size": kernel_size,
         "order": order,
         "context_dim": context_dim,
@@ -133,7 +124,7 @@ def mintnet(
     }
 
     def pair(shape: Size, width: int, before: int) -> list[FlowTransform]:
-        # From base to data, so the one that data meet first comes last.
+        # From base to data: the layer that data meet first comes last.
         layers = [
             Mint(
                 shape,
@@ -148,7 +139,7 @@ def mintnet(
 
     def stage(shape: Size, level: int) -> list[FlowTransform]:
         count = per_stage if level < squeeze else num_layers - squeeze * per_stage
-        met = level * per_stage  # pairs that data have met before
+        met = level * per_stage  # pairs that data meet before this stage
         pairs = [part for k in reversed(range(count)) for part in pair(shape, groups[level], met + k)]
         if level == squeeze:
             return pairs
@@ -156,7 +147,7 @@ def mintnet(
         whole = down.event_shape
         if split:
             half = Size((whole[0] // 2, *whole[1:]))
-            coarse = [Split(Chain(stage(half, level + 1)), whole, context_dim=context_dim)]
+            coarse: list[FlowTransform] = [Split(Chain(stage(half, level + 1)), whole, context_dim=context_dim)]
         else:
             coarse = stage(whole, level + 1)
         return [down.inv, *coarse, Squeeze(shape), *pairs]
@@ -165,10 +156,8 @@ def mintnet(
 
 
 def _check(event: Size, num_layers: int, squeeze: int, split: bool, one_sided: bool) -> None:
-    if isinstance(squeeze, bool) or not isinstance(squeeze, int) or squeeze < 0:
-        raise ValueError(f"mintnet: expected squeeze to be an integer >= 0, got {squeeze!r}")
-    if isinstance(num_layers, bool) or not isinstance(num_layers, int) or num_layers < 1:
-        raise ValueError(f"mintnet: expected num_layers to be an integer >= 1, got {num_layers!r}")
+    integer("mintnet", "squeeze", squeeze, 0)
+    integer("mintnet", "num_layers", num_layers)
     if num_layers <= squeeze:
         raise ValueError(
             f"mintnet: expected at least one pair of layers at each size, so num_layers > squeeze, got {num_layers} "
@@ -178,22 +167,21 @@ def _check(event: Size, num_layers: int, squeeze: int, split: bool, one_sided: b
     if odd is not None:
         raise ValueError(
             f"mintnet: expected sides that can be halved {squeeze} times (squeeze={squeeze}), got event shape "
-            f"{tuple(event)}; ask for fewer squeezes, or pad the data to sides that are multiples of {2**squeeze}"
+            f"{tuple(event)}; set a smaller squeeze, or pad the data to sides that are multiples of {2**squeeze}"
         )
     if split and not squeeze:
         raise ValueError("mintnet: split=True needs squeeze >= 1: channels leave after squeezes")
     if one_sided and squeeze:
         raise ValueError(
-            "mintnet: one_sided=True needs squeeze=0: a squeezed image has another order, so the flow as a whole would "
-            "not be triangular"
+            "mintnet: one_sided=True needs squeeze=0: a squeezed image has another order, so the whole flow "
+            "would not be triangular"
         )
 
 
 def _groups(num_groups: int | Sequence[int], squeeze: int, dims: int) -> list[int]:
     """The number of groups at each stage."""
     if isinstance(num_groups, int):
-        if isinstance(num_groups, bool) or num_groups < 1:
-            raise ValueError(f"mintnet: expected num_groups to be an integer >= 1, got {num_groups!r}")
+        integer("mintnet", "num_groups", num_groups)
         return [max(num_groups >> (dims * k), 1) for k in range(squeeze + 1)]
     groups = list(num_groups) if isinstance(num_groups, Iterable) and not isinstance(num_groups, str) else []
     if len(groups) != squeeze + 1:

@@ -180,7 +180,7 @@ class ForwardSweep(_Sweep):
                     add(params, self.direct, post[0], width * d0, width * d1, seen, feeding[0][t])
                 given, made, x = self.z[d0:d1], by_dimension[d0:d1], self.x[d0:d1]
                 if s.features is None:
-                    calls += solver.univariate.solver(True, given, made, x, self.ladj[d0:d1])
+                    calls += solver.univariate.solver(True, given, made.transpose(0, 1), x, self.ladj[d0:d1])
                 else:
                     coded = post[0][feeding[0][t] : feeding[0][t + 1]]
                     calls += solver.univariate.draws(d0, d1, given, made, x, coded)
@@ -277,10 +277,10 @@ class ReverseSweep(_Sweep):
         weights: Sequence[Tensor],
         masks: Sequence[Tensor],
     ) -> None:
-        """Everything feature-major except ``grad_x``, shape ``(columns, input_dim)``."""
+        """Everything feature-major except ``grad_x``, shape ``(columns, input_dim)``; parameters are the first axis."""
         self.x.copy_(grad_x.T)
-        self.by_params.copy_(by_params)
-        self.params.view(self.by_params.shape).copy_(ladj_by_params)
+        self.by_params.copy_(by_params.transpose(0, 1))
+        self.params.view(self.by_params.shape).copy_(ladj_by_params.transpose(0, 1))
         self.load_weights(weights, masks)
         for held, given in zip(self.slopes, slopes, strict=True):
             held.copy_(given)

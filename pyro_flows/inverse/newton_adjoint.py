@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
+from torch.utils._pytree import tree_map
 
 from pyro_flows.inverse.newton_sweeps import TriangularMap
 
@@ -31,7 +32,7 @@ def _solve(product: Callable[[Tensor], Tensor], d: Tensor, g: Tensor, level: Ten
     if count == 1 or v.numel() == 0:
         return v
     last = math.inf
-    # Of a gradient that stands for many (is_grads_batched) no number can be read.
+    # No number can be read from a gradient that stands for many (is_grads_batched).
     for k in range(0 if is_legacy_batchedtensor(g) else 2 * count + 2):
         jv = product(v)
         r = g - jv
@@ -150,13 +151,22 @@ def _product(solved: TriangularMap, transpose: bool, split: int, v: Tensor, x: T
 
 
 def push(function: Callable[..., Tensor], inputs: Sequence[Tensor], tangents: Sequence[Tensor | None]) -> Tensor:
-    """The directional derivative, by two reverse modes, which every operation has."""
-    value, pull = torch.func.vjp(function, *inputs)
+    """The directional derivative, by two reverse passes, which every operation has."""
+    value, pull = torch.func.vjp(function, *inputs)[:2]
     tangents = tuple(torch.zeros_like(t) if d is None else d for t, d in zip(inputs, tangents, strict=True))
     return torch.func.vjp(pull, torch.zeros_like(value))[1](tangents)[0]
 
 
-def vmapped(call: Callable[..., Any], rows: int, size: int, in_dims: Sequence[Any], args: Sequence[Any]) -> Any:
+def vmapped(
+    call: Callable[..., Any],
+    rows: int,
+    size: int,
+    in_dims: Sequence[Any],
+    args: Sequence[Any],
+    *,
+    results: int = 1,
+    apart: bool = False,
+) -> Any:
     """Solves a batch of problems: as more rows if the shared tensors are the same for all, else one after the other.
 
     Args:
@@ -164,22 +174,23 @@ def vmapped(call: Callable[..., Any], rows: int, size: int, in_dims: Sequence[An
             leading dimension of samples, the shared ones, and the others with a leading dimension of samples.
         rows: see ``call``.
         size: of the batch.
-        in_dims: where the batch is in each argument, as in ``torch.vmap``.
-        args: those of ``call``.
+        in_dims: the dimension of the batch in each argument, as in ``torch.vmap``.
+        args: the arguments of ``call``.
+        results: the number of results, from the first on, with a leading dimension of samples.
+        apart: whether to solve one system after the other in any case, as for gradients of shared tensors.
     """
     constants, tensors, dims = args[:3], args[3:], in_dims[3:]
     shared = range(rows, rows + constants[2])
-    if any(dims[k] is not None for k in shared):
+    if apart or any(dims[k] is not None for k in shared):
         parts = [
             call(*constants, *(t if d is None else t.select(d, k) for t, d in zip(tensors, dims, strict=True)))
             for k in range(size)
         ]
-        if isinstance(parts[0], Tensor):
-            return torch.stack(parts)
-        return tuple(torch.stack(each) for each in zip(*parts, strict=True))
+        return tree_map(lambda *each: torch.stack(each), *parts)
     flat, n = [], 0
-    for k, (t, d) in enumerate(zip(tensors, dims, strict=True)):
+    for k, t in enumerate(tensors):
         if k not in shared:
+            d = dims[k]
             t = t.expand(size, *t.shape) if d is None else t.movedim(d, 0)
             n = t.shape[1]
             t = t.flatten(0, 1)
@@ -187,4 +198,4 @@ def vmapped(call: Callable[..., Any], rows: int, size: int, in_dims: Sequence[An
     result = call(*constants, *flat)
     if isinstance(result, Tensor):
         return result.unflatten(0, (size, n))
-    return result[0].unflatten(0, (size, n)), *result[1:]
+    return *(each.unflatten(0, (size, n)) for each in result[:results]), *result[results:]

@@ -1,11 +1,12 @@
 r"""Newton-Jacobi sweeps that solve a triangular system :math:`f(x) = z`, safeguarded along a front so that they end.
 
 A sweep evaluates :math:`f` and the diagonal :math:`d` of its Jacobian once and moves every coordinate by
-:math:`(z - f)/d`.  In a triangular map the coordinates fall into waves, and once the waves below are right a wave has
-scalar problems only, each strictly increasing with a slope between the known bounds :math:`m \le d \le M`: the root is
-between :math:`x + r/M` and :math:`x + r/m` for any residual :math:`r = z - f`.  So plain sweeps go on as long as the
-first wave that is not solved moves on in each sample; from the first time that it does not, the waves below it are held
-fixed and its own coordinates keep a bracket, which is halved where Newton's method would leave it or gains too little.
+:math:`(z - f)/d`.  In a triangular map the coordinates fall into waves.  Once the waves below are right, a wave
+consists of scalar problems, each strictly increasing with a slope between the known bounds :math:`m \le d \le M`: the
+root is between :math:`x + r/M` and :math:`x + r/m` for any residual :math:`r = z - f`.  So plain sweeps continue as
+long as the front, the first wave that is not solved, advances in each row.  From the first time that it does not, the
+waves below it are held fixed and its own coordinates keep a bracket, which is halved where Newton's method would leave
+it or gains too little.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ _maps: weakref.WeakValueDictionary[str, TriangularMap] = weakref.WeakValueDictio
 class TriangularMap(ABC):
     r"""A map of events whose Jacobian is triangular, with a positive diagonal, in some order of the coordinates.
 
-    It holds no tensor that needs a gradient: parameters come as ``shared`` (the same for all rows) and ``rowwise``
-    (leading dimension ``n``, for what a context gives).  ``name`` stands in messages.  ``wave`` is an integer tensor of
-    the event's shape: the length of the longest chain of dependencies that ends at a coordinate, 0 for a coordinate
-    that depends on itself alone.
+    The map holds no tensor that needs a gradient: parameters come as ``shared`` (the same for all rows) and ``rowwise``
+    (leading dimension ``n``, e.g. from a context).  Messages contain ``name``.  ``wave`` is an integer tensor of the
+    event's shape: the length of the longest chain of dependencies that ends at a coordinate, 0 for a coordinate that
+    depends on itself alone.
     """
 
     name: str
@@ -60,7 +61,7 @@ class TriangularMap(ABC):
         """``0 < m <= M`` between which the diagonal stays for every ``x``, broadcasting to ``(n, *event_shape)``."""
 
     def waves(self, device: torch.device) -> tuple[Tensor, int]:
-        """``wave`` as a row on a device, and how many waves there are."""
+        """``wave`` as a row on a device, and the number of waves."""
         known = self.__dict__.setdefault("_waves", {})
         if device not in known:
             wave = self.wave.detach().reshape(1, -1)
@@ -75,12 +76,12 @@ def named_map(handle: str) -> TriangularMap:
 
 
 class SolverSettings(NamedTuple):
-    """How exactly to solve, and what to do where that fails.
+    """How exactly to solve, and what to do on failure.
 
     Args:
         tolerance: largest error of a coordinate relative to ``1 + |x|``, given the coordinates that it depends on;
             ``None``: near the rounding of the dtype (1e-6 in float32, 1e-13 in float64).
-        max_sweeps: how many sweeps are allowed; ``None``: as many as the method can need.
+        max_sweeps: largest number of sweeps; ``None``: as many as the method can need.
         on_fail: ``"raise"`` a ``RuntimeError`` or ``"warn"`` with a ``RuntimeWarning``.
     """
 
@@ -109,7 +110,7 @@ class SolverSettings(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class SolveReport:
-    """What a solve took; the numbers are in ``stats``, a tensor on the host, and are read when asked for."""
+    """The costs and the error of a solve, read on demand from ``stats``, a tensor on the host."""
 
     stats: Tensor
 
@@ -125,12 +126,12 @@ class SolveReport:
 
     @property
     def residual(self) -> float:
-        """Largest ``|f(x) - z| / (m (1 + |x|))`` where it was last evaluated, before the last Newton step."""
+        """Largest ``|f(x) - z| / (m (1 + |x|))`` at the last evaluation, before the last Newton step."""
         return float(self.stats[2])
 
     @property
     def bisections(self) -> int:
-        """How many times a coordinate was bisected."""
+        """Number of bisections of coordinates."""
         return int(self.stats[3])
 
     @property
@@ -140,7 +141,7 @@ class SolveReport:
 
     @property
     def waves(self) -> int:
-        """Waves of the map, the sweeps in which a triangular system is solved if it is linear."""
+        """Waves of the map: the number of sweeps that solve a linear triangular system."""
         return int(self.stats[5])
 
     def __repr__(self) -> str:
@@ -169,7 +170,7 @@ def _bound(value: Tensor, z: Tensor) -> Tensor:
 
 
 class _Sweeps:
-    """The rows under way and what the sweeps know of each."""
+    """The rows that are not solved yet, with the state of the sweeps."""
 
     def __init__(
         self,
@@ -189,7 +190,7 @@ class _Sweeps:
         self.far = torch.finfo(z.dtype).max ** 0.4
         self.m, self.M = (_bound(b, z) for b in solved.slope_bounds(self.shared, self.rowwise))
         tolerance = TOLERANCE[z.dtype] if settings.tolerance is None else settings.tolerance
-        # Bounds that are none must not let anything pass.
+        # Invalid bounds must let nothing pass.
         sound = ((self.m > 0) & (self.m <= self.M) & (self.M < math.inf)).all()
         self.slack = torch.where(sound, self.m * tolerance, math.nan)
         self.allowed = torch.add(self.slack, self.z.abs(), alpha=FLOOR * self.eps)
@@ -200,6 +201,7 @@ class _Sweeps:
         self.seen: tuple[Tensor, Tensor] | None = None
         self.step: Tensor | None = None
         self.guarded = False
+        self.known_front: Tensor | None = None
         self.worst = self.z.new_full((self.total,), math.inf)
         self.evaluations = 0
         self.bisections = self.z.new_zeros((), dtype=torch.long)
@@ -207,24 +209,24 @@ class _Sweeps:
         self.broken = self.z.new_zeros((), dtype=torch.long)
 
     def evaluate(self) -> None:
-        """Value, slope and residual at ``x``, and which coordinates they let pass."""
+        """Evaluates value, slope and residual at ``x``."""
         f, d = self.map.value_and_slope(self.x.view(-1, *self.event), self.shared, self.rowwise)
         self.evaluations += 1
         f, self.d = f.reshape(self.x.shape), d.reshape(self.x.shape)
         self.r = self.z - f
         self.size, self.abs_x = self.r.abs(), self.x.abs()
-        # Below 1 lets a coordinate pass: the tolerance and the rounding of what f is summed from.
+        # A ratio below 1 lets a coordinate pass: its residual is within the tolerance or the rounding of f's terms.
         self.ratio = self.size / torch.addcmul(
             self.allowed, torch.add(self.slack, self.d, alpha=FLOOR * self.eps), self.abs_x
         )
         self.known_front = None
 
     def rounding(self) -> Tensor:
-        """What residuals come from the last place of the terms of f."""
+        """The residuals that the last place of the terms of f can make."""
         return self.eps * torch.addcmul(self.z.abs(), self.d, self.abs_x)
 
     def plain(self) -> tuple[Tensor, int]:
-        """One Newton-Jacobi step; returns which rows are solved, and their number.  Solved rows rest."""
+        """One Newton-Jacobi step; returns which rows are solved, and their number.  Solved rows stay fixed."""
         worst = self.ratio.amax(1)
         solved = worst < 1
         if self.live is not None:
@@ -232,8 +234,8 @@ class _Sweeps:
         count = int(solved.sum())
         step = self.calm(self.r / self.d)
         if count:
-            # What is accepted takes the step that it has already, if steps still gain digits there: where the residual
-            # is rounding a step would only disturb what depends on the coordinate, after its residual was looked at.
+            # An accepted row takes its step only if steps still gain digits there: where the residual is rounding, a
+            # step would disturb the coordinates that depend on it, after their residuals were checked.
             last = worst < 0.1 * self.worst
             if self.live is not None:
                 last &= self.live
@@ -245,13 +247,14 @@ class _Sweeps:
         return solved, count
 
     def front(self) -> Tensor:
-        """The first wave in each row that is not solved."""
-        if self.known_front is None:
-            self.known_front = torch.where(self.ratio < 1, self.count, self.wave).amin(1, keepdim=True)
-        return self.known_front
+        """The first wave that is not solved, in each row."""
+        known = self.known_front
+        if known is None:
+            self.known_front = known = torch.where(self.ratio < 1, self.count, self.wave).amin(1, keepdim=True)
+        return known
 
     def stuck(self) -> bool:
-        """Whether in some row neither the front nor its residual has got ahead since the last call."""
+        """Whether in some row neither the front advanced nor its residual shrank since the last call."""
         first = self.front()
         worst = self.ratio.masked_fill(self.wave != first, 0.0).amax(1, keepdim=True)
         before, self.seen = self.seen, (first, worst)
@@ -261,16 +264,16 @@ class _Sweeps:
         return not bool((gained if self.live is None else gained | ~self.live[:, None]).all())
 
     def calm(self, step: Tensor) -> Tensor:
-        """Now and then halves the steps that only go to and fro, well beyond the front."""
+        """Now and then halves steps that only oscillate, well beyond the front."""
         if self.looking and self.step is not None and self.step.shape == step.shape:
             back = -step / self.step
-            fro = (back > 0.8) & (back < 1.25) & (self.wave > self.front() + 1)
-            step = torch.where(fro, 0.5 * step, step)
+            oscillates = (back > 0.8) & (back < 1.25) & (self.wave > self.front() + 1)
+            step = torch.where(oscillates, 0.5 * step, step)
         self.step = step
         return step
 
     def guard(self) -> None:
-        """Prepares for guarded steps; says what is wrong with the input if that is why plain ones got stuck."""
+        """Prepares for guarded steps; raises ValueError if plain steps got stuck on an invalid input."""
         self.check()
         self.guarded = True
         self.first = self.front().clone()
@@ -285,7 +288,7 @@ class _Sweeps:
         self.one_m, self.one_M = 1 / self.m, 1 / self.M
 
     def careful(self) -> tuple[Tensor, int]:
-        """One step with the front safeguarded; returns which rows are solved or lost, and their number."""
+        """One step with a safeguarded front; returns which rows are solved or lost, and their number."""
         x, r, wave = self.x, self.r, self.wave
         finite = torch.isfinite(self.size.amax(1, keepdim=True))
         ok = (self.ratio < 1) | self.done
@@ -293,10 +296,10 @@ class _Sweeps:
         first = torch.where(finite, first, self.first)
         moved = (first != self.first) | ~finite
         below = (wave < first) & finite
-        # A wave that is accepted alone takes its Newton step first: nothing that was accepted depends on it.
+        # A wave accepted by itself takes its Newton step first: nothing accepted depends on it.
         alone = below & ~self.done & (first == self.first + 1)
         self.done = self.done | below
-        # The root given what lies below.  Where that has just been moved, brackets begin with the next evaluation.
+        # Brackets of the root, given the waves below.  Where these have just moved, brackets begin at the next sweep.
         by_least, by_most = r * self.one_m, r * self.one_M
         lo = torch.maximum(self.lo, x + torch.minimum(by_least, by_most)).masked_fill_(moved, -math.inf)
         hi = torch.minimum(self.hi, x + torch.maximum(by_least, by_most)).masked_fill_(moved, math.inf)
@@ -315,7 +318,7 @@ class _Sweeps:
         new = torch.where(halve | closed, 0.5 * lo + 0.5 * hi, new)
         held = (self.done & ~alone) | (self.cold & (wave != first))
         new = torch.where(held, x, new)
-        # An overflow beyond the front can reach it as 0 * inf: such a row begins anew and goes wave by wave.
+        # An overflow beyond the front can reach it as 0 * inf: such a row starts again and goes wave by wave.
         new = torch.where(~finite & ~self.done, 0.0, new)
         self.lost = self.lost | (~finite & self.cold)
         self.cold = self.cold | ~finite
@@ -328,26 +331,28 @@ class _Sweeps:
         return solved, int(solved.sum())
 
     def leave(self, rows: Tensor | None, solved: bool = True) -> None:
-        """Takes rows (all if ``None``) out, with what is to be reported of them."""
-        pick = (lambda t: t) if rows is None else (lambda t: t[rows] if t.shape[0] == self.x.shape[0] else t)
+        """Takes rows (all if ``None``) out and adds them to the report."""
+
+        def pick(t: Tensor) -> Tensor:
+            return t if rows is None or t.shape[0] != self.x.shape[0] else t[rows]
+
         size, abs_x = pick(self.size), pick(self.abs_x)
         relative = size / (pick(self.m) * (1 + abs_x))
         self.residual = torch.maximum(self.residual, relative.nan_to_num_(math.inf).amax())
         if solved and self.guarded:
-            # Where the bracket closed the residual is rounding, unless the map is not what it says.
+            # Where the bracket closed, the residual is rounding, unless slope or bounds of the map are wrong.
             row = (pick(self.d).amax(1) * (1 + abs_x.amax(1)))[:, None]
             fair = (pick(self.ratio) < 1) | (size < self.eps**0.5 * (pick(self.z).abs() + row))
             self.broken += (~fair.all(1) | pick(self.lost)[:, 0]).sum()
-        if self.index is None and rows is None:
-            self.out = self.x
-            return
-        if self.out is None:
+        if self.out is None or self.index is None:
+            if rows is None:  # all at once
+                return
             self.out = torch.empty_like(self.z)
             self.index = torch.arange(self.total, device=self.z.device)
         self.out[pick(self.index)] = pick(self.x)
 
     def compact(self, solved: Tensor) -> None:
-        """Goes on with the rows that are not solved."""
+        """Continues with the rows that are not solved."""
         n = self.x.shape[0]
         self.leave(solved.nonzero()[:, 0])
         rest = (~solved).nonzero()[:, 0]
@@ -364,6 +369,7 @@ class _Sweeps:
                 setattr(self, name, value[rest])
 
     def run(self) -> tuple[Tensor, Tensor]:
+        """The solution of all rows, and the numbers of its report."""
         limit = self.settings.max_sweeps
         cap = 1024 + 256 * self.count if limit is None else limit
         left = self.x.shape[0]
@@ -386,20 +392,15 @@ class _Sweeps:
             self.check()
             self.leave(None, solved=False)
         broken = left + int(self.broken)
-        stats = [
-            self.evaluations,
-            self.evaluations,
-            float(self.residual),
-            int(self.bisections),
-            broken == 0,
-            self.count,
-        ]
+        residual = float(self.residual)
+        stats = [self.evaluations, self.evaluations, residual, int(self.bisections), broken == 0, self.count]
         if broken:
-            self.fail(broken, stats[2])
-        return self.out.view(-1, *self.event), torch.tensor(stats, dtype=torch.float64)
+            self.fail(broken, residual)
+        out = self.x if self.out is None else self.out
+        return out.view(-1, *self.event), torch.tensor(stats, dtype=torch.float64)
 
     def check(self) -> None:
-        """Raises ValueError where the input, not the method, is at fault."""
+        """Raises ValueError if the input is at fault."""
         name = self.map.name
         bad = int((~torch.isfinite(self.z)).any(1).sum())
         if bad:
@@ -419,7 +420,7 @@ class _Sweeps:
             )
 
     def fail(self, broken: int, residual: float) -> None:
-        """Raises or warns: never silent."""
+        """Raises or warns."""
         message = (
             f"{self.map.name}: {broken} of {self.total} rows were not inverted, with a relative residual up to "
             f"{residual:.3g} after {self.evaluations} sweeps ({self.count} waves); "

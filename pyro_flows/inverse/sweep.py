@@ -27,7 +27,6 @@ from pyro_flows.core.modes import beyond_rules, full_precision, plain_eager
 from pyro_flows.inverse.buffers import ForwardSweep, ReverseSweep, Solver, columns_at_once, named
 from pyro_flows.nets.activations import slope
 from pyro_flows.nets.structure import weight_gradient
-from pyro_flows.univariate.base import Univariate
 
 __all__ = ["solve"]
 
@@ -232,11 +231,9 @@ def _first_order(
     solver = named(handle)
     weights, biases, masks = _groups(tensors)
     eager = plain_eager()
-    # A closed form may write in place, which vmap does not take.
-    partials = solver.univariate.partials if eager else partial(Univariate.partials, solver.univariate)
     pre, post, params, ladj = solver.structure.unpack(tape, solver.activations)
     zt, xt = z.T, x.T
-    by_z, by_params, ladj_by_z, ladj_by_params = partials(True, zt, params, xt, ladj, grad_ladj)
+    by_z, by_params, ladj_by_z, ladj_by_params = solver.univariate.partials(True, zt, params, xt, ladj, grad_ladj)
     slopes = [slope(act, a, h) for act, a, h in zip(solver.activations, pre, post, strict=True)]
     arguments = (grad_x, by_params, ladj_by_params, slopes, weights, masks, handle)
     if eager:
@@ -302,8 +299,8 @@ def _by_passes(
             pre = F.linear(solver.activations[k - 1](pre), weights[k], biases[k - 1])
             if k in structure.joins:
                 stream = pre = pre + stream
-        params = pre.unflatten(-1, (structure.num_params, structure.input_dim)).transpose(-1, -2)
-        x, ladj = solver.univariate.inverse(z, params)
+        params = pre.unflatten(-1, (structure.num_params, structure.input_dim)).movedim(-2, 0)
+        x, ladj = solver.univariate.plain(True, z, params)
     return x, ladj.sum(-1)
 
 

@@ -25,6 +25,7 @@ __all__ = [
     "pull",
     "slope",
     "softplus",
+    "value_and_slope",
 ]
 
 Function = Callable[[Tensor], Tensor]
@@ -62,6 +63,12 @@ def softplus(x: Tensor) -> Tensor:
     return F.softplus(x, threshold=40)
 
 
+def _silu_and_slope(pre: Tensor) -> tuple[Tensor, Tensor]:
+    gate = torch.sigmoid(pre)
+    post = pre * gate
+    return post, gate * (1 + pre - post)
+
+
 class KnownActivation(NamedTuple):
     """An elementwise function and what is known of it.
 
@@ -71,6 +78,7 @@ class KnownActivation(NamedTuple):
         slope: the derivative, from the value alone; a new tensor.
         in_place: the function, written over its argument; only where ``slope`` is known.
         slope_at: the derivative from argument and value, where it takes both.
+        both: value and derivative from the argument, where together they are cheaper.
         pull: the gradient with respect to the argument from the gradient, argument and value, in one kernel.
         curvature: the slope's derivative over the slope, from the value; ``None`` where that is zero or unknown.
         steepest: the largest slope, of an increasing function that may serve a monotone map.
@@ -81,6 +89,7 @@ class KnownActivation(NamedTuple):
     slope: Function | None = None
     in_place: Function | None = None
     slope_at: Callable[[Tensor, Tensor], Tensor] | None = None
+    both: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
     pull: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
     curvature: Function | None = None
     steepest: float | None = None
@@ -136,12 +145,14 @@ KNOWN = {
             "silu",
             F.silu,
             slope_at=lambda pre, post: torch.sigmoid(pre) * (1 + pre - post),
+            both=_silu_and_slope,
             pull=lambda grad, pre, post: _aten.silu_backward.default(grad, pre),
         ),
         KnownActivation(
             "softplus",
             softplus,
             lambda post: -torch.expm1(-post),
+            both=lambda pre: (softplus(pre), torch.sigmoid(pre)),
             curvature=lambda post: torch.exp(-post),
             steepest=1.0,
         ),
@@ -199,6 +210,15 @@ def slope(activation: Function, pre: Tensor, post: Tensor) -> Tensor:
     if known is not None and known.slope_at is not None:
         return known.slope_at(pre, post)
     return torch.func.vjp(activation, pre)[1](torch.ones_like(pre))[0]
+
+
+def value_and_slope(activation: Function, pre: Tensor) -> tuple[Tensor, Tensor]:
+    """The value and the derivative at ``pre``."""
+    known = _BY_FUNCTION.get(activation)
+    if known is not None and known.both is not None:
+        return known.both(pre)
+    post = activation(pre)
+    return post, slope(activation, pre, post)
 
 
 def pull(activation: Function, grad: Tensor, pre: Tensor, post: Tensor) -> Tensor:

@@ -8,17 +8,20 @@ import torch
 import torch.nn.functional as F
 from torch import Size, Tensor, nn
 
-from pyro_flows.core.checks import event_size
+from pyro_flows.core.checks import event_size, integer
 from pyro_flows.core.modes import plain_eager
 from pyro_flows.nets.activations import Activation, activation_functions
 
 __all__ = ["ConvNet", "image_shape"]
 
-_CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d}
-
 
 def image_shape(name: str, event_shape: int | Iterable[int]) -> Size:
-    """The shape of an event that must be ``(C, H, W)`` or ``(C, T)``; ``name`` is who asks."""
+    """Checks that an event has the shape ``(C, H, W)`` or ``(C, T)``.
+
+    Args:
+        name: the class or function that the caller sees, for the message.
+        event_shape: the shape of one event.
+    """
     shape = event_size(event_shape)
     if len(shape) not in (2, 3):
         raise ValueError(
@@ -28,28 +31,22 @@ def image_shape(name: str, event_shape: int | Iterable[int]) -> Size:
     return shape
 
 
-def _whole(name: str, value: int, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"expected {name} to be an integer >= {least}, got {value!r}")
-    return value
-
-
 class ConvNet(nn.Module):
     r"""A residual convolutional conditioner: ``num_params`` maps per output channel from an image and a context.
 
     A convolution, ``num_blocks`` blocks :math:`h + W_2 * a(W_1 * a(h) + b + V c)`, and a last convolution of
-    :math:`a(h)`, all of ``kernel_size`` with zeros beyond the edges, so maps have the size of the image.  A context
-    :math:`c` is a bias per channel, of the first convolution and of each block.  There is no batch normalisation: an
-    event's parameters depend on nothing but that event.
+    :math:`a(h)`, all with zeros beyond the edges, so maps have the size of the image.  A context :math:`c` adds a bias
+    per channel to the first convolution and to each block.  There is no batch normalization: an event's parameters
+    depend on that event alone.
 
     Args:
         in_channels: channels of the image.
-        out_channels: channels that the parameters are for.
+        out_channels: channels that get parameters.
         num_params: parameters per output channel and place.
         space_dims: 2 for images, 1 for series.
-        channels: hidden channels.
+        hidden_channels: channels of the layers between.
         num_blocks: number of residual blocks, 0 for two convolutions.
-        kernel_size: of all convolutions, odd.
+        kernel_size: size of all kernels, odd.
         context_dim: size of the context, 0 for none.
         activation: a name or an elementwise function without parameters.
         zero_init: whether the last convolution starts at zero.
@@ -66,7 +63,7 @@ class ConvNet(nn.Module):
         *,
         num_params: int = 1,
         space_dims: int = 2,
-        channels: int = 32,
+        hidden_channels: int = 32,
         num_blocks: int = 2,
         kernel_size: int = 3,
         context_dim: int = 0,
@@ -74,30 +71,30 @@ class ConvNet(nn.Module):
         zero_init: bool = True,
     ) -> None:
         super().__init__()
-        if space_dims not in _CONVOLUTIONS:
+        if space_dims not in (1, 2):
             raise ValueError(f"expected space_dims to be 1 or 2, got {space_dims!r}")
-        if _whole("kernel_size", kernel_size, 1) % 2 == 0:
-            raise ValueError(f"expected kernel_size to be odd, so that maps keep their size, got {kernel_size}")
-        self.in_channels = _whole("in_channels", in_channels, 1)
-        self.out_channels = _whole("out_channels", out_channels, 1)
-        self.num_params = _whole("num_params", num_params, 1)
-        self.channels = _whole("channels", channels, 1)
-        self.num_blocks = _whole("num_blocks", num_blocks, 0)
-        self.context_dim = _whole("context_dim", context_dim, 0)
+        integer("", "kernel_size", kernel_size, odd=True)
+        self.in_channels = integer("", "in_channels", in_channels)
+        self.out_channels = integer("", "out_channels", out_channels)
+        self.num_params = integer("", "num_params", num_params)
+        self.hidden_channels = integer("", "hidden_channels", hidden_channels)
+        self.num_blocks = integer("", "num_blocks", num_blocks, 0)
+        self.context_dim = integer("", "context_dim", context_dim, 0)
         self.space_dims = space_dims
         self.activations = activation_functions(activation, 2 * num_blocks + 1)
 
-        def convolution(inputs: int, outputs: int) -> nn.Module:
-            return _CONVOLUTIONS[space_dims](inputs, outputs, kernel_size, padding=kernel_size // 2)
+        def convolution(inputs: int, outputs: int) -> nn.Conv1d | nn.Conv2d:
+            make = nn.Conv1d if space_dims == 1 else nn.Conv2d
+            return make(inputs, outputs, kernel_size, padding=kernel_size // 2)
 
-        self.first = convolution(in_channels, channels)
-        self.blocks = nn.ModuleList(convolution(channels, channels) for _ in range(2 * num_blocks))
-        self.last = convolution(channels, num_params * out_channels)
+        self.first = convolution(in_channels, hidden_channels)
+        self.blocks = nn.ModuleList(convolution(hidden_channels, hidden_channels) for _ in range(2 * num_blocks))
+        self.last = convolution(hidden_channels, num_params * out_channels)
         if context_dim:
-            self.context = nn.Linear(context_dim, (1 + num_blocks) * channels, bias=False)
+            self.context = nn.Linear(context_dim, (1 + num_blocks) * hidden_channels, bias=False)
         if zero_init:
-            nn.init.zeros_(self.last.weight)
-            nn.init.zeros_(self.last.bias)
+            for parameter in self.last.parameters():
+                nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """``x``: shape ``(*batch, in_channels, *space)``; ``context``: broadcasts to ``(*batch, context_dim)``.
@@ -119,14 +116,14 @@ class ConvNet(nn.Module):
         return out.view(*batch, self.num_params, self.out_channels, *space).movedim(-2 - dims, -1)
 
     def _biases(self, batch: Size, context: Tensor | None) -> Tensor | None:
-        """The context's share of all layers, shape ``(rows or 1, layers, channels, 1, ..)``, made once per context."""
+        """What the context adds to all layers, shape ``(rows or 1, layers, channels, 1, ..)``."""
         if context is None:
             return None
         flat = F.linear(context, self.context.weight)
         rows = flat.shape[:-1].numel()
         if rows != 1:
             rows, flat = batch.numel(), flat.expand(*batch, flat.shape[-1])
-        return flat.reshape(rows, 1 + self.num_blocks, self.channels, *(1,) * self.space_dims)
+        return flat.reshape(rows, 1 + self.num_blocks, self.hidden_channels, *(1,) * self.space_dims)
 
     def _add(self, maps: Tensor, biases: Tensor | None, layer: int) -> Tensor:
         return maps if biases is None else maps + biases[:, layer]

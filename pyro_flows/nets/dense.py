@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 
 from pyro_flows.nets.activations import Activation, activation_functions
 
@@ -45,21 +45,14 @@ def _first_gain(inputs: float) -> float:
     return min(max(4.5 / math.sqrt(max(inputs, 1.0)), 1.0), 3.0)
 
 
-def _run(layers: nn.ModuleList, pre: Tensor, acts: Sequence[Callable[[Tensor], Tensor]], residual: bool) -> Tensor:
-    """From the first layer's pre-activation to the last layer's output."""
-    last = len(layers) - 1
-    stream = pre
-    for k in range(1, last + 1):
-        pre = layers[k](acts[k - 1](pre))
-        if residual and k % 2 == 0 and k < last:  # the second layer of a block
-            stream = pre = pre + stream
-    return pre
-
-
-def _hooked(module: nn.Module) -> bool:
-    return bool(
-        module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
-    )
+def _outputs(layer: nn.Module, columns: Tensor) -> Tensor:
+    """What a layer makes of samples that are columns."""
+    if type(layer) is nn.Linear and not (
+        layer._forward_pre_hooks or layer._forward_hooks or layer._backward_pre_hooks or layer._backward_hooks
+    ):
+        held = layer._parameters
+        return torch.addmm(held["bias"].unsqueeze(1), held["weight"], columns)
+    return layer(columns.t()).t()  # it is reparameterized or replaced, or has hooks
 
 
 class MLP(nn.Module):
@@ -112,40 +105,33 @@ class MLP(nn.Module):
             nn.init.zeros_(self.layers[-1].weight)
             nn.init.zeros_(self.layers[-1].bias)
 
-    def tensors(self) -> tuple[list[Tensor], list[Tensor]] | None:
-        """Weights and biases of the layers, if they are all that :meth:`forward` depends on, and it has an input.
-
-        ``None`` if there are hooks, or a layer was reparameterised or replaced: these have a say in a call only.
-        """
-        if self.input_dim == 0 or _hooked(self):
-            return None
-        weights, biases = [], []
-        for layer in self._modules["layers"]._modules.values():
-            if type(layer) is not nn.Linear or _hooked(layer):
-                return None
-            weights.append(layer._parameters["weight"])
-            biases.append(layer._parameters["bias"])
-        return weights, biases
-
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """``x``: shape ``(*batch, input_dim)``; ``context``: broadcasts to ``(*batch, context_dim)``.
 
         Returns shape ``(*batch, output_dim, num_params)``.
         """
+        batch = x.shape[:-1]
         if self.input_dim + self.context_dim == 0:
-            flat = self.constant.expand(*x.shape[:-1], -1)
+            flat = self.constant.unsqueeze(1).expand(-1, batch.numel())
         else:
-            first = self.layers[0]
-            if context is None:
-                pre = first(x)
-            elif self.input_dim == 0:
-                pre = first(context).expand(*x.shape[:-1], -1)
-            else:
-                # The context's share is computed once per context, not once per sample.
-                weight = first.weight
-                pre = F.linear(x, weight[:, : self.input_dim], first.bias) + F.linear(
-                    context, weight[:, self.input_dim :]
-                )
-            flat = _run(self.layers, pre, self.activations, self.residual)
-        # Parameter by parameter in memory: each is contiguous for the elementwise map that follows.
-        return flat.unflatten(-1, (self.num_params, self.output_dim)).transpose(-1, -2)
+            # Samples are columns: small matrix products are faster that way round, and each parameter is contiguous for
+            # the elementwise map that follows.
+            columns = (x if len(batch) == 1 else x.reshape(batch.numel(), self.input_dim)).t()
+            first, *layers = self._modules["layers"]._modules.values()
+            flat = stream = _outputs(first, columns) if context is None else self._first(columns, context, batch)
+            for k, layer in enumerate(layers, 1):
+                flat = _outputs(layer, self.activations[k - 1](flat))
+                if k in self.joins:
+                    stream = flat = flat + stream
+        out = flat.view(self.num_params, self.output_dim, flat.shape[1]).permute(2, 1, 0)
+        return out if len(batch) == 1 else out.unflatten(0, batch) if batch else out[0]
+
+    def _first(self, columns: Tensor, context: Tensor, batch: Size) -> Tensor:
+        """The first layer; the context's share is computed once per context, not once per sample."""
+        weight, bias = self.layers[0].weight, self.layers[0].bias
+        share = F.linear(context, weight[:, self.input_dim :], bias)
+        if share.shape[:-1].numel() == 1:
+            share = share.view(1, len(bias))
+        elif share.shape[:-1] != batch or len(batch) > 1:
+            share = share.expand(*batch, len(bias)).reshape(batch.numel(), len(bias))
+        return torch.addmm(share.t(), weight[:, : self.input_dim], columns)

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from pyro_flows.nets.activations import Activation, activation_functions
 from pyro_flows.nets.degrees import Degrees
 from pyro_flows.nets.dense import _first_gain, _positive, _widths
-from pyro_flows.nets.masked_pass import Head, Layout, Slabs, masked_network
+from pyro_flows.nets.masked_pass import MaskedLayers, Slabs, masked_network
 from pyro_flows.nets.structure import Structure
+from pyro_flows.univariate.base import Univariate
 
 __all__ = ["MaskedMLP"]
 
@@ -79,7 +80,7 @@ class MaskedMLP(nn.Module):
         cuts = degrees.cuts(num_params)
         self.structure = Structure(degrees.steps, degrees.times, num_params, joins, degrees.dense, cuts)
         slabs = Slabs(degrees.steps, degrees.times[-1], num_params) if degrees.times else None
-        self.layout = Layout(self.activations, self.structure.joins, cuts, slabs)
+        self.layers = MaskedLayers(self.activations, self.structure.joins, cuts, slabs)
         masks = degrees.masks()
         masks[-1] = masks[-1].repeat(num_params, 1)  # parameter by parameter, as in MLP
         for k, mask in enumerate(masks):
@@ -128,14 +129,14 @@ class MaskedMLP(nn.Module):
         return self.bias_0 if context is None else F.linear(context, self.context_weight, self.bias_0)
 
     def ranked(
-        self, x: Tensor, context: Tensor | None = None, head: Head | None = None
+        self, x: Tensor, context: Tensor | None = None, univariate: Univariate | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """As :meth:`forward`, with inputs and outputs by rank; with a head, what that makes of them, and its ladj."""
+        """As :meth:`forward`, with inputs and outputs by rank; with a univariate, ``x`` moved by it, and the ladj."""
         weights, (bias, *biases), masks = self.tensors()
         if context is not None:
             bias = F.linear(context, self.context_weight, bias)
-        out = masked_network(self.layout, x, bias, weights, biases, masks, head)
-        if head is not None:
+        out = masked_network(self.layers, x, bias, weights, biases, masks, univariate)
+        if univariate is not None:
             return out
         return out.unflatten(-1, (self.num_params, self.input_dim)).transpose(-1, -2)
 

@@ -1,4 +1,4 @@
-"""Masked convolutions in raster order: one stack for the rows above, one for what comes before in the same row."""
+"""Masked convolutions in raster order: one stack for the rows above, one for the columns before in the same row."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ __all__ = ["ConvLayer", "Groups", "StackSteps", "Stacks"]
 
 
 class Groups(NamedTuple):
-    """What a layer's inputs and outputs at one location belong to: a channel of the event each.
+    """Which channel of the event a layer's inputs and outputs at one location belong to.
 
-    Group ``c`` of the outputs is ``own[c]:own[c + 1]``; of the inputs at the same location it sees the first
-    ``seen[c]``, and of those at locations before it all.
+    Group ``c`` of the outputs is ``own[c]:own[c + 1]``.  It sees the first ``seen[c]`` inputs at the same location, and
+    all inputs at locations before.
     """
 
     own: tuple[int, ...]
     seen: tuple[int, ...]
 
     def mask(self) -> Tensor | None:
-        """Boolean, ``(outputs, seen inputs)``, for the location itself; ``None`` if all is seen."""
+        """The mask at the location itself, boolean, ``(outputs, seen inputs)``; ``None`` if everything is seen."""
         if len(self.seen) == 1:
             return None
         pairs = zip(self.seen, itertools.pairwise(self.own), strict=True)
@@ -40,7 +40,7 @@ def _uniform(*shape: int, fan_in: int) -> nn.Parameter:
 
 
 def _mapped(context: Tensor | None, weight: Tensor | None, bias: Tensor) -> Tensor:
-    return bias if context is None else F.linear(context, weight, bias)
+    return bias if context is None or weight is None else F.linear(context, weight, bias)
 
 
 def _spread(bias: Tensor) -> Tensor:
@@ -51,22 +51,29 @@ def _spread(bias: Tensor) -> Tensor:
 class ConvLayer(nn.Module):
     r"""One layer of both stacks.
 
-    At row :math:`i` and column :math:`j` the first stack, ``above``, sees rows above only, as wide as its kernel, and
-    the second, ``left``, columns before :math:`j` of the same row, the location itself as far as ``groups`` let it, and
-    the first stack's output (``link``).  So what the second one knows of the rows above does not depend on the route
-    along which it came, and nothing before is out of sight to the upper right.
+    At row :math:`i` and column :math:`j` the first stack, ``above``, sees only the rows above, as wide as its kernel.
+    The second, ``left``, sees the columns before :math:`j` of the same row, the location itself as far as ``groups``
+    allow, and the first stack's output (``link``).  So the rows above reach the second stack along one route only, and
+    no location before is out of sight to the upper right.
 
-    The weight for the location itself is kept apart, ``here``: it is the only one with a mask.
+    The weight for the location itself, ``here``, is separate: it alone has a mask.
 
     Args:
-        inputs, outputs: channels.
-        taps: columns before that the second stack sees; and rows above, and columns to either side, for the first.
-        dilation: distance of neighbours.
-        groups: who sees what at the location itself.
+        inputs, outputs: numbers of channels.
+        taps: number of columns before that the second stack sees, and of rows above and columns to either side that
+            the first stack sees.
+        dilation: distance of neighbors.
+        groups: which inputs an output sees at the location itself.
         context_dim: size of the context.
-        above: whether there is a first stack, since there is more than one row.
+        above: whether there is a first stack, i.e. more than one row.
         first: whether the inputs are the event itself.
     """
+
+    mask: Tensor | None
+    kernel: tuple[int, int]
+    above_weight: Tensor
+    above_bias: Tensor
+    link_weight: Tensor
 
     def __init__(
         self,
@@ -82,9 +89,9 @@ class ConvLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.inputs, self.taps, self.dilation, self.first, self.groups = inputs, taps, dilation, first, groups
-        # Rows and columns of the first stack's kernel.  Its inputs know of rows above alone, but those of the first
-        # layer, which must not see their own row.
-        self.kernel = (taps if first else taps + 1, 2 * taps + 1) if above else None
+        # Rows and columns of the first stack's kernel.  The inputs of the first layer must not see their own row; those
+        # of later layers know only rows above.
+        self.kernel = (taps if first else taps + 1, 2 * taps + 1)
         here = groups.seen[-1]
         fan_in = inputs * taps + here
         self.left_weight = _uniform(outputs, inputs, taps, fan_in=fan_in) if taps else None
@@ -92,8 +99,8 @@ class ConvLayer(nn.Module):
         self.left_bias = _uniform(outputs, fan_in=fan_in)
         self.register_buffer("mask", groups.mask(), persistent=False)
         self.left_context = _uniform(outputs, context_dim, fan_in=context_dim) if context_dim else None
-        self.above_weight = self.above_bias = self.above_context = self.link_weight = None
-        if self.kernel is not None:
+        self.above_context = None
+        if above:
             fan_in = inputs * self.kernel[0] * self.kernel[1]
             self.above_weight = _uniform(outputs, inputs, *self.kernel, fan_in=fan_in)
             self.above_bias = _uniform(outputs, fan_in=fan_in)
@@ -117,29 +124,29 @@ class ConvLayer(nn.Module):
         return F.conv2d(padded, self.above_weight, dilation=d) + _spread(self.above_offset(context))
 
     def left(self, x: Tensor, context: Tensor | None, past: Past | None = None) -> Tensor:
-        """Second stack without its link, likewise; of series it may go on from a past."""
+        """Second stack without its link, of the same shapes; a series may continue from a past."""
         total = _spread(self.left_offset(context))
-        if self.taps:
+        if self.left_weight is not None:
             if past is None:
                 padded = F.pad(x, (self.taps * self.dilation, 0))
             else:
                 padded = past.join(x.squeeze(-2)).unsqueeze(-2)
-            seen = padded[..., : -self.dilation]  # the location itself is not
+            seen = padded[..., : -self.dilation]  # without the location itself
             total = F.conv2d(seen, self.left_weight[:, :, None], dilation=self.dilation) + total
         if self.here_weight is not None:
-            total = F.conv2d(x[:, : self.groups.seen[-1]], self.here()[..., None, None]) + total
+            total = F.conv2d(x[:, : self.groups.seen[-1]], self.here(self.here_weight)[..., None, None]) + total
         return total
 
-    def here(self) -> Tensor:
-        """The weight for the location itself, zero in masked places."""
-        return self.here_weight if self.mask is None else torch.where(self.mask, self.here_weight, 0.0)
+    def here(self, weight: Tensor) -> Tensor:
+        """The weight for the location itself with zeros in masked places."""
+        return weight if self.mask is None else torch.where(self.mask, weight, 0.0)
 
     def link(self, x: Tensor) -> Tensor:
-        """What the second stack takes from the first, location by location."""
+        """The first stack's output as the second one takes it, location by location."""
         return F.conv2d(x, self.link_weight[..., None, None])
 
     def above_row(self, rows: Sequence[Tensor], offset: Tensor) -> Tensor | None:
-        """First stack at the row after, or at, the last one given, ``(n, inputs, W)`` each; ``None`` for no rows."""
+        """First stack at the row after the last one given, or at it, ``None`` without rows ``(n, inputs, W)``."""
         have = len(rows)
         if not have:
             return None
@@ -152,28 +159,33 @@ class ConvLayer(nn.Module):
         return made + offset[..., None]
 
     def extra_repr(self) -> str:
-        kernel = "" if self.kernel is None else f", kernel={self.kernel}"
+        kernel = f", kernel={self.kernel}" if "above_weight" in self._parameters else ""
         return f"{self.inputs}, {len(self.left_bias)}{kernel}, taps={self.taps}, dilation={self.dilation}"
 
 
 class Stacks(nn.Module):
-    r"""The whole network, :math:`(n, C F, H, W) \to (n, C P, H, W)`: output channels of :math:`c` see what is before.
+    r"""The whole network, :math:`(n, C F, H, W) \to (n, C P, H, W)`: outputs of channel :math:`c` see what is before.
 
-    Layer by layer with residual connections, :math:`v_l = v_{l-1} + V_l * a(v_{l-1})` and
-    :math:`h_l = h_{l-1} + K_l * a(h_{l-1}) + U_l a(v_l)`; where the first layer's bias depends on row and column.  The
-    last layer, :math:`1 \times 1`, starts at zero.
+    Layers have residual connections, :math:`v_l = v_{l-1} + V_l * a(v_{l-1})` and
+    :math:`h_l = h_{l-1} + K_l * a(h_{l-1}) + U_l a(v_l)`; the first layer's bias depends on row and column.  The last
+    layer, :math:`1 \times 1`, starts at zero.
 
     Args:
         shape: of the event, ``(C, H, W)``.
-        features: channels that a channel of the event is coded by.
-        num_params: outputs for each.
-        hidden: channels between, shared out among the channels of the event.
-        sides: how many neighbours to one side each layer's kernel sees.
+        features: number of inputs that code one channel of the event.
+        num_params: number of outputs for each channel.
+        hidden: number of hidden channels, divided among the channels of the event.
+        sides: number of neighbors to one side that each layer's kernel sees.
         dilations: of each layer.
         context_dim: size of the context.
         positions: whether the first layer's bias depends on row and column.
         activations: after each layer.
     """
+
+    layers: Sequence[ConvLayer]
+    mask: Tensor | None
+    row_bias: Tensor | None
+    column_bias: Tensor | None
 
     def __init__(
         self,
@@ -193,7 +205,7 @@ class Stacks(nn.Module):
         self.two = height > 1
         own = tuple(hidden * c // channels for c in range(channels + 1))
         groups = [Groups(own, tuple(c * features for c in range(channels)))] + [Groups(own, own[1:])] * len(sides)
-        self.layers = nn.ModuleList(
+        layers = (
             ConvLayer(
                 hidden if k else channels * features,
                 hidden,
@@ -206,6 +218,7 @@ class Stacks(nn.Module):
             )
             for k, (side, distance) in enumerate(zip(sides, dilations, strict=True))
         )
+        self.layers = nn.ModuleList(layers)  # type: ignore[assignment]  # says nothing of the class of its modules
         stacks = 2 if self.two else 1
         sizes = {"row_bias": height, "column_bias": width}
         for name, size in sizes.items():
@@ -217,7 +230,7 @@ class Stacks(nn.Module):
         self.register_buffer("mask", mask, persistent=False)
 
     def positions(self, stack: int) -> Tensor | None:
-        """What the first layer adds to its bias, ``(channels, H or 1, W or 1)``; stack 0 is ``above``, -1 ``left``."""
+        """Adds to the first layer's bias, ``(channels, H or 1, W or 1)``; stack 0 is ``above``, -1 ``left``."""
         rows = None if self.row_bias is None else self.row_bias[stack][:, :, None]
         columns = None if self.column_bias is None else self.column_bias[stack][:, None]
         if rows is None or columns is None:
@@ -226,18 +239,18 @@ class Stacks(nn.Module):
 
     @property
     def numbers_per_draw(self) -> int:
-        """How many numbers a sweep holds for each draw, about."""
+        """About how many numbers a sweep holds for each draw."""
         channels, height, width = self.shape
         rows = sum(1 + layer.taps * layer.dilation for layer in self.layers) if self.two else 0
         past = sum(2 * width + (1 + layer.taps) * layer.dilation for layer in self.layers)
         return self.hidden * (width * rows + past) + channels * width * (height + self.num_params + self.features)
 
     def forward(self, x: Tensor, context: Tensor | None, past: Sequence[Past] | None = None) -> Tensor:
-        """``context``: ``None`` or ``(n, context_dim)``; ``past``: of each layer, for series that go on from there."""
-        v = h = above = left = x  # h and v: residual streams, left and above: what the next layer reads
+        """``context``: ``None`` or ``(n, context_dim)``; ``past``: of each layer, for series that continue from it."""
+        v = h = above = left = x  # h and v: residual streams; left and above: inputs of the next layer
         for k, (layer, activation) in enumerate(zip(self.layers, self.activations, strict=True)):
             made = layer.left(left, context, None if past is None else past[k])
-            # What sees nothing at all is the same everywhere; the shape is that of the locations nonetheless.
+            # Outputs that see nothing are the same everywhere; expand them to all locations.
             h = made.expand(x.shape[0], -1, *x.shape[-2:]) if k == 0 else h + made
             if k == 0 and (own := self.positions(-1)) is not None:
                 h = h + own
@@ -251,18 +264,20 @@ class Stacks(nn.Module):
             left = activation(h)
         out_weight = self.out_weight if self.mask is None else torch.where(self.mask, self.out_weight, 0.0)
         out = F.conv2d(left, out_weight.flatten(0, 1)[..., None, None])
-        return out if context is None else out + _spread(F.linear(context, self.out_context.flatten(0, 1)))
+        if context is None or self.out_context is None:
+            return out
+        return out + _spread(F.linear(context, self.out_context.flatten(0, 1)))
 
     def extra_repr(self) -> str:
         return f"{self.shape}, features={self.features}, num_params={self.num_params}, channels={self.hidden}"
 
 
 class StackSteps:
-    """The stack of series ``(C, T)``, step by step from before the first: each hidden value is computed once.
+    """The stack of series ``(C, T)``, step by step from the first on: each hidden value is computed once.
 
     Args:
-        net: without positions, so that it is the same at all times.
-        rows: how many series at once.
+        net: a network without positions, the same at all times.
+        rows: number of series at once.
         context: ``None`` or ``(rows, context_dim)``.
     """
 
@@ -271,7 +286,7 @@ class StackSteps:
         self.past = [Past(rows, layer.inputs, layer.taps, layer.dilation, net.out_weight) for layer in net.layers]
 
     def known(self, x: Tensor) -> Tensor:
-        """Outputs at the next steps, all of which are known: ``(rows, C, n)`` to ``(rows, C, num_params, n)``."""
+        """Outputs at the next steps, from their values: ``(rows, C, n)`` to ``(rows, C, num_params, n)``."""
         out = self.net(x.unsqueeze(-2), self.context, self.past).squeeze(-2)
         return out.unflatten(1, (self.net.shape[0], self.net.num_params))
 
@@ -284,22 +299,23 @@ class StackSteps:
         net, base = self.net, []
         for layer, past in zip(net.layers, self.past, strict=True):
             total = layer.left_offset(self.context).expand(len(past.last), -1)
-            base.append(total + F.conv1d(past.seen(), layer.left_weight).squeeze(-1) if layer.taps else total)
+            weight = layer.left_weight
+            base.append(total if weight is None else total + F.conv1d(past.seen(), weight).squeeze(-1))
         own = net.layers[0].groups.own
-        # Of what is known at this step: the series, and what comes out of each layer.
+        # The known values at this step: of the series, and of each layer's outputs.
         made: list[list[Tensor]] = [[] for _ in range(len(base) + 1)]
         for c in range(net.shape[0]):
             group, stream = slice(*own[c : c + 2]), None
             for k, (layer, activation) in enumerate(zip(net.layers, net.activations, strict=True)):
                 total = base[k][:, group]
-                if made[k]:
+                if made[k] and layer.here_weight is not None:
                     seen = torch.cat(made[k], 1)
                     total = total + F.linear(seen, layer.here_weight[group, : seen.shape[1]])
                 stream = total if stream is None else stream + total
                 made[k + 1].append(activation(stream))
             seen = torch.cat(made[-1], 1)
             out = F.linear(seen, net.out_weight[c, :, : seen.shape[1]])
-            if self.context is not None:
+            if self.context is not None and net.out_context is not None:
                 out = out + F.linear(self.context, net.out_context[c])
             made[0].append(find(c, out))
         inputs = [torch.cat(parts, 1) for parts in made[:-1]]
@@ -308,7 +324,7 @@ class StackSteps:
         return inputs[0]
 
     def repeated(self, times: int) -> StackSteps:
-        """A copy that goes its own way, with all rows so many times over."""
+        """An independent copy with all rows repeated."""
         made = StackSteps(self.net, 0, None if self.context is None else self.context.repeat(times, 1))
         made.past = [past.repeated(times) for past in self.past]
         return made

@@ -165,8 +165,8 @@ class Structure:
     def unpack(
         self, tape: Tensor, activations: Sequence[Callable[[Tensor], Tensor]]
     ) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
-        """``(pre, post, params, ladj)``: into and out of activations, outputs ``(input_dim, num_params, n)``, ladj."""
-        params = tape[: self.outputs].unflatten(0, (self.input_dim, self.num_params))
+        """``(pre, post, params, ladj)``: into and out of activations, outputs ``(num_params, input_dim, n)``, ladj."""
+        params = tape[: self.outputs].unflatten(0, (self.input_dim, self.num_params)).transpose(0, 1)
         head = self.outputs + self.input_dim
         hidden, ladj = self.rows(tape, head), tape[self.outputs : head]
         post = [pre if self.in_place(act) else act(pre) for act, pre in zip(activations, hidden, strict=True)]

@@ -28,13 +28,12 @@ def pit(model: Any, data: Any, context: Any = None, num_samples: int = 1000) -> 
 
     For each dimension :math:`u = (r + v (t + 1)) / (n + 1)`, where :math:`r` of :math:`n` draws lie below the
     observation, :math:`t` equal it and :math:`v \sim U(0, 1)`.  If the model's marginals are right, each column is
-    exactly uniform for any number of draws.  The cost is ``num_samples`` draws a row.
+    exactly uniform.  The cost is ``num_samples`` draws a row.
 
     Args:
         model: a model.
         data: shape ``(rows, *event)``.
-        context: one for each row, shape ``(rows, context_dim)``, or one for all, shape ``(context_dim,)``; ``None`` for
-            a model without context.
+        context: one for each row, shape ``(rows, context_dim)``, one for all, or ``None`` for a model without context.
         num_samples: draws for each row.
 
     Returns:
@@ -86,15 +85,14 @@ def calibration(
 ) -> Axes:
     """Draws the share of observations inside the model's central intervals against the nominal one, by dimension.
 
-    A curve above the diagonal belongs to intervals that are too wide, a curve below it to intervals that are too
-    narrow.  All curves of a calibrated model stay inside the band over their whole length with probability ``level``;
-    the width of the band, in binomial standard errors, is simulated.  The picture shows one dimension at a time and no
-    dependence between them.  The cost is that of :func:`pit`.
+    A curve above the diagonal belongs to intervals that are too wide, below it to intervals that are too narrow.  All
+    curves of a calibrated model stay inside the band over their whole length with probability ``level``, by simulation.
+    Dependence between dimensions does not show.  The cost is that of :func:`pit`.
 
     Args:
         model: a model.
         data: held-out rows, shape ``(rows, *event)``.
-        context: one for each row, or ``None`` for a model without context; see :func:`pit`.
+        context: see :func:`pit`.
         ax: the axes to draw into.
         num_samples: draws for each row.
         names: one for each dimension.
@@ -133,7 +131,7 @@ def calibration(
 
 
 def _band(rows: int, level: float) -> np.ndarray:
-    """Half the width of the band that holds a whole curve at this level."""
+    """Half the width of the band at this level."""
     nominal = np.linspace(0, 1, STEPS + 1)
     error = np.sqrt(nominal * (1 - nominal) / rows)
     # The curve of a calibrated model is a cumulative count of equal cells.

@@ -30,21 +30,21 @@ def density(
     """Draws the density of a model: a line for one dimension, a picture for two.
 
     Colors grow with the square root of the density, so that thin bridges and tails show; they are full where only a
-    hundredth of the mass in the picture is denser.  The cost is one evaluation of the density a grid point.
+    hundredth of the mass in the picture is denser.  The cost is one evaluation a grid point.
 
     Args:
-        model: a model whose event has one entry or two, with an empty batch shape.
-        bounds: ``(low, high)`` for one dimension, a pair of these for two; by default the range of the data, or
-            without data of draws of the model.
+        model: a model with one or two event entries and an empty batch shape.
+        bounds: ``(low, high)`` for one dimension, a pair of these for two; by default the range of the data, or of
+            draws.
         points: grid points along each dimension (default: 500 for one dimension, 200 for two).
         context: one context, shape ``(context_dim,)``.
-        data: rows to show as well: as a histogram in one dimension, as at most 1000 points in two.
+        data: rows to show as well: a histogram in one dimension, at most 1000 points in two.
         ax: the axes to draw into.
         **style: options of ``Axes.plot`` in one dimension and ``Axes.pcolormesh`` in two, e.g. ``cmap`` or ``norm``.
 
     Raises:
-        ValueError: for a model of more dimensions or with a batch shape, a density that is NaN somewhere, or arguments
-            that do not fit.
+        ValueError: for a model of more dimensions or with a batch shape, a density of NaN, or arguments that do not
+            fit.
     """
     made = single(distribution_of(model, context, "density"), "density", (1, 2))
     rows = None if data is None else rows_of(data, made.event_shape, "density", "data")

@@ -19,9 +19,9 @@ __all__ = ["history"]
 def history(fit: Any, ax: Axes | None = None) -> Axes:
     """Draws the scores of training and validation data after each epoch; higher is better.
 
-    Scores are log-likelihoods in nats per row, or negative matching losses of a fit by flow matching.  The best epoch
-    is marked: the one that the fit names, or the one with the highest validation value.  A learning rate that changes
-    has a second axis.  First epochs far below the rest are cut off.
+    Scores are log-likelihoods in nats per row, or negative losses of flow matching.  The best epoch is marked, by the
+    fit or by the validation value.  A learning rate that changes has a second axis.  First epochs far below the rest
+    are cut off.
 
     Args:
         fit: the result of a fit; or its history, a dictionary of lists of equal length with ``train``, and if known

@@ -24,12 +24,11 @@ def ranks(calibration: Any, ax: Axes | None = None, *, sites: Sequence[str] | No
     """Draws the ranks of a calibration against uniform ones: distribution functions or histograms, one a scalar.
 
     ``"ecdf"`` draws the empirical distribution function less that of uniform ranks.  All curves of a right inference
-    stay within the band over their whole length with the calibration's probability (95 %).  A curve that is first above
-    and then below belongs to draws that are too narrow, first below and then above to draws that are too wide.  A hill
-    belongs to draws that lie too high, a valley to draws that lie too low.
+    stay within the band over their whole length with the calibration's probability (95 %).  First above and then below
+    the band means draws that are too narrow, first below and then above too wide, a hill too high, a valley too low.
 
-    ``"histogram"`` draws the ranks themselves: high at both ends for draws that are too narrow, high in the middle for
-    draws that are too wide.  Its band holds for single bars.
+    ``"histogram"`` draws the ranks themselves: high at both ends for narrow draws, high in the middle for wide ones.
+    Its band holds for single bars.
 
     Args:
         calibration: from :func:`~pyro_flows.infer.diagnostics.calibration.simulation_based_calibration`.

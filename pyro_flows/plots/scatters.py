@@ -32,11 +32,9 @@ def samples(
 ) -> Axes:
     """Scatters draws of a model of two dimensions, or given samples, on top of equally many rows of data.
 
-    The picture covers nearly all data, or without data nearly all draws.
-
     Args:
         model: a model, or samples of shape ``(rows, 2)``.
-        data: rows to compare with.
+        data: rows to compare with; the picture covers nearly all of them, or without data nearly all draws.
         num_samples: how many draws; given samples and data are thinned evenly to this number.
         context: one context, or a batch of contexts over which the draws are spread.
         ax: the axes to draw into.
@@ -75,12 +73,11 @@ def corner(
 ) -> Figure:
     """Draws all pairs of dimensions: data as points, the model as contours around 50 and 90 % of its draws.
 
-    The diagonal holds histograms of both.  Without data the points are the draws themselves.  The picture covers nearly
-    all data, or without data nearly all draws.
+    The diagonal holds histograms of both.  Without data the points are the draws themselves.
 
     Args:
         model: a model, or samples of shape ``(rows, *event)``.
-        data: rows to compare with.
+        data: rows to compare with; the picture covers nearly all of them, or without data nearly all draws.
         names: one for each dimension drawn.
         num_samples: how many draws.
         context: one context, or a batch of contexts over which the draws are spread.

@@ -11,7 +11,6 @@ from pyro_flows.inverse.buffers import Solver
 from pyro_flows.inverse.sweep import solve
 from pyro_flows.nets.activations import Activation
 from pyro_flows.nets.masked import MaskedMLP
-from pyro_flows.nets.masked_pass import Head
 from pyro_flows.univariate.base import Affine, Univariate
 
 __all__ = ["Autoregressive"]
@@ -85,7 +84,7 @@ class Autoregressive(FlowTransform):
     def _one_pass(self, value: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         net = self.net
         ranked = net.to_ranks(self._flat(value))
-        moved, ladj = net.ranked(ranked, context, Head(self.univariate))
+        moved, ladj = net.ranked(ranked, context, self.univariate)
         return self._shaped(net.from_ranks(moved)), ladj
 
     def _sweep(self, value: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:

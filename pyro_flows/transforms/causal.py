@@ -208,7 +208,7 @@ class _Solve:
     def draws(
         self, index: Tensor, noise: Tensor, params: Tensor, x: Tensor, coded: Tensor
     ) -> list[Callable[[], object]]:
-        calls = self.univariate.solver(True, noise, params, x, torch.empty_like(x))
+        calls = self.univariate.solver(True, noise, params.transpose(0, 1), x, torch.empty_like(x))
         return [*calls, partial(coded.copy_, x)]
 
 

@@ -16,7 +16,7 @@ __all__ = ["ConvCoupling"]
 
 
 def _kept(event_shape: Size, mask: str | Tensor) -> Tensor:
-    """What a coupling leaves as it is, boolean, of the event's shape; see :class:`ConvCoupling`."""
+    """A boolean mask of the event's shape, true where :class:`ConvCoupling` keeps a number."""
     channels, *sides = event_shape
     size = event_shape.numel()
     if isinstance(mask, str):
@@ -28,8 +28,10 @@ def _kept(event_shape: Size, mask: str | Tensor) -> Tensor:
                     f"ConvCoupling: a checkerboard keeps every other place, but event shape {tuple(event_shape)} has "
                     "one place only; use mask='channels'"
                 )
-            parity = sum(torch.arange(n).reshape(-1, *(1,) * (len(sides) - 1 - k)) for k, n in enumerate(sides)) % 2
-            return (parity == 1).expand(event_shape).clone()
+            parity = torch.zeros((), dtype=torch.long)
+            for n in sides:
+                parity = parity.unsqueeze(-1) + torch.arange(n)
+            return (parity % 2 == 1).expand(event_shape).clone()
         if mask == "channels":
             if channels == 1:
                 raise ValueError(
@@ -60,18 +62,18 @@ class ConvCoupling(FlowTransform):
     per place and channel; :math:`\log|\det| = \sum_m \log u'`, and the inverse is
     :math:`x_m = u^{-1}(y_m; p(y_k, c))`.  Each direction costs one pass of a convolutional network.
 
-    Where whole channels are kept, the network sees these and nothing else.  Otherwise it sees the image with zeros
-    where it is moved, and the mask as another channel (one for each channel, if their masks differ).
+    Where whole channels are kept, the network sees only these.  Otherwise it sees the image with zeros in place of what
+    is moved, and the mask as another channel (one for each channel, if their masks differ).
 
     Args:
         event_shape: ``(C, H, W)`` or ``(C, T)``.
-        univariate: the family of scalar maps, ``Affine()`` by default; all but those of angles.
-        mask: what to keep: ``"checkerboard"`` the places whose coordinates have an odd sum, in all channels;
-            ``"channels"`` the first half of the channels, rounded down; or a boolean mask of shape ``event_shape``,
-            true where kept, which a caller who draws it must keep, since it is no part of the ``state_dict``.
+        univariate: the family of scalar maps, ``Affine()`` by default; families of angles are refused.
+        mask: ``"checkerboard"`` keeps the places whose coordinates have an odd sum, in all channels; ``"channels"``
+            keeps the first half of the channels, rounded down; a boolean mask of shape ``event_shape`` is true where
+            numbers are kept.  The ``state_dict`` does not hold the mask: a caller who draws one must save it.
         flip: whether to move what ``mask`` keeps and keep the rest.
         context_dim: size of the context, 0 for none.
-        channels, num_blocks, kernel_size, activation: of the network, a :class:`~pyro_flows.nets.ConvNet`.
+        hidden_channels, num_blocks, kernel_size, activation: as in :class:`~pyro_flows.nets.ConvNet`.
 
     Raises:
         ValueError: if the event is no image or series, or the mask has another shape, or keeps all or nothing.
@@ -79,6 +81,10 @@ class ConvCoupling(FlowTransform):
     References:
         Density estimation using Real NVP (Dinh et al., 2016), section 3.4, arXiv:1605.08803.
     """
+
+    mask: Tensor
+    kept_at: Tensor
+    moved_at: Tensor
 
     def __init__(
         self,
@@ -88,7 +94,7 @@ class ConvCoupling(FlowTransform):
         mask: str | Tensor = "checkerboard",
         flip: bool = False,
         context_dim: int = 0,
-        channels: int = 32,
+        hidden_channels: int = 32,
         num_blocks: int = 2,
         kernel_size: int = 3,
         activation: Activation = "relu",
@@ -121,7 +127,7 @@ class ConvCoupling(FlowTransform):
             made,
             num_params=self.univariate.num_params,
             space_dims=len(self.event_shape) - 1,
-            channels=channels,
+            hidden_channels=hidden_channels,
             num_blocks=num_blocks,
             kernel_size=kernel_size,
             context_dim=context_dim,
@@ -140,7 +146,7 @@ class ConvCoupling(FlowTransform):
         seen = torch.where(self.mask, value, value.new_zeros(()))
         planes = self.mask[: self._planes].to(value.dtype)
         params = self.net(torch.cat((seen, planes.expand(*batch, *planes.shape)), -dims), context)
-        # Where only places are kept, half of the parameters are for nothing; a spline costs more than to pick them.
+        # Where only places are kept, half of the parameters are unused; to pick the others is cheaper than a spline.
         params = params.movedim(-1, -1 - dims).flatten(-dims).index_select(-1, self.moved_at).transpose(-1, -2)
         flat = value.flatten(-dims)
         moved, slope = move(flat.index_select(-1, self.moved_at), params)

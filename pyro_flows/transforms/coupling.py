@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Size, Tensor
@@ -10,10 +11,11 @@ from torch import Size, Tensor
 from pyro_flows.core.transform import FlowTransform
 from pyro_flows.nets.activations import Activation
 from pyro_flows.nets.dense import MLP
-from pyro_flows.nets.dense_pass import Parting, Plan, dense_pass, known_slopes, takes_dense_pass
 from pyro_flows.univariate.base import Affine, Univariate
 
 __all__ = ["Coupling", "coupling_mask"]
+
+_ROWS = 2048  # of a batch at a time, where no gradient is wanted
 
 Mask = str | Tensor | Sequence[bool]
 
@@ -45,6 +47,47 @@ def coupling_mask(event_shape: Size, mask: Mask) -> Tensor:
             f"expected mask to keep some dimensions and move others, got one that keeps {int(given.sum())} of {size}"
         )
     return given.clone()
+
+
+class _Parting(NamedTuple):
+    """Which dimensions a coupling keeps, and how its network sees them: angles by cosine and sine."""
+
+    layout: str  # where the kept dimensions are: "first", "last", "even", "odd" or "scattered"
+    kept_at: Tensor  # indices of the kept dimensions,
+    moved_at: Tensor  # and of the others
+    undo: Tensor  # where each dimension stands among the kept ones followed by the others
+    angular: Tensor | None  # which of the kept dimensions are angles, if any is
+    all_angles: bool
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The kept and the other dimensions."""
+        kept, moved = self.kept_at.shape[0], self.moved_at.shape[0]
+        if self.layout == "first":
+            return x.narrow(-1, 0, kept), x.narrow(-1, kept, moved)
+        if self.layout == "last":
+            return x.narrow(-1, moved, kept), x.narrow(-1, 0, moved)
+        if self.layout in ("even", "odd"):
+            even, odd = x[..., ::2], x[..., 1::2]
+            return (even, odd) if self.layout == "even" else (odd, even)
+        return x.index_select(-1, self.kept_at), x.index_select(-1, self.moved_at)
+
+    def join(self, kept: Tensor, moved: Tensor) -> Tensor:
+        """Undoes :meth:`split`."""
+        if self.layout == "last":
+            return torch.cat((moved, kept), -1)
+        if self.layout in ("even", "odd"):
+            return torch.stack((kept, moved) if self.layout == "even" else (moved, kept), -1).flatten(1)
+        flat = torch.cat((kept, moved), -1)
+        return flat.index_select(-1, self.undo) if self.layout == "scattered" else flat
+
+    def features(self, kept: Tensor) -> Tensor:
+        """What the network sees of the kept dimensions."""
+        if self.angular is None:
+            return kept
+        if self.all_angles:
+            return torch.cat((kept.cos(), kept.sin()), -1)
+        angles = kept.index_select(-1, self.angular)
+        return torch.cat((kept.index_copy(-1, self.angular, angles.cos()), angles.sin()), -1)
 
 
 class Coupling(FlowTransform):
@@ -113,7 +156,6 @@ class Coupling(FlowTransform):
             residual=residual,
             activation=activation,
         )
-        self._known_slopes = known_slopes(self.net.activations, self.univariate)
 
     def _angles(self, periodic: Tensor | Sequence[bool] | None, kept: Tensor) -> int:
         """Notes which dimensions are angles; returns how many of those are kept."""
@@ -147,39 +189,48 @@ class Coupling(FlowTransform):
         return self._buffers.get("angle")
 
     def _find_layout(self) -> None:
-        # Slices are cheaper than gathers, where the kept dimensions come first or last.
-        size, places = self.order.numel(), self.order.tolist()
-        first, last = places == list(range(size)), places[: self.num_kept] == list(range(size - self.num_kept, size))
-        self._layout = "first" if first else "last" if last else "scattered"
+        # Slices are cheaper than gathers.
+        size, kept = self.order.numel(), self.kept_at.tolist()
+        layouts = {"first": range(self.num_kept), "last": range(size - self.num_kept, size)}
+        if size % 2 == 0:
+            layouts |= {"even": range(0, size, 2), "odd": range(1, size, 2)}
+        self._layout = next((name for name, places in layouts.items() if kept == list(places)), "scattered")
 
     @property
     def mask(self) -> Tensor:
         """Boolean, shape ``event_shape``; true where a dimension is kept."""
         return (torch.argsort(self.order) < self.num_kept).reshape(self.event_shape)
 
-    def _parting(self) -> Parting:
+    def _parting(self) -> _Parting:
         held = self._buffers
         indices = (held["kept_at"], held["moved_at"], held["undo"])
-        return Parting(self._layout, *indices, held["angular"] if self._some_angles else None, self._all_angles)
+        return _Parting(self._layout, *indices, held["angular"] if self._some_angles else None, self._all_angles)
 
     def _move(self, value: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
         dims = len(self.event_shape)
-        flat = value if dims == 1 else value.flatten(-dims)
-        net, parting, univariate = self.net, self._parting(), self.univariate
-        tensors = net.tensors() if takes_dense_pass(value, self._known_slopes) else None
-        if tensors is None:
-            kept, moved = parting.split(flat)
-            params = net(parting.features(kept), context)
-            moved, slope = (univariate.inverse if inverse else univariate.forward)(moved, params)
-            flat = parting.join(kept, moved)
-            return flat if dims == 1 else flat.unflatten(-1, self.event_shape), slope.sum(-1)
-        batch = flat.shape[:-1]
-        plan = Plan(parting, univariate, inverse, net.activations, net.joins, batch)
-        if len(batch) == 1:
-            flat, ladj = dense_pass(plan, flat, context, *tensors)
-            return flat if dims == 1 else flat.view(value.shape), ladj
-        flat, ladj = dense_pass(plan, flat.reshape(batch.numel(), flat.shape[-1]), context, *tensors)
-        return flat.view(value.shape), ladj.view(batch)
+        batch = value.shape[: value.dim() - dims]
+        flat = value if len(batch) == dims == 1 else value.reshape(batch.numel(), self.order.numel())
+        if len(flat) > 2 * _ROWS and context is None and not torch.is_grad_enabled() and value.device.type == "cpu":
+            # In pieces that stay in the processor's cache, since nothing of them is kept.
+            pieces = [self._rows(rows, batch, None, inverse) for rows in flat.split(_ROWS)]
+            moved, ladj = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+        else:
+            moved, ladj = self._rows(flat, batch, context, inverse)
+        return (moved, ladj) if flat is value else (moved.view(value.shape), ladj.view(batch))
+
+    def _rows(self, flat: Tensor, batch: Size, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
+        """:meth:`_move` of a batch in one dimension, ``batch`` before; the univariate sees samples as columns."""
+        parting = self._parting()
+        kept, moved = parting.split(flat)
+        features = parting.features(kept)
+        if context is not None and len(batch) != 1:
+            features = features.view(*batch, features.shape[-1])
+        params = self.net(features, context)
+        if context is not None and len(batch) != 1:
+            params = params.reshape(batch.numel(), *params.shape[-2:])
+        move = self.univariate.inverse if inverse else self.univariate.forward
+        moved, slope = move(moved.t(), params.transpose(0, 1))
+        return parting.join(kept, moved.t()), slope.sum(0)
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._move(x, context, inverse=False)

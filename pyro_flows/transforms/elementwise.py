@@ -1,13 +1,14 @@
-"""Transforms without interaction between dimensions: rescaling, standardisation and permutation."""
+"""Transforms without interaction between dimensions: rescaling, standardization and permutation."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Size, Tensor, nn
 
-from pyro_flows.core.checks import event_size
+from pyro_flows.core.checks import choice, event_size
 from pyro_flows.core.steps import Stepper, affine, at_any_time
 from pyro_flows.core.transform import FlowTransform
 from pyro_flows.nets.activations import Activation
@@ -20,14 +21,14 @@ __all__ = ["Permutation", "Rescaling", "Standardization"]
 class Rescaling(FlowTransform):
     r"""Diagonal scaling, :math:`y = e^{-s} x` and :math:`x = e^{s} y`, with one :math:`s_i` per dimension.
 
-    As in NICE the scale multiplies on the way from data to base, so large :math:`e^{s_i}` mark directions of small
-    variation.  With a context, :math:`s(c) = s_0 + \kappa \tanh(g(c) / \kappa)`.  All is zero at first.  Each direction
-    is elementwise.
+    As in NICE the scale multiplies on the way from data to base, so a large :math:`e^{s_i}` marks a direction of small
+    variation.  With a context, :math:`s(c) = s_0 + \kappa \tanh(g(c) / \kappa)`.  It starts at zero.  Each direction is
+    elementwise.
 
     Args:
         event_shape: an ``input_dim`` or the shape of one event.
         context_dim: size of the context, 0 for none.
-        hidden_dims, residual, activation: of :math:`g`, an :class:`~pyro_flows.nets.MLP`.
+        hidden_dims, residual, activation: of :math:`g`, as in :class:`~pyro_flows.nets.MLP`.
         max_log_scale: the bound :math:`\kappa` on what the context adds.
 
     References:
@@ -62,21 +63,21 @@ class Rescaling(FlowTransform):
             )
 
     def _log_scale(self, value: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The log-scale and its sum, for the batch shape of the value."""
+        """The log-scale, and its sum expanded to the batch shape of the value."""
         dims = len(self.event_shape)
         batch = value.shape[: value.dim() - dims]
-        log_scale = self.log_scale
+        log_scale: Tensor = self.log_scale
         if context is not None:
             shift = self.net(context[..., :0], context).squeeze(-1).unflatten(-1, self.event_shape)
             log_scale = log_scale + soft_clip(shift, self.max_log_scale)
         return log_scale, log_scale.sum(tuple(range(-dims, 0))).expand(batch)
 
     def stepper(self, rows: int, context: Tensor | None = None) -> Stepper:
-        """One step of a series after another, where all times have one scale; see :mod:`pyro_flows.core.steps`."""
+        """Goes through a series step by step, if all times share one scale; see :mod:`pyro_flows.core.steps`."""
         if context is not None:
             raise ValueError(
-                "Rescaling: with a context each time has a scale of its own, so that nothing is known of the time "
-                "after the last; use a part whose parameters all times share"
+                "Rescaling: with a context each time has its own scale, and the time after the last has none; use "
+                "a part whose parameters all times share"
             )
         return affine(0.0, -at_any_time("Rescaling", "log_scale", self.log_scale))
 
@@ -96,16 +97,16 @@ class Rescaling(FlowTransform):
 class Standardization(FlowTransform):
     r"""A fixed location and scale per dimension, :math:`y = t + \sigma x`: puts a flow in the units of the data.
 
-    At the data end of a chain, with the data's mean and standard deviation, the rest of the chain works on standardised
-    numbers, while densities and draws are those of the data as they are; :math:`\log|\det| = \sum_i \log \sigma_i`.
-    Each direction is elementwise.  Both tensors are saved in the ``state_dict``, so one made with any numbers of the
-    same shape, e.g. zeros and ones, can be loaded.
+    At the data end of a chain, with the data's mean and standard deviation, the rest of the chain works on standardized
+    numbers, while densities and draws are in the data's units; :math:`\log|\det| = \sum_i \log \sigma_i`.  Each
+    direction is elementwise.  The ``state_dict`` holds both tensors and loads into a transform made with any numbers of
+    the same shape, e.g. zeros and ones.
 
     Args:
         loc: :math:`t`, of the event's shape, e.g. ``data.mean(0)``.
         scale: :math:`\sigma > 0`, of the same shape, e.g. ``data.std(0)``; each may also broadcast to the other.
         event_shape: ``None`` for the shape of these numbers, or one to which they broadcast, such as ``(C, T)`` for
-            numbers ``(C, 1)`` that all times share; the ``state_dict`` holds the numbers as they are.
+            numbers ``(C, 1)`` that all times share; the ``state_dict`` holds them unexpanded.
 
     Raises:
         ValueError: for shapes that do not fit, a location that is not finite, or a scale that is not positive.
@@ -113,10 +114,12 @@ class Standardization(FlowTransform):
 
     References:
         Masked Autoregressive Flow for Density Estimation (Papamakarios et al., 2017), arXiv:1705.07057, which
-        standardises its data.
+        standardizes its data.
     """
 
     sampling_cost = density_cost = "1 product"
+    loc: Tensor
+    scale: Tensor
 
     def __init__(
         self,
@@ -171,7 +174,7 @@ class Standardization(FlowTransform):
         return 0 if self.shared_over_time else None
 
     def stepper(self, rows: int, context: Tensor | None = None) -> Stepper:
-        """One time step after another, if all times share the numbers; see :mod:`pyro_flows.core.steps`."""
+        """Goes through a series step by step, if all times share the numbers; see :mod:`pyro_flows.core.steps`."""
         loc, scale = (
             at_any_time("Standardization", name, getattr(self, name).expand(self.event_shape))
             for name in ("loc", "scale")
@@ -200,12 +203,12 @@ class Standardization(FlowTransform):
 class Permutation(FlowTransform):
     r"""Reorders the dimensions: :math:`y_i = x_{\pi(i)}`, with zero log-determinant.
 
-    Flows here alternate their orders and masks by themselves; this is for whoever wants more mixing.
+    The flows of this package alternate their orders and masks; a permutation mixes more.
 
     Args:
         event_shape: an ``input_dim`` or the shape of one event, flattened in row-major order.
-        permutation: ``"random"`` (drawn once), ``"reverse"``, or the indices :math:`\pi`.  It is saved in the
-            ``state_dict`` if drawn.
+        permutation: ``"random"``, ``"reverse"``, or the indices :math:`\pi`.  A random one is drawn once and saved in
+            the ``state_dict``.
 
     Raises:
         ValueError: if the indices are no permutation.
@@ -215,20 +218,21 @@ class Permutation(FlowTransform):
     """
 
     sampling_cost = density_cost = "1 gather"
+    permutation: Tensor
+    undo: Tensor
 
     def __init__(self, event_shape: int | Iterable[int], permutation: str | Sequence[int] | Tensor = "random") -> None:
         super().__init__(event_shape)
         size = self.event_shape.numel()
-        drawn = isinstance(permutation, str)
-        if drawn:
-            if permutation not in ("random", "reverse"):
-                raise ValueError(f"expected permutation to be 'random', 'reverse' or indices, got {permutation!r}")
+        if isinstance(permutation, str):
+            choice("", "permutation", permutation, ("random", "reverse"), "indices")
             indices = torch.randperm(size) if permutation == "random" else torch.arange(size).flip(0)
         else:
             indices = torch.as_tensor(permutation).cpu()
             if indices.is_floating_point() or not torch.equal(indices.flatten().sort().values, torch.arange(size)):
                 raise ValueError(f"expected a permutation of 0..{size - 1}, got {indices.tolist()}")
-        self.register_buffer("permutation", indices.flatten().long(), persistent=drawn and permutation == "random")
+        drawn = isinstance(permutation, str) and permutation == "random"
+        self.register_buffer("permutation", indices.flatten().long(), persistent=drawn)
         self.register_buffer("undo", torch.argsort(self.permutation), persistent=False)
 
     def turned(self, angles: Tensor, inverse: bool = False) -> Tensor:
@@ -246,7 +250,7 @@ class Permutation(FlowTransform):
     def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._gather(y, self.undo)
 
-    def _load_from_state_dict(self, *args: object) -> None:
+    def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
         with torch.no_grad():
             self.undo.copy_(torch.argsort(self.permutation))

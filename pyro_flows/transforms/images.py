@@ -1,4 +1,4 @@
-"""Shapes of images and series: places traded for channels, and half of the channels factored out."""
+"""Squeezes, which trade places for channels, and splits, which factor out half of the channels."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Squeeze(FlowTransform):
     :math:`(2 d_y + d_x) C + c`.  A reordering, so :math:`\log|\det| = 0`.  Each direction is one copy.
 
     Args:
-        event_shape: shape of the image, ``(C, H, W)`` or ``(C, T)``: that of the *data* side, ``data_shape``.  The
+        event_shape: shape of the image on the *data* side, ``(C, H, W)`` or ``(C, T)``; it becomes ``data_shape``.  The
             transform's own ``event_shape`` is that of its base side, which is squeezed.
 
     Raises:
@@ -76,7 +76,7 @@ class Squeeze(FlowTransform):
 
 
 def _permuted(value: Tensor, order: list[int]) -> Tensor:
-    """The last dimensions in this order."""
+    """Permutes the last dimensions."""
     first = value.dim() - len(order)
     return value.permute(*range(first), *(first + k for k in order))
 
@@ -91,21 +91,20 @@ class Split(FlowTransform):
     r"""Factors out half of the channels: the first half goes on, the others are Gaussian given these.
 
     With :math:`x = (x_a, x_b)` by channels, :math:`y_a = f(x_a)` by ``inner`` and
-    :math:`y_b = \mu(y_a, c) + e^{s(y_a, c)} x_b`, where a convolutional network gives :math:`\mu` and a log-scale that
-    is smoothly bounded; :math:`\log|\det|` is that of ``inner`` plus :math:`\sum s`.  With a standard normal base
-    :math:`y_b` is Gaussian given :math:`y_a`, mean and scale zero and one at first.  So the base holds all the numbers
-    of an image, also those that left early, in an event of the same shape.  Each direction costs that of ``inner`` and
-    one pass.
+    :math:`y_b = \mu(y_a, c) + e^{s(y_a, c)} x_b`, where a convolutional network gives :math:`\mu` and a bounded, smooth
+    log-scale; :math:`\log|\det|` is that of ``inner`` plus :math:`\sum s`.  With a standard normal base :math:`y_b` is
+    Gaussian given :math:`y_a`, with mean 0 and scale 1 at first.  So the base holds all numbers of an image, also those
+    that left early, in an event of the same shape.  Each direction costs that of ``inner`` and one pass.
 
-    ``inner`` maps events ``(C / 2, H, W)`` to events of that very shape.  It may squeeze inside, if it starts by
-    undoing that: ``Chain([Squeeze(half).inv, ..., Squeeze(half)])``, from base to data.  It may hold another split.
+    ``inner`` maps events ``(C / 2, H, W)`` to events of the same shape.  It may squeeze inside if it undoes that on its
+    base side: ``Chain([Squeeze(half).inv, ..., Squeeze(half)])``, from base to data.  It may hold another split.
 
     Args:
-        inner: the flow of the first half; ``None`` to leave it as it is.
+        inner: the flow of the first half; ``None`` for the identity.
         event_shape: ``(C, H, W)`` or ``(C, T)``, with an even number of channels.
-        context_dim: size of the context, 0 for none; the Gaussian and ``inner``, if that takes one, see it.
+        context_dim: size of the context, 0 for none; the Gaussian sees it, and ``inner`` if that takes one.
         max_log_scale: bound of the smooth clip on log-scales.
-        channels, num_blocks, kernel_size, activation: of the network, a :class:`~pyro_flows.nets.ConvNet`.
+        hidden_channels, num_blocks, kernel_size, activation: as in :class:`~pyro_flows.nets.ConvNet`.
 
     Raises:
         ValueError: for an odd number of channels, or an inner flow of other events or another context.
@@ -122,7 +121,7 @@ class Split(FlowTransform):
         *,
         context_dim: int = 0,
         max_log_scale: float = 3.0,
-        channels: int = 32,
+        hidden_channels: int = 32,
         num_blocks: int = 0,
         kernel_size: int = 3,
         activation: Activation = "relu",
@@ -143,7 +142,7 @@ class Split(FlowTransform):
             half[0],
             num_params=self.univariate.num_params,
             space_dims=len(event) - 1,
-            channels=channels,
+            hidden_channels=hidden_channels,
             num_blocks=num_blocks,
             kernel_size=kernel_size,
             context_dim=context_dim,

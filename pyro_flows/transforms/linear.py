@@ -1,4 +1,4 @@
-"""Linear transforms: LU-decomposed matrices, of whole events and of channels, and Householder reflections."""
+"""Linear transforms: LU-decomposed matrices of events and of channels, and Householder reflections."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyro_flows.core.checks import event_size
+from pyro_flows.core.checks import choice, event_size, integer
 from pyro_flows.core.transform import FlowTransform
 
 __all__ = ["Conv1x1", "Householder", "LULinear"]
 
 
 def _rows(transform: FlowTransform, value: Tensor) -> Tensor:
-    """The events as the rows of one matrix, which is what triangular solves take."""
+    """The events as the rows of one matrix, as triangular solves take them."""
     return value.reshape(-1, transform.event_shape.numel())
 
 
@@ -36,7 +36,7 @@ def _permutation(size: int, permutation: str | Sequence[int] | Tensor) -> Tensor
     return indices.long().clone()
 
 
-# Of a matrix in LU form, packed as LAPACK does: the rows are events.
+# A matrix in LU form, packed as LAPACK does; rows are events.
 
 
 def _lu_product(rows: Tensor, factors: Tensor) -> Tensor:
@@ -56,17 +56,17 @@ class LULinear(FlowTransform):
     r"""An invertible matrix by its LU decomposition, :math:`y = P L U x + b`.
 
     :math:`L` is lower triangular with a unit diagonal, :math:`U` upper triangular with a positive diagonal, :math:`P` a
-    fixed permutation, :math:`(P z)_i = z_{\pi(i)}`; :math:`\log|\det| = \sum_i \log U_{ii}`.  With no permutation it is
-    the identity at first.  Base to data costs the products with the two factors, data to base two triangular solves;
+    fixed permutation, :math:`(P z)_i = z_{\pi(i)}`; :math:`\log|\det| = \sum_i \log U_{ii}`.  Without a permutation it
+    starts as the identity.  Base to data costs the products with the two factors, data to base two triangular solves;
     both are exact and quadratic in the size of an event.
 
-    All of ``factors`` is free, as LAPACK packs it: what is strictly below the diagonal is :math:`L`, strictly above it
-    is :math:`U`, and on it is :math:`\log U_{ii}`.
+    All entries of ``factors`` are free, packed as LAPACK does: :math:`L` below the diagonal, :math:`U` above it, and
+    :math:`\log U_{ii}` on it.
 
     Args:
         event_shape: an ``input_dim`` or the shape of one event, flattened in row-major order.
-        permutation: :math:`\pi`: ``"identity"``, ``"reverse"``, ``"random"`` (drawn once, saved in the
-            ``state_dict``) or the indices.
+        permutation: :math:`\pi`, as ``"identity"``, ``"reverse"``, ``"random"`` (drawn once, saved in the
+            ``state_dict``) or indices.
         bias: whether there is a :math:`b`.
 
     Raises:
@@ -80,6 +80,8 @@ class LULinear(FlowTransform):
     sampling_cost = "1 product"
     half_precision = False  # torch solves triangular systems in float32 and float64 only
     density_cost = "1 solve"
+    bias: Tensor | None
+    permutation: Tensor | None
 
     def __init__(
         self,
@@ -109,7 +111,7 @@ class LULinear(FlowTransform):
         return rows.reshape(x.shape), self.log_diagonal.sum().expand(x.shape[: x.dim() - len(self.event_shape)])
 
     def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        # Solves have no low precision, so under autocast they are done in that of the factors.
+        # Solves have no low precision: under autocast they take the factors' dtype.
         rows = _rows(self, y).to(self.factors.dtype)
         if self.bias is not None:
             rows = rows - self.bias
@@ -119,11 +121,8 @@ class LULinear(FlowTransform):
         return rows.reshape(y.shape), -self.log_diagonal.sum().expand(y.shape[: y.dim() - len(self.event_shape)])
 
 
-_STARTS = ("rotation", "permutation", "identity")
-
-
 def _start(size: int, start: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Where a 1x1 convolution begins: packed factors, permutation and signs of an orthogonal matrix."""
+    """Packed factors, permutation and signs of the orthogonal matrix with which a 1x1 convolution starts."""
     if start == "rotation":
         matrix = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64))[0]
         matrix[0] *= torch.linalg.det(matrix).sign()
@@ -138,18 +137,23 @@ def _start(size: int, start: str) -> tuple[Tensor, Tensor, Tensor]:
     return factors.to(torch.get_default_dtype()), permutation, signs[permutation].to(torch.get_default_dtype())
 
 
+def _spread(bias: Tensor, transform: FlowTransform) -> Tensor:
+    """A bias per channel, for all places."""
+    return bias.reshape(-1, *(1 for _ in transform.event_shape[1:]))
+
+
 class Conv1x1(FlowTransform):
     r"""An invertible 1x1 convolution: the same matrix for the channels of every place, :math:`y = S P L U x + b`.
 
-    :math:`P L U` is as in :class:`LULinear`, and :math:`S` a diagonal of fixed signs, without which rotations could not
-    be reached; :math:`\log|\det|` is :math:`\sum_i \log U_{ii}` times the number of places.  The matrix, or its inverse
-    by two triangular solves of the size of the channels, is made once in a call, so each direction costs one small
-    product per place.
+    :math:`P L U` is as in :class:`LULinear`, and :math:`S` a diagonal of fixed signs, without which some rotations
+    could not be reached; :math:`\log|\det|` is :math:`\sum_i \log U_{ii}` times the number of places.  Each call makes
+    the matrix once, or its inverse by two triangular solves of the size of the channels, so each direction costs one
+    small product per place.
 
     Args:
         event_shape: ``(C, H, W)``, ``(C, T)``, or any other with channels first.
-        start: the matrix at first: ``"rotation"`` at random, as in the paper, ``"permutation"`` at random, or
-            ``"identity"``.  Permutation and signs, drawn here, stay as they are and are part of the ``state_dict``.
+        start: the matrix at first: a random ``"rotation"``, as in the paper, a random ``"permutation"``, or the
+            ``"identity"``.  Permutation and signs are drawn here, stay fixed and are part of the ``state_dict``.
         bias: whether there is a :math:`b`, one number per channel.
 
     Raises:
@@ -161,11 +165,13 @@ class Conv1x1(FlowTransform):
 
     sampling_cost = density_cost = "1 product"
     half_precision = False  # torch solves triangular systems in float32 and float64 only
+    bias: Tensor | None
+    permutation: Tensor
+    signs: Tensor
 
     def __init__(self, event_shape: Iterable[int], *, start: str = "rotation", bias: bool = False) -> None:
         super().__init__(event_size(event_shape))
-        if start not in _STARTS:
-            raise ValueError(f"Conv1x1: expected start to be one of {', '.join(_STARTS)}, got {start!r}")
+        choice("Conv1x1", "start", start, ("rotation", "permutation", "identity"))
         channels = self.event_shape[0]
         factors, permutation, signs = _start(channels, start)
         self.factors = nn.Parameter(factors)
@@ -180,7 +186,7 @@ class Conv1x1(FlowTransform):
 
     @property
     def matrix(self) -> Tensor:
-        """What each place is multiplied by, shape ``(C, C)``."""
+        """The matrix that multiplies each place, shape ``(C, C)``."""
         columns = _lu_product(self._eye(), self.factors)
         return columns.index_select(1, self.permutation).mT * self.signs.unsqueeze(1)
 
@@ -200,15 +206,12 @@ class Conv1x1(FlowTransform):
         columns = value.reshape(*value.shape[: value.dim() - len(self.event_shape)], self.event_shape[0], self._places)
         return torch.matmul(matrix, columns).to(value.dtype).reshape(value.shape)
 
-    def _offset(self) -> Tensor:
-        return self.bias.reshape(-1, *(1 for _ in self.event_shape[1:]))
-
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         y = self._at_each_place(self.matrix, x)
-        return y if self.bias is None else y + self._offset(), self._ladj(x)
+        return y if self.bias is None else y + _spread(self.bias, self), self._ladj(x)
 
     def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        value = y if self.bias is None else y - self._offset()
+        value = y if self.bias is None else y - _spread(self.bias, self)
         return self._at_each_place(self.inverse_matrix, value), -self._ladj(y)
 
 
@@ -219,22 +222,22 @@ _SHORTEST = 1e-18
 class Householder(FlowTransform):
     r"""An orthogonal matrix by Householder reflections, :math:`y = H_1 \cdots H_k x`, with zero log-determinant.
 
-    :math:`H_i = I - 2 u_i u_i^\top` with :math:`u_i = v_i / |v_i|`.  The product is taken in its compact form
-    :math:`I - V^\top T V`, where the rows of :math:`V` are the :math:`u_i` and :math:`T` is triangular, so that each
-    direction costs two products with :math:`V` and one triangular solve of size :math:`k`.  The inverse is the
-    transpose.  The matrix :math:`Q` is orthogonal to rounding whatever the vectors are: the largest entry of
-    :math:`Q^\top Q - I` was below ten machine epsilons for up to 512 random vectors in as many dimensions, and below
-    :math:`2k` of them also for vectors that nearly coincide.
+    :math:`H_i = I - 2 u_i u_i^\top` with :math:`u_i = v_i / |v_i|`.  The product has the compact form
+    :math:`I - V^\top T V`, where the rows of :math:`V` are the :math:`u_i` and :math:`T` is triangular: each direction
+    costs two products with :math:`V` and one triangular solve of size :math:`k`.  The inverse is the transpose.  The
+    matrix :math:`Q` is orthogonal to rounding for all vectors: the largest entry of :math:`Q^\top Q - I` was below ten
+    machine epsilons for up to 512 random vectors in as many dimensions, and below :math:`2k` of them for vectors that
+    nearly coincide.
 
-    The vectors are drawn at random, each twice, so that the product of each pair is the identity, to rounding; the two
-    of a pair then have opposite gradients and come apart.  A vector shorter than ``1e-18`` counts as the first unit
-    vector and has no gradient.
+    The vectors are drawn at random, each twice, so the product of each pair is the identity, to rounding; the two have
+    opposite gradients and so come apart.  A vector shorter than ``1e-18`` counts as the first unit vector and has no
+    gradient.
 
     Args:
         event_shape: an ``input_dim`` or the shape of one event, flattened in row-major order.
-        num_reflections: :math:`k`; by default the largest even number up to the size of an event (at least 2), with
-            which every rotation can be reached.  An even number gives rotations; an odd one a rotation and a
-            reflection, and then the last one is there from the start.
+        num_reflections: :math:`k`; by default the largest even number up to the size of an event (at least 2), which
+            reaches every rotation.  An even number gives rotations; an odd one gives a rotation and a reflection, the
+            latter from the start.
 
     Raises:
         ValueError: if ``num_reflections`` is no positive integer.
@@ -250,19 +253,18 @@ class Householder(FlowTransform):
         super().__init__(event_shape)
         size = self.event_shape.numel()
         count = max(size - size % 2, 2) if num_reflections is None else num_reflections
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise ValueError(f"Householder: expected num_reflections to be an integer >= 1, got {num_reflections!r}")
+        integer("Householder", "num_reflections", count)
         vectors = torch.randn((count + 1) // 2, size)
         self.vectors = nn.Parameter(vectors.repeat_interleave(2, 0)[:count].contiguous())
 
     def _unit(self) -> tuple[Tensor, Tensor]:
-        """The unit vectors, and the strict upper triangle of what :math:`T` is twice the inverse of."""
+        """The unit vectors, and the strict upper triangle of :math:`2 T^{-1}`."""
         norm = torch.linalg.vector_norm(self.vectors.detach(), dim=-1, keepdim=True)
         first = torch.zeros_like(self.vectors.detach())
         first[..., 0] = 1
         vectors = torch.where(norm < _SHORTEST, first, self.vectors)
         unit = vectors / torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
-        # Under autocast the product comes in a low precision, which solves do not have.
+        # Under autocast the product has a low precision, which solves refuse.
         return unit, 2 * (unit @ unit.mT).triu(1).to(unit.dtype)
 
     def _turn(self, value: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Activation normalisation: an affine map per dimension or channel whose first batch sets it."""
+"""Activation normalization: an affine map per dimension or channel, set by its first batch."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ __all__ = ["ActNorm"]
 
 
 class ActNorm(FlowTransform):
-    r"""A learnt location and scale per dimension, :math:`y = t + e^{s} x`, set by the first batch.
+    r"""A learned location and scale per dimension, :math:`y = t + e^{s} x`, set by the first batch.
 
     Of an event ``(channels, *space)`` each channel has one :math:`t` and one :math:`s`, shared over space; of a vector,
     each dimension.  :math:`\log|\det|` is the sum of :math:`s` times the number of places.  Each direction is
     elementwise.
 
-    The first batch that comes in training mode sets them so that what goes *out* has mean 0 and variance 1 (over the
-    batch and over space), whichever way it goes: data on the way to the base (scoring, where :math:`t` and :math:`e^s`
-    become the data's mean and standard deviation) or draws on the way to the data (sampling, as a guide does).  So
-    before fitting to data do not sample in training mode: draws of the base would count as the first batch.  From then
-    on they are parameters like others.  ``initialized`` says whether it has happened; it is part of the ``state_dict``,
-    and ``flow.initialized.fill_(False)`` asks for another time.
+    The first batch in training mode sets both so that the *output* has mean 0 and variance 1 over the batch and over
+    space, in either direction: data on the way to the base (scoring, where :math:`t` and :math:`e^s` become the data's
+    mean and standard deviation) or draws on the way to the data (sampling, as a guide does).  So do not sample in
+    training mode before fitting to data: draws of the base would count as the first batch.  Afterwards :math:`t` and
+    :math:`s` are ordinary parameters.  ``initialized``, part of the ``state_dict``, says whether a batch has set them;
+    ``flow.initialized.fill_(False)`` lets the next batch set them again.
 
-    Under ``DistributedDataParallel`` the first batch is that of all processes together, of whatever sizes: each of them
-    must come here in the same forward pass, and sets the same values.  A first batch that comes outside of its forward
-    pass is this process's own, with a warning where processes work together: broadcast the ``state_dict`` from one of
-    them if they share the training in another way, or call the layer once before wrapping.
+    Under ``DistributedDataParallel`` the first batch joins the batches of all processes, of any sizes: each process
+    must call the layer in the same forward pass, and sets the same values.  A first batch outside of that forward pass
+    sets the layer of its own process alone, with a warning where processes work together: broadcast the ``state_dict``
+    from one of them if they share the training in another way, or call the layer once before wrapping it.
 
-    It does not happen in evaluation mode, with fewer than two events, or under ``torch.compile``, ``torch.func`` and
-    tracers; there the present values count, which are those of the identity at first.  So call it once before it is
-    compiled.  A dimension that is constant in the first batch keeps the scale 1.
+    No batch sets the layer in evaluation mode, with fewer than two events, or under ``torch.compile``, ``torch.func``
+    and tracers; there the present values count, at first those of the identity.  So call the layer once before
+    compiling it.  A dimension that is constant in the first batch keeps the scale 1.
 
     Args:
         event_shape: an ``input_dim``, or ``(channels, *space)`` such as ``(C, T)`` and ``(C, H, W)``.
@@ -52,6 +52,7 @@ class ActNorm(FlowTransform):
     """
 
     sampling_cost = density_cost = "1 product"
+    initialized: Tensor
     _read: tuple[Tensor, int, bool] | None = None
 
     def __init__(self, event_shape: int | Iterable[int]) -> None:
@@ -81,7 +82,7 @@ class ActNorm(FlowTransform):
         return 0 if self.shared_over_time else None
 
     def stepper(self, rows: int, context: Tensor | None = None) -> Stepper:
-        """One step of a series after another; see :mod:`pyro_flows.core.steps`."""
+        """Goes through a series step by step; see :mod:`pyro_flows.core.steps`."""
         return affine(self.loc, self.log_scale)
 
     def log_slopes(self, y: Tensor, context: Tensor | None = None) -> Tensor:
@@ -93,7 +94,7 @@ class ActNorm(FlowTransform):
         return (self.log_scale.sum() * places).expand(value.shape[: value.dim() - len(self.event_shape)])
 
     def _first(self, value: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Mean and logarithm of the standard deviation, if this is a batch to start from."""
+        """Mean and logarithm of the standard deviation of a batch that sets the layer; ``None`` for any other."""
         if not plain_eager() or value.is_meta or self._is_set():
             return None
         group = _group_of(self)
@@ -102,7 +103,7 @@ class ActNorm(FlowTransform):
             if not several:
                 return None
             _warn_alone()
-        # Where processes work together each must take part, whatever its own batch is.
+        # Processes that work together must all take part, with any batch.
         events = value.detach().reshape(-1, *self.event_shape).to(self.loc.dtype)
         count, mean, variance, largest = _moments(events, group)
         if count < 2:
@@ -111,18 +112,18 @@ class ActNorm(FlowTransform):
         if bad:
             raise ValueError(
                 f"ActNorm: expected a finite first batch to start from, got one whose mean or variance is not finite "
-                f"in {bad} of {mean.numel()} dimensions or channels; clean it, or call .eval() to leave this layer as "
-                "it is"
+                f"in {bad} of {mean.numel()} dimensions or channels; clean it, or call .eval() to keep the layer as it "
+                "is"
             )
-        # What rounding leaves of the variance of a constant is no scale.
+        # The variance of a constant is rounding, and no scale.
         std, least = variance.sqrt(), 4 * torch.finfo(events.dtype).eps * largest
         return mean.view_as(self.loc), torch.where(std > least, std, 1).log().view_as(self.loc)
 
     def _is_set(self) -> bool:
         flag = self.initialized
-        if flag.is_inference():  # it counts no versions
+        if flag.is_inference():  # inference tensors count no versions
             return bool(flag)
-        # To read the flag is to wait for its device, so that is done only after it was written or replaced.
+        # Reading the flag waits for its device, so read it only after it was written or replaced.
         read = self._read
         if read is None or read[0] is not flag or read[1] != flag._version:
             self._read = read = (flag, flag._version, bool(flag))
@@ -136,12 +137,12 @@ class ActNorm(FlowTransform):
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
-        state.pop("_read", None)  # a copy counts its versions anew
+        state.pop("_read", None)  # a copy starts its versions anew
         return state
 
 
 def _moments(events: Tensor, group: distributed.ProcessGroup | None) -> tuple[int, Tensor, Tensor, Tensor]:
-    """How many events there are in all processes; mean, variance and largest size of each dimension or channel."""
+    """The number of events in all processes; mean, variance and largest size of each dimension or channel."""
     count, channels = events.shape[:2]
     flat = events.movedim(1, 0).reshape(channels, -1)
     if count:
@@ -150,21 +151,22 @@ def _moments(events: Tensor, group: distributed.ProcessGroup | None) -> tuple[in
     else:
         own = flat.new_zeros(3, channels)
     if group is None:
-        return count, *own
-    told = torch.cat([own.flatten(), own.new_tensor([count])])
-    told = told.to(torch.promote_types(told.dtype, torch.float))  # half precision does not count far
-    each = [torch.empty_like(told) for _ in range(distributed.get_world_size(group))]
-    distributed.all_gather(each, told, group=group)
-    found = torch.stack(each)  # the same in each process, to the last bit
+        return count, own[0], own[1], own[2]
+    sent = torch.cat([own.flatten(), own.new_tensor([count])])
+    sent = sent.to(torch.promote_types(sent.dtype, torch.float))  # half precision does not count far
+    received = [torch.empty_like(sent) for _ in range(distributed.get_world_size(group))]
+    distributed.all_gather(received, sent, group=group)
+    found = torch.stack(received)  # the same in each process, to the last bit
     counts, (means, variances, largest) = found[:, -1:], found[:, :-1].unflatten(1, (3, channels)).unbind(1)
     weights = counts / counts.sum().clamp(min=1)
     mean = (weights * means).sum(0)
     variance = (weights * (variances + (means - mean) ** 2)).sum(0)
-    return int(counts.sum()), *(each.to(own.dtype) for each in (mean, variance, largest.amax(0)))
+    mean, variance, highest = (each.to(own.dtype) for each in (mean, variance, largest.amax(0)))
+    return int(counts.sum()), mean, variance, highest
 
 
 def _group_of(module: nn.Module) -> distributed.ProcessGroup | None:
-    """The processes that are in the same forward pass of ``DistributedDataParallel``, if this is one."""
+    """The processes in the same forward pass of ``DistributedDataParallel``; ``None`` outside of one."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return None
     active = DistributedDataParallel._get_active_ddp_module()

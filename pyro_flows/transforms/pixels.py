@@ -1,4 +1,4 @@
-"""Pixels as real numbers: the logit with a margin that images are usually modelled on."""
+"""Pixels as real numbers: the logit with a margin on which images are usually modeled."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
+from pyro_flows.core.checks import integer
 from pyro_flows.core.transform import FlowTransform
 
 __all__ = ["LogitPixels"]
 
 
 class LogitPixels(FlowTransform):
-    r"""Real numbers to intensities in units of pixel levels, by a sigmoid that reaches a little beyond them.
+    r"""Maps real numbers to intensities in units of pixel levels, by a sigmoid that reaches a little beyond them.
 
     From data to base, with :math:`L` levels and the margin :math:`\lambda`,
 
@@ -25,9 +26,9 @@ class LogitPixels(FlowTransform):
     summed over the event.  A pixel of value :math:`n` is the interval :math:`[n, n + 1)` of :math:`v`, so the density
     of :math:`v` is one per level and :math:`\log P(n)` is the logarithm of its integral over that interval; see
     :class:`~pyro_flows.distributions.dequantization.Dequantized`.  The data side is
-    :math:`[-\lambda L / (1 - 2\lambda),\ L + \lambda L / (1 - 2\lambda)]`, which holds all of :math:`[0, L]` in its
-    inside.  A number so far out that its image would round to the edge goes to the last one inside; the
-    log-determinants are exact there too.  Each direction is elementwise.
+    :math:`[-\lambda L / (1 - 2\lambda),\ L + \lambda L / (1 - 2\lambda)]`, with all of :math:`[0, L]` in its interior.
+    A number whose image would round to an edge goes to the last number inside; the log-determinants are exact there
+    too.  Each direction is elementwise.
 
     Args:
         event_shape: an ``input_dim`` or the shape of one event, e.g. ``(channels, height, width)``.
@@ -46,8 +47,7 @@ class LogitPixels(FlowTransform):
 
     def __init__(self, event_shape: int | Iterable[int], levels: int = 256, margin: float = 0.05) -> None:
         super().__init__(event_shape)
-        if isinstance(levels, bool) or not isinstance(levels, int) or levels < 2:
-            raise ValueError(f"LogitPixels: expected levels to be an integer >= 2, got {levels!r}")
+        integer("LogitPixels", "levels", levels, 2)
         if not 0 < margin < 0.5:
             raise ValueError(f"LogitPixels: expected margin to be a number between 0 and 1/2, got {margin!r}")
         self.levels, self.margin = levels, float(margin)
@@ -61,7 +61,7 @@ class LogitPixels(FlowTransform):
         return constraints.independent(reach, len(self.event_shape))
 
     def log_slopes(self, y: Tensor, context: Tensor | None = None) -> Tensor:
-        r""":math:`\log dx_i / dv_i` in nats, of the shape of ``y``: what ``inverse_and_ladj`` sums up."""
+        r""":math:`\log dx_i / dv_i` in nats, of the shape of ``y``: ``inverse_and_ladj`` sums it up."""
         return self._base_and_slopes(y)[1]
 
     def _base_and_slopes(self, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,7 +77,7 @@ class LogitPixels(FlowTransform):
         high = self.levels - (torch.sigmoid(-x) * self._width - self._beyond)
         y = torch.where(x > 0, high, low)
         first, last = self._ends.get(x.dtype, self._ends[torch.float32])
-        # What this changes is rounding, so the gradient passes it by.
+        # This changes rounding alone, so the gradient ignores it.
         y = y + (y.clamp(first, last) - y).detach()
         return y, self._total(math.log(self._width) - 2 * torch.logaddexp(0.5 * x, -0.5 * x))
 
@@ -90,7 +90,7 @@ class LogitPixels(FlowTransform):
 
 
 def _ends(levels: int, beyond: float, dtype: torch.dtype) -> tuple[float, float]:
-    """The first and the last number of this dtype that the logit takes to finite numbers."""
+    """The first and the last number of this dtype with a finite logit."""
     low, high = (torch.tensor(end, dtype=dtype, device="cpu") for end in (-beyond, levels + beyond))
     while low + beyond <= 0:
         low = torch.nextafter(low, torch.zeros_like(low))

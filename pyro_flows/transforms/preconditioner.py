@@ -1,4 +1,4 @@
-"""The affine end of a guide: where the posterior is, how wide, and along which directions."""
+"""The affine end of a guide: location, width and directions of the posterior."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ __all__ = ["Preconditioner"]
 
 
 class Preconditioner(FlowTransform):
-    r"""A fixed affine map after a learnt one, :math:`y = \mu + S (A x + b)`.
+    r"""A fixed affine map after a learned one, :math:`y = \mu + S (A x + b)`.
 
     :math:`\mu` (``loc``) and :math:`S` (``scale``, lower triangular or diagonal) come from an informed start and are
-    buffers; :math:`b` and the triangular (or diagonal) :math:`A` learn, and are 0 and the identity at first, so that
-    steps of an optimiser are measured in the scale of the posterior.  :meth:`fold` moves what was learnt into the
-    buffers.  Base to data costs one product, data to base one triangular solve.
+    buffers; :math:`b` and the triangular (or diagonal) :math:`A` are learned and start at 0 and the identity, so an
+    optimizer's steps are measured in the scale of the posterior.  :meth:`fold` moves the learned part into the buffers.
+    Base to data costs one product, data to base one triangular solve.
 
     Args:
         loc: shape ``(input_dim,)``.
@@ -33,8 +33,11 @@ class Preconditioner(FlowTransform):
     """
 
     sampling_cost = "1 product"
-    half_precision = False  # as for LULinear
+    half_precision = False  # torch solves triangular systems in float32 and float64 only
     density_cost = "1 solve"
+    loc: Tensor
+    scale: Tensor
+    lower: Tensor | None
 
     def __init__(self, loc: Tensor, scale: Tensor) -> None:
         super().__init__(loc.shape[-1:])
@@ -44,24 +47,29 @@ class Preconditioner(FlowTransform):
                 "Preconditioner: expected loc of shape (D,) and scale of shape (D,) or (D, D), got "
                 f"{tuple(loc.shape)} and {tuple(scale.shape)}"
             )
-        self.full = scale.dim() == 2
-        diagonal = scale.diagonal() if self.full else scale
+        full = scale.dim() == 2
+        diagonal = scale.diagonal() if full else scale
         if not (loc.isfinite().all() and scale.isfinite().all() and (diagonal > 0).all()):
             raise ValueError("Preconditioner: expected a finite loc and a finite scale with a positive diagonal")
         self.register_buffer("loc", loc.detach().clone())
-        self.register_buffer("scale", (scale.tril() if self.full else scale).detach().clone())
+        self.register_buffer("scale", (scale.tril() if full else scale).detach().clone())
         self.shift = nn.Parameter(torch.zeros_like(loc))
         self.log_diagonal = nn.Parameter(torch.zeros_like(loc))
-        # Strictly below the diagonal; the rest is never read.
-        self.register_parameter("lower", nn.Parameter(torch.zeros_like(scale)) if self.full else None)
+        # Only what is strictly below the diagonal is read.
+        self.register_parameter("lower", nn.Parameter(torch.zeros_like(scale)) if full else None)
 
     def arguments(self) -> tuple[tuple[object, ...], dict[str, object]]:
-        """What it is made of; see ``pyro_flows.core.recipes``."""
+        """The constructor's arguments; see ``pyro_flows.core.recipes``."""
         return (self.loc, self.scale), {}
 
-    def _learnt(self) -> tuple[Tensor, Tensor, Tensor]:
+    @property
+    def full(self) -> bool:
+        """Whether the scale is a matrix."""
+        return self.scale.dim() == 2
+
+    def _learned(self) -> tuple[Tensor, Tensor, Tensor]:
         """Matrix (or diagonal), location, and log-determinant of the whole."""
-        if self.full:
+        if self.lower is not None:
             inner = self.lower.tril(-1) + torch.diag_embed(self.log_diagonal.exp())
             matrix, log_fixed = self.scale @ inner, self.scale.diagonal().log()
             moved = self.scale @ self.shift
@@ -71,12 +79,12 @@ class Preconditioner(FlowTransform):
         return matrix, self.loc + moved, (log_fixed + self.log_diagonal).sum()
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        matrix, loc, ladj = self._learnt()
+        matrix, loc, ladj = self._learned()
         y = F.linear(x, matrix) + loc if self.full else x * matrix + loc
         return y, ladj.expand(x.shape[:-1])
 
     def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        matrix, loc, ladj = self._learnt()
+        matrix, loc, ladj = self._learned()
         if not self.full:
             return (y - loc) / matrix, -ladj.expand(y.shape[:-1])
         rows = (y - loc).reshape(-1, y.shape[-1])
@@ -85,8 +93,8 @@ class Preconditioner(FlowTransform):
 
     @torch.no_grad()
     def fold(self) -> None:
-        """Moves what was learnt into ``loc`` and ``scale``; the map stays the same."""
-        matrix, loc, _ = self._learnt()
+        """Moves the learned part into ``loc`` and ``scale``; the map stays the same."""
+        matrix, loc, _ = self._learned()
         self.loc.copy_(loc)
         self.scale.copy_(matrix)
         for parameter in self.parameters():
@@ -95,7 +103,7 @@ class Preconditioner(FlowTransform):
 
     @torch.no_grad()
     def place(self, loc: Tensor, scale: Tensor) -> None:
-        """Sets the fixed part and resets the learnt one."""
+        """Sets the fixed part and resets the learned one."""
         self.loc.copy_(loc)
         self.scale.copy_(scale if scale.dim() == self.scale.dim() else torch.diag_embed(scale))
         for parameter in self.parameters():

@@ -1,13 +1,15 @@
 """Monotone maps of one number, the pieces that couplings and autoregressive flows apply to each dimension.
 
 A univariate maps ``(x, params)`` to ``(y, ladj)`` and back, elementwise; ``params`` has the shape of ``x`` with a last
-axis of ``num_params``.  All-zero parameters give the identity, so that a conditioner whose last layer is zero makes a
-flow start there.  It holds no tensors: what it needs comes in, on the device and in the dtype of ``x``.
+axis of ``num_params``.  Its fast methods take that axis first, so that each parameter is contiguous.  All-zero
+parameters give the identity, so that a conditioner whose last layer is zero makes a flow start there.  A univariate
+holds no tensors: what it needs comes in, on the device and in the dtype of ``x``.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -15,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_flows.core.modes import lasting
+from pyro_flows.core.modes import lasting, plain_eager
 from pyro_flows.core.recipes import options_of, remembered
 
 __all__ = ["Affine", "Shift", "Univariate", "number", "numbers", "soft_clip"]
@@ -49,7 +51,6 @@ class Univariate:
     num_params: int
     periodic = False  # whether it maps angles to angles, modulo 2 pi
     half_precision = True  # whether float16 and bfloat16 are enough for it
-    wide = False  # many parameters: a network's outputs then go to columns() and pull_columns()
 
     def forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         """``(y, log dy/dx)``, both of the shape of ``x``; ``params``: shape ``(*x.shape, num_params)``."""
@@ -59,62 +60,53 @@ class Univariate:
         """``(x, log dx/dy)``, both of the shape of ``y``."""
         raise TypeError(f"{type(self).__name__} must define inverse(y, params) -> (x, ladj)")
 
+    # Below, the parameter axis comes first, and ``inverse`` chooses the direction from ``z`` to ``x``.
+
     def solver(self, inverse: bool, z: Tensor, params: Tensor, x: Tensor, ladj: Tensor) -> list[Callable[[], object]]:
-        """Calls that map ``z`` to ``x`` and ``ladj`` in place, each time on what the buffers then hold.
+        """Calls that map ``z`` to ``x`` and ``ladj`` in place, each time from what the buffers then hold.
 
-        For the incremental engine, which runs them once a dimension.  ``params`` has its parameter axis second;
-        ``z`` may be overwritten, ``params`` may not.  Override only where fewer or cheaper calls can do it.
+        The sweep runs them once a dimension.  ``z`` may be overwritten, ``params`` may not.  Override only where fewer
+        or cheaper calls can do it.
         """
-        move = self.inverse if inverse else self.forward
 
-        def run() -> None:
-            moved, slope = move(z, params.movedim(1, -1))
+        def solve() -> None:
+            moved, slope = self.plain(inverse, z, params)
             x.copy_(moved)
             ladj.copy_(slope)
 
-        return [run]
-
-    def partials(
-        self, inverse: bool, z: Tensor, params: Tensor, x: Tensor, ladj: Tensor, weight: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Elementwise derivatives of ``(x, ladj)`` after ``(z, params)``, for the gradient through the engine.
-
-        Returns ``(dx/dz, dx/dparams, weight dladj/dz, weight dladj/dparams)``; here too the parameter axis is second.
-        Override only where a closed form is cheaper than automatic differentiation.
-        """
-        move = self.inverse if inverse else self.forward
-        pull = torch.func.vjp(lambda v, p: move(v, p.movedim(1, -1)), z, params)[1]
-        none = torch.zeros_like(x)
-        slopes = pull((torch.ones_like(x), none))
-        weighted = pull((none, weight.expand_as(x).contiguous()))
-        return (*slopes, *weighted)
+        return [solve]
 
     def run(self, inverse: bool, z: Tensor, params: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """``(x, ladj, kept)`` for the one-pass direction, where ``params`` has its parameter axis last but one.
+        """``(x, ladj, kept)``, where :meth:`pull` needs ``kept`` beside ``z``, ``x`` and ``ladj``.
 
-        ``params`` may be overwritten; ``kept`` is what :meth:`pull` needs beside ``z``, ``x`` and ``ladj``.  Override
-        the two together, and only where hand-made arithmetic is cheaper than the plain one.
+        Override the two together, and only where hand-made arithmetic is cheaper than the plain one.
         """
-        x, ladj = (self.inverse if inverse else self.forward)(z, params.transpose(-1, -2))
-        return x, ladj, (params,)
+        return *self.plain(inverse, z, params), (params,)
 
     def pull(
         self, inverse: bool, z: Tensor, x: Tensor, ladj: Tensor, kept: Sequence[Tensor], grad: Tensor, grad_ladj: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Gradients after ``(z, params)``, given those after ``(x, ladj)``; everything as in :meth:`run`."""
-        move = self.inverse if inverse else self.forward
-        pull = torch.func.vjp(lambda v, p: move(v, p.transpose(-1, -2)), z, *kept)[1]
-        return pull((grad, grad_ladj.expand_as(ladj)))
+        """Gradients with respect to ``(z, params)``, given those with respect to ``(x, ladj)``; new tensors."""
+        return torch.func.vjp(partial(self.plain, inverse), z, *kept)[1]((grad, grad_ladj.expand_as(ladj)))
 
-    def columns(self, inverse: bool, z: Tensor, params: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """As :meth:`run`, for ``z`` of shape ``(columns,)`` and parameters one row each; only if ``wide``."""
-        raise TypeError(f"{type(self).__name__} is wide, so it must define columns(inverse, z, params)")
+    def plain(self, inverse: bool, z: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        """``(x, ladj)`` by operations that can be differentiated and traced."""
+        return (self.inverse if inverse else self.forward)(z, params.movedim(0, -1))
 
-    def pull_columns(
-        self, inverse: bool, kept: Sequence[Tensor], grad: Tensor, grad_ladj: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """As :meth:`pull`, for what :meth:`columns` gave; only if ``wide``."""
-        raise TypeError(f"{type(self).__name__} is wide, so it must define pull_columns(inverse, kept, ...)")
+    def partials(
+        self, inverse: bool, z: Tensor, params: Tensor, x: Tensor, ladj: Tensor, weight: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """``(dx/dz, dx/dparams, weight dladj/dz, weight dladj/dparams)``, elementwise, for the sweep's gradient."""
+        one, none, weight = torch.ones_like(x), torch.zeros_like(x), weight.expand_as(x)
+        if self._by_hand and plain_eager():
+            pull = partial(self.pull, inverse, z, x, ladj, self.run(inverse, z, params)[2])
+            return *pull(one, none), *pull(none, weight)
+        pull = torch.func.vjp(partial(self.plain, inverse), z, params)[1]
+        return *pull((one, none)), *pull((none, weight.contiguous()))
+
+    @property
+    def _by_hand(self) -> bool:
+        return type(self).pull is not Univariate.pull
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -149,15 +141,10 @@ class Shift(Univariate):
     def inverse(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         return y - params[..., 0], torch.zeros_like(y)
 
-    def run(self, inverse: bool, z: Tensor, params: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        shift = params.select(-2, 0)
-        return (z - shift if inverse else z + shift), torch.zeros_like(z), ()
-
     def pull(
         self, inverse: bool, z: Tensor, x: Tensor, ladj: Tensor, kept: Sequence[Tensor], grad: Tensor, grad_ladj: Tensor
     ) -> tuple[Tensor, Tensor]:
-        by_z = grad.clone()  # callers add to it in place
-        return by_z, (by_z.neg() if inverse else by_z.clone()).unsqueeze(-2)
+        return grad.clone(), (grad.neg() if inverse else grad.clone()).unsqueeze(0)
 
 
 class Affine(Univariate):
@@ -188,21 +175,23 @@ class Affine(Univariate):
             self.gain = float(gain)
 
     def forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
-        shift, raw = self._gained(params).unbind(-1)
-        log_scale = soft_clip(raw, self.max_log_scale)
-        return torch.addcmul(shift, x, log_scale.exp()), log_scale
-
-    def _gained(self, params: Tensor) -> Tensor:
-        return params if self.gain == 1 else params * number(self.gain, params.dtype)
+        return self._move(False, x, *params.movedim(-1, 0).unbind())
 
     def inverse(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
-        shift, raw = self._gained(params).unbind(-1)
-        ladj = torch.tanh(raw * (1.0 / self.max_log_scale)) * -self.max_log_scale
-        return (y - shift) * ladj.exp(), ladj
+        return self._move(True, y, *params.movedim(-1, 0).unbind())
+
+    def _move(self, inverse: bool, z: Tensor, shift: Tensor, raw: Tensor) -> tuple[Tensor, Tensor]:
+        number, bound = numbers(raw.dtype), self.max_log_scale
+        ladj = torch.tanh(raw * number(self.gain / bound)) * number(-bound if inverse else bound)
+        if inverse:
+            return torch.sub(z, shift, alpha=self.gain) * ladj.exp(), ladj
+        if self.gain == 1:
+            return torch.addcmul(shift, z, ladj.exp()), ladj
+        return torch.add(z * ladj.exp(), shift, alpha=self.gain), ladj
 
     def solver(self, inverse: bool, z: Tensor, params: Tensor, x: Tensor, ladj: Tensor) -> list[Callable[[], object]]:
         bound = self.max_log_scale
-        shift, raw = params[:, 0], params[:, 1]
+        shift, raw = params
         calls: list[Callable[[], object]] = [
             partial(torch.mul, raw, number(self.gain / bound, z.dtype), out=ladj),
             ladj.tanh_,
@@ -218,23 +207,23 @@ class Affine(Univariate):
     def partials(
         self, inverse: bool, z: Tensor, params: Tensor, x: Tensor, ladj: Tensor, weight: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        scale = ladj.exp()
-        tanh = ladj * (1.0 / self.max_log_scale)
-        bend = 1.0 - tanh * tanh  # d log-scale / d raw
+        if not plain_eager():
+            return super().partials(inverse, z, params, x, ladj, weight)
+        scale, zero = ladj.exp(), torch.zeros_like(x)
+        tanh = ladj * (math.sqrt(self.gain) / self.max_log_scale)
+        bend = self.gain - tanh * tanh  # d log-scale / d parameter
         if inverse:
-            by_params = torch.stack((-scale, -x * bend), 1)
-            by_raw = -weight * bend
-        else:
-            by_params = torch.stack((torch.ones_like(x), z * scale * bend), 1)
-            by_raw = weight * bend
-        zero = torch.zeros_like(x)
-        return scale, self._gained(by_params), zero, self._gained(torch.stack((zero, by_raw), 1))
+            by_params = torch.stack((scale * -self.gain, -x * bend))
+            return scale, by_params, zero, torch.stack((zero, -weight * bend))
+        by_params = torch.stack((torch.full_like(x, self.gain), z * scale * bend))
+        return scale, by_params, zero, torch.stack((zero, weight * bend))
 
     def run(self, inverse: bool, z: Tensor, params: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        shift, raw = self._gained(params).unbind(-2)
-        bound = self.max_log_scale
-        # The first product leaves the strides of the parameters behind; in place from there on.
-        ladj = (raw * number(1.0 / bound, raw.dtype)).tanh_().mul_(number(-bound if inverse else bound, raw.dtype))
+        if self.gain != 1:
+            return *self._move(inverse, z, *params.unbind()), ()
+        shift, raw = params.unbind()
+        bound, dtype = self.max_log_scale, raw.dtype
+        ladj = (raw * number(1.0 / bound, dtype)).tanh_().mul_(number(-bound if inverse else bound, dtype))
         if inverse:
             return (z - shift).mul_(ladj.exp()), ladj, ()
         return torch.addcmul(shift, z, ladj.exp()), ladj, ()
@@ -247,6 +236,7 @@ class Affine(Univariate):
         bend = 1.0 - tanh.mul_(tanh)
         if inverse:
             by_raw = torch.addcmul(grad_ladj, grad, x).mul_(bend)
-            return by_z, self._gained(torch.stack((by_z, by_raw), -2)).neg_()
+            return by_z, torch.stack((by_z, by_raw)).mul_(-self.gain)
         by_raw = torch.addcmul(grad_ladj, by_z, z).mul_(bend)
-        return by_z, self._gained(torch.stack((grad, by_raw), -2))
+        by_params = torch.stack((grad, by_raw))
+        return by_z, by_params if self.gain == 1 else by_params.mul_(self.gain)

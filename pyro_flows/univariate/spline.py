@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -76,7 +77,6 @@ class Spline(Univariate):
         Normalizing Flows on Tori and Spheres (Rezende et al., 2020), arXiv:2002.02428.
     """
 
-    wide = True
     half_precision = False
 
     def __init__(self, bins: int = 8, bound: float | None = None, boundary: str = "linear") -> None:
@@ -109,67 +109,48 @@ class Spline(Univariate):
         return self.boundary == "circular"
 
     def forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
-        return self._move(False, x, params.transpose(-1, -2))
+        return self._move(False, x, params.movedim(-1, 0))
 
     def inverse(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
-        return self._move(True, y, params.transpose(-1, -2))
+        return self._move(True, y, params.movedim(-1, 0))
 
-    def solver(self, inverse: bool, z: Tensor, params: Tensor, x: Tensor, ladj: Tensor) -> list[Callable[[], object]]:
-        def run() -> None:
-            moved, slope, _ = self.columns(inverse, z.reshape(-1), _by_row(params, z))
-            x.copy_(moved.view(x.shape))
-            ladj.copy_(slope.view(x.shape))
-
-        return [run]
-
-    def partials(
-        self, inverse: bool, z: Tensor, params: Tensor, x: Tensor, ladj: Tensor, weight: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        kept = self.run(inverse, z, params)[2]
-        one, none = torch.ones_like(x), torch.zeros_like(x)
-        slopes = self.pull(inverse, z, x, ladj, kept, one, none)
-        return (*slopes, *self.pull(inverse, z, x, ladj, kept, none, weight.expand_as(x)))
-
-    def run(self, inverse: bool, z: Tensor, params: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        if z.numel() <= 2 * _PIECE or not plain_eager():
-            x, ladj, kept = self.columns(inverse, z.reshape(-1), _by_row(params, z))
-            return x.view(z.shape), ladj.view(z.shape), kept
-        x, ladj, every = torch.empty_like(z), torch.empty_like(z), []
-        rows, matrices = z.flatten(0, -2), params.flatten(0, -3)
-        to_x, to_ladj = x.view(rows.shape), ladj.view(rows.shape)
-        for part in _pieces(rows):
-            moved, slope, kept = self.columns(inverse, rows[part].reshape(-1), _by_row(matrices[part], rows[part]))
-            to_x[part] = moved.view(-1, z.shape[-1])
-            to_ladj[part] = slope.view(-1, z.shape[-1])
-            every += kept
-        return x, ladj, tuple(every)
-
-    def pull(
-        self, inverse: bool, z: Tensor, x: Tensor, ladj: Tensor, kept: Sequence[Tensor], grad: Tensor, grad_ladj: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        dims, count = grad.shape[-1], _KEPT + (self.boundary != "circular")
-        grad_ladj = grad_ladj.expand_as(grad)
-        if len(kept) == count:
-            by_z, by_params = self.pull_columns(inverse, kept, grad.reshape(-1), grad_ladj.reshape(-1))
-            return by_z.view(grad.shape), by_params.view(self.num_params, *grad.shape).movedim(0, -2)
-        by_z, by_params = torch.empty_like(grad), grad.new_empty(*grad.shape[:-1], self.num_params, dims)
-        rows, log_rows = grad.flatten(0, -2), grad_ladj.flatten(0, -2)
-        to_z, to_params = by_z.view(rows.shape), by_params.view(-1, self.num_params, dims)
-        for k, part in enumerate(_pieces(rows)):
-            held = kept[k * count : (k + 1) * count]
-            each = self.pull_columns(inverse, held, rows[part].reshape(-1), log_rows[part].reshape(-1))
-            to_z[part] = each[0].view(-1, dims)
-            to_params[part] = each[1].view(self.num_params, -1, dims).movedim(0, 1)
-        return by_z, by_params
+    def plain(self, inverse: bool, z: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        return self.run(inverse, z, params)[:2]
 
     def _move(self, inverse: bool, z: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         if plain_eager() and torch.is_grad_enabled() and (z.requires_grad or params.requires_grad):
             return _Move.record(self, inverse, z, params)
         return self.run(inverse, z, params)[:2]
 
+    def run(self, inverse: bool, z: Tensor, params: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        columns, rows = z.reshape(-1), params.reshape(params.shape[0], z.numel())
+        if z.numel() <= 2 * _PIECE or not plain_eager():
+            x, ladj, kept = self._run(inverse, columns, rows)
+        else:
+            pieces = [
+                self._run(inverse, *each) for each in zip(columns.split(_PIECE), rows.split(_PIECE, 1), strict=True)
+            ]
+            x, ladj = (torch.cat([piece[k] for piece in pieces]) for k in (0, 1))
+            kept = tuple(tensor for piece in pieces for tensor in piece[2])
+        return x.view(z.shape), ladj.view(z.shape), kept
+
+    def pull(
+        self, inverse: bool, z: Tensor, x: Tensor, ladj: Tensor, kept: Sequence[Tensor], grad: Tensor, grad_ladj: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        count = _KEPT + (self.boundary != "circular")
+        columns, logs = grad.reshape(-1), grad_ladj.expand_as(grad).reshape(-1)
+        if len(kept) == count:
+            by_z, by_params = self._pull(inverse, kept, columns, logs)
+        else:
+            groups = [kept[k : k + count] for k in range(0, len(kept), count)]
+            grads = zip(groups, columns.split(_PIECE), logs.split(_PIECE), strict=True)
+            pieces = [self._pull(inverse, *each) for each in grads]
+            by_z, by_params = torch.cat([p[0] for p in pieces]), torch.cat([p[1] for p in pieces], 1)
+        return by_z.view(grad.shape), by_params.view(self.num_params, *grad.shape)
+
     # Mathematics, on inputs of shape (columns,) and parameters of shape (num_params, columns).
 
-    def columns(self, inverse: bool, z: Tensor, params: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    def _run(self, inverse: bool, z: Tensor, params: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         number = numbers(z.dtype)
         half, side = number(0.5), number(2 * self.bound)
         circular = self.boundary == "circular"
@@ -223,9 +204,7 @@ class Spline(Univariate):
         """Whether these knots lie inside the square."""
         return torch.stack((index > 0, index < self.bins - 1))
 
-    def pull_columns(
-        self, inverse: bool, kept: Sequence[Tensor], grad: Tensor, grad_ladj: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _pull(self, inverse: bool, kept: Sequence[Tensor], grad: Tensor, grad_ladj: Tensor) -> tuple[Tensor, Tensor]:
         xi, m, left, width, bottom, height, d0, d1, bend, sizes, total, index, slope_bend, *tail = kept
         circular = not tail
         number = numbers(xi.dtype)
@@ -345,7 +324,7 @@ def _unbend(value: Tensor, beyond: Tensor | None, part: _Bin, number: _Number) -
 
 
 class _Move(GradientByHand):
-    """A spline with its gradient in closed form; derivatives of that by automatic differentiation."""
+    """A spline with its gradient in closed form."""
 
     @staticmethod
     def forward(ctx: Any, spline: Spline, inverse: bool, z: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
@@ -355,20 +334,10 @@ class _Move(GradientByHand):
         return x, ladj
 
     @staticmethod
-    def plain(ctx: Any) -> tuple[Callable[..., tuple[Tensor, ...]], Sequence[Tensor]]:
-        return lambda *inputs: ctx.spline.run(ctx.inverse, *inputs)[:2], ctx.saved_tensors[:2]
+    def plain(ctx: Any) -> tuple[Callable[..., tuple[Tensor, Tensor]], Sequence[Tensor]]:
+        return partial(ctx.spline.plain, ctx.inverse), ctx.saved_tensors[:2]
 
     @staticmethod
     def pull(ctx: Any, grad: Tensor, grad_ladj: Tensor) -> tuple[Tensor | None, ...]:
         z, _, x, ladj, *kept = ctx.saved_tensors
         return None, None, *ctx.spline.pull(ctx.inverse, z, x, ladj, kept, grad, grad_ladj)
-
-
-def _by_row(params: Tensor, z: Tensor) -> Tensor:
-    """Parameters one row each, shape ``(num_params, columns)``, from their place before the last axis."""
-    return params.movedim(-2, 0).reshape(params.shape[-2], z.numel())
-
-
-def _pieces(rows: Tensor) -> list[slice]:
-    step = max(1, _PIECE // rows.shape[-1])
-    return [slice(start, start + step) for start in range(0, rows.shape[0], step)]

@@ -1,10 +1,10 @@
-"""What all autoregressive models share: a head, a context, and the distribution that they hand out."""
+"""The abstract autoregressive model with its head and context, and the distribution that it hands out."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from typing import ClassVar
+from collections.abc import Iterable
+from typing import Any, ClassVar
 
 import torch
 from pyro.distributions import TorchDistribution
@@ -16,20 +16,30 @@ from torch.distributions.constraints import Constraint
 from pyro_flows.core.checks import check_context, check_tensor, wrong_event
 from pyro_flows.core.modes import plain_eager
 from pyro_flows.distributions.made.head import Head
+from pyro_flows.distributions.made.network import Member
 
-__all__ = ["AutoregressiveDistribution", "AutoregressiveModel"]
+__all__ = ["AutoregressiveDistribution", "AutoregressiveModel", "by_row"]
+
+
+def by_row(context: Tensor | None, batch: Size) -> Tensor | None:
+    """A context as rows, one for each element of a batch to which it broadcasts."""
+    return None if context is None else context.expand(*batch, -1).reshape(batch.numel(), context.shape[-1])
+
+
+def _unmarked(value: Any) -> tuple[Any, Any]:
+    """A value without Pyro's marks of its origin, and the marks."""
+    return extract_provenance(value)
 
 
 class AutoregressiveDistribution(TorchDistribution):
     r"""A product of univariate conditionals, :math:`p(x) = \prod_i p(x_i \mid x_{<i}, c)`, for ``pyro.sample``.
 
-    Made by a model's call; shares its parameters.  A density costs one pass of the network for each member, a draw one
-    sweep through the dimensions.
+    A call of a model returns it; it shares the parameters.  A density costs one pass for each member, a draw one sweep.
 
     Args:
-        model: what owns the parameters, an ``AutoregressiveModel``.
-        context: shape ``(*batch, context_dim)``, whose batch shape is then the distribution's, or ``None``.
-        members: which of the model's orders and masks; several stand for the mean of their densities.
+        model: owns the parameters.
+        context: shape ``(*batch, context_dim)``, or ``None``.
+        members: orders and masks; several stand for the mean of their densities.
         batch_shape: by default that of the context.
     """
 
@@ -37,29 +47,24 @@ class AutoregressiveDistribution(TorchDistribution):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: AutoregressiveModel,
         context: Tensor | None = None,
-        members: tuple[object, ...] = (None,),
+        members: tuple[Member | None, ...] = (None,),
         *,
         batch_shape: Size | None = None,
         validate_args: bool | None = None,
     ) -> None:
-        # Pyro's marks of where a value comes from (TraceGraph_ELBO) go on results: hand-made gradients want plain
-        # tensors, and would be lost.
-        self.context, self._marks = extract_provenance(context)
+        self.context: Tensor | None
+        self.context, self._marks = _unmarked(context)  # hand-made gradients need plain tensors; results get the marks
         self.model, self.members = model, members
-        own = Size() if context is None else self.context.shape[:-1]
+        self.has_rsample = len(members) == 1 and model.has_rsample  # never of an ensemble
+        own = Size() if self.context is None else self.context.shape[:-1]
         super().__init__(own if batch_shape is None else batch_shape, model.event_shape, validate_args=validate_args)
 
     @constraints.dependent_property
     def support(self) -> Constraint:
-        """Of one event."""
+        """The support of one event."""
         return self.model.support
-
-    @property
-    def has_rsample(self) -> bool:
-        """Whether draws are differentiable after the parameters, which those of an ensemble never are."""
-        return len(self.members) == 1 and self.model.has_rsample
 
     def expand(
         self, batch_shape: Size | Iterable[int], _instance: AutoregressiveDistribution | None = None
@@ -72,7 +77,7 @@ class AutoregressiveDistribution(TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-density or log-mass in nats, shape ``(*sample, *batch)``."""
-        value, marks = extract_provenance(value)
+        value, marks = _unmarked(value)
         check_tensor(type(self.model).__name__, "a tensor", value)
         cut = value.dim() - len(self.event_shape)
         if cut < 0 or value.shape[cut:] != self.event_shape:
@@ -87,35 +92,29 @@ class AutoregressiveDistribution(TorchDistribution):
             score = torch.logsumexp(torch.stack(scores), 0) - math.log(len(scores))
         return track_provenance(score, marks | self._marks)
 
-    def sample(self, sample_shape: Size | tuple[int, ...] = ()) -> Tensor:
-        """Draws, shape ``(*sample, *batch, *event)``; of an ensemble each comes from a member chosen at random."""
+    @torch.no_grad()
+    def sample(self, sample_shape: Size | list[int] | tuple[int, ...] = ()) -> Tensor:
+        """Draws, shape ``(*sample, *batch, *event)``; each from a member chosen at random."""
         shape = Size(sample_shape) + self.batch_shape
-        with torch.no_grad():
-            one = len(self.members) == 1
-            drawn = self.model.draw(shape, self.context, self.members[0]) if one else self._from_ensemble(shape)
+        one = len(self.members) == 1
+        drawn = self.model.draw(shape, self.context, self.members[0]) if one else self._from_ensemble(shape)
         return track_provenance(drawn, self._marks)
 
     def _from_ensemble(self, shape: Size) -> Tensor:
-        rows = shape.numel()
-        device = self.model.device
-        which = torch.randint(len(self.members), (rows,), device=device)
-        context = self.context
-        if context is not None:
-            context = context.expand(*shape, -1).reshape(rows, context.shape[-1])
-        drawn: Tensor | None = None
+        which = torch.randint(len(self.members), (shape.numel(),), device=self.model.device)
+        context = by_row(self.context, shape)
+        parts = []
         for k, member in enumerate(self.members):
             chosen = (which == k).nonzero().squeeze(-1)
-            own = None if context is None else context[chosen]
-            part = self.model.draw(Size((len(chosen),)), own, member)
-            drawn = part.new_empty((rows, *self.event_shape)) if drawn is None else drawn
-            drawn[chosen] = part
-        return drawn.view(shape + self.event_shape)
+            parts.append(self.model.draw(chosen.shape, None if context is None else context[chosen], member))
+        back = which.argsort(stable=True).argsort()
+        return torch.cat(parts)[back].view(shape + self.event_shape)
 
-    def rsample(self, sample_shape: Size | tuple[int, ...] = ()) -> Tensor:
+    def rsample(self, sample_shape: Size | list[int] | tuple[int, ...] = ()) -> Tensor:
         """Differentiable draws, where the head has them."""
         if not self.has_rsample:
             raise NotImplementedError(
-                f"{type(self.model).__name__}: there are no reparameterised draws of {self.model.head}"
+                f"{type(self.model).__name__}: there are no reparameterized draws of {self.model.head}"
                 + (", nor of an ensemble of orders" if len(self.members) > 1 else "")
                 + "; use .sample() with a score-function estimator, or .relaxed(temperature) where the head has one"
             )
@@ -126,12 +125,13 @@ class AutoregressiveDistribution(TorchDistribution):
 class AutoregressiveModel(nn.Module):
     r"""Abstract base: :math:`p(x \mid c) = \prod_i p(x_i \mid x_{<i}, c)`, all conditionals by one network.
 
-    A subclass defines ``score``, ``draw`` and ``rdraw``; the rest is derived.  Calling a model gives a Pyro
-    distribution that shares the parameters: ``pyro.sample("x", made())``, or ``made(context)`` if it takes one.
+    Calling a model gives a Pyro distribution that shares the parameters: ``pyro.sample("x", made())``, or
+    ``made(context)`` if it takes one.  A subclass defines ``params``, ``draw``, ``set_bias`` and ``order_of``; their
+    ``member`` is one of several orders and masks, ``None`` for the one in use.
 
     Args:
         event_shape: shape of one event.
-        head: what the network's outputs mean, bound to as many dimensions.
+        head: bound to as many dimensions.
         context_dim: size of the context, 0 for none.
     """
 
@@ -139,31 +139,52 @@ class AutoregressiveModel(nn.Module):
         super().__init__()
         self.event_shape, self.head, self.context_dim = event_shape, head, context_dim
 
-    # What a subclass defines; ``member`` is one of its orders and masks, ``None`` for the one in use.
+    # For subclasses.
 
-    def score(self, value: Tensor, context: Tensor | None, member: object = None) -> Tensor:
-        """Log-density, shape ``(*batch,)``, of ``value`` of shape ``(*batch, *event)``; the context broadcasts."""
-        raise TypeError(f"{type(self).__name__} must define score(value, context, member)")
+    def params(self, value: Tensor, context: Tensor | None = None, member: Member | None = None) -> Tensor:
+        """Parameters of all conditionals, shape ``(*batch, input_dim, num_params)``, as the head reads them; one pass.
 
-    def draw(self, batch: Size, context: Tensor | None, member: object = None) -> Tensor:
+        Args:
+            value: shape ``(*batch, *event_shape)``.
+            context: broadcasts to ``(*batch, context_dim)``.
+            member: its order and masks.
+        """
+        raise TypeError(f"{type(self).__name__} must define params(value, context, member)")
+
+    def draw(self, batch: Size, context: Tensor | None, member: Member | None = None) -> Tensor:
         """Draws of shape ``(*batch, *event)``, without gradient."""
         raise TypeError(f"{type(self).__name__} must define draw(batch, context, member)")
-
-    def rdraw(self, batch: Size, context: Tensor | None, member: object = None) -> Tensor:
-        """Differentiable draws of shape ``(*batch, *event)``."""
-        raise TypeError(f"{type(self).__name__} must define rdraw(batch, context, member)")
 
     def set_bias(self, bias: Tensor) -> None:
         """Sets the biases of the outputs, shape ``(input_dim, num_params)``."""
         raise TypeError(f"{type(self).__name__} must define set_bias(bias)")
 
-    # What follows from that.
+    def order_of(self, member: Member | None) -> Tensor:
+        """The dimensions in a member's order."""
+        raise TypeError(f"{type(self).__name__} must define order_of(member)")
+
+    # Derived.
+
+    def score(self, value: Tensor, context: Tensor | None, member: Member | None = None) -> Tensor:
+        """Log-density, shape ``(*batch,)``, of ``value`` of shape ``(*batch, *event)``; the context broadcasts."""
+        flat = self.cast(value).flatten(-len(self.event_shape))
+        return self.head.log_prob(flat, self.params(value, context, member)).sum(-1)
+
+    def rdraw(self, batch: Size, context: Tensor | None, member: Member | None = None) -> Tensor:
+        """Differentiable draws of shape ``(*batch, *event)``, by one pass of the network for each dimension."""
+        start = torch.zeros(*batch, self.input_dim, dtype=self.dtype, device=self.device)
+        columns = list(start.unbind(-1))  # the network does not see what is still missing
+        for index in self.order_of(member).to(self.device).split(1):
+            value = torch.stack(columns, -1).view(*batch, *self.event_shape)
+            params = self.params(value, context, member).index_select(-2, index)
+            columns[int(index)] = self.head.rsample(params, index).squeeze(-1)
+        return torch.stack(columns, -1).view(*batch, *self.event_shape)
 
     @torch.no_grad()
     def fit_marginals(self, rows: Tensor) -> AutoregressiveModel:
         """Sets the biases of the outputs to the marginals of data, and returns the model.
 
-        A fresh model, whose last layer is zero, is then that of independent dimensions, from which training starts.
+        A fresh model then has independent dimensions with these marginals.
 
         Args:
             rows: shape ``(rows, *event_shape)``.
@@ -179,7 +200,7 @@ class AutoregressiveModel(nn.Module):
 
     @property
     def has_rsample(self) -> bool:
-        """Whether draws can be differentiable after the parameters."""
+        """Whether draws can be differentiable with respect to the parameters."""
         return self.head.has_rsample
 
     @property
@@ -189,12 +210,12 @@ class AutoregressiveModel(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the parameters, and of draws."""
+        """The dtype of the parameters and of draws."""
         return next(self.parameters()).dtype
 
     @property
     def support(self) -> Constraint:
-        """Of one event."""
+        """The support of one event."""
         return self.head.support(self.event_shape)
 
     def cast(self, value: Tensor) -> Tensor:
@@ -208,17 +229,18 @@ class AutoregressiveModel(nn.Module):
             )
         return value.to(self.dtype)
 
-    def _admit(self, context: Tensor | None) -> Tensor | None:
-        check_context(self, context)
-        return context
-
-    def members(self) -> tuple[object, ...]:
-        """Those whose mean density the model stands for now."""
+    def members(self) -> tuple[Member | None, ...]:
+        """The members whose mean density the model stands for now."""
         return (None,)
+
+    def at_members(self, members: tuple[Member | None, ...], context: Tensor | None) -> AutoregressiveDistribution:
+        """The mean density of these members, at a checked context."""
+        check_context(self, context)
+        return AutoregressiveDistribution(self, context, members)
 
     def forward(self, context: Tensor | None = None) -> AutoregressiveDistribution:
         """The distribution, at a context of shape ``(*batch, context_dim)`` if the model takes one."""
-        return AutoregressiveDistribution(self, self._admit(context), self.members())
+        return self.at_members(self.members(), context)
 
     condition = forward
 
@@ -226,27 +248,10 @@ class AutoregressiveModel(nn.Module):
         """Log-density in nats, of the shape that value and context broadcast to."""
         return self(context).log_prob(value)
 
-    def sample(self, sample_shape: Size | tuple[int, ...] = (), context: Tensor | None = None) -> Tensor:
+    def sample(self, sample_shape: Size | list[int] | tuple[int, ...] = (), context: Tensor | None = None) -> Tensor:
         """Draws without gradient, shape ``(*sample_shape, *context_batch, *event_shape)``."""
         return self(context).sample(Size(sample_shape))
 
-    def rsample(self, sample_shape: Size | tuple[int, ...] = (), context: Tensor | None = None) -> Tensor:
+    def rsample(self, sample_shape: Size | list[int] | tuple[int, ...] = (), context: Tensor | None = None) -> Tensor:
         """Differentiable draws, where the head has them."""
         return self(context).rsample(Size(sample_shape))
-
-
-def one_by_one(passes: Callable[[Tensor], Tensor], head: Head, start: Tensor, order: Tensor) -> Tensor:
-    """Differentiable draws, by one pass of the network for each dimension.
-
-    Args:
-        passes: from values, shape ``(*batch, D)``, to parameters ``(*batch, D, num_params)``.
-        head: of the model.
-        start: shape ``(*batch, D)``: whatever stands in it is not looked at.
-        order: the dimensions in the sequence in which they come.
-    """
-    columns = list(start.unbind(-1))
-    for dim in order:
-        index = dim.reshape(1)
-        params = passes(torch.stack(columns, -1)).index_select(-2, index)
-        columns[int(dim)] = head.rsample(params, index).squeeze(-1)
-    return torch.stack(columns, -1)

@@ -30,12 +30,7 @@ NAMED: dict[str, type[Head]] = {
 
 
 def as_head(head: str | Head, input_dim: int) -> Head:
-    """The head bound to a number of dimensions.
-
-    Args:
-        head: a head, or the name of one with its default arguments: ``"bernoulli"``, ``"normal"``, ``"mixture"`` (of
-            normals) or ``"logistic"`` (mixture over 256 levels).
-        input_dim: the number of dimensions.
+    """A head, or that of a name with its default arguments, bound to a number of dimensions.
 
     Raises:
         ValueError: for another name, or a head that does not fit the number of dimensions.
@@ -65,10 +60,9 @@ def _arguments(constrained: Mapping[str, object], fixed: Iterable[str]) -> list[
 class DistributionHead(Head):
     r"""Any univariate distribution of Pyro: ``DistributionHead(dist.Gamma)``.
 
-    The parameters are one number for each argument, in the order of ``arguments``; ``biject_to`` of the argument's
-    constraint maps them (a positive one is :math:`e^\theta`).  Of ``probs`` and ``logits``, logits are learned.  The
-    network is given real values and booleans as they are, and counts as :math:`\log(1 + x)` (with the sign of x).  NaN
-    gives NaN even where the distribution would not.
+    There is one parameter for each of ``arguments``, which ``biject_to`` of its constraint maps (a positive argument is
+    :math:`e^\theta`); of ``probs`` and ``logits``, logits are learned.  The network is given counts as
+    :math:`\log(1 + x)` (with the sign of x), other values as they are.  NaN gives NaN.
 
     Args:
         distribution: its class; or a function of the arguments, by name, that makes one.
@@ -94,7 +88,7 @@ class DistributionHead(Head):
         self._is_class = isinstance(distribution, type) and issubclass(distribution, Distribution)
         fixed = {} if fixed is None else dict(fixed)
         if not isinstance(arguments, Mapping):
-            known = getattr(distribution, "arg_constraints", None)
+            known: Any = getattr(distribution, "arg_constraints", None)
             if self._is_class and not isinstance(known, Mapping):
                 raise ValueError(
                     f"DistributionHead: the constraints of {self.name}'s arguments depend on one another; give a "
@@ -191,7 +185,8 @@ class DistributionHead(Head):
         if self.constraint is not None:
             return super().inside(value, dims)
         value = self.floating(value)
-        return self._made(value.new_zeros(*value.shape, self.num_params), dims).support.check(value)
+        support: Any = self._made(value.new_zeros(*value.shape, self.num_params), dims).support
+        return support.check(value)
 
     def allowed(self, dim: int) -> str:
         return f"a value in the support of {self.name}"
@@ -200,7 +195,7 @@ class DistributionHead(Head):
         return (value.sign() * value.abs().log1p() if self._counts else value).unsqueeze(-1)
 
     def fixed_points(self) -> list[float]:
-        """As in :class:`Head`, of families that learn the arguments which absorb a change of units."""
+        """As in ``Head``, of families that learn the arguments which absorb a change of units."""
         points = super().fixed_points()
         learned = set(self.arguments)
         moves = {"loc", "scale"} <= learned if math.isnan(points[0]) else bool({"loc", "scale", "rate"} & learned)

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Size, Tensor, nn
 
-from pyro_flows.core.checks import event_size, positive_integers
-from pyro_flows.distributions.made.autoregressive import AutoregressiveModel, one_by_one
+from pyro_flows.core.checks import event_size, integer, positive_integers
+from pyro_flows.distributions.made.autoregressive import AutoregressiveModel, by_row
 from pyro_flows.distributions.made.composed import as_head
 from pyro_flows.distributions.made.head import Head
+from pyro_flows.distributions.made.network import Member
 from pyro_flows.inverse.raster import RasterSweep, rows_at_once
 from pyro_flows.nets.activations import Activation, activation_functions
 from pyro_flows.nets.masked_convolutional import Stacks
@@ -21,14 +22,8 @@ __all__ = ["ConvMADE"]
 IMAGE_LAYERS, LEAST_LAYERS, MOST_LAYERS = 7, 4, 12
 
 
-def _whole(name: str, value: int, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"ConvMADE: expected {name} to be an integer >= {least}, got {value!r}")
-    return value
-
-
 def _sides(image: bool, kernel_size: int | Sequence[int], layers: int) -> list[int]:
-    """How many neighbours to one side each layer's kernel sees."""
+    """How many neighbors to one side each layer's kernel sees."""
     given = positive_integers("ConvMADE", "kernel_size", kernel_size)
     if image and any(size % 2 == 0 for size in given):
         raise ValueError(f"ConvMADE: expected odd kernel sizes for images, got {kernel_size!r}")
@@ -49,7 +44,7 @@ def _distances(given: int | Sequence[int] | None, image: bool, length: int, side
         return [1, *itertools.islice(later, len(sides) - 1)]
     found, reach, step = [1], sides[0], 1
     for side in sides[1:]:
-        if reach >= length - 1:  # all is seen: once more from the beginning
+        if reach >= length - 1:  # everything is seen: start over
             reach, step = sides[0], 1
         found.append(step)
         reach, step = reach + side * step, step * 2
@@ -63,42 +58,41 @@ def _reach(sides: Sequence[int], distances: Sequence[int]) -> int:
 class ConvMADE(AutoregressiveModel):
     r"""Convolutional MADE: :math:`p(x \mid c) = \prod_i p(x_i \mid x_{<i}, c)`, with weights shared by all places.
 
-    Images ``(C, H, W)`` come in raster order: row by row, in a row from left to right, and at a pixel the channels in
-    turn.  Sequences ``(C, T)`` come in time, and at a step the channels in turn.  Hidden channels are shared out among
-    the channels of the event.  Images have two stacks of convolutions, one over the rows above and one over what comes
-    before in the same row, which takes from the first at every layer: so there is no blind spot to the upper right.
-    Sequences have the second one only, dilated.  The first layer's bias depends on row and column (or time), and the
-    outputs' bias on the dimension; at first the outputs are the head's biases, since the last layer starts at zero.
+    Images ``(C, H, W)`` are in raster order, sequences ``(C, T)`` in time, with the channels of a place in turn.  The
+    event's channels share out the hidden channels.  Images have two stacks of convolutions, over the rows above and
+    over the same row's past, which takes from the first at every layer: there is no blind spot to the upper right.
+    Sequences have the second stack only, dilated.  The first layer's bias depends on the place, and the outputs' bias
+    on the dimension; at first the outputs are the head's biases.
 
-    How far back a conditional looks is bounded by kernels and dilations, see ``reach``; beyond that it knows
-    positions only.  A density costs one pass.  A draw costs about the arithmetic of one pass too, since each layer's
-    values at a place are computed once, in ``H * W * C`` times as many small steps as there are layers.  Differentiable
-    draws (``rsample``), where the head has them, take one full pass for each dimension: they are for small events.
+    Kernels and dilations bound how far back a conditional looks, see ``reach``; beyond that it knows positions only.  A
+    density costs one pass.  A draw costs about the arithmetic of one pass, in ``H * W * C`` times as many small steps
+    as there are layers.  Differentiable draws (``rsample``) take one pass for each dimension: for small events.
 
     Args:
         event_shape: ``(C, H, W)`` or ``(C, T)``.
         head: ``"bernoulli"``, ``"normal"``, ``"mixture"``, ``"logistic"``, or a head such as ``CategoricalHead(256)``.
         hidden_channels: of each stack, at least ``C``.
-        num_layers: convolutions one after another; by default 7 for images, and for sequences as many as it takes to
-            look back over all of the sequence, from 4 to 12.
-        kernel_size: an odd number for images; for sequences the number of steps seen, that at hand included.  One for
-            all layers or one for each, of which the last stands for all that follow; at least 3 (images) or 2
-            (sequences) in the first layer.
-        dilations: distances of what a kernel looks at, for the layers after the first, from the beginning again where
-            there are more layers; by default 1, 2 for images, and for sequences 1, 2, 4, ... until all is seen.
+        num_layers: successive convolutions; by default 7 for images, and for sequences enough to look back over all
+            of it, from 4 to 12.
+        kernel_size: odd for images; for sequences the steps seen, including the present one.  One for all layers or one
+            for each, the last for all that follow; at least 3 (images) or 2 (sequences) in the first layer.
+        dilations: distances within the kernels of layers after the first, repeated as necessary; by default 1, 2 for
+            images, and for sequences 1, 2, 4, ... until all is seen.
         context_dim: size of the context, 0 for none; it goes into every layer's bias.
         positions: whether the first layer's bias depends on the place.
         activation: a name or an elementwise function, or one for each layer.
 
     Raises:
-        ValueError: for events of another kind, even kernels for images, fewer hidden channels than channels of the
-            event, sizes out of range, or an unknown head.
+        ValueError: for other events, even kernels for images, too few hidden channels, sizes out of range, or an
+            unknown head.
 
     References:
         Pixel Recurrent Neural Networks (van den Oord et al., 2016), arXiv:1601.06759; the two stacks: Conditional Image
         Generation with PixelCNN Decoders (van den Oord et al., 2016), arXiv:1606.05328; dilated in time: WaveNet (van
         den Oord et al., 2016), arXiv:1609.03499.
     """
+
+    order: Tensor
 
     def __init__(
         self,
@@ -118,8 +112,8 @@ class ConvMADE(AutoregressiveModel):
             raise ValueError(
                 f"ConvMADE: expected event_shape to be (C, H, W) or (C, T), got {tuple(event)}; for vectors see MADE"
             )
-        super().__init__(event, as_head(head, event.numel()), _whole("context_dim", context_dim, 0))
-        self.hidden_channels = _whole("hidden_channels", hidden_channels, 1)
+        super().__init__(event, as_head(head, event.numel()), integer("ConvMADE", "context_dim", context_dim, 0))
+        self.hidden_channels = integer("ConvMADE", "hidden_channels", hidden_channels)
         if hidden_channels < event[0]:
             raise ValueError(
                 f"ConvMADE: expected hidden_channels to be at least the number of channels {event[0]}, since each "
@@ -134,7 +128,7 @@ class ConvMADE(AutoregressiveModel):
                 if _reach(sides, _distances(dilations, image, width, sides)) >= width - 1:
                     break
                 num_layers += 1
-        sides = _sides(image, kernel_size, _whole("num_layers", num_layers, 1))
+        sides = _sides(image, kernel_size, integer("ConvMADE", "num_layers", num_layers))
         distances = _distances(dilations, image, width, sides)
         self.reach = _reach(sides, distances)
         self.net = Stacks(
@@ -153,37 +147,26 @@ class ConvMADE(AutoregressiveModel):
         order = torch.arange(self.input_dim).view(event[0], -1).T.reshape(-1)
         self.register_buffer("order", order, persistent=False)
 
-    def params(self, value: Tensor, context: Tensor | None = None) -> Tensor:
-        """Parameters of all conditionals, shape ``(*batch, C * H * W, num_params)``, as the head reads them; one pass.
-
-        Args:
-            value: shape ``(*batch, *event_shape)``.
-            context: broadcasts to ``(*batch, context_dim)``.
-        """
+    def params(self, value: Tensor, context: Tensor | None = None, member: Member | None = None) -> Tensor:
         value = self.cast(value)
         batch = value.shape[: value.dim() - len(self.event_shape)]
         if context is not None:
             batch = torch.broadcast_shapes(batch, context.shape[:-1])
-            context = context.expand(*batch, -1).reshape(batch.numel(), self.context_dim)
         net, rows = self.net, batch.numel()
         flat = value.expand(*batch, *self.event_shape).reshape(rows, self.input_dim)
         coded = self.head.features(flat).unflatten(1, net.shape).movedim(-1, 2).flatten(1, 2)
-        made = net(coded, context).unflatten(1, (net.shape[0], -1)).movedim(2, -1).flatten(1, 3)
+        made = net(coded, by_row(context, batch)).unflatten(1, (net.shape[0], -1)).movedim(2, -1).flatten(1, 3)
         return (made + self.bias).view(*batch, *self.bias.shape)
-
-    def score(self, value: Tensor, context: Tensor | None, member: object = None) -> Tensor:
-        params = self.params(value, context)
-        flat = self.cast(value).flatten(-len(self.event_shape))
-        return self.head.log_prob(flat, params).sum(-1)
 
     def set_bias(self, bias: Tensor) -> None:
         self.bias.copy_(bias)
 
+    def order_of(self, member: Member | None) -> Tensor:
+        return self.order
+
     @torch.no_grad()
-    def draw(self, batch: Size, context: Tensor | None, member: object = None) -> Tensor:
-        rows = batch.numel()
-        if context is not None:
-            context = context.expand(*batch, -1).reshape(rows, context.shape[-1])
+    def draw(self, batch: Size, context: Tensor | None, member: Member | None = None) -> Tensor:
+        rows, context = batch.numel(), by_row(context, batch)
         out = self.bias.new_empty(rows, *self.net.shape)
         chunk = rows_at_once(self.net, self.device)
         for start in range(0, rows, chunk):
@@ -191,13 +174,6 @@ class ConvMADE(AutoregressiveModel):
             n = min(chunk, rows - start)
             out[start : start + n] = RasterSweep(self.net, self.head, self.bias, n, own).run()
         return out.view(*batch, *self.event_shape)
-
-    def rdraw(self, batch: Size, context: Tensor | None, member: object = None) -> Tensor:
-        start = self.bias.new_zeros(*batch, self.input_dim)
-        drawn = one_by_one(
-            lambda x: self.params(x.unflatten(-1, self.event_shape), context), self.head, start, self.order
-        )
-        return drawn.unflatten(-1, self.event_shape)
 
     def extra_repr(self) -> str:
         context = f", context_dim={self.context_dim}" if self.context_dim else ""

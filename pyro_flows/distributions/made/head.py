@@ -22,19 +22,11 @@ class _Inside(Constraint):
     """An event all of whose numbers a head allows."""
 
     def __init__(self, head: Head, event_dim: int, is_discrete: bool) -> None:
-        self.head, self._event_dim, self._discrete = head, event_dim, is_discrete
+        self.head, self.event_dim, self.is_discrete = head, event_dim, is_discrete
         super().__init__()
 
-    @property
-    def event_dim(self) -> int:
-        return self._event_dim
-
-    @property
-    def is_discrete(self) -> bool:
-        return self._discrete
-
     def check(self, value: Tensor) -> Tensor:
-        flat = value.reshape(*value.shape[: value.dim() - self._event_dim], self.head.input_dim)
+        flat = value.reshape(*value.shape[: value.dim() - self.event_dim], self.head.input_dim)
         return self.head.inside(flat).all(-1)
 
     def __repr__(self) -> str:
@@ -44,12 +36,10 @@ class _Inside(Constraint):
 class Head(nn.Module):
     r"""Abstract base: a family of univariate distributions :math:`p(x_i \mid \theta_i)`, one for each dimension.
 
-    A head is made without a number of dimensions and then bound to one: ``head.bind(input_dim)``.  It has no
-    parameters of its own; :math:`\theta_i` are the ``num_params`` real numbers that a network computes for dimension
-    :math:`i`.  A dimension that needs fewer ignores the last.
-
-    Values are floating, categories and levels too.  The argument ``dims`` of the methods says which dimensions the
-    ``n`` columns of a value stand for, by default all.  Only ``check`` checks values.
+    ``head.bind(input_dim)`` binds it to a number of dimensions.  A network computes :math:`\theta_i`, the
+    ``num_params`` real numbers for dimension :math:`i`; a dimension that needs fewer ignores the last.  Values are
+    floating, categories and levels too.  In all methods ``dims`` are the dimensions of a value's ``n`` columns, by
+    default all.  Only ``check`` checks values.
 
     A subclass defines ``log_prob`` and one of ``sample``, ``rsample`` and ``draws``; and a ``constraint``, or
     ``inside`` and ``allowed`` where dimensions differ.
@@ -130,7 +120,7 @@ class Head(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} has no mean in closed form: average draws")
 
     def relaxed(self, temperature: float) -> Head:
-        """The head of a continuous variable with differentiable draws that tends to this one as the temperature falls.
+        """A continuous head with differentiable draws that tends to this one as the temperature falls.
 
         Raises:
             NotImplementedError: if there is none.
@@ -157,9 +147,7 @@ class Head(nn.Module):
         return self.like.new_zeros(self.input_dim, self.num_params)
 
     def draws(self, dims: Tensor, z: Tensor, params: Tensor, x: Tensor, features: Tensor) -> Calls:
-        """Calls that draw ``x`` and code it, in place, from what the buffers hold at each call.
-
-        For the engine that samples dimension by dimension; everything is feature-major, with samples in columns.
+        """Calls that draw ``x`` and code it, in place, for sampling dimension by dimension; samples are columns.
 
         Args:
             dims: the ``n`` dimensions.
@@ -220,11 +208,10 @@ class Head(nn.Module):
         return [self.discrete] * self.input_dim
 
     def fixed_points(self) -> list[float]:
-        """The point about which the values of each dimension may be stretched, as a standardization does.
+        """The point about which a standardization may stretch the values of each dimension.
 
-        NaN stands for any point: a family on the whole line may also be moved.  A number is the end of a half-line,
-        which must stay where it is.  Infinity stands for none: counts, categories, intervals, and families that a
-        change of units takes out of themselves.
+        NaN stands for any point, of families on the whole line; a number is the fixed end of a half-line.  Infinity
+        stands for none: counts, categories, intervals, and families that a change of units would leave.
         """
         support = self.constraint
         known = support is not None and not (self.discrete or support.is_discrete)

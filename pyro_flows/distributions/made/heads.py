@@ -46,10 +46,10 @@ def _choosing(logits: Tensor, z: Tensor, room: Tensor, coded: Tensor, beyond: Te
 
     Args:
         logits: shape ``(n, K, columns)``.
-        z: uniform in [0, 1), shape ``(n, columns)``; afterwards NaN where the logits are.
-        room: of the logits' shape, may be the same memory; afterwards ones for the categories before the chosen one.
-        coded: of the logits' shape, not the same memory; afterwards the one-hot code.
-        beyond: true where no later category may be chosen, shape ``(n, K, 1)``.
+        z: uniform in [0, 1), shape ``(n, columns)``; then NaN where the logits are.
+        room: as the logits, maybe the same memory; then ones for the categories before the chosen one.
+        coded: as the logits, other memory; then the one-hot code.
+        beyond: true from each dimension's last category on, shape ``(n, K, 1)``.
     """
     calls: Calls = [
         partial(torch.softmax, logits, 1, out=room),
@@ -57,7 +57,7 @@ def _choosing(logits: Tensor, z: Tensor, room: Tensor, coded: Tensor, beyond: Te
         partial(z.mul_, room[:, -1]),  # all categories share the rounding
         partial(room.le_, z.unsqueeze(1)),
     ]
-    if beyond is not None:  # a parallel sum may be smaller at the last category than behind it
+    if beyond is not None:  # an accelerator's parallel sum may be smaller at the last category than behind it
         calls.append(partial(room.masked_fill_, beyond, 0))
     return [
         *calls,
@@ -80,9 +80,9 @@ class RelaxedBernoulliHead(Head):
     r"""Values in (0, 1), :math:`x = \sigma((\theta + \ell) / t)` with logistic noise :math:`\ell` and temperature t.
 
     The parameter is the logit of a binary variable, which is 1 where :math:`x > 1/2`; x tends to it as the temperature
-    falls to 0.  The density is that of x, so a bound on the evidence with it is that of the relaxed model.
-    Draws and values stay away from 0 and 1 by the smallest positive number and by one rounding error: in float32, at
-    temperatures below some 0.2, the logit of a value near 1 and thus the density have few digits left.
+    falls to 0.  The density is that of x: a bound on the evidence is one of the relaxed model.  Draws and values stay
+    off 0 and 1 by the smallest positive number and by one rounding error: in float32, below temperatures of some 0.2,
+    the density of a value near 1 has few digits.
 
     Args:
         temperature: :math:`t > 0`; the attribute of this name may be changed along the way.
@@ -168,9 +168,8 @@ class CategoricalHead(Head):
     r"""Categories 0 to :math:`K_i - 1`, :math:`p(x = k) = e^{\theta_k} / \sum_{l < K_i} e^{\theta_l}`.
 
     Logits are in nats.  The network is given categories one-hot, with the largest number of classes for all
-    dimensions; logits beyond a dimension's own number are excluded exactly.  ``bias(data)`` gives the logarithms of
-    the frequencies, with half an observation added to each.  ``mean`` averages the categories' numbers, which makes
-    sense only for ordered ones.
+    dimensions; logits beyond a dimension's own number are excluded.  ``bias(data)`` gives log frequencies, with half
+    an observation added to each.  ``mean`` averages the categories' numbers, for ordered ones.
 
     Args:
         num_classes: the number :math:`K_i` of classes, one for all dimensions or one for each.
@@ -243,8 +242,8 @@ class CategoricalHead(Head):
     ) -> Tensor:
         r"""Differentiable draws in the place of one-hot features, shape ``(*, n, num_features)``.
 
-        :math:`\mathrm{softmax}((\theta + g) / t)` with Gumbel noise :math:`g`: each adds up to 1, and tends to the
-        one-hot code of a draw as the temperature :math:`t` falls to 0.
+        :math:`\mathrm{softmax}((\theta + g) / t)` with Gumbel noise :math:`g` tends to the one-hot code of a draw as
+        the temperature :math:`t` falls to 0.
 
         Args:
             params: shape ``(*, n, num_params)``.
@@ -253,8 +252,7 @@ class CategoricalHead(Head):
             hard: whether the result is one-hot, with the gradient of the soft one (straight through, biased).
 
         References:
-            The Concrete Distribution (Maddison et al., 2016), arXiv:1611.00712.
-            Categorical Reparameterization with Gumbel-Softmax (Jang et al., 2016), arXiv:1611.01144.
+            As :class:`RelaxedBernoulliHead`.
         """
         _positive("CategoricalHead", "temperature", temperature)
         noise = torch.empty_like(params).exponential_().clamp_(min=torch.finfo(params.dtype).tiny).log_()
@@ -291,10 +289,11 @@ class CategoricalHead(Head):
             calls = _choosing(params, z, probs, coded)
         else:
             excess, last = self.excess[dims].unsqueeze(-1), self.last[dims, None, None]
+            beyond = None if x.device.type == "cpu" else self.index.unsqueeze(-1) >= last
             calls = [
                 partial(probs.copy_, params),
                 partial(probs.masked_fill_, excess, -math.inf),
-                *_choosing(probs, z, probs, coded, self.index.unsqueeze(-1) >= last),
+                *_choosing(probs, z, probs, coded, beyond),
             ]
         return [*calls, partial(torch.sum, probs, 1, out=x), _spoiling(x, z)]
 
@@ -354,12 +353,7 @@ class NormalHead(Head):
 
 
 class _Mixture(Head):
-    """Components with logits of their weights, means and log-scales, all of one kind after the other.
-
-    Args:
-        num_components: how many.
-        max_log_scale: the bound on the absolute log-scale.
-    """
+    """Abstract base of mixtures; parameters are all logits of weights, then all means, then all log-scales."""
 
     def __init__(self, num_components: int, max_log_scale: float) -> None:
         super().__init__()
@@ -388,7 +382,7 @@ class _Mixture(Head):
         return torch.cat((torch.zeros_like(loc), loc, raw), -1)
 
     def _picking(self, z: Tensor, params: Tensor, x: Tensor) -> tuple[Calls, Tensor]:
-        """Calls that draw a component and write its mean to ``x``; and the tensor to which they write its scale."""
+        """Calls that draw a component and write its mean to ``x``, and its scale to the tensor returned."""
         logits, loc, raw = params.unflatten(1, (3, self.num_components)).unbind(1)
         room, code, scale = torch.empty_like(logits), torch.empty_like(logits), torch.empty_like(x)
         bound = self.max_log_scale
@@ -410,10 +404,10 @@ class _Mixture(Head):
 class MixtureHead(_Mixture):
     r"""Real values from a mixture of normals, :math:`p(x) = \sum_j w_j N(x; m_j, e^{2 s_j})`.
 
-    The parameters are, for all :math:`K` components one after the other, logits of :math:`w`, means :math:`m` and
-    :math:`a` with :math:`s = c \tanh(a / c)`.  ``bias()`` spreads the means over the quantiles of a standard normal,
-    ``bias(data)`` over those of the data; the scales make the variance that of the whole.  With a MADE this is the
-    MADE-MoG.  A draw costs as much as one of a normal; there are no reparameterized ones.
+    The parameters are the logits of :math:`w` of all :math:`K` components, their means :math:`m`, and :math:`a` with
+    :math:`s = c \tanh(a / c)`.  ``bias()`` spreads the means over the quantiles of a standard normal, ``bias(data)``
+    over those of the data; the scales make up the variance.  With a MADE this is the MADE-MoG.  A draw costs as much as
+    one of a normal.
 
     Args:
         num_components: :math:`K`.
@@ -459,13 +453,12 @@ class LogisticMixtureHead(_Mixture):
     .. math:: P(x = k) = \sum_j w_j
         \left[\sigma\!\left(\frac{k + 1/2 - M_j}{S_j}\right) - \sigma\!\left(\frac{k - 1/2 - M_j}{S_j}\right)\right],
 
-    with the tails added to the first and the last level.  The parameters are, for all :math:`K` components one after
-    the other, logits of :math:`w`, means :math:`m` and :math:`a`, in units in which the levels go from -1 to 1:
-    :math:`M = (m + 1) h` and :math:`S = h e^{c \tanh(a / c)}` with :math:`h = (L - 1) / 2` levels.  The network is
-    given levels in these units too, :math:`x / h - 1`; values stay level numbers.
+    with the tails added to the first and the last level.  The parameters are the logits of :math:`w` of all :math:`K`
+    components, their means :math:`m`, and :math:`a`, in units in which levels go from -1 to 1: :math:`M = (m + 1) h`
+    and :math:`S = h e^{c \tanh(a / c)}` with :math:`h = (L - 1) / 2` levels.  The network is given :math:`x / h - 1`.
 
-    Logarithms are right far out in the tails, and probabilities add up to 1 whatever the parameters.  ``bias()``
-    spreads the means evenly, ``bias(data)`` over the quantiles of the data.  The mean sums over all levels.
+    Logarithms are right far out in the tails; probabilities add up to 1.  ``bias()`` spreads the means evenly,
+    ``bias(data)`` over the quantiles of the data.  The mean sums over all levels.
 
     Args:
         levels: :math:`L`.
@@ -480,14 +473,16 @@ class LogisticMixtureHead(_Mixture):
 
     def __init__(self, levels: int = 256, num_components: int = 10, max_log_scale: float | None = None) -> None:
         self.levels = integer("LogisticMixtureHead", "levels", levels, 2)
-        self.half = 0.5 * (levels - 1)
-        super().__init__(num_components, max(7.0, math.log(10 * self.half)) if max_log_scale is None else max_log_scale)
+        self.half_range = 0.5 * (levels - 1)
+        super().__init__(
+            num_components, max(7.0, math.log(10 * self.half_range)) if max_log_scale is None else max_log_scale
+        )
         self.constraint = constraints.integer_interval(0, levels - 1)
 
     def _parts(self, params: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Logits, and means and log-scales in levels."""
         logits, loc, log_scale = super()._parts(params)
-        return logits, (loc + 1) * self.half, log_scale + math.log(self.half)
+        return logits, (loc + 1) * self.half_range, log_scale + math.log(self.half_range)
 
     def log_prob(self, value: Tensor, params: Tensor, dims: Tensor | None = None) -> Tensor:
         logits, loc, log_scale = self._parts(params)
@@ -514,20 +509,20 @@ class LogisticMixtureHead(_Mixture):
         return f"a level, 0 to {self.levels - 1},"
 
     def code(self, value: Tensor, dims: Tensor | None = None) -> Tensor:
-        return (value * (1.0 / self.half) - 1).unsqueeze(-1)
+        return (value * (1.0 / self.half_range) - 1).unsqueeze(-1)
 
     def start(self, data: Tensor | None) -> Tensor:
         if data is None:
             loc = (2 * self._middles(self.like.dtype) - 1).expand(self.input_dim, -1)
             return self._packed(loc, loc.new_full((self.input_dim, 1), 1 / self.num_components))
-        scaled = data / self.half - 1
+        scaled = data / self.half_range - 1
         # A logistic of scale 1 has a standard deviation of 1.8; no narrower than half a level.
-        scale = (scaled.std(0, correction=0) / (1.8 * math.sqrt(self.num_components))).clamp(min=0.5 / self.half)
+        scale = (scaled.std(0, correction=0) / (1.8 * math.sqrt(self.num_components))).clamp(min=0.5 / self.half_range)
         return self._packed(self._quantiles(scaled), scale.unsqueeze(-1))
 
     def draws(self, dims: Tensor, z: Tensor, params: Tensor, x: Tensor, features: Tensor) -> Calls:
         calls, scale = self._picking(z, params, x)
-        half, one = number(self.half, x.dtype), number(1.0, x.dtype)
+        half, one = number(self.half_range, x.dtype), number(1.0, x.dtype)
         return [
             *calls,
             z.uniform_,
@@ -537,6 +532,6 @@ class LogisticMixtureHead(_Mixture):
             partial(x.mul_, half),
             x.round_,
             partial(x.clamp_, 0, self.levels - 1),
-            partial(torch.mul, x, number(1.0 / self.half, x.dtype), out=features),
+            partial(torch.mul, x, number(1.0 / self.half_range, x.dtype), out=features),
             partial(features.sub_, one),
         ]

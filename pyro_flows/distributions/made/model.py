@@ -11,116 +11,34 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Size, Tensor
 
-from pyro_flows.core.checks import check_tensor, event_size
+from pyro_flows.core.checks import check_context, check_tensor, choice, event_size, integer, positive_integers
 from pyro_flows.core.modes import lasting
-from pyro_flows.distributions.made.autoregressive import AutoregressiveDistribution, AutoregressiveModel, one_by_one
+from pyro_flows.distributions.made.autoregressive import AutoregressiveDistribution, AutoregressiveModel, by_row
 from pyro_flows.distributions.made.composed import as_head
 from pyro_flows.distributions.made.head import Head
-from pyro_flows.distributions.made.network import CONNECTIVITIES, Member, SharedNetwork, draw_units
+from pyro_flows.distributions.made.network import Member, SharedNetwork, draw_units
 from pyro_flows.nets.activations import Activation
 from pyro_flows.nets.degrees import as_order
 
-__all__ = ["MADE", "check_observed", "impute", "split_log_prob"]
+__all__ = ["MADE"]
 
-
-def impute(
-    made: MADE, value: Tensor, observed: Tensor, num_samples: int, context: Tensor | None, number: int
-) -> Tensor:
-    """Draws of the missing dimensions, shape ``(num_samples, *batch, D)``; one sweep for each pattern of missingness.
-
-    Args:
-        made: the model.
-        value: shape ``(*batch, D)``; what stands in missing places is not looked at.
-        observed: boolean, of a shape that broadcasts to it: true where a dimension is known.
-        num_samples: draws for each row.
-        context: shape ``(*context_batch, context_dim)`` that broadcasts to the batch, or ``None``.
-        number: which member, among those with such an order.
-    """
-    batch = value.shape[:-1]
-    out = made.cast(value).expand(num_samples, *value.shape).reshape(num_samples, -1, value.shape[-1]).clone()
-    for rows, known, member in _patterns(made, observed.expand(value.shape).reshape(-1, value.shape[-1]), number):
-        given = out[:, rows].flatten(0, 1)
-        own = None if context is None else _rows(context, batch)[rows].repeat(num_samples, 1)
-        drawn = made.net.draw(made.head, len(given), own, member, given, known)
-        out[:, rows] = drawn.unflatten(0, (num_samples, len(rows)))
-    return out.view(num_samples, *value.shape)
-
-
-def split_log_prob(
-    made: MADE, value: Tensor, observed: Tensor, context: Tensor | None, number: int
-) -> tuple[Tensor, Tensor]:
-    """``(log p(observed), log p(missing | observed))`` in nats, each of the batch's shape; one pass a pattern.
-
-    Arguments as for :func:`impute`.
-    """
-    batch, dims = value.shape[:-1], value.shape[-1]
-    flat, seen = made.cast(value).reshape(-1, dims), observed.expand(value.shape).reshape(-1, dims)
-    # What is missing must not show, whatever stands there; that it is finite is all that counts here.
-    fine = torch.where(seen | flat.isfinite(), flat, 0.0)
-    known, missing = (flat.new_zeros(len(flat)) for _ in range(2))
-    for rows, _, member in _patterns(made, seen, number):
-        own = None if context is None else _rows(context, batch)[rows]
-        features = made.head.features(fine[rows])
-        each = made.head.log_prob(flat[rows], made.net(features, own, member))
-        mask = seen[rows]
-        known = known.index_put((rows,), torch.where(mask, each, 0.0).sum(-1))
-        missing = missing.index_put((rows,), torch.where(mask, 0.0, each).sum(-1))
-    return known.view(batch), missing.view(batch)
-
-
-def check_observed(made: MADE, value: Tensor, observed: Tensor) -> None:
-    """Worded errors for a mask of another kind or shape, or one that leaves nothing to do."""
-    check_tensor("MADE", "values as a tensor", value)
-    check_tensor("MADE", "observed as a boolean tensor", observed)
-    if observed.dtype != torch.bool:
-        raise TypeError(f"MADE: expected observed to be boolean, got {observed.dtype}; use observed.bool()")
-    try:
-        fits = torch.broadcast_shapes(observed.shape, value.shape) == value.shape
-    except RuntimeError:
-        fits = False
-    if not fits or value.shape[-1:] != made.event_shape:
-        raise ValueError(
-            f"MADE: expected values of shape (*batch, {made.input_dim}) and a mask that broadcasts to them, got "
-            f"{tuple(value.shape)} and {tuple(observed.shape)}"
-        )
-    whole = observed.expand(value.shape)
-    if not whole.any(-1).all():
-        raise ValueError("MADE: the mask hides everything in some row: nothing is known there, so use .sample()")
-    if whole.all(-1).any():
-        raise ValueError("MADE: the mask hides nothing in some row: all is known there, so use .log_prob(value)")
-
-
-def _patterns(made: MADE, observed: Tensor, number: int) -> Iterator[tuple[Tensor, int, Member]]:
-    """Rows of each pattern, how many dimensions it knows, and the member that has these first."""
-    kinds, which = torch.unique(observed, dim=0, return_inverse=True)
-    for k, kind in enumerate(kinds):
-        yield (which == k).nonzero().squeeze(-1), int(kind.sum()), made.member_for(kind, number)
-
-
-def _rows(context: Tensor, batch: Size) -> Tensor:
-    return context.expand(*batch, -1).reshape(-1, context.shape[-1])
-
-
-ENDLESS = 16  # members of the ensemble where masks are drawn without end
-
-
+ENDLESS = 16  # members of the ensemble where there is no end of members
 HELD = 256  # members that are kept
 
 
 class MADE(AutoregressiveModel):
     r"""Masked autoencoder for distribution estimation: :math:`p(x \mid c) = \prod_k p(x_{\pi_k} \mid x_{\pi_{<k}}, c)`.
 
-    All :math:`D` conditionals come from one pass of one network, whose masks keep output :math:`i` from all inputs that
-    do not come before :math:`i` in the order :math:`\pi`.  What the outputs mean is the head's business: binary,
-    categorical or real values, pixel values, or a mixture of types.
+    One pass of one network gives all :math:`D` conditionals: masks let output :math:`i` see the inputs before :math:`i`
+    in the order :math:`\pi` only.  The head gives the outputs a meaning: binary, categorical or real values, levels, or
+    a mixture of types.
 
     With ``order="any"`` the same weights serve all orders: each *member* is one order and one drawing of the hidden
-    units' connections.  Training visits them one after another, by an explicit :meth:`resample_masks` before each step
-    (which ``fit_density`` calls); in evaluation the density is the mean over an ensemble of members, and any dimensions
-    can be imputed from any others.
+    units' connections.  In training, :meth:`resample_masks` before each step (``fit_density`` calls it) goes through
+    them; in evaluation the density is the mean over an ensemble, and any dimensions can be imputed from any others.
 
-    A density costs one pass for each member, a draw one sweep through the dimensions, in which each weight is used
-    once: about one pass of arithmetic, and as many small steps as there are dimensions.
+    A density costs one pass for each member, a draw one sweep through the dimensions: about the arithmetic of one pass,
+    in as many small steps as there are dimensions.
 
     Args:
         input_dim: the number of dimensions :math:`D`.
@@ -128,20 +46,20 @@ class MADE(AutoregressiveModel):
             ``CategoricalHead([3, 5])``.
         hidden_dims: widths of the hidden layers.
         context_dim: size of the context, 0 for none.
-        order: ``"identity"``, ``"reverse"``, ``"random"`` (drawn once), the dimensions in the sequence in which they
-            come, or ``"any"``: each member has one of its own.
+        order: ``"identity"``, ``"reverse"``, ``"random"`` (drawn once), the dimensions in their sequence, or ``"any"``:
+            each member has its own.
         connectivity: degrees of the hidden units, ``"even"`` or ``"random"``, which each member draws anew.
-        num_masks: how many members there are to go through; by default no end where they differ, else one.
-        ensemble_size: members whose mean density counts in evaluation; by default all of a list, 16 of an endless one.
-        direct: whether outputs also see the inputs before them without detour, by a linear layer.
+        num_masks: number of members; by default no end of them where they differ, else one.
+        ensemble_size: members in the mean density of evaluation; by default all of a finite number, else 16.
+        direct: whether outputs also see the inputs before them through a linear layer.
         activation: of the hidden layers, by name or an elementwise function; by default ReLU for discrete values, and
-            for real ones smooth and at first bounded, as in :func:`~pyro_flows.flows.maf`, against outliers.
-        dropout: share of the network's inputs that are left out at random, in training mode and for ``log_prob`` alone;
-            against overfitting where rows are few.
-        mask_inputs: whether the network is also told who sees what in the member at hand, by inputs that are constantly
-            1 under the same masks, as in the paper; for few members.
-        seed: of all orders and connections; by default drawn from torch's random numbers.  It is saved in the
-            ``state_dict``, and so are masks in that way.
+            for real ones smooth and at first bounded, against outliers, as in :func:`~pyro_flows.flows.maf`.
+        dropout: share of the network's inputs that ``log_prob`` leaves out at random in training mode; against
+            overfitting where rows are few.
+        mask_inputs: whether inputs that are constantly 1, under the same masks, tell each unit which inputs it sees, as
+            in the paper; for few members.
+        seed: of all orders and connections, and thus the masks; by default from torch's random numbers.  The
+            ``state_dict`` holds it.
 
     Raises:
         ValueError: for an order that is no permutation, sizes out of range, or an unknown head.
@@ -151,6 +69,8 @@ class MADE(AutoregressiveModel):
         arXiv:1502.03509; order-agnostic training: A Deep and Tractable Density Estimator (Uria, Murray & Larochelle,
         2014), arXiv:1310.1757.
     """
+
+    order: Tensor
 
     def __init__(
         self,
@@ -172,17 +92,13 @@ class MADE(AutoregressiveModel):
         event = event_size(input_dim)
         if len(event) != 1:
             raise ValueError(f"MADE: expected input_dim to be an integer, got {input_dim!r}; for images see ConvMADE")
-        super().__init__(event, as_head(head, input_dim), context_dim)
-        self.hidden_dims = tuple(hidden_dims)
-        for name, values in (("hidden_dims", self.hidden_dims), ("context_dim", (context_dim + 1,))):
-            if any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in values):
-                raise ValueError(f"MADE: {name} must be positive integers (context_dim may be 0)")
+        super().__init__(event, as_head(head, input_dim), integer("MADE", "context_dim", context_dim, 0))
+        hidden = tuple(hidden_dims)
+        self.hidden_dims = positive_integers("MADE", "hidden_dims", hidden) if hidden else ()
         if not 0 <= dropout < 1:
             raise ValueError(f"MADE: expected 0 <= dropout < 1, got {dropout}")
         self.dropout = float(dropout)
-        if connectivity not in CONNECTIVITIES:
-            raise ValueError(f"MADE: expected connectivity to be one of {CONNECTIVITIES}, got {connectivity!r}")
-        self.connectivity = connectivity
+        self.connectivity = choice("MADE", "connectivity", connectivity, ("even", "random"))
         self.any_order = isinstance(order, str) and order == "any"
         self.varied = self.any_order or (connectivity == "random" and bool(self.hidden_dims))
         if not self.varied and num_masks not in (None, 1):
@@ -192,9 +108,9 @@ class MADE(AutoregressiveModel):
             )
         self.num_masks = num_masks if self.varied else 1
         if self.num_masks is not None:
-            self._number(self.num_masks)
-        self.ensemble_size = self._number(ensemble_size or self.num_masks or ENDLESS)
-        # All orders and connections are a function of the seed; a state_dict holds it.
+            self._number("num_masks", self.num_masks)
+        self.ensemble_size = self._number("ensemble_size", ensemble_size or self.num_masks or ENDLESS)
+        # A state_dict holds the seed, which determines all orders and connections.
         self.seed = int(torch.randint(2**31, ())) if seed is None else int(seed)
         self.position = 0
         drawn = isinstance(order, str) and order == "random"
@@ -209,9 +125,8 @@ class MADE(AutoregressiveModel):
     def _generator(self, number: int) -> Generator:
         return Generator().manual_seed((self.seed * 1_000_003 + number + 1) % 2**63)
 
-    def _number(self, value: int) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"MADE: expected a number of members of at least 1, got {value!r}")
+    def _number(self, what: str, value: int) -> int:
+        integer("MADE", what, value)
         if value > 1 and not self.varied:
             raise ValueError(f'MADE: there is one member only, not {value}: train with order="any" to have more')
         if self.num_masks is not None and value > self.num_masks:
@@ -247,33 +162,37 @@ class MADE(AutoregressiveModel):
         return Member(order, units, direct=self.net.is_direct, num_params=head.num_params, features=head.num_features)
 
     def resample_masks(self) -> None:
-        """Goes on to the next member: of the list, from its end to its beginning, or of the endless sequence."""
+        """Goes on to the next member, and from the last of a finite number to the first."""
         self.position += 1
         if self.num_masks is not None:
             self.position %= self.num_masks
 
     def members(self) -> tuple[Member, ...]:
-        """In training the one in use, in evaluation those of the ensemble."""
+        """The member in use in training, those of the ensemble in evaluation."""
         if self.training:
             return (self.member(self.position),)
         return tuple(self.member(k) for k in range(self.ensemble_size))
 
+    def _in_use(self, member: Member | None) -> Member:
+        return self.member(self.position if self.training else 0) if member is None else member
+
+    def order_of(self, member: Member | None) -> Tensor:
+        return self._in_use(member).order
+
     def ensemble(self, num_members: int, context: Tensor | None = None) -> AutoregressiveDistribution:
         """The mean density of the first ``num_members`` members."""
-        members = tuple(self.member(k) for k in range(self._number(num_members)))
-        return AutoregressiveDistribution(self, self._admit(context), members)
+        members = tuple(self.member(k) for k in range(self._number("num_members", num_members)))
+        return self.at_members(members, context)
 
     def one(self, number: int = 0, context: Tensor | None = None) -> AutoregressiveDistribution:
-        """The distribution of one member alone."""
-        return AutoregressiveDistribution(self, self._admit(context), (self.member(number),))
+        """The distribution of one member."""
+        return self.at_members((self.member(number),), context)
 
     def member_for(self, observed: Tensor, number: int = 0) -> Member:
-        """The member whose order has the observed dimensions first.
-
-        Both parts come in a random order of their own, another one for each ``number``.
+        """The member whose order has the observed dimensions first, each part in an order that ``number`` draws.
 
         Raises:
-            ValueError: if the model knows one order only, and that does not begin with the observed dimensions.
+            ValueError: if the model's only order does not begin with the observed dimensions.
         """
         known = observed.cpu()
         if not self.any_order:
@@ -292,6 +211,38 @@ class MADE(AutoregressiveModel):
             held = self._make(torch.cat((drawn[known[drawn]], drawn[~known[drawn]])), generator)
         return self._hold(key, held)
 
+    # Missing dimensions.
+
+    def _patterns(self, observed: Tensor, number: int) -> Iterator[tuple[Tensor, int, Member]]:
+        """Each pattern's rows, its number of known dimensions, and a member that has them first."""
+        kinds, which = torch.unique(observed, dim=0, return_inverse=True)
+        for k, kind in enumerate(kinds):
+            yield (which == k).nonzero().squeeze(-1), int(kind.sum()), self.member_for(kind, number)
+
+    def _check_observed(self, value: Tensor, observed: Tensor, context: Tensor | None) -> Tensor:
+        """The mask as rows; refuses one of another kind or shape, or one that leaves nothing to do."""
+        check_tensor("MADE", "values as a tensor", value)
+        check_tensor("MADE", "observed as a boolean tensor", observed)
+        if observed.dtype != torch.bool:
+            raise TypeError(f"MADE: expected observed to be boolean, got {observed.dtype}; use observed.bool()")
+        try:
+            fits = torch.broadcast_shapes(observed.shape, value.shape) == value.shape
+        except RuntimeError:
+            fits = False
+        if not fits or value.shape[-1:] != self.event_shape:
+            raise ValueError(
+                f"MADE: expected values of shape (*batch, {self.input_dim}) and a mask that broadcasts to them, got "
+                f"{tuple(value.shape)} and {tuple(observed.shape)}"
+            )
+        rows = observed.expand(value.shape).reshape(-1, self.input_dim)
+        if not rows.any(-1).all():
+            raise ValueError("MADE: the mask hides everything in some row: nothing is known there, so use .sample()")
+        if rows.all(-1).any():
+            raise ValueError("MADE: the mask hides nothing in some row: all is known there, so use .log_prob(value)")
+        check_context(self, context)
+        return rows
+
+    @torch.no_grad()
     def impute(
         self,
         value: Tensor,
@@ -303,47 +254,68 @@ class MADE(AutoregressiveModel):
     ) -> Tensor:
         """Draws of the missing dimensions given the observed ones, shape ``(num_samples, *batch, D)``.
 
-        From the conditional of one member, whose order has the observed dimensions first; members of an order-agnostic
-        model agree as far as it is trained.  One sweep for each pattern of missingness.
+        One member's conditional, whose order has the observed dimensions first; members agree as far as they are
+        trained.  One sweep for each pattern of missingness.
 
         Args:
-            value: shape ``(*batch, D)``; what stands in missing places, NaN included, is not looked at.
+            value: shape ``(*batch, D)``; entries in missing places, NaN included, are ignored.
             observed: boolean, broadcasting to ``value``: true where a dimension is known.
             num_samples: draws for each row.
             context: shape ``(*context_batch, context_dim)``, if the model takes one.
             number: which of the members with such an order.
 
         Raises:
-            ValueError: for a mask that hides everything or nothing in a row, or if the model knows one order only and
-                that does not begin with the observed dimensions.
+            ValueError: for a mask that hides everything or nothing in a row, or if the model's only order does not
+                begin with the observed dimensions.
         """
-        check_observed(self, value, observed)
-        with torch.no_grad():
-            return impute(self, value, observed, num_samples, self._admit(context), number)
+        seen = self._check_observed(value, observed, context)
+        contexts = by_row(context, value.shape[:-1])
+        out = self.cast(value).expand(num_samples, *value.shape).reshape(num_samples, -1, self.input_dim).clone()
+        for rows, known, member in self._patterns(seen, number):
+            given = out[:, rows].flatten(0, 1)
+            own = None if contexts is None else contexts[rows].repeat(num_samples, 1)
+            drawn = self.net.draw(self.head, len(given), own, member, given, known)
+            out[:, rows] = drawn.unflatten(0, (num_samples, len(rows)))
+        return out.view(num_samples, *value.shape)
+
+    def _split_log_prob(
+        self, value: Tensor, observed: Tensor, context: Tensor | None, number: int
+    ) -> tuple[Tensor, Tensor]:
+        """``(log p(observed), log p(missing | observed))`` in nats, each of the batch's shape; one pass a pattern."""
+        seen = self._check_observed(value, observed, context)
+        batch = value.shape[:-1]
+        contexts, flat = by_row(context, batch), self.cast(value).reshape(-1, self.input_dim)
+        # Missing entries only have to be finite: the member does not see them.
+        fine = torch.where(seen | flat.isfinite(), flat, 0.0)
+        known, missing = flat.new_zeros(len(flat)), flat.new_zeros(len(flat))
+        for rows, _, member in self._patterns(seen, number):
+            params = self.params(fine[rows], None if contexts is None else contexts[rows], member)
+            each, mask = self.head.log_prob(flat[rows], params), seen[rows]
+            known = known.index_put((rows,), torch.where(mask, each, 0.0).sum(-1))
+            missing = missing.index_put((rows,), torch.where(mask, 0.0, each).sum(-1))
+        return known.view(batch), missing.view(batch)
 
     def log_prob_observed(
         self, value: Tensor, observed: Tensor, context: Tensor | None = None, *, number: int = 0
     ) -> Tensor:
-        """Log-density in nats of the observed dimensions alone, shape ``(*batch,)``; arguments as of :meth:`impute`."""
-        check_observed(self, value, observed)
-        return split_log_prob(self, value, observed, self._admit(context), number)[0]
+        """Log-density in nats of the observed dimensions, shape ``(*batch,)``; arguments as in :meth:`impute`."""
+        return self._split_log_prob(value, observed, context, number)[0]
 
     def log_prob_missing(
         self, value: Tensor, observed: Tensor, context: Tensor | None = None, *, number: int = 0
     ) -> Tensor:
-        """Log-density of the other dimensions of ``value``, given the observed ones, by one member's conditional."""
-        check_observed(self, value, observed)
-        return split_log_prob(self, value, observed, self._admit(context), number)[1]
+        """Log-density of the other dimensions of ``value``, given the observed ones."""
+        return self._split_log_prob(value, observed, context, number)[1]
 
     def relaxed(self, temperature: float) -> MADE:
         """The model of a continuous relaxation, with differentiable draws; shares the parameters.
 
-        Draws take one pass of the network for each dimension, and so does their gradient.  Densities of relaxed values
-        are those of another model, with continuous latents: the guide that is best for it need not be good for the
-        discrete one, and at low temperatures float32 is coarse near 0 and 1.
+        Draws and their gradients take one pass for each dimension.  Densities are those of another model, with
+        continuous latents, whose best guide need not be good for the discrete one; at low temperatures float32 is
+        coarse near 0 and 1.
 
         Args:
-            temperature: the lower, the nearer to this model, and the more the gradients scatter.
+            temperature: the lower, the nearer to this model, and the noisier the gradients.
 
         Raises:
             NotImplementedError: if the head has no relaxed form.
@@ -352,38 +324,27 @@ class MADE(AutoregressiveModel):
         other._modules = {**self._modules, "head": self.head.relaxed(temperature).to(self.head.like)}
         return other
 
-    # What the distribution asks for.
+    # For the distribution.
 
     def params(self, value: Tensor, context: Tensor | None = None, member: Member | None = None) -> Tensor:
-        """Parameters of the conditionals, shape ``(*batch, D, num_params)``, as the head reads them; one pass."""
-        member = self.members()[0] if member is None else member
-        return self.net(self.head.features(self.cast(value)), context, member)
+        return self.net(self.head.features(self.cast(value)), context, self._in_use(member))
 
     def score(self, value: Tensor, context: Tensor | None, member: Member | None = None) -> Tensor:
-        member = self.members()[0] if member is None else member
         value = self.cast(value)
         seen = F.dropout(self.head.features(value), self.dropout, self.training)
-        return self.head.log_prob(value, self.net(seen, context, member)).sum(-1)
+        return self.head.log_prob(value, self.net(seen, context, self._in_use(member))).sum(-1)
 
     def set_bias(self, bias: Tensor) -> None:
         self.net.output_bias().copy_(bias.T.reshape(-1))
 
     def draw(self, batch: Size, context: Tensor | None, member: Member | None = None) -> Tensor:
-        rows = batch.numel()
-        if context is not None:
-            context = context.expand(*batch, -1).reshape(rows, context.shape[-1])
-        member = self.members()[0] if member is None else member
-        return self.net.draw(self.head, rows, context, member).view(*batch, self.input_dim)
-
-    def rdraw(self, batch: Size, context: Tensor | None, member: Member | None = None) -> Tensor:
-        member = self.members()[0] if member is None else member
-        start = torch.zeros(*batch, self.input_dim, dtype=self.dtype, device=self.device)
-        return one_by_one(lambda x: self.params(x, context, member), self.head, start, member.order)
+        drawn = self.net.draw(self.head, batch.numel(), by_row(context, batch), self._in_use(member))
+        return drawn.view(*batch, self.input_dim)
 
     # State.
 
     def get_extra_state(self) -> dict[str, int]:
-        """What orders and connections are drawn from, and which of them is in use."""
+        """The seed of orders and connections, and the number of the member in use."""
         return {"seed": self.seed, "position": self.position}
 
     def set_extra_state(self, state: dict[str, int]) -> None:

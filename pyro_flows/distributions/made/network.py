@@ -1,7 +1,8 @@
-"""The weights that all members of a MADE share: one pass under a member's masks, and draws by one sweep."""
+"""The network whose weights all members of a MADE share: a pass under a member's masks, and draws by one sweep."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections import OrderedDict
@@ -13,25 +14,23 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from pyro_flows.core.modes import lasting
-from pyro_flows.distributions.made.head import Head
+from pyro_flows.distributions.made.head import Calls, Head
 from pyro_flows.inverse.buffers import ForwardSweep, Solver, columns_at_once
 from pyro_flows.nets.activations import Activation, activation_functions
 from pyro_flows.nets.degrees import Degrees, even_degrees, least_degree
-from pyro_flows.nets.masked_pass import Layout, masked_network
+from pyro_flows.nets.masked_pass import MaskedLayers, masked_network
 from pyro_flows.nets.structure import Cut, Structure, keep
 
-__all__ = ["CONNECTIVITIES", "Member", "Sampler", "SharedNetwork", "draw_units"]
+__all__ = ["Member", "SharedNetwork", "draw_units"]
 
-CONNECTIVITIES = ("even", "random")
+WHOLE = Cut((), math.inf)
+KEPT_BYTES = 2**26  # of masks that are kept for the next time
 
 
 def draw_units(
     input_dim: int, widths: Sequence[int], context: bool, connectivity: str, generator: Generator
 ) -> list[Tensor]:
-    """Degrees of each hidden layer's units.
-
-    Evenly spread, or drawn: uniform between the least degree of the layer below and ``input_dim - 1``.
-    """
+    """Degrees of each hidden layer's units: evenly spread, or uniform from the least degree of the layer below on."""
     least = least_degree(input_dim, context)
     units = []
     for width in widths:
@@ -44,26 +43,24 @@ def draw_units(
 
 
 class Member:
-    """One of the autoregressive models that share a network's weights.
-
-    Weights stay where they are, by dimension and number of the unit; a member says which of them count.
+    """One of the autoregressive models that share a network's weights, of which it uses some.
 
     Args:
         order: ``order[k]`` is the dimension that comes ``k``-th.
         units: degrees of each hidden layer's units; a unit of degree d sees the ``d`` first dimensions.
-        direct: whether outputs also see the dimensions before them without detour.
-        num_params, features: numbers per dimension that come out, and that go in.
+        direct: whether outputs also see the dimensions before them through a linear layer.
+        num_params, features: numbers per dimension in the outputs and in the inputs.
     """
 
     def __init__(self, order: Tensor, units: Sequence[Tensor], *, direct: bool, num_params: int, features: int) -> None:
         self.order, self.rank = order, torch.argsort(order)
         self.units, self.direct = list(units), direct
         self.num_params, self.features = num_params, features
-        # Where each layer's rows and columns go when units are sorted by degree and dimensions by rank.
+        # The units of each layer, sorted by degree.
         self.sorting = [torch.argsort(unit, stable=True) for unit in self.units]
 
     def masks(self) -> list[Tensor]:
-        """One boolean mask for each weight, rows by unit or output, the direct one last."""
+        """A boolean mask for each weight, rows by unit or output, the direct one last."""
         inputs = (self.rank + 1).repeat_interleave(self.features)  # an input of rank r counts as a unit of degree r + 1
         outputs = self.rank.repeat(self.num_params)
         below, above = [inputs, *self.units], [*self.units, outputs]
@@ -71,12 +68,12 @@ class Member:
         return [*masks, outputs[:, None] >= inputs[None, :]] if self.direct else masks
 
     def structure(self) -> Structure:
-        """Of the network with its units sorted."""
+        """The structure of the network with its units sorted."""
         dims, widths = len(self.order), [len(unit) for unit in self.units]
         units = [unit[by] for unit, by in zip(self.units, self.sorting, strict=True)]
         degrees = Degrees(dims, widths, False, "identity", None, units, self.direct)
-        # Dense, since masked weights are zeros by the time they get there.
-        cuts = tuple([None] * (len(widths) + 1))
+        # Dense, because masked weights are zeros by then.
+        cuts = (WHOLE,) * (len(widths) + 1)
         return Structure(
             degrees.steps, degrees.times, self.num_params, (), True, cuts, features=self.features, direct=self.direct
         )
@@ -92,24 +89,15 @@ class Member:
 
 
 class _Draws:
-    """What the sweep does with a dimension's parameters: draws it, or takes what is known of it.
-
-    Args:
-        head: says how to draw.
-        order: dimensions by rank.
-        known: how many of the first ranks are given.
-    """
+    """The way from a dimension's parameters to its value: a draw, or for the ``known`` first ranks the given one."""
 
     def __init__(self, head: Head, order: Tensor, known: int) -> None:
         self.head, self.order, self.known = head, order, known
-        # Whether the network sees the value itself, so that its inputs need no room of their own.
-        self.shared = head.num_features == 1 and type(head).code is Head.code
+        self.shared = head.given_values  # then the network's inputs need no memory of their own
 
-    def draws(
-        self, start: int, stop: int, z: Tensor, params: Tensor, x: Tensor, coded: Tensor
-    ) -> list[Callable[[], object]]:
+    def draws(self, start: int, stop: int, z: Tensor, params: Tensor, x: Tensor, coded: Tensor) -> Calls:
         """Calls that fill ``x`` and its features at ranks ``[start, stop)``; everything feature-major."""
-        calls: list[Callable[[], object]] = []
+        calls: Calls = []
         given = min(max(self.known - start, 0), stop - start)
         dims = self.order[start:stop].to(z.device)
         if given:
@@ -131,15 +119,7 @@ class _Draws:
 
 
 class Sampler:
-    """A member's weights in the order in which the sweep uses them, and the sweep itself.
-
-    Args:
-        head: says how to draw.
-        activations: after each hidden layer.
-        member: whose order and masks to use.
-        known: how many of the first dimensions in the order will be given.
-        weights, biases: of the network, the direct weight last; only for their sizes.
-    """
+    """A member's weights, sorted for the sweep, and the sweep; ``known`` of the first dimensions will be given."""
 
     def __init__(
         self,
@@ -150,7 +130,7 @@ class Sampler:
         weights: Sequence[Tensor],
         biases: Sequence[Tensor],
     ) -> None:
-        self.head, self.member, self.known = head, member, known
+        self.key, self.known = (head, member, known, weights[0].dtype, weights[0].device), known
         self.solver = Solver(member.structure(), activations, _Draws(head, member.order, known))
         device = weights[0].device
         self.order, self.rank = member.order.to(device), member.rank.to(device)
@@ -158,14 +138,8 @@ class Sampler:
         self._weights = [torch.empty_like(weight) for weight in weights]
         self._biases = [torch.empty_like(bias) for bias in biases[1:]]
 
-    def fits(self, head: Head, member: Member, known: int, like: Tensor) -> bool:
-        """Whether this one is for that head, member and kind of tensor."""
-        kind = (self._weights[0].dtype, self._weights[0].device)
-        same = self.head is head and self.member is member and self.known == known
-        return same and kind == (like.dtype, like.device)
-
     def load(self, weights: Sequence[Tensor], biases: Sequence[Tensor], bits: Sequence[Tensor]) -> None:
-        """Takes the weights as they are now, sorted, with zeros in masked places."""
+        """Copies the present weights, sorted, with zeros in masked places."""
         for room, weight, mask, (rows, columns) in zip(self._weights, weights, bits, self._places, strict=True):
             room.copy_(keep(weight, mask).index_select(0, rows).index_select(1, columns))
         for room, bias, (rows, _) in zip(self._biases, biases[1:], self._places[1:], strict=False):
@@ -182,38 +156,28 @@ class Sampler:
             part = slice(start, min(rows, start + chunk))
             size = part.stop - part.start
             noise = torch.rand(size, dims, dtype=out.dtype, device=out.device)
-            if self.known:
+            if given is not None:
                 noise[:, : self.known] = given[part].index_select(1, self.order[: self.known]).to(out.dtype)
-            sweep = self.solver.borrow(ForwardSweep, noise, size, self._weights, self._biases, own)
+            sweep: Any = self.solver.borrow(ForwardSweep, noise, size, self._weights, self._biases, own)
             sweep.run(noise, first[part] if own else first, self._weights, [])
             out[part] = sweep.x.T
             self.solver.give_back(sweep)
         return out.index_select(1, self.rank)
 
 
-WHOLE = Cut((), math.inf)
-
-
-KEPT_BYTES = 2**26  # of masks that are kept for the next time
-
-
 def _seen(weight: Tensor, bits: Tensor) -> Tensor:
-    """Sums over the inputs that each row sees."""
+    """The sum over the inputs that each row sees."""
     return torch.where(bits != 0, weight, 0.0).sum(1)
 
 
 class SharedNetwork(nn.Module):
-    """Weights by dimension and number of the unit, of which each member of a MADE uses its own share.
+    """Weights by dimension and number of the unit, of which each member uses some; arguments as of a MADE."""
 
-    Args:
-        head: the head, bound to the dimensions.
-        hidden_dims: widths of the hidden layers.
-        context_dim: size of the context, 0 for none; every unit and output may see it.
-        direct: whether outputs also see the inputs before them without detour.
-        activation: a name or an elementwise function, or one for each hidden layer.
-        mask_inputs: whether units and outputs that see inputs are also told which ones, by weights of inputs that are
-            constantly 1.
-    """
+    weight_0: Tensor
+    bias_0: Tensor
+    direct: Tensor
+    mask_weight: Tensor | None
+    mask_direct: Tensor | None
 
     def __init__(
         self,
@@ -229,12 +193,12 @@ class SharedNetwork(nn.Module):
         self.hidden_dims, self.is_direct = tuple(hidden_dims), direct and bool(hidden_dims)
         inputs, outputs = head.input_dim * head.num_features, head.input_dim * head.num_params
         sizes = (inputs, *self.hidden_dims, outputs)
-        self.layout = Layout(
+        self.layout = MaskedLayers(
             activation_functions(activation, len(self.hidden_dims)), frozenset(), (WHOLE,) * (len(sizes) - 1), None
         )
         for k, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes)):
             last = k == len(sizes) - 2
-            # Measured: of discrete values smaller weights to start from generalise better, of real ones larger ones.
+            # Measured: discrete values generalize better from smaller initial weights, real ones from larger ones.
             bound = 0.0 if last else math.sqrt((1.0 if head.discrete else 6.0) / max(fan_in, 1))
             self.register_parameter(f"weight_{k}", nn.Parameter((2 * torch.rand(fan_out, fan_in) - 1) * bound))
             bias = head.bias().T.reshape(-1) if last else torch.zeros(fan_out)
@@ -269,8 +233,7 @@ class SharedNetwork(nn.Module):
         held = self._bits.pop(key, None)
         if held is None or held[0] is not member:
             with lasting():
-                made = [-mask.to(kind) for mask in (mask.to(weight.device) for mask in member.masks())]
-            held = (member, made)
+                held = member, [-mask.to(weight.device).to(kind) for mask in member.masks()]
         self._bits[key] = held  # the latest last
         size = sum(b.nbytes for b in held[1])
         while len(self._bits) > 1 and len(self._bits) * size > KEPT_BYTES:
@@ -278,19 +241,15 @@ class SharedNetwork(nn.Module):
         return held[1]
 
     def forward(self, features: Tensor, context: Tensor | None, member: Member) -> Tensor:
-        """Parameters of all conditionals, shape ``(*batch, D, num_params)``; one pass.
-
-        Args:
-            features: shape ``(*batch, D, num_features)``.
-            context: shape ``(*context_batch, context_dim)`` that broadcasts to the batch, or ``None``.
-            member: whose masks to use.
-        """
+        """Parameters, shape ``(*batch, D, num_params)``, from ``features`` ``(*batch, D, num_features)``; one pass."""
         weights, biases = self._weights()
         bits = self.bits(member)
         x = features.flatten(-2)
-        out = masked_network(self.layout, x, self._first_bias(context, bits), weights, biases[1:], bits[: len(weights)])
+        out: Any = masked_network(
+            self.layout, x, self._first_bias(context, bits), weights, biases[1:], bits[: len(weights)]
+        )
         if self.is_direct:
-            plain = Layout((), frozenset(), (WHOLE,), None)
+            plain = MaskedLayers((), frozenset(), (WHOLE,), None)
             none = self.direct.new_zeros(self.direct.shape[0])
             bias = none if self.mask_direct is None else _seen(self.mask_direct, bits[-1])
             out = out + masked_network(plain, x, bias, [self.direct], [], bits[-1:])
@@ -300,25 +259,23 @@ class SharedNetwork(nn.Module):
     def draw(
         self, head: Head, rows: int, context: Tensor | None, member: Member, given: Tensor | None = None, known: int = 0
     ) -> Tensor:
-        """Draws by one sweep through the dimensions, in which each weight is used once; shape ``(rows, D)``.
+        """Draws by one sweep through the dimensions, which uses each weight once; shape ``(rows, D)``.
 
         Args:
-            head: says what the outputs mean; that of a relaxed model is another one than the network was made for.
-            rows: how many.
+            head: of the model, maybe the relaxed form of the network's own.
+            rows: how many draws.
             context: shape ``(rows, context_dim)`` or ``(1, context_dim)``, or ``None``.
-            member: whose order and masks to use.
-            given: shape ``(rows, D)``, of which the ``known`` first dimensions in the order are taken as they are.
-            known: how many are given.
+            member: its order and masks are used.
+            given: shape ``(rows, D)``; the ``known`` first dimensions in the order keep these values.
+            known: how many dimensions are given.
         """
         weights, biases = self._weights()
         if self.is_direct:
             weights.append(self.direct)
-        # Taken out while it is used, so that no two threads share its buffers.
-        try:
+        sampler, key = None, (head, member, known, self.weight_0.dtype, self.weight_0.device)
+        with contextlib.suppress(IndexError):  # taken out in the meantime: no two threads share its buffers
             sampler = self._idle.pop()
-        except IndexError:
-            sampler = None
-        if sampler is None or not sampler.fits(head, member, known, self.weight_0):
+        if sampler is None or sampler.key != key:
             sampler = Sampler(head, self.layout.activations, member, known, weights, biases)
         bits = self.bits(member)
         if self.mask_direct is not None:

@@ -32,27 +32,24 @@ class Codec:
       head ``"bernoulli"``, ``CategoricalHead``, ``LogisticMixtureHead``, a ``MixedHead`` of these, or another with
       levels 0 to :math:`L - 1`;
     - a flow of :class:`~pyro_flows.transforms.Mint` layers of one orientation, over independent normals, on
-      :class:`~pyro_flows.transforms.pixels.LogitPixels`, or a ``Dequantized`` of one: with the pixels before it at
-      their centers, :math:`P(n_i \mid n_{<i}) = \Phi(f_i(n_i + 1)) - \Phi(f_i(n_i))`, plus the tails at the first and
-      the last level.
+      :class:`~pyro_flows.transforms.pixels.LogitPixels`, or a ``Dequantized`` of one: with earlier pixels at their
+      centers, :math:`P(n_i \mid n_{<i}) = \Phi(f_i(n_i + 1)) - \Phi(f_i(n_i))`, plus the tails at the first and the
+      last level.
 
-    Encoding takes one pass for all conditionals.  Decoding takes one sweep, as draws do (for a ``Mint`` stack a pass
-    for each wave, ``waves.max() + 1`` in all).  Each dimension of a row takes about :math:`\log_2 L` decisions, each of
-    which evaluates one cumulative probability.
+    Encoding takes one pass.  Decoding takes one sweep, as draws do (for a ``Mint`` stack a pass for each wave,
+    ``waves.max() + 1`` in all).  Each dimension of a row takes about :math:`\log_2 L` decisions, each of which
+    evaluates one cumulative probability.
 
     The bits agree because the model is copied to the CPU in double precision, because cumulative probabilities are
     rounded to multiples of :math:`2^{-18}` before integer arithmetic takes over, and because the file says which way
-    rounding went within :math:`2^{-36}` of where it changes.  So a file can be read wherever the same parameters give
-    probabilities within :math:`2^{-36}` of the encoder's: with any number of threads, in any batch, with other releases
-    of libraries, and from a model in single or double precision.  Networks with very large weights can miss that.  Then
-    check sums refuse the file, and no wrong numbers are returned.  ``encode`` verifies that the machine that writes a
-    file can read it.
-
-    Later changes of the model do not change the codec.
+    rounding went within :math:`2^{-36}` of where it changes.  So other threads, batches and releases can read a file,
+    from a model in single or double precision, if the same parameters give probabilities within :math:`2^{-36}`.
+    Networks with very large weights can miss that; check sums then refuse the file, and no wrong numbers are returned.
+    ``encode`` verifies that its own machine can read the file.  Later changes of the model do not change the codec.
 
     Args:
         model: the model.
-        number: which member of a ``MADE`` with several orders or masks; only this one codes the file.
+        number: which member of a ``MADE`` with several orders or masks; only this one codes.
 
     Attributes:
         levels: the number of levels of each dimension, shape ``(D,)``.
@@ -140,7 +137,7 @@ class Codec:
         Raises:
             TypeError: unless ``data`` are bytes.
             ValueError: for data that are corrupt or truncated, of another model or context, or that cannot be decoded
-                here; wrong numbers are never returned.
+                here.
         """
         if not isinstance(data, (bytes, bytearray, memoryview)):
             raise TypeError(f"Codec: expected the bytes of encode, got {type(data).__name__}")

@@ -35,7 +35,7 @@ class Conditionals(ABC):
     Attributes:
         event_shape, context_dim: those of the model.
         levels: the number of levels of each dimension, shape ``(D,)``.
-        steps: the dimensions in the order of coding; those of one step do not depend on each other.
+        steps: the dimensions in the order of coding; those of one step are independent of each other.
         numbers: about how many numbers a pass holds for each row.
     """
 

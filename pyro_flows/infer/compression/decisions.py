@@ -1,14 +1,14 @@
 r"""Levels as sequences of decisions, each with a probability in integers, and their entropy coding.
 
 A level is coded bit by bit, the highest first: does it lie in the lower or the upper part of the levels left?  The
-cumulative probability :math:`F(k)` of the border :math:`k` between both is rounded to an integer :math:`R(k)` out of
-``COUNTS``; all else is integer arithmetic, the same on all machines.  Each level has a ``SHARE``-th of a count in
-addition, so that no level is impossible.
+cumulative probability :math:`F(k)` of the border :math:`k` is rounded to an integer :math:`R(k)` out of ``COUNTS``; all
+else is integer arithmetic, the same on all machines.  Each level has a ``SHARE``-th of a count in addition, so that
+none is impossible.
 
-Encoder and decoder must agree on :math:`R(k)`.  Both compute :math:`F(k)` in double precision, but by other routes, in
-other batches or on other machines, so that the last digits may differ.  Where ``COUNTS * F`` is within ``SLACK`` of the
-border between two integers, the encoder notes which one it took.  So they agree if both values of :math:`F` are within
-``SLACK / COUNTS`` of each other.  Zero and one lie in the middle between such borders.
+Encoder and decoder must agree on :math:`R(k)`, but the last digits of :math:`F(k)` may differ between them.  Where
+``COUNTS * F`` is within ``SLACK`` of the border between two integers, the encoder notes which one it took.  So they
+agree if both values of :math:`F` are within ``SLACK / COUNTS`` of each other.  Zero and one lie in the middle between
+borders.
 """
 
 from __future__ import annotations

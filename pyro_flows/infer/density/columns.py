@@ -1,4 +1,4 @@
-"""What the conversion of data to a flow's dtype loses: distinct numbers that become one."""
+"""Columns of data: which numbers are free, at a bound, or repeated, and what a conversion to a dtype merges."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def is_free(constraint: constraints.Constraint, shape: Size) -> Tensor:
 def at_bounds(constraint: constraints.Constraint, value: Tensor) -> Tensor:
     """Which numbers are at or beyond a bound of their support, of the shape of ``value``.
 
-    A closed interval takes its own ends for inside, but a bijection from the line never reaches them.  For vectors,
-    these are zeros of a simplex, entries of an ordered vector that do not exceed the one before them, and diagonals of
-    Cholesky factors that are not positive.
+    A closed interval contains its own ends, but a bijection from the line never reaches them.  For vectors, bounds are
+    zeros of a simplex, entries of an ordered vector that do not exceed the previous one, and diagonals of Cholesky
+    factors that are not positive.
 
     Args:
         constraint: of one event.
@@ -37,7 +37,7 @@ def at_bounds(constraint: constraints.Constraint, value: Tensor) -> Tensor:
     found = torch.zeros_like(value, dtype=torch.bool)
     for part, x, bad in _pieces(constraint, value, found):
         lower, upper = (_bound(part, name, x) for name in ("lower_bound", "upper_bound"))
-        # The last step before the end of an interval is where a sigmoid clamps, and where ends themselves are rounded.
+        # A sigmoid clamps in the last step before the end of an interval, and ends are rounded there.
         last = 0 if lower is None or upper is None else torch.finfo(x.dtype).eps
         if lower is not None:
             bad |= (x <= lower) | (x - lower < last * lower.abs())
@@ -73,7 +73,7 @@ def _pieces(constraint: constraints.Constraint, *views: Tensor) -> list[tuple[An
         return [(constraint, *views)]
     axis = constraint.dim if constraint.dim < 0 else constraint.dim - views[0].dim()
     stacked = isinstance(constraint, constraints.stack)
-    lengths = [1] * len(constraint.cseq) if stacked else constraint.lengths
+    lengths = [1] * len(constraint.cseq) if isinstance(constraint, constraints.stack) else constraint.lengths
     if axis <= -views[0].dim() or views[0].shape[axis] != sum(lengths):
         return [(constraint, *views)]  # over the rows, or of other events than these
     found, start = [], 0
@@ -84,16 +84,10 @@ def _pieces(constraint: constraints.Constraint, *views: Tensor) -> list[tuple[An
     return found
 
 
-_NUMBERS = 2**24  # looked at in all, in rows far apart where there are more
-
-
-_CHANCE = 1e-3  # of an alarm in any column, where there is no spike
-
-
-_UNEVEN = 3.0  # how much more often than its neighbors a value on a grid may come, for a density is no constant
-
-
-_NEAR = (50, 25)  # neighbors: rows to have among them, and values on either side at most
+_NUMBERS = 2**24  # looked at in all, in rows far apart if there are more
+_CHANCE = 1e-3  # of a false alarm in any column
+_UNEVEN = 3.0  # how much more frequent than its neighbors a value may be, since a density varies
+_NEAR = (50, 25)  # neighbors: rows among them, and values on either side at most
 
 
 def few_values(sample: Tensor, columns: list[int]) -> dict[int, float]:
@@ -107,18 +101,18 @@ def few_values(sample: Tensor, columns: list[int]) -> dict[int, float]:
 
 
 def spikes(rows: Tensor, columns: list[int]) -> dict[int, tuple[list[float], int, int]]:
-    r"""Values that far more rows have than values next to them, the most common first; its rows, and rows looked at.
+    r"""Values in far more rows than their neighbors, the most common first; its rows; and the rows looked at.
 
-    Under a density, rounded to a grid or not, values next to each other come about equally often: the number of rows at
-    each is Poisson with a mean :math:`\lambda` that changes slowly.  A value in :math:`c` rows, among :math:`k`
-    neighbors that :math:`m` rows have, is a spike if for all :math:`\lambda` the chance
+    Under a density, rounded to a grid or not, neighbors are about equally frequent: the number of rows at each is
+    Poisson with a mean :math:`\lambda` that changes slowly.  A value in :math:`c` rows, among :math:`k` neighbors in
+    :math:`m` rows, is a spike if for all :math:`\lambda` the chance
 
     .. math:: P(\mathrm{Poisson}(3 \lambda) \ge c) \; P(X_1 + \dots + X_k \le m), \quad
         X_i \sim \mathrm{Poisson}(\lambda) \text{ above } 0
 
-    is so small that, in any of all values of all columns, it comes once in 1000 times at most.  The factor 3 is for
-    densities that change; the second probability is bounded as by Chernoff.  All neighbors being distinct bounds
-    :math:`\lambda`, so a few repeats are telling among distinct numbers, and common ones are not on a grid.
+    is so small that a false alarm in any column comes once in 1000 times at most.  The factor 3 allows for densities
+    that change; the second probability is Chernoff's bound.  Distinct neighbors bound :math:`\lambda`, so a few repeats
+    are telling among distinct numbers, and common ones are not on a grid.
 
     Args:
         rows: shape ``(rows, columns)``.
@@ -138,10 +132,7 @@ def spikes(rows: Tensor, columns: list[int]) -> dict[int, tuple[list[float], int
 
 
 def _candidates(counts: Tensor) -> Tensor:
-    """Places of values that come more often than their neighbors by the factor that is allowed, the most common first.
-
-    Compared with the mean over any of the neighborhoods that :func:`_is_spike` may choose, without a loop over places.
-    """
+    """Places of values that exceed the mean of a neighborhood by the factor allowed, the most common first."""
     sums = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
     at = torch.arange(len(counts))
     stands_out = torch.zeros_like(counts, dtype=torch.bool)
@@ -185,40 +176,35 @@ def _rate_of(mean: Tensor) -> Tensor | None:
     return rate
 
 
-_ROWS = 1024  # looked at; more would call rounding by which no density suffers a loss
-
-
-_LEFT = 0.75  # the share of distinct numbers that must stay so
+_ROWS = 1024  # looked at; with more, harmless rounding would count
+_LEFT = 0.75  # the share of numbers that must stay distinct
 
 
 class Precision:
     """Counts the distinct numbers of each column before and after a conversion, in rows that come in pieces.
 
-    Offsets such as times since 1980 in seconds or Julian dates need more digits than float32 has: there, thousands of
-    numbers in float64 can become a few, or one.
+    Seconds since 1980 or Julian dates need more digits than float32 has: thousands of numbers can become a few.
     """
 
     def __init__(self) -> None:
         self._rows = 0
         self._pieces: list[tuple[Tensor, Tensor]] = []
-        self.dtypes: tuple[torch.dtype, torch.dtype] | None = None
 
     def add(self, given: Tensor, converted: Tensor) -> None:
-        """Takes another piece, before and after the conversion, shape ``(rows, *event_shape)``."""
+        """Adds a piece, before and after the conversion, shape ``(rows, *event_shape)``."""
         wider = given.is_floating_point() and torch.promote_types(given.dtype, converted.dtype) == converted.dtype
         if wider or given.dtype in (torch.bool, converted.dtype):
             return
         if not given.dim() or not len(given) or self._rows >= _ROWS:
             return
-        # Rows far apart, for those that stand together may be alike.
+        # Rows far apart, since neighbors may be alike.
         step = max(len(given) // (_ROWS - self._rows), 1)
         chosen = [piece[::step][: _ROWS - self._rows].cpu() for piece in (given, converted)]
         self._pieces.append((chosen[0], chosen[1]))
         self._rows += len(chosen[0])
-        self.dtypes = (given.dtype, converted.dtype)
 
     def merged(self) -> dict[int, tuple[int, int]]:
-        """Columns that lose a good part of their distinct numbers: how many there were, and how many are left."""
+        """Columns that lose many of their distinct numbers: how many there were, and how many are left."""
         if not self._pieces:
             return {}
         before, after = (
@@ -228,8 +214,8 @@ class Precision:
         return {column: (int(before[column]), int(after[column])) for column in lost}
 
     def told(self, what: str) -> str:
-        """What to say of the columns that :meth:`merged` finds, and what to do."""
-        merged, (given, used) = self.merged(), self.dtypes
+        """Words for the columns that :meth:`merged` finds, with a remedy."""
+        merged, (given, used) = self.merged(), (piece.dtype for piece in self._pieces[0])
         columns = ", ".join(map(str, list(merged)[:8])) + (", …" if len(merged) > 8 else "")
         before, after = next(iter(merged.values()))
         remedy = "flow.float()" if used.itemsize < 4 and given.itemsize == 4 else "flow.double()"

@@ -1,4 +1,4 @@
-"""Data as a fit takes them: admitted once with worded errors, converted, split, and handed out in batches."""
+"""The data of a fit: checked once, converted, split, and handed out in batches."""
 
 from __future__ import annotations
 
@@ -42,16 +42,13 @@ _WORDS = "code categories as integers, and convert numbers that came as text or 
 
 
 def to_tensor(given: Any, name: str, what: str, kinds: str = "to be real numbers") -> Tensor:
-    """A tensor of real numbers, detached, in a dtype that torch computes with.
-
-    Takes tensors, NumPy arrays, data frames and series, and lists of numbers.  Missing numbers of a data frame (``NA``)
-    become NaN.
+    """A tensor of real numbers, detached, in a dtype with which torch computes.
 
     Args:
-        given: the numbers.
-        name: who asks, for messages.
+        given: a tensor, NumPy array, data frame or series, or a list of numbers; ``NA`` becomes NaN.
+        name: the caller, for messages.
         what: its argument, for messages.
-        kinds: what that argument may be, for messages.
+        kinds: the kinds of that argument, for messages.
 
     Raises:
         ValueError: for a masked array in which something is masked.
@@ -105,18 +102,18 @@ def _plain(given: Tensor, name: str, what: str) -> Tensor:
     if given.is_complex():
         raise TypeError(f"{name}: expected {what} to be real numbers, got {given.dtype}; {_HINTS['c']}")
     if hasattr(given, "get_mask"):
-        given = given.get_data()
+        given = given.get_data()  # type: ignore[attr-defined]  # of torch's masked tensors
     given = given.detach()
     given = (given if given.layout is torch.strided else given.to_dense()).as_subclass(Tensor)
     if given.dtype in _UNSIGNED:
-        # NumPy knows whether the largest fits; in float64 the others are as near as they can be.
+        # NumPy can compare them; float64 is the nearest where the largest does not fit.
         small = given.dtype != torch.uint64 or not given.numel() or int(given.cpu().numpy().max()) < 2**63
         given = given.to(torch.int64 if small else torch.float64)
     return given
 
 
 def _array(given: Any, expected: str) -> np.ndarray | None:
-    """As NumPy reads it; data frames by their columns, whose types need not be NumPy's."""
+    """An array, of data frames by columns, whose types need not be NumPy's."""
     if isinstance(given, (list, tuple)):
         given = _listed(given)
     columns = getattr(given, "dtypes", None)
@@ -148,7 +145,7 @@ def _listed(part: Any) -> Any:
 
 
 def _kinds(frame: Any, columns: Any) -> dict[Any, tuple[Any, str]]:
-    """Type and NumPy's letter of each column of a data frame, or of the one of a series."""
+    """Type and NumPy's letter of each column."""
     pairs = columns.items() if hasattr(columns, "items") else [(getattr(frame, "name", None), columns)]
     return {label: (kind, kind.kind) for label, kind in pairs if isinstance(getattr(kind, "kind", None), str)}
 
@@ -156,19 +153,19 @@ def _kinds(frame: Any, columns: Any) -> dict[Any, tuple[Any, str]]:
 Batch = tuple[Tensor, Tensor | None, Tensor | None]
 
 
-"""Values, contexts, and the numbers that the rows had in what was given (``None`` from a loader)."""
+"""Values, contexts, and the numbers of the rows in the data given (``None`` from a loader)."""
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What a flow takes.
+    """The rows that a flow takes.
 
     Attributes:
-        event_shape: shape of one row, ``None`` where the module does not say.
-        context_dim: size of the context, ``None`` where the module does not say.
+        event_shape: shape of one row, ``None`` if the module does not say.
+        context_dim: size of the context, ``None`` if the module does not say.
         dtype: of its parameters.
         device: of its parameters.
-        continuous: whether it is a flow, whose values are real numbers; to another module, integers go as they are.
+        continuous: whether it is a flow; another module gets integers as they are.
     """
 
     event_shape: Size | None
@@ -179,7 +176,7 @@ class Expected:
 
 
 def expected_by(module: nn.Module) -> Expected:
-    """What this flow or other density takes."""
+    """The rows that this density takes."""
     held = [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
     event, context = getattr(module, "event_shape", None), getattr(module, "context_dim", None)
     return Expected(
@@ -198,8 +195,8 @@ class Rows:
     Attributes:
         value: shape ``(rows, *event_shape)``.
         context: shape ``(rows, context_dim)``, or ``None``.
-        index: the numbers that the rows had in what was given, on the CPU.
-        precision: what the conversion to the flow's dtype did to values and contexts, where it was looked at.
+        index: the numbers of the rows in the data given, on the CPU.
+        precision: of the conversion of values and of contexts.
     """
 
     value: Tensor
@@ -304,7 +301,7 @@ Source = Rows | Loader
 
 
 def admit_rows(given: Any, context: Any, expected: Expected, what: str, what_context: str) -> Rows:
-    """Values and contexts given whole, checked, in the flow's dtype and on its device."""
+    """Checks values and contexts, and converts them to the flow's dtype and device."""
     precision = (Precision(), Precision())
     value = _values(given, expected, what, precision[0])
     if not len(value):

@@ -53,7 +53,7 @@ class DensityTraining(TrainingLoop):
 
     Args:
         flow: the module to train.
-        model: the same in the units of the data; shares the parameters.
+        density: the same in the units of the data; shares the parameters.
         objective: the score to maximize.
         train: rows to fit to.
         validation: rows to judge by; ``None`` to judge by the training score.
@@ -67,7 +67,7 @@ class DensityTraining(TrainingLoop):
     def __init__(
         self,
         flow: nn.Module,
-        model: nn.Module,
+        density: nn.Module,
         objective: Objective,
         train: Source,
         validation: Source | None,
@@ -78,7 +78,7 @@ class DensityTraining(TrainingLoop):
         progress: bool,
     ) -> None:
         super().__init__(flow, Budget(sizes.total_steps, settings.seconds, time.monotonic()))
-        self.model, self.objective, self.optimizer = model, objective, optimizer
+        self.density, self.objective, self.optimizer = density, objective, optimizer
         self.rows, self.validation, self.generator = train, validation, generator
         self.settings, self.sizes, self.progress = settings, sizes, progress
         self.schedule = Schedule(settings.schedule, sizes.patience, objective.notable)
@@ -89,7 +89,7 @@ class DensityTraining(TrainingLoop):
         self.parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
         self.rates = [group["lr"] for group in optimizer.param_groups]
         self.averages = [p.detach().clone() for p in self.parameters] if settings.average else []
-        self._masked = [module for module in flow.modules() if hasattr(module, "resample_masks")]
+        self._resample = [f for module in flow.modules() if callable(f := getattr(module, "resample_masks", None))]
         self.best_state = self.snapshot()  # what to return to where not even the first epoch ends well
 
     def train(self) -> None:
@@ -106,11 +106,11 @@ class DensityTraining(TrainingLoop):
     def settle(self) -> None:
         """Returns to the best state."""
         self.flow.load_state_dict(self.best_state)
-        self.model.eval()
+        self.density.eval()
         self.optimizer.zero_grad(set_to_none=True)
 
     def _train_epoch(self, bar: tqdm) -> None:
-        self.model.train()
+        self.density.train()
         self.flow.train()
         total, rows = 0.0, 0
         for value, context, index in self.rows.batches(self.sizes.batch_size, self.generator):
@@ -119,8 +119,8 @@ class DensityTraining(TrainingLoop):
             factor = self.schedule.factor(self.budget.fraction)
             for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
                 group["lr"] = rate * factor
-            for module in self._masked:  # order-agnostic training: another order each step
-                module.resample_masks()
+            for resample in self._resample:  # order-agnostic training: another order each step
+                resample()
             total += len(value) * self._take_step(value, context, index)
             rows += len(value)
             bar.update(1)
@@ -169,7 +169,7 @@ class DensityTraining(TrainingLoop):
         return score
 
     def _close_epoch(self, bar: tqdm) -> None:
-        self.model.eval()
+        self.density.eval()
         self.flow.eval()
         with self._averaged():
             held_out = math.nan if self.validation is None else self._validate(self.validation)

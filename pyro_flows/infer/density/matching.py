@@ -7,21 +7,21 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from pyro_flows.core.chain import leaves
+from pyro_flows.core.checks import choice, integer
 from pyro_flows.core.nonfinite import nonfinite_state
 from pyro_flows.core.transform import FlowTransform
 from pyro_flows.distributions import Flow
 from pyro_flows.infer.density.data import Batch
 from pyro_flows.infer.density.objective import Objective
-from pyro_flows.infer.density.units import flat_parts, is_plain_flow
+from pyro_flows.infer.density.units import Density, is_plain_flow
 from pyro_flows.infer.machine.randomness import own_randomness
 from pyro_flows.transforms import Continuous
 
 __all__ = ["FlowMatching", "Matching", "as_objective", "assigned", "matched_parts"]
 
-_COUPLINGS = ("independent", "optimal_transport")
-_TIMES = ("uniform", "logit_normal")
 # Few rows are each paired several times, for pairs are cheap where events are small.
 _STEP = (512, 2**15)  # in a step: pairs, or numbers in them
 _HELD_OUT = (4096, 2**18)  # in a validation
@@ -33,25 +33,25 @@ _GROUP = 256  # pairs that are assigned at once, for that takes cubic time
 class FlowMatching:
     r"""Flow matching, an objective of :func:`~pyro_flows.infer.density.fit.fit_density` for continuous flows.
 
-    A row :math:`x_1`, as the field's end at the data sees it, is paired with a draw :math:`x_0` of the base, as its
-    other end sees that.  The field is to have the velocity of the straight path between them,
+    A row :math:`x_1`, at the field's end at the data, is paired with a draw :math:`x_0` of the base, at its other end.
+    The field learns the velocity of the straight path between them,
 
     .. math:: L = \mathrm{E} \tfrac1D \left| v(t, z_t, c) - (x_1 - x_0) \right|^2, \quad z_t = (1 - t) x_0 + t x_1 ,
 
-    whose minimiser, the mean velocity of all paths through a place, takes the base to the data.  A step costs one
-    evaluation of the field for each pair, and no solve.  The likelihood is not what is maximised, but follows.  The
-    field has to depend on time.
+    whose minimizer, the mean velocity of all paths through a place, takes the base to the data.  A step costs one
+    evaluation of the field for each pair, and no solve.  The likelihood rises with it, though it is not the objective.
+    The field must depend on time.
 
     Args:
         coupling: how rows and draws are paired in a batch.  ``"independent"``: as they come.  ``"optimal_transport"``:
             so that :math:`\sum |x_1 - x_0|^2` is the least in groups of up to 256 pairs, each draw used once, which
-            makes paths straighter and solves cheaper; some milliseconds on the CPU for each group.  Not with a context:
-            pairs made without regard to it leave each context another part of the base, which sampling does not know.
+            makes paths straighter and solves cheaper; a group costs some milliseconds on the CPU.  Not with a context:
+            pairs made without regard to it give each context another part of the base, which sampling does not know.
         time: the distribution of :math:`t`: ``"uniform"``, or ``"logit_normal"``, :math:`\mathrm{logit}\, t \sim
             N(0, 1)`, with more of the middle, where the regression is hard, and less of the ends.
-        sigma: standard deviation of normal noise that is added to :math:`x_1` anew in each step: the density learnt is
-            that of the data with it, which bounds the density of data on a grid or a surface.  In units of the field's
-            end at the data, where standardised data have variance 1.
+        sigma: standard deviation of normal noise that each step adds to :math:`x_1`: the flow learns the density of
+            the data with noise, which is bounded even for data on a grid or a surface.  In units of the field's end at
+            the data, where standardized data have variance 1.
         pairs: draws, each at a time of its own, that a row is paired with in a step; by default as many as make 512
             pairs, or 32,768 numbers if that is less, from 1 to 16.
 
@@ -77,37 +77,32 @@ class FlowMatching:
     pairs: int | None = None
 
     def __post_init__(self) -> None:
-        for name, known in (("coupling", _COUPLINGS), ("time", _TIMES)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"FlowMatching: expected {name} to be one of {known}, got {getattr(self, name)!r}")
+        choice("FlowMatching", "coupling", self.coupling, ("independent", "optimal_transport"))
+        choice("FlowMatching", "time", self.time, ("uniform", "logit_normal"))
         number = isinstance(self.sigma, (int, float)) and not isinstance(self.sigma, bool)
         if not number or not 0 <= self.sigma < math.inf:
             raise ValueError(f"FlowMatching: expected sigma to be a number >= 0, got {self.sigma!r}")
-        pairs = self.pairs
-        if pairs is not None and (isinstance(pairs, bool) or not isinstance(pairs, int) or pairs < 1):
-            raise ValueError(f"FlowMatching: expected pairs to be an integer >= 1, got {pairs!r}")
+        if self.pairs is not None:
+            integer("FlowMatching", "pairs", self.pairs)
 
     def times(self, like: Tensor) -> Tensor:
-        """One time for each row: one in each of so many equally likely parts, in random order."""
+        """One time for each row, each from another of ``rows`` equally likely intervals, in random order."""
         n = len(like)
         order = torch.randperm(n, device=like.device)
         t = (order + torch.rand(n, dtype=like.dtype, device=like.device)) / max(n, 1)
         return t if self.time == "uniform" else torch.sigmoid(torch.special.ndtri(t))
 
 
-def as_objective(given: object) -> FlowMatching | None:
+def as_objective(given: str | FlowMatching) -> FlowMatching | None:
     """The settings of flow matching, or ``None`` for the likelihood."""
     if isinstance(given, FlowMatching):
         return given
-    if not isinstance(given, str) or given not in ("likelihood", "flow_matching"):
-        raise ValueError(
-            f"fit_density: expected objective to be 'likelihood', 'flow_matching' or a FlowMatching(...), got {given!r}"
-        )
+    choice("fit_density", "objective", given, ("likelihood", "flow_matching"), "a FlowMatching(...)")
     return FlowMatching() if given == "flow_matching" else None
 
 
 def matched_parts(
-    flow: nn.Module, settings: FlowMatching
+    flow: Flow | Density, settings: FlowMatching
 ) -> tuple[list[FlowTransform], Continuous, list[FlowTransform]]:
     """The parts at the base end, the continuous one, and those at the data end; refuses what cannot be matched."""
     if not is_plain_flow(flow):
@@ -115,28 +110,28 @@ def matched_parts(
             "fit_density: flow matching needs a flow transform, or a Flow, with a Continuous part, e.g. pf.cnf(2); "
             f"got a {type(flow).__name__}, whose density is its own"
         )
-    parts = flat_parts(flow.chain)
-    places = [k for k, part in enumerate(parts) if isinstance(part, Continuous)]
-    if len(places) != 1:
-        inside = not places and any(isinstance(module, Continuous) for module in flow.chain.modules())
-        got = "one inside another part or an inverse, which runs another way" if inside else f"{len(places)} of them"
+    parts = leaves(flow.chain)
+    found = [(k, part) for k, part in enumerate(parts) if isinstance(part, Continuous)]
+    if len(found) != 1:
+        inside = not found and any(isinstance(module, Continuous) for module in flow.chain.modules())
+        got = "one inside another part or an inverse, which runs another way" if inside else f"{len(found)} of them"
         raise ValueError(
             "fit_density: flow matching needs a chain with exactly one Continuous part, e.g. pf.cnf(2), to train; got "
             f"{got} among {[type(part).__name__ for part in parts]}; take one, or objective='likelihood'"
         )
-    continuous = parts[places[0]]
+    ((place, continuous),) = found
     if not continuous.field.time_dependent:
         raise ValueError(
-            "fit_density: flow matching needs a field that depends on time, for the mean velocity of straight paths "
-            "through a place is another at each time, and the mean over all times does not take the base to the data; "
+            "fit_density: flow matching needs a field that depends on time, since the mean velocity of straight "
+            "paths through a place changes with time, and its mean over all times does not take the base to the data; "
             "build it with time_dependent=True, or take objective='likelihood'"
         )
     own = {id(p) for p in continuous.field.parameters() if p.requires_grad}
     others = [name for name, p in flow.named_parameters() if p.requires_grad and id(p) not in own]
     if others:
         raise ValueError(
-            "fit_density: flow matching trains the field alone, but parameters of the base or of other parts want a "
-            f"gradient, too: {', '.join(others[:5])}{', …' if len(others) > 5 else ''}; moved, these would make the "
+            "fit_density: flow matching trains the field alone, but parameters of the base or of other parts also want "
+            f"a gradient: {', '.join(others[:5])}{', …' if len(others) > 5 else ''}; training them makes the "
             "regression easy and the density wrong: freeze them (part.requires_grad_(False)) or leave them out"
         )
     if not own:
@@ -147,20 +142,20 @@ def matched_parts(
     if flow.context_dim and settings.coupling == "optimal_transport":
         raise ValueError(
             "fit_density: coupling='optimal_transport' pairs rows with draws of the base without regard to contexts, "
-            "so that each context would be learnt from another part of the base than it is sampled from; take "
+            "so that each context would be learned from another part of the base than it is sampled from; take "
             "coupling='independent' for a flow with a context"
         )
-    return parts[: places[0]], continuous, parts[places[0] + 1 :]
+    return parts[:place], continuous, parts[place + 1 :]
 
 
 def repeats(rows: int, size: int, most: tuple[int, int]) -> int:
-    """How many pairs each row is to make, with so many pairs or numbers in all at most, for events of this size."""
+    """How many pairs each row makes, within the ``most`` pairs and numbers in all, for events of this size."""
     return min(max(min(most[0], most[1] // size) // max(rows, 1), 1), _MOST)
 
 
 @torch.no_grad()
 def assigned(x0: Tensor, x1: Tensor) -> Tensor:
-    """Draws in the sequence in which they are nearest to the rows, each group by its least sum of squared distances.
+    """Draws, reordered in groups so that the sum of squared distances to the rows is the least.
 
     Args:
         x0: draws, shape ``(n, *event_shape)``.
@@ -170,7 +165,7 @@ def assigned(x0: Tensor, x1: Tensor) -> Tensor:
 
     made, count = [], max(-(-len(x1) // _GROUP), 1)
     for draws, rows in zip(x0.tensor_split(count), x1.tensor_split(count), strict=True):
-        # Squared distances up to what each row and each draw adds to all sums alike.
+        # Squared distances, without terms that every assignment has in common.
         cost = -rows.flatten(1).double() @ draws.flatten(1).double().T
         order = torch.from_numpy(linear_sum_assignment(cost.cpu().numpy())[1])
         made.append(draws[order.to(draws.device)])
@@ -178,36 +173,36 @@ def assigned(x0: Tensor, x1: Tensor) -> Tensor:
 
 
 class Matching(Objective):
-    """The negative of the matching loss; random in training, by several fixed pairs a row in validation.
+    """The negative matching loss: of random pairs in training, of several fixed pairs a row in validation.
 
     Args:
         settings: of the pairs.
-        model: the flow in the units of the data.
+        density: the flow in the units of the data.
         seed: of the fixed pairs.
-        held_out: rows of a validation.
+        held_out: the number of validation rows.
     """
 
     noun = "negative matching loss"
     beyond = "every parameter is finite, the velocity or its square is not"
     notable = 1e-4
 
-    def __init__(self, settings: FlowMatching, model: Flow, seed: int, held_out: int) -> None:
-        self.settings, self.model, self.seed = settings, model, seed
-        self.before, self.continuous, self.after = matched_parts(model, settings)
+    def __init__(self, settings: FlowMatching, density: Flow, seed: int, held_out: int) -> None:
+        self.settings, self.density, self.seed = settings, density, seed
+        self.before, self.continuous, self.after = matched_parts(density, settings)
         self.held_out = repeats(held_out, self.continuous.event_shape.numel(), _HELD_OUT)
         self.device = next(self.continuous.parameters()).device
 
     def fixed(self) -> AbstractContextManager[None]:
-        # Not the seed of the fit, with whose first draws those of its steps begin.
+        # With the fit's own seed, pairs would repeat those of the first steps.
         return own_randomness(self.device, self.seed ^ 1)
 
     def scores(self, value: Tensor, context: Tensor | None) -> Tensor:
-        context = self.model.inner_context(context)
+        context = self.density.inner_context(context)
         with torch.no_grad():
             for part in reversed(self.after):
                 value = part.inverse_and_ladj(value, context if part.context_dim else None)[0]
         rows, pairs = len(value), self.held_out
-        if self.model.training:
+        if self.density.training:
             pairs = self.settings.pairs or repeats(rows, self.continuous.event_shape.numel(), _STEP)
         if pairs > 1:
             value = value.repeat(pairs, *(1,) * (value.dim() - 1))
@@ -218,7 +213,7 @@ class Matching(Objective):
         """The score of each row with one draw."""
         settings = self.settings
         with torch.no_grad():
-            x0 = self.model.base().sample(x1.shape[:1])
+            x0 = self.density.base().sample(x1.shape[:1])
             for part in self.before:
                 x0 = part.forward_and_ladj(x0, context if part.context_dim else None)[0]
             if settings.sigma:
@@ -231,4 +226,4 @@ class Matching(Objective):
         return -(v - target).square().flatten(1).mean(1)
 
     def first_nonfinite(self, batch: Batch) -> str | None:
-        return nonfinite_state(self.model)
+        return nonfinite_state(self.density)

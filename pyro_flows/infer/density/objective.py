@@ -1,4 +1,4 @@
-"""What a fit maximises, row by row: the log-likelihood, or what stands in its place."""
+"""The score of each row that a fit maximizes: the log-likelihood, or another in its place."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from pyro_flows.core.nonfinite import locate_nonfinite, nonfinite_output, nonfinite_state
+from pyro_flows.distributions import Flow
 from pyro_flows.infer.density.data import Batch, Rows, Source, name_rows
-from pyro_flows.infer.density.units import is_plain_flow
+from pyro_flows.infer.density.units import Density, is_plain_flow
 
 __all__ = [
     "Likelihood",
@@ -28,30 +29,29 @@ __all__ = [
 _REMEDY = "try a smaller lr or clip_norm, a flow in float64 (flow.double()), and look at the data for outliers"
 
 
-def first_nonfinite(flow: nn.Module, model: nn.Module, batch: Batch) -> str | None:
+def first_nonfinite(flow: nn.Module, density: Flow | Density, batch: Batch) -> str | None:
     """Where NaN or infinity first appears as rows are scored; ``None`` if nowhere before the score itself.
 
     Args:
-        flow: what was given to be trained; parts go by their names in it.
-        model: the same in the units of the data.
+        flow: the module that is trained; the answer names parts as it does.
+        density: the same in the units of the data.
         batch: rows and contexts.
     """
     value, context, _ = batch
-    if is_plain_flow(model):
-        return locate_nonfinite(model.chain.inv, value, model.inner_context(context), within=flow) or nonfinite_state(
-            flow
-        )
+    if is_plain_flow(density):
+        found = locate_nonfinite(density.chain.inv, value, density.inner_context(context), within=flow)
+        return found or nonfinite_state(flow)
 
     def call() -> None:
-        # Distributions that validate refuse NaN, by when the layer that made it has been seen.
+        # Distributions that validate refuse NaN, but only after the layer that made it has been seen.
         with contextlib.suppress(ValueError):
-            model.log_prob(value) if context is None else model.log_prob(value, context)
+            density.log_prob(value) if context is None else density.log_prob(value, context)
 
     return nonfinite_output(flow, call) or nonfinite_state(flow)
 
 
 def bad_score(what: str, scores: Tensor, index: Tensor | None, found: str) -> str:
-    """A message about scores that are not finite: the quantity, the rows, and where it begins."""
+    """Words for scores that are not finite: which, in which rows, and where that begins."""
     rows = (~scores.isfinite()).nonzero()[:, 0].cpu()
     which = f"{len(rows)} of {len(scores)} rows"
     if index is not None and len(rows):
@@ -60,7 +60,7 @@ def bad_score(what: str, scores: Tensor, index: Tensor | None, found: str) -> st
 
 
 def bad_gradient(flow: nn.Module, norm: float) -> str:
-    """A message that names the parameters whose gradients are not finite."""
+    """Words that name the parameters whose gradients are not finite."""
     names = [name for name, p in flow.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
     which = f"that of {', '.join(names[:5])}{', …' if len(names) > 5 else ''} is not finite"
     if not names:
@@ -68,16 +68,16 @@ def bad_gradient(flow: nn.Module, norm: float) -> str:
     return f"fit_density: the norm of the gradient is {norm}: {which}; {_REMEDY}"
 
 
-_CHUNK = 2**18  # numbers that are scored at once where no gradient is wanted
+_CHUNK = 2**18  # numbers that are scored at once without a gradient
 
 
 class Objective(ABC):
     """One score a row, whose mean over rows is to be as large as possible.
 
     Attributes:
-        noun: what a score is, in messages.
-        beyond: what to say of a score that is not finite though all that is known of the model is.
-        notable: gain that counts as an improvement.
+        noun: what a score is called in messages.
+        beyond: what to say of a score that is not finite though every parameter and layer is.
+        notable: the gain that counts as an improvement.
     """
 
     noun: str
@@ -86,14 +86,14 @@ class Objective(ABC):
 
     @abstractmethod
     def scores(self, value: Tensor, context: Tensor | None) -> Tensor:
-        """Of admitted rows, shape ``(rows,)``."""
+        """Scores of admitted rows, shape ``(rows,)``."""
 
     @abstractmethod
     def first_nonfinite(self, batch: Batch) -> str | None:
         """Where NaN or infinity first appears as rows are scored; ``None`` if nowhere before the score itself."""
 
     def fixed(self) -> AbstractContextManager[None]:
-        """Within it, the scores of the same rows in the same order are the same if the model is."""
+        """Inside, the scores of the same rows in the same order do not change unless the parameters do."""
         return nullcontext()
 
 
@@ -101,35 +101,35 @@ class Likelihood(Objective):
     """The log-likelihood in nats.
 
     Args:
-        flow: what was given to be trained.
-        model: the same in the units of the data.
+        flow: the module that is trained.
+        density: the same in the units of the data.
     """
 
     noun, beyond = "log-likelihood", "every layer is finite, the density at what they give is not"
     notable = 1e-3
 
-    def __init__(self, flow: nn.Module, model: nn.Module) -> None:
-        self.flow, self.model = flow, model
-        self._log_prob = log_prob_of(model)
+    def __init__(self, flow: nn.Module, density: Flow | Density) -> None:
+        self.flow, self.density = flow, density
+        self._log_prob = log_prob_of(density)
 
     def scores(self, value: Tensor, context: Tensor | None) -> Tensor:
         return self._log_prob(value, context)
 
     def first_nonfinite(self, batch: Batch) -> str | None:
-        return first_nonfinite(self.flow, self.model, batch)
+        return first_nonfinite(self.flow, self.density, batch)
 
 
-def log_prob_of(model: nn.Module) -> Callable[[Tensor, Tensor | None], Tensor]:
-    """The log-density of admitted rows by the shortest way."""
-    if is_plain_flow(model):
-        return model.score
+def log_prob_of(density: Flow | Density) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """The fastest log-density of admitted rows."""
+    if is_plain_flow(density):
+        return density.score
 
     def of_module(value: Tensor, context: Tensor | None) -> Tensor:
-        scores = model.log_prob(value) if context is None else model.log_prob(value, context)
+        scores = density.log_prob(value) if context is None else density.log_prob(value, context)
         if not isinstance(scores, Tensor) or scores.shape != value.shape[:1]:
             got = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
             raise ValueError(
-                f"fit_density: expected log_prob of {type(model).__name__} to give one number a row, shape "
+                f"fit_density: expected log_prob of {type(density).__name__} to give one number a row, shape "
                 f"{tuple(value.shape[:1])}, got {got}; sum over the dimensions of a row"
             )
         return scores
@@ -139,7 +139,7 @@ def log_prob_of(model: nn.Module) -> Callable[[Tensor, Tensor | None], Tensor]:
 
 @torch.no_grad()
 def evaluate(score: Callable[[Tensor, Tensor | None], Tensor], source: Source, batch_size: int = 1) -> Iterator[Tensor]:
-    """Scores of all rows, piece by piece, without a graph."""
+    """Yields the scores of all rows, in pieces, without a graph."""
     size = 1
     if isinstance(source, Rows) and len(source):
         size = max(batch_size, _CHUNK // max(source.value[0].numel(), 1), 1)

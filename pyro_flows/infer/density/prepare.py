@@ -1,4 +1,4 @@
-"""From what was given to what a fit starts with: checked rows, held-out rows, and the units of the data."""
+"""The start of a fit: checked rows, held-out rows, and the units of the data."""
 
 from __future__ import annotations
 
@@ -8,13 +8,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
+from pyro_flows.distributions import Flow
 from pyro_flows.infer.density.data import Expected, Loader, Rows, Source, admit_rows, expected_by
 from pyro_flows.infer.density.settings import HELD_OUT_AT_MOST, Settings
 from pyro_flows.infer.density.survey import Survey, reals_of, refuse_outside
-from pyro_flows.infer.density.units import Units, ends_of, is_plain_flow, over_time, pull_back, split_chain
+from pyro_flows.infer.density.units import (
+    Density,
+    Units,
+    ends_of,
+    head_of,
+    is_plain_flow,
+    over_time,
+    pull_back,
+    split_chain,
+)
 from pyro_flows.infer.machine.checkpoint import checksum
 
 __all__ = ["Prepared", "prepare"]
@@ -22,13 +32,13 @@ __all__ = ["Prepared", "prepare"]
 
 @dataclass
 class Prepared:
-    """What a fit starts with.
+    """The data with which a fit starts.
 
     Attributes:
         train: rows to fit to.
         validation: rows to judge by, if any.
         units: location and scale of the training rows and their contexts.
-        identity: what tells these data from others.
+        identity: checksums or sizes that tell these data from others.
     """
 
     train: Source
@@ -42,14 +52,18 @@ class Prepared:
         sources = {"data_loader": self.train, "validation_loader": self.validation}
         return {name: source.loader.generator for name, source in sources.items() if isinstance(source, Loader)}
 
-    def known_units(self, known: Units, path: str | os.PathLike[str]) -> Units:
-        """Those of a checkpoint, if these data may be the same.
+    def known_units(self, known: Units, path: str | os.PathLike[str] | None) -> Units:
+        """The units of a checkpoint, unless these data must be others.
 
-        What a loader shuffles comes with other rounding each time, or other noise, so that units are only near.
+        Shuffled rows round differently each time, and a loader may add noise, so the units need not be equal.
         """
         for name, then in known.items():
             now, spread = self.units[name], known[name.replace("loc", "scale")]
-            if (then is None) != (now is None) or (then is not None and ((now - then).abs() > 0.2 * spread).any()):
+            if then is None or now is None or spread is None:
+                differ = then is not now
+            else:
+                differ = bool(((now - then).abs() > 0.2 * spread).any())
+            if differ:
                 raise ValueError(
                     f"fit_density: the checkpoint {str(path)!r} belongs to a fit of other data: their {name} differ; "
                     "give the same data to go on, or delete the file or give another path to start anew"
@@ -58,20 +72,20 @@ class Prepared:
 
 
 def prepare(
-    flow: nn.Module,
+    flow: Flow | Density,
     given: tuple[Any, Any, Any, Any],
     settings: Settings,
     generator: torch.Generator,
     stacklevel: int,
 ) -> Prepared:
-    """Admits data, holds rows out, and looks at what is left to train on.
+    """Admits data, holds rows out, and surveys the rest.
 
     Args:
-        flow: what is to be trained.
+        flow: the module to train.
         given: data, contexts, validation data and their contexts.
         settings: say how much to hold out.
-        generator: draws what is held out.
-        stacklevel: of warnings, seen from here.
+        generator: draws the rows that are held out.
+        stacklevel: the stack level of warnings, seen from here.
     """
     data, context, validation, validation_context = given
     expected = expected_by(flow)
@@ -93,8 +107,8 @@ def prepare(
     if held_out is None and isinstance(train, Rows) and settings.validation_fraction:
         train, held_out = train.split(settings.validation_fraction, HELD_OUT_AT_MOST, generator)
     values, contexts = Survey(), Survey()
-    plain, ends = is_plain_flow(flow), ends_of(flow)
-    front, back = split_chain(flow.chain) if plain else ([], [])
+    ends = ends_of(flow)
+    front, back = split_chain(flow.chain) if is_plain_flow(flow) else ([], [])
     real = train.value if isinstance(train, Rows) else None
     if isinstance(train, Loader):
         _first_pass(flow, train, values, contexts)
@@ -112,7 +126,7 @@ def prepare(
     for told in filter(None, coarse):
         warnings.warn(f"fit_density: {told}", UserWarning, stacklevel=stacklevel + 1)
     if expected.continuous or ends is not None:
-        looked_at = torch.ones(flow.event_shape, dtype=torch.bool) if expected.continuous else ~_discrete(flow)
+        looked_at = ~_discrete(flow)
         for column in precision[0].merged():
             looked_at.view(-1)[column] = False  # said already
         values.warn_of_repeats(train.value if isinstance(train, Rows) else None, looked_at, stacklevel + 1)
@@ -126,20 +140,25 @@ def prepare(
     return Prepared(train, held_out, units, identity)
 
 
-def _discrete(flow: nn.Module) -> Tensor:
-    return torch.tensor(flow.head.discrete_dims()).reshape(flow.event_shape)
+def _discrete(flow: Flow | Density) -> Tensor:
+    head = head_of(flow)
+    if head is None:
+        return torch.zeros(flow.event_shape, dtype=torch.bool)
+    return torch.tensor(head.discrete_dims()).reshape(flow.event_shape)
 
 
-def _warn_of_units(flow: nn.Module, ends: Tensor, values: Survey, contexts: Survey, wanted: bool, level: int) -> None:
+def _warn_of_units(
+    flow: Flow | Density, ends: Tensor, values: Survey, contexts: Survey, wanted: bool, level: int
+) -> None:
     """Warns of columns that stay in their own units though these are far from those that training starts with."""
     if is_plain_flow(flow):
         if not ends.isinf().any():
             return
         with torch.no_grad():
-            start = flow.base().sample((256,)).cpu().double().reshape(256, -1)
+            drawn = flow.base().sample((256,)).cpu().double().reshape(256, -1)
         # Parts may permute dimensions, so each is compared with all of the base.
-        scale = start.std(0)
-        loc, scale = start.mean(), (scale.amin() * scale.amax()).sqrt()
+        scale = drawn.std(0)
+        loc, scale = drawn.mean(), (scale.amin() * scale.amax()).sqrt()
         remedy = "give them in units in which they are of the order of 1, angles in radians; or say standardize=False"
         values.warn_of_units(ends.isinf(), (loc, scale), "data", remedy, level + 1)
         return
@@ -147,20 +166,17 @@ def _warn_of_units(flow: nn.Module, ends: Tensor, values: Survey, contexts: Surv
     remedy = "give them in units in which they are of the order of 1, angles in radians"
     values.warn_of_units(ends.isinf() & ~_discrete(flow), start, "data", remedy, level + 1)
     if not wanted:
-        remedy = "say standardize=True, after which fit.model scores and draws in the units of the data"
+        remedy = "say standardize=True, after which fit.distribution scores and draws in the units of the data"
         values.warn_of_units(~ends.isinf(), start, "data", remedy, level + 1)
         if contexts.rows:
             every = torch.ones(contexts.mean.shape, dtype=torch.bool)
             contexts.warn_of_units(every, start, "context", remedy, level + 1)
 
 
-def _admit(flow: nn.Module, given: Any, context: Any, expected: Expected, what: str, what_context: str) -> Source:
+def _admit(flow: Flow | Density, given: Any, context: Any, expected: Expected, what: str, what_context: str) -> Source:
     if not isinstance(given, DataLoader):
         rows = admit_rows(given, context, expected, what, what_context)
-        if is_plain_flow(flow):
-            reals_of(flow, rows.value, what)
-        elif ends_of(flow) is not None:
-            refuse_outside(flow.head, rows.value, what)
+        _reals(flow, rows.value, what)
         return rows
     if context is not None:
         raise ValueError(
@@ -172,12 +188,19 @@ def _admit(flow: nn.Module, given: Any, context: Any, expected: Expected, what: 
     return loader
 
 
-def _first_pass(flow: nn.Module, loader: Loader, values: Survey, contexts: Survey) -> None:
-    what = f"a batch of {loader.what}"
+def _reals(flow: Flow | Density, value: Tensor, what: str) -> Tensor:
+    """Data as the part of the chain that learns sees them; refuses rows outside of the support."""
+    if is_plain_flow(flow):
+        return reals_of(flow, value, what)
+    head = head_of(flow)
+    if head is not None:
+        refuse_outside(head, value, what)
+    return value
+
+
+def _first_pass(flow: Flow | Density, loader: Loader, values: Survey, contexts: Survey) -> None:
     for value, context in loader.survey():
-        if not is_plain_flow(flow) and ends_of(flow) is not None:
-            refuse_outside(flow.head, value, what)
-        values.add(reals_of(flow, value, what) if is_plain_flow(flow) else value, value)
+        values.add(_reals(flow, value, f"a batch of {loader.what}"), value)
         if context is not None:
             contexts.add(context)
 

@@ -1,4 +1,4 @@
-"""What makes a density degenerate: constant and dependent columns, repeated values, rows outside of the support."""
+"""Data that make a density degenerate: constant and dependent columns, repeated values, rows outside the support."""
 
 from __future__ import annotations
 
@@ -17,15 +17,9 @@ from pyro_flows.infer.density.units import pull_back, split_chain
 
 __all__ = ["Survey", "reals_of", "refuse_outside"]
 
-_SAMPLE = 4096  # rows that are looked at for few distinct values and dependent columns
-
-
+_SAMPLE = 4096  # rows in which to look for discrete and dependent columns
 _FEWEST = 100  # rows that can tell a discrete column
-
-
-_FAR = 10.0  # location or scale, in those of the base, from which on training starts far from the data
-
-
+_FAR = 10.0  # location or scale, in units of the base, from which training starts far from the data
 _TWO_PARTS = (
     "where a bound is a value that rows really share (no rain, a sensor's limit), fit the rows within and give the "
     "share of that value beside them (a two-part model)"
@@ -33,7 +27,7 @@ _TWO_PARTS = (
 
 
 def reals_of(flow: Flow, value: Tensor, what: str) -> Tensor:
-    """Data as the part of the chain that learns sees them; an error names rows at or beyond a bound of the support."""
+    """Data as the trained part of the chain sees them; refuses rows at or beyond a bound of the support."""
     codomain = flow.chain.codomain
     # Some of torch's transforms do not know their own codomain.
     inside = torch.tensor(True) if constraints.is_dependent(codomain) else codomain.check(value)
@@ -56,7 +50,7 @@ def reals_of(flow: Flow, value: Tensor, what: str) -> Tensor:
 
 
 def refuse_outside(head: Head, value: Tensor, what: str) -> None:
-    """The same for an autoregressive model, dimension by dimension."""
+    """Refuses rows outside the support of an autoregressive model."""
     rows = value.detach().flatten(1)
     outside = ~head.inside(rows) | _without_density(head, head.floating(rows))
     if outside.any():
@@ -71,11 +65,12 @@ def refuse_outside(head: Head, value: Tensor, what: str) -> None:
 
 @torch.no_grad()
 def _without_density(head: Head, rows: Tensor) -> Tensor:
-    """Which numbers are at a bound where the density is 0 or infinite, as a Gamma's; an Exponential's is neither."""
+    """Which numbers are at a bound where the density is 0 or infinite: of a Gamma, not of an Exponential."""
     if isinstance(head, MixedHead):
         found = torch.zeros_like(rows, dtype=torch.bool)
         for part, dims in zip(head.heads, head.places, strict=True):
-            found[:, dims] = _without_density(part, rows[:, dims])
+            if isinstance(part, Head):
+                found[:, dims] = _without_density(part, rows[:, dims])
         return found
     if head.discrete or head.constraint is None:
         return torch.zeros_like(rows, dtype=torch.bool)
@@ -103,7 +98,7 @@ class Survey:
         self._sample: list[tuple[Tensor, Tensor]] = []
 
     def add(self, value: Tensor, given: Tensor | None = None) -> None:
-        """Takes another piece, shape ``(rows, *event_shape)``; ``given``: the same as the data are, if they differ."""
+        """Adds a piece, shape ``(rows, *event_shape)``; ``given``: the same in the units of the data."""
         if not len(value):
             return
         given = value if given is None else given
@@ -128,14 +123,14 @@ class Survey:
         self.rows += len(piece)
 
     def loc_and_scale(self, ends: Tensor | None = None, over_time: bool = False) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation in float64; 0 and 1 for columns to be left as they are, 1 for constant ones.
+        """Location and scale in float64: mean and standard deviation; 1 for the scale of a constant column.
 
-        A column that may be stretched about one point only, the end of its support, gets the root mean square of the
-        distance from there as its scale, and a location that keeps the point where it is.
+        A column that may be stretched about one point only gets its root mean square distance from there as its scale,
+        and a location that keeps the point in place.
 
         Args:
-            ends: these points; NaN for any, infinity for none, as ``Head.fixed_points`` says.
-            over_time: whether the last dimension is time and has one of each for all of it, shape ``(C, 1)``.
+            ends: these points; NaN for any, infinity for columns to leave as they are (0 and 1).
+            over_time: whether the last dimension is time, which shares its units, shape ``(C, 1)``.
         """
         loc, std = self.mean, (self.squares / max(self.rows - 1, 1)).sqrt()
         varies = self.highest > self.lowest
@@ -154,13 +149,13 @@ class Survey:
         return loc, scale
 
     def warn_of_units(self, left: Tensor, start: tuple[Tensor, Tensor], what: str, remedy: str, level: int) -> None:
-        """Warns of columns that are not standardized though they are far from where training starts.
+        """Warns of columns that are not standardized though training starts far from them.
 
         Args:
-            left: boolean, which columns are not.
-            start: location and scale that training starts with.
-            what: what the columns are of.
-            remedy: what to do.
+            left: boolean, the columns that are not standardized.
+            start: location and scale with which training starts.
+            what: the name of the data.
+            remedy: words for the message.
             level: the stack level of the warning, seen from here.
         """
         loc, scale = self.loc_and_scale()
@@ -181,8 +176,8 @@ class Survey:
         """Raises for constant and dependent columns.
 
         Args:
-            whole: all rows, where they are at hand, to bear out what the sample suggests of two columns.
-            merged: what a conversion did to columns, in words; empty if nothing.
+            whole: all rows, if they are at hand, to confirm dependences that the sample suggests.
+            merged: words for columns that a conversion merged; empty if none.
         """
         dtype = self.lowest.dtype
         constant = (self.highest <= self.lowest).flatten().nonzero()[:, 0].tolist()
@@ -206,8 +201,8 @@ class Survey:
         """Warns of values that many rows share, and of columns with few distinct values.
 
         Args:
-            whole: all rows as they were given, where they are at hand.
-            columns: boolean, of an event's shape: those to look at.
+            whole: all rows as given, if they are at hand.
+            columns: boolean, of an event's shape: those to check.
             level: the stack level of the warning, seen from here.
         """
         sample = torch.cat([given for _, given in self._sample]).flatten(1)
@@ -233,7 +228,7 @@ class Survey:
             widths = ", ".join(f"{width:.3g}" for width in list(grid.values())[:8])
             warnings.warn(
                 f"fit_density: {_columns(list(grid))} discrete: few distinct values, where a density can grow spikes "
-                f"without bound; add uniform noise of the grid's width (dequantise; the smallest steps are {widths}), "
+                f"without bound; add uniform noise of the grid's width (dequantize; the smallest steps are {widths}), "
                 "or model it as discrete",
                 UserWarning,
                 stacklevel=level + 1,

@@ -1,6 +1,8 @@
-"""The units of data: where a flow's standardisation goes, and flows that have one."""
+"""The units of data: where a flow's standardization goes, and flows that have one."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Size, Tensor, nn
@@ -16,8 +18,9 @@ from torch.distributions import (
 )
 from torch.distributions.constraints import Constraint
 
-from pyro_flows.core.chain import Chain
-from pyro_flows.core.transform import FlowTransform, Inverse
+from pyro_flows.core.chain import Chain, leaves
+from pyro_flows.core.checks import first_floating
+from pyro_flows.core.transform import FlowTransform
 from pyro_flows.core.wrap import Wrap, image
 from pyro_flows.distributions import Flow
 from pyro_flows.distributions.made import Head
@@ -25,13 +28,15 @@ from pyro_flows.infer.density.columns import at_bounds, is_free
 from pyro_flows.transforms import Standardization
 
 __all__ = [
+    "Density",
     "StandardizedDensity",
     "StandardizedFlow",
     "Units",
     "angles_behind",
     "ends_of",
-    "flat_parts",
+    "head_of",
     "in_units",
+    "is_density",
     "is_plain_flow",
     "movable",
     "over_time",
@@ -41,11 +46,32 @@ __all__ = [
 ]
 
 Units = dict[str, Tensor | None]
-"""``loc``, ``scale``, ``context_loc`` and ``context_scale`` in float64, ``None`` for what is not standardised."""
+"""``loc``, ``scale``, ``context_loc`` and ``context_scale`` in float64, ``None`` for what is not standardized."""
+
+
+if TYPE_CHECKING:
+
+    class Density(nn.Module):
+        """A module with a density, such as a MADE.  For annotations: no module needs to inherit from it."""
+
+        event_shape: Size
+        context_dim: int
+
+        def __call__(self, context: Tensor | None = None) -> Distribution: ...
+        def log_prob(self, value: Tensor, context: Tensor | None = None) -> Tensor: ...
+        def sample(self, sample_shape: Size | tuple[int, ...] = (), context: Tensor | None = None) -> Tensor: ...
+
+else:
+    Density = nn.Module
+
+
+def is_density(module: object) -> TypeGuard[Density]:
+    """Whether this is a module with ``log_prob``."""
+    return isinstance(module, nn.Module) and callable(getattr(module, "log_prob", None))
 
 
 class StandardizedFlow(Flow):
-    """A conditional flow that takes contexts in their own units and standardises them inside.
+    """A conditional flow that takes contexts in their own units and standardizes them inside.
 
     Made by :func:`standardized`.
 
@@ -53,8 +79,11 @@ class StandardizedFlow(Flow):
         chain: a flow transform with a context.
         base: as for :class:`~pyro_flows.distributions.Flow`.
         context_loc: subtracted from every context, shape ``(context_dim,)``; saved in the ``state_dict``.
-        context_scale: what contexts are then divided by, of the same shape and saved likewise.
+        context_scale: divides every context then; of the same shape, and saved too.
     """
+
+    context_loc: Tensor
+    context_scale: Tensor
 
     def __init__(
         self,
@@ -72,28 +101,34 @@ class StandardizedFlow(Flow):
         return None if context is None else (context - self.context_loc) / self.context_scale
 
 
-class StandardizedDensity(nn.Module):
+class StandardizedDensity(Density):
     r"""A module with ``log_prob`` in other units, :math:`\log p(y) = \log q((y - t) / \sigma) - \sum_i \log\sigma_i`.
 
     Args:
-        module: the density :math:`q` of standardised values, with ``log_prob(value)`` or ``log_prob(value, context)``.
+        module: the density :math:`q` of standardized values, with ``log_prob(value)`` or ``log_prob(value, context)``.
         loc: :math:`t`, of the event's shape.
         scale: :math:`\sigma`, of the same shape.
         context_loc: the same for contexts, if there are any.
         context_scale: the same for contexts.
     """
 
+    loc: Tensor
+    scale: Tensor
+    context_loc: Tensor
+    context_scale: Tensor
+
     def __init__(
         self,
-        module: nn.Module,
-        loc: Tensor,
-        scale: Tensor,
+        module: Flow | Density,
+        loc: Tensor | None,
+        scale: Tensor | None,
         context_loc: Tensor | None = None,
         context_scale: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.module = module
-        self.event_shape, self.context_dim = (getattr(module, name, None) for name in ("event_shape", "context_dim"))
+        for name in ("event_shape", "context_dim"):
+            setattr(self, name, getattr(module, name, None))
         self.register_buffer("loc", loc)
         self.register_buffer("scale", scale)
         self.register_buffer("context_loc", context_loc)
@@ -111,7 +146,7 @@ class StandardizedDensity(nn.Module):
         return self.module.sample(sample_shape, *self._contexts(context)) * self.scale + self.loc
 
 
-def is_plain_flow(module: nn.Module) -> bool:
+def is_plain_flow(module: object) -> TypeGuard[Flow]:
     """Whether a module is a flow whose density is that of its chain and base, and so can be taken apart."""
     return isinstance(module, Flow) and (type(module).log_prob, type(module).score) == (Flow.log_prob, Flow.score)
 
@@ -123,31 +158,32 @@ def standardized(
     context_loc: Tensor | None = None,
     context_scale: Tensor | None = None,
 ) -> Flow:
-    """The same flow in the units of data, sharing all its parts: what a fitted flow is saved and loaded as.
+    """The same flow in the units of data, sharing all its parts: the form in which a fitted flow is saved and loaded.
 
     A :class:`~pyro_flows.transforms.elementwise.Standardization` is put at the data end of the chain, but before parts
-    at that end which learn nothing (e.g. ``ExpTransform()``), so that the support stays what these make it.  Contexts,
-    if the chain takes them, are standardised in a :class:`StandardizedFlow`.  Without numbers, locations are 0 and
-    scales 1: a flow of the same architecture, so made, can load the state of a fitted one.
+    at that end which learn nothing (e.g. ``ExpTransform()``), so that the support stays as these make it.  Contexts, if
+    the chain takes them, are standardized in a :class:`StandardizedFlow`.  Locations default to 0 and scales to 1: a
+    flow of the same architecture, so made, can load the state of a fitted one.
 
     Args:
         flow: the flow; it is left as it is.
-        loc: location of the data, as the parts behind it give them back.
+        loc: location of the data, as the parts behind it invert them.
         scale: their scale, positive.
         context_loc: location of contexts, shape ``(context_dim,)``.
         context_scale: their scale, positive.
 
     Returns:
-        A flow that shares the parameters; ``flow`` itself if there is nothing to standardise.
+        A flow that shares the parameters; ``flow`` itself if there is nothing to standardize.
     """
     if not is_plain_flow(flow):
         raise TypeError(f"standardized: expected a Flow as it is, got a {type(flow).__name__}")
     front, back = split_chain(flow.chain)
-    kin = next((t for t in (*flow.parameters(), *flow.buffers()) if t.is_floating_point()), torch.zeros(()))
+    kin = first_floating(flow)
+    kin = torch.zeros(()) if kin is None else kin
     chain = flow.chain
     if movable(flow).any():
         shape = back[0].event_shape if back else front[-1].data_shape
-        # What all times share knows nothing of how many there are.
+        # Units that all times share do not depend on their number.
         own = Size((shape[0], 1)) if over_time(front) else shape
         loc = kin.new_zeros(own) if loc is None else loc
         scale = kin.new_ones(own) if scale is None else scale
@@ -155,17 +191,17 @@ def standardized(
         chain = Chain([*front, units, *back]).train(flow.training)
     elif not flow.context_dim:
         return flow
-    if flow.context_dim:
-        # A flow that standardises contexts already is asked in the contexts' own units, so its numbers must stay.
-        known = isinstance(flow, StandardizedFlow)
-        first = flow.context_loc if known else kin.new_zeros(flow.context_dim) if context_loc is None else context_loc
-        then = flow.context_scale if known else torch.ones_like(first) if context_scale is None else context_scale
-        return StandardizedFlow(chain, flow.base, first.to(kin), then.to(kin)).train(flow.training)
-    return Flow(chain, flow.base).train(flow.training)
+    if not flow.context_dim:
+        return Flow(chain, flow.base).train(flow.training)
+    first = kin.new_zeros(flow.context_dim) if context_loc is None else context_loc
+    then = torch.ones_like(first) if context_scale is None else context_scale
+    if isinstance(flow, StandardizedFlow):  # its contexts come in their own units already, so its numbers stay
+        first, then = flow.context_loc, flow.context_scale
+    return StandardizedFlow(chain, flow.base, first.to(kin), then.to(kin)).train(flow.training)
 
 
-def in_units(density: nn.Module, units: Units, standardize: bool | None) -> nn.Module:
-    """A density in the units of data: ``density`` itself where nothing is to be standardised."""
+def in_units(density: Flow | Density, units: Units, standardize: bool | None) -> Flow | Density:
+    """A density in the units of data: ``density`` itself where nothing is to be standardized."""
     if standardize is False or units["loc"] is None:
         return density
     ends = ends_of(density)
@@ -173,9 +209,9 @@ def in_units(density: nn.Module, units: Units, standardize: bool | None) -> nn.M
         if is_plain_flow(density):
             known = f"angles or constrained ({density.chain.codomain})"
         else:
-            known = f"discrete, within bounds, or of families that learn no location and scale ({density.head})"
+            known = f"discrete, within bounds, or of families that learn no location and scale ({head_of(density)})"
         raise ValueError(
-            f"fit_density: standardize=True, but there is nothing to standardise: this model's values are {known}; "
+            f"fit_density: standardize=True, but there is nothing to standardize: this model's values are {known}; "
             "leave it out, or say standardize=False"
         )
     if is_plain_flow(density):
@@ -188,11 +224,11 @@ def in_units(density: nn.Module, units: Units, standardize: bool | None) -> nn.M
 
 
 def split_chain(chain: FlowTransform) -> tuple[list[FlowTransform], list[FlowTransform]]:
-    """Parts before the standardisation, and those at the data end that stay behind it.
+    """Parts before the standardization, and those at the data end that stay behind it.
 
     Where the numbers before these are bounded and those after them are not (e.g. ``ExpTransform().inv``), none stays.
     """
-    parts = flat_parts(chain)
+    parts = leaves(chain)
     cut = len(parts)
     while cut and _stays(parts[cut - 1]):
         cut -= 1
@@ -207,24 +243,30 @@ def split_chain(chain: FlowTransform) -> tuple[list[FlowTransform], list[FlowTra
 
 
 def movable(flow: Flow) -> Tensor:
-    """Which numbers may be standardised, where the standardisation goes: boolean, on the CPU."""
+    """Which numbers may be standardized, where the standardization goes: boolean, on the CPU."""
     front, back = split_chain(flow.chain)
     angles = angles_behind(front)
     if angles is not None:
         return ~angles
     free = is_free(*((back[0].domain, back[0].event_shape) if back else _end(front[-1])))
-    # A base on part of the line only, with a chain that takes all of it, is a density that ends somewhere.
+    # A base on a part of the line only, with a chain that takes all of it, is a density that ends somewhere.
     event = flow.chain.event_shape
     ends = is_free(flow.chain.domain, event).all() and not is_free(flow.base().support, event).all()
     return torch.zeros_like(free) if ends else free
 
 
-def ends_of(density: nn.Module) -> Tensor | None:
+def head_of(density: Flow | Density) -> Head | None:
+    """The head of an autoregressive model."""
+    head = getattr(density, "head", None)
+    return head if isinstance(head, Head) else None
+
+
+def ends_of(density: Flow | Density) -> Tensor | None:
     """Where each number of an event may be stretched about, as ``Head.fixed_points`` says; ``None`` if unknown."""
     if is_plain_flow(density):
         return torch.where(movable(density), torch.nan, torch.inf).double()
-    head = getattr(density, "head", None)
-    if not isinstance(head, Head):
+    head = head_of(density)
+    if head is None:
         return None
     return torch.tensor(head.fixed_points(), dtype=torch.float64, device="cpu").reshape(density.event_shape)
 
@@ -242,12 +284,12 @@ def angles_behind(parts: list[FlowTransform]) -> Tensor | None:
 
 
 def over_time(front: list[FlowTransform]) -> bool:
-    """Whether the units of series are those of their channels: nothing before the standardisation knows the time."""
+    """Whether the units of series are those of their channels: nothing before the standardization knows the time."""
     return bool(front) and all(part.shared_over_time for part in front)
 
 
 def pull_back(back: list[FlowTransform], value: Tensor) -> tuple[Tensor, Tensor]:
-    """Data as the parts before the standardisation see them, and which numbers are at or beyond a bound on the way.
+    """Data as the parts before the standardization see them, and which numbers are at or beyond a bound on the way.
 
     The latter has the shape of the data, or that of their rows alone where parts change the event's shape.
     """
@@ -277,27 +319,21 @@ def _pulled(transform: Transform, y: Tensor) -> tuple[Tensor, Tensor]:
         whole = image(transform, transform.domain)
         free = is_free(transform.domain, x.shape[1:]).all() and edge.shape == y.shape
         return x, edge | at_bounds(whole, y) if free else edge
-    if isinstance(transform, CatTransform):
-        pairs = zip(transform.transforms, y.split(transform.lengths, transform.dim), strict=True)
-        return tuple(torch.cat(each, transform.dim) for each in zip(*(_pulled(*pair) for pair in pairs), strict=True))
-    if isinstance(transform, StackTransform):
-        pairs = zip(transform.transforms, y.unbind(transform.dim), strict=True)
-        return tuple(torch.stack(each, transform.dim) for each in zip(*(_pulled(*pair) for pair in pairs), strict=True))
+    if isinstance(transform, (CatTransform, StackTransform)):
+        if isinstance(transform, StackTransform):
+            pieces, join = y.unbind(transform.dim), torch.stack
+        else:
+            pieces, join = y.split(transform.lengths, transform.dim), torch.cat
+        found = [_pulled(*pair) for pair in zip(transform.transforms, pieces, strict=True)]
+        return join([x for x, _ in found], transform.dim), join([edge for _, edge in found], transform.dim)
     x = transform.inverse_and_ladj(y)[0] if isinstance(transform, FlowTransform) else transform.inv(y)
     known = not constraints.is_dependent(transform.codomain) and not constraints.is_dependent(transform.domain)
     open_ended = known and bool(is_free(transform.domain, x.shape[1:]).all())
     return x, at_bounds(transform.codomain, y) if open_ended else torch.zeros_like(y, dtype=torch.bool)
 
 
-def flat_parts(chain: FlowTransform) -> list[FlowTransform]:
-    """The parts of a chain from base to data, those of chains within it and of inverted ones among them."""
-    if isinstance(chain, Inverse) and isinstance(chain.transform, Chain):
-        return [part.inv for part in reversed(flat_parts(chain.transform))]
-    return [inner for part in chain for inner in flat_parts(part)] if isinstance(chain, Chain) else [chain]
-
-
 def _stays(part: FlowTransform) -> bool:
-    """Whether a part belongs behind the standardisation: it learns nothing, or what it gives is constrained."""
+    """Whether a part belongs behind the standardization: it learns nothing, or what it gives is constrained."""
     if part.context_dim:
         return False
     learns = next(part.parameters(), None) is not None

@@ -31,7 +31,7 @@ class Calibration:
         ranks: for each site the number of draws below the simulated value, from 0 to ``num_samples``, shape
             ``(simulations, *shape)``, int64, on the CPU.  Ranks are uniform if the inference is right.
         num_samples: the number of draws that a value is ranked among.
-        level: at most the probability that ``ok`` is false although the inference is right.
+        level: the largest probability that ``ok`` is false although the inference is right.
     """
 
     ranks: dict[str, Tensor]
@@ -56,8 +56,8 @@ class Calibration:
     def pvalues(self) -> dict[str, Tensor]:
         """For each site the smaller of two p-values, doubled, shape ``(*shape)``; not corrected for their number.
 
-        The chi-square test of equal counts sees any unevenness.  The largest distance of the empirical distribution
-        function from the diagonal, in units of its own spread, sees small trends.
+        The chi-square test of equal counts sees any unevenness; the largest distance of the empirical distribution
+        function from the diagonal, in units of its spread, sees small trends.
         """
         flat = self.flat()
         found = (2 * torch.minimum(chi_square(flat, self.num_samples), ecdf_pvalues(flat, self.num_samples))).clamp(
@@ -79,10 +79,10 @@ class Calibration:
         return self.worst >= self.level
 
     def bands(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Bands that contain the whole empirical distribution functions of all scalars with probability ``1 - level``.
+        """Bands that contain the empirical distribution functions of all scalars with probability ``1 - level``.
 
         Returns:
-            Positions from 0 to 1, and the lower and upper limit at each, all of the same shape.
+            Positions from 0 to 1, and the lower and upper limit at each.
 
         References:
             Graphical Test for Discrete Uniformity and its Applications in Goodness of Fit Evaluation and Multiple
@@ -136,11 +136,11 @@ def simulation_based_calibration(
 ) -> Calibration:
     """Simulates latents and data from the model, fits the data, and ranks the latents among the draws of the fit.
 
-    If the fit returned exact posterior draws, each latent's rank would be uniform from 0 to ``num_samples``.  Narrow
-    draws give ranks at both ends, wide draws give ranks in the middle, and a bias gives ranks at one end.  The test
-    judges the average fit over the prior's data, one latent at a time, and not the fit to any one data set.  It costs
-    one fit a simulation.  With 100 simulations it detects, nine times in ten, draws that are off by 0.4 posterior
-    standard deviations, a third too narrow or half too wide; with 1000, a third of that.
+    Exact posterior draws make each rank uniform from 0 to ``num_samples``.  Narrow draws give ranks at both ends, wide
+    draws give ranks in the middle, and a bias gives ranks at one end.  The test judges the average fit over the prior's
+    data, one latent at a time, and not the fit to any one data set.  It costs one fit a simulation.  With 100
+    simulations it detects, nine times in ten, draws that are off by 0.4 posterior standard deviations, a third too
+    narrow or half too wide; with 1000, a third of that.
 
     ``fit`` takes the data by the names of the model's arguments::
 
@@ -155,17 +155,17 @@ def simulation_based_calibration(
         simulation_based_calibration(model, fit, x, y)
 
     Args:
-        model: the model.  Its priors must be proper, and its data sites must be able to draw.
-        fit: takes the simulated data, a dictionary from argument to tensor, and a seed.  It returns a dictionary from
-            site to draws of shape ``(num_samples or more, *shape)``, in the model's own space.  Of more draws, evenly
-            spaced ones are used, which should be nearly independent for a Markov chain.  Discrete sites may be missing.
-            Each call starts from the present param store, which is restored afterwards.
+        model: the model, with proper priors and data sites that can draw.
+        fit: takes the simulated data, a dictionary from argument to tensor, and a seed; returns a dictionary from site
+            to draws of shape ``(num_samples or more, *shape)``, in the model's own space.  Of more draws, evenly spaced
+            ones are used, which should be nearly independent.  Discrete sites may be missing.  Each call starts from
+            the present param store, which is restored afterwards.
         *args: arguments of the model, data included: the values of data are ignored, their shapes may matter.
         observed: for each data site the argument that takes its value; by default the argument with the site's name.
             Also names the data sites of a model that is called without data.
         simulations: how many data sets to simulate.
         num_samples: how many draws to rank a latent among.
-        seed: the seed from which each simulation and fit gets its own; torch's generators are restored afterwards.
+        seed: the seed of all simulations and fits; torch's generators are restored afterwards.
         progress: whether to show a progress bar.
         **kwargs: keyword arguments of the model.
 

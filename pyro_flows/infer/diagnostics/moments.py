@@ -26,9 +26,9 @@ class Moments:
         mean_error: its standard error.
         scale: logarithm of weighted over unweighted standard deviation, shape ``(D,)``.
         scale_error: its standard error, to first order.
-        heavy: tail index of the weighted squares about the mean, shape ``(D,)``.  From 0.7 on, the standard deviation
-            depends on a few draws, and no sample of this size settles it.  The index is too noisy with fewer than 4000
-            draws, and minus infinity for dimensions that were not examined because no draw weighs much.
+        heavy: tail index of the weighted squares about the mean, shape ``(D,)``, minus infinity for dimensions in which
+            no draw weighs much.  From 0.7 on the standard deviation depends on a few draws; below 4000 draws it is
+            noise.
     """
 
     names: tuple[str, ...]
@@ -63,11 +63,10 @@ def scalar_names(site: str, shape: Sequence[int]) -> list[str]:
 
 
 def compare_moments(draws: Tensor | Mapping[str, Tensor], log_weights: Tensor) -> Moments:
-    r"""Compares means and standard deviations under smoothed importance weights with those without weights.
+    r"""Compares means and standard deviations with and without smoothed importance weights.
 
-    An ESS of :math:`e` bounds the error of a mean by :math:`\sqrt{1 / e - 1}` standard deviations, a third at 0.9.
-    This function estimates the errors.  Draws may be constrained or not: tails may be light in one space and heavy in
-    the other.
+    An ESS of :math:`e` bounds the error of a mean by :math:`\sqrt{1 / e - 1}` standard deviations, a third at 0.9; this
+    function estimates the errors.  Tails may be light in constrained and heavy in unconstrained space, or vice versa.
 
     Args:
         draws: shape ``(n, D)``, or a dictionary of tensors of shape ``(n, *shape)``.

@@ -53,13 +53,13 @@ def simulate(
     kwargs: Mapping[str, Any],
     observed: Mapping[str, str] | None = None,
 ) -> Simulation:
-    """Runs the model once with its data taken away.
+    """Runs the model once without its data.
 
     Args:
         model: the model.
         args: its arguments; the values of data are ignored, their shapes may matter.
         kwargs: its keyword arguments.
-        observed: for each data site the argument that takes its value, unless it has the name of the site; also names
+        observed: for each data site the argument that takes its value, by default that of the site's name; also names
             the data sites of a model that is run without data.
 
     Raises:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import overload
 
 import torch
 from pyro.ops.stats import fit_generalized_pareto
@@ -24,13 +25,12 @@ RELIABLE = 0.7  # largest tail index at which smoothed weights are of use
 
 @dataclass(frozen=True)
 class Smoothed:
-    """Smoothed log weights, and the tail index of the smoothing.
+    """Smoothed log weights and their tail.
 
     Attributes:
         log_weights: shape ``(n,)``, float64; their exponentials sum to 1.
-        khat: the tail index; infinite if the tail has fewer than five draws, minus infinity if the largest weights are
-            equal, so that there is no tail.
-        tail: the share of all weight by which the largest weights exceed the smallest of the tail, after smoothing.
+        khat: tail index; infinite for a tail of fewer than five draws, minus infinity if the largest weights are equal.
+        tail: the share of all weight in the excess of the tail over its threshold.
     """
 
     log_weights: Tensor
@@ -40,26 +40,24 @@ class Smoothed:
 
 @dataclass(frozen=True)
 class Importance:
-    """The importance weights of a guide's draws, in numbers.
+    """Importance weights of a guide's draws, in numbers.
 
-    A draw has failed if its weight is NaN or plus infinity.  A failed draw counts as a weight of zero, except in
-    ``elbo``, ``iw_elbo`` and ``spread``, which leave it out.  A log weight of minus infinity is a weight of zero, not a
-    failure.
+    A weight of NaN or plus infinity is a failure.  It counts as zero, and not at all in ``elbo``, ``iw_elbo`` and
+    ``spread``.  A log weight of minus infinity is a weight of zero, not a failure.
 
     Attributes:
-        khat: tail index of the weights, from the generalized Pareto distribution fitted to the largest of them.
-            Weights have ``1 / khat`` moments; below 0.7 smoothed weights are useful.  The index depends on the shape of
-            the tail and not on its size, so it says nothing if the weights are nearly constant.
-        ess: effective sample size of the unsmoothed weights, as a fraction of the draws, from 0 to 1.
+        khat: tail index of the weights, which have ``1 / khat`` moments; below 0.7 smoothed weights are useful.  It
+            depends on the shape of the tail and not on its size, and means nothing for nearly constant weights.
+        ess: effective sample size of the unsmoothed weights, as a fraction of the draws.
         log_evidence: logarithm of the mean weight, in nats.
-        log_evidence_error: its standard error, to first order.  See ``trusted``.
+        log_evidence_error: its standard error, to first order; see ``trusted``.
         elbo: mean log weight, in nats, a lower bound of the log evidence; minus infinity if a weight is zero.
         elbo_error: its standard error.
-        iw_elbo: expected logarithm of the mean of ``iw_samples`` weights, in nats, the bound between the two.
+        iw_elbo: expected logarithm of the mean of ``iw_samples`` weights, in nats, between the two.
         iw_elbo_error: its standard error; NaN for a single mean.
         iw_samples: weights in each mean of ``iw_elbo``.
         spread: standard deviation of the finite log weights, in nats.
-        tail: the share of all weight that lies in the excess of the tail, and so depends on a few draws.
+        tail: the share of all weight in the excess of the tail.
         largest: the share of the largest weight.
         num_samples: draws, failures included.
         failures: weights that are NaN or plus infinity.
@@ -86,8 +84,8 @@ class Importance:
     def trusted(self) -> bool:
         """Whether the standard error of the evidence can be believed.
 
-        The error needs weights of finite variance, a hundred effective draws, and no failures: a heavy tail that was
-        not sampled yet makes estimate and error too small together.  Weights with a negligible tail count as light.
+        The error needs weights of finite variance, a hundred effective draws and no failures: a heavy tail that was not
+        sampled yet makes estimate and error too small together.  A negligible tail counts as light.
         """
         light = self.khat < RELIABLE or self.tail < 0.005
         return light and self.num_samples * self.ess >= 100 and not self.failures
@@ -96,16 +94,14 @@ class Importance:
 def pareto_smoothed(log_weights: Tensor) -> Smoothed:
     r"""Replaces the largest weights by quantiles of the generalized Pareto distribution fitted to them.
 
-    The tail is the largest :math:`M = \lceil\min(n / 5, 3 \sqrt n)\rceil` of :math:`n` weights.  With the threshold
-    :math:`t`, the next smaller weight, the excesses :math:`w - t` have a distribution with index :math:`\hat k` and
-    scale :math:`\sigma`.  The :math:`i`-th smallest weight becomes
-    :math:`t + \sigma ((1 - (i - 1/2) / M)^{-\hat k} - 1) / \hat k`, but at most the largest given weight.
-
-    The fit is Zhang and Stephens' with a weak prior that draws :math:`\hat k` to one half.
+    The tail is the largest :math:`M = \lceil\min(n / 5, 3 \sqrt n)\rceil` of :math:`n` weights.  Its excesses over the
+    next smaller weight :math:`t` have index :math:`\hat k` and scale :math:`\sigma`, by Zhang and Stephens' fit with a
+    weak prior towards one half.  The :math:`i`-th smallest weight becomes :math:`t + \sigma ((1 - (i - 1/2) / M)^{-\hat
+    k} - 1) / \hat k`, but at most the largest given one.
 
     Args:
         log_weights: shape ``(n,)``, of any floating dtype, on any device, in nats, not normalized.  NaN and plus
-            infinity count as weights of zero; :func:`importance` counts them.
+            infinity count as weights of zero.
 
     Returns:
         Log weights in the given order and on the given device, in float64.
@@ -127,10 +123,7 @@ def pareto_smoothed(log_weights: Tensor) -> Smoothed:
 
 
 def tail_index(log_values: Tensor) -> float:
-    """The tail index of :func:`pareto_smoothed` for positive numbers, given by their logarithms.
-
-    The index is infinite if none of them is positive.
-    """
+    """The tail index of :func:`pareto_smoothed` for numbers given by their logarithms; infinite if none is positive."""
     values, _ = _usable(log_values, "tail_index")
     top = values.max()
     return _smooth(values - top).khat if top > -math.inf else math.inf
@@ -191,12 +184,12 @@ def importance(log_weights: Tensor, *, iw_samples: int = 10) -> Importance:
         \log \hat Z = \log \frac1n \sum_i w_i, \qquad
         \text{se}(\log \hat Z) \approx \sqrt{\frac{1 / \text{ess} - 1}{n - 1}}
 
-    The standard error comes from the delta method.  ``iw_elbo`` is an unbiased mean over disjoint groups, taken in a
-    random but fixed order.  No number here sees a region that the guide never draws from.
+    The standard error comes from the delta method.  ``iw_elbo`` is an unbiased mean over disjoint random groups, the
+    same at each call.  No number here sees a region that the guide never draws from.
 
     Args:
         log_weights: :math:`\log p(z, y) - \log q(z)` at draws of :math:`q`, shape ``(n,)``, in nats.
-        iw_samples: weights in each mean of ``iw_elbo``; fewer if there are fewer draws.
+        iw_samples: weights in each mean of ``iw_elbo``, at most the number of draws.
 
     Raises:
         ValueError: if a shape or a number does not fit.
@@ -264,6 +257,22 @@ def _groups(values: Tensor, size: int) -> Tensor:
     return values[order[: rows * size]].reshape(rows, size)
 
 
+@overload
+def resample(
+    draws: Tensor, log_weights: Tensor, num_samples: int, generator: Generator | None = None, smoothed: bool = True
+) -> Tensor: ...
+
+
+@overload
+def resample(
+    draws: Mapping[str, Tensor],
+    log_weights: Tensor,
+    num_samples: int,
+    generator: Generator | None = None,
+    smoothed: bool = True,
+) -> dict[str, Tensor]: ...
+
+
 def resample(
     draws: Tensor | Mapping[str, Tensor],
     log_weights: Tensor,
@@ -274,15 +283,14 @@ def resample(
     """Turns weighted draws into draws of equal weight, by systematic resampling.
 
     A draw of normalized weight ``w`` appears ``num_samples * w`` times, rounded up or down at random, in random order.
-    Take at most the number of effective draws, or draws appear more than once.
+    Beyond the number of effective draws, draws repeat.
 
     Args:
         draws: a tensor of shape ``(draws, ...)``, or a dictionary of such tensors.
         log_weights: shape ``(draws,)``.
         num_samples: how many draws to return.
         generator: the source of randomness; torch's global generator by default.
-        smoothed: whether to smooth the weights by :func:`pareto_smoothed` first, which costs a little bias and saves
-            much variance.
+        smoothed: whether to smooth the weights by :func:`pareto_smoothed`, for much less variance and a little bias.
 
     Returns:
         A tensor or a dictionary like ``draws``, on the same device, with ``num_samples`` rows.

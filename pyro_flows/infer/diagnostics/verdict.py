@@ -22,8 +22,8 @@ FEW = "good, few draws judged"
 LABELS = (GOOD, TAILS, UNSEARCHED, FEW, RESAMPLE, MODES, BAD, UNJUDGED)
 
 GOOD_ESS = 0.9  # the least of draws that can be used unweighted
-FEWEST = 100  # draws for any judgement
-ENOUGH = 1000  # draws for a full judgement if more were asked for
+FEWEST = 100  # draws for any judgment
+ENOUGH = 1000  # draws for a full judgment if more were asked for
 SETTLED = 4000  # draws from which the tail index of a single dimension means something
 SHIFT = 0.1  # shift that matters: of a mean in standard deviations, or of a log standard deviation
 TAIL = 0.005  # share of weight in the tail from which its index means something
@@ -38,25 +38,47 @@ MEANING = {
     RESAMPLE: "the draws mislead as they are; resampled by their weights they can be used",
     MODES: "the guide leaves out a part of the posterior, and resampling cannot bring it back",
     BAD: "neither the draws nor their weights can be relied on",
-    UNJUDGED: "there is no basis for a judgement",
+    UNJUDGED: "there is no basis for a judgment",
 }
+NEXT = {
+    GOOD: "Nothing.",
+    TAILS: "For tail quantities compare with the resampled draws, report quantiles in place of standard deviations, "
+    "and try a reparameterized model (a non-centered one for hierarchies), a base with heavier tails, or NUTS.",
+    UNSEARCHED: "Give the fit more seconds, so that the search can end; or write the model so that it runs for many "
+    "draws at once; or compare with fits from other starts.",
+    FEW: "Give the fit more seconds, or write the model so that it runs for many draws at once.",
+    MODES: "Fit with tempering, which lets the guide spread before the likelihood is at full weight; start several "
+    "guides and compare their evidence; or a flow with more layers. If two modes differ only in labels, break the "
+    "symmetry in the model.",
+}
+UNSAMPLED = (
+    "Build the model without subsampling (subsample_size=None), on all data or on a part that fits into memory, and "
+    "judge the same guide by that model; or use simulation-based calibration."
+)
 
 
 class Probe(Protocol):
     """The part of a mode search that the verdict reads.
 
     Attributes:
-        missing_share: share of the posterior's mass that lies in missed modes.
+        missing_share: share of the posterior's mass in missed modes.
         missed: which modes the guide misses, shape ``(modes,)``, Boolean.
         locations: the modes, shape ``(modes, D)``, unconstrained.
         share: share of the posterior's mass in each, shape ``(modes,)``.
-        complete: whether the search ended by itself; true if the attribute is missing.
+        complete: whether the search ended by itself; true if missing.
     """
 
-    missing_share: float
-    missed: Tensor
-    locations: Tensor
-    share: Tensor
+    @property
+    def missing_share(self) -> float: ...
+
+    @property
+    def missed(self) -> Tensor: ...
+
+    @property
+    def locations(self) -> Tensor: ...
+
+    @property
+    def share(self) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -67,7 +89,7 @@ class Verdict:
         label: ``"good"``, ``"good, tails uncertain"``, ``"good, modes not searched"``, ``"good, few draws judged"``,
             ``"use importance resampling"``, ``"modes missing"``, ``"bad"`` or ``"not judged"``.
         ok: whether the draws can be used unweighted, at least for means and central intervals: the first two labels.
-        text: the numbers, what they mean, and what to do next.
+        text: the numbers, their meaning, and the next step.
         numbers: the numbers by name.
     """
 
@@ -84,10 +106,9 @@ class Verdict:
 
 
 def widening(input_dim: int) -> float:
-    r"""The factor by which to widen a guide's base for the check of its tails in :func:`judge`.
+    r"""The factor by which to widen a guide's base for the check of tails in :func:`judge`, :math:`1 + 0.7 / \sqrt D`.
 
-    :math:`1 + 0.7 / \sqrt D`: if the guide is exact, about half of the draws from the wider one are effective in any
-    dimension ``input_dim``.
+    If the guide is exact, about half of the wider draws are effective in any dimension ``input_dim``.
     """
     return 1 + 0.7 / math.sqrt(integer("widening", "input_dim", input_dim))
 
@@ -119,18 +140,17 @@ def judge(
        weights with an index of 0.5 or more (an exact guide has at most 0.3).
     8. *good*.
 
-    :math:`\hat k` depends only on the shape of the largest weights, and fits noise if these are nearly constant.  So it
-    counts only if at least half a percent of all weight lies in the tail's excess.
+    :math:`\hat k` fits noise if the largest weights are nearly constant, so it counts only if at least half a percent
+    of all weight lies in the tail's excess.
 
     Args:
         found: the weights of the guide's draws.
-        probe: a search for modes.  Without it, a mode that the guide never visits goes unnoticed, and the text says so.
+        probe: a search for modes; without it, a mode that the guide never visits goes unnoticed.
         moments: the moments of the same draws.
         wide: the weights of the guide with its base widened by :func:`widening`.  An exact guide gives the same
-            evidence both ways.  A guide whose tails end too early gives less than the wider one, which its own weights
-            hardly show.
+            evidence both ways; one whose tails end too early gives less, which its own weights hardly show.
         minibatch: whether the log density was that of a subsample of the data, so that the weights are noisy.
-        failures: draws at which the log density could not be evaluated, beyond those that ``found`` counts.
+        failures: draws at which the log density could not be evaluated, beyond those in ``found``.
         asked: how many draws were wanted, if time may have run out.
 
     References:
@@ -138,73 +158,43 @@ def judge(
         Importance Sampling (Vehtari et al., 2015), arXiv:1507.02646.
     """
     facts, numbers = _facts(found, probe, moments, wide, failures)
+
+    def verdict(label: str, step: str = "") -> Verdict:
+        text = "\n".join([*facts, f"Next: {step or NEXT[label]}"])
+        return Verdict(label, label in (GOOD, TAILS), text, numbers)
+
     if minibatch:
-        return _verdict(
-            UNJUDGED,
-            ["The model subsamples its data, so each log weight is a noisy estimate, and no number holds."],
-            "Build the model without subsampling (subsample_size=None), on all data or on a part that fits into "
-            "memory, and judge the same guide by that model; or use simulation-based calibration.",
-            numbers,
-        )
+        facts = ["The model subsamples its data, so each log weight is a noisy estimate, and no number holds."]
+        return verdict(UNJUDGED, UNSAMPLED)
     cut = asked is not None and found.num_samples < min(asked, ENOUGH)
     if cut:
         facts.insert(0, f"Time was up after {found.num_samples:,} of {asked:,} draws.")
-    more = "Give the fit more seconds, or write the model so that it runs for many draws at once."
     if found.num_samples < FEWEST:
-        return _verdict(UNJUDGED, facts, more if cut else f"Take at least {FEWEST} draws, better 10,000.", numbers)
+        return verdict(UNJUDGED, NEXT[FEW] if cut else f"Take at least {FEWEST} draws, better 10,000.")
     outside = numbers.get("outside", 0.0)
     limit = min(0.7, 1 - 1 / math.log10(found.num_samples))
     heavy = found.khat >= limit and found.tail >= TAIL
     effective = found.num_samples * found.ess
     usable = not heavy and effective >= max(100, min(1000, found.num_samples / 10))
     wasted = (found.failures + found.zeros + failures) / (found.num_samples + failures)
-    if numbers.get("missing_share", 0.0) >= SHARE:
-        return _verdict(
-            MODES,
-            facts,
-            "Fit with tempering, which lets the guide spread before the likelihood is at full weight; start several "
-            "guides and compare their evidence; or a flow with more layers. If two modes differ only in labels, break "
-            "the symmetry in the model.",
-            numbers,
-        )
-    if outside > 0.1 or not (found.ess >= GOOD_ESS or usable):
-        return _verdict(BAD, facts, _remedy(found, wasted, outside), numbers)
     # A shift of NaN counts as a shift.
     moved = not (numbers.get("mean_shift", 0.0) <= SHIFT and numbers.get("scale_shift", 0.0) <= SHIFT)
-    if found.ess < GOOD_ESS or wasted > WASTE or moved:
-        if not usable:
-            return _verdict(BAD, facts, _remedy(found, wasted, outside), numbers)
-        return _verdict(
-            RESAMPLE,
-            facts,
-            f"Resample at most {int(effective):,} draws by their smoothed weights. More training time, then more "
-            "layers, would make that unnecessary.",
-            numbers,
-        )
-    if cut:
-        return _verdict(FEW, facts, more, numbers)
+    flawed = found.ess < GOOD_ESS or wasted > WASTE or moved
     stray = wide is not None and wide.khat >= 0.5 and wide.tail >= TAIL
+    if numbers.get("missing_share", 0.0) >= SHARE:
+        return verdict(MODES)
+    if outside > 0.1 or (flawed and not usable):
+        return verdict(BAD, _remedy(found, wasted, outside))
+    if flawed:
+        resample = f"Resample at most {int(effective):,} draws by their smoothed weights."
+        return verdict(RESAMPLE, f"{resample} More training time, then more layers, would make that unnecessary.")
+    if cut:
+        return verdict(FEW)
     if probe is not None and not getattr(probe, "complete", True):
-        return _verdict(
-            UNSEARCHED,
-            facts,
-            "Give the fit more seconds, so that the search can end; or write the model so that it runs for many draws "
-            "at once; or compare with fits from other starts.",
-            numbers,
-        )
+        return verdict(UNSEARCHED)
     if heavy or stray or outside > SHARE or numbers.get("heavy", -math.inf) >= 0.7:
-        return _verdict(
-            TAILS,
-            facts,
-            "For tail quantities compare with the resampled draws, report quantiles in place of standard deviations, "
-            "and try a reparameterized model (a non-centered one for hierarchies), a base with heavier tails, or NUTS.",
-            numbers,
-        )
-    return _verdict(GOOD, facts, "Nothing.", numbers)
-
-
-def _verdict(label: str, facts: list[str], next_step: str, numbers: dict[str, float]) -> Verdict:
-    return Verdict(label, label in (GOOD, TAILS), "\n".join([*facts, f"Next: {next_step}"]), numbers)
+        return verdict(TAILS)
+    return verdict(GOOD)
 
 
 def _remedy(found: Importance, wasted: float, outside: float) -> str:
@@ -225,16 +215,8 @@ def _facts(
     found: Importance, probe: Probe | None, moments: Moments | None, wide: Importance | None, failures: int
 ) -> tuple[list[str], dict[str, float]]:
     """The sentences and numbers of any verdict."""
-    numbers = {
-        "ess": found.ess,
-        "khat": found.khat,
-        "tail": found.tail,
-        "log_evidence": found.log_evidence,
-        "log_evidence_error": found.log_evidence_error,
-        "elbo": found.elbo,
-        "iw_elbo": found.iw_elbo,
-        "spread": found.spread,
-    }
+    names = ("ess", "khat", "tail", "log_evidence", "log_evidence_error", "elbo", "iw_elbo", "spread")
+    numbers: dict[str, float] = {name: getattr(found, name) for name in names}
     facts = [
         f"Weights of {found.num_samples:,} draws: ESS {found.ess:.3f} of the draws, k-hat {found.khat:.2f}"
         f"{_about_khat(found)}, spread of the log weights {found.spread:.3f} nats.",

@@ -1,10 +1,9 @@
-"""How good a fitted flow is: weights of its draws, what moves with them, and what its draws never see."""
+"""How good a fitted flow is: weights of its draws, moments under these, and modes that it misses."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,27 +14,20 @@ from pyro_flows.infer.diagnostics import Importance, Verdict, compare_moments, i
 from pyro_flows.infer.machine.pace import Pace, pace_of
 from pyro_flows.infer.models.joint import FAILURES
 from pyro_flows.infer.models.latents import Latents
+from pyro_flows.infer.search.climb import LogDensity
 from pyro_flows.infer.search.probe import ModeProbe, nothing_found, probe_modes
 
 __all__ = ["Assessment", "assess", "search_modes", "weigh"]
 
 CHUNK = 1000
-
-
 DRAWS = 10_000
-
-
 FEWEST = 1000
-
-
 STARTS = 32  # of the search for modes
-
-LogDensity = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Assessment:
-    """Draws of a flow, what model and flow say of them, and the verdict."""
+    """Draws of a flow, their densities under model and flow, and the verdict."""
 
     draws: Tensor
     """Unconstrained, ``(n, D)``."""
@@ -44,8 +36,11 @@ class Assessment:
     log_q: Tensor
     """The flow's log-density, ``(n,)``."""
     importance: Importance
+    """All numbers about the weights."""
     probe: ModeProbe | None
+    """The search for modes, if there was one."""
     verdict: Verdict
+    """Whether the flow can be trusted."""
 
     @property
     def log_weights(self) -> Tensor:
@@ -55,19 +50,14 @@ class Assessment:
 
 @torch.no_grad()
 def weigh(
-    flow: Flow, density: LogDensity, n: int, deadline: float = math.inf, scale: float = 1.0
-) -> tuple[Tensor, ...]:
-    """Draws, log p and log q; fewer than ``n`` (at least one) where the deadline comes first.
+    flow: Flow, density: LogDensity, num_samples: int, deadline: float = math.inf, scale: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns draws of the flow, log p and log q; fewer, at least one, after a deadline of ``time.monotonic()``.
 
-    Args:
-        flow: where they are drawn.
-        density: of the model; where it raises it counts as NaN.
-        n: how many draws.
-        deadline: by ``time.monotonic()``.
-        scale: by which the base is widened; log q is then that of the widened flow.
+    Where the model raises, log p is NaN.  A ``scale`` widens the base, and log q is that of the widened flow.
     """
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
-    left = n
+    left = num_samples
     while left > 0 and (not parts or time.monotonic() < deadline):
         count = min(CHUNK, left)
         x = flow.base().sample((count,))
@@ -76,11 +66,11 @@ def weigh(
         log_p = _scores(density, z, deadline)
         parts.append((z[: len(log_p)], log_p.to(z.dtype), log_q[: len(log_p)]))
         left -= count
-    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+    z, log_p, log_q = (torch.cat(part) for part in zip(*parts, strict=True))
+    return z, log_p, log_q
 
 
 def _scores(density: LogDensity, z: Tensor, deadline: float) -> Tensor:
-    """Log-densities of the first rows, at least one: all that are scored before the deadline."""
     pace = pace_of(density) or Pace()
     parts: list[Tensor] = []
     first = 0
@@ -105,20 +95,20 @@ def search_modes(
     initial: Tensor,
     log_evidence: float,
     *,
-    starts: int = STARTS,
+    num_starts: int = STARTS,
     seconds: float = math.inf,
     generator: Generator | None = None,
 ) -> ModeProbe:
-    """Modes of the density, and whether the flow, of which there are draws, covers them; see :func:`probe_modes`."""
+    """Finds modes of the density, and whether the flow covers them; see :func:`probe_modes`."""
     return probe_modes(
         density,
         lambda points: flow().log_prob(points),
         draws[draws.isfinite().all(-1)],
         initial,
         log_evidence=log_evidence,
-        starts=starts,
+        num_starts=num_starts,
         generator=generator,
-        max_seconds=None if seconds == math.inf else seconds,
+        seconds=None if seconds == math.inf else seconds,
     )
 
 
@@ -136,25 +126,25 @@ def assess(
     initial: Tensor,
     *,
     minibatch: bool = False,
-    draws: int = DRAWS,
+    num_samples: int = DRAWS,
     seconds: float = math.inf,
     search_seconds: float = math.inf,
     generator: Generator | None = None,
 ) -> Assessment:
-    """Draws, weights, moments, a wider guide, a search for modes, and a verdict from all of these.
+    """Judges a flow by draws, weights, moments, a wider guide and a search for modes.
 
-    Half of ``seconds`` goes to the draws (more where that is too short for a thousand), the rest to the wider guide and
-    the search, which has ``search_seconds`` at most.
+    Half of ``seconds`` goes to the draws (more if that is too short for a thousand), the rest to the wider guide and
+    the search, which takes ``search_seconds`` at most.
     """
     begin = time.monotonic()
     pace = pace_of(density) or Pace()
-    # Where time is short, draws come first: what few of them say is worth little, whatever is found besides.
-    part = 0.5 if 0.5 * seconds >= min(draws, FEWEST) * pace.seconds_per_draw else 0.8
-    z, log_p, log_q = weigh(flow, density, draws, begin + part * seconds)
+    # If time is short, draws come first, as few of them say little.
+    part = 0.5 if 0.5 * seconds >= min(num_samples, FEWEST) * pace.seconds_per_draw else 0.8
+    z, log_p, log_q = weigh(flow, density, num_samples, begin + part * seconds)
     log_weights = log_p - log_q
     found = importance(log_weights)
     if minibatch or not (log_weights.isfinite().sum() >= 2):
-        return Assessment(z, log_p, log_q, found, None, judge(found, minibatch=minibatch, asked=draws))
+        return Assessment(z, log_p, log_q, found, None, judge(found, minibatch=minibatch, asked=num_samples))
     fine = z.isfinite().all(-1)
     moments = compare_moments(latents.draws(z[fine]), log_weights[fine])
     wide_count = max(min(len(z), 2000), 1)
@@ -164,5 +154,5 @@ def assess(
     probe = nothing_found(z)
     if left > 0 and math.isfinite(found.log_evidence):
         probe = search_modes(flow, density, z, initial, found.log_evidence, seconds=left, generator=generator)
-    verdict = judge(found, probe, moments=moments, wide=wide, asked=draws)
+    verdict = judge(found, probe, moments=moments, wide=wide, asked=num_samples)
     return Assessment(z, log_p, log_q, found, probe, verdict)

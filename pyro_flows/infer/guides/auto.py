@@ -17,18 +17,20 @@ from pyro.distributions import TransformModule
 from pyro.infer.autoguide import AutoContinuous
 from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.params.param_store import param_with_module_name
+from pyro.poutine import Trace
 from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
 from pyro_flows.core.chain import Chain
+from pyro_flows.core.checks import choice, integer
 from pyro_flows.core.memo import Kept
 from pyro_flows.core.transform import FlowTransform
 from pyro_flows.core.wrap import Wrap
 from pyro_flows.distributions import Flow, FlowDistribution
 from pyro_flows.flows import iaf, nsf, realnvp
-from pyro_flows.infer.guides.posterior import PathPosterior, Steady
+from pyro_flows.infer.guides.posterior import PathPosterior, Steady, preconditioner_of
 from pyro_flows.infer.models.enumeration import can_be_summed, hidden_sites, unblocked
 from pyro_flows.infer.models.joint import FAILURES, JointDensity
 from pyro_flows.infer.models.latents import Latents
@@ -44,7 +46,18 @@ from pyro_flows.infer.models.prototype import (
     resized,
     sizes_of,
 )
-from pyro_flows.infer.models.sites import DATA, DRAWN, FACTOR, is_part, run, sites_of
+from pyro_flows.infer.models.sites import (
+    DATA,
+    DRAWN,
+    FACTOR,
+    Message,
+    Model,
+    is_part,
+    latent_messages,
+    nesting_of,
+    run,
+    sites_of,
+)
 from pyro_flows.infer.search.start import find_start
 from pyro_flows.transforms import Preconditioner
 from pyro_flows.univariate.base import Affine
@@ -54,7 +67,7 @@ __all__ = ["AutoFlow", "as_flow_of", "default_builder", "seeded"]
 Builder = Callable[[int], TransformModule]
 NOT_BUILT = "AutoFlow: this guide has not seen its model yet: call .setup(*args) with its arguments"
 NO_MODEL = "AutoFlow: this guide comes from a pickle, which holds no model; make a new one and load its state_dict"
-SLOW_SECONDS = 20.0  # for the start, where a model runs for one draw at a time
+SLOW_SECONDS = 20.0  # for the start, if a model runs for one draw at a time
 FULL_RANK = 300  # dimensions up to which the preconditioner is a full matrix
 GAIN = 0.1  # of the default flow, so that steps of 0.03, as in Pyro's tutorials, do not make its scales explode
 STARTS = ("pathfinder", "prior")
@@ -62,25 +75,25 @@ _BUILT = itertools.count()
 
 
 def default_builder(dim: int) -> FlowTransform:
-    """What a guide of so many dimensions is made of, if nothing is said.
+    """The default flow of a guide with ``dim`` dimensions.
 
-    Three small autoregressive layers that sample in one pass, in the order of the latents and backwards in turns, so
-    that a latent may follow those before it, as in the model; beyond 64 dimensions affine couplings between random
-    halves, which cost less there; a spline where there is only one dimension.
+    Up to 64 dimensions: three small autoregressive layers that sample in one pass, alternately in the order of the
+    latents and backwards.  Beyond: affine couplings between random halves, which cost less there.  In one dimension: a
+    spline.
     """
     if dim == 1:
         return nsf(1, num_layers=1)
     if dim <= 64:
-        # A bound far out: in a funnel the log-scales of some latents go with another latent, however far that goes.
+        # A bound far out: in a funnel the log-scales of some latents follow another latent, however far it goes.
         return iaf(dim, num_layers=3, hidden_dims=(max(32, dim),) * 2, univariate=Affine(10.0, GAIN))
     return realnvp(dim, num_layers=8, hidden_dims=(64, 64), mask="random", univariate=Affine(2.0, GAIN))
 
 
 def as_flow_of(builder: Builder, dim: int) -> FlowTransform:
-    """What a builder makes, as one flow.
+    """Makes one flow by a builder.
 
     Raises:
-        ValueError: if it is no flow of so many dimensions.
+        ValueError: if the builder gives no flow of ``dim`` dimensions.
     """
     made = builder(dim)
     if not isinstance(made, FlowTransform):
@@ -98,35 +111,38 @@ class AutoFlow(AutoContinuous):
     r"""An autoguide whose posterior is a normalizing flow: :math:`z = \mu + S (A\, f(u) + b)`, :math:`u \sim N(0, I)`.
 
     :math:`z` holds all latents in unconstrained space, :math:`f` is a flow that starts as the identity, :math:`\mu` and
-    :math:`S` come from an informed start, and the triangular :math:`A` and :math:`b` learn.  It follows Pyro's
-    conventions for autoguides: it takes the model's arguments, works with stock ``SVI`` and any ELBO, with vectorised
+    :math:`S` come from an informed start, and the triangular :math:`A` and :math:`b` are learned.  It follows Pyro's
+    conventions for autoguides: it takes the model's arguments, works with stock ``SVI`` and any ELBO, vectorized
     particles, plates, ``AutoGuideList``, ``NeuTraReparam`` and ``Predictive``.  :func:`~pyro_flows.infer.fit_guide`
     trains it and judges the result.
 
-    It is built at the first call, or by :meth:`setup`, which runs the model; from then on its parameters are there to
-    be moved, saved, loaded and optimised.  A draw costs one pass of the flow in its sampling direction; each step
-    with the path gradient costs one pass in the density direction as well.
+    The first call, or :meth:`setup`, runs the model and builds the flow.  A draw costs one pass of the flow in its
+    sampling direction, and a step with the path gradient one more pass in the density direction.
 
-    Discrete latents cannot be in it: hide and enumerate them, ``AutoFlow(poutine.block(config_enumerate(model),
+    The guide has no discrete latents: hide and enumerate them, ``AutoFlow(poutine.block(config_enumerate(model),
     hide=["k"]))`` with ``TraceEnum_ELBO``.
 
     Args:
         model: a Pyro model.
-        builder: what makes the flow of a number of dimensions, e.g. ``partial(pf.realnvp, num_layers=8)``; by default
-            that of :func:`default_builder`.
+        builder: a function from a number of dimensions to a flow, e.g. ``partial(pf.realnvp, num_layers=8)``; by
+            default :func:`default_builder`.
         start: ``"pathfinder"``: quasi-Newton paths and Laplace's approximation, ranked by their ELBO; ``"prior"``: a
             small Gaussian around the initial point.
-        init_loc_fn: how to choose the initial value of each site (see ``pyro.infer.autoguide.initialization``); by
-            default the middle of its support, also where its prior is improper.
+        init_loc_fn: chooses the initial value of each site (see ``pyro.infer.autoguide.initialization``); by default
+            the middle of its support, also where its prior is improper.
         path_gradient: whether the entropy's gradient follows the path alone (see ``PathPosterior``).
-        particles: draws per step of ``fit_guide``; by default 128, or fewer for slow models.
-        tempering: the weight of the posterior against the base with which ``fit_guide`` begins, which rises to 1 over
-            the first 60 % of its steps; ``None`` for none.  For several modes; 0.05 is a good value.
-        num_starts: dispersed points from which the start is sought.
-        start_seconds: wall time for building the guide, the search for a start included; what is best by then is taken.
-            By default 20 for the search where the model runs for one draw at a time, else none.
-        dtype: of the flow; by default that of the model's latents.
-        seed: of all random choices, so that two fits of as many steps are the same; by seconds they never quite are.
+        num_particles: draws per step of ``fit_guide``; by default 128, or fewer for slow models.
+        tempering: the first weight of the posterior against the base in ``fit_guide``, which rises to 1 over the first
+            60 % of its steps; ``None`` for none.  For several modes; 0.05 is a good value.
+        num_starts: dispersed points from which to search for the start.
+        start_seconds: wall time for building the guide, which then takes the best start found so far.  The default is
+            20 for the search if the model runs for one draw at a time, else no limit.
+        dtype: the flow's dtype; by default that of the model's latents.
+        seed: for all random choices: fits by steps are reproducible, fits by seconds nearly so.
+
+    Attributes:
+        flow: the :class:`~pyro_flows.distributions.Flow` of the unconstrained latents.
+        latents: the latents' names, shapes and supports.  Both are there once the guide is built.
 
     Raises:
         ValueError: for unknown options; and, at the first call, for models that no such guide can represent.
@@ -138,15 +154,19 @@ class AutoFlow(AutoContinuous):
         2020), arXiv:2006.10343.
     """
 
+    latents: Latents
+    flow: Flow
+    initial: Tensor
+
     def __init__(
         self,
-        model: Callable[..., object],
+        model: Model,
         builder: Builder | None = None,
         *,
         start: str = "pathfinder",
         init_loc_fn: Init | None = None,
         path_gradient: bool = True,
-        particles: int | None = None,
+        num_particles: int | None = None,
         tempering: float | None = None,
         num_starts: int = 4,
         start_seconds: float | None = None,
@@ -160,35 +180,33 @@ class AutoFlow(AutoContinuous):
                 "AutoFlow: expected builder to be a function from a number of dimensions to a flow, e.g. "
                 f"partial(pf.realnvp, num_layers=8), got {type(builder).__name__}"
             )
-        if start not in STARTS:
-            raise ValueError(f"AutoFlow: expected start to be one of {STARTS}, got {start!r}")
+        choice("AutoFlow", "start", start, STARTS)
         if tempering is not None and not 0 < tempering <= 1:
             raise ValueError(f"AutoFlow: expected tempering to be in (0, 1], got {tempering}")
-        if particles is not None and particles < 1:
-            raise ValueError(f"AutoFlow: expected particles to be at least 1, got {particles}")
+        if num_particles is not None:
+            integer("AutoFlow", "num_particles", num_particles)
         if start_seconds is not None and not 0 < start_seconds < math.inf:
             raise ValueError(f"AutoFlow: expected start_seconds to be a positive number, got {start_seconds!r}")
         super().__init__(model, init_loc_fn=feasible)
         self._pyro_name = _new_name(self)
-        self._plain_model = (model,)
+        self._plain_model: tuple[Model] | None = (model,)
         self.builder, self.start, self.init_loc_fn = builder, start, init_loc_fn
-        self.path_gradient, self.particles, self.tempering = path_gradient, particles, tempering
+        self.path_gradient, self.num_particles, self.tempering = path_gradient, num_particles, tempering
         self.num_starts, self.flow_dtype, self.seed = num_starts, dtype, seed
-        self.latents: Latents | None = None
         self.subsampled = False
         self.vectorized: bool | None = None  # False once the model is known not to run for many draws at once
         self.start_seconds = start_seconds
         self.start_evaluations = 0
-        self.model_parameters: dict[str, Tensor] = {}  # of the model itself, with the values that they had at the start
-        self.of_prior = False  # whether to fit the prior on purpose, where there are no data
-        self.unobserved = False  # whether no data are to be seen
+        self.model_parameters: dict[str, Tensor] = {}  # of the model itself, with their values at the start
+        self.of_prior = False  # whether to fit the prior on purpose
+        self.unobserved = False
         self.hidden_data: frozenset[str] = frozenset()  # sites with data that poutine.block hides
         self.discrete: frozenset[str] = frozenset()  # hidden sites that the density sums out
         self.why_not_summed: str | None = None
         self._hidden: frozenset[str] = frozenset()  # sites that poutine.block hides
         self._shown: frozenset[str] = frozenset()  # hidden sites that the density has nevertheless
         self._sizes: Sizes = {}  # of the arguments that this guide was built for
-        self._fitting: Sizes = {}  # of those that are known to fit, last
+        self._fitting: Sizes = {}  # of the last other arguments that fit
         self._observed: set[str] = set()
         self._steady = Steady()
         self._sorted = Kept()
@@ -205,15 +223,15 @@ class AutoFlow(AutoContinuous):
         return self
 
     def restart(self) -> AutoFlow:
-        """Forgets what was built and learnt, so that the next call builds the guide anew; returns the guide.
+        """Discards the flow, so that the next call builds the guide anew; returns the guide.
 
-        The parameters that it had are no longer its own, and the new ones have a name of their own in Pyro's store.
+        The new parameters have a name of their own in Pyro's store.
         """
-        self.prototype_trace = self.latents = self.vectorized = None
+        self.prototype_trace = self.vectorized = None
         self._sizes = self._fitting = {}
         self.discrete = self._shown = frozenset()
         self.why_not_summed = None
-        for name in ("flow", "_first_density"):
+        for name in ("flow", "latents", "_first_density"):
             if hasattr(self, name):
                 delattr(self, name)
         self._rename()
@@ -228,11 +246,11 @@ class AutoFlow(AutoContinuous):
         if self.prototype_trace is None:
             init = initializer(self.init_loc_fn, args, kwargs)
 
-            def drawn_if_discrete(site: dict[str, Any]) -> Tensor:
+            def drawn_if_discrete(site: Message) -> Tensor:
                 return site["fn"].sample() if site["fn"].support.is_discrete else init(site)
 
             with torch.random.fork_rng():
-                trace = run(InitMessenger(drawn_if_discrete)(self.plain_model), args, kwargs, {})
+                trace = run(InitMessenger(drawn_if_discrete)(self.plain_model), args, kwargs)
             sites = sites_of(trace, frozenset()).values()
             drawn = [site for site in sites if site.kind == DRAWN and site.fn.support.is_discrete]
             for site in drawn:
@@ -252,9 +270,9 @@ class AutoFlow(AutoContinuous):
         limit = math.inf if self.start_seconds is None else self.start_seconds
         begin = time.monotonic()
         init = initializer(self.init_loc_fn, args, kwargs)
-        self._model = (InitMessenger(init)(self._plain_model[0]),)
+        self._model = (InitMessenger(init)(self.plain_model),)
         with seeded(self.seed):
-            trace, latents = inspect(self._plain_model[0], init, args, kwargs, begin + 0.3 * limit)
+            trace, latents = inspect(self.plain_model, init, args, kwargs, begin + 0.3 * limit)
             try:
                 super()._setup_prototype(*args, **kwargs)
                 self.latents, self.subsampled = latents, is_part(trace)
@@ -262,7 +280,7 @@ class AutoFlow(AutoContinuous):
                 self._observed = set(trace.observation_nodes)
                 self._look_behind(trace, args, kwargs)
                 density = self._density(args, kwargs, None)
-                # One at a time: hidden sites differ from run to run, which looks like a failure to broadcast.
+                # One at a time: random hidden sites look like a failure to broadcast.
                 alone = self._density(args, kwargs, False)
                 initial = self._finite_start(alone, trace)
                 density._own = alone._own
@@ -277,7 +295,7 @@ class AutoFlow(AutoContinuous):
                 raise
         self._sizes, self._steady = sizes_of(self.plain_model, args, kwargs), Steady()
 
-    def _finite_start(self, alone: JointDensity, trace: Any) -> Tensor:
+    def _finite_start(self, alone: JointDensity, trace: Trace) -> Tensor:
         try:
             return finite_start(alone, trace, self.latents)
         except ValueError as error:
@@ -289,18 +307,20 @@ class AutoFlow(AutoContinuous):
                 "that depend on them in their plates (https://pyro.ai/examples/enumeration.html)"
             ) from error
 
-    def _look_behind(self, trace: Any, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        """Looks for sites that ``poutine.block`` hides from this guide: discrete latents to sum out, and data."""
+    def _look_behind(self, trace: Trace, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        """Finds sites that ``poutine.block`` hides from this guide: discrete latents to sum out, and data."""
         self.discrete = self._shown = frozenset()
         self.why_not_summed = None
-        values = {site.name: trace.nodes[site.name]["value"].detach() for site in self.latents}
+        values = {name: message["value"].detach() for name, message in latent_messages(trace).items()}
         hidden = hidden_sites(self.plain_model, values, args, kwargs)
         self._hidden = frozenset(hidden)
         self.hidden_data = frozenset(name for name, site in hidden.items() if site.kind in (DATA, FACTOR))
         drawn = {name: site for name, site in hidden.items() if site.kind == DRAWN}
         if all(map(can_be_summed, drawn.values())):
             self.discrete = self._shown = frozenset(drawn)
-        nesting = [site.nesting for name, site in hidden.items() if name in self.discrete | self.hidden_data]
+        nesting = [
+            nesting_of(site.message) for name, site in hidden.items() if name in self.discrete | self.hidden_data
+        ]
         self.latents.max_plate_nesting = max([self.latents.max_plate_nesting, *nesting])
         point = self.latents.pack(values)
         try:
@@ -308,11 +328,11 @@ class AutoFlow(AutoContinuous):
         except NotImplementedError as error:
             self.why_not_summed = str(error)
             self.discrete = self._shown = frozenset()
-        except FAILURES:  # at a point where the density is not defined
+        except FAILURES:  # the density is not defined here
             pass
         self.unobserved = not self._density(args, kwargs, False).is_observed(point, bool(drawn) and not self.discrete)
         if self.unobserved and not self.of_prior:
-            # The model that this guide is trained with has the data, also where all of them are hidden from the guide.
+            # The model in training has the data, even if the guide sees none.
             self._shown = self.discrete | self.hidden_data
 
     def _build(self, density: JointDensity, initial: Tensor, deadline: float) -> Flow:
@@ -324,8 +344,8 @@ class AutoFlow(AutoContinuous):
 
     def _find_start(self, density: JointDensity, initial: Tensor, deadline: float) -> tuple[Tensor, Tensor]:
         dim = len(initial)
-        # Where the data are hidden, what climbs the prior would leave the user's initial point; and a model that draws
-        # more than its latents has no density to climb.
+        # Without data, a climb of the prior would leave the user's initial point; and a model that draws more than its
+        # latents has no density to climb.
         hidden = self.unobserved and bool(self.hidden_data) and not self.of_prior
         chosen = hidden and (self.init_loc_fn is not None or not self._shown)
         late = time.monotonic() > deadline
@@ -335,16 +355,14 @@ class AutoFlow(AutoContinuous):
             with poutine.block():
                 with torch.no_grad():
                     density(initial[None])  # finds out whether it runs for many draws at once
-                still = density.still() if self.subsampled else density
-                still.pace = density.pace
                 seconds = None if deadline == math.inf else max(0.0, deadline - time.monotonic())
                 if seconds is None and not density.vectorized:
                     seconds = SLOW_SECONDS
                 found = find_start(
-                    still,
+                    density.still() if self.subsampled else density,
                     initial,
-                    starts=self.num_starts,
-                    max_seconds=seconds,
+                    num_starts=self.num_starts,
+                    seconds=seconds,
                     full_rank_up_to=FULL_RANK,
                 )
             initial, scale = found.loc, found.scale
@@ -353,34 +371,34 @@ class AutoFlow(AutoContinuous):
         return initial, scale
 
     def density(self, *args: object, **kwargs: object) -> JointDensity:
-        """The model's joint density over this guide's latents, at these arguments of the model."""
+        """Returns the model's joint density over this guide's latents, at these arguments of the model."""
         if self.prototype_trace is None:
             self.setup(*args, **kwargs)
         elif sizes_of(self.plain_model, args, kwargs) != self._sizes:
             self._compare_latents(args, kwargs)
-        # What was found out of it while the guide was built need not be found out again.
+        # The first density keeps the findings of building the guide.
         known = self.__dict__.pop("_first_density", None)
         if known is not None and _same_objects((known.args, known.kwargs), (args, kwargs)):
             return known
         return self._density(args, kwargs, self.vectorized)
 
     def _density(self, args: tuple[object, ...], kwargs: dict[str, object], vectorize: bool | None) -> JointDensity:
-        # Stock SVI, which this guide may be for, does not run the model for many draws at once.
+        # Quiet: stock SVI, which may train this guide, does not run the model for many draws at once.
         if not self._shown:
             return JointDensity(self.plain_model, self.latents, args, kwargs, vectorize, quiet=True)
-        # All sites are let through, for what pyro.markov keeps track of, and those that stay hidden do not count.
+        # All sites are let through, as pyro.markov requires, and those that stay hidden do not count.
         model, ignored = unblocked(self.plain_model), self._hidden - self._shown
         return JointDensity(model, self.latents, args, kwargs, vectorize, self.discrete, ignored, quiet=True)
 
     @property
-    def model(self) -> Callable[..., object]:
+    def model(self) -> Model:
         """The model, with the initial values of its latents."""
         if self._model is None:
             raise AttributeError(NO_MODEL)
         return self._model[0]
 
     @property
-    def plain_model(self) -> Callable[..., object]:
+    def plain_model(self) -> Model:
         """The model as it was given."""
         if self._plain_model is None:
             raise AttributeError(NO_MODEL)
@@ -389,22 +407,27 @@ class AutoFlow(AutoContinuous):
     @property
     def preconditioner(self) -> Preconditioner:
         """The affine end of the flow."""
-        return self.flow.chain[-1]
+        return preconditioner_of(self.flow)
+
+    @property
+    def is_built(self) -> bool:
+        """Whether the guide has seen its model, and has a flow."""
+        return "latents" in self.__dict__
 
     def _built(self) -> Flow:
-        if self.latents is None:
+        if not self.is_built:
             raise ValueError(NOT_BUILT)
         return self.flow
 
-    def __getattr__(self, name: str) -> object:
-        # What a property raises ends here as well, without its words.
+    def __getattr__(self, name: str) -> Any:
+        # An error of a property ends here as well, without its words.
         if name in ("model", "plain_model"):
             raise AttributeError(NO_MODEL)
-        if name in ("flow", "preconditioner", "initial", "latent_dim") and self.__dict__.get("latents") is None:
+        if name in ("flow", "latents", "preconditioner", "initial", "latent_dim") and not self.is_built:
             raise AttributeError(NOT_BUILT)
         return super().__getattr__(name)
 
-    # What Pyro's autoguides offer.
+    # The interface of Pyro's autoguides.
 
     def forward(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
         """Samples the latents; takes the model's arguments, returns values by site."""
@@ -413,20 +436,20 @@ class AutoFlow(AutoContinuous):
         elif self._model is not None:
             sizes = sizes_of(self.plain_model, args, kwargs)
             if sizes not in (self._sizes, self._fitting):
-                # Only then is a run of the model worth it: Pyro replays the guide's rows in another plate of their
-                # name, and may say nothing.
+                # Pyro may replay the guide's rows in a plate of another size without a word.
                 if resized((frame.size for frame in self._prototype_frames.values()), self._sizes, sizes):
                     self._compare_latents(args, kwargs, known=True)
         return super().forward(*args, **kwargs)
 
     def _compare_latents(self, args: tuple[object, ...], kwargs: dict[str, object], known: bool = False) -> None:
-        """Refuses arguments at which the model has other latents, if that can be told; or other shapes of known ones.
+        """Refuses arguments at which the model has other latents, or only other shapes of ``known`` ones.
 
-        Latents that the guide does not know are drawn from the model, as in predictions for a new group.
+        Unknown latents are drawn from the model, as for a new group.
         """
+        here: dict[str, tuple[int, ...]] = {site.name: tuple(site.shape) for site in self.latents}
         there = latent_shapes(self.plain_model, args, kwargs, self._observed)
-        here = {site.name: tuple(site.shape) for site in self.latents}
-        names = () if there is None else [n for n in here if n in there] if known else {**here, **there}
+        there = here if there is None else there  # nothing is known where the model does not run
+        names = [n for n in here if n in there] if known else {**here, **there}
         name = next((n for n in names if here.get(n) != there.get(n)), None)
         if name is not None:
             raise ValueError(
@@ -437,15 +460,16 @@ class AutoFlow(AutoContinuous):
         self._fitting = sizes_of(self.plain_model, args, kwargs)
 
     def get_base_dist(self) -> torch.distributions.Distribution:
-        """The standard normal, event shape ``(latent_dim,)``."""
+        """Returns the standard normal, event shape ``(latent_dim,)``."""
         return self._built().base()
 
     def get_transform(self, *args: object, **kwargs: object) -> Chain:
-        """From the base to the unconstrained latents."""
-        return self._built().chain
+        """Returns the map from the base to the unconstrained latents."""
+        chain: Any = self._built().chain
+        return chain
 
     def get_posterior(self, *args: object, **kwargs: object) -> FlowDistribution:
-        """Of the unconstrained latents; its ``log_prob`` has the whole derivative."""
+        """Returns the distribution of the unconstrained latents; its ``log_prob`` has the whole derivative."""
         return self._built()()
 
     def sample_latent(self, *args: object, **kwargs: object) -> Tensor:
@@ -468,7 +492,7 @@ class AutoFlow(AutoContinuous):
             yield site, value.to(site["value"].dtype)  # the flow may have a dtype of its own
 
     def _refuse_foreign(self, flow: Flow) -> None:
-        """Pyro's store knows parameters by name: ``SVI`` would train another's of this name, and leave these alone."""
+        """Refuses a store with other parameters of this name, which ``SVI`` would train in place of these."""
         if not self._pyro_context.active or pyro.settings.get("module_local_params"):
             return
         stored, module = pyro.get_param_store()._params, self._pyro_get_fullname("flow")
@@ -481,20 +505,20 @@ class AutoFlow(AutoContinuous):
                 )
 
     @torch.no_grad()
-    def sample_posterior(self, num_draws: int = 1000) -> dict[str, Tensor]:
-        """Draws of all latents by site, shape ``(num_draws, *site.shape)``."""
+    def sample_posterior(self, num_samples: int = 1000) -> dict[str, Tensor]:
+        """Draws all latents by site, shape ``(num_samples, *site.shape)``."""
         flow = self._built()
-        return self.latents.draws(flow.sample((num_draws,)))
+        return self.latents.draws(flow.sample((num_samples,)))
 
     @torch.no_grad()
     def median(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
-        """Medians of the unconstrained marginals, mapped to the sites' supports; from 10,000 draws."""
+        """Returns medians of the unconstrained marginals, from 10,000 draws, mapped to the sites' supports."""
         return {name: value[0] for name, value in self.quantiles([0.5], *args, **kwargs).items()}
 
     @torch.no_grad()
     def quantiles(self, quantiles: Iterable[float], *args: object, **kwargs: object) -> dict[str, Tensor]:
-        """Quantiles of the unconstrained marginals, mapped to the sites' supports; shape ``(n, *site.shape)``."""
-        if self.latents is None:
+        """Returns quantiles of the unconstrained marginals, mapped to the supports; shape ``(n, *site.shape)``."""
+        if not self.is_built:
             self.setup(*args, **kwargs)
         z = self._sorted_draws()
         levels = torch.as_tensor(list(quantiles), dtype=z.dtype, device=z.device).double().unsqueeze(-1)
@@ -509,23 +533,24 @@ class AutoFlow(AutoContinuous):
         return self.latents.draws(torch.lerp(z.gather(0, below), z.gather(0, above), (place - below).to(z.dtype)))
 
     def _sorted_draws(self) -> Tensor:
-        """10,000 draws, each column sorted; the same ones until something that they depend on changes."""
+        """Makes 10,000 draws, each column sorted; cached until something that they depend on changes."""
         flow = self._built()
 
         def make() -> Tensor:
-            with seeded(0):  # so that asking twice gives the same answer
+            with seeded(0):  # two calls give the same answer
                 z = flow.sample((10_000,)).sort(0).values
             return torch.where(z[-1].isnan(), torch.nan, z)
 
-        return self._sorted.get(flow, flow.chain._memo, make)
+        memo: Any = flow.chain._memo
+        return self._sorted.get(flow, memo, make)
 
-    # Copies keep the model; pickles cannot hold most models, and leave it out.
+    # Copies keep the model; pickles, which cannot hold most models, leave it out.
 
     def __deepcopy__(self, memo: dict[int, object]) -> AutoFlow:
         model, plain = self._model, self._plain_model
         new = self.__class__.__new__(self.__class__)
         memo[id(self)] = new
-        memo[id(self.prototype_trace)] = self.prototype_trace  # which is never changed, and holds the data
+        memo[id(self.prototype_trace)] = self.prototype_trace  # never changes, and holds the data
         for key, value in self.__getstate__().items():
             new.__dict__[key] = copy.deepcopy(value, memo)
         new.__dict__.update(_model=model, _plain_model=plain)
@@ -536,7 +561,7 @@ class AutoFlow(AutoContinuous):
         state = self.__dict__.copy()
         state.update(_model=None, _plain_model=None, master=None)
         state.pop("_first_density", None)
-        # Pyro's store hangs on parameters what cannot be pickled; copies are without.
+        # Pyro's store puts weak references on parameters, which cannot be pickled; copies have none.
         state["_modules"] = copy.deepcopy(self._modules)
         return state
 
@@ -562,7 +587,7 @@ def _new_name(guide: AutoFlow) -> str:
 
 @contextmanager
 def seeded(seed: int | None) -> Iterator[None]:
-    """Random numbers of its own, if there is a seed."""
+    """Gives the code inside random numbers of its own, if there is a seed."""
     if seed is None:
         yield
         return

@@ -1,4 +1,4 @@
-"""What ``fit_guide`` chooses by the speed of a model and the time there is: draws per step, shares, searches."""
+"""The choices of ``fit_guide`` by a model's speed and the time: draws per step, the verdict's share, searches."""
 
 from __future__ import annotations
 
@@ -21,30 +21,18 @@ from pyro_flows.infer.search.probe import ModeProbe
 
 __all__ = ["SLOW_SECONDS", "choose_particles", "seconds_for_verdict", "several_modes", "start_within"]
 
-PARTICLES = 128
-
-
-SLOW_SECONDS = 40.0  # for the verdict, where a model runs for one draw at a time
-
-
-SLOW_PARTICLES = 8  # draws per step, where a model runs for one draw at a time
-
-
-LONG = 0.03  # seconds of a call that count
-
-
-ASSESSING = 0.12  # of the seconds, for the verdict, at least
-
-
-SLOW_ASSESSING = 0.4  # at most
-
-
-SEVERAL = 0.01  # share of the posterior in modes that the start leaves out, for which it is worth to begin anew
+PARTICLES = 128  # draws per step
+SLOW_PARTICLES = 8  # the same, if a model runs for one draw at a time
+SLOW_SECONDS = 40.0  # for the verdict, if a model runs for one draw at a time
+LONG = 0.03  # seconds of a call that matter
+ASSESSING = 0.12  # least share of the seconds for the verdict
+SLOW_ASSESSING = 0.4  # largest share
+SEVERAL = 0.01  # share of the posterior in modes outside of the start that is worth another start
 
 
 @contextmanager
 def start_within(guide: AutoFlow, seconds: float | None) -> Iterator[None]:
-    """Gives the guide no more time than this to be built."""
+    """Limits the seconds for building the guide."""
     own = guide.start_seconds
     if seconds is not None:
         guide.start_seconds = seconds if own is None else min(own, seconds)
@@ -56,8 +44,8 @@ def start_within(guide: AutoFlow, seconds: float | None) -> Iterator[None]:
 
 @torch.no_grad()
 def choose_particles(guide: AutoFlow, density: JointDensity, initial: Tensor, seconds: float | None) -> int:
-    """As asked, or as many as the model's speed allows: many are worth more than steps, up to a point."""
-    asked = guide.particles
+    """Returns the guide's number, or what the model's speed allows: up to a point, draws are worth more than steps."""
+    asked = guide.num_particles
     z = initial.expand(PARTICLES, -1)
     if asked is None:
         z = z + 0.01 * torch.randn_like(z)
@@ -71,7 +59,7 @@ def choose_particles(guide: AutoFlow, density: JointDensity, initial: Tensor, se
                 density(z[:rows])
             if pace.at_once(PARTICLES, timed=True) <= rows:
                 break
-    except FAILURES:  # which training can do with
+    except FAILURES:  # which training can handle
         return asked or PARTICLES
     if asked is not None:
         return asked
@@ -89,12 +77,12 @@ def choose_particles(guide: AutoFlow, density: JointDensity, initial: Tensor, se
             density(part)
         times.append(time.monotonic() - start)
     many, few = min(times[0], times[2]), min(times[1], times[3])
-    # Where time grows with the draws and steps are dear, fewer draws give more steps.
+    # If time grows with the draws and steps are slow, fewer draws give more steps.
     return 32 if many > LONG and many > 2 * few else PARTICLES
 
 
 def seconds_for_verdict(density: JointDensity, seconds: float | None) -> float:
-    """Seconds that are kept: what judging a thousand draws takes, within bounds."""
+    """Returns the seconds to keep: those for judging a thousand draws, within bounds."""
     if seconds is None:
         return 0.0
     need = 2.5 * FEWEST * density.pace.seconds_per_draw
@@ -104,7 +92,7 @@ def seconds_for_verdict(density: JointDensity, seconds: float | None) -> float:
 def several_modes(
     guide: AutoFlow, density: JointDensity, initial: Tensor, budget: Budget, generator: Generator
 ) -> ModeProbe | None:
-    """Modes that the start leaves out, if they hold a part of the posterior that counts."""
+    """Finds modes outside of the start, if they hold a part of the posterior that matters."""
     if guide.subsampled or guide.start == "prior" or guide.tempering is not None:
         return None
     seconds = math.inf if budget.seconds is None else 0.15 * budget.seconds
@@ -122,6 +110,6 @@ def several_modes(
         return None
     starts = 16 if density.vectorized else 6
     probe = search_modes(
-        affine, density, z, initial, found.log_evidence, starts=starts, seconds=seconds, generator=generator
+        affine, density, z, initial, found.log_evidence, num_starts=starts, seconds=seconds, generator=generator
     )
     return probe if probe.missing_share > SEVERAL else None

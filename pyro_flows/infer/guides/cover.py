@@ -9,10 +9,10 @@ from torch import Generator, Tensor
 
 from pyro_flows.distributions import Flow
 from pyro_flows.infer.guides.loop import CLIP, speeds_of
+from pyro_flows.infer.guides.posterior import preconditioner_of
 from pyro_flows.infer.machine.adam import Adam
 from pyro_flows.infer.machine.budget import Budget, cosine
 from pyro_flows.infer.search.probe import ModeProbe
-from pyro_flows.transforms import Preconditioner
 
 __all__ = ["cover_modes", "mixture_draws"]
 
@@ -34,7 +34,7 @@ def mixture_draws(probe: ModeProbe, num_samples: int, generator: Generator | Non
 def cover_modes(flow: Flow, probe: ModeProbe, generator: Generator | None = None, seconds: float | None = None) -> int:
     """Fits the flow to the mixture by maximum likelihood, without a call of the model; returns the number of modes."""
     draws, modes = mixture_draws(probe, DRAWS, generator)
-    preconditioner: Preconditioner = flow.chain[-1]
+    preconditioner = preconditioner_of(flow)
     centered = draws - draws.mean(0)
     covariance = centered.mT @ centered / len(draws)
     if preconditioner.full:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows.distributions import Flow
-from pyro_flows.infer.guides.posterior import frozen
+from pyro_flows.infer.guides.posterior import frozen, preconditioner_of
 from pyro_flows.infer.machine.adam import Adam
 from pyro_flows.infer.machine.budget import Budget, cosine
 from pyro_flows.infer.machine.checkpoint import CheckpointFormat
@@ -20,7 +20,6 @@ from pyro_flows.infer.machine.interrupts import interrupts_held_back
 from pyro_flows.infer.machine.loop import TrainingLoop
 from pyro_flows.infer.machine.pace import rows_at_once
 from pyro_flows.infer.models.joint import FAILURES
-from pyro_flows.transforms import Preconditioner
 
 __all__ = ["CHECKPOINT", "GuideTraining", "History", "speeds_of"]
 
@@ -105,7 +104,8 @@ def speeds_of(flow: Flow) -> dict[int, float]:
     Gains keep steps of stock optimizers small; here many draws, a clipped gradient and a decaying step size do that.
     """
     speeds = {}
-    for layer in flow.modules():
+    layers: list[Any] = list(flow.modules())
+    for layer in layers:
         gain = getattr(getattr(layer, "univariate", None), "gain", 1.0)
         tensors = None if gain == 1 else layer.net.tensors()
         if tensors is not None:
@@ -120,7 +120,7 @@ class GuideTraining(TrainingLoop):
         flow: base, a chain of a flow and a :class:`Preconditioner`.
         density: of unconstrained vectors, ``(S, dim)`` to ``(S,)``.
         budget: when to stop.
-        particles: draws per step.
+        num_particles: draws per step.
         path_gradient: whether the entropy's gradient follows the path alone.
         tempering: the first weight of the posterior, or ``None``.
         covering: whether to follow, beside the ELBO, the forward divergence as its own weighted draws estimate it,
@@ -138,7 +138,7 @@ class GuideTraining(TrainingLoop):
         density: Callable[[Tensor], Tensor],
         budget: Budget,
         *,
-        particles: int,
+        num_particles: int,
         path_gradient: bool = True,
         tempering: float | None = None,
         covering: bool = False,
@@ -146,7 +146,7 @@ class GuideTraining(TrainingLoop):
         report: Callable[[History], None] | None = None,
     ) -> None:
         super().__init__(flow, budget)
-        self.density, self.particles, self.path_gradient = density, particles, path_gradient
+        self.density, self.num_particles, self.path_gradient = density, num_particles, path_gradient
         self.tempering, self.covering, self.report = tempering, covering, report
         self.history = History()
         self.failed_steps = 0
@@ -161,18 +161,14 @@ class GuideTraining(TrainingLoop):
         self._moments: list[list[Tensor]] = []  # to go on with
         self._places = [(m._parameters, n, p) for m in flow.modules() for n, p in m._parameters.items()]
 
-    @property
-    def preconditioner(self) -> Preconditioner:
-        """The affine end."""
-        return self.flow.chain[-1]
-
     def train(self) -> None:
         """Trains in all phases that are left."""
         self.flow.train()
         if self.phase == "affine":
-            self._phase(Flow(self.preconditioner, self.flow.base), 0.0, WARM, WARM_RATES)
+            affine = preconditioner_of(self.flow)
+            self._phase(Flow(affine, self.flow.base), 0.0, WARM, WARM_RATES)
             with interrupts_held_back():
-                self.preconditioner.fold()
+                affine.fold()
                 self._best, self._moments, self._exact, self._window = None, [], 0, 0
                 self._first, self.phase = min(WARM, self.budget.fraction), "flow"
         if self.phase == "flow":
@@ -220,7 +216,7 @@ class GuideTraining(TrainingLoop):
         rate: float,
         weight: float,
     ) -> None:
-        draws, log_q = flow.rsample_and_log_prob((self.particles,))
+        draws, log_q = flow.rsample_and_log_prob((self.num_particles,))
         z = draws.detach()
         try:
             log_p, pull = self._pull(z)
@@ -253,7 +249,7 @@ class GuideTraining(TrainingLoop):
             self._cover(flow, draws, log_p - log_q, fine)
         norm = optimizer.clip(CLIP)
         difference = (log_p - log_q.detach())[fine]
-        bad = self.particles - len(difference)
+        bad = self.num_particles - len(difference)
         if len(difference) == 0 or not bool(norm.isfinite()):
             self._failed(name, rate, weight)
             return
@@ -282,8 +278,8 @@ class GuideTraining(TrainingLoop):
 
     def _failed(self, name: str, rate: float, weight: float) -> None:
         self.failed_steps += 1
-        self.dropped += self.particles
-        self._note(name, math.nan, math.nan, rate, weight, self.particles)
+        self.dropped += self.num_particles
+        self._note(name, math.nan, math.nan, rate, weight, self.num_particles)
         if self.failed_steps > 100 and self.failed_steps > 0.5 * len(self.history):
             self._restore()
             raise ValueError(
@@ -321,7 +317,7 @@ class GuideTraining(TrainingLoop):
         spread = [v for v in self.history.spread[-LOOK:] if math.isfinite(v)]
         finite = all(p.isfinite().all() for p in self.flow.parameters())
         if last and finite:
-            noise = 3 * (sum(spread) / max(len(spread), 1)) / math.sqrt(self.particles * len(last))
+            noise = 3 * (sum(spread) / max(len(spread), 1)) / math.sqrt(self.num_particles * len(last))
             if sum(last) / len(last) >= self._best[0] - max(noise, 0.02):
                 return
         self.flow.load_state_dict(self._best[1])

@@ -1,10 +1,11 @@
-"""What a guide samples from: a flow whose entropy follows only the path through the draw."""
+"""The distribution of a guide's latent vector: a flow with the path gradient, and a guard on its gradients."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pyro.distributions as dist
 import torch
@@ -12,17 +13,19 @@ from pyro.distributions.score_parts import ScoreParts
 from torch import Size, Tensor, nn
 from torch.distributions import Transform
 
-from pyro_flows.distributions import FlowDistribution
+from pyro_flows.distributions import Flow, FlowDistribution
+from pyro_flows.transforms import Preconditioner
 
-__all__ = ["PathPosterior", "Steady", "frozen"]
+__all__ = ["PathPosterior", "Steady", "frozen", "preconditioner_of"]
 
 PATIENCE = 20  # calls without any finite gradient, after which a warning says so
 
 
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
-    """Within it, the module's parameters are constants; the gradient after its inputs stays."""
-    held = [(m._parameters, name, p) for m in module.modules() for name, p in m._parameters.items() if p is not None]
+    """Holds the module's parameters constant, for gradients with respect to its inputs alone."""
+    places: list[tuple[dict[str, Any], str]] = [(m._parameters, n) for m in module.modules() for n in m._parameters]
+    held = [(place, name, place[name]) for place, name in places if place[name] is not None]
     for parameters, name, parameter in held:
         parameters[name] = parameter.detach()
     try:
@@ -32,16 +35,18 @@ def frozen(module: nn.Module) -> Iterator[None]:
             parameters[name] = parameter
 
 
+def preconditioner_of(flow: Flow) -> Preconditioner:
+    """Returns the affine end of a guide's flow."""
+    chain: Any = flow.chain
+    return chain[-1]
+
+
 class Steady:
-    """A hook on a guide's draws that keeps one of them from deciding what an optimizer does.
+    """A hook on a guide's draws that limits the influence of single draws on an optimizer.
 
-    The gradient of a draw that is not finite is left out: it would make all parameters NaN.  That of the other draws of
-    a call counts at most ``at_most`` times what is usual: far draws have gradients that fill the second moment of Adam
-    for a thousand steps, in which nothing moves.  Usual is a running mean of what counted, so steps adapt within a few
-    draws.
-
-    Args:
-        at_most: how much the gradient of one call counts at most, in units of the usual norm.
+    It drops gradients that are not finite.  Those of the other draws of a call count at most ``at_most`` times the
+    usual norm, a running mean: gradients of far draws fill the second moment of Adam for a thousand steps, in which
+    nothing moves.
     """
 
     def __init__(self, at_most: float = 10.0) -> None:
@@ -51,11 +56,10 @@ class Steady:
         self.failed = 0  # calls in a row in which no draw had a finite gradient
 
     def watch(self, flow: nn.Module, draw: Tensor) -> None:
-        """Hooks itself on what the flow has drawn.
+        """Hooks itself on a draw of the flow.
 
         Raises:
-            ValueError: if the draw is not finite because parameters of the flow are not, or if it is NaN because its
-                scales have exploded.
+            ValueError: if parameters of the flow are not finite, or its scales have exploded.
         """
         if not draw.isfinite().all():
             broken = [name for name, parameter in flow.named_parameters() if not parameter.isfinite().all()]
@@ -75,7 +79,7 @@ class Steady:
         draw.register_hook(self)
 
     def __call__(self, grad: Tensor) -> Tensor:
-        """Returns the gradient to use; ``grad``: shape ``(*draws, dim)``."""
+        """Returns the gradient to use for draws of shape ``(*draws, dim)``."""
         fine = grad.isfinite().all(-1, keepdim=True)
         grad = torch.where(fine, grad, 0.0)
         self.failed = 0 if fine.any() else self.failed + 1
@@ -88,7 +92,7 @@ class Steady:
                 stacklevel=2,
             )
         with torch.no_grad():
-            # Of all draws together: in a weighted objective one of them may rightly have most of it.
+            # The norm of all draws together: in a weighted objective one of them may rightly dominate.
             norm = grad.norm()
             if not norm > 0:
                 return grad
@@ -101,17 +105,16 @@ class Steady:
 class PathPosterior(FlowDistribution):
     r"""A flow as the distribution of a guide's latent vector, with the path gradient ("sticking the landing").
 
-    The gradient of :math:`E_q[\log q_\phi(z_\phi)]` by the parameters :math:`\phi` is that through the draw
-    :math:`z_\phi` alone, because the score has mean zero.  What it leaves out is noise: where guide and posterior
-    agree, the gradient is zero for every draw.  So where a value is the draw that this distribution has just made, its
-    log-density holds the parameters fixed.  Only ``score_parts(...).log_prob``, which importance-weighted bounds such
-    as Pyro's ``RenyiELBO`` use, keeps the whole derivative: with the path gradient those would be biased.
+    The gradient of :math:`E_q[\log q_\phi(z_\phi)]` with respect to the parameters :math:`\phi` is that through the
+    draw :math:`z_\phi` alone, because the score has mean zero and only adds noise.  So the log-density of this
+    distribution's last draw holds the parameters fixed.  Only ``score_parts(...).log_prob``, which importance-weighted
+    bounds such as Pyro's ``RenyiELBO`` use, keeps the whole derivative: with the path gradient these would be biased.
 
     Args:
-        base_distribution: of the flow.
+        base_distribution: the base of the flow.
         transforms: the flow's chain, alone in a list.
-        linear: whether the bound is known to be linear in this log-density, so that ``score_parts(...).log_prob`` can
-            follow the path as well.  ``TraceEnum_ELBO`` is, and takes its entropy term from there.
+        linear: whether the bound is linear in this log-density, as ``TraceEnum_ELBO`` is, so that
+            ``score_parts(...).log_prob`` can follow the path as well.
 
     References:
         Sticking the Landing (Roeder et al., 2017), arXiv:1703.09194.
@@ -132,12 +135,12 @@ class PathPosterior(FlowDistribution):
         super().__init__(base_distribution, transforms, validate_args=validate_args)
 
     def rsample(self, sample_shape: Size | tuple[int, ...] = ()) -> Tensor:
-        """Reparameterised draws, which this distribution will know again."""
+        """Makes reparameterized draws, which this distribution recognizes."""
         self._drawn = super().rsample(sample_shape)
         return self._drawn
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log-density in nats; its gradient is the path gradient if ``value`` is the last draw."""
+        """Returns the log-density in nats, with the path gradient if ``value`` is the last draw."""
         if value is not self._drawn or not value.requires_grad:
             return super().log_prob(value)
         (transform,) = self.transforms
@@ -146,12 +149,13 @@ class PathPosterior(FlowDistribution):
         return self.base_dist.log_prob(x) + ladj
 
     def score_parts(self, value: Tensor) -> ScoreParts:
-        """The whole log-density, no score, and the entropy term with the path gradient."""
+        """Returns the whole log-density, no score, and the entropy term with the path gradient."""
+        none: Any = 0  # which Pyro knows as no score
         if self.linear:
             log_prob = self.log_prob(value)
-            return ScoreParts(log_prob, 0, log_prob)
+            return ScoreParts(log_prob, none, log_prob)
         whole = FlowDistribution.log_prob(self, value)
-        return ScoreParts(whole, 0, self.log_prob(value) if value is self._drawn else whole)
+        return ScoreParts(whole, none, self.log_prob(value) if value is self._drawn else whole)
 
     def expand(self, batch_shape: Size | tuple[int, ...], _instance: object = None) -> dist.Distribution:
         new = self._get_checked_instance(PathPosterior, _instance)

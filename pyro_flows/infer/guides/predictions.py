@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 import pyro
 import torch
@@ -15,49 +16,36 @@ from torch import Tensor
 from pyro_flows.infer.machine.pace import in_pieces
 from pyro_flows.infer.models.enumeration import pointwise
 from pyro_flows.infer.models.joint import JointDensity
-from pyro_flows.infer.models.sites import COMPUTED, DATA, DRAWN, FACTOR, LATENT, Site
+from pyro_flows.infer.models.sites import COMPUTED, DATA, DRAWN, FACTOR, LATENT, Model, Site
 
 __all__ = ["computed", "log_likelihoods", "observed", "predictions", "seen_entries", "to_redraw"]
 
 PLATE = "_draws_at_once"
-
-
 AT_ONCE = 1000
-
-
-TRIED = 20  # sites that are drawn anew to see whether others change
-
-
-Model = Callable[..., object]
-
+TRIED = 20  # sites to draw anew to see whether others change
 
 Values = dict[str, Tensor]
 
 
 def predictions(density: JointDensity, z: Tensor, redraw: Collection[str]) -> Values:
-    """Draws of the model's other sites, shape ``(n, *site.shape)``, at unconstrained latents ``z`` of shape (n, dim).
+    """Draws the model's other sites, shape ``(n, *site.shape)``, at unconstrained latents ``z`` of shape ``(n, dim)``.
 
-    What the model computes is there, and data that are not drawn anew keep their values.
-
-    Args:
-        density: of the model.
-        z: draws of its latents.
-        redraw: names of the data to draw anew.
+    Sites that the model computes are included; data that ``redraw`` does not name keep their values.
     """
     return _values(_Redrawn(redraw)(density.model), density, z, lambda site: site.kind not in (LATENT, FACTOR))
 
 
 def computed(density: JointDensity, z: Tensor) -> Values:
-    """What the model computes of its latents, such as by ``pyro.deterministic``, shape ``(n, *site.shape)``."""
+    """Returns sites that the model computes, as by ``pyro.deterministic``, shape ``(n, *site.shape)``."""
     return _values(density.model, density, z, lambda site: site.kind == COMPUTED)
 
 
 def log_likelihoods(density: JointDensity, z: Tensor) -> Values:
-    """Log-density of each datum at each draw as it counts in the model's, scale included, in nats.
+    """Returns the log-density of each datum at each draw as it counts in the model's, scale included, in nats.
 
-    The shape is ``(n, *site.batch_shape)``, of a masked site ``(n, entries that count)``.  Data that hang on no latent,
-    such as what ``pyro.condition`` fixes, are none.  Discrete latents are summed out; data that share them have no
-    log-densities of their own, and are left out with a warning.
+    The shape is ``(n, *site.batch_shape)``, of a masked site ``(n, entries that count)``.  Data that depend on no
+    latent, such as those that ``pyro.condition`` fixes, are left out.  Discrete latents are summed out; data that share
+    them have no log-densities of their own, and are left out with a warning.
     """
     alone = _alone(density, z)
     data = {name: site for name, site in alone.items() if site.kind == DATA}
@@ -73,19 +61,19 @@ def log_likelihoods(density: JointDensity, z: Tensor) -> Values:
     for name in parts[0] if parts else ():
         value = torch.cat([part[name] for part in parts])
         if not above.get(name, {name}) - fixed and (value == value[:1]).all():
-            continue  # it hangs on no latent
+            continue  # it depends on no latent
         entries = seen_entries(data[name])
         found[name] = value if entries is None else value[:, entries.expand(value.shape[1:])]
     return {name: value for name, value in found.items() if value[:1].numel()}
 
 
 def observed(density: JointDensity, z: Tensor) -> dict[str, Site]:
-    """The observed sites, ``z`` of shape ``(n, dim)`` with ``n > 0``."""
+    """Returns the observed sites, at the first draw of ``z``."""
     return {name: site for name, site in _alone(density, z).items() if site.kind == DATA}
 
 
 def seen_entries(site: Site) -> Tensor | None:
-    """The entries of a site that its mask lets count, of the shape of its batch; ``None`` if all do."""
+    """Returns the entries of a site that its mask lets count, in batch shape; ``None`` if all do."""
     mask = site.mask
     if mask is None:
         return None
@@ -94,18 +82,12 @@ def seen_entries(site: Site) -> Tensor | None:
 
 
 def to_redraw(density: JointDensity, z: Tensor, redraw: str | Sequence[str] | None) -> list[str]:
-    """Names of the data to draw anew.
+    """Returns names of the data to draw anew: those given, ``"all"``, or by default data on which nothing depends.
 
-    By default those on which nothing else in the model depends: what ``pyro.condition`` fixes and covariates above an
-    outcome stay as they are.
-
-    Args:
-        density: of the model.
-        z: draws of its latents, one at least.
-        redraw: ``None`` for the default, ``"all"``, or names.
+    Data that ``pyro.condition`` fixes and covariates above an outcome so stay as they are.
 
     Raises:
-        ValueError: for names of which there are no data.
+        ValueError: for names without data.
     """
     sites = _alone(density, z)
     data = [name for name, site in sites.items() if site.kind == DATA]
@@ -122,14 +104,13 @@ def to_redraw(density: JointDensity, z: Tensor, redraw: str | Sequence[str] | No
         return data
     below = {name: {n for n in above if name in above[n] and sites[n].kind != COMPUTED} for name in data}
     ends = [name for name in data if not below[name] - {name}]
-    # What a model does in place or in NumPy leaves no trace, so a few are tried.
+    # In-place operations and NumPy leave no trace, so a few are tried.
     return ends if len(ends) > TRIED else [name for name in ends if not _moves_others(density, z, sites, name)]
 
 
 def _moves_others(density: JointDensity, z: Tensor, sites: dict[str, Site], name: str) -> bool:
     """Whether the log-density of other data changes when those of one site are drawn anew."""
-    held = {n: site.value for n, site in sites.items() if site.kind == DRAWN}
-    values = {**density.latents.draws(z[0] if len(z) else z.new_zeros(z.shape[1])), **held}
+    values = _first(density, z) | {n: site.value for n, site in sites.items() if site.kind == DRAWN}
     try:
         with torch.no_grad(), torch.random.fork_rng():
             anew = density.sites_at(values, _Redrawn([name])(density.model))
@@ -148,23 +129,28 @@ class _Redrawn(UnconditionMessenger):
         super().__init__()
         self.names = frozenset(names)
 
-    def _pyro_sample(self, msg: dict[str, object]) -> None:
+    def _pyro_sample(self, msg: Any) -> None:
         if msg["name"] in self.names:
             super()._pyro_sample(msg)
 
 
+def _first(density: JointDensity, z: Tensor) -> Values:
+    """Returns values of the latents at the first draw, or in the middle if there is none."""
+    return density.latents.draws(z[0] if len(z) else z.new_zeros(z.shape[1]))
+
+
 def _alone(density: JointDensity, z: Tensor) -> dict[str, Site]:
     with torch.no_grad():
-        return density.sites_at(density.latents.draws(z[0] if len(z) else z.new_zeros(z.shape[1])))
+        return density.sites_at(_first(density, z))
 
 
 def _above(density: JointDensity, z: Tensor) -> dict[str, set[str]] | None:
-    """The sites that each site hangs on directly; ``None``, with a warning, where that cannot be found out."""
-    values = density.latents.draws(z[0] if len(z) else z.new_zeros(z.shape[1]))
+    """Returns the sites that each site depends on directly; ``None``, with a warning, if Pyro cannot tell."""
+    values = _first(density, z)
     try:
         with poutine.block():
             found = get_model_relations(poutine.condition(density.model, data=values), density.args, density.kwargs)
-    except Exception as error:  # a model may do with its values what Pyro's tracking does not follow
+    except Exception as error:  # Pyro's tracking does not follow every model
         warnings.warn(
             "Pyro cannot tell which sites of this model depend on which, so all data count as outcomes and are drawn "
             f"anew; name those to draw by redraw=[...]: {type(error).__name__}: {error}",
@@ -191,7 +177,6 @@ def _log_likelihoods(density: JointDensity, z: Tensor, data: dict[str, Site], re
 
 
 def _by_draw(value: Tensor, count: int, shape: torch.Size) -> Tensor:
-    """A site's numbers for each draw, shape ``(count, *shape)``."""
     if value.numel() == shape.numel() and count > 1:  # it depends on no latent
         return value.reshape(shape).expand(count, *shape)
     return value.reshape(count, *shape)
@@ -207,7 +192,7 @@ def _values(model: Model, density: JointDensity, z: Tensor, wanted: Callable[[Si
         if vectorized:
             try:
                 parts = in_pieces(density.pace, z, lambda chunk: _together(model, density, chunk, wanted), AT_ONCE)
-            except Exception as error:  # whatever the model says when its tensors get a dimension more
+            except Exception as error:  # models raise anything when tensors have one more dimension
                 warnings.warn(
                     "this model does not run for many draws at once, so they go one at a time: "
                     f"{type(error).__name__}: {error}",
@@ -226,7 +211,7 @@ def _together(model: Model, density: JointDensity, z: Tensor, wanted: Callable[[
     values, _ = density.latents.unpack(z, nesting)
 
     def many_at_once(*args: object, **kwargs: object) -> object:
-        with pyro.plate(PLATE, len(z), dim=-1 - nesting):  # so that what hangs on no latent is drawn for each
+        with pyro.plate(PLATE, len(z), dim=-1 - nesting):  # draws sites that depend on no latent for each
             return model(*args, **kwargs)
 
     many = density.sites_at(values, many_at_once)

@@ -1,4 +1,4 @@
-"""What ``fit_guide`` returns: draws, a verdict, predictions, and ways to keep them."""
+"""The result of ``fit_guide``: draws, a verdict, predictions, and ways to keep them."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyro_flows.distributions import Flow
+from pyro_flows.core.checks import integer
+from pyro_flows.distributions import Flow, FlowDistribution
 from pyro_flows.infer.bridge import to_arviz
 from pyro_flows.infer.diagnostics import Importance, Verdict, resample
 from pyro_flows.infer.guides.assessment import Assessment, weigh
-from pyro_flows.infer.guides.auto import AutoFlow
+from pyro_flows.infer.guides.auto import AutoFlow, Builder
 from pyro_flows.infer.guides.loop import History
 from pyro_flows.infer.guides.predictions import (
     computed,
@@ -28,7 +30,6 @@ from pyro_flows.infer.guides.stored import (
     device_of,
     flow_of,
     moved,
-    plain_assessment,
     plain_flow,
     plain_latents,
     read_assessment,
@@ -43,7 +44,6 @@ from pyro_flows.infer.models.sites import Site
 __all__ = ["GuideFit", "load_guide"]
 
 KIND, VERSION = "saved fit of a guide", 2
-
 
 PARTS = {
     "flow": {
@@ -68,17 +68,20 @@ PARTS = {
 
 
 class GuideFit:
-    """A fitted guide, with what is known about its quality.
+    """A fitted guide, with the numbers and the verdict about its quality.
+
+    ``flow`` and ``distribution`` are over the vector of unconstrained latents; :meth:`sample` and :meth:`log_prob`
+    forward to them, with values by site in the model's units.
 
     Attributes:
-        flow: of the unconstrained latents.
-        latents: their names, shapes and supports.
-        history: what each step came to (ELBO in nats, spread of the log-weights, and so on).
+        flow: the trained :class:`~pyro_flows.distributions.Flow`.
+        latents: the latents' names, shapes and supports.
+        history: one entry a step (ELBO in nats, spread of the log-weights, and so on).
         guide: the :class:`~pyro_flows.infer.AutoFlow`, the fit's own copy, to which ``flow`` belongs; ``None`` for a
             loaded fit, which has no model.
-        evaluations: of the model's density, each draw counted, those of the start and of the verdict included.
+        evaluations: evaluations of the model's density, each draw counted, those of start and verdict included.
         failures: draws in training at which the model's density was not finite or could not be computed.
-        notes: what the fit had to do differently than asked, in words.
+        notes: where the fit did not do as asked, in words.
     """
 
     def __init__(
@@ -99,8 +102,13 @@ class GuideFit:
         self.failures, self.evaluations, self.notes = failures, evaluations, notes
 
     @property
+    def distribution(self) -> FlowDistribution:
+        """The posterior of the unconstrained latents as a Pyro distribution, which shares the flow's parameters."""
+        return self.flow()
+
+    @property
     def assessment(self) -> Assessment:
-        """Draws with their weights, and what was concluded from them; of an interrupted fit formed at the first use."""
+        """Draws with their weights and the verdict; of an interrupted fit computed at the first use."""
         if callable(self._assessment):
             self._assessment = self._assessment()
         return self._assessment
@@ -112,22 +120,22 @@ class GuideFit:
 
     @property
     def importance(self) -> Importance:
-        """All numbers about the importance weights, such as evidence, ELBO and IW-ELBO with their errors."""
+        """Numbers about the importance weights, with errors."""
         return self.assessment.importance
 
     @property
     def log_weights(self) -> Tensor:
-        """``log p - log q`` of the draws by which the guide was judged, in nats, shape ``(n,)``."""
+        """The log-weights ``log p - log q`` of the judged draws, in nats, shape ``(n,)``."""
         return self.assessment.log_weights
 
     @property
     def khat(self) -> float:
-        """Tail index of the weights, to be read with the verdict, not alone."""
+        """Tail index of the weights, to be read with the verdict."""
         return self.importance.khat
 
     @property
     def ess(self) -> float:
-        """Effective sample size of the weighted draws as a fraction of their number, in (0, 1]."""
+        """Effective sample size as a fraction of the number of draws."""
         return self.importance.ess
 
     @property
@@ -144,38 +152,35 @@ class GuideFit:
     # Draws.
 
     @torch.no_grad()
-    def sample(self, n: int = 1000, *, resampled: bool = False) -> dict[str, Tensor]:
-        """Draws of the latents by site, constrained, shape ``(n, *site.shape)``.
+    def sample(self, num_samples: int = 1000, *, resampled: bool = False) -> dict[str, Tensor]:
+        """Draws the latents by site, constrained, shape ``(num_samples, *site.shape)``.
 
         Args:
-            n: how many.
-            resampled: whether to correct them by smoothed importance resampling, which takes ``4 n`` evaluations of
-                the model (at least those of the verdict); where the verdict is "use importance resampling", do.
+            num_samples: the number of draws.
+            resampled: whether to correct them by smoothed importance resampling, as the verdict may advise; it takes
+                ``4 num_samples`` evaluations of the model, or the draws of the verdict if they suffice.
         """
-        return self.latents.draws(self._unconstrained(n, resampled))
+        return self.latents.draws(self._unconstrained("sample", num_samples, resampled))
 
-    def _unconstrained(self, n: int, resampled: bool) -> Tensor:
-        if isinstance(n, bool) or not isinstance(n, int) or n < 0:
-            raise ValueError(f"expected a number of draws, an integer >= 0, got {n!r}")
-        if not resampled or n == 0:
-            return self.flow.sample((n,))
+    def _unconstrained(self, name: str, num_samples: int, resampled: bool) -> Tensor:
+        integer(name, "num_samples", num_samples, 0)
+        if not resampled or num_samples == 0:
+            return self.flow.sample((num_samples,))
         known = self.assessment
-        if 4 * n <= len(known.draws) or self._density is None:
-            if self._density is None and n > len(known.draws):
+        if 4 * num_samples <= len(known.draws) or self._density is None:
+            if self._density is None and num_samples > len(known.draws):
                 raise ValueError(
-                    f"this fit was loaded without its model, so only its {len(known.draws)} weighted draws can be "
-                    f"resampled; got n={n}"
+                    f"{name}: this fit was loaded without its model, so only its {len(known.draws)} weighted draws can "
+                    f"be resampled; got num_samples={num_samples}"
                 )
-            z, weights = known.draws, known.log_weights
-        else:
-            z, log_p, log_q = weigh(self.flow, self._density, 4 * n)
-            weights = log_p - log_q
-        return resample(z, weights, n)
+            return resample(known.draws, known.log_weights, num_samples)
+        z, log_p, log_q = weigh(self.flow, self._density, 4 * num_samples)
+        return resample(z, log_p - log_q, num_samples)
 
     def log_prob(self, values: Mapping[str, Tensor]) -> Tensor:
-        """Log-density of the guide at unconstrained images of the values, shapes ``(*sample, *site.shape)``, in nats.
+        """Returns the log-density, in nats, at values by site of shapes ``(*sample, *site.shape)``.
 
-        It is the density of the unconstrained latents; that of the constrained ones lacks the supports' Jacobians.
+        It is the density of the unconstrained latents, without the Jacobians of the supports.
         """
         return self.flow.log_prob(self.latents.pack(values))
 
@@ -183,24 +188,24 @@ class GuideFit:
 
     def predictive(
         self,
-        n: int = 1000,
+        num_samples: int = 1000,
         *args: object,
         resampled: bool = False,
         redraw: str | Sequence[str] | None = None,
         **kwargs: object,
     ) -> dict[str, Tensor]:
-        """Draws of the model's other sites, data drawn anew, at draws of the latents: shape ``(n, *site.shape)``.
+        """Draws data anew and the model's other sites, at draws of the latents: shape ``(num_samples, *site.shape)``.
 
-        Data on which other sites depend keep their values by default: what ``pyro.condition`` fixes, and covariates
-        that are observed above an outcome.  Discrete latents are drawn anew with the data.
+        Data on which other sites depend keep their values by default: those that ``pyro.condition`` fixes, and
+        covariates that are observed above an outcome.  Discrete latents are drawn anew with the data.
 
         Args:
-            n: how many.
-            *args: of the model, e.g. new covariates and ``y=None``; those of the fit if there are none.
+            num_samples: the number of draws.
+            *args: the model's arguments, e.g. new covariates and ``y=None``; by default those of the fit.
             resampled: as in :meth:`sample`.
-            redraw: names of the sites with data to draw anew, or ``"all"``; a replicate of a series of sites that
-                depend on each other wants all of them.
-            **kwargs: as ``args``.
+            redraw: names of the sites with data to draw anew, or ``"all"``, which a replicate of a series of sites that
+                depend on each other needs.
+            **kwargs: the model's keyword arguments.
 
         Raises:
             ValueError: if the model does not run with these arguments, or ``redraw`` names a site without data.
@@ -211,7 +216,7 @@ class GuideFit:
                 density.model, self.latents, args, kwargs, density.vectorized, density.discrete, density.ignored
             )
         with torch.no_grad():
-            z = self._unconstrained(n, resampled)
+            z = self._unconstrained("predictive", num_samples, resampled)
             try:
                 return predictions(density, z, to_redraw(density, z, redraw))
             except (ValueError, RuntimeError, IndexError) as error:
@@ -227,7 +232,7 @@ class GuideFit:
         if self._density is None:
             raise ValueError(
                 f"{what}: this fit was loaded without its model; build the guide again, AutoFlow(model).setup(data), "
-                "and load the flow's state into it, or draw with .sample(n) and use pyro.infer.Predictive"
+                "and load the flow's state into it, or draw with .sample(num_samples) and use pyro.infer.Predictive"
             )
         return self._density
 
@@ -236,43 +241,40 @@ class GuideFit:
     def to_arviz(
         self,
         *,
-        draws: int = 2000,
+        num_samples: int = 2000,
         posterior_predictive: bool = True,
         log_likelihood: bool = True,
         resampled: bool = False,
         redraw: str | Sequence[str] | None = None,
         constant_data: Mapping[str, object] | None = None,
-        coords: Mapping[str, object] | None = None,
-        dims: Mapping[str, object] | None = None,
-    ) -> object:
-        """An ArviZ ``InferenceData`` (0.x) or ``DataTree`` (1.x) of the draws by which the guide was judged.
+        coords: Mapping[str, Sequence[Any]] | None = None,
+        dims: Mapping[str, Sequence[str]] | None = None,
+    ) -> Any:
+        """Makes an ArviZ ``InferenceData`` (0.x) or ``DataTree`` (1.x) of the draws by which the guide was judged.
 
-        What the model computes by ``pyro.deterministic`` is in the posterior, too.  Log-likelihoods count as in the
-        model's density: ``poutine.scale`` multiplies them, discrete latents are summed out, and of a site under a mask
-        the log-likelihoods, the predictions and the data are those of the entries that count, in one dimension.  A
-        model that sees a part of its data in each run has no log-likelihoods and predictions here.
+        The posterior includes sites that the model computes by ``pyro.deterministic``.  Log-likelihoods count as in the
+        model's density: ``poutine.scale`` multiplies them, and discrete latents are summed out.  Of a site under a
+        mask, log-likelihoods, predictions and data have only the entries that count, in one dimension.  A model that
+        sees a part of its data in each run has no log-likelihoods and predictions here.
 
         Args:
-            draws: how many of them.
-            posterior_predictive: whether to run the model for this group; without a model it is left out.
-            log_likelihood: likewise.
-            resampled: whether to resample the draws by their weights; their weights are then left out.
-            redraw: as in :meth:`predictive`; what is not drawn anew is not among the predictions.
+            num_samples: the number of draws.
+            posterior_predictive: whether to run the model for this group, which a fit without a model lacks.
+            log_likelihood: whether to run the model for this group.
+            resampled: whether to resample the draws by their weights, which are then left out.
+            redraw: as in :meth:`predictive`; other data are not among the predictions.
             constant_data: as in ArviZ.
             coords: as in ArviZ.
             dims: as in ArviZ.
         """
         known = self.assessment
+        weights: dict[str, Any] = {}
         if resampled:
-            z, weights = resample(known.draws, known.log_weights, draws), {}
+            z = resample(known.draws, known.log_weights, num_samples)
         else:
-            z = known.draws[:draws]
-            weights = {
-                "log_weights": known.log_weights[:draws],
-                "log_p": known.log_p[:draws],
-                "log_q": known.log_q[:draws],
-            }
-        groups: dict[str, object] = {}
+            z = known.draws[:num_samples]
+            weights = {name: getattr(known, name)[:num_samples] for name in ("log_weights", "log_p", "log_q")}
+        groups: dict[str, Any] = {}
         posterior = self.latents.draws(z)
         if self._density is not None:
             extra = computed(self._density, z)
@@ -310,13 +312,12 @@ class GuideFit:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the fit to a file that :func:`load_guide` reads without model or data.
 
-        The file is the old one or the new one at any time.  It holds numbers and names, under a check sum, and no code:
-        of the flow, the names of this package's classes and their options.  Where a builder used anything else, such as
-        a class of your own or a transform of torch's, a warning says so; such a file is loaded by giving the builder
-        again.
+        The file is at any time the old one or the new one.  It holds numbers and names under a check sum, and no code;
+        of the flow, names of this package's classes and their options.  If a builder used other classes, a warning says
+        so, and loading needs the builder again.
 
         Args:
-            path: of the file, in a folder that exists.
+            path: a file in a folder that exists.
 
         Raises:
             ValueError: if the folder does not exist, or the flow or a support cannot be described.
@@ -334,7 +335,7 @@ class GuideFit:
             "flow": flow,
             "latents": plain_latents(self.latents),
             "history": asdict(self.history),
-            "assessment": plain_assessment(self.assessment),
+            "assessment": asdict(self.assessment),
             "failures": self.failures,
             "evaluations": self.evaluations,
             "notes": tuple(self.notes),
@@ -343,9 +344,9 @@ class GuideFit:
 
 
 def _entries(value: Tensor, site: Site | None) -> Tensor:
-    """The entries of a site's data, or of draws of them, that its mask lets count, in one dimension for the batch's."""
+    """Returns entries of a site's data, or of draws of them, that its mask lets count, in one batch dimension."""
     entries = None if site is None else seen_entries(site)
-    if entries is None:
+    if site is None or entries is None:
         return value
     event = value.shape[value.dim() - site.fn.event_dim :]
     lead = value.shape[: max(value.dim() - len(event) - entries.dim(), 0)]
@@ -355,19 +356,19 @@ def _entries(value: Tensor, site: Site | None) -> Tensor:
 
 def load_guide(
     path: str | os.PathLike[str],
-    map_location: str | torch.device | dict[str, str] | Callable | None = None,
+    map_location: str | torch.device | dict[str, str] | Callable[..., Any] | None = None,
     *,
-    builder: Callable[[int], object] | None = None,
+    builder: Builder | None = None,
 ) -> GuideFit:
-    """Reads what :meth:`GuideFit.save` wrote: draws, densities, history and verdict, without model or data.
+    """Reads a file of :meth:`GuideFit.save`: draws, densities, history and verdict, without model or data.
 
-    The file holds plain data, and nothing in it is run.  Its check sum is verified, and the flow is rebuilt and
-    compared with the saved one at a few points.
+    The file holds plain data, and no code in it runs.  Its check sum is verified, and the rebuilt flow is compared with
+    the saved one at a few points.
 
     Args:
-        path: of the file.
-        map_location: device, as in ``torch.load``; by default the one that the fit was on.
-        builder: that of the guide, ``AutoFlow(model, builder)``, where it used more than this package's own classes.
+        path: the file.
+        map_location: the device, as in ``torch.load``; by default the fit's.
+        builder: the guide's, ``AutoFlow(model, builder)``, if it used more than this package's classes.
 
     Raises:
         FileNotFoundError: if there is no file.

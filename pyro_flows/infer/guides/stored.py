@@ -1,10 +1,9 @@
-"""A fit of a guide as plain data, and back: recipes of flows, names of supports, numbers; no class, module or code."""
+"""A fit of a guide as plain data, and back: recipes of flows, names of supports and numbers, without code."""
 
 from __future__ import annotations
 
 import typing
-from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import is_dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -14,29 +13,16 @@ from torch.distributions import biject_to
 from pyro_flows.core.chain import Chain
 from pyro_flows.core.recipes import made_from, recipe
 from pyro_flows.distributions import Flow
-from pyro_flows.infer.diagnostics import Importance, Verdict
 from pyro_flows.infer.diagnostics.verdict import LABELS
 from pyro_flows.infer.guides.assessment import Assessment
-from pyro_flows.infer.guides.auto import as_flow_of
+from pyro_flows.infer.guides.auto import Builder, as_flow_of
 from pyro_flows.infer.guides.loop import History
 from pyro_flows.infer.models.latents import Latent, Latents, same_support
 from pyro_flows.infer.models.supports import plain_support, support_of
-from pyro_flows.infer.search.probe import ModeProbe
 
-__all__ = [
-    "device_of",
-    "flow_of",
-    "moved",
-    "plain_assessment",
-    "plain_flow",
-    "plain_latents",
-    "read_assessment",
-    "read_history",
-    "read_latents",
-]
+__all__ = ["flow_of", "plain_flow", "plain_latents", "read_assessment", "read_latents"]
 
-POINTS = 8  # at which a flow that was rebuilt is compared with the one that was saved
-
+POINTS = 8  # at which a rebuilt flow is compared with the saved one
 
 _T = TypeVar("_T")
 
@@ -46,16 +32,16 @@ _T = TypeVar("_T")
 
 @torch.no_grad()
 def plain_flow(flow: Flow) -> dict[str, Any]:
-    """A flow: what it was made of, its state, and a few points by which :func:`flow_of` knows it again.
+    """Describes a flow by its recipe, its state, and a few points by which :func:`flow_of` checks it.
 
-    Where the first part of the chain, which a guide's builder made, holds something that is not of this package, it is
-    left out; ``"unnamed"`` then says what that is, and the builder has to be given again.
+    If the first part of the chain, which a guide's builder made, holds objects from outside of this package, it is left
+    out, and ``"unnamed"`` names them; the builder is then needed again.
 
     Raises:
-        ValueError: if something else cannot be described.
+        ValueError: if another part cannot be described.
     """
     state = {name: value.detach() for name, value in flow.state_dict().items()}
-    plain = {
+    plain: dict[str, Any] = {
         "unnamed": None,
         "state": state,
         "frozen": [name for name, p in flow.named_parameters() if not p.requires_grad],
@@ -64,7 +50,7 @@ def plain_flow(flow: Flow) -> dict[str, Any]:
         "dim": flow.event_shape[0],
     }
     training = flow.training
-    flow.eval()  # so that these points change nothing
+    flow.eval()  # these points must not change the state
     try:
         with torch.random.fork_rng():
             x = flow.base().sample((POINTS,))
@@ -85,9 +71,10 @@ def plain_flow(flow: Flow) -> dict[str, Any]:
     except (TypeError, ValueError, RuntimeError, LookupError, AttributeError) as error:
         why = str(error)
     try:
-        if not isinstance(flow.chain, Chain) or len(flow.chain) < 2:
+        parts = list(flow.chain)[1:] if isinstance(flow.chain, Chain) else []
+        if not parts:
             raise TypeError(why)
-        return {**plain, "chain": [recipe(part) for part in flow.chain[1:]], "unnamed": why}
+        return {**plain, "chain": [recipe(part) for part in parts], "unnamed": why}
     except TypeError as error:
         raise ValueError(
             f"GuideFit.save: a file of plain data cannot hold this flow: {error}; save its state_dict, which a flow "
@@ -95,12 +82,8 @@ def plain_flow(flow: Flow) -> dict[str, Any]:
         ) from error
 
 
-def flow_of(plain: dict[str, Any], builder: Callable[[int], Any] | None = None) -> Flow:
-    """The flow that :func:`plain_flow` described, on the CPU.
-
-    Args:
-        plain: on the CPU.
-        builder: what made the first part, if that was left out.
+def flow_of(plain: dict[str, Any], builder: Builder | None = None) -> Flow:
+    """Makes the flow that :func:`plain_flow` described, on the CPU; the builder makes its first part if left out.
 
     Raises:
         ValueError: if it is not the flow that was saved.
@@ -112,7 +95,7 @@ def flow_of(plain: dict[str, Any], builder: Callable[[int], Any] | None = None) 
             "guide's builder, load_guide(path, builder=...)"
         )
     with torch.random.fork_rng(devices=[]):  # making a flow draws its first parameters
-        if unnamed is None:
+        if unnamed is None or builder is None:
             chain = made_from(plain["chain"])
         else:
             chain = Chain([as_flow_of(builder, plain["dim"]), *made_from(plain["chain"])])
@@ -129,11 +112,11 @@ def flow_of(plain: dict[str, Any], builder: Callable[[int], Any] | None = None) 
     with torch.no_grad():
         found = flow.chain.forward_and_ladj(points["x"])[0], flow.base().log_prob(points["x"])
     for now, then in zip(found, (points["y"], points["log_base"]), strict=True):
-        tolerance = torch.finfo(then.dtype).eps ** (1 / 3)  # other machines add up in another order
+        tolerance = torch.finfo(then.dtype).eps ** (1 / 3)  # machines differ in the order of sums
         if now.shape != then.shape or not torch.allclose(now, then, tolerance, tolerance, equal_nan=True):
             raise ValueError(
-                "what its flow is made of gives another one here: another builder, another release, or parts that were "
-                "changed after they were made; give the guide's builder, load_guide(path, builder=...)"
+                "its flow, made again, is another one: another builder, another release, or parts that were changed "
+                "after they were made; give the guide's builder, load_guide(path, builder=...)"
             )
     return flow.train(plain["training"])
 
@@ -142,7 +125,7 @@ def flow_of(plain: dict[str, Any], builder: Callable[[int], Any] | None = None) 
 
 
 def plain_latents(latents: Latents) -> dict[str, Any]:
-    """Names, shapes, dtypes and supports of latents.
+    """Describes latents by names, shapes, dtypes and supports.
 
     Raises:
         ValueError: for a support that is not one of torch's or Pyro's.
@@ -167,12 +150,12 @@ def plain_latents(latents: Latents) -> dict[str, Any]:
             }
         )
     plain = {"sites": sites, "max_plate_nesting": latents.max_plate_nesting}
-    read_latents(plain)  # so that what could not be read is not written
+    read_latents(plain)  # refuses to write what it cannot read
     return plain
 
 
 def read_latents(plain: dict[str, Any]) -> Latents:
-    """What :func:`plain_latents` described.
+    """Makes the latents that :func:`plain_latents` described.
 
     Raises:
         ValueError: for shapes that do not belong together.
@@ -193,52 +176,36 @@ def read_latents(plain: dict[str, Any]) -> Latents:
 
 
 def record(cls: type[_T], plain: dict[str, Any]) -> _T:
-    """A dataclass or named tuple from its entries.
+    """Makes a dataclass, and those in it, from its entries.
 
     Raises:
-        ValueError: if some are missing, or are more or of other types than those of this release.
+        ValueError: if entries are missing, unknown or of another type.
     """
     kinds = typing.get_type_hints(cls)
-    expected = {name: typing.get_origin(kinds[name]) or kinds[name] for name in _names(cls)}
-    if expected.keys() != plain.keys():
-        raise ValueError(f"{cls.__name__} has {sorted(plain)}, expected {sorted(expected)}")
-    for name, kind in expected.items():
-        inner = typing.get_args(kinds[name])[-1:] if kind in (list, dict) else ()
-        held = plain[name].values() if isinstance(plain[name], dict) else plain[name] if inner else ()
-        for value, wanted in ((plain[name], kind), *((each, *inner) for each in held)):
-            if not isinstance(value, (int, float) if wanted is float else wanted):
-                raise ValueError(f"{name!r} of {cls.__name__} holds a {type(value).__name__}")
-    return cls(**plain)
-
-
-def _names(cls: type) -> tuple[str, ...]:
-    return cls._fields if issubclass(cls, tuple) else tuple(each.name for each in fields(cls))
-
-
-def plain_assessment(known: Assessment) -> dict[str, Any]:
-    """Draws, weights, numbers and verdict."""
-    return {
-        **{name: getattr(known, name) for name in ("draws", "log_p", "log_q")},
-        "importance": asdict(known.importance),
-        "probe": None if known.probe is None else known.probe._asdict(),
-        "verdict": asdict(known.verdict),
-    }
+    if kinds.keys() != plain.keys():
+        raise ValueError(f"{cls.__name__} has {sorted(plain)}, expected {sorted(kinds)}")
+    made = {}
+    for name, value in plain.items():
+        kind, parts = typing.get_origin(kinds[name]), typing.get_args(kinds[name])
+        for part in (kinds[name], *parts):
+            if isinstance(part, type) and is_dataclass(part) and isinstance(value, dict):
+                value = record(part, value)
+        pairs = [(value, kind if kind in (list, dict) else kinds[name])]
+        if kind in (list, dict):
+            pairs += [(each, parts[-1]) for each in (value.values() if isinstance(value, dict) else value)]
+        for each, expected in pairs:
+            if not isinstance(each, (int, float) if expected is float else expected):
+                raise ValueError(f"{name!r} of {cls.__name__} holds a {type(each).__name__}")
+        made[name] = value
+    return cls(**made)
 
 
 def read_assessment(plain: dict[str, Any], dim: int) -> Assessment:
-    """What :func:`plain_assessment` described, of a guide of so many dimensions."""
-    probe = None if plain["probe"] is None else record(ModeProbe, plain["probe"])
-    found = Assessment(
-        plain["draws"],
-        plain["log_p"],
-        plain["log_q"],
-        record(Importance, plain["importance"]),
-        probe,
-        record(Verdict, plain["verdict"]),
-    )
+    """Makes the assessment of a guide of ``dim`` dimensions from its entries."""
+    found = record(Assessment, plain)
     _check_shapes(vars(found), len(found.draws), draws=(dim,))
-    if probe is not None:
-        _check_shapes(probe._asdict(), len(probe.locations), locations=(dim,), scale=(dim, dim))
+    if found.probe is not None:
+        _check_shapes(vars(found.probe), len(found.probe.locations), locations=(dim,), scale=(dim, dim))
     if found.verdict.label not in LABELS:
         raise ValueError(f"a verdict {found.verdict.label!r}")
     return found
@@ -252,7 +219,7 @@ def _check_shapes(values: dict[str, Any], count: int, **events: tuple[int, ...])
 
 
 def read_history(plain: dict[str, Any]) -> History:
-    """What each step came to."""
+    """Makes a history from its columns."""
     found = record(History, plain)
     if len({len(column) for column in vars(found).values()}) > 1:
         raise ValueError("the lists of its history have different lengths")
@@ -263,12 +230,12 @@ def read_history(plain: dict[str, Any]) -> History:
 
 
 def device_of(map_location: Any, saved: str) -> torch.device:
-    """Where to, by what ``torch.load`` takes as ``map_location``.
+    """Returns the device by a ``map_location`` of ``torch.load``.
 
     Raises:
         ValueError: for a device that is not there.
     """
-    place = saved
+    place: str | int | torch.device = saved
     if isinstance(map_location, (str, torch.device, int)):
         place = map_location
     elif isinstance(map_location, dict):
@@ -285,7 +252,7 @@ def device_of(map_location: Any, saved: str) -> torch.device:
 
 
 def moved(value: Any, device: torch.device) -> Any:
-    """Plain data with all tensors on a device."""
+    """Moves all tensors of plain data to a device."""
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, dict):

@@ -1,3 +1,3 @@
-"""What a run asks of the machine: files, interrupts, time and memory."""
+"""How fits run: the training loop, checkpoints and files, interrupts, time and memory."""
 
 __all__: list[str] = []

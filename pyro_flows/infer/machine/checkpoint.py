@@ -45,7 +45,7 @@ class CheckpointFormat:
         """What the files call themselves."""
         return f"checkpoint of {self.function}"
 
-    def refusing(self, path: str | os.PathLike[str]) -> AbstractContextManager[None]:
+    def refusing(self, path: str | os.PathLike[str] | None) -> AbstractContextManager[None]:
         """Turns errors inside, about contents that cannot be used, into the error of :meth:`read`."""
         return refuse_others(path, kind=self.kind, remedy=_REMEDY)
 

@@ -31,20 +31,12 @@ __all__ = ["check_path", "read_if_there", "read_state", "refuse_others", "remove
 try:
     import fcntl
 except ImportError:  # Windows has no such locks
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]  # a module has no better type
 
 _MAGIC = b"pyro_flows state 1\n"
-
-
 _LENGTH = struct.Struct("<Q")  # of the description
-
-
 _DIGEST = hashlib.sha256().digest_size
-
-
 _ALIGNMENT = 64
-
-
 _UNEXPECTED = (
     ValueError,
     TypeError,
@@ -64,18 +56,17 @@ _SCALARS = (type(None), bool, int, float, str)
 
 
 def write_state(path: str | os.PathLike[str], state: Any, *, kind: str, version: int = 1) -> None:
-    """Writes plain data to a file, which is the old one or the new one at any time, whatever happens meanwhile.
+    """Writes plain data to a file, which is the old one or the new one at any time.
 
-    The data go to a hidden file beside it, ``.NAME.********.part``, which then takes its place.  Files of this kind
-    that killed runs left behind are removed; one that a living process is writing is locked and stays.
+    The data go to a hidden file beside it, ``.NAME.********.part``, which then takes its place.  Such files of killed
+    runs are removed; a living process locks its own.
 
     Args:
-        path: where to write.  A link is followed.
-        state: dictionaries (their keys are scalars), lists, tuples, strings, numbers, Booleans, ``None`` and tensors,
-            nested at will.  Subclasses of these come back as the plain kind; tensors come back on the CPU.
-        kind: what the file holds, e.g. ``"checkpoint of fit_density"``; :func:`read_state` refuses files of other
-            kinds.
-        version: of the contents; :func:`read_state` refuses other versions.
+        path: where to write; a link is followed.
+        state: dictionaries (with scalar keys), lists, tuples, strings, numbers, Booleans, ``None`` and tensors, nested.
+            Subclasses are read back as the plain kind, tensors on the CPU.
+        kind: the kind of the file, e.g. ``"checkpoint of fit_density"``; :func:`read_state` refuses others.
+        version: of the contents; :func:`read_state` refuses others.
 
     Raises:
         ValueError: if the folder does not exist, or the path is no file.
@@ -106,7 +97,7 @@ def write_state(path: str | os.PathLike[str], state: Any, *, kind: str, version:
 
             write(_MAGIC + _LENGTH.pack(len(text)) + text)
             for tensor in tensors:
-                write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+                write(tensor.reshape(-1).view(torch.uint8).numpy().data)
                 write(bytes(-tensor.nbytes % _ALIGNMENT))
             file.write(digest.digest())
     except OSError as error:
@@ -139,11 +130,10 @@ def read_state(
 
     Args:
         path: of the file.
-        kind: what the file should hold.
-        version: of the contents, the only one that is read.
-        remedy: what the caller of the function can do about a file that cannot be read, for the messages.
-        parts: of a dictionary: the type of each entry, or several types, or the parts of a dictionary in it.  Further
-            entries are let through.
+        kind: the kind of the file.
+        version: of the contents.
+        remedy: for the messages: what to do about a file that cannot be read.
+        parts: of a dictionary: each entry's type, types, or parts, if it is a dictionary.  Further entries may follow.
 
     Raises:
         FileNotFoundError: if there is no file.
@@ -184,7 +174,7 @@ def read_state(
 
 
 @contextmanager
-def refuse_others(path: str | os.PathLike[str], *, kind: str, remedy: str) -> Iterator[None]:
+def refuse_others(path: str | os.PathLike[str] | None, *, kind: str, remedy: str) -> Iterator[None]:
     """Inside, contents that cannot be used raise the ``ValueError`` of :func:`read_state`."""
     try:
         yield
@@ -194,7 +184,7 @@ def refuse_others(path: str | os.PathLike[str], *, kind: str, remedy: str) -> It
         ) from error
 
 
-def _refusal(path: str | os.PathLike[str], kind: str, why: str, remedy: str) -> ValueError:
+def _refusal(path: str | os.PathLike[str] | None, kind: str, why: str, remedy: str) -> ValueError:
     return ValueError(f"the {kind} {str(path)!r} cannot be read: {why}; {remedy}")
 
 
@@ -211,7 +201,7 @@ def _check_parts(state: Any, parts: Parts, where: str) -> None:
 
 
 def check_path(path: str | os.PathLike[str]) -> Path:
-    """Where a file can be written: its folder exists, and nothing that is no file is in its place; links are followed.
+    """The path, links followed, if its folder exists and no other thing than a file is there.
 
     Raises:
         ValueError: otherwise.
@@ -231,7 +221,7 @@ def check_path(path: str | os.PathLike[str]) -> Path:
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """A new file that takes the place of the old one at the end, or vanishes after an error."""
+    """A new file, which replaces the old one at the end, or vanishes after an error."""
     name = path
     try:
         while True:
@@ -264,7 +254,7 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def remove_leftovers(path: str | os.PathLike[str]) -> None:
-    """Removes what killed processes left of their attempts to write a file; what a living one writes is locked."""
+    """Removes unfinished files of killed processes; living ones lock theirs."""
     path = Path(os.path.realpath(path))
     if fcntl is None:
         return

@@ -1,4 +1,4 @@
-"""What has to be done in one piece although somebody presses Ctrl-C."""
+"""Work that Ctrl-C must not split, and what an interruption carries and leaves."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from pyro.poutine.runtime import _DIM_ALLOCATOR, _PYRO_STACK
 
@@ -15,10 +16,9 @@ __all__ = ["carrying", "interrupts_held_back", "pyro_as_it_was"]
 
 @contextmanager
 def interrupts_held_back() -> Iterator[None]:
-    """Inside, Ctrl-C (SIGINT) has to wait; one that came raises ``KeyboardInterrupt`` at the end.
+    """Inside, Ctrl-C (SIGINT) waits, and raises ``KeyboardInterrupt`` at the end.
 
-    If an interruption is already being handled, further ones are dropped, so that the first one gets through with all
-    that it carries.
+    While an interruption is being handled, further ones are dropped, so that the first one keeps all that it carries.
     """
     handler = signal.getsignal(signal.SIGINT)
     # Python runs handlers in the main thread only; None is a handler that was not set from Python.
@@ -38,18 +38,18 @@ def interrupts_held_back() -> Iterator[None]:
 
 @contextmanager
 def carrying(so_far: list[Callable[[], object]]) -> Iterator[None]:
-    """What is raised inside carries as its attribute ``fit`` what the first of these gives, or ``None``."""
+    """An error raised inside carries, as its attribute ``fit``, the result of the first function, or ``None``."""
     try:
         yield
     except BaseException as error:
-        error.fit = so_far[0]() if so_far else None
+        vars(error)["fit"] = so_far[0]() if so_far else None
         raise
 
 
 @contextmanager
 def pyro_as_it_was() -> Iterator[None]:
-    """Takes off Pyro's stacks what an interruption has left on them, on the way in or out of a handler."""
-    stacks = [(stack, list(stack)) for stack in (_PYRO_STACK, _DIM_ALLOCATOR._stack)]
+    """Restores Pyro's stacks, on which an interruption on the way in or out of a handler leaves entries."""
+    stacks: list[tuple[list[Any], list[Any]]] = [(s, list(s)) for s in (_PYRO_STACK, _DIM_ALLOCATOR._stack)]
     try:
         yield
     except BaseException:

@@ -1,4 +1,4 @@
-"""What a draw of a model costs in memory and in time, and how many rows of a batch go into one call."""
+"""The memory and time of a draw of a model, and the rows that fit into one call."""
 
 from __future__ import annotations
 
@@ -9,30 +9,21 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = ["Footprint", "Pace", "in_pieces", "pace_of", "rows_at_once"]
 
 Result = TypeVar("Result")
-
-
-BYTES = 2**28  # that the tensors of one call may take together
-
-
+BYTES = 2**28  # for the tensors of one call
 FIRST = 2  # rows of the first call where time is limited
-
-
-CALL = 0.1  # seconds that one call may take where its time grows with its rows
-
-
-FLAT = 1.5  # times the shortest call: what takes no longer is not long because of its rows
-
-
-LEVEL = 1.2  # likewise, for many more rows in the next call
+CALL = 0.1  # seconds of a call whose time grows with its rows, at most
+FLAT = 1.5  # times the shortest call: up to this, rows are not what takes time
+LEVEL = 1.2  # the same, for many more rows in the next call
 
 
 class Footprint(TorchDispatchMode):
-    """Within it, the bytes of all tensors that are made are added up, in ``bytes``.
+    """Adds up the bytes of all tensors that are made inside, in ``bytes``.
 
     The sum is an upper bound of the peak: without gradients most tensors are freed on the way; with gradients most are
     kept, and the backward pass makes about as many again.
@@ -44,7 +35,7 @@ class Footprint(TorchDispatchMode):
 
     def __torch_dispatch__(
         self,
-        func: Callable[..., object],
+        func: OpOverload,
         types: Sequence[type],
         args: Sequence[object] = (),
         kwargs: Mapping[str, object] | None = None,
@@ -59,21 +50,21 @@ class Footprint(TorchDispatchMode):
 
 
 class Pace:
-    """How many rows a density takes in one call, so that calls stay short where time is limited, and small always.
+    """Chooses the rows of each call of a density, so that calls stay small, and short where time is limited.
 
     Where time is limited, calls begin with two rows.  Their number grows as long as calls take less than a tenth of a
-    second, or not much longer than those with few rows, as in a model whose time does not depend on the rows.
+    second, or not much longer than those with few rows.
 
     Attributes:
-        bytes_per_draw: of all tensors made in a run, or ``None`` while that is not known.
-        rows: how many fit into the time of one call.
+        bytes_per_draw: of all tensors made in a run, or ``None`` while that is unknown.
+        rows: the number that fits into the time of one call.
+        shortest: seconds of the fastest call so far.
     """
 
     def __init__(self) -> None:
         self.bytes_per_draw: float | None = None
         self.rows = FIRST
         self.shortest = math.inf
-        """Seconds of the fastest call so far."""
         self._each: float | None = None
 
     def at_once(self, most: int, *, timed: bool) -> int:
@@ -89,12 +80,12 @@ class Pace:
 
     @property
     def seconds_per_draw(self) -> float:
-        """Of the fastest calls so far, each draw's part of the time; 0 before any call."""
+        """Time of a draw in the fastest calls so far; 0 before any call."""
         return self._each or 0.0
 
     @contextmanager
     def call(self, rows: int) -> Iterator[None]:
-        """Takes the time of a call of so many rows that is made inside."""
+        """Times a call of this many rows, made inside."""
         begin = time.monotonic()
         yield
         seconds = time.monotonic() - begin
@@ -109,16 +100,16 @@ class Pace:
 
 
 def pace_of(density: object) -> Pace | None:
-    """The pace of a density that has one, such as a ``JointDensity``."""
+    """The pace of a ``JointDensity``; ``None`` of other densities."""
     found = getattr(density, "pace", None)
     return found if isinstance(found, Pace) else None
 
 
 def rows_at_once(density: object, most: int) -> int:
-    """How many draws to give a model in one run so that its tensors stay within 256 MiB, at least 1.
+    """The number of draws with which a run's tensors stay within 256 MiB, at least 1.
 
     Args:
-        density: a ``JointDensity``; of other densities nothing is known, and memory sets no bound.
+        density: a ``JointDensity``; for others, memory sets no bound.
         most: the bound where memory sets none.
     """
     pace = pace_of(density)
@@ -129,9 +120,9 @@ def in_pieces(pace: Pace, z: Tensor, run: Callable[[Tensor], Result], most: int)
     """Runs a model for ``most`` draws at a time, or for as many as stay within 256 MiB.
 
     Args:
-        pace: of the model; where it does not know the memory of a draw, the first two draws show it.
+        pace: of the model; where the memory of a draw is unknown, the first two draws measure it.
         z: draws, shape ``(n, dim)``.
-        run: of the model at some of them.
+        run: runs the model at some of them.
         most: draws in a run.
     """
     found = []

@@ -16,12 +16,11 @@ from typing import Any, NamedTuple
 
 import pyro
 import torch
-from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_flows.infer.models.latents import Latents
-from pyro_flows.infer.models.sites import Message, Model, run, sum_beyond
+from pyro_flows.infer.models.sites import Message, Model, run, sites_of, sum_beyond
 
 __all__ = ["explain", "warn_once"]
 
@@ -133,7 +132,6 @@ def _line(frame: FrameType, number: int) -> _Line:
 
 
 def _raised_at(error: Exception) -> _Line | None:
-    """Returns the innermost line of the user's code in a traceback."""
     found, at = None, error.__traceback__
     while at is not None:
         if _is_users(at.tb_frame.f_code.co_filename):
@@ -169,13 +167,9 @@ def _first_site_that_differs(
         with torch.random.fork_rng(devices=[z.device] if z.is_cuda else []):
             torch.manual_seed(0)
             trace = run(seen(model), args, kwargs, values)
-        nodes: dict[str, Any] = dict(trace.nodes)
-        for name, site in nodes.items():
-            if site["type"] != "sample":
-                continue
+        for name, site in sites_of(trace, frozenset()).items():
             try:
-                each = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
-                each = scale_and_mask(each, site["scale"], site["mask"])
+                each = site.log_prob()
             except Exception:  # distributions raise anything at a value of another shape
                 yield name, None
                 continue
@@ -199,7 +193,6 @@ def _first_site_that_differs(
 
 
 def _suspect(line: _Line) -> _Line | None:
-    """Returns the last line of the function, up to this one, that looks as if it does not broadcast."""
     known = [_MATMUL, _INDEXED, _VINDEXED, *(re.compile(pattern) for pattern, _ in _ADVICE)]
     for number in range(line.number, line.first, -1):
         candidate = line._replace(number=number)
@@ -209,7 +202,6 @@ def _suspect(line: _Line) -> _Line | None:
 
 
 def _advice(line: _Line, error: Exception | None, nesting: int, enumerates: bool) -> str:
-    """Says how to write a line so that it broadcasts over dimensions on the left."""
     source = line.source
     product, indexed = _MATMUL.search(source), _VINDEXED.search(source) or _INDEXED.search(source)
     if product:
@@ -251,7 +243,6 @@ def _shapes(values: Mapping[str, Tensor]) -> str:
 
 
 def _about_product(left: str, right: str, line: _Line, nesting: int) -> str:
-    """Says how to write ``left @ right``, one of which has a dimension of two draws."""
     names = [name.removesuffix(".T") for name in (left, right)]
     first, second = (_value(line, name) for name in names)
     known = {name: value for name, value in zip(names, (first, second), strict=True) if value is not None}
@@ -271,7 +262,6 @@ def _about_product(left: str, right: str, line: _Line, nesting: int) -> str:
 
 
 def _value(line: _Line, name: str) -> Tensor | None:
-    """Returns the tensor that the line sees under this name."""
     first, *rest = name.split(".")
     found: Any = line.names.get(first)
     for part in rest:

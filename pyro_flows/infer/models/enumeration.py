@@ -170,7 +170,6 @@ def _split(
 
 
 def _symbols(term: Any) -> str:
-    """The symbols of a packed tensor's dimensions, which Pyro keeps on the tensor."""
     return term._pyro_dims
 
 

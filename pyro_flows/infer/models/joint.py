@@ -179,7 +179,6 @@ class JointDensity:
         return total + self._conditional(values)
 
     def _conditional(self, values: Mapping[str, Tensor]) -> Tensor:
-        """Returns the log-density at one value of each latent."""
         nesting = self.latents.max_plate_nesting
         if self.discrete:
             return marginal_log_prob(*self.enumerated_at(values, nesting), None, nesting)
@@ -295,7 +294,6 @@ def _moved(row: Tensor, move: int) -> Tensor:
 
 
 def _random_state(like: Tensor) -> tuple[object, ...]:
-    """Returns the state of all generators that models commonly draw from."""
     own = torch.cuda.get_rng_state(like.device) if like.is_cuda else torch.get_rng_state()
     legacy: Any = np.random.get_state()
     kind, keys, *rest = legacy

@@ -141,7 +141,6 @@ def inspect(
 
 
 def _refuse_site(site: Message) -> None:
-    """Refuses a latent site without a density on one fixed vector."""
     name = site["name"]
     try:
         with helpful_support_errors(site):

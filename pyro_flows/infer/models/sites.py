@@ -100,7 +100,6 @@ class Site:
 
 
 def _masks(*given: Any) -> list[bool | Tensor]:
-    """Returns the masks among these masks and distributions."""
     masks = [each._mask if isinstance(each, MaskedDistribution) else each for each in given]
     return [mask for mask in masks if mask is False or isinstance(mask, Tensor)]
 

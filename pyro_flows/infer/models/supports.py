@@ -93,7 +93,6 @@ def support_of(plain: dict[str, Any]) -> constraints.Constraint:
 
 
 def _public() -> dict[str, Any]:
-    """Returns the public constraints, and the classes of those with bounds, by name."""
     found = {name: getattr(place, name) for place in (pyro_constraints, constraints) for name in place.__all__}
     kind = constraints.Constraint
     classes = {name: each for name, each in found.items() if isinstance(each, type) and issubclass(each, kind)}

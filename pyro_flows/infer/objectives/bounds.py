@@ -1,25 +1,15 @@
 r"""Bounds on the evidence with gradients through the draws alone: ``PathELBO``, ``DReGELBO``, ``AlphaDivergence``.
 
-All three are one family.  With :math:`K` draws, log weights :math:`\ell_k = \log p(x, z_k) - \log q_\phi(z_k)` and
-
-.. math:: L_{\alpha, K} = \frac{1}{1 - \alpha} \log \frac{1}{K} \sum_k e^{(1 - \alpha) \ell_k},
-    \qquad v_k \propto e^{(1 - \alpha) \ell_k}, \quad \sum_k v_k = 1,
-
-the gradient in the model's parameters is :math:`\sum_k v_k \, \partial \log p_k`, and in the guide's
-
-.. math:: \sum_k \bigl(\alpha v_k + (1 - \alpha) v_k^2\bigr) \frac{\partial \ell_k}{\partial z_k} \frac{d z_k}{d \phi}.
-
-The second comes from the total derivative by replacing the score terms, whose sum is
-:math:`-\sum_k v_k \, \partial_\phi \log q(z_k)`, by a derivative of the weights: the expectation of
-:math:`v_k \, \partial_\phi \log q(z_k)` over :math:`z_k` is that of
-:math:`(1 - \alpha)(v_k - v_k^2) \, \partial_z \ell_k \, d z_k / d \phi`.
+All three are one family, with the formulas of :class:`AlphaDivergence`; the gradient for the model's parameters is
+:math:`\sum_k v_k \, \partial \log p_k`.  That for the guide's comes from the total derivative, in which the score term
+:math:`v_k \, \partial_\phi \log q(z_k)` has the same expectation over :math:`z_k` as
+:math:`(1 - \alpha)(v_k - v_k^2) \, \partial_z \ell_k \, d z_k / d \phi`, where :math:`\ell_k = \log w_k`.
 """
 
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -28,54 +18,54 @@ from pyro.infer.enum import get_importance_trace
 from pyro.poutine import Trace
 from torch import Tensor
 
-from pyro_flows.infer.objectives.particles import Particles, refuse_messenger, sum_particles
+from pyro_flows.core.checks import integer
+from pyro_flows.infer.models.sites import Model
+from pyro_flows.infer.objectives.particles import Particles, count_dropped, refuse_messenger, sum_particles
 
 __all__ = ["AlphaDivergence", "DReGELBO", "PathELBO"]
 
 
 def _bound(log_w: Tensor, keep: Tensor, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The bound, the normalised weights ``v`` and the factor ``alpha + (1 - alpha) v``, from ``(K,)`` log weights."""
+    """Returns the bound, the normalized weights ``v`` and ``alpha + (1 - alpha) v``, from ``(K,)`` log weights."""
     count = keep.sum()
     log_w = log_w.masked_fill(~keep, 0.0)
     if alpha == 1:
         v = keep.to(log_w) / count
         return (v * log_w).sum(), v, torch.ones_like(log_w)
-    # Centred, so that nothing is lost where alpha is near 1.
-    centre = log_w.sum() / count
-    tilted = ((1 - alpha) * (log_w - centre)).masked_fill(~keep, -math.inf)
-    # A particle without a weight has weight 0 in a mean of positive powers; of other powers it can only be left out.
+    # Centered, which keeps precision where alpha is near 1.
+    center = log_w.sum() / count
+    tilted = ((1 - alpha) * (log_w - center)).masked_fill(~keep, -math.inf)
+    # A particle without a weight counts as 0 in a mean of positive powers, and is left out of other means.
     log_count = math.log(len(log_w)) if alpha < 1 else count.to(log_w).log()
     v = tilted.softmax(0)
     highest = tilted.max()
-    small = (tilted.expm1().sum() + len(log_w) - count) / count  # the mean less 1, of those kept
+    small = (tilted.expm1().sum() + len(log_w) - count) / count  # mean of those kept, minus 1
     log_mean = torch.where(
         highest < 0.5, torch.log1p(small) + count.to(log_w).log() - log_count, tilted.logsumexp(0) - log_count
     )
-    return centre + log_mean / (1 - alpha), v, alpha + (1 - alpha) * v
+    return center + log_mean / (1 - alpha), v, alpha + (1 - alpha) * v
 
 
 class _PathObjective(ELBO):
-    """What the bounds of this module share; ``alpha`` says which."""
+    """The bounds of this module, which differ in ``_alpha``."""
+
+    _alpha: float
 
     def __init__(
         self,
-        alpha: float,
-        num_particles: int,
-        max_plate_nesting: float,
-        vectorize_particles: bool,
-        strict_enumeration_warning: bool,
-        retain_graph: bool | None,
+        num_particles: int = 8,
+        max_plate_nesting: float = math.inf,
+        vectorize_particles: bool = False,
+        strict_enumeration_warning: bool = True,
+        retain_graph: bool | None = None,
     ) -> None:
-        if isinstance(num_particles, bool) or not isinstance(num_particles, int) or num_particles < 1:
-            raise ValueError(f"{type(self).__name__}: expected num_particles to be a positive int, got {num_particles}")
         super().__init__(
-            num_particles=num_particles,
+            num_particles=integer(type(self).__name__, "num_particles", num_particles),
             max_plate_nesting=max_plate_nesting,
             vectorize_particles=vectorize_particles,
             strict_enumeration_warning=strict_enumeration_warning,
             retain_graph=retain_graph,
         )
-        self._alpha = alpha
         self.num_dropped = 0
         self.num_scored = 0
 
@@ -83,10 +73,10 @@ class _PathObjective(ELBO):
     def _vectorized(self) -> bool:
         return self.vectorize_particles and self.num_particles > 1
 
-    def _get_trace(self, model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any]) -> tuple[Trace, Trace]:
+    def _get_trace(self, model: Model, guide: Model, args: tuple, kwargs: dict[str, Any]) -> tuple[Trace, Trace]:
         return get_importance_trace("flat", self.max_plate_nesting, model, guide, args, kwargs)
 
-    def _runs(self, model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any]) -> Iterator[Particles]:
+    def _runs(self, model: Model, guide: Model, args: tuple, kwargs: dict[str, Any]) -> Iterator[Particles]:
         owner = type(self).__name__
         refuse_messenger(owner, guide)
         if not self._vectorized:
@@ -103,29 +93,14 @@ class _PathObjective(ELBO):
             return torch.as_tensor(parts[0]).expand(self.num_particles)
         return torch.stack([torch.as_tensor(part) for part in parts])
 
-    def _count(self, keep: Tensor) -> int:
-        kept = int(keep.sum())
-        dropped = self.num_particles - kept
-        if dropped and not self.num_dropped:
-            warnings.warn(
-                f"{type(self).__name__}: {dropped} of {self.num_particles} particles have no finite weight and were "
-                "left out; num_dropped counts them from here on, without further warnings",
-                RuntimeWarning,
-                stacklevel=4,
-            )
-        self.num_dropped += dropped
-        self.num_scored += self.num_particles
-        return kept
-
-    def _losses(
-        self, model: Callable, guide: Callable, args: tuple, kwargs: dict[str, Any]
-    ) -> tuple[Tensor, Tensor | None]:
-        """The loss, a number, and what has its gradient, if anything has."""
+    def _losses(self, model: Model, guide: Model, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """Returns the loss, a number, and a surrogate with its gradient, if it has one."""
         runs = list(self._runs(model, guide, args, kwargs))
         log_p = self._gather([run.log_p for run in runs])
         log_w = log_p.detach() - self._gather([run.log_q for run in runs])
         keep = log_w.isfinite()
-        kept = self._count(keep)
+        kept = int(keep.sum())
+        count_dropped(self, self.num_particles - kept, self.num_particles, "particles have no finite weight")
         if not kept:
             return -log_w.mean(), None
         bound, v, factor = _bound(log_w, keep, self._alpha)
@@ -146,25 +121,27 @@ class _PathObjective(ELBO):
         return -bound, -surrogate if surrogate.requires_grad else None
 
     @torch.no_grad()
-    def loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
-        """Minus the bound, estimated from new draws, without gradient."""
+    def loss(self, model: Model, guide: Model, *args: Any, **kwargs: Any) -> float:
+        """Estimates minus the bound from new draws, without gradient."""
         traces = list(self._get_traces(model, guide, args, kwargs))
         axis = self.max_plate_nesting if self._vectorized else None
         log_w = self._gather([sum_particles(p, axis) - sum_particles(q, axis) for p, q in traces])
         keep = log_w.isfinite()
-        if not self._count(keep):
+        kept = int(keep.sum())
+        count_dropped(self, self.num_particles - kept, self.num_particles, "particles have no finite weight")
+        if not kept:
             return -log_w.mean().item()
         return -_bound(log_w, keep, self._alpha)[0].item()
 
-    def loss_and_grads(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
-        """Minus the bound, and its gradient added to the parameters' ``grad``."""
+    def loss_and_grads(self, model: Model, guide: Model, *args: Any, **kwargs: Any) -> float:
+        """Returns minus the bound, and adds its gradient to the parameters' ``grad``."""
         loss, surrogate = self._losses(model, guide, args, kwargs)
         if surrogate is not None:
             surrogate.backward(retain_graph=self.retain_graph)
         return loss.item()
 
-    def differentiable_loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Tensor:
-        """Minus the bound, as a tensor with the objective's gradient (its first: a second means nothing)."""
+    def differentiable_loss(self, model: Model, guide: Model, *args: Any, **kwargs: Any) -> Tensor:
+        """Returns minus the bound, with the objective's first gradient; a second one has no meaning."""
         loss, surrogate = self._losses(model, guide, args, kwargs)
         return loss if surrogate is None else loss + (surrogate - surrogate.detach())
 
@@ -176,25 +153,25 @@ class PathELBO(_PathObjective):
         \nabla_\phi L = \mathbb{E}\Bigl[\frac{\partial}{\partial z} \bigl(\log p(x, z) - \log q_\phi(z)\bigr)
         \frac{d z}{d \phi}\Bigr].
 
-    The total derivative that ``Trace_ELBO`` takes has the term :math:`-\partial_\phi \log q_\phi(z)` as well, which is
-    0 on average and nothing but noise.  Without it the gradient of every draw is 0 once the guide is the posterior.
-    Unbiased, for parameters of the guide, of the model, and shared ones.
+    The total derivative of ``Trace_ELBO`` also has the term :math:`-\partial_\phi \log q_\phi(z)`, which is 0 on
+    average and only adds noise.  Without it the gradient of every draw is 0 once the guide is the posterior.  It is
+    unbiased, for parameters of the guide, of the model, and shared ones.
 
-    A particle whose weight is not finite is left out of the mean.  While Pyro's validation is on, a distribution that
-    is given what it does not allow raises an error instead; ``pyro.enable_validation(False)`` lets it pass.
+    A particle whose weight is not finite is left out of the mean; ``pyro.enable_validation(False)`` keeps distributions
+    from raising an error there.
 
-    Any reparameterised guide will do: autoguides, ``PyroModule``s, functions with ``pyro.param`` or ``pyro.module``.
-    The guide is run twice, the second time on the draws of the first, so a module in it must not draw noise of its own
-    (dropout) nor depend on how often it is called.
+    Any reparameterized guide will do: autoguides, ``PyroModule``s, functions with ``pyro.param`` or ``pyro.module``.
+    The guide runs twice, the second time on the draws of the first, so a module in it must not draw noise of its own
+    (dropout) nor depend on the number of calls.
 
-    Cost: that of ``Trace_ELBO``, and one more run of the guide with its density at the draws and the gradient in them;
-    for a flow, one more pass, in the density direction.  Particles are kept until the end, also where they are not
-    vectorised.
+    Cost: that of ``Trace_ELBO``, and one more run of the guide with its density at the draws and the gradient with
+    respect to them; for a flow, one more pass, in the density direction.  Particles are kept until the end, even if
+    they are not vectorized.
 
     Args:
         num_particles: draws for each step.
-        max_plate_nesting: as in ``pyro.infer.ELBO``; found by a run of guide and model if left out.
-        vectorize_particles: whether all draws are made at once, in a plate outside of all others.
+        max_plate_nesting: as in ``pyro.infer.ELBO``; by default a run of guide and model finds it.
+        vectorize_particles: whether to make all draws at once, in a plate outside of all others.
         strict_enumeration_warning: as in ``pyro.infer.ELBO``.
         retain_graph: as in ``pyro.infer.ELBO``.
 
@@ -203,13 +180,15 @@ class PathELBO(_PathObjective):
         num_scored: all particles so far.
 
     Raises:
-        ValueError: if a site of the guide is not reparameterised; names it.
+        ValueError: if a site of the guide is not reparameterized; names it.
         NotImplementedError: if the guide cannot score a draw anew, or runs its model by itself.
 
     References:
         Roeder, Wu, Duvenaud. Sticking the Landing: Simple, Lower-Variance Gradient Estimators for Variational
         Inference. arXiv:1703.09194.
     """
+
+    _alpha = 1.0
 
     def __init__(
         self,
@@ -220,43 +199,28 @@ class PathELBO(_PathObjective):
         retain_graph: bool | None = None,
     ) -> None:
         super().__init__(
-            1.0, num_particles, max_plate_nesting, vectorize_particles, strict_enumeration_warning, retain_graph
+            num_particles, max_plate_nesting, vectorize_particles, strict_enumeration_warning, retain_graph
         )
 
 
 class DReGELBO(_PathObjective):
-    r"""The importance-weighted bound with the doubly reparameterised gradient.
+    r"""The importance-weighted bound with the doubly reparameterized gradient.
 
     .. math:: L_K = \mathbb{E} \log \frac{1}{K} \sum_k w_k, \qquad w_k = \frac{p(x, z_k)}{q_\phi(z_k)}, \qquad
         \nabla_\phi L_K = \mathbb{E} \sum_k \tilde w_k^2 \frac{\partial \log w_k}{\partial z_k} \frac{d z_k}{d \phi},
 
     with :math:`\tilde w_k = w_k / \sum_j w_j`; the model's parameters get
     :math:`\sum_k \tilde w_k \, \partial \log p(x, z_k)`.  Both are unbiased for :math:`L_K`, which grows with ``K``
-    from the evidence lower bound towards the evidence.  The squares matter: with plain weights, as when a path
-    gradient is put into ``RenyiELBO``, the gradient is that of no bound.
+    from the evidence lower bound to the evidence.  The squares matter: with plain weights, as with a path gradient in
+    ``RenyiELBO``, the gradient belongs to no bound.
 
-    Weights are those of whole traces: a plate whose members are independent does not get weights of its own for each
-    of them, so for many local latents ``K`` weights are soon one large and many small.  With a subsampled plate the
-    weights are those of the scaled minibatch, and :math:`L_K` is then no lower bound of the whole data's evidence.
+    Weights are those of whole traces, not of members of a plate, so with many local latents one of ``K`` weights is
+    soon large and the others small.  With a subsampled plate :math:`L_K`, of the scaled minibatch, is no lower bound of
+    the whole data's evidence.
 
     A particle without a finite weight counts as one of weight 0, so the bound remains one.
 
-    Cost: as :class:`PathELBO`.
-
-    Args:
-        num_particles: ``K``, draws for each step.
-        max_plate_nesting: as in :class:`PathELBO`.
-        vectorize_particles: as in :class:`PathELBO`.
-        strict_enumeration_warning: as in ``pyro.infer.ELBO``.
-        retain_graph: as in ``pyro.infer.ELBO``.
-
-    Attributes:
-        num_dropped: as in :class:`PathELBO`.
-        num_scored: as in :class:`PathELBO`.
-
-    Raises:
-        ValueError: as :class:`PathELBO`.
-        NotImplementedError: as :class:`PathELBO`.
+    Options, attributes, errors and cost are those of :class:`PathELBO`; ``num_particles`` is ``K``.
 
     References:
         Burda, Grosse, Salakhutdinov. Importance Weighted Autoencoders. arXiv:1509.00519.
@@ -264,17 +228,7 @@ class DReGELBO(_PathObjective):
         arXiv:1810.04152.
     """
 
-    def __init__(
-        self,
-        num_particles: int = 8,
-        max_plate_nesting: float = math.inf,
-        vectorize_particles: bool = False,
-        strict_enumeration_warning: bool = True,
-        retain_graph: bool | None = None,
-    ) -> None:
-        super().__init__(
-            0.0, num_particles, max_plate_nesting, vectorize_particles, strict_enumeration_warning, retain_graph
-        )
+    _alpha = 0.0
 
 
 class AlphaDivergence(_PathObjective):
@@ -285,36 +239,26 @@ class AlphaDivergence(_PathObjective):
         \frac{\partial \log w_k}{\partial z_k} \frac{d z_k}{d \phi}, \qquad
         v_k = \frac{w_k^{1 - \alpha}}{\sum_j w_j^{1 - \alpha}}.
 
-    What is estimated without bias is :math:`L_{\alpha, K}` and its gradient, for any ``K``, in the guide's and the
-    model's parameters.  It is not Rényi's bound :math:`L_\alpha = \log p(x) - D_\alpha(q \,\|\, p(\cdot \mid x))`,
-    which is its limit for large ``K``: the difference is of order ``1 / K`` as long as :math:`w^{1 - \alpha}` has a
-    variance, below :math:`L_\alpha` for ``alpha < 1`` and above it for ``alpha > 1``.  With ``K = 1`` it is the
-    evidence lower bound, whatever ``alpha``.
+    The estimates of :math:`L_{\alpha, K}` and of its gradient are unbiased, for any ``K``, in the guide's and the
+    model's parameters.  Rényi's bound :math:`L_\alpha = \log p(x) - D_\alpha(q \,\|\, p(\cdot \mid x))` is the limit
+    for large ``K``: the difference is of order ``1 / K`` as long as :math:`w^{1 - \alpha}` has a variance, and
+    :math:`L_{\alpha, K}` is below :math:`L_\alpha` for ``alpha < 1`` and above it for ``alpha > 1``.  With ``K = 1`` it
+    is the evidence lower bound, whatever ``alpha``.
 
-    ``alpha = 1`` is :class:`PathELBO`, ``alpha = 0`` is :class:`DReGELBO`.  Towards smaller ``alpha`` the guide covers
-    more of the posterior, towards larger ones it keeps to where the posterior is high; for ``alpha < 0`` the limit is
-    an upper bound of the evidence.  The gradient of every draw is 0 once the guide is the posterior.
+    ``alpha = 1`` is :class:`PathELBO`, ``alpha = 0`` is :class:`DReGELBO`.  With smaller ``alpha`` the guide covers
+    more of the posterior, with larger ones it keeps to where the posterior is high; for ``alpha < 0`` the limit is an
+    upper bound of the evidence.  The gradient of every draw is 0 once the guide is the posterior.
 
     Weights are those of whole traces, as in :class:`DReGELBO`.  A particle without a finite weight counts as one of
     weight 0 for ``alpha < 1``, and is left out of the mean otherwise.
 
-    Cost: as :class:`PathELBO`.
+    Options, attributes, errors and cost are those of :class:`PathELBO`; ``num_particles`` is ``K``.
 
     Args:
         alpha: the order, any real number.
-        num_particles: ``K``, draws for each step.
-        max_plate_nesting: as in :class:`PathELBO`.
-        vectorize_particles: as in :class:`PathELBO`.
-        strict_enumeration_warning: as in ``pyro.infer.ELBO``.
-        retain_graph: as in ``pyro.infer.ELBO``.
-
-    Attributes:
-        num_dropped: as in :class:`PathELBO`.
-        num_scored: as in :class:`PathELBO`.
 
     Raises:
-        ValueError: if ``alpha`` is not finite; else as :class:`PathELBO`.
-        NotImplementedError: as :class:`PathELBO`.
+        ValueError: if ``alpha`` is not finite.
 
     References:
         Li, Turner. Rényi Divergence Variational Inference. arXiv:1602.02311.
@@ -335,13 +279,9 @@ class AlphaDivergence(_PathObjective):
         if not math.isfinite(alpha):
             raise ValueError(f"AlphaDivergence: expected a finite alpha, got {alpha}")
         super().__init__(
-            float(alpha),
-            num_particles,
-            max_plate_nesting,
-            vectorize_particles,
-            strict_enumeration_warning,
-            retain_graph,
+            num_particles, max_plate_nesting, vectorize_particles, strict_enumeration_warning, retain_graph
         )
+        self._alpha = float(alpha)
 
     @property
     def alpha(self) -> float:

@@ -1,43 +1,40 @@
 """Draws of a model's latents as values of a guide's own sites.
 
-How a guide takes values for its latents:
+Guides take values in these ways:
 
-- an ``AutoContinuous`` samples one auxiliary vector, ``_{name}_latent``: each latent is taken to unconstrained space by
-  ``biject_to`` of the support in the guide's ``prototype_trace`` and flattened, in the order of that trace; the guide
-  itself adds the Jacobians;
+- an ``AutoContinuous`` samples one auxiliary vector, ``_{name}_latent``: each latent is mapped to unconstrained space
+  by ``biject_to`` of its support and flattened, in the order of the guide's ``prototype_trace``; the guide adds the
+  Jacobians;
 - an ``AutoNormal`` samples ``{site}_unconstrained`` for each latent, in the same space;
-- an ``AutoGuideList`` of these: each part its own;
+- an ``AutoGuideList`` consists of these;
 - any other guide samples the latents themselves, from distributions that have a density, and nothing auxiliary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import pyro.distributions as dist
 import torch
 from pyro.infer.autoguide import AutoContinuous, AutoGuideList, AutoNormal
 from pyro.poutine import Trace
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import biject_to
+
+from pyro_flows.infer.models.sites import Message, Model, latent_messages
 
 __all__ = ["guide_values"]
 
 
-def guide_values(guide: Callable, trace: Trace, draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Values ``(n, *shape)`` for every site that the guide samples from a density.
+def guide_values(guide: Model, trace: Trace, draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns values for every site that the guide, which has been called, samples from a density.
 
-    Args:
-        guide: the guide, which has been called.
-        trace: one trace of it.
-        draws: ``(n, *shape)`` constrained values for each of the model's latents.
+    Values and draws, of the model's latents, have shape ``(n, *shape)``.
 
     Raises:
         ValueError: if the sites, a shape or a support do not fit, or the guide has no density of the latents.
     """
-    sites = {s["name"]: s for _, s in trace.iter_stochastic_nodes() if not site_is_subsample(s)}
+    sites = latent_messages(trace)
     latents = {name: site for name, site in sites.items() if not site["infer"].get("is_auxiliary")}
     _compare("sites", set(latents), set(draws))
     draws = {name: _fitted(latents[name], value) for name, value in draws.items()}
@@ -48,8 +45,7 @@ def guide_values(guide: Callable, trace: Trace, draws: Mapping[str, Tensor]) -> 
         if isinstance(part, AutoContinuous):
             values |= _packed(part, draws)
         elif isinstance(part, AutoNormal):
-            prototypes = part.prototype_trace.iter_stochastic_nodes()
-            values |= {f"{name}_unconstrained": _unconstrained(site, draws[name]) for name, site in prototypes}
+            values |= {f"{n}_unconstrained": free for n, free in _unconstrained(part, draws).items()}
         elif part is guide:
             for name, site in latents.items():
                 _check_support(site, draws[name])
@@ -58,7 +54,7 @@ def guide_values(guide: Callable, trace: Trace, draws: Mapping[str, Tensor]) -> 
     for name, site in sites.items():
         if name not in values and not isinstance(site["fn"], dist.Delta):
             raise ValueError(
-                f"ForwardKL: the guide samples {name!r}, which draws of {sorted(draws)} say nothing of: use an "
+                f"ForwardKL: the guide samples {name!r}, for which draws of {sorted(draws)} give no value: use an "
                 "AutoContinuous (a flow guide, AutoMultivariateNormal, ...), an AutoNormal, or a guide that samples "
                 "the model's latents themselves, without auxiliary sites"
             )
@@ -77,7 +73,7 @@ def _compare(what: str, expected: set[str], got: set[str]) -> None:
         )
 
 
-def _fitted(site: dict[str, Any], value: Tensor) -> Tensor:
+def _fitted(site: Message, value: Tensor) -> Tensor:
     like = site["value"]
     value = value.to(like.device, like.dtype if like.is_floating_point() else value.dtype)
     if value.shape[1:] != like.shape:
@@ -88,7 +84,7 @@ def _fitted(site: dict[str, Any], value: Tensor) -> Tensor:
     return value
 
 
-def _check_support(site: dict[str, Any], value: Tensor) -> None:
+def _check_support(site: Message, value: Tensor) -> None:
     fine = site["fn"].support.check(value)
     _refuse_rows(site["name"], fine.reshape(len(value), -1).all(-1), f"outside of the support {site['fn'].support}")
 
@@ -100,23 +96,25 @@ def _refuse_rows(name: str, fine: Tensor, why: str) -> None:
         raise ValueError(f"ForwardKL: {len(rows)} of {len(fine)} draws of {name!r} are {why}, rows {shown}")
 
 
-def _unconstrained(site: dict[str, Any], value: Tensor) -> Tensor:
-    _check_support(site, value)
-    free = biject_to(site["fn"].support).inv(value)
-    edge = "on the edge of the support, where unconstrained values are not finite: move them inside or leave them out"
-    _refuse_rows(site["name"], free.isfinite().reshape(len(free), -1).all(-1), edge)
-    return free
+def _unconstrained(guide: AutoContinuous | AutoNormal, draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Maps draws of the latents of an autoguide to unconstrained space, in the order of its trace."""
+    found = {}
+    for name, site in latent_messages(guide.prototype_trace).items():
+        _check_support(site, draws[name])
+        free = found[name] = biject_to(site["fn"].support).inv(draws[name])
+        edge = "on the edge of the support, where unconstrained values are not finite: move them inside or drop them"
+        _refuse_rows(name, free.isfinite().reshape(len(free), -1).all(-1), edge)
+    return found
 
 
 def _packed(guide: AutoContinuous, draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
     rows = []
-    for name, site in guide.prototype_trace.iter_stochastic_nodes():
-        free = _unconstrained(site, draws[name])
+    for name, free in _unconstrained(guide, draws).items():
         expected = guide._unconstrained_shapes[name]
         if free.shape[1:] != expected:
             raise ValueError(
                 f"ForwardKL: draws of {name!r} have unconstrained shape {tuple(free.shape[1:])}, but the guide was "
                 f"built for {tuple(expected)}"
             )
-        rows.append(free.flatten(1) if free.dim() > 1 else free.unsqueeze(-1))
+        rows.append(free.reshape(len(free), -1))
     return {f"_{guide._pyro_name}_latent": torch.cat(rows, -1)}

@@ -1,4 +1,4 @@
-"""Maximising a log-density from many points at once: one vectorised call serves the line searches of all of them."""
+"""Maximizes a log-density from many points at once: one vectorized call serves all line searches."""
 
 from __future__ import annotations
 
@@ -15,9 +15,7 @@ from pyro_flows.infer.machine.pace import pace_of
 __all__ = ["LogDensity", "Paths", "SafeDensity", "bfgs", "climb", "curved", "diagonal_bfgs", "identity"]
 
 LogDensity = Callable[[Tensor], Tensor]
-
-
-"""Maps points ``(S, D)`` to log-densities ``(S,)`` in nats, differentiable, not normalised."""
+"""Maps points ``(S, D)`` to log-densities ``(S,)`` in nats, differentiable, not normalized."""
 
 _REFUSALS = (ValueError, RuntimeError, ArithmeticError)
 
@@ -29,23 +27,23 @@ _TRIALS, _MANY, _TROUBLES = 20, 8, 3
 
 
 class SafeDensity:
-    """A log-density that never raises and counts what it is asked: points that it refuses are ``-inf``.
+    """A log-density that never raises and counts its evaluations: points that it refuses are ``-inf``.
 
-    Points come and answers go in float64 on the CPU, where the bookkeeping is done; the density sees the dtype and the
-    device of ``like``.  A call that raises is split in halves until the guilty points stand alone.  A density with a
-    :class:`~pyro_flows.infer.machine.pace.Pace` gets as many points in one call as that says.
+    Points and results are in float64 on the CPU; the density sees the dtype and the device of ``like``.  A call that
+    raises is split in halves until the refused points stand alone.  A
+    :class:`~pyro_flows.infer.machine.pace.Pace` of the density limits the points of one call.
 
     Args:
         density: maps ``(S, D)`` to ``(S,)``.
         like: a tensor with the dtype and the device that the density takes.
-        max_seconds: wall-clock time after which :attr:`expired` is true, and points that wait for their turn are
-            ``-inf``; ``None`` is no limit.
+        seconds: wall-clock time after which :attr:`expired` is true, and points still to be evaluated are ``-inf``;
+            ``None`` is no limit.
         rows: most points in one call with gradients; four times as many without.
     """
 
-    def __init__(self, density: LogDensity, like: Tensor, *, max_seconds: float | None = None, rows: int = 256) -> None:
+    def __init__(self, density: LogDensity, like: Tensor, *, seconds: float | None = None, rows: int = 256) -> None:
         self.density, self.dtype, self.device, self.rows = density, like.dtype, like.device, rows
-        self.deadline = None if max_seconds is None else time.monotonic() + max_seconds
+        self.deadline = None if seconds is None else time.monotonic() + seconds
         self.eps = torch.finfo(like.dtype).eps
         self.pace = pace_of(density)
         self.evaluations = 0
@@ -59,19 +57,19 @@ class SafeDensity:
         return self.deadline is not None and time.monotonic() > self.deadline
 
     def round(self, z: Tensor) -> Tensor:
-        """Points as the density sees them, so that differences of gradients belong to differences of points."""
+        """Rounds points as the density sees them, to match differences of gradients with those of points."""
         return z.to(self.dtype).double()
 
     def values(self, z: Tensor) -> Tensor:
-        """Log-densities, ``(S,)``; not finite is ``-inf``."""
+        """Returns log-densities, ``(S,)``, ``-inf`` where they are not finite."""
         return self._all(z, False, 4 * self.rows)[0]
 
     def gradients(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-densities ``(S,)`` and gradients ``(S, D)``; where either is not finite they are ``-inf`` and 0."""
+        """Returns log-densities ``(S,)`` and gradients ``(S, D)``, ``-inf`` and 0 where either is not finite."""
         return self._all(z, True, self.rows)
 
     def _all(self, z: Tensor, gradient: bool, rows: int) -> tuple[Tensor, Tensor]:
-        # No rows, no call: a density need not know what to do with none.
+        # No call without rows, which a density need not take.
         parts = [(z.new_zeros(0), z[:0])]
         first = 0
         while first < len(z):
@@ -85,7 +83,7 @@ class SafeDensity:
         return value.masked_fill(~fine, -torch.inf), slope.masked_fill(~fine[:, None], 0.0)
 
     def _is_late(self, first: int) -> bool:
-        """Whether the time is up for a call: the very first is made in any case, so that something is known."""
+        """Whether the time is up for a call; the very first is made in any case."""
         return self.expired and (first > 0 if self.pace is None else self.evaluations > 0)
 
     @staticmethod
@@ -117,7 +115,7 @@ class SafeDensity:
 
 
 class Paths(NamedTuple):
-    """What :func:`climb` found, in float64 on the CPU; row ``i`` of the starts took ``len(positions[i]) - 1`` steps."""
+    """The paths of :func:`climb`, in float64 on the CPU; start ``i`` took ``len(positions[i]) - 1`` steps."""
 
     positions: list[Tensor]
     """For each start the accepted points, ``(n_i, D)``, the start among them."""
@@ -131,37 +129,39 @@ class Paths(NamedTuple):
     """Points at which the density was evaluated."""
 
     def ends(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Last points ``(S, D)``, their log-densities ``(S,)`` and gradients ``(S, D)``."""
-        return tuple(torch.stack([row[-1] for row in kind]) for kind in (self.positions, self.values, self.gradients))
+        """Returns the last points ``(S, D)``, their log-densities ``(S,)`` and gradients ``(S, D)``."""
+        points, values, gradients = (
+            torch.stack([row[-1] for row in kind]) for kind in (self.positions, self.values, self.gradients)
+        )
+        return points, values, gradients
 
 
 def climb(
     density: LogDensity | SafeDensity,
     starts: Tensor,
     *,
-    max_steps: int = 200,
+    steps: int = 200,
     memory: int | None = 10,
     tolerance: float = 1e-7,
     metric: Tensor | None = None,
-    max_seconds: float | None = None,
+    seconds: float | None = None,
 ) -> Paths:
-    r"""Quasi-Newton ascent from all starts at once, :math:`z \leftarrow z + t H \nabla\log p(z)`.
+    r"""Climbs from all starts at once by quasi-Newton steps :math:`z \leftarrow z + t H \nabla\log p(z)`.
 
-    Each start has its own line search, which asks for a sufficient gain and a smaller slope; every density call carries
-    the next trial of each start that still moves.  One that has converged, or cannot go on, is no longer evaluated.  A
-    start has converged when both its last gain and the gain that the quadratic model promises,
-    :math:`g^\top H g / 2`, are below the tolerance, which depends on no coordinate's unit.
+    Each start has its own line search, for a sufficient gain and a smaller slope; a density call carries the next trial
+    of every start that still moves.  A start has converged when both its last gain and the gain that the quadratic
+    model promises, :math:`g^\top H g / 2`, are below the tolerance, which does not depend on units of coordinates.
 
     Args:
         density: log-density of rows, ``(S, D)`` to ``(S,)``; it may refuse points, see :class:`SafeDensity`.
         starts: points ``(S, D)``.
-        max_steps: most steps of one start.
-        memory: pairs of steps and gradient differences kept (L-BFGS, with the diagonal update of Gilbert and
-            Lemaréchal); ``None`` keeps :math:`H` as a matrix (BFGS), :math:`O(D^2)` a step, which takes fewer steps.
+        steps: most steps of one start.
+        memory: pairs of steps and gradient differences to keep (L-BFGS, with the diagonal update of Gilbert and
+            Lemaréchal); ``None`` keeps :math:`H` as a matrix (BFGS): fewer steps at :math:`O(D^2)` each.
         tolerance: in nats, beside the rounding of the log-density.
         metric: first :math:`H` of each start, ``(S, D, D)``, of which only the diagonal counts unless ``memory`` is
             ``None``; without one the first step has length 1 at most.
-        max_seconds: wall-clock limit, looked at between calls.
+        seconds: wall-clock limit, checked between calls.
 
     Raises:
         ValueError: for starts of another shape.
@@ -172,20 +172,17 @@ def climb(
     """
     if starts.dim() != 2 or not len(starts):
         raise ValueError(f"climb: expected starts of shape (S, D) with S >= 1, got {tuple(starts.shape)}")
-    safe = density if isinstance(density, SafeDensity) else SafeDensity(density, starts, max_seconds=max_seconds)
+    safe = density if isinstance(density, SafeDensity) else SafeDensity(density, starts, seconds=seconds)
     before = safe.evaluations
     point = starts.detach().double().cpu()
     value, slope = safe.gradients(point)
-    if memory is None:
-        curvature = _Dense(point, slope, metric)
-    else:
-        curvature = _Limited(point, slope, metric, memory)
+    curvature = _Dense(point, slope, metric) if memory is None else _Limited(point, slope, metric, memory)
     search = _Search(safe, point, value, slope, curvature, tolerance)
     path = [[(point[i], value[i], slope[i])] for i in range(len(point))]
     while search.active.any() and not safe.expired:
         for i in search.advance():
             path[i].append((search.point[i].clone(), search.value[i].clone(), search.slope[i].clone()))
-            if len(path[i]) > max_steps:
+            if len(path[i]) > steps:
                 search.active[i] = False
     columns = [[torch.stack(kind) for kind in zip(*row, strict=True)] for row in path]
     positions, values, gradients = ([row[k] for row in columns] for k in range(3))
@@ -218,7 +215,7 @@ class _Dense:
         self.fresh[rows] = False
 
     def reset(self, rows: Tensor, slope: Tensor) -> None:
-        """Forgets what was learnt; steepest ascent with steps of length 1 where there was nothing to forget."""
+        """Returns to the first metric; if it is in use already, to steepest ascent with steps of length 1."""
         again = self.fresh[rows]
         length = slope.norm(dim=-1).clamp(min=1e-300)[:, None, None]
         plain = identity(slope) / length
@@ -243,7 +240,7 @@ class _Limited:
 
     def directions(self, rows: Tensor, slope: Tensor) -> Tensor:
         steps, changes = self.steps[:, rows], self.changes[:, rows]
-        # A slot that is empty has zeros, and so no part in either loop.
+        # Empty slots hold zeros, and so take no part in the loops.
         inner = (steps * changes).sum(-1, keepdim=True)
         weight = torch.where(inner > 0, 1 / inner, torch.zeros_like(inner))
         taken = []
@@ -278,12 +275,12 @@ class _Limited:
 
 
 def identity(like: Tensor) -> Tensor:
-    """The identity matrix of rows, with the dtype and the device of ``like``."""
+    """Returns the identity matrix for rows, with the dtype and the device of ``like``."""
     return torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)
 
 
 def curved(step: Tensor, change: Tensor) -> Tensor:
-    """Pairs with curvature enough for an update that stays positive definite."""
+    """Marks pairs with enough curvature for an update that stays positive definite."""
     return (step * change).sum(-1) > 1e-12 * step.norm(dim=-1) * change.norm(dim=-1)
 
 
@@ -306,7 +303,7 @@ def diagonal_bfgs(diagonal: Tensor, step: Tensor, change: Tensor) -> Tensor:
 
 
 class _Search:
-    """The line searches of all starts; each is between a step known to be too short and one known to be too long."""
+    """The line searches of all starts, each between a step that is too short and one that is too long."""
 
     def __init__(
         self, safe: SafeDensity, point: Tensor, value: Tensor, slope: Tensor, curvature: _Dense | _Limited, tol: float
@@ -329,7 +326,6 @@ class _Search:
         return 4 * self.safe.eps * self.value[rows].abs()
 
     def _aim(self, rows: Tensor) -> None:
-        """New directions, from where the rows stand."""
         way = self.curvature.directions(rows, self.slope[rows])
         rise = (way * self.slope[rows]).sum(-1)
         flat = (self.slope[rows] == 0).all(-1)
@@ -351,25 +347,25 @@ class _Search:
         self.low_point[rows], self.low_slope[rows] = self.point[rows], self.slope[rows]
 
     def advance(self) -> list[int]:
-        """One density call; gives the rows that took a step."""
+        """Makes one density call; returns the rows that took a step."""
         rows = self.active.nonzero()[:, 0]
         size, way, start, rise = self.size[rows], self.way[rows], self.value[rows], self.rise[rows]
         trial = self.safe.round(self.point[rows] + size[:, None] * way)
         value, slope = self.safe.gradients(trial)
         along = (slope * way).sum(-1)
         gained = value >= start + _SUFFICIENT * size * rise
-        # Where the gain drowns in rounding, the slope alone can tell.
+        # Where the gain drowns in rounding, the slope decides.
         gained |= (value >= start - self._noise(rows)) & (along >= -0.8 * rise)
         steady = along <= _CURVATURE * rise
         self.trials[rows] += 1
         last = self.trials[rows] >= _TRIALS
         accept = gained & (steady | last)
         far, near = ~gained, gained & ~accept
-        # A line search that is out of trials keeps the best it has.
+        # A line search out of trials keeps its best.
         rescue = last & far & (self.low[rows] > 0)
         stuck = last & far & ~rescue
         ended = accept | last
-        # Searches that are long time after time are lost in rounding, or in a density that is not smooth.
+        # Searches that are long again and again are lost in rounding, or in a density that is not smooth.
         hard = (self.trials[rows] > _MANY) & self.high[rows].isfinite()
         self.trouble[rows] = torch.where(ended, (self.trouble[rows] + 1) * hard, self.trouble[rows])
         self._bracket(rows, value, along, far, near)
@@ -383,7 +379,7 @@ class _Search:
         return rows[accept | rescue].tolist()
 
     def _bracket(self, rows: Tensor, value: Tensor, along: Tensor, far: Tensor, near: Tensor) -> None:
-        """Narrows each bracket and picks the next trial by the quadratic through what is known."""
+        """Narrows each bracket and picks the next trial by a quadratic."""
         size, low, base, rise = self.size[rows], self.low[rows], self.low_value[rows], self.low_rise[rows]
         gap = size - low
         bend = base + rise * gap - value
@@ -407,7 +403,7 @@ class _Search:
             self._aim(rows)
 
     def _unstick(self, rows: Tensor) -> None:
-        """No step along the direction gains: if the model promised next to nothing it is the top, else start anew."""
+        """Handles rows where no step gains: the top if the model promised next to nothing, else a new start."""
         if len(rows):
             tiny = 0.5 * self.rise[rows] < self.tolerance + 16 * self._noise(rows)
             hopeless = ~tiny & self.curvature.fresh[rows] & (self.gain[rows] == 0)

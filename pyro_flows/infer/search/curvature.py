@@ -1,4 +1,4 @@
-"""Hessians of many points at once by differences of gradients, and the Gaussians of Laplace that they make."""
+"""Hessians of many points at once by differences of gradients, and Laplace's Gaussians from them."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _REACH = 10.0
 
 
 class Peaks(NamedTuple):
-    """Gaussians of Laplace, in float64 on the CPU."""
+    """Laplace's Gaussians, in float64 on the CPU."""
 
     points: Tensor
-    """Where, ``(S, D)``."""
+    """Their means, ``(S, D)``."""
     values: Tensor
     """Log-density there in nats, ``(S,)``."""
     scale: Tensor
@@ -30,25 +30,17 @@ class Peaks(NamedTuple):
     """Whether the point is a maximum with curvature in all directions, ``(S,)``."""
 
     def log_mass(self) -> Tensor:
-        """Log of the integral of the Gaussian bump, in nats, ``(S,)``."""
+        """Returns the log of the integral of the Gaussian bump, in nats, ``(S,)``."""
         size = self.scale.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         return self.values + size + 0.5 * self.points.shape[-1] * math.log(2 * math.pi)
 
 
 def bend(safe: SafeDensity, points: Tensor, slope: Tensor, frame: Tensor) -> Tensor:
-    r""":math:`F^\top (-\nabla^2 \log p) F` at each point, by central differences along the columns of :math:`F`.
+    r"""Returns :math:`F^\top (-\nabla^2 \log p) F`, ``(S, K, K)``, by differences along the columns of :math:`F`.
 
-    One density call of ``2 S D`` rows with gradients (in parts, if these are many).  Where the density refuses a point
-    the difference is one-sided; where it refuses both, the curvature counts as 0.
-
-    Args:
-        safe: the log-density.
-        points: shape ``(S, D)``.
-        slope: gradients there, ``(S, D)``.
-        frame: ``(S, D, K)``, with columns as long as the differences are to be.
-
-    Returns:
-        Symmetric, ``(S, K, K)``.
+    Points and their gradients have shape ``(S, D)``, the frame :math:`F` has ``(S, D, K)``.  The cost is one density
+    call of ``2 S K`` rows with gradients.  Where the density refuses a point the difference is one-sided; where it
+    refuses both, the curvature is 0.
     """
     steps = frame.mT
     ahead, behind = (safe.round(points[:, None] + sign * steps) for sign in (1, -1))
@@ -56,7 +48,7 @@ def bend(safe: SafeDensity, points: Tensor, slope: Tensor, frame: Tensor) -> Ten
     shape = (2, *steps.shape)
     known = (value > -torch.inf).reshape(shape[:-1])[..., None]
     gradient = torch.where(known, gradient.reshape(shape), slope[:, None])
-    # What the density saw differs from what was asked for in the last digits, which matters in float32.
+    # The density rounds points, which matters in float32.
     sides = torch.where(known, torch.stack([ahead, behind]), points[:, None])
     asked = (steps * steps).sum(-1)
     got = ((sides[0] - sides[1]) * steps).sum(-1) / asked.clamp(min=1e-300)
@@ -66,9 +58,9 @@ def bend(safe: SafeDensity, points: Tensor, slope: Tensor, frame: Tensor) -> Ten
 
 
 def first_metric(safe: SafeDensity, points: Tensor, slope: Tensor) -> Tensor:
-    """Inverse Hessians to begin a climb with, ``(S, D, D)``: positive definite, and no step goes very far.
+    """Returns positive definite inverse Hessians to begin a climb with, ``(S, D, D)``.
 
-    Curvature upwards counts as downwards, and what is next to none as much as keeps a step within ``10 max(1, |z|)``.
+    Upward curvature counts as downward, and is at least what keeps a step within ``10 max(1, |z|)``.
     """
     size = points.abs().clamp(min=1.0)
     short = size * safe.eps ** (1 / 3)
@@ -87,21 +79,16 @@ def first_metric(safe: SafeDensity, points: Tensor, slope: Tensor) -> Tensor:
 
 
 def difference(safe: SafeDensity) -> float:
-    """Length of a difference in standard deviations: 0.001 in float64, 0.15 in float32, where gradients are noisy."""
+    """Returns the length of a difference in standard deviations: 0.001 in float64, 0.15 in noisy float32."""
     return 8.2 * safe.eps**0.25
 
 
 def laplace(safe: SafeDensity, points: Tensor, frame: Tensor, *, rounds: int = 6) -> Peaks:
-    r"""Newton's method to the tops, and the Gaussians there, with precision :math:`|{-\nabla^2 \log p}|`.
+    r"""Climbs to the tops by Newton's method; returns Gaussians with precision :math:`|{-\nabla^2 \log p}|`.
 
-    Differences are taken along the columns of the last scale, a small part of it long, so that the units of the
-    coordinates do not matter; each round costs ``2 D`` rows with gradients and a few without for each point.
-
-    Args:
-        safe: the log-density.
-        points: where to begin, near maxima, ``(S, D)``.
-        frame: scales ``(S, D, D)`` that are about right, by the order of magnitude.
-        rounds: most rounds; fewer where all points have settled.
+    It begins at points ``(S, D)`` near maxima, with scales ``(S, D, D)`` of the right order of magnitude.  Differences
+    are along the columns of the last scale, so units of coordinates do not matter; each round costs ``2 D`` rows with
+    gradients and a few without for each point that has not settled.
     """
     points, frame = points.clone(), frame.clone()
     value, slope = safe.gradients(points)
@@ -115,7 +102,7 @@ def laplace(safe: SafeDensity, points: Tensor, frame: Tensor, *, rounds: int = 6
         turned = bend(safe, points[rows], slope[rows], short * frame[rows]) / short**2
         strength, axes = symmetric_eigen(turned)
         spectrum[rows] = strength
-        # A direction without curvature may grow fast once, and then only slowly.
+        # Directions without curvature may grow fast once, then only slowly.
         floor = strength.abs().amax(-1, keepdim=True).clamp(max=1.0) * (1e-8 if turn == 0 else 0.05)
         size = strength.abs().maximum(floor)
         frame[rows] = (frame[rows] @ axes) / size.sqrt()[:, None, :]
@@ -142,7 +129,7 @@ def laplace(safe: SafeDensity, points: Tensor, frame: Tensor, *, rounds: int = 6
 
 
 def symmetric_eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues ``(..., D)`` and eigenvectors ``(..., D, D)``; the diagonal, where the algorithm gives up."""
+    """Returns eigenvalues ``(..., D)`` and eigenvectors ``(..., D, D)``; the diagonal if the algorithm gives up."""
     matrix = matrix.nan_to_num(nan=0.0, posinf=1e150, neginf=-1e150).clamp(-1e150, 1e150)
     try:
         return torch.linalg.eigh(matrix)
@@ -151,6 +138,6 @@ def symmetric_eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def triangular(frame: Tensor) -> Tensor:
-    """The lower triangular factor of ``frame @ frame.mT`` without forming it, positive on the diagonal."""
+    """Returns the lower triangular factor of ``frame @ frame.mT``, without forming it, with positive diagonal."""
     upper = torch.linalg.qr(frame.mT, mode="r")[1]
     return upper.mT * upper.diagonal(dim1=-2, dim2=-1).sign()[:, None, :]

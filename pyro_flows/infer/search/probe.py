@@ -1,13 +1,14 @@
-"""Looking for modes that a guide never visits, which no number made of its own draws can see."""
+"""Searches for modes that a guide never visits, which its own draws cannot show."""
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor
 
+from pyro_flows.core.checks import integer
 from pyro_flows.infer.search.climb import LogDensity, SafeDensity, climb, identity
 from pyro_flows.infer.search.curvature import Peaks, laplace, triangular
 
@@ -31,15 +32,16 @@ _BASIN = 16
 _LEAST_SHARE, _LEAST_PART = 1e-3, 0.1
 
 
-class ModeProbe(NamedTuple):
-    """What :func:`probe_modes` found, best mode first; tensors have the dtype and the device of the draws."""
+@dataclass(frozen=True)
+class ModeProbe:
+    """The modes that :func:`probe_modes` found, best first, in the dtype and on the device of the draws."""
 
     locations: Tensor
     """Maxima of the log-density, ``(K, D)``."""
     scale: Tensor
-    """Cholesky factors of the Gaussians of Laplace there, ``(K, D, D)``."""
+    """Cholesky factors of Laplace's Gaussians there, ``(K, D, D)``."""
     log_p: Tensor
-    """Log-density there, not normalised, in nats, ``(K,)``."""
+    """Log-density there, not normalized, in nats, ``(K,)``."""
     log_q: Tensor
     """The guide's log-density there, ``(K,)``."""
     excess: Tensor
@@ -49,13 +51,13 @@ class ModeProbe(NamedTuple):
     guide_share: Tensor
     """Share of the guide's mass in the same place, ``(K,)``."""
     missed: Tensor
-    """Whether the guide passes it over: it has a tenth of its mass there at most, and no draws that lead to it."""
+    """Whether the guide misses the mode: it has at most a tenth of the mass there, and no draws that lead to it."""
     missing_share: float
     """Sum of the missed modes' shares: 0 where nothing is missed."""
     evaluations: int
     """Points at which the model's density was evaluated."""
     complete: bool
-    """Whether the search ended before its time was up; if not, that nothing is missed says little."""
+    """Whether the search ended in time; if not, missing nothing says little."""
 
 
 def probe_modes(
@@ -65,56 +67,55 @@ def probe_modes(
     initial: Tensor,
     *,
     log_evidence: float,
-    starts: int = 32,
+    num_starts: int = 32,
     generator: Generator | None = None,
-    max_seconds: float | None = None,
+    seconds: float | None = None,
 ) -> ModeProbe:
-    r"""Climbs the posterior from all over and holds the guide's density against the model's at the tops.
+    r"""Climbs the posterior from many points and compares the guide's density with the model's at the tops.
 
-    Half of the starts are overdispersed draws around the guide's own, 2 to 5 of its standard deviations wide; the
-    others are around ``initial``, uniform in :math:`(-2, 2)^D` and five times wider in turns.  Reflections of the
-    guide's mean through the origin and through ``initial`` are tried too, as likelihoods are often symmetric, and
-    climbs from the guide's own draws tell in which basins it lives.  Ends without curvature in all directions (the neck
-    of a funnel, an end that runs off) are no modes.
+    Half of the starts are overdispersed draws, 2 to 5 of the guide's standard deviations wide; the others are around
+    ``initial``, alternately uniform in :math:`(-2, 2)^D` and five times wider.  Reflections of the guide's mean through
+    the origin and ``initial`` are added for symmetric likelihoods, and climbs from the guide's own draws show its
+    basins.  Ends without curvature in all directions (as in the neck of a funnel) are no modes.
 
-    The mass around a mode is measured by importance sampling from its Gaussian of Laplace :math:`\ell`, made a little
-    wider: :math:`m_p = \mathrm{E}_\ell[p / \ell]` and likewise the guide's :math:`m_q`.  A mode is missed if
+    The mass around a mode comes from importance sampling from its slightly widened Laplace Gaussian :math:`\ell`:
+    :math:`m_p = \mathrm{E}_\ell[p / \ell]`, and :math:`m_q` for the guide.  A mode is missed if
 
     - its share :math:`m_p / (Z + \text{mass missed})` is above 0.001,
     - the guide has less than a tenth of it there, :math:`m_q < m_p / (10 Z)`, and
     - fewer of the climbs from the guide's own draws end there than a tenth of its share would have.
 
-    A heavy tail or a curved posterior, which its Gaussian describes badly, fails the last condition: the guide's draws
-    climb to its only top.
+    A heavy tail or a curved posterior fails the last condition: the guide's draws climb to its only top.
 
     Args:
-        log_p: the model's log-density, ``(S, D)`` to ``(S,)``, differentiable, not normalised; points that it refuses
+        log_p: the model's log-density, ``(S, D)`` to ``(S,)``, differentiable, not normalized; points that it refuses
             count as ``-inf``.
-        log_q: the guide's normalised log-density, ``(S, D)`` to ``(S,)``.
+        log_q: the guide's normalized log-density, ``(S, D)`` to ``(S,)``.
         draws: draws of the guide, ``(n, D)``, two at least.
         initial: the point from which fitting began, ``(D,)``.
         log_evidence: the guide's estimate of the log of :math:`Z`, e.g. its ELBO or, better, by importance sampling.
-        starts: dispersed climbs; the guide's draws and the reflections come on top.
+        num_starts: dispersed climbs, beside the guide's draws and the reflections.
         generator: source of randomness, on the CPU; ``None`` is torch's own.
-        max_seconds: wall-clock limit, looked at between calls; modes not looked at by then are left out.
+        seconds: wall-clock limit, checked between calls; modes not examined by then are left out.
 
     Raises:
         ValueError: for draws or an initial point of another shape, an evidence that is not finite, or a density that is
             finite nowhere.
     """
-    if draws.dim() != 2 or len(draws) < 2 or initial.shape != draws.shape[1:] or starts < 1:
+    if draws.dim() != 2 or len(draws) < 2 or initial.shape != draws.shape[1:]:
         raise ValueError(
-            f"probe_modes: expected draws of shape (n, D) with n >= 2, initial of shape (D,) and starts >= 1, got "
-            f"{tuple(draws.shape)}, {tuple(initial.shape)} and {starts}"
+            "probe_modes: expected draws of shape (n, D) with n >= 2 and initial of shape (D,), got "
+            f"{tuple(draws.shape)} and {tuple(initial.shape)}"
         )
+    integer("probe_modes", "num_starts", num_starts)
     if not math.isfinite(log_evidence):
         raise ValueError(f"probe_modes: expected a finite log_evidence, got {log_evidence}; estimate it from the draws")
-    safe = SafeDensity(log_p, draws, max_seconds=max_seconds)
+    safe = SafeDensity(log_p, draws, seconds=seconds)
     guide = SafeDensity(log_q, draws)
     own = draws.detach().double().cpu()
     own = own[own.isfinite().all(-1)]
     spread = _spread(own)
-    points, inside = _starts(safe, own, initial.detach().double().cpu(), starts, generator)
+    points, inside = _starts(safe, own, initial.detach().double().cpu(), num_starts, generator)
     dense = points.shape[-1] <= _DENSE
     if not len(points) and safe.pace is not None and safe.expired:
         return nothing_found(draws, safe.evaluations)
@@ -123,10 +124,10 @@ def probe_modes(
             "probe_modes: log_p is not finite at any start, not even at the guide's own draws; look at the fit and at "
             "the model's density first"
         ) from safe.error
-    # A full Newton step of the guide's size would carry all over into the guide's own mode.
+    # A full Newton step of the guide's size would carry every start into the guide's own mode.
     size = torch.where(inside, 1.0, _CAUTION)[:, None, None]
     metric = size * (spread @ spread.mT)
-    paths = climb(safe, points, memory=None if dense else 10, metric=metric, max_steps=_STEPS)
+    paths = climb(safe, points, memory=None if dense else 10, metric=metric, steps=_STEPS)
     peaks, basin = _peaks(safe, *paths.ends()[:2], paths.converged, spread, inside)
     complete = not safe.expired
     q_there = guide.values(peaks.points)
@@ -136,57 +137,54 @@ def probe_modes(
     def like(part: Tensor) -> Tensor:
         return part.to(draws.device, draws.dtype)
 
-    excess = peaks.values - log_evidence - q_there
-    answer = [
-        like(part)
-        for part in (peaks.points, peaks.scale, peaks.values, q_there, excess, share, mass_q.exp().clamp(max=1.0))
-    ]
-    return ModeProbe(*answer, missed.to(draws.device), rest, safe.evaluations, complete)
-
-
-def nothing_found(draws: Tensor, evaluations: int = 0) -> ModeProbe:
-    """A search that came to nothing in its time."""
-    none, dim = draws.new_zeros(0), draws.shape[-1]
     return ModeProbe(
-        locations=none.reshape(0, dim),
-        scale=none.reshape(0, dim, dim),
-        log_p=none,
-        log_q=none,
-        excess=none,
-        share=none,
-        guide_share=none,
-        missed=none.bool(),
-        missing_share=0.0,
-        evaluations=evaluations,
-        complete=False,
+        locations=like(peaks.points),
+        scale=like(peaks.scale),
+        log_p=like(peaks.values),
+        log_q=like(q_there),
+        excess=like(peaks.values - log_evidence - q_there),
+        share=like(share),
+        guide_share=like(mass_q.exp().clamp(max=1.0)),
+        missed=missed.to(draws.device),
+        missing_share=rest,
+        evaluations=safe.evaluations,
+        complete=complete,
     )
 
 
+def nothing_found(draws: Tensor, evaluations: int = 0) -> ModeProbe:
+    """Returns the result of a search without time."""
+    none, dim = draws.new_zeros(0), draws.shape[-1]
+    places = none.reshape(0, dim), none.reshape(0, dim, dim)
+    return ModeProbe(*places, none, none, none, none, none, none.bool(), 0.0, evaluations, False)
+
+
 def _spread(own: Tensor) -> Tensor:
-    """Scale of the guide's draws, ``(D, D)``: of their covariance if they are many enough, else of each dimension."""
+    """Returns the scale of the guide's draws, ``(D, D)``, diagonal if they are few."""
     count, dim = own.shape
-    centred = own - own.mean(0)
-    size = centred.square().mean(0).clamp(min=1e-24).sqrt()
+    centered = own - own.mean(0)
+    size = centered.square().mean(0).clamp(min=1e-24).sqrt()
     if count <= 4 * dim:
         return torch.diag(size)
     ridge = 1e-4 * identity(own)
-    frame = torch.cat([centred / size / math.sqrt(count), ridge]).mT
+    frame = torch.cat([centered / size / math.sqrt(count), ridge]).mT
     return size[:, None] * triangular(frame[None])[0]
 
 
 def _starts(
-    safe: SafeDensity, own: Tensor, initial: Tensor, starts: int, generator: Generator | None
+    safe: SafeDensity, own: Tensor, initial: Tensor, num_starts: int, generator: Generator | None
 ) -> tuple[Tensor, Tensor]:
-    """Finite starting points ``(S, D)``, and which of them are the guide's own draws."""
+    """Returns finite starting points ``(S, D)``, and which of them are the guide's own draws."""
     mean, size = own.mean(0), own.std(0)
-    around, elsewhere = starts - starts // 2, starts // 2
+    around, elsewhere = num_starts - num_starts // 2, num_starts // 2
     normal = torch.randn(_TRIES * around, len(mean), generator=generator, dtype=torch.float64, device="cpu")
     wide = 2 + 3 * torch.rand(_TRIES * around, 1, generator=generator, dtype=torch.float64, device="cpu")
     uniform = 4 * torch.rand(_TRIES * elsewhere, len(mean), generator=generator, dtype=torch.float64, device="cpu") - 2
     uniform[1::2] *= 5
     picked = own[:: max(1, len(own) // _BASIN)][:_BASIN]
     mirrored = torch.stack([-mean, 2 * initial - mean, initial])
-    found, inside = [], []
+    found: list[Tensor] = []
+    inside: list[bool] = []
     for points, wanted, mine in (
         (picked, _BASIN, True),
         (mirrored, 3, False),
@@ -202,10 +200,11 @@ def _starts(
 def _peaks(
     safe: SafeDensity, ends: Tensor, values: Tensor, converged: Tensor, spread: Tensor, inside: Tensor
 ) -> tuple[Peaks, Tensor]:
-    """Different maxima among the ends, best first, and the share of the guide's draws that lead to each."""
+    """Returns different maxima among the ends, best first, and the share of the guide's draws that lead to each."""
     order = values.masked_fill(~converged, -torch.inf).argsort(descending=True).tolist()
     free = converged & values.isfinite()
-    found, shares = [], []
+    found: list[Peaks] = []
+    shares: list[float] = []
     for i in order:
         if not free[i]:
             continue
@@ -236,7 +235,7 @@ def _same(one: Peaks, other: Peaks) -> bool:
 
 
 def _masses(safe: SafeDensity, guide: SafeDensity, peaks: Peaks, generator: Generator | None) -> tuple[Tensor, Tensor]:
-    """Logs of the mass of the model's density and of the guide's around each peak, ``(K,)`` each."""
+    """Returns logs of the masses of the model's and of the guide's density around each peak, ``(K,)`` each."""
     count, dim = peaks.points.shape
     noise = torch.randn(_SAMPLES, dim, generator=generator, dtype=torch.float64, device="cpu")
     # As wide as keeps the weights of an exact Gaussian even: their variance grows with the dimension.
@@ -252,12 +251,12 @@ def _masses(safe: SafeDensity, guide: SafeDensity, peaks: Peaks, generator: Gene
 
 
 def _judged(log_part: Tensor, guide_share: Tensor, basin: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Which are missed, shares, and the sum of those missed, from masses in units of the evidence as it is known."""
+    """Returns which modes are missed, shares, and the sum of those missed, from masses in units of the evidence."""
     part = log_part.clamp(max=600.0).exp()
     passed = (guide_share < _LEAST_PART * part) & (basin < _LEAST_PART * part.clamp(max=1.0))
     total = 1 + part[passed].sum()
     missed = passed & (part / total > _LEAST_SHARE)
     total = 1 + part[missed].sum()
-    # Around a mode that is covered importance sampling may find a little more than all there is.
+    # Around a covered mode, importance sampling may find a little more than all the mass.
     share = torch.where(missed, part, part.clamp(max=1.0)) / total
     return missed, share, float(share[missed].sum())

@@ -1,4 +1,4 @@
-"""Where a guide begins: the Gaussian with the best ELBO among those that a few climbs of the posterior suggest."""
+"""The start of a guide: the Gaussian with the best ELBO among those that a few climbs of the posterior suggest."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Generator, Tensor
 
+from pyro_flows.core.checks import integer
 from pyro_flows.infer.search.climb import LogDensity, Paths, SafeDensity, bfgs, climb, curved, diagonal_bfgs, identity
 from pyro_flows.infer.search.curvature import bend, difference, first_metric, laplace, symmetric_eigen, triangular
 
@@ -45,11 +46,11 @@ class Start(NamedTuple):
     scale: Tensor
     """Lower triangular factor of the covariance ``(D, D)``, or standard deviations ``(D,)`` if dimensions are many."""
     elbo: float
-    """Its ELBO in nats, from four times ``draws`` draws, unless time was up before."""
+    """Its ELBO in nats, from four times ``num_samples`` draws, unless time was up before."""
     evaluations: int
     """Points at which the density was evaluated."""
     kind: str
-    """What made it: ``"initial"``, ``"path"`` or ``"laplace"``, with ``"+refined"`` if it was improved afterwards."""
+    """Its origin: ``"initial"``, ``"path"`` or ``"laplace"``, with ``"+refined"`` after a refinement."""
 
 
 class _Gaussian(NamedTuple):
@@ -58,17 +59,17 @@ class _Gaussian(NamedTuple):
     kind: str
 
     def at(self, noise: Tensor) -> Tensor:
-        """Standard normal draws ``(n, D)`` made draws of it."""
+        """Maps standard normal draws ``(n, D)`` to draws of this Gaussian."""
         return self.loc + (noise @ self.scale.mT if self.scale.dim() == 2 else noise * self.scale)
 
     def log_size(self) -> Tensor:
         return (self.scale.diagonal() if self.scale.dim() == 2 else self.scale).log().sum()
 
     def usable(self, eps: float) -> bool:
-        """Whether it is finite, and wide enough for its draws to differ when they are rounded."""
+        """Whether it is finite, and wide enough for its rounded draws to differ."""
         sds = self.scale.diagonal() if self.scale.dim() == 2 else self.scale
         finite = self.loc.isfinite().all() and self.scale.isfinite().all() and self.log_size().isfinite()
-        # A density that has no bound seems to gain for ever from draws that rounding makes the same.
+        # On an unbounded density, draws that rounding makes equal would seem to gain for ever.
         return bool(finite and (sds > 8 * eps * self.loc.abs()).all())
 
 
@@ -76,32 +77,32 @@ def find_start(
     density: LogDensity,
     initial: Tensor,
     *,
-    starts: int = 4,
-    draws: int = 64,
+    num_starts: int = 4,
+    num_samples: int = 64,
     generator: Generator | None = None,
-    max_seconds: float | None = None,
+    seconds: float | None = None,
     full_rank_up_to: int = 300,
 ) -> Start:
-    r"""The Gaussian with the best ELBO among many, for a guide to begin with.
+    r"""Finds a Gaussian with a high ELBO.
 
-    Candidates: narrow Gaussians around ``initial``; those of Pathfinder, :math:`N(z + H g, H)` along quasi-Newton paths
-    from ``initial`` and from points around it; those of Laplace at the paths' ends.  They are ranked by their ELBOs on
-    the same standard normal draws, less three standard errors.  The best are refined by natural gradient ascent,
+    Candidates are narrow Gaussians around ``initial``; Pathfinder's :math:`N(z + H g, H)` along quasi-Newton paths from
+    ``initial`` and points around it; and Laplace's at the paths' ends.  They are ranked by their ELBOs on the same
+    draws, less three standard errors.  The best are refined by natural gradient ascent,
     :math:`\Sigma^{-1} \leftarrow -\mathrm{E}_q \nabla^2 \log p`,
-    :math:`\mu \leftarrow \mu + \Sigma\, \mathrm{E}_q \nabla\log p`, whose expectations are taken at pairs of points in
-    orthogonal directions, exact where the density is Gaussian.
+    :math:`\mu \leftarrow \mu + \Sigma\, \mathrm{E}_q \nabla\log p`, with expectations at pairs of points in orthogonal
+    directions, exact where the density is Gaussian.
 
-    Everything is batched: some tens of density calls of up to 256 points with gradients (1024 without).
+    The cost is some tens of density calls of up to 256 points with gradients (1024 without).
 
     Args:
-        density: log-density of rows, ``(S, D)`` to ``(S,)``, differentiable, not normalised; it may return NaN, and
-            refuse points by an error, which then count as ``-inf``.
-        initial: a point where the density is finite, shape ``(D,)``; its dtype and device are those of all calls.
-        starts: climbs, the first of them from ``initial``.
-        draws: draws for an ELBO, in pairs of opposite sign; four times as many in refinements.
+        density: log-density of rows, ``(S, D)`` to ``(S,)``, differentiable, not normalized; points where it returns
+            NaN or raises an error count as ``-inf``.
+        initial: a point where the density is finite, shape ``(D,)``; calls have its dtype and device.
+        num_starts: climbs, the first of them from ``initial``.
+        num_samples: draws for an ELBO, in pairs of opposite sign; four times as many in refinements.
         generator: source of randomness, on the CPU; ``None`` is torch's own.
-        max_seconds: wall-clock limit, looked at between calls; what is best by then is returned.  If no candidate could
-            be ranked, that is a narrow Gaussian around ``initial``, with minus infinity as its ELBO.
+        seconds: wall-clock limit, checked between calls, which ends the search with the best candidate so far.  If none
+            has been ranked, the result is a narrow Gaussian around ``initial`` with minus infinity as its ELBO.
         full_rank_up_to: with more dimensions the scale is diagonal.
 
     Raises:
@@ -116,20 +117,20 @@ def find_start(
             f"find_start: expected initial as a finite vector of shape (D,), got {initial.dtype} of shape "
             f"{tuple(initial.shape)}; give one point in unconstrained space"
         )
-    if starts < 1 or draws < 4:
-        raise ValueError(f"find_start: expected starts >= 1 and draws >= 4, got {starts} and {draws}")
-    safe = SafeDensity(density, initial, max_seconds=max_seconds)
-    centre = initial.detach().double().cpu()
-    full = len(centre) <= full_rank_up_to
-    unit = identity(centre) if full else torch.ones_like(centre)
-    best = _Ranking(safe, _pairs(draws, centre, generator))
-    best.add([_Gaussian(centre, size * unit, "initial") for size in _PLAIN])
+    integer("find_start", "num_starts", num_starts)
+    integer("find_start", "num_samples", num_samples, 4)
+    safe = SafeDensity(density, initial, seconds=seconds)
+    center = initial.detach().double().cpu()
+    full = len(center) <= full_rank_up_to
+    unit = identity(center) if full else torch.ones_like(center)
+    best = _Ranking(safe, _pairs(num_samples, center, generator))
+    best.add([_Gaussian(center, size * unit, "initial") for size in _PLAIN])
     if not safe.expired:
-        points = _dispersed(safe, centre, starts, generator)
+        points = _dispersed(safe, center, num_starts, generator)
         best.add_all(_candidates(safe, points, full))
     if best.winner is None and safe.found and safe.expired:
         # No candidate had all of its draws in time.
-        best.winner = _Gaussian(centre, _BLIND * unit, "initial")
+        best.winner = _Gaussian(center, _BLIND * unit, "initial")
     if best.winner is None:
         cause = safe.error
         raise ValueError(
@@ -138,16 +139,15 @@ def find_start(
             f"point inside the support with finite log-density, and look for log(0) and overflow in the model"
         ) from cause
     if not safe.expired:
-        best = _refined(safe, best, _pairs(_FINER * draws, centre, generator), generator)
-    winner = best.winner
-    loc, scale = (part.to(initial.device, initial.dtype) for part in (winner.loc, winner.scale))
-    return Start(loc, scale, best.elbo, safe.evaluations, winner.kind)
+        best = _refined(safe, best, _pairs(_FINER * num_samples, center, generator), generator)
+    loc, scale = (part.to(initial.device, initial.dtype) for part in (best.best.loc, best.best.scale))
+    return Start(loc, scale, best.elbo, safe.evaluations, best.best.kind)
 
 
 class _Ranking:
-    """Gaussians by their ELBO on the same draws, less three standard errors.
+    """Ranks Gaussians by their ELBO on the same draws, less three standard errors.
 
-    Of a hundred estimates some are good by chance; those have large errors, and the posterior itself has none.
+    Of a hundred estimates some are good by chance, with large errors; the posterior itself has none.
     """
 
     def __init__(self, safe: SafeDensity, noise: Tensor) -> None:
@@ -158,12 +158,19 @@ class _Ranking:
         """The best of each kind, after its score and its ELBO."""
 
     @property
+    def best(self) -> _Gaussian:
+        """The winner, of which there must be one."""
+        if self.winner is None:
+            raise ValueError("find_start: no candidate has a finite ELBO; give another initial point")
+        return self.winner
+
+    @property
     def sure(self) -> bool:
         """Whether the winner's log-weights hardly vary: close by, the density is nearly Gaussian."""
         return self.elbo - self.score < _SURE
 
     def scores(self, candidates: list[_Gaussian], noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores and ELBOs, ``(C,)`` each, ``-inf`` where a draw has no finite log-density; one call for all."""
+        """Returns scores and ELBOs, ``(C,)`` each, ``-inf`` where a draw has no finite log-density, by one call."""
         points = torch.stack([candidate.at(noise) for candidate in candidates])
         values = self.safe.values(points.flatten(0, 1)).reshape(points.shape[:2])
         size = torch.stack([candidate.log_size() for candidate in candidates])
@@ -171,12 +178,11 @@ class _Ranking:
         pairs = each.unflatten(1, (-1, 2)).mean(-1)
         elbos = pairs.mean(-1)
         scores = elbos - _ERRORS * pairs.std(-1) / math.sqrt(pairs.shape[1])
-        # Not even a sum that overflows is a good one.
         usable = elbos.isfinite() & scores.isfinite()
         return scores.masked_fill(~usable, -math.inf), elbos.masked_fill(~usable, -math.inf)
 
     def add(self, candidates: list[_Gaussian]) -> None:
-        """Takes the best of these if it beats the winner so far."""
+        """Makes the best of these the winner if it beats the one so far."""
         candidates = [candidate for candidate in candidates if candidate.usable(self.safe.eps)]
         if not candidates:
             return
@@ -192,7 +198,7 @@ class _Ranking:
             self.score, self.elbo, self.winner = score, elbo, candidate
 
     def add_all(self, candidates: list[_Gaussian]) -> None:
-        """Many: all are screened with few draws, and those that look best are added."""
+        """Screens many with few draws, and adds the best."""
         candidates = [candidate for candidate in candidates if candidate.usable(self.safe.eps)]
         some = self.noise[:_SCREEN]
         scores = []
@@ -202,39 +208,38 @@ class _Ranking:
                 break
         if scores:
             order = torch.cat(scores).argsort(descending=True)[:_FINALISTS].tolist()
-            # The last of each kind, whatever its luck with few draws: it is where a path has converged.
+            # The last of each kind, where a path has converged, whatever its luck with few draws.
             last = {candidate.kind: i for i, candidate in enumerate(candidates)}
             self.add([candidates[i] for i in dict.fromkeys([*order, *last.values()])])
 
 
-def _dispersed(safe: SafeDensity, centre: Tensor, starts: int, generator: Generator | None) -> Tensor:
-    """``centre`` and points around it where the density is finite, nearer where that is hard; ``(S, D)``."""
-    found = [centre[None]]
+def _dispersed(safe: SafeDensity, center: Tensor, num_starts: int, generator: Generator | None) -> Tensor:
+    """Returns ``center`` and points around it where the density is finite, nearer if they are rare; ``(S, D)``."""
+    found = [center[None]]
     for width in (2.0, 0.5, 0.1):
-        wanted = starts - sum(map(len, found))
+        wanted = num_starts - sum(map(len, found))
         if wanted <= 0 or safe.expired:
             break
-        spread = torch.rand(8 * starts, len(centre), generator=generator, dtype=torch.float64, device="cpu")
-        points = centre + width * (2 * spread - 1)
+        spread = torch.rand(8 * num_starts, len(center), generator=generator, dtype=torch.float64, device="cpu")
+        points = center + width * (2 * spread - 1)
         found.append(points[safe.values(points).isfinite()][:wanted])
     return torch.cat(found)
 
 
 def _candidates(safe: SafeDensity, points: Tensor, full: bool) -> list[_Gaussian]:
-    """Gaussians along the climbs from these points, and those of Laplace at their ends."""
     value, slope = safe.gradients(points)
     points, slope = points[value.isfinite()], slope[value.isfinite()]
     if not len(points):
         return []
     metric = first_metric(safe, points, slope) if full else None
-    # With a metric from the beginning, more steps are spent only where the density has no top.
+    # With a first metric, only a density without a top takes more steps.
     if full:
-        paths = climb(safe, points, memory=None, metric=metric, max_steps=_STEPS)
+        paths = climb(safe, points, memory=None, metric=metric, steps=_STEPS)
     else:
         paths = climb(safe, points)
     found = []
     for i in range(len(points)):
-        found += _along(paths, i, metric[i] if full else None)
+        found += _along(paths, i, None if metric is None else metric[i])
     if safe.expired:
         return found
     last = [gaussian for gaussian in found if gaussian.kind == "end"]
@@ -250,10 +255,9 @@ def _candidates(safe: SafeDensity, points: Tensor, full: bool) -> list[_Gaussian
 
 
 def _along(paths: Paths, i: int, metric: Tensor | None) -> list[_Gaussian]:
-    """Pathfinder's Gaussians along one path, thinned; the last is of kind ``"end"``."""
+    """Returns Pathfinder's Gaussians along one path, thinned; the last is of kind ``"end"``."""
     points, slopes = paths.positions[i], paths.gradients[i]
     count = len(points)
-    # Evenly spaced, the last among them.
     keep = {round(k * (count - 1) / max(1, _PER_PATH - 1)) for k in range(_PER_PATH)}
     inverse = metric
     found = []
@@ -292,7 +296,7 @@ def _suggested(point: Tensor, slope: Tensor, inverse: Tensor, kind: str) -> _Gau
 
 
 def _diagonal(safe: SafeDensity, point: Tensor, slope: Tensor, last: _Gaussian) -> list[_Gaussian]:
-    """Laplace's Gaussian of independent dimensions, with the diagonal of the Hessian."""
+    """Returns Laplace's Gaussian of independent dimensions, with the diagonal of the Hessian."""
     curvature = []
     short = difference(safe) * last.scale
     for axes in torch.diag(short).split(max(1, safe.rows // 2)):
@@ -303,13 +307,13 @@ def _diagonal(safe: SafeDensity, point: Tensor, slope: Tensor, last: _Gaussian) 
 
 
 def _pairs(count: int, like: Tensor, generator: Generator | None) -> Tensor:
-    """Standard normal draws in pairs of opposite sign, so that an error of the mean changes no ELBO to first order."""
+    """Draws standard normals in pairs of opposite sign: an error of the mean changes no ELBO to first order."""
     half = torch.randn((count + 1) // 2, len(like), generator=generator, dtype=torch.float64, device="cpu")
     return torch.stack([half, -half], 1).flatten(0, 1)
 
 
 def _refined(safe: SafeDensity, best: _Ranking, noise: Tensor, generator: Generator | None) -> _Ranking:
-    """The best of each kind refined, as which of them is best now need not say which leads to the best."""
+    """Refines the best of each kind, since the best now need not lead to the best."""
     final = _Ranking(safe, noise)
     for _, _, candidate in best.seconds.values():
         other = _Ranking(safe, noise)
@@ -324,10 +328,9 @@ def _refined(safe: SafeDensity, best: _Ranking, noise: Tensor, generator: Genera
 
 
 def _refine(safe: SafeDensity, best: _Ranking, rounds: int, generator: Generator | None) -> None:
-    """Natural gradient steps from the winner as long as the ELBO rises."""
     rate, sets, poor = 1.0, 1, 0
     for _ in range(rounds):
-        current, before = best.winner, best.score
+        current, before = best.best, best.score
         expected = None if safe.expired else _expected(safe, current, sets, generator)
         if expected is None or safe.expired:
             return
@@ -337,7 +340,7 @@ def _refine(safe: SafeDensity, best: _Ranking, rounds: int, generator: Generator
             rate, poor = min(1.0, 1.5 * rate), 0
             continue
         settled = bool((expected[0].abs() < 1e-3).all() and best.score - before < 1e-4)
-        # Expectations drown in noise at a density far from Gaussian: more points and shorter steps then.
+        # Far from a Gaussian, expectations drown in noise: take more points and shorter steps.
         rate, sets, poor = 0.5 * rate, min(4, 2 * sets), poor + 1
         if poor >= _POOR or settled:
             return
@@ -346,7 +349,7 @@ def _refine(safe: SafeDensity, best: _Ranking, rounds: int, generator: Generator
 def _expected(
     safe: SafeDensity, current: _Gaussian, sets: int, generator: Generator | None
 ) -> tuple[Tensor, Tensor] | None:
-    r"""Expected gradient ``(D,)`` and curvature ``(D, D)``, or its diagonal, in the Gaussian's own units.
+    r"""Returns the expected gradient ``(D,)`` and curvature ``(D, D)``, or its diagonal, in the Gaussian's units.
 
     Stein: :math:`\mathrm{E}\nabla^2\log p = \mathrm{E}[\nabla\log p\, \epsilon^\top]`, with pairs
     :math:`\epsilon = \pm r q` along orthogonal :math:`q`.  A length :math:`r` with the density of chi at ``D + 2``
@@ -371,7 +374,7 @@ def _expected(
     slope = slope @ current.scale if current.scale.dim() == 2 else slope * current.scale
     weight = fine[:, None] * dim / length**2
     push = (weight * slope.mean(0)).sum(0) / weight.sum()
-    # Where a point was refused the curvature stays what it is.
+    # At refused points the curvature stays.
     change = torch.where(fine[:, None], (slope[1] - slope[0]) / (2 * length), across)
     if current.scale.dim() == 2:
         turned = change.mT @ across / sets
@@ -380,7 +383,7 @@ def _expected(
 
 
 def _stepped(current: _Gaussian, push: Tensor, turned: Tensor, rate: float) -> _Gaussian:
-    """A natural gradient step; the precision changes tenfold at most along any direction."""
+    """Takes a natural gradient step, which changes the precision tenfold at most along any direction."""
     kind = current.kind if current.kind.endswith("+refined") else f"{current.kind}+refined"
     if turned.dim() == 1:
         precision = 1 - rate + rate * turned.clamp(0.1, 10.0)

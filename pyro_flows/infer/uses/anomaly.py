@@ -22,24 +22,24 @@ _KINDS = "as a tensor or an array of numbers"
 class AnomalyDetector:
     r"""Scores rows by bits per dimension, and says how rare such scores are among reference rows.
 
-    The score of a row :math:`n` of whole numbers is a mean over draws of the noise that dequantizes it,
+    The score of a row :math:`n` of whole numbers is a mean over noise that dequantizes it,
     :math:`b = -\frac{1}{K D \log 2} \sum_k \log p(n + u_k)`.  The noise is a function of the row, and so is the score.
-    For real data, without dequantization, :math:`b = -\log p / (D \log 2)`.
+    For real data :math:`b = -\log p / (D \log 2)`.
 
-    One-sided, rows of many bits are anomalies.  Flows can give simple or bland images *fewer* bits than the images that
-    they were fitted to.  Two-sided, rows far from the mean on either side are anomalies, :math:`|b - \bar b|`.  This
-    finds bland images, at some cost in finding the others.
+    One-sided, rows of many bits are anomalies.  But flows can give bland images *fewer* bits than their training
+    images. Two-sided, rows far from the mean are anomalies, :math:`|b - \bar b|`, which finds bland images and misses
+    some others.
 
-    A p-value is the share of reference rows that are at least as extreme, the row itself counted in:
-    :math:`(1 + \#\{i: s_i \ge s\}) / (m + 1)`.  Two-sided, the mean counts the row itself in, too.  If usual rows are
-    exchangeable with the reference rows, a p-value is at most :math:`\alpha` with probability at most :math:`\alpha`,
-    whatever the model.  Take reference rows that the model was neither fitted to nor stopped early by: such rows have
-    fewer bits than new ones, so that too many new ones would stand out.
+    A p-value is the share of reference rows that are at least as extreme, the row itself included: :math:`(1 + \#\{i:
+    s_i \ge s\}) / (m + 1)`; two-sided, the mean includes the row, too.  If usual rows are exchangeable with the
+    reference rows, a p-value is at most :math:`\alpha` with probability at most :math:`\alpha`, whatever the model.
+    Reference rows must be ones that the model was neither fitted to nor stopped early by, since those have fewer bits
+    than new ones.
 
     Args:
         model: a :class:`~pyro_flows.distributions.dequantization.Dequantized`, a
             :class:`~pyro_flows.distributions.flow.Flow` or any other module with ``log_prob``.
-        reference: usual rows, e.g. held-out ones, shape ``(rows, *event_shape)``; a tensor or an array.
+        reference: usual, held-out rows, shape ``(rows, *event_shape)``; a tensor or an array.
         context: their contexts, shape ``(rows, context_dim)``, for a model that takes one.
         num_noise_samples: :math:`K`, for a ``Dequantized``.
         two_sided: whether too few bits are as suspect as too many.
@@ -98,7 +98,7 @@ class AnomalyDetector:
         if log_prob.isnan().any():
             where = name_rows(log_prob.isnan().nonzero()[:, 0])
             raise FloatingPointError(f"AnomalyDetector: the log-density is NaN in {where}; look for NaN in the model")
-        return bits_per_dim(log_prob, rows.shape[1:])
+        return torch.as_tensor(bits_per_dim(log_prob, rows.shape[1:]))
 
     def scores(self, rows: Any, context: Any = None) -> Tensor:
         """The scores that thresholds apply to: bits, or their distance from the mean; shape ``(rows,)``."""

@@ -31,20 +31,19 @@ def _check(flow: Flow, who: str) -> None:
 class Stream:
     r"""Runs a causal flow over series step by step without end: :math:`p(y_t \mid y_{<t}, c)`.
 
-    A causal flow maps a step and all before it to a step of the base.  The stream keeps the past that the flow needs:
-    the last inputs of each convolution, and the keys and values in the window of attention.  So a step costs the same
-    however many came before: in the density direction one pass of one step, in the other a solve of ``C`` numbers for
-    each ``Mint`` layer and an evaluation a channel for each ``CausalAutoregressive`` layer.  Only attention without a
-    window keeps all keys and values, and grows more costly with time.  Densities equal those of whole series up to
-    rounding; beyond the flow's ``T``, they are those of a longer flow with the same parameters.  The stream copies the
-    flow and records no gradient.  Streams can be pickled.
+    The stream keeps the past that the flow needs: the last inputs of each convolution, and the keys and values in the
+    window of attention.  So a step costs the same however many came before: in the density direction one pass of one
+    step, in the other a solve of ``C`` numbers for each ``Mint`` layer and an evaluation a channel for each
+    ``CausalAutoregressive`` layer.  Only attention without a window grows more costly.  Densities equal those of whole
+    series up to rounding; beyond the flow's ``T``, those of a longer flow with the same parameters.  The stream copies
+    the flow, records no gradient, and can be pickled.
 
     Args:
         flow: a :class:`~pyro_flows.distributions.flow.Flow` of series ``(C, T)`` whose parts are causal in time or
             elementwise with parameters that all times share: those of ``mintnet(..., causal=True)`` and of
             ``causal_maf``, ``ActNorm``, ``Rescaling`` and ``Standardization`` that are the same at all times, and
             elementwise transforms of torch; over a base of independent dimensions that is the same at all times.
-        batch_shape: the batch shape of the series, which advance together.
+        batch_shape: the batch shape of the series.
         context: shape ``(*batch, context_dim)``, for a flow that takes one; the same at all times.
 
     Attributes:
@@ -110,7 +109,7 @@ class Stream:
             The log-density of each step given all before it, in nats, shape ``(*batch,)`` or ``(*batch, n)``.
 
         Raises:
-            ValueError: for another shape, or values outside the support or not finite; the stream stays where it is.
+            ValueError: for another shape, or values outside the support or not finite; the stream does not move.
             TypeError: for a value that is no tensor, or has another dtype.
             RuntimeError: if a solver gives up (``max_sweeps``); the stream cannot be used afterwards.
         """
@@ -143,9 +142,7 @@ class Stream:
             The data value, shape ``(*batch, C)``, and its log-density given all before, shape ``(*batch,)``.
 
         Raises:
-            ValueError: for another shape, or values that are not finite; the stream stays where it is.
-            TypeError: for a value that is no tensor, or has another dtype.
-            RuntimeError: if a solver gives up (``max_sweeps``); the stream cannot be used afterwards.
+            ValueError, TypeError, RuntimeError: as :meth:`observe`.
         """
         value, several = self._admit(x, "x")
         if several:
@@ -261,18 +258,16 @@ def step_log_prob(flow: Flow, value: Tensor, context: Tensor | None = None, *, l
     r"""The log-density of each step of whole series given all before it, :math:`\log p(y_t \mid y_{<t}, c)`.
 
     The scores of :func:`~pyro_flows.infer.pixel_scores` with the sign of a density, summed over channels, and
-    differentiable.  They add up over time to ``flow.log_prob(value, context)``.  For series of different lengths,
-    padded to ``T``, the padding counts neither in the likelihood nor in the log-determinant.  The cost is one pass in
-    the density direction.
+    differentiable.  They add up over time to ``flow.log_prob(value, context)``.  Of series padded to ``T``, the padding
+    counts neither in the likelihood nor in the log-determinant.  The cost is one pass in the density direction.
 
     Args:
-        flow: a :class:`~pyro_flows.distributions.flow.Flow` of series ``(C, T)`` whose parts are causal, or
-            elementwise; elementwise parts may differ between times.
+        flow: a :class:`~pyro_flows.distributions.flow.Flow` of series ``(C, T)`` whose parts are causal or elementwise;
+            elementwise parts may differ between times.
         value: shape ``(*batch, C, T)``; the padding may hold anything, NaN included.
         context: shape ``(*batch, context_dim)``, for a flow that takes one.
-        lengths: the number of steps of each series, integers from 1 to ``T`` that broadcast to ``batch``; all steps by
-            default.  The first value of a series takes the place of its padding, which a fresh ``ActNorm`` may see in
-            training.
+        lengths: the number of steps of each series, integers from 1 to ``T`` that broadcast to ``batch``; all by
+            default. A series' first value replaces its padding, which a fresh ``ActNorm`` may see in training.
 
     Returns:
         Shape ``(*batch, T)``, in nats, 0 in the padding.

@@ -27,27 +27,26 @@ def pixel_scores(
 ) -> Tensor:
     r"""How surprising each dimension is, given those before it: :math:`-\log p(y_i \mid y_{<i}, c)` in nats.
 
-    The scores are exact for a flow whose layers are all elementwise or triangular in one order of the dimensions.  With
-    :math:`x = f^{-1}(y)`, a score is :math:`-\log b(x_i) - \log \partial x_i / \partial y_i`, and the scores of an
-    event add up to :math:`-\log p(y)`.  The score of a pixel depends on that pixel and those before it alone.  The cost
-    is one pass in the density direction, and about one more for the slopes of triangular layers.
+    Exact for a flow whose layers are elementwise or triangular in one order of the dimensions.  With :math:`x =
+    f^{-1}(y)`, a score is :math:`-\log b(x_i) - \log \partial x_i / \partial y_i`, and the scores of an event add up to
+    :math:`-\log p(y)`.  The cost is one pass in the density direction, and about one more for slopes.
 
     Args:
-        model: a :class:`~pyro_flows.distributions.flow.Flow` over a base of independent dimensions, with layers such as
-            ``Mint`` of one orientation, ``Autoregressive`` of one order, ``ActNorm``, ``Rescaling``,
-            ``Standardization``, ``LogitPixels`` and elementwise transforms of torch; or a
+        model: a :class:`~pyro_flows.distributions.flow.Flow` over independent dimensions, with layers such as ``Mint``
+            of one orientation, ``Autoregressive`` of one order, ``ActNorm``, ``Rescaling``, ``Standardization``,
+            ``LogitPixels`` and elementwise transforms of torch; or a
             :class:`~pyro_flows.distributions.dequantization.Dequantized` of such a flow, with uniform noise.  Any other
             layer needs ``log_slopes(y, context)`` and the attributes ``order`` and ``lower`` of a ``Mint`` layer.
         value: data, shape ``(*batch, *event_shape)``; whole numbers for a ``Dequantized``.
         context: shape ``(*batch, context_dim)``, for a flow that takes one.
-        num_noise_samples: draws of the noise of a ``Dequantized``, over which the map is averaged.
+        num_noise_samples: draws of the noise of a ``Dequantized`` to average over.
 
     Returns:
         Shape ``(*batch, *event_shape)``, in nats; divide by ``math.log(2)`` for bits.
 
     Raises:
-        ValueError: if layers take the dimensions in different orders or mix them in an unknown way, if values lie
-            outside the support, or if the dimensions of the base are dependent.
+        ValueError: if layers take the dimensions in different or unknown orders, if values lie outside the support, or
+            if the dimensions of the base are dependent.
         TypeError: for a model of another kind.
 
     References:
@@ -62,7 +61,7 @@ def pixel_scores(
         flow, values = model.flow, model.intensities(value, num_noise_samples, fresh=False).unbind(0)
     else:
         flow, values = model, (value,)
-    if not is_plain_flow(flow):
+    if not isinstance(flow, Flow) or not is_plain_flow(flow):
         raise TypeError(f"pixel_scores: expected a Flow, or a Dequantized of one, got {type(flow).__name__}")
     context = flow.inner_context(context)
     with evaluating(flow):

@@ -91,8 +91,8 @@ def columns(
 
     Args:
         settings: with ``"auto"`` resolved.
-        field: the field.
-        t: the time.
+        field: to evaluate.
+        t: a scalar.
         x: shape ``(rows, *event_shape)``.
         context: shape ``(rows or 1, context_dim)``, or ``None``.
         probes: shape ``(count, rows, *event_shape)`` unless exact.
@@ -129,7 +129,7 @@ def _weighted(weights: tuple[float, ...], forms: Tensor) -> Tensor:
 
 
 class _Methods(nn.Module):
-    """Lets ``functional_call`` replace the parameters in any method of a field."""
+    """For ``functional_call`` of any method of a field."""
 
     def __init__(self, inner: Field) -> None:
         super().__init__()
@@ -140,14 +140,9 @@ class _Methods(nn.Module):
 
 
 class FieldDynamics(Dynamics):
-    r"""A field with its divergence and penalties, on flat rows.
+    """A field with its divergence and penalties, on flat rows; arguments as in :func:`columns`.
 
-    Args:
-        name: of the flow, in messages.
-        inner: the field.
-        settings: of the divergence, with ``"auto"`` resolved.
-        has_context: whether a context comes after the field's parameters.
-        penalties: whether to integrate :math:`|v|^2`, and :math:`\|J\|_F^2`.
+    ``has_context`` says whether a context comes after the field's parameters; ``name`` is for messages.
     """
 
     def __init__(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pyro_flows.core.checks import choice, integer, positive_integers
 from pyro_flows.core.recipes import remembered
-from pyro_flows.nets.activations import activation_function, slope
+from pyro_flows.nets.activations import activation_function, value_and_slope
 from pyro_flows.nets.convolutional import image_shape
 from pyro_flows.transforms.continuous.fields import Field
 
@@ -37,14 +37,14 @@ def _widths(name: str, sizes: Sequence[int]) -> tuple[int, ...]:
 
 
 class Modulation(nn.Module):
-    """Shifts or gates of each unit of the layers: linear in time and context, one block per layer.
+    """Shifts or gates of all units: linear in time and context, one block per layer.
 
     Args:
         sizes: units of each layer.
         context_dim: size of the context, 0 for none.
         time_dependent: whether blocks depend on time.
         zero_last: whether the last block starts at zero.
-        bias: whether there is a constant as well.
+        bias: whether to add a constant.
     """
 
     def __init__(
@@ -101,11 +101,10 @@ def _trace(weights: Sequence[Tensor], slopes: Sequence[Tensor], x: Tensor) -> Te
 
 @remembered
 class ChainField(Field):
-    r"""A chain of dense layers; time and context enter its first layer, or gate all of them (FFJORD).
+    r"""A chain of dense layers; time and context enter the first, or gate all (FFJORD, arXiv:1810.01367).
 
-    With ``squash`` each layer is :math:`(W h + b) \odot \sigma(g(t, c)) + u(t, c)` with linear :math:`g` and :math:`u`;
-    the last layer's gate depends on time alone.  Without it the first layer is :math:`W x + b + u(t, c)`, and the
-    others are linear.
+    With ``squash`` each layer is :math:`(W h + b) \odot \sigma(g(t, c)) + u(t, c)` with linear :math:`g` and :math:`u`,
+    and in the last layer :math:`g(t)`; else the first is :math:`W x + b + u(t, c)`, and others are linear.
 
     Args:
         event_shape: shape of one ``x``; events are flattened.
@@ -115,9 +114,6 @@ class ChainField(Field):
         activation: ``"tanh"``, ``"softplus"``, ``"silu"`` or a smooth elementwise function.
         squash: whether time and context gate all layers.
 
-    References:
-        FFJORD: Free-form Continuous Dynamics for Scalable Reversible Generative Models (Grathwohl et al., 2019),
-        arXiv:1810.01367.
     """
 
     rowwise_times = True
@@ -202,13 +198,14 @@ class ChainField(Field):
                 tangents = tangents if gate is None else tangents * gate
             if k == count - 1:
                 break
-            h = self.activation(pre)
-            if trace or tangents is not None:
-                each = slope(self.activation, pre, h)
-                if trace:
-                    slopes.append(each if gate is None else each * gate)
-                if tangents is not None:
-                    tangents = tangents * each
+            if tangents is None and not trace:
+                h = self.activation(pre)
+                continue
+            h, each = value_and_slope(self.activation, pre)
+            if trace:
+                slopes.append(each if gate is None else each * gate)
+            else:
+                tangents = tangents * each
         return pre, tangents, weights, slopes
 
 
@@ -219,8 +216,8 @@ _CONVOLUTIONS = {1: (nn.Conv1d, F.conv1d), 2: (nn.Conv2d, F.conv2d)}
 class ConvField(Field):
     r"""Convolutions :math:`(W * h + b) \odot \sigma(g(t, c)) + u(t, c)`, gates and shifts by channel (FFJORD).
 
-    Every layer keeps the size of the image, with zeros beyond the edges.  Products with the Jacobian are convolutions
-    of the probes; the exact divergence takes one for each number of the event, so it is for small events.
+    Layers keep the size of the image, with zeros beyond the edges.  The exact divergence convolves a probe for each
+    number of the event, so it is for small events.
 
     Args:
         event_shape: ``(C, H, W)`` or ``(C, T)``.
@@ -230,9 +227,6 @@ class ConvField(Field):
         time_dependent: whether the field depends on ``t``.
         activation: ``"tanh"``, ``"softplus"``, ``"silu"`` or a smooth elementwise function.
 
-    References:
-        FFJORD: Free-form Continuous Dynamics for Scalable Reversible Generative Models (Grathwohl et al., 2019),
-        arXiv:1810.01367.
     """
 
     rowwise_times = True
@@ -291,7 +285,9 @@ class ConvField(Field):
                 tangents = tangents if gate is None else tangents * gate
             if k == len(self.layers) - 1:
                 return pre, tangents
-            h = self.activation(pre)
-            if tangents is not None:
-                tangents = tangents * slope(self.activation, pre, h)
+            if tangents is None:
+                h = self.activation(pre)
+            else:
+                h, each = value_and_slope(self.activation, pre)
+                tangents = tangents * each
         return h, tangents

@@ -1,8 +1,7 @@
 """Vector fields :math:`v(t, x, c)` that a continuous flow follows, and the products with their Jacobian that it needs.
 
 Shapes everywhere: ``t`` a scalar, ``x`` ``(rows, *event_shape)``, ``context`` ``(rows or 1, context_dim)`` or ``None``.
-:meth:`Field.at_times` takes a time for each row, as flow matching needs.  The package's fields start at zero, so that a
-fresh flow is the identity, and are smooth, so that solvers can take large steps.
+The package's fields start at zero, so that a fresh flow is the identity, and are smooth, for large steps.
 """
 
 from __future__ import annotations
@@ -23,8 +22,7 @@ _LOOP = 4  # up to this many products are faster one by one
 class Field(nn.Module):
     r"""Abstract base of vector fields.
 
-    A subclass writes :meth:`forward`, and for speed :meth:`products` and :meth:`with_divergence`, which use automatic
-    differentiation here.
+    A subclass writes :meth:`forward`, and for speed :meth:`products` and :meth:`with_divergence`.
 
     Args:
         event_shape: shape of ``x`` without its rows.
@@ -32,7 +30,7 @@ class Field(nn.Module):
         time_dependent: whether the field may depend on ``t``.
     """
 
-    #: Whether the exact divergence costs about as much as the field itself, whatever the number of dimensions.
+    #: Whether the exact divergence costs about as much as the field, at any number of dimensions.
     cheap_divergence = False
     #: Whether ``forward`` also takes ``t`` of shape ``(rows,)``, as the package's own fields do.
     rowwise_times = False
@@ -49,7 +47,7 @@ class Field(nn.Module):
     def at_times(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
         """The velocity of each row at its own time, ``t`` of shape ``(rows,)``; differentiable.
 
-        One call of ``forward`` where ``rowwise_times`` is true, else one under ``torch.func.vmap`` over the rows.
+        Without ``rowwise_times``, by ``torch.func.vmap`` over rows.
 
         Raises:
             ValueError: if ``vmap`` cannot run the field.
@@ -123,11 +121,10 @@ def unit_probes(x: Tensor) -> Tensor:
 class GivenField(Field):
     """A user's module as a field, called as ``module(t, x)``, or ``module(t, x, context)`` if it takes a context.
 
-    It is tried once on three rows: it must keep the shape, and give two of them the same velocities without the third.
+    The constructor tries it on three rows.
 
     Args:
-        module: the field; automatic differentiation gives products with its Jacobian.  If it has a true attribute
-            ``rowwise_times``, it also takes ``t`` of shape ``(rows,)``, which is tried too.
+        module: the field.  With a true attribute ``rowwise_times`` it also takes ``t`` of shape ``(rows,)``.
         event_shape: shape of one ``x``.
         context_dim: size of the context, 0 for none.
 

@@ -33,11 +33,11 @@ FIXED_STEPS, MOST_STEPS = 20, 2000  # a solver's by default
 
 
 class SolveCheck(NamedTuple):
-    """Errors of a solve, as differences from a finer one.
+    """Differences between a solve and a finer one.
 
     Attributes:
-        value: largest difference of where rows end; NaN where the dtype allows no finer tolerance.
-        ladj: largest difference of the log-determinant; NaN as above.
+        value: largest difference of rows; NaN where the dtype allows no finer tolerance.
+        ladj: largest difference of log-determinants; NaN as above.
         report: on the solve.
         finer: on the finer solve.
     """
@@ -50,10 +50,10 @@ class SolveCheck(NamedTuple):
 
 @dataclass(eq=False)
 class Penalties:
-    """The penalties of all passes within :func:`collect_penalties`.
+    """The penalties of passes within :func:`collect_penalties`.
 
     Attributes:
-        parts: the weighted integrals of each pass, of the batch's shape.
+        parts: each pass's weighted integrals, of the batch's shape.
     """
 
     parts: list[Tensor] = dataclass_field(default_factory=list)
@@ -71,7 +71,7 @@ _collectors: ContextVar[tuple[Penalties, ...]] = ContextVar("collectors", defaul
 def collect_penalties() -> Iterator[Penalties]:
     """Collects the penalties of continuous transforms with ``kinetic`` or ``jacobian`` weights.
 
-    Only passes of the same thread within the block integrate penalties; outside of it they cost nothing. ::
+    Only passes of the same thread within the block compute them. ::
 
         with collect_penalties() as penalties:
             loss = -flow.log_prob(data).mean()
@@ -116,70 +116,58 @@ def _increasing(times: Sequence[float] | Tensor) -> list[float]:
 class Continuous(FlowTransform):
     r"""A continuous flow: :math:`y = x + \int_0^1 v(t, z_t, c)\, dt` along :math:`\dot z = v` from :math:`z_0 = x`.
 
-    By the instantaneous change of variables, :math:`\log|\det \partial y / \partial x| = \int_0^1 \nabla \cdot v\, dt`,
-    integrated along.  Each direction is one solve; the tolerance decides how often it evaluates the field.
-    ``last_solve`` reports on the latest solve, and :meth:`check_solve` measures its error.
+    The log-determinant :math:`\int_0^1 \nabla \cdot v\, dt` is integrated along.  Each direction is one solve, with as
+    many evaluations of the field as the tolerance takes; ``last_solve`` reports on the latest.
 
-    **Divergence.**  ``"exact"`` costs about one more evaluation for plain fields of up to two hidden layers, whatever
-    the number :math:`D` of dimensions, else about :math:`D` evaluations.  ``"hutchinson"`` and ``"hutch++"`` are
-    unbiased estimates from ``num_probes`` products with the Jacobian, with noise that is fixed during a solve.  In
-    training each row and solve has new noise; in ``eval()`` the density is a function, see ``scoring``.  The basis of
-    ``"hutch++"`` comes from the Jacobian where a solve starts, and in ``eval()`` from the Jacobian at zero, half way.
-    ``"auto"`` is exact where that is cheap or :math:`D \le 32`, else ``"hutchinson"``.
+    **Divergence.**  ``"exact"`` costs about one more evaluation for plain fields of up to two hidden layers, else about
+    as many as there are dimensions :math:`D`.  ``"hutchinson"`` and ``"hutch++"`` are unbiased estimates by products
+    with the Jacobian, with noise that is fixed during a solve: new for each row and solve in training, and in
+    ``eval()``, where the density is a function, as ``scoring`` says.  The basis of ``"hutch++"`` comes from the
+    Jacobian where a solve starts, in ``eval()`` from that at zero, half way.  ``"auto"`` is exact where that is cheap
+    or :math:`D \le 32`, else ``"hutchinson"``.
 
-    **Gradients.**  ``"adjoint"`` solves backwards: memory does not grow with the evaluations, there are first
-    derivatives only, exact up to the tolerance.  ``"backprop"`` goes through the solver's steps: exact for what was
-    computed, by steps chosen for the value alone; any number of derivatives, in less time, with memory for each
-    evaluation.  ``"auto"`` is ``"backprop"`` where the first evaluation keeps at most 4 MiB and all of them 1 GiB, else
-    (and under ``torch.func``) the adjoint; ``last_solve`` says which.
+    **Gradients.**  ``"adjoint"`` solves backwards: memory independent of the evaluations, first derivatives, exact up
+    to the tolerance.  ``"backprop"`` goes through the solver's steps: exact for what was computed, any derivatives,
+    faster, with memory for each evaluation.  ``"auto"`` is ``"backprop"`` where the first evaluation keeps at most
+    4 MiB and all of them 1 GiB, else (and under ``torch.func``) the adjoint.
 
-    **Rows.**  An adaptive solver takes the same steps for all rows of a batch, chosen by the root mean square of their
-    errors.  A row's result thus depends on its batch mates, within the tolerance on average; a row that is harder than
-    its mates may be off by more.  With ``per_row`` the hardest row decides, so that every row keeps to the tolerance,
-    for more evaluations.  Fixed steps do not depend on mates.  Errors of the steps add up and are stretched along the
-    way: at a tolerance of 1e-5 the log-density of 500 points by a flow of two moons was off by 16 tolerances (root mean
-    square) and 143 (worst), and with ``per_row`` by 1.6 and 13, for 1.6 times the evaluations
-    (``examples/continuous.py``).  A row that is solved alone is off by 15 and 52 in both cases, and differs from itself
-    among others by about as much.
+    **Rows.**  Adaptive steps are the same for all rows of a batch, chosen by their root mean square error: a row's
+    result depends on its batch mates, and a hard row may be off by more than the tolerance.  With ``per_row`` the
+    hardest row decides.  Fixed steps do not depend on mates.  Errors of steps add up: at a tolerance of 1e-5 the
+    log-density of 500 points by a flow of two moons was off by 16 tolerances (root mean square) and 143 (worst), with
+    ``per_row`` by 1.6 and 13, for 1.6 times the evaluations; a row alone by 15 and 52 in both cases, and by about as
+    much from itself among others (``examples/continuous.py``).
 
     Args:
         event_shape: an ``input_dim`` or the shape of one event.
-        field: the vector field: a :class:`~pyro_flows.transforms.continuous.Field`, or any module called as
-            ``field(t, x)``, or ``field(t, x, context)`` with a context, that keeps the shape of ``x`` and treats rows
-            independently.
+        field: a :class:`~pyro_flows.transforms.continuous.Field`, or any module called as ``field(t, x)``, or
+            ``field(t, x, context)`` with a context, that keeps the shape of ``x`` and treats rows independently.
         context_dim: size of the context, 0 for none.
         divergence: ``"auto"``, ``"exact"``, ``"hutchinson"`` or ``"hutch++"``.
         noise: of the estimates, ``"rademacher"`` or ``"gaussian"``.
         num_probes: of the estimates; 1 by default, 4 for ``"hutch++"``, half of which find its basis.
-        scoring: the divergence in ``eval()`` where training estimates it: ``"exact"``; ``"frozen"``, by noise that is
-            drawn once, saved, and the same for each row; ``"auto"``, exact up to 32 dimensions or where that is cheap,
-            else frozen.
+        scoring: the divergence in ``eval()`` where training estimates it: ``"exact"``; ``"frozen"``, by noise drawn
+            once, saved, and the same for each row; ``"auto"``, exact where ``divergence="auto"`` is, else frozen.
         solver: adaptive (``"dopri5"``, ``"dopri8"``, ``"bosh3"``, ``"fehlberg2"``, ``"adaptive_heun"``) or with fixed
             steps (``"euler"``, ``"midpoint"``, ``"heun2"``, ``"heun3"``, ``"rk4"``).
         rtol, atol: tolerances of each step, or pairs of them for sampling and density; no finer than ten rounding
             errors of the dtype.
-        solver_steps: the number of fixed steps, by default 20; or the most steps that an adaptive solver may take
-            before it fails, by default 2000.
+        solver_steps: the number of fixed steps (20), or the most that an adaptive solver may take (2000).
         gradient: ``"auto"``, ``"adjoint"`` or ``"backprop"``.
         per_row: whether every row is held to the tolerance, rather than all on average.
         kinetic: weight of :math:`\int |v|^2 dt` in :func:`collect_penalties`, and so in the loss of
             :func:`~pyro_flows.infer.density.fit.fit_density`.
-        jacobian: weight of :math:`\int \|\partial v / \partial z\|_F^2 dt` there, by the divergence's own probes; with
-            an exact divergence that is :math:`D` products with the Jacobian in each evaluation.
+        jacobian: weight of :math:`\int \|\partial v / \partial z\|_F^2 dt` there, by the divergence's probes; if it is
+            exact, by :math:`D` products with the Jacobian in each evaluation.
 
     Raises:
-        ValueError: for options out of range, or a field that changes the shape, mixes rows, or has no gradient with
-            respect to ``x``.
+        ValueError: for options out of range, or a field that changes the shape, mixes rows, or hides its gradient.
         TypeError: for a field that is no module or cannot be called so; in a pass, for values in half precision.
-        RuntimeError: in a pass, if the field is not finite, or too stiff for ``solver_steps``; time and rows are named.
+        RuntimeError: in a pass, if the field is not finite, or too stiff for ``solver_steps``, with time and rows.
         NotImplementedError: for derivatives in forward mode.
 
     References:
-        Neural Ordinary Differential Equations (Chen et al., 2018), arXiv:1806.07366.
-        FFJORD: Free-form Continuous Dynamics for Scalable Reversible Generative Models (Grathwohl et al., 2019),
-        arXiv:1810.01367.
-        How to train your neural ODE: the world of Jacobian and kinetic regularization (Finlay et al., 2020),
-        arXiv:2002.02798.
+        Those of :func:`~pyro_flows.flows.cnf`, and
         Hutch++: Optimal Stochastic Trace Estimation (Meyer et al., 2021), arXiv:2010.09649.
     """
 
@@ -330,12 +318,11 @@ class Continuous(FlowTransform):
         Args:
             value: base-side, or data-side with ``density``.
             context: if the transform takes one.
-            density: which direction to check.
+            density: the direction.
 
         Returns:
-            The largest differences of values, in their own units, and of log-determinants, in nats, with a report on
-            each solve.  Estimates of the divergence use the same noise in both, so their error is not included.  In
-            float32 no tolerance is finer than 1.2e-6: near it the difference is rough, and at it NaN.
+            The largest differences of values and of log-determinants (nats), without the error of an estimated
+            divergence, whose noise is the same.  In float32, rough near a tolerance of 1.2e-6, and NaN at it.
         """
         value = admit(self, value, context, density)
         settings = self.estimator if self.training else self._scorer()
@@ -365,8 +352,8 @@ class Continuous(FlowTransform):
             density: whether to start from the data.
 
         Returns:
-            Values, shape ``(len(times), *batch, *event_shape)``, and ``log|det|`` of the way from the start to there,
-            shape ``(len(times), *batch)``, in the sequence of ``times``.
+            Values, shape ``(len(times), *batch, *event_shape)``, and ``log|det|`` from the start to there, shape
+            ``(len(times), *batch)``, in the sequence of ``times``.
 
         Raises:
             ValueError: for times that do not increase or leave the interval from 0 to 1.

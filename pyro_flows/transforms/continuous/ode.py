@@ -1,16 +1,13 @@
 """Integration of rows along a vector field by torchdiffeq, with gradients by the adjoint or through the solver.
 
-:func:`integrate` is the entry point.  The state is how far rows have moved, with columns that are integrated along, in
-one tensor.  It starts at zero, so rounding is relative to the way and not to the place, and a field that is zero moves
-nothing at all.  Tolerances are relative to the place: ``atol + rtol * |x|``.
+The state is how far rows have moved, and the columns, in one tensor.  It starts at zero, so rounding is relative to the
+way and not to the place, and a field that is zero moves nothing.  Tolerances are relative to the place.
 
 The adjoint is a second solve backwards (arXiv:1806.07366, appendix B) of ``x``, of the gradient with respect to it and
 of those with respect to parameters, whose error does not steer the steps (arXiv:2009.09457).  Its tolerance is relative
-to the incoming gradient, so the scale of a loss does not matter.  Memory does not grow with the number of evaluations.
-
-Backpropagation through the solver's steps differentiates what was computed; it takes a half to two thirds of the time,
-and memory for each evaluation.  ``"auto"`` decides by what the first evaluation keeps, and starts again with the
-adjoint where a solve turns out so long that it would keep too much.
+to the incoming gradient, so the scale of a loss does not matter.  Backpropagation through the solver's steps takes a
+half to two thirds of the time.  ``"auto"`` decides by what the first evaluation keeps, and starts again with the
+adjoint where a solve turns out too long.
 """
 
 from __future__ import annotations
@@ -74,9 +71,7 @@ def integrate(
         Where rows end, shape ``(n, D)``, and the integrals of the columns, shape ``(n, num_columns)``.
 
     Raises:
-        ValueError: if ``x`` is not finite.
-        RuntimeError: if the field is not, or the solver makes no headway; time and rows are named.
-        NotImplementedError: for derivatives in forward mode.
+        ValueError, RuntimeError, NotImplementedError: as in ``Continuous``.
     """
     call = Call(dynamics, settings, report, span)
     tensors = (*shared, *rowwise)
@@ -200,7 +195,7 @@ def _adjoint(
     """Gradients with respect to the first rows, less those with respect to the last, and to the tensors that need one.
 
     ``g`` is the gradient with respect to the last rows and the columns.  Rows that do not come back to where they
-    ``began``, because a strong contraction cannot be reversed, cause a warning.
+    ``began`` cause a warning.
     """
     rows, size = end.shape
     settings, n = call.settings, end.numel()
@@ -265,7 +260,7 @@ def _warn_of_lost(call: Call, found: Tensor, began: Tensor) -> None:
 
 
 def _moving(t: Tensor, need: bool) -> Tensor:
-    """A leaf that requires a gradient as needed: the tensor itself if possible, so that modules use their own."""
+    """A leaf that requires a gradient as needed: the tensor itself if possible."""
     if plain_eager() and t.is_leaf and t.requires_grad == need:
         return t
     return t.detach().requires_grad_(need)
@@ -292,28 +287,8 @@ class _Adjoint(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        call, needed, split, *tensors = args
-        dims = in_dims[3:]
-        size = info.batch_size
-        shared = range(2, 2 + split)
-        if any(dims[k] is not None for k in shared) or any(needed[:split]):
-            # Each member of the batch has its own gradients with respect to what its rows share.
-            parts = [
-                _Adjoint.apply(
-                    call,
-                    needed,
-                    split,
-                    *(t if d is None else t.select(d, k) for t, d in zip(tensors, dims, strict=True)),
-                )
-                for k in range(size)
-            ]
-            stacked = tuple(torch.stack(each) for each in zip(*parts, strict=True))
-            return stacked, (0,) * len(stacked)
-        flat = []
-        for k, (t, d) in enumerate(zip(tensors, dims, strict=True)):
-            if k not in shared:
-                t = t.expand(size, *t.shape) if d is None else t.movedim(d, 0)
-                t = t.flatten(0, 1)
-            flat.append(t)
-        made = _Adjoint.apply(call, needed, split, *flat)
-        return tuple(t.unflatten(0, (size, -1)) for t in made), (0,) * len(made)
+        needed, split = args[1:3]
+        made = vmapped(
+            _Adjoint.apply, 2, info.batch_size, in_dims, args, results=1 + sum(needed), apart=any(needed[:split])
+        )
+        return made, (0,) * len(made)

@@ -73,10 +73,9 @@ class OdeReport:
 
 
 class Dynamics(ABC):
-    """The right-hand side: a velocity for each row, and columns that are integrated along.
+    """The right-hand side: a velocity for each row, and columns that depend on rows but not on each other.
 
-    Columns depend on rows, but not on each other.  An instance holds no tensor that needs a gradient: these come as
-    ``shared`` (the same for all rows) and ``rowwise`` (leading dimension ``n``).
+    Tensors that need a gradient come as ``shared`` (the same for all rows) and ``rowwise`` (leading dimension ``n``).
     """
 
     name: str
@@ -125,7 +124,7 @@ class TooLongError(Exception):
 
 
 class Solve:
-    """A right-hand side as torchdiffeq calls it, which counts and keeps its last value for error messages.
+    """A right-hand side for torchdiffeq that counts, and keeps its last value for error messages.
 
     Args:
         call: the constants.

@@ -1,4 +1,4 @@
-"""MintNet's masked invertible layer, its slopes, its orders and its attention."""
+"""MintNet's layer: increasing maps of images and series by masked convolutions."""
 
 from pyro_flows.transforms.mint.layer import Mint
 

@@ -1,17 +1,17 @@
-r"""Attention of each place of an image or series to those strictly before it: what a triangular map may add.
+r"""Attention of each place of an image or series to those strictly before it, which keeps a map triangular.
 
-Tokens are places, in the order of a raster scan.  With :math:`p_i` the values at token :math:`i` and its neighbours
-before it, and :math:`p_i^-` the same without token :math:`i` itself,
+Tokens are places, in the order of a raster scan.  With :math:`p_i` the values at token :math:`i` and its neighbors
+before it, and :math:`p_i^-` the same without token :math:`i`,
 
 .. math:: q_i = Q \tanh(A^- p_i^- + a + s), \quad (k_j, v_j) = K \tanh(A p_j + b), \quad
     o_i = O \sum_{j < i} \operatorname{softmax}_j(q_i \cdot R_{j - i} k_j / \sqrt{m})\, v_j
 
-over the tokens before, for each head of size :math:`m`, and over one learnt key and value that stand for no token, so
-that the first token has something to attend to.  Neither the query nor any key of token :math:`i` sees token
-:math:`i`: no :math:`o_i` depends on its own token, and the Jacobian is zero there and above, exactly.  Rotations
-:math:`R` turn pairs of numbers by angles in proportion to the distance along an axis, and leave a few numbers as they
-are; so what a token gets depends on distances, and no parameter depends on the size.  The key of no token has those
-few numbers alone, and so no distance.  Values are bounded, and so is :math:`o`.
+for each head of size :math:`m`, where the sum also has one learned key and value that stand for no token, so the first
+token has something to attend to.  Neither the query of token :math:`i` nor any key that it meets sees token :math:`i`:
+no :math:`o_i` depends on its own token, and the Jacobian is exactly zero there and above.  Rotations :math:`R` turn
+pairs of numbers by angles proportional to the distance along an axis and leave a few numbers unchanged, so outputs
+depend on distances, and no parameter depends on the size.  The key of no token has only those few numbers, and so no
+distance.  Values are bounded, and so is :math:`o`.
 """
 
 from __future__ import annotations
@@ -24,25 +24,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyro_flows.core.modes import autocasting, plain_eager
+from pyro_flows.core.modes import full_precision, plain_eager
 from pyro_flows.core.steps import Past
 
 __all__ = ["Attention", "AttentionNet", "AttentionSteps", "AttentionWeights"]
 
-_BASE = 100.0  # wavelengths of the rotations go from 2 pi up to nearly so many times that
+_BASE = 100.0  # wavelengths of the rotations go from 2 pi up to nearly 100 times that
 
-
-_AT_ONCE = 256  # steps of a series, so that there are never scores of all pairs
+_AT_ONCE = 256  # steps of a series at a time, which bounds the memory of the scores
 
 
 def _numbers(first: int, count: int, device: torch.device) -> Tensor:
-    """Places along an axis; far out, single precision could not tell one angle from the next."""
+    """Places along an axis, in double precision: at distant places single precision would blur the angles."""
     kind = torch.float32 if device.type == "mps" else torch.float64
     return torch.arange(first, first + count, device=device, dtype=kind)
 
 
 class AttentionWeights(NamedTuple):
-    """All that :class:`Attention` needs beside ``x``; ``M = heads * head_dim``, ``T`` neighbours before a token.
+    """The tensors of :class:`Attention` beside ``x``; ``M = heads * head_dim``, ``T`` neighbors before a token.
 
     Attributes:
         query_taps: :math:`A^-`, shape ``(M, T * C)``.
@@ -51,8 +50,8 @@ class AttentionWeights(NamedTuple):
         key_taps: :math:`A`, shape ``(M, (T + 1) * C)``.
         key_bias: :math:`b`, shape ``(M,)``.
         key_mix: :math:`K`, keys before values, shape ``(2 * M, M)``.
-        null_key: stands for no token, shape ``(heads, U)``, of the ``U`` numbers that are not rotated.
-        null_value: its value, shape ``(heads, head_dim)``.
+        null_key: key of no token, shape ``(heads, U)``: only the ``U`` numbers that are not rotated.
+        null_value: value of no token, shape ``(heads, head_dim)``.
         out: :math:`O`, shape ``(C, M)``.
     """
 
@@ -68,15 +67,15 @@ class AttentionWeights(NamedTuple):
 
 
 class Attention(NamedTuple):
-    """How tokens attend to each other; it holds no tensors, which come as :class:`AttentionWeights`.
+    """How tokens attend to each other; the tensors come as :class:`AttentionWeights`.
 
-    A call makes all tokens at once; :class:`AttentionSteps` goes from one to the next.
+    A call computes all tokens at once; :class:`AttentionSteps` goes from one to the next.
 
     Attributes:
-        kernel: rows and columns of the neighbourhood, odd.
+        kernel: rows and columns of the neighborhood, odd.
         heads: number of heads.
-        head_dim: size of each.
-        window: how many tokens before it a token attends to; ``None`` for all of them.
+        head_dim: size of each head.
+        window: how many tokens back a token attends; ``None`` for all.
         lower: whether tokens attend to those before them, or, if false, to those after them.
     """
 
@@ -86,28 +85,27 @@ class Attention(NamedTuple):
     window: int | None = None
     lower: bool = True
 
+    @full_precision
     def __call__(self, x: Tensor, weights: AttentionWeights) -> Tensor:
-        """What each token gets, of the shape ``(n, C, H, W)`` of ``x``.
+        """The outputs of all tokens, of the shape ``(n, C, H, W)`` of ``x``.
 
-        Costs ``O(n (H W)^2 M)``, and memory for ``n * heads * (H W)^2`` numbers, which are kept for a gradient; without
-        one there is no need for them on a CPU.
+        Costs ``O(n (H W)^2 M)``, and memory for ``n * heads * (H W)^2`` numbers, which a gradient keeps; without one, a
+        CPU does without them.
         """
-        if autocasting(x.device):
-            with torch.autocast(x.device.type, enabled=False):
-                return self(x.to(weights.out.dtype), weights)
+        x = x.to(weights.out.dtype)
         image = x if self.lower else x.flip(-2, -1)
         places = self.places(x)
         patches = self.patches(image)
         queries = self.queries(patches[..., : -x.shape[1]], places, weights)
         keys, values = self.keys_values(patches, places, weights)
-        # Nothing comes after the last token.
+        # No token comes after the last one.
         keys, values = keys[..., :-1, :], values[..., :-1, :]
-        got = self.attend(queries, keys, values, weights, self.allowed(*self.tokens(x))).mT.reshape(x.shape)
-        return got if self.lower else got.flip(-2, -1)
+        out = self.attend(queries, keys, values, weights, self.allowed(*self.tokens(x))).mT.reshape(x.shape)
+        return out if self.lower else out.flip(-2, -1)
 
     @property
     def rotated(self) -> int:
-        """How many numbers of a head are rotated: a pair for each axis, as many times as leave some that are not."""
+        """How many numbers of a head are rotated: as many pairs for each axis as leave at least one number."""
         pair = 2 * self.axes
         return (self.head_dim - 1) // pair * pair
 
@@ -124,27 +122,27 @@ class Attention(NamedTuple):
         return torch.stack(torch.meshgrid(rows, columns, indexing="ij"), -1).flatten(0, 1)
 
     def tokens(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The numbers of the tokens that ask, and of those that answer, all but the last."""
+        """The numbers of the tokens with a query, and of those with a key, all but the last."""
         tokens = torch.arange(x.shape[-2] * x.shape[-1], device=x.device)
         return tokens, tokens[:-1]
 
     def allowed(self, asking: Tensor, answering: Tensor) -> Tensor:
-        """Which keys, of no token and of those that answer, each token attends to; boolean.
+        """The keys to which each token attends, that of no token first; boolean.
 
         Args:
-            asking: numbers of tokens.
-            answering: numbers of tokens.
+            asking: numbers of the tokens with a query.
+            answering: numbers of the tokens with a key.
         """
         back = asking[:, None] - answering
         allowed = back > 0 if self.window is None else (back > 0) & (back <= self.window)
         return F.pad(allowed, (1, 0), value=True)
 
     def reach(self, convolved: int) -> int | None:
-        """How many steps back a step of a series looks, ``convolved`` without attention; ``None`` for all."""
+        """How many steps back a step of a series looks, ``None`` for all; ``convolved`` of them without attention."""
         return None if self.window is None else max(convolved, self.window + self.kernel[1] // 2)
 
     def patches(self, x: Tensor) -> Tensor:
-        """A token's neighbours before it, then the token itself; shape ``(n, H * W, (T + 1) * C)``."""
+        """The neighbors before each token, then the token itself; shape ``(n, H * W, (T + 1) * C)``."""
         (down, right), (height, width) = (n // 2 for n in self.kernel), x.shape[-2:]
         padded = F.pad(x, (right, right, down, 0))
         taps = [(i, j) for i in range(down + 1) for j in range(2 * right + 1 if i < down else right + 1)]
@@ -157,7 +155,7 @@ class Attention(NamedTuple):
         Args:
             before: rows of :meth:`patches` without the token itself, shape ``(n, tokens, T * C)``.
             places: of these tokens, shape ``(tokens, axes)``.
-            weights: all tensors.
+            weights: the tensors.
 
         Returns:
             Shape ``(n, heads, tokens, head_dim)``.
@@ -167,12 +165,12 @@ class Attention(NamedTuple):
         return self._turn(self._heads(F.linear(seen, weights.query_mix) / math.sqrt(self.head_dim)), places)
 
     def keys_values(self, patches: Tensor, places: Tensor, weights: AttentionWeights) -> tuple[Tensor, Tensor]:
-        """Keys and values of tokens from their patches, which later tokens attend to.
+        """Keys and values of tokens from their patches, for later tokens.
 
         Args:
             patches: rows of :meth:`patches`, shape ``(n, tokens, (T + 1) * C)``.
             places: of these tokens, shape ``(tokens, axes)``.
-            weights: all tensors.
+            weights: the tensors.
 
         Returns:
             Both of shape ``(n, heads, tokens, head_dim)``.
@@ -184,13 +182,13 @@ class Attention(NamedTuple):
     def attend(
         self, queries: Tensor, keys: Tensor, values: Tensor, weights: AttentionWeights, allowed: Tensor | None = None
     ) -> Tensor:
-        """What tokens get, shape ``(n, tokens, C)``.
+        """Outputs of tokens, shape ``(n, tokens, C)``.
 
         Args:
-            queries: of the tokens that get something.
-            keys: of the tokens that give; there may be none.
-            values: of the same.
-            weights: all tensors.
+            queries: of these tokens.
+            keys: of the tokens to which they attend; there may be none.
+            values: of the same tokens as ``keys``.
+            weights: the tensors.
             allowed: as :meth:`allowed`; ``None`` if each token attends to all keys.
         """
         rows = values.shape[0]
@@ -199,19 +197,19 @@ class Attention(NamedTuple):
         keys, values = (torch.cat(each, -2) for each in zip(first, (keys, values), strict=True))
         bias = None if allowed is None else keys.new_zeros(allowed.shape).masked_fill_(~allowed, -math.inf)
         if plain_eager() and not torch.is_grad_enabled() and keys.device.type == "cpu":
-            # Without a map of all pairs; it has no second derivatives, and elsewhere less than full precision.
-            got = F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias, scale=1.0)
+            # Needs no scores of all pairs, but has no second derivatives, and less precision on other devices.
+            out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias, scale=1.0)
         else:
             scores = queries @ keys.mT
             # A sum has a cheaper gradient than masked_fill.
-            got = torch.softmax(scores if bias is None else scores + bias, -1) @ values
-        return F.linear(got.transpose(-3, -2).flatten(-2), weights.out)
+            out = torch.softmax(scores if bias is None else scores + bias, -1) @ values
+        return F.linear(out.transpose(-3, -2).flatten(-2), weights.out)
 
     def _heads(self, tokens: Tensor) -> Tensor:
         return tokens.unflatten(-1, (self.heads, self.head_dim)).transpose(-3, -2)
 
     def _turn(self, x: Tensor, places: Tensor) -> Tensor:
-        """Rotates pairs of numbers by angles in proportion to the places."""
+        """Rotates pairs of numbers by angles proportional to the places."""
         half = self.rotated // 2
         pairs = half // self.axes
         speeds = _BASE ** (-torch.arange(pairs, device=x.device, dtype=places.dtype) / pairs)
@@ -222,7 +220,7 @@ class Attention(NamedTuple):
 
 
 class AttentionNet(nn.Module):
-    """The parameters of :class:`Attention`; what comes out is zero at first.
+    """The parameters of :class:`Attention`; its outputs are zero at first.
 
     Args:
         channels: :math:`C`.
@@ -249,7 +247,7 @@ class AttentionNet(nn.Module):
         self.out = nn.Parameter(torch.zeros(channels, width))
 
     def weights(self) -> AttentionWeights:
-        """The parameters, in their sequence."""
+        """The parameters, in order."""
         return AttentionWeights(*(getattr(self, name) for name in AttentionWeights._fields))
 
     def extra_repr(self) -> str:
@@ -257,13 +255,13 @@ class AttentionNet(nn.Module):
 
 
 class AttentionSteps:
-    """Attention in a series from one step to the next: keys and values are kept, as many as the window has or all.
+    """Attention in a series from one step to the next: keeps the keys and values of the window, or all.
 
     Args:
         rule: how tokens attend to each other, from the first to the last.
-        weights: all tensors.
-        rows: how many series go on side by side.
-        channels: of each.
+        weights: the tensors.
+        rows: number of series side by side.
+        channels: number of channels of each.
     """
 
     def __init__(self, rule: Attention, weights: AttentionWeights, rows: int, channels: int) -> None:
@@ -275,15 +273,15 @@ class AttentionSteps:
         return _numbers(self.taken, count, self.keys.device).unsqueeze(-1)
 
     def ahead(self) -> Tensor:
-        """What the next step gets, which depends on those before it alone; shape ``(rows, C)``."""
+        """The output of the next step, which depends only on those before it; shape ``(rows, C)``."""
         before = self.past.seen().mT.flatten(1).unsqueeze(1)
         queries = self.rule.queries(before, self._places(1), self.weights)
         return self.rule.attend(queries, self.keys, self.values, self.weights).squeeze(1)
 
     def take(self, y: Tensor) -> Tensor:
-        """What the next steps get, and takes these steps; both of shape ``(rows, C, n)``.
+        """Takes the next steps and returns their outputs, both of shape ``(rows, C, n)``.
 
-        In pieces of 256 steps, each of which costs scores of its steps with the keys kept before it and its own.
+        It takes 256 steps at a time, each with scores for the keys kept so far and its own.
         """
         return torch.cat([self._take(some) for some in y.split(_AT_ONCE, -1)], -1)
 
@@ -297,14 +295,14 @@ class AttentionSteps:
         keys, values = (torch.cat(pair, -2) for pair in zip((self.keys, self.values), made, strict=True))
         tokens = torch.arange(kept + count, device=y.device)
         allowed = self.rule.allowed(tokens[kept:], tokens)
-        got = self.rule.attend(queries, keys, values, self.weights, allowed)
+        out = self.rule.attend(queries, keys, values, self.weights, allowed)
         first = 0 if self.rule.window is None else max(kept + count - self.rule.window, 0)
         self.keys, self.values = keys[..., first:, :].contiguous(), values[..., first:, :].contiguous()
         self.taken += count
-        return got.mT
+        return out.mT
 
     def repeated(self, times: int) -> AttentionSteps:
-        """A copy that goes its own way, with all rows so many times over."""
+        """An independent copy with all rows repeated."""
         made = copy.copy(self)
         made.past = self.past.repeated(times)
         made.keys, made.values = (each.repeat(times, 1, 1, 1) for each in (self.keys, self.values))

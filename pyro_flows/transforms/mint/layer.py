@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Size, Tensor, nn
 
-from pyro_flows.core.checks import admit
+from pyro_flows.core.checks import admit, integer
 from pyro_flows.core.steps import Stepper
 from pyro_flows.core.transform import FlowTransform
 from pyro_flows.inverse.newton import solve_triangular
@@ -23,38 +23,24 @@ from pyro_flows.univariate.base import soft_clip
 
 __all__ = ["Mint"]
 
-_GAIN = 0.005  # of the first weights, over Xavier's
+_GAIN = 0.005  # first weights, relative to Xavier's rule
 
-
-_MOST = 3.0  # of the logarithm of what a context multiplies by
-
-
-def _order(order: str | None, attention: int) -> str:
-    if order is None:
-        return "position" if attention else "channel"
-    if attention and order == "channel":
-        raise ValueError(
-            "Mint: attention goes from pixel to pixel with all their channels, so it needs order='position', got "
-            "order='channel'; leave order out, or set attention=0"
-        )
-    return order
+_MOST = 3.0  # bound of the logarithms of the factors that a context gives
 
 
 def _attention(
     event: Size, kernel: tuple[int, int], heads: int, head_dim: int, window: int | None, lower: bool
 ) -> Attention | None:
-    """How places attend to each other, ``None`` for not at all."""
-    for name, value, least in (("attention", heads, 0), ("head_dim", head_dim, 1), ("window", window, 1)):
-        if name == "window" and value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            kind = f"an integer >= {least}{', or None' if name == 'window' else ''}"
-            raise ValueError(f"Mint: expected {name} to be {kind}, got {value!r}")
+    """How places attend to each other; ``None`` without attention."""
+    integer("Mint", "attention", heads, 0)
+    integer("Mint", "head_dim", head_dim)
+    if window is not None:
+        integer("Mint", "window", window)
     if not heads:
         if window is not None:
             raise ValueError(
-                f"Mint: window={window} is that of attention, of which there is none, got attention={heads}; set it to "
-                "a number of heads, or leave window out"
+                f"Mint: window={window} needs attention, got attention={heads}; set it to a number of heads, or leave "
+                "window out"
             )
         return None
     least = 2 * (len(event) - 1) + 1
@@ -63,7 +49,7 @@ def _attention(
             f"Mint: expected head_dim >= {least}, a pair of numbers for each axis of the event and one more, got "
             f"{head_dim}"
         )
-    # Kernels of a single place would leave queries nothing to look at.
+    # With a kernel of one place, queries would see nothing.
     return Attention(kernel_of("Mint", event, max(*kernel, 3)), heads, head_dim, window, lower)
 
 
@@ -74,54 +60,54 @@ class Mint(FlowTransform):
         + b_3
 
     by convolutions :math:`W` masked so that coordinate :math:`i` depends on those before it in a total order of
-    channels and places, and on itself through centre taps whose products are never negative: each of these has a fixed
-    random sign and a learnt magnitude, so that the map is continuous in its parameters.  With :math:`h` increasing and
-    :math:`t > 0` the Jacobian is triangular with a positive diagonal :math:`d`, whatever the parameters are, and
+    channels and places, and on itself through center taps whose products are never negative.  Each center tap has a
+    fixed random sign and a learned magnitude, so the map is continuous in its parameters.  With :math:`h` increasing
+    and :math:`t > 0` the Jacobian is triangular with a positive diagonal :math:`d` for all parameters, and
     :math:`\log|\det \partial x / \partial y| = \sum_i \log d_i`, exactly: the diagonal costs one small matrix product
     per channel and place.  Slopes are bounded by :math:`t \le d \le t + \sum_{k,j} |a_{3,k} a_{2,kj} a_{1,j}|`.
 
     Base to data goes through ``pyro_flows.inverse.newton.solve_triangular``, which ends for all finite parameters,
     takes about as many passes as the longest chain of dependencies, ``waves.max() + 1``, or fewer, and differentiates
-    implicitly.  What it took is in ``last_solve``.
+    implicitly.  ``last_solve`` reports its costs.
 
-    With ``attention``, each pixel (or time) also gets :math:`A_i(y_{<i})`, by as many heads of causal attention to the
-    pixels strictly before it, near or far: a sum over :math:`j < i` of values of pixel :math:`j`, weighted by a softmax
-    of products of its key with a query that only sees what is before pixel :math:`i`
-    (``pyro_flows.transforms.mint.attention`` has the formula).  It adds to no pixel's derivative after itself, so that
-    slopes, their bounds and the log-determinant stay as they are, exactly.  A pass then costs
-    :math:`O((HW)^2)` more, and the gradient keeps a softmax of that size for each head and event; the longest chain of
-    dependencies has all coordinates.
+    With ``attention``, each pixel (or time) also gets :math:`A_i(y_{<i})`, by heads of causal attention to the pixels
+    strictly before it, near or far: a sum over :math:`j < i` of values of pixel :math:`j`, weighted by a softmax of
+    products of its key with a query that sees only what is before pixel :math:`i`
+    (``pyro_flows.transforms.mint.attention`` has the formula).  It leaves each pixel's derivative with respect to
+    itself, and so slopes, bounds and log-determinant, exactly unchanged.  A pass then costs :math:`O((HW)^2)` more, and
+    the gradient keeps a softmax of that size for each head and event; the longest chain of dependencies has all
+    coordinates.
 
     A context shifts the hidden maps, the queries and the output, and multiplies :math:`t` and the groups of the last
-    convolution by positive numbers, so that all of this holds at each context.
+    convolution by positive numbers, so all of this holds at each context.
 
     Args:
         event_shape: ``(channels, height, width)`` or ``(channels, time)``.
-        num_groups: the number of hidden maps for each channel, :math:`K` (paper: 45 to 85 at full size, fewer where
-            there are more channels).
+        num_groups: number of hidden maps for each channel, :math:`K` (paper: 45 to 85 at full size, fewer where there
+            are more channels).
         kernel_size: an odd integer; a larger one makes longer chains and so more passes in sampling.
-        order: ``"channel"``, one channel after another, whose chains are the shorter ones; or ``"position"``, one
-            pixel (or time) after another with all its channels.  ``None`` for the first, or, with attention, for the
-            second, which it needs.
-        lower: whether a coordinate depends on those before it, or, if false, on those after it.  Layers of both kinds
-            in turns let each depend on all.
-        dilation: distance of the taps of all three convolutions; of a series then only every ``dilation``-th step
-            takes part in a chain, which is as many times shorter.
+        order: ``"channel"``, one channel after another, with shorter chains; or ``"position"``, one pixel (or time)
+            after another with all its channels.  ``None`` for ``"channel"``, or with attention for ``"position"``,
+            which it needs.
+        lower: whether a coordinate depends on those before it, or, if false, on those after it.  Alternating layers of
+            both kinds let each coordinate depend on all.
+        dilation: distance of the taps of all three convolutions; in a series, a chain then has every ``dilation``-th
+            step only, and is shorter by that factor.
         context_dim: size of the context, 0 for none.
         hidden_dims: widths of the hidden layers of the context's network.
         activation: :math:`h`, one of ``"elu"``, ``"softplus"``, ``"tanh"``, ``"sigmoid"`` and ``"leaky_relu"`` (with
             which the density has jumps).
-        min_slope: the least :math:`t`, :math:`t = \sqrt{r^2 + m^2}` with a learnt :math:`r`.
-        attention: the number of heads, 0 for none; at first they add zero.
-        head_dim: the size of keys and values of each head, at least 5 for images and 3 for series.
-        window: how many pixels back (in the order) attention reaches; ``None`` for all.  It bounds what must be kept to
-            go on with a series, not the cost of a pass.
+        min_slope: the smallest :math:`t`: :math:`t = \sqrt{r^2 + m^2}` with a learned :math:`r`.
+        attention: number of heads, 0 for none; they add zero at first.
+        head_dim: size of keys and values of each head, at least 5 for images and 3 for series.
+        window: how many pixels back (in the order) attention reaches; ``None`` for all.  It bounds the state that
+            continues a series, not the cost of a pass.
         shared_scale: whether :math:`t` (and what a context adds to the output) is one number for each channel rather
             than for each coordinate; then no parameter depends on the size of the image, and a ``state_dict`` loads
             into a layer for another size.
-        tolerance: of the solver, relative; ``None`` for one that goes with the dtype.
-        max_sweeps: of the solver; ``None`` for as many as it takes.
-        on_fail: whether to ``"raise"`` or ``"warn"`` if so many were too few.
+        tolerance: of the solver, relative; ``None`` for one near the rounding of the dtype.
+        max_sweeps: limit of the solver; ``None`` for as many sweeps as it takes.
+        on_fail: whether to ``"raise"`` or ``"warn"`` if the limit is reached.
 
     Raises:
         ValueError: for an event of another number of dimensions, an even kernel, an activation that is not increasing,
@@ -136,6 +122,18 @@ class Mint(FlowTransform):
     sampling_cost = "1 solve"
     density_cost = "1 pass"
     last_solve: SolveReport | None = None
+    waves: Tensor
+    min_slope: Tensor
+    places: Tensor
+    signs: Tensor
+    centre_signs: Tensor
+    taps_0: Tensor
+    taps_1: Tensor
+    taps_2: Tensor
+    bias_0: Tensor
+    bias_1: Tensor
+    bias_2: Tensor
+    net: MLP
 
     def __init__(
         self,
@@ -162,15 +160,18 @@ class Mint(FlowTransform):
         image = as_image("Mint", self.event_shape)
         channels = image[0]
         self.kernel = kernel = kernel_of("Mint", self.event_shape, kernel_size)
-        if isinstance(num_groups, bool) or not isinstance(num_groups, int) or num_groups < 1:
-            raise ValueError(f"Mint: expected num_groups to be an integer >= 1, got {num_groups!r}")
-        if isinstance(dilation, bool) or not isinstance(dilation, int) or dilation < 1:
-            raise ValueError(f"Mint: expected dilation to be an integer >= 1, got {dilation!r}")
+        integer("Mint", "num_groups", num_groups)
+        integer("Mint", "dilation", dilation)
         if not (isinstance(min_slope, (int, float)) and 0 < min_slope < 1):
             raise ValueError(f"Mint: expected min_slope between 0 and 1, got {min_slope!r}")
         rule = _attention(self.event_shape, kernel, attention, head_dim, window, bool(lower))
         self.num_groups, self.dilation, self.shared_scale = num_groups, dilation, bool(shared_scale)
-        self.order, self.lower = _order(order, attention), bool(lower)
+        if attention and order == "channel":
+            raise ValueError(
+                "Mint: attention goes from pixel to pixel with all their channels, so it needs order='position', got "
+                "order='channel'; leave order out, or set attention=0"
+            )
+        self.order, self.lower = order or ("position" if attention else "channel"), bool(lower)
         self.activation = monotone("Mint", activation).name
         self.settings = SolverSettings(tolerance, max_sweeps, on_fail).check("Mint")
         wave = waves(image, kernel, self.order, self.lower, dilation)
@@ -188,7 +189,7 @@ class Mint(FlowTransform):
             self.net = MLP(0, outputs, hidden_dims=hidden_dims, context_dim=context_dim)
 
     def _add_taps(self, earlier: Tensor) -> None:
-        """Parameters of the convolutions, free taps and centres apart, and where they go."""
+        """Makes the parameters of the convolutions, free taps apart from centers, and their places in the weights."""
         channels, groups = earlier.shape[0], self.num_groups
         middle = torch.zeros_like(earlier)
         middle[:, :, self.kernel[0] // 2, self.kernel[1] // 2] = torch.eye(channels, dtype=torch.bool)
@@ -199,15 +200,15 @@ class Mint(FlowTransform):
         sides = ((groups, 1), (groups, groups), (1, groups))
         std = [_GAIN * math.sqrt(2 / (area * (out + into))) for out, into in sides]
         for k, (out, into) in enumerate(sides):
-            # Hidden channel c * K + k belongs to channel c, and whether a tap is free depends on the channels alone.
+            # Hidden channel c * K + k belongs to channel c; whether a tap is free depends on the channels alone.
             taps = std[k] * torch.randn(len(free), out, into)
             if len(free):
                 self.register_parameter(f"taps_{k}", nn.Parameter(taps))
-            else:  # one channel and a kernel of one place; some optimisers stumble over empty parameters
+            else:  # one channel and a kernel of one place; some optimizers stumble over empty parameters
                 self.register_buffer(f"taps_{k}", taps, persistent=False)
             bound = 1 / math.sqrt(area * into) if k < 2 else 0.0
             self.register_parameter(f"bias_{k}", nn.Parameter(bound * (2 * torch.rand(channels * out) - 1)))
-        # Centres of one channel and group: K of the second convolution, one of the first, one of the third.
+        # Centers of one channel and group: K of the second convolution, one of the first, one of the third.
         widths = torch.tensor([*[std[1]] * groups, std[0], std[2]])
         self.centres = nn.Parameter(widths * torch.randn(channels, groups, groups + 2))
         signs = 2.0 * torch.randint(0, 2, (2, channels, groups)) - 1
@@ -215,12 +216,12 @@ class Mint(FlowTransform):
         self.register_buffer("centre_signs", self._centre_signs(), persistent=False)
 
     def _centre_signs(self) -> Tensor:
-        """Of all centres: free for the first and the third convolution, their product for the second."""
+        """Signs of all centers: free for the first and the third convolution, their product for the second."""
         into, out = self.signs
         return torch.cat((out[:, :, None] * into[:, None, :], into[:, :, None], out[:, :, None]), -1)
 
     def _dense(self, taps: Tensor, centres: Tensor) -> Tensor:
-        """A convolution's weight from its free taps ``(F, out, in)`` and centres ``(C, out, in)``."""
+        """A convolution's weight from its free taps ``(F, out, in)`` and centers ``(C, out, in)``."""
         channels, (_, out, into) = self.event_shape[0], taps.shape
         table = taps.new_zeros(channels * channels * math.prod(self.kernel), out, into)
         table = table.index_copy(0, self.places, torch.cat((taps, centres)))
@@ -228,7 +229,7 @@ class Mint(FlowTransform):
         return blocks.reshape(channels * out, channels * into, *self.kernel)
 
     def _weights(self, context: Tensor | None, batch: Size) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """What all rows share, and what each has of its own; in the sequence of ``MintMap.split``."""
+        """Tensors that all rows share, and tensors with one entry for each row, in the order of ``MintMap.split``."""
         centres = self.centres.abs() * self.centre_signs
         square, first, last = centres.split((self.num_groups, 1, 1), -1)
         shared = (
@@ -240,7 +241,7 @@ class Mint(FlowTransform):
             last.squeeze(-1).contiguous(),
         )
         scale = torch.hypot(self.scale, self.min_slope)
-        # Sequences are images of one row.
+        # Series are images of one row.
         row = (1,) if len(self.event_shape) == 2 else ()
         space = row + scale.shape[1:]
         if context is None:
@@ -307,10 +308,10 @@ class Mint(FlowTransform):
         return len(self.event_shape) == 2 and self.shared_scale
 
     def stepper(self, rows: int, context: Tensor | None = None) -> Stepper:
-        """One step of a series after another; see :mod:`pyro_flows.core.steps`.
+        """Goes through a series step by step; see :mod:`pyro_flows.core.steps`.
 
         Args:
-            rows: how many series at once.
+            rows: number of series at once.
             context: shape ``(rows, context_dim)``, for a layer that takes one.
 
         Raises:

@@ -1,4 +1,4 @@
-"""A Mint layer as the solver of triangular systems sees it, in one piece and one time step after another."""
+"""A Mint layer as the solver of triangular systems takes it, as a whole and one time step after another."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _ROUNDING = 1e-5  # relative
 
 
 class MintMap(TriangularMap):
-    """A layer as the solver sees it: its parameters come as arguments, in the sequence that ``split`` takes apart."""
+    """A layer as the solver takes it: its parameters come as arguments, in the order of :meth:`split`."""
 
     def __init__(self, name: str, wave: Tensor, by: Convolutions, attention: Attention | None = None) -> None:
         self.name, self.wave, self.convolutions, self.attention = name, wave, by, attention
 
     def split(self, shared: Sequence[Tensor], rowwise: Sequence[Tensor]) -> tuple[Weights, AttentionWeights | None]:
-        """Tensors of the convolutions and of the attention; these come first, and their own of rows last."""
+        """Tensors of the convolutions and of the attention, whose shared ones come first and whose rowwise one last."""
         if self.attention is None:
             return Weights(*shared, *rowwise), None
         count = len(AttentionWeights._fields)
@@ -42,34 +42,35 @@ class MintMap(TriangularMap):
         image = x.unsqueeze(-2) if x.dim() == 3 else x
         weights, attending = self.split(shared, rowwise)
         value, slope = value_and_slope(self.convolutions, image, weights)
-        if attending is not None:  # of no token after itself: the slopes are as they were
+        if attending is not None and self.attention is not None:
+            # The slopes stay: no token's attention depends on the token itself.
             value = value + self.attention(image, attending)
         return value.view(x.shape), slope.view(x.shape)
 
     def slope_bounds(self, shared: Sequence[Tensor], rowwise: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         w = self.split(shared, rowwise)[0]
-        # Slopes of activations are at most `steepest`, twice along each path.
-        most = w.inner.abs().sum(-1) * w.outer.abs() * self.convolutions.activation.steepest**2
+        # Each path passes two activations, with slopes up to `steepest`.
+        most = w.inner.abs().sum(-1) * w.outer.abs() * (self.convolutions.activation.steepest or 1.0) ** 2
         if w.gate is not None:
             most = most * w.gate.unflatten(-1, most.shape)
         most = w.scale + most.sum(-1)[..., None, None]
         least = w.scale
-        if self.wave.dim() == 2:  # a sequence is an image of one row
+        if self.wave.dim() == 2:  # a series is an image of one row
             least, most = least.squeeze(-2), most.squeeze(-2)
         # Rounding must not take a slope out of its bounds.
         return least * (1 - _ROUNDING), most * (1 + _ROUNDING)
 
 
 class MintSteps(Stepper):
-    """A causal layer step by step: the past is a bias of the hidden maps, so a step is a problem of ``C`` numbers.
+    """A causal layer step by step: the past is a bias of the hidden maps, so each step solves for ``C`` numbers.
 
     Args:
         whole: the layer's map of whole series.
         settings: of the solver.
-        side: how many neighbours a convolution sees.
+        side: number of neighbors to one side that a convolution sees.
         dilation: their distance.
-        rows: how many series go on side by side.
-        shared, rowwise: what the map takes.
+        rows: number of series side by side.
+        shared, rowwise: the map's tensors.
     """
 
     def __init__(
@@ -84,12 +85,14 @@ class MintSteps(Stepper):
     ) -> None:
         self.side, self.act, self.settings = side, whole.convolutions.activation, settings
         w, attending = whole.split(shared, rowwise)
-        # Taps on the future are zeros.
+        # Taps on the future are zero.
         self.w = w._replace(**{name: getattr(w, name)[..., : side + 1] for name in ("first", "second", "third")})
         channels, groups = w.outer.shape
         hidden = channels * groups
         self.past = [Past(rows, n, side, dilation, w.first) for n in (channels, hidden, hidden)]
-        self.attention = None if attending is None else AttentionSteps(whole.attention, attending, rows, channels)
+        self.attention: AttentionSteps | None = None
+        if attending is not None and whole.attention is not None:
+            self.attention = AttentionSteps(whole.attention, attending, rows, channels)
         here = torch.ones(channels, channels, device="cpu").tril().bool()[:, :, None, None]
         wave = torch.arange(channels, device=w.first.device)[:, None]
         self.map = MintMap(f"{whole.name}, one step", wave, convolutions(self.act, here, groups))
@@ -115,7 +118,7 @@ class MintSteps(Stepper):
             for k, (past, weight) in enumerate(zip(self.past, weights, strict=True)):
                 known = F.conv1d(past.seen(), weight[:, :, 0, : self.side])
                 biases[k] = biases[k] + known.view(biases[k].shape)
-        if self.attention is not None:  # it knows nothing of the step itself
+        if self.attention is not None:  # independent of the step itself
             biases[2] = biases[2] + self.attention.ahead()[:, :, None, None]
         shared = [*(weight[..., self.side :] for weight in weights), w.inner, w.outer]
         rowwise = [*biases, w.scale.expand(rows, -1, 1, 1), *(() if w.gate is None else (w.gate,))]
@@ -127,7 +130,7 @@ class MintSteps(Stepper):
         made.past = [past.repeated(times) for past in self.past]
         if self.attention is not None:
             made.attention = self.attention.repeated(times)
-        if self.w.gate is not None:  # then a context gave each row these of its own
+        if self.w.gate is not None:  # a context gave each row its own
             names = ("first_bias", "second_bias", "third_bias", "scale", "gate")
             own = {name: getattr(self.w, name) for name in names}
             made.w = self.w._replace(**{name: t.repeat(times, *[1] * (t.dim() - 1)) for name, t in own.items()})

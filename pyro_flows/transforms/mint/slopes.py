@@ -2,13 +2,13 @@ r"""A map of images that increases in each coordinate: its value and its slopes.
 
 .. math:: f(x) = t x + W_3 * \big(g\, h(W_2 * h(W_1 * x + b_1) + b_2)\big) + b_3
 
-by convolutions whose centre taps from a channel to itself have products :math:`\ge 0` along every path.  Hidden
+by convolutions whose center taps from a channel to itself have products :math:`\ge 0` along every path.  Hidden
 channels are ``c * K + k``: ``K`` of them belong to each channel ``c``.  The slope of each coordinate, its derivative
 with respect to itself, is
 
 .. math:: d_c = t_c + \sum_k a_{3,ck}\, g_{ck}\, h'(u_{2,ck}) \sum_j A_{c,kj}\, h'(u_{1,cj})
 
-with the centre taps :math:`a_3` and :math:`A_{kj} = a_{2,kj} a_{1,j}`: one small matrix product per channel and place.
+with the center taps :math:`a_3` and :math:`A_{kj} = a_{2,kj} a_{1,j}`: one small matrix product per channel and place.
 The gradient needs the input, the two hidden maps and the inner sums.  Convolutions leave out what their masks make
 zero.
 """
@@ -50,11 +50,11 @@ def monotone(name: str, activation: str) -> KnownActivation:
 
 Convolve = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 
-_WIDE = 64  # hidden channels at least, for a tile of its own
+_WIDE = 64  # fewest hidden channels of a tile
 
 
 class Weights(NamedTuple):
-    """All that :func:`value_and_slope` needs beside the activation and ``x``; ``M = C * K``.
+    """The tensors of :func:`value_and_slope` beside ``x``; ``M = C * K``.
 
     Attributes:
         first, second, third: weights of the convolutions, shapes ``(M, C, ...)``, ``(M, M, ...)``, ``(C, M, ...)``.
@@ -128,10 +128,10 @@ def convolved(act: KnownActivation, x: Tensor, w: Weights, convolve: Sequence[Co
         second = activate(convolve[1](first, w.second, w.second_bias))
         slope = _Slope.record(act, first, second, w.inner, outer)
     else:
-        sums = w.inner @ _grouped(act.slope(first), x.shape[1])
+        sums = w.inner @ _slopes(act, first, x.shape[1])
         second = activate(convolve[1](first, w.second, w.second_bias))
         del first
-        slope = outer.unsqueeze(-2) @ (_grouped(act.slope(second), x.shape[1]) * sums)
+        slope = outer.unsqueeze(-2) @ (_slopes(act, second, x.shape[1]) * sums)
         del sums
     gated = second if w.gate is None else second * w.gate[..., None, None]
     value = torch.addcmul(convolve[2](gated, w.third, None) + w.third_bias, w.scale, x)
@@ -148,19 +148,21 @@ def _convolve(tiles: Sequence[Tile], x: Tensor, weight: Tensor, bias: Tensor | N
         rows, columns = (slice(s, s + n) for s, n in zip(tile.skip, x.shape[2:], strict=True))
         parts[tile.out.start] = part[:, :, rows, columns]
     out = torch.cat([parts[k] for k in sorted(parts)], 1) if len(parts) > 1 else part[:, :, rows, columns]
-    # Contiguous, so that what it was a part of is free from here on.
-    return out.contiguous() if bias is shared else out + bias[..., None, None]
+    # Contiguous, so that a larger tensor around it is freed.
+    return out.contiguous() if bias is None or shared is not None else out + bias[..., None, None]
 
 
-def _grouped(hidden: Tensor, channels: int) -> Tensor:
-    """Hidden maps as ``(n, C, K, H * W)``."""
-    return hidden.reshape(hidden.shape[0], channels, hidden.shape[1] // channels, hidden.shape[2] * hidden.shape[3])
+def _slopes(act: KnownActivation, hidden: Tensor, channels: int) -> Tensor:
+    """The activation's slopes where its values are ``hidden``, as ``(n, C, K, H * W)``; a new tensor."""
+    slopes = act.slope(hidden)  # type: ignore[misc]  # known for every entry of MONOTONE
+    rows, width, height, columns = hidden.shape
+    return slopes.reshape(rows, channels, width // channels, height * columns)
 
 
 def _slope(act: KnownActivation, first: Tensor, second: Tensor, inner: Tensor, outer: Tensor) -> Tensor:
     """The slope without :math:`t`, shape ``(n, C, 1, H * W)``, from the two hidden maps."""
-    sums = inner @ _grouped(act.slope(first), len(inner))
-    return outer.unsqueeze(-2) @ (_grouped(act.slope(second), len(inner)) * sums)
+    sums = inner @ _slopes(act, first, len(inner))
+    return outer.unsqueeze(-2) @ (_slopes(act, second, len(inner)) * sums)
 
 
 class _Slope(GradientByHand):
@@ -169,10 +171,10 @@ class _Slope(GradientByHand):
     @staticmethod
     def forward(ctx: Any, act: KnownActivation, *inputs: Tensor) -> Tensor:
         first, second, inner, outer = inputs
-        sums = inner @ _grouped(act.slope(first), len(inner))
+        sums = inner @ _slopes(act, first, len(inner))
         ctx.act = act
         ctx.save_for_backward(*inputs, sums)
-        return outer.unsqueeze(-2) @ _grouped(act.slope(second), len(inner)).mul_(sums)
+        return outer.unsqueeze(-2) @ _slopes(act, second, len(inner)).mul_(sums)
 
     @staticmethod
     def plain(ctx: Any) -> tuple[Callable[..., Tensor], Sequence[Tensor]]:
@@ -183,7 +185,7 @@ class _Slope(GradientByHand):
         act, (first, second, inner, outer, sums) = ctx.act, ctx.saved_tensors
         _, wants_first, wants_second, wants_inner, wants_outer = ctx.needs_input_grad
         by_first = by_second = by_inner = by_outer = None
-        weighted = _grouped(act.slope(second), len(inner)).mul_(grad)
+        weighted = _slopes(act, second, len(inner)).mul_(grad)
         if wants_outer:
             by_outer = (weighted * sums).sum(-1).sum_to_size(outer.shape)
         # The curvature is the derivative of the slope with respect to the activation's value.
@@ -191,7 +193,7 @@ class _Slope(GradientByHand):
             by_second = (sums * grad).mul_(outer.unsqueeze(-1)).view(second.shape).mul_(act.curvature(second))
         by_sums = weighted.mul_(outer.unsqueeze(-1))
         if wants_inner:
-            by_inner = (by_sums @ _grouped(act.slope(first), len(inner)).mT).sum(0)
+            by_inner = (by_sums @ _slopes(act, first, len(inner)).mT).sum(0)
         if wants_first and act.curvature is not None:
             by_first = (inner.mT @ by_sums).view(first.shape).mul_(act.curvature(first))
         return None, by_first, by_second, by_inner, by_outer

@@ -1,7 +1,7 @@
 """One guide for thousands of local latents: a conditional flow whose context is what an encoder makes of each datum.
 
-    python examples/amortised.py              # prints a table, leaves guides_amortised.png in out/
-    python examples/amortised.py --smoke      # the same in seconds, with a budget too small to mean anything
+    python examples/amortized.py              # prints a table, leaves guides_amortized.png in out/
+    python examples/amortized.py --smoke      # the same in seconds, with a budget too small to mean anything
 
 Many walkers are somewhere in the plane, and of each we know noisy distances to two beacons.  The posterior of a
 position has two parts, mirrored in the line through the beacons, as narrow as the distances are sharp.  One guide
@@ -20,7 +20,7 @@ from pathlib import Path
 import pyro
 import pyro.distributions as dist
 import torch
-from _guides import FLOW, OTHER, TRUTH, begin, levels, save
+from _script import FLOW, OTHER, TRUTH, begin, levels, save
 from matplotlib import pyplot as plt
 from pyro import poutine
 from pyro.infer import SVI
@@ -160,7 +160,7 @@ def main() -> None:
         train(name, guides[name], seen, steps)
         judge(name, guides[name], new, evidence, 100 if args.smoke else 2000)
     shown = torch.tensor([[1.6, 1.6], [1.0, 1.35], [2.6, 1.2], [0.5, 1.6]])
-    draw(guides, shown, args.out / "guides_amortised.png")
+    draw(guides, shown, args.out / "guides_amortized.png")
 
 
 if __name__ == "__main__":

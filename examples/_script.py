@@ -1,0 +1,136 @@
+"""What the scripts share: command lines, colors, pictures, and the small data sets beside them."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib import pyplot as plt
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+
+TRUTH, FLOW, OTHER, THIRD = "#3d405b", "#1f7a8c", "#e07a5f", "#81b29a"  # data or exact, flow, what it is compared with
+SHADES = LinearSegmentedColormap.from_list("flow", ["#ffffff", "#bfe3e6", "#5fb3bf", "#1f7a8c", "#0d3f4d"])
+STYLE = {
+    "axes.edgecolor": "#8d99ae",
+    "axes.labelsize": 9,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": 10,
+    "figure.titlesize": 12,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "savefig.dpi": 90,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+}
+FOLDER = Path(__file__).parent / "data"
+
+
+def command(
+    doc: str, smoke: str, *, folder: str = "", picture: bool = False, **options: Mapping[str, object]
+) -> Namespace:
+    """Reads the command line of a script.
+
+    Args:
+        doc: the script's docstring.
+        smoke: what ``--smoke`` does.
+        folder: what the positional folder holds, for a script that needs one unless it is a smoke run.
+        picture: whether the script leaves a picture in ``--out``, which is made.
+        **options: arguments of ``add_argument`` by the name of the option.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if folder:
+        parser.add_argument("folder", type=Path, nargs="?", help=folder)
+    parser.add_argument("--smoke", action="store_true", help=smoke)
+    for name, how in options.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", **how)
+    if picture:
+        parser.add_argument("--out", type=Path, help="folder for pictures (default: out, temporary with --smoke)")
+    args = parser.parse_args()
+    if folder and args.folder is None and not args.smoke:
+        parser.error("give the folder of the data, or --smoke")
+    if picture:
+        args.out = args.out or Path(tempfile.mkdtemp() if args.smoke else "out")
+        args.out.mkdir(parents=True, exist_ok=True)
+        matplotlib.use("Agg")
+    return args
+
+
+def begin(doc: str, **options: Mapping[str, object]) -> Namespace:
+    """Reads ``--smoke``, ``--out``, ``--seed`` and a script's own options, sets the look and seeds everything."""
+    import pyro  # here, because workers that time other libraries import this module, too
+
+    args = command(doc, "tiny budgets", picture=True, seed={"type": int, "default": 0}, **options)
+    plt.rcParams.update(STYLE)
+    pyro.set_rng_seed(args.seed)
+    return args
+
+
+def levels(density: np.ndarray, inside: tuple[float, ...] = (0.99, 0.9, 0.5)) -> list[float]:
+    """Heights of the contours that hold these shares of a density on a grid."""
+    ranked = np.sort(density.ravel())[::-1]
+    mass = ranked.cumsum() / ranked.sum()
+    return [float(ranked[mass < share][-1]) for share in inside]
+
+
+def save(fig: Figure, path: Path, colors: int = 256) -> None:
+    """Writes a picture with few colors, which makes a small file, and says where."""
+    fig.savefig(path)
+    plt.close(fig)
+    with Image.open(path) as image:
+        image.convert("RGB").quantize(colors, dither=Image.Dither.NONE).save(path, optimize=True)
+    print(f"Picture: {path}")
+
+
+def save_rows(rows: Sequence[tuple[str, Tensor]], most: float, path: Path) -> None:
+    """Writes rows of equally many square images with their names at the left.
+
+    Args:
+        rows: names, and images that reshape to ``(columns, side, side)``; NaN has a color of its own.
+        most: the level that is black; 0 is white.
+        path: the file.
+    """
+    columns = len(rows[0][1])
+    side = round((rows[0][1].numel() / columns) ** 0.5)
+    gap = side // 4 if side < 16 else 0  # small images run into each other
+    padded = [F.pad(x.reshape(columns, side, side).float().cpu(), (0, gap, 0, gap)) for _, x in rows]
+    canvas = torch.cat([x.permute(1, 0, 2).flatten(1) for x in padded])
+    fig, ax = plt.subplots(figsize=(8.5, 0.55 * len(rows) + 0.1))
+    cmap = plt.get_cmap("Greys").with_extremes(bad="#f3d9cf")
+    ax.imshow(canvas.numpy(), cmap=cmap, vmin=0, vmax=most, interpolation="none")
+    ax.set(xticks=[], yticks=[(side + gap) * k + (side - 1) / 2 for k in range(len(rows))])
+    ax.set_yticklabels([name for name, _ in rows], fontsize=8)
+    ax.tick_params(length=0)
+    fig.subplots_adjust(left=0.17, right=0.995, top=0.99, bottom=0.01)
+    save(fig, path)
+
+
+def digits(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Digits to train on, to stop by, and to test on: 8-bit levels 0 to 16, shape ``(rows, 1, 8, 8)``."""
+    x = np.load(FOLDER / "digits.npz")["x"].reshape(-1, 1, 8, 8)
+    x = torch.from_numpy(x[np.random.default_rng(seed).permutation(len(x))]).to(torch.uint8)
+    return x[:1297], x[1297:1497], x[1497:]
+
+
+def power_plant() -> tuple[Tensor, Tensor, Tensor]:
+    """Training, validation and test rows of the power plant, split by torch's generator."""
+    stored = np.load(FOLDER / "power_plant.npz")
+    rows, test_rows = torch.from_numpy(stored["x"]), torch.from_numpy(stored["test_rows"]).long()
+    rest = torch.ones(len(rows), dtype=torch.bool).index_fill(0, test_rows, False).nonzero()[:, 0]
+    rest = rest[torch.randperm(len(rest))]
+    return rows[rest[861:]], rows[rest[:861]], rows[test_rows]
+
+
+def mean_of(scores: Tensor, digits: int = 3) -> str:
+    """Mean and two standard errors."""
+    return f"{scores.mean():.{digits}f} ± {2 * scores.std() / len(scores) ** 0.5:.{digits}f}"

@@ -1,0 +1,83 @@
+"""Arguments and models that ``fit_guide`` refuses."""
+
+from __future__ import annotations
+
+import inspect
+
+from torch import Tensor
+
+from pyro_flows.infer.guides.auto import AutoFlow
+from pyro_flows.infer.models.joint import JointDensity
+from pyro_flows.infer.models.sites import Model
+
+__all__ = ["guide_of", "refuse_random", "refuse_unobserved"]
+
+RESERVED = ("seconds", "steps", "progress", "checkpoint", "checkpoint_every", "resume", "fit_prior")
+
+
+def guide_of(model_or_guide: Model | AutoFlow, kwargs: dict[str, object]) -> AutoFlow:
+    """Returns the guide, or makes one; refuses arguments that the model and ``fit_guide`` could confuse."""
+    guide = model_or_guide if isinstance(model_or_guide, AutoFlow) else AutoFlow(model_or_guide)
+    names = _argument_names(guide.plain_model)
+    taken = sorted(set(RESERVED) & set(names))
+    if taken:
+        raise ValueError(
+            f"fit_guide: the model has an argument named {taken[0]!r}, as fit_guide itself has: bind it beforehand, "
+            f"functools.partial(model, {taken[0]}=...), or rename it"
+        )
+    options = set(inspect.signature(AutoFlow.__init__).parameters) - {"self", "model"}
+    for name in kwargs:
+        if name in options and names and name not in names:
+            raise TypeError(
+                f"fit_guide: {name!r} is no argument of the model; it is an option of the guide: "
+                f"fit_guide(AutoFlow(model, {name}=...), ...)"
+            )
+    return guide
+
+
+def _argument_names(model: Model) -> list[str]:
+    try:
+        parameters = inspect.signature(model).parameters.values()
+    except (TypeError, ValueError):  # some callables have no signature
+        return []
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return []
+    bound = getattr(model, "keywords", None) or {}  # by a partial
+    return [p.name for p in parameters if p.name not in bound]
+
+
+def refuse_unobserved(guide: AutoFlow) -> None:
+    """Refuses a model without data, unless its prior is to be fitted, and then one with data."""
+    if guide.of_prior and not guide.unobserved:
+        raise ValueError(
+            "fit_guide: fit_prior=True is for a model in which nothing is observed, and this one has data: leave them "
+            "out, or hide them, poutine.block(model, expose=[...])"
+        )
+    if not guide.unobserved or guide.of_prior:
+        return
+    if guide.hidden_data:
+        raise ValueError(
+            "fit_guide: nothing is observed in this model, so its posterior is its prior: poutine.block hides the "
+            f"observations {sorted(guide.hidden_data)} along with other sites. Name the sites to hide, "
+            "poutine.block(model, hide=[...]), in place of expose=[...]; or fit the prior on purpose, "
+            "fit_guide(..., fit_prior=True)"
+        )
+    raise ValueError(
+        "fit_guide: nothing is observed in this model, so its posterior is its prior: no site with obs=... or given by "
+        "pyro.condition depends on a latent, and there is no pyro.factor. Pass the data; or, if poutine.block hides "
+        "them within the model, name the sites to hide by hide=[...] in place of expose=[...]; or fit the prior on "
+        "purpose, fit_guide(..., fit_prior=True)"
+    )
+
+
+def refuse_random(guide: AutoFlow, density: JointDensity, initial: Tensor) -> None:
+    """Refuses a model that draws more than the guide knows, and that no density sums out."""
+    if guide.why_not_summed:
+        raise ValueError(f"fit_guide: Pyro cannot sum out this model's discrete latents: {guide.why_not_summed}")
+    if not guide.subsampled and density.random_at(initial):
+        raise ValueError(
+            "fit_guide: at fixed values of its latents this model gives another density at each run, so it draws "
+            "something that the guide does not know. A minibatch belongs in pyro.plate(..., subsample_size=...); "
+            "discrete sites hidden by poutine.block around the model are summed out, those hidden within it are not: "
+            "leave them to fit_guide"
+        )

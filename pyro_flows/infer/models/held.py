@@ -1,0 +1,59 @@
+"""A model's density with its data and parameters held at their present values."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+from pyro.poutine.messenger import Messenger
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from pyro_flows.infer.models.joint import JointDensity
+from pyro_flows.infer.models.latents import Latents
+
+__all__ = ["own_density"]
+
+
+class _HeldParameters(Messenger):
+    """Gives a model's ``pyro.param`` statements the values that they had.
+
+    Parameters of a module cannot be held by a handler; if they have changed, a warning says so.
+    """
+
+    def __init__(self, values: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.values = values
+
+    def _pyro_param(self, msg: Any) -> None:
+        held = self.values.get(msg["name"])
+        if held is None:
+            return
+        init = msg["args"][1] if len(msg["args"]) > 1 else None
+        if not isinstance(init, nn.Parameter):
+            msg["value"], msg["done"] = held, True
+        elif not torch.equal(init.detach(), held):
+            warnings.warn(
+                f"the parameter {msg['name']!r} of the model has changed since this fit, whose draws belong to its "
+                "earlier value: fit the guide again",
+                stacklevel=2,
+            )
+
+
+def own_density(density: JointDensity, latents: Latents, parameters: dict[str, Tensor]) -> JointDensity:
+    """Copies a density with its present data and parameters, which later changes of the given tensors do not reach."""
+    own = copy.copy(density)
+    own.latents = latents
+    own.args, own.kwargs = tree_map(_detached_copy, (density.args, density.kwargs))
+    if parameters:
+        own.model = _HeldParameters(parameters)(density.model)
+    return own
+
+
+def _detached_copy(leaf: object) -> object:
+    if type(leaf) is Tensor:
+        return leaf.detach().clone()
+    return leaf.copy() if isinstance(leaf, np.ndarray) else leaf
