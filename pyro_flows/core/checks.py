@@ -36,15 +36,15 @@ class Holding(Protocol):
     def modules(self) -> Iterator[nn.Module]: ...
 
 
-class Conditional(Holding, Protocol):
-    """A flow, or another module that may take a context."""
+class TakingContext(Holding, Protocol):
+    """What a check of a context needs to know of a module."""
 
     @property
     def context_dim(self) -> int: ...
 
 
-class Admitting(Conditional, Protocol):
-    """What a check of values needs to know of a flow."""
+class Admitting(TakingContext, Protocol):
+    """What a check of a value needs to know of a flow."""
 
     @property
     def event_shape(self) -> Size: ...
@@ -157,7 +157,7 @@ def admit(transform: Admitting, value: Tensor, context: Tensor | None, data_side
     return value if whole == batch else value.expand(whole + event)
 
 
-def check_context(transform: Conditional, context: Tensor | None) -> None:
+def check_context(transform: TakingContext, context: Tensor | None) -> None:
     """Checks that a context is given where one is taken, and its size, dtype and device."""
     if context is None and transform.context_dim == 0:
         return
