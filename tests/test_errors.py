@@ -128,7 +128,7 @@ BUILDS = {
         r"residual.*all equal, got \(8, 16\)",
     ),
     "activation, name": (lambda: pf.iaf(3, activation="swish"), ValueError, "'silu'.*'swish'"),
-    "activation, number": (lambda: pf.iaf(3, activation=3), TypeError, "name or a function, got int"),
+    "activation, number": (lambda: pf.iaf(3, activation=3), TypeError, "name or a function.*got int"),
     "activation, none": (lambda: pf.iaf(3, activation=[]), ValueError, "at least one activation, got an empty"),
     "activation, one of two": (lambda: pf.realnvp(3, activation=("relu", "swish")), ValueError, "'silu'.*'swish'"),
     "activation, learns": (lambda: pf.iaf(3, activation=torch.nn.PReLU()), ValueError, "without parameters"),

@@ -317,7 +317,7 @@ def test_boundary_messages_name_the_remedy():
     flow = pf.Coupling(3, context_dim=2)
     with pytest.raises(ValueError, match=r"Coupling: expected.*last dimension 3 \(input_dim\), got.*\(5, 4\)"):
         flow.forward_and_ladj(torch.zeros(5, 4), torch.zeros(2))
-    with pytest.raises(ValueError, match=r"context_dim=2: call .condition\(context\) first"):
+    with pytest.raises(ValueError, match=r"context_dim=2: .*call .condition\(context\) first"):
         flow(torch.zeros(5, 3))
     with pytest.raises(ValueError, match="do not broadcast"):
         flow.forward_and_ladj(torch.zeros(5, 3), torch.zeros(4, 2))
