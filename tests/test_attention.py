@@ -357,7 +357,7 @@ def test_what_is_far_away_is_learnt():
             r"window=3 needs attention, got attention=0; set it to a number of heads, or leave window out",
         ),
         ({"attention": 1, "order": "channel"}, r"needs order='position', got order='channel'; leave order out"),
-        ({"attention": 1, "order": "rows"}, r"order to be one of .* got 'rows'"),
+        ({"attention": 1, "order": "rows"}, r"order to be .* got 'rows'"),
     ],
 )
 def test_refuses(options, message):

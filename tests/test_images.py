@@ -548,7 +548,7 @@ BAD = [
     (
         lambda: Conv1x1((2, 4), start="random"),
         ValueError,
-        "rotation, permutation, identity, got 'random'",
+        "'rotation', 'permutation' or 'identity', got 'random'",
     ),
     (lambda: pf.glow((1, 7, 7)), ValueError, r"glow: .* halved 1 times, got event shape \(1, 7, 7\), which allows 0"),
     (lambda: pf.glow((1, 28, 28), num_scales=3), ValueError, "halved 3 times.*allows 2.*multiples of 8"),

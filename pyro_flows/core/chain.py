@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Size, Tensor, nn
@@ -36,7 +37,7 @@ class Chain(FlowTransform):
         parts = list(parts)
         flows = [part for part in parts if isinstance(part, FlowTransform)]
         if any(_depth(part) >= _DEEPEST for part in flows):
-            parts = [leaf for part in parts for leaf in (leaves(part) if part in flows else [part])]
+            parts = [leaf for part in parts for leaf in (leaves(part) if isinstance(part, FlowTransform) else [part])]
             flows = [part for part in parts if isinstance(part, FlowTransform)]
         if not flows:
             raise ValueError("Chain: expected at least one flow transform, got none")
@@ -53,9 +54,10 @@ class Chain(FlowTransform):
         kin = next((tensor for tensor in map(first_floating, flows) if tensor is not None), None)
         for k, part in enumerate(parts):
             if not isinstance(part, FlowTransform):
-                known = isinstance(part, nn.Module) or kin is None or kin.is_meta
+                wrapped = Wrap(part, shape)
                 # Bounds come in the default dtype, on the CPU; the copy of a plain transform follows the flows.
-                part = Wrap(part, shape) if known else Wrap(part, shape).to(kin.device, kin.dtype)
+                follows = kin is not None and not kin.is_meta and not isinstance(part, nn.Module)
+                part = wrapped.to(kin.device, kin.dtype) if kin is not None and follows else wrapped
             if part.event_shape != shape:
                 raise ValueError(
                     f"Chain: part {k} ({type(part).__name__}) expects event shape {tuple(part.event_shape)}, but what "
@@ -63,6 +65,8 @@ class Chain(FlowTransform):
                 )
             self.parts.append(part)
             shape = part.data_shape
+        self.sampling_cost = total_cost(part.sampling_cost for part in self._parts())
+        self.density_cost = total_cost(part.density_cost for part in self._parts())
         angles = self.periodic
         if angles is not None:
             self.turned(angles)  # every part must treat them as angles
@@ -72,17 +76,10 @@ class Chain(FlowTransform):
         return (self._parts(),), {}
 
     @property
-    def sampling_cost(self) -> str:
-        return total_cost(part.sampling_cost for part in self.parts)
-
-    @property
-    def density_cost(self) -> str:
-        return total_cost(part.density_cost for part in self.parts)
-
-    @property
     def reach(self) -> int | None:
         each = [part.reach for part in self._parts()]
-        return None if None in each else sum(each)
+        known = [steps for steps in each if steps is not None]
+        return sum(known) if len(known) == len(each) else None
 
     @property
     def shared_over_time(self) -> bool:
@@ -91,13 +88,13 @@ class Chain(FlowTransform):
     @property
     def periodic(self) -> Tensor | None:
         parts = self._parts()
-        first = next((k for k, part in enumerate(parts) if part.periodic is not None), None)
-        if first is None:
-            return None
-        angles = parts[first].periodic
-        for part in reversed(parts[:first]):
-            angles = part.turned(angles, inverse=True)
-        return angles
+        for first, part in enumerate(parts):
+            angles = part.periodic
+            if angles is not None:
+                for before in reversed(parts[:first]):
+                    angles = before.turned(angles, inverse=True)
+                return angles
+        return None
 
     def turned(self, angles: Tensor, inverse: bool = False) -> Tensor:
         for part in reversed(self._parts()) if inverse else self._parts():
@@ -122,17 +119,19 @@ class Chain(FlowTransform):
         return reached
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        total: Tensor | None = None
-        for part in self._parts():
+        first, *others = self._parts()
+        x, total = first._forward_and_ladj(x, context if first.context_dim else None)
+        for part in others:
             x, ladj = part._forward_and_ladj(x, context if part.context_dim else None)
-            total = ladj if total is None else total + ladj
+            total = total + ladj
         return x, total
 
     def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        total: Tensor | None = None
-        for part in reversed(self._parts()):
+        *others, last = self._parts()
+        y, total = last._inverse_and_ladj(y, context if last.context_dim else None)
+        for part in reversed(others):
             y, ladj = part._inverse_and_ladj(y, context if part.context_dim else None)
-            total = ladj if total is None else total + ladj
+            total = total + ladj
         return y, total
 
     @property
@@ -141,36 +140,37 @@ class Chain(FlowTransform):
 
     def _parts(self) -> list[FlowTransform]:
         # A ModuleList is slow to index, and this is asked for several times in each call.
-        return list(self._modules["parts"]._modules.values())
+        held: Any = self._modules["parts"]
+        return list(held._modules.values())
 
     def __len__(self) -> int:
         return len(self.parts)
 
     def __iter__(self) -> Iterator[FlowTransform]:
-        return iter(self.parts)
+        return iter(self._parts())
 
     def __getitem__(self, index: int | slice) -> FlowTransform:
-        return Chain(self._parts()[index]) if isinstance(index, slice) else self.parts[index]
+        return Chain(self._parts()[index]) if isinstance(index, slice) else self._parts()[index]
 
 
 def leaves(transform: FlowTransform) -> list[FlowTransform]:
     """The layers of a flow from base to data: chains are taken apart, also inside inverses and conditioned views."""
-    if type(transform) is Chain:
+    if isinstance(transform, Chain):
         return [leaf for part in transform._parts() for leaf in leaves(part)]
-    if type(transform) not in (Inverse, Conditioned):
+    if not isinstance(transform, (Inverse, Conditioned)):
         return [transform]
     inner = leaves(transform.transform)
     if inner == [transform.transform]:
         return [transform]
-    if type(transform) is Inverse:
+    if isinstance(transform, Inverse):
         return [leaf.inv for leaf in reversed(inner)]
     return [Conditioned(leaf, transform.context) if leaf.context_dim else leaf for leaf in inner]
 
 
 def _depth(transform: FlowTransform) -> int:
-    held = isinstance(transform, (Inverse, Conditioned))
-    inner = [transform.transform] if held else transform._parts() if isinstance(transform, Chain) else []
-    return 1 + max(map(_depth, inner), default=0)
+    if isinstance(transform, (Inverse, Conditioned)):
+        return 1 + _depth(transform.transform)
+    return 1 + max(map(_depth, transform), default=0) if isinstance(transform, Chain) else 1
 
 
 def total_cost(costs: Iterable[str]) -> str:
@@ -183,10 +183,10 @@ def total_cost(costs: Iterable[str]) -> str:
             head = "pass" if head == "passes" else head.removesuffix("s") if head != "pass" else head
             unit = " ".join(filter(None, [head, rest]))
             counted[unit] = counted.get(unit, 0) + int(count)
-    plural = {"pass": "passes"} | {unit: unit + "s" for unit in ("sweep", "product", "solve", "gather")}
 
-    def term(unit: str, n: int) -> str:
+    def told(unit: str, n: int) -> str:
         head, _, rest = unit.partition(" ")
-        return " ".join(filter(None, [str(n), head if n == 1 else plural.get(head, head), rest]))
+        many = "passes" if head == "pass" else head + "s"
+        return " ".join(filter(None, [str(n), head if n == 1 else many, rest]))
 
-    return " + ".join(term(unit, n) for unit, n in counted.items())
+    return " + ".join(told(unit, n) for unit, n in counted.items())

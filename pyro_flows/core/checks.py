@@ -12,7 +12,6 @@ from pyro_flows.core.modes import autocasting
 
 __all__ = [
     "Admitting",
-    "TakingContext",
     "admit",
     "check_context",
     "check_tensor",
@@ -27,20 +26,28 @@ __all__ = [
 ]
 
 
-class TakingContext(Protocol):
+class Holding(Protocol):
+    """A module, as far as its tensors are concerned."""
+
+    _parameters: dict[str, nn.Parameter | None]
+    _buffers: dict[str, Tensor | None]
+    _modules: dict[str, nn.Module | None]
+
+    def modules(self) -> Iterator[nn.Module]: ...
+
+
+class TakingContext(Holding, Protocol):
     """What a check of a context needs to know of a module."""
 
-    context_dim: int
-
-    def parameters(self) -> Iterator[nn.Parameter]: ...
-
-    def buffers(self) -> Iterator[Tensor]: ...
+    @property
+    def context_dim(self) -> int: ...
 
 
 class Admitting(TakingContext, Protocol):
     """What a check of a value needs to know of a flow."""
 
-    event_shape: Size
+    @property
+    def event_shape(self) -> Size: ...
 
     @property
     def data_shape(self) -> Size: ...
@@ -202,7 +209,7 @@ def refuse_other_kind(name: str, what: str, value: Tensor, module: nn.Module) ->
     return value.to(kin.dtype)
 
 
-def _refuse_half(name: str, transform: Admitting, dtype: torch.dtype) -> None:
+def _refuse_half(name: str, transform: Holding, dtype: torch.dtype) -> None:
     """Refuses parameters in half precision where a part, or the univariate map of one, needs more."""
     for module in transform.modules():
         for part in (module, getattr(module, "univariate", None)):
@@ -227,9 +234,9 @@ def _same_kind(name: str, what: str, value: Tensor, kin: Tensor) -> None:
         )
 
 
-def first_floating(module: nn.Module) -> Tensor | None:
+def first_floating(module: Holding) -> Tensor | None:
     """A parameter or buffer of a module that tells the dtype and device in which it computes, if there is one."""
-    modules: list[nn.Module | None] = [module]
+    modules: list[Holding | None] = [module]
     while modules:
         each = modules.pop()
         if each is not None:

@@ -168,6 +168,8 @@ class Kept:
     """One value made of a module's tensors, for as long as nothing that it depends on changes."""
 
     __slots__ = ("_cleared", "_stamp", "_value")
+    _value: Tensor
+    _cleared: int
 
     def __init__(self) -> None:
         self._stamp: _Stamp | None = None

@@ -37,7 +37,9 @@ def _guarded(leaf: Callable[..., tuple[Tensor, Tensor]], data_side: bool) -> Cal
     def method(self: FlowTransform, value: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if type(value) is ProvenanceTensor or type(context) is ProvenanceTensor:
             # Pyro's marks of where a value comes from: hand-made gradients want plain tensors, and would be lost.
-            (value, context), marks = extract_provenance((value, context))
+            parts: Any
+            parts, marks = extract_provenance((value, context))
+            value, context = parts
             return track_provenance(method(self, value, context), marks)
         return leaf(self, admit(self, value, context, data_side), context)
 
@@ -72,10 +74,9 @@ class FlowTransform(TransformModule):
     bijective = True
     sampling_cost = "1 pass"  # base to data
     density_cost = "1 pass"  # data to base
-    # Of series (C, T): how many steps back a step of x looks in y, None if it looks ahead or back without end; and
-    # whether all times share the parameters.
-    reach: int | None = None
-    shared_over_time = False
+    event_shape: Size
+    context_dim: int
+    _memo: Memo
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -167,7 +168,7 @@ class FlowTransform(TransformModule):
             self.__dict__["_inverse_ref"] = weakref.ref(inverse)
         return inverse
 
-    def _make_inverse(self) -> Inverse:
+    def _make_inverse(self) -> FlowTransform:
         # Scoring asks for the inverse at each call, and nothing may hold it but the caller: a strong reference would
         # make a cycle that keeps parameters alive.  So its making must cost little: the fields are made once.
         fields = self.__dict__.get("_inverse_fields")
@@ -211,6 +212,16 @@ class FlowTransform(TransformModule):
                 raise ValueError(wrong_event(self, shape, source)) from None
         batch = self.batch_shape
         return (torch.broadcast_shapes(shape[:cut], batch) if batch else shape[:cut]) + target
+
+    @property
+    def reach(self) -> int | None:
+        """For series (C, T), how many steps back a step of x looks in y; ``None`` for ahead or without end."""
+        return None
+
+    @property
+    def shared_over_time(self) -> bool:
+        """For series (C, T), whether all times share the parameters."""
+        return False
 
     @property
     def sign(self) -> Tensor:
@@ -300,8 +311,10 @@ class Inverse(FlowTransform):
     of that of ``transform`` at ``(y, x)``, and so a function of ``y``.
 
     Args:
-        transform: the transform to invert; of an inverse the transform itself is returned.
+        transform: the transform to invert; for an inverse, the transform itself is returned.
     """
+
+    transform: FlowTransform
 
     def __new__(cls, transform: FlowTransform | None = None) -> FlowTransform:
         return transform.transform if isinstance(transform, Inverse) else super().__new__(cls)
@@ -385,6 +398,9 @@ class Conditioned(FlowTransform):
         transform: a transform with ``context_dim > 0``.
         context: shape ``(*context_batch, context_dim)``.
     """
+
+    transform: FlowTransform
+    context: Tensor
 
     def __init__(self, transform: FlowTransform, context: Tensor) -> None:
         super().__init__(transform.event_shape)

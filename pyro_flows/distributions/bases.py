@@ -41,6 +41,9 @@ class DiagonalNormal(nn.Module):
         learnable: whether locations and log-scales are parameters (else buffers, fixed at the standard normal).
     """
 
+    loc: Tensor
+    log_scale: Tensor
+
     def __init__(self, event_shape: int | Iterable[int], learnable: bool = False) -> None:
         super().__init__()
         self.event_shape = event_size(event_shape)
@@ -85,6 +88,10 @@ class StudentT(nn.Module):
     References:
         Tails of Lipschitz Triangular Flows (Jaini et al., 2019), arXiv:1907.04481.
     """
+
+    raw_df: Tensor
+    loc: Tensor
+    log_scale: Tensor
 
     def __init__(
         self,
@@ -131,7 +138,7 @@ class _Mixture(dist.MixtureSameFamily):
 
 @remembered
 class GaussianMixture(nn.Module):
-    r"""A learnt mixture of normals, :math:`\sum_k w_k \, N(\mu_k, S_k S_k^\top)`, for modes that lie apart.
+    r"""A learned mixture of normals, :math:`\sum_k w_k \, N(\mu_k, S_k S_k^\top)`, for modes that lie apart.
 
     :math:`w = \mathrm{softmax}(` ``logits`` :math:`)`, and :math:`S_k` is diagonal or lower triangular with the
     diagonal ``exp(log_scale)``.  At first the weights are equal, :math:`\mu_k` is drawn by torch's random numbers from
@@ -152,6 +159,11 @@ class GaussianMixture(nn.Module):
     References:
         Semi-Supervised Learning with Normalizing Flows (Izmailov et al., 2019), arXiv:1912.13025, whose base is one.
     """
+
+    logits: Tensor
+    loc: Tensor
+    log_scale: Tensor
+    lower: Tensor | None
 
     def __init__(self, input_dim: int, num_components: int = 5, *, full_covariance: bool = False) -> None:
         super().__init__()
@@ -182,8 +194,8 @@ class _Circles(dist.Normal):
 
     support = constraints.real
 
-    def __init__(self, centre: Tensor, angle: Tensor) -> None:
-        super().__init__(centre, torch.ones_like(centre), validate_args=False)
+    def __init__(self, center: Tensor, angle: Tensor) -> None:
+        super().__init__(center, torch.ones_like(center), validate_args=False)
         self.angle = angle
 
     def expand(self, batch_shape: Iterable[int], _instance: Distribution | None = None) -> _Circles:
@@ -225,6 +237,9 @@ class UniformCircle(nn.Module):
         Normalizing Flows on Tori and Spheres (Rezende et al., 2020), arXiv:2002.02428.
     """
 
+    center: Tensor
+    angle: Tensor
+
     def __init__(self, event_shape: int | Iterable[int], periodic: Tensor | Iterable[bool] | None = None) -> None:
         super().__init__()
         self.event_shape = event_size(event_shape)
@@ -233,12 +248,12 @@ class UniformCircle(nn.Module):
             raise ValueError(
                 f"UniformCircle: expected periodic to have shape {tuple(self.event_shape)}, got {tuple(angle.shape)}"
             )
-        self.register_buffer("centre", torch.zeros(self.event_shape), persistent=False)
+        self.register_buffer("center", torch.zeros(self.event_shape), persistent=False)
         self.register_buffer("angle", angle.clone(), persistent=False)
 
     def forward(self) -> dist.Distribution:
         """The distribution, event shape ``event_shape``."""
-        return _Circles(self.centre, self.angle).to_event(len(self.event_shape))
+        return _Circles(self.center, self.angle).to_event(len(self.event_shape))
 
 
 @remembered

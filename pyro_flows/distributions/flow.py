@@ -34,7 +34,8 @@ class FlowDistribution(TransformedDistribution):
     def score(self, value: Tensor) -> Tensor:
         """``log_prob`` of a value that is known to lie in the support."""
         (transform,) = self.transforms
-        return _density(self.base_dist, *transform.inverse_and_memo(value), transform)
+        x, ladj = transform.inverse_and_memo(value)
+        return _density(self.base_dist, x, ladj, transform)
 
     def rsample_and_log_prob(self, sample_shape: Size | tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
         """Reparameterized samples and their log-densities; one pass in the sampling direction."""
@@ -145,7 +146,8 @@ class Flow(nn.Module):
     def score(self, value: Tensor, context: Tensor | None = None) -> Tensor:
         """``log_prob`` without a check that the value lies in the support; one pass in the density direction."""
         context = self._admitted(context)
-        return _density(self._held(), *self.chain.inverse_and_memo(value, context), self.chain)
+        x, ladj = self.chain.inverse_and_memo(value, context)
+        return _density(self._held(), x, ladj, self.chain)
 
     def sample(self, sample_shape: Size | tuple[int, ...] = (), context: Tensor | None = None) -> Tensor:
         """Draws without gradient, shape ``(*sample_shape, *context_batch, *event_shape)``."""

@@ -21,10 +21,7 @@ _LEAST_SIDE = 4  # of the papers' coarsest scale
 
 
 def _squeezes(builder: str, event: Size, wanted: int | None, least: int) -> int:
-    """The number of squeezes: ``wanted``, or by default those that leave sides even and of ``_LEAST_SIDE`` or more.
-
-    The default is at least ``least`` where sides allow it.
-    """
+    """The number of squeezes: ``wanted``, or as many as keep sides of ``_LEAST_SIDE``, and ``least`` where possible."""
     possible = min((n & -n).bit_length() - 1 for n in event[1:])
     if wanted is None:
         sensible = max((k for k in range(possible + 1) if min(event[1:]) >> k >= _LEAST_SIDE), default=0)
@@ -38,7 +35,7 @@ def _squeezes(builder: str, event: Size, wanted: int | None, least: int) -> int:
 
 
 def _squeezed(shape: Size, parts: Iterable[FlowTransform]) -> list[FlowTransform]:
-    """Parts that act on the squeezed image, with the squeeze and its inverse around them."""
+    """Parts of the squeezed image, with the squeeze and its inverse around them."""
     squeeze = Squeeze(shape)
     return [Squeeze(shape).inv, *parts, squeeze]
 
@@ -62,35 +59,32 @@ def multiscale_realnvp(
     max_log_scale: float = 3.0,
     univariate: Univariate | None = None,
 ) -> Chain:
-    r"""Multi-scale RealNVP: affine couplings of images at several scales; half of the numbers leave at each.
+    """Multi-scale RealNVP: affine couplings of images at several scales; half of the numbers leave at each.
 
     From data to base, each scale has ``num_couplings`` couplings with alternating checkerboard masks, a squeeze, as
     many with alternating channel masks, and a split: half of the channels are Gaussian given the others, which go on to
-    the next scale.  The last scale has ``num_couplings + 1`` checkerboards.  Squeezes are undone on the base side, so
-    the base is an event of the image's shape.  Each direction costs one pass of a convolutional network for each
-    coupling and each split.  A fresh flow is the identity.
+    the next scale.  The last scale has ``num_couplings + 1`` checkerboards.  Squeezes are undone on the base side.
+    Each direction costs a pass of a convolutional network for each coupling and split.  A fresh flow is the identity.
 
     Args:
         event_shape: ``(C, H, W)`` or ``(C, T)``.
         context_dim: size of the context, 0 for none.
-        num_scales: number of scales, one more than there are squeezes; by default as many as leave the coarsest scale a
-            side of 4 or more: 2 for 8 x 8, 3 for 28 x 28, and 4 for 32 x 32 (paper: down to 4 x 4).
+        num_scales: one more than there are squeezes; by default as many as leave the coarsest scale a side of 4 or
+            more: 2 for 8 x 8, 3 for 28 x 28, and 4 for 32 x 32 (paper: down to 4 x 4).
         num_couplings: number of checkerboards, and of channel couplings, of each scale (paper: 3).
-        hidden_channels: width of the finest scale's networks, doubled after each squeeze as in the paper (there 64 for
-            CIFAR-10, else 32).
-        num_blocks: residual blocks of each network (paper: 8 for CIFAR-10, 4 for other images of 32 x 32, 2 for those
-            of 64 x 64).
-        kernel_size: of the networks' convolutions (paper: 3).
+        hidden_channels: width of the finest networks, doubled by each squeeze (paper: 64 for CIFAR-10, else 32).
+        num_blocks: residual blocks of each network (paper: 8 for CIFAR-10, 4 for other images of 32 x 32, 2 for 64 x
+            64).
+        kernel_size: of the networks (paper: 3).
         activation: of the networks (paper: ReLU).
         max_log_scale: bound of the smooth clip on log-scales (paper: tanh times a learned scale).
-        univariate: another family of scalar maps in place of the affine one of the couplings.
+        univariate: another family of scalar maps for the couplings.
 
     Raises:
         ValueError: if the event is no image or series, or cannot be squeezed that often.
 
-    The paper has batch normalization in the networks and between the couplings.  Here there is none, so the density of
-    an image does not depend on the others in its batch.  The paper's split has a standard normal, not one given the
-    other half.
+    Unlike the paper's, the networks have no batch normalization, so the density of an image does not depend on its
+    batch.  The paper's split has a standard normal, not one given the other half.
 
     References:
         Density estimation using Real NVP (Dinh et al., 2016), section 3.6, arXiv:1605.08803.
@@ -136,30 +130,29 @@ def glow(
     univariate: Univariate | None = None,
     start: str = "rotation",
 ) -> Chain:
-    r"""Glow: layers of activation normalization, an invertible 1x1 convolution and a coupling, at several scales.
+    """Glow: layers of activation normalization, an invertible 1x1 convolution and a coupling, at several scales.
 
     From data to base, each scale has a squeeze, ``num_layers`` layers (:class:`~pyro_flows.transforms.ActNorm`,
     :class:`~pyro_flows.transforms.Conv1x1`, :class:`~pyro_flows.transforms.ConvCoupling` of half of the channels), and,
     but for the last scale, a split: half of the channels are Gaussian given the others, which go on to the next scale.
-    Squeezes are undone on the base side, so the base is an event of the image's shape.  Each direction costs one pass
-    of a convolutional network for each layer and each split.
+    Squeezes are undone on the base side.  Each direction costs a pass of a network for each layer and split.
 
-    A fresh flow is a product of rotations, or with ``start="identity"`` the identity to rounding, until its first batch
-    in training mode sets the normalization; see :class:`~pyro_flows.transforms.ActNorm`.
+    A fresh flow is a product of rotations, or the identity to rounding with ``start="identity"``, until its first batch
+    in training mode sets the normalization.
 
     Args:
         event_shape: ``(C, H, W)`` or ``(C, T)``.
         context_dim: size of the context, 0 for none; couplings and splits see it.
         num_scales: number of scales, each with a squeeze; by default as many as leave the coarsest scale a side of 4 or
-            more, and at least two where sides allow it: 2 for 8 x 8 and 28 x 28, and 3 for 32 x 32, as in the paper
-            (its :math:`L`).
+            more, and at least two where sides allow it: 2 for 8 x 8 and 28 x 28, and 3 for 32 x 32 (paper's :math:`L`:
+                3).
         num_layers: number of layers of each scale (paper: :math:`K = 32`, and 48 for ImageNet).
         hidden_channels: width of the networks (paper: 512).
         num_blocks: residual blocks of each network (paper: three convolutions, of 3, 1 and 3, without residual blocks).
-        kernel_size: of the networks' convolutions (paper: 3).
+        kernel_size: of the networks (paper: 3).
         activation: of the networks (paper: ReLU).
         max_log_scale: bound of the smooth clip on log-scales (paper: a sigmoid in place of the exponential).
-        univariate: another family of scalar maps in place of the affine one of the couplings.
+        univariate: another family of scalar maps for the couplings.
         start: of the 1x1 convolutions: ``"rotation"`` (paper), ``"permutation"`` or ``"identity"``.
 
     Raises:

@@ -51,33 +51,30 @@ def mintnet(  # noqa: D417 -- the class documents the other options
     max_sweeps: int | None = None,
     on_fail: str = "raise",
 ) -> Chain:
-    r"""MintNet: pairs of :class:`~pyro_flows.transforms.Mint` layers, monotone maps by masked convolutions.
+    """MintNet: pairs of :class:`~pyro_flows.transforms.Mint` layers, monotone maps by masked convolutions.
 
     From data to base, the first layer of each pair makes a coordinate depend on those before it, the second on those
-    after it; :math:`\log|\det|` is the sum over layers of the logarithms of the triangular Jacobians' diagonals,
-    exactly.  Density costs two passes for each pair.  Sampling is exact as well: it solves two triangular systems for
-    each pair, each by about as many passes as its longest chain of dependencies, or fewer.  Squeezes are undone on the
-    base side, so the base is an event of the image's shape.  A fresh flow is near the identity.
+    after it; the log-determinant is exact.  Density costs two passes for each pair.  Sampling is exact too: it solves
+    two triangular systems for each pair, each by about as many passes as its longest chain of dependencies, or fewer.
+    Squeezes are undone on the base side.  A fresh flow is near the identity.
 
-    The networks of the paper are ``mintnet((3, 32, 32), **MINTNET_CONFIGURATIONS["cifar10"])`` and so on, with
+    The paper's networks are ``mintnet((3, 32, 32), **MINTNET_CONFIGURATIONS["cifar10"])`` and so on, with
     ``from pyro_flows.flows import MINTNET_CONFIGURATIONS``.
 
     Args:
         event_shape: ``(C, H, W)`` or ``(C, T)``.
         context_dim: size of the context, 0 for none; every layer sees it.
         num_layers: number of pairs (paper: 20 for MNIST, 21 for CIFAR-10 and ImageNet32).
-        num_groups: hidden maps for each channel; divided after a squeeze by the growth of the number of channels, or
-            given for each stage, one more than there are squeezes (paper: 45 for MNIST, 85 for CIFAR-10).
+        num_groups: hidden maps for each channel, reduced after a squeeze as channels grow, or given for each stage, one
+            more than there are squeezes (paper: 45 for MNIST, 85 for CIFAR-10).
         squeeze: number of squeezes, spread evenly over the pairs (paper: 2, after a third and two thirds of them).
         split: whether half of the channels leave after each squeeze, Gaussian given the others (paper: no).
-        act_norm: whether each pair has an :class:`~pyro_flows.transforms.ActNorm` on its data side, which the first
-            batch in training sets (paper: no).
+        act_norm: whether each pair has an :class:`~pyro_flows.transforms.ActNorm` on its data side (paper: no).
         one_sided: whether all layers have the orientation of the first: then the whole flow is triangular, and gives
             the density of each coordinate given those before it; needs ``squeeze=0``.
-        causal: for series ``(C, T)``: all layers go by time, from the first step on and channel by channel, with
-            parameters that all times share.  No parameter then depends on ``T``, and the flow continues beyond it, see
-            :class:`~pyro_flows.infer.Stream`.  It implies ``one_sided=True``, ``order="position"`` and
-            ``shared_scale=True``.
+        causal: for series ``(C, T)``: all layers go by time, with parameters that all times share, so the flow
+            continues beyond ``T``, see :class:`~pyro_flows.infer.Stream`.  It implies ``one_sided=True``,
+            ``order="position"`` and ``shared_scale=True``.
         dilations: distances of the convolutions' taps, for the layers in the order in which data meet them, repeated if
             there are more layers; by default 1, or 1, 2, 4, 8 if ``causal``.  A causal chain looks ``reach`` steps
             back, three halves of ``kernel_size - 1`` times the sum of the layers' dilations.

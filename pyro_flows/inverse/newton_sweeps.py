@@ -90,14 +90,7 @@ class SolverSettings(NamedTuple):
     on_fail: str = "raise"
 
     def check(self, name: str = "") -> SolverSettings:
-        """Returns the settings.
-
-        Args:
-            name: the class that the caller sees, for the message.
-
-        Raises:
-            ValueError: if they are out of range.
-        """
+        """Returns valid settings and refuses others; ``name`` is the class that the caller sees."""
         given = self.tolerance
         if given is not None and not (isinstance(given, (int, float)) and 0 < given < 1):
             prefix = f"{name}: " if name else ""
@@ -110,7 +103,7 @@ class SolverSettings(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class SolveReport:
-    """The costs and the error of a solve, read on demand from ``stats``, a tensor on the host."""
+    """Costs and error of a solve, read on demand from ``stats``, a tensor on the host."""
 
     stats: Tensor
 
@@ -164,13 +157,13 @@ TRUST = 10  # largest move of a coordinate beyond the front, relative to 1 + |x|
 
 
 def _bound(value: Tensor, z: Tensor) -> Tensor:
-    """A bound as a matrix of one row, or of a row for each of z."""
+    """A bound as a matrix of one row, or of one for each row of z."""
     rows = value.shape[0] if value.dim() == z.dim() else 1
     return value.detach().to(z.dtype).expand(rows, *z.shape[1:]).reshape(rows, -1)
 
 
 class _Sweeps:
-    """The rows that are not solved yet, with the state of the sweeps."""
+    """The rows that are not solved yet."""
 
     def __init__(
         self,
@@ -209,7 +202,6 @@ class _Sweeps:
         self.broken = self.z.new_zeros((), dtype=torch.long)
 
     def evaluate(self) -> None:
-        """Evaluates value, slope and residual at ``x``."""
         f, d = self.map.value_and_slope(self.x.view(-1, *self.event), self.shared, self.rowwise)
         self.evaluations += 1
         f, self.d = f.reshape(self.x.shape), d.reshape(self.x.shape)
@@ -222,11 +214,11 @@ class _Sweeps:
         self.known_front = None
 
     def rounding(self) -> Tensor:
-        """The residuals that the last place of the terms of f can make."""
+        """Residuals of the size of rounding."""
         return self.eps * torch.addcmul(self.z.abs(), self.d, self.abs_x)
 
     def plain(self) -> tuple[Tensor, int]:
-        """One Newton-Jacobi step; returns which rows are solved, and their number.  Solved rows stay fixed."""
+        """One Newton-Jacobi step; returns which rows are solved, and their number."""
         worst = self.ratio.amax(1)
         solved = worst < 1
         if self.live is not None:
@@ -247,7 +239,7 @@ class _Sweeps:
         return solved, count
 
     def front(self) -> Tensor:
-        """The first wave that is not solved, in each row."""
+        """The first wave of each row that is not solved."""
         known = self.known_front
         if known is None:
             self.known_front = known = torch.where(self.ratio < 1, self.count, self.wave).amin(1, keepdim=True)
@@ -273,7 +265,7 @@ class _Sweeps:
         return step
 
     def guard(self) -> None:
-        """Prepares for guarded steps; raises ValueError if plain steps got stuck on an invalid input."""
+        """Prepares for guarded steps; refuses invalid inputs."""
         self.check()
         self.guarded = True
         self.first = self.front().clone()
@@ -331,7 +323,7 @@ class _Sweeps:
         return solved, int(solved.sum())
 
     def leave(self, rows: Tensor | None, solved: bool = True) -> None:
-        """Takes rows (all if ``None``) out and adds them to the report."""
+        """Takes rows (all if ``None``) out."""
 
         def pick(t: Tensor) -> Tensor:
             return t if rows is None or t.shape[0] != self.x.shape[0] else t[rows]
@@ -352,7 +344,7 @@ class _Sweeps:
         self.out[pick(self.index)] = pick(self.x)
 
     def compact(self, solved: Tensor) -> None:
-        """Continues with the rows that are not solved."""
+        """Continues with the unsolved rows."""
         n = self.x.shape[0]
         self.leave(solved.nonzero()[:, 0])
         rest = (~solved).nonzero()[:, 0]
@@ -369,7 +361,6 @@ class _Sweeps:
                 setattr(self, name, value[rest])
 
     def run(self) -> tuple[Tensor, Tensor]:
-        """The solution of all rows, and the numbers of its report."""
         limit = self.settings.max_sweeps
         cap = 1024 + 256 * self.count if limit is None else limit
         left = self.x.shape[0]
@@ -420,7 +411,6 @@ class _Sweeps:
             )
 
     def fail(self, broken: int, residual: float) -> None:
-        """Raises or warns."""
         message = (
             f"{self.map.name}: {broken} of {self.total} rows were not inverted, with a relative residual up to "
             f"{residual:.3g} after {self.evaluations} sweeps ({self.count} waves); "
@@ -449,7 +439,7 @@ def sweep(
     settings: SolverSettings,
     start: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``x`` with ``f(x) = z`` for each row of ``z``, and the numbers of its :class:`SolveReport`; no gradient."""
+    """``x`` with ``f(x) = z`` for each row, without gradient, and the numbers of its :class:`SolveReport`."""
     if z.numel() == 0:
         stats = [0, 0, 0, 0, 1, solved.waves(z.device)[1]]
         return z.clone(memory_format=torch.contiguous_format), torch.tensor(stats, dtype=torch.float64)

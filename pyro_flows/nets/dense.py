@@ -14,26 +14,19 @@ import torch
 import torch.nn.functional as F
 from torch import Size, Tensor, nn
 
+from pyro_flows.core.checks import integer, positive_integers
 from pyro_flows.nets.activations import Activation, activation_functions
 
 __all__ = ["MLP"]
 
 
 def _widths(hidden_dims: Sequence[int], residual: bool) -> tuple[int, ...]:
-    widths = tuple(hidden_dims)
-    if any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in widths):
-        raise ValueError(f"expected hidden_dims to be positive integers, got {hidden_dims!r}")
+    widths = positive_integers("", "hidden_dims", hidden_dims) if len(hidden_dims) else ()
     if not residual:
         return widths
     if not widths or len(set(widths)) > 1:
         raise ValueError(f"a residual network needs one or more hidden_dims, all equal, got {hidden_dims!r}")
     return (widths[0], *(w for width in widths for w in (width, width)))
-
-
-def _positive(name: str, value: int, least: int = 1) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"expected {name} to be an integer >= {least}, got {value!r}")
-    return value
 
 
 def _first_gain(inputs: float) -> float:
@@ -83,10 +76,10 @@ class MLP(nn.Module):
         zero_init: bool = True,
     ) -> None:
         super().__init__()
-        self.input_dim = _positive("input_dim", input_dim, least=0)
-        self.output_dim = _positive("output_dim", output_dim)
-        self.num_params = _positive("num_params", num_params)
-        self.context_dim = _positive("context_dim", context_dim, least=0)
+        self.input_dim = integer("", "input_dim", input_dim, least=0)
+        self.output_dim = integer("", "output_dim", output_dim)
+        self.num_params = integer("", "num_params", num_params)
+        self.context_dim = integer("", "context_dim", context_dim, least=0)
         self.residual = residual
         widths = _widths(hidden_dims, residual)
         self.activations = activation_functions(activation, len(widths))

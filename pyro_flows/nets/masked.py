@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pyro_flows.core.checks import integer
 from pyro_flows.nets.activations import Activation, activation_functions
 from pyro_flows.nets.degrees import Degrees
-from pyro_flows.nets.dense import _first_gain, _positive, _widths
+from pyro_flows.nets.dense import _first_gain, _widths
 from pyro_flows.nets.masked_pass import MaskedLayers, Slabs, masked_network
 from pyro_flows.nets.structure import Structure
 from pyro_flows.univariate.base import Univariate
@@ -66,9 +67,9 @@ class MaskedMLP(nn.Module):
         zero_init: bool = True,
     ) -> None:
         super().__init__()
-        self.input_dim = _positive("input_dim", input_dim)
-        self.num_params = _positive("num_params", num_params)
-        self.context_dim = _positive("context_dim", context_dim, least=0)
+        self.input_dim = integer("", "input_dim", input_dim)
+        self.num_params = integer("", "num_params", num_params)
+        self.context_dim = integer("", "context_dim", context_dim, least=0)
         self.residual = residual
         degrees = Degrees(input_dim, _widths(hidden_dims, residual), context_dim > 0, order, adjacency)
         self.activations = activation_functions(activation, len(degrees.times))

@@ -17,9 +17,9 @@ __all__ = ["ConvLayer", "Groups", "StackSteps", "Stacks"]
 
 
 class Groups(NamedTuple):
-    """Which channel of the event a layer's inputs and outputs at one location belong to.
+    """The channel of the event to which each input and output at one location belongs.
 
-    Group ``c`` of the outputs is ``own[c]:own[c + 1]``.  It sees the first ``seen[c]`` inputs at the same location, and
+    Outputs ``own[c]:own[c + 1]`` belong to channel ``c`` and see the first ``seen[c]`` inputs at the same location, and
     all inputs at locations before.
     """
 
@@ -27,7 +27,7 @@ class Groups(NamedTuple):
     seen: tuple[int, ...]
 
     def mask(self) -> Tensor | None:
-        """The mask at the location itself, boolean, ``(outputs, seen inputs)``; ``None`` if everything is seen."""
+        """The mask at the location itself, boolean, ``(outputs, seen inputs)``; ``None`` for no mask."""
         if len(self.seen) == 1:
             return None
         pairs = zip(self.seen, itertools.pairwise(self.own), strict=True)
@@ -108,7 +108,7 @@ class ConvLayer(nn.Module):
             self.link_weight = _uniform(outputs, outputs, fan_in=outputs)
 
     def above_offset(self, context: Tensor | None) -> Tensor:
-        """Bias of the first stack, ``(channels,)`` or ``(n, channels)``."""
+        """Bias of the first stack."""
         return _mapped(context, self.above_context, self.above_bias)
 
     def left_offset(self, context: Tensor | None) -> Tensor:
@@ -124,7 +124,7 @@ class ConvLayer(nn.Module):
         return F.conv2d(padded, self.above_weight, dilation=d) + _spread(self.above_offset(context))
 
     def left(self, x: Tensor, context: Tensor | None, past: Past | None = None) -> Tensor:
-        """Second stack without its link, of the same shapes; a series may continue from a past."""
+        """Second stack without its link; a series may continue from a past."""
         total = _spread(self.left_offset(context))
         if self.left_weight is not None:
             if past is None:
@@ -138,15 +138,15 @@ class ConvLayer(nn.Module):
         return total
 
     def here(self, weight: Tensor) -> Tensor:
-        """The weight for the location itself with zeros in masked places."""
+        """The weight for the location itself, with zeros in masked places."""
         return weight if self.mask is None else torch.where(self.mask, weight, 0.0)
 
     def link(self, x: Tensor) -> Tensor:
-        """The first stack's output as the second one takes it, location by location."""
+        """What the first stack adds to the second, location by location."""
         return F.conv2d(x, self.link_weight[..., None, None])
 
     def above_row(self, rows: Sequence[Tensor], offset: Tensor) -> Tensor | None:
-        """First stack at the row after the last one given, or at it, ``None`` without rows ``(n, inputs, W)``."""
+        """First stack at the row after the last one given, or at it; ``None`` without rows ``(n, inputs, W)``."""
         have = len(rows)
         if not have:
             return None
@@ -286,7 +286,7 @@ class StackSteps:
         self.past = [Past(rows, layer.inputs, layer.taps, layer.dilation, net.out_weight) for layer in net.layers]
 
     def known(self, x: Tensor) -> Tensor:
-        """Outputs at the next steps, from their values: ``(rows, C, n)`` to ``(rows, C, num_params, n)``."""
+        """Outputs at the next steps from their values: ``(rows, C, n)`` to ``(rows, C, num_params, n)``."""
         out = self.net(x.unsqueeze(-2), self.context, self.past).squeeze(-2)
         return out.unflatten(1, (self.net.shape[0], self.net.num_params))
 

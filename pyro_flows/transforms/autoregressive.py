@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
+from pyro_flows.core.checks import choice
 from pyro_flows.core.transform import FlowTransform
 from pyro_flows.inverse.buffers import Solver
 from pyro_flows.inverse.sweep import solve
@@ -51,8 +52,7 @@ class Autoregressive(FlowTransform):
         activation: Activation = "silu",
     ) -> None:
         super().__init__(event_shape, context_dim)
-        if fast not in ("density", "sampling"):
-            raise ValueError(f"Autoregressive: expected fast to be 'density' or 'sampling', got {fast!r}")
+        choice("Autoregressive", "fast", fast, ("density", "sampling"))
         self.univariate = Affine() if univariate is None else univariate
         if self.univariate.periodic:
             raise ValueError(

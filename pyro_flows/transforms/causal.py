@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Size, Tensor, nn
 
-from pyro_flows.core.checks import admit, positive_integers
+from pyro_flows.core.checks import admit, choice, integer, positive_integers
 from pyro_flows.core.modes import full_precision, plain_eager
 from pyro_flows.core.steps import Stepper
 from pyro_flows.core.transform import FlowTransform
@@ -81,16 +81,14 @@ class CausalAutoregressive(FlowTransform):
                 f"{name}: expected a series (C, T), got event shape {tuple(self.event_shape)}; a single channel has a "
                 "dimension of its own too, e.g. (1, 100)"
             )
-        if fast not in ("density", "sampling"):
-            raise ValueError(f"{name}: expected fast to be 'density' or 'sampling', got {fast!r}")
+        choice(name, "fast", fast, ("density", "sampling"))
         channels, times = self.event_shape
         for what, given, least in (
             ("hidden_channels", hidden_channels, channels),
             ("num_convolutions", num_convolutions, 1),
             ("kernel_size", kernel_size, 2),
         ):
-            if isinstance(given, bool) or not isinstance(given, int) or given < least:
-                raise ValueError(f"{name}: expected {what} to be an integer >= {least}, got {given!r}")
+            integer(name, what, given, least)
         self.univariate = Affine() if univariate is None else univariate
         if self.univariate.periodic:
             raise ValueError(

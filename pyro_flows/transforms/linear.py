@@ -15,7 +15,7 @@ __all__ = ["Conv1x1", "Householder", "LULinear"]
 
 
 def _rows(transform: FlowTransform, value: Tensor) -> Tensor:
-    """The events as the rows of one matrix, as triangular solves take them."""
+    """The events as rows of a matrix."""
     return value.reshape(-1, transform.event_shape.numel())
 
 
@@ -40,13 +40,12 @@ def _permutation(size: int, permutation: str | Sequence[int] | Tensor) -> Tensor
 
 
 def _lu_product(rows: Tensor, factors: Tensor) -> Tensor:
-    """``L U`` applied to each row."""
     rows = rows * factors.diagonal().exp() + F.linear(rows, factors.triu(1))
     return rows + F.linear(rows, factors.tril(-1))
 
 
 def _lu_solve(rows: Tensor, factors: Tensor) -> Tensor:
-    """The inverse of ``L U`` applied to each row, by two triangular solves."""
+    """The inverse of ``L U`` applied to each row."""
     upper = factors.triu(1) + torch.diag_embed(factors.diagonal().exp())
     rows = torch.linalg.solve_triangular(factors.tril(-1).mT, rows, upper=True, left=False, unitriangular=True)
     return torch.linalg.solve_triangular(upper.mT, rows, upper=False, left=False)
@@ -122,7 +121,7 @@ class LULinear(FlowTransform):
 
 
 def _start(size: int, start: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Packed factors, permutation and signs of the orthogonal matrix with which a 1x1 convolution starts."""
+    """Packed factors, permutation and signs of the first matrix of a 1x1 convolution."""
     if start == "rotation":
         matrix = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64))[0]
         matrix[0] *= torch.linalg.det(matrix).sign()
@@ -138,7 +137,6 @@ def _start(size: int, start: str) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _spread(bias: Tensor, transform: FlowTransform) -> Tensor:
-    """A bias per channel, for all places."""
     return bias.reshape(-1, *(1 for _ in transform.event_shape[1:]))
 
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_flows.core.checks import choice, integer
 from pyro_flows.core.modes import GradientByHand, plain_eager
 from pyro_flows.core.recipes import options_of
 from pyro_flows.univariate.base import Univariate, numbers
@@ -80,10 +81,8 @@ class Spline(Univariate):
     half_precision = False
 
     def __init__(self, bins: int = 8, bound: float | None = None, boundary: str = "linear") -> None:
-        if isinstance(bins, bool) or not isinstance(bins, int) or bins < 2:
-            raise ValueError(f"Spline: expected bins to be an integer >= 2, got {bins!r}")
-        if boundary not in _BOUNDARIES:
-            raise ValueError(f"Spline: expected boundary to be one of {', '.join(_BOUNDARIES)}, got {boundary!r}")
+        integer("Spline", "bins", bins, 2)
+        choice("Spline", "boundary", boundary, _BOUNDARIES)
         if boundary == "circular" and bound is not None:
             raise ValueError("Spline: a circular boundary has the bound pi: leave bound out")
         if bound is not None and not 0 < bound < math.inf:

@@ -113,7 +113,7 @@ class NetworkConditionals(Conditionals):
         self.event_shape, self.context_dim = model.event_shape, model.context_dim
         self.member = None
         if isinstance(self.model, MADE):
-            self.member = self.model.member(self.model._number("the number of members", number + 1) - 1)
+            self.member = self.model.member(self.model._number("number", number + 1) - 1)
         order = self.model.order if self.member is None else self.member.order
         self.steps = list(order.split(1))
         dims, bits = len(self.levels), int(self.levels.max()).bit_length()

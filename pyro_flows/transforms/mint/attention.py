@@ -35,7 +35,7 @@ _AT_ONCE = 256  # steps of a series at a time, which bounds the memory of the sc
 
 
 def _numbers(first: int, count: int, device: torch.device) -> Tensor:
-    """Places along an axis, in double precision: at distant places single precision would blur the angles."""
+    """Places along an axis; at distant ones single precision would blur the angles."""
     kind = torch.float32 if device.type == "mps" else torch.float64
     return torch.arange(first, first + count, device=device, dtype=kind)
 
@@ -105,7 +105,7 @@ class Attention(NamedTuple):
 
     @property
     def rotated(self) -> int:
-        """How many numbers of a head are rotated: as many pairs for each axis as leave at least one number."""
+        """How many numbers of a head are rotated: as many pairs for each axis as leave one number or more."""
         pair = 2 * self.axes
         return (self.head_dim - 1) // pair * pair
 
@@ -122,17 +122,12 @@ class Attention(NamedTuple):
         return torch.stack(torch.meshgrid(rows, columns, indexing="ij"), -1).flatten(0, 1)
 
     def tokens(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The numbers of the tokens with a query, and of those with a key, all but the last."""
+        """The numbers of the tokens with a query, and of those with a key."""
         tokens = torch.arange(x.shape[-2] * x.shape[-1], device=x.device)
         return tokens, tokens[:-1]
 
     def allowed(self, asking: Tensor, answering: Tensor) -> Tensor:
-        """The keys to which each token attends, that of no token first; boolean.
-
-        Args:
-            asking: numbers of the tokens with a query.
-            answering: numbers of the tokens with a key.
-        """
+        """The keys to which tokens numbered ``asking`` attend, of no token and of ``answering``; boolean."""
         back = asking[:, None] - answering
         allowed = back > 0 if self.window is None else (back > 0) & (back <= self.window)
         return F.pad(allowed, (1, 0), value=True)
@@ -150,30 +145,24 @@ class Attention(NamedTuple):
         return torch.cat(seen, 1).flatten(2).mT
 
     def queries(self, before: Tensor, places: Tensor, weights: AttentionWeights) -> Tensor:
-        """Queries of tokens from the neighbours before them.
+        """Queries of tokens, shape ``(n, heads, tokens, head_dim)``.
 
         Args:
             before: rows of :meth:`patches` without the token itself, shape ``(n, tokens, T * C)``.
             places: of these tokens, shape ``(tokens, axes)``.
             weights: the tensors.
-
-        Returns:
-            Shape ``(n, heads, tokens, head_dim)``.
         """
         bias = weights.query_bias
         seen = torch.tanh(F.linear(before, weights.query_taps) + (bias if bias.dim() == 1 else bias.unsqueeze(-2)))
         return self._turn(self._heads(F.linear(seen, weights.query_mix) / math.sqrt(self.head_dim)), places)
 
     def keys_values(self, patches: Tensor, places: Tensor, weights: AttentionWeights) -> tuple[Tensor, Tensor]:
-        """Keys and values of tokens from their patches, for later tokens.
+        """Keys and values of tokens, both of shape ``(n, heads, tokens, head_dim)``.
 
         Args:
             patches: rows of :meth:`patches`, shape ``(n, tokens, (T + 1) * C)``.
             places: of these tokens, shape ``(tokens, axes)``.
             weights: the tensors.
-
-        Returns:
-            Both of shape ``(n, heads, tokens, head_dim)``.
         """
         seen = torch.tanh(F.linear(patches, weights.key_taps, weights.key_bias))
         keys, values = (self._heads(each) for each in F.linear(seen, weights.key_mix).chunk(2, -1))
@@ -189,7 +178,7 @@ class Attention(NamedTuple):
             keys: of the tokens to which they attend; there may be none.
             values: of the same tokens as ``keys``.
             weights: the tensors.
-            allowed: as :meth:`allowed`; ``None`` if each token attends to all keys.
+            allowed: as :meth:`allowed`; ``None`` for all keys.
         """
         rows = values.shape[0]
         null = F.pad(weights.null_key, (self.rotated, 0)), weights.null_value
@@ -273,16 +262,13 @@ class AttentionSteps:
         return _numbers(self.taken, count, self.keys.device).unsqueeze(-1)
 
     def ahead(self) -> Tensor:
-        """The output of the next step, which depends only on those before it; shape ``(rows, C)``."""
+        """The output of the next step, from those before it; shape ``(rows, C)``."""
         before = self.past.seen().mT.flatten(1).unsqueeze(1)
         queries = self.rule.queries(before, self._places(1), self.weights)
         return self.rule.attend(queries, self.keys, self.values, self.weights).squeeze(1)
 
     def take(self, y: Tensor) -> Tensor:
-        """Takes the next steps and returns their outputs, both of shape ``(rows, C, n)``.
-
-        It takes 256 steps at a time, each with scores for the keys kept so far and its own.
-        """
+        """Takes the next steps, shape ``(rows, C, n)``, and returns their outputs; 256 at a time."""
         return torch.cat([self._take(some) for some in y.split(_AT_ONCE, -1)], -1)
 
     def _take(self, y: Tensor) -> Tensor:

@@ -31,7 +31,6 @@ _MOST = 3.0  # bound of the logarithms of the factors that a context gives
 def _attention(
     event: Size, kernel: tuple[int, int], heads: int, head_dim: int, window: int | None, lower: bool
 ) -> Attention | None:
-    """How places attend to each other; ``None`` without attention."""
     integer("Mint", "attention", heads, 0)
     integer("Mint", "head_dim", head_dim)
     if window is not None:
@@ -71,40 +70,34 @@ class Mint(FlowTransform):
     implicitly.  ``last_solve`` reports its costs.
 
     With ``attention``, each pixel (or time) also gets :math:`A_i(y_{<i})`, by heads of causal attention to the pixels
-    strictly before it, near or far: a sum over :math:`j < i` of values of pixel :math:`j`, weighted by a softmax of
-    products of its key with a query that sees only what is before pixel :math:`i`
-    (``pyro_flows.transforms.mint.attention`` has the formula).  It leaves each pixel's derivative with respect to
-    itself, and so slopes, bounds and log-determinant, exactly unchanged.  A pass then costs :math:`O((HW)^2)` more, and
-    the gradient keeps a softmax of that size for each head and event; the longest chain of dependencies has all
-    coordinates.
+    strictly before it, near or far (``pyro_flows.transforms.mint.attention`` has the formula).  Slopes, bounds and
+    log-determinant stay exactly as they are.  A pass then costs :math:`O((HW)^2)` more, and the gradient keeps a
+    softmax of that size for each head and event; the longest chain of dependencies has all coordinates.
 
     A context shifts the hidden maps, the queries and the output, and multiplies :math:`t` and the groups of the last
     convolution by positive numbers, so all of this holds at each context.
 
     Args:
         event_shape: ``(channels, height, width)`` or ``(channels, time)``.
-        num_groups: number of hidden maps for each channel, :math:`K` (paper: 45 to 85 at full size, fewer where there
-            are more channels).
+        num_groups: number of hidden maps for each channel, :math:`K` (paper: 45 to 85 at full size, fewer for more
+            channels).
         kernel_size: an odd integer; a larger one makes longer chains and so more passes in sampling.
         order: ``"channel"``, one channel after another, with shorter chains; or ``"position"``, one pixel (or time)
-            after another with all its channels.  ``None`` for ``"channel"``, or with attention for ``"position"``,
-            which it needs.
-        lower: whether a coordinate depends on those before it, or, if false, on those after it.  Alternating layers of
-            both kinds let each coordinate depend on all.
-        dilation: distance of the taps of all three convolutions; in a series, a chain then has every ``dilation``-th
-            step only, and is shorter by that factor.
+            after another with all its channels.  By default ``"channel"``, or with attention ``"position"``, which it
+            needs.
+        lower: whether a coordinate depends on those before it, or, if false, on those after it.
+        dilation: distance of the taps of all convolutions; it makes the chains of a series shorter by that factor.
         context_dim: size of the context, 0 for none.
         hidden_dims: widths of the hidden layers of the context's network.
         activation: :math:`h`, one of ``"elu"``, ``"softplus"``, ``"tanh"``, ``"sigmoid"`` and ``"leaky_relu"`` (with
             which the density has jumps).
-        min_slope: the smallest :math:`t`: :math:`t = \sqrt{r^2 + m^2}` with a learned :math:`r`.
+        min_slope: :math:`m`, the smallest :math:`t = \sqrt{r^2 + m^2}`, where :math:`r` is learned.
         attention: number of heads, 0 for none; they add zero at first.
         head_dim: size of keys and values of each head, at least 5 for images and 3 for series.
         window: how many pixels back (in the order) attention reaches; ``None`` for all.  It bounds the state that
             continues a series, not the cost of a pass.
         shared_scale: whether :math:`t` (and what a context adds to the output) is one number for each channel rather
-            than for each coordinate; then no parameter depends on the size of the image, and a ``state_dict`` loads
-            into a layer for another size.
+            than for each coordinate; then a ``state_dict`` loads into a layer for another size.
         tolerance: of the solver, relative; ``None`` for one near the rounding of the dtype.
         max_sweeps: limit of the solver; ``None`` for as many sweeps as it takes.
         on_fail: whether to ``"raise"`` or ``"warn"`` if the limit is reached.
@@ -189,7 +182,7 @@ class Mint(FlowTransform):
             self.net = MLP(0, outputs, hidden_dims=hidden_dims, context_dim=context_dim)
 
     def _add_taps(self, earlier: Tensor) -> None:
-        """Makes the parameters of the convolutions, free taps apart from centers, and their places in the weights."""
+        """Makes the parameters of the convolutions, and their places in the weights."""
         channels, groups = earlier.shape[0], self.num_groups
         middle = torch.zeros_like(earlier)
         middle[:, :, self.kernel[0] // 2, self.kernel[1] // 2] = torch.eye(channels, dtype=torch.bool)
@@ -216,7 +209,7 @@ class Mint(FlowTransform):
         self.register_buffer("centre_signs", self._centre_signs(), persistent=False)
 
     def _centre_signs(self) -> Tensor:
-        """Signs of all centers: free for the first and the third convolution, their product for the second."""
+        """Free for the first and the third convolution, their product for the second."""
         into, out = self.signs
         return torch.cat((out[:, :, None] * into[:, None, :], into[:, :, None], out[:, :, None]), -1)
 
@@ -229,7 +222,7 @@ class Mint(FlowTransform):
         return blocks.reshape(channels * out, channels * into, *self.kernel)
 
     def _weights(self, context: Tensor | None, batch: Size) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Tensors that all rows share, and tensors with one entry for each row, in the order of ``MintMap.split``."""
+        """Tensors that all rows share, and tensors with an entry for each row; see ``MintMap.split``."""
         centres = self.centres.abs() * self.centre_signs
         square, first, last = centres.split((self.num_groups, 1, 1), -1)
         shared = (
@@ -260,7 +253,7 @@ class Mint(FlowTransform):
         return shared, rowwise if self.attention is None else (*rowwise, made[:, sum(sizes) :])
 
     def inverse_and_log_slopes(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Data to base, and what :meth:`log_slopes` gives, for a value and a context that fit."""
+        """Data to base, and :meth:`log_slopes`, for a value and a context that fit."""
         batch = y.shape[: y.dim() - len(self.event_shape)]
         rows = y.reshape(batch.numel(), *self.event_shape)
         x, slopes = self.map.value_and_slope(rows, *self._weights(context, batch))
@@ -279,10 +272,10 @@ class Mint(FlowTransform):
         return y.view(x.shape), -slopes.log().flatten(1).sum(-1).view(batch)
 
     def log_slopes(self, y: Tensor, context: Tensor | None = None) -> Tensor:
-        r""":math:`\log d_i = \log \partial x_i / \partial y_i`, shape of ``y``; its sum is the log-determinant.
+        r""":math:`\log d_i = \log \partial x_i / \partial y_i`, of the shape of ``y``; its sum is the log-determinant.
 
-        In a flow whose layers all have the same orientation, the sum of these over layers, with the log-density of the
-        base at each coordinate, makes the exact conditional log-density of each coordinate given those before it.
+        If all layers of a flow have the same orientation, the sum over layers, with the base's log-density at each
+        coordinate, is the exact log-density of each coordinate given those before it.
 
         Args:
             y: data-side value, shape ``(*batch, *event_shape)``.
@@ -292,7 +285,7 @@ class Mint(FlowTransform):
 
     @property
     def _causal(self) -> bool:
-        """Whether each step of a series depends on those before it alone, all their channels included."""
+        """Whether each step of a series depends only on those before it, all their channels included."""
         by_time = self.order == "position" or self.event_shape[0] == 1
         return len(self.event_shape) == 2 and self.lower and by_time
 

@@ -22,13 +22,13 @@ _ROUNDING = 1e-5  # relative
 
 
 class MintMap(TriangularMap):
-    """A layer as the solver takes it: its parameters come as arguments, in the order of :meth:`split`."""
+    """A layer as the solver takes it, with its parameters as arguments in the order of :meth:`split`."""
 
     def __init__(self, name: str, wave: Tensor, by: Convolutions, attention: Attention | None = None) -> None:
         self.name, self.wave, self.convolutions, self.attention = name, wave, by, attention
 
     def split(self, shared: Sequence[Tensor], rowwise: Sequence[Tensor]) -> tuple[Weights, AttentionWeights | None]:
-        """Tensors of the convolutions and of the attention, whose shared ones come first and whose rowwise one last."""
+        """Tensors of the convolutions and of the attention; of the latter the shared ones come first, its own last."""
         if self.attention is None:
             return Weights(*shared, *rowwise), None
         count = len(AttentionWeights._fields)

@@ -23,37 +23,19 @@ ORDERS = ("channel", "position")
 
 
 def as_image(name: str, event_shape: Sequence[int]) -> tuple[int, int, int]:
-    """``(C, H, W)`` of an event ``(C, H, W)`` or ``(C, T)``.
-
-    Args:
-        name: the class or function that the caller sees, for the message.
-        event_shape: the shape of one event.
-
-    Raises:
-        ValueError: for an event of another number of dimensions.
-    """
+    """``(C, H, W)`` of an event ``(C, H, W)`` or ``(C, T)``; ``name`` is the class that the caller sees."""
     channels, *sides = image_shape(name, event_shape)
     return channels, 1 if len(sides) == 1 else sides[0], sides[-1]
 
 
 def kernel_of(name: str, event_shape: Sequence[int], kernel_size: int) -> tuple[int, int]:
-    """Rows and columns of the kernel for an event; its size must be odd, so that it has a center.
-
-    Raises:
-        ValueError: for a size that is no odd positive integer.
-    """
+    """Rows and columns of the kernel for an event; its size must be odd, so that it has a center."""
     integer(name, "kernel_size", kernel_size, odd=True)
     return (1 if len(event_shape) == 2 else kernel_size), kernel_size
 
 
 def ranks(shape: tuple[int, int, int], order: str, lower: bool = True) -> Tensor:
-    """The rank of each coordinate in the order, from 0; shape ``(C, H, W)``, integers.
-
-    Args:
-        shape: ``(C, H, W)``.
-        order: ``"channel"`` or ``"position"``.
-        lower: whether to count from the first coordinate, or from the last.
-    """
+    """The rank of each coordinate in the order, from 0, or reversed; shape ``(C, H, W)``, integers."""
     choice("", "order", order, ORDERS)
     channels, height, width = shape
     places = torch.arange(channels * height * width)
@@ -65,10 +47,9 @@ def ranks(shape: tuple[int, int, int], order: str, lower: bool = True) -> Tensor
 
 
 def earlier_taps(channels: int, kernel: tuple[int, int], order: str, lower: bool = True) -> Tensor:
-    """The taps of a masked convolution that read coordinates strictly before the output in the order.
+    """The taps of a masked convolution that read coordinates strictly before (or after) the output in the order.
 
-    A triangular Jacobian allows one tap more: the center, from the same channel at the same place, which makes the
-    diagonal.
+    A triangular Jacobian allows one tap more: the center, from the same channel, which makes the diagonal.
 
     Args:
         channels: number of channels.
@@ -77,8 +58,7 @@ def earlier_taps(channels: int, kernel: tuple[int, int], order: str, lower: bool
         lower: whether taps read what comes before, or what comes after.
 
     Returns:
-        Boolean, shape ``(channels, channels, *kernel)``, indexed by output channel, input channel, row and column as in
-        a convolution's weight.
+        Boolean, shape ``(channels, channels, *kernel)``, as a convolution's weight.
     """
     # In an image of the kernel's size, offsets are ordered as places are relative to the middle one.
     place = ranks((channels, *kernel), order, lower)
@@ -89,20 +69,13 @@ def earlier_taps(channels: int, kernel: tuple[int, int], order: str, lower: bool
 def waves(
     shape: tuple[int, int, int], kernel: tuple[int, int], order: str, lower: bool = True, dilation: int = 1
 ) -> Tensor:
-    r"""The length of the longest chain of dependencies that ends at each coordinate; shape ``(C, H, W)``, integers.
+    """The length of the longest chain of dependencies that ends at each coordinate; shape ``(C, H, W)``, integers.
 
     For maps of one or more stacked masked convolutions with the taps of :func:`earlier_taps` and the center:
-    coordinates of the same wave do not depend on each other.  In closed form: with radii :math:`r_x, r_y` of the
-    kernel, at most :math:`W - 1` and :math:`H - 1`, :math:`x + (r_x + 1)(y + (r_y + 1) c)` in the order by channel, and
-    :math:`c + C (x + (r_x + 1) y)` in the order by position.  So a larger kernel makes longer chains.  Dilated taps
-    make shorter ones: every ``dilation``-th row and column is an image of its own.
-
-    Args:
-        shape: ``(C, H, W)``.
-        kernel: rows and columns, both odd.
-        order: ``"channel"`` or ``"position"``.
-        lower: whether coordinates depend on what comes before, or on what comes after.
-        dilation: distance of neighboring taps.
+    coordinates of the same wave do not depend on each other.  With radii :math:`r_x, r_y` of the kernel, at most
+    :math:`W - 1` and :math:`H - 1`, :math:`x + (r_x + 1)(y + (r_y + 1) c)` in the order by channel, and :math:`c + C (x
+    + (r_x + 1) y)` in the order by position.  So a larger kernel makes longer chains.  Dilated taps make shorter ones:
+    every ``dilation``-th row and column is an image of its own.
     """
     choice("", "order", order, ORDERS)
     if dilation > 1:
@@ -122,7 +95,7 @@ def waves(
 
 
 class Tile(NamedTuple):
-    """A part of a masked convolution: input and output channels, and the part of the kernel that is not all zeros."""
+    """A part of a masked convolution: channels, and the part of the kernel that is not all zeros."""
 
     out: slice
     into: slice
@@ -141,7 +114,7 @@ def tiles(taps: Tensor, out: int, into: int, count: int, dilation: int = 1) -> t
     """Cuts a masked convolution by its output channels and leaves out zeros; the widest tile comes first.
 
     Args:
-        taps: boolean, shape ``(C, C, rows, columns)``: true where there is a tap between two channels.
+        taps: boolean, shape ``(C, C, rows, columns)``, true where there is a tap between two channels.
         out: number of output channels for each channel.
         into: number of input channels for each channel.
         count: number of tiles, at most :math:`C`.
@@ -172,6 +145,6 @@ def tiles(taps: Tensor, out: int, into: int, count: int, dilation: int = 1) -> t
 
 
 def _span(counts: Tensor) -> tuple[int, int]:
-    """The first index of a number that is not 0, and the one after the last."""
+    """The first index with a number other than 0, and the one after the last."""
     used = counts.nonzero().squeeze(-1).tolist()
     return used[0], used[-1] + 1

@@ -34,11 +34,7 @@ MONOTONE = {name: known for name, known in KNOWN.items() if known.steepest is no
 
 
 def monotone(name: str, activation: str) -> KnownActivation:
-    """The entry of ``MONOTONE``; ``name`` is the class or function that the caller sees.
-
-    Raises:
-        ValueError: for any other activation, since the map need not be invertible if one falls somewhere.
-    """
+    """The entry of ``MONOTONE``; ``name`` is the class that the caller sees."""
     if not isinstance(activation, str) or activation not in MONOTONE:
         raise ValueError(
             f"{name}: expected activation to be one of {sorted(MONOTONE)}, got {activation!r}; it must never fall, and "
@@ -79,7 +75,7 @@ class Weights(NamedTuple):
 
 
 class Convolutions(NamedTuple):
-    """Three masked convolutions without their weights: the activation after the first two, and the tiles of each."""
+    """Three masked convolutions without weights: the activation after the first two, and the tiles of each."""
 
     activation: KnownActivation
     tiles: tuple[tuple[Tile, ...], ...]
@@ -90,7 +86,7 @@ def convolutions(activation: KnownActivation, taps: Tensor, groups: int, dilatio
 
     Args:
         activation: after the first two.
-        taps: boolean, shape ``(C, C, rows, columns)``, true where there is a tap between two channels.
+        taps: as in :func:`~pyro_flows.transforms.mint.orders.tiles`.
         groups: number of hidden channels for each channel.
         dilation: distance of neighboring taps.
     """
@@ -153,14 +149,14 @@ def _convolve(tiles: Sequence[Tile], x: Tensor, weight: Tensor, bias: Tensor | N
 
 
 def _slopes(act: KnownActivation, hidden: Tensor, channels: int) -> Tensor:
-    """The activation's slopes where its values are ``hidden``, as ``(n, C, K, H * W)``; a new tensor."""
+    """The activation's slopes at the values ``hidden``, as ``(n, C, K, H * W)``; a new tensor."""
     slopes = act.slope(hidden)  # type: ignore[misc]  # known for every entry of MONOTONE
     rows, width, height, columns = hidden.shape
     return slopes.reshape(rows, channels, width // channels, height * columns)
 
 
 def _slope(act: KnownActivation, first: Tensor, second: Tensor, inner: Tensor, outer: Tensor) -> Tensor:
-    """The slope without :math:`t`, shape ``(n, C, 1, H * W)``, from the two hidden maps."""
+    """The slope without :math:`t`, shape ``(n, C, 1, H * W)``, from both hidden maps."""
     sums = inner @ _slopes(act, first, len(inner))
     return outer.unsqueeze(-2) @ (_slopes(act, second, len(inner)) * sums)
 
