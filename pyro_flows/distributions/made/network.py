@@ -245,14 +245,14 @@ class SharedNetwork(nn.Module):
         weights, biases = self._weights()
         bits = self.bits(member)
         x = features.flatten(-2)
-        out: Any = masked_network(
+        (out,) = masked_network(
             self.layout, x, self._first_bias(context, bits), weights, biases[1:], bits[: len(weights)]
         )
         if self.is_direct:
             plain = MaskedLayers((), frozenset(), (WHOLE,), None)
             none = self.direct.new_zeros(self.direct.shape[0])
             bias = none if self.mask_direct is None else _seen(self.mask_direct, bits[-1])
-            out = out + masked_network(plain, x, bias, [self.direct], [], bits[-1:])
+            out = out + masked_network(plain, x, bias, [self.direct], [], bits[-1:])[0]
         return out.unflatten(-1, (self.head.num_params, self.head.input_dim)).transpose(-1, -2)
 
     @torch.no_grad()
