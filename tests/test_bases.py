@@ -181,7 +181,7 @@ def test_mixture_says_that_it_has_no_reparameterised_draws():
     flow = pf.Flow(pf.maf(DIM, hidden_dims=(8,)), base=pf.GaussianMixture(DIM))
     assert not flow().has_rsample and flow.sample((5,)).shape == (5, DIM)
     for call in (flow.rsample, flow.rsample_and_log_prob, flow.base().rsample, flow.base().expand((2,)).rsample):
-        with pytest.raises(NotImplementedError, match=r"GaussianMixture: .*no reparameterised draws.*use .sample\(\)"):
+        with pytest.raises(NotImplementedError, match=r"GaussianMixture: .*no reparameterized draws.*use .sample\(\)"):
             call((5,))
 
 

@@ -3,7 +3,7 @@
 Nothing is keyed on a tensor that a user made.  Remembered are ``y -> (x, ladj)`` for a ``y`` that the forward map
 produced, so that scoring one's own sample costs nothing, and the ``ladj`` of an ``x`` that the inverse has returned, so
 that scoring data costs one pass.  A result holds only while grad mode, every parameter and buffer (identity, storage,
-layout, version, ``requires_grad``), and the number of optimiser steps taken in this process are what they were.
+layout, version, ``requires_grad``), and the number of optimizer steps taken in this process are what they were.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _steps = 0
 
 
 def _count_step(*args: Any) -> None:
-    # Fused optimisers and those that write to .data do not bump a parameter's version, but each calls this hook.
+    # Fused optimizers and those that write to .data do not bump a parameter's version, but each calls this hook.
     global _steps
     _steps += 1
 

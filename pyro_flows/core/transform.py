@@ -243,7 +243,7 @@ class FlowTransform(TransformModule):
         if own is None or not (own.is_meta or torch.equal(own.to(angles.device), angles)):
             raise ValueError(
                 f"{type(self).__name__} moves angles as numbers on a line, or takes other dimensions for angles than "
-                "its neighbours do, so the result would be no density; use ncsf, or Coupling(..., periodic=...) for all"
+                "its neighbors do, so the result would be no density; use ncsf, or Coupling(..., periodic=...) for all"
             )
         return angles
 

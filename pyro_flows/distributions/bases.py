@@ -72,7 +72,7 @@ class StudentT(nn.Module):
     r"""Independent Student's t, :math:`(x_i - \mu_i) e^{-r_i} \sim t_{\nu_i}`: tails that fall off as a power.
 
     The degrees of freedom :math:`\nu_i = \nu_{\min} + \log(1 + e^{a_i})` are one per dimension and stay above
-    :math:`\nu_{\min}`; at :math:`\nu > 1` there is a mean, at :math:`\nu > 2` a variance.  Draws are reparameterised,
+    :math:`\nu_{\min}`; at :math:`\nu > 1` there is a mean, at :math:`\nu > 2` a variance.  Draws are reparameterized,
     also with respect to :math:`\nu`.
 
     Args:
@@ -131,7 +131,7 @@ class StudentT(nn.Module):
 class _Mixture(dist.MixtureSameFamily):
     def rsample(self, sample_shape: Size | tuple[int, ...] = ()) -> Tensor:
         raise NotImplementedError(
-            "GaussianMixture: there are no reparameterised draws, because which component a draw comes from is "
+            "GaussianMixture: there are no reparameterized draws, because which component a draw comes from is "
             "discrete; use .sample(), fit by log_prob, or take a base such as DiagonalNormal"
         )
 
@@ -144,7 +144,7 @@ class GaussianMixture(nn.Module):
     diagonal ``exp(log_scale)``.  At first the weights are equal, :math:`\mu_k` is drawn by torch's random numbers from
     :math:`N(0, I/2)`, and :math:`S_k S_k^\top = I/2`: on average over the draw, mean 0 and covariance :math:`I`.
 
-    A density costs one evaluation of each component, a draw one draw of each.  There are no reparameterised draws, so
+    A density costs one evaluation of each component, a draw one draw of each.  There are no reparameterized draws, so
     ``rsample`` of a flow over this base raises an error, and a guide with it needs score-function gradients; it is for
     densities that are fitted to data.
 
@@ -264,7 +264,7 @@ class FixedBase(nn.Module):
         distribution: any distribution; its tensors follow ``.to()`` and its relatives.
 
     Raises:
-        ValueError: if one of its tensors asks for a gradient: that one would never be found by an optimiser.
+        ValueError: if one of its tensors asks for a gradient: that one would never be found by an optimizer.
     """
 
     def __init__(self, distribution: Distribution) -> None:

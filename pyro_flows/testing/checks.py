@@ -120,11 +120,11 @@ def _gradient(s: Subject) -> None:
     generator = torch.Generator().manual_seed(0)
     t, context = s.precise, s.few_contexts
     extra = [] if context is None else [context.clone().requires_grad_()]
-    learnt = [(name, p) for name, p in t.named_parameters() if p.requires_grad]
-    names = ["value", *["context"] * len(extra), *(name for name, _ in learnt)]
+    learned = [(name, p) for name, p in t.named_parameters() if p.requires_grad]
+    names = ["value", *["context"] * len(extra), *(name for name, _ in learned)]
     for side, way in enumerate(s.ways):
         run, other = (getattr(t, name) for name in (NAMES[side], NAMES[1 - side]))
-        inputs = [way.value.clone().requires_grad_(), *extra, *(p for _, p in learnt)]
+        inputs = [way.value.clone().requires_grad_(), *extra, *(p for _, p in learned)]
         by_out, by_ladj = _random_like(way.out, generator), _random_like(way.ladj, generator)
 
         def total() -> Tensor:
