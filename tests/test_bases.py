@@ -317,7 +317,7 @@ BAD = [
     (lambda: pf.StudentT(2, math.inf), "got df=inf"),
     (lambda: pf.StudentT(2, math.nan), "got df=nan"),
     (lambda: pf.StudentT(0), "positive integers"),
-    (lambda: pf.GaussianMixture((2, 3)), r"input_dim to be a positive integer, got \(2, 3\)"),
+    (lambda: pf.GaussianMixture((2, 3)), r"input_dim to be an integer >= 1, got \(2, 3\)"),
     (lambda: pf.GaussianMixture(0), "GaussianMixture: expected input_dim"),
     (lambda: pf.GaussianMixture(2, 0), "num_components to be an integer >= 1, got 0"),
     (lambda: pf.GaussianMixture(2, 2.0), "num_components"),

@@ -87,7 +87,7 @@ def _state(value: Tensor) -> tuple[Any, ...]:
 
 class _Entry(NamedTuple):
     x: TensorWeakRef | Tensor
-    y: TensorWeakRef | Tensor
+    y: TensorWeakRef
     ladj: Tensor
     states: tuple[Any, ...]
     storages: tuple[StorageWeakRef, StorageWeakRef]
@@ -144,10 +144,11 @@ class Memo:
         if made is None:
             self._forward = None
             return None
+        x = entry.x
         # A leaf that asks for its gradient asks for the inverse as a function of y, which a memory is not.
-        if made is not y or (y.requires_grad and y.is_leaf):
+        if made is not y or (y.requires_grad and y.is_leaf) or not isinstance(x, Tensor):
             return None
-        return (entry.x, entry.ladj) if entry.still_holds(module, entry.x, y) else None
+        return (x, entry.ladj) if entry.still_holds(module, x, y) else None
 
     def ladj(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor | None:
         """The forward map's ladj if ``(x, y)`` is one of the pairs just computed and nothing changed since."""

@@ -11,7 +11,7 @@ import torch
 from torch import Size, Tensor, nn
 from torch.distributions import Distribution, constraints
 
-from pyro_flows.core.checks import event_size
+from pyro_flows.core.checks import event_size, integer
 from pyro_flows.core.recipes import remembered
 from pyro_flows.core.wrap import map_tensors
 
@@ -24,12 +24,6 @@ def _hold(module: nn.Module, name: str, value: Tensor, learnable: bool) -> None:
         setattr(module, name, nn.Parameter(value))
     else:
         module.register_buffer(name, value, persistent=False)
-
-
-def _vector(module: nn.Module, input_dim: int) -> Size:
-    if isinstance(input_dim, bool) or not isinstance(input_dim, int) or input_dim < 1:
-        raise ValueError(f"{type(module).__name__}: expected input_dim to be a positive integer, got {input_dim!r}")
-    return Size((input_dim,))
 
 
 @remembered
@@ -129,7 +123,7 @@ class StudentT(nn.Module):
 
 
 class _Mixture(dist.MixtureSameFamily):
-    def rsample(self, sample_shape: Size | tuple[int, ...] = ()) -> Tensor:
+    def rsample(self, sample_shape: Size | list[int] | tuple[int, ...] = ()) -> Tensor:
         raise NotImplementedError(
             "GaussianMixture: there are no reparameterized draws, because which component a draw comes from is "
             "discrete; use .sample(), fit by log_prob, or take a base such as DiagonalNormal"
@@ -167,9 +161,8 @@ class GaussianMixture(nn.Module):
 
     def __init__(self, input_dim: int, num_components: int = 5, *, full_covariance: bool = False) -> None:
         super().__init__()
-        self.event_shape = _vector(self, input_dim)
-        if isinstance(num_components, bool) or not isinstance(num_components, int) or num_components < 1:
-            raise ValueError(f"GaussianMixture: expected num_components to be an integer >= 1, got {num_components!r}")
+        self.event_shape = Size((integer("GaussianMixture", "input_dim", input_dim),))
+        integer("GaussianMixture", "num_components", num_components)
         self.logits = nn.Parameter(torch.zeros(num_components))
         self.loc = nn.Parameter(torch.randn(num_components, input_dim) * math.sqrt(0.5))
         self.log_scale = nn.Parameter(torch.full((num_components, input_dim), math.log(0.5) / 2))
@@ -202,13 +195,13 @@ class _Circles(dist.Normal):
         shape = Size(batch_shape)
         return _Circles(self.loc.expand(shape), self.angle.expand(shape))
 
-    def rsample(self, sample_shape: Size | tuple[int, ...] = ()) -> Tensor:
+    def rsample(self, sample_shape: Size | list[int] | tuple[int, ...] = ()) -> Tensor:
         angles = (
             torch.rand(self._extended_shape(Size(sample_shape)), dtype=self.loc.dtype, device=self.loc.device) - 0.5
         )
         return torch.where(self.angle, angles * (2 * math.pi), super().rsample(sample_shape))
 
-    def sample(self, sample_shape: Size | tuple[int, ...] = ()) -> Tensor:
+    def sample(self, sample_shape: Size | list[int] | tuple[int, ...] = ()) -> Tensor:
         with torch.no_grad():
             return self.rsample(sample_shape)
 

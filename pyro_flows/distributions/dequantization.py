@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pyro
 import pyro.distributions as dist
@@ -72,9 +72,11 @@ class DequantizedDistribution(TorchDistribution):
         batch_shape: Size | None = None,
         validate_args: bool | None = None,
     ) -> None:
-        self.context, self._marks = extract_provenance(context)
+        found: Any
+        found, self._marks = extract_provenance(context)
+        self.context: Tensor | None = found
         self.model = model
-        own = Size() if context is None else self.context.shape[:-1]
+        own = Size() if context is None else found.shape[:-1]
         super().__init__(own if batch_shape is None else batch_shape, model.event_shape, validate_args=validate_args)
 
     @constraints.dependent_property
@@ -91,15 +93,16 @@ class DequantizedDistribution(TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Lower bound in nats of the log-mass of whole numbers, shape ``(*sample, *batch)``."""
-        value, marks = extract_provenance(value)
-        value = self.model.whole(value, self._validate_args)
+        given: Any
+        given, marks = extract_provenance(value)
+        value = self.model.whole(given, self._validate_args)
         dims = len(self.event_shape)
         batch = torch.broadcast_shapes(value.shape[: value.dim() - dims], self.batch_shape)
         scores = self.model._terms(value.expand(batch + self.event_shape), self.context)
         return track_provenance(torch.logsumexp(scores, 0) - math.log(len(scores)), marks | self._marks)
 
     @torch.no_grad()
-    def sample(self, sample_shape: Size | tuple[int, ...] = ()) -> Tensor:
+    def sample(self, sample_shape: Size | list[int] | tuple[int, ...] = ()) -> Tensor:
         """Draws, of 64-bit integers, shape ``(*sample, *batch, *event)``."""
         shape = Size(sample_shape)
         if self.context is None:
@@ -157,6 +160,8 @@ class Dequantized(nn.Module):
         al., 2019), section 3.1, arXiv:1902.00275.
     """
 
+    flow: Any  # a Flow, or another module with log_prob and, for draws, sample
+
     def __init__(
         self,
         flow: FlowTransform | nn.Module,
@@ -175,8 +180,8 @@ class Dequantized(nn.Module):
         self.seed, self.name = seed, name
         flow = Flow(flow).train(flow.training) if isinstance(flow, FlowTransform) else flow
         event = getattr(flow, "event_shape", None)
-        known = isinstance(flow, nn.Module) and isinstance(event, (tuple, list))
-        if not known or not callable(getattr(flow, "log_prob", None)):
+        known = isinstance(flow, nn.Module) and callable(getattr(flow, "log_prob", None))
+        if not known or not isinstance(event, (tuple, list)):
             raise TypeError(
                 "Dequantized: expected a Flow, or another module with log_prob and event_shape, got "
                 f"{type(flow).__name__}"
@@ -380,7 +385,7 @@ class Dequantized(nn.Module):
             raise ValueError(f"Dequantized: expected pixels of shape ({want}), got shape {tuple(value.shape)}")
         return value
 
-    def _uniform(self, numbers: Tensor) -> dist.Distribution:
+    def _uniform(self, numbers: Tensor) -> TorchDistribution:
         low = numbers.new_zeros(self.event_shape)
         return dist.Uniform(low, low + 1, validate_args=False).to_event(len(self.event_shape))
 

@@ -89,7 +89,7 @@ def _number(state: int) -> int:
 class _Logistic(dist.Logistic):
     """Standard logistic noise without the infinity that a uniform number of exactly 0 would give."""
 
-    def rsample(self, sample_shape: Size | tuple[int, ...] = ()) -> Tensor:
+    def rsample(self, sample_shape: Size | list[int] | tuple[int, ...] = ()) -> Tensor:
         drawn = self.loc.new_empty(self._extended_shape(Size(sample_shape))).uniform_()
         return self.icdf(drawn.clamp(min=torch.finfo(drawn.dtype).eps / 2))
 
@@ -175,8 +175,8 @@ class _Dense(nn.Module):
 
     def __init__(self, event_shape: Size, context_dim: int, hidden_dims: Sequence[int], activation: Activation) -> None:
         super().__init__()
-        options = {"hidden_dims": hidden_dims, "activation": activation, "zero_init": False}
-        self.net = MLP(event_shape.numel(), context_dim, **options)
+        size = event_shape.numel()
+        self.net = MLP(size, context_dim, hidden_dims=hidden_dims, activation=activation, zero_init=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.net(pixels.flatten(1)).squeeze(-1)
