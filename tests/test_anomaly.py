@@ -187,7 +187,7 @@ def test_hostile_rows():
         detector.bits("digits")
     with pytest.raises(ValueError, match="2 or more reference rows, got 1"):
         AnomalyDetector(deq, rows[:1])
-    with pytest.raises(ValueError, match="expected draws"):
+    with pytest.raises(ValueError, match="expected num_noise_samples"):
         AnomalyDetector(deq, rows, num_noise_samples=0)
     with pytest.raises(TypeError, match="a Dequantized, a Flow or a module with log_prob"):
         AnomalyDetector(dist.Normal(0.0, 1.0), rows)
