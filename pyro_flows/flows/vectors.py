@@ -112,7 +112,7 @@ def realnvp(
             each pair of layers) or boolean; the second moves those, and so on.
         residual: whether conditioners have residual blocks (paper: convolutional residual ones).
         activation: of the conditioners (paper: ReLU).
-        max_log_scale: bound of the smooth clip on log-scales (paper: tanh times a learnt scale).
+        max_log_scale: bound of the smooth clip on log-scales (paper: tanh times a learned scale).
         univariate: another family of scalar maps in place of the affine one.
 
     References:
@@ -178,7 +178,7 @@ def maf(
         univariate: another family of scalar maps in place of the affine one.
 
     The paper writes the same family from base to data, :math:`y_i = x_i e^{\alpha_i} + \mu_i`, and puts batch
-    normalisation between layers; here there is none.
+    normalization between layers; here there is none.
 
     References:
         Masked Autoregressive Flow for Density Estimation (Papamakarios et al., 2017), arXiv:1705.07057.
@@ -251,7 +251,7 @@ def nsf(
     With couplings, as by default, both directions cost ``num_layers`` passes of a dense network.  Autoregressive, as
     :func:`maf`: density costs ``num_layers`` passes of a masked network, and sampling as many sweeps of ``input_dim``
     steps, each weight used once.  Splines learn densities with several modes and sharp edges in few layers; they act on
-    :math:`[-B, B]` in each dimension, so data should be standardised.
+    :math:`[-B, B]` in each dimension, so data should be standardized.
 
     Args:
         input_dim: the number of dimensions, or an event shape.
@@ -262,7 +262,7 @@ def nsf(
             the module).
         bins: number of bins of each spline (paper: 8).
         bound: half the side :math:`B` of the square in which a spline bends (paper: 3).
-        boundary: ``"linear"``: beyond the square a spline goes on as a line with a slope that is learnt;
+        boundary: ``"linear"``: beyond the square a spline goes on as a line with a slope that is learned;
             ``"identity"``: it is the identity there, as in the paper.
         mask: of couplings, as for :func:`realnvp`.
         order: of autoregressive layers, as for :func:`maf`.

@@ -46,7 +46,7 @@ class _Sweep:
         *inner, head = weights[:-1] if self.structure.direct else weights
         # Views of the weights themselves, or copies with zeros in the masked places, refreshed at each run.
         self.inner = inner if self.structure.dense else [self.empty(*w.shape) for w in inner]
-        # Outputs by dimension, so that those of one step are neighbours; likewise refreshed.
+        # Outputs by dimension, so that those of one step are neighbors; likewise refreshed.
         self.head = self.empty(*head.shape)
         if self.structure.dense:
             self.calls.append(partial(self.by_dimension(self.head).copy_, self.by_parameter(head)))

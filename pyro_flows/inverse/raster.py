@@ -35,7 +35,7 @@ class Drawing(Protocol):
 class _Past:
     """One layer's inputs in a row, so that those that a location sees lie together in memory.
 
-    Columns at a distance of ``dilation`` are neighbours, with room for ``taps`` zeros before the first.  What is seen
+    Columns at a distance of ``dilation`` are neighbors, with room for ``taps`` zeros before the first.  What is seen
     at a column is then one block, which ends with the location itself as far as it is known.
     """
 

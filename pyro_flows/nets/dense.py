@@ -53,7 +53,7 @@ class MLP(nn.Module):
     """A dense conditioner: ``num_params`` numbers per output dimension from ``x`` and a context.
 
     Args:
-        input_dim: size of ``x``; 0 where the output depends on the context alone, or is a learnt constant.
+        input_dim: size of ``x``; 0 where the output depends on the context alone, or is a learned constant.
         output_dim: number of output dimensions.
         num_params: parameters per output dimension.
         hidden_dims: widths of the hidden layers; with ``residual`` one two-layer block for each entry, all equal.
@@ -89,7 +89,7 @@ class MLP(nn.Module):
         self.joins = frozenset(range(2, len(widths), 2) if residual else ())
         outputs = output_dim * num_params
         fan_in = input_dim + context_dim
-        if fan_in == 0:  # nothing to look at: a learnt constant
+        if fan_in == 0:  # nothing to look at: a learned constant
             self.constant = nn.Parameter(torch.zeros(outputs))
             return
         sizes = (fan_in, *widths, outputs)

@@ -117,7 +117,7 @@ class MaskedMLP(nn.Module):
         weights, biases, masks = self._names
         try:
             return [parameters[n] for n in weights], [parameters[n] for n in biases], [buffers[n] for n in masks]
-        except KeyError:  # some weight is reparameterised, and computed by its attribute
+        except KeyError:  # some weight is reparameterized, and computed by its attribute
             return [getattr(self, n) for n in weights], [getattr(self, n) for n in biases], [buffers[n] for n in masks]
 
     def output_parameters(self) -> list[Tensor]:

@@ -135,6 +135,8 @@ class Split(FlowTransform):
         half = Size((event[0] // 2, *event[1:]))
         if inner is not None:
             self._check(inner, half)
+            self.sampling_cost = total_cost(("1 pass", inner.sampling_cost))
+            self.density_cost = total_cost(("1 pass", inner.density_cost))
         self.inner = inner
         self.univariate = Affine(max_log_scale)
         self.net = ConvNet(
@@ -168,14 +170,6 @@ class Split(FlowTransform):
                 "Split: expected an inner flow of unconstrained numbers, got one of angles or of constrained ones; "
                 "put such parts outside"
             )
-
-    @property
-    def sampling_cost(self) -> str:
-        return "1 pass" if self.inner is None else total_cost(("1 pass", self.inner.sampling_cost))
-
-    @property
-    def density_cost(self) -> str:
-        return "1 pass" if self.inner is None else total_cost(("1 pass", self.inner.density_cost))
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         dims = len(self.event_shape)

@@ -67,7 +67,7 @@ class Spline(Univariate):
         bins: the number :math:`K` of bins, at least 2.
         bound: half the side :math:`B` of the square.
         boundary: what lies beyond it.  ``"linear"``: the spline goes on as a straight line with the slope of its last
-            knot, which is learnt; ``"identity"``: :math:`y = x`, as in the paper; ``"circular"``: inputs are angles,
+            knot, which is learned; ``"identity"``: :math:`y = x`, as in the paper; ``"circular"``: inputs are angles,
             taken modulo :math:`2\pi`, the bound is :math:`\pi`, both ends have one slope, and a rotation follows.
 
     Raises:

@@ -74,18 +74,18 @@ STARTS = ("pathfinder", "prior")
 _BUILT = itertools.count()
 
 
-def default_builder(dim: int) -> FlowTransform:
-    """The default flow of a guide with ``dim`` dimensions.
+def default_builder(input_dim: int) -> FlowTransform:
+    """The default flow of a guide with ``input_dim`` dimensions.
 
     Up to 64 dimensions: three small autoregressive layers that sample in one pass, in alternating order. Beyond: affine
     couplings between random halves, which cost less there. In one dimension: a spline.
     """
-    if dim == 1:
+    if input_dim == 1:
         return nsf(1, num_layers=1)
-    if dim <= 64:
-        # A far bound, because a funnel's log-scales follow another latent however far it goes.
-        return iaf(dim, num_layers=3, hidden_dims=(max(32, dim),) * 2, univariate=Affine(10.0, GAIN))
-    return realnvp(dim, num_layers=8, hidden_dims=(64, 64), mask="random", univariate=Affine(2.0, GAIN))
+    if input_dim <= 64:
+        # A far bound, because log-scales in a funnel follow another latent however far it goes.
+        return iaf(input_dim, num_layers=3, hidden_dims=(max(32, input_dim),) * 2, univariate=Affine(10.0, GAIN))
+    return realnvp(input_dim, num_layers=8, hidden_dims=(64, 64), mask="random", univariate=Affine(2.0, GAIN))
 
 
 def as_flow_of(builder: Builder, dim: int) -> FlowTransform:

@@ -119,7 +119,7 @@ class Mint(FlowTransform):
     min_slope: Tensor
     places: Tensor
     signs: Tensor
-    centre_signs: Tensor
+    center_signs: Tensor
     taps_0: Tensor
     taps_1: Tensor
     taps_2: Tensor
@@ -186,9 +186,9 @@ class Mint(FlowTransform):
         channels, groups = earlier.shape[0], self.num_groups
         middle = torch.zeros_like(earlier)
         middle[:, :, self.kernel[0] // 2, self.kernel[1] // 2] = torch.eye(channels, dtype=torch.bool)
-        free, centre = (each.flatten().nonzero().squeeze(-1) for each in (earlier, middle))
+        free, center = (each.flatten().nonzero().squeeze(-1) for each in (earlier, middle))
         self.convolutions = convolutions(monotone("Mint", self.activation), earlier | middle, groups, self.dilation)
-        self.register_buffer("places", torch.cat((free, centre)), persistent=False)
+        self.register_buffer("places", torch.cat((free, center)), persistent=False)
         area = math.prod(self.kernel) * channels
         sides = ((groups, 1), (groups, groups), (1, groups))
         std = [_GAIN * math.sqrt(2 / (area * (out + into))) for out, into in sides]
@@ -206,25 +206,25 @@ class Mint(FlowTransform):
         self.centres = nn.Parameter(widths * torch.randn(channels, groups, groups + 2))
         signs = 2.0 * torch.randint(0, 2, (2, channels, groups)) - 1
         self.register_buffer("signs", signs.to(self.centres.dtype))
-        self.register_buffer("centre_signs", self._centre_signs(), persistent=False)
+        self.register_buffer("center_signs", self._center_signs(), persistent=False)
 
-    def _centre_signs(self) -> Tensor:
+    def _center_signs(self) -> Tensor:
         """Free for the first and the third convolution, their product for the second."""
         into, out = self.signs
         return torch.cat((out[:, :, None] * into[:, None, :], into[:, :, None], out[:, :, None]), -1)
 
-    def _dense(self, taps: Tensor, centres: Tensor) -> Tensor:
+    def _dense(self, taps: Tensor, centers: Tensor) -> Tensor:
         """A convolution's weight from its free taps ``(F, out, in)`` and centers ``(C, out, in)``."""
         channels, (_, out, into) = self.event_shape[0], taps.shape
         table = taps.new_zeros(channels * channels * math.prod(self.kernel), out, into)
-        table = table.index_copy(0, self.places, torch.cat((taps, centres)))
+        table = table.index_copy(0, self.places, torch.cat((taps, centers)))
         blocks = table.view(channels, channels, *self.kernel, out, into).permute(0, 4, 1, 5, 2, 3)
         return blocks.reshape(channels * out, channels * into, *self.kernel)
 
     def _weights(self, context: Tensor | None, batch: Size) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Tensors that all rows share, and tensors with an entry for each row; see ``MintMap.split``."""
-        centres = self.centres.abs() * self.centre_signs
-        square, first, last = centres.split((self.num_groups, 1, 1), -1)
+        centers = self.centres.abs() * self.center_signs
+        square, first, last = centers.split((self.num_groups, 1, 1), -1)
         shared = (
             *(() if self.attention is None else self.attention.weights()),
             self._dense(self.taps_0, first),
@@ -327,7 +327,7 @@ class Mint(FlowTransform):
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
         with torch.no_grad():
-            self.centre_signs.copy_(self._centre_signs())
+            self.center_signs.copy_(self._center_signs())
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
