@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import count
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from torch import Tensor
 from pyro_flows.nets.activations import in_place, known_activations
 from pyro_flows.nets.structure import Structure, keep
 from pyro_flows.univariate import Affine, Shift, Spline
+from pyro_flows.univariate.base import Univariate
 
 __all__ = ["ForwardSweep", "ReverseSweep", "Solver", "columns_at_once", "named"]
 
@@ -35,10 +37,27 @@ def columns_at_once(n: int, rows: int, device: torch.device) -> int:
     return max(1, n) if n <= limit + limit // 2 else limit
 
 
+class Drawing(Protocol):
+    """Makes the values of a step from its parameters, and the rows of layer 0 that stand for them."""
+
+    shared: bool  # whether layer 0 is the values themselves
+
+    def draws(self, start: int, stop: int, z: Tensor, params: Tensor, x: Tensor, coded: Tensor) -> Calls:
+        """Calls that fill ``x`` and ``coded`` at ranks ``[start, stop)``, all feature-major."""
+
+
 class _Sweep:
     key: object = None
 
-    def __init__(self, solver: Solver, like: Tensor, weights: Sequence[Tensor]) -> None:
+    def __init__(
+        self,
+        solver: Solver[Univariate | Drawing],
+        like: Tensor,
+        columns: int,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor] = (),
+        own_bias: bool = False,
+    ) -> None:
         self.structure = solver.structure
         self.like = like
         self.nbytes = 0
@@ -53,6 +72,13 @@ class _Sweep:
         if self.structure.direct:
             self.direct = self.empty(*weights[-1].shape)
             self.calls.append(partial(self.by_dimension(self.direct).copy_, self.by_parameter(weights[-1])))
+        self._make(solver, columns, biases, own_bias)
+        del self.like
+
+    def _make(
+        self, solver: Solver[Univariate | Drawing], columns: int, biases: Sequence[Tensor], own_bias: bool
+    ) -> None:
+        raise NotImplementedError
 
     def empty(self, *shape: int) -> Tensor:
         made = self.like.new_empty(shape)
@@ -78,17 +104,10 @@ class _Sweep:
 class ForwardSweep(_Sweep):
     """Solves for ``x``: fills ``x``, ``ladj`` (per dimension) and ``tape``, each ``(rows, columns)``."""
 
-    def __init__(
-        self,
-        solver: Solver,
-        like: Tensor,
-        columns: int,
-        weights: Sequence[Tensor],
-        biases: Sequence[Tensor],
-        own_bias: bool,
+    def _make(
+        self, solver: Solver[Univariate | Drawing], columns: int, biases: Sequence[Tensor], own_bias: bool
     ) -> None:
-        super().__init__(solver, like, weights)
-        s = self.structure
+        s, family = self.structure, solver.univariate
         self.z, self.x = (self.empty(s.input_dim, columns) for _ in range(2))
         self.tape = self.empty(s.tape_rows, columns)
         params, self.ladj, hidden = self.tape.split((s.outputs, s.input_dim, sum(s.widths)))
@@ -103,20 +122,20 @@ class ForwardSweep(_Sweep):
             head_bias = self.empty(s.outputs, 1)
             self.calls.append(partial(self.by_dimension(head_bias).copy_, self.by_parameter(self.biases[-1])))
             self.biases[-1] = head_bias
-        own = s.features is not None and not solver.univariate.shared
-        inputs = self.empty(s.input_dim * s.features, columns) if own else self.x
+        inputs = self.x
+        if s.features is not None and not isinstance(family, Univariate) and not family.shared:
+            inputs = self.empty(s.input_dim * s.features, columns)
         self._bind(solver, params, [inputs, *pre], [inputs, *post], overwriting)
-        del self.like
 
     def _bind(
         self,
-        solver: Solver,
+        solver: Solver[Univariate | Drawing],
         params: Tensor,
         pre: list[Tensor],
         post: list[Tensor],
         overwriting: list[Callable[[Tensor], Tensor] | None],
     ) -> None:
-        s, calls = self.structure, self.calls
+        s, calls, family = self.structure, self.calls, solver.univariate
         count, feeding, width, last = s.before, s.feeding, s.num_params, len(s.widths)
         by_dimension = params.view(s.input_dim, width, -1)
 
@@ -179,11 +198,11 @@ class ForwardSweep(_Sweep):
                 if s.direct:
                     add(params, self.direct, post[0], width * d0, width * d1, seen, feeding[0][t])
                 given, made, x = self.z[d0:d1], by_dimension[d0:d1], self.x[d0:d1]
-                if s.features is None:
-                    calls += solver.univariate.solver(True, given, made.transpose(0, 1), x, self.ladj[d0:d1])
+                if isinstance(family, Univariate):
+                    calls += family.solver(True, given, made.transpose(0, 1), x, self.ladj[d0:d1])
                 else:
                     coded = post[0][feeding[0][t] : feeding[0][t + 1]]
-                    calls += solver.univariate.draws(d0, d1, given, made, x, coded)
+                    calls += family.draws(d0, d1, given, made, x, coded)
                 for layer in range(1, last + 1):
                     a, c = count[layer][t], count[layer][t + 1]
                     below = feeding[layer - 1]
@@ -205,8 +224,9 @@ class ForwardSweep(_Sweep):
 class ReverseSweep(_Sweep):
     """Solves the transposed problem: fills ``adjoint`` with the gradients after ``x``, the outputs and each layer."""
 
-    def __init__(self, solver: Solver, like: Tensor, columns: int, weights: Sequence[Tensor]) -> None:
-        super().__init__(solver, like, weights)
+    def _make(
+        self, solver: Solver[Univariate | Drawing], columns: int, biases: Sequence[Tensor], own_bias: bool
+    ) -> None:
         s = self.structure
         self.adjoint = self.empty(s.adjoint_rows, columns)
         self.x = self.adjoint[: s.input_dim]
@@ -214,7 +234,6 @@ class ReverseSweep(_Sweep):
         self.by_params = self.empty(s.input_dim, s.num_params, columns)
         self.slopes = [self.empty(width, columns) for width in s.widths]
         self._bind(s.rows(self.adjoint, s.input_dim + s.outputs))
-        del self.like
 
     def _bind(self, pre: list[Tensor]) -> None:
         s, calls = self.structure, self.calls
@@ -294,27 +313,28 @@ def _assign(target: Tensor, fn: Callable[[Tensor], Tensor], source: Tensor) -> N
 
 _numbers = count()
 
+_Kind = TypeVar("_Kind", bound=_Sweep)
+_Family = TypeVar("_Family", bound=Univariate | Drawing, covariant=True)
 
-_solvers: weakref.WeakValueDictionary[str, Solver] = weakref.WeakValueDictionary()
+_solvers: weakref.WeakValueDictionary[str, Solver[Any]] = weakref.WeakValueDictionary()
 
 
-class Solver:
+class Solver(Generic[_Family]):
     """What the engine knows of a network beside its weights; custom operators name it by its ``handle``.
 
     Args:
         structure: the steps and times of its units.
         activations: the elementwise functions after each hidden layer.
-        univariate: the family of scalar maps, with ``inverse``, ``solver`` and ``partials``; ``x`` is its inverse at
-            ``z``.
+        univariate: the family of scalar maps; ``x`` is its inverse at ``z``.  Or what draws ``x``.
     """
 
     def __init__(
-        self, structure: Structure, activations: Sequence[Callable[[Tensor], Tensor]], univariate: object
+        self, structure: Structure, activations: Sequence[Callable[[Tensor], Tensor]], univariate: _Family
     ) -> None:
         self.structure, self.activations, self.univariate = structure, tuple(activations), univariate
         self.handle = f"{self._digest()}-{next(_numbers)}"
         _solvers[self.handle] = self
-        self._idle: list[ForwardSweep | ReverseSweep] = []
+        self._idle: list[_Sweep] = []
 
     def _digest(self) -> str:
         """Stands for all that the gradient's formula depends on.
@@ -331,37 +351,43 @@ class Solver:
     def __reduce__(self) -> tuple[object, ...]:
         return Solver, (self.structure, self.activations, self.univariate)
 
-    def __deepcopy__(self, memo: dict[int, object]) -> Solver:
+    def __deepcopy__(self, memo: dict[int, object]) -> Solver[_Family]:
         return Solver(self.structure, self.activations, self.univariate)
 
     def borrow(
-        self, kind: type, like: Tensor, columns: int, weights: Sequence[Tensor], *options: Sequence[Tensor] | bool
-    ) -> ForwardSweep | ReverseSweep:
+        self,
+        kind: type[_Kind],
+        like: Tensor,
+        columns: int,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor] = (),
+        own_bias: bool = False,
+    ) -> _Kind:
         """A sweep with its buffers and views, an idle one if it fits; taken out, so that no two calls share one."""
         stream = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0
         # A sweep has views of biases, and unless it must mask them of weights: they are its own only where these are.
-        viewed = (*(weights if self.structure.dense else ()), *(b for given in options[:1] for b in given))
-        key = (kind, columns, options[1:], like.dtype, like.device, stream, *[v.data_ptr() for v in viewed])
+        viewed = (*(weights if self.structure.dense else ()), *biases)
+        key = (columns, own_bias, like.dtype, like.device, stream, *[v.data_ptr() for v in viewed])
         for k in range(len(self._idle) - 1, -1, -1):
             try:
                 sweep = self._idle.pop(k)
             except IndexError:  # another thread was faster
                 continue
-            if sweep.key == key:
+            if type(sweep) is kind and sweep.key == key:
                 return sweep
             self._idle.append(sweep)
         with torch.inference_mode(False):  # buffers made under inference mode could not be used outside of it
-            sweep = kind(self, like, columns, weights, *options)
-        sweep.key = key
-        return sweep
+            made = kind(self, like, columns, weights, biases, own_bias)
+        made.key = key
+        return made
 
-    def give_back(self, sweep: ForwardSweep | ReverseSweep) -> None:
+    def give_back(self, sweep: _Sweep) -> None:
         """Keeps a small sweep for the next call: making its views costs as much as a small solve."""
         if sweep.nbytes <= 2**25:
             self._idle.append(sweep)
             del self._idle[:-4]
 
 
-def named(handle: str) -> Solver:
+def named(handle: str) -> Solver[Univariate]:
     """The living solver of this handle."""
     return _solvers[handle]

@@ -58,7 +58,7 @@ class _Past:
 def _blocks(layer: ConvLayer) -> list[Tensor]:
     """The second stack's weight for each group, ``(channels of the group, taps * inputs + seen inputs)``."""
     parts = [layer.left_bias.new_empty(len(layer.left_bias), 0)]
-    if layer.taps:
+    if layer.left_weight is not None:
         parts.append(layer.left_weight.transpose(1, 2).flatten(1))
     if layer.here_weight is not None:
         parts.append(layer.here_weight)
@@ -92,7 +92,7 @@ class RasterSweep:
         channels, height, width = net.shape
         layers = net.layers
         self.out_base = bias.view(channels, height, width, -1, 1).permute(1, 2, 0, 3, 4)  # (H, W, C, num_params, 1)
-        if context is not None:
+        if context is not None and net.out_context is not None:
             self.out_base = self.out_base + net.out_context @ context.T
         self.params = bias.new_empty(width, channels, net.num_params, n)
         self.x = bias.new_empty(height, width, channels, n)
@@ -147,13 +147,12 @@ class RasterSweep:
         for k, layer in enumerate(self.net.layers):
             offset = self.above_offsets[k]
             made = layer.above_row(self.rows[k], offset)
-            if k == 0:
-                stream = offset[..., None].expand(self.n, -1, self.net.shape[2]) if made is None else made
-                if self.above_positions is not None:
-                    rows = self.above_positions
-                    stream = stream + rows[:, min(row, rows.shape[1] - 1)]
-            else:
-                stream = stream + made
+            if made is None:
+                made = offset[..., None].expand(self.n, -1, self.net.shape[2])
+            if k == 0 and self.above_positions is not None:
+                rows = self.above_positions
+                made = made + rows[:, min(row, rows.shape[1] - 1)]
+            stream = made if stream is None else stream + made
             post = self.net.activations[k](stream)
             if k + 1 < len(self.rows):
                 self.rows[k + 1].append(post)

@@ -27,13 +27,14 @@ from pyro_flows.core.modes import beyond_rules, full_precision, plain_eager
 from pyro_flows.inverse.buffers import ForwardSweep, ReverseSweep, Solver, columns_at_once, named
 from pyro_flows.nets.activations import slope
 from pyro_flows.nets.structure import weight_gradient
+from pyro_flows.univariate.base import Univariate
 
 __all__ = ["solve"]
 
 
 @full_precision  # half precision would be no inverse
 def solve(
-    solver: Solver,
+    solver: Solver[Univariate],
     z: Tensor,
     first_bias: Tensor,
     weights: Sequence[Tensor],
@@ -86,9 +87,9 @@ def solve(
 def _solve(
     z: Tensor,
     first_bias: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor],
-    masks: list[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    masks: Sequence[Tensor],
     handle: str,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -150,7 +151,7 @@ def _groups(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list
     return list(tensors[:layers]), list(tensors[layers : 2 * layers - 1]), list(tensors[2 * layers - 1 :])
 
 
-def _setup(ctx: object, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
     z, first_bias, weights, biases, masks, handle, _ = inputs
     ctx.solver = named(handle)  # which may have no other holder by the time of the gradient
     ctx.save_for_backward(z, first_bias, output[0], output[2], *weights, *biases, *masks)
@@ -160,7 +161,7 @@ def _setup(ctx: object, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) ->
 def _gradient(
     ctx: Any, grad_x: Tensor | None, grad_ladj: Tensor | None, none: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    solver: Solver = ctx.solver
+    solver: Solver[Univariate] = ctx.solver
     # Asked for once, because torch.utils.checkpoint gives them once.
     z, first_bias, x, tape, *tensors = ctx.saved_tensors
     if tape.shape[0] == 0:  # whoever called the operator saw no need of a gradient
@@ -178,7 +179,7 @@ def _gradient(
     return _first_order(*inputs, by_weights=not plain_eager() or any(t.requires_grad for t in tensors))
 
 
-def _gradient_op(ctx: object, *cotangents: Tensor | None) -> tuple:
+def _gradient_op(ctx: Any, *cotangents: Tensor | None) -> tuple:
     dz, dbias, *rest = _gradient(ctx, *cotangents)
     layers = (len(rest) + 1) // 2
     return dz, dbias, rest[:layers], rest[layers:], [None] * layers, None, None
@@ -193,7 +194,7 @@ class _Solve(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
         handle, z, first_bias, *tensors = inputs
         if not plain_eager():
             return torch.ops.pyro_flows.solve(z, first_bias, *_groups(tensors), handle, True)
@@ -201,13 +202,13 @@ class _Solve(torch.autograd.Function):
             return _solve(z, first_bias, *_groups(tensors), handle, True)
 
     @staticmethod
-    def setup_context(ctx: object, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
         handle, z, first_bias, *tensors = inputs
         _setup(ctx, (z, first_bias, *_groups(tensors), handle, True), output)
         ctx.mark_non_differentiable(output[2])
 
     @staticmethod
-    def backward(ctx: object, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         grads = _gradient(ctx, *cotangents)
         return None, *grads, *[None] * (len(grads) // 2)
 
@@ -262,17 +263,17 @@ class _Gradient(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*inputs: Tensor) -> tuple[Tensor, ...]:
+    def forward(*inputs: Any) -> tuple[Tensor | None, ...]:
         return _first_order(*inputs)
 
     @staticmethod
-    def setup_context(ctx: object, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor | None, ...]) -> None:
         handle, grad_x, grad_ladj, _, _, *tensors = inputs
         ctx.solver = named(handle)
         ctx.save_for_backward(grad_x, grad_ladj, *tensors)
 
     @staticmethod
-    def backward(ctx: object, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         grad_x, grad_ladj, z, first_bias, *tensors = ctx.saved_tensors
         weights, biases, masks = _groups(tensors)
         by_passes = partial(_by_passes, ctx.solver, masks)
@@ -286,7 +287,7 @@ class _Gradient(torch.autograd.Function):
 
 
 def _by_passes(
-    solver: Solver, masks: Sequence[Tensor], z: Tensor, first_bias: Tensor, *matrices: Tensor
+    solver: Solver[Univariate], masks: Sequence[Tensor], z: Tensor, first_bias: Tensor, *matrices: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The same solution by one full pass for each step: slow, and differentiable any number of times."""
     structure = solver.structure
@@ -309,9 +310,9 @@ def _sweep_back(
     grad_x: Tensor,
     by_params: Tensor,
     ladj_by_params: Tensor,
-    slopes: list[Tensor],
-    weights: list[Tensor],
-    masks: list[Tensor],
+    slopes: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    masks: Sequence[Tensor],
     handle: str,
 ) -> Tensor:
     solver = named(handle)
@@ -369,7 +370,7 @@ def _rows(value: Tensor, dim: int | None, size: int, axis: int) -> Tensor:
 
 
 def _one_by_one(op: Callable[..., object], size: int, in_dims: Sequence, args: Sequence) -> list:
-    def pick(value: object, dim: object, k: int) -> object:
+    def pick(value: Any, dim: Any, k: int) -> Any:
         if isinstance(value, (list, tuple)):
             return [pick(v, d, k) for v, d in zip(value, dim, strict=True)]
         return value.select(dim, k) if isinstance(value, Tensor) and dim is not None else value
@@ -382,7 +383,7 @@ def _batched(dims: object) -> bool:
 
 
 @_solve_op.register_vmap
-def _(info: object, in_dims: tuple, *args: object) -> tuple:
+def _(info: Any, in_dims: tuple, *args: Any) -> tuple:
     z, first_bias, *others = args
     size = info.batch_size
     if any(_batched(dims) for dims in in_dims[2:]):
@@ -401,7 +402,7 @@ def _(info: object, in_dims: tuple, *args: object) -> tuple:
 
 
 @_sweep_back_op.register_vmap
-def _(info: object, in_dims: tuple, *args: object) -> tuple[Tensor, int]:
+def _(info: Any, in_dims: tuple, *args: Any) -> tuple[Tensor, int]:
     grad_x, by_params, ladj_by_params, slopes, *others = args
     size = info.batch_size
     if any(_batched(dims) for dims in in_dims[4:]):
