@@ -144,8 +144,7 @@ def glow(
         event_shape: ``(C, H, W)`` or ``(C, T)``.
         context_dim: size of the context, 0 for none; couplings and splits see it.
         num_scales: number of scales, each with a squeeze; by default as many as leave the coarsest scale a side of 4 or
-            more, and at least two where sides allow it: 2 for 8 x 8 and 28 x 28, and 3 for 32 x 32 (paper's :math:`L`:
-                3).
+            more, and at least two where sides allow it: 2 for 8 x 8 and 28 x 28, and 3 for 32 x 32 (paper: 3).
         num_layers: number of layers of each scale (paper: :math:`K = 32`, and 48 for ImageNet).
         hidden_channels: width of the networks (paper: 512).
         num_blocks: residual blocks of each network (paper: three convolutions, of 3, 1 and 3, without residual blocks).

@@ -113,6 +113,11 @@ class MaskedMLP(nn.Module):
         except KeyError:  # some weight is reparameterised, and computed by its attribute
             return [getattr(self, n) for n in weights], [getattr(self, n) for n in biases], [buffers[n] for n in masks]
 
+    def output_parameters(self) -> list[Tensor]:
+        """The weight and the bias of the last layer."""
+        weights, biases, _ = self.tensors()
+        return [weights[-1], biases[-1]]
+
     def to_ranks(self, x: Tensor) -> Tensor:
         """The last axis of ``x`` in autoregressive order: rank 0 first."""
         if self.degrees.kind == "identity":

@@ -107,9 +107,8 @@ def speeds_of(flow: Flow) -> dict[int, float]:
     layers: list[Any] = list(flow.modules())
     for layer in layers:
         gain = getattr(getattr(layer, "univariate", None), "gain", 1.0)
-        tensors = None if gain == 1 else layer.net.tensors()
-        if tensors is not None:
-            speeds.update({id(each[-1]): 1 / gain for each in tensors[:2]})
+        if gain != 1:
+            speeds |= {id(parameter): 1 / gain for parameter in layer.net.output_parameters()}
     return speeds
 
 
