@@ -1,8 +1,8 @@
 """The buffers of one sweep through a triangular network, and the solver that owns them.
 
-Buffers are feature-major, ``(features, columns)``, with units sorted by time, so that "all units of time at most t" is
-a contiguous slice of rows and every product works in place on views.  The views, not the arithmetic, are what costs in
-a small problem; a sweep therefore binds them once, as a list of calls, and can run many times.
+Buffers are feature-major, ``(features, columns)``, with units sorted by time: all units up to a time are one slice of
+rows.  Making these views costs a small problem more than its arithmetic, so a sweep makes them once, as a list of
+calls, and runs many times.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from pyro_flows.univariate.base import Univariate
 
 __all__ = ["ForwardSweep", "ReverseSweep", "Solver", "columns_at_once", "named"]
 
-# What is defined here has the same mathematics in every process; anything else may change behind an unchanged name.
+# These have the same mathematics in every process; a user's class may change behind its name.
 _OURS = {Affine, Shift, Spline}
 
 Calls = list[Callable[[], object]]
 
 
 def columns_at_once(n: int, rows: int, device: torch.device) -> int:
-    """How many samples one sweep takes: what stays in a processor's cache, or in a bounded part of a GPU's memory."""
+    """The number of samples that one sweep takes: as fit a processor's cache, or a bounded part of a GPU's memory."""
     limit = 1024 if device.type == "cpu" else max(1024, 2**27 // rows)
     return max(1, n) if n <= limit + limit // 2 else limit
 
 
 class Drawing(Protocol):
-    """Makes the values of a step from its parameters, and the rows of layer 0 that stand for them."""
+    """Makes the values of a step from its parameters, and the rows of layer 0 that code them."""
 
     shared: bool  # whether layer 0 is the values themselves
 
@@ -63,9 +63,9 @@ class _Sweep:
         self.nbytes = 0
         self.calls: Calls = []
         *inner, head = weights[:-1] if self.structure.direct else weights
-        # Views of the weights themselves, or copies with zeros in the masked places, refreshed at each run.
+        # Views of the weights, or copies with zeros in masked places, refreshed at each run.
         self.inner = inner if self.structure.dense else [self.empty(*w.shape) for w in inner]
-        # Outputs by dimension, so that those of one step are neighbours; likewise refreshed.
+        # Outputs by dimension, so that one step's are neighbors; refreshed too.
         self.head = self.empty(*head.shape)
         if self.structure.dense:
             self.calls.append(partial(self.by_dimension(self.head).copy_, self.by_parameter(head)))
@@ -86,11 +86,11 @@ class _Sweep:
         return made
 
     def by_dimension(self, rows: Tensor) -> Tensor:
-        """Rows of outputs as stored here, shape ``(input_dim, num_params, ...)``."""
+        """Views rows of outputs as stored here, shape ``(input_dim, num_params, ...)``."""
         return rows.view(self.structure.input_dim, self.structure.num_params, *rows.shape[1:])
 
     def by_parameter(self, rows: Tensor) -> Tensor:
-        """Rows of outputs as in the weights, in the same shape."""
+        """Views rows of outputs as in the weights, in the same shape."""
         return rows.unflatten(0, (self.structure.num_params, self.structure.input_dim)).transpose(0, 1)
 
     def load_weights(self, weights: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
@@ -114,7 +114,7 @@ class ForwardSweep(_Sweep):
         pre = s.rows(hidden, 0)
         overwriting = [in_place(act) if s.in_place(act) else None for act in solver.activations]
         post = [p if held else self.empty(*p.shape) for p, held in zip(pre, overwriting, strict=True)]
-        # Biases as columns, the first one's with a column per sample if the context says so.
+        # Biases as columns; with a context the first has one per sample.
         sizes = [*s.widths, s.outputs]
         self.first = self.empty(sizes[0], columns if own_bias else 1)
         self.biases = [self.first, *(bias[:, None] for bias in biases)]
@@ -222,7 +222,7 @@ class ForwardSweep(_Sweep):
 
 
 class ReverseSweep(_Sweep):
-    """Solves the transposed problem: fills ``adjoint`` with the gradients after ``x``, the outputs and each layer."""
+    """Solves the transposed problem: fills ``adjoint`` with gradients with respect to ``x``, outputs and layers."""
 
     def _make(
         self, solver: Solver[Univariate | Drawing], columns: int, biases: Sequence[Tensor], own_bias: bool
@@ -239,16 +239,16 @@ class ReverseSweep(_Sweep):
         s, calls = self.structure, self.calls
         count, width, last = s.before, s.num_params, len(s.widths)
         by_dimension = self.params.view(s.input_dim, width, -1)
-        # above[l]: gradients of what layer l feeds (layer 0 is x), and the transposed weights in between.
+        # above[l]: gradients of what layer l feeds (layer 0 is x).
         above = [*pre, self.params]
         weights = [w.T for w in (*self.inner, self.head)]
 
         def from_step(layer: int, t: int) -> int:
-            """First row of ``above[layer]`` that a unit of time t (an input of step t - 1) feeds."""
+            """The first row of ``above[layer]`` that a unit of time t (an input of step t - 1) feeds."""
             return width * count[0][t] if layer == last else count[layer + 1][t - 1]
 
         def later(layer: int, end: int) -> int:
-            """First row of ``above[layer]`` that later blocks have already done."""
+            """The first row of ``above[layer]`` that later blocks have done."""
             return width * count[0][end] if layer == last else count[layer + 1][end]
 
         def gather(layer: int, target: Tensor, a: int, c: int, lo: int, hi: int, fresh: bool) -> None:
@@ -296,7 +296,7 @@ class ReverseSweep(_Sweep):
         weights: Sequence[Tensor],
         masks: Sequence[Tensor],
     ) -> None:
-        """Everything feature-major except ``grad_x``, shape ``(columns, input_dim)``; parameters are the first axis."""
+        """All is feature-major except ``grad_x``, shape ``(columns, input_dim)``; parameters are the first axis."""
         self.x.copy_(grad_x.T)
         self.by_params.copy_(by_params.transpose(0, 1))
         self.params.view(self.by_params.shape).copy_(ladj_by_params.transpose(0, 1))
@@ -320,12 +320,12 @@ _solvers: weakref.WeakValueDictionary[str, Solver[Any]] = weakref.WeakValueDicti
 
 
 class Solver(Generic[_Family]):
-    """What the engine knows of a network beside its weights; custom operators name it by its ``handle``.
+    """A network without its weights; custom operators name it by its ``handle``.
 
     Args:
         structure: the steps and times of its units.
         activations: the elementwise functions after each hidden layer.
-        univariate: the family of scalar maps; ``x`` is its inverse at ``z``.  Or what draws ``x``.
+        univariate: the family of scalar maps, whose inverse at ``z`` is ``x``; or what draws ``x``.
     """
 
     def __init__(
@@ -337,10 +337,9 @@ class Solver(Generic[_Family]):
         self._idle: list[_Sweep] = []
 
     def _digest(self) -> str:
-        """Stands for all that the gradient's formula depends on.
+        """A digest of all that the gradient's formula depends on.
 
-        Compiled graphs name a solver by its handle, and compilers keep graphs on disk: equal names must mean equal
-        mathematics, in whatever process.
+        Compiled graphs on disk name a solver by its handle: equal names must mean equal mathematics in every process.
         """
         s = self.structure
         own = type(self.univariate) in _OURS and known_activations().issuperset(self.activations)
@@ -363,20 +362,20 @@ class Solver(Generic[_Family]):
         biases: Sequence[Tensor] = (),
         own_bias: bool = False,
     ) -> _Kind:
-        """A sweep with its buffers and views, an idle one if it fits; taken out, so that no two calls share one."""
+        """Takes out an idle sweep that fits, or makes one; no two calls share one."""
         stream = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0
-        # A sweep has views of biases, and unless it must mask them of weights: they are its own only where these are.
+        # A sweep views biases, and weights unless it masks them: it fits these tensors alone.
         viewed = (*(weights if self.structure.dense else ()), *biases)
         key = (columns, own_bias, like.dtype, like.device, stream, *[v.data_ptr() for v in viewed])
         for k in range(len(self._idle) - 1, -1, -1):
             try:
                 sweep = self._idle.pop(k)
-            except IndexError:  # another thread was faster
+            except IndexError:  # taken by another thread
                 continue
             if type(sweep) is kind and sweep.key == key:
                 return sweep
             self._idle.append(sweep)
-        with torch.inference_mode(False):  # buffers made under inference mode could not be used outside of it
+        with torch.inference_mode(False):  # else unusable outside of it
             made = kind(self, like, columns, weights, biases, own_bias)
         made.key = key
         return made

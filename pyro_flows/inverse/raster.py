@@ -1,4 +1,4 @@
-"""Draws in raster order: every layer's values at a location once, when all before it is known."""
+"""Draws in raster order: computes every layer's values at a location once, when all before it is known."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from pyro_flows.nets.masked_convolutional import ConvLayer, Stacks
 
 __all__ = ["RasterSweep", "rows_at_once"]
 
-ROOM, MORE_ROOM = 2**26, 2**28  # numbers that one sweep may hold, on a processor and elsewhere
+ROOM, MORE_ROOM = 2**26, 2**28  # numbers that a sweep may hold, on a processor and elsewhere
 
 
 def rows_at_once(net: Stacks, device: torch.device) -> int:
-    """How many draws one sweep takes."""
+    """The number of draws that one sweep takes."""
     return max(16, (ROOM if device.type == "cpu" else MORE_ROOM) // net.numbers_per_draw)
 
 
 class Drawing(Protocol):
-    """What makes values from parameters: a head of MADE's, or a scalar map that solves for them."""
+    """Makes values from parameters: a head of MADE, or a scalar map that is solved."""
 
     num_features: int
 
@@ -35,8 +35,8 @@ class Drawing(Protocol):
 class _Past:
     """One layer's inputs in a row, so that those that a location sees lie together in memory.
 
-    Columns at a distance of ``dilation`` are neighbours, with room for ``taps`` zeros before the first.  What is seen
-    at a column is then one block, which ends with the location itself as far as it is known.
+    Columns ``dilation`` apart are neighbors, with room for ``taps`` zeros before the first: one block ends with the
+    location, as far as it is known.
     """
 
     def __init__(self, layer: ConvLayer, width: int, n: int, like: Tensor) -> None:
@@ -45,12 +45,12 @@ class _Past:
         self.memory = like.new_zeros(self.dilation, slots * self.inputs, n)
 
     def seen(self, column: int, group: int) -> Tensor:
-        """Shape ``(taps * inputs + seen inputs, n)``, a view."""
+        """A view of shape ``(taps * inputs + seen inputs, n)``."""
         slot, phase = divmod(column, self.dilation)
         return self.memory[phase, slot * self.inputs :][: self.taps * self.inputs + self.groups.seen[group]]
 
     def here(self, column: int) -> Tensor:
-        """All inputs at a column, shape ``(inputs, n)``, a view."""
+        """A view of all inputs at a column, shape ``(inputs, n)``."""
         slot, phase = divmod(column, self.dilation)
         return self.memory[phase, (slot + self.taps) * self.inputs :][: self.inputs]
 
@@ -69,21 +69,21 @@ def _blocks(layer: ConvLayer) -> list[Tensor]:
 
 
 def _columns(offset: Tensor) -> Tensor:
-    """A bias ``(channels,)`` or ``(n, channels)`` as ``(channels, 1, n or 1)``: a row's columns come between."""
+    """A bias ``(channels,)`` or ``(n, channels)`` as ``(channels, 1, n or 1)``."""
     return offset.T.unsqueeze(1) if offset.dim() == 2 else offset[:, None, None]
 
 
 class RasterSweep:
-    """``n`` draws at a time, feature-major, so that what a location sees is one block of memory.
+    """Draws ``n`` events at a time, feature-major, so that the inputs of a location are one block of memory.
 
-    The first stack is computed row by row, the second location by location and channel by channel: each weight is
-    used once per location, as in one full pass.
+    The first stack goes row by row, the second location by location and channel by channel; each weight is used once
+    per location, as in one full pass.
 
     Args:
         net: the network.
         head: says how to draw.
         bias: of the outputs, shape ``(C * H * W, num_params)``.
-        n: how many draws.
+        n: the number of draws.
         context: ``None`` or ``(n, context_dim)``.
     """
 
@@ -105,7 +105,7 @@ class RasterSweep:
         if net.two:
             self.above_offsets = [layer.above_offset(context) for layer in layers]
             self.above_positions = net.positions(0)
-            # As many rows as a layer looks back; for the first layer the row at hand is not among them.
+            # The rows that a layer looks back; the first layer's own row is not among them.
             spans = [1 + (layer.kernel[0] - 1) * layer.dilation for layer in layers]
             self.rows = [deque[Tensor](maxlen=span) for span in spans]
         self.steps = self._steps()
@@ -121,7 +121,7 @@ class RasterSweep:
         ]
 
     def _step(self, column: int, group: int, weights: list[Tensor], out_weight: Tensor) -> Callable[[], None]:
-        """What adds to the parameters of one channel of a column all that the network has to say."""
+        """Adds the network's outputs to the parameters of one channel of a column."""
         start, stop = self.net.layers[0].groups.own[group : group + 2]
         jobs = []
         for k, activation in enumerate(self.net.activations):
@@ -142,7 +142,7 @@ class RasterSweep:
         return run
 
     def _above(self, row: int) -> None:
-        """The first stack at this row, and what the second takes from it."""
+        """Computes the first stack at this row, and its links to the second."""
         stream: Tensor | None = None
         for k, layer in enumerate(self.net.layers):
             offset = self.above_offsets[k]
@@ -166,8 +166,8 @@ class RasterSweep:
             self.base[0] += rows[:, min(row, rows.shape[1] - 1), :, None]
 
     def run(self, given: Tensor | None = None) -> Tensor:
-        """Draws, shape ``(n, C, H, W)``, from uniform noise or from what is given in its place, of the same shape."""
-        if given is not None:  # what solves may write into it
+        """Draws, shape ``(n, C, H, W)``, from uniform noise or from ``given``, of the same shape."""
+        if given is not None:  # solves may write into it
             given = given.permute(2, 3, 1, 0).clone(memory_format=torch.contiguous_format)
         _, height, width = self.net.shape
         features = self.head.num_features

@@ -1,15 +1,14 @@
 r"""The exact inverse of an autoregressive map, in which each weight of its network is used once, and its gradient.
 
 Given ``z`` and a masked network whose outputs for dimension :math:`i` depend on :math:`x_{<i}`, the engine solves
-:math:`x_i = g(z_i, \mathrm{params}_i(x_{<i}))` for all :math:`i`.  Done naively this takes ``input_dim`` passes through
-the network.  Here inputs, hidden units and outputs are sorted by the step at which they become computable, so that the
-weights are block lower triangular; the engine goes through the steps once and computes each unit as soon as it can, in
-place, in feature-major buffers.  Steps are taken in blocks: one matrix product per layer for all that comes from
-earlier blocks, small ones inside.  The gradient goes through the same steps backwards, again with each weight once.
+:math:`x_i = g(z_i, \mathrm{params}_i(x_{<i}))` for all :math:`i`.  Inputs, units and outputs are sorted by the step at
+which they become computable, so the weights are block lower triangular.  One sweep computes each unit as soon as it
+can, in place; the gradient goes backwards through the same steps.  Blocks of steps share one matrix product per layer
+for all that comes from earlier blocks.
 
-:func:`solve` is the entry point.  Its two kernels are ``torch.library`` custom operators, so that it compiles, batches
-under ``torch.func`` and differentiates; second derivatives take the plain way through the network, one pass per step,
-and so does what the kernels have no rule for: forward mode, ``is_grads_batched``, ``torch.func`` inside a compiler.
+:func:`solve` is the entry point.  Its two kernels are ``torch.library`` custom operators: it compiles, batches under
+``torch.func`` and differentiates.  Second derivatives, forward mode, ``is_grads_batched`` and ``torch.func`` inside a
+compiler take one full pass of the network per step.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from pyro_flows.univariate.base import Univariate
 __all__ = ["solve"]
 
 
-@full_precision  # half precision would be no inverse
+@full_precision  # half precision would give no inverse
 def solve(
     solver: Solver[Univariate],
     z: Tensor,
@@ -43,19 +42,19 @@ def solve(
 ) -> tuple[Tensor, Tensor]:
     """Solves for ``x``, everything by rank; exact, and differentiable in all tensors.
 
-    Costs about one dense pass of the network and as much sequential work as there are steps; memory does not grow with
-    the number of steps.  The gradient costs about one backward pass.
+    Costs about one dense pass of the network, with as many sequential steps as the structure has; memory does not grow
+    with their number.  The gradient costs about one backward pass.
 
     Args:
         solver: the static description.
         z: shape ``(*batch, input_dim)``.
-        first_bias: bias of the first layer, context included, shape ``(*batch, width)`` or broadcasting to it.
-        weights: one matrix per layer; what stands in masked places is never used.
-        biases: those of the layers after the first.
-        masks: one for each weight, an integer of its element's size with all bits set where the weight counts.
+        first_bias: the first layer's bias with the context, shape ``(*batch, width)`` or broadcasting to it.
+        weights: one matrix per layer; values in masked places are not used.
+        biases: of the layers after the first.
+        masks: one per weight, an integer of its element's size with all bits set where the weight counts.
 
     Returns:
-        ``x`` with the shape of ``z`` and the log-determinant of ``z -> x``, shape ``(*batch,)``.
+        ``x`` with the shape of ``z``, and the log-determinant of ``z -> x``, shape ``(*batch,)``.
     """
     first_bias = first_bias.to(z.dtype)
     batch = z.shape[:-1]
@@ -71,11 +70,11 @@ def solve(
         if keep:
             x, ladj, _ = _apply_plainly(solver.handle, flat, bias, *weights, *biases, *masks)
         else:
-            with torch._C._AutoDispatchBelowAutograd():  # nothing to record, so spare every small call the look
+            with torch._C._AutoDispatchBelowAutograd():  # nothing to record: spares each small call a look
                 x, ladj, _ = _solve(flat, bias, weights, biases, masks, solver.handle, False)
     elif beyond_rules():
         x, ladj = _by_passes(solver, masks, flat, bias, *weights, *biases)
-    elif torch._C._are_functorch_transforms_active():  # which may ask for a gradient though no tensor does
+    elif torch._C._are_functorch_transforms_active():  # a gradient may be wanted though no tensor says so
         x, ladj, _ = _Solve.apply(solver.handle, flat, bias, *weights, *biases, *masks)
     else:
         groups = (list(weights), list(biases), list(masks))
@@ -153,7 +152,7 @@ def _groups(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list
 
 def _setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
     z, first_bias, weights, biases, masks, handle, _ = inputs
-    ctx.solver = named(handle)  # which may have no other holder by the time of the gradient
+    ctx.solver = named(handle)  # lives as long as the graph
     ctx.save_for_backward(z, first_bias, output[0], output[2], *weights, *biases, *masks)
 
 
@@ -162,19 +161,19 @@ def _gradient(
     ctx: Any, grad_x: Tensor | None, grad_ladj: Tensor | None, none: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     solver: Solver[Univariate] = ctx.solver
-    # Asked for once, because torch.utils.checkpoint gives them once.
+    # torch.utils.checkpoint gives saved tensors once.
     z, first_bias, x, tape, *tensors = ctx.saved_tensors
-    if tape.shape[0] == 0:  # whoever called the operator saw no need of a gradient
+    if tape.shape[0] == 0:  # the operator was called without keep
         tape = torch.ops.pyro_flows.solve(z, first_bias, *_groups(tensors), solver.handle, True)[2]
     grad_x = torch.zeros_like(x) if grad_x is None else grad_x
     grad_ladj = x.new_zeros(x.shape[0]) if grad_ladj is None else grad_ladj
     if is_legacy_batchedtensor(grad_x) or is_legacy_batchedtensor(grad_ladj):
-        # One that stands for many (is_grads_batched), of which kernels know nothing.
+        # Stands for many gradients (is_grads_batched); kernels have no rule for it.
         weights, biases, masks = _groups(tensors)
         pull = torch.func.vjp(partial(_by_passes, solver, masks), z, first_bias, *weights, *biases)[1]
         return pull((grad_x, grad_ladj))
     inputs = (solver.handle, grad_x, grad_ladj, x, tape, z, first_bias, *tensors)
-    if torch.is_grad_enabled():  # else nobody differentiates the gradient further
+    if torch.is_grad_enabled():  # the gradient may be differentiated further
         return _Gradient.apply(*inputs)
     return _first_order(*inputs, by_weights=not plain_eager() or any(t.requires_grad for t in tensors))
 
@@ -189,7 +188,7 @@ _solve_op.register_autograd(_gradient_op, setup_context=_setup)
 
 
 class _Solve(torch.autograd.Function):
-    """The operator with its gradient, in the form that ``torch.func`` understands too."""
+    """The operator with its gradient, for ``torch.func``."""
 
     generate_vmap_rule = True
 
@@ -213,7 +212,7 @@ class _Solve(torch.autograd.Function):
         return None, *grads, *[None] * (len(grads) // 2)
 
 
-# Without the detour by which apply() looks for transforms of torch.func: for plain eager calls, where there are none.
+# apply() without its search for transforms of torch.func, for plain eager calls.
 _apply_plainly = super(torch.autograd.Function, _Solve).apply
 
 
@@ -228,7 +227,7 @@ def _first_order(
     *tensors: Tensor,
     by_weights: bool = True,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients after ``z``, the first bias, weights and biases; ``None`` for the last two if nobody wants them."""
+    """Gradients with respect to ``z``, the first bias, weights and biases (``None`` without ``by_weights``)."""
     solver = named(handle)
     weights, biases, masks = _groups(tensors)
     eager = plain_eager()
@@ -245,7 +244,6 @@ def _first_order(
     grad_xt, dparams, dpre = solver.structure.unpack_adjoint(adjoint)
     dz = torch.addcmul(ladj_by_z, grad_xt, by_z).T
     above = [*dpre, dparams]
-    # first_bias stands for the whole batch or for each sample.
     each = above[0].T
     dbias = each if first_bias.shape[0] == z.shape[0] else each.sum(0, keepdim=True)
     if not by_weights:
@@ -258,7 +256,7 @@ def _first_order(
 
 
 class _Gradient(torch.autograd.Function):
-    """First derivatives by one reverse sweep; derivatives of those by the plain way."""
+    """First derivatives by one reverse sweep; their derivatives by full passes."""
 
     generate_vmap_rule = True
 
@@ -289,7 +287,7 @@ class _Gradient(torch.autograd.Function):
 def _by_passes(
     solver: Solver[Univariate], masks: Sequence[Tensor], z: Tensor, first_bias: Tensor, *matrices: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The same solution by one full pass for each step: slow, and differentiable any number of times."""
+    """The solution by one full pass per step: slow, but differentiable any number of times."""
     structure = solver.structure
     weights = [torch.where(mask != 0, weight, 0.0) for mask, weight in zip(masks, matrices, strict=False)]
     biases = matrices[len(weights) :]
@@ -355,12 +353,11 @@ def _(
     return grad_x.new_empty(named(handle).structure.adjoint_rows, grad_x.shape[0])
 
 
-# Batching: samples are rows of z (columns of everything feature-major), so a batch of problems that share their weights
-# is one larger problem; batches of weights are solved one by one.
+# Problems that share their weights are one larger problem; batches of weights are solved one by one.
 
 
 def _rows(value: Tensor, dim: int | None, size: int, axis: int) -> Tensor:
-    """Merges a batch dimension into the sample axis (counted without the batch dimension)."""
+    """Merges a batch dimension into the sample axis (counted without it)."""
     value = (
         value.movedim(dim, axis)
         if dim is not None
