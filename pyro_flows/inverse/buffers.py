@@ -1,8 +1,7 @@
 """The buffers of one sweep through a triangular network, and the solver that owns them.
 
-Buffers are feature-major, ``(features, columns)``, with units sorted by time: all units up to a time are one slice of
-rows.  Making these views costs a small problem more than its arithmetic, so a sweep makes them once, as a list of
-calls, and runs many times.
+Buffers are feature-major, ``(features, columns)``, with units sorted by time.  Making views costs a small problem more
+than its arithmetic, so a sweep makes them once, as a list of calls, and runs many times.
 """
 
 from __future__ import annotations
@@ -65,7 +64,7 @@ class _Sweep:
         *inner, head = weights[:-1] if self.structure.direct else weights
         # Views of the weights, or copies with zeros in masked places, refreshed at each run.
         self.inner = inner if self.structure.dense else [self.empty(*w.shape) for w in inner]
-        # Outputs by dimension, so that one step's are neighbors; refreshed too.
+        # Outputs by dimension: one step's are neighbors.
         self.head = self.empty(*head.shape)
         if self.structure.dense:
             self.calls.append(partial(self.by_dimension(self.head).copy_, self.by_parameter(head)))
@@ -86,11 +85,11 @@ class _Sweep:
         return made
 
     def by_dimension(self, rows: Tensor) -> Tensor:
-        """Views rows of outputs as stored here, shape ``(input_dim, num_params, ...)``."""
+        """Outputs as stored here, shape ``(input_dim, num_params, ...)``."""
         return rows.view(self.structure.input_dim, self.structure.num_params, *rows.shape[1:])
 
     def by_parameter(self, rows: Tensor) -> Tensor:
-        """Views rows of outputs as in the weights, in the same shape."""
+        """Outputs as in the weights, in the same shape."""
         return rows.unflatten(0, (self.structure.num_params, self.structure.input_dim)).transpose(0, 1)
 
     def load_weights(self, weights: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
@@ -102,7 +101,7 @@ class _Sweep:
 
 
 class ForwardSweep(_Sweep):
-    """Solves for ``x``: fills ``x``, ``ladj`` (per dimension) and ``tape``, each ``(rows, columns)``."""
+    """Solves for ``x``: fills ``x``, ``ladj`` and ``tape``, each ``(rows, columns)``."""
 
     def _make(
         self, solver: Solver[Univariate | Drawing], columns: int, biases: Sequence[Tensor], own_bias: bool
@@ -222,7 +221,7 @@ class ForwardSweep(_Sweep):
 
 
 class ReverseSweep(_Sweep):
-    """Solves the transposed problem: fills ``adjoint`` with gradients with respect to ``x``, outputs and layers."""
+    """Solves the transposed problem: fills ``adjoint``, the gradients with respect to ``x``, outputs and layers."""
 
     def _make(
         self, solver: Solver[Univariate | Drawing], columns: int, biases: Sequence[Tensor], own_bias: bool
@@ -244,7 +243,7 @@ class ReverseSweep(_Sweep):
         weights = [w.T for w in (*self.inner, self.head)]
 
         def from_step(layer: int, t: int) -> int:
-            """The first row of ``above[layer]`` that a unit of time t (an input of step t - 1) feeds."""
+            """The first row of ``above[layer]`` that an input of step t - 1 feeds."""
             return width * count[0][t] if layer == last else count[layer + 1][t - 1]
 
         def later(layer: int, end: int) -> int:
@@ -296,7 +295,7 @@ class ReverseSweep(_Sweep):
         weights: Sequence[Tensor],
         masks: Sequence[Tensor],
     ) -> None:
-        """All is feature-major except ``grad_x``, shape ``(columns, input_dim)``; parameters are the first axis."""
+        """``grad_x``: shape ``(columns, input_dim)``; the others are feature-major, parameters first."""
         self.x.copy_(grad_x.T)
         self.by_params.copy_(by_params.transpose(0, 1))
         self.params.view(self.by_params.shape).copy_(ladj_by_params.transpose(0, 1))
@@ -339,7 +338,7 @@ class Solver(Generic[_Family]):
     def _digest(self) -> str:
         """A digest of all that the gradient's formula depends on.
 
-        Compiled graphs on disk name a solver by its handle: equal names must mean equal mathematics in every process.
+        Compiled graphs on disk name a solver by its handle: equal names must mean equal mathematics.
         """
         s = self.structure
         own = type(self.univariate) in _OURS and known_activations().issuperset(self.activations)
@@ -381,7 +380,7 @@ class Solver(Generic[_Family]):
         return made
 
     def give_back(self, sweep: _Sweep) -> None:
-        """Keeps a small sweep for the next call: making its views costs as much as a small solve."""
+        """Keeps a small sweep for the next call."""
         if sweep.nbytes <= 2**25:
             self._idle.append(sweep)
             del self._idle[:-4]

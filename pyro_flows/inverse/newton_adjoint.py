@@ -38,8 +38,7 @@ def _solve(product: Callable[[Tensor], Tensor], d: Tensor, g: Tensor, level: Ten
         scale = jv.abs().add_(g.abs()).addcmul_(d, v.abs()).add_(tiny)
         v = v + r / d
         worst = float((r.abs() / scale).amax())
-        # Stop at rounding, or where the residual shrinks no more.  Sweeps beyond `count` restore digits lost to terms
-        # larger than their sum.
+        # Stop at rounding, or a residual that shrinks no more.  Sweeps beyond `count` restore digits lost in the sum.
         enough, gain = (2**10 * FLOOR * eps, 0.5) if k < count else (eps**0.5, 0.9)
         if worst <= FLOOR * eps or gain * last < worst < enough:
             return v
@@ -169,13 +168,13 @@ def vmapped(
     """Solves a batch of problems: as more rows if all share the shared tensors, else one after the other.
 
     Args:
-        call: takes three constants, the last the number of shared tensors; then ``rows`` tensors with a leading
-            dimension of samples, the shared ones, and the others with a leading dimension of samples.
+        call: takes three constants, the last the number of shared tensors; then ``rows`` tensors of samples, the shared
+            ones, and the other tensors of samples.
         rows: see ``call``.
         size: of the batch.
         in_dims: the batch dimension of each argument, as in ``torch.vmap``.
         args: the arguments of ``call``.
-        results: the number of first results with a leading dimension of samples.
+        results: the number of first results with a dimension of samples.
         apart: whether to solve one by one in any case, as for gradients of shared tensors.
     """
     constants, tensors, dims = args[:3], args[3:], in_dims[3:]

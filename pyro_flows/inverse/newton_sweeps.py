@@ -1,11 +1,10 @@
 r"""Newton-Jacobi sweeps that solve a triangular system :math:`f(x) = z`, safeguarded so that they end.
 
 A sweep evaluates :math:`f` and the diagonal :math:`d` of its Jacobian and moves every coordinate by :math:`(z - f)/d`.
-The coordinates fall into waves.  Once the waves below are solved, a wave consists of scalar problems, strictly
-increasing with slopes :math:`m \le d \le M`: for a residual :math:`r = z - f` the root is between :math:`x + r/M` and
-:math:`x + r/m`.  Plain sweeps continue while the front, the first unsolved wave, advances in each row.  Otherwise the
-waves below it are fixed, and its coordinates keep a bracket, halved where Newton's method would leave it or gains too
-little.
+The coordinates fall into waves.  Once the waves below are solved, a wave consists of increasing scalar problems with
+slopes :math:`m \le d \le M`: for a residual :math:`r` the root is between :math:`x + r/M` and :math:`x + r/m`.  Plain
+sweeps continue while the front, the first unsolved wave, advances in each row.  Then the waves below it are fixed, and
+its coordinates keep a bracket, halved where Newton's method would leave it or gains too little.
 """
 
 from __future__ import annotations
@@ -32,9 +31,9 @@ _maps: weakref.WeakValueDictionary[str, TriangularMap] = weakref.WeakValueDictio
 class TriangularMap(ABC):
     """A map of events whose Jacobian is triangular, with a positive diagonal, in some order of the coordinates.
 
-    The map holds no tensor that needs a gradient: parameters come as ``shared`` and ``rowwise`` (leading dimension
-    ``n``, e.g. from a context).  Messages contain ``name``.  ``wave``, an integer tensor of the event's shape, is the
-    length of the longest chain of dependencies that ends at a coordinate, 0 if it depends on itself alone.
+    Parameters come as ``shared`` and ``rowwise`` (leading dimension ``n``, e.g. from a context); the map itself holds
+    no tensor that needs a gradient.  Messages contain ``name``.  ``wave``, an integer tensor of the event's shape, is
+    the length of the longest chain of dependencies that ends at a coordinate, from 0.
     """
 
     name: str
@@ -56,7 +55,7 @@ class TriangularMap(ABC):
 
     @abstractmethod
     def slope_bounds(self, shared: Sequence[Tensor], rowwise: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Bounds ``0 < m <= M`` of the diagonal for every ``x``, broadcasting to ``(n, *event_shape)``."""
+        """Bounds ``0 < m <= M`` of the diagonal for all ``x``, broadcasting to ``(n, *event_shape)``."""
 
     def waves(self, device: torch.device) -> tuple[Tensor, int]:
         """``wave`` as a row on a device, and the number of waves."""

@@ -1,4 +1,4 @@
-"""Draws in raster order: computes every layer's values at a location once, when all before it is known."""
+"""Draws in raster order, where each layer's values at a location are computed once."""
 
 from __future__ import annotations
 
@@ -33,11 +33,7 @@ class Drawing(Protocol):
 
 
 class _Past:
-    """One layer's inputs in a row, so that those that a location sees lie together in memory.
-
-    Columns ``dilation`` apart are neighbors, with room for ``taps`` zeros before the first: one block ends with the
-    location, as far as it is known.
-    """
+    """One layer's inputs in a row, phase by phase of the dilation: a location sees one block of memory."""
 
     def __init__(self, layer: ConvLayer, width: int, n: int, like: Tensor) -> None:
         self.inputs, self.taps, self.dilation, self.groups = layer.inputs, layer.taps, layer.dilation, layer.groups
@@ -50,7 +46,7 @@ class _Past:
         return self.memory[phase, slot * self.inputs :][: self.taps * self.inputs + self.groups.seen[group]]
 
     def here(self, column: int) -> Tensor:
-        """A view of all inputs at a column, shape ``(inputs, n)``."""
+        """All inputs at a column, shape ``(inputs, n)``, a view."""
         slot, phase = divmod(column, self.dilation)
         return self.memory[phase, (slot + self.taps) * self.inputs :][: self.inputs]
 
@@ -77,7 +73,7 @@ class RasterSweep:
     """Draws ``n`` events at a time, feature-major, so that the inputs of a location are one block of memory.
 
     The first stack goes row by row, the second location by location and channel by channel; each weight is used once
-    per location, as in one full pass.
+    per location.
 
     Args:
         net: the network.

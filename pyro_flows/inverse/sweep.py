@@ -1,14 +1,13 @@
 r"""The exact inverse of an autoregressive map, in which each weight of its network is used once, and its gradient.
 
 Given ``z`` and a masked network whose outputs for dimension :math:`i` depend on :math:`x_{<i}`, the engine solves
-:math:`x_i = g(z_i, \mathrm{params}_i(x_{<i}))` for all :math:`i`.  Inputs, units and outputs are sorted by the step at
-which they become computable, so the weights are block lower triangular.  One sweep computes each unit as soon as it
-can, in place; the gradient goes backwards through the same steps.  Blocks of steps share one matrix product per layer
-for all that comes from earlier blocks.
+:math:`x_i = g(z_i, \mathrm{params}_i(x_{<i}))` for all :math:`i`.  Units sorted by the step at which they become
+computable make the weights block lower triangular: one sweep computes each unit as soon as it can, and the gradient
+goes backwards through the same steps.  Blocks of steps share one matrix product per layer for all that comes from
+earlier blocks.
 
-:func:`solve` is the entry point.  Its two kernels are ``torch.library`` custom operators: it compiles, batches under
-``torch.func`` and differentiates.  Second derivatives, forward mode, ``is_grads_batched`` and ``torch.func`` inside a
-compiler take one full pass of the network per step.
+The two kernels are ``torch.library`` custom operators: they compile, batch under ``torch.func`` and differentiate.
+Second derivatives, forward mode, ``is_grads_batched`` and ``torch.func`` inside a compiler take one full pass per step.
 """
 
 from __future__ import annotations
@@ -42,13 +41,13 @@ def solve(
 ) -> tuple[Tensor, Tensor]:
     """Solves for ``x``, everything by rank; exact, and differentiable in all tensors.
 
-    Costs about one dense pass of the network, with as many sequential steps as the structure has; memory does not grow
+    Costs about one dense pass of the network, in as many sequential steps as the structure has; memory does not grow
     with their number.  The gradient costs about one backward pass.
 
     Args:
         solver: the static description.
         z: shape ``(*batch, input_dim)``.
-        first_bias: the first layer's bias with the context, shape ``(*batch, width)`` or broadcasting to it.
+        first_bias: the first layer's bias with the context, broadcasting to ``(*batch, width)``.
         weights: one matrix per layer; values in masked places are not used.
         biases: of the layers after the first.
         masks: one per weight, an integer of its element's size with all bits set where the weight counts.
@@ -145,7 +144,7 @@ def _(
 
 
 def _groups(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Weights, biases and masks; the first layer's bias is not among them."""
+    """Weights, biases (without the first) and masks."""
     layers = (len(tensors) + 1) // 3
     return list(tensors[:layers]), list(tensors[layers : 2 * layers - 1]), list(tensors[2 * layers - 1 :])
 
@@ -227,7 +226,7 @@ def _first_order(
     *tensors: Tensor,
     by_weights: bool = True,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients with respect to ``z``, the first bias, weights and biases (``None`` without ``by_weights``)."""
+    """Gradients with respect to ``z``, the first bias, weights and biases."""
     solver = named(handle)
     weights, biases, masks = _groups(tensors)
     eager = plain_eager()
