@@ -321,10 +321,7 @@ _solvers: weakref.WeakValueDictionary[str, Solver[Any]] = weakref.WeakValueDicti
 class Solver(Generic[_Family]):
     """A network without its weights; custom operators name it by its ``handle``.
 
-    Args:
-        structure: the steps and times of its units.
-        activations: the elementwise functions after each hidden layer.
-        univariate: the family of scalar maps, whose inverse at ``z`` is ``x``; or what draws ``x``.
+    The inverse of ``univariate`` at ``z`` is ``x``; or a :class:`Drawing` draws ``x``.
     """
 
     def __init__(

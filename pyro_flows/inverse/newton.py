@@ -1,8 +1,8 @@
 r"""The inverse of a map with a triangular Jacobian, by safeguarded Newton-Jacobi sweeps, with implicit gradients.
 
-With :math:`f(x) = z` and an upstream gradient :math:`g` of :math:`x`, the triangular system :math:`J^\top v = g` gives
-the gradient :math:`v` with respect to :math:`z` and :math:`-(\partial f/\partial\theta)^\top v` with respect to the
-parameters; memory does not grow with the sweeps.
+For a gradient :math:`g` of the solution of :math:`f(x) = z`, the system :math:`J^\top v = g` gives the gradient
+:math:`v` with respect to :math:`z` and :math:`-(\partial f/\partial\theta)^\top v` with respect to the parameters;
+memory does not grow with the sweeps.
 """
 
 from __future__ import annotations

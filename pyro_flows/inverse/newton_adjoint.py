@@ -1,7 +1,7 @@
 r"""Linear systems in the Jacobian of a triangular map, :math:`J^\top v = g` and :math:`J u = w`, differentiable.
 
-Derivatives of an implicit solution solve such systems.  The sweeps :math:`v \leftarrow v + D^{-1}(g - J^\top v)` end
-after one per wave, since :math:`I - D^{-1} J` is nilpotent; mostly the residual is rounding sooner.
+Derivatives of an implicit solution solve such systems.  :math:`I - D^{-1} J` is nilpotent, so the sweeps :math:`v
+\leftarrow v + D^{-1}(g - J^\top v)` end after one per wave; mostly the residual is rounding sooner.
 """
 
 from __future__ import annotations
@@ -165,17 +165,11 @@ def vmapped(
     results: int = 1,
     apart: bool = False,
 ) -> Any:
-    """Solves a batch of problems: as more rows if all share the shared tensors, else one after the other.
+    """Solves a batch of problems: as more rows if all share the shared tensors, else (or if ``apart``) one by one.
 
-    Args:
-        call: takes three constants, the last the number of shared tensors; then ``rows`` tensors of samples, the shared
-            ones, and the other tensors of samples.
-        rows: see ``call``.
-        size: of the batch.
-        in_dims: the batch dimension of each argument, as in ``torch.vmap``.
-        args: the arguments of ``call``.
-        results: the number of first results with a dimension of samples.
-        apart: whether to solve one by one in any case, as for gradients of shared tensors.
+    ``call`` takes three constants, the last the number of shared tensors; then ``rows`` tensors of samples, the shared
+    ones, and the other tensors of samples.  Its first ``results`` results have a dimension of samples.  ``in_dims`` are
+    as in ``torch.vmap``.
     """
     constants, tensors, dims = args[:3], args[3:], in_dims[3:]
     shared = range(rows, rows + constants[2])

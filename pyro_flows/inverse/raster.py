@@ -73,14 +73,7 @@ class RasterSweep:
     """Draws ``n`` events at a time, feature-major, so that the inputs of a location are one block of memory.
 
     The first stack goes row by row, the second location by location and channel by channel; each weight is used once
-    per location.
-
-    Args:
-        net: the network.
-        head: says how to draw.
-        bias: of the outputs, shape ``(C * H * W, num_params)``.
-        n: the number of draws.
-        context: ``None`` or ``(n, context_dim)``.
+    per location.  ``bias``, of the outputs, has shape ``(C * H * W, num_params)``, a context ``(n, context_dim)``.
     """
 
     def __init__(self, net: Stacks, head: Drawing, bias: Tensor, n: int, context: Tensor | None) -> None:

@@ -103,7 +103,7 @@ class Attention(NamedTuple):
 
     @property
     def rotated(self) -> int:
-        """The rotated numbers of a head: as many pairs per axis as leave one number or more."""
+        """The rotated numbers of a head: as many pairs per axis as leave a number."""
         pair = 2 * self.axes
         return (self.head_dim - 1) // pair * pair
 
@@ -145,23 +145,15 @@ class Attention(NamedTuple):
     def queries(self, before: Tensor, places: Tensor, weights: AttentionWeights) -> Tensor:
         """Queries of tokens, shape ``(n, heads, tokens, head_dim)``.
 
-        Args:
-            before: rows of :meth:`patches` without the token itself, shape ``(n, tokens, T * C)``.
-            places: of these tokens, shape ``(tokens, axes)``.
-            weights: the tensors.
+        ``before`` holds rows of :meth:`patches` without the token itself, shape ``(n, tokens, T * C)``; ``places`` are
+        the tokens'.
         """
         bias = weights.query_bias
         seen = torch.tanh(F.linear(before, weights.query_taps) + (bias if bias.dim() == 1 else bias.unsqueeze(-2)))
         return self._turn(self._heads(F.linear(seen, weights.query_mix) / math.sqrt(self.head_dim)), places)
 
     def keys_values(self, patches: Tensor, places: Tensor, weights: AttentionWeights) -> tuple[Tensor, Tensor]:
-        """Keys and values of tokens, both of shape ``(n, heads, tokens, head_dim)``.
-
-        Args:
-            patches: rows of :meth:`patches`, shape ``(n, tokens, (T + 1) * C)``.
-            places: of these tokens, shape ``(tokens, axes)``.
-            weights: the tensors.
-        """
+        """Keys and values of tokens, both of shape ``(n, heads, tokens, head_dim)``, from rows of :meth:`patches`."""
         seen = torch.tanh(F.linear(patches, weights.key_taps, weights.key_bias))
         keys, values = (self._heads(each) for each in F.linear(seen, weights.key_mix).chunk(2, -1))
         return self._turn(keys, places), values
@@ -169,15 +161,7 @@ class Attention(NamedTuple):
     def attend(
         self, queries: Tensor, keys: Tensor, values: Tensor, weights: AttentionWeights, allowed: Tensor | None = None
     ) -> Tensor:
-        """Outputs of tokens, shape ``(n, tokens, C)``.
-
-        Args:
-            queries: of these tokens.
-            keys: of the tokens that they attend to, or of none.
-            values: of the same tokens as ``keys``.
-            weights: the tensors.
-            allowed: see :meth:`allowed`; ``None`` for all keys.
-        """
+        """Outputs of tokens, shape ``(n, tokens, C)``, that attend to the ``allowed`` ones of the keys, or to all."""
         rows = values.shape[0]
         null = F.pad(weights.null_key, (self.rotated, 0)), weights.null_value
         first = (each[:, None].expand(rows, -1, -1, -1) for each in null)
@@ -207,12 +191,7 @@ class Attention(NamedTuple):
 
 
 class AttentionNet(nn.Module):
-    """The parameters of :class:`Attention`; outputs start at zero.
-
-    Args:
-        channels: the number of channels.
-        rule: how tokens attend to each other.
-    """
+    """The parameters of :class:`Attention`; its outputs start at zero."""
 
     def __init__(self, channels: int, rule: Attention) -> None:
         super().__init__()
@@ -242,14 +221,7 @@ class AttentionNet(nn.Module):
 
 
 class AttentionSteps:
-    """Attention in a series step by step: keeps the keys and values of the window, or all.
-
-    Args:
-        rule: how tokens attend to those before them.
-        weights: the tensors.
-        rows: the number of series side by side.
-        channels: the number of channels of each.
-    """
+    """Attention in ``rows`` series side by side, step by step: keeps the keys and values of the window, or all."""
 
     def __init__(self, rule: Attention, weights: AttentionWeights, rows: int, channels: int) -> None:
         self.rule, self.weights, self.taken = rule, weights, 0

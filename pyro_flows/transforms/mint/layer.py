@@ -59,20 +59,19 @@ class Mint(FlowTransform):
         + b_3
 
     by convolutions :math:`W` masked so that coordinate :math:`i` depends on those before it in a total order of
-    channels and places, and on itself through center taps, whose products are never negative: each has a fixed random
-    sign and a learned magnitude.  With :math:`h` increasing and :math:`t > 0` the Jacobian is triangular with a
-    positive diagonal :math:`d` for all parameters, and :math:`\log|\det \partial x / \partial y| = \sum_i \log d_i`
-    exactly.  The diagonal costs one small matrix product per channel and place; :math:`t \le d \le t + \sum_{k,j}
-    |a_{3,k} a_{2,kj} a_{1,j}|`.
+    channels and places, and on itself through center taps, each with a fixed random sign and a learned magnitude, whose
+    products are never negative.  With :math:`h` increasing and :math:`t > 0` the Jacobian is triangular with a positive
+    diagonal :math:`d`, and :math:`\log|\det \partial x / \partial y| = \sum_i \log d_i` exactly.  The diagonal costs
+    one small matrix product per channel and place; :math:`t \le d \le t + \sum_{k,j} |a_{3,k} a_{2,kj} a_{1,j}|`.
 
-    Base to data is solved by ``pyro_flows.inverse.newton.solve_triangular``.  It ends for all finite parameters, takes
-    about as many passes as the longest chain of dependencies, ``waves.max() + 1``, or fewer, and differentiates
-    implicitly.  ``last_solve`` reports its costs.
+    Base to data takes ``pyro_flows.inverse.newton.solve_triangular``, which ends for all finite parameters, after about
+    as many passes as the longest chain of dependencies, ``waves.max() + 1``, or fewer, and differentiates implicitly.
+    ``last_solve`` reports its costs.
 
-    With ``attention``, each pixel (or time) also adds :math:`A_i(y_{<i})`, causal attention to the pixels strictly
-    before it (formula in ``pyro_flows.transforms.mint.attention``).  Slopes, bounds and log-determinant stay exact.  A
-    pass costs :math:`O((HW)^2)` more, the gradient keeps a softmax of that size for each head and event, and the
-    longest chain has all coordinates.
+    With ``attention``, each pixel (or time) adds causal attention :math:`A_i(y_{<i})` to the pixels strictly before it
+    (formula in ``pyro_flows.transforms.mint.attention``).  Slopes, bounds and log-determinant stay exact.  A pass costs
+    :math:`O((HW)^2)` more, the gradient keeps a softmax of that size for each head and event, and the longest chain has
+    all coordinates.
 
     A context shifts the hidden maps, the queries and the output, and multiplies :math:`t` and the groups of the last
     convolution by positive numbers.
@@ -87,9 +86,9 @@ class Mint(FlowTransform):
         dilation: distance of the taps of all convolutions; shortens the chains of a series by that factor.
         context_dim: size of the context, 0 for none.
         hidden_dims: widths of the hidden layers of the context's network.
-        activation: :math:`h`, one of ``"elu"``, ``"softplus"``, ``"tanh"``, ``"sigmoid"`` and ``"leaky_relu"`` (with
-            which the density has jumps).
-        min_slope: :math:`m`, the smallest :math:`t = \sqrt{r^2 + m^2}`, where :math:`r` is learned.
+        activation: :math:`h`: ``"elu"``, ``"softplus"``, ``"tanh"``, ``"sigmoid"`` or ``"leaky_relu"`` (whose density
+            jumps).
+        min_slope: :math:`m`, the smallest :math:`t = \sqrt{r^2 + m^2}` of a learned :math:`r`.
         attention: number of heads, 0 for none; they add zero at first.
         head_dim: size of keys and values of each head, at least 5 for images and 3 for series.
         window: the pixels back (in the order) that attention reaches; ``None`` for all.  It bounds the state that
@@ -98,7 +97,7 @@ class Mint(FlowTransform):
             coordinate; a ``state_dict`` then loads into a layer for another size.
         tolerance: of the solver, relative; ``None`` for one near rounding.
         max_sweeps: limit of the solver; ``None`` for as many sweeps as needed.
-        on_fail: whether to ``"raise"`` or ``"warn"`` if the limit is reached.
+        on_fail: whether to ``"raise"`` or ``"warn"`` at the limit.
 
     Raises:
         ValueError: for an event of another number of dimensions, an even kernel, an activation that is not increasing,
@@ -271,8 +270,8 @@ class Mint(FlowTransform):
     def log_slopes(self, y: Tensor, context: Tensor | None = None) -> Tensor:
         r""":math:`\log d_i = \log \partial x_i / \partial y_i`, of the shape of ``y``; the sum is the log-determinant.
 
-        Where all layers of a flow have the same orientation, their sum plus the base's log-density at each coordinate
-        is the exact log-density of each coordinate given those before it.
+        Summed over the layers of a flow of one orientation, plus the base's log-density at each coordinate: the exact
+        log-density of each coordinate given those before it.
 
         Args:
             y: data-side value, shape ``(*batch, *event_shape)``.

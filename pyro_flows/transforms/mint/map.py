@@ -63,13 +63,8 @@ class MintMap(TriangularMap):
 class MintSteps(Stepper):
     """A causal layer step by step: the past is a bias of the hidden maps, so each step solves for ``C`` numbers.
 
-    Args:
-        whole: the layer's map of whole series.
-        settings: of the solver.
-        side: neighbors to one side that a convolution sees.
-        dilation: their distance.
-        rows: number of series side by side.
-        shared, rowwise: the map's tensors.
+    ``side`` is the number of neighbors to one side that a convolution sees, ``dilation`` their distance, and ``rows``
+    the number of series side by side.
     """
 
     def __init__(

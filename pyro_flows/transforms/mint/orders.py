@@ -1,7 +1,7 @@
 """Orders of the coordinates of images and series, and dependencies under stacked masked convolutions.
 
 The coordinates ``(c, y, x)`` of an event ``(C, H, W)`` have one of two total orders: ``"channel"``, lexicographic in
-``(c, y, x)``, or ``"position"``, lexicographic in ``(y, x, c)``.  An event ``(C, T)`` counts as ``(C, 1, T)``, with
+``(c, y, x)``, or ``"position"``, lexicographic in ``(y, x, c)``.  Series ``(C, T)`` count as ``(C, 1, T)``, with
 kernels of one row.
 """
 
@@ -23,7 +23,7 @@ ORDERS = ("channel", "position")
 
 
 def as_image(name: str, event_shape: Sequence[int]) -> tuple[int, int, int]:
-    """``(C, H, W)`` of an event ``(C, H, W)`` or ``(C, T)``; ``name`` is the class that the caller sees."""
+    """``(C, H, W)`` of an image or series; ``name`` is the class that the caller sees."""
     channels, *sides = image_shape(name, event_shape)
     return channels, 1 if len(sides) == 1 else sides[0], sides[-1]
 
@@ -49,16 +49,8 @@ def ranks(shape: tuple[int, int, int], order: str, lower: bool = True) -> Tensor
 def earlier_taps(channels: int, kernel: tuple[int, int], order: str, lower: bool = True) -> Tensor:
     """The taps of a masked convolution that read coordinates strictly before (or after) the output in the order.
 
-    The center tap from the same channel, which makes the diagonal of a triangular Jacobian, is not among them.
-
-    Args:
-        channels: number of channels.
-        kernel: rows and columns, both odd.
-        order: ``"channel"`` or ``"position"``.
-        lower: whether taps read what comes before, or else after.
-
-    Returns:
-        Boolean, shape ``(channels, channels, *kernel)``, as a convolution's weight.
+    The center tap from the same channel is not among them.  Boolean, shape ``(channels, channels, *kernel)``, as a
+    convolution's weight; both sides of the kernel are odd.
     """
     # Offsets are ordered as places of an image of the kernel's size.
     place = ranks((channels, *kernel), order, lower)
@@ -71,10 +63,10 @@ def waves(
 ) -> Tensor:
     """The length of the longest chain of dependencies that ends at each coordinate; shape ``(C, H, W)``, integers.
 
-    For maps of stacked masked convolutions with the taps of :func:`earlier_taps` and the center; coordinates of one
-    wave do not depend on each other.  With radii :math:`r_x, r_y` of the kernel, at most :math:`W - 1` and :math:`H -
-    1`: :math:`x + (r_x + 1)(y + (r_y + 1) c)` in the order by channel, and :math:`c + C (x + (r_x + 1) y)` in the order
-    by position.  With dilated taps, every ``dilation``-th row and column is an image of its own, with shorter chains.
+    For stacked masked convolutions with the taps of :func:`earlier_taps` and the center.  With radii :math:`r_x, r_y`
+    of the kernel, at most :math:`W - 1` and :math:`H - 1`: :math:`x + (r_x + 1)(y + (r_y + 1) c)` in the order by
+    channel, and :math:`c + C (x + (r_x + 1) y)` in the order by position.  With dilated taps, every ``dilation``-th row
+    and column is an image of its own, with shorter chains.
     """
     choice("", "order", order, ORDERS)
     if dilation > 1:
@@ -110,14 +102,10 @@ class Tile(NamedTuple):
 
 
 def tiles(taps: Tensor, out: int, into: int, count: int, dilation: int = 1) -> tuple[Tile, ...]:
-    """Cuts a masked convolution by output channels and leaves out zeros; the widest tile comes first.
+    """Cuts a masked convolution by output channels into ``count`` tiles without zeros; the widest comes first.
 
-    Args:
-        taps: boolean, shape ``(C, C, rows, columns)``, true where there is a tap between two channels.
-        out: output channels per channel.
-        into: input channels per channel.
-        count: number of tiles, at most :math:`C`.
-        dilation: distance of neighboring taps.
+    ``taps`` is boolean, shape ``(C, C, rows, columns)``, true where there is a tap between two channels; each has
+    ``into`` input and ``out`` output channels.
     """
     channels, (down, right) = taps.shape[0], (n // 2 for n in taps.shape[2:])
     ends = [channels * k // count for k in range(count + 1)]

@@ -81,14 +81,7 @@ class Convolutions(NamedTuple):
 
 
 def convolutions(activation: KnownActivation, taps: Tensor, groups: int, dilation: int = 1) -> Convolutions:
-    """Cuts three convolutions with these taps into tiles.
-
-    Args:
-        activation: after the first two.
-        taps: as in :func:`~pyro_flows.transforms.mint.orders.tiles`.
-        groups: hidden channels per channel.
-        dilation: distance of neighboring taps.
-    """
+    """Cuts three convolutions with these taps, and ``groups`` hidden channels per channel, into tiles."""
     channels = taps.shape[0]
     # Tiles pay where each is wide, and half of the pairs of channels have no taps.
     count = min(channels, channels * groups // _WIDE) if not taps.flatten(2).any(-1).all() else 1
@@ -109,12 +102,7 @@ def value_and_slope(by: Convolutions, x: Tensor, weights: Weights) -> tuple[Tens
 def convolved(act: KnownActivation, x: Tensor, w: Weights, convolve: Sequence[Convolve]) -> tuple[Tensor, Tensor]:
     """:func:`value_and_slope` by the given convolutions.
 
-    Args:
-        act: the activation.
-        x: shape ``(n, C, H, W)``.
-        w: the weights.
-        convolve: three functions of input, weight and bias (or ``None``) that make a new tensor, the output at the
-            places of ``x``.
+    These map an input, a weight and a bias (or ``None``) to a new tensor, the output at the places of ``x``.
     """
     eager = plain_eager()
     activate = (act.in_place if eager else None) or act.value
