@@ -66,13 +66,13 @@ def multiscale_realnvp(
     the next scale.  The last scale has ``num_couplings + 1`` checkerboards.  Squeezes are undone on the base side.
     Each direction costs one pass of a convolutional network per coupling and split.  A fresh flow is the identity.
 
-    Unlike the paper's, the networks have no batch normalization, and splits are not standard normals.
+    The paper's networks have batch normalization, and its splits are standard normals.
 
     Args:
         event_shape: ``(C, H, W)`` or ``(C, T)``.
         context_dim: size of the context, 0 for none.
-        num_scales: one more than the squeezes; by default the most that leave the coarsest scale sides of 4 or more: 2
-            for 8 x 8, 3 for 28 x 28, and 4 for 32 x 32 (paper: down to 4 x 4).
+        num_scales: one more than the squeezes; by default the most with coarsest sides of 4 or more: 2 for 8 x 8, 3 for
+            28 x 28, 4 for 32 x 32 (paper: down to 4 x 4).
         num_couplings: number of checkerboards, and of channel couplings, of each scale (paper: 3).
         hidden_channels: width of the finest networks, doubled by each squeeze (paper: 64 for CIFAR-10, else 32).
         num_blocks: residual blocks of each network (paper: 8 for CIFAR-10, 4 for other images of 32 x 32, 2 for 64 x
@@ -132,24 +132,23 @@ def glow(
 
     From data to base, each scale has a squeeze, ``num_layers`` layers (:class:`~pyro_flows.transforms.ActNorm`,
     :class:`~pyro_flows.transforms.Conv1x1`, :class:`~pyro_flows.transforms.ConvCoupling` of half of the channels), and,
-    except for the last, a split: half of the channels are Gaussian given the others, which go on to the next scale.
-    Squeezes are undone on the base side.  Each direction costs one pass of a network per layer and split.
+    except for the last, a split: half of the channels are Gaussian given the others, which go on.  Squeezes are undone
+    on the base side.  Each direction costs one pass of a network per layer and split.
 
-    A fresh flow is a product of rotations (with ``start="identity"`` the identity, to rounding), until its first batch
-    in training mode sets the normalization.
+    Until its first batch in training mode sets the normalization, a flow is a product of rotations, or with
+    ``start="identity"`` the identity, to rounding.
 
     Args:
         event_shape: ``(C, H, W)`` or ``(C, T)``.
         context_dim: size of the context, 0 for none; couplings and splits see it.
-        num_scales: number of scales, each with a squeeze; by default the most that leave the coarsest scale sides of 4
-            or more, and at least two where sides allow it: 2 for 8 x 8 and 28 x 28, 3 for 32 x 32 (paper: :math:`L =
-            3`).
+        num_scales: number of scales, each with a squeeze; by default the most with coarsest sides of 4 or more, and at
+            least two where sides allow it: 2 for 8 x 8 and 28 x 28, 3 for 32 x 32 (paper: :math:`L = 3`).
         num_layers: number of layers of each scale (paper: :math:`K = 32`, and 48 for ImageNet).
         hidden_channels: width of the networks (paper: 512).
         num_blocks: residual blocks of each network (paper: three convolutions, of 3, 1 and 3, without residual blocks).
         kernel_size: of the networks (paper: 3).
         activation: of the networks (paper: ReLU).
-        max_log_scale: bound of the smooth clip on log-scales (paper: a sigmoid in place of the exponential).
+        max_log_scale: bound of the smooth clip on log-scales (paper: a sigmoid).
         univariate: another family of scalar maps for the couplings.
         start: of the 1x1 convolutions: ``"rotation"`` (paper), ``"permutation"`` or ``"identity"``.
 

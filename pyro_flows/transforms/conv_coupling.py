@@ -58,19 +58,19 @@ def _kept(event_shape: Size, mask: str | Tensor) -> Tensor:
 class ConvCoupling(FlowTransform):
     r"""Moves some places or channels of an image by univariate maps whose parameters depend on the others.
 
-    :math:`y_k = x_k` for kept numbers, :math:`y_m = u(x_m; p(x_k, c))` for moved ones; :math:`\log|\det| = \sum_m \log
-    u'`, and the inverse is :math:`x_m = u^{-1}(y_m; p(y_k, c))`.  Each direction costs one pass of a convolutional
+    Kept numbers stay, :math:`y_k = x_k`; moved ones become :math:`y_m = u(x_m; p(x_k, c))`, with the inverse :math:`x_m
+    = u^{-1}(y_m; p(y_k, c))` and :math:`\log|\det| = \sum_m \log u'`.  Each direction costs one pass of a convolutional
     network.
 
-    Where whole channels are kept, the network sees only these.  Otherwise it sees the image with zeros in moved places,
-    and the mask as another channel (one for each channel, if their masks differ).
+    The network sees whole kept channels alone, and otherwise the image with zeros in moved places, and the mask as
+    another channel (one per channel, if their masks differ).
 
     Args:
         event_shape: ``(C, H, W)`` or ``(C, T)``.
-        univariate: the family of scalar maps, ``Affine()`` by default; families of angles are refused.
+        univariate: the family of scalar maps, ``Affine()`` by default; angles are refused.
         mask: ``"checkerboard"`` keeps the places whose coordinates have an odd sum; ``"channels"`` keeps the first half
             of the channels, rounded down; a boolean mask of shape ``event_shape`` is true where numbers are kept, and
-            is not in the ``state_dict``: save a drawn one.
+            is not in the ``state_dict``.
         flip: whether to move what ``mask`` keeps and keep the rest.
         context_dim: size of the context, 0 for none.
         hidden_channels, num_blocks, kernel_size, activation: as in :class:`~pyro_flows.nets.ConvNet`.

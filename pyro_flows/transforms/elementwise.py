@@ -1,4 +1,4 @@
-"""Transforms without interaction between dimensions: rescaling, standardization and permutation."""
+"""Transforms of single dimensions: rescaling, standardization and permutation."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Rescaling(FlowTransform):
         return log_scale, log_scale.sum(tuple(range(-dims, 0))).expand(batch)
 
     def stepper(self, rows: int, context: Tensor | None = None) -> Stepper:
-        """Goes through a series step by step, if all times share one scale; see :mod:`pyro_flows.core.steps`."""
+        """Goes through a series step by step, if all times share one scale."""
         if context is not None:
             raise ValueError(
                 "Rescaling: with a context each time has its own scale, and the time after the last has none; use "
@@ -89,16 +89,15 @@ class Rescaling(FlowTransform):
         return y * torch.exp(log_scale), total
 
     def log_slopes(self, y: Tensor, context: Tensor | None = None) -> Tensor:
-        """The logarithm of each slope from data to base, of the shape of ``y``."""
+        """Log-slopes from data to base, of the shape of ``y``."""
         return self._log_scale(y, context)[0].expand(y.shape)
 
 
 class Standardization(FlowTransform):
     r"""A fixed location and scale per dimension, :math:`y = t + \sigma x`: puts a flow in the units of the data.
 
-    At the data end of a chain, with the data's mean and standard deviation, it lets the rest work on standardized
-    numbers; :math:`\log|\det| = \sum_i \log \sigma_i`.  Each direction is elementwise.  The ``state_dict`` holds both
-    tensors.
+    With the data's mean and standard deviation at the data end, the rest of a chain works on standardized numbers;
+    :math:`\log|\det| = \sum_i \log \sigma_i`.  Each direction is elementwise.
 
     Args:
         loc: :math:`t`, of the event's shape, e.g. ``data.mean(0)``.
@@ -171,7 +170,7 @@ class Standardization(FlowTransform):
         return 0 if self.shared_over_time else None
 
     def stepper(self, rows: int, context: Tensor | None = None) -> Stepper:
-        """Goes through a series step by step, if all times share the numbers; see :mod:`pyro_flows.core.steps`."""
+        """Goes through a series step by step, if all times share the numbers."""
         loc, scale = (
             at_any_time("Standardization", name, getattr(self, name).expand(self.event_shape))
             for name in ("loc", "scale")
@@ -193,7 +192,7 @@ class Standardization(FlowTransform):
         return (y - self.loc) / self.scale, -self._ladj(y)
 
     def log_slopes(self, y: Tensor, context: Tensor | None = None) -> Tensor:
-        """The logarithm of each slope from data to base, of the shape of ``y``."""
+        """Log-slopes from data to base, of the shape of ``y``."""
         return -self.scale.log().expand(y.shape)
 
 

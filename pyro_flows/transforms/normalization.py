@@ -21,22 +21,22 @@ __all__ = ["ActNorm"]
 class ActNorm(FlowTransform):
     r"""A learned location and scale per dimension, :math:`y = t + e^{s} x`, set by the first batch.
 
-    Each channel of an event ``(channels, *space)``, or each dimension of a vector, has one :math:`t` and one :math:`s`.
+    Each channel of an event ``(channels, *space)``, or each dimension of a vector, has one :math:`t` and :math:`s`.
     :math:`\log|\det|` is the sum of :math:`s` times the number of places.  Each direction is elementwise.
 
-    The first batch in training mode sets both so that the *output* has mean 0 and variance 1 over the batch and space,
-    in either direction: data when scoring (:math:`t` and :math:`e^s` become their mean and standard deviation), or
-    draws when sampling, as a guide does.  So do not sample in training mode before fitting to data.  Afterwards
-    :math:`t` and :math:`s` are ordinary parameters.  ``initialized``, part of the ``state_dict``, says whether a batch
-    has set them; ``flow.initialized.fill_(False)`` lets the next batch set them again.
+    The first batch in training mode gives the *output* mean 0 and variance 1 over batch and space, in either direction:
+    data when scoring (:math:`t` and :math:`e^s` become their mean and standard deviation), or draws when sampling, as a
+    guide does.  So do not sample in training mode before fitting to data.  Later :math:`t` and :math:`s` are ordinary
+    parameters.  ``initialized``, part of the ``state_dict``, says whether they are set;
+    ``flow.initialized.fill_(False)`` lets the next batch set them again.
 
     No batch sets the layer in evaluation mode, with fewer than two events, or under ``torch.compile``, ``torch.func``
     and tracers: call the layer once before compiling it.  A dimension that is constant in the first batch keeps the
     scale 1.
 
-    Under ``DistributedDataParallel`` the first batch joins the batches of all processes, of any sizes: each must call
-    the layer in the same forward pass, and sets the same values.  A first batch outside of it sets its own process
-    alone, with a warning: broadcast the ``state_dict`` from one process, or call the layer once before wrapping it.
+    Under ``DistributedDataParallel`` the first batch joins those of all processes, of any sizes, which must call the
+    layer in the same forward pass.  Outside of it a first batch sets its own process alone, with a warning: broadcast
+    the ``state_dict``, or call the layer once before wrapping it.
 
     Args:
         event_shape: an ``input_dim``, or ``(channels, *space)`` such as ``(C, T)`` and ``(C, H, W)``.
@@ -83,7 +83,7 @@ class ActNorm(FlowTransform):
         return affine(self.loc, self.log_scale)
 
     def log_slopes(self, y: Tensor, context: Tensor | None = None) -> Tensor:
-        """The logarithm of each slope from data to base, of the shape of ``y``."""
+        """Log-slopes from data to base, of the shape of ``y``."""
         return -self.log_scale.expand(y.shape)
 
     def _ladj(self, value: Tensor) -> Tensor:

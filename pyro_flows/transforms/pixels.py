@@ -24,13 +24,13 @@ class LogitPixels(FlowTransform):
         \qquad \log \frac{dv}{dx} = \log \frac{L}{1 - 2\lambda} - \log(1 + e^{x}) - \log(1 + e^{-x}),
 
     summed over the event.  A pixel of value :math:`n` is the interval :math:`[n, n + 1)` of :math:`v`, over which the
-    density integrates to :math:`P(n)`; see :class:`~pyro_flows.distributions.dequantization.Dequantized`.  The data
-    side is :math:`[-\lambda L / (1 - 2\lambda),\ L + \lambda L / (1 - 2\lambda)]`.  A number whose image would round to
-    an edge goes to the last number inside; log-determinants are exact there too.  Each direction is elementwise.
+    density integrates to :math:`P(n)`.  The data side is :math:`[-\lambda L / (1 - 2\lambda),\ L + \lambda L / (1 -
+    2\lambda)]`; a number that would round to an edge goes to the last number inside, and log-determinants are exact
+    there too.  Each direction is elementwise.
 
     Args:
         event_shape: an ``input_dim`` or the shape of one event, e.g. ``(channels, height, width)``.
-        levels: :math:`L`, the number of values of a pixel (0, 1, ..., L - 1).
+        levels: :math:`L`, the number of values of a pixel.
         margin: :math:`\lambda`, between 0 and 1/2 (papers: 1e-6 for MNIST, 0.05 for CIFAR-10 and ImageNet).
 
     Raises:

@@ -14,10 +14,9 @@ __all__ = ["Preconditioner"]
 class Preconditioner(FlowTransform):
     r"""A fixed affine map after a learned one, :math:`y = \mu + S (A x + b)`.
 
-    :math:`\mu` (``loc``) and :math:`S` (``scale``, lower triangular or diagonal) are buffers; :math:`b` and the
-    triangular (or diagonal) :math:`A` are learned and start at 0 and the identity, so steps are measured in the scale
-    of the posterior.  :meth:`fold` moves the learned part into the buffers.  Base to data costs one product, data to
-    base one triangular solve.
+    :math:`\mu` (``loc``) and :math:`S` (``scale``) are buffers; :math:`b` and the triangular (or diagonal) :math:`A`
+    are learned and start at 0 and the identity, so steps are measured in the scale of the posterior.  Base to data
+    costs one product, data to base one triangular solve.
 
     Args:
         loc: shape ``(input_dim,)``.
