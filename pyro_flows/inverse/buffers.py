@@ -1,7 +1,7 @@
 """The buffers of one sweep through a triangular network, and the solver that owns them.
 
-Buffers are feature-major, ``(features, columns)``, with units sorted by time.  Making views costs a small problem more
-than its arithmetic, so a sweep makes them once, as a list of calls, and runs many times.
+Buffers are feature-major, ``(features, columns)``, with units sorted by time.  Views cost a small problem more than its
+arithmetic, so a sweep makes them once, as a list of calls.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Calls = list[Callable[[], object]]
 
 
 def columns_at_once(n: int, rows: int, device: torch.device) -> int:
-    """The number of samples that one sweep takes: as fit a processor's cache, or a bounded part of a GPU's memory."""
+    """The samples of one sweep: as fit a processor's cache, or a part of a GPU's memory."""
     limit = 1024 if device.type == "cpu" else max(1024, 2**27 // rows)
     return max(1, n) if n <= limit + limit // 2 else limit
 
@@ -221,7 +221,7 @@ class ForwardSweep(_Sweep):
 
 
 class ReverseSweep(_Sweep):
-    """Solves the transposed problem: fills ``adjoint``, the gradients with respect to ``x``, outputs and layers."""
+    """Solves the transposed problem: fills ``adjoint``, the gradients of ``x``, outputs and layers."""
 
     def _make(
         self, solver: Solver[Univariate | Drawing], columns: int, biases: Sequence[Tensor], own_bias: bool
@@ -360,7 +360,7 @@ class Solver(Generic[_Family]):
     ) -> _Kind:
         """Takes out an idle sweep that fits, or makes one; no two calls share one."""
         stream = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0
-        # A sweep views biases, and weights unless it masks them: it fits these tensors alone.
+        # A sweep views biases, and weights unless it masks them.
         viewed = (*(weights if self.structure.dense else ()), *biases)
         key = (columns, own_bias, like.dtype, like.device, stream, *[v.data_ptr() for v in viewed])
         for k in range(len(self._idle) - 1, -1, -1):

@@ -62,7 +62,7 @@ def _linear(
     solved: TriangularMap, transpose: bool, split: int, rhs: Tensor, x: Tensor, tensors: Sequence[Tensor]
 ) -> Tensor:
     """``J(x)^{-1} rhs``, or ``J(x)^{-T} rhs`` with ``transpose``; not differentiable."""
-    # A graph of x alone, or sweeps might compute gradients of parameters too.
+    # A graph of x alone spares gradients of parameters.
     with torch.enable_grad():
         x, fixed = x.detach().requires_grad_(), [t.detach() for t in tensors]
         f, d = solved.value_and_slope(x, fixed[:split], fixed[split:])
@@ -168,8 +168,7 @@ def vmapped(
     """Solves a batch of problems: as more rows if all share the shared tensors, else (or if ``apart``) one by one.
 
     ``call`` takes three constants, the last the number of shared tensors; then ``rows`` tensors of samples, the shared
-    ones, and the other tensors of samples.  Its first ``results`` results have a dimension of samples.  ``in_dims`` are
-    as in ``torch.vmap``.
+    ones, and other tensors of samples.  Its first ``results`` results have a dimension of samples.
     """
     constants, tensors, dims = args[:3], args[3:], in_dims[3:]
     shared = range(rows, rows + constants[2])

@@ -77,7 +77,7 @@ class SolverSettings(NamedTuple):
 
     Args:
         tolerance: the largest error of a coordinate relative to ``1 + |x|``, given those that it depends on; ``None``:
-            near rounding (1e-6 in float32, 1e-13 in float64).
+            1e-6 in float32, 1e-13 in float64.
         max_sweeps: the largest number of sweeps; ``None``: as many as the method can need.
         on_fail: ``"raise"`` a ``RuntimeError`` or ``"warn"`` with a ``RuntimeWarning``.
     """
@@ -87,7 +87,7 @@ class SolverSettings(NamedTuple):
     on_fail: str = "raise"
 
     def check(self, name: str = "") -> SolverSettings:
-        """Returns valid settings and refuses others; ``name`` is the class that the caller sees."""
+        """Refuses invalid settings; ``name`` is the class that the caller sees."""
         given = self.tolerance
         if given is not None and not (isinstance(given, (int, float)) and 0 < given < 1):
             prefix = f"{name}: " if name else ""
@@ -100,7 +100,7 @@ class SolverSettings(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class SolveReport:
-    """Costs and error of a solve, read on demand from ``stats``, a tensor on the host."""
+    """Costs and error of a solve, read on demand from ``stats`` on the host."""
 
     stats: Tensor
 
@@ -131,7 +131,7 @@ class SolveReport:
 
     @property
     def waves(self) -> int:
-        """Waves of the map: the sweeps that a linear triangular system takes."""
+        """Waves of the map, as many sweeps as a linear system takes."""
         return int(self.stats[5])
 
     def __repr__(self) -> str:
@@ -154,7 +154,7 @@ TRUST = 10  # largest move beyond the front, relative to 1 + |x|
 
 
 def _bound(value: Tensor, z: Tensor) -> Tensor:
-    """A bound as a matrix of one row, or of one for each row of z."""
+    """A bound as a matrix of one row, or of a row for each of z."""
     rows = value.shape[0] if value.dim() == z.dim() else 1
     return value.detach().to(z.dtype).expand(rows, *z.shape[1:]).reshape(rows, -1)
 
@@ -223,8 +223,7 @@ class _Sweeps:
         count = int(solved.sum())
         step = self.calm(self.r / self.d)
         if count:
-            # An accepted row steps only while steps gain digits: at rounding, a step would disturb coordinates that
-            # depend on it, after their check.
+            # At rounding, a step would disturb coordinates that depend on it, after their check.
             last = worst < 0.1 * self.worst
             if self.live is not None:
                 last &= self.live
@@ -243,7 +242,7 @@ class _Sweeps:
         return known
 
     def stuck(self) -> bool:
-        """Whether in some row neither the front advanced nor its residual shrank since the last call."""
+        """Whether in some row neither the front advanced nor its residual shrank."""
         first = self.front()
         worst = self.ratio.masked_fill(self.wave != first, 0.0).amax(1, keepdim=True)
         before, self.seen = self.seen, (first, worst)
@@ -253,7 +252,7 @@ class _Sweeps:
         return not bool((gained if self.live is None else gained | ~self.live[:, None]).all())
 
     def calm(self, step: Tensor) -> Tensor:
-        """Now and then halves steps that only oscillate, well beyond the front."""
+        """Now and then halves steps that only oscillate, beyond the front."""
         if self.looking and self.step is not None and self.step.shape == step.shape:
             back = -step / self.step
             oscillates = (back > 0.8) & (back < 1.25) & (self.wave > self.front() + 1)
@@ -277,7 +276,7 @@ class _Sweeps:
         self.one_m, self.one_M = 1 / self.m, 1 / self.M
 
     def careful(self) -> tuple[Tensor, int]:
-        """One step with a safeguarded front; returns which rows are solved or lost, and their number."""
+        """One step with a safeguarded front; returns as :meth:`plain`, with lost rows."""
         x, r, wave = self.x, self.r, self.wave
         finite = torch.isfinite(self.size.amax(1, keepdim=True))
         ok = (self.ratio < 1) | self.done
@@ -285,10 +284,10 @@ class _Sweeps:
         first = torch.where(finite, first, self.first)
         moved = (first != self.first) | ~finite
         below = (wave < first) & finite
-        # A wave accepted alone takes its Newton step: nothing accepted depends on it.
+        # Nothing accepted depends on a wave accepted alone.
         alone = below & ~self.done & (first == self.first + 1)
         self.done = self.done | below
-        # Brackets of the root; where the waves below have just moved, they begin at the next sweep.
+        # Brackets begin a sweep after the waves below moved.
         by_least, by_most = r * self.one_m, r * self.one_M
         lo = torch.maximum(self.lo, x + torch.minimum(by_least, by_most)).masked_fill_(moved, -math.inf)
         hi = torch.minimum(self.hi, x + torch.maximum(by_least, by_most)).masked_fill_(moved, math.inf)

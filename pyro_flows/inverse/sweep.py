@@ -1,10 +1,9 @@
 r"""The exact inverse of an autoregressive map, in which each weight of its network is used once, and its gradient.
 
-Given ``z`` and a masked network whose outputs for dimension :math:`i` depend on :math:`x_{<i}`, the engine solves
-:math:`x_i = g(z_i, \mathrm{params}_i(x_{<i}))` for all :math:`i`.  Units sorted by the step at which they become
-computable make the weights block lower triangular: one sweep computes each unit as soon as it can, and the gradient
-goes backwards through the same steps.  Blocks of steps share one matrix product per layer for all that comes from
-earlier blocks.
+For a masked network whose outputs for dimension :math:`i` depend on :math:`x_{<i}`, the engine solves :math:`x_i =
+g(z_i, \mathrm{params}_i(x_{<i}))` for all :math:`i`.  Sorting units by the step at which they become computable makes
+the weights block lower triangular: one sweep computes each unit as soon as it can, and the gradient goes backwards.
+Blocks of steps share one matrix product per layer for all that comes from earlier blocks.
 
 The two kernels are ``torch.library`` custom operators: they compile, batch under ``torch.func`` and differentiate.
 Second derivatives, forward mode, ``is_grads_batched`` and ``torch.func`` inside a compiler take one full pass per step.
@@ -352,7 +351,7 @@ def _(
     return grad_x.new_empty(named(handle).structure.adjoint_rows, grad_x.shape[0])
 
 
-# Problems that share their weights are one larger problem; batches of weights are solved one by one.
+# Problems with the same weights are one larger problem; others are solved one by one.
 
 
 def _rows(value: Tensor, dim: int | None, size: int, axis: int) -> Tensor:

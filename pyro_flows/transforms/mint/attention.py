@@ -6,11 +6,11 @@ Tokens are places in raster order.  With :math:`p_i` the values at token :math:`
 .. math:: q_i = Q \tanh(A^- p_i^- + a + s), \quad (k_j, v_j) = K \tanh(A p_j + b), \quad
     o_i = O \sum_{j < i} \operatorname{softmax}_j(q_i \cdot R_{j - i} k_j / \sqrt{m})\, v_j
 
-for each head of size :math:`m`.  One learned key and value stand for no token, so that the first token has something to
-attend to.  No :math:`o_i` depends on token :math:`i`: the Jacobian is exactly zero there and above.  Rotations
-:math:`R` turn pairs of numbers by angles proportional to the distance along an axis and leave a few numbers, the only
-ones in the key of no token, unchanged.  So outputs depend on distances, and no parameter depends on the size.  Values
-are bounded, and so is :math:`o`.
+for each head of size :math:`m`.  One learned key and value stand for no token, for the first token to attend to.  No
+:math:`o_i` depends on token :math:`i`: the Jacobian is exactly zero there and above.  Rotations :math:`R` turn pairs of
+numbers by angles proportional to the distance along an axis; a few numbers, the only ones in the key of no token, are
+not turned.  So outputs depend on distances, and no parameter depends on the size.  Values are bounded, and so is
+:math:`o`.
 """
 
 from __future__ import annotations
@@ -88,8 +88,7 @@ class Attention(NamedTuple):
     def __call__(self, x: Tensor, weights: AttentionWeights) -> Tensor:
         """The outputs of all tokens, of the shape ``(n, C, H, W)`` of ``x``.
 
-        Costs ``O(n (H W)^2 M)``, and memory for ``n * heads * (H W)^2`` numbers, which a gradient keeps; a CPU without
-        gradient spares them.
+        Costs ``O(n (H W)^2 M)``, and memory for ``n * heads * (H W)^2`` numbers, except on a CPU without gradient.
         """
         x = x.to(weights.out.dtype)
         image = x if self.lower else x.flip(-2, -1)

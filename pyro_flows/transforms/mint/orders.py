@@ -63,10 +63,9 @@ def waves(
 ) -> Tensor:
     """The length of the longest chain of dependencies that ends at each coordinate; shape ``(C, H, W)``, integers.
 
-    For stacked masked convolutions with the taps of :func:`earlier_taps` and the center.  With radii :math:`r_x, r_y`
-    of the kernel, at most :math:`W - 1` and :math:`H - 1`: :math:`x + (r_x + 1)(y + (r_y + 1) c)` in the order by
-    channel, and :math:`c + C (x + (r_x + 1) y)` in the order by position.  With dilated taps, every ``dilation``-th row
-    and column is an image of its own, with shorter chains.
+    For stacked masked convolutions with radii :math:`r_x, r_y` of the kernel, at most :math:`W - 1` and :math:`H - 1`:
+    :math:`x + (r_x + 1)(y + (r_y + 1) c)` in the order by channel, and :math:`c + C (x + (r_x + 1) y)` in the order by
+    position.  With dilated taps, every ``dilation``-th row and column is an image of its own.
     """
     choice("", "order", order, ORDERS)
     if dilation > 1:
