@@ -102,7 +102,7 @@ def speeds_of(flow: Flow) -> dict[int, float]:
 
     Gains keep stock optimizers' steps small; this loop clips and decays instead.
     """
-    speeds = {}
+    speeds: dict[int, float] = {}
     layers: list[Any] = list(flow.modules())
     for layer in layers:
         gain = getattr(getattr(layer, "univariate", None), "gain", 1.0)
