@@ -1,4 +1,4 @@
-"""Densities by maximum likelihood or flow matching: the fit, and what becomes of data and units on the way."""
+"""Densities by maximum likelihood or flow matching."""
 
 from pyro_flows.infer.density.fit import DensityFit, fit_density
 from pyro_flows.infer.density.matching import FlowMatching

@@ -1,4 +1,4 @@
-"""Columns of data: which numbers are free, at a bound, or repeated, and what a conversion to a dtype merges."""
+"""Columns of data that are free, at a bound, repeated, or merged by a conversion."""
 
 from __future__ import annotations
 
@@ -13,31 +13,23 @@ __all__ = ["Precision", "at_bounds", "few_values", "is_free", "spikes"]
 
 
 def is_free(constraint: constraints.Constraint, shape: Size) -> Tensor:
-    """Which numbers of an event may be any real ones: boolean, of shape ``shape``, on the CPU.
-
-    Looks into ``independent``, ``cat`` and ``stack``.
-    """
-    free = torch.zeros((1, *shape), dtype=torch.bool, device="cpu")  # of one row
+    """Marks the numbers of an event that may be any real number: boolean, shape ``shape``, on the CPU."""
+    free = torch.zeros((1, *shape), dtype=torch.bool, device="cpu")  # one row
     for part, own in _pieces(constraint, free):
         own[...] = part is constraints.real or isinstance(part, type(constraints.real))
     return free[0]
 
 
 def at_bounds(constraint: constraints.Constraint, value: Tensor) -> Tensor:
-    """Which numbers are at or beyond a bound of their support, of the shape of ``value``.
+    """Marks numbers of ``value``, shape ``(rows, *event_shape)``, at or beyond a bound of their support.
 
-    A closed interval contains its own ends, but a bijection from the line never reaches them.  For vectors, bounds are
-    zeros of a simplex, entries of an ordered vector that do not exceed the previous one, and diagonals of Cholesky
-    factors that are not positive.
-
-    Args:
-        constraint: of one event.
-        value: shape ``(rows, *event_shape)``.
+    A bijection from the line never reaches the ends of a closed interval.  Other bounds are zeros of a simplex, entries
+    of an ordered vector that do not exceed the previous one, and Cholesky diagonals that are not positive.
     """
     found = torch.zeros_like(value, dtype=torch.bool)
     for part, x, bad in _pieces(constraint, value, found):
         lower, upper = (_bound(part, name, x) for name in ("lower_bound", "upper_bound"))
-        # A sigmoid clamps in the last step before the end of an interval, and ends are rounded there.
+        # A sigmoid clamps one step before the end of an interval, and the ends are rounded.
         last = 0 if lower is None or upper is None else torch.finfo(x.dtype).eps
         if lower is not None:
             bad |= (x <= lower) | (x - lower < last * lower.abs())
@@ -67,7 +59,7 @@ def _inner(constraint: constraints.Constraint) -> constraints.Constraint:
 
 
 def _pieces(constraint: constraints.Constraint, *views: Tensor) -> list[tuple[Any, ...]]:
-    """The constraints within ``cat`` and ``stack``, each with its part of every view, shape ``(rows, *event)``."""
+    """Splits ``cat`` and ``stack`` into constraints with their part of every view, shape ``(rows, *event)``."""
     constraint = _inner(constraint)
     if not isinstance(constraint, (constraints.cat, constraints.stack)):
         return [(constraint, *views)]
@@ -75,7 +67,7 @@ def _pieces(constraint: constraints.Constraint, *views: Tensor) -> list[tuple[An
     stacked = isinstance(constraint, constraints.stack)
     lengths = [1] * len(constraint.cseq) if isinstance(constraint, constraints.stack) else constraint.lengths
     if axis <= -views[0].dim() or views[0].shape[axis] != sum(lengths):
-        return [(constraint, *views)]  # over the rows, or of other events than these
+        return [(constraint, *views)]  # over the rows, or for other events
     found, start = [], 0
     for part, length in zip(constraint.cseq, lengths, strict=True):
         own = [v.select(axis, start) if stacked else v.narrow(axis, start, length) for v in views]
@@ -84,14 +76,14 @@ def _pieces(constraint: constraints.Constraint, *views: Tensor) -> list[tuple[An
     return found
 
 
-_NUMBERS = 2**24  # looked at in all, in rows far apart if there are more
+_NUMBERS = 2**24  # numbers examined; of more, rows far apart
 _CHANCE = 1e-3  # of a false alarm in any column
-_UNEVEN = 3.0  # how much more frequent than its neighbors a value may be, since a density varies
-_NEAR = (50, 25)  # neighbors: rows among them, and values on either side at most
+_UNEVEN = 3.0  # allowed excess over the neighbors, because a density varies
+_NEAR = (50, 25)  # neighbors: enough rows; most values on either side
 
 
 def few_values(sample: Tensor, columns: list[int]) -> dict[int, float]:
-    """Columns with few distinct values in many rows, apart from the most common one; with the smallest step."""
+    """Finds columns with few distinct values besides the most common, and their smallest steps."""
     found = {}
     for column in columns:
         values, counts = sample[:, column].double().unique(return_counts=True)
@@ -101,22 +93,17 @@ def few_values(sample: Tensor, columns: list[int]) -> dict[int, float]:
 
 
 def spikes(rows: Tensor, columns: list[int]) -> dict[int, tuple[list[float], int, int]]:
-    r"""Values in far more rows than their neighbors, the most common first; its rows; and the rows looked at.
+    r"""Finds values in far more rows than their neighbors, with the rows of the most common and the rows examined.
 
-    Under a density, rounded to a grid or not, neighbors are about equally frequent: the number of rows at each is
-    Poisson with a mean :math:`\lambda` that changes slowly.  A value in :math:`c` rows, among :math:`k` neighbors in
-    :math:`m` rows, is a spike if for all :math:`\lambda` the chance
+    Under a density, rounded or not, the number of rows at each value is Poisson with a mean :math:`\lambda` that
+    changes slowly.  A value in :math:`c` rows, among :math:`k` neighbors in :math:`m` rows, is a spike if for all
+    :math:`\lambda` the chance
 
     .. math:: P(\mathrm{Poisson}(3 \lambda) \ge c) \; P(X_1 + \dots + X_k \le m), \quad
         X_i \sim \mathrm{Poisson}(\lambda) \text{ above } 0
 
-    is so small that a false alarm in any column comes once in 1000 times at most.  The factor 3 allows for densities
-    that change; the second probability is Chernoff's bound.  Distinct neighbors bound :math:`\lambda`, so a few repeats
-    are telling among distinct numbers, and common ones are not on a grid.
-
-    Args:
-        rows: shape ``(rows, columns)``.
-        columns: those to look at.
+    makes a false alarm in any column rarer than 1 in 1000.  The factor 3 allows for varying densities; Chernoff's bound
+    gives the second probability.
     """
     step = max(-(-rows.shape[0] * max(len(columns), 1) // _NUMBERS), 1)
     found = {}
@@ -132,7 +119,7 @@ def spikes(rows: Tensor, columns: list[int]) -> dict[int, tuple[list[float], int
 
 
 def _candidates(counts: Tensor) -> Tensor:
-    """Places of values that exceed the mean of a neighborhood by the factor allowed, the most common first."""
+    """Lists places that exceed the mean of a neighborhood by the allowed factor, the most common first."""
     sums = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
     at = torch.arange(len(counts))
     stands_out = torch.zeros_like(counts, dtype=torch.bool)
@@ -157,7 +144,7 @@ def _is_spike(counts: Tensor, place: int, chance: float) -> bool:
     fitted = _rate_of(mean)
     rate = rate if fitted is None else rate.clamp(min=fitted)
     log_tail = torch.special.gammainc(torch.tensor(float(own), dtype=torch.float64), _UNEVEN * rate).log()
-    # Of a Poisson number above 0, P(x) is proportional to rate^x / x!, with the normalizer e^rate - 1.
+    # For a Poisson number above 0, P(x) is rate^x / x! / (e^rate - 1).
     gap = _cost(rate, mean) - (0 if fitted is None else _cost(fitted, mean))
     return bool((log_tail - len(near) * gap.clamp(min=0)).max().exp() < chance)
 
@@ -167,7 +154,7 @@ def _cost(rate: Tensor, mean: Tensor) -> Tensor:
 
 
 def _rate_of(mean: Tensor) -> Tensor | None:
-    """The rate at which a Poisson number above 0 has this mean; ``None`` if that is 0."""
+    """Solves for the rate at which a Poisson number above 0 has this mean; ``None`` at rate 0."""
     if mean <= 1 + 1e-9:
         return None
     rate = torch.minimum(mean, 2 * (mean - 1))
@@ -176,14 +163,14 @@ def _rate_of(mean: Tensor) -> Tensor | None:
     return rate
 
 
-_ROWS = 1024  # looked at; with more, harmless rounding would count
-_LEFT = 0.75  # the share of numbers that must stay distinct
+_ROWS = 1024  # rows examined; with more, harmless rounding would count
+_LEFT = 0.75  # share of numbers that must stay distinct
 
 
 class Precision:
-    """Counts the distinct numbers of each column before and after a conversion, in rows that come in pieces.
+    """Counts the distinct numbers of each column before and after a conversion, piece by piece.
 
-    Seconds since 1980 or Julian dates need more digits than float32 has: thousands of numbers can become a few.
+    Seconds since 1980 or Julian dates need more digits than float32 has: thousands of values can become a few.
     """
 
     def __init__(self) -> None:
@@ -191,20 +178,20 @@ class Precision:
         self._pieces: list[tuple[Tensor, Tensor]] = []
 
     def add(self, given: Tensor, converted: Tensor) -> None:
-        """Adds a piece, before and after the conversion, shape ``(rows, *event_shape)``."""
+        """Adds a piece before and after the conversion, shape ``(rows, *event_shape)``."""
         wider = given.is_floating_point() and torch.promote_types(given.dtype, converted.dtype) == converted.dtype
         if wider or given.dtype in (torch.bool, converted.dtype):
             return
         if not given.dim() or not len(given) or self._rows >= _ROWS:
             return
-        # Rows far apart, since neighbors may be alike.
+        # Rows far apart, because neighbors may be alike.
         step = max(len(given) // (_ROWS - self._rows), 1)
         chosen = [piece[::step][: _ROWS - self._rows].cpu() for piece in (given, converted)]
         self._pieces.append((chosen[0], chosen[1]))
         self._rows += len(chosen[0])
 
     def merged(self) -> dict[int, tuple[int, int]]:
-        """Columns that lose many of their distinct numbers: how many there were, and how many are left."""
+        """Maps columns that lose many distinct numbers to their counts before and after."""
         if not self._pieces:
             return {}
         before, after = (
@@ -214,7 +201,7 @@ class Precision:
         return {column: (int(before[column]), int(after[column])) for column in lost}
 
     def told(self, what: str) -> str:
-        """Words for the columns that :meth:`merged` finds, with a remedy."""
+        """Describes the columns of :meth:`merged`, with a remedy."""
         merged, (given, used) = self.merged(), (piece.dtype for piece in self._pieces[0])
         columns = ", ".join(map(str, list(merged)[:8])) + (", …" if len(merged) > 8 else "")
         before, after = next(iter(merged.values()))
@@ -227,6 +214,6 @@ class Precision:
 
 
 def _distinct(rows: Tensor) -> Tensor:
-    """The number of distinct values in each column."""
+    """Counts the distinct values of each column."""
     ordered = rows.sort(0).values
     return (ordered[1:] != ordered[:-1]).sum(0) + 1

@@ -42,17 +42,13 @@ _WORDS = "code categories as integers, and convert numbers that came as text or 
 
 
 def to_tensor(given: Any, name: str, what: str, kinds: str = "to be real numbers") -> Tensor:
-    """A tensor of real numbers, detached, in a dtype with which torch computes.
+    """Converts data to a detached tensor of real numbers, in a dtype with which torch computes.
 
-    Args:
-        given: a tensor, NumPy array, data frame or series, or a list of numbers; ``NA`` becomes NaN.
-        name: the caller, for messages.
-        what: its argument, for messages.
-        kinds: the kinds of that argument, for messages.
+    ``given`` is a tensor, NumPy array, data frame or series, or a list of numbers; ``NA`` becomes NaN.
 
     Raises:
-        ValueError: for a masked array in which something is masked.
-        TypeError: for anything that is not real numbers; the message names the columns of a data frame.
+        ValueError: for a masked entry.
+        TypeError: for anything but real numbers; names the columns of a data frame.
     """
     expected = f"{name}: expected {what} {kinds}"
     refused = missing(given)
@@ -73,12 +69,12 @@ def to_tensor(given: Any, name: str, what: str, kinds: str = "to be real numbers
         raise TypeError(f"{expected}, got {kind}{hint}")
     if array.dtype.kind == "f" and array.dtype.itemsize > 8:
         array = array.astype(np.float64)
-    # Byte orders and strides that torch does not know are gone after a copy.
+    # A copy drops byte orders and strides that torch does not know.
     return _plain(torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("="), order="C")), name, what)
 
 
 def missing(given: Any) -> str | None:
-    """The masked rows of a masked array, or of a list of such, in words; ``None`` if nothing is masked."""
+    """Describes the masked rows of masked arrays; ``None`` if nothing is masked."""
     if isinstance(given, (list, tuple)) and any(isinstance(part, np.ma.MaskedArray) for part in given):
         given = np.ma.asarray(given)
     mask = None
@@ -93,7 +89,7 @@ def missing(given: Any) -> str | None:
 
 
 def name_rows(rows: Tensor) -> str:
-    """The first few of these row numbers, in words."""
+    """Names the first few rows."""
     first = ", ".join(str(int(row)) for row in rows[:5])
     return f"row{'s' if len(rows) > 1 else ''} {first}{', …' if len(rows) > 5 else ''}"
 
@@ -102,18 +98,18 @@ def _plain(given: Tensor, name: str, what: str) -> Tensor:
     if given.is_complex():
         raise TypeError(f"{name}: expected {what} to be real numbers, got {given.dtype}; {_HINTS['c']}")
     if hasattr(given, "get_mask"):
-        given = given.get_data()  # type: ignore[attr-defined]  # of torch's masked tensors
+        given = given.get_data()  # type: ignore[attr-defined]  # a masked tensor
     given = given.detach()
     given = (given if given.layout is torch.strided else given.to_dense()).as_subclass(Tensor)
     if given.dtype in _UNSIGNED:
-        # NumPy can compare them; float64 is the nearest where the largest does not fit.
+        # NumPy can compare them; float64 is nearest where the largest does not fit.
         small = given.dtype != torch.uint64 or not given.numel() or int(given.cpu().numpy().max()) < 2**63
         given = given.to(torch.int64 if small else torch.float64)
     return given
 
 
 def _array(given: Any, expected: str) -> np.ndarray | None:
-    """An array, of data frames by columns, whose types need not be NumPy's."""
+    """Makes an array; the types of a data frame's columns need not be NumPy's."""
     if isinstance(given, (list, tuple)):
         given = _listed(given)
     columns = getattr(given, "dtypes", None)
@@ -129,13 +125,13 @@ def _array(given: Any, expected: str) -> np.ndarray | None:
         array = np.asarray(given)
         if array.dtype == object and kinds:
             array = given.to_numpy(dtype=np.float64, na_value=np.nan)
-    except (TypeError, ValueError, RuntimeError):  # rows of unequal lengths, among others
+    except (TypeError, ValueError, RuntimeError):  # e.g. rows of unequal lengths
         return None
     return array
 
 
 def _listed(part: Any) -> Any:
-    """A tensor in a list, or in one of its lists, as an array."""
+    """Turns the tensors of nested lists into arrays."""
     if isinstance(part, (list, tuple)):
         return [_listed(inner) for inner in part]
     if not isinstance(part, Tensor):
@@ -145,7 +141,7 @@ def _listed(part: Any) -> Any:
 
 
 def _kinds(frame: Any, columns: Any) -> dict[Any, tuple[Any, str]]:
-    """Type and NumPy's letter of each column."""
+    """Maps columns to their types and NumPy's letters."""
     pairs = columns.items() if hasattr(columns, "items") else [(getattr(frame, "name", None), columns)]
     return {label: (kind, kind.kind) for label, kind in pairs if isinstance(getattr(kind, "kind", None), str)}
 
@@ -158,15 +154,7 @@ Batch = tuple[Tensor, Tensor | None, Tensor | None]
 
 @dataclass(frozen=True)
 class Expected:
-    """The rows that a flow takes.
-
-    Attributes:
-        event_shape: shape of one row, ``None`` if the module does not say.
-        context_dim: size of the context, ``None`` if the module does not say.
-        dtype: of its parameters.
-        device: of its parameters.
-        continuous: whether it is a flow; another module gets integers as they are.
-    """
+    """The rows that a flow takes, as far as known; unless ``continuous``, integers stay unconverted."""
 
     event_shape: Size | None
     context_dim: int | None
@@ -176,7 +164,7 @@ class Expected:
 
 
 def expected_by(module: nn.Module) -> Expected:
-    """The rows that this density takes."""
+    """Reads from a density which rows it takes."""
     held = [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
     event, context = getattr(module, "event_shape", None), getattr(module, "context_dim", None)
     return Expected(
@@ -190,14 +178,7 @@ def expected_by(module: nn.Module) -> Expected:
 
 @dataclass
 class Rows:
-    """Rows held whole, on the flow's device.
-
-    Attributes:
-        value: shape ``(rows, *event_shape)``.
-        context: shape ``(rows, context_dim)``, or ``None``.
-        index: the numbers of the rows in the data given, on the CPU.
-        precision: of the conversion of values and of contexts.
-    """
+    """Rows held whole, on the flow's device; ``index`` numbers them in the given data, on the CPU."""
 
     value: Tensor
     context: Tensor | None
@@ -212,7 +193,7 @@ class Rows:
         return -(-len(self) // batch_size)
 
     def batches(self, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
-        """All rows once, in a new order, in batches of equal size up to one row."""
+        """Yields all rows once, shuffled, in nearly equal batches."""
         order = torch.randperm(len(self), generator=generator)
         pieces = order.tensor_split(self.steps(batch_size))
         moved = order.to(self.value.device).tensor_split(self.steps(batch_size))
@@ -220,17 +201,17 @@ class Rows:
             yield self.value[rows], None if self.context is None else self.context[rows], self.index[piece]
 
     def chunks(self, size: int) -> Iterator[Batch]:
-        """All rows once, in order."""
+        """Yields all rows once, in order."""
         contexts = (None for _ in self.value.split(size)) if self.context is None else self.context.split(size)
         yield from zip(self.value.split(size), contexts, self.index.split(size), strict=True)
 
     def take(self, rows: Tensor) -> Rows:
-        """Some of the rows."""
+        """Selects some rows."""
         there = rows.to(self.value.device)
         return Rows(self.value[there], None if self.context is None else self.context[there], self.index[rows])
 
     def split(self, fraction: float, most: int, generator: torch.Generator) -> tuple[Rows, Rows]:
-        """Two random parts, the second with this fraction of the rows, but at least one and at most ``most``."""
+        """Splits at random; the second part has ``fraction`` of the rows, from one row to ``most``."""
         held_out = min(max(1, round(fraction * len(self))), most)
         if len(self) < 10 or len(self) - held_out < 2:
             raise ValueError(
@@ -242,13 +223,7 @@ class Rows:
 
 
 class Loader:
-    """A ``DataLoader`` that yields values, or pairs of values and contexts; one pass is one epoch.
-
-    Args:
-        loader: yields ``x``, ``(x,)`` or ``(x, context)``.
-        expected: what the flow takes.
-        what: its name in errors.
-    """
+    """A ``DataLoader`` of ``x``, ``(x,)`` or ``(x, context)``; one pass is one epoch."""
 
     def __init__(self, loader: DataLoader, expected: Expected, what: str) -> None:
         self.loader, self.expected, self.what = loader, expected, what
@@ -259,22 +234,22 @@ class Loader:
         return self.rows
 
     def steps(self, batch_size: int) -> int:
-        """The number of batches, as counted in the first pass."""
+        """The number of batches, counted in the first pass."""
         return self.count
 
     def batches(self, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
-        """One pass, as the loader gives it."""
+        """Yields one pass."""
         for batch in self.loader:
             value, context = self._unpack(batch)
             value = _values(value, self.expected, self.what, self.precision[0])
             yield value, _contexts(context, value, self.expected, self.what, self.what, self.precision[1]), None
 
     def chunks(self, size: int) -> Iterator[Batch]:
-        """One pass, as the loader gives it."""
+        """Yields one pass."""
         yield from self.batches(size, torch.default_generator)
 
     def survey(self) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """A first pass that counts, and refuses NaN."""
+        """Counts in a first pass, and refuses NaN."""
         self.rows = self.count = 0
         for value, context, _ in self.chunks(0):
             for each, kind in ((value, "values"), (context, "contexts")):

@@ -1,4 +1,4 @@
-"""``fit_density``: a flow, or any module with ``log_prob``, fitted to data in one call."""
+"""``fit_density`` fits a flow, or any module with ``log_prob``, to data."""
 
 from __future__ import annotations
 
@@ -36,25 +36,22 @@ class DensityFit:
     """The result of :func:`fit_density`.
 
     Attributes:
-        flow: the module that was trained: the flow or module that was given, or the ``Flow`` around the chain that was
-            given.
-        distribution: the density in the units of the data, a module that shares the parameters: a ``Flow`` if ``flow``
-            is one, and ``flow`` itself if nothing was standardized.  It has ``log_prob`` and ``sample``;
-            ``distribution()``, or ``distribution(context)`` for a flow that takes contexts, makes a Pyro distribution.
-        history: lists of one entry an epoch: ``epoch``; ``step``, steps taken so far; ``train`` and ``validation``,
-            mean log-likelihood in nats per row, in the units of the data (``train`` is taken along the way,
-            ``validation`` at the end of the epoch; NaN without validation rows); ``lr``; ``seconds`` so far.
+        flow: the trained module: the one given, or a ``Flow`` around the given chain.
+        distribution: the density in the units of the data, with shared parameters, ``log_prob`` and ``sample``: a
+            ``Flow`` if ``flow`` is, ``flow`` itself if nothing was standardized.  ``distribution()`` or
+            ``distribution(context)`` makes a Pyro distribution.
+        history: lists with one entry an epoch: ``epoch``; ``step``, steps so far; ``train`` (during the epoch) and
+            ``validation`` (at its end; NaN without rows), mean log-likelihood in nats per row, in the units of the
+            data; ``lr``; ``seconds`` so far.
         best_epoch: the epoch whose state the flow is left in.
-        validation: mean log-likelihood of the validation rows in that state, in nats per row and in the units of the
-            data; NaN without validation rows.
-        stopped: why training ended: ``"patience"``, ``"max_epochs"``, ``"steps"`` or ``"seconds"``; ``"interrupted"``
-            for a result that an exception carries.
+        validation: the validation rows' mean log-likelihood in that state, in the same units.
+        stopped: the end of training: ``"patience"``, ``"max_epochs"``, ``"steps"`` or ``"seconds"``; ``"interrupted"``
+            if an exception carries the result.
         objective: ``"likelihood"`` or ``"flow_matching"``.
 
-    With flow matching, ``train`` and ``validation`` in the history are the negative matching loss: minus the mean
-    squared error of a velocity, per dimension, in units of the field's end at the data (where standardized data have
-    variance 1).  Validation uses fixed pairs and times, and decides about the best epoch.  The attribute ``validation``
-    is a log-likelihood in any case, computed once in the final state.
+    With flow matching, scores in the history are minus the mean squared error of the velocity per dimension, in units
+    of the field's end at the data (variance 1 if standardized).  Validation uses fixed pairs and times, and picks the
+    best epoch.  The attribute ``validation`` is still a log-likelihood, computed once at the end.
     """
 
     flow: Flow | Density
@@ -66,7 +63,7 @@ class DensityFit:
     objective: str = "likelihood"
 
     def log_prob(self, data: Any, context: Any = None) -> Tensor:
-        """Log-densities in nats of rows as they are, shape ``(rows,)``, without a graph; in pieces, on the CPU."""
+        """Computes log-densities of raw rows in nats, shape ``(rows,)``, in pieces, without a graph, on the CPU."""
         rows = admit_rows(data, context, expected_by(self.distribution), "data", "context")
         if is_plain_flow(self.distribution):
             reals_of(self.distribution, rows.value, "data")
@@ -121,83 +118,75 @@ def fit_density(
 ) -> DensityFit:
     """Fits a density to data by maximum likelihood or flow matching, stopped early by held-out rows.
 
-    The flow is trained in place: it stays the same object with the same parameters, frozen ones stay frozen, and it is
-    left in evaluation mode, without gradients, in the state that scored best, even after an error or interruption.
-    Data are standardized on the way: the density in their own units is ``DensityFit.distribution``, whose chain ends in
-    a :class:`~pyro_flows.transforms.elementwise.Standardization`.
+    Training is in place; frozen parameters stay frozen.  The flow is left in evaluation mode, without gradients, in the
+    state that scored best, even after an error or interruption.  Data are standardized on the way:
+    ``DensityFit.distribution``, the density in their own units, ends in a
+    :class:`~pyro_flows.transforms.elementwise.Standardization`.
 
-    Ctrl-C raises ``KeyboardInterrupt`` as anywhere else.  The exception, as any other that ends the training, carries
-    the :class:`DensityFit` so far as its attribute ``fit``, which is ``None`` before the end of the first epoch::
+    Any exception that ends the training carries the :class:`DensityFit` so far, or ``None`` before the end of the first
+    epoch, as its attribute ``fit``::
 
         try:
             fit = fit_density(flow, data, checkpoint="fit.pt")
         except KeyboardInterrupt as stop:
             fit = stop.fit
 
-    A step costs one pass in the density direction and its gradient; an epoch, one such pass over all validation rows.
-    With flow matching a step costs one evaluation of the field and its gradient, without a solve, and one pass over the
-    validation rows follows at the very end.  Where a continuous part has ``kinetic`` or ``jacobian`` weights, the mean
-    of these penalties over a batch, in the part's own units (those of standardized data), is added to the negative
-    log-likelihood that a step lowers, and to no score; flow matching leaves them out.
+    A step costs one density pass and its gradient; an epoch adds one density pass over all validation rows.  With flow
+    matching a step costs one evaluation of the field and its gradient, without a solve, and one density pass over the
+    validation rows ends the fit.  The ``kinetic`` and ``jacobian`` penalties of continuous parts, in their own
+    (standardized) units, add their batch means to a step's loss, but not to scores or flow matching.
 
     Args:
-        flow: a chain or other flow transform (which gets a standard normal base), a
-            :class:`~pyro_flows.distributions.Flow`, or any module with ``log_prob(value)`` or ``log_prob(value,
-            context)``, e.g. of discrete data.
-        data: shape ``(rows, *event_shape)``, a tensor, NumPy array or data frame, converted to the flow's dtype and
-            device (a module that is no flow gets integers as they are; masks and ``NA`` count as missing); or a
-            ``DataLoader`` that yields ``x``, ``(x,)`` or ``(x, context)``, of which one pass is an epoch, after a first
-            pass for checks and standardization.
-        validation: rows to judge by, in the same forms.  By default a random part of ``data``; with a ``DataLoader`` as
-            data, the training score is the judge.
-        context: shape ``(rows, context_dim)``, for flows that take one.
+        flow: a flow transform (with a standard normal base), a :class:`~pyro_flows.distributions.Flow`, or any module
+            with ``log_prob(value)`` or ``log_prob(value, context)``, e.g. of discrete data.
+        data: a tensor, NumPy array or data frame of shape ``(rows, *event_shape)``, converted to the flow's dtype and
+            device (other modules get integers unconverted; masks and ``NA`` count as missing); or a ``DataLoader`` of
+            ``x``, ``(x,)`` or ``(x, context)``, where an epoch is one pass, after a first pass for checks and
+            standardization.
+        validation: rows to judge by, in the same forms; by default a random part of ``data``, or the training score for
+            a loader.
+        context: contexts of shape ``(rows, context_dim)``.
         progress: whether to show a progress bar.
         validation_context: contexts of ``validation``.
-        validation_fraction: the part of ``data`` that is held out, at most 20,000 rows; 0 to judge by the training
-            score.
-        standardize: whether to standardize data, column by column (of series, for flows whose parts all times share,
-            channel by channel over all times), and contexts.  The default standardizes for flows over real numbers,
-            except dimensions that are angles (named by a part's ``periodic``), and leaves the part of the chain that
-            maps onto a constrained support behind it; it does not for other modules.  Discrete columns of a
-            :class:`~pyro_flows.distributions.made.MADE` stay as they are in any case.
+        validation_fraction: the part of ``data`` held out, at most 20,000 rows; 0 to judge by the training score.
+        standardize: whether to standardize contexts and data, by column (series by channel, if all times share the
+            flow's parts).  The default standardizes for flows over real numbers, except angles (a part's ``periodic``),
+            and keeps parts that map onto a constrained support behind it; it does not for other modules.  Discrete
+            columns of a :class:`~pyro_flows.distributions.made.MADE` always stay.
         batch_size: rows in a step, by default about a thirty-second of the rows, from 64 to 1024; a ``DataLoader`` has
             its own.
-        max_epochs: passes over the data at most, by default as many as make 20,000 steps, from 20 to 1000.
-        steps: optimizer steps at most.
-        seconds: time at most.
+        max_epochs: the most passes over the data, by default as many as make 20,000 steps, from 20 to 1000.
+        steps: the most optimizer steps.
+        seconds: the longest time.
         lr: the first learning rate.
-        schedule: ``"plateau"`` (after ``patience`` epochs without improvement back to the best state, with 0.3 times
-            the learning rate; the end after two such cuts in vain), ``"cosine"`` (from ``lr`` to a hundredth of it over
-            the whole run) or ``"constant"``; the latter two end after ``patience`` epochs without improvement.
-        patience: in epochs, by default as many as make 600 steps, at least 5.  An improvement is one of 0.001 nats per
-            row since the last one.
-        weight_decay: of AdamW.
-        clip_norm: largest norm of the gradient, ``None`` for any.
-        average: decay of an exponential moving average of the parameters, which is what validation and the final state
-            use; less at first, :math:`t / (t + 10)` at step :math:`t`; 0 for no average.
-        optimizer: in place of AdamW: a torch optimizer over the flow's parameters, or a function that makes one from
-            parameters; its own learning rates are the first ones.
+        schedule: ``"cosine"`` (from ``lr`` to a hundredth of it over the whole run) or ``"constant"``, both ended by
+            ``patience`` epochs without improvement; or ``"plateau"``, where these lead back to the best state with 0.3
+            times the learning rate, and two such cuts in vain end training.
+        patience: epochs, by default as many as make 600 steps, at least 5.  An improvement is 0.001 nats per row since
+            the last one.
+        weight_decay: the weight decay of AdamW.
+        clip_norm: the largest norm of the gradient, or ``None``.
+        average: the decay of an exponential moving average of the parameters for validation and the final state, at
+            most :math:`t / (t + 10)` at step :math:`t`; 0 for none.
+        optimizer: a torch optimizer over the flow's parameters in place of AdamW, or a function from parameters to one,
+            with its own first learning rates.
         checkpoint: a file to save to, and to resume from if it exists; a resumed run equals one that never stopped.
-            The file is replaced as a whole, its checksum is verified, and nothing in it is run.  An interruption
-            saves the state at the end of the last whole epoch.  Each epoch costs a copy of the state.
-        checkpoint_every: epochs between two files; one is also written at the end.
-        resume: whether to continue from a checkpoint that exists; if not, the fit begins anew and replaces it.
-        seed: seeds the random split, the order of rows, and inside the fit torch's global generators, which are
-            restored after; ``None`` to draw it from the global one.
-        objective: ``"likelihood"``; or ``"flow_matching"``, or a
-            :class:`~pyro_flows.infer.density.matching.FlowMatching` with settings, for flows with exactly one
-            :class:`~pyro_flows.transforms.Continuous` part, whose field it trains.  The other parts and the base must
-            be free of trainable parameters.
-
-    Returns:
-        The flow, the density in the data's units, the history of scores, and why training ended.
+            The file is replaced as a whole, verified by a checksum, and nothing in it is run.  An interruption saves
+            the last whole epoch.  Each epoch costs a copy of the state.
+        checkpoint_every: epochs between saves; the end is saved, too.
+        resume: whether to continue from an existing checkpoint; otherwise it is replaced.
+        seed: the seed of the split, the order of rows, and inside the fit torch's global generators, which are
+            restored; ``None`` draws one.
+        objective: ``"likelihood"``; or ``"flow_matching"`` or a
+            :class:`~pyro_flows.infer.density.matching.FlowMatching`, which trains the field of a flow's only
+            :class:`~pyro_flows.transforms.Continuous` part; other parts and the base must have no trainable parameters.
 
     Raises:
-        ValueError: for data that do not fit or whose likelihood has no bound (constant or dependent columns), rows
-            outside of the support, settings out of range, a checkpoint that is damaged or of another fit, or a flow
-            that flow matching cannot train.
+        ValueError: for data that do not fit or have unbounded likelihood (constant or dependent columns), rows outside
+            the support, settings out of range, a checkpoint that is damaged or of another fit, or a flow that flow
+            matching cannot train.
         TypeError: for objects of other kinds.
-        FloatingPointError: if a score or gradient is not finite; says in which rows and which layer it began.
+        FloatingPointError: if a score or gradient is not finite; names the rows and the layer where this began.
         OSError: if the checkpoint cannot be written, e.g. because the disk is full; the old one is unchanged.
 
     References:
@@ -293,7 +282,7 @@ def _resume(
     device: torch.device,
     **generators: torch.Generator | None,
 ) -> None:
-    """Continues from a checkpoint; one that does not fit leaves the flow as it was."""
+    """Continues from a checkpoint; if it does not fit, the flow stays as it was."""
     with interrupts_held_back():
         before = training.best_state
         try:
@@ -306,7 +295,7 @@ def _resume(
 
 
 def _likelihood(density: Flow | Density, start: Prepared) -> float:
-    """The held-out log-likelihood of a finished fit, which an error of the solver must not undo."""
+    """Computes the final held-out log-likelihood; solver errors must not undo the fit."""
     if start.validation is None:
         return math.nan
     try:

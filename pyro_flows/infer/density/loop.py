@@ -1,4 +1,4 @@
-"""The training loop of densities: epochs, the best state, the schedule, and what a checkpoint holds of them."""
+"""The training loop of densities."""
 
 from __future__ import annotations
 
@@ -51,17 +51,7 @@ CHECKPOINT = CheckpointFormat(
 class DensityTraining(TrainingLoop):
     """Trains a density by an objective.
 
-    Args:
-        flow: the module to train.
-        density: the same in the units of the data; shares the parameters.
-        objective: the score to maximize.
-        train: rows to fit to.
-        validation: rows to judge by; ``None`` to judge by the training score.
-        optimizer: holds the parameters.
-        settings: limits, clipping and averaging.
-        sizes: of batches and of the run.
-        generator: shuffles.
-        progress: whether to show a progress bar.
+    The ``density`` is the ``flow`` in the units of the data.  Without ``validation`` rows, the training score decides.
     """
 
     def __init__(
@@ -90,10 +80,10 @@ class DensityTraining(TrainingLoop):
         self.rates = [group["lr"] for group in optimizer.param_groups]
         self.averages = [p.detach().clone() for p in self.parameters] if settings.average else []
         self._resample = [f for module in flow.modules() if callable(f := getattr(module, "resample_masks", None))]
-        self.best_state = self.snapshot()  # what to return to where not even the first epoch ends well
+        self.best_state = self.snapshot()  # to return to if not even the first epoch ends well
 
     def train(self) -> None:
-        """Takes all epochs that are left."""
+        """Runs the remaining epochs."""
         if not self.epoch:
             self.keep(0)
         steps = self.sizes.total_steps
@@ -135,7 +125,7 @@ class DensityTraining(TrainingLoop):
         try:
             return self.objective.scores(value, context)
         except ValueError:
-            # A distribution that validates refuses NaN before it computes a score.
+            # A validating distribution refuses NaN before it computes a score.
             if self.objective.first_nonfinite((value, context, None)) is None:
                 raise
             return value.new_full((len(value),), math.nan, dtype=self.parameters[0].dtype)
@@ -161,7 +151,7 @@ class DensityTraining(TrainingLoop):
         self.optimizer.step()
         self.budget.done += 1
         if self.averages:
-            # Early on, the average must not remember where training began.
+            # Early on, the average must not remember the start.
             weight = 1 - min(self.settings.average, (self.budget.done - 1) / (self.budget.done + 9))
             with torch.no_grad():
                 for mean, parameter in zip(self.averages, self.parameters, strict=True):
@@ -176,7 +166,7 @@ class DensityTraining(TrainingLoop):
             score = self._trained if self.validation is None else held_out
             rate = float(self.optimizer.param_groups[0]["lr"])
             row = (self.epoch, self.budget.done, self._trained, held_out, rate, self.budget.elapsed)
-            with interrupts_held_back():  # so that the history, the best epoch and its state belong together
+            with interrupts_held_back():  # the history and the best state must agree
                 for column, entry in zip(_COLUMNS, row, strict=True):
                     self.history[column].append(entry)
                 if math.isfinite(score) and score > self.best:
@@ -194,7 +184,7 @@ class DensityTraining(TrainingLoop):
                 mean.copy_(parameter.detach())
 
     def _limit(self) -> str | None:
-        """The limit that is reached, if any."""
+        """Names the limit that is reached, if any."""
         if self.settings.steps is not None and self.budget.done >= self.settings.steps:
             return "steps"
         if self.epoch >= self.sizes.max_epochs:
@@ -222,7 +212,7 @@ class DensityTraining(TrainingLoop):
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
-        """Inside, the averages replace the parameters."""
+        """Replaces the parameters by their averages inside."""
         if not self.averages:
             yield
             return
@@ -241,7 +231,7 @@ class DensityTraining(TrainingLoop):
     # Checkpoints.
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs beside the states of generators: copies on the CPU, and the history itself."""
+        """Returns the state except generators: copies on the CPU, and the history itself."""
         changing = {
             "flow": dict(self.flow.state_dict()),
             "optimizer": self.optimizer.state_dict(),
@@ -253,8 +243,8 @@ class DensityTraining(TrainingLoop):
         return {**_copied(changing), **kept, **counters, "step": self.budget.done}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what :meth:`state_dict` returned; a limit that was reached then may be higher now."""
-        self.flow.load_state_dict(state["best_state"])  # so that one that does not fit is found now
+        """Restores the :meth:`state_dict`; limits may be higher now."""
+        self.flow.load_state_dict(state["best_state"])  # finds a misfit now
         self.flow.load_state_dict(state["flow"])
         self.best_state, self.history = state["best_state"], state["history"]
         self.optimizer.load_state_dict(state["optimizer"])
@@ -271,7 +261,7 @@ class DensityTraining(TrainingLoop):
 
 
 def _copied(value: Any) -> Any:
-    """Copies with tensors on the CPU, so that no memory of the device is taken."""
+    """Copies to the CPU, to take no memory of the device."""
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):

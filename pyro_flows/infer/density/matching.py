@@ -1,4 +1,4 @@
-r"""Flow matching: the field of a continuous flow by regression, without a solve."""
+"""Flow matching: the field of a continuous flow by regression."""
 
 from __future__ import annotations
 
@@ -22,38 +22,36 @@ from pyro_flows.transforms import Continuous
 
 __all__ = ["FlowMatching", "Matching", "as_objective", "assigned", "matched_parts"]
 
-# Few rows are each paired several times, for pairs are cheap where events are small.
+# Pairs are cheap where events are small, so each of few rows is paired several times.
 _STEP = (512, 2**15)  # in a step: pairs, or numbers in them
 _HELD_OUT = (4096, 2**18)  # in a validation
 _MOST = 16  # pairs of one row
-_GROUP = 256  # pairs that are assigned at once, for that takes cubic time
+_GROUP = 256  # pairs assigned at once, in cubic time
 
 
 @dataclass(frozen=True)
 class FlowMatching:
     r"""Flow matching, an objective of :func:`~pyro_flows.infer.density.fit.fit_density` for continuous flows.
 
-    A row :math:`x_1`, at the field's end at the data, is paired with a draw :math:`x_0` of the base, at its other end.
-    The field learns the velocity of the straight path between them,
+    A row :math:`x_1`, at the field's end at the data, is paired with a draw :math:`x_0` of the base at the other end.
+    The field, which must depend on time, learns the velocity of the straight path between them,
 
-    .. math:: L = \mathrm{E} \tfrac1D \left| v(t, z_t, c) - (x_1 - x_0) \right|^2, \quad z_t = (1 - t) x_0 + t x_1 ,
+    .. math:: L = \mathrm{E} \tfrac1D \left| v(t, z_t, c) - (x_1 - x_0) \right|^2, \quad z_t = (1 - t) x_0 + t x_1 .
 
-    whose minimizer, the mean velocity of all paths through a place, takes the base to the data.  A step costs one
-    evaluation of the field for each pair, and no solve.  The likelihood rises with it, though it is not the objective.
-    The field must depend on time.
+    The minimizer, the mean velocity of all paths through a place, takes the base to the data.  Each pair of a step
+    costs one evaluation of the field, and no solve.  The likelihood rises, though it is not the objective.
 
     Args:
-        coupling: how rows and draws are paired in a batch.  ``"independent"``: as they come.  ``"optimal_transport"``:
-            so that :math:`\sum |x_1 - x_0|^2` is the least in groups of up to 256 pairs, each draw used once, which
-            makes paths straighter and solves cheaper; a group costs some milliseconds on the CPU.  Not with a context:
-            pairs made without regard to it give each context another part of the base, which sampling does not know.
-        time: the distribution of :math:`t`: ``"uniform"``, or ``"logit_normal"``, :math:`\mathrm{logit}\, t \sim
-            N(0, 1)`, with more of the middle, where the regression is hard, and less of the ends.
-        sigma: standard deviation of normal noise that each step adds to :math:`x_1`: the flow learns the density of
-            the data with noise, which is bounded even for data on a grid or a surface.  In units of the field's end at
-            the data, where standardized data have variance 1.
-        pairs: draws, each at a time of its own, that a row is paired with in a step; by default as many as make 512
-            pairs, or 32,768 numbers if that is less, from 1 to 16.
+        coupling: the pairing of rows and draws in a batch.  ``"independent"``: as they come.  ``"optimal_transport"``:
+            with the least :math:`\sum |x_1 - x_0|^2` in groups of up to 256 pairs, each draw used once, which makes
+            paths straighter and solves cheaper; a group costs some milliseconds on the CPU.  Contexts are refused:
+            pairs that ignore them give each context its own part of the base, unknown to sampling.
+        time: the distribution of :math:`t`: ``"uniform"``, or ``"logit_normal"``, :math:`\mathrm{logit}\, t \sim N(0,
+            1)`, with more of the middle, where regression is hard.
+        sigma: the standard deviation of normal noise added to :math:`x_1` in each step, in units of the field's end at
+            the data.  The flow learns the density of noisy data, bounded even on a grid or surface.
+        pairs: draws, each at its own time, for a row in a step; by default from 1 to 16, as many as make 512 pairs, or
+            32,768 numbers if that is less.
 
     Raises:
         ValueError: for other values.
@@ -86,7 +84,7 @@ class FlowMatching:
             integer("FlowMatching", "pairs", self.pairs)
 
     def times(self, like: Tensor) -> Tensor:
-        """One time for each row, each from another of ``rows`` equally likely intervals, in random order."""
+        """Draws a time for each row, from ``rows`` equally likely intervals in random order."""
         n = len(like)
         order = torch.randperm(n, device=like.device)
         t = (order + torch.rand(n, dtype=like.dtype, device=like.device)) / max(n, 1)
@@ -94,7 +92,7 @@ class FlowMatching:
 
 
 def as_objective(given: str | FlowMatching) -> FlowMatching | None:
-    """The settings of flow matching, or ``None`` for the likelihood."""
+    """Returns the settings of flow matching, or ``None`` for the likelihood."""
     if isinstance(given, FlowMatching):
         return given
     choice("fit_density", "objective", given, ("likelihood", "flow_matching"), "a FlowMatching(...)")
@@ -104,7 +102,7 @@ def as_objective(given: str | FlowMatching) -> FlowMatching | None:
 def matched_parts(
     flow: Flow | Density, settings: FlowMatching
 ) -> tuple[list[FlowTransform], Continuous, list[FlowTransform]]:
-    """The parts at the base end, the continuous one, and those at the data end; refuses what cannot be matched."""
+    """Splits a flow around its only continuous part, and refuses flows that cannot be matched."""
     if not is_plain_flow(flow):
         raise ValueError(
             "fit_density: flow matching needs a flow transform, or a Flow, with a Continuous part, e.g. pf.cnf(2); "
@@ -149,23 +147,18 @@ def matched_parts(
 
 
 def repeats(rows: int, size: int, most: tuple[int, int]) -> int:
-    """How many pairs each row makes, within the ``most`` pairs and numbers in all, for events of this size."""
+    """Counts the pairs of each row, within the ``most`` pairs and numbers."""
     return min(max(min(most[0], most[1] // size) // max(rows, 1), 1), _MOST)
 
 
 @torch.no_grad()
 def assigned(x0: Tensor, x1: Tensor) -> Tensor:
-    """Draws, reordered in groups so that the sum of squared distances to the rows is the least.
-
-    Args:
-        x0: draws, shape ``(n, *event_shape)``.
-        x1: rows, of the same shape.
-    """
+    """Reorders draws in groups, for the least sum of squared distances to the rows."""
     from scipy.optimize import linear_sum_assignment
 
     made, count = [], max(-(-len(x1) // _GROUP), 1)
     for draws, rows in zip(x0.tensor_split(count), x1.tensor_split(count), strict=True):
-        # Squared distances, without terms that every assignment has in common.
+        # Squared distances, without terms common to every assignment.
         cost = -rows.flatten(1).double() @ draws.flatten(1).double().T
         order = torch.from_numpy(linear_sum_assignment(cost.cpu().numpy())[1])
         made.append(draws[order.to(draws.device)])
@@ -173,14 +166,7 @@ def assigned(x0: Tensor, x1: Tensor) -> Tensor:
 
 
 class Matching(Objective):
-    """The negative matching loss: of random pairs in training, of several fixed pairs a row in validation.
-
-    Args:
-        settings: of the pairs.
-        density: the flow in the units of the data.
-        seed: of the fixed pairs.
-        held_out: the number of validation rows.
-    """
+    """The negative matching loss: of random pairs in training, of several fixed pairs a row in validation."""
 
     noun = "negative matching loss"
     beyond = "every parameter is finite, the velocity or its square is not"
@@ -210,7 +196,7 @@ class Matching(Objective):
         return self._paired(value, context).view(pairs, rows).mean(0)
 
     def _paired(self, x1: Tensor, context: Tensor | None) -> Tensor:
-        """The score of each row with one draw."""
+        """Scores each row with one draw."""
         settings = self.settings
         with torch.no_grad():
             x0 = self.density.base().sample(x1.shape[:1])

@@ -1,4 +1,4 @@
-"""The score of each row that a fit maximizes: the log-likelihood, or another in its place."""
+"""The score of each row that a fit maximizes."""
 
 from __future__ import annotations
 
@@ -30,12 +30,9 @@ _REMEDY = "try a smaller lr or clip_norm, a flow in float64 (flow.double()), and
 
 
 def first_nonfinite(flow: nn.Module, density: Flow | Density, batch: Batch) -> str | None:
-    """Where NaN or infinity first appears as rows are scored; ``None`` if nowhere before the score itself.
+    """Finds where NaN or infinity first appears as rows are scored; ``None`` if only in the score itself.
 
-    Args:
-        flow: the module that is trained; the answer names parts as it does.
-        density: the same in the units of the data.
-        batch: rows and contexts.
+    The answer names parts as ``flow`` does.
     """
     value, context, _ = batch
     if is_plain_flow(density):
@@ -43,7 +40,7 @@ def first_nonfinite(flow: nn.Module, density: Flow | Density, batch: Batch) -> s
         return found or nonfinite_state(flow)
 
     def call() -> None:
-        # Distributions that validate refuse NaN, but only after the layer that made it has been seen.
+        # Validating distributions refuse NaN, but only after the layer that made it was seen.
         with contextlib.suppress(ValueError):
             density.log_prob(value) if context is None else density.log_prob(value, context)
 
@@ -51,7 +48,7 @@ def first_nonfinite(flow: nn.Module, density: Flow | Density, batch: Batch) -> s
 
 
 def bad_score(what: str, scores: Tensor, index: Tensor | None, found: str) -> str:
-    """Words for scores that are not finite: which, in which rows, and where that begins."""
+    """Describes scores that are not finite: which, in which rows, and where that begins."""
     rows = (~scores.isfinite()).nonzero()[:, 0].cpu()
     which = f"{len(rows)} of {len(scores)} rows"
     if index is not None and len(rows):
@@ -60,7 +57,7 @@ def bad_score(what: str, scores: Tensor, index: Tensor | None, found: str) -> st
 
 
 def bad_gradient(flow: nn.Module, norm: float) -> str:
-    """Words that name the parameters whose gradients are not finite."""
+    """Names the parameters whose gradients are not finite."""
     names = [name for name, p in flow.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
     which = f"that of {', '.join(names[:5])}{', …' if len(names) > 5 else ''} is not finite"
     if not names:
@@ -68,15 +65,15 @@ def bad_gradient(flow: nn.Module, norm: float) -> str:
     return f"fit_density: the norm of the gradient is {norm}: {which}; {_REMEDY}"
 
 
-_CHUNK = 2**18  # numbers that are scored at once without a gradient
+_CHUNK = 2**18  # numbers scored at once without a gradient
 
 
 class Objective(ABC):
-    """One score a row, whose mean over rows is to be as large as possible.
+    """A score for each row, whose mean is maximized.
 
     Attributes:
-        noun: what a score is called in messages.
-        beyond: what to say of a score that is not finite though every parameter and layer is.
+        noun: the name of a score in messages.
+        beyond: the message if only the score is not finite.
         notable: the gain that counts as an improvement.
     """
 
@@ -86,24 +83,19 @@ class Objective(ABC):
 
     @abstractmethod
     def scores(self, value: Tensor, context: Tensor | None) -> Tensor:
-        """Scores of admitted rows, shape ``(rows,)``."""
+        """Scores admitted rows, shape ``(rows,)``."""
 
     @abstractmethod
     def first_nonfinite(self, batch: Batch) -> str | None:
-        """Where NaN or infinity first appears as rows are scored; ``None`` if nowhere before the score itself."""
+        """Finds where NaN or infinity first appears; ``None`` if only in the score itself."""
 
     def fixed(self) -> AbstractContextManager[None]:
-        """Inside, the scores of the same rows in the same order do not change unless the parameters do."""
+        """Fixes the scores of the same rows in the same order inside."""
         return nullcontext()
 
 
 class Likelihood(Objective):
-    """The log-likelihood in nats.
-
-    Args:
-        flow: the module that is trained.
-        density: the same in the units of the data.
-    """
+    """The log-likelihood in nats."""
 
     noun, beyond = "log-likelihood", "every layer is finite, the density at what they give is not"
     notable = 1e-3
@@ -120,7 +112,7 @@ class Likelihood(Objective):
 
 
 def log_prob_of(density: Flow | Density) -> Callable[[Tensor, Tensor | None], Tensor]:
-    """The fastest log-density of admitted rows."""
+    """Chooses the fastest log-density of admitted rows."""
     if is_plain_flow(density):
         return density.score
 
@@ -148,7 +140,7 @@ def evaluate(score: Callable[[Tensor, Tensor | None], Tensor], source: Source, b
 
 
 def mean_score(score: Callable[[Tensor, Tensor | None], Tensor], source: Source, batch_size: int = 1) -> float:
-    """The mean of the scores of all rows, NaN without rows."""
+    """Averages the scores of all rows; NaN without rows."""
     total, rows = 0.0, 0
     for scores in evaluate(score, source, batch_size):
         total, rows = total + scores.cpu().double().sum().item(), rows + len(scores)

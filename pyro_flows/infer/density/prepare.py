@@ -32,14 +32,7 @@ __all__ = ["Prepared", "prepare"]
 
 @dataclass
 class Prepared:
-    """The data with which a fit starts.
-
-    Attributes:
-        train: rows to fit to.
-        validation: rows to judge by, if any.
-        units: location and scale of the training rows and their contexts.
-        identity: checksums or sizes that tell these data from others.
-    """
+    """The data of a fit; ``identity`` holds checksums or sizes that identify them."""
 
     train: Source
     validation: Source | None
@@ -48,14 +41,14 @@ class Prepared:
 
     @property
     def generators(self) -> dict[str, torch.Generator | None]:
-        """Generators that data loaders own."""
+        """The generators of data loaders."""
         sources = {"data_loader": self.train, "validation_loader": self.validation}
         return {name: source.loader.generator for name, source in sources.items() if isinstance(source, Loader)}
 
     def known_units(self, known: Units, path: str | os.PathLike[str] | None) -> Units:
-        """The units of a checkpoint, unless these data must be others.
+        """Returns the units of a checkpoint, and refuses those of other data.
 
-        Shuffled rows round differently each time, and a loader may add noise, so the units need not be equal.
+        Units may differ a little: shuffled rows round differently, and a loader may add noise.
         """
         for name, then in known.items():
             now, spread = self.units[name], known[name.replace("loc", "scale")]
@@ -78,15 +71,7 @@ def prepare(
     generator: torch.Generator,
     stacklevel: int,
 ) -> Prepared:
-    """Admits data, holds rows out, and surveys the rest.
-
-    Args:
-        flow: the module to train.
-        given: data, contexts, validation data and their contexts.
-        settings: say how much to hold out.
-        generator: draws the rows that are held out.
-        stacklevel: the stack level of warnings, seen from here.
-    """
+    """Admits ``given`` (data, contexts, and those of validation), holds rows out, and surveys the rest."""
     data, context, validation, validation_context = given
     expected = expected_by(flow)
     if expected.dtype.itemsize < 4:
@@ -128,7 +113,7 @@ def prepare(
     if expected.continuous or ends is not None:
         looked_at = ~_discrete(flow)
         for column in precision[0].merged():
-            looked_at.view(-1)[column] = False  # said already
+            looked_at.view(-1)[column] = False  # already reported
         values.warn_of_repeats(train.value if isinstance(train, Rows) else None, looked_at, stacklevel + 1)
     units: Units = dict.fromkeys(("loc", "scale", "context_loc", "context_scale"))
     if values.rows and settings.standardize is not False:
@@ -150,13 +135,13 @@ def _discrete(flow: Flow | Density) -> Tensor:
 def _warn_of_units(
     flow: Flow | Density, ends: Tensor, values: Survey, contexts: Survey, wanted: bool, level: int
 ) -> None:
-    """Warns of columns that stay in their own units though these are far from those that training starts with."""
+    """Warns of columns not standardized and far from the units that training starts with."""
     if is_plain_flow(flow):
         if not ends.isinf().any():
             return
         with torch.no_grad():
             drawn = flow.base().sample((256,)).cpu().double().reshape(256, -1)
-        # Parts may permute dimensions, so each is compared with all of the base.
+        # Parts may permute dimensions, so each is compared with the whole base.
         scale = drawn.std(0)
         loc, scale = drawn.mean(), (scale.amin() * scale.amax()).sqrt()
         remedy = "give them in units in which they are of the order of 1, angles in radians; or say standardize=False"
@@ -189,7 +174,7 @@ def _admit(flow: Flow | Density, given: Any, context: Any, expected: Expected, w
 
 
 def _reals(flow: Flow | Density, value: Tensor, what: str) -> Tensor:
-    """Data as the part of the chain that learns sees them; refuses rows outside of the support."""
+    """Pulls data back to the trained part of the chain, and refuses rows outside the support."""
     if is_plain_flow(flow):
         return reals_of(flow, value, what)
     head = head_of(flow)

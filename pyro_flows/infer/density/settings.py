@@ -1,4 +1,4 @@
-"""Settings of a fit, their defaults by the amount of data, and the schedule of the learning rate."""
+"""Settings of a fit, their defaults, and the learning rate's schedule."""
 
 from __future__ import annotations
 
@@ -14,25 +14,18 @@ __all__ = ["CUT", "CUTS", "FINAL", "HELD_OUT_AT_MOST", "LEAST", "SCHEDULES", "Sc
 SCHEDULES = ("plateau", "cosine", "constant")
 
 # Defaults by the amount of data.
-SMALLEST_BATCH, LARGEST_BATCH, BATCHES = 64, 1024, 32  # BATCHES: in an epoch, about
+SMALLEST_BATCH, LARGEST_BATCH, BATCHES = 64, 1024, 32  # BATCHES: about, in an epoch
 TOTAL_STEPS, FEWEST_EPOCHS, MOST_EPOCHS = 20_000, 20, 1000
 PATIENCE_STEPS, SHORTEST_PATIENCE = 600, 5
 HELD_OUT_AT_MOST = 20_000  # rows of a random validation part
 
-# The plateau schedule: factor of a cut; cuts in vain before the end; the factor that is too small to go on with.
+# Plateau: factor of a cut; cuts in vain before the end; the factor that ends training.
 CUT, CUTS, LEAST = 0.3, 2, 1e-3
-FINAL = 0.01  # where the cosine ends, as a factor of the first rate
+FINAL = 0.01  # the cosine's last factor
 
 
 class Sizes(NamedTuple):
-    """Sizes of a fit.
-
-    Attributes:
-        batch_size: rows in a step.
-        max_epochs: passes over the data at most.
-        patience: epochs without improvement until something is done about it.
-        total_steps: steps in the longest run that the limits allow.
-    """
+    """Sizes of a fit: rows, epochs, and the steps of the longest run that limits allow."""
 
     batch_size: int
     max_epochs: int
@@ -42,7 +35,7 @@ class Sizes(NamedTuple):
 
 @dataclass(frozen=True)
 class Settings:
-    """What the caller chose; the fields are keywords of :func:`~pyro_flows.infer.density.fit.fit_density`.
+    """Keywords of :func:`~pyro_flows.infer.density.fit.fit_density`, checked.
 
     Raises:
         ValueError: for a number out of range.
@@ -80,7 +73,7 @@ class Settings:
         choice("fit_density", "schedule", self.schedule, SCHEDULES)
 
     def batch_size_for(self, rows: int) -> int:
-        """The batch size: as chosen, or a power of two near a thirty-second of the rows."""
+        """Returns the chosen batch size, or a power of two near a thirty-second of the rows."""
         if self.batch_size is not None:
             if self.batch_size > rows:
                 raise ValueError(
@@ -92,7 +85,7 @@ class Settings:
         return min(max(near, SMALLEST_BATCH), LARGEST_BATCH, rows)
 
     def sizes(self, batch_size: int, steps_per_epoch: int) -> Sizes:
-        """Sizes, by the steps of an epoch where the caller left them open."""
+        """Computes sizes; an epoch's steps set the defaults."""
         epochs, patience = self.max_epochs, self.patience
         if epochs is None and self.steps is not None:
             epochs = -(-self.steps // steps_per_epoch)
@@ -104,7 +97,7 @@ class Settings:
         return Sizes(batch_size, epochs, patience, total if self.steps is None else min(total, self.steps))
 
     def identity(self, sizes: Sizes, optimizer: str) -> dict[str, Any]:
-        """What a resumed fit must agree on: all but limits, of which only the cosine is a function."""
+        """The settings on which a resumed fit must agree: limits count only for the cosine."""
         chosen = {**asdict(self), "batch_size": sizes.batch_size, "patience": sizes.patience, "optimizer": optimizer}
         del chosen["checkpoint_every"]
         limits = {name: chosen.pop(name) for name in ("max_epochs", "steps", "seconds")}
@@ -113,21 +106,14 @@ class Settings:
 
 @dataclass
 class Schedule:
-    """The learning rate's factor, and what follows when the score stands still.
-
-    - ``"plateau"``: constant; after ``patience`` epochs without improvement, training returns to the best state with
-      0.3 times the rate; the second such cut without improvement ends it.
-    - ``"cosine"``: from 1 down to 0.01 over the whole run; ``patience`` epochs without improvement end it.
-    - ``"constant"``: a constant rate; ``patience`` epochs without improvement end the training.
+    """The learning rate's factor and the response to a score that stands still.
 
     Attributes:
-        kind: ``"plateau"``, ``"cosine"`` or ``"constant"``.
-        patience: in epochs.
-        notable: the gain of the score that counts as an improvement.
+        notable: the gain that counts as an improvement.
         scale: the factor left by cuts.
-        since: epochs since the last notable improvement or cut.
-        idle: cuts since the last notable improvement.
-        reference: the score at the last notable improvement.
+        since: epochs since the last improvement or cut.
+        idle: cuts since the last improvement.
+        reference: the score at the last improvement.
     """
 
     kind: str
@@ -139,11 +125,11 @@ class Schedule:
     reference: float = -math.inf
 
     def factor(self, progress: float) -> float:
-        """The learning rate in units of the first one, after this part of the run."""
+        """Returns the learning rate's factor after this part of the run."""
         return cosine(progress, 1.0, FINAL) if self.kind == "cosine" else self.scale
 
     def judge(self, score: float) -> str:
-        """What follows from an epoch's score: ``"go"``, ``"back"`` to the best state, or ``"stop"``."""
+        """Responds to an epoch's score: ``"go"``, ``"back"`` to the best state, or ``"stop"``."""
         # Small gains add up: what counts is the gain since the last one that counted.
         if score > self.reference + self.notable:
             self.reference, self.since, self.idle = score, 0, 0
@@ -157,11 +143,11 @@ class Schedule:
         return "back"
 
     def state_dict(self) -> dict[str, float | int | str]:
-        """All of it, as plain values."""
+        """Returns the state as plain values."""
         return asdict(self)
 
     def load_state_dict(self, state: dict[str, float | int | str]) -> None:
-        """Restores what :meth:`state_dict` returned.
+        """Restores the :meth:`state_dict`.
 
         Raises:
             ValueError: for other names or types.

@@ -1,4 +1,4 @@
-"""Data that make a density degenerate: constant and dependent columns, repeated values, rows outside the support."""
+"""Checks of data: constant or dependent columns, repeated values, rows outside the support."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from pyro_flows.infer.density.units import pull_back, split_chain
 
 __all__ = ["Survey", "reals_of", "refuse_outside"]
 
-_SAMPLE = 4096  # rows in which to look for discrete and dependent columns
+_SAMPLE = 4096  # rows to find discrete and dependent columns in
 _FEWEST = 100  # rows that can tell a discrete column
-_FAR = 10.0  # location or scale, in units of the base, from which training starts far from the data
+_FAR = 10.0  # location or scale, in units of the base, far from the start of training
 _TWO_PARTS = (
     "where a bound is a value that rows really share (no rain, a sensor's limit), fit the rows within and give the "
     "share of that value beside them (a two-part model)"
@@ -27,9 +27,9 @@ _TWO_PARTS = (
 
 
 def reals_of(flow: Flow, value: Tensor, what: str) -> Tensor:
-    """Data as the trained part of the chain sees them; refuses rows at or beyond a bound of the support."""
+    """Pulls data back to the trained part of the chain; refuses rows at or beyond a bound of the support."""
     codomain = flow.chain.codomain
-    # Some of torch's transforms do not know their own codomain.
+    # Some of torch's transforms do not know their codomain.
     inside = torch.tensor(True) if constraints.is_dependent(codomain) else codomain.check(value)
     inside = inside.to(value.device).reshape(*inside.shape[:1], -1).all(-1)
     back = split_chain(flow.chain)[1]
@@ -65,7 +65,7 @@ def refuse_outside(head: Head, value: Tensor, what: str) -> None:
 
 @torch.no_grad()
 def _without_density(head: Head, rows: Tensor) -> Tensor:
-    """Which numbers are at a bound where the density is 0 or infinite: of a Gamma, not of an Exponential."""
+    """Marks numbers at a bound where the density is 0 or infinite: of a Gamma, not of an Exponential."""
     if isinstance(head, MixedHead):
         found = torch.zeros_like(rows, dtype=torch.bool)
         for part, dims in zip(head.heads, head.places, strict=True):
@@ -91,14 +91,14 @@ def _refuse(bad: Tensor, what: str, support: str, columns: list[int], remedy: st
 
 
 class Survey:
-    """Location and scale of rows that come in pieces, and a sample of the first of them."""
+    """Location and scale of rows that come in pieces, and a sample of the first rows."""
 
     def __init__(self) -> None:
         self.rows = self._kept = 0
         self._sample: list[tuple[Tensor, Tensor]] = []
 
     def add(self, value: Tensor, given: Tensor | None = None) -> None:
-        """Adds a piece, shape ``(rows, *event_shape)``; ``given``: the same in the units of the data."""
+        """Adds a piece, shape ``(rows, *event_shape)``; ``given`` is in the units of the data."""
         if not len(value):
             return
         given = value if given is None else given
@@ -123,14 +123,11 @@ class Survey:
         self.rows += len(piece)
 
     def loc_and_scale(self, ends: Tensor | None = None, over_time: bool = False) -> tuple[Tensor, Tensor]:
-        """Location and scale in float64: mean and standard deviation; 1 for the scale of a constant column.
+        """Returns mean and standard deviation in float64; a constant column has scale 1.
 
-        A column that may be stretched about one point only gets its root mean square distance from there as its scale,
-        and a location that keeps the point in place.
-
-        Args:
-            ends: these points; NaN for any, infinity for columns to leave as they are (0 and 1).
-            over_time: whether the last dimension is time, which shares its units, shape ``(C, 1)``.
+        A column with only one fixed point, in ``ends``, gets the root mean square distance from it as its scale, and a
+        location that keeps it in place.  There NaN means any point; infinity leaves a column as it is (0 and 1).  With
+        ``over_time``, units are shared over the last dimension, shape ``(C, 1)``.
         """
         loc, std = self.mean, (self.squares / max(self.rows - 1, 1)).sqrt()
         varies = self.highest > self.lowest
@@ -141,7 +138,7 @@ class Survey:
             varies = varies.any(-1, keepdim=True)
         scale = torch.where(varies, std, 1.0)
         if ends is not None:
-            ends = ends.amax(-1, keepdim=True) if over_time else ends  # all alike: a channel is one kind of number
+            ends = ends.amax(-1, keepdim=True) if over_time else ends  # alike within a channel
             about = torch.where(varies, (std.square() + (loc - ends).square()).sqrt(), 1.0)
             free, none = ends.isnan(), ends.isinf()
             loc = torch.where(free, loc, torch.where(none, 0.0, ends * (1 - about)))
@@ -149,15 +146,7 @@ class Survey:
         return loc, scale
 
     def warn_of_units(self, left: Tensor, start: tuple[Tensor, Tensor], what: str, remedy: str, level: int) -> None:
-        """Warns of columns that are not standardized though training starts far from them.
-
-        Args:
-            left: boolean, the columns that are not standardized.
-            start: location and scale with which training starts.
-            what: the name of the data.
-            remedy: words for the message.
-            level: the stack level of the warning, seen from here.
-        """
+        """Warns of columns ``left`` unstandardized and far from ``start``, the first location and scale."""
         loc, scale = self.loc_and_scale()
         ratio = scale / start[1]
         far = left & (((loc - start[0]).abs() > _FAR * start[1]) | (ratio > _FAR) | (ratio < 1 / _FAR))
@@ -173,12 +162,7 @@ class Survey:
             )
 
     def refuse_degenerate(self, whole: Tensor | None, merged: str) -> None:
-        """Raises for constant and dependent columns.
-
-        Args:
-            whole: all rows, if they are at hand, to confirm dependences that the sample suggests.
-            merged: words for columns that a conversion merged; empty if none.
-        """
+        """Raises for constant and dependent columns; all rows, if at hand, confirm what the sample suggests."""
         dtype = self.lowest.dtype
         constant = (self.highest <= self.lowest).flatten().nonzero()[:, 0].tolist()
         if constant:
@@ -198,13 +182,7 @@ class Survey:
                 )
 
     def warn_of_repeats(self, whole: Tensor | None, columns: Tensor, level: int) -> None:
-        """Warns of values that many rows share, and of columns with few distinct values.
-
-        Args:
-            whole: all rows as given, if they are at hand.
-            columns: boolean, of an event's shape: those to check.
-            level: the stack level of the warning, seen from here.
-        """
+        """Warns of values that many rows share, and of few distinct values, in the marked columns."""
         sample = torch.cat([given for _, given in self._sample]).flatten(1)
         places = columns.flatten().nonzero()[:, 0].tolist()
         grid = few_values(sample, places)
@@ -236,7 +214,7 @@ class Survey:
 
 
 def _dependent(first: Tensor, second: Tensor) -> bool:
-    """Whether two columns are an affine function of each other, up to the rounding of their dtype."""
+    """Tells whether two columns are affine functions of each other, up to rounding."""
     eps = torch.finfo(first.dtype).eps
     a, b = first.cpu().double(), second.cpu().double()
     a_mean, b_mean = a.mean(), b.mean()
@@ -246,7 +224,7 @@ def _dependent(first: Tensor, second: Tensor) -> bool:
 
 
 def _suspects(sample: Tensor) -> list[tuple[int, int]]:
-    """Pairs of columns that look dependent: one for each column that depends on an earlier one."""
+    """Pairs columns that seem to depend on earlier ones with these."""
     if len(sample) < 5 or not 2 <= sample.shape[1] <= 4096:
         return []
     sample = sample[:512]

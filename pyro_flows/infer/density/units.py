@@ -1,4 +1,4 @@
-"""The units of data: where a flow's standardization goes, and flows that have one."""
+"""The units of data: standardized flows, and the place of the standardization."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ Units = dict[str, Tensor | None]
 if TYPE_CHECKING:
 
     class Density(nn.Module):
-        """A module with a density, such as a MADE.  For annotations: no module needs to inherit from it."""
+        """A module with a density, such as a MADE, for annotations; no module needs to inherit from it."""
 
         event_shape: Size
         context_dim: int
@@ -66,20 +66,15 @@ else:
 
 
 def is_density(module: object) -> TypeGuard[Density]:
-    """Whether this is a module with ``log_prob``."""
+    """Tells whether this is a module with ``log_prob``."""
     return isinstance(module, nn.Module) and callable(getattr(module, "log_prob", None))
 
 
 class StandardizedFlow(Flow):
-    """A conditional flow that takes contexts in their own units and standardizes them inside.
+    """A conditional flow that standardizes contexts inside, made by :func:`standardized`.
 
-    Made by :func:`standardized`.
-
-    Args:
-        chain: a flow transform with a context.
-        base: as for :class:`~pyro_flows.distributions.Flow`.
-        context_loc: subtracted from every context, shape ``(context_dim,)``; saved in the ``state_dict``.
-        context_scale: divides every context then; of the same shape, and saved too.
+    Contexts, less ``context_loc``, are divided by ``context_scale``; both have shape ``(context_dim,)`` and are in the
+    ``state_dict``.
     """
 
     context_loc: Tensor
@@ -97,19 +92,15 @@ class StandardizedFlow(Flow):
         self.register_buffer("context_scale", context_scale.detach().clone())
 
     def inner_context(self, context: Tensor | None) -> Tensor | None:
-        """The context in standardized units."""
+        """Standardizes the context."""
         return None if context is None else (context - self.context_loc) / self.context_scale
 
 
 class StandardizedDensity(Density):
     r"""A module with ``log_prob`` in other units, :math:`\log p(y) = \log q((y - t) / \sigma) - \sum_i \log\sigma_i`.
 
-    Args:
-        module: the density :math:`q` of standardized values, with ``log_prob(value)`` or ``log_prob(value, context)``.
-        loc: :math:`t`, of the event's shape.
-        scale: :math:`\sigma`, of the same shape.
-        context_loc: the same for contexts, if there are any.
-        context_scale: the same for contexts.
+    The ``module`` has the density :math:`q`; ``loc`` :math:`t` and ``scale`` :math:`\sigma` have the event's shape.
+    ``context_loc`` and ``context_scale`` are the units of contexts, if any.
     """
 
     loc: Tensor
@@ -147,7 +138,7 @@ class StandardizedDensity(Density):
 
 
 def is_plain_flow(module: object) -> TypeGuard[Flow]:
-    """Whether a module is a flow whose density is that of its chain and base, and so can be taken apart."""
+    """Tells whether a module is a flow that can be taken apart into its chain and base."""
     return isinstance(module, Flow) and (type(module).log_prob, type(module).score) == (Flow.log_prob, Flow.score)
 
 
@@ -158,22 +149,21 @@ def standardized(
     context_loc: Tensor | None = None,
     context_scale: Tensor | None = None,
 ) -> Flow:
-    """The same flow in the units of data, sharing all its parts: the form in which a fitted flow is saved and loaded.
+    """Puts a flow in the units of data; the form in which a fitted flow is saved and loaded.
 
     A :class:`~pyro_flows.transforms.elementwise.Standardization` is put at the data end of the chain, but before parts
-    at that end which learn nothing (e.g. ``ExpTransform()``), so that the support stays as these make it.  Contexts, if
-    the chain takes them, are standardized in a :class:`StandardizedFlow`.  Locations default to 0 and scales to 1: a
-    flow of the same architecture, so made, can load the state of a fitted one.
+    there that learn nothing (e.g. ``ExpTransform()``), to keep the support.  A :class:`StandardizedFlow` standardizes
+    contexts.  The default locations 0 and scales 1 suffice to load the state of a fitted flow of the same architecture.
 
     Args:
-        flow: the flow; it is left as it is.
-        loc: location of the data, as the parts behind it invert them.
+        flow: the flow, which is not changed.
+        loc: location of the data, after the inverse of the parts behind it.
         scale: their scale, positive.
         context_loc: location of contexts, shape ``(context_dim,)``.
         context_scale: their scale, positive.
 
     Returns:
-        A flow that shares the parameters; ``flow`` itself if there is nothing to standardize.
+        A flow that shares all parts; ``flow`` itself if there is nothing to standardize.
     """
     if not is_plain_flow(flow):
         raise TypeError(f"standardized: expected a Flow as it is, got a {type(flow).__name__}")
@@ -195,13 +185,13 @@ def standardized(
         return Flow(chain, flow.base).train(flow.training)
     first = kin.new_zeros(flow.context_dim) if context_loc is None else context_loc
     then = torch.ones_like(first) if context_scale is None else context_scale
-    if isinstance(flow, StandardizedFlow):  # its contexts come in their own units already, so its numbers stay
+    if isinstance(flow, StandardizedFlow):  # contexts come in their own units, so keep the numbers
         first, then = flow.context_loc, flow.context_scale
     return StandardizedFlow(chain, flow.base, first.to(kin), then.to(kin)).train(flow.training)
 
 
 def in_units(density: Flow | Density, units: Units, standardize: bool | None) -> Flow | Density:
-    """A density in the units of data: ``density`` itself where nothing is to be standardized."""
+    """Puts a density in the units of data; returns it as it is if nothing is to be standardized."""
     if standardize is False or units["loc"] is None:
         return density
     ends = ends_of(density)
@@ -224,9 +214,9 @@ def in_units(density: Flow | Density, units: Units, standardize: bool | None) ->
 
 
 def split_chain(chain: FlowTransform) -> tuple[list[FlowTransform], list[FlowTransform]]:
-    """Parts before the standardization, and those at the data end that stay behind it.
+    """Splits a chain into parts before the standardization and parts behind it, at the data end.
 
-    Where the numbers before these are bounded and those after them are not (e.g. ``ExpTransform().inv``), none stays.
+    Nothing stays behind if that part maps from bounded to free numbers, as ``ExpTransform().inv`` does.
     """
     parts = leaves(chain)
     cut = len(parts)
@@ -234,7 +224,7 @@ def split_chain(chain: FlowTransform) -> tuple[list[FlowTransform], list[FlowTra
         cut -= 1
     if cut < len(parts):
         first = after = is_free(parts[cut].domain, parts[cut].event_shape)
-        for part in parts[cut:]:  # affine transforms call real whatever they reach
+        for part in parts[cut:]:  # affine transforms call anything they reach real
             affine = isinstance(part, Wrap) and isinstance(part.transform, AffineTransform)
             after = after if affine else is_free(*_end(part))
         if after.sum() > first.sum():
@@ -243,26 +233,26 @@ def split_chain(chain: FlowTransform) -> tuple[list[FlowTransform], list[FlowTra
 
 
 def movable(flow: Flow) -> Tensor:
-    """Which numbers may be standardized, where the standardization goes: boolean, on the CPU."""
+    """Marks the numbers that may be standardized, where the standardization goes; on the CPU."""
     front, back = split_chain(flow.chain)
     angles = angles_behind(front)
     if angles is not None:
         return ~angles
     free = is_free(*((back[0].domain, back[0].event_shape) if back else _end(front[-1])))
-    # A base on a part of the line only, with a chain that takes all of it, is a density that ends somewhere.
+    # A base on part of the line, with a chain on all of it, is a density that ends somewhere.
     event = flow.chain.event_shape
     ends = is_free(flow.chain.domain, event).all() and not is_free(flow.base().support, event).all()
     return torch.zeros_like(free) if ends else free
 
 
 def head_of(density: Flow | Density) -> Head | None:
-    """The head of an autoregressive model."""
+    """Returns the head of an autoregressive model."""
     head = getattr(density, "head", None)
     return head if isinstance(head, Head) else None
 
 
 def ends_of(density: Flow | Density) -> Tensor | None:
-    """Where each number of an event may be stretched about, as ``Head.fixed_points`` says; ``None`` if unknown."""
+    """Returns each number's fixed point, as ``Head.fixed_points`` does; ``None`` if unknown."""
     if is_plain_flow(density):
         return torch.where(movable(density), torch.nan, torch.inf).double()
     head = head_of(density)
@@ -276,7 +266,7 @@ def _end(part: FlowTransform) -> tuple[Constraint, Size]:
 
 
 def angles_behind(parts: list[FlowTransform]) -> Tensor | None:
-    """Which dimensions at the data end of these parts are angles, on the CPU; ``None`` if none is."""
+    """Marks dimensions at the data end that are angles, on the CPU; ``None`` for none."""
     chain = Chain(parts) if parts else None
     if chain is None or chain.periodic is None or not chain.periodic.any():
         return None
@@ -284,14 +274,14 @@ def angles_behind(parts: list[FlowTransform]) -> Tensor | None:
 
 
 def over_time(front: list[FlowTransform]) -> bool:
-    """Whether the units of series are those of their channels: nothing before the standardization knows the time."""
+    """Tells whether series have units by channel: no part before the standardization knows the time."""
     return bool(front) and all(part.shared_over_time for part in front)
 
 
 def pull_back(back: list[FlowTransform], value: Tensor) -> tuple[Tensor, Tensor]:
-    """Data as the parts before the standardization see them, and which numbers are at or beyond a bound on the way.
+    """Inverts the parts behind the standardization; marks numbers at or beyond a bound on the way.
 
-    The latter has the shape of the data, or that of their rows alone where parts change the event's shape.
+    The marks have the shape of the data, or of the rows alone where parts change the event's shape.
     """
     return _pulled_through([part.transform if isinstance(part, Wrap) else part for part in back], value)
 
@@ -307,15 +297,15 @@ def _pulled_through(parts: list[Transform], y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _pulled(transform: Transform, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Its inverse, and which numbers are at or beyond a bound that it does not reach from the line.
+    """Inverts a transform; marks numbers at or beyond a bound that it does not reach from the line.
 
-    Torch's transforms do not say of each other where they end, so each elementary one is looked at by itself.
+    Torch's transforms do not know each other's ends, so each elementary one is examined.
     """
     if isinstance(transform, IndependentTransform):
         return _pulled(transform.base_transform, y)
     if isinstance(transform, ComposeTransform):
         x, edge = _pulled_through(transform.parts, y)
-        # Ends are rounded on the way through the parts, so the whole is looked at, too.
+        # Ends are rounded on the way, so the whole is examined, too.
         whole = image(transform, transform.domain)
         free = is_free(transform.domain, x.shape[1:]).all() and edge.shape == y.shape
         return x, edge | at_bounds(whole, y) if free else edge
@@ -333,7 +323,7 @@ def _pulled(transform: Transform, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _stays(part: FlowTransform) -> bool:
-    """Whether a part belongs behind the standardization: it learns nothing, or what it gives is constrained."""
+    """Tells whether a part belongs behind the standardization: it learns nothing, or maps to constrained values."""
     if part.context_dim:
         return False
     learns = next(part.parameters(), None) is not None

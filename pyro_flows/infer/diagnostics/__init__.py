@@ -1,4 +1,4 @@
-"""Whether a guide can be trusted: importance weights, a verdict in words, simulation-based calibration."""
+"""Trust in a guide: importance weights, a verdict in words, simulation-based calibration."""
 
 from pyro_flows.infer.diagnostics.calibration import Calibration, simulation_based_calibration
 from pyro_flows.infer.diagnostics.moments import Moments, compare_moments

@@ -1,4 +1,4 @@
-"""Simulation-based calibration: whether inference recovers the latents behind a model's own simulations."""
+"""Simulation-based calibration of inference for a model."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class Calibration:
     """The result of :func:`simulation_based_calibration`.
 
     Attributes:
-        ranks: for each site the number of draws below the simulated value, from 0 to ``num_samples``, shape
-            ``(simulations, *shape)``, int64, on the CPU.  Ranks are uniform if the inference is right.
+        ranks: each site's number of draws below the simulated value, shape ``(simulations, *shape)``, int64, on the
+            CPU; uniform from 0 to ``num_samples`` if the inference is right.
         num_samples: the number of draws that a value is ranked among.
-        level: the largest probability that ``ok`` is false although the inference is right.
+        level: the largest probability that right inference is not ``ok``.
     """
 
     ranks: dict[str, Tensor]
@@ -40,24 +40,24 @@ class Calibration:
 
     @property
     def simulations(self) -> int:
-        """How many data sets were simulated and fitted."""
+        """The number of simulated data sets."""
         return len(next(iter(self.ranks.values())))
 
     @property
     def names(self) -> list[str]:
-        """One name for each scalar, in the order of :meth:`flat`."""
+        """Names of the scalars in :meth:`flat`."""
         return [name for site, ranks in self.ranks.items() for name in scalar_names(site, ranks.shape[1:])]
 
     def flat(self) -> Tensor:
-        """The ranks of all scalars, shape ``(simulations, scalars)``."""
+        """Joins the ranks of all scalars, shape ``(simulations, scalars)``."""
         return torch.cat([ranks.reshape(len(ranks), -1) for ranks in self.ranks.values()], 1)
 
     @property
     def pvalues(self) -> dict[str, Tensor]:
-        """For each site the smaller of two p-values, doubled, shape ``(*shape)``; not corrected for their number.
+        """Twice the smaller of two p-values for each site, shape ``(*shape)``, not corrected for their number.
 
-        The chi-square test of equal counts sees any unevenness; the largest distance of the empirical distribution
-        function from the diagonal, in units of its spread, sees small trends.
+        The chi-square test of equal counts detects unevenness; the largest distance of the empirical distribution
+        function from the diagonal, in units of its spread, detects small trends.
         """
         flat = self.flat()
         found = (2 * torch.minimum(chi_square(flat, self.num_samples), ecdf_pvalues(flat, self.num_samples))).clamp(
@@ -75,14 +75,13 @@ class Calibration:
 
     @property
     def ok(self) -> bool:
-        """Whether chance explains how far the ranks of all scalars are from uniform."""
+        """Whether chance explains the unevenness of all ranks."""
         return self.worst >= self.level
 
     def bands(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Bands that contain the empirical distribution functions of all scalars with probability ``1 - level``.
+        """Returns positions from 0 to 1, and lower and upper limits of the empirical distribution functions there.
 
-        Returns:
-            Positions from 0 to 1, and the lower and upper limit at each.
+        All scalars are within the limits with probability ``1 - level``.
 
         References:
             Graphical Test for Discrete Uniformity and its Applications in Goodness of Fit Evaluation and Multiple
@@ -111,7 +110,7 @@ class Calibration:
 
 
 def _manner(ranks: Tensor, num_samples: int) -> str:
-    """How the ranks of one scalar differ from uniform ones, in words."""
+    """Describes how the ranks of a scalar differ from uniform ones."""
     place = (ranks.double() + 0.5) / (num_samples + 1) * 2 - 1
     lean = float(place.mean()) * math.sqrt(3 * len(place))
     square = place.square() - 1 / 3
@@ -134,45 +133,38 @@ def simulation_based_calibration(
     progress: bool = True,
     **kwargs: Any,
 ) -> Calibration:
-    """Simulates latents and data from the model, fits the data, and ranks the latents among the draws of the fit.
+    """Simulates latents and data from the model, fits the data, and ranks the latents among the fit's draws.
 
-    Exact posterior draws make each rank uniform from 0 to ``num_samples``.  Narrow draws give ranks at both ends, wide
-    draws give ranks in the middle, and a bias gives ranks at one end.  The test judges the average fit over the prior's
-    data, one latent at a time, and not the fit to any one data set.  It costs one fit a simulation.  With 100
-    simulations it detects, nine times in ten, draws that are off by 0.4 posterior standard deviations, a third too
-    narrow or half too wide; with 1000, a third of that.
+    Exact posterior draws make ranks uniform from 0 to ``num_samples``.  Narrow draws give ranks at both ends, wide
+    draws in the middle, biased draws at one end.  The test judges the average fit over the prior's data, one latent at
+    a time.  Each simulation costs a fit.  With 100 simulations the test detects, nine times in ten, draws off by 0.4
+    posterior standard deviations, a third too narrow or half too wide; with 1000, a third of that.
 
-    ``fit`` takes the data by the names of the model's arguments::
+    For a ``model(x, y=None)`` with a latent ``slope`` that observes ``y``::
 
-        def model(x, y=None):
-            slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
-            with pyro.plate("data", len(x)):
-                pyro.sample("y", dist.Normal(slope * x, 1.0), obs=y)
-
-        def fit(data, seed):
+        def fit(data, seed):  # {"y": tensor}
             return draw_posterior(model, x, **data, seed=seed)  # {"slope": shape (99,)}
 
         simulation_based_calibration(model, fit, x, y)
 
     Args:
         model: the model, with proper priors and data sites that can draw.
-        fit: takes the simulated data, a dictionary from argument to tensor, and a seed; returns a dictionary from site
-            to draws of shape ``(num_samples or more, *shape)``, in the model's own space.  Of more draws, evenly spaced
-            ones are used, which should be nearly independent.  Discrete sites may be missing.  Each call starts from
-            the present param store, which is restored afterwards.
-        *args: arguments of the model, data included: the values of data are ignored, their shapes may matter.
-        observed: for each data site the argument that takes its value; by default the argument with the site's name.
-            Also names the data sites of a model that is called without data.
-        simulations: how many data sets to simulate.
-        num_samples: how many draws to rank a latent among.
-        seed: the seed of all simulations and fits; torch's generators are restored afterwards.
+        fit: a function of the data, by argument, and a seed, to nearly independent draws by site (discrete ones may be
+            missing), shape ``(num_samples or more, *shape)``, in the model's own space; of more draws, evenly spaced
+            ones are used.  Each call starts from the present param store, which is restored afterwards.
+        *args: arguments of the model; only the shapes of data may matter.
+        observed: the argument of each data site, by default of the same name; names the data sites of a model called
+            without data.
+        simulations: the number of data sets.
+        num_samples: the number of draws to rank a latent among.
+        seed: the seed of simulations and fits; torch's generators are restored afterwards.
         progress: whether to show a progress bar.
         **kwargs: keyword arguments of the model.
 
     Raises:
         ValueError: if the model has no data, an improper prior, a ``pyro.factor``, a scaled or subsampled site, or a
-            data site without an argument; or if the fit returns anything but draws of the latents.
-        RuntimeError: if a fit fails, with the number of the simulation and its seed.
+            data site without an argument; or if the fit does not return draws of the latents.
+        RuntimeError: if a fit fails; names the simulation and its seed.
 
     References:
         Validating Bayesian Inference Algorithms with Simulation-Based Calibration (Talts et al., 2018),
@@ -208,7 +200,7 @@ def simulation_based_calibration(
 
 @contextmanager
 def _apart(seed: int) -> Iterator[None]:
-    """Isolates random numbers and learned parameters; both are restored afterwards."""
+    """Isolates and restores random numbers and learned parameters."""
     store = pyro.get_param_store()
     before = store.get_state()
     devices = list(range(torch.cuda.device_count()))
@@ -236,7 +228,7 @@ def _check_arguments(model: Callable[..., Any], made: Simulation) -> None:
 
 
 def _ranks(found: Any, latents: Mapping[str, Tensor], num_samples: int) -> dict[str, Tensor]:
-    """The number of draws below each simulated value, with ties broken at random."""
+    """Counts the draws below each simulated value, with ties broken at random."""
     if not isinstance(found, Mapping):
         raise ValueError(
             "simulation_based_calibration: expected the fit to return a dictionary from site to draws, got "

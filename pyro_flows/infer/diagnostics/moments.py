@@ -13,22 +13,21 @@ from pyro_flows.infer.diagnostics.psis import pareto_smoothed, tail_index
 
 __all__ = ["Moments", "compare_moments", "flatten_draws"]
 
-EXAMINED = 32  # dimensions whose tails are fitted: those with the largest single weights
+EXAMINED = 32  # dimensions with fitted tails, by largest weight
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Weighted against unweighted means and standard deviations of a guide's draws, for each dimension.
+    """Weighted against unweighted moments of a guide's draws, each of shape ``(D,)``.
 
     Attributes:
-        names: one for each dimension.
-        mean: weighted minus unweighted mean, in unweighted standard deviations, shape ``(D,)``.
+        names: names of the dimensions.
+        mean: weighted minus unweighted mean, in unweighted standard deviations.
         mean_error: its standard error.
-        scale: logarithm of weighted over unweighted standard deviation, shape ``(D,)``.
+        scale: log ratio of weighted to unweighted standard deviation.
         scale_error: its standard error, to first order.
-        heavy: tail index of the weighted squares about the mean, shape ``(D,)``, minus infinity for dimensions in which
-            no draw weighs much.  From 0.7 on the standard deviation depends on a few draws; below 4000 draws it is
-            noise.
+        heavy: tail index of the weighted squares about the mean; minus infinity if no draw weighs much.  From 0.7 on
+            the standard deviation depends on a few draws; below 4000 draws the index is noise.
     """
 
     names: tuple[str, ...]
@@ -40,7 +39,7 @@ class Moments:
 
 
 def flatten_draws(draws: Tensor | Mapping[str, Tensor], name: str) -> tuple[tuple[str, ...], Tensor]:
-    """Names of scalar dimensions, and the draws as a float64 matrix of shape ``(n, D)``."""
+    """Returns names of scalars, and a float64 matrix of draws, shape ``(n, D)``."""
     parts = draws if isinstance(draws, Mapping) else {"z": draws}
     names: list[str] = []
     columns = []
@@ -56,7 +55,7 @@ def flatten_draws(draws: Tensor | Mapping[str, Tensor], name: str) -> tuple[tupl
 
 
 def scalar_names(site: str, shape: Sequence[int]) -> list[str]:
-    """``site`` for a scalar, else ``site[0, 1]`` and so on."""
+    """Names scalars ``site`` or ``site[0, 1]`` and so on."""
     if not shape:
         return [site]
     return [f"{site}[{', '.join(map(str, place))}]" for place in torch.ones(tuple(shape)).nonzero().tolist()]
@@ -65,11 +64,11 @@ def scalar_names(site: str, shape: Sequence[int]) -> list[str]:
 def compare_moments(draws: Tensor | Mapping[str, Tensor], log_weights: Tensor) -> Moments:
     r"""Compares means and standard deviations with and without smoothed importance weights.
 
-    An ESS of :math:`e` bounds the error of a mean by :math:`\sqrt{1 / e - 1}` standard deviations, a third at 0.9; this
-    function estimates the errors.  Tails may be light in constrained and heavy in unconstrained space, or vice versa.
+    An ESS of :math:`e` only bounds the error of a mean by :math:`\sqrt{1 / e - 1}` standard deviations, a third at 0.9.
+    Tails may be light in constrained and heavy in unconstrained space, or vice versa.
 
     Args:
-        draws: shape ``(n, D)``, or a dictionary of tensors of shape ``(n, *shape)``.
+        draws: shape ``(n, D)``, or a dictionary of shapes ``(n, *shape)``.
         log_weights: shape ``(n,)``, in nats.
 
     Raises:

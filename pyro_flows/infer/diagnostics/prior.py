@@ -1,4 +1,4 @@
-"""Latents and data drawn together from a Pyro model, with errors for models that cannot draw them."""
+"""Latents and data drawn together from a Pyro model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["Simulation", "simulate"]
 
 
 class Simulation(NamedTuple):
-    """Latents and data by site, and for each data site the argument of the model that takes it."""
+    """Latents and data by site, and the argument for each data site."""
 
     latents: dict[str, Tensor]
     data: dict[str, Tensor]
@@ -53,14 +53,9 @@ def simulate(
     kwargs: Mapping[str, Any],
     observed: Mapping[str, str] | None = None,
 ) -> Simulation:
-    """Runs the model once without its data.
+    """Runs the model without its data, of which only the shapes may matter.
 
-    Args:
-        model: the model.
-        args: its arguments; the values of data are ignored, their shapes may matter.
-        kwargs: its keyword arguments.
-        observed: for each data site the argument that takes its value, by default that of the site's name; also names
-            the data sites of a model that is run without data.
+    ``observed`` names each data site's argument, by default the site's name.
 
     Raises:
         ValueError: for a model without data or latents, with an improper prior, a factor, or a scaled or subsampled

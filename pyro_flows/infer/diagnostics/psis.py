@@ -1,7 +1,4 @@
-r"""Importance weights of a guide's draws: smoothed tail, tail index, effective sample size, evidence, resampling.
-
-A weight is :math:`w = p(z, y) / q(z)` at a draw :math:`z \sim q`, where :math:`p` need not be normalized.
-"""
+"""Importance weights of a guide's draws: smoothing, tail index, effective sample size, evidence, resampling."""
 
 from __future__ import annotations
 
@@ -18,9 +15,9 @@ from pyro_flows.core.checks import integer
 
 __all__ = ["Importance", "Smoothed", "importance", "pareto_smoothed", "resample", "tail_index"]
 
-SMALLEST = math.log(torch.finfo(torch.float64).tiny)  # a log weight this far below the largest counts as zero
-FEWEST = 5  # draws that a tail is fitted to
-RELIABLE = 0.7  # largest tail index at which smoothed weights are of use
+SMALLEST = math.log(torch.finfo(torch.float64).tiny)  # log weights this far below the largest count as zero
+FEWEST = 5  # draws to fit a tail to
+RELIABLE = 0.7  # largest tail index of useful weights
 
 
 @dataclass(frozen=True)
@@ -29,8 +26,8 @@ class Smoothed:
 
     Attributes:
         log_weights: shape ``(n,)``, float64; their exponentials sum to 1.
-        khat: tail index; infinite for a tail of fewer than five draws, minus infinity if the largest weights are equal.
-        tail: the share of all weight in the excess of the tail over its threshold.
+        khat: tail index; infinite for a tail below five draws, minus infinity if the largest weights are equal.
+        tail: share of all weight in the tail's excess over its threshold.
     """
 
     log_weights: Tensor
@@ -40,28 +37,28 @@ class Smoothed:
 
 @dataclass(frozen=True)
 class Importance:
-    """Importance weights of a guide's draws, in numbers.
+    """Statistics of the importance weights of a guide's draws, in nats where logarithmic.
 
-    A weight of NaN or plus infinity is a failure.  It counts as zero, and not at all in ``elbo``, ``iw_elbo`` and
-    ``spread``.  A log weight of minus infinity is a weight of zero, not a failure.
+    A weight of NaN or plus infinity is a failure: zero, but left out of ``elbo``, ``iw_elbo`` and ``spread``.  A log
+    weight of minus infinity is a weight of zero, not a failure.
 
     Attributes:
-        khat: tail index of the weights, which have ``1 / khat`` moments; below 0.7 smoothed weights are useful.  It
-            depends on the shape of the tail and not on its size, and means nothing for nearly constant weights.
+        khat: tail index; the weights have ``1 / khat`` moments, and below 0.7 smoothed ones are useful.  It measures
+            the tail's shape, not its size, and means nothing for nearly constant weights.
         ess: effective sample size of the unsmoothed weights, as a fraction of the draws.
-        log_evidence: logarithm of the mean weight, in nats.
+        log_evidence: log mean weight.
         log_evidence_error: its standard error, to first order; see ``trusted``.
-        elbo: mean log weight, in nats, a lower bound of the log evidence; minus infinity if a weight is zero.
+        elbo: mean log weight, a lower bound of the log evidence; minus infinity if a weight is zero.
         elbo_error: its standard error.
-        iw_elbo: expected logarithm of the mean of ``iw_samples`` weights, in nats, between the two.
+        iw_elbo: expected log mean of ``iw_samples`` weights, between the two.
         iw_elbo_error: its standard error; NaN for a single mean.
-        iw_samples: weights in each mean of ``iw_elbo``.
-        spread: standard deviation of the finite log weights, in nats.
-        tail: the share of all weight in the excess of the tail.
-        largest: the share of the largest weight.
+        iw_samples: weights in each mean.
+        spread: standard deviation of the finite log weights.
+        tail: share of all weight in the tail's excess.
+        largest: share of the largest weight.
         num_samples: draws, failures included.
-        failures: weights that are NaN or plus infinity.
-        zeros: weights that are zero.
+        failures: weights of NaN or plus infinity.
+        zeros: weights of zero.
     """
 
     khat: float
@@ -82,29 +79,28 @@ class Importance:
 
     @property
     def trusted(self) -> bool:
-        """Whether the standard error of the evidence can be believed.
+        """Whether the standard error of the evidence is reliable.
 
-        The error needs weights of finite variance, a hundred effective draws and no failures: a heavy tail that was not
-        sampled yet makes estimate and error too small together.  A negligible tail counts as light.
+        This takes finite variance (a negligible tail counts as light), a hundred effective draws and no failures: an
+        unsampled heavy tail makes both estimate and error too small.
         """
         light = self.khat < RELIABLE or self.tail < 0.005
         return light and self.num_samples * self.ess >= 100 and not self.failures
 
 
 def pareto_smoothed(log_weights: Tensor) -> Smoothed:
-    r"""Replaces the largest weights by quantiles of the generalized Pareto distribution fitted to them.
+    r"""Replaces the largest weights by quantiles of a fitted generalized Pareto distribution.
 
-    The tail is the largest :math:`M = \lceil\min(n / 5, 3 \sqrt n)\rceil` of :math:`n` weights.  Its excesses over the
-    next smaller weight :math:`t` have index :math:`\hat k` and scale :math:`\sigma`, by Zhang and Stephens' fit with a
-    weak prior towards one half.  The :math:`i`-th smallest weight becomes :math:`t + \sigma ((1 - (i - 1/2) / M)^{-\hat
-    k} - 1) / \hat k`, but at most the largest given one.
+    Of :math:`n` weights the :math:`M = \lceil\min(n / 5, 3 \sqrt n)\rceil` largest are the tail.  Zhang and Stephens'
+    fit, with a weak prior towards one half, gives index :math:`\hat k` and scale :math:`\sigma` of their excesses over
+    the next smaller weight :math:`t`.  The :math:`i`-th smallest becomes :math:`t + \sigma ((1 - (i - 1/2) / M)^{-\hat
+    k} - 1) / \hat k`, at most the largest given one.
 
     Args:
-        log_weights: shape ``(n,)``, of any floating dtype, on any device, in nats, not normalized.  NaN and plus
-            infinity count as weights of zero.
+        log_weights: shape ``(n,)``, in nats, not normalized; NaN and plus infinity count as weights of zero.
 
     Returns:
-        Log weights in the given order and on the given device, in float64.
+        Log weights in float64, in the same order, on the same device.
 
     Raises:
         ValueError: if the shape does not fit, or no weight is positive.
@@ -123,14 +119,14 @@ def pareto_smoothed(log_weights: Tensor) -> Smoothed:
 
 
 def tail_index(log_values: Tensor) -> float:
-    """The tail index of :func:`pareto_smoothed` for numbers given by their logarithms; infinite if none is positive."""
+    """Computes the index of :func:`pareto_smoothed` for logarithms of numbers; infinite if none is positive."""
     values, _ = _usable(log_values, "tail_index")
     top = values.max()
     return _smooth(values - top).khat if top > -math.inf else math.inf
 
 
 def _usable(log_weights: Tensor, name: str) -> tuple[Tensor, int]:
-    """The log weights in float64, with failures as minus infinity, and the number of failures."""
+    """Returns log weights with failures as minus infinity, and the number of failures."""
     if not isinstance(log_weights, Tensor) or log_weights.dim() != 1 or not log_weights.is_floating_point():
         found = (
             f"shape {tuple(log_weights.shape)} of {log_weights.dtype}"
@@ -156,7 +152,7 @@ def _smooth(values: Tensor) -> Smoothed:
     count = int((largest > threshold).sum())
     khat = -math.inf if count == 0 else math.inf
     if count >= FEWEST:
-        # In ascending order; expm1 keeps the digits of the difference of two nearly equal weights.
+        # In ascending order; expm1 keeps digits of the difference of nearly equal weights.
         tail = largest[:count].flip(0)
         excess = tail.exp() * -torch.expm1(threshold - tail)
         index, scale = _generalized_pareto(excess)
@@ -177,22 +173,22 @@ def _generalized_pareto(excess: Tensor) -> tuple[float, float]:
 
 
 def importance(log_weights: Tensor, *, iw_samples: int = 10) -> Importance:
-    r"""Describes the importance weights of independent draws of a guide.
+    r"""Computes statistics of the importance weights of independent draws of a guide.
 
     .. math::
         \text{ess} = \frac{(\sum_i w_i)^2}{n \sum_i w_i^2}, \qquad
         \log \hat Z = \log \frac1n \sum_i w_i, \qquad
         \text{se}(\log \hat Z) \approx \sqrt{\frac{1 / \text{ess} - 1}{n - 1}}
 
-    The standard error comes from the delta method.  ``iw_elbo`` is an unbiased mean over disjoint random groups, the
-    same at each call.  No number here sees a region that the guide never draws from.
+    The standard error is by the delta method.  ``iw_elbo`` is an unbiased mean over disjoint random groups, the same at
+    each call.  No statistic sees a region that the guide never draws from.
 
     Args:
         log_weights: :math:`\log p(z, y) - \log q(z)` at draws of :math:`q`, shape ``(n,)``, in nats.
         iw_samples: weights in each mean of ``iw_elbo``, at most the number of draws.
 
     Raises:
-        ValueError: if a shape or a number does not fit.
+        ValueError: if a shape or number does not fit.
 
     References:
         Pareto Smoothed Importance Sampling (Vehtari et al., 2015), arXiv:1507.02646; Importance Weighted Autoencoders
@@ -243,7 +239,7 @@ def importance(log_weights: Tensor, *, iw_samples: int = 10) -> Importance:
 
 
 def _mean(values: Tensor) -> tuple[float, float]:
-    """The mean and its standard error; minus infinity if a value is, NaN for no values."""
+    """Returns mean and standard error; minus infinity if a value is, NaN for none."""
     mean = float(values.mean())
     if not math.isfinite(mean) or len(values) < 2:
         return mean, math.nan
@@ -251,7 +247,7 @@ def _mean(values: Tensor) -> tuple[float, float]:
 
 
 def _groups(values: Tensor, size: int) -> Tensor:
-    """Disjoint groups of ``size`` values, as rows, in a random but fixed order."""
+    """Splits values into rows of ``size``, in random but fixed order."""
     order = torch.randperm(len(values), generator=Generator().manual_seed(0), device="cpu").to(values.device)
     rows = len(values) // size
     return values[order[: rows * size]].reshape(rows, size)
@@ -283,20 +279,20 @@ def resample(
     """Turns weighted draws into draws of equal weight, by systematic resampling.
 
     A draw of normalized weight ``w`` appears ``num_samples * w`` times, rounded up or down at random, in random order.
-    Beyond the number of effective draws, draws repeat.
+    Draws repeat beyond the number of effective ones.
 
     Args:
-        draws: a tensor of shape ``(draws, ...)``, or a dictionary of such tensors.
+        draws: shape ``(draws, ...)``, or a dictionary of such tensors.
         log_weights: shape ``(draws,)``.
-        num_samples: how many draws to return.
-        generator: the source of randomness; torch's global generator by default.
-        smoothed: whether to smooth the weights by :func:`pareto_smoothed`, for much less variance and a little bias.
+        num_samples: the number of draws to return.
+        generator: the source of randomness, by default torch's global one.
+        smoothed: whether to use :func:`pareto_smoothed`, for much less variance and a little bias.
 
     Returns:
-        A tensor or a dictionary like ``draws``, on the same device, with ``num_samples`` rows.
+        Draws of the same form, with ``num_samples`` rows.
 
     Raises:
-        ValueError: if the shapes or the number do not fit, or no weight is positive.
+        ValueError: if shapes or numbers do not fit, or no weight is positive.
     """
     n = integer("resample", "num_samples", num_samples)
     values, _ = _usable(log_weights, "resample")
@@ -311,7 +307,7 @@ def resample(
     offset = torch.rand((), generator=generator, dtype=torch.float64, device=place).to(values.device)
     order = torch.randperm(n, generator=generator, device=place).to(values.device)
     reached = normalized.exp().cumsum(0)
-    # The last position may round to 1, beyond the last weight.
+    # Rounding may put the last position beyond the last weight.
     at = ((torch.arange(n, dtype=torch.float64, device=values.device) + offset) / n).clamp(max=1 - 2**-53)
     chosen = torch.searchsorted(reached / reached[-1], at, right=True)[order]
     found = {name: part[chosen.to(part.device)] for name, part in parts.items()}

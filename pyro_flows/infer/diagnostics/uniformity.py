@@ -11,16 +11,13 @@ from torch import Generator, Tensor
 __all__ = ["adjusted_level", "band", "chi_square", "ecdf_pvalues"]
 
 REPEATS = 10000  # simulated curves behind a distribution
-POINTS = 100  # at which the distribution functions are compared, at most
-EXPECTED = 5  # ranks in a cell of the chi-square test, at least
-CELLS = 20  # of that test, at most
+POINTS = 100  # most points of a compared curve
+EXPECTED = 5  # least expected ranks in a chi-square cell
+CELLS = 20  # most cells
 
 
 def chi_square(ranks: Tensor, num_samples: int) -> Tensor:
-    """p-values of equal counts, shape ``(scalars,)``, for ranks of shape ``(simulations, scalars)``.
-
-    The cells are as equal as the ``num_samples + 1`` ranks allow; the reference is the chi-square distribution.
-    """
+    """Tests equal counts in cells: p-values, shape ``(scalars,)``, for ranks of shape ``(simulations, scalars)``."""
     n = len(ranks)
     cells = max(2, min(CELLS, n // EXPECTED, num_samples + 1))
     cell = torch.arange(num_samples + 1) * cells // (num_samples + 1)
@@ -31,19 +28,19 @@ def chi_square(ranks: Tensor, num_samples: int) -> Tensor:
 
 
 def _grid(num_samples: int) -> Tensor:
-    """Ranks at which distribution functions are compared, without the last, where all are 1."""
+    """Picks the ranks to compare at, without the last, where all functions are 1."""
     return torch.linspace(0, num_samples - 1, min(POINTS, num_samples), dtype=torch.float64).round().long()
 
 
 def _cumulative(n: int, chance: Tensor) -> Tensor:
-    """Binomial distribution functions of ``n`` trials, from 0 to ``n`` successes, shape ``(n + 1, points)``."""
+    """Computes binomial distribution functions of 0 to ``n`` successes, shape ``(n + 1, points)``."""
     k = torch.arange(n + 1, dtype=torch.float64)[:, None]
     log_count = math.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1)
     return (log_count + k * chance.log() + (n - k) * torch.log1p(-chance)).exp().cumsum(0).clamp(max=1)
 
 
 def _smallest_tail(counts: Tensor, cumulative: Tensor) -> Tensor:
-    """For each row of counts below grid points the smallest two-sided binomial probability along it."""
+    """Finds each row's smallest two-sided binomial probability."""
     at = cumulative.gather(0, counts)
     before = torch.where(counts > 0, cumulative.gather(0, (counts - 1).clamp(min=0)), 0.0)
     return (2 * torch.minimum(at, 1 - before)).clamp(max=1).amin(1)
@@ -51,7 +48,7 @@ def _smallest_tail(counts: Tensor, cumulative: Tensor) -> Tensor:
 
 @lru_cache(maxsize=4)
 def _reference(n: int, num_samples: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The grid, the binomial functions there, and the statistic of curves of uniform ranks, sorted."""
+    """Returns the grid, its binomial functions, and the sorted statistic of uniform ranks."""
     grid = _grid(num_samples)
     chance = (grid + 1).double() / (num_samples + 1)
     cumulative = _cumulative(n, chance)
@@ -66,14 +63,7 @@ def _reference(n: int, num_samples: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def ecdf_pvalues(ranks: Tensor, num_samples: int) -> Tensor:
-    """p-values of the whole empirical distribution function, shape ``(scalars,)``, by simulation.
-
-    The statistic is the smallest pointwise binomial probability, two-sided, along the curve.
-
-    References:
-        Graphical Test for Discrete Uniformity and its Applications in Goodness of Fit Evaluation and Multiple Sample
-        Comparison (Säilynoja et al., 2021), arXiv:2103.10522.
-    """
+    """Simulates p-values, shape ``(scalars,)``: the smallest two-sided pointwise probability along the curve."""
     grid, cumulative, reference = _reference(len(ranks), num_samples)
     sorted_ranks = ranks.T.contiguous().sort(1).values
     counts = torch.searchsorted(sorted_ranks, grid.expand(len(sorted_ranks), -1).contiguous(), right=True)
@@ -82,16 +72,16 @@ def ecdf_pvalues(ranks: Tensor, num_samples: int) -> Tensor:
 
 
 def adjusted_level(n: int, num_samples: int, level: float) -> float:
-    """The pointwise level at which a whole curve of ``n`` uniform ranks leaves its band with probability ``level``."""
+    """Finds the pointwise level at which curves of uniform ranks leave their band with chance ``level``."""
     *_, reference = _reference(n, num_samples)
-    # Slightly less, so that rounding does not push out curves that just touch.
+    # Slightly less, because curves that touch are inside despite rounding.
     return float(reference[int(level * len(reference))]) * (1 - 1e-6)
 
 
 def band(n: int, num_samples: int, level: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Positions from 0 to 1, and limits of the empirical distribution function of ``n`` ranks at each.
+    """Returns positions from 0 to 1, and limits of the distribution function of ``n`` uniform ranks.
 
-    The number of ranks below a position is within the limits with probability ``1 - level`` at least.
+    Each position is within its limits with probability ``1 - level`` or more.
     """
     grid = _grid(num_samples)
     chance = (grid + 1).double() / (num_samples + 1)

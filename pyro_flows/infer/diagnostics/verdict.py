@@ -1,4 +1,4 @@
-"""Whether a guide can be used, in words."""
+"""A judgment of a guide in words."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ UNSEARCHED = "good, modes not searched"
 FEW = "good, few draws judged"
 LABELS = (GOOD, TAILS, UNSEARCHED, FEW, RESAMPLE, MODES, BAD, UNJUDGED)
 
-GOOD_ESS = 0.9  # the least of draws that can be used unweighted
+GOOD_ESS = 0.9  # usable unweighted
 FEWEST = 100  # draws for any judgment
-ENOUGH = 1000  # draws for a full judgment if more were asked for
-SETTLED = 4000  # draws from which the tail index of a single dimension means something
-SHIFT = 0.1  # shift that matters: of a mean in standard deviations, or of a log standard deviation
-TAIL = 0.005  # share of weight in the tail from which its index means something
-SHARE = 0.01  # missing share of posterior mass that matters
-WASTE = 0.02  # share of draws without weight that matters
+ENOUGH = 1000  # draws for a full judgment, if more were wanted
+SETTLED = 4000  # draws for a dimension's tail index
+SHIFT = 0.1  # harmless, of a mean in standard deviations or of a log standard deviation
+TAIL = 0.005  # least weight of a meaningful tail
+SHARE = 0.01  # missing posterior mass that matters
+WASTE = 0.02  # draws without weight that matter
 
 MEANING = {
     GOOD: "the draws can be used as they are",
@@ -58,13 +58,13 @@ UNSAMPLED = (
 
 
 class Probe(Protocol):
-    """The part of a mode search that the verdict reads.
+    """The results of a mode search that the verdict reads.
 
     Attributes:
-        missing_share: share of the posterior's mass in missed modes.
+        missing_share: the posterior's mass in missed modes.
         missed: which modes the guide misses, shape ``(modes,)``, Boolean.
         locations: the modes, shape ``(modes, D)``, unconstrained.
-        share: share of the posterior's mass in each, shape ``(modes,)``.
+        share: the posterior's mass in each, shape ``(modes,)``.
         complete: whether the search ended by itself; true if missing.
     """
 
@@ -83,12 +83,12 @@ class Probe(Protocol):
 
 @dataclass(frozen=True)
 class Verdict:
-    """The result of :func:`judge`; print it to read it.
+    """The result of :func:`judge`, to be printed.
 
     Attributes:
-        label: ``"good"``, ``"good, tails uncertain"``, ``"good, modes not searched"``, ``"good, few draws judged"``,
-            ``"use importance resampling"``, ``"modes missing"``, ``"bad"`` or ``"not judged"``.
-        ok: whether the draws can be used unweighted, at least for means and central intervals: the first two labels.
+        label: one of the labels of :func:`judge`.
+        ok: whether the draws can be used unweighted, at least for means and central intervals: if ``"good"`` or
+            ``"good, tails uncertain"``.
         text: the numbers, their meaning, and the next step.
         numbers: the numbers by name.
     """
@@ -106,9 +106,9 @@ class Verdict:
 
 
 def widening(input_dim: int) -> float:
-    r"""The factor by which to widen a guide's base for the check of tails in :func:`judge`, :math:`1 + 0.7 / \sqrt D`.
+    r"""The factor :math:`1 + 0.7 / \sqrt D` that widens a guide's base for :func:`judge` to check tails.
 
-    If the guide is exact, about half of the wider draws are effective in any dimension ``input_dim``.
+    For an exact guide, about half of the wider draws are effective in any dimension.
     """
     return 1 + 0.7 / math.sqrt(integer("widening", "input_dim", input_dim))
 
@@ -123,35 +123,36 @@ def judge(
     failures: int = 0,
     asked: int | None = None,
 ) -> Verdict:
-    r"""Judges whether a guide can be used, from its importance weights and from checks of what they cannot see.
+    r"""Judges whether a guide can be used, from its importance weights and checks of their blind spots.
 
-    With :math:`n` draws, ESS as a fraction :math:`e` and tail index :math:`\hat k`, the first of these that applies:
+    With :math:`n` draws, ESS as a fraction :math:`e` and tail index :math:`\hat k`, the first label that applies:
 
-    1. *not judged*: the model subsamples its data, or :math:`n < 100`.
-    2. *modes missing*: the probe found modes that the guide misses, with at least a hundredth of the posterior.
-    3. *bad*: neither *good* nor *resampling*, or the wider guide finds more than a tenth of the posterior outside.
-    4. *use importance resampling*: :math:`\hat k < \min(0.7, 1 - 1 / \log_{10} n)` and :math:`n e \ge 1000` (a tenth
-       of fewer than 10,000 draws, and 100 at least), and :math:`e < 0.9`, or a fiftieth of the draws has no weight, or
-       the weights move a mean or the logarithm of a standard deviation by more than 0.1.
-    5. *good, few draws judged*: fewer than 1000 draws could be judged, of more that were asked for.
-    6. *good, modes not searched*: the probe ran out of time.
-    7. *good, tails uncertain*: :math:`e \ge 0.9`, and :math:`\hat k` is above that limit; or some standard deviation
-       depends on a few of at least 4000 draws; or the wider guide finds a hundredth of the posterior outside, or
-       weights with an index of 0.5 or more (an exact guide has at most 0.3).
-    8. *good*.
+    1. ``"not judged"``: the model subsamples its data, or :math:`n < 100`.
+    2. ``"modes missing"``: the guide misses modes of the probe with at least a hundredth of the posterior.
+    3. ``"bad"``: neither good nor fit for resampling, or the wider guide finds more than a tenth of the posterior
+       outside.
+    4. ``"use importance resampling"``: :math:`\hat k < \min(0.7, 1 - 1 / \log_{10} n)` and :math:`n e \ge 1000` (a
+       tenth of fewer than 10,000 draws, and 100 at least), and :math:`e < 0.9`, or a fiftieth of the draws has no
+       weight, or the weights move a mean or log standard deviation by more than 0.1.
+    5. ``"good, few draws judged"``: fewer than 1000 draws, of more that were asked for.
+    6. ``"good, modes not searched"``: the probe ran out of time.
+    7. ``"good, tails uncertain"``: :math:`\hat k` is above that limit; or a standard deviation depends on a few of at
+       least 4000 draws; or the wider guide finds a hundredth of the posterior outside, or weights with an index of 0.5
+       or more (an exact guide has at most 0.3).
+    8. ``"good"``.
 
-    :math:`\hat k` fits noise if the largest weights are nearly constant, so it counts only if at least half a percent
-    of all weight lies in the tail's excess.
+    :math:`\hat k` counts only if the tail's excess has half a percent of all weight; nearly constant weights give
+    noise.
 
     Args:
         found: the weights of the guide's draws.
-        probe: a search for modes; without it, a mode that the guide never visits goes unnoticed.
+        probe: a search for modes; without it, modes that the guide never visits go unnoticed.
         moments: the moments of the same draws.
         wide: the weights of the guide with its base widened by :func:`widening`.  An exact guide gives the same
-            evidence both ways; one whose tails end too early gives less, which its own weights hardly show.
-        minibatch: whether the log density was that of a subsample of the data, so that the weights are noisy.
-        failures: draws at which the log density could not be evaluated, beyond those in ``found``.
-        asked: how many draws were wanted, if time may have run out.
+            evidence; one with short tails gives less, which its own weights hardly show.
+        minibatch: whether subsampled data make the weights noisy.
+        failures: draws without a log density, beyond those in ``found``.
+        asked: the number of draws wanted, if time may have run out.
 
     References:
         Yes, but Did It Work?: Evaluating Variational Inference (Yao et al., 2018), arXiv:1802.02538; Pareto Smoothed
@@ -214,7 +215,7 @@ def _remedy(found: Importance, wasted: float, outside: float) -> str:
 def _facts(
     found: Importance, probe: Probe | None, moments: Moments | None, wide: Importance | None, failures: int
 ) -> tuple[list[str], dict[str, float]]:
-    """The sentences and numbers of any verdict."""
+    """Collects a verdict's sentences and numbers."""
     names = ("ess", "khat", "tail", "log_evidence", "log_evidence_error", "elbo", "iw_elbo", "spread")
     numbers: dict[str, float] = {name: getattr(found, name) for name in names}
     facts = [
@@ -264,7 +265,7 @@ def _about_khat(found: Importance) -> str:
 
 
 def _about_moments(moments: Moments, n: int, numbers: dict[str, float]) -> list[str]:
-    """The largest shifts, after two standard errors are taken off, so that noise does not count."""
+    """Describes the largest shifts, less two standard errors of noise."""
     heavy = (moments.heavy >= 0.7) & (n >= SETTLED)
     certain = (moments.mean.abs() - 2 * moments.mean_error).clamp(min=0)
     scaled = (moments.scale.abs() - 2 * moments.scale_error).clamp(min=0).masked_fill(heavy, 0.0)

@@ -1,3 +1,3 @@
-"""How fits run: the training loop, checkpoints and files, interrupts, time and memory."""
+"""The machinery of fits: loop, checkpoints, interrupts, time and memory."""
 
 __all__: list[str] = []

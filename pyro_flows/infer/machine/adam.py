@@ -1,4 +1,4 @@
-"""Adam without the load of torch's compiler."""
+"""Adam without loading torch's compiler."""
 
 from __future__ import annotations
 
@@ -14,12 +14,8 @@ __all__ = ["Adam"]
 class Adam:
     """The fused step of Adam on parameters of one dtype and device.
 
-    A ``torch.optim.Optimizer`` imports torch's compiler when it is made, which takes a tenth of a short fit.  In return
-    no flow learns of this step: the user of this class clears their caches at the end.
-
-    Args:
-        parameters: the tensors to train.
-        speeds: factors of the step size for some of them, by identity; 1 for the others.
+    A ``torch.optim.Optimizer`` imports torch's compiler, a tenth of a short fit.  No flow notices these steps, so users
+    of this class clear the caches at the end.  ``speeds`` are factors of the step size by a parameter's identity.
 
     References:
         Adam: A Method for Stochastic Optimization (Kingma & Ba, 2014), arXiv:1412.6980.
@@ -35,12 +31,12 @@ class Adam:
         ]
 
     def state(self) -> list[list[Tensor]]:
-        """Copies of the first and second moments and of the numbers of steps."""
+        """Copies the moments and the numbers of steps."""
         return [[each.clone() for each in kind] for kind in self._moments]
 
     @torch.no_grad()
     def load(self, state: list[list[Tensor]]) -> None:
-        """Restores what :meth:`state` returned."""
+        """Restores the :meth:`state`."""
         for kind, known in zip(self._moments, state, strict=True):
             for each, value in zip(kind, known, strict=True):
                 each.copy_(value)
@@ -52,11 +48,7 @@ class Adam:
 
     @torch.no_grad()
     def clip(self, most: float) -> Tensor:
-        """Scales the gradients so that their norm, each times the speed of its parameter, is at most ``most``.
-
-        Returns:
-            The norm before.
-        """
+        """Scales gradients so that their norm, times speeds, is at most ``most``; returns the old norm."""
         pairs = zip(self.parameters, self._speeds, strict=True)
         grads = [p.grad if speed == 1.0 else speed * p.grad for p, speed in pairs if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads, foreach=True)

@@ -1,4 +1,4 @@
-"""How long a fit goes on, by steps or by time, and how its step size falls."""
+"""The length of a fit and the decay of its step size."""
 
 from __future__ import annotations
 
@@ -11,21 +11,18 @@ __all__ = ["Budget", "cosine"]
 class Budget:
     """Progress through a fit, between 0 and 1.
 
-    Args:
-        steps: the number of steps, or ``None`` for no limit.
-        seconds: the time since ``start``, or ``None`` for no limit; the limit that is reached first counts.
-        start: ``time.monotonic()`` when the clock began.
-        keep: the seconds at the end that training must leave.
+    ``steps`` or ``seconds`` since ``start`` end the fit, whichever come first; ``None`` is no limit.  Training leaves
+    the last ``keep`` seconds.
     """
 
     def __init__(self, steps: int | None, seconds: float | None, start: float, keep: float = 0.0) -> None:
         self.steps, self.seconds, self.start, self.keep = steps, seconds, start, keep
         self.done = 0
-        self.step_seconds = 0.0  # what the next step is expected to take
+        self.step_seconds = 0.0  # the expected time of the next step
         self.begin()
 
     def begin(self) -> None:
-        """Marks where training begins; progress by time is counted from here."""
+        """Marks the beginning of training."""
         self._training_from = time.monotonic()
 
     @property
@@ -39,17 +36,17 @@ class Budget:
         return time.monotonic() - self._training_from
 
     def left(self) -> float:
-        """Seconds until the very end; infinite without a limit."""
+        """Seconds to the end; infinite without a limit."""
         return math.inf if self.seconds is None else self.seconds - self.elapsed
 
     def resume(self, done: int, spent: float, trained: float) -> None:
-        """Continues after ``done`` steps and ``spent`` seconds, of which training took ``trained``."""
+        """Continues after ``done`` steps and ``spent`` seconds, ``trained`` of them in training."""
         now = time.monotonic()
         self.done, self.start, self._training_from = done, now - spent, now - trained
 
     @property
     def fraction(self) -> float:
-        """The part of the training that is done; at least 1 if it is over, or the next step would end far too late."""
+        """The finished part of training; at least 1 if the next step would end far too late."""
         by_steps = 0.0 if self.steps is None else self.done / self.steps
         if self.seconds is None:
             return by_steps

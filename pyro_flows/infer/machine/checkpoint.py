@@ -1,4 +1,4 @@
-"""Checkpoints of fits: written in one piece or not at all, and refused where they belong to another fit."""
+"""Checkpoints of fits: written whole or not at all, and refused by other fits."""
 
 from __future__ import annotations
 
@@ -25,14 +25,10 @@ _REMEDY = "delete it, or give another path as checkpoint"
 
 @dataclass(frozen=True)
 class CheckpointFormat:
-    """What the checkpoints of a function hold.
+    """The format of a function's checkpoints; other versions are refused.
 
-    Attributes:
-        function: the function's name.
-        version: of the contents; no other is read.
-        parts: types of the entries, as :func:`~pyro_flows.infer.machine.files.read_state` takes them; the history is
-            ``training.history``.
-        counter: the entry of ``training`` that says how many rows the history has.
+    ``parts`` are for :func:`~pyro_flows.infer.machine.files.read_state`, and contain ``training.history``, with as many
+    rows as the entry ``counter`` of ``training`` says.
     """
 
     function: str
@@ -42,15 +38,15 @@ class CheckpointFormat:
 
     @property
     def kind(self) -> str:
-        """What the files call themselves."""
+        """The kind named in the files."""
         return f"checkpoint of {self.function}"
 
     def refusing(self, path: str | os.PathLike[str] | None) -> AbstractContextManager[None]:
-        """Turns errors inside, about contents that cannot be used, into the error of :meth:`read`."""
+        """Turns errors inside, from unusable contents, into that of :meth:`read`."""
         return refuse_others(path, kind=self.kind, remedy=_REMEDY)
 
     def read(self, path: str | os.PathLike[str] | None) -> dict[str, Any] | None:
-        """Returns the content of a checkpoint, on the CPU; ``None`` if there is no file yet.
+        """Reads a checkpoint to the CPU; ``None`` if there is no file yet.
 
         Raises:
             ValueError: if the file is not such a checkpoint, or could not be written.
@@ -68,15 +64,10 @@ class CheckpointFormat:
     def refuse_other(
         self, path: str | os.PathLike[str] | None, then: Mapping[str, Any], now: Mapping[str, Any]
     ) -> None:
-        """Refuses the checkpoint of another fit.
-
-        Args:
-            path: of the checkpoint, for the message.
-            then: its contents.
-            now: what this fit would write under some of the names there: mappings by topic.
+        """Refuses a checkpoint with contents ``then`` in place of ``now``, mappings by topic.
 
         Raises:
-            ValueError: that says where the two differ.
+            ValueError: for a difference, which the message names.
         """
         for topic, expected in now.items():
             known = then.get(topic, {})
@@ -91,14 +82,9 @@ class CheckpointFormat:
 
 
 class Keeper:
-    """Keeps a copy of what a resumed fit needs, and writes it now and then.
+    """Keeps a copy of a fit's state, and writes it every few rows of the history or seconds.
 
-    Args:
-        format: of the file.
-        path: of the file; ``None`` to keep nothing.
-        content: makes the copy.  Columns of the history may grow on: rows newer than the copy are left out.
-        every: the number of rows of the history between two files.
-        seconds: the longest time between two files.
+    ``content`` makes the copy.  Newer rows of a growing history are left out.
     """
 
     def __init__(
@@ -114,12 +100,7 @@ class Keeper:
         self._written = time.monotonic()
 
     def keep(self, rows: int, *, write: bool = False) -> None:
-        """Takes a copy.
-
-        Args:
-            rows: of the history.
-            write: whether to write it though it is not yet time.
-        """
+        """Copies the state at this many rows of the history; ``write`` writes it in any case."""
         if self.path is None:
             return
         self._kept = self.content(), rows
@@ -127,10 +108,10 @@ class Keeper:
             self.write()
 
     def write(self) -> None:
-        """Writes the last copy, unless that is done.
+        """Writes the last copy, if not yet written.
 
         Raises:
-            OSError: if that is impossible; the file that was there is unchanged.
+            OSError: if writing fails; the old file is unchanged.
         """
         if self.path is None or self._kept is None:
             return
@@ -141,12 +122,12 @@ class Keeper:
         try:
             write_state(self.path, whole, kind=self.format.kind, version=self.format.version)
         except Exception:
-            self._kept = None  # in vain on the way out, too
+            self._kept = None  # not tried again on the way out
             raise
         self._kept, self._written = None, time.monotonic()
 
     def leave(self) -> None:
-        """Writes on the way out, where an error must not replace what is already being raised."""
+        """Writes on the way out, and must not replace the error being raised."""
         try:
             self.write()
         except (OSError, ValueError, TypeError) as error:
@@ -154,17 +135,17 @@ class Keeper:
 
 
 def architecture_of(module: nn.Module) -> dict[str, str]:
-    """Names, shapes and dtypes of what a module saves."""
+    """Describes the tensors that a module saves: names, shapes and dtypes."""
     return layout_of({name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)})
 
 
 def layout_of(values: Mapping[str, Tensor | None]) -> dict[str, str]:
-    """Names, shapes and dtypes."""
+    """Describes names, shapes and dtypes."""
     return {name: "none" if value is None else f"{tuple(value.shape)} {value.dtype}" for name, value in values.items()}
 
 
 def checksum(value: Tensor | None) -> str:
-    """Shape, dtype and a checksum of all bytes."""
+    """Describes shape, dtype and a checksum of all bytes."""
     if value is None:
         return "none"
     total = 0
@@ -174,7 +155,7 @@ def checksum(value: Tensor | None) -> str:
 
 
 def checksums(args: tuple[object, ...], kwargs: Mapping[str, object]) -> dict[str, str]:
-    """Checksums of the tensors and arrays among a model's arguments, and the values of the others."""
+    """Describes a model's arguments: checksums of tensors and arrays, other values."""
     named = {f"argument {k}": value for k, value in enumerate(args)} | dict(kwargs)
     return {name: ", ".join(map(_described, tree_leaves(value))) or "nothing" for name, value in named.items()}
 

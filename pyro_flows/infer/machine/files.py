@@ -1,7 +1,7 @@
-"""Files of plain data: written whole or not at all, summed, and read without running anything that they hold.
+"""Files of plain data: written whole or not at all, verified, and read without running any content.
 
-A file is a line that names the format, a description in JSON, the bytes of the tensors, and a SHA-256 digest of all
-that comes before it.  It names no class and no module, so it outlives a change of either.
+A file is a line with the format, a JSON description, the bytes of the tensors, and a SHA-256 digest of all that.  It
+names no class or module, so it outlives changes of them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = ["check_path", "read_if_there", "read_state", "refuse_others", "remove
 
 try:
     import fcntl
-except ImportError:  # Windows has no such locks
+except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]  # a module has no better type
 
 _MAGIC = b"pyro_flows state 1\n"
@@ -43,7 +43,7 @@ _UNEXPECTED = (
     KeyError,
     IndexError,
     AttributeError,
-    RuntimeError,  # of torch, and of too deep a nesting
+    RuntimeError,  # from torch, and from too deep a nesting
     OverflowError,
     struct.error,
 )
@@ -56,23 +56,22 @@ _SCALARS = (type(None), bool, int, float, str)
 
 
 def write_state(path: str | os.PathLike[str], state: Any, *, kind: str, version: int = 1) -> None:
-    """Writes plain data to a file, which is the old one or the new one at any time.
+    """Writes plain data to a file, which holds the old or the new data at any time.
 
-    The data go to a hidden file beside it, ``.NAME.********.part``, which then takes its place.  Such files of killed
+    The data go to a hidden file beside it, ``.NAME.********.part``, which then takes its place.  Leftovers of killed
     runs are removed; a living process locks its own.
 
     Args:
-        path: where to write; a link is followed.
-        state: dictionaries (with scalar keys), lists, tuples, strings, numbers, Booleans, ``None`` and tensors, nested.
-            Subclasses are read back as the plain kind, tensors on the CPU.
-        kind: the kind of the file, e.g. ``"checkpoint of fit_density"``; :func:`read_state` refuses others.
-        version: of the contents; :func:`read_state` refuses others.
+        path: the path to write to; a link is followed.
+        state: nested dictionaries (with scalar keys), lists, tuples, strings, numbers, Booleans, ``None`` and tensors;
+            subclasses become the plain kind.
+        kind: the kind of file, e.g. ``"checkpoint of fit_density"``; others are refused on reading.
+        version: the version of the contents; others are refused, too.
 
     Raises:
         ValueError: if the folder does not exist, or the path is no file.
-        TypeError: if ``state`` holds anything else; the message says where.
-        OSError: if the file cannot be written, e.g. because the disk is full; the message says that the old one is
-            unchanged.
+        TypeError: if ``state`` holds anything else; says where.
+        OSError: if writing fails, e.g. because the disk is full; the old file is unchanged.
     """
     path = check_path(path)
     tensors: list[Tensor] = []
@@ -86,7 +85,7 @@ def write_state(path: str | os.PathLike[str], state: Any, *, kind: str, version:
     text += b" " * (-(len(_MAGIC) + _LENGTH.size + len(text)) % _ALIGNMENT)
     remove_leftovers(path)
     try:
-        if path.exists() and not os.access(path, os.W_OK):  # a file that can be replaced may still be protected
+        if path.exists() and not os.access(path, os.W_OK):  # a replaceable file may still be protected
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         with _replacing(path) as file:
             digest = hashlib.sha256()
@@ -111,7 +110,7 @@ def write_state(path: str | os.PathLike[str], state: Any, *, kind: str, version:
 
 
 def read_if_there(path: str | os.PathLike[str] | None, **what: Any) -> Any:
-    """:func:`read_state`, or ``None`` without a path or a file; also removes what killed runs left beside it.
+    """Calls :func:`read_state`, or returns ``None`` without a path or file; removes leftovers of killed runs.
 
     Raises:
         ValueError: if the file cannot be read, or could not be written.
@@ -126,18 +125,14 @@ def read_if_there(path: str | os.PathLike[str] | None, **what: Any) -> Any:
 def read_state(
     path: str | os.PathLike[str], *, kind: str, version: int = 1, remedy: str, parts: Parts | None = None
 ) -> Any:
-    """Reads what :func:`write_state` wrote, tensors on the CPU.  Nothing that the file holds is run.
+    """Reads a file of :func:`write_state`, tensors on the CPU, without running any content.
 
-    Args:
-        path: of the file.
-        kind: the kind of the file.
-        version: of the contents.
-        remedy: for the messages: what to do about a file that cannot be read.
-        parts: of a dictionary: each entry's type, types, or parts, if it is a dictionary.  Further entries may follow.
+    ``parts`` maps entries to types or, for dictionaries, parts; other entries are allowed.  ``remedy`` is advice for
+    messages.
 
     Raises:
         FileNotFoundError: if there is no file.
-        ValueError: if the file is damaged, is of another kind or version, or is no file of this package.
+        ValueError: if the file is damaged, of another kind or version, or not from this package.
     """
     path = Path(path)
     if path.exists() and not path.is_file():
@@ -175,7 +170,7 @@ def read_state(
 
 @contextmanager
 def refuse_others(path: str | os.PathLike[str] | None, *, kind: str, remedy: str) -> Iterator[None]:
-    """Inside, contents that cannot be used raise the ``ValueError`` of :func:`read_state`."""
+    """Raises the ``ValueError`` of :func:`read_state` for errors inside, from unusable contents."""
     try:
         yield
     except _UNEXPECTED as error:
@@ -201,7 +196,7 @@ def _check_parts(state: Any, parts: Parts, where: str) -> None:
 
 
 def check_path(path: str | os.PathLike[str]) -> Path:
-    """The path, links followed, if its folder exists and no other thing than a file is there.
+    """Follows links; requires an existing folder, and a path that is a file or free.
 
     Raises:
         ValueError: otherwise.
@@ -221,14 +216,14 @@ def check_path(path: str | os.PathLike[str]) -> Path:
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """A new file, which replaces the old one at the end, or vanishes after an error."""
+    """Opens a new file, which replaces the old one at the end, or vanishes after an error."""
     name = path
     try:
         while True:
             name = path.with_name(f".{_stem(path)}.{secrets.token_hex(4)}.part")
             with open(name, "xb") as file:
                 _lock(file)
-                # Before the lock, another process may have taken this file for a leftover.
+                # Another process may have removed this file as a leftover before the lock.
                 if not os.fstat(file.fileno()).st_nlink:
                     continue
                 with suppress(OSError):
@@ -237,7 +232,7 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
                 file.flush()
                 os.fsync(file.fileno())
                 if fcntl is not None:
-                    os.replace(name, path)  # under the lock, so that nobody removes it meanwhile
+                    os.replace(name, path)  # under the lock, so that nobody removes it
             if fcntl is None:
                 os.replace(name, path)  # Windows moves no open file
             break
@@ -245,7 +240,7 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
         if name != path:
             name.unlink(missing_ok=True)
         raise
-    with suppress(OSError):  # so that the new name outlives a loss of power; not all systems can
+    with suppress(OSError):  # the new name outlives a loss of power, on most systems
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -271,16 +266,16 @@ def remove_leftovers(path: str | os.PathLike[str]) -> None:
 
 def _lock(file: BinaryIO) -> None:
     if fcntl is not None:
-        with suppress(OSError):  # where a file system has no locks, leftovers are never removed
+        with suppress(OSError):  # where a file system has no locks, leftovers stay
             fcntl.flock(file, fcntl.LOCK_EX)
 
 
 def _stem(path: Path) -> str:
-    """The beginning of the name, so that more can be appended to it."""
+    """Shortens a name, so that more can be appended."""
     return path.name[:50]
 
 
-# Plain data as JSON: scalars stand for themselves, everything else is a list that begins with its kind.
+# As JSON, scalars stand for themselves, all else is a list that begins with its kind.
 
 
 def _encode(value: Any, tensors: list[Tensor], where: str) -> Any:
@@ -320,7 +315,7 @@ def _decode(value: Any, tensors: list[Tensor]) -> Any:
 
 
 def _tensor(place: Any, data: bytearray, begin: int, end: int) -> Tensor:
-    """A tensor that the description speaks of, if it lies within the data."""
+    """Reads a tensor from its description, if it lies within the data."""
     name, shape, offset = place
     dtype, start, count = getattr(torch, name), begin + offset, math.prod(shape)
     if not isinstance(dtype, torch.dtype) or min(shape, default=0) < 0 or offset < 0:

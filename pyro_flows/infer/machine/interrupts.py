@@ -1,4 +1,4 @@
-"""Work that Ctrl-C must not split, and what an interruption carries and leaves."""
+"""Work that Ctrl-C must not split, and the state that an interruption leaves."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ __all__ = ["carrying", "interrupts_held_back", "pyro_as_it_was"]
 
 @contextmanager
 def interrupts_held_back() -> Iterator[None]:
-    """Inside, Ctrl-C (SIGINT) waits, and raises ``KeyboardInterrupt`` at the end.
+    """Holds Ctrl-C (SIGINT) back inside, and raises ``KeyboardInterrupt`` at the end.
 
-    While an interruption is being handled, further ones are dropped, so that the first one keeps all that it carries.
+    While one interruption is handled, others are dropped, so that it keeps all it carries.
     """
     handler = signal.getsignal(signal.SIGINT)
-    # Python runs handlers in the main thread only; None is a handler that was not set from Python.
+    # Python runs handlers only in the main thread; None is a handler not set from Python.
     if threading.current_thread() is not threading.main_thread() or not callable(handler):
         yield
         return
@@ -38,7 +38,7 @@ def interrupts_held_back() -> Iterator[None]:
 
 @contextmanager
 def carrying(so_far: list[Callable[[], object]]) -> Iterator[None]:
-    """An error raised inside carries, as its attribute ``fit``, the result of the first function, or ``None``."""
+    """Gives errors raised inside an attribute ``fit``: the result of the first function, or ``None``."""
     try:
         yield
     except BaseException as error:
@@ -48,7 +48,7 @@ def carrying(so_far: list[Callable[[], object]]) -> Iterator[None]:
 
 @contextmanager
 def pyro_as_it_was() -> Iterator[None]:
-    """Restores Pyro's stacks, on which an interruption on the way in or out of a handler leaves entries."""
+    """Restores Pyro's stacks, on which an interruption at the edge of a handler leaves entries."""
     stacks: list[tuple[list[Any], list[Any]]] = [(s, list(s)) for s in (_PYRO_STACK, _DIM_ALLOCATOR._stack)]
     try:
         yield

@@ -1,4 +1,4 @@
-"""The skeleton of training: what every fit does around its steps."""
+"""The skeleton of training, shared by every fit."""
 
 from __future__ import annotations
 
@@ -15,24 +15,16 @@ __all__ = ["TrainingLoop"]
 
 
 class TrainingLoop(ABC):
-    """Trains a module, and leaves it in its best state whatever ends the training.
-
-    Attributes:
-        flow: the module that is trained.
-        budget: how long to train.
-    """
+    """Trains a module, and leaves it in its best state whatever ends the training."""
 
     def __init__(self, flow: nn.Module, budget: Budget) -> None:
         self.flow, self.budget = flow, budget
 
     def run(self, keeper: Keeper | None = None) -> None:
-        """Trains until something says stop; leaves the flow in evaluation mode and without gradients.
+        """Trains to the end; leaves the flow in evaluation mode and without gradients.
 
-        An interruption (``KeyboardInterrupt``, ``SystemExit``) writes the state that was kept last on the way out;
-        a run that resumes there equals one that never stopped.
-
-        Args:
-            keeper: writes checkpoints; ``None`` for none.
+        An interruption (``KeyboardInterrupt``, ``SystemExit``) makes ``keeper`` write the last kept state; a run
+        resumed there equals one that never stopped.
         """
         self.keeper = keeper
         interrupted = True
@@ -52,17 +44,17 @@ class TrainingLoop(ABC):
 
     @abstractmethod
     def train(self) -> None:
-        """Takes all steps that are left, and calls :meth:`keep` after each round of them."""
+        """Takes all remaining steps, and calls :meth:`keep` after each round."""
 
     @abstractmethod
     def settle(self) -> None:
-        """Puts the best state back, after an error, too."""
+        """Restores the best state, also after an error."""
 
     def keep(self, rows: int, *, write: bool = False) -> None:
-        """Keeps the state for a checkpoint, as :meth:`~pyro_flows.infer.machine.checkpoint.Keeper.keep` does."""
+        """Keeps the state for a checkpoint."""
         if self.keeper is not None:
             self.keeper.keep(rows, write=write)
 
     def snapshot(self) -> dict[str, Any]:
-        """A copy of the flow's state."""
+        """Copies the flow's state."""
         return {name: v.detach().clone() if isinstance(v, Tensor) else v for name, v in self.flow.state_dict().items()}

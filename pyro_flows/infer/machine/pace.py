@@ -1,4 +1,4 @@
-"""The memory and time of a draw of a model, and the rows that fit into one call."""
+"""The memory and time of a model's draws."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ __all__ = ["Footprint", "Pace", "in_pieces", "pace_of", "rows_at_once"]
 
 Result = TypeVar("Result")
 BYTES = 2**28  # for the tensors of one call
-FIRST = 2  # rows of the first call where time is limited
-CALL = 0.1  # seconds of a call whose time grows with its rows, at most
-FLAT = 1.5  # times the shortest call: up to this, rows are not what takes time
-LEVEL = 1.2  # the same, for many more rows in the next call
+FIRST = 2  # rows of the first timed call
+CALL = 0.1  # longest call whose time grows with its rows, in seconds
+FLAT = 1.5  # times the shortest call: below, rows hardly take time
+LEVEL = 1.2  # the same, for more growth
 
 
 class Footprint(TorchDispatchMode):
-    """Adds up the bytes of all tensors that are made inside, in ``bytes``.
+    """Adds up the bytes of all tensors made inside, in ``bytes``.
 
-    The sum is an upper bound of the peak: without gradients most tensors are freed on the way; with gradients most are
-    kept, and the backward pass makes about as many again.
+    The sum bounds the peak: without gradients most tensors are freed early; with gradients most are kept, and the
+    backward pass makes about as many again.
     """
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class Footprint(TorchDispatchMode):
         made = func(*args, **(kwargs or {}))
         parts = made if isinstance(made, tuple | list) else (made,)
         for part, returned in zip(parts, func._schema.returns, strict=False):
-            # A view, or a tensor changed in place, takes no memory of its own.
+            # Views and tensors changed in place take no memory.
             if isinstance(part, Tensor) and returned.alias_info is None:
                 self.bytes += part.numel() * part.element_size()
         return made
@@ -52,13 +52,13 @@ class Footprint(TorchDispatchMode):
 class Pace:
     """Chooses the rows of each call of a density, so that calls stay small, and short where time is limited.
 
-    Where time is limited, calls begin with two rows.  Their number grows as long as calls take less than a tenth of a
-    second, or not much longer than those with few rows.
+    Timed calls begin with two rows, and grow while they take less than a tenth of a second, or little longer than with
+    few rows.
 
     Attributes:
-        bytes_per_draw: of all tensors made in a run, or ``None`` while that is unknown.
+        bytes_per_draw: the bytes of all tensors made in a run, or ``None``.
         rows: the number that fits into the time of one call.
-        shortest: seconds of the fastest call so far.
+        shortest: the seconds of the fastest call.
     """
 
     def __init__(self) -> None:
@@ -68,12 +68,7 @@ class Pace:
         self._each: float | None = None
 
     def at_once(self, most: int, *, timed: bool) -> int:
-        """Rows of the next call, ``most`` at most.
-
-        Args:
-            most: the bound where neither memory nor time sets one.
-            timed: whether time is limited.
-        """
+        """Returns the rows of the next call, ``most`` at most; ``timed`` if time is limited."""
         if self.bytes_per_draw:
             most = max(1, min(most, int(BYTES // self.bytes_per_draw)))
         return min(most, self.rows) if timed else most
@@ -100,30 +95,21 @@ class Pace:
 
 
 def pace_of(density: object) -> Pace | None:
-    """The pace of a ``JointDensity``; ``None`` of other densities."""
+    """Returns the pace of a ``JointDensity``; ``None`` of other densities."""
     found = getattr(density, "pace", None)
     return found if isinstance(found, Pace) else None
 
 
 def rows_at_once(density: object, most: int) -> int:
-    """The number of draws with which a run's tensors stay within 256 MiB, at least 1.
-
-    Args:
-        density: a ``JointDensity``; for others, memory sets no bound.
-        most: the bound where memory sets none.
-    """
+    """Returns the draws of a ``JointDensity``, from 1 to ``most``, with tensors of 256 MiB; else ``most``."""
     pace = pace_of(density)
     return most if pace is None else pace.at_once(most, timed=False)
 
 
 def in_pieces(pace: Pace, z: Tensor, run: Callable[[Tensor], Result], most: int) -> list[Result]:
-    """Runs a model for ``most`` draws at a time, or for as many as stay within 256 MiB.
+    """Runs a model for ``most`` draws ``z``, shape ``(n, dim)``, at a time, or for as many as take 256 MiB.
 
-    Args:
-        pace: of the model; where the memory of a draw is unknown, the first two draws measure it.
-        z: draws, shape ``(n, dim)``.
-        run: runs the model at some of them.
-        most: draws in a run.
+    If the memory of a draw is unknown, the first two draws measure it.
     """
     found = []
     if pace.bytes_per_draw is None and min(most, len(z)) > FIRST:

@@ -1,4 +1,4 @@
-"""Random numbers that a fit draws, kept apart from the caller's, and restored by a checkpoint."""
+"""Random numbers of a fit, apart from the caller's, and restored by a checkpoint."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["own_randomness", "random_state", "set_random"]
 
 @contextmanager
 def own_randomness(device: torch.device, seed: int) -> Iterator[None]:
-    """Seeds torch's global generators, of the CPU and of this device, inside, and restores them after."""
+    """Seeds torch's global generators, of the CPU and this device, inside, and restores them."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         torch.default_generator.manual_seed(seed)
@@ -24,7 +24,7 @@ def own_randomness(device: torch.device, seed: int) -> Iterator[None]:
 
 
 def random_state(device: torch.device, **generators: Generator | None) -> dict[str, Tensor]:
-    """States of torch's global generators and of those given."""
+    """Returns the states of torch's global generators and of those given."""
     states = {name: generator.get_state() for name, generator in generators.items() if generator is not None}
     states["cpu"] = torch.get_rng_state()
     if device.type == "cuda":
@@ -33,7 +33,7 @@ def random_state(device: torch.device, **generators: Generator | None) -> dict[s
 
 
 def set_random(states: Mapping[str, Tensor], device: torch.device, **generators: Generator | None) -> None:
-    """Restores what :func:`random_state` returned."""
+    """Restores the :func:`random_state`."""
     for name, generator in generators.items():
         if generator is not None and name in states:
             generator.set_state(states[name])
