@@ -70,7 +70,7 @@ def fit(args: Namespace, train: Tensor, held_out: Tensor) -> dict[str, pf.Dequan
 @torch.no_grad()
 def bits(model: pf.Dequantized, rows: Tensor, draws: int = 20) -> tuple[str, str]:
     """Bits per pixel with two standard errors: of the bound by one noise, and by all of them together."""
-    terms = model.scores(rows, draws=draws, fresh=False)
+    terms = model.scores(rows, num_noise_samples=draws, fresh=False)
     together = terms.logsumexp(0) - math.log(draws)
     found = (pf.bits_per_dim(scores, SHAPE) for scores in (terms.mean(0), together))
     loose, tight = map(mean_of, found)

@@ -187,7 +187,7 @@ def test_hostile_rows():
         detector.bits("digits")
     with pytest.raises(ValueError, match="2 or more reference rows, got 1"):
         AnomalyDetector(deq, rows[:1])
-    with pytest.raises(ValueError, match="expected draws"):
+    with pytest.raises(ValueError, match="expected num_noise_samples"):
         AnomalyDetector(deq, rows, num_noise_samples=0)
     with pytest.raises(TypeError, match="a Dequantized, a Flow or a module with log_prob"):
         AnomalyDetector(dist.Normal(0.0, 1.0), rows)
@@ -332,7 +332,8 @@ def test_maps_of_a_dequantized_flow():
     deq = pf.Dequantized(flow, 16)
     n = torch.randint(0, 16, (3, *SHAPE))
     maps = pixel_scores(deq, n)
-    torch.testing.assert_close(maps.flatten(1).sum(1), -deq.scores(n, draws=8, fresh=False).mean(0).detach())
+    bound = deq.scores(n, num_noise_samples=8, fresh=False).mean(0).detach()
+    torch.testing.assert_close(maps.flatten(1).sum(1), -bound)
     assert torch.equal(pixel_scores(deq, n), maps)
     # Of the last pixel's values, one at least is no likelier than chance, one at most no less likely.
     every = n[:1].repeat(16, 1, 1, 1)
@@ -340,7 +341,7 @@ def test_maps_of_a_dequantized_flow():
     mass = (-pixel_scores(deq, every, num_noise_samples=200)[:, 1, 1, 1]).exp()
     assert mass.max() > 1 / 16 > mass.min() and mass.sum() < 1.02
     assert torch.equal(pixel_scores(deq, n[:0]), maps[:0])
-    noisy = pf.Dequantized(flow, 16, dequantizer=pf.Dequantizer(SHAPE, features=2).double())
+    noisy = pf.Dequantized(flow, 16, dequantizer=pf.Dequantizer(SHAPE, context_dim=2).double())
     with pytest.raises(ValueError, match="no density pixel by pixel"):
         pixel_scores(noisy, n)
 

@@ -373,7 +373,7 @@ def test_a_newton_cycle_is_left():
         made.scale.fill_(math.sqrt(0.05**2 - 1e-6))
         made.centres[0, 0] = torch.tensor([40.0, 1.0, 1.0])
         made.signs.copy_(torch.tensor([1.0, -1.0]).view(2, 1, 1))
-        made.centre_signs.copy_(made._centre_signs())
+        made.center_signs.copy_(made._center_signs())
     values = torch.tensor([0.2, 1.0, 3.0, -1.0, -3.0, -0.2, 0.0, 20.0], dtype=torch.float64).view(-1, 1, 1, 1)
     y = made(values)
     torch.testing.assert_close(made.inverse_and_ladj(y)[0], values, rtol=1e-9, atol=1e-9)
@@ -551,7 +551,7 @@ def test_state_survives():
         assert each.last_solve is None
         for got, true in zip(each.inverse_and_ladj(y, context), want, strict=True):
             assert torch.equal(got, true)
-    assert not any(name in made.state_dict() for name in ("waves", "places", "centre_signs", "min_slope"))
+    assert not any(name in made.state_dict() for name in ("waves", "places", "center_signs", "min_slope"))
 
 
 def test_parameters_do_not_depend_on_the_size():
@@ -662,7 +662,7 @@ def test_digits_are_learnt():
     options = {"lr": 6e-3, "batch_size": 64, "schedule": "cosine", "weight_decay": 0.3, "steps": 1000}
     fit_density(model, train.numpy(), validation.numpy(), progress=False, **options)
     with torch.no_grad():
-        bits = float(pf.bits_per_dim(model.scores(test, draws=4).mean(), (1, 8, 8)))
+        bits = float(pf.bits_per_dim(model.scores(test, num_noise_samples=4).mean(), (1, 8, 8)))
         drawn = model.sample((600,)).double()
         v = model.intensities(test, 1)[0]
         x = model.flow.chain.inv(v)

@@ -221,7 +221,7 @@ def test_bound_is_exact_with_many_draws_and_grows():
     flow, mass = single()
     deq = pf.Dequantized(flow, 8).eval()
     n = torch.arange(8)[:, None]
-    scores = deq.scores(n, draws=20000)[..., None]
+    scores = deq.scores(n, num_noise_samples=20000)[..., None]
     exact = mass.log()[:, None]
     for draws, tolerance in ((20000, 2e-2), (50, 3e-2)):
         groups = scores.view(-1, draws, 8, 1)
@@ -229,14 +229,14 @@ def test_bound_is_exact_with_many_draws_and_grows():
         torch.testing.assert_close(bound, exact, rtol=0, atol=tolerance)
     one, several = scores.mean(0), (torch.logsumexp(scores.view(-1, 5, 8, 1), 1) - math.log(5)).mean(0)
     assert (one < several).all() and (several < exact + 1e-3).all()
-    deq.draws = 20000
+    deq.num_noise_samples = 20000
     torch.testing.assert_close(deq.log_prob(n), exact[:, 0], rtol=0, atol=2e-2)
     assert float(mass.sum()) == pytest.approx(float(normal_cdf(torch.tensor(2.890)) * 2 - 1), abs=2e-3)
 
 
 def test_several_pixels_have_the_product_of_masses():
     _, mass = single(4, 1e-3)
-    deq = pf.Dequantized(pf.Flow(pf.LogitPixels((1, 1, 3), 4, 1e-3)).double(), 4, draws=20000).eval()
+    deq = pf.Dequantized(pf.Flow(pf.LogitPixels((1, 1, 3), 4, 1e-3)).double(), 4, num_noise_samples=20000).eval()
     n = torch.tensor([[0, 1, 3], [2, 2, 1]])
     torch.testing.assert_close(deq.log_prob(n.view(2, 1, 1, 3)), mass.log()[n].sum(-1), rtol=0, atol=6e-2)
 
@@ -244,8 +244,8 @@ def test_several_pixels_have_the_product_of_masses():
 @pytest.mark.parametrize("variational", [False, True])
 def test_noise_is_fresh_in_training_and_fixed_in_evaluation(variational):
     shape = (1, 2, 2)
-    q = shake(pf.Dequantizer(shape, features=3, hidden_dims=(6,)), 0.2) if variational else None
-    deq = pf.Dequantized(pixel_flow(shape, dtype=torch.float32), 16, draws=2, dequantizer=q)
+    q = shake(pf.Dequantizer(shape, context_dim=3, hidden_dims=(6,)), 0.2) if variational else None
+    deq = pf.Dequantized(pixel_flow(shape, dtype=torch.float32), 16, num_noise_samples=2, dequantizer=q)
     n = torch.randint(0, 16, (9, *shape))
     assert deq.training and not torch.allclose(deq.log_prob(n), deq.log_prob(n), rtol=0, atol=1e-4)
     deq.eval()
@@ -271,8 +271,8 @@ def test_noise_is_fresh_in_training_and_fixed_in_evaluation(variational):
 def test_dtype_that_is_not_the_default(dtype, variational, default_dtype):
     default_dtype(OTHER[dtype])
     shape = (1, 2, 2)
-    q = pf.Dequantizer(shape, features=3, hidden_dims=(6,)).to(dtype) if variational else None
-    deq = pf.Dequantized(pixel_flow(shape, dtype=dtype), 16, draws=2, dequantizer=q)
+    q = pf.Dequantizer(shape, context_dim=3, hidden_dims=(6,)).to(dtype) if variational else None
+    deq = pf.Dequantized(pixel_flow(shape, dtype=dtype), 16, num_noise_samples=2, dequantizer=q)
     n = torch.randint(0, 16, (4, *shape))
     for mode in (True, False):
         deq.train(mode)
@@ -325,7 +325,7 @@ def test_as_a_pyro_distribution():
 
 
 def test_contexts():
-    deq = pf.Dequantized(pixel_flow((1, 2, 2), context_dim=3), 16, draws=3).eval()
+    deq = pf.Dequantized(pixel_flow((1, 2, 2), context_dim=3), 16, num_noise_samples=3).eval()
     n, context = torch.randint(0, 16, (5, 1, 2, 2)), torch.randn(5, 3, dtype=torch.float64)
     assert deq.context_dim == 3
     scores = deq.log_prob(n, context)
@@ -346,7 +346,7 @@ def test_contexts():
 
 def test_other_modules_than_flows():
     made = pf.MADE(3, NormalHead(), hidden_dims=(8,)).double()
-    deq = pf.Dequantized(made, 4, draws=500).eval()
+    deq = pf.Dequantized(made, 4, num_noise_samples=500).eval()
     n = torch.tensor([[0, 1, 2], [3, 3, 0]])
     got, want = deq.log_prob(n), torch.logsumexp(made.log_prob(deq.intensities(n)), 0) - math.log(500)
     torch.testing.assert_close(got, want)
@@ -355,9 +355,11 @@ def test_other_modules_than_flows():
 
 
 def test_state_is_saved():
-    deq = pf.Dequantized(pixel_flow((1, 2, 2)), 16, dequantizer=pf.Dequantizer((1, 2, 2), features=3).double()).eval()
+    deq, twin = (
+        pf.Dequantized(pixel_flow((1, 2, 2)), 16, dequantizer=pf.Dequantizer((1, 2, 2), context_dim=3).double()).eval()
+        for _ in range(2)
+    )
     shake(deq, 0.1)
-    twin = pf.Dequantized(pixel_flow((1, 2, 2)), 16, dequantizer=pf.Dequantizer((1, 2, 2), features=3).double()).eval()
     twin.load_state_dict(deq.state_dict())
     n = torch.randint(0, 16, (5, 1, 2, 2))
     torch.testing.assert_close(twin.log_prob(n), deq.log_prob(n))
@@ -367,7 +369,7 @@ def test_state_is_saved():
 def test_fit_density_takes_integer_images(kind):
     rows = torch.poisson(torch.full((300, 1, 2, 2), 3.0)).clamp(max=15)
     data = {"uint8 array": rows.to(torch.uint8).numpy(), "int64": rows.long(), "float": rows.double()}[kind]
-    deq = pf.Dequantized(pixel_flow((1, 2, 2), dtype=torch.float32), 16, draws=2)
+    deq = pf.Dequantized(pixel_flow((1, 2, 2), dtype=torch.float32), 16, num_noise_samples=2)
     with torch.no_grad():
         before = float(deq.eval().log_prob(rows).mean())
     fit = pf.fit_density(deq, data, progress=False, steps=120, max_epochs=12, batch_size=64, lr=1e-2)
@@ -414,7 +416,7 @@ def test_hostile_arguments():
         with pytest.raises(ValueError, match="Dequantized: expected levels"):
             pf.Dequantized(flow, levels)
     for draws in (0, -1, 1.5):
-        with pytest.raises(ValueError, match="Dequantized: expected draws"):
+        with pytest.raises(ValueError, match="Dequantized: expected num_noise_samples"):
             pf.Dequantized(flow, 16, draws)
     with pytest.raises(ValueError, match="expected seed"):
         pf.Dequantized(flow, 16, seed=0.5)
@@ -438,7 +440,7 @@ def test_hostile_arguments():
 
 @pytest.mark.parametrize("variational", [False, True])
 def test_empty_batches(variational):
-    q = pf.Dequantizer(3, features=2).double() if variational else None
+    q = pf.Dequantizer(3, context_dim=2).double() if variational else None
     deq = pf.Dequantized(pixel_flow(3), 16, dequantizer=q)
     for mode in (True, False):
         deq.train(mode)
@@ -491,7 +493,7 @@ class Unscale(nn.Module):
 def exact_dequantized(levels=8):
     flow, mass = single(levels)
     logistic = dist.Logistic(torch.zeros(1).double(), torch.ones(1).double()).to_event(1)
-    q = pf.Dequantizer(1, flow=pf.Flow(Posterior(flow), logistic), encoder=Unscale(levels), features=1)
+    q = pf.Dequantizer(1, flow=pf.Flow(Posterior(flow), logistic), encoder=Unscale(levels), context_dim=1)
     return pf.Dequantized(flow, levels, dequantizer=q), mass
 
 
@@ -500,7 +502,7 @@ def test_one_draw_of_the_posterior_is_exact():
     n = torch.arange(8)[:, None]
     for mode in (True, False):
         deq.train(mode)
-        torch.testing.assert_close(deq.scores(n, draws=20), mass.log().expand(20, 8), rtol=0, atol=1e-7)
+        torch.testing.assert_close(deq.scores(n, num_noise_samples=20), mass.log().expand(20, 8), rtol=0, atol=1e-7)
     torch.testing.assert_close(deq.log_prob(n), mass.log(), rtol=0, atol=1e-7)
 
 
@@ -512,7 +514,7 @@ def test_elbo_with_the_posterior_is_the_log_mass():
 
 
 def test_fresh_dequantizer_is_uniform():
-    q = pf.Dequantizer((1, 2, 2), features=3).double()
+    q = pf.Dequantizer((1, 2, 2), context_dim=3).double()
     made = q(torch.rand(6, 1, 2, 2, dtype=torch.float64) * 2 - 1)
     u, log_q = made.rsample_and_log_prob()
     assert (u > 0).all() and (u < 1).all()
@@ -526,11 +528,11 @@ def test_fresh_dequantizer_is_uniform():
 
 def test_bound_holds_whatever_the_dequantizer():
     flow, mass = single()
-    q = shake(pf.Dequantizer(1, features=2, hidden_dims=(8,)).double(), 0.15)
+    q = shake(pf.Dequantizer(1, context_dim=2, hidden_dims=(8,)).double(), 0.15)
     deq = pf.Dequantized(flow, 8, dequantizer=q).eval()
     n = torch.arange(8)[:, None]
     with torch.no_grad():
-        scores = deq.scores(n, draws=4000)
+        scores = deq.scores(n, num_noise_samples=4000)
     assert (scores.mean(0) < mass.log()).all()
     bound = torch.logsumexp(scores, 0) - math.log(4000)
     torch.testing.assert_close(bound, mass.log(), rtol=0, atol=0.1)
@@ -543,10 +545,10 @@ def test_bound_holds_whatever_the_dequantizer():
 @pytest.mark.parametrize("vectorize", [False, True])
 def test_elbo_is_the_mean_of_log_prob(vectorize):
     shape = (1, 2, 2)
-    deq = pf.Dequantized(pixel_flow(shape), 16, dequantizer=shake(pf.Dequantizer(shape, features=3).double(), 0.1))
+    deq = pf.Dequantized(pixel_flow(shape), 16, dequantizer=shake(pf.Dequantizer(shape, context_dim=3).double(), 0.1))
     n = torch.randint(0, 16, (5, *shape))
     with torch.no_grad():
-        draws = deq.scores(n, draws=2000).sum(1)
+        draws = deq.scores(n, num_noise_samples=2000).sum(1)
         elbo = Trace_ELBO(num_particles=2000 if vectorize else 1, vectorize_particles=vectorize)
         repeats = 1 if vectorize else 100
         losses = torch.tensor([elbo.loss(deq.model, deq.guide, n) for _ in range(repeats)])
@@ -557,7 +559,7 @@ def test_elbo_is_the_mean_of_log_prob(vectorize):
 @pytest.mark.parametrize("variational", [False, True])
 def test_svi_trains_flow_and_dequantizer(variational):
     shape = (1, 2, 2)
-    q = pf.Dequantizer(shape, features=3, hidden_dims=(8,), num_layers=2) if variational else None
+    q = pf.Dequantizer(shape, context_dim=3, hidden_dims=(8,), num_layers=2) if variational else None
     deq = pf.Dequantized(pixel_flow(shape, dtype=torch.float32), 16, dequantizer=q)
     n = torch.poisson(torch.full((64, *shape), 3.0)).clamp(max=15).to(torch.uint8)
     before = {name: p.detach().clone() for name, p in deq.named_parameters()}
@@ -575,27 +577,27 @@ def test_svi_trains_flow_and_dequantizer(variational):
 def test_variational_bound_beats_the_uniform_one():
     """Where the density is steep within a pixel, a dequantizer that is fitted knows it."""
     flow = pf.Flow(pf.Standardization([1.5, 1.5], [0.12, 0.12]))
-    deq = pf.Dequantized(flow, 3, dequantizer=pf.Dequantizer(2, features=4, hidden_dims=(16,), num_layers=2))
+    deq = pf.Dequantized(flow, 3, dequantizer=pf.Dequantizer(2, context_dim=4, hidden_dims=(16,), num_layers=2))
     n = torch.ones(64, 2, dtype=torch.long)
-    uniform = float(pf.Dequantized(flow, 3).eval().scores(n[:1], draws=4000).mean())
+    uniform = float(pf.Dequantized(flow, 3).eval().scores(n[:1], num_noise_samples=4000).mean())
     exact = 2 * math.log(2 * float(normal_cdf(torch.tensor(0.5 / 0.12))) - 1)
     svi = SVI(deq.model, deq.guide, Adam({"lr": 2e-2}), Trace_ELBO())
     for _ in range(150):
         svi.step(n)
     with torch.no_grad():
-        fitted = float(deq.eval().scores(n[:1], draws=2000).mean())
+        fitted = float(deq.eval().scores(n[:1], num_noise_samples=2000).mean())
     assert uniform < exact - 1 < fitted < exact
     assert fitted > exact - 0.1
 
 
 def test_hostile_dequantizers():
-    with pytest.raises(ValueError, match=r"event shape \(3,\) with context_dim=32 \(features\), got .*context_dim=2"):
+    with pytest.raises(ValueError, match=r"event shape \(3,\) with context_dim=32, got .*context_dim=2"):
         pf.Dequantizer(3, flow=pixel_flow(3, context_dim=2))
     with pytest.raises(ValueError, match=r"numbers between 0 and 1.*end its chain in SigmoidTransform\(\)"):
-        pf.Dequantizer(3, flow=pf.Flow(pf.realnvp(3, context_dim=2)), features=2)
+        pf.Dequantizer(3, flow=pf.Flow(pf.realnvp(3, context_dim=2)), context_dim=2)
     base = pf.StudentT(3)
     chain = pf.Chain([pf.realnvp(3, context_dim=2, num_layers=2), torch.distributions.SigmoidTransform()])
-    deq = pf.Dequantized(pf.LogitPixels(3), dequantizer=pf.Dequantizer(3, flow=pf.Flow(chain, base), features=2))
+    deq = pf.Dequantized(pf.LogitPixels(3), dequantizer=pf.Dequantizer(3, flow=pf.Flow(chain, base), context_dim=2))
     n = torch.zeros(2, 3, dtype=torch.long)
     assert deq.log_prob(n).isfinite().all()
     with pytest.raises(TypeError, match="independent dimensions with icdf, such as Normal or Logistic, got StudentT"):

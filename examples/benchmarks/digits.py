@@ -76,7 +76,7 @@ def fit(name: str, seed: int, lr: float, seconds: float) -> tuple[pf.Dequantized
 @torch.no_grad()
 def score(model: pf.Dequantized, x: Tensor) -> tuple[float, float]:
     """Bits per pixel of the usual bound, and of the one that 20 noises together make."""
-    terms = pf.bits_per_dim(model.scores(x, draws=NOISES, fresh=False), SHAPE)
+    terms = pf.bits_per_dim(model.scores(x, num_noise_samples=NOISES, fresh=False), SHAPE)
     tight = pf.bits_per_dim(torch.logsumexp(terms * -math.log(2) * 64, 0) - math.log(NOISES), SHAPE)
     return terms.mean().item(), tight.mean().item()
 

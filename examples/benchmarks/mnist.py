@@ -55,7 +55,7 @@ def fit(name: str, parts: tuple[Tensor, Tensor, Tensor], args: Namespace) -> tup
 @torch.no_grad()
 def score(model: pf.Dequantized, x: Tensor, noises: int) -> tuple[float, float]:
     """Mean bits per pixel and two standard errors."""
-    bits = torch.cat([model.scores(part, draws=noises, fresh=False).mean(0) for part in x.split(100)])
+    bits = torch.cat([model.scores(part, num_noise_samples=noises, fresh=False).mean(0) for part in x.split(100)])
     bits = pf.bits_per_dim(bits.double(), SHAPE)
     return bits.mean().item(), 2 * bits.std().item() / math.sqrt(len(bits))
 

@@ -115,7 +115,8 @@ class Chain(FlowTransform):
         last = next((k for k in range(len(parts) - 1, 0, -1) if not isinstance(parts[k], Wrap)), 0)
         reached = parts[last].codomain
         for part in parts[last + 1 :]:
-            reached = part.reached(reached)
+            if isinstance(part, Wrap):
+                reached = part.reached(reached)
         return reached
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 Nothing is keyed on a tensor that a user made.  Remembered are ``y -> (x, ladj)`` for a ``y`` that the forward map
 produced, so that scoring one's own sample costs nothing, and the ``ladj`` of an ``x`` that the inverse has returned, so
 that scoring data costs one pass.  A result holds only while grad mode, every parameter and buffer (identity, storage,
-layout, version, ``requires_grad``), and the number of optimiser steps taken in this process are what they were.
+layout, version, ``requires_grad``), and the number of optimizer steps taken in this process are what they were.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _steps = 0
 
 
 def _count_step(*args: Any) -> None:
-    # Fused optimisers and those that write to .data do not bump a parameter's version, but each calls this hook.
+    # Fused optimizers and those that write to .data do not bump a parameter's version, but each calls this hook.
     global _steps
     _steps += 1
 
@@ -87,7 +87,7 @@ def _state(value: Tensor) -> tuple[Any, ...]:
 
 class _Entry(NamedTuple):
     x: TensorWeakRef | Tensor
-    y: TensorWeakRef | Tensor
+    y: TensorWeakRef
     ladj: Tensor
     states: tuple[Any, ...]
     storages: tuple[StorageWeakRef, StorageWeakRef]
@@ -144,10 +144,11 @@ class Memo:
         if made is None:
             self._forward = None
             return None
+        x = entry.x
         # A leaf that asks for its gradient asks for the inverse as a function of y, which a memory is not.
-        if made is not y or (y.requires_grad and y.is_leaf):
+        if made is not y or (y.requires_grad and y.is_leaf) or not isinstance(x, Tensor):
             return None
-        return (entry.x, entry.ladj) if entry.still_holds(module, entry.x, y) else None
+        return (x, entry.ladj) if entry.still_holds(module, x, y) else None
 
     def ladj(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor | None:
         """The forward map's ladj if ``(x, y)`` is one of the pairs just computed and nothing changed since."""

@@ -147,7 +147,8 @@ class GradientByHand(torch.autograd.Function):
             rest = iter(given)
             return function(*(None if each is None else next(rest) for each in inputs))
 
-        outputs, pull = torch.func.vjp(run, *(each for each in inputs if each is not None))
+        traced: Any = torch.func.vjp(run, *(each for each in inputs if each is not None))
+        outputs, pull = traced
         if isinstance(outputs, Tensor):
             found = iter(pull(grads[0]))
         else:
@@ -171,4 +172,5 @@ class GradientByHand(torch.autograd.Function):
     @classmethod
     def record(cls, *args: Any) -> Any:
         """As ``apply`` in plain eager mode, without the search for transforms of ``torch.func``."""
-        return super(torch.autograd.Function, cls).apply(*args)
+        plain: Any = super(torch.autograd.Function, cls)
+        return plain.apply(*args)

@@ -6,13 +6,15 @@ import functools
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 __all__ = ["made_from", "options_of", "recipe", "remembered"]
+
+_T = TypeVar("_T")
 
 _PACKAGE = __name__.partition(".")[0]
 
@@ -23,7 +25,7 @@ _KNOWN: dict[str, type] = {}
 _SCALARS = (type(None), bool, int, float, str)
 
 
-def remembered(cls: type) -> type:
+def remembered(cls: type[_T]) -> type[_T]:
     """A class decorator: instances remember the arguments that they were made with, for ``recipe``.
 
     A class that defines ``arguments() -> (args, kwargs)`` says them itself.
@@ -31,7 +33,8 @@ def remembered(cls: type) -> type:
     if cls.__module__.partition(".")[0] == _PACKAGE:
         _KNOWN[cls.__name__] = cls
     if not hasattr(cls, "arguments"):
-        init = cls.__init__
+        held: Any = cls
+        init = held.__init__
 
         @functools.wraps(init)
         def method(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -39,7 +42,7 @@ def remembered(cls: type) -> type:
             self.__dict__.setdefault("_arguments", (_kept(args), _kept(kwargs)))
             init(self, *args, **kwargs)
 
-        cls.__init__ = method
+        held.__init__ = method
     return cls
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from pyro.distributions.conditional import ConditionalTransform
@@ -18,7 +18,7 @@ from pyro.ops.provenance import ProvenanceTensor, extract_provenance, track_prov
 from torch import Size, Tensor, nn
 from torch.distributions import constraints
 
-from pyro_flows.core.checks import admit, check_context, event_size, without_leading_ones, wrong_event
+from pyro_flows.core.checks import admit, check_context, event_size, integer, without_leading_ones, wrong_event
 from pyro_flows.core.memo import Memo
 from pyro_flows.core.recipes import remembered
 
@@ -90,9 +90,7 @@ class FlowTransform(TransformModule):
     def __init__(self, event_shape: int | Iterable[int], context_dim: int = 0) -> None:
         super().__init__(cache_size=0)
         self.event_shape = event_size(event_shape)
-        if isinstance(context_dim, bool) or not isinstance(context_dim, int) or context_dim < 0:
-            raise ValueError(f"expected context_dim to be an integer >= 0, got {context_dim!r}")
-        self.context_dim = context_dim
+        self.context_dim = integer("", "context_dim", context_dim, 0)
         self.__dict__["_memo"] = Memo()
 
     # What a leaf writes.
@@ -224,7 +222,7 @@ class FlowTransform(TransformModule):
         return False
 
     @property
-    def sign(self) -> Tensor:
+    def sign(self) -> NoReturn:
         """Raises AttributeError, as a map of events has no sign, so that ``hasattr`` and ``torch.jit`` pass it over."""
         raise AttributeError(f"{type(self).__name__} moves whole events, so it has no sign: it neither rises nor falls")
 
@@ -243,7 +241,7 @@ class FlowTransform(TransformModule):
         if own is None or not (own.is_meta or torch.equal(own.to(angles.device), angles)):
             raise ValueError(
                 f"{type(self).__name__} moves angles as numbers on a line, or takes other dimensions for angles than "
-                "its neighbours do, so the result would be no density; use ncsf, or Coupling(..., periodic=...) for all"
+                "its neighbors do, so the result would be no density; use ncsf, or Coupling(..., periodic=...) for all"
             )
         return angles
 
@@ -316,7 +314,8 @@ class Inverse(FlowTransform):
 
     transform: FlowTransform
 
-    def __new__(cls, transform: FlowTransform | None = None) -> FlowTransform:
+    # The inverse of an inverse is the transform itself.
+    def __new__(cls, transform: FlowTransform | None = None) -> FlowTransform:  # type: ignore[misc]
         return transform.transform if isinstance(transform, Inverse) else super().__new__(cls)
 
     def __init__(self, transform: FlowTransform) -> None:

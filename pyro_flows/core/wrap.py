@@ -48,6 +48,7 @@ class Wrap(FlowTransform):
     """
 
     sampling_cost = density_cost = "1 product"
+    transform: Transform
 
     def __init__(self, transform: Transform, event_shape: int | Iterable[int]) -> None:
         super().__init__(event_shape)
@@ -126,7 +127,8 @@ class Wrap(FlowTransform):
         self._images.clear()
         if not isinstance(self.transform, nn.Module):
             map_tensors(self.transform, fn)
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        return self
 
     @functools.cached_property
     def shared_over_time(self) -> bool:
@@ -209,7 +211,8 @@ def moved(transform: Transform, x: Tensor, dims: int) -> tuple[Tensor, Tensor]:
                 )
         join = torch.stack if stacked else torch.cat
         ladjs = [ladj for _, ladj in each]
-        return join([y for y, _ in each], dim), sum(ladjs) if summed else join(ladjs, dim + dims)
+        ladj = functools.reduce(torch.add, ladjs) if summed else join(ladjs, dim + dims)
+        return join([y for y, _ in each], dim), ladj
     inner = transform.domain.event_dim
     if inner > dims:
         raise ValueError(f"{type(transform).__name__} acts on {inner} dimensions at once, of which there are {dims}")
@@ -346,14 +349,13 @@ def _between(
     ends = first.where(up, last), last.where(up, first)
     if any(end.is_meta or end.isnan().any() for end in ends):
         return None
-    low, high = (end.item() if end.dim() == 0 else end for end in ends)
+    least, most = (end.item() if end.dim() == 0 else end for end in ends)
     bounded = [not bool(end.isinf().all()) for end in ends]
+    made: constraints.Constraint = constraints.real
     if all(bounded):
-        made = constraints.interval(low, high)
+        made = constraints.interval(least, most)
     elif any(bounded):
-        made = constraints.greater_than(low) if bounded[0] else constraints.less_than(high)
-    else:
-        made = constraints.real
+        made = constraints.greater_than(least) if bounded[0] else constraints.less_than(most)
     return _spread(made, told.event_dim)
 
 
@@ -379,7 +381,7 @@ class _Stack(_Cat):
         super().__init__(cseq, dim, [1] * len(cseq))
 
     @property
-    def event_dim(self) -> int:
+    def event_dim(self) -> int:  # type: ignore[override]  # as torch's own, whose base declares an attribute
         return super().event_dim + 1
 
     def __repr__(self) -> str:
@@ -394,10 +396,7 @@ class _Image(constraints.Constraint):
 
     def __init__(self, transform: Transform, start: constraints.Constraint, told: constraints.Constraint) -> None:
         self.transform, self.start, self.told = transform, start, told
-
-    @property
-    def event_dim(self) -> int:
-        return self.told.event_dim
+        self.event_dim = told.event_dim
 
     def check(self, value: Tensor) -> Tensor:
         x: Any = moved(self.transform.inv, value, self.told.event_dim)[0]

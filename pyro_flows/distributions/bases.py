@@ -11,7 +11,7 @@ import torch
 from torch import Size, Tensor, nn
 from torch.distributions import Distribution, constraints
 
-from pyro_flows.core.checks import event_size
+from pyro_flows.core.checks import event_size, integer
 from pyro_flows.core.recipes import remembered
 from pyro_flows.core.wrap import map_tensors
 
@@ -24,12 +24,6 @@ def _hold(module: nn.Module, name: str, value: Tensor, learnable: bool) -> None:
         setattr(module, name, nn.Parameter(value))
     else:
         module.register_buffer(name, value, persistent=False)
-
-
-def _vector(module: nn.Module, input_dim: int) -> Size:
-    if isinstance(input_dim, bool) or not isinstance(input_dim, int) or input_dim < 1:
-        raise ValueError(f"{type(module).__name__}: expected input_dim to be a positive integer, got {input_dim!r}")
-    return Size((input_dim,))
 
 
 @remembered
@@ -72,7 +66,7 @@ class StudentT(nn.Module):
     r"""Independent Student's t, :math:`(x_i - \mu_i) e^{-r_i} \sim t_{\nu_i}`: tails that fall off as a power.
 
     The degrees of freedom :math:`\nu_i = \nu_{\min} + \log(1 + e^{a_i})` are one per dimension and stay above
-    :math:`\nu_{\min}`; at :math:`\nu > 1` there is a mean, at :math:`\nu > 2` a variance.  Draws are reparameterised,
+    :math:`\nu_{\min}`; at :math:`\nu > 1` there is a mean, at :math:`\nu > 2` a variance.  Draws are reparameterized,
     also with respect to :math:`\nu`.
 
     Args:
@@ -129,9 +123,9 @@ class StudentT(nn.Module):
 
 
 class _Mixture(dist.MixtureSameFamily):
-    def rsample(self, sample_shape: Size | tuple[int, ...] = ()) -> Tensor:
+    def rsample(self, sample_shape: Size | list[int] | tuple[int, ...] = ()) -> Tensor:
         raise NotImplementedError(
-            "GaussianMixture: there are no reparameterised draws, because which component a draw comes from is "
+            "GaussianMixture: there are no reparameterized draws, because which component a draw comes from is "
             "discrete; use .sample(), fit by log_prob, or take a base such as DiagonalNormal"
         )
 
@@ -144,7 +138,7 @@ class GaussianMixture(nn.Module):
     diagonal ``exp(log_scale)``.  At first the weights are equal, :math:`\mu_k` is drawn by torch's random numbers from
     :math:`N(0, I/2)`, and :math:`S_k S_k^\top = I/2`: on average over the draw, mean 0 and covariance :math:`I`.
 
-    A density costs one evaluation of each component, a draw one draw of each.  There are no reparameterised draws, so
+    A density costs one evaluation of each component, a draw one draw of each.  There are no reparameterized draws, so
     ``rsample`` of a flow over this base raises an error, and a guide with it needs score-function gradients; it is for
     densities that are fitted to data.
 
@@ -167,9 +161,8 @@ class GaussianMixture(nn.Module):
 
     def __init__(self, input_dim: int, num_components: int = 5, *, full_covariance: bool = False) -> None:
         super().__init__()
-        self.event_shape = _vector(self, input_dim)
-        if isinstance(num_components, bool) or not isinstance(num_components, int) or num_components < 1:
-            raise ValueError(f"GaussianMixture: expected num_components to be an integer >= 1, got {num_components!r}")
+        self.event_shape = Size((integer("GaussianMixture", "input_dim", input_dim),))
+        integer("GaussianMixture", "num_components", num_components)
         self.logits = nn.Parameter(torch.zeros(num_components))
         self.loc = nn.Parameter(torch.randn(num_components, input_dim) * math.sqrt(0.5))
         self.log_scale = nn.Parameter(torch.full((num_components, input_dim), math.log(0.5) / 2))
@@ -202,13 +195,13 @@ class _Circles(dist.Normal):
         shape = Size(batch_shape)
         return _Circles(self.loc.expand(shape), self.angle.expand(shape))
 
-    def rsample(self, sample_shape: Size | tuple[int, ...] = ()) -> Tensor:
+    def rsample(self, sample_shape: Size | list[int] | tuple[int, ...] = ()) -> Tensor:
         angles = (
             torch.rand(self._extended_shape(Size(sample_shape)), dtype=self.loc.dtype, device=self.loc.device) - 0.5
         )
         return torch.where(self.angle, angles * (2 * math.pi), super().rsample(sample_shape))
 
-    def sample(self, sample_shape: Size | tuple[int, ...] = ()) -> Tensor:
+    def sample(self, sample_shape: Size | list[int] | tuple[int, ...] = ()) -> Tensor:
         with torch.no_grad():
             return self.rsample(sample_shape)
 
@@ -264,7 +257,7 @@ class FixedBase(nn.Module):
         distribution: any distribution; its tensors follow ``.to()`` and its relatives.
 
     Raises:
-        ValueError: if one of its tensors asks for a gradient: that one would never be found by an optimiser.
+        ValueError: if one of its tensors asks for a gradient: that one would never be found by an optimizer.
     """
 
     def __init__(self, distribution: Distribution) -> None:

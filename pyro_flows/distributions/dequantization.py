@@ -1,10 +1,10 @@
-"""Discrete pixels by continuous densities: uniform and variational dequantisation, and bits per dimension."""
+"""Discrete pixels by continuous densities: uniform and variational dequantization, and bits per dimension."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pyro
 import pyro.distributions as dist
@@ -15,7 +15,7 @@ from torch import Size, Tensor, nn
 from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
 
-from pyro_flows.core.checks import check_context, event_size, wrong_event
+from pyro_flows.core.checks import check_context, event_size, integer, wrong_event
 from pyro_flows.core.modes import plain_eager
 from pyro_flows.core.transform import FlowTransform
 from pyro_flows.distributions.flow import Flow
@@ -48,14 +48,8 @@ def bits_per_dim(
     Raises:
         ValueError: for ``levels`` below 2, or sizes that are no positive integers.
     """
-    offset = 0.0 if levels is None else math.log2(_levels("bits_per_dim", levels))
+    offset = 0.0 if levels is None else math.log2(integer("bits_per_dim", "levels", levels, 2))
     return log_prob * (-1 / (event_size(event_shape).numel() * math.log(2))) + offset
-
-
-def _levels(who: str, levels: int) -> int:
-    if isinstance(levels, bool) or not isinstance(levels, int) or levels < 2:
-        raise ValueError(f"{who}: expected levels to be an integer >= 2, got {levels!r}")
-    return levels
 
 
 class DequantizedDistribution(TorchDistribution):
@@ -78,9 +72,11 @@ class DequantizedDistribution(TorchDistribution):
         batch_shape: Size | None = None,
         validate_args: bool | None = None,
     ) -> None:
-        self.context, self._marks = extract_provenance(context)
+        found: Any
+        found, self._marks = extract_provenance(context)
+        self.context: Tensor | None = found
         self.model = model
-        own = Size() if context is None else self.context.shape[:-1]
+        own = Size() if context is None else found.shape[:-1]
         super().__init__(own if batch_shape is None else batch_shape, model.event_shape, validate_args=validate_args)
 
     @constraints.dependent_property
@@ -97,15 +93,16 @@ class DequantizedDistribution(TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Lower bound in nats of the log-mass of whole numbers, shape ``(*sample, *batch)``."""
-        value, marks = extract_provenance(value)
-        value = self.model.whole(value, self._validate_args)
+        given: Any
+        given, marks = extract_provenance(value)
+        value = self.model.whole(given, self._validate_args)
         dims = len(self.event_shape)
         batch = torch.broadcast_shapes(value.shape[: value.dim() - dims], self.batch_shape)
         scores = self.model._terms(value.expand(batch + self.event_shape), self.context)
         return track_provenance(torch.logsumexp(scores, 0) - math.log(len(scores)), marks | self._marks)
 
     @torch.no_grad()
-    def sample(self, sample_shape: Size | tuple[int, ...] = ()) -> Tensor:
+    def sample(self, sample_shape: Size | list[int] | tuple[int, ...] = ()) -> Tensor:
         """Draws, of 64-bit integers, shape ``(*sample, *batch, *event)``."""
         shape = Size(sample_shape)
         if self.context is None:
@@ -137,16 +134,16 @@ class Dequantized(nn.Module):
     differ have as good as independent noise, and no state of a generator is used up.
 
     Calling the module gives a Pyro distribution over whole numbers that shares the parameters: ``pyro.sample("x",
-    deq())``, or ``deq(context)`` if the flow takes one.  For variational dequantisation with the noise as a latent
-    site, see :meth:`model` and :meth:`guide`.  A score costs ``draws`` scores of the flow (and as many draws of the
-    dequantizer), a draw one draw of the flow, which is rounded down.
+    deq())``, or ``deq(context)`` if the flow takes one.  For variational dequantization with the noise as a latent
+    site, see :meth:`model` and :meth:`guide`.  A score costs ``num_noise_samples`` scores of
+    the flow (and as many draws of the dequantizer), a draw one draw of the flow, which is rounded down.
 
     Args:
         flow: a :class:`~pyro_flows.distributions.flow.Flow` whose data are intensities in units of levels, e.g.
             ``Flow(Chain([..., LogitPixels(event_shape, levels)]))``; a flow transform, which gets a standard normal
             base; or any module with ``event_shape`` and ``log_prob`` (and ``sample``).
         levels: the number of values of a pixel: 0, 1, ..., ``levels - 1``.
-        draws: :math:`K`.
+        num_noise_samples: :math:`K`.
         dequantizer: :math:`q`, a :class:`~pyro_flows.distributions.noise.Dequantizer` or another module that, called
             with pixels scaled to (-1, 1), gives a distribution of such a kind; it is not given the flow's context.
             ``None`` for uniform noise.
@@ -163,25 +160,28 @@ class Dequantized(nn.Module):
         al., 2019), section 3.1, arXiv:1902.00275.
     """
 
+    flow: Any  # a Flow, or another module with log_prob and, for draws, sample
+
     def __init__(
         self,
         flow: FlowTransform | nn.Module,
         levels: int = 256,
-        draws: int = 1,
+        num_noise_samples: int = 1,
         dequantizer: nn.Module | None = None,
         seed: int = 0,
         *,
         name: str = "dequantized",
     ) -> None:
         super().__init__()
-        self.levels, self.draws = _levels("Dequantized", levels), _count("draws", draws)
+        self.levels = integer("Dequantized", "levels", levels, 2)
+        self.num_noise_samples = integer("Dequantized", "num_noise_samples", num_noise_samples)
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise ValueError(f"Dequantized: expected seed to be an integer, got {seed!r}")
         self.seed, self.name = seed, name
         flow = Flow(flow).train(flow.training) if isinstance(flow, FlowTransform) else flow
         event = getattr(flow, "event_shape", None)
-        known = isinstance(flow, nn.Module) and isinstance(event, (tuple, list))
-        if not known or not callable(getattr(flow, "log_prob", None)):
+        known = isinstance(flow, nn.Module) and callable(getattr(flow, "log_prob", None))
+        if not known or not isinstance(event, (tuple, list)):
             raise TypeError(
                 "Dequantized: expected a Flow, or another module with log_prob and event_shape, got "
                 f"{type(flow).__name__}"
@@ -248,18 +248,24 @@ class Dequantized(nn.Module):
         return self(context).sample(Size(sample_shape))
 
     def scores(
-        self, value: Tensor, context: Tensor | None = None, draws: int | None = None, fresh: bool | None = None
+        self,
+        value: Tensor,
+        context: Tensor | None = None,
+        num_noise_samples: int | None = None,
+        fresh: bool | None = None,
     ) -> Tensor:
-        r"""One score :math:`\log p(n + u_k) - \log q(u_k \mid n)` in nats for each draw, shape ``(draws, *batch)``.
+        r"""One score :math:`\log p(n + u_k) - \log q(u_k \mid n)` in nats for each draw of the noise.
 
         Args:
             value: whole numbers, shape ``(*batch, *event_shape)``.
             context: shape ``(*batch, context_dim)``, if the flow takes one.
-            draws: their number, by default the module's.
+            num_noise_samples: the number of draws, by default the module's.
             fresh: whether noise is drawn anew, by default in training mode.
+
+        Returns:
+            Shape ``(num_noise_samples, *batch)``.
         """
-        draws = self.draws if draws is None else _count("draws", draws)
-        return self._terms(self.whole(value), self._admit(context), draws, fresh)
+        return self._terms(self.whole(value), self._admit(context), num_noise_samples, fresh)
 
     def whole(self, value: Tensor, validate: bool = True) -> Tensor:
         """Pixels as integers of 64 bits, checked.
@@ -290,7 +296,7 @@ class Dequantized(nn.Module):
             if value.min() >= 0 and value.max() <= 1:
                 hint = f"pixels scaled to [0, 1] want (value * {self.levels - 1}).round() first"
             elif (value != value.floor()).any():
-                hint = "round them, or score intensities that are dequantised already by the flow itself"
+                hint = "round them, or score intensities that are dequantized already by the flow itself"
         raise ValueError(
             f"Dequantized: expected whole numbers from 0 to {self.levels - 1} (levels={self.levels}), got "
             f"{value[where].item():g} at {where} ({int(wrong.sum())} such in {wrong.numel()}); {hint}"
@@ -300,31 +306,31 @@ class Dequantized(nn.Module):
         check_context(self, context)
         return context
 
-    def intensities(self, value: Tensor, draws: int | None = None, fresh: bool | None = None) -> Tensor:
-        """Pixels with noise, as the flow is given them: shape ``(draws, *batch, *event)``; arguments as above."""
-        draws = self.draws if draws is None else _count("draws", draws)
-        return torch.cat([v for v, _ in self._noisy(self.whole(value), draws, fresh)])
+    def intensities(self, value: Tensor, num_noise_samples: int | None = None, fresh: bool | None = None) -> Tensor:
+        """Pixels with noise, as the flow is given them, shape ``(num_noise_samples, *batch, *event)``."""
+        return torch.cat([v for v, _ in self._noisy(self.whole(value), num_noise_samples, fresh)])
 
     def _terms(
-        self, value: Tensor, context: Tensor | None, draws: int | None = None, fresh: bool | None = None
+        self, value: Tensor, context: Tensor | None, number: int | None = None, fresh: bool | None = None
     ) -> Tensor:
         scores = []
-        for v, log_q in self._noisy(value, self.draws if draws is None else draws, fresh):
+        for v, log_q in self._noisy(value, number, fresh):
             # A module may know of rows alone.
             one = len(v) == 1
             score = self._density(v[0], context)[None] if one else self._density(v, context)
             scores.append(score if log_q is None else score - log_q)
         return torch.cat(scores)
 
-    def _noisy(self, value: Tensor, draws: int, fresh: bool | None) -> Iterator[tuple[Tensor, Tensor | None]]:
+    def _noisy(self, value: Tensor, number: int | None, fresh: bool | None) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Intensities and the log-density of their noise, ``None`` for zero, a few draws at a time."""
+        number = self.num_noise_samples if number is None else integer("Dequantized", "num_noise_samples", number)
         fresh = self.training if fresh is None else fresh
         numbers = value.to(self._like().dtype)
-        q = None if self.dequantizer is None else self.dequantizer(self._centred(numbers))
+        q = None if self.dequantizer is None else self.dequantizer(self._centered(numbers))
         bits = grid_bits(1 if q is not None else self.levels, numbers.dtype)
         size = max(_AT_ONCE // max(numbers.numel(), 1), 1) if isinstance(self.flow, Flow) else 1
-        for first in range(0, draws, size):
-            some = range(first, min(first + size, draws))
+        for first in range(0, number, size):
+            some = range(first, min(first + size, number))
             shape = Size((len(some), *numbers.shape))
             log_q = None
             if fresh and q is not None:
@@ -344,7 +350,7 @@ class Dequantized(nn.Module):
         edge = 2.0 ** -(grid_bits(self.levels, numbers.dtype) + 1)
         return numbers + u.clamp(edge, 1 - edge)
 
-    def _centred(self, numbers: Tensor) -> Tensor:
+    def _centered(self, numbers: Tensor) -> Tensor:
         return (numbers + 0.5) * (2 / self.levels) - 1
 
     # The noise as a latent site of Pyro.
@@ -367,7 +373,7 @@ class Dequantized(nn.Module):
     def guide(self, value: Tensor, context: Tensor | None = None) -> None:
         """The guide of :meth:`model`: noise by the dequantizer, uniform without one."""
         numbers = self._rows(value).to(self._like().dtype)
-        q = self._uniform(numbers) if self.dequantizer is None else self.dequantizer(self._centred(numbers))
+        q = self._uniform(numbers) if self.dequantizer is None else self.dequantizer(self._centered(numbers))
         with pyro.plate("rows", len(numbers)):
             pyro.sample("noise", q)
 
@@ -379,15 +385,9 @@ class Dequantized(nn.Module):
             raise ValueError(f"Dequantized: expected pixels of shape ({want}), got shape {tuple(value.shape)}")
         return value
 
-    def _uniform(self, numbers: Tensor) -> dist.Distribution:
+    def _uniform(self, numbers: Tensor) -> TorchDistribution:
         low = numbers.new_zeros(self.event_shape)
         return dist.Uniform(low, low + 1, validate_args=False).to_event(len(self.event_shape))
 
     def extra_repr(self) -> str:
-        return f"levels={self.levels}, draws={self.draws}, seed={self.seed}"
-
-
-def _count(what: str, number: int) -> int:
-    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-        raise ValueError(f"Dequantized: expected {what} to be an integer >= 1, got {number!r}")
-    return number
+        return f"levels={self.levels}, num_noise_samples={self.num_noise_samples}, seed={self.seed}"

@@ -1,4 +1,4 @@
-"""Noise for dequantisation: uniform, reproducible by what a row holds, or from a flow conditioned on the pixels."""
+"""Noise for dequantization: uniform, reproducible by what a row holds, or from a flow conditioned on the pixels."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def _number(state: int) -> int:
 class _Logistic(dist.Logistic):
     """Standard logistic noise without the infinity that a uniform number of exactly 0 would give."""
 
-    def rsample(self, sample_shape: Size | tuple[int, ...] = ()) -> Tensor:
+    def rsample(self, sample_shape: Size | list[int] | tuple[int, ...] = ()) -> Tensor:
         drawn = self.loc.new_empty(self._extended_shape(Size(sample_shape))).uniform_()
         return self.icdf(drawn.clamp(min=torch.finfo(drawn.dtype).eps / 2))
 
@@ -104,11 +104,11 @@ class Dequantizer(nn.Module):
 
     Args:
         event_shape: shape of one image.
-        flow: a :class:`~pyro_flows.distributions.flow.Flow` with ``context_dim`` equal to ``features`` onto numbers
+        flow: a :class:`~pyro_flows.distributions.flow.Flow` with this ``context_dim`` onto numbers
             between 0 and 1, cheap in the sampling direction; ``None`` for the default.
-        encoder: a module from pixels scaled to (-1, 1), shape ``(rows, *event_shape)``, to ``(rows, features)``;
+        encoder: a module from pixels scaled to (-1, 1), shape ``(rows, *event_shape)``, to ``(rows, context_dim)``;
             ``None`` for the default.
-        features: size of the context.
+        context_dim: size of what the encoder makes of an image, the context of the flow.
         num_layers: number of couplings of the default flow.
         hidden_dims: widths of the hidden layers of couplings and encoder, where those are the default ones.
         activation: of these networks.
@@ -127,7 +127,7 @@ class Dequantizer(nn.Module):
         *,
         flow: Flow | None = None,
         encoder: nn.Module | None = None,
-        features: int = 32,
+        context_dim: int = 32,
         num_layers: int = 4,
         hidden_dims: Sequence[int] = (64,),
         activation: Activation = "silu",
@@ -137,7 +137,7 @@ class Dequantizer(nn.Module):
         if flow is None:
             couplings = realnvp(
                 self.event_shape,
-                context_dim=features,
+                context_dim=context_dim,
                 num_layers=num_layers,
                 hidden_dims=hidden_dims,
                 activation=activation,
@@ -145,10 +145,10 @@ class Dequantizer(nn.Module):
             ends = torch.zeros(self.event_shape), torch.ones(self.event_shape)
             logistic = _Logistic(*ends, validate_args=False)
             flow = Flow(Chain([*couplings, SigmoidTransform()]), logistic.to_event(len(self.event_shape)))
-        if flow.event_shape != self.event_shape or flow.context_dim != features:
+        if flow.event_shape != self.event_shape or flow.context_dim != context_dim:
             raise ValueError(
-                f"Dequantizer: expected a flow of event shape {tuple(self.event_shape)} with context_dim={features} "
-                f"(features), got event shape {tuple(flow.event_shape)} with context_dim={flow.context_dim}"
+                f"Dequantizer: expected a flow of event shape {tuple(self.event_shape)} with context_dim={context_dim}"
+                f", got event shape {tuple(flow.event_shape)} with context_dim={flow.context_dim}"
             )
         reached = flow.chain.codomain
         if not constraints.is_dependent(reached):
@@ -160,7 +160,7 @@ class Dequantizer(nn.Module):
                 )
         self.flow = flow
         if encoder is None:
-            encoder = _Dense(self.event_shape, features, hidden_dims, activation)
+            encoder = _Dense(self.event_shape, context_dim, hidden_dims, activation)
         self.encoder = encoder
 
     def forward(self, pixels: Tensor) -> FlowDistribution:
@@ -173,10 +173,10 @@ class Dequantizer(nn.Module):
 class _Dense(nn.Module):
     """A dense network of flattened images."""
 
-    def __init__(self, event_shape: Size, features: int, hidden_dims: Sequence[int], activation: Activation) -> None:
+    def __init__(self, event_shape: Size, context_dim: int, hidden_dims: Sequence[int], activation: Activation) -> None:
         super().__init__()
-        options = {"hidden_dims": hidden_dims, "activation": activation, "zero_init": False}
-        self.net = MLP(event_shape.numel(), features, **options)
+        size = event_shape.numel()
+        self.net = MLP(size, context_dim, hidden_dims=hidden_dims, activation=activation, zero_init=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.net(pixels.flatten(1)).squeeze(-1)

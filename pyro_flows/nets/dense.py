@@ -97,6 +97,13 @@ class MLP(nn.Module):
             nn.init.zeros_(self.layers[-1].weight)
             nn.init.zeros_(self.layers[-1].bias)
 
+    def output_parameters(self) -> list[Tensor]:
+        """The weight and the bias of the last layer."""
+        if self.input_dim + self.context_dim == 0:
+            return [self.constant]
+        last = list(self.layers)[-1]
+        return [last.weight, last.bias]
+
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """``x``: shape ``(*batch, input_dim)``; ``context``: broadcasts to ``(*batch, context_dim)``.
 

@@ -118,6 +118,11 @@ class MaskedMLP(nn.Module):
         except KeyError:  # reparameterized
             return [getattr(self, n) for n in weights], [getattr(self, n) for n in biases], [buffers[n] for n in masks]
 
+    def output_parameters(self) -> list[Tensor]:
+        """The weight and the bias of the last layer."""
+        weights, biases, _ = self.tensors()
+        return [weights[-1], biases[-1]]
+
     def to_ranks(self, x: Tensor) -> Tensor:
         """Puts the last axis in autoregressive order."""
         if self.degrees.kind == "identity":

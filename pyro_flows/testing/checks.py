@@ -59,7 +59,7 @@ def _batch(s: Subject) -> None:
         s.same("with a leading dimension of 1", run(value[None], s.context), (want[0][None], want[1][None]), side, hint)
         strided = torch.stack((value, value), -1)[..., 0]
         s.same("for a non-contiguous value", run(strided, s.context), want, side, hint)
-        one = None if s.context is None else s.few_contexts.new_zeros(s.context.shape[-1]).to(s.x.dtype)
+        one = None if s.context is None else s.context.new_zeros(s.context.shape[-1])
         for empty in ((0,), (2, 0)):
             got = run(value.new_zeros(*empty, *event), one)
             s.equal("ladj of an empty batch of shape", tuple(got[1].shape), empty, hint)
@@ -84,7 +84,7 @@ def _batch(s: Subject) -> None:
 def _round_trip(s: Subject) -> None:
     if s.batch.numel() == 0:
         return
-    context = None if s.context is None else s.few_contexts.to(s.x.dtype)
+    context = None if s.few_contexts is None else s.few_contexts.to(s.x.dtype)
     with torch.no_grad():
         y = s.transform.forward_and_ladj(s.rows(s.x, s.transform.event_shape), context)[0]
         again = s.transform.forward_and_ladj(s.transform.inverse_and_ladj(y, context)[0], context)[0]
@@ -120,11 +120,11 @@ def _gradient(s: Subject) -> None:
     generator = torch.Generator().manual_seed(0)
     t, context = s.precise, s.few_contexts
     extra = [] if context is None else [context.clone().requires_grad_()]
-    learnt = [(name, p) for name, p in t.named_parameters() if p.requires_grad]
-    names = ["value", *["context"] * len(extra), *(name for name, _ in learnt)]
+    learned = [(name, p) for name, p in t.named_parameters() if p.requires_grad]
+    names = ["value", *["context"] * len(extra), *(name for name, _ in learned)]
     for side, way in enumerate(s.ways):
         run, other = (getattr(t, name) for name in (NAMES[side], NAMES[1 - side]))
-        inputs = [way.value.clone().requires_grad_(), *extra, *(p for _, p in learnt)]
+        inputs = [way.value.clone().requires_grad_(), *extra, *(p for _, p in learned)]
         by_out, by_ladj = _random_like(way.out, generator), _random_like(way.ladj, generator)
 
         def total() -> Tensor:
@@ -152,7 +152,7 @@ def _gradient(s: Subject) -> None:
                 size = float(want.abs().max()) if want.numel() else 0.0
                 s.close(f"gradient of {NAMES[side]} for {name}", got, want, hint, size, DERIVATIVE)
         steps = [_random_like(value, generator) for value in inputs]
-        slope = sum((g * d).sum() for g, d in zip(grads, steps, strict=True))
+        slope = torch.stack([(g * d).sum() for g, d in zip(grads, steps, strict=True)]).sum()
         ends = []
         for sign in (1e-6, -2e-6):
             with torch.no_grad():
@@ -174,7 +174,7 @@ def _functions(s: Subject) -> None:
     hint = "torch.func needs leaf maths without .item(), boolean-mask indexing, or writes in place"
     for side, way in enumerate(s.ways):
         run = getattr(s.precise, NAMES[side])
-        inputs = (way.value,) if s.context is None else (way.value, s.few_contexts)
+        inputs = (way.value,) if s.few_contexts is None else (way.value, s.few_contexts)
         s.close(f"vmap of {NAMES[side]}", torch.func.vmap(run)(*inputs)[0], way.out, hint, s.scales[side], DERIVATIVE)
         jacobian = torch.func.jacrev(lambda *v: run(*v)[0])(*(v[0] for v in inputs))  # noqa: B023
         want = way.jacobian[0].reshape(jacobian.shape)
@@ -229,9 +229,9 @@ def _memo(s: Subject) -> None:
         view.log_abs_det_jacobian(x, y), view.inv(y)
         for p in params:
             p.add_(_random_like(p, generator), alpha=0.1)
-        fresh = s.bound(copy.deepcopy(twin))
-        want_x, minus = fresh.inverse_and_ladj(y)
-        at_x = fresh.forward_and_ladj(x)[1]
+        changed = s.bound(copy.deepcopy(twin))
+        want_x, minus = changed.inverse_and_ladj(y)
+        at_x = changed.forward_and_ladj(x)[1]
     hint = "a stale result was returned: something remembered outlives a change of the parameters"
     for mode in (torch.enable_grad, torch.no_grad):
         with mode():
@@ -243,7 +243,7 @@ def _memo(s: Subject) -> None:
             s.close("ladj of the same tensors after a change of parameters", got, want, hint, s.scales[2])
     with torch.no_grad():
         y = view(x)
-        want_x = fresh.inverse_and_ladj(y)[0]
+        want_x = changed.inverse_and_ladj(y)[0]
         x.mul_(0.5)
         s.close("x of y, after the x that made it was overwritten", view.inv(y), want_x, hint, s.scales[1])
 
@@ -309,7 +309,7 @@ def _parameters(s: Subject) -> None:
 
 def _context(s: Subject) -> None:
     t, x, size = s.transform, s.x, s.transform.context_dim
-    if size == 0:
+    if size == 0 or s.context is None or s.few_contexts is None:
         extra = x.new_zeros(2)
         s.refuses("a context that is not taken", ValueError, lambda: t.forward_and_ladj(x, extra))
         s.refuses("a context that is not taken", ValueError, lambda: t.inverse_and_ladj(s.y, extra))

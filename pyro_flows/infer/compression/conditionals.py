@@ -113,7 +113,8 @@ class NetworkConditionals(Conditionals):
         self.event_shape, self.context_dim = model.event_shape, model.context_dim
         self.member = None
         if isinstance(self.model, MADE):
-            self.member = self.model.member(self.model._number("number", number + 1) - 1)
+            self.number = self.model._number("number", number + 1) - 1
+            self.member = self.model.member(self.number)
         order = self.model.order if self.member is None else self.member.order
         self.steps = list(order.split(1))
         dims, bits = len(self.levels), int(self.levels.max()).bit_length()
@@ -133,12 +134,11 @@ class NetworkConditionals(Conditionals):
     def find(self, rows: int, context: Tensor | None, read: Read) -> Tensor:
         head, model = _Reading(self.model.head, read), self.model
         with torch.random.fork_rng(devices=[]):  # a sweep draws noise, which goes unused here
-            if self.member is None:
-                drawn = RasterSweep(model.net, head, model.bias, rows, context).run().flatten(1)
-            else:
-                drawn = model.net.draw(head, rows, context, self.member)
-                model.net._idle = []
-        return drawn.long()
+            if isinstance(model, ConvMADE):
+                return RasterSweep(model.net, head, model.bias, rows, context).run().flatten(1).long()
+            drawn = model.net.draw(head, rows, context, model.member(self.number))
+            model.net._idle = []
+            return drawn.long()
 
     def parts(self) -> Iterator[tuple[str, Tensor]]:
         yield from self.model.named_parameters()

@@ -278,13 +278,13 @@ class Continuous(FlowTransform):
             context = context.reshape(1, -1) if one else context.expand(*batch, -1).reshape(len(rows), -1)
             (shared if one else rowwise).append(context)
         settings = self.estimator if self.training else self._scorer()
-        penalised = bool(_collectors.get()) and (self.kinetic > 0 or self.jacobian > 0)
-        wanted = (penalised and self.kinetic > 0, penalised and self.jacobian > 0)
+        penalized = bool(_collectors.get()) and (self.kinetic > 0 or self.jacobian > 0)
+        wanted = (penalized and self.kinetic > 0, penalized and self.jacobian > 0)
         if settings.kind != "exact":
             rowwise.append(self._probes(settings, rows, context, span[0], noise))
         dynamics = FieldDynamics(self._name, self.field, settings, context is not None, wanted)
         moved, along = integrate(dynamics, self._settings(density, finer), report, rows, shared, rowwise, span)
-        if penalised:
+        if penalized:
             self._collect(along, wanted, density, batch)
         return moved.view(x.shape), along[:, 0].view(batch), report
 
