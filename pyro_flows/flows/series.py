@@ -45,8 +45,7 @@ def causal_maf(
         dilations: dilations of each layer's convolutions; by default 1, 2, 4, ... (WaveNet: up to 512, repeated).
         act_norm: whether each layer has an :class:`~pyro_flows.transforms.ActNorm` on its data side, set by the first
             training batch.
-        activation: activation of the networks (WaveNet: gated tanh); a bounded first one keeps an outlying input from
-            throwing the others far.
+        activation: activation of the networks (WaveNet: gated tanh); a bounded first one contains outlying inputs.
         max_log_scale: bound of the smooth clip on log-scales.
         univariate: scalar maps in place of affine ones, such as ``Spline()``.
 

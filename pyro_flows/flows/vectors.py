@@ -62,8 +62,7 @@ def nice(
         context_dim: size of the context, 0 for none; couplings and rescaling depend on it.
         num_layers: number of couplings (paper: 4).
         hidden_dims: widths of the hidden layers (paper: five of 1000).
-        mask: the dimensions that the first coupling keeps and the second moves: ``"half"``, ``"alternating"`` (as in
-            the paper), ``"random"`` or boolean.
+        mask: the dimensions that the first coupling keeps, as for :func:`realnvp` (paper: alternating).
         rescale: whether the rescaling layer ends the flow on the base side.
         residual: whether conditioners have residual blocks.
         activation: activation of the conditioners (paper: ReLU).
@@ -197,7 +196,7 @@ def iaf(
     r"""Inverse autoregressive flow: :math:`y_i = x_i e^{s_i(x_{<i})} + m_i(x_{<i})` in each layer.
 
     Sampling, and scoring own samples, costs ``num_layers`` passes of a masked network.  The density of other points is
-    exact: ``input_dim`` steps per layer, with the arithmetic of about one dense pass.
+    exact and costs as much as sampling in :func:`maf`.
 
     Args:
         input_dim: number of dimensions, or an event shape.

@@ -31,9 +31,9 @@ class CausalAutoregressive(FlowTransform):
     convolutions over the past, padded with zeros and masked at the step itself, give the parameters :math:`p`; they see
     ``reach`` steps back.  All times share their weights: no parameter depends on ``T``.
 
-    The fast direction takes one pass.  The other goes through ``T`` steps of ``C`` channels, and computes each hidden
-    value once: the arithmetic of one pass, in ``C * T`` pieces per convolution.  Its gradient costs about twice as much
-    again, and memory in proportion to ``T`` and the reach.
+    The fast direction takes one pass.  The other computes each hidden value once over ``T`` steps of ``C`` channels:
+    the arithmetic of one pass in ``C * T`` pieces per convolution.  Its gradient costs about twice as much again, and
+    memory in proportion to ``T`` and the reach.
 
     Args:
         event_shape: ``(channels, time)``.
