@@ -1,9 +1,8 @@
-"""Builders: one a paper, each a :class:`~pyro_flows.core.chain.Chain`.
+"""Builders of flows, one per paper, each a :class:`~pyro_flows.core.chain.Chain`.
 
-They share one vocabulary: ``input_dim`` (or an event shape) first, then keywords.  For vectors ``hidden_dims=None``
-means two hidden layers of width ``4 * input_dim``, at least 64 and at most 512.  A chain has no base distribution of
-its own: give it to ``TransformedDistribution``, to ``AutoNormalizingFlow``, or to
-:class:`~pyro_flows.distributions.Flow`.
+Each takes ``input_dim`` or an event shape, then keywords; ``hidden_dims=None`` means two hidden layers of width
+``4 * input_dim``, between 64 and 512.  A chain has no base distribution: pass it to ``TransformedDistribution``,
+``AutoNormalizingFlow`` or :class:`~pyro_flows.distributions.Flow`.
 """
 
 from pyro_flows.flows.continuous import cnf

@@ -1,4 +1,4 @@
-"""The builder of causal flows of series ``(C, T)`` with convolutions over the past."""
+"""The builder of causal flows of series."""
 
 from __future__ import annotations
 
@@ -29,27 +29,25 @@ def causal_maf(
 ) -> Chain:
     r"""Causal masked autoregressive flow of series: :math:`x_{c,t} = y_{c,t} e^{s} + m` in each layer, data to base.
 
-    Shift and log-scale depend on the steps before and, at the same step, on the channels before, by dilated
-    convolutions; :math:`\log|\det|` is the sum of all :math:`s`.  Layers are
-    :class:`~pyro_flows.transforms.CausalAutoregressive` ones, all in the direction of time, so the flow is causal as a
-    whole and looks ``reach`` steps back.  Density costs one pass for each layer.  Sampling goes through the steps, with
-    the arithmetic of a pass.  No parameter depends on ``T``; :class:`~pyro_flows.infer.Stream` goes on without
-    end.  A fresh flow is the identity.
+    By dilated convolutions, shift and log-scale depend on earlier steps and, within a step, on earlier channels;
+    :math:`\log|\det|` is the sum of all :math:`s`.  All layers (:class:`~pyro_flows.transforms.CausalAutoregressive`)
+    follow time, so the flow is causal and looks ``reach`` steps back.  Density costs one pass per layer; sampling takes
+    ``T`` steps with the arithmetic of a pass.  No parameter depends on ``T``, so
+    :class:`~pyro_flows.infer.Stream` continues without end.  A fresh flow is the identity.
 
     Args:
         event_shape: ``(C, T)``.
         context_dim: size of the context, 0 for none; every layer sees it.
-        num_layers: number of autoregressive layers (MAF: 5 and 10, of other orders in turns).
-        hidden_channels: of each layer's convolutions, at least ``C``.
-        num_convolutions: in each layer.
-        kernel_size: steps that a convolution sees, that at hand included (WaveNet: 2).
-        dilations: of the convolutions of each layer; by default 1, 2, 4, ... (WaveNet: up to 512, several times over).
-        act_norm: whether each layer has an :class:`~pyro_flows.transforms.ActNorm` on its data side, which the first
-            batch in training sets.
-        activation: of the networks (WaveNet: gated tanh); the first one's is bounded, so that an input far out does
-            not throw the others far.
+        num_layers: number of autoregressive layers (MAF: 5 and 10, with alternating orders).
+        hidden_channels: channels of the convolutions, at least ``C``.
+        num_convolutions: number of convolutions per layer.
+        kernel_size: steps that a convolution sees, the present one included (WaveNet: 2).
+        dilations: dilations of each layer's convolutions; by default 1, 2, 4, ... (WaveNet: up to 512, repeated).
+        act_norm: whether each layer has an :class:`~pyro_flows.transforms.ActNorm` on its data side, set by the first
+            training batch.
+        activation: activation of the networks (WaveNet: gated tanh); a bounded first one contains outlying inputs.
         max_log_scale: bound of the smooth clip on log-scales.
-        univariate: another family of scalar maps in place of the affine one, such as ``Spline()``.
+        univariate: scalar maps in place of affine ones, such as ``Spline()``.
 
     Raises:
         ValueError: for an event that is no series, or options out of range.

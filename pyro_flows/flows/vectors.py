@@ -1,7 +1,4 @@
-"""Builders of flows of vectors, each the identity when fresh.
-
-``hidden_dims=None`` means two hidden layers of width ``4 * input_dim``, at least 64 and at most 512.
-"""
+"""Builders of flows of vectors, each the identity when fresh."""
 
 from __future__ import annotations
 
@@ -33,7 +30,7 @@ def _hidden(event_shape: int | Iterable[int], hidden_dims: Sequence[int] | None)
 def _couplings(
     event_shape: int | Iterable[int], univariate: Univariate, num_layers: int, mask: Mask, **options: Any
 ) -> list[Coupling]:
-    """Layers in pairs, the second of which moves what the first keeps; a random mask is drawn anew for each pair."""
+    """Pairs of layers, the second of which moves what the first keeps; each pair draws its random mask."""
     layers: list[Coupling] = []
     random = isinstance(mask, str) and mask == "random"
     for k in range(integer("", "num_layers", num_layers)):
@@ -54,24 +51,21 @@ def nice(
     residual: bool = False,
     activation: Activation = "silu",
 ) -> Chain:
-    r"""NICE: additive couplings and a diagonal rescaling layer.
+    r"""NICE: additive couplings and a diagonal rescaling layer; the paper's base is logistic.
 
     From data to base, :math:`h = f_1 \circ \dots \circ f_n(y)` by couplings :math:`h_m = y_m - m(y_k)` of unit
     Jacobian, then :math:`x = e^{s} h`; :math:`\log|\det \partial x / \partial y| = \sum_i s_i`.  Both directions cost
     ``num_layers`` passes of a dense network.
 
     Args:
-        input_dim: the number of dimensions, or an event shape.
-        context_dim: size of the context, 0 for none; couplings and rescaling then depend on it.
+        input_dim: number of dimensions, or an event shape.
+        context_dim: size of the context, 0 for none; couplings and rescaling depend on it.
         num_layers: number of couplings (paper: 4).
-        hidden_dims: widths of each conditioner's hidden layers (paper: five of 1000; here by size, see the module).
-        mask: which dimensions the first coupling keeps: ``"half"``, ``"alternating"``, ``"random"`` or boolean; the
-            second moves those, and so on (paper: alternating).
-        rescale: whether to end, on the base side, with the rescaling layer.
+        hidden_dims: widths of the hidden layers (paper: five of 1000).
+        mask: the dimensions that the first coupling keeps, as for :func:`realnvp` (paper: alternating).
+        rescale: whether the rescaling layer ends the flow on the base side.
         residual: whether conditioners have residual blocks.
-        activation: of the conditioners (paper: ReLU).
-
-    The paper's base is logistic; here it is whatever base the chain is given.
+        activation: activation of the conditioners (paper: ReLU).
 
     References:
         NICE: Non-linear Independent Components Estimation (Dinh et al., 2014), arXiv:1410.8516.
@@ -80,7 +74,6 @@ def nice(
     hidden = _hidden(input_dim, hidden_dims)
     layers = _couplings(input_dim, Shift(), num_layers, mask, hidden_dims=hidden, **options)
     if rescale:
-        # Conditional scales need no depth of their own: one layer as wide as the couplings' first.
         widths = tuple(hidden)[:1]
         return Chain([Rescaling(input_dim, hidden_dims=widths, **options), *layers])
     return Chain(layers)
@@ -104,16 +97,16 @@ def realnvp(
     :math:`\log|\det| = \sum s`.
 
     Args:
-        input_dim: the number of dimensions, or an event shape.
+        input_dim: number of dimensions, or an event shape.
         context_dim: size of the context, 0 for none.
-        num_layers: number of couplings (paper: depends on the scale; 5 or 10 in the MAF paper's comparison).
-        hidden_dims: widths of each conditioner's hidden layers (here by size, see the module).
-        mask: which dimensions the first coupling keeps: ``"half"``, ``"alternating"``, ``"random"`` (a new draw for
-            each pair of layers) or boolean; the second moves those, and so on.
-        residual: whether conditioners have residual blocks (paper: convolutional residual ones).
-        activation: of the conditioners (paper: ReLU).
+        num_layers: number of couplings (MAF paper's comparison: 5 or 10).
+        hidden_dims: widths of the hidden layers.
+        mask: the dimensions that the first coupling keeps and the second moves: ``"half"``, ``"alternating"``,
+            ``"random"`` (redrawn for each pair) or boolean.
+        residual: whether conditioners have residual blocks (paper: convolutional ones).
+        activation: activation of the conditioners (paper: ReLU).
         max_log_scale: bound of the smooth clip on log-scales (paper: tanh times a learned scale).
-        univariate: another family of scalar maps in place of the affine one.
+        univariate: scalar maps in place of affine ones.
 
     References:
         Density estimation using Real NVP (Dinh et al., 2016), arXiv:1605.08803.
@@ -158,27 +151,25 @@ def maf(
 ) -> Chain:
     r"""Masked autoregressive flow: :math:`x_i = y_i e^{s_i(y_{<i})} + m_i(y_{<i})` in each layer, from data to base.
 
-    Density costs ``num_layers`` passes of a masked network.  Sampling is exact, goes through ``input_dim`` steps per
-    layer, and uses each weight once: about the arithmetic of one dense pass per layer.
+    Density costs ``num_layers`` passes of a masked network.  Sampling is exact: ``input_dim`` steps per layer, with the
+    arithmetic of about one dense pass.
 
     Args:
-        input_dim: the number of dimensions, or an event shape.
+        input_dim: number of dimensions, or an event shape.
         context_dim: size of the context, 0 for none.
         num_layers: number of autoregressive layers (paper: 5 and 10).
-        hidden_dims: widths of each network's hidden layers (paper: one or two of 100 to 1024; here by size, see the
-            module).
-        order: ``"alternating"`` (natural and reversed in turns, as in the paper), ``"identity"``, ``"reverse"``,
+        hidden_dims: widths of the hidden layers (paper: one or two of 100 to 1024).
+        order: ``"alternating"`` (as in the paper, every other layer reversed), ``"identity"``, ``"reverse"``,
             ``"random"`` (drawn for each layer) or a permutation for all layers.
-        adjacency: boolean matrix in place of the order: which outputs may see which inputs; the same in all layers.
+        adjacency: boolean matrix of the inputs that each output may see, in all layers, in place of the order.
         residual: whether networks have residual blocks.
-        activation: of the networks (paper: ReLU); the first layer's is bounded, so that an input far out does not
-            throw the others far.
-        max_log_scale: bound of the smooth clip on log-scales (paper: none); a tight one keeps layers from blowing up
-            each other's outliers.
-        univariate: another family of scalar maps in place of the affine one.
+        activation: activation of the networks (paper: ReLU); a bounded first one keeps an outlying input from throwing
+            the others far.
+        max_log_scale: bound of the smooth clip on log-scales (paper: none); a tight one limits outliers.
+        univariate: scalar maps in place of affine ones.
 
-    The paper writes the same family from base to data, :math:`y_i = x_i e^{\alpha_i} + \mu_i`, and puts batch
-    normalization between layers; here there is none.
+    The paper writes the family from base to data, :math:`y_i = x_i e^{\alpha_i} + \mu_i`, with batch normalization
+    between layers.
 
     References:
         Masked Autoregressive Flow for Density Estimation (Papamakarios et al., 2017), arXiv:1705.07057.
@@ -204,22 +195,22 @@ def iaf(
 ) -> Chain:
     r"""Inverse autoregressive flow: :math:`y_i = x_i e^{s_i(x_{<i})} + m_i(x_{<i})` in each layer.
 
-    Sampling, and scoring one's own samples, costs ``num_layers`` passes of a masked network.  The density of other
-    points is exact, goes through ``input_dim`` steps per layer, and uses each weight once.
+    Sampling, and scoring own samples, costs ``num_layers`` passes of a masked network.  The density of other points is
+    exact and costs as much as sampling in :func:`maf`.
 
     Args:
-        input_dim: the number of dimensions, or an event shape.
+        input_dim: number of dimensions, or an event shape.
         context_dim: size of the context, 0 for none.
         num_layers: number of autoregressive layers (paper: up to 8).
-        hidden_dims: widths of each network's hidden layers (here by size, see the module).
-        order: ``"alternating"``, ``"identity"``, ``"reverse"``, ``"random"`` or a permutation, as for :func:`maf`.
+        hidden_dims: widths of the hidden layers.
+        order: order of the dimensions, as for :func:`maf`.
         adjacency: boolean matrix in place of the order, as for :func:`maf`.
-        residual: whether networks have residual blocks (paper: in its autoregressive ResNets).
-        activation: of the networks (paper: ELU).
+        residual: whether networks have residual blocks (paper: in its ResNets).
+        activation: activation of the networks (paper: ELU).
         max_log_scale: bound of the smooth clip on log-scales.
-        univariate: another family of scalar maps in place of the affine one.
+        univariate: scalar maps in place of affine ones.
 
-    The paper's layer is :math:`\sigma x + (1 - \sigma) m` with a sigmoid gate; here it is the affine form.
+    The paper's layer is :math:`\sigma x + (1 - \sigma) m` with a sigmoid gate.
 
     References:
         Improved Variational Inference with Inverse Autoregressive Flow (Kingma et al., 2016), arXiv:1606.04934.
@@ -246,32 +237,30 @@ def nsf(
     residual: bool = False,
     activation: Activation = "silu",
 ) -> Chain:
-    r"""Neural spline flow: each dimension moved by a monotone rational-quadratic spline.
+    r"""Neural spline flow: moves each dimension by a monotone rational-quadratic spline.
 
-    With couplings, as by default, both directions cost ``num_layers`` passes of a dense network.  Autoregressive, as
-    :func:`maf`: density costs ``num_layers`` passes of a masked network, and sampling as many sweeps of ``input_dim``
-    steps, each weight used once.  Splines learn densities with several modes and sharp edges in few layers; they act on
-    :math:`[-B, B]` in each dimension, so data should be standardized.
+    With couplings, both directions cost ``num_layers`` passes of a dense network; autoregressive layers cost as much as
+    in :func:`maf`.  Splines learn several modes and sharp edges in few layers.  They act on :math:`[-B, B]`, so
+    standardize the data.
 
     Args:
-        input_dim: the number of dimensions, or an event shape.
+        input_dim: number of dimensions, or an event shape.
         autoregressive: whether layers are autoregressive rather than couplings.
         context_dim: size of the context, 0 for none.
-        num_layers: number of layers (paper: 10); by default 6 couplings, or 3 autoregressive layers.
-        hidden_dims: widths of each network's hidden layers (paper: two residual blocks of 128 or 256; here by size, see
-            the module).
+        num_layers: number of layers (paper: 10); by default 6 couplings or 3 autoregressive layers.
+        hidden_dims: widths of the hidden layers (paper: two residual blocks of 128 or 256).
         bins: number of bins of each spline (paper: 8).
         bound: half the side :math:`B` of the square in which a spline bends (paper: 3).
-        boundary: ``"linear"``: beyond the square a spline goes on as a line with a slope that is learned;
-            ``"identity"``: it is the identity there, as in the paper.
-        mask: of couplings, as for :func:`realnvp`.
-        order: of autoregressive layers, as for :func:`maf`.
-        adjacency: of autoregressive layers, as for :func:`maf`.
+        boundary: the spline beyond the square: ``"linear"``, a line of learned slope, or ``"identity"``, as in the
+            paper.
+        mask: mask of couplings, as for :func:`realnvp`.
+        order: order of autoregressive layers, as for :func:`maf`.
+        adjacency: adjacency of autoregressive layers, as for :func:`maf`.
         residual: whether networks have residual blocks (paper: yes).
-        activation: of the networks (paper: ReLU).
+        activation: activation of the networks (paper: ReLU).
 
-    The paper mixes dimensions by a permutation and an LU-decomposed linear layer before each spline layer; here masks
-    and orders alternate, and such layers can be put in between by hand.
+    The paper puts a permutation and an LU-decomposed linear layer before each spline layer; here masks and orders
+    alternate.
 
     References:
         Neural Spline Flows (Durkan et al., 2019), arXiv:1906.04032.
@@ -299,27 +288,27 @@ def ncsf(
     residual: bool = False,
     activation: Activation = "silu",
 ) -> Chain:
-    r"""Neural circular spline flow: couplings by circular splines, for angles, tori, and angles among other numbers.
+    r"""Neural circular spline flow: couplings for angles, alone or among other numbers.
 
-    An angle :math:`x` in radians, taken modulo :math:`2\pi`, is moved by a rational-quadratic spline of
-    :math:`[-\pi, \pi]` onto itself with the same slope at both ends, and rotated; conditioners see angles by their
-    cosine and sine.  So the density is continuous and periodic in each angle.  Both directions cost ``num_layers``
-    passes of a dense network, twice as many with angles and other dimensions in both halves of the mask.
+    A rational-quadratic spline of :math:`[-\pi, \pi]` onto itself, with one slope at both ends, and a rotation move an
+    angle :math:`x` in radians, modulo :math:`2\pi`.  Conditioners see its cosine and sine, so the density is continuous
+    and periodic.  Both directions cost ``num_layers`` passes of a dense network, twice as many with angles and other
+    dimensions in both halves of the mask.
 
-    A :class:`~pyro_flows.distributions.Flow` over it has by default a base that is uniform in the angles.  As with
-    Pyro's ``VonMises``, the support is real and the density integrates to 1 over one turn.
+    The default base of a :class:`~pyro_flows.distributions.Flow` is then uniform in the angles.  As with Pyro's
+    ``VonMises``, the support is real and the density integrates to 1 over one turn.
 
     Args:
-        input_dim: the number of dimensions, or an event shape.
-        periodic: boolean, shape ``event_shape``, true where a dimension is an angle; all by default.
+        input_dim: number of dimensions, or an event shape.
+        periodic: boolean, shape ``event_shape``, true for angles; all by default.
         context_dim: size of the context, 0 for none.
-        num_layers: number of steps, each of which moves half the dimensions.
-        hidden_dims: widths of each conditioner's hidden layers (here by size, see the module).
+        num_layers: number of steps, each moving half the dimensions.
+        hidden_dims: widths of the hidden layers.
         bins: number of bins of each spline (paper: 3 to 32).
-        bound: half the side of the square in which the spline of a dimension that is no angle bends.
-        mask: which dimensions the first step keeps, as for :func:`realnvp`; the second moves those, and so on.
+        bound: half the side of the square in which other dimensions' splines bend.
+        mask: the dimensions that the first step keeps, as for :func:`realnvp`.
         residual: whether conditioners have residual blocks.
-        activation: of the conditioners.
+        activation: activation of the conditioners.
 
     References:
         Normalizing Flows on Tori and Spheres (Rezende et al., 2020), arXiv:2002.02428.

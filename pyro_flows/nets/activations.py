@@ -1,4 +1,4 @@
-"""The table of elementwise functions between layers: values, slopes and curvature, and how to compute them in place."""
+"""The table of activations: values, slopes and curvatures."""
 
 from __future__ import annotations
 
@@ -39,8 +39,7 @@ _ALPHA = 0.2
 def isru(x: Tensor) -> Tensor:
     r"""Inverse square root unit :math:`x / \sqrt{1 + \alpha x^2}` with :math:`\alpha = 1/5`.
 
-    The identity near zero, and bounded: a network whose first layer has it gives bounded parameters, however far out
-    its inputs are.
+    The function is bounded: after the first layer, it keeps a network's outputs bounded for any input.
 
     References:
         Improving Deep Learning by Inverse Square Root Linear Units (Carlile et al., 2017), arXiv:1710.09967.
@@ -54,12 +53,12 @@ def _isru_(x: Tensor) -> Tensor:
 
 
 def _isru_slope(post: Tensor) -> Tensor:
-    rest = torch.addcmul(post.new_ones(()), post, post, value=-_ALPHA).clamp_(min=0)  # below 0 only by rounding
+    rest = torch.addcmul(post.new_ones(()), post, post, value=-_ALPHA).clamp_(min=0)  # rounding may give less than 0
     return rest.sqrt().mul_(rest)
 
 
 def softplus(x: Tensor) -> Tensor:
-    """``log(1 + exp(x))``; beyond the usual threshold of 20 its slope would jump by more than float64's rounding."""
+    """``log(1 + exp(x))``, without the jump of the slope that torch's threshold of 20 makes in float64."""
     return F.softplus(x, threshold=40)
 
 
@@ -70,18 +69,18 @@ def _silu_and_slope(pre: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class KnownActivation(NamedTuple):
-    """An elementwise function and what is known of it.
+    """An activation, its derivatives and faster forms.
 
     Attributes:
         name: the key in ``KNOWN``.
         value: the function.
-        slope: the derivative, from the value alone; a new tensor.
-        in_place: the function, written over its argument; only where ``slope`` is known.
-        slope_at: the derivative from argument and value, where it takes both.
-        both: value and derivative from the argument, where together they are cheaper.
-        pull: the gradient with respect to the argument from the gradient, argument and value, in one kernel.
-        curvature: the slope's derivative over the slope, from the value; ``None`` where that is zero or unknown.
-        steepest: the largest slope, of an increasing function that may serve a monotone map.
+        slope: the derivative from the value alone; a new tensor.
+        in_place: the function, overwriting its argument; requires ``slope``.
+        slope_at: the derivative from argument and value.
+        both: value and derivative from the argument, where that is cheaper.
+        pull: the argument's gradient from the value's gradient, argument and value, in one kernel.
+        curvature: the slope's derivative over the slope, from the value; ``None`` if zero or unknown.
+        steepest: the largest slope, if the function suits a monotone map.
     """
 
     name: str
@@ -172,12 +171,12 @@ _BY_FUNCTION = {known.value: known for known in KNOWN.values()}
 
 
 def in_place(activation: Function) -> Function | None:
-    """The function written over its argument, where its slope is known from the value; else ``None``."""
+    """The function that overwrites its argument, if the value alone gives its slope; else ``None``."""
     return _BY_FUNCTION[activation].in_place if activation in _BY_FUNCTION else None
 
 
 def activation_functions(activation: Activation, layers: int) -> tuple[Function, ...]:
-    """The elementwise functions after so many hidden layers; the last one given stands for all that follow."""
+    """The activation of each hidden layer; the last one given serves all later layers."""
     if isinstance(activation, str) or not isinstance(activation, Sequence):
         activation = [activation]
     if not activation:
@@ -187,7 +186,7 @@ def activation_functions(activation: Activation, layers: int) -> tuple[Function,
 
 
 def activation_function(activation: str | Function) -> Function:
-    """The elementwise function of a name, or the function itself."""
+    """The function with this name, or the function itself."""
     if isinstance(activation, str):
         return KNOWN[choice("", "activation", activation, KNOWN, "a function")].value
     if isinstance(activation, nn.Module) and any(True for _ in activation.parameters()):
@@ -199,12 +198,12 @@ def activation_function(activation: str | Function) -> Function:
 
 
 def known_activations() -> frozenset[Function]:
-    """The functions that have a name here."""
+    """All functions in the table."""
     return frozenset(_BY_FUNCTION)
 
 
 def slope(activation: Function, pre: Tensor, post: Tensor) -> Tensor:
-    """The derivative at ``pre``, where the value is ``post``; not from ``pre`` where :func:`in_place` is known."""
+    """The derivative at ``pre``, with value ``post``; ``pre`` is not read if :func:`in_place` is known."""
     known = _BY_FUNCTION.get(activation)
     if known is not None and known.slope is not None:
         return known.slope(post)
@@ -214,7 +213,7 @@ def slope(activation: Function, pre: Tensor, post: Tensor) -> Tensor:
 
 
 def value_and_slope(activation: Function, pre: Tensor) -> tuple[Tensor, Tensor]:
-    """The value and the derivative at ``pre``."""
+    """Value and derivative at ``pre``."""
     known = _BY_FUNCTION.get(activation)
     if known is not None and known.both is not None:
         return known.both(pre)
@@ -223,7 +222,7 @@ def value_and_slope(activation: Function, pre: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pull(activation: Function, grad: Tensor, pre: Tensor, post: Tensor) -> Tensor:
-    """The gradient with respect to ``pre``, given that with respect to ``post``; ``grad`` may be overwritten."""
+    """The gradient for ``pre`` from ``grad``, the gradient for ``post``, which may be overwritten."""
     known = _BY_FUNCTION.get(activation)
     if known is not None and known.pull is not None:
         return known.pull(grad, pre, post)

@@ -1,4 +1,4 @@
-"""The convolutional conditioner: parameters of a flow of images or series, as maps of the same size."""
+"""The convolutional conditioner of flows of images and series."""
 
 from __future__ import annotations
 
@@ -16,12 +16,7 @@ __all__ = ["ConvNet", "image_shape"]
 
 
 def image_shape(name: str, event_shape: int | Iterable[int]) -> Size:
-    """Checks that an event has the shape ``(C, H, W)`` or ``(C, T)``.
-
-    Args:
-        name: the class or function that the caller sees, for the message.
-        event_shape: the shape of one event.
-    """
+    """Checks that an event has shape ``(C, H, W)`` or ``(C, T)``; ``name`` is for the message."""
     shape = event_size(event_shape)
     if len(shape) not in (2, 3):
         raise ValueError(
@@ -32,21 +27,21 @@ def image_shape(name: str, event_shape: int | Iterable[int]) -> Size:
 
 
 class ConvNet(nn.Module):
-    r"""A residual convolutional conditioner: ``num_params`` maps per output channel from an image and a context.
+    r"""A residual convolutional conditioner: ``num_params`` maps per output channel.
 
     A convolution, ``num_blocks`` blocks :math:`h + W_2 * a(W_1 * a(h) + b + V c)`, and a last convolution of
-    :math:`a(h)`, all with zeros beyond the edges, so maps have the size of the image.  A context :math:`c` adds a bias
-    per channel to the first convolution and to each block.  There is no batch normalization: an event's parameters
-    depend on that event alone.
+    :math:`a(h)`, all padded with zeros, so maps have the image's size.  A context :math:`c` adds a bias per channel to
+    the first convolution and each block.  Without batch normalization, an event's parameters depend on that event
+    alone.
 
     Args:
         in_channels: channels of the image.
         out_channels: channels that get parameters.
         num_params: parameters per output channel and place.
         space_dims: 2 for images, 1 for series.
-        hidden_channels: channels of the layers between.
-        num_blocks: number of residual blocks, 0 for two convolutions.
-        kernel_size: size of all kernels, odd.
+        hidden_channels: channels of the hidden layers.
+        num_blocks: number of residual blocks; 0 leaves two convolutions.
+        kernel_size: odd size of all kernels.
         context_dim: size of the context, 0 for none.
         activation: a name or an elementwise function without parameters.
         zero_init: whether the last convolution starts at zero.
@@ -99,13 +94,13 @@ class ConvNet(nn.Module):
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """``x``: shape ``(*batch, in_channels, *space)``; ``context``: broadcasts to ``(*batch, context_dim)``.
 
-        Returns shape ``(*batch, out_channels, *space, num_params)``, parameter by parameter in memory.
+        Returns shape ``(*batch, out_channels, *space, num_params)``; each parameter is contiguous.
         """
         dims = self.space_dims
         batch, space = x.shape[: -1 - dims], x.shape[-dims:]
         h = x.reshape(batch.numel(), self.in_channels, *space)
         if dims == 2 and h.dtype == torch.float32 and h.device.type == "cpu" and plain_eager():
-            h = h.contiguous(memory_format=torch.channels_last)  # a fifth faster there, and slower in float64
+            h = h.contiguous(memory_format=torch.channels_last)  # a fifth faster; float64 is slower
         biases = self._biases(batch, context)
         acts = iter(self.activations)
         h = self._add(self.first(h), biases, 0)
@@ -116,7 +111,7 @@ class ConvNet(nn.Module):
         return out.view(*batch, self.num_params, self.out_channels, *space).movedim(-2 - dims, -1)
 
     def _biases(self, batch: Size, context: Tensor | None) -> Tensor | None:
-        """What the context adds to all layers, shape ``(rows or 1, layers, channels, 1, ..)``."""
+        """The context's biases, shape ``(rows or 1, layers, channels, 1, ..)``."""
         if context is None:
             return None
         flat = F.linear(context, self.context.weight)

@@ -1,4 +1,4 @@
-"""Who may see whom in an autoregressive network: the degrees of its units, its masks, and the steps of its inverse."""
+"""Degrees and masks of an autoregressive network, and the steps of its inverse."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Degrees", "as_order", "even_degrees", "least_degree"]
 
 
 def as_order(input_dim: int, order: str | Sequence[int] | Tensor) -> Tensor:
-    """The dimensions in the sequence in which they come, from a name or a permutation."""
+    """The dimensions in autoregressive order, from a name or a permutation."""
     return _order(input_dim, order)[0]
 
 
@@ -37,7 +37,7 @@ def _order(input_dim: int, order: str | Sequence[int] | Tensor) -> tuple[Tensor,
 
 
 def _levels(adjacency: Tensor) -> Tensor:
-    """For each node of a directed acyclic graph, the length of the longest path that ends in it."""
+    """The length of the longest path to each node of a directed acyclic graph."""
     level = torch.full((adjacency.shape[0],), -1)
     depth = 0
     while (level < 0).any():
@@ -52,34 +52,31 @@ def _levels(adjacency: Tensor) -> Tensor:
 
 
 def least_degree(input_dim: int, context: bool) -> int:
-    """Of a hidden unit.  One of degree d sees the inputs of rank < d, and one of degree 0 the context alone, if any."""
+    """The least degree of a hidden unit: degree d sees inputs of rank < d, degree 0 the context alone."""
     return 0 if context or input_dim == 1 else 1
 
 
 def even_degrees(input_dim: int, width: int, context: bool) -> Tensor:
-    """Ascending degrees of a hidden layer, spread evenly."""
+    """Evenly spread, ascending degrees of a hidden layer."""
     least = least_degree(input_dim, context)
     return least + torch.arange(width) * (input_dim - least) // width
 
 
 class Degrees:
-    """The structure of a MADE, in ranks: inputs and outputs by their place in the order, units sorted by degree.
+    """The structure of a MADE: inputs and outputs by rank in the order, units sorted by degree.
 
     Args:
-        input_dim: number of inputs, and of output dimensions.
-        widths: of the hidden layers.
-        context: whether there is one.
-        order: as of :class:`~pyro_flows.nets.MaskedMLP`.
-        adjacency: likewise.
-        units: the degrees of each hidden layer, ascending, in place of evenly spaced ones.
-        direct: whether outputs also see the inputs before them without detour.
+        input_dim, widths, order, adjacency: as in :class:`~pyro_flows.nets.MaskedMLP`.
+        context: whether there is a context.
+        units: ascending degrees of each hidden layer, by default evenly spread.
+        direct: whether outputs also see earlier inputs directly.
 
     Attributes:
         order: ``order[k]`` is the input that comes ``k``-th.
-        steps: for each rank, the step of the inverse at which that input is solved; inputs of one step are
-            conditionally independent given those of the earlier steps.
-        times: for each hidden layer, how many steps must be done before each unit can be computed; sorted.
-        dense: whether the masks hold back nothing that ``steps`` and ``times`` would let through.
+        steps: the step of the inverse that solves each rank; inputs of one step are conditionally independent given
+            earlier steps.
+        times: for each hidden layer, how many steps must precede each unit; sorted.
+        dense: whether ``steps`` and ``times`` alone imply the masks.
     """
 
     def __init__(
@@ -105,8 +102,8 @@ class Degrees:
 
     def _by_rank(self, direct: bool) -> None:
         ranks = torch.arange(self.input_dim)
-        # What a unit really reaches: the widest prefix that some unit below it, of a degree not above its own, reaches.
-        below, seen = ranks + 1, ranks + 1  # an input of rank r counts as a unit of degree r + 1
+        # The prefix that a unit really reaches: the widest that any unit visible to it reaches.
+        below, seen = ranks + 1, ranks + 1  # an input of rank r has degree r + 1
         reach = []
         for unit in [*self._unit, ranks]:
             index = torch.searchsorted(below, unit, right=True) - 1
@@ -116,7 +113,7 @@ class Degrees:
         self.steps = torch.unique(seen, return_inverse=True)[1]
         self.times = [torch.where(r == 0, 0, self.steps[(r - 1).clamp(min=0)] + 1) for r in reach[:-1]]
         self._sees: Tensor | None = None
-        # Degrees and times order units alike, but units of different degrees may share a time.
+        # Units of different degrees may share a time.
         self.dense = all(bool((mask == free).all()) for mask, free in zip(self.masks(), self._free(), strict=True))
 
     def _by_set(self, context: bool, adjacency: Tensor) -> None:
@@ -129,12 +126,12 @@ class Degrees:
         level = _levels(adjacency)
         self.order = torch.argsort(level, stable=True)
         self.kind = "identity" if torch.equal(self.order, torch.arange(self.input_dim)) else "given"
-        self._sees = adjacency[self.order][:, self.order]  # in ranks
+        self._sees = adjacency[self.order][:, self.order]  # by rank
         self.steps = level[self.order]
         sets = torch.unique(self._sees, dim=0)
         if not context and sets.any():
             sets = sets[sets.any(1)]
-        last = torch.where(sets, self.steps + 1, 0).amax(1)  # time at which a set is complete
+        last = torch.where(sets, self.steps + 1, 0).amax(1)  # when a set is complete
         by_time = torch.argsort(last, stable=True)
         sets, last = sets[by_time], last[by_time]
         picks = [torch.arange(width) * len(sets) // width for width in self.widths]
@@ -143,20 +140,19 @@ class Degrees:
         self.dense = all(bool((mask == free).all()) for mask, free in zip(self.masks(), self._free(), strict=True))
 
     def masks(self) -> list[Tensor]:
-        """One boolean mask for each layer, the last one for the outputs; rows are outputs of the layer."""
+        """A boolean mask for each layer; rows are the layer's outputs."""
         if self._sees is None:
             ranks = torch.arange(self.input_dim)
-            # An input of rank r counts as a unit of degree r + 1: only what comes later may see it.
             below = [ranks + 1, *self._unit]
             above = [*self._unit, ranks]
             return [a[:, None] >= b[None, :] for a, b in zip(above, below, strict=True)]
         below = [torch.eye(self.input_dim, dtype=torch.bool), *self._unit]
         above = [*self._unit, self._sees]
-        # A set may use another one if nothing of that lies outside of it.
+        # A set may use its subsets.
         return [(~a).float() @ b.float().T == 0 for a, b in zip(above, below, strict=True)]
 
     def cuts(self, repeats: int) -> tuple[Cut, ...]:
-        """How a pass through each layer is cut; the outputs come ``repeats`` times."""
+        """The cut of each layer; the outputs come ``repeats`` times."""
         below = [self.steps + 1, *self.times]
         above = [*self.times, self.steps]
         last = len(above) - 1
@@ -166,7 +162,7 @@ class Degrees:
         )
 
     def _free(self) -> list[Tensor]:
-        """The masks that the times alone would give."""
+        """The masks that the times imply."""
         below = [self.steps + 1, *self.times]
         above = [*self.times, self.steps]
         return [a[:, None] >= b[None, :] for a, b in zip(above, below, strict=True)]

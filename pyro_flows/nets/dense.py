@@ -1,8 +1,4 @@
-"""Dense conditioners.
-
-Every network maps ``(x, context)`` to ``num_params`` numbers per output dimension, shape ``(*batch, output_dim,
-num_params)``, and starts at zero unless asked otherwise, so that a fresh flow is the identity.
-"""
+"""The dense conditioner."""
 
 from __future__ import annotations
 
@@ -31,37 +27,37 @@ def _widths(hidden_dims: Sequence[int], residual: bool) -> tuple[int, ...]:
 
 
 def _first_gain(inputs: float) -> float:
-    """Of the first layer's weights over the bound 1 / sqrt(inputs), where units see so many inputs on average.
+    """Factor on the usual bound 1 / sqrt(inputs) of the first layer's weights.
 
-    Activations should bend where the data are.  With few inputs that takes larger weights than usual; with many, the
-    detail that these bring is noise, and what a flow would learn first.
+    With few inputs, larger weights make activations bend where the data are.  With many, a flow would first learn noise
+    in the detail that such weights add.
     """
     return min(max(4.5 / math.sqrt(max(inputs, 1.0)), 1.0), 3.0)
 
 
 def _outputs(layer: nn.Module, columns: Tensor) -> Tensor:
-    """What a layer makes of samples that are columns."""
+    """Applies a layer to samples that are columns."""
     if type(layer) is nn.Linear and not (
         layer._forward_pre_hooks or layer._forward_hooks or layer._backward_pre_hooks or layer._backward_hooks
     ):
         held: Mapping[str, Any] = layer._parameters
         return torch.addmm(held["bias"].unsqueeze(1), held["weight"], columns)
-    return layer(columns.t()).t()  # it is reparameterized or replaced, or has hooks
+    return layer(columns.t()).t()  # reparameterized, replaced, or with hooks
 
 
 class MLP(nn.Module):
     """A dense conditioner: ``num_params`` numbers per output dimension from ``x`` and a context.
 
     Args:
-        input_dim: size of ``x``; 0 where the output depends on the context alone, or is a learned constant.
+        input_dim: size of ``x``; 0 if the output depends on the context alone or is a learned constant.
         output_dim: number of output dimensions.
         num_params: parameters per output dimension.
-        hidden_dims: widths of the hidden layers; with ``residual`` one two-layer block for each entry, all equal.
+        hidden_dims: widths of the hidden layers; with ``residual``, equal widths of the two-layer blocks.
         context_dim: size of the context, 0 for none.
         residual: whether to use residual blocks.
-        activation: a name or an elementwise function without parameters, or one for each hidden layer, of which the
-            last stands for all that follow.
-        zero_init: whether the last layer starts at zero.
+        activation: a name or an elementwise function without parameters, or one per hidden layer; the last one serves
+            all later layers.
+        zero_init: whether the last layer starts at zero, so that a fresh flow is the identity.
     """
 
     layers: Sequence[nn.Linear]
@@ -89,7 +85,7 @@ class MLP(nn.Module):
         self.joins = frozenset(range(2, len(widths), 2) if residual else ())
         outputs = output_dim * num_params
         fan_in = input_dim + context_dim
-        if fan_in == 0:  # nothing to look at: a learned constant
+        if fan_in == 0:
             self.constant = nn.Parameter(torch.zeros(outputs))
             return
         sizes = (fan_in, *widths, outputs)
@@ -117,8 +113,7 @@ class MLP(nn.Module):
         if self.input_dim + self.context_dim == 0:
             flat = self.constant.unsqueeze(1).expand(-1, batch.numel())
         else:
-            # Samples are columns: small matrix products are faster that way round, and each parameter is contiguous for
-            # the elementwise map that follows.
+            # With samples as columns, small products are faster and each parameter is contiguous for the univariate.
             columns = (x if len(batch) == 1 else x.reshape(batch.numel(), self.input_dim)).t()
             first, *layers = self.layers
             flat = stream = _outputs(first, columns) if context is None else self._first(columns, context, batch)
@@ -130,7 +125,7 @@ class MLP(nn.Module):
         return out if len(batch) == 1 else out.unflatten(0, batch) if batch else out[0]
 
     def _first(self, columns: Tensor, context: Tensor, batch: Size) -> Tensor:
-        """The first layer; the context's share is computed once per context, not once per sample."""
+        """Applies the first layer; the context's share is computed once per context."""
         first = self.layers[0]
         weight, bias = first.weight, first.bias
         share = F.linear(context, weight[:, self.input_dim :], bias)

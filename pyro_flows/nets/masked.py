@@ -27,24 +27,23 @@ _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 class MaskedMLP(nn.Module):
     r"""MADE's network: output :math:`i` depends only on the inputs that come before :math:`i`.
 
-    Hidden unit :math:`k` of degree :math:`d_k` sees the inputs of rank below :math:`d_k`; a connection exists where
-    degrees do not decrease, and to output :math:`i` from units of degree at most its rank.  Units are stored sorted by
-    degree, inputs and outputs by rank, so every weight matrix is block lower triangular.  With a context there are
-    also units of degree 0, which see the context alone.  In place of an order, ``adjacency`` says for each output
-    which inputs it may see; a unit then has a set of inputs in place of a degree.
+    Hidden unit :math:`k` of degree :math:`d_k` sees inputs of rank below :math:`d_k`.  Connections exist where degrees
+    do not decrease, and to output :math:`i` from units of degree at most its rank.  Sorting units by degree, and inputs
+    and outputs by rank, makes every weight matrix block lower triangular.  Units of degree 0 see a context alone.  With
+    an ``adjacency`` in place of an order, each unit has a set of inputs in place of a degree.
 
     Args:
-        input_dim: number of inputs, and of output dimensions.
+        input_dim: number of inputs and of output dimensions.
         num_params: parameters per output dimension.
-        hidden_dims: widths of the hidden layers, any number of any widths, also below ``input_dim``; with ``residual``
-            one two-layer block for each entry, all equal.
+        hidden_dims: any widths of the hidden layers, also below ``input_dim``; with ``residual``, equal widths of the
+            two-layer blocks.
         context_dim: size of the context, 0 for none; every output may see all of it.
         order: ``"identity"``, ``"reverse"``, ``"random"`` (drawn once, saved in the ``state_dict``), or the inputs in
-            the sequence in which they come.
+            their order.
         adjacency: boolean, shape ``(input_dim, input_dim)``; true at ``[i, j]`` where output ``i`` may see input ``j``.
         residual: whether to use residual blocks.
-        activation: a name or an elementwise function without parameters, or one for each hidden layer, of which the
-            last stands for all that follow.
+        activation: a name or an elementwise function without parameters, or one per hidden layer; the last one serves
+            all later layers.
         zero_init: whether the last layer starts at zero.
 
     Raises:
@@ -80,7 +79,7 @@ class MaskedMLP(nn.Module):
         degrees = Degrees(input_dim, _widths(hidden_dims, residual), context_dim > 0, order, adjacency)
         self.activations = activation_functions(activation, len(degrees.times))
         self.degrees = degrees
-        # order[k]: which input comes k-th.  A drawn order defines the map, so it is saved; a given one is not.
+        # A drawn order defines the map and is saved; a given one is not.
         self.register_buffer("order", degrees.order, persistent=isinstance(order, str) and order == "random")
         self.register_buffer("rank", torch.argsort(degrees.order), persistent=False)
         joins = range(2, len(degrees.times), 2) if residual else ()
@@ -99,7 +98,7 @@ class MaskedMLP(nn.Module):
             self.context_weight = nn.Parameter(torch.zeros_like(weight) if zero_init and len(masks) == 1 else weight)
 
     def _add_layer(self, k: int, mask: Tensor, zero: bool, first: bool) -> None:
-        # Bounds go by the number of inputs that each unit really sees.
+        # Bounds depend on the number of inputs that a unit sees.
         bound = mask.sum(1, keepdim=True).clamp(min=1).rsqrt()
         weight = (2 * torch.rand(mask.shape) - 1) * bound * mask
         bias = (2 * torch.rand(mask.shape[0]) - 1) * bound[:, 0]
@@ -107,17 +106,16 @@ class MaskedMLP(nn.Module):
             weight = weight * _first_gain(mask.sum(1).double().mean().item())
         self.register_parameter(f"weight_{k}", nn.Parameter(torch.zeros_like(weight) if zero else weight))
         self.register_parameter(f"bias_{k}", nn.Parameter(torch.zeros_like(bias) if zero else bias))
-        # The mask as integers of the weight's size, all bits set where the weight counts.
         self.register_buffer(f"bits_{k}", -mask.to(_INTEGER[weight.element_size()]), persistent=False)
 
     def tensors(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Weights, biases and masks of the layers; masks are integers, with all bits set where the weight counts."""
+        """Weights, biases and masks; a mask has integers of the weight's size, all bits set where it counts."""
         parameters: Mapping[str, Any] = self._parameters
         buffers: Mapping[str, Any] = self._buffers
         weights, biases, masks = self._names
         try:
             return [parameters[n] for n in weights], [parameters[n] for n in biases], [buffers[n] for n in masks]
-        except KeyError:  # some weight is reparameterized, and computed by its attribute
+        except KeyError:  # reparameterized
             return [getattr(self, n) for n in weights], [getattr(self, n) for n in biases], [buffers[n] for n in masks]
 
     def output_parameters(self) -> list[Tensor]:
@@ -126,7 +124,7 @@ class MaskedMLP(nn.Module):
         return [weights[-1], biases[-1]]
 
     def to_ranks(self, x: Tensor) -> Tensor:
-        """The last axis of ``x`` in autoregressive order: rank 0 first."""
+        """Puts the last axis in autoregressive order."""
         if self.degrees.kind == "identity":
             return x
         return x.flip(-1) if self.degrees.kind == "reverse" else x.index_select(-1, self.order)
@@ -138,11 +136,11 @@ class MaskedMLP(nn.Module):
         return x.flip(-1) if self.degrees.kind == "reverse" else x.index_select(-1, self.rank)
 
     def first_bias(self, context: Tensor | None) -> Tensor:
-        """What the first layer adds to its weighted inputs: shape ``(*context_batch, width)``, or ``(width,)``."""
+        """The first layer's bias at a context: shape ``(*context_batch, width)`` or ``(width,)``."""
         return self.bias_0 if context is None else F.linear(context, self.context_weight, self.bias_0)
 
     def ranked(self, x: Tensor, context: Tensor | None, univariate: Univariate | None) -> tuple[Tensor, ...]:
-        """With inputs and outputs by rank: ``(params,)``, or with a univariate ``x`` moved by it and the ladj."""
+        """Returns flat ``(params,)`` by rank, or with a univariate the moved ``x`` and the ladj."""
         weights, (bias, *biases), masks = self.tensors()
         if context is not None:
             bias = F.linear(context, self.context_weight, bias)

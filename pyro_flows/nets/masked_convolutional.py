@@ -1,4 +1,4 @@
-"""Masked convolutions in raster order: one stack for the rows above, one for the columns before in the same row."""
+"""Masked convolutions in raster order."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ __all__ = ["ConvLayer", "Groups", "StackSteps", "Stacks"]
 
 
 class Groups(NamedTuple):
-    """The channel of the event to which each input and output at one location belongs.
+    """The event's channel of each input and output at one location.
 
-    Outputs ``own[c]:own[c + 1]`` belong to channel ``c`` and see the first ``seen[c]`` inputs at the same location, and
-    all inputs at locations before.
+    Outputs ``own[c]:own[c + 1]`` belong to channel ``c`` and see the first ``seen[c]`` inputs there, and all inputs at
+    earlier locations.
     """
 
     own: tuple[int, ...]
     seen: tuple[int, ...]
 
     def mask(self) -> Tensor | None:
-        """The mask at the location itself, boolean, ``(outputs, seen inputs)``; ``None`` for no mask."""
+        """The boolean mask at the location itself, ``(outputs, seen inputs)``, if there is one."""
         if len(self.seen) == 1:
             return None
         pairs = zip(self.seen, itertools.pairwise(self.own), strict=True)
@@ -44,27 +44,23 @@ def _mapped(context: Tensor | None, weight: Tensor | None, bias: Tensor) -> Tens
 
 
 def _spread(bias: Tensor) -> Tensor:
-    """A bias ``(channels,)`` or ``(n, channels)`` over all locations."""
+    """Spreads a bias ``(channels,)`` or ``(n, channels)`` over all locations."""
     return bias[..., None, None]
 
 
 class ConvLayer(nn.Module):
     r"""One layer of both stacks.
 
-    At row :math:`i` and column :math:`j` the first stack, ``above``, sees only the rows above, as wide as its kernel.
-    The second, ``left``, sees the columns before :math:`j` of the same row, the location itself as far as ``groups``
-    allow, and the first stack's output (``link``).  So the rows above reach the second stack along one route only, and
-    no location before is out of sight to the upper right.
-
-    The weight for the location itself, ``here``, is separate: it alone has a mask.
+    The first stack, ``above``, sees only the rows above, as wide as its kernel.  The second, ``left``, sees earlier
+    columns of the same row, the location itself as far as ``groups`` allow, and the first stack's output (``link``).
+    So every earlier location is in sight.  Only ``here``, the weight for the location itself, has a mask.
 
     Args:
         inputs, outputs: numbers of channels.
-        taps: number of columns before that the second stack sees, and of rows above and columns to either side that
+        taps: number of earlier columns that the second stack sees, and of rows above and columns to either side that
             the first stack sees.
         dilation: distance of neighbors.
-        groups: which inputs an output sees at the location itself.
-        context_dim: size of the context.
+        groups: the inputs that an output sees at the location itself.
         above: whether there is a first stack, i.e. more than one row.
         first: whether the inputs are the event itself.
     """
@@ -89,8 +85,7 @@ class ConvLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.inputs, self.taps, self.dilation, self.first, self.groups = inputs, taps, dilation, first, groups
-        # Rows and columns of the first stack's kernel.  The inputs of the first layer must not see their own row; those
-        # of later layers know only rows above.
+        # The first layer must not see its own row; inputs of later layers know only rows above.
         self.kernel = (taps if first else taps + 1, 2 * taps + 1)
         here = groups.seen[-1]
         fan_in = inputs * taps + here
@@ -108,15 +103,15 @@ class ConvLayer(nn.Module):
             self.link_weight = _uniform(outputs, outputs, fan_in=outputs)
 
     def above_offset(self, context: Tensor | None) -> Tensor:
-        """Bias of the first stack."""
+        """The first stack's bias."""
         return _mapped(context, self.above_context, self.above_bias)
 
     def left_offset(self, context: Tensor | None) -> Tensor:
-        """Bias of the second stack."""
+        """The second stack's bias."""
         return _mapped(context, self.left_context, self.left_bias)
 
     def above(self, x: Tensor, context: Tensor | None) -> Tensor:
-        """First stack, ``(n, inputs, H, W)`` to ``(n, channels, H, W)``."""
+        """The first stack, ``(n, inputs, H, W)`` to ``(n, channels, H, W)``."""
         rows, columns = self.kernel
         d = self.dilation
         side, down = columns // 2 * d, int(self.first)
@@ -124,7 +119,7 @@ class ConvLayer(nn.Module):
         return F.conv2d(padded, self.above_weight, dilation=d) + _spread(self.above_offset(context))
 
     def left(self, x: Tensor, context: Tensor | None, past: Past | None = None) -> Tensor:
-        """Second stack without its link; a series may continue from a past."""
+        """The second stack without its link; a series may continue from a past."""
         total = _spread(self.left_offset(context))
         if self.left_weight is not None:
             if past is None:
@@ -138,15 +133,15 @@ class ConvLayer(nn.Module):
         return total
 
     def here(self, weight: Tensor) -> Tensor:
-        """The weight for the location itself, with zeros in masked places."""
+        """The weight with zeros in masked places."""
         return weight if self.mask is None else torch.where(self.mask, weight, 0.0)
 
     def link(self, x: Tensor) -> Tensor:
-        """What the first stack adds to the second, location by location."""
+        """The first stack's addition to the second."""
         return F.conv2d(x, self.link_weight[..., None, None])
 
     def above_row(self, rows: Sequence[Tensor], offset: Tensor) -> Tensor | None:
-        """First stack at the row after the last one given, or at it; ``None`` without rows ``(n, inputs, W)``."""
+        """The first stack at the row after the last one given, or at it; ``None`` without rows ``(n, inputs, W)``."""
         have = len(rows)
         if not have:
             return None
@@ -164,22 +159,19 @@ class ConvLayer(nn.Module):
 
 
 class Stacks(nn.Module):
-    r"""The whole network, :math:`(n, C F, H, W) \to (n, C P, H, W)`: outputs of channel :math:`c` see what is before.
+    r"""The whole network, :math:`(n, C F, H, W) \to (n, C P, H, W)`.
 
     Layers have residual connections, :math:`v_l = v_{l-1} + V_l * a(v_{l-1})` and
-    :math:`h_l = h_{l-1} + K_l * a(h_{l-1}) + U_l a(v_l)`; the first layer's bias depends on row and column.  The last
-    layer, :math:`1 \times 1`, starts at zero.
+    :math:`h_l = h_{l-1} + K_l * a(h_{l-1}) + U_l a(v_l)`.  The last layer, :math:`1 \times 1`, starts at zero.
 
     Args:
-        shape: of the event, ``(C, H, W)``.
+        shape: shape of the event, ``(C, H, W)``.
         features: number of inputs that code one channel of the event.
-        num_params: number of outputs for each channel.
-        hidden: number of hidden channels, divided among the channels of the event.
-        sides: number of neighbors to one side that each layer's kernel sees.
-        dilations: of each layer.
-        context_dim: size of the context.
+        num_params: number of outputs per channel.
+        hidden: number of hidden channels, divided among the event's channels.
+        sides: each layer's number of neighbors to one side.
+        dilations: dilation of each layer.
         positions: whether the first layer's bias depends on row and column.
-        activations: after each layer.
     """
 
     layers: Sequence[ConvLayer]
@@ -230,7 +222,7 @@ class Stacks(nn.Module):
         self.register_buffer("mask", mask, persistent=False)
 
     def positions(self, stack: int) -> Tensor | None:
-        """Adds to the first layer's bias, ``(channels, H or 1, W or 1)``; stack 0 is ``above``, -1 ``left``."""
+        """The first layer's bias by place, ``(channels, H or 1, W or 1)``; stack 0 is ``above``, -1 ``left``."""
         rows = None if self.row_bias is None else self.row_bias[stack][:, :, None]
         columns = None if self.column_bias is None else self.column_bias[stack][:, None]
         if rows is None or columns is None:
@@ -239,18 +231,18 @@ class Stacks(nn.Module):
 
     @property
     def numbers_per_draw(self) -> int:
-        """About how many numbers a sweep holds for each draw."""
+        """About how many numbers a sweep holds per draw."""
         channels, height, width = self.shape
         rows = sum(1 + layer.taps * layer.dilation for layer in self.layers) if self.two else 0
         past = sum(2 * width + (1 + layer.taps) * layer.dilation for layer in self.layers)
         return self.hidden * (width * rows + past) + channels * width * (height + self.num_params + self.features)
 
     def forward(self, x: Tensor, context: Tensor | None, past: Sequence[Past] | None = None) -> Tensor:
-        """``context``: ``None`` or ``(n, context_dim)``; ``past``: of each layer, for series that continue from it."""
-        v = h = above = left = x  # h and v: residual streams; left and above: inputs of the next layer
+        """``context``: ``None`` or ``(n, context_dim)``; ``past``: each layer's past that series continue."""
+        v = h = above = left = x  # h, v: residual streams; left, above: the next layer's inputs
         for k, (layer, activation) in enumerate(zip(self.layers, self.activations, strict=True)):
             made = layer.left(left, context, None if past is None else past[k])
-            # Outputs that see nothing are the same everywhere; expand them to all locations.
+            # Outputs that see nothing are the same at all locations.
             h = made.expand(x.shape[0], -1, *x.shape[-2:]) if k == 0 else h + made
             if k == 0 and (own := self.positions(-1)) is not None:
                 h = h + own
@@ -273,12 +265,9 @@ class Stacks(nn.Module):
 
 
 class StackSteps:
-    """The stack of series ``(C, T)``, step by step from the first on: each hidden value is computed once.
+    """The stack of series ``(C, T)``, step by step: each hidden value is computed once.
 
-    Args:
-        net: a network without positions, the same at all times.
-        rows: number of series at once.
-        context: ``None`` or ``(rows, context_dim)``.
+    ``net`` has no positions; ``rows`` is the number of series; ``context`` is ``None`` or ``(rows, context_dim)``.
     """
 
     def __init__(self, net: Stacks, rows: int, context: Tensor | None) -> None:
@@ -286,7 +275,7 @@ class StackSteps:
         self.past = [Past(rows, layer.inputs, layer.taps, layer.dilation, net.out_weight) for layer in net.layers]
 
     def known(self, x: Tensor) -> Tensor:
-        """Outputs at the next steps from their values: ``(rows, C, n)`` to ``(rows, C, num_params, n)``."""
+        """Outputs at the next steps from their values, ``(rows, C, n)`` to ``(rows, C, num_params, n)``."""
         out = self.net(x.unsqueeze(-2), self.context, self.past).squeeze(-2)
         return out.unflatten(1, (self.net.shape[0], self.net.num_params))
 
@@ -294,7 +283,7 @@ class StackSteps:
         """The next step, ``(rows, C)``, channel by channel.
 
         Args:
-            find: from a channel's number and its outputs ``(rows, num_params)`` to its values ``(rows, 1)``.
+            find: maps a channel's number and outputs ``(rows, num_params)`` to its values ``(rows, 1)``.
         """
         net, base = self.net, []
         for layer, past in zip(net.layers, self.past, strict=True):
@@ -302,7 +291,7 @@ class StackSteps:
             weight = layer.left_weight
             base.append(total if weight is None else total + F.conv1d(past.seen(), weight).squeeze(-1))
         own = net.layers[0].groups.own
-        # The known values at this step: of the series, and of each layer's outputs.
+        # Known values at this step: of the series and each layer.
         made: list[list[Tensor]] = [[] for _ in range(len(base) + 1)]
         for c in range(net.shape[0]):
             group, stream = slice(*own[c : c + 2]), None

@@ -1,7 +1,6 @@
-"""One pass through a masked network, forwards and backwards, without the work that the masks make useless.
+"""One pass through a masked network and its univariate, as one autograd node without most of the masked work.
 
-The network and the univariate map that it serves are one node of the autograd graph; second derivatives, and everything
-that traces or transforms the call, take plain differentiable operations.
+Second derivatives, tracing and transforms take plain differentiable operations.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ __all__ = ["MaskedLayers", "Slab", "Slabs", "masked_network"]
 
 
 class Slab(NamedTuple):
-    """Dimensions ``[start, stop)`` by rank, none of which sees the hidden units from ``high`` on."""
+    """Dimensions ``[start, stop)`` by rank, blind to hidden units from ``high`` on."""
 
     start: int
     stop: int
@@ -32,17 +31,11 @@ class Slab(NamedTuple):
 
 
 class Slabs:
-    """The ways to cut the outputs, one for each number of slabs.
-
-    Args:
-        steps: the step of each dimension, by rank.
-        times: the times of the last hidden layer's units.
-        num_params: parameters per dimension.
-    """
+    """The ways to cut the outputs, by each dimension's step and the last hidden layer's times."""
 
     def __init__(self, steps: Tensor, times: Tensor, num_params: int) -> None:
         dims = len(steps)
-        self.work = 2 * num_params * dims * len(times)  # of one sample, if nothing is left out
+        self.work = 2 * num_params * dims * len(times)  # of one sample, uncut
         self.ways = []
         for count in (1, 2, 4, 8):
             if count > dims:
@@ -52,7 +45,7 @@ class Slabs:
             self.ways.append(tuple(map(Slab, cuts, cuts[1:], highs)))
 
     def at(self, n: int, device: torch.device) -> tuple[Slab, ...]:
-        """The best way for ``n`` samples: a slab costs as much time as some 2^23 operations on a processor's core."""
+        """The best way for ``n`` samples; a slab costs the time of some 2^23 operations."""
         if device.type != "cpu":
             return self.ways[0]
         return min(self.ways, key=lambda way: self.work * n * (len(way) + 1) / (2 * len(way)) + 2**23 * len(way))
@@ -67,7 +60,7 @@ def _move_slabs(
     bits: Tensor,
     bias: Tensor,
 ) -> tuple[Tensor, Tensor, list[Tensor], list[tuple[Tensor, ...]]]:
-    """The last layer and the map: ``(moved, ladj)``, the masked weights and what the gradient needs, by slab."""
+    """Returns ``(moved, ladj)``, and by slab the masked weights and tensors for the gradient."""
     n, dims = x.shape
     weight, bits, bias = (each.view(univariate.num_params, dims, *each.shape[1:]) for each in (weight, bits, bias))
     moved, z = x.new_empty(dims, n), x.T.contiguous()
@@ -94,7 +87,7 @@ def _pull_slabs(
     grad_ladj: Tensor,
     wants_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """Gradients with respect to ``x``, the hidden units, the weight and the bias."""
+    """Returns the gradients with respect to ``x``, hidden units, weight and bias."""
     n, dims = grad.shape
     count, columns = univariate.num_params, grad.T.contiguous()
     bits = bits.view(count, dims, bits.shape[1])
@@ -117,28 +110,28 @@ def _pull_slabs(
 
 Function = Callable[[Tensor], Tensor]
 
-ROWS = 2048  # of a batch at a time, where no gradient is wanted
+ROWS = 2048  # rows of a batch at a time without gradients
 
 
-_WIDE = 5  # parameters of a univariate from which on slabs pay
+_WIDE = 5  # number of parameters from which slabs pay
 
 
 class MaskedLayers(NamedTuple):
-    """What a pass needs to know of a network beside its weights."""
+    """The static description of a network."""
 
-    activations: tuple[Function, ...]  # after each hidden layer
-    joins: frozenset[int]  # layers to which the pre-activation of two layers below is added
-    cuts: tuple[Cut, ...]  # of each layer
-    slabs: Slabs | None  # of the outputs, if there is a hidden layer
+    activations: tuple[Function, ...]
+    joins: frozenset[int]  # layers to which the pre-activation two layers below is added
+    cuts: tuple[Cut, ...]
+    slabs: Slabs | None  # of the outputs, given a hidden layer
 
     def slabs_at(self, univariate: Univariate | None, x: Tensor) -> tuple[Slab, ...] | None:
-        """How to make the outputs slab by slab, if the univariate has so many parameters that it pays."""
+        """The slabs of the outputs, if the univariate has enough parameters."""
         if univariate is None or self.slabs is None or univariate.num_params < _WIDE:
             return None
         return self.slabs.at(x.shape[0], x.device)
 
 
-@full_precision  # the ladj is worth it
+@full_precision  # for the ladj
 def masked_network(
     net: MaskedLayers,
     x: Tensor,
@@ -148,16 +141,11 @@ def masked_network(
     masks: Sequence[Tensor],
     univariate: Univariate | None = None,
 ) -> tuple[Tensor, ...]:
-    """The last layer's output alone; with a univariate, ``x`` moved by it and the ladj, summed over dimensions.
+    """Returns ``(output,)``, or with a univariate the moved ``x`` and the ladj summed over dimensions.
 
-    Args:
-        net: the static description.
-        x: shape ``(*batch, inputs)``.
-        first_bias: shape ``(width,)`` or broadcasting to ``(*batch, width)``.
-        weights: one matrix per layer; what stands in masked places is never used.
-        biases: those of the layers after the first.
-        masks: one for each weight, an integer of its element's size with all bits set where the weight counts.
-        univariate: the map whose parameters the outputs are; ``None`` to return them.
+    ``x`` has shape ``(*batch, inputs)``; ``first_bias`` has shape ``(width,)`` or broadcasts to ``(*batch, width)``;
+    ``biases`` are those of later layers.  A mask has integers of the weight's element size, all bits set where the
+    weight counts; other places are never used.
     """
     first_bias = first_bias.to(x.dtype)
     if not plain_eager() or masks[0].element_size() != weights[0].element_size():
@@ -169,7 +157,7 @@ def masked_network(
     if torch.is_grad_enabled():
         out = _Pass.record(net, univariate, masks, flat, first_bias, *weights, *biases)
     elif flat.shape[0] > 2 * ROWS and flat.device.type == "cpu":
-        # In pieces that stay in the processor's cache, since nothing of them is kept.
+        # These pieces fit in the processor's cache.
         own = first_bias.dim() > 1
         pieces = zip(flat.split(ROWS), first_bias.split(ROWS) if own else itertools.repeat(first_bias), strict=False)
         done = [_result(net, rows, bias, weights, biases, masks, univariate) for rows, bias in pieces]
@@ -231,9 +219,9 @@ def _run(
     masks: Sequence[Tensor],
     last: bool = True,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[list[Tensor]], Sequence[Sequence[Band] | None]]:
-    """The output, what goes into and out of each activation, the masked parts of each weight, and how it was cut.
+    """Returns the output, each activation's arguments and values, each weight's masked parts, and the bands.
 
-    Without the ``last`` layer, whose weight is then left out of ``weights``, the output is what goes into that.
+    Without the ``last`` layer, whose weight is then not given, the output is that layer's input.
     """
     n = x.shape[0]
     bands = [cut.at(n) for cut in net.cuts]
@@ -256,7 +244,7 @@ def _run(
 
 
 class _Pass(GradientByHand):
-    """The network, and with a univariate the map of ``x`` by the network's outputs and the sum of its ladj."""
+    """:func:`masked_network` as one autograd node."""
 
     @staticmethod
     def forward(
@@ -297,7 +285,7 @@ class _Pass(GradientByHand):
 
     @staticmethod
     def pull(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad, grad_ladj = grads[0], grads[-1]  # without a univariate there is one
+        grad, grad_ladj = grads[0], grads[-1]  # the same one without a univariate
         net, masks, bands = ctx.net, ctx.masks, ctx.bands
         layers = len(masks)
         x, first_bias, *saved = ctx.saved_tensors
@@ -332,7 +320,7 @@ class _Pass(GradientByHand):
             after[k] = grad
             grad = input_gradient(bands[k], weights[k], parts[k], grad)
             grad = pull(net.activations[k - 1], grad, into[k - 1], outof[k - 1])
-            if k + 1 in net.joins:  # this pre-activation also goes around the block above it
+            if k + 1 in net.joins:  # the skip connection
                 grad.add_(after[k + 1])
         if wanted[0]:
             by_weight[0] = weight_gradient(bands[0], masks[0], grad, x)

@@ -1,4 +1,4 @@
-"""The memory layout of a triangular network: which blocks of its weights count, and its steps in order."""
+"""The memory layout of a triangular network, and products that skip its zero blocks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Band", "Cut", "Structure", "band_product", "input_gradient", "keep",
 
 
 class Band(NamedTuple):
-    """Rows ``[start, stop)`` of a weight: all see the columns below ``low``, none sees those from ``high`` on."""
+    """Rows ``[start, stop)`` of a weight: all see columns below ``low``, none from ``high`` on."""
 
     start: int
     stop: int
@@ -25,20 +25,20 @@ class Band(NamedTuple):
 
 
 class Cut(NamedTuple):
-    """The bands of a layer, and from how many rows of input on leaving out masked work pays for their number."""
+    """The bands of a layer, and the number of input rows from which they pay."""
 
     bands: tuple[Band, ...]
     worth_from: float
 
     def at(self, n: int) -> tuple[Band, ...] | None:
-        """The bands if they are worth it for ``n`` rows, else ``None``: one product for all."""
+        """The bands if they pay for ``n`` rows, else ``None``: one product."""
         return self.bands if n >= self.worth_from else None
 
 
 def staircase(above: Tensor, below: Tensor, dense: bool, repeats: int = 1) -> Cut:
-    """How to cut a layer whose rows have times ``above`` and see the columns with times ``below`` up to their own.
+    """Cuts a layer whose rows, of times ``above``, see the columns with times ``below`` up to their own.
 
-    ``dense`` says that masks hide nothing more; ``repeats`` that the rows come that many times.
+    Rows see all these columns if ``dense``, and come ``repeats`` times.
     """
     rows, cols = len(above), len(below)
     if rows < 128 or cols < 64:
@@ -49,19 +49,19 @@ def staircase(above: Tensor, below: Tensor, dense: bool, repeats: int = 1) -> Cu
         for a, c in itertools.pairwise(cuts):
             low = int((below <= above[a]).sum()) if dense else 0
             bands.append(Band(r * rows + a, r * rows + c, low, int((below <= above[c - 1]).sum())))
-    # Measured: four bands, which cost some fifteen calls, pay from about this many multiplications on.
+    # Four bands, some fifteen calls, pay from about this many multiplications on.
     return Cut(tuple(bands), 2**24 * len(bands) / 4 / (rows * repeats * cols) - 32)
 
 
 def keep(value: Tensor, bits: Tensor) -> Tensor:
-    """Zeros where ``bits`` is zero: as cheap as a product, and whatever stands there, NaN included, is gone."""
+    """Zeros where ``bits`` is zero, even in place of NaN; as cheap as a product."""
     return (value.view(bits.dtype) & bits).view(value.dtype)
 
 
 def band_product(
     bands: Sequence[Band] | None, weight: Tensor, bits: Tensor, bias: Tensor, x: Tensor
 ) -> tuple[Tensor, list[Tensor]]:
-    """``x @ weight.T + bias``, and the masked parts of the weight, one a band."""
+    """Returns ``x @ weight.T + bias`` and each band's masked part of the weight."""
     if bands is None:
         masked = keep(weight, bits)
         return torch.addmm(bias, x, masked.T), [masked]
@@ -83,7 +83,7 @@ def band_product(
 def weight_gradient(
     bands: Sequence[Band] | None, bits: Tensor, grad: Tensor, x: Tensor, in_place: bool = True
 ) -> Tensor:
-    """The gradient after a weight, ``grad.T @ x`` with zeros in masked places."""
+    """The gradient with respect to a weight: ``grad.T @ x`` with zeros in masked places."""
     if not in_place:
         return torch.where(bits != 0, grad.T @ x, 0.0)
     if bands is None:
@@ -100,7 +100,7 @@ def weight_gradient(
 
 
 def input_gradient(bands: Sequence[Band] | None, weight: Tensor, kept: Sequence[Tensor], grad: Tensor) -> Tensor:
-    """The gradient after the layer's input."""
+    """The gradient with respect to a layer's input."""
     if bands is None:
         return grad @ kept[0]
     total = grad.new_zeros(grad.shape[0], weight.shape[1])
@@ -114,17 +114,17 @@ def input_gradient(bands: Sequence[Band] | None, weight: Tensor, kept: Sequence[
 
 
 class Structure:
-    """Sizes and times of a triangular network: layer 0 is ``x``, then the hidden layers, then the outputs.
+    """Sizes and times of a triangular network: layer 0 is ``x``, then come hidden layers and outputs.
 
     Args:
-        steps: for each input, by rank, the step at which it is solved; ascending.
-        times: for each hidden layer, the number of steps that must be done before each unit; ascending.
+        steps: the step that solves each input, by rank; ascending.
+        times: for each hidden layer, how many steps must precede each unit; ascending.
         num_params: outputs per input.
-        joins: indices (from 0) of the hidden layers to which the pre-activation of two layers below is added.
-        dense: whether masks hold back nothing that the times let through; masked places are then never read.
-        cuts: how the product with each weight is cut.
-        features: rows of layer 0 that stand for each input, or ``None`` if that is the input itself.
-        direct: whether the outputs also see layer 0; its weight then comes last.
+        joins: hidden layers, from 0, to which the pre-activation two layers below is added.
+        dense: whether the times alone imply the masks; masked places are then never read.
+        cuts: the cut of each weight.
+        features: rows of layer 0 per input, or ``None`` for the input itself.
+        direct: whether the outputs also see layer 0; that weight comes last.
     """
 
     def __init__(
@@ -143,29 +143,29 @@ class Structure:
         self.widths = [len(time) for time in times]
         self.joins, self.dense, self.cuts = frozenset(joins), dense, cuts
         moments = torch.arange(self.num_steps + 1)
-        # before[l][t]: how many units of layer l have a time of at most t.
+        # before[l][t] units of layer l have a time of at most t.
         self.before = [torch.searchsorted(time, moments, right=True).tolist() for time in (steps + 1, *times)]
         self.features, self.direct = features, direct
-        # The same for rows that feed others: layer 0 may have several an input.
+        # feeding counts rows: layer 0 may have several per input.
         self.feeding = [[n * (features or 1) for n in self.before[0]], *self.before[1:]]
         self.outputs = self.input_dim * num_params
-        # Kept for the gradient: outputs, per-dimension ladj, hidden layers.  Its result: x, outputs, hidden layers.
+        # The tape holds outputs, per-dimension ladj, hidden layers; the adjoint x, outputs, hidden layers.
         self.tape_rows = self.adjoint_rows = self.outputs + self.input_dim + sum(self.widths)
         long = (2, 32, 256, 2048)
         self.block = (2, 8, 16, 32, 64)[sum(self.num_steps > n for n in long)]
 
     def in_place(self, activation: Callable[[Tensor], Tensor]) -> bool:
-        """Whether the tape holds the values of this activation (else what goes into it)."""
+        """Whether the tape holds this activation's values rather than its arguments."""
         return not self.joins and in_place(activation) is not None
 
     def rows(self, packed: Tensor, start: int) -> list[Tensor]:
-        """The hidden layers' parts of a packed tensor, from row ``start`` on."""
+        """Splits a packed tensor from row ``start`` on into hidden layers."""
         return list(packed[start:].split(self.widths)) if self.widths else []
 
     def unpack(
         self, tape: Tensor, activations: Sequence[Callable[[Tensor], Tensor]]
     ) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
-        """``(pre, post, params, ladj)``: into and out of activations, outputs ``(num_params, input_dim, n)``, ladj."""
+        """Returns ``(pre, post, params, ladj)``; ``params`` has shape ``(num_params, input_dim, n)``."""
         params = tape[: self.outputs].unflatten(0, (self.input_dim, self.num_params)).transpose(0, 1)
         head = self.outputs + self.input_dim
         hidden, ladj = self.rows(tape, head), tape[self.outputs : head]
@@ -173,11 +173,11 @@ class Structure:
         return hidden, post, params, ladj
 
     def unpack_adjoint(self, adjoint: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """``(x, outputs, pre)``: the gradients, outputs parameter by parameter as in the weights."""
+        """Returns gradients ``(x, outputs, pre)``, outputs parameter by parameter."""
         head = self.input_dim + self.outputs
         outputs = adjoint[self.input_dim : head].unflatten(0, (self.input_dim, self.num_params))
         return adjoint[: self.input_dim], outputs.transpose(0, 1).flatten(0, 1), self.rows(adjoint, head)
 
     def blocks(self) -> list[tuple[int, int]]:
-        """The steps in blocks ``[start, stop)``."""
+        """Blocks of steps ``[start, stop)``."""
         return [(t, min(t + self.block, self.num_steps)) for t in range(0, self.num_steps, self.block)]

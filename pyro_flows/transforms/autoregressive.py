@@ -18,20 +18,19 @@ __all__ = ["Autoregressive"]
 
 
 class Autoregressive(FlowTransform):
-    r"""Each dimension moved by a univariate map whose parameters depend on the dimensions before it.
+    r"""Moves each dimension by a univariate map whose parameters depend on the dimensions before it.
 
-    With ``fast="sampling"`` (IAF), parameters come from the base: :math:`y_i = u(x_i; p_i(x_{<i}, c))`, so that the
-    forward map is one pass of the network.  With ``fast="density"`` (MAF) it is the other way round, :math:`x_i =
-    u(y_i; p_i(y_{<i}, c))`, so that the density of data is one pass.  The Jacobian is triangular in the order and
-    :math:`\log|\det| = \pm \sum_i \log u'`.  The other direction is exact as well; it goes through the steps
-    of the order one after another, but uses each weight once, so that it costs about one dense pass of arithmetic.
+    With ``fast="sampling"`` (IAF), :math:`y_i = u(x_i; p_i(x_{<i}, c))`: sampling takes one pass of the network.  With
+    ``fast="density"`` (MAF), :math:`x_i = u(y_i; p_i(y_{<i}, c))`: the density of data takes one pass.  The Jacobian is
+    triangular in the order and :math:`\log|\det| = \pm \sum_i \log u'`.  The other direction is exact too; it solves
+    the order's steps in sequence with each weight used once, about the arithmetic of a dense pass.
 
     Args:
         event_shape: an ``input_dim`` or the shape of one event, flattened in row-major order.
-        univariate: the family of scalar maps.
+        univariate: the family of scalar maps, affine by default.
         fast: the direction that takes one pass, ``"density"`` or ``"sampling"``.
         context_dim: size of the context, 0 for none.
-        hidden_dims, order, adjacency, residual, activation: of the :class:`~pyro_flows.nets.MaskedMLP`.
+        hidden_dims, order, adjacency, residual, activation: options of the :class:`~pyro_flows.nets.MaskedMLP`.
 
     References:
         Masked Autoregressive Flow for Density Estimation (Papamakarios et al., 2017), arXiv:1705.07057.
@@ -100,12 +99,12 @@ class Autoregressive(FlowTransform):
         return self._one_pass(y, context) if self.fast == "density" else self._sweep(y, context)
 
     def inverse_and_log_slopes(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Data to base, and what :meth:`log_slopes` gives."""
+        """Returns the base-side value and :meth:`log_slopes`."""
         x = self.inverse_and_ladj(y, context)[0]
-        seen, sign = (y, 1) if self.fast == "density" else (x, -1)  # the network sees the side that is fast
+        seen, sign = (y, 1) if self.fast == "density" else (x, -1)  # the network's input
         flat = self._flat(seen)
         return x, sign * self._shaped(self.univariate.forward(flat, self.net(flat, context))[1])
 
     def log_slopes(self, y: Tensor, context: Tensor | None = None) -> Tensor:
-        """The logarithm of each slope from data to base, of the shape of ``y``."""
+        """The logarithm of each slope from data to base, shaped like ``y``."""
         return self.inverse_and_log_slopes(y, context)[1]

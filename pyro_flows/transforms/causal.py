@@ -1,4 +1,4 @@
-"""Causal autoregressive transforms of series: MAF whose parameters come from dilated convolutions over the past."""
+"""Causal autoregressive transforms of series."""
 
 from __future__ import annotations
 
@@ -23,30 +23,28 @@ __all__ = ["CausalAutoregressive"]
 
 
 class CausalAutoregressive(FlowTransform):
-    r"""Each number of a series moved by a univariate map whose parameters depend on what came before it.
+    r"""Moves each number of a series by a univariate map whose parameters depend on the numbers before it.
 
-    Series ``(C, T)`` go step by step, and at a step channel by channel.  With ``fast="density"`` (MAF) :math:`x_{c,t} =
-    u(y_{c,t};\, p_c(y_{\cdot,<t}, y_{<c,t}, z))` at a context :math:`z`, with ``fast="sampling"`` (IAF) :math:`y` and
-    :math:`x` change places.  :math:`\log|\det| = \pm \sum_{c,t} \log u'`.  The parameters :math:`p` come from
-    convolutions over time with residual connections, dilated and masked at the step itself, which all times share: no
-    parameter depends on ``T``.  What lies before the first step is zeros.  They see ``reach`` steps back.
+    Series ``(C, T)`` go step by step, and channel by channel within a step.  With ``fast="density"`` (MAF)
+    :math:`x_{c,t} = u(y_{c,t};\, p_c(y_{\cdot,<t}, y_{<c,t}, z))` at a context :math:`z`; with ``fast="sampling"``
+    (IAF) :math:`y` and :math:`x` change places.  :math:`\log|\det| = \pm \sum_{c,t} \log u'`.  Residual dilated
+    convolutions over the past, padded with zeros and masked at the step itself, give the parameters :math:`p`; they see
+    ``reach`` steps back.  All times share their weights: no parameter depends on ``T``.
 
-    The fast direction takes one pass over the whole series.  The other one goes through ``T`` steps of ``C`` channels,
-    in which each hidden value is computed once: the arithmetic of one pass, in ``C * T`` times as many pieces as there
-    are convolutions.  Its gradient is that of these operations, backwards through the steps: about twice as much again,
-    and memory that grows in proportion to ``T`` and to the reach.
+    The fast direction takes one pass.  The other computes each hidden value once over ``T`` steps of ``C`` channels:
+    the arithmetic of one pass in ``C * T`` pieces per convolution.  Its gradient costs about twice as much again, and
+    memory in proportion to ``T`` and the reach.
 
     Args:
         event_shape: ``(channels, time)``.
         univariate: the family of scalar maps, affine by default.
         fast: the direction that takes one pass, ``"density"`` or ``"sampling"``.
-        context_dim: size of the context, 0 for none; it goes into the bias of every convolution.
-        hidden_channels: of the convolutions, at least ``C``: they are shared out among the channels.
-        num_convolutions: how many, one after another.
-        kernel_size: steps that a convolution sees, that at hand included; at least 2.
-        dilations: distances of these, for one convolution after another, from the beginning again where there are
-            more; by default 1, 2, 4, ...
-        activation: of the network, a name or an elementwise function, or one for each convolution.
+        context_dim: size of the context, 0 for none; the context adds to every convolution's bias.
+        hidden_channels: channels of the convolutions, at least ``C`` and divided among the channels.
+        num_convolutions: number of convolutions in sequence.
+        kernel_size: steps that a convolution sees, at least 2, the present one included.
+        dilations: distances of these steps, one per convolution, repeated if too few; by default 1, 2, 4, ...
+        activation: a name or an elementwise function, or one per convolution.
 
     Raises:
         ValueError: for an event that is no series, too few hidden channels, or options out of range.
@@ -57,7 +55,7 @@ class CausalAutoregressive(FlowTransform):
     """
 
     shared_over_time = True
-    # Of all coordinates, as of a Mint layer.
+    # The Jacobian is lower triangular in the coordinates' positions.
     order = "position"
     lower = True
 
@@ -122,9 +120,9 @@ class CausalAutoregressive(FlowTransform):
             context = context.expand(*batch, -1).reshape(rows, self.context_dim)
         return batch, value.reshape(rows, *self.event_shape), context
 
-    @full_precision  # half precision in one direction would be no inverse of the other
+    @full_precision  # in half precision, the directions would not be inverse
     def _move(self, value: Tensor, context: Tensor | None, one_pass: bool) -> tuple[Tensor, Tensor]:
-        """What comes out, and the logarithms of all slopes."""
+        """Returns the moved value and the logarithms of all slopes."""
         value, context = value.to(self.bias.dtype), None if context is None else context.to(self.bias.dtype)
         batch, rows, context = self._rows(value, context)
         if one_pass:
@@ -137,7 +135,7 @@ class CausalAutoregressive(FlowTransform):
         return moved.view(*batch, *self.event_shape), slopes.view(*batch, *self.event_shape)
 
     def _outputs(self, rows: Tensor, context: Tensor | None) -> Tensor:
-        """Of the network, shape ``(rows, C, num_params, T)``."""
+        """The network's outputs, shape ``(rows, C, num_params, T)``."""
         return self.net(rows.unsqueeze(-2), context).squeeze(-2).unflatten(1, self.bias.shape)
 
     def _wants_gradient(self, rows: Tensor, context: Tensor | None) -> bool:
@@ -148,7 +146,7 @@ class CausalAutoregressive(FlowTransform):
 
     @torch.no_grad()
     def _sweep(self, rows: Tensor, context: Tensor | None) -> Tensor:
-        """The direction that goes step by step, without a graph."""
+        """The slow direction without a graph."""
         bias = self.bias.unsqueeze(1).expand(-1, self.event_shape[1], -1).flatten(0, 1)
         solve, out = _Solve(self.univariate), torch.empty_like(rows)
         chunk = rows_at_once(self.net, rows.device)
@@ -159,7 +157,7 @@ class CausalAutoregressive(FlowTransform):
         return out
 
     def _apply_to(self, value: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-        """``value``: shape ``(rows, C, n)``; ``out``: outputs of the network, ``(rows, C, num_params, n)``."""
+        """Moves ``value``, ``(rows, C, n)``, by the outputs ``out``, ``(rows, C, num_params, n)``."""
         return self.univariate.forward(value, out.transpose(-1, -2) + self.bias.unsqueeze(-2))
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -171,11 +169,11 @@ class CausalAutoregressive(FlowTransform):
         return x, slopes.sum((-1, -2))
 
     def inverse_and_log_slopes(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Data to base, and what :meth:`log_slopes` gives, for a value and a context that fit."""
+        """Returns the base-side value and :meth:`log_slopes`, unchecked."""
         return self._move(y, context, self.fast == "density")
 
     def log_slopes(self, y: Tensor, context: Tensor | None = None) -> Tensor:
-        r""":math:`\log \partial x_{c,t} / \partial y_{c,t}`, shape of ``y``; its sum is the log-determinant.
+        r"""Returns :math:`\log \partial x_{c,t} / \partial y_{c,t}`, whose sum is the log-determinant.
 
         Args:
             y: data-side value, shape ``(*batch, *event_shape)``.
@@ -184,7 +182,7 @@ class CausalAutoregressive(FlowTransform):
         return self.inverse_and_log_slopes(admit(self, y, context, data_side=True), context)[1]
 
     def stepper(self, rows: int, context: Tensor | None = None) -> Stepper:
-        """One step of a series after another; see :mod:`pyro_flows.core.steps`."""
+        """Computes a series step by step; see :mod:`pyro_flows.core.steps`."""
         return _Steps(self, rows, context)
 
     def extra_repr(self) -> str:
@@ -193,7 +191,7 @@ class CausalAutoregressive(FlowTransform):
 
 
 class _Solve:
-    """The scalar map as what a sweep draws values by: the noise is what the map gives, and its argument is found."""
+    """Lets a sweep draw values by inverting the scalar map at its noise."""
 
     num_features = 1
 
@@ -212,11 +210,11 @@ class _Steps(Stepper):
         self.layer, self.net = layer, StackSteps(layer.net, rows, context)
 
     def known(self, value: Tensor) -> tuple[Tensor, Tensor]:
-        """The direction of one pass, with the logarithm of each slope."""
+        """The fast direction, with the logarithm of each slope."""
         return self.layer._apply_to(value, self.net.known(value))
 
     def unknown(self, value: Tensor) -> tuple[Tensor, Tensor]:
-        """The direction that goes step by step, likewise."""
+        """The slow direction, with the logarithm of each slope."""
         univariate, bias = self.layer.univariate, self.layer.bias
         moved, slopes = [], []
         for step in value.unbind(-1):

@@ -1,4 +1,4 @@
-"""Coupling transforms: NICE's additive and RealNVP's affine layers, for any mask and any univariate map."""
+"""Coupling transforms for any mask and any univariate map."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from pyro_flows.univariate.base import Affine, Univariate
 
 __all__ = ["Coupling", "coupling_mask"]
 
-_ROWS = 2048  # of a batch at a time, where no gradient is wanted
+_ROWS = 2048  # rows of a batch at a time without gradients
 
 Mask = str | Tensor | Sequence[bool]
 
 
 def coupling_mask(event_shape: Size, mask: Mask) -> Tensor:
-    """The dimensions that a coupling leaves as they are, boolean, of shape ``event_shape``.
+    """The dimensions that a coupling keeps, boolean, of shape ``event_shape``.
 
-    ``"half"`` keeps the first half, ``"alternating"`` every other one beginning with the second, ``"random"`` a random
-    half; a boolean mask is taken as given.  With one dimension nothing is kept: the coupling is then elementwise.
+    ``"half"`` keeps the first half, ``"alternating"`` every other dimension from the second on, ``"random"`` a random
+    half; a single dimension is moved.
     """
     size = event_shape.numel()
     if isinstance(mask, str):
@@ -50,17 +50,17 @@ def coupling_mask(event_shape: Size, mask: Mask) -> Tensor:
 
 
 class _Parting(NamedTuple):
-    """Which dimensions a coupling keeps, and how its network sees them: angles by cosine and sine."""
+    """The dimensions that a coupling keeps, and its network's view of them."""
 
-    layout: str  # where the kept dimensions are: "first", "last", "even", "odd" or "scattered"
-    kept_at: Tensor  # indices of the kept dimensions,
-    moved_at: Tensor  # and of the others
-    undo: Tensor  # where each dimension stands among the kept ones followed by the others
-    angular: Tensor | None  # which of the kept dimensions are angles, if any is
+    layout: str  # places of the kept dimensions: "first", "last", "even", "odd" or "scattered"
+    kept_at: Tensor  # indices of the kept dimensions
+    moved_at: Tensor
+    undo: Tensor  # each dimension's place among the kept ones followed by the others
+    angular: Tensor | None  # the angles among the kept dimensions
     all_angles: bool
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The kept and the other dimensions."""
+        """Returns the kept and the other dimensions."""
         kept, moved = self.kept_at.shape[0], self.moved_at.shape[0]
         if self.layout == "first":
             return x.narrow(-1, 0, kept), x.narrow(-1, kept, moved)
@@ -81,7 +81,7 @@ class _Parting(NamedTuple):
         return flat.index_select(-1, self.undo) if self.layout == "scattered" else flat
 
     def features(self, kept: Tensor) -> Tensor:
-        """What the network sees of the kept dimensions."""
+        """The network's input: angles by cosine and sine."""
         if self.angular is None:
             return kept
         if self.all_angles:
@@ -93,26 +93,25 @@ class _Parting(NamedTuple):
 class Coupling(FlowTransform):
     r"""Moves some dimensions by univariate maps whose parameters depend on the others.
 
-    :math:`y_k = x_k` for the kept dimensions, :math:`y_m = u(x_m; p(x_k, c))` for the moved ones.
-
-    The Jacobian is triangular and :math:`\log|\det| = \sum_m \log u'`; the inverse is
-    :math:`x_m = u^{-1}(y_m; p(y_k, c))`.  Each direction costs one pass of a dense network.
+    :math:`y_k = x_k` for the kept dimensions, :math:`y_m = u(x_m; p(x_k, c))` for the moved ones, with a triangular
+    Jacobian, :math:`\log|\det| = \sum_m \log u'` and the inverse :math:`x_m = u^{-1}(y_m; p(y_k, c))`.  Each direction
+    costs one pass of a dense network.
 
     Args:
         event_shape: an ``input_dim`` or the shape of one event.
         univariate: the family of scalar maps; ``Affine()`` for RealNVP, ``Shift()`` for NICE.
-        mask: which dimensions to keep: ``"half"``, ``"alternating"``, ``"random"`` (drawn once, saved in the
-            ``state_dict``) or a boolean mask of shape ``event_shape``, true where kept.
-        flip: whether to move what ``mask`` keeps and keep the rest.
-        periodic: boolean, shape ``event_shape``, true where a dimension is an angle; by default all are if the
-            univariate is periodic, else none.  The conditioner sees angles by cosine and sine.
-        save_mask: whether the mask is part of the ``state_dict``; by default if it was drawn here.
+        mask: the dimensions to keep: ``"half"``, ``"alternating"``, ``"random"`` (drawn once, saved in the
+            ``state_dict``) or boolean, of shape ``event_shape``.
+        flip: whether to move the dimensions in ``mask`` and keep the rest.
+        periodic: boolean, shape ``event_shape``, true for angles; by default all if the univariate is periodic, else
+            none.  The conditioner sees angles by cosine and sine.
+        save_mask: whether the ``state_dict`` has the mask; by default if it was drawn here.
         context_dim: size of the context, 0 for none.
-        hidden_dims, residual, activation: of the conditioner, an :class:`~pyro_flows.nets.MLP`.
+        hidden_dims, residual, activation: options of the conditioner, an :class:`~pyro_flows.nets.MLP`.
 
     Raises:
-        ValueError: for a mask of another shape, or one that keeps all or nothing (with more than one dimension); for a
-            periodic univariate that would move anything but angles, or another one that would move an angle.
+        ValueError: for a mask of another shape or, with several dimensions, one that keeps all or none; if a periodic
+            univariate would move anything but angles, or another one an angle.
 
     References:
         Density estimation using Real NVP (Dinh et al., 2016), arXiv:1605.08803.
@@ -145,7 +144,6 @@ class Coupling(FlowTransform):
             kept = ~kept
         self.num_kept = int(kept.sum())
         saved = isinstance(mask, str) and mask == "random" if save_mask is None else save_mask
-        # Kept dimensions first, then the moved ones.
         self.register_buffer("order", torch.argsort(~kept, stable=True), persistent=saved)
         self.register_buffer("undo", torch.argsort(self.order), persistent=False)
         self.register_buffer("kept_at", self.order[: self.num_kept].clone(), persistent=False)
@@ -163,7 +161,7 @@ class Coupling(FlowTransform):
         )
 
     def _angles(self, periodic: Tensor | Sequence[bool] | None, kept: Tensor) -> int:
-        """Notes which dimensions are angles; returns how many of those are kept."""
+        """Registers the angles; returns how many are kept."""
         if periodic is None:
             angle = torch.full(self.event_shape, self.univariate.periodic)
         else:
@@ -182,7 +180,7 @@ class Coupling(FlowTransform):
         count = int(angle.flatten()[kept].sum())
         if angle.any():
             self.register_buffer("angle", angle, persistent=False)
-            # Of the kept dimensions, in their order.
+            # Indices among the kept dimensions.
             self.register_buffer("angular", torch.nonzero(angle.flatten()[kept]).flatten(), persistent=False)
         self._all_angles = count == self.num_kept and count > 0
         self._some_angles = count > 0
@@ -190,7 +188,7 @@ class Coupling(FlowTransform):
 
     @property
     def periodic(self) -> Tensor | None:
-        """Boolean, shape ``event_shape``: which dimensions are angles; ``None`` if none is."""
+        """Boolean, shape ``event_shape``, true for angles; ``None`` without angles."""
         return self._buffers.get("angle")
 
     def _find_layout(self) -> None:
@@ -216,7 +214,7 @@ class Coupling(FlowTransform):
         batch = value.shape[: value.dim() - dims]
         flat = value if len(batch) == dims == 1 else value.reshape(batch.numel(), self.order.numel())
         if len(flat) > 2 * _ROWS and context is None and not torch.is_grad_enabled() and value.device.type == "cpu":
-            # In pieces that stay in the processor's cache, since nothing of them is kept.
+            # These pieces fit in the processor's cache.
             pieces = [self._rows(rows, batch, None, inverse) for rows in flat.split(_ROWS)]
             moved, ladj = (torch.cat(parts) for parts in zip(*pieces, strict=True))
         else:
@@ -224,7 +222,7 @@ class Coupling(FlowTransform):
         return (moved, ladj) if flat is value else (moved.view(value.shape), ladj.view(batch))
 
     def _rows(self, flat: Tensor, batch: Size, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
-        """:meth:`_move` of a batch in one dimension, ``batch`` before; the univariate sees samples as columns."""
+        """Moves rows flattened from ``batch``; the univariate sees samples as columns."""
         parting = self._parting()
         kept, moved = parting.split(flat)
         features = parting.features(kept)

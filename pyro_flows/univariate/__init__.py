@@ -1,4 +1,4 @@
-"""Families of monotone scalar maps, which couplings and autoregressive transforms apply to each dimension."""
+"""Monotone scalar maps, applied to each dimension by couplings and autoregressive transforms."""
 
 from pyro_flows.univariate.base import Affine, Shift, Univariate
 from pyro_flows.univariate.spline import Spline

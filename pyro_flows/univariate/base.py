@@ -1,9 +1,7 @@
-"""Monotone maps of one number, the pieces that couplings and autoregressive flows apply to each dimension.
+"""Monotone maps of one number.
 
-A univariate maps ``(x, params)`` to ``(y, ladj)`` and back, elementwise; ``params`` has the shape of ``x`` with a last
-axis of ``num_params``.  Its fast methods take that axis first, so that each parameter is contiguous.  All-zero
-parameters give the identity, so that a conditioner whose last layer is zero makes a flow start there.  A univariate
-holds no tensors: what it needs comes in, on the device and in the dtype of ``x``.
+A univariate maps ``(x, params)`` to ``(y, ladj)`` and back, elementwise; ``params`` has the shape of ``x`` and a last
+axis of ``num_params``.  All-zero parameters give the identity.  A univariate holds no tensors.
 """
 
 from __future__ import annotations
@@ -30,43 +28,39 @@ def soft_clip(value: Tensor, bound: float) -> Tensor:
 
 @functools.cache
 def number(value: float, dtype: torch.dtype) -> Tensor:
-    """A tensor of no dimension: products with one cost half as much as with a Python number.
-
-    For eager calls; what may be traced too takes :func:`numbers`.
-    """
+    """A zero-dimensional tensor for eager calls: products with it cost half as much as with a Python number."""
     with lasting():
         return torch.tensor(value, dtype=dtype, device="cpu")
 
 
 def numbers(dtype: torch.dtype) -> Callable[[float], Tensor]:
-    """:func:`number` of one dtype, and where tensors are traced in place of it one that is traced with them."""
+    """Returns :func:`number` of one dtype, or under tracing a function that makes a traced tensor."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return partial(torch.tensor, dtype=dtype, device="cpu")
     return lambda value: number(value, dtype)
 
 
 class Univariate:
-    """Abstract base: a family of increasing bijections of the line with ``num_params`` parameters each."""
+    """Abstract base of families of increasing bijections of the line, each with ``num_params`` parameters."""
 
     num_params: int
-    periodic = False  # whether it maps angles to angles, modulo 2 pi
-    half_precision = True  # whether float16 and bfloat16 are enough for it
+    periodic = False  # whether it maps angles, modulo 2 pi
+    half_precision = True  # whether float16 and bfloat16 are enough
 
     def forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
-        """``(y, log dy/dx)``, both of the shape of ``x``; ``params``: shape ``(*x.shape, num_params)``."""
+        """Returns ``(y, log dy/dx)``, each shaped like ``x``; ``params``: shape ``(*x.shape, num_params)``."""
         raise TypeError(f"{type(self).__name__} must define forward(x, params) -> (y, ladj)")
 
     def inverse(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
-        """``(x, log dx/dy)``, both of the shape of ``y``."""
+        """Returns ``(x, log dx/dy)``, each shaped like ``y``."""
         raise TypeError(f"{type(self).__name__} must define inverse(y, params) -> (x, ladj)")
 
-    # Below, the parameter axis comes first, and ``inverse`` chooses the direction from ``z`` to ``x``.
+    # Below, z is mapped to x, and the parameter axis comes first, so that each parameter is contiguous.
 
     def solver(self, inverse: bool, z: Tensor, params: Tensor, x: Tensor, ladj: Tensor) -> list[Callable[[], object]]:
-        """Calls that map ``z`` to ``x`` and ``ladj`` in place, each time from what the buffers then hold.
+        """Calls of the sweep that map ``z`` to ``x`` and ``ladj`` in place, from the buffers' present values.
 
-        The sweep runs them once a dimension.  ``z`` may be overwritten, ``params`` may not.  Override only where fewer
-        or cheaper calls can do it.
+        They may overwrite ``z``, not ``params``.  Override this where fewer or cheaper calls suffice.
         """
 
         def solve() -> None:
@@ -77,26 +71,26 @@ class Univariate:
         return [solve]
 
     def run(self, inverse: bool, z: Tensor, params: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """``(x, ladj, kept)``, where :meth:`pull` needs ``kept`` beside ``z``, ``x`` and ``ladj``.
+        """Returns ``(x, ladj, kept)``; :meth:`pull` needs ``kept``.
 
-        Override the two together, and only where hand-made arithmetic is cheaper than the plain one.
+        Override both, and only where this is cheaper than plain autograd.
         """
         return *self.plain(inverse, z, params), (params,)
 
     def pull(
         self, inverse: bool, z: Tensor, x: Tensor, ladj: Tensor, kept: Sequence[Tensor], grad: Tensor, grad_ladj: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Gradients with respect to ``(z, params)``, given those with respect to ``(x, ladj)``; new tensors."""
+        """Returns new tensors: the gradients with respect to ``(z, params)``, from those for ``(x, ladj)``."""
         return torch.func.vjp(partial(self.plain, inverse), z, *kept)[1]((grad, grad_ladj.expand_as(ladj)))
 
     def plain(self, inverse: bool, z: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
-        """``(x, ladj)`` by operations that can be differentiated and traced."""
+        """Returns ``(x, ladj)`` by differentiable, traceable operations."""
         return (self.inverse if inverse else self.forward)(z, params.movedim(0, -1))
 
     def partials(
         self, inverse: bool, z: Tensor, params: Tensor, x: Tensor, ladj: Tensor, weight: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """``(dx/dz, dx/dparams, weight dladj/dz, weight dladj/dparams)``, elementwise, for the sweep's gradient."""
+        """Returns ``(dx/dz, dx/dparams, weight dladj/dz, weight dladj/dparams)``, elementwise."""
         one, none, weight = torch.ones_like(x), torch.zeros_like(x), weight.expand_as(x)
         if self._by_hand and plain_eager():
             pull = partial(self.pull, inverse, z, x, ladj, self.run(inverse, z, params)[2])
@@ -113,7 +107,7 @@ class Univariate:
         remembered(cls)
 
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """What it is made of; see ``pyro_flows.core.recipes``."""
+        """Positional and keyword arguments that make an equal object."""
         return (), options_of(self)
 
     def __eq__(self, other: object) -> bool:
@@ -127,7 +121,7 @@ class Univariate:
 
 
 class Shift(Univariate):
-    r""":math:`y = x + m`; the additive map of NICE, with unit Jacobian.
+    r"""The additive map :math:`y = x + m`, with unit Jacobian.
 
     References:
         NICE: Non-linear Independent Components Estimation (Dinh et al., 2014), arXiv:1410.8516.
@@ -148,15 +142,13 @@ class Shift(Univariate):
 
 
 class Affine(Univariate):
-    r""":math:`y = x\,e^{s} + g m` with parameters :math:`(m, a)` and :math:`s = c \tanh(g a / c)`.
+    r"""The affine map :math:`y = x\,e^{s} + g m` with parameters :math:`(m, a)` and :math:`s = c \tanh(g a / c)`.
 
-    The log-scale is the identity in :math:`g a` near zero and stays in :math:`(-c, c)`; unlike a hard clamp it leaves
-    gradients of the log-determinant right everywhere.
+    Unlike a hard clamp, the smooth bound leaves gradients of the log-determinant right everywhere.
 
     Args:
         max_log_scale: the bound :math:`c` on the absolute log-scale.
-        gain: the factor :math:`g` on both parameters.  A step of Adam moves every weight of a network by the step size,
-            and so its outputs by that times the number of units: a gain below 1 makes the flow move less.
+        gain: the factor :math:`g` on both parameters; below 1, an optimizer's steps move the flow less.
 
     References:
         Density estimation using Real NVP (Dinh et al., 2016), arXiv:1605.08803.

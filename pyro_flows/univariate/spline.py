@@ -1,8 +1,7 @@
-"""Monotone rational-quadratic splines: the scalar map of neural spline flows.
+"""Monotone rational-quadratic splines.
 
-Everything here is branch-free, and every quotient has a denominator that is a sum of positive terms, so that values
-and gradients stay finite in single precision wherever the input lies.  Parameters are handled one row each, all inputs
-along the columns: choosing a bin, the costly part, then runs over contiguous memory.
+Every denominator is a sum of positive terms, so values and gradients stay finite in single precision for any input.
+Parameters are rows and inputs columns, so the costly choice of a bin runs over contiguous memory.
 """
 
 from __future__ import annotations
@@ -24,20 +23,20 @@ __all__ = ["Spline"]
 
 _Number = Callable[[float], Tensor]
 
-_RANGE = math.log(1e3)  # of a bin's size relative to another's, and of a slope relative to one
+_RANGE = math.log(1e3)  # bounds the ratio of two bins, and a slope
 
 
 _BOUNDARIES = ("linear", "identity", "circular")
 
 
-_PIECE = 2**14  # inputs at a time: what stays in a processor's cache
+_PIECE = 2**14  # inputs that fit in a processor's cache
 
 
-_KEPT = 13  # tensors that a gradient needs, and one more where the line goes on
+_KEPT = 13  # tensors for a gradient; one more unless circular
 
 
 class _Bin(NamedTuple):
-    """The bin of each input on the unit square, shape ``(columns,)`` each, and what its gradient needs."""
+    """The bin of each input on the unit square, shape ``(columns,)`` each; ``kept`` is for the gradient."""
 
     left: Tensor
     width: Tensor
@@ -52,23 +51,23 @@ class Spline(Univariate):
     r"""Rational-quadratic spline through :math:`K + 1` knots, increasing, with a continuous derivative.
 
     Knots :math:`(x_k, y_k)` divide the square :math:`[-B, B]^2` into bins of widths and heights
-    :math:`\propto e^{c(a)}`; at the knots the slopes are :math:`\delta_k = e^{c(b_k)}`, with a smooth clip :math:`c`
-    that keeps the ratio of two bins and a slope within :math:`10^{\pm 3}`.  With :math:`s_k` the mean slope of a bin
-    and :math:`\xi = (x - x_k) / (x_{k+1} - x_k)`,
+    :math:`\propto e^{c(a)}`, with slopes :math:`\delta_k = e^{c(b_k)}` at the knots.  A smooth clip :math:`c` keeps
+    slopes and ratios of bins within :math:`10^{\pm 3}`.  With a bin's mean slope :math:`s_k` and
+    :math:`\xi = (x - x_k) / (x_{k+1} - x_k)`,
 
     .. math::
         y = y_k + (y_{k+1} - y_k)
             \frac{s_k \xi^2 + \delta_k \xi (1 - \xi)}{s_k + (\delta_k + \delta_{k+1} - 2 s_k)\, \xi (1 - \xi)},
 
-    and the inverse is the root of a quadratic equation.  All-zero parameters give the identity.  Each direction is
-    elementwise, some forty operations; the gradient is in closed form.
+    and the inverse solves a quadratic equation.  All-zero parameters give the identity.  Each direction takes some
+    forty elementwise operations.
 
     Args:
         bins: the number :math:`K` of bins, at least 2.
         bound: half the side :math:`B` of the square.
-        boundary: what lies beyond it.  ``"linear"``: the spline goes on as a straight line with the slope of its last
-            knot, which is learned; ``"identity"``: :math:`y = x`, as in the paper; ``"circular"``: inputs are angles,
-            taken modulo :math:`2\pi`, the bound is :math:`\pi`, both ends have one slope, and a rotation follows.
+        boundary: the map beyond the square.  ``"linear"``: a line with the last knot's learned slope;
+            ``"identity"``: :math:`y = x`, as in the paper; ``"circular"``: inputs are angles modulo :math:`2\pi`,
+            :math:`B = \pi`, both ends share one slope, and a rotation follows.
 
     Raises:
         ValueError: for fewer than two bins, a bound that is not positive, or an unknown boundary.
@@ -96,7 +95,7 @@ class Spline(Univariate):
 
     @property
     def num_params(self) -> int:  # type: ignore[override]  # bins and boundary say it
-        """Widths, heights, slopes, and with a circular boundary a rotation."""
+        """Number of widths, heights and slopes, and one rotation if circular."""
         return (
             2 * self.bins
             + {"linear": self.bins + 1, "identity": self.bins - 1, "circular": self.bins + 1}[self.boundary]
@@ -147,7 +146,7 @@ class Spline(Univariate):
             by_z, by_params = torch.cat([p[0] for p in pieces]), torch.cat([p[1] for p in pieces], 1)
         return by_z.view(grad.shape), by_params.view(self.num_params, *grad.shape)
 
-    # Mathematics, on inputs of shape (columns,) and parameters of shape (num_params, columns).
+    # Below, inputs have shape (columns,) and parameters (num_params, columns).
 
     def _run(self, inverse: bool, z: Tensor, params: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         number = numbers(z.dtype)
@@ -193,7 +192,7 @@ class Spline(Univariate):
         return _Bin(left, width, bottom, height, slope0, slope1, (bend, sizes, total, index, slope_bend))
 
     def _ends(self, index: Tensor) -> Tensor:
-        """Which slopes belong to the two ends of a bin, shape ``(2, columns)``."""
+        """Indices of the slopes at a bin's two ends, shape ``(2, columns)``."""
         if self.boundary == "linear":
             return torch.stack((index, index + 1))
         if self.boundary == "circular":
@@ -201,7 +200,7 @@ class Spline(Univariate):
         return torch.stack(((index - 1).clamp(min=0), index.clamp(max=self.bins - 2)))
 
     def _inner(self, index: Tensor) -> Tensor:
-        """Whether these knots lie inside the square."""
+        """Whether a bin's two knots lie inside the square."""
         return torch.stack((index > 0, index < self.bins - 1))
 
     def _pull(self, inverse: bool, kept: Sequence[Tensor], grad: Tensor, grad_ladj: Tensor) -> tuple[Tensor, Tensor]:
@@ -219,11 +218,11 @@ class Spline(Univariate):
         ratio = top / den
         grad_unit = grad * side
         by_log = -grad_ladj if inverse else grad_ladj
-        if not circular:  # the line beyond the last knot has the slope of that
+        if not circular:
             beyond = tail[0]
             outside = grad_unit * beyond
             by_log = torch.addcdiv(by_log, outside, m, value=-1) if inverse else torch.addcmul(by_log, outside, m)
-        # The logarithm of the slope after everything it depends on.
+        # Gradient of the log-slope.
         v, k = by_log * two / den, by_log / torch.addcmul(xi * b, om, a)
         turn = om - xi
         log_xi = two * k * (torch.addcmul(p1, s, turn) - p0) - v * (d0 + d1 - two * s) * turn
@@ -250,7 +249,7 @@ class Spline(Univariate):
             by_z = by_left / -side
             if not circular:
                 by_z = torch.where(beyond == 0, by_z, grad * m)
-        # To the parameters.
+        # Gradient with respect to the parameters.
         count, columns = self.bins, xi.shape[0]
         out = torch.empty(self.num_params, columns, dtype=xi.dtype, device=xi.device)
         by_ends = torch.stack((by_left, by_bottom)) / total
@@ -272,20 +271,20 @@ class Spline(Univariate):
 
 
 def _soft_sign(value: Tensor, bound: float, number: _Number) -> tuple[Tensor, Tensor]:
-    r"""``(t, value / t)`` with :math:`t = 1 + |a| / c`: a smooth clip to ``(-bound, bound)`` without saturation."""
+    r"""Returns ``(t, value / t)`` with :math:`t = 1 + |a| / c`, a smooth clip to ``(-bound, bound)``."""
     bend = torch.add(number(1.0), value.abs(), alpha=1.0 / bound)
     return bend, torch.div(value, bend)
 
 
 def _to_end(share: Tensor, beyond: Tensor | None, number: _Number) -> Tensor:
-    """A share of a bin, within bounds; for inputs beyond the square exactly 0 or 1, since their line goes far."""
+    """Clamps a share of a bin, beyond the square to exactly 0 or 1."""
     if beyond is not None:
         share = torch.addcmul(share, beyond.detach(), number(1e15))
     return share.clamp(0.0, 1.0)
 
 
 def _bend(value: Tensor, beyond: Tensor | None, part: _Bin, number: _Number) -> tuple[Tensor, Tensor, Tensor]:
-    """The spline at a point of the unit interval: its value, where in the bin the point lies, and the slope."""
+    """Returns value, share ``xi`` of the bin, and slope at a point of the unit interval."""
     left, width, bottom, height, d0, d1, _ = part
     xi = _to_end((value - left) / width, beyond, number)
     ratio, slope = _quotient(xi, height / width, d0, d1, number(1.0))
@@ -293,7 +292,7 @@ def _bend(value: Tensor, beyond: Tensor | None, part: _Bin, number: _Number) -> 
 
 
 def _quotient(xi: Tensor, s: Tensor, d0: Tensor, d1: Tensor, one: Tensor) -> tuple[Tensor, Tensor]:
-    """Where in its height, and with which slope, a spline passes through a bin; sums of positive terms throughout."""
+    """Returns the share of the height and the slope at the share ``xi`` of the width."""
     om = one - xi
     a, b = torch.addcmul(d0 * om, s, xi), torch.addcmul(d1 * xi, s, om)
     top = xi * a
@@ -303,13 +302,12 @@ def _quotient(xi: Tensor, s: Tensor, d0: Tensor, d1: Tensor, one: Tensor) -> tup
 
 
 def _unbend(value: Tensor, beyond: Tensor | None, part: _Bin, number: _Number) -> tuple[Tensor, Tensor, Tensor]:
-    """The inverse of :func:`_bend`, with the slope of that."""
+    """Inverts :func:`_bend`; the slope is that function's."""
     left, width, bottom, height, d0, d1, _ = part
     one, two = number(1.0), number(2.0)
     s = height / width
     eta = ((value - bottom) / height).clamp(0.0, 1.0)
-    # Of the two forms of the root, the one from whose end of the bin no digits cancel; the discriminant is then a sum
-    # of positive terms too.
+    # The form of the root without cancellation; its discriminant is a sum of positive terms.
     rest = one - eta
     twice = two * s
     b = torch.addcmul(d0 * rest, twice - d1, eta)
@@ -324,7 +322,7 @@ def _unbend(value: Tensor, beyond: Tensor | None, part: _Bin, number: _Number) -
 
 
 class _Move(GradientByHand):
-    """A spline with its gradient in closed form."""
+    """A spline with a closed-form gradient."""
 
     @staticmethod
     def forward(ctx: Any, spline: Spline, inverse: bool, z: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
