@@ -1,4 +1,4 @@
-"""The builder of continuous-time flows, of vectors, images and series."""
+"""The builder of continuous-time flows."""
 
 from __future__ import annotations
 
@@ -54,30 +54,28 @@ def cnf(  # noqa: D417 -- the class documents the other options
     Args:
         event_shape: an ``input_dim`` or the shape of one event; ``(C, H, W)`` or ``(C, T)`` for ``field="conv"``.
         context_dim: size of the context, 0 for none.
-        hidden_dims: widths of the field's hidden layers; two of ``4 * input_dim``, at least 64 and at most 512, by
-            default (FFJORD: three of 64 for toy data, two or three of some 10 per dimension for tables), or two of 32
+        hidden_dims: widths of the field's hidden layers; by default two of ``4 * input_dim``, at least 64 and at most
+            512 (FFJORD: three of 64 for toy data, two or three of some 10 per dimension for tables), or two of 32
             channels for ``"conv"``.  With up to two, ``"mlp"`` and ``"concatsquash"`` have a cheap exact divergence.
         field: ``"concatsquash"`` (FFJORD), ``"mlp"``, ``"conv"``, or a module, as for ``Continuous``.
         time_dependent: whether the package's own fields depend on time.
-        activation: of the package's own fields: ``"tanh"``, ``"softplus"``, ``"silu"`` or a smooth elementwise
-            function (FFJORD: softplus or tanh).
+        activation: activation of the package's own fields: ``"tanh"``, ``"softplus"``, ``"silu"`` or a smooth
+            elementwise function (FFJORD: softplus or tanh).
         divergence, noise, num_probes, scoring, solver, rtol, atol, solver_steps, gradient, per_row, kinetic, jacobian:
             as in :class:`~pyro_flows.transforms.Continuous`.  The papers use an implicit Adams solver and the adjoint
-            (Chen et al.), Hutchinson's estimate with one probe of either noise, dopri5 at 1e-5 and the adjoint
-            (FFJORD), and rk4 with 4 steps and both penalties at 0.01 (RNODE: Finlay et al.).
+            (Chen et al.); Hutchinson's estimate with one probe of either noise, dopri5 at 1e-5 and the adjoint
+            (FFJORD); rk4 with 4 steps and both penalties at 0.01 (RNODE: Finlay et al.).
 
-    The papers' flows have a learned end time, or several fields in sequence; here the field's scale makes up for the
-    former, and a :class:`~pyro_flows.core.chain.Chain` of several flows is the latter.
+    The papers' flows learn the end time or stack several fields.  Here the field's scale replaces the former, and a
+    :class:`~pyro_flows.core.chain.Chain` of flows is the latter.
 
     Raises:
         ValueError, TypeError: for options and fields, as in :class:`~pyro_flows.transforms.Continuous`.
 
     References:
         Neural Ordinary Differential Equations (Chen et al., 2018), arXiv:1806.07366.
-        FFJORD: Free-form Continuous Dynamics for Scalable Reversible Generative Models (Grathwohl et al., 2019),
-        arXiv:1810.01367.
-        How to train your neural ODE: the world of Jacobian and kinetic regularization (Finlay et al., 2020),
-        arXiv:2002.02798.
+        FFJORD (Grathwohl et al., 2019), arXiv:1810.01367.
+        How to train your neural ODE (Finlay et al., 2020), arXiv:2002.02798.
     """
     event = event_size(event_shape)
     if isinstance(field, str):

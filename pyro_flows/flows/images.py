@@ -35,13 +35,13 @@ def _squeezes(builder: str, event: Size, wanted: int | None, least: int) -> int:
 
 
 def _squeezed(shape: Size, parts: Iterable[FlowTransform]) -> list[FlowTransform]:
-    """Parts of the squeezed image, with the squeeze and its inverse around them."""
+    """Parts of the squeezed image, between the squeeze and its inverse."""
     squeeze = Squeeze(shape)
     return [Squeeze(shape).inv, *parts, squeeze]
 
 
 def _half(shape: Size) -> tuple[Size, Size]:
-    """The squeezed shape, and the half of it that goes on after a split."""
+    """The squeezed shape, and its half that goes on after a split."""
     channels, *sides = Squeeze(shape).event_shape
     return Size((channels, *sides)), Size((channels // 2, *sides))
 
@@ -64,13 +64,15 @@ def multiscale_realnvp(
     From data to base, each scale has ``num_couplings`` couplings with alternating checkerboard masks, a squeeze, as
     many with alternating channel masks, and a split: half of the channels are Gaussian given the others, which go on to
     the next scale.  The last scale has ``num_couplings + 1`` checkerboards.  Squeezes are undone on the base side.
-    Each direction costs a pass of a convolutional network for each coupling and split.  A fresh flow is the identity.
+    Each direction costs one pass of a convolutional network per coupling and split.  A fresh flow is the identity.
+
+    The paper's networks have batch normalization, and its splits are standard normals.
 
     Args:
         event_shape: ``(C, H, W)`` or ``(C, T)``.
         context_dim: size of the context, 0 for none.
-        num_scales: one more than there are squeezes; by default as many as leave the coarsest scale a side of 4 or
-            more: 2 for 8 x 8, 3 for 28 x 28, and 4 for 32 x 32 (paper: down to 4 x 4).
+        num_scales: one more than the squeezes; by default the most with coarsest sides of 4 or more: 2 for 8 x 8, 3 for
+            28 x 28, 4 for 32 x 32 (paper: down to 4 x 4).
         num_couplings: number of checkerboards, and of channel couplings, of each scale (paper: 3).
         hidden_channels: width of the finest networks, doubled by each squeeze (paper: 64 for CIFAR-10, else 32).
         num_blocks: residual blocks of each network (paper: 8 for CIFAR-10, 4 for other images of 32 x 32, 2 for 64 x
@@ -82,9 +84,6 @@ def multiscale_realnvp(
 
     Raises:
         ValueError: if the event is no image or series, or cannot be squeezed that often.
-
-    Unlike the paper's, the networks have no batch normalization, so the density of an image does not depend on its
-    batch.  The paper's split has a standard normal, not one given the other half.
 
     References:
         Density estimation using Real NVP (Dinh et al., 2016), section 3.6, arXiv:1605.08803.
@@ -101,7 +100,6 @@ def multiscale_realnvp(
         more = {"hidden_channels": width << level, "num_blocks": num_blocks, **options}
         if mask == "checkerboard" and shape[1:].numel() == 1 and shape[0] > 1:
             mask = "channels"  # one place only
-        # From data to base the first of them moves what a plain mask moves.
         return [ConvCoupling(shape, family, mask=mask, flip=k % 2 == 1, **more) for k in reversed(range(number))]
 
     def scale(shape: Size, level: int) -> list[FlowTransform]:
@@ -134,23 +132,23 @@ def glow(
 
     From data to base, each scale has a squeeze, ``num_layers`` layers (:class:`~pyro_flows.transforms.ActNorm`,
     :class:`~pyro_flows.transforms.Conv1x1`, :class:`~pyro_flows.transforms.ConvCoupling` of half of the channels), and,
-    but for the last scale, a split: half of the channels are Gaussian given the others, which go on to the next scale.
-    Squeezes are undone on the base side.  Each direction costs a pass of a network for each layer and split.
+    except for the last, a split: half of the channels are Gaussian given the others, which go on.  Squeezes are undone
+    on the base side.  Each direction costs one pass of a network per layer and split.
 
-    A fresh flow is a product of rotations, or the identity to rounding with ``start="identity"``, until its first batch
-    in training mode sets the normalization.
+    Until its first batch in training mode sets the normalization, a flow is a product of rotations, or with
+    ``start="identity"`` the identity, to rounding.
 
     Args:
         event_shape: ``(C, H, W)`` or ``(C, T)``.
         context_dim: size of the context, 0 for none; couplings and splits see it.
-        num_scales: number of scales, each with a squeeze; by default as many as leave the coarsest scale a side of 4 or
-            more, and at least two where sides allow it: 2 for 8 x 8 and 28 x 28, and 3 for 32 x 32 (paper: 3).
+        num_scales: number of scales, each with a squeeze; by default the most with coarsest sides of 4 or more, and at
+            least two where sides allow it: 2 for 8 x 8 and 28 x 28, 3 for 32 x 32 (paper: :math:`L = 3`).
         num_layers: number of layers of each scale (paper: :math:`K = 32`, and 48 for ImageNet).
         hidden_channels: width of the networks (paper: 512).
         num_blocks: residual blocks of each network (paper: three convolutions, of 3, 1 and 3, without residual blocks).
         kernel_size: of the networks (paper: 3).
         activation: of the networks (paper: ReLU).
-        max_log_scale: bound of the smooth clip on log-scales (paper: a sigmoid in place of the exponential).
+        max_log_scale: bound of the smooth clip on log-scales (paper: a sigmoid).
         univariate: another family of scalar maps for the couplings.
         start: of the 1x1 convolutions: ``"rotation"`` (paper), ``"permutation"`` or ``"identity"``.
 

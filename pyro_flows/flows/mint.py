@@ -16,7 +16,7 @@ from pyro_flows.transforms import ActNorm, Mint, Split, Squeeze
 
 __all__ = ["MINTNET_CONFIGURATIONS", "mintnet"]
 
-#: The networks of the paper by data set, as options of ``mintnet``; ImageNet of 32 x 32.
+#: The paper's networks by data set, as options of ``mintnet``.
 MINTNET_CONFIGURATIONS = MappingProxyType(
     {
         "mnist": MappingProxyType({"num_layers": 20, "num_groups": 45, "squeeze": 2}),
@@ -54,32 +54,32 @@ def mintnet(  # noqa: D417 -- the class documents the other options
     """MintNet: pairs of :class:`~pyro_flows.transforms.Mint` layers, monotone maps by masked convolutions.
 
     From data to base, the first layer of each pair makes a coordinate depend on those before it, the second on those
-    after it; the log-determinant is exact.  Density costs two passes for each pair.  Sampling is exact too: it solves
-    two triangular systems for each pair, each by about as many passes as its longest chain of dependencies, or fewer.
-    Squeezes are undone on the base side.  A fresh flow is near the identity.
+    after it; the log-determinant is exact.  Density costs two passes per pair.  Sampling is exact and solves two
+    triangular systems per pair, each by about as many passes as its longest chain of dependencies, or fewer.  Squeezes
+    are undone on the base side.  A fresh flow is near the identity.
 
-    The paper's networks are ``mintnet((3, 32, 32), **MINTNET_CONFIGURATIONS["cifar10"])`` and so on, with
-    ``from pyro_flows.flows import MINTNET_CONFIGURATIONS``.
+    The paper's networks are ``mintnet((3, 32, 32), **MINTNET_CONFIGURATIONS["cifar10"])`` and so on, with ``from
+    pyro_flows.flows import MINTNET_CONFIGURATIONS``.
 
     Args:
         event_shape: ``(C, H, W)`` or ``(C, T)``.
-        context_dim: size of the context, 0 for none; every layer sees it.
+        context_dim: size of the context, 0 for none.
         num_layers: number of pairs (paper: 20 for MNIST, 21 for CIFAR-10 and ImageNet32).
-        num_groups: hidden maps for each channel, reduced after a squeeze as channels grow, or given for each stage, one
-            more than there are squeezes (paper: 45 for MNIST, 85 for CIFAR-10).
-        squeeze: number of squeezes, spread evenly over the pairs (paper: 2, after a third and two thirds of them).
+        num_groups: hidden maps per channel, reduced by squeezes as channels grow, or one number for each stage between
+            squeezes (paper: 45 for MNIST, 85 for CIFAR-10).
+        squeeze: number of squeezes, spread evenly over the pairs (paper: 2).
         split: whether half of the channels leave after each squeeze, Gaussian given the others (paper: no).
         act_norm: whether each pair has an :class:`~pyro_flows.transforms.ActNorm` on its data side (paper: no).
-        one_sided: whether all layers have the orientation of the first: then the whole flow is triangular, and gives
-            the density of each coordinate given those before it; needs ``squeeze=0``.
+        one_sided: whether all layers have the first one's orientation, so that the flow is triangular and gives the
+            density of each coordinate given those before it; needs ``squeeze=0``.
         causal: for series ``(C, T)``: all layers go by time, with parameters that all times share, so the flow
-            continues beyond ``T``, see :class:`~pyro_flows.infer.Stream`.  It implies ``one_sided=True``,
+            continues beyond ``T``, see :class:`~pyro_flows.infer.Stream`.  Implies ``one_sided=True``,
             ``order="position"`` and ``shared_scale=True``.
         dilations: distances of the convolutions' taps, for the layers in the order in which data meet them, repeated if
-            there are more layers; by default 1, or 1, 2, 4, 8 if ``causal``.  A causal chain looks ``reach`` steps
-            back, three halves of ``kernel_size - 1`` times the sum of the layers' dilations.
-        kernel_size, order, hidden_dims, activation, min_slope: as in :class:`~pyro_flows.transforms.Mint` (paper:
-            kernels of 3, order by channel, ELU, a least slope of 1e-12).
+            need be; by default 1, or 1, 2, 4, 8 if ``causal``.  A causal chain looks ``reach`` steps back, three halves
+            of ``kernel_size - 1`` times the sum of the layers' dilations.
+        kernel_size, order, hidden_dims, activation, min_slope: as in :class:`~pyro_flows.transforms.Mint` (paper: 3, by
+            channel, ELU, 1e-12).
         attention, head_dim, window, shared_scale: as in ``Mint`` (paper: no attention).
         tolerance, max_sweeps, on_fail: as in ``Mint``.
 
@@ -121,7 +121,7 @@ def mintnet(  # noqa: D417 -- the class documents the other options
     }
 
     def pair(shape: Size, width: int, before: int) -> list[FlowTransform]:
-        # From base to data: the layer that data meet first comes last.
+        # The layer that data meet first comes last.
         layers = [
             Mint(
                 shape,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from pyro_flows.core.chain import Chain
-from pyro_flows.core.checks import event_size, positive_integers
+from pyro_flows.core.checks import event_size, integer
 from pyro_flows.nets.activations import Activation
 from pyro_flows.transforms import ActNorm, CausalAutoregressive
 from pyro_flows.univariate.base import Affine, Univariate
@@ -58,9 +58,9 @@ def causal_maf(
         Masked Autoregressive Flow for Density Estimation (Papamakarios et al., 2017), arXiv:1705.07057.
         WaveNet: A Generative Model for Raw Audio (van den Oord et al., 2016), arXiv:1609.03499.
     """
-    (count,) = positive_integers("causal_maf", "num_layers", num_layers)
+    integer("causal_maf", "num_layers", num_layers)
     event, parts = event_size(event_shape), []
-    for _ in range(count):
+    for _ in range(num_layers):
         layer = CausalAutoregressive(
             event,
             Affine(max_log_scale) if univariate is None else univariate,

@@ -6,12 +6,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyro_flows.core.chain import Chain
-from pyro_flows.core.checks import event_size
+from pyro_flows.core.checks import choice, event_size, integer
 from pyro_flows.nets.activations import Activation
 from pyro_flows.transforms import Autoregressive, Coupling, Rescaling
 from pyro_flows.transforms.coupling import Mask, coupling_mask
@@ -23,12 +24,6 @@ __all__ = ["iaf", "maf", "ncsf", "nice", "nsf", "realnvp"]
 Order = str | Sequence[int] | Tensor
 
 
-def _count(num_layers: int) -> int:
-    if isinstance(num_layers, bool) or not isinstance(num_layers, int) or num_layers < 1:
-        raise ValueError(f"expected num_layers to be an integer >= 1, got {num_layers!r}")
-    return num_layers
-
-
 def _hidden(event_shape: int | Iterable[int], hidden_dims: Sequence[int] | None) -> Sequence[int]:
     if hidden_dims is not None:
         return hidden_dims
@@ -36,12 +31,12 @@ def _hidden(event_shape: int | Iterable[int], hidden_dims: Sequence[int] | None)
 
 
 def _couplings(
-    event_shape: int | Iterable[int], univariate: Univariate, num_layers: int, mask: Mask, **options: object
+    event_shape: int | Iterable[int], univariate: Univariate, num_layers: int, mask: Mask, **options: Any
 ) -> list[Coupling]:
     """Layers in pairs, the second of which moves what the first keeps; a random mask is drawn anew for each pair."""
     layers: list[Coupling] = []
     random = isinstance(mask, str) and mask == "random"
-    for k in range(_count(num_layers)):
+    for k in range(integer("", "num_layers", num_layers)):
         if k % 2 == 0:
             kept = coupling_mask(event_size(event_shape), mask)
         layers.append(Coupling(event_shape, univariate, mask=kept, flip=k % 2 == 1, save_mask=random, **options))
@@ -81,7 +76,7 @@ def nice(
     References:
         NICE: Non-linear Independent Components Estimation (Dinh et al., 2014), arXiv:1410.8516.
     """
-    options = {"context_dim": context_dim, "residual": residual, "activation": activation}
+    options: dict[str, Any] = {"context_dim": context_dim, "residual": residual, "activation": activation}
     hidden = _hidden(input_dim, hidden_dims)
     layers = _couplings(input_dim, Shift(), num_layers, mask, hidden_dims=hidden, **options)
     if rescale:
@@ -124,7 +119,7 @@ def realnvp(
         Density estimation using Real NVP (Dinh et al., 2016), arXiv:1605.08803.
     """
     family = Affine(max_log_scale) if univariate is None else univariate
-    options = {"context_dim": context_dim, "residual": residual, "activation": activation}
+    options: dict[str, Any] = {"context_dim": context_dim, "residual": residual, "activation": activation}
     return Chain(
         _couplings(input_dim, family, num_layers, mask, hidden_dims=_hidden(input_dim, hidden_dims), **options)
     )
@@ -136,10 +131,10 @@ def _autoregressive(
     num_layers: int,
     order: Order,
     adjacency: Tensor | None,
-    **options: object,
+    **options: Any,
 ) -> Chain:
     layers = []
-    for k in range(_count(num_layers)):
+    for k in range(integer("", "num_layers", num_layers)):
         if isinstance(order, str) and order == "alternating":
             each: Order = "identity" if k % 2 == 0 or adjacency is not None else "reverse"
         else:
@@ -188,7 +183,7 @@ def maf(
     References:
         Masked Autoregressive Flow for Density Estimation (Papamakarios et al., 2017), arXiv:1705.07057.
     """
-    options = {"context_dim": context_dim, "residual": residual, "activation": activation}
+    options: dict[str, Any] = {"context_dim": context_dim, "residual": residual, "activation": activation}
     options["univariate"] = Affine(max_log_scale) if univariate is None else univariate
     options["hidden_dims"] = _hidden(input_dim, hidden_dims)
     return _autoregressive(input_dim, "density", num_layers, order, adjacency, **options)
@@ -229,7 +224,7 @@ def iaf(
     References:
         Improved Variational Inference with Inverse Autoregressive Flow (Kingma et al., 2016), arXiv:1606.04934.
     """
-    options = {"context_dim": context_dim, "residual": residual, "activation": activation}
+    options: dict[str, Any] = {"context_dim": context_dim, "residual": residual, "activation": activation}
     options["univariate"] = Affine(max_log_scale) if univariate is None else univariate
     options["hidden_dims"] = _hidden(input_dim, hidden_dims)
     return _autoregressive(input_dim, "sampling", num_layers, order, adjacency, **options)
@@ -281,10 +276,9 @@ def nsf(
     References:
         Neural Spline Flows (Durkan et al., 2019), arXiv:1906.04032.
     """
-    if boundary not in ("linear", "identity"):
-        raise ValueError(f"nsf: expected boundary to be 'linear' or 'identity', got {boundary!r}")
-    hidden = _hidden(input_dim, hidden_dims)
-    options = {"context_dim": context_dim, "residual": residual, "activation": activation, "hidden_dims": hidden}
+    choice("nsf", "boundary", boundary, ("linear", "identity"))
+    options: dict[str, Any] = {"context_dim": context_dim, "residual": residual, "activation": activation}
+    options["hidden_dims"] = _hidden(input_dim, hidden_dims)
     family = Spline(bins, bound, boundary)
     if autoregressive:
         layers = 3 if num_layers is None else num_layers
@@ -334,11 +328,11 @@ def ncsf(
     angle = torch.ones(event, dtype=torch.bool) if periodic is None else torch.as_tensor(periodic).bool().cpu()
     if angle.shape != event:
         raise ValueError(f"ncsf: expected periodic to have shape {tuple(event)}, got {tuple(angle.shape)}")
-    options = {"context_dim": context_dim, "residual": residual, "activation": activation}
+    options: dict[str, Any] = {"context_dim": context_dim, "residual": residual, "activation": activation}
     options |= {"hidden_dims": _hidden(input_dim, hidden_dims), "periodic": angle}
     random = isinstance(mask, str) and mask == "random"
     layers = []
-    for k in range(_count(num_layers)):
+    for k in range(integer("", "num_layers", num_layers)):
         if k % 2 == 0:
             kept = coupling_mask(event, mask)
         moved = kept if k % 2 and event.numel() > 1 else ~kept

@@ -1,4 +1,4 @@
-"""Inference with flows: densities fitted to data, guides fitted to posteriors, and what to think of both."""
+"""Inference with flows: fits densities to data and guides to posteriors, and checks both."""
 
 from pyro_flows.infer.bridge import to_arviz
 from pyro_flows.infer.compression import Codec

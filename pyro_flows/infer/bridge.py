@@ -1,4 +1,4 @@
-"""Draws of a guide in ArviZ's form: the only module that touches ArviZ."""
+"""Draws in ArviZ's form; no other module touches ArviZ."""
 
 from __future__ import annotations
 
@@ -34,33 +34,32 @@ def to_arviz(
 ) -> Any:
     """Makes ArviZ's ``InferenceData`` (ArviZ 0.x) or ``DataTree`` (1.x) of a guide's draws.
 
-    The draws form one chain, for functions such as ``az.summary``, ``az.plot_pair`` and ``az.loo``.  ArviZ gives every
-    draw the same weight, and its effective sample size measures autocorrelation, which these draws lack.  If the
-    weights of a guide matter, export draws resampled by them and leave the weights out.
+    The draws form one chain, for functions such as ``az.summary``, ``az.plot_pair`` and ``az.loo``.  ArviZ weights all
+    draws equally, and its effective sample size measures autocorrelation, which these draws lack.  If importance
+    weights matter, export draws resampled by them, without the weights.
 
-    With log weights, the attributes of the result and of its posterior hold ``khat`` and ``ess`` (a fraction) from
+    With log weights, the attributes of the result and its posterior hold ``khat`` and ``ess`` (a fraction) from
     :func:`~pyro_flows.infer.diagnostics.psis.importance`.
 
-    A slash in the name of a site becomes a dot, as ArviZ 1.x and NetCDF files refuse slashes.
+    A slash in a site's name becomes a dot, as ArviZ 1.x and NetCDF refuse slashes.
 
     Args:
         posterior: draws of each site, shape ``(n, *shape)``, tensors or arrays.
-        log_weights: log importance weights, shape ``(n,)``, in nats; by default the difference of the next two.
-        log_p: log joint density of the draws, stored as the sample statistic ``lp``, shape ``(n,)``.
-        log_q: log density of the guide at the draws, stored as ``log_q``, shape ``(n,)``.
-        posterior_predictive: data simulated at each draw, shape ``(n, *shape)`` a site.
-        log_likelihood: log-likelihood of each observation at each draw, shape ``(n, *shape)`` a data site, for
-            ``az.loo``.
+        log_weights: log importance weights, shape ``(n,)``, in nats; by default ``log_p - log_q``.
+        log_p: log joint density, shape ``(n,)``, stored as the sample statistic ``lp``.
+        log_q: the guide's log density, shape ``(n,)``, stored as ``log_q``.
+        posterior_predictive: simulated data of each site, shape ``(n, *shape)``.
+        log_likelihood: log-likelihood of each observation, shape ``(n, *shape)`` a data site, for ``az.loo``.
         observed_data: the data, by site.
         constant_data: other inputs of the model.
-        dims: names of the dimensions of a site, without chain and draw.
+        dims: names of a site's dimensions, without chain and draw.
         coords: labels along named dimensions.
         attrs: further attributes, numbers or text.
 
     Raises:
         ImportError: without ArviZ.
-        ValueError: if numbers of draws differ, if nothing is given, if a site has the name of a dimension, or if
-            ``dims`` and ``coords`` do not fit the shapes.
+        ValueError: if numbers of draws differ, nothing is given, a site has the name of a dimension, or ``dims`` and
+            ``coords`` do not fit the shapes.
     """
     draws = _groups("posterior", posterior, None)
     if not draws:
@@ -92,13 +91,13 @@ def to_arviz(
 
 def _convert(
     groups: dict[str, dict[str, np.ndarray]], dims: Any, coords: Any, attrs: dict[str, Any]
-) -> Any:  # of a class that depends on ArviZ's version
+) -> Any:  # the class depends on ArviZ's version
     from_dict = _arviz().from_dict
     for group, arrays in groups.items():
         for name, array in arrays.items():
             given = [dim for dim in (dims or {}).get(name, ()) if dim not in ("chain", "draw")]
             own = array.shape if group.endswith("_data") else array.shape[2:]
-            if len(given) > len(own) and group != "log_likelihood":  # which lacks the dimensions of events
+            if len(given) > len(own) and group != "log_likelihood":  # which lacks event dimensions
                 raise ValueError(
                     f"to_arviz: expected dims of {name} to name at most {len(own)} dimensions, those of its shape "
                     f"{own} in {group}, got {given}"
@@ -107,7 +106,7 @@ def _convert(
         made = from_dict(**groups, dims=dims, coords=coords, attrs=dict(attrs), posterior_attrs=dict(attrs))
     else:  # 1.x: groups in one dictionary, attributes by group
         made = from_dict(groups, dims=dims, coords=coords, attrs={"/": dict(attrs), "posterior": dict(attrs)})
-    # ArviZ silently drops a variable with the name of a dimension, and pads the shorter of two with NaN.
+    # ArviZ silently drops a variable named like a dimension, and pads the shorter of two with NaN.
     for group, arrays in groups.items():
         kept = made[group].data_vars if group in made else {}
         for name, array in arrays.items():
@@ -136,7 +135,7 @@ def _arviz() -> Any:
 
 
 def _plain(value: Any) -> int | float | str:
-    """A value that a file can store as an attribute; Booleans cannot be stored."""
+    """Converts a value for storage in a file, which takes no Booleans."""
     if isinstance(value, bool):
         return int(value)
     return value if isinstance(value, (int, float)) else str(value)
@@ -167,7 +166,7 @@ def _arrays(group: str, values: Mapping[str, Any] | None) -> dict[str, np.ndarra
 def _groups(
     group: str, values: Mapping[str, Any] | None, n: int | None, shape: tuple[int, ...] | None = None
 ) -> dict[str, np.ndarray]:
-    """The draws of a group, equally many of each, with a leading axis for the chain."""
+    """A group's draws, equally many of each site, with a leading chain axis."""
     arrays = _arrays(group, values)
     first = next(iter(arrays.values()), np.zeros(0))
     expected = n if n is not None else first.shape[0] if first.ndim else 1

@@ -1,3 +1,3 @@
-"""Engines that invert triangular maps: one sweep through a masked network, a raster scan, and Newton's method."""
+"""Engines that invert triangular maps: a sweep through a masked network, a raster scan, and Newton's method."""
 
 __all__: list[str] = []

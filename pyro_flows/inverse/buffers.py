@@ -1,8 +1,7 @@
 """The buffers of one sweep through a triangular network, and the solver that owns them.
 
-Buffers are feature-major, ``(features, columns)``, with units sorted by time, so that "all units of time at most t" is
-a contiguous slice of rows and every product works in place on views.  The views, not the arithmetic, are what costs in
-a small problem; a sweep therefore binds them once, as a list of calls, and can run many times.
+Buffers are feature-major, ``(features, columns)``, with units sorted by time.  Views cost a small problem more than its
+arithmetic, so a sweep makes them once, as a list of calls.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import count
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,39 +20,64 @@ from torch import Tensor
 from pyro_flows.nets.activations import in_place, known_activations
 from pyro_flows.nets.structure import Structure, keep
 from pyro_flows.univariate import Affine, Shift, Spline
+from pyro_flows.univariate.base import Univariate
 
 __all__ = ["ForwardSweep", "ReverseSweep", "Solver", "columns_at_once", "named"]
 
-# What is defined here has the same mathematics in every process; anything else may change behind an unchanged name.
+# These have the same mathematics in every process; a user's class may change behind its name.
 _OURS = {Affine, Shift, Spline}
 
 Calls = list[Callable[[], object]]
 
 
 def columns_at_once(n: int, rows: int, device: torch.device) -> int:
-    """How many samples one sweep takes: what stays in a processor's cache, or in a bounded part of a GPU's memory."""
+    """The samples of one sweep: as fit a processor's cache, or a part of a GPU's memory."""
     limit = 1024 if device.type == "cpu" else max(1024, 2**27 // rows)
     return max(1, n) if n <= limit + limit // 2 else limit
+
+
+class Drawing(Protocol):
+    """Makes the values of a step from its parameters, and the rows of layer 0 that code them."""
+
+    shared: bool  # whether layer 0 is the values themselves
+
+    def draws(self, start: int, stop: int, z: Tensor, params: Tensor, x: Tensor, coded: Tensor) -> Calls:
+        """Calls that fill ``x`` and ``coded`` at ranks ``[start, stop)``, all feature-major."""
 
 
 class _Sweep:
     key: object = None
 
-    def __init__(self, solver: Solver, like: Tensor, weights: Sequence[Tensor]) -> None:
+    def __init__(
+        self,
+        solver: Solver[Univariate | Drawing],
+        like: Tensor,
+        columns: int,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor] = (),
+        own_bias: bool = False,
+    ) -> None:
         self.structure = solver.structure
         self.like = like
         self.nbytes = 0
         self.calls: Calls = []
         *inner, head = weights[:-1] if self.structure.direct else weights
-        # Views of the weights themselves, or copies with zeros in the masked places, refreshed at each run.
+        # Views of the weights, or copies with zeros in masked places, refreshed at each run.
         self.inner = inner if self.structure.dense else [self.empty(*w.shape) for w in inner]
-        # Outputs by dimension, so that those of one step are neighbors; likewise refreshed.
+        # Outputs by dimension: one step's are neighbors.
         self.head = self.empty(*head.shape)
         if self.structure.dense:
             self.calls.append(partial(self.by_dimension(self.head).copy_, self.by_parameter(head)))
         if self.structure.direct:
             self.direct = self.empty(*weights[-1].shape)
             self.calls.append(partial(self.by_dimension(self.direct).copy_, self.by_parameter(weights[-1])))
+        self._make(solver, columns, biases, own_bias)
+        del self.like
+
+    def _make(
+        self, solver: Solver[Univariate | Drawing], columns: int, biases: Sequence[Tensor], own_bias: bool
+    ) -> None:
+        raise NotImplementedError
 
     def empty(self, *shape: int) -> Tensor:
         made = self.like.new_empty(shape)
@@ -60,11 +85,11 @@ class _Sweep:
         return made
 
     def by_dimension(self, rows: Tensor) -> Tensor:
-        """Rows of outputs as stored here, shape ``(input_dim, num_params, ...)``."""
+        """Outputs as stored here, shape ``(input_dim, num_params, ...)``."""
         return rows.view(self.structure.input_dim, self.structure.num_params, *rows.shape[1:])
 
     def by_parameter(self, rows: Tensor) -> Tensor:
-        """Rows of outputs as in the weights, in the same shape."""
+        """Outputs as in the weights, in the same shape."""
         return rows.unflatten(0, (self.structure.num_params, self.structure.input_dim)).transpose(0, 1)
 
     def load_weights(self, weights: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
@@ -76,26 +101,19 @@ class _Sweep:
 
 
 class ForwardSweep(_Sweep):
-    """Solves for ``x``: fills ``x``, ``ladj`` (per dimension) and ``tape``, each ``(rows, columns)``."""
+    """Solves for ``x``: fills ``x``, ``ladj`` and ``tape``, each ``(rows, columns)``."""
 
-    def __init__(
-        self,
-        solver: Solver,
-        like: Tensor,
-        columns: int,
-        weights: Sequence[Tensor],
-        biases: Sequence[Tensor],
-        own_bias: bool,
+    def _make(
+        self, solver: Solver[Univariate | Drawing], columns: int, biases: Sequence[Tensor], own_bias: bool
     ) -> None:
-        super().__init__(solver, like, weights)
-        s = self.structure
+        s, family = self.structure, solver.univariate
         self.z, self.x = (self.empty(s.input_dim, columns) for _ in range(2))
         self.tape = self.empty(s.tape_rows, columns)
         params, self.ladj, hidden = self.tape.split((s.outputs, s.input_dim, sum(s.widths)))
         pre = s.rows(hidden, 0)
         overwriting = [in_place(act) if s.in_place(act) else None for act in solver.activations]
         post = [p if held else self.empty(*p.shape) for p, held in zip(pre, overwriting, strict=True)]
-        # Biases as columns, the first one's with a column per sample if the context says so.
+        # Biases as columns; with a context the first has one per sample.
         sizes = [*s.widths, s.outputs]
         self.first = self.empty(sizes[0], columns if own_bias else 1)
         self.biases = [self.first, *(bias[:, None] for bias in biases)]
@@ -103,20 +121,20 @@ class ForwardSweep(_Sweep):
             head_bias = self.empty(s.outputs, 1)
             self.calls.append(partial(self.by_dimension(head_bias).copy_, self.by_parameter(self.biases[-1])))
             self.biases[-1] = head_bias
-        own = s.features is not None and not solver.univariate.shared
-        inputs = self.empty(s.input_dim * s.features, columns) if own else self.x
+        inputs = self.x
+        if s.features is not None and not isinstance(family, Univariate) and not family.shared:
+            inputs = self.empty(s.input_dim * s.features, columns)
         self._bind(solver, params, [inputs, *pre], [inputs, *post], overwriting)
-        del self.like
 
     def _bind(
         self,
-        solver: Solver,
+        solver: Solver[Univariate | Drawing],
         params: Tensor,
         pre: list[Tensor],
         post: list[Tensor],
         overwriting: list[Callable[[Tensor], Tensor] | None],
     ) -> None:
-        s, calls = self.structure, self.calls
+        s, calls, family = self.structure, self.calls, solver.univariate
         count, feeding, width, last = s.before, s.feeding, s.num_params, len(s.widths)
         by_dimension = params.view(s.input_dim, width, -1)
 
@@ -179,11 +197,11 @@ class ForwardSweep(_Sweep):
                 if s.direct:
                     add(params, self.direct, post[0], width * d0, width * d1, seen, feeding[0][t])
                 given, made, x = self.z[d0:d1], by_dimension[d0:d1], self.x[d0:d1]
-                if s.features is None:
-                    calls += solver.univariate.solver(True, given, made.transpose(0, 1), x, self.ladj[d0:d1])
+                if isinstance(family, Univariate):
+                    calls += family.solver(True, given, made.transpose(0, 1), x, self.ladj[d0:d1])
                 else:
                     coded = post[0][feeding[0][t] : feeding[0][t + 1]]
-                    calls += solver.univariate.draws(d0, d1, given, made, x, coded)
+                    calls += family.draws(d0, d1, given, made, x, coded)
                 for layer in range(1, last + 1):
                     a, c = count[layer][t], count[layer][t + 1]
                     below = feeding[layer - 1]
@@ -203,10 +221,11 @@ class ForwardSweep(_Sweep):
 
 
 class ReverseSweep(_Sweep):
-    """Solves the transposed problem: fills ``adjoint`` with the gradients after ``x``, the outputs and each layer."""
+    """Solves the transposed problem: fills ``adjoint``, the gradients of ``x``, outputs and layers."""
 
-    def __init__(self, solver: Solver, like: Tensor, columns: int, weights: Sequence[Tensor]) -> None:
-        super().__init__(solver, like, weights)
+    def _make(
+        self, solver: Solver[Univariate | Drawing], columns: int, biases: Sequence[Tensor], own_bias: bool
+    ) -> None:
         s = self.structure
         self.adjoint = self.empty(s.adjoint_rows, columns)
         self.x = self.adjoint[: s.input_dim]
@@ -214,22 +233,21 @@ class ReverseSweep(_Sweep):
         self.by_params = self.empty(s.input_dim, s.num_params, columns)
         self.slopes = [self.empty(width, columns) for width in s.widths]
         self._bind(s.rows(self.adjoint, s.input_dim + s.outputs))
-        del self.like
 
     def _bind(self, pre: list[Tensor]) -> None:
         s, calls = self.structure, self.calls
         count, width, last = s.before, s.num_params, len(s.widths)
         by_dimension = self.params.view(s.input_dim, width, -1)
-        # above[l]: gradients of what layer l feeds (layer 0 is x), and the transposed weights in between.
+        # above[l]: gradients of what layer l feeds (layer 0 is x).
         above = [*pre, self.params]
         weights = [w.T for w in (*self.inner, self.head)]
 
         def from_step(layer: int, t: int) -> int:
-            """First row of ``above[layer]`` that a unit of time t (an input of step t - 1) feeds."""
+            """The first row of ``above[layer]`` that an input of step t - 1 feeds."""
             return width * count[0][t] if layer == last else count[layer + 1][t - 1]
 
         def later(layer: int, end: int) -> int:
-            """First row of ``above[layer]`` that later blocks have already done."""
+            """The first row of ``above[layer]`` that later blocks have done."""
             return width * count[0][end] if layer == last else count[layer + 1][end]
 
         def gather(layer: int, target: Tensor, a: int, c: int, lo: int, hi: int, fresh: bool) -> None:
@@ -277,7 +295,7 @@ class ReverseSweep(_Sweep):
         weights: Sequence[Tensor],
         masks: Sequence[Tensor],
     ) -> None:
-        """Everything feature-major except ``grad_x``, shape ``(columns, input_dim)``; parameters are the first axis."""
+        """``grad_x``: shape ``(columns, input_dim)``; the others are feature-major, parameters first."""
         self.x.copy_(grad_x.T)
         self.by_params.copy_(by_params.transpose(0, 1))
         self.params.view(self.by_params.shape).copy_(ladj_by_params.transpose(0, 1))
@@ -294,33 +312,30 @@ def _assign(target: Tensor, fn: Callable[[Tensor], Tensor], source: Tensor) -> N
 
 _numbers = count()
 
+_Kind = TypeVar("_Kind", bound=_Sweep)
+_Family = TypeVar("_Family", bound=Univariate | Drawing, covariant=True)
 
-_solvers: weakref.WeakValueDictionary[str, Solver] = weakref.WeakValueDictionary()
+_solvers: weakref.WeakValueDictionary[str, Solver[Any]] = weakref.WeakValueDictionary()
 
 
-class Solver:
-    """What the engine knows of a network beside its weights; custom operators name it by its ``handle``.
+class Solver(Generic[_Family]):
+    """A network without its weights; custom operators name it by its ``handle``.
 
-    Args:
-        structure: the steps and times of its units.
-        activations: the elementwise functions after each hidden layer.
-        univariate: the family of scalar maps, with ``inverse``, ``solver`` and ``partials``; ``x`` is its inverse at
-            ``z``.
+    The inverse of ``univariate`` at ``z`` is ``x``; or a :class:`Drawing` draws ``x``.
     """
 
     def __init__(
-        self, structure: Structure, activations: Sequence[Callable[[Tensor], Tensor]], univariate: object
+        self, structure: Structure, activations: Sequence[Callable[[Tensor], Tensor]], univariate: _Family
     ) -> None:
         self.structure, self.activations, self.univariate = structure, tuple(activations), univariate
         self.handle = f"{self._digest()}-{next(_numbers)}"
         _solvers[self.handle] = self
-        self._idle: list[ForwardSweep | ReverseSweep] = []
+        self._idle: list[_Sweep] = []
 
     def _digest(self) -> str:
-        """Stands for all that the gradient's formula depends on.
+        """A digest of all that the gradient's formula depends on.
 
-        Compiled graphs name a solver by its handle, and compilers keep graphs on disk: equal names must mean equal
-        mathematics, in whatever process.
+        Compiled graphs on disk name a solver by its handle: equal names must mean equal mathematics.
         """
         s = self.structure
         own = type(self.univariate) in _OURS and known_activations().issuperset(self.activations)
@@ -331,37 +346,43 @@ class Solver:
     def __reduce__(self) -> tuple[object, ...]:
         return Solver, (self.structure, self.activations, self.univariate)
 
-    def __deepcopy__(self, memo: dict[int, object]) -> Solver:
+    def __deepcopy__(self, memo: dict[int, object]) -> Solver[_Family]:
         return Solver(self.structure, self.activations, self.univariate)
 
     def borrow(
-        self, kind: type, like: Tensor, columns: int, weights: Sequence[Tensor], *options: Sequence[Tensor] | bool
-    ) -> ForwardSweep | ReverseSweep:
-        """A sweep with its buffers and views, an idle one if it fits; taken out, so that no two calls share one."""
+        self,
+        kind: type[_Kind],
+        like: Tensor,
+        columns: int,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor] = (),
+        own_bias: bool = False,
+    ) -> _Kind:
+        """Takes out an idle sweep that fits, or makes one; no two calls share one."""
         stream = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0
-        # A sweep has views of biases, and unless it must mask them of weights: they are its own only where these are.
-        viewed = (*(weights if self.structure.dense else ()), *(b for given in options[:1] for b in given))
-        key = (kind, columns, options[1:], like.dtype, like.device, stream, *[v.data_ptr() for v in viewed])
+        # A sweep views biases, and weights unless it masks them.
+        viewed = (*(weights if self.structure.dense else ()), *biases)
+        key = (columns, own_bias, like.dtype, like.device, stream, *[v.data_ptr() for v in viewed])
         for k in range(len(self._idle) - 1, -1, -1):
             try:
                 sweep = self._idle.pop(k)
-            except IndexError:  # another thread was faster
+            except IndexError:  # taken by another thread
                 continue
-            if sweep.key == key:
+            if type(sweep) is kind and sweep.key == key:
                 return sweep
             self._idle.append(sweep)
-        with torch.inference_mode(False):  # buffers made under inference mode could not be used outside of it
-            sweep = kind(self, like, columns, weights, *options)
-        sweep.key = key
-        return sweep
+        with torch.inference_mode(False):  # else unusable outside of it
+            made = kind(self, like, columns, weights, biases, own_bias)
+        made.key = key
+        return made
 
-    def give_back(self, sweep: ForwardSweep | ReverseSweep) -> None:
-        """Keeps a small sweep for the next call: making its views costs as much as a small solve."""
+    def give_back(self, sweep: _Sweep) -> None:
+        """Keeps a small sweep for the next call."""
         if sweep.nbytes <= 2**25:
             self._idle.append(sweep)
             del self._idle[:-4]
 
 
-def named(handle: str) -> Solver:
+def named(handle: str) -> Solver[Univariate]:
     """The living solver of this handle."""
     return _solvers[handle]

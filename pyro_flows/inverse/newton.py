@@ -1,9 +1,8 @@
 r"""The inverse of a map with a triangular Jacobian, by safeguarded Newton-Jacobi sweeps, with implicit gradients.
 
-:func:`solve_triangular` is the entry point.  With :math:`f(x) = z` and an upstream gradient :math:`g` of :math:`x`, one
-more triangular system, :math:`J^\top v = g`, gives :math:`v` as the gradient with respect to :math:`z` and
-:math:`-(\partial f/\partial\theta)^\top v` as the gradient with respect to the parameters, so memory does not grow with
-the sweeps.
+For a gradient :math:`g` of the solution of :math:`f(x) = z`, the system :math:`J^\top v = g` gives the gradient
+:math:`v` with respect to :math:`z` and :math:`-(\partial f/\partial\theta)^\top v` with respect to the parameters;
+memory does not grow with the sweeps.
 """
 
 from __future__ import annotations
@@ -30,13 +29,13 @@ def solve_triangular(
     rowwise: Sequence[Tensor] = (),
     settings: SolverSettings | None = None,
 ) -> tuple[Tensor, SolveReport]:
-    r"""Solves ``f(x) = z`` row by row, to rounding or to a tolerance, with implicit gradients.
+    """Solves ``f(x) = z`` row by row, to rounding or to a tolerance, with implicit gradients.
 
     Args:
-        map: what to invert.
+        map: the map to invert.
         z: shape ``(n, *event_shape)``, float32 or float64.
-        shared: tensors that all rows share; gradients reach them.
-        rowwise: tensors with a leading dimension ``n``; gradients reach them.
+        shared: tensors that all rows share.
+        rowwise: tensors with a leading dimension ``n``.
         settings: tolerance, limit and what to do on failure.
 
     Returns:
@@ -72,7 +71,7 @@ def solve_triangular(
 
 
 def _traced() -> bool:
-    """Whether a compiler looks on, or a mode in which tensors hold no values; ``torch.func`` alone is neither."""
+    """Whether a compiler traces, or tensors hold no values; ``torch.func`` alone is neither."""
     return bool(torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._is_tracing())
 
 
@@ -96,7 +95,7 @@ class _Solve(torch.autograd.Function):
     @full_precision
     def backward(ctx: Any, g: Tensor, none: Tensor | None) -> tuple[Tensor | None, ...]:
         x, *tensors = ctx.saved_tensors
-        if not torch.is_grad_enabled():  # nobody differentiates the gradient further
+        if not torch.is_grad_enabled():  # no further derivatives
             v, grads = first_order(ctx.solved, ctx.split, g, x, tensors, ctx.needs_input_grad[4:])
             return None, None, None, v, *grads
         v = Linear.apply(ctx.solved, True, ctx.split, g, x, *tensors)
@@ -131,7 +130,7 @@ def _vmapped(
     return (x, stats), (0, None)
 
 
-# The same for compilers, as operators that name the map by its handle.
+# For compilers: operators that name the map by its handle.
 
 
 def _no_stats() -> Tensor:
@@ -162,7 +161,7 @@ def _gradient_op(
 ) -> tuple[Tensor, list[Tensor]]:
     tensors = [*shared, *rowwise]
     v, grads = first_order(named_map(handle), len(shared), g, x, tensors, [t.is_floating_point() for t in tensors])
-    # A compiler may expect of an operator's results that each has its own memory.
+    # Compilers expect results with memory of their own.
     found = [torch.zeros_like(t) if grad is None else grad for t, grad in zip(tensors, grads, strict=True)]
     v, *found = (t.clone(memory_format=torch.contiguous_format) for t in (v, *found))
     return v, found

@@ -1,8 +1,7 @@
 r"""Linear systems in the Jacobian of a triangular map, :math:`J^\top v = g` and :math:`J u = w`, differentiable.
 
-The derivatives of an implicit solution are solutions of such systems.  The sweeps
-:math:`v \leftarrow v + D^{-1}(g - J^\top v)` end after as many as there are waves, since :math:`I - D^{-1} J` is
-nilpotent; mostly the residual is rounding sooner.  The graph of the products is built once.
+Derivatives of an implicit solution solve such systems.  :math:`I - D^{-1} J` is nilpotent, so the sweeps :math:`v
+\leftarrow v + D^{-1}(g - J^\top v)` end after one per wave; mostly the residual is rounding sooner.
 """
 
 from __future__ import annotations
@@ -26,28 +25,27 @@ FLOOR = 8
 
 
 def _solve(product: Callable[[Tensor], Tensor], d: Tensor, g: Tensor, level: Tensor, count: int) -> Tensor:
-    """``v`` with ``product(v) = g``, for a triangular product with diagonal ``d``; ``level`` is a coordinate's turn."""
+    """``v`` with ``product(v) = g``, for a triangular product with diagonal ``d``; ``level`` is a coordinate's wave."""
     eps, tiny = torch.finfo(g.dtype).eps, torch.finfo(g.dtype).tiny
     v = g / d
     if count == 1 or v.numel() == 0:
         return v
     last = math.inf
-    # No number can be read from a gradient that stands for many (is_grads_batched).
+    # With is_grads_batched no number can be read.
     for k in range(0 if is_legacy_batchedtensor(g) else 2 * count + 2):
         jv = product(v)
         r = g - jv
         scale = jv.abs().add_(g.abs()).addcmul_(d, v.abs()).add_(tiny)
         v = v + r / d
         worst = float((r.abs() / scale).amax())
-        # Stop at rounding, or where the residual shrinks no more.  After all turns the series is exact but for the
-        # digits that terms larger than the sum have cost, and further sweeps bring these back.
+        # Stop at rounding, or a residual that shrinks no more.  Sweeps beyond `count` restore digits lost in the sum.
         enough, gain = (2**10 * FLOOR * eps, 0.5) if k < count else (eps**0.5, 0.9)
         if worst <= FLOOR * eps or gain * last < worst < enough:
             return v
         if not math.isfinite(worst):
             break
         last = worst
-    # Turn by turn, nothing overflows but the solution itself.
+    # Wave by wave, only the solution itself can overflow.
     v = torch.zeros_like(v)
     for turn in range(count):
         v = torch.where(level == turn, (g - product(v)) / d, v)
@@ -64,7 +62,7 @@ def _linear(
     solved: TriangularMap, transpose: bool, split: int, rhs: Tensor, x: Tensor, tensors: Sequence[Tensor]
 ) -> Tensor:
     """``J(x)^{-1} rhs``, or ``J(x)^{-T} rhs`` with ``transpose``; not differentiable."""
-    # A graph of x alone: one for the parameters too might compute their gradients in each sweep.
+    # A graph of x alone spares gradients of parameters.
     with torch.enable_grad():
         x, fixed = x.detach().requires_grad_(), [t.detach() for t in tensors]
         f, d = solved.value_and_slope(x, fixed[:split], fixed[split:])
@@ -77,12 +75,12 @@ def _linear(
 
 
 def _pull(f: Tensor, x: Tensor, v: Tensor) -> Tensor:
-    """``J^T v``, from a graph that stays."""
+    """``J^T v``; the graph stays."""
     return torch.autograd.grad(f, x, v, retain_graph=True)[0]
 
 
 def _recording() -> AbstractContextManager:
-    """Lets autograd record also inside a custom operator, whose kernel runs below it."""
+    """Lets autograd record inside a custom operator, whose kernel runs below it."""
     hidden = torch._C._dispatch_tls_local_exclude_set()
     for key in (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView):
         hidden = hidden - torch._C.DispatchKeySet(key)
@@ -105,7 +103,7 @@ def first_order(
 
 
 class Linear(torch.autograd.Function):
-    r"""``J(x)^{-1} rhs``, or ``J(x)^{-T} rhs`` with ``transpose``; differentiable any number of times."""
+    """``J(x)^{-1} rhs``, or ``J(x)^{-T} rhs`` with ``transpose``; differentiable any number of times."""
 
     @staticmethod
     def forward(solved: TriangularMap, transpose: bool, split: int, rhs: Tensor, x: Tensor, *tensors: Tensor) -> Tensor:
@@ -119,8 +117,8 @@ class Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
-        # For u = J^-1 w with cotangent c, p = J^-T c is the gradient with respect to w.  The gradient with respect to
-        # what J depends on is that of -p^T J u with p and u held fixed.  With J^T in place of J, p and u trade places.
+        # For u = J^-1 w with cotangent c, p = J^-T c is the gradient with respect to w; the arguments of J get the
+        # gradient of -p^T J u with p and u fixed.  With J^T in place of J, p and u trade places.
         solution, x, *tensors = ctx.saved_tensors
         other = Linear.apply(ctx.solved, not ctx.transpose, ctx.split, cotangent, x, *tensors)
         left, right = (solution, other) if ctx.transpose else (other, solution)
@@ -142,7 +140,7 @@ class Linear(torch.autograd.Function):
 
 
 def _product(solved: TriangularMap, transpose: bool, split: int, v: Tensor, x: Tensor, *tensors: Tensor) -> Tensor:
-    """``J v``, or ``J^T v`` with ``transpose``, as a function of what ``J`` depends on."""
+    """``J v``, or ``J^T v`` with ``transpose``, as a function of the arguments of ``J``."""
 
     def value(x: Tensor) -> Tensor:
         return solved.value_and_slope(x, tensors[:split], tensors[split:])[0]
@@ -151,7 +149,7 @@ def _product(solved: TriangularMap, transpose: bool, split: int, v: Tensor, x: T
 
 
 def push(function: Callable[..., Tensor], inputs: Sequence[Tensor], tangents: Sequence[Tensor | None]) -> Tensor:
-    """The directional derivative, by two reverse passes, which every operation has."""
+    """The directional derivative by two reverse passes, which every operation supports."""
     value, pull = torch.func.vjp(function, *inputs)[:2]
     tangents = tuple(torch.zeros_like(t) if d is None else d for t, d in zip(inputs, tangents, strict=True))
     return torch.func.vjp(pull, torch.zeros_like(value))[1](tangents)[0]
@@ -167,17 +165,10 @@ def vmapped(
     results: int = 1,
     apart: bool = False,
 ) -> Any:
-    """Solves a batch of problems: as more rows if the shared tensors are the same for all, else one after the other.
+    """Solves a batch of problems: as more rows if all share the shared tensors, else (or if ``apart``) one by one.
 
-    Args:
-        call: takes three constants, of which the last says how many tensors are shared, then ``rows`` tensors with a
-            leading dimension of samples, the shared ones, and the others with a leading dimension of samples.
-        rows: see ``call``.
-        size: of the batch.
-        in_dims: the dimension of the batch in each argument, as in ``torch.vmap``.
-        args: the arguments of ``call``.
-        results: the number of results, from the first on, with a leading dimension of samples.
-        apart: whether to solve one system after the other in any case, as for gradients of shared tensors.
+    ``call`` takes three constants, the last the number of shared tensors; then ``rows`` tensors of samples, the shared
+    ones, and other tensors of samples.  Its first ``results`` results have a dimension of samples.
     """
     constants, tensors, dims = args[:3], args[3:], in_dims[3:]
     shared = range(rows, rows + constants[2])

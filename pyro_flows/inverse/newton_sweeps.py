@@ -1,12 +1,10 @@
-r"""Newton-Jacobi sweeps that solve a triangular system :math:`f(x) = z`, safeguarded along a front so that they end.
+r"""Newton-Jacobi sweeps that solve a triangular system :math:`f(x) = z`, safeguarded so that they end.
 
-A sweep evaluates :math:`f` and the diagonal :math:`d` of its Jacobian once and moves every coordinate by
-:math:`(z - f)/d`.  In a triangular map the coordinates fall into waves.  Once the waves below are right, a wave
-consists of scalar problems, each strictly increasing with a slope between the known bounds :math:`m \le d \le M`: the
-root is between :math:`x + r/M` and :math:`x + r/m` for any residual :math:`r = z - f`.  So plain sweeps continue as
-long as the front, the first wave that is not solved, advances in each row.  From the first time that it does not, the
-waves below it are held fixed and its own coordinates keep a bracket, which is halved where Newton's method would leave
-it or gains too little.
+A sweep evaluates :math:`f` and the diagonal :math:`d` of its Jacobian and moves every coordinate by :math:`(z - f)/d`.
+The coordinates fall into waves.  Once the waves below are solved, a wave consists of increasing scalar problems with
+slopes :math:`m \le d \le M`: for a residual :math:`r` the root is between :math:`x + r/M` and :math:`x + r/m`.  Plain
+sweeps continue while the front, the first unsolved wave, advances in each row.  Then the waves below it are fixed, and
+its coordinates keep a bracket, halved where Newton's method would leave it or gains too little.
 """
 
 from __future__ import annotations
@@ -31,12 +29,11 @@ _maps: weakref.WeakValueDictionary[str, TriangularMap] = weakref.WeakValueDictio
 
 
 class TriangularMap(ABC):
-    r"""A map of events whose Jacobian is triangular, with a positive diagonal, in some order of the coordinates.
+    """A map of events whose Jacobian is triangular, with a positive diagonal, in some order of the coordinates.
 
-    The map holds no tensor that needs a gradient: parameters come as ``shared`` (the same for all rows) and ``rowwise``
-    (leading dimension ``n``, e.g. from a context).  Messages contain ``name``.  ``wave`` is an integer tensor of the
-    event's shape: the length of the longest chain of dependencies that ends at a coordinate, 0 for a coordinate that
-    depends on itself alone.
+    Parameters come as ``shared`` and ``rowwise`` (leading dimension ``n``, e.g. from a context); the map itself holds
+    no tensor that needs a gradient.  Messages contain ``name``.  ``wave``, an integer tensor of the event's shape, is
+    the length of the longest chain of dependencies that ends at a coordinate, from 0.
     """
 
     name: str
@@ -45,7 +42,7 @@ class TriangularMap(ABC):
 
     def __new__(cls, *args: Any, **kwargs: Any) -> TriangularMap:
         self = super().__new__(cls)
-        self.handle = uuid.uuid4().hex  # a name that custom operators can carry
+        self.handle = uuid.uuid4().hex  # for custom operators
         _maps[self.handle] = self
         return self
 
@@ -58,7 +55,7 @@ class TriangularMap(ABC):
 
     @abstractmethod
     def slope_bounds(self, shared: Sequence[Tensor], rowwise: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """``0 < m <= M`` between which the diagonal stays for every ``x``, broadcasting to ``(n, *event_shape)``."""
+        """Bounds ``0 < m <= M`` of the diagonal for all ``x``, broadcasting to ``(n, *event_shape)``."""
 
     def waves(self, device: torch.device) -> tuple[Tensor, int]:
         """``wave`` as a row on a device, and the number of waves."""
@@ -79,9 +76,9 @@ class SolverSettings(NamedTuple):
     """How exactly to solve, and what to do on failure.
 
     Args:
-        tolerance: largest error of a coordinate relative to ``1 + |x|``, given the coordinates that it depends on;
-            ``None``: near the rounding of the dtype (1e-6 in float32, 1e-13 in float64).
-        max_sweeps: largest number of sweeps; ``None``: as many as the method can need.
+        tolerance: the largest error of a coordinate relative to ``1 + |x|``, given those that it depends on; ``None``:
+            1e-6 in float32, 1e-13 in float64.
+        max_sweeps: the largest number of sweeps; ``None``: as many as the method can need.
         on_fail: ``"raise"`` a ``RuntimeError`` or ``"warn"`` with a ``RuntimeWarning``.
     """
 
@@ -90,7 +87,7 @@ class SolverSettings(NamedTuple):
     on_fail: str = "raise"
 
     def check(self, name: str = "") -> SolverSettings:
-        """Returns valid settings and refuses others; ``name`` is the class that the caller sees."""
+        """Refuses invalid settings; ``name`` is the class that the caller sees."""
         given = self.tolerance
         if given is not None and not (isinstance(given, (int, float)) and 0 < given < 1):
             prefix = f"{name}: " if name else ""
@@ -103,7 +100,7 @@ class SolverSettings(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class SolveReport:
-    """Costs and error of a solve, read on demand from ``stats``, a tensor on the host."""
+    """Costs and error of a solve, read on demand from ``stats`` on the host."""
 
     stats: Tensor
 
@@ -114,27 +111,27 @@ class SolveReport:
 
     @property
     def evaluations(self) -> int:
-        """Calls of ``value_and_slope`` in the solve."""
+        """Calls of ``value_and_slope``."""
         return int(self.stats[1])
 
     @property
     def residual(self) -> float:
-        """Largest ``|f(x) - z| / (m (1 + |x|))`` at the last evaluation, before the last Newton step."""
+        """Largest ``|f(x) - z| / (m (1 + |x|))`` before the last Newton step."""
         return float(self.stats[2])
 
     @property
     def bisections(self) -> int:
-        """Number of bisections of coordinates."""
+        """Bisections of coordinates."""
         return int(self.stats[3])
 
     @property
     def converged(self) -> bool:
-        """Whether every row was solved to the tolerance or to rounding."""
+        """Whether every row was solved."""
         return bool(self.stats[4])
 
     @property
     def waves(self) -> int:
-        """Waves of the map: the number of sweeps that solve a linear triangular system."""
+        """Waves of the map, as many sweeps as a linear system takes."""
         return int(self.stats[5])
 
     def __repr__(self) -> str:
@@ -147,23 +144,23 @@ class SolveReport:
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-13}
 
 
-FLOOR = 32  # residuals of this many units in the last place of the terms of f are rounding
+FLOOR = 32  # residuals up to 32 units in the last place of f's terms are rounding
 
 
-WINDOW = 3  # sweeps between looks at whether the front moves on, or its residual shrinks
+WINDOW = 3  # sweeps between looks at the front
 
 
-TRUST = 10  # largest move of a coordinate beyond the front, relative to 1 + |x|
+TRUST = 10  # largest move beyond the front, relative to 1 + |x|
 
 
 def _bound(value: Tensor, z: Tensor) -> Tensor:
-    """A bound as a matrix of one row, or of one for each row of z."""
+    """A bound as a matrix of one row, or of a row for each of z."""
     rows = value.shape[0] if value.dim() == z.dim() else 1
     return value.detach().to(z.dtype).expand(rows, *z.shape[1:]).reshape(rows, -1)
 
 
 class _Sweeps:
-    """The rows that are not solved yet."""
+    """The unsolved rows."""
 
     def __init__(
         self,
@@ -183,7 +180,7 @@ class _Sweeps:
         self.far = torch.finfo(z.dtype).max ** 0.4
         self.m, self.M = (_bound(b, z) for b in solved.slope_bounds(self.shared, self.rowwise))
         tolerance = TOLERANCE[z.dtype] if settings.tolerance is None else settings.tolerance
-        # Invalid bounds must let nothing pass.
+        # Invalid bounds let nothing pass.
         sound = ((self.m > 0) & (self.m <= self.M) & (self.M < math.inf)).all()
         self.slack = torch.where(sound, self.m * tolerance, math.nan)
         self.allowed = torch.add(self.slack, self.z.abs(), alpha=FLOOR * self.eps)
@@ -207,7 +204,7 @@ class _Sweeps:
         f, self.d = f.reshape(self.x.shape), d.reshape(self.x.shape)
         self.r = self.z - f
         self.size, self.abs_x = self.r.abs(), self.x.abs()
-        # A ratio below 1 lets a coordinate pass: its residual is within the tolerance or the rounding of f's terms.
+        # Below 1 the residual is within the tolerance or rounding.
         self.ratio = self.size / torch.addcmul(
             self.allowed, torch.add(self.slack, self.d, alpha=FLOOR * self.eps), self.abs_x
         )
@@ -226,8 +223,7 @@ class _Sweeps:
         count = int(solved.sum())
         step = self.calm(self.r / self.d)
         if count:
-            # An accepted row takes its step only if steps still gain digits there: where the residual is rounding, a
-            # step would disturb the coordinates that depend on it, after their residuals were checked.
+            # At rounding, a step would disturb coordinates that depend on it, after their check.
             last = worst < 0.1 * self.worst
             if self.live is not None:
                 last &= self.live
@@ -239,24 +235,24 @@ class _Sweeps:
         return solved, count
 
     def front(self) -> Tensor:
-        """The first wave of each row that is not solved."""
+        """The first unsolved wave of each row."""
         known = self.known_front
         if known is None:
             self.known_front = known = torch.where(self.ratio < 1, self.count, self.wave).amin(1, keepdim=True)
         return known
 
     def stuck(self) -> bool:
-        """Whether in some row neither the front advanced nor its residual shrank since the last call."""
+        """Whether in some row neither the front advanced nor its residual shrank."""
         first = self.front()
         worst = self.ratio.masked_fill(self.wave != first, 0.0).amax(1, keepdim=True)
         before, self.seen = self.seen, (first, worst)
-        if before is None or before[0].shape != first.shape:  # rows left meanwhile
+        if before is None or before[0].shape != first.shape:  # rows left
             return False
         gained = (first > before[0]) | (worst < 0.25 * before[1]) | (first == self.count)
         return not bool((gained if self.live is None else gained | ~self.live[:, None]).all())
 
     def calm(self, step: Tensor) -> Tensor:
-        """Now and then halves steps that only oscillate, well beyond the front."""
+        """Now and then halves steps that only oscillate, beyond the front."""
         if self.looking and self.step is not None and self.step.shape == step.shape:
             back = -step / self.step
             oscillates = (back > 0.8) & (back < 1.25) & (self.wave > self.front() + 1)
@@ -265,7 +261,7 @@ class _Sweeps:
         return step
 
     def guard(self) -> None:
-        """Prepares for guarded steps; refuses invalid inputs."""
+        """Prepares guarded steps; refuses invalid inputs."""
         self.check()
         self.guarded = True
         self.first = self.front().clone()
@@ -280,7 +276,7 @@ class _Sweeps:
         self.one_m, self.one_M = 1 / self.m, 1 / self.M
 
     def careful(self) -> tuple[Tensor, int]:
-        """One step with a safeguarded front; returns which rows are solved or lost, and their number."""
+        """One step with a safeguarded front; returns as :meth:`plain`, with lost rows."""
         x, r, wave = self.x, self.r, self.wave
         finite = torch.isfinite(self.size.amax(1, keepdim=True))
         ok = (self.ratio < 1) | self.done
@@ -288,10 +284,10 @@ class _Sweeps:
         first = torch.where(finite, first, self.first)
         moved = (first != self.first) | ~finite
         below = (wave < first) & finite
-        # A wave accepted by itself takes its Newton step first: nothing accepted depends on it.
+        # Nothing accepted depends on a wave accepted alone.
         alone = below & ~self.done & (first == self.first + 1)
         self.done = self.done | below
-        # Brackets of the root, given the waves below.  Where these have just moved, brackets begin at the next sweep.
+        # Brackets begin a sweep after the waves below moved.
         by_least, by_most = r * self.one_m, r * self.one_M
         lo = torch.maximum(self.lo, x + torch.minimum(by_least, by_most)).masked_fill_(moved, -math.inf)
         hi = torch.minimum(self.hi, x + torch.maximum(by_least, by_most)).masked_fill_(moved, math.inf)
@@ -310,7 +306,7 @@ class _Sweeps:
         new = torch.where(halve | closed, 0.5 * lo + 0.5 * hi, new)
         held = (self.done & ~alone) | (self.cold & (wave != first))
         new = torch.where(held, x, new)
-        # An overflow beyond the front can reach it as 0 * inf: such a row starts again and goes wave by wave.
+        # An overflow beyond the front can reach it as 0 * inf: the row restarts, wave by wave.
         new = torch.where(~finite & ~self.done, 0.0, new)
         self.lost = self.lost | (~finite & self.cold)
         self.cold = self.cold | ~finite
@@ -332,12 +328,12 @@ class _Sweeps:
         relative = size / (pick(self.m) * (1 + abs_x))
         self.residual = torch.maximum(self.residual, relative.nan_to_num_(math.inf).amax())
         if solved and self.guarded:
-            # Where the bracket closed, the residual is rounding, unless slope or bounds of the map are wrong.
+            # A closed bracket means rounding, unless slope or bounds are wrong.
             row = (pick(self.d).amax(1) * (1 + abs_x.amax(1)))[:, None]
             fair = (pick(self.ratio) < 1) | (size < self.eps**0.5 * (pick(self.z).abs() + row))
             self.broken += (~fair.all(1) | pick(self.lost)[:, 0]).sum()
         if self.out is None or self.index is None:
-            if rows is None:  # all at once
+            if rows is None:
                 return
             self.out = torch.empty_like(self.z)
             self.index = torch.arange(self.total, device=self.z.device)
@@ -439,7 +435,7 @@ def sweep(
     settings: SolverSettings,
     start: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``x`` with ``f(x) = z`` for each row, without gradient, and the numbers of its :class:`SolveReport`."""
+    """``x`` with ``f(x) = z``, without gradient, and the numbers of its :class:`SolveReport`."""
     if z.numel() == 0:
         stats = [0, 0, 0, 0, 1, solved.waves(z.device)[1]]
         return z.clone(memory_format=torch.contiguous_format), torch.tensor(stats, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Draws in raster order: every layer's values at a location once, when all before it is known."""
+"""Draws in raster order, where each layer's values at a location are computed once."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from pyro_flows.nets.masked_convolutional import ConvLayer, Stacks
 
 __all__ = ["RasterSweep", "rows_at_once"]
 
-ROOM, MORE_ROOM = 2**26, 2**28  # numbers that one sweep may hold, on a processor and elsewhere
+ROOM, MORE_ROOM = 2**26, 2**28  # numbers that a sweep may hold, on a processor and elsewhere
 
 
 def rows_at_once(net: Stacks, device: torch.device) -> int:
-    """How many draws one sweep takes."""
+    """The number of draws that one sweep takes."""
     return max(16, (ROOM if device.type == "cpu" else MORE_ROOM) // net.numbers_per_draw)
 
 
 class Drawing(Protocol):
-    """What makes values from parameters: a head of MADE's, or a scalar map that solves for them."""
+    """Makes values from parameters: a head of MADE, or a scalar map that is solved."""
 
     num_features: int
 
@@ -33,11 +33,7 @@ class Drawing(Protocol):
 
 
 class _Past:
-    """One layer's inputs in a row, so that those that a location sees lie together in memory.
-
-    Columns at a distance of ``dilation`` are neighbors, with room for ``taps`` zeros before the first.  What is seen
-    at a column is then one block, which ends with the location itself as far as it is known.
-    """
+    """One layer's inputs in a row, phase by phase of the dilation: a location sees one block of memory."""
 
     def __init__(self, layer: ConvLayer, width: int, n: int, like: Tensor) -> None:
         self.inputs, self.taps, self.dilation, self.groups = layer.inputs, layer.taps, layer.dilation, layer.groups
@@ -45,7 +41,7 @@ class _Past:
         self.memory = like.new_zeros(self.dilation, slots * self.inputs, n)
 
     def seen(self, column: int, group: int) -> Tensor:
-        """Shape ``(taps * inputs + seen inputs, n)``, a view."""
+        """A view of shape ``(taps * inputs + seen inputs, n)``."""
         slot, phase = divmod(column, self.dilation)
         return self.memory[phase, slot * self.inputs :][: self.taps * self.inputs + self.groups.seen[group]]
 
@@ -58,7 +54,7 @@ class _Past:
 def _blocks(layer: ConvLayer) -> list[Tensor]:
     """The second stack's weight for each group, ``(channels of the group, taps * inputs + seen inputs)``."""
     parts = [layer.left_bias.new_empty(len(layer.left_bias), 0)]
-    if layer.taps:
+    if layer.left_weight is not None:
         parts.append(layer.left_weight.transpose(1, 2).flatten(1))
     if layer.here_weight is not None:
         parts.append(layer.here_weight)
@@ -69,22 +65,15 @@ def _blocks(layer: ConvLayer) -> list[Tensor]:
 
 
 def _columns(offset: Tensor) -> Tensor:
-    """A bias ``(channels,)`` or ``(n, channels)`` as ``(channels, 1, n or 1)``: a row's columns come between."""
+    """A bias ``(channels,)`` or ``(n, channels)`` as ``(channels, 1, n or 1)``."""
     return offset.T.unsqueeze(1) if offset.dim() == 2 else offset[:, None, None]
 
 
 class RasterSweep:
-    """``n`` draws at a time, feature-major, so that what a location sees is one block of memory.
+    """Draws ``n`` events at a time, feature-major, so that the inputs of a location are one block of memory.
 
-    The first stack is computed row by row, the second location by location and channel by channel: each weight is
-    used once per location, as in one full pass.
-
-    Args:
-        net: the network.
-        head: says how to draw.
-        bias: of the outputs, shape ``(C * H * W, num_params)``.
-        n: how many draws.
-        context: ``None`` or ``(n, context_dim)``.
+    The first stack goes row by row, the second location by location and channel by channel; each weight is used once
+    per location.  ``bias``, of the outputs, has shape ``(C * H * W, num_params)``, a context ``(n, context_dim)``.
     """
 
     def __init__(self, net: Stacks, head: Drawing, bias: Tensor, n: int, context: Tensor | None) -> None:
@@ -92,7 +81,7 @@ class RasterSweep:
         channels, height, width = net.shape
         layers = net.layers
         self.out_base = bias.view(channels, height, width, -1, 1).permute(1, 2, 0, 3, 4)  # (H, W, C, num_params, 1)
-        if context is not None:
+        if context is not None and net.out_context is not None:
             self.out_base = self.out_base + net.out_context @ context.T
         self.params = bias.new_empty(width, channels, net.num_params, n)
         self.x = bias.new_empty(height, width, channels, n)
@@ -105,7 +94,7 @@ class RasterSweep:
         if net.two:
             self.above_offsets = [layer.above_offset(context) for layer in layers]
             self.above_positions = net.positions(0)
-            # As many rows as a layer looks back; for the first layer the row at hand is not among them.
+            # The rows that a layer looks back; the first layer's own row is not among them.
             spans = [1 + (layer.kernel[0] - 1) * layer.dilation for layer in layers]
             self.rows = [deque[Tensor](maxlen=span) for span in spans]
         self.steps = self._steps()
@@ -121,7 +110,7 @@ class RasterSweep:
         ]
 
     def _step(self, column: int, group: int, weights: list[Tensor], out_weight: Tensor) -> Callable[[], None]:
-        """What adds to the parameters of one channel of a column all that the network has to say."""
+        """Adds the network's outputs to the parameters of one channel of a column."""
         start, stop = self.net.layers[0].groups.own[group : group + 2]
         jobs = []
         for k, activation in enumerate(self.net.activations):
@@ -142,18 +131,17 @@ class RasterSweep:
         return run
 
     def _above(self, row: int) -> None:
-        """The first stack at this row, and what the second takes from it."""
+        """Computes the first stack at this row, and its links to the second."""
         stream: Tensor | None = None
         for k, layer in enumerate(self.net.layers):
             offset = self.above_offsets[k]
             made = layer.above_row(self.rows[k], offset)
-            if k == 0:
-                stream = offset[..., None].expand(self.n, -1, self.net.shape[2]) if made is None else made
-                if self.above_positions is not None:
-                    rows = self.above_positions
-                    stream = stream + rows[:, min(row, rows.shape[1] - 1)]
-            else:
-                stream = stream + made
+            if made is None:
+                made = offset[..., None].expand(self.n, -1, self.net.shape[2])
+            if k == 0 and self.above_positions is not None:
+                rows = self.above_positions
+                made = made + rows[:, min(row, rows.shape[1] - 1)]
+            stream = made if stream is None else stream + made
             post = self.net.activations[k](stream)
             if k + 1 < len(self.rows):
                 self.rows[k + 1].append(post)
@@ -167,8 +155,8 @@ class RasterSweep:
             self.base[0] += rows[:, min(row, rows.shape[1] - 1), :, None]
 
     def run(self, given: Tensor | None = None) -> Tensor:
-        """Draws, shape ``(n, C, H, W)``, from uniform noise or from what is given in its place, of the same shape."""
-        if given is not None:  # what solves may write into it
+        """Draws, shape ``(n, C, H, W)``, from uniform noise or from ``given``, of the same shape."""
+        if given is not None:  # solves may write into it
             given = given.permute(2, 3, 1, 0).clone(memory_format=torch.contiguous_format)
         _, height, width = self.net.shape
         features = self.head.num_features

@@ -1,15 +1,12 @@
 r"""The exact inverse of an autoregressive map, in which each weight of its network is used once, and its gradient.
 
-Given ``z`` and a masked network whose outputs for dimension :math:`i` depend on :math:`x_{<i}`, the engine solves
-:math:`x_i = g(z_i, \mathrm{params}_i(x_{<i}))` for all :math:`i`.  Done naively this takes ``input_dim`` passes through
-the network.  Here inputs, hidden units and outputs are sorted by the step at which they become computable, so that the
-weights are block lower triangular; the engine goes through the steps once and computes each unit as soon as it can, in
-place, in feature-major buffers.  Steps are taken in blocks: one matrix product per layer for all that comes from
-earlier blocks, small ones inside.  The gradient goes through the same steps backwards, again with each weight once.
+For a masked network whose outputs for dimension :math:`i` depend on :math:`x_{<i}`, the engine solves :math:`x_i =
+g(z_i, \mathrm{params}_i(x_{<i}))` for all :math:`i`.  Sorting units by the step at which they become computable makes
+the weights block lower triangular: one sweep computes each unit as soon as it can, and the gradient goes backwards.
+Blocks of steps share one matrix product per layer for all that comes from earlier blocks.
 
-:func:`solve` is the entry point.  Its two kernels are ``torch.library`` custom operators, so that it compiles, batches
-under ``torch.func`` and differentiates; second derivatives take the plain way through the network, one pass per step,
-and so does what the kernels have no rule for: forward mode, ``is_grads_batched``, ``torch.func`` inside a compiler.
+The two kernels are ``torch.library`` custom operators: they compile, batch under ``torch.func`` and differentiate.
+Second derivatives, forward mode, ``is_grads_batched`` and ``torch.func`` inside a compiler take one full pass per step.
 """
 
 from __future__ import annotations
@@ -27,13 +24,14 @@ from pyro_flows.core.modes import beyond_rules, full_precision, plain_eager
 from pyro_flows.inverse.buffers import ForwardSweep, ReverseSweep, Solver, columns_at_once, named
 from pyro_flows.nets.activations import slope
 from pyro_flows.nets.structure import weight_gradient
+from pyro_flows.univariate.base import Univariate
 
 __all__ = ["solve"]
 
 
-@full_precision  # half precision would be no inverse
+@full_precision  # half precision would give no inverse
 def solve(
-    solver: Solver,
+    solver: Solver[Univariate],
     z: Tensor,
     first_bias: Tensor,
     weights: Sequence[Tensor],
@@ -42,19 +40,19 @@ def solve(
 ) -> tuple[Tensor, Tensor]:
     """Solves for ``x``, everything by rank; exact, and differentiable in all tensors.
 
-    Costs about one dense pass of the network and as much sequential work as there are steps; memory does not grow with
-    the number of steps.  The gradient costs about one backward pass.
+    Costs about one dense pass of the network, in as many sequential steps as the structure has; memory does not grow
+    with their number.  The gradient costs about one backward pass.
 
     Args:
         solver: the static description.
         z: shape ``(*batch, input_dim)``.
-        first_bias: bias of the first layer, context included, shape ``(*batch, width)`` or broadcasting to it.
-        weights: one matrix per layer; what stands in masked places is never used.
-        biases: those of the layers after the first.
-        masks: one for each weight, an integer of its element's size with all bits set where the weight counts.
+        first_bias: the first layer's bias with the context, broadcasting to ``(*batch, width)``.
+        weights: one matrix per layer; values in masked places are not used.
+        biases: of the layers after the first.
+        masks: one per weight, an integer of its element's size with all bits set where the weight counts.
 
     Returns:
-        ``x`` with the shape of ``z`` and the log-determinant of ``z -> x``, shape ``(*batch,)``.
+        ``x`` with the shape of ``z``, and the log-determinant of ``z -> x``, shape ``(*batch,)``.
     """
     first_bias = first_bias.to(z.dtype)
     batch = z.shape[:-1]
@@ -70,11 +68,11 @@ def solve(
         if keep:
             x, ladj, _ = _apply_plainly(solver.handle, flat, bias, *weights, *biases, *masks)
         else:
-            with torch._C._AutoDispatchBelowAutograd():  # nothing to record, so spare every small call the look
+            with torch._C._AutoDispatchBelowAutograd():  # nothing to record: spares each small call a look
                 x, ladj, _ = _solve(flat, bias, weights, biases, masks, solver.handle, False)
     elif beyond_rules():
         x, ladj = _by_passes(solver, masks, flat, bias, *weights, *biases)
-    elif torch._C._are_functorch_transforms_active():  # which may ask for a gradient though no tensor does
+    elif torch._C._are_functorch_transforms_active():  # a gradient may be wanted though no tensor says so
         x, ladj, _ = _Solve.apply(solver.handle, flat, bias, *weights, *biases, *masks)
     else:
         groups = (list(weights), list(biases), list(masks))
@@ -86,9 +84,9 @@ def solve(
 def _solve(
     z: Tensor,
     first_bias: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor],
-    masks: list[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    masks: Sequence[Tensor],
     handle: str,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -145,14 +143,14 @@ def _(
 
 
 def _groups(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Weights, biases and masks; the first layer's bias is not among them."""
+    """Weights, biases (without the first) and masks."""
     layers = (len(tensors) + 1) // 3
     return list(tensors[:layers]), list(tensors[layers : 2 * layers - 1]), list(tensors[2 * layers - 1 :])
 
 
-def _setup(ctx: object, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
     z, first_bias, weights, biases, masks, handle, _ = inputs
-    ctx.solver = named(handle)  # which may have no other holder by the time of the gradient
+    ctx.solver = named(handle)  # lives as long as the graph
     ctx.save_for_backward(z, first_bias, output[0], output[2], *weights, *biases, *masks)
 
 
@@ -160,25 +158,25 @@ def _setup(ctx: object, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) ->
 def _gradient(
     ctx: Any, grad_x: Tensor | None, grad_ladj: Tensor | None, none: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    solver: Solver = ctx.solver
-    # Asked for once, because torch.utils.checkpoint gives them once.
+    solver: Solver[Univariate] = ctx.solver
+    # torch.utils.checkpoint gives saved tensors once.
     z, first_bias, x, tape, *tensors = ctx.saved_tensors
-    if tape.shape[0] == 0:  # whoever called the operator saw no need of a gradient
+    if tape.shape[0] == 0:  # the operator was called without keep
         tape = torch.ops.pyro_flows.solve(z, first_bias, *_groups(tensors), solver.handle, True)[2]
     grad_x = torch.zeros_like(x) if grad_x is None else grad_x
     grad_ladj = x.new_zeros(x.shape[0]) if grad_ladj is None else grad_ladj
     if is_legacy_batchedtensor(grad_x) or is_legacy_batchedtensor(grad_ladj):
-        # One that stands for many (is_grads_batched), of which kernels know nothing.
+        # Stands for many gradients (is_grads_batched); kernels have no rule for it.
         weights, biases, masks = _groups(tensors)
         pull = torch.func.vjp(partial(_by_passes, solver, masks), z, first_bias, *weights, *biases)[1]
         return pull((grad_x, grad_ladj))
     inputs = (solver.handle, grad_x, grad_ladj, x, tape, z, first_bias, *tensors)
-    if torch.is_grad_enabled():  # else nobody differentiates the gradient further
+    if torch.is_grad_enabled():  # the gradient may be differentiated further
         return _Gradient.apply(*inputs)
     return _first_order(*inputs, by_weights=not plain_eager() or any(t.requires_grad for t in tensors))
 
 
-def _gradient_op(ctx: object, *cotangents: Tensor | None) -> tuple:
+def _gradient_op(ctx: Any, *cotangents: Tensor | None) -> tuple:
     dz, dbias, *rest = _gradient(ctx, *cotangents)
     layers = (len(rest) + 1) // 2
     return dz, dbias, rest[:layers], rest[layers:], [None] * layers, None, None
@@ -188,12 +186,12 @@ _solve_op.register_autograd(_gradient_op, setup_context=_setup)
 
 
 class _Solve(torch.autograd.Function):
-    """The operator with its gradient, in the form that ``torch.func`` understands too."""
+    """The operator with its gradient, for ``torch.func``."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
         handle, z, first_bias, *tensors = inputs
         if not plain_eager():
             return torch.ops.pyro_flows.solve(z, first_bias, *_groups(tensors), handle, True)
@@ -201,18 +199,18 @@ class _Solve(torch.autograd.Function):
             return _solve(z, first_bias, *_groups(tensors), handle, True)
 
     @staticmethod
-    def setup_context(ctx: object, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
         handle, z, first_bias, *tensors = inputs
         _setup(ctx, (z, first_bias, *_groups(tensors), handle, True), output)
         ctx.mark_non_differentiable(output[2])
 
     @staticmethod
-    def backward(ctx: object, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         grads = _gradient(ctx, *cotangents)
         return None, *grads, *[None] * (len(grads) // 2)
 
 
-# Without the detour by which apply() looks for transforms of torch.func: for plain eager calls, where there are none.
+# apply() without its search for transforms of torch.func, for plain eager calls.
 _apply_plainly = super(torch.autograd.Function, _Solve).apply
 
 
@@ -227,7 +225,7 @@ def _first_order(
     *tensors: Tensor,
     by_weights: bool = True,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients after ``z``, the first bias, weights and biases; ``None`` for the last two if nobody wants them."""
+    """Gradients with respect to ``z``, the first bias, weights and biases."""
     solver = named(handle)
     weights, biases, masks = _groups(tensors)
     eager = plain_eager()
@@ -244,7 +242,6 @@ def _first_order(
     grad_xt, dparams, dpre = solver.structure.unpack_adjoint(adjoint)
     dz = torch.addcmul(ladj_by_z, grad_xt, by_z).T
     above = [*dpre, dparams]
-    # first_bias stands for the whole batch or for each sample.
     each = above[0].T
     dbias = each if first_bias.shape[0] == z.shape[0] else each.sum(0, keepdim=True)
     if not by_weights:
@@ -257,22 +254,22 @@ def _first_order(
 
 
 class _Gradient(torch.autograd.Function):
-    """First derivatives by one reverse sweep; derivatives of those by the plain way."""
+    """First derivatives by one reverse sweep; their derivatives by full passes."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*inputs: Tensor) -> tuple[Tensor, ...]:
+    def forward(*inputs: Any) -> tuple[Tensor | None, ...]:
         return _first_order(*inputs)
 
     @staticmethod
-    def setup_context(ctx: object, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor | None, ...]) -> None:
         handle, grad_x, grad_ladj, _, _, *tensors = inputs
         ctx.solver = named(handle)
         ctx.save_for_backward(grad_x, grad_ladj, *tensors)
 
     @staticmethod
-    def backward(ctx: object, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         grad_x, grad_ladj, z, first_bias, *tensors = ctx.saved_tensors
         weights, biases, masks = _groups(tensors)
         by_passes = partial(_by_passes, ctx.solver, masks)
@@ -286,9 +283,9 @@ class _Gradient(torch.autograd.Function):
 
 
 def _by_passes(
-    solver: Solver, masks: Sequence[Tensor], z: Tensor, first_bias: Tensor, *matrices: Tensor
+    solver: Solver[Univariate], masks: Sequence[Tensor], z: Tensor, first_bias: Tensor, *matrices: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The same solution by one full pass for each step: slow, and differentiable any number of times."""
+    """The solution by one full pass per step: slow, but differentiable any number of times."""
     structure = solver.structure
     weights = [torch.where(mask != 0, weight, 0.0) for mask, weight in zip(masks, matrices, strict=False)]
     biases = matrices[len(weights) :]
@@ -309,9 +306,9 @@ def _sweep_back(
     grad_x: Tensor,
     by_params: Tensor,
     ladj_by_params: Tensor,
-    slopes: list[Tensor],
-    weights: list[Tensor],
-    masks: list[Tensor],
+    slopes: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    masks: Sequence[Tensor],
     handle: str,
 ) -> Tensor:
     solver = named(handle)
@@ -354,12 +351,11 @@ def _(
     return grad_x.new_empty(named(handle).structure.adjoint_rows, grad_x.shape[0])
 
 
-# Batching: samples are rows of z (columns of everything feature-major), so a batch of problems that share their weights
-# is one larger problem; batches of weights are solved one by one.
+# Problems with the same weights are one larger problem; others are solved one by one.
 
 
 def _rows(value: Tensor, dim: int | None, size: int, axis: int) -> Tensor:
-    """Merges a batch dimension into the sample axis (counted without the batch dimension)."""
+    """Merges a batch dimension into the sample axis (counted without it)."""
     value = (
         value.movedim(dim, axis)
         if dim is not None
@@ -369,7 +365,7 @@ def _rows(value: Tensor, dim: int | None, size: int, axis: int) -> Tensor:
 
 
 def _one_by_one(op: Callable[..., object], size: int, in_dims: Sequence, args: Sequence) -> list:
-    def pick(value: object, dim: object, k: int) -> object:
+    def pick(value: Any, dim: Any, k: int) -> Any:
         if isinstance(value, (list, tuple)):
             return [pick(v, d, k) for v, d in zip(value, dim, strict=True)]
         return value.select(dim, k) if isinstance(value, Tensor) and dim is not None else value
@@ -382,7 +378,7 @@ def _batched(dims: object) -> bool:
 
 
 @_solve_op.register_vmap
-def _(info: object, in_dims: tuple, *args: object) -> tuple:
+def _(info: Any, in_dims: tuple, *args: Any) -> tuple:
     z, first_bias, *others = args
     size = info.batch_size
     if any(_batched(dims) for dims in in_dims[2:]):
@@ -401,7 +397,7 @@ def _(info: object, in_dims: tuple, *args: object) -> tuple:
 
 
 @_sweep_back_op.register_vmap
-def _(info: object, in_dims: tuple, *args: object) -> tuple[Tensor, int]:
+def _(info: Any, in_dims: tuple, *args: Any) -> tuple[Tensor, int]:
     grad_x, by_params, ladj_by_params, slopes, *others = args
     size = info.batch_size
     if any(_batched(dims) for dims in in_dims[4:]):

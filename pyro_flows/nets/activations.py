@@ -178,10 +178,11 @@ def in_place(activation: Function) -> Function | None:
 
 def activation_functions(activation: Activation, layers: int) -> tuple[Function, ...]:
     """The elementwise functions after so many hidden layers; the last one given stands for all that follow."""
-    given = list(activation) if isinstance(activation, list | tuple) else [activation]
-    if not given:
+    if isinstance(activation, str) or not isinstance(activation, Sequence):
+        activation = [activation]
+    if not activation:
         raise ValueError("expected at least one activation, got an empty sequence")
-    found = [activation_function(each) for each in given]
+    found = [activation_function(each) for each in activation]
     return tuple((found + found[-1:] * layers)[:layers])
 
 

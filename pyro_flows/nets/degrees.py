@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pyro_flows.core.checks import choice
 from pyro_flows.nets.structure import Cut, staircase
 
 __all__ = ["Degrees", "as_order", "even_degrees", "least_degree"]
@@ -24,9 +25,8 @@ def _order(input_dim: int, order: str | Sequence[int] | Tensor) -> tuple[Tensor,
             return natural, "identity"
         if order == "reverse":
             return natural.flip(0), "reverse"
-        if order == "random":
-            return torch.randperm(input_dim), "given"
-        raise ValueError(f"expected order to be 'identity', 'reverse', 'random' or a permutation, got {order!r}")
+        choice("", "order", order, ("identity", "reverse", "random"), "a permutation")
+        return torch.randperm(input_dim), "given"
     given = torch.as_tensor(order).cpu()
     if given.dim() != 1 or given.is_floating_point() or not torch.equal(given.sort().values, natural):
         shown = given.tolist() if given.numel() <= 20 else f"a tensor of shape {tuple(given.shape)}"

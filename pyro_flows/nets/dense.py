@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +44,7 @@ def _outputs(layer: nn.Module, columns: Tensor) -> Tensor:
     if type(layer) is nn.Linear and not (
         layer._forward_pre_hooks or layer._forward_hooks or layer._backward_pre_hooks or layer._backward_hooks
     ):
-        held = layer._parameters
+        held: Mapping[str, Any] = layer._parameters
         return torch.addmm(held["bias"].unsqueeze(1), held["weight"], columns)
     return layer(columns.t()).t()  # it is reparameterized or replaced, or has hooks
 
@@ -62,6 +63,8 @@ class MLP(nn.Module):
             last stands for all that follow.
         zero_init: whether the last layer starts at zero.
     """
+
+    layers: Sequence[nn.Linear]
 
     def __init__(
         self,
@@ -90,7 +93,7 @@ class MLP(nn.Module):
             self.constant = nn.Parameter(torch.zeros(outputs))
             return
         sizes = (fan_in, *widths, outputs)
-        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in itertools.pairwise(sizes))
+        self.add_module("layers", nn.ModuleList(nn.Linear(i, o) for i, o in itertools.pairwise(sizes)))
         if len(self.layers) > 1:
             with torch.no_grad():
                 self.layers[0].weight.mul_(_first_gain(fan_in))
@@ -117,7 +120,7 @@ class MLP(nn.Module):
             # Samples are columns: small matrix products are faster that way round, and each parameter is contiguous for
             # the elementwise map that follows.
             columns = (x if len(batch) == 1 else x.reshape(batch.numel(), self.input_dim)).t()
-            first, *layers = self._modules["layers"]._modules.values()
+            first, *layers = self.layers
             flat = stream = _outputs(first, columns) if context is None else self._first(columns, context, batch)
             for k, layer in enumerate(layers, 1):
                 flat = _outputs(layer, self.activations[k - 1](flat))
@@ -128,7 +131,8 @@ class MLP(nn.Module):
 
     def _first(self, columns: Tensor, context: Tensor, batch: Size) -> Tensor:
         """The first layer; the context's share is computed once per context, not once per sample."""
-        weight, bias = self.layers[0].weight, self.layers[0].bias
+        first = self.layers[0]
+        weight, bias = first.weight, first.bias
         share = F.linear(context, weight[:, self.input_dim :], bias)
         if share.shape[:-1].numel() == 1:
             share = share.view(1, len(bias))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +53,11 @@ class MaskedMLP(nn.Module):
     References:
         MADE: Masked Autoencoder for Distribution Estimation (Germain et al., 2015), arXiv:1502.03509.
     """
+
+    order: Tensor
+    rank: Tensor
+    bias_0: Tensor
+    context_weight: Tensor
 
     def __init__(
         self,
@@ -106,7 +112,8 @@ class MaskedMLP(nn.Module):
 
     def tensors(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Weights, biases and masks of the layers; masks are integers, with all bits set where the weight counts."""
-        parameters, buffers = self._parameters, self._buffers
+        parameters: Mapping[str, Any] = self._parameters
+        buffers: Mapping[str, Any] = self._buffers
         weights, biases, masks = self._names
         try:
             return [parameters[n] for n in weights], [parameters[n] for n in biases], [buffers[n] for n in masks]
@@ -134,24 +141,20 @@ class MaskedMLP(nn.Module):
         """What the first layer adds to its weighted inputs: shape ``(*context_batch, width)``, or ``(width,)``."""
         return self.bias_0 if context is None else F.linear(context, self.context_weight, self.bias_0)
 
-    def ranked(
-        self, x: Tensor, context: Tensor | None = None, univariate: Univariate | None = None
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """As :meth:`forward`, with inputs and outputs by rank; with a univariate, ``x`` moved by it, and the ladj."""
+    def ranked(self, x: Tensor, context: Tensor | None, univariate: Univariate | None) -> tuple[Tensor, ...]:
+        """With inputs and outputs by rank: ``(params,)``, or with a univariate ``x`` moved by it and the ladj."""
         weights, (bias, *biases), masks = self.tensors()
         if context is not None:
             bias = F.linear(context, self.context_weight, bias)
-        out = masked_network(self.layers, x, bias, weights, biases, masks, univariate)
-        if univariate is not None:
-            return out
-        return out.unflatten(-1, (self.num_params, self.input_dim)).transpose(-1, -2)
+        return masked_network(self.layers, x, bias, weights, biases, masks, univariate)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """``x``: shape ``(*batch, input_dim)``; ``context``: broadcasts to ``(*batch, context_dim)``.
 
         Returns shape ``(*batch, input_dim, num_params)``; one pass.
         """
-        params = self.ranked(self.to_ranks(x), context)
+        (flat,) = self.ranked(self.to_ranks(x), context, None)
+        params = flat.unflatten(-1, (self.num_params, self.input_dim)).transpose(-1, -2)
         if self.degrees.kind == "identity":
             return params
         return params.flip(-2) if self.degrees.kind == "reverse" else params.index_select(-2, self.rank)
@@ -160,7 +163,7 @@ class MaskedMLP(nn.Module):
         super()._apply(fn, recurse)
         for k, weight in enumerate(self.tensors()[0]):
             name = f"bits_{k}"
-            self._buffers[name] = self._buffers[name].to(_INTEGER[weight.element_size()])
+            self._buffers[name] = self.get_buffer(name).to(_INTEGER[weight.element_size()])
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:

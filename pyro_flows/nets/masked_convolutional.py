@@ -218,7 +218,7 @@ class Stacks(nn.Module):
             )
             for k, (side, distance) in enumerate(zip(sides, dilations, strict=True))
         )
-        self.layers = nn.ModuleList(layers)  # type: ignore[assignment]  # says nothing of the class of its modules
+        self.add_module("layers", nn.ModuleList(layers))
         stacks = 2 if self.two else 1
         sizes = {"row_bias": height, "column_bias": width}
         for name, size in sizes.items():

@@ -71,16 +71,16 @@ def _move_slabs(
     n, dims = x.shape
     weight, bits, bias = (each.view(univariate.num_params, dims, *each.shape[1:]) for each in (weight, bits, bias))
     moved, z = x.new_empty(dims, n), x.T.contiguous()
-    parts, every, total = [], [], None
+    parts, every, ladjs = [], [], []
     for start, stop, high in slabs:
         part = keep(weight[:, start:stop, :high], bits[:, start:stop, :high]).flatten(0, 1)
         out = torch.addmm(bias[:, start:stop].reshape(-1, 1), part, hidden[:, :high].T)
         y, slope, kept = univariate.run(False, z[start:stop], out.view(len(weight), stop - start, n))
         moved[start:stop] = y
-        total = slope.sum(0) if total is None else total.add_(slope.sum(0))
+        ladjs.append(slope.sum(0))
         parts.append(part)
         every.append((z[start:stop], y, slope, *kept))
-    return moved.T.contiguous(), total, parts, every
+    return moved.T.contiguous(), sum(ladjs[1:], ladjs[0]), parts, every
 
 
 def _pull_slabs(
@@ -147,8 +147,8 @@ def masked_network(
     biases: Sequence[Tensor],
     masks: Sequence[Tensor],
     univariate: Univariate | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """The last layer's output; with a univariate, ``x`` moved by it and the ladj, summed over dimensions.
+) -> tuple[Tensor, ...]:
+    """The last layer's output alone; with a univariate, ``x`` moved by it and the ladj, summed over dimensions.
 
     Args:
         net: the static description.
@@ -173,14 +173,12 @@ def masked_network(
         own = first_bias.dim() > 1
         pieces = zip(flat.split(ROWS), first_bias.split(ROWS) if own else itertools.repeat(first_bias), strict=False)
         done = [_result(net, rows, bias, weights, biases, masks, univariate) for rows, bias in pieces]
-        out = torch.cat(done) if univariate is None else tuple(torch.cat(part) for part in zip(*done, strict=True))
+        out = tuple(torch.cat(part) for part in zip(*done, strict=True))
     else:
         out = _result(net, flat, first_bias, weights, biases, masks, univariate)
     if len(batch) == 1:
         return out
-    if univariate is None:
-        return out.view(*batch, out.shape[-1])
-    return out[0].view(x.shape), out[1].view(batch)
+    return tuple(part.view(batch + part.shape[1:]) for part in out)
 
 
 def _result(
@@ -191,12 +189,12 @@ def _result(
     biases: Sequence[Tensor],
     masks: Sequence[Tensor],
     univariate: Univariate | None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     slabs = net.slabs_at(univariate, x)
     if univariate is None or slabs is None:
         out = _run(net, x, first_bias, weights, biases, masks)[0]
         if univariate is None:
-            return out
+            return (out,)
         moved, ladj, _ = univariate.run(False, x, out.view(len(x), univariate.num_params, x.shape[1]).transpose(0, 1))
         return moved, ladj.sum(-1)
     hidden = _run(net, x, first_bias, weights[:-1], biases, masks, last=False)[0]
@@ -210,7 +208,7 @@ def _plain(
     x: Tensor,
     first_bias: Tensor,
     *matrices: Tensor,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     weights = [torch.where(mask != 0, weight, 0.0) for mask, weight in zip(masks, matrices, strict=False)]
     biases = matrices[len(weights) :]
     stream = pre = F.linear(x, weights[0]) + first_bias
@@ -219,7 +217,7 @@ def _plain(
         if k in net.joins:
             stream = pre = pre + stream
     if univariate is None:
-        return pre
+        return (pre,)
     moved, ladj = univariate.plain(False, x, pre.unflatten(-1, (univariate.num_params, x.shape[-1])).movedim(-2, 0))
     return moved, ladj.sum(-1)
 
@@ -232,7 +230,7 @@ def _run(
     biases: Sequence[Tensor],
     masks: Sequence[Tensor],
     last: bool = True,
-) -> tuple[Tensor, list[Tensor], list[Tensor], list[list[Tensor]], list[Sequence[Band] | None]]:
+) -> tuple[Tensor, list[Tensor], list[Tensor], list[list[Tensor]], Sequence[Sequence[Band] | None]]:
     """The output, what goes into and out of each activation, the masked parts of each weight, and how it was cut.
 
     Without the ``last`` layer, whose weight is then left out of ``weights``, the output is what goes into that.
@@ -269,7 +267,7 @@ class _Pass(GradientByHand):
         x: Tensor,
         first_bias: Tensor,
         *tensors: Tensor,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         layers = len(masks)
         weights, biases = tensors[:layers], tensors[layers:]
         slabs = net.slabs_at(univariate, x)
@@ -290,15 +288,16 @@ class _Pass(GradientByHand):
         ctx.counts = [len(each) for each in parts]
         flat = [masked for each in parts for masked in each]
         ctx.save_for_backward(x, first_bias, *tensors, *into, *outof, *flat, *kept)
-        return out if univariate is None else (moved, ladj)
+        return (out,) if univariate is None else (moved, ladj)
 
     @staticmethod
-    def plain(ctx: Any) -> tuple[Callable[..., Tensor | tuple[Tensor, Tensor]], Sequence[Tensor]]:
+    def plain(ctx: Any) -> tuple[Callable[..., tuple[Tensor, ...]], Sequence[Tensor]]:
         tensors = ctx.saved_tensors[: 1 + 2 * len(ctx.masks)]
         return partial(_plain, ctx.net, ctx.univariate, ctx.masks), tensors
 
     @staticmethod
-    def pull(ctx: Any, grad: Tensor, grad_ladj: Tensor | None = None) -> tuple[Tensor | None, ...]:
+    def pull(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad, grad_ladj = grads[0], grads[-1]  # without a univariate there is one
         net, masks, bands = ctx.net, ctx.masks, ctx.bands
         layers = len(masks)
         x, first_bias, *saved = ctx.saved_tensors

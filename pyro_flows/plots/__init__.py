@@ -1,10 +1,10 @@
 """Pictures of densities, samples, training and calibration: ``from pyro_flows import plots``.
 
-Each function draws into ``ax``, or into a new figure by default, and returns the axes or the figure.  No setting of
-matplotlib changes and nothing is shown: call ``matplotlib.pyplot.show`` or ``savefig``.
+Each function draws into ``ax``, or by default into a new figure, and returns the axes or the figure.  Matplotlib's
+settings stay, and nothing is shown: call ``matplotlib.pyplot.show`` or ``savefig``.
 
 A *model* is a distribution, a :class:`~pyro_flows.distributions.flow.Flow` or the result of a fit.  Data, samples and
-contexts are tensors of any dtype on any device, NumPy arrays or lists.  No gradient is recorded.
+contexts are tensors, arrays or lists, of any dtype and device.  No gradient is recorded.
 """
 
 from pyro_flows.plots.calibrations import calibration, pit

@@ -1,4 +1,4 @@
-"""Whether a model's intervals hold the share of observations that they claim."""
+"""The calibration of a model's intervals."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def pit(model: Any, data: Any, context: Any = None, num_samples: int = 1000) -> 
     Args:
         model: a model.
         data: shape ``(rows, *event)``.
-        context: one for each row, shape ``(rows, context_dim)``, one for all, or ``None`` for a model without context.
+        context: one for each row, shape ``(rows, context_dim)``, or one for all, if the model takes one.
         num_samples: draws for each row.
 
     Returns:
@@ -43,8 +43,7 @@ def pit(model: Any, data: Any, context: Any = None, num_samples: int = 1000) -> 
         ValueError: if shapes do not fit, or a draw is NaN.
 
     References:
-        Validating Bayesian Inference Algorithms with Simulation-Based Calibration (Talts et al., 2018),
-        arXiv:1804.06788.
+        Simulation-Based Calibration (Talts et al., 2018), arXiv:1804.06788.
     """
     n = integer("pit", "num_samples", num_samples)
     if context is not None and not isinstance(context, Tensor):
@@ -83,11 +82,11 @@ def calibration(
     names: Sequence[str] | None = None,
     level: float = 0.95,
 ) -> Axes:
-    """Draws the share of observations inside the model's central intervals against the nominal one, by dimension.
+    """Draws the coverage of the model's central intervals against the nominal one, by dimension.
 
-    A curve above the diagonal belongs to intervals that are too wide, below it to intervals that are too narrow.  All
-    curves of a calibrated model stay inside the band over their whole length with probability ``level``, by simulation.
-    Dependence between dimensions does not show.  The cost is that of :func:`pit`.
+    Intervals are too wide where a curve is above the diagonal, too narrow where below.  With probability ``level``, all
+    curves of a calibrated model stay inside the simulated band over their whole length.  Dependence between dimensions
+    does not show.  The cost is that of :func:`pit`.
 
     Args:
         model: a model.
@@ -102,8 +101,7 @@ def calibration(
         ValueError: if shapes do not fit.
 
     References:
-        Graphical Test for Discrete Uniformity and its Applications in Goodness of Fit Evaluation and Multiple Sample
-        Comparison (Säilynoja et al., 2021), arXiv:2103.10522.
+        Graphical Test for Discrete Uniformity (Säilynoja et al., 2021), arXiv:2103.10522.
     """
     if not 0 < level < 1:
         raise ValueError(f"calibration: expected level between 0 and 1, got {level}")
@@ -134,7 +132,7 @@ def _band(rows: int, level: float) -> np.ndarray:
     """Half the width of the band at this level."""
     nominal = np.linspace(0, 1, STEPS + 1)
     error = np.sqrt(nominal * (1 - nominal) / rows)
-    # The curve of a calibrated model is a cumulative count of equal cells.
+    # A calibrated model's curve is a cumulative count of equal cells.
     count = np.random.default_rng(0).multinomial(rows, np.full(STEPS, 1 / STEPS), REPEATS).cumsum(1)[:, :-1]
     furthest = (np.abs(count / rows - nominal[1:-1]) / error[1:-1]).max(1)
     return np.quantile(furthest, level) * error

@@ -1,4 +1,4 @@
-"""Figures, axes and colors, set on the objects themselves: matplotlib's settings stay as they are."""
+"""Figures, axes and colors; matplotlib's settings stay."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["bars", "canvas", "figure", "framed", "labels", "line_style", "reach"
 DATA, MODEL, MARK, FRAME = "#3d405b", "#1f7a8c", "#e07a5f", "#8d99ae"
 SHADES = ["#ffffff", "#bfe3e6", "#5fb3bf", "#1f7a8c", "#0d3f4d"]
 CYCLE = [MODEL, MARK, DATA, "#81b29a", "#f2a541", "#9c6b9e"]
-NAMED = 12  # curves that a reader can tell apart in a legend
+NAMED = 12  # curves that a legend can tell apart
 
 
 def figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, np.ndarray]:
@@ -30,7 +30,7 @@ def figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, 
 
 
 def framed(ax: Axes) -> Axes:
-    """The axes with two quiet spines and small labels."""
+    """Gives axes two quiet spines and small labels."""
     ax.spines[["top", "right"]].set_visible(False)
     ax.spines[["left", "bottom"]].set_color(FRAME)
     ax.tick_params(color=FRAME, labelsize=8)
@@ -45,17 +45,17 @@ def canvas(ax: Axes | None, size: tuple[float, float] = (4.8, 3.6)) -> Axes:
 
 
 def line_style(k: int, count: int) -> dict[str, Any]:
-    """The look of curve ``k`` of ``count``."""
+    """The style of curve ``k`` of ``count``."""
     if count > NAMED:
         return {"color": MODEL, "linewidth": 0.8, "alpha": 0.5}
     return {"color": CYCLE[k % len(CYCLE)], "linestyle": ("-", "--")[k // len(CYCLE) % 2], "linewidth": 1.5}
 
 
 def reach(rows: np.ndarray) -> list[tuple[float, float]]:
-    """The interval to show of each column: nearly all rows and a margin of a tenth."""
+    """The interval of each column to show: nearly all rows, with a tenth as margin."""
     low, high = np.quantile(rows, [0.002, 0.998], axis=0)
     width = high - low
-    # A column of one value has no width of its own.
+    # A constant column has no width of its own.
     margin = np.where(width > 1e-9 * np.abs(low), 0.1 * width, np.maximum(0.5, 1e-3 * np.abs(low)))
     return [(float(a), float(b)) for a, b in zip(low - margin, high + margin, strict=True)]
 
@@ -66,14 +66,14 @@ def thinned(rows: np.ndarray, most: int) -> np.ndarray:
 
 
 def bars(column: np.ndarray, low: float, high: float) -> tuple[np.ndarray, np.ndarray]:
-    """Heights and edges of a histogram, normalized by the whole column, values outside included."""
+    """Heights and edges of a histogram, normalized by all values, those outside included."""
     # The Rice rule, within limits.
     edges = np.linspace(low, high, int(np.clip(2 * len(column) ** (1 / 3), 10, 60)) + 1)
     return np.histogram(column, edges)[0] / (len(column) * np.diff(edges)), edges
 
 
 def labels(names: Sequence[str] | None, chosen: Sequence[int], name: str) -> list[str]:
-    """A label for each chosen dimension."""
+    """Labels of the chosen dimensions."""
     if names is None:
         return [f"x[{k}]" for k in chosen]
     if isinstance(names, str) or len(names) != len(chosen):

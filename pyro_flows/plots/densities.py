@@ -1,4 +1,4 @@
-"""The density of a model of one or two dimensions."""
+"""Densities in one or two dimensions."""
 
 from __future__ import annotations
 
@@ -29,22 +29,20 @@ def density(
 ) -> Axes:
     """Draws the density of a model: a line for one dimension, a picture for two.
 
-    Colors grow with the square root of the density, so that thin bridges and tails show; they are full where only a
-    hundredth of the mass in the picture is denser.  The cost is one evaluation a grid point.
+    Colors grow with the square root of the density, so that thin bridges and tails show, up to full color where only a
+    hundredth of the mass is denser.  The cost is one evaluation a grid point.
 
     Args:
-        model: a model with one or two event entries and an empty batch shape.
-        bounds: ``(low, high)`` for one dimension, a pair of these for two; by default the range of the data, or of
-            draws.
-        points: grid points along each dimension (default: 500 for one dimension, 200 for two).
+        model: a model of one or two dimensions, without a batch shape.
+        bounds: ``(low, high)``, or a pair of these for two dimensions; by default the range of the data or draws.
+        points: grid points along each dimension; by default 500 for one dimension, 200 for two.
         context: one context, shape ``(context_dim,)``.
-        data: rows to show as well: a histogram in one dimension, at most 1000 points in two.
+        data: rows to show: a histogram in one dimension, at most 1000 points in two.
         ax: the axes to draw into.
-        **style: options of ``Axes.plot`` in one dimension and ``Axes.pcolormesh`` in two, e.g. ``cmap`` or ``norm``.
+        **style: options of ``Axes.plot`` in one dimension, ``Axes.pcolormesh`` in two, e.g. ``cmap`` or ``norm``.
 
     Raises:
-        ValueError: for a model of more dimensions or with a batch shape, a density of NaN, or arguments that do not
-            fit.
+        ValueError: for more dimensions, a batch shape, a density of NaN, or invalid arguments.
     """
     made = single(distribution_of(model, context, "density"), "density", (1, 2))
     rows = None if data is None else rows_of(data, made.event_shape, "density", "data")
@@ -107,7 +105,7 @@ def _picture(
 
 
 def _full(height: np.ndarray) -> float:
-    """The density that a hundredth of the mass exceeds: a spike must not leave the rest of a picture pale."""
+    """The density that a hundredth of the mass exceeds: a spike must not leave the picture pale."""
     ranked = np.sort(height, axis=None)[::-1]
     mass = ranked.cumsum()
     if not 0 < mass[-1] < np.inf:

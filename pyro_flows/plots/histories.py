@@ -1,4 +1,4 @@
-"""The history of a fit, epoch by epoch."""
+"""The history of a fit."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ __all__ = ["history"]
 def history(fit: Any, ax: Axes | None = None) -> Axes:
     """Draws the scores of training and validation data after each epoch; higher is better.
 
-    Scores are log-likelihoods in nats per row, or negative losses of flow matching.  The best epoch is marked, by the
-    fit or by the validation value.  A learning rate that changes has a second axis.  First epochs far below the rest
-    are cut off.
+    Scores are log-likelihoods in nats per row, or negative losses of flow matching.  A mark shows the best epoch, by
+    the fit or by validation.  A learning rate that changes has a second axis.  First epochs far below the rest are cut
+    off.
 
     Args:
-        fit: the result of a fit; or its history, a dictionary of lists of equal length with ``train``, and if known
+        fit: the result of a fit; its history, a dictionary of equally long lists with ``train`` and optionally
             ``epoch``, ``validation`` and ``lr``; or plain numbers, such as an ELBO at each step.
         ax: the axes to draw into.
 
@@ -65,7 +65,7 @@ def history(fit: Any, ax: Axes | None = None) -> Axes:
 def _column(values: Any, name: str) -> np.ndarray:
     if isinstance(values, Tensor):
         values = values.detach().cpu().double().numpy()
-    # A value that was not measured may be None.
+    # Unmeasured values may be None.
     try:
         return np.array([np.nan if value is None else float(value) for value in values])
     except (TypeError, ValueError):

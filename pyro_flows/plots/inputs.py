@@ -1,4 +1,4 @@
-"""Models and rows of numbers for pictures, checked once and moved to the CPU."""
+"""Checks of models and rows for pictures."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def numbers(value: Any, name: str, what: str) -> np.ndarray:
 
 
 def rows_of(value: Any, event_shape: Size, name: str, what: str) -> np.ndarray:
-    """Rows of events, each flattened: shape ``(rows, event size)``."""
+    """Flattened events, shape ``(rows, event size)``."""
     array = numbers(value, name, what)
     size = event_shape.numel()
     fits = array.ndim > len(event_shape) and array.shape[array.ndim - len(event_shape) :] == tuple(event_shape)
-    if array.ndim == 1 and size == 1:  # one dimension may go without an axis of its own
+    if array.ndim == 1 and size == 1:  # one dimension may lack its own axis
         return array[:, None]
     if not fits or array.ndim == 0:
         raise ValueError(
@@ -53,9 +53,9 @@ def _shape(*parts: object) -> str:
 
 
 def distribution_of(model: Any, context: Any, name: str) -> Distribution:
-    """The distribution of a model, at a context if one is given."""
+    """A model's distribution, at a context if given."""
     if not isinstance(model, (Distribution, nn.Module)):
-        model = getattr(model, "distribution", model)  # of the result of a fit
+        model = getattr(model, "distribution", model)  # the result of a fit
     if isinstance(model, FlowTransform):
         raise TypeError(
             f"{name}: {type(model).__name__} is a transform and has no density; give it a base: pf.Flow(transform)"
@@ -84,7 +84,7 @@ def distribution_of(model: Any, context: Any, name: str) -> Distribution:
 
 
 def _context(model: Any, context: Any, name: str) -> Tensor:
-    """The context in the dtype and on the device of the model's parameters."""
+    """The context in the dtype and on the device of the parameters."""
     given = torch.from_numpy(numbers(context, name, "context"))
     if isinstance(model, nn.Module):
         for held in (*model.parameters(), *model.buffers()):
@@ -96,7 +96,7 @@ def _context(model: Any, context: Any, name: str) -> Tensor:
 
 
 def single(made: Distribution, name: str, sizes: Sequence[int] | None = None) -> Distribution:
-    """The distribution, if it is of a single event, with one of these numbers of entries."""
+    """Admits the distribution of one event of these sizes."""
     if made.batch_shape:
         raise ValueError(
             f"{name}: expected an empty batch shape, got {tuple(made.batch_shape)}; give one context of shape "
@@ -112,7 +112,7 @@ def single(made: Distribution, name: str, sizes: Sequence[int] | None = None) ->
 
 @contextmanager
 def _resting(made: Distribution | None) -> Iterator[None]:
-    """No gradient, and evaluation mode: a layer that learns from its first batch must not learn from a picture."""
+    """Turns off gradients and training, so that a picture never initializes layers."""
     parts = nn.ModuleList()
     while made is not None:
         parts.extend(part for part in getattr(made, "transforms", ()) if isinstance(part, nn.Module))
@@ -128,7 +128,7 @@ def draw(made: Distribution, shape: tuple[int, ...] = ()) -> Tensor:
 
 
 def drawn_rows(made: Distribution, num_samples: int, name: str) -> np.ndarray:
-    """Draws as flattened rows: ``num_samples`` for each entry of the batch shape."""
+    """Draws as flattened rows: ``num_samples`` for each batch entry."""
     drawn = draw(made, (num_samples,))
     if not drawn.isfinite().all():
         raise ValueError(
@@ -138,7 +138,7 @@ def drawn_rows(made: Distribution, num_samples: int, name: str) -> np.ndarray:
 
 
 def draws_of(model: Any, num_samples: int, context: Any, name: str) -> tuple[np.ndarray, Size]:
-    """Rows of samples and their event shape: given samples, or at least ``num_samples`` draws of a model."""
+    """Rows and their event shape: given samples, or at least ``num_samples`` draws."""
     integer(name, "num_samples", num_samples)
     if isinstance(model, (Tensor, np.ndarray, list, tuple)):
         array = numbers(model, name, "samples")
@@ -153,7 +153,7 @@ def draws_of(model: Any, num_samples: int, context: Any, name: str) -> tuple[np.
 
 
 def score(made: Distribution, points: np.ndarray, name: str) -> np.ndarray:
-    """Log-densities in nats of points of shape ``(n, event size)``; minus infinity outside the support."""
+    """Log-densities in nats of points ``(n, event size)``; minus infinity outside the support."""
     event = made.event_shape
     found = []
     with _resting(made):

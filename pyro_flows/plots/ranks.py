@@ -1,4 +1,4 @@
-"""Ranks of simulation-based calibration, and the band of uniform ranks."""
+"""Ranks of simulation-based calibration."""
 
 from __future__ import annotations
 
@@ -21,27 +21,26 @@ EXPECTED = 5  # ranks in a bar, at least
 
 
 def ranks(calibration: Any, ax: Axes | None = None, *, sites: Sequence[str] | None = None, kind: str = "ecdf") -> Axes:
-    """Draws the ranks of a calibration against uniform ones: distribution functions or histograms, one a scalar.
+    """Draws the ranks of a calibration against uniform ones, one curve or histogram a scalar.
 
-    ``"ecdf"`` draws the empirical distribution function less that of uniform ranks.  All curves of a right inference
-    stay within the band over their whole length with the calibration's probability (95 %).  First above and then below
-    the band means draws that are too narrow, first below and then above too wide, a hill too high, a valley too low.
+    ``"ecdf"`` draws the empirical distribution function less that of uniform ranks.  With the calibration's probability
+    (95 %), all curves of a right inference stay within the band over their whole length.  First above and then below
+    the band means too narrow draws, first below and then above too wide ones, a hill too high, a valley too low.
 
-    ``"histogram"`` draws the ranks themselves: high at both ends for narrow draws, high in the middle for wide ones.
-    Its band holds for single bars.
+    ``"histogram"`` draws the ranks: high at both ends for narrow draws, high in the middle for wide ones.  Its band
+    holds for single bars.
 
     Args:
         calibration: from :func:`~pyro_flows.infer.diagnostics.calibration.simulation_based_calibration`.
         ax: the axes to draw into.
-        sites: the sites to draw, by default all.  The band is always that of all.
+        sites: the sites to draw, by default all; the band is always that of all.
         kind: ``"ecdf"`` or ``"histogram"``.
 
     Raises:
         ValueError: for an unknown site or kind.
 
     References:
-        Graphical Test for Discrete Uniformity and its Applications in Goodness of Fit Evaluation and Multiple Sample
-        Comparison (Säilynoja et al., 2021), arXiv:2103.10522.
+        Graphical Test for Discrete Uniformity (Säilynoja et al., 2021), arXiv:2103.10522.
     """
     if not isinstance(calibration, Calibration):
         raise TypeError(f"ranks: expected what simulation_based_calibration returns, got {type(calibration).__name__}")
@@ -62,7 +61,7 @@ def _ecdf(ax: Axes, calibration: Calibration, columns: np.ndarray, names: list[s
     place, low, high = (part.numpy() for part in calibration.bands())
     ax.fill_between(place, low - place, high - place, color=DATA, alpha=0.13, linewidth=0)
     ax.axhline(0, color=FRAME, linewidth=0.9, linestyle="--")
-    # The limits count ranks up to and including a position; halves keep rounding out of the comparison.
+    # Limits include their position; halves avoid rounding errors in the comparison.
     edges = place * (calibration.num_samples + 1) - 0.5
     for k, name in enumerate(names):
         share = np.searchsorted(np.sort(columns[:, k]), edges) / len(columns)

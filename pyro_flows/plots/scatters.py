@@ -1,4 +1,4 @@
-"""Draws of a model beside data, in one pair of dimensions or in all."""
+"""Draws of a model beside data."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 __all__ = ["corner", "samples"]
 
-MOST = 12  # dimensions of a corner plot that a reader can take in
+MOST = 12  # dimensions of a readable corner plot
 BINS = 48  # counts behind contours, along each dimension
-SPREAD = 1.5  # of the kernel that smooths counts for contours, in bins
+SPREAD = 1.5  # of the kernel that smooths counts, in bins
 
 
 def samples(
@@ -30,18 +30,18 @@ def samples(
     ax: Axes | None = None,
     **style: Any,
 ) -> Axes:
-    """Scatters draws of a model of two dimensions, or given samples, on top of equally many rows of data.
+    """Scatters draws of a model of two dimensions, or given samples, over equally many rows of data.
 
     Args:
         model: a model, or samples of shape ``(rows, 2)``.
-        data: rows to compare with; the picture covers nearly all of them, or without data nearly all draws.
-        num_samples: how many draws; given samples and data are thinned evenly to this number.
-        context: one context, or a batch of contexts over which the draws are spread.
+        data: rows to compare with; the picture covers nearly all of them, or else of the draws.
+        num_samples: number of draws; given samples and data are thinned evenly to this number.
+        context: one context, or a batch over which to spread the draws.
         ax: the axes to draw into.
         **style: options of ``Axes.scatter`` for the draws.
 
     Raises:
-        ValueError: for samples of another number of dimensions, or arguments that do not fit.
+        ValueError: for samples of another number of dimensions, or invalid arguments.
     """
     draws, event = draws_of(model, num_samples, context, "samples")
     if draws.shape[1] != 2:
@@ -73,18 +73,18 @@ def corner(
 ) -> Figure:
     """Draws all pairs of dimensions: data as points, the model as contours around 50 and 90 % of its draws.
 
-    The diagonal holds histograms of both.  Without data the points are the draws themselves.
+    The diagonal holds histograms of both.  Without data the points are the draws.
 
     Args:
         model: a model, or samples of shape ``(rows, *event)``.
-        data: rows to compare with; the picture covers nearly all of them, or without data nearly all draws.
+        data: rows to compare with; the picture covers nearly all of them, or else of the draws.
         names: one for each dimension drawn.
-        num_samples: how many draws.
-        context: one context, or a batch of contexts over which the draws are spread.
-        dims: which dimensions of the flattened event to draw, at most 12 (default: all).
+        num_samples: number of draws.
+        context: one context, or a batch over which to spread the draws.
+        dims: dimensions of the flattened event to draw, at most 12; by default all.
 
     Raises:
-        ValueError: for more than 12 dimensions, or arguments that do not fit.
+        ValueError: for more than 12 dimensions, or invalid arguments.
     """
     draws, event = draws_of(model, num_samples, context, "corner")
     rows = None if data is None else rows_of(data, event, "corner", "data")

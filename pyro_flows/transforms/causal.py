@@ -83,12 +83,9 @@ class CausalAutoregressive(FlowTransform):
             )
         choice(name, "fast", fast, ("density", "sampling"))
         channels, times = self.event_shape
-        for what, given, least in (
-            ("hidden_channels", hidden_channels, channels),
-            ("num_convolutions", num_convolutions, 1),
-            ("kernel_size", kernel_size, 2),
-        ):
-            integer(name, what, given, least)
+        integer(name, "hidden_channels", hidden_channels, channels)
+        integer(name, "num_convolutions", num_convolutions)
+        integer(name, "kernel_size", kernel_size, 2)
         self.univariate = Affine() if univariate is None else univariate
         if self.univariate.periodic:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Couplings of images and series, whose parameters are the maps of a convolutional network."""
+"""Couplings of images and series, with parameters from a convolutional network."""
 
 from __future__ import annotations
 
@@ -58,19 +58,19 @@ def _kept(event_shape: Size, mask: str | Tensor) -> Tensor:
 class ConvCoupling(FlowTransform):
     r"""Moves some places or channels of an image by univariate maps whose parameters depend on the others.
 
-    :math:`y_k = x_k` for what is kept, :math:`y_m = u(x_m; p(x_k, c))` for what is moved, with one set of parameters
-    per place and channel; :math:`\log|\det| = \sum_m \log u'`, and the inverse is
-    :math:`x_m = u^{-1}(y_m; p(y_k, c))`.  Each direction costs one pass of a convolutional network.
+    Kept numbers stay, :math:`y_k = x_k`; moved ones become :math:`y_m = u(x_m; p(x_k, c))`, with the inverse :math:`x_m
+    = u^{-1}(y_m; p(y_k, c))` and :math:`\log|\det| = \sum_m \log u'`.  Each direction costs one pass of a convolutional
+    network.
 
-    Where whole channels are kept, the network sees only these.  Otherwise it sees the image with zeros in place of what
-    is moved, and the mask as another channel (one for each channel, if their masks differ).
+    The network sees whole kept channels alone, and otherwise the image with zeros in moved places, and the mask as
+    another channel (one per channel, if their masks differ).
 
     Args:
         event_shape: ``(C, H, W)`` or ``(C, T)``.
-        univariate: the family of scalar maps, ``Affine()`` by default; families of angles are refused.
-        mask: ``"checkerboard"`` keeps the places whose coordinates have an odd sum, in all channels; ``"channels"``
-            keeps the first half of the channels, rounded down; a boolean mask of shape ``event_shape`` is true where
-            numbers are kept.  The ``state_dict`` does not hold the mask: a caller who draws one must save it.
+        univariate: the family of scalar maps, ``Affine()`` by default; angles are refused.
+        mask: ``"checkerboard"`` keeps the places whose coordinates have an odd sum; ``"channels"`` keeps the first half
+            of the channels, rounded down; a boolean mask of shape ``event_shape`` is true where numbers are kept, and
+            is not in the ``state_dict``.
         flip: whether to move what ``mask`` keeps and keep the rest.
         context_dim: size of the context, 0 for none.
         hidden_channels, num_blocks, kernel_size, activation: as in :class:`~pyro_flows.nets.ConvNet`.
@@ -112,7 +112,7 @@ class ConvCoupling(FlowTransform):
         self.register_buffer("mask", kept, persistent=False)
         planes = kept.flatten(1)
         self._whole_channels = bool((planes == planes[:, :1]).all() and kept.any())
-        # Of the channels, or of all numbers in row-major order.
+        # Channels, or all numbers in row-major order.
         units = planes[:, 0] if self._whole_channels else kept.flatten()
         self.register_buffer("kept_at", torch.nonzero(units).flatten(), persistent=False)
         self.register_buffer("moved_at", torch.nonzero(~units).flatten(), persistent=False)
@@ -146,7 +146,7 @@ class ConvCoupling(FlowTransform):
         seen = torch.where(self.mask, value, value.new_zeros(()))
         planes = self.mask[: self._planes].to(value.dtype)
         params = self.net(torch.cat((seen, planes.expand(*batch, *planes.shape)), -dims), context)
-        # Where only places are kept, half of the parameters are unused; to pick the others is cheaper than a spline.
+        # Only moved places need parameters; to pick these is cheaper than a spline.
         params = params.movedim(-1, -1 - dims).flatten(-dims).index_select(-1, self.moved_at).transpose(-1, -2)
         flat = value.flatten(-dims)
         moved, slope = move(flat.index_select(-1, self.moved_at), params)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Size, Tensor
 
+from pyro_flows.core.checks import choice
 from pyro_flows.core.transform import FlowTransform
 from pyro_flows.nets.activations import Activation
 from pyro_flows.nets.dense import MLP
@@ -32,10 +33,9 @@ def coupling_mask(event_shape: Size, mask: Mask) -> Tensor:
             kept = torch.arange(size) < size // 2
         elif mask == "alternating":
             kept = torch.arange(size) % 2 == 1
-        elif mask == "random":
-            kept = torch.randperm(size) < size // 2
         else:
-            raise ValueError(f"expected mask to be 'half', 'alternating', 'random' or boolean, got {mask!r}")
+            choice("", "mask", mask, ("half", "alternating", "random"), "boolean")
+            kept = torch.randperm(size) < size // 2
         return kept.reshape(event_shape)
     given = torch.as_tensor(mask).cpu()
     if given.dtype != torch.bool or given.shape != event_shape:
@@ -118,6 +118,11 @@ class Coupling(FlowTransform):
         Density estimation using Real NVP (Dinh et al., 2016), arXiv:1605.08803.
         NICE: Non-linear Independent Components Estimation (Dinh et al., 2014), arXiv:1410.8516.
     """
+
+    order: Tensor
+    undo: Tensor
+    kept_at: Tensor
+    moved_at: Tensor
 
     def __init__(
         self,
@@ -202,7 +207,7 @@ class Coupling(FlowTransform):
         return (torch.argsort(self.order) < self.num_kept).reshape(self.event_shape)
 
     def _parting(self) -> _Parting:
-        held = self._buffers
+        held: Mapping[str, Any] = self._buffers
         indices = (held["kept_at"], held["moved_at"], held["undo"])
         return _Parting(self._layout, *indices, held["angular"] if self._some_angles else None, self._all_angles)
 

@@ -1,4 +1,4 @@
-"""Transforms without interaction between dimensions: rescaling, standardization and permutation."""
+"""Transforms of single dimensions: rescaling, standardization and permutation."""
 
 from __future__ import annotations
 
@@ -21,15 +21,14 @@ __all__ = ["Permutation", "Rescaling", "Standardization"]
 class Rescaling(FlowTransform):
     r"""Diagonal scaling, :math:`y = e^{-s} x` and :math:`x = e^{s} y`, with one :math:`s_i` per dimension.
 
-    As in NICE the scale multiplies on the way from data to base, so a large :math:`e^{s_i}` marks a direction of small
-    variation.  With a context, :math:`s(c) = s_0 + \kappa \tanh(g(c) / \kappa)`.  It starts at zero.  Each direction is
-    elementwise.
+    As in NICE, a large :math:`e^{s_i}` marks a direction of small variation.  With a context, :math:`s(c) = s_0 +
+    \kappa \tanh(g(c) / \kappa)`.  It starts at zero.  Each direction is elementwise.
 
     Args:
         event_shape: an ``input_dim`` or the shape of one event.
         context_dim: size of the context, 0 for none.
         hidden_dims, residual, activation: of :math:`g`, as in :class:`~pyro_flows.nets.MLP`.
-        max_log_scale: the bound :math:`\kappa` on what the context adds.
+        max_log_scale: the bound :math:`\kappa` on the context's part.
 
     References:
         NICE: Non-linear Independent Components Estimation (Dinh et al., 2014), section 3.3, arXiv:1410.8516.
@@ -73,7 +72,7 @@ class Rescaling(FlowTransform):
         return log_scale, log_scale.sum(tuple(range(-dims, 0))).expand(batch)
 
     def stepper(self, rows: int, context: Tensor | None = None) -> Stepper:
-        """Goes through a series step by step, if all times share one scale; see :mod:`pyro_flows.core.steps`."""
+        """Goes through a series step by step, if all times share one scale."""
         if context is not None:
             raise ValueError(
                 "Rescaling: with a context each time has its own scale, and the time after the last has none; use "
@@ -90,21 +89,19 @@ class Rescaling(FlowTransform):
         return y * torch.exp(log_scale), total
 
     def log_slopes(self, y: Tensor, context: Tensor | None = None) -> Tensor:
-        """The logarithm of each slope from data to base, of the shape of ``y``."""
+        """Log-slopes from data to base, of the shape of ``y``."""
         return self._log_scale(y, context)[0].expand(y.shape)
 
 
 class Standardization(FlowTransform):
     r"""A fixed location and scale per dimension, :math:`y = t + \sigma x`: puts a flow in the units of the data.
 
-    At the data end of a chain, with the data's mean and standard deviation, the rest of the chain works on standardized
-    numbers, while densities and draws are in the data's units; :math:`\log|\det| = \sum_i \log \sigma_i`.  Each
-    direction is elementwise.  The ``state_dict`` holds both tensors and loads into a transform made with any numbers of
-    the same shape, e.g. zeros and ones.
+    With the data's mean and standard deviation at the data end, the rest of a chain works on standardized numbers;
+    :math:`\log|\det| = \sum_i \log \sigma_i`.  Each direction is elementwise.
 
     Args:
         loc: :math:`t`, of the event's shape, e.g. ``data.mean(0)``.
-        scale: :math:`\sigma > 0`, of the same shape, e.g. ``data.std(0)``; each may also broadcast to the other.
+        scale: :math:`\sigma > 0`, of the same shape, e.g. ``data.std(0)``; each may broadcast to the other.
         event_shape: ``None`` for the shape of these numbers, or one to which they broadcast, such as ``(C, T)`` for
             numbers ``(C, 1)`` that all times share; the ``state_dict`` holds them unexpanded.
 
@@ -113,8 +110,7 @@ class Standardization(FlowTransform):
         TypeError: for numbers that are not floating-point.
 
     References:
-        Masked Autoregressive Flow for Density Estimation (Papamakarios et al., 2017), arXiv:1705.07057, which
-        standardizes its data.
+        Masked Autoregressive Flow for Density Estimation (Papamakarios et al., 2017), arXiv:1705.07057.
     """
 
     sampling_cost = density_cost = "1 product"
@@ -174,7 +170,7 @@ class Standardization(FlowTransform):
         return 0 if self.shared_over_time else None
 
     def stepper(self, rows: int, context: Tensor | None = None) -> Stepper:
-        """Goes through a series step by step, if all times share the numbers; see :mod:`pyro_flows.core.steps`."""
+        """Goes through a series step by step, if all times share the numbers."""
         loc, scale = (
             at_any_time("Standardization", name, getattr(self, name).expand(self.event_shape))
             for name in ("loc", "scale")
@@ -196,19 +192,16 @@ class Standardization(FlowTransform):
         return (y - self.loc) / self.scale, -self._ladj(y)
 
     def log_slopes(self, y: Tensor, context: Tensor | None = None) -> Tensor:
-        """The logarithm of each slope from data to base, of the shape of ``y``."""
+        """Log-slopes from data to base, of the shape of ``y``."""
         return -self.scale.log().expand(y.shape)
 
 
 class Permutation(FlowTransform):
     r"""Reorders the dimensions: :math:`y_i = x_{\pi(i)}`, with zero log-determinant.
 
-    The flows of this package alternate their orders and masks; a permutation mixes more.
-
     Args:
         event_shape: an ``input_dim`` or the shape of one event, flattened in row-major order.
-        permutation: ``"random"``, ``"reverse"``, or the indices :math:`\pi`.  A random one is drawn once and saved in
-            the ``state_dict``.
+        permutation: ``"random"`` (drawn once, saved in the ``state_dict``), ``"reverse"``, or the indices :math:`\pi`.
 
     Raises:
         ValueError: if the indices are no permutation.

@@ -18,18 +18,17 @@ __all__ = ["Split", "Squeeze"]
 
 
 class Squeeze(FlowTransform):
-    r"""Trades places for channels: data ``(C, H, W)`` is base ``(4 C, H / 2, W / 2)``, and ``(C, T)`` is
-    ``(2 C, T / 2)``.
+    r"""Trades places for channels: data ``(C, H, W)`` is base ``(4 C, H / 2, W / 2)``, ``(C, T)`` is ``(2 C, T / 2)``.
 
-    Each square of 2 x 2 places becomes one place; channel :math:`c` of its place :math:`(d_y, d_x)` becomes channel
-    :math:`(2 d_y + d_x) C + c`.  A reordering, so :math:`\log|\det| = 0`.  Each direction is one copy.
+    Channel :math:`c` of place :math:`(d_y, d_x)` in each square of 2 x 2 becomes channel :math:`(2 d_y + d_x) C + c`.
+    :math:`\log|\det| = 0`; each direction is one copy.
 
     Args:
-        event_shape: shape of the image on the *data* side, ``(C, H, W)`` or ``(C, T)``; it becomes ``data_shape``.  The
-            transform's own ``event_shape`` is that of its base side, which is squeezed.
+        event_shape: ``(C, H, W)`` or ``(C, T)`` of the *data* side, which becomes ``data_shape``; the transform's
+            ``event_shape`` is that of the squeezed base side.
 
     Raises:
-        ValueError: if the event is no image or series, or the size of a side is odd.
+        ValueError: if the event is no image or series, or a side is odd.
 
     References:
         Density estimation using Real NVP (Dinh et al., 2016), section 3.6, arXiv:1605.08803.
@@ -88,21 +87,20 @@ def _is_real(constraint: constraints.Constraint) -> bool:
 
 
 class Split(FlowTransform):
-    r"""Factors out half of the channels: the first half goes on, the others are Gaussian given these.
+    r"""Factors out half of the channels: the first half goes on, the other is Gaussian given the first.
 
-    With :math:`x = (x_a, x_b)` by channels, :math:`y_a = f(x_a)` by ``inner`` and
-    :math:`y_b = \mu(y_a, c) + e^{s(y_a, c)} x_b`, where a convolutional network gives :math:`\mu` and a bounded, smooth
-    log-scale; :math:`\log|\det|` is that of ``inner`` plus :math:`\sum s`.  With a standard normal base :math:`y_b` is
-    Gaussian given :math:`y_a`, with mean 0 and scale 1 at first.  So the base holds all numbers of an image, also those
-    that left early, in an event of the same shape.  Each direction costs that of ``inner`` and one pass.
+    By channels, :math:`y_a = f(x_a)` by ``inner`` and :math:`y_b = \mu(y_a, c) + e^{s(y_a, c)} x_b`, with a
+    convolutional network for :math:`\mu` and a bounded, smooth log-scale :math:`s`, both zero at first;
+    :math:`\log|\det|` is that of ``inner`` plus :math:`\sum s`.  The base keeps all numbers of an image, in the same
+    shape.  Each direction costs one pass and that of ``inner``.
 
-    ``inner`` maps events ``(C / 2, H, W)`` to events of the same shape.  It may squeeze inside if it undoes that on its
-    base side: ``Chain([Squeeze(half).inv, ..., Squeeze(half)])``, from base to data.  It may hold another split.
+    ``inner`` may hold another split, and may squeeze if it undoes that on its base side: ``Chain([Squeeze(half).inv,
+    ..., Squeeze(half)])``, from base to data.
 
     Args:
-        inner: the flow of the first half; ``None`` for the identity.
+        inner: the flow of the first half, ``(C / 2, H, W)`` on both sides; ``None`` for the identity.
         event_shape: ``(C, H, W)`` or ``(C, T)``, with an even number of channels.
-        context_dim: size of the context, 0 for none; the Gaussian sees it, and ``inner`` if that takes one.
+        context_dim: size of the context, 0 for none; ``inner`` takes the same or none.
         max_log_scale: bound of the smooth clip on log-scales.
         hidden_channels, num_blocks, kernel_size, activation: as in :class:`~pyro_flows.nets.ConvNet`.
 

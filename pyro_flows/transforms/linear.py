@@ -54,18 +54,16 @@ def _lu_solve(rows: Tensor, factors: Tensor) -> Tensor:
 class LULinear(FlowTransform):
     r"""An invertible matrix by its LU decomposition, :math:`y = P L U x + b`.
 
-    :math:`L` is lower triangular with a unit diagonal, :math:`U` upper triangular with a positive diagonal, :math:`P` a
+    :math:`L` is lower triangular with a unit diagonal, :math:`U` upper triangular with a positive one, and :math:`P` a
     fixed permutation, :math:`(P z)_i = z_{\pi(i)}`; :math:`\log|\det| = \sum_i \log U_{ii}`.  Without a permutation it
-    starts as the identity.  Base to data costs the products with the two factors, data to base two triangular solves;
-    both are exact and quadratic in the size of an event.
+    starts as the identity.  Base to data costs two products, data to base two triangular solves; both are exact and
+    quadratic in the size of an event.
 
-    All entries of ``factors`` are free, packed as LAPACK does: :math:`L` below the diagonal, :math:`U` above it, and
-    :math:`\log U_{ii}` on it.
+    ``factors`` holds :math:`L` below the diagonal, :math:`U` above it, and :math:`\log U_{ii}` on it.
 
     Args:
         event_shape: an ``input_dim`` or the shape of one event, flattened in row-major order.
-        permutation: :math:`\pi`, as ``"identity"``, ``"reverse"``, ``"random"`` (drawn once, saved in the
-            ``state_dict``) or indices.
+        permutation: :math:`\pi`: ``"identity"``, ``"reverse"``, ``"random"`` (saved in the ``state_dict``) or indices.
         bias: whether there is a :math:`b`.
 
     Raises:
@@ -98,7 +96,7 @@ class LULinear(FlowTransform):
 
     @property
     def log_diagonal(self) -> Tensor:
-        """Logarithm of the diagonal of :math:`U`, shape ``(event size,)``; the log-determinant is its sum."""
+        """Logarithm of the diagonal of :math:`U`; its sum is the log-determinant."""
         return self.factors.diagonal()
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -110,7 +108,7 @@ class LULinear(FlowTransform):
         return rows.reshape(x.shape), self.log_diagonal.sum().expand(x.shape[: x.dim() - len(self.event_shape)])
 
     def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        # Solves have no low precision: under autocast they take the factors' dtype.
+        # Under autocast solves take the factors' dtype.
         rows = _rows(self, y).to(self.factors.dtype)
         if self.bias is not None:
             rows = rows - self.bias
@@ -129,7 +127,7 @@ def _start(size: int, start: str) -> tuple[Tensor, Tensor, Tensor]:
         matrix = torch.eye(size, dtype=torch.float64)[torch.randperm(size) if start == "permutation" else slice(None)]
     pivots, lower, upper = torch.linalg.lu(matrix)
     signs = upper.diagonal().sign()
-    # L U = (L S) (S U) = S (S L S) (S U), so that the diagonal of the last factor is positive.
+    # L U = S (S L S) (S U): the last factor's diagonal is positive.
     factors = (signs[:, None] * lower * signs).tril(-1) + (signs[:, None] * upper).triu(1)
     factors = factors + torch.diag_embed(upper.diagonal().abs().log())
     permutation = pivots.argmax(1)
@@ -143,15 +141,14 @@ def _spread(bias: Tensor, transform: FlowTransform) -> Tensor:
 class Conv1x1(FlowTransform):
     r"""An invertible 1x1 convolution: the same matrix for the channels of every place, :math:`y = S P L U x + b`.
 
-    :math:`P L U` is as in :class:`LULinear`, and :math:`S` a diagonal of fixed signs, without which some rotations
-    could not be reached; :math:`\log|\det|` is :math:`\sum_i \log U_{ii}` times the number of places.  Each call makes
-    the matrix once, or its inverse by two triangular solves of the size of the channels, so each direction costs one
-    small product per place.
+    :math:`P L U` is as in :class:`LULinear`; without the diagonal :math:`S` of fixed signs, some rotations are out of
+    reach.  :math:`\log|\det|` is :math:`\sum_i \log U_{ii}` times the number of places.  Each call makes the matrix, or
+    its inverse by two triangular solves, once; then each direction costs one small product per place.
 
     Args:
         event_shape: ``(C, H, W)``, ``(C, T)``, or any other with channels first.
-        start: the matrix at first: a random ``"rotation"``, as in the paper, a random ``"permutation"``, or the
-            ``"identity"``.  Permutation and signs are drawn here, stay fixed and are part of the ``state_dict``.
+        start: the first matrix: a random ``"rotation"`` (paper), a random ``"permutation"``, or the ``"identity"``.
+            Permutation and signs stay fixed and are saved.
         bias: whether there is a :math:`b`, one number per channel.
 
     Raises:
@@ -213,29 +210,26 @@ class Conv1x1(FlowTransform):
         return self._at_each_place(self.inverse_matrix, value), -self._ladj(y)
 
 
-# Vectors shorter than this count as the first unit vector; its square is still a normal number in float32.
+# Its square is still a normal number in float32.
 _SHORTEST = 1e-18
 
 
 class Householder(FlowTransform):
     r"""An orthogonal matrix by Householder reflections, :math:`y = H_1 \cdots H_k x`, with zero log-determinant.
 
-    :math:`H_i = I - 2 u_i u_i^\top` with :math:`u_i = v_i / |v_i|`.  The product has the compact form
-    :math:`I - V^\top T V`, where the rows of :math:`V` are the :math:`u_i` and :math:`T` is triangular: each direction
-    costs two products with :math:`V` and one triangular solve of size :math:`k`.  The inverse is the transpose.  The
-    matrix :math:`Q` is orthogonal to rounding for all vectors: the largest entry of :math:`Q^\top Q - I` was below ten
-    machine epsilons for up to 512 random vectors in as many dimensions, and below :math:`2k` of them for vectors that
-    nearly coincide.
+    :math:`H_i = I - 2 u_i u_i^\top` with :math:`u_i = v_i / |v_i|`.  The product is :math:`I - V^\top T V` with rows
+    :math:`u_i` of :math:`V` and a triangular :math:`T`: each direction costs two products with :math:`V` and one
+    triangular solve of size :math:`k`.  The matrix :math:`Q` is orthogonal to rounding: the largest entry of
+    :math:`Q^\top Q - I` was below ten machine epsilons for up to 512 random vectors in as many dimensions, and below
+    :math:`2k` of them for nearly equal vectors.
 
-    The vectors are drawn at random, each twice, so the product of each pair is the identity, to rounding; the two have
-    opposite gradients and so come apart.  A vector shorter than ``1e-18`` counts as the first unit vector and has no
-    gradient.
+    Each random vector is drawn twice, so the map starts as the identity, to rounding; the two have opposite gradients
+    and come apart.  A vector shorter than ``1e-18`` counts as the first unit vector and has no gradient.
 
     Args:
         event_shape: an ``input_dim`` or the shape of one event, flattened in row-major order.
         num_reflections: :math:`k`; by default the largest even number up to the size of an event (at least 2), which
-            reaches every rotation.  An even number gives rotations; an odd one gives a rotation and a reflection, the
-            latter from the start.
+            reaches every rotation.  An odd one adds a reflection.
 
     Raises:
         ValueError: if ``num_reflections`` is no positive integer.
@@ -262,7 +256,7 @@ class Householder(FlowTransform):
         first[..., 0] = 1
         vectors = torch.where(norm < _SHORTEST, first, self.vectors)
         unit = vectors / torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
-        # Under autocast the product has a low precision, which solves refuse.
+        # Under autocast the product has a dtype that solves refuse.
         return unit, 2 * (unit @ unit.mT).triu(1).to(unit.dtype)
 
     def _turn(self, value: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:

@@ -21,25 +21,22 @@ __all__ = ["ActNorm"]
 class ActNorm(FlowTransform):
     r"""A learned location and scale per dimension, :math:`y = t + e^{s} x`, set by the first batch.
 
-    Of an event ``(channels, *space)`` each channel has one :math:`t` and one :math:`s`, shared over space; of a vector,
-    each dimension.  :math:`\log|\det|` is the sum of :math:`s` times the number of places.  Each direction is
-    elementwise.
+    Each channel of an event ``(channels, *space)``, or each dimension of a vector, has one :math:`t` and :math:`s`.
+    :math:`\log|\det|` is the sum of :math:`s` times the number of places.  Each direction is elementwise.
 
-    The first batch in training mode sets both so that the *output* has mean 0 and variance 1 over the batch and over
-    space, in either direction: data on the way to the base (scoring, where :math:`t` and :math:`e^s` become the data's
-    mean and standard deviation) or draws on the way to the data (sampling, as a guide does).  So do not sample in
-    training mode before fitting to data: draws of the base would count as the first batch.  Afterwards :math:`t` and
-    :math:`s` are ordinary parameters.  ``initialized``, part of the ``state_dict``, says whether a batch has set them;
+    The first batch in training mode gives the *output* mean 0 and variance 1 over batch and space, in either direction:
+    data when scoring (:math:`t` and :math:`e^s` become their mean and standard deviation), or draws when sampling, as a
+    guide does.  So do not sample in training mode before fitting to data.  Later :math:`t` and :math:`s` are ordinary
+    parameters.  ``initialized``, part of the ``state_dict``, says whether they are set;
     ``flow.initialized.fill_(False)`` lets the next batch set them again.
 
-    Under ``DistributedDataParallel`` the first batch joins the batches of all processes, of any sizes: each process
-    must call the layer in the same forward pass, and sets the same values.  A first batch outside of that forward pass
-    sets the layer of its own process alone, with a warning where processes work together: broadcast the ``state_dict``
-    from one of them if they share the training in another way, or call the layer once before wrapping it.
-
     No batch sets the layer in evaluation mode, with fewer than two events, or under ``torch.compile``, ``torch.func``
-    and tracers; there the present values count, at first those of the identity.  So call the layer once before
-    compiling it.  A dimension that is constant in the first batch keeps the scale 1.
+    and tracers: call the layer once before compiling it.  A dimension that is constant in the first batch keeps the
+    scale 1.
+
+    Under ``DistributedDataParallel`` the first batch joins those of all processes, of any sizes, which must call the
+    layer in the same forward pass.  Outside of it a first batch sets its own process alone, with a warning: broadcast
+    the ``state_dict``, or call the layer once before wrapping it.
 
     Args:
         event_shape: an ``input_dim``, or ``(channels, *space)`` such as ``(C, T)`` and ``(C, H, W)``.
@@ -86,7 +83,7 @@ class ActNorm(FlowTransform):
         return affine(self.loc, self.log_scale)
 
     def log_slopes(self, y: Tensor, context: Tensor | None = None) -> Tensor:
-        """The logarithm of each slope from data to base, of the shape of ``y``."""
+        """Log-slopes from data to base, of the shape of ``y``."""
         return -self.log_scale.expand(y.shape)
 
     def _ladj(self, value: Tensor) -> Tensor:
@@ -94,7 +91,7 @@ class ActNorm(FlowTransform):
         return (self.log_scale.sum() * places).expand(value.shape[: value.dim() - len(self.event_shape)])
 
     def _first(self, value: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Mean and logarithm of the standard deviation of a batch that sets the layer; ``None`` for any other."""
+        """Mean and log standard deviation of a batch that sets the layer, else ``None``."""
         if not plain_eager() or value.is_meta or self._is_set():
             return None
         group = _group_of(self)
@@ -103,7 +100,7 @@ class ActNorm(FlowTransform):
             if not several:
                 return None
             _warn_alone()
-        # Processes that work together must all take part, with any batch.
+        # All processes must take part, with any batch.
         events = value.detach().reshape(-1, *self.event_shape).to(self.loc.dtype)
         count, mean, variance, largest = _moments(events, group)
         if count < 2:
@@ -115,7 +112,7 @@ class ActNorm(FlowTransform):
                 f"in {bad} of {mean.numel()} dimensions or channels; clean it, or call .eval() to keep the layer as it "
                 "is"
             )
-        # The variance of a constant is rounding, and no scale.
+        # A constant's variance is rounding.
         std, least = variance.sqrt(), 4 * torch.finfo(events.dtype).eps * largest
         return mean.view_as(self.loc), torch.where(std > least, std, 1).log().view_as(self.loc)
 
@@ -123,7 +120,7 @@ class ActNorm(FlowTransform):
         flag = self.initialized
         if flag.is_inference():  # inference tensors count no versions
             return bool(flag)
-        # Reading the flag waits for its device, so read it only after it was written or replaced.
+        # Reading the flag waits for its device, so only after writes.
         read = self._read
         if read is None or read[0] is not flag or read[1] != flag._version:
             self._read = read = (flag, flag._version, bool(flag))
@@ -153,10 +150,10 @@ def _moments(events: Tensor, group: distributed.ProcessGroup | None) -> tuple[in
     if group is None:
         return count, own[0], own[1], own[2]
     sent = torch.cat([own.flatten(), own.new_tensor([count])])
-    sent = sent.to(torch.promote_types(sent.dtype, torch.float))  # half precision does not count far
+    sent = sent.to(torch.promote_types(sent.dtype, torch.float))  # half precision cannot count far
     received = [torch.empty_like(sent) for _ in range(distributed.get_world_size(group))]
     distributed.all_gather(received, sent, group=group)
-    found = torch.stack(received)  # the same in each process, to the last bit
+    found = torch.stack(received)  # the same in each process
     counts, (means, variances, largest) = found[:, -1:], found[:, :-1].unflatten(1, (3, channels)).unbind(1)
     weights = counts / counts.sum().clamp(min=1)
     mean = (weights * means).sum(0)

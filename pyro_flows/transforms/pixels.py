@@ -1,4 +1,4 @@
-"""Pixels as real numbers: the logit with a margin on which images are usually modeled."""
+"""The logit with a margin on which images are usually modeled."""
 
 from __future__ import annotations
 
@@ -21,18 +21,16 @@ class LogitPixels(FlowTransform):
     From data to base, with :math:`L` levels and the margin :math:`\lambda`,
 
     .. math:: x = \operatorname{logit}\left(\lambda + (1 - 2\lambda) \frac{v}{L}\right)
-       \qquad \log \frac{dv}{dx} = \log \frac{L}{1 - 2\lambda} - \log(1 + e^{x}) - \log(1 + e^{-x}),
+        \qquad \log \frac{dv}{dx} = \log \frac{L}{1 - 2\lambda} - \log(1 + e^{x}) - \log(1 + e^{-x}),
 
-    summed over the event.  A pixel of value :math:`n` is the interval :math:`[n, n + 1)` of :math:`v`, so the density
-    of :math:`v` is one per level and :math:`\log P(n)` is the logarithm of its integral over that interval; see
-    :class:`~pyro_flows.distributions.dequantization.Dequantized`.  The data side is
-    :math:`[-\lambda L / (1 - 2\lambda),\ L + \lambda L / (1 - 2\lambda)]`, with all of :math:`[0, L]` in its interior.
-    A number whose image would round to an edge goes to the last number inside; the log-determinants are exact there
-    too.  Each direction is elementwise.
+    summed over the event.  A pixel of value :math:`n` is the interval :math:`[n, n + 1)` of :math:`v`, over which the
+    density integrates to :math:`P(n)`.  The data side is :math:`[-\lambda L / (1 - 2\lambda),\ L + \lambda L / (1 -
+    2\lambda)]`; a number that would round to an edge goes to the last number inside, and log-determinants are exact
+    there too.  Each direction is elementwise.
 
     Args:
         event_shape: an ``input_dim`` or the shape of one event, e.g. ``(channels, height, width)``.
-        levels: :math:`L`, the number of values that a pixel can take (0, 1, ..., L - 1).
+        levels: :math:`L`, the number of values of a pixel.
         margin: :math:`\lambda`, between 0 and 1/2 (papers: 1e-6 for MNIST, 0.05 for CIFAR-10 and ImageNet).
 
     Raises:
@@ -52,7 +50,7 @@ class LogitPixels(FlowTransform):
             raise ValueError(f"LogitPixels: expected margin to be a number between 0 and 1/2, got {margin!r}")
         self.levels, self.margin = levels, float(margin)
         self._width = levels / (1 - 2 * self.margin)
-        self._beyond = self._width * self.margin  # how far it reaches below 0 and above the levels
+        self._beyond = self._width * self.margin  # the reach below 0 and above the levels
         self._ends = {dtype: _ends(levels, self._beyond, dtype) for dtype in (torch.float32, torch.float64)}
 
     @constraints.dependent_property(is_discrete=False)
@@ -61,11 +59,11 @@ class LogitPixels(FlowTransform):
         return constraints.independent(reach, len(self.event_shape))
 
     def log_slopes(self, y: Tensor, context: Tensor | None = None) -> Tensor:
-        r""":math:`\log dx_i / dv_i` in nats, of the shape of ``y``: ``inverse_and_ladj`` sums it up."""
+        r""":math:`\log dx_i / dv_i` in nats, of the shape of ``y``."""
         return self._base_and_slopes(y)[1]
 
     def _base_and_slopes(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        # Distances from both ends, each exact where it is small.
+        # Distances from both ends, exact where small.
         below, above = torch.log(y + self._beyond), torch.log((self.levels - y) + self._beyond)
         return below - above, math.log(self._width) - below - above
 
@@ -77,7 +75,7 @@ class LogitPixels(FlowTransform):
         high = self.levels - (torch.sigmoid(-x) * self._width - self._beyond)
         y = torch.where(x > 0, high, low)
         first, last = self._ends.get(x.dtype, self._ends[torch.float32])
-        # This changes rounding alone, so the gradient ignores it.
+        # Only rounding changes, so the gradient ignores it.
         y = y + (y.clamp(first, last) - y).detach()
         return y, self._total(math.log(self._width) - 2 * torch.logaddexp(0.5 * x, -0.5 * x))
 

@@ -14,10 +14,9 @@ __all__ = ["Preconditioner"]
 class Preconditioner(FlowTransform):
     r"""A fixed affine map after a learned one, :math:`y = \mu + S (A x + b)`.
 
-    :math:`\mu` (``loc``) and :math:`S` (``scale``, lower triangular or diagonal) come from an informed start and are
-    buffers; :math:`b` and the triangular (or diagonal) :math:`A` are learned and start at 0 and the identity, so an
-    optimizer's steps are measured in the scale of the posterior.  :meth:`fold` moves the learned part into the buffers.
-    Base to data costs one product, data to base one triangular solve.
+    :math:`\mu` (``loc``) and :math:`S` (``scale``) are buffers; :math:`b` and the triangular (or diagonal) :math:`A`
+    are learned and start at 0 and the identity, so steps are measured in the scale of the posterior.  Base to data
+    costs one product, data to base one triangular solve.
 
     Args:
         loc: shape ``(input_dim,)``.
@@ -55,11 +54,11 @@ class Preconditioner(FlowTransform):
         self.register_buffer("scale", (scale.tril() if full else scale).detach().clone())
         self.shift = nn.Parameter(torch.zeros_like(loc))
         self.log_diagonal = nn.Parameter(torch.zeros_like(loc))
-        # Only what is strictly below the diagonal is read.
+        # Read below the diagonal only.
         self.register_parameter("lower", nn.Parameter(torch.zeros_like(scale)) if full else None)
 
     def arguments(self) -> tuple[tuple[object, ...], dict[str, object]]:
-        """The constructor's arguments; see ``pyro_flows.core.recipes``."""
+        """The constructor's arguments."""
         return (self.loc, self.scale), {}
 
     @property

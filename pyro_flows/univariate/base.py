@@ -101,8 +101,8 @@ class Univariate:
         if self._by_hand and plain_eager():
             pull = partial(self.pull, inverse, z, x, ladj, self.run(inverse, z, params)[2])
             return *pull(one, none), *pull(none, weight)
-        pull = torch.func.vjp(partial(self.plain, inverse), z, params)[1]
-        return *pull((one, none)), *pull((none, weight.contiguous()))
+        vjp = torch.func.vjp(partial(self.plain, inverse), z, params)[1]
+        return *vjp((one, none)), *vjp((none, weight.contiguous()))
 
     @property
     def _by_hand(self) -> bool:

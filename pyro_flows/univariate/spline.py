@@ -95,7 +95,7 @@ class Spline(Univariate):
         return (), options_of(self) | ({"bound": None} if self.periodic else {})
 
     @property
-    def num_params(self) -> int:
+    def num_params(self) -> int:  # type: ignore[override]  # bins and boundary say it
         """Widths, heights, slopes, and with a circular boundary a rotation."""
         return (
             2 * self.bins
@@ -103,7 +103,7 @@ class Spline(Univariate):
         )
 
     @property
-    def periodic(self) -> bool:
+    def periodic(self) -> bool:  # type: ignore[override]  # the boundary says it
         """Whether inputs are angles."""
         return self.boundary == "circular"
 
@@ -129,7 +129,7 @@ class Spline(Univariate):
             pieces = [
                 self._run(inverse, *each) for each in zip(columns.split(_PIECE), rows.split(_PIECE, 1), strict=True)
             ]
-            x, ladj = (torch.cat([piece[k] for piece in pieces]) for k in (0, 1))
+            x, ladj = torch.cat([piece[0] for piece in pieces]), torch.cat([piece[1] for piece in pieces])
             kept = tuple(tensor for piece in pieces for tensor in piece[2])
         return x.view(z.shape), ladj.view(z.shape), kept
 
@@ -161,7 +161,7 @@ class Spline(Univariate):
         beyond = None if circular else unit - within  # zero inside
         moved, xi, slope = (_unbend if inverse else _bend)(within, beyond, part, number)
         ladj = slope.log()
-        if circular:
+        if beyond is None:
             x = (moved - half) * side
             if not inverse:
                 x = x + params[-1]
@@ -189,7 +189,8 @@ class Spline(Univariate):
         slopes = slopes.exp()
         if self.boundary == "identity":
             slopes = torch.where(self._inner(index), slopes, number(1.0))
-        return _Bin(left, width, bottom, height, *slopes.unbind(), (bend, sizes, total, index, slope_bend))
+        slope0, slope1 = slopes.unbind()
+        return _Bin(left, width, bottom, height, slope0, slope1, (bend, sizes, total, index, slope_bend))
 
     def _ends(self, index: Tensor) -> Tensor:
         """Which slopes belong to the two ends of a bin, shape ``(2, columns)``."""

@@ -1,4 +1,4 @@
-"""Autoregressive distributions: MADE for vectors, its convolutional form for images and sequences, and their heads."""
+"""Autoregressive distributions and their heads."""
 
 from pyro_flows.distributions.made.autoregressive import AutoregressiveDistribution, AutoregressiveModel
 from pyro_flows.distributions.made.composed import DistributionHead, MixedHead

@@ -1,4 +1,4 @@
-"""The abstract autoregressive model with its head and context, and the distribution that it hands out."""
+"""The abstract autoregressive model and its distribution."""
 
 from __future__ import annotations
 
@@ -22,25 +22,26 @@ __all__ = ["AutoregressiveDistribution", "AutoregressiveModel", "by_row"]
 
 
 def by_row(context: Tensor | None, batch: Size) -> Tensor | None:
-    """A context as rows, one for each element of a batch to which it broadcasts."""
+    """Expands a context to one row for each batch element."""
     return None if context is None else context.expand(*batch, -1).reshape(batch.numel(), context.shape[-1])
 
 
 def _unmarked(value: Any) -> tuple[Any, Any]:
-    """A value without Pyro's marks of its origin, and the marks."""
+    """Splits a value from Pyro's provenance marks."""
     return extract_provenance(value)
 
 
 class AutoregressiveDistribution(TorchDistribution):
     r"""A product of univariate conditionals, :math:`p(x) = \prod_i p(x_i \mid x_{<i}, c)`, for ``pyro.sample``.
 
-    A call of a model returns it; it shares the parameters.  A density costs one pass for each member, a draw one sweep.
+    Calling a model returns this distribution, which shares the parameters.  A density costs one pass for each member, a
+    draw one sweep.
 
     Args:
-        model: owns the parameters.
+        model: the owner of the parameters.
         context: shape ``(*batch, context_dim)``, or ``None``.
-        members: orders and masks; several stand for the mean of their densities.
-        batch_shape: by default that of the context.
+        members: orders with masks; several stand for the mean of their densities.
+        batch_shape: by default the context's.
     """
 
     arg_constraints: ClassVar[dict[str, Constraint]] = {}
@@ -55,9 +56,9 @@ class AutoregressiveDistribution(TorchDistribution):
         validate_args: bool | None = None,
     ) -> None:
         self.context: Tensor | None
-        self.context, self._marks = _unmarked(context)  # hand-made gradients need plain tensors; results get the marks
+        self.context, self._marks = _unmarked(context)  # hand-made gradients need plain tensors
         self.model, self.members = model, members
-        self.has_rsample = len(members) == 1 and model.has_rsample  # never of an ensemble
+        self.has_rsample = len(members) == 1 and model.has_rsample
         own = Size() if self.context is None else self.context.shape[:-1]
         super().__init__(own if batch_shape is None else batch_shape, model.event_shape, validate_args=validate_args)
 
@@ -94,7 +95,7 @@ class AutoregressiveDistribution(TorchDistribution):
 
     @torch.no_grad()
     def sample(self, sample_shape: Size | list[int] | tuple[int, ...] = ()) -> Tensor:
-        """Draws, shape ``(*sample, *batch, *event)``; each from a member chosen at random."""
+        """Draws, shape ``(*sample, *batch, *event)``, each from a random member."""
         shape = Size(sample_shape) + self.batch_shape
         one = len(self.members) == 1
         drawn = self.model.draw(shape, self.context, self.members[0]) if one else self._from_ensemble(shape)
@@ -111,7 +112,7 @@ class AutoregressiveDistribution(TorchDistribution):
         return torch.cat(parts)[back].view(shape + self.event_shape)
 
     def rsample(self, sample_shape: Size | list[int] | tuple[int, ...] = ()) -> Tensor:
-        """Differentiable draws, where the head has them."""
+        """Differentiable draws, if the head has them."""
         if not self.has_rsample:
             raise NotImplementedError(
                 f"{type(self.model).__name__}: there are no reparameterized draws of {self.model.head}"
@@ -126,12 +127,12 @@ class AutoregressiveModel(nn.Module):
     r"""Abstract base: :math:`p(x \mid c) = \prod_i p(x_i \mid x_{<i}, c)`, all conditionals by one network.
 
     Calling a model gives a Pyro distribution that shares the parameters: ``pyro.sample("x", made())``, or
-    ``made(context)`` if it takes one.  A subclass defines ``params``, ``draw``, ``set_bias`` and ``order_of``; their
-    ``member`` is one of several orders and masks, ``None`` for the one in use.
+    ``made(context)``.  A subclass defines ``params``, ``draw``, ``set_bias`` and ``order_of``.  Their ``member`` is one
+    order with its masks, by default the current one.
 
     Args:
         event_shape: shape of one event.
-        head: bound to as many dimensions.
+        head: a head bound to ``event_shape.numel()`` dimensions.
         context_dim: size of the context, 0 for none.
     """
 
@@ -142,38 +143,38 @@ class AutoregressiveModel(nn.Module):
     # For subclasses.
 
     def params(self, value: Tensor, context: Tensor | None = None, member: Member | None = None) -> Tensor:
-        """Parameters of all conditionals, shape ``(*batch, input_dim, num_params)``, as the head reads them; one pass.
+        """Parameters of all conditionals, shape ``(*batch, input_dim, num_params)``; one pass.
 
         Args:
             value: shape ``(*batch, *event_shape)``.
             context: broadcasts to ``(*batch, context_dim)``.
-            member: its order and masks.
+            member: the order and masks.
         """
         raise TypeError(f"{type(self).__name__} must define params(value, context, member)")
 
     def draw(self, batch: Size, context: Tensor | None, member: Member | None = None) -> Tensor:
-        """Draws of shape ``(*batch, *event)``, without gradient."""
+        """Draws without gradient, shape ``(*batch, *event)``."""
         raise TypeError(f"{type(self).__name__} must define draw(batch, context, member)")
 
     def set_bias(self, bias: Tensor) -> None:
-        """Sets the biases of the outputs, shape ``(input_dim, num_params)``."""
+        """Sets the output biases, shape ``(input_dim, num_params)``."""
         raise TypeError(f"{type(self).__name__} must define set_bias(bias)")
 
     def order_of(self, member: Member | None) -> Tensor:
-        """The dimensions in a member's order."""
+        """The dimensions in the member's order."""
         raise TypeError(f"{type(self).__name__} must define order_of(member)")
 
     # Derived.
 
     def score(self, value: Tensor, context: Tensor | None, member: Member | None = None) -> Tensor:
-        """Log-density, shape ``(*batch,)``, of ``value`` of shape ``(*batch, *event)``; the context broadcasts."""
+        """Log-density, shape ``(*batch,)``; the context broadcasts."""
         flat = self.cast(value).flatten(-len(self.event_shape))
         return self.head.log_prob(flat, self.params(value, context, member)).sum(-1)
 
     def rdraw(self, batch: Size, context: Tensor | None, member: Member | None = None) -> Tensor:
-        """Differentiable draws of shape ``(*batch, *event)``, by one pass of the network for each dimension."""
+        """Differentiable draws, shape ``(*batch, *event)``; one pass a dimension."""
         start = torch.zeros(*batch, self.input_dim, dtype=self.dtype, device=self.device)
-        columns = list(start.unbind(-1))  # the network does not see what is still missing
+        columns = list(start.unbind(-1))  # masks hide the dimensions still missing
         for index in self.order_of(member).to(self.device).split(1):
             value = torch.stack(columns, -1).view(*batch, *self.event_shape)
             params = self.params(value, context, member).index_select(-2, index)
@@ -182,7 +183,7 @@ class AutoregressiveModel(nn.Module):
 
     @torch.no_grad()
     def fit_marginals(self, rows: Tensor) -> AutoregressiveModel:
-        """Sets the biases of the outputs to the marginals of data, and returns the model.
+        """Sets the output biases to the marginals of data, and returns the model.
 
         A fresh model then has independent dimensions with these marginals.
 
@@ -195,22 +196,22 @@ class AutoregressiveModel(nn.Module):
 
     @property
     def input_dim(self) -> int:
-        """Number of dimensions of one event."""
+        """The size of one event."""
         return self.event_shape.numel()
 
     @property
     def has_rsample(self) -> bool:
-        """Whether draws can be differentiable with respect to the parameters."""
+        """Whether differentiable draws exist."""
         return self.head.has_rsample
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """The device of the parameters."""
         return next(self.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the parameters and of draws."""
+        """The dtype of parameters and draws."""
         return next(self.parameters()).dtype
 
     @property
@@ -219,7 +220,7 @@ class AutoregressiveModel(nn.Module):
         return self.head.support(self.event_shape)
 
     def cast(self, value: Tensor) -> Tensor:
-        """Values in the dtype of the parameters; only whole numbers may have another one."""
+        """Casts whole numbers to the parameters' dtype; refuses other values of a different dtype."""
         if value.dtype == self.dtype:
             return value
         if value.is_floating_point() and not self.head.discrete:
@@ -230,22 +231,22 @@ class AutoregressiveModel(nn.Module):
         return value.to(self.dtype)
 
     def members(self) -> tuple[Member | None, ...]:
-        """The members whose mean density the model stands for now."""
+        """The members whose mean density the model is."""
         return (None,)
 
     def at_members(self, members: tuple[Member | None, ...], context: Tensor | None) -> AutoregressiveDistribution:
-        """The mean density of these members, at a checked context."""
+        """The mean density of these members; checks the context."""
         check_context(self, context)
         return AutoregressiveDistribution(self, context, members)
 
     def forward(self, context: Tensor | None = None) -> AutoregressiveDistribution:
-        """The distribution, at a context of shape ``(*batch, context_dim)`` if the model takes one."""
+        """The distribution at a context of shape ``(*batch, context_dim)``."""
         return self.at_members(self.members(), context)
 
     condition = forward
 
     def log_prob(self, value: Tensor, context: Tensor | None = None) -> Tensor:
-        """Log-density in nats, of the shape that value and context broadcast to."""
+        """Log-density in nats; value and context broadcast."""
         return self(context).log_prob(value)
 
     def sample(self, sample_shape: Size | list[int] | tuple[int, ...] = (), context: Tensor | None = None) -> Tensor:
@@ -253,5 +254,5 @@ class AutoregressiveModel(nn.Module):
         return self(context).sample(Size(sample_shape))
 
     def rsample(self, sample_shape: Size | list[int] | tuple[int, ...] = (), context: Tensor | None = None) -> Tensor:
-        """Differentiable draws, where the head has them."""
+        """Differentiable draws, if the head has them."""
         return self(context).rsample(Size(sample_shape))

@@ -1,4 +1,4 @@
-"""Heads made of Pyro's univariate distributions, and of several heads side by side."""
+"""Heads made of Pyro's distributions or of other heads."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ NAMED: dict[str, type[Head]] = {
 
 
 def as_head(head: str | Head, input_dim: int) -> Head:
-    """A head, or that of a name with its default arguments, bound to a number of dimensions.
+    """Binds a head, or the head of a name, to a number of dimensions.
 
     Raises:
-        ValueError: for another name, or a head that does not fit the number of dimensions.
+        ValueError: for an unknown name, or a head that does not fit.
         TypeError: for anything else.
     """
     if isinstance(head, str):
@@ -49,7 +49,7 @@ def as_head(head: str | Head, input_dim: int) -> Head:
 
 
 def _arguments(constrained: Mapping[str, object], fixed: Iterable[str]) -> list[str]:
-    """The names to learn: logits where there are two parametrizations."""
+    """The names to learn: ``logits`` in place of ``probs``."""
     names = [name for name in constrained if name not in fixed]
     for short, long in (("probs", "logits"), *((name, f"{name}_logits") for name in names)):
         if short in names and long in names:
@@ -60,19 +60,20 @@ def _arguments(constrained: Mapping[str, object], fixed: Iterable[str]) -> list[
 class DistributionHead(Head):
     r"""Any univariate distribution of Pyro: ``DistributionHead(dist.Gamma)``.
 
-    There is one parameter for each of ``arguments``, which ``biject_to`` of its constraint maps (a positive argument is
-    :math:`e^\theta`); of ``probs`` and ``logits``, logits are learned.  The network is given counts as
-    :math:`\log(1 + x)` (with the sign of x), other values as they are.  NaN gives NaN.
+    ``biject_to`` maps one parameter to each learned argument, by the argument's constraint (a positive argument is
+    :math:`e^\theta`); logits are learned in place of ``probs``.  The network sees counts as :math:`\log(1 + x)` (with
+    the sign of x), other values unchanged.  NaN gives NaN.
 
     Args:
-        distribution: its class; or a function of the arguments, by name, that makes one.
-        arguments: the names to learn, by default all that are not fixed; or a dictionary of names and constraints,
-            necessary for a function.
-        fixed: the other arguments' values, numbers or tensors of shape ``(input_dim,)``, e.g. ``{"total_count": 10}``.
+        distribution: the class, or a function of named arguments that makes a distribution.
+        arguments: the names to learn, by default all but the fixed; for a function, a dictionary of names and
+            constraints.
+        fixed: values of the other arguments, numbers or tensors of shape ``(input_dim,)``, e.g.
+            ``{"total_count": 10}``.
 
     Raises:
         TypeError: for neither a class of distributions nor a function with constraints.
-        ValueError: for a distribution of vectors, arguments that are no real numbers, or a support that depends on
+        ValueError: for a distribution of vectors, arguments that are not real numbers, or a support that depends on
             learned arguments.
     """
 
@@ -132,7 +133,7 @@ class DistributionHead(Head):
             ) from None
 
     def _probe(self) -> None:
-        """Finds out the distribution's shape, support and kind of draws."""
+        """Determines the shape, support and kind of draws."""
         size = max([1, *(getattr(self, f"fixed_{name}").numel() for name in self.fixed)])
         first, other = (self._made(self.like.new_full((size, self.num_params), at), None) for at in (0.0, 0.3))
         if first.event_shape or first.batch_shape != (size,):
@@ -195,7 +196,7 @@ class DistributionHead(Head):
         return (value.sign() * value.abs().log1p() if self._counts else value).unsqueeze(-1)
 
     def fixed_points(self) -> list[float]:
-        """As in ``Head``, of families that learn the arguments which absorb a change of units."""
+        """The fixed points; infinity unless the family learns the arguments that absorb a change of units."""
         points = super().fixed_points()
         learned = set(self.arguments)
         moves = {"loc", "scale"} <= learned if math.isnan(points[0]) else bool({"loc", "scale", "rate"} & learned)
@@ -208,10 +209,10 @@ class DistributionHead(Head):
 class MixedHead(Head):
     """Different heads on different dimensions: ``MixedHead([("bernoulli", [0, 3]), (CategoricalHead(4), [1, 2])])``.
 
-    The numbers of parameters and features are the largest of any head; excess ones are ignored, or zero.
+    The numbers of parameters and features are the largest of any head; excess ones are ignored or zero.
 
     Args:
-        heads: heads (or their names) with their dimensions, as pairs or a dictionary.
+        heads: pairs or a dictionary of heads, or their names, with their dimensions.
 
     Raises:
         ValueError: unless the dimensions are 0 to D - 1, each once.
@@ -234,7 +235,7 @@ class MixedHead(Head):
             )
         self.heads = nn.ModuleList(as_head(head, len(dims)) for (head, _), dims in zip(pairs, places, strict=True))
         self.places = places
-        # For each dimension the number of its head, and which of that head's dimensions it is.
+        # Each dimension's head, and its place there.
         owner, local = torch.empty(len(every), dtype=torch.long), torch.empty(len(every), dtype=torch.long)
         for j, dims in enumerate(places):
             owner[dims], local[dims] = j, torch.arange(len(dims))
@@ -253,7 +254,7 @@ class MixedHead(Head):
             raise ValueError(f"MixedHead: expected heads for {input_dim} dimensions, got them for {len(self.owner)}")
 
     def _spread(self, each: Sequence[Sequence[_T]]) -> list[_T]:
-        """Entries of each head's dimensions in the order of all dimensions."""
+        """Merges the heads' entries by dimension."""
         return [each[owner][own] for owner, own in zip(self.owner.tolist(), self.local.tolist(), strict=True)]
 
     def discrete_dims(self) -> list[bool]:
@@ -265,7 +266,7 @@ class MixedHead(Head):
     def _each(
         self, dims: Tensor | None, call: Callable[[Head, Tensor, Tensor | None], Tensor], axis: int = -1
     ) -> Tensor:
-        """The results of ``call(head, columns, the head's dims)`` for each head, put together along an axis."""
+        """Joins ``call(head, columns, the head's dims)`` along an axis, in the order of ``dims``."""
         if dims is None:
             parts = [call(head, getattr(self, f"places_{j}"), None) for j, head in enumerate(self.heads)]
             return torch.cat(parts, axis).index_select(axis, self.back)
@@ -294,7 +295,7 @@ class MixedHead(Head):
         return self._each(dims, lambda head, at, own: head.mean(_own(head, params, at), own))
 
     def relaxed(self, temperature: float) -> Head:
-        """With the discrete heads relaxed, and the others as they are."""
+        """A copy with the discrete heads relaxed."""
         heads = [head if head.has_rsample else head.relaxed(temperature) for head in self.heads]
         mixed = MixedHead(list(zip(heads, self.places, strict=True)))
         return mixed if self._input_dim is None else mixed.bind(self._input_dim)

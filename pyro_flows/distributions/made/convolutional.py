@@ -1,4 +1,4 @@
-"""Convolutional MADE: an autoregressive model of images in raster order, and of sequences in time."""
+"""Convolutional MADE for images and sequences."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ IMAGE_LAYERS, LEAST_LAYERS, MOST_LAYERS = 7, 4, 12
 
 
 def _sides(image: bool, kernel_size: int | Sequence[int], layers: int) -> list[int]:
-    """How many neighbors to one side each layer's kernel sees."""
+    """How many neighbors on one side each kernel sees."""
     given = positive_integers("ConvMADE", "kernel_size", kernel_size)
     if image and any(size % 2 == 0 for size in given):
         raise ValueError(f"ConvMADE: expected odd kernel sizes for images, got {kernel_size!r}")
@@ -38,7 +38,7 @@ def _sides(image: bool, kernel_size: int | Sequence[int], layers: int) -> list[i
 
 
 def _distances(given: int | Sequence[int] | None, image: bool, length: int, sides: Sequence[int]) -> list[int]:
-    """The dilation of each layer, 1 for the first."""
+    """The dilation of each layer."""
     if given is not None or image:
         later = itertools.cycle(positive_integers("ConvMADE", "dilations", (1, 2) if given is None else given))
         return [1, *itertools.islice(later, len(sides) - 1)]
@@ -59,26 +59,26 @@ class ConvMADE(AutoregressiveModel):
     r"""Convolutional MADE: :math:`p(x \mid c) = \prod_i p(x_i \mid x_{<i}, c)`, with weights shared by all places.
 
     Images ``(C, H, W)`` are in raster order, sequences ``(C, T)`` in time, with the channels of a place in turn.  The
-    event's channels share out the hidden channels.  Images have two stacks of convolutions, over the rows above and
-    over the same row's past, which takes from the first at every layer: there is no blind spot to the upper right.
-    Sequences have the second stack only, dilated.  The first layer's bias depends on the place, and the outputs' bias
-    on the dimension; at first the outputs are the head's biases.
+    event's channels share out the hidden channels.  Images have two stacks of convolutions: one over the rows above,
+    one over the past of the same row, which reads the first at every layer, so there is no blind spot to the upper
+    right.  Sequences have only the second, dilated.  The first layer's bias depends on the place, the output bias on
+    the dimension; outputs start at the head's biases.
 
-    Kernels and dilations bound how far back a conditional looks, see ``reach``; beyond that it knows positions only.  A
-    density costs one pass.  A draw costs about the arithmetic of one pass, in ``H * W * C`` times as many small steps
-    as there are layers.  Differentiable draws (``rsample``) take one pass for each dimension: for small events.
+    Kernels and dilations bound how far back a conditional looks, see ``reach``; beyond, it knows positions only.  A
+    density costs one pass.  A draw costs about the arithmetic of one pass, in ``H * W * C`` small steps a layer.
+    Differentiable draws (``rsample``) take one pass for each dimension: for small events.
 
     Args:
         event_shape: ``(C, H, W)`` or ``(C, T)``.
         head: ``"bernoulli"``, ``"normal"``, ``"mixture"``, ``"logistic"``, or a head such as ``CategoricalHead(256)``.
-        hidden_channels: of each stack, at least ``C``.
-        num_layers: successive convolutions; by default 7 for images, and for sequences enough to look back over all
-            of it, from 4 to 12.
-        kernel_size: odd for images; for sequences the steps seen, including the present one.  One for all layers or one
-            for each, the last for all that follow; at least 3 (images) or 2 (sequences) in the first layer.
-        dilations: distances within the kernels of layers after the first, repeated as necessary; by default 1, 2 for
-            images, and for sequences 1, 2, 4, ... until all is seen.
-        context_dim: size of the context, 0 for none; it goes into every layer's bias.
+        hidden_channels: hidden channels of each stack, at least ``C``.
+        num_layers: number of convolutions; by default 7 for images, and for sequences enough to see the whole past,
+            from 4 to 12.
+        kernel_size: odd for images; for sequences the steps seen, including the present.  One for all layers or one for
+            each, the last repeated; at least 3 (images) or 2 (sequences) in the first layer.
+        dilations: distances within later kernels, repeated as necessary; by default 1, 2 for images, and for sequences
+            1, 2, 4, ... until all is seen.
+        context_dim: size of the context, 0 for none; it enters every layer's bias.
         positions: whether the first layer's bias depends on the place.
         activation: a name or an elementwise function, or one for each layer.
 
@@ -87,9 +87,9 @@ class ConvMADE(AutoregressiveModel):
             unknown head.
 
     References:
-        Pixel Recurrent Neural Networks (van den Oord et al., 2016), arXiv:1601.06759; the two stacks: Conditional Image
-        Generation with PixelCNN Decoders (van den Oord et al., 2016), arXiv:1606.05328; dilated in time: WaveNet (van
-        den Oord et al., 2016), arXiv:1609.03499.
+        Pixel Recurrent Neural Networks (van den Oord et al., 2016), arXiv:1601.06759.
+        Two stacks: PixelCNN Decoders (van den Oord et al., 2016), arXiv:1606.05328.
+        Dilation: WaveNet (van den Oord et al., 2016), arXiv:1609.03499.
     """
 
     order: Tensor

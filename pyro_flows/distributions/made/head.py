@@ -1,4 +1,4 @@
-"""The contract of heads: a network's outputs as parameters of one distribution for each dimension."""
+"""The contract of heads: a network's outputs as parameters of univariate distributions."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ class _Inside(Constraint):
 class Head(nn.Module):
     r"""Abstract base: a family of univariate distributions :math:`p(x_i \mid \theta_i)`, one for each dimension.
 
-    ``head.bind(input_dim)`` binds it to a number of dimensions.  A network computes :math:`\theta_i`, the
-    ``num_params`` real numbers for dimension :math:`i`; a dimension that needs fewer ignores the last.  Values are
-    floating, categories and levels too.  In all methods ``dims`` are the dimensions of a value's ``n`` columns, by
-    default all.  Only ``check`` checks values.
+    ``head.bind(input_dim)`` fixes the number of dimensions.  A network computes the ``num_params`` real numbers
+    :math:`\theta_i` for dimension :math:`i`; a dimension that needs fewer ignores the last.  Values are floating, even
+    categories and levels.  In all methods ``dims`` are the dimensions of a value's ``n`` columns, by default all.  Only
+    ``check`` checks values.
 
-    A subclass defines ``log_prob`` and one of ``sample``, ``rsample`` and ``draws``; and a ``constraint``, or
-    ``inside`` and ``allowed`` where dimensions differ.
+    A subclass defines ``log_prob``; one of ``sample``, ``rsample`` and ``draws``; and a ``constraint``, or ``inside``
+    and ``allowed`` where dimensions differ.
 
     Attributes:
-        num_params: numbers per dimension that the network makes.
-        num_features: numbers per dimension that the network is given.
-        discrete: whether all dimensions are discrete, so that ``log_prob`` is the log of a mass.
-        has_rsample: whether draws can be differentiable with respect to the parameters.
-        constraint: of each number, ``None`` where dimensions differ.
+        num_params: the network's outputs per dimension.
+        num_features: the network's inputs per dimension.
+        discrete: whether all dimensions are discrete, so that ``log_prob`` is a log-mass.
+        has_rsample: whether differentiable draws exist.
+        constraint: the constraint of each number, ``None`` where dimensions differ.
     """
 
     num_params: int = 1
@@ -62,11 +62,11 @@ class Head(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self._input_dim: int | None = None
-        self.register_buffer("like", torch.zeros(()), persistent=False)  # has the dtype and device in use
+        self.register_buffer("like", torch.zeros(()), persistent=False)  # has the current dtype and device
 
     @property
     def input_dim(self) -> int:
-        """The number of dimensions that the head is bound to."""
+        """The number of bound dimensions."""
         if self._input_dim is None:
             raise RuntimeError(
                 f"{type(self).__name__} is not bound to a number of dimensions: use head.bind(input_dim)"
@@ -74,7 +74,7 @@ class Head(nn.Module):
         return self._input_dim
 
     def bind(self, input_dim: int) -> Head:
-        """A copy for this number of dimensions; the head itself if it is bound to it already."""
+        """A copy for this number of dimensions, or the bound head itself."""
         integer(type(self).__name__, "input_dim", input_dim)
         if self._input_dim == input_dim:
             return self
@@ -84,12 +84,12 @@ class Head(nn.Module):
         return bound
 
     def _settle(self, input_dim: int) -> None:
-        """Checks whether the head fits a number of dimensions, and makes what depends on it."""
+        """Checks the number of dimensions, and prepares for it."""
 
     # For subclasses.
 
     def log_prob(self, value: Tensor, params: Tensor, dims: Tensor | None = None) -> Tensor:
-        """In nats: ``value`` of shape ``(*, n)``, ``params`` of shape ``(*, n, num_params)``; gives ``(*, n)``."""
+        """Log-density in nats, shape ``(*, n)``; ``params`` has shape ``(*, n, num_params)``."""
         raise TypeError(f"{type(self).__name__} must define log_prob(value, params, dims)")
 
     def sample(self, params: Tensor, dims: Tensor | None = None) -> Tensor:
@@ -109,7 +109,7 @@ class Head(nn.Module):
             return x.T.reshape(params.shape[:-1])
 
     def rsample(self, params: Tensor, dims: Tensor | None = None) -> Tensor:
-        """Draws that are differentiable with respect to the parameters, shape ``(*, n)``."""
+        """Differentiable draws, shape ``(*, n)``."""
         raise NotImplementedError(
             f"{type(self).__name__}: there are no reparameterized draws; use sample() with a score-function estimator, "
             "or relaxed(temperature) where there is such a form"
@@ -120,7 +120,7 @@ class Head(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} has no mean in closed form: average draws")
 
     def relaxed(self, temperature: float) -> Head:
-        """A continuous head with differentiable draws that tends to this one as the temperature falls.
+        """A continuous head with differentiable draws that approaches this one as the temperature falls.
 
         Raises:
             NotImplementedError: if there is none.
@@ -129,32 +129,32 @@ class Head(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} has no relaxed form: {hint}")
 
     def inside(self, value: Tensor, dims: Tensor | None = None) -> Tensor:
-        """Whether numbers are in the support, shape ``(*, n)``."""
+        """Whether the support holds each number, shape ``(*, n)``."""
         if self.constraint is None:
             raise TypeError(f"{type(self).__name__} must define a constraint, or inside(value, dims) and allowed(dim)")
         return self.constraint.check(self.floating(value))
 
     def allowed(self, dim: int) -> str:
-        """Words for the support of a dimension."""
+        """A dimension's support in words."""
         return "a number" if self.constraint is constraints.real else f"a value in {self.constraint}"
 
     def code(self, value: Tensor, dims: Tensor | None = None) -> Tensor:
-        """As :meth:`features`, for floating values."""
+        """Like :meth:`features`, for floating values."""
         return value.unsqueeze(-1)
 
     def start(self, data: Tensor | None) -> Tensor:
-        """As :meth:`bias`, for data of a checked shape and a floating dtype; may be of any dtype."""
+        """Like :meth:`bias`, for checked floating data; may return any dtype."""
         return self.like.new_zeros(self.input_dim, self.num_params)
 
     def draws(self, dims: Tensor, z: Tensor, params: Tensor, x: Tensor, features: Tensor) -> Calls:
-        """Calls that draw ``x`` and code it, in place, for sampling dimension by dimension; samples are columns.
+        """Calls that draw ``x`` and its features in place, for sampling dimension by dimension; samples are columns.
 
         Args:
             dims: the ``n`` dimensions.
             z: uniform in [0, 1), shape ``(n, columns)``; may be overwritten.
-            params: shape ``(n, num_params, columns)``; may not.
-            x: shape ``(n, columns)``, to be filled.
-            features: shape ``(n * num_features, columns)``, to be filled; the memory of ``x`` if ``given_values``.
+            params: shape ``(n, num_params, columns)``; must not be overwritten.
+            x: output, shape ``(n, columns)``.
+            features: output, shape ``(n * num_features, columns)``; the memory of ``x`` if ``given_values``.
         """
         rows, value = params.permute(2, 0, 1), x.T
         coded = features.unflatten(0, (len(dims), self.num_features)).permute(2, 0, 1)
@@ -171,22 +171,22 @@ class Head(nn.Module):
 
     @property
     def given_values(self) -> bool:
-        """Whether the network is given the values themselves."""
+        """Whether the network sees the values themselves."""
         return self.num_features == 1 and type(self).code is Head.code
 
     def floating(self, value: Tensor) -> Tensor:
-        """The value; integers and booleans in the head's dtype."""
+        """Casts integers and booleans to the head's dtype."""
         return value if value.is_floating_point() else value.to(self.like.dtype)
 
     def features(self, value: Tensor, dims: Tensor | None = None) -> Tensor:
-        """The network's input for a value: from ``(*, n)`` to ``(*, n, num_features)``, floating."""
+        """The network's floating inputs, shape ``(*, n, num_features)``."""
         return self.code(self.floating(value), dims)
 
     def bias(self, data: Tensor | None = None) -> Tensor:
-        """Initial biases of the network's outputs, shape ``(input_dim, num_params)``, in the head's dtype.
+        """Initial output biases, shape ``(input_dim, num_params)``, in the head's dtype.
 
         Args:
-            data: rows of shape ``(N, input_dim)`` to whose marginals the biases are fitted, where that is cheap.
+            data: rows, shape ``(N, input_dim)``, whose marginals the biases fit where cheap.
         """
         if data is None:
             return self.start(None).to(self.like.dtype)
@@ -198,20 +198,20 @@ class Head(nn.Module):
         return self.start(self.floating(data.detach())).to(self.like.dtype)
 
     def support(self, event_shape: Size | tuple[int, ...]) -> Constraint:
-        """The support of one event, whose shape holds ``input_dim`` numbers."""
+        """The support of one event."""
         if self.constraint is None:
             return _Inside(self, len(event_shape), any(self.discrete_dims()))
         return constraints.independent(self.constraint, len(event_shape))
 
     def discrete_dims(self) -> list[bool]:
-        """Which dimensions have a mass at each value."""
+        """Whether each dimension is discrete."""
         return [self.discrete] * self.input_dim
 
     def fixed_points(self) -> list[float]:
-        """The point about which a standardization may stretch the values of each dimension.
+        """The point about which a standardization may stretch each dimension.
 
-        NaN stands for any point, of families on the whole line; a number is the fixed end of a half-line.  Infinity
-        stands for none: counts, categories, intervals, and families that a change of units would leave.
+        NaN stands for any point (families on the whole line), a number for the fixed end of a half-line, infinity for
+        none: counts, categories, intervals, and families that a change of units would leave.
         """
         support = self.constraint
         known = support is not None and not (self.discrete or support.is_discrete)
@@ -221,10 +221,10 @@ class Head(nn.Module):
         return [float(ends[0]) if len(ends) == 1 else math.inf] * self.input_dim
 
     def check(self, value: Tensor) -> None:
-        """Refuses a value, shape ``(*, input_dim)``, that is not in the support.
+        """Refuses a value, shape ``(*, input_dim)``, outside the support.
 
         Raises:
-            ValueError: naming a dimension and its value.
+            ValueError: names a dimension and its value.
         """
         if value.dim() == 0 or value.shape[-1] != self.input_dim:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Heads of binary values, categories, levels and real numbers, the latter two as mixtures as well."""
+"""Heads of binary values, categories, levels and real numbers."""
 
 from __future__ import annotations
 
@@ -37,19 +37,17 @@ def _off_ends(value: Tensor) -> Tensor:
 
 
 def _unclip(value: Tensor, bound: float) -> Tensor:
-    """The inverse of ``soft_clip``, bounded for values near or beyond the bound."""
+    """The inverse of ``soft_clip``, bounded near the bound."""
     return torch.atanh((value / bound).clamp(-0.99, 0.99)) * bound
 
 
 def _choosing(logits: Tensor, z: Tensor, room: Tensor, coded: Tensor, beyond: Tensor | None = None) -> Calls:
-    """Calls that choose categories by inversion of the cumulative probabilities, in place.
+    """Calls that choose categories in place, by inversion of the cumulative probabilities.
 
-    Args:
-        logits: shape ``(n, K, columns)``.
-        z: uniform in [0, 1), shape ``(n, columns)``; then NaN where the logits are.
-        room: as the logits, maybe the same memory; then ones for the categories before the chosen one.
-        coded: as the logits, other memory; then the one-hot code.
-        beyond: true from each dimension's last category on, shape ``(n, K, 1)``.
+    ``logits``, ``room`` and ``coded`` have shape ``(n, K, columns)``; ``room`` may be the memory of ``logits``.  ``z``,
+    uniform in [0, 1) of shape ``(n, columns)``, becomes NaN where the logits are.  ``room`` becomes 1 for the
+    categories before the chosen one, ``coded`` the one-hot code.  ``beyond``, shape ``(n, K, 1)``, is true from each
+    dimension's last category on.
     """
     calls: Calls = [
         partial(torch.softmax, logits, 1, out=room),
@@ -67,25 +65,25 @@ def _choosing(logits: Tensor, z: Tensor, room: Tensor, coded: Tensor, beyond: Te
 
 
 def _spoiling(x: Tensor, z: Tensor) -> Callable[[], object]:
-    """A call that makes ``x`` NaN where ``z`` is."""
+    """A call that spreads NaN from ``z`` to ``x``."""
     return partial(x.addcmul_, z, number(0.0, z.dtype) if z.device.type == "cpu" else torch.zeros_like(z))
 
 
 def _copying(x: Tensor, features: Tensor) -> Calls:
-    """Calls that code values as themselves."""
+    """Calls that copy values to features."""
     return [] if features.data_ptr() == x.data_ptr() else [partial(features.copy_, x)]
 
 
 class RelaxedBernoulliHead(Head):
     r"""Values in (0, 1), :math:`x = \sigma((\theta + \ell) / t)` with logistic noise :math:`\ell` and temperature t.
 
-    The parameter is the logit of a binary variable, which is 1 where :math:`x > 1/2`; x tends to it as the temperature
-    falls to 0.  The density is that of x: a bound on the evidence is one of the relaxed model.  Draws and values stay
-    off 0 and 1 by the smallest positive number and by one rounding error: in float32, below temperatures of some 0.2,
-    the density of a value near 1 has few digits.
+    The parameter is the logit of a binary variable, which is 1 where :math:`x > 1/2` and to which x tends as the
+    temperature falls to 0.  The density is that of x, so a bound on the evidence is one of the relaxed model.  Draws
+    and values stay off 0 and 1 by the smallest positive number and by one rounding error.  In float32, at temperatures
+    below some 0.2, densities near 1 have few digits.
 
     Args:
-        temperature: :math:`t > 0`; the attribute of this name may be changed along the way.
+        temperature: :math:`t > 0`; the attribute may be changed later.
 
     References:
         The Concrete Distribution (Maddison et al., 2016), arXiv:1611.00712.
@@ -107,7 +105,7 @@ class RelaxedBernoulliHead(Head):
         value = _off_ends(value.to(params.dtype))
         log_value, log_rest = torch.log(value), torch.log1p(-value)
         noise = (log_value - log_rest) * self.temperature - params.squeeze(-1)
-        # The logistic density of the noise, and the slope t / (x (1 - x)).
+        # The noise's logistic density, and the slope t / (x (1 - x)).
         density = F.logsigmoid(noise) + F.logsigmoid(-noise)
         return density + math.log(self.temperature) - log_value - log_rest
 
@@ -129,13 +127,13 @@ class BernoulliHead(Head):
     ``bias(data)`` gives the logits of the means, with half an observation added on either side.
 
     References:
-        MADE: Masked Autoencoder for Distribution Estimation (Germain et al., 2015), arXiv:1502.03509.
+        MADE (Germain et al., 2015), arXiv:1502.03509.
     """
 
     constraint = constraints.boolean
 
     def log_prob(self, value: Tensor, params: Tensor, dims: Tensor | None = None) -> Tensor:
-        # Unlike x t - softplus(t), right to all digits also where a value is nearly certain.
+        # Unlike x t - softplus(t), exact for nearly certain values.
         return F.logsigmoid((2 * value.to(params.dtype) - 1) * params.squeeze(-1))
 
     def mean(self, params: Tensor, dims: Tensor | None = None) -> Tensor:
@@ -155,7 +153,7 @@ class BernoulliHead(Head):
         return torch.logit((data.sum(0) + 0.5) / (len(data) + 1)).unsqueeze(-1)
 
     def draws(self, dims: Tensor, z: Tensor, params: Tensor, x: Tensor, features: Tensor) -> Calls:
-        # 1 where p > z, else the difference rounds up to a negative zero; unlike a comparison it lets NaN through.
+        # 1 where p > z, else the difference rounds up to a negative zero; a comparison would lose NaN.
         return [
             partial(torch.sigmoid, params[:, 0], out=features),
             partial(features.sub_, z),
@@ -167,15 +165,15 @@ class BernoulliHead(Head):
 class CategoricalHead(Head):
     r"""Categories 0 to :math:`K_i - 1`, :math:`p(x = k) = e^{\theta_k} / \sum_{l < K_i} e^{\theta_l}`.
 
-    Logits are in nats.  The network is given categories one-hot, with the largest number of classes for all
-    dimensions; logits beyond a dimension's own number are excluded.  ``bias(data)`` gives log frequencies, with half
-    an observation added to each.  ``mean`` averages the categories' numbers, for ordered ones.
+    Logits are in nats.  The network sees one-hot categories, of the largest number of classes; a dimension's excess
+    logits are excluded.  ``bias(data)`` gives log frequencies, with half an observation added to each.  ``mean``
+    averages category numbers, for ordered ones.
 
     Args:
         num_classes: the number :math:`K_i` of classes, one for all dimensions or one for each.
 
     Raises:
-        ValueError: for numbers that are no positive integers, none above 1, or (in ``bind``) not one a dimension.
+        ValueError: for numbers that are not positive integers, none above 1, or (in ``bind``) not one a dimension.
     """
 
     index: Tensor
@@ -196,7 +194,7 @@ class CategoricalHead(Head):
         self._limit(())
 
     def _limit(self, counts: tuple[int, ...]) -> None:
-        """Sets each dimension's last category, and which logits are in excess."""
+        """Sets each dimension's last category and excess logits."""
         last = torch.tensor(counts, dtype=torch.long, device=self.index.device) - 1
         self.register_buffer("last", last, persistent=False)
         self.register_buffer("excess", self.index > last.unsqueeze(-1), persistent=False)
@@ -240,7 +238,7 @@ class CategoricalHead(Head):
     def relaxed_features(
         self, params: Tensor, temperature: float, dims: Tensor | None = None, *, hard: bool = False
     ) -> Tensor:
-        r"""Differentiable draws in the place of one-hot features, shape ``(*, n, num_features)``.
+        r"""Differentiable draws in place of one-hot features, shape ``(*, n, num_features)``.
 
         :math:`\mathrm{softmax}((\theta + g) / t)` with Gumbel noise :math:`g` tends to the one-hot code of a draw as
         the temperature :math:`t` falls to 0.
@@ -248,11 +246,11 @@ class CategoricalHead(Head):
         Args:
             params: shape ``(*, n, num_params)``.
             temperature: positive.
-            dims: as elsewhere.
-            hard: whether the result is one-hot, with the gradient of the soft one (straight through, biased).
+            dims: the dimensions of the columns, by default all.
+            hard: whether to return one-hot codes with the gradient of the soft ones (straight through, biased).
 
         References:
-            As :class:`RelaxedBernoulliHead`.
+            See :class:`RelaxedBernoulliHead`.
         """
         _positive("CategoricalHead", "temperature", temperature)
         noise = torch.empty_like(params).exponential_().clamp_(min=torch.finfo(params.dtype).tiny).log_()
@@ -301,14 +299,14 @@ class CategoricalHead(Head):
 class NormalHead(Head):
     r"""Real values, :math:`x = m + e^s z` with :math:`z \sim N(0, 1)` and :math:`s = c \tanh(a / c)`.
 
-    The parameters are :math:`(m, a)`: the conditional of an affine autoregressive flow.  ``bias(data)`` gives means
-    and log standard deviations.
+    The parameters are :math:`(m, a)`: the conditional of an affine autoregressive flow.  ``bias(data)`` gives means and
+    log standard deviations.
 
     Args:
         max_log_scale: the bound :math:`c` on the absolute log-scale; standardize data of another scale.
 
     References:
-        Masked Autoregressive Flow for Density Estimation (Papamakarios et al., 2017), arXiv:1705.07057.
+        Masked Autoregressive Flow (Papamakarios et al., 2017), arXiv:1705.07057.
     """
 
     num_params = 2
@@ -353,7 +351,7 @@ class NormalHead(Head):
 
 
 class _Mixture(Head):
-    """Abstract base of mixtures; parameters are all logits of weights, then all means, then all log-scales."""
+    """Abstract base of mixtures; parameters are all logits, then all means, then all log-scales."""
 
     def __init__(self, num_components: int, max_log_scale: float) -> None:
         super().__init__()
@@ -368,7 +366,7 @@ class _Mixture(Head):
         return logits, loc, soft_clip(raw, self.max_log_scale)
 
     def _middles(self, dtype: torch.dtype) -> Tensor:
-        """The middles of as many equal parts of (0, 1) as there are components."""
+        """The middles of ``num_components`` equal parts of (0, 1)."""
         return (torch.arange(self.num_components, dtype=dtype, device=self.like.device) + 0.5) / self.num_components
 
     def _quantiles(self, data: Tensor) -> Tensor:
@@ -377,12 +375,12 @@ class _Mixture(Head):
         return data.sort(0).values[places.round().long()].T
 
     def _packed(self, loc: Tensor, scale: Tensor) -> Tensor:
-        """Parameters of equal weights, with these means and scales."""
+        """Parameters of equal weights."""
         raw = _unclip(scale.log().expand_as(loc), self.max_log_scale)
         return torch.cat((torch.zeros_like(loc), loc, raw), -1)
 
     def _picking(self, z: Tensor, params: Tensor, x: Tensor) -> tuple[Calls, Tensor]:
-        """Calls that draw a component and write its mean to ``x``, and its scale to the tensor returned."""
+        """Calls that draw a component: its mean to ``x``, its scale to the result."""
         logits, loc, raw = params.unflatten(1, (3, self.num_components)).unbind(1)
         room, code, scale = torch.empty_like(logits), torch.empty_like(logits), torch.empty_like(x)
         bound = self.max_log_scale
@@ -406,16 +404,16 @@ class MixtureHead(_Mixture):
 
     The parameters are the logits of :math:`w` of all :math:`K` components, their means :math:`m`, and :math:`a` with
     :math:`s = c \tanh(a / c)`.  ``bias()`` spreads the means over the quantiles of a standard normal, ``bias(data)``
-    over those of the data; the scales make up the variance.  With a MADE this is the MADE-MoG.  A draw costs as much as
-    one of a normal.
+    over those of the data; the scales make up the variance.  A MADE with this head is the MADE-MoG.  A draw costs as
+    much as one of a normal.
 
     Args:
-        num_components: :math:`K`.
+        num_components: the number :math:`K` of components.
         max_log_scale: the bound :math:`c` on the absolute log-scale; standardize data of another scale.
 
     References:
-        RNADE: The real-valued neural autoregressive density-estimator (Uria et al., 2013), arXiv:1306.0186.
-        Masked Autoregressive Flow for Density Estimation (Papamakarios et al., 2017), arXiv:1705.07057.
+        RNADE (Uria et al., 2013), arXiv:1306.0186.
+        Masked Autoregressive Flow (Papamakarios et al., 2017), arXiv:1705.07057.
     """
 
     discrete = False
@@ -436,7 +434,7 @@ class MixtureHead(_Mixture):
 
     def start(self, data: Tensor | None) -> Tensor:
         middles = torch.special.ndtri(self._middles(torch.double))
-        rest = (1 - middles.square().mean()).sqrt()  # of the standard deviation, besides that of the means
+        rest = (1 - middles.square().mean()).sqrt()  # the deviation that the means leave
         if data is None:
             return self._packed(middles.expand(self.input_dim, -1), rest.expand(self.input_dim, 1))
         scale = data.double().std(0, correction=0).unsqueeze(-1).clamp(min=torch.finfo(data.dtype).tiny)
@@ -455,20 +453,19 @@ class LogisticMixtureHead(_Mixture):
 
     with the tails added to the first and the last level.  The parameters are the logits of :math:`w` of all :math:`K`
     components, their means :math:`m`, and :math:`a`, in units in which levels go from -1 to 1: :math:`M = (m + 1) h`
-    and :math:`S = h e^{c \tanh(a / c)}` with :math:`h = (L - 1) / 2` levels.  The network is given :math:`x / h - 1`.
+    and :math:`S = h e^{c \tanh(a / c)}` with :math:`h = (L - 1) / 2`.  The network sees :math:`x / h - 1`.
 
-    Logarithms are right far out in the tails; probabilities add up to 1.  ``bias()`` spreads the means evenly,
-    ``bias(data)`` over the quantiles of the data.  The mean sums over all levels.
+    Log-masses are accurate far out in the tails; probabilities add up to 1.  ``bias()`` spreads the means evenly,
+    ``bias(data)`` over the quantiles of the data.  ``mean`` sums over all levels.
 
     Args:
-        levels: :math:`L`.
-        num_components: :math:`K`.
+        levels: the number :math:`L` of levels.
+        num_components: the number :math:`K` of components.
         max_log_scale: the bound :math:`c`; by default the smallest scale is about a tenth of a level, and at most
             :math:`e^{-7}`.
 
     References:
-        PixelCNN++: Improving the PixelCNN with Discretized Logistic Mixture Likelihood and Other Modifications
-        (Salimans et al., 2017), arXiv:1701.05517.
+        PixelCNN++ (Salimans et al., 2017), arXiv:1701.05517.
     """
 
     def __init__(self, levels: int = 256, num_components: int = 10, max_log_scale: float | None = None) -> None:
@@ -480,7 +477,7 @@ class LogisticMixtureHead(_Mixture):
         self.constraint = constraints.integer_interval(0, levels - 1)
 
     def _parts(self, params: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits, and means and log-scales in levels."""
+        """Logits; means and log-scales in levels."""
         logits, loc, log_scale = super()._parts(params)
         return logits, (loc + 1) * self.half_range, log_scale + math.log(self.half_range)
 
@@ -516,7 +513,7 @@ class LogisticMixtureHead(_Mixture):
             loc = (2 * self._middles(self.like.dtype) - 1).expand(self.input_dim, -1)
             return self._packed(loc, loc.new_full((self.input_dim, 1), 1 / self.num_components))
         scaled = data / self.half_range - 1
-        # A logistic of scale 1 has a standard deviation of 1.8; no narrower than half a level.
+        # A logistic of scale 1 has a standard deviation of 1.8; the scale is at least half a level.
         scale = (scaled.std(0, correction=0) / (1.8 * math.sqrt(self.num_components))).clamp(min=0.5 / self.half_range)
         return self._packed(self._quantiles(scaled), scale.unsqueeze(-1))
 

@@ -1,4 +1,4 @@
-"""MADE as a distribution: one masked network gives all conditionals, for one order of the dimensions or for many."""
+"""MADE: one masked network for all conditionals."""
 
 from __future__ import annotations
 
@@ -22,23 +22,24 @@ from pyro_flows.nets.degrees import as_order
 
 __all__ = ["MADE"]
 
-ENDLESS = 16  # members of the ensemble where there is no end of members
-HELD = 256  # members that are kept
+ENDLESS = 16  # ensemble members, if their number is unlimited
+HELD = 256  # cached members
 
 
 class MADE(AutoregressiveModel):
     r"""Masked autoencoder for distribution estimation: :math:`p(x \mid c) = \prod_k p(x_{\pi_k} \mid x_{\pi_{<k}}, c)`.
 
-    One pass of one network gives all :math:`D` conditionals: masks let output :math:`i` see the inputs before :math:`i`
-    in the order :math:`\pi` only.  The head gives the outputs a meaning: binary, categorical or real values, levels, or
-    a mixture of types.
+    One pass of one network gives all :math:`D` conditionals: masks let output :math:`i` see only the inputs before
+    :math:`i` in the order :math:`\pi`.  The head turns outputs into distributions of binary, categorical or real
+    values, levels, or a mixture of types.
 
-    With ``order="any"`` the same weights serve all orders: each *member* is one order and one drawing of the hidden
-    units' connections.  In training, :meth:`resample_masks` before each step (``fit_density`` calls it) goes through
-    them; in evaluation the density is the mean over an ensemble, and any dimensions can be imputed from any others.
+    With ``order="any"`` the same weights serve all orders: each *member* is one order with one draw of the hidden
+    units' connections.  In training, :meth:`resample_masks` before each step (``fit_density`` calls it) cycles through
+    the members.  In evaluation the density is the mean over an ensemble, and any dimensions can be imputed from any
+    others.
 
-    A density costs one pass for each member, a draw one sweep through the dimensions: about the arithmetic of one pass,
-    in as many small steps as there are dimensions.
+    A density costs one pass for each member.  A draw costs one sweep: about the arithmetic of one pass, in one small
+    step for each dimension.
 
     Args:
         input_dim: the number of dimensions :math:`D`.
@@ -46,28 +47,28 @@ class MADE(AutoregressiveModel):
             ``CategoricalHead([3, 5])``.
         hidden_dims: widths of the hidden layers.
         context_dim: size of the context, 0 for none.
-        order: ``"identity"``, ``"reverse"``, ``"random"`` (drawn once), the dimensions in their sequence, or ``"any"``:
-            each member has its own.
-        connectivity: degrees of the hidden units, ``"even"`` or ``"random"``, which each member draws anew.
-        num_masks: number of members; by default no end of them where they differ, else one.
+        order: ``"identity"``, ``"reverse"``, ``"random"`` (drawn once), a sequence of the dimensions, or ``"any"``: one
+            for each member.
+        connectivity: degrees of the hidden units, ``"even"`` or ``"random"`` (drawn for each member).
+        num_masks: number of members; by default unlimited if they differ, else one.
         ensemble_size: members in the mean density of evaluation; by default all of a finite number, else 16.
         direct: whether outputs also see the inputs before them through a linear layer.
-        activation: of the hidden layers, by name or an elementwise function; by default ReLU for discrete values, and
-            for real ones smooth and at first bounded, against outliers, as in :func:`~pyro_flows.flows.maf`.
-        dropout: share of the network's inputs that ``log_prob`` leaves out at random in training mode; against
-            overfitting where rows are few.
-        mask_inputs: whether inputs that are constantly 1, under the same masks, tell each unit which inputs it sees, as
-            in the paper; for few members.
-        seed: of all orders and connections, and thus the masks; by default from torch's random numbers.  The
-            ``state_dict`` holds it.
+        activation: a name or an elementwise function; by default ReLU for discrete values, and for real ones smooth and
+            at first bounded, against outliers, as in :func:`~pyro_flows.flows.maf`.
+        dropout: share of the network's inputs that ``log_prob`` drops at random in training mode, against overfitting
+            on few rows.
+        mask_inputs: whether constant inputs of 1, under the same masks, tell each unit which inputs it sees, as in the
+            paper; for few members.
+        seed: seed of all orders, connections and thus masks, saved in the ``state_dict``; by default from torch's
+            random numbers.
 
     Raises:
-        ValueError: for an order that is no permutation, sizes out of range, or an unknown head.
+        ValueError: for an order that is not a permutation, sizes out of range, or an unknown head.
 
     References:
-        MADE: Masked Autoencoder for Distribution Estimation (Germain, Gregor, Murray & Larochelle, 2015),
-        arXiv:1502.03509; order-agnostic training: A Deep and Tractable Density Estimator (Uria, Murray & Larochelle,
-        2014), arXiv:1310.1757.
+        MADE (Germain, Gregor, Murray & Larochelle, 2015), arXiv:1502.03509.
+        Order-agnostic training: A Deep and Tractable Density Estimator (Uria, Murray & Larochelle, 2014),
+        arXiv:1310.1757.
     """
 
     order: Tensor
@@ -110,7 +111,6 @@ class MADE(AutoregressiveModel):
         if self.num_masks is not None:
             self._number("num_masks", self.num_masks)
         self.ensemble_size = self._number("ensemble_size", ensemble_size or self.num_masks or ENDLESS)
-        # A state_dict holds the seed, which determines all orders and connections.
         self.seed = int(torch.randint(2**31, ())) if seed is None else int(seed)
         self.position = 0
         drawn = isinstance(order, str) and order == "random"
@@ -136,7 +136,7 @@ class MADE(AutoregressiveModel):
     # Members.
 
     def member(self, number: int) -> Member:
-        """The ``number``-th order and connections."""
+        """The order and connections of this number."""
         held = self._held.pop(number, None)
         if held is None:
             if not self.any_order and torch._C._functorch.is_functorch_wrapped_tensor(self.order):
@@ -162,13 +162,13 @@ class MADE(AutoregressiveModel):
         return Member(order, units, direct=self.net.is_direct, num_params=head.num_params, features=head.num_features)
 
     def resample_masks(self) -> None:
-        """Goes on to the next member, and from the last of a finite number to the first."""
+        """Moves on to the next member, cyclically."""
         self.position += 1
         if self.num_masks is not None:
             self.position %= self.num_masks
 
     def members(self) -> tuple[Member, ...]:
-        """The member in use in training, those of the ensemble in evaluation."""
+        """The current member in training, the ensemble in evaluation."""
         if self.training:
             return (self.member(self.position),)
         return tuple(self.member(k) for k in range(self.ensemble_size))
@@ -189,10 +189,10 @@ class MADE(AutoregressiveModel):
         return self.at_members((self.member(number),), context)
 
     def member_for(self, observed: Tensor, number: int = 0) -> Member:
-        """The member whose order has the observed dimensions first, each part in an order that ``number`` draws.
+        """A member whose order begins with the observed dimensions; ``number`` seeds the order within both parts.
 
         Raises:
-            ValueError: if the model's only order does not begin with the observed dimensions.
+            ValueError: if the model's only order does not begin with them.
         """
         known = observed.cpu()
         if not self.any_order:
@@ -214,13 +214,13 @@ class MADE(AutoregressiveModel):
     # Missing dimensions.
 
     def _patterns(self, observed: Tensor, number: int) -> Iterator[tuple[Tensor, int, Member]]:
-        """Each pattern's rows, its number of known dimensions, and a member that has them first."""
+        """Each pattern's rows, number of known dimensions, and a member that has them first."""
         kinds, which = torch.unique(observed, dim=0, return_inverse=True)
         for k, kind in enumerate(kinds):
             yield (which == k).nonzero().squeeze(-1), int(kind.sum()), self.member_for(kind, number)
 
     def _check_observed(self, value: Tensor, observed: Tensor, context: Tensor | None) -> Tensor:
-        """The mask as rows; refuses one of another kind or shape, or one that leaves nothing to do."""
+        """The mask as rows; refuses rows all hidden or all known."""
         check_tensor("MADE", "values as a tensor", value)
         check_tensor("MADE", "observed as a boolean tensor", observed)
         if observed.dtype != torch.bool:
@@ -252,21 +252,21 @@ class MADE(AutoregressiveModel):
         *,
         number: int = 0,
     ) -> Tensor:
-        """Draws of the missing dimensions given the observed ones, shape ``(num_samples, *batch, D)``.
+        """Draws the missing dimensions given the observed ones, shape ``(num_samples, *batch, D)``.
 
-        One member's conditional, whose order has the observed dimensions first; members agree as far as they are
-        trained.  One sweep for each pattern of missingness.
+        Draws follow the conditional of one member whose order begins with the observed dimensions; well-trained members
+        agree.  The cost is one sweep for each pattern of missingness.
 
         Args:
-            value: shape ``(*batch, D)``; entries in missing places, NaN included, are ignored.
+            value: shape ``(*batch, D)``; missing entries, NaN included, are ignored.
             observed: boolean, broadcasting to ``value``: true where a dimension is known.
             num_samples: draws for each row.
             context: shape ``(*context_batch, context_dim)``, if the model takes one.
             number: which of the members with such an order.
 
         Raises:
-            ValueError: for a mask that hides everything or nothing in a row, or if the model's only order does not
-                begin with the observed dimensions.
+            ValueError: for a row with everything or nothing hidden, or if the model's only order does not begin with
+                the observed dimensions.
         """
         seen = self._check_observed(value, observed, context)
         contexts = by_row(context, value.shape[:-1])
@@ -281,11 +281,11 @@ class MADE(AutoregressiveModel):
     def _split_log_prob(
         self, value: Tensor, observed: Tensor, context: Tensor | None, number: int
     ) -> tuple[Tensor, Tensor]:
-        """``(log p(observed), log p(missing | observed))`` in nats, each of the batch's shape; one pass a pattern."""
+        """``(log p(observed), log p(missing | observed))`` in nats, of the batch shape; one pass a pattern."""
         seen = self._check_observed(value, observed, context)
         batch = value.shape[:-1]
         contexts, flat = by_row(context, batch), self.cast(value).reshape(-1, self.input_dim)
-        # Missing entries only have to be finite: the member does not see them.
+        # Missing entries only have to be finite.
         fine = torch.where(seen | flat.isfinite(), flat, 0.0)
         known, missing = flat.new_zeros(len(flat)), flat.new_zeros(len(flat))
         for rows, _, member in self._patterns(seen, number):
@@ -304,18 +304,18 @@ class MADE(AutoregressiveModel):
     def log_prob_missing(
         self, value: Tensor, observed: Tensor, context: Tensor | None = None, *, number: int = 0
     ) -> Tensor:
-        """Log-density of the other dimensions of ``value``, given the observed ones."""
+        """Log-density of the missing dimensions of ``value`` given the observed ones."""
         return self._split_log_prob(value, observed, context, number)[1]
 
     def relaxed(self, temperature: float) -> MADE:
         """The model of a continuous relaxation, with differentiable draws; shares the parameters.
 
-        Draws and their gradients take one pass for each dimension.  Densities are those of another model, with
-        continuous latents, whose best guide need not be good for the discrete one; at low temperatures float32 is
-        coarse near 0 and 1.
+        Draws and their gradients cost one pass for each dimension.  The relaxed model has other densities and
+        continuous latents, so its best guide need not suit the discrete model.  At low temperatures float32 is coarse
+        near 0 and 1.
 
         Args:
-            temperature: the lower, the nearer to this model, and the noisier the gradients.
+            temperature: lower values are nearer to this model, with noisier gradients.
 
         Raises:
             NotImplementedError: if the head has no relaxed form.
@@ -344,11 +344,11 @@ class MADE(AutoregressiveModel):
     # State.
 
     def get_extra_state(self) -> dict[str, int]:
-        """The seed of orders and connections, and the number of the member in use."""
+        """The seed and the current member's number."""
         return {"seed": self.seed, "position": self.position}
 
     def set_extra_state(self, state: dict[str, int]) -> None:
-        """Takes the seed and the position of a ``state_dict``."""
+        """Restores the seed and position of a ``state_dict``."""
         self.seed, self.position = state["seed"], state["position"]
 
     def _load_from_state_dict(self, *args: Any) -> None:

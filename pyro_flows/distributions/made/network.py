@@ -1,4 +1,4 @@
-"""The network whose weights all members of a MADE share: a pass under a member's masks, and draws by one sweep."""
+"""The network that all members of a MADE share."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from pyro_flows.nets.structure import Cut, Structure, keep
 __all__ = ["Member", "SharedNetwork", "draw_units"]
 
 WHOLE = Cut((), math.inf)
-KEPT_BYTES = 2**26  # of masks that are kept for the next time
+KEPT_BYTES = 2**26  # of cached masks
 
 
 def draw_units(
     input_dim: int, widths: Sequence[int], context: bool, connectivity: str, generator: Generator
 ) -> list[Tensor]:
-    """Degrees of each hidden layer's units: evenly spread, or uniform from the least degree of the layer below on."""
+    """Degrees of each hidden layer's units: evenly spread, or uniform from the least degree below."""
     least = least_degree(input_dim, context)
     units = []
     for width in widths:
@@ -43,24 +43,20 @@ def draw_units(
 
 
 class Member:
-    """One of the autoregressive models that share a network's weights, of which it uses some.
+    """One autoregressive model that uses some of a shared network's weights.
 
-    Args:
-        order: ``order[k]`` is the dimension that comes ``k``-th.
-        units: degrees of each hidden layer's units; a unit of degree d sees the ``d`` first dimensions.
-        direct: whether outputs also see the dimensions before them through a linear layer.
-        num_params, features: numbers per dimension in the outputs and in the inputs.
+    ``order[k]`` is the ``k``-th dimension.  ``units`` are the degrees of each hidden layer's units; a unit of degree d
+    sees the first ``d`` dimensions.  With ``direct``, outputs also see earlier dimensions through a linear layer.
     """
 
     def __init__(self, order: Tensor, units: Sequence[Tensor], *, direct: bool, num_params: int, features: int) -> None:
         self.order, self.rank = order, torch.argsort(order)
         self.units, self.direct = list(units), direct
         self.num_params, self.features = num_params, features
-        # The units of each layer, sorted by degree.
         self.sorting = [torch.argsort(unit, stable=True) for unit in self.units]
 
     def masks(self) -> list[Tensor]:
-        """A boolean mask for each weight, rows by unit or output, the direct one last."""
+        """Boolean masks of the weights, rows by unit or output, the direct one last."""
         inputs = (self.rank + 1).repeat_interleave(self.features)  # an input of rank r counts as a unit of degree r + 1
         outputs = self.rank.repeat(self.num_params)
         below, above = [inputs, *self.units], [*self.units, outputs]
@@ -68,11 +64,11 @@ class Member:
         return [*masks, outputs[:, None] >= inputs[None, :]] if self.direct else masks
 
     def structure(self) -> Structure:
-        """The structure of the network with its units sorted."""
+        """The structure of the network with sorted units."""
         dims, widths = len(self.order), [len(unit) for unit in self.units]
         units = [unit[by] for unit, by in zip(self.units, self.sorting, strict=True)]
         degrees = Degrees(dims, widths, False, "identity", None, units, self.direct)
-        # Dense, because masked weights are zeros by then.
+        # Dense: masked weights are zeros by then.
         cuts = (WHOLE,) * (len(widths) + 1)
         return Structure(
             degrees.steps, degrees.times, self.num_params, (), True, cuts, features=self.features, direct=self.direct
@@ -89,14 +85,14 @@ class Member:
 
 
 class _Draws:
-    """The way from a dimension's parameters to its value: a draw, or for the ``known`` first ranks the given one."""
+    """Makes a dimension's value: given for the ``known`` first ranks, else drawn."""
 
     def __init__(self, head: Head, order: Tensor, known: int) -> None:
         self.head, self.order, self.known = head, order, known
-        self.shared = head.given_values  # then the network's inputs need no memory of their own
+        self.shared = head.given_values  # then inputs need no memory of their own
 
     def draws(self, start: int, stop: int, z: Tensor, params: Tensor, x: Tensor, coded: Tensor) -> Calls:
-        """Calls that fill ``x`` and its features at ranks ``[start, stop)``; everything feature-major."""
+        """Calls that fill ``x`` and its features at ranks ``[start, stop)``; feature-major."""
         calls: Calls = []
         given = min(max(self.known - start, 0), stop - start)
         dims = self.order[start:stop].to(z.device)
@@ -119,7 +115,7 @@ class _Draws:
 
 
 class Sampler:
-    """A member's weights, sorted for the sweep, and the sweep; ``known`` of the first dimensions will be given."""
+    """A member's sorted weights and sweep; the first ``known`` dimensions are given."""
 
     def __init__(
         self,
@@ -139,7 +135,7 @@ class Sampler:
         self._biases = [torch.empty_like(bias) for bias in biases[1:]]
 
     def load(self, weights: Sequence[Tensor], biases: Sequence[Tensor], bits: Sequence[Tensor]) -> None:
-        """Copies the present weights, sorted, with zeros in masked places."""
+        """Copies the current weights, sorted, with zeros where masked."""
         for room, weight, mask, (rows, columns) in zip(self._weights, weights, bits, self._places, strict=True):
             room.copy_(keep(weight, mask).index_select(0, rows).index_select(1, columns))
         for room, bias, (rows, _) in zip(self._biases, biases[1:], self._places[1:], strict=False):
@@ -166,12 +162,12 @@ class Sampler:
 
 
 def _seen(weight: Tensor, bits: Tensor) -> Tensor:
-    """The sum over the inputs that each row sees."""
+    """Sums the weights that each row sees."""
     return torch.where(bits != 0, weight, 0.0).sum(1)
 
 
 class SharedNetwork(nn.Module):
-    """Weights by dimension and number of the unit, of which each member uses some; arguments as of a MADE."""
+    """Weights of which each member uses some; arguments as in ``MADE``."""
 
     weight_0: Tensor
     bias_0: Tensor
@@ -198,7 +194,7 @@ class SharedNetwork(nn.Module):
         )
         for k, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes)):
             last = k == len(sizes) - 2
-            # Measured: discrete values generalize better from smaller initial weights, real ones from larger ones.
+            # Measured: discrete values generalize better from smaller initial weights, real ones from larger.
             bound = 0.0 if last else math.sqrt((1.0 if head.discrete else 6.0) / max(fan_in, 1))
             self.register_parameter(f"weight_{k}", nn.Parameter((2 * torch.rand(fan_out, fan_in) - 1) * bound))
             bias = head.bias().T.reshape(-1) if last else torch.zeros(fan_out)
@@ -218,7 +214,7 @@ class SharedNetwork(nn.Module):
         return [getattr(self, f"weight_{k}") for k in layers], [getattr(self, f"bias_{k}") for k in layers]
 
     def output_bias(self) -> Tensor:
-        """Shape ``(num_params * D,)``, parameter by parameter."""
+        """The output bias, shape ``(num_params * D,)``."""
         return getattr(self, f"bias_{len(self.hidden_dims)}")
 
     def _first_bias(self, context: Tensor | None, bits: Sequence[Tensor]) -> Tensor:
@@ -241,39 +237,34 @@ class SharedNetwork(nn.Module):
         return held[1]
 
     def forward(self, features: Tensor, context: Tensor | None, member: Member) -> Tensor:
-        """Parameters, shape ``(*batch, D, num_params)``, from ``features`` ``(*batch, D, num_features)``; one pass."""
+        """Parameters, shape ``(*batch, D, num_params)``, for features ``(*batch, D, num_features)``; one pass."""
         weights, biases = self._weights()
         bits = self.bits(member)
         x = features.flatten(-2)
-        out: Any = masked_network(
+        (out,) = masked_network(
             self.layout, x, self._first_bias(context, bits), weights, biases[1:], bits[: len(weights)]
         )
         if self.is_direct:
             plain = MaskedLayers((), frozenset(), (WHOLE,), None)
             none = self.direct.new_zeros(self.direct.shape[0])
             bias = none if self.mask_direct is None else _seen(self.mask_direct, bits[-1])
-            out = out + masked_network(plain, x, bias, [self.direct], [], bits[-1:])
+            out = out + masked_network(plain, x, bias, [self.direct], [], bits[-1:])[0]
         return out.unflatten(-1, (self.head.num_params, self.head.input_dim)).transpose(-1, -2)
 
     @torch.no_grad()
     def draw(
         self, head: Head, rows: int, context: Tensor | None, member: Member, given: Tensor | None = None, known: int = 0
     ) -> Tensor:
-        """Draws by one sweep through the dimensions, which uses each weight once; shape ``(rows, D)``.
+        """Draws in one sweep that uses each weight once, shape ``(rows, D)``.
 
-        Args:
-            head: of the model, maybe the relaxed form of the network's own.
-            rows: how many draws.
-            context: shape ``(rows, context_dim)`` or ``(1, context_dim)``, or ``None``.
-            member: its order and masks are used.
-            given: shape ``(rows, D)``; the ``known`` first dimensions in the order keep these values.
-            known: how many dimensions are given.
+        ``context`` has shape ``(rows or 1, context_dim)``.  ``given``, shape ``(rows, D)``, holds values of the first
+        ``known`` dimensions in the order.  ``head`` may be the relaxed form of the network's own.
         """
         weights, biases = self._weights()
         if self.is_direct:
             weights.append(self.direct)
         sampler, key = None, (head, member, known, self.weight_0.dtype, self.weight_0.device)
-        with contextlib.suppress(IndexError):  # taken out in the meantime: no two threads share its buffers
+        with contextlib.suppress(IndexError):  # another thread may have taken it
             sampler = self._idle.pop()
         if sampler is None or sampler.key != key:
             sampler = Sampler(head, self.layout.activations, member, known, weights, biases)

@@ -1,4 +1,4 @@
-"""Lossless compression by entropy coding with a model's exact conditionals."""
+"""Lossless compression by entropy coding with exact conditionals."""
 
 from __future__ import annotations
 
@@ -28,39 +28,38 @@ class Codec:
     A file takes about :math:`-\log_2 P(x)` bits, by arithmetic coding with the conditionals
     :math:`P(x_i \mid x_{<i}, c)` of
 
-    - a :class:`~pyro_flows.distributions.made.MADE` or :class:`~pyro_flows.distributions.made.ConvMADE` of levels: a
-      head ``"bernoulli"``, ``CategoricalHead``, ``LogisticMixtureHead``, a ``MixedHead`` of these, or another with
-      levels 0 to :math:`L - 1`;
+    - a :class:`~pyro_flows.distributions.made.MADE` or :class:`~pyro_flows.distributions.made.ConvMADE` with head
+      ``"bernoulli"``, ``CategoricalHead``, ``LogisticMixtureHead``, a ``MixedHead`` of these, or another of levels 0 to
+      :math:`L - 1`;
     - a flow of :class:`~pyro_flows.transforms.Mint` layers of one orientation, over independent normals, on
-      :class:`~pyro_flows.transforms.pixels.LogitPixels`, or a ``Dequantized`` of one: with earlier pixels at their
+      :class:`~pyro_flows.transforms.pixels.LogitPixels`, or a ``Dequantized`` of one.  With earlier pixels at their
       centers, :math:`P(n_i \mid n_{<i}) = \Phi(f_i(n_i + 1)) - \Phi(f_i(n_i))`, plus the tails at the first and the
       last level.
 
-    Encoding takes one pass.  Decoding takes one sweep, as draws do (for a ``Mint`` stack a pass for each wave,
-    ``waves.max() + 1`` in all).  Each dimension of a row takes about :math:`\log_2 L` decisions, each of which
-    evaluates one cumulative probability.
+    Encoding takes one pass.  Decoding takes one sweep, as draws do (for a ``Mint`` stack ``waves.max() + 1`` passes).
+    Each number takes about :math:`\log_2 L` decisions, each with one cumulative probability.
 
-    The bits agree because the model is copied to the CPU in double precision, because cumulative probabilities are
-    rounded to multiples of :math:`2^{-18}` before integer arithmetic takes over, and because the file says which way
-    rounding went within :math:`2^{-36}` of where it changes.  So other threads, batches and releases can read a file,
-    from a model in single or double precision, if the same parameters give probabilities within :math:`2^{-36}`.
-    Networks with very large weights can miss that; check sums then refuse the file, and no wrong numbers are returned.
-    ``encode`` verifies that its own machine can read the file.  Later changes of the model do not change the codec.
+    Three steps make the bits agree across machines: the model is copied to the CPU in double precision; cumulative
+    probabilities are rounded to multiples of :math:`2^{-18}` for integer arithmetic; the file notes the rounding within
+    :math:`2^{-36}` of where it changes.  So other threads, batches and releases can read a file, from a model in single
+    or double precision, if its probabilities agree within :math:`2^{-36}`.  Networks with very large weights can miss
+    that; check sums then refuse the file, so wrong numbers are never returned.  ``encode`` verifies that its own
+    machine can read the file.  The codec ignores later changes of the model.
 
     Args:
         model: the model.
-        number: which member of a ``MADE`` with several orders or masks; only this one codes.
+        number: the member that codes, of a ``MADE`` with several orders or masks.
 
     Attributes:
         levels: the number of levels of each dimension, shape ``(D,)``.
 
     Raises:
         TypeError: for a model of another kind.
-        ValueError: for a model without levels, or a flow that is not of one orientation.
+        ValueError: for a model without levels, or a flow not of one orientation.
 
     References:
-        Arithmetic Coding for Data Compression (Witten, Neal & Cleary, 1987); the coder: Understanding Entropy Coding
-        With Asymmetric Numeral Systems (ANS): a Statistician's Perspective (Bamler, 2022), arXiv:2201.01741.
+        Arithmetic Coding for Data Compression (Witten, Neal & Cleary, 1987).
+        The coder: Understanding Entropy Coding With Asymmetric Numeral Systems (Bamler, 2022), arXiv:2201.01741.
     """
 
     def __init__(self, model: nn.Module, *, number: int = 0) -> None:
@@ -75,11 +74,11 @@ class Codec:
 
     @torch.no_grad()
     def bits(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        r""":math:`-\log_2 P(x)` under the model, shape ``(*batch,)``, in float64: the least size of a file.
+        r""":math:`-\log_2 P(x)`, shape ``(*batch,)``, in float64: the least size of a file.
 
         Args:
             x: whole numbers, shape ``(*batch, *event_shape)``.
-            context: shape that broadcasts to ``(*batch, context_dim)``, if the model takes one.
+            context: broadcasts to ``(*batch, context_dim)``, if the model takes one.
         """
         rows, batch, contexts = self._admit(x, context)
         found = [torch.zeros(0, dtype=torch.float64)]
@@ -93,10 +92,9 @@ class Codec:
 
         Args:
             x: integers or booleans, shape ``(*batch, *event_shape)``.
-            context: shape that broadcasts to ``(*batch, context_dim)``, if the model takes one; not part of the
-                file.
-            verify: whether to decode each piece again, at the cost of decoding, and to write it without the model,
-                with a warning, if that fails.
+            context: broadcasts to ``(*batch, context_dim)``, if the model takes one; not part of the file.
+            verify: whether to decode each piece, at the cost of decoding; a piece that fails is written without the
+                model, with a warning.
 
         Raises:
             TypeError: unless ``x`` is a tensor of integers or booleans.
@@ -109,7 +107,7 @@ class Codec:
         for part, own in self._pieces(len(rows), contexts):
             mine = rows[part]
             piece = write(mine, self.levels, self._model.steps, self._model.edges(mine, own))
-            # Rows that surprise the model take no more than their levels do.
+            # Rows that surprise the model are written without it.
             plain = 32 * len(piece.words) > len(mine) * float(self.levels.log2().sum()) + 64
             if not plain and verify and not self._reads(piece, mine, own):
                 failed, plain = failed + 1, True
@@ -128,7 +126,7 @@ class Codec:
 
     @torch.no_grad()
     def decode(self, data: bytes, context: Tensor | None = None) -> Tensor:
-        """Reads a file: the rows given to :meth:`encode`, in their dtype, on the CPU, shape ``(*batch, *event_shape)``.
+        """Reads the rows given to :meth:`encode`, in their dtype, on the CPU, shape ``(*batch, *event_shape)``.
 
         Args:
             data: the result of :meth:`encode`.
@@ -136,8 +134,7 @@ class Codec:
 
         Raises:
             TypeError: unless ``data`` are bytes.
-            ValueError: for data that are corrupt or truncated, of another model or context, or that cannot be decoded
-                here.
+            ValueError: for data that are corrupt, truncated, of another model or context, or cannot be decoded here.
         """
         if not isinstance(data, (bytes, bytearray, memoryview)):
             raise TypeError(f"Codec: expected the bytes of encode, got {type(data).__name__}")
@@ -191,7 +188,7 @@ class Codec:
             yield part, None if contexts is None else contexts[part]
 
     def _admit(self, x: Any, context: Tensor | None) -> tuple[Tensor, torch.Size, Tensor | None]:
-        """Rows as 64-bit integers of shape ``(rows, D)``, the batch shape, and contexts."""
+        """64-bit rows of shape ``(rows, D)``, the batch shape, and contexts."""
         event = self._model.event_shape
         if not isinstance(x, Tensor) or x.dtype not in DTYPES:
             got = x.dtype if isinstance(x, Tensor) else type(x).__name__
@@ -215,7 +212,7 @@ class Codec:
         return rows, batch, self._contexts(context, batch)
 
     def _contexts(self, context: Any, batch: torch.Size) -> Tensor | None:
-        """The contexts of all rows, shape ``(rows, context_dim)``."""
+        """Contexts of all rows, shape ``(rows, context_dim)``."""
         dim = self._model.context_dim
         if not dim:
             if context is not None:

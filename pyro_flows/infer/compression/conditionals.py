@@ -1,4 +1,4 @@
-"""The interface of a codec to a model: all conditionals in one pass, and rows found step by step."""
+"""A codec's interface to a model."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ __all__ = ["Conditionals", "NetworkConditionals", "Read", "snapshot"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
-#: Maps the dimensions of a step and their cumulative probabilities to the whole numbers, shape ``(rows, n)``.
+#: Maps a step's dimensions and cumulative probabilities to numbers, shape ``(rows, n)``.
 Read = Callable[[Tensor, Edges], Tensor]
 
 
 def snapshot(model: Model) -> Model:
-    """A copy on the CPU, in double precision."""
+    """Copies a model to the CPU in double precision."""
     return copy.deepcopy(model).to("cpu", torch.float64).eval().requires_grad_(False)
 
 
@@ -35,8 +35,8 @@ class Conditionals(ABC):
     Attributes:
         event_shape, context_dim: those of the model.
         levels: the number of levels of each dimension, shape ``(D,)``.
-        steps: the dimensions in the order of coding; those of one step are independent of each other.
-        numbers: about how many numbers a pass holds for each row.
+        steps: the dimensions in coding order, those of one step independent of each other.
+        numbers: about how many numbers a pass holds per row.
     """
 
     event_shape: Size
@@ -47,11 +47,11 @@ class Conditionals(ABC):
 
     @abstractmethod
     def edges(self, x: Tensor, context: Tensor | None) -> Edges:
-        """The cumulative probabilities of all dimensions, for whole numbers of shape ``(rows, D)``; costs one pass."""
+        """Cumulative probabilities of all dimensions at rows of shape ``(rows, D)``; one pass."""
 
     @abstractmethod
     def find(self, rows: int, context: Tensor | None, read: Read) -> Tensor:
-        """Assembles rows, shape ``(rows, D)``, from what ``read`` gives for each step."""
+        """Assembles rows, shape ``(rows, D)``, from ``read`` step by step."""
 
     @abstractmethod
     def log_prob(self, x: Tensor, context: Tensor | None) -> Tensor:
@@ -59,10 +59,10 @@ class Conditionals(ABC):
 
     @abstractmethod
     def parts(self) -> Iterator[tuple[str, Tensor]]:
-        """All named tensors that identify the model."""
+        """Named tensors that identify the model."""
 
     def digest(self) -> bytes:
-        """A digest of the model, eight bytes."""
+        """An eight-byte digest of the model."""
         made = hashlib.sha256(type(self).__name__.encode())
         parts = {"levels": self.levels, "steps": torch.cat(self.steps), **dict(self.parts())}
         for name in sorted(parts):
@@ -74,7 +74,7 @@ class Conditionals(ABC):
 
 
 class _Reading(Head):
-    """A head that reads coded values where it would draw."""
+    """A head that reads coded values in place of drawing."""
 
     def __init__(self, head: Head, read: Read) -> None:
         super().__init__()
@@ -100,12 +100,7 @@ class _Reading(Head):
 
 
 class NetworkConditionals(Conditionals):
-    """The conditionals of a ``MADE`` or ``ConvMADE``, whose sweep of draws becomes a sweep of reading.
-
-    Args:
-        model: the model.
-        number: which member of a ``MADE`` with several.
-    """
+    """The conditionals of a ``ConvMADE`` or a ``MADE``'s member; a sweep of draws becomes one of reading."""
 
     def __init__(self, model: MADE | ConvMADE, number: int = 0) -> None:
         self.levels = torch.tensor(level_counts(model.head))
@@ -113,7 +108,8 @@ class NetworkConditionals(Conditionals):
         self.event_shape, self.context_dim = model.event_shape, model.context_dim
         self.member = None
         if isinstance(self.model, MADE):
-            self.member = self.model.member(self.model._number("number", number + 1) - 1)
+            self.number = self.model._number("number", number + 1) - 1
+            self.member = self.model.member(self.number)
         order = self.model.order if self.member is None else self.member.order
         self.steps = list(order.split(1))
         dims, bits = len(self.levels), int(self.levels.max()).bit_length()
@@ -132,13 +128,12 @@ class NetworkConditionals(Conditionals):
 
     def find(self, rows: int, context: Tensor | None, read: Read) -> Tensor:
         head, model = _Reading(self.model.head, read), self.model
-        with torch.random.fork_rng(devices=[]):  # a sweep draws noise, which goes unused here
-            if self.member is None:
-                drawn = RasterSweep(model.net, head, model.bias, rows, context).run().flatten(1)
-            else:
-                drawn = model.net.draw(head, rows, context, self.member)
-                model.net._idle = []
-        return drawn.long()
+        with torch.random.fork_rng(devices=[]):  # the sweep's noise goes unused
+            if isinstance(model, ConvMADE):
+                return RasterSweep(model.net, head, model.bias, rows, context).run().flatten(1).long()
+            drawn = model.net.draw(head, rows, context, model.member(self.number))
+            model.net._idle = []
+            return drawn.long()
 
     def parts(self) -> Iterator[tuple[str, Tensor]]:
         yield from self.model.named_parameters()

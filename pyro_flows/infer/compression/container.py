@@ -1,4 +1,4 @@
-"""The file format: a header, the pieces, and check sums; all numbers are little-endian."""
+"""The file format; numbers are little-endian."""
 
 from __future__ import annotations
 
@@ -19,19 +19,14 @@ MAGIC, VERSION = b"PFZ", 1
 DTYPES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _START = struct.Struct("<3sBB8sI")  # magic, version, dtype, model, data
 MOST_ROWS = 512  # in a piece
-_LARGEST = 2**40  # of all numbers in a file, and of all their sums and products
+_LARGEST = 2**40  # of numbers in a file, and of their sums and products
 
 
 class Header(NamedTuple):
     """The part of a file before the pieces.
 
-    Attributes:
-        dtype: dtype of the numbers, one of ``DTYPES``.
-        model: digest of the model, eight bytes.
-        data: check sum of the numbers.
-        context: check sum of the contexts, ``None`` for none.
-        batch: shape of the batch.
-        rows: rows in each piece but the last.
+    ``model`` is the model's digest, ``data`` and ``context`` are check sums, ``dtype`` is one of ``DTYPES``; each piece
+    but the last has ``rows`` rows.
     """
 
     dtype: torch.dtype
@@ -43,7 +38,7 @@ class Header(NamedTuple):
 
 
 def _number(value: int) -> bytes:
-    """An integer in seven bits a byte, the lowest first; all but the last byte have the eighth bit set."""
+    """An integer in seven bits a byte, the lowest first; the eighth bit marks all but the last."""
     out = bytearray()
     while value > 127:
         out.append(value & 127 | 128)
@@ -77,17 +72,12 @@ class _Bytes:
 
 
 def corrupt(why: str) -> ValueError:
-    """The error for a file that no codec wrote like this."""
+    """The error for a file that no codec wrote."""
     return ValueError(f"Codec: the data are corrupt or truncated: {why}; nothing was decoded")
 
 
 def pack(header: Header, pieces: Sequence[tuple[Piece, bool]]) -> bytes:
-    """Makes the file.
-
-    Args:
-        header: the header.
-        pieces: each piece, and whether it was written without the model.
-    """
+    """Makes a file of pieces, each with whether it was written without the model."""
     out = [_START.pack(MAGIC, VERSION, DTYPES.index(header.dtype), header.model, header.data)]
     out.append(b"\0" if header.context is None else b"\1" + struct.pack("<I", header.context))
     out += [_number(value) for value in (len(header.batch), *header.batch, header.rows)]
@@ -102,7 +92,7 @@ def pack(header: Header, pieces: Sequence[tuple[Piece, bool]]) -> bytes:
 
 
 def unpack(data: bytes) -> tuple[Header, list[tuple[Piece, bool]]]:
-    """Reads what :func:`pack` was given.
+    """Reads the header and pieces from a file.
 
     Raises:
         ValueError: for other data, another version, or corrupt or truncated data.
@@ -145,7 +135,7 @@ def unpack(data: bytes) -> tuple[Header, list[tuple[Piece, bool]]]:
             odd.append(parity == 1)
         words = np.frombuffer(rest.take(4 * size), dtype="<u4")
         pieces.append((Piece(words, np.array(places, np.int64), np.array(odd, bool)), bool(plain)))
-    # Each piece takes some bytes, so the length of the file bounds the rows and the memory for them.
+    # Each piece takes some bytes, so the file's length bounds the memory.
     if not 1 <= header.rows <= MOST_ROWS or len(pieces) != -(-math.prod(batch) // header.rows):
         raise corrupt("they have another number of pieces than their shape asks for")
     return header, pieces

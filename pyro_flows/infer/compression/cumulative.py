@@ -1,4 +1,4 @@
-"""Cumulative probabilities of a head's levels: all that entropy coding needs of a distribution."""
+"""Cumulative probabilities of a head's levels, for entropy coding."""
 
 from __future__ import annotations
 
@@ -42,16 +42,10 @@ def level_counts(head: Head) -> list[int]:
 
 
 def cumulative(head: Head, params: Tensor, dims: Tensor | None = None) -> Edges:
-    r"""The function :math:`k \mapsto P(x < k)`.
+    r"""The function :math:`k \mapsto P(x < k)`, for ``params`` of shape ``(*, n, num_params)``.
 
-    Args:
-        head: a head of levels.
-        params: shape ``(*, n, num_params)``, in the dtype of the computation.
-        dims: the ``n`` dimensions, by default all.
-
-    Returns:
-        A function of whole numbers from 1 to the number of levels less 1, shape ``(*, n)``, with an error of a few
-        units in the last place of 1.
+    The function takes whole numbers, shape ``(*, n)``, from 1 to the number of levels less 1, with an error of a few
+    units in the last place of 1.
     """
     if type(head) is BernoulliHead:
         below = torch.sigmoid(-params.squeeze(-1))

@@ -1,14 +1,13 @@
-r"""Levels as sequences of decisions, each with a probability in integers, and their entropy coding.
+"""Entropy coding of levels as decisions with integer probabilities.
 
-A level is coded bit by bit, the highest first: does it lie in the lower or the upper part of the levels left?  The
-cumulative probability :math:`F(k)` of the border :math:`k` is rounded to an integer :math:`R(k)` out of ``COUNTS``; all
-else is integer arithmetic, the same on all machines.  Each level has a ``SHARE``-th of a count in addition, so that
-none is impossible.
+A level is coded bit by bit, the highest first: does it lie in the lower or the upper part of the remaining levels?  The
+cumulative probability :math:`F(k)` of the border :math:`k` is rounded to an integer :math:`R(k)` out of ``COUNTS``; the
+rest is integer arithmetic, equal on all machines.  Each level has another ``SHARE``-th of a count, so that none is
+impossible.
 
-Encoder and decoder must agree on :math:`R(k)`, but the last digits of :math:`F(k)` may differ between them.  Where
-``COUNTS * F`` is within ``SLACK`` of the border between two integers, the encoder notes which one it took.  So they
-agree if both values of :math:`F` are within ``SLACK / COUNTS`` of each other.  Zero and one lie in the middle between
-borders.
+Encoder and decoder must agree on :math:`R(k)`, but the last digits of :math:`F(k)` may differ.  Where ``COUNTS * F`` is
+within ``SLACK`` of the border between two integers, the encoder notes its choice.  So both agree if their :math:`F` are
+within ``SLACK / COUNTS`` of each other.  Zero and one lie midway between borders.
 """
 
 from __future__ import annotations
@@ -32,17 +31,15 @@ WHOLE = 2**24  # the total that the range coder divides
 
 
 def tolerance() -> float:
-    """The largest difference allowed between two computations of a cumulative probability: 2 ** -36."""
+    """The largest allowed difference between two computations of a cumulative probability: 2 ** -36."""
     return SLACK / COUNTS
 
 
 class Piece(NamedTuple):
     """A coded piece of the rows.
 
-    Attributes:
-        words: the output of the range coder, integers of 32 bits.
-        places: the indices of the decisions whose rounding is noted, ascending from 0.
-        odd: for each of these, whether the integer was odd.
+    ``words`` are the range coder's 32-bit output, ``places`` the ascending indices of the decisions with noted
+    rounding, and ``odd`` says which of these integers were odd.
     """
 
     words: np.ndarray
@@ -51,7 +48,7 @@ class Piece(NamedTuple):
 
 
 def _queue() -> tuple[Any, Any]:
-    """The range coder, and a family of distributions of two outcomes."""
+    """The range coder, and a family of two-outcome distributions."""
     try:
         stream = importlib.import_module("constriction").stream
     except ImportError as error:
@@ -63,12 +60,12 @@ def _queue() -> tuple[Any, Any]:
 
 
 def _pairs(left: Tensor) -> np.ndarray:
-    # The coder adds one to both and divides the rest in proportion; numbers that add up to the rest stay as they are.
+    # The coder adds one to both and divides the rest in proportion, which keeps numbers that add up to the rest.
     return torch.stack((left, WHOLE - 2 - left), -1).double().numpy()
 
 
 def _scaled(probability: Tensor) -> Tensor:
-    """The probability in counts, with an error if it is NaN."""
+    """The probability in counts; refuses NaN."""
     if not bool(probability.isfinite().all()):
         raise FloatingPointError(
             "Codec: the model gives probabilities that are NaN; look for numbers that are not finite, or far too "
@@ -78,12 +75,12 @@ def _scaled(probability: Tensor) -> Tensor:
 
 
 def even(levels: Tensor) -> Edges:
-    """The cumulative probabilities of equally likely levels; ``levels`` has shape ``(n,)``."""
+    """Cumulative probabilities of equally likely levels; ``levels`` has shape ``(n,)``."""
     return lambda middle: middle.double() / levels
 
 
 class _Bisection:
-    """The ranges in which symbols of shape ``(rows, n)`` may still lie; ``levels`` has shape ``(n,)``."""
+    """The ranges left for symbols of shape ``(rows, n)``; ``levels`` has shape ``(n,)``."""
 
     def __init__(self, levels: Tensor, rows: int) -> None:
         self.levels, self.bits = levels, (int(levels.max()) - 1).bit_length()
@@ -92,13 +89,13 @@ class _Bisection:
         self.below, self.above = torch.zeros_like(self.low), torch.full_like(self.low, COUNTS)
 
     def middle(self, bit: int) -> tuple[Tensor, Tensor]:
-        """The borders, and where there is a decision to make."""
+        """The borders, and where a decision remains."""
         middle = self.low + (1 << bit)
         live = middle < self.levels
         return torch.minimum(middle, self.levels - 1).clamp(min=1), live
 
     def split(self, middle: Tensor, rounded: Tensor) -> Tensor:
-        """The lower part's share of the range, out of ``WHOLE - 2``."""
+        """The lower part's share, out of ``WHOLE - 2``."""
         self.at = torch.minimum(torch.maximum(rounded, self.below), self.above)
         lower = (self.at - self.below) * SHARE + (middle - self.low)
         total = (self.above - self.below) * SHARE + (self.high - self.low)
@@ -113,11 +110,7 @@ class _Bisection:
 def write(x: Tensor, levels: Tensor, steps: Sequence[Tensor], edges: Edges) -> Piece:
     """Codes rows, given all their conditionals.
 
-    Args:
-        x: whole numbers, shape ``(rows, D)``.
-        levels: shape ``(D,)``.
-        steps: dimensions in the order of coding; those of one step are coded together.
-        edges: cumulative probabilities of all dimensions.
+    ``x`` has shape ``(rows, D)``, ``levels`` ``(D,)``; the dimensions of one step are coded together.
     """
     queue, family = _queue()
     told = _Bisection(levels, len(x))
@@ -145,13 +138,7 @@ def write(x: Tensor, levels: Tensor, steps: Sequence[Tensor], edges: Edges) -> P
 
 
 class Reader:
-    """Takes symbols from a piece, step by step, in the order of coding.
-
-    Args:
-        piece: the result of :func:`write`.
-        levels: shape ``(D,)``.
-        rows: the number of rows.
-    """
+    """Reads symbols from a piece, step by step, in coding order."""
 
     def __init__(self, piece: Piece, levels: Tensor, rows: int) -> None:
         queue, self.family = _queue()
@@ -160,7 +147,7 @@ class Reader:
         self.levels, self.rows, self.count = levels, rows, 0
 
     def read(self, dims: Tensor, edges: Edges) -> Tensor:
-        """Reads the dimensions of one step from their cumulative probabilities: whole numbers, shape ``(rows, n)``.
+        """Reads the dimensions of one step: whole numbers, shape ``(rows, n)``.
 
         Raises:
             ValueError: if the model cannot have written the piece.
@@ -187,7 +174,7 @@ class Reader:
         return told.low
 
     def _noted(self, rounded: Tensor, scaled: Tensor, chosen: Tensor) -> Tensor:
-        """The rounded numbers, corrected where the encoder noted them."""
+        """Corrects the rounded numbers by the encoder's notes."""
         end = self.count + len(chosen)
         first, last = np.searchsorted(self.places, (self.count, end))
         if first < last:

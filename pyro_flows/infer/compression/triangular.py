@@ -1,8 +1,8 @@
-r"""The discrete model that a flow of one orientation holds: :math:`P(n_i | n_{<i}) = F(f_i(n_i + 1)) - F(f_i(n_i))`.
+"""The discrete model of a flow of one orientation: :math:`P(n_i | n_{<i}) = F(f_i(n_i + 1)) - F(f_i(n_i))`.
 
-The map :math:`f_i` of coordinate :math:`i` increases in that coordinate and depends on those before it, which are at
-the centers of their pixels, :math:`n_j + 1/2`.  Two streams go through the layers: all centers by whole convolutions,
-and one coordinate at a border between two levels, which sees the first stream and moves through the center taps alone.
+The map :math:`f_i` increases in coordinate :math:`i` and depends on earlier ones, at their pixel centers
+:math:`n_j + 1/2`.  Two streams go through the layers: all centers by whole convolutions, and one coordinate at a border
+between levels, which sees the first stream and moves through the center taps alone.
 """
 
 from __future__ import annotations
@@ -29,13 +29,11 @@ __all__ = ["FlowConditionals"]
 
 
 class _Seen(NamedTuple):
-    """What each coordinate of a layer sees of those before it; ``D = C * H * W``.
+    """What each coordinate of a layer sees of earlier ones; ``D = C * H * W``.
 
-    Attributes:
-        first, second: pre-activations without their own share, shape ``(n, D, K)``.
-        third: the value without its own share, shape ``(n, D)``.
-        into, square, out: center taps, shapes ``(C, K)``, ``(C, K, K)`` and ``(n or 1, C, K)``.
-        scale: shape ``(n or 1, D)``.
+    Without their own share, ``first`` and ``second``, shape ``(n, D, K)``, are pre-activations and ``third``, shape
+    ``(n, D)``, is the value.  The center taps ``into``, ``square`` and ``out`` have shapes ``(C, K)``, ``(C, K, K)``
+    and ``(n or 1, C, K)``, ``scale`` has ``(n or 1, D)``.
     """
 
     first: Tensor
@@ -66,7 +64,7 @@ def _centers(layer: Mint, x: Tensor, context: Tensor | None) -> tuple[Tensor, _S
     out = w.outer[None] if w.gate is None else w.outer * w.gate.unflatten(-1, w.outer.shape)
 
     def row(maps: Tensor, own: Tensor) -> Tensor:
-        """Hidden maps without the own share, ``(n, C, K, H * W)`` to ``(n, D, K)``."""
+        """Hidden maps ``(n, C, K, H * W)`` without the own share, as ``(n, D, K)``."""
         rest = maps.reshape(n, channels, groups, height * width) - own
         return rest.transpose(-1, -2).flatten(1, 2)
 
@@ -90,7 +88,7 @@ def _centers(layer: Mint, x: Tensor, context: Tensor | None) -> tuple[Tensor, _S
 
 
 def _borders(layer: Mint, seen: _Seen, edge: Tensor, dims: Tensor) -> Tensor:
-    """The layer's values at ``dims`` if each of these alone moves to an edge; shape ``(n, len(dims))``."""
+    """The layer's values if each of ``dims`` alone moves to an edge, shape ``(n, len(dims))``."""
     act, channel = layer.convolutions.activation, dims // (seen.third.shape[1] // len(seen.into))
     hidden = act.value(seen.first[:, dims] + seen.into[channel] * edge[..., None])
     hidden = act.value(seen.second[:, dims] + torch.einsum("mkj,nmj->nmk", seen.square[channel], hidden))
@@ -98,11 +96,7 @@ def _borders(layer: Mint, seen: _Seen, edge: Tensor, dims: Tensor) -> Tensor:
 
 
 class FlowConditionals(Conditionals):
-    """The conditionals of ``Mint`` layers of one orientation on ``LogitPixels``, over independent normals.
-
-    Args:
-        model: the flow, or a ``Dequantized`` of one.
-    """
+    """The conditionals of ``Mint`` layers of one orientation on ``LogitPixels``, over independent normals."""
 
     def __init__(self, model: Flow | Dequantized) -> None:
         if isinstance(model, Dequantized) and model.dequantizer is not None:
@@ -123,7 +117,7 @@ class FlowConditionals(Conditionals):
             raise ValueError(f"Codec: expected a base of independent normals, got {type(base).__name__}")
         self.loc, self.scale = (each.detach().expand(self.event_shape).flatten() for each in (base.loc, base.scale))
         wave = layers[0].waves
-        if any(not torch.equal(layer.waves, wave) for layer in layers):  # layers share the order alone
+        if any(not torch.equal(layer.waves, wave) for layer in layers):  # layers share only the order
             wave = ranks(as_image("Codec", self.event_shape), layers[0].order, layers[0].lower)
         wave = wave.flatten()
         self.steps = [(wave == k).nonzero()[:, 0] for k in range(int(wave.max()) + 1)]
@@ -161,7 +155,7 @@ class FlowConditionals(Conditionals):
 
     @torch.no_grad()
     def _seen(self, x: Tensor, context: Tensor | None) -> list[_Seen | None]:
-        """What the coordinates of each layer see if those before them are at their centers."""
+        """What each layer's coordinates see of earlier ones at their centers."""
         value = (x.double() + 0.5).unflatten(1, self.event_shape)
         seen: list[_Seen | None] = []
         for leaf in self._leaves(context):
@@ -175,7 +169,7 @@ class FlowConditionals(Conditionals):
 
     @torch.no_grad()
     def _base(self, edge: Tensor, seen: list[_Seen | None], context: Tensor | None, dims: Tensor) -> Tensor:
-        """The base values of edges, in standard deviations; shape ``(n, len(dims))``."""
+        """Base values of edges, in standard deviations; shape ``(n, len(dims))``."""
         value = edge.double()
         for leaf, found in zip(self._leaves(context), seen, strict=True):
             if isinstance(leaf.part, Mint) and found is not None:

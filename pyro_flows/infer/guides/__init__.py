@@ -1,4 +1,4 @@
-"""Guides made of flows: ``AutoFlow`` for Pyro's SVI, and ``fit_guide``, which fits one and judges it."""
+"""Guides made of flows: ``AutoFlow``, and ``fit_guide``, which fits and judges one."""
 
 from pyro_flows.infer.guides.auto import AutoFlow, default_builder
 from pyro_flows.infer.guides.fit import fit_guide

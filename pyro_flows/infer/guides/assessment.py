@@ -1,4 +1,4 @@
-"""How good a fitted flow is: weights of its draws, moments under these, and modes that it misses."""
+"""Judges a fitted flow."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["Assessment", "assess", "search_modes", "weigh"]
 CHUNK = 1000
 DRAWS = 10_000
 FEWEST = 1000
-STARTS = 32  # of the search for modes
+STARTS = 32
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Assessment:
 
     @property
     def log_weights(self) -> Tensor:
-        """``log_p - log_q``, shape ``(n,)``."""
+        """The log-weights ``log_p - log_q``, shape ``(n,)``."""
         return self.log_p - self.log_q
 
 
@@ -54,7 +54,7 @@ def weigh(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns draws of the flow, log p and log q; fewer, at least one, after a deadline of ``time.monotonic()``.
 
-    Where the model raises, log p is NaN.  A ``scale`` widens the base, and log q is that of the widened flow.
+    Where the model raises, log p is NaN. A ``scale`` widens the base, and log q with it.
     """
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     left = num_samples
@@ -99,7 +99,7 @@ def search_modes(
     seconds: float = math.inf,
     generator: Generator | None = None,
 ) -> ModeProbe:
-    """Finds modes of the density, and whether the flow covers them; see :func:`probe_modes`."""
+    """Finds the density's modes, and whether the flow covers them."""
     return probe_modes(
         density,
         lambda points: flow().log_prob(points),
@@ -133,12 +133,12 @@ def assess(
 ) -> Assessment:
     """Judges a flow by draws, weights, moments, a wider guide and a search for modes.
 
-    Half of ``seconds`` goes to the draws (more if that is too short for a thousand), the rest to the wider guide and
-    the search, which takes ``search_seconds`` at most.
+    Half of ``seconds`` is for draws (more if too short for a thousand). The rest is for the wider guide and the search,
+    which takes at most ``search_seconds``.
     """
     begin = time.monotonic()
     pace = pace_of(density) or Pace()
-    # If time is short, draws come first, as few of them say little.
+    # If time is short, draws come first, because few say little.
     part = 0.5 if 0.5 * seconds >= min(num_samples, FEWEST) * pace.seconds_per_draw else 0.8
     z, log_p, log_q = weigh(flow, density, num_samples, begin + part * seconds)
     log_weights = log_p - log_q

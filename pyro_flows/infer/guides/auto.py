@@ -67,9 +67,9 @@ __all__ = ["AutoFlow", "as_flow_of", "default_builder", "seeded"]
 Builder = Callable[[int], TransformModule]
 NOT_BUILT = "AutoFlow: this guide has not seen its model yet: call .setup(*args) with its arguments"
 NO_MODEL = "AutoFlow: this guide comes from a pickle, which holds no model; make a new one and load its state_dict"
-SLOW_SECONDS = 20.0  # for the start, if a model runs for one draw at a time
-FULL_RANK = 300  # dimensions up to which the preconditioner is a full matrix
-GAIN = 0.1  # of the default flow, so that steps of 0.03, as in Pyro's tutorials, do not make its scales explode
+SLOW_SECONDS = 20.0  # for the start of a model that runs one draw at a time
+FULL_RANK = 300  # dimensions up to which the preconditioner is full
+GAIN = 0.1  # keeps the default flow stable at the step size 0.03 of Pyro's tutorials
 STARTS = ("pathfinder", "prior")
 _BUILT = itertools.count()
 
@@ -77,20 +77,19 @@ _BUILT = itertools.count()
 def default_builder(input_dim: int) -> FlowTransform:
     """The default flow of a guide with ``input_dim`` dimensions.
 
-    Up to 64 dimensions: three small autoregressive layers that sample in one pass, alternately in the order of the
-    latents and backwards.  Beyond: affine couplings between random halves, which cost less there.  In one dimension: a
-    spline.
+    Up to 64 dimensions: three small autoregressive layers that sample in one pass, in alternating order. Beyond: affine
+    couplings between random halves, which cost less there. In one dimension: a spline.
     """
     if input_dim == 1:
         return nsf(1, num_layers=1)
     if input_dim <= 64:
-        # A bound far out: in a funnel the log-scales of some latents follow another latent, however far it goes.
+        # A far bound, because log-scales in a funnel follow another latent however far it goes.
         return iaf(input_dim, num_layers=3, hidden_dims=(max(32, input_dim),) * 2, univariate=Affine(10.0, GAIN))
     return realnvp(input_dim, num_layers=8, hidden_dims=(64, 64), mask="random", univariate=Affine(2.0, GAIN))
 
 
 def as_flow_of(builder: Builder, dim: int) -> FlowTransform:
-    """Makes one flow by a builder.
+    """Makes one flow with a builder.
 
     Raises:
         ValueError: if the builder gives no flow of ``dim`` dimensions.
@@ -111,38 +110,37 @@ class AutoFlow(AutoContinuous):
     r"""An autoguide whose posterior is a normalizing flow: :math:`z = \mu + S (A\, f(u) + b)`, :math:`u \sim N(0, I)`.
 
     :math:`z` holds all latents in unconstrained space, :math:`f` is a flow that starts as the identity, :math:`\mu` and
-    :math:`S` come from an informed start, and the triangular :math:`A` and :math:`b` are learned.  It follows Pyro's
-    conventions for autoguides: it takes the model's arguments, works with stock ``SVI`` and any ELBO, vectorized
-    particles, plates, ``AutoGuideList``, ``NeuTraReparam`` and ``Predictive``.  :func:`~pyro_flows.infer.fit_guide`
-    trains it and judges the result.
+    :math:`S` come from an informed start, and the triangular :math:`A` and :math:`b` are learned. The guide takes the
+    model's arguments and works with stock ``SVI`` and any ELBO, vectorized particles, plates, ``AutoGuideList``,
+    ``NeuTraReparam`` and ``Predictive``. :func:`~pyro_flows.infer.fit_guide` trains and judges it.
 
-    The first call, or :meth:`setup`, runs the model and builds the flow.  A draw costs one pass of the flow in its
-    sampling direction, and a step with the path gradient one more pass in the density direction.
+    The first call, or :meth:`setup`, runs the model and builds the flow. A draw costs one pass of the flow in its
+    sampling direction; a step with the path gradient costs one more in the density direction.
 
-    The guide has no discrete latents: hide and enumerate them, ``AutoFlow(poutine.block(config_enumerate(model),
-    hide=["k"]))`` with ``TraceEnum_ELBO``.
+    The guide has no discrete latents: hide and enumerate them,
+    ``AutoFlow(poutine.block(config_enumerate(model), hide=["k"]))`` with ``TraceEnum_ELBO``.
 
     Args:
         model: a Pyro model.
         builder: a function from a number of dimensions to a flow, e.g. ``partial(pf.realnvp, num_layers=8)``; by
             default :func:`default_builder`.
-        start: ``"pathfinder"``: quasi-Newton paths and Laplace's approximation, ranked by their ELBO; ``"prior"``: a
+        start: ``"pathfinder"``, quasi-Newton paths and Laplace's approximation, ranked by their ELBO; or ``"prior"``, a
             small Gaussian around the initial point.
-        init_loc_fn: chooses the initial value of each site (see ``pyro.infer.autoguide.initialization``); by default
-            the middle of its support, also where its prior is improper.
-        path_gradient: whether the entropy's gradient follows the path alone (see ``PathPosterior``).
-        num_particles: draws per step of ``fit_guide``; by default 128, or fewer for slow models.
-        tempering: the first weight of the posterior against the base in ``fit_guide``, which rises to 1 over the first
-            60 % of its steps; ``None`` for none.  For several modes; 0.05 is a good value.
-        num_starts: dispersed points from which to search for the start.
-        start_seconds: wall time for building the guide, which then takes the best start found so far.  The default is
-            20 for the search if the model runs for one draw at a time, else no limit.
-        dtype: the flow's dtype; by default that of the model's latents.
-        seed: for all random choices: fits by steps are reproducible, fits by seconds nearly so.
+        init_loc_fn: a function that chooses each site's initial value (see ``pyro.infer.autoguide.initialization``); by
+            default mid-support, even under an improper prior.
+        path_gradient: whether the entropy term uses only the path gradient (see ``PathPosterior``).
+        num_particles: the draws per step of ``fit_guide``; by default 128, or fewer for slow models.
+        tempering: the posterior's first weight against the base in ``fit_guide``, which rises to 1 over the first 60 %
+            of the steps; 0.05 helps with several modes, ``None`` disables tempering.
+        num_starts: the number of dispersed points from which to search for the start.
+        start_seconds: the wall time for building the guide, which then takes the best start so far. By default 20 for
+            the search if the model runs one draw at a time, else unlimited.
+        dtype: the flow's dtype; by default that of the latents.
+        seed: the seed for all random choices: fits by steps are reproducible, fits by seconds nearly so.
 
     Attributes:
-        flow: the :class:`~pyro_flows.distributions.Flow` of the unconstrained latents.
-        latents: the latents' names, shapes and supports.  Both are there once the guide is built.
+        flow: the :class:`~pyro_flows.distributions.Flow` of the unconstrained latents, once built.
+        latents: the latents' names, shapes and supports, once built.
 
     Raises:
         ValueError: for unknown options; and, at the first call, for models that no such guide can represent.
@@ -194,19 +192,19 @@ class AutoFlow(AutoContinuous):
         self.path_gradient, self.num_particles, self.tempering = path_gradient, num_particles, tempering
         self.num_starts, self.flow_dtype, self.seed = num_starts, dtype, seed
         self.subsampled = False
-        self.vectorized: bool | None = None  # False once the model is known not to run for many draws at once
+        self.vectorized: bool | None = None  # False once the model is known not to broadcast
         self.start_seconds = start_seconds
         self.start_evaluations = 0
-        self.model_parameters: dict[str, Tensor] = {}  # of the model itself, with their values at the start
+        self.model_parameters: dict[str, Tensor] = {}  # the model's own, at their first values
         self.of_prior = False  # whether to fit the prior on purpose
         self.unobserved = False
-        self.hidden_data: frozenset[str] = frozenset()  # sites with data that poutine.block hides
+        self.hidden_data: frozenset[str] = frozenset()
         self.discrete: frozenset[str] = frozenset()  # hidden sites that the density sums out
         self.why_not_summed: str | None = None
-        self._hidden: frozenset[str] = frozenset()  # sites that poutine.block hides
-        self._shown: frozenset[str] = frozenset()  # hidden sites that the density has nevertheless
-        self._sizes: Sizes = {}  # of the arguments that this guide was built for
-        self._fitting: Sizes = {}  # of the last other arguments that fit
+        self._hidden: frozenset[str] = frozenset()
+        self._shown: frozenset[str] = frozenset()  # hidden sites that the density includes
+        self._sizes: Sizes = {}  # the arguments at building
+        self._fitting: Sizes = {}  # the last other arguments that fit
         self._observed: set[str] = set()
         self._steady = Steady()
         self._sorted = Kept()
@@ -219,14 +217,11 @@ class AutoFlow(AutoContinuous):
             self._setup_prototype(*args, **kwargs)
             if self.master is None:  # else the list of guides makes them
                 with poutine.block():
-                    self._create_plates(*args, **kwargs)  # which NeuTra looks at before any call
+                    self._create_plates(*args, **kwargs)  # NeuTra needs them before any call
         return self
 
     def restart(self) -> AutoFlow:
-        """Discards the flow, so that the next call builds the guide anew; returns the guide.
-
-        The new parameters have a name of their own in Pyro's store.
-        """
+        """Discards the flow, so that the next call rebuilds the guide, with new parameter names; returns the guide."""
         self.prototype_trace = self.vectorized = None
         self._sizes = self._fitting = {}
         self.discrete = self._shown = frozenset()
@@ -238,7 +233,7 @@ class AutoFlow(AutoContinuous):
         return self
 
     def hide_discrete(self, *args: object, **kwargs: object) -> AutoFlow:
-        """Hides the model's discrete latents from this guide, so that its density sums them out; returns the guide.
+        """Hides discrete latents from this guide, so that its density sums them out; returns the guide.
 
         Raises:
             ValueError: if Pyro cannot enumerate one of them.
@@ -280,7 +275,7 @@ class AutoFlow(AutoContinuous):
                 self._observed = set(trace.observation_nodes)
                 self._look_behind(trace, args, kwargs)
                 density = self._density(args, kwargs, None)
-                # One at a time: random hidden sites look like a failure to broadcast.
+                # One at a time, because random hidden sites look like a failure to broadcast.
                 alone = self._density(args, kwargs, False)
                 initial = self._finite_start(alone, trace)
                 density._own = alone._own
@@ -291,7 +286,7 @@ class AutoFlow(AutoContinuous):
                 density.evaluations = 0
                 self._first_density = density
             except BaseException:
-                self.prototype_trace = None  # so that the next call tries again
+                self.prototype_trace = None  # so that the next call retries
                 raise
         self._sizes, self._steady = sizes_of(self.plain_model, args, kwargs), Steady()
 
@@ -308,7 +303,7 @@ class AutoFlow(AutoContinuous):
             ) from error
 
     def _look_behind(self, trace: Trace, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        """Finds sites that ``poutine.block`` hides from this guide: discrete latents to sum out, and data."""
+        """Finds sites hidden by ``poutine.block``: discrete latents to sum out, and data."""
         self.discrete = self._shown = frozenset()
         self.why_not_summed = None
         values = {name: message["value"].detach() for name, message in latent_messages(trace).items()}
@@ -328,7 +323,7 @@ class AutoFlow(AutoContinuous):
         except NotImplementedError as error:
             self.why_not_summed = str(error)
             self.discrete = self._shown = frozenset()
-        except FAILURES:  # the density is not defined here
+        except FAILURES:  # the density is undefined here
             pass
         self.unobserved = not self._density(args, kwargs, False).is_observed(point, bool(drawn) and not self.discrete)
         if self.unobserved and not self.of_prior:
@@ -344,8 +339,7 @@ class AutoFlow(AutoContinuous):
 
     def _find_start(self, density: JointDensity, initial: Tensor, deadline: float) -> tuple[Tensor, Tensor]:
         dim = len(initial)
-        # Without data, a climb of the prior would leave the user's initial point; and a model that draws more than its
-        # latents has no density to climb.
+        # Without data, a climb would leave the user's initial point; with hidden draws, there is no density to climb.
         hidden = self.unobserved and bool(self.hidden_data) and not self.of_prior
         chosen = hidden and (self.init_loc_fn is not None or not self._shown)
         late = time.monotonic() > deadline
@@ -354,7 +348,7 @@ class AutoFlow(AutoContinuous):
         else:
             with poutine.block():
                 with torch.no_grad():
-                    density(initial[None])  # finds out whether it runs for many draws at once
+                    density(initial[None])  # finds out whether it broadcasts
                 seconds = None if deadline == math.inf else max(0.0, deadline - time.monotonic())
                 if seconds is None and not density.vectorized:
                     seconds = SLOW_SECONDS
@@ -371,22 +365,22 @@ class AutoFlow(AutoContinuous):
         return initial, scale
 
     def density(self, *args: object, **kwargs: object) -> JointDensity:
-        """Returns the model's joint density over this guide's latents, at these arguments of the model."""
+        """Returns the joint density over this guide's latents, at these arguments of the model."""
         if self.prototype_trace is None:
             self.setup(*args, **kwargs)
         elif sizes_of(self.plain_model, args, kwargs) != self._sizes:
             self._compare_latents(args, kwargs)
-        # The first density keeps the findings of building the guide.
+        # The first density keeps what building found out.
         known = self.__dict__.pop("_first_density", None)
         if known is not None and _same_objects((known.args, known.kwargs), (args, kwargs)):
             return known
         return self._density(args, kwargs, self.vectorized)
 
     def _density(self, args: tuple[object, ...], kwargs: dict[str, object], vectorize: bool | None) -> JointDensity:
-        # Quiet: stock SVI, which may train this guide, does not run the model for many draws at once.
+        # Quiet, because stock SVI runs the model one draw at a time.
         if not self._shown:
             return JointDensity(self.plain_model, self.latents, args, kwargs, vectorize, quiet=True)
-        # All sites are let through, as pyro.markov requires, and those that stay hidden do not count.
+        # pyro.markov needs all sites; hidden ones do not count.
         model, ignored = unblocked(self.plain_model), self._hidden - self._shown
         return JointDensity(model, self.latents, args, kwargs, vectorize, self.discrete, ignored, quiet=True)
 
@@ -399,7 +393,7 @@ class AutoFlow(AutoContinuous):
 
     @property
     def plain_model(self) -> Model:
-        """The model as it was given."""
+        """The original model."""
         if self._plain_model is None:
             raise AttributeError(NO_MODEL)
         return self._plain_model[0]
@@ -411,7 +405,7 @@ class AutoFlow(AutoContinuous):
 
     @property
     def is_built(self) -> bool:
-        """Whether the guide has seen its model, and has a flow."""
+        """Whether the guide has seen its model."""
         return "latents" in self.__dict__
 
     def _built(self) -> Flow:
@@ -420,7 +414,7 @@ class AutoFlow(AutoContinuous):
         return self.flow
 
     def __getattr__(self, name: str) -> Any:
-        # An error of a property ends here as well, without its words.
+        # A property's own error would end here without its message.
         if name in ("model", "plain_model"):
             raise AttributeError(NO_MODEL)
         if name in ("flow", "latents", "preconditioner", "initial", "latent_dim") and not self.is_built:
@@ -436,19 +430,19 @@ class AutoFlow(AutoContinuous):
         elif self._model is not None:
             sizes = sizes_of(self.plain_model, args, kwargs)
             if sizes not in (self._sizes, self._fitting):
-                # Pyro may replay the guide's rows in a plate of another size without a word.
+                # Pyro may silently replay rows in a plate of another size.
                 if resized((frame.size for frame in self._prototype_frames.values()), self._sizes, sizes):
                     self._compare_latents(args, kwargs, known=True)
         return super().forward(*args, **kwargs)
 
     def _compare_latents(self, args: tuple[object, ...], kwargs: dict[str, object], known: bool = False) -> None:
-        """Refuses arguments at which the model has other latents, or only other shapes of ``known`` ones.
+        """Refuses arguments that change the model's latents, or only the shapes of ``known`` ones.
 
-        Unknown latents are drawn from the model, as for a new group.
+        Unknown latents, as for a new group, are drawn from the model.
         """
         here: dict[str, tuple[int, ...]] = {site.name: tuple(site.shape) for site in self.latents}
         there = latent_shapes(self.plain_model, args, kwargs, self._observed)
-        there = here if there is None else there  # nothing is known where the model does not run
+        there = here if there is None else there  # unknown where the model does not run
         names = [n for n in here if n in there] if known else {**here, **there}
         name = next((n for n in names if here.get(n) != there.get(n)), None)
         if name is not None:
@@ -477,7 +471,7 @@ class AutoFlow(AutoContinuous):
         flow = self._built()
         self._refuse_foreign(flow)
         if self.path_gradient:
-            # TraceEnum_ELBO, known by its messenger, is linear in the guide's log-density.
+            # TraceEnum_ELBO is linear in the guide's log-density.
             linear = any(isinstance(handler, EnumMessenger) for handler in _PYRO_STACK)
             posterior = PathPosterior(flow.base(), [flow.chain], linear=linear)
         else:
@@ -489,10 +483,10 @@ class AutoFlow(AutoContinuous):
 
     def _unpack_latent(self, latent: Tensor) -> Iterator[tuple[dict[str, object], Tensor]]:
         for site, value in super()._unpack_latent(latent):
-            yield site, value.to(site["value"].dtype)  # the flow may have a dtype of its own
+            yield site, value.to(site["value"].dtype)  # the flow may have its own dtype
 
     def _refuse_foreign(self, flow: Flow) -> None:
-        """Refuses a store with other parameters of this name, which ``SVI`` would train in place of these."""
+        """Refuses parameters in Pyro's store that ``SVI`` would train instead."""
         if not self._pyro_context.active or pyro.settings.get("module_local_params"):
             return
         stored, module = pyro.get_param_store()._params, self._pyro_get_fullname("flow")
@@ -533,24 +527,24 @@ class AutoFlow(AutoContinuous):
         return self.latents.draws(torch.lerp(z.gather(0, below), z.gather(0, above), (place - below).to(z.dtype)))
 
     def _sorted_draws(self) -> Tensor:
-        """Makes 10,000 draws, each column sorted; cached until something that they depend on changes."""
+        """Makes 10,000 draws, each column sorted, and caches them."""
         flow = self._built()
 
         def make() -> Tensor:
-            with seeded(0):  # two calls give the same answer
+            with seeded(0):  # the same answer at each call
                 z = flow.sample((10_000,)).sort(0).values
             return torch.where(z[-1].isnan(), torch.nan, z)
 
         memo: Any = flow.chain._memo
         return self._sorted.get(flow, memo, make)
 
-    # Copies keep the model; pickles, which cannot hold most models, leave it out.
+    # Copies keep the model; pickles, which cannot hold most models, do not.
 
     def __deepcopy__(self, memo: dict[int, object]) -> AutoFlow:
         model, plain = self._model, self._plain_model
         new = self.__class__.__new__(self.__class__)
         memo[id(self)] = new
-        memo[id(self.prototype_trace)] = self.prototype_trace  # never changes, and holds the data
+        memo[id(self.prototype_trace)] = self.prototype_trace  # immutable, and holds the data
         for key, value in self.__getstate__().items():
             new.__dict__[key] = copy.deepcopy(value, memo)
         new.__dict__.update(_model=model, _plain_model=plain)
@@ -561,7 +555,7 @@ class AutoFlow(AutoContinuous):
         state = self.__dict__.copy()
         state.update(_model=None, _plain_model=None, master=None)
         state.pop("_first_density", None)
-        # Pyro's store puts weak references on parameters, which cannot be pickled; copies have none.
+        # Pickle refuses the weak references of parameters in Pyro's store.
         state["_modules"] = copy.deepcopy(self._modules)
         return state
 
@@ -570,7 +564,7 @@ class AutoFlow(AutoContinuous):
         self._rename()
 
     def _rename(self) -> None:
-        """A copy needs a name of its own in Pyro's parameter store, unless its owner gives the name."""
+        """Gives a copy its own name in Pyro's store, unless its owner names it."""
         if "." not in self._pyro_name:
             self._pyro_name = _new_name(self)
 
@@ -587,7 +581,7 @@ def _new_name(guide: AutoFlow) -> str:
 
 @contextmanager
 def seeded(seed: int | None) -> Iterator[None]:
-    """Gives the code inside random numbers of its own, if there is a seed."""
+    """Seeds the code inside, if there is a seed."""
     if seed is None:
         yield
         return

@@ -1,4 +1,4 @@
-"""The choices of ``fit_guide`` by a model's speed and the time: draws per step, the verdict's share, searches."""
+"""Choices of ``fit_guide`` by model speed and time limit."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from pyro_flows.infer.search.probe import ModeProbe
 __all__ = ["SLOW_SECONDS", "choose_particles", "seconds_for_verdict", "several_modes", "start_within"]
 
 PARTICLES = 128  # draws per step
-SLOW_PARTICLES = 8  # the same, if a model runs for one draw at a time
-SLOW_SECONDS = 40.0  # for the verdict, if a model runs for one draw at a time
+SLOW_PARTICLES = 8  # for a model that runs one draw at a time
+SLOW_SECONDS = 40.0  # for the same kind of model
 LONG = 0.03  # seconds of a call that matter
-ASSESSING = 0.12  # least share of the seconds for the verdict
-SLOW_ASSESSING = 0.4  # largest share
-SEVERAL = 0.01  # share of the posterior in modes outside of the start that is worth another start
+ASSESSING = 0.12  # least share of the verdict's seconds
+SLOW_ASSESSING = 0.4
+SEVERAL = 0.01  # share of outside modes that is worth another start
 
 
 @contextmanager
@@ -44,7 +44,7 @@ def start_within(guide: AutoFlow, seconds: float | None) -> Iterator[None]:
 
 @torch.no_grad()
 def choose_particles(guide: AutoFlow, density: JointDensity, initial: Tensor, seconds: float | None) -> int:
-    """Returns the guide's number, or what the model's speed allows: up to a point, draws are worth more than steps."""
+    """Returns the guide's draws per step, or as many as suit the model's speed."""
     asked = guide.num_particles
     z = initial.expand(PARTICLES, -1)
     if asked is None:
@@ -52,19 +52,18 @@ def choose_particles(guide: AutoFlow, density: JointDensity, initial: Tensor, se
     pace = density.pace
     try:
         if seconds is None:
-            density(z[:2])  # finds out whether it runs for many at once
+            density(z[:2])  # finds out whether it broadcasts
         while seconds is not None and density.vectorized:
             rows = pace.at_once(PARTICLES, timed=True)
             with pace.call(rows):
                 density(z[:rows])
             if pace.at_once(PARTICLES, timed=True) <= rows:
                 break
-    except FAILURES:  # which training can handle
+    except FAILURES:  # training can handle these
         return asked or PARTICLES
     if asked is not None:
         return asked
     if seconds is not None:
-        # Some hundred steps are worth more than the draws in each.
         affordable = max(LONG, FLAT * pace.shortest, 0.005 * seconds) / max(pace.seconds_per_draw, 1e-9)
         sizes = (PARTICLES, 32, SLOW_PARTICLES, 4) if density.vectorized else (SLOW_PARTICLES, 4)
         return next((size for size in sizes if size <= affordable), 2)
@@ -82,7 +81,7 @@ def choose_particles(guide: AutoFlow, density: JointDensity, initial: Tensor, se
 
 
 def seconds_for_verdict(density: JointDensity, seconds: float | None) -> float:
-    """Returns the seconds to keep: those for judging a thousand draws, within bounds."""
+    """Returns the seconds for judging a thousand draws, within bounds."""
     if seconds is None:
         return 0.0
     need = 2.5 * FEWEST * density.pace.seconds_per_draw
@@ -92,12 +91,12 @@ def seconds_for_verdict(density: JointDensity, seconds: float | None) -> float:
 def several_modes(
     guide: AutoFlow, density: JointDensity, initial: Tensor, budget: Budget, generator: Generator
 ) -> ModeProbe | None:
-    """Finds modes outside of the start, if they hold a part of the posterior that matters."""
+    """Finds modes outside the start, if they hold enough mass."""
     if guide.subsampled or guide.start == "prior" or guide.tempering is not None:
         return None
     seconds = math.inf if budget.seconds is None else 0.15 * budget.seconds
     if seconds < max(10 * density.pace.shortest, 100 * density.pace.seconds_per_draw):
-        return None  # a search so short would find nothing
+        return None  # too short to find anything
     end = time.monotonic() + min(seconds, math.inf if density.vectorized else SLOW_SECONDS / 2)
     affine = Flow(guide.preconditioner, guide.flow.base)
     count = 256 if density.vectorized else 64

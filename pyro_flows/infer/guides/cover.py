@@ -1,4 +1,4 @@
-"""A start for posteriors of several modes: a flow fitted to a mixture of Gaussians, one on each mode."""
+"""Fits a flow to a mixture of Gaussians on several modes."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ __all__ = ["cover_modes", "mixture_draws"]
 
 DRAWS, BATCH, STEPS = 4096, 256, 600
 RATES = (1e-2, 1e-4)
-LEAST = 0.003  # share of a mode that is worth a place in the start
+LEAST = 0.003  # least share of a mode in the start
 
 
 def mixture_draws(probe: ModeProbe, num_samples: int, generator: Generator | None = None) -> tuple[Tensor, int]:
-    """Draws of a mixture of the modes' Gaussians by their shares, shape ``(num_samples, D)``, and the modes' number."""
+    """Draws from the modes' Gaussians by share, shape ``(num_samples, D)``; also returns the number of modes."""
     share = torch.where(probe.share > LEAST, probe.share, 0.0).double().cpu()
     which = torch.multinomial(share / share.sum(), num_samples, replacement=True, generator=generator)
     which = which.to(probe.locations.device)
@@ -32,7 +32,7 @@ def mixture_draws(probe: ModeProbe, num_samples: int, generator: Generator | Non
 
 
 def cover_modes(flow: Flow, probe: ModeProbe, generator: Generator | None = None, seconds: float | None = None) -> int:
-    """Fits the flow to the mixture by maximum likelihood, without a call of the model; returns the number of modes."""
+    """Fits the flow to the mixture by maximum likelihood, without model calls; returns the number of modes."""
     draws, modes = mixture_draws(probe, DRAWS, generator)
     preconditioner = preconditioner_of(flow)
     centered = draws - draws.mean(0)

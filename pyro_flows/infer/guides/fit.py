@@ -46,9 +46,9 @@ __all__ = ["fit_guide"]
 
 
 SETTINGS = ("num_particles", "path_gradient", "tempering", "start", "num_starts", "seed", "of_prior")
-STARTING = 0.25  # of the seconds, for the start
+STARTING = 0.25  # share of the seconds for the start
 DEFAULT_STEPS = 4000
-SECONDS_BETWEEN_FILES = 30.0  # of checkpoints, at most
+SECONDS_BETWEEN_FILES = 30.0  # the most between checkpoints
 
 
 def fit_guide(
@@ -66,58 +66,56 @@ def fit_guide(
 ) -> GuideFit:
     r"""Fits a flow to the posterior of a model, and says whether to trust it.
 
-    The fit searches for a start (quasi-Newton paths and Laplace's approximation, ranked by their ELBO) and for several
-    modes; if there are some, it fits a flow to a mixture of Gaussians on them.  It trains an affine map first, then a
-    flow on top that begins as the identity, by the path gradient of the ELBO, and of the forward divergence once
-    weights are fairly even, with many draws at once and a decaying step size.  Importance weights of fresh draws give
-    the verdict.  Nothing needs tuning; options are those of :class:`~pyro_flows.infer.AutoFlow`.  Discrete latents that
-    Pyro can enumerate are summed out, whether or not the model marks them; predictions draw them anew.
+    The fit searches for a start (quasi-Newton paths and Laplace's approximation, ranked by their ELBO) and for modes,
+    to whose Gaussian mixture it first fits the flow if there are several. It trains an affine map, then a flow on top
+    that begins as the identity, by the path gradient of the ELBO and, once weights are fairly even, of the forward
+    divergence, with many draws and a decaying step size. Importance weights of fresh draws give the verdict. Options
+    are those of :class:`~pyro_flows.infer.AutoFlow`; none needs tuning. Discrete latents that Pyro can enumerate are
+    summed out; predictions draw them again.
 
-    A guide that was built before is built anew.  It is left as fitted; the result has its own copy.
+    A built guide is rebuilt. The guide stays as fitted; the result has its own copy.
 
-    Ctrl-C raises ``KeyboardInterrupt`` as usual, and leaves the guide in its best state, in ``eval()``, without
-    gradients.  Any exception that ends the training carries the result so far as its attribute ``fit``, ``None`` before
-    training begins; its verdict is computed when first used::
+    Ctrl-C raises ``KeyboardInterrupt`` and leaves the guide in its best state, in ``eval()``, without gradients. Any
+    exception that ends training has the result so far as its attribute ``fit``, ``None`` before training, with a
+    verdict computed at first use::
 
         try:
             fit = fit_guide(model, data, checkpoint="fit.pt")
         except KeyboardInterrupt as stop:
             fit = stop.fit
 
-    Parameters of the model itself (``pyro.param``, modules) are held at their present values, or at their first ones if
-    the model has not run yet, with a warning.  The result keeps those of ``pyro.param``.
+    The model's own parameters (``pyro.param``, modules) are held at their present or first values, with a warning. The
+    result keeps those of ``pyro.param``.
 
     Args:
-        model_or_guide: a Pyro model, or an :class:`~pyro_flows.infer.AutoFlow` of one, whose options are then used.
+        model_or_guide: a Pyro model, or an :class:`~pyro_flows.infer.AutoFlow` of one.
         *args: the model's positional arguments.
         **kwargs: the model's keyword arguments.
-        seconds: wall time for everything, the verdict included.
-        steps: optimizer steps.  With both limits, the first to be reached counts; with neither, there are 4000 steps.
-            Training stops earlier if the log-weights are constant, as nothing is left to learn.
+        seconds: the wall time, the verdict included.
+        steps: the number of optimizer steps. The first limit reached counts; without any, there are 4000 steps.
+            Training stops early once the log-weights are constant.
         progress: whether to show a bar.
-        checkpoint: a file to save to, and to resume from if it exists; a resumed fit by steps equals one that never
-            stopped.  The file is replaced as a whole, under a check sum, and holds no code.  An interruption saves the
-            state after the last whole step.  The cost is a copy of the state at each step.
-        checkpoint_every: steps between files, which are also written every 30 seconds, and when training begins and
+        checkpoint: a file to save to, and to resume from if it exists; a resumed fit by steps equals an uninterrupted
+            one. The file is replaced atomically, has a checksum, and holds no code. An interruption saves the last
+            whole step. Each step costs a copy of the state.
+        checkpoint_every: the steps between files, which are also written every 30 seconds and when training begins and
             ends.
-        resume: whether to continue from an existing checkpoint; if not, the fit begins anew and replaces it.
-        fit_prior: whether to fit the prior of a model without data; otherwise a model without an observed site or a
-            factor is refused.
+        resume: whether to continue from an existing checkpoint or replace it.
+        fit_prior: whether to fit the prior of a model without observed sites and factors, which is otherwise refused.
 
     Returns:
-        The :class:`~pyro_flows.infer.GuideFit`, with ``fit.verdict``, ``fit.sample(num_samples)``,
-        ``fit.predictive(num_samples)`` and ``fit.to_arviz()``.
+        The :class:`~pyro_flows.infer.GuideFit`, with ``verdict``, ``sample``, ``predictive`` and ``to_arviz``.
 
     Raises:
-        ValueError: for models that no such guide can represent (see :class:`~pyro_flows.infer.AutoFlow`), for a model
-            in which nothing is observed, if an argument of the model has a name of this function's, if the density
-            fails at most draws, or for a checkpoint that is damaged or of another fit.
+        ValueError: for a model that no such guide can represent or in which nothing is observed, for a model argument
+            named like one of this function's, if the density fails at most draws, or for a checkpoint that is damaged
+            or of another fit.
         OSError: if the checkpoint cannot be written, e.g. because the disk is full; the old one is unchanged.
 
     References:
         Advances in Black-Box VI (Agrawal, Sheldon & Domke, 2020), arXiv:2006.10343; Sticking the Landing (Roeder et
-        al., 2017), arXiv:1703.09194; Pathfinder (Zhang et al., 2022), arXiv:2108.03782; Yes, but Did It Work? (Yao
-        et al., 2018), arXiv:1802.02538.
+        al., 2017), arXiv:1703.09194; Pathfinder (Zhang et al., 2022), arXiv:2108.03782; Yes, but Did It Work? (Yao et
+        al., 2018), arXiv:1802.02538.
     """
     if steps is not None:
         integer("fit_guide", "steps", steps)
@@ -203,15 +201,15 @@ def fit_guide(
 @dataclass
 class _Begun:
     density: JointDensity
-    initial: Tensor  # a point where it is finite
+    initial: Tensor  # a point with finite density
     num_particles: int
-    generator: Generator  # for searches of modes
-    covered: dict[str, Tensor] | None = None  # the state of a flow that was fitted to several modes
+    generator: Generator
+    covered: dict[str, Tensor] | None = None  # the state of a flow fitted to several modes
     notes: list[str] = field(default_factory=list)
-    keep: float = 0.0  # seconds, for the verdict
+    keep: float = 0.0  # seconds for the verdict
 
     def state(self, guide: AutoFlow) -> dict[str, object]:
-        """Returns the part of a checkpoint."""
+        """Returns the start's part of a checkpoint."""
         return {
             "initial": self.initial,
             "particles": self.num_particles,
@@ -227,7 +225,7 @@ class _Begun:
 
 
 def _begin(guide: AutoFlow, args: tuple[object, ...], kwargs: dict[str, object], budget: Budget) -> _Begun:
-    """Finds a start, and chooses draws per step and the verdict's time."""
+    """Finds a start, draws per step and the verdict's time."""
     with start_within(guide, None if budget.seconds is None else STARTING * budget.seconds):
         guide.hide_discrete(*args, **kwargs)
         guide.setup(*args, **kwargs)
@@ -253,7 +251,7 @@ def _begin(guide: AutoFlow, args: tuple[object, ...], kwargs: dict[str, object],
 def _begin_again(
     guide: AutoFlow, args: tuple[object, ...], kwargs: dict[str, object], budget: Budget, state: dict[str, Any]
 ) -> _Begun:
-    """Reads the start from a checkpoint, and builds a guide that can take its state."""
+    """Reads the start from a checkpoint, and builds a matching guide."""
     start = guide.start
     try:
         guide.start = "prior"
@@ -293,7 +291,7 @@ def _result(guide: AutoFlow, begun: _Begun, training: GuideTraining, assessment:
 
 @contextmanager
 def _warned_once() -> Iterator[list[str]]:
-    """Gives each warning from inside once, at the end, and lists their texts."""
+    """Gives each warning once, at the end, and lists their texts."""
     notes: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

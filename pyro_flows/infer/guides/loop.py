@@ -1,4 +1,4 @@
-"""The training loop of guides: an affine phase, a flow's phase, the best state, and what a checkpoint holds of them."""
+"""The training loop of guides."""
 
 from __future__ import annotations
 
@@ -41,31 +41,31 @@ CHECKPOINT = CheckpointFormat(
     counter="done",
 )
 
-WARM = 0.2  # the part of the budget for the affine map alone
+WARM = 0.2  # the affine phase's part of the budget
 WARM_RATES = (0.05, 0.005)
 RATES, CAREFUL_RATES = (1e-2, 1e-5), (1e-3, 1e-5)
-TEMPERED = 0.6  # the part of the flow's phase until the posterior has its whole weight
+TEMPERED = 0.6  # part of the flow phase until the posterior has full weight
 COVER = 4.0  # weight of the forward divergence
-EVEN = 1.5  # the spread of the log-weights below which the forward divergence begins to count
-HEAVIEST = 10.0  # the largest weight of a draw, in units of the mean
-CLIP = 10.0  # the largest norm of a gradient
-EXACT = 0.02  # the spread of the log-weights at which nothing is left to learn
-PATIENCE = 25  # steps in a row
-LOOK = 50  # steps whose mean is compared with that of others
+EVEN = 1.5  # spread of log-weights below which this divergence counts
+HEAVIEST = 10.0  # largest weight of a draw, in units of the mean
+CLIP = 10.0  # largest norm of a gradient
+EXACT = 0.02  # spread of log-weights at which training stops
+PATIENCE = 25  # consecutive steps
+LOOK = 50  # steps per mean compared with others
 
 
 @dataclass
 class History:
-    """What each step of a fit came to.
+    """The record of a fit, one entry per step.
 
     Attributes:
-        elbo: mean of log p - log q over the step's draws, in nats.
-        spread: standard deviation of log p - log q over the step's draws.
+        elbo: the mean of log p - log q over the step's draws, in nats.
+        spread: the standard deviation of log p - log q.
         rate: the optimizer's step size.
         phase: ``"affine"`` or ``"flow"``.
-        seconds: wall time since the fit began.
+        seconds: the wall time since the fit began.
         weight: the posterior's weight under tempering, else 1.
-        failures: draws in the step whose density was not finite or could not be computed.
+        failures: the number of draws whose density was not finite or could not be computed.
     """
 
     elbo: list[float] = field(default_factory=list)
@@ -81,11 +81,10 @@ class History:
 
 
 def emphasis(log_weights: Tensor, fine: Tensor) -> Tensor:
-    r"""How much each draw counts, 1 on average: :math:`(1 + c\,w) / (1 + c)` with its importance weight :math:`w`.
+    r"""Weights each draw by :math:`(1 + c\,w) / (1 + c)`, 1 on average, with its importance weight :math:`w`.
 
-    The path gradient of :math:`KL(q \| p)` counts all draws alike, that of :math:`KL(p \| q)` by their weights.  The
-    first alone flees from tails that it fits badly, and makes them thinner.  The second is noise as long as weights are
-    uneven, hence :math:`c`, which rises from 0 to 1 as their spread falls.
+    The path gradient of :math:`KL(q \| p)` alone thins out tails that fit badly; that of :math:`KL(p \| q)`, with
+    weights, is noise while these are uneven. Hence :math:`c` rises from 0 to 1 as their spread falls.
 
     References:
         Gradients should stay on Path (Vaitl et al., 2022), arXiv:2207.08219.
@@ -99,11 +98,11 @@ def emphasis(log_weights: Tensor, fine: Tensor) -> Tensor:
 
 
 def speeds_of(flow: Flow) -> dict[int, float]:
-    """Speeds that make up for the gains of affine layers, by the identity of the parameters that these multiply.
+    """Returns speeds, by parameter identity, that undo the gains of affine layers.
 
-    Gains keep steps of stock optimizers small; here many draws, a clipped gradient and a decaying step size do that.
+    Gains keep stock optimizers' steps small; this loop clips and decays instead.
     """
-    speeds = {}
+    speeds: dict[int, float] = {}
     layers: list[Any] = list(flow.modules())
     for layer in layers:
         gain = getattr(getattr(layer, "univariate", None), "gain", 1.0)
@@ -115,18 +114,10 @@ def speeds_of(flow: Flow) -> dict[int, float]:
 class GuideTraining(TrainingLoop):
     """Trains a guide's flow against an unnormalized log-density.
 
-    Args:
-        flow: base, a chain of a flow and a :class:`Preconditioner`.
-        density: of unconstrained vectors, ``(S, dim)`` to ``(S,)``.
-        budget: when to stop.
-        num_particles: draws per step.
-        path_gradient: whether the entropy's gradient follows the path alone.
-        tempering: the first weight of the posterior, or ``None``.
-        covering: whether to follow, beside the ELBO, the forward divergence as its own weighted draws estimate it,
-            which holds the guide to the shares of all modes that it has found.
-        fresh: whether the flow is still the identity; if not, the affine phase is left out, and steps are smaller, so
-            that the flow stays where it is.
-        report: called after each step with the history.
+    The flow's chain holds a flow and a :class:`Preconditioner`; the density maps unconstrained vectors ``(S, dim)`` to
+    ``(S,)``. ``tempering`` is the posterior's first weight, or ``None``. ``covering`` adds the forward divergence, to
+    keep the shares of modes found. Unless ``fresh``, the flow is not the identity: the affine phase is skipped and
+    steps are smaller. ``report`` takes the history after each step.
     """
 
     flow: Flow
@@ -152,16 +143,16 @@ class GuideTraining(TrainingLoop):
         self.dropped = 0
         self.phase = "affine" if fresh and tempering is None else "flow"
         self._rates = RATES if fresh else CAREFUL_RATES
-        self._first = 0.0  # progress when the flow's phase began
+        self._first = 0.0  # progress at the start of the flow phase
         self._best: tuple[float, dict[str, Tensor]] | None = None
         self._exact = 0
-        self._window = 0  # steps since the last look at whether the state is the best
+        self._window = 0
         self._optimizer: Adam | None = None
-        self._moments: list[list[Tensor]] = []  # to go on with
+        self._moments: list[list[Tensor]] = []
         self._places = [(m._parameters, n, p) for m in flow.modules() for n, p in m._parameters.items()]
 
     def train(self) -> None:
-        """Trains in all phases that are left."""
+        """Trains through all remaining phases."""
         self.flow.train()
         if self.phase == "affine":
             affine = preconditioner_of(self.flow)
@@ -239,7 +230,7 @@ class GuideTraining(TrainingLoop):
                 share = share * emphasis(log_p - log_q, fine)
             toward = torch.where(fine.unsqueeze(-1), toward, 0.0) * (-share / count).unsqueeze(-1)
         optimizer.zero_grad()
-        # Sums, since gradients given to backward() make torch import its compiler.
+        # Sums, because gradients given to backward() make torch import its compiler.
         surrogate = (draws * toward).sum()
         if push is None:
             surrogate = surrogate + torch.where(fine, log_q, 0.0).sum() / count
@@ -259,7 +250,7 @@ class GuideTraining(TrainingLoop):
         self._note(name, difference.mean().item(), spread, rate, weight, bad)
 
     def _pull(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-densities of the model ``(S,)`` and their gradients ``(S, dim)``, by as many draws as fit into memory."""
+        """Returns the model's log-densities ``(S,)`` and gradients ``(S, dim)``, in parts that fit into memory."""
         values, slopes = [], []
         for part in z.split(rows_at_once(self.density, len(z))):
             part = part.detach().requires_grad_()
@@ -269,7 +260,7 @@ class GuideTraining(TrainingLoop):
         return torch.cat(values), torch.cat(slopes)
 
     def _cover(self, flow: Flow, draws: Tensor, log_weights: Tensor, fine: Tensor) -> None:
-        """Adds the gradient of the forward divergence, by the step's own draws and their weights."""
+        """Adds the gradient of the forward divergence, from weighted draws."""
         with torch.no_grad():
             share = torch.where(fine, log_weights, -math.inf).softmax(0)
             z = torch.where(fine.unsqueeze(-1), draws, 0.0)
@@ -293,7 +284,7 @@ class GuideTraining(TrainingLoop):
             column.append(value)
 
     def _settled(self, phase: str) -> bool:
-        """Whether the affine phase, which begins near its best, gains no more."""
+        """Whether the affine phase has stopped gaining."""
         done = self.history.elbo
         if phase != "affine" or len(done) < 2 * LOOK or len(done) % LOOK:
             return False
@@ -302,14 +293,14 @@ class GuideTraining(TrainingLoop):
         return bool(gain < 2 * noise)
 
     def _remember(self) -> None:
-        """Keeps the state if the last steps were the best so far."""
+        """Stores the state if the last steps were the best."""
         last = [v for v in self.history.elbo[-LOOK:] if math.isfinite(v)]
         mean = sum(last) / len(last) if last else -math.inf
         if last and (self._best is None or mean > self._best[0]):
             self._best = (mean, self.snapshot())
 
     def _restore(self) -> None:
-        """Returns to the best state if the last one is clearly worse, or not finite."""
+        """Returns to the best state if the last is clearly worse or not finite."""
         if self._best is None:
             return
         last = [v for v in self.history.elbo[-LOOK:] if math.isfinite(v)]
@@ -324,7 +315,7 @@ class GuideTraining(TrainingLoop):
     # Checkpoints.
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs beside the states of generators: copies, and the history itself."""
+        """Returns what a resumed run needs besides generator states."""
         return {
             "phase": self.phase,
             "first": self._first,

@@ -1,4 +1,4 @@
-"""The distribution of a guide's latent vector: a flow with the path gradient, and a guard on its gradients."""
+"""The distribution of a guide's latent vector, with the path gradient."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from pyro_flows.transforms import Preconditioner
 
 __all__ = ["PathPosterior", "Steady", "frozen", "preconditioner_of"]
 
-PATIENCE = 20  # calls without any finite gradient, after which a warning says so
+PATIENCE = 20  # calls without a finite gradient before a warning
 
 
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
-    """Holds the module's parameters constant, for gradients with respect to its inputs alone."""
+    """Holds the module's parameters constant."""
     places: list[tuple[dict[str, Any], str]] = [(m._parameters, n) for m in module.modules() for n in m._parameters]
     held = [(place, name, place[name]) for place, name in places if place[name] is not None]
     for parameters, name, parameter in held:
@@ -44,16 +44,15 @@ def preconditioner_of(flow: Flow) -> Preconditioner:
 class Steady:
     """A hook on a guide's draws that limits the influence of single draws on an optimizer.
 
-    It drops gradients that are not finite.  Those of the other draws of a call count at most ``at_most`` times the
-    usual norm, a running mean: gradients of far draws fill the second moment of Adam for a thousand steps, in which
-    nothing moves.
+    Drops gradients that are not finite, and limits the others to ``at_most`` times their running mean norm. A far draw
+    would otherwise fill Adam's second moment for a thousand steps.
     """
 
     def __init__(self, at_most: float = 10.0) -> None:
         self.at_most = at_most
         self.usual: Tensor | None = None
         self.draws = 0
-        self.failed = 0  # calls in a row in which no draw had a finite gradient
+        self.failed = 0  # consecutive calls without a finite gradient
 
     def watch(self, flow: nn.Module, draw: Tensor) -> None:
         """Hooks itself on a draw of the flow.
@@ -92,7 +91,7 @@ class Steady:
                 stacklevel=2,
             )
         with torch.no_grad():
-            # The norm of all draws together: in a weighted objective one of them may rightly dominate.
+            # All draws together, because one may rightly dominate a weighted objective.
             norm = grad.norm()
             if not norm > 0:
                 return grad
@@ -105,16 +104,16 @@ class Steady:
 class PathPosterior(FlowDistribution):
     r"""A flow as the distribution of a guide's latent vector, with the path gradient ("sticking the landing").
 
-    The gradient of :math:`E_q[\log q_\phi(z_\phi)]` with respect to the parameters :math:`\phi` is that through the
-    draw :math:`z_\phi` alone, because the score has mean zero and only adds noise.  So the log-density of this
-    distribution's last draw holds the parameters fixed.  Only ``score_parts(...).log_prob``, which importance-weighted
-    bounds such as Pyro's ``RenyiELBO`` use, keeps the whole derivative: with the path gradient these would be biased.
+    The gradient of :math:`E_q[\log q_\phi(z_\phi)]` with respect to :math:`\phi` goes only through the draw
+    :math:`z_\phi`, because the score has mean zero. The last draw's log-density therefore holds the parameters fixed.
+    Only ``score_parts(...).log_prob``, for importance-weighted bounds such as Pyro's ``RenyiELBO``, keeps the whole
+    derivative; the path gradient would bias these.
 
     Args:
         base_distribution: the base of the flow.
         transforms: the flow's chain, alone in a list.
         linear: whether the bound is linear in this log-density, as ``TraceEnum_ELBO`` is, so that
-            ``score_parts(...).log_prob`` can follow the path as well.
+            ``score_parts(...).log_prob`` can use the path gradient too.
 
     References:
         Sticking the Landing (Roeder et al., 2017), arXiv:1703.09194.
@@ -150,7 +149,7 @@ class PathPosterior(FlowDistribution):
 
     def score_parts(self, value: Tensor) -> ScoreParts:
         """Returns the whole log-density, no score, and the entropy term with the path gradient."""
-        none: Any = 0  # which Pyro knows as no score
+        none: Any = 0  # Pyro's sign for no score
         if self.linear:
             log_prob = self.log_prob(value)
             return ScoreParts(log_prob, none, log_prob)

@@ -1,4 +1,4 @@
-"""Runs of a model at given draws of its latents: predictions, and log-likelihoods of the data."""
+"""Predictions and log-likelihoods at given draws of a model's latents."""
 
 from __future__ import annotations
 
@@ -22,30 +22,29 @@ __all__ = ["computed", "log_likelihoods", "observed", "predictions", "seen_entri
 
 PLATE = "_draws_at_once"
 AT_ONCE = 1000
-TRIED = 20  # sites to draw anew to see whether others change
+TRIED = 20  # sites redrawn to see whether others change
 
 Values = dict[str, Tensor]
 
 
 def predictions(density: JointDensity, z: Tensor, redraw: Collection[str]) -> Values:
-    """Draws the model's other sites, shape ``(n, *site.shape)``, at unconstrained latents ``z`` of shape ``(n, dim)``.
+    """Draws the model's other sites, shape ``(n, *site.shape)``, at unconstrained latents ``z``, shape ``(n, dim)``.
 
-    Sites that the model computes are included; data that ``redraw`` does not name keep their values.
+    Includes computed sites; data that ``redraw`` does not name keep their values.
     """
     return _values(_Redrawn(redraw)(density.model), density, z, lambda site: site.kind not in (LATENT, FACTOR))
 
 
 def computed(density: JointDensity, z: Tensor) -> Values:
-    """Returns sites that the model computes, as by ``pyro.deterministic``, shape ``(n, *site.shape)``."""
+    """Returns computed sites, e.g. of ``pyro.deterministic``, shape ``(n, *site.shape)``."""
     return _values(density.model, density, z, lambda site: site.kind == COMPUTED)
 
 
 def log_likelihoods(density: JointDensity, z: Tensor) -> Values:
-    """Returns the log-density of each datum at each draw as it counts in the model's, scale included, in nats.
+    """Returns the log-density of each datum at each draw, scaled as in the model's, in nats.
 
-    The shape is ``(n, *site.batch_shape)``, of a masked site ``(n, entries that count)``.  Data that depend on no
-    latent, such as those that ``pyro.condition`` fixes, are left out.  Discrete latents are summed out; data that share
-    them have no log-densities of their own, and are left out with a warning.
+    The shape is ``(n, *site.batch_shape)``, or ``(n, entries that count)`` for a masked site. Data that depend on no
+    latent are left out. Discrete latents are summed out; data that share them are left out with a warning.
     """
     alone = _alone(density, z)
     data = {name: site for name, site in alone.items() if site.kind == DATA}
@@ -61,19 +60,19 @@ def log_likelihoods(density: JointDensity, z: Tensor) -> Values:
     for name in parts[0] if parts else ():
         value = torch.cat([part[name] for part in parts])
         if not above.get(name, {name}) - fixed and (value == value[:1]).all():
-            continue  # it depends on no latent
+            continue  # depends on no latent
         entries = seen_entries(data[name])
         found[name] = value if entries is None else value[:, entries.expand(value.shape[1:])]
     return {name: value for name, value in found.items() if value[:1].numel()}
 
 
 def observed(density: JointDensity, z: Tensor) -> dict[str, Site]:
-    """Returns the observed sites, at the first draw of ``z``."""
+    """Returns the observed sites, at the first draw."""
     return {name: site for name, site in _alone(density, z).items() if site.kind == DATA}
 
 
 def seen_entries(site: Site) -> Tensor | None:
-    """Returns the entries of a site that its mask lets count, in batch shape; ``None`` if all do."""
+    """Returns the entries that a site's mask keeps, in batch shape; ``None`` means all."""
     mask = site.mask
     if mask is None:
         return None
@@ -82,9 +81,9 @@ def seen_entries(site: Site) -> Tensor | None:
 
 
 def to_redraw(density: JointDensity, z: Tensor, redraw: str | Sequence[str] | None) -> list[str]:
-    """Returns names of the data to draw anew: those given, ``"all"``, or by default data on which nothing depends.
+    """Returns names of the data to redraw: those given, ``"all"``, or by default data on which nothing depends.
 
-    Data that ``pyro.condition`` fixes and covariates above an outcome so stay as they are.
+    The default keeps conditioned data and covariates.
 
     Raises:
         ValueError: for names without data.
@@ -104,12 +103,12 @@ def to_redraw(density: JointDensity, z: Tensor, redraw: str | Sequence[str] | No
         return data
     below = {name: {n for n in above if name in above[n] and sites[n].kind != COMPUTED} for name in data}
     ends = [name for name in data if not below[name] - {name}]
-    # In-place operations and NumPy leave no trace, so a few are tried.
+    # In-place operations and NumPy leave no trace.
     return ends if len(ends) > TRIED else [name for name in ends if not _moves_others(density, z, sites, name)]
 
 
 def _moves_others(density: JointDensity, z: Tensor, sites: dict[str, Site], name: str) -> bool:
-    """Whether the log-density of other data changes when those of one site are drawn anew."""
+    """Whether redrawing one site changes the log-density of other data."""
     values = _first(density, z) | {n: site.value for n, site in sites.items() if site.kind == DRAWN}
     try:
         with torch.no_grad(), torch.random.fork_rng():
@@ -117,13 +116,13 @@ def _moves_others(density: JointDensity, z: Tensor, sites: dict[str, Site], name
             scores = [
                 (site.log_prob(), anew[n].log_prob()) for n, site in sites.items() if site.kind == DATA and n != name
             ]
-    except Exception:  # a site that cannot be drawn, or a model that does not run at such data
+    except Exception:  # e.g. a site that cannot be drawn
         return False
     return not all(torch.equal(then, now) for then, now in scores)
 
 
 class _Redrawn(UnconditionMessenger):
-    """Draws some data anew."""
+    """Redraws some data."""
 
     def __init__(self, names: Collection[str]) -> None:
         super().__init__()
@@ -135,7 +134,7 @@ class _Redrawn(UnconditionMessenger):
 
 
 def _first(density: JointDensity, z: Tensor) -> Values:
-    """Returns values of the latents at the first draw, or in the middle if there is none."""
+    """Returns the first draw's latents, or mid-support values without draws."""
     return density.latents.draws(z[0] if len(z) else z.new_zeros(z.shape[1]))
 
 
@@ -145,7 +144,7 @@ def _alone(density: JointDensity, z: Tensor) -> dict[str, Site]:
 
 
 def _above(density: JointDensity, z: Tensor) -> dict[str, set[str]] | None:
-    """Returns the sites that each site depends on directly; ``None``, with a warning, if Pyro cannot tell."""
+    """Returns each site's direct dependencies; ``None``, with a warning, if Pyro cannot tell."""
     values = _first(density, z)
     try:
         with poutine.block():
@@ -177,7 +176,7 @@ def _log_likelihoods(density: JointDensity, z: Tensor, data: dict[str, Site], re
 
 
 def _by_draw(value: Tensor, count: int, shape: torch.Size) -> Tensor:
-    if value.numel() == shape.numel() and count > 1:  # it depends on no latent
+    if value.numel() == shape.numel() and count > 1:  # depends on no latent
         return value.reshape(shape).expand(count, *shape)
     return value.reshape(count, *shape)
 
@@ -192,7 +191,7 @@ def _values(model: Model, density: JointDensity, z: Tensor, wanted: Callable[[Si
         if vectorized:
             try:
                 parts = in_pieces(density.pace, z, lambda chunk: _together(model, density, chunk, wanted), AT_ONCE)
-            except Exception as error:  # models raise anything when tensors have one more dimension
+            except Exception as error:  # models raise anything at an extra dimension
                 warnings.warn(
                     "this model does not run for many draws at once, so they go one at a time: "
                     f"{type(error).__name__}: {error}",
@@ -211,7 +210,7 @@ def _together(model: Model, density: JointDensity, z: Tensor, wanted: Callable[[
     values, _ = density.latents.unpack(z, nesting)
 
     def many_at_once(*args: object, **kwargs: object) -> object:
-        with pyro.plate(PLATE, len(z), dim=-1 - nesting):  # draws sites that depend on no latent for each
+        with pyro.plate(PLATE, len(z), dim=-1 - nesting):  # draws latent-independent sites for each row
             return model(*args, **kwargs)
 
     many = density.sites_at(values, many_at_once)

@@ -1,4 +1,4 @@
-"""Arguments and models that ``fit_guide`` refuses."""
+"""Refuses arguments and models for ``fit_guide``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ RESERVED = ("seconds", "steps", "progress", "checkpoint", "checkpoint_every", "r
 
 
 def guide_of(model_or_guide: Model | AutoFlow, kwargs: dict[str, object]) -> AutoFlow:
-    """Returns the guide, or makes one; refuses arguments that the model and ``fit_guide`` could confuse."""
+    """Returns or makes the guide; refuses arguments that the model and ``fit_guide`` could confuse."""
     guide = model_or_guide if isinstance(model_or_guide, AutoFlow) else AutoFlow(model_or_guide)
     names = _argument_names(guide.plain_model)
     taken = sorted(set(RESERVED) & set(names))
@@ -47,7 +47,7 @@ def _argument_names(model: Model) -> list[str]:
 
 
 def refuse_unobserved(guide: AutoFlow) -> None:
-    """Refuses a model without data, unless its prior is to be fitted, and then one with data."""
+    """Refuses a model without data, or with data if its prior is to be fitted."""
     if guide.of_prior and not guide.unobserved:
         raise ValueError(
             "fit_guide: fit_prior=True is for a model in which nothing is observed, and this one has data: leave them "
@@ -71,7 +71,7 @@ def refuse_unobserved(guide: AutoFlow) -> None:
 
 
 def refuse_random(guide: AutoFlow, density: JointDensity, initial: Tensor) -> None:
-    """Refuses a model that draws more than the guide knows, and that no density sums out."""
+    """Refuses a model with hidden draws that no density sums out."""
     if guide.why_not_summed:
         raise ValueError(f"fit_guide: Pyro cannot sum out this model's discrete latents: {guide.why_not_summed}")
     if not guide.subsampled and density.random_at(initial):

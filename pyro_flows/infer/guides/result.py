@@ -1,4 +1,4 @@
-"""The result of ``fit_guide``: draws, a verdict, predictions, and ways to keep them."""
+"""The result of ``fit_guide``: draws, a verdict, predictions and files."""
 
 from __future__ import annotations
 
@@ -68,20 +68,19 @@ PARTS = {
 
 
 class GuideFit:
-    """A fitted guide, with the numbers and the verdict about its quality.
+    """A fitted guide, with its verdict and the numbers behind it.
 
-    ``flow`` and ``distribution`` are over the vector of unconstrained latents; :meth:`sample` and :meth:`log_prob`
-    forward to them, with values by site in the model's units.
+    ``flow`` and ``distribution`` are over the unconstrained latents; :meth:`sample` and :meth:`log_prob` forward to
+    them, with values by site in the model's units.
 
     Attributes:
         flow: the trained :class:`~pyro_flows.distributions.Flow`.
         latents: the latents' names, shapes and supports.
-        history: one entry a step (ELBO in nats, spread of the log-weights, and so on).
-        guide: the :class:`~pyro_flows.infer.AutoFlow`, the fit's own copy, to which ``flow`` belongs; ``None`` for a
-            loaded fit, which has no model.
-        evaluations: evaluations of the model's density, each draw counted, those of start and verdict included.
-        failures: draws in training at which the model's density was not finite or could not be computed.
-        notes: where the fit did not do as asked, in words.
+        history: the record of each step (ELBO in nats, spread of the log-weights, and so on).
+        guide: the fit's own copy of the :class:`~pyro_flows.infer.AutoFlow` with ``flow``; ``None`` for a loaded fit.
+        evaluations: the number of points at which the model's density was evaluated, from start to verdict.
+        failures: the number of training draws whose density was not finite or could not be computed.
+        notes: departures from the request, in words.
     """
 
     def __init__(
@@ -103,12 +102,12 @@ class GuideFit:
 
     @property
     def distribution(self) -> FlowDistribution:
-        """The posterior of the unconstrained latents as a Pyro distribution, which shares the flow's parameters."""
+        """The posterior of the unconstrained latents as a Pyro distribution that shares the flow's parameters."""
         return self.flow()
 
     @property
     def assessment(self) -> Assessment:
-        """Draws with their weights and the verdict; of an interrupted fit computed at the first use."""
+        """Weighted draws and the verdict; after an interruption, computed at first use."""
         if callable(self._assessment):
             self._assessment = self._assessment()
         return self._assessment
@@ -130,17 +129,17 @@ class GuideFit:
 
     @property
     def khat(self) -> float:
-        """Tail index of the weights, to be read with the verdict."""
+        """The tail index of the weights, to be read with the verdict."""
         return self.importance.khat
 
     @property
     def ess(self) -> float:
-        """Effective sample size as a fraction of the number of draws."""
+        """The effective sample size as a fraction of the draws."""
         return self.importance.ess
 
     @property
     def log_evidence(self) -> float:
-        """Estimate of the log marginal likelihood of the data, in nats."""
+        """An estimate of the data's log marginal likelihood, in nats."""
         return self.importance.log_evidence
 
     def __repr__(self) -> str:
@@ -157,8 +156,8 @@ class GuideFit:
 
         Args:
             num_samples: the number of draws.
-            resampled: whether to correct them by smoothed importance resampling, as the verdict may advise; it takes
-                ``4 num_samples`` evaluations of the model, or the draws of the verdict if they suffice.
+            resampled: whether to correct them by smoothed importance resampling, as the verdict may advise; costs four
+                model evaluations per draw unless the verdict's draws suffice.
         """
         return self.latents.draws(self._unconstrained("sample", num_samples, resampled))
 
@@ -180,7 +179,7 @@ class GuideFit:
     def log_prob(self, values: Mapping[str, Tensor]) -> Tensor:
         """Returns the log-density, in nats, at values by site of shapes ``(*sample, *site.shape)``.
 
-        It is the density of the unconstrained latents, without the Jacobians of the supports.
+        The density is of the unconstrained latents, without the supports' Jacobians.
         """
         return self.flow.log_prob(self.latents.pack(values))
 
@@ -194,17 +193,16 @@ class GuideFit:
         redraw: str | Sequence[str] | None = None,
         **kwargs: object,
     ) -> dict[str, Tensor]:
-        """Draws data anew and the model's other sites, at draws of the latents: shape ``(num_samples, *site.shape)``.
+        """Redraws data and the model's other sites at draws of the latents: shape ``(num_samples, *site.shape)``.
 
-        Data on which other sites depend keep their values by default: those that ``pyro.condition`` fixes, and
-        covariates that are observed above an outcome.  Discrete latents are drawn anew with the data.
+        By default, data on which other sites depend keep their values: those fixed by ``pyro.condition``, and
+        covariates. Discrete latents are redrawn with the data.
 
         Args:
             num_samples: the number of draws.
             *args: the model's arguments, e.g. new covariates and ``y=None``; by default those of the fit.
             resampled: as in :meth:`sample`.
-            redraw: names of the sites with data to draw anew, or ``"all"``, which a replicate of a series of sites that
-                depend on each other needs.
+            redraw: the names of data sites to redraw, or ``"all"``, for a series of dependent sites.
             **kwargs: the model's keyword arguments.
 
         Raises:
@@ -250,16 +248,15 @@ class GuideFit:
         coords: Mapping[str, Sequence[Any]] | None = None,
         dims: Mapping[str, Sequence[str]] | None = None,
     ) -> Any:
-        """Makes an ArviZ ``InferenceData`` (0.x) or ``DataTree`` (1.x) of the draws by which the guide was judged.
+        """Makes an ArviZ ``InferenceData`` (0.x) or ``DataTree`` (1.x) of the draws that judged the guide.
 
-        The posterior includes sites that the model computes by ``pyro.deterministic``.  Log-likelihoods count as in the
-        model's density: ``poutine.scale`` multiplies them, and discrete latents are summed out.  Of a site under a
-        mask, log-likelihoods, predictions and data have only the entries that count, in one dimension.  A model that
-        sees a part of its data in each run has no log-likelihoods and predictions here.
+        The posterior includes ``pyro.deterministic`` sites. Log-likelihoods include ``poutine.scale``, with discrete
+        latents summed out. Groups of a masked site have only the entries that count, in one dimension. A model that
+        sees part of its data per run has no log-likelihoods or predictions here.
 
         Args:
             num_samples: the number of draws.
-            posterior_predictive: whether to run the model for this group, which a fit without a model lacks.
+            posterior_predictive: whether to run the model for this group; needs the model.
             log_likelihood: whether to run the model for this group.
             resampled: whether to resample the draws by their weights, which are then left out.
             redraw: as in :meth:`predictive`; other data are not among the predictions.
@@ -312,9 +309,8 @@ class GuideFit:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the fit to a file that :func:`load_guide` reads without model or data.
 
-        The file is at any time the old one or the new one.  It holds numbers and names under a check sum, and no code;
-        of the flow, names of this package's classes and their options.  If a builder used other classes, a warning says
-        so, and loading needs the builder again.
+        The file is written atomically, has a checksum, and holds no code: numbers, and names of this package's classes
+        with their options. If a builder used other classes, a warning says so, and loading needs the builder again.
 
         Args:
             path: a file in a folder that exists.
@@ -344,7 +340,7 @@ class GuideFit:
 
 
 def _entries(value: Tensor, site: Site | None) -> Tensor:
-    """Returns entries of a site's data, or of draws of them, that its mask lets count, in one batch dimension."""
+    """Returns the entries of a site's data or draws that its mask keeps, in one batch dimension."""
     entries = None if site is None else seen_entries(site)
     if site is None or entries is None:
         return value
@@ -362,13 +358,13 @@ def load_guide(
 ) -> GuideFit:
     """Reads a file of :meth:`GuideFit.save`: draws, densities, history and verdict, without model or data.
 
-    The file holds plain data, and no code in it runs.  Its check sum is verified, and the rebuilt flow is compared with
-    the saved one at a few points.
+    No code in the file runs. Loading verifies the checksum, and compares the rebuilt flow with the saved one at a few
+    points.
 
     Args:
         path: the file.
         map_location: the device, as in ``torch.load``; by default the fit's.
-        builder: the guide's, ``AutoFlow(model, builder)``, if it used more than this package's classes.
+        builder: the guide's builder, if it used more than this package's classes.
 
     Raises:
         FileNotFoundError: if there is no file.

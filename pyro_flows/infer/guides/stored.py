@@ -1,4 +1,4 @@
-"""A fit of a guide as plain data, and back: recipes of flows, names of supports and numbers, without code."""
+"""Converts a guide's fit to plain data, and back."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pyro_flows.infer.models.supports import plain_support, support_of
 
 __all__ = ["flow_of", "plain_flow", "plain_latents", "read_assessment", "read_latents"]
 
-POINTS = 8  # at which a rebuilt flow is compared with the saved one
+POINTS = 8
 
 _T = TypeVar("_T")
 
@@ -34,8 +34,8 @@ _T = TypeVar("_T")
 def plain_flow(flow: Flow) -> dict[str, Any]:
     """Describes a flow by its recipe, its state, and a few points by which :func:`flow_of` checks it.
 
-    If the first part of the chain, which a guide's builder made, holds objects from outside of this package, it is left
-    out, and ``"unnamed"`` names them; the builder is then needed again.
+    If the chain's first part, the builder's, holds objects from outside this package, it is left out, and ``"unnamed"``
+    names them.
 
     Raises:
         ValueError: if another part cannot be described.
@@ -83,10 +83,10 @@ def plain_flow(flow: Flow) -> dict[str, Any]:
 
 
 def flow_of(plain: dict[str, Any], builder: Builder | None = None) -> Flow:
-    """Makes the flow that :func:`plain_flow` described, on the CPU; the builder makes its first part if left out.
+    """Rebuilds the flow of :func:`plain_flow` on the CPU, with the builder if its part was left out.
 
     Raises:
-        ValueError: if it is not the flow that was saved.
+        ValueError: if the flow differs from the saved one.
     """
     unnamed = plain["unnamed"]
     if unnamed is not None and builder is None:
@@ -94,7 +94,7 @@ def flow_of(plain: dict[str, Any], builder: Builder | None = None) -> Flow:
             f"the builder of its flow used something that a file of plain data cannot hold: {unnamed}; give the "
             "guide's builder, load_guide(path, builder=...)"
         )
-    with torch.random.fork_rng(devices=[]):  # making a flow draws its first parameters
+    with torch.random.fork_rng(devices=[]):  # building draws initial parameters
         if unnamed is None or builder is None:
             chain = made_from(plain["chain"])
         else:
@@ -112,7 +112,7 @@ def flow_of(plain: dict[str, Any], builder: Builder | None = None) -> Flow:
     with torch.no_grad():
         found = flow.chain.forward_and_ladj(points["x"])[0], flow.base().log_prob(points["x"])
     for now, then in zip(found, (points["y"], points["log_base"]), strict=True):
-        tolerance = torch.finfo(then.dtype).eps ** (1 / 3)  # machines differ in the order of sums
+        tolerance = torch.finfo(then.dtype).eps ** (1 / 3)  # machines differ in summation order
         if now.shape != then.shape or not torch.allclose(now, then, tolerance, tolerance, equal_nan=True):
             raise ValueError(
                 "its flow, made again, is another one: another builder, another release, or parts that were changed "
@@ -128,7 +128,7 @@ def plain_latents(latents: Latents) -> dict[str, Any]:
     """Describes latents by names, shapes, dtypes and supports.
 
     Raises:
-        ValueError: for a support that is not one of torch's or Pyro's.
+        ValueError: for a support from outside torch and Pyro.
     """
     sites = []
     for site in latents:
@@ -155,10 +155,10 @@ def plain_latents(latents: Latents) -> dict[str, Any]:
 
 
 def read_latents(plain: dict[str, Any]) -> Latents:
-    """Makes the latents that :func:`plain_latents` described.
+    """Rebuilds the latents of :func:`plain_latents`.
 
     Raises:
-        ValueError: for shapes that do not belong together.
+        ValueError: for inconsistent shapes.
     """
     sites, start = [], 0
     for each in plain["sites"]:
@@ -176,7 +176,7 @@ def read_latents(plain: dict[str, Any]) -> Latents:
 
 
 def record(cls: type[_T], plain: dict[str, Any]) -> _T:
-    """Makes a dataclass, and those in it, from its entries.
+    """Makes a dataclass, with nested ones, from its entries.
 
     Raises:
         ValueError: if entries are missing, unknown or of another type.
@@ -201,7 +201,7 @@ def record(cls: type[_T], plain: dict[str, Any]) -> _T:
 
 
 def read_assessment(plain: dict[str, Any], dim: int) -> Assessment:
-    """Makes the assessment of a guide of ``dim`` dimensions from its entries."""
+    """Makes the assessment of a guide with ``dim`` dimensions."""
     found = record(Assessment, plain)
     _check_shapes(vars(found), len(found.draws), draws=(dim,))
     if found.probe is not None:
@@ -230,10 +230,10 @@ def read_history(plain: dict[str, Any]) -> History:
 
 
 def device_of(map_location: Any, saved: str) -> torch.device:
-    """Returns the device by a ``map_location`` of ``torch.load``.
+    """Returns the device for a ``map_location`` of ``torch.load``.
 
     Raises:
-        ValueError: for a device that is not there.
+        ValueError: for an unavailable device.
     """
     place: str | int | torch.device = saved
     if isinstance(map_location, (str, torch.device, int)):

@@ -1,4 +1,4 @@
-"""Why a model does not run for many draws at once: the line, and how to write it."""
+"""Explains why a model does not run for many draws at once."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _MATMUL = re.compile(rf"({_NAME}) ?@ ?({_NAME})")
 _INDEXED = re.compile(rf"({_NAME})\[({_NAME})\]")
 _VINDEXED = re.compile(rf"Vindex\(({_NAME})\)\[\.\.\., ?({_NAME})\]")
 
-# Code that reads all dimensions, or counts them from the left, and better code, in order of preference.
+# Code that counts dimensions from the left or reads all, with better code, in order of preference.
 _ADVICE = (
     (r"\bfloat\(|\bint\(|\bbool\(|\.item\(|\.tolist\(|\.numpy\(", "keep values as tensors, not as Python numbers"),
     (r"^\s*(if|elif|while|assert)\b", "choose by `torch.where(condition, a, b)` in place of `if`"),
@@ -61,7 +61,7 @@ _WARNED: weakref.WeakSet[Model] = weakref.WeakSet()
 
 
 class _Line(NamedTuple):
-    """A line of the user's code, and the names that it can see."""
+    """A line of the user's code, and the names in its scope."""
 
     file: str
     number: int
@@ -88,10 +88,10 @@ def explain(
     error: Exception | None,
     discrete: Collection[str] = (),
 ) -> str:
-    """Says which line of a model does not broadcast over a dimension of draws, and how to write it.
+    """Says which line of a model does not broadcast over draws, and how to write it.
 
-    ``error`` is the model's for all unconstrained rows ``(S, dim)`` at once, or ``None`` if it gave other densities
-    than for each row alone.  If there are ``discrete`` latents, which are summed out, sites are not compared.
+    ``error`` is the model's error for all unconstrained rows ``(S, dim)`` at once, or ``None`` if the densities
+    differed from those of single rows. With ``discrete`` latents, which are summed out, sites are not compared.
     """
     line = None if error is None else _raised_at(error)
     what = "it gives other densities for many draws at once than for one at a time"
@@ -112,8 +112,8 @@ def explain(
 
 def warn_once(model: Model, message: str, stacklevel: int) -> None:
     """Warns about a model the first time only."""
-    known = getattr(model, "__func__", model)  # looking up a method makes a new object each time
-    with contextlib.suppress(TypeError):  # of a model without weak references, which is warned of each time
+    known = getattr(model, "__func__", model)  # each lookup makes a new method object
+    with contextlib.suppress(TypeError):  # no weak references: warns each time
         if known in _WARNED:
             return
         _WARNED.add(known)
@@ -159,7 +159,7 @@ class _Lines(Messenger):
 def _first_site_that_differs(
     model: Model, latents: Latents, args: tuple[object, ...], kwargs: Mapping[str, object], rows: Tensor
 ) -> tuple[str | None, _Line | None]:
-    """Returns the first site whose log-densities for all rows at once differ, and its line."""
+    """Finds the first site whose log-densities for all rows at once differ, and its line."""
     nesting = latents.max_plate_nesting
 
     def scores(z: Tensor, keep: int, seen: Messenger) -> Iterator[tuple[str, Tensor | None]]:
@@ -170,7 +170,7 @@ def _first_site_that_differs(
         for name, site in sites_of(trace, frozenset()).items():
             try:
                 each = site.log_prob()
-            except Exception:  # distributions raise anything at a value of another shape
+            except Exception:  # distributions raise anything at wrong shapes
                 yield name, None
                 continue
             if keep and each.dim() > nesting:

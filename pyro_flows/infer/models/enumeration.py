@@ -1,4 +1,4 @@
-"""Discrete latents summed out: one log-density for each draw of the other latents."""
+"""Sums discrete latents out of a model's log-density."""
 
 from __future__ import annotations
 
@@ -30,7 +30,6 @@ DRAWS = "_pyro_flows_draws"
 
 def unblocked(model: Model, names: Collection[str] | None = None) -> Model:
     """Lets some sites of a model, by default all, through the ``poutine.block`` handlers around it."""
-    # A handler makes partial(partial(wrapper, handler, function)).
     inner: Any = model.func if isinstance(model, functools.partial) and not model.args and not model.keywords else model
     if not (isinstance(inner, functools.partial) and len(inner.args) == 2 and isinstance(inner.args[0], Messenger)):
         return model
@@ -46,7 +45,7 @@ def unblocked(model: Model, names: Collection[str] | None = None) -> Model:
 def hidden_sites(
     model: Model, values: dict[str, Tensor], args: tuple[object, ...], kwargs: Mapping[str, object]
 ) -> dict[str, Site]:
-    """Finds the sites that ``poutine.block`` handlers around the model hide, by name, at values of its latents."""
+    """Finds the sites that ``poutine.block`` hides, by name, at values of the latents."""
     whole = unblocked(model)
     if whole is model:
         return {}
@@ -66,7 +65,7 @@ def enumerating(model: Model, names: Collection[str], first_available_dim: int) 
     whole = poutine.enum(marked, first_available_dim=first_available_dim)
 
     def enumerated(*args: object, **kwargs: object) -> object:
-        before = copy.copy(vars(_ENUM_ALLOCATOR))  # an ELBO around this call may enumerate as well
+        before = copy.copy(vars(_ENUM_ALLOCATOR))  # an outer ELBO may enumerate too
         try:
             return whole(*args, **kwargs)
         finally:
@@ -79,10 +78,10 @@ def enumerating(model: Model, names: Collection[str], first_available_dim: int) 
 def marginal_log_prob(trace: Trace, sites: dict[str, Site], count: int | None, nesting: int) -> Tensor:
     """Sums the enumerated sites of a trace out of its log-density.
 
-    With ``count`` draws, in the dimension left of ``nesting`` plate dimensions, the shape is ``(count,)``.
+    With ``count`` draws, in the dimension left of ``nesting`` plate dimensions, the result has shape ``(count,)``.
 
     Raises:
-        NotImplementedError: if sites that are summed out together differ in scale, or Pyro cannot sum over a plate.
+        NotImplementedError: if sites summed out together differ in scale, or Pyro cannot sum over a plate.
     """
     plain, components = _split(trace, sites, count, nesting)
     total = sum(plain, torch.zeros(()))
@@ -97,9 +96,9 @@ def marginal_log_prob(trace: Trace, sites: dict[str, Site], count: int | None, n
 def pointwise(
     trace: Trace, sites: dict[str, Site], count: int | None, nesting: int
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Returns scaled log-likelihoods, in batch shape, of data that depend on enumerated sites, and why some have none.
+    """Returns scaled log-likelihoods, in batch shape, of data below enumerated sites, and reasons for omissions.
 
-    A datum has one if all discrete sites that it depends on are its own, in the same plates.
+    A datum has a log-likelihood if all its discrete sites are its own, in the same plates.
     """
     found: dict[str, Tensor] = {}
     refused: dict[str, str] = {}
@@ -129,7 +128,7 @@ class _Component:
     scale: float | Tensor
 
     def tree(self) -> OrderedDict[frozenset[str], list[Tensor]]:
-        """Returns the terms by plates, as Pyro's contractions take them."""
+        """Groups the terms by plates for Pyro's contractions."""
         tree: OrderedDict[frozenset[str], list[Tensor]] = OrderedDict()
         for ordinal, term in zip(self.ordinals, self.terms, strict=True):
             tree.setdefault(ordinal, []).append(term)
@@ -139,7 +138,7 @@ class _Component:
 def _split(
     trace: Trace, sites: dict[str, Site], count: int | None, nesting: int
 ) -> tuple[list[Tensor], list[_Component]]:
-    """Returns the terms that depend on no enumerated site, and components of the others."""
+    """Splits off terms without enumerated sites."""
     frames = () if count is None else (CondIndepStackFrame(DRAWS, -1 - nesting, count, 0),)
     for site in sites.values():
         site.message["cond_indep_stack"] = (*frames, *site.message["cond_indep_stack"])

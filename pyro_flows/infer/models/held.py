@@ -1,4 +1,4 @@
-"""A model's density with its data and parameters held at their present values."""
+"""Holds the data and parameters of a model's density at their present values."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ __all__ = ["own_density"]
 
 
 class _HeldParameters(Messenger):
-    """Gives a model's ``pyro.param`` statements the values that they had.
+    """Gives a model's ``pyro.param`` statements stored values.
 
-    Parameters of a module cannot be held by a handler; if they have changed, a warning says so.
+    A handler cannot hold a module's parameters; a warning says if they have changed.
     """
 
     def __init__(self, values: dict[str, Tensor]) -> None:
@@ -44,7 +44,7 @@ class _HeldParameters(Messenger):
 
 
 def own_density(density: JointDensity, latents: Latents, parameters: dict[str, Tensor]) -> JointDensity:
-    """Copies a density with its present data and parameters, which later changes of the given tensors do not reach."""
+    """Copies a density with its present data and parameters, safe from later changes of the tensors."""
     own = copy.copy(density)
     own.latents = latents
     own.args, own.kwargs = tree_map(_detached_copy, (density.args, density.kwargs))

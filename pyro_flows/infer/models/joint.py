@@ -1,4 +1,4 @@
-"""A model's joint density as a function of its packed unconstrained latents, many at a time."""
+"""Evaluates a model's joint density at many packed unconstrained latents."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ from pyro_flows.infer.models.sites import (
 
 __all__ = ["FAILURES", "JointDensity"]
 
-HIDDEN_PLATES = 2  # plates that poutine.block may hide from the guide, left of those that it knows
-RUNS = 6  # of a model that draws random numbers, to see whether they matter
-MOVES = 3  # points at which to see whether the density depends on what a mask leaves out
-FAILURES = (ValueError, RuntimeError, ArithmeticError)  # of a model where its density is not defined
+HIDDEN_PLATES = 2  # plates that poutine.block may hide, left of those that the guide knows
+RUNS = 6  # of a model that draws random numbers
+MOVES = 3  # points at which to look for effects of masked entries
+FAILURES = (ValueError, RuntimeError, ArithmeticError)  # of a model where its density is undefined
 
 T = TypeVar("T")
 
@@ -44,19 +44,19 @@ class JointDensity:
     r"""The unnormalized log-density of a model's latents in unconstrained space.
 
     :math:`\log p(z) = \log p(\text{data}, \theta(z)) + \log|\partial \theta / \partial z|`, in nats, differentiable;
-    ``(S, dim)`` gives ``(S,)``.  If the model broadcasts, it runs once for all ``S``, in a dimension left of its
-    plates; otherwise, as a comparison shows, one point at a time, with a warning.  Scales, masks and subsampling count
-    as in an ELBO, with one difference: entries of a latent that a mask leaves out and that nothing depends on, such as
-    the padding of a series, keep their own density, without which there is no posterior.
+    ``(S, dim)`` gives ``(S,)``. A model that broadcasts, as a comparison shows, runs once for all ``S``, in a dimension
+    left of its plates. Other models run one point at a time, with a warning. Scales, masks and subsampling count as in
+    an ELBO, except that masked entries of a latent that nothing depends on, such as a series' padding, keep their own
+    density. Otherwise there would be no posterior.
 
     Args:
-        model: any Pyro model with the latents given.
-        latents: their layout.
+        model: a Pyro model with the given latents.
+        latents: the layout of the latents.
         args, kwargs: the model's arguments.
-        vectorize: whether to run the model once for all; ``None`` to find out.
-        discrete: names of latents to sum out.
-        ignored: names of sites that do not count.
-        quiet: whether ``why_not`` alone says that the model does not broadcast, without a warning.
+        vectorize: whether to run the model once for all points; ``None`` finds out.
+        discrete: the names of latents to sum out.
+        ignored: the names of sites to leave out.
+        quiet: whether to report in ``why_not`` only, without a warning.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class JointDensity:
         if self.vectorized:
             try:
                 return self._together(z)
-            except ValueError:  # parameters break the constraints of a distribution
+            except ValueError:  # parameters break constraints
                 value = self._where_defined(z)
                 if value is None:
                     raise
@@ -102,13 +102,13 @@ class JointDensity:
 
     @torch.no_grad()
     def random_at(self, row: Tensor) -> bool:
-        """Whether runs at or near a point, shape ``(dim,)``, differ: the model draws more than its latents."""
-        # Where the components of a mixture are equal, their hidden labels make no difference.
+        """Whether the density at or near a point, shape ``(dim,)``, changes between runs."""
+        # Where a mixture's components are equal, hidden labels make no difference.
         for point in (row, row + 0.1 * torch.arange(1, len(row) + 1).to(row).cos()):
             try:
                 before = _random_state(row)
                 first = self._alone(point)
-                # A second run shows a generator of the model's own.
+                # A second run reveals a generator of the model's own.
                 drawn = before != _random_state(row)
                 for _ in range(RUNS if drawn else 1):
                     if (self._alone(point) - first).abs() > 1e-6 + 1e-6 * first.abs():
@@ -121,9 +121,9 @@ class JointDensity:
 
     @torch.enable_grad()
     def is_observed(self, row: Tensor, by_way: bool) -> bool:
-        """Whether there is a factor, or a datum at ``row`` that depends on a latent, if only through a discrete one.
+        """Whether there is a factor, or a datum at ``row`` that depends on a latent, perhaps through a discrete one.
 
-        With ``by_way`` any datum counts, because the model draws something in between that is not summed out.
+        With ``by_way`` any datum counts, because the model draws an intermediate site that is not summed out.
         """
         nesting, before = self.latents.max_plate_nesting, None
         for move in range(MOVES):
@@ -134,7 +134,7 @@ class JointDensity:
                     return True
                 data = [site.log_prob() for site in sites.values() if site.kind == DATA and counts(site)]
                 found = data + [site.log_prob() for site in sites.values() if site.kind == COMPUTED]
-            except FAILURES:  # the density is not defined here
+            except FAILURES:  # the density is undefined here
                 return True
             if any(by_way or value.dim() > nesting for value in data) or any(value.requires_grad for value in found):
                 return True
@@ -149,7 +149,7 @@ class JointDensity:
         return StillDensity(self)
 
     def sites(self, row: Tensor) -> dict[str, Tensor]:
-        """Returns each site's log-density at a point, shape ``(dim,)``; NaN for values outside of their support."""
+        """Returns each site's log-density at a point, shape ``(dim,)``; NaN for values outside the support."""
         values, _ = self.latents.unpack(row)
         with pyro.validation_enabled(False):  # validation would stop at the first site
             sites = self.sites_at(values)
@@ -160,7 +160,7 @@ class JointDensity:
         return found
 
     def sites_at(self, values: Mapping[str, Tensor], model: Model | None = None) -> dict[str, Site]:
-        """Runs the model, or another form of it, at given values of the latents, and returns the sites."""
+        """Runs the model, or another form of it, at given latents, and returns the sites."""
         return self._sites_of(run(model or self.model, self.args, self.kwargs, values))
 
     def enumerated_at(self, values: Mapping[str, Tensor], nesting: int) -> tuple[Trace, dict[str, Site]]:
@@ -188,7 +188,7 @@ class JointDensity:
         if self._own is None:
             self._own = self._seeded(self._unneeded, z[0])
         count, nesting = z.shape[0], self.latents.max_plate_nesting
-        # No plate around the model: one of a caller may have this dimension.
+        # No plate here, because a caller's plate may use this dimension.
         values, total = self.latents.unpack(z, nesting)
         if self.discrete:
             return total + marginal_log_prob(*self.enumerated_at(values, nesting + 1), count, nesting)
@@ -198,7 +198,7 @@ class JointDensity:
 
     @torch.enable_grad()
     def _unneeded(self, row: Tensor) -> dict[str, Tensor]:
-        """Finds entries of latents that a mask leaves out and nothing depends on, in batch shape."""
+        """Finds masked entries of latents that nothing depends on, in batch shape."""
         self._own = {}  # for the runs below
         sites = self.sites_at(self.latents.unpack(row.detach())[0])
         masked = [latent for latent in self.latents if is_masked(sites[latent.name])]
@@ -218,7 +218,7 @@ class JointDensity:
         return {name: still for name, still in found.items() if still.any()}
 
     def _where_defined(self, z: Tensor) -> Tensor | None:
-        """Puts NaN at the rows that made the model raise; ``None`` if they cannot be told from the others."""
+        """Puts NaN at rows where the model raises; ``None`` if they cannot be told apart."""
         try:
             with pyro.validation_enabled(False), torch.no_grad():
                 fine = self._together(z).isfinite()
@@ -232,13 +232,13 @@ class JointDensity:
 
     @torch.no_grad()
     def _test(self, z: Tensor) -> None:
-        """Compares the vectorized density with one run at a time, at two points that differ."""
+        """Compares the vectorized density with single runs at two points."""
         rows = torch.stack((z[0], z[-1] + 0.1))
         try:
             with Footprint() as alone_footprint:
                 alone = torch.stack([self._timed(1, self._alone, row) for row in rows])
         except FAILURES:
-            return  # nothing to compare with here: the next call tries again
+            return  # nothing to compare: the next call retries
         if not alone.isfinite().all():
             return
         self._tested = True
@@ -253,7 +253,7 @@ class JointDensity:
                 if ((together - alone).abs() <= 1e-3 + 1e-4 * alone.abs()).all():
                     return
                 errors.append(None)
-            except Exception as error:  # models raise anything when tensors have one more dimension
+            except Exception as error:  # models raise anything at an extra dimension
                 errors.append(error)
         self.latents.max_plate_nesting = declared
         self.vectorized, self.pace.bytes_per_draw = False, alone_footprint.bytes / len(rows)
@@ -272,14 +272,14 @@ class JointDensity:
 
     @staticmethod
     def _seeded(fn: Callable[[Tensor], T], z: Tensor) -> T:
-        """Calls a function with the same random numbers, and so the same minibatches, each time."""
+        """Calls a function with the same random numbers, hence minibatches, each time."""
         with torch.random.fork_rng(devices=[z.device] if z.is_cuda else []):
             torch.manual_seed(0)
             return fn(z)
 
 
 class StillDensity:
-    """A density at one fixed draw of whatever else the model draws."""
+    """A density with the model's other draws fixed."""
 
     def __init__(self, density: JointDensity) -> None:
         self.density, self.pace = density, density.pace

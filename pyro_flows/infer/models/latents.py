@@ -1,4 +1,4 @@
-"""The latent variables of a model, packed into one unconstrained vector."""
+"""Packs the latent variables of a model into one unconstrained vector."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class Latent:
 
     @property
     def transform(self) -> Transform:
-        """From the line to the support."""
+        """The map from unconstrained numbers to the support."""
         return biject_to(self.support)
 
     @property
     def increasing(self) -> bool:
-        """Whether larger unconstrained numbers give larger values; false below an upper bound alone."""
+        """Whether values increase with the unconstrained numbers; false below an upper bound alone."""
         try:
             return bool(torch.as_tensor(self.transform.sign).ge(0).all())
         except (NotImplementedError, AttributeError):  # entries depend on each other
@@ -53,10 +53,10 @@ class Latent:
 
 
 class Latents:
-    """A model's latent sites, in the order of a trace, as one vector of ``dim`` unconstrained numbers.
+    """A model's latent sites, in trace order, as one vector of ``dim`` unconstrained numbers.
 
-    It holds no model and no data, and can be pickled.  ``max_plate_nesting`` is the number of dimensions that plates
-    and batches of any site take.
+    Holds no model and no data, and can be pickled. ``max_plate_nesting`` counts the plate and batch dimensions of all
+    sites.
     """
 
     def __init__(self, sites: Iterable[Latent], max_plate_nesting: int) -> None:
@@ -65,12 +65,12 @@ class Latents:
 
     @classmethod
     def of(cls, trace: Trace) -> Latents:
-        """The latents of a trace of an unconditioned model: sampled sites, neither observed nor subsamples."""
+        """Collects the unobserved sites of a trace, except subsamples."""
         sites: list[Latent] = []
         start = 0
         for name, message in latent_messages(trace).items():
             value, fn = message["value"], message["fn"]
-            free = biject_to(fn.support).inv(value)  # a simplex has one number more than degrees of freedom
+            free = biject_to(fn.support).inv(value)  # a simplex has one more entry than degrees of freedom
             cut = value.dim() - fn.event_dim
             sites.append(
                 Latent(name, fn.support, value.shape[:cut], value.shape[cut:], free.shape[cut:], value.dtype, start)
@@ -85,7 +85,7 @@ class Latents:
         return len(self.sites)
 
     def pack(self, values: Mapping[str, Tensor]) -> Tensor:
-        """Returns unconstrained vectors ``(*sample, dim)`` of values of shapes ``(*sample, *site.shape)``."""
+        """Packs values of shapes ``(*sample, *site.shape)`` into unconstrained vectors ``(*sample, dim)``."""
         parts = []
         for site in self.sites:
             value = values[site.name]
@@ -96,10 +96,10 @@ class Latents:
     def unpack(self, z: Tensor, nesting: int = 0) -> tuple[dict[str, Tensor], Tensor]:
         """Returns values and ``log|d values / d z|``, shape ``(*sample,)``, at ``z`` of shape ``(*sample, dim)``.
 
-        Right of the sample's dimensions, ``nesting`` are kept for plates; sites with fewer get 1s there.
+        Keeps ``nesting`` plate dimensions right of the sample's; sites with fewer get 1s.
         """
         lead = z.shape[:-1]
-        if 0 in lead:  # torch cannot sum over the dimensions of no events
+        if 0 in lead:  # torch cannot sum over no events
             values, total = self.unpack(z.new_zeros((1,) * len(lead) + (self.dim,)), nesting)
             return {n: v.new_empty(lead + v.shape[len(lead) :]) for n, v in values.items()}, total.new_empty(lead)
         values = {}
@@ -120,7 +120,7 @@ class Latents:
         return self.unpack(z)[0]
 
     def names(self) -> list[str]:
-        """Returns a label for each unconstrained number, such as ``theta[3]``."""
+        """Labels each unconstrained number, such as ``theta[3]``."""
         labels = []
         for site in self.sites:
             shape = site.batch_shape + site.free_shape

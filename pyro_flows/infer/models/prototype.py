@@ -1,4 +1,4 @@
-"""A first look at a model: its latents at a feasible point; it refuses those that no fixed vector represents."""
+"""Finds a model's latents at a feasible point, and refuses those that no fixed vector represents."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ Sizes = dict[tuple[object, ...], int | str]
 
 
 def feasible(site: Message, like: Tensor | None = None) -> Tensor:
-    """Returns a value in the middle of the support, or a sample where that has none, as if discrete.
+    """Returns a value in the middle of the support, or a sample of, for example, a discrete one.
 
-    ``like`` gives dtype and device if the distribution cannot be sampled.
+    ``like`` gives the dtype and device if the distribution cannot be sampled.
     """
     fn = site["fn"]
     transform = _to_support(fn.support)
@@ -64,7 +64,7 @@ def _replaceable(value: Any) -> Tensor:
 
 
 def _to_support(support: constraints.Constraint) -> Transform | None:
-    """Maps the line onto a support, perhaps not one to one: a reparametrization may still replace the site."""
+    """Maps the line onto a support, not always one to one: a reparametrization may yet replace the site."""
     for registry in (biject_to, transform_to):
         try:
             return registry(support)
@@ -82,7 +82,7 @@ def _no_bijection(site: Message) -> ValueError:
 
 
 def initializer(chosen: Init | None, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Init:
-    """Returns the user's way to initialize sites, with :func:`feasible` where that cannot sample."""
+    """Returns the user's initializer, with :func:`feasible` where that cannot sample."""
     tensors = [leaf for leaf in tree_leaves((args, dict(kwargs))) if isinstance(leaf, Tensor)]
     like = next((t for t in tensors if t.is_floating_point()), None)
 
@@ -100,15 +100,15 @@ def initializer(chosen: Init | None, args: tuple[object, ...], kwargs: Mapping[s
 def inspect(
     model: Model, init: Init, args: tuple[object, ...], kwargs: Mapping[str, object], deadline: float = math.inf
 ) -> tuple[Trace, Latents]:
-    """Traces the model at an initial point, and lays out its latents; runs it at four more points, or until a deadline.
+    """Traces the model at an initial point, lays out its latents, and reruns it at four more points until a deadline.
 
     Raises:
-        ValueError: for a model without latents; with a latent that is discrete, spherical, an angle or in a sequential
-            or subsampled plate, or whose support has no bijection from the line or depends on another latent; or if
-            the latents change from one run to the next.
+        ValueError: for a model without latents; for a latent that is discrete, spherical, an angle, in a sequential or
+            subsampled plate, or with a support that has no bijection from the line or depends on another latent; or if
+            the latents change between runs.
     """
     trace = run(InitMessenger(init)(model), args, kwargs)
-    messages = latent_messages(trace)  # reparametrized sites are latents no longer
+    messages = latent_messages(trace)
     for message in messages.values():
         _refuse_site(message)
     latents = Latents.of(trace)
@@ -118,13 +118,13 @@ def inspect(
         )
     if latents.dim == 0:
         raise ValueError(f"AutoFlow: the latent sites {list(messages)} are all empty")
-    # Opposite points, as random numbers start anew each time: a structure that depends on a sign shows.
+    # Opposite points with the same random numbers reveal a structure that depends on a sign.
     for radius in (0.3, -0.3, 1.0, -1.0):
 
         def moved(site: Message, radius: float = radius) -> Tensor:
             value = init(site)
             transform = _to_support(site["fn"].support)
-            if transform is None:  # its reparameterization gives it another value
+            if transform is None:  # a reparametrization replaces this value
                 return value
             free = transform.inv(value)
             return _replaceable(transform(free + radius * (2 * torch.rand_like(free) - 1)))
@@ -133,7 +133,7 @@ def inspect(
             with torch.random.fork_rng():
                 other = run(InitMessenger(moved)(model), args, kwargs)
         except FAILURES:
-            continue  # a point where the model is not defined says nothing about its structure
+            continue  # an undefined model shows no structure
         _refuse_change(messages, other)
         if time.monotonic() > deadline:
             break
@@ -177,7 +177,7 @@ def _refuse_site(site: Message) -> None:
 
 
 def _refuse_change(first: dict[str, Message], trace: Trace) -> None:
-    """Refuses latent sites that another run does not have in the same form."""
+    """Refuses latent sites that change between runs."""
     nodes: dict[str, Any] = dict(trace.nodes)
     for name, site in first.items():
         found = nodes.get(name)
@@ -202,10 +202,10 @@ def _refuse_change(first: dict[str, Message], trace: Trace) -> None:
 
 @torch.no_grad()
 def finite_start(density: JointDensity, trace: Trace, latents: Latents, attempts: int = 20) -> Tensor:
-    """Returns a point, shape ``(dim,)``, where the log-density is finite: the prototype's, or one near it.
+    """Returns a point, shape ``(dim,)``, with finite log-density: the prototype's, or one nearby.
 
     Raises:
-        ValueError: if none is found; it names the sites whose log-density is not finite.
+        ValueError: if none is found; names the sites whose log-density is not finite.
     """
     values = {name: message["value"].detach() for name, message in latent_messages(trace).items()}
     first = point = latents.pack(values)
@@ -239,7 +239,7 @@ def finite_start(density: JointDensity, trace: Trace, latents: Latents, attempts
 
 
 def sizes_of(model: Model, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Sizes:
-    """Returns sizes of tensors, integers, strings and flags among the arguments of a call, by their place."""
+    """Returns the sizes of tensors, integers, strings and flags in a call, by place."""
     try:
         bound = signature(model).bind(*args, **kwargs)
         bound.apply_defaults()
@@ -257,7 +257,7 @@ def sizes_of(model: Model, args: tuple[object, ...], kwargs: Mapping[str, object
 
 
 def resized(plates: Iterable[int], then: Sizes, now: Sizes) -> bool:
-    """Whether, for some plate, every argument that had its size then has another one now."""
+    """Whether, for some plate, every argument that had its size has a new one."""
     for plate in set(plates):
         found = [now[place] for place, size in then.items() if size == plate and place in now]
         if found and plate not in found:
@@ -268,7 +268,7 @@ def resized(plates: Iterable[int], then: Sizes, now: Sizes) -> bool:
 def latent_shapes(
     model: Model, args: tuple[object, ...], kwargs: Mapping[str, object], observed: Container[str]
 ) -> dict[str, tuple[int, ...]] | None:
-    """Returns shapes of a model's latents at arguments that may lack data; ``None`` if it cannot run."""
+    """Returns the shapes of a model's latents at arguments that may lack data; ``None`` if it cannot run."""
     try:
         with torch.random.fork_rng(), torch.no_grad():
             trace = run(InitMessenger(initializer(None, args, kwargs))(model), args, kwargs)
@@ -279,14 +279,14 @@ def latent_shapes(
 
 
 def parameters_of(trace: Trace) -> dict[str, Tensor]:
-    """Copies the parameters in a trace of a model that a Pyro optimizer would train, by name."""
+    """Copies the parameters in a model's trace that a Pyro optimizer would train, by name."""
     store = pyro.get_param_store()
     found = {}
     nodes: dict[str, Any] = dict(trace.nodes)
     for name, site in nodes.items():
         if site["type"] != "param":
             continue
-        value = store[name] if name in store else site["value"]  # in a plate, a run may see a part of it
+        value = store[name] if name in store else site["value"]  # a run may see only part of it
         free = value.unconstrained() if hasattr(value, "unconstrained") else value
         if free.requires_grad:
             found[name] = value.detach().clone()

@@ -1,4 +1,4 @@
-"""The sample sites of a run of a model, by their role in inference, with their scales and masks."""
+"""Classifies the sample sites of a model run by role, with scales and masks."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ __all__ = ["Message", "Model", "Site", "latent_messages", "run", "sample_message
 LATENT, DATA, FACTOR, COMPUTED, DRAWN = "latent", "data", "factor", "computed", "drawn"
 
 Model = Callable[..., object]
-Message = dict[str, Any]  # Pyro's record of a site, whose distribution Pyro itself types as a mere callable
+Message = dict[str, Any]  # Pyro's record of a site; Pyro types its distribution as a mere callable
 
 
 def run(
     model: Model, args: tuple[object, ...], kwargs: Mapping[str, object], values: Mapping[str, Tensor] | None = None
 ) -> Trace:
-    """Traces a model at given values of some sites, hidden from all handlers around."""
+    """Traces a model at given values of some sites, hidden from all outer handlers."""
     with poutine.block():
         return poutine.trace(poutine.condition(model, data=dict(values or {}))).get_trace(*args, **kwargs)
 
 
 def sample_messages(trace: Trace) -> dict[str, Message]:
-    """Returns Pyro's records of sample sites by name, without the indices of subsamples."""
+    """Returns Pyro's records of sample sites by name, without subsample indices."""
     nodes: dict[str, Any] = dict(trace.nodes)
     return {name: node for name, node in nodes.items() if node["type"] == "sample" and not site_is_subsample(node)}
 
 
 def latent_messages(trace: Trace) -> dict[str, Message]:
-    """Returns the sample sites that are not observed."""
+    """Returns the unobserved sample sites."""
     return {name: message for name, message in sample_messages(trace).items() if not message["is_observed"]}
 
 
 def nesting_of(message: Message) -> int:
-    """Counts the dimensions of a site's plates, and of its batch, declared or not."""
+    """Counts the dimensions of a site's plates and batch, declared or not."""
     dims = [-frame.dim for frame in message["cond_indep_stack"] if frame.vectorized]
     return max(len(message["fn"].batch_shape), *dims, 0)
 
@@ -54,10 +54,10 @@ class Site:
 
     Attributes:
         name: the site's name.
-        kind: ``"latent"``, of the guide; ``"data"``; ``"factor"``; ``"computed"``, by ``pyro.deterministic`` or a
-            reparametrization; ``"drawn"``, anything else that the run drew or enumerated.
+        kind: ``"latent"`` (in the guide), ``"data"``, ``"factor"``, ``"computed"`` (by ``pyro.deterministic`` or a
+            reparametrization), or ``"drawn"`` (any other).
         message: Pyro's record.
-        own: the entries of a latent, in its batch shape, that keep their own density under a mask.
+        own: the entries of a latent, in its batch shape, that keep their density under a mask.
     """
 
     name: str
@@ -77,19 +77,19 @@ class Site:
 
     @property
     def scale(self) -> float | Tensor:
-        """The factor of the log-density by ``poutine.scale`` and subsampling."""
+        """The factor of the log-density due to ``poutine.scale`` and subsampling."""
         return self.message["scale"]
 
     @property
     def mask(self) -> bool | Tensor | None:
-        """The entries that count, by ``poutine.mask`` and by the distribution; ``None`` if all do."""
+        """The entries that ``poutine.mask`` and the distribution keep; ``None`` means all."""
         masks = _masks(self.message["mask"], self.fn)
         if any(mask is False for mask in masks):
             return False
         return masks[0] & masks[-1] if masks else None
 
     def log_prob(self, scaled: bool = True) -> Tensor:
-        """The log-density of each entry as it counts in the model's, in nats; ``scaled`` includes the scale."""
+        """Each entry's contribution to the model's log-density, in nats; ``scaled`` includes the scale."""
         message, scale = self.message, self.scale if scaled else 1.0
         value = self.fn.log_prob(self.value, *message["args"], **message["kwargs"])
         value = scale_and_mask(value, scale, message["mask"])
@@ -126,14 +126,14 @@ def _kind(message: Message) -> str:
 
 
 def sum_beyond(values: Tensor, keep: int) -> Tensor:
-    """Sums over all dimensions except the first ``keep``; also where there are no values."""
+    """Sums over all dimensions except the first ``keep``, even without values."""
     return values.sum(tuple(range(keep, values.dim()))) if values.dim() > keep else values
 
 
 def per_draw(name: str, each: Tensor, count: int, nesting: int) -> Tensor:
-    """Sums a site's log-densities over all but the draws, the dimension left of ``nesting`` plate dimensions.
+    """Sums a site's log-densities over all dimensions but the draws, left of ``nesting`` plate dimensions.
 
-    The result has shape ``(count,)``, or is a number if it is the same for all draws.
+    The result has shape ``(count,)``, or is a number if all draws share it.
 
     Raises:
         ValueError: if the dimension of the draws has another size.
@@ -149,7 +149,7 @@ def per_draw(name: str, each: Tensor, count: int, nesting: int) -> Tensor:
 
 
 def unmasked(fn: Any) -> Any:
-    """The same distribution without masks of its own."""
+    """Removes a distribution's own masks."""
     if isinstance(fn, MaskedDistribution):
         return unmasked(fn.base_dist)
     if isinstance(fn, Independent):
@@ -158,7 +158,7 @@ def unmasked(fn: Any) -> Any:
 
 
 def is_masked(site: Site) -> bool:
-    """Whether a mask leaves out the log-density of some entry."""
+    """Whether a mask leaves out some entry's log-density."""
     fn = site.fn
     while isinstance(fn, Independent):
         fn = fn.base_dist
@@ -166,12 +166,12 @@ def is_masked(site: Site) -> bool:
 
 
 def counts(site: Site) -> bool:
-    """Whether a mask leaves any entry of a site."""
+    """Whether a mask keeps any entry of a site."""
     return site.mask is None or bool(torch.as_tensor(site.mask).any())
 
 
 def is_part(trace: Trace) -> bool:
-    """Whether a run sees only a part of some plate."""
+    """Whether a run sees only part of some plate."""
     nodes: list[Any] = [node for node in trace.nodes.values() if node["type"] == "sample"]
     frames = [frame for node in nodes for frame in node["cond_indep_stack"]]
     if any(frame.full_size is not None and frame.full_size != frame.size for frame in frames):

@@ -1,4 +1,4 @@
-"""Bijections from the line for supports that have none in torch and Pyro: triangular matrices, mixtures and others."""
+"""Adds bijections for supports that have none in torch and Pyro, such as triangular matrices and mixtures."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["LowerTriangular", "plain_support", "support_of"]
 class LowerTriangular(Transform):
     """Maps vectors of ``n (n + 1) / 2`` numbers to lower triangular ``n x n`` matrices with a positive diagonal.
 
-    Entries are taken row by row; those of the diagonal are logarithms.
+    Fills entries row by row; those of the diagonal are logarithms.
     """
 
     domain = constraints.real_vector
@@ -63,10 +63,10 @@ def _size(length: int) -> int:
 
 
 def plain_support(support: object) -> dict[str, Any]:
-    """Describes a support as plain data: the public name of a constraint of torch or Pyro, and its bounds.
+    """Describes a support as plain data: a constraint's public name in torch or Pyro, and its bounds.
 
     Raises:
-        TypeError: for a constraint of another kind.
+        TypeError: for any other constraint.
     """
     for name, known in _public().items():
         if known is type(support):
@@ -79,7 +79,7 @@ def plain_support(support: object) -> dict[str, Any]:
 
 
 def support_of(plain: dict[str, Any]) -> constraints.Constraint:
-    """Makes the support that :func:`plain_support` described.
+    """Restores the support that :func:`plain_support` described.
 
     Raises:
         ValueError: for an unknown name.
@@ -125,5 +125,5 @@ _MADE: tuple[tuple[constraints.Constraint, Callable[[Any], Transform]], ...] = (
 for _support, _make in _MADE:
     try:
         biject_to(_support)
-    except NotImplementedError:  # registrations of the user come first
+    except NotImplementedError:  # the user's registrations come first
         biject_to.register(_support, _make)

@@ -1,4 +1,4 @@
-"""Objectives for guides, each a Pyro ELBO: path gradients of the evidence, of tighter bounds, and the forward KL."""
+"""Pyro ELBOs for guides: path gradients of bounds on the evidence, and the forward KL."""
 
 from pyro_flows.infer.objectives.bounds import AlphaDivergence, DReGELBO, PathELBO
 from pyro_flows.infer.objectives.forward import ForwardKL

@@ -1,7 +1,7 @@
-r"""Bounds on the evidence with gradients through the draws alone: ``PathELBO``, ``DReGELBO``, ``AlphaDivergence``.
+r"""Bounds on the evidence with gradients through the draws alone.
 
-All three are one family, with the formulas of :class:`AlphaDivergence`; the gradient for the model's parameters is
-:math:`\sum_k v_k \, \partial \log p_k`.  That for the guide's comes from the total derivative, in which the score term
+The formulas are those of :class:`AlphaDivergence`, with the gradient :math:`\sum_k v_k \, \partial \log p_k` with
+respect to the model's parameters. In the guide's total derivative, the score term
 :math:`v_k \, \partial_\phi \log q(z_k)` has the same expectation over :math:`z_k` as
 :math:`(1 - \alpha)(v_k - v_k^2) \, \partial_z \ell_k \, d z_k / d \phi`, where :math:`\ell_k = \log w_k`.
 """
@@ -32,10 +32,10 @@ def _bound(log_w: Tensor, keep: Tensor, alpha: float) -> tuple[Tensor, Tensor, T
     if alpha == 1:
         v = keep.to(log_w) / count
         return (v * log_w).sum(), v, torch.ones_like(log_w)
-    # Centered, which keeps precision where alpha is near 1.
+    # Centering keeps precision for alpha near 1.
     center = log_w.sum() / count
     tilted = ((1 - alpha) * (log_w - center)).masked_fill(~keep, -math.inf)
-    # A particle without a weight counts as 0 in a mean of positive powers, and is left out of other means.
+    # Without a weight, a particle counts as 0 in a mean of positive powers, and is left out of others.
     log_count = math.log(len(log_w)) if alpha < 1 else count.to(log_w).log()
     v = tilted.softmax(0)
     highest = tilted.max()
@@ -47,7 +47,7 @@ def _bound(log_w: Tensor, keep: Tensor, alpha: float) -> tuple[Tensor, Tensor, T
 
 
 class _PathObjective(ELBO):
-    """The bounds of this module, which differ in ``_alpha``."""
+    """The base of these bounds, with ``_alpha``."""
 
     _alpha: float
 
@@ -94,7 +94,7 @@ class _PathObjective(ELBO):
         return torch.stack([torch.as_tensor(part) for part in parts])
 
     def _losses(self, model: Model, guide: Model, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-        """Returns the loss, a number, and a surrogate with its gradient, if it has one."""
+        """Returns the scalar loss and any surrogate for its gradient."""
         runs = list(self._runs(model, guide, args, kwargs))
         log_p = self._gather([run.log_p for run in runs])
         log_w = log_p.detach() - self._gather([run.log_q for run in runs])
@@ -141,7 +141,7 @@ class _PathObjective(ELBO):
         return loss.item()
 
     def differentiable_loss(self, model: Model, guide: Model, *args: Any, **kwargs: Any) -> Tensor:
-        """Returns minus the bound, with the objective's first gradient; a second one has no meaning."""
+        """Returns minus the bound; only its first gradient is valid."""
         loss, surrogate = self._losses(model, guide, args, kwargs)
         return loss if surrogate is None else loss + (surrogate - surrogate.detach())
 
@@ -153,35 +153,33 @@ class PathELBO(_PathObjective):
         \nabla_\phi L = \mathbb{E}\Bigl[\frac{\partial}{\partial z} \bigl(\log p(x, z) - \log q_\phi(z)\bigr)
         \frac{d z}{d \phi}\Bigr].
 
-    The total derivative of ``Trace_ELBO`` also has the term :math:`-\partial_\phi \log q_\phi(z)`, which is 0 on
-    average and only adds noise.  Without it the gradient of every draw is 0 once the guide is the posterior.  It is
-    unbiased, for parameters of the guide, of the model, and shared ones.
+    The gradient of ``Trace_ELBO`` also has the term :math:`-\partial_\phi \log q_\phi(z)`, which is 0 on average.
+    Without it every draw's gradient is 0 once the guide is the posterior. The gradient is unbiased for parameters of
+    the guide, of the model, and of both.
 
-    A particle whose weight is not finite is left out of the mean; ``pyro.enable_validation(False)`` keeps distributions
-    from raising an error there.
+    Particles whose weight is not finite are left out of the mean; ``pyro.enable_validation(False)`` keeps distributions
+    from raising there.
 
-    Any reparameterized guide will do: autoguides, ``PyroModule``s, functions with ``pyro.param`` or ``pyro.module``.
-    The guide runs twice, the second time on the draws of the first, so a module in it must not draw noise of its own
-    (dropout) nor depend on the number of calls.
+    Any reparameterized guide works: autoguides, ``PyroModule``s, functions with ``pyro.param`` or ``pyro.module``. The
+    guide reruns on its draws, so its modules must neither draw noise (dropout) nor count calls.
 
-    Cost: that of ``Trace_ELBO``, and one more run of the guide with its density at the draws and the gradient with
-    respect to them; for a flow, one more pass, in the density direction.  Particles are kept until the end, even if
-    they are not vectorized.
+    Cost: that of ``Trace_ELBO``, plus the guide's density at the draws and its gradient with respect to them; for a
+    flow, one more pass in the density direction. All particles stay in memory.
 
     Args:
-        num_particles: draws for each step.
-        max_plate_nesting: as in ``pyro.infer.ELBO``; by default a run of guide and model finds it.
-        vectorize_particles: whether to make all draws at once, in a plate outside of all others.
+        num_particles: the number of draws per step.
+        max_plate_nesting: as in ``pyro.infer.ELBO``; by default found by a run.
+        vectorize_particles: whether to make all draws at once, in an outermost plate.
         strict_enumeration_warning: as in ``pyro.infer.ELBO``.
         retain_graph: as in ``pyro.infer.ELBO``.
 
     Attributes:
-        num_dropped: particles so far that were left out because their weight was not finite.
-        num_scored: all particles so far.
+        num_dropped: the number of particles left out so far.
+        num_scored: the number of all particles so far.
 
     Raises:
         ValueError: if a site of the guide is not reparameterized; names it.
-        NotImplementedError: if the guide cannot score a draw anew, or runs its model by itself.
+        NotImplementedError: if the guide cannot score a given draw, or runs its model itself.
 
     References:
         Roeder, Wu, Duvenaud. Sticking the Landing: Simple, Lower-Variance Gradient Estimators for Variational
@@ -210,15 +208,13 @@ class DReGELBO(_PathObjective):
         \nabla_\phi L_K = \mathbb{E} \sum_k \tilde w_k^2 \frac{\partial \log w_k}{\partial z_k} \frac{d z_k}{d \phi},
 
     with :math:`\tilde w_k = w_k / \sum_j w_j`; the model's parameters get
-    :math:`\sum_k \tilde w_k \, \partial \log p(x, z_k)`.  Both are unbiased for :math:`L_K`, which grows with ``K``
-    from the evidence lower bound to the evidence.  The squares matter: with plain weights, as with a path gradient in
-    ``RenyiELBO``, the gradient belongs to no bound.
+    :math:`\sum_k \tilde w_k \, \partial \log p(x, z_k)`. Both are unbiased for :math:`L_K`, which grows with ``K`` from
+    the evidence lower bound to the evidence. Without the squares, as for a path gradient in ``RenyiELBO``, the gradient
+    belongs to no bound.
 
-    Weights are those of whole traces, not of members of a plate, so with many local latents one of ``K`` weights is
-    soon large and the others small.  With a subsampled plate :math:`L_K`, of the scaled minibatch, is no lower bound of
-    the whole data's evidence.
-
-    A particle without a finite weight counts as one of weight 0, so the bound remains one.
+    Weights are those of whole traces, so with many local latents one of ``K`` soon dominates. With a subsampled plate
+    :math:`L_K`, of the scaled minibatch, is no lower bound of the whole data's evidence. A particle without a finite
+    weight has weight 0, which keeps the bound valid.
 
     Options, attributes, errors and cost are those of :class:`PathELBO`; ``num_particles`` is ``K``.
 
@@ -239,18 +235,17 @@ class AlphaDivergence(_PathObjective):
         \frac{\partial \log w_k}{\partial z_k} \frac{d z_k}{d \phi}, \qquad
         v_k = \frac{w_k^{1 - \alpha}}{\sum_j w_j^{1 - \alpha}}.
 
-    The estimates of :math:`L_{\alpha, K}` and of its gradient are unbiased, for any ``K``, in the guide's and the
-    model's parameters.  Rényi's bound :math:`L_\alpha = \log p(x) - D_\alpha(q \,\|\, p(\cdot \mid x))` is the limit
-    for large ``K``: the difference is of order ``1 / K`` as long as :math:`w^{1 - \alpha}` has a variance, and
-    :math:`L_{\alpha, K}` is below :math:`L_\alpha` for ``alpha < 1`` and above it for ``alpha > 1``.  With ``K = 1`` it
-    is the evidence lower bound, whatever ``alpha``.
+    Both estimates are unbiased for any ``K``, in the guide's and the model's parameters. For large ``K`` the limit is
+    Rényi's bound :math:`L_\alpha = \log p(x) - D_\alpha(q \,\|\, p(\cdot \mid x))`, approached from below
+    (``alpha < 1``) or above (``alpha > 1``), at order ``1 / K`` if :math:`w^{1 - \alpha}` has a variance. ``K = 1``
+    gives the evidence lower bound for any ``alpha``.
 
-    ``alpha = 1`` is :class:`PathELBO`, ``alpha = 0`` is :class:`DReGELBO`.  With smaller ``alpha`` the guide covers
-    more of the posterior, with larger ones it keeps to where the posterior is high; for ``alpha < 0`` the limit is an
-    upper bound of the evidence.  The gradient of every draw is 0 once the guide is the posterior.
+    ``alpha = 1`` is :class:`PathELBO`, ``alpha = 0`` is :class:`DReGELBO`. A smaller ``alpha`` makes the guide cover
+    more of the posterior, a larger one keeps it where the posterior is high; for ``alpha < 0`` the limit is an upper
+    bound of the evidence. Every draw's gradient is 0 once the guide is the posterior.
 
-    Weights are those of whole traces, as in :class:`DReGELBO`.  A particle without a finite weight counts as one of
-    weight 0 for ``alpha < 1``, and is left out of the mean otherwise.
+    Weights are those of whole traces. A particle without a finite weight has weight 0 for ``alpha < 1``, and is left
+    out of the mean otherwise.
 
     Options, attributes, errors and cost are those of :class:`PathELBO`; ``num_particles`` is ``K``.
 

@@ -41,32 +41,31 @@ class ForwardKL(ELBO):
 
     .. math:: L = -\mathbb{E}_{p(z \mid x)} \log q_\phi(z) \approx -\frac{1}{B} \sum_b \log q_\phi(z_b)
 
-    in nats, with the density in constrained space.  This is the divergence :math:`\mathrm{KL}(p \,\|\, q_\phi)` up to
-    the posterior's entropy, so the guide learns every mode that the draws visit.  The model does not run, and its
-    parameters get no gradient.
+    in nats, with the density in constrained space. The loss is :math:`\mathrm{KL}(p \,\|\, q_\phi)` plus the
+    posterior's entropy, so the guide learns every mode that the draws visit. The model does not run, and its parameters
+    get no gradient.
 
-    Each step takes the next ``batch_size`` rows of a shuffled order, and shuffles anew when too few are left.
-    :meth:`loss` scores all rows.
+    Each step takes the next ``batch_size`` rows of a shuffled order, and reshuffles when too few are left. :meth:`loss`
+    scores all rows.
 
-    Which guides: ``AutoContinuous`` (flow guides, ``AutoMultivariateNormal``, ...), ``AutoNormal``, an
-    ``AutoGuideList`` of these, or a guide that samples the model's latents themselves and nothing auxiliary.
+    The guide may be an ``AutoContinuous`` (flow guides, ``AutoMultivariateNormal``, ...), an ``AutoNormal``, an
+    ``AutoGuideList`` of these, or one that samples only the model's latents.
 
-    Cost: one run of the guide with its density at the rows; for a flow, one pass in the density direction, and no draw.
+    Cost: the guide's density at the rows; for a flow, one pass in the density direction, and no draw.
 
     Args:
-        draws: constrained values for each latent site, tensors or arrays of shape ``(n, *shape)`` with the shape of the
-            site's value.  Floating values take the guide's dtype and device.
-        batch_size: rows for each step, at most ``n``.
-        seed: for the order of rows, which does not depend on torch's global generators.
-        max_plate_nesting: the guide's; by default a run of it finds it.
-        vectorize_particles: whether to score the rows of a step at once, in a plate outside of all others, or one by
-            one, for guides that do not broadcast.
+        draws: the constrained values of each latent site, tensors or arrays of shape ``(n, *site.shape)``. Floating
+            values take the guide's dtype and device.
+        batch_size: the number of rows per step, at most ``n``.
+        seed: the seed for the order of rows, independent of torch's global generators.
+        max_plate_nesting: the guide's plate nesting; by default found by a run.
+        vectorize_particles: whether to score a step's rows at once, in an outermost plate, or one by one.
         retain_graph: as in ``pyro.infer.ELBO``.
 
     Attributes:
         num_samples: ``n``.
-        num_dropped: rows so far that were left out of a step because their density was not finite.
-        num_scored: all rows so far.
+        num_dropped: the number of rows left out so far because their density was not finite.
+        num_scored: the number of all rows so far.
 
     Raises:
         ValueError: if sites, shapes or supports of draws and guide do not fit; names the site.
@@ -112,7 +111,7 @@ class ForwardKL(ELBO):
         return rows
 
     def _fitted(self, guide: Model, args: tuple, kwargs: dict[str, Any]) -> tuple[dict[str, Tensor], int]:
-        """Returns values of the guide's sites, computed at its first call, and the depth of its plates."""
+        """Returns the cached values of the guide's sites, and its plate depth."""
         if guide not in self._values:
             refuse_messenger("ForwardKL", guide)
             with poutine.block(), torch.no_grad():
@@ -155,7 +154,7 @@ class ForwardKL(ELBO):
         dropped = len(rows) - int(fine.sum())
         count_dropped(self, dropped, len(rows), "rows have no finite density under the guide")
         if 0 < dropped < len(rows):
-            # Score anew: 0 times a derivative that is not finite is not 0.
+            # Score again, because 0 times a derivative that is not finite is not 0.
             log_q = self._log_q(guide, args, kwargs, rows[fine])
         loss = -log_q.mean()
         return loss if dropped < len(rows) else loss.detach()

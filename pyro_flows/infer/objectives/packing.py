@@ -1,13 +1,10 @@
-"""Draws of a model's latents as values of a guide's own sites.
+"""Turns draws of a model's latents into values of a guide's own sites.
 
-Guides take values in these ways:
-
-- an ``AutoContinuous`` samples one auxiliary vector, ``_{name}_latent``: each latent is mapped to unconstrained space
-  by ``biject_to`` of its support and flattened, in the order of the guide's ``prototype_trace``; the guide adds the
-  Jacobians;
-- an ``AutoNormal`` samples ``{site}_unconstrained`` for each latent, in the same space;
-- an ``AutoGuideList`` consists of these;
-- any other guide samples the latents themselves, from distributions that have a density, and nothing auxiliary.
+- An ``AutoContinuous`` samples one vector, ``_{name}_latent``: latents mapped to unconstrained space by ``biject_to``
+  and flattened, in the order of the ``prototype_trace``. The guide adds the Jacobians.
+- An ``AutoNormal`` samples ``{site}_unconstrained`` for each latent, in the same space.
+- An ``AutoGuideList`` consists of these.
+- Any other guide samples only the latents, from distributions with a density.
 """
 
 from __future__ import annotations
@@ -27,9 +24,7 @@ __all__ = ["guide_values"]
 
 
 def guide_values(guide: Model, trace: Trace, draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns values for every site that the guide, which has been called, samples from a density.
-
-    Values and draws, of the model's latents, have shape ``(n, *shape)``.
+    """Returns values ``(n, *shape)`` for every site that the guide, which has run, samples from a density.
 
     Raises:
         ValueError: if the sites, a shape or a support do not fit, or the guide has no density of the latents.
@@ -97,7 +92,7 @@ def _refuse_rows(name: str, fine: Tensor, why: str) -> None:
 
 
 def _unconstrained(guide: AutoContinuous | AutoNormal, draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Maps draws of the latents of an autoguide to unconstrained space, in the order of its trace."""
+    """Maps draws to unconstrained space, in trace order."""
     found = {}
     for name, site in latent_messages(guide.prototype_trace).items():
         _check_support(site, draws[name])

@@ -1,9 +1,8 @@
-"""Particles whose log weight is differentiable through the guide's draws alone, and through the model's parameters.
+"""Particles whose log weight is differentiable only through the guide's draws and the model's parameters.
 
-The draws ``z`` of a guide are cut from it twice.  The model sees a view, whose gradient is multiplied by a factor of
-each particle on its way back into the guide; the factor may be set after the model has run, when the weights are known.
-The guide's density is differentiated with respect to a copy of ``z`` without history, in a second run of the guide on
-these draws, which thereby holds parameters of any kind fixed.
+The draws ``z`` are cut from the guide twice. The model sees a view, whose gradient is multiplied by a factor per
+particle on its way into the guide; the factor may be set after the model's run. A second run of the guide gives its
+density at a detached copy of ``z``, which holds parameters of any kind fixed.
 """
 
 from __future__ import annotations
@@ -27,14 +26,14 @@ __all__ = ["Particles", "count_dropped", "refuse_messenger", "sum_particles"]
 
 
 class Counting(Protocol):
-    """An objective that counts what it scores, and what it leaves out."""
+    """An objective that counts scored and dropped particles."""
 
     num_dropped: int
     num_scored: int
 
 
 def count_dropped(owner: Counting, dropped: int, scored: int, why: str) -> None:
-    """Adds to an objective's counts, and warns the first time that something is left out."""
+    """Updates an objective's counts, and warns at the first drop."""
     if dropped and not owner.num_dropped:
         warnings.warn(
             f"{type(owner).__name__}: {dropped} of {scored} {why} and were left out; num_dropped counts them from here "
@@ -47,7 +46,7 @@ def count_dropped(owner: Counting, dropped: int, scored: int, why: str) -> None:
 
 
 def sum_particles(trace: Trace, axis: int | None) -> Tensor | float:
-    """Sums a scored trace's log-densities over sites: a scalar, or one for each entry of batch dimension ``-axis``."""
+    """Sums a trace's log-densities over sites, to a scalar or per entry of batch dimension ``-axis``."""
     total: Tensor | float = 0.0
     for site in trace.nodes.values():
         if site["type"] != "sample":
@@ -67,7 +66,7 @@ def sum_particles(trace: Trace, axis: int | None) -> Tensor | float:
 
 
 def refuse_messenger(owner: str, guide: Model) -> None:
-    """Refuses a guide that runs the model itself, and so cannot run on its own."""
+    """Refuses a guide that runs the model itself."""
     if isinstance(poutine.unwrap(guide), Messenger):
         raise NotImplementedError(
             f"{owner}: a guide that is an effect handler ({type(poutine.unwrap(guide)).__name__}) cannot be run apart "
@@ -86,7 +85,7 @@ def _is_rejection_sampler(fn: Any) -> bool:
 def _is_discrete(fn: Any) -> bool:
     try:
         return fn.support.is_discrete
-    except NotImplementedError:  # a distribution that does not say
+    except NotImplementedError:  # no stated support
         return False
 
 
@@ -121,9 +120,9 @@ def _score(trace: Trace, max_plate_nesting: Any) -> Trace:
 
 
 class _WayBack:
-    """Hooks for gradients between the draws and the guide.
+    """Gradient hooks between the draws and the guide.
 
-    The particles are apart, because hooks that hold the draws make a cycle that keeps every step's graph.
+    Hooks that held the draws would make a cycle that keeps every step's graph.
     """
 
     def __init__(self, vectorized: bool) -> None:
@@ -137,7 +136,7 @@ class _WayBack:
         return gradient * (_along(self.factor, gradient) if self.vectorized else self.factor)
 
     def stop_dropped(self, gradient: Tensor) -> Tensor:
-        # A later draw that overflowed has the gradient NaN, although it has no weight.
+        # A later draw that overflowed has a NaN gradient, although it has no weight.
         return gradient if self.dropped is None else gradient.masked_fill(_along(self.dropped, gradient), 0.0)
 
 
@@ -151,11 +150,10 @@ class Particles:
     Attributes:
         log_p: the model's log-density, differentiable in its parameters and in the draws; a scalar or ``(K,)``.
         log_q: the guide's log-density at its draws, without gradient.
-        through_draws: the surrogate for ``log_q``: only its gradient with respect to the draws is used; its value is
-            arbitrary.
+        through_draws: the surrogate for ``log_q``: only its gradient with respect to the draws is used.
 
-    Cost: the guide's draws, its density at them without the cache (for a flow, one pass in the density direction) with
-    the gradient with respect to the draws, and the model.
+    Cost: the guide's draws, their uncached density (for a flow, one pass in the density direction) with its gradient,
+    and the model.
     """
 
     def __init__(
@@ -182,7 +180,7 @@ class Particles:
             self._draws[name] = value = site["value"].expand(shape)
             if axis is not None and value.shape == site["value"].shape and site["value"].grad_fn is not None:
                 site["value"].register_hook(self._way_back.stop_dropped)
-        # New tensors also keep out caches, which go by identity and hold the guide's history.
+        # New tensors bypass caches, which go by identity and hold the guide's history.
         self._seen = {name: value.view_as(value) for name, value in self._draws.items()}
         for seen in self._seen.values():
             if seen.requires_grad:
@@ -219,12 +217,12 @@ class Particles:
             self._slopes = {name: slope for name, slope in zip(wanted, slopes, strict=True) if slope is not None}
 
     def weigh(self, factor: Tensor) -> None:
-        """Sets the factor, ``(K,)`` or a scalar, of gradients on their way from the draws into the guide."""
+        """Sets the factor, ``(K,)`` or a scalar, for gradients from draws into the guide."""
         self._way_back.factor = factor
 
     @property
     def through_draws(self) -> Tensor | float:
-        """``(K,)`` or a scalar; see the class."""
+        """The surrogate for ``log_q``, ``(K,)`` or a scalar."""
         total: Tensor | float = 0.0
         for name, slope in self._slopes.items():
             product = slope * self._seen[name]
@@ -232,10 +230,10 @@ class Particles:
         return total
 
     def replace(self, keep: Tensor) -> None:
-        """Replaces the draws of particles that are not kept by those of the first kept one, and runs the model again.
+        """Replaces dropped particles' draws by the first kept one's, and reruns the model.
 
-        A particle without a finite density has no finite derivatives, and 0 times those is not 0.  In the guide the
-        gradient of such a particle is stopped at each of its sites.
+        Their derivatives may be NaN, which a weight of 0 does not cancel. Inside the guide, their gradients are stopped
+        at each site.
         """
         self._way_back.dropped = ~keep
         index = torch.where(keep, torch.arange(len(keep), device=keep.device), keep.int().argmax())

@@ -1,4 +1,4 @@
-"""Searches that know a density only: where a guide starts, and which modes it misses."""
+"""Searches for a guide's start and for the modes that it misses."""
 
 from pyro_flows.infer.search.probe import ModeProbe, probe_modes
 from pyro_flows.infer.search.start import Start, find_start

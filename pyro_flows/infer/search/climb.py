@@ -1,4 +1,4 @@
-"""Maximizes a log-density from many points at once: one vectorized call serves all line searches."""
+"""Maximizes a log-density from many points at once."""
 
 from __future__ import annotations
 
@@ -27,18 +27,12 @@ _TRIALS, _MANY, _TROUBLES = 20, 8, 3
 
 
 class SafeDensity:
-    """A log-density that never raises and counts its evaluations: points that it refuses are ``-inf``.
+    """A log-density that never raises, counts its evaluations, and returns ``-inf`` at refused points.
 
-    Points and results are in float64 on the CPU; the density sees the dtype and the device of ``like``.  A call that
-    raises is split in halves until the refused points stand alone.  A
-    :class:`~pyro_flows.infer.machine.pace.Pace` of the density limits the points of one call.
-
-    Args:
-        density: maps ``(S, D)`` to ``(S,)``.
-        like: a tensor with the dtype and the device that the density takes.
-        seconds: wall-clock time after which :attr:`expired` is true, and points still to be evaluated are ``-inf``;
-            ``None`` is no limit.
-        rows: most points in one call with gradients; four times as many without.
+    Points and results are float64 on the CPU; the density sees the dtype and device of ``like``. A call that raises is
+    split in halves until the refused points stand alone. The density's :class:`~pyro_flows.infer.machine.pace.Pace` and
+    ``rows`` (four times as many without gradients) limit the points per call. After ``seconds``, remaining points are
+    ``-inf``.
     """
 
     def __init__(self, density: LogDensity, like: Tensor, *, seconds: float | None = None, rows: int = 256) -> None:
@@ -57,11 +51,11 @@ class SafeDensity:
         return self.deadline is not None and time.monotonic() > self.deadline
 
     def round(self, z: Tensor) -> Tensor:
-        """Rounds points as the density sees them, to match differences of gradients with those of points."""
+        """Rounds points as the density sees them."""
         return z.to(self.dtype).double()
 
     def values(self, z: Tensor) -> Tensor:
-        """Returns log-densities, ``(S,)``, ``-inf`` where they are not finite."""
+        """Returns log-densities ``(S,)``, ``-inf`` where not finite."""
         return self._all(z, False, 4 * self.rows)[0]
 
     def gradients(self, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,7 +63,7 @@ class SafeDensity:
         return self._all(z, True, self.rows)
 
     def _all(self, z: Tensor, gradient: bool, rows: int) -> tuple[Tensor, Tensor]:
-        # No call without rows, which a density need not take.
+        # A density need not accept a call without rows.
         parts = [(z.new_zeros(0), z[:0])]
         first = 0
         while first < len(z):
@@ -83,7 +77,7 @@ class SafeDensity:
         return value.masked_fill(~fine, -torch.inf), slope.masked_fill(~fine[:, None], 0.0)
 
     def _is_late(self, first: int) -> bool:
-        """Whether the time is up for a call; the very first is made in any case."""
+        """Whether the time is up; never before the first call."""
         return self.expired and (first > 0 if self.pace is None else self.evaluations > 0)
 
     @staticmethod
@@ -115,7 +109,7 @@ class SafeDensity:
 
 
 class Paths(NamedTuple):
-    """The paths of :func:`climb`, in float64 on the CPU; start ``i`` took ``len(positions[i]) - 1`` steps."""
+    """The paths of :func:`climb`, float64 on the CPU; start ``i`` took ``len(positions[i]) - 1`` steps."""
 
     positions: list[Tensor]
     """For each start the accepted points, ``(n_i, D)``, the start among them."""
@@ -148,23 +142,17 @@ def climb(
 ) -> Paths:
     r"""Climbs from all starts at once by quasi-Newton steps :math:`z \leftarrow z + t H \nabla\log p(z)`.
 
-    Each start has its own line search, for a sufficient gain and a smaller slope; a density call carries the next trial
-    of every start that still moves.  A start has converged when both its last gain and the gain that the quadratic
-    model promises, :math:`g^\top H g / 2`, are below the tolerance, which does not depend on units of coordinates.
+    Each start has its own line search, for a sufficient gain and a smaller slope; one density call serves all. A start
+    has converged when its last gain and the quadratic model's promised gain, :math:`g^\top H g / 2`, are both below the
+    tolerance in nats, whatever the coordinate units.
 
-    Args:
-        density: log-density of rows, ``(S, D)`` to ``(S,)``; it may refuse points, see :class:`SafeDensity`.
-        starts: points ``(S, D)``.
-        steps: most steps of one start.
-        memory: pairs of steps and gradient differences to keep (L-BFGS, with the diagonal update of Gilbert and
-            Lemaréchal); ``None`` keeps :math:`H` as a matrix (BFGS): fewer steps at :math:`O(D^2)` each.
-        tolerance: in nats, beside the rounding of the log-density.
-        metric: first :math:`H` of each start, ``(S, D, D)``, of which only the diagonal counts unless ``memory`` is
-            ``None``; without one the first step has length 1 at most.
-        seconds: wall-clock limit, checked between calls.
+    With ``memory`` pairs of differences the climb is L-BFGS, with Gilbert and Lemaréchal's diagonal update; ``None``
+    keeps :math:`H` as a matrix (BFGS): fewer steps at :math:`O(D^2)` each. ``metric``, ``(S, D, D)``, is the first
+    :math:`H`, of which L-BFGS takes the diagonal; without one the first step has length at most 1. ``steps`` limits
+    each start, ``seconds`` the wall-clock time between calls.
 
     Raises:
-        ValueError: for starts of another shape.
+        ValueError: for starts of another shape than ``(S, D)``.
 
     References:
         Nocedal, Wright: Numerical Optimization, 2006, chapters 3, 6 and 7.
@@ -190,7 +178,7 @@ def climb(
 
 
 class _Dense:
-    """Inverse Hessians of the negative log-density as matrices, ``(S, D, D)``, by BFGS."""
+    """Inverse Hessians as matrices, ``(S, D, D)``, by BFGS."""
 
     def __init__(self, point: Tensor, slope: Tensor, metric: Tensor | None) -> None:
         self.scaled = metric is not None
@@ -215,7 +203,7 @@ class _Dense:
         self.fresh[rows] = False
 
     def reset(self, rows: Tensor, slope: Tensor) -> None:
-        """Returns to the first metric; if it is in use already, to steepest ascent with steps of length 1."""
+        """Returns to the first metric or, if in use, to steepest ascent with steps of length 1."""
         again = self.fresh[rows]
         length = slope.norm(dim=-1).clamp(min=1e-300)[:, None, None]
         plain = identity(slope) / length
@@ -224,7 +212,7 @@ class _Dense:
 
 
 class _Limited:
-    """Inverse Hessians by the last pairs of each start, around a diagonal, ``O(S D memory)`` a step."""
+    """Inverse Hessians by L-BFGS; a step costs ``O(S D memory)``."""
 
     def __init__(self, point: Tensor, slope: Tensor, metric: Tensor | None, memory: int) -> None:
         self.scaled = metric is not None
@@ -240,7 +228,6 @@ class _Limited:
 
     def directions(self, rows: Tensor, slope: Tensor) -> Tensor:
         steps, changes = self.steps[:, rows], self.changes[:, rows]
-        # Empty slots hold zeros, and so take no part in the loops.
         inner = (steps * changes).sum(-1, keepdim=True)
         weight = torch.where(inner > 0, 1 / inner, torch.zeros_like(inner))
         taken = []
@@ -275,12 +262,12 @@ class _Limited:
 
 
 def identity(like: Tensor) -> Tensor:
-    """Returns the identity matrix for rows, with the dtype and the device of ``like``."""
+    """Returns the identity matrix for rows like these."""
     return torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)
 
 
 def curved(step: Tensor, change: Tensor) -> Tensor:
-    """Marks pairs with enough curvature for an update that stays positive definite."""
+    """Marks pairs with enough curvature for a positive definite update."""
     return (step * change).sum(-1) > 1e-12 * step.norm(dim=-1) * change.norm(dim=-1)
 
 
@@ -303,7 +290,7 @@ def diagonal_bfgs(diagonal: Tensor, step: Tensor, change: Tensor) -> Tensor:
 
 
 class _Search:
-    """The line searches of all starts, each between a step that is too short and one that is too long."""
+    """The bracketed line searches of all starts."""
 
     def __init__(
         self, safe: SafeDensity, point: Tensor, value: Tensor, slope: Tensor, curvature: _Dense | _Limited, tol: float
@@ -354,18 +341,17 @@ class _Search:
         value, slope = self.safe.gradients(trial)
         along = (slope * way).sum(-1)
         gained = value >= start + _SUFFICIENT * size * rise
-        # Where the gain drowns in rounding, the slope decides.
+        # Where rounding hides the gain, the slope decides.
         gained |= (value >= start - self._noise(rows)) & (along >= -0.8 * rise)
         steady = along <= _CURVATURE * rise
         self.trials[rows] += 1
         last = self.trials[rows] >= _TRIALS
         accept = gained & (steady | last)
         far, near = ~gained, gained & ~accept
-        # A line search out of trials keeps its best.
         rescue = last & far & (self.low[rows] > 0)
         stuck = last & far & ~rescue
         ended = accept | last
-        # Searches that are long again and again are lost in rounding, or in a density that is not smooth.
+        # Repeated long searches mean rounding, or a density that is not smooth.
         hard = (self.trials[rows] > _MANY) & self.high[rows].isfinite()
         self.trouble[rows] = torch.where(ended, (self.trouble[rows] + 1) * hard, self.trouble[rows])
         self._bracket(rows, value, along, far, near)
@@ -403,7 +389,7 @@ class _Search:
             self._aim(rows)
 
     def _unstick(self, rows: Tensor) -> None:
-        """Handles rows where no step gains: the top if the model promised next to nothing, else a new start."""
+        """Stops rows whose model promised next to nothing, and restarts the others."""
         if len(rows):
             tiny = 0.5 * self.rise[rows] < self.tolerance + 16 * self._noise(rows)
             hopeless = ~tiny & self.curvature.fresh[rows] & (self.gain[rows] == 0)

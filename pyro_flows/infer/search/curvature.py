@@ -1,4 +1,4 @@
-"""Hessians of many points at once by differences of gradients, and Laplace's Gaussians from them."""
+"""Hessians by differences of gradients, and Laplace's Gaussians from them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _REACH = 10.0
 
 
 class Peaks(NamedTuple):
-    """Laplace's Gaussians, in float64 on the CPU."""
+    """Laplace's Gaussians, float64 on the CPU."""
 
     points: Tensor
     """Their means, ``(S, D)``."""
@@ -30,7 +30,7 @@ class Peaks(NamedTuple):
     """Whether the point is a maximum with curvature in all directions, ``(S,)``."""
 
     def log_mass(self) -> Tensor:
-        """Returns the log of the integral of the Gaussian bump, in nats, ``(S,)``."""
+        """Returns the log integral of the Gaussian bump, in nats, ``(S,)``."""
         size = self.scale.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         return self.values + size + 0.5 * self.points.shape[-1] * math.log(2 * math.pi)
 
@@ -38,9 +38,8 @@ class Peaks(NamedTuple):
 def bend(safe: SafeDensity, points: Tensor, slope: Tensor, frame: Tensor) -> Tensor:
     r"""Returns :math:`F^\top (-\nabla^2 \log p) F`, ``(S, K, K)``, by differences along the columns of :math:`F`.
 
-    Points and their gradients have shape ``(S, D)``, the frame :math:`F` has ``(S, D, K)``.  The cost is one density
-    call of ``2 S K`` rows with gradients.  Where the density refuses a point the difference is one-sided; where it
-    refuses both, the curvature is 0.
+    Points and gradients have shape ``(S, D)``, :math:`F` has ``(S, D, K)``. The cost is one density call of ``2 S K``
+    rows with gradients. One refused point makes the difference one-sided, two make it 0.
     """
     steps = frame.mT
     ahead, behind = (safe.round(points[:, None] + sign * steps) for sign in (1, -1))
@@ -60,7 +59,7 @@ def bend(safe: SafeDensity, points: Tensor, slope: Tensor, frame: Tensor) -> Ten
 def first_metric(safe: SafeDensity, points: Tensor, slope: Tensor) -> Tensor:
     """Returns positive definite inverse Hessians to begin a climb with, ``(S, D, D)``.
 
-    Upward curvature counts as downward, and is at least what keeps a step within ``10 max(1, |z|)``.
+    Curvature counts in absolute value, with a floor that keeps a step within ``10 max(1, |z|)``.
     """
     size = points.abs().clamp(min=1.0)
     short = size * safe.eps ** (1 / 3)
@@ -79,16 +78,15 @@ def first_metric(safe: SafeDensity, points: Tensor, slope: Tensor) -> Tensor:
 
 
 def difference(safe: SafeDensity) -> float:
-    """Returns the length of a difference in standard deviations: 0.001 in float64, 0.15 in noisy float32."""
+    """Returns the difference's length in standard deviations: 0.001 in float64, 0.15 in noisy float32."""
     return 8.2 * safe.eps**0.25
 
 
 def laplace(safe: SafeDensity, points: Tensor, frame: Tensor, *, rounds: int = 6) -> Peaks:
-    r"""Climbs to the tops by Newton's method; returns Gaussians with precision :math:`|{-\nabla^2 \log p}|`.
+    r"""Climbs to maxima by Newton's method; returns Gaussians with precision :math:`|{-\nabla^2 \log p}|`.
 
-    It begins at points ``(S, D)`` near maxima, with scales ``(S, D, D)`` of the right order of magnitude.  Differences
-    are along the columns of the last scale, so units of coordinates do not matter; each round costs ``2 D`` rows with
-    gradients and a few without for each point that has not settled.
+    Points ``(S, D)`` must be near maxima; differences follow the columns of scales ``(S, D, D)`` of the right order of
+    magnitude. Each round costs ``2 D`` rows with gradients, and a few without, per unsettled point.
     """
     points, frame = points.clone(), frame.clone()
     value, slope = safe.gradients(points)
@@ -129,7 +127,7 @@ def laplace(safe: SafeDensity, points: Tensor, frame: Tensor, *, rounds: int = 6
 
 
 def symmetric_eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns eigenvalues ``(..., D)`` and eigenvectors ``(..., D, D)``; the diagonal if the algorithm gives up."""
+    """Returns eigenvalues ``(..., D)`` and eigenvectors ``(..., D, D)``, or the diagonal if this fails."""
     matrix = matrix.nan_to_num(nan=0.0, posinf=1e150, neginf=-1e150).clamp(-1e150, 1e150)
     try:
         return torch.linalg.eigh(matrix)
@@ -138,6 +136,6 @@ def symmetric_eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def triangular(frame: Tensor) -> Tensor:
-    """Returns the lower triangular factor of ``frame @ frame.mT``, without forming it, with positive diagonal."""
+    """Returns the lower triangular factor of ``frame @ frame.mT``, with positive diagonal."""
     upper = torch.linalg.qr(frame.mT, mode="r")[1]
     return upper.mT * upper.diagonal(dim1=-2, dim2=-1).sign()[:, None, :]

@@ -1,4 +1,4 @@
-"""Searches for modes that a guide never visits, which its own draws cannot show."""
+"""Searches for modes that a guide's own draws cannot show."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _LEAST_SHARE, _LEAST_PART = 1e-3, 0.1
 
 @dataclass(frozen=True)
 class ModeProbe:
-    """The modes that :func:`probe_modes` found, best first, in the dtype and on the device of the draws."""
+    """The modes that :func:`probe_modes` found, best first, with the draws' dtype and device."""
 
     locations: Tensor
     """Maxima of the log-density, ``(K, D)``."""
@@ -71,36 +71,34 @@ def probe_modes(
     generator: Generator | None = None,
     seconds: float | None = None,
 ) -> ModeProbe:
-    r"""Climbs the posterior from many points and compares the guide's density with the model's at the tops.
+    r"""Climbs the posterior from many points and compares the guide's density with the model's at the maxima.
 
-    Half of the starts are overdispersed draws, 2 to 5 of the guide's standard deviations wide; the others are around
-    ``initial``, alternately uniform in :math:`(-2, 2)^D` and five times wider.  Reflections of the guide's mean through
-    the origin and ``initial`` are added for symmetric likelihoods, and climbs from the guide's own draws show its
-    basins.  Ends without curvature in all directions (as in the neck of a funnel) are no modes.
+    Half of the starts are overdispersed draws, 2 to 5 of the guide's standard deviations wide. The others surround
+    ``initial``, alternately uniform in :math:`(-2, 2)^D` and five times wider. Reflections of the guide's mean through
+    the origin and ``initial`` serve symmetric likelihoods. Climbs from the guide's own draws show its basins. Ends
+    without curvature in all directions (a funnel's neck) are not modes.
 
     The mass around a mode comes from importance sampling from its slightly widened Laplace Gaussian :math:`\ell`:
-    :math:`m_p = \mathrm{E}_\ell[p / \ell]`, and :math:`m_q` for the guide.  A mode is missed if
+    :math:`m_p = \mathrm{E}_\ell[p / \ell]`, and :math:`m_q` for the guide. A mode is missed if
 
     - its share :math:`m_p / (Z + \text{mass missed})` is above 0.001,
-    - the guide has less than a tenth of it there, :math:`m_q < m_p / (10 Z)`, and
-    - fewer of the climbs from the guide's own draws end there than a tenth of its share would have.
+    - the guide has less than a tenth of it, :math:`m_q < m_p / (10 Z)`, and
+    - fewer climbs from the guide's draws end there than a tenth of its share would have.
 
-    A heavy tail or a curved posterior fails the last condition: the guide's draws climb to its only top.
+    A heavy tail or a curved posterior fails the last condition.
 
     Args:
-        log_p: the model's log-density, ``(S, D)`` to ``(S,)``, differentiable, not normalized; points that it refuses
-            count as ``-inf``.
-        log_q: the guide's normalized log-density, ``(S, D)`` to ``(S,)``.
-        draws: draws of the guide, ``(n, D)``, two at least.
+        log_p: the model's unnormalized log-density, ``(S, D)`` to ``(S,)``; refused points count as ``-inf``.
+        log_q: the guide's normalized log-density.
+        draws: at least two draws of the guide, ``(n, D)``.
         initial: the point from which fitting began, ``(D,)``.
-        log_evidence: the guide's estimate of the log of :math:`Z`, e.g. its ELBO or, better, by importance sampling.
-        num_starts: dispersed climbs, beside the guide's draws and the reflections.
-        generator: source of randomness, on the CPU; ``None`` is torch's own.
-        seconds: wall-clock limit, checked between calls; modes not examined by then are left out.
+        log_evidence: the guide's estimate of :math:`\log Z`, its ELBO or, better, by importance sampling.
+        num_starts: the number of dispersed climbs.
+        generator: the source of randomness, on the CPU.
+        seconds: the wall-clock limit, checked between calls, after which modes are left out.
 
     Raises:
-        ValueError: for draws or an initial point of another shape, an evidence that is not finite, or a density that is
-            finite nowhere.
+        ValueError: for other shapes, an evidence that is not finite, or a density that is finite nowhere.
     """
     if draws.dim() != 2 or len(draws) < 2 or initial.shape != draws.shape[1:]:
         raise ValueError(
@@ -160,7 +158,7 @@ def nothing_found(draws: Tensor, evaluations: int = 0) -> ModeProbe:
 
 
 def _spread(own: Tensor) -> Tensor:
-    """Returns the scale of the guide's draws, ``(D, D)``, diagonal if they are few."""
+    """Returns the scale of the guide's draws, ``(D, D)``, diagonal for few draws."""
     count, dim = own.shape
     centered = own - own.mean(0)
     size = centered.square().mean(0).clamp(min=1e-24).sqrt()
@@ -174,7 +172,7 @@ def _spread(own: Tensor) -> Tensor:
 def _starts(
     safe: SafeDensity, own: Tensor, initial: Tensor, num_starts: int, generator: Generator | None
 ) -> tuple[Tensor, Tensor]:
-    """Returns finite starting points ``(S, D)``, and which of them are the guide's own draws."""
+    """Returns finite starting points ``(S, D)``, and which are the guide's draws."""
     mean, size = own.mean(0), own.std(0)
     around, elsewhere = num_starts - num_starts // 2, num_starts // 2
     normal = torch.randn(_TRIES * around, len(mean), generator=generator, dtype=torch.float64, device="cpu")
@@ -200,7 +198,7 @@ def _starts(
 def _peaks(
     safe: SafeDensity, ends: Tensor, values: Tensor, converged: Tensor, spread: Tensor, inside: Tensor
 ) -> tuple[Peaks, Tensor]:
-    """Returns different maxima among the ends, best first, and the share of the guide's draws that lead to each."""
+    """Returns distinct maxima, best first, and the share of the guide's draws that lead there."""
     order = values.masked_fill(~converged, -torch.inf).argsort(descending=True).tolist()
     free = converged & values.isfinite()
     found: list[Peaks] = []
@@ -215,7 +213,7 @@ def _peaks(
         if not peak.proper[0]:
             continue
         away = torch.linalg.solve_triangular(peak.scale[0], (ends - peak.points).mT, upper=False).square().sum(0)
-        # An end this near, and as high, is the same top: no two maxima lie within a standard deviation.
+        # An end this near and this high is the same maximum.
         same = (away < 1.0) & ((values - peak.values).abs() < 1.0 + 64 * safe.eps * peak.values.abs())
         free &= ~same
         if any(_same(peak, other) for other in found):
@@ -235,10 +233,10 @@ def _same(one: Peaks, other: Peaks) -> bool:
 
 
 def _masses(safe: SafeDensity, guide: SafeDensity, peaks: Peaks, generator: Generator | None) -> tuple[Tensor, Tensor]:
-    """Returns logs of the masses of the model's and of the guide's density around each peak, ``(K,)`` each."""
+    """Returns log masses of the model and the guide around each peak, ``(K,)`` each."""
     count, dim = peaks.points.shape
     noise = torch.randn(_SAMPLES, dim, generator=generator, dtype=torch.float64, device="cpu")
-    # As wide as keeps the weights of an exact Gaussian even: their variance grows with the dimension.
+    # In many dimensions, wider proposals would make an exact Gaussian's weights uneven.
     wider = 1 + min(0.2, 0.5 / math.sqrt(dim))
     constant = dim * math.log(wider) + 0.5 * dim * math.log(2 * math.pi) - math.log(_SAMPLES)
     size = constant + peaks.scale.diagonal(dim1=-2, dim2=-1).log().sum(-1)
@@ -251,12 +249,12 @@ def _masses(safe: SafeDensity, guide: SafeDensity, peaks: Peaks, generator: Gene
 
 
 def _judged(log_part: Tensor, guide_share: Tensor, basin: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Returns which modes are missed, shares, and the sum of those missed, from masses in units of the evidence."""
+    """Returns missed modes, shares, and the missed sum, from masses over the evidence."""
     part = log_part.clamp(max=600.0).exp()
     passed = (guide_share < _LEAST_PART * part) & (basin < _LEAST_PART * part.clamp(max=1.0))
     total = 1 + part[passed].sum()
     missed = passed & (part / total > _LEAST_SHARE)
     total = 1 + part[missed].sum()
-    # Around a covered mode, importance sampling may find a little more than all the mass.
+    # Importance sampling may find slightly more than all the mass around a covered mode.
     share = torch.where(missed, part, part.clamp(max=1.0)) / total
     return missed, share, float(share[missed].sum())

@@ -1,4 +1,4 @@
-"""The start of a guide: the Gaussian with the best ELBO among those that a few climbs of the posterior suggest."""
+"""Finds the Gaussian from which a guide starts."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _STEPS = 100
 
 
 class Start(NamedTuple):
-    """A Gaussian to begin with; tensors have the dtype and the device of the initial point."""
+    """The Gaussian start, with the initial point's dtype and device."""
 
     loc: Tensor
     """Mean, shape ``(D,)``."""
@@ -66,10 +66,10 @@ class _Gaussian(NamedTuple):
         return (self.scale.diagonal() if self.scale.dim() == 2 else self.scale).log().sum()
 
     def usable(self, eps: float) -> bool:
-        """Whether it is finite, and wide enough for its rounded draws to differ."""
+        """Whether the Gaussian is finite, and wide enough that rounded draws differ."""
         sds = self.scale.diagonal() if self.scale.dim() == 2 else self.scale
         finite = self.loc.isfinite().all() and self.scale.isfinite().all() and self.log_size().isfinite()
-        # On an unbounded density, draws that rounding makes equal would seem to gain for ever.
+        # On an unbounded density, draws that rounding makes equal would seem to gain forever.
         return bool(finite and (sds > 8 * eps * self.loc.abs()).all())
 
 
@@ -85,28 +85,26 @@ def find_start(
 ) -> Start:
     r"""Finds a Gaussian with a high ELBO.
 
-    Candidates are narrow Gaussians around ``initial``; Pathfinder's :math:`N(z + H g, H)` along quasi-Newton paths from
-    ``initial`` and points around it; and Laplace's at the paths' ends.  They are ranked by their ELBOs on the same
-    draws, less three standard errors.  The best are refined by natural gradient ascent,
-    :math:`\Sigma^{-1} \leftarrow -\mathrm{E}_q \nabla^2 \log p`,
-    :math:`\mu \leftarrow \mu + \Sigma\, \mathrm{E}_q \nabla\log p`, with expectations at pairs of points in orthogonal
-    directions, exact where the density is Gaussian.
+    The candidates are narrow Gaussians around ``initial``, Pathfinder's :math:`N(z + H g, H)` along quasi-Newton paths,
+    and Laplace's at the paths' ends, ranked by their ELBOs on the same draws minus three standard errors. Natural
+    gradient ascent refines the best: :math:`\Sigma^{-1} \leftarrow -\mathrm{E}_q \nabla^2 \log p`,
+    :math:`\mu \leftarrow \mu + \Sigma\, \mathrm{E}_q \nabla\log p`. The expectations use pairs of points in orthogonal
+    directions, and are exact for a Gaussian density.
 
     The cost is some tens of density calls of up to 256 points with gradients (1024 without).
 
     Args:
-        density: log-density of rows, ``(S, D)`` to ``(S,)``, differentiable, not normalized; points where it returns
-            NaN or raises an error count as ``-inf``.
-        initial: a point where the density is finite, shape ``(D,)``; calls have its dtype and device.
-        num_starts: climbs, the first of them from ``initial``.
-        num_samples: draws for an ELBO, in pairs of opposite sign; four times as many in refinements.
-        generator: source of randomness, on the CPU; ``None`` is torch's own.
-        seconds: wall-clock limit, checked between calls, which ends the search with the best candidate so far.  If none
-            has been ranked, the result is a narrow Gaussian around ``initial`` with minus infinity as its ELBO.
-        full_rank_up_to: with more dimensions the scale is diagonal.
+        density: the unnormalized log-density, ``(S, D)`` to ``(S,)``; NaN and errors count as ``-inf``.
+        initial: a point with finite density, shape ``(D,)``, which sets the dtype and device.
+        num_starts: the number of climbs, the first from ``initial``.
+        num_samples: the draws per ELBO, four times as many in refinements.
+        generator: the source of randomness, on the CPU.
+        seconds: the wall-clock limit, checked between calls. If it ends before any ranking, the result is a narrow
+            Gaussian around ``initial`` with ELBO minus infinity.
+        full_rank_up_to: the largest dimension with a full-rank scale.
 
     Raises:
-        ValueError: if ``initial`` is no finite vector, or no candidate has a finite ELBO.
+        ValueError: if ``initial`` is not a finite vector, or no candidate has a finite ELBO.
 
     References:
         Zhang, Carpenter, Gelman, Vehtari: Pathfinder: Parallel quasi-Newton variational inference, arXiv:2108.03782.
@@ -129,7 +127,6 @@ def find_start(
         points = _dispersed(safe, center, num_starts, generator)
         best.add_all(_candidates(safe, points, full))
     if best.winner is None and safe.found and safe.expired:
-        # No candidate had all of its draws in time.
         best.winner = _Gaussian(center, _BLIND * unit, "initial")
     if best.winner is None:
         cause = safe.error
@@ -145,10 +142,7 @@ def find_start(
 
 
 class _Ranking:
-    """Ranks Gaussians by their ELBO on the same draws, less three standard errors.
-
-    Of a hundred estimates some are good by chance, with large errors; the posterior itself has none.
-    """
+    """Ranks Gaussians by their ELBO on the same draws, minus three standard errors."""
 
     def __init__(self, safe: SafeDensity, noise: Tensor) -> None:
         self.safe, self.noise = safe, noise
@@ -159,18 +153,18 @@ class _Ranking:
 
     @property
     def best(self) -> _Gaussian:
-        """The winner, of which there must be one."""
+        """The winner; raises without one."""
         if self.winner is None:
             raise ValueError("find_start: no candidate has a finite ELBO; give another initial point")
         return self.winner
 
     @property
     def sure(self) -> bool:
-        """Whether the winner's log-weights hardly vary: close by, the density is nearly Gaussian."""
+        """Whether the winner's log-weights hardly vary."""
         return self.elbo - self.score < _SURE
 
     def scores(self, candidates: list[_Gaussian], noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns scores and ELBOs, ``(C,)`` each, ``-inf`` where a draw has no finite log-density, by one call."""
+        """Returns scores and ELBOs, ``(C,)`` each, from one call; ``-inf`` where a draw's log-density is not finite."""
         points = torch.stack([candidate.at(noise) for candidate in candidates])
         values = self.safe.values(points.flatten(0, 1)).reshape(points.shape[:2])
         size = torch.stack([candidate.log_size() for candidate in candidates])
@@ -182,7 +176,7 @@ class _Ranking:
         return scores.masked_fill(~usable, -math.inf), elbos.masked_fill(~usable, -math.inf)
 
     def add(self, candidates: list[_Gaussian]) -> None:
-        """Makes the best of these the winner if it beats the one so far."""
+        """Lets the best candidate challenge the winner."""
         candidates = [candidate for candidate in candidates if candidate.usable(self.safe.eps)]
         if not candidates:
             return
@@ -193,12 +187,12 @@ class _Ranking:
             self.take(*found)
 
     def take(self, score: float, elbo: float, candidate: _Gaussian) -> None:
-        """Makes it the winner if it beats the one so far."""
+        """Makes the candidate the winner if it scores higher."""
         if score > self.score:
             self.score, self.elbo, self.winner = score, elbo, candidate
 
     def add_all(self, candidates: list[_Gaussian]) -> None:
-        """Screens many with few draws, and adds the best."""
+        """Screens candidates with few draws, and adds the best."""
         candidates = [candidate for candidate in candidates if candidate.usable(self.safe.eps)]
         some = self.noise[:_SCREEN]
         scores = []
@@ -208,13 +202,13 @@ class _Ranking:
                 break
         if scores:
             order = torch.cat(scores).argsort(descending=True)[:_FINALISTS].tolist()
-            # The last of each kind, where a path has converged, whatever its luck with few draws.
+            # Keep the last of each kind, where a path has converged.
             last = {candidate.kind: i for i, candidate in enumerate(candidates)}
             self.add([candidates[i] for i in dict.fromkeys([*order, *last.values()])])
 
 
 def _dispersed(safe: SafeDensity, center: Tensor, num_starts: int, generator: Generator | None) -> Tensor:
-    """Returns ``center`` and points around it where the density is finite, nearer if they are rare; ``(S, D)``."""
+    """Returns ``center`` and nearby points with finite density, ``(S, D)``."""
     found = [center[None]]
     for width in (2.0, 0.5, 0.1):
         wanted = num_starts - sum(map(len, found))
@@ -232,7 +226,7 @@ def _candidates(safe: SafeDensity, points: Tensor, full: bool) -> list[_Gaussian
     if not len(points):
         return []
     metric = first_metric(safe, points, slope) if full else None
-    # With a first metric, only a density without a top takes more steps.
+    # With a first metric, only a density without a maximum takes more steps.
     if full:
         paths = climb(safe, points, memory=None, metric=metric, steps=_STEPS)
     else:
@@ -284,19 +278,19 @@ def _updated(inverse: Tensor | None, step: Tensor, change: Tensor) -> Tensor:
 def _suggested(point: Tensor, slope: Tensor, inverse: Tensor, kind: str) -> _Gaussian:
     if inverse.dim() == 2:
         move = inverse @ slope
-        # Through eigenvalues: rounding can leave an inverse Hessian that Cholesky refuses.
+        # Rounding can leave an inverse Hessian that Cholesky refuses.
         unit = inverse.diagonal().clamp(min=1e-300).sqrt()
         strength, axes = symmetric_eigen(inverse / unit[:, None] / unit)
         scale = triangular((unit[:, None] * axes * strength.clamp(min=1e-13).sqrt())[None])[0]
     else:
         move = inverse * slope
         scale = inverse.sqrt()
-    # A model that promises this much from one step is not to be believed.
+    # Distrust a model that promises this much from one step.
     return _Gaussian(point + move if move @ slope < 1e3 else point, scale, kind)
 
 
 def _diagonal(safe: SafeDensity, point: Tensor, slope: Tensor, last: _Gaussian) -> list[_Gaussian]:
-    """Returns Laplace's Gaussian of independent dimensions, with the diagonal of the Hessian."""
+    """Returns Laplace's Gaussian from the Hessian's diagonal."""
     curvature = []
     short = difference(safe) * last.scale
     for axes in torch.diag(short).split(max(1, safe.rows // 2)):
@@ -307,13 +301,13 @@ def _diagonal(safe: SafeDensity, point: Tensor, slope: Tensor, last: _Gaussian) 
 
 
 def _pairs(count: int, like: Tensor, generator: Generator | None) -> Tensor:
-    """Draws standard normals in pairs of opposite sign: an error of the mean changes no ELBO to first order."""
+    """Draws standard normals in pairs of opposite sign, which cancel the mean's error to first order."""
     half = torch.randn((count + 1) // 2, len(like), generator=generator, dtype=torch.float64, device="cpu")
     return torch.stack([half, -half], 1).flatten(0, 1)
 
 
 def _refined(safe: SafeDensity, best: _Ranking, noise: Tensor, generator: Generator | None) -> _Ranking:
-    """Refines the best of each kind, since the best now need not lead to the best."""
+    """Refines the best of each kind, since the present winner may lose."""
     final = _Ranking(safe, noise)
     for _, _, candidate in best.seconds.values():
         other = _Ranking(safe, noise)
@@ -340,7 +334,7 @@ def _refine(safe: SafeDensity, best: _Ranking, rounds: int, generator: Generator
             rate, poor = min(1.0, 1.5 * rate), 0
             continue
         settled = bool((expected[0].abs() < 1e-3).all() and best.score - before < 1e-4)
-        # Far from a Gaussian, expectations drown in noise: take more points and shorter steps.
+        # Far from a Gaussian, expectations are noisy: take more points and shorter steps.
         rate, sets, poor = 0.5 * rate, min(4, 2 * sets), poor + 1
         if poor >= _POOR or settled:
             return
@@ -351,9 +345,9 @@ def _expected(
 ) -> tuple[Tensor, Tensor] | None:
     r"""Returns the expected gradient ``(D,)`` and curvature ``(D, D)``, or its diagonal, in the Gaussian's units.
 
-    Stein: :math:`\mathrm{E}\nabla^2\log p = \mathrm{E}[\nabla\log p\, \epsilon^\top]`, with pairs
-    :math:`\epsilon = \pm r q` along orthogonal :math:`q`.  A length :math:`r` with the density of chi at ``D + 2``
-    degrees takes the factor :math:`r^2` out of the average of differences, which is then exact for Gaussians.
+    Stein: :math:`\mathrm{E}\nabla^2\log p = \mathrm{E}[\nabla\log p\, \epsilon^\top]`, with :math:`\epsilon = \pm r q`
+    along orthogonal :math:`q`. Drawing :math:`r` from chi with ``D + 2`` degrees of freedom cancels :math:`r^2`, so the
+    average is exact for Gaussians.
     """
     dim = len(current.loc)
     if current.scale.dim() == 2:
@@ -374,7 +368,6 @@ def _expected(
     slope = slope @ current.scale if current.scale.dim() == 2 else slope * current.scale
     weight = fine[:, None] * dim / length**2
     push = (weight * slope.mean(0)).sum(0) / weight.sum()
-    # At refused points the curvature stays.
     change = torch.where(fine[:, None], (slope[1] - slope[0]) / (2 * length), across)
     if current.scale.dim() == 2:
         turned = change.mT @ across / sets
@@ -383,7 +376,7 @@ def _expected(
 
 
 def _stepped(current: _Gaussian, push: Tensor, turned: Tensor, rate: float) -> _Gaussian:
-    """Takes a natural gradient step, which changes the precision tenfold at most along any direction."""
+    """Takes a natural gradient step that changes the precision at most tenfold."""
     kind = current.kind if current.kind.endswith("+refined") else f"{current.kind}+refined"
     if turned.dim() == 1:
         precision = 1 - rate + rate * turned.clamp(0.1, 10.0)

@@ -1,3 +1,3 @@
-"""What a fitted density is used for: surprise per coordinate, anomalies, and series one step after another."""
+"""Uses of a fitted density."""
 
 __all__: list[str] = []

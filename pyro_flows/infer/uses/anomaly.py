@@ -1,4 +1,4 @@
-"""Anomalies: how unlikely a row is, and how rare that is among rows of the usual kind."""
+"""Anomalies: unlikely rows, and how rare they are among usual ones."""
 
 from __future__ import annotations
 
@@ -22,41 +22,39 @@ _KINDS = "as a tensor or an array of numbers"
 class AnomalyDetector:
     r"""Scores rows by bits per dimension, and says how rare such scores are among reference rows.
 
-    The score of a row :math:`n` of whole numbers is a mean over noise that dequantizes it,
-    :math:`b = -\frac{1}{K D \log 2} \sum_k \log p(n + u_k)`.  The noise is a function of the row, and so is the score.
+    The score of a row :math:`n` of whole numbers is a mean over dequantization noise,
+    :math:`b = -\frac{1}{K D \log 2} \sum_k \log p(n + u_k)`.  The noise, and so the score, is a function of the row.
     For real data :math:`b = -\log p / (D \log 2)`.
 
     One-sided, rows of many bits are anomalies.  But flows can give bland images *fewer* bits than their training
-    images. Two-sided, rows far from the mean are anomalies, :math:`|b - \bar b|`, which finds bland images and misses
+    images.  Two-sided, rows far from the mean are anomalies, :math:`|b - \bar b|`, which finds bland images and misses
     some others.
 
-    A p-value is the share of reference rows that are at least as extreme, the row itself included: :math:`(1 + \#\{i:
-    s_i \ge s\}) / (m + 1)`; two-sided, the mean includes the row, too.  If usual rows are exchangeable with the
-    reference rows, a p-value is at most :math:`\alpha` with probability at most :math:`\alpha`, whatever the model.
-    Reference rows must be ones that the model was neither fitted to nor stopped early by, since those have fewer bits
+    A p-value is the share of reference rows that are at least as extreme, the row itself included:
+    :math:`(1 + \#\{i: s_i \ge s\}) / (m + 1)`; two-sided, the mean also includes the row.  If usual rows are
+    exchangeable with reference rows, a p-value is at most :math:`\alpha` with probability at most :math:`\alpha`,
+    whatever the model.  Reference rows must not have been used to fit or stop the model, as such rows have fewer bits
     than new ones.
 
     Args:
         model: a :class:`~pyro_flows.distributions.dequantization.Dequantized`, a
             :class:`~pyro_flows.distributions.flow.Flow` or any other module with ``log_prob``.
-        reference: usual, held-out rows, shape ``(rows, *event_shape)``; a tensor or an array.
-        context: their contexts, shape ``(rows, context_dim)``, for a model that takes one.
-        num_noise_samples: :math:`K`, for a ``Dequantized``.
+        reference: usual, held-out rows, shape ``(rows, *event_shape)``, a tensor or an array.
+        context: contexts of the reference rows, shape ``(rows, context_dim)``, if the model takes one.
+        num_noise_samples: the number :math:`K` of noise draws for a ``Dequantized``.
         two_sided: whether too few bits are as suspect as too many.
 
     Attributes:
-        reference: bits per dimension of the reference rows in ascending order, in float64 on the CPU.
-        mean: their mean.
+        reference: ascending bits per dimension of the reference rows, in float64 on the CPU.
+        mean: the mean of ``reference``.
 
     Raises:
         ValueError: for rows that the model does not take, or fewer than 2 reference rows.
         FloatingPointError: if a score is NaN.
 
     References:
-        Detecting Out-of-Distribution Inputs to Deep Generative Models Using Typicality (Nalisnick et al., 2019),
-        arXiv:1906.02994.
-        A Gentle Introduction to Conformal Prediction and Distribution-Free Uncertainty Quantification (Angelopoulos &
-        Bates, 2021), arXiv:2107.07511.
+        Detecting Out-of-Distribution Inputs Using Typicality (Nalisnick et al., 2019), arXiv:1906.02994.
+        A Gentle Introduction to Conformal Prediction (Angelopoulos & Bates, 2021), arXiv:2107.07511.
     """
 
     def __init__(
@@ -101,7 +99,7 @@ class AnomalyDetector:
         return torch.as_tensor(bits_per_dim(log_prob, rows.shape[1:]))
 
     def scores(self, rows: Any, context: Any = None) -> Tensor:
-        """The scores that thresholds apply to: bits, or their distance from the mean; shape ``(rows,)``."""
+        """Scores for thresholds: bits, or two-sided their distance from the mean; shape ``(rows,)``."""
         bits = self.bits(rows, context)
         return (bits - self.mean).abs() if self.two_sided else bits
 
@@ -136,7 +134,7 @@ class AnomalyDetector:
         return float(scores[m - allowed])
 
     def flag(self, rows: Any, context: Any = None, level: float = 0.05) -> Tensor:
-        """Which rows have scores above :meth:`threshold`, shape ``(rows,)``."""
+        """Whether each row's score exceeds :meth:`threshold`, shape ``(rows,)``."""
         return self.scores(rows, context) > self.threshold(level)
 
     def _log_prob(self, rows: Tensor, context: Tensor | None) -> Tensor:
@@ -174,7 +172,7 @@ class AnomalyDetector:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Puts the model in evaluation mode, and every module back into its own mode afterwards."""
+    """Puts the model in evaluation mode, and restores all modes afterwards."""
     modes = {module: module.training for module in model.modules()}
     if not any(modes.values()):
         yield

@@ -1,4 +1,4 @@
-"""Series step by step: exact conditional densities, draws of what comes next, and forecasts, without end."""
+"""Exact densities, draws and forecasts of series, step by step."""
 
 from __future__ import annotations
 
@@ -31,31 +31,31 @@ def _check(flow: Flow, who: str) -> None:
 class Stream:
     r"""Runs a causal flow over series step by step without end: :math:`p(y_t \mid y_{<t}, c)`.
 
-    The stream keeps the past that the flow needs: the last inputs of each convolution, and the keys and values in the
-    window of attention.  So a step costs the same however many came before: in the density direction one pass of one
-    step, in the other a solve of ``C`` numbers for each ``Mint`` layer and an evaluation a channel for each
-    ``CausalAutoregressive`` layer.  Only attention without a window grows more costly.  Densities equal those of whole
-    series up to rounding; beyond the flow's ``T``, those of a longer flow with the same parameters.  The stream copies
-    the flow, records no gradient, and can be pickled.
+    The stream keeps the past that the flow needs: each convolution's last inputs, and the keys and values in the window
+    of attention.  So every step costs the same, except under attention without a window: in the density direction one
+    pass of one step; in the other, a solve of ``C`` numbers for each ``Mint`` layer, and an evaluation a channel for
+    each ``CausalAutoregressive`` layer.  Densities equal those of whole series up to rounding, and beyond the flow's
+    ``T`` those of a longer flow with the same parameters.  The stream copies the flow, records no gradient, and can be
+    pickled.
 
     Args:
-        flow: a :class:`~pyro_flows.distributions.flow.Flow` of series ``(C, T)`` whose parts are causal in time or
-            elementwise with parameters that all times share: those of ``mintnet(..., causal=True)`` and of
-            ``causal_maf``, ``ActNorm``, ``Rescaling`` and ``Standardization`` that are the same at all times, and
-            elementwise transforms of torch; over a base of independent dimensions that is the same at all times.
+        flow: a :class:`~pyro_flows.distributions.flow.Flow` of series ``(C, T)``.  Its parts are causal in time
+            (``mintnet(..., causal=True)``, ``causal_maf``), or elementwise with the same parameters at all times
+            (``ActNorm``, ``Rescaling``, ``Standardization``, transforms of torch); its base has independent dimensions
+            and is the same at all times.
         batch_shape: the batch shape of the series.
-        context: shape ``(*batch, context_dim)``, for a flow that takes one; the same at all times.
+        context: shape ``(*batch, context_dim)``, if the flow takes one; the same at all times.
 
     Attributes:
-        steps: how many steps have been taken.
+        steps: the number of steps taken.
 
     Raises:
         ValueError: for parts or a base of another kind, named in the message, or a context that does not fit.
-        TypeError: for a value that is no flow.
+        TypeError: for anything but a flow.
 
     References:
-        MintNet: Building Invertible Neural Networks with Masked Convolutions (Song et al., 2019), arXiv:1907.07945.
-        WaveNet: A Generative Model for Raw Audio (van den Oord et al., 2016), arXiv:1609.03499.
+        MintNet (Song et al., 2019), arXiv:1907.07945.
+        WaveNet (van den Oord et al., 2016), arXiv:1609.03499.
     """
 
     @torch.no_grad()
@@ -80,7 +80,7 @@ class Stream:
             if own is not None and own is not context:
                 self._widen(f"a {type(part).__name__} that is bound to a context", own)
         rows = self.batch_shape.numel()
-        self._parts: list[tuple[Stepper, bool]] = []  # from base to data, and whether each stands for its inverse
+        self._parts: list[tuple[Stepper, bool]] = []  # from base to data, and whether each is inverted
         for k, (part, own, inverse) in enumerate(leaves):
             if own is not None:
                 own = own.expand(*self.batch_shape, -1).reshape(rows, own.shape[-1])
@@ -106,12 +106,12 @@ class Stream:
             y: one step, shape ``(*batch, C)``, or several, ``(*batch, C, n)``.
 
         Returns:
-            The log-density of each step given all before it, in nats, shape ``(*batch,)`` or ``(*batch, n)``.
+            The log-density of each step given all before, in nats, shape ``(*batch,)`` or ``(*batch, n)``.
 
         Raises:
             ValueError: for another shape, or values outside the support or not finite; the stream does not move.
-            TypeError: for a value that is no tensor, or has another dtype.
-            RuntimeError: if a solver gives up (``max_sweeps``); the stream cannot be used afterwards.
+            TypeError: for anything but a tensor of the flow's dtype.
+            RuntimeError: if a solver gives up (``max_sweeps``); the stream is then unusable.
         """
         value, several = self._admit(y, "y")
         codomain = self.flow.chain.codomain
@@ -163,9 +163,9 @@ class Stream:
         return self.step(x.view(*self.batch_shape, x.shape[1]))[0]
 
     def forecast(self, steps: int, num_samples: int) -> Tensor:
-        """Draws the next steps, shape ``(num_samples, *batch, C, steps)``; this stream stays where it is.
+        """Draws the next steps, shape ``(num_samples, *batch, C, steps)``, without moving this stream.
 
-        The cost is ``steps`` draws of one step, with ``num_samples`` times as many rows.
+        The cost is ``steps`` draws of one step, with ``num_samples`` times the rows.
 
         Raises:
             ValueError: unless both numbers are positive integers.
@@ -195,14 +195,14 @@ class Stream:
 
     @contextmanager
     def _moving(self, device: torch.device) -> Iterator[None]:
-        """Marks the stream as torn unless all parts take the same steps; computes in full precision."""
+        """Computes in full precision, and marks a stream as torn whose parts took different steps."""
         self._torn = True
         with torch.autocast(device.type, enabled=False):
             yield
         self._torn = False
 
     def _admit(self, value: Tensor, what: str) -> tuple[Tensor, bool]:
-        """Rows of shape ``(rows, C, n)``, and whether a time axis was given."""
+        """Rows of shape ``(rows, C, n)``, and whether the value had a time axis."""
         if self._torn:
             raise RuntimeError(
                 "Stream: an error stopped an earlier step halfway, so that parts stand at different times; go on with "
@@ -238,7 +238,7 @@ def _batch(given: Iterable[int]) -> Size:
 
 
 def _one_step(flow: Flow) -> Distribution:
-    """The base at any single time, batch shape ``(C, 1)``."""
+    """The base at any one time, batch shape ``(C, 1)``."""
     single = single_base(flow.base(), flow, "Stream")
     name = f"Stream: the base, {type(single).__name__}"
     numbers = {
@@ -255,27 +255,26 @@ def _one_step(flow: Flow) -> Distribution:
 
 
 def step_log_prob(flow: Flow, value: Tensor, context: Tensor | None = None, *, lengths: Tensor | None = None) -> Tensor:
-    r"""The log-density of each step of whole series given all before it, :math:`\log p(y_t \mid y_{<t}, c)`.
+    r"""The log-density of each step of whole series given all before, :math:`\log p(y_t \mid y_{<t}, c)`.
 
-    The scores of :func:`~pyro_flows.infer.pixel_scores` with the sign of a density, summed over channels, and
-    differentiable.  They add up over time to ``flow.log_prob(value, context)``.  Of series padded to ``T``, the padding
-    counts neither in the likelihood nor in the log-determinant.  The cost is one pass in the density direction.
+    This is minus :func:`~pyro_flows.infer.pixel_scores`, summed over channels, and differentiable.  Over time it adds
+    up to ``flow.log_prob(value, context)``.  Padding counts neither in the likelihood nor in the log-determinant.  The
+    cost is one pass in the density direction.
 
     Args:
-        flow: a :class:`~pyro_flows.distributions.flow.Flow` of series ``(C, T)`` whose parts are causal or elementwise;
-            elementwise parts may differ between times.
+        flow: a :class:`~pyro_flows.distributions.flow.Flow` of series ``(C, T)`` with causal or elementwise parts; the
+            latter may differ between times.
         value: shape ``(*batch, C, T)``; the padding may hold anything, NaN included.
-        context: shape ``(*batch, context_dim)``, for a flow that takes one.
-        lengths: the number of steps of each series, integers from 1 to ``T`` that broadcast to ``batch``; all by
-            default. A series' first value replaces its padding, which a fresh ``ActNorm`` may see in training.
+        context: shape ``(*batch, context_dim)``, if the flow takes one.
+        lengths: steps of each series, integers from 1 to ``T`` that broadcast to ``batch``; by default ``T``.  A
+            series' first value replaces its padding, which a fresh ``ActNorm`` may see in training.
 
     Returns:
         Shape ``(*batch, T)``, in nats, 0 in the padding.
 
     Raises:
-        ValueError: for a flow that is not causal, values outside the support, or lengths that are out of range or do
-            not fit the batch.
-        TypeError: for a value that is no flow, or values that are no tensor or have another dtype.
+        ValueError: for a flow that is not causal, values outside the support, or invalid lengths.
+        TypeError: for anything but a flow and a tensor of its dtype.
     """
     _check(flow, "step_log_prob")
     inside: Tensor | None = None
@@ -288,7 +287,7 @@ def step_log_prob(flow: Flow, value: Tensor, context: Tensor | None = None, *, l
 
 
 def _inside(lengths: Tensor | Iterable[int], value: Tensor) -> Tensor:
-    """Which steps of a batch of series belong to them."""
+    """Whether each step is within its series' length."""
     lengths, times, batch = torch.as_tensor(lengths, device=value.device), value.shape[-1], value.shape[:-2]
     whole = not (lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool)
     if not whole or (lengths.numel() and not ((lengths > 0) & (lengths <= times)).all()):

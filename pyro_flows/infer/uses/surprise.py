@@ -1,4 +1,4 @@
-"""Maps of surprise: the exact conditional density of each pixel, read off a flow of one orientation."""
+"""Maps of surprise by exact conditional densities."""
 
 from __future__ import annotations
 
@@ -27,30 +27,30 @@ def pixel_scores(
 ) -> Tensor:
     r"""How surprising each dimension is, given those before it: :math:`-\log p(y_i \mid y_{<i}, c)` in nats.
 
-    Exact for a flow whose layers are elementwise or triangular in one order of the dimensions.  With :math:`x =
-    f^{-1}(y)`, a score is :math:`-\log b(x_i) - \log \partial x_i / \partial y_i`, and the scores of an event add up to
-    :math:`-\log p(y)`.  The cost is one pass in the density direction, and about one more for slopes.
+    Exact for a flow whose layers are elementwise or triangular in one order of the dimensions.  With
+    :math:`x = f^{-1}(y)`, a score is :math:`-\log b(x_i) - \log \partial x_i / \partial y_i`; an event's scores add up
+    to :math:`-\log p(y)`.  The cost is one pass in the density direction, and about one more for slopes.
 
     Args:
         model: a :class:`~pyro_flows.distributions.flow.Flow` over independent dimensions, with layers such as ``Mint``
             of one orientation, ``Autoregressive`` of one order, ``ActNorm``, ``Rescaling``, ``Standardization``,
             ``LogitPixels`` and elementwise transforms of torch; or a
-            :class:`~pyro_flows.distributions.dequantization.Dequantized` of such a flow, with uniform noise.  Any other
-            layer needs ``log_slopes(y, context)`` and the attributes ``order`` and ``lower`` of a ``Mint`` layer.
+            :class:`~pyro_flows.distributions.dequantization.Dequantized` of such a flow, with uniform noise.  Other
+            layers need ``log_slopes(y, context)`` and the attributes ``order`` and ``lower`` of a ``Mint`` layer.
         value: data, shape ``(*batch, *event_shape)``; whole numbers for a ``Dequantized``.
-        context: shape ``(*batch, context_dim)``, for a flow that takes one.
-        num_noise_samples: draws of the noise of a ``Dequantized`` to average over.
+        context: shape ``(*batch, context_dim)``, if the flow takes one.
+        num_noise_samples: noise draws to average over, for a ``Dequantized``.
 
     Returns:
         Shape ``(*batch, *event_shape)``, in nats; divide by ``math.log(2)`` for bits.
 
     Raises:
-        ValueError: if layers take the dimensions in different or unknown orders, if values lie outside the support, or
-            if the dimensions of the base are dependent.
+        ValueError: for layers of different or unknown orders, values outside the support, or a base of dependent
+            dimensions.
         TypeError: for a model of another kind.
 
     References:
-        MintNet: Building Invertible Neural Networks with Masked Convolutions (Song et al., 2019), arXiv:1907.07945.
+        MintNet (Song et al., 2019), arXiv:1907.07945.
     """
     if isinstance(model, Dequantized):
         if model.dequantizer is not None:
@@ -71,14 +71,9 @@ def pixel_scores(
 def surprise(
     flow: Flow, value: Tensor, context: Tensor | None, who: str = "pixel_scores", by_time: bool = False
 ) -> Tensor:
-    r"""Returns :math:`-\log p(y_i \mid y_{<i}, c)` in nats, differentiably.
+    r"""Returns :math:`-\log p(y_i \mid y_{<i}, c)` in nats, differentiably; the context is in the units of the chain.
 
-    Args:
-        flow: a flow of one orientation.
-        value: shape ``(*batch, *event_shape)``.
-        context: the context in the units of the chain.
-        who: the function that the caller sees, for messages.
-        by_time: whether the order must be that of the steps of a series.
+    ``who`` is the caller's name for messages; ``by_time`` demands the order of a series.
     """
     value = admit(flow.chain, value, context, data_side=True)
     if value.numel() and not flow.chain.codomain.check(value).all():
@@ -117,20 +112,20 @@ def surprise(
 
 
 class Leaf(NamedTuple):
-    """A layer of a flow, the context that it sees, and whether the flow uses its inverse."""
+    """A layer of a flow, its context, and whether the flow uses its inverse."""
 
     part: FlowTransform
     context: Tensor | None
     inverse: bool
 
     def to_base(self, value: Tensor) -> Tensor:
-        """Moves a value one layer on, from data to base."""
+        """Moves a value through the layer, towards the base."""
         move = self.part._forward_and_ladj if self.inverse else self.part._inverse_and_ladj
         return move(value, self.context)[0]
 
 
 def leaves_of(flow: Flow, context: Tensor | None) -> list[Leaf]:
-    """The layers of a flow from base to data, taken out of inverses and conditioned views."""
+    """The layers from base to data, without inverses and conditioned views."""
     found = []
     for part in leaves(flow.chain):
         own, inverse = context, False
@@ -142,7 +137,7 @@ def leaves_of(flow: Flow, context: Tensor | None) -> list[Leaf]:
 
 
 def _order(part: FlowTransform, name: str, who: str) -> list[int] | None:
-    """The dimensions in the order in which a triangular layer takes them; ``None`` for an elementwise layer."""
+    """The dimensions in a triangular layer's order; ``None`` for an elementwise layer."""
     if is_elementwise(part):
         return None
     if isinstance(part, Autoregressive):
@@ -165,7 +160,7 @@ def is_elementwise(part: FlowTransform) -> bool:
 
 
 def single_base(base: Distribution, flow: Flow, who: str) -> Distribution:
-    """The distributions of the single dimensions of a base."""
+    """The distributions of a base's single dimensions."""
     inner = base
     while isinstance(inner, Independent):
         inner = inner.base_dist

@@ -1,4 +1,4 @@
-"""Continuous flows: the layer, its fields, their divergence, and the solver of the differential equation."""
+"""Continuous flows and their fields."""
 
 from pyro_flows.transforms.continuous.fields import Field
 from pyro_flows.transforms.continuous.layer import Continuous

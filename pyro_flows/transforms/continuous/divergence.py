@@ -1,4 +1,4 @@
-"""The divergence of a field, exact or estimated, and the right-hand side that a continuous flow integrates."""
+"""The divergence of a field, and the right-hand side."""
 
 from __future__ import annotations
 
@@ -14,17 +14,13 @@ from pyro_flows.transforms.continuous.ode_solver import Dynamics, Rhs
 
 __all__ = ["EXACT_UP_TO", "Estimator", "FieldDynamics", "columns", "draw", "estimator", "probes_of"]
 
-#: Dimensions up to which "auto" is exact where the field has no cheap closed form.
+#: Dimensions up to which "auto" is exact for fields without a cheap closed form.
 EXACT_UP_TO = 32
 
 
 class Estimator(NamedTuple):
-    """How to compute the divergence.
-
-    Attributes:
-        kind: ``"auto"``, ``"exact"``, ``"hutchinson"`` or ``"hutch++"``.
-        noise: ``"rademacher"`` or ``"gaussian"``.
-        num_probes: how many probes, and thus products with the Jacobian in each evaluation.
+    """How to compute the divergence; each of ``num_probes`` probes costs a product with the Jacobian in each
+    evaluation.
     """
 
     kind: str = "auto"
@@ -32,7 +28,7 @@ class Estimator(NamedTuple):
     num_probes: int = 1
 
     def resolved(self, field: Field) -> Estimator:
-        """Replaces ``"auto"``: exact where that is cheap, else Hutchinson."""
+        """Resolves ``"auto"``: exact where that is cheap, else Hutchinson."""
         if self.kind != "auto":
             return self
         cheap = field.cheap_divergence or field.event_shape.numel() <= EXACT_UP_TO
@@ -40,7 +36,7 @@ class Estimator(NamedTuple):
 
     @property
     def basis(self) -> int:
-        """How many probes make the basis of Hutch++."""
+        """Number of probes in the basis of Hutch++."""
         return self.num_probes // 2 if self.kind == "hutch++" else 0
 
     @property
@@ -51,7 +47,7 @@ class Estimator(NamedTuple):
 
 
 def estimator(kind: str, noise: str, count: int | None, size: int) -> Estimator:
-    """Checked settings, for events of ``size`` numbers."""
+    """Checks the settings for events of ``size`` numbers."""
     choice("", "divergence", kind, ("auto", "exact", "hutchinson", "hutch++"))
     choice("", "noise", noise, ("rademacher", "gaussian"))
     basis = kind == "hutch++"
@@ -60,7 +56,7 @@ def estimator(kind: str, noise: str, count: int | None, size: int) -> Estimator:
 
 
 def draw(noise: str, like: Tensor, *shape: int) -> Tensor:
-    """Noise with identity covariance, in the dtype and on the device of ``like``."""
+    """Draws noise with identity covariance, like ``like``."""
     if noise == "gaussian":
         return torch.randn(*shape, dtype=like.dtype, device=like.device)
     return torch.randint(0, 2, shape, dtype=like.dtype, device=like.device).mul_(2).sub_(1)
@@ -68,7 +64,7 @@ def draw(noise: str, like: Tensor, *shape: int) -> Tensor:
 
 @torch.no_grad()
 def probes_of(settings: Estimator, field: Field, t: Tensor, x: Tensor, context: Tensor | None, noise: Tensor) -> Tensor:
-    """The probes of one solve, shape ``(rows, count, D)``, from noise of that shape, for a start at ``t`` and ``x``."""
+    """Makes a solve's probes, shape ``(rows, count, D)``, from noise of that shape and the start ``t``, ``x``."""
     basis = settings.basis
     if basis == 0:
         return noise
@@ -87,19 +83,11 @@ def columns(
     probes: Tensor | None,
     penalties: tuple[bool, bool] = (False, False),
 ) -> tuple[Tensor, list[Tensor]]:
-    r"""The velocity, and the numbers for each row that are integrated along.
+    r"""The velocity, and the columns to integrate: the divergence and the penalties, each of shape ``(rows,)``.
 
-    Args:
-        settings: with ``"auto"`` resolved.
-        field: to evaluate.
-        t: a scalar.
-        x: shape ``(rows, *event_shape)``.
-        context: shape ``(rows or 1, context_dim)``, or ``None``.
-        probes: shape ``(count, rows, *event_shape)`` unless exact.
-        penalties: whether to add :math:`|v|^2`, and :math:`\|J\|_F^2` (by the same probes if there are some).
-
-    Returns:
-        ``v`` with the shape of ``x``; the divergence and the penalties, each of shape ``(rows,)``.
+    ``t`` is a scalar, ``x`` has shape ``(rows, *event_shape)``, ``context`` ``(rows or 1, context_dim)`` and
+    ``probes``, unless exact, ``(count, rows, *event_shape)``.  In ``settings``, ``"auto"`` is resolved.  ``penalties``
+    says whether to add :math:`|v|^2`, and :math:`\|J\|_F^2` (by the same probes if there are some).
     """
     kinetic, jacobian = penalties
     exact = settings.kind == "exact"
@@ -121,7 +109,7 @@ def columns(
 
 
 def _weighted(weights: tuple[float, ...], forms: Tensor) -> Tensor:
-    """Weighted sum over probes, shape ``(count, rows)`` to ``(rows,)``."""
+    """The weighted sum over probes, shape ``(count, rows)`` to ``(rows,)``."""
     if len(weights) == 1 or len(set(weights)) == 1:
         total = forms.sum(0) if len(forms) > 1 else forms[0]
         return total if weights[0] == 1.0 else total * weights[0]
@@ -129,7 +117,7 @@ def _weighted(weights: tuple[float, ...], forms: Tensor) -> Tensor:
 
 
 class _Methods(nn.Module):
-    """For ``functional_call`` of any method of a field."""
+    """Lets ``functional_call`` reach any method of a field."""
 
     def __init__(self, inner: Field) -> None:
         super().__init__()
@@ -140,9 +128,9 @@ class _Methods(nn.Module):
 
 
 class FieldDynamics(Dynamics):
-    """A field with its divergence and penalties, on flat rows; arguments as in :func:`columns`.
+    """A field with its divergence and penalties on flat rows; arguments as in :func:`columns`.
 
-    ``has_context`` says whether a context comes after the field's parameters; ``name`` is for messages.
+    ``has_context`` says whether a context follows the field's parameters.
     """
 
     def __init__(

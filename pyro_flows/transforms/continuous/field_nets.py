@@ -1,4 +1,4 @@
-"""The package's own vector fields: chains of dense layers, and convolutions, gated by time and context."""
+"""Dense and convolutional vector fields."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _smooth(activation: str | Function) -> Function:
 
 
 def _widths(name: str, sizes: Sequence[int]) -> tuple[int, ...]:
-    """Sizes of any number of hidden layers."""
+    """Checks hidden sizes, any number."""
     if not isinstance(sizes, Iterable):
         raise TypeError(f"expected {name} to be positive integers in a tuple, which may be empty, got {sizes!r}")
     sizes = tuple(sizes)
@@ -39,12 +39,7 @@ def _widths(name: str, sizes: Sequence[int]) -> tuple[int, ...]:
 class Modulation(nn.Module):
     """Shifts or gates of all units: linear in time and context, one block per layer.
 
-    Args:
-        sizes: units of each layer.
-        context_dim: size of the context, 0 for none.
-        time_dependent: whether blocks depend on time.
-        zero_last: whether the last block starts at zero.
-        bias: whether to add a constant.
+    ``sizes`` are the units of each layer; ``zero_last`` starts the last block at zero, and ``bias`` adds a constant.
     """
 
     def __init__(
@@ -71,7 +66,7 @@ class Modulation(nn.Module):
         self.bias = draw(total) if bias else None
 
     def forward(self, t: Tensor, context: Tensor | None) -> Tensor | None:
-        """All blocks, shape ``(total,)``, or ``(rows or 1, total)`` where contexts or times have rows."""
+        """All blocks, shape ``(total,)``, or ``(rows or 1, total)`` if contexts or times have rows."""
         t = t.unsqueeze(-1) if t.dim() else t
         moved: Tensor | None = self.bias
         if self.time is not None:
@@ -84,7 +79,7 @@ class Modulation(nn.Module):
 
 
 def _trace(weights: Sequence[Tensor], slopes: Sequence[Tensor], x: Tensor) -> Tensor:
-    """The trace of the product of weights and diagonal matrices of slopes, shape ``(rows,)``."""
+    """The trace of the product of weights and diagonal slopes, shape ``(rows,)``."""
     first, last = weights[0], weights[-1]
     if not slopes:
         return first.diagonal().sum().expand(len(x))
@@ -101,7 +96,7 @@ def _trace(weights: Sequence[Tensor], slopes: Sequence[Tensor], x: Tensor) -> Te
 
 @remembered
 class ChainField(Field):
-    r"""A chain of dense layers; time and context enter the first, or gate all (FFJORD, arXiv:1810.01367).
+    r"""Dense layers; time and context enter the first, or gate all (FFJORD, arXiv:1810.01367).
 
     With ``squash`` each layer is :math:`(W h + b) \odot \sigma(g(t, c)) + u(t, c)` with linear :math:`g` and :math:`u`,
     and in the last layer :math:`g(t)`; else the first is :math:`W x + b + u(t, c)`, and others are linear.
@@ -113,7 +108,6 @@ class ChainField(Field):
         time_dependent: whether the field depends on ``t``.
         activation: ``"tanh"``, ``"softplus"``, ``"silu"`` or a smooth elementwise function.
         squash: whether time and context gate all layers.
-
     """
 
     rowwise_times = True
@@ -166,7 +160,7 @@ class ChainField(Field):
     def _run(
         self, t: Tensor, x: Tensor, context: Tensor | None, tangents: Tensor | None = None, trace: bool = False
     ) -> tuple[Tensor, Any, list[Tensor], list[Tensor]]:
-        """The velocity of flat rows and the products; for a trace, the weights and slopes of the layers."""
+        """The velocity and products of flat rows; for a trace also weights and slopes."""
         count = len(self.layers)
         shifts: list[Tensor | None] = [None] * count
         if self.shifts is not None:
@@ -182,7 +176,7 @@ class ChainField(Field):
         for k, layer in enumerate(self.layers):
             gate, shift = gates[k], shifts[k]
             weight, bias = layer.weight, layer.bias
-            if gate is not None and gate.dim() == 1:  # the same for all rows: the weights absorb it
+            if gate is not None and gate.dim() == 1:  # equal for all rows: the weights absorb it
                 weight, bias, gate = weight * gate.unsqueeze(-1), bias * gate, None
             if gate is not None:
                 pre = F.linear(h, weight, bias) * gate
@@ -214,19 +208,18 @@ _CONVOLUTIONS = {1: (nn.Conv1d, F.conv1d), 2: (nn.Conv2d, F.conv2d)}
 
 @remembered
 class ConvField(Field):
-    r"""Convolutions :math:`(W * h + b) \odot \sigma(g(t, c)) + u(t, c)`, gates and shifts by channel (FFJORD).
+    r"""Convolutions :math:`(W * h + b) \odot \sigma(g(t, c)) + u(t, c)`, with gates and shifts by channel (FFJORD).
 
-    Layers keep the size of the image, with zeros beyond the edges.  The exact divergence convolves a probe for each
-    number of the event, so it is for small events.
+    Layers keep the image's size, with zero padding.  The exact divergence convolves one probe for each number of the
+    event: for small events only.
 
     Args:
         event_shape: ``(C, H, W)`` or ``(C, T)``.
         hidden_channels: channels of the hidden layers, any number.
-        kernel_size: of all convolutions, odd.
+        kernel_size: odd size of all kernels.
         context_dim: size of the context, 0 for none.
         time_dependent: whether the field depends on ``t``.
-        activation: ``"tanh"``, ``"softplus"``, ``"silu"`` or a smooth elementwise function.
-
+        activation: as in :class:`ChainField`.
     """
 
     rowwise_times = True
@@ -258,7 +251,7 @@ class ConvField(Field):
             self.gates = Modulation(sizes[1:], context_dim, time_dependent, bias=True)
 
     def _blocks(self, made: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-        """Per layer ``(rows or 1, channels, 1, ..)``."""
+        """Blocks of shape ``(rows or 1, channels, 1, ..)``."""
         made = made.unsqueeze(0) if made.dim() == 1 else made
         return [block.reshape(*block.shape, *(1,) * self.space_dims) for block in made.split(sizes, -1)]
 

@@ -1,7 +1,7 @@
-"""Vector fields :math:`v(t, x, c)` that a continuous flow follows, and the products with their Jacobian that it needs.
+"""Vector fields :math:`v(t, x, c)` and products with their Jacobian.
 
 Shapes everywhere: ``t`` a scalar, ``x`` ``(rows, *event_shape)``, ``context`` ``(rows or 1, context_dim)`` or ``None``.
-The package's fields start at zero, so that a fresh flow is the identity, and are smooth, for large steps.
+The package's fields are smooth, for large steps, and start at zero, so a fresh flow is the identity.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ _LOOP = 4  # up to this many products are faster one by one
 
 
 class Field(nn.Module):
-    r"""Abstract base of vector fields.
+    """Abstract base of vector fields.
 
-    A subclass writes :meth:`forward`, and for speed :meth:`products` and :meth:`with_divergence`.
+    A subclass defines :meth:`forward`, and for speed :meth:`products` and :meth:`with_divergence`.
 
     Args:
-        event_shape: shape of ``x`` without its rows.
+        event_shape: shape of one ``x``.
         context_dim: size of the context, 0 for none.
         time_dependent: whether the field may depend on ``t``.
     """
 
-    #: Whether the exact divergence costs about as much as the field, at any number of dimensions.
+    #: Whether the exact divergence costs about as much as the field, in any dimension.
     cheap_divergence = False
-    #: Whether ``forward`` also takes ``t`` of shape ``(rows,)``, as the package's own fields do.
+    #: Whether ``forward`` also takes ``t`` of shape ``(rows,)``.
     rowwise_times = False
 
     def __init__(self, event_shape: int | Iterable[int], context_dim: int = 0, time_dependent: bool = True) -> None:
@@ -47,7 +47,7 @@ class Field(nn.Module):
     def at_times(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
         """The velocity of each row at its own time, ``t`` of shape ``(rows,)``; differentiable.
 
-        Without ``rowwise_times``, by ``torch.func.vmap`` over rows.
+        Without ``rowwise_times``, ``torch.func.vmap`` runs over the rows.
 
         Raises:
             ValueError: if ``vmap`` cannot run the field.
@@ -61,7 +61,7 @@ class Field(nn.Module):
 
         try:
             return torch.func.vmap(alone, randomness="different")(*given)
-        except RuntimeError as error:  # what vmap cannot do, in its words
+        except RuntimeError as error:  # vmap's limits, in its words
             name = type(self.module if isinstance(self, GivenField) else self).__name__
             raise ValueError(
                 f"field {name}: a time for each row was asked for, but it cannot be called under torch.func.vmap "
@@ -70,7 +70,7 @@ class Field(nn.Module):
             ) from error
 
     def products(self, t: Tensor, x: Tensor, probes: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        r"""The velocity, and :math:`J p` or :math:`J^\top p` (whichever is cheaper) for each probe.
+        r"""The velocity, and :math:`J p` or :math:`J^\top p` (the cheaper one) for each probe.
 
         Probes and products have shape ``(count, rows, *event_shape)``.
         """
@@ -119,19 +119,15 @@ def unit_probes(x: Tensor) -> Tensor:
 
 
 class GivenField(Field):
-    """A user's module as a field, called as ``module(t, x)``, or ``module(t, x, context)`` if it takes a context.
+    """A user's module as a field, called as ``module(t, x)``, or ``module(t, x, context)`` with a context.
 
-    The constructor tries it on three rows.
-
-    Args:
-        module: the field.  With a true attribute ``rowwise_times`` it also takes ``t`` of shape ``(rows,)``.
-        event_shape: shape of one ``x``.
-        context_dim: size of the context, 0 for none.
+    The constructor tries the module on three rows.  A module with a true attribute ``rowwise_times`` also takes ``t``
+    of shape ``(rows,)``.
 
     Raises:
-        ValueError: if the module changes the shape, mixes rows, writes into ``x``, hides from autograd how it depends
-            on ``x``, or claims ``rowwise_times`` wrongly.
-        TypeError: if it is no module, cannot be called so, or gives no tensor.
+        ValueError: if the module changes the shape, mixes rows, writes into ``x``, hides its dependence on ``x`` from
+            autograd, or claims ``rowwise_times`` wrongly.
+        TypeError: for anything but a module, a wrong signature, or a result that is not a tensor.
     """
 
     def __init__(self, module: nn.Module, event_shape: int | Iterable[int], context_dim: int = 0) -> None:
@@ -177,7 +173,7 @@ class GivenField(Field):
             self._try_times(x, context)
 
     def _try_slopes(self, t: Tensor, x: Tensor, context: Tensor | None, v: Tensor) -> None:
-        """A velocity that is detached from ``x`` would have no divergence, and the density would be silently wrong."""
+        """Refuses a velocity detached from ``x``: zero divergence would make the density silently wrong."""
         if torch.is_inference_mode_enabled():  # no gradients at all
             return
         with torch.enable_grad():

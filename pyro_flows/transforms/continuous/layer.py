@@ -1,4 +1,4 @@
-"""The continuous transform: rows follow a vector field from base to data, and their density its divergence."""
+"""The continuous transform."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from pyro_flows.transforms.continuous.ode_solver import (
 
 __all__ = ["Continuous", "Penalties", "SolveCheck", "collect_penalties"]
 
-FIXED_STEPS, MOST_STEPS = 20, 2000  # a solver's by default
+FIXED_STEPS, MOST_STEPS = 20, 2000  # defaults of the solvers
 
 
 class SolveCheck(NamedTuple):
@@ -37,9 +37,9 @@ class SolveCheck(NamedTuple):
 
     Attributes:
         value: largest difference of rows; NaN where the dtype allows no finer tolerance.
-        ladj: largest difference of log-determinants; NaN as above.
-        report: on the solve.
-        finer: on the finer solve.
+        ladj: largest difference of log-determinants, or NaN.
+        report: the report on the solve.
+        finer: the report on the finer solve.
     """
 
     value: float
@@ -53,13 +53,13 @@ class Penalties:
     """The penalties of passes within :func:`collect_penalties`.
 
     Attributes:
-        parts: each pass's weighted integrals, of the batch's shape.
+        parts: each pass's weighted integrals, of the batch shape.
     """
 
     parts: list[Tensor] = dataclass_field(default_factory=list)
 
     def total(self) -> Tensor | float:
-        """The sum over passes of the mean over rows, to be added to a mean loss; 0 without passes."""
+        """The sum over passes of the mean over rows, for a mean loss; 0 without passes."""
         return sum((part.mean() for part in self.parts if part.numel()), 0.0)
 
 
@@ -71,7 +71,7 @@ _collectors: ContextVar[tuple[Penalties, ...]] = ContextVar("collectors", defaul
 def collect_penalties() -> Iterator[Penalties]:
     """Collects the penalties of continuous transforms with ``kinetic`` or ``jacobian`` weights.
 
-    Only passes of the same thread within the block compute them. ::
+    Only passes within the block, in the same thread, compute penalties. ::
 
         with collect_penalties() as penalties:
             loss = -flow.log_prob(data).mean()
@@ -92,7 +92,7 @@ def _weight(name: str, value: float) -> float:
 
 
 def _tolerances(name: str, value: float | Sequence[float]) -> tuple[float, float]:
-    """Tolerances for sampling and density, from one for both or from two."""
+    """Splits one or two tolerances into those of sampling and density."""
     pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
     good = all(isinstance(v, (int, float)) and not isinstance(v, bool) and 0 < v < 1 for v in pair)
     if len(pair) != 2 or not good:
@@ -105,7 +105,7 @@ def _tolerances(name: str, value: float | Sequence[float]) -> tuple[float, float
 def _increasing(times: Sequence[float] | Tensor) -> list[float]:
     try:
         found = [float(t) for t in times]
-    except (TypeError, ValueError, RuntimeError):  # no sequence, or one of other things than numbers
+    except (TypeError, ValueError, RuntimeError):  # not a sequence of numbers
         found = []
     # The range excludes NaN, which a sorted sequence may hold.
     if not found or not all(0 <= t <= 1 for t in found) or found != sorted(set(found)):
@@ -116,54 +116,54 @@ def _increasing(times: Sequence[float] | Tensor) -> list[float]:
 class Continuous(FlowTransform):
     r"""A continuous flow: :math:`y = x + \int_0^1 v(t, z_t, c)\, dt` along :math:`\dot z = v` from :math:`z_0 = x`.
 
-    The log-determinant :math:`\int_0^1 \nabla \cdot v\, dt` is integrated along.  Each direction is one solve, with as
-    many evaluations of the field as the tolerance takes; ``last_solve`` reports on the latest.
+    The log-determinant is :math:`\int_0^1 \nabla \cdot v\, dt`.  Each direction is one solve, with as many evaluations
+    of the field as the tolerance takes; ``last_solve`` reports on the latest.
 
     **Divergence.**  ``"exact"`` costs about one more evaluation for plain fields of up to two hidden layers, else about
-    as many as there are dimensions :math:`D`.  ``"hutchinson"`` and ``"hutch++"`` are unbiased estimates by products
-    with the Jacobian, with noise that is fixed during a solve: new for each row and solve in training, and in
-    ``eval()``, where the density is a function, as ``scoring`` says.  The basis of ``"hutch++"`` comes from the
-    Jacobian where a solve starts, in ``eval()`` from that at zero, half way.  ``"auto"`` is exact where that is cheap
-    or :math:`D \le 32`, else ``"hutchinson"``.
+    :math:`D`, the number of dimensions.  ``"hutchinson"`` and ``"hutch++"`` are unbiased estimates by products with the
+    Jacobian.  Their noise is fixed during a solve: new for each row and solve in training; in ``eval()``, where the
+    density is a function, by ``scoring``.  ``"hutch++"`` finds its basis from the Jacobian at a solve's start, in
+    ``eval()`` at zero and half time.  ``"auto"`` is exact where that is cheap or :math:`D \le 32`, else
+    ``"hutchinson"``.
 
-    **Gradients.**  ``"adjoint"`` solves backwards: memory independent of the evaluations, first derivatives, exact up
-    to the tolerance.  ``"backprop"`` goes through the solver's steps: exact for what was computed, any derivatives,
-    faster, with memory for each evaluation.  ``"auto"`` is ``"backprop"`` where the first evaluation keeps at most
+    **Gradients.**  ``"adjoint"`` solves backwards, in memory independent of the evaluations: first derivatives, exact
+    up to the tolerance.  ``"backprop"`` differentiates the solver's steps: faster, exact for the computed result, any
+    derivatives, with memory for each evaluation.  ``"auto"`` is ``"backprop"`` where the first evaluation keeps at most
     4 MiB and all of them 1 GiB, else (and under ``torch.func``) the adjoint.
 
-    **Rows.**  Adaptive steps are the same for all rows of a batch, chosen by their root mean square error: a row's
-    result depends on its batch mates, and a hard row may be off by more than the tolerance.  With ``per_row`` the
-    hardest row decides.  Fixed steps do not depend on mates.  Errors of steps add up: at a tolerance of 1e-5 the
-    log-density of 500 points by a flow of two moons was off by 16 tolerances (root mean square) and 143 (worst), with
-    ``per_row`` by 1.6 and 13, for 1.6 times the evaluations; a row alone by 15 and 52 in both cases, and by about as
-    much from itself among others (``examples/continuous.py``).
+    **Rows.**  All rows of a batch share adaptive steps, chosen by their root mean square error: a row's result depends
+    on its batch mates, and a hard row's error may exceed the tolerance.  With ``per_row`` the hardest row decides.
+    Fixed steps do not depend on mates.  Errors add up over steps.  At a tolerance of 1e-5 the log-density of 500 points
+    by a flow of two moons was off by 16 tolerances (root mean square) and 143 (worst); with ``per_row`` by 1.6 and 13,
+    for 1.6 times the evaluations; a single row by 15 and 52 in both cases, and by about as much from itself among
+    others (``examples/continuous.py``).
 
     Args:
         event_shape: an ``input_dim`` or the shape of one event.
-        field: a :class:`~pyro_flows.transforms.continuous.Field`, or any module called as ``field(t, x)``, or
+        field: a :class:`~pyro_flows.transforms.continuous.Field`, or a module called as ``field(t, x)``, or
             ``field(t, x, context)`` with a context, that keeps the shape of ``x`` and treats rows independently.
         context_dim: size of the context, 0 for none.
         divergence: ``"auto"``, ``"exact"``, ``"hutchinson"`` or ``"hutch++"``.
-        noise: of the estimates, ``"rademacher"`` or ``"gaussian"``.
-        num_probes: of the estimates; 1 by default, 4 for ``"hutch++"``, half of which find its basis.
-        scoring: the divergence in ``eval()`` where training estimates it: ``"exact"``; ``"frozen"``, by noise drawn
-            once, saved, and the same for each row; ``"auto"``, exact where ``divergence="auto"`` is, else frozen.
+        noise: noise of the estimates, ``"rademacher"`` or ``"gaussian"``.
+        num_probes: probes of the estimates; 1 by default, 4 for ``"hutch++"``, half of which find its basis.
+        scoring: the divergence in ``eval()`` where training estimates: ``"exact"``; ``"frozen"``, by noise drawn once,
+            saved, and equal for all rows; ``"auto"``, exact where ``divergence="auto"`` is, else frozen.
         solver: adaptive (``"dopri5"``, ``"dopri8"``, ``"bosh3"``, ``"fehlberg2"``, ``"adaptive_heun"``) or with fixed
             steps (``"euler"``, ``"midpoint"``, ``"heun2"``, ``"heun3"``, ``"rk4"``).
-        rtol, atol: tolerances of each step, or pairs of them for sampling and density; no finer than ten rounding
-            errors of the dtype.
-        solver_steps: the number of fixed steps (20), or the most that an adaptive solver may take (2000).
+        rtol, atol: tolerances of each step, or pairs for sampling and density; no finer than ten rounding errors of the
+            dtype.
+        solver_steps: number of fixed steps (20), or most steps of an adaptive solver (2000).
         gradient: ``"auto"``, ``"adjoint"`` or ``"backprop"``.
-        per_row: whether every row is held to the tolerance, rather than all on average.
+        per_row: whether the tolerance holds for every row, not on average.
         kinetic: weight of :math:`\int |v|^2 dt` in :func:`collect_penalties`, and so in the loss of
             :func:`~pyro_flows.infer.density.fit.fit_density`.
-        jacobian: weight of :math:`\int \|\partial v / \partial z\|_F^2 dt` there, by the divergence's probes; if it is
-            exact, by :math:`D` products with the Jacobian in each evaluation.
+        jacobian: weight of :math:`\int \|\partial v / \partial z\|_F^2 dt` there, by the divergence's probes; if exact,
+            by :math:`D` products with the Jacobian in each evaluation.
 
     Raises:
         ValueError: for options out of range, or a field that changes the shape, mixes rows, or hides its gradient.
-        TypeError: for a field that is no module or cannot be called so; in a pass, for values in half precision.
-        RuntimeError: in a pass, if the field is not finite, or too stiff for ``solver_steps``, with time and rows.
+        TypeError: for a field that is not a module or has a wrong signature; in a pass, for half precision.
+        RuntimeError: in a pass, if the field is not finite or too stiff for ``solver_steps``; names time and rows.
         NotImplementedError: for derivatives in forward mode.
 
     References:
@@ -317,12 +317,12 @@ class Continuous(FlowTransform):
 
         Args:
             value: base-side, or data-side with ``density``.
-            context: if the transform takes one.
+            context: the context, if the transform takes one.
             density: the direction.
 
         Returns:
             The largest differences of values and of log-determinants (nats), without the error of an estimated
-            divergence, whose noise is the same.  In float32, rough near a tolerance of 1.2e-6, and NaN at it.
+            divergence, as both solves share its noise.  In float32, rough near a tolerance of 1.2e-6, and NaN at it.
         """
         value = admit(self, value, context, density)
         settings = self.estimator if self.training else self._scorer()
@@ -343,17 +343,17 @@ class Continuous(FlowTransform):
     def path(
         self, value: Tensor, times: Sequence[float] | Tensor, context: Tensor | None = None, density: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Returns where rows are at given times on their way, for pictures; no gradients.
+        """Returns the rows at given times on their way, for pictures; no gradients.
 
         Args:
             value: base-side at ``t = 0``, or data-side at ``t = 1`` with ``density``.
             times: between 0 and 1, increasing.
-            context: if the transform takes one.
+            context: the context, if the transform takes one.
             density: whether to start from the data.
 
         Returns:
-            Values, shape ``(len(times), *batch, *event_shape)``, and ``log|det|`` from the start to there, shape
-            ``(len(times), *batch)``, in the sequence of ``times``.
+            Values, shape ``(len(times), *batch, *event_shape)``, and ``log|det|`` from the start, shape
+            ``(len(times), *batch)``, in the order of ``times``.
 
         Raises:
             ValueError: for times that do not increase or leave the interval from 0 to 1.

@@ -1,13 +1,13 @@
 """Integration of rows along a vector field by torchdiffeq, with gradients by the adjoint or through the solver.
 
-The state is how far rows have moved, and the columns, in one tensor.  It starts at zero, so rounding is relative to the
-way and not to the place, and a field that is zero moves nothing.  Tolerances are relative to the place.
+The state holds displacements and columns.  It starts at zero, so rounding is relative to the displacement, and a zero
+field moves nothing.  Tolerances are relative to the position.
 
-The adjoint is a second solve backwards (arXiv:1806.07366, appendix B) of ``x``, of the gradient with respect to it and
-of those with respect to parameters, whose error does not steer the steps (arXiv:2009.09457).  Its tolerance is relative
-to the incoming gradient, so the scale of a loss does not matter.  Backpropagation through the solver's steps takes a
-half to two thirds of the time.  ``"auto"`` decides by what the first evaluation keeps, and starts again with the
-adjoint where a solve turns out too long.
+The adjoint solves backwards (arXiv:1806.07366, appendix B) for ``x`` and the gradients with respect to ``x`` and
+parameters; the latter's error does not steer the steps (arXiv:2009.09457).  Its tolerance is relative to the incoming
+gradient, so the scale of a loss does not matter.  Backpropagation takes a half to two thirds of the time.  ``"auto"``
+decides by the bytes that the first evaluation keeps, and starts again with the adjoint where a solve turns out too
+long.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from pyro_flows.transforms.continuous.ode_solver import (
 
 __all__ = ["KEPT", "KEPT_IN_ALL", "integrate"]
 
-#: Bytes that one evaluation, and a whole solve, may keep for the gradient where ``"auto"`` goes through the steps.
+#: Bytes that one evaluation, and a whole solve, may keep where ``"auto"`` backpropagates.
 KEPT, KEPT_IN_ALL = 4 * 2**20, 2**30
 
 _SAVED: dict[type, list[str]] = {}  # the attributes in which a kind of node keeps tensors
@@ -56,19 +56,13 @@ def integrate(
     rowwise: Sequence[Tensor] = (),
     span: tuple[float, float] = (0.0, 1.0),
 ) -> tuple[Tensor, Tensor]:
-    """Integrates rows along the field.
+    """Integrates rows along the field, and fills in the report.
 
-    Args:
-        dynamics: the right-hand side.
-        settings: solver and tolerances.
-        report: to be filled in.
-        x: shape ``(n, D)``, float32 or float64.
-        shared: tensors that all rows share; gradients reach them.
-        rowwise: tensors with a leading dimension ``n``; gradients reach them.
-        span: the first and the last time, in either sequence.
+    ``x`` has shape ``(n, D)``, float32 or float64; ``rowwise`` tensors have a leading dimension ``n``, ``shared`` ones
+    serve all rows, and gradients reach both.  ``span`` ascends or descends.
 
     Returns:
-        Where rows end, shape ``(n, D)``, and the integrals of the columns, shape ``(n, num_columns)``.
+        The rows' ends, shape ``(n, D)``, and the integrals of the columns, shape ``(n, num_columns)``.
 
     Raises:
         ValueError, RuntimeError, NotImplementedError: as in ``Continuous``.
@@ -91,7 +85,7 @@ def integrate(
 
 
 def _kept(value: Tensor, there: Sequence[Tensor]) -> int:
-    """Bytes that autograd keeps for the gradient of a value, without tensors that are there anyway."""
+    """Bytes that autograd keeps for the gradient of a value, besides the tensors ``there``."""
     seen = {t.untyped_storage().data_ptr() for t in there}
     nodes, met = [value.grad_fn], {t.grad_fn for t in there} | {None}
     total = 0
@@ -117,9 +111,9 @@ def _kept(value: Tensor, there: Sequence[Tensor]) -> int:
 def _solve(
     call: Call, x: Tensor, shared: Sequence[Tensor], rowwise: Sequence[Tensor], bounded: bool = False
 ) -> Tensor | None:
-    """How far rows move, and the columns, shape ``(n, D + num_columns)``.
+    """Displacements and columns, shape ``(n, D + num_columns)``.
 
-    ``None`` if it is ``bounded`` and would keep more bytes for the gradient than it may.
+    ``None`` if ``bounded`` and the gradient would keep too many bytes.
     """
     settings, size = call.settings, x.shape[1]
     rhs = call.dynamics.bind(shared, rowwise)
@@ -151,7 +145,7 @@ def _solve(
 
 
 class _Solve(GradientByHand):
-    """The solution with the gradient by the adjoint; its arguments are in the layout of ``vmapped``."""
+    """The solution with the adjoint as gradient; arguments in the layout of ``vmapped``."""
 
     @staticmethod
     def forward(call: Call, none: None, split: int, x: Tensor, *tensors: Tensor) -> Tensor | None:
@@ -192,10 +186,10 @@ def _adjoint(
     *tensors: Tensor,
     began: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """Gradients with respect to the first rows, less those with respect to the last, and to the tensors that need one.
+    """Gradients with respect to the first rows, less those with respect to the last, and to the needed tensors.
 
-    ``g`` is the gradient with respect to the last rows and the columns.  Rows that do not come back to where they
-    ``began`` cause a warning.
+    ``g`` is the gradient with respect to the last rows and the columns.  Warns of rows that do not come back to where
+    they ``began``.
     """
     rows, size = end.shape
     settings, n = call.settings, end.numel()
@@ -228,7 +222,7 @@ def _adjoint(
     largest = float(g.abs().amax())
     if not math.isfinite(largest):
         raise call.unfit(g)
-    # Divided by the largest, because squares of large or small gradients leave the range of float32.
+    # Divided by the largest, because squares may leave the range of float32.
     level = largest * float((g / max(largest, tiny)).square().mean().sqrt()) + 100 * tiny
     scales = (end.abs() * rtol + atol, by_end.abs() * rtol + level * atol, end.new_ones(rest))
     start = end.new_zeros(2 * n + rest)
@@ -250,7 +244,7 @@ def _adjoint(
 def _warn_of_lost(call: Call, found: Tensor, began: Tensor) -> None:
     off = (found - began).abs() / (1 + began.abs())
     if off.numel() and float(off.amax()) > _LOST:
-        warnings.warn(  # in the same words each time, so that a training loop shows it once
+        warnings.warn(  # the same words each time, so that a training loop shows it once
             f"{call.dynamics.name}: the adjoint solve did not find back to where some rows began, so their gradients "
             "are wrong: the field contracts more than the tolerance can tell; tighten rtol and atol, or go through the "
             'solver\'s steps (gradient="backprop")',
@@ -260,14 +254,14 @@ def _warn_of_lost(call: Call, found: Tensor, began: Tensor) -> None:
 
 
 def _moving(t: Tensor, need: bool) -> Tensor:
-    """A leaf that requires a gradient as needed: the tensor itself if possible."""
+    """A leaf that requires a gradient as needed; the tensor itself if possible."""
     if plain_eager() and t.is_leaf and t.requires_grad == need:
         return t
     return t.detach().requires_grad_(need)
 
 
 class _Adjoint(torch.autograd.Function):
-    """The adjoint solve under ``torch.func``: ``vmap`` makes a batch of it, second derivatives are refused."""
+    """The adjoint solve under ``torch.func``: batched by ``vmap``, without second derivatives."""
 
     @staticmethod
     def forward(

@@ -1,4 +1,4 @@
-"""One solve by torchdiffeq: settings, counts, the first step, and the message where it fails."""
+"""One solve by torchdiffeq."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ __all__ = [
 ADAPTIVE = {"dopri5": 5, "dopri8": 8, "bosh3": 3, "fehlberg2": 2, "adaptive_heun": 2}
 FIXED = {"euler": 1, "midpoint": 2, "heun2": 2, "heun3": 3, "rk4": 4}
 
-_FLOOR = 10  # rounding errors below which no tolerance goes
+_FLOOR = 10  # rounding errors, the finest tolerance
 _ROWS_NAMED = 8
 
 Rhs = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class OdeSettings(NamedTuple):
-    """How to integrate; ``solver_steps`` is the number of fixed steps, or the most that an adaptive solver may take."""
+    """How to integrate; ``solver_steps`` is the number of fixed steps, or an adaptive solver's most."""
 
     solver: str
     rtol: float
@@ -48,18 +48,17 @@ class OdeSettings(NamedTuple):
 
 @dataclass
 class OdeReport:
-    """What a solve took.
+    """The cost of a solve.
 
     Attributes:
-        solver: its name.
+        solver: the solver's name.
         direction: ``"sampling"`` or ``"density"``.
         evaluations: calls of the field.
         steps: accepted steps.
-        rejected: steps that were tried and refused.
-        local_error: sum over steps of the solver's own error estimate, in units of the tolerance; ``None`` for fixed
-            steps, which have no estimate.
+        rejected: rejected steps.
+        local_error: sum over steps of the solver's own error estimate, in tolerances; ``None`` for fixed steps.
         backward_evaluations: calls of the field in the adjoint solve, once gradients were computed.
-        gradient: how gradients are computed, ``"adjoint"`` or ``"backprop"``; ``None`` where nothing needs one.
+        gradient: ``"adjoint"`` or ``"backprop"``; ``None`` where nothing needs a gradient.
     """
 
     solver: str
@@ -75,7 +74,7 @@ class OdeReport:
 class Dynamics(ABC):
     """The right-hand side: a velocity for each row, and columns that depend on rows but not on each other.
 
-    Tensors that need a gradient come as ``shared`` (the same for all rows) and ``rowwise`` (leading dimension ``n``).
+    Tensors that need a gradient are ``shared`` by all rows or ``rowwise`` (leading dimension ``n``).
     """
 
     name: str
@@ -83,7 +82,7 @@ class Dynamics(ABC):
 
     @abstractmethod
     def bind(self, shared: Sequence[Tensor], rowwise: Sequence[Tensor]) -> Rhs:
-        """``(t, x) -> (velocity, columns)`` for ``x`` of shape ``(n, D)`` and columns of shape ``(n, num_columns)``."""
+        """Returns ``(t, x) -> (velocity, columns)`` for ``x`` ``(n, D)`` and columns ``(n, num_columns)``."""
 
 
 class Call(NamedTuple):
@@ -95,7 +94,7 @@ class Call(NamedTuple):
     span: tuple[float, float]
 
     def unfit(self, gradient: Tensor) -> RuntimeError:
-        """The error for an incoming gradient that is not finite."""
+        """The error for a non-finite incoming gradient."""
         return RuntimeError(
             f"{self.dynamics.name}: expected a finite gradient with respect to the final rows and their "
             f"log-determinants, got others in {_rows(~gradient.isfinite().all(1))}; what the loss makes of these is "
@@ -110,7 +109,7 @@ def floored(settings: OdeSettings, dtype: torch.dtype) -> tuple[float, float]:
 
 
 def rms(ratio: Tensor) -> Tensor:
-    """Root mean square over all rows, torchdiffeq's own norm."""
+    """Root mean square over all rows, torchdiffeq's norm."""
     return ratio.square().mean().sqrt()
 
 
@@ -120,18 +119,14 @@ def row_norm(ratio: Tensor) -> Tensor:
 
 
 class TooLongError(Exception):
-    """A solve took more evaluations than it was allowed."""
+    """A solve took too many evaluations."""
 
 
 class Solve:
-    """A right-hand side for torchdiffeq that counts, and keeps its last value for error messages.
+    """A right-hand side for torchdiffeq that counts calls and keeps its last value for error messages.
 
-    Args:
-        call: the constants.
-        rhs: from time and state to the state's derivative.
-        norm: of errors in units of the tolerance.
-        x: the rows where the solve begins, shape ``(n, D)``.
-        backward: whether this is the adjoint solve.
+    ``rhs`` gives the state's derivative by time and state, ``norm`` the size of errors in units of the tolerance.
+    ``x`` holds the rows at the start, shape ``(n, D)``; ``backward`` marks the adjoint solve.
     """
 
     def __init__(
@@ -178,7 +173,7 @@ class Solve:
         self.rejected += 1
 
     def run(self, start: Tensor, rtol: float, scale: Tensor, span: tuple[float, float]) -> Tensor:
-        """Integrates a state from one end of the span to the other."""
+        """Integrates a state over the span."""
         from torchdiffeq import odeint  # heavy
 
         settings = self.call.settings
@@ -211,13 +206,13 @@ class Solve:
         }
         try:
             return odeint(self, start, ends, rtol=rtol, atol=scale, method=settings.solver, options=options)[1]
-        except AssertionError as error:  # torchdiffeq's word for steps that are too many or too small
+        except AssertionError as error:  # torchdiffeq's sign of too many or too small steps
             raise self.trouble(str(error)) from None
 
     def _first_step(self, value: Tensor, scale: Tensor) -> float:
         """A step whose error should be about the tolerance, for a field of slopes of order one.
 
-        With torchdiffeq's own choice, solves took 1.4 to 2 times as many evaluations.
+        torchdiffeq's own choice took 1.4 to 2 times the evaluations.
         """
         ratio = float(self._norm(value / scale))
         if not math.isfinite(ratio):
@@ -255,7 +250,7 @@ class Solve:
         )
 
     def _by_row(self, state: Tensor) -> Tensor:
-        """The part of a state that belongs to rows, shape ``(n, ...)``."""
+        """The rows' part of a state, shape ``(n, ...)``."""
         if not self.backward:
             return state
         return state[: 2 * self.x.numel()].view(2, *self.x.shape).movedim(0, 1).flatten(1)

@@ -1,17 +1,16 @@
 r"""Attention of each place of an image or series to those strictly before it, which keeps a map triangular.
 
-Tokens are places, in the order of a raster scan.  With :math:`p_i` the values at token :math:`i` and its neighbors
-before it, and :math:`p_i^-` the same without token :math:`i`,
+Tokens are places in raster order.  With :math:`p_i` the values at token :math:`i` and its neighbors before it, and
+:math:`p_i^-` the same without token :math:`i`,
 
 .. math:: q_i = Q \tanh(A^- p_i^- + a + s), \quad (k_j, v_j) = K \tanh(A p_j + b), \quad
     o_i = O \sum_{j < i} \operatorname{softmax}_j(q_i \cdot R_{j - i} k_j / \sqrt{m})\, v_j
 
-for each head of size :math:`m`, where the sum also has one learned key and value that stand for no token, so the first
-token has something to attend to.  Neither the query of token :math:`i` nor any key that it meets sees token :math:`i`:
-no :math:`o_i` depends on its own token, and the Jacobian is exactly zero there and above.  Rotations :math:`R` turn
-pairs of numbers by angles proportional to the distance along an axis and leave a few numbers unchanged, so outputs
-depend on distances, and no parameter depends on the size.  The key of no token has only those few numbers, and so no
-distance.  Values are bounded, and so is :math:`o`.
+for each head of size :math:`m`.  One learned key and value stand for no token, for the first token to attend to.  No
+:math:`o_i` depends on token :math:`i`: the Jacobian is exactly zero there and above.  Rotations :math:`R` turn pairs of
+numbers by angles proportional to the distance along an axis; a few numbers, the only ones in the key of no token, are
+not turned.  So outputs depend on distances, and no parameter depends on the size.  Values are bounded, and so is
+:math:`o`.
 """
 
 from __future__ import annotations
@@ -29,13 +28,13 @@ from pyro_flows.core.steps import Past
 
 __all__ = ["Attention", "AttentionNet", "AttentionSteps", "AttentionWeights"]
 
-_BASE = 100.0  # wavelengths of the rotations go from 2 pi up to nearly 100 times that
+_BASE = 100.0  # the rotations' wavelengths go from 2 pi to nearly 100 times that
 
-_AT_ONCE = 256  # steps of a series at a time, which bounds the memory of the scores
+_AT_ONCE = 256  # steps at a time; bounds the memory of the scores
 
 
 def _numbers(first: int, count: int, device: torch.device) -> Tensor:
-    """Places along an axis; at distant ones single precision would blur the angles."""
+    """Places along an axis; single precision would blur the angles of distant ones."""
     kind = torch.float32 if device.type == "mps" else torch.float64
     return torch.arange(first, first + count, device=device, dtype=kind)
 
@@ -45,12 +44,12 @@ class AttentionWeights(NamedTuple):
 
     Attributes:
         query_taps: :math:`A^-`, shape ``(M, T * C)``.
-        query_bias: :math:`a`, or :math:`a + s` where rows have their own shift; shape ``(M,)`` or ``(n, M)``.
+        query_bias: :math:`a`, or :math:`a + s` with a shift for each row; shape ``(M,)`` or ``(n, M)``.
         query_mix: :math:`Q`, shape ``(M, M)``.
         key_taps: :math:`A`, shape ``(M, (T + 1) * C)``.
         key_bias: :math:`b`, shape ``(M,)``.
         key_mix: :math:`K`, keys before values, shape ``(2 * M, M)``.
-        null_key: key of no token, shape ``(heads, U)``: only the ``U`` numbers that are not rotated.
+        null_key: key of no token, its ``U`` unrotated numbers, shape ``(heads, U)``.
         null_value: value of no token, shape ``(heads, head_dim)``.
         out: :math:`O`, shape ``(C, M)``.
     """
@@ -67,16 +66,16 @@ class AttentionWeights(NamedTuple):
 
 
 class Attention(NamedTuple):
-    """How tokens attend to each other; the tensors come as :class:`AttentionWeights`.
+    """How tokens attend to each other.
 
     A call computes all tokens at once; :class:`AttentionSteps` goes from one to the next.
 
     Attributes:
         kernel: rows and columns of the neighborhood, odd.
-        heads: number of heads.
-        head_dim: size of each head.
-        window: how many tokens back a token attends; ``None`` for all.
-        lower: whether tokens attend to those before them, or, if false, to those after them.
+        heads: the number of heads.
+        head_dim: the size of each head.
+        window: the number of tokens back that a token attends to; ``None`` for all.
+        lower: whether tokens attend to those before them, or else to those after.
     """
 
     kernel: tuple[int, int]
@@ -89,8 +88,7 @@ class Attention(NamedTuple):
     def __call__(self, x: Tensor, weights: AttentionWeights) -> Tensor:
         """The outputs of all tokens, of the shape ``(n, C, H, W)`` of ``x``.
 
-        Costs ``O(n (H W)^2 M)``, and memory for ``n * heads * (H W)^2`` numbers, which a gradient keeps; without one, a
-        CPU does without them.
+        Costs ``O(n (H W)^2 M)``, and memory for ``n * heads * (H W)^2`` numbers, except on a CPU without gradient.
         """
         x = x.to(weights.out.dtype)
         image = x if self.lower else x.flip(-2, -1)
@@ -98,14 +96,13 @@ class Attention(NamedTuple):
         patches = self.patches(image)
         queries = self.queries(patches[..., : -x.shape[1]], places, weights)
         keys, values = self.keys_values(patches, places, weights)
-        # No token comes after the last one.
         keys, values = keys[..., :-1, :], values[..., :-1, :]
         out = self.attend(queries, keys, values, weights, self.allowed(*self.tokens(x))).mT.reshape(x.shape)
         return out if self.lower else out.flip(-2, -1)
 
     @property
     def rotated(self) -> int:
-        """How many numbers of a head are rotated: as many pairs for each axis as leave one number or more."""
+        """The rotated numbers of a head: as many pairs per axis as leave a number."""
         pair = 2 * self.axes
         return (self.head_dim - 1) // pair * pair
 
@@ -127,13 +124,13 @@ class Attention(NamedTuple):
         return tokens, tokens[:-1]
 
     def allowed(self, asking: Tensor, answering: Tensor) -> Tensor:
-        """The keys to which tokens numbered ``asking`` attend, of no token and of ``answering``; boolean."""
+        """Boolean: which keys, of no token and of ``answering``, the tokens ``asking`` attend to."""
         back = asking[:, None] - answering
         allowed = back > 0 if self.window is None else (back > 0) & (back <= self.window)
         return F.pad(allowed, (1, 0), value=True)
 
     def reach(self, convolved: int) -> int | None:
-        """How many steps back a step of a series looks, ``None`` for all; ``convolved`` of them without attention."""
+        """The steps back that a step of a series sees, ``None`` for all; ``convolved`` of them without attention."""
         return None if self.window is None else max(convolved, self.window + self.kernel[1] // 2)
 
     def patches(self, x: Tensor) -> Tensor:
@@ -147,23 +144,15 @@ class Attention(NamedTuple):
     def queries(self, before: Tensor, places: Tensor, weights: AttentionWeights) -> Tensor:
         """Queries of tokens, shape ``(n, heads, tokens, head_dim)``.
 
-        Args:
-            before: rows of :meth:`patches` without the token itself, shape ``(n, tokens, T * C)``.
-            places: of these tokens, shape ``(tokens, axes)``.
-            weights: the tensors.
+        ``before`` holds rows of :meth:`patches` without the token itself, shape ``(n, tokens, T * C)``; ``places`` are
+        the tokens'.
         """
         bias = weights.query_bias
         seen = torch.tanh(F.linear(before, weights.query_taps) + (bias if bias.dim() == 1 else bias.unsqueeze(-2)))
         return self._turn(self._heads(F.linear(seen, weights.query_mix) / math.sqrt(self.head_dim)), places)
 
     def keys_values(self, patches: Tensor, places: Tensor, weights: AttentionWeights) -> tuple[Tensor, Tensor]:
-        """Keys and values of tokens, both of shape ``(n, heads, tokens, head_dim)``.
-
-        Args:
-            patches: rows of :meth:`patches`, shape ``(n, tokens, (T + 1) * C)``.
-            places: of these tokens, shape ``(tokens, axes)``.
-            weights: the tensors.
-        """
+        """Keys and values of tokens, both of shape ``(n, heads, tokens, head_dim)``, from rows of :meth:`patches`."""
         seen = torch.tanh(F.linear(patches, weights.key_taps, weights.key_bias))
         keys, values = (self._heads(each) for each in F.linear(seen, weights.key_mix).chunk(2, -1))
         return self._turn(keys, places), values
@@ -171,22 +160,14 @@ class Attention(NamedTuple):
     def attend(
         self, queries: Tensor, keys: Tensor, values: Tensor, weights: AttentionWeights, allowed: Tensor | None = None
     ) -> Tensor:
-        """Outputs of tokens, shape ``(n, tokens, C)``.
-
-        Args:
-            queries: of these tokens.
-            keys: of the tokens to which they attend; there may be none.
-            values: of the same tokens as ``keys``.
-            weights: the tensors.
-            allowed: as :meth:`allowed`; ``None`` for all keys.
-        """
+        """Outputs of tokens, shape ``(n, tokens, C)``, that attend to the ``allowed`` ones of the keys, or to all."""
         rows = values.shape[0]
         null = F.pad(weights.null_key, (self.rotated, 0)), weights.null_value
         first = (each[:, None].expand(rows, -1, -1, -1) for each in null)
         keys, values = (torch.cat(each, -2) for each in zip(first, (keys, values), strict=True))
         bias = None if allowed is None else keys.new_zeros(allowed.shape).masked_fill_(~allowed, -math.inf)
         if plain_eager() and not torch.is_grad_enabled() and keys.device.type == "cpu":
-            # Needs no scores of all pairs, but has no second derivatives, and less precision on other devices.
+            # Spares the scores, but has no second derivatives, and less precision on other devices.
             out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias, scale=1.0)
         else:
             scores = queries @ keys.mT
@@ -209,12 +190,7 @@ class Attention(NamedTuple):
 
 
 class AttentionNet(nn.Module):
-    """The parameters of :class:`Attention`; its outputs are zero at first.
-
-    Args:
-        channels: :math:`C`.
-        rule: how tokens attend to each other.
-    """
+    """The parameters of :class:`Attention`; its outputs start at zero."""
 
     def __init__(self, channels: int, rule: Attention) -> None:
         super().__init__()
@@ -244,14 +220,7 @@ class AttentionNet(nn.Module):
 
 
 class AttentionSteps:
-    """Attention in a series from one step to the next: keeps the keys and values of the window, or all.
-
-    Args:
-        rule: how tokens attend to each other, from the first to the last.
-        weights: the tensors.
-        rows: number of series side by side.
-        channels: number of channels of each.
-    """
+    """Attention in ``rows`` series side by side, step by step: keeps the keys and values of the window, or all."""
 
     def __init__(self, rule: Attention, weights: AttentionWeights, rows: int, channels: int) -> None:
         self.rule, self.weights, self.taken = rule, weights, 0
@@ -262,7 +231,7 @@ class AttentionSteps:
         return _numbers(self.taken, count, self.keys.device).unsqueeze(-1)
 
     def ahead(self) -> Tensor:
-        """The output of the next step, from those before it; shape ``(rows, C)``."""
+        """The output of the next step from those before it, shape ``(rows, C)``."""
         before = self.past.seen().mT.flatten(1).unsqueeze(1)
         queries = self.rule.queries(before, self._places(1), self.weights)
         return self.rule.attend(queries, self.keys, self.values, self.weights).squeeze(1)

@@ -1,4 +1,4 @@
-"""Mint layers: monotone maps of images and sequences by masked convolutions, with a triangular Jacobian."""
+"""Mint layers: monotone maps of images and series by masked convolutions, with a triangular Jacobian."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["Mint"]
 
 _GAIN = 0.005  # first weights, relative to Xavier's rule
 
-_MOST = 3.0  # bound of the logarithms of the factors that a context gives
+_MOST = 3.0  # bound of the logarithms of a context's factors
 
 
 def _attention(
@@ -59,48 +59,45 @@ class Mint(FlowTransform):
         + b_3
 
     by convolutions :math:`W` masked so that coordinate :math:`i` depends on those before it in a total order of
-    channels and places, and on itself through center taps whose products are never negative.  Each center tap has a
-    fixed random sign and a learned magnitude, so the map is continuous in its parameters.  With :math:`h` increasing
-    and :math:`t > 0` the Jacobian is triangular with a positive diagonal :math:`d` for all parameters, and
-    :math:`\log|\det \partial x / \partial y| = \sum_i \log d_i`, exactly: the diagonal costs one small matrix product
-    per channel and place.  Slopes are bounded by :math:`t \le d \le t + \sum_{k,j} |a_{3,k} a_{2,kj} a_{1,j}|`.
+    channels and places, and on itself through center taps, each with a fixed random sign and a learned magnitude, whose
+    products are never negative.  With :math:`h` increasing and :math:`t > 0` the Jacobian is triangular with a positive
+    diagonal :math:`d`, and :math:`\log|\det \partial x / \partial y| = \sum_i \log d_i` exactly.  The diagonal costs
+    one small matrix product per channel and place; :math:`t \le d \le t + \sum_{k,j} |a_{3,k} a_{2,kj} a_{1,j}|`.
 
-    Base to data goes through ``pyro_flows.inverse.newton.solve_triangular``, which ends for all finite parameters,
-    takes about as many passes as the longest chain of dependencies, ``waves.max() + 1``, or fewer, and differentiates
-    implicitly.  ``last_solve`` reports its costs.
+    Base to data takes ``pyro_flows.inverse.newton.solve_triangular``, which ends for all finite parameters, after about
+    as many passes as the longest chain of dependencies, ``waves.max() + 1``, or fewer, and differentiates implicitly.
+    ``last_solve`` reports its costs.
 
-    With ``attention``, each pixel (or time) also gets :math:`A_i(y_{<i})`, by heads of causal attention to the pixels
-    strictly before it, near or far (``pyro_flows.transforms.mint.attention`` has the formula).  Slopes, bounds and
-    log-determinant stay exactly as they are.  A pass then costs :math:`O((HW)^2)` more, and the gradient keeps a
-    softmax of that size for each head and event; the longest chain of dependencies has all coordinates.
+    With ``attention``, each pixel (or time) adds causal attention :math:`A_i(y_{<i})` to the pixels strictly before it
+    (formula in ``pyro_flows.transforms.mint.attention``).  Slopes, bounds and log-determinant stay exact.  A pass costs
+    :math:`O((HW)^2)` more, the gradient keeps a softmax of that size for each head and event, and the longest chain has
+    all coordinates.
 
     A context shifts the hidden maps, the queries and the output, and multiplies :math:`t` and the groups of the last
-    convolution by positive numbers, so all of this holds at each context.
+    convolution by positive numbers.
 
     Args:
         event_shape: ``(channels, height, width)`` or ``(channels, time)``.
-        num_groups: number of hidden maps for each channel, :math:`K` (paper: 45 to 85 at full size, fewer for more
-            channels).
-        kernel_size: an odd integer; a larger one makes longer chains and so more passes in sampling.
+        num_groups: hidden maps per channel, :math:`K` (paper: 45 to 85 at full size, fewer for more channels).
+        kernel_size: an odd integer; a larger one makes longer chains, so sampling takes more passes.
         order: ``"channel"``, one channel after another, with shorter chains; or ``"position"``, one pixel (or time)
-            after another with all its channels.  By default ``"channel"``, or with attention ``"position"``, which it
-            needs.
-        lower: whether a coordinate depends on those before it, or, if false, on those after it.
-        dilation: distance of the taps of all convolutions; it makes the chains of a series shorter by that factor.
+            after another with all its channels, which attention needs and has by default.
+        lower: whether a coordinate depends on those before it, or else on those after it.
+        dilation: distance of the taps of all convolutions; shortens the chains of a series by that factor.
         context_dim: size of the context, 0 for none.
         hidden_dims: widths of the hidden layers of the context's network.
-        activation: :math:`h`, one of ``"elu"``, ``"softplus"``, ``"tanh"``, ``"sigmoid"`` and ``"leaky_relu"`` (with
-            which the density has jumps).
-        min_slope: :math:`m`, the smallest :math:`t = \sqrt{r^2 + m^2}`, where :math:`r` is learned.
+        activation: :math:`h`: ``"elu"``, ``"softplus"``, ``"tanh"``, ``"sigmoid"`` or ``"leaky_relu"`` (whose density
+            jumps).
+        min_slope: :math:`m`, the smallest :math:`t = \sqrt{r^2 + m^2}` of a learned :math:`r`.
         attention: number of heads, 0 for none; they add zero at first.
         head_dim: size of keys and values of each head, at least 5 for images and 3 for series.
-        window: how many pixels back (in the order) attention reaches; ``None`` for all.  It bounds the state that
+        window: the pixels back (in the order) that attention reaches; ``None`` for all.  It bounds the state that
             continues a series, not the cost of a pass.
-        shared_scale: whether :math:`t` (and what a context adds to the output) is one number for each channel rather
-            than for each coordinate; then a ``state_dict`` loads into a layer for another size.
-        tolerance: of the solver, relative; ``None`` for one near the rounding of the dtype.
-        max_sweeps: limit of the solver; ``None`` for as many sweeps as it takes.
-        on_fail: whether to ``"raise"`` or ``"warn"`` if the limit is reached.
+        shared_scale: whether :math:`t` (and a context's shift of the output) is one number per channel, not per
+            coordinate; a ``state_dict`` then loads into a layer for another size.
+        tolerance: of the solver, relative; ``None`` for one near rounding.
+        max_sweeps: limit of the solver; ``None`` for as many sweeps as needed.
+        on_fail: whether to ``"raise"`` or ``"warn"`` at the limit.
 
     Raises:
         ValueError: for an event of another number of dimensions, an even kernel, an activation that is not increasing,
@@ -168,7 +165,7 @@ class Mint(FlowTransform):
         self.activation = monotone("Mint", activation).name
         self.settings = SolverSettings(tolerance, max_sweeps, on_fail).check("Mint")
         wave = waves(image, kernel, self.order, self.lower, dilation)
-        if rule is not None:  # each coordinate depends on all before it
+        if rule is not None:  # depends on all before
             wave = ranks(image, self.order, self.lower)
         self.register_buffer("waves", wave.view(self.event_shape), persistent=False)
         self._add_taps(earlier_taps(channels, kernel, self.order, self.lower))
@@ -193,11 +190,11 @@ class Mint(FlowTransform):
         sides = ((groups, 1), (groups, groups), (1, groups))
         std = [_GAIN * math.sqrt(2 / (area * (out + into))) for out, into in sides]
         for k, (out, into) in enumerate(sides):
-            # Hidden channel c * K + k belongs to channel c; whether a tap is free depends on the channels alone.
+            # Hidden channel c * K + k belongs to channel c.
             taps = std[k] * torch.randn(len(free), out, into)
             if len(free):
                 self.register_parameter(f"taps_{k}", nn.Parameter(taps))
-            else:  # one channel and a kernel of one place; some optimizers stumble over empty parameters
+            else:  # some optimizers fail on empty parameters
                 self.register_buffer(f"taps_{k}", taps, persistent=False)
             bound = 1 / math.sqrt(area * into) if k < 2 else 0.0
             self.register_parameter(f"bias_{k}", nn.Parameter(bound * (2 * torch.rand(channels * out) - 1)))
@@ -222,7 +219,7 @@ class Mint(FlowTransform):
         return blocks.reshape(channels * out, channels * into, *self.kernel)
 
     def _weights(self, context: Tensor | None, batch: Size) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Tensors that all rows share, and tensors with an entry for each row; see ``MintMap.split``."""
+        """Shared tensors, and tensors with an entry for each row; see ``MintMap.split``."""
         centers = self.centres.abs() * self.center_signs
         square, first, last = centers.split((self.num_groups, 1, 1), -1)
         shared = (
@@ -234,7 +231,6 @@ class Mint(FlowTransform):
             last.squeeze(-1).contiguous(),
         )
         scale = torch.hypot(self.scale, self.min_slope)
-        # Series are images of one row.
         row = (1,) if len(self.event_shape) == 2 else ()
         space = row + scale.shape[1:]
         if context is None:
@@ -253,7 +249,7 @@ class Mint(FlowTransform):
         return shared, rowwise if self.attention is None else (*rowwise, made[:, sum(sizes) :])
 
     def inverse_and_log_slopes(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Data to base, and :meth:`log_slopes`, for a value and a context that fit."""
+        """Data to base, and :meth:`log_slopes`, for a checked value and context."""
         batch = y.shape[: y.dim() - len(self.event_shape)]
         rows = y.reshape(batch.numel(), *self.event_shape)
         x, slopes = self.map.value_and_slope(rows, *self._weights(context, batch))
@@ -272,10 +268,10 @@ class Mint(FlowTransform):
         return y.view(x.shape), -slopes.log().flatten(1).sum(-1).view(batch)
 
     def log_slopes(self, y: Tensor, context: Tensor | None = None) -> Tensor:
-        r""":math:`\log d_i = \log \partial x_i / \partial y_i`, of the shape of ``y``; its sum is the log-determinant.
+        r""":math:`\log d_i = \log \partial x_i / \partial y_i`, of the shape of ``y``; the sum is the log-determinant.
 
-        If all layers of a flow have the same orientation, the sum over layers, with the base's log-density at each
-        coordinate, is the exact log-density of each coordinate given those before it.
+        Summed over the layers of a flow of one orientation, plus the base's log-density at each coordinate: the exact
+        log-density of each coordinate given those before it.
 
         Args:
             y: data-side value, shape ``(*batch, *event_shape)``.
@@ -285,7 +281,7 @@ class Mint(FlowTransform):
 
     @property
     def _causal(self) -> bool:
-        """Whether each step of a series depends only on those before it, all their channels included."""
+        """Whether each step of a series depends only on those before it, with all their channels."""
         by_time = self.order == "position" or self.event_shape[0] == 1
         return len(self.event_shape) == 2 and self.lower and by_time
 

@@ -1,4 +1,4 @@
-"""A Mint layer as the solver of triangular systems takes it, as a whole and one time step after another."""
+"""A Mint layer for the solver of triangular systems, as a whole and step by step."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _ROUNDING = 1e-5  # relative
 
 
 class MintMap(TriangularMap):
-    """A layer as the solver takes it, with its parameters as arguments in the order of :meth:`split`."""
+    """A layer as the solver takes it; its parameters are arguments in the order of :meth:`split`."""
 
     def __init__(self, name: str, wave: Tensor, by: Convolutions, attention: Attention | None = None) -> None:
         self.name, self.wave, self.convolutions, self.attention = name, wave, by, attention
 
     def split(self, shared: Sequence[Tensor], rowwise: Sequence[Tensor]) -> tuple[Weights, AttentionWeights | None]:
-        """Tensors of the convolutions and of the attention; of the latter the shared ones come first, its own last."""
+        """Tensors of the convolutions and of the attention, whose shared ones come first and rowwise one last."""
         if self.attention is None:
             return Weights(*shared, *rowwise), None
         count = len(AttentionWeights._fields)
@@ -43,13 +43,12 @@ class MintMap(TriangularMap):
         weights, attending = self.split(shared, rowwise)
         value, slope = value_and_slope(self.convolutions, image, weights)
         if attending is not None and self.attention is not None:
-            # The slopes stay: no token's attention depends on the token itself.
             value = value + self.attention(image, attending)
         return value.view(x.shape), slope.view(x.shape)
 
     def slope_bounds(self, shared: Sequence[Tensor], rowwise: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         w = self.split(shared, rowwise)[0]
-        # Each path passes two activations, with slopes up to `steepest`.
+        # Each path passes two activations.
         most = w.inner.abs().sum(-1) * w.outer.abs() * (self.convolutions.activation.steepest or 1.0) ** 2
         if w.gate is not None:
             most = most * w.gate.unflatten(-1, most.shape)
@@ -57,20 +56,15 @@ class MintMap(TriangularMap):
         least = w.scale
         if self.wave.dim() == 2:  # a series is an image of one row
             least, most = least.squeeze(-2), most.squeeze(-2)
-        # Rounding must not take a slope out of its bounds.
+        # Rounding must keep slopes within bounds.
         return least * (1 - _ROUNDING), most * (1 + _ROUNDING)
 
 
 class MintSteps(Stepper):
     """A causal layer step by step: the past is a bias of the hidden maps, so each step solves for ``C`` numbers.
 
-    Args:
-        whole: the layer's map of whole series.
-        settings: of the solver.
-        side: number of neighbors to one side that a convolution sees.
-        dilation: their distance.
-        rows: number of series side by side.
-        shared, rowwise: the map's tensors.
+    ``side`` is the number of neighbors to one side that a convolution sees, ``dilation`` their distance, and ``rows``
+    the number of series side by side.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
-"""Orders of the coordinates of images and series, and the dependencies that stacked masked convolutions make.
+"""Orders of the coordinates of images and series, and dependencies under stacked masked convolutions.
 
 The coordinates ``(c, y, x)`` of an event ``(C, H, W)`` have one of two total orders: ``"channel"``, lexicographic in
-``(c, y, x)``, one channel after another; or ``"position"``, lexicographic in ``(y, x, c)``, one pixel after another.
-An event ``(C, T)`` counts as ``(C, 1, T)``, with kernels of one row.
+``(c, y, x)``, or ``"position"``, lexicographic in ``(y, x, c)``.  Series ``(C, T)`` count as ``(C, 1, T)``, with
+kernels of one row.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ ORDERS = ("channel", "position")
 
 
 def as_image(name: str, event_shape: Sequence[int]) -> tuple[int, int, int]:
-    """``(C, H, W)`` of an event ``(C, H, W)`` or ``(C, T)``; ``name`` is the class that the caller sees."""
+    """``(C, H, W)`` of an image or series; ``name`` is the class that the caller sees."""
     channels, *sides = image_shape(name, event_shape)
     return channels, 1 if len(sides) == 1 else sides[0], sides[-1]
 
 
 def kernel_of(name: str, event_shape: Sequence[int], kernel_size: int) -> tuple[int, int]:
-    """Rows and columns of the kernel for an event; its size must be odd, so that it has a center."""
+    """Rows and columns of an event's kernel; its size must be odd."""
     integer(name, "kernel_size", kernel_size, odd=True)
     return (1 if len(event_shape) == 2 else kernel_size), kernel_size
 
@@ -49,18 +49,10 @@ def ranks(shape: tuple[int, int, int], order: str, lower: bool = True) -> Tensor
 def earlier_taps(channels: int, kernel: tuple[int, int], order: str, lower: bool = True) -> Tensor:
     """The taps of a masked convolution that read coordinates strictly before (or after) the output in the order.
 
-    A triangular Jacobian allows one tap more: the center, from the same channel, which makes the diagonal.
-
-    Args:
-        channels: number of channels.
-        kernel: rows and columns, both odd.
-        order: ``"channel"`` or ``"position"``.
-        lower: whether taps read what comes before, or what comes after.
-
-    Returns:
-        Boolean, shape ``(channels, channels, *kernel)``, as a convolution's weight.
+    The center tap from the same channel is not among them.  Boolean, shape ``(channels, channels, *kernel)``, as a
+    convolution's weight; both sides of the kernel are odd.
     """
-    # In an image of the kernel's size, offsets are ordered as places are relative to the middle one.
+    # Offsets are ordered as places of an image of the kernel's size.
     place = ranks((channels, *kernel), order, lower)
     middle = place[:, kernel[0] // 2, kernel[1] // 2]
     return place < middle[:, None, None, None]
@@ -71,11 +63,9 @@ def waves(
 ) -> Tensor:
     """The length of the longest chain of dependencies that ends at each coordinate; shape ``(C, H, W)``, integers.
 
-    For maps of one or more stacked masked convolutions with the taps of :func:`earlier_taps` and the center:
-    coordinates of the same wave do not depend on each other.  With radii :math:`r_x, r_y` of the kernel, at most
-    :math:`W - 1` and :math:`H - 1`, :math:`x + (r_x + 1)(y + (r_y + 1) c)` in the order by channel, and :math:`c + C (x
-    + (r_x + 1) y)` in the order by position.  So a larger kernel makes longer chains.  Dilated taps make shorter ones:
-    every ``dilation``-th row and column is an image of its own.
+    For stacked masked convolutions with radii :math:`r_x, r_y` of the kernel, at most :math:`W - 1` and :math:`H - 1`:
+    :math:`x + (r_x + 1)(y + (r_y + 1) c)` in the order by channel, and :math:`c + C (x + (r_x + 1) y)` in the order by
+    position.  With dilated taps, every ``dilation``-th row and column is an image of its own.
     """
     choice("", "order", order, ORDERS)
     if dilation > 1:
@@ -87,7 +77,7 @@ def waves(
     channels, height, width = shape
     down, right = (min(size // 2, length - 1) for size, length in zip(kernel, (height, width), strict=True))
     c, y, x = (torch.arange(n).view(view) for n, view in zip(shape, ((-1, 1, 1), (-1, 1), (-1,)), strict=True))
-    # There is no chain along an axis that the kernel does not span.
+    # No chain along an axis that the kernel does not span.
     y, x = y * (down > 0), x * (right > 0)
     steps = x + (right + 1) * (y + (down + 1) * c) if order == "channel" else c + channels * (x + (right + 1) * y)
     steps = steps.expand(shape).contiguous()
@@ -102,7 +92,7 @@ class Tile(NamedTuple):
     rows: slice
     columns: slice
     padding: tuple[int, int]
-    skip: tuple[int, int]  # rows and columns of the output to leave out at the beginning
+    skip: tuple[int, int]  # first rows and columns of the output to leave out
     dilation: int = 1
 
     def weight(self, weight: Tensor) -> Tensor:
@@ -111,21 +101,16 @@ class Tile(NamedTuple):
 
 
 def tiles(taps: Tensor, out: int, into: int, count: int, dilation: int = 1) -> tuple[Tile, ...]:
-    """Cuts a masked convolution by its output channels and leaves out zeros; the widest tile comes first.
+    """Cuts a masked convolution by output channels into ``count`` tiles without zeros; the widest comes first.
 
-    Args:
-        taps: boolean, shape ``(C, C, rows, columns)``, true where there is a tap between two channels.
-        out: number of output channels for each channel.
-        into: number of input channels for each channel.
-        count: number of tiles, at most :math:`C`.
-        dilation: distance of neighboring taps.
+    ``taps`` is boolean, shape ``(C, C, rows, columns)``, true where there is a tap between two channels; each has
+    ``into`` input and ``out`` output channels.
     """
     channels, (down, right) = taps.shape[0], (n // 2 for n in taps.shape[2:])
     ends = [channels * k // count for k in range(count + 1)]
     found = []
     for first, last in itertools.pairwise(ends):
         here = taps[first:last]
-        # The spans of input channels, rows and columns that are not all zeros.
         low, high = _span(here.sum((0, 2, 3)))
         (top, bottom), (left, stop) = _span(here.sum((0, 1, 3))), _span(here.sum((0, 1, 2)))
         before = (down - top) * dilation, (right - left) * dilation

@@ -3,14 +3,13 @@ r"""A map of images that increases in each coordinate: its value and its slopes.
 .. math:: f(x) = t x + W_3 * \big(g\, h(W_2 * h(W_1 * x + b_1) + b_2)\big) + b_3
 
 by convolutions whose center taps from a channel to itself have products :math:`\ge 0` along every path.  Hidden
-channels are ``c * K + k``: ``K`` of them belong to each channel ``c``.  The slope of each coordinate, its derivative
-with respect to itself, is
+channels are ``c * K + k``, ``K`` for each channel ``c``.  The slope, the derivative of each coordinate with respect to
+itself, is
 
 .. math:: d_c = t_c + \sum_k a_{3,ck}\, g_{ck}\, h'(u_{2,ck}) \sum_j A_{c,kj}\, h'(u_{1,cj})
 
-with the center taps :math:`a_3` and :math:`A_{kj} = a_{2,kj} a_{1,j}`: one small matrix product per channel and place.
-The gradient needs the input, the two hidden maps and the inner sums.  Convolutions leave out what their masks make
-zero.
+with center taps :math:`a_3` and :math:`A_{kj} = a_{2,kj} a_{1,j}`: one small matrix product per channel and place.  The
+gradient needs the input, the two hidden maps and the inner sums.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from pyro_flows.transforms.mint.orders import Tile, tiles
 
 __all__ = ["MONOTONE", "Convolutions", "Weights", "convolutions", "convolved", "monotone", "value_and_slope"]
 
-#: The activations of a Mint layer: they never fall, and their slope is known and at most 1.
+#: The activations of a Mint layer: never falling, with a known slope of at most 1.
 MONOTONE = {name: known for name, known in KNOWN.items() if known.steepest is not None}
 
 
@@ -53,13 +52,13 @@ class Weights(NamedTuple):
     """The tensors of :func:`value_and_slope` beside ``x``; ``M = C * K``.
 
     Attributes:
-        first, second, third: weights of the convolutions, shapes ``(M, C, ...)``, ``(M, M, ...)``, ``(C, M, ...)``.
+        first, second, third: the convolutions' weights, shapes ``(M, C, ...)``, ``(M, M, ...)``, ``(C, M, ...)``.
         inner: :math:`A`, shape ``(C, K, K)``.
         outer: :math:`a_3`, shape ``(C, K)``.
         first_bias, second_bias: shape ``(M,)``, or ``(n, M)`` where rows have their own.
         scale: :math:`t > 0`, shape ``(C, H, W)`` or ``(C, 1, 1)``, or that with a leading ``n``.
         third_bias: as ``scale``.
-        gate: positive, shape ``(n, M)``, or ``None`` for 1.
+        gate: :math:`g > 0`, shape ``(n, M)``, or ``None`` for 1.
     """
 
     first: Tensor
@@ -75,23 +74,16 @@ class Weights(NamedTuple):
 
 
 class Convolutions(NamedTuple):
-    """Three masked convolutions without weights: the activation after the first two, and the tiles of each."""
+    """Three masked convolutions without weights: the activation after the first two, and each one's tiles."""
 
     activation: KnownActivation
     tiles: tuple[tuple[Tile, ...], ...]
 
 
 def convolutions(activation: KnownActivation, taps: Tensor, groups: int, dilation: int = 1) -> Convolutions:
-    """Cuts three convolutions with these taps into tiles.
-
-    Args:
-        activation: after the first two.
-        taps: as in :func:`~pyro_flows.transforms.mint.orders.tiles`.
-        groups: number of hidden channels for each channel.
-        dilation: distance of neighboring taps.
-    """
+    """Cuts three convolutions with these taps, and ``groups`` hidden channels per channel, into tiles."""
     channels = taps.shape[0]
-    # Several tiles pay where each is wide, and where half of the pairs of channels have no taps.
+    # Tiles pay where each is wide, and half of the pairs of channels have no taps.
     count = min(channels, channels * groups // _WIDE) if not taps.flatten(2).any(-1).all() else 1
     sides = ((groups, 1, 1), (groups, groups, max(count, 1)), (1, groups, 1))
     return Convolutions(activation, tuple(tiles(taps, *each, dilation) for each in sides))
@@ -108,13 +100,9 @@ def value_and_slope(by: Convolutions, x: Tensor, weights: Weights) -> tuple[Tens
 
 
 def convolved(act: KnownActivation, x: Tensor, w: Weights, convolve: Sequence[Convolve]) -> tuple[Tensor, Tensor]:
-    """:func:`value_and_slope` by the three convolutions that are given.
+    """:func:`value_and_slope` by the given convolutions.
 
-    Args:
-        act: the activation.
-        x: shape ``(n, C, H, W)``.
-        w: the weights.
-        convolve: from input, weight and bias (``None`` for none) to a new tensor, the output at the places of ``x``.
+    These map an input, a weight and a bias (or ``None``) to a new tensor, the output at the places of ``x``.
     """
     eager = plain_eager()
     activate = (act.in_place if eager else None) or act.value
@@ -144,7 +132,7 @@ def _convolve(tiles: Sequence[Tile], x: Tensor, weight: Tensor, bias: Tensor | N
         rows, columns = (slice(s, s + n) for s, n in zip(tile.skip, x.shape[2:], strict=True))
         parts[tile.out.start] = part[:, :, rows, columns]
     out = torch.cat([parts[k] for k in sorted(parts)], 1) if len(parts) > 1 else part[:, :, rows, columns]
-    # Contiguous, so that a larger tensor around it is freed.
+    # Contiguous: frees a larger tensor around it.
     return out.contiguous() if bias is None or shared is not None else out + bias[..., None, None]
 
 
@@ -162,7 +150,7 @@ def _slope(act: KnownActivation, first: Tensor, second: Tensor, inner: Tensor, o
 
 
 class _Slope(GradientByHand):
-    """:func:`_slope`, which keeps the inner sums alone: autograd would keep five hidden maps more."""
+    """:func:`_slope`, which keeps the inner sums alone; autograd would keep five hidden maps more."""
 
     @staticmethod
     def forward(ctx: Any, act: KnownActivation, *inputs: Tensor) -> Tensor:
@@ -184,7 +172,7 @@ class _Slope(GradientByHand):
         weighted = _slopes(act, second, len(inner)).mul_(grad)
         if wants_outer:
             by_outer = (weighted * sums).sum(-1).sum_to_size(outer.shape)
-        # The curvature is the derivative of the slope with respect to the activation's value.
+        # Curvature: derivative of the slope with respect to the activation's value.
         if wants_second and act.curvature is not None:
             by_second = (sums * grad).mul_(outer.unsqueeze(-1)).view(second.shape).mul_(act.curvature(second))
         by_sums = weighted.mul_(outer.unsqueeze(-1))
