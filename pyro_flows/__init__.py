@@ -1,7 +1,6 @@
 """Normalizing flows for Pyro: every flow a ``TransformModule``, exact and fast in both directions.
 
-The names that most programs need are here; the others are in the subpackages, which need no import of their own, as in
-``pyro_flows.plots.density``.
+Other names than these are in the subpackages, which need no import, as in ``pyro_flows.plots.density``.
 """
 
 import importlib

@@ -15,19 +15,18 @@ from pyro_flows.core.wrap import Wrap
 
 __all__ = ["Chain", "leaves", "total_cost"]
 
-_DEEPEST = 8  # levels of chains within chains; copies and files go down by recursion, so deeper ones are flattened
+_DEEPEST = 8  # levels of nested chains: copies and files recurse
 
 
 class Chain(FlowTransform):
     r"""Transforms in sequence, first to last from base to data: :math:`f = f_n \circ \dots \circ f_1`.
 
-    Parts may be flows with or without a context (all contexts have the same size: the chain's ``context_dim``), other
-    chains, inverses, conditioned views, and torch or Pyro transforms, which are wrapped.  Each direction costs the sum
-    of its parts.  A chain within a chain stays one part, whose names in the ``state_dict`` follow its place; where
-    chains lie more than eight deep in each other, the layers of the inner ones become parts of this one.
+    Parts may be flows with or without a context, chains, inverses, conditioned views, and torch or Pyro transforms,
+    which are wrapped.  Each direction costs the sum of its parts.  A chain within a chain is one part, whose place
+    names its entries in the ``state_dict``; chains nested deeper than eight are flattened.
 
     Args:
-        parts: the transforms; event shapes must follow on from each other.
+        parts: the transforms, whose event shapes follow on from each other.
 
     Raises:
         ValueError: for an empty list, event shapes that do not fit, or contexts of different sizes.
@@ -55,7 +54,7 @@ class Chain(FlowTransform):
         for k, part in enumerate(parts):
             if not isinstance(part, FlowTransform):
                 wrapped = Wrap(part, shape)
-                # Bounds come in the default dtype, on the CPU; the copy of a plain transform follows the flows.
+                # The copy of a plain transform follows the flows.
                 follows = kin is not None and not kin.is_meta and not isinstance(part, nn.Module)
                 part = wrapped.to(kin.device, kin.dtype) if kin is not None and follows else wrapped
             if part.event_shape != shape:
@@ -69,10 +68,10 @@ class Chain(FlowTransform):
         self.density_cost = total_cost(part.density_cost for part in self._parts())
         angles = self.periodic
         if angles is not None:
-            self.turned(angles)  # every part must treat them as angles
+            self.turned(angles)  # refuses parts that do not take them as angles
 
     def arguments(self) -> tuple[tuple[object, ...], dict[str, object]]:
-        """What it is made of; see ``pyro_flows.core.recipes``."""
+        """The constructor's arguments."""
         return (self._parts(),), {}
 
     @property
@@ -140,7 +139,7 @@ class Chain(FlowTransform):
         return torch.broadcast_shapes(*(part.batch_shape for part in self._parts()))
 
     def _parts(self) -> list[FlowTransform]:
-        # A ModuleList is slow to index, and this is asked for several times in each call.
+        # A ModuleList is slow to index.
         held: Any = self._modules["parts"]
         return list(held._modules.values())
 
@@ -155,7 +154,7 @@ class Chain(FlowTransform):
 
 
 def leaves(transform: FlowTransform) -> list[FlowTransform]:
-    """The layers of a flow from base to data: chains are taken apart, also inside inverses and conditioned views."""
+    """The layers of a flow from base to data, also those inside inverses and conditioned views."""
     if isinstance(transform, Chain):
         return [leaf for part in transform._parts() for leaf in leaves(part)]
     if not isinstance(transform, (Inverse, Conditioned)):
@@ -175,7 +174,7 @@ def _depth(transform: FlowTransform) -> int:
 
 
 def total_cost(costs: Iterable[str]) -> str:
-    """The costs of parts in sequence, added up by their units."""
+    """Adds up costs by their units."""
     counted: dict[str, int] = {}
     for cost in costs:
         for term in cost.split(" + "):

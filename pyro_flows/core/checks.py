@@ -1,4 +1,4 @@
-"""Checks of arguments: each kind of check is worded here once, and runs where a caller hands a value over."""
+"""Checks of arguments, each worded once."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = [
 
 
 class Holding(Protocol):
-    """A module, as far as its tensors are concerned."""
+    """The tensors of a module."""
 
     _parameters: dict[str, nn.Parameter | None]
     _buffers: dict[str, Tensor | None]
@@ -37,14 +37,14 @@ class Holding(Protocol):
 
 
 class TakingContext(Holding, Protocol):
-    """What a check of a context needs to know of a module."""
+    """A module, for a check of its context."""
 
     @property
     def context_dim(self) -> int: ...
 
 
 class Admitting(TakingContext, Protocol):
-    """What a check of a value needs to know of a flow."""
+    """A flow, for a check of a value."""
 
     @property
     def event_shape(self) -> Size: ...
@@ -54,7 +54,7 @@ class Admitting(TakingContext, Protocol):
 
 
 def event_size(event_shape: int | Iterable[int]) -> Size:
-    """The shape of one event, from an ``input_dim`` or a shape; every dimension must be a positive integer."""
+    """The shape of one event, from an ``input_dim`` or a shape of positive integers."""
     shape = tuple(event_shape) if isinstance(event_shape, Iterable) else (event_shape,)
     if not shape or not all(_is_integer(n, 1) for n in shape):
         raise ValueError(f"expected input_dim or event_shape to be positive integers, got {event_shape!r}")
@@ -68,17 +68,10 @@ def _is_integer(value: object, least: int) -> bool:
 
 
 def integer(name: str, what: str, value: int, least: int = 1, *, odd: bool = False) -> int:
-    """Returns an integer of at least ``least``, odd if asked for.
-
-    Args:
-        name: the class or function that the caller sees, for the message; may be empty.
-        what: the parameter.
-        value: its value.
-        least: the smallest integer allowed.
-        odd: whether it must be odd.
+    """Returns an integer of at least ``least``, odd on request.
 
     Raises:
-        ValueError: for anything else, Booleans included.
+        ValueError: for anything else, Booleans included, with the caller ``name`` and the parameter ``what``.
     """
     if _is_integer(value, least) and (not odd or value % 2):
         return value
@@ -87,11 +80,7 @@ def integer(name: str, what: str, value: int, least: int = 1, *, odd: bool = Fal
 
 
 def positive_integers(name: str, what: str, given: int | Iterable[int]) -> tuple[int, ...]:
-    """Returns one positive integer or several as a tuple.
-
-    Raises:
-        ValueError: if there is none, or one of them is no positive integer.
-    """
+    """Returns one positive integer or several as a tuple, or raises ValueError."""
     found = (given,) if isinstance(given, int) else tuple(given) if isinstance(given, Iterable) else ()
     if not found or not all(_is_integer(n, 1) for n in found):
         raise ValueError(f"{name}{': ' if name else ''}expected {what} to be positive integers, got {given!r}")
@@ -99,17 +88,10 @@ def positive_integers(name: str, what: str, given: int | Iterable[int]) -> tuple
 
 
 def choice(name: str, what: str, value: str, options: Iterable[str], otherwise: str = "") -> str:
-    """Returns a string that is one of the options.
-
-    Args:
-        name: the class or function that the caller sees, for the message; may be empty.
-        what: the parameter.
-        value: its value.
-        options: the strings allowed.
-        otherwise: what else the parameter may be, for the message.
+    """Returns one of the options.
 
     Raises:
-        ValueError: for any other value.
+        ValueError: for another value; ``otherwise`` names further ones that are allowed.
     """
     known = list(options)
     if isinstance(value, str) and value in known:
@@ -120,13 +102,13 @@ def choice(name: str, what: str, value: str, options: Iterable[str], otherwise: 
 
 
 def wrong_event(transform: object, shape: Size, event: Size) -> str:
-    """What to say of a value of this shape where this event shape was expected."""
+    """The message for a value without the expected event shape."""
     want = f"last dimension {event[0]} (input_dim)" if len(event) == 1 else f"trailing shape {tuple(event)}"
     return f"{type(transform).__name__}: expected a value with {want}, got shape {tuple(shape)}"
 
 
 def admit(transform: Admitting, value: Tensor, context: Tensor | None, data_side: bool) -> Tensor:
-    """Checks a value and its context, and returns the value with the whole batch shape."""
+    """Checks a value and its context, and expands the value to the whole batch shape."""
     event = transform.data_shape if data_side else transform.event_shape
     name = type(transform).__name__
     check_tensor(name, "a tensor", value)
@@ -158,7 +140,7 @@ def admit(transform: Admitting, value: Tensor, context: Tensor | None, data_side
 
 
 def check_context(transform: TakingContext, context: Tensor | None) -> None:
-    """Checks that a context is given where one is taken, and its size, dtype and device."""
+    """Checks a context's presence, size, dtype and device."""
     if context is None and transform.context_dim == 0:
         return
     name = type(transform).__name__
@@ -181,14 +163,14 @@ def check_context(transform: TakingContext, context: Tensor | None) -> None:
 
 
 def without_leading_ones(context: Tensor) -> Tensor:
-    """A context without leading batch dimensions of size 1, which a draw or a score at it does not have either."""
+    """A context without leading batch dimensions of size 1."""
     while context.dim() > 1 and context.shape[0] == 1:
         context = context.squeeze(0)
     return context
 
 
 def check_tensor(name: str, what: str, value: object) -> None:
-    """Refuses what is no tensor; ``what`` was expected."""
+    """Refuses any value but a tensor."""
     if not isinstance(value, Tensor):
         masked = hasattr(value, "filled")
         hint = "fill in what is masked, then torch.tensor(array.filled())" if masked else "e.g. torch.tensor(numbers)"
@@ -196,10 +178,9 @@ def check_tensor(name: str, what: str, value: object) -> None:
 
 
 def refuse_other_kind(name: str, what: str, value: Tensor, module: nn.Module) -> Tensor:
-    """Refuses what is no tensor, or one that is of another dtype or on another device than a module's numbers.
+    """Refuses a value that is no tensor of the module's device and dtype.
 
-    Returns:
-        The tensor, in the dtype of these; where autocast lets another one in, that is a conversion.
+    Autocast allows another dtype, which is converted.
     """
     check_tensor(name, f"a tensor as {what}", value)
     kin = first_floating(module)
@@ -210,7 +191,7 @@ def refuse_other_kind(name: str, what: str, value: Tensor, module: nn.Module) ->
 
 
 def _refuse_half(name: str, transform: Holding, dtype: torch.dtype) -> None:
-    """Refuses parameters in half precision where a part, or the univariate map of one, needs more."""
+    """Refuses half-precision parameters where a part or its univariate map needs more."""
     for module in transform.modules():
         for part in (module, getattr(module, "univariate", None)):
             if not getattr(part, "half_precision", True):
@@ -235,7 +216,7 @@ def _same_kind(name: str, what: str, value: Tensor, kin: Tensor) -> None:
 
 
 def first_floating(module: Holding) -> Tensor | None:
-    """A parameter or buffer of a module that tells the dtype and device in which it computes, if there is one."""
+    """A floating-point parameter or buffer, for its dtype and device."""
     modules: list[Holding | None] = [module]
     while modules:
         each = modules.pop()

@@ -1,9 +1,9 @@
-"""The memo of a transform: what it has just computed, for as long as that is certainly still true.
+"""The cache of a transform's last result.
 
-Nothing is keyed on a tensor that a user made.  Remembered are ``y -> (x, ladj)`` for a ``y`` that the forward map
-produced, so that scoring one's own sample costs nothing, and the ``ladj`` of an ``x`` that the inverse has returned, so
-that scoring data costs one pass.  A result holds only while grad mode, every parameter and buffer (identity, storage,
-layout, version, ``requires_grad``), and the number of optimizer steps taken in this process are what they were.
+It holds ``y -> (x, ladj)`` for a ``y`` that the forward map produced, so that scoring one's own sample is free, and the
+``ladj`` of an ``x`` that the inverse returned, so that scoring data costs one pass.  A result is invalid once grad
+mode, a parameter or buffer (identity, storage, layout, version, ``requires_grad``) or the process's number of optimizer
+steps changes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _steps = 0
 
 
 def _count_step(*args: Any) -> None:
-    # Fused optimizers and those that write to .data do not bump a parameter's version, but each calls this hook.
+    # Fused optimizers, and those that write to .data, bump no version.
     global _steps
     _steps += 1
 
@@ -38,10 +38,10 @@ _held = operator.itemgetter("_parameters", "_buffers", "_modules")
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:
-    """Every parameter and buffer, in an order that does not change; asked for twice in each use of the memo."""
+    """Every parameter and buffer, in a fixed order."""
     found: list[Tensor | None] = []
     modules: list[nn.Module | None] = [module]
-    for each in modules:  # grows meanwhile
+    for each in modules:  # grows in the loop
         if each is not None:
             parameters, buffers, children = _held(each.__dict__)
             found += parameters.values()
@@ -51,16 +51,16 @@ def _tensors(module: nn.Module) -> list[Tensor]:
 
 
 class _Stamp:
-    """What a result depends on: optimizer steps, grad mode, and each parameter and buffer with its state."""
+    """A result's dependencies: optimizer steps, grad mode, and each parameter and buffer with its state."""
 
     __slots__ = ("counts", "storages", "tensors")
 
     def __init__(self, module: nn.Module) -> None:
-        # The tensors themselves, because the identity of one that is gone may be that of another by now.
+        # The tensors themselves, because ids are reused.
         self.tensors = _tensors(module)
         self.counts: list[Any] = [tensor._version for tensor in self.tensors]
         self.counts += [tensor.requires_grad for tensor in self.tensors]
-        # Assigning to .data counts no version, but gives another address or other strides.
+        # Assigning to .data bumps no version, but changes the address or the strides.
         self.counts += map(Tensor.data_ptr, self.tensors)
         self.counts += map(Tensor.stride, self.tensors)
         self.counts += (_steps, torch.is_grad_enabled())
@@ -77,7 +77,7 @@ class _Stamp:
             now = _Stamp(module)
         except RuntimeError:  # inference tensors count no versions
             return False
-        # Equal counts are as many, so the tensors can be compared in pairs.
+        # Equal counts have equal length.
         return now.counts == self.counts and all(map(operator.is_, now.tensors, self.tensors))
 
 
@@ -94,7 +94,7 @@ class _Entry(NamedTuple):
     stamp: _Stamp
 
     def still_holds(self, module: nn.Module, x: Tensor, y: Tensor) -> bool:
-        """Whether nothing changed, neither in the module nor in ``x`` and ``y``."""
+        """Whether the module, ``x`` and ``y`` are unchanged."""
         return (
             self.states == _state(x) + _state(y)
             and all(
@@ -105,7 +105,7 @@ class _Entry(NamedTuple):
 
 
 class Memo:
-    """At most one result for each direction of one transform."""
+    """At most one result for each direction of a transform."""
 
     __slots__ = ("_forward", "_inverse", "cleared")
 
@@ -120,23 +120,23 @@ class Memo:
         self._inverse: _Entry | None = None
 
     def remember(self, module: nn.Module, x: Tensor, y: Tensor, ladj: Tensor, made_y: bool) -> None:
-        """Stores what one call computed; ``made_y`` says which side of the pair is ours."""
+        """Caches a result; ``made_y`` says which side the transform made."""
         if not plain_eager() or x.is_inference() or y.is_inference() or x is y:
             return
         try:
             stamp, states = _Stamp(module).keep(), _state(x) + _state(y)
-            # Weakly: the memo shall not keep a batch.  Its address alone may be another's when it is gone.
+            # Weak, so as not to keep a batch.
             storages = StorageWeakRef(x.untyped_storage()), StorageWeakRef(y.untyped_storage())
-        except RuntimeError:  # inference tensors count no versions, and some kinds of tensors have no storage
+        except RuntimeError:  # without version or storage
             return
-        # Only the side that we made is watched weakly, so that the memo dies with what it belongs to.
+        # The result is held weakly, so that the cache ends with it.
         if made_y:
             self._forward = _Entry(x, TensorWeakRef(y), ladj, states, storages, stamp)
         else:
             self._inverse = _Entry(TensorWeakRef(x), TensorWeakRef(y), ladj, states, storages, stamp)
 
     def preimage(self, module: nn.Module, y: Tensor) -> tuple[Tensor, Tensor] | None:
-        """``(x, ladj)`` if ``y`` is the very tensor that the forward map has produced and nothing changed since."""
+        """``(x, ladj)`` if the forward map produced this tensor ``y`` and nothing changed since."""
         entry = self._forward
         if entry is None or not plain_eager():
             return None
@@ -145,13 +145,13 @@ class Memo:
             self._forward = None
             return None
         x = entry.x
-        # A leaf that asks for its gradient asks for the inverse as a function of y, which a memory is not.
+        # A leaf that requires a gradient needs the inverse as a function of y.
         if made is not y or (y.requires_grad and y.is_leaf) or not isinstance(x, Tensor):
             return None
         return (x, entry.ladj) if entry.still_holds(module, x, y) else None
 
     def ladj(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor | None:
-        """The forward map's ladj if ``(x, y)`` is one of the pairs just computed and nothing changed since."""
+        """The forward map's ladj if it is cached for ``(x, y)`` and nothing changed since."""
         if not plain_eager():
             return None
         for entry in (self._inverse, self._forward):
@@ -159,14 +159,14 @@ class Memo:
                 continue
             known_x = entry.x if isinstance(entry.x, Tensor) else entry.x()
             if entry is self._inverse and x.requires_grad and x.is_leaf:
-                continue  # a leaf that asks for its gradient, as in preimage
+                continue  # as in preimage
             if known_x is x and entry.y() is y and entry.still_holds(module, x, y):
                 return entry.ladj
         return None
 
 
 class Kept:
-    """One value made of a module's tensors, for as long as nothing that it depends on changes."""
+    """A value computed from a module's tensors, valid until one changes."""
 
     __slots__ = ("_cleared", "_stamp", "_value")
     _value: Tensor
@@ -176,13 +176,7 @@ class Kept:
         self._stamp: _Stamp | None = None
 
     def get(self, module: nn.Module, memo: Memo, make: Callable[[], Tensor]) -> Tensor:
-        """The value that was kept, or a new one.
-
-        Args:
-            module: what the value is made of.
-            memo: of a transform in it; to clear that forgets the value as well.
-            make: makes the value.
-        """
+        """The cached value, or a new one if a tensor of ``module`` changed or ``memo`` was cleared."""
         if self._stamp is None or self._cleared != memo.cleared or not self._stamp.still_holds(module):
             self._value, self._cleared = make(), memo.cleared
             try:

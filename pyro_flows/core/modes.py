@@ -1,7 +1,4 @@
-"""Modes of execution, and the base of hand-made gradients.
-
-Hand-made kernels and cached results are allowed in plain eager execution only.
-"""
+"""Modes of execution, and the base of hand-made gradients."""
 
 from __future__ import annotations
 
@@ -35,8 +32,11 @@ _Outputs = Tensor | tuple[Tensor, ...]
 
 
 def plain_eager() -> bool:
-    """False under ``torch.compile``, ``torch.jit.trace``, ``torch.func``, ``make_fx`` and any other dispatch mode."""
-    # Asked several times in each call, so without the wrappers around these flags.
+    """False under ``torch.compile``, ``torch.jit.trace``, ``torch.func``, ``make_fx`` and other dispatch modes.
+
+    Only plain eager mode allows hand-made kernels and cached results.
+    """
+    # Asked often, so without torch's wrappers.
     return not (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
@@ -47,7 +47,7 @@ def plain_eager() -> bool:
 
 
 def autocasting(device: torch.device) -> bool:
-    """Whether autocast is on for this device, if it knows of it at all."""
+    """Whether autocast is on for this device."""
     if not torch._C._is_any_autocast_enabled():
         return False
     kind = device.type
@@ -55,21 +55,15 @@ def autocasting(device: torch.device) -> bool:
 
 
 def uncompiled(call: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Decorator: ``torch.compile`` runs the function as it is.
-
-    ``torch.compiler.disable`` does the same, but loads the compiler when a module is imported.
-    """
-    skip = eval_frame._FrameAction.SKIP  # the function and what it calls
+    """Decorator: ``torch.compile`` runs the function as it is; no compiler is loaded."""
+    skip = eval_frame._FrameAction.SKIP  # the function and its callees
     eval_frame.set_code_exec_strategy(call.__code__, eval_frame._FrameExecStrategy(skip, skip))
-    call.__dict__["_torchdynamo_disable"] = True  # a caller that is compiled ends its graph here
+    call.__dict__["_torchdynamo_disable"] = True  # ends a compiled caller's graph
     return call
 
 
 def full_precision(call: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Decorator: runs a function without autocast on the device of its first tensor.
-
-    Under autocast, arguments may come in another dtype than the parameters: the function converts them.
-    """
+    """Decorator: runs a function, which converts its arguments, without autocast on its first tensor's device."""
 
     @functools.wraps(call)
     def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
@@ -85,7 +79,7 @@ def full_precision(call: Callable[_P, _R]) -> Callable[_P, _R]:
 
 
 def forward_mode() -> bool:
-    """Whether someone differentiates forwards, for which hand-made kernels have no rule."""
+    """Whether forward-mode differentiation is on."""
     if torch.compiler.is_compiling():
         return False
     if forward_ad._current_level >= 0:
@@ -95,9 +89,9 @@ def forward_mode() -> bool:
 
 
 def beyond_rules() -> bool:
-    """Whether a call takes more than what a hand-made gradient has rules for, which is reverse mode and ``vmap``.
+    """Whether a call needs more than a hand-made gradient's reverse mode and ``vmap``.
 
-    So do forward mode, ``functionalize``, and every transform of ``torch.func`` inside ``torch.compile``.
+    Forward mode, ``functionalize`` and ``torch.func`` inside ``torch.compile`` do.
     """
     if torch.compiler.is_compiling():
         return torch._C._are_functorch_transforms_active()
@@ -107,40 +101,37 @@ def beyond_rules() -> bool:
 
 
 def batched(grad: Tensor) -> bool:
-    """Whether a gradient stands for many, as with ``is_grads_batched`` or in a ``vmap`` over gradients."""
+    """Whether a gradient stands for many, as in a ``vmap`` over gradients."""
     return torch._C._are_functorch_transforms_active() or torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
 @contextmanager
 def lasting() -> Iterator[None]:
-    """Within it, new tensors belong to no transform of ``torch.func`` nor to inference mode, and can be kept."""
+    """Within it, new tensors belong to no transform of ``torch.func`` nor inference mode."""
     with torch.inference_mode(False), temporarily_clear_interpreter_stack():
         yield
 
 
 class GradientByHand(torch.autograd.Function):
-    """Abstract base of autograd functions with a gradient by hand.
+    """Abstract base of autograd functions with a hand-made gradient.
 
-    A subclass writes ``forward``, :meth:`pull` and :meth:`plain`.  The backward pass runs without autocast.  Where the
-    gradient is itself differentiated, or stands for many gradients, it comes from the plain operations.
+    A subclass writes ``forward``, :meth:`pull` and :meth:`plain`, which serves gradients that are differentiated or
+    stand for many.  The backward pass runs without autocast.
     """
 
     @staticmethod
     def pull(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        """The gradients with respect to all arguments of ``forward``, given those with respect to its results."""
+        """The gradients with respect to all arguments of ``forward``, given those of its results."""
         raise NotImplementedError
 
     @staticmethod
     def plain(ctx: Any) -> tuple[Callable[..., _Outputs], Sequence[Tensor | None]]:
-        """A function of differentiable operations with the results of ``forward``, and its arguments.
-
-        These are the last arguments of ``forward``; those before them are constants.
-        """
+        """A differentiable ``forward``, and its arguments: the last ones of ``forward``."""
         raise NotImplementedError
 
     @classmethod
     def pull_plainly(cls, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        """As :meth:`pull`, by operations that can be differentiated further."""
+        """As :meth:`pull`, by differentiable operations."""
         function, inputs = cls.plain(ctx)
 
         def run(*given: Tensor) -> _Outputs:
@@ -171,6 +162,6 @@ class GradientByHand(torch.autograd.Function):
 
     @classmethod
     def record(cls, *args: Any) -> Any:
-        """As ``apply`` in plain eager mode, without the search for transforms of ``torch.func``."""
+        """As ``apply`` in plain eager mode, but faster."""
         plain: Any = super(torch.autograd.Function, cls)
         return plain.apply(*args)

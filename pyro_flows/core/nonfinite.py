@@ -1,4 +1,4 @@
-"""Where on the way through a flow NaN or infinity first appears."""
+"""Where NaN or infinity first appears."""
 
 from __future__ import annotations
 
@@ -19,17 +19,16 @@ def locate_nonfinite(
 ) -> str | None:
     """Says where on the way from base to data NaN or infinity first appears; ``None`` if nowhere.
 
-    Chains, inverses and conditioned views are entered, at any depth.  For the way from data to base give
-    ``transform.inv`` and a data-side value.
+    Enters chains, inverses and conditioned views.  For the other way give ``transform.inv`` and a data-side value.
 
     Args:
         transform: the flow to walk.
         x: a base-side value of shape ``(*batch, *event_shape)``.
         context: shape ``(*context_batch, context_dim)`` if the transform takes one.
-        within: a module that holds the parts under names of its own, to be used in place of paths from ``transform``.
+        within: a module whose names of the parts replace paths from ``transform``.
 
     Returns:
-        The path of the part, and which parameter or output of it is not finite.
+        The path of the part, and its parameter or output that is not finite.
     """
     for what, value in (("x", x), ("context", context)):
         if value is not None and not value.isfinite().all():
@@ -39,7 +38,7 @@ def locate_nonfinite(
 
 
 def nonfinite_state(module: nn.Module) -> str | None:
-    """The first parameter or buffer of a module that is not finite, and in how many entries; ``None`` if all are."""
+    """The first parameter or buffer with entries that are not finite, and their number."""
     for kind, held in (("parameter", module.named_parameters()), ("buffer", module.named_buffers())):
         for name, tensor in held:
             if not tensor.isfinite().all():
@@ -48,12 +47,7 @@ def nonfinite_state(module: nn.Module) -> str | None:
 
 
 def nonfinite_output(module: nn.Module, call: Callable[[], object]) -> str | None:
-    """The first submodule whose output is not finite while ``call`` runs; ``None`` if there is none.
-
-    Args:
-        module: whose submodules to watch; those that are called as modules are seen.
-        call: uses the module, e.g. ``lambda: module.log_prob(x)``.
-    """
+    """The first submodule whose output is not finite while ``call``, e.g. ``lambda: module.log_prob(x)``, runs."""
     found: list[str] = []
 
     def watch(name: str) -> Callable[[nn.Module, object, object], None]:

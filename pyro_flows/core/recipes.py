@@ -1,4 +1,4 @@
-"""What a flow was made of, as plain data: public names of this package's classes, and the arguments that they got."""
+"""Flows as plain data: public names of this package's classes, and their arguments."""
 
 from __future__ import annotations
 
@@ -26,10 +26,7 @@ _SCALARS = (type(None), bool, int, float, str)
 
 
 def remembered(cls: type[_T]) -> type[_T]:
-    """A class decorator: instances remember the arguments that they were made with, for ``recipe``.
-
-    A class that defines ``arguments() -> (args, kwargs)`` says them itself.
-    """
+    """Class decorator: instances keep their arguments, or have a method ``arguments() -> (args, kwargs)``."""
     if cls.__module__.partition(".")[0] == _PACKAGE:
         _KNOWN[cls.__name__] = cls
     if not hasattr(cls, "arguments"):
@@ -38,7 +35,7 @@ def remembered(cls: type[_T]) -> type[_T]:
 
         @functools.wraps(init)
         def method(self: Any, *args: Any, **kwargs: Any) -> None:
-            # A base's own method comes later, and must not take the place of these.
+            # A base's own method runs later and must not replace them.
             self.__dict__.setdefault("_arguments", (_kept(args), _kept(kwargs)))
             init(self, *args, **kwargs)
 
@@ -47,16 +44,14 @@ def remembered(cls: type[_T]) -> type[_T]:
 
 
 def recipe(value: Any) -> Any:
-    """Plain data from which :func:`made_from` makes an equal object: the same class with the same options.
-
-    Parameters and buffers are no part of it.  Objects of this package are ``{"make": name, "args": [...], "kwargs":
-    {...}}``.
+    """Describes an object's class and options, without parameters and buffers, as plain data for :func:`made_from`.
 
     Args:
-        value: a scalar, a tensor, a list, tuple or dictionary of such, or an object of this package made of such.
+        value: a scalar, a tensor, an object of this package (which becomes ``{"make": name, "args": [...], "kwargs":
+            {...}}``), or a list, tuple or dictionary of such.
 
     Raises:
-        TypeError: for anything else, such as a class or a function of the user's own.
+        TypeError: for anything else, such as the user's own class or function.
     """
     if isinstance(value, np.generic):
         value = value.item()
@@ -81,7 +76,7 @@ def recipe(value: Any) -> Any:
 
 
 def made_from(plain: Any) -> Any:
-    """What :func:`recipe` described.
+    """Makes the object that :func:`recipe` described.
 
     Raises:
         ValueError: for a name that this release does not know.
@@ -99,13 +94,13 @@ def made_from(plain: Any) -> Any:
 
 
 def options_of(instance: object) -> dict[str, Any]:
-    """The arguments of a class that holds each as an attribute of its own name."""
+    """The arguments of a class that holds each as an attribute."""
     return {name: getattr(instance, name) for name in inspect.signature(type(instance)).parameters}
 
 
 @dataclass(frozen=True)
 class _Foreign:
-    """In place of an argument that is not of this package: it may not want to be copied, or may be large."""
+    """Replaces an argument from outside of this package."""
 
     name: str
 
@@ -119,7 +114,7 @@ def _is_ours(value: object) -> bool:
 
 
 def _kept(value: Any) -> Any:
-    """A copy of what the caller may change later."""
+    """A copy of a value that the caller may change later."""
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, np.ndarray):

@@ -1,8 +1,4 @@
-"""One time step after another: what a causal map of series keeps of the past.
-
-A transform of events ``(C, T)`` that is causal, with parameters that all times share, has a method ``stepper(rows,
-context=None)``, which gives a :class:`Stepper` at the beginning of time.
-"""
+"""Causal maps of series, one time step after another."""
 
 from __future__ import annotations
 
@@ -20,11 +16,11 @@ Move = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 class Stepper(ABC):
-    """Where a causal map of series stands in time, for a number of rows.
+    """State of a causal map of series ``(C, T)``, for a number of rows.
 
-    Values are those of the next steps, shape ``(rows, C, n)``; a call takes it these steps further.  What comes back
-    is what the map makes of them given all before, and the logarithms of the Jacobian's determinant step by step, shape
-    ``(rows, n)``, which is positive where volume grows.  Weights are those of the moment at which it was made.
+    A transform's ``stepper`` returns it at the first time.  Each call takes the next n time steps, shape ``(rows, C,
+    n)``, and advances the state by n.  It returns their images given all earlier steps, and their log-determinants,
+    shape ``(rows, n)``.  Weights are those at construction.
     """
 
     @abstractmethod
@@ -33,52 +29,39 @@ class Stepper(ABC):
 
     @abstractmethod
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Base to data, one step, ``n = 1``."""
+        """Base to data, for ``n = 1``."""
 
     @abstractmethod
     def repeated(self, times: int) -> Stepper:
-        """A copy that goes its own way, with all rows ``times`` times over, ``(times, rows)`` flattened."""
+        """An independent copy with all rows repeated, ``(times, rows)`` flattened."""
 
 
 class Past:
-    """The last inputs of a causal convolution, and zeros before the first, as beyond the edge of a whole series.
-
-    Args:
-        rows: of the inputs.
-        inputs: channels.
-        taps: how many steps before the present one the convolution sees.
-        dilation: their distance.
-        like: of the dtype and on the device of the inputs.
-    """
+    """The last ``taps`` inputs, ``dilation`` apart, of a causal convolution, zero before the first."""
 
     def __init__(self, rows: int, inputs: int, taps: int, dilation: int, like: Tensor) -> None:
         self.taps, self.dilation = taps, dilation
         self.last = like.new_zeros(rows, inputs, taps * dilation)
 
     def join(self, x: Tensor) -> Tensor:
-        """The past before ``x``, shape ``(rows, inputs, n)``, which is a part of it from now on."""
+        """Appends ``x``, shape ``(rows, inputs, n)``, and returns past and ``x`` joined."""
         joined = torch.cat((self.last, x), -1)
         self.last = joined[..., joined.shape[-1] - self.last.shape[-1] :].contiguous()
         return joined
 
     def seen(self) -> Tensor:
-        """What the convolution sees of the past at the next step, shape ``(rows, inputs, taps)``."""
+        """The convolution's past at the next step, shape ``(rows, inputs, taps)``."""
         return self.last[..., :: self.dilation]
 
     def repeated(self, times: int) -> Past:
-        """A copy with all rows so many times over."""
+        """A copy with all rows repeated."""
         made = copy.copy(self)
         made.last = self.last.repeat(times, 1, 1)
         return made
 
 
 class Elementwise(Stepper):
-    """A map of single numbers, the same at all times, that keeps nothing.
-
-    Args:
-        forward: from base to data and the logarithms of the slopes, coordinate by coordinate.
-        inverse: the other way, with those of its own slopes.
-    """
+    """A map of single numbers, the same at all times; each direction gives the logarithms of its slopes."""
 
     def __init__(self, forward: Move, inverse: Move) -> None:
         self._moves = forward, inverse
@@ -111,11 +94,7 @@ def _unscaled(loc: Tensor | float, log_scale: Tensor, y: Tensor) -> tuple[Tensor
 
 
 def at_any_time(name: str, what: str, value: Tensor) -> Tensor:
-    """``(C, 1)`` of numbers ``(C, T)``.
-
-    Raises:
-        ValueError: if they differ between times.
-    """
+    """Reduces numbers ``(C, T)`` to ``(C, 1)``, or raises ValueError if they differ between times."""
     if value.dim() != 2:
         raise ValueError(f"{name}: expected a series (C, T) to go through step by step, got {tuple(value.shape)}")
     first = value[:, :1]

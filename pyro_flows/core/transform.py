@@ -1,8 +1,4 @@
-"""The base contract of every flow: two leaf methods, everything else derived once.
-
-A transform maps base to data.  A leaf writes ``forward_and_ladj`` (base to data) and ``inverse_and_ladj`` (data to
-base); calling, inverting, scoring, conditioning, shapes, checks, copying and the memo of recent results follow here.
-"""
+"""The base contract of every flow: a leaf writes ``forward_and_ladj`` and ``inverse_and_ladj``, the rest follows."""
 
 from __future__ import annotations
 
@@ -36,7 +32,7 @@ def _guarded(leaf: Callable[..., tuple[Tensor, Tensor]], data_side: bool) -> Cal
     @functools.wraps(leaf)
     def method(self: FlowTransform, value: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if type(value) is ProvenanceTensor or type(context) is ProvenanceTensor:
-            # Pyro's marks of where a value comes from: hand-made gradients want plain tensors, and would be lost.
+            # Hand-made gradients lose Pyro's marks of provenance.
             parts: Any
             parts, marks = extract_provenance((value, context))
             value, context = parts
@@ -49,23 +45,22 @@ def _guarded(leaf: Callable[..., tuple[Tensor, Tensor]], data_side: bool) -> Cal
 class FlowTransform(TransformModule):
     r"""Abstract base of every flow: a Pyro ``TransformModule`` that maps base :math:`x` to data :math:`y = f(x)`.
 
-    A leaf implements ``forward_and_ladj(x, context=None) -> (y, ladj)`` and ``inverse_and_ladj(y, context=None) ->
-    (x, ladj)`` with
+    A leaf implements ``forward_and_ladj(x, context=None) -> (y, ladj)`` and ``inverse_and_ladj(y, context=None) -> (x,
+    ladj)``:
 
     - ``x``, ``y``: shape ``(*batch, *event_shape)``;
-    - ``ladj``: shape ``(*batch,)``, in nats: :math:`\log|\det \partial y/\partial x|` for the forward method and its
-      negative for the inverse one;
+    - ``ladj``: shape ``(*batch,)``, in nats: :math:`\log|\det \partial y/\partial x|`, or its negative for the inverse;
     - ``context``: shape ``(*context_batch, context_dim)``, broadcast against ``batch``, or ``None``.
 
-    Both are wrapped once, at class creation, in a check of the arguments; inside, values already have the whole batch
-    shape.  Parts of a flow call each other's unchecked ``_forward_and_ladj`` and ``_inverse_and_ladj``.
+    The class wraps both in a check of the arguments; inside, values have the whole batch shape.  Parts of a flow call
+    each other's unchecked ``_forward_and_ladj`` and ``_inverse_and_ladj``.
 
     Args:
         event_shape: an ``input_dim`` or the shape of one event.
-        context_dim: size of the context vector, 0 for an unconditional transform.
+        context_dim: size of the context, 0 for none.
 
     Raises:
-        ValueError: where a shape, a dtype, a device or a context does not fit; the message says what to do.
+        ValueError: for a shape, dtype, device or context that does not fit.
 
     References:
         Normalizing Flows for Probabilistic Modeling and Inference (Papamakarios et al., 2019), arXiv:1912.02762.
@@ -93,8 +88,6 @@ class FlowTransform(TransformModule):
         self.context_dim = integer("", "context_dim", context_dim, 0)
         self.__dict__["_memo"] = Memo()
 
-    # What a leaf writes.
-
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Base to data, with ``log|det dy/dx|``."""
         raise TypeError(f"{type(self).__name__} must define forward_and_ladj(x, context=None) -> (y, ladj)")
@@ -106,11 +99,9 @@ class FlowTransform(TransformModule):
     _forward_and_ladj = forward_and_ladj
     _inverse_and_ladj = inverse_and_ladj
 
-    # What Pyro and torch ask of a transform.
-
     @property
     def data_shape(self) -> Size:
-        """Event shape on the data side; differs from ``event_shape`` only where a wrapped transform changes it."""
+        """Event shape on the data side; differs from ``event_shape`` in some wrapped transforms."""
         return self.event_shape
 
     @constraints.dependent_property(is_discrete=False)
@@ -120,11 +111,11 @@ class FlowTransform(TransformModule):
 
     @constraints.dependent_property(is_discrete=False)
     def codomain(self) -> constraints.Constraint:
-        """Constraint on ``y``; it becomes the ``support`` of a ``TransformedDistribution``."""
+        """Constraint on ``y``: the ``support`` of a ``TransformedDistribution``."""
         return REAL[len(self.data_shape)]
 
     def __call__(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """``y = f(x)``, at a context if one is given."""
+        """``y = f(x)``, at a context if given."""
         y, ladj = self.forward_and_ladj(x, context)
         if context is None:
             self._memo.remember(self, x, y, ladj, made_y=True)
@@ -138,7 +129,7 @@ class FlowTransform(TransformModule):
         self._memo.remember(self, x, y, -ladj, made_y=False)
         return x
 
-    # As in torch, the names with an underscore never answer from memory.
+    # As in torch, names with an underscore bypass the cache.
 
     def _call(self, x: Tensor) -> Tensor:
         return self.forward_and_ladj(x)[0]
@@ -147,7 +138,7 @@ class FlowTransform(TransformModule):
         return self.inverse_and_ladj(y)[0]
 
     def inverse_and_memo(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """``inverse_and_ladj(y)``, answered from memory if ``y`` is what this transform has just produced."""
+        """``inverse_and_ladj(y)``, from the cache if this transform just produced ``y``."""
         known = self._memo.preimage(self, y) if context is None else None
         return (known[0], -known[1]) if known is not None else self.inverse_and_ladj(y, context)
 
@@ -158,7 +149,7 @@ class FlowTransform(TransformModule):
 
     @property
     def inv(self) -> FlowTransform:
-        """The inverse as a module that shares the parameters; ``t.inv.inv is t``."""
+        """The inverse, which shares the parameters; ``t.inv.inv is t``."""
         ref = self.__dict__.get("_inverse_ref")
         inverse = ref() if ref is not None else None
         if inverse is None:
@@ -167,8 +158,8 @@ class FlowTransform(TransformModule):
         return inverse
 
     def _make_inverse(self) -> FlowTransform:
-        # Scoring asks for the inverse at each call, and nothing may hold it but the caller: a strong reference would
-        # make a cycle that keeps parameters alive.  So its making must cost little: the fields are made once.
+        # Made at each score from fields that are made once.  A strong reference would be a cycle that keeps parameters
+        # alive.
         fields = self.__dict__.get("_inverse_fields")
         if fields is None:
             fields = Inverse(self).__dict__.copy()
@@ -179,7 +170,7 @@ class FlowTransform(TransformModule):
         return inverse
 
     def with_cache(self, cache_size: int = 1) -> FlowTransform:
-        """Returns ``self``: the memo is always on, always fresh, and needs no size."""
+        """Returns ``self``: the cache is always on."""
         return self
 
     def forward_shape(self, shape: Iterable[int]) -> Size:
@@ -192,7 +183,7 @@ class FlowTransform(TransformModule):
 
     @property
     def batch_shape(self) -> Size:
-        """Batch shape of the contexts to which this transform, or parts of it, are bound."""
+        """Batch shape of bound contexts."""
         return Size()
 
     def _map_shape(self, shape: Size, source: Size, target: Size) -> Size:
@@ -202,7 +193,7 @@ class FlowTransform(TransformModule):
             )
         cut = len(shape) - len(source)
         if shape[cut:] != source:
-            # A base of size 1 per dimension may still be broadcast, as torch's own transforms allow.
+            # As in torch, a base of size 1 per dimension broadcasts.
             try:
                 if torch.broadcast_shapes(shape[cut:], source) != source:
                     raise RuntimeError
@@ -213,7 +204,7 @@ class FlowTransform(TransformModule):
 
     @property
     def reach(self) -> int | None:
-        """For series (C, T), how many steps back a step of x looks in y; ``None`` for ahead or without end."""
+        """For series (C, T), the number of earlier steps of y that a step of x depends on; ``None`` if unbounded."""
         return None
 
     @property
@@ -223,19 +214,19 @@ class FlowTransform(TransformModule):
 
     @property
     def sign(self) -> NoReturn:
-        """Raises AttributeError, as a map of events has no sign, so that ``hasattr`` and ``torch.jit`` pass it over."""
+        """Raises AttributeError, so that ``hasattr`` and ``torch.jit`` pass it over: a map of events has no sign."""
         raise AttributeError(f"{type(self).__name__} moves whole events, so it has no sign: it neither rises nor falls")
 
     @property
     def periodic(self) -> Tensor | None:
-        """Boolean, shape ``event_shape``: which dimensions are angles, taken modulo 2 pi; ``None`` if none is."""
+        """Boolean, shape ``event_shape``: which dimensions are angles modulo 2 pi; ``None`` for none."""
         return None
 
     def turned(self, angles: Tensor, inverse: bool = False) -> Tensor:
-        """Which dimensions of ``y`` are angles where these of ``x`` are (or of ``x``, where these of ``y`` are).
+        """The angles among the dimensions of ``y``, given those of ``x``; with ``inverse``, the other way.
 
         Raises:
-            ValueError: if this transform moves an angle as if it lay on a line.
+            ValueError: if this transform moves an angle as a number on a line.
         """
         own = self.periodic
         if own is None or not (own.is_meta or torch.equal(own.to(angles.device), angles)):
@@ -245,10 +236,8 @@ class FlowTransform(TransformModule):
             )
         return angles
 
-    # Conditioning.
-
     def condition(self, context: Tensor) -> Conditioned:
-        """A view of this transform at one context (or a batch of them); see :class:`Conditioned`."""
+        """A view of this transform at one or more contexts; see :class:`Conditioned`."""
         if self.context_dim == 0:
             raise ValueError(
                 f"{type(self).__name__} was built with context_dim=0 and takes no context; to condition a list where "
@@ -256,10 +245,8 @@ class FlowTransform(TransformModule):
             )
         return Conditioned(self, context)
 
-    # State: the memo is dropped whenever what it was computed from may have changed or moved.
-
     def clear_cache(self) -> None:
-        """Forgets recent results; needed only after a write into a parameter's ``.data``, as ``p.data.add_(1)``."""
+        """Clears cached results; needed only after a write into a parameter's ``.data``."""
         for module in self.modules():
             if isinstance(module, FlowTransform):
                 module._memo.clear()
@@ -290,7 +277,7 @@ class FlowTransform(TransformModule):
     __repr__ = nn.Module.__repr__
 
     def __hash__(self) -> int:
-        return id(self)  # as of any module; Pyro's calls super(), which torch.compile cannot trace
+        return id(self)  # torch.compile cannot trace Pyro's
 
     def extra_repr(self) -> str:
         size = self.event_shape[0] if len(self.event_shape) == 1 else tuple(self.event_shape)
@@ -298,18 +285,17 @@ class FlowTransform(TransformModule):
         return f"{size}{context}, sampling: {self.sampling_cost}, density: {self.density_cost}"
 
 
-# Registered, not inherited: its metaclass would clash with that of PyroModule.
+# Registered, because its metaclass clashes with PyroModule's.
 ConditionalTransform.register(FlowTransform)
 
 
 class Inverse(FlowTransform):
-    """The inverse of a transform: :math:`y = f^{-1}(x)`; a module that shares the parameters of ``transform``.
+    """The inverse of a transform, :math:`y = f^{-1}(x)`, which shares its parameters.
 
-    Each direction costs what the opposite one of ``transform`` costs.  ``log_abs_det_jacobian(x, y)`` is the negative
-    of that of ``transform`` at ``(y, x)``, and so a function of ``y``.
+    The costs of the directions swap.  ``log_abs_det_jacobian(x, y)`` is a function of ``y``.
 
     Args:
-        transform: the transform to invert; for an inverse, the transform itself is returned.
+        transform: the transform to invert; for an inverse, its own ``transform`` is returned.
     """
 
     transform: FlowTransform
@@ -324,7 +310,7 @@ class Inverse(FlowTransform):
         self.sampling_cost, self.density_cost = transform.density_cost, transform.sampling_cost
 
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """What it is made of; see ``pyro_flows.core.recipes``."""
+        """The constructor's arguments."""
         return (self.transform,), {}
 
     @property
@@ -362,7 +348,7 @@ class Inverse(FlowTransform):
     @property
     def inv(self) -> FlowTransform:
         ref = self.transform.__dict__.get("_inverse_ref")
-        if ref is None or ref() is None:  # a copy, which its transform does not know yet
+        if ref is None or ref() is None:  # a copy, unknown to its transform
             self.transform.__dict__["_inverse_ref"] = weakref.ref(self)
         return self.transform
 
@@ -372,7 +358,7 @@ class Inverse(FlowTransform):
     def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self.transform._forward_and_ladj(y, context)
 
-    # The transform's own memo serves both names of the pair.
+    # The transform's cache serves both directions.
 
     def __call__(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         return self.transform._inv_call(x) if context is None else self.forward_and_ladj(x, context)[0]
@@ -387,11 +373,9 @@ class Inverse(FlowTransform):
 class Conditioned(FlowTransform):
     """A transform bound to a context: a view that shares the parameters and holds the context.
 
-    The context's batch shape becomes part of every shape, so that ``TransformedDistribution(base,
-    [t.condition(context)])`` has the context's batch shape and samples accordingly.  Leading dimensions of size 1 in
-    the context are dropped.  The view is a module: ``parameters()`` are those of ``transform``; ``.to()`` moves the
-    shared parameters and this view's context (not the contexts of other views).  The context is no part of the
-    ``state_dict``; a copy or a pickle of the view holds it detached from its graph.
+    The context's batch shape, without leading ones, joins every shape, so ``TransformedDistribution(base,
+    [t.condition(context)])`` has it as its batch shape.  ``.to()`` moves the shared parameters and this view's context.
+    The context is not in the ``state_dict``; a copy or pickle holds it detached.
 
     Args:
         transform: a transform with ``context_dim > 0``.
@@ -409,7 +393,7 @@ class Conditioned(FlowTransform):
         self.sampling_cost, self.density_cost = transform.sampling_cost, transform.density_cost
 
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """What it is made of; see ``pyro_flows.core.recipes``."""
+        """The constructor's arguments."""
         return (self.transform, self.context), {}
 
     @property
@@ -445,7 +429,7 @@ class Conditioned(FlowTransform):
         )
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        # The context's batch joins here, so the bound transform's own boundary does the checking.
+        # The context's batch joins here.
         return self.transform.forward_and_ladj(x, self.context)
 
     def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,7 @@
 """Torch's and Pyro's own transforms as parts of a flow.
 
-Torch composes transforms by their declared event dimensions, which are wrong for ``StackTransform``, for
-``CatTransform`` of vectors and for ``AffineTransform`` with a scalar scale.  Here the event is known, so transforms
-made of others are taken apart, and each inner transform gets its part of the event.
+Torch composes transforms by their declared event dimensions, which are wrong for ``StackTransform``, ``CatTransform``
+of vectors and ``AffineTransform`` with a scalar scale.  So each inner transform gets its part of the event here.
 """
 
 from __future__ import annotations
@@ -36,15 +35,14 @@ class Wrap(FlowTransform):
     """A torch or Pyro transform as a part of a chain, e.g. ``biject_to(constraint)`` or ``ExpTransform()``.
 
     Args:
-        transform: any bijective ``torch.distributions.Transform``, of single numbers or of events, among them
-            compositions, ``IndependentTransform``, ``CatTransform`` and ``StackTransform`` (with a negative ``dim``, so
-            that it counts from the event's end) and their inverses.  A module is registered; of any other a copy is
-            kept, whose tensors move with this module but are no part of its ``state_dict``.
-        event_shape: shape of one event on the base side; elementwise transforms are summed over all of it.
+        transform: any bijective ``torch.distributions.Transform``, also composed (``CatTransform`` and
+            ``StackTransform`` with a negative ``dim``).  A module is registered; others are copied, and the copy's
+            tensors move with this module but are not in its ``state_dict``.
+        event_shape: shape of one event on the base side; elementwise transforms are summed over it.
 
     Raises:
-        ValueError: if the transform is not bijective, cannot take this event, or holds parameters or modules that a
-            copy would never train.
+        ValueError: if the transform is not bijective, cannot take this event, or holds parameters or modules, which a
+            copy would not train.
     """
 
     sampling_cost = density_cost = "1 product"
@@ -70,21 +68,21 @@ class Wrap(FlowTransform):
         self._data_shape = self._tried(self.event_shape)
 
     def _tried(self, shape: Size) -> Size:
-        """What becomes of an event of this shape, both ways and in a batch."""
+        """The shape of an event's image, tried in both directions."""
         held = (each for each in held_inside(self.transform) if isinstance(each, Tensor))
         kin = next((tensor for tensor in held if tensor.is_floating_point()), torch.zeros((), device="cpu"))
-        # Inside of all sets that torch knows: a half, and matrices that are the identity.
+        # Inside all of torch's sets: a half, and identity matrices.
         one = kin.new_full(shape, 0.5)
         if self.transform.domain.event_dim > 1:
             one = torch.eye(*shape[-2:], device=kin.device, dtype=kin.dtype)
-        batch = max(shape) + 1  # no size of the event, so that what counts dimensions from the front is found out
+        batch = max(shape) + 1  # no size of the event, to find dimensions counted from the front
         x = one.expand(batch, *shape)
         name = f"Wrap: {type(self.transform).__name__} cannot take events of shape {tuple(shape)}"
         try:
             with torch.no_grad():
                 y, ladj = moved(self.transform, x, len(shape))
                 back = moved(self.transform.inv, y, y.dim() - 1)[0]
-        except NotImplementedError:  # of the inverse, say: it may be wanted one way only
+        except NotImplementedError:  # one direction may do
             return Size(self.transform.forward_shape(shape))
         except (AssertionError, IndexError, RuntimeError, ValueError) as error:
             raise ValueError(f"{name}: {error}; bounds and lengths in it must fit an event of that shape") from error
@@ -96,7 +94,7 @@ class Wrap(FlowTransform):
         return y.shape[1:]
 
     def arguments(self) -> tuple[tuple[object, ...], dict[str, object]]:
-        """What it is made of; see ``pyro_flows.core.recipes``."""
+        """The constructor's arguments."""
         return (self.transform, self.event_shape), {}
 
     @property
@@ -112,7 +110,7 @@ class Wrap(FlowTransform):
         return self.reached(REAL[len(self.event_shape)])
 
     def reached(self, start: constraints.Constraint, back: bool = False) -> constraints.Constraint:
-        """Where the transform takes a set, or its inverse does.  Each distribution asks, so the last answer is kept."""
+        """The image of a set under the transform or its inverse; the last one is cached."""
         known = self._images.get(back)
         if known is None or known[0] is not start:
             known = start, image(self.transform.inv if back else self.transform, start)
@@ -147,7 +145,7 @@ class Wrap(FlowTransform):
         return 0 if self.shared_over_time else None
 
     def stepper(self, rows: int, context: Tensor | None = None) -> Stepper:
-        """One step of a series after another; see :mod:`pyro_flows.core.steps`."""
+        """A stepper through a series; see :mod:`pyro_flows.core.steps`."""
         if not self.shared_over_time:
             raise ValueError(
                 f"Wrap: {type(self.transform).__name__} is no map of single numbers that is the same at all times of a "
@@ -167,14 +165,14 @@ class Wrap(FlowTransform):
         return self.transform.domain.event_dim == self.transform.codomain.event_dim == 0
 
     def log_slopes(self, y: Tensor, context: Tensor | None = None) -> Tensor:
-        """The logarithm of each slope from data to base, of the shape of ``y``, if the transform is elementwise."""
+        """The logarithm of each slope from data to base, of the shape of ``y``."""
         return moved(self.transform.inv, y, 0)[1].expand(y.shape)
 
 
 def map_tensors(holder: Distribution | Transform, fn: Callable[[Tensor], Tensor], seen: set[int] | None = None) -> None:
-    """Replaces every tensor that a distribution or transform holds, also inside those that it wraps."""
+    """Replaces every tensor inside a distribution or transform."""
     seen = set() if seen is None else seen
-    seen.add(id(holder))  # torch's transforms point at their inverses, and these back
+    seen.add(id(holder))  # transforms and their inverses refer to each other
     for name, value in vars(holder).items():
         if isinstance(value, Tensor):
             vars(holder)[name] = fn(value)
@@ -188,7 +186,7 @@ _ENDS = (("lower_bound", -math.inf), ("upper_bound", math.inf))
 
 
 def moved(transform: Transform, x: Tensor, dims: int) -> tuple[Tensor, Tensor]:
-    """``y`` and the log-determinant, summed over the last ``dims`` dimensions of ``x``, which are one event."""
+    """``y`` and the log-determinant, summed over the last ``dims`` dimensions of ``x``, one event."""
     transform = _bare(transform)
     if isinstance(transform, ComposeTransform):
         total = x.new_zeros(x.shape[: x.dim() - dims])
@@ -220,17 +218,17 @@ def moved(transform: Transform, x: Tensor, dims: int) -> tuple[Tensor, Tensor]:
     affine, back = _one_of(transform, AffineTransform)
     if affine is None:
         ladj = transform.log_abs_det_jacobian(x, y)
-    else:  # torch counts a scalar scale once, however large the event
+    else:  # torch counts a scalar scale once
         inner, scale = 0, affine.scale
         log_scale = scale.abs().log() if isinstance(scale, Tensor) else x.new_full((), math.log(abs(scale)))
         ladj = -log_scale if back else log_scale
-    # Constant Jacobians may come without the event's size (e.g. a scalar scale), so give them it before summing.
+    # Constant Jacobians may lack the event's size.
     ladj = ladj.expand(x.shape[: x.dim() - inner])
     return y, ladj.sum(tuple(range(inner - dims, 0))) if dims > inner else ladj
 
 
 def image(transform: Transform, start: constraints.Constraint) -> constraints.Constraint:
-    """Where a transform takes a constrained set, whose dimensions are all those of the event."""
+    """The image of a constrained set."""
     dims, transform = start.event_dim, _bare(transform)
     if isinstance(transform, ComposeTransform):
         for part in transform.parts:
@@ -253,7 +251,7 @@ def image(transform: Transform, start: constraints.Constraint) -> constraints.Co
 
 
 def own_copy(transform: Transform) -> Transform:
-    """A copy without torch's caches, whose results outlive changes of what they were computed from."""
+    """A copy without torch's caches, which go stale."""
     everything = transform, *held_inside(transform)
     for each in everything:
         if isinstance(each, nn.Module) or (isinstance(each, Tensor) and each.requires_grad):
@@ -271,7 +269,7 @@ def own_copy(transform: Transform) -> Transform:
 
 
 def held_inside(holder: Any, seen: set[int] | None = None) -> Iterator[Any]:
-    """Tensors, modules, transforms and distributions that a transform and those inside it hold."""
+    """Tensors, modules, transforms and distributions inside a transform."""
     seen = set() if seen is None else seen
     seen.add(id(holder))
     for name, value in vars(holder).items():
@@ -285,7 +283,7 @@ def held_inside(holder: Any, seen: set[int] | None = None) -> Iterator[Any]:
 
 
 def _bare(transform: Transform) -> Transform:
-    """Without the ``IndependentTransform`` around it or its inverse, which only counts event dimensions."""
+    """Removes ``IndependentTransform`` around the transform or its inverse."""
     while not isinstance(transform, ComposeTransform):
         whole, back = _one_of(transform, IndependentTransform)
         if whole is None:
@@ -295,7 +293,7 @@ def _bare(transform: Transform) -> Transform:
 
 
 def _one_of(transform: Transform, *kinds: type[Transform]) -> tuple[Any, bool]:
-    """The transform if it is of one of these kinds, or what it is the inverse of, and whether it is the inverse."""
+    """The transform, or its inverse, if of these kinds, and whether it is the inverse."""
     if isinstance(transform, nn.Module):
         return None, False
     back = isinstance(transform.inv, kinds)
@@ -304,7 +302,7 @@ def _one_of(transform: Transform, *kinds: type[Transform]) -> tuple[Any, bool]:
 
 
 def _joined(transform: Transform) -> tuple[list[Transform], int, list[int] | None] | None:
-    """The transforms of slices, their dimension, and the sizes of what is concatenated (``None`` for a stack)."""
+    """The transforms of slices, their dimension, and the sizes concatenated (``None`` for a stack)."""
     whole, back = _one_of(transform, CatTransform, StackTransform)
     if whole is None:
         return None
@@ -318,7 +316,7 @@ def _joined(transform: Transform) -> tuple[list[Transform], int, list[int] | Non
 
 
 def _spread(constraint: constraints.Constraint, dims: int) -> constraints.Constraint:
-    """Over so many event dimensions."""
+    """The constraint over ``dims`` event dimensions."""
     more = dims - constraint.event_dim
     return constraints.independent(constraint, more) if more > 0 else constraint
 
@@ -332,7 +330,7 @@ def _peeled(constraint: constraints.Constraint) -> constraints.Constraint:
 def _between(
     transform: Transform, inner: constraints.Constraint, told: constraints.Constraint
 ) -> constraints.Constraint | None:
-    """What a monotone map of single numbers makes of an interval or a half line, ``None`` if that is not known."""
+    """The image of an interval or half line under a monotone map, ``None`` if unknown."""
     affine = _one_of(transform, AffineTransform)[0] is not None
     single = affine or not (transform.domain.event_dim or transform.codomain.event_dim)
     if not single or not any(hasattr(inner, name) for name, _ in _ENDS):
@@ -341,7 +339,7 @@ def _between(
         up = torch.as_tensor(transform.sign) > 0
     except NotImplementedError:
         return None
-    # Torch's affine transforms say that they reach all real numbers, from wherever they start.
+    # Torch's affine transforms claim the whole line.
     low, high = (torch.as_tensor(getattr(_peeled(told), name, end)) for name, end in _ENDS)
     with torch.no_grad():
         first = transform(torch.as_tensor(inner.lower_bound)) if hasattr(inner, "lower_bound") else low.where(up, high)
@@ -360,7 +358,7 @@ def _between(
 
 
 class _Cat(constraints.cat):
-    """Each slice of an event in a set of its own; unlike torch's, of sets of vectors too."""
+    """Slices of an event in sets of their own, of vectors too."""
 
     def __init__(self, cseq: Sequence[constraints.Constraint], dim: int, lengths: Sequence[int]) -> None:
         super().__init__(cseq, dim, lengths)
@@ -392,7 +390,7 @@ class _Stack(_Cat):
 
 
 class _Image(constraints.Constraint):
-    """What a transform makes of a set, where that is no constraint that torch knows: a value is traced back."""
+    """The image of a set, checked by tracing a value back."""
 
     def __init__(self, transform: Transform, start: constraints.Constraint, told: constraints.Constraint) -> None:
         self.transform, self.start, self.told = transform, start, told

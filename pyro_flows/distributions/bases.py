@@ -1,4 +1,4 @@
-"""Base distributions as modules: each call hands out a Pyro distribution on the module's device."""
+"""Base distributions as modules."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["DiagonalNormal", "FixedBase", "GaussianMixture", "StudentT", "Unifor
 
 
 def _hold(module: nn.Module, name: str, value: Tensor, learnable: bool) -> None:
-    """A parameter, or a buffer that the constructor's arguments determine."""
+    """Sets a parameter, or a buffer outside the ``state_dict``."""
     if learnable:
         setattr(module, name, nn.Parameter(value))
     else:
@@ -32,7 +32,7 @@ class DiagonalNormal(nn.Module):
 
     Args:
         event_shape: an ``input_dim`` or the shape of one event.
-        learnable: whether locations and log-scales are parameters (else buffers, fixed at the standard normal).
+        learnable: whether locations and log-scales are parameters (else constant buffers).
     """
 
     loc: Tensor
@@ -45,13 +45,13 @@ class DiagonalNormal(nn.Module):
             _hold(self, name, torch.zeros(self.event_shape), learnable)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """As that of the distribution, which is not made."""
+        """Log-density, without making the distribution."""
         standard = (value - self.loc) * torch.exp(-self.log_scale)
         each = -0.5 * standard * standard - (self.log_scale + 0.5 * math.log(2 * math.pi))
         return each.sum(tuple(range(-len(self.event_shape), 0)))
 
     def rsample(self, sample_shape: Size) -> Tensor:
-        """As that of the distribution, which is not made."""
+        """Draws, without making the distribution."""
         drawn = self.loc.new_empty(sample_shape + self.event_shape).normal_()
         return self.loc + drawn * self.log_scale.exp()
 
@@ -63,17 +63,16 @@ class DiagonalNormal(nn.Module):
 
 @remembered
 class StudentT(nn.Module):
-    r"""Independent Student's t, :math:`(x_i - \mu_i) e^{-r_i} \sim t_{\nu_i}`: tails that fall off as a power.
+    r"""Independent Student's t, :math:`(x_i - \mu_i) e^{-r_i} \sim t_{\nu_i}`, with power-law tails.
 
-    The degrees of freedom :math:`\nu_i = \nu_{\min} + \log(1 + e^{a_i})` are one per dimension and stay above
-    :math:`\nu_{\min}`; at :math:`\nu > 1` there is a mean, at :math:`\nu > 2` a variance.  Draws are reparameterized,
-    also with respect to :math:`\nu`.
+    The degrees of freedom :math:`\nu_i = \nu_{\min} + \log(1 + e^{a_i})` exceed :math:`\nu_{\min}`; the mean needs
+    :math:`\nu > 1`, the variance :math:`\nu > 2`.  Draws are reparameterized, also with respect to :math:`\nu`.
 
     Args:
         event_shape: an ``input_dim`` or the shape of one event.
-        df: :math:`\nu` at first, in all dimensions.
+        df: the initial :math:`\nu`.
         learnable: whether the degrees of freedom are parameters.
-        learn_affine: whether :math:`\mu` and :math:`r`, which start at 0, are parameters.
+        learn_affine: whether :math:`\mu` and :math:`r`, initially 0, are parameters.
         min_df: :math:`\nu_{\min} \ge 0`.
 
     Raises:
@@ -114,7 +113,7 @@ class StudentT(nn.Module):
 
     def forward(self) -> dist.Distribution:
         """The distribution, event shape ``event_shape``."""
-        # Its constructor would look at the values of df whatever validate_args says, which waits for the device.
+        # The constructor reads df, which waits for the device.
         made = dist.StudentT.__new__(dist.StudentT)
         made.df, made.loc, made.scale = self.df, self.loc, self.log_scale.exp()
         made._chi2 = dist.Chi2(made.df, validate_args=False)
@@ -132,26 +131,25 @@ class _Mixture(dist.MixtureSameFamily):
 
 @remembered
 class GaussianMixture(nn.Module):
-    r"""A learned mixture of normals, :math:`\sum_k w_k \, N(\mu_k, S_k S_k^\top)`, for modes that lie apart.
+    r"""A learned mixture of normals, :math:`\sum_k w_k \, N(\mu_k, S_k S_k^\top)`, for separate modes.
 
     :math:`w = \mathrm{softmax}(` ``logits`` :math:`)`, and :math:`S_k` is diagonal or lower triangular with the
-    diagonal ``exp(log_scale)``.  At first the weights are equal, :math:`\mu_k` is drawn by torch's random numbers from
-    :math:`N(0, I/2)`, and :math:`S_k S_k^\top = I/2`: on average over the draw, mean 0 and covariance :math:`I`.
+    diagonal ``exp(log_scale)``.  At first weights are equal, :math:`\mu_k \sim N(0, I/2)` and :math:`S_k S_k^\top =
+    I/2`: mean 0 and covariance :math:`I` on average.
 
-    A density costs one evaluation of each component, a draw one draw of each.  There are no reparameterized draws, so
-    ``rsample`` of a flow over this base raises an error, and a guide with it needs score-function gradients; it is for
-    densities that are fitted to data.
+    A density costs one evaluation of each component, a draw one draw of each.  Draws are not reparameterized
+    (``rsample`` raises an error), so use it to fit densities to data.
 
     Args:
         input_dim: the number of dimensions.
-        num_components: how many normals.
-        full_covariance: whether each has a covariance of its own rather than variances.
+        num_components: the number of normals.
+        full_covariance: whether each has a full covariance.
 
     Raises:
         ValueError: for sizes that are no positive integers.
 
     References:
-        Semi-Supervised Learning with Normalizing Flows (Izmailov et al., 2019), arXiv:1912.13025, whose base is one.
+        Semi-Supervised Learning with Normalizing Flows (Izmailov et al., 2019), arXiv:1912.13025.
     """
 
     logits: Tensor
@@ -166,7 +164,7 @@ class GaussianMixture(nn.Module):
         self.logits = nn.Parameter(torch.zeros(num_components))
         self.loc = nn.Parameter(torch.randn(num_components, input_dim) * math.sqrt(0.5))
         self.log_scale = nn.Parameter(torch.full((num_components, input_dim), math.log(0.5) / 2))
-        # Strictly below the diagonal; the rest is never read.
+        # Read strictly below the diagonal.
         lower = nn.Parameter(torch.zeros(num_components, input_dim, input_dim)) if full_covariance else None
         self.register_parameter("lower", lower)
 
@@ -183,7 +181,7 @@ class GaussianMixture(nn.Module):
 
 
 class _Circles(dist.Normal):
-    """Uniform angles where ``angle`` is true, normal elsewhere; batch shape that of the event, until ``to_event``."""
+    """Uniform where ``angle`` is true, normal elsewhere."""
 
     support = constraints.real
 
@@ -206,7 +204,7 @@ class _Circles(dist.Normal):
             return self.rsample(sample_shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        # The zeros keep the batch shape, the graph, and NaN.
+        # Zeros keep the shape, the graph, and NaN.
         return torch.where(self.angle, value * 0 - math.log(2 * math.pi), super().log_prob(value))
 
 
@@ -214,14 +212,12 @@ class _Circles(dist.Normal):
 class UniformCircle(nn.Module):
     r"""Independent uniform angles in radians, :math:`\log p(x) = -D \log 2\pi`, for flows on circles and tori.
 
-    Draws lie in :math:`[-\pi, \pi)`.  Angles count modulo :math:`2\pi`: as with Pyro's ``VonMises`` the support is
-    real, the density is the same at every angle, and it integrates to 1 over one turn.  So the flow on it must map
-    circles to circles; over a map of the line the result is no density.  Dimensions that are no angles are standard
-    normal.
+    Draws lie in :math:`[-\pi, \pi)`.  As with Pyro's ``VonMises``, the support is real and the density integrates to 1
+    over one turn, so the flow must map circles to circles.  Other dimensions are standard normal.
 
     Args:
         event_shape: an ``input_dim`` or the shape of one event.
-        periodic: boolean, shape ``event_shape``, true where a dimension is an angle; all by default.
+        periodic: boolean, shape ``event_shape``, true for angles; by default everywhere.
 
     Raises:
         ValueError: if ``periodic`` has another shape.
@@ -251,22 +247,22 @@ class UniformCircle(nn.Module):
 
 @remembered
 class FixedBase(nn.Module):
-    """A given distribution without parameters to learn, moved along with the module.
+    """A given distribution without parameters, which moves with the module.
 
     Args:
-        distribution: any distribution; its tensors follow ``.to()`` and its relatives.
+        distribution: any distribution; its tensors follow ``.to()``.
 
     Raises:
-        ValueError: if one of its tensors asks for a gradient: that one would never be found by an optimizer.
+        ValueError: if one of its tensors requires a gradient, which no optimizer would find.
     """
 
     def __init__(self, distribution: Distribution) -> None:
         super().__init__()
         map_tensors(distribution, _refuse_gradient)
-        self.distribution = copy.deepcopy(distribution)  # moving the module must not move the caller's object
+        self.distribution = copy.deepcopy(distribution)  # the caller's object stays
 
     def arguments(self) -> tuple[tuple[object, ...], dict[str, object]]:
-        """What it is made of; see ``pyro_flows.core.recipes``."""
+        """The constructor's arguments."""
         return (self.distribution,), {}
 
     def forward(self) -> Distribution:

@@ -1,4 +1,4 @@
-"""Discrete pixels by continuous densities: uniform and variational dequantization, and bits per dimension."""
+"""Discrete pixels by continuous densities, and bits per dimension."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from pyro_flows.transforms.pixels import LogitPixels
 
 __all__ = ["Dequantized", "DequantizedDistribution", "bits_per_dim"]
 
-_AT_ONCE = 2**16  # numbers that are scored at once, if they come from several draws
+_AT_ONCE = 2**16  # numbers scored at once
 
 
 def bits_per_dim(
@@ -32,18 +32,14 @@ def bits_per_dim(
 ) -> Tensor | float:
     r"""Bits per dimension, :math:`-\log p / (D \log 2)`, of log-densities or log-masses in nats; keeps their shape.
 
-    Papers report bits per dimension of pixels in units of levels, for which a density of 1 per level costs no bits.
-    There are two ways to come to it:
-
-    - The density is of intensities in units of levels, :math:`v \in [0, L)`, or the mass is of whole levels, as those
-      of :class:`~pyro_flows.transforms.pixels.LogitPixels` and :class:`Dequantized` are: leave ``levels`` out.
-    - The density is of intensities scaled to :math:`[0, 1]`, :math:`v / L`: give ``levels``, and
-      :math:`\log_2 L` is added (8 for 256 levels, 4.09 for 17).
+    Papers report it in units of levels, where a density of 1 per level costs no bits.
 
     Args:
         log_prob: in nats, any shape.
-        event_shape: shape of one image, whose number of entries is :math:`D`; channels count as dimensions.
-        levels: :math:`L`, only for densities of intensities scaled to [0, 1].
+        event_shape: shape of one image, with :math:`D` entries; channels count as dimensions.
+        levels: :math:`L` for densities of intensities scaled to :math:`[0, 1]`, which adds :math:`\log_2 L` (8 for 256
+            levels, 4.09 for 17); ``None`` for densities of intensities in units of levels, :math:`v \in [0, L)`, or
+            masses of whole levels, as from :class:`~pyro_flows.transforms.pixels.LogitPixels` and :class:`Dequantized`.
 
     Raises:
         ValueError: for ``levels`` below 2, or sizes that are no positive integers.
@@ -53,13 +49,7 @@ def bits_per_dim(
 
 
 class DequantizedDistribution(TorchDistribution):
-    """Integer images for ``pyro.sample``: made by a call of :class:`Dequantized`, whose parameters it shares.
-
-    Args:
-        model: the module.
-        context: shape ``(*batch, context_dim)``, whose batch shape is then the distribution's, or ``None``.
-        batch_shape: by default that of the context.
-    """
+    """Integer images for ``pyro.sample``: made by :class:`Dequantized`, whose parameters it shares."""
 
     arg_constraints: ClassVar[dict[str, Constraint]] = {}
     has_rsample = False
@@ -121,43 +111,39 @@ class DequantizedDistribution(TorchDistribution):
 class Dequantized(nn.Module):
     r"""A distribution of integer pixels by a density of intensities: :math:`P(n) = \int_{[n, n + 1)^D} p(v)\,dv`.
 
-    Scores are a lower bound, which noise :math:`u` within the pixels estimates:
+    Scores are a lower bound, estimated by noise :math:`u` within the pixels:
 
     .. math:: \log P(n) \ge E\left[\log \frac{1}{K} \sum_{k=1}^{K} \frac{p(n + u_k)}{q(u_k \mid n)}\right],
 
-    with :math:`u_k` uniform (:math:`q = 1`) or, with a ``dequantizer``, drawn from a flow that sees the pixels.  The
-    bound is one in expectation over the noise, and grows tighter with the number of draws :math:`K`; where
-    :math:`q` is the posterior of the noise, one draw is exact.
+    with :math:`u_k` uniform (:math:`q = 1`) or drawn from a ``dequantizer``.  The bound holds in expectation and
+    tightens with :math:`K`; if :math:`q` is the posterior of the noise, one draw is exact.
 
-    In training mode noise is fresh in each call.  In evaluation mode it is a function of the seed, the number of the
-    draw and the row's pixels: a row has the same score each time, on whatever device and in whatever batch, rows that
-    differ have as good as independent noise, and no state of a generator is used up.
+    In training mode each call draws fresh noise.  In evaluation mode noise depends only on the seed, the number of the
+    draw and the row's pixels: a row always has the same score, on any device and in any batch, and no generator's state
+    changes.
 
-    Calling the module gives a Pyro distribution over whole numbers that shares the parameters: ``pyro.sample("x",
-    deq())``, or ``deq(context)`` if the flow takes one.  For variational dequantization with the noise as a latent
-    site, see :meth:`model` and :meth:`guide`.  A score costs ``num_noise_samples`` scores of
-    the flow (and as many draws of the dequantizer), a draw one draw of the flow, which is rounded down.
+    A call returns a Pyro distribution over whole numbers that shares the parameters: ``pyro.sample("x", deq())``, or
+    ``deq(context)`` if the flow takes one.  A score costs ``num_noise_samples`` scores of the flow (and draws of the
+    dequantizer), a draw one draw of the flow, which is rounded down.
 
     Args:
-        flow: a :class:`~pyro_flows.distributions.flow.Flow` whose data are intensities in units of levels, e.g.
-            ``Flow(Chain([..., LogitPixels(event_shape, levels)]))``; a flow transform, which gets a standard normal
-            base; or any module with ``event_shape`` and ``log_prob`` (and ``sample``).
+        flow: a :class:`~pyro_flows.distributions.flow.Flow` of intensities in units of levels, e.g. ``Flow(Chain([...,
+            LogitPixels(event_shape, levels)]))``; a flow transform, which gets a standard normal base; or any module
+            with ``event_shape``, ``log_prob`` (and ``sample``).
         levels: the number of values of a pixel: 0, 1, ..., ``levels - 1``.
         num_noise_samples: :math:`K`.
-        dequantizer: :math:`q`, a :class:`~pyro_flows.distributions.noise.Dequantizer` or another module that, called
-            with pixels scaled to (-1, 1), gives a distribution of such a kind; it is not given the flow's context.
-            ``None`` for uniform noise.
-        seed: of the noise in evaluation mode.
-        name: of this module in Pyro's param store, as :meth:`model` and :meth:`guide` register it.
+        dequantizer: :math:`q`, a :class:`~pyro_flows.distributions.noise.Dequantizer` or another module that maps
+            pixels scaled to (-1, 1) to a distribution; ``None`` for uniform noise.
+        seed: the seed of the noise in evaluation mode.
+        name: the name in Pyro's param store, for :meth:`model` and :meth:`guide`.
 
     Raises:
-        ValueError: for a flow whose data are not pixels of so many levels, or settings out of range.
+        ValueError: for a flow whose data are not pixels of these levels, or settings out of range.
         TypeError: for a module without ``event_shape`` or ``log_prob``.
 
     References:
         A note on the evaluation of generative models (Theis et al., 2015), arXiv:1511.01844.
-        Flow++: Improving Flow-Based Generative Models with Variational Dequantization and Architecture Design (Ho et
-        al., 2019), section 3.1, arXiv:1902.00275.
+        Flow++ (Ho et al., 2019), section 3.1, arXiv:1902.00275.
     """
 
     flow: Any  # a Flow, or another module with log_prob and, for draws, sample
@@ -199,7 +185,7 @@ class Dequantized(nn.Module):
         self.dequantizer = dequantizer
 
     def _fit(self) -> None:
-        """Refuses a flow whose data cannot be pixels of so many levels."""
+        """Refuses a flow whose data cannot be pixels of these levels."""
         hint = f"end the chain in LogitPixels({tuple(self.event_shape)}, levels={self.levels})"
         for part in self.flow.modules():
             if isinstance(part, LogitPixels) and part.levels != self.levels:
@@ -210,7 +196,7 @@ class Dequantized(nn.Module):
         reached = self.flow.chain.codomain if isinstance(self.flow, Flow) else constraints.dependent
         if constraints.is_dependent(reached) or self._like().is_meta:
             return
-        # The innermost and the outermost noise that there is.
+        # The least and the greatest noise.
         step = 2.0 ** -(grid_bits(self.levels, self._like().dtype) + 1)
         corners = (step, self.levels - step)
         if not all(bool(reached.check(self._like().new_full(self.event_shape, end)).all()) for end in corners):
@@ -219,7 +205,7 @@ class Dequantized(nn.Module):
             )
 
     def _like(self) -> Tensor:
-        """A tensor of the dtype and device that the flow computes in."""
+        """A tensor of the flow's dtype and device."""
         held = (t for t in (*self.flow.parameters(), *self.flow.buffers()) if t.is_floating_point())
         return next(held, torch.zeros((), device="cpu"))
 
@@ -230,7 +216,7 @@ class Dequantized(nn.Module):
 
     @property
     def support(self) -> Constraint:
-        """Of one image."""
+        """Support of one image."""
         return constraints.independent(constraints.integer_interval(0, self.levels - 1), len(self.event_shape))
 
     def forward(self, context: Tensor | None = None) -> DequantizedDistribution:
@@ -240,7 +226,7 @@ class Dequantized(nn.Module):
     condition = forward
 
     def log_prob(self, value: Tensor, context: Tensor | None = None) -> Tensor:
-        """Lower bound in nats of the log-mass of whole numbers, of the shape that value and context broadcast to."""
+        """Lower bound in nats of the log-mass, of the shape to which value and context broadcast."""
         return self(context).log_prob(value)
 
     def sample(self, sample_shape: Size | tuple[int, ...] = (), context: Tensor | None = None) -> Tensor:
@@ -254,25 +240,22 @@ class Dequantized(nn.Module):
         num_noise_samples: int | None = None,
         fresh: bool | None = None,
     ) -> Tensor:
-        r"""One score :math:`\log p(n + u_k) - \log q(u_k \mid n)` in nats for each draw of the noise.
+        r"""Scores :math:`\log p(n + u_k) - \log q(u_k \mid n)` in nats, shape ``(num_noise_samples, *batch)``.
 
         Args:
             value: whole numbers, shape ``(*batch, *event_shape)``.
             context: shape ``(*batch, context_dim)``, if the flow takes one.
-            num_noise_samples: the number of draws, by default the module's.
-            fresh: whether noise is drawn anew, by default in training mode.
-
-        Returns:
-            Shape ``(num_noise_samples, *batch)``.
+            num_noise_samples: the number of draws of the noise, by default the module's.
+            fresh: whether noise is fresh, by default in training mode.
         """
         return self._terms(self.whole(value), self._admit(context), num_noise_samples, fresh)
 
     def whole(self, value: Tensor, validate: bool = True) -> Tensor:
-        """Pixels as integers of 64 bits, checked.
+        """Checks pixels and returns them as 64-bit integers.
 
         Raises:
-            TypeError: for what is no tensor of real numbers.
-            ValueError: for another shape, fractions, NaN, or numbers beyond the levels.
+            TypeError: for values that are no tensor of real numbers.
+            ValueError: for another shape, fractions, NaN, or numbers outside the levels.
         """
         if not isinstance(value, Tensor) or value.is_complex():
             kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
@@ -307,7 +290,7 @@ class Dequantized(nn.Module):
         return context
 
     def intensities(self, value: Tensor, num_noise_samples: int | None = None, fresh: bool | None = None) -> Tensor:
-        """Pixels with noise, as the flow is given them, shape ``(num_noise_samples, *batch, *event)``."""
+        """Pixels with noise, the flow's data, shape ``(num_noise_samples, *batch, *event)``."""
         return torch.cat([v for v, _ in self._noisy(self.whole(value), num_noise_samples, fresh)])
 
     def _terms(
@@ -315,14 +298,14 @@ class Dequantized(nn.Module):
     ) -> Tensor:
         scores = []
         for v, log_q in self._noisy(value, number, fresh):
-            # A module may know of rows alone.
+            # A module may take rows only.
             one = len(v) == 1
             score = self._density(v[0], context)[None] if one else self._density(v, context)
             scores.append(score if log_q is None else score - log_q)
         return torch.cat(scores)
 
     def _noisy(self, value: Tensor, number: int | None, fresh: bool | None) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Intensities and the log-density of their noise, ``None`` for zero, a few draws at a time."""
+        """Intensities and the log-density of their noise, ``None`` for zero."""
         number = self.num_noise_samples if number is None else integer("Dequantized", "num_noise_samples", number)
         fresh = self.training if fresh is None else fresh
         numbers = value.to(self._like().dtype)
@@ -346,24 +329,19 @@ class Dequantized(nn.Module):
         return self.flow.log_prob(intensities) if context is None else self.flow.log_prob(intensities, context)
 
     def _within(self, numbers: Tensor, u: Tensor) -> Tensor:
-        """Intensities that rounding keeps inside their pixels."""
+        """Intensities that stay inside their pixels when rounded."""
         edge = 2.0 ** -(grid_bits(self.levels, numbers.dtype) + 1)
         return numbers + u.clamp(edge, 1 - edge)
 
     def _centered(self, numbers: Tensor) -> Tensor:
         return (numbers + 0.5) * (2 / self.levels) - 1
 
-    # The noise as a latent site of Pyro.
-
     def model(self, value: Tensor, context: Tensor | None = None) -> None:
         """The model of rows of pixels whose latent site ``"noise"`` is uniform within them.
 
-        With :meth:`guide`, ``SVI(deq.model, deq.guide, optim, Trace_ELBO())`` trains the flow and the dequantizer
-        together; the ELBO has the distribution of the sum of :meth:`log_prob` with one fresh draw.
-
-        Args:
-            value: whole numbers, shape ``(rows, *event_shape)``.
-            context: shape ``(rows, context_dim)``, if the flow takes one.
+        With :meth:`guide`, ``SVI(deq.model, deq.guide, optim, Trace_ELBO())`` trains flow and dequantizer; the ELBO is
+        distributed as the sum of :meth:`log_prob` with one fresh draw.  Shapes are ``(rows, *event_shape)`` and
+        ``(rows, context_dim)``.
         """
         numbers, context = self._rows(value).to(self._like().dtype), self._admit(context)
         with pyro.plate("rows", len(numbers)):
@@ -371,7 +349,7 @@ class Dequantized(nn.Module):
             pyro.factor("pixels", self._density(self._within(numbers, u), context))
 
     def guide(self, value: Tensor, context: Tensor | None = None) -> None:
-        """The guide of :meth:`model`: noise by the dequantizer, uniform without one."""
+        """The guide of :meth:`model`: noise from the dequantizer, uniform without one."""
         numbers = self._rows(value).to(self._like().dtype)
         q = self._uniform(numbers) if self.dequantizer is None else self.dequantizer(self._centered(numbers))
         with pyro.plate("rows", len(numbers)):

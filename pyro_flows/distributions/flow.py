@@ -1,4 +1,4 @@
-"""``Flow``: the module that owns a base and a chain, and hands out the Pyro distribution of both."""
+"""``Flow``: the module that owns a base and a chain."""
 
 from __future__ import annotations
 
@@ -19,65 +19,60 @@ __all__ = ["Flow", "FlowDistribution"]
 
 
 class FlowDistribution(TransformedDistribution):
-    """A ``TransformedDistribution`` over a flow that scores in one pass, with or without a cached result.
-
-    Made by :class:`Flow`; a view that shares the flow's parameters.
-    """
+    """A ``TransformedDistribution`` that :class:`Flow` makes and that shares its parameters; it scores in one pass."""
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log-density in nats, shape ``(*sample, *batch)``; one pass in the density direction."""
+        """Log-density in nats, shape ``(*sample, *batch)``; one pass."""
         check_tensor("Flow", "a tensor", value)
         if self._validate_args and _can_check(value):
             self._validate_sample(value)
         return self.score(value)
 
     def score(self, value: Tensor) -> Tensor:
-        """``log_prob`` of a value that is known to lie in the support."""
+        """``log_prob`` of a value in the support."""
         (transform,) = self.transforms
         x, ladj = transform.inverse_and_memo(value)
         return _density(self.base_dist, x, ladj, transform)
 
     def rsample_and_log_prob(self, sample_shape: Size | tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
-        """Reparameterized samples and their log-densities; one pass in the sampling direction."""
+        """Reparameterized samples and their log-densities; one pass."""
         return self.from_base(self.base_dist.rsample(Size(sample_shape)))
 
     def from_base(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What base-side values become on the data side, and its log-densities; one pass in the sampling direction."""
+        """Maps base-side values to data, with log-densities; one pass."""
         (transform,) = self.transforms
         y, ladj = transform.forward_and_ladj(x)
         return y, _density(self.base_dist, x, -ladj, transform)
 
 
 def _can_check(value: Tensor) -> bool:
-    # Torch's constraints cannot take an empty batch, and a check branches on the data.
+    # Torch's constraints cannot check an empty batch.
     return value.numel() > 0 and plain_eager()
 
 
 def _density(base: Distribution | DiagonalNormal, x: Tensor, ladj: Tensor, transform: FlowTransform) -> Tensor:
     if x.numel():
         return base.log_prob(x) + ladj
-    # Nothing, but a function of all parameters, as DistributedDataParallel wants where a process has no rows.
+    # A function of all parameters, for DistributedDataParallel without rows.
     return ladj + x.sum(tuple(range(-len(transform.event_shape), 0)))
 
 
 class Flow(nn.Module):
     r"""A normalizing flow as a module: a base and a chain.
 
-    The density is :math:`\log p(y) = \log b(x) - \log|\det \partial y / \partial x|` at :math:`x = f^{-1}(y)`.
-
-    The module owns both, so ``parameters``, ``to``, ``state_dict``, ``requires_grad_`` and ``pyro.module`` reach
-    everything.  Calling it gives a Pyro distribution that shares the parameters: ``pyro.sample("x", flow())``, or
-    ``flow(context)`` if the chain takes a context, whose batch shape is then the distribution's.
+    The density is :math:`\log p(y) = \log b(x) - \log|\det \partial y / \partial x|` at :math:`x = f^{-1}(y)`.  A call
+    returns a Pyro distribution that shares the parameters of both: ``pyro.sample("x", flow())``, or ``flow(context)``
+    if the chain takes a context, whose batch shape is then the distribution's.
 
     Args:
-        chain: a chain or any other flow transform; several are put in a :class:`~pyro_flows.core.chain.Chain`.
-        base: ``None`` for a standard normal on the chain's device, uniform in dimensions that are angles (see
-            :func:`~pyro_flows.flows.ncsf`); a distribution, fixed, whose tensors move with the
-            module; or an ``nn.Module`` that returns a distribution when called, whose parameters are then the flow's.
+        chain: a flow transform; several are put in a :class:`~pyro_flows.core.chain.Chain`.
+        base: ``None`` for a standard normal, uniform for angles (see :func:`~pyro_flows.flows.ncsf`); a fixed
+            distribution, whose tensors move with the module; or an ``nn.Module`` that returns a distribution when
+            called, and whose parameters become the flow's.
 
     Raises:
-        ValueError: if the base's event shape is not the chain's, a fixed base has tensors that want a gradient, or the
-            chain's angles have a base that is no density of angles.
+        ValueError: if the base's event shape is not the chain's, a fixed base requires a gradient, or a chain of angles
+            has a base that is no density of angles.
     """
 
     def __init__(self, chain: FlowTransform | list[Transform], base: Distribution | nn.Module | None = None) -> None:
@@ -125,7 +120,7 @@ class Flow(nn.Module):
             )
 
     def inner_context(self, context: Tensor | None) -> Tensor | None:
-        """The context as the chain takes it; every score and draw asks."""
+        """The chain's context; every score and draw asks."""
         return context
 
     def forward(self, context: Tensor | None = None) -> FlowDistribution:
@@ -137,14 +132,14 @@ class Flow(nn.Module):
     condition = forward
 
     def log_prob(self, value: Tensor, context: Tensor | None = None) -> Tensor:
-        """Log-density in nats, of the shape that value and context broadcast to."""
+        """Log-density in nats, of the shape to which value and context broadcast."""
         check_tensor("Flow", "a tensor", value)
         if Distribution._validate_args and _can_check(value):
             _refuse_outside(self.chain, value)
         return self.score(value, context)
 
     def score(self, value: Tensor, context: Tensor | None = None) -> Tensor:
-        """``log_prob`` without a check that the value lies in the support; one pass in the density direction."""
+        """``log_prob`` without checking the support."""
         context = self._admitted(context)
         x, ladj = self.chain.inverse_and_memo(value, context)
         return _density(self._held(), x, ladj, self.chain)
@@ -163,7 +158,7 @@ class Flow(nn.Module):
     def rsample_and_log_prob(
         self, sample_shape: Size | tuple[int, ...] = (), context: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Reparameterized draws and their log-densities, in one pass."""
+        """Reparameterized draws and their log-densities; one pass."""
         context, base = self._admitted(context), self._held()
         x = self._draw(base, Size(sample_shape), context)
         y, ladj = self.chain.forward_and_ladj(x, context)
@@ -175,7 +170,7 @@ class Flow(nn.Module):
         return None if context is None else without_leading_ones(context)
 
     def _held(self) -> Distribution | DiagonalNormal:
-        """What scores and draws on the base side: the distribution, or without one the most common base itself."""
+        """The base's distribution, or ``DiagonalNormal`` itself, which is faster."""
         return self.base if type(self.base) is DiagonalNormal else self.base()
 
     def _draw(
@@ -191,13 +186,13 @@ class Flow(nn.Module):
 
 
 def _refuse_outside(chain: FlowTransform, value: Tensor) -> None:
-    """Refuses values beyond the support, NaN included."""
+    """Refuses values outside the support, including NaN."""
     support, dims = chain.codomain, len(chain.data_shape)
     if support is REAL[dims]:
         if (value == value).all():
             return
     elif value.shape[value.dim() - dims :] != chain.data_shape or support.check(value).all():
-        return  # a wrong shape is refused by the chain
+        return  # the chain refuses a wrong shape
     raise ValueError(
         f"Flow: expected a value within the support ({support}), got NaN or numbers beyond it in\n{value}\nCheck the "
         "data, or end the chain in a transform onto the set that they lie in"
@@ -206,13 +201,13 @@ def _refuse_outside(chain: FlowTransform, value: Tensor) -> None:
 
 @torch.no_grad()
 def _refuse_line(base: Distribution, angles: Tensor) -> None:
-    """Refuses a base whose density goes on beyond a turn and is another one there, so that a turn holds less than 1."""
+    """Refuses a base whose density differs after a turn."""
     if angles.is_meta:
         return
     here = torch.full(angles.shape, 0.5, device=angles.device)
     try:
         change = base.log_prob(here + 2 * math.pi * angles) - base.log_prob(here)
-    except ValueError:  # beyond its support
+    except ValueError:  # outside its support
         return
     if (change.isfinite() & (change.abs() > 1e-3)).any():
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Noise for dequantization: uniform, reproducible by what a row holds, or from a flow conditioned on the pixels."""
+"""Noise for dequantization."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _STEP, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB13311
 
 
 def grid_bits(levels: int, dtype: torch.dtype) -> int:
-    """How fine noise can be, in bits, for its sum with any level to be exact in this dtype."""
+    """The finest noise, in bits, whose sum with any level is exact in this dtype."""
     mantissa = -round(math.log2(torch.finfo(dtype).eps))
-    # One bit is for midpoints, which are never 0 or 1.
+    # One bit is for midpoints.
     bits = mantissa - math.ceil(math.log2(levels))
     if bits < 4:
         raise ValueError(f"Dequantized: {dtype} is too coarse for noise within {levels} levels; use a wider dtype")
@@ -40,22 +40,11 @@ def fresh_uniform(shape: Size | tuple[int, ...], bits: int, like: Tensor) -> Ten
 
 
 def counted_uniform(value: Tensor, event_dim: int, seed: int, draws: range, bits: int, dtype: torch.dtype) -> Tensor:
-    """Noise that is a function of the seed, the draw and all whole numbers of its row, and of nothing else.
+    """Noise that depends only on the seed, the numbers of the draws and the integers of a row.
 
-    Each row keys a stream of pseudo-random integers (SplitMix64) by a hash of its content.  So noise is the same on
-    every device, in whatever batch a row comes; as good as independent between rows that differ, and equal for equal
-    rows.  Some twenty integer operations a number.
-
-    Args:
-        value: integers of 64 bits, shape ``(*batch, *event)``.
-        event_dim: the number of event dimensions.
-        seed: any integer.
-        draws: the numbers of the draws.
-        bits: of the midpoints, as in :func:`fresh_uniform`.
-        dtype: of the noise.
-
-    Returns:
-        Shape ``(len(draws), *batch, *event)``.
+    A hash of each row, 64-bit integers ``(*batch, *event)``, keys a stream of pseudo-random integers (SplitMix64).  So
+    noise, ``(len(draws), *batch, *event)``, is the same on every device and in every batch, equal for equal rows and
+    practically independent otherwise.  It costs some twenty integer operations a number.
     """
     flat = value.flatten(-event_dim)
     places = torch.arange(1, flat.shape[-1] + 1, device=value.device) * _signed(_STEP)
@@ -72,14 +61,14 @@ def _signed(number: int) -> int:
 
 
 def _mixed(state: Tensor) -> Tensor:
-    """The output function of SplitMix64; products wrap, and masks make shifts logical."""
+    """SplitMix64's output function; products wrap, masks make shifts logical."""
     state = (state ^ ((state >> 30) & (2**34 - 1))) * _signed(_FIRST)
     state = (state ^ ((state >> 27) & (2**37 - 1))) * _signed(_SECOND)
     return state ^ ((state >> 31) & (2**33 - 1))
 
 
 def _number(state: int) -> int:
-    """The same of one number."""
+    """``_mixed`` of one number."""
     state %= _WORD
     state = (state ^ (state >> 30)) * _FIRST % _WORD
     state = (state ^ (state >> 27)) * _SECOND % _WORD
@@ -87,7 +76,7 @@ def _number(state: int) -> int:
 
 
 class _Logistic(dist.Logistic):
-    """Standard logistic noise without the infinity that a uniform number of exactly 0 would give."""
+    """Standard logistic noise, finite even at a uniform 0."""
 
     def rsample(self, sample_shape: Size | list[int] | tuple[int, ...] = ()) -> Tensor:
         drawn = self.loc.new_empty(self._extended_shape(Size(sample_shape))).uniform_()
@@ -95,30 +84,28 @@ class _Logistic(dist.Logistic):
 
 
 class Dequantizer(nn.Module):
-    r"""Noise within pixels by a flow that sees them, :math:`q(u \mid n)` over :math:`(0, 1)^D`.
+    r"""Noise from a flow that sees the pixels, :math:`q(u \mid n)` over :math:`(0, 1)^D`.
 
-    Calling it with pixels gives a distribution of noise: the flow's at the context :math:`e(n)`, where :math:`e` is the
-    encoder.  By default the flow consists of affine couplings that end in a sigmoid, with a logistic base, so that a
-    fresh one is exactly uniform; and the encoder is a dense network.  Large images want an encoder of their own.
-    A draw with its density costs one pass of the encoder and one of the flow in the sampling direction.
+    A call with pixels returns the flow's distribution at the encoder's context :math:`e(n)`.  The default flow consists
+    of affine couplings that end in a sigmoid, over a logistic base, and starts exactly uniform; the default encoder is
+    dense, so large images need another.  A draw with its density costs one pass of the encoder and one of the flow in
+    the sampling direction.
 
     Args:
         event_shape: shape of one image.
-        flow: a :class:`~pyro_flows.distributions.flow.Flow` with this ``context_dim`` onto numbers
-            between 0 and 1, cheap in the sampling direction; ``None`` for the default.
-        encoder: a module from pixels scaled to (-1, 1), shape ``(rows, *event_shape)``, to ``(rows, context_dim)``;
-            ``None`` for the default.
-        context_dim: size of what the encoder makes of an image, the context of the flow.
+        flow: a :class:`~pyro_flows.distributions.flow.Flow` with this ``context_dim`` onto numbers between 0 and 1,
+            cheap in the sampling direction.
+        encoder: a module from pixels scaled to (-1, 1), shape ``(rows, *event_shape)``, to ``(rows, context_dim)``.
+        context_dim: size of the encoder's output.
         num_layers: number of couplings of the default flow.
-        hidden_dims: widths of the hidden layers of couplings and encoder, where those are the default ones.
-        activation: of these networks.
+        hidden_dims: widths of the default networks.
+        activation: their activation.
 
     Raises:
-        ValueError: for a flow that has another event shape, takes another context, or gives numbers beyond (0, 1).
+        ValueError: for a flow with another event shape or context, or values outside (0, 1).
 
     References:
-        Flow++: Improving Flow-Based Generative Models with Variational Dequantization and Architecture Design (Ho et
-        al., 2019), section 3.1, arXiv:1902.00275.
+        Flow++ (Ho et al., 2019), section 3.1, arXiv:1902.00275.
     """
 
     def __init__(
@@ -183,7 +170,7 @@ class _Dense(nn.Module):
 
 
 def from_uniform(q: FlowDistribution, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """Draws that are a function of uniform noise of their shape, and their log-densities."""
+    """Maps uniform noise to draws of the same shape, with their log-densities."""
     return q.from_base(_univariate(q.base_dist).icdf(uniform))
 
 

@@ -1,8 +1,4 @@
-"""The base contract as code: hold your own transforms to it, and find the part of a flow that makes NaN.
-
-:func:`check_transform` runs the checks named in ``CHECKS`` and fails with a message that says which one, what was
-expected, what came, and what to look at.  :func:`locate_nonfinite` walks a flow part by part.
-"""
+"""The base contract as code: :func:`check_transform`, and :func:`locate_nonfinite` for the origin of NaN."""
 
 from __future__ import annotations
 
@@ -32,20 +28,20 @@ def check_transform(
 ) -> None:
     r"""Holds a transform to the base contract of :class:`~pyro_flows.FlowTransform`.
 
-    Rounding is judged by what enters a result: :math:`|f(f^{-1}(y)) - y| \le a + r (|y| + |f'|\,|x|)`, and likewise for
-    everything else that is computed twice.  Derivatives are compared in float64, on a deep copy and at most four rows.
-    The transform itself is left as it is, apart from gradients: nothing is accumulated in ``.grad``.
+    The error allowed scales with the terms of each result, e.g. :math:`|f(f^{-1}(y)) - y| \le a + r (|y| + |f'|\,|x|)`.
+    Derivatives are compared in float64, on a deep copy and at most four rows; the transform and its ``.grad`` stay the
+    same.
 
     Args:
-        transform: any transform; parameters are best moved away from their initial values before.
-        x: a base-side value of shape ``(*batch, *event_shape)``, of the transform's dtype and device.
+        transform: any transform; first move its parameters away from their initial values.
+        x: a base-side value, shape ``(*batch, *event_shape)``, of the transform's dtype and device.
         context: shape ``(*context_batch, context_dim)`` if the transform takes one.
-        atol: the absolute error :math:`a` allowed, by default equal to ``rtol``.
+        atol: the absolute error :math:`a` allowed, by default ``rtol``.
         rtol: the relative error :math:`r` allowed, by default 512 times the machine epsilon of ``x``.
-        checks: which ones to run, of ``CHECKS``; e.g. all but ``"copies"`` for a transform that holds a lambda.
+        checks: a choice of ``CHECKS``; e.g. all but ``"copies"`` for a transform that holds a lambda.
 
     Raises:
-        AssertionError: naming the check that failed, what was expected, what came, and what to look at.
+        AssertionError: with the failed check, the expected value, the actual one and a hint.
     """
     wanted = set(checks)
     if wanted - ALL.keys():

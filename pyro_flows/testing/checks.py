@@ -1,4 +1,4 @@
-"""The checks of the base contract, one function each; every one takes a subject and fails through it."""
+"""The checks of the base contract, one function each."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _structure(s: Subject) -> None:
     t = s.transform
     s.equal("domain.event_dim", t.domain.event_dim, len(t.event_shape), "wrap it in constraints.independent")
     s.equal("codomain.event_dim", t.codomain.event_dim, len(t.data_shape), "wrap it in constraints.independent")
-    if s.y.numel():  # torch's constraints cannot check an empty batch
+    if s.y.numel():  # torch cannot check an empty batch
         s.equal("all of y in codomain:", bool(t.codomain.check(s.y).all()), True, f"codomain is {t.codomain}")
     view = s.bound(t)
     hint = "do not override forward_shape and inverse_shape; data_shape says what differs"
@@ -66,7 +66,7 @@ def _batch(s: Subject) -> None:
             s.equal("value of an empty batch in batch shape", tuple(got[0].shape[: len(empty)]), empty, hint)
         if s.batch.numel() == 0:
             continue
-        # Mates are halved values where the domain admits those; a value alone must come out as it does among them.
+        # Batch mates, halved values, must not change a value's result.
         rows, contexts = s.rows(value, event), s.few_contexts
         alone = rows[:1]
         halves = rows / 2
@@ -98,7 +98,7 @@ def _ladj(s: Subject) -> None:
     if s.batch.numel() == 0:
         return
     for side, way in enumerate(s.ways):
-        if way.jacobian.shape[1] == way.jacobian.shape[2]:  # a map onto a manifold has no determinant to compare with
+        if way.jacobian.shape[1] == way.jacobian.shape[2]:  # maps onto manifolds have no determinant
             truth = torch.linalg.slogdet(way.jacobian)[1]
             hint = "ladj is log|det| of the autograd Jacobian, in nats; see which dimensions or factors it leaves out"
             if torch.allclose(way.ladj, -truth, rtol=DERIVATIVE, atol=DERIVATIVE):
@@ -140,7 +140,7 @@ def _gradient(s: Subject) -> None:
             grads = gradients(loss, inputs)
         back = s.ways[1 - side]
         if back.jacobian.shape[1] == back.jacobian.shape[2]:
-            # With g the other direction: out = g^-1(value), so d out = -(g')^-1 dg, and ladj(value) = -ladj_g(out).
+            # With g the other direction: out = g^-1(value), d out = -(g')^-1 dg, ladj = -ladj_g(out).
             pulled = by_out.flatten(1) - by_ladj[:, None] * back.slope
             pulled = torch.linalg.solve(back.jacobian.mT, pulled.unsqueeze(-1)).squeeze(-1)
             with torch.enable_grad():
@@ -206,7 +206,7 @@ def _memo(s: Subject) -> None:
         s.close("ladj after x = inv(y)", view.log_abs_det_jacobian(view.inv(data), data), s.ladj, hint, s.scales[2])
     with torch.enable_grad():
         params = [p for p in twin.parameters() if p.requires_grad]
-        for turn in range(4):  # each side twice: a remembered graph could be gone through only once
+        for turn in range(4):  # each side twice, for a graph allows one backward pass
             if turn % 2 == 0:
                 y = view(x)
                 loss, fresh = y.sum() + view.log_abs_det_jacobian(x, y).sum(), view.forward_and_ladj(x)
@@ -238,7 +238,7 @@ def _memo(s: Subject) -> None:
             for value, what in ((y, "own sample"), (y.detach(), "data")):
                 s.close(f"x of the {what} after a change of parameters", view.inv(value), want_x, hint, s.scales[1])
             got = view.log_abs_det_jacobian(x, y)
-            # x and y no longer belong together, so it is right at either of them.
+            # x and y no longer belong together: either ladj is right.
             want = min(at_x, -minus, key=lambda truth: (got - truth).abs().sum())
             s.close("ladj of the same tensors after a change of parameters", got, want, hint, s.scales[2])
     with torch.no_grad():
@@ -249,7 +249,7 @@ def _memo(s: Subject) -> None:
 
 
 def _importable(transform: nn.Module) -> bool:
-    """Whether Python can pickle its classes: it cannot if one was defined inside a function."""
+    """Whether Python can pickle the transform's classes."""
     try:
         pickle.dumps([type(module) for module in transform.modules()])
     except (pickle.PicklingError, AttributeError):

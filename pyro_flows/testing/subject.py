@@ -1,4 +1,4 @@
-"""A transform under test: what it gives, the float64 truths that several checks share, and how it is told off."""
+"""A transform under test."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from pyro_flows.core.transform import FlowTransform
 
 __all__ = ["DERIVATIVE", "DIFFERENCE", "NAMES", "Subject"]
 
-# Rounding allowed, in units of eps times the size of what enters a result.  A chain of some ten layers with scales of
-# e^-3 to e^3 loses a few dozen; a wrong formula is off by a factor of 1000 more.
+# Rounding allowed, in eps times the scale.  Ten layers with scales of e^-3 to e^3 lose a few dozen, a wrong
+# formula 1000 times more.
 ULPS = 512
-# What float64 is held to where two ways of getting the same derivative are compared, and for finite differences.
+# For derivatives in float64, and for finite differences.
 DERIVATIVE, DIFFERENCE = 1e-7, 1e-5
-ROWS = 4  # of the batch, for everything that needs a Jacobian
+ROWS = 4  # of the batch that get a Jacobian
 
 
 class Way(NamedTuple):
@@ -33,12 +33,12 @@ class Way(NamedTuple):
     slope: Tensor  # gradient of ladj, (n, source numbers)
 
     def scale(self) -> Tensor:
-        """|out| + |f'| |value|, shape (n, target numbers): what rounding of the input and of the output amounts to."""
+        """The scale of rounding errors, |out| + |f'| |value|, shape (n, target numbers)."""
         moved = (self.jacobian.abs() @ self.value.flatten(1).abs().unsqueeze(-1)).squeeze(-1)
         return self.out.flatten(1).abs() + moved
 
     def ladj_scale(self) -> Tensor:
-        """The same for ladj, shape (n,); its terms are of order one even where they cancel."""
+        """The same for ladj, shape (n,), with terms of order one even where they cancel."""
         return self.ladj.abs() + (self.slope.abs() * self.value.flatten(1).abs()).sum(1) + self.value[0].numel()
 
 
@@ -46,7 +46,7 @@ NAMES = ("forward_and_ladj", "inverse_and_ladj")
 
 
 class Subject:
-    """A transform under test, its results, and float64 truths that several checks share."""
+    """A transform under test, its results, and float64 truths for the checks."""
 
     def __init__(
         self, transform: FlowTransform, x: Tensor, context: Tensor | None, atol: float | None, rtol: float | None
@@ -141,7 +141,7 @@ class Subject:
 
     @cached_property
     def scales(self) -> tuple[float, float, float]:
-        """Of y, of x and of ladj, over the few rows; for comparing two computations of the same thing."""
+        """The scales of y, x and ladj over the few rows."""
         if self.batch.numel() == 0:
             return 0.0, 0.0, 0.0
         forward, inverse = self.ways
