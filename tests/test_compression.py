@@ -608,7 +608,7 @@ def test_models_that_have_no_such_conditionals():
     flow = pf.Flow(pf.Chain([pf.mintnet(event, one_sided=True), pf.LogitPixels(event, 17)]))
     with pytest.raises(ValueError, match="got one with a dequantizer"):
         Codec(pf.Dequantized(flow, 17, dequantizer=pf.Dequantizer(event)))
-    with pytest.raises(ValueError, match="number of members"):
+    with pytest.raises(ValueError, match="number to be an integer >= 0, got -1"):
         Codec(pf.MADE(3), number=-1)
 
 

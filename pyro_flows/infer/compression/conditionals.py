@@ -11,6 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Size, Tensor, nn
 
+from pyro_flows.core.checks import integer
 from pyro_flows.distributions import MADE, ConvMADE
 from pyro_flows.distributions.made import Head
 from pyro_flows.infer.compression.cumulative import Edges, cumulative, level_counts
@@ -108,7 +109,7 @@ class NetworkConditionals(Conditionals):
         self.event_shape, self.context_dim = model.event_shape, model.context_dim
         self.member = None
         if isinstance(self.model, MADE):
-            self.number = self.model._number("number", number + 1) - 1
+            self.number = self.model._number("number", integer("Codec", "number", number, 0) + 1) - 1
             self.member = self.model.member(self.number)
         order = self.model.order if self.member is None else self.member.order
         self.steps = list(order.split(1))
