@@ -14,7 +14,7 @@ import torch
 from torch.distributions import Normal
 
 from pyro_flows.infer.bridge import to_arviz
-from pyro_flows.infer.diagnostics.psis import importance
+from pyro_flows.infer.diagnostics.weights import importance
 
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", r"\s*ArviZ is undergoing a major refactor", FutureWarning)

@@ -11,8 +11,8 @@ import torch
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal, StudentT, Uniform
 
 from pyro_flows.infer.diagnostics.moments import compare_moments, scalar_names
-from pyro_flows.infer.diagnostics.psis import importance, resample
 from pyro_flows.infer.diagnostics.verdict import LABELS, judge, widening
+from pyro_flows.infer.diagnostics.weights import importance, resample
 
 N = 10_000
 

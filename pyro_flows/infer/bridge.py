@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_flows.infer.diagnostics.psis import importance
+from pyro_flows.infer.diagnostics.weights import importance
 
 __all__ = ["to_arviz"]
 
@@ -39,7 +39,7 @@ def to_arviz(
     weights matter, export draws resampled by them, without the weights.
 
     With log weights, the attributes of the result and its posterior hold ``khat`` and ``ess`` (a fraction) from
-    :func:`~pyro_flows.infer.diagnostics.psis.importance`.
+    :func:`~pyro_flows.infer.diagnostics.weights.importance`.
 
     A slash in a site's name becomes a dot, as ArviZ 1.x and NetCDF refuse slashes.
 

@@ -1,4 +1,8 @@
-"""Checks of data: constant or dependent columns, repeated values, rows outside the support."""
+"""Checks of the training rows: constant or dependent columns, repeated values, rows outside the support.
+
+A survey sees rows in the flow's dtype, shuffled.  :class:`~pyro_flows.infer.density.columns.Precision` sees the numbers
+as given, in their order.
+"""
 
 from __future__ import annotations
 

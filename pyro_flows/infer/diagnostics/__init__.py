@@ -2,8 +2,8 @@
 
 from pyro_flows.infer.diagnostics.calibration import Calibration, simulation_based_calibration
 from pyro_flows.infer.diagnostics.moments import Moments, compare_moments
-from pyro_flows.infer.diagnostics.psis import Importance, Smoothed, importance, pareto_smoothed, resample
 from pyro_flows.infer.diagnostics.verdict import Probe, Verdict, judge, widening
+from pyro_flows.infer.diagnostics.weights import Importance, Smoothed, importance, pareto_smoothed, resample
 
 __all__ = [
     "Calibration",

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyro_flows.infer.diagnostics.psis import pareto_smoothed, tail_index
+from pyro_flows.infer.diagnostics.weights import pareto_smoothed, tail_index
 
 __all__ = ["Moments", "compare_moments", "flatten_draws"]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyro_flows.core.checks import integer
 from pyro_flows.infer.diagnostics.moments import Moments
-from pyro_flows.infer.diagnostics.psis import Importance
+from pyro_flows.infer.diagnostics.weights import Importance
 
 __all__ = ["LABELS", "Probe", "Verdict", "judge", "widening"]
 

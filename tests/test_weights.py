@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from pyro_flows.infer.diagnostics.psis import importance, pareto_smoothed, resample, tail_index
+from pyro_flows.infer.diagnostics.weights import importance, pareto_smoothed, resample, tail_index
 
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", r"\s*ArviZ is undergoing a major refactor", FutureWarning)
