@@ -127,7 +127,7 @@ def shifted_guide(path):
 def exact_gradients(guide):
     """Of KL(q | p) by the affine parameters, from the closed form."""
     part = guide.preconditioner
-    matrix, loc, _ = part._learnt()
+    matrix, loc, _ = part._learned()
     q = torch.distributions.MultivariateNormal(loc, scale_tril=matrix)
     p = torch.distributions.MultivariateNormal(posterior()[0], scale_tril=posterior()[1])
     kl = torch.distributions.kl_divergence(q, p)
