@@ -18,7 +18,9 @@ __all__ = ["MLP"]
 
 
 def _widths(hidden_dims: Sequence[int], residual: bool) -> tuple[int, ...]:
-    widths = positive_integers("", "hidden_dims", hidden_dims) if len(hidden_dims) else ()
+    widths = tuple(hidden_dims)
+    if widths:
+        positive_integers("", "hidden_dims", widths)
     if not residual:
         return widths
     if not widths or len(set(widths)) > 1:
