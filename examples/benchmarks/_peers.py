@@ -83,13 +83,17 @@ def flow_calls(
 
 
 def ours(case: Case) -> Calls:
+    import pyro.distributions as dist
+
     import pyro_flows as pf
 
     chain = pf.maf(case.dim, num_layers=case.layers, hidden_dims=(case.width,) * 2, activation="relu")
     with torch.no_grad():
         for layer in chain:  # as the others start: away from the identity
             layer.net.tensors()[0][-1].normal_(std=case.width**-0.5 / 3)
-    calls = flow_calls(chain, pf.Flow(chain).log_prob, chain.forward_and_ladj, case)
+    base = dist.Normal(torch.zeros(case.dim), torch.ones(case.dim)).to_event(1)
+    flow = dist.TransformedDistribution(base, [chain])
+    calls = flow_calls(chain, flow.log_prob, chain.forward_and_ladj, case)
     sizes = (case.dim, case.width, case.width, 2 * case.dim)
     parts: list[nn.Module] = []
     for fan_in, fan_out in itertools.pairwise(sizes):
