@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 
 import pytest
 import torch
@@ -394,11 +395,49 @@ def test_start_of_improper_and_odd_densities_is_finite(density):
     assert (start.scale.diagonal() > 0).all()
 
 
-def test_time_limit_gives_the_best_so_far():
-    density, calls = counted(gaussian(3, 10.0)[0])
-    start = find_start(density, torch.zeros(3, dtype=torch.float64), seconds=0.0, generator=generator())
-    assert start.kind == "initial" and calls == [256]
-    torch.testing.assert_close(start.loc, torch.zeros(3, dtype=torch.float64))
+def timed(monkeypatch, density, points):
+    """Returns ``density``, and a limit of seconds at which it has seen this many points."""
+    now = [0.0]
+
+    def function(z):
+        now[0] += len(z)
+        return density(z)
+
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    return function, max(0.0, points - 0.5)
+
+
+@pytest.mark.parametrize("full_rank_up_to", [300, 1])
+def test_time_limit_gives_the_best_so_far(monkeypatch, full_rank_up_to):
+    density, loc, *_ = gaussian(3, 10.0)
+    spent = {}
+    for points in (0, 1, 10, 40, 100, 200, 400, 4000):
+        function, seconds = timed(monkeypatch, density, points)
+        start = find_start(
+            function,
+            torch.zeros(3, dtype=torch.float64),
+            seconds=seconds,
+            generator=generator(),
+            full_rank_up_to=full_rank_up_to,
+        )
+        assert start.loc.isfinite().all() and start.scale.isfinite().all()
+        spent[points] = float(density(start.loc[None]) - density(loc[None]))
+    assert spent[100] > -1.0 and spent[4000] > -1e-3, spent
+
+
+def test_a_short_time_goes_into_the_climb(monkeypatch):
+    """A hundred thousand rows, seven hundred standard deviations from the initial point."""
+    y = 100 + 2 * torch.randn(1000, dtype=torch.float64, generator=generator())
+
+    def density(z):
+        scale = z[:, 1:].exp()
+        return 100 * (-0.5 * ((y - z[:, :1]) / scale) ** 2).sum(-1) - 100_000 * z[:, 1]
+
+    function, seconds = timed(monkeypatch, density, 200)
+    start = find_start(function, torch.zeros(2, dtype=torch.float64), seconds=seconds, generator=generator())
+    assert abs(start.loc[0] - y.mean()) < 0.02 and abs(start.loc[1] - y.std().log()) < 0.02
+    sds = (start.scale @ start.scale.mT).diagonal().sqrt()
+    torch.testing.assert_close(sds, torch.tensor([2 / 316, 1 / 447], dtype=torch.float64), rtol=0.3, atol=0.0)
 
 
 @pytest.mark.parametrize("initial", [torch.zeros(2, 3), torch.zeros(0), torch.tensor([math.nan]), torch.tensor([1])])

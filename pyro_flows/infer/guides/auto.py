@@ -68,6 +68,7 @@ Builder = Callable[[int], TransformModule]
 NOT_BUILT = "AutoFlow: this guide has not seen its model yet: call .setup(*args) with its arguments"
 NO_MODEL = "AutoFlow: this guide comes from a pickle, which holds no model; make a new one and load its state_dict"
 SLOW_SECONDS = 20.0  # for the start of a model that runs one draw at a time
+SEARCH = 0.2  # least share of the start's seconds for its search
 FULL_RANK = 300  # dimensions up to which the preconditioner is full
 GAIN = 0.1  # keeps the default flow stable at the step size 0.03 of Pyro's tutorials
 STARTS = ("pathfinder", "prior")
@@ -279,7 +280,8 @@ class AutoFlow(AutoContinuous):
                 alone = self._density(args, kwargs, False)
                 initial = self._finite_start(alone, trace)
                 density._own = alone._own
-                self.flow = self._build(density, initial, begin + limit)
+                # A slow first run, which may import modules, leaves the search a part of the time.
+                self.flow = self._build(density, initial, max(begin + limit, time.monotonic() + SEARCH * limit))
                 self.initial = initial
                 self.vectorized = None if density.vectorized else False
                 self.start_evaluations = density.evaluations + alone.evaluations
@@ -342,8 +344,7 @@ class AutoFlow(AutoContinuous):
         # Without data, a climb would leave the user's initial point; with hidden draws, there is no density to climb.
         hidden = self.unobserved and bool(self.hidden_data) and not self.of_prior
         chosen = hidden and (self.init_loc_fn is not None or not self._shown)
-        late = time.monotonic() > deadline
-        if self.start == "prior" or chosen or late or (not self.subsampled and density.random_at(initial)):
+        if self.start == "prior" or chosen or (not self.subsampled and density.random_at(initial)):
             scale = torch.full_like(initial, 0.1)
         else:
             with poutine.block():

@@ -99,8 +99,8 @@ def find_start(
         num_starts: the number of climbs, the first from ``initial``.
         num_samples: the draws per ELBO, four times as many in refinements.
         generator: the source of randomness, on the CPU.
-        seconds: the wall-clock limit, checked between calls. If it ends before any ranking, the result is a narrow
-            Gaussian around ``initial`` with ELBO minus infinity.
+        seconds: the wall-clock limit, checked between calls. If it ends before any ranking, the result is the Gaussian
+            at the end of the highest path, or a narrow one around ``initial``, with ELBO minus infinity.
         full_rank_up_to: the largest dimension with a full-rank scale.
 
     Raises:
@@ -122,12 +122,13 @@ def find_start(
     full = len(center) <= full_rank_up_to
     unit = identity(center) if full else torch.ones_like(center)
     best = _Ranking(safe, _pairs(num_samples, center, generator))
+    # Climbs come first: they need few points, and leave a good Gaussian even if the time ends before any ranking.
+    found = _candidates(safe, _dispersed(safe, center, num_starts, generator), full)
+    best.add_all(found)
     best.add([_Gaussian(center, size * unit, "initial") for size in _PLAIN])
-    if not safe.expired:
-        points = _dispersed(safe, center, num_starts, generator)
-        best.add_all(_candidates(safe, points, full))
     if best.winner is None and safe.found and safe.expired:
-        best.winner = _Gaussian(center, _BLIND * unit, "initial")
+        blind = _Gaussian(center, _BLIND * unit, "initial")
+        best.winner = next((each for each in reversed(found) if each.usable(safe.eps)), blind)
     if best.winner is None:
         cause = safe.error
         raise ValueError(
@@ -205,6 +206,8 @@ class _Ranking:
             # Keep the last of each kind, where a path has converged.
             last = {candidate.kind: i for i, candidate in enumerate(candidates)}
             self.add([candidates[i] for i in dict.fromkeys([*order, *last.values()])])
+            if self.winner is None and math.isfinite(best := float(torch.cat(scores)[order[0]])):
+                self.take(best, best, candidates[order[0]])
 
 
 def _dispersed(safe: SafeDensity, center: Tensor, num_starts: int, generator: Generator | None) -> Tensor:
@@ -221,6 +224,7 @@ def _dispersed(safe: SafeDensity, center: Tensor, num_starts: int, generator: Ge
 
 
 def _candidates(safe: SafeDensity, points: Tensor, full: bool) -> list[_Gaussian]:
+    """Climbs from ``points``; returns Gaussians along the paths and at their ends, the most trustworthy last."""
     value, slope = safe.gradients(points)
     points, slope = points[value.isfinite()], slope[value.isfinite()]
     if not len(points):
@@ -231,25 +235,29 @@ def _candidates(safe: SafeDensity, points: Tensor, full: bool) -> list[_Gaussian
         paths = climb(safe, points, memory=None, metric=metric, steps=_STEPS)
     else:
         paths = climb(safe, points)
-    found = []
-    for i in range(len(points)):
+    ends, values, slope = paths.ends()
+    upward = values.argsort()
+    found: list[_Gaussian] = []
+    last = []
+    for i in upward.tolist():
         found += _along(paths, i, None if metric is None else metric[i])
+        last.append(found[-1])
     if safe.expired:
         return found
-    last = [gaussian for gaussian in found if gaussian.kind == "end"]
-    found = [gaussian._replace(kind="path") for gaussian in found]
-    ends, values, slope = paths.ends()
     if full:
-        peaks = laplace(safe, ends, torch.stack([gaussian.scale for gaussian in last]))
-        found += [_Gaussian(*pair, "laplace") for pair in zip(peaks.points, peaks.scale, strict=True)]
-    elif len(points[0]) <= 4 * safe.rows:
-        top = int(values.argmax())
-        found += _diagonal(safe, ends[top], slope[top], last[top])
+        peaks = laplace(safe, ends[upward], torch.stack([gaussian.scale for gaussian in last]))
+        peak = [_Gaussian(*pair, "laplace") for pair in zip(peaks.points, peaks.scale, strict=True)]
+        proper = peaks.proper.tolist()
+        doubted = [each for each, fine in zip(peak, proper, strict=True) if not fine]
+        return doubted + found + [each for each, fine in zip(peak, proper, strict=True) if fine]
+    if len(points[0]) <= 4 * safe.rows:
+        top = upward[-1]
+        found += _diagonal(safe, ends[top], slope[top], last[-1])
     return found
 
 
 def _along(paths: Paths, i: int, metric: Tensor | None) -> list[_Gaussian]:
-    """Returns Pathfinder's Gaussians along one path, thinned; the last is of kind ``"end"``."""
+    """Returns Pathfinder's Gaussians along one path, thinned; the last is at its end."""
     points, slopes = paths.positions[i], paths.gradients[i]
     count = len(points)
     keep = {round(k * (count - 1) / max(1, _PER_PATH - 1)) for k in range(_PER_PATH)}
@@ -261,9 +269,8 @@ def _along(paths: Paths, i: int, metric: Tensor | None) -> list[_Gaussian]:
             if curved(step, change):
                 inverse = _updated(inverse, step, change)
         if k in keep or k == count - 1:
-            kind = "end" if k == count - 1 else "path"
             start = inverse if inverse is not None else torch.full_like(points[k], 1e-4)
-            found.append(_suggested(points[k], slopes[k], start, kind))
+            found.append(_suggested(points[k], slopes[k], start))
     return found
 
 
@@ -275,7 +282,7 @@ def _updated(inverse: Tensor | None, step: Tensor, change: Tensor) -> Tensor:
     return diagonal_bfgs(inverse, step, change)
 
 
-def _suggested(point: Tensor, slope: Tensor, inverse: Tensor, kind: str) -> _Gaussian:
+def _suggested(point: Tensor, slope: Tensor, inverse: Tensor) -> _Gaussian:
     if inverse.dim() == 2:
         move = inverse @ slope
         # Rounding can leave an inverse Hessian that Cholesky refuses.
@@ -286,7 +293,7 @@ def _suggested(point: Tensor, slope: Tensor, inverse: Tensor, kind: str) -> _Gau
         move = inverse * slope
         scale = inverse.sqrt()
     # Distrust a model that promises this much from one step.
-    return _Gaussian(point + move if move @ slope < 1e3 else point, scale, kind)
+    return _Gaussian(point + move if move @ slope < 1e3 else point, scale, "path")
 
 
 def _diagonal(safe: SafeDensity, point: Tensor, slope: Tensor, last: _Gaussian) -> list[_Gaussian]:
