@@ -181,6 +181,31 @@ print(*sorted(set(sys.modules) - loaded))
     assert "pyro_flows" in loaded and not loaded & set(HEAVY)
 
 
+USE = """
+import sys, torch, pyro, pyro.distributions as dist
+import pyro_flows as pf
+
+def model(y):
+    loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Normal(loc, pyro.sample("scale", dist.HalfNormal(1.0))), obs=y)
+
+fit = pf.fit_guide(model, torch.randn(100), steps=2, progress=False)
+fit.log_prob(fit.sample(2))
+for flow in map(pf.Flow, (pf.nsf(2), pf.iaf(2, context_dim=1), pf.glow((3, 4, 4), hidden_channels=4))):
+    context = torch.randn(3, 1) if flow.chain.context_dim else None
+    flow.log_prob(flow(context).rsample((3,)).detach(), context).sum().backward()
+print(*sorted(sys.modules))
+"""
+
+
+def test_guides_and_scores_load_no_compiler():
+    """This takes a second and more, as long as a short fit."""
+    done = subprocess.run([sys.executable, "-c", USE], capture_output=True, text=True, cwd=ROOT.parent)
+    assert done.returncode == 0, done.stderr
+    assert not set(done.stdout.split()) & set(HEAVY)
+
+
 # Public names
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import torch
 from torch import Size, Tensor, nn
 from torch.distributions import Transform, constraints
 
-from pyro_flows.core.checks import first_floating
+from pyro_flows.core.checks import first_floating, joint_shape
 from pyro_flows.core.transform import Conditioned, FlowTransform, Inverse
 from pyro_flows.core.wrap import Wrap
 
@@ -136,7 +135,7 @@ class Chain(FlowTransform):
 
     @property
     def batch_shape(self) -> Size:
-        return torch.broadcast_shapes(*(part.batch_shape for part in self._parts()))
+        return joint_shape(*(part.batch_shape for part in self._parts()))
 
     def _parts(self) -> list[FlowTransform]:
         # A ModuleList is slow to index.

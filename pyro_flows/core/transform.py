@@ -14,7 +14,15 @@ from pyro.ops.provenance import ProvenanceTensor, extract_provenance, track_prov
 from torch import Size, Tensor, nn
 from torch.distributions import constraints
 
-from pyro_flows.core.checks import admit, check_context, event_size, integer, without_leading_ones, wrong_event
+from pyro_flows.core.checks import (
+    admit,
+    check_context,
+    event_size,
+    integer,
+    joint_shape,
+    without_leading_ones,
+    wrong_event,
+)
 from pyro_flows.core.memo import Memo
 from pyro_flows.core.recipes import remembered
 
@@ -195,12 +203,13 @@ class FlowTransform(TransformModule):
         if shape[cut:] != source:
             # As in torch, a base of size 1 per dimension broadcasts.
             try:
-                if torch.broadcast_shapes(shape[cut:], source) != source:
-                    raise RuntimeError
-            except RuntimeError:
-                raise ValueError(wrong_event(self, shape, source)) from None
+                fits = joint_shape(shape[cut:], source) == source
+            except ValueError:
+                fits = False
+            if not fits:
+                raise ValueError(wrong_event(self, shape, source))
         batch = self.batch_shape
-        return (torch.broadcast_shapes(shape[:cut], batch) if batch else shape[:cut]) + target
+        return (joint_shape(shape[:cut], batch) if batch else shape[:cut]) + target
 
     @property
     def reach(self) -> int | None:
@@ -437,7 +446,7 @@ class Conditioned(FlowTransform):
 
     @property
     def batch_shape(self) -> Size:
-        return torch.broadcast_shapes(self.context.shape[:-1], self.transform.batch_shape)
+        return joint_shape(self.context.shape[:-1], self.transform.batch_shape)
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()

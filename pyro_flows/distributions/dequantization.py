@@ -15,7 +15,7 @@ from torch import Size, Tensor, nn
 from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
 
-from pyro_flows.core.checks import check_context, event_size, integer, wrong_event
+from pyro_flows.core.checks import check_context, event_size, integer, joint_shape, wrong_event
 from pyro_flows.core.modes import plain_eager
 from pyro_flows.core.transform import FlowTransform
 from pyro_flows.distributions.flow import Flow
@@ -87,7 +87,7 @@ class DequantizedDistribution(TorchDistribution):
         given, marks = extract_provenance(value)
         value = self.model.whole(given, self._validate_args)
         dims = len(self.event_shape)
-        batch = torch.broadcast_shapes(value.shape[: value.dim() - dims], self.batch_shape)
+        batch = joint_shape(value.shape[: value.dim() - dims], self.batch_shape)
         scores = self.model._terms(value.expand(batch + self.event_shape), self.context)
         return track_provenance(torch.logsumexp(scores, 0) - math.log(len(scores)), marks | self._marks)
 

@@ -10,7 +10,7 @@ from torch import Size, Tensor, nn
 from torch.distributions import Distribution, Transform
 
 from pyro_flows.core.chain import Chain
-from pyro_flows.core.checks import check_context, check_tensor, first_floating, without_leading_ones
+from pyro_flows.core.checks import check_context, check_tensor, first_floating, joint_shape, without_leading_ones
 from pyro_flows.core.modes import plain_eager
 from pyro_flows.core.transform import REAL, FlowTransform
 from pyro_flows.distributions.bases import DiagonalNormal, FixedBase, UniformCircle
@@ -178,10 +178,10 @@ class Flow(nn.Module):
     ) -> Tensor:
         batch = self.chain.batch_shape
         if context is not None:
-            batch = torch.broadcast_shapes(batch, context.shape[:-1])
+            batch = joint_shape(batch, context.shape[:-1])
         if isinstance(base, DiagonalNormal):
             return base.rsample(sample_shape + batch)
-        batch = torch.broadcast_shapes(base.batch_shape, batch)
+        batch = joint_shape(base.batch_shape, batch)
         return getattr(base if batch == base.batch_shape else base.expand(batch), kind)(sample_shape)
 
 

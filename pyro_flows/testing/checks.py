@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Size, Tensor, nn
 
+from pyro_flows.core.checks import joint_shape
 from pyro_flows.testing.subject import DERIVATIVE, DIFFERENCE, NAMES, Subject
 
 __all__ = ["ALL"]
@@ -18,7 +19,7 @@ __all__ = ["ALL"]
 def _shapes(s: Subject) -> None:
     t = s.transform
     joint = s.x.shape[: s.x.dim() - len(t.event_shape)]
-    joint = joint if s.context is None else torch.broadcast_shapes(joint, s.context.shape[:-1])
+    joint = joint if s.context is None else joint_shape(joint, s.context.shape[:-1])
     s.equal("y of shape", tuple(s.y.shape), tuple(joint + t.data_shape), "y is (*batch, *data_shape)")
     s.equal("ladj of shape", tuple(s.ladj.shape), tuple(joint), "sum ladj over the whole event")
     s.equal("x of shape", tuple(s.back.shape), tuple(joint + t.event_shape), "x is (*batch, *event_shape)")

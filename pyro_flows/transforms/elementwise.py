@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Size, Tensor, nn
 
-from pyro_flows.core.checks import choice, event_size
+from pyro_flows.core.checks import choice, event_size, joint_shape
 from pyro_flows.core.steps import Stepper, affine, at_any_time
 from pyro_flows.core.transform import FlowTransform
 from pyro_flows.nets.activations import Activation
@@ -130,8 +130,8 @@ class Standardization(FlowTransform):
                 f"Standardization: expected floating-point loc and scale, got {given[0].dtype} and {given[1].dtype}"
             )
         try:
-            shape = torch.broadcast_shapes(given[0].shape, given[1].shape)
-        except RuntimeError:
+            shape = joint_shape(given[0].shape, given[1].shape)
+        except ValueError:
             raise ValueError(
                 "Standardization: expected loc and scale of the event's shape, got shapes "
                 f"{tuple(given[0].shape)} and {tuple(given[1].shape)}"

@@ -13,7 +13,7 @@ from torch import Size, Tensor, nn
 from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
 
-from pyro_flows.core.checks import check_context, check_tensor, wrong_event
+from pyro_flows.core.checks import check_context, check_tensor, joint_shape, wrong_event
 from pyro_flows.core.modes import plain_eager
 from pyro_flows.distributions.made.head import Head
 from pyro_flows.distributions.made.network import Member
@@ -85,7 +85,7 @@ class AutoregressiveDistribution(TorchDistribution):
             raise ValueError(wrong_event(self.model, value.shape, self.event_shape))
         if self._validate_args and value.numel() and plain_eager():
             self.model.head.check(value.reshape(*value.shape[:cut], self.model.input_dim))
-        batch = torch.broadcast_shapes(value.shape[:cut], self.batch_shape)
+        batch = joint_shape(value.shape[:cut], self.batch_shape)
         value = value.expand(batch + self.event_shape)
         scores = [self.model.score(value, self.context, member) for member in self.members]
         score = scores[0]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Size, Tensor, nn
 
-from pyro_flows.core.checks import event_size, integer, positive_integers
+from pyro_flows.core.checks import event_size, integer, joint_shape, positive_integers
 from pyro_flows.distributions.made.autoregressive import AutoregressiveModel, by_row
 from pyro_flows.distributions.made.composed import as_head
 from pyro_flows.distributions.made.head import Head
@@ -151,7 +151,7 @@ class ConvMADE(AutoregressiveModel):
         value = self.cast(value)
         batch = value.shape[: value.dim() - len(self.event_shape)]
         if context is not None:
-            batch = torch.broadcast_shapes(batch, context.shape[:-1])
+            batch = joint_shape(batch, context.shape[:-1])
         net, rows = self.net, batch.numel()
         flat = value.expand(*batch, *self.event_shape).reshape(rows, self.input_dim)
         coded = self.head.features(flat).unflatten(1, net.shape).movedim(-1, 2).flatten(1, 2)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_flows.core.checks import integer, positive_integers
+from pyro_flows.core.checks import integer, joint_shape, positive_integers
 from pyro_flows.distributions.made.head import Calls, Head
 from pyro_flows.univariate.base import number, soft_clip
 
@@ -221,7 +221,7 @@ class CategoricalHead(Head):
         value = value.to(params.dtype)
         index = torch.nan_to_num(value).clamp(0, self.num_params - 1).long()
         logp = torch.log_softmax(self._logits(params, dims), -1)
-        shape = torch.broadcast_shapes(index.shape, logp.shape[:-1])
+        shape = joint_shape(index.shape, logp.shape[:-1])
         found = logp.expand(*shape, -1).gather(-1, index.expand(shape).unsqueeze(-1)).squeeze(-1)
         return torch.where(index == value, found, value - value - math.inf)  # NaN for NaN
 

@@ -11,7 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Size, Tensor
 
-from pyro_flows.core.checks import check_context, check_tensor, choice, event_size, integer, positive_integers
+from pyro_flows.core.checks import (
+    check_context,
+    check_tensor,
+    choice,
+    event_size,
+    integer,
+    joint_shape,
+    positive_integers,
+)
 from pyro_flows.core.modes import lasting
 from pyro_flows.distributions.made.autoregressive import AutoregressiveDistribution, AutoregressiveModel, by_row
 from pyro_flows.distributions.made.composed import as_head
@@ -226,8 +234,8 @@ class MADE(AutoregressiveModel):
         if observed.dtype != torch.bool:
             raise TypeError(f"MADE: expected observed to be boolean, got {observed.dtype}; use observed.bool()")
         try:
-            fits = torch.broadcast_shapes(observed.shape, value.shape) == value.shape
-        except RuntimeError:
+            fits = joint_shape(observed.shape, value.shape) == value.shape
+        except ValueError:
             fits = False
         if not fits or value.shape[-1:] != self.event_shape:
             raise ValueError(

@@ -33,6 +33,10 @@ class Footprint(TorchDispatchMode):
         super().__init__()
         self.bytes = 0
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # otherwise the first call imports torch's compiler, a second of a short fit
+
     def __torch_dispatch__(
         self,
         func: OpOverload,

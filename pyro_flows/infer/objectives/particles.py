@@ -20,6 +20,7 @@ from pyro.poutine.util import prune_subsample_sites
 from pyro.util import check_if_enumerated, check_model_guide_match, check_site_shape
 from torch import Tensor
 
+from pyro_flows.core.checks import joint_shape
 from pyro_flows.infer.models.sites import Model, latent_messages, sum_beyond
 
 __all__ = ["Particles", "count_dropped", "refuse_messenger", "sum_particles"]
@@ -176,7 +177,7 @@ class Particles:
             check_if_enumerated(drawn)
         self._draws = {}
         for name, site in latent_messages(drawn).items():
-            shape = torch.broadcast_shapes(site["value"].shape, site["fn"].batch_shape + site["fn"].event_shape)
+            shape = joint_shape(site["value"].shape, site["fn"].batch_shape + site["fn"].event_shape)
             self._draws[name] = value = site["value"].expand(shape)
             if axis is not None and value.shape == site["value"].shape and site["value"].grad_fn is not None:
                 site["value"].register_hook(self._way_back.stop_dropped)

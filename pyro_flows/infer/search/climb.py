@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -49,6 +49,15 @@ class SafeDensity:
     def expired(self) -> bool:
         """Whether the time is up."""
         return self.deadline is not None and time.monotonic() > self.deadline
+
+    @contextmanager
+    def share(self, part: float) -> Iterator[None]:
+        """Limits the calls inside to this part of the time left."""
+        whole = self.deadline
+        if whole is not None:
+            self.deadline = time.monotonic() + part * (whole - time.monotonic())
+        yield
+        self.deadline = whole
 
     def round(self, z: Tensor) -> Tensor:
         """Rounds points as the density sees them."""

@@ -14,7 +14,7 @@ from pyro_flows.infer.search.curvature import bend, difference, first_metric, la
 
 __all__ = ["Start", "find_start"]
 
-_PLAIN = (0.03, 0.1, 0.3, 1.0)
+_PLAIN = (0.1, 0.03, 0.3, 1.0)
 
 
 _BLIND = 0.1
@@ -26,7 +26,7 @@ _PER_PATH = 30
 _FINALISTS = 8
 
 
-_SCREEN, _ERRORS, _SURE = 16, 3.0, 0.1
+_SCREEN, _FIRST, _ERRORS, _SURE = 16, 12, 3.0, 0.1
 
 
 _TASTE, _REFINEMENTS, _POOR = 3, 30, 3
@@ -35,7 +35,7 @@ _TASTE, _REFINEMENTS, _POOR = 3, 30, 3
 _FINER = 4
 
 
-_STEPS = 100
+_STEPS, _CLIMBING = 100, 0.6
 
 
 class Start(NamedTuple):
@@ -124,11 +124,10 @@ def find_start(
     best = _Ranking(safe, _pairs(num_samples, center, generator))
     # Climbs come first: they need few points, and leave a good Gaussian even if the time ends before any ranking.
     found = _candidates(safe, _dispersed(safe, center, num_starts, generator), full)
-    best.add_all(found)
-    best.add([_Gaussian(center, size * unit, "initial") for size in _PLAIN])
+    best.add_all([_Gaussian(center, size * unit, "initial") for size in _PLAIN] + found)
     if best.winner is None and safe.found and safe.expired:
         blind = _Gaussian(center, _BLIND * unit, "initial")
-        best.winner = next((each for each in reversed(found) if each.usable(safe.eps)), blind)
+        best.winner = next((each for each in found if each.usable(safe.eps)), blind)
     if best.winner is None:
         cause = safe.error
         raise ValueError(
@@ -193,21 +192,19 @@ class _Ranking:
             self.score, self.elbo, self.winner = score, elbo, candidate
 
     def add_all(self, candidates: list[_Gaussian]) -> None:
-        """Screens candidates with few draws, and adds the best."""
+        """Screens candidates with few draws, and adds the best and the first of each kind."""
         candidates = [candidate for candidate in candidates if candidate.usable(self.safe.eps)]
-        some = self.noise[:_SCREEN]
-        scores = []
-        for first in range(0, len(candidates), 64):
-            scores.append(self.scores(candidates[first : first + 64], some)[0])
-            if self.safe.expired:
-                break
-        if scores:
-            order = torch.cat(scores).argsort(descending=True)[:_FINALISTS].tolist()
-            # Keep the last of each kind, where a path has converged.
-            last = {candidate.kind: i for i, candidate in enumerate(candidates)}
-            self.add([candidates[i] for i in dict.fromkeys([*order, *last.values()])])
-            if self.winner is None and math.isfinite(best := float(torch.cat(scores)[order[0]])):
-                self.take(best, best, candidates[order[0]])
+        scores: list[float] = []
+        while len(scores) < len(candidates) and not (scores and self.safe.expired):
+            several = candidates[len(scores) : len(scores) + (64 if scores else _FIRST)]
+            scores += self.scores(several, self.noise[:_SCREEN])[0].tolist()
+        if not scores:
+            return
+        order = sorted(range(len(scores)), key=scores.__getitem__, reverse=True)
+        kinds = {candidate.kind: i for i, candidate in reversed(list(enumerate(candidates)))}
+        self.add([candidates[i] for i in dict.fromkeys([*order[:_FINALISTS], *kinds.values()])])
+        if self.winner is None and scores[order[0]] > -math.inf:
+            self.take(scores[order[0]], scores[order[0]], candidates[order[0]])
 
 
 def _dispersed(safe: SafeDensity, center: Tensor, num_starts: int, generator: Generator | None) -> Tensor:
@@ -224,36 +221,32 @@ def _dispersed(safe: SafeDensity, center: Tensor, num_starts: int, generator: Ge
 
 
 def _candidates(safe: SafeDensity, points: Tensor, full: bool) -> list[_Gaussian]:
-    """Climbs from ``points``; returns Gaussians along the paths and at their ends, the most trustworthy last."""
+    """Climbs from ``points``; returns Gaussians along the paths and at their ends, the most trustworthy first."""
     value, slope = safe.gradients(points)
     points, slope = points[value.isfinite()], slope[value.isfinite()]
     if not len(points):
         return []
     metric = first_metric(safe, points, slope) if full else None
-    # With a first metric, only a density without a maximum takes more steps.
-    if full:
-        paths = climb(safe, points, memory=None, metric=metric, steps=_STEPS)
-    else:
-        paths = climb(safe, points)
+    with safe.share(_CLIMBING):
+        # With a first metric, only a density without a maximum takes more steps.
+        if full:
+            paths = climb(safe, points, memory=None, metric=metric, steps=_STEPS)
+        else:
+            paths = climb(safe, points)
     ends, values, slope = paths.ends()
-    upward = values.argsort()
-    found: list[_Gaussian] = []
-    last = []
-    for i in upward.tolist():
-        found += _along(paths, i, None if metric is None else metric[i])
-        last.append(found[-1])
-    if safe.expired:
-        return found
-    if full:
-        peaks = laplace(safe, ends[upward], torch.stack([gaussian.scale for gaussian in last]))
-        peak = [_Gaussian(*pair, "laplace") for pair in zip(peaks.points, peaks.scale, strict=True)]
-        proper = peaks.proper.tolist()
-        doubted = [each for each, fine in zip(peak, proper, strict=True) if not fine]
-        return doubted + found + [each for each, fine in zip(peak, proper, strict=True) if fine]
-    if len(points[0]) <= 4 * safe.rows:
-        top = upward[-1]
-        found += _diagonal(safe, ends[top], slope[top], last[-1])
-    return found
+    order = values.argsort(descending=True)
+    along = [_along(paths, i, None if metric is None else metric[i]) for i in order.tolist()]
+    last = [path.pop() for path in along]
+    rest = [each for path in along for each in path]
+    if not safe.expired and full:
+        peaks = laplace(safe, ends[order], torch.stack([each.scale for each in last]))
+        pairs = zip(peaks.points, peaks.scale, strict=True)
+        doubted = [_Gaussian(*pair, "laplace") for pair in pairs]
+        proper = [doubted.pop(i) for i in range(len(last))[::-1] if peaks.proper[i]][::-1]
+        return proper + last + doubted + rest
+    if not safe.expired and len(points[0]) <= 4 * safe.rows:
+        return _diagonal(safe, ends[order[0]], slope[order[0]], last[0]) + last + rest
+    return last + rest
 
 
 def _along(paths: Paths, i: int, metric: Tensor | None) -> list[_Gaussian]:

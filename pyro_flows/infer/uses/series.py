@@ -10,7 +10,7 @@ import torch
 from torch import Size, Tensor
 from torch.distributions import Distribution, constraints
 
-from pyro_flows.core.checks import admit, integer, refuse_other_kind
+from pyro_flows.core.checks import admit, integer, joint_shape, refuse_other_kind
 from pyro_flows.core.steps import Stepper, at_any_time
 from pyro_flows.distributions import Flow
 from pyro_flows.infer.density.units import is_plain_flow
@@ -186,8 +186,8 @@ class Stream:
 
     def _widen(self, what: str, context: Tensor) -> None:
         try:
-            self.batch_shape = torch.broadcast_shapes(self.batch_shape, context.shape[:-1])
-        except RuntimeError:
+            self.batch_shape = joint_shape(self.batch_shape, context.shape[:-1])
+        except ValueError:
             raise ValueError(
                 f"Stream: expected {what} of shape (*batch, context_dim), the same at all times, whose batch "
                 f"broadcasts with batch_shape {tuple(self.batch_shape)}, got shape {tuple(context.shape)}"
