@@ -351,7 +351,7 @@ class AutoFlow(AutoContinuous):
                 with torch.no_grad():
                     density(initial[None])  # finds out whether it broadcasts
                 seconds = None if deadline == math.inf else max(0.0, deadline - time.monotonic())
-                if seconds is None and not density.vectorized:
+                if seconds is None and not density.many_at_once:
                     seconds = SLOW_SECONDS
                 found = find_start(
                     density.still() if self.subsampled else density,
