@@ -13,7 +13,6 @@ import torch
 from pyro import poutine
 from pyro.infer import ELBO
 from pyro.poutine import Trace
-from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
@@ -24,16 +23,6 @@ from pyro_flows.infer.objectives.packing import guide_values
 from pyro_flows.infer.objectives.particles import count_dropped, refuse_messenger, sum_particles
 
 __all__ = ["ForwardKL"]
-
-
-class _SetValues(Messenger):
-    def __init__(self, values: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self.values = values
-
-    def _pyro_sample(self, msg: dict[str, Any]) -> None:
-        if msg["name"] in self.values and not msg["is_observed"]:
-            msg["value"], msg["done"] = self.values[msg["name"]], True
 
 
 class ForwardKL(ELBO):
@@ -134,8 +123,9 @@ class ForwardKL(ELBO):
 
         def score(at: Tensor) -> Tensor:
             many = pyro.plate("forward_kl_rows", len(at), dim=-nesting - 1) if at.dim() else nullcontext()
-            with _SetValues({name: value[at] for name, value in values.items()}), many:
-                trace = prune_subsample_sites(poutine.trace(guide).get_trace(*args, **kwargs))
+            held = poutine.condition(guide, data={name: value[at] for name, value in values.items()})
+            with many:
+                trace = prune_subsample_sites(poutine.trace(held).get_trace(*args, **kwargs))
             trace.compute_log_prob()
             return torch.as_tensor(sum_particles(trace, nesting + 1 if self.vectorize_particles else None))
 

@@ -31,7 +31,13 @@ def guide_values(guide: Model, trace: Trace, draws: Mapping[str, Tensor]) -> dic
     """
     sites = latent_messages(trace)
     latents = {name: site for name, site in sites.items() if not site["infer"].get("is_auxiliary")}
-    _compare("sites", set(latents), set(draws))
+    missing, unknown = sorted(set(latents) - set(draws)), sorted(set(draws) - set(latents))
+    if missing or unknown:
+        raise ValueError(
+            f"ForwardKL: expected draws of the guide's sites {sorted(latents)}, got {sorted(draws)}"
+            + (f"; add {missing}" if missing else "")
+            + (f"; leave {unknown} out" if unknown else "")
+        )
     draws = {name: _fitted(latents[name], value) for name, value in draws.items()}
 
     values: dict[str, Tensor] = {}
@@ -56,16 +62,6 @@ def guide_values(guide: Model, trace: Trace, draws: Mapping[str, Tensor]) -> dic
         if name in values and isinstance(site["fn"], dist.Delta):
             raise ValueError(f"ForwardKL: the guide has no density at {name!r}, where it is a Delta")
     return values
-
-
-def _compare(what: str, expected: set[str], got: set[str]) -> None:
-    if expected != got:
-        missing, unknown = sorted(expected - got), sorted(got - expected)
-        raise ValueError(
-            f"ForwardKL: expected draws of the guide's {what} {sorted(expected)}, got {sorted(got)}"
-            + (f"; add {missing}" if missing else "")
-            + (f"; leave {unknown} out" if unknown else "")
-        )
 
 
 def _fitted(site: Message, value: Tensor) -> Tensor:
