@@ -73,18 +73,19 @@ def weigh(
 def _scores(density: LogDensity, z: Tensor, deadline: float) -> Tensor:
     pace = pace_of(density) or Pace()
     parts: list[Tensor] = []
-    first = 0
+    first, alone = 0, 0  # rows up to ``alone`` go one at a time
     while first < len(z) and (not parts or time.monotonic() < deadline):
-        part = z[first : first + pace.at_once(len(z), timed=deadline < math.inf)]
+        count = 1 if first < alone else pace.at_once(len(z) - first, timed=deadline < math.inf)
+        part = z[first : first + count]
         try:
-            with pace.call(len(part)):
+            with pace.call(count):
                 parts.append(density(part))
         except FAILURES:
-            for row in part:
-                parts.append(_one(density, row))
-                if time.monotonic() > deadline:
-                    return torch.cat(parts)
-        first += len(part)
+            if count > 1:
+                alone = first + count
+                continue
+            parts.append(z.new_full((1,), math.nan))
+        first += count
     return torch.cat(parts)
 
 
@@ -110,13 +111,6 @@ def search_modes(
         generator=generator,
         seconds=None if seconds == math.inf else seconds,
     )
-
-
-def _one(density: LogDensity, row: Tensor) -> Tensor:
-    try:
-        return density(row[None])
-    except FAILURES:
-        return row.new_full((1,), math.nan)
 
 
 def assess(

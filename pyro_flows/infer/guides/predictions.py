@@ -18,7 +18,7 @@ from pyro_flows.infer.models.enumeration import pointwise
 from pyro_flows.infer.models.joint import JointDensity
 from pyro_flows.infer.models.sites import COMPUTED, DATA, DRAWN, FACTOR, LATENT, Model, Site
 
-__all__ = ["computed", "log_likelihoods", "observed", "predictions", "seen_entries", "to_redraw"]
+__all__ = ["computed", "log_likelihoods", "observed", "predictions", "seen", "to_redraw"]
 
 PLATE = "_draws_at_once"
 AT_ONCE = 1000
@@ -61,8 +61,7 @@ def log_likelihoods(density: JointDensity, z: Tensor) -> Values:
         value = torch.cat([part[name] for part in parts])
         if not above.get(name, {name}) - fixed and (value == value[:1]).all():
             continue  # depends on no latent
-        entries = seen_entries(data[name])
-        found[name] = value if entries is None else value[:, entries.expand(value.shape[1:])]
+        found[name] = seen(value, data[name], 0)
     return {name: value for name, value in found.items() if value[:1].numel()}
 
 
@@ -71,13 +70,15 @@ def observed(density: JointDensity, z: Tensor) -> dict[str, Site]:
     return {name: site for name, site in _alone(density, z).items() if site.kind == DATA}
 
 
-def seen_entries(site: Site) -> Tensor | None:
-    """Returns the entries that a site's mask keeps, in batch shape; ``None`` means all."""
-    mask = site.mask
-    if mask is None:
-        return None
-    shape = site.log_prob(scaled=False).shape
-    return torch.as_tensor(mask, device=site.value.device).expand(shape)
+def seen(value: Tensor, site: Site, event_dim: int | None = None) -> Tensor:
+    """Returns the entries of a site's data, draws or densities that its mask keeps, in one batch dimension."""
+    if site.mask is None:
+        return value
+    entries = torch.as_tensor(site.mask, device=value.device).expand(site.log_prob(scaled=False).shape)
+    cut = value.dim() - (site.fn.event_dim if event_dim is None else event_dim)
+    lead, event = value.shape[: max(cut - entries.dim(), 0)], value.shape[cut:]
+    flat = value.expand(lead + entries.shape + event).reshape(*lead, -1, *event)
+    return flat.index_select(len(lead), entries.flatten().nonzero().squeeze(-1))
 
 
 def to_redraw(density: JointDensity, z: Tensor, redraw: str | Sequence[str] | None) -> list[str]:
