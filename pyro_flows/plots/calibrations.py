@@ -61,15 +61,12 @@ def pit(model: Any, data: Any, context: Any = None, num_samples: int = 1000) -> 
             drawn = draw(distribution_of(model, context[part[0] : part[-1] + 1], "pit"), (n,))
         else:
             drawn = draw(made, (n, len(part)))
-        found.append(_place(rows[part], drawn.cpu().double().reshape(n, len(part), -1)))
+        drawn = drawn.cpu().double().reshape(n, len(part), -1)
+        if drawn.isnan().any():
+            raise ValueError("pit: a draw of the model is NaN; pyro_flows.testing.locate_nonfinite finds the layer")
+        below, equal = (drawn < rows[part]).sum(0), (drawn == rows[part]).sum(0)
+        found.append((below + torch.rand(below.shape, dtype=drawn.dtype) * (equal + 1)) / (n + 1))
     return torch.cat(found)
-
-
-def _place(observed: Tensor, drawn: Tensor) -> Tensor:
-    if drawn.isnan().any():
-        raise ValueError("pit: a draw of the model is NaN; pyro_flows.testing.locate_nonfinite finds the layer")
-    below, equal = (drawn < observed).sum(0), (drawn == observed).sum(0)
-    return (below + torch.rand(observed.shape, dtype=observed.dtype) * (equal + 1)) / (len(drawn) + 1)
 
 
 def calibration(

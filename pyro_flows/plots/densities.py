@@ -53,8 +53,16 @@ def density(
     mesh = np.stack(np.meshgrid(*grids, indexing="ij"), -1).reshape(-1, dims)
     height = np.exp(score(made, mesh, "density")).reshape((count,) * dims)
     ax = canvas(ax)
-    draw = _line if dims == 1 else _picture
-    draw(ax, grids, height, rows, style)
+    if dims == 2:
+        _picture(ax, grids, height, rows, style)
+        return ax
+    (grid,) = grids
+    if rows is not None:
+        ax.stairs(*bars(rows[:, 0], grid[0], grid[-1]), fill=True, color=DATA, alpha=0.25, label="data")
+    look: dict[str, Any] = {} if "color" in style or "c" in style else {"color": MODEL}
+    ax.plot(grid, height, **look, **style)
+    ax.set(xlim=(grid[0], grid[-1]), ylabel="density")
+    ax.set_ylim(bottom=0)
     return ax
 
 
@@ -73,18 +81,6 @@ def _limits(bounds: Any, made: Distribution, rows: np.ndarray | None) -> list[tu
     if rows is None:
         rows = drawn_rows(made, 4000, "density")
     return reach(rows)
-
-
-def _line(
-    ax: Axes, grids: list[np.ndarray], height: np.ndarray, rows: np.ndarray | None, style: dict[str, Any]
-) -> None:
-    (grid,) = grids
-    if rows is not None:
-        ax.stairs(*bars(rows[:, 0], grid[0], grid[-1]), fill=True, color=DATA, alpha=0.25, label="data")
-    look: dict[str, Any] = {} if "color" in style or "c" in style else {"color": MODEL}
-    ax.plot(grid, height, **look, **style)
-    ax.set(xlim=(grid[0], grid[-1]), ylabel="density")
-    ax.set_ylim(bottom=0)
 
 
 def _picture(

@@ -87,11 +87,10 @@ def corner(
         ValueError: for more than 12 dimensions, or invalid arguments.
     """
     draws, event = draws_of(model, num_samples, context, "corner")
-    rows = None if data is None else rows_of(data, event, "corner", "data")
     chosen = _chosen(dims, draws.shape[1])
+    rows = None if data is None else rows_of(data, event, "corner", "data")[:, chosen]
     text = labels(names, chosen, "corner")
     draws = draws[:, chosen]
-    rows = None if rows is None else rows[:, chosen]
     shown, color = (draws, MODEL) if rows is None else (rows, DATA)
     limits = reach(shown)
     edges = [np.linspace(low, high, BINS + 1) for low, high in limits]
@@ -137,13 +136,12 @@ def _chosen(dims: Sequence[int] | None, size: int) -> list[int]:
 
 def _contours(ax: Axes, pairs: np.ndarray, edges: tuple[np.ndarray, np.ndarray]) -> None:
     """Lines around the densest 50 and 90 % of the pairs inside the edges."""
+    from scipy.ndimage import gaussian_filter
+
     count = np.histogram2d(pairs[:, 0], pairs[:, 1], bins=list(edges))[0]
     if not count.any():
         return
-    reach = np.arange(-6, 7)
-    kernel = np.exp(-0.5 * (reach / SPREAD) ** 2)
-    for axis in (0, 1):
-        count = np.apply_along_axis(np.convolve, axis, count, kernel / kernel.sum(), "same")
+    count = gaussian_filter(count, SPREAD, mode="constant")
     ranked = np.sort(count, axis=None)[::-1]
     mass = ranked.cumsum() / ranked.sum()
     levels = [ranked[np.searchsorted(mass, inside)] for inside in (0.9, 0.5)]

@@ -156,6 +156,7 @@ class AutoFlow(AutoContinuous):
     latents: Latents
     flow: Flow
     initial: Tensor
+    plain_model: Model  # the original one
 
     def __init__(
         self,
@@ -188,7 +189,7 @@ class AutoFlow(AutoContinuous):
             raise ValueError(f"AutoFlow: expected start_seconds to be a positive number, got {start_seconds!r}")
         super().__init__(model, init_loc_fn=feasible)
         self._pyro_name = _new_name(self)
-        self._plain_model: tuple[Model] | None = (model,)
+        self.__dict__["plain_model"] = model  # past torch, which would register a module
         self.builder, self.start, self.init_loc_fn = builder, start, init_loc_fn
         self.path_gradient, self.num_particles, self.tempering = path_gradient, num_particles, tempering
         self.num_starts, self.flow_dtype, self.seed = num_starts, dtype, seed
@@ -203,7 +204,6 @@ class AutoFlow(AutoContinuous):
         self.discrete: frozenset[str] = frozenset()  # hidden sites that the density sums out
         self.why_not_summed: str | None = None
         self._hidden: frozenset[str] = frozenset()
-        self._shown: frozenset[str] = frozenset()  # hidden sites that the density includes
         self._sizes: Sizes = {}  # the arguments at building
         self._fitting: Sizes = {}  # the last other arguments that fit
         self._observed: set[str] = set()
@@ -225,7 +225,7 @@ class AutoFlow(AutoContinuous):
         """Discards the flow, so that the next call rebuilds the guide, with new parameter names; returns the guide."""
         self.prototype_trace = self.vectorized = None
         self._sizes = self._fitting = {}
-        self.discrete = self._shown = frozenset()
+        self.discrete = frozenset()
         self.why_not_summed = None
         for name in ("flow", "latents", "_first_density"):
             if hasattr(self, name):
@@ -257,7 +257,7 @@ class AutoFlow(AutoContinuous):
                         "Poisson; write independent ones in a pyro.plate, not by to_event; or sum it out by hand"
                     )
             if drawn:
-                self._plain_model = (poutine.block(self.plain_model, hide=[site.name for site in drawn]),)
+                self.__dict__["plain_model"] = poutine.block(self.plain_model, hide=[site.name for site in drawn])
         return self
 
     def _setup_prototype(self, *args: object, **kwargs: object) -> None:
@@ -306,15 +306,14 @@ class AutoFlow(AutoContinuous):
 
     def _look_behind(self, trace: Trace, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         """Finds sites hidden by ``poutine.block``: discrete latents to sum out, and data."""
-        self.discrete = self._shown = frozenset()
-        self.why_not_summed = None
+        self.discrete, self.why_not_summed, self.unobserved = frozenset(), None, False
         values = {name: message["value"].detach() for name, message in latent_messages(trace).items()}
         hidden = hidden_sites(self.plain_model, values, args, kwargs)
         self._hidden = frozenset(hidden)
         self.hidden_data = frozenset(name for name, site in hidden.items() if site.kind in (DATA, FACTOR))
         drawn = {name: site for name, site in hidden.items() if site.kind == DRAWN}
         if all(map(can_be_summed, drawn.values())):
-            self.discrete = self._shown = frozenset(drawn)
+            self.discrete = frozenset(drawn)
         nesting = [
             nesting_of(site.message) for name, site in hidden.items() if name in self.discrete | self.hidden_data
         ]
@@ -324,13 +323,10 @@ class AutoFlow(AutoContinuous):
             self._density(args, kwargs, False)(point[None])
         except NotImplementedError as error:
             self.why_not_summed = str(error)
-            self.discrete = self._shown = frozenset()
+            self.discrete = frozenset()
         except FAILURES:  # the density is undefined here
             pass
         self.unobserved = not self._density(args, kwargs, False).is_observed(point, bool(drawn) and not self.discrete)
-        if self.unobserved and not self.of_prior:
-            # The model in training has the data, even if the guide sees none.
-            self._shown = self.discrete | self.hidden_data
 
     def _build(self, density: JointDensity, initial: Tensor, deadline: float) -> Flow:
         dtype = self.flow_dtype or initial.dtype
@@ -378,12 +374,15 @@ class AutoFlow(AutoContinuous):
         return self._density(args, kwargs, self.vectorized)
 
     def _density(self, args: tuple[object, ...], kwargs: dict[str, object], vectorize: bool | None) -> JointDensity:
-        # Quiet, because stock SVI runs the model one draw at a time.
-        if not self._shown:
-            return JointDensity(self.plain_model, self.latents, args, kwargs, vectorize, quiet=True)
         # pyro.markov needs all sites; hidden ones do not count.
-        model, ignored = unblocked(self.plain_model), self._hidden - self._shown
+        model, ignored = unblocked(self.plain_model) if self._shown else self.plain_model, self._hidden - self._shown
+        # Quiet, because stock SVI runs the model one draw at a time.
         return JointDensity(model, self.latents, args, kwargs, vectorize, self.discrete, ignored, quiet=True)
+
+    @property
+    def _shown(self) -> frozenset[str]:
+        """Hidden sites that the density includes: the model in training has the data, even if the guide sees none."""
+        return self.discrete | self.hidden_data if self.unobserved and not self.of_prior else self.discrete
 
     @property
     def model(self) -> Model:
@@ -391,13 +390,6 @@ class AutoFlow(AutoContinuous):
         if self._model is None:
             raise AttributeError(NO_MODEL)
         return self._model[0]
-
-    @property
-    def plain_model(self) -> Model:
-        """The original model."""
-        if self._plain_model is None:
-            raise AttributeError(NO_MODEL)
-        return self._plain_model[0]
 
     @property
     def preconditioner(self) -> Preconditioner:
@@ -430,10 +422,10 @@ class AutoFlow(AutoContinuous):
             self._setup_prototype(*args, **kwargs)
         elif self._model is not None:
             sizes = sizes_of(self.plain_model, args, kwargs)
-            if sizes not in (self._sizes, self._fitting):
-                # Pyro may silently replay rows in a plate of another size.
-                if resized((frame.size for frame in self._prototype_frames.values()), self._sizes, sizes):
-                    self._compare_latents(args, kwargs, known=True)
+            plates = (frame.size for frame in self._prototype_frames.values())
+            # Pyro may silently replay rows in a plate of another size.
+            if sizes not in (self._sizes, self._fitting) and resized(plates, self._sizes, sizes):
+                self._compare_latents(args, kwargs, known=True)
         return super().forward(*args, **kwargs)
 
     def _compare_latents(self, args: tuple[object, ...], kwargs: dict[str, object], known: bool = False) -> None:
@@ -458,10 +450,9 @@ class AutoFlow(AutoContinuous):
         """Returns the standard normal, event shape ``(latent_dim,)``."""
         return self._built().base()
 
-    def get_transform(self, *args: object, **kwargs: object) -> Chain:
+    def get_transform(self, *args: object, **kwargs: object) -> FlowTransform:
         """Returns the map from the base to the unconstrained latents."""
-        chain: Any = self._built().chain
-        return chain
+        return self._built().chain
 
     def get_posterior(self, *args: object, **kwargs: object) -> FlowDistribution:
         """Returns the distribution of the unconstrained latents; its ``log_prob`` has the whole derivative."""
@@ -513,8 +504,7 @@ class AutoFlow(AutoContinuous):
     @torch.no_grad()
     def quantiles(self, quantiles: Iterable[float], *args: object, **kwargs: object) -> dict[str, Tensor]:
         """Returns quantiles of the unconstrained marginals, mapped to the supports; shape ``(n, *site.shape)``."""
-        if not self.is_built:
-            self.setup(*args, **kwargs)
+        self.setup(*args, **kwargs)
         z = self._sorted_draws()
         levels = torch.as_tensor(list(quantiles), dtype=z.dtype, device=z.device).double().unsqueeze(-1)
         if not ((levels >= 0) & (levels <= 1)).all():
@@ -542,20 +532,20 @@ class AutoFlow(AutoContinuous):
     # Copies keep the model; pickles, which cannot hold most models, do not.
 
     def __deepcopy__(self, memo: dict[int, object]) -> AutoFlow:
-        model, plain = self._model, self._plain_model
         new = self.__class__.__new__(self.__class__)
         memo[id(self)] = new
         memo[id(self.prototype_trace)] = self.prototype_trace  # immutable, and holds the data
         for key, value in self.__getstate__().items():
             new.__dict__[key] = copy.deepcopy(value, memo)
-        new.__dict__.update(_model=model, _plain_model=plain)
+        new.__dict__.update((name, self.__dict__[name]) for name in ("_model", "plain_model") if name in self.__dict__)
         new._rename()
         return new
 
     def __getstate__(self) -> dict[str, object]:
         state = self.__dict__.copy()
-        state.update(_model=None, _plain_model=None, master=None)
-        state.pop("_first_density", None)
+        state.update(_model=None, master=None)
+        for name in ("plain_model", "_first_density"):
+            state.pop(name, None)
         # Pickle refuses the weak references of parameters in Pyro's store.
         state["_modules"] = copy.deepcopy(self._modules)
         return state

@@ -12,12 +12,11 @@ import math
 from typing import Any
 
 import torch
-from pyro.infer import ELBO
 from torch import Tensor
 
 from pyro_flows.core.checks import integer
 from pyro_flows.infer.models.sites import Model
-from pyro_flows.infer.objectives.particles import Particles, count_dropped, refuse_messenger
+from pyro_flows.infer.objectives.particles import Objective, Particles, refuse_messenger
 
 __all__ = ["AlphaDivergence", "DReGELBO", "PathELBO"]
 
@@ -43,7 +42,7 @@ def _bound(log_w: Tensor, keep: Tensor, alpha: float) -> tuple[Tensor, Tensor, T
     return center + log_mean / (1 - alpha), v, alpha + (1 - alpha) * v
 
 
-class _PathObjective(ELBO):
+class _PathObjective(Objective):
     """The base of these bounds, with ``_alpha``."""
 
     _alpha: float
@@ -63,8 +62,6 @@ class _PathObjective(ELBO):
             strict_enumeration_warning=strict_enumeration_warning,
             retain_graph=retain_graph,
         )
-        self.num_dropped = 0
-        self.num_scored = 0
 
     def _get_trace(self, model: Model, guide: Model, args: tuple, kwargs: dict[str, Any]) -> Particles:
         axis = self.max_plate_nesting if self.vectorize_particles else None
@@ -82,7 +79,7 @@ class _PathObjective(ELBO):
         log_w = log_p.detach() - self._gather([run.log_q for run in runs])
         keep = log_w.isfinite()
         kept = int(keep.sum())
-        count_dropped(self, self.num_particles - kept, self.num_particles, "particles have no finite weight")
+        self._count(self.num_particles - kept, self.num_particles, "particles have no finite weight")
         if not kept:
             return -log_w.mean(), None
         bound, v, factor = _bound(log_w, keep, self._alpha)
@@ -104,18 +101,6 @@ class _PathObjective(ELBO):
         """Estimates minus the bound from new draws, without gradient."""
         with torch.no_grad():
             return self._losses(model, guide, args, kwargs)[0].item()
-
-    def loss_and_grads(self, model: Model, guide: Model, *args: Any, **kwargs: Any) -> float:
-        """Returns minus the bound, and adds its gradient to the parameters' ``grad``."""
-        loss, surrogate = self._losses(model, guide, args, kwargs)
-        if surrogate is not None:
-            surrogate.backward(retain_graph=self.retain_graph)
-        return loss.item()
-
-    def differentiable_loss(self, model: Model, guide: Model, *args: Any, **kwargs: Any) -> Tensor:
-        """Returns minus the bound; only its first gradient is valid."""
-        loss, surrogate = self._losses(model, guide, args, kwargs)
-        return loss if surrogate is None else loss + (surrogate - surrogate.detach())
 
 
 class PathELBO(_PathObjective):

@@ -11,7 +11,6 @@ from weakref import WeakKeyDictionary
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer import ELBO
 from pyro.poutine import Trace
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
@@ -20,12 +19,12 @@ from pyro_flows.core.checks import integer
 from pyro_flows.infer.density.data import to_tensor
 from pyro_flows.infer.models.sites import Model, sample_messages
 from pyro_flows.infer.objectives.packing import guide_values
-from pyro_flows.infer.objectives.particles import count_dropped, refuse_messenger, sum_particles
+from pyro_flows.infer.objectives.particles import Objective, refuse_messenger, sum_particles
 
 __all__ = ["ForwardKL"]
 
 
-class ForwardKL(ELBO):
+class ForwardKL(Objective):
     r"""Maximizes the guide's density at given draws of the posterior, from MCMC or a simulator.
 
     .. math:: L = -\mathbb{E}_{p(z \mid x)} \log q_\phi(z) \approx -\frac{1}{B} \sum_b \log q_\phi(z_b)
@@ -84,8 +83,6 @@ class ForwardKL(ELBO):
         super().__init__(num_particles=self.batch_size, retain_graph=retain_graph)
         self.vectorize_particles = vectorize_particles
         self.max_plate_nesting = max_plate_nesting
-        self.num_dropped = 0
-        self.num_scored = 0
         self._generator = torch.Generator().manual_seed(seed)
         self._order = torch.empty(0, dtype=torch.long)
         self._values: WeakKeyDictionary[Model, tuple[dict[str, Tensor], int]] = WeakKeyDictionary()
@@ -137,25 +134,14 @@ class ForwardKL(ELBO):
         with torch.no_grad():
             return -sum(self._log_q(guide, args, kwargs, rows).sum().item() for rows in pieces) / self.num_samples
 
-    def _step(self, guide: Model, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    def _losses(self, model: Model, guide: Model, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
         rows = self._rows()
         log_q = self._log_q(guide, args, kwargs, rows)
         fine = log_q.detach().isfinite().cpu()
         dropped = len(rows) - int(fine.sum())
-        count_dropped(self, dropped, len(rows), "rows have no finite density under the guide")
+        self._count(dropped, len(rows), "rows have no finite density under the guide")
         if 0 < dropped < len(rows):
             # Score again, because 0 times a derivative that is not finite is not 0.
             log_q = self._log_q(guide, args, kwargs, rows[fine])
         loss = -log_q.mean()
-        return loss if dropped < len(rows) else loss.detach()
-
-    def loss_and_grads(self, model: Model, guide: Model, *args: Any, **kwargs: Any) -> float:
-        """Returns minus the mean log-density of the next rows, and adds its gradient to the parameters' ``grad``."""
-        loss = self._step(guide, args, kwargs)
-        if loss.requires_grad:
-            loss.backward(retain_graph=self.retain_graph)
-        return loss.item()
-
-    def differentiable_loss(self, model: Model, guide: Model, *args: Any, **kwargs: Any) -> Tensor:
-        """Returns minus the mean log-density of the next rows."""
-        return self._step(guide, args, kwargs)
+        return loss.detach(), loss if loss.requires_grad and dropped < len(rows) else None

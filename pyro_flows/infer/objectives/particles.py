@@ -8,11 +8,12 @@ density at a detached copy of ``z``, which holds parameters of any kind fixed.
 from __future__ import annotations
 
 import warnings
-from typing import Any, Protocol
+from typing import Any
 
 import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.infer import ELBO
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
@@ -23,27 +24,44 @@ from torch import Tensor
 from pyro_flows.core.checks import joint_shape
 from pyro_flows.infer.models.sites import Model, latent_messages, sum_beyond
 
-__all__ = ["Particles", "count_dropped", "refuse_messenger", "sum_particles"]
+__all__ = ["Objective", "Particles", "refuse_messenger", "sum_particles"]
 
 
-class Counting(Protocol):
-    """An objective that counts scored and dropped particles."""
+class Objective(ELBO):
+    """An ELBO that counts particles or rows, and leaves out those without a finite density."""
 
-    num_dropped: int
-    num_scored: int
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.num_dropped = 0
+        self.num_scored = 0
 
+    def _losses(self, model: Model, guide: Model, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """Returns the scalar loss and any surrogate for its gradient."""
+        raise NotImplementedError
 
-def count_dropped(owner: Counting, dropped: int, scored: int, why: str) -> None:
-    """Updates an objective's counts, and warns at the first drop."""
-    if dropped and not owner.num_dropped:
-        warnings.warn(
-            f"{type(owner).__name__}: {dropped} of {scored} {why} and were left out; num_dropped counts them from here "
-            "on, without further warnings",
-            RuntimeWarning,
-            stacklevel=4,
-        )
-    owner.num_dropped += dropped
-    owner.num_scored += scored
+    def _count(self, dropped: int, scored: int, why: str) -> None:
+        """Updates the counts, and warns at the first drop."""
+        if dropped and not self.num_dropped:
+            warnings.warn(
+                f"{type(self).__name__}: {dropped} of {scored} {why} and were left out; num_dropped counts them from "
+                "here on, without further warnings",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+        self.num_dropped += dropped
+        self.num_scored += scored
+
+    def loss_and_grads(self, model: Model, guide: Model, *args: Any, **kwargs: Any) -> float:
+        """Returns the loss, and adds its gradient to the parameters' ``grad``."""
+        loss, surrogate = self._losses(model, guide, args, kwargs)
+        if surrogate is not None:
+            surrogate.backward(retain_graph=self.retain_graph)
+        return loss.item()
+
+    def differentiable_loss(self, model: Model, guide: Model, *args: Any, **kwargs: Any) -> Tensor:
+        """Returns the loss; only its first gradient is valid."""
+        loss, surrogate = self._losses(model, guide, args, kwargs)
+        return loss if surrogate is None else loss + (surrogate - surrogate.detach())
 
 
 def sum_particles(trace: Trace, axis: int | None) -> Tensor | float:
