@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from torch.distributions import Distribution
 
 from pyro_flows.core.checks import integer
-from pyro_flows.plots.canvas import DATA, MODEL, SHADES, bars, canvas, reach, thinned
+from pyro_flows.plots.canvas import DATA, MODEL, SHADES, Axes, bars, canvas, reach, thinned
 from pyro_flows.plots.inputs import distribution_of, drawn_rows, numbers, rows_of, score, single
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 __all__ = ["density"]
 

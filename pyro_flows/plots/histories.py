@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from pyro_flows.plots.canvas import DATA, FRAME, MARK, MODEL, canvas
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from pyro_flows.plots.canvas import DATA, FRAME, MARK, MODEL, Axes, canvas
 
 __all__ = ["history"]
 

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from pyro_flows.plots.canvas import DATA, MODEL, bars, canvas, figure, labels, reach, thinned
+from pyro_flows.plots.canvas import DATA, MODEL, Axes, Figure, bars, canvas, figure, labels, reach, thinned
 from pyro_flows.plots.inputs import draws_of, rows_of
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 __all__ = ["corner", "samples"]
 

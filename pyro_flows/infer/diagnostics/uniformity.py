@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+import numpy as np
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 from torch.distributions import Binomial
 
 __all__ = ["adjusted_level", "band", "chi_square", "ecdf_pvalues"]
@@ -27,10 +28,8 @@ def chi_square(ranks: Tensor, num_samples: int) -> Tensor:
     return torch.special.gammaincc(torch.tensor((cells - 1) / 2, dtype=torch.float64), statistic / 2)
 
 
-def _smallest_tail(ranks: Tensor, grid: Tensor, cumulative: Tensor) -> Tensor:
-    """Finds the smallest two-sided binomial probability along the grid, for each row of ranks."""
-    ranks = ranks.contiguous().sort(1).values
-    counts = torch.searchsorted(ranks, grid.expand(len(ranks), -1).contiguous(), right=True)
+def _smallest_tail(counts: Tensor, cumulative: Tensor) -> Tensor:
+    """Finds each row's smallest two-sided binomial probability."""
     at = cumulative.gather(0, counts)
     before = torch.where(counts > 0, cumulative.gather(0, (counts - 1).clamp(min=0)), 0.0)
     return (2 * torch.minimum(at, 1 - before)).clamp(max=1).amin(1)
@@ -41,20 +40,19 @@ def _reference(n: int, num_samples: int) -> tuple[Tensor, Tensor, Tensor]:
     """Returns ranks to compare at, binomial functions of their counts, and the sorted statistic of uniform ranks."""
     # Without the last, where all functions are 1.
     grid = torch.linspace(0, num_samples - 1, min(POINTS, num_samples), dtype=torch.float64).round().long()
-    counts = torch.arange(n + 1, dtype=torch.float64).unsqueeze(-1)
-    cumulative = Binomial(n, (grid + 1).double() / (num_samples + 1)).log_prob(counts).exp().cumsum(0).clamp(max=1)
-    generator = Generator().manual_seed(0)
-    found = []
-    for part in torch.arange(REPEATS).split(max(1, (1 << 22) // (n + len(grid)))):
-        ranks = torch.randint(num_samples + 1, (len(part), n), generator=generator, device="cpu")
-        found.append(_smallest_tail(ranks, grid, cumulative))
-    return grid, cumulative, torch.cat(found).sort().values
+    chance = (grid + 1).double() / (num_samples + 1)
+    cumulative = Binomial(n, chance).log_prob(torch.arange(n + 1.0).double()[:, None]).exp().cumsum(0).clamp(max=1)
+    cells = np.diff([0.0, *chance, 1.0])
+    counts = torch.from_numpy(np.random.default_rng(0).multinomial(n, cells, REPEATS).cumsum(1)[:, :-1])
+    return grid, cumulative, _smallest_tail(counts, cumulative).sort().values
 
 
 def ecdf_pvalues(ranks: Tensor, num_samples: int) -> Tensor:
     """Simulates p-values, shape ``(scalars,)``: the smallest two-sided pointwise probability along the curve."""
     grid, cumulative, reference = _reference(len(ranks), num_samples)
-    at_most = torch.searchsorted(reference, _smallest_tail(ranks.T, grid, cumulative) * (1 + 1e-9), right=True)
+    rising = ranks.T.contiguous().sort(1).values
+    counts = torch.searchsorted(rising, grid.expand(len(rising), -1).contiguous(), right=True)
+    at_most = torch.searchsorted(reference, _smallest_tail(counts, cumulative) * (1 + 1e-9), right=True)
     return (at_most + 1).double() / (len(reference) + 1)
 
 

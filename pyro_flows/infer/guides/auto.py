@@ -31,21 +31,10 @@ from pyro_flows.core.wrap import Wrap
 from pyro_flows.distributions import Flow, FlowDistribution
 from pyro_flows.flows import iaf, nsf, realnvp
 from pyro_flows.infer.guides.posterior import PathPosterior, Steady, preconditioner_of
+from pyro_flows.infer.models import prototype
 from pyro_flows.infer.models.enumeration import can_be_summed, hidden_sites, unblocked
 from pyro_flows.infer.models.joint import FAILURES, JointDensity
 from pyro_flows.infer.models.latents import Latents
-from pyro_flows.infer.models.prototype import (
-    Init,
-    Sizes,
-    feasible,
-    finite_start,
-    initializer,
-    inspect,
-    latent_shapes,
-    parameters_of,
-    resized,
-    sizes_of,
-)
 from pyro_flows.infer.models.sites import (
     DATA,
     DRAWN,
@@ -164,7 +153,7 @@ class AutoFlow(AutoContinuous):
         builder: Builder | None = None,
         *,
         start: str = "pathfinder",
-        init_loc_fn: Init | None = None,
+        init_loc_fn: prototype.Init | None = None,
         path_gradient: bool = True,
         num_particles: int | None = None,
         tempering: float | None = None,
@@ -187,7 +176,7 @@ class AutoFlow(AutoContinuous):
             integer("AutoFlow", "num_particles", num_particles)
         if start_seconds is not None and not 0 < start_seconds < math.inf:
             raise ValueError(f"AutoFlow: expected start_seconds to be a positive number, got {start_seconds!r}")
-        super().__init__(model, init_loc_fn=feasible)
+        super().__init__(model, init_loc_fn=prototype.feasible)
         self._pyro_name = _new_name(self)
         self.__dict__["plain_model"] = model  # past torch, which would register a module
         self.builder, self.start, self.init_loc_fn = builder, start, init_loc_fn
@@ -204,8 +193,8 @@ class AutoFlow(AutoContinuous):
         self.discrete: frozenset[str] = frozenset()  # hidden sites that the density sums out
         self.why_not_summed: str | None = None
         self._hidden: frozenset[str] = frozenset()
-        self._sizes: Sizes = {}  # the arguments at building
-        self._fitting: Sizes = {}  # the last other arguments that fit
+        self._sizes: prototype.Sizes = {}  # the arguments at building
+        self._fitting: prototype.Sizes = {}  # the last other arguments that fit
         self._observed: set[str] = set()
         self._steady = Steady()
         self._sorted = Kept()
@@ -240,7 +229,7 @@ class AutoFlow(AutoContinuous):
             ValueError: if Pyro cannot enumerate one of them.
         """
         if self.prototype_trace is None:
-            init = initializer(self.init_loc_fn, args, kwargs)
+            init = prototype.initializer(self.init_loc_fn, args, kwargs)
 
             def drawn_if_discrete(site: Message) -> Tensor:
                 return site["fn"].sample() if site["fn"].support.is_discrete else init(site)
@@ -265,14 +254,14 @@ class AutoFlow(AutoContinuous):
             return
         limit = math.inf if self.start_seconds is None else self.start_seconds
         begin = time.monotonic()
-        init = initializer(self.init_loc_fn, args, kwargs)
+        init = prototype.initializer(self.init_loc_fn, args, kwargs)
         self._model = (InitMessenger(init)(self.plain_model),)
         with seeded(self.seed):
-            trace, latents = inspect(self.plain_model, init, args, kwargs, begin + 0.3 * limit)
+            trace, latents = prototype.inspect(self.plain_model, init, args, kwargs, begin + 0.3 * limit)
             try:
                 super()._setup_prototype(*args, **kwargs)
                 self.latents, self.subsampled = latents, is_part(trace)
-                self.model_parameters = parameters_of(trace)
+                self.model_parameters = prototype.parameters_of(trace)
                 self._observed = set(trace.observation_nodes)
                 self._look_behind(trace, args, kwargs)
                 density = self._density(args, kwargs, None)
@@ -281,7 +270,10 @@ class AutoFlow(AutoContinuous):
                 initial = self._finite_start(alone, trace)
                 density._own = alone._own
                 # A slow first run, which may import modules, leaves the search a part of the time.
-                self.flow = self._build(density, initial, max(begin + limit, time.monotonic() + SEARCH * limit))
+                made = as_flow_of(default_builder if self.builder is None else self.builder, len(initial))
+                loc, scale = self._find_start(density, initial, max(begin + limit, time.monotonic() + SEARCH * limit))
+                chain = Chain([made, Preconditioner(loc, scale)])
+                self.flow = Flow(chain.to(device=initial.device, dtype=self.flow_dtype or initial.dtype))
                 self.initial = initial
                 self.vectorized = None if density.vectorized else False
                 self.start_evaluations = density.evaluations + alone.evaluations
@@ -290,11 +282,11 @@ class AutoFlow(AutoContinuous):
             except BaseException:
                 self.prototype_trace = None  # so that the next call retries
                 raise
-        self._sizes, self._steady = sizes_of(self.plain_model, args, kwargs), Steady()
+        self._sizes, self._steady = prototype.sizes_of(self.plain_model, args, kwargs), Steady()
 
     def _finite_start(self, alone: JointDensity, trace: Trace) -> Tensor:
         try:
-            return finite_start(alone, trace, self.latents)
+            return prototype.finite_start(alone, trace, self.latents)
         except ValueError as error:
             if not self.discrete:
                 raise
@@ -328,13 +320,6 @@ class AutoFlow(AutoContinuous):
             pass
         self.unobserved = not self._density(args, kwargs, False).is_observed(point, bool(drawn) and not self.discrete)
 
-    def _build(self, density: JointDensity, initial: Tensor, deadline: float) -> Flow:
-        dtype = self.flow_dtype or initial.dtype
-        made = as_flow_of(default_builder if self.builder is None else self.builder, len(initial))
-        loc, scale = self._find_start(density, initial, deadline)
-        chain = Chain([made, Preconditioner(loc, scale)])
-        return Flow(chain.to(device=initial.device, dtype=dtype))
-
     def _find_start(self, density: JointDensity, initial: Tensor, deadline: float) -> tuple[Tensor, Tensor]:
         dim = len(initial)
         # Without data, a climb would leave the user's initial point; with hidden draws, there is no density to climb.
@@ -365,7 +350,7 @@ class AutoFlow(AutoContinuous):
         """Returns the joint density over this guide's latents, at these arguments of the model."""
         if self.prototype_trace is None:
             self.setup(*args, **kwargs)
-        elif sizes_of(self.plain_model, args, kwargs) != self._sizes:
+        elif prototype.sizes_of(self.plain_model, args, kwargs) != self._sizes:
             self._compare_latents(args, kwargs)
         # The first density keeps what building found out.
         known = self.__dict__.pop("_first_density", None)
@@ -421,10 +406,10 @@ class AutoFlow(AutoContinuous):
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
         elif self._model is not None:
-            sizes = sizes_of(self.plain_model, args, kwargs)
+            sizes = prototype.sizes_of(self.plain_model, args, kwargs)
             plates = (frame.size for frame in self._prototype_frames.values())
             # Pyro may silently replay rows in a plate of another size.
-            if sizes not in (self._sizes, self._fitting) and resized(plates, self._sizes, sizes):
+            if sizes not in (self._sizes, self._fitting) and prototype.resized(plates, self._sizes, sizes):
                 self._compare_latents(args, kwargs, known=True)
         return super().forward(*args, **kwargs)
 
@@ -434,7 +419,7 @@ class AutoFlow(AutoContinuous):
         Unknown latents, as for a new group, are drawn from the model.
         """
         here: dict[str, tuple[int, ...]] = {site.name: tuple(site.shape) for site in self.latents}
-        there = latent_shapes(self.plain_model, args, kwargs, self._observed)
+        there = prototype.latent_shapes(self.plain_model, args, kwargs, self._observed)
         there = here if there is None else there  # unknown where the model does not run
         names = [n for n in here if n in there] if known else {**here, **there}
         name = next((n for n in names if here.get(n) != there.get(n)), None)
@@ -444,7 +429,7 @@ class AutoFlow(AutoContinuous):
                 f"was built for {here.get(name)}: a guide belongs to data of one shape. Make a new guide for these, or "
                 "give missing data as a mask"
             )
-        self._fitting = sizes_of(self.plain_model, args, kwargs)
+        self._fitting = prototype.sizes_of(self.plain_model, args, kwargs)
 
     def get_base_dist(self) -> torch.distributions.Distribution:
         """Returns the standard normal, event shape ``(latent_dim,)``."""

@@ -12,12 +12,12 @@ from torch import Generator, Tensor
 
 from pyro_flows.distributions import Flow
 from pyro_flows.infer.diagnostics import importance
-from pyro_flows.infer.guides.assessment import FEWEST, search_modes, weigh
+from pyro_flows.infer.guides.assessment import FEWEST, weigh
 from pyro_flows.infer.guides.auto import AutoFlow
 from pyro_flows.infer.machine.budget import Budget
 from pyro_flows.infer.machine.pace import FLAT, rows_at_once
 from pyro_flows.infer.models.joint import FAILURES, JointDensity
-from pyro_flows.infer.search.probe import ModeProbe
+from pyro_flows.infer.search.probe import ModeProbe, probe_modes
 
 __all__ = ["SLOW_SECONDS", "choose_particles", "seconds_for_verdict", "several_modes", "start_within"]
 
@@ -107,8 +107,14 @@ def several_modes(
     seconds = end - time.monotonic()
     if seconds <= 0:
         return None
-    starts = 16 if density.vectorized else 6
-    probe = search_modes(
-        affine, density, z, initial, found.log_evidence, num_starts=starts, seconds=seconds, generator=generator
+    probe = probe_modes(
+        density,
+        affine.log_prob,
+        z[z.isfinite().all(-1)],
+        initial,
+        log_evidence=found.log_evidence,
+        num_starts=16 if density.vectorized else 6,
+        generator=generator,
+        seconds=None if seconds == math.inf else seconds,
     )
     return probe if probe.missing_share > SEVERAL else None

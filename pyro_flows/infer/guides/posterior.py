@@ -11,7 +11,6 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions.score_parts import ScoreParts
 from torch import Size, Tensor, nn
-from torch.distributions import Transform
 
 from pyro_flows.distributions import Flow, FlowDistribution
 from pyro_flows.transforms import Preconditioner
@@ -122,16 +121,9 @@ class PathPosterior(FlowDistribution):
 
     _drawn: Tensor | None = None
 
-    def __init__(
-        self,
-        base_distribution: dist.Distribution,
-        transforms: list[Transform],
-        validate_args: bool | None = None,
-        *,
-        linear: bool = False,
-    ) -> None:
+    def __init__(self, *args: Any, linear: bool = False, **kwargs: Any) -> None:
         self.linear = linear
-        super().__init__(base_distribution, transforms, validate_args=validate_args)
+        super().__init__(*args, **kwargs)
 
     def rsample(self, sample_shape: Size | tuple[int, ...] = ()) -> Tensor:
         """Makes reparameterized draws, which this distribution recognizes."""

@@ -16,27 +16,10 @@ from pyro_flows.core.checks import integer
 from pyro_flows.distributions import Flow, FlowDistribution
 from pyro_flows.infer.bridge import to_arviz
 from pyro_flows.infer.diagnostics import Importance, Verdict, resample
+from pyro_flows.infer.guides import predictions, stored
 from pyro_flows.infer.guides.assessment import Assessment, weigh
 from pyro_flows.infer.guides.auto import AutoFlow, Builder
 from pyro_flows.infer.guides.loop import History
-from pyro_flows.infer.guides.predictions import (
-    computed,
-    log_likelihoods,
-    observed,
-    predictions,
-    seen,
-    to_redraw,
-)
-from pyro_flows.infer.guides.stored import (
-    FlowRecord,
-    Numbers,
-    device_of,
-    flow_of,
-    plain_flow,
-    plain_latents,
-    read,
-    read_latents,
-)
 from pyro_flows.infer.machine.files import check_path, read_state, refuse_others, write_state
 from pyro_flows.infer.models.joint import JointDensity
 from pyro_flows.infer.models.latents import Latents
@@ -98,7 +81,7 @@ class GuideFit:
 
     @property
     def importance(self) -> Importance:
-        """Numbers about the importance weights, with errors."""
+        """stored.Numbers about the importance weights, with errors."""
         return self.assessment.importance
 
     @property
@@ -200,7 +183,7 @@ class GuideFit:
         with torch.no_grad():
             z = self._unconstrained("predictive", num_samples, resampled)
             try:
-                return predictions(density, z, to_redraw(density, z, redraw))
+                return predictions.redrawn(density, z, predictions.to_redraw(density, z, redraw))
             except (ValueError, RuntimeError, IndexError) as error:
                 if "redraw" in str(error):
                     raise
@@ -250,9 +233,9 @@ class GuideFit:
         groups: dict[str, Any] = {}
         posterior = self.latents.draws(z)
         if self._density is not None:
-            extra = computed(self._density, z)
+            extra = predictions.computed(self._density, z)
             posterior |= extra
-            data = observed(self._density, z)
+            data = predictions.observed(self._density, z)
             if self.guide is not None and self.guide.subsampled:
                 if posterior_predictive or log_likelihood:
                     warnings.warn(
@@ -261,18 +244,18 @@ class GuideFit:
                         stacklevel=2,
                     )
             else:
-                groups["observed_data"] = {n: seen(site.value, site) for n, site in data.items()}
+                groups["observed_data"] = {n: predictions.seen(site.value, site) for n, site in data.items()}
                 if posterior_predictive:
-                    names = to_redraw(self._density, z, redraw)
-                    found = predictions(self._density, z, names)
+                    names = predictions.to_redraw(self._density, z, redraw)
+                    found = predictions.redrawn(self._density, z, names)
                     held = {*extra, *data} - set(names)
                     groups["posterior_predictive"] = {
-                        name: seen(value, data[name]) if name in data else value
+                        name: predictions.seen(value, data[name]) if name in data else value
                         for name, value in found.items()
                         if name not in held
                     }
                 if log_likelihood:
-                    groups["log_likelihood"] = log_likelihoods(self._density, z)
+                    groups["log_likelihood"] = predictions.log_likelihoods(self._density, z)
         attrs = {"khat": self.khat, "ess": self.ess, "verdict": self.verdict.label}
         return to_arviz(
             posterior,
@@ -298,15 +281,15 @@ class GuideFit:
             OSError: if the file cannot be written, e.g. because the disk is full; the old one is unchanged.
         """
         check_path(path)
-        flow = plain_flow(self.flow)
+        flow = stored.plain_flow(self.flow)
         if flow.unnamed is not None:
             warnings.warn(
                 f"GuideFit.save: the file cannot hold all of what the builder made ({flow.unnamed}); to load it, "
                 "give the builder again: load_guide(path, builder=...)",
                 stacklevel=2,
             )
-        numbers = Numbers(self.history, self.assessment, self.failures, self.evaluations, tuple(self.notes))
-        state = {"flow": vars(flow), "latents": plain_latents(self.latents), **asdict(numbers)}
+        numbers = stored.Numbers(self.history, self.assessment, self.failures, self.evaluations, tuple(self.notes))
+        state = {"flow": vars(flow), "latents": stored.plain_latents(self.latents), **asdict(numbers)}
         write_state(path, state, kind=KIND, version=VERSION)
 
 
@@ -333,14 +316,14 @@ def load_guide(
     known: dict[str, Any] = {"kind": KIND, "remedy": "give the path of a file that GuideFit.save of this release wrote"}
     state = read_state(path, version=VERSION, **known)
     with refuse_others(path, **known):
-        record: FlowRecord = read(FlowRecord, state.pop("flow"), "flow")
-    device = device_of(map_location, record.device)
+        record: stored.FlowRecord = stored.read(stored.FlowRecord, state.pop("flow"), "flow")
+    device = stored.device_of(map_location, record.device)
     with refuse_others(path, **known):
-        flow = flow_of(record, builder).to(device)
+        flow = stored.flow_of(record, builder).to(device)
         state = tree_map_only(Tensor, lambda value: value.to(device), state)
-        latents = read_latents(state.pop("latents"))
+        latents = stored.read_latents(state.pop("latents"))
         if (latents.dim,) != flow.event_shape:
             raise ValueError(f"a flow of {tuple(flow.event_shape)} dimensions for {latents.dim} latents")
-        numbers: Numbers = read(Numbers, state)
+        numbers: stored.Numbers = stored.read(stored.Numbers, state)
         numbers.check(latents.dim)
         return GuideFit(flow, latents, **vars(numbers))

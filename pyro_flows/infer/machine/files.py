@@ -38,17 +38,8 @@ _LENGTH = struct.Struct("<Q")  # of the description
 _DIGEST = hashlib.sha256().digest_size
 _ALIGNMENT = 64
 _STEM = 50  # letters of a name, so that more can be appended
-_UNEXPECTED = (
-    ValueError,
-    TypeError,
-    KeyError,
-    IndexError,
-    AttributeError,
-    RuntimeError,  # from torch, and from too deep a nesting
-    OverflowError,
-    struct.error,
-)
-
+# Torch, and too deep a nesting, raise RuntimeError.
+_UNEXPECTED = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError, struct.error)
 
 Parts = Mapping[str, Any]
 

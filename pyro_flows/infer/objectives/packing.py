@@ -44,7 +44,8 @@ def guide_values(guide: Model, trace: Trace, draws: Mapping[str, Tensor]) -> dic
     parts = list(guide) if isinstance(guide, AutoGuideList) else [guide]
     for part in parts:
         if isinstance(part, AutoContinuous):
-            values |= _packed(part, draws)
+            rows = [free.reshape(len(free), -1) for free in _unconstrained(part, draws).values()]
+            values[f"_{part._pyro_name}_latent"] = torch.cat(rows, -1)
         elif isinstance(part, AutoNormal):
             values |= {f"{n}_unconstrained": free for n, free in _unconstrained(part, draws).items()}
         elif part is guide:
@@ -96,16 +97,3 @@ def _unconstrained(guide: AutoContinuous | AutoNormal, draws: Mapping[str, Tenso
         edge = "on the edge of the support, where unconstrained values are not finite: move them inside or drop them"
         _refuse_rows(name, free.isfinite().reshape(len(free), -1).all(-1), edge)
     return found
-
-
-def _packed(guide: AutoContinuous, draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    rows = []
-    for name, free in _unconstrained(guide, draws).items():
-        expected = guide._unconstrained_shapes[name]
-        if free.shape[1:] != expected:
-            raise ValueError(
-                f"ForwardKL: draws of {name!r} have unconstrained shape {tuple(free.shape[1:])}, but the guide was "
-                f"built for {tuple(expected)}"
-            )
-        rows.append(free.reshape(len(free), -1))
-    return {f"_{guide._pyro_name}_latent": torch.cat(rows, -1)}
