@@ -57,7 +57,6 @@ def to_arviz(
         attrs: further attributes, numbers or text.
 
     Raises:
-        ImportError: without ArviZ.
         ValueError: if numbers of draws differ, nothing is given, a site has the name of a dimension, or ``dims`` and
             ``coords`` do not fit the shapes.
     """
@@ -95,7 +94,11 @@ def to_arviz(
                     f"to_arviz: expected dims of {name} to name at most {len(own)} dimensions, those of its shape "
                     f"{own} in {group}, got {given}"
                 )
-    from_dict = _arviz().from_dict
+    with warnings.catch_warnings():
+        # 0.23 announces 1.x at import; this module works with both.
+        warnings.filterwarnings("ignore", r"\s*ArviZ is undergoing a major refactor", FutureWarning)
+        import arviz
+    from_dict: Any = arviz.from_dict
     known = None if dims is None else names
     if "posterior" in inspect.signature(from_dict).parameters:  # 0.x: a keyword argument for each group
         made = from_dict(**groups, dims=known, coords=labels, attrs=dict(facts), posterior_attrs=dict(facts))
@@ -116,17 +119,6 @@ def to_arviz(
                     f"dimensions {kept[name].dims} that they share: give their dimensions different names in dims"
                 )
     return made
-
-
-def _arviz() -> Any:
-    with warnings.catch_warnings():
-        # 0.23 announces 1.x at import; this module works with both.
-        warnings.filterwarnings("ignore", r"\s*ArviZ is undergoing a major refactor", FutureWarning)
-        try:
-            import arviz
-        except ImportError as error:
-            raise ImportError("to_arviz: ArviZ is not installed: pip install arviz") from error
-    return arviz
 
 
 def _array(value: Any) -> np.ndarray:

@@ -83,7 +83,14 @@ def corner(
         ValueError: for more than 12 dimensions, or invalid arguments.
     """
     draws, event = draws_of(model, num_samples, context, "corner")
-    chosen = _chosen(dims, draws.shape[1])
+    total = draws.shape[1]
+    chosen = list(range(total)) if dims is None else list(dims)
+    if not 0 < len(chosen) <= MOST:
+        raise ValueError(
+            f"corner: expected 1 to {MOST} dimensions, got {len(chosen)}; choose some of them, e.g. dims=[0, 1, 2]"
+        )
+    if any(isinstance(k, bool) or not isinstance(k, int) or not 0 <= k < total for k in chosen):
+        raise ValueError(f"corner: expected dims to be integers from 0 to {total - 1}, got {chosen}")
     rows = None if data is None else rows_of(data, event, "corner", "data")[:, chosen]
     text = labels(names, chosen, "corner")
     draws = draws[:, chosen]
@@ -117,17 +124,6 @@ def corner(
         handles, called = axes[0, 0].get_legend_handles_labels()
         fig.legend(handles, called, loc="outside upper right", frameon=False, fontsize=9)
     return fig
-
-
-def _chosen(dims: Sequence[int] | None, size: int) -> list[int]:
-    chosen = list(range(size)) if dims is None else list(dims)
-    if not 0 < len(chosen) <= MOST:
-        raise ValueError(
-            f"corner: expected 1 to {MOST} dimensions, got {len(chosen)}; choose some of them, e.g. dims=[0, 1, 2]"
-        )
-    if any(isinstance(k, bool) or not isinstance(k, int) or not 0 <= k < size for k in chosen):
-        raise ValueError(f"corner: expected dims to be integers from 0 to {size - 1}, got {chosen}")
-    return chosen
 
 
 def _contours(ax: Axes, pairs: np.ndarray, edges: tuple[np.ndarray, np.ndarray]) -> None:

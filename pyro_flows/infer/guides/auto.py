@@ -31,22 +31,10 @@ from pyro_flows.core.wrap import Wrap
 from pyro_flows.distributions import Flow, FlowDistribution
 from pyro_flows.flows import iaf, nsf, realnvp
 from pyro_flows.infer.guides.posterior import PathPosterior, Steady, preconditioner_of
-from pyro_flows.infer.models import prototype
+from pyro_flows.infer.models import prototype, sites
 from pyro_flows.infer.models.enumeration import can_be_summed, hidden_sites, unblocked
 from pyro_flows.infer.models.joint import FAILURES, JointDensity
 from pyro_flows.infer.models.latents import Latents
-from pyro_flows.infer.models.sites import (
-    DATA,
-    DRAWN,
-    FACTOR,
-    Message,
-    Model,
-    is_part,
-    latent_messages,
-    nesting_of,
-    run,
-    sites_of,
-)
 from pyro_flows.infer.search.start import find_start
 from pyro_flows.transforms import Preconditioner
 from pyro_flows.univariate.base import Affine
@@ -145,11 +133,11 @@ class AutoFlow(AutoContinuous):
     latents: Latents
     flow: Flow
     initial: Tensor
-    plain_model: Model  # the original one
+    plain_model: sites.Model  # the original one
 
     def __init__(
         self,
-        model: Model,
+        model: sites.Model,
         builder: Builder | None = None,
         *,
         start: str = "pathfinder",
@@ -177,7 +165,7 @@ class AutoFlow(AutoContinuous):
         if start_seconds is not None and not 0 < start_seconds < math.inf:
             raise ValueError(f"AutoFlow: expected start_seconds to be a positive number, got {start_seconds!r}")
         super().__init__(model, init_loc_fn=prototype.feasible)
-        self._pyro_name = _new_name(self)
+        self._rename()
         self.__dict__["plain_model"] = model  # past torch, which would register a module
         self.builder, self.start, self.init_loc_fn = builder, start, init_loc_fn
         self.path_gradient, self.num_particles, self.tempering = path_gradient, num_particles, tempering
@@ -214,8 +202,6 @@ class AutoFlow(AutoContinuous):
         """Discards the flow, so that the next call rebuilds the guide, with new parameter names; returns the guide."""
         self.prototype_trace = self.vectorized = None
         self._sizes = self._fitting = {}
-        self.discrete = frozenset()
-        self.why_not_summed = None
         for name in ("flow", "latents", "_first_density"):
             if hasattr(self, name):
                 delattr(self, name)
@@ -231,13 +217,13 @@ class AutoFlow(AutoContinuous):
         if self.prototype_trace is None:
             init = prototype.initializer(self.init_loc_fn, args, kwargs)
 
-            def drawn_if_discrete(site: Message) -> Tensor:
+            def drawn_if_discrete(site: sites.Message) -> Tensor:
                 return site["fn"].sample() if site["fn"].support.is_discrete else init(site)
 
             with torch.random.fork_rng():
-                trace = run(InitMessenger(drawn_if_discrete)(self.plain_model), args, kwargs)
-            sites = sites_of(trace, frozenset()).values()
-            drawn = [site for site in sites if site.kind == DRAWN and site.fn.support.is_discrete]
+                trace = sites.run(InitMessenger(drawn_if_discrete)(self.plain_model), args, kwargs)
+            known = sites.sites_of(trace, frozenset()).values()
+            drawn = [site for site in known if site.kind == sites.DRAWN and site.fn.support.is_discrete]
             for site in drawn:
                 if not can_be_summed(site):
                     raise ValueError(
@@ -260,7 +246,7 @@ class AutoFlow(AutoContinuous):
             trace, latents = prototype.inspect(self.plain_model, init, args, kwargs, begin + 0.3 * limit)
             try:
                 super()._setup_prototype(*args, **kwargs)
-                self.latents, self.subsampled = latents, is_part(trace)
+                self.latents, self.subsampled = latents, sites.is_part(trace)
                 self.model_parameters = prototype.parameters_of(trace)
                 self._observed = set(trace.observation_nodes)
                 self._look_behind(trace, args, kwargs)
@@ -299,16 +285,14 @@ class AutoFlow(AutoContinuous):
     def _look_behind(self, trace: Trace, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         """Finds sites hidden by ``poutine.block``: discrete latents to sum out, and data."""
         self.discrete, self.why_not_summed, self.unobserved = frozenset(), None, False
-        values = {name: message["value"].detach() for name, message in latent_messages(trace).items()}
+        values = {name: message["value"].detach() for name, message in sites.latent_messages(trace).items()}
         hidden = hidden_sites(self.plain_model, values, args, kwargs)
         self._hidden = frozenset(hidden)
-        self.hidden_data = frozenset(name for name, site in hidden.items() if site.kind in (DATA, FACTOR))
-        drawn = {name: site for name, site in hidden.items() if site.kind == DRAWN}
+        self.hidden_data = frozenset(name for name, site in hidden.items() if site.kind in (sites.DATA, sites.FACTOR))
+        drawn = {name: site for name, site in hidden.items() if site.kind == sites.DRAWN}
         if all(map(can_be_summed, drawn.values())):
             self.discrete = frozenset(drawn)
-        nesting = [
-            nesting_of(site.message) for name, site in hidden.items() if name in self.discrete | self.hidden_data
-        ]
+        nesting = [sites.nesting_of(hidden[name].message) for name in self.discrete | self.hidden_data]
         self.latents.max_plate_nesting = max([self.latents.max_plate_nesting, *nesting])
         point = self.latents.pack(values)
         try:
@@ -370,7 +354,7 @@ class AutoFlow(AutoContinuous):
         return self.discrete | self.hidden_data if self.unobserved and not self.of_prior else self.discrete
 
     @property
-    def model(self) -> Model:
+    def model(self) -> sites.Model:
         """The model, with the initial values of its latents."""
         if self._model is None:
             raise AttributeError(NO_MODEL)
@@ -494,9 +478,7 @@ class AutoFlow(AutoContinuous):
         levels = torch.as_tensor(list(quantiles), dtype=z.dtype, device=z.device).double().unsqueeze(-1)
         if not ((levels >= 0) & (levels <= 1)).all():
             raise ValueError(f"AutoFlow: expected quantiles between 0 and 1, got {levels.squeeze(-1).tolist()}")
-        rising = torch.ones(z.shape[1], dtype=torch.bool, device=z.device)
-        for site in self.latents:
-            rising[site.start : site.start + site.size] = site.increasing
+        rising = torch.cat([torch.full((site.size,), site.increasing, device=z.device) for site in self.latents])
         place = torch.where(rising, levels, 1 - levels) * (len(z) - 1)
         below = place.long()
         above = (below + 1).clamp(max=len(z) - 1)
@@ -540,19 +522,15 @@ class AutoFlow(AutoContinuous):
         self._rename()
 
     def _rename(self) -> None:
-        """Gives a copy its own name in Pyro's store, unless its owner names it."""
+        """Gives a new guide or a copy its own name in Pyro's store, unless its owner names it."""
         if "." not in self._pyro_name:
-            self._pyro_name = _new_name(self)
+            count = next(_BUILT)
+            self._pyro_name = type(self).__name__ + (f"_{count}" if count else "")
 
 
 def _same_objects(first: object, second: object) -> bool:
     (one, one_spec), (other, other_spec) = tree_flatten(first), tree_flatten(second)
     return one_spec == other_spec and all(a is b for a, b in zip(one, other, strict=True))
-
-
-def _new_name(guide: AutoFlow) -> str:
-    count = next(_BUILT)
-    return type(guide).__name__ + (f"_{count}" if count else "")
 
 
 @contextmanager

@@ -69,13 +69,13 @@ def choose_particles(guide: AutoFlow, density: JointDensity, initial: Tensor, se
         return next((size for size in sizes if size <= affordable), 2)
     if not density.vectorized:
         return SLOW_PARTICLES
-    times = []
-    for count in (PARTICLES, 32, PARTICLES, 32):
+    times = {PARTICLES: math.inf, 32: math.inf}
+    for count in (*times, *times):
         start = time.monotonic()
         for part in z[:count].split(rows_at_once(density, count)):
             density(part)
-        times.append(time.monotonic() - start)
-    many, few = min(times[0], times[2]), min(times[1], times[3])
+        times[count] = min(times[count], time.monotonic() - start)
+    many, few = times.values()
     # If time grows with the draws and steps are slow, fewer draws give more steps.
     return 32 if many > LONG and many > 2 * few else PARTICLES
 
@@ -102,10 +102,8 @@ def several_modes(
     count = 256 if density.vectorized else 64
     z, log_p, log_q = weigh(affine, density, count, math.inf if budget.seconds is None else end)
     found = importance(log_p - log_q)
-    if not math.isfinite(found.log_evidence) or len(z) < 2:
-        return None
     seconds = end - time.monotonic()
-    if seconds <= 0:
+    if not math.isfinite(found.log_evidence) or len(z) < 2 or seconds <= 0:
         return None
     probe = probe_modes(
         density,

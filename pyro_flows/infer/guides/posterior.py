@@ -23,8 +23,8 @@ PATIENCE = 20  # calls without a finite gradient before a warning
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
     """Holds the module's parameters constant."""
-    places: list[tuple[dict[str, Any], str]] = [(m._parameters, n) for m in module.modules() for n in m._parameters]
-    held = [(place, name, place[name]) for place, name in places if place[name] is not None]
+    modules: list[Any] = list(module.modules())
+    held = [(m._parameters, name, p) for m in modules for name, p in m._parameters.items() if p is not None]
     for parameters, name, parameter in held:
         parameters[name] = parameter.detach()
     try:

@@ -43,9 +43,9 @@ def _bound(log_w: Tensor, keep: Tensor, alpha: float) -> tuple[Tensor, Tensor, T
 
 
 class _PathObjective(Objective):
-    """The base of these bounds, with ``_alpha``."""
+    """The base of these bounds, with ``alpha``."""
 
-    _alpha: float
+    alpha: float
 
     def __init__(
         self,
@@ -82,7 +82,7 @@ class _PathObjective(Objective):
         self._count(self.num_particles - kept, self.num_particles, "particles have no finite weight")
         if not kept:
             return -log_w.mean(), None
-        bound, v, factor = _bound(log_w, keep, self._alpha)
+        bound, v, factor = _bound(log_w, keep, self.alpha)
         if not torch.is_grad_enabled():
             return -bound, None
         if self.vectorize_particles:
@@ -91,7 +91,7 @@ class _PathObjective(Objective):
                 runs[0].replace(keep)
         surrogate = torch.zeros_like(bound)
         for run, share, weight in zip(runs, v, factor, strict=True):
-            if self._alpha != 1:
+            if self.alpha != 1:
                 run.way_back.factor = weight
             if share.any():
                 surrogate = surrogate + (share * (run.log_p - run.through_draws)).sum()
@@ -143,7 +143,7 @@ class PathELBO(_PathObjective):
         Inference. arXiv:1703.09194.
     """
 
-    _alpha = 1.0
+    alpha = 1.0
 
     def __init__(self, num_particles: int = 1, *args: Any, **kwargs: Any) -> None:
         super().__init__(num_particles, *args, **kwargs)
@@ -172,7 +172,7 @@ class DReGELBO(_PathObjective):
         arXiv:1810.04152.
     """
 
-    _alpha = 0.0
+    alpha = 0.0
 
 
 class AlphaDivergence(_PathObjective):
@@ -198,7 +198,7 @@ class AlphaDivergence(_PathObjective):
     Options, attributes, errors and cost are those of :class:`PathELBO`; ``num_particles`` is ``K``.
 
     Args:
-        alpha: the order, any real number.
+        alpha: the order, any real number, which the attribute ``alpha`` keeps.
 
     Raises:
         ValueError: if ``alpha`` is not finite.
@@ -214,9 +214,4 @@ class AlphaDivergence(_PathObjective):
         if not math.isfinite(alpha):
             raise ValueError(f"AlphaDivergence: expected a finite alpha, got {alpha}")
         super().__init__(*args, **kwargs)
-        self._alpha = float(alpha)
-
-    @property
-    def alpha(self) -> float:
-        """The order."""
-        return self._alpha
+        self.alpha = float(alpha)

@@ -90,12 +90,6 @@ class ForwardKL(Objective):
     def _get_trace(self, model: Model, guide: Model, args: tuple, kwargs: dict[str, Any]) -> tuple[Trace, Trace]:
         raise NotImplementedError("ForwardKL scores given draws and has no traces of the model")
 
-    def _rows(self) -> Tensor:
-        if len(self._order) < self.batch_size:
-            self._order = torch.randperm(self.num_samples, generator=self._generator)
-        rows, self._order = self._order[: self.batch_size], self._order[self.batch_size :]
-        return rows
-
     def _fitted(self, guide: Model, args: tuple, kwargs: dict[str, Any]) -> tuple[dict[str, Tensor], int]:
         """Returns the cached values of the guide's sites, and its plate depth."""
         if guide not in self._values:
@@ -135,7 +129,9 @@ class ForwardKL(Objective):
             return -sum(self._log_q(guide, args, kwargs, rows).sum().item() for rows in pieces) / self.num_samples
 
     def _losses(self, model: Model, guide: Model, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-        rows = self._rows()
+        if len(self._order) < self.batch_size:
+            self._order = torch.randperm(self.num_samples, generator=self._generator)
+        rows, self._order = self._order[: self.batch_size], self._order[self.batch_size :]
         log_q = self._log_q(guide, args, kwargs, rows)
         fine = log_q.detach().isfinite().cpu()
         dropped = len(rows) - int(fine.sum())
