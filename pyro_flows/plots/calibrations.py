@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows.core.checks import integer
-from pyro_flows.infer.diagnostics.uniformity import adjusted_level, band
+from pyro_flows.infer.diagnostics.uniformity import band
 from pyro_flows.plots.canvas import DATA, FRAME, NAMED, Axes, canvas, labels, line_style
 from pyro_flows.plots.inputs import distribution_of, draw, numbers, rows_of, single
 
@@ -104,8 +104,7 @@ def calibration(
     text = labels(names, range(dims), "calibration")
     nominal = np.linspace(0, 1, STEPS + 1)
     # A calibrated model's curve is a cumulative count of equal cells, as that of uniform ranks.
-    pointwise = adjusted_level(rows, STEPS - 1, (1 - level) / dims)
-    low, high = (np.array([0.0, *limit, 1.0]) for limit in band(rows, STEPS - 1, pointwise)[1:])
+    low, high = (np.array([0.0, *limit, 1.0]) for limit in band(rows, STEPS - 1, (1 - level) / dims)[1:])
     ax = canvas(ax, (4.4, 4.4))
     ax.fill_between(nominal, low, high, color=DATA, alpha=0.13, linewidth=0)
     ax.plot((0, 1), (0, 1), color=FRAME, linewidth=0.9, linestyle="--")

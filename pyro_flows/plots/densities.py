@@ -88,19 +88,13 @@ def _picture(
     look: dict[str, Any] = {"cmap": LinearSegmentedColormap.from_list("flow", SHADES), "shading": "nearest"}
     look |= {"rasterized": True} | style
     if "norm" not in style:
-        top = look.pop("vmax", None)
-        look["norm"] = PowerNorm(0.5, look.pop("vmin", 0.0), _full(height) if top is None else top)
+        # A hundredth of the mass is denser than the top: a spike must not leave the picture pale.
+        ranked = np.sort(height, axis=None)[::-1]
+        mass = ranked.cumsum()
+        top = float(ranked[np.searchsorted(mass, 0.01 * mass[-1])]) if 0 < mass[-1] < np.inf else 1.0
+        look["norm"] = PowerNorm(0.5, look.pop("vmin", 0.0), look.pop("vmax", None) or top)
     ax.pcolormesh(*grids, height.T, **look)
     if rows is not None:
         first, second = thinned(rows, 1000).T
         ax.scatter(first, second, s=4, color=DATA, alpha=0.5, linewidths=0)
     ax.set(xlim=(grids[0][0], grids[0][-1]), ylim=(grids[1][0], grids[1][-1]))
-
-
-def _full(height: np.ndarray) -> float:
-    """The density that a hundredth of the mass exceeds: a spike must not leave the picture pale."""
-    ranked = np.sort(height, axis=None)[::-1]
-    mass = ranked.cumsum()
-    if not 0 < mass[-1] < np.inf:
-        return 1.0
-    return float(ranked[np.searchsorted(mass, 0.01 * mass[-1])])

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +16,7 @@ from tqdm.auto import tqdm
 from pyro_flows.core.checks import integer
 from pyro_flows.infer.diagnostics.moments import scalar_names
 from pyro_flows.infer.diagnostics.prior import argument_names, simulate
-from pyro_flows.infer.diagnostics.uniformity import adjusted_level, band, chi_square, ecdf_pvalues
+from pyro_flows.infer.diagnostics.uniformity import band, chi_square, ecdf_pvalues
 
 __all__ = ["Calibration", "simulation_based_calibration"]
 
@@ -86,8 +85,7 @@ class Calibration:
             Graphical Test for Discrete Uniformity and its Applications in Goodness of Fit Evaluation and Multiple
             Sample Comparison (Säilynoja et al., 2021), arXiv:2103.10522.
         """
-        level = adjusted_level(self.simulations, self.num_samples, self.level / len(self.names))
-        return band(self.simulations, self.num_samples, level)
+        return band(self.simulations, self.num_samples, self.level / len(self.names))
 
     def __repr__(self) -> str:
         return f"Calibration({self.simulations} simulations, {len(self.names)} scalars, ok={self.ok})"
@@ -172,9 +170,12 @@ def simulation_based_calibration(
     integer("simulation_based_calibration", "num_samples", num_samples, 2)
     ranks: dict[str, list[Tensor]] = {}
     seeds = torch.randint(2**31, (simulations,), generator=torch.Generator().manual_seed(seed), device="cpu").tolist()
+    store = pyro.get_param_store()
     bar = tqdm(seeds, desc="calibration", disable=not progress)
     for index, own in enumerate(bar):
-        with _apart(own):
+        # Apart from the caller's random numbers and learned parameters.
+        with torch.random.fork_rng(range(torch.cuda.device_count())), store.scope(copy.deepcopy(store.get_state())):
+            torch.manual_seed(own)
             made = simulate(model, args, kwargs, observed)
             names = argument_names(model)
             for site, argument in made.arguments.items():
@@ -200,15 +201,6 @@ def simulation_based_calibration(
             f"draws in {simulations} simulations"
         )
     return Calibration({site: torch.stack(parts) for site, parts in ranks.items()}, num_samples)
-
-
-@contextmanager
-def _apart(seed: int) -> Iterator[None]:
-    """Isolates and restores random numbers and learned parameters."""
-    store = pyro.get_param_store()
-    with torch.random.fork_rng(range(torch.cuda.device_count())), store.scope(copy.deepcopy(store.get_state())):
-        torch.manual_seed(seed)
-        yield
 
 
 def _ranks(found: Any, latents: Mapping[str, Tensor], num_samples: int) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Binomial
 
-__all__ = ["adjusted_level", "band", "chi_square", "ecdf_pvalues"]
+__all__ = ["band", "chi_square", "ecdf_pvalues"]
 
 REPEATS = 10000  # simulated curves behind a distribution
 POINTS = 100  # most points of a compared curve
@@ -56,18 +56,13 @@ def ecdf_pvalues(ranks: Tensor, num_samples: int) -> Tensor:
     return (at_most + 1).double() / (len(reference) + 1)
 
 
-def adjusted_level(n: int, num_samples: int, level: float) -> float:
-    """Finds the pointwise level at which curves of uniform ranks leave their band with chance ``level``."""
-    *_, reference = _reference(n, num_samples)
-    # Slightly less, because curves that touch are inside despite rounding.
-    return float(reference[int(level * len(reference))]) * (1 - 1e-6)
-
-
 def band(n: int, num_samples: int, level: float) -> tuple[Tensor, Tensor, Tensor]:
     """Returns positions from 0 to 1, and limits of the distribution function of ``n`` uniform ranks.
 
-    Each position is within its limits with probability ``1 - level`` or more.
+    The whole function is within the limits with probability ``1 - level``.
     """
-    grid, cumulative, _ = _reference(n, num_samples)
-    low, high = ((cumulative < limit).sum(0).double() / n for limit in (level / 2, 1 - level / 2))
+    grid, cumulative, reference = _reference(n, num_samples)
+    # The pointwise level, slightly less, because curves that touch are inside despite rounding.
+    pointwise = float(reference[int(level * len(reference))]) * (1 - 1e-6)
+    low, high = ((cumulative < limit).sum(0).double() / n for limit in (pointwise / 2, 1 - pointwise / 2))
     return (grid + 1).double() / (num_samples + 1), low, high

@@ -41,9 +41,6 @@ _STEM = 50  # letters of a name, so that more can be appended
 # Torch, and too deep a nesting, raise RuntimeError.
 _UNEXPECTED = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError, struct.error)
 
-Parts = Mapping[str, Any]
-
-
 _SCALARS = (type(None), bool, int, float, str)
 
 
@@ -99,7 +96,7 @@ def write_state(path: str | os.PathLike[str], state: Any, *, kind: str, version:
 
 
 def read_state(
-    path: str | os.PathLike[str], *, kind: str, version: int = 1, remedy: str, parts: Parts | None = None
+    path: str | os.PathLike[str], *, kind: str, version: int = 1, remedy: str, parts: Mapping[str, Any] | None = None
 ) -> Any:
     """Reads a file of :func:`write_state`, tensors on the CPU, without running any content.
 
@@ -156,7 +153,7 @@ def _refusal(path: str | os.PathLike[str] | None, kind: str, why: str, remedy: s
     return ValueError(f"the {kind} {str(path)!r} cannot be read: {why}; {remedy}")
 
 
-def _check_parts(state: Any, parts: Parts, where: str) -> None:
+def _check_parts(state: Any, parts: Mapping[str, Any], where: str) -> None:
     if not isinstance(state, dict):
         raise TypeError(f"{where} is a {type(state).__name__}, expected a dict")
     for name, kinds in parts.items():
