@@ -12,12 +12,12 @@ from torch import Generator, Tensor
 
 from pyro_flows.distributions import Flow
 from pyro_flows.infer.diagnostics import importance
-from pyro_flows.infer.guides.assessment import FEWEST, search_modes, weigh
+from pyro_flows.infer.guides.assessment import FEWEST, weigh
 from pyro_flows.infer.guides.auto import AutoFlow
 from pyro_flows.infer.machine.budget import Budget
 from pyro_flows.infer.machine.pace import FLAT, rows_at_once
 from pyro_flows.infer.models.joint import FAILURES, JointDensity
-from pyro_flows.infer.search.probe import ModeProbe
+from pyro_flows.infer.search.probe import ModeProbe, probe_modes
 
 __all__ = ["SLOW_SECONDS", "choose_particles", "seconds_for_verdict", "several_modes", "start_within"]
 
@@ -69,13 +69,13 @@ def choose_particles(guide: AutoFlow, density: JointDensity, initial: Tensor, se
         return next((size for size in sizes if size <= affordable), 2)
     if not density.many_at_once:
         return SLOW_PARTICLES
-    times = []
-    for count in (PARTICLES, 32, PARTICLES, 32):
+    times = {PARTICLES: math.inf, 32: math.inf}
+    for count in (*times, *times):
         start = time.monotonic()
         for part in z[:count].split(rows_at_once(density, count)):
             density(part)
-        times.append(time.monotonic() - start)
-    many, few = min(times[0], times[2]), min(times[1], times[3])
+        times[count] = min(times[count], time.monotonic() - start)
+    many, few = times.values()
     # If time grows with the draws and steps are slow, fewer draws give more steps.
     return 32 if many > LONG and many > 2 * few else PARTICLES
 
@@ -102,13 +102,17 @@ def several_modes(
     count = 256 if density.many_at_once else 64
     z, log_p, log_q = weigh(affine, density, count, math.inf if budget.seconds is None else end)
     found = importance(log_p - log_q)
-    if not math.isfinite(found.log_evidence) or len(z) < 2:
-        return None
     seconds = end - time.monotonic()
-    if seconds <= 0:
+    if not math.isfinite(found.log_evidence) or len(z) < 2 or seconds <= 0:
         return None
-    starts = 16 if density.many_at_once else 6
-    probe = search_modes(
-        affine, density, z, initial, found.log_evidence, num_starts=starts, seconds=seconds, generator=generator
+    probe = probe_modes(
+        density,
+        affine.log_prob,
+        z[z.isfinite().all(-1)],
+        initial,
+        log_evidence=found.log_evidence,
+        num_starts=16 if density.many_at_once else 6,
+        generator=generator,
+        seconds=None if seconds == math.inf else seconds,
     )
     return probe if probe.missing_share > SEVERAL else None
