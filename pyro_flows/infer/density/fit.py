@@ -20,9 +20,8 @@ from pyro_flows.infer.density.data import Rows, admit_rows, expected_by, to_tens
 from pyro_flows.infer.density.loop import CHECKPOINT, DensityTraining
 from pyro_flows.infer.density.matching import FlowMatching, Matching, as_objective, matched_parts
 from pyro_flows.infer.density.objective import Likelihood, Objective, evaluate, log_prob_of, mean_score
-from pyro_flows.infer.density.prepare import Prepared, prepare
+from pyro_flows.infer.density.prepare import Prepared, prepare, reals_of
 from pyro_flows.infer.density.settings import Settings
-from pyro_flows.infer.density.survey import reals_of
 from pyro_flows.infer.density.units import Density, in_units, is_density, is_plain_flow
 from pyro_flows.infer.machine.checkpoint import Keeper, architecture_of, layout_of
 from pyro_flows.infer.machine.interrupts import carrying, interrupts_held_back
@@ -228,7 +227,7 @@ def fit_density(
     so_far: list[Callable[[], object]] = []
     with carrying(so_far), own_randomness(device, seed):
         generator = torch.Generator().manual_seed(seed)
-        start = prepare(trained, given, settings, generator, stacklevel=2)
+        start = prepare(trained, given, settings, generator)
         size = settings.batch_size_for(len(start.train)) if isinstance(start.train, Rows) else 0
         sizes = settings.sizes(size, start.train.steps(size))
         identity = {

@@ -14,7 +14,6 @@ from pyro_flows.core.checks import choice, integer
 from pyro_flows.core.nonfinite import nonfinite_state
 from pyro_flows.core.transform import FlowTransform
 from pyro_flows.distributions import Flow
-from pyro_flows.infer.density.data import Batch
 from pyro_flows.infer.density.objective import Objective
 from pyro_flows.infer.density.units import Density, is_plain_flow
 from pyro_flows.infer.machine.randomness import own_randomness
@@ -211,5 +210,5 @@ class Matching(Objective):
         v = self.continuous.field.at_times(t, z, context if self.continuous.context_dim else None)
         return -(v - target).square().flatten(1).mean(1)
 
-    def first_nonfinite(self, batch: Batch) -> str | None:
+    def first_nonfinite(self, value: Tensor, context: Tensor | None) -> str | None:
         return nonfinite_state(self.density)

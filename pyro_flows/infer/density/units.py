@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeGuard
 
 import torch
@@ -39,8 +40,8 @@ __all__ = [
     "is_density",
     "is_plain_flow",
     "movable",
-    "over_time",
     "pull_back",
+    "shared_over_time",
     "split_chain",
     "standardized",
 ]
@@ -108,22 +109,14 @@ class StandardizedDensity(Density):
     context_loc: Tensor
     context_scale: Tensor
 
-    def __init__(
-        self,
-        module: Flow | Density,
-        loc: Tensor | None,
-        scale: Tensor | None,
-        context_loc: Tensor | None = None,
-        context_scale: Tensor | None = None,
-    ) -> None:
+    def __init__(self, module: Flow | Density, units: Units) -> None:
         super().__init__()
         self.module = module
         for name in ("event_shape", "context_dim"):
             setattr(self, name, getattr(module, name, None))
-        self.register_buffer("loc", loc)
-        self.register_buffer("scale", scale)
-        self.register_buffer("context_loc", context_loc)
-        self.register_buffer("context_scale", context_scale)
+        kin = next(p for p in module.parameters() if p.is_floating_point())
+        for name, value in units.items():
+            self.register_buffer(name, None if value is None else value.to(kin))
 
     def _contexts(self, context: Tensor | None) -> tuple[Tensor, ...]:
         return () if context is None else ((context - self.context_loc) / self.context_scale,)
@@ -174,7 +167,7 @@ def standardized(
     if movable(flow).any():
         shape = back[0].event_shape if back else front[-1].data_shape
         # Units that all times share do not depend on their number.
-        own = Size((shape[0], 1)) if over_time(front) else shape
+        own = Size((shape[0], 1)) if shared_over_time(front) else shape
         loc = kin.new_zeros(own) if loc is None else loc
         scale = kin.new_ones(own) if scale is None else scale
         units = Standardization(loc.to(kin), scale.to(kin), event_shape=shape)
@@ -206,11 +199,7 @@ def in_units(density: Flow | Density, units: Units, standardize: bool | None) ->
         )
     if is_plain_flow(density):
         return standardized(density, **units)
-    if not standardize:
-        return density
-    kin = next(p for p in density.parameters() if p.is_floating_point())
-    numbers = {name: None if value is None else value.to(kin) for name, value in units.items()}
-    return StandardizedDensity(density, **numbers)
+    return StandardizedDensity(density, units) if standardize else density
 
 
 def split_chain(chain: FlowTransform) -> tuple[list[FlowTransform], list[FlowTransform]]:
@@ -273,27 +262,23 @@ def angles_behind(parts: list[FlowTransform]) -> Tensor | None:
     return chain.turned(chain.periodic).cpu()
 
 
-def over_time(front: list[FlowTransform]) -> bool:
+def shared_over_time(front: list[FlowTransform]) -> bool:
     """Tells whether series have units by channel: no part before the standardization knows the time."""
     return bool(front) and all(part.shared_over_time for part in front)
 
 
-def pull_back(back: list[FlowTransform], value: Tensor) -> tuple[Tensor, Tensor]:
+def pull_back(back: Sequence[Transform], value: Tensor) -> tuple[Tensor, Tensor]:
     """Inverts the parts behind the standardization; marks numbers at or beyond a bound on the way.
 
     The marks have the shape of the data, or of the rows alone where parts change the event's shape.
     """
-    return _pulled_through([part.transform if isinstance(part, Wrap) else part for part in back], value)
-
-
-def _pulled_through(parts: list[Transform], y: Tensor) -> tuple[Tensor, Tensor]:
-    edge = torch.zeros_like(y, dtype=torch.bool)
-    for part in reversed(parts):
-        y, found = _pulled(part, y)
+    edge = torch.zeros_like(value, dtype=torch.bool)
+    for part in reversed(back):
+        value, found = _pulled(part.transform if isinstance(part, Wrap) else part, value)
         if found.shape != edge.shape:
-            found, edge = (bad.reshape(len(y), -1).any(1) for bad in (found, edge))
+            found, edge = (bad.reshape(len(value), -1).any(1) for bad in (found, edge))
         edge = edge | found
-    return y, edge
+    return value, edge
 
 
 def _pulled(transform: Transform, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -304,7 +289,7 @@ def _pulled(transform: Transform, y: Tensor) -> tuple[Tensor, Tensor]:
     if isinstance(transform, IndependentTransform):
         return _pulled(transform.base_transform, y)
     if isinstance(transform, ComposeTransform):
-        x, edge = _pulled_through(transform.parts, y)
+        x, edge = pull_back(transform.parts, y)
         # Ends are rounded on the way, so the whole is examined, too.
         whole = image(transform, transform.domain)
         free = is_free(transform.domain, x.shape[1:]).all() and edge.shape == y.shape
