@@ -18,10 +18,8 @@ from torch.distributions import Normal
 
 from pyro_flows.core.wrap import Wrap
 from pyro_flows.distributions import Dequantized, Flow
-from pyro_flows.infer.compression.conditionals import Conditionals, Read, snapshot
-from pyro_flows.infer.compression.cumulative import Edges
-from pyro_flows.infer.density.units import is_plain_flow
-from pyro_flows.infer.uses.surprise import Leaf, is_elementwise, leaves_of, single_base
+from pyro_flows.infer.compression.conditionals import Conditionals, Edges, Read, snapshot
+from pyro_flows.infer.uses.surprise import Leaf, is_elementwise, leaves_of, pixel_flow, single_base
 from pyro_flows.transforms import ActNorm, LogitPixels, Mint
 from pyro_flows.transforms.mint.orders import as_image, ranks
 
@@ -99,15 +97,7 @@ class FlowConditionals(Conditionals):
     """The conditionals of ``Mint`` layers of one orientation on ``LogitPixels``, over independent normals."""
 
     def __init__(self, model: Flow | Dequantized) -> None:
-        if isinstance(model, Dequantized) and model.dequantizer is not None:
-            raise ValueError(
-                "Codec: expected a Dequantized with uniform noise, got one with a dequantizer, which the discrete "
-                "model does not use; give Dequantized(flow, levels), without it"
-            )
-        flow = model.flow if isinstance(model, Dequantized) else model
-        if not isinstance(flow, Flow) or not is_plain_flow(flow):
-            raise TypeError(f"Codec: expected a Flow, or a Dequantized of one, got {type(flow).__name__}")
-        self.flow = snapshot(flow)
+        self.flow = snapshot(pixel_flow(model, "Codec"))
         self.event_shape, self.context_dim = self.flow.event_shape, self.flow.context_dim
         pixels, layers = self._check()
         dims = self.event_shape.numel()
@@ -179,19 +169,15 @@ class FlowConditionals(Conditionals):
                 value = leaf.to_base(whole.unflatten(1, self.event_shape)).flatten(1)[:, dims]
         return (value - self.loc[dims]) / self.scale[dims]
 
-    def edges(self, x: Tensor, context: Tensor | None) -> Edges:
-        seen, every = self._seen(x, context), torch.arange(len(self.levels))
-        return lambda middle: torch.special.ndtr(self._base(middle, seen, context, every))
+    def edges(self, x: Tensor, context: Tensor | None, dims: Tensor | None = None) -> Edges:
+        seen = self._seen(x, context)
+        places = torch.arange(len(self.levels)) if dims is None else dims
+        return lambda middle: torch.special.ndtr(self._base(middle, seen, context, places))
 
     def find(self, rows: int, context: Tensor | None, read: Read) -> Tensor:
         x = torch.zeros(rows, len(self.levels), dtype=torch.long)
-
-        def below(dims: Tensor) -> Edges:
-            seen = self._seen(x, context)
-            return lambda middle: torch.special.ndtr(self._base(middle, seen, context, dims))
-
         for dims in self.steps:
-            x[:, dims] = read(dims, below(dims))
+            x[:, dims] = read(dims, self.edges(x, context, dims))
         return x
 
     def log_prob(self, x: Tensor, context: Tensor | None) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Size, Tensor
 from torch.distributions import Distribution, constraints
 
-from pyro_flows.core.checks import admit, integer, joint_shape, refuse_other_kind
+from pyro_flows.core.checks import admit, check_context, integer, joint_shape, refuse_other_kind
 from pyro_flows.core.steps import Stepper, at_any_time
 from pyro_flows.distributions import Flow
 from pyro_flows.infer.density.units import is_plain_flow
@@ -62,17 +62,10 @@ class Stream:
     def __init__(self, flow: Flow, batch_shape: Iterable[int] = (), context: Tensor | None = None) -> None:
         _check(flow, "Stream")
         self.batch_shape = _batch(batch_shape)
-        if (context is None) != (flow.context_dim == 0):
-            told = "leave it out" if context is not None else "give context="
-            raise ValueError(f"Stream: this flow was built with context_dim={flow.context_dim}: {told}")
+        check_context(flow, context)
         self.flow = flow = copy.deepcopy(flow).eval().requires_grad_(False)
         if context is not None:
             context = refuse_other_kind("Stream", "context", context, flow)
-            if context.dim() == 0 or context.shape[-1] != flow.context_dim:
-                raise ValueError(
-                    f"Stream: expected a context with last dimension {flow.context_dim} (context_dim), got shape "
-                    f"{tuple(context.shape)}"
-                )
             self._widen("a context", context)
         context = flow.inner_context(context)
         leaves = leaves_of(flow, context)

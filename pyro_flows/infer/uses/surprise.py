@@ -18,7 +18,7 @@ from pyro_flows.infer.density.units import is_plain_flow
 from pyro_flows.infer.uses.anomaly import evaluating
 from pyro_flows.transforms import ActNorm, Autoregressive, LogitPixels, Rescaling, Standardization
 
-__all__ = ["Leaf", "is_elementwise", "leaves_of", "pixel_scores", "single_base", "surprise"]
+__all__ = ["Leaf", "is_elementwise", "leaves_of", "pixel_flow", "pixel_scores", "single_base", "surprise"]
 
 
 @torch.no_grad()
@@ -52,20 +52,25 @@ def pixel_scores(
     References:
         MintNet (Song et al., 2019), arXiv:1907.07945.
     """
-    if isinstance(model, Dequantized):
-        if model.dequantizer is not None:
-            raise ValueError(
-                "pixel_scores: noise from a dequantizer has no density pixel by pixel; give Dequantized(flow, levels), "
-                "without it"
-            )
-        flow, values = model.flow, model.intensities(value, num_noise_samples, fresh=False).unbind(0)
-    else:
-        flow, values = model, (value,)
-    if not isinstance(flow, Flow) or not is_plain_flow(flow):
-        raise TypeError(f"pixel_scores: expected a Flow, or a Dequantized of one, got {type(flow).__name__}")
+    flow = pixel_flow(model, "pixel_scores")
+    values = model.intensities(value, num_noise_samples, fresh=False) if isinstance(model, Dequantized) else [value]
     context = flow.inner_context(context)
     with evaluating(flow):
         return torch.stack([surprise(flow, each, context) for each in values]).mean(0)
+
+
+def pixel_flow(model: object, who: str) -> Flow:
+    """The flow that has a density pixel by pixel, of a model itself or of a ``Dequantized``."""
+    if isinstance(model, Dequantized):
+        if model.dequantizer is not None:
+            raise ValueError(
+                f"{who}: expected a Dequantized with uniform noise, got one with a dequantizer, whose noise has no "
+                "density pixel by pixel; give Dequantized(flow, levels), without it"
+            )
+        model = model.flow
+    if not is_plain_flow(model):
+        raise TypeError(f"{who}: expected a Flow, or a Dequantized of one, got {type(model).__name__}")
+    return model
 
 
 def surprise(
