@@ -61,7 +61,7 @@ def test_many_rows_go_in_pieces(monkeypatch):
     detector = AnomalyDetector(pixels(context_dim=2), *given(50))
     rows, context = given(50)
     whole = detector.bits(rows, context)
-    monkeypatch.setattr("pyro_flows.infer.density.objective._CHUNK", 20)
+    monkeypatch.setattr("pyro_flows.infer.density.data._CHUNK", 20)
     torch.testing.assert_close(detector.bits(rows, context), whole, rtol=1e-5, atol=1e-6)
     assert not torch.allclose(detector.bits(rows, context.flip(0)), whole)
 

@@ -16,19 +16,9 @@ from pyro_flows.core.checks import first_floating
 from pyro_flows.distributions import Flow
 from pyro_flows.infer.density.columns import Precision
 
-__all__ = [
-    "Batch",
-    "Expected",
-    "Loader",
-    "Rows",
-    "Source",
-    "admit_rows",
-    "expected_by",
-    "missing",
-    "name_rows",
-    "to_tensor",
-]
+__all__ = ["Expected", "Loader", "Rows", "Source", "admit_rows", "expected_by", "name_rows", "to_tensor"]
 
+_CHUNK = 2**18  # numbers in a chunk of rows
 _UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)  # with few operations in torch
 
 
@@ -192,8 +182,9 @@ class Rows:
             rows = self.take(piece)
             yield rows.value, rows.context, rows.index
 
-    def chunks(self, size: int) -> Iterator[Batch]:
-        """Yields all rows once, in order."""
+    def chunks(self, least: int) -> Iterator[Batch]:
+        """Yields all rows once, in order, at least so many at a time."""
+        size = max(least, _CHUNK // max(self.value[:1].numel(), 1), 1)
         contexts = (None for _ in self.value.split(size)) if self.context is None else self.context.split(size)
         yield from zip(self.value.split(size), contexts, self.index.split(size), strict=True)
 

@@ -6,7 +6,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -192,6 +192,7 @@ def fit_density(
         Masked Autoregressive Flow for Density Estimation (Papamakarios et al., 2017), section 4, arXiv:1705.07057.
         Decoupled Weight Decay Regularization (Loshchilov & Hutter, 2019), arXiv:1711.05101.
     """
+    chosen = dict(locals())
     trained, matching = _as_density(flow), as_objective(objective)
     if matching is not None:
         matched_parts(trained, matching)
@@ -204,23 +205,8 @@ def fit_density(
     known = CHECKPOINT.read(checkpoint) if resume else None
     if seed is None:
         seed = int(torch.randint(2**31, ())) if known is None else known["settings"]["seed"]
-    settings = Settings(
-        validation_fraction=validation_fraction,
-        standardize=standardize,
-        batch_size=batch_size,
-        max_epochs=max_epochs,
-        steps=steps,
-        seconds=seconds,
-        lr=lr,
-        schedule=schedule,
-        patience=patience,
-        weight_decay=weight_decay,
-        clip_norm=clip_norm,
-        average=average,
-        checkpoint_every=checkpoint_every,
-        seed=seed,
-        objective="likelihood" if matching is None else str(matching),
-    )
+    chosen.update(seed=seed, objective="likelihood" if matching is None else str(matching))
+    settings = Settings(**{each.name: chosen[each.name] for each in fields(Settings)})
     optimizer = _as_optimizer(optimizer, parameters, settings)
     given = (data, context, validation, validation_context)
     device = expected_by(trained).device
@@ -248,11 +234,20 @@ def fit_density(
         training = DensityTraining(
             trained, density, aim, start.train, start.validation, optimizer, settings, sizes, generator, progress
         )
+        generators = {"shuffle": generator, **start.generators}
         if known is not None:
-            _resume(training, known, checkpoint, device, shuffle=generator, **start.generators)
+            with interrupts_held_back():
+                before = training.best_state
+                try:
+                    with CHECKPOINT.refusing(checkpoint):
+                        training.load_state_dict(known["training"])
+                        set_random(known["random"], device, **generators)
+                except ValueError:
+                    trained.load_state_dict(before)  # the flow stays as it was
+                    raise
 
         def content() -> dict[str, Any]:
-            random = random_state(device, shuffle=generator, **start.generators)
+            random = random_state(device, **generators)
             return {**identity, "units": units, "training": training.state_dict(), "random": random}
 
         def result() -> DensityFit:
@@ -272,25 +267,6 @@ def fit_density(
         if matching is not None:
             fit.validation = _likelihood(density, start)
     return fit
-
-
-def _resume(
-    training: DensityTraining,
-    known: dict[str, Any],
-    path: str | os.PathLike[str] | None,
-    device: torch.device,
-    **generators: torch.Generator | None,
-) -> None:
-    """Continues from a checkpoint; if it does not fit, the flow stays as it was."""
-    with interrupts_held_back():
-        before = training.best_state
-        try:
-            with CHECKPOINT.refusing(path):
-                training.load_state_dict(known["training"])
-                set_random(known["random"], device, **generators)
-        except ValueError:
-            training.flow.load_state_dict(before)
-            raise
 
 
 def _likelihood(density: Flow | Density, start: Prepared) -> float:

@@ -14,19 +14,10 @@ from torch import Tensor, nn
 
 from pyro_flows.core.nonfinite import locate_nonfinite, nonfinite_output, nonfinite_state
 from pyro_flows.distributions import Flow
-from pyro_flows.infer.density.data import Rows, Source
+from pyro_flows.infer.density.data import Source
 from pyro_flows.infer.density.units import Density, is_plain_flow
 
-__all__ = [
-    "Likelihood",
-    "Objective",
-    "evaluate",
-    "log_prob_of",
-    "mean_score",
-    "scores_of",
-]
-
-_CHUNK = 2**18  # numbers scored at once without a gradient
+__all__ = ["Likelihood", "Objective", "evaluate", "log_prob_of", "mean_score", "scores_of"]
 
 
 class Objective(ABC):
@@ -105,10 +96,7 @@ def scores_of(who: str, density: Any, value: Tensor, context: Tensor | None) -> 
 @torch.no_grad()
 def evaluate(score: Callable[[Tensor, Tensor | None], Tensor], source: Source, batch_size: int = 1) -> Iterator[Tensor]:
     """Yields the scores of all rows, in pieces, without a graph."""
-    size = 1
-    if isinstance(source, Rows) and len(source):
-        size = max(batch_size, _CHUNK // max(source.value[0].numel(), 1), 1)
-    for value, context, _ in source.chunks(size):
+    for value, context, _ in source.chunks(batch_size):
         yield score(value, context)
 
 

@@ -62,18 +62,14 @@ class Prepared:
         sources = {"data_loader": self.train, "validation_loader": self.validation}
         return {name: source.loader.generator for name, source in sources.items() if isinstance(source, Loader)}
 
-    def known_units(self, known: Units, path: str | os.PathLike[str] | None) -> Units:
+    def known_units(self, known: dict[str, Any], path: str | os.PathLike[str] | None) -> Units:
         """Returns the units of a checkpoint, and refuses those of other data.
 
         Units may differ a little: shuffled rows round differently, and a loader may add noise.
         """
         for name, then in known.items():
-            now, spread = self.units[name], known[name.replace("loc", "scale")]
-            if then is None or now is None or spread is None:
-                differ = then is not now
-            else:
-                differ = bool(((now - then).abs() > 0.2 * spread).any())
-            if differ:
+            now: Any = self.units[name]  # of the same shape, or both None
+            if then is not None and ((now - then).abs() > 0.2 * known[name.replace("loc", "scale")]).any():
                 raise ValueError(
                     f"fit_density: the checkpoint {str(path)!r} belongs to a fit of other data: their {name} differ; "
                     "give the same data to go on, or delete the file or give another path to start anew"
@@ -205,8 +201,7 @@ def _identity(source: Source | None, what: str) -> dict[str, str]:
 
 
 def _same_columns(train: Rows, held_out: Rows) -> None:
-    pairs = {"columns": (train.value, held_out.value), "contexts": (train.context, held_out.context)}
-    for name, pair in pairs.items():
+    for name, *pair in ("columns", train.value, held_out.value), ("contexts", train.context, held_out.context):
         shapes = [None if value is None else tuple(value.shape[1:]) for value in pair]
         if shapes[0] != shapes[1]:
             raise ValueError(

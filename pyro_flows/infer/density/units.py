@@ -30,16 +30,13 @@ from pyro_flows.transforms import Standardization
 
 __all__ = [
     "Density",
-    "StandardizedDensity",
     "StandardizedFlow",
     "Units",
-    "angles_behind",
     "ends_of",
     "head_of",
     "in_units",
     "is_density",
     "is_plain_flow",
-    "movable",
     "pull_back",
     "shared_over_time",
     "split_chain",
