@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
@@ -37,11 +37,15 @@ class Conditionals(ABC):
 
     Attributes:
         event_shape, context_dim: those of the model.
+        model: the model's copy by :func:`snapshot`.
+        others: numbers besides its tensors that identify it.
         levels: the number of levels of each dimension, shape ``(D,)``.
         steps: the dimensions in coding order, those of one step independent of each other.
         numbers: about how many numbers a pass holds per row.
     """
 
+    model: nn.Module
+    others: dict[str, Tensor]
     event_shape: Size
     context_dim: int
     levels: Tensor
@@ -60,14 +64,11 @@ class Conditionals(ABC):
     def log_prob(self, x: Tensor, context: Tensor | None) -> Tensor:
         """Log-mass in nats, shape ``(rows,)``."""
 
-    @abstractmethod
-    def parts(self) -> Iterator[tuple[str, Tensor]]:
-        """Named tensors that identify the model."""
-
     def digest(self) -> bytes:
         """An eight-byte digest of the model."""
         made = hashlib.sha256(type(self).__name__.encode())
-        parts = {"levels": self.levels, "steps": torch.cat(self.steps), **dict(self.parts())}
+        parts = {"levels": self.levels, "steps": torch.cat(self.steps), **self.others}
+        parts |= {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
         for name in sorted(parts):
             part = parts[name].detach().contiguous()
             array = part.double().numpy() if part.is_floating_point() else part.long().numpy()
@@ -105,6 +106,8 @@ class _Reading(Head):
 class NetworkConditionals(Conditionals):
     """The conditionals of a ``ConvMADE`` or a ``MADE``'s member; a sweep of draws becomes one of reading."""
 
+    model: MADE | ConvMADE
+
     def __init__(self, model: MADE | ConvMADE, number: int = 0) -> None:
         self.levels = torch.tensor(level_counts(model.head))
         self.model = snapshot(model)
@@ -113,6 +116,8 @@ class NetworkConditionals(Conditionals):
         if isinstance(self.model, MADE):
             self.number = self.model._number("number", integer("Codec", "number", number, 0) + 1) - 1
             self.member = self.model.member(self.number)
+        units = [] if self.member is None else self.member.units
+        self.others = {f"units {k}": each for k, each in enumerate(units)}
         order = self.model.order if self.member is None else self.member.order
         self.steps = list(order.split(1))
         dims, bits = len(self.levels), int(self.levels.max()).bit_length()
@@ -137,13 +142,6 @@ class NetworkConditionals(Conditionals):
             drawn = model.net.draw(head, rows, context, model.member(self.number))
             model.net._idle = []
             return drawn.long()
-
-    def parts(self) -> Iterator[tuple[str, Tensor]]:
-        yield from self.model.named_parameters()
-        yield from self.model.named_buffers()
-        if self.member is not None:
-            for k, units in enumerate(self.member.units):
-                yield f"units {k}", units
 
 
 def level_counts(head: Head) -> list[int]:

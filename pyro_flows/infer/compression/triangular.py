@@ -8,7 +8,6 @@ between levels, which sees the first stream and moves through the center taps al
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -97,11 +96,12 @@ class FlowConditionals(Conditionals):
     """The conditionals of ``Mint`` layers of one orientation on ``LogitPixels``, over independent normals."""
 
     def __init__(self, model: Flow | Dequantized) -> None:
-        self.flow = snapshot(pixel_flow(model, "Codec"))
+        self.model = self.flow = snapshot(pixel_flow(model, "Codec"))
         self.event_shape, self.context_dim = self.flow.event_shape, self.flow.context_dim
         pixels, layers = self._check()
         dims = self.event_shape.numel()
         self.levels = torch.full((dims,), pixels.levels)
+        self.others = {"margin": torch.tensor(pixels.margin, dtype=torch.float64)}
         base = single_base(self.flow.base(), self.flow, "Codec")
         if not isinstance(base, Normal):
             raise ValueError(f"Codec: expected a base of independent normals, got {type(base).__name__}")
@@ -188,9 +188,3 @@ class FlowConditionals(Conditionals):
         low, high = torch.where(low > 0, -high, low), torch.where(low > 0, -low, high)
         mass = torch.special.ndtr(high) - torch.special.ndtr(low)
         return mass.clamp(min=torch.finfo(mass.dtype).tiny).log().sum(-1)
-
-    def parts(self) -> Iterator[tuple[str, Tensor]]:
-        yield from self.flow.named_parameters()
-        yield from self.flow.named_buffers()
-        (margin,) = (part.margin for part in self.flow.modules() if isinstance(part, LogitPixels))
-        yield "margin", torch.tensor(margin, dtype=torch.float64)

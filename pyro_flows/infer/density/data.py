@@ -43,11 +43,7 @@ def to_tensor(given: Any, name: str, what: str, kinds: str = "to be real numbers
         TypeError: for anything but real numbers; names the columns of a data frame.
     """
     expected = f"{name}: expected {what} {kinds}"
-    refused = missing(given)
-    if refused is not None:
-        raise ValueError(
-            f"{name}: {what} is masked in {refused}; a mask means missing: leave these rows out or fill in"
-        )
+    _refuse_masked(given, name, what)
     if isinstance(given, Tensor):
         return _plain(given, name, what)
     array = _array(given, expected) if hasattr(given, "__array__") or isinstance(given, (list, tuple)) else None
@@ -63,8 +59,7 @@ def to_tensor(given: Any, name: str, what: str, kinds: str = "to be real numbers
     return _plain(torch.from_numpy(np.array(array, dtype=dtype, order="C")), name, what)
 
 
-def missing(given: Any) -> str | None:
-    """Describes the masked rows of masked arrays; ``None`` if nothing is masked."""
+def _refuse_masked(given: Any, name: str, what: str) -> None:
     if isinstance(given, (list, tuple)) and any(isinstance(part, np.ma.MaskedArray) for part in given):
         given = np.ma.asarray(given)
     mask = None
@@ -72,10 +67,12 @@ def missing(given: Any) -> str | None:
         mask = torch.from_numpy(np.ma.getmaskarray(given).copy())
     elif isinstance(given, Tensor) and hasattr(given, "get_mask"):  # torch's masked tensors; true is present
         mask = ~given.get_mask()
-    if mask is None or not mask.any():
-        return None
-    rows = mask.reshape(len(mask), -1).any(-1) if mask.dim() else mask.reshape(1)
-    return f"{int(rows.sum())} of {len(rows)} rows ({name_rows(rows.nonzero()[:, 0])})"
+    if mask is not None and mask.any():
+        rows = mask.reshape(len(mask), -1).any(-1) if mask.dim() else mask.reshape(1)
+        raise ValueError(
+            f"{name}: {what} is masked in {int(rows.sum())} of {len(rows)} rows ({name_rows(rows.nonzero()[:, 0])}); a "
+            "mask means missing: leave these rows out or fill in"
+        )
 
 
 def name_rows(rows: Tensor) -> str:

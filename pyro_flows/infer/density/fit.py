@@ -16,7 +16,7 @@ from torch.optim import AdamW, Optimizer
 
 from pyro_flows.core.transform import FlowTransform
 from pyro_flows.distributions import Flow
-from pyro_flows.infer.density.data import Rows, admit_rows, expected_by, to_tensor
+from pyro_flows.infer.density.data import admit_rows, expected_by, to_tensor
 from pyro_flows.infer.density.loop import CHECKPOINT, DensityTraining
 from pyro_flows.infer.density.matching import FlowMatching, Matching, as_objective, matched_parts
 from pyro_flows.infer.density.objective import Likelihood, Objective, evaluate, log_prob_of, mean_score
@@ -212,14 +212,11 @@ def fit_density(
     device = expected_by(trained).device
     so_far: list[Callable[[], object]] = []
     with carrying(so_far), own_randomness(device, seed):
-        generator = torch.Generator().manual_seed(seed)
-        start = prepare(trained, given, settings, generator)
-        size = settings.batch_size_for(len(start.train)) if isinstance(start.train, Rows) else 0
-        sizes = settings.sizes(size, start.train.steps(size))
+        start = prepare(trained, given, settings)
         identity = {
             "architecture": architecture_of(trained),
             "data": start.identity,
-            "settings": settings.identity(sizes, type(optimizer).__name__),
+            "settings": settings.identity(start.sizes, type(optimizer).__name__),
         }
         units = start.units
         if known is not None:
@@ -231,23 +228,20 @@ def fit_density(
         aim: Objective = Likelihood(trained, density)
         if matching is not None and is_plain_flow(density):
             aim = Matching(matching, density, seed, held_out)
-        training = DensityTraining(
-            trained, density, aim, start.train, start.validation, optimizer, settings, sizes, generator, progress
-        )
-        generators = {"shuffle": generator, **start.generators}
+        training = DensityTraining(trained, aim, start, optimizer, progress)
         if known is not None:
             with interrupts_held_back():
                 before = training.best_state
                 try:
                     with CHECKPOINT.refusing(checkpoint):
                         training.load_state_dict(known["training"])
-                        set_random(known["random"], device, **generators)
+                        set_random(known["random"], device, **start.generators)
                 except ValueError:
                     trained.load_state_dict(before)  # the flow stays as it was
                     raise
 
         def content() -> dict[str, Any]:
-            random = random_state(device, **generators)
+            random = random_state(device, **start.generators)
             return {**identity, "units": units, "training": training.state_dict(), "random": random}
 
         def result() -> DensityFit:
@@ -271,8 +265,6 @@ def fit_density(
 
 def _likelihood(density: Flow | Density, start: Prepared) -> float:
     """Computes the final held-out log-likelihood; solver errors must not undo the fit."""
-    if start.validation is None:
-        return math.nan
     try:
         return mean_score(log_prob_of(density), start.validation)
     except RuntimeError as error:
@@ -299,11 +291,7 @@ def _as_density(flow: object) -> Flow | Density:
     )
 
 
-def _as_optimizer(
-    given: Optimizer | Callable[[Iterable[nn.Parameter]], Optimizer] | None,
-    parameters: list[nn.Parameter],
-    settings: Settings,
-) -> Optimizer:
+def _as_optimizer(given: Any, parameters: list[nn.Parameter], settings: Settings) -> Optimizer:
     if given is None:
         fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
         return AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay, fused=fused)

@@ -10,14 +10,15 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 from tqdm.auto import tqdm
 
-from pyro_flows.infer.density.data import Source, name_rows
+from pyro_flows.infer.density.data import name_rows
 from pyro_flows.infer.density.objective import Objective, mean_score
-from pyro_flows.infer.density.settings import Schedule, Settings, Sizes
+from pyro_flows.infer.density.prepare import Prepared
+from pyro_flows.infer.density.settings import Schedule
 from pyro_flows.infer.machine.budget import Budget
 from pyro_flows.infer.machine.checkpoint import CheckpointFormat
 from pyro_flows.infer.machine.interrupts import interrupts_held_back
@@ -55,25 +56,17 @@ CHECKPOINT = CheckpointFormat(
 class DensityTraining(TrainingLoop):
     """Trains a density by an objective.
 
-    The ``density`` is the ``flow`` in the units of the data.  Without ``validation`` rows, the training score decides.
+    The objective's density is the ``flow`` in the units of the data.  Without validation rows, the training score
+    decides.
     """
 
     def __init__(
-        self,
-        flow: nn.Module,
-        density: nn.Module,
-        objective: Objective,
-        train: Source,
-        validation: Source | None,
-        optimizer: Optimizer,
-        settings: Settings,
-        sizes: Sizes,
-        generator: Generator,
-        progress: bool,
+        self, flow: nn.Module, objective: Objective, start: Prepared, optimizer: Optimizer, progress: bool
     ) -> None:
+        settings, sizes = start.settings, start.sizes
         super().__init__(flow, Budget(sizes.total_steps, settings.seconds, time.monotonic()))
-        self.density, self.objective, self.optimizer = density, objective, optimizer
-        self.rows, self.validation, self.generator = train, validation, generator
+        self.density, self.objective, self.optimizer = objective.density, objective, optimizer
+        self.rows, self.validation, self.shuffle = start.train, start.validation, start.shuffle
         self.settings, self.sizes, self.progress = settings, sizes, progress
         self.schedule = Schedule(settings.schedule, sizes.patience, objective.notable)
         self.history: dict[str, list[float]] = {name: [] for name in _COLUMNS}
@@ -107,7 +100,7 @@ class DensityTraining(TrainingLoop):
         self.density.train()
         self.flow.train()
         total, rows = 0.0, 0
-        for value, context, index in self.rows.batches(self.sizes.batch_size, self.generator):
+        for value, context, index in self.rows.batches(self.sizes.batch_size, self.shuffle):
             if not len(value):
                 continue
             factor = self.schedule.factor(self.budget.fraction)
@@ -170,7 +163,8 @@ class DensityTraining(TrainingLoop):
         self.density.eval()
         self.flow.eval()
         with self._averaged():
-            held_out = math.nan if self.validation is None else self._validate(self.validation)
+            with self.objective.fixed():
+                held_out = mean_score(self._score, self.validation, self.sizes.batch_size)
             score = self._trained if self.validation is None else held_out
             rate = float(self.optimizer.param_groups[0]["lr"])
             row = (self.epoch, self.budget.done, self._trained, held_out, rate, self.budget.elapsed)
@@ -197,10 +191,6 @@ class DensityTraining(TrainingLoop):
         if self.epoch >= self.sizes.max_epochs:
             return "max_epochs"
         return "seconds" if self.budget.left() <= 0 else None
-
-    def _validate(self, rows: Source) -> float:
-        with self.objective.fixed():
-            return mean_score(self._score, rows, self.sizes.batch_size)
 
     @torch.no_grad()
     def _raise_never_finite(self) -> None:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from pyro_flows.core.chain import leaves
 from pyro_flows.core.checks import choice, integer
-from pyro_flows.core.nonfinite import nonfinite_state
 from pyro_flows.core.transform import FlowTransform
 from pyro_flows.distributions import Flow
 from pyro_flows.infer.density.objective import Objective
@@ -167,6 +166,7 @@ def assigned(x0: Tensor, x1: Tensor) -> Tensor:
 class Matching(Objective):
     """The negative matching loss: of random pairs in training, of several fixed pairs a row in validation."""
 
+    density: Flow
     noun = "negative matching loss"
     beyond = "every parameter is finite, the velocity or its square is not"
     notable = 1e-4
@@ -209,6 +209,3 @@ class Matching(Objective):
             z = x0 + t.view(-1, *(1,) * (x1.dim() - 1)) * target
         v = self.continuous.field.at_times(t, z, context if self.continuous.context_dim else None)
         return -(v - target).square().flatten(1).mean(1)
-
-    def first_nonfinite(self, value: Tensor, context: Tensor | None) -> str | None:
-        return nonfinite_state(self.density)

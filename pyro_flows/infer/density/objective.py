@@ -24,11 +24,13 @@ class Objective(ABC):
     """A score for each row, whose mean is maximized.
 
     Attributes:
+        density: the density in the units of the data.
         noun: the name of a score in messages.
         beyond: the message if only the score is not finite.
         notable: the gain that counts as an improvement.
     """
 
+    density: Flow | Density
     noun: str
     beyond: str
     notable: float
@@ -37,12 +39,9 @@ class Objective(ABC):
     def scores(self, value: Tensor, context: Tensor | None) -> Tensor:
         """Scores admitted rows, shape ``(rows,)``."""
 
-    @abstractmethod
     def first_nonfinite(self, value: Tensor, context: Tensor | None) -> str | None:
-        """Finds where NaN or infinity first appears as rows are scored; ``None`` if only in the score itself.
-
-        The answer names parts as the flow that is trained does.
-        """
+        """Finds where NaN or infinity first appears as rows are scored; ``None`` if only in the score itself."""
+        return nonfinite_state(self.density)
 
     def fixed(self) -> AbstractContextManager[None]:
         """Fixes the scores of the same rows in the same order inside."""
@@ -93,14 +92,17 @@ def scores_of(who: str, density: Any, value: Tensor, context: Tensor | None) -> 
     return scores
 
 
+Score = Callable[[Tensor, Tensor | None], Tensor]
+
+
 @torch.no_grad()
-def evaluate(score: Callable[[Tensor, Tensor | None], Tensor], source: Source, batch_size: int = 1) -> Iterator[Tensor]:
+def evaluate(score: Score, source: Source | None, batch_size: int = 1) -> Iterator[Tensor]:
     """Yields the scores of all rows, in pieces, without a graph."""
-    for value, context, _ in source.chunks(batch_size):
+    for value, context, _ in () if source is None else source.chunks(batch_size):
         yield score(value, context)
 
 
-def mean_score(score: Callable[[Tensor, Tensor | None], Tensor], source: Source, batch_size: int = 1) -> float:
+def mean_score(score: Score, source: Source | None, batch_size: int = 1) -> float:
     """Averages the scores of all rows; NaN without rows."""
     total, rows = 0.0, 0
     for scores in evaluate(score, source, batch_size):

@@ -23,7 +23,7 @@ from pyro_flows.distributions import Flow
 from pyro_flows.distributions.made import Head, MixedHead
 from pyro_flows.infer.density.columns import at_bounds, few_values, is_free, spikes
 from pyro_flows.infer.density.data import Expected, Loader, Rows, Source, admit_rows, expected_by, name_rows
-from pyro_flows.infer.density.settings import HELD_OUT_AT_MOST, Settings
+from pyro_flows.infer.density.settings import HELD_OUT_AT_MOST, Settings, Sizes
 from pyro_flows.infer.density.units import (
     Density,
     Units,
@@ -49,18 +49,25 @@ _TWO_PARTS = (
 
 @dataclass
 class Prepared:
-    """The data of a fit; ``identity`` holds checksums or sizes that identify them."""
+    """The data of a fit and its settings.
+
+    ``identity`` holds checksums or sizes that identify the data; ``shuffle`` orders their rows.
+    """
 
     train: Source
     validation: Source | None
     units: Units
     identity: dict[str, str]
+    shuffle: torch.Generator
+    settings: Settings
+    sizes: Sizes
 
     @property
     def generators(self) -> dict[str, torch.Generator | None]:
-        """The generators of data loaders."""
+        """The generators of rows and of data loaders."""
         sources = {"data_loader": self.train, "validation_loader": self.validation}
-        return {name: source.loader.generator for name, source in sources.items() if isinstance(source, Loader)}
+        loaders = {name: source.loader.generator for name, source in sources.items() if isinstance(source, Loader)}
+        return {"shuffle": self.shuffle, **loaders}
 
     def known_units(self, known: dict[str, Any], path: str | os.PathLike[str] | None) -> Units:
         """Returns the units of a checkpoint, and refuses those of other data.
@@ -77,9 +84,7 @@ class Prepared:
         return known
 
 
-def prepare(
-    flow: Flow | Density, given: tuple[Any, Any, Any, Any], settings: Settings, generator: torch.Generator
-) -> Prepared:
+def prepare(flow: Flow | Density, given: tuple[Any, Any, Any, Any], settings: Settings) -> Prepared:
     """Admits ``given`` (data, contexts, and those of validation), holds rows out, and surveys the rest."""
     data, context, validation, validation_context = given
     expected = expected_by(flow)
@@ -88,6 +93,7 @@ def prepare(
             f"fit_density: the flow's parameters are {expected.dtype}, which loses small steps; call flow.float() "
             f"first, and flow.to({expected.dtype}) when it is trained"
         )
+    shuffle = torch.Generator().manual_seed(settings.seed)
     values, contexts = Survey(), Survey()
     train = _admit(flow, data, context, expected, "data", values, contexts)
     held_out: Source | None = None
@@ -100,17 +106,16 @@ def prepare(
         raise ValueError("fit_density: validation_context was given without validation; give both or neither")
     identity = {**_identity(train, "data"), **_identity(held_out, "validation")}
     if held_out is None and isinstance(train, Rows) and settings.validation_fraction:
-        train, held_out = train.split(settings.validation_fraction, HELD_OUT_AT_MOST, generator)
+        train, held_out = train.split(settings.validation_fraction, HELD_OUT_AT_MOST, shuffle)
     ends = ends_of(flow)
     real = whole = None
     if isinstance(train, Rows):
         whole = train.value
         if expected.continuous or ends is not None or settings.standardize:
             real = _survey(flow, whole, train.context, "data", values, contexts)
-    coarse = [each.told(what) for each, what in zip(expected.precision, ("data", "context"), strict=True)]
+    found = [each.told(what) for each, what in zip(expected.precision, ("data", "context"), strict=True)]
     if expected.continuous:
-        values.refuse_degenerate(real, coarse[0])
-    found = [*coarse]
+        values.refuse_degenerate(real, found[0])
     if expected.continuous or ends is not None:
         looked_at = ~_discrete(flow)
         looked_at.view(-1)[list(expected.precision[0].merged())] = False  # already reported
@@ -125,7 +130,8 @@ def prepare(
             found += _far_units(flow, ends, values, contexts, bool(settings.standardize))
     for told in filter(None, found):
         warnings.warn(f"fit_density: {told}", stacklevel=3)
-    return Prepared(train, held_out, units, identity)
+    size = settings.batch_size_for(len(train)) if isinstance(train, Rows) else 0
+    return Prepared(train, held_out, units, identity, shuffle, settings, settings.sizes(size, train.steps(size)))
 
 
 def _discrete(flow: Flow | Density) -> Tensor:
