@@ -153,11 +153,7 @@ def level_counts(head: Head) -> list[int]:
     if isinstance(head, CategoricalHead):
         return list(head.num_classes)
     if isinstance(head, MixedHead):
-        counts = [0] * head.input_dim
-        for inner, places in zip(head.heads, head.places, strict=True):
-            for place, count in zip(places, level_counts(inner), strict=True):
-                counts[place] = count
-        return counts
+        return head._spread([level_counts(inner) for inner in head.heads])
     reach = head.constraint
     if isinstance(reach, type(constraints.boolean)):
         return [2] * head.input_dim

@@ -8,7 +8,7 @@ between levels, which sees the first stream and moves through the center taps al
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -25,29 +25,21 @@ from pyro_flows.transforms.mint.orders import as_image, ranks
 __all__ = ["FlowConditionals"]
 
 
-class _Seen(NamedTuple):
-    """What each coordinate of a layer sees of earlier ones; ``D = C * H * W``.
-
-    Without their own share, ``first`` and ``second``, shape ``(n, D, K)``, are pre-activations and ``third``, shape
-    ``(n, D)``, is the value.  The center taps ``into``, ``square`` and ``out`` have shapes ``(C, K)``, ``(C, K, K)``
-    and ``(n or 1, C, K)``, ``scale`` has ``(n or 1, D)``.
-    """
-
-    first: Tensor
-    second: Tensor
-    third: Tensor
-    into: Tensor
-    square: Tensor
-    out: Tensor
-    scale: Tensor
+#: Moves numbers, shape ``(n, m)``, at these ``m`` dimensions alone, with earlier ones at their pixel centers.
+Border = Callable[[Tensor, Tensor], Tensor]
 
 
 def _over(bias: Tensor) -> Tensor:
     return bias[..., None, None]
 
 
-def _centers(layer: Mint, x: Tensor, context: Tensor | None) -> tuple[Tensor, _Seen]:
-    """A layer's value at pixel centers, and what its coordinates see."""
+def _centers(layer: Mint, x: Tensor, context: Tensor | None) -> tuple[Tensor, Border]:
+    """A layer's value at pixel centers, and its map of borders.
+
+    Of each coordinate, ``D = C * H * W`` of them, the pre-activations ``seen_first`` and ``seen_second``, shape ``(n,
+    D, K)``, and the value ``seen_third``, shape ``(n, D)``, lack the coordinate's own share.  The center taps ``into``,
+    ``square`` and ``out`` have shapes ``(C, K)``, ``(C, K, K)`` and ``(n or 1, C, K)``, ``scale`` has ``(n or 1, D)``.
+    """
     image = x.unsqueeze(-2) if x.dim() == 3 else x
     n, channels, height, width = image.shape
     w, attending = layer.map.split(*layer._weights(context, x.shape[:1]))
@@ -80,16 +72,15 @@ def _centers(layer: Mint, x: Tensor, context: Tensor | None) -> tuple[Tensor, _S
         third = third + layer.attention.rule(image, attending)
     value = w.scale * image + third
     scale = w.scale.expand(w.scale.shape[0] if w.scale.dim() == 4 else 1, channels, height, width).flatten(1)
-    seen = _Seen(seen_first, seen_second, third.flatten(1) - own, into, square, out, scale)
-    return value.view(x.shape), seen
+    seen_third = third.flatten(1) - own
 
+    def border(edge: Tensor, dims: Tensor) -> Tensor:
+        channel = dims // (height * width)
+        hidden = act.value(seen_first[:, dims] + into[channel] * edge[..., None])
+        hidden = act.value(seen_second[:, dims] + torch.einsum("mkj,nmj->nmk", square[channel], hidden))
+        return scale[:, dims] * edge + seen_third[:, dims] + (out[:, channel] * hidden).sum(-1)
 
-def _borders(layer: Mint, seen: _Seen, edge: Tensor, dims: Tensor) -> Tensor:
-    """The layer's values if each of ``dims`` alone moves to an edge, shape ``(n, len(dims))``."""
-    act, channel = layer.convolutions.activation, dims // (seen.third.shape[1] // len(seen.into))
-    hidden = act.value(seen.first[:, dims] + seen.into[channel] * edge[..., None])
-    hidden = act.value(seen.second[:, dims] + torch.einsum("mkj,nmj->nmk", seen.square[channel], hidden))
-    return seen.scale[:, dims] * edge + seen.third[:, dims] + (seen.out[:, channel] * hidden).sum(-1)
+    return value.view(x.shape), border
 
 
 class FlowConditionals(Conditionals):
@@ -139,40 +130,36 @@ class FlowConditionals(Conditionals):
             )
         return last, layers
 
-    def _leaves(self, context: Tensor | None) -> list[Leaf]:
-        """The layers from data to base."""
-        return leaves_of(self.flow, self.flow.inner_context(context))[::-1]
-
     @torch.no_grad()
-    def _seen(self, x: Tensor, context: Tensor | None) -> list[_Seen | None]:
-        """What each layer's coordinates see of earlier ones at their centers."""
+    def _base(self, x: Tensor, context: Tensor | None, dims: Tensor | None = None) -> Callable[[Tensor], Tensor]:
+        """Maps edges of ``dims``, by default all, to base values in standard deviations; shape ``(n, len(dims))``."""
         value = (x.double() + 0.5).unflatten(1, self.event_shape)
-        seen: list[_Seen | None] = []
-        for leaf in self._leaves(context):
-            found = None
+        places = torch.arange(len(self.levels)) if dims is None else dims
+        borders: list[Border] = []
+        for leaf in leaves_of(self.flow, self.flow.inner_context(context))[::-1]:
+            border: Border = functools.partial(self._elementwise, leaf)
             if isinstance(leaf.part, Mint):
-                value, found = _centers(leaf.part, value, leaf.context)
+                value, border = _centers(leaf.part, value, leaf.context)
             else:
                 value = leaf.to_base(value)
-            seen.append(found)
-        return seen
+            borders.append(border)
 
-    @torch.no_grad()
-    def _base(self, edge: Tensor, seen: list[_Seen | None], context: Tensor | None, dims: Tensor) -> Tensor:
-        """Base values of edges, in standard deviations; shape ``(n, len(dims))``."""
-        value = edge.double()
-        for leaf, found in zip(self._leaves(context), seen, strict=True):
-            if isinstance(leaf.part, Mint) and found is not None:
-                value = _borders(leaf.part, found, value, dims)
-            else:
-                whole = value.new_ones(len(value), len(self.levels)).index_copy(1, dims, value)
-                value = leaf.to_base(whole.unflatten(1, self.event_shape)).flatten(1)[:, dims]
-        return (value - self.loc[dims]) / self.scale[dims]
+        @torch.no_grad()
+        def base(edge: Tensor) -> Tensor:
+            moved = edge.double()
+            for border in borders:
+                moved = border(moved, places)
+            return (moved - self.loc[places]) / self.scale[places]
+
+        return base
+
+    def _elementwise(self, leaf: Leaf, edge: Tensor, dims: Tensor) -> Tensor:
+        whole = edge.new_ones(len(edge), len(self.levels)).index_copy(1, dims, edge)
+        return leaf.to_base(whole.unflatten(1, self.event_shape)).flatten(1)[:, dims]
 
     def edges(self, x: Tensor, context: Tensor | None, dims: Tensor | None = None) -> Edges:
-        seen = self._seen(x, context)
-        places = torch.arange(len(self.levels)) if dims is None else dims
-        return lambda middle: torch.special.ndtr(self._base(middle, seen, context, places))
+        base = self._base(x, context, dims)
+        return lambda middle: torch.special.ndtr(base(middle))
 
     def find(self, rows: int, context: Tensor | None, read: Read) -> Tensor:
         x = torch.zeros(rows, len(self.levels), dtype=torch.long)
@@ -181,9 +168,9 @@ class FlowConditionals(Conditionals):
         return x
 
     def log_prob(self, x: Tensor, context: Tensor | None) -> Tensor:
-        seen, every = self._seen(x, context), torch.arange(len(self.levels))
-        low = self._base(x, seen, context, every).masked_fill(x == 0, -torch.inf)
-        high = self._base(x + 1, seen, context, every).masked_fill(x == self.levels - 1, torch.inf)
+        base = self._base(x, context)
+        low = base(x).masked_fill(x == 0, -torch.inf)
+        high = base(x + 1).masked_fill(x == self.levels - 1, torch.inf)
         # A difference in the nearer tail keeps its digits.
         low, high = torch.where(low > 0, -high, low), torch.where(low > 0, -low, high)
         mass = torch.special.ndtr(high) - torch.special.ndtr(low)

@@ -172,9 +172,8 @@ class Precision:
     def add(self, given: Tensor, converted: Tensor) -> None:
         """Adds a piece before and after the conversion, shape ``(rows, *event_shape)``."""
         wider = given.is_floating_point() and torch.promote_types(given.dtype, converted.dtype) == converted.dtype
-        if wider or given.dtype in (torch.bool, converted.dtype):
-            return
-        if not given.dim() or not len(given) or self._rows >= _ROWS:
+        alike = wider or given.dtype in (torch.bool, converted.dtype)
+        if alike or not given.dim() or not len(given) or self._rows >= _ROWS:
             return
         # Rows far apart, because neighbors may be alike.
         step = max(len(given) // (_ROWS - self._rows), 1)

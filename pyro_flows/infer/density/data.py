@@ -237,9 +237,10 @@ class Loader:
     def _unpack(self, batch: Any) -> tuple[Any, Any]:
         if isinstance(batch, (Tensor, np.ndarray)):
             return batch, None
-        if isinstance(batch, (tuple, list)) and len(batch) in (1, 2):
+        several = isinstance(batch, (tuple, list))
+        if several and len(batch) in (1, 2):
             return batch[0], batch[1] if len(batch) == 2 else None
-        size = f" of {len(batch)}" if isinstance(batch, (tuple, list)) else ""
+        size = f" of {len(batch)}" if several else ""
         raise TypeError(
             f"fit_density: expected the DataLoader given as {self.what} to yield x, (x,) or (x, context), "
             f"got a {type(batch).__name__}{size}"

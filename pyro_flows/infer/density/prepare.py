@@ -256,11 +256,7 @@ def refuse_outside(head: Head, value: Tensor, what: str) -> None:
 def _without_density(head: Head, rows: Tensor) -> Tensor:
     """Marks numbers at a bound where the density is 0 or infinite: of a Gamma, not of an Exponential."""
     if isinstance(head, MixedHead):
-        found = torch.zeros_like(rows, dtype=torch.bool)
-        for part, dims in zip(head.heads, head.places, strict=True):
-            if isinstance(part, Head):
-                found[:, dims] = _without_density(part, rows[:, dims])
-        return found
+        return head._each(None, lambda part, at, own: _without_density(part, rows[:, at]))
     if head.discrete or head.constraint is None:
         return torch.zeros_like(rows, dtype=torch.bool)
     edge = at_bounds(head.constraint, rows)
@@ -283,7 +279,7 @@ class Survey:
     """Location and scale of rows that come in pieces, and a sample of the first rows."""
 
     def __init__(self) -> None:
-        self.rows = self._kept = 0
+        self.rows = 0
         self._sample: list[tuple[Tensor, Tensor]] = []
 
     def add(self, value: Tensor, given: Tensor | None = None) -> None:
@@ -292,10 +288,9 @@ class Survey:
             return
         given = value if given is None else given
         piece = value.cpu()
-        if self._kept < _SAMPLE:
-            rows = _SAMPLE - self._kept
+        if self.rows < _SAMPLE:
+            rows = _SAMPLE - self.rows
             self._sample.append((piece[:rows].clone(), given[:rows].cpu().clone()))
-            self._kept += len(self._sample[-1][0])
         lowest, highest = piece.amin(0), piece.amax(0)
         piece = piece.double()
         mean = piece.mean(0)

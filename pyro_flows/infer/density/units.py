@@ -7,22 +7,13 @@ from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Size, Tensor, nn
-from torch.distributions import (
-    AffineTransform,
-    CatTransform,
-    ComposeTransform,
-    Distribution,
-    IndependentTransform,
-    StackTransform,
-    Transform,
-    constraints,
-)
+from torch.distributions import AffineTransform, ComposeTransform, Distribution, Transform, constraints
 from torch.distributions.constraints import Constraint
 
 from pyro_flows.core.chain import Chain, leaves
 from pyro_flows.core.checks import first_floating
 from pyro_flows.core.transform import FlowTransform
-from pyro_flows.core.wrap import Wrap, image
+from pyro_flows.core.wrap import Wrap, _bare, _joined, image
 from pyro_flows.distributions import Flow
 from pyro_flows.distributions.made import Head
 from pyro_flows.infer.density.columns import at_bounds, is_free
@@ -283,21 +274,19 @@ def _pulled(transform: Transform, y: Tensor) -> tuple[Tensor, Tensor]:
 
     Torch's transforms do not know each other's ends, so each elementary one is examined.
     """
-    if isinstance(transform, IndependentTransform):
-        return _pulled(transform.base_transform, y)
+    transform = transform if isinstance(transform, FlowTransform) else _bare(transform)
     if isinstance(transform, ComposeTransform):
         x, edge = pull_back(transform.parts, y)
         # Ends are rounded on the way, so the whole is examined, too.
         whole = image(transform, transform.domain)
         free = is_free(transform.domain, x.shape[1:]).all() and edge.shape == y.shape
         return x, edge | at_bounds(whole, y) if free else edge
-    if isinstance(transform, (CatTransform, StackTransform)):
-        if isinstance(transform, StackTransform):
-            pieces, join = y.unbind(transform.dim), torch.stack
-        else:
-            pieces, join = y.split(transform.lengths, transform.dim), torch.cat
-        found = [_pulled(*pair) for pair in zip(transform.transforms, pieces, strict=True)]
-        return join([x for x, _ in found], transform.dim), join([edge for _, edge in found], transform.dim)
+    joined = _joined(transform)
+    if joined is not None:
+        parts, dim, lengths = joined
+        pieces, join = (y.unbind(dim), torch.stack) if lengths is None else (y.split(lengths, dim), torch.cat)
+        pulled, edges = zip(*map(_pulled, parts, pieces), strict=True)
+        return join(pulled, dim), join(edges, dim)
     x = transform.inverse_and_ladj(y)[0] if isinstance(transform, FlowTransform) else transform.inv(y)
     known = not constraints.is_dependent(transform.codomain) and not constraints.is_dependent(transform.domain)
     open_ended = known and bool(is_free(transform.domain, x.shape[1:]).all())
