@@ -41,9 +41,9 @@ __all__ = ["Prepared", "Survey", "prepare", "reals_of"]
 _SAMPLE = 4096  # rows to find discrete and dependent columns in
 _FEWEST = 100  # rows that can tell a discrete column
 _FAR = 10.0  # location or scale, in units of the base, far from the start of training
-_TWO_PARTS = (
-    "where a bound is a value that rows really share (no rain, a sensor's limit), fit the rows within and give the "
-    "share of that value beside them (a two-part model)"
+_INSIDE = (
+    "move them inside by less than the data are rounded, or {}; where a bound is a value that rows really share (no "
+    "rain, a sensor's limit), fit the rows within and give the share of that value beside them (a two-part model)"
 )
 
 
@@ -231,9 +231,7 @@ def reals_of(flow: Flow, value: Tensor, what: str) -> Tensor:
         if edge.shape == value.shape and all(isinstance(part, Wrap) for part in back):
             edge = edge | ~real.isfinite() if real.shape == edge.shape else edge
             columns = edge.flatten(1).any(0).nonzero()[:, 0].tolist()
-        remedy = (
-            f"move them inside by less than the data are rounded, or end the chain in another transform; {_TWO_PARTS}"
-        )
+        remedy = _INSIDE.format("end the chain in another transform")
         _refuse(bad, what, f"the flow's support, {codomain}", columns, remedy, value.dtype)
     return real
 
@@ -246,10 +244,8 @@ def refuse_outside(head: Head, value: Tensor, what: str) -> None:
         columns = outside.any(0).nonzero()[:, 0].tolist()
         support = f"the model's support ({type(head).__name__}: expected {head.allowed(columns[0])})"
         counts = head.discrete_dims()[columns[0]]
-        remedy = "number categories and levels from 0, or take another head"
-        if not counts:
-            remedy = f"move them inside by less than the data are rounded, or take another head; {_TWO_PARTS}"
-        _refuse(outside.any(1), what, support, columns, remedy, value.dtype)
+        remedy = "number categories and levels from 0, or {}" if counts else _INSIDE
+        _refuse(outside.any(1), what, support, columns, remedy.format("take another head"), value.dtype)
 
 
 @torch.no_grad()
@@ -392,12 +388,11 @@ class Survey:
 
 def _dependent(first: Tensor, second: Tensor) -> bool:
     """Tells whether two columns are affine functions of each other, up to rounding."""
-    eps = torch.finfo(first.dtype).eps
     a, b = first.cpu().double(), second.cpu().double()
-    a_mean, b_mean = a.mean(), b.mean()
-    slope = ((a - a_mean) * (b - b_mean)).mean() / (a - a_mean).square().mean()
-    rest = (b - b_mean) - slope * (a - a_mean)
-    return bool(rest.abs().max() <= 16 * eps * (b.abs().max() + slope.abs() * a.abs().max()))
+    x, y = a - a.mean(), b - b.mean()
+    slope = (x * y).mean() / x.square().mean()
+    size = b.abs().max() + slope.abs() * a.abs().max()
+    return bool((y - slope * x).abs().max() <= 16 * torch.finfo(first.dtype).eps * size)
 
 
 def _suspects(sample: Tensor) -> list[tuple[int, int]]:
