@@ -81,10 +81,9 @@ class Codec:
             context: broadcasts to ``(*batch, context_dim)``, if the model takes one.
         """
         rows, batch, contexts = self._admit(x, context)
-        found = [torch.zeros(0, dtype=torch.float64)]
-        for part, own in self._pieces(contexts, self._rows()):
-            found.append(-self._model.log_prob(rows[part], own) / math.log(2))
-        return torch.cat(found).view(batch)
+        pieces = self._pieces(contexts, self._rows())
+        found = [-self._model.log_prob(rows[part], own) / math.log(2) for part, own in pieces]
+        return torch.cat([torch.zeros(0, dtype=torch.float64), *found]).view(batch)
 
     @torch.no_grad()
     def encode(self, x: Tensor, context: Tensor | None = None, *, verify: bool = True) -> bytes:

@@ -29,10 +29,6 @@ __all__ = ["FlowConditionals"]
 Border = Callable[[Tensor, Tensor], Tensor]
 
 
-def _over(bias: Tensor) -> Tensor:
-    return bias[..., None, None]
-
-
 def _centers(layer: Mint, x: Tensor, context: Tensor | None) -> tuple[Tensor, Border]:
     """A layer's value at pixel centers, and its map of borders.
 
@@ -58,15 +54,15 @@ def _centers(layer: Mint, x: Tensor, context: Tensor | None) -> tuple[Tensor, Bo
         return rest.transpose(-1, -2).flatten(1, 2)
 
     flat = image.reshape(n, channels, 1, height * width)
-    first = convolve(image, w.first) + _over(w.first_bias)
+    first = convolve(image, w.first) + w.first_bias[..., None, None]
     hidden = act.value(first)
     seen_first = row(first, into[:, :, None] * flat)
     own = square @ hidden.view(n, channels, groups, -1)
-    second = convolve(hidden, w.second) + _over(w.second_bias)
+    second = convolve(hidden, w.second) + w.second_bias[..., None, None]
     seen_second = row(second, own)
     hidden = act.value(second)
     own = (out[..., None] * hidden.view(n, channels, groups, -1)).sum(2).flatten(1)
-    gated = hidden if w.gate is None else hidden * _over(w.gate)
+    gated = hidden if w.gate is None else hidden * w.gate[..., None, None]
     third = convolve(gated, w.third) + w.third_bias
     if layer.attention is not None and attending is not None:  # without an own share
         third = third + layer.attention.rule(image, attending)

@@ -15,25 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import constraints
 from torch.utils.data import DataLoader
 
-from pyro_flows.core.wrap import Wrap
 from pyro_flows.distributions import Flow
 from pyro_flows.distributions.made import Head, MixedHead
-from pyro_flows.infer.density.columns import at_bounds, few_values, is_free, spikes
+from pyro_flows.infer.density.columns import at_bounds, few_values, spikes
 from pyro_flows.infer.density.data import Expected, Loader, Rows, Source, admit_rows, expected_by, name_rows
 from pyro_flows.infer.density.settings import HELD_OUT_AT_MOST, Settings, Sizes
-from pyro_flows.infer.density.units import (
-    Density,
-    Units,
-    ends_of,
-    head_of,
-    is_plain_flow,
-    pull_back,
-    shared_over_time,
-    split_chain,
-)
+from pyro_flows.infer.density.units import Density, Units, ends_of, head_of, is_plain_flow, over_time, pulled_back
 from pyro_flows.infer.machine.checkpoint import checksum
 
 __all__ = ["Prepared", "Survey", "prepare", "reals_of"]
@@ -122,8 +111,7 @@ def prepare(flow: Flow | Density, given: tuple[Any, Any, Any, Any], settings: Se
         found += values.repeats(whole, looked_at)
     units: Units = dict.fromkeys(("loc", "scale", "context_loc", "context_scale"))
     if values.rows and settings.standardize is not False:
-        over_time = is_plain_flow(flow) and shared_over_time(split_chain(flow.chain)[0])
-        units["loc"], units["scale"] = values.loc_and_scale(ends, over_time)
+        units["loc"], units["scale"] = values.loc_and_scale(ends, is_plain_flow(flow) and over_time(flow))
         if contexts.rows:
             units["context_loc"], units["context_scale"] = contexts.loc_and_scale()
         if ends is not None:
@@ -217,22 +205,10 @@ def _same_columns(train: Rows, held_out: Rows) -> None:
 
 def reals_of(flow: Flow, value: Tensor, what: str) -> Tensor:
     """Pulls data back to the trained part of the chain; refuses rows at or beyond a bound of the support."""
-    codomain = flow.chain.codomain
-    # Some of torch's transforms do not know their codomain.
-    inside = torch.tensor(True) if constraints.is_dependent(codomain) else codomain.check(value)
-    inside = inside.to(value.device).reshape(*inside.shape[:1], -1).all(-1)
-    back = split_chain(flow.chain)[1]
-    real, edge = pull_back(back, value)
-    if back and edge.shape == value.shape and is_free(back[0].domain, back[0].event_shape).all():
-        edge = edge | at_bounds(codomain, value)
-    bad = ~inside | edge.reshape(len(value), -1).any(1) | ~real.isfinite().flatten(1).all(1)
+    real, bad, columns = pulled_back(flow, value)
     if bad.any():
-        columns: list[int] = []
-        if edge.shape == value.shape and all(isinstance(part, Wrap) for part in back):
-            edge = edge | ~real.isfinite() if real.shape == edge.shape else edge
-            columns = edge.flatten(1).any(0).nonzero()[:, 0].tolist()
         remedy = _INSIDE.format("end the chain in another transform")
-        _refuse(bad, what, f"the flow's support, {codomain}", columns, remedy, value.dtype)
+        _refuse(bad, what, f"the flow's support, {flow.chain.codomain}", columns, remedy, value.dtype)
     return real
 
 

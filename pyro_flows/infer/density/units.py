@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypeGuard
+from collections.abc import Callable, Sequence
+from typing import TypeGuard
 
 import torch
 from torch import Size, Tensor, nn
@@ -28,9 +28,9 @@ __all__ = [
     "in_units",
     "is_density",
     "is_plain_flow",
+    "over_time",
     "pull_back",
-    "shared_over_time",
-    "split_chain",
+    "pulled_back",
     "standardized",
 ]
 
@@ -38,20 +38,13 @@ Units = dict[str, Tensor | None]
 """``loc``, ``scale``, ``context_loc`` and ``context_scale`` in float64, ``None`` for what is not standardized."""
 
 
-if TYPE_CHECKING:
+class Density(nn.Module):
+    """A module with a density, such as a MADE, for annotations; no module needs to inherit from it."""
 
-    class Density(nn.Module):
-        """A module with a density, such as a MADE, for annotations; no module needs to inherit from it."""
-
-        event_shape: Size
-        context_dim: int
-
-        def __call__(self, context: Tensor | None = None) -> Distribution: ...
-        def log_prob(self, value: Tensor, context: Tensor | None = None) -> Tensor: ...
-        def sample(self, sample_shape: Size | tuple[int, ...] = (), context: Tensor | None = None) -> Tensor: ...
-
-else:
-    Density = nn.Module
+    event_shape: Size
+    context_dim: int
+    log_prob: Callable[..., Tensor]
+    sample: Callable[..., Tensor]
 
 
 def is_density(module: object) -> TypeGuard[Density]:
@@ -155,7 +148,7 @@ def standardized(
     if movable(flow).any():
         shape = back[0].event_shape if back else front[-1].data_shape
         # Units that all times share do not depend on their number.
-        own = Size((shape[0], 1)) if shared_over_time(front) else shape
+        own = Size((shape[0], 1)) if over_time(flow) else shape
         loc = kin.new_zeros(own) if loc is None else loc
         scale = kin.new_ones(own) if scale is None else scale
         units = Standardization(loc.to(kin), scale.to(kin), event_shape=shape)
@@ -210,11 +203,11 @@ def split_chain(chain: FlowTransform) -> tuple[list[FlowTransform], list[FlowTra
 
 
 def movable(flow: Flow) -> Tensor:
-    """Marks the numbers that may be standardized, where the standardization goes; on the CPU."""
+    """Marks the numbers that may be standardized, unlike angles, where the standardization goes; on the CPU."""
     front, back = split_chain(flow.chain)
-    angles = angles_behind(front)
-    if angles is not None:
-        return ~angles
+    periodic = Chain(front).periodic if front else None
+    if periodic is not None and periodic.any():
+        return ~Chain(front).turned(periodic).cpu()
     free = is_free(*((back[0].domain, back[0].event_shape) if back else _end(front[-1])))
     # A base on part of the line, with a chain on all of it, is a density that ends somewhere.
     event = flow.chain.event_shape
@@ -242,17 +235,28 @@ def _end(part: FlowTransform) -> tuple[Constraint, Size]:
     return part.codomain, part.data_shape
 
 
-def angles_behind(parts: list[FlowTransform]) -> Tensor | None:
-    """Marks dimensions at the data end that are angles, on the CPU; ``None`` for none."""
-    chain = Chain(parts) if parts else None
-    if chain is None or chain.periodic is None or not chain.periodic.any():
-        return None
-    return chain.turned(chain.periodic).cpu()
-
-
-def shared_over_time(front: list[FlowTransform]) -> bool:
+def over_time(flow: Flow) -> bool:
     """Tells whether series have units by channel: no part before the standardization knows the time."""
+    front = split_chain(flow.chain)[0]
     return bool(front) and all(part.shared_over_time for part in front)
+
+
+def pulled_back(flow: Flow, value: Tensor) -> tuple[Tensor, Tensor, list[int]]:
+    """Pulls data back to the place of the standardization; marks rows at or beyond a bound, and lists its columns."""
+    codomain, back = flow.chain.codomain, split_chain(flow.chain)[1]
+    # Some of torch's transforms do not know their codomain.
+    inside = torch.tensor(True) if constraints.is_dependent(codomain) else codomain.check(value)
+    inside = inside.to(value.device).reshape(*inside.shape[:1], -1).all(-1)
+    real, edge = pull_back(back, value)
+    if back and edge.shape == value.shape and is_free(back[0].domain, back[0].event_shape).all():
+        edge = edge | at_bounds(codomain, value)
+    infinite = ~real.isfinite()
+    bad = ~inside | edge.reshape(len(value), -1).any(1) | infinite.flatten(1).any(1)
+    columns: list[int] = []
+    if edge.shape == value.shape and all(isinstance(part, Wrap) for part in back):
+        edge = edge | infinite if infinite.shape == edge.shape else edge
+        columns = edge.flatten(1).any(0).nonzero()[:, 0].tolist()
+    return real, bad, columns
 
 
 def pull_back(back: Sequence[Transform], value: Tensor) -> tuple[Tensor, Tensor]:

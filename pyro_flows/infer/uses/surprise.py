@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -94,7 +93,7 @@ def surprise(
     total = torch.zeros_like(value)
     found = leaves_of(flow, context)
     for k, leaf in reversed(list(enumerate(found))):
-        part, own, inverse = leaf
+        part: Any = leaf.part
         name = f"{type(part).__name__} (part {k} of {len(found)})"
         order = _order(part, name, who)
         if order is not None:
@@ -105,14 +104,12 @@ def surprise(
                     "and of the same order"
                 )
             known = (name, order)
-        both = getattr(part, "inverse_and_log_slopes", None)
-        if both is not None and not inverse:
-            moved, slopes = both(value, own)
+        if hasattr(part, "inverse_and_log_slopes") and not leaf.inverse:
+            moved, slopes = part.inverse_and_log_slopes(value, leaf.context)
         else:
             moved = leaf.to_base(value)
-            log_slopes: Callable[..., Tensor] = getattr(part, "log_slopes")  # noqa: B009
-            slopes = -log_slopes(moved, own) if inverse else log_slopes(value, own)
-        value, total = moved, total + slopes
+            slopes = part.log_slopes(moved if leaf.inverse else value, leaf.context)
+        value, total = moved, total - slopes if leaf.inverse else total + slopes
     return -(single.log_prob(value) + total)
 
 
