@@ -149,10 +149,9 @@ class Codec:
         contexts = self._contexts(context, batch)
         if header.context != self._context_sum(contexts):
             raise ValueError("Codec: expected the context with which the data were encoded, got another")
-        found = [self.levels.new_zeros(0, len(self.levels))]
-        for (piece, plain), (part, own) in zip(pieces, self._pieces(contexts, header.rows), strict=True):
-            found.append(self._read(piece, plain, part.stop - part.start, own))
-        rows = torch.cat(found)
+        parts = zip(pieces, self._pieces(contexts, header.rows), strict=True)
+        found = [self._read(*piece, part.stop - part.start, own) for piece, (part, own) in parts]
+        rows = torch.cat([self.levels.new_zeros(0, len(self.levels)), *found])
         if _sum(rows) != header.data:
             raise ValueError(
                 "Codec: the file is whole, but the rows decoded are not those encoded: the model's probabilities "

@@ -20,7 +20,7 @@ from pyro_flows.infer.density.data import admit_rows, expected_by, to_tensor
 from pyro_flows.infer.density.loop import CHECKPOINT, DensityTraining
 from pyro_flows.infer.density.matching import FlowMatching, Matching, as_objective, matched_parts
 from pyro_flows.infer.density.objective import Likelihood, Objective, evaluate, log_prob_of, mean_score
-from pyro_flows.infer.density.prepare import Prepared, prepare, reals_of
+from pyro_flows.infer.density.prepare import prepare, reals_of
 from pyro_flows.infer.density.settings import Settings
 from pyro_flows.infer.density.units import Density, in_units, is_density, is_plain_flow
 from pyro_flows.infer.machine.checkpoint import Keeper, architecture_of, layout_of
@@ -259,21 +259,15 @@ def fit_density(
         training.run(Keeper(CHECKPOINT, checkpoint, content, checkpoint_every))
         fit = result()
         if matching is not None:
-            fit.validation = _likelihood(density, start)
+            try:
+                fit.validation = mean_score(log_prob_of(density), start.validation)
+            except RuntimeError as error:  # a solver's, which must not undo the fit
+                warnings.warn(
+                    f"fit_density: the flow is trained, but its held-out log-likelihood could not be computed: {error}",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
     return fit
-
-
-def _likelihood(density: Flow | Density, start: Prepared) -> float:
-    """Computes the final held-out log-likelihood; solver errors must not undo the fit."""
-    try:
-        return mean_score(log_prob_of(density), start.validation)
-    except RuntimeError as error:
-        warnings.warn(
-            f"fit_density: the flow is trained, but its held-out log-likelihood could not be computed: {error}",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-        return math.nan
 
 
 def _as_density(flow: object) -> Flow | Density:
