@@ -83,12 +83,12 @@ def prepare(flow: Flow | Density, given: tuple[Any, Any, Any, Any], settings: Se
             f"first, and flow.to({expected.dtype}) when it is trained"
         )
     shuffle = torch.Generator().manual_seed(settings.seed)
-    values, contexts = Survey(), Survey()
-    train = _admit(flow, data, context, expected, "data", values, contexts)
+    values, contexts = surveys = Survey(), Survey()
+    train = _admit(flow, data, context, expected, "data", surveys)
     held_out: Source | None = None
     if validation is not None:
-        own = expected_by(flow), "validation", Survey(), Survey()
-        held_out = _admit(flow, validation, validation_context, *own)
+        own = Survey(), Survey()
+        held_out = _admit(flow, validation, validation_context, expected_by(flow), "validation", own)
         if expected.event_shape is None and isinstance(train, Rows) and isinstance(held_out, Rows):
             _same_columns(train, held_out)
     elif validation_context is not None:
@@ -101,7 +101,7 @@ def prepare(flow: Flow | Density, given: tuple[Any, Any, Any, Any], settings: Se
     if isinstance(train, Rows):
         whole = train.value
         if expected.continuous or ends is not None or settings.standardize:
-            real = _survey(flow, whole, train.context, "data", values, contexts)
+            real = _survey(flow, whole, train.context, "data", surveys)
     found = [each.told(what) for each, what in zip(expected.precision, ("data", "context"), strict=True)]
     if expected.continuous:
         values.refuse_degenerate(real, found[0])
@@ -149,9 +149,7 @@ def _far_units(flow: Flow | Density, ends: Tensor, values: Survey, contexts: Sur
             yield contexts.far_from((0.0, 1.0), torch.tensor(True), "context", remedy)
 
 
-def _admit(
-    flow: Flow | Density, given: Any, context: Any, expected: Expected, what: str, values: Survey, contexts: Survey
-) -> Source:
+def _admit(flow: Flow | Density, given: Any, context: Any, expected: Expected, what: str, surveys: Surveys) -> Source:
     """Checks rows, or surveys a loader in a first pass."""
     what_context = "context" if what == "data" else f"{what}_context"
     if not isinstance(given, DataLoader):
@@ -164,17 +162,15 @@ def _admit(
         )
     loader = Loader(given, expected, what)
     for piece in loader.survey():
-        _survey(flow, *piece, f"a batch of {what}", values, contexts)
+        _survey(flow, *piece, f"a batch of {what}", surveys)
     return loader
 
 
-def _survey(
-    flow: Flow | Density, value: Tensor, context: Tensor | None, what: str, values: Survey, contexts: Survey
-) -> Tensor:
+def _survey(flow: Flow | Density, value: Tensor, context: Tensor | None, what: str, surveys: Surveys) -> Tensor:
     real = _reals(flow, value, what)
-    values.add(real, value)
+    surveys[0].add(real, value)
     if context is not None:
-        contexts.add(context)
+        surveys[1].add(context)
     return real
 
 
@@ -360,6 +356,9 @@ class Survey:
                 f"add uniform noise of the grid's width (dequantize; the smallest steps are {widths}), or model it as "
                 "discrete"
             )
+
+
+Surveys = tuple[Survey, Survey]  # of values and of contexts
 
 
 def _dependent(first: Tensor, second: Tensor) -> bool:
