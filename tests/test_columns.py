@@ -32,7 +32,7 @@ from pyro_flows.distributions import CategoricalHead, DistributionHead, MixedHea
 from pyro_flows.infer import AnomalyDetector, ForwardKL
 from pyro_flows.infer.density.columns import at_bounds, is_free, spikes
 from pyro_flows.infer.density.data import to_tensor
-from pyro_flows.infer.density.survey import reals_of
+from pyro_flows.infer.density.prepare import reals_of
 from pyro_flows.infer.density.units import pull_back
 
 SMALL = {"num_layers": 1, "hidden_dims": (8,)}

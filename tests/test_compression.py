@@ -25,7 +25,7 @@ import pyro_flows as pf
 from pyro_flows.distributions import CategoricalHead, DistributionHead, LogisticMixtureHead, MixedHead
 from pyro_flows.infer import Codec
 from pyro_flows.infer.compression import conditionals, container, decisions
-from pyro_flows.infer.compression.cumulative import cumulative, level_counts
+from pyro_flows.infer.compression.conditionals import cumulative, level_counts
 
 WHOLE = 2**24
 
@@ -334,8 +334,8 @@ def test_other_arithmetic_within_the_tolerance(integers, monkeypatch):
     data = codec.encode(x)
     _, ((piece, _),) = container.unpack(data)
     assert 200 < len(piece.places) < 800
-    assert decisions.tolerance() == 2.0**-22
-    monkeypatch.setattr(conditionals, "cumulative", noisy(0.99 * decisions.tolerance()))
+    assert decisions.SLACK / decisions.COUNTS == 2.0**-22
+    monkeypatch.setattr(conditionals, "cumulative", noisy(0.99 * decisions.SLACK / decisions.COUNTS))
     assert torch.equal(codec.decode(data), x)
     # It is the notes that do it.
     header, _ = container.unpack(data)
@@ -349,7 +349,7 @@ def test_notes_are_rare(integers):
     x, _ = rows_of(model, 500)
     _, pieces = container.unpack(Codec(model).encode(x))
     assert sum(len(piece.places) for piece, _ in pieces) < 5  # of some 20,000 decisions
-    assert decisions.tolerance() == 2.0**-36
+    assert decisions.SLACK / decisions.COUNTS == 2.0**-36
 
 
 def test_other_arithmetic_beyond_the_tolerance(integers, monkeypatch):

@@ -15,8 +15,8 @@ from torch.distributions import AffineTransform, ExpTransform, biject_to, constr
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_flows as pf
+from pyro_flows.infer.density.prepare import Survey
 from pyro_flows.infer.density.settings import Settings
-from pyro_flows.infer.density.survey import Survey
 
 SMALL = {"num_layers": 1, "hidden_dims": (8,)}
 

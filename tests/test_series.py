@@ -623,7 +623,7 @@ def test_what_streams_say_of_values():
         with pytest.raises(ValueError, match="integer >= 1"):
             stream.forecast(steps, num_samples)
     flow = pf.Flow(maf((2, 4), context_dim=1))
-    with pytest.raises(ValueError, match="context_dim=1: give context="):
+    with pytest.raises(ValueError, match="context_dim=1: call it with a context, give context="):
         Stream(flow)
     with pytest.raises(ValueError, match=r"last dimension 1 \(context_dim\)"):
         Stream(flow, (), torch.randn(2))

@@ -81,10 +81,9 @@ class Codec:
             context: broadcasts to ``(*batch, context_dim)``, if the model takes one.
         """
         rows, batch, contexts = self._admit(x, context)
-        found = [torch.zeros(0, dtype=torch.float64)]
-        for part, own in self._pieces(len(rows), contexts):
-            found.append(-self._model.log_prob(rows[part], own) / math.log(2))
-        return torch.cat(found).view(batch)
+        pieces = self._pieces(contexts, self._rows())
+        found = [-self._model.log_prob(rows[part], own) / math.log(2) for part, own in pieces]
+        return torch.cat([torch.zeros(0, dtype=torch.float64), *found]).view(batch)
 
     @torch.no_grad()
     def encode(self, x: Tensor, context: Tensor | None = None, *, verify: bool = True) -> bytes:
@@ -104,7 +103,7 @@ class Codec:
         """
         rows, batch, contexts = self._admit(x, context)
         pieces, failed = [], 0
-        for part, own in self._pieces(len(rows), contexts):
+        for part, own in self._pieces(contexts, self._rows()):
             mine = rows[part]
             piece = write(mine, self.levels, self._model.steps, self._model.edges(mine, own))
             # Rows that surprise the model are written without it.
@@ -121,7 +120,7 @@ class Codec:
                 RuntimeWarning,
                 stacklevel=2,
             )
-        header = Header(x.dtype, self._digest, _sum(rows), _context_sum(contexts), tuple(batch), self._rows())
+        header = Header(x.dtype, self._digest, _sum(rows), self._context_sum(contexts), tuple(batch), self._rows())
         return pack(header, pieces)
 
     @torch.no_grad()
@@ -148,12 +147,11 @@ class Codec:
             raise corrupt("their pieces have more rows than are written at once")
         batch = torch.Size(header.batch)
         contexts = self._contexts(context, batch)
-        if header.context != _context_sum(contexts):
+        if header.context != self._context_sum(contexts):
             raise ValueError("Codec: expected the context with which the data were encoded, got another")
-        found = [self.levels.new_zeros(0, len(self.levels))]
-        for (piece, plain), (part, own) in zip(pieces, self._pieces(batch.numel(), contexts, header.rows), strict=True):
-            found.append(self._read(piece, plain, part.stop - part.start, own))
-        rows = torch.cat(found)
+        parts = zip(pieces, self._pieces(contexts, header.rows), strict=True)
+        found = [self._read(*piece, part.stop - part.start, own) for piece, (part, own) in parts]
+        rows = torch.cat([self.levels.new_zeros(0, len(self.levels)), *found])
         if _sum(rows) != header.data:
             raise ValueError(
                 "Codec: the file is whole, but the rows decoded are not those encoded: the model's probabilities "
@@ -179,15 +177,12 @@ class Codec:
     def _rows(self) -> int:
         return max(1, min(MOST_ROWS, _ROOM // self._model.numbers))
 
-    def _pieces(
-        self, total: int, contexts: Tensor | None, size: int | None = None
-    ) -> Iterator[tuple[slice, Tensor | None]]:
-        size = self._rows() if size is None else size
-        for start in range(0, total, size):
-            part = slice(start, min(start + size, total))
-            yield part, None if contexts is None else contexts[part]
+    def _pieces(self, contexts: Tensor, size: int) -> Iterator[tuple[slice, Tensor | None]]:
+        for start in range(0, len(contexts), size):
+            own = contexts[start : start + size]
+            yield slice(start, start + len(own)), own if self._model.context_dim else None
 
-    def _admit(self, x: Any, context: Tensor | None) -> tuple[Tensor, torch.Size, Tensor | None]:
+    def _admit(self, x: Any, context: Tensor | None) -> tuple[Tensor, torch.Size, Tensor]:
         """64-bit rows of shape ``(rows, D)``, the batch shape, and contexts."""
         event = self._model.event_shape
         if not isinstance(x, Tensor) or x.dtype not in DTYPES:
@@ -211,13 +206,15 @@ class Codec:
             )
         return rows, batch, self._contexts(context, batch)
 
-    def _contexts(self, context: Any, batch: torch.Size) -> Tensor | None:
+    def _context_sum(self, contexts: Tensor) -> int | None:
+        return _sum(contexts) if self._model.context_dim else None
+
+    def _contexts(self, context: Any, batch: torch.Size) -> Tensor:
         """Contexts of all rows, shape ``(rows, context_dim)``."""
         dim = self._model.context_dim
-        if not dim:
-            if context is not None:
-                raise ValueError("Codec: the model has context_dim=0, but a context was given: leave it out")
-            return None
+        if not dim and context is not None:
+            raise ValueError("Codec: the model has context_dim=0, but a context was given: leave it out")
+        context = context if dim else torch.zeros(0)
         if not isinstance(context, Tensor):
             raise ValueError(
                 f"Codec: the model has context_dim={dim}: give a context of shape (*batch, {dim}), got "
@@ -244,8 +241,5 @@ def _conditionals(model: Any, number: int) -> Conditionals:
 
 
 def _sum(rows: Tensor) -> int:
-    return zlib.crc32(rows.contiguous().numpy().astype("<i8").tobytes())
-
-
-def _context_sum(contexts: Tensor | None) -> int | None:
-    return None if contexts is None else zlib.crc32(contexts.contiguous().numpy().astype("<f8").tobytes())
+    array = rows.contiguous().numpy()
+    return zlib.crc32(array.astype(array.dtype.newbyteorder("<")).tobytes())

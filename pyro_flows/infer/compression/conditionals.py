@@ -1,26 +1,28 @@
-"""A codec's interface to a model."""
+"""A codec's interface to a model, and the cumulative probabilities of a head's levels."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
 from torch import Size, Tensor, nn
+from torch.distributions import constraints
 
 from pyro_flows.core.checks import integer
 from pyro_flows.distributions import MADE, ConvMADE
-from pyro_flows.distributions.made import Head
-from pyro_flows.infer.compression.cumulative import Edges, cumulative, level_counts
+from pyro_flows.distributions.made import BernoulliHead, CategoricalHead, Head, LogisticMixtureHead, MixedHead
 from pyro_flows.inverse.raster import RasterSweep
 
-__all__ = ["Conditionals", "NetworkConditionals", "Read", "snapshot"]
+__all__ = ["Conditionals", "Edges", "NetworkConditionals", "Read", "cumulative", "level_counts", "snapshot"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
+#: Maps borders between levels to the probabilities of lying below.
+Edges = Callable[[Tensor], Tensor]
 #: Maps a step's dimensions and cumulative probabilities to numbers, shape ``(rows, n)``.
 Read = Callable[[Tensor, Edges], Tensor]
 
@@ -35,11 +37,15 @@ class Conditionals(ABC):
 
     Attributes:
         event_shape, context_dim: those of the model.
+        model: the model's copy by :func:`snapshot`.
+        others: numbers besides its tensors that identify it.
         levels: the number of levels of each dimension, shape ``(D,)``.
         steps: the dimensions in coding order, those of one step independent of each other.
         numbers: about how many numbers a pass holds per row.
     """
 
+    model: nn.Module
+    others: dict[str, Tensor]
     event_shape: Size
     context_dim: int
     levels: Tensor
@@ -58,14 +64,11 @@ class Conditionals(ABC):
     def log_prob(self, x: Tensor, context: Tensor | None) -> Tensor:
         """Log-mass in nats, shape ``(rows,)``."""
 
-    @abstractmethod
-    def parts(self) -> Iterator[tuple[str, Tensor]]:
-        """Named tensors that identify the model."""
-
     def digest(self) -> bytes:
         """An eight-byte digest of the model."""
         made = hashlib.sha256(type(self).__name__.encode())
-        parts = {"levels": self.levels, "steps": torch.cat(self.steps), **dict(self.parts())}
+        parts = {"levels": self.levels, "steps": torch.cat(self.steps), **self.others}
+        parts |= {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
         for name in sorted(parts):
             part = parts[name].detach().contiguous()
             array = part.double().numpy() if part.is_floating_point() else part.long().numpy()
@@ -103,6 +106,8 @@ class _Reading(Head):
 class NetworkConditionals(Conditionals):
     """The conditionals of a ``ConvMADE`` or a ``MADE``'s member; a sweep of draws becomes one of reading."""
 
+    model: MADE | ConvMADE
+
     def __init__(self, model: MADE | ConvMADE, number: int = 0) -> None:
         self.levels = torch.tensor(level_counts(model.head))
         self.model = snapshot(model)
@@ -111,6 +116,8 @@ class NetworkConditionals(Conditionals):
         if isinstance(self.model, MADE):
             self.number = self.model._number("number", integer("Codec", "number", number, 0) + 1) - 1
             self.member = self.model.member(self.number)
+        units = [] if self.member is None else self.member.units
+        self.others = {f"units {k}": each for k, each in enumerate(units)}
         order = self.model.order if self.member is None else self.member.order
         self.steps = list(order.split(1))
         dims, bits = len(self.levels), int(self.levels.max()).bit_length()
@@ -136,9 +143,54 @@ class NetworkConditionals(Conditionals):
             model.net._idle = []
             return drawn.long()
 
-    def parts(self) -> Iterator[tuple[str, Tensor]]:
-        yield from self.model.named_parameters()
-        yield from self.model.named_buffers()
-        if self.member is not None:
-            for k, units in enumerate(self.member.units):
-                yield f"units {k}", units
+
+def level_counts(head: Head) -> list[int]:
+    """The number of levels 0, 1, ... of each dimension.
+
+    Raises:
+        ValueError: for a head without finitely many levels from 0.
+    """
+    if isinstance(head, CategoricalHead):
+        return list(head.num_classes)
+    if isinstance(head, MixedHead):
+        return head._spread([level_counts(inner) for inner in head.heads])
+    reach = head.constraint
+    if isinstance(reach, type(constraints.boolean)):
+        return [2] * head.input_dim
+    low, high = (getattr(reach, name, None) for name in ("lower_bound", "upper_bound"))
+    if isinstance(reach, constraints.integer_interval) and low == 0 and isinstance(high, int):
+        return [high + 1] * head.input_dim
+    raise ValueError(
+        "Codec: expected a head of levels 0 to L - 1, such as BernoulliHead, CategoricalHead, LogisticMixtureHead or a "
+        f"MixedHead of these, got {type(head).__name__}, whose values are {reach if reach else 'of other kinds'}"
+    )
+
+
+def cumulative(head: Head, params: Tensor, dims: Tensor | None = None) -> Edges:
+    r"""The function :math:`k \mapsto P(x < k)`, for ``params`` of shape ``(*, n, num_params)``.
+
+    The function takes whole numbers, shape ``(*, n)``, from 1 to the number of levels less 1, with an error of a few
+    units in the last place of 1.
+    """
+    if type(head) is BernoulliHead:
+        below = torch.sigmoid(-params.squeeze(-1))
+        return lambda middle: below.expand(middle.shape)
+    if type(head) is LogisticMixtureHead:
+        logits, loc, log_scale = head._parts(params)
+        weights, rate = torch.softmax(logits, -1), torch.exp(-log_scale)
+        return lambda middle: (weights * torch.sigmoid((middle.unsqueeze(-1) - 0.5 - loc) * rate)).sum(-1)
+    if type(head) is MixedHead:
+        return lambda middle: head._each(
+            dims,
+            lambda inner, at, own: cumulative(inner, params.index_select(-2, at)[..., : inner.num_params], own)(
+                middle.index_select(-1, at)
+            ),
+        )
+    if type(head) is CategoricalHead:
+        table = torch.softmax(head._logits(params, dims), -1)
+    else:
+        levels = [torch.full_like(params[..., 0], k) for k in range(max(level_counts(head)))]
+        table = torch.stack([head.log_prob(level, params, dims) for level in levels], -1).exp()
+    table = table.cumsum(-1)
+    table = table / table[..., -1:]
+    return lambda middle: table.gather(-1, (middle - 1).unsqueeze(-1)).squeeze(-1)

@@ -82,11 +82,9 @@ def pack(header: Header, pieces: Sequence[tuple[Piece, bool]]) -> bytes:
     out.append(b"\0" if header.context is None else b"\1" + struct.pack("<I", header.context))
     out += [_number(value) for value in (len(header.batch), *header.batch, header.rows)]
     for piece, plain in pieces:
-        out.append(_number(2 * len(piece.words) + plain))
-        out.append(_number(len(piece.places)))
-        gaps = np.diff(piece.places, prepend=0)
-        out += [_number(2 * int(gap) + int(odd)) for gap, odd in zip(gaps, piece.odd, strict=True)]
-        out.append(piece.words.astype("<u4").tobytes())
+        noted = (2 * np.diff(piece.places, prepend=0) + piece.odd).tolist()
+        numbers = (2 * len(piece.words) + plain, len(noted), *noted)
+        out += [*map(_number, numbers), piece.words.astype("<u4").tobytes()]
     whole = b"".join(out)
     return whole + struct.pack("<I", zlib.crc32(whole))
 

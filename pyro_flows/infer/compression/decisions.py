@@ -20,19 +20,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_flows.infer.compression.cumulative import Edges
+from pyro_flows.infer.compression.conditionals import Edges
 
-__all__ = ["Piece", "Reader", "even", "tolerance", "write"]
+__all__ = ["Piece", "Reader", "even", "write"]
 
 COUNTS = 2**18
 SHARE = 2**10
 SLACK = 2.0**-18
 WHOLE = 2**24  # the total that the range coder divides
-
-
-def tolerance() -> float:
-    """The largest allowed difference between two computations of a cumulative probability: 2 ** -36."""
-    return SLACK / COUNTS
 
 
 class Piece(NamedTuple):

@@ -8,8 +8,7 @@ between levels, which sees the first stream and moves through the center taps al
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -18,39 +17,25 @@ from torch.distributions import Normal
 
 from pyro_flows.core.wrap import Wrap
 from pyro_flows.distributions import Dequantized, Flow
-from pyro_flows.infer.compression.conditionals import Conditionals, Read, snapshot
-from pyro_flows.infer.compression.cumulative import Edges
-from pyro_flows.infer.density.units import is_plain_flow
-from pyro_flows.infer.uses.surprise import Leaf, is_elementwise, leaves_of, single_base
+from pyro_flows.infer.compression.conditionals import Conditionals, Edges, Read, snapshot
+from pyro_flows.infer.uses.surprise import Leaf, is_elementwise, leaves_of, pixel_flow, single_base
 from pyro_flows.transforms import ActNorm, LogitPixels, Mint
 from pyro_flows.transforms.mint.orders import as_image, ranks
 
 __all__ = ["FlowConditionals"]
 
 
-class _Seen(NamedTuple):
-    """What each coordinate of a layer sees of earlier ones; ``D = C * H * W``.
+#: Moves numbers, shape ``(n, m)``, at these ``m`` dimensions alone, with earlier ones at their pixel centers.
+Border = Callable[[Tensor, Tensor], Tensor]
 
-    Without their own share, ``first`` and ``second``, shape ``(n, D, K)``, are pre-activations and ``third``, shape
-    ``(n, D)``, is the value.  The center taps ``into``, ``square`` and ``out`` have shapes ``(C, K)``, ``(C, K, K)``
-    and ``(n or 1, C, K)``, ``scale`` has ``(n or 1, D)``.
+
+def _centers(layer: Mint, x: Tensor, context: Tensor | None) -> tuple[Tensor, Border]:
+    """A layer's value at pixel centers, and its map of borders.
+
+    Of each coordinate, ``D = C * H * W`` of them, the pre-activations ``seen_first`` and ``seen_second``, shape ``(n,
+    D, K)``, and the value ``seen_third``, shape ``(n, D)``, lack the coordinate's own share.  The center taps ``into``,
+    ``square`` and ``out`` have shapes ``(C, K)``, ``(C, K, K)`` and ``(n or 1, C, K)``, ``scale`` has ``(n or 1, D)``.
     """
-
-    first: Tensor
-    second: Tensor
-    third: Tensor
-    into: Tensor
-    square: Tensor
-    out: Tensor
-    scale: Tensor
-
-
-def _over(bias: Tensor) -> Tensor:
-    return bias[..., None, None]
-
-
-def _centers(layer: Mint, x: Tensor, context: Tensor | None) -> tuple[Tensor, _Seen]:
-    """A layer's value at pixel centers, and what its coordinates see."""
     image = x.unsqueeze(-2) if x.dim() == 3 else x
     n, channels, height, width = image.shape
     w, attending = layer.map.split(*layer._weights(context, x.shape[:1]))
@@ -69,49 +54,41 @@ def _centers(layer: Mint, x: Tensor, context: Tensor | None) -> tuple[Tensor, _S
         return rest.transpose(-1, -2).flatten(1, 2)
 
     flat = image.reshape(n, channels, 1, height * width)
-    first = convolve(image, w.first) + _over(w.first_bias)
+    first = convolve(image, w.first) + w.first_bias[..., None, None]
     hidden = act.value(first)
     seen_first = row(first, into[:, :, None] * flat)
     own = square @ hidden.view(n, channels, groups, -1)
-    second = convolve(hidden, w.second) + _over(w.second_bias)
+    second = convolve(hidden, w.second) + w.second_bias[..., None, None]
     seen_second = row(second, own)
     hidden = act.value(second)
     own = (out[..., None] * hidden.view(n, channels, groups, -1)).sum(2).flatten(1)
-    gated = hidden if w.gate is None else hidden * _over(w.gate)
+    gated = hidden if w.gate is None else hidden * w.gate[..., None, None]
     third = convolve(gated, w.third) + w.third_bias
     if layer.attention is not None and attending is not None:  # without an own share
         third = third + layer.attention.rule(image, attending)
     value = w.scale * image + third
     scale = w.scale.expand(w.scale.shape[0] if w.scale.dim() == 4 else 1, channels, height, width).flatten(1)
-    seen = _Seen(seen_first, seen_second, third.flatten(1) - own, into, square, out, scale)
-    return value.view(x.shape), seen
+    seen_third = third.flatten(1) - own
 
+    def border(edge: Tensor, dims: Tensor) -> Tensor:
+        channel = dims // (height * width)
+        hidden = act.value(seen_first[:, dims] + into[channel] * edge[..., None])
+        hidden = act.value(seen_second[:, dims] + torch.einsum("mkj,nmj->nmk", square[channel], hidden))
+        return scale[:, dims] * edge + seen_third[:, dims] + (out[:, channel] * hidden).sum(-1)
 
-def _borders(layer: Mint, seen: _Seen, edge: Tensor, dims: Tensor) -> Tensor:
-    """The layer's values if each of ``dims`` alone moves to an edge, shape ``(n, len(dims))``."""
-    act, channel = layer.convolutions.activation, dims // (seen.third.shape[1] // len(seen.into))
-    hidden = act.value(seen.first[:, dims] + seen.into[channel] * edge[..., None])
-    hidden = act.value(seen.second[:, dims] + torch.einsum("mkj,nmj->nmk", seen.square[channel], hidden))
-    return seen.scale[:, dims] * edge + seen.third[:, dims] + (seen.out[:, channel] * hidden).sum(-1)
+    return value.view(x.shape), border
 
 
 class FlowConditionals(Conditionals):
     """The conditionals of ``Mint`` layers of one orientation on ``LogitPixels``, over independent normals."""
 
     def __init__(self, model: Flow | Dequantized) -> None:
-        if isinstance(model, Dequantized) and model.dequantizer is not None:
-            raise ValueError(
-                "Codec: expected a Dequantized with uniform noise, got one with a dequantizer, which the discrete "
-                "model does not use; give Dequantized(flow, levels), without it"
-            )
-        flow = model.flow if isinstance(model, Dequantized) else model
-        if not isinstance(flow, Flow) or not is_plain_flow(flow):
-            raise TypeError(f"Codec: expected a Flow, or a Dequantized of one, got {type(flow).__name__}")
-        self.flow = snapshot(flow)
+        self.model = self.flow = snapshot(pixel_flow(model, "Codec"))
         self.event_shape, self.context_dim = self.flow.event_shape, self.flow.context_dim
         pixels, layers = self._check()
         dims = self.event_shape.numel()
         self.levels = torch.full((dims,), pixels.levels)
+        self.others = {"margin": torch.tensor(pixels.margin, dtype=torch.float64)}
         base = single_base(self.flow.base(), self.flow, "Codec")
         if not isinstance(base, Normal):
             raise ValueError(f"Codec: expected a base of independent normals, got {type(base).__name__}")
@@ -149,62 +126,48 @@ class FlowConditionals(Conditionals):
             )
         return last, layers
 
-    def _leaves(self, context: Tensor | None) -> list[Leaf]:
-        """The layers from data to base."""
-        return leaves_of(self.flow, self.flow.inner_context(context))[::-1]
-
     @torch.no_grad()
-    def _seen(self, x: Tensor, context: Tensor | None) -> list[_Seen | None]:
-        """What each layer's coordinates see of earlier ones at their centers."""
+    def _base(self, x: Tensor, context: Tensor | None, dims: Tensor | None = None) -> Callable[[Tensor], Tensor]:
+        """Maps edges of ``dims``, by default all, to base values in standard deviations; shape ``(n, len(dims))``."""
         value = (x.double() + 0.5).unflatten(1, self.event_shape)
-        seen: list[_Seen | None] = []
-        for leaf in self._leaves(context):
-            found = None
+        places = torch.arange(len(self.levels)) if dims is None else dims
+        borders: list[Border] = []
+        for leaf in leaves_of(self.flow, self.flow.inner_context(context))[::-1]:
+            border: Border = functools.partial(self._elementwise, leaf)
             if isinstance(leaf.part, Mint):
-                value, found = _centers(leaf.part, value, leaf.context)
+                value, border = _centers(leaf.part, value, leaf.context)
             else:
                 value = leaf.to_base(value)
-            seen.append(found)
-        return seen
+            borders.append(border)
 
-    @torch.no_grad()
-    def _base(self, edge: Tensor, seen: list[_Seen | None], context: Tensor | None, dims: Tensor) -> Tensor:
-        """Base values of edges, in standard deviations; shape ``(n, len(dims))``."""
-        value = edge.double()
-        for leaf, found in zip(self._leaves(context), seen, strict=True):
-            if isinstance(leaf.part, Mint) and found is not None:
-                value = _borders(leaf.part, found, value, dims)
-            else:
-                whole = value.new_ones(len(value), len(self.levels)).index_copy(1, dims, value)
-                value = leaf.to_base(whole.unflatten(1, self.event_shape)).flatten(1)[:, dims]
-        return (value - self.loc[dims]) / self.scale[dims]
+        @torch.no_grad()
+        def base(edge: Tensor) -> Tensor:
+            moved = edge.double()
+            for border in borders:
+                moved = border(moved, places)
+            return (moved - self.loc[places]) / self.scale[places]
 
-    def edges(self, x: Tensor, context: Tensor | None) -> Edges:
-        seen, every = self._seen(x, context), torch.arange(len(self.levels))
-        return lambda middle: torch.special.ndtr(self._base(middle, seen, context, every))
+        return base
+
+    def _elementwise(self, leaf: Leaf, edge: Tensor, dims: Tensor) -> Tensor:
+        whole = edge.new_ones(len(edge), len(self.levels)).index_copy(1, dims, edge)
+        return leaf.to_base(whole.unflatten(1, self.event_shape)).flatten(1)[:, dims]
+
+    def edges(self, x: Tensor, context: Tensor | None, dims: Tensor | None = None) -> Edges:
+        base = self._base(x, context, dims)
+        return lambda middle: torch.special.ndtr(base(middle))
 
     def find(self, rows: int, context: Tensor | None, read: Read) -> Tensor:
         x = torch.zeros(rows, len(self.levels), dtype=torch.long)
-
-        def below(dims: Tensor) -> Edges:
-            seen = self._seen(x, context)
-            return lambda middle: torch.special.ndtr(self._base(middle, seen, context, dims))
-
         for dims in self.steps:
-            x[:, dims] = read(dims, below(dims))
+            x[:, dims] = read(dims, self.edges(x, context, dims))
         return x
 
     def log_prob(self, x: Tensor, context: Tensor | None) -> Tensor:
-        seen, every = self._seen(x, context), torch.arange(len(self.levels))
-        low = self._base(x, seen, context, every).masked_fill(x == 0, -torch.inf)
-        high = self._base(x + 1, seen, context, every).masked_fill(x == self.levels - 1, torch.inf)
+        base = self._base(x, context)
+        low = base(x).masked_fill(x == 0, -torch.inf)
+        high = base(x + 1).masked_fill(x == self.levels - 1, torch.inf)
         # A difference in the nearer tail keeps its digits.
         low, high = torch.where(low > 0, -high, low), torch.where(low > 0, -low, high)
         mass = torch.special.ndtr(high) - torch.special.ndtr(low)
         return mass.clamp(min=torch.finfo(mass.dtype).tiny).log().sum(-1)
-
-    def parts(self) -> Iterator[tuple[str, Tensor]]:
-        yield from self.flow.named_parameters()
-        yield from self.flow.named_buffers()
-        (margin,) = (part.margin for part in self.flow.modules() if isinstance(part, LogitPixels))
-        yield "margin", torch.tensor(margin, dtype=torch.float64)

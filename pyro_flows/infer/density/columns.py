@@ -52,15 +52,10 @@ def _bound(constraint: constraints.Constraint, name: str, like: Tensor) -> Tenso
     return None if bound is None else torch.as_tensor(bound, dtype=like.dtype, device=like.device)
 
 
-def _inner(constraint: constraints.Constraint) -> constraints.Constraint:
-    while hasattr(constraint, "base_constraint"):
-        constraint = constraint.base_constraint
-    return constraint
-
-
 def _pieces(constraint: constraints.Constraint, *views: Tensor) -> list[tuple[Any, ...]]:
     """Splits ``cat`` and ``stack`` into constraints with their part of every view, shape ``(rows, *event)``."""
-    constraint = _inner(constraint)
+    while hasattr(constraint, "base_constraint"):
+        constraint = constraint.base_constraint
     if not isinstance(constraint, (constraints.cat, constraints.stack)):
         return [(constraint, *views)]
     axis = constraint.dim if constraint.dim < 0 else constraint.dim - views[0].dim()
@@ -140,12 +135,11 @@ def _is_spike(counts: Tensor, place: int, chance: float) -> bool:
         if near.sum() >= least:
             break
     mean = near.mean()
-    rate = torch.logspace(-3, 0, 64, dtype=torch.float64) * own
     fitted = _rate_of(mean)
-    rate = rate if fitted is None else rate.clamp(min=fitted)
+    rate = (torch.logspace(-3, 0, 64, dtype=torch.float64) * own).clamp(min=fitted)
     log_tail = torch.special.gammainc(torch.tensor(float(own), dtype=torch.float64), _UNEVEN * rate).log()
     # For a Poisson number above 0, P(x) is rate^x / x! / (e^rate - 1).
-    gap = _cost(rate, mean) - (0 if fitted is None else _cost(fitted, mean))
+    gap = _cost(rate, mean) - _cost(fitted, mean)
     return bool((log_tail - len(near) * gap.clamp(min=0)).max().exp() < chance)
 
 
@@ -153,11 +147,9 @@ def _cost(rate: Tensor, mean: Tensor) -> Tensor:
     return rate + torch.log(-torch.expm1(-rate)) - mean * rate.log()
 
 
-def _rate_of(mean: Tensor) -> Tensor | None:
-    """Solves for the rate at which a Poisson number above 0 has this mean; ``None`` at rate 0."""
-    if mean <= 1 + 1e-9:
-        return None
-    rate = torch.minimum(mean, 2 * (mean - 1))
+def _rate_of(mean: Tensor) -> Tensor:
+    """Solves for the rate, above 0, at which a Poisson number above 0 has this mean."""
+    rate = torch.minimum(mean, 2 * (mean - 1)).clamp(min=1e-9)
     for _ in range(60):
         rate = mean * -torch.expm1(-rate)
     return rate
@@ -180,9 +172,8 @@ class Precision:
     def add(self, given: Tensor, converted: Tensor) -> None:
         """Adds a piece before and after the conversion, shape ``(rows, *event_shape)``."""
         wider = given.is_floating_point() and torch.promote_types(given.dtype, converted.dtype) == converted.dtype
-        if wider or given.dtype in (torch.bool, converted.dtype):
-            return
-        if not given.dim() or not len(given) or self._rows >= _ROWS:
+        alike = wider or given.dtype in (torch.bool, converted.dtype)
+        if alike or not given.dim() or not len(given) or self._rows >= _ROWS:
             return
         # Rows far apart, because neighbors may be alike.
         step = max(len(given) // (_ROWS - self._rows), 1)
@@ -201,8 +192,11 @@ class Precision:
         return {column: (int(before[column]), int(after[column])) for column in lost}
 
     def told(self, what: str) -> str:
-        """Describes the columns of :meth:`merged`, with a remedy."""
-        merged, (given, used) = self.merged(), (piece.dtype for piece in self._pieces[0])
+        """Describes the columns of :meth:`merged`, if any, with a remedy."""
+        merged = self.merged()
+        if not merged:
+            return ""
+        given, used = (piece.dtype for piece in self._pieces[0])
         columns = ", ".join(map(str, list(merged)[:8])) + (", …" if len(merged) > 8 else "")
         before, after = next(iter(merged.values()))
         remedy = "flow.float()" if used.itemsize < 4 and given.itemsize == 4 else "flow.double()"

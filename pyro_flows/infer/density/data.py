@@ -9,24 +9,16 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Size, Tensor, nn
+from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader
 
+from pyro_flows.core.checks import first_floating
 from pyro_flows.distributions import Flow
 from pyro_flows.infer.density.columns import Precision
 
-__all__ = [
-    "Batch",
-    "Expected",
-    "Loader",
-    "Rows",
-    "Source",
-    "admit_rows",
-    "expected_by",
-    "missing",
-    "name_rows",
-    "to_tensor",
-]
+__all__ = ["Expected", "Loader", "Rows", "Source", "admit_rows", "expected_by", "name_rows", "to_tensor"]
 
+_CHUNK = 2**18  # numbers in a chunk of rows
 _UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)  # with few operations in torch
 
 
@@ -51,30 +43,23 @@ def to_tensor(given: Any, name: str, what: str, kinds: str = "to be real numbers
         TypeError: for anything but real numbers; names the columns of a data frame.
     """
     expected = f"{name}: expected {what} {kinds}"
-    refused = missing(given)
-    if refused is not None:
-        raise ValueError(
-            f"{name}: {what} is masked in {refused}; a mask means missing: leave these rows out or fill in"
-        )
+    _refuse_masked(given, name, what)
     if isinstance(given, Tensor):
         return _plain(given, name, what)
-    array = None
-    if hasattr(given, "__array__") or isinstance(given, (list, tuple)):
-        array = _array(given, expected)
+    array = _array(given, expected) if hasattr(given, "__array__") or isinstance(given, (list, tuple)) else None
     if array is None or array.dtype.kind not in "fiub":
         kind = type(given).__name__ if array is None else f"{type(given).__name__} of dtype {array.dtype}"
         hint = "; a Dataset goes in a DataLoader" if isinstance(given, torch.utils.data.Dataset) else ""
         if array is not None:
             hint = f"; {_HINTS.get(array.dtype.kind, _WORDS)}"
         raise TypeError(f"{expected}, got {kind}{hint}")
-    if array.dtype.kind == "f" and array.dtype.itemsize > 8:
-        array = array.astype(np.float64)
-    # A copy drops byte orders and strides that torch does not know.
-    return _plain(torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("="), order="C")), name, what)
+    # A copy drops byte orders, strides and long floats that torch does not know.
+    long = array.dtype.kind == "f" and array.dtype.itemsize > 8
+    dtype = np.float64 if long else array.dtype.newbyteorder("=")
+    return _plain(torch.from_numpy(np.array(array, dtype=dtype, order="C")), name, what)
 
 
-def missing(given: Any) -> str | None:
-    """Describes the masked rows of masked arrays; ``None`` if nothing is masked."""
+def _refuse_masked(given: Any, name: str, what: str) -> None:
     if isinstance(given, (list, tuple)) and any(isinstance(part, np.ma.MaskedArray) for part in given):
         given = np.ma.asarray(given)
     mask = None
@@ -82,10 +67,12 @@ def missing(given: Any) -> str | None:
         mask = torch.from_numpy(np.ma.getmaskarray(given).copy())
     elif isinstance(given, Tensor) and hasattr(given, "get_mask"):  # torch's masked tensors; true is present
         mask = ~given.get_mask()
-    if mask is None or not mask.any():
-        return None
-    rows = mask.reshape(len(mask), -1).any(-1) if mask.dim() else mask.reshape(1)
-    return f"{int(rows.sum())} of {len(rows)} rows ({name_rows(rows.nonzero()[:, 0])})"
+    if mask is not None and mask.any():
+        rows = mask.reshape(len(mask), -1).any(-1) if mask.dim() else mask.reshape(1)
+        raise ValueError(
+            f"{name}: {what} is masked in {int(rows.sum())} of {len(rows)} rows ({name_rows(rows.nonzero()[:, 0])}); a "
+            "mask means missing: leave these rows out or fill in"
+        )
 
 
 def name_rows(rows: Tensor) -> str:
@@ -111,16 +98,16 @@ def _plain(given: Tensor, name: str, what: str) -> Tensor:
 def _array(given: Any, expected: str) -> np.ndarray | None:
     """Makes an array; the types of a data frame's columns need not be NumPy's."""
     if isinstance(given, (list, tuple)):
-        given = _listed(given)
-    columns = getattr(given, "dtypes", None)
-    kinds = {} if columns is None else _kinds(given, columns)
-    wrong = [f"{label!r} ({kind})" for label, (kind, code) in kinds.items() if code not in "fiub"]
+        given = tree_map_only(Tensor, _numbers, given)
+    columns: Any = getattr(given, "dtypes", None)
+    pairs: Any = columns.items() if hasattr(columns, "items") else [(getattr(given, "name", None), columns)]
+    # Types that are not NumPy's may lack its letter.
+    kinds = [(label, kind) for label, kind in pairs if isinstance(getattr(kind, "kind", None), str)]
+    wrong = [(label, kind) for label, kind in kinds if kind.kind not in "fiub"]
     if wrong:
-        code = next(code for _, code in kinds.values() if code not in "fiub")
-        more = ", …" if len(wrong) > 5 else ""
-        raise TypeError(
-            f"{expected}, got a {type(given).__name__} with {', '.join(wrong[:5])}{more}; {_HINTS.get(code, _WORDS)}"
-        )
+        told = ", ".join(f"{label!r} ({kind})" for label, kind in wrong[:5]) + (", …" if len(wrong) > 5 else "")
+        hint = _HINTS.get(wrong[0][1].kind, _WORDS)
+        raise TypeError(f"{expected}, got a {type(given).__name__} with {told}; {hint}")
     try:
         array = np.asarray(given)
         if array.dtype == object and kinds:
@@ -130,20 +117,9 @@ def _array(given: Any, expected: str) -> np.ndarray | None:
     return array
 
 
-def _listed(part: Any) -> Any:
-    """Turns the tensors of nested lists into arrays."""
-    if isinstance(part, (list, tuple)):
-        return [_listed(inner) for inner in part]
-    if not isinstance(part, Tensor):
-        return part
+def _numbers(part: Tensor) -> np.ndarray:
     part = part.detach().cpu()
-    return part.double().numpy() if part.dtype == torch.bfloat16 else part.numpy()
-
-
-def _kinds(frame: Any, columns: Any) -> dict[Any, tuple[Any, str]]:
-    """Maps columns to their types and NumPy's letters."""
-    pairs = columns.items() if hasattr(columns, "items") else [(getattr(frame, "name", None), columns)]
-    return {label: (kind, kind.kind) for label, kind in pairs if isinstance(getattr(kind, "kind", None), str)}
+    return (part.double() if part.dtype == torch.bfloat16 else part).numpy()
 
 
 Batch = tuple[Tensor, Tensor | None, Tensor | None]
@@ -154,26 +130,32 @@ Batch = tuple[Tensor, Tensor | None, Tensor | None]
 
 @dataclass(frozen=True)
 class Expected:
-    """The rows that a flow takes, as far as known; unless ``continuous``, integers stay unconverted."""
+    """The rows that a flow takes, as far as known; unless ``continuous``, integers stay unconverted.
 
+    Messages name the function ``who`` and the ``forms`` in which it takes rows.  ``precision``, of values and of
+    contexts, sees each conversion.
+    """
+
+    who: str
+    forms: str
     event_shape: Size | None
     context_dim: int | None
     dtype: torch.dtype
     device: torch.device
     continuous: bool
+    precision: tuple[Precision, Precision] = field(default_factory=lambda: (Precision(), Precision()))
 
 
-def expected_by(module: nn.Module) -> Expected:
+def expected_by(
+    module: nn.Module, who: str = "fit_density", forms: str = "a tensor, a NumPy array of numbers or a DataLoader"
+) -> Expected:
     """Reads from a density which rows it takes."""
-    held = [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
+    kin = first_floating(module)
+    kin = torch.zeros((), device="cpu") if kin is None else kin
     event, context = getattr(module, "event_shape", None), getattr(module, "context_dim", None)
-    return Expected(
-        Size(event) if isinstance(event, (tuple, list)) else None,
-        context if isinstance(context, int) else None,
-        held[0].dtype if held else torch.get_default_dtype(),
-        held[0].device if held else torch.device("cpu"),
-        isinstance(module, Flow),
-    )
+    event = Size(event) if isinstance(event, (tuple, list)) else None
+    context = context if isinstance(context, int) else None
+    return Expected(who, forms, event, context, kin.dtype, kin.device, isinstance(module, Flow))
 
 
 @dataclass
@@ -183,7 +165,6 @@ class Rows:
     value: Tensor
     context: Tensor | None
     index: Tensor
-    precision: tuple[Precision, Precision] = field(default_factory=lambda: (Precision(), Precision()))
 
     def __len__(self) -> int:
         return len(self.value)
@@ -194,14 +175,13 @@ class Rows:
 
     def batches(self, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
         """Yields all rows once, shuffled, in nearly equal batches."""
-        order = torch.randperm(len(self), generator=generator)
-        pieces = order.tensor_split(self.steps(batch_size))
-        moved = order.to(self.value.device).tensor_split(self.steps(batch_size))
-        for rows, piece in zip(moved, pieces, strict=True):
-            yield self.value[rows], None if self.context is None else self.context[rows], self.index[piece]
+        for piece in torch.randperm(len(self), generator=generator).tensor_split(self.steps(batch_size)):
+            rows = self.take(piece)
+            yield rows.value, rows.context, rows.index
 
-    def chunks(self, size: int) -> Iterator[Batch]:
-        """Yields all rows once, in order."""
+    def chunks(self, least: int) -> Iterator[Batch]:
+        """Yields all rows once, in order, at least so many at a time."""
+        size = max(least, _CHUNK // max(self.value[:1].numel(), 1), 1)
         contexts = (None for _ in self.value.split(size)) if self.context is None else self.context.split(size)
         yield from zip(self.value.split(size), contexts, self.index.split(size), strict=True)
 
@@ -228,7 +208,6 @@ class Loader:
     def __init__(self, loader: DataLoader, expected: Expected, what: str) -> None:
         self.loader, self.expected, self.what = loader, expected, what
         self.rows = self.count = 0
-        self.precision = (Precision(), Precision())
 
     def __len__(self) -> int:
         return self.rows
@@ -237,24 +216,19 @@ class Loader:
         """The number of batches, counted in the first pass."""
         return self.count
 
-    def batches(self, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
+    def batches(self, batch_size: int, generator: torch.Generator | None = None) -> Iterator[Batch]:
         """Yields one pass."""
         for batch in self.loader:
-            value, context = self._unpack(batch)
-            value = _values(value, self.expected, self.what, self.precision[0])
-            yield value, _contexts(context, value, self.expected, self.what, self.what, self.precision[1]), None
+            yield *_admit(*self._unpack(batch), self.expected, self.what, self.what), None
 
-    def chunks(self, size: int) -> Iterator[Batch]:
-        """Yields one pass."""
-        yield from self.batches(size, torch.default_generator)
+    chunks = batches
 
     def survey(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Counts in a first pass, and refuses NaN."""
         self.rows = self.count = 0
         for value, context, _ in self.chunks(0):
-            for each, kind in ((value, "values"), (context, "contexts")):
-                if each is not None:
-                    _refuse_nonfinite(each, f"batch {self.count} of the DataLoader given as {self.what}, {kind},")
+            place = f"batch {self.count} of the DataLoader given as {self.what}"
+            _refuse_nonfinite(self.expected, {f"{place}, values,": value, f"{place}, contexts,": context})
             self.rows, self.count = self.rows + len(value), self.count + 1
             yield value, context
         if not self.rows:
@@ -263,9 +237,10 @@ class Loader:
     def _unpack(self, batch: Any) -> tuple[Any, Any]:
         if isinstance(batch, (Tensor, np.ndarray)):
             return batch, None
-        if isinstance(batch, (tuple, list)) and len(batch) in (1, 2):
+        several = isinstance(batch, (tuple, list))
+        if several and len(batch) in (1, 2):
             return batch[0], batch[1] if len(batch) == 2 else None
-        size = f" of {len(batch)}" if isinstance(batch, (tuple, list)) else ""
+        size = f" of {len(batch)}" if several else ""
         raise TypeError(
             f"fit_density: expected the DataLoader given as {self.what} to yield x, (x,) or (x, context), "
             f"got a {type(batch).__name__}{size}"
@@ -275,76 +250,71 @@ class Loader:
 Source = Rows | Loader
 
 
-def admit_rows(given: Any, context: Any, expected: Expected, what: str, what_context: str) -> Rows:
-    """Checks values and contexts, and converts them to the flow's dtype and device."""
-    precision = (Precision(), Precision())
-    value = _values(given, expected, what, precision[0])
-    if not len(value):
-        raise ValueError(f"fit_density: {what} is empty, shape {tuple(value.shape)}; expected at least one row")
-    _refuse_nonfinite(value, what)
-    context = _contexts(context, value, expected, what, what_context, precision[1])
-    if context is not None:
-        _refuse_nonfinite(context, what_context)
-    return Rows(value, context, torch.arange(len(value)), precision)
+def admit_rows(given: Any, context: Any, expected: Expected, what: str, what_context: str, least: int = 1) -> Rows:
+    """Checks values and contexts, at least so many, and converts them to the flow's dtype and device."""
+    value, context = _admit(given, context, expected, what, what_context)
+    if len(value) < least:
+        raise ValueError(f"{expected.who}: {what} is empty, shape {tuple(value.shape)}; expected at least one row")
+    _refuse_nonfinite(expected, {what: value, what_context: context})
+    return Rows(value, context, torch.arange(len(value)))
 
 
 def _tensor(given: Any, what: str, expected: Expected, precision: Precision) -> Tensor:
-    made = to_tensor(given, "fit_density", what, "to be a tensor, a NumPy array of numbers or a DataLoader")
+    made = to_tensor(given, expected.who, what, f"to be {expected.forms}")
     whole = not made.is_floating_point() and not expected.continuous
     converted = made.to(device=expected.device, dtype=made.dtype if whole else expected.dtype)
     precision.add(made, converted)
     return converted
 
 
-def _values(given: Any, expected: Expected, what: str, precision: Precision) -> Tensor:
-    value = _tensor(given, what, expected, precision)
-    event = expected.event_shape
+def _admit(
+    given: Any, given_context: Any, expected: Expected, what: str, what_context: str
+) -> tuple[Tensor, Tensor | None]:
+    """Checks the shapes of values and contexts, and converts them."""
+    event, size = expected.event_shape, expected.context_dim
+    value = _tensor(given, what, expected, expected.precision[0])
     if event is not None and value.dim() == 1 and event == (1,):
         value = value.unsqueeze(-1)
     if value.dim() == 0 or (event is not None and value.shape[1:] != event):
         shape = "(rows, ...)" if event is None else f"(rows, {', '.join(map(str, event))})"
         hint = " (input_dim columns)" if event is not None and len(event) == 1 else ""
-        raise ValueError(f"fit_density: expected {what} of shape {shape}{hint}, got shape {tuple(value.shape)}")
-    return value
-
-
-def _contexts(
-    given: Any, value: Tensor, expected: Expected, what: str, what_context: str, precision: Precision
-) -> Tensor | None:
-    size = expected.context_dim
-    if given is None:
+        raise ValueError(f"{expected.who}: expected {what} of shape {shape}{hint}, got shape {tuple(value.shape)}")
+    if given_context is None:
         if size:
             raise ValueError(
-                f"fit_density: this flow was built with context_dim={size}: give a context for each row of {what} "
+                f"{expected.who}: this flow was built with context_dim={size}: give a context for each row of {what} "
                 "(context=, validation_context=, or a DataLoader that yields pairs)"
             )
-        return None
+        return value, None
     if size == 0:
         raise ValueError(
-            f"fit_density: this flow was built with context_dim=0, but contexts came with {what}: leave them out, or "
-            "build the flow with context_dim"
+            f"{expected.who}: this flow was built with context_dim=0, but contexts came with {what}: leave them out, "
+            "or build the flow with context_dim"
         )
-    context = _tensor(given, what_context, expected, precision)
+    context = _tensor(given_context, what_context, expected, expected.precision[1])
     if context.dim() == 1 and size == 1:
         context = context.unsqueeze(-1)
     if context.dim() == 0 or len(context) != len(value):
         raise ValueError(
-            f"fit_density: expected a context for each of the {len(value)} rows of {what}, "
+            f"{expected.who}: expected a context for each of the {len(value)} rows of {what}, "
             f"got {what_context} of shape {tuple(context.shape)}"
         )
     if size is not None and context.shape[1:] != (size,):
         raise ValueError(
-            f"fit_density: expected {what_context} of shape (rows, {size}) (context_dim columns), "
+            f"{expected.who}: expected {what_context} of shape (rows, {size}) (context_dim columns), "
             f"got shape {tuple(context.shape)}"
         )
-    return context
+    return value, context
 
 
-def _refuse_nonfinite(value: Tensor, what: str) -> None:
-    bad = ~value.isfinite().reshape(len(value), -1).all(-1)
-    if bad.any():
-        rows = bad.nonzero()[:, 0]
-        raise ValueError(
-            f"fit_density: {what} has NaN, infinity or numbers too large for {value.dtype} in {len(rows)} of "
-            f"{len(value)} rows ({name_rows(rows)}); leave these rows out or repair them"
-        )
+def _refuse_nonfinite(expected: Expected, named: dict[str, Tensor | None]) -> None:
+    for what, value in named.items():
+        if value is None:
+            continue
+        bad = ~value.isfinite().unsqueeze(-1).flatten(1).all(-1)
+        if bad.any():
+            rows = bad.nonzero()[:, 0]
+            raise ValueError(
+                f"{expected.who}: {what} has NaN, infinity or numbers too large for {value.dtype} in {len(rows)} of "
+                f"{len(value)} rows ({name_rows(rows)}); leave these rows out or repair them"
+            )

@@ -6,7 +6,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -16,13 +16,12 @@ from torch.optim import AdamW, Optimizer
 
 from pyro_flows.core.transform import FlowTransform
 from pyro_flows.distributions import Flow
-from pyro_flows.infer.density.data import Rows, admit_rows, expected_by, to_tensor
+from pyro_flows.infer.density.data import admit_rows, expected_by, to_tensor
 from pyro_flows.infer.density.loop import CHECKPOINT, DensityTraining
 from pyro_flows.infer.density.matching import FlowMatching, Matching, as_objective, matched_parts
 from pyro_flows.infer.density.objective import Likelihood, Objective, evaluate, log_prob_of, mean_score
-from pyro_flows.infer.density.prepare import Prepared, prepare
+from pyro_flows.infer.density.prepare import prepare, reals_of
 from pyro_flows.infer.density.settings import Settings
-from pyro_flows.infer.density.survey import reals_of
 from pyro_flows.infer.density.units import Density, in_units, is_density, is_plain_flow
 from pyro_flows.infer.machine.checkpoint import Keeper, architecture_of, layout_of
 from pyro_flows.infer.machine.interrupts import carrying, interrupts_held_back
@@ -193,6 +192,7 @@ def fit_density(
         Masked Autoregressive Flow for Density Estimation (Papamakarios et al., 2017), section 4, arXiv:1705.07057.
         Decoupled Weight Decay Regularization (Loshchilov & Hutter, 2019), arXiv:1711.05101.
     """
+    chosen = dict(locals())
     trained, matching = _as_density(flow), as_objective(objective)
     if matching is not None:
         matched_parts(trained, matching)
@@ -205,36 +205,18 @@ def fit_density(
     known = CHECKPOINT.read(checkpoint) if resume else None
     if seed is None:
         seed = int(torch.randint(2**31, ())) if known is None else known["settings"]["seed"]
-    settings = Settings(
-        validation_fraction=validation_fraction,
-        standardize=standardize,
-        batch_size=batch_size,
-        max_epochs=max_epochs,
-        steps=steps,
-        seconds=seconds,
-        lr=lr,
-        schedule=schedule,
-        patience=patience,
-        weight_decay=weight_decay,
-        clip_norm=clip_norm,
-        average=average,
-        checkpoint_every=checkpoint_every,
-        seed=seed,
-        objective="likelihood" if matching is None else str(matching),
-    )
+    chosen.update(seed=seed, objective="likelihood" if matching is None else str(matching))
+    settings = Settings(**{each.name: chosen[each.name] for each in fields(Settings)})
     optimizer = _as_optimizer(optimizer, parameters, settings)
     given = (data, context, validation, validation_context)
     device = expected_by(trained).device
     so_far: list[Callable[[], object]] = []
     with carrying(so_far), own_randomness(device, seed):
-        generator = torch.Generator().manual_seed(seed)
-        start = prepare(trained, given, settings, generator, stacklevel=2)
-        size = settings.batch_size_for(len(start.train)) if isinstance(start.train, Rows) else 0
-        sizes = settings.sizes(size, start.train.steps(size))
+        start = prepare(trained, given, settings)
         identity = {
             "architecture": architecture_of(trained),
             "data": start.identity,
-            "settings": settings.identity(sizes, type(optimizer).__name__),
+            "settings": settings.identity(start.sizes, type(optimizer).__name__),
         }
         units = start.units
         if known is not None:
@@ -246,14 +228,20 @@ def fit_density(
         aim: Objective = Likelihood(trained, density)
         if matching is not None and is_plain_flow(density):
             aim = Matching(matching, density, seed, held_out)
-        training = DensityTraining(
-            trained, density, aim, start.train, start.validation, optimizer, settings, sizes, generator, progress
-        )
+        training = DensityTraining(trained, aim, start, optimizer, progress)
         if known is not None:
-            _resume(training, known, checkpoint, device, shuffle=generator, **start.generators)
+            with interrupts_held_back():
+                before = training.best_state
+                try:
+                    with CHECKPOINT.refusing(checkpoint):
+                        training.load_state_dict(known["training"])
+                        set_random(known["random"], device, **start.generators)
+                except ValueError:
+                    trained.load_state_dict(before)  # the flow stays as it was
+                    raise
 
         def content() -> dict[str, Any]:
-            random = random_state(device, shuffle=generator, **start.generators)
+            random = random_state(device, **start.generators)
             return {**identity, "units": units, "training": training.state_dict(), "random": random}
 
         def result() -> DensityFit:
@@ -271,42 +259,15 @@ def fit_density(
         training.run(Keeper(CHECKPOINT, checkpoint, content, checkpoint_every))
         fit = result()
         if matching is not None:
-            fit.validation = _likelihood(density, start)
+            try:
+                fit.validation = mean_score(log_prob_of(density), start.validation)
+            except RuntimeError as error:  # a solver's, which must not undo the fit
+                warnings.warn(
+                    f"fit_density: the flow is trained, but its held-out log-likelihood could not be computed: {error}",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
     return fit
-
-
-def _resume(
-    training: DensityTraining,
-    known: dict[str, Any],
-    path: str | os.PathLike[str] | None,
-    device: torch.device,
-    **generators: torch.Generator | None,
-) -> None:
-    """Continues from a checkpoint; if it does not fit, the flow stays as it was."""
-    with interrupts_held_back():
-        before = training.best_state
-        try:
-            with CHECKPOINT.refusing(path):
-                training.load_state_dict(known["training"])
-                set_random(known["random"], device, **generators)
-        except ValueError:
-            training.flow.load_state_dict(before)
-            raise
-
-
-def _likelihood(density: Flow | Density, start: Prepared) -> float:
-    """Computes the final held-out log-likelihood; solver errors must not undo the fit."""
-    if start.validation is None:
-        return math.nan
-    try:
-        return mean_score(log_prob_of(density), start.validation)
-    except RuntimeError as error:
-        warnings.warn(
-            f"fit_density: the flow is trained, but its held-out log-likelihood could not be computed: {error}",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-        return math.nan
 
 
 def _as_density(flow: object) -> Flow | Density:
@@ -324,11 +285,7 @@ def _as_density(flow: object) -> Flow | Density:
     )
 
 
-def _as_optimizer(
-    given: Optimizer | Callable[[Iterable[nn.Parameter]], Optimizer] | None,
-    parameters: list[nn.Parameter],
-    settings: Settings,
-) -> Optimizer:
+def _as_optimizer(given: Any, parameters: list[nn.Parameter], settings: Settings) -> Optimizer:
     if given is None:
         fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
         return AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay, fused=fused)

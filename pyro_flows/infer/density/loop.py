@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
 from tqdm.auto import tqdm
 
-from pyro_flows.infer.density.data import Batch, Source
-from pyro_flows.infer.density.objective import Objective, bad_gradient, bad_score, mean_score
-from pyro_flows.infer.density.settings import Schedule, Settings, Sizes
+from pyro_flows.infer.density.data import name_rows
+from pyro_flows.infer.density.objective import Objective, mean_score
+from pyro_flows.infer.density.prepare import Prepared
+from pyro_flows.infer.density.settings import Schedule
 from pyro_flows.infer.machine.budget import Budget
 from pyro_flows.infer.machine.checkpoint import CheckpointFormat
 from pyro_flows.infer.machine.interrupts import interrupts_held_back
@@ -24,8 +27,9 @@ from pyro_flows.transforms.continuous.layer import collect_penalties
 
 __all__ = ["CHECKPOINT", "DensityTraining"]
 
+_REMEDY = "try a smaller lr or clip_norm, a flow in float64 (flow.double()), and look at the data for outliers"
 _COLUMNS = ("epoch", "step", "train", "validation", "lr", "seconds")  # of a history
-_COUNTERS = ("epoch", "best", "best_epoch", "stopped")
+_KEPT = ("epoch", "best", "best_epoch", "best_state", "history", "stopped")
 
 CHECKPOINT = CheckpointFormat(
     "fit_density",
@@ -35,7 +39,8 @@ CHECKPOINT = CheckpointFormat(
         "settings": {"seed": int},
         "units": {name: (Tensor, type(None)) for name in ("loc", "scale", "context_loc", "context_scale")},
         "training": {
-            **dict.fromkeys(("flow", "best_state", "optimizer", "schedule"), dict),
+            **dict.fromkeys(("flow", "best_state", "optimizer"), dict),
+            "schedule": {name: type(value) for name, value in asdict(Schedule("plateau", 1)).items()},
             "history": dict.fromkeys(_COLUMNS, list),
             "averages": list,
             **dict.fromkeys(("spent", "best"), float),
@@ -51,25 +56,17 @@ CHECKPOINT = CheckpointFormat(
 class DensityTraining(TrainingLoop):
     """Trains a density by an objective.
 
-    The ``density`` is the ``flow`` in the units of the data.  Without ``validation`` rows, the training score decides.
+    The objective's density is the ``flow`` in the units of the data.  Without validation rows, the training score
+    decides.
     """
 
     def __init__(
-        self,
-        flow: nn.Module,
-        density: nn.Module,
-        objective: Objective,
-        train: Source,
-        validation: Source | None,
-        optimizer: Optimizer,
-        settings: Settings,
-        sizes: Sizes,
-        generator: Generator,
-        progress: bool,
+        self, flow: nn.Module, objective: Objective, start: Prepared, optimizer: Optimizer, progress: bool
     ) -> None:
+        settings, sizes = start.settings, start.sizes
         super().__init__(flow, Budget(sizes.total_steps, settings.seconds, time.monotonic()))
-        self.density, self.objective, self.optimizer = density, objective, optimizer
-        self.rows, self.validation, self.generator = train, validation, generator
+        self.density, self.objective, self.optimizer = objective.density, objective, optimizer
+        self.rows, self.validation, self.shuffle = start.train, start.validation, start.shuffle
         self.settings, self.sizes, self.progress = settings, sizes, progress
         self.schedule = Schedule(settings.schedule, sizes.patience, objective.notable)
         self.history: dict[str, list[float]] = {name: [] for name in _COLUMNS}
@@ -103,7 +100,7 @@ class DensityTraining(TrainingLoop):
         self.density.train()
         self.flow.train()
         total, rows = 0.0, 0
-        for value, context, index in self.rows.batches(self.sizes.batch_size, self.generator):
+        for value, context, index in self.rows.batches(self.sizes.batch_size, self.shuffle):
             if not len(value):
                 continue
             factor = self.schedule.factor(self.budget.fraction)
@@ -126,7 +123,7 @@ class DensityTraining(TrainingLoop):
             return self.objective.scores(value, context)
         except ValueError:
             # A validating distribution refuses NaN before it computes a score.
-            if self.objective.first_nonfinite((value, context, None)) is None:
+            if self.objective.first_nonfinite(value, context) is None:
                 raise
             return value.new_full((len(value),), math.nan, dtype=self.parameters[0].dtype)
 
@@ -136,7 +133,7 @@ class DensityTraining(TrainingLoop):
         score = -loss.item()
         noun = self.objective.noun
         if not math.isfinite(score):
-            self._raise_bad_score(f"{noun} of a batch is {score}", (value, context, index))
+            self._raise_bad_score(f"{noun} of a batch is {score}", value, context, index)
         if penalties.parts:
             loss = loss + penalties.total()
         if not loss.requires_grad:
@@ -145,24 +142,29 @@ class DensityTraining(TrainingLoop):
         loss.backward()
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         if not math.isfinite(norm.item()):
-            raise FloatingPointError(bad_gradient(self.flow, norm.item()))
+            named = self.flow.named_parameters()
+            bad = [name for name, p in named if p.grad is not None and not p.grad.isfinite().all()]
+            which = f"that of {', '.join(bad[:5])}{', …' if len(bad) > 5 else ''} is not finite"
+            if not bad:
+                which = "each gradient is finite, but their squares overflow"
+            raise FloatingPointError(f"fit_density: the norm of the gradient is {norm.item()}: {which}; {_REMEDY}")
         if self.settings.clip_norm is not None:
             nn.utils.clip_grads_with_norm_(self.parameters, self.settings.clip_norm, norm)
         self.optimizer.step()
         self.budget.done += 1
-        if self.averages:
-            # Early on, the average must not remember the start.
-            weight = 1 - min(self.settings.average, (self.budget.done - 1) / (self.budget.done + 9))
-            with torch.no_grad():
-                for mean, parameter in zip(self.averages, self.parameters, strict=True):
-                    mean.lerp_(parameter, weight)
+        # Early on, the average must not remember the start.
+        weight = 1 - min(self.settings.average, (self.budget.done - 1) / (self.budget.done + 9))
+        with torch.no_grad():
+            for mean, parameter in zip(self.averages, self.parameters, strict=False):
+                mean.lerp_(parameter, weight)
         return score
 
     def _close_epoch(self, bar: tqdm) -> None:
         self.density.eval()
         self.flow.eval()
         with self._averaged():
-            held_out = math.nan if self.validation is None else self._validate(self.validation)
+            with self.objective.fixed():
+                held_out = mean_score(self._score, self.validation, self.sizes.batch_size)
             score = self._trained if self.validation is None else held_out
             rate = float(self.optimizer.param_groups[0]["lr"])
             row = (self.epoch, self.budget.done, self._trained, held_out, rate, self.budget.elapsed)
@@ -180,8 +182,7 @@ class DensityTraining(TrainingLoop):
             self._raise_never_finite()
         if verdict == "back":
             self.flow.load_state_dict(self.best_state)
-            for mean, parameter in zip(self.averages, self.parameters, strict=bool(self.averages)):
-                mean.copy_(parameter.detach())
+            _write(self.averages, self.parameters)
 
     def _limit(self) -> str | None:
         """Names the limit that is reached, if any."""
@@ -191,42 +192,33 @@ class DensityTraining(TrainingLoop):
             return "max_epochs"
         return "seconds" if self.budget.left() <= 0 else None
 
-    def _validate(self, rows: Source) -> float:
-        with self.objective.fixed():
-            return mean_score(self._score, rows, self.sizes.batch_size)
-
+    @torch.no_grad()
     def _raise_never_finite(self) -> None:
         what = f"validation {self.objective.noun} was not finite in any of {self.epoch} epochs"
         for batch in () if self.validation is None else self.validation.chunks(self.sizes.batch_size):
-            with torch.no_grad():
-                bad = not self._score(*batch[:2]).isfinite().all()
-            if bad:
-                self._raise_bad_score(what, batch)
+            if not self._score(*batch[:2]).isfinite().all():
+                self._raise_bad_score(what, *batch)
         raise FloatingPointError(f"fit_density: the {what}; try a smaller lr")
 
-    def _raise_bad_score(self, what: str, batch: Batch) -> None:
-        scores = self._score(*batch[:2]).detach()
-        found = self.objective.first_nonfinite(batch)
+    def _raise_bad_score(self, what: str, value: Tensor, context: Tensor | None, index: Tensor | None) -> None:
+        """Says which scores are not finite, in which rows, and where that begins."""
+        bad = ~self._score(value, context).isfinite().cpu()
+        found = self.objective.first_nonfinite(value, context)
         found = self.objective.beyond if found is None else f"it begins in {found}"
-        raise FloatingPointError(bad_score(what, scores, batch[2], found))
+        which = f" ({name_rows(index[bad])} as given)" if index is not None and bad.any() else ""
+        raise FloatingPointError(
+            f"fit_density: the {what}, from {int(bad.sum())} of {len(bad)} rows{which}; {found}; {_REMEDY}"
+        )
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
         """Replaces the parameters by their averages inside."""
-        if not self.averages:
-            yield
-            return
-        latest = [p.detach().clone() for p in self.parameters]
-        self._write(self.averages)
+        latest = [p.detach().clone() for p in self.parameters[: len(self.averages)]]
+        _write(self.parameters, self.averages)
         try:
             yield
         finally:
-            self._write(latest)
-
-    @torch.no_grad()
-    def _write(self, values: list[Tensor]) -> None:
-        for parameter, value in zip(self.parameters, values, strict=True):
-            parameter.copy_(value)
+            _write(self.parameters, latest)
 
     # Checkpoints.
 
@@ -235,37 +227,33 @@ class DensityTraining(TrainingLoop):
         changing = {
             "flow": dict(self.flow.state_dict()),
             "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
             "averages": self.averages,
         }
-        counters = {name: getattr(self, name) for name in _COUNTERS}
-        kept = {"best_state": self.best_state, "history": self.history, "spent": self.budget.elapsed}
-        return {**_copied(changing), **kept, **counters, "step": self.budget.done}
+        # Copies on the CPU take no memory of the device.
+        copies = tree_map_only(Tensor, lambda each: each.detach().to("cpu", copy=True), changing)
+        kept = {name: getattr(self, name) for name in _KEPT}
+        clock = {"step": self.budget.done, "spent": self.budget.elapsed}
+        return {**copies, **kept, **clock, "schedule": asdict(self.schedule)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores the :meth:`state_dict`; limits may be higher now."""
         self.flow.load_state_dict(state["best_state"])  # finds a misfit now
         self.flow.load_state_dict(state["flow"])
-        self.best_state, self.history = state["best_state"], state["history"]
         self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
+        self.schedule = Schedule(**state["schedule"])
         for mean, known in zip(self.averages, state["averages"], strict=True):
             if mean.shape != known.shape:
                 raise ValueError(f"an average of shape {tuple(known.shape)} in place of {tuple(mean.shape)}")
             mean.copy_(known)
-        for name in _COUNTERS:
+        for name in _KEPT:
             setattr(self, name, state[name])
         self.budget.resume(state["step"], state["spent"], state["spent"])
         if self.stopped != "patience":
             self.stopped = self._limit()
 
 
-def _copied(value: Any) -> Any:
-    """Copies to the CPU, to take no memory of the device."""
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {key: _copied(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_copied(each) for each in value] if isinstance(value, list) else tuple(map(_copied, value))
-    return value
+@torch.no_grad()
+def _write(targets: Iterable[Tensor], values: Iterable[Tensor]) -> None:
+    """Copies values, or none if there are no averages."""
+    for target, value in zip(targets, values, strict=False):
+        target.copy_(value)

@@ -11,10 +11,8 @@ from torch import Tensor
 
 from pyro_flows.core.chain import leaves
 from pyro_flows.core.checks import choice, integer
-from pyro_flows.core.nonfinite import nonfinite_state
 from pyro_flows.core.transform import FlowTransform
 from pyro_flows.distributions import Flow
-from pyro_flows.infer.density.data import Batch
 from pyro_flows.infer.density.objective import Objective
 from pyro_flows.infer.density.units import Density, is_plain_flow
 from pyro_flows.infer.machine.randomness import own_randomness
@@ -168,6 +166,7 @@ def assigned(x0: Tensor, x1: Tensor) -> Tensor:
 class Matching(Objective):
     """The negative matching loss: of random pairs in training, of several fixed pairs a row in validation."""
 
+    density: Flow
     noun = "negative matching loss"
     beyond = "every parameter is finite, the velocity or its square is not"
     notable = 1e-4
@@ -183,22 +182,15 @@ class Matching(Objective):
         return own_randomness(self.device, self.seed ^ 1)
 
     def scores(self, value: Tensor, context: Tensor | None) -> Tensor:
-        context = self.density.inner_context(context)
+        settings, context = self.settings, self.density.inner_context(context)
+        rows, pairs, x1 = len(value), self.held_out, value
+        if self.density.training:
+            pairs = settings.pairs or repeats(rows, self.continuous.event_shape.numel(), _STEP)
         with torch.no_grad():
             for part in reversed(self.after):
-                value = part.inverse_and_ladj(value, context if part.context_dim else None)[0]
-        rows, pairs = len(value), self.held_out
-        if self.density.training:
-            pairs = self.settings.pairs or repeats(rows, self.continuous.event_shape.numel(), _STEP)
-        if pairs > 1:
-            value = value.repeat(pairs, *(1,) * (value.dim() - 1))
+                x1 = part.inverse_and_ladj(x1, context if part.context_dim else None)[0]
+            x1 = x1.repeat(pairs, *(1,) * (x1.dim() - 1))
             context = None if context is None else context.repeat(pairs, 1)
-        return self._paired(value, context).view(pairs, rows).mean(0)
-
-    def _paired(self, x1: Tensor, context: Tensor | None) -> Tensor:
-        """Scores each row with one draw."""
-        settings = self.settings
-        with torch.no_grad():
             x0 = self.density.base().sample(x1.shape[:1])
             for part in self.before:
                 x0 = part.forward_and_ladj(x0, context if part.context_dim else None)[0]
@@ -209,7 +201,4 @@ class Matching(Objective):
             t, target = settings.times(x1), x1 - x0
             z = x0 + t.view(-1, *(1,) * (x1.dim() - 1)) * target
         v = self.continuous.field.at_times(t, z, context if self.continuous.context_dim else None)
-        return -(v - target).square().flatten(1).mean(1)
-
-    def first_nonfinite(self, batch: Batch) -> str | None:
-        return nonfinite_state(self.density)
+        return -(v - target).square().flatten(1).mean(1).view(pairs, rows).mean(0)

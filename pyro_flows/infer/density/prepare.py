@@ -1,9 +1,15 @@
-"""The start of a fit: checked rows, held-out rows, and the units of the data."""
+"""The start of a fit: checked rows, held-out rows, and the units of the data.
+
+Training rows are surveyed for constant or dependent columns, repeated values and rows outside the support.  A survey
+sees rows in the flow's dtype, shuffled.  :class:`~pyro_flows.infer.density.columns.Precision` sees the numbers as
+given, in their order.
+"""
 
 from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,51 +18,54 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from pyro_flows.distributions import Flow
-from pyro_flows.infer.density.data import Expected, Loader, Rows, Source, admit_rows, expected_by
-from pyro_flows.infer.density.settings import HELD_OUT_AT_MOST, Settings
-from pyro_flows.infer.density.survey import Survey, reals_of, refuse_outside
-from pyro_flows.infer.density.units import (
-    Density,
-    Units,
-    ends_of,
-    head_of,
-    is_plain_flow,
-    over_time,
-    pull_back,
-    split_chain,
-)
+from pyro_flows.distributions.made import Head, MixedHead
+from pyro_flows.infer.density.columns import at_bounds, few_values, spikes
+from pyro_flows.infer.density.data import Expected, Loader, Rows, Source, admit_rows, expected_by, name_rows
+from pyro_flows.infer.density.settings import HELD_OUT_AT_MOST, Settings, Sizes
+from pyro_flows.infer.density.units import Density, Units, ends_of, head_of, is_plain_flow, over_time, pulled_back
 from pyro_flows.infer.machine.checkpoint import checksum
 
-__all__ = ["Prepared", "prepare"]
+__all__ = ["Prepared", "Survey", "prepare", "reals_of"]
+
+_SAMPLE = 4096  # rows to find discrete and dependent columns in
+_FEWEST = 100  # rows that can tell a discrete column
+_FAR = 10.0  # location or scale, in units of the base, far from the start of training
+_INSIDE = (
+    "move them inside by less than the data are rounded, or {}; where a bound is a value that rows really share (no "
+    "rain, a sensor's limit), fit the rows within and give the share of that value beside them (a two-part model)"
+)
 
 
 @dataclass
 class Prepared:
-    """The data of a fit; ``identity`` holds checksums or sizes that identify them."""
+    """The data of a fit and its settings.
+
+    ``identity`` holds checksums or sizes that identify the data; ``shuffle`` orders their rows.
+    """
 
     train: Source
     validation: Source | None
     units: Units
     identity: dict[str, str]
+    shuffle: torch.Generator
+    settings: Settings
+    sizes: Sizes
 
     @property
     def generators(self) -> dict[str, torch.Generator | None]:
-        """The generators of data loaders."""
+        """The generators of rows and of data loaders."""
         sources = {"data_loader": self.train, "validation_loader": self.validation}
-        return {name: source.loader.generator for name, source in sources.items() if isinstance(source, Loader)}
+        loaders = {name: source.loader.generator for name, source in sources.items() if isinstance(source, Loader)}
+        return {"shuffle": self.shuffle, **loaders}
 
-    def known_units(self, known: Units, path: str | os.PathLike[str] | None) -> Units:
+    def known_units(self, known: dict[str, Any], path: str | os.PathLike[str] | None) -> Units:
         """Returns the units of a checkpoint, and refuses those of other data.
 
         Units may differ a little: shuffled rows round differently, and a loader may add noise.
         """
         for name, then in known.items():
-            now, spread = self.units[name], known[name.replace("loc", "scale")]
-            if then is None or now is None or spread is None:
-                differ = then is not now
-            else:
-                differ = bool(((now - then).abs() > 0.2 * spread).any())
-            if differ:
+            now: Any = self.units[name]  # of the same shape, or both None
+            if then is not None and ((now - then).abs() > 0.2 * known[name.replace("loc", "scale")]).any():
                 raise ValueError(
                     f"fit_density: the checkpoint {str(path)!r} belongs to a fit of other data: their {name} differ; "
                     "give the same data to go on, or delete the file or give another path to start anew"
@@ -64,13 +73,7 @@ class Prepared:
         return known
 
 
-def prepare(
-    flow: Flow | Density,
-    given: tuple[Any, Any, Any, Any],
-    settings: Settings,
-    generator: torch.Generator,
-    stacklevel: int,
-) -> Prepared:
+def prepare(flow: Flow | Density, given: tuple[Any, Any, Any, Any], settings: Settings) -> Prepared:
     """Admits ``given`` (data, contexts, and those of validation), holds rows out, and surveys the rest."""
     data, context, validation, validation_context = given
     expected = expected_by(flow)
@@ -79,86 +82,76 @@ def prepare(
             f"fit_density: the flow's parameters are {expected.dtype}, which loses small steps; call flow.float() "
             f"first, and flow.to({expected.dtype}) when it is trained"
         )
-    train = _admit(flow, data, context, expected, "data", "context")
-    precision = train.precision
+    shuffle = torch.Generator().manual_seed(settings.seed)
+    values, contexts = surveys = Survey(), Survey()
+    train = _admit(flow, data, context, expected, "data", surveys)
     held_out: Source | None = None
     if validation is not None:
-        held_out = _admit(flow, validation, validation_context, expected, "validation", "validation_context")
+        own = Survey(), Survey()
+        held_out = _admit(flow, validation, validation_context, expected_by(flow), "validation", own)
         if expected.event_shape is None and isinstance(train, Rows) and isinstance(held_out, Rows):
             _same_columns(train, held_out)
     elif validation_context is not None:
         raise ValueError("fit_density: validation_context was given without validation; give both or neither")
     identity = {**_identity(train, "data"), **_identity(held_out, "validation")}
     if held_out is None and isinstance(train, Rows) and settings.validation_fraction:
-        train, held_out = train.split(settings.validation_fraction, HELD_OUT_AT_MOST, generator)
-    values, contexts = Survey(), Survey()
+        train, held_out = train.split(settings.validation_fraction, HELD_OUT_AT_MOST, shuffle)
     ends = ends_of(flow)
-    front, back = split_chain(flow.chain) if is_plain_flow(flow) else ([], [])
-    real = train.value if isinstance(train, Rows) else None
-    if isinstance(train, Loader):
-        _first_pass(flow, train, values, contexts)
-        identity["data"] = f"{len(train)} rows in {train.count} batches"
-    elif expected.continuous or ends is not None or settings.standardize:
-        real = pull_back(back, train.value)[0]
-        values.add(real, train.value)
-        if train.context is not None:
-            contexts.add(train.context)
-    coarse = [
-        each.told(what) if each.merged() else "" for each, what in zip(precision, ("data", "context"), strict=True)
-    ]
+    real = whole = None
+    if isinstance(train, Rows):
+        whole = train.value
+        if expected.continuous or ends is not None or settings.standardize:
+            real = _survey(flow, whole, train.context, "data", surveys)
+    found = [each.told(what) for each, what in zip(expected.precision, ("data", "context"), strict=True)]
     if expected.continuous:
-        values.refuse_degenerate(real, coarse[0])
-    for told in filter(None, coarse):
-        warnings.warn(f"fit_density: {told}", UserWarning, stacklevel=stacklevel + 1)
+        values.refuse_degenerate(real, found[0])
     if expected.continuous or ends is not None:
         looked_at = ~_discrete(flow)
-        for column in precision[0].merged():
-            looked_at.view(-1)[column] = False  # already reported
-        values.warn_of_repeats(train.value if isinstance(train, Rows) else None, looked_at, stacklevel + 1)
+        looked_at.view(-1)[list(expected.precision[0].merged())] = False  # already reported
+        found += values.repeats(whole, looked_at)
     units: Units = dict.fromkeys(("loc", "scale", "context_loc", "context_scale"))
     if values.rows and settings.standardize is not False:
-        units["loc"], units["scale"] = values.loc_and_scale(ends, over_time(front))
+        units["loc"], units["scale"] = values.loc_and_scale(ends, is_plain_flow(flow) and over_time(flow))
         if contexts.rows:
             units["context_loc"], units["context_scale"] = contexts.loc_and_scale()
         if ends is not None:
-            _warn_of_units(flow, ends, values, contexts, bool(settings.standardize), stacklevel + 1)
-    return Prepared(train, held_out, units, identity)
+            found += _far_units(flow, ends, values, contexts, bool(settings.standardize))
+    for told in filter(None, found):
+        warnings.warn(f"fit_density: {told}", stacklevel=3)
+    size = settings.batch_size_for(len(train)) if isinstance(train, Rows) else 0
+    return Prepared(train, held_out, units, identity, shuffle, settings, settings.sizes(size, train.steps(size)))
 
 
 def _discrete(flow: Flow | Density) -> Tensor:
     head = head_of(flow)
-    if head is None:
-        return torch.zeros(flow.event_shape, dtype=torch.bool)
-    return torch.tensor(head.discrete_dims()).reshape(flow.event_shape)
+    dims = [False] * flow.event_shape.numel() if head is None else head.discrete_dims()
+    return torch.tensor(dims).reshape(flow.event_shape)
 
 
-def _warn_of_units(
-    flow: Flow | Density, ends: Tensor, values: Survey, contexts: Survey, wanted: bool, level: int
-) -> None:
-    """Warns of columns not standardized and far from the units that training starts with."""
-    if is_plain_flow(flow):
-        if not ends.isinf().any():
-            return
-        with torch.no_grad():
-            drawn = flow.base().sample((256,)).cpu().double().reshape(256, -1)
-        # Parts may permute dimensions, so each is compared with the whole base.
-        scale = drawn.std(0)
-        loc, scale = drawn.mean(), (scale.amin() * scale.amax()).sqrt()
-        remedy = "give them in units in which they are of the order of 1, angles in radians; or say standardize=False"
-        values.warn_of_units(ends.isinf(), (loc, scale), "data", remedy, level + 1)
-        return
-    start = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
+def _far_units(flow: Flow | Density, ends: Tensor, values: Survey, contexts: Survey, wanted: bool) -> Iterator[str]:
+    """Tells of columns not standardized and far from the units that training starts with."""
+    fixed = ends.isinf()
     remedy = "give them in units in which they are of the order of 1, angles in radians"
-    values.warn_of_units(ends.isinf() & ~_discrete(flow), start, "data", remedy, level + 1)
+    if is_plain_flow(flow):
+        if fixed.any():
+            with torch.no_grad():
+                drawn = flow.base().sample((256,)).cpu().double().reshape(256, -1)
+            # Parts may permute dimensions, so each is compared with the whole base.
+            scale = drawn.std(0)
+            start = float(drawn.mean()), float((scale.amin() * scale.amax()).sqrt())
+            yield values.far_from(start, fixed, "data", f"{remedy}; or say standardize=False")
+        return
+    yield values.far_from((0.0, 1.0), fixed & ~_discrete(flow), "data", remedy)
     if not wanted:
         remedy = "say standardize=True, after which fit.distribution scores and draws in the units of the data"
-        values.warn_of_units(~ends.isinf(), start, "data", remedy, level + 1)
+        yield values.far_from((0.0, 1.0), ~fixed, "data", remedy)
         if contexts.rows:
-            every = torch.ones(contexts.mean.shape, dtype=torch.bool)
-            contexts.warn_of_units(every, start, "context", remedy, level + 1)
+            yield contexts.far_from((0.0, 1.0), torch.tensor(True), "context", remedy)
 
 
-def _admit(flow: Flow | Density, given: Any, context: Any, expected: Expected, what: str, what_context: str) -> Source:
+def _admit(flow: Flow | Density, given: Any, context: Any, expected: Expected, what: str, surveys: Surveys) -> Source:
+    """Checks rows, or surveys a loader in a first pass."""
+    what_context = "context" if what == "data" else f"{what}_context"
     if not isinstance(given, DataLoader):
         rows = admit_rows(given, context, expected, what, what_context)
         _reals(flow, rows.value, what)
@@ -168,9 +161,17 @@ def _admit(flow: Flow | Density, given: Any, context: Any, expected: Expected, w
             f"fit_density: {what_context} was given besides a DataLoader; let the loader yield pairs (x, context)"
         )
     loader = Loader(given, expected, what)
-    if what != "data":
-        _first_pass(flow, loader, Survey(), Survey())
+    for piece in loader.survey():
+        _survey(flow, *piece, f"a batch of {what}", surveys)
     return loader
+
+
+def _survey(flow: Flow | Density, value: Tensor, context: Tensor | None, what: str, surveys: Surveys) -> Tensor:
+    real = _reals(flow, value, what)
+    surveys[0].add(real, value)
+    if context is not None:
+        surveys[1].add(context)
+    return real
 
 
 def _reals(flow: Flow | Density, value: Tensor, what: str) -> Tensor:
@@ -183,13 +184,6 @@ def _reals(flow: Flow | Density, value: Tensor, what: str) -> Tensor:
     return value
 
 
-def _first_pass(flow: Flow | Density, loader: Loader, values: Survey, contexts: Survey) -> None:
-    for value, context in loader.survey():
-        values.add(_reals(flow, value, f"a batch of {loader.what}"), value)
-        if context is not None:
-            contexts.add(context)
-
-
 def _identity(source: Source | None, what: str) -> dict[str, str]:
     if isinstance(source, Rows):
         return {what: checksum(source.value), f"contexts of {what}": checksum(source.context)}
@@ -197,10 +191,193 @@ def _identity(source: Source | None, what: str) -> dict[str, str]:
 
 
 def _same_columns(train: Rows, held_out: Rows) -> None:
-    pairs = {"columns": (train.value, held_out.value), "contexts": (train.context, held_out.context)}
-    for name, pair in pairs.items():
+    for name, *pair in ("columns", train.value, held_out.value), ("contexts", train.context, held_out.context):
         shapes = [None if value is None else tuple(value.shape[1:]) for value in pair]
         if shapes[0] != shapes[1]:
             raise ValueError(
                 f"fit_density: expected validation with {name} as in data, of shape {shapes[0]} a row, got {shapes[1]}"
             )
+
+
+def reals_of(flow: Flow, value: Tensor, what: str) -> Tensor:
+    """Pulls data back to the trained part of the chain; refuses rows at or beyond a bound of the support."""
+    real, bad, columns = pulled_back(flow, value)
+    if bad.any():
+        remedy = _INSIDE.format("end the chain in another transform")
+        _refuse(bad, what, f"the flow's support, {flow.chain.codomain}", columns, remedy, value.dtype)
+    return real
+
+
+def refuse_outside(head: Head, value: Tensor, what: str) -> None:
+    """Refuses rows outside the support of an autoregressive model."""
+    rows = value.detach().flatten(1)
+    outside = ~head.inside(rows) | _without_density(head, head.floating(rows))
+    if outside.any():
+        columns = outside.any(0).nonzero()[:, 0].tolist()
+        support = f"the model's support ({type(head).__name__}: expected {head.allowed(columns[0])})"
+        counts = head.discrete_dims()[columns[0]]
+        remedy = "number categories and levels from 0, or {}" if counts else _INSIDE
+        _refuse(outside.any(1), what, support, columns, remedy.format("take another head"), value.dtype)
+
+
+@torch.no_grad()
+def _without_density(head: Head, rows: Tensor) -> Tensor:
+    """Marks numbers at a bound where the density is 0 or infinite: of a Gamma, not of an Exponential."""
+    if isinstance(head, MixedHead):
+        return head._each(None, lambda part, at, own: _without_density(part, rows[:, at]))
+    if head.discrete or head.constraint is None:
+        return torch.zeros_like(rows, dtype=torch.bool)
+    edge = at_bounds(head.constraint, rows)
+    if edge.any():
+        params = rows.new_full((1, rows.shape[1], head.num_params), 0.3)
+        edge &= ~(head.log_prob(rows, params).isfinite() & head.log_prob(rows, -params).isfinite())
+    return edge
+
+
+def _refuse(bad: Tensor, what: str, support: str, columns: list[int], remedy: str, dtype: torch.dtype) -> None:
+    rows = bad.nonzero()[:, 0]
+    where = f" in {_columns(columns).rsplit(' ', 1)[0]}" if columns else ""
+    raise ValueError(
+        f"fit_density: {len(rows)} of {len(bad)} rows of {what} ({name_rows(rows)}) lie outside of {support}, or on "
+        f"its edge{where}, as {dtype} has them; leave them out, {remedy}"
+    )
+
+
+class Survey:
+    """Location and scale of rows that come in pieces, and a sample of the first rows."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self._sample: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, value: Tensor, given: Tensor | None = None) -> None:
+        """Adds a piece, shape ``(rows, *event_shape)``; ``given`` is in the units of the data."""
+        if not len(value):
+            return
+        given = value if given is None else given
+        piece = value.cpu()
+        if self.rows < _SAMPLE:
+            rows = _SAMPLE - self.rows
+            self._sample.append((piece[:rows].clone(), given[:rows].cpu().clone()))
+        lowest, highest = piece.amin(0), piece.amax(0)
+        piece = piece.double()
+        mean = piece.mean(0)
+        squares = (piece - mean).square().sum(0)
+        if not self.rows:
+            self.mean, self.squares, self.lowest, self.highest = mean, torch.zeros_like(mean), lowest, highest
+        # Chan's update, which does not cancel where the mean is large.
+        share = len(piece) / (self.rows + len(piece))
+        gap = mean - self.mean
+        self.squares = self.squares + squares + gap.square() * self.rows * share
+        self.mean = self.mean + gap * share
+        self.lowest, self.highest = torch.minimum(self.lowest, lowest), torch.maximum(self.highest, highest)
+        self.rows += len(piece)
+
+    def loc_and_scale(self, ends: Tensor | None = None, over_time: bool = False) -> tuple[Tensor, Tensor]:
+        """Returns mean and standard deviation in float64; a constant column has scale 1.
+
+        A column with only one fixed point, in ``ends``, gets the root mean square distance from it as its scale, and a
+        location that keeps it in place.  There NaN means any point; infinity leaves a column as it is (0 and 1).  With
+        ``over_time``, units are shared over the last dimension, shape ``(C, 1)``.
+        """
+        loc, std = self.mean, (self.squares / max(self.rows - 1, 1)).sqrt()
+        varies = self.highest > self.lowest
+        if over_time:
+            loc = self.mean.mean(-1, keepdim=True)
+            squares = (self.squares + self.rows * (self.mean - loc).square()).sum(-1, keepdim=True)
+            std = (squares / (self.rows * self.mean.shape[-1] - 1)).sqrt()
+            varies = varies.any(-1, keepdim=True)
+        scale = torch.where(varies, std, 1.0)
+        if ends is not None:
+            ends = ends.amax(-1, keepdim=True) if over_time else ends  # alike within a channel
+            about = torch.where(varies, (std.square() + (loc - ends).square()).sqrt(), 1.0)
+            free, none = ends.isnan(), ends.isinf()
+            loc = torch.where(free, loc, torch.where(none, 0.0, ends * (1 - about)))
+            scale = torch.where(free, scale, torch.where(none, 1.0, about))
+        return loc, scale
+
+    def far_from(self, start: tuple[float, float], left: Tensor, what: str, remedy: str) -> str:
+        """Tells of columns ``left`` unstandardized and far from ``start``, the first location and scale."""
+        loc, scale = self.loc_and_scale()
+        ratio = scale / start[1]
+        far = left & (((loc - start[0]).abs() > _FAR * start[1]) | (ratio > _FAR) | (ratio < 1 / _FAR))
+        columns = far.flatten().nonzero()[:, 0].tolist()
+        if not columns:
+            return ""
+        sizes = ", ".join(f"{loc.flatten()[k]:.3g} ± {scale.flatten()[k]:.3g}" for k in columns[:4])
+        return (
+            f"{what}: {_columns(columns)} not standardized, and far from the location and scale that training starts "
+            f"with ({sizes}{', …' if len(columns) > 4 else ''}), so that it may take long or fail; {remedy}"
+        )
+
+    def refuse_degenerate(self, whole: Tensor | None, merged: str) -> None:
+        """Raises for constant and dependent columns; all rows, if at hand, confirm what the sample suggests."""
+        dtype = self.lowest.dtype
+        constant = (self.highest <= self.lowest).flatten().nonzero()[:, 0].tolist()
+        if constant:
+            if self.rows < 2:
+                raise ValueError("fit_density: expected at least 2 rows to fit to, got 1")
+            raise ValueError(
+                f"fit_density: {_columns(constant)} constant (in {dtype}), so the density there would be infinite; "
+                + (merged or "leave out what does not vary")
+            )
+        sample = torch.cat([real for real, _ in self._sample]).flatten(1)
+        whole = sample if whole is None else whole.flatten(1)
+        for i, j in _suspects(sample.double()):
+            if _dependent(whole[:, i], whole[:, j]):
+                raise ValueError(
+                    f"fit_density: columns {i} and {j} determine each other exactly (one is a multiple of the other, "
+                    "up to a constant), so the density would be infinite on a line; leave one of them out"
+                )
+
+    def repeats(self, whole: Tensor | None, columns: Tensor) -> Iterator[str]:
+        """Tells of values that many rows share, and of few distinct values, in the marked columns."""
+        sample = torch.cat([given for _, given in self._sample]).flatten(1)
+        places = columns.flatten().nonzero()[:, 0].tolist()
+        grid = few_values(sample, places)
+        found = spikes(sample if whole is None else whole.flatten(1), [k for k in places if k not in grid])
+        if found:
+            told = [
+                f"{values[0]:.6g} in {count} of {rows} rows of column {column}"
+                + (f" (and {len(values) - 1} more values there)" if len(values) > 1 else "")
+                for column, (values, count, rows) in list(found.items())[:4]
+            ]
+            yield (
+                f"values that many rows share, far more than the values next to them: {', '.join(told)}"
+                f"{', …' if len(found) > 4 else ''}; a density grows a spike without bound there, so that scores mean "
+                "nothing. Model such a value apart (a two-part or hurdle model): fit the flow to the other rows and "
+                "give the share of the value beside it, or say in a column of 0 and 1 which rows have it and take MADE "
+                "with a MixedHead. Noise does not help"
+            )
+        if grid and len(sample) >= _FEWEST:
+            widths = ", ".join(f"{width:.3g}" for width in list(grid.values())[:8])
+            yield (
+                f"{_columns(list(grid))} discrete: few distinct values, where a density can grow spikes without bound; "
+                f"add uniform noise of the grid's width (dequantize; the smallest steps are {widths}), or model it as "
+                "discrete"
+            )
+
+
+Surveys = tuple[Survey, Survey]  # of values and of contexts
+
+
+def _dependent(first: Tensor, second: Tensor) -> bool:
+    """Tells whether two columns are affine functions of each other, up to rounding."""
+    a, b = first.cpu().double(), second.cpu().double()
+    x, y = a - a.mean(), b - b.mean()
+    slope = (x * y).mean() / x.square().mean()
+    size = b.abs().max() + slope.abs() * a.abs().max()
+    return bool((y - slope * x).abs().max() <= 16 * torch.finfo(first.dtype).eps * size)
+
+
+def _suspects(sample: Tensor) -> list[tuple[int, int]]:
+    """Pairs columns that seem to depend on earlier ones with these."""
+    if len(sample) < 5 or not 2 <= sample.shape[1] <= 4096:
+        return []
+    close = torch.triu(sample[:512].T.corrcoef().abs() > 1 - 1e-6, diagonal=1)
+    return [(int(close[:, j].nonzero()[0, 0]), int(j)) for j in close.any(0).nonzero()[:, 0]]
+
+
+def _columns(columns: list[int]) -> str:
+    named = ", ".join(map(str, columns[:8])) + (", …" if len(columns) > 8 else "")
+    return f"column {named} is" if len(columns) == 1 else f"columns {named} are"

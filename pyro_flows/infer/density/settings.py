@@ -141,19 +141,3 @@ class Schedule:
             return "stop"
         self.scale, self.idle, self.since = self.scale * CUT, self.idle + 1, 0
         return "back"
-
-    def state_dict(self) -> dict[str, float | int | str]:
-        """Returns the state as plain values."""
-        return asdict(self)
-
-    def load_state_dict(self, state: dict[str, float | int | str]) -> None:
-        """Restores the :meth:`state_dict`.
-
-        Raises:
-            ValueError: for other names or types.
-        """
-        expected = {name: type(value) for name, value in asdict(self).items()}
-        if {name: type(value) for name, value in state.items()} != expected:
-            raise ValueError(f"a schedule of {sorted(state)} with other names or types than {sorted(expected)}")
-        for name, value in state.items():
-            setattr(self, name, value)

@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeGuard
+from collections.abc import Callable, Sequence
+from typing import TypeGuard
 
 import torch
 from torch import Size, Tensor, nn
-from torch.distributions import (
-    AffineTransform,
-    CatTransform,
-    ComposeTransform,
-    Distribution,
-    IndependentTransform,
-    StackTransform,
-    Transform,
-    constraints,
-)
+from torch.distributions import AffineTransform, ComposeTransform, Distribution, Transform, constraints
 from torch.distributions.constraints import Constraint
 
 from pyro_flows.core.chain import Chain, leaves
 from pyro_flows.core.checks import first_floating
 from pyro_flows.core.transform import FlowTransform
-from pyro_flows.core.wrap import Wrap, image
+from pyro_flows.core.wrap import Wrap, _bare, _joined, image
 from pyro_flows.distributions import Flow
 from pyro_flows.distributions.made import Head
 from pyro_flows.infer.density.columns import at_bounds, is_free
@@ -29,19 +21,16 @@ from pyro_flows.transforms import Standardization
 
 __all__ = [
     "Density",
-    "StandardizedDensity",
     "StandardizedFlow",
     "Units",
-    "angles_behind",
     "ends_of",
     "head_of",
     "in_units",
     "is_density",
     "is_plain_flow",
-    "movable",
     "over_time",
     "pull_back",
-    "split_chain",
+    "pulled_back",
     "standardized",
 ]
 
@@ -49,20 +38,13 @@ Units = dict[str, Tensor | None]
 """``loc``, ``scale``, ``context_loc`` and ``context_scale`` in float64, ``None`` for what is not standardized."""
 
 
-if TYPE_CHECKING:
+class Density(nn.Module):
+    """A module with a density, such as a MADE, for annotations; no module needs to inherit from it."""
 
-    class Density(nn.Module):
-        """A module with a density, such as a MADE, for annotations; no module needs to inherit from it."""
-
-        event_shape: Size
-        context_dim: int
-
-        def __call__(self, context: Tensor | None = None) -> Distribution: ...
-        def log_prob(self, value: Tensor, context: Tensor | None = None) -> Tensor: ...
-        def sample(self, sample_shape: Size | tuple[int, ...] = (), context: Tensor | None = None) -> Tensor: ...
-
-else:
-    Density = nn.Module
+    event_shape: Size
+    context_dim: int
+    log_prob: Callable[..., Tensor]
+    sample: Callable[..., Tensor]
 
 
 def is_density(module: object) -> TypeGuard[Density]:
@@ -108,22 +90,14 @@ class StandardizedDensity(Density):
     context_loc: Tensor
     context_scale: Tensor
 
-    def __init__(
-        self,
-        module: Flow | Density,
-        loc: Tensor | None,
-        scale: Tensor | None,
-        context_loc: Tensor | None = None,
-        context_scale: Tensor | None = None,
-    ) -> None:
+    def __init__(self, module: Flow | Density, units: Units) -> None:
         super().__init__()
         self.module = module
         for name in ("event_shape", "context_dim"):
             setattr(self, name, getattr(module, name, None))
-        self.register_buffer("loc", loc)
-        self.register_buffer("scale", scale)
-        self.register_buffer("context_loc", context_loc)
-        self.register_buffer("context_scale", context_scale)
+        kin = next(p for p in module.parameters() if p.is_floating_point())
+        for name, value in units.items():
+            self.register_buffer(name, None if value is None else value.to(kin))
 
     def _contexts(self, context: Tensor | None) -> tuple[Tensor, ...]:
         return () if context is None else ((context - self.context_loc) / self.context_scale,)
@@ -174,7 +148,7 @@ def standardized(
     if movable(flow).any():
         shape = back[0].event_shape if back else front[-1].data_shape
         # Units that all times share do not depend on their number.
-        own = Size((shape[0], 1)) if over_time(front) else shape
+        own = Size((shape[0], 1)) if over_time(flow) else shape
         loc = kin.new_zeros(own) if loc is None else loc
         scale = kin.new_ones(own) if scale is None else scale
         units = Standardization(loc.to(kin), scale.to(kin), event_shape=shape)
@@ -206,11 +180,7 @@ def in_units(density: Flow | Density, units: Units, standardize: bool | None) ->
         )
     if is_plain_flow(density):
         return standardized(density, **units)
-    if not standardize:
-        return density
-    kin = next(p for p in density.parameters() if p.is_floating_point())
-    numbers = {name: None if value is None else value.to(kin) for name, value in units.items()}
-    return StandardizedDensity(density, **numbers)
+    return StandardizedDensity(density, units) if standardize else density
 
 
 def split_chain(chain: FlowTransform) -> tuple[list[FlowTransform], list[FlowTransform]]:
@@ -233,11 +203,11 @@ def split_chain(chain: FlowTransform) -> tuple[list[FlowTransform], list[FlowTra
 
 
 def movable(flow: Flow) -> Tensor:
-    """Marks the numbers that may be standardized, where the standardization goes; on the CPU."""
+    """Marks the numbers that may be standardized, unlike angles, where the standardization goes; on the CPU."""
     front, back = split_chain(flow.chain)
-    angles = angles_behind(front)
-    if angles is not None:
-        return ~angles
+    periodic = Chain(front).periodic if front else None
+    if periodic is not None and periodic.any():
+        return ~Chain(front).turned(periodic).cpu()
     free = is_free(*((back[0].domain, back[0].event_shape) if back else _end(front[-1])))
     # A base on part of the line, with a chain on all of it, is a density that ends somewhere.
     event = flow.chain.event_shape
@@ -265,35 +235,42 @@ def _end(part: FlowTransform) -> tuple[Constraint, Size]:
     return part.codomain, part.data_shape
 
 
-def angles_behind(parts: list[FlowTransform]) -> Tensor | None:
-    """Marks dimensions at the data end that are angles, on the CPU; ``None`` for none."""
-    chain = Chain(parts) if parts else None
-    if chain is None or chain.periodic is None or not chain.periodic.any():
-        return None
-    return chain.turned(chain.periodic).cpu()
-
-
-def over_time(front: list[FlowTransform]) -> bool:
+def over_time(flow: Flow) -> bool:
     """Tells whether series have units by channel: no part before the standardization knows the time."""
+    front = split_chain(flow.chain)[0]
     return bool(front) and all(part.shared_over_time for part in front)
 
 
-def pull_back(back: list[FlowTransform], value: Tensor) -> tuple[Tensor, Tensor]:
+def pulled_back(flow: Flow, value: Tensor) -> tuple[Tensor, Tensor, list[int]]:
+    """Pulls data back to the place of the standardization; marks rows at or beyond a bound, and lists its columns."""
+    codomain, back = flow.chain.codomain, split_chain(flow.chain)[1]
+    # Some of torch's transforms do not know their codomain.
+    inside = torch.tensor(True) if constraints.is_dependent(codomain) else codomain.check(value)
+    inside = inside.to(value.device).reshape(*inside.shape[:1], -1).all(-1)
+    real, edge = pull_back(back, value)
+    if back and edge.shape == value.shape and is_free(back[0].domain, back[0].event_shape).all():
+        edge = edge | at_bounds(codomain, value)
+    infinite = ~real.isfinite()
+    bad = ~inside | edge.reshape(len(value), -1).any(1) | infinite.flatten(1).any(1)
+    columns: list[int] = []
+    if edge.shape == value.shape and all(isinstance(part, Wrap) for part in back):
+        edge = edge | infinite if infinite.shape == edge.shape else edge
+        columns = edge.flatten(1).any(0).nonzero()[:, 0].tolist()
+    return real, bad, columns
+
+
+def pull_back(back: Sequence[Transform], value: Tensor) -> tuple[Tensor, Tensor]:
     """Inverts the parts behind the standardization; marks numbers at or beyond a bound on the way.
 
     The marks have the shape of the data, or of the rows alone where parts change the event's shape.
     """
-    return _pulled_through([part.transform if isinstance(part, Wrap) else part for part in back], value)
-
-
-def _pulled_through(parts: list[Transform], y: Tensor) -> tuple[Tensor, Tensor]:
-    edge = torch.zeros_like(y, dtype=torch.bool)
-    for part in reversed(parts):
-        y, found = _pulled(part, y)
+    edge = torch.zeros_like(value, dtype=torch.bool)
+    for part in reversed(back):
+        value, found = _pulled(part.transform if isinstance(part, Wrap) else part, value)
         if found.shape != edge.shape:
-            found, edge = (bad.reshape(len(y), -1).any(1) for bad in (found, edge))
+            found, edge = (bad.reshape(len(value), -1).any(1) for bad in (found, edge))
         edge = edge | found
-    return y, edge
+    return value, edge
 
 
 def _pulled(transform: Transform, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -301,21 +278,19 @@ def _pulled(transform: Transform, y: Tensor) -> tuple[Tensor, Tensor]:
 
     Torch's transforms do not know each other's ends, so each elementary one is examined.
     """
-    if isinstance(transform, IndependentTransform):
-        return _pulled(transform.base_transform, y)
+    transform = transform if isinstance(transform, FlowTransform) else _bare(transform)
     if isinstance(transform, ComposeTransform):
-        x, edge = _pulled_through(transform.parts, y)
+        x, edge = pull_back(transform.parts, y)
         # Ends are rounded on the way, so the whole is examined, too.
         whole = image(transform, transform.domain)
         free = is_free(transform.domain, x.shape[1:]).all() and edge.shape == y.shape
         return x, edge | at_bounds(whole, y) if free else edge
-    if isinstance(transform, (CatTransform, StackTransform)):
-        if isinstance(transform, StackTransform):
-            pieces, join = y.unbind(transform.dim), torch.stack
-        else:
-            pieces, join = y.split(transform.lengths, transform.dim), torch.cat
-        found = [_pulled(*pair) for pair in zip(transform.transforms, pieces, strict=True)]
-        return join([x for x, _ in found], transform.dim), join([edge for _, edge in found], transform.dim)
+    joined = _joined(transform)
+    if joined is not None:
+        parts, dim, lengths = joined
+        pieces, join = (y.unbind(dim), torch.stack) if lengths is None else (y.split(lengths, dim), torch.cat)
+        pulled, edges = zip(*map(_pulled, parts, pieces), strict=True)
+        return join(pulled, dim), join(edges, dim)
     x = transform.inverse_and_ladj(y)[0] if isinstance(transform, FlowTransform) else transform.inv(y)
     known = not constraints.is_dependent(transform.codomain) and not constraints.is_dependent(transform.domain)
     open_ended = known and bool(is_free(transform.domain, x.shape[1:]).all())

@@ -11,12 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from pyro_flows.distributions import Dequantized, bits_per_dim
-from pyro_flows.infer.density.data import expected_by, name_rows, to_tensor
+from pyro_flows.infer.density.data import admit_rows, expected_by, name_rows
+from pyro_flows.infer.density.objective import evaluate, scores_of
 
 __all__ = ["AnomalyDetector", "evaluating"]
-
-_CHUNK = 2**18  # numbers that are scored at once
-_KINDS = "as a tensor or an array of numbers"
 
 
 class AnomalyDetector:
@@ -84,19 +82,14 @@ class AnomalyDetector:
     @torch.no_grad()
     def bits(self, rows: Any, context: Any = None) -> Tensor:
         """Bits per dimension, shape ``(rows,)``, in float64 on the CPU; costs ``num_noise_samples`` scores a row."""
-        rows, context = self._admit(rows, context)
-        size = max(_CHUNK // max(rows[:1].numel(), 1), 1)
-        pieces = [torch.zeros(0, dtype=torch.float64, device="cpu")]
+        expected = expected_by(self.model, "AnomalyDetector", "a tensor or an array of numbers")
+        admitted = admit_rows(rows, context, expected, "rows", "context", least=0)
         with evaluating(self.model):
-            for start in range(0, len(rows), size):
-                part = slice(start, start + size)
-                own = None if context is None else context[part]
-                pieces.append(self._log_prob(rows[part], own).double().cpu())
-        log_prob = torch.cat(pieces)
+            log_prob = torch.cat([scores.double().cpu() for scores in evaluate(self._log_prob, admitted)])
         if log_prob.isnan().any():
             where = name_rows(log_prob.isnan().nonzero()[:, 0])
             raise FloatingPointError(f"AnomalyDetector: the log-density is NaN in {where}; look for NaN in the model")
-        return torch.as_tensor(bits_per_dim(log_prob, rows.shape[1:]))
+        return torch.as_tensor(bits_per_dim(log_prob, admitted.value.shape[1:]))
 
     def scores(self, rows: Any, context: Any = None) -> Tensor:
         """Scores for thresholds: bits, or two-sided their distance from the mean; shape ``(rows,)``."""
@@ -140,34 +133,7 @@ class AnomalyDetector:
     def _log_prob(self, rows: Tensor, context: Tensor | None) -> Tensor:
         if isinstance(self.model, Dequantized):
             return self.model.scores(rows, context, self.num_noise_samples, fresh=False).mean(0)
-        density: Any = self.model
-        scores = density.log_prob(rows) if context is None else density.log_prob(rows, context)
-        if not isinstance(scores, Tensor) or scores.shape != rows.shape[:1]:
-            got = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
-            raise ValueError(f"AnomalyDetector: expected log_prob to give one number a row, {len(rows)}, got {got}")
-        return scores
-
-    def _admit(self, rows: Any, context: Any) -> tuple[Tensor, Tensor | None]:
-        expected = expected_by(self.model)
-        value = to_tensor(rows, "AnomalyDetector", "rows", _KINDS)
-        event = value.shape[1:] if expected.event_shape is None else expected.event_shape
-        if value.dim() == 0 or value.shape[1:] != event:
-            want = ", ".join(map(str, ("rows", *event)))
-            raise ValueError(f"AnomalyDetector: expected rows of shape ({want}), got shape {tuple(value.shape)}")
-        if value.is_floating_point() and not value.isfinite().all():
-            where = (~value.isfinite()).reshape(len(value), -1).any(-1).nonzero()[:, 0]
-            raise ValueError(f"AnomalyDetector: {name_rows(where)} of the rows hold NaN or infinity; leave them out")
-        whole = not value.is_floating_point() and not expected.continuous
-        value = value.to(device=expected.device, dtype=value.dtype if whole else expected.dtype)
-        if context is None:
-            return value, None
-        context = to_tensor(context, "AnomalyDetector", "context", _KINDS)
-        if context.dim() == 0 or len(context) != len(value):
-            raise ValueError(
-                f"AnomalyDetector: expected a context for each of the {len(value)} rows, got shape "
-                f"{tuple(context.shape)}"
-            )
-        return value, context.to(device=expected.device, dtype=expected.dtype)
+        return scores_of("AnomalyDetector", self.model, rows, context)
 
 
 @contextmanager

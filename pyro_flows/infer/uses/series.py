@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 from torch import Size, Tensor
 from torch.distributions import Distribution, constraints
 
-from pyro_flows.core.checks import admit, integer, joint_shape, refuse_other_kind
-from pyro_flows.core.steps import Stepper, at_any_time
+from pyro_flows.core.checks import admit, check_context, integer, joint_shape, refuse_other_kind
+from pyro_flows.core.steps import Move, Stepper, at_any_time
 from pyro_flows.distributions import Flow
 from pyro_flows.infer.density.units import is_plain_flow
 from pyro_flows.infer.uses.surprise import leaves_of, single_base, surprise
@@ -62,17 +62,10 @@ class Stream:
     def __init__(self, flow: Flow, batch_shape: Iterable[int] = (), context: Tensor | None = None) -> None:
         _check(flow, "Stream")
         self.batch_shape = _batch(batch_shape)
-        if (context is None) != (flow.context_dim == 0):
-            told = "leave it out" if context is not None else "give context="
-            raise ValueError(f"Stream: this flow was built with context_dim={flow.context_dim}: {told}")
+        check_context(flow, context)
         self.flow = flow = copy.deepcopy(flow).eval().requires_grad_(False)
         if context is not None:
             context = refuse_other_kind("Stream", "context", context, flow)
-            if context.dim() == 0 or context.shape[-1] != flow.context_dim:
-                raise ValueError(
-                    f"Stream: expected a context with last dimension {flow.context_dim} (context_dim), got shape "
-                    f"{tuple(context.shape)}"
-                )
             self._widen("a context", context)
         context = flow.inner_context(context)
         leaves = leaves_of(flow, context)
@@ -121,14 +114,9 @@ class Stream:
                 f"Stream: expected finite values in the support, {codomain}, got others; in the place of a missing "
                 "step, .sample() draws one"
             )
-        total = value.new_zeros(len(value), value.shape[-1])
-        if value.shape[-1]:
-            with self._moving(value.device):
-                for part, inverse in reversed(self._parts):
-                    value, ladj = _one_by_one(part, value) if inverse else part.inverse(value)
-                    total = total + ladj
-                total = total + self._base.log_prob(value).sum(-2)
-        self.steps += total.shape[-1]
+        moves = [partial(_one_by_one, part) if inverse else part.inverse for part, inverse in reversed(self._parts)]
+        x, ladj = self._moved(value, moves)
+        total = ladj + self._base.log_prob(x).sum(-2)
         return total.view(*self.batch_shape, total.shape[1]) if several else total.view(self.batch_shape)
 
     @torch.no_grad()
@@ -149,13 +137,9 @@ class Stream:
             raise ValueError(f"Stream: expected one step of shape {(*self.batch_shape, value.shape[1])}, got several")
         if not value.isfinite().all():
             raise ValueError("Stream: expected finite base values, got some that are not; .sample() draws them")
-        with self._moving(value.device):
-            total = self._base.log_prob(value).sum(-2)
-            for part, inverse in self._parts:
-                value, ladj = (part.inverse if inverse else part.forward)(value)
-                total = total - ladj
-        self.steps += 1
-        return value.view(*self.batch_shape, value.shape[1]), total.view(self.batch_shape)
+        y, ladj = self._moved(value, [part.inverse if inverse else part.forward for part, inverse in self._parts])
+        total = self._base.log_prob(value).sum(-2) - ladj
+        return y.view(*self.batch_shape, y.shape[1]), total.view(self.batch_shape)
 
     def sample(self) -> Tensor:
         """Draws the next step, shape ``(*batch, C)``, and takes it."""
@@ -193,13 +177,16 @@ class Stream:
                 f"broadcasts with batch_shape {tuple(self.batch_shape)}, got shape {tuple(context.shape)}"
             ) from None
 
-    @contextmanager
-    def _moving(self, device: torch.device) -> Iterator[None]:
-        """Computes in full precision, and marks a stream as torn whose parts took different steps."""
+    def _moved(self, value: Tensor, moves: Iterable[Move]) -> tuple[Tensor, Tensor]:
+        """Takes steps in full precision, and marks a stream as torn whose parts took different ones."""
         self._torn = True
-        with torch.autocast(device.type, enabled=False):
-            yield
-        self._torn = False
+        total = value.new_zeros(len(value), value.shape[-1])
+        with torch.autocast(value.device.type, enabled=False):
+            for move in moves if value.shape[-1] else ():
+                value, ladj = move(value)
+                total = total + ladj
+        self._torn, self.steps = False, self.steps + value.shape[-1]
+        return value, total
 
     def _admit(self, value: Tensor, what: str) -> tuple[Tensor, bool]:
         """Rows of shape ``(rows, C, n)``, and whether the value had a time axis."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from pyro_flows.infer.density.units import is_plain_flow
 from pyro_flows.infer.uses.anomaly import evaluating
 from pyro_flows.transforms import ActNorm, Autoregressive, LogitPixels, Rescaling, Standardization
 
-__all__ = ["Leaf", "is_elementwise", "leaves_of", "pixel_scores", "single_base", "surprise"]
+__all__ = ["Leaf", "is_elementwise", "leaves_of", "pixel_flow", "pixel_scores", "single_base", "surprise"]
 
 
 @torch.no_grad()
@@ -52,20 +51,25 @@ def pixel_scores(
     References:
         MintNet (Song et al., 2019), arXiv:1907.07945.
     """
-    if isinstance(model, Dequantized):
-        if model.dequantizer is not None:
-            raise ValueError(
-                "pixel_scores: noise from a dequantizer has no density pixel by pixel; give Dequantized(flow, levels), "
-                "without it"
-            )
-        flow, values = model.flow, model.intensities(value, num_noise_samples, fresh=False).unbind(0)
-    else:
-        flow, values = model, (value,)
-    if not isinstance(flow, Flow) or not is_plain_flow(flow):
-        raise TypeError(f"pixel_scores: expected a Flow, or a Dequantized of one, got {type(flow).__name__}")
+    flow = pixel_flow(model, "pixel_scores")
+    values = model.intensities(value, num_noise_samples, fresh=False) if isinstance(model, Dequantized) else [value]
     context = flow.inner_context(context)
     with evaluating(flow):
         return torch.stack([surprise(flow, each, context) for each in values]).mean(0)
+
+
+def pixel_flow(model: object, who: str) -> Flow:
+    """The flow that has a density pixel by pixel, of a model itself or of a ``Dequantized``."""
+    if isinstance(model, Dequantized):
+        if model.dequantizer is not None:
+            raise ValueError(
+                f"{who}: expected a Dequantized with uniform noise, got one with a dequantizer, whose noise has no "
+                "density pixel by pixel; give Dequantized(flow, levels), without it"
+            )
+        model = model.flow
+    if not is_plain_flow(model):
+        raise TypeError(f"{who}: expected a Flow, or a Dequantized of one, got {type(model).__name__}")
+    return model
 
 
 def surprise(
@@ -89,7 +93,7 @@ def surprise(
     total = torch.zeros_like(value)
     found = leaves_of(flow, context)
     for k, leaf in reversed(list(enumerate(found))):
-        part, own, inverse = leaf
+        part: Any = leaf.part
         name = f"{type(part).__name__} (part {k} of {len(found)})"
         order = _order(part, name, who)
         if order is not None:
@@ -100,14 +104,12 @@ def surprise(
                     "and of the same order"
                 )
             known = (name, order)
-        both = getattr(part, "inverse_and_log_slopes", None)
-        if both is not None and not inverse:
-            moved, slopes = both(value, own)
+        if hasattr(part, "inverse_and_log_slopes") and not leaf.inverse:
+            moved, slopes = part.inverse_and_log_slopes(value, leaf.context)
         else:
             moved = leaf.to_base(value)
-            log_slopes: Callable[..., Tensor] = getattr(part, "log_slopes")  # noqa: B009
-            slopes = -log_slopes(moved, own) if inverse else log_slopes(value, own)
-        value, total = moved, total + slopes
+            slopes = part.log_slopes(moved if leaf.inverse else value, leaf.context)
+        value, total = moved, total - slopes if leaf.inverse else total + slopes
     return -(single.log_prob(value) + total)
 
 
