@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import functools
+import operator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import Size, Tensor, nn
@@ -33,18 +36,16 @@ class Chain(FlowTransform):
 
     def __init__(self, parts: Iterable[Transform]) -> None:
         parts = list(parts)
+        if any(_depth(part) >= _DEEPEST for part in parts):
+            parts = [leaf for part in parts for leaf in leaves(part)]
         flows = [part for part in parts if isinstance(part, FlowTransform)]
-        if any(_depth(part) >= _DEEPEST for part in flows):
-            parts = [leaf for part in parts for leaf in (leaves(part) if isinstance(part, FlowTransform) else [part])]
-            flows = [part for part in parts if isinstance(part, FlowTransform)]
         if not flows:
             raise ValueError("Chain: expected at least one flow transform, got none")
         sizes = sorted({part.context_dim for part in flows} - {0})
         if len(sizes) > 1:
             raise ValueError(f"Chain: all parts that take a context must agree on context_dim, got {sizes}")
-        known = next(part for part in parts if isinstance(part, FlowTransform))
-        start = known.event_shape
-        for part in reversed(parts[: parts.index(known)]):
+        start = flows[0].event_shape
+        for part in reversed(parts[: parts.index(flows[0])]):
             start = Size(part.inverse_shape(start))
         super().__init__(start, sizes[0] if sizes else 0)
         shape = self.event_shape
@@ -52,10 +53,10 @@ class Chain(FlowTransform):
         kin = next((tensor for tensor in map(first_floating, flows) if tensor is not None), None)
         for k, part in enumerate(parts):
             if not isinstance(part, FlowTransform):
-                wrapped = Wrap(part, shape)
-                # The copy of a plain transform follows the flows.
-                follows = kin is not None and not kin.is_meta and not isinstance(part, nn.Module)
-                part = wrapped.to(kin.device, kin.dtype) if kin is not None and follows else wrapped
+                copied = not isinstance(part, nn.Module)
+                part = Wrap(part, shape)
+                if copied and kin is not None and not kin.is_meta:
+                    part.to(kin.device, kin.dtype)  # as the flows
             if part.event_shape != shape:
                 raise ValueError(
                     f"Chain: part {k} ({type(part).__name__}) expects event shape {tuple(part.event_shape)}, but what "
@@ -63,29 +64,28 @@ class Chain(FlowTransform):
                 )
             self.parts.append(part)
             shape = part.data_shape
-        self.sampling_cost = total_cost(part.sampling_cost for part in self._parts())
-        self.density_cost = total_cost(part.density_cost for part in self._parts())
+        self.sampling_cost = total_cost(part.sampling_cost for part in self)
+        self.density_cost = total_cost(part.density_cost for part in self)
         angles = self.periodic
         if angles is not None:
             self.turned(angles)  # refuses parts that do not take them as angles
 
     def arguments(self) -> tuple[tuple[object, ...], dict[str, object]]:
         """The constructor's arguments."""
-        return (self._parts(),), {}
+        return (list(self),), {}
 
     @property
     def reach(self) -> int | None:
-        each = [part.reach for part in self._parts()]
-        known = [steps for steps in each if steps is not None]
-        return sum(known) if len(known) == len(each) else None
+        each: list[Any] = [part.reach for part in self]
+        return None if None in each else sum(each)
 
     @property
     def shared_over_time(self) -> bool:
-        return all(part.shared_over_time for part in self._parts())
+        return all(part.shared_over_time for part in self)
 
     @property
     def periodic(self) -> Tensor | None:
-        parts = self._parts()
+        parts = list(self)
         for first, part in enumerate(parts):
             angles = part.periodic
             if angles is not None:
@@ -95,21 +95,21 @@ class Chain(FlowTransform):
         return None
 
     def turned(self, angles: Tensor, inverse: bool = False) -> Tensor:
-        for part in reversed(self._parts()) if inverse else self._parts():
+        for part in reversed(list(self)) if inverse else self:
             angles = part.turned(angles, inverse)
         return angles
 
     @property
     def data_shape(self) -> Size:
-        return self._parts()[-1].data_shape
+        return list(self)[-1].data_shape
 
     @constraints.dependent_property(is_discrete=False)
     def domain(self) -> constraints.Constraint:
-        return self._parts()[0].domain
+        return next(iter(self)).domain
 
     @constraints.dependent_property(is_discrete=False)
     def codomain(self) -> constraints.Constraint:
-        parts = self._parts()
+        parts = list(self)
         last = next((k for k in range(len(parts) - 1, 0, -1) if not isinstance(parts[k], Wrap)), 0)
         reached = parts[last].codomain
         for part in parts[last + 1 :]:
@@ -118,44 +118,39 @@ class Chain(FlowTransform):
         return reached
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        first, *others = self._parts()
-        x, total = first._forward_and_ladj(x, context if first.context_dim else None)
-        for part in others:
-            x, ladj = part._forward_and_ladj(x, context if part.context_dim else None)
-            total = total + ladj
-        return x, total
+        return _through([(part._forward_and_ladj, part.context_dim) for part in self], x, context)
 
     def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        *others, last = self._parts()
-        y, total = last._inverse_and_ladj(y, context if last.context_dim else None)
-        for part in reversed(others):
-            y, ladj = part._inverse_and_ladj(y, context if part.context_dim else None)
-            total = total + ladj
-        return y, total
+        return _through([(part._inverse_and_ladj, part.context_dim) for part in reversed(list(self))], y, context)
 
     @property
     def batch_shape(self) -> Size:
-        return joint_shape(*(part.batch_shape for part in self._parts()))
-
-    def _parts(self) -> list[FlowTransform]:
-        # A ModuleList is slow to index.
-        held: Any = self._modules["parts"]
-        return list(held._modules.values())
+        return joint_shape(*(part.batch_shape for part in self))
 
     def __len__(self) -> int:
         return len(self.parts)
 
     def __iter__(self) -> Iterator[FlowTransform]:
-        return iter(self._parts())
+        held: Any = self._modules["parts"]
+        return iter(held._modules.values())
 
     def __getitem__(self, index: int | slice) -> FlowTransform:
-        return Chain(self._parts()[index]) if isinstance(index, slice) else self._parts()[index]
+        part = list(self)[index]
+        return Chain(part) if isinstance(part, list) else part
 
 
-def leaves(transform: FlowTransform) -> list[FlowTransform]:
+def _through(moves: Sequence[tuple[Any, int]], value: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+    ladjs = []
+    for move, context_dim in moves:
+        value, ladj = move(value, context if context_dim else None)
+        ladjs.append(ladj)
+    return value, functools.reduce(operator.add, ladjs)
+
+
+def leaves(transform: Any) -> list[FlowTransform]:
     """The layers of a flow from base to data, also those inside inverses and conditioned views."""
     if isinstance(transform, Chain):
-        return [leaf for part in transform._parts() for leaf in leaves(part)]
+        return [leaf for part in transform for leaf in leaves(part)]
     if not isinstance(transform, (Inverse, Conditioned)):
         return [transform]
     inner = leaves(transform.transform)
@@ -166,7 +161,7 @@ def leaves(transform: FlowTransform) -> list[FlowTransform]:
     return [Conditioned(leaf, transform.context) if leaf.context_dim else leaf for leaf in inner]
 
 
-def _depth(transform: FlowTransform) -> int:
+def _depth(transform: Transform) -> int:
     if isinstance(transform, (Inverse, Conditioned)):
         return 1 + _depth(transform.transform)
     return 1 + max(map(_depth, transform), default=0) if isinstance(transform, Chain) else 1
@@ -174,18 +169,12 @@ def _depth(transform: FlowTransform) -> int:
 
 def total_cost(costs: Iterable[str]) -> str:
     """Adds up costs by their units."""
-    counted: dict[str, int] = {}
-    for cost in costs:
-        for term in cost.split(" + "):
-            count, unit = term.split(" ", 1)
-            head, _, rest = unit.partition(" ")
-            head = "pass" if head == "passes" else head.removesuffix("s") if head != "pass" else head
-            unit = " ".join(filter(None, [head, rest]))
-            counted[unit] = counted.get(unit, 0) + int(count)
-
-    def told(unit: str, n: int) -> str:
-        head, _, rest = unit.partition(" ")
-        many = "passes" if head == "pass" else head + "s"
-        return " ".join(filter(None, [str(n), head if n == 1 else many, rest]))
-
-    return " + ".join(told(unit, n) for unit, n in counted.items())
+    counted: Counter[tuple[str, ...]] = Counter()
+    for term in " + ".join(costs).replace("passes", "pass").split(" + "):
+        count, head, *rest = term.split(" ")
+        unit = (head if head == "pass" else head.removesuffix("s"), *rest)
+        counted[unit] += int(count)
+    return " + ".join(
+        " ".join((str(n), head if n == 1 else head + ("es" if head == "pass" else "s"), *rest))
+        for (head, *rest), n in counted.items()
+    )

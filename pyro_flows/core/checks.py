@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Protocol
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from pyro.distributions.util import broadcast_shape
@@ -12,7 +12,6 @@ from torch import Size, Tensor, nn
 from pyro_flows.core.modes import autocasting
 
 __all__ = [
-    "Admitting",
     "admit",
     "check_context",
     "check_tensor",
@@ -28,38 +27,9 @@ __all__ = [
 ]
 
 
-class Holding(Protocol):
-    """The tensors of a module."""
-
-    _parameters: dict[str, nn.Parameter | None]
-    _buffers: dict[str, Tensor | None]
-    _modules: dict[str, nn.Module | None]
-
-    def modules(self) -> Iterator[nn.Module]: ...
-
-
-class TakingContext(Holding, Protocol):
-    """A module, for a check of its context."""
-
-    @property
-    def context_dim(self) -> int: ...
-
-
-class Admitting(TakingContext, Protocol):
-    """A flow, for a check of a value."""
-
-    @property
-    def event_shape(self) -> Size: ...
-
-    @property
-    def data_shape(self) -> Size: ...
-
-
 def event_size(event_shape: int | Iterable[int]) -> Size:
     """The shape of one event, from an ``input_dim`` or a shape of positive integers."""
-    shape = tuple(event_shape) if isinstance(event_shape, Iterable) else (event_shape,)
-    if not shape or not all(_is_integer(n, 1) for n in shape):
-        raise ValueError(f"expected input_dim or event_shape to be positive integers, got {event_shape!r}")
+    shape = positive_integers("", "input_dim or event_shape", event_shape)
     if len(shape) > 8:
         raise ValueError(f"expected an event of at most 8 dimensions, got shape {shape}")
     return Size(shape)
@@ -109,8 +79,8 @@ def wrong_event(transform: object, shape: Size, event: Size) -> str:
     return f"{type(transform).__name__}: expected a value with {want}, got shape {tuple(shape)}"
 
 
-def admit(transform: Admitting, value: Tensor, context: Tensor | None, data_side: bool) -> Tensor:
-    """Checks a value and its context, and expands the value to the whole batch shape."""
+def admit(transform: Any, value: Tensor, context: Tensor | None, data_side: bool) -> Tensor:
+    """Checks a flow's value and its context, and expands the value to the whole batch shape."""
     event = transform.data_shape if data_side else transform.event_shape
     name = type(transform).__name__
     check_tensor(name, "a tensor", value)
@@ -149,8 +119,8 @@ def joint_shape(*shapes: Iterable[int]) -> Size:
     return Size(broadcast_shape(*shapes))
 
 
-def check_context(transform: TakingContext, context: Tensor | None) -> None:
-    """Checks a context's presence, size, dtype and device."""
+def check_context(transform: Any, context: Tensor | None) -> None:
+    """Checks the presence, size, dtype and device of a context for a module with a ``context_dim``."""
     if context is None and transform.context_dim == 0:
         return
     name = type(transform).__name__
@@ -200,7 +170,7 @@ def refuse_other_kind(name: str, what: str, value: Tensor, module: nn.Module) ->
     return value.to(kin.dtype)
 
 
-def _refuse_half(name: str, transform: Holding, dtype: torch.dtype) -> None:
+def _refuse_half(name: str, transform: nn.Module, dtype: torch.dtype) -> None:
     """Refuses half-precision parameters where a part or its univariate map needs more."""
     for module in transform.modules():
         for part in (module, getattr(module, "univariate", None)):
@@ -225,9 +195,9 @@ def _same_kind(name: str, what: str, value: Tensor, kin: Tensor) -> None:
         )
 
 
-def first_floating(module: Holding) -> Tensor | None:
+def first_floating(module: nn.Module) -> Tensor | None:
     """A floating-point parameter or buffer, for its dtype and device."""
-    modules: list[Holding | None] = [module]
+    modules: list[nn.Module | None] = [module]  # asked at each call, so without the slower module.modules()
     while modules:
         each = modules.pop()
         if each is not None:

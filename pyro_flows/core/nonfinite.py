@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from pyro_flows.core.chain import Chain
+from pyro_flows.core.chain import leaves
 from pyro_flows.core.transform import Conditioned, FlowTransform, Inverse
 
 __all__ = ["locate_nonfinite", "nonfinite_output", "nonfinite_state"]
@@ -33,8 +33,19 @@ def locate_nonfinite(
     for what, value in (("x", x), ("context", context)):
         if value is not None and not value.isfinite().all():
             return f"input {what} {_count(value)}"
-    names = {} if within is None else {module: name for name, module in within.named_modules() if name}
-    return _walk("", transform, x, context, False, names)[0]
+    roots = (transform,) if within is None else (transform, within)
+    names = {module: name for root in roots for name, module in root.named_modules() if name}
+    for part in leaves(transform):
+        x, ladj = part.forward_and_ladj(x, context if part.context_dim else None)
+        inverse = False
+        while isinstance(part, (Inverse, Conditioned)):
+            inverse ^= isinstance(part, Inverse)
+            part = part.transform
+        for what, result in (("x" if inverse else "y", x), ("ladj", ladj)):
+            if not result.isfinite().all():
+                where = f"{names.get(part, 'the transform')} ({type(part).__name__})"
+                return f"{where}: {nonfinite_state(part) or f'output {what} {_count(result)}'}"
+    return None
 
 
 def nonfinite_state(module: nn.Module) -> str | None:
@@ -69,31 +80,3 @@ def nonfinite_output(module: nn.Module, call: Callable[[], object]) -> str | Non
 
 def _count(value: Tensor) -> str:
     return f"has {int((~value.isfinite()).sum())} non-finite of {value.numel()} entries"
-
-
-def _walk(
-    path: str,
-    part: FlowTransform,
-    value: Tensor,
-    context: Tensor | None,
-    inverse: bool,
-    names: dict[nn.Module, str],
-) -> tuple[str | None, Tensor]:
-    if isinstance(part, (Inverse, Conditioned)):
-        bound = part.context if isinstance(part, Conditioned) else context
-        return _walk(f"{path}transform.", part.transform, value, bound, inverse ^ isinstance(part, Inverse), names)
-    if isinstance(part, Chain):
-        numbered = list(enumerate(part))
-        for k, inner in reversed(numbered) if inverse else numbered:
-            found, value = _walk(f"{path}parts.{k}.", inner, value, context, inverse, names)
-            if found is not None:
-                return found, value
-        return None, value
-    value, ladj = getattr(part, "inverse_and_ladj" if inverse else "forward_and_ladj")(
-        value, context if part.context_dim else None
-    )
-    if value.isfinite().all() and ladj.isfinite().all():
-        return None, value
-    where = f"{names.get(part) or path[:-1] or 'the transform'} ({type(part).__name__})"
-    wrong = ("ladj", ladj) if value.isfinite().all() else ("x" if inverse else "y", value)
-    return f"{where}: {nonfinite_state(part) or f'output {wrong[0]} {_count(wrong[1])}'}", value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
@@ -41,10 +42,8 @@ def _guarded(leaf: Callable[..., tuple[Tensor, Tensor]], data_side: bool) -> Cal
     def method(self: FlowTransform, value: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if type(value) is ProvenanceTensor or type(context) is ProvenanceTensor:
             # Hand-made gradients lose Pyro's marks of provenance.
-            parts: Any
-            parts, marks = extract_provenance((value, context))
-            value, context = parts
-            return track_provenance(method(self, value, context), marks)
+            given: Any = extract_provenance((value, context))
+            return track_provenance(method(self, *given[0]), given[1])
         return leaf(self, admit(self, value, context, data_side), context)
 
     return method
@@ -195,21 +194,15 @@ class FlowTransform(TransformModule):
         return Size()
 
     def _map_shape(self, shape: Size, source: Size, target: Size) -> Size:
-        if len(shape) < len(source):
+        cut = len(shape) - len(source)
+        if cut < 0:
             raise ValueError(
                 f"{type(self).__name__}: expected at least {len(source)} dimensions, got shape {tuple(shape)}"
             )
-        cut = len(shape) - len(source)
-        if shape[cut:] != source:
-            # As in torch, a base of size 1 per dimension broadcasts.
-            try:
-                fits = joint_shape(shape[cut:], source) == source
-            except ValueError:
-                fits = False
-            if not fits:
-                raise ValueError(wrong_event(self, shape, source))
-        batch = self.batch_shape
-        return (joint_shape(shape[:cut], batch) if batch else shape[:cut]) + target
+        # As in torch, a base of size 1 per dimension broadcasts.
+        if any(given not in (1, size) for given, size in zip(shape[cut:], source, strict=True)):
+            raise ValueError(wrong_event(self, shape, source))
+        return joint_shape(shape[:cut], self.batch_shape) + target
 
     @property
     def reach(self) -> int | None:
@@ -268,16 +261,9 @@ class FlowTransform(TransformModule):
         self._memo.clear()
         return super().train(mode)
 
-    def _load_from_state_dict(self, *args: Any) -> None:
-        self._memo.clear()
-        super()._load_from_state_dict(*args)
-
     def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        state.pop("_memo", None)
-        state.pop("_inverse_ref", None)
-        state.pop("_inverse_fields", None)
-        return state
+        left = ("_memo", "_inverse_ref", "_inverse_fields")
+        return {name: value for name, value in self.__dict__.items() if name not in left}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -298,6 +284,11 @@ class FlowTransform(TransformModule):
 ConditionalTransform.register(FlowTransform)
 
 
+def _inner(name: str) -> Any:
+    """A property that is the inner transform's of this name."""
+    return property(operator.attrgetter(f"transform.{name}"))
+
+
 class Inverse(FlowTransform):
     """The inverse of a transform, :math:`y = f^{-1}(x)`, which shares its parameters.
 
@@ -308,6 +299,9 @@ class Inverse(FlowTransform):
     """
 
     transform: FlowTransform
+    data_shape, batch_shape = _inner("event_shape"), _inner("batch_shape")
+    domain, codomain = _inner("codomain"), _inner("domain")
+    shared_over_time = _inner("shared_over_time")
 
     # The inverse of an inverse is the transform itself.
     def __new__(cls, transform: FlowTransform | None = None) -> FlowTransform:  # type: ignore[misc]
@@ -327,32 +321,12 @@ class Inverse(FlowTransform):
         return 0 if self.transform.reach == 0 else None
 
     @property
-    def shared_over_time(self) -> bool:
-        return self.transform.shared_over_time
-
-    @property
     def periodic(self) -> Tensor | None:
         inner = self.transform.periodic
         return None if inner is None else self.transform.turned(inner)
 
     def turned(self, angles: Tensor, inverse: bool = False) -> Tensor:
         return self.transform.turned(angles, not inverse)
-
-    @property
-    def data_shape(self) -> Size:
-        return self.transform.event_shape
-
-    @property
-    def batch_shape(self) -> Size:
-        return self.transform.batch_shape
-
-    @constraints.dependent_property(is_discrete=False)
-    def domain(self) -> constraints.Constraint:
-        return self.transform.codomain
-
-    @constraints.dependent_property(is_discrete=False)
-    def codomain(self) -> constraints.Constraint:
-        return self.transform.domain
 
     @property
     def inv(self) -> FlowTransform:
@@ -393,6 +367,8 @@ class Conditioned(FlowTransform):
 
     transform: FlowTransform
     context: Tensor
+    data_shape, domain, codomain = _inner("data_shape"), _inner("domain"), _inner("codomain")
+    reach, shared_over_time, periodic = _inner("reach"), _inner("shared_over_time"), _inner("periodic")
 
     def __init__(self, transform: FlowTransform, context: Tensor) -> None:
         super().__init__(transform.event_shape)
@@ -405,32 +381,8 @@ class Conditioned(FlowTransform):
         """The constructor's arguments."""
         return (self.transform, self.context), {}
 
-    @property
-    def reach(self) -> int | None:
-        return self.transform.reach
-
-    @property
-    def shared_over_time(self) -> bool:
-        return self.transform.shared_over_time
-
-    @property
-    def periodic(self) -> Tensor | None:
-        return self.transform.periodic
-
     def turned(self, angles: Tensor, inverse: bool = False) -> Tensor:
         return self.transform.turned(angles, inverse)
-
-    @property
-    def data_shape(self) -> Size:
-        return self.transform.data_shape
-
-    @constraints.dependent_property(is_discrete=False)
-    def domain(self) -> constraints.Constraint:
-        return self.transform.domain
-
-    @constraints.dependent_property(is_discrete=False)
-    def codomain(self) -> constraints.Constraint:
-        return self.transform.codomain
 
     def condition(self, context: Tensor) -> Conditioned:
         raise ValueError(
@@ -450,5 +402,4 @@ class Conditioned(FlowTransform):
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
-        state["_buffers"] = {**state["_buffers"], "context": self.context.detach()}
-        return state
+        return state | {"_buffers": state["_buffers"] | {"context": self.context.detach()}}
