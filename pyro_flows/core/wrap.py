@@ -47,6 +47,7 @@ class Wrap(FlowTransform):
 
     sampling_cost = density_cost = "1 product"
     transform: Transform
+    data_shape = Size()
 
     def __init__(self, transform: Transform, event_shape: int | Iterable[int]) -> None:
         super().__init__(event_shape)
@@ -62,10 +63,10 @@ class Wrap(FlowTransform):
         self._images: dict[bool, tuple[constraints.Constraint, constraints.Constraint]] = {}
         if isinstance(transform, nn.Module):
             self.transform = transform
-            self._data_shape = Size(transform.forward_shape(self.event_shape))
-            return
-        self.transform = own_copy(transform)
-        self._data_shape = self._tried(self.event_shape)
+            self.data_shape = Size(transform.forward_shape(self.event_shape))
+        else:
+            self.transform = own_copy(transform)
+            self.data_shape = self._tried(self.event_shape)
 
     def _tried(self, shape: Size) -> Size:
         """The shape of an event's image, tried in both directions."""
@@ -96,10 +97,6 @@ class Wrap(FlowTransform):
     def arguments(self) -> tuple[tuple[object, ...], dict[str, object]]:
         """The constructor's arguments."""
         return (self.transform, self.event_shape), {}
-
-    @property
-    def data_shape(self) -> Size:
-        return self._data_shape
 
     @constraints.dependent_property(is_discrete=False)
     def domain(self) -> constraints.Constraint:
@@ -169,17 +166,11 @@ class Wrap(FlowTransform):
         return moved(self.transform.inv, y, 0)[1].expand(y.shape)
 
 
-def map_tensors(holder: Distribution | Transform, fn: Callable[[Tensor], Tensor], seen: set[int] | None = None) -> None:
+def map_tensors(holder: Distribution | Transform, fn: Callable[[Tensor], Tensor]) -> None:
     """Replaces every tensor inside a distribution or transform."""
-    seen = set() if seen is None else seen
-    seen.add(id(holder))  # transforms and their inverses refer to each other
-    for name, value in vars(holder).items():
-        if isinstance(value, Tensor):
-            vars(holder)[name] = fn(value)
-        for inner in value if isinstance(value, (list, tuple)) else [value]:
-            known = isinstance(inner, nn.Module) or id(inner) in seen
-            if isinstance(inner, (Distribution, Transform)) and not known:
-                map_tensors(inner, fn, seen)
+    holders = [each for each in held_inside(holder) if not isinstance(each, (Tensor, nn.Module))]
+    for each in (holder, *holders):
+        vars(each).update({name: fn(value) for name, value in vars(each).items() if isinstance(value, Tensor)})
 
 
 _ENDS = (("lower_bound", -math.inf), ("upper_bound", math.inf))
@@ -252,8 +243,7 @@ def image(transform: Transform, start: constraints.Constraint) -> constraints.Co
 
 def own_copy(transform: Transform) -> Transform:
     """A copy without torch's caches, which go stale."""
-    everything = transform, *held_inside(transform)
-    for each in everything:
+    for each in (transform, *held_inside(transform)):
         if isinstance(each, nn.Module) or (isinstance(each, Tensor) and each.requires_grad):
             raise ValueError(
                 f"Wrap: {type(transform).__name__} holds parameters, of which a copy would be kept that never trains; "
@@ -360,11 +350,8 @@ def _between(
 class _Cat(constraints.cat):
     """Slices of an event in sets of their own, of vectors too."""
 
-    def __init__(self, cseq: Sequence[constraints.Constraint], dim: int, lengths: Sequence[int]) -> None:
-        super().__init__(cseq, dim, lengths)
-
     def __repr__(self) -> str:
-        return f"Cat({', '.join(map(repr, self.cseq))})"
+        return f"{type(self).__name__[1:]}({', '.join(map(repr, self.cseq))})"
 
     def _pieces(self, value: Tensor) -> tuple[Tensor, ...]:
         return value.split(self.lengths, self.dim)
@@ -381,9 +368,6 @@ class _Stack(_Cat):
     @property
     def event_dim(self) -> int:  # type: ignore[override]  # as torch's own, whose base declares an attribute
         return super().event_dim + 1
-
-    def __repr__(self) -> str:
-        return f"Stack({', '.join(map(repr, self.cseq))})"
 
     def _pieces(self, value: Tensor) -> tuple[Tensor, ...]:
         return value.unbind(self.dim)
