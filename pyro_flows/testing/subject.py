@@ -123,6 +123,16 @@ class Subject:
         return None if self.context is None else self.rows(self.context, self.context.shape[-1:]).double()
 
     @cached_property
+    def given_contexts(self) -> Tensor | None:
+        """``few_contexts`` in the dtype given."""
+        return None if self.few_contexts is None else self.few_contexts.to(self.x.dtype)
+
+    @property
+    def sides(self) -> list[tuple[Callable[..., tuple[Tensor, Tensor]], Tensor]]:
+        """Both directions, each with its value."""
+        return [(self.transform.forward_and_ladj, self.x), (self.transform.inverse_and_ladj, self.y)]
+
+    @cached_property
     def ways(self) -> tuple[Way, Way]:
         forward = self._way(0, self.rows(self.x, self.transform.event_shape).double())
         return forward, self._way(1, forward.out)
@@ -153,3 +163,9 @@ class Subject:
         name = ("y", "x")[side]
         self.close(f"{name} {what}", got[0], want[0], hint, self.scales[side])
         self.close(f"ladj of {NAMES[side]} {what}", got[1], want[1], hint, self.scales[2])
+
+    def alike(self, what: str, other: FlowTransform, context: Tensor | None, hint: str) -> None:
+        """Compares both directions of another transform with this one's."""
+        with torch.no_grad():
+            self.same(what, other.forward_and_ladj(self.x, context), (self.y, self.ladj), 0, hint)
+            self.same(what, other.inverse_and_ladj(self.y, context), (self.back, self.back_ladj), 1, hint)
