@@ -82,7 +82,7 @@ class _Stamp:
 
 
 def _state(value: Tensor) -> tuple[Any, ...]:
-    return value._version, value.data_ptr(), value.shape, value.stride()
+    return value._version, value.data_ptr(), value.shape, value.stride(), value.untyped_storage()._cdata
 
 
 class _Entry(NamedTuple):
@@ -90,18 +90,12 @@ class _Entry(NamedTuple):
     y: TensorWeakRef
     ladj: Tensor
     states: tuple[Any, ...]
-    storages: tuple[StorageWeakRef, StorageWeakRef]
+    storages: tuple[StorageWeakRef, StorageWeakRef]  # no other storage gets their addresses
     stamp: _Stamp
 
     def still_holds(self, module: nn.Module, x: Tensor, y: Tensor) -> bool:
         """Whether the module, ``x`` and ``y`` are unchanged."""
-        return (
-            self.states == _state(x) + _state(y)
-            and all(
-                ref.cdata == value.untyped_storage()._cdata for ref, value in zip(self.storages, (x, y), strict=True)
-            )
-            and self.stamp.still_holds(module)
-        )
+        return self.states == _state(x) + _state(y) and self.stamp.still_holds(module)
 
 
 class Memo:
@@ -184,9 +178,6 @@ class Kept:
             except RuntimeError:  # inference tensors count no versions
                 self._stamp = None
         return self._value
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Kept:
-        return Kept()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Kept, ()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -62,30 +62,27 @@ def uncompiled(call: Callable[_P, _R]) -> Callable[_P, _R]:
     return call
 
 
+def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    return torch.autocast(device.type, enabled=False) if autocasting(device) else nullcontext()
+
+
 def full_precision(call: Callable[_P, _R]) -> Callable[_P, _R]:
     """Decorator: runs a function, which converts its arguments, without autocast on its first tensor's device."""
 
     @functools.wraps(call)
     def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        if torch._C._is_any_autocast_enabled():
-            devices = (each.device for each in args if isinstance(each, Tensor))
-            device = next(devices, torch.device("cpu"))
-            if autocasting(device):
-                with torch.autocast(device.type, enabled=False):
-                    return call(*args, **kwargs)
-        return call(*args, **kwargs)
+        if not torch._C._is_any_autocast_enabled():
+            return call(*args, **kwargs)
+        devices = (each.device for each in args if isinstance(each, Tensor))
+        with _without_autocast(next(devices, torch.device("cpu"))):
+            return call(*args, **kwargs)
 
     return run
 
 
 def forward_mode() -> bool:
     """Whether forward-mode differentiation is on."""
-    if torch.compiler.is_compiling():
-        return False
-    if forward_ad._current_level >= 0:
-        return True
-    levels = torch._C._functorch.get_interpreter_stack() or ()
-    return any(level.key() == torch._C._functorch.TransformType.Jvp for level in levels)
+    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
 
 
 def beyond_rules() -> bool:
@@ -155,10 +152,8 @@ class GradientByHand(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         further = torch.is_grad_enabled() or any(batched(grad) for grad in given)
         pull = cls.pull_plainly if further else cls.pull
-        if autocasting(given[0].device):
-            with torch.autocast(given[0].device.type, enabled=False):
-                return pull(ctx, *grads)
-        return pull(ctx, *grads)
+        with _without_autocast(given[0].device):
+            return pull(ctx, *grads)
 
     @classmethod
     def record(cls, *args: Any) -> Any:

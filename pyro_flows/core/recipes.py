@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -55,10 +54,10 @@ def recipe(value: Any) -> Any:
     """
     if isinstance(value, np.generic):
         value = value.item()
+    if isinstance(value, _Foreign):
+        raise TypeError(f"{str(value)!r} is not of this package")
     if isinstance(value, _SCALARS):
         return value
-    if isinstance(value, _Foreign):
-        raise TypeError(f"{value.name!r} is not of this package")
     if isinstance(value, (Tensor, np.ndarray)):
         return torch.as_tensor(value).detach()
     if isinstance(value, (list, tuple)):
@@ -66,7 +65,7 @@ def recipe(value: Any) -> Any:
     if isinstance(value, dict):
         return {"items": [[recipe(key), recipe(each)] for key, each in value.items()]}
     if not _is_ours(value):
-        return recipe(_Foreign.of(value))
+        return recipe(_foreign(value))
     args, kwargs = value.arguments() if hasattr(value, "arguments") else value.__dict__["_arguments"]
     return {
         "make": type(value).__name__,
@@ -98,15 +97,12 @@ def options_of(instance: object) -> dict[str, Any]:
     return {name: getattr(instance, name) for name in inspect.signature(type(instance)).parameters}
 
 
-@dataclass(frozen=True)
-class _Foreign:
-    """Replaces an argument from outside of this package."""
+class _Foreign(str):
+    """The name of an argument from outside of this package, in its place."""
 
-    name: str
 
-    @classmethod
-    def of(cls, value: object) -> _Foreign:
-        return cls(getattr(value, "__name__", type(value).__name__))
+def _foreign(value: object) -> _Foreign:
+    return _Foreign(getattr(value, "__name__", type(value).__name__))
 
 
 def _is_ours(value: object) -> bool:
@@ -125,4 +121,4 @@ def _kept(value: Any) -> Any:
         return {name: _kept(each) for name, each in value.items()}
     if isinstance(value, range):
         return list(value)
-    return value if isinstance(value, (*_SCALARS, np.generic)) or _is_ours(value) else _Foreign.of(value)
+    return value if isinstance(value, (*_SCALARS, np.generic)) or _is_ours(value) else _foreign(value)

@@ -64,20 +64,20 @@ class Elementwise(Stepper):
     """A map of single numbers, the same at all times; each direction gives the logarithms of its slopes."""
 
     def __init__(self, forward: Move, inverse: Move) -> None:
-        self._moves = forward, inverse
-
-    def _move(self, which: int, value: Tensor) -> tuple[Tensor, Tensor]:
-        moved, slopes = self._moves[which](value)
-        return moved, slopes.expand(moved.shape).sum(-2)
+        self._forward, self._inverse = forward, inverse
 
     def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        return self._move(1, y)
+        return _summed(*self._inverse(y))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self._move(0, x)
+        return _summed(*self._forward(x))
 
     def repeated(self, times: int) -> Elementwise:
         return self
+
+
+def _summed(moved: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
+    return moved, slopes.expand(moved.shape).sum(-2)
 
 
 def affine(loc: Tensor | float, log_scale: Tensor) -> Elementwise:
