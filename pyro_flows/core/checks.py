@@ -99,8 +99,6 @@ def admit(transform: Any, value: Tensor, context: Tensor | None, data_side: bool
     if context is None:
         return value
     batch = shape[:cut]
-    if context.shape[:-1] == batch:
-        return value
     try:
         whole = joint_shape(batch, context.shape[:-1])
     except ValueError:
@@ -197,12 +195,9 @@ def _same_kind(name: str, what: str, value: Tensor, kin: Tensor) -> None:
 
 def first_floating(module: nn.Module) -> Tensor | None:
     """A floating-point parameter or buffer, for its dtype and device."""
-    modules: list[nn.Module | None] = [module]  # asked at each call, so without the slower module.modules()
-    while modules:
-        each = modules.pop()
-        if each is not None:
-            for tensor in (*each._parameters.values(), *each._buffers.values()):
-                if tensor is not None and tensor.is_floating_point():
-                    return tensor
-            modules += reversed(each._modules.values())
-    return None
+    # Asked at each call, so without the slower module.parameters().
+    for tensor in (*module._parameters.values(), *module._buffers.values()):
+        if tensor is not None and tensor.is_floating_point():
+            return tensor
+    below = (first_floating(child) for child in module._modules.values() if child is not None)
+    return next((tensor for tensor in below if tensor is not None), None)

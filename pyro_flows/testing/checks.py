@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import pickle
@@ -232,18 +233,11 @@ def _memo(s: Subject) -> None:
         s.close("x of y, after the x that made it was overwritten", view.inv(y), want_x, hint, s.scales[1])
 
 
-def _importable(transform: nn.Module) -> bool:
-    """Whether Python can pickle the transform's classes."""
-    try:
-        pickle.dumps([type(module) for module in transform.modules()])
-    except (pickle.PicklingError, AttributeError):
-        return False
-    return True
-
-
 def _copies(s: Subject) -> None:
     twin = copy.deepcopy(s.transform)
-    pickles = _importable(twin)
+    pickles = False  # whether Python finds the transform's classes
+    with contextlib.suppress(pickle.PicklingError, AttributeError):
+        pickles = bool(pickle.dumps([type(module) for module in twin.modules()]))
     before = len(pickle.dumps(twin)) if pickles else 0
     rows = 1000
     many = s.x.reshape(-1, *twin.event_shape)[:1].repeat(rows, *(1 for _ in twin.event_shape))
