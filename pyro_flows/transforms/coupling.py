@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Size, Tensor
@@ -49,47 +49,6 @@ def coupling_mask(event_shape: Size, mask: Mask) -> Tensor:
     return given.clone()
 
 
-class _Parting(NamedTuple):
-    """The dimensions that a coupling keeps, and its network's view of them."""
-
-    layout: str  # places of the kept dimensions: "first", "last", "even", "odd" or "scattered"
-    kept_at: Tensor  # indices of the kept dimensions
-    moved_at: Tensor
-    undo: Tensor  # each dimension's place among the kept ones followed by the others
-    angular: Tensor | None  # the angles among the kept dimensions
-    all_angles: bool
-
-    def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the kept and the other dimensions."""
-        kept, moved = self.kept_at.shape[0], self.moved_at.shape[0]
-        if self.layout == "first":
-            return x.narrow(-1, 0, kept), x.narrow(-1, kept, moved)
-        if self.layout == "last":
-            return x.narrow(-1, moved, kept), x.narrow(-1, 0, moved)
-        if self.layout in ("even", "odd"):
-            even, odd = x[..., ::2], x[..., 1::2]
-            return (even, odd) if self.layout == "even" else (odd, even)
-        return x.index_select(-1, self.kept_at), x.index_select(-1, self.moved_at)
-
-    def join(self, kept: Tensor, moved: Tensor) -> Tensor:
-        """Undoes :meth:`split`."""
-        if self.layout == "last":
-            return torch.cat((moved, kept), -1)
-        if self.layout in ("even", "odd"):
-            return torch.stack((kept, moved) if self.layout == "even" else (moved, kept), -1).flatten(1)
-        flat = torch.cat((kept, moved), -1)
-        return flat.index_select(-1, self.undo) if self.layout == "scattered" else flat
-
-    def features(self, kept: Tensor) -> Tensor:
-        """The network's input: angles by cosine and sine."""
-        if self.angular is None:
-            return kept
-        if self.all_angles:
-            return torch.cat((kept.cos(), kept.sin()), -1)
-        angles = kept.index_select(-1, self.angular)
-        return torch.cat((kept.index_copy(-1, self.angular, angles.cos()), angles.sin()), -1)
-
-
 class Coupling(FlowTransform):
     r"""Moves some dimensions by univariate maps whose parameters depend on the others.
 
@@ -118,10 +77,10 @@ class Coupling(FlowTransform):
         NICE: Non-linear Independent Components Estimation (Dinh et al., 2014), arXiv:1410.8516.
     """
 
-    order: Tensor
+    order: Tensor  # kept dimensions first
     undo: Tensor
-    kept_at: Tensor
-    moved_at: Tensor
+    angle: Tensor | None
+    angular: Tensor | None  # places of angles among the kept dimensions
 
     def __init__(
         self,
@@ -146,9 +105,6 @@ class Coupling(FlowTransform):
         saved = isinstance(mask, str) and mask == "random" if save_mask is None else save_mask
         self.register_buffer("order", torch.argsort(~kept, stable=True), persistent=saved)
         self.register_buffer("undo", torch.argsort(self.order), persistent=False)
-        self.register_buffer("kept_at", self.order[: self.num_kept].clone(), persistent=False)
-        self.register_buffer("moved_at", self.order[self.num_kept :].clone(), persistent=False)
-        self._find_layout()
         angles = self._angles(periodic, kept)
         self.net = MLP(
             self.num_kept + angles,
@@ -177,37 +133,27 @@ class Coupling(FlowTransform):
                 f"Coupling: {self.univariate} moves {what[0]}, but the mask leaves it {what[1]} to move; keep these, "
                 "and move them in a coupling of their own"
             )
-        count = int(angle.flatten()[kept].sum())
-        if angle.any():
-            self.register_buffer("angle", angle, persistent=False)
-            # Indices among the kept dimensions.
-            self.register_buffer("angular", torch.nonzero(angle.flatten()[kept]).flatten(), persistent=False)
-        self._all_angles = count == self.num_kept and count > 0
-        self._some_angles = count > 0
-        return count
+        places = torch.nonzero(angle.flatten()[kept]).flatten()
+        self.register_buffer("angle", angle if angle.any() else None, persistent=False)
+        self.register_buffer("angular", places if len(places) else None, persistent=False)
+        return len(places)
 
     @property
     def periodic(self) -> Tensor | None:
         """Boolean, shape ``event_shape``, true for angles; ``None`` without angles."""
-        return self._buffers.get("angle")
-
-    def _find_layout(self) -> None:
-        # Slices are cheaper than gathers.
-        size, kept = self.order.numel(), self.kept_at.tolist()
-        layouts = {"first": range(self.num_kept), "last": range(size - self.num_kept, size)}
-        if size % 2 == 0:
-            layouts |= {"even": range(0, size, 2), "odd": range(1, size, 2)}
-        self._layout = next((name for name, places in layouts.items() if kept == list(places)), "scattered")
+        return self.angle
 
     @property
     def mask(self) -> Tensor:
         """Boolean, shape ``event_shape``; true where a dimension is kept."""
         return (torch.argsort(self.order) < self.num_kept).reshape(self.event_shape)
 
-    def _parting(self) -> _Parting:
-        held: Mapping[str, Any] = self._buffers
-        indices = (held["kept_at"], held["moved_at"], held["undo"])
-        return _Parting(self._layout, *indices, held["angular"] if self._some_angles else None, self._all_angles)
+    def _features(self, kept: Tensor) -> Tensor:
+        """The network's input: angles by cosine and sine."""
+        if self.angular is None:
+            return kept
+        angles = kept.index_select(-1, self.angular)
+        return torch.cat((kept.index_copy(-1, self.angular, angles.cos()), angles.sin()), -1)
 
     def _move(self, value: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
         dims = len(self.event_shape)
@@ -223,9 +169,8 @@ class Coupling(FlowTransform):
 
     def _rows(self, flat: Tensor, batch: Size, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
         """Moves rows flattened from ``batch``; the univariate sees samples as columns."""
-        parting = self._parting()
-        kept, moved = parting.split(flat)
-        features = parting.features(kept)
+        kept, moved = (flat.index_select(-1, places) for places in self.order.tensor_split((self.num_kept,)))
+        features = self._features(kept)
         if context is not None and len(batch) != 1:
             features = features.view(*batch, features.shape[-1])
         params = self.net(features, context)
@@ -233,7 +178,7 @@ class Coupling(FlowTransform):
             params = params.reshape(batch.numel(), *params.shape[-2:])
         move = self.univariate.inverse if inverse else self.univariate.forward
         moved, slope = move(moved.t(), params.transpose(0, 1))
-        return parting.join(kept, moved.t()), slope.sum(0)
+        return torch.cat((kept, moved.t()), -1).index_select(-1, self.undo), slope.sum(0)
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._move(x, context, inverse=False)
@@ -245,9 +190,6 @@ class Coupling(FlowTransform):
         super()._load_from_state_dict(*args)
         with torch.no_grad():
             self.undo.copy_(torch.argsort(self.order))
-            self.kept_at.copy_(self.order[: self.num_kept])
-            self.moved_at.copy_(self.order[self.num_kept :])
-        self._find_layout()
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.univariate}, keeps {self.num_kept}"
