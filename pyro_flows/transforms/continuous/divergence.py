@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from pyro_flows.core.checks import choice, integer
 from pyro_flows.transforms.continuous.fields import Field, unit_probes
-from pyro_flows.transforms.continuous.ode_solver import Dynamics, Rhs
 
-__all__ = ["EXACT_UP_TO", "Estimator", "FieldDynamics", "columns", "draw", "estimator", "probes_of"]
+__all__ = ["EXACT_UP_TO", "Estimator", "FieldDynamics", "Rhs", "columns", "draw", "estimator", "probes_of"]
+
+Rhs = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 #: Dimensions up to which "auto" is exact for fields without a cheap closed form.
 EXACT_UP_TO = 32
@@ -116,19 +117,8 @@ def _weighted(weights: tuple[float, ...], forms: Tensor) -> Tensor:
     return forms.new_tensor(weights) @ forms
 
 
-class _Methods(nn.Module):
-    """Lets ``functional_call`` reach any method of a field."""
-
-    def __init__(self, inner: Field) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, call: Callable[[Field], tuple[Tensor, list[Tensor]]]) -> tuple[Tensor, list[Tensor]]:
-        return call(self.inner)
-
-
-class FieldDynamics(Dynamics):
-    """A field with its divergence and penalties on flat rows; arguments as in :func:`columns`.
+class FieldDynamics(nn.Module):
+    """The right-hand side: a field with its divergence and penalties on flat rows; arguments as in :func:`columns`.
 
     ``has_context`` says whether a context follows the field's parameters.
     """
@@ -136,32 +126,28 @@ class FieldDynamics(Dynamics):
     def __init__(
         self, name: str, inner: Field, settings: Estimator, has_context: bool, penalties: tuple[bool, bool]
     ) -> None:
+        super().__init__()
         self.name, self.inner, self.settings = name, inner, settings
         self.has_context, self.penalties = has_context, penalties
         self.num_columns = 1 + sum(penalties)
 
     def bind(self, shared: Sequence[Tensor], rowwise: Sequence[Tensor]) -> Rhs:
-        inner, event = self.inner, self.inner.event_shape
-        own = dict(inner.named_parameters())
+        """Returns ``(t, x) -> (velocity, columns)`` for ``x`` ``(n, D)`` and columns ``(n, num_columns)``.
+
+        Tensors that need a gradient are ``shared`` by all rows or ``rowwise`` (leading dimension ``n``).
+        """
+        own = dict(self.named_parameters())
         given, rest = shared[: len(own)], [*shared[len(own) :], *rowwise]
         context = rest.pop(0) if self.has_context else None
-        probes = None
-        if rest:
-            probes = rest[0].transpose(0, 1).contiguous()
-            probes = probes.view(*probes.shape[:2], *event)
-        methods = None
-        if any(a is not b for a, b in zip(given, own.values(), strict=True)):
-            methods = _Methods(inner)
-            tensors = {f"inner.{name}": tensor for name, tensor in zip(own, given, strict=True)}
+        probes = rest[0].transpose(0, 1).contiguous() if rest else None
+        if all(a is b for a, b in zip(given, own.values(), strict=True)):
+            return lambda t, x: self(t, x, context, probes)
+        tensors = dict(zip(own, given, strict=True))
+        return lambda t, x: torch.func.functional_call(self, tensors, (t, x, context, probes))
 
-        def rhs(t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-            x = x if len(event) == 1 else x.unflatten(1, event)
-
-            def call(inner: Field) -> tuple[Tensor, list[Tensor]]:
-                return columns(self.settings, inner, t, x, context, probes, self.penalties)
-
-            v, made = call(inner) if methods is None else torch.func.functional_call(methods, tensors, (call,))
-            along = made[0].unsqueeze(1) if len(made) == 1 else torch.stack(made, 1)
-            return v.flatten(1), along
-
-        return rhs
+    def forward(self, t: Tensor, x: Tensor, context: Tensor | None, probes: Tensor | None) -> tuple[Tensor, Tensor]:
+        event = self.inner.event_shape
+        x = x if len(event) == 1 else x.unflatten(1, event)
+        probes = None if probes is None else probes.view(*probes.shape[:2], *event)
+        v, made = columns(self.settings, self.inner, t, x, context, probes, self.penalties)
+        return v.flatten(1), torch.stack(made, 1)

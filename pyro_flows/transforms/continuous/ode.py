@@ -14,19 +14,18 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyro_flows.core.modes import GradientByHand, forward_mode, plain_eager, uncompiled
+from pyro_flows.core.modes import forward_mode, full_precision, plain_eager, uncompiled
 from pyro_flows.inverse.newton_adjoint import vmapped
+from pyro_flows.transforms.continuous.divergence import FieldDynamics
 from pyro_flows.transforms.continuous.ode_solver import (
     ADAPTIVE,
     Call,
-    Dynamics,
     OdeReport,
     OdeSettings,
     Solve,
@@ -48,7 +47,7 @@ _LOST = 0.1  # relative to 1 + |x|: rows that end farther from where they began 
 
 @uncompiled
 def integrate(
-    dynamics: Dynamics,
+    dynamics: FieldDynamics,
     settings: OdeSettings,
     report: OdeReport,
     x: Tensor,
@@ -144,7 +143,7 @@ def _solve(
     return out
 
 
-class _Solve(GradientByHand):
+class _Solve(torch.autograd.Function):
     """The solution with the adjoint as gradient; arguments in the layout of ``vmapped``."""
 
     @staticmethod
@@ -157,34 +156,21 @@ class _Solve(GradientByHand):
         ctx.save_for_backward(x, output, *tensors)
 
     @staticmethod
-    def pull(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return _gradients(ctx, partial(_adjoint, began=ctx.saved_tensors[0]), *grads)
-
-    @classmethod
-    def pull_plainly(cls, ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        return _gradients(ctx, _Adjoint.apply, *grads)
+    @full_precision
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, moved, *tensors = ctx.saved_tensors
+        needed = ctx.needs_input_grad[4:]
+        by_x, *grads = _Adjoint.apply(ctx.call, needed, ctx.split, x, x + moved[:, : x.shape[1]], g, *tensors)
+        found = iter(grads)
+        return None, None, None, by_x, *(next(found) if need else None for need in needed)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[object, int]:
         return vmapped(_Solve.apply, 1, info.batch_size, in_dims, args), 0
 
 
-def _gradients(ctx: Any, adjoint: Callable[..., tuple[Tensor, ...]], g: Tensor) -> tuple[Tensor | None, ...]:
-    x, moved, *tensors = ctx.saved_tensors
-    needed = ctx.needs_input_grad[4:]
-    by_x, *grads = adjoint(ctx.call, needed, ctx.split, x + moved[:, : x.shape[1]], g, *tensors)
-    found = iter(grads)
-    return None, None, None, by_x, *(next(found) if need else None for need in needed)
-
-
 def _adjoint(
-    call: Call,
-    needed: Sequence[bool],
-    split: int,
-    end: Tensor,
-    g: Tensor,
-    *tensors: Tensor,
-    began: Tensor | None = None,
+    call: Call, needed: Sequence[bool], split: int, began: Tensor, end: Tensor, g: Tensor, *tensors: Tensor
 ) -> tuple[Tensor, ...]:
     """Gradients with respect to the first rows, less those with respect to the last, and to the needed tensors.
 
@@ -235,8 +221,7 @@ def _adjoint(
     with torch.no_grad():
         out = solve.run(start, rtol, torch.cat([t.reshape(-1) for t in scales]), call.span[::-1])
     call.report.backward_evaluations += solve.evaluations
-    if began is not None:
-        _warn_of_lost(call, end + out[:n].view(rows, size), began)
+    _warn_of_lost(call, end + out[:n].view(rows, size), began)
     _, by_x, *grads = out.split([n, n, *(t.numel() for t in wanted)])
     return by_x.view(rows, size), *(grad.view(like.shape) for grad, like in zip(grads, wanted, strict=True))
 
@@ -261,13 +246,9 @@ def _moving(t: Tensor, need: bool) -> Tensor:
 
 
 class _Adjoint(torch.autograd.Function):
-    """The adjoint solve under ``torch.func``: batched by ``vmap``, without second derivatives."""
+    """The adjoint solve: batched by ``vmap``, without second derivatives."""
 
-    @staticmethod
-    def forward(
-        call: Call, needed: Sequence[bool], split: int, end: Tensor, g: Tensor, *tensors: Tensor
-    ) -> tuple[Tensor, ...]:
-        return _adjoint(call, needed, split, end, g, *tensors)
+    forward = staticmethod(_adjoint)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -283,6 +264,6 @@ class _Adjoint(torch.autograd.Function):
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         needed, split = args[1:3]
         made = vmapped(
-            _Adjoint.apply, 2, info.batch_size, in_dims, args, results=1 + sum(needed), apart=any(needed[:split])
+            _Adjoint.apply, 3, info.batch_size, in_dims, args, results=1 + sum(needed), apart=any(needed[:split])
         )
         return made, (0,) * len(made)

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from pyro_flows.transforms.continuous.divergence import FieldDynamics
+
 __all__ = [
     "ADAPTIVE",
     "FIXED",
     "Call",
-    "Dynamics",
     "OdeReport",
     "OdeSettings",
     "Solve",
@@ -31,8 +31,6 @@ FIXED = {"euler": 1, "midpoint": 2, "heun2": 2, "heun3": 3, "rk4": 4}
 
 _FLOOR = 10  # rounding errors, the finest tolerance
 _ROWS_NAMED = 8
-
-Rhs = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class OdeSettings(NamedTuple):
@@ -71,24 +69,10 @@ class OdeReport:
     gradient: str | None = None
 
 
-class Dynamics(ABC):
-    """The right-hand side: a velocity for each row, and columns that depend on rows but not on each other.
-
-    Tensors that need a gradient are ``shared`` by all rows or ``rowwise`` (leading dimension ``n``).
-    """
-
-    name: str
-    num_columns: int
-
-    @abstractmethod
-    def bind(self, shared: Sequence[Tensor], rowwise: Sequence[Tensor]) -> Rhs:
-        """Returns ``(t, x) -> (velocity, columns)`` for ``x`` ``(n, D)`` and columns ``(n, num_columns)``."""
-
-
 class Call(NamedTuple):
     """The constants of a solve."""
 
-    dynamics: Dynamics
+    dynamics: FieldDynamics
     settings: OdeSettings
     report: OdeReport
     span: tuple[float, float]
