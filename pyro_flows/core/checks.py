@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from pyro_flows.core.modes import autocasting
 
 __all__ = [
     "admit",
+    "boolean_mask",
     "check_context",
     "check_tensor",
     "choice",
@@ -20,6 +21,7 @@ __all__ = [
     "first_floating",
     "integer",
     "joint_shape",
+    "permutation_of",
     "positive_integers",
     "refuse_other_kind",
     "without_leading_ones",
@@ -71,6 +73,36 @@ def choice(name: str, what: str, value: str, options: Iterable[str], otherwise: 
     words = [*map(repr, known), *([otherwise] if otherwise else [])]
     told = ", ".join(words[:-1]) + f" or {words[-1]}" if len(words) > 1 else words[0]
     raise ValueError(f"{name}{': ' if name else ''}expected {what} to be {told}, got {value!r}")
+
+
+def boolean_mask(name: str, event_shape: Size, mask: object) -> Tensor:
+    """Returns a copy of a mask that keeps some dimensions of an event and moves others; it may move a single one."""
+    given = torch.as_tensor(mask).cpu()
+    prefix = f"{name}: " if name else ""
+    if given.dtype != torch.bool or given.shape != event_shape:
+        raise ValueError(
+            f"{prefix}expected a boolean mask of shape {tuple(event_shape)}, got {given.dtype} of shape "
+            f"{tuple(given.shape)}"
+        )
+    if given.all() or (given.numel() > 1 and not given.any()):
+        raise ValueError(
+            f"{prefix}expected mask to keep some dimensions and move others, got one that keeps {int(given.sum())} of "
+            f"{given.numel()}"
+        )
+    return given.clone()
+
+
+def permutation_of(name: str, size: int, permutation: object, known: Sequence[str]) -> Tensor:
+    """The indices of a permutation, given or by one of the ``known`` names."""
+    if isinstance(permutation, str):
+        choice(name, "permutation", permutation, known, "indices")
+        if permutation == "random":
+            return torch.randperm(size)
+        return torch.arange(size).flip(0) if permutation == "reverse" else torch.arange(size)
+    indices = torch.as_tensor(permutation).cpu().flatten()
+    if indices.is_floating_point() or not torch.equal(indices.sort().values, torch.arange(size)):
+        raise ValueError(f"{name}: expected a permutation of 0..{size - 1}, got {indices.tolist()}")
+    return indices.long().clone()
 
 
 def wrong_event(transform: object, shape: Size, event: Size) -> str:

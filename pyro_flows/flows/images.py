@@ -20,7 +20,7 @@ __all__ = ["glow", "multiscale_realnvp"]
 _LEAST_SIDE = 4  # of the papers' coarsest scale
 
 
-def _squeezes(builder: str, event: Size, wanted: int | None, least: int) -> int:
+def squeezes(builder: str, event: Size, wanted: int | None, least: int) -> int:
     """The number of squeezes: ``wanted``, or as many as keep sides of ``_LEAST_SIDE``, and ``least`` where possible."""
     possible = min((n & -n).bit_length() - 1 for n in event[1:])
     if wanted is None:
@@ -29,18 +29,18 @@ def _squeezes(builder: str, event: Size, wanted: int | None, least: int) -> int:
     if wanted > possible:
         raise ValueError(
             f"{builder}: expected sides that can be halved {wanted} times, got event shape {tuple(event)}, which "
-            f"allows {possible}; ask for fewer scales, pad the data to multiples of {2**wanted}, or crop it"
+            f"allows {possible}; ask for fewer, pad the data to multiples of {2**wanted}, or crop it"
         )
     return wanted
 
 
-def _squeezed(shape: Size, parts: Iterable[FlowTransform]) -> list[FlowTransform]:
+def squeezed(shape: Size, parts: Iterable[FlowTransform]) -> list[FlowTransform]:
     """Parts of the squeezed image, between the squeeze and its inverse."""
     squeeze = Squeeze(shape)
     return [Squeeze(shape).inv, *parts, squeeze]
 
 
-def _half(shape: Size) -> tuple[Size, Size]:
+def halved(shape: Size) -> tuple[Size, Size]:
     """The squeezed shape, and its half that goes on after a split."""
     channels, *sides = Squeeze(shape).event_shape
     return Size((channels, *sides)), Size((channels // 2, *sides))
@@ -91,7 +91,7 @@ def multiscale_realnvp(
     event = image_shape("multiscale_realnvp", event_shape)
     count = integer("multiscale_realnvp", "num_couplings", num_couplings)
     wanted = None if num_scales is None else integer("multiscale_realnvp", "num_scales", num_scales) - 1
-    squeezes = _squeezes("multiscale_realnvp", event, wanted, least=0)
+    last = squeezes("multiscale_realnvp", event, wanted, least=0)
     width = integer("multiscale_realnvp", "hidden_channels", hidden_channels)
     family = Affine(max_log_scale) if univariate is None else univariate
     options: dict[str, Any] = {"context_dim": context_dim, "kernel_size": kernel_size, "activation": activation}
@@ -103,12 +103,12 @@ def multiscale_realnvp(
         return [ConvCoupling(shape, family, mask=mask, flip=k % 2 == 1, **more) for k in reversed(range(number))]
 
     def scale(shape: Size, level: int) -> list[FlowTransform]:
-        if level == squeezes:
+        if level == last:
             return couplings(shape, "checkerboard", count + 1, level)
-        whole, half = _half(shape)
+        whole, half = halved(shape)
         more = {"hidden_channels": width << (level + 1), "max_log_scale": max_log_scale, **options}
         split = Split(Chain(scale(half, level + 1)), whole, **more)
-        coarse = _squeezed(shape, [split, *couplings(whole, "channels", count, level + 1)])
+        coarse = squeezed(shape, [split, *couplings(whole, "channels", count, level + 1)])
         return [*coarse, *couplings(shape, "checkerboard", count, level)]
 
     return Chain(scale(event, 0))
@@ -161,7 +161,7 @@ def glow(
     event = image_shape("glow", event_shape)
     integer("glow", "num_layers", num_layers)
     wanted = None if num_scales is None else integer("glow", "num_scales", num_scales)
-    squeezes = _squeezes("glow", event, wanted, least=2)
+    count = squeezes("glow", event, wanted, least=2)
     family = Affine(max_log_scale) if univariate is None else univariate
     options: dict[str, Any] = {
         "context_dim": context_dim,
@@ -175,11 +175,11 @@ def glow(
         return [coupling, Conv1x1(shape, start=start), ActNorm(shape)]
 
     def scale(shape: Size, level: int) -> list[FlowTransform]:
-        whole, half = _half(shape)
+        whole, half = halved(shape)
         parts = [part for _ in range(num_layers) for part in layer(whole)]
-        if level + 1 < squeezes:
+        if level + 1 < count:
             inner = Chain(scale(half, level + 1))
             parts = [Split(inner, whole, max_log_scale=max_log_scale, **options), *parts]
-        return _squeezed(shape, parts)
+        return squeezed(shape, parts)
 
     return Chain(scale(event, 0))

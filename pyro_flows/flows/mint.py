@@ -11,8 +11,9 @@ from torch import Size
 from pyro_flows.core.chain import Chain
 from pyro_flows.core.checks import integer, positive_integers
 from pyro_flows.core.transform import FlowTransform
+from pyro_flows.flows.images import halved, squeezed, squeezes
 from pyro_flows.nets.convolutional import image_shape
-from pyro_flows.transforms import ActNorm, Mint, Split, Squeeze
+from pyro_flows.transforms import ActNorm, Mint, Split
 
 __all__ = ["MINTNET_CONFIGURATIONS", "mintnet"]
 
@@ -140,14 +141,9 @@ def mintnet(  # noqa: D417 -- the class documents the other options
         pairs = [part for k in reversed(range(count)) for part in pair(shape, groups[level], met + k)]
         if level == squeeze:
             return pairs
-        down = Squeeze(shape)
-        whole = down.event_shape
-        if split:
-            half = Size((whole[0] // 2, *whole[1:]))
-            coarse: list[FlowTransform] = [Split(Chain(stage(half, level + 1)), whole, context_dim=context_dim)]
-        else:
-            coarse = stage(whole, level + 1)
-        return [down.inv, *coarse, Squeeze(shape), *pairs]
+        whole, half = halved(shape)
+        inner = stage(half if split else whole, level + 1)
+        return [*squeezed(shape, [Split(Chain(inner), whole, context_dim=context_dim)] if split else inner), *pairs]
 
     return Chain(stage(event, 0))
 
@@ -160,12 +156,7 @@ def _check(event: Size, num_layers: int, squeeze: int, split: bool, one_sided: b
             f"mintnet: expected at least one pair of layers at each size, so num_layers > squeeze, got {num_layers} "
             f"and {squeeze}"
         )
-    odd = next((n for n in event[1:] if n % 2**squeeze), None)
-    if odd is not None:
-        raise ValueError(
-            f"mintnet: expected sides that can be halved {squeeze} times (squeeze={squeeze}), got event shape "
-            f"{tuple(event)}; set a smaller squeeze, or pad the data to sides that are multiples of {2**squeeze}"
-        )
+    squeezes("mintnet", event, squeeze, least=0)
     if split and not squeeze:
         raise ValueError("mintnet: split=True needs squeeze >= 1: channels leave after squeezes")
     if one_sided and squeeze:

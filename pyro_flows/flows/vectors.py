@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -27,17 +27,21 @@ def _hidden(event_shape: int | Iterable[int], hidden_dims: Sequence[int] | None)
     return (min(max(64, 4 * event_size(event_shape).numel()), 512),) * 2
 
 
+def _kept(event_shape: int | Iterable[int], mask: Mask, num_layers: int) -> Iterator[Tensor]:
+    """The dimensions that each layer keeps; the second of a pair moves them.  Each pair draws its random mask."""
+    event = event_size(event_shape)
+    for k in range(integer("", "num_layers", num_layers)):
+        if k % 2 == 0:
+            kept = coupling_mask(event, mask)
+        yield ~kept if k % 2 and event.numel() > 1 else kept
+
+
 def _couplings(
     event_shape: int | Iterable[int], univariate: Univariate, num_layers: int, mask: Mask, **options: Any
 ) -> list[Coupling]:
-    """Pairs of layers, the second of which moves what the first keeps; each pair draws its random mask."""
-    layers: list[Coupling] = []
-    random = isinstance(mask, str) and mask == "random"
-    for k in range(integer("", "num_layers", num_layers)):
-        if k % 2 == 0:
-            kept = coupling_mask(event_size(event_shape), mask)
-        layers.append(Coupling(event_shape, univariate, mask=kept, flip=k % 2 == 1, save_mask=random, **options))
-    return layers
+    options["save_mask"] = isinstance(mask, str) and mask == "random"
+    kept = _kept(event_shape, mask, num_layers)
+    return [Coupling(event_shape, univariate, mask=each, **options) for each in kept]
 
 
 def nice(
@@ -119,21 +123,14 @@ def realnvp(
 
 
 def _autoregressive(
-    input_dim: int | Iterable[int],
-    fast: str,
-    num_layers: int,
-    order: Order,
-    adjacency: Tensor | None,
-    **options: Any,
+    input_dim: int | Iterable[int], univariate: Univariate, num_layers: int, order: Order, **options: Any
 ) -> Chain:
-    layers = []
-    for k in range(integer("", "num_layers", num_layers)):
-        if isinstance(order, str) and order == "alternating":
-            each: Order = "identity" if k % 2 == 0 or adjacency is not None else "reverse"
-        else:
-            each = order
-        layers.append(Autoregressive(input_dim, fast=fast, order=each, adjacency=adjacency, **options))
-    return Chain(layers)
+    orders: tuple[Order, ...] = (order,)
+    if isinstance(order, str) and order == "alternating":
+        orders = ("identity", "reverse") if options["adjacency"] is None else ("identity",)
+    count = integer("", "num_layers", num_layers)
+    each = (orders[k % len(orders)] for k in range(count))
+    return Chain([Autoregressive(input_dim, univariate, order=order, **options) for order in each])
 
 
 def maf(
@@ -175,9 +172,9 @@ def maf(
         Masked Autoregressive Flow for Density Estimation (Papamakarios et al., 2017), arXiv:1705.07057.
     """
     options: dict[str, Any] = {"context_dim": context_dim, "residual": residual, "activation": activation}
-    options["univariate"] = Affine(max_log_scale) if univariate is None else univariate
-    options["hidden_dims"] = _hidden(input_dim, hidden_dims)
-    return _autoregressive(input_dim, "density", num_layers, order, adjacency, **options)
+    options |= {"hidden_dims": _hidden(input_dim, hidden_dims), "adjacency": adjacency}
+    family = Affine(max_log_scale) if univariate is None else univariate
+    return _autoregressive(input_dim, family, num_layers, order, **options)
 
 
 def iaf(
@@ -216,9 +213,9 @@ def iaf(
         Improved Variational Inference with Inverse Autoregressive Flow (Kingma et al., 2016), arXiv:1606.04934.
     """
     options: dict[str, Any] = {"context_dim": context_dim, "residual": residual, "activation": activation}
-    options["univariate"] = Affine(max_log_scale) if univariate is None else univariate
-    options["hidden_dims"] = _hidden(input_dim, hidden_dims)
-    return _autoregressive(input_dim, "sampling", num_layers, order, adjacency, **options)
+    options |= {"hidden_dims": _hidden(input_dim, hidden_dims), "adjacency": adjacency}
+    family = Affine(max_log_scale) if univariate is None else univariate
+    return _autoregressive(input_dim, family, num_layers, order, fast="sampling", **options)
 
 
 def nsf(
@@ -271,7 +268,7 @@ def nsf(
     family = Spline(bins, bound, boundary)
     if autoregressive:
         layers = 3 if num_layers is None else num_layers
-        return _autoregressive(input_dim, "density", layers, order, adjacency, univariate=family, **options)
+        return _autoregressive(input_dim, family, layers, order, adjacency=adjacency, **options)
     return Chain(_couplings(input_dim, family, 6 if num_layers is None else num_layers, mask, **options))
 
 
@@ -319,13 +316,11 @@ def ncsf(
         raise ValueError(f"ncsf: expected periodic to have shape {tuple(event)}, got {tuple(angle.shape)}")
     options: dict[str, Any] = {"context_dim": context_dim, "residual": residual, "activation": activation}
     options |= {"hidden_dims": _hidden(input_dim, hidden_dims), "periodic": angle}
-    random = isinstance(mask, str) and mask == "random"
+    options["save_mask"] = isinstance(mask, str) and mask == "random"
+    families = (angle, Spline(bins, boundary="circular")), (~angle, Spline(bins, bound))
     layers = []
-    for k in range(integer("", "num_layers", num_layers)):
-        if k % 2 == 0:
-            kept = coupling_mask(event, mask)
-        moved = kept if k % 2 and event.numel() > 1 else ~kept
-        for some, family in ((angle, Spline(bins, boundary="circular")), (~angle, Spline(bins, bound))):
-            if (moved & some).any():
-                layers.append(Coupling(input_dim, family, mask=~(moved & some), save_mask=random, **options))
+    for kept in _kept(event, mask, num_layers):
+        for some, family in families:
+            if (~kept & some).any():
+                layers.append(Coupling(input_dim, family, mask=kept | ~some, **options))
     return Chain(layers)

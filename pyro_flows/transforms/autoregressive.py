@@ -74,23 +74,17 @@ class Autoregressive(FlowTransform):
         slow = f"1 sweep of {structure.num_steps} steps"
         self.sampling_cost, self.density_cost = (slow, "1 pass") if fast == "density" else ("1 pass", slow)
 
-    def _flat(self, value: Tensor) -> Tensor:
-        return value if len(self.event_shape) == 1 else value.flatten(-len(self.event_shape))
-
-    def _shaped(self, value: Tensor) -> Tensor:
-        return value if len(self.event_shape) == 1 else value.unflatten(-1, self.event_shape)
-
     def _one_pass(self, value: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         net = self.net
-        ranked = net.to_ranks(self._flat(value))
+        ranked = net.to_ranks(value.flatten(-len(self.event_shape)))
         moved, ladj = net.ranked(ranked, context, self.univariate)
-        return self._shaped(net.from_ranks(moved)), ladj
+        return net.from_ranks(moved).unflatten(-1, self.event_shape), ladj
 
     def _sweep(self, value: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         weights, biases, masks = self.net.tensors()
-        ranked = self.net.to_ranks(self._flat(value))
+        ranked = self.net.to_ranks(value.flatten(-len(self.event_shape)))
         solved, ladj = solve(self.solver, ranked, self.net.first_bias(context), weights, biases[1:], masks)
-        return self._shaped(self.net.from_ranks(solved)), ladj
+        return self.net.from_ranks(solved).unflatten(-1, self.event_shape), ladj
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._sweep(x, context) if self.fast == "density" else self._one_pass(x, context)
@@ -102,8 +96,9 @@ class Autoregressive(FlowTransform):
         """Returns the base-side value and :meth:`log_slopes`."""
         x = self.inverse_and_ladj(y, context)[0]
         seen, sign = (y, 1) if self.fast == "density" else (x, -1)  # the network's input
-        flat = self._flat(seen)
-        return x, sign * self._shaped(self.univariate.forward(flat, self.net(flat, context))[1])
+        flat = seen.flatten(-len(self.event_shape))
+        slopes = self.univariate.forward(flat, self.net(flat, context))[1]
+        return x, sign * slopes.unflatten(-1, self.event_shape)
 
     def log_slopes(self, y: Tensor, context: Tensor | None = None) -> Tensor:
         """The logarithm of each slope from data to base, shaped like ``y``."""

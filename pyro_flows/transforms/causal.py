@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import torch
-from torch import Size, Tensor, nn
+from torch import Tensor, nn
 
 from pyro_flows.core.checks import admit, choice, integer, positive_integers
 from pyro_flows.core.modes import full_precision, plain_eager
@@ -113,18 +113,13 @@ class CausalAutoregressive(FlowTransform):
     def reach(self) -> int | None:
         return (self.kernel_size - 1) * sum(self.dilations) if self.fast == "density" else None
 
-    def _rows(self, value: Tensor, context: Tensor | None) -> tuple[Size, Tensor, Tensor | None]:
-        batch = value.shape[:-2]
-        rows = batch.numel()
-        if context is not None:
-            context = context.expand(*batch, -1).reshape(rows, self.context_dim)
-        return batch, value.reshape(rows, *self.event_shape), context
-
     @full_precision  # in half precision, the directions would not be inverse
     def _move(self, value: Tensor, context: Tensor | None, one_pass: bool) -> tuple[Tensor, Tensor]:
         """Returns the moved value and the logarithms of all slopes."""
-        value, context = value.to(self.bias.dtype), None if context is None else context.to(self.bias.dtype)
-        batch, rows, context = self._rows(value, context)
+        batch, kind = value.shape[:-2], self.bias.dtype
+        rows = value.to(kind).reshape(batch.numel(), *self.event_shape)
+        if context is not None:
+            context = context.to(kind).expand(*batch, -1).reshape(len(rows), self.context_dim)
         if one_pass:
             moved, slopes = self._apply_to(rows, self._outputs(rows, context))
         elif plain_eager() and not rows.is_meta and not self._wants_gradient(rows, context):
@@ -138,11 +133,9 @@ class CausalAutoregressive(FlowTransform):
         """The network's outputs, shape ``(rows, C, num_params, T)``."""
         return self.net(rows.unsqueeze(-2), context).squeeze(-2).unflatten(1, self.bias.shape)
 
-    def _wants_gradient(self, rows: Tensor, context: Tensor | None) -> bool:
-        if not torch.is_grad_enabled():
-            return False
-        tensors = (rows, *(() if context is None else (context,)), *self.parameters())
-        return any(tensor.requires_grad for tensor in tensors)
+    def _wants_gradient(self, *tensors: Tensor | None) -> bool:
+        given = (*tensors, *self.parameters())
+        return torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in given)
 
     @torch.no_grad()
     def _sweep(self, rows: Tensor, context: Tensor | None) -> Tensor:
@@ -209,10 +202,6 @@ class _Steps(Stepper):
     def __init__(self, layer: CausalAutoregressive, rows: int, context: Tensor | None) -> None:
         self.layer, self.net = layer, StackSteps(layer.net, rows, context)
 
-    def known(self, value: Tensor) -> tuple[Tensor, Tensor]:
-        """The fast direction, with the logarithm of each slope."""
-        return self.layer._apply_to(value, self.net.known(value))
-
     def unknown(self, value: Tensor) -> tuple[Tensor, Tensor]:
         """The slow direction, with the logarithm of each slope."""
         univariate, bias = self.layer.univariate, self.layer.bias
@@ -229,7 +218,7 @@ class _Steps(Stepper):
         return torch.stack(moved, -1), torch.stack(slopes, -1).view(shape).transpose(-1, -2)
 
     def _step(self, value: Tensor, one_pass: bool) -> tuple[Tensor, Tensor]:
-        moved, slopes = self.known(value) if one_pass else self.unknown(value)
+        moved, slopes = self.layer._apply_to(value, self.net.known(value)) if one_pass else self.unknown(value)
         return moved, slopes.sum(-2)
 
     def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:

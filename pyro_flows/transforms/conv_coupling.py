@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Size, Tensor
 
+from pyro_flows.core.checks import boolean_mask, choice
 from pyro_flows.core.transform import FlowTransform
 from pyro_flows.nets.activations import Activation
 from pyro_flows.nets.convolutional import ConvNet, image_shape
@@ -20,6 +21,7 @@ def _kept(event_shape: Size, mask: str | Tensor) -> Tensor:
     channels, *sides = event_shape
     size = event_shape.numel()
     if isinstance(mask, str):
+        choice("ConvCoupling", "mask", mask, ("checkerboard", "channels"), "boolean")
         if size == 1:
             return torch.zeros(event_shape, dtype=torch.bool)
         if mask == "checkerboard":
@@ -32,27 +34,14 @@ def _kept(event_shape: Size, mask: str | Tensor) -> Tensor:
             for n in sides:
                 parity = parity.unsqueeze(-1) + torch.arange(n)
             return (parity % 2 == 1).expand(event_shape).clone()
-        if mask == "channels":
-            if channels == 1:
-                raise ValueError(
-                    f"ConvCoupling: mask='channels' keeps half of the channels, but event shape {tuple(event_shape)} "
-                    "has one only; use mask='checkerboard', or put a Squeeze before"
-                )
-            first = torch.arange(channels) < channels // 2
-            return first.reshape(-1, *(1 for _ in sides)).expand(event_shape).clone()
-        raise ValueError(f"ConvCoupling: expected mask to be 'checkerboard', 'channels' or boolean, got {mask!r}")
-    given = torch.as_tensor(mask).cpu()
-    if given.dtype != torch.bool or given.shape != event_shape:
-        raise ValueError(
-            f"ConvCoupling: expected a boolean mask of shape {tuple(event_shape)}, got {given.dtype} of shape "
-            f"{tuple(given.shape)}"
-        )
-    if given.all() or (size > 1 and not given.any()):
-        raise ValueError(
-            "ConvCoupling: expected mask to keep some numbers and move others, got one that keeps "
-            f"{int(given.sum())} of {size}"
-        )
-    return given.clone()
+        if channels == 1:
+            raise ValueError(
+                f"ConvCoupling: mask='channels' keeps half of the channels, but event shape {tuple(event_shape)} "
+                "has one only; use mask='checkerboard', or put a Squeeze before"
+            )
+        first = torch.arange(channels) < channels // 2
+        return first.reshape(-1, *(1 for _ in sides)).expand(event_shape).clone()
+    return boolean_mask("ConvCoupling", event_shape, mask)
 
 
 class ConvCoupling(FlowTransform):

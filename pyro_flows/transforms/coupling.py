@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import Size, Tensor
 
-from pyro_flows.core.checks import choice
+from pyro_flows.core.checks import boolean_mask, choice
 from pyro_flows.core.transform import FlowTransform
 from pyro_flows.nets.activations import Activation
 from pyro_flows.nets.dense import MLP
@@ -37,16 +36,7 @@ def coupling_mask(event_shape: Size, mask: Mask) -> Tensor:
             choice("", "mask", mask, ("half", "alternating", "random"), "boolean")
             kept = torch.randperm(size) < size // 2
         return kept.reshape(event_shape)
-    given = torch.as_tensor(mask).cpu()
-    if given.dtype != torch.bool or given.shape != event_shape:
-        raise ValueError(
-            f"expected a boolean mask of shape {tuple(event_shape)}, got {given.dtype} of shape {tuple(given.shape)}"
-        )
-    if given.all() or (size > 1 and not given.any()):
-        raise ValueError(
-            f"expected mask to keep some dimensions and move others, got one that keeps {int(given.sum())} of {size}"
-        )
-    return given.clone()
+    return boolean_mask("", event_shape, mask)
 
 
 class Coupling(FlowTransform):

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import Size, Tensor, nn
 
-from pyro_flows.core.checks import choice, event_size, joint_shape
+from pyro_flows.core.checks import event_size, joint_shape, permutation_of
 from pyro_flows.core.steps import Stepper, affine, at_any_time
 from pyro_flows.core.transform import FlowTransform
 from pyro_flows.nets.activations import Activation
@@ -212,38 +211,23 @@ class Permutation(FlowTransform):
 
     sampling_cost = density_cost = "1 gather"
     permutation: Tensor
-    undo: Tensor
 
     def __init__(self, event_shape: int | Iterable[int], permutation: str | Sequence[int] | Tensor = "random") -> None:
         super().__init__(event_shape)
-        size = self.event_shape.numel()
-        if isinstance(permutation, str):
-            choice("", "permutation", permutation, ("random", "reverse"), "indices")
-            indices = torch.randperm(size) if permutation == "random" else torch.arange(size).flip(0)
-        else:
-            indices = torch.as_tensor(permutation).cpu()
-            if indices.is_floating_point() or not torch.equal(indices.flatten().sort().values, torch.arange(size)):
-                raise ValueError(f"expected a permutation of 0..{size - 1}, got {indices.tolist()}")
+        indices = permutation_of("Permutation", self.event_shape.numel(), permutation, ("random", "reverse"))
         drawn = isinstance(permutation, str) and permutation == "random"
-        self.register_buffer("permutation", indices.flatten().long(), persistent=drawn)
-        self.register_buffer("undo", torch.argsort(self.permutation), persistent=False)
+        self.register_buffer("permutation", indices, persistent=drawn)
 
     def turned(self, angles: Tensor, inverse: bool = False) -> Tensor:
-        return self._gather(angles, (self.undo if inverse else self.permutation).to(angles.device))[0]
+        return self._reorder(angles, inverse)[0]
 
-    def _gather(self, value: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-        dims = len(self.event_shape)
-        batch = value.shape[: value.dim() - dims]
-        moved = value.flatten(-dims).index_select(-1, indices).unflatten(-1, self.event_shape)
-        return moved, value.new_zeros(()).expand(batch)
+    def _reorder(self, value: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+        flat, indices = value.flatten(-len(self.event_shape)), self.permutation.to(value.device)
+        moved = torch.empty_like(flat).index_copy(-1, indices, flat) if inverse else flat.index_select(-1, indices)
+        return moved.unflatten(-1, self.event_shape), value.new_zeros(()).expand(flat.shape[:-1])
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._gather(x, self.permutation)
+        return self._reorder(x, inverse=False)
 
     def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._gather(y, self.undo)
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)
-        with torch.no_grad():
-            self.undo.copy_(torch.argsort(self.permutation))
+        return self._reorder(y, inverse=True)

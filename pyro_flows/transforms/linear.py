@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyro_flows.core.checks import choice, event_size, integer
+from pyro_flows.core.checks import choice, event_size, integer, permutation_of
 from pyro_flows.core.transform import FlowTransform
 
 __all__ = ["Conv1x1", "Householder", "LULinear"]
@@ -17,23 +17,6 @@ __all__ = ["Conv1x1", "Householder", "LULinear"]
 def _rows(transform: FlowTransform, value: Tensor) -> Tensor:
     """The events as rows of a matrix."""
     return value.reshape(-1, transform.event_shape.numel())
-
-
-def _permutation(size: int, permutation: str | Sequence[int] | Tensor) -> Tensor | None:
-    if isinstance(permutation, str):
-        if permutation == "identity":
-            return None
-        if permutation == "reverse":
-            return torch.arange(size).flip(0)
-        if permutation == "random":
-            return torch.randperm(size)
-        raise ValueError(
-            f"LULinear: expected permutation to be 'identity', 'reverse', 'random' or indices, got {permutation!r}"
-        )
-    indices = torch.as_tensor(permutation).cpu().flatten()
-    if indices.is_floating_point() or not torch.equal(indices.sort().values, torch.arange(size)):
-        raise ValueError(f"LULinear: expected a permutation of 0..{size - 1}, got {indices.tolist()}")
-    return indices.long().clone()
 
 
 # A matrix in LU form, packed as LAPACK does; rows are events.
@@ -92,7 +75,9 @@ class LULinear(FlowTransform):
         self.factors = nn.Parameter(torch.zeros(size, size))
         self.register_parameter("bias", nn.Parameter(torch.zeros(size)) if bias else None)
         drawn = isinstance(permutation, str) and permutation == "random"
-        self.register_buffer("permutation", _permutation(size, permutation), persistent=drawn)
+        fixed = not (isinstance(permutation, str) and permutation == "identity")
+        indices = permutation_of("LULinear", size, permutation, ("identity", "reverse", "random")) if fixed else None
+        self.register_buffer("permutation", indices, persistent=drawn)
 
     @property
     def log_diagonal(self) -> Tensor:

@@ -94,11 +94,7 @@ class Preconditioner(FlowTransform):
     def fold(self) -> None:
         """Moves the learned part into ``loc`` and ``scale``; the map stays the same."""
         matrix, loc, _ = self._learned()
-        self.loc.copy_(loc)
-        self.scale.copy_(matrix)
-        for parameter in self.parameters():
-            parameter.zero_()
-        self.clear_cache()
+        self.place(loc, matrix)
 
     @torch.no_grad()
     def place(self, loc: Tensor, scale: Tensor) -> None:

@@ -111,10 +111,7 @@ def columns(
 
 def _weighted(weights: tuple[float, ...], forms: Tensor) -> Tensor:
     """The weighted sum over probes, shape ``(count, rows)`` to ``(rows,)``."""
-    if len(weights) == 1 or len(set(weights)) == 1:
-        total = forms.sum(0) if len(forms) > 1 else forms[0]
-        return total if weights[0] == 1.0 else total * weights[0]
-    return forms.new_tensor(weights) @ forms
+    return forms.sum(0) * weights[0] if len(set(weights)) == 1 else forms.new_tensor(weights) @ forms
 
 
 class FieldDynamics(nn.Module):

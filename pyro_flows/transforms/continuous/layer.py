@@ -14,18 +14,12 @@ import torch
 from torch import Size, Tensor, nn
 
 from pyro_flows.core.checks import admit, choice, integer
-from pyro_flows.core.modes import autocasting, plain_eager
+from pyro_flows.core.modes import full_precision, plain_eager
 from pyro_flows.core.transform import FlowTransform
 from pyro_flows.transforms.continuous.divergence import Estimator, FieldDynamics, draw, estimator, probes_of
 from pyro_flows.transforms.continuous.fields import Field, GivenField
 from pyro_flows.transforms.continuous.ode import integrate
-from pyro_flows.transforms.continuous.ode_solver import (
-    ADAPTIVE,
-    FIXED,
-    OdeReport,
-    OdeSettings,
-    floored,
-)
+from pyro_flows.transforms.continuous.ode_solver import ADAPTIVE, FIXED, OdeReport, OdeSettings, floored
 
 __all__ = ["Continuous", "Penalties", "SolveCheck", "collect_penalties"]
 
@@ -239,6 +233,7 @@ class Continuous(FlowTransform):
     def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._solve(y, context, True)[:2]
 
+    @full_precision  # half precision has no inverse
     def _solve(
         self,
         x: Tensor,
@@ -253,11 +248,8 @@ class Continuous(FlowTransform):
         batch = x.shape[: x.dim() - len(self.event_shape)]
         if x.is_meta:
             return torch.empty_like(x), x.new_empty(batch), report
-        if autocasting(x.device):  # half precision has no inverse
-            like = next((p for p in self.parameters() if p.is_floating_point()), x)
-            with torch.autocast(x.device.type, enabled=False):
-                context = None if context is None else context.to(like.dtype)
-                return self._solve(x.to(like.dtype), context, density, finer, noise, span)
+        like = next((p for p in self.parameters() if p.is_floating_point()), x)
+        x, context = x.to(like.dtype), None if context is None else context.to(like.dtype)
         if x.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"Continuous: expected float32 or float64 values to integrate, got {x.dtype}")
         if torch.jit.is_tracing():
@@ -333,9 +325,8 @@ class Continuous(FlowTransform):
         end, ladj, report = self._solve(value, context, density, noise=noise)
         better, finer_ladj, finer = self._solve(value, context, density, 100.0, noise)
         self.last_solve = report
-        if self.solver in ADAPTIVE and floored(self._settings(density), value.dtype) == floored(
-            self._settings(density, 100.0), value.dtype
-        ):
+        coarse, fine = (floored(self._settings(density, by), value.dtype) for by in (1.0, 100.0))
+        if self.solver in ADAPTIVE and coarse == fine:
             return SolveCheck(math.nan, math.nan, report, finer)
         return SolveCheck(_largest(end - better), _largest(ladj - finer_ladj), report, finer)
 

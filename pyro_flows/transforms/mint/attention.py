@@ -97,7 +97,8 @@ class Attention(NamedTuple):
         queries = self.queries(patches[..., : -x.shape[1]], places, weights)
         keys, values = self.keys_values(patches, places, weights)
         keys, values = keys[..., :-1, :], values[..., :-1, :]
-        out = self.attend(queries, keys, values, weights, self.allowed(*self.tokens(x))).mT.reshape(x.shape)
+        tokens = torch.arange(len(places), device=x.device)
+        out = self.attend(queries, keys, values, weights, self.allowed(tokens, tokens[:-1])).mT.reshape(x.shape)
         return out if self.lower else out.flip(-2, -1)
 
     @property
@@ -117,11 +118,6 @@ class Attention(NamedTuple):
         if self.axes == 1:
             return columns.expand(len(rows), -1).reshape(-1, 1)
         return torch.stack(torch.meshgrid(rows, columns, indexing="ij"), -1).flatten(0, 1)
-
-    def tokens(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The numbers of the tokens with a query, and of those with a key."""
-        tokens = torch.arange(x.shape[-2] * x.shape[-1], device=x.device)
-        return tokens, tokens[:-1]
 
     def allowed(self, asking: Tensor, answering: Tensor) -> Tensor:
         """Boolean: which keys, of no token and of ``answering``, the tokens ``asking`` attend to."""

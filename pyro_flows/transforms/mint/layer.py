@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -116,7 +116,6 @@ class Mint(FlowTransform):
     min_slope: Tensor
     places: Tensor
     signs: Tensor
-    center_signs: Tensor
     taps_0: Tensor
     taps_1: Tensor
     taps_2: Tensor
@@ -203,12 +202,6 @@ class Mint(FlowTransform):
         self.centres = nn.Parameter(widths * torch.randn(channels, groups, groups + 2))
         signs = 2.0 * torch.randint(0, 2, (2, channels, groups)) - 1
         self.register_buffer("signs", signs.to(self.centres.dtype))
-        self.register_buffer("center_signs", self._center_signs(), persistent=False)
-
-    def _center_signs(self) -> Tensor:
-        """Free for the first and the third convolution, their product for the second."""
-        into, out = self.signs
-        return torch.cat((out[:, :, None] * into[:, None, :], into[:, :, None], out[:, :, None]), -1)
 
     def _dense(self, taps: Tensor, centers: Tensor) -> Tensor:
         """A convolution's weight from its free taps ``(F, out, in)`` and centers ``(C, out, in)``."""
@@ -220,8 +213,10 @@ class Mint(FlowTransform):
 
     def _weights(self, context: Tensor | None, batch: Size) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Shared tensors, and tensors with an entry for each row; see ``MintMap.split``."""
-        centers = self.centres.abs() * self.center_signs
-        square, first, last = centers.split((self.num_groups, 1, 1), -1)
+        square, first, last = self.centres.abs().split((self.num_groups, 1, 1), -1)
+        # Free signs for the first and the third convolution, their product for the second.
+        into, out = self.signs.unsqueeze(-1)
+        square, first, last = square * (out * into.mT), first * into, last * out
         shared = (
             *(() if self.attention is None else self.attention.weights()),
             self._dense(self.taps_0, first),
@@ -314,16 +309,6 @@ class Mint(FlowTransform):
             )
         side = self.kernel[1] // 2
         return MintSteps(self.map, self.settings, side, self.dilation, rows, *self._weights(context, Size([rows])))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Mint:
-        super()._apply(fn, recurse)
-        self.map.wave = self.waves
-        return self
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)
-        with torch.no_grad():
-            self.center_signs.copy_(self._center_signs())
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()

@@ -93,40 +93,27 @@ class Tile(NamedTuple):
     columns: slice
     padding: tuple[int, int]
     skip: tuple[int, int]  # first rows and columns of the output to leave out
-    dilation: int = 1
-
-    def weight(self, weight: Tensor) -> Tensor:
-        """The tile's part of a convolution's weight."""
-        return weight[self.out, self.into, self.rows, self.columns]
+    dilation: int
 
 
 def tiles(taps: Tensor, out: int, into: int, count: int, dilation: int = 1) -> tuple[Tile, ...]:
-    """Cuts a masked convolution by output channels into ``count`` tiles without zeros; the widest comes first.
+    """Cuts a masked convolution by output channels into ``count`` tiles without zeros.
 
     ``taps`` is boolean, shape ``(C, C, rows, columns)``, true where there is a tap between two channels; each has
     ``into`` input and ``out`` output channels.
     """
     channels, (down, right) = taps.shape[0], (n // 2 for n in taps.shape[2:])
-    ends = [channels * k // count for k in range(count + 1)]
     found = []
-    for first, last in itertools.pairwise(ends):
+    for first, last in itertools.pairwise(channels * k // count for k in range(count + 1)):
         here = taps[first:last]
         low, high = _span(here.sum((0, 2, 3)))
         (top, bottom), (left, stop) = _span(here.sum((0, 1, 3))), _span(here.sum((0, 1, 2)))
         before = (down - top) * dilation, (right - left) * dilation
         padding = max(before[0], (bottom - 1 - down) * dilation), max(before[1], (stop - 1 - right) * dilation)
-        found.append(
-            Tile(
-                slice(first * out, last * out),
-                slice(low * into, high * into),
-                slice(top, bottom),
-                slice(left, stop),
-                padding,
-                (padding[0] - before[0], padding[1] - before[1]),
-                dilation,
-            )
-        )
-    return tuple(sorted(found, key=lambda tile: tile.into.start - tile.into.stop))
+        skip = padding[0] - before[0], padding[1] - before[1]
+        ends = slice(first * out, last * out), slice(low * into, high * into)
+        found.append(Tile(*ends, slice(top, bottom), slice(left, stop), padding, skip, dilation))
+    return tuple(found)
 
 
 def _span(counts: Tensor) -> tuple[int, int]:

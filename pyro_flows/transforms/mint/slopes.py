@@ -108,15 +108,9 @@ def convolved(act: KnownActivation, x: Tensor, w: Weights, convolve: Sequence[Co
     activate = (act.in_place if eager else None) or act.value
     outer = w.outer if w.gate is None else w.outer * w.gate.unflatten(-1, w.outer.shape)
     first = activate(convolve[0](x, w.first, w.first_bias))
-    if eager and torch.is_grad_enabled():
-        second = activate(convolve[1](first, w.second, w.second_bias))
-        slope = _Slope.record(act, first, second, w.inner, outer)
-    else:
-        sums = w.inner @ _slopes(act, first, x.shape[1])
-        second = activate(convolve[1](first, w.second, w.second_bias))
-        del first
-        slope = outer.unsqueeze(-2) @ (_slopes(act, second, x.shape[1]) * sums)
-        del sums
+    second = activate(convolve[1](first, w.second, w.second_bias))
+    slope = (_Slope.record if eager and torch.is_grad_enabled() else _slope)(act, first, second, w.inner, outer)
+    del first
     gated = second if w.gate is None else second * w.gate[..., None, None]
     value = torch.addcmul(convolve[2](gated, w.third, None) + w.third_bias, w.scale, x)
     return value, slope.view(x.shape) + w.scale
@@ -125,13 +119,13 @@ def convolved(act: KnownActivation, x: Tensor, w: Weights, convolve: Sequence[Co
 def _convolve(tiles: Sequence[Tile], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A convolution that keeps the size; the bias is shared, or one for each row."""
     shared = bias if bias is not None and bias.dim() == 1 else None
-    parts = {}
+    parts = []
     for tile in tiles:
-        own = None if shared is None else shared[tile.out]
-        part = F.conv2d(x[:, tile.into], tile.weight(weight), own, padding=tile.padding, dilation=tile.dilation)
-        rows, columns = (slice(s, s + n) for s, n in zip(tile.skip, x.shape[2:], strict=True))
-        parts[tile.out.start] = part[:, :, rows, columns]
-    out = torch.cat([parts[k] for k in sorted(parts)], 1) if len(parts) > 1 else part[:, :, rows, columns]
+        own, (top, left), (height, width) = None if shared is None else shared[tile.out], tile.skip, x.shape[2:]
+        own_weight = weight[tile.out, tile.into, tile.rows, tile.columns]
+        part = F.conv2d(x[:, tile.into], own_weight, own, padding=tile.padding, dilation=tile.dilation)
+        parts.append(part[:, :, top : top + height, left : left + width])
+    out = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
     # Contiguous: frees a larger tensor around it.
     return out.contiguous() if bias is None or shared is not None else out + bias[..., None, None]
 
