@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Size, Tensor, nn
+from torch import Tensor, nn
 
 from pyro_flows.core.checks import event_size, joint_shape, permutation_of
 from pyro_flows.core.steps import Stepper, affine, at_any_time
@@ -128,20 +128,19 @@ class Standardization(FlowTransform):
             raise TypeError(
                 f"Standardization: expected floating-point loc and scale, got {given[0].dtype} and {given[1].dtype}"
             )
+        event = None if event_shape is None else event_size(event_shape)
         try:
             shape = joint_shape(given[0].shape, given[1].shape)
+            fits = event is None or joint_shape(shape, event) == event
         except ValueError:
+            fits = False
+        if not fits:
+            wanted = "the event's shape" if event is None else f"event_shape {tuple(event)}"
             raise ValueError(
-                "Standardization: expected loc and scale of the event's shape, got shapes "
+                f"Standardization: expected loc and scale that broadcast to {wanted}, got shapes "
                 f"{tuple(given[0].shape)} and {tuple(given[1].shape)}"
-            ) from None
-        event = Size(shape) if event_shape is None else event_size(event_shape)
-        sides = zip(reversed(shape), reversed(event), strict=False)
-        if len(shape) > len(event) or any(side not in (1, whole) for side, whole in sides):
-            raise ValueError(
-                f"Standardization: expected loc and scale that broadcast to event_shape {tuple(event)}, got "
-                f"{tuple(shape)}"
             )
+        event = shape if event is None else event
         super().__init__(event)
         for name, tensor in zip(("loc", "scale"), given, strict=True):
             self.register_buffer(name, tensor.to(given[0]).expand(shape).clone(memory_format=torch.contiguous_format))
