@@ -92,7 +92,7 @@ def boolean_mask(name: str, event_shape: Size, mask: object) -> Tensor:
     return given.clone()
 
 
-def permutation_of(name: str, size: int, permutation: object, known: Sequence[str]) -> Tensor:
+def permutation_of(name: str, size: int, permutation: object, known: Iterable[str]) -> Tensor:
     """The indices of a permutation, given or by one of the ``known`` names."""
     if isinstance(permutation, str):
         choice(name, "permutation", permutation, known, "indices")

@@ -77,10 +77,8 @@ def nice(
     options: dict[str, Any] = {"context_dim": context_dim, "residual": residual, "activation": activation}
     hidden = _hidden(input_dim, hidden_dims)
     layers = _couplings(input_dim, Shift(), num_layers, mask, hidden_dims=hidden, **options)
-    if rescale:
-        widths = tuple(hidden)[:1]
-        return Chain([Rescaling(input_dim, hidden_dims=widths, **options), *layers])
-    return Chain(layers)
+    first = [Rescaling(input_dim, hidden_dims=tuple(hidden)[:1], **options)] if rescale else []
+    return Chain([*first, *layers])
 
 
 def realnvp(
