@@ -23,7 +23,6 @@ from torch._C._functorch import is_legacy_batchedtensor
 from pyro_flows.core.modes import beyond_rules, full_precision, plain_eager
 from pyro_flows.inverse.buffers import ForwardSweep, ReverseSweep, Solver, columns_at_once, named
 from pyro_flows.nets.activations import slope
-from pyro_flows.nets.structure import weight_gradient
 from pyro_flows.univariate.base import Univariate
 
 __all__ = ["solve"]
@@ -247,7 +246,7 @@ def _first_order(
     if not by_weights:
         return dz, dbias, *[None] * (len(weights) + len(biases))
     dweights = [
-        weight_gradient(cut.at(z.shape[0]), mask, upper.T, lower.T, eager)
+        cut.weight_gradient(mask, upper.T, lower.T) if eager else torch.where(mask != 0, upper @ lower.T, 0.0)
         for cut, mask, upper, lower in zip(solver.structure.cuts, masks, above, [xt, *post], strict=True)
     ]
     return dz, dbias, *dweights, *(upper.sum(1) for upper in above[1:])
