@@ -67,8 +67,12 @@ class Cut(NamedTuple):
         product = grad.new_zeros(bits.shape)
         for band in bands:
             place, mask = (self._rows(each, band)[..., : band.high] for each in (product, bits))
-            found = self._rows(grad, band, 1).flatten(1).T @ x[:, : band.high]
-            torch.bitwise_and(found.view(mask.dtype).view(mask.shape), mask, out=place.view(mask.dtype))
+            own = self._rows(grad, band, 1).flatten(1)
+            if self.repeats == 1:
+                torch.mm(own.T, x[:, : band.high], out=place[0])
+            else:
+                place.copy_((own.T @ x[:, : band.high]).view(place.shape))
+            place.view(mask.dtype).bitwise_and_(mask)
         return product
 
     def input_gradient(self, kept: Sequence[Tensor], grad: Tensor, columns: int) -> Tensor:
@@ -134,8 +138,6 @@ class Structure:
         # before[l][t] units of layer l have a time of at most t.
         self.before = [torch.searchsorted(time, moments, right=True).tolist() for time in (steps + 1, *times)]
         self.features, self.direct = features, direct
-        # feeding counts rows: layer 0 may have several per input.
-        self.feeding = [[n * (features or 1) for n in self.before[0]], *self.before[1:]]
         self.outputs = self.input_dim * num_params
         # The tape holds outputs, per-dimension ladj, hidden layers; the adjoint x, outputs, hidden layers.
         self.tape_rows = self.adjoint_rows = self.outputs + self.input_dim + sum(self.widths)
