@@ -62,46 +62,37 @@ def solve(
         bias = first_bias.reshape(1, -1)
     else:
         bias = first_bias.expand(*batch, -1).reshape(-1, first_bias.shape[-1])
-    keep = torch.is_grad_enabled() and any(t.requires_grad for t in (flat, bias, *weights, *biases))
+    tensors = [*weights, *biases, *masks]
+    keep = torch.is_grad_enabled() and any(t.requires_grad for t in (flat, bias, *tensors))
     if plain_eager():
         if keep:
-            x, ladj, _ = _apply_plainly(solver.handle, flat, bias, *weights, *biases, *masks)
+            x, ladj, _ = _apply_plainly(flat, bias, solver.handle, *tensors)
         else:
             with torch._C._AutoDispatchBelowAutograd():  # nothing to record: spares each small call a look
-                x, ladj, _ = _solve(flat, bias, weights, biases, masks, solver.handle, False)
+                x, ladj, _ = _solve(flat, bias, tensors, solver.handle, False)
     elif beyond_rules():
         x, ladj = _by_passes(solver, masks, flat, bias, *weights, *biases)
     elif torch._C._are_functorch_transforms_active():  # a gradient may be wanted though no tensor says so
-        x, ladj, _ = _Solve.apply(solver.handle, flat, bias, *weights, *biases, *masks)
+        x, ladj, _ = _Solve.apply(flat, bias, solver.handle, *tensors)
     else:
-        groups = (list(weights), list(biases), list(masks))
-        x, ladj, _ = torch.ops.pyro_flows.solve(flat, bias, *groups, solver.handle, keep)
+        x, ladj, _ = torch.ops.pyro_flows.solve(flat, bias, tensors, solver.handle, keep)
     return (x, ladj) if len(batch) == 1 else (x.reshape(z.shape), ladj.reshape(batch))
 
 
-@torch.no_grad()
+def _groups(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Weights, biases (without the first) and masks."""
+    layers = (len(tensors) + 1) // 3
+    return list(tensors[:layers]), list(tensors[layers : 2 * layers - 1]), list(tensors[2 * layers - 1 :])
+
+
 def _solve(
-    z: Tensor,
-    first_bias: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    masks: Sequence[Tensor],
-    handle: str,
-    keep: bool,
+    z: Tensor, first_bias: Tensor, tensors: Sequence[Tensor], handle: str, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    solver = named(handle)
+    solver, (weights, biases, masks) = named(handle), _groups(tensors)
     n = z.shape[0]
     shared = first_bias.shape[0] == 1
     chunk = columns_at_once(n, solver.structure.adjoint_rows, z.device)
-    if n <= chunk:
-        sweep = solver.borrow(ForwardSweep, z, n, weights, biases, not shared)
-        sweep.run(z, first_bias, weights, masks)
-        tape = sweep.tape.clone() if keep else z.new_empty(0, n)
-        result = sweep.x.T.clone(memory_format=torch.contiguous_format), sweep.ladj.sum(0), tape
-        solver.give_back(sweep)
-        return result
-    x, ladj = z.new_empty(z.shape), z.new_empty(n)
-    tape = z.new_empty(solver.structure.tape_rows if keep else 0, n)
+    x, ladj, tape = _empty(z, first_bias, tensors, handle, keep)
     for start in range(0, n, chunk):
         part = slice(start, min(n, start + chunk))
         sweep = solver.borrow(ForwardSweep, z, part.stop - part.start, weights, biases, not shared)
@@ -114,43 +105,21 @@ def _solve(
     return x, ladj, tape
 
 
-@torch.library.custom_op("pyro_flows::solve", mutates_args=())
-def _solve_op(
-    z: Tensor,
-    first_bias: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor],
-    masks: list[Tensor],
-    handle: str,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _solve(z, first_bias, weights, biases, masks, handle, keep)
-
-
-@_solve_op.register_fake
-def _(
-    z: Tensor,
-    first_bias: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor],
-    masks: list[Tensor],
-    handle: str,
-    keep: bool,
+def _empty(
+    z: Tensor, first_bias: Tensor, tensors: Sequence[Tensor], handle: str, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows = named(handle).structure.tape_rows if keep else 0
     return z.new_empty(z.shape), z.new_empty(z.shape[0]), z.new_empty(rows, z.shape[0])
 
 
-def _groups(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Weights, biases (without the first) and masks."""
-    layers = (len(tensors) + 1) // 3
-    return list(tensors[:layers]), list(tensors[layers : 2 * layers - 1]), list(tensors[2 * layers - 1 :])
+_solve_op = torch.library.custom_op("pyro_flows::solve", _solve, mutates_args=())
+_solve_op.register_fake(_empty)
 
 
 def _setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    z, first_bias, weights, biases, masks, handle, _ = inputs
+    z, first_bias, tensors, handle, _ = inputs
     ctx.solver = named(handle)  # lives as long as the graph
-    ctx.save_for_backward(z, first_bias, output[0], output[2], *weights, *biases, *masks)
+    ctx.save_for_backward(z, first_bias, output[0], output[2], *tensors)
 
 
 @full_precision
@@ -161,14 +130,14 @@ def _gradient(
     # torch.utils.checkpoint gives saved tensors once.
     z, first_bias, x, tape, *tensors = ctx.saved_tensors
     if tape.shape[0] == 0:  # the operator was called without keep
-        tape = torch.ops.pyro_flows.solve(z, first_bias, *_groups(tensors), solver.handle, True)[2]
+        tape = torch.ops.pyro_flows.solve(z, first_bias, tensors, solver.handle, True)[2]
     grad_x = torch.zeros_like(x) if grad_x is None else grad_x
     grad_ladj = x.new_zeros(x.shape[0]) if grad_ladj is None else grad_ladj
     if is_legacy_batchedtensor(grad_x) or is_legacy_batchedtensor(grad_ladj):
         # Stands for many gradients (is_grads_batched); kernels have no rule for it.
         weights, biases, masks = _groups(tensors)
         pull = torch.func.vjp(partial(_by_passes, solver, masks), z, first_bias, *weights, *biases)[1]
-        return pull((grad_x, grad_ladj))
+        return *pull((grad_x, grad_ladj)), *[None] * len(masks)
     inputs = (solver.handle, grad_x, grad_ladj, x, tape, z, first_bias, *tensors)
     if torch.is_grad_enabled():  # the gradient may be differentiated further
         return _Gradient.apply(*inputs)
@@ -177,36 +146,34 @@ def _gradient(
 
 def _gradient_op(ctx: Any, *cotangents: Tensor | None) -> tuple:
     dz, dbias, *rest = _gradient(ctx, *cotangents)
-    layers = (len(rest) + 1) // 2
-    return dz, dbias, rest[:layers], rest[layers:], [None] * layers, None, None
+    return dz, dbias, rest, None, None
 
 
 _solve_op.register_autograd(_gradient_op, setup_context=_setup)
 
 
 class _Solve(torch.autograd.Function):
-    """The operator with its gradient, for ``torch.func``."""
+    """The operator with its gradient, for plain eager mode and ``torch.func``."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        handle, z, first_bias, *tensors = inputs
+    def forward(z: Tensor, first_bias: Tensor, handle: str, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if not plain_eager():
-            return torch.ops.pyro_flows.solve(z, first_bias, *_groups(tensors), handle, True)
+            return torch.ops.pyro_flows.solve(z, first_bias, tensors, handle, True)
         with torch._C._AutoDispatchBelowAutograd():
-            return _solve(z, first_bias, *_groups(tensors), handle, True)
+            return _solve(z, first_bias, tensors, handle, True)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-        handle, z, first_bias, *tensors = inputs
-        _setup(ctx, (z, first_bias, *_groups(tensors), handle, True), output)
+        z, first_bias, handle, *tensors = inputs
+        _setup(ctx, (z, first_bias, tensors, handle, True), output)
         ctx.mark_non_differentiable(output[2])
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-        grads = _gradient(ctx, *cotangents)
-        return None, *grads, *[None] * (len(grads) // 2)
+        dz, dbias, *rest = _gradient(ctx, *cotangents)
+        return dz, dbias, None, *rest
 
 
 # apply() without its search for transforms of torch.func, for plain eager calls.
@@ -226,13 +193,13 @@ def _first_order(
 ) -> tuple[Tensor | None, ...]:
     """Gradients with respect to ``z``, the first bias, weights and biases."""
     solver = named(handle)
-    weights, biases, masks = _groups(tensors)
+    _, _, masks = _groups(tensors)
     eager = plain_eager()
     pre, post, params, ladj = solver.structure.unpack(tape, solver.activations)
     zt, xt = z.T, x.T
     by_z, by_params, ladj_by_z, ladj_by_params = solver.univariate.partials(True, zt, params, xt, ladj, grad_ladj)
     slopes = [slope(act, a, h) for act, a, h in zip(solver.activations, pre, post, strict=True)]
-    arguments = (grad_x, by_params, ladj_by_params, slopes, weights, masks, handle)
+    arguments = (grad_x, by_params, ladj_by_params, slopes, tensors, handle)
     if eager:
         with torch._C._AutoDispatchBelowAutograd():
             adjoint = _sweep_back(*arguments)
@@ -244,12 +211,12 @@ def _first_order(
     each = above[0].T
     dbias = each if first_bias.shape[0] == z.shape[0] else each.sum(0, keepdim=True)
     if not by_weights:
-        return dz, dbias, *[None] * (len(weights) + len(biases))
+        return dz, dbias, *[None] * len(tensors)
     dweights = [
         cut.weight_gradient(mask, upper.T, lower.T) if eager else torch.where(mask != 0, upper @ lower.T, 0.0)
         for cut, mask, upper, lower in zip(solver.structure.cuts, masks, above, [xt, *post], strict=True)
     ]
-    return dz, dbias, *dweights, *(upper.sum(1) for upper in above[1:])
+    return dz, dbias, *dweights, *(upper.sum(1) for upper in above[1:]), *[None] * len(masks)
 
 
 class _Gradient(torch.autograd.Function):
@@ -277,7 +244,7 @@ class _Gradient(torch.autograd.Function):
             return torch.func.vjp(by_passes, *inputs)[1]((grad_x, grad_ladj))
 
         inputs = (grad_x, grad_ladj, z, first_bias, *weights, *biases)
-        grad_x, grad_ladj, *rest = torch.func.vjp(gradient, *inputs)[1](cotangents)
+        grad_x, grad_ladj, *rest = torch.func.vjp(gradient, *inputs)[1](cotangents[: len(inputs) - 2])
         return None, grad_x, grad_ladj, None, None, *rest, *[None] * len(masks)
 
 
@@ -300,19 +267,17 @@ def _by_passes(
     return x, ladj.sum(-1)
 
 
-@torch.no_grad()
 def _sweep_back(
     grad_x: Tensor,
     by_params: Tensor,
     ladj_by_params: Tensor,
     slopes: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    masks: Sequence[Tensor],
+    tensors: Sequence[Tensor],
     handle: str,
 ) -> Tensor:
-    solver = named(handle)
+    solver, (weights, _, masks) = named(handle), _groups(tensors)
     n = grad_x.shape[0]
-    adjoint = grad_x.new_empty(solver.structure.adjoint_rows, n)
+    adjoint = _empty_adjoint(grad_x, by_params, ladj_by_params, slopes, tensors, handle)
     chunk = columns_at_once(n, solver.structure.adjoint_rows, grad_x.device)
     for start in range(0, n, chunk):
         part = slice(start, min(n, start + chunk))
@@ -324,30 +289,12 @@ def _sweep_back(
     return adjoint
 
 
-@torch.library.custom_op("pyro_flows::sweep_back", mutates_args=())
-def _sweep_back_op(
-    grad_x: Tensor,
-    by_params: Tensor,
-    ladj_by_params: Tensor,
-    slopes: list[Tensor],
-    weights: list[Tensor],
-    masks: list[Tensor],
-    handle: str,
-) -> Tensor:
-    return _sweep_back(grad_x, by_params, ladj_by_params, slopes, weights, masks, handle)
+def _empty_adjoint(grad_x: Tensor, *others: Any) -> Tensor:
+    return grad_x.new_empty(named(others[-1]).structure.adjoint_rows, grad_x.shape[0])
 
 
-@_sweep_back_op.register_fake
-def _(
-    grad_x: Tensor,
-    by_params: Tensor,
-    ladj_by_params: Tensor,
-    slopes: list[Tensor],
-    weights: list[Tensor],
-    masks: list[Tensor],
-    handle: str,
-) -> Tensor:
-    return grad_x.new_empty(named(handle).structure.adjoint_rows, grad_x.shape[0])
+_sweep_back_op = torch.library.custom_op("pyro_flows::sweep_back", _sweep_back, mutates_args=())
+_sweep_back_op.register_fake(_empty_adjoint)
 
 
 # Problems with the same weights are one larger problem; others are solved one by one.
