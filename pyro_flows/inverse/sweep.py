@@ -16,13 +16,13 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
 
 from pyro_flows.core.modes import beyond_rules, full_precision, plain_eager
 from pyro_flows.inverse.buffers import ForwardSweep, ReverseSweep, Solver, columns_at_once, named
 from pyro_flows.nets.activations import slope
+from pyro_flows.nets.masked_pass import plain_network, split_parameters
 from pyro_flows.univariate.base import Univariate
 
 __all__ = ["solve"]
@@ -252,16 +252,10 @@ def _by_passes(
     solver: Solver[Univariate], masks: Sequence[Tensor], z: Tensor, first_bias: Tensor, *matrices: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The solution by one full pass per step: slow, but differentiable any number of times."""
-    structure = solver.structure
-    weights = [torch.where(mask != 0, weight, 0.0) for mask, weight in zip(masks, matrices, strict=False)]
-    biases = matrices[len(weights) :]
+    structure, parameters = solver.structure, split_parameters(masks, matrices)
     x = torch.zeros_like(z)
     for _ in range(structure.num_steps):
-        stream = pre = F.linear(x, weights[0]) + first_bias
-        for k in range(1, len(weights)):
-            pre = F.linear(solver.activations[k - 1](pre), weights[k], biases[k - 1])
-            if k in structure.joins:
-                stream = pre = pre + stream
+        pre = plain_network(solver.activations, structure.joins, x, first_bias, *parameters)
         params = pre.unflatten(-1, (structure.num_params, structure.input_dim)).movedim(-2, 0)
         x, ladj = solver.univariate.plain(True, z, params)
     return x, ladj.sum(-1)

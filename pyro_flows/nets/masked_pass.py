@@ -19,7 +19,7 @@ from pyro_flows.nets.activations import in_place, pull
 from pyro_flows.nets.structure import Cut
 from pyro_flows.univariate.base import Univariate
 
-__all__ = ["MaskedLayers", "masked_network"]
+__all__ = ["MaskedLayers", "masked_network", "plain_network", "split_parameters"]
 
 
 Function = Callable[[Tensor], Tensor]
@@ -73,6 +73,29 @@ def masked_network(
     return tuple(part.view(batch + part.shape[1:]) for part in out)
 
 
+def plain_network(
+    activations: Sequence[Function],
+    joins: frozenset[int],
+    x: Tensor,
+    first_bias: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+) -> Tensor:
+    """The outputs by plain operations, from masked weights."""
+    stream = pre = F.linear(x, weights[0]) + first_bias
+    for k in range(1, len(weights)):
+        pre = F.linear(activations[k - 1](pre), weights[k], biases[k - 1])
+        if k in joins:
+            stream = pre = pre + stream
+    return pre
+
+
+def split_parameters(masks: Sequence[Tensor], matrices: Sequence[Tensor]) -> tuple[list[Tensor], Sequence[Tensor]]:
+    """Splits weights and later biases; the weights get zeros in masked places."""
+    weights = [torch.where(mask != 0, weight, 0.0) for mask, weight in zip(masks, matrices, strict=False)]
+    return weights, matrices[len(masks) :]
+
+
 def _plain(
     net: MaskedLayers,
     univariate: Univariate | None,
@@ -81,16 +104,10 @@ def _plain(
     first_bias: Tensor,
     *matrices: Tensor,
 ) -> tuple[Tensor, ...]:
-    weights = [torch.where(mask != 0, weight, 0.0) for mask, weight in zip(masks, matrices, strict=False)]
-    biases = matrices[len(weights) :]
-    stream = pre = F.linear(x, weights[0]) + first_bias
-    for k in range(1, len(weights)):
-        pre = F.linear(net.activations[k - 1](pre), weights[k], biases[k - 1])
-        if k in net.joins:
-            stream = pre = pre + stream
+    out = plain_network(net.activations, net.joins, x, first_bias, *split_parameters(masks, matrices))
     if univariate is None:
-        return (pre,)
-    moved, ladj = univariate.plain(False, x, pre.unflatten(-1, (univariate.num_params, x.shape[-1])).movedim(-2, 0))
+        return (out,)
+    moved, ladj = univariate.plain(False, x, out.unflatten(-1, (univariate.num_params, x.shape[-1])).movedim(-2, 0))
     return moved, ladj.sum(-1)
 
 
