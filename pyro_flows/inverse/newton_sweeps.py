@@ -199,10 +199,6 @@ class _Sweeps:
         )
         self.known_front = None
 
-    def rounding(self) -> Tensor:
-        """Residuals of the size of rounding."""
-        return self.eps * torch.addcmul(self.z.abs(), self.d, self.abs_x)
-
     def plain(self) -> tuple[Tensor, int]:
         """One Newton-Jacobi step; returns which rows are solved, and their number."""
         worst = self.ratio.amax(1)
@@ -212,7 +208,8 @@ class _Sweeps:
         if count:
             # At rounding, a step would disturb coordinates that depend on it, after their check.
             last = (worst < 0.1 * self.worst) & self.live
-            still = (solved & ~last)[:, None] | ((self.size < 4 * self.rounding()) & solved[:, None])
+            rounding = self.eps * torch.addcmul(self.z.abs(), self.d, self.abs_x)
+            still = (solved & ~last)[:, None] | ((self.size < 4 * rounding) & solved[:, None])
             step.masked_fill_(still, 0.0)
         self.worst = worst
         x = self.x + step

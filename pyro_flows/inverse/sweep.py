@@ -11,7 +11,7 @@ Second derivatives, forward mode, ``is_grads_batched`` and ``torch.func`` inside
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch._C._functorch import is_legacy_batchedtensor
 
 from pyro_flows.core.modes import beyond_rules, full_precision, plain_eager
 from pyro_flows.inverse.buffers import ForwardSweep, ReverseSweep, Solver, columns_at_once, named
+from pyro_flows.inverse.newton_adjoint import vmapped
 from pyro_flows.nets.activations import slope
 from pyro_flows.nets.masked_pass import plain_network, split_parameters
 from pyro_flows.univariate.base import Univariate
@@ -56,9 +57,7 @@ def solve(
     first_bias = first_bias.to(z.dtype)
     batch = z.shape[:-1]
     flat = z if len(batch) == 1 else z.reshape(-1, z.shape[-1])
-    if first_bias.dim() == 1:
-        bias = first_bias[None]
-    elif first_bias.shape[:-1].numel() == 1:
+    if first_bias.shape[:-1].numel() == 1:
         bias = first_bias.reshape(1, -1)
     else:
         bias = first_bias.expand(*batch, -1).reshape(-1, first_bias.shape[-1])
@@ -100,7 +99,7 @@ def _solve(
         torch.sum(sweep.ladj, 0, out=ladj[part])
         x[part].copy_(sweep.x.T)
         if keep:
-            tape[:, part].copy_(sweep.tape)
+            tape[part].copy_(sweep.tape.T)
         solver.give_back(sweep)
     return x, ladj, tape
 
@@ -109,7 +108,7 @@ def _empty(
     z: Tensor, first_bias: Tensor, tensors: Sequence[Tensor], handle: str, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows = named(handle).structure.tape_rows if keep else 0
-    return z.new_empty(z.shape), z.new_empty(z.shape[0]), z.new_empty(rows, z.shape[0])
+    return z.new_empty(z.shape), z.new_empty(z.shape[0]), z.new_empty(rows, z.shape[0]).T
 
 
 _solve_op = torch.library.custom_op("pyro_flows::solve", _solve, mutates_args=())
@@ -129,7 +128,7 @@ def _gradient(
     solver: Solver[Univariate] = ctx.solver
     # torch.utils.checkpoint gives saved tensors once.
     z, first_bias, x, tape, *tensors = ctx.saved_tensors
-    if tape.shape[0] == 0:  # the operator was called without keep
+    if tape.shape[1] == 0:  # the operator was called without keep
         tape = torch.ops.pyro_flows.solve(z, first_bias, tensors, solver.handle, True)[2]
     grad_x = torch.zeros_like(x) if grad_x is None else grad_x
     grad_ladj = x.new_zeros(x.shape[0]) if grad_ladj is None else grad_ladj
@@ -195,17 +194,18 @@ def _first_order(
     solver = named(handle)
     _, _, masks = _groups(tensors)
     eager = plain_eager()
-    pre, post, params, ladj = solver.structure.unpack(tape, solver.activations)
+    pre, post, params, ladj = solver.structure.unpack(tape.T, solver.activations)
     zt, xt = z.T, x.T
     by_z, by_params, ladj_by_z, ladj_by_params = solver.univariate.partials(True, zt, params, xt, ladj, grad_ladj)
     slopes = [slope(act, a, h) for act, a, h in zip(solver.activations, pre, post, strict=True)]
-    arguments = (grad_x, by_params, ladj_by_params, slopes, tensors, handle)
+    elementwise = by_params.movedim(-1, 0), ladj_by_params.movedim(-1, 0), [s.T for s in slopes]
+    arguments = (grad_x, *elementwise, tensors, handle)
     if eager:
         with torch._C._AutoDispatchBelowAutograd():
             adjoint = _sweep_back(*arguments)
     else:
         adjoint = torch.ops.pyro_flows.sweep_back(*arguments)
-    grad_xt, dparams, dpre = solver.structure.unpack_adjoint(adjoint)
+    grad_xt, dparams, dpre = solver.structure.unpack_adjoint(adjoint.T)
     dz = torch.addcmul(ladj_by_z, grad_xt, by_z).T
     above = [*dpre, dparams]
     each = above[0].T
@@ -276,78 +276,50 @@ def _sweep_back(
     for start in range(0, n, chunk):
         part = slice(start, min(n, start + chunk))
         sweep = solver.borrow(ReverseSweep, grad_x, part.stop - part.start, weights)
-        elementwise = (by_params[..., part], ladj_by_params[..., part], [s[:, part] for s in slopes])
+        elementwise = by_params[part].movedim(0, -1), ladj_by_params[part].movedim(0, -1), [s[part].T for s in slopes]
         sweep.run(grad_x[part], *elementwise, weights, masks)
-        adjoint[:, part].copy_(sweep.adjoint)
+        adjoint[part].copy_(sweep.adjoint.T)
         solver.give_back(sweep)
     return adjoint
 
 
 def _empty_adjoint(grad_x: Tensor, *others: Any) -> Tensor:
-    return grad_x.new_empty(named(others[-1]).structure.adjoint_rows, grad_x.shape[0])
+    return grad_x.new_empty(named(others[-1]).structure.adjoint_rows, grad_x.shape[0]).T
 
 
 _sweep_back_op = torch.library.custom_op("pyro_flows::sweep_back", _sweep_back, mutates_args=())
 _sweep_back_op.register_fake(_empty_adjoint)
 
 
-# Problems with the same weights are one larger problem; others are solved one by one.
-
-
-def _rows(value: Tensor, dim: int | None, size: int, axis: int) -> Tensor:
-    """Merges a batch dimension into the sample axis (counted without it)."""
-    value = (
-        value.movedim(dim, axis)
-        if dim is not None
-        else value.unsqueeze(axis).expand(*value.shape[:axis], size, *value.shape[axis:])
-    )
-    return value.flatten(axis, axis + 1)
-
-
-def _one_by_one(op: Callable[..., object], size: int, in_dims: Sequence, args: Sequence) -> list:
-    def pick(value: Any, dim: Any, k: int) -> Any:
-        if isinstance(value, (list, tuple)):
-            return [pick(v, d, k) for v, d in zip(value, dim, strict=True)]
-        return value.select(dim, k) if isinstance(value, Tensor) and dim is not None else value
-
-    return [op(*(pick(v, d, k) for v, d in zip(args, in_dims, strict=True))) for k in range(size)]
-
-
-def _batched(dims: object) -> bool:
-    return any(d is not None for d in dims) if isinstance(dims, (list, tuple)) else dims is not None
-
-
 @_solve_op.register_vmap
-def _(info: Any, in_dims: tuple, *args: Any) -> tuple:
-    z, first_bias, *others = args
-    size = info.batch_size
-    if any(_batched(dims) for dims in in_dims[2:]):
-        results = _one_by_one(torch.ops.pyro_flows.solve, size, in_dims, args)
-        return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0, 0, 0)
-    n = z.shape[1 if in_dims[0] == 0 else 0]
-    if in_dims[1] is not None and first_bias.shape[1 if in_dims[1] == 0 else 0] == 1:
-        first_bias = first_bias.movedim(in_dims[1], 0).expand(-1, n, -1)
-        bias = _rows(first_bias, 0, size, 0)
-    elif in_dims[1] is None and first_bias.shape[0] == 1:
-        bias = first_bias
-    else:
-        bias = _rows(first_bias, in_dims[1], size, 0)
-    x, ladj, tape = torch.ops.pyro_flows.solve(_rows(z, in_dims[0], size, 0), bias, *others)
-    return (x.unflatten(0, (size, n)), ladj.unflatten(0, (size, n)), tape.unflatten(1, (size, n))), (0, 0, 1)
+def _(info: Any, in_dims: tuple, *args: Any) -> tuple[Any, tuple[int, int, int]]:
+    z, first_bias, tensors, *constants = args
+    by_z, by_bias, by_tensors, *_ = in_dims
+    shared = by_bias is None and first_bias.shape[0] == 1
+    if not shared:  # as many rows as z
+        n = z.shape[1 if by_z == 0 else 0]
+        first_bias = first_bias[None] if by_bias is None else first_bias.movedim(by_bias, 0)
+        first_bias, by_bias = first_bias.expand(info.batch_size, n, -1), 0
+
+    def call(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
+        z, first_bias, *tensors = given[3:]
+        return torch.ops.pyro_flows.solve(z, first_bias, tensors, *constants)
+
+    dims = (None, None, None, by_z, by_bias, *by_tensors)
+    given = (None, None, len(tensors) + shared, z, first_bias, *tensors)
+    return vmapped(call, 2 - shared, info.batch_size, dims, given, results=3), (0, 0, 0)
 
 
 @_sweep_back_op.register_vmap
 def _(info: Any, in_dims: tuple, *args: Any) -> tuple[Tensor, int]:
-    grad_x, by_params, ladj_by_params, slopes, *others = args
-    size = info.batch_size
-    if any(_batched(dims) for dims in in_dims[4:]):
-        return torch.stack(_one_by_one(torch.ops.pyro_flows.sweep_back, size, in_dims, args)), 0
-    n = grad_x.shape[1 if in_dims[0] == 0 else 0]
-    adjoint = torch.ops.pyro_flows.sweep_back(
-        _rows(grad_x, in_dims[0], size, 0),
-        _rows(by_params, in_dims[1], size, 2),
-        _rows(ladj_by_params, in_dims[2], size, 2),
-        [_rows(s, d, size, 1) for s, d in zip(slopes, in_dims[3], strict=True)],
-        *others,
-    )
-    return adjoint.unflatten(1, (size, n)), 1
+    *samples, slopes, tensors, handle = args
+    rows = len(samples) + len(slopes)
+
+    def call(*given: Any) -> Tensor:
+        grad_x, by_params, ladj_by_params, *rest = given[3:]
+        back = torch.ops.pyro_flows.sweep_back
+        return back(grad_x, by_params, ladj_by_params, rest[: len(slopes)], rest[len(slopes) :], handle)
+
+    dims = (None, None, None, *in_dims[:3], *in_dims[3], *in_dims[4])
+    given = (None, None, len(tensors), *samples, *slopes, *tensors)
+    return vmapped(call, rows, info.batch_size, dims, given), 0
