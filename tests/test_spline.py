@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import numpy as np
@@ -10,7 +9,6 @@ import pytest
 import torch
 
 import pyro_flows as pf
-from pyro_flows.nets import masked_pass as heads
 from pyro_flows.univariate import spline
 from pyro_flows.univariate.base import Univariate
 
@@ -272,21 +270,19 @@ def test_large_inputs_go_in_pieces(boundary, inverse, monkeypatch):
 
 
 @pytest.mark.parametrize("context_dim", [0, 2])
-@pytest.mark.parametrize("way", [0, 1, 2, 3])
 @pytest.mark.parametrize("order", ["identity", "random"])
 @pytest.mark.parametrize("residual", [False, True])
-def test_outputs_made_in_slabs(way, order, residual, context_dim, monkeypatch):
-    """However many slabs the outputs are cut into, values and gradients are those of the plain way."""
-    options = {"hidden_dims": (30, 30), "order": order, "residual": residual, "context_dim": context_dim}
-    flow = pf.Autoregressive(11, pf.Spline(3), **options).double()
+def test_outputs_made_in_bands(order, residual, context_dim):
+    """Values and gradients of a pass by bands are those of the plain way."""
+    options = {"hidden_dims": (256, 256), "order": order, "residual": residual, "context_dim": context_dim}
+    flow = pf.Autoregressive(11, pf.Spline(8), **options).double()
     with torch.no_grad():
         for parameter in flow.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    y = torch.randn(6, 11, dtype=torch.float64, requires_grad=True)
-    context = torch.randn(6, context_dim, dtype=torch.float64) if context_dim else None
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    y = torch.randn(250, 11, dtype=torch.float64, requires_grad=True)
+    context = torch.randn(250, context_dim, dtype=torch.float64) if context_dim else None
     inputs = [y, *flow.parameters()]
-    assert len(flow.net.layers.slabs.ways) == 4
-    monkeypatch.setattr(heads.Slabs, "at", lambda self, n, device: self.ways[way])
+    assert flow.net.layers.cuts[-1].at(len(y)) is not None
     got = flow.inverse_and_ladj(y, context)
     grads = torch.autograd.grad((got[0] * got[0].detach().cos()).sum() + got[1].sum(), inputs)
     with torch.no_grad():
@@ -296,7 +292,7 @@ def test_outputs_made_in_slabs(way, order, residual, context_dim, monkeypatch):
         want = flow.inverse_and_ladj(y, context)
         truth = torch.autograd.grad((want[0] * want[0].detach().cos()).sum() + want[1].sum(), inputs)
     for have, true in zip((*got, *grads), (*want, *truth), strict=True):
-        torch.testing.assert_close(have, true, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(have, true, rtol=1e-9, atol=1e-9)
 
 
 class _Tracing(torch.utils._python_dispatch.TorchDispatchMode):
@@ -304,16 +300,6 @@ class _Tracing(torch.utils._python_dispatch.TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         return function(*args, **(kwargs or {}))
-
-
-def test_more_samples_take_more_slabs():
-    slabs = pf.Autoregressive(64, pf.Spline(), hidden_dims=(256,)).net.layers.slabs
-    counts = [len(slabs.at(n, torch.device("cpu"))) for n in (1, 100, 1000, 100_000)]
-    assert counts == sorted(counts) and counts[0] == 1 and counts[-1] == 8
-    assert len(slabs.at(10**6, torch.device("meta"))) == 1
-    for way in slabs.ways:
-        assert way[0].start == 0 and way[-1].stop == 64
-        assert all(a.stop == b.start and a.high <= b.high for a, b in itertools.pairwise(way))
 
 
 @pytest.mark.parametrize("inverse", [False, True])

@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import count
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -45,6 +45,65 @@ class Drawing(Protocol):
         """Calls that fill ``x`` and ``coded`` at ranks ``[start, stop)``, all feature-major."""
 
 
+class _Link(NamedTuple):
+    """What a stage adds to its rows: ``weight`` times those rows of ``source`` that are known."""
+
+    weight: Tensor
+    source: Tensor
+    edges: Sequence[int]
+    earlier: bool  # whether rows of the same moment are not known yet
+
+
+class _Stage(NamedTuple):
+    """A layer, solved moment by moment: ``edges[t]`` is where the rows of moment ``t`` begin, up or down.
+
+    Rows start from ``bias`` or zero; ``finish`` returns the calls after all products with rows ``[start, stop)``.
+    """
+
+    target: Tensor
+    bias: Tensor | None
+    edges: Sequence[int]
+    links: Sequence[_Link]
+    finish: Callable[[int, int], Calls]
+
+
+def _span(edges: Sequence[int], begin: int, end: int) -> slice:
+    """The rows of moments ``[begin, end)``."""
+    return slice(*sorted((edges[begin], edges[end])))
+
+
+def _schedule(stages: Sequence[_Stage], block: int) -> Calls:
+    """The calls of a sweep: a block of moments shares the products with rows of earlier blocks."""
+    calls: Calls = []
+    moments = len(stages[0].edges) - 1
+    for begin in range(0, moments, block):
+        end = min(begin + block, moments)
+        for target, bias, edges, links, _ in stages:
+            rows = _span(edges, begin, end)
+            if rows.stop == rows.start:
+                continue
+            place, known = target[rows], [(link, _span(link.edges, 0, begin)) for link in links]
+            products = [(link.weight[rows, seen], link.source[seen]) for link, seen in known if seen.stop > seen.start]
+            if not products:
+                calls.append(place.zero_ if bias is None else partial(place.copy_, bias[rows]))
+            elif bias is None:
+                calls.append(partial(torch.mm, *products[0], out=place))
+            else:
+                calls.append(partial(torch.addmm, bias[rows], *products[0], out=place))
+            calls += [partial(place.addmm_, *each) for each in products[1:]]
+        for t in range(begin, end):
+            for target, _, edges, links, finish in stages:
+                rows = _span(edges, t, t + 1)
+                if rows.stop == rows.start:
+                    continue
+                for link in links:
+                    seen = _span(link.edges, begin, t + (not link.earlier))
+                    if seen.stop > seen.start:
+                        calls.append(partial(target[rows].addmm_, link.weight[rows, seen], link.source[seen]))
+                calls += finish(rows.start, rows.stop)
+    return calls
+
+
 class _Sweep:
     key: object = None
 
@@ -57,26 +116,26 @@ class _Sweep:
         biases: Sequence[Tensor] = (),
         own_bias: bool = False,
     ) -> None:
-        self.structure = solver.structure
-        self.like = like
+        self.structure = s = solver.structure
+        self.like = like.new_empty(0)
         self.nbytes = 0
         self.calls: Calls = []
-        *inner, head = weights[:-1] if self.structure.direct else weights
+        *inner, head = weights[:-1] if s.direct else weights
         # Views of the weights, or copies with zeros in masked places, refreshed at each run.
-        self.inner = inner if self.structure.dense else [self.empty(*w.shape) for w in inner]
+        self.inner = inner if s.dense else [self.empty(*w.shape) for w in inner]
         # Outputs by dimension: one step's are neighbors.
         self.head = self.empty(*head.shape)
-        if self.structure.dense:
+        if s.dense:
             self.calls.append(partial(self.by_dimension(self.head).copy_, self.by_parameter(head)))
-        if self.structure.direct:
+        if s.direct:
             self.direct = self.empty(*weights[-1].shape)
             self.calls.append(partial(self.by_dimension(self.direct).copy_, self.by_parameter(weights[-1])))
-        self._make(solver, columns, biases, own_bias)
-        del self.like
+        self.calls += _schedule(self._stages(solver, columns, biases, own_bias), s.block)
 
-    def _make(
+    def _stages(
         self, solver: Solver[Univariate | Drawing], columns: int, biases: Sequence[Tensor], own_bias: bool
-    ) -> None:
+    ) -> list[_Stage]:
+        """Makes the buffers; adds to ``calls`` what comes before the first stage."""
         raise NotImplementedError
 
     def empty(self, *shape: int) -> Tensor:
@@ -103,110 +162,54 @@ class _Sweep:
 class ForwardSweep(_Sweep):
     """Solves for ``x``: fills ``x``, ``ladj`` and ``tape``, each ``(rows, columns)``."""
 
-    def _make(
+    def _stages(
         self, solver: Solver[Univariate | Drawing], columns: int, biases: Sequence[Tensor], own_bias: bool
-    ) -> None:
-        s, family = self.structure, solver.univariate
+    ) -> list[_Stage]:
+        s, family, width = self.structure, solver.univariate, self.structure.num_params
         self.z, self.x = (self.empty(s.input_dim, columns) for _ in range(2))
         self.tape = self.empty(s.tape_rows, columns)
         params, self.ladj, hidden = self.tape.split((s.outputs, s.input_dim, sum(s.widths)))
-        pre = s.rows(hidden, 0)
-        overwriting = [in_place(act) if s.in_place(act) else None for act in solver.activations]
-        post = [p if held else self.empty(*p.shape) for p, held in zip(pre, overwriting, strict=True)]
+        by_dimension = params.view(s.input_dim, width, -1)
+        inputs, features = self.x, s.features or 1
+        if s.features is not None and not isinstance(family, Univariate) and not family.shared:
+            inputs = self.empty(s.input_dim * features, columns)
+        overwriting = [None, *(in_place(act) if s.in_place(act) else None for act in solver.activations)]
+        pre = [inputs, *s.rows(hidden, 0)]
+        post = [p if k == 0 or overwriting[k] else self.empty(*p.shape) for k, p in enumerate(pre)]
         # Biases as columns; with a context the first has one per sample.
         sizes = [*s.widths, s.outputs]
         self.first = self.empty(sizes[0], columns if own_bias else 1)
         self.biases = [self.first, *(bias[:, None] for bias in biases)]
         if biases:
-            head_bias = self.empty(s.outputs, 1)
-            self.calls.append(partial(self.by_dimension(head_bias).copy_, self.by_parameter(self.biases[-1])))
-            self.biases[-1] = head_bias
-        inputs = self.x
-        if s.features is not None and not isinstance(family, Univariate) and not family.shared:
-            inputs = self.empty(s.input_dim * s.features, columns)
-        self._bind(solver, params, [inputs, *pre], [inputs, *post], overwriting)
+            self.biases[-1] = self.empty(s.outputs, 1)
+            self.calls.append(partial(self.by_dimension(self.biases[-1]).copy_, self.by_parameter(biases[-1][:, None])))
 
-    def _bind(
-        self,
-        solver: Solver[Univariate | Drawing],
-        params: Tensor,
-        pre: list[Tensor],
-        post: list[Tensor],
-        overwriting: list[Callable[[Tensor], Tensor] | None],
-    ) -> None:
-        s, calls, family = self.structure, self.calls, solver.univariate
-        count, feeding, width, last = s.before, s.feeding, s.num_params, len(s.widths)
-        by_dimension = params.view(s.input_dim, width, -1)
-
-        def start(target: Tensor, bias: Tensor, weight: Tensor, source: Tensor, a: int, c: int, k: int) -> None:
-            if c > a and k:
-                calls.append(partial(torch.addmm, bias[a:c], weight[a:c, :k], source[:k], out=target[a:c]))
-            elif c > a:
-                calls.append(partial(target[a:c].copy_, bias[a:c]))
-
-        def add(target: Tensor, weight: Tensor, source: Tensor, a: int, c: int, lo: int, hi: int) -> None:
-            if c > a and hi > lo:
-                calls.append(partial(target[a:c].addmm_, weight[a:c, lo:hi], source[lo:hi]))
-
-        def finish(layer: int, a: int, c: int) -> None:
-            if c == a:
-                return
+        def activate(layer: int, a: int, c: int) -> Calls:
             into = pre[layer][a:c]
-            if layer - 1 in s.joins:
-                calls.append(partial(into.add_, pre[layer - 2][a:c]))
-            overwrite = overwriting[layer - 1]
+            calls: Calls = [partial(into.add_, pre[layer - 2][a:c])] if layer - 1 in s.joins else []
+            overwrite = overwriting[layer]
             if overwrite is not None:
-                calls.append(partial(overwrite, into))
-            else:
-                calls.append(partial(_assign, post[layer][a:c], solver.activations[layer - 1], into))
+                return [*calls, partial(overwrite, into)]
+            return [*calls, partial(_assign, post[layer][a:c], solver.activations[layer - 1], into)]
 
-        for layer in range(1, last + 1):
-            ready = count[layer][0]
-            start(
-                pre[layer],
-                self.biases[layer - 1],
-                self.inner[layer - 1],
-                post[layer - 1],
-                0,
-                ready,
-                feeding[layer - 1][0],
-            )
-            finish(layer, 0, ready)
-        for begin, end in s.blocks():
-            for layer in range(1, last + 1):
-                a, c = count[layer][begin], count[layer][end]
-                start(
-                    pre[layer],
-                    self.biases[layer - 1],
-                    self.inner[layer - 1],
-                    post[layer - 1],
-                    a,
-                    c,
-                    feeding[layer - 1][begin],
-                )
-            known = feeding[last][begin]
-            start(
-                params, self.biases[last], self.head, post[last], width * count[0][begin], width * count[0][end], known
-            )
-            seen = feeding[0][begin]
-            if s.direct:
-                add(params, self.direct, post[0], width * count[0][begin], width * count[0][end], 0, seen)
-            for t in range(begin, end):
-                d0, d1 = count[0][t], count[0][t + 1]
-                add(params, self.head, post[last], width * d0, width * d1, known, feeding[last][t])
-                if s.direct:
-                    add(params, self.direct, post[0], width * d0, width * d1, seen, feeding[0][t])
-                given, made, x = self.z[d0:d1], by_dimension[d0:d1], self.x[d0:d1]
-                if isinstance(family, Univariate):
-                    calls += family.solver(True, given, made.transpose(0, 1), x, self.ladj[d0:d1])
-                else:
-                    coded = post[0][feeding[0][t] : feeding[0][t + 1]]
-                    calls += family.draws(d0, d1, given, made, x, coded)
-                for layer in range(1, last + 1):
-                    a, c = count[layer][t], count[layer][t + 1]
-                    below = feeding[layer - 1]
-                    add(pre[layer], self.inner[layer - 1], post[layer - 1], a, c, below[begin], below[t + 1])
-                    finish(layer, a, c)
+        def move(a: int, c: int) -> Calls:
+            own = slice(a // width, c // width)
+            given, made, x = self.z[own], by_dimension[own], self.x[own]
+            if isinstance(family, Univariate):
+                return family.solver(True, given, made.transpose(0, 1), x, self.ladj[own])
+            return family.draws(own.start, own.stop, given, made, x, inputs[own.start * features : own.stop * features])
+
+        dims = [*s.before[0], s.input_dim]
+        edges = [[n * features for n in dims], *([0, *before] for before in s.before[1:]), [n * width for n in dims]]
+        stages = []
+        for k, weight in enumerate([*self.inner, self.head]):
+            last = k == len(self.inner)
+            links = [_Link(weight, post[k], edges[k], earlier=k == 0)]
+            if last and s.direct:
+                links.append(_Link(self.direct, inputs, edges[0], earlier=True))
+            target, finish = (params, move) if last else (pre[k + 1], partial(activate, k + 1))
+            stages.append(_Stage(target, self.biases[k], edges[k + 1], links, finish))
+        return stages
 
     def run(self, z: Tensor, first_bias: Tensor, weights: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
         """``z``: shape ``(columns, input_dim)``; ``first_bias``: ``(columns or 1, width)``."""
@@ -223,68 +226,35 @@ class ForwardSweep(_Sweep):
 class ReverseSweep(_Sweep):
     """Solves the transposed problem: fills ``adjoint``, the gradients of ``x``, outputs and layers."""
 
-    def _make(
+    def _stages(
         self, solver: Solver[Univariate | Drawing], columns: int, biases: Sequence[Tensor], own_bias: bool
-    ) -> None:
-        s = self.structure
-        self.adjoint = self.empty(s.adjoint_rows, columns)
-        self.x = self.adjoint[: s.input_dim]
-        self.params = self.adjoint[s.input_dim : s.input_dim + s.outputs]
-        self.by_params = self.empty(s.input_dim, s.num_params, columns)
+    ) -> list[_Stage]:
+        s, width = self.structure, self.structure.num_params
+        self.adjoint, self.grad_x = self.empty(s.adjoint_rows, columns), self.empty(s.input_dim, columns)
+        x, self.params, hidden = self.adjoint.split((s.input_dim, s.outputs, sum(s.widths)))
+        self.by_params = self.empty(s.input_dim, width, columns)
+        by_dimension = self.params.view(self.by_params.shape)
         self.slopes = [self.empty(width, columns) for width in s.widths]
-        self._bind(s.rows(self.adjoint, s.input_dim + s.outputs))
+        layers = [x, *s.rows(hidden, 0), self.params]
 
-    def _bind(self, pre: list[Tensor]) -> None:
-        s, calls = self.structure, self.calls
-        count, width, last = s.before, s.num_params, len(s.widths)
-        by_dimension = self.params.view(s.input_dim, width, -1)
-        # above[l]: gradients of what layer l feeds (layer 0 is x).
-        above = [*pre, self.params]
-        weights = [w.T for w in (*self.inner, self.head)]
+        def bend(layer: int, a: int, c: int) -> Calls:
+            place = layers[layer][a:c]
+            calls: Calls = [partial(place.mul_, self.slopes[layer - 1][a:c])]
+            return [*calls, partial(place.add_, layers[layer + 2][a:c])] if layer + 1 in s.joins else calls
 
-        def from_step(layer: int, t: int) -> int:
-            """The first row of ``above[layer]`` that an input of step t - 1 feeds."""
-            return width * count[0][t] if layer == last else count[layer + 1][t - 1]
+        def move(a: int, c: int) -> Calls:
+            return [partial(by_dimension[a:c].addcmul_, self.by_params[a:c], x[a:c].unsqueeze(1))]
 
-        def later(layer: int, end: int) -> int:
-            """The first row of ``above[layer]`` that later blocks have done."""
-            return width * count[0][end] if layer == last else count[layer + 1][end]
-
-        def gather(layer: int, target: Tensor, a: int, c: int, lo: int, hi: int, fresh: bool) -> None:
-            source = above[layer][lo:hi]
-            if c > a and hi > lo:
-                if fresh:
-                    calls.append(partial(torch.mm, weights[layer][a:c, lo:hi], source, out=target[a:c]))
-                else:
-                    calls.append(partial(target[a:c].addmm_, weights[layer][a:c, lo:hi], source))
-            elif c > a and fresh:
-                calls.append(target[a:c].zero_)
-
-        def finish(layer: int, a: int, c: int) -> None:
-            if c == a:
-                return
-            calls.append(partial(pre[layer - 1][a:c].mul_, self.slopes[layer - 1][a:c]))
-            if layer + 1 in s.joins:
-                calls.append(partial(pre[layer - 1][a:c].add_, pre[layer + 1][a:c]))
-
-        for begin, end in reversed(s.blocks()):
-            gather(0, self.x, count[0][begin], count[0][end], later(0, end), len(above[0]), fresh=False)
-            for layer in range(last, 0, -1):
-                a, c = count[layer][begin], count[layer][end]
-                gather(layer, pre[layer - 1], a, c, later(layer, end), len(above[layer]), fresh=True)
-            for t in range(end - 1, begin - 1, -1):
-                for layer in range(last, 0, -1):
-                    a, c = count[layer][t], count[layer][t + 1]
-                    gather(layer, pre[layer - 1], a, c, from_step(layer, t + 1), later(layer, end), fresh=False)
-                    finish(layer, a, c)
-                d0, d1 = count[0][t], count[0][t + 1]
-                gather(0, self.x, d0, d1, from_step(0, t + 1), later(0, end), fresh=False)
-                slope = self.by_params[d0:d1]
-                calls.append(partial(by_dimension[d0:d1].addcmul_, slope, self.x[d0:d1].unsqueeze(1)))
-        for layer in range(last, 0, -1):
-            ready = count[layer][0]
-            gather(layer, pre[layer - 1], 0, ready, 0, len(above[layer]), fresh=True)
-            finish(layer, 0, ready)
+        # From the last moment to the first.
+        edges = [[0, *before][::-1] for before in s.before]
+        edges.append([n * width for n in edges[0]])
+        stages = []
+        for k in reversed(range(len(s.widths) + 1)):
+            weight = self.inner[k] if k < len(self.inner) else self.head
+            link = _Link(weight.T, layers[k + 1], edges[k + 1], earlier=k == len(s.widths))
+            bias, finish = (None, partial(bend, k)) if k else (self.grad_x, move)
+            stages.append(_Stage(layers[k], bias, edges[k], [link], finish))
+        return stages
 
     def run(
         self,
@@ -296,7 +266,7 @@ class ReverseSweep(_Sweep):
         masks: Sequence[Tensor],
     ) -> None:
         """``grad_x``: shape ``(columns, input_dim)``; the others are feature-major, parameters first."""
-        self.x.copy_(grad_x.T)
+        self.grad_x.copy_(grad_x.T)
         self.by_params.copy_(by_params.transpose(0, 1))
         self.params.view(self.by_params.shape).copy_(ladj_by_params.transpose(0, 1))
         self.load_weights(weights, masks)
@@ -345,9 +315,6 @@ class Solver(Generic[_Family]):
 
     def __reduce__(self) -> tuple[object, ...]:
         return Solver, (self.structure, self.activations, self.univariate)
-
-    def __deepcopy__(self, memo: dict[int, object]) -> Solver[_Family]:
-        return Solver(self.structure, self.activations, self.univariate)
 
     def borrow(
         self,

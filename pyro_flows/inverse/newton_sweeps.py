@@ -14,7 +14,7 @@ import uuid
 import warnings
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -98,41 +98,30 @@ class SolverSettings(NamedTuple):
         return self
 
 
+def _number(index: int, kind: Callable[[Tensor], Any]) -> Any:
+    return property(lambda report: kind(report.stats[index]))
+
+
 @dataclass(frozen=True, eq=False)
 class SolveReport:
-    """Costs and error of a solve, read on demand from ``stats`` on the host."""
+    """Costs and error of a solve, read on demand from ``stats`` on the host.
+
+    Attributes:
+        sweeps: sweeps of the slowest rows.
+        evaluations: calls of ``value_and_slope``.
+        residual: largest ``|f(x) - z| / (m (1 + |x|))`` before the last Newton step.
+        bisections: bisections of coordinates.
+        converged: whether every row was solved.
+        waves: waves of the map, as many sweeps as a linear system takes.
+    """
 
     stats: Tensor
-
-    @property
-    def sweeps(self) -> int:
-        """Sweeps of the slowest rows."""
-        return int(self.stats[0])
-
-    @property
-    def evaluations(self) -> int:
-        """Calls of ``value_and_slope``."""
-        return int(self.stats[1])
-
-    @property
-    def residual(self) -> float:
-        """Largest ``|f(x) - z| / (m (1 + |x|))`` before the last Newton step."""
-        return float(self.stats[2])
-
-    @property
-    def bisections(self) -> int:
-        """Bisections of coordinates."""
-        return int(self.stats[3])
-
-    @property
-    def converged(self) -> bool:
-        """Whether every row was solved."""
-        return bool(self.stats[4])
-
-    @property
-    def waves(self) -> int:
-        """Waves of the map, as many sweeps as a linear system takes."""
-        return int(self.stats[5])
+    sweeps = _number(0, int)
+    evaluations = _number(1, int)
+    residual = _number(2, float)
+    bisections = _number(3, int)
+    converged = _number(4, bool)
+    waves = _number(5, int)
 
     def __repr__(self) -> str:
         return (
@@ -185,9 +174,9 @@ class _Sweeps:
         self.slack = torch.where(sound, self.m * tolerance, math.nan)
         self.allowed = torch.add(self.slack, self.z.abs(), alpha=FLOOR * self.eps)
         self.x = self.z / (self.m.sqrt() * self.M.sqrt()) if start is None else start.reshape(self.z.shape)
-        self.out: Tensor | None = None
-        self.index: Tensor | None = None
-        self.live: Tensor | None = None
+        self.out = torch.empty_like(self.z)
+        self.index = torch.arange(self.total, device=z.device)
+        self.live = torch.ones_like(self.index, dtype=torch.bool)  # rows not solved yet
         self.seen: tuple[Tensor, Tensor] | None = None
         self.step: Tensor | None = None
         self.guarded = False
@@ -210,24 +199,17 @@ class _Sweeps:
         )
         self.known_front = None
 
-    def rounding(self) -> Tensor:
-        """Residuals of the size of rounding."""
-        return self.eps * torch.addcmul(self.z.abs(), self.d, self.abs_x)
-
     def plain(self) -> tuple[Tensor, int]:
         """One Newton-Jacobi step; returns which rows are solved, and their number."""
         worst = self.ratio.amax(1)
-        solved = worst < 1
-        if self.live is not None:
-            solved |= ~self.live
+        solved = (worst < 1) | ~self.live
         count = int(solved.sum())
         step = self.calm(self.r / self.d)
         if count:
             # At rounding, a step would disturb coordinates that depend on it, after their check.
-            last = worst < 0.1 * self.worst
-            if self.live is not None:
-                last &= self.live
-            still = (solved & ~last)[:, None] | ((self.size < 4 * self.rounding()) & solved[:, None])
+            last = (worst < 0.1 * self.worst) & self.live
+            rounding = self.eps * torch.addcmul(self.z.abs(), self.d, self.abs_x)
+            still = (solved & ~last)[:, None] | ((self.size < 4 * rounding) & solved[:, None])
             step.masked_fill_(still, 0.0)
         self.worst = worst
         x = self.x + step
@@ -249,7 +231,7 @@ class _Sweeps:
         if before is None or before[0].shape != first.shape:  # rows left
             return False
         gained = (first > before[0]) | (worst < 0.25 * before[1]) | (first == self.count)
-        return not bool((gained if self.live is None else gained | ~self.live[:, None]).all())
+        return not bool((gained | ~self.live[:, None]).all())
 
     def calm(self, step: Tensor) -> Tensor:
         """Now and then halves steps that only oscillate, beyond the front."""
@@ -264,10 +246,7 @@ class _Sweeps:
         """Prepares guarded steps; refuses invalid inputs."""
         self.check()
         self.guarded = True
-        self.first = self.front().clone()
-        if self.live is not None:
-            self.first.masked_fill_(~self.live[:, None], self.count)
-            self.live = None
+        self.first = self.front().masked_fill(~self.live[:, None], self.count)
         self.done = self.wave < self.first
         self.cold = torch.zeros_like(self.first, dtype=torch.bool)
         self.lost = torch.zeros_like(self.cold)
@@ -318,11 +297,11 @@ class _Sweeps:
         solved = ((first == self.count) | self.lost)[:, 0]
         return solved, int(solved.sum())
 
-    def leave(self, rows: Tensor | None, solved: bool = True) -> None:
-        """Takes rows (all if ``None``) out."""
+    def leave(self, rows: Tensor | slice, solved: bool = True) -> None:
+        """Takes rows out."""
 
         def pick(t: Tensor) -> Tensor:
-            return t if rows is None or t.shape[0] != self.x.shape[0] else t[rows]
+            return t[rows] if t.shape[0] == self.x.shape[0] else t
 
         size, abs_x = pick(self.size), pick(self.abs_x)
         relative = size / (pick(self.m) * (1 + abs_x))
@@ -332,11 +311,6 @@ class _Sweeps:
             row = (pick(self.d).amax(1) * (1 + abs_x.amax(1)))[:, None]
             fair = (pick(self.ratio) < 1) | (size < self.eps**0.5 * (pick(self.z).abs() + row))
             self.broken += (~fair.all(1) | pick(self.lost)[:, 0]).sum()
-        if self.out is None or self.index is None:
-            if rows is None:
-                return
-            self.out = torch.empty_like(self.z)
-            self.index = torch.arange(self.total, device=self.z.device)
         self.out[pick(self.index)] = pick(self.x)
 
     def compact(self, solved: Tensor) -> None:
@@ -346,9 +320,8 @@ class _Sweeps:
         rest = (~solved).nonzero()[:, 0]
         if self.seen is not None:
             self.seen = self.seen[0][rest], self.seen[1][rest]
-        self.live = None
         self.rowwise = [t[rest] for t in self.rowwise]
-        names = ["x", "z", "allowed", "slack", "m", "M", "index", "worst"]
+        names = ["x", "z", "allowed", "slack", "m", "M", "index", "live", "worst"]
         if self.guarded:
             names += ["done", "first", "cold", "lost", "lo", "hi", "width", "last", "one_m", "one_M"]
         for name in names:
@@ -369,7 +342,7 @@ class _Sweeps:
             n = self.x.shape[0]
             left = n - count
             if left == 0:
-                self.leave(None)
+                self.leave(slice(None))
                 break
             if left <= 0.7 * n:
                 self.compact(solved)
@@ -377,14 +350,13 @@ class _Sweeps:
                 self.live = ~solved
         else:
             self.check()
-            self.leave(None, solved=False)
+            self.leave(slice(None), solved=False)
         broken = left + int(self.broken)
         residual = float(self.residual)
         stats = [self.evaluations, self.evaluations, residual, int(self.bisections), broken == 0, self.count]
         if broken:
             self.fail(broken, residual)
-        out = self.x if self.out is None else self.out
-        return out.view(-1, *self.event), torch.tensor(stats, dtype=torch.float64)
+        return self.out.view(-1, *self.event), torch.tensor(stats, dtype=torch.float64)
 
     def check(self) -> None:
         """Raises ValueError if the input is at fault."""

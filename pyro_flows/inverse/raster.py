@@ -147,13 +147,6 @@ class RasterSweep:
                 self.rows[k + 1].append(post)
             self.base[k].flatten(1).addmm_(layer.link_weight, post.permute(1, 2, 0).flatten(1))
 
-    def _biases(self, row: int) -> None:
-        for base, offset in zip(self.base, self.left_offsets, strict=True):
-            base.copy_(offset)
-        if self.left_positions is not None:
-            rows = self.left_positions
-            self.base[0] += rows[:, min(row, rows.shape[1] - 1), :, None]
-
     def run(self, given: Tensor | None = None) -> Tensor:
         """Draws, shape ``(n, C, H, W)``, from uniform noise or from ``given``, of the same shape."""
         if given is not None:  # solves may write into it
@@ -161,7 +154,10 @@ class RasterSweep:
         _, height, width = self.net.shape
         features = self.head.num_features
         for row in range(height):
-            self._biases(row)
+            for base, offset in zip(self.base, self.left_offsets, strict=True):
+                base.copy_(offset)
+            if (places := self.left_positions) is not None:
+                self.base[0] += places[:, min(row, places.shape[1] - 1), :, None]
             if self.net.two:
                 self._above(row)
             self.params.copy_(self.out_base[row])

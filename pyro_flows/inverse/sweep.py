@@ -11,19 +11,19 @@ Second derivatives, forward mode, ``is_grads_batched`` and ``torch.func`` inside
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
 
 from pyro_flows.core.modes import beyond_rules, full_precision, plain_eager
 from pyro_flows.inverse.buffers import ForwardSweep, ReverseSweep, Solver, columns_at_once, named
+from pyro_flows.inverse.newton_adjoint import vmapped
 from pyro_flows.nets.activations import slope
-from pyro_flows.nets.structure import weight_gradient
+from pyro_flows.nets.masked_pass import plain_network, split_parameters
 from pyro_flows.univariate.base import Univariate
 
 __all__ = ["solve"]
@@ -57,89 +57,25 @@ def solve(
     first_bias = first_bias.to(z.dtype)
     batch = z.shape[:-1]
     flat = z if len(batch) == 1 else z.reshape(-1, z.shape[-1])
-    if first_bias.dim() == 1:
-        bias = first_bias[None]
-    elif first_bias.shape[:-1].numel() == 1:
+    if first_bias.shape[:-1].numel() == 1:
         bias = first_bias.reshape(1, -1)
     else:
         bias = first_bias.expand(*batch, -1).reshape(-1, first_bias.shape[-1])
-    keep = torch.is_grad_enabled() and any(t.requires_grad for t in (flat, bias, *weights, *biases))
+    tensors = [*weights, *biases, *masks]
+    keep = torch.is_grad_enabled() and any(t.requires_grad for t in (flat, bias, *tensors))
     if plain_eager():
         if keep:
-            x, ladj, _ = _apply_plainly(solver.handle, flat, bias, *weights, *biases, *masks)
+            x, ladj, _ = _apply_plainly(flat, bias, solver.handle, *tensors)
         else:
             with torch._C._AutoDispatchBelowAutograd():  # nothing to record: spares each small call a look
-                x, ladj, _ = _solve(flat, bias, weights, biases, masks, solver.handle, False)
+                x, ladj, _ = _solve(flat, bias, tensors, solver.handle, False)
     elif beyond_rules():
         x, ladj = _by_passes(solver, masks, flat, bias, *weights, *biases)
     elif torch._C._are_functorch_transforms_active():  # a gradient may be wanted though no tensor says so
-        x, ladj, _ = _Solve.apply(solver.handle, flat, bias, *weights, *biases, *masks)
+        x, ladj, _ = _Solve.apply(flat, bias, solver.handle, *tensors)
     else:
-        groups = (list(weights), list(biases), list(masks))
-        x, ladj, _ = torch.ops.pyro_flows.solve(flat, bias, *groups, solver.handle, keep)
+        x, ladj, _ = torch.ops.pyro_flows.solve(flat, bias, tensors, solver.handle, keep)
     return (x, ladj) if len(batch) == 1 else (x.reshape(z.shape), ladj.reshape(batch))
-
-
-@torch.no_grad()
-def _solve(
-    z: Tensor,
-    first_bias: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    masks: Sequence[Tensor],
-    handle: str,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    solver = named(handle)
-    n = z.shape[0]
-    shared = first_bias.shape[0] == 1
-    chunk = columns_at_once(n, solver.structure.adjoint_rows, z.device)
-    if n <= chunk:
-        sweep = solver.borrow(ForwardSweep, z, n, weights, biases, not shared)
-        sweep.run(z, first_bias, weights, masks)
-        tape = sweep.tape.clone() if keep else z.new_empty(0, n)
-        result = sweep.x.T.clone(memory_format=torch.contiguous_format), sweep.ladj.sum(0), tape
-        solver.give_back(sweep)
-        return result
-    x, ladj = z.new_empty(z.shape), z.new_empty(n)
-    tape = z.new_empty(solver.structure.tape_rows if keep else 0, n)
-    for start in range(0, n, chunk):
-        part = slice(start, min(n, start + chunk))
-        sweep = solver.borrow(ForwardSweep, z, part.stop - part.start, weights, biases, not shared)
-        sweep.run(z[part], first_bias if shared else first_bias[part], weights, masks)
-        torch.sum(sweep.ladj, 0, out=ladj[part])
-        x[part].copy_(sweep.x.T)
-        if keep:
-            tape[:, part].copy_(sweep.tape)
-        solver.give_back(sweep)
-    return x, ladj, tape
-
-
-@torch.library.custom_op("pyro_flows::solve", mutates_args=())
-def _solve_op(
-    z: Tensor,
-    first_bias: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor],
-    masks: list[Tensor],
-    handle: str,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _solve(z, first_bias, weights, biases, masks, handle, keep)
-
-
-@_solve_op.register_fake
-def _(
-    z: Tensor,
-    first_bias: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor],
-    masks: list[Tensor],
-    handle: str,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    rows = named(handle).structure.tape_rows if keep else 0
-    return z.new_empty(z.shape), z.new_empty(z.shape[0]), z.new_empty(rows, z.shape[0])
 
 
 def _groups(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
@@ -148,10 +84,41 @@ def _groups(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list
     return list(tensors[:layers]), list(tensors[layers : 2 * layers - 1]), list(tensors[2 * layers - 1 :])
 
 
+def _solve(
+    z: Tensor, first_bias: Tensor, tensors: Sequence[Tensor], handle: str, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    solver, (weights, biases, masks) = named(handle), _groups(tensors)
+    n = z.shape[0]
+    shared = first_bias.shape[0] == 1
+    chunk = columns_at_once(n, solver.structure.adjoint_rows, z.device)
+    x, ladj, tape = _empty(z, first_bias, tensors, handle, keep)
+    for start in range(0, n, chunk):
+        part = slice(start, min(n, start + chunk))
+        sweep = solver.borrow(ForwardSweep, z, part.stop - part.start, weights, biases, not shared)
+        sweep.run(z[part], first_bias if shared else first_bias[part], weights, masks)
+        torch.sum(sweep.ladj, 0, out=ladj[part])
+        x[part].copy_(sweep.x.T)
+        if keep:
+            tape[part].copy_(sweep.tape.T)
+        solver.give_back(sweep)
+    return x, ladj, tape
+
+
+def _empty(
+    z: Tensor, first_bias: Tensor, tensors: Sequence[Tensor], handle: str, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = named(handle).structure.tape_rows if keep else 0
+    return z.new_empty(z.shape), z.new_empty(z.shape[0]), z.new_empty(rows, z.shape[0]).T
+
+
+_solve_op = torch.library.custom_op("pyro_flows::solve", _solve, mutates_args=())
+_solve_op.register_fake(_empty)
+
+
 def _setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    z, first_bias, weights, biases, masks, handle, _ = inputs
+    z, first_bias, tensors, handle, _ = inputs
     ctx.solver = named(handle)  # lives as long as the graph
-    ctx.save_for_backward(z, first_bias, output[0], output[2], *weights, *biases, *masks)
+    ctx.save_for_backward(z, first_bias, output[0], output[2], *tensors)
 
 
 @full_precision
@@ -161,15 +128,15 @@ def _gradient(
     solver: Solver[Univariate] = ctx.solver
     # torch.utils.checkpoint gives saved tensors once.
     z, first_bias, x, tape, *tensors = ctx.saved_tensors
-    if tape.shape[0] == 0:  # the operator was called without keep
-        tape = torch.ops.pyro_flows.solve(z, first_bias, *_groups(tensors), solver.handle, True)[2]
+    if tape.shape[1] == 0:  # the operator was called without keep
+        tape = torch.ops.pyro_flows.solve(z, first_bias, tensors, solver.handle, True)[2]
     grad_x = torch.zeros_like(x) if grad_x is None else grad_x
     grad_ladj = x.new_zeros(x.shape[0]) if grad_ladj is None else grad_ladj
     if is_legacy_batchedtensor(grad_x) or is_legacy_batchedtensor(grad_ladj):
         # Stands for many gradients (is_grads_batched); kernels have no rule for it.
         weights, biases, masks = _groups(tensors)
         pull = torch.func.vjp(partial(_by_passes, solver, masks), z, first_bias, *weights, *biases)[1]
-        return pull((grad_x, grad_ladj))
+        return *pull((grad_x, grad_ladj)), *[None] * len(masks)
     inputs = (solver.handle, grad_x, grad_ladj, x, tape, z, first_bias, *tensors)
     if torch.is_grad_enabled():  # the gradient may be differentiated further
         return _Gradient.apply(*inputs)
@@ -178,36 +145,34 @@ def _gradient(
 
 def _gradient_op(ctx: Any, *cotangents: Tensor | None) -> tuple:
     dz, dbias, *rest = _gradient(ctx, *cotangents)
-    layers = (len(rest) + 1) // 2
-    return dz, dbias, rest[:layers], rest[layers:], [None] * layers, None, None
+    return dz, dbias, rest, None, None
 
 
 _solve_op.register_autograd(_gradient_op, setup_context=_setup)
 
 
 class _Solve(torch.autograd.Function):
-    """The operator with its gradient, for ``torch.func``."""
+    """The operator with its gradient, for plain eager mode and ``torch.func``."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        handle, z, first_bias, *tensors = inputs
+    def forward(z: Tensor, first_bias: Tensor, handle: str, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if not plain_eager():
-            return torch.ops.pyro_flows.solve(z, first_bias, *_groups(tensors), handle, True)
+            return torch.ops.pyro_flows.solve(z, first_bias, tensors, handle, True)
         with torch._C._AutoDispatchBelowAutograd():
-            return _solve(z, first_bias, *_groups(tensors), handle, True)
+            return _solve(z, first_bias, tensors, handle, True)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-        handle, z, first_bias, *tensors = inputs
-        _setup(ctx, (z, first_bias, *_groups(tensors), handle, True), output)
+        z, first_bias, handle, *tensors = inputs
+        _setup(ctx, (z, first_bias, tensors, handle, True), output)
         ctx.mark_non_differentiable(output[2])
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-        grads = _gradient(ctx, *cotangents)
-        return None, *grads, *[None] * (len(grads) // 2)
+        dz, dbias, *rest = _gradient(ctx, *cotangents)
+        return dz, dbias, None, *rest
 
 
 # apply() without its search for transforms of torch.func, for plain eager calls.
@@ -227,30 +192,31 @@ def _first_order(
 ) -> tuple[Tensor | None, ...]:
     """Gradients with respect to ``z``, the first bias, weights and biases."""
     solver = named(handle)
-    weights, biases, masks = _groups(tensors)
+    _, _, masks = _groups(tensors)
     eager = plain_eager()
-    pre, post, params, ladj = solver.structure.unpack(tape, solver.activations)
+    pre, post, params, ladj = solver.structure.unpack(tape.T, solver.activations)
     zt, xt = z.T, x.T
     by_z, by_params, ladj_by_z, ladj_by_params = solver.univariate.partials(True, zt, params, xt, ladj, grad_ladj)
     slopes = [slope(act, a, h) for act, a, h in zip(solver.activations, pre, post, strict=True)]
-    arguments = (grad_x, by_params, ladj_by_params, slopes, weights, masks, handle)
+    elementwise = by_params.movedim(-1, 0), ladj_by_params.movedim(-1, 0), [s.T for s in slopes]
+    arguments = (grad_x, *elementwise, tensors, handle)
     if eager:
         with torch._C._AutoDispatchBelowAutograd():
             adjoint = _sweep_back(*arguments)
     else:
         adjoint = torch.ops.pyro_flows.sweep_back(*arguments)
-    grad_xt, dparams, dpre = solver.structure.unpack_adjoint(adjoint)
+    grad_xt, dparams, dpre = solver.structure.unpack_adjoint(adjoint.T)
     dz = torch.addcmul(ladj_by_z, grad_xt, by_z).T
     above = [*dpre, dparams]
     each = above[0].T
     dbias = each if first_bias.shape[0] == z.shape[0] else each.sum(0, keepdim=True)
     if not by_weights:
-        return dz, dbias, *[None] * (len(weights) + len(biases))
+        return dz, dbias, *[None] * len(tensors)
     dweights = [
-        weight_gradient(cut.at(z.shape[0]), mask, upper.T, lower.T, eager)
+        cut.weight_gradient(mask, upper.T, lower.T) if eager else torch.where(mask != 0, upper @ lower.T, 0.0)
         for cut, mask, upper, lower in zip(solver.structure.cuts, masks, above, [xt, *post], strict=True)
     ]
-    return dz, dbias, *dweights, *(upper.sum(1) for upper in above[1:])
+    return dz, dbias, *dweights, *(upper.sum(1) for upper in above[1:]), *[None] * len(masks)
 
 
 class _Gradient(torch.autograd.Function):
@@ -278,7 +244,7 @@ class _Gradient(torch.autograd.Function):
             return torch.func.vjp(by_passes, *inputs)[1]((grad_x, grad_ladj))
 
         inputs = (grad_x, grad_ladj, z, first_bias, *weights, *biases)
-        grad_x, grad_ladj, *rest = torch.func.vjp(gradient, *inputs)[1](cotangents)
+        grad_x, grad_ladj, *rest = torch.func.vjp(gradient, *inputs)[1](cotangents[: len(inputs) - 2])
         return None, grad_x, grad_ladj, None, None, *rest, *[None] * len(masks)
 
 
@@ -286,128 +252,74 @@ def _by_passes(
     solver: Solver[Univariate], masks: Sequence[Tensor], z: Tensor, first_bias: Tensor, *matrices: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The solution by one full pass per step: slow, but differentiable any number of times."""
-    structure = solver.structure
-    weights = [torch.where(mask != 0, weight, 0.0) for mask, weight in zip(masks, matrices, strict=False)]
-    biases = matrices[len(weights) :]
+    structure, parameters = solver.structure, split_parameters(masks, matrices)
     x = torch.zeros_like(z)
     for _ in range(structure.num_steps):
-        stream = pre = F.linear(x, weights[0]) + first_bias
-        for k in range(1, len(weights)):
-            pre = F.linear(solver.activations[k - 1](pre), weights[k], biases[k - 1])
-            if k in structure.joins:
-                stream = pre = pre + stream
+        pre = plain_network(solver.activations, structure.joins, x, first_bias, *parameters)
         params = pre.unflatten(-1, (structure.num_params, structure.input_dim)).movedim(-2, 0)
         x, ladj = solver.univariate.plain(True, z, params)
     return x, ladj.sum(-1)
 
 
-@torch.no_grad()
 def _sweep_back(
     grad_x: Tensor,
     by_params: Tensor,
     ladj_by_params: Tensor,
     slopes: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    masks: Sequence[Tensor],
+    tensors: Sequence[Tensor],
     handle: str,
 ) -> Tensor:
-    solver = named(handle)
+    solver, (weights, _, masks) = named(handle), _groups(tensors)
     n = grad_x.shape[0]
-    adjoint = grad_x.new_empty(solver.structure.adjoint_rows, n)
+    adjoint = _empty_adjoint(grad_x, by_params, ladj_by_params, slopes, tensors, handle)
     chunk = columns_at_once(n, solver.structure.adjoint_rows, grad_x.device)
     for start in range(0, n, chunk):
         part = slice(start, min(n, start + chunk))
         sweep = solver.borrow(ReverseSweep, grad_x, part.stop - part.start, weights)
-        elementwise = (by_params[..., part], ladj_by_params[..., part], [s[:, part] for s in slopes])
+        elementwise = by_params[part].movedim(0, -1), ladj_by_params[part].movedim(0, -1), [s[part].T for s in slopes]
         sweep.run(grad_x[part], *elementwise, weights, masks)
-        adjoint[:, part].copy_(sweep.adjoint)
+        adjoint[part].copy_(sweep.adjoint.T)
         solver.give_back(sweep)
     return adjoint
 
 
-@torch.library.custom_op("pyro_flows::sweep_back", mutates_args=())
-def _sweep_back_op(
-    grad_x: Tensor,
-    by_params: Tensor,
-    ladj_by_params: Tensor,
-    slopes: list[Tensor],
-    weights: list[Tensor],
-    masks: list[Tensor],
-    handle: str,
-) -> Tensor:
-    return _sweep_back(grad_x, by_params, ladj_by_params, slopes, weights, masks, handle)
+def _empty_adjoint(grad_x: Tensor, *others: Any) -> Tensor:
+    return grad_x.new_empty(named(others[-1]).structure.adjoint_rows, grad_x.shape[0]).T
 
 
-@_sweep_back_op.register_fake
-def _(
-    grad_x: Tensor,
-    by_params: Tensor,
-    ladj_by_params: Tensor,
-    slopes: list[Tensor],
-    weights: list[Tensor],
-    masks: list[Tensor],
-    handle: str,
-) -> Tensor:
-    return grad_x.new_empty(named(handle).structure.adjoint_rows, grad_x.shape[0])
-
-
-# Problems with the same weights are one larger problem; others are solved one by one.
-
-
-def _rows(value: Tensor, dim: int | None, size: int, axis: int) -> Tensor:
-    """Merges a batch dimension into the sample axis (counted without it)."""
-    value = (
-        value.movedim(dim, axis)
-        if dim is not None
-        else value.unsqueeze(axis).expand(*value.shape[:axis], size, *value.shape[axis:])
-    )
-    return value.flatten(axis, axis + 1)
-
-
-def _one_by_one(op: Callable[..., object], size: int, in_dims: Sequence, args: Sequence) -> list:
-    def pick(value: Any, dim: Any, k: int) -> Any:
-        if isinstance(value, (list, tuple)):
-            return [pick(v, d, k) for v, d in zip(value, dim, strict=True)]
-        return value.select(dim, k) if isinstance(value, Tensor) and dim is not None else value
-
-    return [op(*(pick(v, d, k) for v, d in zip(args, in_dims, strict=True))) for k in range(size)]
-
-
-def _batched(dims: object) -> bool:
-    return any(d is not None for d in dims) if isinstance(dims, (list, tuple)) else dims is not None
+_sweep_back_op = torch.library.custom_op("pyro_flows::sweep_back", _sweep_back, mutates_args=())
+_sweep_back_op.register_fake(_empty_adjoint)
 
 
 @_solve_op.register_vmap
-def _(info: Any, in_dims: tuple, *args: Any) -> tuple:
-    z, first_bias, *others = args
-    size = info.batch_size
-    if any(_batched(dims) for dims in in_dims[2:]):
-        results = _one_by_one(torch.ops.pyro_flows.solve, size, in_dims, args)
-        return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0, 0, 0)
-    n = z.shape[1 if in_dims[0] == 0 else 0]
-    if in_dims[1] is not None and first_bias.shape[1 if in_dims[1] == 0 else 0] == 1:
-        first_bias = first_bias.movedim(in_dims[1], 0).expand(-1, n, -1)
-        bias = _rows(first_bias, 0, size, 0)
-    elif in_dims[1] is None and first_bias.shape[0] == 1:
-        bias = first_bias
-    else:
-        bias = _rows(first_bias, in_dims[1], size, 0)
-    x, ladj, tape = torch.ops.pyro_flows.solve(_rows(z, in_dims[0], size, 0), bias, *others)
-    return (x.unflatten(0, (size, n)), ladj.unflatten(0, (size, n)), tape.unflatten(1, (size, n))), (0, 0, 1)
+def _(info: Any, in_dims: tuple, *args: Any) -> tuple[Any, tuple[int, int, int]]:
+    z, first_bias, tensors, *constants = args
+    by_z, by_bias, by_tensors, *_ = in_dims
+    shared = by_bias is None and first_bias.shape[0] == 1
+    if not shared:  # as many rows as z
+        n = z.shape[1 if by_z == 0 else 0]
+        first_bias = first_bias[None] if by_bias is None else first_bias.movedim(by_bias, 0)
+        first_bias, by_bias = first_bias.expand(info.batch_size, n, -1), 0
+
+    def call(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
+        z, first_bias, *tensors = given[3:]
+        return torch.ops.pyro_flows.solve(z, first_bias, tensors, *constants)
+
+    dims = (None, None, None, by_z, by_bias, *by_tensors)
+    given = (None, None, len(tensors) + shared, z, first_bias, *tensors)
+    return vmapped(call, 2 - shared, info.batch_size, dims, given, results=3), (0, 0, 0)
 
 
 @_sweep_back_op.register_vmap
 def _(info: Any, in_dims: tuple, *args: Any) -> tuple[Tensor, int]:
-    grad_x, by_params, ladj_by_params, slopes, *others = args
-    size = info.batch_size
-    if any(_batched(dims) for dims in in_dims[4:]):
-        return torch.stack(_one_by_one(torch.ops.pyro_flows.sweep_back, size, in_dims, args)), 0
-    n = grad_x.shape[1 if in_dims[0] == 0 else 0]
-    adjoint = torch.ops.pyro_flows.sweep_back(
-        _rows(grad_x, in_dims[0], size, 0),
-        _rows(by_params, in_dims[1], size, 2),
-        _rows(ladj_by_params, in_dims[2], size, 2),
-        [_rows(s, d, size, 1) for s, d in zip(slopes, in_dims[3], strict=True)],
-        *others,
-    )
-    return adjoint.unflatten(1, (size, n)), 1
+    *samples, slopes, tensors, handle = args
+    rows = len(samples) + len(slopes)
+
+    def call(*given: Any) -> Tensor:
+        grad_x, by_params, ladj_by_params, *rest = given[3:]
+        back = torch.ops.pyro_flows.sweep_back
+        return back(grad_x, by_params, ladj_by_params, rest[: len(slopes)], rest[len(slopes) :], handle)
+
+    dims = (None, None, None, *in_dims[:3], *in_dims[3], *in_dims[4])
+    given = (None, None, len(tensors), *samples, *slopes, *tensors)
+    return vmapped(call, rows, info.batch_size, dims, given), 0

@@ -76,7 +76,6 @@ class KnownActivation(NamedTuple):
         value: the function.
         slope: the derivative from the value alone; a new tensor.
         in_place: the function, overwriting its argument; requires ``slope``.
-        slope_at: the derivative from argument and value.
         both: value and derivative from the argument, where that is cheaper.
         pull: the argument's gradient from the value's gradient, argument and value, in one kernel.
         curvature: the slope's derivative over the slope, from the value; ``None`` if zero or unknown.
@@ -87,7 +86,6 @@ class KnownActivation(NamedTuple):
     value: Function
     slope: Function | None = None
     in_place: Function | None = None
-    slope_at: Callable[[Tensor, Tensor], Tensor] | None = None
     both: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
     pull: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
     curvature: Function | None = None
@@ -143,7 +141,6 @@ KNOWN = {
         KnownActivation(
             "silu",
             F.silu,
-            slope_at=lambda pre, post: torch.sigmoid(pre) * (1 + pre - post),
             both=_silu_and_slope,
             pull=lambda grad, pre, post: _aten.silu_backward.default(grad, pre),
         ),
@@ -207,8 +204,8 @@ def slope(activation: Function, pre: Tensor, post: Tensor) -> Tensor:
     known = _BY_FUNCTION.get(activation)
     if known is not None and known.slope is not None:
         return known.slope(post)
-    if known is not None and known.slope_at is not None:
-        return known.slope_at(pre, post)
+    if known is not None and known.both is not None:
+        return known.both(pre)[1]
     return torch.func.vjp(activation, pre)[1](torch.ones_like(pre))[0]
 
 

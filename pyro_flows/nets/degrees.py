@@ -157,8 +157,7 @@ class Degrees:
         above = [*self.times, self.steps]
         last = len(above) - 1
         return tuple(
-            staircase(a, b, self.dense, repeats if k == last else 1)
-            for k, (a, b) in enumerate(zip(above, below, strict=True))
+            staircase(a, b, repeats if k == last else 1) for k, (a, b) in enumerate(zip(above, below, strict=True))
         )
 
     def _free(self) -> list[Tensor]:

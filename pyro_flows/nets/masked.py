@@ -14,7 +14,7 @@ from pyro_flows.core.checks import integer
 from pyro_flows.nets.activations import Activation, activation_functions
 from pyro_flows.nets.degrees import Degrees
 from pyro_flows.nets.dense import _first_gain, _widths
-from pyro_flows.nets.masked_pass import MaskedLayers, Slabs, masked_network
+from pyro_flows.nets.masked_pass import MaskedLayers, masked_network
 from pyro_flows.nets.structure import Structure
 from pyro_flows.univariate.base import Univariate
 
@@ -85,8 +85,7 @@ class MaskedMLP(nn.Module):
         joins = range(2, len(degrees.times), 2) if residual else ()
         cuts = degrees.cuts(num_params)
         self.structure = Structure(degrees.steps, degrees.times, num_params, joins, degrees.dense, cuts)
-        slabs = Slabs(degrees.steps, degrees.times[-1], num_params) if degrees.times else None
-        self.layers = MaskedLayers(self.activations, self.structure.joins, cuts, slabs)
+        self.layers = MaskedLayers(self.activations, self.structure.joins, cuts)
         masks = degrees.masks()
         masks[-1] = masks[-1].repeat(num_params, 1)  # parameter by parameter, as in MLP
         for k, mask in enumerate(masks):

@@ -129,16 +129,9 @@ class ConvLayer(nn.Module):
             seen = padded[..., : -self.dilation]  # without the location itself
             total = F.conv2d(seen, self.left_weight[:, :, None], dilation=self.dilation) + total
         if self.here_weight is not None:
-            total = F.conv2d(x[:, : self.groups.seen[-1]], self.here(self.here_weight)[..., None, None]) + total
+            weight = self.here_weight if self.mask is None else torch.where(self.mask, self.here_weight, 0.0)
+            total = F.conv2d(x[:, : self.groups.seen[-1]], weight[..., None, None]) + total
         return total
-
-    def here(self, weight: Tensor) -> Tensor:
-        """The weight with zeros in masked places."""
-        return weight if self.mask is None else torch.where(self.mask, weight, 0.0)
-
-    def link(self, x: Tensor) -> Tensor:
-        """The first stack's addition to the second."""
-        return F.conv2d(x, self.link_weight[..., None, None])
 
     def above_row(self, rows: Sequence[Tensor], offset: Tensor) -> Tensor | None:
         """The first stack at the row after the last one given, or at it; ``None`` without rows ``(n, inputs, W)``."""
@@ -252,7 +245,7 @@ class Stacks(nn.Module):
                 if k == 0 and (own := self.positions(0)) is not None:
                     v = v + own
                 above = activation(v)
-                h = h + layer.link(above)
+                h = h + F.conv2d(above, layer.link_weight[..., None, None])
             left = activation(h)
         out_weight = self.out_weight if self.mask is None else torch.where(self.mask, self.out_weight, 0.0)
         out = F.conv2d(left, out_weight.flatten(0, 1)[..., None, None])

@@ -12,105 +12,97 @@ from torch import Tensor
 
 from pyro_flows.nets.activations import in_place
 
-__all__ = ["Band", "Cut", "Structure", "band_product", "input_gradient", "keep", "staircase", "weight_gradient"]
+__all__ = ["Band", "Cut", "Structure", "keep", "staircase"]
 
 
 class Band(NamedTuple):
-    """Rows ``[start, stop)`` of a weight: all see columns below ``low``, none from ``high`` on."""
+    """Rows ``[start, stop)`` of a weight, all blind to columns from ``high`` on."""
 
     start: int
     stop: int
-    low: int
     high: int
 
 
 class Cut(NamedTuple):
-    """The bands of a layer, and the number of input rows from which they pay."""
+    """The bands of a layer, whose rows come ``repeats`` times, and the number of input rows from which they pay."""
 
-    bands: tuple[Band, ...]
-    worth_from: float
+    bands: tuple[Band, ...] = ()
+    repeats: int = 1
+    worth_from: float = math.inf
 
     def at(self, n: int) -> tuple[Band, ...] | None:
         """The bands if they pay for ``n`` rows, else ``None``: one product."""
         return self.bands if n >= self.worth_from else None
 
+    def _rows(self, value: Tensor, band: Band, dim: int = 0) -> Tensor:
+        """A band's rows, as ``(repeats, rows)``."""
+        return value.unflatten(dim, (self.repeats, -1)).narrow(dim + 1, band.start, band.stop - band.start)
 
-def staircase(above: Tensor, below: Tensor, dense: bool, repeats: int = 1) -> Cut:
+    def product(self, weight: Tensor, bits: Tensor, bias: Tensor, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Returns ``x @ weight.T + bias`` and the masked weight, by bands."""
+        bands = self.at(len(x))
+        if bands is None:
+            masked = keep(weight, bits)
+            return torch.addmm(bias, x, masked.T), [masked]
+        out = x.new_empty(len(x), len(weight))
+        kept = []
+        for band in bands:
+            seen, mask = (self._rows(each, band)[..., : band.high] for each in (weight, bits))
+            kept.append(keep(seen, mask).flatten(0, 1))
+            own = self._rows(bias, band, bias.dim() - 1).flatten(-2)
+            place = self._rows(out, band, 1)
+            if self.repeats == 1:
+                torch.addmm(own, x[:, : band.high], kept[-1].T, out=place[:, 0])
+            else:
+                place.copy_(torch.addmm(own, x[:, : band.high], kept[-1].T).view(place.shape))
+        return out, kept
+
+    def weight_gradient(self, bits: Tensor, grad: Tensor, x: Tensor) -> Tensor:
+        """The gradient with respect to a weight: ``grad.T @ x`` with zeros in masked places."""
+        bands = self.at(len(x))
+        if bands is None:
+            product = grad.T @ x
+            product.view(bits.dtype).bitwise_and_(bits)
+            return product
+        product = grad.new_zeros(bits.shape)
+        for band in bands:
+            place, mask = (self._rows(each, band)[..., : band.high] for each in (product, bits))
+            own = self._rows(grad, band, 1).flatten(1)
+            if self.repeats == 1:
+                torch.mm(own.T, x[:, : band.high], out=place[0])
+            else:
+                place.copy_((own.T @ x[:, : band.high]).view(place.shape))
+            place.view(mask.dtype).bitwise_and_(mask)
+        return product
+
+    def input_gradient(self, kept: Sequence[Tensor], grad: Tensor, columns: int) -> Tensor:
+        """The gradient with respect to a layer's input of so many columns."""
+        bands = self.at(len(grad))
+        if bands is None:
+            return grad @ kept[0]
+        total = grad.new_zeros(len(grad), columns)
+        for band, masked in zip(bands, kept, strict=True):
+            total[:, : band.high].addmm_(self._rows(grad, band, 1).flatten(1), masked)
+        return total
+
+
+def staircase(above: Tensor, below: Tensor, repeats: int = 1) -> Cut:
     """Cuts a layer whose rows, of times ``above``, see the columns with times ``below`` up to their own.
 
-    Rows see all these columns if ``dense``, and come ``repeats`` times.
+    Rows come ``repeats`` times.
     """
     rows, cols = len(above), len(below)
-    if rows < 128 or cols < 64:
-        return Cut((), math.inf)
+    if rows * repeats < 128 or rows < 4 or cols < 64:
+        return Cut()
     cuts = [rows * j // 4 for j in range(5)]
-    bands = []
-    for r in range(repeats):
-        for a, c in itertools.pairwise(cuts):
-            low = int((below <= above[a]).sum()) if dense else 0
-            bands.append(Band(r * rows + a, r * rows + c, low, int((below <= above[c - 1]).sum())))
+    bands = [Band(a, c, int((below <= above[c - 1]).sum())) for a, c in itertools.pairwise(cuts)]
     # Four bands, some fifteen calls, pay from about this many multiplications on.
-    return Cut(tuple(bands), 2**24 * len(bands) / 4 / (rows * repeats * cols) - 32)
+    return Cut(tuple(bands), repeats, 2**24 / (rows * repeats * cols) - 32)
 
 
 def keep(value: Tensor, bits: Tensor) -> Tensor:
     """Zeros where ``bits`` is zero, even in place of NaN; as cheap as a product."""
     return (value.view(bits.dtype) & bits).view(value.dtype)
-
-
-def band_product(
-    bands: Sequence[Band] | None, weight: Tensor, bits: Tensor, bias: Tensor, x: Tensor
-) -> tuple[Tensor, list[Tensor]]:
-    """Returns ``x @ weight.T + bias`` and each band's masked part of the weight."""
-    if bands is None:
-        masked = keep(weight, bits)
-        return torch.addmm(bias, x, masked.T), [masked]
-    out = x.new_empty(x.shape[0], weight.shape[0])
-    kept = []
-    for a, c, low, high in bands:
-        part = out[:, a:c]
-        if low:
-            torch.addmm(bias[..., a:c], x[:, :low], weight[a:c, :low].T, out=part)
-        else:
-            part.copy_(bias[..., a:c])
-        masked = keep(weight[a:c, low:high], bits[a:c, low:high])
-        if high > low:
-            part.addmm_(x[:, low:high], masked.T)
-        kept.append(masked)
-    return out, kept
-
-
-def weight_gradient(
-    bands: Sequence[Band] | None, bits: Tensor, grad: Tensor, x: Tensor, in_place: bool = True
-) -> Tensor:
-    """The gradient with respect to a weight: ``grad.T @ x`` with zeros in masked places."""
-    if not in_place:
-        return torch.where(bits != 0, grad.T @ x, 0.0)
-    if bands is None:
-        product = grad.T @ x
-        product.view(bits.dtype).bitwise_and_(bits)
-        return product
-    product = grad.new_empty(bits.shape)
-    for a, c, low, high in bands:
-        if high:
-            torch.mm(grad[:, a:c].T, x[:, :high], out=product[a:c, :high])
-        product[a:c, low:high].view(bits.dtype).bitwise_and_(bits[a:c, low:high])
-        product[a:c, high:].zero_()
-    return product
-
-
-def input_gradient(bands: Sequence[Band] | None, weight: Tensor, kept: Sequence[Tensor], grad: Tensor) -> Tensor:
-    """The gradient with respect to a layer's input."""
-    if bands is None:
-        return grad @ kept[0]
-    total = grad.new_zeros(grad.shape[0], weight.shape[1])
-    for (a, c, low, high), masked in zip(bands, kept, strict=True):
-        part = grad[:, a:c]
-        if low:
-            total[:, :low].addmm_(part, weight[a:c, :low])
-        if high > low:
-            total[:, low:high].addmm_(part, masked)
-    return total
 
 
 class Structure:
@@ -146,8 +138,6 @@ class Structure:
         # before[l][t] units of layer l have a time of at most t.
         self.before = [torch.searchsorted(time, moments, right=True).tolist() for time in (steps + 1, *times)]
         self.features, self.direct = features, direct
-        # feeding counts rows: layer 0 may have several per input.
-        self.feeding = [[n * (features or 1) for n in self.before[0]], *self.before[1:]]
         self.outputs = self.input_dim * num_params
         # The tape holds outputs, per-dimension ladj, hidden layers; the adjoint x, outputs, hidden layers.
         self.tape_rows = self.adjoint_rows = self.outputs + self.input_dim + sum(self.widths)

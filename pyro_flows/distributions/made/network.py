@@ -23,7 +23,7 @@ from pyro_flows.nets.structure import Cut, Structure, keep
 
 __all__ = ["Member", "SharedNetwork", "draw_units"]
 
-WHOLE = Cut((), math.inf)
+WHOLE = Cut()
 KEPT_BYTES = 2**26  # of cached masks
 
 
@@ -190,7 +190,7 @@ class SharedNetwork(nn.Module):
         inputs, outputs = head.input_dim * head.num_features, head.input_dim * head.num_params
         sizes = (inputs, *self.hidden_dims, outputs)
         self.layout = MaskedLayers(
-            activation_functions(activation, len(self.hidden_dims)), frozenset(), (WHOLE,) * (len(sizes) - 1), None
+            activation_functions(activation, len(self.hidden_dims)), frozenset(), (WHOLE,) * (len(sizes) - 1)
         )
         for k, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes)):
             last = k == len(sizes) - 2
@@ -245,7 +245,7 @@ class SharedNetwork(nn.Module):
             self.layout, x, self._first_bias(context, bits), weights, biases[1:], bits[: len(weights)]
         )
         if self.is_direct:
-            plain = MaskedLayers((), frozenset(), (WHOLE,), None)
+            plain = MaskedLayers((), frozenset(), (WHOLE,))
             none = self.direct.new_zeros(self.direct.shape[0])
             bias = none if self.mask_direct is None else _seen(self.mask_direct, bits[-1])
             out = out + masked_network(plain, x, bias, [self.direct], [], bits[-1:])[0]
