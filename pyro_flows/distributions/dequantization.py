@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import torch
 from pyro.distributions import TorchDistribution
-from pyro.ops.provenance import extract_provenance, track_provenance
 from torch import Size, Tensor, nn
 from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
 
-from pyro_flows.core.checks import check_context, event_size, integer, joint_shape, wrong_event
+from pyro_flows.core.checks import check_context, event_size, integer, wrong_event
 from pyro_flows.core.modes import plain_eager
 from pyro_flows.core.transform import FlowTransform
 from pyro_flows.distributions.flow import Flow
 from pyro_flows.distributions.noise import counted_uniform, fresh_uniform, from_uniform, grid_bits
+from pyro_flows.distributions.shared import SharedDistribution
 from pyro_flows.transforms.pixels import LogitPixels
 
 __all__ = ["Dequantized", "DequantizedDistribution", "bits_per_dim"]
@@ -48,64 +48,28 @@ def bits_per_dim(
     return log_prob * (-1 / (event_size(event_shape).numel() * math.log(2))) + offset
 
 
-class DequantizedDistribution(TorchDistribution):
+class DequantizedDistribution(SharedDistribution):
     """Integer images for ``pyro.sample``: made by :class:`Dequantized`, whose parameters it shares."""
 
-    arg_constraints: ClassVar[dict[str, Constraint]] = {}
-    has_rsample = False
+    def _admit(self, value: Tensor) -> Tensor:
+        return self.model.whole(value, self._validate_args)
 
-    def __init__(
-        self,
-        model: Dequantized,
-        context: Tensor | None = None,
-        *,
-        batch_shape: Size | None = None,
-        validate_args: bool | None = None,
-    ) -> None:
-        found: Any
-        found, self._marks = extract_provenance(context)
-        self.context: Tensor | None = found
-        self.model = model
-        own = Size() if context is None else found.shape[:-1]
-        super().__init__(own if batch_shape is None else batch_shape, model.event_shape, validate_args=validate_args)
+    def _score(self, value: Tensor) -> Tensor:
+        """A lower bound of the log-mass of whole numbers."""
+        scores = self.model._terms(value, self.context)
+        return torch.logsumexp(scores, 0) - math.log(len(scores))
 
-    @constraints.dependent_property
-    def support(self) -> Constraint:
-        """Whole numbers from 0 to ``levels - 1``."""
-        return self.model.support
-
-    def expand(
-        self, batch_shape: Size | Iterable[int], _instance: DequantizedDistribution | None = None
-    ) -> DequantizedDistribution:
-        shape = Size(batch_shape)
-        context = None if self.context is None else track_provenance(self.context.expand(*shape, -1), self._marks)
-        return DequantizedDistribution(self.model, context, batch_shape=shape, validate_args=self._validate_args)
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        """Lower bound in nats of the log-mass of whole numbers, shape ``(*sample, *batch)``."""
-        given: Any
-        given, marks = extract_provenance(value)
-        value = self.model.whole(given, self._validate_args)
-        dims = len(self.event_shape)
-        batch = joint_shape(value.shape[: value.dim() - dims], self.batch_shape)
-        scores = self.model._terms(value.expand(batch + self.event_shape), self.context)
-        return track_provenance(torch.logsumexp(scores, 0) - math.log(len(scores)), marks | self._marks)
-
-    @torch.no_grad()
-    def sample(self, sample_shape: Size | list[int] | tuple[int, ...] = ()) -> Tensor:
-        """Draws, of 64-bit integers, shape ``(*sample, *batch, *event)``."""
-        shape = Size(sample_shape)
-        if self.context is None:
-            drawn = self.model.flow.sample(shape + self.batch_shape)
-        else:
-            drawn = self.model.flow.sample(shape, self.context)
-            drawn = drawn.reshape(shape + self.batch_shape + self.event_shape)
+    def _draw(self, sample_shape: Size) -> Tensor:
+        """Draws, of 64-bit integers."""
+        shape = sample_shape + self.batch_shape
+        given = (shape,) if self.context is None else (sample_shape, self.context)
+        drawn = self.model.flow.sample(*given).reshape(shape + self.event_shape)
         if plain_eager() and not drawn.isfinite().all():
             raise FloatingPointError(
                 f"Dequantized: {int((~drawn.isfinite()).sum())} of {drawn.numel()} numbers that the flow drew are not "
                 "finite; locate_nonfinite says where that begins"
             )
-        return track_provenance(drawn.floor().clamp(0, self.model.levels - 1).long(), self._marks)
+        return drawn.floor().clamp(0, self.model.levels - 1).long()
 
 
 class Dequantized(nn.Module):

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import Any, ClassVar
 
 import torch
-from pyro.distributions import TorchDistribution
-from pyro.ops.provenance import extract_provenance, track_provenance
+from pyro.ops.provenance import track_provenance
 from torch import Size, Tensor, nn
-from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
 
-from pyro_flows.core.checks import check_context, check_tensor, joint_shape, wrong_event
+from pyro_flows.core.checks import check_context, check_tensor, wrong_event
 from pyro_flows.core.modes import plain_eager
 from pyro_flows.distributions.made.head import Head
 from pyro_flows.distributions.made.network import Member
+from pyro_flows.distributions.shared import SharedDistribution
 
 __all__ = ["AutoregressiveDistribution", "AutoregressiveModel", "by_row"]
 
@@ -26,12 +23,7 @@ def by_row(context: Tensor | None, batch: Size) -> Tensor | None:
     return None if context is None else context.expand(*batch, -1).reshape(batch.numel(), context.shape[-1])
 
 
-def _unmarked(value: Any) -> tuple[Any, Any]:
-    """Splits a value from Pyro's provenance marks."""
-    return extract_provenance(value)
-
-
-class AutoregressiveDistribution(TorchDistribution):
+class AutoregressiveDistribution(SharedDistribution):
     r"""A product of univariate conditionals, :math:`p(x) = \prod_i p(x_i \mid x_{<i}, c)`, for ``pyro.sample``.
 
     Calling a model returns this distribution, which shares the parameters.  A density costs one pass for each member, a
@@ -44,8 +36,6 @@ class AutoregressiveDistribution(TorchDistribution):
         batch_shape: by default the context's.
     """
 
-    arg_constraints: ClassVar[dict[str, Constraint]] = {}
-
     def __init__(
         self,
         model: AutoregressiveModel,
@@ -55,61 +45,36 @@ class AutoregressiveDistribution(TorchDistribution):
         batch_shape: Size | None = None,
         validate_args: bool | None = None,
     ) -> None:
-        self.context: Tensor | None
-        self.context, self._marks = _unmarked(context)  # hand-made gradients need plain tensors
-        self.model, self.members = model, members
-        self.has_rsample = len(members) == 1 and model.has_rsample
-        own = Size() if self.context is None else self.context.shape[:-1]
-        super().__init__(own if batch_shape is None else batch_shape, model.event_shape, validate_args=validate_args)
+        super().__init__(model, context, batch_shape=batch_shape, validate_args=validate_args)
+        self.members, self.has_rsample = members, len(members) == 1 and model.has_rsample
 
-    @constraints.dependent_property
-    def support(self) -> Constraint:
-        """The support of one event."""
-        return self.model.support
-
-    def expand(
-        self, batch_shape: Size | Iterable[int], _instance: AutoregressiveDistribution | None = None
-    ) -> AutoregressiveDistribution:
-        shape = Size(batch_shape)
-        context = None if self.context is None else track_provenance(self.context.expand(*shape, -1), self._marks)
-        return AutoregressiveDistribution(
-            self.model, context, self.members, batch_shape=shape, validate_args=self._validate_args
-        )
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        """Log-density or log-mass in nats, shape ``(*sample, *batch)``."""
-        value, marks = _unmarked(value)
+    def _admit(self, value: Tensor) -> Tensor:
         check_tensor(type(self.model).__name__, "a tensor", value)
         cut = value.dim() - len(self.event_shape)
         if cut < 0 or value.shape[cut:] != self.event_shape:
             raise ValueError(wrong_event(self.model, value.shape, self.event_shape))
         if self._validate_args and value.numel() and plain_eager():
             self.model.head.check(value.reshape(*value.shape[:cut], self.model.input_dim))
-        batch = joint_shape(value.shape[:cut], self.batch_shape)
-        value = value.expand(batch + self.event_shape)
+        return value
+
+    def _score(self, value: Tensor) -> Tensor:
         scores = [self.model.score(value, self.context, member) for member in self.members]
-        score = scores[0]
-        if len(scores) > 1:
-            score = torch.logsumexp(torch.stack(scores), 0) - math.log(len(scores))
-        return track_provenance(score, marks | self._marks)
+        if len(scores) == 1:
+            return scores[0]
+        return torch.logsumexp(torch.stack(scores), 0) - math.log(len(scores))
 
-    @torch.no_grad()
-    def sample(self, sample_shape: Size | list[int] | tuple[int, ...] = ()) -> Tensor:
-        """Draws, shape ``(*sample, *batch, *event)``, each from a random member."""
-        shape = Size(sample_shape) + self.batch_shape
-        one = len(self.members) == 1
-        drawn = self.model.draw(shape, self.context, self.members[0]) if one else self._from_ensemble(shape)
-        return track_provenance(drawn, self._marks)
-
-    def _from_ensemble(self, shape: Size) -> Tensor:
+    def _draw(self, sample_shape: Size) -> Tensor:
+        """Draws, each from a random member."""
+        shape = sample_shape + self.batch_shape
+        if len(self.members) == 1:
+            return self.model.draw(shape, self.context, self.members[0])
         which = torch.randint(len(self.members), (shape.numel(),), device=self.model.device)
         context = by_row(self.context, shape)
-        parts = []
+        out = torch.empty(shape.numel(), *self.event_shape, dtype=self.model.dtype, device=self.model.device)
         for k, member in enumerate(self.members):
             chosen = (which == k).nonzero().squeeze(-1)
-            parts.append(self.model.draw(chosen.shape, None if context is None else context[chosen], member))
-        back = which.argsort(stable=True).argsort()
-        return torch.cat(parts)[back].view(shape + self.event_shape)
+            out[chosen] = self.model.draw(chosen.shape, None if context is None else context[chosen], member)
+        return out.view(shape + self.event_shape)
 
     def rsample(self, sample_shape: Size | list[int] | tuple[int, ...] = ()) -> Tensor:
         """Differentiable draws, if the head has them."""

@@ -156,18 +156,23 @@ class Head(nn.Module):
             x: output, shape ``(n, columns)``.
             features: output, shape ``(n * num_features, columns)``; the memory of ``x`` if ``given_values``.
         """
-        rows, value = params.permute(2, 0, 1), x.T
+        rows = params.permute(2, 0, 1)
+        return self.fills(lambda: self.sample(rows, dims), dims, x, features)
+
+    # Derived.
+
+    def fills(self, make: Callable[[], Tensor], dims: Tensor, x: Tensor, features: Tensor) -> Calls:
+        """Calls that fill ``x`` with values, made in shape ``(columns, n)``, and their features; see :meth:`draws`."""
+        value = x.T
         coded = features.unflatten(0, (len(dims), self.num_features)).permute(2, 0, 1)
         shared = features.data_ptr() == x.data_ptr()
 
         def run() -> None:
-            value.copy_(self.sample(rows, dims))
+            value.copy_(make())
             if not shared:
                 coded.copy_(self.code(value, dims))
 
         return [run]
-
-    # Derived.
 
     @property
     def given_values(self) -> bool:

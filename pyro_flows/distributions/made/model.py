@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -20,11 +19,10 @@ from pyro_flows.core.checks import (
     joint_shape,
     positive_integers,
 )
-from pyro_flows.core.modes import lasting
 from pyro_flows.distributions.made.autoregressive import AutoregressiveDistribution, AutoregressiveModel, by_row
 from pyro_flows.distributions.made.composed import as_head
 from pyro_flows.distributions.made.head import Head
-from pyro_flows.distributions.made.network import Member, SharedNetwork, draw_units
+from pyro_flows.distributions.made.network import Member, Recent, SharedNetwork, draw_units
 from pyro_flows.nets.activations import Activation
 from pyro_flows.nets.degrees import as_order
 
@@ -128,7 +126,7 @@ class MADE(AutoregressiveModel):
         if activation is None:
             activation = "relu" if self.head.discrete else ("isru", "silu")
         self.net = SharedNetwork(self.head, self.hidden_dims, context_dim, direct, activation, mask_inputs)
-        self._held: OrderedDict[object, Member] = OrderedDict()
+        self._held = Recent(HELD)
 
     def _generator(self, number: int) -> Generator:
         return Generator().manual_seed((self.seed * 1_000_003 + number + 1) % 2**63)
@@ -145,24 +143,18 @@ class MADE(AutoregressiveModel):
 
     def member(self, number: int) -> Member:
         """The order and connections of this number."""
-        held = self._held.pop(number, None)
-        if held is None:
+
+        def make() -> Member:
             if not self.any_order and torch._C._functorch.is_functorch_wrapped_tensor(self.order):
                 raise ValueError(
                     "MADE: the order is inside of a transform of torch.func (stacked buffers): score once with the "
                     "model before, which keeps its masks, or stack the parameters alone"
                 )
-            with lasting():
-                generator = self._generator(number)
-                order = torch.randperm(self.input_dim, generator=generator) if self.any_order else self.order.cpu()
-                held = self._make(order, generator)
-        return self._hold(number, held)
+            generator = self._generator(number)
+            order = torch.randperm(self.input_dim, generator=generator) if self.any_order else self.order.cpu()
+            return self._make(order, generator)
 
-    def _hold(self, key: object, member: Member) -> Member:
-        self._held[key] = member  # the latest last
-        if len(self._held) > HELD:
-            self._held.popitem(last=False)
-        return member
+        return self._held.find(number, make)
 
     def _make(self, order: Tensor, generator: Generator) -> Member:
         units = draw_units(self.input_dim, self.hidden_dims, self.context_dim > 0, self.connectivity, generator)
@@ -211,21 +203,25 @@ class MADE(AutoregressiveModel):
                 "MADE: this model knows one order only, in which the observed dimensions do not come first; train one "
                 'with order="any" to impute any dimensions from any others'
             )
-        key = (number, *known.nonzero().squeeze(-1).tolist())
-        held = self._held.pop(key, None)
-        if held is None:
+
+        def make() -> Member:
             generator = self._generator(-2 - number)
             drawn = torch.randperm(self.input_dim, generator=generator)
-            held = self._make(torch.cat((drawn[known[drawn]], drawn[~known[drawn]])), generator)
-        return self._hold(key, held)
+            return self._make(torch.cat((drawn[known[drawn]], drawn[~known[drawn]])), generator)
+
+        return self._held.find((number, *known.nonzero().squeeze(-1).tolist()), make)
 
     # Missing dimensions.
 
-    def _patterns(self, observed: Tensor, number: int) -> Iterator[tuple[Tensor, int, Member]]:
-        """Each pattern's rows, number of known dimensions, and a member that has them first."""
-        kinds, which = torch.unique(observed, dim=0, return_inverse=True)
-        for k, kind in enumerate(kinds):
-            yield (which == k).nonzero().squeeze(-1), int(kind.sum()), self.member_for(kind, number)
+    def _patterns(
+        self, value: Tensor, observed: Tensor, context: Tensor | None, number: int
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor | None, Member]]:
+        """Each pattern of known dimensions with its rows, their contexts, and a member that has them first."""
+        contexts = by_row(context, value.shape[:-1])
+        patterns, which = torch.unique(observed, dim=0, return_inverse=True)
+        for k, pattern in enumerate(patterns):
+            rows = (which == k).nonzero().squeeze(-1)
+            yield pattern, rows, None if contexts is None else contexts[rows], self.member_for(pattern, number)
 
     def _check_observed(self, value: Tensor, observed: Tensor, context: Tensor | None) -> Tensor:
         """The mask as rows; refuses rows all hidden or all known."""
@@ -277,12 +273,11 @@ class MADE(AutoregressiveModel):
                 the observed dimensions.
         """
         seen = self._check_observed(value, observed, context)
-        contexts = by_row(context, value.shape[:-1])
         out = self.cast(value).expand(num_samples, *value.shape).reshape(num_samples, -1, self.input_dim).clone()
-        for rows, known, member in self._patterns(seen, number):
+        for known, rows, own, member in self._patterns(value, seen, context, number):
             given = out[:, rows].flatten(0, 1)
-            own = None if contexts is None else contexts[rows].repeat(num_samples, 1)
-            drawn = self.net.draw(self.head, len(given), own, member, given, known)
+            repeated = None if own is None else own.repeat(num_samples, 1)
+            drawn = self.net.draw(self.head, len(given), repeated, member, given, int(known.sum()))
             out[:, rows] = drawn.unflatten(0, (num_samples, len(rows)))
         return out.view(num_samples, *value.shape)
 
@@ -291,17 +286,15 @@ class MADE(AutoregressiveModel):
     ) -> tuple[Tensor, Tensor]:
         """``(log p(observed), log p(missing | observed))`` in nats, of the batch shape; one pass a pattern."""
         seen = self._check_observed(value, observed, context)
-        batch = value.shape[:-1]
-        contexts, flat = by_row(context, batch), self.cast(value).reshape(-1, self.input_dim)
+        flat = self.cast(value).reshape(-1, self.input_dim)
         # Missing entries only have to be finite.
         fine = torch.where(seen | flat.isfinite(), flat, 0.0)
         known, missing = flat.new_zeros(len(flat)), flat.new_zeros(len(flat))
-        for rows, _, member in self._patterns(seen, number):
-            params = self.params(fine[rows], None if contexts is None else contexts[rows], member)
-            each, mask = self.head.log_prob(flat[rows], params), seen[rows]
-            known = known.index_put((rows,), torch.where(mask, each, 0.0).sum(-1))
-            missing = missing.index_put((rows,), torch.where(mask, 0.0, each).sum(-1))
-        return known.view(batch), missing.view(batch)
+        for pattern, rows, own, member in self._patterns(value, seen, context, number):
+            each = self.head.log_prob(flat[rows], self.params(fine[rows], own, member))
+            known = known.index_put((rows,), torch.where(pattern, each, 0.0).sum(-1))
+            missing = missing.index_put((rows,), torch.where(pattern, 0.0, each).sum(-1))
+        return known.view(value.shape[:-1]), missing.view(value.shape[:-1])
 
     def log_prob_observed(
         self, value: Tensor, observed: Tensor, context: Tensor | None = None, *, number: int = 0
@@ -362,9 +355,6 @@ class MADE(AutoregressiveModel):
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
         self._held.clear()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_held": OrderedDict()}
 
     def extra_repr(self) -> str:
         order = "any order" if self.any_order else f"order {self.order.tolist() if self.input_dim < 9 else 'given'}"

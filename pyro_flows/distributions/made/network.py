@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 from collections import OrderedDict
@@ -24,7 +23,33 @@ from pyro_flows.nets.structure import Cut, Structure, keep
 __all__ = ["Member", "SharedNetwork", "draw_units"]
 
 WHOLE = Cut()
-KEPT_BYTES = 2**26  # of cached masks
+KEPT = 2**24  # numbers of cached masks
+
+
+class Recent(OrderedDict[object, Any]):
+    """Results by key, the latest last; a copy is empty."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self.limit = limit
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Recent, (self.limit,)
+
+    def keep(self, key: object, value: Any) -> Any:
+        """Holds a value, and returns it."""
+        self[key] = value
+        while len(self) > self.limit:
+            self.popitem(last=False)
+        return value
+
+    def find(self, key: object, make: Callable[[], Any]) -> Any:
+        """The value of a key, made if it is not here."""
+        held = self.pop(key, None)
+        if held is None:
+            with lasting():
+                held = make()
+        return self.keep(key, held)
 
 
 def draw_units(
@@ -93,25 +118,12 @@ class _Draws:
 
     def draws(self, start: int, stop: int, z: Tensor, params: Tensor, x: Tensor, coded: Tensor) -> Calls:
         """Calls that fill ``x`` and its features at ranks ``[start, stop)``; feature-major."""
-        calls: Calls = []
         given = min(max(self.known - start, 0), stop - start)
-        dims = self.order[start:stop].to(z.device)
-        if given:
-            calls.append(lambda: x[:given].copy_(z[:given]))
-            if not self.shared:
-                calls.append(lambda: self._code(x[:given], dims[:given], coded))
+        dims, cut = self.order[start:stop].to(z.device), given * self.head.num_features
+        calls = self.head.fills(lambda: z[:given].T, dims[:given], x[:given], coded[:cut]) if given else []
         if given < stop - start:
-            features = self.head.num_features
-            rest = coded[given * features :]
-            calls += self.head.draws(dims[given:], z[given:], params[given:], x[given:], rest)
+            calls += self.head.draws(dims[given:], z[given:], params[given:], x[given:], coded[cut:])
         return calls
-
-    def _code(self, x: Tensor, dims: Tensor, coded: Tensor) -> None:
-        made = self.head.features(x.T, dims)  # (columns, n, features)
-        coded[: made.shape[-2] * made.shape[-1]].copy_(made.flatten(-2).T)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.head}, known={self.known})"
 
 
 class Sampler:
@@ -126,7 +138,7 @@ class Sampler:
         weights: Sequence[Tensor],
         biases: Sequence[Tensor],
     ) -> None:
-        self.key, self.known = (head, member, known, weights[0].dtype, weights[0].device), known
+        self.known = known
         self.solver = Solver(member.structure(), activations, _Draws(head, member.order, known))
         device = weights[0].device
         self.order, self.rank = member.order.to(device), member.rank.to(device)
@@ -145,20 +157,17 @@ class Sampler:
         """Draws of shape ``(rows, D)``; ``first_bias``: ``(width,)``, ``(1, width)`` or ``(rows, width)``."""
         first = first_bias.reshape(-1, first_bias.shape[-1]).index_select(1, self._places[0][0])
         own = first.shape[0] > 1
-        dims = len(self.order)
-        out = first.new_empty(rows, dims)
-        chunk = columns_at_once(rows, self.solver.structure.adjoint_rows, out.device)
+        x = torch.rand(rows, len(self.order), dtype=first.dtype, device=first.device)  # noise that becomes values
+        if given is not None:
+            x[:, : self.known] = given.index_select(1, self.order[: self.known]).to(x.dtype)
+        chunk = columns_at_once(rows, self.solver.structure.adjoint_rows, x.device)
         for start in range(0, rows, chunk):
-            part = slice(start, min(rows, start + chunk))
-            size = part.stop - part.start
-            noise = torch.rand(size, dims, dtype=out.dtype, device=out.device)
-            if given is not None:
-                noise[:, : self.known] = given[part].index_select(1, self.order[: self.known]).to(out.dtype)
-            sweep: Any = self.solver.borrow(ForwardSweep, noise, size, self._weights, self._biases, own)
-            sweep.run(noise, first[part] if own else first, self._weights, [])
-            out[part] = sweep.x.T
+            part = slice(start, start + chunk)
+            sweep: Any = self.solver.borrow(ForwardSweep, x, len(x[part]), self._weights, self._biases, own)
+            sweep.run(x[part], first[part] if own else first, self._weights, [])
+            x[part] = sweep.x.T
             self.solver.give_back(sweep)
-        return out.index_select(1, self.rank)
+        return x.index_select(1, self.rank)
 
 
 def _seen(weight: Tensor, bits: Tensor) -> Tensor:
@@ -206,8 +215,8 @@ class SharedNetwork(nn.Module):
         if context_dim:
             weight = (2 * torch.rand(sizes[1], context_dim) - 1) / math.sqrt(context_dim)
             self.context_weight = nn.Parameter(weight if self.hidden_dims else torch.zeros_like(weight))
-        self._bits: OrderedDict[object, tuple[Member, list[Tensor]]] = OrderedDict()
-        self._idle: list[Sampler] = []
+        self._bits = Recent(max(1, KEPT // sum(a * c for a, c in itertools.pairwise(sizes))))
+        self._idle = Recent(1)
 
     def _weights(self) -> tuple[list[Tensor], list[Tensor]]:
         layers = range(len(self.hidden_dims) + 1)
@@ -225,16 +234,8 @@ class SharedNetwork(nn.Module):
         """The member's masks as integers of the weights' size, all bits set where a weight counts."""
         weight = self.weight_0
         kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
-        key = (id(member), kind, weight.device)
-        held = self._bits.pop(key, None)
-        if held is None or held[0] is not member:
-            with lasting():
-                held = member, [-mask.to(weight.device).to(kind) for mask in member.masks()]
-        self._bits[key] = held  # the latest last
-        size = sum(b.nbytes for b in held[1])
-        while len(self._bits) > 1 and len(self._bits) * size > KEPT_BYTES:
-            self._bits.popitem(last=False)
-        return held[1]
+        key = (member, kind, weight.device)
+        return self._bits.find(key, lambda: [-mask.to(weight.device).to(kind) for mask in member.masks()])
 
     def forward(self, features: Tensor, context: Tensor | None, member: Member) -> Tensor:
         """Parameters, shape ``(*batch, D, num_params)``, for features ``(*batch, D, num_features)``; one pass."""
@@ -263,18 +264,14 @@ class SharedNetwork(nn.Module):
         weights, biases = self._weights()
         if self.is_direct:
             weights.append(self.direct)
-        sampler, key = None, (head, member, known, self.weight_0.dtype, self.weight_0.device)
-        with contextlib.suppress(IndexError):  # another thread may have taken it
-            sampler = self._idle.pop()
-        if sampler is None or sampler.key != key:
+        key = (head, member, known, self.weight_0.dtype, self.weight_0.device)
+        sampler = self._idle.pop(key, None)  # no other thread uses it meanwhile
+        if sampler is None:
             sampler = Sampler(head, self.layout.activations, member, known, weights, biases)
         bits = self.bits(member)
         if self.mask_direct is not None:
             biases[-1] = biases[-1] + _seen(self.mask_direct, bits[-1])
         sampler.load(weights, biases, bits)
         drawn = sampler.run(rows, self._first_bias(context, bits), given)
-        self._idle = [sampler]
+        self._idle.keep(key, sampler)
         return drawn
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_bits": OrderedDict(), "_idle": []}

@@ -140,7 +140,7 @@ class NetworkConditionals(Conditionals):
             if isinstance(model, ConvMADE):
                 return RasterSweep(model.net, head, model.bias, rows, context).run().flatten(1).long()
             drawn = model.net.draw(head, rows, context, model.member(self.number))
-            model.net._idle = []
+            model.net._idle.clear()
             return drawn.long()
 
 

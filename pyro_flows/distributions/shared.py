@@ -1,0 +1,84 @@
+"""The base of distributions that share the parameters of a module."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+import torch
+from pyro.distributions import TorchDistribution
+from pyro.ops.provenance import extract_provenance, track_provenance
+from torch import Size, Tensor
+from torch.distributions import constraints
+from torch.distributions.constraints import Constraint
+
+from pyro_flows.core.checks import joint_shape
+
+__all__ = ["SharedDistribution"]
+
+
+class SharedDistribution(TorchDistribution):
+    """Abstract base: a distribution that a module makes at a context and that shares its parameters.
+
+    A subclass defines ``_admit``, ``_score`` and ``_draw``.
+
+    Args:
+        model: the module, with an ``event_shape`` and a ``support``.
+        context: shape ``(*batch, context_dim)``, or ``None``.
+        batch_shape: by default the context's.
+    """
+
+    arg_constraints: ClassVar[dict[str, Constraint]] = {}
+
+    def __init__(
+        self,
+        model: Any,
+        context: Tensor | None = None,
+        *,
+        batch_shape: Size | None = None,
+        validate_args: bool | None = None,
+    ) -> None:
+        found: Any
+        found, self._marks = extract_provenance(context)  # hand-made gradients need plain tensors
+        self.model, self.context = model, found
+        own = Size() if found is None else found.shape[:-1]
+        super().__init__(own if batch_shape is None else batch_shape, model.event_shape, validate_args=validate_args)
+
+    @constraints.dependent_property
+    def support(self) -> Constraint:
+        """The support of one event."""
+        return self.model.support
+
+    def expand(
+        self, batch_shape: Size | Iterable[int], _instance: SharedDistribution | None = None
+    ) -> SharedDistribution:
+        made = copy.copy(self)
+        made._batch_shape = Size(batch_shape)
+        made.context = None if self.context is None else self.context.expand(*made._batch_shape, -1)
+        return made
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log-density or log-mass in nats, or a bound, shape ``(*sample, *batch)``."""
+        given: Any
+        given, marks = extract_provenance(value)
+        given = self._admit(given)
+        batch = joint_shape(given.shape[: given.dim() - len(self.event_shape)], self.batch_shape)
+        return track_provenance(self._score(given.expand(batch + self.event_shape)), marks | self._marks)
+
+    @torch.no_grad()
+    def sample(self, sample_shape: Size | list[int] | tuple[int, ...] = ()) -> Tensor:
+        """Draws, shape ``(*sample, *batch, *event)``."""
+        return track_provenance(self._draw(Size(sample_shape)), self._marks)
+
+    def _admit(self, value: Tensor) -> Tensor:
+        """Checks a value."""
+        raise NotImplementedError
+
+    def _score(self, value: Tensor) -> Tensor:
+        """``log_prob`` of a value of the whole batch shape."""
+        raise NotImplementedError
+
+    def _draw(self, sample_shape: Size) -> Tensor:
+        """``sample`` without marks."""
+        raise NotImplementedError
