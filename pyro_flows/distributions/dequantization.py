@@ -278,15 +278,13 @@ class Dequantized(nn.Module):
         size = max(_AT_ONCE // max(numbers.numel(), 1), 1) if isinstance(self.flow, Flow) else 1
         for first in range(0, number, size):
             some = range(first, min(first + size, number))
-            shape = Size((len(some), *numbers.shape))
-            log_q = None
-            if fresh and q is not None:
-                u, log_q = q.rsample_and_log_prob(shape[:1])
-            elif fresh:
-                u = fresh_uniform(shape, bits, numbers)
-            else:
+            if not fresh:
                 u = counted_uniform(value, len(self.event_shape), self.seed, some, bits, numbers.dtype)
                 u, log_q = (u, None) if q is None else from_uniform(q, u)
+            elif q is None:
+                u, log_q = fresh_uniform(Size((len(some), *numbers.shape)), bits, numbers), None
+            else:
+                u, log_q = q.rsample_and_log_prob(Size((len(some),)))
             yield self._within(numbers, u), log_q
 
     def _density(self, intensities: Tensor, context: Tensor | None) -> Tensor:

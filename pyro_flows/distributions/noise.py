@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
 import pyro.distributions as dist
@@ -49,8 +50,9 @@ def counted_uniform(value: Tensor, event_dim: int, seed: int, draws: range, bits
     flat = value.flatten(-event_dim)
     places = torch.arange(1, flat.shape[-1] + 1, device=value.device) * _signed(_STEP)
     row = _mixed(flat + places).sum(-1, keepdim=True)
-    keys = [_signed(_number(_number(seed) + draw * _STEP)) for draw in draws]
-    start = _mixed(row + torch.tensor(keys, device=value.device).view(-1, *(1 for _ in row.shape)))
+    numbers = torch.tensor(draws, device=value.device) * _signed(_STEP)
+    keys = _mixed(_mixed(torch.tensor(_signed(seed), device=value.device)) + numbers)
+    start = _mixed(row + keys.view(-1, *(1 for _ in row.shape)))
     counts = (_mixed(start + places) >> (64 - bits)) & (2**bits - 1)
     return ((counts.to(dtype) + 0.5) * 2.0**-bits).view(len(draws), *value.shape)
 
@@ -65,14 +67,6 @@ def _mixed(state: Tensor) -> Tensor:
     state = (state ^ ((state >> 30) & (2**34 - 1))) * _signed(_FIRST)
     state = (state ^ ((state >> 27) & (2**37 - 1))) * _signed(_SECOND)
     return state ^ ((state >> 31) & (2**33 - 1))
-
-
-def _number(state: int) -> int:
-    """``_mixed`` of one number."""
-    state %= _WORD
-    state = (state ^ (state >> 30)) * _FIRST % _WORD
-    state = (state ^ (state >> 27)) * _SECOND % _WORD
-    return state ^ (state >> 31)
 
 
 class _Logistic(dist.Logistic):
@@ -147,7 +141,9 @@ class Dequantizer(nn.Module):
                 )
         self.flow = flow
         if encoder is None:
-            encoder = _Dense(self.event_shape, context_dim, hidden_dims, activation)
+            size = self.event_shape.numel()
+            net = MLP(size, context_dim, hidden_dims=hidden_dims, activation=activation, zero_init=False)
+            encoder = nn.Sequential(OrderedDict(flat=nn.Flatten(), net=net, back=nn.Flatten()))
         self.encoder = encoder
 
     def forward(self, pixels: Tensor) -> FlowDistribution:
@@ -155,18 +151,6 @@ class Dequantizer(nn.Module):
         batch = pixels.shape[: pixels.dim() - len(self.event_shape)]
         context = self.encoder(pixels.reshape(batch.numel(), *self.event_shape))
         return self.flow(context.reshape(*batch, context.shape[-1]))
-
-
-class _Dense(nn.Module):
-    """A dense network of flattened images."""
-
-    def __init__(self, event_shape: Size, context_dim: int, hidden_dims: Sequence[int], activation: Activation) -> None:
-        super().__init__()
-        size = event_shape.numel()
-        self.net = MLP(size, context_dim, hidden_dims=hidden_dims, activation=activation, zero_init=False)
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        return self.net(pixels.flatten(1)).squeeze(-1)
 
 
 def from_uniform(q: FlowDistribution, uniform: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,30 +10,22 @@ from torch import Tensor
 from pyro_flows.core.checks import choice
 from pyro_flows.nets.structure import Cut, staircase
 
-__all__ = ["Degrees", "as_order", "even_degrees", "least_degree"]
+__all__ = ["Degrees", "as_order", "even_degrees", "least_degree", "visible"]
 
 
 def as_order(input_dim: int, order: str | Sequence[int] | Tensor) -> Tensor:
     """The dimensions in autoregressive order, from a name or a permutation."""
-    return _order(input_dim, order)[0]
-
-
-def _order(input_dim: int, order: str | Sequence[int] | Tensor) -> tuple[Tensor, str]:
     natural = torch.arange(input_dim)
     if isinstance(order, str):
-        if order == "identity":
-            return natural, "identity"
-        if order == "reverse":
-            return natural.flip(0), "reverse"
         choice("", "order", order, ("identity", "reverse", "random"), "a permutation")
-        return torch.randperm(input_dim), "given"
+        if order == "random":
+            return torch.randperm(input_dim)
+        return natural if order == "identity" else natural.flip(0)
     given = torch.as_tensor(order).cpu()
     if given.dim() != 1 or given.is_floating_point() or not torch.equal(given.sort().values, natural):
         shown = given.tolist() if given.numel() <= 20 else f"a tensor of shape {tuple(given.shape)}"
         raise ValueError(f"expected order to be a permutation of 0..{input_dim - 1}, got {shown}")
-    if torch.equal(given, natural):
-        return natural, "identity"
-    return given.long().clone(), "reverse" if torch.equal(given, natural.flip(0)) else "given"
+    return given.long().clone()
 
 
 def _levels(adjacency: Tensor) -> Tensor:
@@ -60,6 +52,12 @@ def even_degrees(input_dim: int, width: int, context: bool) -> Tensor:
     """Evenly spread, ascending degrees of a hidden layer."""
     least = least_degree(input_dim, context)
     return least + torch.arange(width) * (input_dim - least) // width
+
+
+def visible(inputs: Tensor, hidden: Sequence[Tensor], outputs: Tensor) -> list[Tensor]:
+    """A boolean mask for each layer: all below of at most the row's own degree."""
+    pairs = zip([*hidden, outputs], [inputs, *hidden], strict=True)
+    return [above[:, None] >= below for above, below in pairs]
 
 
 class Degrees:
@@ -91,7 +89,7 @@ class Degrees:
     ) -> None:
         self.input_dim, self.widths = input_dim, tuple(widths)
         if adjacency is None:
-            self.order, self.kind = _order(input_dim, order)
+            self.order = as_order(input_dim, order)
             even = (even_degrees(input_dim, width, context) for width in self.widths)
             self._unit = list(even if units is None else units)
             self._by_rank(direct)
@@ -99,6 +97,9 @@ class Degrees:
             if not (isinstance(order, str) and order == "identity"):
                 raise ValueError("give either an order or an adjacency, not both: the adjacency implies an order")
             self._by_set(context, torch.as_tensor(adjacency).cpu())
+        # Units of different degrees may share a time.
+        free = visible(self.steps + 1, self.times, self.steps)
+        self.dense = all(map(torch.equal, self.masks(), free))
 
     def _by_rank(self, direct: bool) -> None:
         ranks = torch.arange(self.input_dim)
@@ -113,8 +114,6 @@ class Degrees:
         self.steps = torch.unique(seen, return_inverse=True)[1]
         self.times = [torch.where(r == 0, 0, self.steps[(r - 1).clamp(min=0)] + 1) for r in reach[:-1]]
         self._sees: Tensor | None = None
-        # Units of different degrees may share a time.
-        self.dense = all(bool((mask == free).all()) for mask, free in zip(self.masks(), self._free(), strict=True))
 
     def _by_set(self, context: bool, adjacency: Tensor) -> None:
         shape = (self.input_dim, self.input_dim)
@@ -125,7 +124,6 @@ class Degrees:
             raise ValueError("expected an adjacency with a false diagonal: a dimension cannot be its own condition")
         level = _levels(adjacency)
         self.order = torch.argsort(level, stable=True)
-        self.kind = "identity" if torch.equal(self.order, torch.arange(self.input_dim)) else "given"
         self._sees = adjacency[self.order][:, self.order]  # by rank
         self.steps = level[self.order]
         sets = torch.unique(self._sees, dim=0)
@@ -137,15 +135,12 @@ class Degrees:
         picks = [torch.arange(width) * len(sets) // width for width in self.widths]
         self._unit = [sets[pick] for pick in picks]
         self.times = [last[pick] for pick in picks]
-        self.dense = all(bool((mask == free).all()) for mask, free in zip(self.masks(), self._free(), strict=True))
 
     def masks(self) -> list[Tensor]:
         """A boolean mask for each layer; rows are the layer's outputs."""
         if self._sees is None:
             ranks = torch.arange(self.input_dim)
-            below = [ranks + 1, *self._unit]
-            above = [*self._unit, ranks]
-            return [a[:, None] >= b[None, :] for a, b in zip(above, below, strict=True)]
+            return visible(ranks + 1, self._unit, ranks)
         below = [torch.eye(self.input_dim, dtype=torch.bool), *self._unit]
         above = [*self._unit, self._sees]
         # A set may use its subsets.
@@ -153,15 +148,6 @@ class Degrees:
 
     def cuts(self, repeats: int) -> tuple[Cut, ...]:
         """The cut of each layer; the outputs come ``repeats`` times."""
+        above, counts = [*self.times, self.steps], [1] * len(self.times) + [repeats]
         below = [self.steps + 1, *self.times]
-        above = [*self.times, self.steps]
-        last = len(above) - 1
-        return tuple(
-            staircase(a, b, repeats if k == last else 1) for k, (a, b) in enumerate(zip(above, below, strict=True))
-        )
-
-    def _free(self) -> list[Tensor]:
-        """The masks that the times imply."""
-        below = [self.steps + 1, *self.times]
-        above = [*self.times, self.steps]
-        return [a[:, None] >= b[None, :] for a, b in zip(above, below, strict=True)]
+        return tuple(staircase(a, b, n) for a, b, n in zip(above, below, counts, strict=True))

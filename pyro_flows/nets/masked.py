@@ -79,8 +79,12 @@ class MaskedMLP(nn.Module):
         degrees = Degrees(input_dim, _widths(hidden_dims, residual), context_dim > 0, order, adjacency)
         self.activations = activation_functions(activation, len(degrees.times))
         self.degrees = degrees
-        # A drawn order defines the map and is saved; a given one is not.
-        self.register_buffer("order", degrees.order, persistent=isinstance(order, str) and order == "random")
+        # A drawn order defines the map and is saved, so that another may be loaded; a given one is not.
+        drawn, natural = isinstance(order, str) and order == "random", torch.arange(input_dim)
+        names = {"identity": natural, "reverse": natural.flip(0)}
+        fits = (name for name, each in names.items() if not drawn and torch.equal(degrees.order, each))
+        self.order_name = next(fits, "given")
+        self.register_buffer("order", degrees.order, persistent=drawn)
         self.register_buffer("rank", torch.argsort(degrees.order), persistent=False)
         joins = range(2, len(degrees.times), 2) if residual else ()
         cuts = degrees.cuts(num_params)
@@ -89,23 +93,22 @@ class MaskedMLP(nn.Module):
         masks = degrees.masks()
         masks[-1] = masks[-1].repeat(num_params, 1)  # parameter by parameter, as in MLP
         for k, mask in enumerate(masks):
-            self._add_layer(k, mask, zero=zero_init and k == len(masks) - 1, first=k == 0 and len(masks) > 1)
+            # Bounds depend on the number of inputs that a unit sees.
+            bound = mask.sum(1, keepdim=True).clamp(min=1).rsqrt()
+            weight = (2 * torch.rand(mask.shape) - 1) * bound * mask
+            bias = (2 * torch.rand(mask.shape[0]) - 1) * bound[:, 0]
+            if k == 0 and len(masks) > 1:
+                weight = weight * _first_gain(mask.sum(1).double().mean().item())
+            if zero_init and k == len(masks) - 1:
+                weight, bias = torch.zeros_like(weight), torch.zeros_like(bias)
+            self.register_parameter(f"weight_{k}", nn.Parameter(weight))
+            self.register_parameter(f"bias_{k}", nn.Parameter(bias))
+            self.register_buffer(f"bits_{k}", -mask.to(_INTEGER[weight.element_size()]), persistent=False)
         self._names = tuple([f"{what}_{k}" for k in range(len(masks))] for what in ("weight", "bias", "bits"))
         if context_dim:
             weight = (2 * torch.rand(masks[0].shape[0], context_dim) - 1) / math.sqrt(context_dim)
             weight = weight * _first_gain(context_dim) if len(masks) > 1 else weight
             self.context_weight = nn.Parameter(torch.zeros_like(weight) if zero_init and len(masks) == 1 else weight)
-
-    def _add_layer(self, k: int, mask: Tensor, zero: bool, first: bool) -> None:
-        # Bounds depend on the number of inputs that a unit sees.
-        bound = mask.sum(1, keepdim=True).clamp(min=1).rsqrt()
-        weight = (2 * torch.rand(mask.shape) - 1) * bound * mask
-        bias = (2 * torch.rand(mask.shape[0]) - 1) * bound[:, 0]
-        if first:
-            weight = weight * _first_gain(mask.sum(1).double().mean().item())
-        self.register_parameter(f"weight_{k}", nn.Parameter(torch.zeros_like(weight) if zero else weight))
-        self.register_parameter(f"bias_{k}", nn.Parameter(torch.zeros_like(bias) if zero else bias))
-        self.register_buffer(f"bits_{k}", -mask.to(_INTEGER[weight.element_size()]), persistent=False)
 
     def tensors(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Weights, biases and masks; a mask has integers of the weight's size, all bits set where it counts."""
@@ -124,15 +127,16 @@ class MaskedMLP(nn.Module):
 
     def to_ranks(self, x: Tensor) -> Tensor:
         """Puts the last axis in autoregressive order."""
-        if self.degrees.kind == "identity":
-            return x
-        return x.flip(-1) if self.degrees.kind == "reverse" else x.index_select(-1, self.order)
+        return self._permuted(x, self.order)
 
     def from_ranks(self, x: Tensor) -> Tensor:
         """Undoes :meth:`to_ranks`."""
-        if self.degrees.kind == "identity":
+        return self._permuted(x, self.rank)
+
+    def _permuted(self, x: Tensor, index: Tensor, dim: int = -1) -> Tensor:
+        if self.order_name == "identity":
             return x
-        return x.flip(-1) if self.degrees.kind == "reverse" else x.index_select(-1, self.rank)
+        return x.flip(dim) if self.order_name == "reverse" else x.index_select(dim, index)
 
     def first_bias(self, context: Tensor | None) -> Tensor:
         """The first layer's bias at a context: shape ``(*context_batch, width)`` or ``(width,)``."""
@@ -140,10 +144,8 @@ class MaskedMLP(nn.Module):
 
     def ranked(self, x: Tensor, context: Tensor | None, univariate: Univariate | None) -> tuple[Tensor, ...]:
         """Returns flat ``(params,)`` by rank, or with a univariate the moved ``x`` and the ladj."""
-        weights, (bias, *biases), masks = self.tensors()
-        if context is not None:
-            bias = F.linear(context, self.context_weight, bias)
-        return masked_network(self.layers, x, bias, weights, biases, masks, univariate)
+        weights, (_, *biases), masks = self.tensors()
+        return masked_network(self.layers, x, self.first_bias(context), weights, biases, masks, univariate)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """``x``: shape ``(*batch, input_dim)``; ``context``: broadcasts to ``(*batch, context_dim)``.
@@ -152,9 +154,7 @@ class MaskedMLP(nn.Module):
         """
         (flat,) = self.ranked(self.to_ranks(x), context, None)
         params = flat.unflatten(-1, (self.num_params, self.input_dim)).transpose(-1, -2)
-        if self.degrees.kind == "identity":
-            return params
-        return params.flip(-2) if self.degrees.kind == "reverse" else params.index_select(-2, self.rank)
+        return self._permuted(params, self.rank, -2)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MaskedMLP:
         super()._apply(fn, recurse)
@@ -170,4 +170,4 @@ class MaskedMLP(nn.Module):
 
     def extra_repr(self) -> str:
         context = f", context_dim={self.context_dim}" if self.context_dim else ""
-        return f"{self.input_dim}, num_params={self.num_params}{context}, order={self.degrees.kind}"
+        return f"{self.input_dim}, num_params={self.num_params}{context}, order={self.order_name}"

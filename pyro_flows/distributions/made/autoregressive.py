@@ -104,6 +104,7 @@ class AutoregressiveModel(nn.Module):
     def __init__(self, event_shape: Size, head: Head, context_dim: int) -> None:
         super().__init__()
         self.event_shape, self.head, self.context_dim = event_shape, head, context_dim
+        self.input_dim = event_shape.numel()
 
     # For subclasses.
 
@@ -158,11 +159,6 @@ class AutoregressiveModel(nn.Module):
         check_tensor(type(self).__name__, "a tensor of rows", rows)
         self.set_bias(self.head.bias(self.cast(rows.to(self.device)).reshape(len(rows), self.input_dim)))
         return self
-
-    @property
-    def input_dim(self) -> int:
-        """The size of one event."""
-        return self.event_shape.numel()
 
     @property
     def has_rsample(self) -> bool:

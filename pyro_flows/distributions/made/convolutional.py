@@ -51,10 +51,6 @@ def _distances(given: int | Sequence[int] | None, image: bool, length: int, side
     return found
 
 
-def _reach(sides: Sequence[int], distances: Sequence[int]) -> int:
-    return sum(side * distance for side, distance in zip(sides, distances, strict=True))
-
-
 class ConvMADE(AutoregressiveModel):
     r"""Convolutional MADE: :math:`p(x \mid c) = \prod_i p(x_i \mid x_{<i}, c)`, with weights shared by all places.
 
@@ -122,15 +118,15 @@ class ConvMADE(AutoregressiveModel):
         image = len(event) == 3
         height, width = (event[1], event[2]) if image else (1, event[1])
         if num_layers is None:
-            num_layers = IMAGE_LAYERS if image else LEAST_LAYERS
-            while not image and num_layers < MOST_LAYERS:
-                sides = _sides(image, kernel_size, num_layers)
-                if _reach(sides, _distances(dilations, image, width, sides)) >= width - 1:
-                    break
-                num_layers += 1
-        sides = _sides(image, kernel_size, integer("ConvMADE", "num_layers", num_layers))
-        distances = _distances(dilations, image, width, sides)
-        self.reach = _reach(sides, distances)
+            tried = [IMAGE_LAYERS] if image else list(range(LEAST_LAYERS, MOST_LAYERS + 1))
+        else:
+            tried = [integer("ConvMADE", "num_layers", num_layers)]
+        for layers in tried:
+            sides = _sides(image, kernel_size, layers)
+            distances = _distances(dilations, image, width, sides)
+            self.reach = sum(side * distance for side, distance in zip(sides, distances, strict=True))
+            if self.reach >= width - 1:
+                break
         self.net = Stacks(
             (event[0], height, width),
             self.head.num_features,
@@ -140,7 +136,7 @@ class ConvMADE(AutoregressiveModel):
             distances,
             context_dim,
             positions,
-            activation_functions(activation, num_layers),
+            activation_functions(activation, layers),
         )
         start = self.head.bias().to(self.net.out_weight)
         self.bias = nn.Parameter(start.clone(memory_format=torch.contiguous_format))
@@ -169,10 +165,9 @@ class ConvMADE(AutoregressiveModel):
         rows, context = batch.numel(), by_row(context, batch)
         out = self.bias.new_empty(rows, *self.net.shape)
         chunk = rows_at_once(self.net, self.device)
-        for start in range(0, rows, chunk):
-            own = None if context is None else context[start : start + chunk]
-            n = min(chunk, rows - start)
-            out[start : start + n] = RasterSweep(self.net, self.head, self.bias, n, own).run()
+        for part in (slice(start, start + chunk) for start in range(0, rows, chunk)):
+            own = None if context is None else context[part]
+            out[part] = RasterSweep(self.net, self.head, self.bias, len(out[part]), own).run()
         return out.view(*batch, *self.event_shape)
 
     def extra_repr(self) -> str:

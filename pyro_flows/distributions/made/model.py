@@ -16,7 +16,6 @@ from pyro_flows.core.checks import (
     choice,
     event_size,
     integer,
-    joint_shape,
     positive_integers,
 )
 from pyro_flows.distributions.made.autoregressive import AutoregressiveDistribution, AutoregressiveModel, by_row
@@ -230,15 +229,15 @@ class MADE(AutoregressiveModel):
         if observed.dtype != torch.bool:
             raise TypeError(f"MADE: expected observed to be boolean, got {observed.dtype}; use observed.bool()")
         try:
-            fits = joint_shape(observed.shape, value.shape) == value.shape
-        except ValueError:
+            rows = observed.expand(value.shape).reshape(-1, *self.event_shape)
+            fits = value.shape[-1:] == self.event_shape
+        except RuntimeError:
             fits = False
-        if not fits or value.shape[-1:] != self.event_shape:
+        if not fits:
             raise ValueError(
                 f"MADE: expected values of shape (*batch, {self.input_dim}) and a mask that broadcasts to them, got "
                 f"{tuple(value.shape)} and {tuple(observed.shape)}"
             )
-        rows = observed.expand(value.shape).reshape(-1, self.input_dim)
         if not rows.any(-1).all():
             raise ValueError("MADE: the mask hides everything in some row: nothing is known there, so use .sample()")
         if rows.all(-1).any():
@@ -336,7 +335,7 @@ class MADE(AutoregressiveModel):
         return self.head.log_prob(value, self.net(seen, context, self._in_use(member))).sum(-1)
 
     def set_bias(self, bias: Tensor) -> None:
-        self.net.output_bias().copy_(bias.T.reshape(-1))
+        self.net._weights()[1][-1].copy_(bias.T.reshape(-1))
 
     def draw(self, batch: Size, context: Tensor | None, member: Member | None = None) -> Tensor:
         drawn = self.net.draw(self.head, batch.numel(), by_row(context, batch), self._in_use(member))

@@ -16,7 +16,7 @@ from pyro_flows.core.modes import lasting
 from pyro_flows.distributions.made.head import Calls, Head
 from pyro_flows.inverse.buffers import ForwardSweep, Solver, columns_at_once
 from pyro_flows.nets.activations import Activation, activation_functions
-from pyro_flows.nets.degrees import Degrees, even_degrees, least_degree
+from pyro_flows.nets.degrees import Degrees, even_degrees, least_degree, visible
 from pyro_flows.nets.masked_pass import MaskedLayers, masked_network
 from pyro_flows.nets.structure import Cut, Structure, keep
 
@@ -84,9 +84,8 @@ class Member:
         """Boolean masks of the weights, rows by unit or output, the direct one last."""
         inputs = (self.rank + 1).repeat_interleave(self.features)  # an input of rank r counts as a unit of degree r + 1
         outputs = self.rank.repeat(self.num_params)
-        below, above = [inputs, *self.units], [*self.units, outputs]
-        masks = [a[:, None] >= b[None, :] for a, b in zip(above, below, strict=True)]
-        return [*masks, outputs[:, None] >= inputs[None, :]] if self.direct else masks
+        masks = visible(inputs, self.units, outputs)
+        return masks + visible(inputs, [], outputs) if self.direct else masks
 
     def structure(self) -> Structure:
         """The structure of the network with sorted units."""
@@ -130,17 +129,10 @@ class Sampler:
     """A member's sorted weights and sweep; the first ``known`` dimensions are given."""
 
     def __init__(
-        self,
-        head: Head,
-        activations: Sequence[Callable[[Tensor], Tensor]],
-        member: Member,
-        known: int,
-        weights: Sequence[Tensor],
-        biases: Sequence[Tensor],
+        self, net: SharedNetwork, head: Head, member: Member, known: int, weights: list[Tensor], biases: list[Tensor]
     ) -> None:
-        self.known = known
-        self.solver = Solver(member.structure(), activations, _Draws(head, member.order, known))
-        device = weights[0].device
+        self.known, device = known, weights[0].device
+        self.solver = Solver(member.structure(), net.layout.activations, _Draws(head, member.order, known))
         self.order, self.rank = member.order.to(device), member.rank.to(device)
         self._places = [(rows.to(device), columns.to(device)) for rows, columns in member.permutations()]
         self._weights = [torch.empty_like(weight) for weight in weights]
@@ -222,10 +214,6 @@ class SharedNetwork(nn.Module):
         layers = range(len(self.hidden_dims) + 1)
         return [getattr(self, f"weight_{k}") for k in layers], [getattr(self, f"bias_{k}") for k in layers]
 
-    def output_bias(self) -> Tensor:
-        """The output bias, shape ``(num_params * D,)``."""
-        return getattr(self, f"bias_{len(self.hidden_dims)}")
-
     def _first_bias(self, context: Tensor | None, bits: Sequence[Tensor]) -> Tensor:
         bias = self.bias_0 if self.mask_weight is None else self.bias_0 + _seen(self.mask_weight, bits[0])
         return bias if context is None else F.linear(context, self.context_weight, bias)
@@ -267,7 +255,7 @@ class SharedNetwork(nn.Module):
         key = (head, member, known, self.weight_0.dtype, self.weight_0.device)
         sampler = self._idle.pop(key, None)  # no other thread uses it meanwhile
         if sampler is None:
-            sampler = Sampler(head, self.layout.activations, member, known, weights, biases)
+            sampler = Sampler(self, head, member, known, weights, biases)
         bits = self.bits(member)
         if self.mask_direct is not None:
             biases[-1] = biases[-1] + _seen(self.mask_direct, bits[-1])
