@@ -54,10 +54,8 @@ class DequantizedDistribution(SharedDistribution):
     def _admit(self, value: Tensor) -> Tensor:
         return self.model.whole(value, self._validate_args)
 
-    def _score(self, value: Tensor) -> Tensor:
-        """A lower bound of the log-mass of whole numbers."""
-        scores = self.model._terms(value, self.context)
-        return torch.logsumexp(scores, 0) - math.log(len(scores))
+    def _scores(self, value: Tensor) -> Tensor:
+        return self.model._terms(value, self.context)
 
     def _draw(self, sample_shape: Size) -> Tensor:
         """Draws, of 64-bit integers."""
@@ -138,19 +136,17 @@ class Dequantized(nn.Module):
             )
         self.flow, self.event_shape = flow, Size(event)
         self._fit()
-        if dequantizer is not None:
-            if not isinstance(dequantizer, nn.Module):
-                raise TypeError(f"Dequantized: expected dequantizer to be a module, got {type(dequantizer).__name__}")
-            own = getattr(dequantizer, "event_shape", self.event_shape)
-            if own != self.event_shape:
-                raise ValueError(
-                    f"Dequantized: expected a dequantizer of event shape {tuple(self.event_shape)}, got {tuple(own)}"
-                )
+        if not isinstance(dequantizer, (nn.Module, type(None))):
+            raise TypeError(f"Dequantized: expected dequantizer to be a module, got {type(dequantizer).__name__}")
+        own = getattr(dequantizer, "event_shape", self.event_shape)
+        if own != self.event_shape:
+            raise ValueError(
+                f"Dequantized: expected a dequantizer of event shape {tuple(self.event_shape)}, got {tuple(own)}"
+            )
         self.dequantizer = dequantizer
 
     def _fit(self) -> None:
         """Refuses a flow whose data cannot be pixels of these levels."""
-        hint = f"end the chain in LogitPixels({tuple(self.event_shape)}, levels={self.levels})"
         for part in self.flow.modules():
             if isinstance(part, LogitPixels) and part.levels != self.levels:
                 raise ValueError(
@@ -165,7 +161,8 @@ class Dequantized(nn.Module):
         corners = (step, self.levels - step)
         if not all(bool(reached.check(self._like().new_full(self.event_shape, end)).all()) for end in corners):
             raise ValueError(
-                f"Dequantized: expected a flow onto intensities from 0 to {self.levels}, got one onto {reached}; {hint}"
+                f"Dequantized: expected a flow onto intensities from 0 to {self.levels}, got one onto {reached}; end "
+                f"the chain in LogitPixels({tuple(self.event_shape)}, levels={self.levels})"
             )
 
     def _like(self) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
@@ -21,11 +22,12 @@ __all__ = ["SharedDistribution"]
 class SharedDistribution(TorchDistribution):
     """Abstract base: a distribution that a module makes at a context and that shares its parameters.
 
-    A subclass defines ``_admit``, ``_score`` and ``_draw``.
+    A subclass defines ``_admit``, ``_scores`` and ``_draw``.
 
     Args:
         model: the module, with an ``event_shape`` and a ``support``.
         context: shape ``(*batch, context_dim)``, or ``None``.
+        members: what the model tells apart at the same context, such as orders; several are mixed in equal parts.
         batch_shape: by default the context's.
     """
 
@@ -35,13 +37,14 @@ class SharedDistribution(TorchDistribution):
         self,
         model: Any,
         context: Tensor | None = None,
+        members: tuple[Any, ...] = (None,),
         *,
         batch_shape: Size | None = None,
         validate_args: bool | None = None,
     ) -> None:
         found: Any
         found, self._marks = extract_provenance(context)  # hand-made gradients need plain tensors
-        self.model, self.context = model, found
+        self.model, self.context, self.members = model, found, members
         own = Size() if found is None else found.shape[:-1]
         super().__init__(own if batch_shape is None else batch_shape, model.event_shape, validate_args=validate_args)
 
@@ -64,7 +67,9 @@ class SharedDistribution(TorchDistribution):
         given, marks = extract_provenance(value)
         given = self._admit(given)
         batch = joint_shape(given.shape[: given.dim() - len(self.event_shape)], self.batch_shape)
-        return track_provenance(self._score(given.expand(batch + self.event_shape)), marks | self._marks)
+        scores = self._scores(given.expand(batch + self.event_shape))
+        score = scores[0] if len(scores) == 1 else torch.logsumexp(scores, 0) - math.log(len(scores))
+        return track_provenance(score, marks | self._marks)
 
     @torch.no_grad()
     def sample(self, sample_shape: Size | list[int] | tuple[int, ...] = ()) -> Tensor:
@@ -75,8 +80,8 @@ class SharedDistribution(TorchDistribution):
         """Checks a value."""
         raise NotImplementedError
 
-    def _score(self, value: Tensor) -> Tensor:
-        """``log_prob`` of a value of the whole batch shape."""
+    def _scores(self, value: Tensor) -> Tensor:
+        """Log-densities of a value of the whole batch shape, whose mean density counts, shape ``(*, *batch)``."""
         raise NotImplementedError
 
     def _draw(self, sample_shape: Size) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from pyro.ops.provenance import track_provenance
 from torch import Size, Tensor, nn
@@ -36,17 +34,10 @@ class AutoregressiveDistribution(SharedDistribution):
         batch_shape: by default the context's.
     """
 
-    def __init__(
-        self,
-        model: AutoregressiveModel,
-        context: Tensor | None = None,
-        members: tuple[Member | None, ...] = (None,),
-        *,
-        batch_shape: Size | None = None,
-        validate_args: bool | None = None,
-    ) -> None:
-        super().__init__(model, context, batch_shape=batch_shape, validate_args=validate_args)
-        self.members, self.has_rsample = members, len(members) == 1 and model.has_rsample
+    @property
+    def has_rsample(self) -> bool:  # type: ignore[override]  # as in torch's own TransformedDistribution
+        """Whether differentiable draws exist."""
+        return len(self.members) == 1 and self.model.has_rsample
 
     def _admit(self, value: Tensor) -> Tensor:
         check_tensor(type(self.model).__name__, "a tensor", value)
@@ -57,11 +48,8 @@ class AutoregressiveDistribution(SharedDistribution):
             self.model.head.check(value.reshape(*value.shape[:cut], self.model.input_dim))
         return value
 
-    def _score(self, value: Tensor) -> Tensor:
-        scores = [self.model.score(value, self.context, member) for member in self.members]
-        if len(scores) == 1:
-            return scores[0]
-        return torch.logsumexp(torch.stack(scores), 0) - math.log(len(scores))
+    def _scores(self, value: Tensor) -> Tensor:
+        return torch.stack([self.model.score(value, self.context, member) for member in self.members])
 
     def _draw(self, sample_shape: Size) -> Tensor:
         """Draws, each from a random member."""

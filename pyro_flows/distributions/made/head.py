@@ -154,30 +154,24 @@ class Head(nn.Module):
             z: uniform in [0, 1), shape ``(n, columns)``; may be overwritten.
             params: shape ``(n, num_params, columns)``; must not be overwritten.
             x: output, shape ``(n, columns)``.
-            features: output, shape ``(n * num_features, columns)``; the memory of ``x`` if ``given_values``.
+            features: output, shape ``(n * num_features, columns)``; the memory of ``x`` if they are the values.
         """
         rows = params.permute(2, 0, 1)
         return self.fills(lambda: self.sample(rows, dims), dims, x, features)
 
     # Derived.
 
-    def fills(self, make: Callable[[], Tensor], dims: Tensor, x: Tensor, features: Tensor) -> Calls:
+    def fills(self, make: Callable[[], Tensor], dims: Tensor, x: Tensor, coded: Tensor) -> Calls:
         """Calls that fill ``x`` with values, made in shape ``(columns, n)``, and their features; see :meth:`draws`."""
-        value = x.T
-        coded = features.unflatten(0, (len(dims), self.num_features)).permute(2, 0, 1)
-        shared = features.data_ptr() == x.data_ptr()
+        value, shared = x.T, coded.data_ptr() == x.data_ptr()
+        columns = coded.unflatten(0, (len(dims), self.num_features)).permute(2, 0, 1)
 
         def run() -> None:
             value.copy_(make())
             if not shared:
-                coded.copy_(self.code(value, dims))
+                columns.copy_(self.code(value, dims))
 
         return [run]
-
-    @property
-    def given_values(self) -> bool:
-        """Whether the network sees the values themselves."""
-        return self.num_features == 1 and type(self).code is Head.code
 
     def floating(self, value: Tensor) -> Tensor:
         """Casts integers and booleans to the head's dtype."""

@@ -21,9 +21,9 @@ from pyro_flows.core.checks import (
 from pyro_flows.distributions.made.autoregressive import AutoregressiveDistribution, AutoregressiveModel, by_row
 from pyro_flows.distributions.made.composed import as_head
 from pyro_flows.distributions.made.head import Head
-from pyro_flows.distributions.made.network import Member, Recent, SharedNetwork, draw_units
+from pyro_flows.distributions.made.network import Member, Recent, SharedNetwork
 from pyro_flows.nets.activations import Activation
-from pyro_flows.nets.degrees import as_order
+from pyro_flows.nets.degrees import as_order, even_degrees, least_degree
 
 __all__ = ["MADE"]
 
@@ -107,14 +107,9 @@ class MADE(AutoregressiveModel):
         self.connectivity = choice("MADE", "connectivity", connectivity, ("even", "random"))
         self.any_order = isinstance(order, str) and order == "any"
         self.varied = self.any_order or (connectivity == "random" and bool(self.hidden_dims))
-        if not self.varied and num_masks not in (None, 1):
-            raise ValueError(
-                f'MADE: with order={order!r} and connectivity="even" there is one member only; for {num_masks} give '
-                'order="any" or connectivity="random"'
-            )
         self.num_masks = num_masks if self.varied else 1
-        if self.num_masks is not None:
-            self._number("num_masks", self.num_masks)
+        if num_masks is not None:
+            self._number("num_masks", num_masks)
         self.ensemble_size = self._number("ensemble_size", ensemble_size or self.num_masks or ENDLESS)
         self.seed = int(torch.randint(2**31, ())) if seed is None else int(seed)
         self.position = 0
@@ -133,7 +128,10 @@ class MADE(AutoregressiveModel):
     def _number(self, what: str, value: int) -> int:
         integer("MADE", what, value)
         if value > 1 and not self.varied:
-            raise ValueError(f'MADE: there is one member only, not {value}: train with order="any" to have more')
+            raise ValueError(
+                f"MADE: expected {what} to be 1, since this model has one member only, got {value}; build it with "
+                'order="any" or connectivity="random" to have more'
+            )
         if self.num_masks is not None and value > self.num_masks:
             raise ValueError(f"MADE: there are {self.num_masks} members, not {value}; num_masks says how many")
         return value
@@ -142,23 +140,27 @@ class MADE(AutoregressiveModel):
 
     def member(self, number: int) -> Member:
         """The order and connections of this number."""
+        return self._held.find(number, lambda: self._make(number))
 
-        def make() -> Member:
-            if not self.any_order and torch._C._functorch.is_functorch_wrapped_tensor(self.order):
-                raise ValueError(
-                    "MADE: the order is inside of a transform of torch.func (stacked buffers): score once with the "
-                    "model before, which keeps its masks, or stack the parameters alone"
-                )
-            generator = self._generator(number)
-            order = torch.randperm(self.input_dim, generator=generator) if self.any_order else self.order.cpu()
-            return self._make(order, generator)
-
-        return self._held.find(number, make)
-
-    def _make(self, order: Tensor, generator: Generator) -> Member:
-        units = draw_units(self.input_dim, self.hidden_dims, self.context_dim > 0, self.connectivity, generator)
-        head = self.head
-        return Member(order, units, direct=self.net.is_direct, num_params=head.num_params, features=head.num_features)
+    def _make(self, number: int, known: Tensor | None = None) -> Member:
+        """Draws a member by a generator of this number; the known dimensions come first."""
+        if not self.any_order and torch._C._functorch.is_functorch_wrapped_tensor(self.order):
+            raise ValueError(
+                "MADE: the order is inside of a transform of torch.func (stacked buffers): score once with the model "
+                "before, which keeps its masks, or stack the parameters alone"
+            )
+        generator = self._generator(number)
+        order = torch.randperm(self.input_dim, generator=generator) if self.any_order else self.order.cpu()
+        if known is not None:
+            order = torch.cat((order[known[order]], order[~known[order]]))
+        units, least = [], least_degree(self.input_dim, self.context_dim > 0)
+        for width in self.hidden_dims:
+            if self.connectivity == "even":
+                units.append(even_degrees(self.input_dim, width, self.context_dim > 0))
+            else:  # uniform from the least degree below
+                units.append(torch.randint(least, self.input_dim, (width,), generator=generator))
+                least = int(units[-1].min())
+        return Member(order, units, self.net.is_direct, self.head)
 
     def resample_masks(self) -> None:
         """Moves on to the next member, cyclically."""
@@ -202,13 +204,7 @@ class MADE(AutoregressiveModel):
                 "MADE: this model knows one order only, in which the observed dimensions do not come first; train one "
                 'with order="any" to impute any dimensions from any others'
             )
-
-        def make() -> Member:
-            generator = self._generator(-2 - number)
-            drawn = torch.randperm(self.input_dim, generator=generator)
-            return self._make(torch.cat((drawn[known[drawn]], drawn[~known[drawn]])), generator)
-
-        return self._held.find((number, *known.nonzero().squeeze(-1).tolist()), make)
+        return self._held.find((number, *known.nonzero().squeeze(-1).tolist()), lambda: self._make(-2 - number, known))
 
     # Missing dimensions.
 

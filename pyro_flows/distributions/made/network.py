@@ -10,17 +10,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from pyro_flows.core.modes import lasting
 from pyro_flows.distributions.made.head import Calls, Head
 from pyro_flows.inverse.buffers import ForwardSweep, Solver, columns_at_once
 from pyro_flows.nets.activations import Activation, activation_functions
-from pyro_flows.nets.degrees import Degrees, even_degrees, least_degree, visible
+from pyro_flows.nets.degrees import Degrees, visible
 from pyro_flows.nets.masked_pass import MaskedLayers, masked_network
 from pyro_flows.nets.structure import Cut, Structure, keep
 
-__all__ = ["Member", "SharedNetwork", "draw_units"]
+__all__ = ["Member", "Recent", "SharedNetwork"]
 
 WHOLE = Cut()
 KEPT = 2**24  # numbers of cached masks
@@ -52,21 +52,6 @@ class Recent(OrderedDict[object, Any]):
         return self.keep(key, held)
 
 
-def draw_units(
-    input_dim: int, widths: Sequence[int], context: bool, connectivity: str, generator: Generator
-) -> list[Tensor]:
-    """Degrees of each hidden layer's units: evenly spread, or uniform from the least degree below."""
-    least = least_degree(input_dim, context)
-    units = []
-    for width in widths:
-        if connectivity == "even":
-            units.append(even_degrees(input_dim, width, context))
-        else:
-            units.append(torch.randint(least, input_dim, (width,), generator=generator))
-            least = int(units[-1].min())
-    return units
-
-
 class Member:
     """One autoregressive model that uses some of a shared network's weights.
 
@@ -74,10 +59,10 @@ class Member:
     sees the first ``d`` dimensions.  With ``direct``, outputs also see earlier dimensions through a linear layer.
     """
 
-    def __init__(self, order: Tensor, units: Sequence[Tensor], *, direct: bool, num_params: int, features: int) -> None:
+    def __init__(self, order: Tensor, units: Sequence[Tensor], direct: bool, head: Head) -> None:
         self.order, self.rank = order, torch.argsort(order)
         self.units, self.direct = list(units), direct
-        self.num_params, self.features = num_params, features
+        self.num_params, self.features = head.num_params, head.num_features
         self.sorting = [torch.argsort(unit, stable=True) for unit in self.units]
 
     def masks(self) -> list[Tensor]:
@@ -113,7 +98,8 @@ class _Draws:
 
     def __init__(self, head: Head, order: Tensor, known: int) -> None:
         self.head, self.order, self.known = head, order, known
-        self.shared = head.given_values  # then inputs need no memory of their own
+        # Inputs that are the values need no memory of their own.
+        self.shared = head.num_features == 1 and type(head).code is Head.code
 
     def draws(self, start: int, stop: int, z: Tensor, params: Tensor, x: Tensor, coded: Tensor) -> Calls:
         """Calls that fill ``x`` and its features at ranks ``[start, stop)``; feature-major."""
