@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -68,7 +68,7 @@ class SharedDistribution(TorchDistribution):
         given = self._admit(given)
         batch = joint_shape(given.shape[: given.dim() - len(self.event_shape)], self.batch_shape)
         scores = self._scores(given.expand(batch + self.event_shape))
-        score = scores[0] if len(scores) == 1 else torch.logsumexp(scores, 0) - math.log(len(scores))
+        score = scores[0] if len(scores) == 1 else torch.logsumexp(torch.stack([*scores]), 0) - math.log(len(scores))
         return track_provenance(score, marks | self._marks)
 
     @torch.no_grad()
@@ -80,8 +80,8 @@ class SharedDistribution(TorchDistribution):
         """Checks a value."""
         raise NotImplementedError
 
-    def _scores(self, value: Tensor) -> Tensor:
-        """Log-densities of a value of the whole batch shape, whose mean density counts, shape ``(*, *batch)``."""
+    def _scores(self, value: Tensor) -> Sequence[Tensor] | Tensor:
+        """Log-densities of a value of the whole batch shape; their mean density counts."""
         raise NotImplementedError
 
     def _draw(self, sample_shape: Size) -> Tensor:

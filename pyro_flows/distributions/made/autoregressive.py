@@ -48,8 +48,8 @@ class AutoregressiveDistribution(SharedDistribution):
             self.model.head.check(value.reshape(*value.shape[:cut], self.model.input_dim))
         return value
 
-    def _scores(self, value: Tensor) -> Tensor:
-        return torch.stack([self.model.score(value, self.context, member) for member in self.members])
+    def _scores(self, value: Tensor) -> list[Tensor]:
+        return [self.model.score(value, self.context, member) for member in self.members]
 
     def _draw(self, sample_shape: Size) -> Tensor:
         """Draws, each from a random member."""
