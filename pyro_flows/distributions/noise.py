@@ -132,13 +132,12 @@ class Dequantizer(nn.Module):
                 f", got event shape {tuple(flow.event_shape)} with context_dim={flow.context_dim}"
             )
         reached = flow.chain.codomain
-        if not constraints.is_dependent(reached):
-            outside = [bool(reached.check(torch.full(self.event_shape, end, device="cpu"))) for end in (-0.5, 1.5)]
-            if any(outside):
-                raise ValueError(
-                    f"Dequantizer: expected a flow onto numbers between 0 and 1, got one onto {reached}; end its chain "
-                    "in SigmoidTransform()"
-                )
+        outside = [torch.full(self.event_shape, end, device="cpu") for end in (-0.5, 1.5)]
+        if not constraints.is_dependent(reached) and any(map(reached.check, outside)):
+            raise ValueError(
+                f"Dequantizer: expected a flow onto numbers between 0 and 1, got one onto {reached}; end its chain in "
+                "SigmoidTransform()"
+            )
         self.flow = flow
         if encoder is None:
             size = self.event_shape.numel()

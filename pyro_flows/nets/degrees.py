@@ -30,16 +30,15 @@ def as_order(input_dim: int, order: str | Sequence[int] | Tensor) -> Tensor:
 
 def _levels(adjacency: Tensor) -> Tensor:
     """The length of the longest path to each node of a directed acyclic graph."""
-    level = torch.full((adjacency.shape[0],), -1)
-    depth = 0
-    while (level < 0).any():
+    level = torch.full((len(adjacency),), -1)
+    for depth in range(len(adjacency)):
         waiting = level < 0
-        ready = waiting & ~(adjacency & waiting).any(1)
-        if not ready.any():
-            stuck = waiting.nonzero().flatten().tolist()
-            raise ValueError(f"expected an adjacency without cycles, but there is one among dimensions {stuck}")
-        level[ready] = depth
-        depth += 1
+        if not waiting.any():
+            break
+        level[waiting & ~(adjacency & waiting).any(1)] = depth
+    stuck = (level < 0).nonzero().flatten().tolist()
+    if stuck:
+        raise ValueError(f"expected an adjacency without cycles, but there is one among dimensions {stuck}")
     return level
 
 

@@ -112,9 +112,7 @@ class DistributionHead(Head):
         self.num_params = len(self.maps)
         self.fixed = tuple(fixed)
         for name, value in fixed.items():
-            value = torch.as_tensor(value)
-            value = value if value.is_floating_point() else value.to(self.like.dtype)
-            self.register_buffer(f"fixed_{name}", value, persistent=False)
+            self.register_buffer(f"fixed_{name}", self.floating(torch.as_tensor(value)), persistent=False)
         self._probe()
 
     def _map(self, name: str, constraint: Any) -> Callable[[Tensor], Tensor]:
