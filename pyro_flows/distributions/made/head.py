@@ -102,7 +102,8 @@ class Head(nn.Module):
             n = params.shape[-2]
             columns = params.reshape(-1, n, self.num_params).permute(1, 2, 0).contiguous()
             x = torch.empty_like(columns[:, 0])
-            features = x if self.given_values else x.new_empty(n * self.num_features, x.shape[1])
+            shared = self.num_features == 1 and type(self).code is Head.code
+            features = x if shared else x.new_empty(n * self.num_features, x.shape[1])
             dims = torch.arange(n, device=x.device) if dims is None else dims
             for call in self.draws(dims, torch.rand_like(x), columns, x, features):
                 call()
