@@ -1,7 +1,5 @@
 """Every flow of the package once, small: what the contract tests run over."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 

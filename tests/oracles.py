@@ -1,7 +1,5 @@
 """Slow and plain versions of what the package does cleverly, for comparison."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

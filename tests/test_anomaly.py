@@ -1,13 +1,12 @@
 """Anomaly scores by bits per dimension, their conformal p-values, and maps of surprise."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np
 import pyro.distributions as dist
 import pytest
 import torch
+from asserts import refuses
 from cases import shake
 from torch import nn
 
@@ -142,8 +141,7 @@ def test_threshold_bears_out_its_level():
     with pytest.raises(ValueError, match=r"99 reference rows are too few for a level of 0\.005; give 199 or more"):
         detector.threshold(0.005)
     for level in (0.0, 1.0, -0.1, math.nan):
-        with pytest.raises(ValueError, match="level to be between 0 and 1"):
-            detector.threshold(level)
+        refuses(ValueError, "level to be between 0 and 1", detector.threshold, level)
 
 
 def test_two_sides_find_what_is_too_likely():
@@ -175,38 +173,27 @@ def test_hostile_rows():
     detector = AnomalyDetector(deq, rows)
     assert detector.bits(rows[:0]).shape == detector.p_values(rows[:0]).shape == (0,)
     assert detector.flag(rows[:0], level=0.1).shape == (0,)
-    with pytest.raises(ValueError, match=r"expected rows of shape \(rows, 1, 2, 3\), got shape \(1, 2, 3\)"):
-        detector.bits(rows[0])
-    with pytest.raises(ValueError, match="whole numbers from 0 to 15"):
-        detector.bits(rows + 10)
+    refuses(ValueError, r"expected rows of shape \(rows, 1, 2, 3\), got shape \(1, 2, 3\)", detector.bits, rows[0])
+    refuses(ValueError, "whole numbers from 0 to 15", detector.bits, rows + 10)
     with pytest.raises(ValueError, match="row 1 of the rows hold NaN or infinity"):
         detector.bits(torch.stack((rows[0].float(), rows[0] * math.nan)))
-    with pytest.raises(ValueError, match="context_dim=0"):
-        detector.bits(rows, torch.zeros(20, 2))
-    with pytest.raises(TypeError, match="expected rows as a tensor or an array of numbers"):
-        detector.bits("digits")
-    with pytest.raises(ValueError, match="2 or more reference rows, got 1"):
-        AnomalyDetector(deq, rows[:1])
-    with pytest.raises(ValueError, match="expected num_noise_samples"):
-        AnomalyDetector(deq, rows, num_noise_samples=0)
-    with pytest.raises(TypeError, match="a Dequantized, a Flow or a module with log_prob"):
-        AnomalyDetector(dist.Normal(0.0, 1.0), rows)
+    refuses(ValueError, "context_dim=0", detector.bits, rows, torch.zeros(20, 2))
+    refuses(TypeError, "expected rows as a tensor or an array of numbers", detector.bits, "digits")
+    refuses(ValueError, "2 or more reference rows, got 1", AnomalyDetector, deq, rows[:1])
+    refuses(ValueError, "expected num_noise_samples", AnomalyDetector, deq, rows, num_noise_samples=0)
+    refuses(TypeError, "a Dequantized, a Flow or a module with log_prob", AnomalyDetector, dist.Normal(0.0, 1.0), rows)
     conditional = pixels(context_dim=2)
-    with pytest.raises(ValueError, match="a context for each of the 20 rows"):
-        AnomalyDetector(conditional, rows, torch.zeros(3, 2))
-    with pytest.raises(ValueError, match="call it with a context"):
-        AnomalyDetector(conditional, rows)
+    refuses(ValueError, "a context for each of the 20 rows", AnomalyDetector, conditional, rows, torch.zeros(3, 2))
+    refuses(ValueError, "call it with a context", AnomalyDetector, conditional, rows)
     with torch.no_grad():
         next(deq.parameters()).fill_(math.nan)
-    with pytest.raises((FloatingPointError, ValueError), match=r"NaN|nan"):
-        detector.bits(rows)
+    refuses((FloatingPointError, ValueError), r"NaN|nan", detector.bits, rows)
 
     class Sums(nn.Module):
         def log_prob(self, value):
             return value.sum()
 
-    with pytest.raises(ValueError, match="one number a row, 20"):
-        AnomalyDetector(Sums(), rows.float())
+    refuses(ValueError, "one number a row, 20", AnomalyDetector, Sums(), rows.float())
 
 
 # Maps of surprise.
@@ -342,8 +329,7 @@ def test_maps_of_a_dequantized_flow():
     assert mass.max() > 1 / 16 > mass.min() and mass.sum() < 1.02
     assert torch.equal(pixel_scores(deq, n[:0]), maps[:0])
     noisy = pf.Dequantized(flow, 16, dequantizer=pf.Dequantizer(SHAPE, context_dim=2).double())
-    with pytest.raises(ValueError, match="no density pixel by pixel"):
-        pixel_scores(noisy, n)
+    refuses(ValueError, "no density pixel by pixel", pixel_scores, noisy, n)
 
 
 def test_maps_of_fitted_units():
@@ -371,7 +357,5 @@ def test_maps_refuse():
         pixel_scores(pf.Flow(pf.LogitPixels(2, 16)), torch.tensor([3.0, 40.0]))
     with pytest.raises(TypeError, match="expected a Flow, or a Dequantized of one, got Rescaling"):
         pixel_scores(pf.Rescaling(4), torch.zeros(4))
-    with pytest.raises(ValueError, match=r"call \.condition"):
-        pixel_scores(triangular_flow(context_dim=2), v)
-    with pytest.raises(ValueError, match="trailing shape"):
-        pixel_scores(triangular_flow(), v[..., :1])
+    refuses(ValueError, r"call \.condition", pixel_scores, triangular_flow(context_dim=2), v)
+    refuses(ValueError, "trailing shape", pixel_scores, triangular_flow(), v[..., :1])

@@ -1,12 +1,11 @@
 """Attention in Mint layers: against loops over tokens, the Jacobian that stays triangular, and both directions."""
 
-from __future__ import annotations
-
 import copy
 import math
 
 import pytest
 import torch
+from asserts import refuses
 from cases import shake
 from test_mint import check_layer, in_order, jacobian, layer, trained
 from torch.autograd.graph import saved_tensors_hooks
@@ -253,8 +252,7 @@ def test_compiles_in_one_piece(direction):
     for run in (getattr(made, direction), torch.compile(getattr(made, direction), fullgraph=True, backend="aot_eager")):
         moved, ladj = run(x)
         pair.append((moved, ladj, *torch.autograd.grad(moved.sin().sum() + ladj.sum(), [x, *made.parameters()])))
-    for got, want in zip(*pair, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(*pair, rtol=1e-9, atol=1e-9)
 
 
 def test_samples_do_not_depend_on_their_batch():
@@ -362,7 +360,5 @@ def test_what_is_far_away_is_learnt():
 )
 def test_refuses(options, message):
     for build in (pf.Mint, pf.mintnet):
-        with pytest.raises(ValueError, match=message):
-            build((1, 4, 4), **options)
-    with pytest.raises(ValueError, match=r"head_dim >= 3, .* got 2"):
-        pf.Mint((1, 4), attention=1, head_dim=2)
+        refuses(ValueError, message, build, (1, 4, 4), **options)
+    refuses(ValueError, r"head_dim >= 3, .* got 2", pf.Mint, (1, 4), attention=1, head_dim=2)

@@ -1,7 +1,5 @@
 """Bases to learn: closed forms, draws, and their life inside a ``Flow`` and a Pyro model."""
 
-from __future__ import annotations
-
 import copy
 import io
 import math
@@ -11,6 +9,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from asserts import refuses
 from cases import shake, train
 from pyro.infer import SVI, Trace_ELBO
 
@@ -181,8 +180,7 @@ def test_mixture_says_that_it_has_no_reparameterised_draws():
     flow = pf.Flow(pf.maf(DIM, hidden_dims=(8,)), base=pf.GaussianMixture(DIM))
     assert not flow().has_rsample and flow.sample((5,)).shape == (5, DIM)
     for call in (flow.rsample, flow.rsample_and_log_prob, flow.base().rsample, flow.base().expand((2,)).rsample):
-        with pytest.raises(NotImplementedError, match=r"GaussianMixture: .*no reparameterized draws.*use .sample\(\)"):
-            call((5,))
+        refuses(NotImplementedError, r"GaussianMixture: .*no reparameterized draws.*use .sample\(\)", call, (5,))
 
 
 @pytest.mark.parametrize("dtype", [torch.float, torch.double])
@@ -328,5 +326,4 @@ BAD = [
 
 @pytest.mark.parametrize("make, message", BAD, ids=[f"{k}-{m[:20]}" for k, (_, m) in enumerate(BAD)])
 def test_refuses(make, message):
-    with pytest.raises(ValueError, match=message):
-        make()
+    refuses(ValueError, message, make)

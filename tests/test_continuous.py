@@ -1,7 +1,5 @@
 """Continuous flows: fields, divergences, solves and gradients, against closed forms, autograd and finer solves."""
 
-from __future__ import annotations
-
 import inspect
 import math
 import re
@@ -11,6 +9,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 import torch.nn.functional as F
+from asserts import refuses
 from cases import full_but, shake
 from pyro.infer import SVI, Trace_ELBO
 from torch import nn
@@ -364,16 +363,14 @@ def test_path_goes_from_base_to_data():
     back, minus = flow.path(y, times, density=True)
     for got, want in ((states[0], x), (states[2], y), (ladjs[2], ladj), (back, states), (minus, ladjs - ladj)):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-7)
-    with pytest.raises(ValueError, match="increasing times between 0 and 1"):
-        flow.path(x, [0.5, 0.5])
+    refuses(ValueError, "increasing times between 0 and 1", flow.path, x, [0.5, 0.5])
 
 
 def test_shapes_contexts_and_the_memo():
     flow = small(context_dim=2, size=(2, 1))
     x, context = torch.randn(3, 4, 2, 1, dtype=torch.double), torch.randn(2, dtype=torch.double)
     whole = flow.forward_and_ladj(x, context.expand(3, 4, 2))
-    for got, want in zip(flow.forward_and_ladj(x, context), whole, strict=True):
-        torch.testing.assert_close(got, want, rtol=0, atol=1e-8)
+    torch.testing.assert_close(flow.forward_and_ladj(x, context), whole, rtol=0, atol=1e-8)
     view = flow.condition(context)
     y = view(x)
     before = flow[0].last_solve
@@ -403,8 +400,7 @@ def test_gradients_agree(direction, solver, hidden, shared):
     for gradient in ("adjoint", "backprop"):
         flow[0].gradient = gradient
         by[gradient], _ = gradients(flow, x, context, direction)
-    for got, want in zip(by["adjoint"], by["backprop"], strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(by["adjoint"], by["backprop"], rtol=1e-5, atol=1e-7)
     steps = [torch.randn_like(p) for p in flow.parameters()]
     ends = []
     with torch.no_grad():
@@ -431,8 +427,7 @@ def test_adjoint_does_not_mind_the_scale_of_the_loss():
         y, ladj = flow.forward_and_ladj(x)
         loss = scale * (y.square().sum() + ladj.sum())
         grads.append([g / scale for g in torch.autograd.grad(loss, list(flow.parameters()))])
-    for a, b in zip(*grads, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-12)
 
 
 def test_frozen_parameters_and_values_alone():
@@ -467,8 +462,7 @@ def test_adjoint_refuses_second_derivatives():
     flow = small()
     x = torch.randn(3, 2, dtype=torch.double, requires_grad=True)
     (first,) = torch.autograd.grad(flow(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match='first derivatives only; build the flow with gradient="backprop"'):
-        first.sum().backward()
+    refuses(RuntimeError, 'first derivatives only; build the flow with gradient="backprop"', first.sum().backward)
 
 
 def saved_bytes(flow, x):
@@ -503,8 +497,7 @@ def test_auto_goes_by_what_an_evaluation_keeps(solver, limit, expected, monkeypa
     for flow in (auto, chosen):
         y, ladj = flow.forward_and_ladj(x)
         by.append(torch.autograd.grad(y.square().sum() + ladj.sum(), [x, *flow.parameters()]))
-    for got, want in zip(*by, strict=True):
-        torch.testing.assert_close(got, want, rtol=0, atol=0)
+    torch.testing.assert_close(*by, rtol=0, atol=0)
     report = auto[0].last_solve
     assert report.gradient == chosen[0].last_solve.gradient == expected
     assert report.evaluations == chosen[0].last_solve.evaluations
@@ -567,8 +560,7 @@ def test_functions_of_parameters():
 
     got = torch.func.grad(loss)(params, x)
     want = torch.autograd.grad(flow(x).square().sum(), list(flow.parameters()))
-    for a, b in zip(got.values(), want, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close([*got.values()], want, rtol=1e-6, atol=1e-8)
     stacked = {name: torch.stack([p, 0.5 * p]) for name, p in params.items()}
     values = torch.func.vmap(loss, in_dims=(0, None))(stacked, x)
     torch.testing.assert_close(values[1], loss({n: 0.5 * p for n, p in params.items()}, x), rtol=1e-8, atol=1e-8)
@@ -670,8 +662,7 @@ def test_estimates_train_by_both_gradients():
         torch.manual_seed(1)
         y, ladj = flow.forward_and_ladj(x)
         grads.append(torch.autograd.grad(y.sum() + ladj.square().sum(), list(flow.parameters())))
-    for a, b in zip(*grads, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-7)
 
 
 def test_auto_is_exact_where_that_is_cheap():
@@ -764,8 +755,7 @@ def test_penalties_are_integrals():
     ],
 )
 def test_options_are_checked(options, message):
-    with pytest.raises(ValueError, match=message):
-        pf.cnf(2, **options)
+    refuses(ValueError, message, pf.cnf, 2, **options)
 
 
 class Bad(nn.Module):
@@ -798,12 +788,9 @@ class Bad(nn.Module):
     ],
 )
 def test_fields_are_tried(how, kind, message):
-    with pytest.raises(kind, match=message):
-        pf.cnf(2, field=Bad(how))
-    with pytest.raises(TypeError, match=r"torch.nn.Module"):
-        pf.Continuous(2, torch.sin)
-    with pytest.raises(ValueError, match="field of event shape"):
-        pf.Continuous(3, ChainField(2))
+    refuses(kind, message, pf.cnf, 2, field=Bad(how))
+    refuses(TypeError, r"torch.nn.Module", pf.Continuous, 2, torch.sin)
+    refuses(ValueError, "field of event shape", pf.Continuous, 3, ChainField(2))
 
 
 @pytest.mark.parametrize("solver", ["dopri5", "rk4"])
@@ -811,8 +798,7 @@ def test_what_is_not_finite_is_named(solver):
     flow = pf.cnf(2, field=Bad("nan"), solver=solver)
     x = torch.zeros(9, 2)
     x[[4, 7]] = 1.5
-    with pytest.raises(RuntimeError, match=r"not finite at t=0\.[5-9].* in rows \[4, 7\] \(2 of 9\)"):
-        flow(x)
+    refuses(RuntimeError, r"not finite at t=0\.[5-9].* in rows \[4, 7\] \(2 of 9\)", flow, x)
     x = torch.randn(5, 2)
     x[3, 1] = math.inf
     with pytest.raises(ValueError, match=r"finite values to integrate, got others in rows \[3\] \(1 of 5\)"):
@@ -827,8 +813,7 @@ def test_stiff_and_diverging_fields_are_worded():
         flow(x)
     assert not re.search("Error|assert", str(found.value))
     stiff = pf.Continuous(1, Linear(torch.tensor([[-1e5]])), solver_steps=50)
-    with pytest.raises(RuntimeError, match=r"max_num_steps exceeded.*raise solver_steps"):
-        stiff(torch.ones(3, 1))
+    refuses(RuntimeError, r"max_num_steps exceeded.*raise solver_steps", stiff, torch.ones(3, 1))
 
 
 def test_failure_of_the_adjoint_names_itself():
@@ -842,8 +827,7 @@ def test_failure_of_the_adjoint_names_itself():
     flow = pf.Continuous(2, Breaking(2), gradient="adjoint")
     loss = flow(torch.randn(3, 2)).sum()
     flow.field.module.broken = True
-    with pytest.raises(RuntimeError, match="not finite in the adjoint solve at t=1"):
-        loss.backward()
+    refuses(RuntimeError, "not finite in the adjoint solve at t=1", loss.backward)
 
 
 # At work

@@ -1,7 +1,5 @@
 """Continuous flows inside Pyro: as guides of every kind, against closed forms, and what their solves see."""
 
-from __future__ import annotations
-
 import copy
 import math
 from functools import partial
@@ -10,6 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from asserts import refuses
 from cases import full_but, shake
 from pyro import poutine
 from pyro.infer import MCMC, NUTS, SVI, JitTrace_ELBO, Predictive, RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
@@ -150,8 +149,7 @@ def test_path_gradient_of_an_autoguide_is_that_of_a_frozen_copy():
     want = torch.autograd.grad(
         -copy.deepcopy(guide.flow).requires_grad_(False).log_prob(z), list(guide.flow.parameters())
     )
-    for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
 # What a step costs, and that nothing is stale.
@@ -350,8 +348,7 @@ def test_a_field_that_breaks_ends_a_fit_in_words(after, message):
 def test_tracing_by_jit_is_refused():
     guide = AutoFlow(schools, small, start="prior", seed=0)
     svi = SVI(schools, guide, pyro.optim.Adam({"lr": 1e-2}), JitTrace_ELBO(ignore_jit_warnings=True))
-    with pytest.raises(RuntimeError, match="use the plain function, and Trace_ELBO in place of JitTrace_ELBO"):
-        svi.step(EFFECTS, ERRORS)
+    refuses(RuntimeError, "use the plain function, and Trace_ELBO in place of JitTrace_ELBO", svi.step, EFFECTS, ERRORS)
 
 
 def test_a_builder_with_a_context_is_refused():

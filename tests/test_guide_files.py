@@ -1,7 +1,5 @@
 """Saved fits of guides: every builder and support comes back from plain data, and what cannot is refused in words."""
 
-from __future__ import annotations
-
 import copy
 import os
 import pickle
@@ -12,6 +10,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from asserts import refuses
 from cases import CASES, Sinh, full_but, shake
 from pyro.distributions import constraints as pyro_constraints
 from torch.distributions import biject_to, constraints, transforms
@@ -78,8 +77,7 @@ def test_recipes_of_all_flows():
         torch.manual_seed(0)
         flow = shake(case.build(0), 0.3).eval()
         if any(part in case.name for part in foreign):
-            with pytest.raises(TypeError, match="is not of this package"):
-                recipe(flow)
+            refuses(TypeError, "is not of this package", recipe, flow)
             continue
         again = made_from(recipe(flow))
         again.load_state_dict(flow.state_dict())
@@ -102,8 +100,7 @@ def test_arguments_are_remembered_as_they_were():
     for twin in (copy.deepcopy(flow), pickle.loads(pickle.dumps(flow))):
         x = torch.randn(4, 2, 3)
         assert torch.equal(twin(x), flow(x))
-        with pytest.raises(TypeError, match="'<genexpr>' is not of this package"):
-            recipe(twin)
+        refuses(TypeError, "'<genexpr>' is not of this package", recipe, twin)
 
 
 BUILDERS = {
@@ -327,8 +324,7 @@ def test_parts_changed_after_they_were_made_are_noticed(tmp_path):
     shake(found.flow, 0.5)
     with pytest.warns(UserWarning, match="changed after they were made"):
         found.save(tmp_path / "guide.pt")
-    with pytest.raises(ValueError, match="changed after they were made"):
-        load_guide(tmp_path / "guide.pt")
+    refuses(ValueError, "changed after they were made", load_guide, tmp_path / "guide.pt")
     same(found, load_guide(tmp_path / "guide.pt", builder=builder))
 
 
@@ -404,8 +400,7 @@ def test_flipped_bits_and_cut_files_are_refused(fit, tmp_path):
     damaged += [whole[: rand.randrange(len(whole))] for _ in range(50)] + [b"", whole + b"\0", whole + whole]
     for bad in damaged:
         path.write_bytes(bad)
-        with pytest.raises(ValueError, match=r"guide\.pt' cannot be read: .*; give the path of a file"):
-            load_guide(path)
+        refuses(ValueError, r"guide\.pt' cannot be read: .*; give the path of a file", load_guide, path)
 
 
 class Evil:
@@ -419,13 +414,11 @@ class Evil:
 def test_code_in_a_file_is_not_run(tmp_path):
     path = tmp_path / "guide.pt"
     torch.save({"format": 1, "flow": Evil(tmp_path / "owned")}, path)
-    with pytest.raises(ValueError, match="cannot be read: it is no such file"):
-        load_guide(path)
+    refuses(ValueError, "cannot be read: it is no such file", load_guide, path)
     assert not (tmp_path / "owned").exists()
     with pytest.raises(FileNotFoundError):
         load_guide(tmp_path / "none")
-    with pytest.raises(ValueError, match="which is no file"):
-        load_guide(tmp_path)
+    refuses(ValueError, "which is no file", load_guide, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["os.system", "Flow", "nn.Linear", "FlowTransform", "__import__"])
@@ -435,8 +428,7 @@ def test_names_that_are_no_flows_are_refused(name, fit, tmp_path):
     content = read_state(path, **options, remedy="")
     content["flow"]["chain"] = {"make": name, "args": ["touch owned"], "kwargs": {}}
     write_state(path, content, **options)
-    with pytest.raises(ValueError, match="cannot be read: its contents are not as expected"):
-        load_guide(path)
+    refuses(ValueError, "cannot be read: its contents are not as expected", load_guide, path)
 
 
 def test_map_location(fit, tmp_path):
@@ -444,14 +436,11 @@ def test_map_location(fit, tmp_path):
     fit.save(path)
     for where in (None, "cpu", torch.device("cpu"), {"cpu": "cpu"}, {}, lambda storage, place: storage):
         assert next(load_guide(path, where).flow.parameters()).device.type == "cpu"
-    with pytest.raises(ValueError, match=r"the device .* is not there .*map_location='cpu'"):
-        load_guide(path, "cuda:99")
+    refuses(ValueError, r"the device .* is not there .*map_location='cpu'", load_guide, path, "cuda:99")
     assert stored.device_of({"cuda:0": "cpu"}, "cuda:0") == torch.device("cpu")
     assert stored.device_of(lambda storage, place: None, "cpu") == torch.device("cpu")
 
 
 def test_places_that_are_no_files(fit, tmp_path):
-    with pytest.raises(ValueError, match="a folder that exists"):
-        fit.save(tmp_path / "nowhere" / "guide.pt")
-    with pytest.raises(ValueError, match="which is something else"):
-        fit.save(tmp_path)
+    refuses(ValueError, "a folder that exists", fit.save, tmp_path / "nowhere" / "guide.pt")
+    refuses(ValueError, "which is something else", fit.save, tmp_path)

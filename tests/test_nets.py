@@ -1,9 +1,8 @@
 """The networks: who sees whom, exactly, and what they refuse."""
 
-from __future__ import annotations
-
 import pytest
 import torch
+from asserts import refuses
 from cases import diamond, shake
 from oracles import jacobian
 
@@ -196,13 +195,11 @@ BAD = [
 
 @pytest.mark.parametrize("make, message", BAD, ids=[message for _, message in BAD])
 def test_refuses(make, message):
-    with pytest.raises(ValueError, match=message):
-        make()
+    refuses(ValueError, message, make)
 
 
 def test_refuses_an_activation_that_is_nothing_to_call():
-    with pytest.raises(TypeError, match="activation"):
-        MaskedMLP(3, activation=3)
+    refuses(TypeError, "activation", MaskedMLP, 3, activation=3)
 
 
 def test_activation_modules_without_parameters_work():

@@ -1,7 +1,5 @@
 """Objectives for guides: their expected gradients against integrals, zero gradients at the optimum, and fits."""
 
-from __future__ import annotations
-
 import copy
 import gc
 import itertools
@@ -14,6 +12,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from asserts import refuses
 from cases import full_but
 from pyro import poutine
 from pyro.distributions import constraints
@@ -807,8 +806,7 @@ def test_sites_without_a_path_are_named(pathwise):
     def guide():
         pyro.sample("k", dist.Bernoulli(pyro.param("p", torch.tensor(0.4))))
 
-    with pytest.raises(ValueError, match=r"got Bernoulli at 'k'.*TraceEnum_ELBO"):
-        pathwise(num_particles=2).loss_and_grads(model, guide)
+    refuses(ValueError, r"got Bernoulli at 'k'.*TraceEnum_ELBO", pathwise(num_particles=2).loss_and_grads, model, guide)
 
     def rejecting():
         pyro.sample("k", RejectionStandardGamma(pyro.param("c", torch.tensor(2.0))))
@@ -850,8 +848,7 @@ def test_guides_that_cannot_be_run_again():
         pyro.module("planar", planar)
         pyro.sample("w", dist.TransformedDistribution(dist.Normal(torch.zeros(2), 1.0).to_event(1), [planar]))
 
-    with pytest.raises(NotImplementedError, match="have an inverse"):
-        PathELBO().loss_and_grads(regression, guide)
+    refuses(NotImplementedError, "have an inverse", PathELBO().loss_and_grads, regression, guide)
 
 
 def test_models_that_do_not_broadcast_are_named():
@@ -865,10 +862,8 @@ def test_models_that_do_not_broadcast_are_named():
 
 
 def test_arguments_are_checked():
-    with pytest.raises(ValueError, match="PathELBO: expected num_particles to be an integer >= 1, got 0"):
-        PathELBO(0)
-    with pytest.raises(ValueError, match="expected a finite alpha, got inf"):
-        AlphaDivergence(math.inf)
+    refuses(ValueError, "PathELBO: expected num_particles to be an integer >= 1, got 0", PathELBO, 0)
+    refuses(ValueError, "expected a finite alpha, got inf", AlphaDivergence, math.inf)
 
 
 # Given draws.
@@ -1040,16 +1035,11 @@ def test_forward_kl_says_what_does_not_fit():
         (draws | {"scale": draws["scale"] * torch.tensor([1.0, 0, 1, 1])}, r"1 of 4 draws of 'scale'.*rows 1"),
     ]
     for given, message in cases:
-        with pytest.raises(ValueError, match=message):
-            ForwardKL(given).loss(positive_and_shares, guide)
-    with pytest.raises(ValueError, match="as many rows of draws for each site"):
-        ForwardKL(draws | {"scale": draws["scale"][:2]})
-    with pytest.raises(ValueError, match="draws of 'scale' are not all finite"):
-        ForwardKL(draws | {"scale": draws["scale"] * math.nan})
-    with pytest.raises(ValueError, match="draws of at least one site"):
-        ForwardKL({})
-    with pytest.raises(ValueError, match="expected batch_size to be an integer >= 1"):
-        ForwardKL(draws, 0)
+        refuses(ValueError, message, ForwardKL(given).loss, positive_and_shares, guide)
+    refuses(ValueError, "as many rows of draws for each site", ForwardKL, draws | {"scale": draws["scale"][:2]})
+    refuses(ValueError, "draws of 'scale' are not all finite", ForwardKL, draws | {"scale": draws["scale"] * math.nan})
+    refuses(ValueError, "draws of at least one site", ForwardKL, {})
+    refuses(ValueError, "expected batch_size to be an integer >= 1", ForwardKL, draws, 0)
     with pytest.raises(ValueError, match="no density at 'scale', where it is a Delta"):
         ForwardKL(draws).loss(positive_and_shares, AutoDelta(positive_and_shares))
 

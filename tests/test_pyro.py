@@ -1,7 +1,5 @@
 """Flows inside Pyro: as distributions, priors, guides and reparameterisations, by Pyro's own machinery."""
 
-from __future__ import annotations
-
 import inspect
 import math
 import pickle

@@ -1,7 +1,5 @@
 """What is saved is the map: another process, another seed, the same density."""
 
-from __future__ import annotations
-
 import copy
 import io
 import pickle
@@ -11,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from asserts import refuses
 
 import pyro_flows as pf
 
@@ -184,8 +183,7 @@ def test_the_inverse_of_a_copied_inverse_is_the_one_it_came_from(copied):
 def test_another_architecture_is_refused(saved, loaded, match):
     target = loaded()
     before = copy.deepcopy(target)
-    with pytest.raises(RuntimeError, match=f"(?s){match}"):
-        target.load_state_dict(saved().state_dict())
+    refuses(RuntimeError, f"(?s){match}", target.load_state_dict, saved().state_dict())
     if not target.context_dim:
         y = torch.randn(3, *target.event_shape)
         assert target.inverse_and_ladj(y)[0].shape == before.inverse_and_ladj(y)[0].shape
