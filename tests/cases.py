@@ -1,5 +1,6 @@
 """Every flow of the package once, small: what the contract tests run over."""
 
+import io
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -63,6 +64,33 @@ def shake(module: nn.Module, scale: float = 0.5, seed: int | None = None) -> nn.
         for p in module.parameters():
             p.add_(scale * torch.randn(p.shape, generator=generator, dtype=p.dtype, device=p.device))
     return module
+
+
+def scaled(module: nn.Module, factor: float) -> nn.Module:
+    """Multiplies all parameters; returns the module."""
+    with torch.no_grad():
+        for p in module.parameters():
+            p.mul_(factor)
+    return module
+
+
+def reload(saved: nn.Module, loaded: nn.Module) -> None:
+    """Gives one module the state of another, by way of a file."""
+    file = io.BytesIO()
+    torch.save(saved.state_dict(), file)
+    file.seek(0)
+    loaded.load_state_dict(torch.load(file, weights_only=True))
+
+
+class Calls(nn.Module):
+    """A module whose call is a method of another one, for ``functional_call``; parameters begin with ``inner.``."""
+
+    def __init__(self, inner: nn.Module, method: str) -> None:
+        super().__init__()
+        self.inner, self.method = inner, method
+
+    def forward(self, *args: object) -> object:
+        return getattr(self.inner, self.method)(*args)
 
 
 def train(flow: pf.Flow, data: Tensor, steps: int, lr: float, context: Tensor | None = None) -> list[float]:

@@ -9,8 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from asserts import refuses
-from cases import full_but, shake
-from test_mint import check_layer, jacobian, layer, longest_chains
+from cases import Calls, full_but, scaled, shake, train
+from oracles import jacobians
+from test_mint import check_layer, layer, longest_chains
 from torch.distributions import AffineTransform, ExpTransform
 
 import pyro_flows as pf
@@ -65,23 +66,13 @@ def far(chain, by=0.2):
 
 def three_times(chain):
     """With all parameters, moved a little, three times as large."""
-    chain = far(chain, 0.1)
-    with torch.no_grad():
-        for p in chain.parameters():
-            p.mul_(3)
-    return chain
+    return scaled(far(chain, 0.1), 3)
 
 
-def trained(chain, steps=30):
+def trained(chain):
     """After some steps on series that wander."""
-    chain = chain.double()
     data = torch.randn(64, *chain.event_shape, dtype=DOUBLE).cumsum(-1).tanh() * 2 + 1
-    optimiser = torch.optim.Adam(chain.parameters(), lr=0.02)
-    for _ in range(steps):
-        optimiser.zero_grad()
-        x, ladj = chain.inverse_and_ladj(data)
-        (0.5 * x.square().sum((1, 2)) - ladj).mean().backward()
-        optimiser.step()
+    train(pf.Flow(chain).double(), data, 30, 0.02)
     return chain.eval()
 
 
@@ -96,7 +87,7 @@ def check_triangular(chain, slack=1.0):
     y = torch.randn(2, channels, times, dtype=DOUBLE, requires_grad=True)
     context = torch.randn(2, chain.context_dim, dtype=DOUBLE) if chain.context_dim else None
     x, ladj = chain.inverse_and_ladj(y, context)
-    full = by_time(jacobian(x, y), channels, times)
+    full = by_time(jacobians(x, y), channels, times)
     assert (full.triu(1) == 0).all() and (full.tril(-1) != 0).any()
     slopes = full.diagonal(dim1=1, dim2=2)
     assert (slopes > 0).all()
@@ -176,7 +167,7 @@ def test_reach_of_chains():
 def rounding(move, at):
     """What roundings of ``at`` may move its image by, through the slopes there."""
     at = at.detach().requires_grad_()
-    moved = jacobian(move(at)[0], at).abs() @ at.detach().abs().flatten(1).unsqueeze(-1)
+    moved = jacobians(move(at)[0], at).abs() @ at.detach().abs().flatten(1).unsqueeze(-1)
     return 100 * torch.finfo(DOUBLE).eps * moved.view(at.shape)
 
 
@@ -215,7 +206,7 @@ def test_round_trips(name):
         back = single.inverse_and_ladj(y)[0]
         # Far out, a rounding of y alone moves x by more.
         given = y.double().detach().requires_grad_()
-        slopes = jacobian(chain.inverse_and_ladj(given)[0], given).abs()
+        slopes = jacobians(chain.inverse_and_ladj(given)[0], given).abs()
         moved = (slopes @ given.detach().abs().flatten(1).unsqueeze(-1)).view(x.shape)
         eps = torch.finfo(torch.float32).eps
         assert ((back - x).abs() <= 1e-4 * (1 + x.abs()) + 100 * eps * moved).all()
@@ -232,18 +223,12 @@ def test_gradients_of_sampling(name, context_dim):
     more = (torch.randn(2, 1, dtype=DOUBLE, requires_grad=True),) if context_dim else ()
     names, params = zip(*chain.named_parameters(), strict=True)
 
-    class Both(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = chain
-
-        def forward(self, *args):
-            return self.inner.forward_and_ladj(*args)
+    both = Calls(chain, "forward_and_ladj")
 
     def run(x, *rest):
         given, params = rest[: len(more)], rest[len(more) :]
         return torch.func.functional_call(
-            Both(), {f"inner.{n}": p for n, p in zip(names, params, strict=True)}, (x, *given)
+            both, {f"inner.{n}": p for n, p in zip(names, params, strict=True)}, (x, *given)
         )
 
     assert torch.autograd.gradcheck(run, (x, *more, *params), fast_mode=True)
