@@ -9,8 +9,6 @@ is mild.  ``fit_guide`` gets 10 seconds for each.  Beside it are Pyro's AutoNorm
 non-centered one.  All else is Gaussian given mu and tau, so the truth is known.
 """
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
 

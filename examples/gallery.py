@@ -7,8 +7,6 @@ Each row is one density: a histogram of many draws of it, and what each flow lea
 colors.  The table holds the mean log-likelihood of 10,000 other draws.  It takes about five minutes on one CPU core.
 """
 
-from __future__ import annotations
-
 import math
 from argparse import Namespace
 from collections.abc import Callable

@@ -8,8 +8,6 @@
 3. Posterior: eight schools (Rubin, 1981), where Pyro's own guide takes a flow as written.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from functools import partial

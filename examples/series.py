@@ -11,8 +11,6 @@ what came next, and draws of the steps to come from every origin.  Where ``stats
 extra) its ARMA model of the best BIC takes part.  About two minutes on one CPU core.
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 import warnings

@@ -4,8 +4,6 @@ Data are simulated at fixed seeds, but for the five points of the mixture and th
 printed by Efron and Morris (1975), "Data analysis using Stein's estimator and its generalizations".
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Callable

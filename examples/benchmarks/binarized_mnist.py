@@ -14,8 +14,6 @@ The picture has test images, draws of each model, lower halves drawn given upper
 also left halves given right ones.
 """
 
-from __future__ import annotations
-
 import math
 from argparse import Namespace
 from collections.abc import Callable
