@@ -1,9 +1,11 @@
 """Every flow of the package once, small: what the contract tests run over."""
 
+import copy
 import io
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
+import pyro
 import pytest
 import torch
 from torch import Tensor, nn
@@ -93,6 +95,23 @@ class Calls(nn.Module):
         return getattr(self.inner, self.method)(*args)
 
 
+class Field(nn.Module):
+    """A vector field: a function of the time, the place, and the tensors that it learns."""
+
+    def __init__(self, function: Callable[..., Tensor], *learnt: Tensor) -> None:
+        super().__init__()
+        self.function = function
+        self.learnt = nn.ParameterList(nn.Parameter(each.clone()) for each in learnt)
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        return self.function(t, x, *self.learnt)
+
+
+def guide_of(flow: pf.Flow, site: str = "z") -> Callable[[], Tensor]:
+    """A guide of one site, whose distribution is a flow that learns."""
+    return lambda: pyro.sample(site, pyro.module("flow", flow)())
+
+
 def train(flow: pf.Flow, data: Tensor, steps: int, lr: float, context: Tensor | None = None) -> list[float]:
     """Maximum likelihood by Adam on all data at once; the loss at each step."""
     optimizer = torch.optim.Adam(flow.parameters(), lr=lr)
@@ -112,6 +131,30 @@ def full_but(values: Iterable[object], *kept: object) -> list[object]:
     if not all(each in values for each in kept):
         raise ValueError(f"expected some of {values}, got {kept}")
     return [value if value in kept else pytest.param(value, marks=pytest.mark.full) for value in values]
+
+
+def altered(whole: dict, others: Iterable[object]) -> Iterator[tuple[tuple, object, object, dict]]:
+    """Copies of nested dictionaries that lack an entry (``None``) or have another in its place.
+
+    Gives the way to the entry, what it was and what it is, and the copy.
+    """
+
+    def entries(content: dict, *where: object) -> Iterator[tuple]:
+        for key, value in content.items():
+            yield (*where, key)
+            if isinstance(value, dict):
+                yield from entries(value, *where, key)
+
+    for where in entries(whole):
+        for other in others:
+            content = copy.deepcopy(whole)
+            holder = content
+            for key in where[:-1]:
+                holder = holder[key]
+            known = holder.pop(where[-1])
+            if other is not None:
+                holder[where[-1]] = other
+            yield where, known, other, content
 
 
 class Sinh(Univariate):

@@ -337,10 +337,7 @@ def test_what_is_far_away_is_learnt():
         ({"attention": 1, "head_dim": 0}, r"head_dim to be an integer >= 1, got 0"),
         ({"attention": 1, "head_dim": 4}, r"head_dim >= 5, .* got 4"),
         ({"attention": 1, "window": 0}, r"window to be an integer >= 1, got 0"),
-        (
-            {"window": 3},
-            r"window=3 needs attention, got attention=0; set it to a number of heads, or leave window out",
-        ),
+        ({"window": 3}, r"window=3 needs attention, got attention=0; set it to a number of heads, or leave window out"),
         ({"attention": 1, "order": "channel"}, r"needs order='position', got order='channel'; leave order out"),
         ({"attention": 1, "order": "rows"}, r"order to be .* got 'rows'"),
     ],

@@ -198,10 +198,7 @@ def test_enumeration_agrees_with_a_sum_by_hand():
 
     guide = Quick(poutine.block(config_enumerate(mixture), hide=["k"])).setup()
     losses = []
-    for model, elbo in (
-        (config_enumerate(mixture), TraceEnum_ELBO(max_plate_nesting=1)),
-        (summed, Trace_ELBO()),
-    ):
+    for model, elbo in ((config_enumerate(mixture), TraceEnum_ELBO(max_plate_nesting=1)), (summed, Trace_ELBO())):
         pyro.set_rng_seed(3)
         losses.append(elbo.loss(model, guide))
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)

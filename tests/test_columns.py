@@ -10,6 +10,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from asserts import refuses
+from cases import shake
 from pyro.distributions import constraints as pyro_constraints
 from torch import nn
 from torch.distributions import (
@@ -355,11 +356,7 @@ BOUNDS = {
     "beyond": (ending(biject_to(UNIT), input_dim=2), torch.rand(90, 2), 1.5),
     "interval": (ending(biject_to(constraints.interval(0.1, 0.7)), input_dim=2), 0.15 + 0.5 * torch.rand(90, 2), 0.7),
     "negative": (ending(biject_to(constraints.interval(-9.0, -1.0)), input_dim=2), -8 * torch.rand(90, 2) - 1, -9.0),
-    "half-open": (
-        ending(biject_to(constraints.half_open_interval(0.0, 3.0)), input_dim=2),
-        torch.rand(90, 2),
-        0.0,
-    ),
+    "half-open": (ending(biject_to(constraints.half_open_interval(0.0, 3.0)), input_dim=2), torch.rand(90, 2), 0.0),
     "greater": (ending(biject_to(constraints.greater_than(5.0)), input_dim=2), 6 + torch.rand(90, 2), 5.0),
     "nonnegative": (ending(biject_to(constraints.nonnegative), input_dim=2), 6 + torch.rand(90, 2), 0.0),
     "less": (ending(biject_to(constraints.less_than(5.0)), input_dim=2), torch.rand(90, 2), 5.0),
@@ -373,11 +370,7 @@ BOUNDS = {
         torch.rand(90, 2).sort(-1).values,
         torch.tensor([0.5, 0.5]),
     ),
-    "simplex": (
-        ending(SIMPLEX, input_dim=1),
-        dist.Dirichlet(torch.ones(2)).sample((90,)),
-        torch.tensor([1.0, 0.0]),
-    ),
+    "simplex": (ending(SIMPLEX, input_dim=1), dist.Dirichlet(torch.ones(2)).sample((90,)), torch.tensor([1.0, 0.0])),
 }
 
 
@@ -618,9 +611,7 @@ def test_half_precision_is_right_or_refused(name, dtype):
         "householder": lambda: pf.transforms.Householder(4),
     }.get(name, lambda: getattr(pf, name)(4, num_layers=2))()
     flow = pf.Flow(chain).eval()
-    with torch.no_grad():
-        for parameter in flow.parameters():
-            parameter.add_(0.03 * torch.randn_like(parameter))
+    shake(flow, 0.03)
     value = torch.randn(32, *flow.event_shape)
     half = flow.to(dtype)
     if name in ("nsf", "ncsf", "glow", "lu", "householder"):

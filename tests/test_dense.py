@@ -23,10 +23,7 @@ MASKS = {
     "last": [False, False, True, True, True],
     "scattered": [False, True, True, False, True],
 }
-EVEN = {
-    "even": [True, False, True, False, True, False],
-    "odd": [False, True, False, True, False, True],
-}
+EVEN = {"even": [True, False, True, False, True, False], "odd": [False, True, False, True, False, True]}
 CONTEXTS = {
     "none": ((7,), None),
     "one": ((7,), ()),
@@ -184,11 +181,7 @@ def test_empty_batches(family, batch, given):
 
 @pytest.mark.parametrize("strides", ["transposed", "expanded", "sliced"])
 def test_values_in_any_memory_layout(strides):
-    x = {
-        "transposed": point(5, 7).T,
-        "expanded": point(5).expand(7, 5),
-        "sliced": point(14, 10)[::2, ::2],
-    }[strides]
+    x = {"transposed": point(5, 7).T, "expanded": point(5).expand(7, 5), "sliced": point(14, 10)[::2, ::2]}[strides]
     layer = make(5, mask=MASKS["scattered"])
     agree(layer, x)
     assert layer.forward_and_ladj(x)[0].is_contiguous()
@@ -372,9 +365,7 @@ def test_order_from_a_state_dict():
 @pytest.mark.parametrize("builder", [pf.maf, pf.realnvp, pf.nsf, pf.nice])
 def test_many_gradients_at_once_are_those_of_one_after_another(builder):
     flow = builder(3, num_layers=2).double()
-    with torch.no_grad():
-        for parameter in flow.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
+    shake(flow, 0.2)
     y = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
     x, _ = flow.inverse_and_ladj(y)
     directions = torch.eye(12, dtype=torch.float64).view(12, 4, 3)

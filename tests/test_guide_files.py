@@ -11,7 +11,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from asserts import refuses
-from cases import CASES, Sinh, full_but, shake
+from cases import CASES, Sinh, altered, full_but, shake
 from pyro.distributions import constraints as pyro_constraints
 from torch.distributions import biject_to, constraints, transforms
 
@@ -235,14 +235,12 @@ def test_supports_in_a_fit(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_the_default_dtype_does_not_matter(dtype, fit, tmp_path):
+def test_the_default_dtype_does_not_matter(dtype, fit, tmp_path, default_dtype):
     fit.save(tmp_path / "guide.pt")
     before = torch.get_default_dtype()
-    try:
-        torch.set_default_dtype(dtype)
-        loaded = load_guide(tmp_path / "guide.pt")
-    finally:
-        torch.set_default_dtype(before)
+    default_dtype(dtype)
+    loaded = load_guide(tmp_path / "guide.pt")
+    default_dtype(before)
     same(fit, loaded)
 
 
@@ -346,13 +344,6 @@ def test_own_supports_are_refused_at_once(fit, tmp_path):
 # What is refused
 
 
-def entries(content, *where):
-    for key, value in content.items():
-        yield (*where, key)
-        if isinstance(value, dict):
-            yield from entries(value, *where, key)
-
-
 @pytest.mark.full
 def test_missing_and_other_parts_are_refused(fit, tmp_path):
     path, options = tmp_path / "guide.pt", {"kind": result.KIND, "version": result.VERSION}
@@ -364,27 +355,18 @@ def test_missing_and_other_parts_are_refused(fit, tmp_path):
     assert len(load_guide(path).log_weights) == 20
     tried = 0
     first = next(iter(whole["flow"]["state"]))
-    for where in entries(whole):
+    for where, known, other, content in altered(whole, (None, "text", 3, torch.zeros(3, 5, 7))):
         if "state" in where[:-1] and where[-1] != first:
             continue  # all are read alike
-        for other in (None, "text", 3, torch.zeros(3, 5, 7)):
-            content = copy.deepcopy(whole)
-            holder = content
-            for key in where[:-1]:
-                holder = holder[key]
-            if "numbers" in where[:-1] and (other is None or isinstance(other, int)):
-                continue  # any numbers by any names
-            if other is None:
-                del holder[where[-1]]
-            elif isinstance(holder[where[-1]], str | int | float) and isinstance(other, str | int):
-                continue  # another value, not another type
-            else:
-                holder[where[-1]] = other
-            write_state(path, content, **options)
-            with pytest.raises(ValueError, match=r"guide\.pt' cannot be read"):
-                load_guide(path)
-                raise AssertionError((where, other))
-            tried += 1
+        if "numbers" in where[:-1] and (other is None or isinstance(other, int)):
+            continue  # any numbers by any names
+        if isinstance(known, str | int | float) and isinstance(other, str | int):
+            continue  # another value, not another type
+        write_state(path, content, **options)
+        with pytest.raises(ValueError, match=r"guide\.pt' cannot be read"):
+            load_guide(path)
+            raise AssertionError((where, other))
+        tried += 1
     assert tried > 100
 
 

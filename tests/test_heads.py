@@ -26,13 +26,7 @@ DIM, LEVELS, CLASSES = 4, 9, [3, 1, 5, 2]
 
 
 def mixed():
-    return MixedHead(
-        [
-            (NormalHead(), [2]),
-            (CategoricalHead([3, 4]), [3, 0]),
-            (DistributionHead(dist.Poisson), [1]),
-        ]
-    )
+    return MixedHead([(NormalHead(), [2]), (CategoricalHead([3, 4]), [3, 0]), (DistributionHead(dist.Poisson), [1])])
 
 
 def mixed_discrete():

@@ -8,7 +8,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from asserts import refuses
-from cases import shake, train
+from cases import reload, shake, train
 from oracles import jacobian
 from torch.func import functional_call, hessian, jacfwd, jacrev, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -253,10 +253,7 @@ def test_standardization_is_state():
     saved = pf.Flow(pf.Standardization(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0], [4.0]])))
     assert saved.event_shape == (2, 2)
     loaded = pf.Flow(pf.Standardization(torch.zeros(2, 2), torch.ones(2, 2)))
-    file = io.BytesIO()
-    torch.save(saved.state_dict(), file)
-    file.seek(0)
-    loaded.load_state_dict(torch.load(file, weights_only=True))
+    reload(saved, loaded)
     y = torch.randn(5, 2, 2)
     assert torch.equal(loaded.log_prob(y), saved.log_prob(y))
     torch.testing.assert_close(saved.chain(torch.ones(2, 2)), torch.tensor([[4.0, 5.0], [5.0, 6.0]]))

@@ -1,7 +1,6 @@
 """MADE as a distribution: masses sum to one, who sees whom, ensembles, exact draws, imputation, state, bad input."""
 
 import copy
-import io
 import itertools
 import math
 import pickle
@@ -11,7 +10,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from asserts import refuses
-from cases import shake
+from cases import reload, shake
 from torch.distributions import constraints
 
 import pyro_flows as pf
@@ -338,11 +337,8 @@ def test_masks_that_leave_nothing_to_do():
 def test_a_state_dict_brings_its_masks(name):
     made = make(name)
     made.resample_masks()
-    file = io.BytesIO()
-    torch.save(made.state_dict(), file)
-    file.seek(0)
     other = pf.MADE(D, **{**OPTIONS[name]}, seed=99).double()
-    other.load_state_dict(torch.load(file, weights_only=True))
+    reload(made, other)
     for mode in (True, False):
         assert torch.equal(made.train(mode).log_prob(binary()), other.train(mode).log_prob(binary()))
 
@@ -368,17 +364,13 @@ def test_draws_know_of_changed_weights():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_dtype_follows_the_parameters(dtype):
-    default = torch.get_default_dtype()
-    try:
-        torch.set_default_dtype(torch.float64 if dtype == torch.float32 else torch.float32)
-        made = pf.MADE(D, hidden_dims=(6,), context_dim=2, seed=0).to(dtype)
-        context = torch.zeros(3, 2, dtype=dtype)
-        assert made.sample((2,), context).dtype == dtype
-        assert made.log_prob(torch.ones(3, D, dtype=torch.long), context).dtype == dtype
-        assert made.log_prob(torch.ones(3, D, dtype=torch.bool), context).dtype == dtype
-    finally:
-        torch.set_default_dtype(default)
+def test_dtype_follows_the_parameters(dtype, default_dtype):
+    default_dtype(torch.float64 if dtype == torch.float32 else torch.float32)
+    made = pf.MADE(D, hidden_dims=(6,), context_dim=2, seed=0).to(dtype)
+    context = torch.zeros(3, 2, dtype=dtype)
+    assert made.sample((2,), context).dtype == dtype
+    for given in (torch.long, torch.bool):
+        assert made.log_prob(torch.ones(3, D, dtype=given), context).dtype == dtype
 
 
 # With the rest of the package.

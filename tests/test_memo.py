@@ -307,24 +307,7 @@ def change_by_swapping_layers(chain):
                 module._parameters[name], other[name] = other[name], module._parameters[name]
 
 
-CHANGES = [
-    change_in_place,
-    change_by_replacing,
-    change_by_state_dict,
-    change_by_assigned_state_dict,
-    change_by_data,
-    change_by_replaced_data,
-    change_by_replaced_data_twice,
-    change_by_vector,
-    change_by_row_of_one_matrix,
-    change_by_strides,
-    change_by_set,
-    change_by_converting_parts,
-    change_by_average,
-    change_by_parametrizing,
-    change_by_init,
-    change_by_swapping_layers,
-]
+CHANGES = [change for name, change in globals().items() if name.startswith("change_")]
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__.removeprefix("change_"))

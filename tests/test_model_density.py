@@ -80,17 +80,11 @@ def test_data_that_hang_on_no_latent_are_none():
     assert fit(AutoFlow(model, seed=0), Y[0], Y[1], steps=20).verdict.ok
 
 
-def test_a_model_without_data_is_refused():
+def test_a_prior_is_fitted_on_purpose_alone():
     refuses(ValueError, r"nothing is observed.*no pyro\.factor.*fit_prior=True", fit, guide(pair), steps=1)
-
-
-def test_a_prior_is_fitted_on_purpose():
+    refuses(ValueError, r"fit_prior=True.*this one has data", fit, guide(pair), Y, steps=1, fit_prior=True)
     found = fit(AutoFlow(poutine.block(pair, expose=["a", "s"]), seed=0), Y, steps=60, fit_prior=True)
     assert abs(found.log_evidence) < 1e-3 and abs(found.sample(20_000)["a"].mean()) < 0.05
-
-
-def test_a_prior_has_no_data():
-    refuses(ValueError, r"fit_prior=True.*this one has data", fit, guide(pair), Y, steps=1, fit_prior=True)
 
 
 def test_factors_and_conditioned_sites_are_data():

@@ -10,7 +10,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from asserts import refuses
-from cases import shake, train
+from cases import guide_of, shake, train
 from pyro.infer import SVI, Trace_ELBO
 from torch import nn
 from torch.func import functional_call, jacrev, vmap
@@ -323,11 +323,7 @@ def test_in_a_guide():
         pyro.sample("z", dist.Normal(torch.tensor([3.0, -2.0]), torch.tensor([0.5, 2.0])).to_event(1))
 
     flow = pf.Flow([*pf.iaf(2, num_layers=1, hidden_dims=(8,)), pf.ActNorm(2)])
-
-    def guide():
-        pyro.module("flow", flow)
-        pyro.sample("z", flow())
-
+    guide = guide_of(flow)
     elbo = Trace_ELBO(num_particles=32, vectorize_particles=True)
     svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.03}), elbo)
     svi.step()

@@ -13,7 +13,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from asserts import refuses
-from cases import full_but
+from cases import full_but, guide_of, shake
 from pyro import poutine
 from pyro.distributions import constraints
 from pyro.distributions.testing.rejection_gamma import RejectionStandardGamma
@@ -216,17 +216,13 @@ def test_no_gradient_at_the_posterior(pathwise, vectorized, particles):
 @pytest.mark.parametrize("particles", [1, 5])
 def test_no_gradient_where_a_flow_guide_is_the_model(builder, vectorized, particles):
     flow = pf.Flow(builder(3, num_layers=2, hidden_dims=(8,)))
-    with torch.no_grad():
-        for parameter in flow.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
+    shake(flow, 0.3)
     prior = copy.deepcopy(flow)
 
     def model():
         pyro.sample("z", pyro.module("prior", prior)())
 
-    def guide():
-        pyro.sample("z", pyro.module("flow", flow)())
-
+    guide = guide_of(flow)
     for objective in (PathELBO(particles, vectorize_particles=vectorized), DReGELBO(particles, math.inf, vectorized)):
         loss, found = gradients(objective, model, guide)
         mine = [g.abs().max() for name, g in found.items() if name.startswith("flow")]
@@ -897,9 +893,7 @@ def by_hand(guide, draws):
 def test_forward_kl_scores_draws_in_constrained_space(kind, vectorized):
     guide = AUTO[kind](positive_and_shares)
     guide()
-    with torch.no_grad():
-        for parameter in guide.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+    shake(guide, 0.1)
     draws = some_draws(7)
     exact = -by_hand(guide, draws).mean()
     for batch_size in (7, 3):
@@ -958,9 +952,7 @@ def test_forward_kl_fits_a_flow_by_hand_and_leaves_the_model_alone():
     def model():
         raise AssertionError("the model is not run")
 
-    def guide():
-        pyro.sample("w", pyro.module("flow", flow)())
-
+    guide = guide_of(flow, "w")
     objective = ForwardKL(draws, 64)
     svi = SVI(model, guide, ClippedAdam({"lr": 0.02}), objective)
     before = svi.evaluate_loss()

@@ -210,16 +210,11 @@ def test_density_says_what_does_not_fit(arguments, message):
     assert not plt.get_fignums(), "an error leaves no figure"
 
 
-def test_density_that_is_nan_is_an_error():
+def test_densities_and_draws_that_are_nan_are_an_error():
     flow = flow_of(2)
     torch.nn.init.constant_(next(flow.chain[0].parameters()), math.nan)
     with pytest.raises(ValueError, match=r"NaN at 16 of 16 points.*locate_nonfinite"):
         plots.density(flow, bounds=((-1, 1), (-1, 1)), points=4)
-
-
-def test_draws_that_are_nan_are_an_error():
-    flow = flow_of(2)
-    torch.nn.init.constant_(next(flow.chain[0].parameters()), math.nan)
     for picture in (plots.density, plots.samples, plots.corner):
         refuses(ValueError, r"draws are NaN or infinite.*locate_nonfinite", picture, flow)
 
@@ -586,15 +581,12 @@ def test_documented_signatures_are_the_real_ones():
 def test_both_dtypes_while_the_other_is_the_default(dtype, default_dtype):
     flow = flow_of(2, context_dim=1, dtype=dtype)
     default_dtype(torch.float64 if dtype == torch.float32 else torch.float32)
-    try:
-        context, data = np.zeros(1), np.random.default_rng(0).normal(size=(20, 2))
-        assert plots.density(flow, context=context, data=data, points=10).collections
-        assert plots.samples(flow, data, 10, context=context).collections
-        assert len(plots.corner(flow, data, num_samples=50, context=context).axes) == 3
-        assert plots.calibration(flow, data, np.zeros((20, 1)), num_samples=10).lines
-        assert {parameter.dtype for parameter in flow.parameters()} == {dtype}
-    finally:
-        torch.set_default_dtype(torch.float32)
+    context, data = np.zeros(1), np.random.default_rng(0).normal(size=(20, 2))
+    assert plots.density(flow, context=context, data=data, points=10).collections
+    assert plots.samples(flow, data, 10, context=context).collections
+    assert len(plots.corner(flow, data, num_samples=50, context=context).axes) == 3
+    assert plots.calibration(flow, data, np.zeros((20, 1)), num_samples=10).lines
+    assert {parameter.dtype for parameter in flow.parameters()} == {dtype}
 
 
 def test_nothing_is_remembered_of_a_gradient():

@@ -306,32 +306,29 @@ def test_streams_of_inverses(name):
     torch.testing.assert_close(torch.stack(moved, -1), y, rtol=1e-7, atol=1e-7)
 
 
-def test_streams_know_all_that_a_chain_may_hold():
+def test_streams_know_all_that_a_chain_may_hold(default_dtype):
     """Standardisations, rescalings, elementwise parts, inverses, conditioned parts, another base, other dtypes."""
     context = torch.randn(3, dtype=DOUBLE)
     for single in (False, True):
         dtype, other = (torch.float32, DOUBLE) if single else (DOUBLE, torch.float32)
-        torch.set_default_dtype(other)
-        try:
-            event = (2, 8)
-            rescaling = pf.Rescaling(event)
-            with torch.no_grad():
-                rescaling.log_scale.add_(torch.tensor([[0.3], [-0.2]]))
-            parts = [
-                far(iaf(event), 0.1).inv,
-                rescaling,
-                far(maf(event, context_dim=3), 0.1).condition(context),
-                pf.Standardization(torch.tensor([[0.5], [1.0]]), torch.tensor([[2.0], [0.3]]), event_shape=event),
-                far(mint(event, num_layers=1), 0.1),
-                AffineTransform(0.5, 2.0),
-                ExpTransform(),
-            ]
-            chain = pf.Chain(parts).to(dtype).eval()
-            flow = pf.Flow(chain, dist.StudentT(torch.full(event, 5.0), 0.5, 2.0).to_event(2)).to(dtype)
-            y = torch.rand(4, *event, dtype=dtype) + 0.5
-            got = pickle.loads(pickle.dumps(Stream(flow, (4,)))).observe(y)
-        finally:
-            torch.set_default_dtype(torch.float32)
+        default_dtype(other)
+        event = (2, 8)
+        rescaling = pf.Rescaling(event)
+        with torch.no_grad():
+            rescaling.log_scale.add_(torch.tensor([[0.3], [-0.2]]))
+        parts = [
+            far(iaf(event), 0.1).inv,
+            rescaling,
+            far(maf(event, context_dim=3), 0.1).condition(context),
+            pf.Standardization(torch.tensor([[0.5], [1.0]]), torch.tensor([[2.0], [0.3]]), event_shape=event),
+            far(mint(event, num_layers=1), 0.1),
+            AffineTransform(0.5, 2.0),
+            ExpTransform(),
+        ]
+        chain = pf.Chain(parts).to(dtype).eval()
+        flow = pf.Flow(chain, dist.StudentT(torch.full(event, 5.0), 0.5, 2.0).to_event(2)).to(dtype)
+        y = torch.rand(4, *event, dtype=dtype) + 0.5
+        got = pickle.loads(pickle.dumps(Stream(flow, (4,)))).observe(y)
         assert got.dtype == dtype
         close = {"rtol": 1e-3, "atol": 1e-3} if single else {"rtol": 1e-10, "atol": 1e-10}
         torch.testing.assert_close(got.sum(-1), flow.log_prob(y), **close)

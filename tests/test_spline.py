@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from asserts import refuses
+from cases import shake
 
 import pyro_flows as pf
 from pyro_flows.nets import masked_pass as heads
@@ -277,9 +278,7 @@ def test_outputs_made_in_slabs(way, order, residual, context_dim, monkeypatch):
     """However many slabs the outputs are cut into, values and gradients are those of the plain way."""
     options = {"hidden_dims": (30, 30), "order": order, "residual": residual, "context_dim": context_dim}
     flow = pf.Autoregressive(11, pf.Spline(3), **options).double()
-    with torch.no_grad():
-        for parameter in flow.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
+    shake(flow, 0.3)
     y = torch.randn(6, 11, dtype=torch.float64, requires_grad=True)
     context = torch.randn(6, context_dim, dtype=torch.float64) if context_dim else None
     inputs = [y, *flow.parameters()]

@@ -9,7 +9,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from cases import full_but, shake
+from cases import full_but, guide_of, shake
 from pyro.infer import JitTrace_ELBO, Trace_ELBO
 from torch.func import grad, hessian, jacfwd, jacrev, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -48,7 +48,7 @@ def points(*batch, dtype=torch.double):
 
 
 def gradients(outputs, module, *inputs):
-    weights = [torch.linspace(1, 2, out.numel(), dtype=out.dtype).reshape(out.shape) for out in outputs]
+    weights = [torch.linspace(1, 2, out.numel(), dtype=out.dtype).reshape(out.shape).to(out.device) for out in outputs]
     total = sum((weight * out).sum() for weight, out in zip(weights, outputs, strict=True))
     wanted = [*inputs, *module.parameters()]
     return torch.autograd.grad(total, wanted, allow_unused=True, materialize_grads=True)
@@ -174,11 +174,7 @@ def test_jit_elbo(name):
         pyro.sample("y", dist.Normal(z.sum(-1), 1.0), obs=torch.tensor(1.0))
 
     flow = pf.Flow(shaken(BUILDERS[name](), torch.float))
-
-    def guide():
-        pyro.module("flow", flow)
-        pyro.sample("z", flow())
-
+    guide = guide_of(flow)
     found = {}
     with warnings.catch_warnings():
         # torch.jit is deprecated and warns of each shape that becomes a constant; Pyro's Jit ELBOs are made of it.
@@ -245,29 +241,20 @@ def test_both_directions_on_a_device(name, direction, elsewhere):
     wanted = gradients(getattr(chain, direction)(value, context), chain)
     chain.to(elsewhere)
     found = getattr(chain, direction)(value.to(elsewhere), context.to(elsewhere))
-    for ours, theirs in zip(found, expected, strict=True):
-        assert ours.device.type == elsewhere.type
-        torch.testing.assert_close(ours.cpu(), theirs)
-    weights = [torch.linspace(1, 2, out.numel(), dtype=out.dtype).reshape(out.shape).to(elsewhere) for out in found]
-    total = sum((weight * out).sum() for weight, out in zip(weights, found, strict=True))
-    for ours, theirs in zip(torch.autograd.grad(total, list(chain.parameters())), wanted, strict=True):
-        torch.testing.assert_close(ours.cpu(), theirs)
+    assert all(each.device.type == elsewhere.type for each in found)
+    torch.testing.assert_close([each.cpu() for each in found], list(expected))
+    torch.testing.assert_close([each.cpu() for each in gradients(found, chain)], list(wanted))
 
 
 @pytest.mark.parametrize("built", [torch.float, torch.double])
 @pytest.mark.parametrize("default", [torch.float, torch.double])
-def test_dtype_follows_the_input(name, direction, built, default):
+def test_dtype_follows_the_input(name, direction, built, default, default_dtype):
     chain = shaken(BUILDERS[name](), built)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(default)
-    try:
-        value = points(5, dtype=built).requires_grad_()
-        outputs = getattr(chain, direction)(value)
-        assert all(out.dtype == built for out in outputs)
-        assert all(g.dtype == built for g in gradients(outputs, chain, value))
-        assert all(out.dtype == built for out in pf.Flow(chain).rsample_and_log_prob((4,)))
-    finally:
-        torch.set_default_dtype(before)
+    default_dtype(default)
+    value = points(5, dtype=built).requires_grad_()
+    outputs = getattr(chain, direction)(value)
+    made = (*outputs, *gradients(outputs, chain, value), *pf.Flow(chain).rsample_and_log_prob((4,)))
+    assert {each.dtype for each in made} == {built}
 
 
 def test_autocast(name, direction):
@@ -319,4 +306,4 @@ def test_both_directions_in_threads(name):
             return chain.inverse_and_ladj(chain.forward_and_ladj(batch)[0])[0]
 
     with ThreadPoolExecutor(4) as pool:
-        torch.testing.assert_close(pool.map(work, batches), expected)
+        torch.testing.assert_close(list(pool.map(work, batches)), expected)

@@ -208,10 +208,7 @@ def test_importance_of_lognormal_weights(spread):
 
 def test_errors_are_as_large_as_they_say():
     runs = [importance(normal(0.7, 2000, seed)) for seed in range(300)]
-    for value, error, truth in (
-        ("log_evidence", "log_evidence_error", 0.0),
-        ("elbo", "elbo_error", -0.245),
-    ):
+    for value, error, truth in (("log_evidence", "log_evidence_error", 0.0), ("elbo", "elbo_error", -0.245)):
         scores = np.array([(getattr(run, value) - truth) / getattr(run, error) for run in runs])
         assert abs(scores.mean()) < 0.25 and 0.85 < scores.std() < 1.15
     spread = np.std([run.iw_elbo for run in runs])
