@@ -166,10 +166,7 @@ def empty_grid() -> tuple[Figure, np.ndarray]:
 
 
 def main() -> None:
-    args = begin(
-        __doc__,
-        steps={"type": int, "default": 1000, "help": "optimizer steps of each fit"},
-    )
+    args = begin(__doc__, steps={"type": int, "default": 1000, "help": "optimizer steps of each fit"})
     if args.smoke:
         args.steps = 2
     fig, axes = empty_grid()

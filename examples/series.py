@@ -215,9 +215,7 @@ def row(name: str, scores: list[Scores]) -> str:
 
 def main() -> None:
     args = begin(
-        __doc__,
-        data={"choices": ("sunspots", "elnino"), "default": "sunspots"},
-        seeds={"type": int, "default": 3},
+        __doc__, data={"choices": ("sunspots", "elnino"), "default": "sunspots"}, seeds={"type": int, "default": 3}
     )
     series = load(args.data)
     if args.smoke:

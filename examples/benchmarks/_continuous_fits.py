@@ -25,10 +25,7 @@ PLANES = ("moons", "checkerboard", "spirals")
 SETS = (*PLANES, "power_plant")
 MODELS = ("cnf", "cnf, matched", "realnvp", "maf", "nsf")
 CNF = {"rtol": 1e-3, "atol": 1e-3}  # enough to learn by; scores are solved to 1e-6
-OBJECTIVES = {
-    "cnf, matched": FlowMatching(),
-    "cnf, matched by transport": FlowMatching(coupling="optimal_transport"),
-}
+OBJECTIVES = {"cnf, matched": FlowMatching(), "cnf, matched by transport": FlowMatching(coupling="optimal_transport")}
 
 
 def rows_of(name: str, seed: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
