@@ -173,11 +173,6 @@ def test_names_of_scopes(tmp_path):
     refuses(ValueError, r"two of the names \['a/b', 'a.b'\] in posterior", to_arviz, {"a/b": z, "a.b": z})
 
 
-def test_without_arviz(monkeypatch):
-    monkeypatch.setitem(sys.modules, "arviz", None)
-    refuses(ImportError, "pip install arviz", to_arviz, {"a": torch.zeros(3)})
-
-
 def test_stand_in_for_version_one(parts, monkeypatch):
     """What is handed to arviz_base 1.x, where 0.x is installed."""
     calls = []

@@ -9,6 +9,7 @@ import torch
 from asserts import refuses
 from pyro import poutine
 from pyro.distributions import constraints
+from pyro.nn import PyroModule, PyroSample
 from torch.distributions import biject_to
 
 from pyro_flows.infer.models.joint import JointDensity
@@ -181,6 +182,114 @@ def test_falls_back_once(model):
     assert len(caught) == 1 and not density.vectorized and density.why_not
     torch.testing.assert_close(found, torch.stack([by_trace(density, row) for row in z]))
     torch.testing.assert_close(quiet(density, z), found)
+
+
+def regression(x, y):
+    b = pyro.sample("b", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Bernoulli(logits=x @ b), obs=y)
+
+
+def process(x, y):
+    length, size = (pyro.sample(name, dist.LogNormal(0.0, 1.0)) for name in ("length", "size"))
+    kernel = size**2 * torch.exp(-((x[:, None] - x) ** 2) / length**2) + 0.1 * torch.eye(len(x))
+    pyro.sample("y", dist.MultivariateNormal(torch.zeros(len(x)), kernel), obs=y)
+
+
+def correlated(x, y):
+    root = pyro.sample("root", dist.LKJCholesky(3, 1.0))
+    scale = pyro.sample("scale", dist.HalfNormal(1.0).expand([3]).to_event(1))
+    with pyro.plate("rows", len(y)), poutine.scale(scale=2.0), poutine.mask(mask=y > 0):
+        pyro.sample("y", dist.MultivariateNormal(torch.zeros(3), scale_tril=torch.diag(scale) @ root), obs=x)
+
+
+def in_turns(x, y):
+    b = pyro.sample("b", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    for i in pyro.plate("rows", 2):
+        pyro.sample(f"y{i}", dist.Poisson(b[i].exp()), obs=y[i])
+
+
+def part_of_rows(x, y):
+    b = pyro.sample("b", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    with pyro.plate("rows", len(y), subsample=torch.tensor([1, 4, 5])) as rows:
+        pyro.sample("y", dist.Bernoulli(logits=(x @ b)[rows]), obs=y[rows])
+
+
+class Weighted(PyroModule):
+    def __init__(self):
+        super().__init__()
+        self.linear = PyroModule[torch.nn.Linear](3, 2)
+        self.linear.weight = PyroSample(lambda self: dist.Normal(0.0, 1.0).expand([2, 3]).to_event(2))
+
+    def forward(self, x, y):
+        mean = torch.tanh(self.linear(x)).sum(-1)
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
+
+
+@pytest.mark.filterwarnings("ignore:this model does not broadcast")  # of a model, the first time only
+@pytest.mark.parametrize(
+    "model", [regression, process, correlated, in_turns, part_of_rows, Weighted()], ids=lambda m: type(m).__name__
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_many_draws_by_vmap(model, dtype, monkeypatch):
+    """Values and gradients of models that do not broadcast, against single runs, in one run of the model."""
+    if isinstance(model, torch.nn.Module):
+        model.to(dtype)
+    torch.set_default_dtype(dtype)  # which the fixture restores
+    x = torch.randn(6, 3, generator=torch.Generator().manual_seed(1))
+    y = (x[:, 0] > 0).to(dtype)
+    density = joint(model, x if model is not process else x[:, 0], y)
+    z = torch.randn(7, density.latents.dim, requires_grad=True)
+    found = density(z)
+    assert density.mapped and not density.vectorized and "torch.vmap runs them" in density.why_not
+    expected = torch.stack([density._alone(row) for row in z])
+    torch.testing.assert_close(found, expected)
+    slopes = (torch.autograd.grad(total.sum(), z)[0] for total in (found, expected))
+    torch.testing.assert_close(*slopes, rtol=1e-4, atol=1e-5)
+    monkeypatch.setattr(density, "_alone", None)
+    torch.testing.assert_close(quiet(density, z), expected)
+
+
+@pytest.mark.filterwarnings("ignore:this model does not broadcast")
+@pytest.mark.parametrize("checked", [True, False])
+def test_vmap_heeds_constraints(checked):
+    """Where single runs raise, the density is NaN, and the other draws keep their gradients."""
+
+    def model():
+        p = pyro.sample("p", dist.Uniform(-1.0, 2.0).expand([2]).to_event(1))
+        pyro.sample("y", dist.Bernoulli(probs=p[0] * torch.ones(3)).to_event(1), obs=torch.ones(3))
+
+    with pyro.validation_enabled(checked):
+        density = joint(model)
+        z = torch.tensor([[0.1, -0.2], [3.0, 0.0], [0.0, 0.5]], requires_grad=True)
+        found = density(z)
+        assert density.mapped and found.isnan().tolist() == [False, checked, False]
+        (slope,) = torch.autograd.grad(found.nansum(), z)
+        assert slope.isfinite().all() and (slope[::2, 0] > 0).all()
+        if checked:
+            with pytest.raises(ValueError, match="probs"):
+                density(z[1:2])
+
+
+def by_float():
+    a = pyro.sample("a", dist.Normal(0, 1))
+    pyro.sample("y", dist.Normal(float(a), 1.0), obs=torch.tensor(0.3))
+
+
+def by_if():
+    a = pyro.sample("a", dist.Normal(0, 1))
+    pyro.sample("y", dist.Normal(a if a > 0 else -a, 1.0), obs=torch.tensor(0.3))
+
+
+@pytest.mark.parametrize("model", [by_float, by_if])
+def test_numbers_and_branches_go_one_at_a_time(model):
+    density = joint(model)
+    z = torch.tensor([[0.5], [-1.0], [2.0]])
+    with pytest.warns(UserWarning, match="does not broadcast"):
+        found = density(z)
+    assert density.mapped is False and not density.many_at_once and "one at a time" in density.why_not
+    torch.testing.assert_close(found, torch.stack([by_trace(density, row) for row in z]))
 
 
 def test_tries_again_where_nothing_is_finite():

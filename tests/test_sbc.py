@@ -17,7 +17,7 @@ from torch.distributions import constraints
 from pyro_flows import plots
 from pyro_flows.infer.diagnostics.calibration import Calibration, simulation_based_calibration
 from pyro_flows.infer.diagnostics.prior import simulate
-from pyro_flows.infer.diagnostics.uniformity import adjusted_level, band, chi_square, ecdf_pvalues
+from pyro_flows.infer.diagnostics.uniformity import band, chi_square, ecdf_pvalues
 
 SIZES = torch.zeros(4, 2)
 
@@ -319,7 +319,7 @@ def test_chi_square_by_hand():
 
 @pytest.mark.parametrize(("n", "draws"), [(50, 99), (300, 19)])
 def test_band_holds_whole_curves_as_often_as_it_says(n, draws):
-    place, low, high = band(n, draws, adjusted_level(n, draws, 0.1))
+    place, low, high = band(n, draws, 0.1)
     ranks = torch.randint(draws + 1, (4000, n), generator=torch.Generator().manual_seed(7))
     last = (place * (draws + 1)).round() - 1
     share = (ranks[:, None, :] <= last[None, :, None]).sum(-1).double() / n

@@ -57,7 +57,6 @@ def to_arviz(
         attrs: further attributes, numbers or text.
 
     Raises:
-        ImportError: without ArviZ.
         ValueError: if numbers of draws differ, nothing is given, a site has the name of a dimension, or ``dims`` and
             ``coords`` do not fit the shapes.
     """
@@ -81,31 +80,30 @@ def to_arviz(
     if log_weights is not None:
         found = importance(torch.from_numpy(_array(log_weights).astype(np.float64)))
         facts |= {"khat": found.khat, "ess": found.ess}
-    facts |= {name: _plain(value) for name, value in (attrs or {}).items()}
-    names = None
-    if dims is not None:
-        names = {_name(name): [of] if isinstance(of, str) else list(of) for name, of in dims.items()}
+    for name, value in (attrs or {}).items():  # files take numbers and text, no Booleans
+        number = int(value) if isinstance(value, bool) else value
+        facts[name] = number if isinstance(number, (int, float)) else str(number)
+    names = {_name(name): [of] if isinstance(of, str) else list(of) for name, of in (dims or {}).items()}
     labels = None if coords is None else {name: list(values) for name, values in coords.items()}
-    return _convert(groups, names, labels, facts)
-
-
-def _convert(
-    groups: dict[str, dict[str, np.ndarray]], dims: Any, coords: Any, attrs: dict[str, Any]
-) -> Any:  # the class depends on ArviZ's version
-    from_dict = _arviz().from_dict
     for group, arrays in groups.items():
         for name, array in arrays.items():
-            given = [dim for dim in (dims or {}).get(name, ()) if dim not in ("chain", "draw")]
+            given = [dim for dim in names.get(name, ()) if dim not in ("chain", "draw")]
             own = array.shape if group.endswith("_data") else array.shape[2:]
             if len(given) > len(own) and group != "log_likelihood":  # which lacks event dimensions
                 raise ValueError(
                     f"to_arviz: expected dims of {name} to name at most {len(own)} dimensions, those of its shape "
                     f"{own} in {group}, got {given}"
                 )
+    with warnings.catch_warnings():
+        # 0.23 announces 1.x at import; this module works with both.
+        warnings.filterwarnings("ignore", r"\s*ArviZ is undergoing a major refactor", FutureWarning)
+        import arviz
+    from_dict: Any = arviz.from_dict
+    known = None if dims is None else names
     if "posterior" in inspect.signature(from_dict).parameters:  # 0.x: a keyword argument for each group
-        made = from_dict(**groups, dims=dims, coords=coords, attrs=dict(attrs), posterior_attrs=dict(attrs))
+        made = from_dict(**groups, dims=known, coords=labels, attrs=dict(facts), posterior_attrs=dict(facts))
     else:  # 1.x: groups in one dictionary, attributes by group
-        made = from_dict(groups, dims=dims, coords=coords, attrs={"/": dict(attrs), "posterior": dict(attrs)})
+        made = from_dict(groups, dims=known, coords=labels, attrs={"/": dict(facts), "posterior": dict(facts)})
     # ArviZ silently drops a variable named like a dimension, and pads the shorter of two with NaN.
     for group, arrays in groups.items():
         kept = made[group].data_vars if group in made else {}
@@ -121,24 +119,6 @@ def _convert(
                     f"dimensions {kept[name].dims} that they share: give their dimensions different names in dims"
                 )
     return made
-
-
-def _arviz() -> Any:
-    with warnings.catch_warnings():
-        # 0.23 announces 1.x at import; this module works with both.
-        warnings.filterwarnings("ignore", r"\s*ArviZ is undergoing a major refactor", FutureWarning)
-        try:
-            import arviz
-        except ImportError as error:
-            raise ImportError("to_arviz: ArviZ is not installed: pip install arviz") from error
-    return arviz
-
-
-def _plain(value: Any) -> int | float | str:
-    """Converts a value for storage in a file, which takes no Booleans."""
-    if isinstance(value, bool):
-        return int(value)
-    return value if isinstance(value, (int, float)) else str(value)
 
 
 def _array(value: Any) -> np.ndarray:

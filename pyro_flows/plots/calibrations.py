@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pyro_flows.core.checks import integer
-from pyro_flows.plots.canvas import DATA, FRAME, NAMED, canvas, labels, line_style
+from pyro_flows.infer.diagnostics.uniformity import band
+from pyro_flows.plots.canvas import DATA, FRAME, NAMED, Axes, canvas, labels, line_style
 from pyro_flows.plots.inputs import distribution_of, draw, numbers, rows_of, single
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 __all__ = ["calibration", "pit"]
 
 CHUNK = 1 << 20  # numbers drawn at a time
 STEPS = 100  # of nominal coverage
-REPEATS = 4000  # simulated curves behind the band
 
 
 def pit(model: Any, data: Any, context: Any = None, num_samples: int = 1000) -> Tensor:
@@ -61,15 +58,12 @@ def pit(model: Any, data: Any, context: Any = None, num_samples: int = 1000) -> 
             drawn = draw(distribution_of(model, context[part[0] : part[-1] + 1], "pit"), (n,))
         else:
             drawn = draw(made, (n, len(part)))
-        found.append(_place(rows[part], drawn.cpu().double().reshape(n, len(part), -1)))
+        drawn = drawn.cpu().double().reshape(n, len(part), -1)
+        if drawn.isnan().any():
+            raise ValueError("pit: a draw of the model is NaN; pyro_flows.testing.locate_nonfinite finds the layer")
+        below, equal = (drawn < rows[part]).sum(0), (drawn == rows[part]).sum(0)
+        found.append((below + torch.rand(below.shape, dtype=drawn.dtype) * (equal + 1)) / (n + 1))
     return torch.cat(found)
-
-
-def _place(observed: Tensor, drawn: Tensor) -> Tensor:
-    if drawn.isnan().any():
-        raise ValueError("pit: a draw of the model is NaN; pyro_flows.testing.locate_nonfinite finds the layer")
-    below, equal = (drawn < observed).sum(0), (drawn == observed).sum(0)
-    return (below + torch.rand(observed.shape, dtype=observed.dtype) * (equal + 1)) / (len(drawn) + 1)
 
 
 def calibration(
@@ -109,11 +103,10 @@ def calibration(
     rows, dims = places.shape
     text = labels(names, range(dims), "calibration")
     nominal = np.linspace(0, 1, STEPS + 1)
-    spread = _band(rows, 1 - (1 - level) / dims)
+    # A calibrated model's curve is a cumulative count of equal cells, as that of uniform ranks.
+    low, high = (np.array([0.0, *limit, 1.0]) for limit in band(rows, STEPS - 1, (1 - level) / dims)[1:])
     ax = canvas(ax, (4.4, 4.4))
-    ax.fill_between(
-        nominal, np.clip(nominal - spread, 0, 1), np.clip(nominal + spread, 0, 1), color=DATA, alpha=0.13, linewidth=0
-    )
+    ax.fill_between(nominal, low, high, color=DATA, alpha=0.13, linewidth=0)
     ax.plot((0, 1), (0, 1), color=FRAME, linewidth=0.9, linestyle="--")
     for k in range(dims):
         inside = np.sort(np.abs(2 * places[:, k] - 1))
@@ -126,13 +119,3 @@ def calibration(
     if 1 < dims <= NAMED or names is not None:
         ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return ax
-
-
-def _band(rows: int, level: float) -> np.ndarray:
-    """Half the width of the band at this level."""
-    nominal = np.linspace(0, 1, STEPS + 1)
-    error = np.sqrt(nominal * (1 - nominal) / rows)
-    # A calibrated model's curve is a cumulative count of equal cells.
-    count = np.random.default_rng(0).multinomial(rows, np.full(STEPS, 1 / STEPS), REPEATS).cumsum(1)[:, :-1]
-    furthest = (np.abs(count / rows - nominal[1:-1]) / error[1:-1]).max(1)
-    return np.quantile(furthest, level) * error

@@ -10,8 +10,10 @@ import numpy as np
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+else:  # only annotations need them, and matplotlib loads slowly
+    Axes = Figure = Any
 
-__all__ = ["bars", "canvas", "figure", "framed", "labels", "line_style", "reach", "thinned"]
+__all__ = ["bars", "canvas", "figure", "labels", "line_style", "reach", "thinned"]
 
 DATA, MODEL, MARK, FRAME = "#3d405b", "#1f7a8c", "#e07a5f", "#8d99ae"
 SHADES = ["#ffffff", "#bfe3e6", "#5fb3bf", "#1f7a8c", "#0d3f4d"]
@@ -20,23 +22,17 @@ NAMED = 12  # curves that a legend can tell apart
 
 
 def figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, np.ndarray]:
-    """A figure with a grid of axes."""
+    """A figure with a grid of axes, each with two quiet spines and small labels."""
     from matplotlib import pyplot as plt
 
     fig, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for ax in axes.flat:
-        framed(ax)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.spines[["left", "bottom"]].set_color(FRAME)
+        ax.tick_params(color=FRAME, labelsize=8)
+        ax.xaxis.label.set_fontsize(9)
+        ax.yaxis.label.set_fontsize(9)
     return fig, axes
-
-
-def framed(ax: Axes) -> Axes:
-    """Gives axes two quiet spines and small labels."""
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.spines[["left", "bottom"]].set_color(FRAME)
-    ax.tick_params(color=FRAME, labelsize=8)
-    ax.xaxis.label.set_fontsize(9)
-    ax.yaxis.label.set_fontsize(9)
-    return ax
 
 
 def canvas(ax: Axes | None, size: tuple[float, float] = (4.8, 3.6)) -> Axes:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from torch.distributions import Distribution
 
 from pyro_flows.core.checks import integer
-from pyro_flows.plots.canvas import DATA, MODEL, SHADES, bars, canvas, reach, thinned
+from pyro_flows.plots.canvas import DATA, MODEL, SHADES, Axes, bars, canvas, reach, thinned
 from pyro_flows.plots.inputs import distribution_of, drawn_rows, numbers, rows_of, score, single
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 __all__ = ["density"]
 
@@ -53,8 +50,16 @@ def density(
     mesh = np.stack(np.meshgrid(*grids, indexing="ij"), -1).reshape(-1, dims)
     height = np.exp(score(made, mesh, "density")).reshape((count,) * dims)
     ax = canvas(ax)
-    draw = _line if dims == 1 else _picture
-    draw(ax, grids, height, rows, style)
+    if dims == 2:
+        _picture(ax, grids, height, rows, style)
+        return ax
+    (grid,) = grids
+    if rows is not None:
+        ax.stairs(*bars(rows[:, 0], grid[0], grid[-1]), fill=True, color=DATA, alpha=0.25, label="data")
+    look: dict[str, Any] = {} if "color" in style or "c" in style else {"color": MODEL}
+    ax.plot(grid, height, **look, **style)
+    ax.set(xlim=(grid[0], grid[-1]), ylabel="density")
+    ax.set_ylim(bottom=0)
     return ax
 
 
@@ -75,18 +80,6 @@ def _limits(bounds: Any, made: Distribution, rows: np.ndarray | None) -> list[tu
     return reach(rows)
 
 
-def _line(
-    ax: Axes, grids: list[np.ndarray], height: np.ndarray, rows: np.ndarray | None, style: dict[str, Any]
-) -> None:
-    (grid,) = grids
-    if rows is not None:
-        ax.stairs(*bars(rows[:, 0], grid[0], grid[-1]), fill=True, color=DATA, alpha=0.25, label="data")
-    look: dict[str, Any] = {} if "color" in style or "c" in style else {"color": MODEL}
-    ax.plot(grid, height, **look, **style)
-    ax.set(xlim=(grid[0], grid[-1]), ylabel="density")
-    ax.set_ylim(bottom=0)
-
-
 def _picture(
     ax: Axes, grids: list[np.ndarray], height: np.ndarray, rows: np.ndarray | None, style: dict[str, Any]
 ) -> None:
@@ -95,19 +88,13 @@ def _picture(
     look: dict[str, Any] = {"cmap": LinearSegmentedColormap.from_list("flow", SHADES), "shading": "nearest"}
     look |= {"rasterized": True} | style
     if "norm" not in style:
-        top = look.pop("vmax", None)
-        look["norm"] = PowerNorm(0.5, look.pop("vmin", 0.0), _full(height) if top is None else top)
+        # A hundredth of the mass is denser than the top: a spike must not leave the picture pale.
+        ranked = np.sort(height, axis=None)[::-1]
+        mass = ranked.cumsum()
+        top = float(ranked[np.searchsorted(mass, 0.01 * mass[-1])]) if 0 < mass[-1] < np.inf else 1.0
+        look["norm"] = PowerNorm(0.5, look.pop("vmin", 0.0), look.pop("vmax", None) or top)
     ax.pcolormesh(*grids, height.T, **look)
     if rows is not None:
         first, second = thinned(rows, 1000).T
         ax.scatter(first, second, s=4, color=DATA, alpha=0.5, linewidths=0)
     ax.set(xlim=(grids[0][0], grids[0][-1]), ylim=(grids[1][0], grids[1][-1]))
-
-
-def _full(height: np.ndarray) -> float:
-    """The density that a hundredth of the mass exceeds: a spike must not leave the picture pale."""
-    ranked = np.sort(height, axis=None)[::-1]
-    mass = ranked.cumsum()
-    if not 0 < mass[-1] < np.inf:
-        return 1.0
-    return float(ranked[np.searchsorted(mass, 0.01 * mass[-1])])

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from pyro_flows.plots.canvas import DATA, FRAME, MARK, MODEL, canvas
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from pyro_flows.plots.canvas import DATA, FRAME, MARK, MODEL, Axes, canvas
 
 __all__ = ["history"]
 
@@ -43,12 +40,10 @@ def history(fit: Any, ax: Axes | None = None) -> Axes:
         raise ValueError(f"history: expected lists of equal length, got {lengths}")
     epoch = columns.get("epoch", np.arange(1.0, len(train) + 1))
     validation = columns.get("validation")
-    if validation is not None and np.isnan(validation).all():
-        validation = None
     ax = canvas(ax)
     ax.plot(epoch, train, color=DATA, linewidth=1.2, label="train")
     drawn = [train]
-    if validation is not None:
+    if validation is not None and not np.isnan(validation).all():
         ax.plot(epoch, validation, color=MODEL, linewidth=1.6, label="validation")
         drawn.append(validation)
         _mark(ax, fit, epoch, validation)

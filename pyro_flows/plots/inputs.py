@@ -11,7 +11,7 @@ import torch
 from torch import Size, Tensor, nn
 from torch.distributions import Distribution
 
-from pyro_flows.core.checks import integer
+from pyro_flows.core.checks import first_floating, integer
 from pyro_flows.core.transform import FlowTransform
 from pyro_flows.infer.density.data import to_tensor
 from pyro_flows.infer.uses.anomaly import evaluating
@@ -42,14 +42,9 @@ def rows_of(value: Any, event_shape: Size, name: str, what: str) -> np.ndarray:
     if array.ndim == 1 and size == 1:  # one dimension may lack its own axis
         return array[:, None]
     if not fits or array.ndim == 0:
-        raise ValueError(
-            f"{name}: expected {what} of shape {_shape('rows', *event_shape)}, got shape {tuple(array.shape)}"
-        )
+        shape = str(("rows", *event_shape)).replace("'", "")
+        raise ValueError(f"{name}: expected {what} of shape {shape}, got shape {tuple(array.shape)}")
     return array.reshape(-1, size)
-
-
-def _shape(*parts: object) -> str:
-    return "(" + ", ".join(map(str, parts)) + ("," if len(parts) == 1 else "") + ")"
 
 
 def distribution_of(model: Any, context: Any, name: str) -> Distribution:
@@ -86,10 +81,9 @@ def distribution_of(model: Any, context: Any, name: str) -> Distribution:
 def _context(model: Any, context: Any, name: str) -> Tensor:
     """The context in the dtype and on the device of the parameters."""
     given = torch.from_numpy(numbers(context, name, "context"))
-    if isinstance(model, nn.Module):
-        for held in (*model.parameters(), *model.buffers()):
-            if held.is_floating_point():
-                return given.to(held.device, held.dtype)
+    kin = first_floating(model) if isinstance(model, nn.Module) else None
+    if kin is not None:
+        return given.to(kin.device, kin.dtype)
     if isinstance(context, Tensor) and context.is_floating_point():
         return context.detach()
     return given.to(torch.get_default_dtype())
@@ -160,7 +154,11 @@ def score(made: Distribution, points: np.ndarray, name: str) -> np.ndarray:
         kin = made.sample()
         for part in torch.from_numpy(points).split(CHUNK):
             values = part.to(kin.device, kin.dtype).reshape(len(part), *event)
-            inside = _inside(made, values)
+            try:
+                support: Any = made.support
+                inside = support.check(values)
+            except (NotImplementedError, ValueError):  # an unknown or dependent support
+                inside = values.new_ones(len(values), dtype=torch.bool)
             # A draw replaces values outside, which validation would refuse.
             safe = torch.where(inside.reshape(-1, *(1,) * len(event)), values, kin)
             found.append(made.log_prob(safe).masked_fill(~inside, -torch.inf).double().cpu())
@@ -172,11 +170,3 @@ def score(made: Distribution, points: np.ndarray, name: str) -> np.ndarray:
             "pyro_flows.testing.locate_nonfinite finds the layer"
         )
     return log_prob.numpy()
-
-
-def _inside(made: Distribution, values: Tensor) -> Tensor:
-    try:
-        support: Any = made.support
-        return support.check(values)
-    except (NotImplementedError, ValueError):  # an unknown or dependent support
-        return values.new_ones(len(values), dtype=torch.bool)

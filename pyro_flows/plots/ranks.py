@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from pyro_flows.core.checks import choice
 from pyro_flows.infer.diagnostics.calibration import Calibration
-from pyro_flows.plots.canvas import DATA, FRAME, NAMED, canvas, line_style
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from pyro_flows.plots.canvas import DATA, FRAME, NAMED, Axes, canvas, line_style
 
 __all__ = ["ranks"]
 

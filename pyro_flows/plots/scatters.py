@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from pyro_flows.plots.canvas import DATA, MODEL, bars, canvas, figure, labels, reach, thinned
+from pyro_flows.plots.canvas import DATA, MODEL, Axes, Figure, bars, canvas, figure, labels, reach, thinned
 from pyro_flows.plots.inputs import draws_of, rows_of
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 __all__ = ["corner", "samples"]
 
@@ -87,11 +83,17 @@ def corner(
         ValueError: for more than 12 dimensions, or invalid arguments.
     """
     draws, event = draws_of(model, num_samples, context, "corner")
-    rows = None if data is None else rows_of(data, event, "corner", "data")
-    chosen = _chosen(dims, draws.shape[1])
+    total = draws.shape[1]
+    chosen = list(range(total)) if dims is None else list(dims)
+    if not 0 < len(chosen) <= MOST:
+        raise ValueError(
+            f"corner: expected 1 to {MOST} dimensions, got {len(chosen)}; choose some of them, e.g. dims=[0, 1, 2]"
+        )
+    if any(isinstance(k, bool) or not isinstance(k, int) or not 0 <= k < total for k in chosen):
+        raise ValueError(f"corner: expected dims to be integers from 0 to {total - 1}, got {chosen}")
+    rows = None if data is None else rows_of(data, event, "corner", "data")[:, chosen]
     text = labels(names, chosen, "corner")
     draws = draws[:, chosen]
-    rows = None if rows is None else rows[:, chosen]
     shown, color = (draws, MODEL) if rows is None else (rows, DATA)
     limits = reach(shown)
     edges = [np.linspace(low, high, BINS + 1) for low, high in limits]
@@ -124,26 +126,14 @@ def corner(
     return fig
 
 
-def _chosen(dims: Sequence[int] | None, size: int) -> list[int]:
-    chosen = list(range(size)) if dims is None else list(dims)
-    if not 0 < len(chosen) <= MOST:
-        raise ValueError(
-            f"corner: expected 1 to {MOST} dimensions, got {len(chosen)}; choose some of them, e.g. dims=[0, 1, 2]"
-        )
-    if any(isinstance(k, bool) or not isinstance(k, int) or not 0 <= k < size for k in chosen):
-        raise ValueError(f"corner: expected dims to be integers from 0 to {size - 1}, got {chosen}")
-    return chosen
-
-
 def _contours(ax: Axes, pairs: np.ndarray, edges: tuple[np.ndarray, np.ndarray]) -> None:
     """Lines around the densest 50 and 90 % of the pairs inside the edges."""
+    from scipy.ndimage import gaussian_filter
+
     count = np.histogram2d(pairs[:, 0], pairs[:, 1], bins=list(edges))[0]
     if not count.any():
         return
-    reach = np.arange(-6, 7)
-    kernel = np.exp(-0.5 * (reach / SPREAD) ** 2)
-    for axis in (0, 1):
-        count = np.apply_along_axis(np.convolve, axis, count, kernel / kernel.sum(), "same")
+    count = gaussian_filter(count, SPREAD, mode="constant")
     ranked = np.sort(count, axis=None)[::-1]
     mass = ranked.cumsum() / ranked.sum()
     levels = [ranked[np.searchsorted(mass, inside)] for inside in (0.9, 0.5)]

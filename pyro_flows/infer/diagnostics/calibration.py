@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +15,8 @@ from tqdm.auto import tqdm
 
 from pyro_flows.core.checks import integer
 from pyro_flows.infer.diagnostics.moments import scalar_names
-from pyro_flows.infer.diagnostics.prior import Simulation, simulate
-from pyro_flows.infer.diagnostics.uniformity import adjusted_level, band, chi_square, ecdf_pvalues
+from pyro_flows.infer.diagnostics.prior import argument_names, simulate
+from pyro_flows.infer.diagnostics.uniformity import band, chi_square, ecdf_pvalues
 
 __all__ = ["Calibration", "simulation_based_calibration"]
 
@@ -59,18 +57,18 @@ class Calibration:
         The chi-square test of equal counts detects unevenness; the largest distance of the empirical distribution
         function from the diagonal, in units of its spread, detects small trends.
         """
-        flat = self.flat()
-        found = (2 * torch.minimum(chi_square(flat, self.num_samples), ecdf_pvalues(flat, self.num_samples))).clamp(
-            max=1
-        )
-        parts = found.split([ranks[0].numel() for ranks in self.ranks.values()])
-        shapes = [ranks.shape[1:] for ranks in self.ranks.values()]
-        return {site: part.reshape(shape) for site, part, shape in zip(self.ranks, parts, shapes, strict=True)}
+        parts = self._flat_pvalues().split([ranks[0].numel() for ranks in self.ranks.values()])
+        pairs = zip(self.ranks.items(), parts, strict=True)
+        return {site: part.reshape(ranks.shape[1:]) for (site, ranks), part in pairs}
+
+    def _flat_pvalues(self) -> Tensor:
+        flat, n = self.flat(), self.num_samples
+        return (2 * torch.minimum(chi_square(flat, n), ecdf_pvalues(flat, n))).clamp(max=1)
 
     @property
     def worst(self) -> float:
         """The smallest p-value, times the number of scalars (Bonferroni)."""
-        every = torch.cat([values.reshape(-1) for values in self.pvalues.values()])
+        every = self._flat_pvalues()
         return min(1.0, float(every.min()) * len(every))
 
     @property
@@ -87,9 +85,7 @@ class Calibration:
             Graphical Test for Discrete Uniformity and its Applications in Goodness of Fit Evaluation and Multiple
             Sample Comparison (Säilynoja et al., 2021), arXiv:2103.10522.
         """
-        scalars = self.flat().shape[1]
-        level = adjusted_level(self.simulations, self.num_samples, self.level / scalars)
-        return band(self.simulations, self.num_samples, level)
+        return band(self.simulations, self.num_samples, self.level / len(self.names))
 
     def __repr__(self) -> str:
         return f"Calibration({self.simulations} simulations, {len(self.names)} scalars, ok={self.ok})"
@@ -101,7 +97,7 @@ class Calibration:
             + ("the ranks are as even as chance allows" if self.ok else "the ranks are not uniform")
             + f" (smallest p-value, corrected for their number: {self.worst:.2g})"
         ]
-        every = torch.cat([values.reshape(-1) for values in self.pvalues.values()])
+        every = self._flat_pvalues()
         for k in every.argsort().tolist()[:8]:
             if every[k] * scalars < self.level:
                 manner = _manner(self.flat()[:, k], self.num_samples)
@@ -174,12 +170,21 @@ def simulation_based_calibration(
     integer("simulation_based_calibration", "num_samples", num_samples, 2)
     ranks: dict[str, list[Tensor]] = {}
     seeds = torch.randint(2**31, (simulations,), generator=torch.Generator().manual_seed(seed), device="cpu").tolist()
+    store = pyro.get_param_store()
     bar = tqdm(seeds, desc="calibration", disable=not progress)
     for index, own in enumerate(bar):
-        with _apart(own):
+        # Apart from the caller's random numbers and learned parameters.
+        with torch.random.fork_rng(range(torch.cuda.device_count())), store.scope(copy.deepcopy(store.get_state())):
+            torch.manual_seed(own)
             made = simulate(model, args, kwargs, observed)
-            if index == 0:
-                _check_arguments(model, made)
+            names = argument_names(model)
+            for site, argument in made.arguments.items():
+                if names is not None and argument not in names:
+                    raise ValueError(
+                        f"simulation_based_calibration: the model has no argument {argument!r} for the data site "
+                        f"{site!r}, only {names}; say which one takes its value, e.g. "
+                        f"observed={{{site!r}: {(names or ['y'])[-1]!r}}}"
+                    )
             data = {made.arguments[site]: value for site, value in made.data.items()}
             try:
                 found = fit(data, own)
@@ -196,35 +201,6 @@ def simulation_based_calibration(
             f"draws in {simulations} simulations"
         )
     return Calibration({site: torch.stack(parts) for site, parts in ranks.items()}, num_samples)
-
-
-@contextmanager
-def _apart(seed: int) -> Iterator[None]:
-    """Isolates and restores random numbers and learned parameters."""
-    store = pyro.get_param_store()
-    before = store.get_state()
-    devices = list(range(torch.cuda.device_count()))
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        with store.scope(copy.deepcopy(before)):
-            yield
-
-
-def _check_arguments(model: Callable[..., Any], made: Simulation) -> None:
-    try:
-        called = model.forward if isinstance(model, torch.nn.Module) else model
-        parameters = inspect.signature(called).parameters.values()
-    except (TypeError, ValueError):
-        return
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return
-    names = [p.name for p in parameters]
-    for site, argument in made.arguments.items():
-        if argument not in names:
-            raise ValueError(
-                f"simulation_based_calibration: the model has no argument {argument!r} for the data site {site!r}, "
-                f"only {names}; say which one takes its value, e.g. observed={{{site!r}: {(names or ['y'])[-1]!r}}}"
-            )
 
 
 def _ranks(found: Any, latents: Mapping[str, Tensor], num_samples: int) -> dict[str, Tensor]:

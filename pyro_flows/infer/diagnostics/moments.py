@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyro_flows.infer.diagnostics.weights import pareto_smoothed, tail_index
 
-__all__ = ["Moments", "compare_moments", "flatten_draws"]
+__all__ = ["Moments", "compare_moments", "scalar_names"]
 
 EXAMINED = 32  # dimensions with fitted tails, by largest weight
 
@@ -38,22 +38,6 @@ class Moments:
     heavy: Tensor
 
 
-def flatten_draws(draws: Tensor | Mapping[str, Tensor], name: str) -> tuple[tuple[str, ...], Tensor]:
-    """Returns names of scalars, and a float64 matrix of draws, shape ``(n, D)``."""
-    parts = draws if isinstance(draws, Mapping) else {"z": draws}
-    names: list[str] = []
-    columns = []
-    for site, value in parts.items():
-        if not isinstance(value, Tensor) or value.dim() == 0:
-            raise ValueError(f"{name}: expected draws of {site} as a tensor of shape (draws, ...)")
-        names += scalar_names(site, value.shape[1:])
-        columns.append(value.detach().double().reshape(len(value), -1))
-    lengths = {site: len(value) for site, value in parts.items()}
-    if len(set(lengths.values())) != 1:
-        raise ValueError(f"{name}: expected as many draws of every site, got {lengths}")
-    return tuple(names), torch.cat(columns, 1)
-
-
 def scalar_names(site: str, shape: Sequence[int]) -> list[str]:
     """Names scalars ``site`` or ``site[0, 1]`` and so on."""
     if not shape:
@@ -74,7 +58,16 @@ def compare_moments(draws: Tensor | Mapping[str, Tensor], log_weights: Tensor) -
     Raises:
         ValueError: if shapes do not fit, or no weight is positive.
     """
-    names, rows = flatten_draws(draws, "compare_moments")
+    parts = draws if isinstance(draws, Mapping) else {"z": draws}
+    names: list[str] = []
+    for site, value in parts.items():
+        if not isinstance(value, Tensor) or value.dim() == 0:
+            raise ValueError(f"compare_moments: expected draws of {site} as a tensor of shape (draws, ...)")
+        names += scalar_names(site, value.shape[1:])
+    lengths = {site: len(value) for site, value in parts.items()}
+    if len(set(lengths.values())) != 1:
+        raise ValueError(f"compare_moments: expected as many draws of every site, got {lengths}")
+    rows = torch.cat([value.detach().double().reshape(len(value), -1) for value in parts.values()], 1)
     if log_weights.shape != (len(rows),):
         raise ValueError(
             f"compare_moments: expected one log weight for each of {len(rows)} draws, got {tuple(log_weights.shape)}"
@@ -97,7 +90,7 @@ def compare_moments(draws: Tensor | Mapping[str, Tensor], log_weights: Tensor) -
         if spread[k] > 0:
             heavy[k] = tail_index(squares[:, k].log())
     return Moments(
-        names=names,
+        names=tuple(names),
         mean=mean,
         mean_error=change.std(0) / math.sqrt(n),
         scale=torch.where(spread > 0, variance.log() / 2, 0.0),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-__all__ = ["Simulation", "simulate"]
+__all__ = ["Simulation", "argument_names", "simulate"]
 
 
 class Simulation(NamedTuple):
@@ -64,13 +65,19 @@ def simulate(
     with torch.no_grad(), _Proper():
         trace = poutine.trace(poutine.uncondition(model)).get_trace(*args, **kwargs)
     named = dict(observed or {})
-    latents, data = {}, {}
+    latents: dict[str, Tensor] = {}
+    data: dict[str, Tensor] = {}
     nodes: dict[str, Any] = trace.nodes
     for name, site in nodes.items():
         if site["type"] != "sample":
             continue
         if site_is_subsample(site):
-            _refuse_subsample(name, site)
+            size, part = site["fn"].size, site["value"].numel()
+            if part < size:
+                raise ValueError(
+                    f"simulate: the plate {name!r} takes {part} of {size}, but data can only be drawn for all; call "
+                    "the model without subsampling"
+                )
             continue
         if site["infer"].get("_deterministic"):
             continue
@@ -79,11 +86,8 @@ def simulate(
                 f"simulate: the density of {name!r} is scaled (by poutine.scale or a subsampling plate), so that draws "
                 "do not follow it; simulate from the model without the scale"
             )
-        value = site["value"].detach()
-        if name in named or site["infer"].get("was_observed"):
-            data[name] = value
-        else:
-            latents[name] = value
+        kind = data if name in named or site["infer"].get("was_observed") else latents
+        kind[name] = site["value"].detach()
     unknown = [name for name in named if name not in data]
     if unknown:
         raise ValueError(
@@ -99,10 +103,11 @@ def simulate(
     return Simulation(latents, data, {site: named.get(site, site) for site in data})
 
 
-def _refuse_subsample(name: str, site: dict[str, Any]) -> None:
-    size, part = site["fn"].size, site["value"].numel()
-    if part < size:
-        raise ValueError(
-            f"simulate: the plate {name!r} takes {part} of {size}, but data can only be drawn for all; call the model "
-            "without subsampling"
-        )
+def argument_names(model: Callable[..., Any]) -> list[str] | None:
+    """Returns the names of a model's arguments; ``None`` if it takes any, or does not say."""
+    try:
+        called = model.forward if isinstance(model, torch.nn.Module) else model
+        parameters = inspect.signature(called).parameters.values()
+    except (TypeError, ValueError):  # some callables have no signature
+        return None
+    return None if any(p.kind is p.VAR_KEYWORD for p in parameters) else [p.name for p in parameters]

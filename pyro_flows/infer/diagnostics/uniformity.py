@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from functools import lru_cache
 
+import numpy as np
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
+from torch.distributions import Binomial
 
-__all__ = ["adjusted_level", "band", "chi_square", "ecdf_pvalues"]
+__all__ = ["band", "chi_square", "ecdf_pvalues"]
 
 REPEATS = 10000  # simulated curves behind a distribution
 POINTS = 100  # most points of a compared curve
@@ -27,18 +28,6 @@ def chi_square(ranks: Tensor, num_samples: int) -> Tensor:
     return torch.special.gammaincc(torch.tensor((cells - 1) / 2, dtype=torch.float64), statistic / 2)
 
 
-def _grid(num_samples: int) -> Tensor:
-    """Picks the ranks to compare at, without the last, where all functions are 1."""
-    return torch.linspace(0, num_samples - 1, min(POINTS, num_samples), dtype=torch.float64).round().long()
-
-
-def _cumulative(n: int, chance: Tensor) -> Tensor:
-    """Computes binomial distribution functions of 0 to ``n`` successes, shape ``(n + 1, points)``."""
-    k = torch.arange(n + 1, dtype=torch.float64)[:, None]
-    log_count = math.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1)
-    return (log_count + k * chance.log() + (n - k) * torch.log1p(-chance)).exp().cumsum(0).clamp(max=1)
-
-
 def _smallest_tail(counts: Tensor, cumulative: Tensor) -> Tensor:
     """Finds each row's smallest two-sided binomial probability."""
     at = cumulative.gather(0, counts)
@@ -48,44 +37,32 @@ def _smallest_tail(counts: Tensor, cumulative: Tensor) -> Tensor:
 
 @lru_cache(maxsize=4)
 def _reference(n: int, num_samples: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the grid, its binomial functions, and the sorted statistic of uniform ranks."""
-    grid = _grid(num_samples)
+    """Returns ranks to compare at, binomial functions of their counts, and the sorted statistic of uniform ranks."""
+    # Without the last, where all functions are 1.
+    grid = torch.linspace(0, num_samples - 1, min(POINTS, num_samples), dtype=torch.float64).round().long()
     chance = (grid + 1).double() / (num_samples + 1)
-    cumulative = _cumulative(n, chance)
-    generator = Generator().manual_seed(0)
-    found = []
-    rows = max(1, (1 << 22) // (n + len(grid)))
-    for part in torch.arange(REPEATS).split(rows):
-        ranks = torch.randint(num_samples + 1, (len(part), n), generator=generator, device="cpu").sort(1).values
-        counts = torch.searchsorted(ranks, grid.expand(len(part), -1).contiguous(), right=True)
-        found.append(_smallest_tail(counts, cumulative))
-    return grid, cumulative, torch.cat(found).sort().values
+    cumulative = Binomial(n, chance).log_prob(torch.arange(n + 1.0).double()[:, None]).exp().cumsum(0).clamp(max=1)
+    cells = np.diff([0.0, *chance, 1.0])
+    counts = torch.from_numpy(np.random.default_rng(0).multinomial(n, cells, REPEATS).cumsum(1)[:, :-1])
+    return grid, cumulative, _smallest_tail(counts, cumulative).sort().values
 
 
 def ecdf_pvalues(ranks: Tensor, num_samples: int) -> Tensor:
     """Simulates p-values, shape ``(scalars,)``: the smallest two-sided pointwise probability along the curve."""
     grid, cumulative, reference = _reference(len(ranks), num_samples)
-    sorted_ranks = ranks.T.contiguous().sort(1).values
-    counts = torch.searchsorted(sorted_ranks, grid.expand(len(sorted_ranks), -1).contiguous(), right=True)
+    rising = ranks.T.contiguous().sort(1).values
+    counts = torch.searchsorted(rising, grid.expand(len(rising), -1).contiguous(), right=True)
     at_most = torch.searchsorted(reference, _smallest_tail(counts, cumulative) * (1 + 1e-9), right=True)
     return (at_most + 1).double() / (len(reference) + 1)
-
-
-def adjusted_level(n: int, num_samples: int, level: float) -> float:
-    """Finds the pointwise level at which curves of uniform ranks leave their band with chance ``level``."""
-    *_, reference = _reference(n, num_samples)
-    # Slightly less, because curves that touch are inside despite rounding.
-    return float(reference[int(level * len(reference))]) * (1 - 1e-6)
 
 
 def band(n: int, num_samples: int, level: float) -> tuple[Tensor, Tensor, Tensor]:
     """Returns positions from 0 to 1, and limits of the distribution function of ``n`` uniform ranks.
 
-    Each position is within its limits with probability ``1 - level`` or more.
+    The whole function is within the limits with probability ``1 - level``.
     """
-    grid = _grid(num_samples)
-    chance = (grid + 1).double() / (num_samples + 1)
-    cumulative = _cumulative(n, chance)
-    low = (cumulative < level / 2).sum(0)
-    high = (cumulative < 1 - level / 2).sum(0)
-    return chance, low.double() / n, high.double() / n
+    grid, cumulative, reference = _reference(n, num_samples)
+    # The pointwise level, slightly less, because curves that touch are inside despite rounding.
+    pointwise = float(reference[int(level * len(reference))]) * (1 - 1e-6)
+    low, high = ((cumulative < limit).sum(0).double() / n for limit in (pointwise / 2, 1 - pointwise / 2))
+    return (grid + 1).double() / (num_samples + 1), low, high

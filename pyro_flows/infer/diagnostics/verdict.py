@@ -233,25 +233,26 @@ def _facts(
         facts += _about_moments(moments, found.num_samples, numbers)
     if wide is not None:
         facts.append(_about_tails(found, wide, numbers))
+    facts.append(_about_modes(probe, numbers))
+    return facts, numbers
+
+
+def _about_modes(probe: Probe | None, numbers: dict[str, float]) -> str:
     if probe is None:
-        facts.append("Modes were not searched for: a mode that the guide never visits would not show in these numbers.")
-        return facts, numbers
+        return "Modes were not searched for: a mode that the guide never visits would not show in these numbers."
     numbers["missing_share"] = float(probe.missing_share)
     missed = int(probe.missed.sum())
     if not len(probe.missed):
         ended = "found none" if getattr(probe, "complete", True) else "ran out of time before it found any"
-        facts.append(f"A search for modes {ended}, so it says nothing.")
-        return facts, numbers
+        return f"A search for modes {ended}, so it says nothing."
     if not missed:
-        facts.append(f"A search found {len(probe.missed)} mode(s), and the guide misses none.")
-        return facts, numbers
+        return f"A search found {len(probe.missed)} mode(s), and the guide misses none."
     where = probe.locations[probe.missed][probe.share[probe.missed].argmax()].tolist()
     place = ", ".join(f"{x:.3g}" for x in where[:6]) + (", …" if len(where) > 6 else "")
-    facts.append(
+    return (
         f"A search found {missed} mode(s) that the guide misses, with about {float(probe.missing_share):.1%} of the "
         f"posterior; the largest at ({place}) in unconstrained space. Weights do not show that."
     )
-    return facts, numbers
 
 
 def _about_khat(found: Importance) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import overload
+from typing import Any, TypeVar
 
 import torch
 from pyro.ops.stats import fit_generalized_pareto
@@ -18,6 +18,8 @@ __all__ = ["Importance", "Smoothed", "importance", "pareto_smoothed", "resample"
 SMALLEST = math.log(torch.finfo(torch.float64).tiny)  # log weights this far below the largest count as zero
 FEWEST = 5  # draws to fit a tail to
 RELIABLE = 0.7  # largest tail index of useful weights
+
+_Draws = TypeVar("_Draws", Tensor, Mapping[str, Tensor])
 
 
 @dataclass(frozen=True)
@@ -108,14 +110,7 @@ def pareto_smoothed(log_weights: Tensor) -> Smoothed:
     References:
         Pareto Smoothed Importance Sampling (Vehtari et al., 2015), arXiv:1507.02646.
     """
-    values, _ = _usable(log_weights, "pareto_smoothed")
-    top = values.max()
-    if top == -math.inf:
-        raise ValueError(
-            f"pareto_smoothed: none of {len(values)} weights is positive (each is zero or NaN): the density is zero or "
-            "fails wherever the guide draws; look at its values at some draws"
-        )
-    return _smooth(values - top)
+    return _smooth(_shifted(log_weights, "pareto_smoothed"))
 
 
 def tail_index(log_values: Tensor) -> float:
@@ -125,8 +120,20 @@ def tail_index(log_values: Tensor) -> float:
     return _smooth(values - top).khat if top > -math.inf else math.inf
 
 
-def _usable(log_weights: Tensor, name: str) -> tuple[Tensor, int]:
-    """Returns log weights with failures as minus infinity, and the number of failures."""
+def _shifted(log_weights: Tensor, name: str) -> Tensor:
+    """Returns log weights whose largest is 0."""
+    values, _ = _usable(log_weights, name)
+    top = values.max()
+    if top == -math.inf:
+        raise ValueError(
+            f"{name}: none of {len(values)} weights is positive (each is zero or NaN): the density is zero or fails "
+            "wherever the guide draws; look at its values at some draws"
+        )
+    return values - top
+
+
+def _usable(log_weights: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """Returns log weights with failures as minus infinity, and which have failed."""
     if not isinstance(log_weights, Tensor) or log_weights.dim() != 1 or not log_weights.is_floating_point():
         found = (
             f"shape {tuple(log_weights.shape)} of {log_weights.dtype}"
@@ -138,7 +145,7 @@ def _usable(log_weights: Tensor, name: str) -> tuple[Tensor, int]:
         raise ValueError(f"{name}: expected at least one log weight, got none")
     values = log_weights.detach().double()
     failed = values.isnan() | (values == math.inf)
-    return values.masked_fill(failed, -math.inf), int(failed.sum())
+    return values.masked_fill(failed, -math.inf), failed
 
 
 def _smooth(values: Tensor) -> Smoothed:
@@ -155,7 +162,8 @@ def _smooth(values: Tensor) -> Smoothed:
         # In ascending order; expm1 keeps digits of the difference of nearly equal weights.
         tail = largest[:count].flip(0)
         excess = tail.exp() * -torch.expm1(threshold - tail)
-        index, scale = _generalized_pareto(excess)
+        with torch.device("cpu"):  # Pyro's fit makes tensors on the default device
+            index, scale = fit_generalized_pareto(excess.cpu())
         if math.isfinite(index) and math.isfinite(scale) and scale > 0:
             khat = index
             rest = -torch.log1p(-(torch.arange(count, dtype=values.dtype, device=values.device) + 0.5) / count)
@@ -164,12 +172,6 @@ def _smooth(values: Tensor) -> Smoothed:
             values = values.index_copy(0, places[:count].flip(0), smooth)
     share = (values.exp() - threshold.exp()).clamp(min=0).sum() / values.exp().sum()
     return Smoothed(values - values.logsumexp(0), khat, float(share) if count else 0.0)
-
-
-def _generalized_pareto(excess: Tensor) -> tuple[float, float]:
-    # Pyro's fit makes tensors on the default device.
-    with torch.device("cpu"):
-        return fit_generalized_pareto(excess.cpu())
 
 
 def importance(log_weights: Tensor, *, iw_samples: int = 10) -> Importance:
@@ -194,17 +196,17 @@ def importance(log_weights: Tensor, *, iw_samples: int = 10) -> Importance:
         Pareto Smoothed Importance Sampling (Vehtari et al., 2015), arXiv:1507.02646; Importance Weighted Autoencoders
         (Burda et al., 2015), arXiv:1509.00519.
     """
-    values, failures = _usable(log_weights, "importance")
+    values, failed = _usable(log_weights, "importance")
     n = len(values)
     integer("importance", "iw_samples", iw_samples)
-    valid = values[~(log_weights.detach().isnan() | (log_weights.detach() == math.inf))]
+    valid = values[~failed]
     finite = valid[valid.isfinite()]
     count = min(iw_samples, max(1, len(valid)))
     elbo, elbo_error = _mean(valid)
-    grouped = _groups(valid, count)
+    # Rows of disjoint groups, in a random but fixed order.
+    order = torch.randperm(len(valid), generator=Generator().manual_seed(0), device="cpu").to(valid.device)
+    grouped = valid[order[: len(valid) // count * count]].reshape(-1, count)
     iw_elbo, iw_elbo_error = _mean(grouped.logsumexp(1) - math.log(count))
-    if count == 1:
-        iw_elbo, iw_elbo_error = elbo, elbo_error
     if not len(finite):
         khat, ess, log_evidence, error, tail, largest = math.inf, 0.0, -math.inf, math.inf, 0.0, 0.0
     else:
@@ -233,7 +235,7 @@ def importance(log_weights: Tensor, *, iw_samples: int = 10) -> Importance:
         tail=tail,
         largest=largest,
         num_samples=n,
-        failures=failures,
+        failures=int(failed.sum()),
         zeros=len(valid) - len(finite),
     )
 
@@ -246,36 +248,9 @@ def _mean(values: Tensor) -> tuple[float, float]:
     return mean, float(values.std()) / math.sqrt(len(values))
 
 
-def _groups(values: Tensor, size: int) -> Tensor:
-    """Splits values into rows of ``size``, in random but fixed order."""
-    order = torch.randperm(len(values), generator=Generator().manual_seed(0), device="cpu").to(values.device)
-    rows = len(values) // size
-    return values[order[: rows * size]].reshape(rows, size)
-
-
-@overload
 def resample(
-    draws: Tensor, log_weights: Tensor, num_samples: int, generator: Generator | None = None, smoothed: bool = True
-) -> Tensor: ...
-
-
-@overload
-def resample(
-    draws: Mapping[str, Tensor],
-    log_weights: Tensor,
-    num_samples: int,
-    generator: Generator | None = None,
-    smoothed: bool = True,
-) -> dict[str, Tensor]: ...
-
-
-def resample(
-    draws: Tensor | Mapping[str, Tensor],
-    log_weights: Tensor,
-    num_samples: int,
-    generator: Generator | None = None,
-    smoothed: bool = True,
-) -> Tensor | dict[str, Tensor]:
+    draws: _Draws, log_weights: Tensor, num_samples: int, generator: Generator | None = None, smoothed: bool = True
+) -> _Draws:
     """Turns weighted draws into draws of equal weight, by systematic resampling.
 
     A draw of normalized weight ``w`` appears ``num_samples * w`` times, rounded up or down at random, in random order.
@@ -295,14 +270,14 @@ def resample(
         ValueError: if shapes or numbers do not fit, or no weight is positive.
     """
     n = integer("resample", "num_samples", num_samples)
-    values, _ = _usable(log_weights, "resample")
-    parts = draws if isinstance(draws, Mapping) else {"draws": draws}
+    values = _shifted(log_weights, "resample")
+    parts: Mapping[str, Any] = draws if isinstance(draws, Mapping) else {"draws": draws}
     for name, part in parts.items():
         if part.dim() == 0 or len(part) != len(values):
             raise ValueError(
                 f"resample: expected {name} with {len(values)} rows, one for each weight, got shape {tuple(part.shape)}"
             )
-    normalized = pareto_smoothed(values).log_weights if smoothed else _normalized(values)
+    normalized = _smooth(values).log_weights if smoothed else values.log_softmax(0)
     place = generator.device if generator is not None else torch.device("cpu")
     offset = torch.rand((), generator=generator, dtype=torch.float64, device=place).to(values.device)
     order = torch.randperm(n, generator=generator, device=place).to(values.device)
@@ -310,11 +285,5 @@ def resample(
     # Rounding may put the last position beyond the last weight.
     at = ((torch.arange(n, dtype=torch.float64, device=values.device) + offset) / n).clamp(max=1 - 2**-53)
     chosen = torch.searchsorted(reached / reached[-1], at, right=True)[order]
-    found = {name: part[chosen.to(part.device)] for name, part in parts.items()}
+    found: Any = {name: part[chosen.to(part.device)] for name, part in parts.items()}
     return found if isinstance(draws, Mapping) else found["draws"]
-
-
-def _normalized(values: Tensor) -> Tensor:
-    if values.max() == -math.inf:
-        raise ValueError(f"resample: none of {len(values)} weights is positive")
-    return values - values.logsumexp(0)

@@ -17,12 +17,11 @@ from pyro_flows.infer.models.latents import Latents
 from pyro_flows.infer.search.climb import LogDensity
 from pyro_flows.infer.search.probe import ModeProbe, nothing_found, probe_modes
 
-__all__ = ["Assessment", "assess", "search_modes", "weigh"]
+__all__ = ["Assessment", "assess", "weigh"]
 
 CHUNK = 1000
 DRAWS = 10_000
 FEWEST = 1000
-STARTS = 32
 
 
 @dataclass(frozen=True)
@@ -73,50 +72,20 @@ def weigh(
 def _scores(density: LogDensity, z: Tensor, deadline: float) -> Tensor:
     pace = pace_of(density) or Pace()
     parts: list[Tensor] = []
-    first = 0
+    first, alone = 0, 0  # rows up to ``alone`` go one at a time
     while first < len(z) and (not parts or time.monotonic() < deadline):
-        part = z[first : first + pace.at_once(len(z), timed=deadline < math.inf)]
+        count = 1 if first < alone else pace.at_once(len(z) - first, timed=deadline < math.inf)
+        part = z[first : first + count]
         try:
-            with pace.call(len(part)):
+            with pace.call(count):
                 parts.append(density(part))
         except FAILURES:
-            for row in part:
-                parts.append(_one(density, row))
-                if time.monotonic() > deadline:
-                    return torch.cat(parts)
-        first += len(part)
+            if count > 1:
+                alone = first + count
+                continue
+            parts.append(z.new_full((1,), math.nan))
+        first += count
     return torch.cat(parts)
-
-
-def search_modes(
-    flow: Flow,
-    density: LogDensity,
-    draws: Tensor,
-    initial: Tensor,
-    log_evidence: float,
-    *,
-    num_starts: int = STARTS,
-    seconds: float = math.inf,
-    generator: Generator | None = None,
-) -> ModeProbe:
-    """Finds the density's modes, and whether the flow covers them."""
-    return probe_modes(
-        density,
-        lambda points: flow().log_prob(points),
-        draws[draws.isfinite().all(-1)],
-        initial,
-        log_evidence=log_evidence,
-        num_starts=num_starts,
-        generator=generator,
-        seconds=None if seconds == math.inf else seconds,
-    )
-
-
-def _one(density: LogDensity, row: Tensor) -> Tensor:
-    try:
-        return density(row[None])
-    except FAILURES:
-        return row.new_full((1,), math.nan)
 
 
 def assess(
@@ -153,6 +122,14 @@ def assess(
     left = min(begin + seconds - time.monotonic(), search_seconds)
     probe = nothing_found(z)
     if left > 0 and math.isfinite(found.log_evidence):
-        probe = search_modes(flow, density, z, initial, found.log_evidence, seconds=left, generator=generator)
+        probe = probe_modes(
+            density,
+            flow.log_prob,
+            z[fine],
+            initial,
+            log_evidence=found.log_evidence,
+            generator=generator,
+            seconds=None if left == math.inf else left,
+        )
     verdict = judge(found, probe, moments=moments, wide=wide, asked=num_samples)
     return Assessment(z, log_p, log_q, found, probe, verdict)

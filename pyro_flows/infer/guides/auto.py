@@ -31,33 +31,10 @@ from pyro_flows.core.wrap import Wrap
 from pyro_flows.distributions import Flow, FlowDistribution
 from pyro_flows.flows import iaf, nsf, realnvp
 from pyro_flows.infer.guides.posterior import PathPosterior, Steady, preconditioner_of
+from pyro_flows.infer.models import prototype, sites
 from pyro_flows.infer.models.enumeration import can_be_summed, hidden_sites, unblocked
 from pyro_flows.infer.models.joint import FAILURES, JointDensity
 from pyro_flows.infer.models.latents import Latents
-from pyro_flows.infer.models.prototype import (
-    Init,
-    Sizes,
-    feasible,
-    finite_start,
-    initializer,
-    inspect,
-    latent_shapes,
-    parameters_of,
-    resized,
-    sizes_of,
-)
-from pyro_flows.infer.models.sites import (
-    DATA,
-    DRAWN,
-    FACTOR,
-    Message,
-    Model,
-    is_part,
-    latent_messages,
-    nesting_of,
-    run,
-    sites_of,
-)
 from pyro_flows.infer.search.start import find_start
 from pyro_flows.transforms import Preconditioner
 from pyro_flows.univariate.base import Affine
@@ -156,14 +133,15 @@ class AutoFlow(AutoContinuous):
     latents: Latents
     flow: Flow
     initial: Tensor
+    plain_model: sites.Model  # the original one
 
     def __init__(
         self,
-        model: Model,
+        model: sites.Model,
         builder: Builder | None = None,
         *,
         start: str = "pathfinder",
-        init_loc_fn: Init | None = None,
+        init_loc_fn: prototype.Init | None = None,
         path_gradient: bool = True,
         num_particles: int | None = None,
         tempering: float | None = None,
@@ -186,9 +164,9 @@ class AutoFlow(AutoContinuous):
             integer("AutoFlow", "num_particles", num_particles)
         if start_seconds is not None and not 0 < start_seconds < math.inf:
             raise ValueError(f"AutoFlow: expected start_seconds to be a positive number, got {start_seconds!r}")
-        super().__init__(model, init_loc_fn=feasible)
-        self._pyro_name = _new_name(self)
-        self._plain_model: tuple[Model] | None = (model,)
+        super().__init__(model, init_loc_fn=prototype.feasible)
+        self._rename()
+        self.__dict__["plain_model"] = model  # past torch, which would register a module
         self.builder, self.start, self.init_loc_fn = builder, start, init_loc_fn
         self.path_gradient, self.num_particles, self.tempering = path_gradient, num_particles, tempering
         self.num_starts, self.flow_dtype, self.seed = num_starts, dtype, seed
@@ -203,9 +181,8 @@ class AutoFlow(AutoContinuous):
         self.discrete: frozenset[str] = frozenset()  # hidden sites that the density sums out
         self.why_not_summed: str | None = None
         self._hidden: frozenset[str] = frozenset()
-        self._shown: frozenset[str] = frozenset()  # hidden sites that the density includes
-        self._sizes: Sizes = {}  # the arguments at building
-        self._fitting: Sizes = {}  # the last other arguments that fit
+        self._sizes: prototype.Sizes = {}  # the arguments at building
+        self._fitting: prototype.Sizes = {}  # the last other arguments that fit
         self._observed: set[str] = set()
         self._steady = Steady()
         self._sorted = Kept()
@@ -225,8 +202,6 @@ class AutoFlow(AutoContinuous):
         """Discards the flow, so that the next call rebuilds the guide, with new parameter names; returns the guide."""
         self.prototype_trace = self.vectorized = None
         self._sizes = self._fitting = {}
-        self.discrete = self._shown = frozenset()
-        self.why_not_summed = None
         for name in ("flow", "latents", "_first_density"):
             if hasattr(self, name):
                 delattr(self, name)
@@ -240,15 +215,15 @@ class AutoFlow(AutoContinuous):
             ValueError: if Pyro cannot enumerate one of them.
         """
         if self.prototype_trace is None:
-            init = initializer(self.init_loc_fn, args, kwargs)
+            init = prototype.initializer(self.init_loc_fn, args, kwargs)
 
-            def drawn_if_discrete(site: Message) -> Tensor:
+            def drawn_if_discrete(site: sites.Message) -> Tensor:
                 return site["fn"].sample() if site["fn"].support.is_discrete else init(site)
 
             with torch.random.fork_rng():
-                trace = run(InitMessenger(drawn_if_discrete)(self.plain_model), args, kwargs)
-            sites = sites_of(trace, frozenset()).values()
-            drawn = [site for site in sites if site.kind == DRAWN and site.fn.support.is_discrete]
+                trace = sites.run(InitMessenger(drawn_if_discrete)(self.plain_model), args, kwargs)
+            known = sites.sites_of(trace, frozenset()).values()
+            drawn = [site for site in known if site.kind == sites.DRAWN and site.fn.support.is_discrete]
             for site in drawn:
                 if not can_be_summed(site):
                     raise ValueError(
@@ -257,7 +232,7 @@ class AutoFlow(AutoContinuous):
                         "Poisson; write independent ones in a pyro.plate, not by to_event; or sum it out by hand"
                     )
             if drawn:
-                self._plain_model = (poutine.block(self.plain_model, hide=[site.name for site in drawn]),)
+                self.__dict__["plain_model"] = poutine.block(self.plain_model, hide=[site.name for site in drawn])
         return self
 
     def _setup_prototype(self, *args: object, **kwargs: object) -> None:
@@ -265,14 +240,14 @@ class AutoFlow(AutoContinuous):
             return
         limit = math.inf if self.start_seconds is None else self.start_seconds
         begin = time.monotonic()
-        init = initializer(self.init_loc_fn, args, kwargs)
+        init = prototype.initializer(self.init_loc_fn, args, kwargs)
         self._model = (InitMessenger(init)(self.plain_model),)
         with seeded(self.seed):
-            trace, latents = inspect(self.plain_model, init, args, kwargs, begin + 0.3 * limit)
+            trace, latents = prototype.inspect(self.plain_model, init, args, kwargs, begin + 0.3 * limit)
             try:
                 super()._setup_prototype(*args, **kwargs)
-                self.latents, self.subsampled = latents, is_part(trace)
-                self.model_parameters = parameters_of(trace)
+                self.latents, self.subsampled = latents, sites.is_part(trace)
+                self.model_parameters = prototype.parameters_of(trace)
                 self._observed = set(trace.observation_nodes)
                 self._look_behind(trace, args, kwargs)
                 density = self._density(args, kwargs, None)
@@ -281,7 +256,10 @@ class AutoFlow(AutoContinuous):
                 initial = self._finite_start(alone, trace)
                 density._own = alone._own
                 # A slow first run, which may import modules, leaves the search a part of the time.
-                self.flow = self._build(density, initial, max(begin + limit, time.monotonic() + SEARCH * limit))
+                made = as_flow_of(default_builder if self.builder is None else self.builder, len(initial))
+                loc, scale = self._find_start(density, initial, max(begin + limit, time.monotonic() + SEARCH * limit))
+                chain = Chain([made, Preconditioner(loc, scale)])
+                self.flow = Flow(chain.to(device=initial.device, dtype=self.flow_dtype or initial.dtype))
                 self.initial = initial
                 self.vectorized = None if density.vectorized else False
                 self.start_evaluations = density.evaluations + alone.evaluations
@@ -290,11 +268,11 @@ class AutoFlow(AutoContinuous):
             except BaseException:
                 self.prototype_trace = None  # so that the next call retries
                 raise
-        self._sizes, self._steady = sizes_of(self.plain_model, args, kwargs), Steady()
+        self._sizes, self._steady = prototype.sizes_of(self.plain_model, args, kwargs), Steady()
 
     def _finite_start(self, alone: JointDensity, trace: Trace) -> Tensor:
         try:
-            return finite_start(alone, trace, self.latents)
+            return prototype.finite_start(alone, trace, self.latents)
         except ValueError as error:
             if not self.discrete:
                 raise
@@ -306,38 +284,25 @@ class AutoFlow(AutoContinuous):
 
     def _look_behind(self, trace: Trace, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         """Finds sites hidden by ``poutine.block``: discrete latents to sum out, and data."""
-        self.discrete = self._shown = frozenset()
-        self.why_not_summed = None
-        values = {name: message["value"].detach() for name, message in latent_messages(trace).items()}
+        self.discrete, self.why_not_summed, self.unobserved = frozenset(), None, False
+        values = {name: message["value"].detach() for name, message in sites.latent_messages(trace).items()}
         hidden = hidden_sites(self.plain_model, values, args, kwargs)
         self._hidden = frozenset(hidden)
-        self.hidden_data = frozenset(name for name, site in hidden.items() if site.kind in (DATA, FACTOR))
-        drawn = {name: site for name, site in hidden.items() if site.kind == DRAWN}
+        self.hidden_data = frozenset(name for name, site in hidden.items() if site.kind in (sites.DATA, sites.FACTOR))
+        drawn = {name: site for name, site in hidden.items() if site.kind == sites.DRAWN}
         if all(map(can_be_summed, drawn.values())):
-            self.discrete = self._shown = frozenset(drawn)
-        nesting = [
-            nesting_of(site.message) for name, site in hidden.items() if name in self.discrete | self.hidden_data
-        ]
+            self.discrete = frozenset(drawn)
+        nesting = [sites.nesting_of(hidden[name].message) for name in self.discrete | self.hidden_data]
         self.latents.max_plate_nesting = max([self.latents.max_plate_nesting, *nesting])
         point = self.latents.pack(values)
         try:
             self._density(args, kwargs, False)(point[None])
         except NotImplementedError as error:
             self.why_not_summed = str(error)
-            self.discrete = self._shown = frozenset()
+            self.discrete = frozenset()
         except FAILURES:  # the density is undefined here
             pass
         self.unobserved = not self._density(args, kwargs, False).is_observed(point, bool(drawn) and not self.discrete)
-        if self.unobserved and not self.of_prior:
-            # The model in training has the data, even if the guide sees none.
-            self._shown = self.discrete | self.hidden_data
-
-    def _build(self, density: JointDensity, initial: Tensor, deadline: float) -> Flow:
-        dtype = self.flow_dtype or initial.dtype
-        made = as_flow_of(default_builder if self.builder is None else self.builder, len(initial))
-        loc, scale = self._find_start(density, initial, deadline)
-        chain = Chain([made, Preconditioner(loc, scale)])
-        return Flow(chain.to(device=initial.device, dtype=dtype))
 
     def _find_start(self, density: JointDensity, initial: Tensor, deadline: float) -> tuple[Tensor, Tensor]:
         dim = len(initial)
@@ -351,7 +316,7 @@ class AutoFlow(AutoContinuous):
                 with torch.no_grad():
                     density(initial[None])  # finds out whether it broadcasts
                 seconds = None if deadline == math.inf else max(0.0, deadline - time.monotonic())
-                if seconds is None and not density.vectorized:
+                if seconds is None and not density.many_at_once:
                     seconds = SLOW_SECONDS
                 found = find_start(
                     density.still() if self.subsampled else density,
@@ -369,7 +334,7 @@ class AutoFlow(AutoContinuous):
         """Returns the joint density over this guide's latents, at these arguments of the model."""
         if self.prototype_trace is None:
             self.setup(*args, **kwargs)
-        elif sizes_of(self.plain_model, args, kwargs) != self._sizes:
+        elif prototype.sizes_of(self.plain_model, args, kwargs) != self._sizes:
             self._compare_latents(args, kwargs)
         # The first density keeps what building found out.
         known = self.__dict__.pop("_first_density", None)
@@ -378,26 +343,22 @@ class AutoFlow(AutoContinuous):
         return self._density(args, kwargs, self.vectorized)
 
     def _density(self, args: tuple[object, ...], kwargs: dict[str, object], vectorize: bool | None) -> JointDensity:
-        # Quiet, because stock SVI runs the model one draw at a time.
-        if not self._shown:
-            return JointDensity(self.plain_model, self.latents, args, kwargs, vectorize, quiet=True)
         # pyro.markov needs all sites; hidden ones do not count.
-        model, ignored = unblocked(self.plain_model), self._hidden - self._shown
+        model, ignored = unblocked(self.plain_model) if self._shown else self.plain_model, self._hidden - self._shown
+        # Quiet, because stock SVI runs the model one draw at a time.
         return JointDensity(model, self.latents, args, kwargs, vectorize, self.discrete, ignored, quiet=True)
 
     @property
-    def model(self) -> Model:
+    def _shown(self) -> frozenset[str]:
+        """Hidden sites that the density includes: the model in training has the data, even if the guide sees none."""
+        return self.discrete | self.hidden_data if self.unobserved and not self.of_prior else self.discrete
+
+    @property
+    def model(self) -> sites.Model:
         """The model, with the initial values of its latents."""
         if self._model is None:
             raise AttributeError(NO_MODEL)
         return self._model[0]
-
-    @property
-    def plain_model(self) -> Model:
-        """The original model."""
-        if self._plain_model is None:
-            raise AttributeError(NO_MODEL)
-        return self._plain_model[0]
 
     @property
     def preconditioner(self) -> Preconditioner:
@@ -429,11 +390,11 @@ class AutoFlow(AutoContinuous):
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
         elif self._model is not None:
-            sizes = sizes_of(self.plain_model, args, kwargs)
-            if sizes not in (self._sizes, self._fitting):
-                # Pyro may silently replay rows in a plate of another size.
-                if resized((frame.size for frame in self._prototype_frames.values()), self._sizes, sizes):
-                    self._compare_latents(args, kwargs, known=True)
+            sizes = prototype.sizes_of(self.plain_model, args, kwargs)
+            plates = (frame.size for frame in self._prototype_frames.values())
+            # Pyro may silently replay rows in a plate of another size.
+            if sizes not in (self._sizes, self._fitting) and prototype.resized(plates, self._sizes, sizes):
+                self._compare_latents(args, kwargs, known=True)
         return super().forward(*args, **kwargs)
 
     def _compare_latents(self, args: tuple[object, ...], kwargs: dict[str, object], known: bool = False) -> None:
@@ -442,7 +403,7 @@ class AutoFlow(AutoContinuous):
         Unknown latents, as for a new group, are drawn from the model.
         """
         here: dict[str, tuple[int, ...]] = {site.name: tuple(site.shape) for site in self.latents}
-        there = latent_shapes(self.plain_model, args, kwargs, self._observed)
+        there = prototype.latent_shapes(self.plain_model, args, kwargs, self._observed)
         there = here if there is None else there  # unknown where the model does not run
         names = [n for n in here if n in there] if known else {**here, **there}
         name = next((n for n in names if here.get(n) != there.get(n)), None)
@@ -452,16 +413,15 @@ class AutoFlow(AutoContinuous):
                 f"was built for {here.get(name)}: a guide belongs to data of one shape. Make a new guide for these, or "
                 "give missing data as a mask"
             )
-        self._fitting = sizes_of(self.plain_model, args, kwargs)
+        self._fitting = prototype.sizes_of(self.plain_model, args, kwargs)
 
     def get_base_dist(self) -> torch.distributions.Distribution:
         """Returns the standard normal, event shape ``(latent_dim,)``."""
         return self._built().base()
 
-    def get_transform(self, *args: object, **kwargs: object) -> Chain:
+    def get_transform(self, *args: object, **kwargs: object) -> FlowTransform:
         """Returns the map from the base to the unconstrained latents."""
-        chain: Any = self._built().chain
-        return chain
+        return self._built().chain
 
     def get_posterior(self, *args: object, **kwargs: object) -> FlowDistribution:
         """Returns the distribution of the unconstrained latents; its ``log_prob`` has the whole derivative."""
@@ -513,15 +473,12 @@ class AutoFlow(AutoContinuous):
     @torch.no_grad()
     def quantiles(self, quantiles: Iterable[float], *args: object, **kwargs: object) -> dict[str, Tensor]:
         """Returns quantiles of the unconstrained marginals, mapped to the supports; shape ``(n, *site.shape)``."""
-        if not self.is_built:
-            self.setup(*args, **kwargs)
+        self.setup(*args, **kwargs)
         z = self._sorted_draws()
         levels = torch.as_tensor(list(quantiles), dtype=z.dtype, device=z.device).double().unsqueeze(-1)
         if not ((levels >= 0) & (levels <= 1)).all():
             raise ValueError(f"AutoFlow: expected quantiles between 0 and 1, got {levels.squeeze(-1).tolist()}")
-        rising = torch.ones(z.shape[1], dtype=torch.bool, device=z.device)
-        for site in self.latents:
-            rising[site.start : site.start + site.size] = site.increasing
+        rising = torch.cat([torch.full((site.size,), site.increasing, device=z.device) for site in self.latents])
         place = torch.where(rising, levels, 1 - levels) * (len(z) - 1)
         below = place.long()
         above = (below + 1).clamp(max=len(z) - 1)
@@ -542,20 +499,20 @@ class AutoFlow(AutoContinuous):
     # Copies keep the model; pickles, which cannot hold most models, do not.
 
     def __deepcopy__(self, memo: dict[int, object]) -> AutoFlow:
-        model, plain = self._model, self._plain_model
         new = self.__class__.__new__(self.__class__)
         memo[id(self)] = new
         memo[id(self.prototype_trace)] = self.prototype_trace  # immutable, and holds the data
         for key, value in self.__getstate__().items():
             new.__dict__[key] = copy.deepcopy(value, memo)
-        new.__dict__.update(_model=model, _plain_model=plain)
+        new.__dict__.update((name, self.__dict__[name]) for name in ("_model", "plain_model") if name in self.__dict__)
         new._rename()
         return new
 
     def __getstate__(self) -> dict[str, object]:
         state = self.__dict__.copy()
-        state.update(_model=None, _plain_model=None, master=None)
-        state.pop("_first_density", None)
+        state.update(_model=None, master=None)
+        for name in ("plain_model", "_first_density"):
+            state.pop(name, None)
         # Pickle refuses the weak references of parameters in Pyro's store.
         state["_modules"] = copy.deepcopy(self._modules)
         return state
@@ -565,19 +522,15 @@ class AutoFlow(AutoContinuous):
         self._rename()
 
     def _rename(self) -> None:
-        """Gives a copy its own name in Pyro's store, unless its owner names it."""
+        """Gives a new guide or a copy its own name in Pyro's store, unless its owner names it."""
         if "." not in self._pyro_name:
-            self._pyro_name = _new_name(self)
+            count = next(_BUILT)
+            self._pyro_name = type(self).__name__ + (f"_{count}" if count else "")
 
 
 def _same_objects(first: object, second: object) -> bool:
     (one, one_spec), (other, other_spec) = tree_flatten(first), tree_flatten(second)
     return one_spec == other_spec and all(a is b for a, b in zip(one, other, strict=True))
-
-
-def _new_name(guide: AutoFlow) -> str:
-    count = next(_BUILT)
-    return type(guide).__name__ + (f"_{count}" if count else "")
 
 
 @contextmanager

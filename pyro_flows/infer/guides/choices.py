@@ -12,12 +12,12 @@ from torch import Generator, Tensor
 
 from pyro_flows.distributions import Flow
 from pyro_flows.infer.diagnostics import importance
-from pyro_flows.infer.guides.assessment import FEWEST, search_modes, weigh
+from pyro_flows.infer.guides.assessment import FEWEST, weigh
 from pyro_flows.infer.guides.auto import AutoFlow
 from pyro_flows.infer.machine.budget import Budget
 from pyro_flows.infer.machine.pace import FLAT, rows_at_once
 from pyro_flows.infer.models.joint import FAILURES, JointDensity
-from pyro_flows.infer.search.probe import ModeProbe
+from pyro_flows.infer.search.probe import ModeProbe, probe_modes
 
 __all__ = ["SLOW_SECONDS", "choose_particles", "seconds_for_verdict", "several_modes", "start_within"]
 
@@ -53,7 +53,7 @@ def choose_particles(guide: AutoFlow, density: JointDensity, initial: Tensor, se
     try:
         if seconds is None:
             density(z[:2])  # finds out whether it broadcasts
-        while seconds is not None and density.vectorized:
+        while seconds is not None and density.many_at_once:
             rows = pace.at_once(PARTICLES, timed=True)
             with pace.call(rows):
                 density(z[:rows])
@@ -65,17 +65,17 @@ def choose_particles(guide: AutoFlow, density: JointDensity, initial: Tensor, se
         return asked
     if seconds is not None:
         affordable = max(LONG, FLAT * pace.shortest, 0.005 * seconds) / max(pace.seconds_per_draw, 1e-9)
-        sizes = (PARTICLES, 32, SLOW_PARTICLES, 4) if density.vectorized else (SLOW_PARTICLES, 4)
+        sizes = (PARTICLES, 32, SLOW_PARTICLES, 4) if density.many_at_once else (SLOW_PARTICLES, 4)
         return next((size for size in sizes if size <= affordable), 2)
-    if not density.vectorized:
+    if not density.many_at_once:
         return SLOW_PARTICLES
-    times = []
-    for count in (PARTICLES, 32, PARTICLES, 32):
+    times = {PARTICLES: math.inf, 32: math.inf}
+    for count in (*times, *times):
         start = time.monotonic()
         for part in z[:count].split(rows_at_once(density, count)):
             density(part)
-        times.append(time.monotonic() - start)
-    many, few = min(times[0], times[2]), min(times[1], times[3])
+        times[count] = min(times[count], time.monotonic() - start)
+    many, few = times.values()
     # If time grows with the draws and steps are slow, fewer draws give more steps.
     return 32 if many > LONG and many > 2 * few else PARTICLES
 
@@ -97,18 +97,22 @@ def several_modes(
     seconds = math.inf if budget.seconds is None else 0.15 * budget.seconds
     if seconds < max(10 * density.pace.shortest, 100 * density.pace.seconds_per_draw):
         return None  # too short to find anything
-    end = time.monotonic() + min(seconds, math.inf if density.vectorized else SLOW_SECONDS / 2)
+    end = time.monotonic() + min(seconds, math.inf if density.many_at_once else SLOW_SECONDS / 2)
     affine = Flow(guide.preconditioner, guide.flow.base)
-    count = 256 if density.vectorized else 64
+    count = 256 if density.many_at_once else 64
     z, log_p, log_q = weigh(affine, density, count, math.inf if budget.seconds is None else end)
     found = importance(log_p - log_q)
-    if not math.isfinite(found.log_evidence) or len(z) < 2:
-        return None
     seconds = end - time.monotonic()
-    if seconds <= 0:
+    if not math.isfinite(found.log_evidence) or len(z) < 2 or seconds <= 0:
         return None
-    starts = 16 if density.vectorized else 6
-    probe = search_modes(
-        affine, density, z, initial, found.log_evidence, num_starts=starts, seconds=seconds, generator=generator
+    probe = probe_modes(
+        density,
+        affine.log_prob,
+        z[z.isfinite().all(-1)],
+        initial,
+        log_evidence=found.log_evidence,
+        num_starts=16 if density.many_at_once else 6,
+        generator=generator,
+        seconds=None if seconds == math.inf else seconds,
     )
     return probe if probe.missing_share > SEVERAL else None

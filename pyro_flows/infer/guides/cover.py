@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator
 
 from pyro_flows.distributions import Flow
 from pyro_flows.infer.guides.loop import CLIP, speeds_of
@@ -14,26 +14,20 @@ from pyro_flows.infer.machine.adam import Adam
 from pyro_flows.infer.machine.budget import Budget, cosine
 from pyro_flows.infer.search.probe import ModeProbe
 
-__all__ = ["cover_modes", "mixture_draws"]
+__all__ = ["cover_modes"]
 
 DRAWS, BATCH, STEPS = 4096, 256, 600
 RATES = (1e-2, 1e-4)
 LEAST = 0.003  # least share of a mode in the start
 
 
-def mixture_draws(probe: ModeProbe, num_samples: int, generator: Generator | None = None) -> tuple[Tensor, int]:
-    """Draws from the modes' Gaussians by share, shape ``(num_samples, D)``; also returns the number of modes."""
-    share = torch.where(probe.share > LEAST, probe.share, 0.0).double().cpu()
-    which = torch.multinomial(share / share.sum(), num_samples, replacement=True, generator=generator)
-    which = which.to(probe.locations.device)
-    noise = torch.randn(num_samples, probe.locations.shape[1], generator=generator, dtype=torch.float64)
-    draws = probe.locations[which] + (probe.scale[which] @ noise.to(probe.locations).unsqueeze(-1)).squeeze(-1)
-    return draws, int((share > 0).sum())
-
-
 def cover_modes(flow: Flow, probe: ModeProbe, generator: Generator | None = None, seconds: float | None = None) -> int:
     """Fits the flow to the mixture by maximum likelihood, without model calls; returns the number of modes."""
-    draws, modes = mixture_draws(probe, DRAWS, generator)
+    share = torch.where(probe.share > LEAST, probe.share, 0.0).double().cpu()
+    which = torch.multinomial(share / share.sum(), DRAWS, replacement=True, generator=generator)
+    which = which.to(probe.locations.device)
+    noise = torch.randn(DRAWS, probe.locations.shape[1], generator=generator, dtype=torch.float64)
+    draws = probe.locations[which] + (probe.scale[which] @ noise.to(probe.locations).unsqueeze(-1)).squeeze(-1)
     preconditioner = preconditioner_of(flow)
     centered = draws - draws.mean(0)
     covariance = centered.mT @ centered / len(draws)
@@ -53,4 +47,4 @@ def cover_modes(flow: Flow, probe: ModeProbe, generator: Generator | None = None
         optimizer.step(cosine(done, *RATES))
         budget.done += 1
     flow.chain.clear_cache()
-    return modes
+    return int((share > 0).sum())

@@ -322,9 +322,9 @@ def _assess(
         guide.latents,
         initial,
         minibatch=guide.subsampled,
-        num_samples=DRAWS if density.vectorized else FEWEST,
+        num_samples=DRAWS if density.many_at_once else FEWEST,
         seconds=left,
-        search_seconds=left if density.vectorized else SLOW_SECONDS / 3,
+        search_seconds=left if density.many_at_once else SLOW_SECONDS / 3,
         generator=generator,
     )
 

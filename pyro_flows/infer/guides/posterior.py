@@ -11,7 +11,6 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions.score_parts import ScoreParts
 from torch import Size, Tensor, nn
-from torch.distributions import Transform
 
 from pyro_flows.distributions import Flow, FlowDistribution
 from pyro_flows.transforms import Preconditioner
@@ -24,8 +23,8 @@ PATIENCE = 20  # calls without a finite gradient before a warning
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
     """Holds the module's parameters constant."""
-    places: list[tuple[dict[str, Any], str]] = [(m._parameters, n) for m in module.modules() for n in m._parameters]
-    held = [(place, name, place[name]) for place, name in places if place[name] is not None]
+    modules: list[Any] = list(module.modules())
+    held = [(m._parameters, name, p) for m in modules for name, p in m._parameters.items() if p is not None]
     for parameters, name, parameter in held:
         parameters[name] = parameter.detach()
     try:
@@ -122,16 +121,9 @@ class PathPosterior(FlowDistribution):
 
     _drawn: Tensor | None = None
 
-    def __init__(
-        self,
-        base_distribution: dist.Distribution,
-        transforms: list[Transform],
-        validate_args: bool | None = None,
-        *,
-        linear: bool = False,
-    ) -> None:
+    def __init__(self, *args: Any, linear: bool = False, **kwargs: Any) -> None:
         self.linear = linear
-        super().__init__(base_distribution, transforms, validate_args=validate_args)
+        super().__init__(*args, **kwargs)
 
     def rsample(self, sample_shape: Size | tuple[int, ...] = ()) -> Tensor:
         """Makes reparameterized draws, which this distribution recognizes."""

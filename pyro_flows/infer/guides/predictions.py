@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from typing import Any
 
 import pyro
@@ -18,7 +19,7 @@ from pyro_flows.infer.models.enumeration import pointwise
 from pyro_flows.infer.models.joint import JointDensity
 from pyro_flows.infer.models.sites import COMPUTED, DATA, DRAWN, FACTOR, LATENT, Model, Site
 
-__all__ = ["computed", "log_likelihoods", "observed", "predictions", "seen_entries", "to_redraw"]
+__all__ = ["computed", "log_likelihoods", "observed", "redrawn", "seen", "to_redraw"]
 
 PLATE = "_draws_at_once"
 AT_ONCE = 1000
@@ -27,7 +28,7 @@ TRIED = 20  # sites redrawn to see whether others change
 Values = dict[str, Tensor]
 
 
-def predictions(density: JointDensity, z: Tensor, redraw: Collection[str]) -> Values:
+def redrawn(density: JointDensity, z: Tensor, redraw: Collection[str]) -> Values:
     """Draws the model's other sites, shape ``(n, *site.shape)``, at unconstrained latents ``z``, shape ``(n, dim)``.
 
     Includes computed sites; data that ``redraw`` does not name keep their values.
@@ -57,12 +58,10 @@ def log_likelihoods(density: JointDensity, z: Tensor) -> Values:
     above = _above(density, z) or {}
     fixed = {name for name, site in alone.items() if site.kind in (DATA, FACTOR)}
     found = {}
-    for name in parts[0] if parts else ():
-        value = torch.cat([part[name] for part in parts])
+    for name, value in _joined(parts).items():
         if not above.get(name, {name}) - fixed and (value == value[:1]).all():
             continue  # depends on no latent
-        entries = seen_entries(data[name])
-        found[name] = value if entries is None else value[:, entries.expand(value.shape[1:])]
+        found[name] = seen(value, data[name], 0)
     return {name: value for name, value in found.items() if value[:1].numel()}
 
 
@@ -71,13 +70,15 @@ def observed(density: JointDensity, z: Tensor) -> dict[str, Site]:
     return {name: site for name, site in _alone(density, z).items() if site.kind == DATA}
 
 
-def seen_entries(site: Site) -> Tensor | None:
-    """Returns the entries that a site's mask keeps, in batch shape; ``None`` means all."""
-    mask = site.mask
-    if mask is None:
-        return None
-    shape = site.log_prob(scaled=False).shape
-    return torch.as_tensor(mask, device=site.value.device).expand(shape)
+def seen(value: Tensor, site: Site, event_dim: int | None = None) -> Tensor:
+    """Returns the entries of a site's data, draws or densities that its mask keeps, in one batch dimension."""
+    if site.mask is None:
+        return value
+    entries = torch.as_tensor(site.mask, device=value.device).expand(site.log_prob(scaled=False).shape)
+    cut = value.dim() - (site.fn.event_dim if event_dim is None else event_dim)
+    lead, event = value.shape[: max(cut - entries.dim(), 0)], value.shape[cut:]
+    flat = value.expand(lead + entries.shape + event).reshape(*lead, -1, *event)
+    return flat.index_select(len(lead), entries.flatten().nonzero().squeeze(-1))
 
 
 def to_redraw(density: JointDensity, z: Tensor, redraw: str | Sequence[str] | None) -> list[str]:
@@ -185,27 +186,26 @@ def _values(model: Model, density: JointDensity, z: Tensor, wanted: Callable[[Si
     if not len(z):
         one = _values(model, density, z.new_zeros(1, z.shape[1]), wanted)
         return {name: value[:0] for name, value in one.items()}
-    vectorized = density.vectorized
-    parts: list[Values] = []
     with torch.no_grad():
-        if vectorized:
+        if density.vectorized:
             try:
-                parts = in_pieces(density.pace, z, lambda chunk: _together(model, density, chunk, wanted), AT_ONCE)
+                together = partial(_together, model, density, wanted)
+                return _joined(in_pieces(density.pace, z, together, AT_ONCE))
             except Exception as error:  # models raise anything at an extra dimension
                 warnings.warn(
                     "this model does not run for many draws at once, so they go one at a time: "
                     f"{type(error).__name__}: {error}",
                     stacklevel=4,
                 )
-                vectorized = False
-        if not vectorized:
-            for row in z:
-                sites = density.sites_at(density.latents.draws(row), model)
-                parts.append({name: site.value[None] for name, site in sites.items() if wanted(site)})
+        runs = [density.sites_at(density.latents.draws(row), model) for row in z]
+        return _joined([{name: site.value[None] for name, site in sites.items() if wanted(site)} for sites in runs])
+
+
+def _joined(parts: list[Values]) -> Values:
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def _together(model: Model, density: JointDensity, z: Tensor, wanted: Callable[[Site], bool]) -> Values:
+def _together(model: Model, density: JointDensity, wanted: Callable[[Site], bool], z: Tensor) -> Values:
     nesting = density.latents.max_plate_nesting
     values, _ = density.latents.unpack(z, nesting)
 

@@ -6,6 +6,7 @@ import inspect
 
 from torch import Tensor
 
+from pyro_flows.infer.diagnostics.prior import argument_names
 from pyro_flows.infer.guides.auto import AutoFlow
 from pyro_flows.infer.models.joint import JointDensity
 from pyro_flows.infer.models.sites import Model
@@ -18,7 +19,9 @@ RESERVED = ("seconds", "steps", "progress", "checkpoint", "checkpoint_every", "r
 def guide_of(model_or_guide: Model | AutoFlow, kwargs: dict[str, object]) -> AutoFlow:
     """Returns or makes the guide; refuses arguments that the model and ``fit_guide`` could confuse."""
     guide = model_or_guide if isinstance(model_or_guide, AutoFlow) else AutoFlow(model_or_guide)
-    names = _argument_names(guide.plain_model)
+    model = guide.plain_model
+    bound = getattr(model, "keywords", None) or {}  # by a partial
+    names = [name for name in argument_names(model) or () if name not in bound]
     taken = sorted(set(RESERVED) & set(names))
     if taken:
         raise ValueError(
@@ -33,17 +36,6 @@ def guide_of(model_or_guide: Model | AutoFlow, kwargs: dict[str, object]) -> Aut
                 f"fit_guide(AutoFlow(model, {name}=...), ...)"
             )
     return guide
-
-
-def _argument_names(model: Model) -> list[str]:
-    try:
-        parameters = inspect.signature(model).parameters.values()
-    except (TypeError, ValueError):  # some callables have no signature
-        return []
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return []
-    bound = getattr(model, "keywords", None) or {}  # by a partial
-    return [p.name for p in parameters if p.name not in bound]
 
 
 def refuse_unobserved(guide: AutoFlow) -> None:

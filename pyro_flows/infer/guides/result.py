@@ -10,61 +10,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from pyro_flows.core.checks import integer
 from pyro_flows.distributions import Flow, FlowDistribution
 from pyro_flows.infer.bridge import to_arviz
 from pyro_flows.infer.diagnostics import Importance, Verdict, resample
+from pyro_flows.infer.guides import predictions, stored
 from pyro_flows.infer.guides.assessment import Assessment, weigh
 from pyro_flows.infer.guides.auto import AutoFlow, Builder
 from pyro_flows.infer.guides.loop import History
-from pyro_flows.infer.guides.predictions import (
-    computed,
-    log_likelihoods,
-    observed,
-    predictions,
-    seen_entries,
-    to_redraw,
-)
-from pyro_flows.infer.guides.stored import (
-    device_of,
-    flow_of,
-    moved,
-    plain_flow,
-    plain_latents,
-    read_assessment,
-    read_history,
-    read_latents,
-)
 from pyro_flows.infer.machine.files import check_path, read_state, refuse_others, write_state
 from pyro_flows.infer.models.joint import JointDensity
 from pyro_flows.infer.models.latents import Latents
-from pyro_flows.infer.models.sites import Site
 
 __all__ = ["GuideFit", "load_guide"]
 
 KIND, VERSION = "saved fit of a guide", 2
-
-PARTS = {
-    "flow": {
-        **dict.fromkeys(("state", "points"), dict),
-        **dict.fromkeys(("device", "unnamed"), (str, type(None))),
-        "chain": (dict, list),
-        "base": dict,
-        "frozen": list,
-        "training": bool,
-        "dim": int,
-    },
-    "latents": {"sites": list, "max_plate_nesting": int},
-    "history": dict,
-    "assessment": {
-        **dict.fromkeys(("draws", "log_p", "log_q"), Tensor),
-        **dict.fromkeys(("importance", "verdict"), dict),
-        "probe": (dict, type(None)),
-    },
-    **dict.fromkeys(("failures", "evaluations"), int),
-    "notes": tuple,
-}
 
 
 class GuideFit:
@@ -119,7 +81,7 @@ class GuideFit:
 
     @property
     def importance(self) -> Importance:
-        """Numbers about the importance weights, with errors."""
+        """stored.Numbers about the importance weights, with errors."""
         return self.assessment.importance
 
     @property
@@ -208,7 +170,12 @@ class GuideFit:
         Raises:
             ValueError: if the model does not run with these arguments, or ``redraw`` names a site without data.
         """
-        density = self._with_model("predictive")
+        density = self._density
+        if density is None:
+            raise ValueError(
+                "predictive: this fit was loaded without its model; build the guide again, AutoFlow(model).setup(data),"
+                " and load the flow's state into it, or draw with .sample(num_samples) and use pyro.infer.Predictive"
+            )
         if args or kwargs:
             density = JointDensity(
                 density.model, self.latents, args, kwargs, density.vectorized, density.discrete, density.ignored
@@ -216,7 +183,7 @@ class GuideFit:
         with torch.no_grad():
             z = self._unconstrained("predictive", num_samples, resampled)
             try:
-                return predictions(density, z, to_redraw(density, z, redraw))
+                return predictions.redrawn(density, z, predictions.to_redraw(density, z, redraw))
             except (ValueError, RuntimeError, IndexError) as error:
                 if "redraw" in str(error):
                     raise
@@ -225,14 +192,6 @@ class GuideFit:
                     f"predictive: the model does not run with these arguments at latents of shapes {shapes}, for which "
                     f"this fit was made; latents in a plate belong to data of one size. {type(error).__name__}: {error}"
                 ) from error
-
-    def _with_model(self, what: str) -> JointDensity:
-        if self._density is None:
-            raise ValueError(
-                f"{what}: this fit was loaded without its model; build the guide again, AutoFlow(model).setup(data), "
-                "and load the flow's state into it, or draw with .sample(num_samples) and use pyro.infer.Predictive"
-            )
-        return self._density
 
     # Elsewhere.
 
@@ -274,9 +233,9 @@ class GuideFit:
         groups: dict[str, Any] = {}
         posterior = self.latents.draws(z)
         if self._density is not None:
-            extra = computed(self._density, z)
+            extra = predictions.computed(self._density, z)
             posterior |= extra
-            data = observed(self._density, z)
+            data = predictions.observed(self._density, z)
             if self.guide is not None and self.guide.subsampled:
                 if posterior_predictive or log_likelihood:
                     warnings.warn(
@@ -285,16 +244,18 @@ class GuideFit:
                         stacklevel=2,
                     )
             else:
-                groups["observed_data"] = {n: _entries(site.value, site) for n, site in data.items()}
+                groups["observed_data"] = {n: predictions.seen(site.value, site) for n, site in data.items()}
                 if posterior_predictive:
-                    names = to_redraw(self._density, z, redraw)
-                    found = predictions(self._density, z, names)
+                    names = predictions.to_redraw(self._density, z, redraw)
+                    found = predictions.redrawn(self._density, z, names)
                     held = {*extra, *data} - set(names)
                     groups["posterior_predictive"] = {
-                        name: _entries(value, data.get(name)) for name, value in found.items() if name not in held
+                        name: predictions.seen(value, data[name]) if name in data else value
+                        for name, value in found.items()
+                        if name not in held
                     }
                 if log_likelihood:
-                    groups["log_likelihood"] = log_likelihoods(self._density, z)
+                    groups["log_likelihood"] = predictions.log_likelihoods(self._density, z)
         attrs = {"khat": self.khat, "ess": self.ess, "verdict": self.verdict.label}
         return to_arviz(
             posterior,
@@ -320,34 +281,16 @@ class GuideFit:
             OSError: if the file cannot be written, e.g. because the disk is full; the old one is unchanged.
         """
         check_path(path)
-        flow = plain_flow(self.flow)
-        if flow["unnamed"] is not None:
+        flow = stored.plain_flow(self.flow)
+        if flow.unnamed is not None:
             warnings.warn(
-                f"GuideFit.save: the file cannot hold all of what the builder made ({flow['unnamed']}); to load it, "
+                f"GuideFit.save: the file cannot hold all of what the builder made ({flow.unnamed}); to load it, "
                 "give the builder again: load_guide(path, builder=...)",
                 stacklevel=2,
             )
-        state = {
-            "flow": flow,
-            "latents": plain_latents(self.latents),
-            "history": asdict(self.history),
-            "assessment": asdict(self.assessment),
-            "failures": self.failures,
-            "evaluations": self.evaluations,
-            "notes": tuple(self.notes),
-        }
+        numbers = stored.Numbers(self.history, self.assessment, self.failures, self.evaluations, tuple(self.notes))
+        state = {"flow": vars(flow), "latents": stored.plain_latents(self.latents), **asdict(numbers)}
         write_state(path, state, kind=KIND, version=VERSION)
-
-
-def _entries(value: Tensor, site: Site | None) -> Tensor:
-    """Returns the entries of a site's data or draws that its mask keeps, in one batch dimension."""
-    entries = None if site is None else seen_entries(site)
-    if site is None or entries is None:
-        return value
-    event = value.shape[value.dim() - site.fn.event_dim :]
-    lead = value.shape[: max(value.dim() - len(event) - entries.dim(), 0)]
-    flat = value.expand(lead + entries.shape + event).reshape(*lead, -1, *event)
-    return flat.index_select(len(lead), entries.flatten().nonzero().squeeze(-1))
 
 
 def load_guide(
@@ -370,21 +313,17 @@ def load_guide(
         FileNotFoundError: if there is no file.
         ValueError: if the file is no saved fit, is damaged, comes from another release, or needs the builder.
     """
-    known = {"kind": KIND, "remedy": "give the path of a file that GuideFit.save of this release wrote"}
-    state = read_state(path, version=VERSION, parts=PARTS, **known)
-    device = device_of(map_location, state["flow"]["device"])
+    known: dict[str, Any] = {"kind": KIND, "remedy": "give the path of a file that GuideFit.save of this release wrote"}
+    state = read_state(path, version=VERSION, **known)
     with refuse_others(path, **known):
-        flow = flow_of(state["flow"], builder).to(device)
-        rest = moved({name: state[name] for name in ("latents", "assessment")}, device)
-        latents = read_latents(rest["latents"])
+        record: stored.FlowRecord = stored.read(stored.FlowRecord, state.pop("flow"), "flow")
+    device = stored.device_of(map_location, record.device)
+    with refuse_others(path, **known):
+        flow = stored.flow_of(record, builder).to(device)
+        state = tree_map_only(Tensor, lambda value: value.to(device), state)
+        latents = stored.read_latents(state.pop("latents"))
         if (latents.dim,) != flow.event_shape:
             raise ValueError(f"a flow of {tuple(flow.event_shape)} dimensions for {latents.dim} latents")
-        return GuideFit(
-            flow,
-            latents,
-            read_history(state["history"]),
-            read_assessment(rest["assessment"], latents.dim),
-            failures=state["failures"],
-            evaluations=state["evaluations"],
-            notes=state["notes"],
-        )
+        numbers: stored.Numbers = stored.read(stored.Numbers, state)
+        numbers.check(latents.dim)
+        return GuideFit(flow, latents, **vars(numbers))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import typing
-from dataclasses import is_dataclass
-from typing import Any, TypeVar
+from dataclasses import dataclass, is_dataclass
+from typing import Any
 
 import torch
 from torch import Size, Tensor
@@ -20,61 +20,78 @@ from pyro_flows.infer.guides.loop import History
 from pyro_flows.infer.models.latents import Latent, Latents, same_support
 from pyro_flows.infer.models.supports import plain_support, support_of
 
-__all__ = ["flow_of", "plain_flow", "plain_latents", "read_assessment", "read_latents"]
+__all__ = ["FlowRecord", "Numbers", "device_of", "flow_of", "plain_flow", "plain_latents", "read", "read_latents"]
 
 POINTS = 8
-
-_T = TypeVar("_T")
 
 
 # Flows.
 
 
-@torch.no_grad()
-def plain_flow(flow: Flow) -> dict[str, Any]:
-    """Describes a flow by its recipe, its state, and a few points by which :func:`flow_of` checks it.
+@dataclass
+class FlowRecord:
+    """A flow by its recipe, its state, and a few points by which :func:`flow_of` checks it, on the CPU.
 
-    If the chain's first part, the builder's, holds objects from outside this package, it is left out, and ``"unnamed"``
-    names them.
+    If the chain's first part, the builder's, holds objects from outside this package, ``chain`` lacks it, and
+    ``unnamed`` names them.
+    """
+
+    base: Any
+    chain: Any
+    unnamed: str | None
+    state: dict[str, Tensor]
+    frozen: list[str]
+    training: bool
+    device: str
+    dim: int
+    points: dict[str, Tensor]
+
+
+@torch.no_grad()
+def plain_flow(flow: Flow) -> FlowRecord:
+    """Describes a flow.
 
     Raises:
-        ValueError: if another part cannot be described.
+        ValueError: if a part other than the builder's cannot be described.
     """
-    state = {name: value.detach() for name, value in flow.state_dict().items()}
-    plain: dict[str, Any] = {
-        "unnamed": None,
-        "state": state,
-        "frozen": [name for name, p in flow.named_parameters() if not p.requires_grad],
-        "training": flow.training,
-        "device": str(next(flow.parameters()).device),
-        "dim": flow.event_shape[0],
-    }
     training = flow.training
     flow.eval()  # these points must not change the state
     try:
         with torch.random.fork_rng():
             x = flow.base().sample((POINTS,))
-        plain["points"] = {"x": x, "y": flow.chain.forward_and_ladj(x)[0], "log_base": flow.base().log_prob(x)}
+        points = {"x": x, "y": flow.chain.forward_and_ladj(x)[0], "log_base": flow.base().log_prob(x)}
     finally:
         flow.train(training)
     try:
-        plain["base"] = recipe(flow.base)
+        base = recipe(flow.base)
     except TypeError as error:
         raise ValueError(
             f"GuideFit.save: a file of plain data cannot hold this flow's base: {error}; take one of this package, or "
             "save the flow's state_dict"
         ) from error
+    record = FlowRecord(
+        base,
+        None,
+        None,
+        {name: value.detach().cpu() for name, value in flow.state_dict().items()},
+        [name for name, p in flow.named_parameters() if not p.requires_grad],
+        training,
+        str(next(flow.parameters()).device),
+        flow.event_shape[0],
+        {name: value.cpu() for name, value in points.items()},
+    )
     try:
-        plain["chain"] = recipe(flow.chain)
-        flow_of(moved(plain, torch.device("cpu")))
-        return plain
+        record.chain = recipe(flow.chain)
+        flow_of(record)
+        return record
     except (TypeError, ValueError, RuntimeError, LookupError, AttributeError) as error:
-        why = str(error)
+        record.unnamed = str(error)
     try:
         parts = list(flow.chain)[1:] if isinstance(flow.chain, Chain) else []
         if not parts:
-            raise TypeError(why)
-        return {**plain, "chain": [recipe(part) for part in parts], "unnamed": why}
+            raise TypeError(record.unnamed)
+        record.chain = [recipe(part) for part in parts]
+        return record
     except TypeError as error:
         raise ValueError(
             f"GuideFit.save: a file of plain data cannot hold this flow: {error}; save its state_dict, which a flow "
@@ -82,33 +99,31 @@ def plain_flow(flow: Flow) -> dict[str, Any]:
         ) from error
 
 
-def flow_of(plain: dict[str, Any], builder: Builder | None = None) -> Flow:
+def flow_of(plain: FlowRecord, builder: Builder | None = None) -> Flow:
     """Rebuilds the flow of :func:`plain_flow` on the CPU, with the builder if its part was left out.
 
     Raises:
         ValueError: if the flow differs from the saved one.
     """
-    unnamed = plain["unnamed"]
-    if unnamed is not None and builder is None:
-        raise ValueError(
-            f"the builder of its flow used something that a file of plain data cannot hold: {unnamed}; give the "
-            "guide's builder, load_guide(path, builder=...)"
-        )
     with torch.random.fork_rng(devices=[]):  # building draws initial parameters
-        if unnamed is None or builder is None:
-            chain = made_from(plain["chain"])
-        else:
-            chain = Chain([as_flow_of(builder, plain["dim"]), *made_from(plain["chain"])])
-        flow = Flow(chain, made_from(plain["base"]))
-    dtypes = {name: value.dtype for name, value in plain["state"].items()}
+        chain = made_from(plain.chain)
+        if plain.unnamed is not None:
+            if builder is None:
+                raise ValueError(
+                    f"the builder of its flow used something that a file of plain data cannot hold: {plain.unnamed}; "
+                    "give the guide's builder, load_guide(path, builder=...)"
+                )
+            chain = Chain([as_flow_of(builder, plain.dim), *chain])
+        flow = Flow(chain, made_from(plain.base))
+    dtypes = {name: value.dtype for name, value in plain.state.items()}
     flow.to(next(dtype for dtype in dtypes.values() if dtype.is_floating_point))
-    flow.load_state_dict(plain["state"])
+    flow.load_state_dict(plain.state)
     if {name: value.dtype for name, value in flow.state_dict().items()} != dtypes:
         raise ValueError("its flow has several dtypes")
     for name, parameter in flow.named_parameters():
-        parameter.requires_grad_(name not in plain["frozen"])
+        parameter.requires_grad_(name not in plain.frozen)
     flow.eval()
-    points = plain["points"]
+    points = plain.points
     with torch.no_grad():
         found = flow.chain.forward_and_ladj(points["x"])[0], flow.base().log_prob(points["x"])
     for now, then in zip(found, (points["y"], points["log_base"]), strict=True):
@@ -118,7 +133,7 @@ def flow_of(plain: dict[str, Any], builder: Builder | None = None) -> Flow:
                 "its flow, made again, is another one: another builder, another release, or parts that were changed "
                 "after they were made; give the guide's builder, load_guide(path, builder=...)"
             )
-    return flow.train(plain["training"])
+    return flow.train(plain.training)
 
 
 # Latents.
@@ -175,40 +190,26 @@ def read_latents(plain: dict[str, Any]) -> Latents:
 # Numbers.
 
 
-def record(cls: type[_T], plain: dict[str, Any]) -> _T:
-    """Makes a dataclass, with nested ones, from its entries.
+@dataclass
+class Numbers:
+    """A fit without its flow and latents."""
 
-    Raises:
-        ValueError: if entries are missing, unknown or of another type.
-    """
-    kinds = typing.get_type_hints(cls)
-    if kinds.keys() != plain.keys():
-        raise ValueError(f"{cls.__name__} has {sorted(plain)}, expected {sorted(kinds)}")
-    made = {}
-    for name, value in plain.items():
-        kind, parts = typing.get_origin(kinds[name]), typing.get_args(kinds[name])
-        for part in (kinds[name], *parts):
-            if isinstance(part, type) and is_dataclass(part) and isinstance(value, dict):
-                value = record(part, value)
-        pairs = [(value, kind if kind in (list, dict) else kinds[name])]
-        if kind in (list, dict):
-            pairs += [(each, parts[-1]) for each in (value.values() if isinstance(value, dict) else value)]
-        for each, expected in pairs:
-            if not isinstance(each, (int, float) if expected is float else expected):
-                raise ValueError(f"{name!r} of {cls.__name__} holds a {type(each).__name__}")
-        made[name] = value
-    return cls(**made)
+    history: History
+    assessment: Assessment
+    failures: int
+    evaluations: int
+    notes: tuple
 
-
-def read_assessment(plain: dict[str, Any], dim: int) -> Assessment:
-    """Makes the assessment of a guide with ``dim`` dimensions."""
-    found = record(Assessment, plain)
-    _check_shapes(vars(found), len(found.draws), draws=(dim,))
-    if found.probe is not None:
-        _check_shapes(vars(found.probe), len(found.probe.locations), locations=(dim,), scale=(dim, dim))
-    if found.verdict.label not in LABELS:
-        raise ValueError(f"a verdict {found.verdict.label!r}")
-    return found
+    def check(self, dim: int) -> None:
+        """Refuses shapes and words that no fit of ``dim`` dimensions has."""
+        found, probe = self.assessment, self.assessment.probe
+        _check_shapes(vars(found), len(found.draws), draws=(dim,))
+        if probe is not None:
+            _check_shapes(vars(probe), len(probe.locations), locations=(dim,), scale=(dim, dim))
+        if found.verdict.label not in LABELS:
+            raise ValueError(f"a verdict {found.verdict.label!r}")
+        if len({len(column) for column in vars(self.history).values()}) > 1:
+            raise ValueError("the lists of its history have different lengths")
 
 
 def _check_shapes(values: dict[str, Any], count: int, **events: tuple[int, ...]) -> None:
@@ -218,12 +219,26 @@ def _check_shapes(values: dict[str, Any], count: int, **events: tuple[int, ...])
             raise ValueError(f"{name!r} has the shape {tuple(value.shape)}, expected {expected}")
 
 
-def read_history(plain: dict[str, Any]) -> History:
-    """Makes a history from its columns."""
-    found = record(History, plain)
-    if len({len(column) for column in vars(found).values()}) > 1:
-        raise ValueError("the lists of its history have different lengths")
-    return found
+def read(kind: Any, value: Any, name: str = "it") -> Any:
+    """Makes a value of an annotated type from plain data, and dataclasses from their entries.
+
+    Raises:
+        ValueError: if entries are missing, unknown or of another type.
+    """
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if type(None) in parts:
+        return None if value is None else read(parts[0], value, name)
+    if is_dataclass(kind) and isinstance(value, dict):
+        kinds = typing.get_type_hints(kind)
+        if kinds.keys() != value.keys():
+            raise ValueError(f"{name!r} has {sorted(value)}, expected {sorted(kinds)}")
+        made: Any = kind
+        return made(**{part: read(kinds[part], each, part) for part, each in value.items()})
+    if kind is not Any and not isinstance(value, (int, float) if kind is float else origin or kind):
+        raise ValueError(f"{name!r} is a {type(value).__name__}")
+    if origin is list:
+        return [read(parts[0], each, name) for each in value]
+    return {key: read(parts[1], each, name) for key, each in value.items()} if origin is dict else value
 
 
 # Devices.
@@ -235,28 +250,10 @@ def device_of(map_location: Any, saved: str) -> torch.device:
     Raises:
         ValueError: for an unavailable device.
     """
-    place: str | int | torch.device = saved
-    if isinstance(map_location, (str, torch.device, int)):
-        place = map_location
-    elif isinstance(map_location, dict):
-        place = map_location.get(saved, saved)
-    elif map_location is not None:
-        storage = map_location(torch.empty(0).untyped_storage(), saved)
-        place = saved if storage is None else storage.device
     try:
-        return torch.empty(0, device=place).device
+        return torch.serialization._get_restore_location(map_location)(torch.empty(0).untyped_storage(), saved).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(
-            f"load_guide: the device {str(place)!r} is not there ({error}); give another one, e.g. map_location='cpu'"
+            f"load_guide: the device {str(map_location or saved)!r} is not there ({error}); give another one, e.g. "
+            "map_location='cpu'"
         ) from error
-
-
-def moved(value: Any, device: torch.device) -> Any:
-    """Moves all tensors of plain data to a device."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {key: moved(each, device) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(moved(each, device) for each in value)
-    return value

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from pyro_flows.infer.machine.files import read_if_there, refuse_others, write_state
+from pyro_flows.infer.machine.files import check_path, read_state, refuse_others, remove_leftovers, write_state
 
 __all__ = ["CheckpointFormat", "Keeper", "architecture_of", "checksum", "checksums", "layout_of"]
 
@@ -51,9 +51,10 @@ class CheckpointFormat:
         Raises:
             ValueError: if the file is not such a checkpoint, or could not be written.
         """
-        content = read_if_there(path, kind=self.kind, version=self.version, remedy=_REMEDY, parts=self.parts)
-        if path is None or content is None:
+        if path is None or not check_path(path).exists():
             return None
+        remove_leftovers(path)
+        content = read_state(path, kind=self.kind, version=self.version, remedy=_REMEDY, parts=self.parts)
         with self.refusing(path):
             lengths = {len(column) for column in content["training"]["history"].values()}
             rows = content["training"][self.counter]

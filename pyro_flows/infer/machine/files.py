@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["check_path", "read_if_there", "read_state", "refuse_others", "remove_leftovers", "write_state"]
+__all__ = ["check_path", "read_state", "refuse_others", "remove_leftovers", "write_state"]
 
 try:
     import fcntl
@@ -37,20 +37,9 @@ _MAGIC = b"pyro_flows state 1\n"
 _LENGTH = struct.Struct("<Q")  # of the description
 _DIGEST = hashlib.sha256().digest_size
 _ALIGNMENT = 64
-_UNEXPECTED = (
-    ValueError,
-    TypeError,
-    KeyError,
-    IndexError,
-    AttributeError,
-    RuntimeError,  # from torch, and from too deep a nesting
-    OverflowError,
-    struct.error,
-)
-
-
-Parts = Mapping[str, Any]
-
+_STEM = 50  # letters of a name, so that more can be appended
+# Torch, and too deep a nesting, raise RuntimeError.
+_UNEXPECTED = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError, struct.error)
 
 _SCALARS = (type(None), bool, int, float, str)
 
@@ -83,21 +72,18 @@ def write_state(path: str | os.PathLike[str], state: Any, *, kind: str, version:
     described = {"kind": kind, "version": version, "byteorder": sys.byteorder, "tensors": places, "state": encoded}
     text = json.dumps(described, separators=(",", ":")).encode()
     text += b" " * (-(len(_MAGIC) + _LENGTH.size + len(text)) % _ALIGNMENT)
+    parts: list[Any] = [_MAGIC + _LENGTH.pack(len(text)) + text]
+    for tensor in tensors:
+        parts += [tensor.reshape(-1).view(torch.uint8).numpy().data, bytes(-tensor.nbytes % _ALIGNMENT)]
     remove_leftovers(path)
+    digest = hashlib.sha256()
     try:
         if path.exists() and not os.access(path, os.W_OK):  # a replaceable file may still be protected
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         with _replacing(path) as file:
-            digest = hashlib.sha256()
-
-            def write(data: Any) -> None:
-                digest.update(data)
-                file.write(data)
-
-            write(_MAGIC + _LENGTH.pack(len(text)) + text)
-            for tensor in tensors:
-                write(tensor.reshape(-1).view(torch.uint8).numpy().data)
-                write(bytes(-tensor.nbytes % _ALIGNMENT))
+            for part in parts:
+                digest.update(part)
+                file.write(part)
             file.write(digest.digest())
     except OSError as error:
         known = "the file that was there is unchanged" if path.exists() else "no file was written"
@@ -109,21 +95,8 @@ def write_state(path: str | os.PathLike[str], state: Any, *, kind: str, version:
         ) from error
 
 
-def read_if_there(path: str | os.PathLike[str] | None, **what: Any) -> Any:
-    """Calls :func:`read_state`, or returns ``None`` without a path or file; removes leftovers of killed runs.
-
-    Raises:
-        ValueError: if the file cannot be read, or could not be written.
-    """
-    if path is None:
-        return None
-    check_path(path)
-    remove_leftovers(path)
-    return read_state(path, **what) if os.path.exists(path) else None
-
-
 def read_state(
-    path: str | os.PathLike[str], *, kind: str, version: int = 1, remedy: str, parts: Parts | None = None
+    path: str | os.PathLike[str], *, kind: str, version: int = 1, remedy: str, parts: Mapping[str, Any] | None = None
 ) -> Any:
     """Reads a file of :func:`write_state`, tensors on the CPU, without running any content.
 
@@ -139,16 +112,13 @@ def read_state(
         raise ValueError(f"expected the path of a {kind}, got {str(path)!r}, which is no file")
     refusal = partial(_refusal, path, kind, remedy=remedy)
     with open(path, "rb") as file:
-        start = file.read(len(_MAGIC))
-        if start != _MAGIC:
-            why = "it is empty" if not start else "it is no such file, is damaged, or comes from another release"
+        data = bytearray(file.read(len(_MAGIC)))
+        if data != _MAGIC:
+            why = "it is no such file, is damaged, or comes from another release" if data else "it is empty"
             raise refusal(why)
-        size = os.fstat(file.fileno()).st_size
-        data = bytearray(max(size, len(_MAGIC) + _DIGEST))
-        data[: len(_MAGIC)] = _MAGIC
-        filled = len(_MAGIC) + file.readinto(memoryview(data)[len(_MAGIC) :])
-    body = memoryview(data)[: filled - _DIGEST]
-    if filled != size or hashlib.sha256(body).digest() != data[filled - _DIGEST : filled]:
+        data += file.read()
+    body = memoryview(data)[:-_DIGEST]
+    if hashlib.sha256(body).digest() != data[-_DIGEST:]:
         raise refusal("it is damaged or not whole (its check sum is wrong)")
     with refuse_others(path, kind=kind, remedy=remedy):
         (length,) = _LENGTH.unpack_from(body, len(_MAGIC))
@@ -156,7 +126,7 @@ def read_state(
         described = json.loads(bytes(body[begin : begin + length]))
         found = described["kind"], described["version"], described["byteorder"]
         if found[0] == kind and found[1:] == (version, sys.byteorder):
-            tensors = [_tensor(place, data, begin + length, len(body)) for place in described["tensors"]]
+            tensors = [_tensor(body[begin + length :], *place) for place in described["tensors"]]
             state = _decode(described["state"], tensors)
             if parts is not None:
                 _check_parts(state, parts, "it")
@@ -183,7 +153,7 @@ def _refusal(path: str | os.PathLike[str] | None, kind: str, why: str, remedy: s
     return ValueError(f"the {kind} {str(path)!r} cannot be read: {why}; {remedy}")
 
 
-def _check_parts(state: Any, parts: Parts, where: str) -> None:
+def _check_parts(state: Any, parts: Mapping[str, Any], where: str) -> None:
     if not isinstance(state, dict):
         raise TypeError(f"{where} is a {type(state).__name__}, expected a dict")
     for name, kinds in parts.items():
@@ -217,12 +187,13 @@ def check_path(path: str | os.PathLike[str]) -> Path:
 @contextmanager
 def _replacing(path: Path) -> Iterator[BinaryIO]:
     """Opens a new file, which replaces the old one at the end, or vanishes after an error."""
-    name = path
-    try:
-        while True:
-            name = path.with_name(f".{_stem(path)}.{secrets.token_hex(4)}.part")
+    while True:
+        name = path.with_name(f".{path.name[:_STEM]}.{secrets.token_hex(4)}.part")
+        try:
             with open(name, "xb") as file:
-                _lock(file)
+                if fcntl is not None:
+                    with suppress(OSError):  # where a file system has no locks, leftovers stay
+                        fcntl.flock(file, fcntl.LOCK_EX)
                 # Another process may have removed this file as a leftover before the lock.
                 if not os.fstat(file.fileno()).st_nlink:
                     continue
@@ -236,10 +207,9 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
             if fcntl is None:
                 os.replace(name, path)  # Windows moves no open file
             break
-    except BaseException:
-        if name != path:
+        except BaseException:
             name.unlink(missing_ok=True)
-        raise
+            raise
     with suppress(OSError):  # the new name outlives a loss of power, on most systems
         folder = os.open(path.parent, os.O_RDONLY)
         try:
@@ -253,7 +223,7 @@ def remove_leftovers(path: str | os.PathLike[str]) -> None:
     path = Path(os.path.realpath(path))
     if fcntl is None:
         return
-    pattern = re.compile(rf"\.{re.escape(_stem(path))}\.[0-9a-f]{{8}}\.part")
+    pattern = re.compile(rf"\.{re.escape(path.name[:_STEM])}\.[0-9a-f]{{8}}\.part")
     with suppress(OSError):  # a folder that cannot be listed
         for name in os.listdir(path.parent):
             if not pattern.fullmatch(name):
@@ -262,17 +232,6 @@ def remove_leftovers(path: str | os.PathLike[str]) -> None:
             with suppress(OSError), open(path.parent / name, "r+b") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 os.unlink(path.parent / name)
-
-
-def _lock(file: BinaryIO) -> None:
-    if fcntl is not None:
-        with suppress(OSError):  # where a file system has no locks, leftovers stay
-            fcntl.flock(file, fcntl.LOCK_EX)
-
-
-def _stem(path: Path) -> str:
-    """Shortens a name, so that more can be appended."""
-    return path.name[:50]
 
 
 # As JSON, scalars stand for themselves, all else is a list that begins with its kind.
@@ -314,14 +273,12 @@ def _decode(value: Any, tensors: list[Tensor]) -> Any:
     return {"list": found, "tuple": tuple(found)}[name]
 
 
-def _tensor(place: Any, data: bytearray, begin: int, end: int) -> Tensor:
+def _tensor(data: memoryview, name: str, shape: list[int], offset: int) -> Tensor:
     """Reads a tensor from its description, if it lies within the data."""
-    name, shape, offset = place
-    dtype, start, count = getattr(torch, name), begin + offset, math.prod(shape)
-    if not isinstance(dtype, torch.dtype) or min(shape, default=0) < 0 or offset < 0:
-        raise ValueError(f"a tensor of dtype {name} and shape {shape}")
-    if start + count * dtype.itemsize > end:
-        raise ValueError("a tensor goes beyond the end")
+    dtype, count = getattr(torch, name), math.prod(shape)
+    fits = isinstance(dtype, torch.dtype) and min(offset, *shape, 0) >= 0
+    if not fits or offset + count * dtype.itemsize > len(data):
+        raise ValueError(f"a tensor of dtype {name} and shape {shape} at {offset} of {len(data)} bytes")
     if not count:
         return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(data, dtype=dtype, count=count, offset=start).clone().reshape(shape)
+    return torch.frombuffer(data, dtype=dtype, count=count, offset=offset).clone().reshape(shape)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
 import pyro
 import torch
+from pyro.distributions.util import is_validation_enabled
 from pyro.poutine import Trace
 from torch import Tensor
 
@@ -45,15 +47,16 @@ class JointDensity:
 
     :math:`\log p(z) = \log p(\text{data}, \theta(z)) + \log|\partial \theta / \partial z|`, in nats, differentiable;
     ``(S, dim)`` gives ``(S,)``. A model that broadcasts, as a comparison shows, runs once for all ``S``, in a dimension
-    left of its plates. Other models run one point at a time, with a warning. Scales, masks and subsampling count as in
-    an ELBO, except that masked entries of a latent that nothing depends on, such as a series' padding, keep their own
-    density. Otherwise there would be no posterior.
+    left of its plates. Another runs once under ``torch.vmap``, with a warning, if values and gradients then equal those
+    of single runs: not with Python numbers or branches made from latents. The rest runs one point at a time. Scales,
+    masks and subsampling count as in an ELBO, except that masked entries of a latent that nothing depends on, such as a
+    series' padding, keep their own density. Otherwise there would be no posterior.
 
     Args:
         model: a Pyro model with the given latents.
         latents: the layout of the latents.
         args, kwargs: the model's arguments.
-        vectorize: whether to run the model once for all points; ``None`` finds out.
+        vectorize: whether the model broadcasts; ``None`` finds out.
         discrete: the names of latents to sum out.
         ignored: the names of sites to leave out.
         quiet: whether to report in ``why_not`` only, without a warning.
@@ -77,6 +80,7 @@ class JointDensity:
         self.quiet = quiet
         self.evaluations = 0
         self.vectorized = True if vectorize is None else vectorize
+        self.mapped: bool | None = None  # whether vmap works, once it is known
         self.why_not: str | None = None
         self.pace = Pace()
         self._tested = vectorize is not None
@@ -98,7 +102,14 @@ class JointDensity:
                 if value is None:
                     raise
                 return value
+        if len(z) > 1 and self._maps(z):
+            return self._mapped(z)
         return torch.stack([self._alone(row) for row in z])
+
+    @property
+    def many_at_once(self) -> bool:
+        """Whether one run serves many points, as far as known."""
+        return self.vectorized or self.mapped is not False
 
     @torch.no_grad()
     def random_at(self, row: Tensor) -> bool:
@@ -178,11 +189,52 @@ class JointDensity:
         values, total = self.latents.unpack(row)
         return total + self._conditional(values)
 
-    def _conditional(self, values: Mapping[str, Tensor]) -> Tensor:
+    def _conditional(self, values: Mapping[str, Tensor], checked: bool = False) -> Tensor:
+        """Returns the log-density of the model; if ``checked``, NaN outside the constraints."""
         nesting = self.latents.max_plate_nesting
         if self.discrete:
-            return marginal_log_prob(*self.enumerated_at(values, nesting), None, nesting)
-        return sum((site.log_prob().sum() for site in self.sites_at(values).values()), torch.zeros(()))
+            trace, sites = self.enumerated_at(values, nesting)
+            total = marginal_log_prob(trace, sites, None, nesting)
+        else:
+            sites = self.sites_at(values)
+            total = sum((site.log_prob().sum() for site in sites.values()), torch.zeros(()))
+        for fine in (fine for site in sites.values() for fine in site.checks()) if checked else ():
+            total = torch.where(fine.all(), total, math.nan)
+        return total
+
+    def _mapped(self, z: Tensor) -> Tensor:
+        """Runs the model under vmap, where validation cannot raise."""
+        checked = is_validation_enabled()
+
+        def alone(row: Tensor) -> Tensor:
+            values, total = self.latents.unpack(row)
+            return total + self._conditional(values, checked)
+
+        with pyro.validation_enabled(False):
+            found: Tensor = torch.vmap(alone, randomness="same")(z)
+        return found
+
+    @torch.enable_grad()
+    def _maps(self, z: Tensor) -> bool:
+        """Whether vmap agrees with single runs at two points."""
+        if self.mapped is None:
+            rows = torch.stack((z[0], z[-1] + 0.1)).detach()
+            try:
+                with torch.no_grad(), Footprint() as footprint:
+                    self._timed(len(rows), self._mapped, rows)
+            except Exception:  # models raise anything under vmap
+                self.mapped = False
+                return False
+            self.pace.bytes_per_draw = footprint.bytes / len(rows)
+            try:
+                alone = _value_and_slope(lambda rows: torch.stack([self._seeded(self._alone, r) for r in rows]), rows)
+                if not alone[0].isfinite().all():
+                    return False  # nothing to compare: the next call retries
+                mapped = _value_and_slope(partial(self._seeded, self._mapped), rows)
+            except FAILURES:
+                return False
+            self.mapped = all(torch.allclose(*pair, 1e-4, 1e-3) for pair in zip(mapped, alone, strict=True))
+        return self.mapped
 
     def _together(self, z: Tensor) -> Tensor:
         if self._own is None:
@@ -256,9 +308,11 @@ class JointDensity:
             except Exception as error:  # models raise anything at an extra dimension
                 errors.append(error)
         self.latents.max_plate_nesting = declared
-        self.vectorized, self.pace.bytes_per_draw = False, alone_footprint.bytes / len(rows)
+        self.vectorized = False
+        self.pace.bytes_per_draw = alone_footprint.bytes / len(rows)
+        how = "torch.vmap runs them" if self._maps(rows) else "they go one at a time, which is slower"
         self.why_not = (
-            "this model does not broadcast over a plate of draws, so they go one at a time, which is slower: "
+            f"this model does not broadcast over a plate of draws, so {how}: "
             + explain(self.model, self.latents, self.args, self.kwargs, rows, errors[0], self.discrete)
             + "\n  Values must broadcast over dimensions left of the plates "
             "(https://pyro.ai/examples/tensor_shapes.html)"
@@ -287,6 +341,12 @@ class StillDensity:
     def __call__(self, z: Tensor) -> Tensor:
         """Returns log-densities ``(S,)`` of points ``(S, dim)``."""
         return JointDensity._seeded(self.density, z)
+
+
+def _value_and_slope(run: Callable[[Tensor], Tensor], rows: Tensor) -> tuple[Tensor, Tensor]:
+    rows = rows.detach().requires_grad_()
+    value = run(rows)
+    return value, torch.autograd.grad(value.sum(), rows)[0]
 
 
 def _moved(row: Tensor, move: int) -> Tensor:

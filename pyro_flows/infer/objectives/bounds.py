@@ -9,18 +9,14 @@ respect to the model's parameters. In the guide's total derivative, the score te
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-from pyro.infer import ELBO
-from pyro.infer.enum import get_importance_trace
-from pyro.poutine import Trace
 from torch import Tensor
 
 from pyro_flows.core.checks import integer
 from pyro_flows.infer.models.sites import Model
-from pyro_flows.infer.objectives.particles import Particles, count_dropped, refuse_messenger, sum_particles
+from pyro_flows.infer.objectives.particles import Objective, Particles, refuse_messenger
 
 __all__ = ["AlphaDivergence", "DReGELBO", "PathELBO"]
 
@@ -46,10 +42,10 @@ def _bound(log_w: Tensor, keep: Tensor, alpha: float) -> tuple[Tensor, Tensor, T
     return center + log_mean / (1 - alpha), v, alpha + (1 - alpha) * v
 
 
-class _PathObjective(ELBO):
-    """The base of these bounds, with ``_alpha``."""
+class _PathObjective(Objective):
+    """The base of these bounds, with ``alpha``."""
 
-    _alpha: float
+    alpha: float
 
     def __init__(
         self,
@@ -62,88 +58,49 @@ class _PathObjective(ELBO):
         super().__init__(
             num_particles=integer(type(self).__name__, "num_particles", num_particles),
             max_plate_nesting=max_plate_nesting,
-            vectorize_particles=vectorize_particles,
+            vectorize_particles=vectorize_particles and num_particles > 1,
             strict_enumeration_warning=strict_enumeration_warning,
             retain_graph=retain_graph,
         )
-        self.num_dropped = 0
-        self.num_scored = 0
 
-    @property
-    def _vectorized(self) -> bool:
-        return self.vectorize_particles and self.num_particles > 1
-
-    def _get_trace(self, model: Model, guide: Model, args: tuple, kwargs: dict[str, Any]) -> tuple[Trace, Trace]:
-        return get_importance_trace("flat", self.max_plate_nesting, model, guide, args, kwargs)
-
-    def _runs(self, model: Model, guide: Model, args: tuple, kwargs: dict[str, Any]) -> Iterator[Particles]:
-        owner = type(self).__name__
-        refuse_messenger(owner, guide)
-        if not self._vectorized:
-            for _ in range(self.num_particles):
-                yield Particles(owner, model, guide, args, kwargs, None, self.max_plate_nesting)
-            return
-        if self.max_plate_nesting == math.inf:
-            self._guess_max_plate_nesting(model, guide, args, kwargs)
-        model, guide = self._vectorized_num_particles(model), self._vectorized_num_particles(guide)
-        yield Particles(owner, model, guide, args, kwargs, self.max_plate_nesting, self.max_plate_nesting)
+    def _get_trace(self, model: Model, guide: Model, args: tuple, kwargs: dict[str, Any]) -> Particles:
+        axis = self.max_plate_nesting if self.vectorize_particles else None
+        return Particles(type(self).__name__, model, guide, args, kwargs, axis, self.max_plate_nesting)
 
     def _gather(self, parts: list[Tensor | float]) -> Tensor:
-        if self._vectorized:
-            return torch.as_tensor(parts[0]).expand(self.num_particles)
-        return torch.stack([torch.as_tensor(part) for part in parts])
+        return torch.stack([torch.as_tensor(part) for part in parts]).reshape(-1).expand(self.num_particles)
 
     def _losses(self, model: Model, guide: Model, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
         """Returns the scalar loss and any surrogate for its gradient."""
-        runs = list(self._runs(model, guide, args, kwargs))
+        if torch.is_grad_enabled():
+            refuse_messenger(type(self).__name__, guide)
+        runs: list[Particles] = list(self._get_traces(model, guide, args, kwargs))
         log_p = self._gather([run.log_p for run in runs])
         log_w = log_p.detach() - self._gather([run.log_q for run in runs])
         keep = log_w.isfinite()
         kept = int(keep.sum())
-        count_dropped(self, self.num_particles - kept, self.num_particles, "particles have no finite weight")
+        self._count(self.num_particles - kept, self.num_particles, "particles have no finite weight")
         if not kept:
             return -log_w.mean(), None
-        bound, v, factor = _bound(log_w, keep, self._alpha)
-        if self._alpha != 1:
-            for run, weight in zip(runs, [factor] if self._vectorized else factor, strict=True):
-                run.weigh(weight)
-        if self._vectorized:
+        bound, v, factor = _bound(log_w, keep, self.alpha)
+        if not torch.is_grad_enabled():
+            return -bound, None
+        if self.vectorize_particles:
+            v, factor = v.unsqueeze(0), factor.unsqueeze(0)
             if kept < self.num_particles:
                 runs[0].replace(keep)
-            terms = torch.as_tensor(runs[0].log_p - runs[0].through_draws)
-            surrogate = (v * terms).sum()
-        else:
-            surrogate = sum(
-                weight * torch.as_tensor(run.log_p - run.through_draws)
-                for run, weight, fine in zip(runs, v, keep, strict=True)
-                if fine
-            )
+        surrogate = torch.zeros_like(bound)
+        for run, share, weight in zip(runs, v, factor, strict=True):
+            if self.alpha != 1:
+                run.way_back.factor = weight
+            if share.any():
+                surrogate = surrogate + (share * (run.log_p - run.through_draws)).sum()
         return -bound, -surrogate if surrogate.requires_grad else None
 
-    @torch.no_grad()
     def loss(self, model: Model, guide: Model, *args: Any, **kwargs: Any) -> float:
         """Estimates minus the bound from new draws, without gradient."""
-        traces = list(self._get_traces(model, guide, args, kwargs))
-        axis = self.max_plate_nesting if self._vectorized else None
-        log_w = self._gather([sum_particles(p, axis) - sum_particles(q, axis) for p, q in traces])
-        keep = log_w.isfinite()
-        kept = int(keep.sum())
-        count_dropped(self, self.num_particles - kept, self.num_particles, "particles have no finite weight")
-        if not kept:
-            return -log_w.mean().item()
-        return -_bound(log_w, keep, self._alpha)[0].item()
-
-    def loss_and_grads(self, model: Model, guide: Model, *args: Any, **kwargs: Any) -> float:
-        """Returns minus the bound, and adds its gradient to the parameters' ``grad``."""
-        loss, surrogate = self._losses(model, guide, args, kwargs)
-        if surrogate is not None:
-            surrogate.backward(retain_graph=self.retain_graph)
-        return loss.item()
-
-    def differentiable_loss(self, model: Model, guide: Model, *args: Any, **kwargs: Any) -> Tensor:
-        """Returns minus the bound; only its first gradient is valid."""
-        loss, surrogate = self._losses(model, guide, args, kwargs)
-        return loss if surrogate is None else loss + (surrogate - surrogate.detach())
+        with torch.no_grad():
+            return self._losses(model, guide, args, kwargs)[0].item()
 
 
 class PathELBO(_PathObjective):
@@ -186,7 +143,7 @@ class PathELBO(_PathObjective):
         Inference. arXiv:1703.09194.
     """
 
-    _alpha = 1.0
+    alpha = 1.0
 
     def __init__(
         self,
@@ -224,7 +181,7 @@ class DReGELBO(_PathObjective):
         arXiv:1810.04152.
     """
 
-    _alpha = 0.0
+    alpha = 0.0
 
 
 class AlphaDivergence(_PathObjective):
@@ -250,7 +207,7 @@ class AlphaDivergence(_PathObjective):
     Options, attributes, errors and cost are those of :class:`PathELBO`; ``num_particles`` is ``K``.
 
     Args:
-        alpha: the order, any real number.
+        alpha: the order, any real number, which the attribute ``alpha`` keeps.
 
     Raises:
         ValueError: if ``alpha`` is not finite.
@@ -276,9 +233,4 @@ class AlphaDivergence(_PathObjective):
         super().__init__(
             num_particles, max_plate_nesting, vectorize_particles, strict_enumeration_warning, retain_graph
         )
-        self._alpha = float(alpha)
-
-    @property
-    def alpha(self) -> float:
-        """The order."""
-        return self._alpha
+        self.alpha = float(alpha)

@@ -11,9 +11,7 @@ from weakref import WeakKeyDictionary
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer import ELBO
 from pyro.poutine import Trace
-from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
@@ -21,22 +19,12 @@ from pyro_flows.core.checks import integer
 from pyro_flows.infer.density.data import to_tensor
 from pyro_flows.infer.models.sites import Model, sample_messages
 from pyro_flows.infer.objectives.packing import guide_values
-from pyro_flows.infer.objectives.particles import count_dropped, refuse_messenger, sum_particles
+from pyro_flows.infer.objectives.particles import Objective, refuse_messenger, sum_particles
 
 __all__ = ["ForwardKL"]
 
 
-class _SetValues(Messenger):
-    def __init__(self, values: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self.values = values
-
-    def _pyro_sample(self, msg: dict[str, Any]) -> None:
-        if msg["name"] in self.values and not msg["is_observed"]:
-            msg["value"], msg["done"] = self.values[msg["name"]], True
-
-
-class ForwardKL(ELBO):
+class ForwardKL(Objective):
     r"""Maximizes the guide's density at given draws of the posterior, from MCMC or a simulator.
 
     .. math:: L = -\mathbb{E}_{p(z \mid x)} \log q_\phi(z) \approx -\frac{1}{B} \sum_b \log q_\phi(z_b)
@@ -95,20 +83,12 @@ class ForwardKL(ELBO):
         super().__init__(num_particles=self.batch_size, retain_graph=retain_graph)
         self.vectorize_particles = vectorize_particles
         self.max_plate_nesting = max_plate_nesting
-        self.num_dropped = 0
-        self.num_scored = 0
         self._generator = torch.Generator().manual_seed(seed)
         self._order = torch.empty(0, dtype=torch.long)
         self._values: WeakKeyDictionary[Model, tuple[dict[str, Tensor], int]] = WeakKeyDictionary()
 
     def _get_trace(self, model: Model, guide: Model, args: tuple, kwargs: dict[str, Any]) -> tuple[Trace, Trace]:
         raise NotImplementedError("ForwardKL scores given draws and has no traces of the model")
-
-    def _rows(self) -> Tensor:
-        if len(self._order) < self.batch_size:
-            self._order = torch.randperm(self.num_samples, generator=self._generator)
-        rows, self._order = self._order[: self.batch_size], self._order[self.batch_size :]
-        return rows
 
     def _fitted(self, guide: Model, args: tuple, kwargs: dict[str, Any]) -> tuple[dict[str, Tensor], int]:
         """Returns the cached values of the guide's sites, and its plate depth."""
@@ -134,8 +114,9 @@ class ForwardKL(ELBO):
 
         def score(at: Tensor) -> Tensor:
             many = pyro.plate("forward_kl_rows", len(at), dim=-nesting - 1) if at.dim() else nullcontext()
-            with _SetValues({name: value[at] for name, value in values.items()}), many:
-                trace = prune_subsample_sites(poutine.trace(guide).get_trace(*args, **kwargs))
+            held = poutine.condition(guide, data={name: value[at] for name, value in values.items()})
+            with many:
+                trace = prune_subsample_sites(poutine.trace(held).get_trace(*args, **kwargs))
             trace.compute_log_prob()
             return torch.as_tensor(sum_particles(trace, nesting + 1 if self.vectorize_particles else None))
 
@@ -147,25 +128,16 @@ class ForwardKL(ELBO):
         with torch.no_grad():
             return -sum(self._log_q(guide, args, kwargs, rows).sum().item() for rows in pieces) / self.num_samples
 
-    def _step(self, guide: Model, args: tuple, kwargs: dict[str, Any]) -> Tensor:
-        rows = self._rows()
+    def _losses(self, model: Model, guide: Model, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+        if len(self._order) < self.batch_size:
+            self._order = torch.randperm(self.num_samples, generator=self._generator)
+        rows, self._order = self._order[: self.batch_size], self._order[self.batch_size :]
         log_q = self._log_q(guide, args, kwargs, rows)
         fine = log_q.detach().isfinite().cpu()
         dropped = len(rows) - int(fine.sum())
-        count_dropped(self, dropped, len(rows), "rows have no finite density under the guide")
+        self._count(dropped, len(rows), "rows have no finite density under the guide")
         if 0 < dropped < len(rows):
             # Score again, because 0 times a derivative that is not finite is not 0.
             log_q = self._log_q(guide, args, kwargs, rows[fine])
         loss = -log_q.mean()
-        return loss if dropped < len(rows) else loss.detach()
-
-    def loss_and_grads(self, model: Model, guide: Model, *args: Any, **kwargs: Any) -> float:
-        """Returns minus the mean log-density of the next rows, and adds its gradient to the parameters' ``grad``."""
-        loss = self._step(guide, args, kwargs)
-        if loss.requires_grad:
-            loss.backward(retain_graph=self.retain_graph)
-        return loss.item()
-
-    def differentiable_loss(self, model: Model, guide: Model, *args: Any, **kwargs: Any) -> Tensor:
-        """Returns minus the mean log-density of the next rows."""
-        return self._step(guide, args, kwargs)
+        return loss.detach(), loss if loss.requires_grad and dropped < len(rows) else None

@@ -31,14 +31,21 @@ def guide_values(guide: Model, trace: Trace, draws: Mapping[str, Tensor]) -> dic
     """
     sites = latent_messages(trace)
     latents = {name: site for name, site in sites.items() if not site["infer"].get("is_auxiliary")}
-    _compare("sites", set(latents), set(draws))
+    missing, unknown = sorted(set(latents) - set(draws)), sorted(set(draws) - set(latents))
+    if missing or unknown:
+        raise ValueError(
+            f"ForwardKL: expected draws of the guide's sites {sorted(latents)}, got {sorted(draws)}"
+            + (f"; add {missing}" if missing else "")
+            + (f"; leave {unknown} out" if unknown else "")
+        )
     draws = {name: _fitted(latents[name], value) for name, value in draws.items()}
 
     values: dict[str, Tensor] = {}
     parts = list(guide) if isinstance(guide, AutoGuideList) else [guide]
     for part in parts:
         if isinstance(part, AutoContinuous):
-            values |= _packed(part, draws)
+            rows = [free.reshape(len(free), -1) for free in _unconstrained(part, draws).values()]
+            values[f"_{part._pyro_name}_latent"] = torch.cat(rows, -1)
         elif isinstance(part, AutoNormal):
             values |= {f"{n}_unconstrained": free for n, free in _unconstrained(part, draws).items()}
         elif part is guide:
@@ -56,16 +63,6 @@ def guide_values(guide: Model, trace: Trace, draws: Mapping[str, Tensor]) -> dic
         if name in values and isinstance(site["fn"], dist.Delta):
             raise ValueError(f"ForwardKL: the guide has no density at {name!r}, where it is a Delta")
     return values
-
-
-def _compare(what: str, expected: set[str], got: set[str]) -> None:
-    if expected != got:
-        missing, unknown = sorted(expected - got), sorted(got - expected)
-        raise ValueError(
-            f"ForwardKL: expected draws of the guide's {what} {sorted(expected)}, got {sorted(got)}"
-            + (f"; add {missing}" if missing else "")
-            + (f"; leave {unknown} out" if unknown else "")
-        )
 
 
 def _fitted(site: Message, value: Tensor) -> Tensor:
@@ -100,16 +97,3 @@ def _unconstrained(guide: AutoContinuous | AutoNormal, draws: Mapping[str, Tenso
         edge = "on the edge of the support, where unconstrained values are not finite: move them inside or drop them"
         _refuse_rows(name, free.isfinite().reshape(len(free), -1).all(-1), edge)
     return found
-
-
-def _packed(guide: AutoContinuous, draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    rows = []
-    for name, free in _unconstrained(guide, draws).items():
-        expected = guide._unconstrained_shapes[name]
-        if free.shape[1:] != expected:
-            raise ValueError(
-                f"ForwardKL: draws of {name!r} have unconstrained shape {tuple(free.shape[1:])}, but the guide was "
-                f"built for {tuple(expected)}"
-            )
-        rows.append(free.reshape(len(free), -1))
-    return {f"_{guide._pyro_name}_latent": torch.cat(rows, -1)}

@@ -8,11 +8,12 @@ density at a detached copy of ``z``, which holds parameters of any kind fixed.
 from __future__ import annotations
 
 import warnings
-from typing import Any, Protocol
+from typing import Any
 
 import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.infer import ELBO
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
@@ -23,27 +24,44 @@ from torch import Tensor
 from pyro_flows.core.checks import joint_shape
 from pyro_flows.infer.models.sites import Model, latent_messages, sum_beyond
 
-__all__ = ["Particles", "count_dropped", "refuse_messenger", "sum_particles"]
+__all__ = ["Objective", "Particles", "refuse_messenger", "sum_particles"]
 
 
-class Counting(Protocol):
-    """An objective that counts scored and dropped particles."""
+class Objective(ELBO):
+    """An ELBO that counts particles or rows, and leaves out those without a finite density."""
 
-    num_dropped: int
-    num_scored: int
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.num_dropped = 0
+        self.num_scored = 0
 
+    def _losses(self, model: Model, guide: Model, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """Returns the scalar loss and any surrogate for its gradient."""
+        raise NotImplementedError
 
-def count_dropped(owner: Counting, dropped: int, scored: int, why: str) -> None:
-    """Updates an objective's counts, and warns at the first drop."""
-    if dropped and not owner.num_dropped:
-        warnings.warn(
-            f"{type(owner).__name__}: {dropped} of {scored} {why} and were left out; num_dropped counts them from here "
-            "on, without further warnings",
-            RuntimeWarning,
-            stacklevel=4,
-        )
-    owner.num_dropped += dropped
-    owner.num_scored += scored
+    def _count(self, dropped: int, scored: int, why: str) -> None:
+        """Updates the counts, and warns at the first drop."""
+        if dropped and not self.num_dropped:
+            warnings.warn(
+                f"{type(self).__name__}: {dropped} of {scored} {why} and were left out; num_dropped counts them from "
+                "here on, without further warnings",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+        self.num_dropped += dropped
+        self.num_scored += scored
+
+    def loss_and_grads(self, model: Model, guide: Model, *args: Any, **kwargs: Any) -> float:
+        """Returns the loss, and adds its gradient to the parameters' ``grad``."""
+        loss, surrogate = self._losses(model, guide, args, kwargs)
+        if surrogate is not None:
+            surrogate.backward(retain_graph=self.retain_graph)
+        return loss.item()
+
+    def differentiable_loss(self, model: Model, guide: Model, *args: Any, **kwargs: Any) -> Tensor:
+        """Returns the loss; only its first gradient is valid."""
+        loss, surrogate = self._losses(model, guide, args, kwargs)
+        return loss if surrogate is None else loss + (surrogate - surrogate.detach())
 
 
 def sum_particles(trace: Trace, axis: int | None) -> Tensor | float:
@@ -75,19 +93,9 @@ def refuse_messenger(owner: str, guide: Model) -> None:
         )
 
 
-def _is_rejection_sampler(fn: Any) -> bool:
-    while fn is not None:
-        if isinstance(fn, dist.Rejector):
-            return True
-        fn = getattr(fn, "base_dist", None)
-    return False
-
-
-def _is_discrete(fn: Any) -> bool:
-    try:
-        return fn.support.is_discrete
-    except NotImplementedError:  # no stated support
-        return False
+def _rejects(fn: Any) -> bool:
+    """Whether a distribution draws by rejection, whose gradient is no path gradient."""
+    return isinstance(fn, dist.Rejector) or (hasattr(fn, "base_dist") and _rejects(fn.base_dist))
 
 
 def _refuse_score_functions(owner: str, trace: Trace) -> None:
@@ -95,12 +103,12 @@ def _refuse_score_functions(owner: str, trace: Trace) -> None:
     factors = [node for node in nodes if isinstance(node["fn"], dist.Unit)]
     for site in (*latent_messages(trace).values(), *factors):
         fn = site["fn"]
-        if fn.has_rsample and not _is_rejection_sampler(fn):
+        if fn.has_rsample and not _rejects(fn):
             continue
         kind = type(fn).__name__
         if isinstance(fn, dist.Unit):
             hint = "say pyro.factor(..., has_rsample=True) if it belongs to a reparameterized draw"
-        elif _is_discrete(fn):
+        elif fn.has_enumerate_support:
             hint = "use Trace_ELBO, or sum the site out in the model with config_enumerate and TraceEnum_ELBO"
         else:
             hint = "use Trace_ELBO, or a distribution with has_rsample"
@@ -126,15 +134,11 @@ class _WayBack:
     Hooks that held the draws would make a cycle that keeps every step's graph.
     """
 
-    def __init__(self, vectorized: bool) -> None:
-        self.vectorized = vectorized
-        self.factor: Tensor | None = None
-        self.dropped: Tensor | None = None
+    factor: Tensor | None = None
+    dropped: Tensor | None = None
 
     def weigh(self, gradient: Tensor) -> Tensor:
-        if self.factor is None:
-            return gradient
-        return gradient * (_along(self.factor, gradient) if self.vectorized else self.factor)
+        return gradient if self.factor is None else gradient * _along(self.factor, gradient)
 
     def stop_dropped(self, gradient: Tensor) -> Tensor:
         # A later draw that overflowed has a NaN gradient, although it has no weight.
@@ -142,7 +146,7 @@ class _WayBack:
 
 
 def _along(x: Tensor, like: Tensor) -> Tensor:
-    return x.reshape(-1, *(1,) * (like.dim() - 1))
+    return x.reshape(x.shape + (1,) * (like.dim() - x.dim()))
 
 
 class Particles:
@@ -152,6 +156,7 @@ class Particles:
         log_p: the model's log-density, differentiable in its parameters and in the draws; a scalar or ``(K,)``.
         log_q: the guide's log-density at its draws, without gradient.
         through_draws: the surrogate for ``log_q``: only its gradient with respect to the draws is used.
+        way_back: the hooks, whose ``factor``, ``(K,)`` or a scalar, multiplies gradients from draws into the guide.
 
     Cost: the guide's draws, their uncached density (for a flow, one pass in the density direction) with its gradient,
     and the model.
@@ -167,12 +172,13 @@ class Particles:
         axis: int | None,
         max_plate_nesting: float,
     ) -> None:
-        self._way_back = _WayBack(axis is not None)
+        self.way_back = _WayBack()
         self._axis, self._nesting = axis, max_plate_nesting
         self._model, self._args, self._kwargs = model, args, kwargs
 
         drawn = poutine.trace(guide).get_trace(*args, **kwargs)
-        _refuse_score_functions(owner, drawn)
+        if torch.is_grad_enabled():
+            _refuse_score_functions(owner, drawn)
         if is_validation_enabled():
             check_if_enumerated(drawn)
         self._draws = {}
@@ -180,12 +186,12 @@ class Particles:
             shape = joint_shape(site["value"].shape, site["fn"].batch_shape + site["fn"].event_shape)
             self._draws[name] = value = site["value"].expand(shape)
             if axis is not None and value.shape == site["value"].shape and site["value"].grad_fn is not None:
-                site["value"].register_hook(self._way_back.stop_dropped)
+                site["value"].register_hook(self.way_back.stop_dropped)
         # New tensors bypass caches, which go by identity and hold the guide's history.
         self._seen = {name: value.view_as(value) for name, value in self._draws.items()}
         for seen in self._seen.values():
             if seen.requires_grad:
-                seen.register_hook(self._way_back.weigh)
+                seen.register_hook(self.way_back.weigh)
         self._run_model(_with_values(drawn, self._seen), drawn)
         self._run_guide(owner, guide, drawn)
 
@@ -198,37 +204,27 @@ class Particles:
 
     def _run_guide(self, owner: str, guide: Model, drawn: Trace) -> None:
         bare = {name: value.detach() for name, value in self._draws.items()}
-        wanted = [name for name, value in self._draws.items() if value.requires_grad]
-        for name in wanted:
-            bare[name] = bare[name].requires_grad_()
-        again = poutine.trace(poutine.replay(guide, trace=_with_values(drawn, bare))).get_trace(
-            *self._args, **self._kwargs
-        )
+        wanted = {name: bare[name].requires_grad_() for name, value in self._draws.items() if value.requires_grad}
+        if wanted:
+            guide = poutine.replay(guide, trace=_with_values(drawn, bare))
+            drawn = poutine.trace(guide).get_trace(*self._args, **self._kwargs)
         try:
-            log_q = sum_particles(_score(again, self._nesting), self._axis)
+            log_q = torch.as_tensor(sum_particles(_score(drawn, self._nesting), self._axis))
         except (KeyError, NotImplementedError) as error:
             raise NotImplementedError(
                 f"{owner}: the guide cannot score a draw anew, as a path gradient requires ({error}): use a guide "
                 "whose transforms have an inverse, or Trace_ELBO"
             ) from error
-        self.log_q = torch.as_tensor(log_q).detach()
-        self._slopes: dict[str, Tensor] = {}
-        if wanted and isinstance(log_q, Tensor) and log_q.requires_grad:
-            slopes = torch.autograd.grad(log_q.sum(), [bare[name] for name in wanted], allow_unused=True)
+        self.log_q, self._slopes = log_q.detach(), {}
+        if wanted and log_q.requires_grad:
+            slopes = torch.autograd.grad(log_q.sum(), list(wanted.values()), allow_unused=True)
             self._slopes = {name: slope for name, slope in zip(wanted, slopes, strict=True) if slope is not None}
-
-    def weigh(self, factor: Tensor) -> None:
-        """Sets the factor, ``(K,)`` or a scalar, for gradients from draws into the guide."""
-        self._way_back.factor = factor
 
     @property
     def through_draws(self) -> Tensor | float:
         """The surrogate for ``log_q``, ``(K,)`` or a scalar."""
-        total: Tensor | float = 0.0
-        for name, slope in self._slopes.items():
-            product = slope * self._seen[name]
-            total = total + sum_beyond(product, 0 if self._axis is None else 1)
-        return total
+        products = [slope * self._seen[name] for name, slope in self._slopes.items()]
+        return sum(sum_beyond(product, 0 if self._axis is None else 1) for product in products)
 
     def replace(self, keep: Tensor) -> None:
         """Replaces dropped particles' draws by the first kept one's, and reruns the model.
@@ -236,26 +232,19 @@ class Particles:
         Their derivatives may be NaN, which a weight of 0 does not cancel. Inside the guide, their gradients are stopped
         at each site.
         """
-        self._way_back.dropped = ~keep
+        self.way_back.dropped = ~keep
         index = torch.where(keep, torch.arange(len(keep), device=keep.device), keep.int().argmax())
-        values = self._model_trace.copy()
-        for name, site in latent_messages(values).items():
+        values = {}
+        for name, site in latent_messages(self._model_trace).items():
             leftmost = site["value"].dim() == self._axis + site["fn"].event_dim
-            value = site["value"].index_select(0, index) if leftmost else site["value"]
-            _set_value(values, name, value)
+            values[name] = site["value"].index_select(0, index) if leftmost else site["value"]
         self._seen = {name: value.index_select(0, index) for name, value in self._seen.items()}
         self._slopes = {name: slope.index_select(0, index) for name, slope in self._slopes.items()}
-        self._run_model(values, None)
+        self._run_model(_with_values(self._model_trace, values), None)
 
 
 def _with_values(trace: Trace, values: dict[str, Tensor]) -> Trace:
     changed = trace.copy()
     for name, value in values.items():
-        _set_value(changed, name, value)
+        changed.nodes[name] = changed.nodes[name] | {"value": value}
     return changed
-
-
-def _set_value(trace: Trace, name: str, value: Tensor) -> None:
-    node = trace.nodes[name].copy()
-    node["value"] = value
-    trace.nodes[name] = node
