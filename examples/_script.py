@@ -1,7 +1,5 @@
 """What the scripts share: command lines, colors, pictures, and the small data sets beside them."""
 
-from __future__ import annotations
-
 import argparse
 import tempfile
 from argparse import Namespace

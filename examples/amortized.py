@@ -13,8 +13,6 @@ exact answer to hold it against.
 An ``AutoFlow`` has one vector for all latents, so it refuses such a plate; what it says is printed first.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pyro

@@ -12,8 +12,6 @@ within, written with centered effects, so that small spreads make a funnel of it
 the same few seconds; none is left out, whatever its verdict.  The verdicts are counted below each summary.
 """
 
-from __future__ import annotations
-
 import time
 import warnings
 from collections import Counter

@@ -13,8 +13,6 @@ named too.  With --mnist, the same for the first 1,000 test images of MNIST, of 
 arrays x_train and x_test.  Needs the extra "compression".
 """
 
-from __future__ import annotations
-
 import bz2
 import importlib.util
 import io

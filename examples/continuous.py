@@ -14,8 +14,6 @@
 It takes about three minutes on one CPU core.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from pathlib import Path

@@ -17,8 +17,6 @@ Four guides learn q(diseases | symptoms) by stock ``SVI`` and are compared with 
 - independent Bernoullis by score-function gradients.
 """
 
-from __future__ import annotations
-
 import itertools
 import time
 from pathlib import Path

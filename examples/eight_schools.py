@@ -9,8 +9,6 @@ is mild.  ``fit_guide`` gets 10 seconds for each.  Beside it are Pyro's AutoNorm
 non-centered one.  All else is Gaussian given mu and tau, so the truth is known.
 """
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
 
@@ -23,19 +21,12 @@ from pyro.infer import MCMC, NUTS, SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 from pyro.optim import ClippedAdam
 from quickstart import EFFECTS, ERRORS, exact_schools
+from quickstart import schools as centered
 from torch import Tensor
 
 from pyro_flows.infer import AutoFlow, GuideFit, fit_guide
 
 Draws = dict[str, Tensor]
-
-
-def centered(y: Tensor) -> None:
-    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
-    tau = pyro.sample("tau", dist.HalfCauchy(5.0))
-    with pyro.plate("schools", 8):
-        theta = pyro.sample("theta", dist.Normal(mu, tau))
-        pyro.sample("y", dist.Normal(theta, ERRORS), obs=y)
 
 
 def non_centered(y: Tensor) -> None:
@@ -109,10 +100,10 @@ def main() -> None:
     args = begin(__doc__)
     seconds = 2.0 if args.smoke else 10.0
     fits: dict[str, tuple[GuideFit, float]] = {}
-    for model in (centered, non_centered):
+    for name, model in (("centered", centered), ("non-centered", non_centered)):
         start = time.monotonic()
         fit = fit_guide(AutoFlow(model, seed=args.seed), EFFECTS, seconds=seconds)
-        fits[model.__name__.replace("_", "-")] = fit, time.monotonic() - start
+        fits[name] = fit, time.monotonic() - start
     heads = ("mu", "sd", "tau", "sd", "theta_1", "sd", "tau<0.5", "seconds")
     print("Posterior means and standard deviations, and the probability of a tau below 0.5")
     print(" " * 28 + "".join(f"{head:>9}" for head in heads))

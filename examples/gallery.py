@@ -7,8 +7,6 @@ Each row is one density: a histogram of many draws of it, and what each flow lea
 colors.  The table holds the mean log-likelihood of 10,000 other draws.  It takes about five minutes on one CPU core.
 """
 
-from __future__ import annotations
-
 import math
 from argparse import Namespace
 from collections.abc import Callable
@@ -168,10 +166,7 @@ def empty_grid() -> tuple[Figure, np.ndarray]:
 
 
 def main() -> None:
-    args = begin(
-        __doc__,
-        steps={"type": int, "default": 1000, "help": "optimizer steps of each fit"},
-    )
+    args = begin(__doc__, steps={"type": int, "default": 1000, "help": "optimizer steps of each fit"})
     if args.smoke:
         args.steps = 2
     fig, axes = empty_grid()

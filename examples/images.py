@@ -11,8 +11,6 @@ were tampered with.  The table says how well the scores of both tell digits from
 them, by the area under the ROC curve (0.5 is chance).
 """
 
-from __future__ import annotations
-
 import math
 import time
 from argparse import Namespace

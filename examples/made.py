@@ -9,8 +9,6 @@ digits not seen before, for one order and for ensembles.  In the picture, the MA
 is known: the upper half, the left half, or every second pixel, with the same weights.
 """
 
-from __future__ import annotations
-
 import math
 from argparse import Namespace
 from pathlib import Path

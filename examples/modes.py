@@ -12,8 +12,6 @@ Weights of a guide's own draws cannot see a mode in which it never draws: where 
 The search for modes that goes into the verdict sees it.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pyro

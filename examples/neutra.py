@@ -9,8 +9,6 @@ guide's base; where the guide is not exact, NUTS corrects it.  What is counted i
 effective draws, by ArviZ, for each 1000 of them.  The third row is what an expert would do, the non-centered form.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from pathlib import Path

@@ -8,8 +8,6 @@
 3. Posterior: eight schools (Rubin, 1981), where Pyro's own guide takes a flow as written.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from functools import partial
@@ -164,13 +162,13 @@ EFFECTS = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
 ERRORS = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
 
 
-def schools() -> None:
+def schools(y: Tensor = EFFECTS) -> None:
     """Effects of coaching in eight schools; their spread tau makes a funnel, as wide in theta as tau is large."""
     mu = pyro.sample("mu", dist.Normal(0, 5))
     tau = pyro.sample("tau", dist.HalfCauchy(5))
     with pyro.plate("schools", 8):
         theta = pyro.sample("theta", dist.Normal(mu, tau))
-        pyro.sample("y", dist.Normal(theta, ERRORS), obs=EFFECTS)
+        pyro.sample("y", dist.Normal(theta, ERRORS), obs=y)
 
 
 def exact_schools() -> tuple[float, dict[str, tuple[Tensor, Tensor, Tensor]]]:

@@ -9,8 +9,6 @@ is the usual work after a fit: the verdict, ArviZ's summary of the population, p
 model spread with age as the real ones do?) and leave-one-out cross-validation, which compares the models.
 """
 
-from __future__ import annotations
-
 import warnings
 from pathlib import Path
 

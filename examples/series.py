@@ -11,8 +11,6 @@ what came next, and draws of the steps to come from every origin.  Where ``stats
 extra) its ARMA model of the best BIC takes part.  About two minutes on one CPU core.
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 import warnings
@@ -217,9 +215,7 @@ def row(name: str, scores: list[Scores]) -> str:
 
 def main() -> None:
     args = begin(
-        __doc__,
-        data={"choices": ("sunspots", "elnino"), "default": "sunspots"},
-        seeds={"type": int, "default": 3},
+        __doc__, data={"choices": ("sunspots", "elnino"), "default": "sunspots"}, seeds={"type": int, "default": 3}
     )
     series = load(args.data)
     if args.smoke:

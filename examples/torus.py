@@ -9,8 +9,6 @@ a density on a torus one is checked: that it integrates to 1 over one turn, and 
 about a minute on one CPU core.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from pathlib import Path

@@ -1,10 +1,11 @@
 """Every flow of the package once, small: what the contract tests run over."""
 
-from __future__ import annotations
-
+import copy
+import io
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
+import pyro
 import pytest
 import torch
 from torch import Tensor, nn
@@ -67,6 +68,50 @@ def shake(module: nn.Module, scale: float = 0.5, seed: int | None = None) -> nn.
     return module
 
 
+def scaled(module: nn.Module, factor: float) -> nn.Module:
+    """Multiplies all parameters; returns the module."""
+    with torch.no_grad():
+        for p in module.parameters():
+            p.mul_(factor)
+    return module
+
+
+def reload(saved: nn.Module, loaded: nn.Module) -> None:
+    """Gives one module the state of another, by way of a file."""
+    file = io.BytesIO()
+    torch.save(saved.state_dict(), file)
+    file.seek(0)
+    loaded.load_state_dict(torch.load(file, weights_only=True))
+
+
+class Calls(nn.Module):
+    """A module whose call is a method of another one, for ``functional_call``; parameters begin with ``inner.``."""
+
+    def __init__(self, inner: nn.Module, method: str) -> None:
+        super().__init__()
+        self.inner, self.method = inner, method
+
+    def forward(self, *args: object) -> object:
+        return getattr(self.inner, self.method)(*args)
+
+
+class Field(nn.Module):
+    """A vector field: a function of the time, the place, and the tensors that it learns."""
+
+    def __init__(self, function: Callable[..., Tensor], *learnt: Tensor) -> None:
+        super().__init__()
+        self.function = function
+        self.learnt = nn.ParameterList(nn.Parameter(each.clone()) for each in learnt)
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        return self.function(t, x, *self.learnt)
+
+
+def guide_of(flow: pf.Flow, site: str = "z") -> Callable[[], Tensor]:
+    """A guide of one site, whose distribution is a flow that learns."""
+    return lambda: pyro.sample(site, pyro.module("flow", flow)())
+
+
 def train(flow: pf.Flow, data: Tensor, steps: int, lr: float, context: Tensor | None = None) -> list[float]:
     """Maximum likelihood by Adam on all data at once; the loss at each step."""
     optimizer = torch.optim.Adam(flow.parameters(), lr=lr)
@@ -86,6 +131,30 @@ def full_but(values: Iterable[object], *kept: object) -> list[object]:
     if not all(each in values for each in kept):
         raise ValueError(f"expected some of {values}, got {kept}")
     return [value if value in kept else pytest.param(value, marks=pytest.mark.full) for value in values]
+
+
+def altered(whole: dict, others: Iterable[object]) -> Iterator[tuple[tuple, object, object, dict]]:
+    """Copies of nested dictionaries that lack an entry (``None``) or have another in its place.
+
+    Gives the way to the entry, what it was and what it is, and the copy.
+    """
+
+    def entries(content: dict, *where: object) -> Iterator[tuple]:
+        for key, value in content.items():
+            yield (*where, key)
+            if isinstance(value, dict):
+                yield from entries(value, *where, key)
+
+    for where in entries(whole):
+        for other in others:
+            content = copy.deepcopy(whole)
+            holder = content
+            for key in where[:-1]:
+                holder = holder[key]
+            known = holder.pop(where[-1])
+            if other is not None:
+                holder[where[-1]] = other
+            yield where, known, other, content
 
 
 class Sinh(Univariate):

@@ -1,7 +1,5 @@
 """Slow and plain versions of what the package does cleverly, for comparison."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch
@@ -69,3 +67,17 @@ def relative_error(got: Tensor, want: Tensor) -> float:
         return 0.0
     scale = want.abs().max().clamp(min=1e-300)
     return float(((got - want).abs().max() / scale).nan_to_num(nan=torch.inf))
+
+
+def kept(run: Callable[..., object], *args: object) -> dict[int, int]:
+    """Bytes of the storages that a call keeps for its gradient, by where they are."""
+    held: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t) or t, lambda t: t):
+        run(*args)
+    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}
+
+
+def jacobians(out: Tensor, value: Tensor) -> Tensor:
+    """Of each row, by one backward pass for each output number: ``(n, outputs, inputs)``."""
+    columns = out.flatten(1).unbind(1)
+    return torch.stack([torch.autograd.grad(c.sum(), value, retain_graph=True)[0].flatten(1) for c in columns], 1)

@@ -1,13 +1,12 @@
 """Anomaly scores by bits per dimension, their conformal p-values, and maps of surprise."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np
 import pyro.distributions as dist
 import pytest
 import torch
+from asserts import refuses
 from cases import shake
 from torch import nn
 
@@ -142,8 +141,7 @@ def test_threshold_bears_out_its_level():
     with pytest.raises(ValueError, match=r"99 reference rows are too few for a level of 0\.005; give 199 or more"):
         detector.threshold(0.005)
     for level in (0.0, 1.0, -0.1, math.nan):
-        with pytest.raises(ValueError, match="level to be between 0 and 1"):
-            detector.threshold(level)
+        refuses(ValueError, "level to be between 0 and 1", detector.threshold, level)
 
 
 def test_two_sides_find_what_is_too_likely():
@@ -198,8 +196,7 @@ def test_hostile_rows():
         AnomalyDetector(conditional, rows)
     with torch.no_grad():
         next(deq.parameters()).fill_(math.nan)
-    with pytest.raises((FloatingPointError, ValueError), match=r"NaN|nan"):
-        detector.bits(rows)
+    refuses((FloatingPointError, ValueError), r"NaN|nan", detector.bits, rows)
 
     class Sums(nn.Module):
         def log_prob(self, value):
@@ -342,8 +339,7 @@ def test_maps_of_a_dequantized_flow():
     assert mass.max() > 1 / 16 > mass.min() and mass.sum() < 1.02
     assert torch.equal(pixel_scores(deq, n[:0]), maps[:0])
     noisy = pf.Dequantized(flow, 16, dequantizer=pf.Dequantizer(SHAPE, context_dim=2).double())
-    with pytest.raises(ValueError, match="no density pixel by pixel"):
-        pixel_scores(noisy, n)
+    refuses(ValueError, "no density pixel by pixel", pixel_scores, noisy, n)
 
 
 def test_maps_of_fitted_units():
@@ -371,7 +367,5 @@ def test_maps_refuse():
         pixel_scores(pf.Flow(pf.LogitPixels(2, 16)), torch.tensor([3.0, 40.0]))
     with pytest.raises(TypeError, match="expected a Flow, or a Dequantized of one, got Rescaling"):
         pixel_scores(pf.Rescaling(4), torch.zeros(4))
-    with pytest.raises(ValueError, match=r"call \.condition"):
-        pixel_scores(triangular_flow(context_dim=2), v)
-    with pytest.raises(ValueError, match="trailing shape"):
-        pixel_scores(triangular_flow(), v[..., :1])
+    refuses(ValueError, r"call \.condition", pixel_scores, triangular_flow(context_dim=2), v)
+    refuses(ValueError, "trailing shape", pixel_scores, triangular_flow(), v[..., :1])

@@ -1,7 +1,5 @@
 """The layers, and what every public name owes: imports go one way, files stay short, classes are abstract or final."""
 
-from __future__ import annotations
-
 import ast
 import functools
 import importlib

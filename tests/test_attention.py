@@ -1,15 +1,14 @@
 """Attention in Mint layers: against loops over tokens, the Jacobian that stays triangular, and both directions."""
 
-from __future__ import annotations
-
 import copy
 import math
 
 import pytest
 import torch
-from cases import shake
-from test_mint import check_layer, in_order, jacobian, layer, trained
-from torch.autograd.graph import saved_tensors_hooks
+from asserts import refuses
+from cases import scaled, shake
+from oracles import jacobians, kept
+from test_mint import check_layer, in_order, layer, trained
 
 import pyro_flows as pf
 from pyro_flows.infer import pixel_scores
@@ -142,16 +141,9 @@ def test_values_far_out_are_bounded():
 def test_softmaxes_are_kept_once():
     """For the gradient: one number for each event, head and pair of tokens."""
     rule = Attention((3, 3), 2, 5)
-    made, kept = net(1, rule), {}
-
-    def pack(t):
-        kept[t.untyped_storage().data_ptr()] = t.numel()
-        return t
-
-    with saved_tensors_hooks(pack, lambda t: t):
-        rule(torch.randn(8, 1, 8, 8, dtype=DOUBLE), made.weights())
-    large = [n for n in kept.values() if n >= 8 * 2 * 64 * 64]
-    assert large == [8 * 2 * 64 * 64]
+    made, x = net(1, rule), torch.randn(8, 1, 8, 8, dtype=DOUBLE)
+    pairs = 8 * 8 * 2 * 64 * 64  # bytes
+    assert [n for n in kept(lambda: rule(x, made.weights())).values() if n >= pairs] == [pairs]
 
 
 # In a layer
@@ -165,10 +157,7 @@ def test_jacobian(shape, lower):
         check_layer(layer(shape, lower=lower, **SMALL, **options))
     made = trained(shape, lower=lower, **SMALL)
     check_layer(made)
-    with torch.no_grad():
-        for p in made.parameters():
-            p.mul_(3)
-    check_layer(made)
+    check_layer(scaled(made, 3))
 
 
 @pytest.mark.parametrize("shape", [(2, 6, 6), (1, 16)])
@@ -178,7 +167,7 @@ def test_pixels_see_all_before_them(shape, lower):
     made = layer(shape, scale=1.0, lower=lower, **SMALL)
     y = torch.randn(1, *shape, dtype=DOUBLE, requires_grad=True)
     for reach in (True, False):
-        full = in_order(jacobian(made.inverse_and_ladj(y)[0], y), made)[0]
+        full = in_order(jacobians(made.inverse_and_ladj(y)[0], y), made)[0]
         assert (full.triu(1) == 0).all()
         assert (full.tril(-1) != 0).sum() == len(full) * (len(full) - 1) // 2 or not reach
         assert (full[-1, 0] != 0) == reach
@@ -204,10 +193,7 @@ def test_log_determinants_are_those_without_attention():
 @pytest.mark.parametrize("shape, lower", [((2, 4, 4), True), ((1, 4, 4), False), ((2, 8), True)])
 def test_trained_layers_are_inverted(shape, lower, times):
     """T4, T6: also with all weights three times as large, and for values from far out."""
-    made = trained(shape, lower=lower, **SMALL)
-    with torch.no_grad():
-        for p in made.parameters():
-            p.mul_(times)
+    made = scaled(trained(shape, lower=lower, **SMALL), times)
     for far in (1.0, 4.0):
         x = far * torch.randn(20, *shape, dtype=DOUBLE)
         y, ladj = made.forward_and_ladj(x)
@@ -223,7 +209,7 @@ def test_trained_layers_are_inverted(shape, lower, times):
     y = single(x).detach()
     point = y.double().requires_grad_()
     # What the solver's tolerance in y makes of x; with weights three times as large that is more than 1e-4.
-    moved = jacobian(made.inverse_and_ladj(point)[0], point).abs() @ (1 + y.double().abs()).flatten(1).unsqueeze(-1)
+    moved = jacobians(made.inverse_and_ladj(point)[0], point).abs() @ (1 + y.double().abs()).flatten(1).unsqueeze(-1)
     bound = 1e-4 * (1 + x.abs()) if times == 1 else 1e-5 * (1 + moved.view(x.shape))
     assert ((single.inverse_and_ladj(y)[0] - x).abs() <= bound).all()
     if times == 1:
@@ -253,8 +239,7 @@ def test_compiles_in_one_piece(direction):
     for run in (getattr(made, direction), torch.compile(getattr(made, direction), fullgraph=True, backend="aot_eager")):
         moved, ladj = run(x)
         pair.append((moved, ladj, *torch.autograd.grad(moved.sin().sum() + ladj.sum(), [x, *made.parameters()])))
-    for got, want in zip(*pair, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(*pair, rtol=1e-9, atol=1e-9)
 
 
 def test_samples_do_not_depend_on_their_batch():
@@ -323,7 +308,7 @@ def test_builder():
     shake(flow.double(), 0.1)
     y = torch.randn(2, 1, 4, 4, dtype=DOUBLE, requires_grad=True)
     x, ladj = flow.inverse_and_ladj(y, torch.randn(2, 1, dtype=DOUBLE))
-    torch.testing.assert_close(ladj, torch.linalg.slogdet(jacobian(x, y))[1], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(ladj, torch.linalg.slogdet(jacobians(x, y))[1], rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.full
@@ -352,17 +337,12 @@ def test_what_is_far_away_is_learnt():
         ({"attention": 1, "head_dim": 0}, r"head_dim to be an integer >= 1, got 0"),
         ({"attention": 1, "head_dim": 4}, r"head_dim >= 5, .* got 4"),
         ({"attention": 1, "window": 0}, r"window to be an integer >= 1, got 0"),
-        (
-            {"window": 3},
-            r"window=3 needs attention, got attention=0; set it to a number of heads, or leave window out",
-        ),
+        ({"window": 3}, r"window=3 needs attention, got attention=0; set it to a number of heads, or leave window out"),
         ({"attention": 1, "order": "channel"}, r"needs order='position', got order='channel'; leave order out"),
         ({"attention": 1, "order": "rows"}, r"order to be .* got 'rows'"),
     ],
 )
 def test_refuses(options, message):
     for build in (pf.Mint, pf.mintnet):
-        with pytest.raises(ValueError, match=message):
-            build((1, 4, 4), **options)
-    with pytest.raises(ValueError, match=r"head_dim >= 3, .* got 2"):
-        pf.Mint((1, 4), attention=1, head_dim=2)
+        refuses(ValueError, message, build, (1, 4, 4), **options)
+    refuses(ValueError, r"head_dim >= 3, .* got 2", pf.Mint, (1, 4), attention=1, head_dim=2)

@@ -1,7 +1,5 @@
 """``AutoFlow`` as an autoguide: every ELBO of Pyro's, supports, plates, dtypes, copies, and what NeuTra needs."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 import subprocess
@@ -44,6 +42,7 @@ from pyro_flows.infer.guides.loop import speeds_of
 from pyro_flows.infer.guides.posterior import Steady
 from pyro_flows.infer.machine.adam import Adam as FitAdam
 from pyro_flows.univariate import Affine
+from tests.asserts import refuses
 from tests.cases import full_but, shake
 from tests.test_latents import SUPPORTS, improper
 
@@ -199,10 +198,7 @@ def test_enumeration_agrees_with_a_sum_by_hand():
 
     guide = Quick(poutine.block(config_enumerate(mixture), hide=["k"])).setup()
     losses = []
-    for model, elbo in (
-        (config_enumerate(mixture), TraceEnum_ELBO(max_plate_nesting=1)),
-        (summed, Trace_ELBO()),
-    ):
+    for model, elbo in ((config_enumerate(mixture), TraceEnum_ELBO(max_plate_nesting=1)), (summed, Trace_ELBO())):
         pyro.set_rng_seed(3)
         losses.append(elbo.loss(model, guide))
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
@@ -284,8 +280,7 @@ def test_foreign_parameters_are_refused():
         lists.append(AutoGuideList(groups))
         lists[-1].append(Quick(groups))
     steps(groups, lists[0], Trace_ELBO(), 1, Y)
-    with pytest.raises(ValueError, match="parameter store holds other parameters"):
-        steps(groups, lists[1], Trace_ELBO(), 1, Y)
+    refuses(ValueError, "parameter store holds other parameters", steps, groups, lists[1], Trace_ELBO(), 1, Y)
     pyro.clear_param_store()
     steps(groups, lists[1], Trace_ELBO(), 1, Y)
 
@@ -645,8 +640,7 @@ def test_jit_trace_module(tmp_path):
         torch.jit.save(traced, tmp_path / "guide.pt")
         pyro.set_rng_seed(1)
         found = torch.jit.load(tmp_path / "guide.pt").call(Y)
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other)
+    torch.testing.assert_close(found, expected)
 
 
 # Far draws in training

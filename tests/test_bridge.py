@@ -1,7 +1,5 @@
 """Draws in ArviZ's shapes, with whichever ArviZ is installed, 0.x or 1.x."""
 
-from __future__ import annotations
-
 import math
 import sys
 import types
@@ -11,6 +9,7 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
+from asserts import refuses
 from torch.distributions import Normal
 
 from pyro_flows.infer.bridge import to_arviz
@@ -134,8 +133,7 @@ def test_what_does_not_fit_is_named():
         ({"log_p": torch.zeros(3, 1)}, r"lp in sample_stats of shape \(3, \).*\(3, 1\)"),
         ({"log_likelihood": {"y": torch.zeros(2, 3)}}, r"y in log_likelihood of shape \(3, ...\)"),
     ):
-        with pytest.raises(ValueError, match=message):
-            to_arviz(**{"posterior": {"a": torch.zeros(3)}, **given})
+        refuses(ValueError, message, to_arviz, **{"posterior": {"a": torch.zeros(3)}, **given})
 
 
 def test_nothing_is_lost_or_filled_up():
@@ -161,8 +159,7 @@ def test_nothing_is_lost_or_filled_up():
         ({"dims": {"a": ["k", "l"]}}, r"dims of a to name at most 1 .* \(2,\) in posterior, got \['k', 'l'\]"),
         ({"dims": {"a": ["k"]}, "coords": {"k": "xyz"}}, "conflicting sizes for dimension 'k'"),
     ):
-        with pytest.raises(ValueError, match=message):
-            to_arviz(**{"posterior": {"a": torch.zeros(5, 2)}, **given})
+        refuses(ValueError, message, to_arviz, **{"posterior": {"a": torch.zeros(5, 2)}, **given})
 
 
 def test_names_of_scopes(tmp_path):
@@ -173,8 +170,7 @@ def test_names_of_scopes(tmp_path):
     assert set(data.observed_data.data_vars) == {"net.y"}
     assert data.posterior["net.weight"].dims == ("chain", "draw", "unit")
     data.to_netcdf(str(tmp_path / "scopes.nc"))
-    with pytest.raises(ValueError, match=r"two of the names \['a/b', 'a.b'\] in posterior"):
-        to_arviz({"a/b": z, "a.b": z})
+    refuses(ValueError, r"two of the names \['a/b', 'a.b'\] in posterior", to_arviz, {"a/b": z, "a.b": z})
 
 
 def test_stand_in_for_version_one(parts, monkeypatch):

@@ -1,7 +1,5 @@
 """Models that do not run for many draws at once: the warning names the line, and what it advises works."""
 
-from __future__ import annotations
-
 import linecache
 import re
 import warnings

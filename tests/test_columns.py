@@ -1,7 +1,5 @@
 """``fit_density`` column by column: units, bounds of the support, shared values, precision, and arrays of all kinds."""
 
-from __future__ import annotations
-
 import math
 import re
 import warnings
@@ -11,6 +9,8 @@ import pandas as pd
 import pyro.distributions as dist
 import pytest
 import torch
+from asserts import refuses
+from cases import shake
 from pyro.distributions import constraints as pyro_constraints
 from torch import nn
 from torch.distributions import (
@@ -356,11 +356,7 @@ BOUNDS = {
     "beyond": (ending(biject_to(UNIT), input_dim=2), torch.rand(90, 2), 1.5),
     "interval": (ending(biject_to(constraints.interval(0.1, 0.7)), input_dim=2), 0.15 + 0.5 * torch.rand(90, 2), 0.7),
     "negative": (ending(biject_to(constraints.interval(-9.0, -1.0)), input_dim=2), -8 * torch.rand(90, 2) - 1, -9.0),
-    "half-open": (
-        ending(biject_to(constraints.half_open_interval(0.0, 3.0)), input_dim=2),
-        torch.rand(90, 2),
-        0.0,
-    ),
+    "half-open": (ending(biject_to(constraints.half_open_interval(0.0, 3.0)), input_dim=2), torch.rand(90, 2), 0.0),
     "greater": (ending(biject_to(constraints.greater_than(5.0)), input_dim=2), 6 + torch.rand(90, 2), 5.0),
     "nonnegative": (ending(biject_to(constraints.nonnegative), input_dim=2), 6 + torch.rand(90, 2), 0.0),
     "less": (ending(biject_to(constraints.less_than(5.0)), input_dim=2), torch.rand(90, 2), 5.0),
@@ -374,11 +370,7 @@ BOUNDS = {
         torch.rand(90, 2).sort(-1).values,
         torch.tensor([0.5, 0.5]),
     ),
-    "simplex": (
-        ending(SIMPLEX, input_dim=1),
-        dist.Dirichlet(torch.ones(2)).sample((90,)),
-        torch.tensor([1.0, 0.0]),
-    ),
+    "simplex": (ending(SIMPLEX, input_dim=1), dist.Dirichlet(torch.ones(2)).sample((90,)), torch.tensor([1.0, 0.0])),
 }
 
 
@@ -398,8 +390,7 @@ def test_rows_at_a_bound_are_refused(name, dtype):
             lambda: fit(flow, good, bad),
             lambda: fit(flow, DataLoader(bad, batch_size=90)),
         ):
-            with pytest.raises(ValueError, match=r"2 of 90 rows of .*\(rows 3, 5\) lie outside of .*, or on its edge"):
-                call()
+            refuses(ValueError, r"2 of 90 rows of .*\(rows 3, 5\) lie outside of .*, or on its edge", call)
     assert math.isfinite(fit(flow, good).validation)
 
 
@@ -407,8 +398,7 @@ def test_the_column_at_a_bound_and_the_remedy_are_named():
     data = torch.stack((torch.rand(50), 50 * torch.rand(50)), -1)
     data[[2, 7, 9], 1] = 50.0
     chain = ending(biject_to(constraints.cat([UNIT, constraints.interval(0.0, 50.0)], dim=-1)), input_dim=2)
-    with pytest.raises(ValueError, match=r"3 of 50 rows .* in column 1, as torch.float32 .*two-part"):
-        fit(chain, data)
+    refuses(ValueError, r"3 of 50 rows .* in column 1, as torch.float32 .*two-part", fit, chain, data)
 
 
 def test_rows_near_a_bound_are_kept():
@@ -561,16 +551,13 @@ def test_masks_mean_missing_wherever_arrays_come_in():
         "plot": lambda: plots.corner(bad),
     }
     for name, call in calls.items():
-        with pytest.raises(ValueError, match=r"is masked in 2 of 50 rows \(rows 4, 9\).*missing"):
-            call()
+        refuses(ValueError, r"is masked in 2 of 50 rows \(rows 4, 9\).*missing", call)
         assert name
     bad.mask[:] = False
     fit(flow(), bad)
     for module in (flow(), pf.MADE(2, "normal")):
-        with pytest.raises(TypeError, match=r"expected a tensor, got MaskedArray.*filled"):
-            module.log_prob(bad)
-        with pytest.raises(TypeError, match="expected a tensor, got DataFrame"):
-            module.log_prob(pd.DataFrame(full))
+        refuses(TypeError, r"expected a tensor, got MaskedArray.*filled", module.log_prob, bad)
+        refuses(TypeError, "expected a tensor, got DataFrame", module.log_prob, pd.DataFrame(full))
 
 
 FRAME = pd.DataFrame(normal(120).reshape(60, 2), columns=["a", "b"])
@@ -624,15 +611,12 @@ def test_half_precision_is_right_or_refused(name, dtype):
         "householder": lambda: pf.transforms.Householder(4),
     }.get(name, lambda: getattr(pf, name)(4, num_layers=2))()
     flow = pf.Flow(chain).eval()
-    with torch.no_grad():
-        for parameter in flow.parameters():
-            parameter.add_(0.03 * torch.randn_like(parameter))
+    shake(flow, 0.03)
     value = torch.randn(32, *flow.event_shape)
     half = flow.to(dtype)
     if name in ("nsf", "ncsf", "glow", "lu", "householder"):
         for call in (lambda: half.log_prob(value.to(dtype)), lambda: half.sample((3,))):
-            with pytest.raises(TypeError, match=r"needs float32 or float64, .*flow\.float\(\).*autocast"):
-                call()
+            refuses(TypeError, r"needs float32 or float64, .*flow\.float\(\).*autocast", call)
         flow.float()
         with torch.autocast("cpu", torch.bfloat16):
             assert flow.log_prob(value).isfinite().all()
@@ -643,8 +627,7 @@ def test_half_precision_is_right_or_refused(name, dtype):
 
 
 def test_fits_in_half_precision_are_refused():
-    with pytest.raises(ValueError, match=r"parameters are torch.bfloat16.*flow\.float\(\)"):
-        fit(flow().bfloat16(), torch.randn(50, 2))
+    refuses(ValueError, r"parameters are torch.bfloat16.*flow\.float\(\)", fit, flow().bfloat16(), torch.randn(50, 2))
 
 
 def test_loader_of_pairs_for_a_mixed_model():

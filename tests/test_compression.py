@@ -3,8 +3,6 @@
 The range coder is the package constriction, or, so that all else is tested without it, one of big integers.
 """
 
-from __future__ import annotations
-
 import copy
 import re
 import resource
@@ -19,6 +17,7 @@ import numpy as np
 import pyro.distributions as dist
 import pytest
 import torch
+from asserts import refuses
 from cases import shake
 
 import pyro_flows as pf
@@ -233,8 +232,7 @@ def test_members(integers):
     first, third = Codec(model), Codec(model.train(), number=2)
     assert torch.equal(third.decode(third.encode(x)), x)
     torch.testing.assert_close(third.bits(x), -model.one(2).log_prob(x).double() / np.log(2), rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match="those of another"):
-        first.decode(third.encode(x))
+    refuses(ValueError, "those of another", first.decode, third.encode(x))
 
 
 def test_nothing_else_changes(model, integers):
@@ -340,8 +338,7 @@ def test_other_arithmetic_within_the_tolerance(integers, monkeypatch):
     # It is the notes that do it.
     header, _ = container.unpack(data)
     bare = container.pack(header, [(decisions.Piece(piece.words, piece.places[:0], piece.odd[:0]), False)])
-    with pytest.raises(ValueError, match=r"differ from those of the encoder|nothing that this model"):
-        codec.decode(bare)
+    refuses(ValueError, r"differ from those of the encoder|nothing that this model", codec.decode, bare)
 
 
 def test_notes_are_rare(integers):
@@ -358,8 +355,7 @@ def test_other_arithmetic_beyond_the_tolerance(integers, monkeypatch):
     codec = Codec(model)
     data = codec.encode(x, context)
     monkeypatch.setattr(conditionals, "cumulative", noisy(1e-3))
-    with pytest.raises(ValueError, match="differ from those of the encoder"):
-        codec.decode(data, context)
+    refuses(ValueError, "differ from those of the encoder", codec.decode, data, context)
     with pytest.warns(RuntimeWarning, match="1 of 1 pieces could not be decoded"):
         fallen_back = codec.encode(x, context)
     assert torch.equal(codec.decode(fallen_back, context), x)
@@ -401,17 +397,14 @@ def test_each_corrupt_byte_is_seen(written):
         for change in (1, 128):
             bad = bytearray(data)
             bad[at] ^= change
-            with pytest.raises(ValueError, match="Codec: "):
-                codec.decode(bytes(bad))
+            refuses(ValueError, "Codec: ", codec.decode, bytes(bad))
 
 
 def test_truncated_or_longer(written):
     codec, data, _ = written
     for size in range(len(data)):
-        with pytest.raises(ValueError, match=r"corrupt or truncated|which begin with PFZ"):
-            codec.decode(data[:size])
-    with pytest.raises(ValueError, match="corrupt or truncated"):
-        codec.decode(data + b"\0")
+        refuses(ValueError, r"corrupt or truncated|which begin with PFZ", codec.decode, data[:size])
+    refuses(ValueError, "corrupt or truncated", codec.decode, data + b"\0")
 
 
 def test_tampering_that_mends_the_check_sum(written):
@@ -477,8 +470,7 @@ def test_sizes_are_bounded_by_the_length(pieces, written, monkeypatch):
     for shape in SHAPES:
         for rows in (0, 1, 511, 512, 513, 2**20, 2**39, 2**50, 2**63, 2**70):
             body = data[:17] + b"\0" + numbers(len(shape), *shape, rows) + PIECES[pieces]
-            with pytest.raises(ValueError, match="Codec: "):
-                codec.decode(mended(body))
+            refuses(ValueError, "Codec: ", codec.decode, mended(body))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 2**16  # 64 MiB
 
 
@@ -497,8 +489,7 @@ def test_each_bit_and_each_cut_is_refused(integers):
         damaged += [mended(data[:at]) for at in range(18, len(data) - 4)]
         damaged += [mended(data[:17] + generator.bytes(size)) for size in range(60)]
         for bad in damaged:
-            with pytest.raises(ValueError, match="Codec: "):
-                codec.decode(bad, context)
+            refuses(ValueError, "Codec: ", codec.decode, bad, context)
 
 
 def test_numbers_that_the_dtype_cannot_hold(integers):
@@ -509,22 +500,17 @@ def test_numbers_that_the_dtype_cannot_hold(integers):
     for code, dtype in enumerate(container.DTYPES):
         body[4] = code
         if dtype in (torch.bool, torch.int8):
-            with pytest.raises(ValueError, match=f"numbers are {dtype}, which cannot hold them"):
-                codec.decode(mended(bytes(body)))
+            refuses(ValueError, f"numbers are {dtype}, which cannot hold them", codec.decode, mended(bytes(body)))
         else:
             assert torch.equal(codec.decode(mended(bytes(body))), x.to(dtype))
 
 
 def test_something_else(written):
     codec, data, _ = written
-    with pytest.raises(ValueError, match="begin with PFZ"):
-        codec.decode(b"\x89PNG and so on")
-    with pytest.raises(ValueError, match="begin with PFZ"):
-        codec.decode(b"")
-    with pytest.raises(ValueError, match="version 1, got version 7"):
-        codec.decode(data[:3] + b"\7" + data[4:])
-    with pytest.raises(TypeError, match="bytes of encode, got str"):
-        codec.decode("PFZ")
+    refuses(ValueError, "begin with PFZ", codec.decode, b"\x89PNG and so on")
+    refuses(ValueError, "begin with PFZ", codec.decode, b"")
+    refuses(ValueError, "version 1, got version 7", codec.decode, data[:3] + b"\7" + data[4:])
+    refuses(TypeError, "bytes of encode, got str", codec.decode, "PFZ")
 
 
 def test_another_model(written):
@@ -534,8 +520,7 @@ def test_another_model(written):
         first = next(other.parameters()).view(-1)
         first[0] = torch.nextafter(first[0], torch.tensor(9.0))
     for model in (other, shaken(pf.MADE(6, CategoricalHead(6), hidden_dims=(16,)))):
-        with pytest.raises(ValueError, match="those of another"):
-            Codec(model).decode(data)
+        refuses(ValueError, "those of another", Codec(model).decode, data)
 
 
 def test_another_context(integers):
@@ -543,30 +528,22 @@ def test_another_context(integers):
     x, context = rows_of(model, 8)
     codec = Codec(model)
     data = codec.encode(x, context)
-    with pytest.raises(ValueError, match="expected the context with which"):
-        codec.decode(data, context + 1e-6)
-    with pytest.raises(ValueError, match="context_dim=2: give a context"):
-        codec.decode(data)
-    with pytest.raises(ValueError, match=r"broadcasts to shape \(8, 2\), got shape \(8, 3\)"):
-        codec.encode(x, torch.randn(8, 3))
-    with pytest.raises(ValueError, match="context_dim=0"):
-        Codec(made()).encode(x, context)
+    refuses(ValueError, "expected the context with which", codec.decode, data, context + 1e-6)
+    refuses(ValueError, "context_dim=2: give a context", codec.decode, data)
+    refuses(ValueError, r"broadcasts to shape \(8, 2\), got shape \(8, 3\)", codec.encode, x, torch.randn(8, 3))
+    refuses(ValueError, "context_dim=0", Codec(made()).encode, x, context)
 
 
 def test_bad_rows():
     codec = Codec(made())
-    with pytest.raises(TypeError, match=r"integers or booleans.*got torch.float32"):
-        codec.encode(torch.zeros(3, 6))
-    with pytest.raises(TypeError, match="got list"):
-        codec.encode([[0] * 6])
-    with pytest.raises(ValueError, match=r"shape \(\*batch, 6\), got shape \(3, 5\)"):
-        codec.encode(torch.zeros(3, 5).long())
+    refuses(TypeError, r"integers or booleans.*got torch.float32", codec.encode, torch.zeros(3, 6))
+    refuses(TypeError, "got list", codec.encode, [[0] * 6])
+    refuses(ValueError, r"shape \(\*batch, 6\), got shape \(3, 5\)", codec.encode, torch.zeros(3, 5).long())
     x = torch.zeros(3, 6).long()
     x[1, 2] = 5
     for wrong in (5, -1):
         x[1, 2] = wrong
-        with pytest.raises(ValueError, match=f"levels 0 to 4 in dimension 2, got {wrong} in row 1 \\(1 such in 18\\)"):
-            codec.encode(x)
+        refuses(ValueError, f"levels 0 to 4 in dimension 2, got {wrong} in row 1 \\(1 such in 18\\)", codec.encode, x)
 
 
 @pytest.mark.parametrize("name", ["bernoulli", "logistics", "image", "flow of images"])
@@ -576,8 +553,7 @@ def test_parameters_that_are_no_numbers(name, integers):
     with torch.no_grad():
         for each in model.parameters():
             each.view(-1)[0] = torch.nan
-    with pytest.raises(FloatingPointError, match="probabilities that are NaN"):
-        Codec(model).encode(x, context)
+    refuses(FloatingPointError, "probabilities that are NaN", Codec(model).encode, x, context)
 
 
 def test_layers_with_and_without_attention(coder):
@@ -593,31 +569,24 @@ def test_layers_with_and_without_attention(coder):
 
 
 def test_models_that_have_no_such_conditionals():
-    with pytest.raises(TypeError, match="a MADE or ConvMADE"):
-        Codec(torch.nn.Linear(2, 2))
+    refuses(TypeError, "a MADE or ConvMADE", Codec, torch.nn.Linear(2, 2))
     for head in ("normal", DistributionHead(dist.Poisson)):
-        with pytest.raises(ValueError, match="head of levels"):
-            Codec(pf.MADE(3, head))
+        refuses(ValueError, "head of levels", Codec, pf.MADE(3, head))
     event = (1, 4, 4)
-    with pytest.raises(ValueError, match="of one orientation"):
-        Codec(pf.Flow(pf.Chain([pf.mintnet(event), pf.LogitPixels(event, 17)])))
-    with pytest.raises(ValueError, match="ends in LogitPixels"):
-        Codec(pf.Flow(pf.mintnet(event, one_sided=True)))
-    with pytest.raises(ValueError, match="got Autoregressive"):
-        Codec(pf.Flow(pf.Chain([pf.maf(4), pf.LogitPixels(4, 17)])))
+    refuses(ValueError, "of one orientation", Codec, pf.Flow(pf.Chain([pf.mintnet(event), pf.LogitPixels(event, 17)])))
+    refuses(ValueError, "ends in LogitPixels", Codec, pf.Flow(pf.mintnet(event, one_sided=True)))
+    refuses(ValueError, "got Autoregressive", Codec, pf.Flow(pf.Chain([pf.maf(4), pf.LogitPixels(4, 17)])))
     flow = pf.Flow(pf.Chain([pf.mintnet(event, one_sided=True), pf.LogitPixels(event, 17)]))
     with pytest.raises(ValueError, match="got one with a dequantizer"):
         Codec(pf.Dequantized(flow, 17, dequantizer=pf.Dequantizer(event)))
-    with pytest.raises(ValueError, match="number to be an integer >= 0, got -1"):
-        Codec(pf.MADE(3), number=-1)
+    refuses(ValueError, "number to be an integer >= 0, got -1", Codec, pf.MADE(3), number=-1)
 
 
 def test_without_the_coder(monkeypatch):
     monkeypatch.setitem(sys.modules, "constriction", None)
     codec = Codec(made())
     assert codec.bits(torch.zeros(2, 6).long()).shape == (2,)
-    with pytest.raises(ImportError, match=r"pip install 'pyro-flows\[compression\]'"):
-        codec.encode(torch.zeros(2, 6).long())
+    refuses(ImportError, r"pip install 'pyro-flows\[compression\]'", codec.encode, torch.zeros(2, 6).long())
 
 
 @pytest.mark.full

@@ -1,7 +1,5 @@
 """Continuous flows inside Pyro: as guides of every kind, against closed forms, and what their solves see."""
 
-from __future__ import annotations
-
 import copy
 import math
 from functools import partial
@@ -10,7 +8,8 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from cases import full_but, shake
+from asserts import refuses
+from cases import Field, full_but, guide_of, shake
 from pyro import poutine
 from pyro.infer import MCMC, NUTS, SVI, JitTrace_ELBO, Predictive, RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoGuideList, AutoNormal
@@ -93,20 +92,8 @@ def test_elbos_of_a_flow_that_is_no_fit_agree():
     """Each bound by its own mean over many particles, and the exact one of a linear field, which is a Gaussian."""
     matrix = torch.tensor([[0.2, 0.4], [-0.3, 0.1]], dtype=torch.double)
 
-    class Linear(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.matrix = nn.Parameter(matrix.clone())
-
-        def forward(self, t, x):
-            return x @ self.matrix.T
-
-    flow = pf.Flow(pf.cnf(2, field=Linear(), rtol=1e-6, atol=1e-6).double())
-
-    def guide():
-        pyro.module("flow", flow)
-        pyro.sample("z", flow())
-
+    flow = pf.Flow(pf.cnf(2, field=Field(lambda t, x, a: x @ a.T, matrix), rtol=1e-6, atol=1e-6).double())
+    guide = guide_of(flow)
     root = torch.linalg.matrix_exp(matrix)
     q = dist.MultivariateNormal(torch.zeros_like(OBSERVED), root @ root.T)
     z = q.sample((200_000,))
@@ -150,8 +137,7 @@ def test_path_gradient_of_an_autoguide_is_that_of_a_frozen_copy():
     want = torch.autograd.grad(
         -copy.deepcopy(guide.flow).requires_grad_(False).log_prob(z), list(guide.flow.parameters())
     )
-    for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
 # What a step costs, and that nothing is stale.
@@ -241,10 +227,7 @@ def test_the_estimate_of_an_objective_trains():
     def model():
         pyro.sample("z", dist.Normal(torch.ones(2), 0.5).to_event(1))
 
-    def guide():
-        pyro.module("flow", flow)
-        pyro.sample("z", flow())
-
+    guide = guide_of(flow)
     svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO(num_particles=32, vectorize_particles=True))
     for _ in range(60):
         svi.step()
@@ -350,8 +333,7 @@ def test_a_field_that_breaks_ends_a_fit_in_words(after, message):
 def test_tracing_by_jit_is_refused():
     guide = AutoFlow(schools, small, start="prior", seed=0)
     svi = SVI(schools, guide, pyro.optim.Adam({"lr": 1e-2}), JitTrace_ELBO(ignore_jit_warnings=True))
-    with pytest.raises(RuntimeError, match="use the plain function, and Trace_ELBO in place of JitTrace_ELBO"):
-        svi.step(EFFECTS, ERRORS)
+    refuses(RuntimeError, "use the plain function, and Trace_ELBO in place of JitTrace_ELBO", svi.step, EFFECTS, ERRORS)
 
 
 def test_a_builder_with_a_context_is_refused():

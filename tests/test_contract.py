@@ -1,11 +1,10 @@
 """Every flow against the base contract, and the checker against transforms that break it."""
 
-from __future__ import annotations
-
 import inspect
 
 import pytest
 import torch
+from asserts import refuses
 from cases import BUILDERS, CASES, CONTEXT_DIM, FIRST, IMAGE_BUILDERS, full_but, shake, train
 from torch import nn
 
@@ -140,75 +139,33 @@ class Scale(pf.FlowTransform):
         return y * (-self.log_scale).exp(), -self.log_scale.sum().expand(y.shape[:-1])
 
 
-class WrongSign(Scale):
-    def forward_and_ladj(self, x, context=None):
-        y, ladj = self._forward(x)
-        return y, -ladj
+def faulty(name, forward=None, inverse=None):
+    """A scaling whose results are changed: functions of the transform, its argument, the value and the ladj."""
 
-    def _forward(self, x):
-        return Scale._forward_and_ladj(self, x)
+    def forward_and_ladj(self, x, context=None):
+        return forward(self, x, *Scale._forward_and_ladj(self, x))
 
     def inverse_and_ladj(self, y, context=None):
-        x, ladj = Scale._inverse_and_ladj(self, y)
-        return x, -ladj
+        return inverse(self, y, *Scale._inverse_and_ladj(self, y))
+
+    methods = {} if forward is None else {"forward_and_ladj": forward_and_ladj}
+    return type(name, (Scale,), methods | ({} if inverse is None else {"inverse_and_ladj": inverse_and_ladj}))
 
 
-class MissingFactor(Scale):
-    def forward_and_ladj(self, x, context=None):
-        return x * self.log_scale.exp(), self.log_scale[1:].sum().expand(x.shape[:-1])
+def negated(self, x, y, ladj):
+    return y, -ladj
 
 
-class InverseNotNegated(Scale):
-    def inverse_and_ladj(self, y, context=None):
-        x, ladj = Scale._inverse_and_ladj(self, y)
-        return x, -ladj
+def with_one_batch_dimension(self, x, y, ladj):
+    return y, ladj if x.dim() < 3 else ladj.sum(0)
 
 
-class WrongInverse(Scale):
-    def inverse_and_ladj(self, y, context=None):
-        x, ladj = Scale._inverse_and_ladj(self, y)
-        return 1.01 * x, ladj
+def in_the_default_dtype(self, x, y, ladj):
+    return y, torch.zeros(ladj.shape).add_(ladj)
 
 
-class BatchDependent(Scale):
-    def forward_and_ladj(self, x, context=None):
-        y, ladj = Scale._forward_and_ladj(self, x)
-        return y + x.mean() * 0.1, ladj
-
-
-class ViewsTheBatch(Scale):
-    def forward_and_ladj(self, x, context=None):
-        y, ladj = Scale._forward_and_ladj(self, x)
-        return y.reshape(-1, 3), ladj.reshape(-1)
-
-
-class OneBatchDimension(Scale):
-    def forward_and_ladj(self, x, context=None):
-        y, ladj = Scale._forward_and_ladj(self, x)
-        return y, ladj if x.dim() < 3 else ladj.sum(0)
-
-
-class PerDimensionLadj(Scale):
-    def forward_and_ladj(self, x, context=None):
-        return x * self.log_scale.exp(), self.log_scale.expand(x.shape)
-
-
-class DividesByZero(Scale):
-    def forward_and_ladj(self, x, context=None):
-        y, ladj = Scale._forward_and_ladj(self, x)
-        return y, ladj / 0
-
-
-class DefaultDtype(Scale):
-    def forward_and_ladj(self, x, context=None):
-        y, ladj = Scale._forward_and_ladj(self, x)
-        return y, torch.zeros(ladj.shape).add_(ladj)
-
-
-class Random(Scale):
-    def forward_and_ladj(self, x, context=None):
-        y, ladj = Scale._forward_and_ladj(self, x)
-        return y + 1e-2 * torch.rand_like(y), ladj
+def by_branches(self, x, y, ladj):
+    return (y, ladj) if x.numel() == 0 or float(x.detach().sum()) < 1e9 else (-y, ladj)
 
 
 class Remembers(Scale):
@@ -256,18 +213,6 @@ class ClampedGradient(Scale):
     def inverse_and_ladj(self, y, context=None):
         scale = self.log_scale + (self.log_scale.sin() - self.log_scale).detach()
         return y * (-scale).exp(), -scale.sum().expand(y.shape[:-1])
-
-
-class Detached(Scale):
-    def forward_and_ladj(self, x, context=None):
-        y, ladj = Scale._forward_and_ladj(self, x)
-        return y.detach(), ladj
-
-
-class Branches(Scale):
-    def forward_and_ladj(self, x, context=None):
-        y, ladj = Scale._forward_and_ladj(self, x)
-        return (y, ladj) if x.numel() == 0 or float(x.detach().sum()) < 1e9 else (-y, ladj)
 
 
 class KeepsTheBatch(Scale):
@@ -320,25 +265,37 @@ TakesAnything.forward_and_ladj = lambda self, x, context=None: self._forward_and
 
 
 FAULTS = [
-    (WrongSign, "ladj", "the sign is wrong"),
-    (MissingFactor, "ladj", "which dimensions or factors it leaves out"),
-    (InverseNotNegated, "ladj", "the sign is wrong"),
-    (WrongInverse, "round_trip", "does not undo"),
-    (BatchDependent, "batch", "batch mates"),
-    (ViewsTheBatch, "batch", "leading dimension of 1"),
-    (OneBatchDimension, "batch", "leading dimension of 1"),
-    (PerDimensionLadj, "shapes", "sum ladj over the whole event"),
-    (DividesByZero, "shapes", "all of ladj finite.*locate_nonfinite"),
-    (DefaultDtype, "shapes", "new_zeros"),
-    (Random, "batch", ""),
+    (faulty("WrongSign", negated, negated), "ladj", "the sign is wrong"),
+    (
+        faulty("MissingFactor", lambda self, x, y, ladj: (y, ladj - self.log_scale[0])),
+        "ladj",
+        "which dimensions or factors it leaves out",
+    ),
+    (faulty("InverseNotNegated", None, negated), "ladj", "the sign is wrong"),
+    (faulty("WrongInverse", None, lambda self, y, x, ladj: (1.01 * x, ladj)), "round_trip", "does not undo"),
+    (faulty("BatchDependent", lambda self, x, y, ladj: (y + x.mean() * 0.1, ladj)), "batch", "batch mates"),
+    (
+        faulty("ViewsTheBatch", lambda self, x, y, ladj: (y.reshape(-1, 3), ladj.reshape(-1))),
+        "batch",
+        "leading dimension of 1",
+    ),
+    (faulty("OneBatchDimension", with_one_batch_dimension), "batch", "leading dimension of 1"),
+    (
+        faulty("PerDimensionLadj", lambda self, x, y, ladj: (y, self.log_scale.expand(x.shape))),
+        "shapes",
+        "sum ladj over the whole event",
+    ),
+    (faulty("DividesByZero", lambda self, x, y, ladj: (y, ladj / 0)), "shapes", "all of ladj finite.*locate_nonfinite"),
+    (faulty("DefaultDtype", in_the_default_dtype), "shapes", "new_zeros"),
+    (faulty("Random", lambda self, x, y, ladj: (y + 1e-2 * torch.rand_like(y), ladj)), "batch", ""),
     (Remembers, "memo", "deepcopy"),
     (RemembersWithoutGrad, "memo", "a stale result was returned"),
     (Derived, "gradient", "do not belong to the same map"),
     (NotContiguous, "parameters", "parameter matrix to be contiguous"),
     (TwoNames, "parameters", "parameter again registered once"),
     (ClampedGradient, "gradient", "finite differences"),
-    (Detached, "batch|ladj", "detach"),
-    (Branches, "functions", ""),
+    (faulty("Detached", lambda self, x, y, ladj: (y.detach(), ladj)), "batch|ladj", "detach"),
+    (faulty("Branches", by_branches), "functions", ""),
     (KeepsTheBatch, "copies", "after a batch of 1000"),
     (KeepsTheGraph, "copies|memo", ""),
     (LosesState, "state", "after load_state_dict"),
@@ -385,20 +342,14 @@ def test_checker_leaves_the_transform_as_it_is(device):
 
 
 def test_checker_tolerances_can_be_given():
-    class Approximate(Scale):
-        def inverse_and_ladj(self, y, context=None):
-            x, ladj = Scale._inverse_and_ladj(self, y)
-            return x * 1.001, ladj
-
+    approximate = faulty("Approximate", None, lambda self, y, x, ladj: (x * 1.001, ladj))
     x = torch.randn(7, 3)
-    check_transform(Approximate(), x, rtol=1e-2, checks=["round_trip"])
-    with pytest.raises(AssertionError, match="round_trip"):
-        check_transform(Approximate(), x, rtol=1e-5, atol=0.0, checks=["round_trip"])
+    check_transform(approximate(), x, rtol=1e-2, checks=["round_trip"])
+    refuses(AssertionError, "round_trip", check_transform, approximate(), x, rtol=1e-5, atol=0.0, checks=["round_trip"])
 
 
 def test_checker_refuses_unknown_checks():
-    with pytest.raises(ValueError, match=r"\['rount_trip'\]"):
-        check_transform(Scale(), torch.randn(3), checks=["rount_trip"])
+    refuses(ValueError, r"\['rount_trip'\]", check_transform, Scale(), torch.randn(3), checks=["rount_trip"])
 
 
 # Where NaN begins.

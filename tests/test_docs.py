@@ -1,7 +1,5 @@
 """The Python blocks of the README and of the pages under docs/ run, each page in one namespace."""
 
-from __future__ import annotations
-
 import re
 import sys
 import types

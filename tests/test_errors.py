@@ -1,7 +1,5 @@
 """What goes wrong says what was expected, what came, and what to do; and a call that fails leaves no trace."""
 
-from __future__ import annotations
-
 import pyro.distributions as dist
 import pytest
 import torch

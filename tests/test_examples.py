@@ -1,7 +1,5 @@
 """Every script under examples/ runs, found by looking: a new one is tested without being listed."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Files of plain data: written whole or not at all, refused where a bit is wrong, and never run."""
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import math
@@ -18,6 +16,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from asserts import refuses
 
 from pyro_flows.infer.machine import files
 from pyro_flows.infer.machine.files import read_state, write_state
@@ -88,8 +87,7 @@ def test_plain_data_come_back(tmp_path):
 )
 def test_what_is_not_plain_is_named(state, message, tmp_path):
     write(tmp_path / "file", 1)
-    with pytest.raises(TypeError, match=message):
-        write(tmp_path / "file", state)
+    refuses(TypeError, message, write, tmp_path / "file", state)
     assert read(tmp_path / "file") == 1
     assert os.listdir(tmp_path) == ["file"]
 
@@ -105,8 +103,7 @@ def test_each_bit_and_each_cut_is_refused(tmp_path):
     damaged += [whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :] for at in range(len(whole))]
     for bad in damaged:
         path.write_bytes(bad)
-        with pytest.raises(ValueError, match=r"the kind '.*file' cannot be read: it is .*; delete it"):
-            read(path)
+        refuses(ValueError, r"the kind '.*file' cannot be read: it is .*; delete it", read, path)
 
 
 def summed(body):
@@ -142,15 +139,13 @@ def test_sound_sums_over_nonsense(tmp_path):
                 assert isinstance(found, list)  # a dictionary's entries as a list
     for size in (0, 2**40, 2**63):
         path.write_bytes(summed(files._MAGIC + struct.pack("<Q", size) + body[start:]))
-        with pytest.raises(ValueError, match="its contents are not as expected"):
-            read(path)
+        refuses(ValueError, "its contents are not as expected", read, path)
 
 
 def test_other_kinds_versions_and_parts(tmp_path):
     path = tmp_path / "file"
     write_state(path, {"a": 1, "b": {"c": "text"}}, kind="other", version=3)
-    with pytest.raises(ValueError, match="cannot be read: it is a other; delete it"):
-        read(path)
+    refuses(ValueError, "cannot be read: it is a other; delete it", read, path)
     with pytest.raises(ValueError, match="it is of version 3, and this release reads version 1"):
         read_state(path, kind="other", remedy="")
     found = read_state(path, kind="other", version=3, remedy="", parts={"a": (int, str), "b": {"c": str}})
@@ -161,8 +156,7 @@ def test_other_kinds_versions_and_parts(tmp_path):
         ({"a": {"c": str}}, "'a' is a int, expected a dict"),
         ({"b": {"d": str}}, "'b' lacks 'd'"),
     ):
-        with pytest.raises(ValueError, match=message):
-            read_state(path, kind="other", version=3, remedy="", parts=parts)
+        refuses(ValueError, message, read_state, path, kind="other", version=3, remedy="", parts=parts)
 
 
 # Whole or not at all
@@ -335,12 +329,9 @@ def test_interruptions_amid_a_write(tmp_path, monkeypatch):
 def test_places_that_are_no_files(tmp_path):
     with pytest.raises(ValueError, match=r"a file in a folder that exists, got .*; make the folder first"):
         write(tmp_path / "nowhere" / "file", 1)
-    with pytest.raises(ValueError, match="which is something else"):
-        write(tmp_path, 1)
-    with pytest.raises(ValueError, match="which is something else"):
-        write("/dev/null", 1)
-    with pytest.raises(ValueError, match="which is no file"):
-        read(tmp_path)
+    refuses(ValueError, "which is something else", write, tmp_path, 1)
+    refuses(ValueError, "which is something else", write, "/dev/null", 1)
+    refuses(ValueError, "which is no file", read, tmp_path)
     with pytest.raises(FileNotFoundError):
         read(tmp_path / "file")
     assert not os.listdir(tmp_path)
@@ -371,8 +362,7 @@ def test_protected_files_stay(tmp_path, monkeypatch):
     """Root may write everywhere, so the system's answer is put in its place."""
     write(tmp_path / "file", "old")
     monkeypatch.setattr(files.os, "access", lambda path, mode: False)
-    with pytest.raises(PermissionError, match="the file that was there is unchanged"):
-        write(tmp_path / "file", "new")
+    refuses(PermissionError, "the file that was there is unchanged", write, tmp_path / "file", "new")
     assert read(tmp_path / "file") == "old"
 
 

@@ -1,7 +1,5 @@
 """``fit_guide`` in a given time and in bounded memory, checkpoints of it, and what Ctrl-C leaves."""
 
-from __future__ import annotations
-
 import math
 import os
 import signal
@@ -13,6 +11,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from asserts import refuses
 from pyro.poutine.runtime import _PYRO_STACK
 
 import pyro_flows as pf
@@ -137,8 +136,7 @@ def test_time_of_the_guide_stays_its_own():
     fit(guide, seconds=0.5)
     assert guide.start_seconds == 7.0
     for wrong in (0, -1.0, math.inf, math.nan):
-        with pytest.raises(ValueError, match="start_seconds to be a positive number"):
-            AutoFlow(lambda: None, start_seconds=wrong)
+        refuses(ValueError, "start_seconds to be a positive number", AutoFlow, lambda: None, start_seconds=wrong)
 
 
 def test_pace(clock):
@@ -362,8 +360,7 @@ def test_other_checkpoints_are_refused(tmp_path):
             "another architecture",
         ),
     ):
-        with pytest.raises(ValueError, match=match):
-            change()
+        refuses(ValueError, match, change)
         assert path.read_bytes() == written
     for at in (100, len(written) // 2, len(written) - 1):
         path.write_bytes(written[:at] + bytes([written[at] ^ 4]) + written[at + 1 :])

@@ -1,7 +1,5 @@
 """What ``fit_density`` refuses or warns of, in words, before any training."""
 
-from __future__ import annotations
-
 import copy
 import math
 import warnings
@@ -10,6 +8,7 @@ import numpy as np
 import pyro.distributions as dist
 import pytest
 import torch
+from asserts import refuses
 from torch import nn
 from torch.distributions import AffineTransform, ExpTransform, biject_to, constraints
 from torch.utils.data import DataLoader, TensorDataset
@@ -219,8 +218,7 @@ def test_errors(name):
 @pytest.mark.parametrize("name", TYPE_ERRORS)
 def test_type_errors(name):
     call, message = TYPE_ERRORS[name]
-    with pytest.raises(TypeError, match="(?s)" + message):
-        call()
+    refuses(TypeError, "(?s)" + message, call)
 
 
 def test_refusal_leaves_the_flow_as_it_was():

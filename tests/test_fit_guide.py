@@ -1,7 +1,5 @@
 """``fit_guide``: exact answers recovered, budgets kept, what a fit gives, and what it survives."""
 
-from __future__ import annotations
-
 import copy
 import math
 import pickle
@@ -128,14 +126,10 @@ def test_verdict(fitted):
 def test_history(fitted):
     history = fitted.history
     lengths = {len(getattr(history, name)) for name in vars(history)}
-    assert lengths == {len(history)} and 1 <= len(history) <= 150
+    assert lengths == {len(history)} and 1 <= len(history) < 150  # it stops when nothing is left to learn
     assert set(history.phase) <= {"affine", "flow"} and all(math.isfinite(v) for v in history.elbo)
     assert history.seconds == sorted(history.seconds) and set(history.weight) == {1.0} and set(history.failures) == {0}
     assert history.phase == sorted(history.phase)  # affine first
-
-
-def test_stops_when_nothing_is_left_to_learn(fitted):
-    assert len(fitted.history) < 150
 
 
 def test_model_is_bad_for_a_plain_flow():
@@ -179,10 +173,10 @@ def test_missing_mode_is_seen():
 # Budgets and options
 
 
-@pytest.mark.parametrize("steps", [1, 7])
-def test_steps(steps):
-    found = fit(AutoFlow(regression, SMALL, start="prior", seed=0), X, y=Y, steps=steps)
-    assert len(found.history) == steps and found.sample(3)["a"].shape == (3,)
+@pytest.mark.parametrize("budget", [{"steps": 1}, {"steps": 7}, {"steps": 3, "seconds": 60}])
+def test_steps(budget):
+    found = fit(AutoFlow(regression, SMALL, start="prior", seed=0), X, y=Y, **budget)
+    assert len(found.history) == budget["steps"] and found.sample(3)["a"].shape == (3,)
 
 
 def test_seconds():
@@ -198,11 +192,6 @@ def test_seconds():
     found = fit(AutoFlow(slow, SMALL, seed=0), torch.randn(5), seconds=3.0)
     assert time.monotonic() - begin < 30 and len(found.history) > 3
     assert found.log_weights.isfinite().all()
-
-
-def test_both_budgets():
-    found = fit(AutoFlow(regression, SMALL, start="prior", seed=0), X, y=Y, steps=3, seconds=60)
-    assert len(found.history) == 3
 
 
 @pytest.mark.parametrize("shown", [False, True])
@@ -337,8 +326,7 @@ def test_a_result_owns_what_it_knows(later):
         y *= -3
     else:
         guide.restart()
-    for one, other in zip(before, known(), strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=0)
+    torch.testing.assert_close(before, known(), rtol=0, atol=0)
 
 
 def test_the_guide_of_a_result_is_one():
@@ -722,5 +710,4 @@ def test_adam_is_that_of_torch():
                 adam.step(rate)
             else:
                 reference.step()
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(ours, theirs)

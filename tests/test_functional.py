@@ -1,7 +1,5 @@
 """Every kind of layer, both directions, through torch.compile and torch.func, against plain autograd one at a time."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from functools import partial

@@ -1,7 +1,5 @@
 """Saved fits of guides: every builder and support comes back from plain data, and what cannot is refused in words."""
 
-from __future__ import annotations
-
 import copy
 import os
 import pickle
@@ -12,7 +10,8 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from cases import CASES, Sinh, full_but, shake
+from asserts import refuses
+from cases import CASES, Sinh, altered, full_but, shake
 from pyro.distributions import constraints as pyro_constraints
 from torch.distributions import biject_to, constraints, transforms
 
@@ -78,8 +77,7 @@ def test_recipes_of_all_flows():
         torch.manual_seed(0)
         flow = shake(case.build(0), 0.3).eval()
         if any(part in case.name for part in foreign):
-            with pytest.raises(TypeError, match="is not of this package"):
-                recipe(flow)
+            refuses(TypeError, "is not of this package", recipe, flow)
             continue
         again = made_from(recipe(flow))
         again.load_state_dict(flow.state_dict())
@@ -102,8 +100,7 @@ def test_arguments_are_remembered_as_they_were():
     for twin in (copy.deepcopy(flow), pickle.loads(pickle.dumps(flow))):
         x = torch.randn(4, 2, 3)
         assert torch.equal(twin(x), flow(x))
-        with pytest.raises(TypeError, match="'<genexpr>' is not of this package"):
-            recipe(twin)
+        refuses(TypeError, "'<genexpr>' is not of this package", recipe, twin)
 
 
 BUILDERS = {
@@ -238,14 +235,12 @@ def test_supports_in_a_fit(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_the_default_dtype_does_not_matter(dtype, fit, tmp_path):
+def test_the_default_dtype_does_not_matter(dtype, fit, tmp_path, default_dtype):
     fit.save(tmp_path / "guide.pt")
     before = torch.get_default_dtype()
-    try:
-        torch.set_default_dtype(dtype)
-        loaded = load_guide(tmp_path / "guide.pt")
-    finally:
-        torch.set_default_dtype(before)
+    default_dtype(dtype)
+    loaded = load_guide(tmp_path / "guide.pt")
+    default_dtype(before)
     same(fit, loaded)
 
 
@@ -327,8 +322,7 @@ def test_parts_changed_after_they_were_made_are_noticed(tmp_path):
     shake(found.flow, 0.5)
     with pytest.warns(UserWarning, match="changed after they were made"):
         found.save(tmp_path / "guide.pt")
-    with pytest.raises(ValueError, match="changed after they were made"):
-        load_guide(tmp_path / "guide.pt")
+    refuses(ValueError, "changed after they were made", load_guide, tmp_path / "guide.pt")
     same(found, load_guide(tmp_path / "guide.pt", builder=builder))
 
 
@@ -350,13 +344,6 @@ def test_own_supports_are_refused_at_once(fit, tmp_path):
 # What is refused
 
 
-def entries(content, *where):
-    for key, value in content.items():
-        yield (*where, key)
-        if isinstance(value, dict):
-            yield from entries(value, *where, key)
-
-
 @pytest.mark.full
 def test_missing_and_other_parts_are_refused(fit, tmp_path):
     path, options = tmp_path / "guide.pt", {"kind": result.KIND, "version": result.VERSION}
@@ -368,27 +355,18 @@ def test_missing_and_other_parts_are_refused(fit, tmp_path):
     assert len(load_guide(path).log_weights) == 20
     tried = 0
     first = next(iter(whole["flow"]["state"]))
-    for where in entries(whole):
+    for where, known, other, content in altered(whole, (None, "text", 3, torch.zeros(3, 5, 7))):
         if "state" in where[:-1] and where[-1] != first:
             continue  # all are read alike
-        for other in (None, "text", 3, torch.zeros(3, 5, 7)):
-            content = copy.deepcopy(whole)
-            holder = content
-            for key in where[:-1]:
-                holder = holder[key]
-            if "numbers" in where[:-1] and (other is None or isinstance(other, int)):
-                continue  # any numbers by any names
-            if other is None:
-                del holder[where[-1]]
-            elif isinstance(holder[where[-1]], str | int | float) and isinstance(other, str | int):
-                continue  # another value, not another type
-            else:
-                holder[where[-1]] = other
-            write_state(path, content, **options)
-            with pytest.raises(ValueError, match=r"guide\.pt' cannot be read"):
-                load_guide(path)
-                raise AssertionError((where, other))
-            tried += 1
+        if "numbers" in where[:-1] and (other is None or isinstance(other, int)):
+            continue  # any numbers by any names
+        if isinstance(known, str | int | float) and isinstance(other, str | int):
+            continue  # another value, not another type
+        write_state(path, content, **options)
+        with pytest.raises(ValueError, match=r"guide\.pt' cannot be read"):
+            load_guide(path)
+            raise AssertionError((where, other))
+        tried += 1
     assert tried > 100
 
 
@@ -404,8 +382,7 @@ def test_flipped_bits_and_cut_files_are_refused(fit, tmp_path):
     damaged += [whole[: rand.randrange(len(whole))] for _ in range(50)] + [b"", whole + b"\0", whole + whole]
     for bad in damaged:
         path.write_bytes(bad)
-        with pytest.raises(ValueError, match=r"guide\.pt' cannot be read: .*; give the path of a file"):
-            load_guide(path)
+        refuses(ValueError, r"guide\.pt' cannot be read: .*; give the path of a file", load_guide, path)
 
 
 class Evil:
@@ -419,13 +396,11 @@ class Evil:
 def test_code_in_a_file_is_not_run(tmp_path):
     path = tmp_path / "guide.pt"
     torch.save({"format": 1, "flow": Evil(tmp_path / "owned")}, path)
-    with pytest.raises(ValueError, match="cannot be read: it is no such file"):
-        load_guide(path)
+    refuses(ValueError, "cannot be read: it is no such file", load_guide, path)
     assert not (tmp_path / "owned").exists()
     with pytest.raises(FileNotFoundError):
         load_guide(tmp_path / "none")
-    with pytest.raises(ValueError, match="which is no file"):
-        load_guide(tmp_path)
+    refuses(ValueError, "which is no file", load_guide, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["os.system", "Flow", "nn.Linear", "FlowTransform", "__import__"])
@@ -435,8 +410,7 @@ def test_names_that_are_no_flows_are_refused(name, fit, tmp_path):
     content = read_state(path, **options, remedy="")
     content["flow"]["chain"] = {"make": name, "args": ["touch owned"], "kwargs": {}}
     write_state(path, content, **options)
-    with pytest.raises(ValueError, match="cannot be read: its contents are not as expected"):
-        load_guide(path)
+    refuses(ValueError, "cannot be read: its contents are not as expected", load_guide, path)
 
 
 def test_map_location(fit, tmp_path):
@@ -444,14 +418,11 @@ def test_map_location(fit, tmp_path):
     fit.save(path)
     for where in (None, "cpu", torch.device("cpu"), {"cpu": "cpu"}, {}, lambda storage, place: storage):
         assert next(load_guide(path, where).flow.parameters()).device.type == "cpu"
-    with pytest.raises(ValueError, match=r"the device .* is not there .*map_location='cpu'"):
-        load_guide(path, "cuda:99")
+    refuses(ValueError, r"the device .* is not there .*map_location='cpu'", load_guide, path, "cuda:99")
     assert stored.device_of({"cuda:0": "cpu"}, "cuda:0") == torch.device("cpu")
     assert stored.device_of(lambda storage, place: None, "cpu") == torch.device("cpu")
 
 
 def test_places_that_are_no_files(fit, tmp_path):
-    with pytest.raises(ValueError, match="a folder that exists"):
-        fit.save(tmp_path / "nowhere" / "guide.pt")
-    with pytest.raises(ValueError, match="which is something else"):
-        fit.save(tmp_path)
+    refuses(ValueError, "a folder that exists", fit.save, tmp_path / "nowhere" / "guide.pt")
+    refuses(ValueError, "which is something else", fit.save, tmp_path)

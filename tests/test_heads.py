@@ -1,7 +1,5 @@
 """Heads: densities against torch's and Pyro's, totals of 1, gradients, draws, dimensions apart, and hostile input."""
 
-from __future__ import annotations
-
 import copy
 import math
 import pickle
@@ -10,6 +8,7 @@ import mpmath
 import pyro.distributions as dist
 import pytest
 import torch
+from asserts import refuses
 from torch.distributions import biject_to, constraints
 
 from pyro_flows.distributions.made.composed import DistributionHead, MixedHead, as_head
@@ -27,13 +26,7 @@ DIM, LEVELS, CLASSES = 4, 9, [3, 1, 5, 2]
 
 
 def mixed():
-    return MixedHead(
-        [
-            (NormalHead(), [2]),
-            (CategoricalHead([3, 4]), [3, 0]),
-            (DistributionHead(dist.Poisson), [1]),
-        ]
-    )
+    return MixedHead([(NormalHead(), [2]), (CategoricalHead([3, 4]), [3, 0]), (DistributionHead(dist.Poisson), [1])])
 
 
 def mixed_discrete():
@@ -417,8 +410,7 @@ def test_draws_without_a_gradient_say_so(name):
     params = numbers(head).requires_grad_()
     assert not head.sample(params).requires_grad
     if not head.has_rsample:
-        with pytest.raises(NotImplementedError, match="no reparameterized draws"):
-            head.rsample(params)
+        refuses(NotImplementedError, "no reparameterized draws", head.rsample, params)
 
 
 # Dimensions apart.
@@ -487,8 +479,7 @@ def test_nan_goes_through(name):
     got = head.log_prob(wrong, params)
     assert got[1, 2].isnan() and got.isfinite().sum() == 3 * DIM - 1
     assert head.features(wrong)[1, 2].isnan().any() and not head.features(value).isnan().any()
-    with pytest.raises(ValueError, match="in dimension 2, got nan"):
-        head.check(wrong)
+    refuses(ValueError, "in dimension 2, got nan", head.check, wrong)
     broken = params.clone()
     broken[1, 2] = math.nan
     got = head.log_prob(value, broken)
@@ -540,12 +531,10 @@ def test_values_outside_are_named(name, dim, wrong, words):
     ok = head.support((DIM,)).check(value)
     assert ok.shape == (2, 3) and ok.all()
     value[1, 1, dim] = wrong
-    with pytest.raises(ValueError, match=words):
-        head.check(value)
+    refuses(ValueError, words, head.check, value)
     if name != "relaxed":  # whose support is closed, as Pyro's
         assert (~head.support((DIM,)).check(value)).nonzero().tolist() == [[1, 1]]
-    with pytest.raises(ValueError, match="last dimension 4, got shape"):
-        head.check(value[..., :2])
+    refuses(ValueError, "last dimension 4, got shape", head.check, value[..., :2])
     if name == "mixed" and dim == 1:
         assert head.inside(value).sum() == 2 * 3 * DIM - 1
 
@@ -596,8 +585,7 @@ def test_biases_start_at_the_marginals(name):
     constant = data[:1].expand(3, -1)
     assert head.bias(constant).isfinite().all()
     for wrong in (data[0], data[:, :2], data[:0]):
-        with pytest.raises(ValueError, match=r"expected data of shape \(N, 4\)"):
-            head.bias(wrong)
+        refuses(ValueError, r"expected data of shape \(N, 4\)", head.bias, wrong)
 
 
 def test_biases_are_the_right_ones():
@@ -625,15 +613,11 @@ def test_relaxed_heads():
     assert isinstance(head, RelaxedBernoulliHead) and head.input_dim == 3 and head.temperature == 0.5
     assert BernoulliHead().relaxed(0.5).bind(2).input_dim == 2
     for other in (LogisticMixtureHead(), MixtureHead(), DistributionHead(dist.Poisson), NormalHead()):
-        with pytest.raises(NotImplementedError, match=f"{type(other).__name__} has no relaxed form"):
-            other.relaxed(0.5)
-    with pytest.raises(NotImplementedError, match="relaxed_features"):
-        CategoricalHead(3).relaxed(0.5)
+        refuses(NotImplementedError, f"{type(other).__name__} has no relaxed form", other.relaxed, 0.5)
+    refuses(NotImplementedError, "relaxed_features", CategoricalHead(3).relaxed, 0.5)
     for wrong in (0, -1.0, math.nan, math.inf):
-        with pytest.raises(ValueError, match="temperature > 0"):
-            RelaxedBernoulliHead(wrong)
-        with pytest.raises(ValueError, match="temperature > 0"):
-            CategoricalHead(3).bind(1).relaxed_features(torch.zeros(1, 3), wrong)
+        refuses(ValueError, "temperature > 0", RelaxedBernoulliHead, wrong)
+        refuses(ValueError, "temperature > 0", CategoricalHead(3).bind(1).relaxed_features, torch.zeros(1, 3), wrong)
     mixed = MixedHead({"bernoulli": [0, 2], "normal": [1]}).bind(3)
     soft = mixed.relaxed(0.3)
     assert soft.has_rsample and not mixed.has_rsample and soft.input_dim == 3 and not soft.discrete
@@ -684,19 +668,16 @@ def test_relaxed_features_are_soft_one_hots():
 def test_binding(name):
     loose = BUILDS[name]()
     if not isinstance(loose, MixedHead):
-        with pytest.raises(RuntimeError, match=r"head.bind\(input_dim\)"):
-            loose.bias()
+        refuses(RuntimeError, r"head.bind\(input_dim\)", loose.bias)
     head = loose.bind(DIM)
     assert head is not loose and head.input_dim == DIM and head.bind(DIM) is head
     assert not list(head.parameters()) and not head.state_dict()
     for wrong in (0, -1, 2.0, True, "3", None):
-        with pytest.raises(ValueError, match="input_dim to be an integer >= 1"):
-            head.bind(wrong)
+        refuses(ValueError, "input_dim to be an integer >= 1", head.bind, wrong)
     if name in ALIKE:
         assert head.bind(7).bias().shape == (7, head.num_params)
     else:
-        with pytest.raises(ValueError, match=r"5 dimensions|shape \(5,\)"):
-            head.bind(5)
+        refuses(ValueError, r"5 dimensions|shape \(5,\)", head.bind, 5)
 
 
 def test_names():
@@ -714,51 +695,38 @@ def test_names():
         ("gauss", "'bernoulli', 'logistic', 'mixture', 'normal' or a head, got"),
         ("categorical", "num_classes"),
     ):
-        with pytest.raises(ValueError, match=words):
-            as_head(wrong, 3)
-    with pytest.raises(TypeError, match="expected a head"):
-        as_head(dist.Gamma, 3)
-    with pytest.raises(ValueError, match="one number for each of the 3 dimensions, got 2"):
-        as_head(loose, 3)
+        refuses(ValueError, words, as_head, wrong, 3)
+    refuses(TypeError, "expected a head", as_head, dist.Gamma, 3)
+    refuses(ValueError, "one number for each of the 3 dimensions, got 2", as_head, loose, 3)
 
 
 @pytest.mark.parametrize("wrong", [0, 1, -2, True, [], [1, 1], [3, 0], [3, 2.0], [True, 3]])
 def test_numbers_of_classes_must_make_sense(wrong):
-    with pytest.raises(ValueError, match="expected num_classes"):
-        CategoricalHead(wrong)
+    refuses(ValueError, "expected num_classes", CategoricalHead, wrong)
 
 
 def test_sizes_and_bounds_must_make_sense():
     for build in (MixtureHead, lambda n: LogisticMixtureHead(256, n)):
         for wrong in (0, 2.5, True):
-            with pytest.raises(ValueError, match="num_components to be an integer >= 1"):
-                build(wrong)
+            refuses(ValueError, "num_components to be an integer >= 1", build, wrong)
     for wrong in (1, 2.0, None):
-        with pytest.raises(ValueError, match="levels to be an integer >= 2"):
-            LogisticMixtureHead(wrong)
+        refuses(ValueError, "levels to be an integer >= 2", LogisticMixtureHead, wrong)
     for wrong in (0.0, -1.0, math.inf, math.nan):
         for build in (NormalHead, lambda c: MixtureHead(2, c), lambda c: LogisticMixtureHead(8, 2, c)):
-            with pytest.raises(ValueError, match="max_log_scale > 0"):
-                build(wrong)
+            refuses(ValueError, "max_log_scale > 0", build, wrong)
 
 
 def test_distributions_that_do_not_fit_say_why():
     for wrong in (3, "gamma", lambda rate: None):
-        with pytest.raises(TypeError, match="expected a class of distributions"):
-            DistributionHead(wrong)
+        refuses(TypeError, "expected a class of distributions", DistributionHead, wrong)
     for kind in (dist.Categorical, dist.Dirichlet, dist.MultivariateNormal):
-        with pytest.raises(ValueError, match="vector; take CategoricalHead"):
-            DistributionHead(kind)
-    with pytest.raises(ValueError, match="constraints of Uniform's arguments depend on one another"):
-        DistributionHead(dist.Uniform)
+        refuses(ValueError, "vector; take CategoricalHead", DistributionHead, kind)
+    refuses(ValueError, "constraints of Uniform's arguments depend on one another", DistributionHead, dist.Uniform)
     with pytest.raises(ValueError, match="no real number can be mapped; fix it by fixed="):
         DistributionHead(dist.Binomial, ["total_count"])
-    with pytest.raises(ValueError, match="support of Pareto depends on learned arguments"):
-        DistributionHead(dist.Pareto)
-    with pytest.raises(ValueError, match=r"Gamma has no arguments \['shape'\]"):
-        DistributionHead(dist.Gamma, ["shape"])
-    with pytest.raises(ValueError, match="without an argument to learn"):
-        DistributionHead(dist.Poisson, fixed={"rate": 1.0})
+    refuses(ValueError, "support of Pareto depends on learned arguments", DistributionHead, dist.Pareto)
+    refuses(ValueError, r"Gamma has no arguments \['shape'\]", DistributionHead, dist.Gamma, ["shape"])
+    refuses(ValueError, "without an argument to learn", DistributionHead, dist.Poisson, fixed={"rate": 1.0})
     with pytest.raises(ValueError, match="distribution of single numbers"):
         DistributionHead(lambda loc: dist.Normal(loc, 1).to_event(1), {"loc": constraints.real})
     pareto = DistributionHead(dist.Pareto, fixed={"scale": 2.0}).bind(3)
@@ -778,21 +746,18 @@ def test_distributions_that_do_not_fit_say_why():
     ],
 )
 def test_mixed_dimensions_must_be_a_partition(heads):
-    with pytest.raises(ValueError, match="each dimension from 0 on with exactly one head"):
-        MixedHead(heads)
+    refuses(ValueError, "each dimension from 0 on with exactly one head", MixedHead, heads)
 
 
 def test_mixed_heads_check_their_parts():
     with pytest.raises(ValueError, match="one number for each of the 1 dimensions, got 2"):
         MixedHead([(CategoricalHead([2, 3]), [0]), ("normal", [1])])
-    with pytest.raises(ValueError, match="'bernoulli', 'logistic'"):
-        MixedHead([("gauss", [0])])
+    refuses(ValueError, "'bernoulli', 'logistic'", MixedHead, [("gauss", [0])])
     inner = MixedHead([("bernoulli", [1]), (CategoricalHead(3), [0])])
     head = MixedHead([(inner, [2, 0]), ("normal", [1])]).bind(3)
     assert head.num_params == 3 and not head.discrete and head.support((3,)).is_discrete
     head.check(torch.tensor([1.0, -0.3, 2.0]))
-    with pytest.raises(ValueError, match="0 or 1 in dimension 0, got 2"):
-        head.check(torch.tensor([2.0, -0.3, 2.0]))
+    refuses(ValueError, "0 or 1 in dimension 0, got 2", head.check, torch.tensor([2.0, -0.3, 2.0]))
 
 
 def test_a_head_must_define_what_it_is():
@@ -801,10 +766,8 @@ def test_a_head_must_define_what_it_is():
 
     head = Empty().bind(2)
     for call in (lambda: head.log_prob(None, None), lambda: head.sample(torch.zeros(2, 1)), lambda: head.inside(None)):
-        with pytest.raises(TypeError, match="Empty must define"):
-            call()
-    with pytest.raises(NotImplementedError, match="Empty has no mean"):
-        head.mean(None)
+        refuses(TypeError, "Empty must define", call)
+    refuses(NotImplementedError, "Empty has no mean", head.mean, None)
 
 
 # Life as a module.

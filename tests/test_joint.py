@@ -1,13 +1,12 @@
 """The joint density over packed latents: against Pyro's traces, all at once against one at a time, and fall-backs."""
 
-from __future__ import annotations
-
 import warnings
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from asserts import refuses
 from pyro import poutine
 from pyro.distributions import constraints
 from pyro.nn import PyroModule, PyroSample
@@ -317,11 +316,9 @@ def test_errors_of_the_model_reach_the_caller():
         pyro.factor("f", -a.square().sum(-1))
 
     density = JointDensity(model, joint(scalar_pair).latents)
-    with pytest.raises(RuntimeError, match="positive"):
-        density(-torch.ones(3, 2))
+    refuses(RuntimeError, "positive", density, -torch.ones(3, 2))
     assert density(torch.ones(3, 2)).shape == (3,) and density.vectorized
-    with pytest.raises(RuntimeError, match="positive"):
-        density(-torch.ones(3, 2))
+    refuses(RuntimeError, "positive", density, -torch.ones(3, 2))
 
 
 def scalar_pair():
@@ -330,8 +327,7 @@ def scalar_pair():
 
 @pytest.mark.parametrize("shape", [(3,), (2, 3, 1), (4, 2)])
 def test_wrong_shapes(shape):
-    with pytest.raises(ValueError, match=r"expected unconstrained latents of shape \(S, 1\)"):
-        joint(scalar)(torch.zeros(shape))
+    refuses(ValueError, r"expected unconstrained latents of shape \(S, 1\)", joint(scalar), torch.zeros(shape))
 
 
 @pytest.mark.parametrize("default", [torch.float32, torch.float64])

@@ -1,7 +1,5 @@
 """The packed vector of a model's latents: every support, both directions, Jacobians, names and errors."""
 
-from __future__ import annotations
-
 import copy
 import math
 import pickle

@@ -1,9 +1,6 @@
 """MADE as a distribution: masses sum to one, who sees whom, ensembles, exact draws, imputation, state, bad input."""
 
-from __future__ import annotations
-
 import copy
-import io
 import itertools
 import math
 import pickle
@@ -12,7 +9,8 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from cases import shake
+from asserts import refuses
+from cases import reload, shake
 from torch.distributions import constraints
 
 import pyro_flows as pf
@@ -206,12 +204,9 @@ def test_context():
         torch.testing.assert_close(whole[:, k], made(contexts[k]).log_prob(binary()[:7]), rtol=1e-12, atol=1e-12)
     assert (whole[:, 0] - whole[:, 1]).abs().max() > 1e-3
     assert at.log_prob(binary()[0]).shape == (4,)
-    with pytest.raises(ValueError, match="call it with a context"):
-        made()
-    with pytest.raises(ValueError, match="last dimension 3"):
-        made(torch.zeros(2, dtype=torch.float64))
-    with pytest.raises(ValueError, match="leave it out"):
-        make("one layer")(contexts)
+    refuses(ValueError, "call it with a context", made)
+    refuses(ValueError, "last dimension 3", made, torch.zeros(2, dtype=torch.float64))
+    refuses(ValueError, "leave it out", make("one layer"), contexts)
 
 
 def test_in_a_model():
@@ -250,8 +245,7 @@ def test_normal_draws_have_gradients():
     made().rsample((5,)).square().sum().backward()
     numeric = (total(1e-5) - total(-1e-5)) / 2e-5
     torch.testing.assert_close(made.net.bias_0.grad[0], numeric.detach(), rtol=1e-6, atol=1e-8)
-    with pytest.raises(NotImplementedError, match="no reparameterized draws"):
-        make("one layer")().rsample()
+    refuses(NotImplementedError, "no reparameterized draws", make("one layer")().rsample)
 
 
 # Imputation.
@@ -324,20 +318,16 @@ def test_imputation_of_a_fixed_order():
     made = make("a permutation")  # 3, 0, 4, 1, 2
     first = torch.tensor([True, False, False, True, True])
     assert made.impute(binary()[:4], first).shape == (1, 4, D)
-    with pytest.raises(ValueError, match="knows one order only"):
-        made.impute(binary()[:4], ~first)
+    refuses(ValueError, "knows one order only", made.impute, binary()[:4], ~first)
 
 
 def test_masks_that_leave_nothing_to_do():
     made, states = make("any order"), binary()[:2]
-    with pytest.raises(ValueError, match="hides everything"):
-        made.impute(states, torch.zeros(D, dtype=torch.bool))
+    refuses(ValueError, "hides everything", made.impute, states, torch.zeros(D, dtype=torch.bool))
     with pytest.raises(ValueError, match="hides nothing"):
         made.log_prob_observed(states, torch.tensor([[True] * D, [True] + [False] * (D - 1)]))
-    with pytest.raises(TypeError, match="boolean"):
-        made.impute(states, torch.ones(D))
-    with pytest.raises(ValueError, match="broadcasts"):
-        made.impute(states, torch.ones(4, dtype=torch.bool))
+    refuses(TypeError, "boolean", made.impute, states, torch.ones(D))
+    refuses(ValueError, "broadcasts", made.impute, states, torch.ones(4, dtype=torch.bool))
 
 
 # State.
@@ -347,11 +337,8 @@ def test_masks_that_leave_nothing_to_do():
 def test_a_state_dict_brings_its_masks(name):
     made = make(name)
     made.resample_masks()
-    file = io.BytesIO()
-    torch.save(made.state_dict(), file)
-    file.seek(0)
     other = pf.MADE(D, **{**OPTIONS[name]}, seed=99).double()
-    other.load_state_dict(torch.load(file, weights_only=True))
+    reload(made, other)
     for mode in (True, False):
         assert torch.equal(made.train(mode).log_prob(binary()), other.train(mode).log_prob(binary()))
 
@@ -377,17 +364,13 @@ def test_draws_know_of_changed_weights():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_dtype_follows_the_parameters(dtype):
-    default = torch.get_default_dtype()
-    try:
-        torch.set_default_dtype(torch.float64 if dtype == torch.float32 else torch.float32)
-        made = pf.MADE(D, hidden_dims=(6,), context_dim=2, seed=0).to(dtype)
-        context = torch.zeros(3, 2, dtype=dtype)
-        assert made.sample((2,), context).dtype == dtype
-        assert made.log_prob(torch.ones(3, D, dtype=torch.long), context).dtype == dtype
-        assert made.log_prob(torch.ones(3, D, dtype=torch.bool), context).dtype == dtype
-    finally:
-        torch.set_default_dtype(default)
+def test_dtype_follows_the_parameters(dtype, default_dtype):
+    default_dtype(torch.float64 if dtype == torch.float32 else torch.float32)
+    made = pf.MADE(D, hidden_dims=(6,), context_dim=2, seed=0).to(dtype)
+    context = torch.zeros(3, 2, dtype=dtype)
+    assert made.sample((2,), context).dtype == dtype
+    for given in (torch.long, torch.bool):
+        assert made.log_prob(torch.ones(3, D, dtype=given), context).dtype == dtype
 
 
 # With the rest of the package.
@@ -463,8 +446,7 @@ def test_base_of_a_flow():
     ],
 )
 def test_bad_options(options, match):
-    with pytest.raises(ValueError, match=match):
-        pf.MADE(**{"input_dim": D, "hidden_dims": (6,), **options})
+    refuses(ValueError, match, pf.MADE, **{"input_dim": D, "hidden_dims": (6,), **options})
 
 
 def test_values_outside_of_the_support():
@@ -479,8 +461,7 @@ def test_values_outside_of_the_support():
     assert distribution.support.event_dim == 1
     assert isinstance(constraints.independent(constraints.boolean, 1), type(distribution.support))
     real = pf.MADE(2, NormalHead(), hidden_dims=(6,), seed=0)
-    with pytest.raises(TypeError, match=r"torch\.float64"):
-        real.log_prob(torch.zeros(2, dtype=torch.float64))
+    refuses(TypeError, r"torch\.float64", real.log_prob, torch.zeros(2, dtype=torch.float64))
     with pyro.validation_enabled(False):
         assert real.log_prob(torch.full((2,), math.nan)).isnan()
 
@@ -508,8 +489,7 @@ def test_ensembles_of_stacked_weights(order):
         return each(weights, buffers).sum()
 
     if order == "identity":
-        with pytest.raises(ValueError, match="score once with the model before"):
-            torch.func.grad(total)(weights)
+        refuses(ValueError, "score once with the model before", torch.func.grad(total), weights)
         shared(x)
     found = torch.func.grad(total)(weights)
     expected = torch.autograd.grad(members[1](x), list(members[1].parameters()))

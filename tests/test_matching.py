@@ -1,7 +1,5 @@
 """Flow matching: its loss and minimiser in closed form, its pairs, what it trains and what it refuses."""
 
-from __future__ import annotations
-
 import itertools
 import math
 
@@ -10,7 +8,8 @@ import matplotlib.pyplot as plt
 import pyro.distributions as dist
 import pytest
 import torch
-from cases import full_but, shake
+from asserts import refuses
+from cases import Field, full_but, shake
 from torch import nn
 from torch.distributions import ExpTransform
 from torch.utils.data import DataLoader, TensorDataset
@@ -40,15 +39,8 @@ def cloud(rows=200, seed=3, columns=2):
     return 100 + 5 * first**2 + torch.randn(rows, columns, generator=generator)
 
 
-class Affine(nn.Module):
-    """The field A z + b."""
-
-    def __init__(self, matrix, shift):
-        super().__init__()
-        self.matrix, self.shift = nn.Parameter(matrix.clone()), nn.Parameter(shift.clone())
-
-    def forward(self, t, x):
-        return x @ self.matrix.T + self.shift
+def affine(matrix, shift):
+    return Field(lambda t, x, matrix, shift: x @ matrix.T + shift, matrix, shift)
 
 
 class Gaussians(nn.Module):
@@ -99,7 +91,7 @@ def affine_loss(matrix, shift, t):
 @pytest.mark.parametrize("time", ["uniform", "logit_normal"])
 def test_loss_of_a_known_field(time):
     matrix, shift = torch.randn(2, 2, dtype=torch.double), torch.randn(2, dtype=torch.double)
-    aim = matching(Affine(matrix, shift), FlowMatching(time=time))
+    aim = matching(affine(matrix, shift), FlowMatching(time=time))
     data = GAUSSIAN.sample((200_000,))
     with torch.no_grad():
         got = -aim.scores(data, None)
@@ -115,7 +107,7 @@ def test_noise_is_added_to_the_data():
     matrix, shift = torch.randn(2, 2, dtype=torch.double), torch.randn(2, dtype=torch.double)
     data = GAUSSIAN.sample((200_000,))
     with torch.no_grad():
-        plain, noisy = (-matching(Affine(matrix, shift), FlowMatching(sigma=s)).scores(data, None) for s in (0.0, 0.7))
+        plain, noisy = (-matching(affine(matrix, shift), FlowMatching(sigma=s)).scores(data, None) for s in (0.0, 0.7))
     u = (torch.arange(1000, dtype=torch.double) + 0.5) / 1000
     more = torch.stack([(t * matrix - torch.eye(2, dtype=torch.double)).square().sum() / 2 for t in u]).mean() * 0.49
     assert abs(noisy.mean() - plain.mean() - more) < 5 * (noisy.var() + plain.var()).sqrt() / math.sqrt(len(data))
@@ -245,7 +237,7 @@ def test_a_score_is_that_of_its_own_row():
 
 
 def test_fixed_pairs_are_not_those_that_training_begins_with():
-    aim = matching(Affine(torch.eye(2), torch.zeros(2)))
+    aim = matching(affine(torch.eye(2), torch.zeros(2)))
     with aim.fixed():
         held_out = torch.rand(4)
     with own_randomness(aim.device, aim.seed):
@@ -365,7 +357,7 @@ def test_kinds_of_data_and_fields(kind):
         found = match(flow, torch.randn(100, *event), FlowMatching(coupling="optimal_transport"))
         assert found.distribution.sample((3,)).shape == (3, *event)
     else:
-        field = Rowwise(2) if kind == "rowwise" else Affine(torch.eye(2), torch.zeros(2))
+        field = Rowwise(2) if kind == "rowwise" else affine(torch.eye(2), torch.zeros(2))
         found = match(pf.cnf(2, field=field), data, max_epochs=10)
         assert found.history["validation"][-1] > found.history["validation"][0]
     assert math.isfinite(found.validation)
@@ -393,7 +385,7 @@ def test_dtypes(dtype, other, default_dtype):
     assert {p.dtype for p in found.distribution.parameters()} == {dtype}
     assert found.log_prob(cloud(), context).dtype is dtype
     match(
-        pf.cnf(2, field=Affine(torch.eye(2, dtype=dtype), torch.zeros(2, dtype=dtype))),
+        pf.cnf(2, field=affine(torch.eye(2, dtype=dtype), torch.zeros(2, dtype=dtype))),
         cloud(),
         FlowMatching("optimal_transport"),
     )
@@ -469,24 +461,6 @@ def test_resumed_run_equals_one_that_never_stopped(tmp_path):
 # Errors
 
 
-class Blind(nn.Module):
-    """A field that asks for the value of the time."""
-
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(2, 2)
-
-    def forward(self, t, x):
-        return self.linear(x) * float(t)
-
-
-class Boasts(Blind):
-    rowwise_times = True
-
-    def forward(self, t, x):
-        return self.linear(x) * t
-
-
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -501,8 +475,7 @@ class Boasts(Blind):
     ],
 )
 def test_settings_are_checked(options, message):
-    with pytest.raises(ValueError, match=message):
-        FlowMatching(**options)
+    refuses(ValueError, message, FlowMatching, **options)
 
 
 def learnt_base():
@@ -523,8 +496,7 @@ def learnt_base():
     ],
 )
 def test_flows_that_cannot_be_matched(make, message):
-    with pytest.raises(ValueError, match=message):
-        match(make(), cloud())
+    refuses(ValueError, message, match, make(), cloud())
 
 
 class Scores(nn.Module):
@@ -541,14 +513,15 @@ def test_worded_errors():
         ValueError, match=r"objective to be 'likelihood', 'flow_matching' or a FlowMatching\(...\), got"
     ):
         match(pf.cnf(2), cloud(), "matching")
-    with pytest.raises(ValueError, match="expected objective to be"):
-        match(pf.cnf(2), cloud(), torch.zeros(2))
+    refuses(ValueError, "expected objective to be", match, pf.cnf(2), cloud(), torch.zeros(2))
     with pytest.raises(ValueError, match=r"without regard to contexts.*take coupling='independent'"):
         match(pf.cnf(2, context_dim=1), cloud(), FlowMatching("optimal_transport"), context=torch.randn(200, 1))
-    with pytest.raises(ValueError, match=r"field Blind: a time for each row .*\(.*\); make it .*rowwise_times = True"):
-        match(pf.cnf(2, field=Blind()), cloud())
-    with pytest.raises(ValueError, match="field Boasts: it says rowwise_times = True, but"):
-        pf.cnf(2, field=Boasts())
+    blind = Field(lambda t, x, matrix: x @ matrix * float(t), torch.eye(2))  # it asks for the value of the time
+    with pytest.raises(ValueError, match=r"field Field: a time for each row .*\(.*\); make it .*rowwise_times = True"):
+        match(pf.cnf(2, field=blind), cloud())
+    boasts = Field(lambda t, x, matrix: x @ matrix * t, torch.eye(2))
+    boasts.rowwise_times = True
+    refuses(ValueError, "field Field: it says rowwise_times = True, but", pf.cnf, 2, field=boasts)
 
 
 def test_what_is_not_finite_is_named():
@@ -557,9 +530,8 @@ def test_what_is_not_finite_is_named():
         flow[0].field.layers[0].weight[0, 0] = math.nan
     with pytest.raises(FloatingPointError, match=r"negative matching loss of a batch is nan.*layers\.0\.weight has 1 "):
         match(flow, cloud())
-    huge = pf.cnf(2, field=Affine(1e30 * torch.eye(2), torch.zeros(2)))
-    with pytest.raises(FloatingPointError, match="every parameter is finite, the velocity or its square is not"):
-        match(huge, cloud())
+    huge = pf.cnf(2, field=affine(1e30 * torch.eye(2), torch.zeros(2)))
+    refuses(FloatingPointError, "every parameter is finite, the velocity or its square is not", match, huge, cloud())
 
 
 def test_an_error_of_the_solver_does_not_undo_the_fit():

@@ -1,9 +1,8 @@
 """The networks: who sees whom, exactly, and what they refuse."""
 
-from __future__ import annotations
-
 import pytest
 import torch
+from asserts import refuses
 from cases import diamond, shake
 from oracles import jacobian
 
@@ -34,8 +33,9 @@ def fork() -> torch.Tensor:
     return adjacency
 
 
-def dependence(net: MaskedMLP, context: torch.Tensor | None = None) -> torch.Tensor:
-    """True at ``[i, j]`` where any parameter of output ``i`` changes with input ``j``."""
+def dependence(net: MaskedMLP) -> torch.Tensor:
+    """True at ``[i, j]`` where any parameter of output ``i`` changes with input ``j``, at some context."""
+    context = torch.randn(net.context_dim, dtype=torch.float64) if net.context_dim else None
     x = torch.randn(4, net.input_dim, dtype=torch.float64)
     seen = [jacobian(lambda v: net(v, context), row) != 0 for row in x]
     return torch.stack(seen).any(0).any(1)
@@ -52,9 +52,7 @@ def allowed(order: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("order", ORDERS)
 def test_no_output_sees_what_does_not_come_before_it(order, hidden, num_params, context_dim):
     net = MaskedMLP(5, num_params=num_params, hidden_dims=HIDDEN[hidden], context_dim=context_dim, order=ORDERS[order])
-    shake(net.double())
-    context = torch.randn(context_dim, dtype=torch.float64) if context_dim else None
-    seen = dependence(net, context)
+    seen = dependence(shake(net.double()))
     assert not (seen & ~allowed(net.order)).any()
     if hidden in ("none", "wide"):  # and with enough units it sees all that does
         assert torch.equal(seen, allowed(net.order))
@@ -65,9 +63,7 @@ def test_no_output_sees_what_does_not_come_before_it(order, hidden, num_params, 
 @pytest.mark.parametrize("order", ORDERS)
 def test_residual_networks_keep_the_order(order, hidden_dims, context_dim):
     net = MaskedMLP(5, hidden_dims=hidden_dims, context_dim=context_dim, order=ORDERS[order], residual=True)
-    shake(net.double())
-    context = torch.randn(context_dim, dtype=torch.float64) if context_dim else None
-    seen = dependence(net, context)
+    seen = dependence(shake(net.double()))
     assert not (seen & ~allowed(net.order)).any()
     if hidden_dims[0] == 32:
         assert torch.equal(seen, allowed(net.order))
@@ -82,9 +78,7 @@ def test_outputs_see_their_neighbours_only(adjacency, width, context_dim, residu
     net = MaskedMLP(
         size, num_params=2, hidden_dims=(width, width), context_dim=context_dim, adjacency=adjacency, residual=residual
     )
-    shake(net.double())
-    context = torch.randn(context_dim, dtype=torch.float64) if context_dim else None
-    seen = dependence(net, context)
+    seen = dependence(shake(net.double()))
     assert not (seen & ~adjacency).any()
     if width == 64:
         assert torch.equal(seen, adjacency)
@@ -196,13 +190,11 @@ BAD = [
 
 @pytest.mark.parametrize("make, message", BAD, ids=[message for _, message in BAD])
 def test_refuses(make, message):
-    with pytest.raises(ValueError, match=message):
-        make()
+    refuses(ValueError, message, make)
 
 
 def test_refuses_an_activation_that_is_nothing_to_call():
-    with pytest.raises(TypeError, match="activation"):
-        MaskedMLP(3, activation=3)
+    refuses(TypeError, "activation", MaskedMLP, 3, activation=3)
 
 
 def test_activation_modules_without_parameters_work():
@@ -256,9 +248,7 @@ def test_mafs_parameters_stay_bounded_however_far_out_the_inputs_are():
 def test_large_batches_go_in_pieces_without_a_trace(monkeypatch, own_context):
     monkeypatch.setattr("pyro_flows.nets.masked_pass.ROWS", 4)
     layer = pf.Autoregressive(3, context_dim=2, hidden_dims=(7,)).double()
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
+    shake(layer, 0.3)
     x = torch.randn(19, 3, dtype=torch.float64)
     context = torch.randn(*((19,) if own_context else ()), 2, dtype=torch.float64)
     whole, whole_params = layer.inverse_and_ladj(x, context), layer.net(x, context)

@@ -1,7 +1,5 @@
 """Objectives for guides: their expected gradients against integrals, zero gradients at the optimum, and fits."""
 
-from __future__ import annotations
-
 import copy
 import gc
 import itertools
@@ -14,7 +12,8 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from cases import full_but
+from asserts import refuses
+from cases import full_but, guide_of, shake
 from pyro import poutine
 from pyro.distributions import constraints
 from pyro.distributions.testing.rejection_gamma import RejectionStandardGamma
@@ -217,17 +216,13 @@ def test_no_gradient_at_the_posterior(pathwise, vectorized, particles):
 @pytest.mark.parametrize("particles", [1, 5])
 def test_no_gradient_where_a_flow_guide_is_the_model(builder, vectorized, particles):
     flow = pf.Flow(builder(3, num_layers=2, hidden_dims=(8,)))
-    with torch.no_grad():
-        for parameter in flow.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
+    shake(flow, 0.3)
     prior = copy.deepcopy(flow)
 
     def model():
         pyro.sample("z", pyro.module("prior", prior)())
 
-    def guide():
-        pyro.sample("z", pyro.module("flow", flow)())
-
+    guide = guide_of(flow)
     for objective in (PathELBO(particles, vectorize_particles=vectorized), DReGELBO(particles, math.inf, vectorized)):
         loss, found = gradients(objective, model, guide)
         mine = [g.abs().max() for name, g in found.items() if name.startswith("flow")]
@@ -807,8 +802,7 @@ def test_sites_without_a_path_are_named(pathwise):
     def guide():
         pyro.sample("k", dist.Bernoulli(pyro.param("p", torch.tensor(0.4))))
 
-    with pytest.raises(ValueError, match=r"got Bernoulli at 'k'.*TraceEnum_ELBO"):
-        pathwise(num_particles=2).loss_and_grads(model, guide)
+    refuses(ValueError, r"got Bernoulli at 'k'.*TraceEnum_ELBO", pathwise(num_particles=2).loss_and_grads, model, guide)
 
     def rejecting():
         pyro.sample("k", RejectionStandardGamma(pyro.param("c", torch.tensor(2.0))))
@@ -850,8 +844,7 @@ def test_guides_that_cannot_be_run_again():
         pyro.module("planar", planar)
         pyro.sample("w", dist.TransformedDistribution(dist.Normal(torch.zeros(2), 1.0).to_event(1), [planar]))
 
-    with pytest.raises(NotImplementedError, match="have an inverse"):
-        PathELBO().loss_and_grads(regression, guide)
+    refuses(NotImplementedError, "have an inverse", PathELBO().loss_and_grads, regression, guide)
 
 
 def test_models_that_do_not_broadcast_are_named():
@@ -865,10 +858,8 @@ def test_models_that_do_not_broadcast_are_named():
 
 
 def test_arguments_are_checked():
-    with pytest.raises(ValueError, match="PathELBO: expected num_particles to be an integer >= 1, got 0"):
-        PathELBO(0)
-    with pytest.raises(ValueError, match="expected a finite alpha, got inf"):
-        AlphaDivergence(math.inf)
+    refuses(ValueError, "PathELBO: expected num_particles to be an integer >= 1, got 0", PathELBO, 0)
+    refuses(ValueError, "expected a finite alpha, got inf", AlphaDivergence, math.inf)
 
 
 # Given draws.
@@ -902,9 +893,7 @@ def by_hand(guide, draws):
 def test_forward_kl_scores_draws_in_constrained_space(kind, vectorized):
     guide = AUTO[kind](positive_and_shares)
     guide()
-    with torch.no_grad():
-        for parameter in guide.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+    shake(guide, 0.1)
     draws = some_draws(7)
     exact = -by_hand(guide, draws).mean()
     for batch_size in (7, 3):
@@ -963,9 +952,7 @@ def test_forward_kl_fits_a_flow_by_hand_and_leaves_the_model_alone():
     def model():
         raise AssertionError("the model is not run")
 
-    def guide():
-        pyro.sample("w", pyro.module("flow", flow)())
-
+    guide = guide_of(flow, "w")
     objective = ForwardKL(draws, 64)
     svi = SVI(model, guide, ClippedAdam({"lr": 0.02}), objective)
     before = svi.evaluate_loss()
@@ -1040,16 +1027,11 @@ def test_forward_kl_says_what_does_not_fit():
         (draws | {"scale": draws["scale"] * torch.tensor([1.0, 0, 1, 1])}, r"1 of 4 draws of 'scale'.*rows 1"),
     ]
     for given, message in cases:
-        with pytest.raises(ValueError, match=message):
-            ForwardKL(given).loss(positive_and_shares, guide)
-    with pytest.raises(ValueError, match="as many rows of draws for each site"):
-        ForwardKL(draws | {"scale": draws["scale"][:2]})
-    with pytest.raises(ValueError, match="draws of 'scale' are not all finite"):
-        ForwardKL(draws | {"scale": draws["scale"] * math.nan})
-    with pytest.raises(ValueError, match="draws of at least one site"):
-        ForwardKL({})
-    with pytest.raises(ValueError, match="expected batch_size to be an integer >= 1"):
-        ForwardKL(draws, 0)
+        refuses(ValueError, message, ForwardKL(given).loss, positive_and_shares, guide)
+    refuses(ValueError, "as many rows of draws for each site", ForwardKL, draws | {"scale": draws["scale"][:2]})
+    refuses(ValueError, "draws of 'scale' are not all finite", ForwardKL, draws | {"scale": draws["scale"] * math.nan})
+    refuses(ValueError, "draws of at least one site", ForwardKL, {})
+    refuses(ValueError, "expected batch_size to be an integer >= 1", ForwardKL, draws, 0)
     with pytest.raises(ValueError, match="no density at 'scale', where it is a Delta"):
         ForwardKL(draws).loss(positive_and_shares, AutoDelta(positive_and_shares))
 

@@ -1,7 +1,5 @@
 """Pixels: the logit with a margin, uniform and variational dequantisation, bits per dimension."""
 
-from __future__ import annotations
-
 import copy
 import math
 
@@ -10,6 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from asserts import refuses
 from cases import shake
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
@@ -96,17 +95,14 @@ def test_logit_support_and_density():
     assert abs(float(torch.trapezoid(density, v[:, 0])) - 1) < 1e-6
     assert flow().support.check(torch.tensor([[0.0], [16.0]])).all()
     for outside in (-beyond - 0.01, 16 + beyond + 0.01, math.nan):
-        with pytest.raises(ValueError, match="within the support"):
-            flow.log_prob(torch.tensor([outside], dtype=torch.float64))
+        refuses(ValueError, "within the support", flow.log_prob, torch.tensor([outside], dtype=torch.float64))
 
 
 def test_logit_refuses():
     for levels in (1, 0, -3, 256.0, True):
-        with pytest.raises(ValueError, match="LogitPixels: expected levels to be an integer >= 2"):
-            pf.LogitPixels(2, levels)
+        refuses(ValueError, "LogitPixels: expected levels to be an integer >= 2", pf.LogitPixels, 2, levels)
     for margin in (-0.1, 0.0, 0.5, 0.7, math.nan):
-        with pytest.raises(ValueError, match="expected margin to be a number between 0 and 1/2, got"):
-            pf.LogitPixels(2, 256, margin)
+        refuses(ValueError, "expected margin to be a number between 0 and 1/2, got", pf.LogitPixels, 2, 256, margin)
 
 
 def test_logit_compiles_without_graph_breaks():
@@ -133,10 +129,8 @@ def test_bits_per_dim_in_both_conventions():
     assert pf.bits_per_dim(0.0, 3, levels=17) == pytest.approx(math.log2(17))
     assert pf.bits_per_dim(torch.zeros(2, 0), 7).shape == (2, 0)
     for levels in (1, 0, 2.5):
-        with pytest.raises(ValueError, match="bits_per_dim: expected levels to be an integer >= 2"):
-            pf.bits_per_dim(0.0, 3, levels)
-    with pytest.raises(ValueError, match="event_shape"):
-        pf.bits_per_dim(0.0, (0, 2))
+        refuses(ValueError, "bits_per_dim: expected levels to be an integer >= 2", pf.bits_per_dim, 0.0, 3, levels)
+    refuses(ValueError, "event_shape", pf.bits_per_dim, 0.0, (0, 2))
 
 
 # Noise.
@@ -208,10 +202,8 @@ def test_noise_of_a_flow_stays_in_its_pixel_at_the_ends(levels, dtype):
 
 
 def test_coarse_dtypes_are_refused():
-    with pytest.raises(ValueError, match="bfloat16 is too coarse for noise within 256 levels"):
-        grid_bits(256, torch.bfloat16)
-    with pytest.raises(ValueError, match="too coarse"):
-        pf.Dequantized(pf.Flow(pf.LogitPixels(2)).bfloat16())
+    refuses(ValueError, "bfloat16 is too coarse for noise within 256 levels", grid_bits, 256, torch.bfloat16)
+    refuses(ValueError, "too coarse", pf.Dequantized, pf.Flow(pf.LogitPixels(2)).bfloat16())
 
 
 # Uniform dequantisation.
@@ -299,8 +291,7 @@ def test_samples_are_floored_and_clamped():
     with torch.no_grad():
         broken = pf.Dequantized(pf.Flow([pf.Rescaling(2), pf.LogitPixels(2)]))
         broken.flow.chain[0].log_scale.fill_(math.nan)
-    with pytest.raises(FloatingPointError, match="4 of 4 numbers that the flow drew are not finite"):
-        broken.sample((2,))
+    refuses(FloatingPointError, "4 of 4 numbers that the flow drew are not finite", broken.sample, (2,))
 
 
 def test_as_a_pyro_distribution():
@@ -336,12 +327,9 @@ def test_contexts():
     assert deq(context[:1]).sample((2,)).shape == (2, 1, 1, 2, 2)
     assert deq(context).expand((4, 5)).sample().shape == (4, 5, 1, 2, 2)
     assert deq(context).batch_shape == (5,)
-    with pytest.raises(ValueError, match="context_dim=3: call it with a context"):
-        deq.log_prob(n)
-    with pytest.raises(ValueError, match="last dimension 3"):
-        deq.log_prob(n, context[:, :2])
-    with pytest.raises(ValueError, match="context_dim=0"):
-        pf.Dequantized(pixel_flow((1, 2, 2)), 16).log_prob(n, context)
+    refuses(ValueError, "context_dim=3: call it with a context", deq.log_prob, n)
+    refuses(ValueError, "last dimension 3", deq.log_prob, n, context[:, :2])
+    refuses(ValueError, "context_dim=0", pf.Dequantized(pixel_flow((1, 2, 2)), 16).log_prob, n, context)
 
 
 def test_other_modules_than_flows():
@@ -406,34 +394,25 @@ def test_fit_density_names_pixels_beyond_the_levels():
 def test_hostile_pixels(value, message):
     deq = pf.Dequantized(pixel_flow(3), 16)
     for call in (deq.log_prob, deq.scores, deq.intensities):
-        with pytest.raises(ValueError, match=message):
-            call(value)
+        refuses(ValueError, message, call, value)
 
 
 def test_hostile_arguments():
     flow = pixel_flow(3)
     for levels in (1, 0, 2.0, True):
-        with pytest.raises(ValueError, match="Dequantized: expected levels"):
-            pf.Dequantized(flow, levels)
+        refuses(ValueError, "Dequantized: expected levels", pf.Dequantized, flow, levels)
     for draws in (0, -1, 1.5):
-        with pytest.raises(ValueError, match="Dequantized: expected num_noise_samples"):
-            pf.Dequantized(flow, 16, draws)
-    with pytest.raises(ValueError, match="expected seed"):
-        pf.Dequantized(flow, 16, seed=0.5)
-    with pytest.raises(ValueError, match="with 256 levels, got LogitPixels with levels=16"):
-        pf.Dequantized(flow)
+        refuses(ValueError, "Dequantized: expected num_noise_samples", pf.Dequantized, flow, 16, draws)
+    refuses(ValueError, "expected seed", pf.Dequantized, flow, 16, seed=0.5)
+    refuses(ValueError, "with 256 levels, got LogitPixels with levels=16", pf.Dequantized, flow)
     unit = pf.Flow([pf.maf(3), torch.distributions.SigmoidTransform()])
-    with pytest.raises(ValueError, match=r"onto intensities from 0 to 16.*LogitPixels\(\(3,\), levels=16\)"):
-        pf.Dequantized(unit, 16)
+    refuses(ValueError, r"onto intensities from 0 to 16.*LogitPixels\(\(3,\), levels=16\)", pf.Dequantized, unit, 16)
     for other in (nn.Linear(2, 2), dist.Normal(0.0, 1.0), None):
-        with pytest.raises(TypeError, match="expected a Flow, or another module"):
-            pf.Dequantized(other, 16)
+        refuses(TypeError, "expected a Flow, or another module", pf.Dequantized, other, 16)
     with pytest.raises(TypeError, match="expected dequantizer to be a module"):
         pf.Dequantized(flow, 16, dequantizer=lambda pixels: pixels)
-    with pytest.raises(ValueError, match="dequantizer of event shape"):
-        pf.Dequantized(flow, 16, dequantizer=pf.Dequantizer(4))
-    with pytest.raises(TypeError, match="tensor of whole numbers"):
-        pf.Dequantized(flow, 16).log_prob(np.zeros(3))
+    refuses(ValueError, "dequantizer of event shape", pf.Dequantized, flow, 16, dequantizer=pf.Dequantizer(4))
+    refuses(TypeError, "tensor of whole numbers", pf.Dequantized(flow, 16).log_prob, np.zeros(3))
     with pytest.raises(TypeError, match="tensor of whole numbers"):
         pf.Dequantized(flow, 16).log_prob(torch.zeros(3, dtype=torch.complex64))
 
@@ -570,8 +549,7 @@ def test_svi_trains_flow_and_dequantizer(variational):
     still = [name for name, p in deq.named_parameters() if torch.equal(p.detach(), before[name])]
     assert not still
     assert all(pyro.param(f"dequantized$$${name}") is p for name, p in deq.named_parameters())
-    with pytest.raises(ValueError, match=r"expected pixels of shape \(rows, 1, 2, 2\)"):
-        deq.model(n[0])
+    refuses(ValueError, r"expected pixels of shape \(rows, 1, 2, 2\)", deq.model, n[0])
 
 
 def test_variational_bound_beats_the_uniform_one():

@@ -1,7 +1,5 @@
 """What the pictures hold: the numbers drawn, compared with numbers found another way."""
 
-from __future__ import annotations
-
 import inspect
 import math
 import re
@@ -13,6 +11,7 @@ import numpy as np
 import pyro.distributions as dist
 import pytest
 import torch
+from asserts import refuses
 from cases import shake
 from matplotlib import pyplot as plt
 from matplotlib.collections import PathCollection, QuadMesh
@@ -207,37 +206,26 @@ def test_given_axes_are_drawn_into_and_left_as_they_are():
 )
 def test_density_says_what_does_not_fit(arguments, message):
     (model, options) = arguments
-    with pytest.raises(ValueError, match=message):
-        plots.density(model, **options)
+    refuses(ValueError, message, plots.density, model, **options)
     assert not plt.get_fignums(), "an error leaves no figure"
 
 
-def test_density_that_is_nan_is_an_error():
+def test_densities_and_draws_that_are_nan_are_an_error():
     flow = flow_of(2)
     torch.nn.init.constant_(next(flow.chain[0].parameters()), math.nan)
     with pytest.raises(ValueError, match=r"NaN at 16 of 16 points.*locate_nonfinite"):
         plots.density(flow, bounds=((-1, 1), (-1, 1)), points=4)
-
-
-def test_draws_that_are_nan_are_an_error():
-    flow = flow_of(2)
-    torch.nn.init.constant_(next(flow.chain[0].parameters()), math.nan)
     for picture in (plots.density, plots.samples, plots.corner):
-        with pytest.raises(ValueError, match=r"draws are NaN or infinite.*locate_nonfinite"):
-            picture(flow)
+        refuses(ValueError, r"draws are NaN or infinite.*locate_nonfinite", picture, flow)
 
 
 def test_what_is_no_model_is_named():
-    with pytest.raises(TypeError, match=r"Chain is a transform and has no density.*pf\.Flow"):
-        plots.density(pf.maf(2))
-    with pytest.raises(TypeError, match="expected a distribution, a Flow or the result of fitting a flow, got str"):
-        plots.density("maf")
+    refuses(TypeError, r"Chain is a transform and has no density.*pf\.Flow", plots.density, pf.maf(2))
+    refuses(TypeError, "expected a distribution, a Flow or the result of fitting a flow, got str", plots.density, "maf")
     with pytest.raises(TypeError, match="data to be real numbers, got ndarray of dtype complex"):
         plots.density(normal(1.0, 1.0), data=np.ones((3, 2)) * 1j)
-    with pytest.raises(TypeError, match="data to be real numbers, got list"):
-        plots.density(normal(1.0, 1.0), data=[["a", "b"]])
-    with pytest.raises(ValueError, match="built with context_dim=3: give context="):
-        plots.density(flow_of(2, context_dim=3))
+    refuses(TypeError, "data to be real numbers, got list", plots.density, normal(1.0, 1.0), data=[["a", "b"]])
+    refuses(ValueError, "built with context_dim=3: give context=", plots.density, flow_of(2, context_dim=3))
     with pytest.raises(ValueError, match=r"got \(4,\); give one context"):
         plots.density(flow_of(2, context_dim=3), context=torch.zeros(4, 3))
 
@@ -281,14 +269,10 @@ def test_samples_over_a_batch_of_contexts():
 
 
 def test_samples_say_what_does_not_fit():
-    with pytest.raises(ValueError, match="expected two dimensions, got 3; plots"):
-        plots.samples(normal(1.0, 1.0, 1.0))
-    with pytest.raises(ValueError, match="num_samples to be an integer >= 1, got 0"):
-        plots.samples(normal(1.0, 1.0), num_samples=0)
-    with pytest.raises(ValueError, match="got a single number"):
-        plots.samples(torch.tensor(1.0))
-    with pytest.raises(ValueError, match="empty batch shape"):
-        plots.samples(dist.Normal(torch.zeros(2), 1.0))
+    refuses(ValueError, "expected two dimensions, got 3; plots", plots.samples, normal(1.0, 1.0, 1.0))
+    refuses(ValueError, "num_samples to be an integer >= 1, got 0", plots.samples, normal(1.0, 1.0), num_samples=0)
+    refuses(ValueError, "got a single number", plots.samples, torch.tensor(1.0))
+    refuses(ValueError, "empty batch shape", plots.samples, dist.Normal(torch.zeros(2), 1.0))
 
 
 # Corner
@@ -349,18 +333,15 @@ def test_corner_of_many_dimensions_asks_which():
     fig = plots.corner(samples, dims=[12, 3])
     assert [ax.get_xlabel() for ax in fig.axes] == ["", "x[12]", "x[3]"]
     for dims in ([], [13], [-1], [True], [0.5]):
-        with pytest.raises(ValueError, match="dim"):
-            plots.corner(samples, dims=dims)
+        refuses(ValueError, "dim", plots.corner, samples, dims=dims)
     for names in (["a"], "ab"):
-        with pytest.raises(ValueError, match="expected 2 names"):
-            plots.corner(samples, dims=[0, 1], names=names)
+        refuses(ValueError, "expected 2 names", plots.corner, samples, dims=[0, 1], names=names)
 
 
 def test_corner_of_events_of_any_shape():
     model = pf.Flow(pf.realnvp((2, 2), num_layers=2, hidden_dims=(8,)))
     assert len(plots.corner(model, torch.randn(50, 2, 2), num_samples=50).axes) == 10
-    with pytest.raises(ValueError, match=r"data of shape \(rows, 2, 2\), got shape \(50, 4\)"):
-        plots.corner(model, torch.randn(50, 4))
+    refuses(ValueError, r"data of shape \(rows, 2, 2\), got shape \(50, 4\)", plots.corner, model, torch.randn(50, 4))
 
 
 def test_corner_of_degenerate_rows():
@@ -404,8 +385,7 @@ def test_history_of_a_dictionary():
 def test_history_of_a_fit_marks_the_epoch_that_the_fit_kept():
     ax = plots.history(SimpleNamespace(history=RECORD, best_epoch=4))
     assert "best: -1.900 at epoch 4" in curves(ax)
-    with pytest.raises(ValueError, match="best epoch, 9, is not among"):
-        plots.history(SimpleNamespace(history=RECORD, best_epoch=9))
+    refuses(ValueError, "best epoch, 9, is not among", plots.history, SimpleNamespace(history=RECORD, best_epoch=9))
 
 
 def test_history_without_validation_or_with_a_constant_rate():
@@ -437,17 +417,12 @@ def test_history_of_plain_values():
 
 
 def test_history_says_what_does_not_fit():
-    with pytest.raises(ValueError, match=r"values of 'train', got one with \['loss'\]"):
-        plots.history({"loss": [1.0]})
-    with pytest.raises(ValueError, match="values of 'train'"):
-        plots.history({"train": []})
-    with pytest.raises(ValueError, match="lists of equal length"):
-        plots.history({"train": [1.0, 2.0], "validation": [1.0]})
-    with pytest.raises(ValueError, match="at least one value"):
-        plots.history([])
+    refuses(ValueError, r"values of 'train', got one with \['loss'\]", plots.history, {"loss": [1.0]})
+    refuses(ValueError, "values of 'train'", plots.history, {"train": []})
+    refuses(ValueError, "lists of equal length", plots.history, {"train": [1.0, 2.0], "validation": [1.0]})
+    refuses(ValueError, "at least one value", plots.history, [])
     for wrong in (3.0, [[1.0], [2.0]], "ab"):
-        with pytest.raises(TypeError, match="list of numbers"):
-            plots.history(wrong)
+        refuses(TypeError, "list of numbers", plots.history, wrong)
 
 
 # Calibration
@@ -580,16 +555,11 @@ def test_calibration_says_what_does_not_fit():
         plots.calibration(flow, torch.randn(5, 2), torch.randn(4, 1))
     with pytest.raises(ValueError, match=r"context of shape \(rows, context_dim\), got shape \(5, 1, 1\)"):
         plots.calibration(flow, torch.randn(5, 2), torch.randn(5, 1, 1))
-    with pytest.raises(ValueError, match=r"data of shape \(rows, 2\)"):
-        plots.calibration(flow, torch.randn(5, 3), torch.randn(5, 1))
-    with pytest.raises(ValueError, match="last dimension 1"):
-        plots.calibration(flow, torch.randn(5, 2), torch.randn(5, 2))
-    with pytest.raises(ValueError, match="level between 0 and 1"):
-        plots.calibration(normal(1.0, 1.0), torch.randn(5, 2), level=95)
-    with pytest.raises(ValueError, match="num_samples to be an integer"):
-        plots.pit(normal(1.0, 1.0), torch.randn(5, 2), num_samples=0.5)
-    with pytest.raises(ValueError, match="in context are NaN"):
-        plots.pit(flow, torch.randn(5, 2), np.full((5, 1), math.nan))
+    refuses(ValueError, r"data of shape \(rows, 2\)", plots.calibration, flow, torch.randn(5, 3), torch.randn(5, 1))
+    refuses(ValueError, "last dimension 1", plots.calibration, flow, torch.randn(5, 2), torch.randn(5, 2))
+    refuses(ValueError, "level between 0 and 1", plots.calibration, normal(1.0, 1.0), torch.randn(5, 2), level=95)
+    refuses(ValueError, "num_samples to be an integer", plots.pit, normal(1.0, 1.0), torch.randn(5, 2), num_samples=0.5)
+    refuses(ValueError, "in context are NaN", plots.pit, flow, torch.randn(5, 2), np.full((5, 1), math.nan))
     with pytest.raises(ValueError, match="a draw of the model is NaN"):
         plots.pit(dist.Normal(torch.full((1,), math.nan), 1.0, validate_args=False).to_event(1), torch.zeros(3, 1))
 
@@ -609,15 +579,12 @@ def test_documented_signatures_are_the_real_ones():
 def test_both_dtypes_while_the_other_is_the_default(dtype, default_dtype):
     flow = flow_of(2, context_dim=1, dtype=dtype)
     default_dtype(torch.float64 if dtype == torch.float32 else torch.float32)
-    try:
-        context, data = np.zeros(1), np.random.default_rng(0).normal(size=(20, 2))
-        assert plots.density(flow, context=context, data=data, points=10).collections
-        assert plots.samples(flow, data, 10, context=context).collections
-        assert len(plots.corner(flow, data, num_samples=50, context=context).axes) == 3
-        assert plots.calibration(flow, data, np.zeros((20, 1)), num_samples=10).lines
-        assert {parameter.dtype for parameter in flow.parameters()} == {dtype}
-    finally:
-        torch.set_default_dtype(torch.float32)
+    context, data = np.zeros(1), np.random.default_rng(0).normal(size=(20, 2))
+    assert plots.density(flow, context=context, data=data, points=10).collections
+    assert plots.samples(flow, data, 10, context=context).collections
+    assert len(plots.corner(flow, data, num_samples=50, context=context).axes) == 3
+    assert plots.calibration(flow, data, np.zeros((20, 1)), num_samples=10).lines
+    assert {parameter.dtype for parameter in flow.parameters()} == {dtype}
 
 
 def test_nothing_is_remembered_of_a_gradient():

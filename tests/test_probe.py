@@ -1,11 +1,10 @@
 """The mode probe: lost modes are found with their share, and nothing else raises an alarm."""
 
-from __future__ import annotations
-
 import math
 
 import pytest
 import torch
+from asserts import refuses
 from torch.distributions import Independent, MultivariateNormal, Normal
 
 from pyro_flows.infer.search.probe import probe_modes
@@ -265,8 +264,7 @@ def test_errors(options, match):
         "log_evidence": 0.0,
         **options,
     }
-    with pytest.raises(ValueError, match=match):
-        probe_modes(**options)
+    refuses(ValueError, match, probe_modes, **options)
 
 
 def test_nothing_is_made_on_the_default_device():

@@ -1,7 +1,5 @@
 """Flows inside Pyro: as distributions, priors, guides and reparameterisations, by Pyro's own machinery."""
 
-from __future__ import annotations
-
 import inspect
 import math
 import pickle
@@ -33,7 +31,7 @@ from torch.distributions import constraints
 import pyro_flows as pf
 from pyro_flows.distributions import made as heads
 from pyro_flows.infer import AutoFlow
-from tests.cases import CONTEXT_DIM, EACH_FLOW, full_but, shake
+from tests.cases import CONTEXT_DIM, EACH_FLOW, full_but, guide_of, shake
 
 
 def cnf(size, num_layers=None, **options):
@@ -310,11 +308,7 @@ def test_elbo_reaches_the_evidence(name):
     evidence = dist.MultivariateNormal(zero, loadings @ loadings.T + 0.5 * eye).log_prob(observed)
     chain = BUILDERS[name](2, num_layers=4, hidden_dims=()).double()
     flow = pf.Flow(chain, dist.MultivariateNormal(zero, eye))
-
-    def guide():
-        pyro.module("flow", flow)
-        pyro.sample("z", flow())
-
+    guide = guide_of(flow)
     steps = 600
     optimizer = ClippedAdam({"lr": 0.05, "lrd": 0.001 ** (1 / steps)})
     svi = SVI(model, guide, optimizer, Trace_ELBO(num_particles=32, vectorize_particles=True, max_plate_nesting=0))

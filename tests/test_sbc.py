@@ -1,7 +1,5 @@
 """Simulation-based calibration: exact inference is uniform, wrong inference is not, and what cannot be simulated."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np
@@ -9,6 +7,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from asserts import refuses
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
@@ -173,8 +172,7 @@ def test_data_go_to_the_argument_that_is_named():
     assert found.simulations == 10
     with pytest.raises(ValueError, match=r"no argument 'obs' for the data site 'obs', only \['x', 'values', 'scale'\]"):
         simulation_based_calibration(other, fit, x, torch.zeros(6), progress=False)
-    with pytest.raises(ValueError, match="observes nothing"):
-        simulation_based_calibration(other, fit, x, progress=False)
+    refuses(ValueError, "observes nothing", simulation_based_calibration, other, fit, x, progress=False)
     with pytest.raises(ValueError, match=r"observed names \['nil'\]"):
         simulation_based_calibration(other, fit, x, observed={"nil": "values"}, progress=False)
 
@@ -264,8 +262,7 @@ def without_data(y):
     ],
 )
 def test_models_that_cannot_be_simulated(refused, message):
-    with pytest.raises(ValueError, match=message):
-        simulation_based_calibration(refused, conjugate, torch.zeros(()), progress=False)
+    refuses(ValueError, message, simulation_based_calibration, refused, conjugate, torch.zeros(()), progress=False)
 
 
 def test_a_plate_that_takes_all_is_no_subsample():
@@ -285,17 +282,14 @@ def test_fits_that_do_not_fit():
         ({"mu": torch.zeros(99, 3)}, r"got \(99, 3\)"),
         ({"mu": torch.full((99, 2), math.nan)}, "draws of mu are NaN"),
     ):
-        with pytest.raises(ValueError, match=message):
-            calibrate(lambda data, seed, result=result: result)
+        refuses(ValueError, message, calibrate, lambda data, seed, result=result: result)
 
     def fails(data, seed):
         raise FloatingPointError("loss is NaN")
 
-    with pytest.raises(RuntimeError, match=r"fit of simulation 0 \(seed \d+\) failed: loss is NaN"):
-        calibrate(fails)
+    refuses(RuntimeError, r"fit of simulation 0 \(seed \d+\) failed: loss is NaN", calibrate, fails)
     for name in ("simulations", "num_samples"):
-        with pytest.raises(ValueError, match=f"{name} to be an integer >= 2"):
-            calibrate(**{name: 1})
+        refuses(ValueError, f"{name} to be an integer >= 2", calibrate, **{name: 1})
 
 
 def test_default_dtype_does_not_matter(default_dtype):
@@ -359,12 +353,9 @@ def test_picture_is_drawn_into_given_axes_and_says_what_does_not_fit():
     found = calibrate(simulations=20)
     _, ax = plt.subplots()
     assert plots.ranks(found, ax) is ax
-    with pytest.raises(ValueError, match=r"sites among \['mu'\], got \['nu'\]"):
-        plots.ranks(found, sites="nu")
-    with pytest.raises(ValueError, match="'ecdf' or 'histogram'"):
-        plots.ranks(found, kind="bars")
-    with pytest.raises(TypeError, match="got dict"):
-        plots.ranks({})
+    refuses(ValueError, r"sites among \['mu'\], got \['nu'\]", plots.ranks, found, sites="nu")
+    refuses(ValueError, "'ecdf' or 'histogram'", plots.ranks, found, kind="bars")
+    refuses(TypeError, "got dict", plots.ranks, {})
     many = Calibration({"z": torch.randint(20, (30, 40))}, 19)
     for kind in ("ecdf", "histogram"):
         assert plots.ranks(many, kind=kind).get_legend() is None

@@ -1,7 +1,5 @@
 """Causal flows of series: triangular in time, step by step as in one piece, forecasts, and units by channel."""
 
-from __future__ import annotations
-
 import copy
 import math
 import pickle
@@ -10,8 +8,10 @@ import pyro.distributions as dist
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import full_but, shake
-from test_mint import check_layer, jacobian, layer, longest_chains
+from asserts import refuses
+from cases import Calls, full_but, scaled, shake, train
+from oracles import jacobians
+from test_mint import check_layer, layer, longest_chains
 from torch.distributions import AffineTransform, ExpTransform
 
 import pyro_flows as pf
@@ -66,23 +66,13 @@ def far(chain, by=0.2):
 
 def three_times(chain):
     """With all parameters, moved a little, three times as large."""
-    chain = far(chain, 0.1)
-    with torch.no_grad():
-        for p in chain.parameters():
-            p.mul_(3)
-    return chain
+    return scaled(far(chain, 0.1), 3)
 
 
-def trained(chain, steps=30):
+def trained(chain):
     """After some steps on series that wander."""
-    chain = chain.double()
     data = torch.randn(64, *chain.event_shape, dtype=DOUBLE).cumsum(-1).tanh() * 2 + 1
-    optimiser = torch.optim.Adam(chain.parameters(), lr=0.02)
-    for _ in range(steps):
-        optimiser.zero_grad()
-        x, ladj = chain.inverse_and_ladj(data)
-        (0.5 * x.square().sum((1, 2)) - ladj).mean().backward()
-        optimiser.step()
+    train(pf.Flow(chain).double(), data, 30, 0.02)
     return chain.eval()
 
 
@@ -97,7 +87,7 @@ def check_triangular(chain, slack=1.0):
     y = torch.randn(2, channels, times, dtype=DOUBLE, requires_grad=True)
     context = torch.randn(2, chain.context_dim, dtype=DOUBLE) if chain.context_dim else None
     x, ladj = chain.inverse_and_ladj(y, context)
-    full = by_time(jacobian(x, y), channels, times)
+    full = by_time(jacobians(x, y), channels, times)
     assert (full.triu(1) == 0).all() and (full.tril(-1) != 0).any()
     slopes = full.diagonal(dim1=1, dim2=2)
     assert (slopes > 0).all()
@@ -177,7 +167,7 @@ def test_reach_of_chains():
 def rounding(move, at):
     """What roundings of ``at`` may move its image by, through the slopes there."""
     at = at.detach().requires_grad_()
-    moved = jacobian(move(at)[0], at).abs() @ at.detach().abs().flatten(1).unsqueeze(-1)
+    moved = jacobians(move(at)[0], at).abs() @ at.detach().abs().flatten(1).unsqueeze(-1)
     return 100 * torch.finfo(DOUBLE).eps * moved.view(at.shape)
 
 
@@ -216,7 +206,7 @@ def test_round_trips(name):
         back = single.inverse_and_ladj(y)[0]
         # Far out, a rounding of y alone moves x by more.
         given = y.double().detach().requires_grad_()
-        slopes = jacobian(chain.inverse_and_ladj(given)[0], given).abs()
+        slopes = jacobians(chain.inverse_and_ladj(given)[0], given).abs()
         moved = (slopes @ given.detach().abs().flatten(1).unsqueeze(-1)).view(x.shape)
         eps = torch.finfo(torch.float32).eps
         assert ((back - x).abs() <= 1e-4 * (1 + x.abs()) + 100 * eps * moved).all()
@@ -233,18 +223,12 @@ def test_gradients_of_sampling(name, context_dim):
     more = (torch.randn(2, 1, dtype=DOUBLE, requires_grad=True),) if context_dim else ()
     names, params = zip(*chain.named_parameters(), strict=True)
 
-    class Both(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = chain
-
-        def forward(self, *args):
-            return self.inner.forward_and_ladj(*args)
+    both = Calls(chain, "forward_and_ladj")
 
     def run(x, *rest):
         given, params = rest[: len(more)], rest[len(more) :]
         return torch.func.functional_call(
-            Both(), {f"inner.{n}": p for n, p in zip(names, params, strict=True)}, (x, *given)
+            both, {f"inner.{n}": p for n, p in zip(names, params, strict=True)}, (x, *given)
         )
 
     assert torch.autograd.gradcheck(run, (x, *more, *params), fast_mode=True)
@@ -261,8 +245,7 @@ def test_draws_with_and_without_a_graph_are_the_same(name, monkeypatch):
     with torch.no_grad():
         plain = move(x, context)
     assert graph[0].requires_grad and not plain[0].requires_grad
-    for got, want in zip(plain, graph, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(plain, graph, rtol=1e-10, atol=1e-10)
 
 
 def test_nothing_depends_on_the_length():
@@ -323,32 +306,29 @@ def test_streams_of_inverses(name):
     torch.testing.assert_close(torch.stack(moved, -1), y, rtol=1e-7, atol=1e-7)
 
 
-def test_streams_know_all_that_a_chain_may_hold():
+def test_streams_know_all_that_a_chain_may_hold(default_dtype):
     """Standardisations, rescalings, elementwise parts, inverses, conditioned parts, another base, other dtypes."""
     context = torch.randn(3, dtype=DOUBLE)
     for single in (False, True):
         dtype, other = (torch.float32, DOUBLE) if single else (DOUBLE, torch.float32)
-        torch.set_default_dtype(other)
-        try:
-            event = (2, 8)
-            rescaling = pf.Rescaling(event)
-            with torch.no_grad():
-                rescaling.log_scale.add_(torch.tensor([[0.3], [-0.2]]))
-            parts = [
-                far(iaf(event), 0.1).inv,
-                rescaling,
-                far(maf(event, context_dim=3), 0.1).condition(context),
-                pf.Standardization(torch.tensor([[0.5], [1.0]]), torch.tensor([[2.0], [0.3]]), event_shape=event),
-                far(mint(event, num_layers=1), 0.1),
-                AffineTransform(0.5, 2.0),
-                ExpTransform(),
-            ]
-            chain = pf.Chain(parts).to(dtype).eval()
-            flow = pf.Flow(chain, dist.StudentT(torch.full(event, 5.0), 0.5, 2.0).to_event(2)).to(dtype)
-            y = torch.rand(4, *event, dtype=dtype) + 0.5
-            got = pickle.loads(pickle.dumps(Stream(flow, (4,)))).observe(y)
-        finally:
-            torch.set_default_dtype(torch.float32)
+        default_dtype(other)
+        event = (2, 8)
+        rescaling = pf.Rescaling(event)
+        with torch.no_grad():
+            rescaling.log_scale.add_(torch.tensor([[0.3], [-0.2]]))
+        parts = [
+            far(iaf(event), 0.1).inv,
+            rescaling,
+            far(maf(event, context_dim=3), 0.1).condition(context),
+            pf.Standardization(torch.tensor([[0.5], [1.0]]), torch.tensor([[2.0], [0.3]]), event_shape=event),
+            far(mint(event, num_layers=1), 0.1),
+            AffineTransform(0.5, 2.0),
+            ExpTransform(),
+        ]
+        chain = pf.Chain(parts).to(dtype).eval()
+        flow = pf.Flow(chain, dist.StudentT(torch.full(event, 5.0), 0.5, 2.0).to_event(2)).to(dtype)
+        y = torch.rand(4, *event, dtype=dtype) + 0.5
+        got = pickle.loads(pickle.dumps(Stream(flow, (4,)))).observe(y)
         assert got.dtype == dtype
         close = {"rtol": 1e-3, "atol": 1e-3} if single else {"rtol": 1e-10, "atol": 1e-10}
         torch.testing.assert_close(got.sum(-1), flow.log_prob(y), **close)
@@ -583,33 +563,26 @@ def test_what_streams_refuse():
         (pf.Chain([maf(event), by_time]), r"Standardization .*loc differs between times"),
         (pf.Chain([maf(event), shifts]), r"Wrap .*AffineTransform is no map of single numbers"),
     ]:
-        with pytest.raises(ValueError, match=message):
-            Stream(pf.Flow(chain))
-    with pytest.raises(ValueError, match="Rescaling: with a context"):
-        pf.Rescaling(event, context_dim=1).stepper(2, torch.randn(2, 1))
+        refuses(ValueError, message, Stream, pf.Flow(chain))
+    refuses(ValueError, "Rescaling: with a context", pf.Rescaling(event, context_dim=1).stepper, 2, torch.randn(2, 1))
     base = pf.DiagonalNormal(event, learnable=True)
     with torch.no_grad():
         base.loc.normal_()
-    with pytest.raises(ValueError, match=r"base, Normal: its loc differs between times"):
-        Stream(pf.Flow(maf(event), base))
+    refuses(ValueError, r"base, Normal: its loc differs between times", Stream, pf.Flow(maf(event), base))
     with pytest.raises(ValueError, match="independent dimensions"):
         Stream(pf.Flow(maf((1, 2)), dist.MultivariateNormal(torch.zeros(2), torch.eye(2)).expand((1,)).to_event(1)))
-    with pytest.raises(ValueError, match=r"series \(C, T\), got event shape \(3,\)"):
-        Stream(pf.Flow(pf.maf(3)))
-    with pytest.raises(TypeError, match=r"expected a Flow.*got Chain"):
-        Stream(maf(event))
+    refuses(ValueError, r"series \(C, T\), got event shape \(3,\)", Stream, pf.Flow(pf.maf(3)))
+    refuses(TypeError, r"expected a Flow.*got Chain", Stream, maf(event))
 
 
 def test_what_streams_say_of_values():
     stream = Stream(pf.Flow(maf((2, 4))), (3,))
     with pytest.raises(ValueError, match=r"one step of shape \(3, 2\).*n steps, \(3, 2, 'n'\), got shape \(2,\)"):
         stream.observe(torch.randn(2))
-    with pytest.raises(ValueError, match="expected one step"):
-        stream.step(torch.randn(3, 2, 1))
+    refuses(ValueError, "expected one step", stream.step, torch.randn(3, 2, 1))
     with pytest.raises(TypeError, match=r"y is torch\.float64 but the parameters are torch\.float32"):
         stream.observe(torch.randn(3, 2, dtype=DOUBLE))
-    with pytest.raises(TypeError, match="expected a tensor as y, got list"):
-        stream.observe([[0.0]])
+    refuses(TypeError, "expected a tensor as y, got list", stream.observe, [[0.0]])
     for wrong in (torch.nan, torch.inf, -torch.inf):
         with pytest.raises(ValueError, match=r"expected finite values in the support.*missing"):
             stream.observe(torch.full((3, 2), wrong))
@@ -617,11 +590,9 @@ def test_what_streams_say_of_values():
             stream.step(torch.full((3, 2), wrong))
     assert stream.steps == 0 and stream.observe(torch.zeros(3, 2)).isfinite().all()  # nothing was taken
     for shape in (3, (-1,), (1.5,), (True,), "3"):
-        with pytest.raises(ValueError, match=r"batch_shape to be a shape such as \(\) or \(5,\), got"):
-            Stream(stream.flow, shape)
+        refuses(ValueError, r"batch_shape to be a shape such as \(\) or \(5,\), got", Stream, stream.flow, shape)
     for steps, num_samples in ((0, 1), (1, 0), (True, 1), (1.0, 1)):
-        with pytest.raises(ValueError, match="integer >= 1"):
-            stream.forecast(steps, num_samples)
+        refuses(ValueError, "integer >= 1", stream.forecast, steps, num_samples)
     flow = pf.Flow(maf((2, 4), context_dim=1))
     with pytest.raises(ValueError, match="context_dim=1: call it with a context, give context="):
         Stream(flow)
@@ -649,26 +620,20 @@ def test_a_step_that_fails_halfway():
     flow = pf.Flow(far(pf.Chain([maf((1, 4)), mint((1, 4), num_layers=1, max_sweeps=1)]), 0.5))
     stream, y = Stream(flow, (2,)), torch.randn(2, 1, dtype=DOUBLE)
     want, before = stream.copy().observe(y), stream.copy()
-    with pytest.raises(RuntimeError, match="max_sweeps"):
-        stream.step(torch.full((2, 1), 3.0, dtype=DOUBLE))
+    refuses(RuntimeError, "max_sweeps", stream.step, torch.full((2, 1), 3.0, dtype=DOUBLE))
     for act in (stream.sample, lambda: stream.observe(y), stream.copy().sample, lambda: stream.forecast(1, 2)):
-        with pytest.raises(RuntimeError, match=r"stopped an earlier step halfway.*\.copy\(\) made before"):
-            act()
+        refuses(RuntimeError, r"stopped an earlier step halfway.*\.copy\(\) made before", act)
     torch.testing.assert_close(before.observe(y), want)
 
 
 def test_builders_refuse():
-    with pytest.raises(ValueError, match=r"series \(C, T\) for causal=True"):
-        pf.mintnet((1, 4, 4), causal=True)
-    with pytest.raises(ValueError, match="needs squeeze=0"):
-        pf.mintnet((1, 4), causal=True, squeeze=1)
+    refuses(ValueError, r"series \(C, T\) for causal=True", pf.mintnet, (1, 4, 4), causal=True)
+    refuses(ValueError, "needs squeeze=0", pf.mintnet, (1, 4), causal=True, squeeze=1)
     with pytest.raises(ValueError, match=r"needs order='position', got order='channel'; leave order out"):
         pf.mintnet((1, 4), causal=True, order="channel")
     for given in (0, (), (1, 0), (True,), 1.5 * torch.ones(1), 1.5):
-        with pytest.raises(ValueError, match="dilations to be positive integers"):
-            pf.mintnet((1, 4), dilations=given)
-    with pytest.raises(ValueError, match="dilation to be an integer"):
-        pf.Mint((1, 4), dilation=0)
+        refuses(ValueError, "dilations to be positive integers", pf.mintnet, (1, 4), dilations=given)
+    refuses(ValueError, "dilation to be an integer", pf.Mint, (1, 4), dilation=0)
     for options, message in [
         ({"hidden_channels": 1}, "hidden_channels to be an integer >= 2, got 1"),
         ({"kernel_size": 1}, "kernel_size to be an integer >= 2"),
@@ -676,14 +641,10 @@ def test_builders_refuse():
         ({"fast": "both"}, "fast to be"),
         ({"dilations": (0,)}, "dilations to be positive"),
     ]:
-        with pytest.raises(ValueError, match=message):
-            CausalAutoregressive((2, 4), **options)
-    with pytest.raises(ValueError, match="circle"):
-        CausalAutoregressive((2, 4), pf.Spline(boundary="circular"))
-    with pytest.raises(ValueError, match=r"series \(C, T\), got event shape \(4,\)"):
-        pf.causal_maf((4,))
-    with pytest.raises(ValueError, match="num_layers"):
-        pf.causal_maf((1, 4), num_layers=0)
+        refuses(ValueError, message, CausalAutoregressive, (2, 4), **options)
+    refuses(ValueError, "circle", CausalAutoregressive, (2, 4), pf.Spline(boundary="circular"))
+    refuses(ValueError, r"series \(C, T\), got event shape \(4,\)", pf.causal_maf, (4,))
+    refuses(ValueError, "num_layers", pf.causal_maf, (1, 4), num_layers=0)
 
 
 # Scores of whole series
@@ -709,26 +670,21 @@ def test_shorter_series_in_a_padded_batch(name):
         assert (scores[k, n:] == 0).all()
         parts = torch.autograd.grad(flow.log_prob(y[k, :, :n]), list(flow.parameters()))
         total = [a + b for a, b in zip(total, parts, strict=True)] if k else list(parts)
-    for got, want in zip(grads, total, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(grads, total, rtol=1e-8, atol=1e-8)
 
 
 def test_what_step_log_prob_refuses():
     y = torch.randn(3, 2, 4)
-    with pytest.raises(ValueError, match="another order than time"):
-        step_log_prob(pf.Flow(pf.mintnet((2, 4), one_sided=True)), y)
-    with pytest.raises(ValueError, match="in no order that is known"):
-        step_log_prob(pf.Flow(pf.glow((2, 4), num_scales=1)), y)
+    refuses(ValueError, "another order than time", step_log_prob, pf.Flow(pf.mintnet((2, 4), one_sided=True)), y)
+    refuses(ValueError, "in no order that is known", step_log_prob, pf.Flow(pf.glow((2, 4), num_scales=1)), y)
     flow = pf.Flow(maf((2, 4)))
     for lengths in (torch.tensor([0, 1, 2]), torch.tensor([1, 2, 5]), torch.ones(3), torch.ones(3).bool()):
-        with pytest.raises(ValueError, match="integers from 1 to 4"):
-            step_log_prob(flow, y, lengths=lengths)
+        refuses(ValueError, "integers from 1 to 4", step_log_prob, flow, y, lengths=lengths)
     with pytest.raises(ValueError, match=r"broadcast to the batch \(3,\), one for each series, got shape \(2,\)"):
         step_log_prob(flow, y, lengths=[1, 2])
     with pytest.raises(ValueError, match=r"trailing shape \(2, 4\), got shape \(3, 2, 5\)"):
         step_log_prob(flow, torch.randn(3, 2, 5), lengths=[1, 2, 3])
-    with pytest.raises(TypeError, match="expected a tensor, got list"):
-        step_log_prob(flow, [[0.0]], lengths=[1])
+    refuses(TypeError, "expected a tensor, got list", step_log_prob, flow, [[0.0]], lengths=[1])
     with pytest.raises(ValueError, match="outside of it; pad series, and give their lengths"):
         step_log_prob(flow, y * torch.nan, lengths=[1, 2, 3])
 
@@ -834,10 +790,8 @@ def test_standardisations_of_many_places():
     whole = pf.Standardization(loc.expand(2, 4), scale.expand(2, 4))
     few = pf.Standardization(loc, scale, event_shape=(2, 4))
     x = torch.randn(3, 2, 4)
-    for a, b in zip(whole.forward_and_ladj(x), few.forward_and_ladj(x), strict=True):
-        torch.testing.assert_close(a, b)
-    for a, b in zip(whole.inverse_and_ladj(x), few.inverse_and_ladj(x), strict=True):
-        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(whole.forward_and_ladj(x), few.forward_and_ladj(x))
+    torch.testing.assert_close(whole.inverse_and_ladj(x), few.inverse_and_ladj(x))
     assert few.shared_over_time and whole.shared_over_time
     assert not pf.Standardization(torch.randn(2, 4), torch.ones(2, 4)).shared_over_time
     with pytest.raises(ValueError, match=r"broadcast to event_shape \(2, 4\)"):

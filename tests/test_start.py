@@ -1,12 +1,11 @@
 """Climbs and the Gaussian that a guide begins with, against Gaussians, regressions and hostile densities."""
 
-from __future__ import annotations
-
 import math
 import time
 
 import pytest
 import torch
+from asserts import refuses
 from torch.distributions import MultivariateNormal, Normal
 
 from pyro_flows.infer.search.climb import SafeDensity, climb
@@ -157,8 +156,7 @@ def test_climb_stops_where_there_is_no_top():
     paths = climb(lambda z: z.sum(-1), torch.zeros(2, 3, dtype=torch.float64), memory=None, steps=20)
     assert not paths.converged.any()
     assert max(map(len, paths.values)) <= 21
-    with pytest.raises(ValueError, match=r"starts of shape \(S, D\)"):
-        climb(lambda z: z.sum(-1), torch.zeros(3))
+    refuses(ValueError, r"starts of shape \(S, D\)", climb, lambda z: z.sum(-1), torch.zeros(3))
 
 
 @pytest.mark.parametrize("dim", [2, 10])
@@ -187,8 +185,7 @@ def test_safe_density_finds_the_guilty_rows():
     assert set(seen) == {torch.float32}
     assert isinstance(safe.error, torch.linalg.LinAlgError)
     assert safe.values(z[:0]).shape == (0,)
-    with pytest.raises(TypeError, match=r"expected shape \(8,\)"):
-        SafeDensity(lambda z: z, torch.zeros(1)).values(z)
+    refuses(TypeError, r"expected shape \(8,\)", SafeDensity(lambda z: z, torch.zeros(1)).values, z)
     with torch.no_grad():
         assert (safe.gradients(z)[1] != 0).any()
 
@@ -373,8 +370,7 @@ def test_errors_of_a_model_that_is_wrong_pass_through():
     def density(z):
         raise TypeError("missing argument")
 
-    with pytest.raises(TypeError, match="missing argument"):
-        find_start(density, torch.zeros(2))
+    refuses(TypeError, "missing argument", find_start, density, torch.zeros(2))
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,12 @@
 """Verdicts on guides whose errors are known: none that is wrong may pass."""
 
-from __future__ import annotations
-
 import math
 import re
 from types import SimpleNamespace
 
 import pytest
 import torch
+from asserts import refuses
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal, StudentT, Uniform
 
 from pyro_flows.infer.diagnostics.moments import compare_moments, scalar_names
@@ -247,12 +246,10 @@ def test_draws_that_failed_do_not_spoil_moments():
 
 
 def test_moments_say_what_does_not_fit():
-    with pytest.raises(ValueError, match=r"each of 10 draws, got \(9,\)"):
-        compare_moments(torch.zeros(10, 2), torch.zeros(9))
+    refuses(ValueError, r"each of 10 draws, got \(9,\)", compare_moments, torch.zeros(10, 2), torch.zeros(9))
     with pytest.raises(ValueError, match="as many draws of every site"):
         compare_moments({"a": torch.zeros(3), "b": torch.zeros(4)}, torch.zeros(3))
-    with pytest.raises(ValueError, match="dim to be an integer"):
-        widening(0)
+    refuses(ValueError, "dim to be an integer", widening, 0)
 
 
 # Words

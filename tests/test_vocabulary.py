@@ -1,7 +1,5 @@
 """One name for one thing, and American spelling."""
 
-from __future__ import annotations
-
 import importlib
 import inspect
 import pkgutil

@@ -1,7 +1,5 @@
 """Torch's and Pyro's own transforms at the end of a flow: every constraint of ``biject_to``, alone and put together."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 
@@ -10,6 +8,7 @@ import pyro.distributions as dist
 import pyro.distributions.transforms as pyro_transforms
 import pytest
 import torch
+from asserts import refuses
 from cases import shake
 from pyro.distributions import TransformModule, constraints
 from torch.autograd.functional import jacobian
@@ -84,8 +83,7 @@ def test_every_constraint(name, extra, event):
     onto = biject_to(independent(known, extra) if extra else known)
     own = onto.domain.event_dim
     if own > len(event):
-        with pytest.raises(ValueError, match=f"Wrap: .* acts on {own} event dimensions, got event shape"):
-            made([onto], event)
+        refuses(ValueError, f"Wrap: .* acts on {own} event dimensions, got event shape", made, [onto], event)
         return
     flow = made([onto], event)
     with pyro.validation_enabled(True):
@@ -258,8 +256,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("build, event, message", REFUSED.values(), ids=REFUSED)
 def test_refused_when_it_is_built(build, event, message):
-    with pytest.raises(ValueError, match=f"Wrap: .*{message}"):
-        pf.Chain([pf.Rescaling(event), build()])
+    refuses(ValueError, f"Wrap: .*{message}", pf.Chain, [pf.Rescaling(event), build()])
 
 
 def test_caches_of_torch_are_not_kept():

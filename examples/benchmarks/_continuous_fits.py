@@ -6,18 +6,15 @@ of the best held-out score; scores are log-likelihoods of test rows, nats per ro
 power plant in standardized units.
 """
 
-from __future__ import annotations
-
 import functools
 import statistics
 import time
-import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from _runs import Row, complete, markdown, power_plant, spread
+from _runs import Row, alone, complete, markdown, power_plant, spread
 from torch import Tensor
 
 import pyro_flows as pf
@@ -28,10 +25,7 @@ PLANES = ("moons", "checkerboard", "spirals")
 SETS = (*PLANES, "power_plant")
 MODELS = ("cnf", "cnf, matched", "realnvp", "maf", "nsf")
 CNF = {"rtol": 1e-3, "atol": 1e-3}  # enough to learn by; scores are solved to 1e-6
-OBJECTIVES = {
-    "cnf, matched": FlowMatching(),
-    "cnf, matched by transport": FlowMatching(coupling="optimal_transport"),
-}
+OBJECTIVES = {"cnf, matched": FlowMatching(), "cnf, matched by transport": FlowMatching(coupling="optimal_transport")}
 
 
 def rows_of(name: str, seed: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -59,9 +53,7 @@ def flow_of(name: str, model: str, dims: int) -> pf.Flow:
 
 def fitted(name: str, model: str, seed: int, seconds: float, rows: int) -> Row:
     """One fit, in the worker."""
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    torch.distributions.Distribution.set_default_validate_args(False)
+    alone()
     training.time = SimpleNamespace(monotonic=time.process_time)
     train, validation, test = rows_of(name, seed, rows)
     torch.manual_seed(seed)

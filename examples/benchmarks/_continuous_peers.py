@@ -6,8 +6,6 @@ automatic differentiation for the trace, the adjoint with its seminorm, or gradi
 returns named calls; each library is imported only in the worker process that times it.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -78,14 +76,6 @@ def _normal(z: Tensor) -> Tensor:
     return torch.distributions.Normal(0.0, 1.0).log_prob(z).sum(-1)
 
 
-def _quietly(call: Callable[[], object]) -> Callable[[], object]:
-    def run() -> object:
-        with torch.no_grad():
-            return call()
-
-    return run
-
-
 def ours(case: Case) -> Calls:
     import pyro_flows as pf
 
@@ -110,8 +100,8 @@ def ours(case: Case) -> Calls:
 
         calls[f"evaluations, {name}"] = count
         if name == "default":
-            calls["log_prob"] = _quietly(lambda flow=flow: flow.log_prob(x))
-            calls["sample"] = _quietly(lambda flow=flow: flow.sample((case.batch,)))
+            calls["log_prob"] = torch.no_grad()(lambda flow=flow: flow.log_prob(x))
+            calls["sample"] = torch.no_grad()(lambda flow=flow: flow.sample((case.batch,)))
     return calls
 
 
@@ -132,8 +122,8 @@ def zuko(case: Case) -> Calls:
     return {
         "adjoint": _stepping(plain, log_prob, x),
         "evaluations, adjoint": _counting(plain, log_prob, x),
-        "log_prob": _quietly(lambda: log_prob(x)),
-        "sample": _quietly(lambda: flow().sample((case.batch,))),
+        "log_prob": torch.no_grad()(lambda: log_prob(x)),
+        "sample": torch.no_grad()(lambda: flow().sample((case.batch,))),
     }
 
 
@@ -184,8 +174,8 @@ def torchdiffeq(case: Case) -> Calls:
         "backprop": _stepping(plain, backprop, x),
         "evaluations, adjoint": _counting(plain, adjoint, x),
         "evaluations, backprop": _counting(plain, backprop, x),
-        "log_prob": _quietly(lambda: backprop(x)),
-        "sample": _quietly(sample),
+        "log_prob": torch.no_grad()(lambda: backprop(x)),
+        "sample": torch.no_grad()(sample),
     }
 
 

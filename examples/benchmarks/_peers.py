@@ -4,10 +4,8 @@ Every layer is a MADE with hidden layers [H, H], ReLU and an affine head, with d
 builder returns named calls; each library is imported only in the worker process that times it.
 """
 
-from __future__ import annotations
-
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,6 +21,10 @@ class Case(NamedTuple):
     width: int
     layers: int
     batch: int
+
+
+def sizes(case: Case) -> str:
+    return ", ".join(map(str, case))
 
 
 def _trainer(model: nn.Module, log_prob: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], None]:
@@ -82,21 +84,25 @@ def flow_calls(
     }
 
 
-def ours(case: Case) -> Calls:
+def chain_calls(chain: nn.Module, case: Case) -> Calls:
+    """A chain of this package as a flow, by the distribution that Pyro makes of it."""
     import pyro.distributions as dist
 
+    base = dist.Normal(torch.zeros(case.dim), torch.ones(case.dim)).to_event(1)
+    flow = dist.TransformedDistribution(base, [chain])
+    return flow_calls(chain, flow.log_prob, chain.forward_and_ladj, case)
+
+
+def ours(case: Case) -> Calls:
     import pyro_flows as pf
 
     chain = pf.maf(case.dim, num_layers=case.layers, hidden_dims=(case.width,) * 2, activation="relu")
     with torch.no_grad():
         for layer in chain:  # as the others start: away from the identity
             layer.net.tensors()[0][-1].normal_(std=case.width**-0.5 / 3)
-    base = dist.Normal(torch.zeros(case.dim), torch.ones(case.dim)).to_event(1)
-    flow = dist.TransformedDistribution(base, [chain])
-    calls = flow_calls(chain, flow.log_prob, chain.forward_and_ladj, case)
-    sizes = (case.dim, case.width, case.width, 2 * case.dim)
+    calls = chain_calls(chain, case)
     parts: list[nn.Module] = []
-    for fan_in, fan_out in itertools.pairwise(sizes):
+    for fan_in, fan_out in itertools.pairwise((case.dim, case.width, case.width, 2 * case.dim)):
         parts += [nn.Linear(fan_in, fan_out), nn.ReLU()]
     dense = nn.Sequential(*parts[:-1])
 
@@ -140,19 +146,28 @@ def pyro_calls(layers: nn.ModuleList, ladj: str, case: Case) -> Calls:
 def zuko(case: Case) -> Calls:
     import zuko
 
-    flow = zuko.flows.MAF(case.dim, transforms=case.layers, hidden_features=(case.width,) * 2)
+    return zuko_calls(zuko.flows.MAF(case.dim, transforms=case.layers, hidden_features=(case.width,) * 2), case)
 
+
+def zuko_calls(flow: nn.Module, case: Case) -> Calls:
     def solve(z: Tensor) -> tuple[Tensor, Tensor]:
-        transform = flow.transform(None)
-        return transform.inv.call_and_ladj(z)
+        return flow.transform(None).inv.call_and_ladj(z)
 
     return flow_calls(flow, lambda x: flow().log_prob(x), solve, case)
 
 
-def nflows(case: Case) -> Calls:
-    from nflows import transforms
+def nflows_calls(parts: Sequence[nn.Module], case: Case) -> Calls:
     from nflows.distributions.normal import StandardNormal
     from nflows.flows.base import Flow
+    from nflows.transforms import CompositeTransform
+
+    chain = CompositeTransform(parts)
+    flow = Flow(chain, StandardNormal([case.dim]))
+    return flow_calls(flow, flow.log_prob, chain.inverse, case)
+
+
+def nflows(case: Case) -> Calls:
+    from nflows import transforms
 
     parts: list[nn.Module] = []
     for k in range(case.layers):
@@ -163,9 +178,7 @@ def nflows(case: Case) -> Calls:
                 case.dim, case.width, num_blocks=1, use_residual_blocks=False
             )
         )
-    chain = transforms.CompositeTransform(parts)
-    flow = Flow(chain, StandardNormal([case.dim]))
-    return flow_calls(flow, flow.log_prob, chain.inverse, case)
+    return nflows_calls(parts, case)
 
 
 def normflows(case: Case) -> Calls:
@@ -177,13 +190,14 @@ def normflows(case: Case) -> Calls:
             parts.append(normflows.flows.Permute(case.dim, mode="swap"))
         made = normflows.flows.MaskedAffineAutoregressive(case.dim, case.width, num_blocks=1, use_residual_blocks=False)
         parts.append(normflows.flows.Reverse(made))
-    base = normflows.distributions.DiagGaussian(case.dim, trainable=False)
-    flow = normflows.NormalizingFlow(base, parts)
+    return normflows_calls(parts, case)
 
-    def solve(z: Tensor) -> tuple[Tensor, Tensor]:
-        return flow.forward_and_log_det(z)
 
-    return flow_calls(flow, flow.log_prob, solve, case)
+def normflows_calls(parts: Sequence[nn.Module], case: Case) -> Calls:
+    import normflows
+
+    flow = normflows.NormalizingFlow(normflows.distributions.DiagGaussian(case.dim, trainable=False), parts)
+    return flow_calls(flow, flow.log_prob, flow.forward_and_log_det, case)
 
 
 LIBRARIES: dict[str, Callable[[Case], Calls]] = {

@@ -1,7 +1,5 @@
 """Pyro's own guides and its NUTS on a posterior of ``_posteriors.py``, scored as ``posteriors.py`` scores."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 

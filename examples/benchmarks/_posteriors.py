@@ -6,8 +6,6 @@ the names of the program's parameters.  All models run for many draws at once: w
 dimensions to the left alone.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import zipfile

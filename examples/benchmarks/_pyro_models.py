@@ -4,8 +4,6 @@ Data are simulated at fixed seeds, but for the five points of the mixture and th
 printed by Efron and Morris (1975), "Data analysis using Stein's estimator and its generalizations".
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Callable
@@ -221,9 +219,7 @@ def cjs_2(history: Tensor, sex: Tensor) -> None:
     """One for each interval."""
     rho = pyro.sample("rho", dist.Uniform(torch.zeros(()), 1.0))
     _captures(
-        history,
-        rho,
-        lambda t: pyro.sample(f"phi_{t}", dist.Uniform(torch.zeros(()), 1.0)) if t else torch.ones(()),
+        history, rho, lambda t: pyro.sample(f"phi_{t}", dist.Uniform(torch.zeros(()), 1.0)) if t else torch.ones(())
     )
 
 
@@ -358,17 +354,7 @@ def cases() -> list[Case]:
     """All models that an autoguide can have, but for the hidden Markov model."""
     points, hits = torch.tensor(POINTS), torch.tensor(HITS, dtype=torch.float32)
     history, sex = cjs_data()
-    found = [
-        Case(
-            "gmm",
-            gmm,
-            (points,),
-            AutoDelta,
-            discrete=True,
-            rates=(0.1, 0.01),
-            truth=gmm_evidence(points),
-        ),
-    ]
+    found = [Case("gmm", gmm, (points,), AutoDelta, discrete=True, rates=(0.1, 0.01), truth=gmm_evidence(points))]
     for model in (pooled, not_pooled, partially_pooled, logit_pooled):
         truth = baseball_evidence(model.__name__, hits)
         found.append(Case(f"baseball, {model.__name__.replace('_', ' ')}", model, (hits,), truth=truth))

@@ -1,12 +1,11 @@
 """What the benchmarks share: command lines, runs in processes of their own that are kept as lines of JSON, tables."""
 
-from __future__ import annotations
-
 import json
 import platform
 import statistics
 import sys
 import time
+import warnings
 from argparse import Namespace
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -25,6 +24,8 @@ from _script import command, digits, power_plant, save_rows  # noqa: E402
 __all__ = [
     "EXAMPLES",
     "Row",
+    "Table",
+    "alone",
     "between",
     "command",
     "complete",
@@ -33,6 +34,7 @@ __all__ = [
     "markdown",
     "power_plant",
     "save_rows",
+    "shaken",
     "spread",
     "trained",
 ]
@@ -89,6 +91,35 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table."""
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+class Table:
+    """A table whose rows are printed as they come, and all together by ``str``."""
+
+    def __init__(self, *header: str) -> None:
+        self.header, self.rows = header, []
+
+    def add(self, *row: str) -> None:
+        self.rows.append(row)
+        print("  ".join(row), flush=True)
+
+    def __str__(self) -> str:
+        return markdown(self.header, self.rows)
+
+
+def alone() -> None:
+    """Prepares a process that measures: one thread, no warnings, no validation of arguments."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    torch.distributions.Distribution.set_default_validate_args(False)
+
+
+@torch.no_grad()
+def shaken(model: nn.Module, scale: float) -> nn.Module:
+    """A model with normal noise on its parameters, so that there is something to solve."""
+    for parameter in model.parameters():
+        parameter.add_(scale * torch.randn_like(parameter))
+    return model
 
 
 def between(values: Sequence[float], digits: int = 2) -> str:

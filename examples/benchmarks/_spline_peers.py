@@ -4,15 +4,13 @@ All have eight bins on [-5, 5] and the identity beyond.  Networks have hidden la
 named calls; each library is imported only in the worker process that times it.
 """
 
-from __future__ import annotations
-
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from _peers import Calls, Case, flow_calls, frozen, pyro_calls
+from _peers import Calls, Case, chain_calls, frozen, nflows_calls, normflows_calls, pyro_calls, zuko_calls
 from torch import Tensor, nn
 
 BINS, BOUND = 8, 5.0
@@ -109,8 +107,6 @@ def _with_count(calls: Calls, model: nn.Module) -> Calls:
 
 
 def _ours_flow(case: Case, autoregressive: bool) -> Calls:
-    import pyro.distributions as dist
-
     import pyro_flows as pf
 
     hidden = (case.width, case.width)
@@ -120,9 +116,7 @@ def _ours_flow(case: Case, autoregressive: bool) -> Calls:
         for layer in chain:  # as the others start: away from the identity
             last = layer.net.tensors()[0][-1] if autoregressive else layer.net.layers[-1].weight
             last.normal_(std=case.width**-0.5 / 3)
-    base = dist.Normal(torch.zeros(case.dim), torch.ones(case.dim)).to_event(1)
-    flow = dist.TransformedDistribution(base, [chain])
-    return _with_count(flow_calls(chain, flow.log_prob, chain.forward_and_ladj, case), chain)
+    return _with_count(chain_calls(chain, case), chain)
 
 
 def _pyro_autoregressive(case: Case) -> Calls:
@@ -143,12 +137,7 @@ def _zuko_flow(case: Case, autoregressive: bool) -> Calls:
     passes = None if autoregressive else 2
     hidden = (case.width, case.width)
     flow = zuko.flows.NSF(case.dim, bins=BINS, transforms=case.layers, hidden_features=hidden, passes=passes)
-
-    def solve(z: Tensor) -> tuple[Tensor, Tensor]:
-        transform = flow.transform(None)
-        return transform.inv.call_and_ladj(z)
-
-    return _with_count(flow_calls(flow, lambda x: flow().log_prob(x), solve, case), flow)
+    return _with_count(zuko_calls(flow, case), flow)
 
 
 class _Conditioner(nn.Sequential):
@@ -164,16 +153,6 @@ class _Conditioner(nn.Sequential):
         return super().forward(x)
 
 
-def _nflows(parts: Sequence[nn.Module], case: Case) -> Calls:
-    from nflows.distributions.normal import StandardNormal
-    from nflows.flows.base import Flow
-    from nflows.transforms import CompositeTransform
-
-    chain = CompositeTransform(parts)
-    flow = Flow(chain, StandardNormal([case.dim]))
-    return _with_count(flow_calls(flow, flow.log_prob, chain.inverse, case), flow)
-
-
 def _nflows_coupling(case: Case) -> Calls:
     from nflows.transforms import PiecewiseRationalQuadraticCouplingTransform
     from nflows.utils.torchutils import create_alternating_binary_mask
@@ -181,7 +160,8 @@ def _nflows_coupling(case: Case) -> Calls:
     net = functools.partial(_Conditioner, case)
     options = {"num_bins": BINS, "tails": "linear", "tail_bound": BOUND}
     masks = [create_alternating_binary_mask(case.dim, even=k % 2 == 0) for k in range(case.layers)]
-    return _nflows([PiecewiseRationalQuadraticCouplingTransform(mask, net, **options) for mask in masks], case)
+    parts = nn.ModuleList(PiecewiseRationalQuadraticCouplingTransform(mask, net, **options) for mask in masks)
+    return _with_count(nflows_calls(parts, case), parts)
 
 
 def _nflows_autoregressive(case: Case) -> Calls:
@@ -193,13 +173,13 @@ def _nflows_autoregressive(case: Case) -> Calls:
         if k:
             parts.append(ReversePermutation(case.dim))
         parts.append(MaskedPiecewiseRationalQuadraticAutoregressiveTransform(case.dim, case.width, **options))
-    return _nflows(parts, case)
+    return _with_count(nflows_calls(parts, case), nn.ModuleList(parts))
 
 
 def _normflows_coupling(case: Case) -> Calls:
     import normflows
 
-    layers = []
+    layers = nn.ModuleList()
     for k in range(case.layers):
         layer = normflows.flows.CoupledRationalQuadraticSpline(
             case.dim, 1, case.width, num_bins=BINS, tail_bound=BOUND, reverse_mask=k % 2 == 0
@@ -208,9 +188,7 @@ def _normflows_coupling(case: Case) -> Calls:
         outputs = inner.num_transform_features * sum(SIZES)
         inner.transform_net = _Conditioner(case, inner.num_identity_features, outputs)
         layers.append(layer)
-    base = normflows.distributions.DiagGaussian(case.dim, trainable=False)
-    flow = normflows.NormalizingFlow(base, layers)
-    return _with_count(flow_calls(flow, flow.log_prob, flow.forward_and_log_det, case), flow)
+    return _with_count(normflows_calls(layers, case), layers)
 
 
 BUILDERS: dict[str, dict[str, Callable[[Case], Calls]]] = {

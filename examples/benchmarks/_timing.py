@@ -4,8 +4,6 @@ Times are CPU seconds of the worker with one thread, so that a neighbor on the m
 validation is off for all.
 """
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import multiprocessing
@@ -20,7 +18,7 @@ import torch
 from _peers import LIBRARIES, Calls
 from _runs import between
 
-__all__ = ["Bench", "grown", "ratio", "shown", "spent"]
+__all__ = ["Bench", "grown", "kept", "ratio", "shown", "spent"]
 
 
 def _serve(builder: Callable[[object], Calls], seed: int, threads: int, pipe: Connection) -> None:
@@ -88,7 +86,7 @@ class Bench:
             self.pipes[name] = here
             self.workers.append(worker)
 
-    def __enter__(self) -> Bench:
+    def __enter__(self) -> "Bench":
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -147,6 +145,22 @@ def shown(seconds: float) -> str:
         if seconds >= size:
             return f"{seconds / size:.3g} {unit}"
     return f"{seconds:.1e} s"
+
+
+def kept(call: Callable[[], object], besides: Iterable[torch.Tensor] = ()) -> int:
+    """Bytes of distinct storages that autograd keeps for the gradient of a call, besides those of some tensors."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in besides}
+    seen: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return tensor.detach()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = call()
+    return sum(seen.values()) + 0 * (result is None)
 
 
 def _held() -> float:

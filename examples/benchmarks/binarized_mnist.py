@@ -14,8 +14,6 @@ The picture has test images, draws of each model, lower halves drawn given upper
 also left halves given right ones.
 """
 
-from __future__ import annotations
-
 import math
 from argparse import Namespace
 from collections.abc import Callable
@@ -31,10 +29,7 @@ from pyro_flows.distributions import AutoregressiveDistribution
 
 SIDE = 28
 PIXELS = SIDE * SIDE
-PAPER = {
-    "MADE, one hidden layer, one mask (paper)": 88.40,
-    "MADE, two hidden layers, 32 masks (paper)": 86.64,
-}
+PAPER = {"MADE, one hidden layer, one mask (paper)": 88.40, "MADE, two hidden layers, 32 masks (paper)": 86.64}
 Model = pf.MADE | pf.ConvMADE
 MODELS: dict[str, Callable[[int], Model]] = {
     "made-500": lambda scale: pf.MADE(PIXELS, hidden_dims=(500 // scale,), seed=0),

@@ -13,14 +13,11 @@ in other libraries; above 1 this package is faster.  *quality*: flows fitted at 
 matching against maximum likelihood.  Needs the ``bench`` extra for zuko.
 """
 
-from __future__ import annotations
-
 import copy
 import functools
 import importlib.util
 import math
 import statistics
-import time
 from argparse import Namespace
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -30,8 +27,8 @@ from pathlib import Path
 import torch
 from _continuous_fits import SETS, matching, quality
 from _continuous_peers import LIBRARIES, Case
-from _runs import command, machine, markdown
-from _timing import Bench, grown, ratio, shown
+from _runs import Table, command, machine, markdown, shaken
+from _timing import Bench, grown, kept, ratio, shown, spent
 from torch import Tensor
 
 import pyro_flows as pf
@@ -46,14 +43,10 @@ def toleranced(flow: pf.Flow, tolerance: float, **options: object) -> pf.Flow:
     return flow
 
 
-def shaken(dims: int, scale: float, **options: object) -> pf.Flow:
+def random(dims: int, scale: float, **options: object) -> pf.Flow:
     """A flow of random weights: the fresh ones and normal noise."""
     torch.manual_seed(0)
-    flow = pf.Flow(pf.cnf(dims, **options))
-    with torch.no_grad():
-        for parameter in flow.parameters():
-            parameter.add_(scale * torch.randn_like(parameter))
-    return flow
+    return shaken(pf.Flow(pf.cnf(dims, **options)), scale)
 
 
 @functools.cache
@@ -80,7 +73,7 @@ def flows(args: Namespace) -> list[tuple[str, pf.Flow, Tensor]]:
     found = [("two moons", copy.deepcopy(flow).double(), x.double())]
     for dims in (2, 8):
         torch.manual_seed(1)
-        found.append((f"random, D = {dims}", shaken(dims, 0.3).double(), torch.randn(500, dims).double()))
+        found.append((f"random, D = {dims}", random(dims, 0.3).double(), torch.randn(500, dims).double()))
     return [(name, flow, x[: args.points]) for name, flow, x in found]
 
 
@@ -142,7 +135,7 @@ def hutchinson(args: Namespace) -> None:
     repeats = rounds * args.points
     for dims in (8,) if args.smoke else (8, 64):
         plain = {"solver": "rk4", "solver_steps": 10, "field": "mlp"}
-        exact = shaken(dims, 0.1, divergence="exact", **plain)
+        exact = random(dims, 0.1, divergence="exact", **plain)
         torch.manual_seed(1)
         x = torch.randn(points, dims)
         truth = exact.double().log_prob(x.double())
@@ -151,7 +144,7 @@ def hutchinson(args: Namespace) -> None:
             for kind, noise in (("hutchinson", "rademacher"), ("hutchinson", "gaussian"), ("hutch++", "rademacher")):
                 if kind == "hutch++" and products == 1:
                     continue
-                flow = shaken(dims, 0.1, divergence=kind, noise=noise, num_probes=products, **plain).train()
+                flow = random(dims, 0.1, divergence=kind, noise=noise, num_probes=products, **plain).train()
                 many = x.repeat(args.points, 1)
                 values = torch.cat([flow.log_prob(many) for _ in range(rounds)]).view(repeats, points).double()
                 variance, mean = values.var(0), values.mean(0)
@@ -171,18 +164,7 @@ def loss_gradient(flow: pf.Flow, x: Tensor) -> Tensor:
 
 def saved(flow: pf.Flow, x: Tensor) -> int:
     """Bytes of distinct storages that autograd keeps for a step, besides the parameters."""
-    own = {p.untyped_storage().data_ptr() for p in flow.parameters()}
-    seen: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            seen[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = flow.log_prob(x).mean()
-    return sum(seen.values()) + 0 * loss.numel()
+    return kept(lambda: flow.log_prob(x).mean(), flow.parameters())
 
 
 def gradient(args: Namespace) -> None:
@@ -197,11 +179,8 @@ def gradient(args: Namespace) -> None:
             for way in ("adjoint", "backprop"):
                 toleranced(flow, tolerance, per_row=False, gradient=way)
                 error = (loss_gradient(flow, x.float()).double() - truth).norm() / truth.norm()
-                report, taken = flow.chain[0].last_solve, []
-                for _ in range(args.rounds):
-                    begin = time.process_time()
-                    loss_gradient(flow, x.float())
-                    taken.append(time.process_time() - begin)
+                report = flow.chain[0].last_solve
+                taken = [spent(lambda: loss_gradient(flow, x.float())) for _ in range(args.rounds)]  # noqa: B023
                 behind = f" + {report.backward_evaluations}" if way == "adjoint" else ""
                 row += [f"{report.evaluations}{behind}", f"{error:.1e}", shown(statistics.median(taken))]
             rows.append([*row, f"{saved(flow, x.float()) / 2**20:.1f} MiB"])
@@ -211,7 +190,7 @@ def gradient(args: Namespace) -> None:
 def _peak(way: str, dims: int, batch: int, steps: int) -> tuple[float, float]:
     """Bytes kept for the gradient of a step, and by how much the step makes the peak memory of a fresh process grow."""
     torch.set_num_threads(1)
-    flow = shaken(dims, 0.1, solver="rk4", solver_steps=steps, gradient=way)
+    flow = random(dims, 0.1, solver="rk4", solver_steps=steps, gradient=way)
     x = torch.randn(batch, dims)
     loss_gradient(flow, x[:1])
     peak = grown(lambda: loss_gradient(flow, x)) if Path("/proc/self/clear_refs").exists() else math.nan
@@ -251,25 +230,20 @@ def speed(args: Namespace) -> None:
     counted = [("pyro_flows", "default"), ("pyro_flows", "adjoint"), *(job for job in pairs if job[1] == "adjoint")]
     head = ["D, rows, tolerance", *(f"ours: {call}" for _, call in jobs)]
     head += [f"{name} {call} / {ours}" for (name, call), many in pairs.items() for ours in many]
-    rows, counts = [], []
+    table, counts = Table(*head), []
     with Bench(["pyro_flows", *peers], libraries=LIBRARIES) as bench:
         for dims in args.dims:
             for batch in args.batches:
                 for tolerance in args.speed_tolerances:
                     bench.build(Case(dims, 64, batch, tolerance), ["pyro_flows", *peers])
                     figures = bench.time([*jobs, *pairs], args.rounds)
-                    row = [
-                        f"{dims}, {batch}, {tolerance:.0e}",
-                        *(shown(statistics.median(figures[job])) for job in jobs),
-                    ]
-                    for job, many in pairs.items():
-                        for ours in many:
-                            row.append(ratio(figures, job, ("pyro_flows", ours), 2))
-                    rows.append(row)
+                    row = [f"{dims}, {batch}, {tolerance:.0e}"]
+                    row += [shown(statistics.median(figures[job])) for job in jobs]
+                    row += [ratio(figures, job, ("pyro_flows", own), 2) for job, many in pairs.items() for own in many]
+                    table.add(*row)
                     made = [bench.value(name, f"evaluations, {call}") for name, call in counted]
                     counts.append([row[0], *(f"{there} + {back}" for there, back in made)])
-                    print("  ".join(row), flush=True)
-    print("\n" + markdown(head, rows))
+    print(f"\n{table}")
     print("\n" + markdown(["evaluations", *(" ".join(job) for job in counted)], counts))
 
 

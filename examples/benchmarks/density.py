@@ -7,13 +7,11 @@
 Same architecture, plain Adam, one thread.  Ratios above 1 mean that we are faster.  Needs the ``bench`` extra.
 """
 
-from __future__ import annotations
-
 import statistics
 
 import torch
-from _peers import LIBRARIES, Case
-from _runs import command, machine, markdown
+from _peers import LIBRARIES, Case, sizes
+from _runs import Table, command, machine, markdown
 from _timing import Bench, ratio, shown
 
 GRID = [(8, 64, b) for b in (1, 100, 1000, 10000)]
@@ -38,20 +36,15 @@ def main() -> None:
         args.rounds, args.peers, cases = 1, ["pyro"], [Case(4, 32, 1, 10)]
     print(f"{machine()}; one thread, seed 0, float32, hidden layers [H, H], {args.rounds} rounds in turns\n")
     with Bench(["pyro_flows", *args.peers]) as bench:
-        rows = []
+        table = Table("D, H, layers, batch", "call", "ours", *(f"{peer} / ours" for peer in args.peers))
         for case in cases:
             bench.build(case, ["pyro_flows", *args.peers])
             for call in args.calls:
                 jobs = [(name, call) for name in ("pyro_flows", *args.peers)]
                 figures = bench.time(jobs, args.rounds)
-                row = [f"{case.dim}, {case.width}, {case.layers}, {case.batch}", call]
-                row.append(shown(statistics.median(figures[jobs[0]])))
-                for job in jobs[1:]:
-                    row.append(ratio(figures, job, jobs[0], 2))
-                rows.append(row)
-                print("  ".join(row), flush=True)
-    header = ["D, H, layers, batch", "call", "ours"] + [f"{peer} / ours" for peer in args.peers]
-    print("\n" + markdown(header, sorted(rows, key=lambda row: row[1])))
+                ours = shown(statistics.median(figures[jobs[0]]))
+                table.add(sizes(case), call, ours, *(ratio(figures, job, jobs[0], 2) for job in jobs[1:]))
+    print("\n" + markdown(table.header, sorted(table.rows, key=lambda row: row[1])))
 
 
 if __name__ == "__main__":

@@ -15,8 +15,6 @@ have an ``ActNorm`` at the data end, which brings pixels to unit scale.  Two mor
 alone.
 """
 
-from __future__ import annotations
-
 import copy
 import functools
 import math

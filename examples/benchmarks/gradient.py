@@ -8,30 +8,18 @@ of them stand the ratio of our gradient to one forward and backward pass of Pyro
 keeps for its backward pass.  Needs the ``bench`` extra.
 """
 
-from __future__ import annotations
-
 import statistics
 
 import torch
-from _peers import LIBRARIES, Case
-from _runs import command, machine, markdown
-from _timing import Bench, ratio, shown
+from _peers import LIBRARIES, Case, sizes
+from _runs import Table, command, machine
+from _timing import Bench, kept, ratio, shown
 
 
 def saved_bytes(name: str, case: Case) -> int:
     """Bytes of distinct storages that autograd keeps for the gradient through the inverse."""
-    seen: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        seen[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
     torch.manual_seed(0)
-    calls = LIBRARIES[name](case)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        calls["sample_gradient"]()
-    return sum(seen.values())
+    return kept(LIBRARIES[name](case)["sample_gradient"])
 
 
 def main() -> None:
@@ -49,7 +37,7 @@ def main() -> None:
         args.rounds, args.peers, cases = 1, ["pyro"], [Case(4, 32, 1, 10)]
     print(f"{machine()}; one thread, seed 0, float32, hidden layers [H, H], {args.rounds} rounds in turns\n")
     header = ["D, H, layers, batch", "ours", "ours / pyro density fwd+bwd", "kept here", "kept by pyro"]
-    rows = []
+    table = Table(*header, *(f"{peer} / ours" for peer in args.peers))
     with Bench(["pyro_flows", *args.peers]) as bench:
         for case in cases:
             bench.build(case, ["pyro_flows", *args.peers])
@@ -57,13 +45,10 @@ def main() -> None:
             jobs += [(peer, "sample_gradient") for peer in args.peers]
             rounds = min(args.rounds, 3) if case.dim * case.batch >= 64_000 else args.rounds
             figures = bench.time(jobs, rounds)
-            row = [f"{case.dim}, {case.width}, {case.layers}, {case.batch}", shown(statistics.median(figures[jobs[0]]))]
-            row.append(ratio(figures, jobs[0], jobs[1], 2))
+            row = [shown(statistics.median(figures[jobs[0]])), ratio(figures, jobs[0], jobs[1], 2)]
             row += [f"{saved_bytes(name, case) / 2**20:.2f} MB" for name in ("pyro_flows", "pyro")]
-            row += [ratio(figures, job, jobs[0], 1) for job in jobs[2:]]
-            rows.append(row)
-            print("  ".join(row), flush=True)
-    print("\n" + markdown(header + [f"{peer} / ours" for peer in args.peers], rows))
+            table.add(sizes(case), *row, *(ratio(figures, job, jobs[0], 1) for job in jobs[2:]))
+    print(f"\n{table}")
 
 
 if __name__ == "__main__":

@@ -18,8 +18,6 @@ units of the exact standard deviations, cost in CPU seconds, and what the verdic
 10,000 draws against 10,000 others: what a perfect guide would be given.
 """
 
-from __future__ import annotations
-
 import textwrap
 import time
 import warnings

@@ -7,18 +7,12 @@
 Needs the ``bench`` extra.  Prints a table; ratios are medians over rounds, least and greatest in brackets.
 """
 
-from __future__ import annotations
-
 import statistics
 
 import torch
-from _peers import LIBRARIES, Case
-from _runs import command, machine, markdown
+from _peers import LIBRARIES, Case, sizes
+from _runs import Table, command, machine
 from _timing import Bench, ratio, shown
-
-
-def one_layer(dims: list[int], batches: list[int]) -> list[Case]:
-    return [Case(dim, min(8 * dim, 1024), 1, batch) for dim in dims for batch in batches]
 
 
 def main() -> None:
@@ -32,7 +26,7 @@ def main() -> None:
         peers={"nargs": "+", "default": [n for n in LIBRARIES if n != "pyro_flows"]},
         slow_rounds={"type": int, "default": 2, "help": "rounds where a naive call takes seconds"},
     )
-    cases = one_layer(args.dims, args.batches)
+    cases = [Case(dim, min(8 * dim, 1024), 1, batch) for dim in args.dims for batch in args.batches]
     if args.flows:
         cases = [Case(d, h, 5, b) for h in (100, 512) for d in (6, 8, 21, 43, 63) for b in args.batches]
     if args.smoke:
@@ -40,7 +34,7 @@ def main() -> None:
         cases = [Case(4, 32, 1, 10), Case(4, 32, 5, 10)]
     print(f"{machine()}; one thread, seed 0, float32, hidden layers [H, H], {args.rounds} rounds in turns\n")
     header = ["D, H, layers, batch", "ours", "ours / dense pass", "ours / our log_prob"]
-    rows = []
+    table = Table(*header, *(f"{peer} / ours" for peer in args.peers))
     with Bench(["pyro_flows", *args.peers]) as bench:
         for case in cases:
             heavy = case.dim * case.batch >= 128_000
@@ -50,15 +44,11 @@ def main() -> None:
             jobs = [("pyro_flows", call) for call in ("sample", "dense_pass", "log_prob")]
             jobs += [(peer, "sample") for peer in peers]
             figures = bench.time(jobs, args.slow_rounds if heavy else args.rounds)
-            row = [f"{case.dim}, {case.width}, {case.layers}, {case.batch}"]
-            row.append(shown(statistics.median(figures[jobs[0]])))
-            for job in jobs[1:]:
-                ours = job[0] == "pyro_flows"
-                row.append(ratio(figures, jobs[0], job, 2) if ours else ratio(figures, job, jobs[0], 1))
-            row += ["-"] * (len(args.peers) - len(peers))
-            rows.append(row)
-            print("  ".join(row), flush=True)
-    print("\n" + markdown(header + [f"{peer} / ours" for peer in args.peers], rows))
+            row = [shown(statistics.median(figures[jobs[0]]))]
+            row += [ratio(figures, jobs[0], job, 2) for job in jobs[1:3]]
+            row += [ratio(figures, job, jobs[0], 1) for job in jobs[3:]]
+            table.add(sizes(case), *row, *["-"] * (len(args.peers) - len(peers)))
+    print(f"\n{table}")
 
 
 if __name__ == "__main__":

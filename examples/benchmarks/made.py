@@ -16,18 +16,15 @@ seeds; times are CPU seconds of training.
 Independent Bernoullis have the training rows' means, smoothed by one row.
 """
 
-from __future__ import annotations
-
 import functools
 import statistics
 import tempfile
 import time
-import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
-from _runs import Row, command, complete, machine, markdown
+from _runs import Row, alone, command, complete, machine, markdown
 from torch import Tensor
 
 import pyro_flows as pf
@@ -64,9 +61,7 @@ def independent(train: Tensor, test: Tensor) -> float:
 
 def run(folder: Path | None, name: str, candidate: str, seed: int, steps: int) -> Row:
     """Trains one candidate, in a process of its own."""
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    torch.distributions.Distribution.set_default_validate_args(False)
+    alone()
     train, validation, test = load(folder, name)
     torch.manual_seed(seed)
     width = 500 if folder else 20

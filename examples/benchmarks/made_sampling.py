@@ -8,12 +8,10 @@ are medians over rounds, with the least and the greatest.  *Pass* is one evaluat
 two ways draw the same numbers from the same noise is a test.
 """
 
-from __future__ import annotations
-
 import statistics
 
 import torch
-from _runs import between, command, machine, markdown
+from _runs import Table, alone, between, command, machine, shaken
 from _timing import spent
 from torch import Size, Tensor
 
@@ -36,19 +34,16 @@ def main() -> None:
         rounds={"type": int, "default": 3},
         seed={"type": int, "default": 0},
     )
-    torch.set_num_threads(1)
-    torch.distributions.Distribution.set_default_validate_args(False)
+    alone()
     sizes = [(16, (32,), 10)] if args.smoke else [(100, (500,), 100), (784, (500,), 1), (784, (500,), 100)]
     sizes += [] if args.smoke else [(784, (500, 500), 100), (784, (500,), 1000)]
     print(f"{machine()}; one thread, seed {args.seed}, float32, {args.rounds} rounds in turns\n")
-    rows = []
+    table = Table("D, hidden, direct, batch", "sweep", "sweep / pass", "D passes / sweep")
     for dims, hidden, batch in sizes:
         for direct in (False, True):
             torch.manual_seed(args.seed)
-            made = pf.MADE(dims, hidden_dims=hidden, direct=direct, seed=args.seed).eval()
+            made = shaken(pf.MADE(dims, hidden_dims=hidden, direct=direct, seed=args.seed).eval(), 0.05)
             with torch.no_grad():
-                for parameter in made.parameters():
-                    parameter.add_(0.05 * torch.randn_like(parameter))
                 x = made.sample((batch,))
                 taken = []
                 for _ in range(args.rounds):
@@ -57,16 +52,10 @@ def main() -> None:
                     naive = spent(lambda m=made, b=batch: by_passes(m, b), 1)
                     taken.append((sweep, sweep / one, naive / sweep))
             sweep, passes, ratio = (list(column) for column in zip(*taken, strict=True))
-            rows.append(
-                [
-                    f"{dims}, {list(hidden)}, {'yes' if direct else 'no'}, {batch}",
-                    f"{statistics.median(sweep) * 1e3:.1f} ms",
-                    f"{statistics.median(passes):.1f}",
-                    between(ratio, 0),
-                ]
-            )
-            print("  ".join(rows[-1]), flush=True)
-    print("\n" + markdown(["D, hidden, direct, batch", "sweep", "sweep / pass", "D passes / sweep"], rows))
+            case = f"{dims}, {list(hidden)}, {'yes' if direct else 'no'}, {batch}"
+            times = f"{statistics.median(sweep) * 1e3:.1f} ms", f"{statistics.median(passes):.1f}", between(ratio, 0)
+            table.add(case, *times)
+    print(f"\n{table}")
 
 
 if __name__ == "__main__":

@@ -17,8 +17,6 @@ weights doubled; and how many of them 100 sweeps for each layer miss.
 CPU seconds of one thread, float32 for the passes and float64 for the solves; medians over rounds, least and greatest.
 """
 
-from __future__ import annotations
-
 import statistics
 import time
 from functools import partial
@@ -27,8 +25,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from _runs import between, command, digits, machine, markdown
-from _timing import grown, shown, spent
+from _runs import Table, between, command, digits, machine
+from _timing import grown, kept, shown, spent
 from torch import Tensor, nn
 
 import pyro_flows as pf
@@ -86,7 +84,8 @@ def peak(kind: str, shape: Shape, groups: int) -> float:
 
 
 def passes(sizes: list[tuple[Shape, int, int]], rounds: int) -> None:
-    rows = []
+    head = ["event, groups, batch", "pass", "pass / convolutions", "step / step"]
+    table = Table(*head, "peak, ours and theirs, hidden maps")
     for shape, groups, batch in sizes:
         torch.manual_seed(0)
         layer, dense, x = layer_of(shape, groups), Dense(shape, groups), torch.randn(batch, *shape)
@@ -110,18 +109,10 @@ def passes(sizes: list[tuple[Shape, int, int]], rounds: int) -> None:
         held = (
             [peak(kind, shape, groups) for kind in ("mint", "dense")] if Path("/proc/self/clear_refs").exists() else []
         )
-        rows.append(
-            [
-                f"{shape}, {groups}, {batch}",
-                shown(statistics.median(t[0] for t in taken)),
-                between(forward),
-                between(step),
-                ", ".join(f"{maps:.1f}" for maps in held) or "?",
-            ]
-        )
-        print("  ".join(rows[-1]), flush=True)
-    head = ["event, groups, batch", "pass", "pass / convolutions", "step / step", "peak, ours and theirs, hidden maps"]
-    print("\n" + markdown(head, rows) + "\n")
+        maps = ", ".join(f"{each:.1f}" for each in held) or "?"
+        first = shown(statistics.median(t[0] for t in taken))
+        table.add(f"{shape}, {groups}, {batch}", first, between(forward), between(step), maps)
+    print(f"\n{table}\n")
 
 
 # The inverse.
@@ -164,7 +155,8 @@ def one_by_one(layer: pf.Mint, z: Tensor, tolerance: float) -> tuple[Tensor, int
 
 @torch.no_grad()
 def inverses(sizes: list[tuple[Shape, int, int]], gain: float, tolerance: float, rounds: int) -> None:
-    rows = []
+    head = ["event, groups, batch", "chain", "ours: evaluations (time, error)", "plain", "damped", "sequential"]
+    table = Table(*head, "evaluations, ours / sequential", "time, sequential / ours")
     for shape, groups, batch in sizes:
         torch.manual_seed(0)
         layer = layer_of(shape, groups, gain).double()
@@ -196,14 +188,12 @@ def inverses(sizes: list[tuple[Shape, int, int]], gain: float, tolerance: float,
         cells += [f"{found[n][1]} ({shown(statistics.median(times[n]))}, {errors[n]:.0e})" for n in found]
         ratio = found["sequential"][1] / found["ours"][1]
         cells += [f"1/{ratio:.0f}", f"{times['sequential'][0] / base:.1f}"]
-        rows.append(cells)
-        print("  ".join(cells), flush=True)
-    head = ["event, groups, batch", "chain", "ours: evaluations (time, error)", "plain", "damped", "sequential"]
-    print("\n" + markdown([*head, "evaluations, ours / sequential", "time, sequential / ours"], rows) + "\n")
+        table.add(*cells)
+    print(f"\n{table}\n")
 
 
 def gradients(sizes: list[tuple[Shape, int, int]], gain: float, rounds: int) -> None:
-    rows = []
+    table = Table("event, groups, batch", "solve", "solve and gradient / solve", "kept for the gradient")
     for shape, groups, batch in sizes:
         torch.manual_seed(0)
         layer = layer_of(shape, groups, gain)
@@ -217,36 +207,25 @@ def gradients(sizes: list[tuple[Shape, int, int]], gain: float, rounds: int) -> 
             x, ladj = layer.forward_and_ladj(z)
             (x.square().sum() + ladj.sum()).backward()
 
-        saved: dict[int, int] = {}
-
-        def note(tensor: Tensor, saved: dict[int, int] = saved) -> Tensor:
-            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
         alone(), both()
         taken = [(spent(alone), spent(both)) for _ in range(rounds)]
         held = {}
         for limit in (1e-2, None):
             layer.settings = layer.settings._replace(tolerance=limit)
-            saved.clear()
-            with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-                layer.forward_and_ladj(z)
-            held[layer.last_solve.sweeps] = sum(saved.values()) / 2**20
-        rows.append(
-            [
-                f"{shape}, {groups}, {batch}",
-                shown(statistics.median(a for a, _ in taken)),
-                between([b / a for a, b in taken]),
-                ", ".join(f"{size:.2f} MiB after {sweeps} sweeps" for sweeps, size in held.items()),
-            ]
+            size = kept(lambda layer=layer, z=z: layer.forward_and_ladj(z)) / 2**20
+            held[layer.last_solve.sweeps] = size
+        table.add(
+            f"{shape}, {groups}, {batch}",
+            shown(statistics.median(a for a, _ in taken)),
+            between([b / a for a, b in taken]),
+            ", ".join(f"{size:.2f} MiB after {sweeps} sweeps" for sweeps, size in held.items()),
         )
-        print("  ".join(rows[-1]), flush=True)
-    head = ["event, groups, batch", "solve", "solve and gradient / solve", "kept for the gradient"]
-    print("\n" + markdown(head, rows) + "\n")
+    print(f"\n{table}\n")
 
 
 def attention(sizes: list[tuple[Shape, int, int]], gain: float, rounds: int) -> None:
-    rows = []
+    head = ["event, groups, batch", "pass without, x with", "step", "solve", "sweeps of chain: without, with"]
+    table = Table(*head)
     for shape, groups, batch in sizes:
         torch.manual_seed(0)
         layers = [layer_of(shape, groups, gain, order="position", attention=heads) for heads in (0, 1)]
@@ -272,10 +251,8 @@ def attention(sizes: list[tuple[Shape, int, int]], gain: float, rounds: int) -> 
             without = statistics.median(t[k][0] for t in taken)
             cells.append(f"{shown(without)}, x {between([t[k][1] / t[k][0] for t in taken], 1)}")
         cells.append(", ".join(f"{layer.last_solve.sweeps} of {layer.last_solve.waves}" for layer in layers))
-        rows.append(cells)
-        print("  ".join(cells), flush=True)
-    head = ["event, groups, batch", "pass without, x with", "step", "solve", "sweeps of chain: without, with"]
-    print("\n" + markdown(head, rows) + "\n")
+        table.add(*cells)
+    print(f"\n{table}\n")
 
 
 # A trained net.
@@ -288,7 +265,8 @@ def draws_of_a_net(seconds: float, seed: int, pairs: int, draws: int) -> None:
     model = pf.Dequantized(pf.Flow(pf.Chain([chain, pf.LogitPixels((1, 8, 8), 17)])), 17)
     pf.fit_density(model, train, held_out, progress=False, seconds=seconds, batch_size=64, schedule="cosine", lr=6e-3)
     layers = [part for part in chain if isinstance(part, pf.Mint)]
-    rows = []
+    head = [f"net of {len(layers)} layers", f"sweeps of {draws} draws", "bisections", "time"]
+    table = Table(*head, "draws more than 1e-5 off (largest error)", f"of {draws} by 100 sweeps a layer")
     for factor, tolerance in ((1, 1e-9), (1, None), (2, None)):
         net = chain.double().eval()
         with torch.no_grad():
@@ -314,25 +292,15 @@ def draws_of_a_net(seconds: float, seed: int, pairs: int, draws: int) -> None:
                         value = part.forward_and_ladj(value)[0]
                 back = (net.inverse_and_ladj(value)[0] - z).abs().amax((1, 2, 3))
                 failed[name] = int((~(back <= 1e-5)).sum())
-        rows.append(
-            [
-                f"weights x {factor}, to {tolerance or 'rounding'}",
-                f"{sum(sweeps)}, at most {max(sweeps)} a layer",
-                str(bisections),
-                shown(taken),
-                f"{int((~(error <= 1e-5)).sum())} of {draws} ({error.max():.0e})",
-                ", ".join(f"{n}: {k}" for n, k in failed.items()),
-            ]
+        table.add(
+            f"weights x {factor}, to {tolerance or 'rounding'}",
+            f"{sum(sweeps)}, at most {max(sweeps)} a layer",
+            str(bisections),
+            shown(taken),
+            f"{int((~(error <= 1e-5)).sum())} of {draws} ({error.max():.0e})",
+            ", ".join(f"{n}: {k}" for n, k in failed.items()),
         )
-        print("  ".join(rows[-1]), flush=True)
-    head = [
-        f"net of {len(layers)} layers",
-        f"sweeps of {draws} draws",
-        "bisections",
-        "time",
-        "draws more than 1e-5 off (largest error)",
-    ]
-    print("\n" + markdown([*head, f"of {draws} by 100 sweeps a layer"], rows))
+    print(f"\n{table}")
 
 
 def main() -> None:

@@ -11,8 +11,6 @@ and put on the real line by a logit with margin 1e-6, as in the paper.  The scor
 over ``--noises``.
 """
 
-from __future__ import annotations
-
 import math
 from argparse import Namespace
 from collections.abc import Callable
@@ -20,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from _runs import command, machine, markdown, save_rows, trained
+from _runs import Table, command, machine, save_rows, trained
 from torch import Tensor
 
 import pyro_flows as pf
@@ -88,17 +86,16 @@ def main() -> None:
     parts = load(None if args.smoke else args.folder)
     test = parts[2][: args.rows]
     print(f"{machine()}; {args.device}, float32, one thread, seed {args.seed}\n")
-    models, rows = {}, []
+    models = {}
+    table = Table("", "bits per pixel", "parameters", f"steps of {args.batch} images", "CPU s")
     for name in args.models:
         model, seconds, steps = fit(name, parts, args)
         models[name] = model
         mean, error = score(model, test.to(args.device), args.noises)
         size = sum(p.numel() for p in model.parameters())
-        rows.append([name, f"{mean:.3f} ± {error:.3f}", f"{size / 1000:.0f} k", f"{steps}", f"{seconds:.0f}"])
-        print("  ".join(rows[-1]), flush=True)
-    rows += [[name, f"{value:.2f}", "", "", ""] for name, value in PAPER.items()]
-    head = ["", "bits per pixel", "parameters", f"steps of {args.batch} images", "CPU s"]
-    print("\n" + markdown(head, rows) + "\n")
+        table.add(name, f"{mean:.3f} ± {error:.3f}", f"{size / 1000:.0f} k", f"{steps}", f"{seconds:.0f}")
+    table.rows += [[name, f"{value:.2f}", "", "", ""] for name, value in PAPER.items()]
+    print(f"\n{table}\n")
     draw(models, test, args.out / "mnist.png")
 
 

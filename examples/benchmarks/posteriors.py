@@ -21,8 +21,6 @@ model's log-density with its gradient; evaluations without a gradient, such as t
 the plus.  Runs are kept in ``--results``, so that a second call only fills in what is missing.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib
 import statistics

@@ -27,8 +27,6 @@ The data of all but the mixture and the batting averages are simulated, in the s
 Numbers are medians over seeds, with the range behind; one thread, float32, as the examples.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import statistics

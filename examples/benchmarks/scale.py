@@ -7,14 +7,12 @@ First the cost per sample and the peak memory for up to a million samples in one
 layer with 1024 hidden units against one dense pass of the same network, up to 10,000 dimensions.
 """
 
-from __future__ import annotations
-
 import itertools
 import resource
 import statistics
 
 import torch
-from _runs import between, command, machine, markdown
+from _runs import Table, between, command, machine
 from _timing import shown, spent
 from torch import nn
 
@@ -22,7 +20,7 @@ import pyro_flows as pf
 
 
 def dimensions(dims: list[int], width: int, batch: int, rounds: int) -> None:
-    rows = []
+    table = Table("D", "steps", "inverse", "inverse / dense pass", "round trip, relative")
     for dim in dims:
         torch.manual_seed(0)
         layer = pf.Autoregressive(dim, hidden_dims=(width, width), activation="relu")
@@ -38,19 +36,15 @@ def dimensions(dims: list[int], width: int, batch: int, rounds: int) -> None:
             error = ((back - z).abs() / (1 + z.abs())).max().item()
             layer.forward_and_ladj(z), dense(z)
             pairs = [(spent(lambda: layer.forward_and_ladj(z)), spent(lambda: dense(z))) for _ in range(rounds)]  # noqa: B023
-        ratios = [a / b for a, b in pairs]
-        steps = layer.net.structure.num_steps
-        rows.append(
-            [str(dim), str(steps), shown(statistics.median(a for a, _ in pairs)), between(ratios), f"{error:.1e}"]
-        )
-        print("  ".join(rows[-1]), flush=True)
-    print(markdown(["D", "steps", "inverse", "inverse / dense pass", "round trip, relative"], rows))
+        times = shown(statistics.median(a for a, _ in pairs)), between([a / b for a, b in pairs])
+        table.add(str(dim), str(layer.net.structure.num_steps), *times, f"{error:.1e}")
+    print(table)
 
 
 def samples(counts: list[int], dim: int, width: int) -> None:
     torch.manual_seed(0)
     layer = pf.Autoregressive(dim, hidden_dims=(width, width), activation="relu")
-    rows = []
+    table = Table("samples", "per sample", "peak memory grew by", "input and output alone")
     for count in counts:
         z = torch.randn(count, dim)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -58,16 +52,12 @@ def samples(counts: list[int], dim: int, width: int) -> None:
             taken = min(spent(lambda: layer.forward_and_ladj(z)) for _ in range(3))  # noqa: B023
         grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
         held = 2 * z.nbytes / 2**20
-        rows.append([f"{count:,}", f"{taken / count * 1e9:.0f} ns", f"{grown:.0f} MB", f"{held:.0f} MB"])
-        print("  ".join(rows[-1]), flush=True)
-    print(markdown(["samples", "per sample", "peak memory grew by", "input and output alone"], rows) + "\n")
+        table.add(f"{count:,}", f"{taken / count * 1e9:.0f} ns", f"{grown:.0f} MB", f"{held:.0f} MB")
+    print(f"{table}\n")
 
 
 def main() -> None:
-    args = command(
-        __doc__,
-        "small sizes, one round",
-    )
+    args = command(__doc__, "small sizes, one round")
     print(f"{machine()}; one thread, seed 0, float32\n")
     if args.smoke:
         samples([100, 2000], 4, 16)

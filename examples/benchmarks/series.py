@@ -8,13 +8,11 @@ one pass over the window; and one more draw, by ``Stream.step`` and by drawing t
 turns, in CPU seconds of one thread; what is shown are medians, and of ratios median, least and greatest over rounds.
 """
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Callable
 
 import torch
-from _runs import command, machine, markdown
+from _runs import Table, command, machine, shaken
 from _timing import ratio, shown, spent
 
 import pyro_flows as pf
@@ -28,12 +26,9 @@ FLOWS: dict[str, Callable[[int], pf.Chain]] = {
 
 
 def calls_of(name: str, times: int, batch: int, seed: int) -> dict[str, Callable[[], object]]:
-    """What is timed: the flow shaken a little, so that there is something to solve."""
+    """What is timed."""
     torch.manual_seed(seed)
-    flow = pf.Flow(FLOWS[name](times)).eval()
-    with torch.no_grad():
-        for p in flow.parameters():
-            p.add_(0.03 * torch.randn_like(p))
+    flow = shaken(pf.Flow(FLOWS[name](times)).eval(), 0.03)
     stream = Stream(flow, (batch,))
     window = flow.sample((batch,)).clone()  # its scores would be known else
     stream.observe(window)
@@ -69,17 +64,16 @@ def main() -> None:
     if args.smoke:
         args.times, args.batches, args.rounds, target = [8], [1], 1, 0.0
     print(f"{machine()}; one thread, seed {args.seed}, float32, {CHANNELS} channels, {args.rounds} rounds in turns\n")
-    rows = []
+    header = ["flow", "batch", "T", "observe", "whole pass / observe", "step", "whole draw / step"]
+    table = Table(*header)
     for name in FLOWS:
         for batch in args.batches:
             for times in args.times:
                 figures = measure(calls_of(name, times, batch, args.seed), args.rounds, target)
                 middle = [shown(statistics.median(figures[call])) for call in ("observe", "step")]
                 ratios = ratio(figures, "whole density", "observe", 1), ratio(figures, "whole draw", "step", 1)
-                rows.append([name, str(batch), str(times), middle[0], ratios[0], middle[1], ratios[1]])
-                print("  ".join(rows[-1]), flush=True)
-    header = ["flow", "batch", "T", "observe", "whole pass / observe", "step", "whole draw / step"]
-    print("\n" + markdown(header, rows))
+                table.add(name, str(batch), str(times), middle[0], ratios[0], middle[1], ratios[1])
+    print(f"\n{table}")
 
 
 if __name__ == "__main__":

@@ -10,13 +10,11 @@ Eight bins on [-5, 5], the identity beyond; same networks, plain Adam, one threa
 faster: medians over rounds, least and greatest in brackets.  Needs the ``bench`` extra.
 """
 
-from __future__ import annotations
-
 import statistics
 
 import torch
-from _peers import Case
-from _runs import command, machine, markdown
+from _peers import Case, sizes
+from _runs import Table, command, machine, markdown
 from _spline_peers import BUILDERS, SPLINES, Task
 from _timing import Bench, ratio, shown
 
@@ -49,47 +47,40 @@ class Tables:
         return row + ["-" if job is None else ratio(figures, job, (US, call)) for job in jobs]
 
     def op(self, cases: list[Case]) -> str:
-        peers, calls, rows = self.taking_part("op"), ("forward and backward", "forward", "inverse"), []
+        peers, calls = self.taking_part("op"), ("forward and backward", "forward", "inverse")
+        table = Table("elements", "call", "ours", *(f"{peer} / ours" for peer in peers), "parameters last / ours")
         for case in cases:
             self.build("op", case)
             for call in calls:
                 jobs = [*((peer, call) for peer in peers), (US, f"{call}, parameters last")]
-                row = [f"{case.batch * case.dim:,}", call, *self.ratios(call, jobs, self.rounds)]
-                rows.append(row)
-                print("  ".join(row), flush=True)
-        rows.sort(key=lambda row: calls.index(row[1]))
-        header = ["elements", "call", "ours", *(f"{peer} / ours" for peer in peers), "parameters last / ours"]
-        return markdown(header, rows)
+                table.add(f"{case.batch * case.dim:,}", call, *self.ratios(call, jobs, self.rounds))
+        return markdown(table.header, sorted(table.rows, key=lambda row: calls.index(row[1])))
 
     def sample(self, cases: list[Case]) -> str:
-        peers, rows = self.taking_part("autoregressive"), []
+        peers = self.taking_part("autoregressive")
+        table = Table("D, H, layers, batch", "ours", *(f"{peer} / ours" for peer in peers))
         for case in cases:
             self.build("autoregressive", case)
             rounds = self.slow_rounds if case.dim * case.batch >= 32_000 else self.rounds
-            row = [f"{case.dim}, {case.width}, {case.layers}, {case.batch}"]
-            row += self.ratios("sample", [(peer, "sample") for peer in peers], rounds)
-            rows.append(row)
-            print("  ".join(row), flush=True)
-        return markdown(["D, H, layers, batch", "ours", *(f"{peer} / ours" for peer in peers)], rows)
+            table.add(sizes(case), *self.ratios("sample", [(peer, "sample") for peer in peers], rounds))
+        return str(table)
 
     def train(self, cases: list[Case]) -> str:
         kinds = ("coupling", "autoregressive")
-        peers, rows, counts = self.taking_part(*kinds), [], {}
+        peers, counts = self.taking_part(*kinds), {}
+        table = Table("kind", "D, H, layers, batch", "ours", *(f"{peer} / ours" for peer in peers))
         for kind in kinds:
             able = self.taking_part(kind)
             for case in cases:
                 self.build(kind, case)
-                row = [kind, f"{case.dim}, {case.width}, {case.layers}, {case.batch}"]
-                row += self.ratios("train", [(peer, "train") if peer in able else None for peer in peers], self.rounds)
-                rows.append(row)
-                print("  ".join(row), flush=True)
+                jobs = [(peer, "train") if peer in able else None for peer in peers]
+                table.add(kind, sizes(case), *self.ratios("train", jobs, self.rounds))
                 names = [name if name in (US, *able) else None for name in (US, *peers)]
                 counts[kind, f"{case.dim}, {case.width}, {case.layers}"] = [
                     f"{self.bench.value(name, 'parameters'):,}" if name else "-" for name in names
                 ]
-        times = markdown(["kind", "D, H, layers, batch", "ours", *(f"{peer} / ours" for peer in peers)], rows)
-        sizes = markdown(["kind", "D, H, layers", "ours", *peers], [[*key, *each] for key, each in counts.items()])
-        return f"{times}\n\nparameters\n\n{sizes}"
+        widths = markdown(["kind", "D, H, layers", "ours", *peers], [[*key, *each] for key, each in counts.items()])
+        return f"{table}\n\nparameters\n\n{widths}"
 
 
 def main() -> None:

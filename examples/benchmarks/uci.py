@@ -17,19 +17,16 @@ seconds of training on one thread.  Runs are kept in ``--results``, so that a se
 Needs the ``bench`` extra for zuko.
 """
 
-from __future__ import annotations
-
 import functools
 import statistics
 import tempfile
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from _runs import command, complete, machine, markdown, spread
+from _runs import alone, command, complete, machine, markdown, spread
 from torch import Tensor, nn
 
 import pyro_flows as pf
@@ -126,9 +123,7 @@ def load(folder: Path | None, name: str, seed: int) -> Split:
 
 def run(folder: Path | None, name: str, model: str, seed: int, steps: int) -> dict[str, object]:
     """Trains one model on one set, in a process of its own."""
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    torch.distributions.Distribution.set_default_validate_args(False)
+    alone()
     train, validation, test = load(folder, name, seed)
     torch.manual_seed(seed)
     start = time.process_time()
