@@ -72,11 +72,11 @@ class Chain(FlowTransform):
 
     def arguments(self) -> tuple[tuple[object, ...], dict[str, object]]:
         """The constructor's arguments."""
-        return (list(self),), {}
+        return (self._parts(),), {}
 
     @property
     def reach(self) -> int | None:
-        each: list[Any] = [part.reach for part in self]
+        each: list[Any] = [part.reach for part in self._parts()]
         return None if None in each else sum(each)
 
     @property
@@ -85,7 +85,7 @@ class Chain(FlowTransform):
 
     @property
     def periodic(self) -> Tensor | None:
-        parts = list(self)
+        parts = self._parts()
         for first, part in enumerate(parts):
             angles = part.periodic
             if angles is not None:
@@ -95,13 +95,13 @@ class Chain(FlowTransform):
         return None
 
     def turned(self, angles: Tensor, inverse: bool = False) -> Tensor:
-        for part in reversed(list(self)) if inverse else self:
+        for part in reversed(self._parts()) if inverse else self:
             angles = part.turned(angles, inverse)
         return angles
 
     @property
     def data_shape(self) -> Size:
-        return list(self)[-1].data_shape
+        return self._parts()[-1].data_shape
 
     @constraints.dependent_property(is_discrete=False)
     def domain(self) -> constraints.Constraint:
@@ -109,7 +109,7 @@ class Chain(FlowTransform):
 
     @constraints.dependent_property(is_discrete=False)
     def codomain(self) -> constraints.Constraint:
-        parts = list(self)
+        parts = self._parts()
         last = next((k for k in range(len(parts) - 1, 0, -1) if not isinstance(parts[k], Wrap)), 0)
         reached = parts[last].codomain
         for part in parts[last + 1 :]:
@@ -118,24 +118,28 @@ class Chain(FlowTransform):
         return reached
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return _through([(part._forward_and_ladj, part.context_dim) for part in self], x, context)
+        return _through([(part._forward_and_ladj, part.context_dim) for part in self._parts()], x, context)
 
     def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return _through([(part._inverse_and_ladj, part.context_dim) for part in reversed(list(self))], y, context)
+        return _through([(part._inverse_and_ladj, part.context_dim) for part in reversed(self._parts())], y, context)
 
     @property
     def batch_shape(self) -> Size:
         return joint_shape(*(part.batch_shape for part in self))
 
+    def _parts(self) -> list[FlowTransform]:
+        # A ModuleList is slow to index.
+        held: Any = self._modules["parts"]
+        return list(held._modules.values())
+
     def __len__(self) -> int:
-        return len(self.parts)
+        return len(self._parts())
 
     def __iter__(self) -> Iterator[FlowTransform]:
-        held: Any = self._modules["parts"]
-        return iter(held._modules.values())
+        return iter(self._parts())
 
     def __getitem__(self, index: int | slice) -> FlowTransform:
-        part = list(self)[index]
+        part = self._parts()[index]
         return Chain(part) if isinstance(part, list) else part
 
 

@@ -228,8 +228,11 @@ def _same_kind(name: str, what: str, value: Tensor, kin: Tensor) -> None:
 def first_floating(module: nn.Module) -> Tensor | None:
     """A floating-point parameter or buffer, for its dtype and device."""
     # Asked at each call, so without the slower module.parameters().
-    for tensor in (*module._parameters.values(), *module._buffers.values()):
-        if tensor is not None and tensor.is_floating_point():
-            return tensor
-    below = (first_floating(child) for child in module._modules.values() if child is not None)
-    return next((tensor for tensor in below if tensor is not None), None)
+    modules: list[Any] = [module]
+    while modules:
+        each = modules.pop()
+        for tensor in (*each._parameters.values(), *each._buffers.values()):
+            if tensor is not None and tensor.is_floating_point():
+                return tensor
+        modules += [child for child in reversed(each._modules.values()) if child is not None]
+    return None
