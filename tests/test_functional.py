@@ -391,3 +391,18 @@ def test_constants_outlive_the_mode_they_were_made_in(mode):
         compiled(score, x, c)
     same(vmap(grad(score.forward, (0, 1)))(x, c), wanted[:2])
     same(score(x.requires_grad_(), c), score(x, c))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("direction", ["inverse", "conditioned", "score"])
+def test_views_compile_in_one_piece(direction):
+    """Inverses and conditioned views, whose shapes and supports are those of another transform."""
+    chain, context, x = pf.realnvp(4, num_layers=1, hidden_dims=(4,), context_dim=2), torch.ones(2), torch.randn(5, 4)
+    flow = pf.Flow(chain)
+    call = {
+        "inverse": pf.Flow(pf.maf(4, num_layers=1, hidden_dims=(4,)).inv).score,
+        "conditioned": lambda v: chain.condition(context).inverse_and_ladj(v)[0],
+        "score": lambda v: flow(context).log_prob(v),
+    }[direction]
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), call(x))

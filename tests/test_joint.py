@@ -247,8 +247,10 @@ def test_many_draws_by_vmap(model, dtype, monkeypatch):
     torch.testing.assert_close(found, expected)
     slopes = (torch.autograd.grad(total.sum(), z)[0] for total in (found, expected))
     torch.testing.assert_close(*slopes, rtol=1e-4, atol=1e-5)
-    monkeypatch.setattr(density, "_alone", None)
+    runs: list[object] = []
+    monkeypatch.setattr(density, "sites_at", lambda values, run=density.sites_at: runs.append(values) or run(values))
     torch.testing.assert_close(quiet(density, z), expected)
+    assert len(runs) == 1
 
 
 @pytest.mark.filterwarnings("ignore:this model does not broadcast")
@@ -270,6 +272,46 @@ def test_vmap_heeds_constraints(checked):
         if checked:
             with pytest.raises(ValueError, match="probs"):
                 density(z[1:2])
+
+
+@pytest.mark.filterwarnings("ignore:this model does not broadcast")
+def test_vmap_heeds_what_is_not_validated():
+    """Sites that a mask leaves out, values that are computed, and distributions that do not validate."""
+
+    def model():
+        p = pyro.sample("p", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+        x = torch.tensor([[1.0, 0.5], [0.0, 1.0]]) @ p
+        pyro.deterministic("log", torch.log(x[0]))
+        pyro.sample("masked", dist.LogNormal(x[0], 1.0).mask(False), obs=torch.tensor(-1.0))
+        pyro.sample(
+            "free", dist.Bernoulli(probs=1.01 * torch.sigmoid(x[1]), validate_args=False), obs=torch.tensor(1.0)
+        )
+        pyro.sample("matrix", dist.MultivariateNormal(x, torch.eye(2) * x[1].exp()), obs=torch.zeros(2))
+
+    density = joint(model)
+    z = torch.tensor([[0.5, 0.2], [-1.0, 9.0], [1.0, -0.5]])
+    found = density(z)
+    assert density.mapped and found.isfinite().all()
+    torch.testing.assert_close(found, torch.stack([density._alone(row) for row in z]))
+
+
+@pytest.mark.filterwarnings("ignore:this model does not broadcast")
+def test_vmap_leaves_no_tensors_behind_and_validation_as_it_was():
+    class Keeps(PyroModule):
+        def forward(self):
+            p = pyro.sample("p", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+            self.__dict__["last"] = torch.tensor([[1.0, 2.0], [0.0, 1.0]]) @ p
+            pyro.sample("y", dist.Normal(self.last, 1.0).to_event(1), obs=torch.zeros(2))
+
+    model = Keeps()
+    density = joint(model)
+    z = torch.randn(3, 2)
+    found = density(z)
+    assert not density.mapped and model.last.sum().isfinite().item()
+    torch.testing.assert_close(found, torch.stack([by_trace(density, row) for row in z]))
+    torch.distributions.Distribution.set_default_validate_args(False)
+    joint(regression, torch.ones(2, 3), torch.ones(2))(torch.randn(3, 3))
+    assert not torch.distributions.Distribution._validate_args
 
 
 def by_float():

@@ -174,9 +174,9 @@ def _depth(transform: Transform) -> int:
 def total_cost(costs: Iterable[str]) -> str:
     """Adds up costs by their units."""
     counted: Counter[tuple[str, ...]] = Counter()
-    for term in " + ".join(costs).replace("passes", "pass").split(" + "):
+    for term in " + ".join(costs).split(" + "):
         count, head, *rest = term.split(" ")
-        unit = (head if head == "pass" else head.removesuffix("s"), *rest)
+        unit = ("pass" if head.startswith("pass") else head.removesuffix("s"), *rest)
         counted[unit] += int(count)
     return " + ".join(
         " ".join((str(n), head if n == 1 else head + ("es" if head == "pass" else "s"), *rest))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import operator
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
@@ -261,6 +260,10 @@ class FlowTransform(TransformModule):
         self._memo.clear()
         return super().train(mode)
 
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._memo.clear()  # extra state may count
+        super()._load_from_state_dict(*args)
+
     def __getstate__(self) -> dict[str, Any]:
         left = ("_memo", "_inverse_ref", "_inverse_fields")
         return {name: value for name, value in self.__dict__.items() if name not in left}
@@ -286,7 +289,7 @@ ConditionalTransform.register(FlowTransform)
 
 def _inner(name: str) -> Any:
     """A property that is the inner transform's of this name."""
-    return property(operator.attrgetter(f"transform.{name}"))
+    return property(lambda self: getattr(self.transform, name))
 
 
 class Inverse(FlowTransform):

@@ -45,6 +45,7 @@ class SharedDistribution(TorchDistribution):
         found: Any
         found, self._marks = extract_provenance(context)  # hand-made gradients need plain tensors
         self.model, self.context, self.members = model, found, members
+        self.has_rsample = len(members) == 1 and getattr(model, "has_rsample", False)
         own = Size() if found is None else found.shape[:-1]
         super().__init__(own if batch_shape is None else batch_shape, model.event_shape, validate_args=validate_args)
 

@@ -20,7 +20,7 @@ __all__ = ["glow", "multiscale_realnvp"]
 _LEAST_SIDE = 4  # of the papers' coarsest scale
 
 
-def squeezes(builder: str, event: Size, wanted: int | None, least: int) -> int:
+def squeezes(builder: str, option: str, event: Size, wanted: int | None, least: int) -> int:
     """The number of squeezes: ``wanted``, or as many as keep sides of ``_LEAST_SIDE``, and ``least`` where possible."""
     possible = min((n & -n).bit_length() - 1 for n in event[1:])
     if wanted is None:
@@ -29,7 +29,7 @@ def squeezes(builder: str, event: Size, wanted: int | None, least: int) -> int:
     if wanted > possible:
         raise ValueError(
             f"{builder}: expected sides that can be halved {wanted} times, got event shape {tuple(event)}, which "
-            f"allows {possible}; ask for fewer, pad the data to multiples of {2**wanted}, or crop it"
+            f"allows {possible}; set a smaller {option}, pad the data to multiples of {2**wanted}, or crop it"
         )
     return wanted
 
@@ -91,7 +91,7 @@ def multiscale_realnvp(
     event = image_shape("multiscale_realnvp", event_shape)
     count = integer("multiscale_realnvp", "num_couplings", num_couplings)
     wanted = None if num_scales is None else integer("multiscale_realnvp", "num_scales", num_scales) - 1
-    last = squeezes("multiscale_realnvp", event, wanted, least=0)
+    last = squeezes("multiscale_realnvp", "num_scales", event, wanted, least=0)
     width = integer("multiscale_realnvp", "hidden_channels", hidden_channels)
     family = Affine(max_log_scale) if univariate is None else univariate
     options: dict[str, Any] = {"context_dim": context_dim, "kernel_size": kernel_size, "activation": activation}
@@ -161,7 +161,7 @@ def glow(
     event = image_shape("glow", event_shape)
     integer("glow", "num_layers", num_layers)
     wanted = None if num_scales is None else integer("glow", "num_scales", num_scales)
-    count = squeezes("glow", event, wanted, least=2)
+    count = squeezes("glow", "num_scales", event, wanted, least=2)
     family = Affine(max_log_scale) if univariate is None else univariate
     options: dict[str, Any] = {
         "context_dim": context_dim,

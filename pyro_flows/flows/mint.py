@@ -156,7 +156,7 @@ def _check(event: Size, num_layers: int, squeeze: int, split: bool, one_sided: b
             f"mintnet: expected at least one pair of layers at each size, so num_layers > squeeze, got {num_layers} "
             f"and {squeeze}"
         )
-    squeezes("mintnet", event, squeeze, least=0)
+    squeezes("mintnet", "squeeze", event, squeeze, least=0)
     if split and not squeeze:
         raise ValueError("mintnet: split=True needs squeeze >= 1: channels leave after squeezes")
     if one_sided and squeeze:

@@ -74,17 +74,20 @@ class Autoregressive(FlowTransform):
         slow = f"1 sweep of {structure.num_steps} steps"
         self.sampling_cost, self.density_cost = (slow, "1 pass") if fast == "density" else ("1 pass", slow)
 
+    def _shaped(self, flat: Tensor) -> Tensor:
+        return flat if len(self.event_shape) == 1 else flat.unflatten(-1, self.event_shape)
+
     def _one_pass(self, value: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         net = self.net
         ranked = net.to_ranks(value.flatten(-len(self.event_shape)))
         moved, ladj = net.ranked(ranked, context, self.univariate)
-        return net.from_ranks(moved).unflatten(-1, self.event_shape), ladj
+        return self._shaped(net.from_ranks(moved)), ladj
 
     def _sweep(self, value: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         weights, biases, masks = self.net.tensors()
         ranked = self.net.to_ranks(value.flatten(-len(self.event_shape)))
         solved, ladj = solve(self.solver, ranked, self.net.first_bias(context), weights, biases[1:], masks)
-        return self.net.from_ranks(solved).unflatten(-1, self.event_shape), ladj
+        return self._shaped(self.net.from_ranks(solved)), ladj
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._sweep(x, context) if self.fast == "density" else self._one_pass(x, context)

@@ -140,9 +140,11 @@ class Coupling(FlowTransform):
         return (torch.argsort(self.order) < self.num_kept).reshape(self.event_shape)
 
     def _find_start(self) -> None:
-        """The first kept dimension if every other one is kept, where slices are cheaper than gathers; else ``None``."""
+        """Finds masks that keep every other dimension or one end, where slices are cheaper than gathers."""
         size, kept = self.order.numel(), self.order[: self.num_kept].tolist()
         self._start = next((k for k in (0, 1) if size % 2 == 0 and kept == list(range(k, size, 2))), None)
+        halves = list(range(self.num_kept)), list(range(size - self.num_kept, size))
+        self._half = halves.index(kept) if kept in halves else None
 
     def _features(self, kept: Tensor) -> Tensor:
         """The network's input: angles by cosine and sine."""
@@ -165,10 +167,13 @@ class Coupling(FlowTransform):
 
     def _rows(self, flat: Tensor, batch: Size, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
         """Moves rows flattened from ``batch``; the univariate sees samples as columns."""
-        if self._start is None:
-            kept, moved = (flat.index_select(-1, places) for places in self.order.tensor_split((self.num_kept,)))
-        else:
+        if self._start is not None:
             kept, moved = flat[:, self._start :: 2], flat[:, 1 - self._start :: 2]
+        elif self._half is not None:
+            cut = len(self.order) - self.num_kept if self._half else self.num_kept
+            kept, moved = flat.tensor_split((cut,), -1)[:: -1 if self._half else 1]
+        else:
+            kept, moved = (flat.index_select(-1, places) for places in self.order.tensor_split((self.num_kept,)))
         features = self._features(kept)
         if context is not None and len(batch) != 1:
             features = features.view(*batch, features.shape[-1])
@@ -178,9 +183,10 @@ class Coupling(FlowTransform):
         move = self.univariate.inverse if inverse else self.univariate.forward
         moved, slope = move(moved.t(), params.transpose(0, 1))
         pair = kept, moved.t()
-        if self._start is None:
-            return torch.cat(pair, -1).index_select(-1, self.undo), slope.sum(0)
-        return torch.stack(pair[::-1] if self._start else pair, -1).flatten(1), slope.sum(0)
+        if self._start is not None:
+            return torch.stack(pair[::-1] if self._start else pair, -1).flatten(1), slope.sum(0)
+        joined = torch.cat(pair[::-1] if self._half else pair, -1)
+        return joined if self._half is not None else joined.index_select(-1, self.undo), slope.sum(0)
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._move(x, context, inverse=False)

@@ -210,19 +210,26 @@ class Permutation(FlowTransform):
 
     sampling_cost = density_cost = "1 gather"
     permutation: Tensor
+    undo: Tensor
 
     def __init__(self, event_shape: int | Iterable[int], permutation: str | Sequence[int] | Tensor = "random") -> None:
         super().__init__(event_shape)
         indices = permutation_of("Permutation", self.event_shape.numel(), permutation, ("random", "reverse"))
         drawn = isinstance(permutation, str) and permutation == "random"
         self.register_buffer("permutation", indices, persistent=drawn)
+        self.register_buffer("undo", torch.argsort(indices), persistent=False)
+
+    def _load_from_state_dict(self, *args: object) -> None:
+        super()._load_from_state_dict(*args)
+        with torch.no_grad():
+            self.undo.copy_(torch.argsort(self.permutation))
 
     def turned(self, angles: Tensor, inverse: bool = False) -> Tensor:
         return self._reorder(angles, inverse)[0]
 
     def _reorder(self, value: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-        flat, indices = value.flatten(-len(self.event_shape)), self.permutation.to(value.device)
-        moved = torch.empty_like(flat).index_copy(-1, indices, flat) if inverse else flat.index_select(-1, indices)
+        flat, indices = value.flatten(-len(self.event_shape)), self.undo if inverse else self.permutation
+        moved = flat.index_select(-1, indices.to(value.device))
         return moved.unflatten(-1, self.event_shape), value.new_zeros(()).expand(flat.shape[:-1])
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:

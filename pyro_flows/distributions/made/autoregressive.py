@@ -34,11 +34,6 @@ class AutoregressiveDistribution(SharedDistribution):
         batch_shape: by default the context's.
     """
 
-    @property
-    def has_rsample(self) -> bool:  # type: ignore[override]  # as in torch's own TransformedDistribution
-        """Whether differentiable draws exist."""
-        return len(self.members) == 1 and self.model.has_rsample
-
     def _admit(self, value: Tensor) -> Tensor:
         check_tensor(type(self.model).__name__, "a tensor", value)
         cut = value.dim() - len(self.event_shape)

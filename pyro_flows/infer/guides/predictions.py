@@ -197,7 +197,7 @@ def _values(model: Model, density: JointDensity, z: Tensor, wanted: Callable[[Si
                     f"{type(error).__name__}: {error}",
                     stacklevel=4,
                 )
-        runs = [density.sites_at(density.latents.draws(row), model) for row in z]
+        runs = (density.sites_at(density.latents.draws(row), model) for row in z)
         return _joined([{name: site.value[None] for name, site in sites.items() if wanted(site)} for sites in runs])
 
 

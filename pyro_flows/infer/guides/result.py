@@ -81,7 +81,7 @@ class GuideFit:
 
     @property
     def importance(self) -> Importance:
-        """stored.Numbers about the importance weights, with errors."""
+        """Numbers about the importance weights, with errors."""
         return self.assessment.importance
 
     @property

@@ -250,10 +250,13 @@ def device_of(map_location: Any, saved: str) -> torch.device:
     Raises:
         ValueError: for an unavailable device.
     """
+    place = map_location.get(saved, saved) if isinstance(map_location, dict) else map_location
     try:
-        return torch.serialization._get_restore_location(map_location)(torch.empty(0).untyped_storage(), saved).device
+        if isinstance(place, str | int | torch.device):
+            return torch.empty(0, device=place).device
+        return torch.serialization._get_restore_location(place)(torch.empty(0).untyped_storage(), saved).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(
-            f"load_guide: the device {str(map_location or saved)!r} is not there ({error}); give another one, e.g. "
+            f"load_guide: the device {str(place or saved)!r} is not there ({error}); give another one, e.g. "
             "map_location='cpu'"
         ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,10 +33,13 @@ class Footprint(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.bytes = 0
+        compiler = sys.modules.get("torch._dynamo")
+        if compiler is not None and not hasattr(Footprint.__torch_dispatch__, "_torchdynamo_disable"):
+            Footprint.__torch_dispatch__ = compiler.disable(Footprint.__torch_dispatch__)  # type: ignore[method-assign]
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # otherwise the first call imports torch's compiler, a second of a short fit
+        return False  # torch's way imports its compiler at the first call, a second of a short fit
 
     def __torch_dispatch__(
         self,

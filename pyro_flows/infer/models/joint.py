@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 import numpy as np
 import pyro
 import torch
-from pyro.distributions.util import is_validation_enabled
 from pyro.poutine import Trace
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from pyro_flows.infer.machine.pace import Footprint, Pace
 from pyro_flows.infer.models.broadcasting import explain, warn_once
@@ -48,9 +48,10 @@ class JointDensity:
     :math:`\log p(z) = \log p(\text{data}, \theta(z)) + \log|\partial \theta / \partial z|`, in nats, differentiable;
     ``(S, dim)`` gives ``(S,)``. A model that broadcasts, as a comparison shows, runs once for all ``S``, in a dimension
     left of its plates. Another runs once under ``torch.vmap``, with a warning, if values and gradients then equal those
-    of single runs: not with Python numbers or branches made from latents. The rest runs one point at a time. Scales,
-    masks and subsampling count as in an ELBO, except that masked entries of a latent that nothing depends on, such as a
-    series' padding, keep their own density. Otherwise there would be no posterior.
+    of single runs: not with Python numbers or branches made from latents. The rest runs one point at a time. Points
+    that share a run share the random numbers that the model draws, e.g. a minibatch. Scales, masks and subsampling
+    count as in an ELBO, except that masked entries of a latent that nothing depends on, such as a series' padding, keep
+    their own density. Otherwise there would be no posterior.
 
     Args:
         model: a Pyro model with the given latents.
@@ -189,30 +190,25 @@ class JointDensity:
         values, total = self.latents.unpack(row)
         return total + self._conditional(values)
 
-    def _conditional(self, values: Mapping[str, Tensor], checked: bool = False) -> Tensor:
-        """Returns the log-density of the model; if ``checked``, NaN outside the constraints."""
+    def _conditional(self, values: Mapping[str, Tensor]) -> Tensor:
         nesting = self.latents.max_plate_nesting
         if self.discrete:
-            trace, sites = self.enumerated_at(values, nesting)
-            total = marginal_log_prob(trace, sites, None, nesting)
-        else:
-            sites = self.sites_at(values)
-            total = sum((site.log_prob().sum() for site in sites.values()), torch.zeros(()))
-        for fine in (fine for site in sites.values() for fine in site.checks()) if checked else ():
-            total = torch.where(fine.all(), total, math.nan)
-        return total
+            return marginal_log_prob(*self.enumerated_at(values, nesting), None, nesting)
+        return sum((site.log_prob().sum() for site in self.sites_at(values).values()), torch.zeros(()))
 
     def _mapped(self, z: Tensor) -> Tensor:
-        """Runs the model under vmap, where validation cannot raise."""
-        checked = is_validation_enabled()
+        """Runs the model under vmap, where draws that validation refuses get NaN."""
+        if self._own is None:
+            self._own = self._seeded(self._unneeded, z[0])
 
         def alone(row: Tensor) -> Tensor:
-            values, total = self.latents.unpack(row)
-            return total + self._conditional(values, checked)
+            with _Validity() as validity:
+                total = self._alone(row)
+            for fine in validity.found:
+                total = torch.where(fine, total, math.nan)
+            return total
 
-        with pyro.validation_enabled(False):
-            found: Tensor = torch.vmap(alone, randomness="same")(z)
-        return found
+        return torch.vmap(alone, randomness="same")(z)
 
     @torch.enable_grad()
     def _maps(self, z: Tensor) -> bool:
@@ -233,8 +229,19 @@ class JointDensity:
                 mapped = _value_and_slope(partial(self._seeded, self._mapped), rows)
             except FAILURES:
                 return False
-            self.mapped = all(torch.allclose(*pair, 1e-4, 1e-3) for pair in zip(mapped, alone, strict=True))
+            self.mapped = not self._keeps_mapped() and all(
+                torch.allclose(*pair, 1e-4, 1e-3) for pair in zip(mapped, alone, strict=True)
+            )
         return self.mapped
+
+    def _keeps_mapped(self) -> bool:
+        """Whether the model keeps a tensor of its last run, which vmap leaves unusable, in a module or its object."""
+        owner: Any = getattr(self.model, "__self__", self.model)
+        holders = owner.modules() if isinstance(owner, torch.nn.Module) else [owner]
+        kept = [value for each in holders for value in getattr(each, "__dict__", {}).values()]
+        return any(
+            isinstance(value, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value) for value in kept
+        )
 
     def _together(self, z: Tensor) -> Tensor:
         if self._own is None:
@@ -330,6 +337,24 @@ class JointDensity:
         with torch.random.fork_rng(devices=[z.device] if z.is_cuda else []):
             torch.manual_seed(0)
             return fn(z)
+
+
+class _Validity(TorchFunctionMode):
+    """Collects the outcomes of torch's validation of distributions, which cannot raise under vmap."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[Tensor] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch._is_all_true:
+            self.found.append(args[0].all())
+            return True
+        if func is torch.isclose and kwargs == {"atol": 1e-6}:  # torch branches on whether matrices are symmetric
+            return torch.ones(args[0].shape, dtype=torch.bool)
+        return func(*args, **(kwargs or {}))
 
 
 class StillDensity:

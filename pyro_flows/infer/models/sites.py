@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,14 +13,11 @@ from pyro.distributions.util import scale_and_mask
 from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import Distribution, Independent
-from torch.distributions.constraints import is_dependent, symmetric
+from torch.distributions import Independent
 
 __all__ = ["Message", "Model", "Site", "latent_messages", "run", "sample_messages", "sites_of"]
 
 LATENT, DATA, FACTOR, COMPUTED, DRAWN = "latent", "data", "factor", "computed", "drawn"
-
-_SYMMETRIC = type(symmetric)
 
 Model = Callable[..., object]
 Message = dict[str, Any]  # Pyro's record of a site; Pyro types its distribution as a mere callable
@@ -101,18 +97,6 @@ class Site:
             return value
         whole = unmasked(self.fn).log_prob(self.value, *message["args"], **message["kwargs"])
         return torch.where(self.own, scale_and_mask(whole, scale), value)
-
-    def checks(self) -> Iterator[Tensor]:
-        """Yields what validation checks: whether the value is in the support, and parameters in their constraints."""
-        fn = self.fn
-        with suppress(NotImplementedError):  # a support is unknown
-            yield fn.support.check(self.value)
-        while isinstance(fn, Distribution):
-            for name, constraint in fn.arg_constraints.items():
-                # Others are computed when read. Symmetry is structural, and its check has no batched form.
-                if name in vars(fn) and not is_dependent(constraint) and not isinstance(constraint, _SYMMETRIC):
-                    yield constraint.check(vars(fn)[name])
-            fn = getattr(fn, "base_dist", None)
 
 
 def _masks(*given: Any) -> list[bool | Tensor]:

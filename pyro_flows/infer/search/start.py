@@ -203,7 +203,7 @@ class _Ranking:
         order = sorted(range(len(scores)), key=scores.__getitem__, reverse=True)
         kinds = {candidate.kind: i for i, candidate in reversed(list(enumerate(candidates)))}
         self.add([candidates[i] for i in dict.fromkeys([*order[:_FINALISTS], *kinds.values()])])
-        if self.winner is None and scores[order[0]] > -math.inf:
+        if self.winner is None and self.safe.expired and scores[order[0]] > -math.inf:
             self.take(scores[order[0]], scores[order[0]], candidates[order[0]])
 
 

@@ -85,7 +85,8 @@ class AnomalyDetector:
         expected = expected_by(self.model, "AnomalyDetector", "a tensor or an array of numbers")
         admitted = admit_rows(rows, context, expected, "rows", "context", least=0)
         with evaluating(self.model):
-            log_prob = torch.cat([scores.double().cpu() for scores in evaluate(self._log_prob, admitted)])
+            scores = [] if not len(admitted.value) else evaluate(self._log_prob, admitted)
+            log_prob = torch.cat([torch.zeros(0).double(), *(part.double().cpu() for part in scores)])
         if log_prob.isnan().any():
             where = name_rows(log_prob.isnan().nonzero()[:, 0])
             raise FloatingPointError(f"AnomalyDetector: the log-density is NaN in {where}; look for NaN in the model")

@@ -115,8 +115,7 @@ class Stream:
                 "step, .sample() draws one"
             )
         moves = [partial(_one_by_one, part) if inverse else part.inverse for part, inverse in reversed(self._parts)]
-        x, ladj = self._moved(value, moves)
-        total = ladj + self._base.log_prob(x).sum(-2)
+        _, total = self._moved(value, moves, from_data=True)
         return total.view(*self.batch_shape, total.shape[1]) if several else total.view(self.batch_shape)
 
     @torch.no_grad()
@@ -137,8 +136,8 @@ class Stream:
             raise ValueError(f"Stream: expected one step of shape {(*self.batch_shape, value.shape[1])}, got several")
         if not value.isfinite().all():
             raise ValueError("Stream: expected finite base values, got some that are not; .sample() draws them")
-        y, ladj = self._moved(value, [part.inverse if inverse else part.forward for part, inverse in self._parts])
-        total = self._base.log_prob(value).sum(-2) - ladj
+        moves = [part.inverse if inverse else part.forward for part, inverse in self._parts]
+        y, total = self._moved(value, moves, from_data=False)
         return y.view(*self.batch_shape, y.shape[1]), total.view(self.batch_shape)
 
     def sample(self) -> Tensor:
@@ -177,16 +176,20 @@ class Stream:
                 f"broadcasts with batch_shape {tuple(self.batch_shape)}, got shape {tuple(context.shape)}"
             ) from None
 
-    def _moved(self, value: Tensor, moves: Iterable[Move]) -> tuple[Tensor, Tensor]:
-        """Takes steps in full precision, and marks a stream as torn whose parts took different ones."""
+    def _moved(self, value: Tensor, moves: Iterable[Move], from_data: bool) -> tuple[Tensor, Tensor]:
+        """Takes steps in full precision, and marks a stream as torn whose parts took different ones.
+
+        Returns the values on the other side, and the log-densities of the steps.
+        """
         self._torn = True
-        total = value.new_zeros(len(value), value.shape[-1])
+        start, total = value, value.new_zeros(len(value), value.shape[-1])
         with torch.autocast(value.device.type, enabled=False):
             for move in moves if value.shape[-1] else ():
                 value, ladj = move(value)
                 total = total + ladj
+        base = self._base.log_prob(value if from_data else start).sum(-2)
         self._torn, self.steps = False, self.steps + value.shape[-1]
-        return value, total
+        return value, base + total if from_data else base - total
 
     def _admit(self, value: Tensor, what: str) -> tuple[Tensor, bool]:
         """Rows of shape ``(rows, C, n)``, and whether the value had a time axis."""

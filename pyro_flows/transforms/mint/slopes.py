@@ -108,9 +108,14 @@ def convolved(act: KnownActivation, x: Tensor, w: Weights, convolve: Sequence[Co
     activate = (act.in_place if eager else None) or act.value
     outer = w.outer if w.gate is None else w.outer * w.gate.unflatten(-1, w.outer.shape)
     first = activate(convolve[0](x, w.first, w.first_bias))
-    second = activate(convolve[1](first, w.second, w.second_bias))
-    slope = (_Slope.record if eager and torch.is_grad_enabled() else _slope)(act, first, second, w.inner, outer)
-    del first
+    if eager and torch.is_grad_enabled():
+        second = activate(convolve[1](first, w.second, w.second_bias))
+        slope = _Slope.record(act, first, second, w.inner, outer)
+    else:  # one hidden map at a time
+        sums = w.inner @ _slopes(act, first, x.shape[1])
+        second = activate(convolve[1](first, w.second, w.second_bias))
+        del first
+        slope = outer.unsqueeze(-2) @ (_slopes(act, second, x.shape[1]) * sums)
     gated = second if w.gate is None else second * w.gate[..., None, None]
     value = torch.addcmul(convolve[2](gated, w.third, None) + w.third_bias, w.scale, x)
     return value, slope.view(x.shape) + w.scale
