@@ -360,6 +360,16 @@ def nested(context_dim=0):
     return shake(pf.Chain([pf.Coupling(3, hidden_dims=(8,)), inner, pf.Rescaling(3)]), 0.3)
 
 
+def test_nan_is_located_where_a_part_comes_again():
+    part = pf.Coupling(3, hidden_dims=(4,))
+    with torch.no_grad():
+        list(part.parameters())[-1].fill_(1e38)
+    x = 1e10 * torch.randn(4, 3)
+    assert locate_nonfinite(part, x) is None
+    found = locate_nonfinite(pf.Chain([part, pf.Permutation(3), part]), x)
+    assert found.startswith("parts.2 (Coupling): output y has ")
+
+
 def test_locate_finds_nothing_in_a_sound_flow():
     assert locate_nonfinite(nested(), torch.randn(5, 3)) is None
     assert locate_nonfinite(nested(2), torch.randn(5, 3), torch.randn(5, 2)) is None

@@ -33,17 +33,23 @@ def locate_nonfinite(
     for what, value in (("x", x), ("context", context)):
         if value is not None and not value.isfinite().all():
             return f"input {what} {_count(value)}"
-    roots = (transform,) if within is None else (transform, within)
-    names = {module: name for root in roots for name, module in root.named_modules() if name}
+    names: dict[nn.Module, list[str]] = {}
+    for root in (transform,) if within is None else (transform, within):
+        found: dict[nn.Module, list[str]] = {}
+        for name, module in root.named_modules(remove_duplicate=False):
+            found.setdefault(module, []).append(name or "the transform")
+        names |= found
     for part in leaves(transform):
         x, ladj = part.forward_and_ladj(x, context if part.context_dim else None)
         inverse = False
         while isinstance(part, (Inverse, Conditioned)):
             inverse ^= isinstance(part, Inverse)
             part = part.transform
+        places = names.get(part, ["the transform"])
+        place = places.pop(0) if len(places) > 1 else places[0]  # a part may occur more than once
         for what, result in (("x" if inverse else "y", x), ("ladj", ladj)):
             if not result.isfinite().all():
-                where = f"{names.get(part, 'the transform')} ({type(part).__name__})"
+                where = f"{place} ({type(part).__name__})"
                 return f"{where}: {nonfinite_state(part) or f'output {what} {_count(result)}'}"
     return None
 
