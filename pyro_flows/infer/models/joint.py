@@ -235,7 +235,7 @@ class JointDensity:
         return self.mapped
 
     def _keeps_mapped(self) -> bool:
-        """Whether the model keeps a tensor of its last run, which vmap leaves unusable, in a module or its object."""
+        """Whether the model keeps a tensor of its run, which vmap leaves unusable."""
         owner: Any = getattr(self.model, "__self__", self.model)
         holders = owner.modules() if isinstance(owner, torch.nn.Module) else [owner]
         kept = [value for each in holders for value in getattr(each, "__dict__", {}).values()]
@@ -340,7 +340,7 @@ class JointDensity:
 
 
 class _Validity(TorchFunctionMode):
-    """Collects the outcomes of torch's validation of distributions, which cannot raise under vmap."""
+    """Collects what torch's validation finds, which cannot raise under vmap."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -122,7 +122,7 @@ def find_start(
     full = len(center) <= full_rank_up_to
     unit = identity(center) if full else torch.ones_like(center)
     best = _Ranking(safe, _pairs(num_samples, center, generator))
-    # Climbs come first: they need few points, and leave a good Gaussian even if the time ends before any ranking.
+    # Climbs need few points, and leave a good Gaussian if time ends before any ranking.
     found = _candidates(safe, _dispersed(safe, center, num_starts, generator), full)
     best.add_all([_Gaussian(center, size * unit, "initial") for size in _PLAIN] + found)
     if best.winner is None and safe.found and safe.expired:
