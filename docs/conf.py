@@ -28,7 +28,7 @@ html_title = f"pyro_flows {version}"
 # A reference that leads nowhere is an error.
 nitpicky = True
 nitpick_ignore = [
-    ("py:class", "pyro_flows.nets.masked_pass.Head"),  # what a transform hands to its network
+    ("py:class", "pyro_flows.infer.diagnostics.weights._Draws"),  # a vector of draws, or draws by name
     ("py:class", "pyro.poutine.trace_struct.Trace"),  # which the inventory lists under another name
 ]
 
