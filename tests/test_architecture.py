@@ -11,6 +11,8 @@ import sys
 import typing
 from pathlib import Path
 
+import pytest
+
 import pyro_flows as pf
 from pyro_flows.univariate import Univariate
 
@@ -197,6 +199,7 @@ print(*sorted(sys.modules))
 """
 
 
+@pytest.mark.full
 def test_guides_and_scores_load_no_compiler():
     """This takes a second and more, as long as a short fit."""
     done = subprocess.run([sys.executable, "-c", USE], capture_output=True, text=True, cwd=ROOT.parent)

@@ -50,6 +50,7 @@ def test_maps_stay_on_the_device(case):
                     assert [part.device for part in leaf(value, context)] == [META, META]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("case", EACH_FLOW, ids=lambda case: case.name)
 def test_scores_and_draws_stay_on_the_device(case):
     flow = pf.Flow(case.build(0)).to(META)
