@@ -26,6 +26,7 @@ LIKE = {aten.ones_like.default, aten.zeros_like.default, aten.full_like.default}
 TURNS = {aten.t.default, aten.permute.default, aten.transpose.int}
 INDEXED = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}
 READS = {Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.data_ptr}  # without a call of a kernel
+DETACHES = {Tensor.detach, torch.detach, Tensor.data.__get__}  # type: ignore[attr-defined]
 PLAIN = (int, float, complex, bool, str, torch.dtype, torch.device, torch.layout, torch.memory_format, type(None))
 
 TRIALS = 2  # the first step of a fit may set up buffers
@@ -217,7 +218,13 @@ class _Reads(TorchFunctionMode):
     ) -> Any:
         if func in READS and not self.recorder.is_fixed(args[0]):
             raise RecordError(f"{func.__name__}() gives Python a value that depends on tensors")
-        return func(*args, **(kwargs or {}))
+        found = func(*args, **(kwargs or {}))
+        if func in DETACHES and not torch.is_grad_enabled():
+            if id(found) in self.recorder.nodes:
+                self.recorder.detached.add(self.recorder.nodes[id(found)])
+            elif torch._is_functional_tensor(found):  # whose inner tensor has another identity
+                self.recorder.detaches = True
+        return found
 
 
 class _Recorder(TorchDispatchMode):
@@ -235,6 +242,8 @@ class _Recorder(TorchDispatchMode):
         self.written: set[int] = set()  # by values that depend on constants alone
         self.varied: set[int] = set()  # by others
         self.fixed: set[fx.Node] = set()  # nodes that depend on constants alone
+        self.detached: set[fx.Node] = set()  # by the caller, which matters where gradients are taken later
+        self.detaches = False  # whether all calls of detach may be such
         self.bytes = 0
         for each in inputs:
             self._know(each, self.graph.placeholder(f"i{len(self.kept)}"))
@@ -258,13 +267,13 @@ class _Recorder(TorchDispatchMode):
         if func.overloadpacket in INDEXED:
             args = (args[0], list(self._places(args[1])), *args[2:])
         self._fixed = True
-        nodes = self._node_of((args, kwargs))
+        nodes = self.node_of((args, kwargs))
         fixed = self._fixed and Tag.nondeterministic_seeded not in func.tags
         found = func(*args, **kwargs)
         several = isinstance(found, tuple | list)
         made: list[Any] = list(found) if several else [found]
         sized = Tag.dynamic_output_shape in func.tags and func is not aten.index.Tensor
-        if sized or not all(isinstance(each, Tensor) for each in made):
+        if sized or not all(isinstance(each, Tensor) or (several and each is None) for each in made):
             if not fixed:
                 raise RecordError(f"{func.name()} gives Python a value that depends on tensors")
             return found  # its tensors are constants
@@ -277,12 +286,14 @@ class _Recorder(TorchDispatchMode):
                     if _storage(each) in self.outer:
                         raise RecordError(f"{func.name()} changes a tensor from outside")
                     (self.written if fixed else self.varied).add(_storage(each))
-        self.bytes += sum(each.nbytes for each in made if _storage(each) not in self.outer)
+        self.bytes += sum(each.nbytes for each in made if each is not None and _storage(each) not in self.outer)
         if self.bytes > BYTES:
             raise RecordError("its tensors are so large that calls cost little")
         if fixed:
             self.fixed.add(node)
         for k, each in enumerate(made):
+            if each is None:  # a gradient that nobody asked for
+                continue
             part = self.graph.call_function(operator.getitem, (node, k)) if several else node
             if fixed:
                 self.fixed.add(part)
@@ -302,7 +313,7 @@ class _Recorder(TorchDispatchMode):
     def is_fixed(self, tensor: Tensor) -> bool:
         """Whether a tensor depends on constants alone."""
         self._fixed = True
-        self._node_of(tensor)
+        self.node_of(tensor)
         return self._fixed
 
     def _know(self, tensor: Tensor, node: fx.Node) -> None:
@@ -310,7 +321,7 @@ class _Recorder(TorchDispatchMode):
         node.meta["value"] = tensor
         self.kept.append(tensor)
 
-    def _node_of(self, value: object) -> Any:
+    def node_of(self, value: object) -> Any:
         """Puts nodes in place of tensors, and clears ``_fixed`` at one that may change between runs."""
         if isinstance(value, Tensor):
             node = self.nodes.get(id(value))
@@ -324,15 +335,15 @@ class _Recorder(TorchDispatchMode):
                 self._fixed = False
             return node
         if isinstance(value, list | tuple):
-            return type(value)(map(self._node_of, value))
+            return type(value)(map(self.node_of, value))
         if isinstance(value, dict):
-            return {name: self._node_of(each) for name, each in value.items()}
+            return {name: self.node_of(each) for name, each in value.items()}
         if not isinstance(value, PLAIN):
             raise RecordError(f"a kernel takes a {type(value).__name__}")
         return value
 
     def finish(self, results: Results) -> Graph:
-        self.graph.output(tuple(self._node_of(each) for each in results))
+        self.graph.output(tuple(self.node_of(each) for each in results))
         self._simplify()
         inputs = [node for node in self.graph.nodes if node.op == "placeholder" and node not in self.constants]
         used = [node for node in self.constants if node.users]
@@ -384,6 +395,10 @@ class _Recorder(TorchDispatchMode):
 
     def _shared(self, written: set[int]) -> set[int]:
         """Puts plain calls in place of those that change a tensor without views; returns the other storages."""
+        for node in list(self.graph.nodes):  # new tensors come as aliases
+            if self._is_alias(node) and len(node.args[0].users) == 1:
+                node.replace_all_uses_with(node.args[0])
+                self.graph.erase_node(node)
         members: dict[int, list[fx.Node]] = {storage: [] for storage in written}
         for node in self.graph.nodes:
             for storage in self._storages(node) & written if "value" in node.meta else ():
@@ -395,6 +410,9 @@ class _Recorder(TorchDispatchMode):
                     node.target = target  # type: ignore[assignment]
                 written = written - {storage}
         return written
+
+    def _is_alias(self, node: fx.Node) -> bool:
+        return node.target in ALIASES and node not in self.detached and not self.detaches
 
     def _storages(self, node: fx.Node) -> set[int]:
         made = [node] if "value" in node.meta else list(node.users)  # one result or several
@@ -419,7 +437,7 @@ class _Recorder(TorchDispatchMode):
         if old is None or new is None:
             return None
         alike = old.shape == new.shape and old.stride() == new.stride() and old.dtype == new.dtype
-        if node.target in ALIASES or (alike and node.target in RESHAPES | TURNS):
+        if self._is_alias(node) or (alike and node.target in RESHAPES | TURNS):
             return source
         if alike and node.target in (aten.mul.Scalar, aten.mul.Tensor) and node.args[1] == 1 and self._is_pure(node):
             return source

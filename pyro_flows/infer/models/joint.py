@@ -202,7 +202,7 @@ class JointDensity:
         if self._own is None:
             self._own = seeded_alike(self._unneeded, row)
         values, total = self.latents.unpack(row)
-        return total + self._conditional(values)
+        return (total + self._conditional(values)).to(row.dtype)
 
     def _conditional(self, values: Mapping[str, Tensor]) -> Tensor:
         nesting = self.latents.max_plate_nesting
