@@ -15,7 +15,7 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-__all__ = ["Graph", "RecordError", "Replay", "record", "replayable"]
+__all__ = ["Graph", "RecordError", "Replay", "alike", "record", "replayable"]
 
 aten = torch.ops.aten
 ALIASES = {aten.detach.default, aten.alias.default, aten.lift_fresh.default}
@@ -53,6 +53,12 @@ class Graph:
         """The number of calls of torch."""
         return sum(node.op in ("call_function", "call_method") for node in self.program.graph.nodes)
 
+    @property
+    def portable(self) -> bool:
+        """Whether it consists of torch's own operations."""
+        calls: list[Any] = [node.target for node in self.program.graph.nodes if node.op == "call_function"]
+        return all(not isinstance(each, OpOverload) or each.namespace == "aten" for each in calls)
+
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Runs the computation anew, without gradients."""
         with torch.no_grad():
@@ -72,11 +78,16 @@ class Replay:
         self._graphs: dict[Any, Graph] = {}
         self._calls: dict[Any, int] = {}
 
+    def graph_of(self, *inputs: Tensor | None) -> Graph | None:
+        """Returns the recording that was found right for inputs like these."""
+        key = _shapes(inputs)
+        return self._graphs.get(key) if self.why_not is None and self._calls.get(key, 0) > TRIALS else None
+
     def __call__(self, *inputs: Tensor | None) -> Results:
         """Returns the function's results, without gradients."""
         if self.why_not is not None:
             return self.run(*inputs)
-        key = tuple(None if each is None else (each.shape, each.dtype) for each in inputs)
+        key = _shapes(inputs)
         given = [*self.parameters, *(each for each in inputs if each is not None)]
         calls = self._calls[key] = self._calls.get(key, 0) + 1
         graph = self._graphs.get(key)
@@ -89,7 +100,7 @@ class Replay:
             plain = self.run(*inputs)
         try:
             found = graph(*given)
-            if all(map(_alike, found, plain)):
+            if all(map(alike, found, plain)):
                 return found
             self.why_not = "a recording of its step gives other numbers"
         except (TypeError, RuntimeError) as error:
@@ -113,11 +124,16 @@ class Replay:
         return self.run(*inputs)
 
 
+def _shapes(inputs: Sequence[Tensor | None]) -> Any:
+    return tuple(None if each is None else (each.shape, each.dtype) for each in inputs)
+
+
 def _devices(tensors: Sequence[Tensor]) -> list[torch.device]:
     return list({each.device for each in tensors if each.is_cuda})
 
 
-def _alike(a: Tensor | None, b: Tensor | None) -> bool:
+def alike(a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether two results differ by rounding only."""
     if a is None or b is None:
         return a is b
     rtol = 1e-3 if a.dtype.itemsize < 8 else 1e-6
