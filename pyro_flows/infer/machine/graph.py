@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from functools import partial
+from types import FunctionType, MethodType
+from typing import Any, cast
 
 import torch
 from torch import Tag, Tensor, fx, nn
@@ -15,7 +17,10 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-__all__ = ["Graph", "RecordError", "Replay", "alike", "record", "replayable"]
+from pyro_flows.core.modes import recording
+from pyro_flows.inverse.sweep import KERNELS
+
+__all__ = ["Graph", "RecordError", "Replay", "alike", "record", "replayable", "unrecorded"]
 
 aten = torch.ops.aten
 ALIASES = {aten.detach.default, aten.alias.default, aten.lift_fresh.default}
@@ -26,6 +31,7 @@ TURNS = {aten.t.default, aten.permute.default, aten.transpose.int}
 
 TRIALS = 2  # the first step of a fit may set up buffers
 SHAPES = 4  # recordings at most
+CHECKED = {2, 16, 256, 4096, 65536}  # calls that are compared with plain ones
 BYTES = 2**30  # of all tensors made, which are held while a call is recorded
 Results = Sequence[Tensor | None]
 
@@ -56,8 +62,8 @@ class Graph:
     @property
     def portable(self) -> bool:
         """Whether it consists of torch's own operations."""
-        calls: list[Any] = [node.target for node in self.program.graph.nodes if node.op == "call_function"]
-        return all(not isinstance(each, OpOverload) or each.namespace == "aten" for each in calls)
+        calls = [node.target for node in self.program.graph.nodes if node.op == "call_function"]
+        return not any(isinstance(each, MethodType | FunctionType | partial) for each in calls)
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Runs the computation anew, without gradients."""
@@ -93,10 +99,10 @@ class Replay:
         graph = self._graphs.get(key)
         if graph is None or not graph.holds:
             return self._record(key, given, inputs)
-        if calls.bit_count() > 1:
+        if calls not in CHECKED:
             return graph(*given)
         plain: Results
-        with torch.random.fork_rng(devices=_devices(given)):  # calls 2, 4, 8, ...
+        with torch.random.fork_rng(devices=_devices(given)):
             plain = self.run(*inputs)
         try:
             found = graph(*given)
@@ -153,6 +159,21 @@ def replayable(module: nn.Module) -> str | None:
     return None
 
 
+def unrecorded(call: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> tuple[Tensor, ...]:
+    """Calls a function of tensors, without gradients; a recording keeps the call as one step of its own."""
+    recorder = _Recorder.active
+    if recorder is None:
+        return call(*inputs)
+    with torch.utils._python_dispatch._pop_mode_temporarily(), recording(-1):
+        _Recorder.active = None
+        try:
+            found = call(*inputs)
+        finally:
+            _Recorder.active = recorder
+    recorder.add(call, inputs, found)
+    return found
+
+
 def record(run: Callable[[], Results], inputs: Sequence[Tensor]) -> tuple[Results, Graph]:
     """Runs a computation of ``inputs`` and records it; returns its results and the graph.
 
@@ -162,14 +183,19 @@ def record(run: Callable[[], Results], inputs: Sequence[Tensor]) -> tuple[Result
     Raises:
         RecordError: if Python asks for a tensor's value, or a tensor from outside is changed.
     """
-    recorder = _Recorder(inputs)
-    with recorder:
-        results = tuple(run())
+    recorder = _Recorder.active = _Recorder(inputs)
+    try:
+        with recording(), recorder:
+            results = tuple(run())
+    finally:
+        _Recorder.active = None
     return results, recorder.finish(results)
 
 
 class _Recorder(TorchDispatchMode):
     """Writes down each call of a kernel."""
+
+    active: _Recorder | None = None
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:
         super().__init__()
@@ -197,12 +223,13 @@ class _Recorder(TorchDispatchMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> object:
         kwargs = dict(kwargs or {})
-        found = func(*args, **kwargs)
+        kernel: Any = KERNELS.get(func, func)
+        found = kernel(*args, **kwargs)
         several = isinstance(found, tuple | list)
-        made: list[Any] = list(found) if several else [found]
-        if not all(isinstance(each, Tensor) for each in made) or Tag.dynamic_output_shape in func.tags:
+        if not all(isinstance(each, Tensor) for each in (found if several else [found])) or (
+            Tag.dynamic_output_shape in func.tags
+        ):
             raise RecordError(f"{func.name()} gives Python a value that depends on tensors")
-        node = self.graph.call_function(func, *tree_map(self._node_of, (tuple(args), kwargs)))
         given = zip(func._schema.arguments, args, strict=False)
         named = ((spec, kwargs.get(spec.name)) for spec in func._schema.arguments)
         for each in tree_leaves([value for spec, value in (*given, *named) if _writes(spec)]):
@@ -210,12 +237,21 @@ class _Recorder(TorchDispatchMode):
                 if _storage(each) in self.outer:
                     raise RecordError(f"{func.name()} changes a tensor from outside")
                 self.written.add(_storage(each))
+        self.add(func, args, found, kwargs)
+        return found
+
+    def add(
+        self, call: Callable[..., Any], args: Sequence[Any], found: Any, kwargs: Mapping[str, Any] | None = None
+    ) -> None:
+        """Notes a call and its results."""
+        several = isinstance(found, tuple | list)
+        made: list[Any] = list(found) if several else [found]
+        node = self.graph.call_function(call, *tree_map(self._node_of, (tuple(args), dict(kwargs or {}))))
         self.bytes += sum(each.nbytes for each in made if _storage(each) not in self.outer)
         if self.bytes > BYTES:
             raise RecordError("its tensors are so large that calls cost little")
         for k, each in enumerate(made):
             self._know(each, self.graph.call_function(operator.getitem, (node, k)) if several else node)
-        return found
 
     def _know(self, tensor: Tensor, node: fx.Node) -> None:
         self.nodes[id(tensor)] = node
@@ -288,6 +324,8 @@ class _Recorder(TorchDispatchMode):
     def _is_pure(self, node: fx.Node) -> bool:
         """Whether the call may run once for several, at any time."""
         func: Any = node.target
+        if not isinstance(func, OpOverload):
+            return False
         touched = self._storages(node).union(*map(self._storages, node.all_input_nodes))
         return Tag.nondeterministic_seeded not in func.tags and not touched & self.written
 
@@ -317,6 +355,9 @@ class _Recorder(TorchDispatchMode):
     def _quicken(self, node: fx.Node) -> None:
         """Takes the function of ``torch`` that does the same with half the overhead."""
         func: Any = node.target
+        if func in KERNELS:
+            node.target = cast(Callable[..., Any], KERNELS[func])
+            return
         quick = getattr(torch._C._VariableFunctions, func._schema.name.removeprefix("aten::"), None)
         if quick is not None and not node.kwargs and not func._schema.is_mutable:
             node.target = quick
