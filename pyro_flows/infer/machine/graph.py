@@ -8,7 +8,9 @@ from __future__ import annotations
 import gc
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from contextlib import contextmanager
+from types import FunctionType
+from typing import Any, cast
 
 import torch
 from torch import Tag, Tensor, fx, nn
@@ -17,7 +19,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["Graph", "RecordError", "Replay", "record", "replayable"]
+from pyro_flows.core.modes import recording
+from pyro_flows.inverse.sweep import KERNELS
+
+__all__ = ["Graph", "RecordError", "Replay", "alike", "record", "replayable", "unrecorded"]
 
 aten = torch.ops.aten
 ALIASES = {aten.detach.default, aten.alias.default, aten.lift_fresh.default}
@@ -30,7 +35,8 @@ DETACHES = {Tensor.detach, torch.detach, Tensor.data.__get__}  # type: ignore[at
 PLAIN = (int, float, complex, bool, str, torch.dtype, torch.device, torch.layout, torch.memory_format, type(None))
 
 TRIALS = 2  # the first step of a fit may set up buffers
-SHAPES = 4  # recordings at most
+SHAPES, RECORDINGS = 4, 12  # at most
+CHECKED = {2, 16, 256, 4096, 65536}  # calls that are compared with plain ones
 BYTES = 2**30  # of all tensors made, which are held while a call is recorded
 Results = Sequence[Tensor | None]
 
@@ -67,6 +73,12 @@ class Graph:
     def __len__(self) -> int:
         """The number of calls of torch."""
         return self._length
+
+    @property
+    def portable(self) -> bool:
+        """Whether it consists of torch's own operations."""
+        calls = [node.target for node in self.program.graph.nodes if node.op == "call_function"]
+        return not any(isinstance(each, FunctionType | _Call) for each in calls)
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Runs the computation anew, without gradients."""
@@ -111,35 +123,47 @@ class Replay:
         self.run, self.parameters, self.why_not = run, list(parameters), why_not
         self._graphs: dict[Any, Graph] = {}
         self._calls: dict[Any, int] = {}
+        self.recordings = 0
+
+    def graph_of(self, *inputs: Tensor | None) -> Graph | None:
+        """Returns the recording that was found right for inputs like these."""
+        key = _shapes(inputs)
+        return self._graphs.get(key) if self.why_not is None and self._calls.get(key, 0) > TRIALS else None
 
     def __call__(self, *inputs: Tensor | None) -> Results:
         """Returns the function's results, without gradients."""
         if self.why_not is not None:
             return self.run(*inputs)
-        key = tuple(None if each is None else (each.shape, each.dtype) for each in inputs)
+        key = _shapes(inputs)
         given = [*self.parameters, *(each for each in inputs if each is not None)]
         calls = self._calls[key] = self._calls.get(key, 0) + 1
         graph = self._graphs.get(key)
         if graph is None or not graph.holds:
+            self.recordings += 1
+            if self.recordings > RECORDINGS:
+                self.why_not = "what it reads keeps changing"
             return self._record(key, given, inputs)
-        if calls.bit_count() > 1:
+        if calls not in CHECKED:
             return graph(*given)
-        plain: Results
-        with torch.random.fork_rng(devices=_devices(given)):  # calls 2, 4, 8, ...
+        state = _random_state(given)
+        with _Call.shared():
             plain = self.run(*inputs)
-        try:
-            found = graph(*given)
-            if all(map(_alike, found, plain)):
-                return found
-            self.why_not = "a recording of its step gives other numbers"
-        except (TypeError, RuntimeError) as error:
-            self.why_not = f"a recording of its step fails: {error}"
+            try:
+                with torch.random.fork_rng(devices=_devices(given)):
+                    _set_random_state(given, state)
+                    found = graph(*given)
+            except (TypeError, RuntimeError) as error:
+                self.why_not = f"a recording of its step fails: {error}"
+                return plain
+        if all(map(alike, found, plain)):
+            return found
+        self.why_not = "a recording of its step gives other numbers"
         return plain
 
     def _record(self, key: Any, given: Sequence[Tensor], inputs: Sequence[Tensor | None]) -> Results:
         if len(self._calls) > SHAPES:
             return self.run(*inputs)
-        state = [torch.get_rng_state(), *(torch.cuda.get_rng_state(each) for each in _devices(given))]
+        state = _random_state(given)
         try:
             found, self._graphs[key] = record(lambda: self.run(*inputs), given)
         except RecordError as error:
@@ -147,9 +171,7 @@ class Replay:
                 self.why_not = str(error)
         else:
             return found
-        torch.set_rng_state(state[0])
-        for each, known in zip(_devices(given), state[1:], strict=True):
-            torch.cuda.set_rng_state(known, each)
+        _set_random_state(given, state)
         return self.run(*inputs)
 
 
@@ -157,11 +179,26 @@ def _copied(to: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     return source.to(to).expand_as(to)
 
 
+def _shapes(inputs: Sequence[Tensor | None]) -> Any:
+    return tuple(None if each is None else (each.shape, each.dtype) for each in inputs)
+
+
 def _devices(tensors: Sequence[Tensor]) -> list[torch.device]:
     return list({each.device for each in tensors if each.is_cuda})
 
 
-def _alike(a: Tensor | None, b: Tensor | None) -> bool:
+def _random_state(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(each) for each in _devices(tensors))]
+
+
+def _set_random_state(tensors: Sequence[Tensor], state: Sequence[Tensor]) -> None:
+    torch.set_rng_state(state[0])
+    for each, known in zip(_devices(tensors), state[1:], strict=True):
+        torch.cuda.set_rng_state(known, each)
+
+
+def alike(a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether two results differ by rounding only."""
     if a is None or b is None:
         return a is b
     rtol = 1e-3 if a.dtype.itemsize < 8 else 1e-6
@@ -181,6 +218,47 @@ def replayable(module: nn.Module) -> str | None:
     return None
 
 
+def unrecorded(call: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> tuple[Tensor, ...]:
+    """Calls a function of tensors, without gradients; a recording keeps the call as one step of its own."""
+    recorder = _Recorder.active
+    if recorder is None:
+        found = call(*inputs)
+        if _Call.results is not None:
+            _Call.results.append(found)
+        return found
+    with torch.utils._python_dispatch._pop_mode_temporarily(), recording(-1):
+        _Recorder.active = None
+        try:
+            found = call(*inputs)
+        finally:
+            _Recorder.active = recorder
+    recorder.add(_Call(call), recorder.node_of((inputs, {})), found)
+    return found
+
+
+class _Call:
+    """A call that a graph makes as it is."""
+
+    results: list[Any] | None = None
+    __name__ = "call"
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self.call = call
+
+    @classmethod
+    @contextmanager
+    def shared(cls) -> Iterator[None]:
+        """Within it, a graph takes over the results of a plain run before it."""
+        cls.results = []
+        try:
+            yield
+        finally:
+            cls.results = None
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        return _Call.results.pop(0) if _Call.results else self.call(*inputs)
+
+
 def record(
     run: Callable[[], Results], inputs: Sequence[Tensor], failures: list[Tensor] | None = None
 ) -> tuple[Results, Graph]:
@@ -194,14 +272,16 @@ def record(
         RecordError: if Python asks for a value that depends on the inputs or on random numbers, or a tensor from
             outside is changed.
     """
-    recorder = _Recorder(inputs, failures)
+    recorder = _Recorder.active = _Recorder(inputs, failures)
     collects = gc.isenabled()
     gc.disable()  # a third of the time, since all that is made is kept
     try:
-        with recorder, _Reads(recorder):
+        with recording(), recorder, _Reads(recorder):
             results = tuple(run())
+        _Recorder.active = None
         return results, recorder.finish(results)
     finally:
+        _Recorder.active = None
         if collects:
             gc.enable()
 
@@ -216,6 +296,8 @@ class _Reads(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if _Recorder.active is not self.recorder:
+            return func(*args, **(kwargs or {}))
         if func in READS and not self.recorder.is_fixed(args[0]):
             raise RecordError(f"{func.__name__}() gives Python a value that depends on tensors")
         found = func(*args, **(kwargs or {}))
@@ -229,6 +311,8 @@ class _Reads(TorchFunctionMode):
 
 class _Recorder(TorchDispatchMode):
     """Writes down each call of a kernel."""
+
+    active: _Recorder | None = None
 
     def __init__(self, inputs: Sequence[Tensor], failures: list[Tensor] | None) -> None:
         super().__init__()
@@ -269,7 +353,8 @@ class _Recorder(TorchDispatchMode):
         self._fixed = True
         nodes = self.node_of((args, kwargs))
         fixed = self._fixed and Tag.nondeterministic_seeded not in func.tags
-        found = func(*args, **kwargs)
+        kernel: Any = KERNELS.get(func, func)
+        found = kernel(*args, **kwargs)
         several = isinstance(found, tuple | list)
         made: list[Any] = list(found) if several else [found]
         sized = Tag.dynamic_output_shape in func.tags and func is not aten.index.Tensor
@@ -277,7 +362,6 @@ class _Recorder(TorchDispatchMode):
             if not fixed:
                 raise RecordError(f"{func.name()} gives Python a value that depends on tensors")
             return found  # its tensors are constants
-        node = self.graph.call_function(func, *nodes)
         if func._schema.is_mutable:
             given = zip(func._schema.arguments, args, strict=False)
             named = ((spec, kwargs.get(spec.name)) for spec in func._schema.arguments)
@@ -286,6 +370,14 @@ class _Recorder(TorchDispatchMode):
                     if _storage(each) in self.outer:
                         raise RecordError(f"{func.name()} changes a tensor from outside")
                     (self.written if fixed else self.varied).add(_storage(each))
+        self.add(func, nodes, found, fixed)
+        return found
+
+    def add(self, call: Callable[..., Any], nodes: tuple[Any, Any], found: Any, fixed: bool = False) -> None:
+        """Notes a call and its results."""
+        several = isinstance(found, tuple | list)
+        made: list[Any] = list(found) if several else [found]
+        node = self.graph.call_function(call, *nodes)
         self.bytes += sum(each.nbytes for each in made if each is not None and _storage(each) not in self.outer)
         if self.bytes > BYTES:
             raise RecordError("its tensors are so large that calls cost little")
@@ -298,7 +390,6 @@ class _Recorder(TorchDispatchMode):
             if fixed:
                 self.fixed.add(part)
             self._know(each, part)
-        return found
 
     def _places(self, indices: Sequence[Tensor | None]) -> Iterator[Tensor | None]:
         """Replaces masks by the places that they choose, whose number must not depend on inputs."""
@@ -421,6 +512,8 @@ class _Recorder(TorchDispatchMode):
     def _is_pure(self, node: fx.Node) -> bool:
         """Whether the call may run once for several, at any time."""
         func: Any = node.target
+        if not isinstance(func, OpOverload):
+            return False
         touched = self._storages(node).union(*map(self._storages, node.all_input_nodes))
         return Tag.nondeterministic_seeded not in func.tags and not touched & self.shared
 
@@ -450,6 +543,9 @@ class _Recorder(TorchDispatchMode):
     def _quicken(self, node: fx.Node) -> None:
         """Takes the function of ``torch`` that does the same with half the overhead."""
         func: Any = node.target
+        if func in KERNELS:
+            node.target = cast(Callable[..., Any], KERNELS[func])
+            return
         quick = getattr(torch._C._VariableFunctions, func._schema.name.removeprefix("aten::"), None)
         lists = (each for each in node.args if isinstance(each, list))
         if quick is not None and not node.kwargs and not func._schema.is_mutable and all(None not in e for e in lists):
