@@ -9,7 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,7 @@ from pyro_flows.core.checks import integer
 from pyro_flows.infer.guides.assessment import DRAWS, FEWEST, Assessment, assess
 from pyro_flows.infer.guides.auto import AutoFlow, seeded
 from pyro_flows.infer.guides.choices import (
+    SEVERAL,
     SLOW_SECONDS,
     choose_particles,
     seconds_for_verdict,
@@ -41,6 +42,7 @@ from pyro_flows.infer.models.enumeration import unblocked
 from pyro_flows.infer.models.held import own_density
 from pyro_flows.infer.models.joint import JointDensity
 from pyro_flows.infer.models.sites import Model
+from pyro_flows.infer.search.probe import ModeProbe
 
 __all__ = ["fit_guide"]
 
@@ -186,11 +188,11 @@ def fit_guide(
         so_far.append(lambda: _result(guide, begun, training, None))
         training.run(Keeper(CHECKPOINT, checkpoint, content, checkpoint_every, SECONDS_BETWEEN_FILES))
         bar.say("judging")
-        assessment = _assess(guide, begun.density, begun.initial, begun.generator, budget)
+        assessment = _assess(guide, begun, budget)
         if begun.covered is not None and assessment.verdict.label == "modes missing":
             before = copy.deepcopy(guide)
             before.flow.load_state_dict(begun.covered)
-            other = _assess(before, begun.density, begun.initial, begun.generator, budget)
+            other = _assess(before, begun, budget)
             if other.verdict.label != "modes missing" and other.importance.ess >= 0.1:
                 guide.flow.load_state_dict(begun.covered)
                 assessment = other
@@ -207,6 +209,7 @@ class _Begun:
     covered: dict[str, Tensor] | None = None  # the state of a flow fitted to several modes
     notes: list[str] = field(default_factory=list)
     keep: float = 0.0  # seconds for the verdict
+    modes: ModeProbe | None = None  # of the search before training
 
     def state(self, guide: AutoFlow) -> dict[str, object]:
         """Returns the start's part of a checkpoint."""
@@ -220,6 +223,7 @@ class _Begun:
             "bytes_per_draw": self.density.pace.bytes_per_draw,
             "why_not": self.density.why_not,
             "keep": self.keep,
+            "modes": None if self.modes is None else vars(self.modes),
             "evaluations": guide.start_evaluations + self.density.evaluations,
         }
 
@@ -237,8 +241,8 @@ def _begin(guide: AutoFlow, args: tuple[object, ...], kwargs: dict[str, object],
     generator = Generator().manual_seed(int(torch.randint(2**62, ())))
     begun = _Begun(density, initial, particles, generator, keep=seconds_for_verdict(density, budget.seconds))
     budget.keep = begun.keep
-    several = several_modes(guide, density, initial, budget, generator)
-    if several is not None:
+    begun.modes = several = several_modes(guide, density, initial, budget, generator)
+    if several is not None and several.missing_share > SEVERAL:
         limit = None if budget.seconds is None else 0.15 * budget.seconds
         found = cover_modes(guide.flow, several, generator, limit)
         begun.notes.append(f"the start covers {found} modes, by a mixture of Gaussians")
@@ -268,9 +272,9 @@ def _begin_again(
     guide.start_evaluations = state["evaluations"]
     density.why_not, density.pace.bytes_per_draw = state["why_not"], state["bytes_per_draw"]
     budget.keep = state["keep"]
-    return _Begun(
-        density, guide.initial, state["particles"], Generator(), state["covered"], state["notes"], state["keep"]
-    )
+    begun = _Begun(density, guide.initial, state["particles"], Generator(), state["covered"], state["notes"])
+    begun.keep, begun.modes = state["keep"], state["modes"] and ModeProbe(**state["modes"])
+    return begun
 
 
 def _result(guide: AutoFlow, begun: _Begun, training: GuideTraining, assessment: Assessment | None) -> GuideFit:
@@ -280,7 +284,7 @@ def _result(guide: AutoFlow, begun: _Begun, training: GuideTraining, assessment:
         own.flow,
         own.latents,
         training.history,
-        assessment or partial(_assess, own, density, begun.initial, begun.generator),
+        assessment or partial(_assess, own, replace(begun, density=density)),
         guide=own,
         density=density,
         failures=training.dropped,
@@ -310,22 +314,21 @@ def _held(parameters: dict[str, Tensor]) -> str:
     )
 
 
-def _assess(
-    guide: AutoFlow, density: JointDensity, initial: Tensor, generator: Generator, budget: Budget | None = None
-) -> Assessment:
+def _assess(guide: AutoFlow, begun: _Begun, budget: Budget | None = None) -> Assessment:
     left = math.inf
     if budget is not None and budget.seconds is not None:
         left = max(budget.left(), 0.02 * budget.seconds)
     return assess(
         guide.flow,
-        density,
+        begun.density,
         guide.latents,
-        initial,
+        begun.initial,
         minibatch=guide.subsampled,
-        num_samples=DRAWS if density.many_at_once else FEWEST,
+        num_samples=DRAWS if begun.density.many_at_once else FEWEST,
         seconds=left,
-        search_seconds=left if density.many_at_once else SLOW_SECONDS / 3,
-        generator=generator,
+        search_seconds=left if begun.density.many_at_once else SLOW_SECONDS / 3,
+        known=begun.modes,
+        generator=begun.generator,
     )
 
 
