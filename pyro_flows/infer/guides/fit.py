@@ -22,6 +22,7 @@ from pyro_flows.core.checks import integer
 from pyro_flows.infer.guides.assessment import DRAWS, FEWEST, Assessment, assess
 from pyro_flows.infer.guides.auto import AutoFlow, seeded
 from pyro_flows.infer.guides.choices import (
+    SEARCHING,
     SEVERAL,
     SLOW_SECONDS,
     choose_particles,
@@ -48,7 +49,7 @@ __all__ = ["fit_guide"]
 
 
 SETTINGS = ("num_particles", "path_gradient", "tempering", "start", "num_starts", "seed", "of_prior")
-STARTING = 0.25  # share of the seconds for the start
+STARTING = 0.15  # share of the seconds for the start
 DEFAULT_STEPS = 4000
 SECONDS_BETWEEN_FILES = 30.0  # the most between checkpoints
 
@@ -243,7 +244,7 @@ def _begin(guide: AutoFlow, args: tuple[object, ...], kwargs: dict[str, object],
     budget.keep = begun.keep
     begun.modes = several = several_modes(guide, density, initial, budget, generator)
     if several is not None and several.missing_share > SEVERAL:
-        limit = None if budget.seconds is None else 0.15 * budget.seconds
+        limit = None if budget.seconds is None else SEARCHING * budget.seconds
         found = cover_modes(guide.flow, several, generator, limit)
         begun.notes.append(f"the start covers {found} modes, by a mixture of Gaussians")
         begun.covered = copy.deepcopy(guide.flow.state_dict())
