@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from asserts import refuses
-from cases import altered
+from cases import altered, seeded
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -28,7 +28,7 @@ SMALL = {"num_layers": 2, "hidden_dims": (8,)}
 
 
 def data(rows=300, columns=2):
-    generator = torch.Generator().manual_seed(7)
+    generator = seeded(7)
     return (
         10 + 3 * torch.randn(rows, columns, generator=generator) ** 2 + torch.randn(rows, columns, generator=generator)
     )

@@ -11,7 +11,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from asserts import refuses
-from cases import full_but
+from cases import full_but, seeded
 from torch import nn
 from torch.distributions import AffineTransform, ExpTransform, biject_to, constraints
 from torch.utils.data import DataLoader, TensorDataset
@@ -30,7 +30,7 @@ def fit(flow, data, *args, **options):
 
 def cloud(rows, seed=1):
     """Points around a parabola, far from standardised."""
-    noise = torch.randn(2, rows, generator=torch.Generator().manual_seed(seed))
+    noise = torch.randn(2, rows, generator=seeded(seed))
     return torch.stack([100 + 5 * noise[0] ** 2 + noise[1], 3 * noise[0]], -1)
 
 
@@ -506,7 +506,7 @@ def test_far_from_zero_in_float64():
 def test_numpy_lists_and_single_columns():
     data = cloud(300)
     flow = pf.maf(2, **SMALL)
-    results = [fit(copy.deepcopy(flow), given).validation for given in (data, data.numpy(), data.tolist())]
+    results = [fit(copy.deepcopy(flow), given).validation for given in (data, data.cpu().numpy(), data.tolist())]
     assert results[0] == results[1] == results[2]
     line, context = data[:, 0], data[:, 1]
     flow = pf.maf(1, context_dim=1, **SMALL)

@@ -9,7 +9,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from asserts import refuses
-from cases import Field, full_but, shake
+from cases import Field, full_but, seeded, shake
 from torch import nn
 from torch.distributions import ExpTransform
 from torch.utils.data import DataLoader, TensorDataset
@@ -34,7 +34,7 @@ def match(flow, data, objective="flow_matching", **options):
 
 
 def cloud(rows=200, seed=3, columns=2):
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     first = torch.randn(rows, columns, generator=generator)
     return 100 + 5 * first**2 + torch.randn(rows, columns, generator=generator)
 

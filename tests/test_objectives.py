@@ -947,7 +947,7 @@ def test_forward_kl_reaches_the_moments_of_the_draws():
 def test_forward_kl_fits_a_flow_by_hand_and_leaves_the_model_alone():
     flow = pf.Flow(pf.maf(2, num_layers=2, hidden_dims=(8,)))
     b = torch.randn(200)
-    draws = {"w": torch.stack([b, b**2 + 0.3 * torch.randn(200)], -1).numpy()}
+    draws = {"w": torch.stack([b, b**2 + 0.3 * torch.randn(200)], -1).cpu().numpy()}
 
     def model():
         raise AssertionError("the model is not run")

@@ -356,7 +356,7 @@ def test_state_is_saved():
 @pytest.mark.parametrize("kind", ["uint8 array", "int64", "float"])
 def test_fit_density_takes_integer_images(kind):
     rows = torch.poisson(torch.full((300, 1, 2, 2), 3.0)).clamp(max=15)
-    data = {"uint8 array": rows.to(torch.uint8).numpy(), "int64": rows.long(), "float": rows.double()}[kind]
+    data = {"uint8 array": rows.to(torch.uint8).cpu().numpy(), "int64": rows.long(), "float": rows.double()}[kind]
     deq = pf.Dequantized(pixel_flow((1, 2, 2), dtype=torch.float32), 16, num_noise_samples=2)
     with torch.no_grad():
         before = float(deq.eval().log_prob(rows).mean())

@@ -123,7 +123,7 @@ class Standardization(FlowTransform):
         *,
         event_shape: int | Iterable[int] | None = None,
     ) -> None:
-        given = [torch.as_tensor(loc).detach(), torch.as_tensor(scale).detach()]
+        given = [(each if isinstance(each, Tensor) else torch.as_tensor(each)).detach() for each in (loc, scale)]
         if not all(tensor.is_floating_point() for tensor in given):
             raise TypeError(
                 f"Standardization: expected floating-point loc and scale, got {given[0].dtype} and {given[1].dtype}"

@@ -114,7 +114,7 @@ class MADE(AutoregressiveModel):
         self.seed = int(torch.randint(2**31, ())) if seed is None else int(seed)
         self.position = 0
         drawn = isinstance(order, str) and order == "random"
-        fixed = torch.randperm(input_dim, generator=self._generator(-1)) if drawn else order
+        fixed = torch.randperm(input_dim, generator=self._generator(-1), device="cpu") if drawn else order
         fixed = torch.arange(input_dim) if self.any_order else as_order(input_dim, fixed)
         self.register_buffer("order", fixed, persistent=drawn)
         if activation is None:

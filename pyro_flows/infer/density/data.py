@@ -175,8 +175,11 @@ class Rows:
 
     def batches(self, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
         """Yields all rows once, shuffled, in nearly equal batches."""
-        for piece in torch.randperm(len(self), generator=generator).tensor_split(self.steps(batch_size)):
-            rows = self.take(piece)
+        order = torch.randperm(len(self), generator=generator, device="cpu")
+        # One copy to the device, because each makes the host wait.
+        pieces = (each.tensor_split(self.steps(batch_size)) for each in (order, order.to(self.value.device)))
+        for here, there in zip(*pieces, strict=True):
+            rows = self.take(here, there)
             yield rows.value, rows.context, rows.index
 
     def chunks(self, least: int) -> Iterator[Batch]:
@@ -185,9 +188,9 @@ class Rows:
         contexts = (None for _ in self.value.split(size)) if self.context is None else self.context.split(size)
         yield from zip(self.value.split(size), contexts, self.index.split(size), strict=True)
 
-    def take(self, rows: Tensor) -> Rows:
-        """Selects some rows."""
-        there = rows.to(self.value.device)
+    def take(self, rows: Tensor, there: Tensor | None = None) -> Rows:
+        """Selects some rows; ``there`` has the same numbers on the device."""
+        there = rows.to(self.value.device) if there is None else there
         return Rows(self.value[there], None if self.context is None else self.context[there], self.index[rows])
 
     def split(self, fraction: float, most: int, generator: torch.Generator) -> tuple[Rows, Rows]:
@@ -198,7 +201,7 @@ class Rows:
                 f"fit_density: {len(self)} rows are too few to hold out {fraction:.0%} of them; give validation=, or "
                 "validation_fraction=0 to fit without"
             )
-        order = torch.randperm(len(self), generator=generator)
+        order = torch.randperm(len(self), generator=generator, device="cpu")
         return self.take(order[held_out:]), self.take(order[:held_out])
 
 
@@ -256,7 +259,7 @@ def admit_rows(given: Any, context: Any, expected: Expected, what: str, what_con
     if len(value) < least:
         raise ValueError(f"{expected.who}: {what} is empty, shape {tuple(value.shape)}; expected at least one row")
     _refuse_nonfinite(expected, {what: value, what_context: context})
-    return Rows(value, context, torch.arange(len(value)))
+    return Rows(value, context, torch.arange(len(value), device="cpu"))
 
 
 def _tensor(given: Any, what: str, expected: Expected, precision: Precision) -> Tensor:
