@@ -2,6 +2,7 @@
 
 import signal
 from contextlib import nullcontext
+from importlib.util import find_spec
 
 import pyro
 import pytest
@@ -83,6 +84,47 @@ def default_dtype():
 @pytest.fixture
 def double(default_dtype):
     default_dtype(torch.float64)
+
+
+# Packages that a test may lack: torch, Pyro, NumPy and pytest are enough for the others.
+EXTRAS = ("arviz", "arviz_base", "constriction", "h5netcdf", "matplotlib", "pandas", "PIL", "scipy", "torchdiffeq")
+
+
+def _lacking(error: BaseException | None) -> str:
+    """The package behind an import that failed, if it is one of the extras and not installed."""
+    while error is not None:
+        name = (getattr(error, "name", None) or "").partition(".")[0]
+        if isinstance(error, ImportError) and name in EXTRAS and find_spec(name) is None:
+            return name
+        error = error.__cause__ or error.__context__
+    return ""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pycollect_makemodule(module_path, parent):
+    module = yield
+    collect = module._getobj
+
+    def skipping():
+        try:
+            return collect()
+        except module.CollectError as error:
+            if name := _lacking(error):
+                pytest.skip(f"needs {name}", allow_module_level=True)
+            raise
+
+    module._getobj = skipping
+    return module
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    try:
+        return (yield)
+    except Exception as error:
+        if name := _lacking(error):
+            pytest.skip(f"needs {name}")
+        raise
 
 
 @pytest.hookimpl(tryfirst=True)

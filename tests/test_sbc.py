@@ -356,7 +356,7 @@ def test_picture_is_drawn_into_given_axes_and_says_what_does_not_fit():
     refuses(ValueError, r"sites among \['mu'\], got \['nu'\]", plots.ranks, found, sites="nu")
     refuses(ValueError, "'ecdf' or 'histogram'", plots.ranks, found, kind="bars")
     refuses(TypeError, "got dict", plots.ranks, {})
-    many = Calibration({"z": torch.randint(20, (30, 40))}, 19)
+    many = Calibration({"z": torch.randint(20, (30, 40), device="cpu")}, 19)
     for kind in ("ecdf", "histogram"):
         assert plots.ranks(many, kind=kind).get_legend() is None
     plt.close("all")
