@@ -160,7 +160,7 @@ def expected_by(
 
 @dataclass
 class Rows:
-    """Rows held whole, on the flow's device; ``index`` numbers them in the given data, on the CPU."""
+    """Rows held whole, on the flow's device; ``index`` numbers them in the given data."""
 
     value: Tensor
     context: Tensor | None
@@ -174,13 +174,26 @@ class Rows:
         return -(-len(self) // batch_size)
 
     def batches(self, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
-        """Yields all rows once, shuffled, in nearly equal batches."""
-        order = torch.randperm(len(self), generator=generator, device="cpu")
-        # One copy to the device, because each makes the host wait.
-        pieces = (each.tensor_split(self.steps(batch_size)) for each in (order, order.to(self.value.device)))
-        for here, there in zip(*pieces, strict=True):
-            rows = self.take(here, there)
-            yield rows.value, rows.context, rows.index
+        """Yields the rows once, in the :meth:`order` of an epoch."""
+        for piece in self.order(batch_size, generator):
+            yield self.batch(piece)
+
+    @property
+    def tables(self) -> list[Tensor]:
+        """Values, and contexts if there are any."""
+        return [each for each in (self.value, self.context) if each is not None]
+
+    def batch(self, rows: Tensor) -> Batch:
+        """Selects a batch."""
+        found = self.take(rows)
+        return found.value, found.context, found.index
+
+    def order(self, batch_size: int, generator: torch.Generator) -> Tensor:
+        """Shuffles the rows into equal batches, shape ``(steps, rows)``; the few that are left over wait an epoch."""
+        steps = self.steps(batch_size)
+        size = len(self) // steps
+        order = torch.randperm(len(self), generator=generator, device="cpu")[: steps * size].view(steps, size)
+        return order.to(self.value.device)  # one copy an epoch, because each makes the host wait
 
     def chunks(self, least: int) -> Iterator[Batch]:
         """Yields all rows once, in order, at least so many at a time."""
@@ -188,10 +201,10 @@ class Rows:
         contexts = (None for _ in self.value.split(size)) if self.context is None else self.context.split(size)
         yield from zip(self.value.split(size), contexts, self.index.split(size), strict=True)
 
-    def take(self, rows: Tensor, there: Tensor | None = None) -> Rows:
-        """Selects some rows; ``there`` has the same numbers on the device."""
-        there = rows.to(self.value.device) if there is None else there
-        return Rows(self.value[there], None if self.context is None else self.context[there], self.index[rows])
+    def take(self, rows: Tensor) -> Rows:
+        """Selects some rows."""
+        rows = rows.to(self.value.device)
+        return Rows(self.value[rows], None if self.context is None else self.context[rows], self.index[rows])
 
     def split(self, fraction: float, most: int, generator: torch.Generator) -> tuple[Rows, Rows]:
         """Splits at random; the second part has ``fraction`` of the rows, from one row to ``most``."""
@@ -259,7 +272,7 @@ def admit_rows(given: Any, context: Any, expected: Expected, what: str, what_con
     if len(value) < least:
         raise ValueError(f"{expected.who}: {what} is empty, shape {tuple(value.shape)}; expected at least one row")
     _refuse_nonfinite(expected, {what: value, what_context: context})
-    return Rows(value, context, torch.arange(len(value), device="cpu"))
+    return Rows(value, context, torch.arange(len(value), device=value.device))
 
 
 def _tensor(given: Any, what: str, expected: Expected, precision: Precision) -> Tensor:
