@@ -92,7 +92,8 @@ class AnomalyDetector:
         if log_prob.isnan().any():
             where = name_rows(log_prob.isnan().nonzero()[:, 0])
             raise FloatingPointError(f"AnomalyDetector: the log-density is NaN in {where}; look for NaN in the model")
-        return torch.as_tensor(bits_per_dim(log_prob, admitted.value.shape[1:]))
+        bits = bits_per_dim(log_prob, admitted.value.shape[1:])
+        return torch.as_tensor(bits, device="cpu")
 
     def scores(self, rows: Any, context: Any = None) -> Tensor:
         """Scores for thresholds: bits, or two-sided their distance from the mean; shape ``(rows,)``."""
