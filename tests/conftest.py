@@ -117,14 +117,23 @@ def pytest_pycollect_makemodule(module_path, parent):
     return module
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item):
+def _skipping():
     try:
         return (yield)
     except Exception as error:
         if name := _lacking(error):
             pytest.skip(f"needs {name}")
         raise
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item):
+    return (yield from _skipping())
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    return (yield from _skipping())
 
 
 @pytest.hookimpl(tryfirst=True)
