@@ -15,6 +15,7 @@ from torch._subclasses import FakeTensorMode
 
 import pyro_flows as pf
 from pyro_flows.core.modes import exact_products, full_precision
+from pyro_flows.core.recipes import recipe
 from pyro_flows.core.wrap import Wrap
 from pyro_flows.distributions import CategoricalHead, LogisticMixtureHead
 from pyro_flows.infer import AnomalyDetector
@@ -104,6 +105,12 @@ def test_rows_are_numbered_on_their_device():
     assert rows.order(8, torch.Generator()).device == META
     for value, _, index in rows.batches(8, torch.Generator()):
         assert value.device == index.device == META
+
+
+def test_recipes_are_made_for_the_cpu():
+    with FakeTensorMode():
+        there = torch.empty(2, device="cuda:0")
+        assert recipe([there])[0].device.type == "cpu"
 
 
 def one_member():
