@@ -41,6 +41,8 @@ ON_CPU = {
     "test_devices": "names its devices",
     "test_docs": "pages and their own processes",
     "test_examples": "processes of their own",
+    "test_files": "bytes of files",
+    "test_guide_files": "files hold tensors of the CPU; test_fit_guide saves and loads on the device",
     "test_plots": "pictures of arrays",
     "test_probe": "the search for modes is float64 arithmetic on the CPU; test_fit_guide has densities of the device",
     "test_start": "as test_probe",

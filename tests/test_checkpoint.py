@@ -247,6 +247,7 @@ class Named(Stops):
 Named.__name__ = "Adam"  # goes for Adam when it is resumed
 
 
+@pytest.mark.cpu("torch's loaders shuffle by generators of the CPU")
 @pytest.mark.parametrize("shuffle", ["global", "own", "none"])
 def test_resumed_with_a_loader(shuffle, tmp_path):
     start, path = make(), tmp_path / "fit.pt"
