@@ -420,6 +420,7 @@ def test_penalties_are_in_the_loss_and_not_in_the_score(weights):
 # Seeds and checkpoints
 
 
+@pytest.mark.cpu("compares states of the CPU's generator")
 def test_runs_are_reproducible_and_leave_the_generators_alone():
     made = []
     for _ in range(2):

@@ -234,6 +234,7 @@ def test_flow_built_on_a_device(name, elsewhere):
     torch.testing.assert_close(flow.log_prob(sample.clone()), score)
 
 
+@pytest.mark.cpu("compares two devices")
 def test_both_directions_on_a_device(name, direction, elsewhere):
     chain = shaken(BUILDERS[name](context_dim=2))
     value, context = points(5), torch.ones(5, 2, dtype=torch.double)

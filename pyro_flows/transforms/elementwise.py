@@ -230,7 +230,7 @@ class Permutation(FlowTransform):
     def _reorder(self, value: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
         flat, indices = value.flatten(-len(self.event_shape)), self.undo if inverse else self.permutation
         moved = flat.index_select(-1, indices.to(value.device))
-        return moved.unflatten(-1, self.event_shape), value.new_zeros(()).expand(flat.shape[:-1])
+        return torch.unflatten(moved, -1, self.event_shape), value.new_zeros(()).expand(flat.shape[:-1])
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._reorder(x, inverse=False)

@@ -273,7 +273,7 @@ class MADE(AutoregressiveModel):
             given = out[:, rows].flatten(0, 1)
             repeated = None if own is None else own.repeat(num_samples, 1)
             drawn = self.net.draw(self.head, len(given), repeated, member, given, int(known.sum()))
-            out[:, rows] = drawn.unflatten(0, (num_samples, len(rows)))
+            out[:, rows] = torch.unflatten(drawn, 0, (num_samples, len(rows)))
         return out.view(num_samples, *value.shape)
 
     def _split_log_prob(

@@ -226,7 +226,7 @@ class SharedNetwork(nn.Module):
             none = self.direct.new_zeros(self.direct.shape[0])
             bias = none if self.mask_direct is None else _seen(self.mask_direct, bits[-1])
             out = out + masked_network(plain, x, bias, [self.direct], [], bits[-1:])[0]
-        return out.unflatten(-1, (self.head.num_params, self.head.input_dim)).transpose(-1, -2)
+        return torch.unflatten(out, -1, (self.head.num_params, self.head.input_dim)).transpose(-1, -2)
 
     @torch.no_grad()
     def draw(
