@@ -19,14 +19,15 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
 
-from pyro_flows.core.modes import beyond_rules, full_precision, plain_eager
+from pyro_flows.core.modes import beyond_rules, by_hand, full_precision, plain_eager
 from pyro_flows.inverse.buffers import ForwardSweep, ReverseSweep, Solver, columns_at_once, named
 from pyro_flows.inverse.newton_adjoint import vmapped
 from pyro_flows.nets.activations import slope
 from pyro_flows.nets.masked_pass import plain_network, split_parameters
+from pyro_flows.nets.structure import keep as masked
 from pyro_flows.univariate.base import Univariate
 
-__all__ = ["solve"]
+__all__ = ["KERNELS", "solve"]
 
 
 @full_precision  # half precision would give no inverse
@@ -37,6 +38,7 @@ def solve(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
     masks: Sequence[Tensor],
+    known: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Solves for ``x``, everything by rank; exact, and differentiable in all tensors.
 
@@ -50,6 +52,7 @@ def solve(
         weights: one matrix per layer; values in masked places are not used.
         biases: of the layers after the first.
         masks: one per weight, an integer of its element's size with all bits set where the weight counts.
+        known: the solution, if it is known: then only its gradient takes a sweep.
 
     Returns:
         ``x`` with the shape of ``z``, and the log-determinant of ``z -> x``, shape ``(*batch,)``.
@@ -63,12 +66,13 @@ def solve(
         bias = first_bias.expand(*batch, -1).reshape(-1, first_bias.shape[-1])
     tensors = [*weights, *biases, *masks]
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (flat, bias, *tensors))
-    if plain_eager():
-        if keep:
-            x, ladj, _ = _apply_plainly(flat, bias, solver.handle, *tensors)
-        else:
-            with torch._C._AutoDispatchBelowAutograd():  # nothing to record: spares each small call a look
-                x, ladj, _ = _solve(flat, bias, tensors, solver.handle, False)
+    if by_hand() and keep and known is not None and known.shape == flat.shape:
+        x, ladj, _ = _At.apply(flat, bias, solver.handle, known, *tensors)
+    elif by_hand() and keep:
+        x, ladj, _ = _apply_plainly(flat, bias, solver.handle, *tensors)
+    elif plain_eager():
+        with torch._C._AutoDispatchBelowAutograd():  # nothing to record: spares each small call a look
+            x, ladj, _ = _solve(flat, bias, tensors, solver.handle, False)
     elif beyond_rules():
         x, ladj = _by_passes(solver, masks, flat, bias, *weights, *biases)
     elif torch._C._are_functorch_transforms_active():  # a gradient may be wanted though no tensor says so
@@ -140,7 +144,7 @@ def _gradient(
     inputs = (solver.handle, grad_x, grad_ladj, x, tape, z, first_bias, *tensors)
     if torch.is_grad_enabled():  # the gradient may be differentiated further
         return _Gradient.apply(*inputs)
-    return _first_order(*inputs, by_weights=not plain_eager() or any(t.requires_grad for t in tensors))
+    return _first_order(*inputs, by_weights=not by_hand() or any(t.requires_grad for t in tensors))
 
 
 def _gradient_op(ctx: Any, *cotangents: Tensor | None) -> tuple:
@@ -179,6 +183,40 @@ class _Solve(torch.autograd.Function):
 _apply_plainly = super(torch.autograd.Function, _Solve).apply
 
 
+class _At(_Solve):
+    """As :class:`_Solve`, at a known solution: all units at once."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        z: Tensor, first_bias: Tensor, handle: str, x: Tensor, *tensors: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        solver, (weights, biases, masks) = named(handle), _groups(tensors)
+        s, value, pre = solver.structure, x.T, []
+        for k, (weight, mask) in enumerate(zip(weights, masks, strict=True)):
+            bias = biases[k - 1].unsqueeze(-1) if k else first_bias.T
+            pre.append(torch.addmm(bias, masked(weight, mask), value))
+            if k < len(s.widths):
+                if k in s.joins:
+                    pre[k] = pre[k] + pre[k - 2]
+                value = solver.activations[k](pre[k])
+                if s.in_place(solver.activations[k]):
+                    pre[k] = value
+        params = pre.pop().unflatten(0, (s.num_params, s.input_dim))
+        ladj = solver.univariate.run(True, z.T, params)[1]
+        tape = torch.cat([params.transpose(0, 1).flatten(0, 1), ladj, *pre])
+        return x.view_as(x), ladj.sum(0), tape.T
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+        z, first_bias, handle, _, *tensors = inputs
+        _Solve.setup_context(ctx, (z, first_bias, handle, *tensors), output)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        dz, dbias, none, *rest = _Solve.backward(ctx, *cotangents)
+        return dz, dbias, none, None, *rest
+
+
 def _first_order(
     handle: str,
     grad_x: Tensor,
@@ -193,14 +231,14 @@ def _first_order(
     """Gradients with respect to ``z``, the first bias, weights and biases."""
     solver = named(handle)
     _, _, masks = _groups(tensors)
-    eager = plain_eager()
+    eager = by_hand()
     pre, post, params, ladj = solver.structure.unpack(tape.T, solver.activations)
     zt, xt = z.T, x.T
     by_z, by_params, ladj_by_z, ladj_by_params = solver.univariate.partials(True, zt, params, xt, ladj, grad_ladj)
     slopes = [slope(act, a, h) for act, a, h in zip(solver.activations, pre, post, strict=True)]
     elementwise = by_params.movedim(-1, 0), ladj_by_params.movedim(-1, 0), [s.T for s in slopes]
     arguments = (grad_x, *elementwise, tensors, handle)
-    if eager:
+    if plain_eager():
         with torch._C._AutoDispatchBelowAutograd():
             adjoint = _sweep_back(*arguments)
     else:
@@ -289,6 +327,10 @@ def _empty_adjoint(grad_x: Tensor, *others: Any) -> Tensor:
 
 _sweep_back_op = torch.library.custom_op("pyro_flows::sweep_back", _sweep_back, mutates_args=())
 _sweep_back_op.register_fake(_empty_adjoint)
+
+
+# What the operators do, for callers that need none of torch's machinery around them, which loads its compiler.
+KERNELS = {torch.ops.pyro_flows.solve.default: _solve, torch.ops.pyro_flows.sweep_back.default: _sweep_back}
 
 
 @_solve_op.register_vmap

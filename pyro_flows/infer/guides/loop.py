@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,11 +16,13 @@ from pyro_flows.distributions import Flow
 from pyro_flows.infer.guides.posterior import frozen, preconditioner_of
 from pyro_flows.infer.machine.budget import Budget, cosine
 from pyro_flows.infer.machine.checkpoint import CheckpointFormat
+from pyro_flows.infer.machine.graph import Replay, replayable, unrecorded
 from pyro_flows.infer.machine.interrupts import interrupts_held_back
 from pyro_flows.infer.machine.loop import TrainingLoop
 from pyro_flows.infer.machine.optimizers import AdamW
 from pyro_flows.infer.machine.pace import rows_at_once
 from pyro_flows.infer.models.joint import FAILURES
+from pyro_flows.transforms import Autoregressive
 
 __all__ = ["CHECKPOINT", "GuideTraining", "History", "speeds_of"]
 
@@ -92,9 +95,17 @@ def emphasis(log_weights: Tensor, fine: Tensor) -> Tensor:
     log_weights = torch.where(fine, log_weights, -math.inf)
     count = fine.sum()
     weights = torch.exp(log_weights - torch.logsumexp(log_weights, 0)) * count
-    spread = torch.where(fine, log_weights, log_weights[fine].mean()).std(correction=0)
+    spread = moments(log_weights, fine)[1]
+    spread = spread * ((count - 1) / len(fine)).sqrt()  # of all, where those that failed lie at the mean
     c = (EVEN - spread).clamp(0.0, 1.0)
     return (1.0 + c * weights.clamp(max=HEAVIEST)) / (1.0 + c)
+
+
+def moments(values: Tensor, fine: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns mean, standard deviation and number of the values that are ``fine``."""
+    count = fine.sum().to(values)
+    mean = torch.where(fine, values, 0.0).sum() / count
+    return mean, (torch.where(fine, values - mean, 0.0).square().sum() / (count - 1).clamp(min=1)).sqrt(), count
 
 
 def speeds_of(flow: Flow) -> dict[int, float]:
@@ -147,6 +158,7 @@ class GuideTraining(TrainingLoop):
         self._best: tuple[float, dict[str, Tensor]] | None = None
         self._exact = 0
         self._window = 0
+        self._replays: dict[tuple[str, bool], Replay] = {}
         self._optimizer: AdamW | None = None
         self._moments: dict[str, list[Tensor]] = {}
         self._places = [(m._parameters, n, p) for m in flow.modules() for n, p in m._parameters.items()]
@@ -206,56 +218,62 @@ class GuideTraining(TrainingLoop):
             if self.report is not None:
                 self.report(self.history)
 
-    def _step(
-        self,
-        name: str,
-        flow: Flow,
-        optimizer: AdamW,
-        rate: float,
-        weight: float,
-    ) -> None:
-        draws, log_q = flow.rsample_and_log_prob((self.num_particles,))
-        z = draws.detach()
+    def _step(self, name: str, flow: Flow, optimizer: AdamW, rate: float, weight: float) -> None:
+        emphatic = self.path_gradient and name == "flow" and weight == 1.0 and not self.covering
+        replay = self._replays.get((name, emphatic))
+        if replay is None:
+            run = partial(self._gradients, flow, optimizer, emphatic)
+            replay = self._replays[name, emphatic] = Replay(run, optimizer.parameters, replayable(flow))
         try:
-            log_p, pull = self._pull(z)
+            stats, *grads = replay(torch.tensor(weight, device=optimizer.values.device))
         except FAILURES:
             self._failed(name, rate, weight)
             return
-        fine = log_p.isfinite() & pull.isfinite().all(-1)
-        z.requires_grad_()
-        if self.path_gradient:
-            with frozen(flow.chain):
-                value = flow.score(z)
-            (push,) = torch.autograd.grad(value.sum(), z)
-        else:
-            push = None
-        with torch.no_grad():
-            count = fine.sum().clamp(min=1)
-            toward = weight * pull if push is None else weight * pull - push
-            fine = fine & (toward.isfinite().all(-1))
-            share = fine.to(toward)
-            if push is not None and name == "flow" and weight == 1.0 and not self.covering:
-                share = share * emphasis(log_p - log_q, fine)
-            toward = torch.where(fine.unsqueeze(-1), toward, 0.0) * (-share / count).unsqueeze(-1)
-        # Sums, because gradients given to grad() make torch import its compiler.
-        surrogate = (draws * toward).sum()
-        if push is None:
-            surrogate = surrogate + torch.where(fine, log_q, 0.0).sum() / count
-        if self.covering:
-            surrogate = surrogate + self._cover(flow, draws, log_p - log_q, fine)
-        norm = optimizer.take(torch.autograd.grad(surrogate, optimizer.parameters, allow_unused=True))
-        optimizer.clip(norm, CLIP)
-        difference = (log_p - log_q.detach())[fine]
-        bad = self.num_particles - len(difference)
-        if len(difference) == 0 or not bool(norm.isfinite()):
+        norm = optimizer.take(grads)
+        mean, spread, count = stats.tolist()  # type: ignore[union-attr]  # the first is never None
+        if not count or not bool(norm.isfinite()):
             self._failed(name, rate, weight)
             return
+        optimizer.clip(norm, CLIP)
         optimizer.step(rate)
+        bad = self.num_particles - int(count)
         self.dropped += bad
-        spread = difference.std().item() if len(difference) > 1 else math.inf
+        spread = spread if count > 1 else math.inf
         self._exact = self._exact + 1 if spread < EXACT and weight == 1.0 else 0
-        self._note(name, difference.mean().item(), spread, rate, weight, bad)
+        self._note(name, mean, spread, rate, weight, bad)
 
+    def _gradients(self, flow: Flow, optimizer: AdamW, emphatic: bool, weight: Tensor) -> list[Tensor | None]:
+        """Returns mean, spread and number of the finite log p - log q, and the gradient for each parameter."""
+        with Autoregressive.remembering(flow):
+            draws, log_q = flow.rsample_and_log_prob((self.num_particles,))
+            z = draws.detach()
+            push = self._push(flow, z) if self.path_gradient else torch.zeros_like(z)
+        log_p, pull = unrecorded(self._pull, draws.detach())
+        fine = log_p.isfinite() & pull.isfinite().all(-1)
+        toward = weight * pull - push
+        with torch.no_grad():
+            before, fine = fine, fine & toward.isfinite().all(-1)
+            share = fine.to(toward)
+            if emphatic:
+                share = share * emphasis(log_p - log_q, fine)
+            toward = torch.where(fine.unsqueeze(-1), toward, 0.0) * (-share / before.sum().clamp(min=1)).unsqueeze(-1)
+        surrogate = (draws * toward).sum()
+        if not self.path_gradient:
+            surrogate = surrogate + torch.where(fine, log_q, 0.0).sum() / before.sum().clamp(min=1)
+        if self.covering:
+            surrogate = surrogate + self._cover(flow, draws, log_p - log_q, fine)
+        grads = torch.autograd.grad(surrogate, optimizer.parameters, allow_unused=True)
+        return [torch.stack(moments(log_p - log_q.detach(), fine)), *grads]
+
+    def _push(self, flow: Flow, z: Tensor) -> Tensor:
+        """Returns the gradient of log q at draws, with fixed parameters."""
+        z = z.requires_grad_()
+        with frozen(flow.chain):
+            value = flow.score(z)
+        # Sums, because gradients given to grad() make torch import its compiler.
+        return torch.autograd.grad(value.sum(), z)[0]
+
+    @torch.enable_grad()
     def _pull(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the model's log-densities ``(S,)`` and gradients ``(S, dim)``, in parts that fit into memory."""
         values, slopes = [], []

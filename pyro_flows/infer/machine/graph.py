@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import FunctionType
+from typing import Any, cast
 
 import torch
 from torch import Tag, Tensor, fx, nn
@@ -15,7 +17,10 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-__all__ = ["Graph", "RecordError", "Replay", "alike", "record", "replayable"]
+from pyro_flows.core.modes import recording
+from pyro_flows.inverse.sweep import KERNELS
+
+__all__ = ["Graph", "RecordError", "Replay", "alike", "record", "replayable", "unrecorded"]
 
 aten = torch.ops.aten
 ALIASES = {aten.detach.default, aten.alias.default, aten.lift_fresh.default}
@@ -25,7 +30,8 @@ TURNS = {aten.t.default, aten.permute.default, aten.transpose.int}
 
 
 TRIALS = 2  # the first step of a fit may set up buffers
-SHAPES = 4  # recordings at most
+SHAPES, RECORDINGS = 4, 12  # at most
+CHECKED = {2, 16, 256, 4096, 65536}  # calls that are compared with plain ones
 BYTES = 2**30  # of all tensors made, which are held while a call is recorded
 Results = Sequence[Tensor | None]
 
@@ -56,8 +62,8 @@ class Graph:
     @property
     def portable(self) -> bool:
         """Whether it consists of torch's own operations."""
-        calls: list[Any] = [node.target for node in self.program.graph.nodes if node.op == "call_function"]
-        return all(not isinstance(each, OpOverload) or each.namespace == "aten" for each in calls)
+        calls = [node.target for node in self.program.graph.nodes if node.op == "call_function"]
+        return not any(isinstance(each, FunctionType | _Call) for each in calls)
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Runs the computation anew, without gradients."""
@@ -77,6 +83,7 @@ class Replay:
         self.run, self.parameters, self.why_not = run, list(parameters), why_not
         self._graphs: dict[Any, Graph] = {}
         self._calls: dict[Any, int] = {}
+        self.recordings = 0
 
     def graph_of(self, *inputs: Tensor | None) -> Graph | None:
         """Returns the recording that was found right for inputs like these."""
@@ -92,25 +99,31 @@ class Replay:
         calls = self._calls[key] = self._calls.get(key, 0) + 1
         graph = self._graphs.get(key)
         if graph is None or not graph.holds:
+            self.recordings += 1
+            if self.recordings > RECORDINGS:
+                self.why_not = "what it reads keeps changing"
             return self._record(key, given, inputs)
-        if calls.bit_count() > 1:
+        if calls not in CHECKED:
             return graph(*given)
-        plain: Results
-        with torch.random.fork_rng(devices=_devices(given)):  # calls 2, 4, 8, ...
+        state = _random_state(given)
+        with _Call.shared():
             plain = self.run(*inputs)
-        try:
-            found = graph(*given)
-            if all(map(alike, found, plain)):
-                return found
-            self.why_not = "a recording of its step gives other numbers"
-        except (TypeError, RuntimeError) as error:
-            self.why_not = f"a recording of its step fails: {error}"
+            try:
+                with torch.random.fork_rng(devices=_devices(given)):
+                    _set_random_state(given, state)
+                    found = graph(*given)
+            except (TypeError, RuntimeError) as error:
+                self.why_not = f"a recording of its step fails: {error}"
+                return plain
+        if all(map(alike, found, plain)):
+            return found
+        self.why_not = "a recording of its step gives other numbers"
         return plain
 
     def _record(self, key: Any, given: Sequence[Tensor], inputs: Sequence[Tensor | None]) -> Results:
         if len(self._calls) > SHAPES:
             return self.run(*inputs)
-        state = [torch.get_rng_state(), *(torch.cuda.get_rng_state(each) for each in _devices(given))]
+        state = _random_state(given)
         try:
             found, self._graphs[key] = record(lambda: self.run(*inputs), given)
         except RecordError as error:
@@ -118,9 +131,7 @@ class Replay:
                 self.why_not = str(error)
         else:
             return found
-        torch.set_rng_state(state[0])
-        for each, known in zip(_devices(given), state[1:], strict=True):
-            torch.cuda.set_rng_state(known, each)
+        _set_random_state(given, state)
         return self.run(*inputs)
 
 
@@ -130,6 +141,16 @@ def _shapes(inputs: Sequence[Tensor | None]) -> Any:
 
 def _devices(tensors: Sequence[Tensor]) -> list[torch.device]:
     return list({each.device for each in tensors if each.is_cuda})
+
+
+def _random_state(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(each) for each in _devices(tensors))]
+
+
+def _set_random_state(tensors: Sequence[Tensor], state: Sequence[Tensor]) -> None:
+    torch.set_rng_state(state[0])
+    for each, known in zip(_devices(tensors), state[1:], strict=True):
+        torch.cuda.set_rng_state(known, each)
 
 
 def alike(a: Tensor | None, b: Tensor | None) -> bool:
@@ -153,6 +174,47 @@ def replayable(module: nn.Module) -> str | None:
     return None
 
 
+def unrecorded(call: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> tuple[Tensor, ...]:
+    """Calls a function of tensors, without gradients; a recording keeps the call as one step of its own."""
+    recorder = _Recorder.active
+    if recorder is None:
+        found = call(*inputs)
+        if _Call.results is not None:
+            _Call.results.append(found)
+        return found
+    with torch.utils._python_dispatch._pop_mode_temporarily(), recording(-1):
+        _Recorder.active = None
+        try:
+            found = call(*inputs)
+        finally:
+            _Recorder.active = recorder
+    recorder.add(_Call(call), inputs, found)
+    return found
+
+
+class _Call:
+    """A call that a graph makes as it is."""
+
+    results: list[Any] | None = None
+    __name__ = "call"
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self.call = call
+
+    @classmethod
+    @contextmanager
+    def shared(cls) -> Iterator[None]:
+        """Within it, a graph takes over the results of a plain run before it."""
+        cls.results = []
+        try:
+            yield
+        finally:
+            cls.results = None
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        return _Call.results.pop(0) if _Call.results else self.call(*inputs)
+
+
 def record(run: Callable[[], Results], inputs: Sequence[Tensor]) -> tuple[Results, Graph]:
     """Runs a computation of ``inputs`` and records it; returns its results and the graph.
 
@@ -162,14 +224,19 @@ def record(run: Callable[[], Results], inputs: Sequence[Tensor]) -> tuple[Result
     Raises:
         RecordError: if Python asks for a tensor's value, or a tensor from outside is changed.
     """
-    recorder = _Recorder(inputs)
-    with recorder:
-        results = tuple(run())
+    recorder = _Recorder.active = _Recorder(inputs)
+    try:
+        with recording(), recorder:
+            results = tuple(run())
+    finally:
+        _Recorder.active = None
     return results, recorder.finish(results)
 
 
 class _Recorder(TorchDispatchMode):
     """Writes down each call of a kernel."""
+
+    active: _Recorder | None = None
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:
         super().__init__()
@@ -197,12 +264,13 @@ class _Recorder(TorchDispatchMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> object:
         kwargs = dict(kwargs or {})
-        found = func(*args, **kwargs)
+        kernel: Any = KERNELS.get(func, func)
+        found = kernel(*args, **kwargs)
         several = isinstance(found, tuple | list)
-        made: list[Any] = list(found) if several else [found]
-        if not all(isinstance(each, Tensor) for each in made) or Tag.dynamic_output_shape in func.tags:
+        if not all(isinstance(each, Tensor) for each in (found if several else [found])) or (
+            Tag.dynamic_output_shape in func.tags
+        ):
             raise RecordError(f"{func.name()} gives Python a value that depends on tensors")
-        node = self.graph.call_function(func, *tree_map(self._node_of, (tuple(args), kwargs)))
         given = zip(func._schema.arguments, args, strict=False)
         named = ((spec, kwargs.get(spec.name)) for spec in func._schema.arguments)
         for each in tree_leaves([value for spec, value in (*given, *named) if _writes(spec)]):
@@ -210,12 +278,21 @@ class _Recorder(TorchDispatchMode):
                 if _storage(each) in self.outer:
                     raise RecordError(f"{func.name()} changes a tensor from outside")
                 self.written.add(_storage(each))
+        self.add(func, args, found, kwargs)
+        return found
+
+    def add(
+        self, call: Callable[..., Any], args: Sequence[Any], found: Any, kwargs: Mapping[str, Any] | None = None
+    ) -> None:
+        """Notes a call and its results."""
+        several = isinstance(found, tuple | list)
+        made: list[Any] = list(found) if several else [found]
+        node = self.graph.call_function(call, *tree_map(self._node_of, (tuple(args), dict(kwargs or {}))))
         self.bytes += sum(each.nbytes for each in made if _storage(each) not in self.outer)
         if self.bytes > BYTES:
             raise RecordError("its tensors are so large that calls cost little")
         for k, each in enumerate(made):
             self._know(each, self.graph.call_function(operator.getitem, (node, k)) if several else node)
-        return found
 
     def _know(self, tensor: Tensor, node: fx.Node) -> None:
         self.nodes[id(tensor)] = node
@@ -288,6 +365,8 @@ class _Recorder(TorchDispatchMode):
     def _is_pure(self, node: fx.Node) -> bool:
         """Whether the call may run once for several, at any time."""
         func: Any = node.target
+        if not isinstance(func, OpOverload):
+            return False
         touched = self._storages(node).union(*map(self._storages, node.all_input_nodes))
         return Tag.nondeterministic_seeded not in func.tags and not touched & self.written
 
@@ -317,6 +396,9 @@ class _Recorder(TorchDispatchMode):
     def _quicken(self, node: fx.Node) -> None:
         """Takes the function of ``torch`` that does the same with half the overhead."""
         func: Any = node.target
+        if func in KERNELS:
+            node.target = cast(Callable[..., Any], KERNELS[func])
+            return
         quick = getattr(torch._C._VariableFunctions, func._schema.name.removeprefix("aten::"), None)
         if quick is not None and not node.kwargs and not func._schema.is_mutable:
             node.target = quick
