@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pyro_flows.core.modes import exact_products
 from pyro_flows.core.transform import FlowTransform
 
 __all__ = ["Preconditioner"]
@@ -77,11 +78,13 @@ class Preconditioner(FlowTransform):
             moved = self.scale * self.shift
         return matrix, self.loc + moved, (log_fixed + self.log_diagonal).sum()
 
+    @exact_products
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         matrix, loc, ladj = self._learned()
         y = F.linear(x, matrix) + loc if self.full else x * matrix + loc
         return y, ladj.expand(x.shape[:-1])
 
+    @exact_products
     def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         matrix, loc, ladj = self._learned()
         if not self.full:

@@ -27,7 +27,12 @@ __all__ = ["Graph", "RecordError", "Replay", "alike", "record", "replayable", "u
 aten = torch.ops.aten
 ALIASES = {aten.detach.default, aten.alias.default, aten.lift_fresh.default}
 RESHAPES = {aten.view.default, aten.expand.default, aten._unsafe_view.default}
-LIKE = {aten.ones_like.default, aten.zeros_like.default, aten.full_like.default}  # of a shape alone
+LIKE = {  # of a shape alone
+    getattr(aten, f"{kind}{name}{like}").default
+    for name in ("ones", "zeros", "full")
+    for kind, like in (("new_", ""), ("", "_like"))
+}
+FACTORS = {"value", "alpha", "beta"}  # keywords that torch's functions share with the kernels
 TURNS = {aten.t.default, aten.permute.default, aten.transpose.int}
 INDEXED = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}
 READS = {Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.data_ptr}  # without a call of a kernel
@@ -49,26 +54,25 @@ class Graph:
     """The recorded computation of tensors ``inputs``, in terms of which the result was a tuple of tensors.
 
     ``program`` takes the inputs and then the ``constants``, all other tensors that were read.  A run makes tensors of
-    ``bytes``, at most.
+    ``bytes``, at most, and ``mutates`` if it changes some of them.
     """
 
     def __init__(
-        self, program: fx.GraphModule, constants: list[Tensor], read: dict[Tensor, int], made: int = 0
+        self,
+        program: fx.GraphModule,
+        constants: list[Tensor],
+        read: dict[Tensor, int],
+        made: int = 0,
+        mutates: bool = False,
     ) -> None:
-        self.program, self.constants, self.bytes = program, constants, made
+        self.program, self.constants, self.bytes, self.mutates = program, constants, made, mutates
         self._run, self._read = program.forward, read
-        self._length = sum(node.op == "call_function" for node in program.graph.nodes)
+        self._length = sum(node.op in ("call_function", "call_method") for node in program.graph.nodes)
 
     @property
     def holds(self) -> bool:
         """Whether no tensor from outside changed since."""
         return all(tensor._version == version for tensor, version in self._read.items())
-
-    @property
-    def mutates(self) -> bool:
-        """Whether calls change tensors that others made."""
-        targets = (node.target for node in self.program.graph.nodes)
-        return any(isinstance(each, OpOverload) and each._schema.is_mutable for each in targets)
 
     def __len__(self) -> int:
         """The number of calls of torch."""
@@ -445,7 +449,7 @@ class _Recorder(TorchDispatchMode):
         constants = [self.constants[node] for node in used]
         for node in self.graph.nodes:
             node.meta.clear()
-        return Graph(fx.GraphModule(torch.nn.Module(), self.graph), constants, self.read, self.bytes)
+        return Graph(fx.GraphModule(torch.nn.Module(), self.graph), constants, self.read, self.bytes, self.mutates)
 
     def _simplify(self) -> None:
         """Leaves out calls that change nothing, repeat another, are not needed, or depend on nothing."""
@@ -480,9 +484,10 @@ class _Recorder(TorchDispatchMode):
         for node in reversed(list(self.graph.nodes)):
             if node.op == "call_function" and not node.users and self._can_go(node):
                 self.graph.erase_node(node)
-        for node in self.graph.nodes:
-            if isinstance(node.target, OpOverload):
-                self._quicken(node)
+        kernels = [node for node in self.graph.nodes if isinstance(node.target, OpOverload)]
+        self.mutates = any(node.target._schema.is_mutable for node in kernels)
+        for node in kernels:
+            self._quicken(node)
 
     def _shared(self, written: set[int]) -> set[int]:
         """Puts plain calls in place of those that change a tensor without views; returns the other storages."""
@@ -546,10 +551,15 @@ class _Recorder(TorchDispatchMode):
         if func in KERNELS:
             node.target = cast(Callable[..., Any], KERNELS[func])
             return
-        quick = getattr(torch._C._VariableFunctions, func._schema.name.removeprefix("aten::"), None)
-        lists = (each for each in node.args if isinstance(each, list))
-        if quick is not None and not node.kwargs and not func._schema.is_mutable and all(None not in e for e in lists):
+        if any(isinstance(each, list) and None in each for each in node.args):
+            return
+        name = func._schema.name.removeprefix("aten::")
+        homes = (torch._C._nn,) if func._schema.is_mutable else (torch._C._VariableFunctions, torch._C._nn)
+        quick = next((getattr(home, name) for home in homes if hasattr(home, name)), None)
+        if quick is not None and node.kwargs.keys() <= FACTORS:
             node.target = quick
+        elif not node.kwargs and hasattr(torch._C.TensorBase, name) and isinstance(node.args[0], fx.Node):
+            node.op, node.target = "call_method", name
 
 
 def _order(node: fx.Node) -> Sequence[int]:
