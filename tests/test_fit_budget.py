@@ -326,6 +326,39 @@ def test_interrupted_fits_go_on(model, options, tmp_path):
     assert os.listdir(tmp_path) == ["fit.pt"]
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("together", [True, False])
+def test_interrupted_fits_of_recorded_models(together, tmp_path, monkeypatch):
+    """The recording of a resumed fit gives the same numbers, also for a model that does not broadcast."""
+
+    def model(y):
+        b = pyro.sample("b", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        x = torch.stack([y, y.square()], -1).double()
+        with pyro.plate("rows", len(y)):
+            mean = (x * b.unsqueeze(-2)).sum(-1) if together else x @ b
+            pyro.sample("y", dist.Normal(mean, 1.0), obs=y.exp())
+
+    def run(**options):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return fit(AutoFlow(model, SMALL, seed=0, num_starts=1, num_particles=16), Y, steps=60, **options)
+
+    whole, path, note = run(), tmp_path / "fit.pt", GuideTraining._note
+
+    def stop(training, *row):
+        note(training, *row)
+        if len(training.history) == 37:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(GuideTraining, "_note", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(checkpoint=path, checkpoint_every=7)
+    monkeypatch.undo()
+    found = run(checkpoint=path)
+    assert whole.guide.density(Y).recorded.why_not is None
+    same(whole, found)
+
+
 def test_interrupted_without_a_checkpoint():
     """The guide is left in its best state, and the result so far is judged when that is asked for."""
     guide = started(hierarchy)
