@@ -51,7 +51,8 @@ def masked_network(
     ``biases`` are those of later layers.  A mask has integers of the weight's element size, all bits set where the
     weight counts; other places are never used.
     """
-    first_bias = first_bias.to(x.dtype)
+    if first_bias.dtype != x.dtype:
+        first_bias = first_bias.to(x.dtype)
     if not plain_eager() or masks[0].element_size() != weights[0].element_size():
         return _plain(net, univariate, masks, x, first_bias, *weights, *biases)
     batch = x.shape[:-1]
@@ -131,8 +132,9 @@ def _run(
             activation = net.activations[k - 1]
             overwrite = None if net.joins else in_place(activation)
             into.append(pre)
-            inputs.append((overwrite or activation)(pre))
-        pre, kept = cut.product(weight, bits, bias, inputs[-1])
+            pre = (overwrite or activation)(pre)
+            inputs.append(pre)
+        pre, kept = cut.product(weight, bits, bias, pre)
         parts.append(kept)
         if k in net.joins:
             pre.add_(stream)
@@ -140,7 +142,7 @@ def _run(
             stream = pre
     if univariate is None:
         return (pre,), into, inputs, parts, ()
-    params = pre.view(len(x), univariate.num_params, x.shape[1]).transpose(0, 1)
+    params = pre.view(x.shape[0], univariate.num_params, x.shape[1]).transpose(0, 1)
     moved, slope, more = univariate.run(False, x, params)
     return (moved, slope.sum(-1)), into, inputs, parts, (moved, slope, *more)
 
@@ -179,7 +181,7 @@ class _Pass(GradientByHand):
         if ctx.univariate is not None:
             moved, slope, *more = rest
             by_x, grad = ctx.univariate.pull(False, x, moved, slope, more, grad, grad_ladj.unsqueeze(-1))
-            grad = grad.movedim(0, -2).flatten(-2)
+            grad = grad.transpose(0, 1).flatten(1)
         after: dict[int, Tensor] = {}
         for k in reversed(range(layers)):
             if wanted[k]:

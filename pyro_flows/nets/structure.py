@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pyro_flows.nets.activations import in_place
@@ -40,10 +41,11 @@ class Cut(NamedTuple):
 
     def product(self, weight: Tensor, bits: Tensor, bias: Tensor, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Returns ``x @ weight.T + bias`` and the masked weight, by bands."""
-        bands = self.at(len(x))
+        bands = self.at(x.shape[0])
         if bands is None:
-            masked = keep(weight, bits)
-            return torch.addmm(bias, x, masked.T), [masked]
+            masked = (weight.view(bits.dtype) & bits).view(weight.dtype)
+            out = F.linear(x, masked, bias) if bias.dim() == 1 else torch.addmm(bias, x, masked.t())
+            return out, [masked]
         out = x.new_empty(len(x), len(weight))
         kept = []
         for band in bands:
@@ -59,9 +61,9 @@ class Cut(NamedTuple):
 
     def weight_gradient(self, bits: Tensor, grad: Tensor, x: Tensor) -> Tensor:
         """The gradient with respect to a weight: ``grad.T @ x`` with zeros in masked places."""
-        bands = self.at(len(x))
+        bands = self.at(x.shape[0])
         if bands is None:
-            product = grad.T @ x
+            product = torch.mm(grad.t(), x)
             product.view(bits.dtype).bitwise_and_(bits)
             return product
         product = grad.new_zeros(bits.shape)
@@ -77,9 +79,9 @@ class Cut(NamedTuple):
 
     def input_gradient(self, kept: Sequence[Tensor], grad: Tensor, columns: int) -> Tensor:
         """The gradient with respect to a layer's input of so many columns."""
-        bands = self.at(len(grad))
+        bands = self.at(grad.shape[0])
         if bands is None:
-            return grad @ kept[0]
+            return torch.mm(grad, kept[0])
         total = grad.new_zeros(len(grad), columns)
         for band, masked in zip(bands, kept, strict=True):
             total[:, : band.high].addmm_(self._rows(grad, band, 1).flatten(1), masked)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -78,7 +79,7 @@ class Autoregressive(FlowTransform):
         return flat if len(self.event_shape) == 1 else flat.unflatten(-1, self.event_shape)
 
     def _one_pass(self, value: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        net = self.net
+        net: Any = self._modules["net"]  # faster than an attribute
         ranked = net.to_ranks(value.flatten(-len(self.event_shape)))
         moved, ladj = net.ranked(ranked, context, self.univariate)
         return self._shaped(net.from_ranks(moved)), ladj
