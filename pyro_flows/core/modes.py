@@ -150,13 +150,16 @@ class GradientByHand(torch.autograd.Function):
         given = [grad for grad in grads if grad is not None]
         if not given:
             return (None,) * len(ctx.needs_input_grad)
-        further = torch.is_grad_enabled() or any(batched(grad) for grad in given)
+        further = torch.is_grad_enabled() or any(map(batched, given))
         pull = cls.pull_plainly if further else cls.pull
+        if not torch._C._is_any_autocast_enabled():
+            return pull(ctx, *grads)
         with _without_autocast(given[0].device):
             return pull(ctx, *grads)
 
-    @classmethod
-    def record(cls, *args: Any) -> Any:
-        """As ``apply`` in plain eager mode, but faster."""
+    record: Callable[..., Any]  # as apply in plain eager mode, but faster
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
         plain: Any = super(torch.autograd.Function, cls)
-        return plain.apply(*args)
+        cls.record = plain.apply

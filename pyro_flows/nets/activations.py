@@ -56,6 +56,10 @@ def _isru_slope(post: Tensor) -> Tensor:
     return rest.sqrt().mul_(rest)
 
 
+def _isru_pull(grad: Tensor, pre: Tensor, post: Tensor) -> Tensor:
+    return grad.mul_(_isru_slope(post))
+
+
 def softplus(x: Tensor) -> Tensor:
     """``log(1 + exp(x))``, without the jump of the slope that torch's threshold of 20 makes in float64."""
     return F.softplus(x, threshold=40)
@@ -113,7 +117,7 @@ KNOWN = {
             steepest=1.0,
         ),
         KnownActivation("gelu", F.gelu),
-        KnownActivation("isru", isru, _isru_slope, _isru_),
+        KnownActivation("isru", isru, _isru_slope, _isru_, pull=_isru_pull),
         KnownActivation(
             "leaky_relu",
             F.leaky_relu,

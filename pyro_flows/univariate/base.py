@@ -230,11 +230,10 @@ class Affine(Univariate):
     def pull(
         self, inverse: bool, z: Tensor, x: Tensor, ladj: Tensor, kept: Sequence[Tensor], grad: Tensor, grad_ladj: Tensor
     ) -> tuple[Tensor, Tensor]:
-        dtype, by_z = ladj.dtype, kept[0] * grad
+        by_z = kept[0] * grad
         bend = one_plus_square(-(self.max_log_scale**-2), ladj)
         moved = (grad, x) if inverse else (by_z, z)
         by_raw = torch.addcmul(grad_ladj, *moved).mul_(bend)
-        # Stacked as a network's outputs are, so that flattening them copies nothing.
-        by_params = torch.stack((by_z if inverse else grad, by_raw), -2)
+        by_params = torch.stack((by_z if inverse else grad, by_raw))
         factor = -self.gain if inverse else self.gain
-        return by_z, (by_params if factor == 1 else by_params.mul_(number(factor, dtype))).movedim(-2, 0)
+        return by_z, by_params if factor == 1 else by_params.mul_(number(factor, ladj.dtype))
