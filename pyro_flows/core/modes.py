@@ -36,9 +36,9 @@ def plain_eager() -> bool:
 
     Only plain eager mode allows hand-made kernels and cached results.
     """
-    # Asked often, so without torch's wrappers.
+    # Asked often, so without torch's wrappers.  Whatever else compiles has a dispatch mode.
     return not (
-        torch.compiler.is_compiling()
+        torch.compiler.is_dynamo_compiling()
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._is_tracing()

@@ -128,15 +128,13 @@ class MaskedMLP(nn.Module):
 
     def to_ranks(self, x: Tensor) -> Tensor:
         """Puts the last axis in autoregressive order."""
-        return self._permuted(x, "order")
+        return x if self.order_name == "identity" else self._permuted(x, "order")
 
     def from_ranks(self, x: Tensor) -> Tensor:
         """Undoes :meth:`to_ranks`."""
-        return self._permuted(x, "rank")
+        return x if self.order_name == "identity" else self._permuted(x, "rank")
 
     def _permuted(self, x: Tensor, index: str, dim: int = -1) -> Tensor:
-        if self.order_name == "identity":
-            return x
         return x.flip(dim) if self.order_name == "reverse" else x.index_select(dim, self.get_buffer(index))
 
     def first_bias(self, context: Tensor | None) -> Tensor:
@@ -156,7 +154,7 @@ class MaskedMLP(nn.Module):
         """
         (flat,) = self.ranked(self.to_ranks(x), context, None)
         params = flat.unflatten(-1, (self.num_params, self.input_dim)).transpose(-1, -2)
-        return self._permuted(params, "rank", -2)
+        return params if self.order_name == "identity" else self._permuted(params, "rank", -2)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MaskedMLP:
         super()._apply(fn, recurse)
