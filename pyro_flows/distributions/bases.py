@@ -46,9 +46,8 @@ class DiagonalNormal(nn.Module):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-density, without making the distribution."""
-        log_scale = self.log_scale
-        standard = (value - self.loc) * torch.exp(-log_scale)
-        each = torch.addcmul(-0.5 * math.log(2 * math.pi) - log_scale, standard, standard, value=-0.5)
+        standard = (value - self.loc) * torch.exp(-self.log_scale)
+        each = -0.5 * standard * standard - (self.log_scale + 0.5 * math.log(2 * math.pi))
         return each.sum(tuple(range(-len(self.event_shape), 0)))
 
     def rsample(self, sample_shape: Size) -> Tensor:
