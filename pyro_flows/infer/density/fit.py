@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Size, Tensor, nn
 from torch.distributions import Distribution, Transform
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 
 from pyro_flows.core.transform import FlowTransform
 from pyro_flows.distributions import Flow
@@ -24,7 +24,9 @@ from pyro_flows.infer.density.prepare import prepare, reals_of
 from pyro_flows.infer.density.settings import Settings
 from pyro_flows.infer.density.units import Density, in_units, is_density, is_plain_flow
 from pyro_flows.infer.machine.checkpoint import Keeper, architecture_of, layout_of
+from pyro_flows.infer.machine.compiled import Compile
 from pyro_flows.infer.machine.interrupts import carrying, interrupts_held_back
+from pyro_flows.infer.machine.optimizers import AdamW, Given
 from pyro_flows.infer.machine.randomness import own_randomness, random_state, set_random
 
 __all__ = ["DensityFit", "fit_density"]
@@ -111,6 +113,7 @@ def fit_density(
     optimizer: Optimizer | Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int = 10,
+    compile: Compile = "auto",
     resume: bool = True,
     seed: int | None = 0,
     objective: str | FlowMatching = "likelihood",
@@ -173,6 +176,9 @@ def fit_density(
             The file is replaced as a whole, verified by a checksum, and nothing in it is run.  An interruption saves
             the last whole epoch.  Each epoch costs a copy of the state.
         checkpoint_every: epochs between saves; the end is saved, too.
+        compile: whether a second process compiles the steps, on a CPU, with rows held in memory and the default
+            optimizer. ``"auto"`` does so where the fit will take much longer than that, and plain steps go on
+            meanwhile; ``True`` waits for it. Numbers differ by rounding.
         resume: whether to continue from an existing checkpoint; otherwise it is replaced.
         seed: the seed of the split, the order of rows, and inside the fit torch's global generators, which are
             restored; ``None`` draws one.
@@ -207,7 +213,7 @@ def fit_density(
         seed = int(torch.randint(2**31, ())) if known is None else known["settings"]["seed"]
     chosen.update(seed=seed, objective="likelihood" if matching is None else str(matching))
     settings = Settings(**{each.name: chosen[each.name] for each in fields(Settings)})
-    optimizer = _as_optimizer(optimizer, parameters, settings)
+    torchs = _as_optimizer(optimizer, parameters, settings)
     given = (data, context, validation, validation_context)
     device = expected_by(trained).device
     so_far: list[Callable[[], object]] = []
@@ -216,7 +222,7 @@ def fit_density(
         identity = {
             "architecture": architecture_of(trained),
             "data": start.identity,
-            "settings": settings.identity(start.sizes, type(optimizer).__name__),
+            "settings": settings.identity(start.sizes, "AdamW" if torchs is None else type(torchs).__name__),
         }
         units = start.units
         if known is not None:
@@ -228,7 +234,13 @@ def fit_density(
         aim: Objective = Likelihood(trained, density)
         if matching is not None and is_plain_flow(density):
             aim = Matching(matching, density, seed, held_out)
-        training = DensityTraining(trained, aim, start, optimizer, progress)
+        average = bool(settings.average)
+        made: AdamW | Given = (
+            AdamW(parameters, None, settings.lr, settings.weight_decay, average)
+            if torchs is None
+            else Given(torchs, average)
+        )
+        training = DensityTraining(trained, aim, start, made, progress)
         if known is not None:
             with interrupts_held_back():
                 before = training.best_state
@@ -238,6 +250,7 @@ def fit_density(
                         set_random(known["random"], device, **start.generators)
                 except ValueError:
                     trained.load_state_dict(before)  # the flow stays as it was
+                    made.release()
                     raise
 
         def content() -> dict[str, Any]:
@@ -285,10 +298,12 @@ def _as_density(flow: object) -> Flow | Density:
     )
 
 
-def _as_optimizer(given: Any, parameters: list[nn.Parameter], settings: Settings) -> Optimizer:
+def _as_optimizer(given: Any, parameters: list[nn.Parameter], settings: Settings) -> Optimizer | None:
+    """Returns a torch optimizer; ``None`` if AdamW on flat buffers will do."""
     if given is None:
-        fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
-        return AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay, fused=fused)
+        if len({(p.dtype, p.device) for p in parameters}) == 1 and parameters[0].is_floating_point():
+            return None
+        return torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
     made = given if isinstance(given, Optimizer) or not callable(given) else given(parameters)
     if not isinstance(made, Optimizer):
         raise TypeError(

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 from tqdm.auto import tqdm
 
-from pyro_flows.infer.density.data import name_rows
+from pyro_flows.infer.density.data import Rows, name_rows
 from pyro_flows.infer.density.objective import Objective, mean_score
 from pyro_flows.infer.density.prepare import Prepared
 from pyro_flows.infer.density.settings import Schedule
 from pyro_flows.infer.machine.budget import Budget
 from pyro_flows.infer.machine.checkpoint import CheckpointFormat
+from pyro_flows.infer.machine.compiled import CompiledSteps
+from pyro_flows.infer.machine.graph import Replay, replayable
 from pyro_flows.infer.machine.interrupts import interrupts_held_back
 from pyro_flows.infer.machine.loop import TrainingLoop
+from pyro_flows.infer.machine.optimizers import AdamW, Given
 from pyro_flows.transforms.continuous.layer import collect_penalties
 
 __all__ = ["CHECKPOINT", "DensityTraining"]
@@ -33,7 +35,7 @@ _KEPT = ("epoch", "best", "best_epoch", "best_state", "history", "stopped")
 
 CHECKPOINT = CheckpointFormat(
     "fit_density",
-    2,
+    3,
     {
         **dict.fromkeys(("architecture", "data"), dict),
         "settings": {"seed": int},
@@ -61,7 +63,7 @@ class DensityTraining(TrainingLoop):
     """
 
     def __init__(
-        self, flow: nn.Module, objective: Objective, start: Prepared, optimizer: Optimizer, progress: bool
+        self, flow: nn.Module, objective: Objective, start: Prepared, optimizer: AdamW | Given, progress: bool
     ) -> None:
         settings, sizes = start.settings, start.sizes
         super().__init__(flow, Budget(sizes.total_steps, settings.seconds, time.monotonic()))
@@ -73,10 +75,13 @@ class DensityTraining(TrainingLoop):
         self.epoch = self.best_epoch = 0
         self.best = -math.inf
         self.stopped: str | None = None
-        self.parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-        self.rates = [group["lr"] for group in optimizer.param_groups]
-        self.averages = [p.detach().clone() for p in self.parameters] if settings.average else []
+        self.parameters = optimizer.parameters
+        self.averages = optimizer.averages
         self._resample = [f for module in flow.modules() if callable(f := getattr(module, "resample_masks", None))]
+        self._foreign = replayable(self.density)
+        resampled = "masks change between steps" if self._resample else None
+        self._step = Replay(self._loss_and_grads, self.parameters, self._foreign or resampled)
+        self.compiled = CompiledSteps(settings.compile, self._uncompilable())
         self.best_state = self.snapshot()  # to return to if not even the first epoch ends well
 
     def train(self) -> None:
@@ -94,18 +99,21 @@ class DensityTraining(TrainingLoop):
         """Returns to the best state."""
         self.flow.load_state_dict(self.best_state)
         self.density.eval()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.release()
+        self.compiled.close()
 
     def _train_epoch(self, bar: tqdm) -> None:
         self.density.train()
         self.flow.train()
         total, rows = 0.0, 0
+        if isinstance(self.optimizer, AdamW) and isinstance(self.rows, Rows) and self.compiled.ready():
+            self._train_at_once(self.rows, self.optimizer, bar)
+            return
+        begin = time.monotonic(), self.budget.done
         for value, context, index in self.rows.batches(self.sizes.batch_size, self.shuffle):
             if not len(value):
                 continue
-            factor = self.schedule.factor(self.budget.fraction)
-            for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-                group["lr"] = rate * factor
+            self._factor = self.schedule.factor(self.budget.fraction)
             for resample in self._resample:  # order-agnostic training: another order each step
                 resample()
             total += len(value) * self._take_step(value, context, index)
@@ -117,6 +125,49 @@ class DensityTraining(TrainingLoop):
             raise ValueError("fit_density: the DataLoader given as data was empty in this pass; it must start anew")
         self.epoch += 1
         self._trained = total / rows
+        self.budget.step_seconds = (time.monotonic() - begin[0]) / (self.budget.done - begin[1])
+        if isinstance(self.optimizer, AdamW) and isinstance(self.rows, Rows):  # what can be compiled
+            seconds = min(self.budget.left(), (self.sizes.total_steps - self.budget.done) * self.budget.step_seconds)
+            index = self.rows.order(self.sizes.batch_size, torch.Generator())
+            graph = self._step.graph_of(value, context)
+            self.compiled.consider(graph, self.optimizer, index, self.rows.tables, seconds)
+
+    def _uncompilable(self) -> str | None:
+        if not isinstance(self.optimizer, AdamW) or not isinstance(self.rows, Rows):
+            return "compiled steps need the default optimizer, and rows held in memory"
+        if self.rows.value.device.type != "cpu":
+            return "steps are compiled for the CPU only"
+        return self._step.why_not
+
+    def _train_at_once(self, rows: Rows, optimizer: AdamW, bar: tqdm) -> None:
+        """Trains an epoch by compiled steps, many in a call."""
+        order, total, done = rows.order(self.sizes.batch_size, self.shuffle), 0.0, 0
+        while done < len(order):
+            count = self.compiled.at_once(len(order) - done, self.budget, self.settings.steps)
+            pieces = order[done : done + count]
+            factors = [self.schedule.factor(self.budget.fraction_after(k)) for k in range(len(pieces))]
+            weights = [self._weight(self.budget.done + 1 + k) for k in range(len(pieces))]
+            begin, random = time.monotonic(), torch.get_rng_state()
+            state, scores, norms = self.compiled.run(
+                optimizer, self.settings.clip_norm, factors, weights, pieces, rows.tables
+            )
+            fine = bool((scores.isfinite() & norms.isfinite()).all())
+            if not fine or not self.compiled.trusted:
+                torch.set_rng_state(random)
+                scores = torch.tensor([self._take_step(*rows.batch(piece)) for piece in pieces])
+                if not fine or not self.compiled.agrees(optimizer, state):
+                    self.compiled.refuse("compiled steps give other numbers than plain ones")
+            else:
+                optimizer.assign(state)
+                self.budget.done += count
+                self.budget.step_seconds = (time.monotonic() - begin) / count
+            self._factor = factors[-1]
+            total, done = total + float(scores.double().sum()), done + len(pieces)
+            bar.update(len(pieces))
+            if self._limit() is not None:
+                break
+        self.epoch += 1
+        self._trained = total / done
 
     def _score(self, value: Tensor, context: Tensor | None) -> Tensor:
         try:
@@ -127,37 +178,50 @@ class DensityTraining(TrainingLoop):
                 raise
             return value.new_full((len(value),), math.nan, dtype=self.parameters[0].dtype)
 
-    def _take_step(self, value: Tensor, context: Tensor | None, index: Tensor | None) -> float:
+    def _loss_and_grads(self, value: Tensor, context: Tensor | None) -> list[Tensor | None]:
+        """Returns the mean score, and the gradient of the loss for each parameter."""
         with collect_penalties() as penalties:
-            loss = -self._score(value, context).mean()
-        score = -loss.item()
-        noun = self.objective.noun
-        if not math.isfinite(score):
-            self._raise_bad_score(f"{noun} of a batch is {score}", value, context, index)
+            score = self._score(value, context).mean()
+        loss = -score
         if penalties.parts:
             loss = loss + penalties.total()
         if not loss.requires_grad:
-            raise ValueError(f"fit_density: the {noun} does not depend on any parameter that is to be trained")
-        self.optimizer.zero_grad()
-        loss.backward()
-        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+            if score.isfinite():
+                noun = self.objective.noun
+                raise ValueError(f"fit_density: the {noun} does not depend on any parameter that is to be trained")
+            return [score, *(None for _ in self.parameters)]
+        if self._foreign is None:
+            return [score.detach(), *torch.autograd.grad(loss, self.parameters, allow_unused=True)]
+        self.flow.zero_grad()
+        loss.backward()  # calls hooks
+        return [score.detach(), *(p.grad for p in self.parameters)]
+
+    def _take_step(self, value: Tensor, context: Tensor | None, index: Tensor | None) -> float:
+        mean, *grads = self._step(value, context)
+        score = float(mean)  # type: ignore[arg-type]  # the first is never None
+        if not math.isfinite(score):
+            self._raise_bad_score(f"{self.objective.noun} of a batch is {score}", value, context, index)
+        norm = self.optimizer.take(grads)
         if not math.isfinite(norm.item()):
-            named = self.flow.named_parameters()
-            bad = [name for name, p in named if p.grad is not None and not p.grad.isfinite().all()]
-            which = f"that of {', '.join(bad[:5])}{', …' if len(bad) > 5 else ''} is not finite"
-            if not bad:
-                which = "each gradient is finite, but their squares overflow"
-            raise FloatingPointError(f"fit_density: the norm of the gradient is {norm.item()}: {which}; {_REMEDY}")
+            self._raise_bad_gradient(norm, grads)
         if self.settings.clip_norm is not None:
-            nn.utils.clip_grads_with_norm_(self.parameters, self.settings.clip_norm, norm)
-        self.optimizer.step()
+            self.optimizer.clip(norm, self.settings.clip_norm)
         self.budget.done += 1
-        # Early on, the average must not remember the start.
-        weight = 1 - min(self.settings.average, (self.budget.done - 1) / (self.budget.done + 9))
-        with torch.no_grad():
-            for mean, parameter in zip(self.averages, self.parameters, strict=False):
-                mean.lerp_(parameter, weight)
+        self.optimizer.step(self._factor, self._weight(self.budget.done))
         return score
+
+    def _weight(self, step: int) -> float:
+        """The weight of a step in the averages, which must not remember the start early on."""
+        return 1 - min(self.settings.average, (step - 1) / (step + 9))
+
+    def _raise_bad_gradient(self, norm: Tensor, grads: Sequence[Tensor | None]) -> None:
+        names = {id(p): name for name, p in self.flow.named_parameters()}
+        pairs = zip(self.parameters, grads, strict=True)
+        bad = [names[id(p)] for p, grad in pairs if grad is not None and not grad.isfinite().all()]
+        which = f"that of {', '.join(bad[:5])}{', …' if len(bad) > 5 else ''} is not finite"
+        if not bad:
+            which = "each gradient is finite, but their squares overflow"
+        raise FloatingPointError(f"fit_density: the norm of the gradient is {norm.item()}: {which}; {_REMEDY}")
 
     def _close_epoch(self, bar: tqdm) -> None:
         self.density.eval()
@@ -166,7 +230,7 @@ class DensityTraining(TrainingLoop):
             with self.objective.fixed():
                 held_out = mean_score(self._score, self.validation, self.sizes.batch_size)
             score = self._trained if self.validation is None else held_out
-            rate = float(self.optimizer.param_groups[0]["lr"])
+            rate = self._factor * self.optimizer.lr
             row = (self.epoch, self.budget.done, self._trained, held_out, rate, self.budget.elapsed)
             with interrupts_held_back():  # the history and the best state must agree
                 for column, entry in zip(_COLUMNS, row, strict=True):

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,11 +14,12 @@ from torch import Tensor
 
 from pyro_flows.distributions import Flow
 from pyro_flows.infer.guides.posterior import frozen, preconditioner_of
-from pyro_flows.infer.machine.adam import Adam
 from pyro_flows.infer.machine.budget import Budget, cosine
 from pyro_flows.infer.machine.checkpoint import CheckpointFormat
+from pyro_flows.infer.machine.graph import Replay, replayable, unrecorded
 from pyro_flows.infer.machine.interrupts import interrupts_held_back
 from pyro_flows.infer.machine.loop import TrainingLoop
+from pyro_flows.infer.machine.optimizers import AdamW
 from pyro_flows.infer.machine.pace import rows_at_once
 from pyro_flows.infer.models.joint import FAILURES
 
@@ -25,14 +27,14 @@ __all__ = ["CHECKPOINT", "GuideTraining", "History", "speeds_of"]
 
 CHECKPOINT = CheckpointFormat(
     "fit_guide",
-    1,
+    2,
     {
         **dict.fromkeys(("architecture", "latents", "data", "parameters", "settings", "start"), dict),
         "training": {
             "phase": str,
             **dict.fromkeys(("first", "spent", "trained"), float),
             **dict.fromkeys(("flow", "history"), dict),
-            "moments": list,
+            "moments": dict,
             "best": (dict, type(None)),
             **dict.fromkeys(("exact", "window", "failed_steps", "dropped", "done"), int),
         },
@@ -92,9 +94,17 @@ def emphasis(log_weights: Tensor, fine: Tensor) -> Tensor:
     log_weights = torch.where(fine, log_weights, -math.inf)
     count = fine.sum()
     weights = torch.exp(log_weights - torch.logsumexp(log_weights, 0)) * count
-    spread = torch.where(fine, log_weights, log_weights[fine].mean()).std(correction=0)
+    spread = moments(log_weights, fine)[1]
+    spread = spread * ((count - 1) / len(fine)).sqrt()  # of all, where those that failed lie at the mean
     c = (EVEN - spread).clamp(0.0, 1.0)
     return (1.0 + c * weights.clamp(max=HEAVIEST)) / (1.0 + c)
+
+
+def moments(values: Tensor, fine: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns mean, standard deviation and number of the values that are ``fine``."""
+    count = fine.sum().to(values)
+    mean = torch.where(fine, values, 0.0).sum() / count
+    return mean, (torch.where(fine, values - mean, 0.0).square().sum() / (count - 1).clamp(min=1)).sqrt(), count
 
 
 def speeds_of(flow: Flow) -> dict[int, float]:
@@ -147,8 +157,9 @@ class GuideTraining(TrainingLoop):
         self._best: tuple[float, dict[str, Tensor]] | None = None
         self._exact = 0
         self._window = 0
-        self._optimizer: Adam | None = None
-        self._moments: list[list[Tensor]] = []
+        self._replays: dict[tuple[str, bool], Replay] = {}
+        self._optimizer: AdamW | None = None
+        self._moments: dict[str, list[Tensor]] = {}
         self._places = [(m._parameters, n, p) for m in flow.modules() for n, p in m._parameters.items()]
 
     def train(self) -> None:
@@ -158,29 +169,37 @@ class GuideTraining(TrainingLoop):
             affine = preconditioner_of(self.flow)
             self._phase(Flow(affine, self.flow.base), 0.0, WARM, WARM_RATES)
             with interrupts_held_back():
+                self._release()
                 affine.fold()
-                self._best, self._moments, self._exact, self._window = None, [], 0, 0
+                self._best, self._moments, self._exact, self._window = None, {}, 0, 0
                 self._first, self.phase = min(WARM, self.budget.fraction), "flow"
         if self.phase == "flow":
             self._phase(self.flow, self._first, 1.0, self._rates)
             with interrupts_held_back():
                 self._restore()
-                self.phase, self._optimizer = "done", None
+                self._release()
+                self.phase = "done"
                 self.keep(self.budget.done, write=True)
 
     def settle(self) -> None:
         """Returns to the best state."""
         for parameters, name, parameter in self._places:  # an interruption may have left constants there
             parameters[name] = parameter
+        self._release()
         self._restore()
         self.flow.chain.clear_cache()
 
+    def _release(self) -> None:
+        if self._optimizer is not None:
+            self._optimizer.release()
+            self._optimizer = None
+
     def _phase(self, flow: Flow, begin: float, end: float, rates: tuple[float, float]) -> None:
         name = self.phase
-        optimizer = self._optimizer = Adam((p for p in flow.parameters() if p.requires_grad), speeds_of(flow))
+        optimizer = self._optimizer = AdamW((p for p in flow.parameters() if p.requires_grad), speeds_of(flow))
         if self._moments:
-            optimizer.load(self._moments)
-            self._moments = []
+            optimizer.load_state_dict(self._moments)
+            self._moments = {}
         self.keep(self.budget.done, write=True)
         while (fraction := self.budget.fraction) < end and self._exact < PATIENCE and not self._settled(name):
             part = (fraction - begin) / max(end - begin, 1e-9)
@@ -198,57 +217,58 @@ class GuideTraining(TrainingLoop):
             if self.report is not None:
                 self.report(self.history)
 
-    def _step(
-        self,
-        name: str,
-        flow: Flow,
-        optimizer: Adam,
-        rate: float,
-        weight: float,
-    ) -> None:
-        draws, log_q = flow.rsample_and_log_prob((self.num_particles,))
-        z = draws.detach()
+    def _step(self, name: str, flow: Flow, optimizer: AdamW, rate: float, weight: float) -> None:
+        emphatic = self.path_gradient and name == "flow" and weight == 1.0 and not self.covering
+        replay = self._replays.get((name, emphatic))
+        if replay is None:
+            run = partial(self._gradients, flow, optimizer, emphatic)
+            replay = self._replays[name, emphatic] = Replay(run, optimizer.parameters, replayable(flow))
         try:
-            log_p, pull = self._pull(z)
+            stats, *grads = replay(torch.tensor(weight, device=optimizer.values.device))
         except FAILURES:
             self._failed(name, rate, weight)
             return
-        fine = log_p.isfinite() & pull.isfinite().all(-1)
-        z.requires_grad_()
-        if self.path_gradient:
-            with frozen(flow.chain):
-                value = flow.score(z)
-            (push,) = torch.autograd.grad(value.sum(), z)
-        else:
-            push = None
-        with torch.no_grad():
-            count = fine.sum().clamp(min=1)
-            toward = weight * pull if push is None else weight * pull - push
-            fine = fine & (toward.isfinite().all(-1))
-            share = fine.to(toward)
-            if push is not None and name == "flow" and weight == 1.0 and not self.covering:
-                share = share * emphasis(log_p - log_q, fine)
-            toward = torch.where(fine.unsqueeze(-1), toward, 0.0) * (-share / count).unsqueeze(-1)
-        optimizer.zero_grad()
-        # Sums, because gradients given to backward() make torch import its compiler.
-        surrogate = (draws * toward).sum()
-        if push is None:
-            surrogate = surrogate + torch.where(fine, log_q, 0.0).sum() / count
-        surrogate.backward()
-        if self.covering:
-            self._cover(flow, draws, log_p - log_q, fine)
-        norm = optimizer.clip(CLIP)
-        difference = (log_p - log_q.detach())[fine]
-        bad = self.num_particles - len(difference)
-        if len(difference) == 0 or not bool(norm.isfinite()):
+        norm = optimizer.take(grads)
+        mean, spread, count = stats.tolist()  # type: ignore[union-attr]  # the first is never None
+        if not count or not bool(norm.isfinite()):
             self._failed(name, rate, weight)
             return
+        optimizer.clip(norm, CLIP)
         optimizer.step(rate)
+        bad = self.num_particles - int(count)
         self.dropped += bad
-        spread = difference.std().item() if len(difference) > 1 else math.inf
+        spread = spread if count > 1 else math.inf
         self._exact = self._exact + 1 if spread < EXACT and weight == 1.0 else 0
-        self._note(name, difference.mean().item(), spread, rate, weight, bad)
+        self._note(name, mean, spread, rate, weight, bad)
 
+    def _gradients(self, flow: Flow, optimizer: AdamW, emphatic: bool, weight: Tensor) -> list[Tensor | None]:
+        """Returns mean, spread and number of the finite log p - log q, and the gradient for each parameter."""
+        draws, log_q = flow.rsample_and_log_prob((self.num_particles,))
+        z = draws.detach()
+        log_p, pull = unrecorded(self._pull, z)
+        fine = log_p.isfinite() & pull.isfinite().all(-1)
+        toward = weight * pull
+        if self.path_gradient:
+            z = z.requires_grad_()
+            with frozen(flow.chain):
+                value = flow.score(z)
+            # Sums, because gradients given to grad() make torch import its compiler.
+            toward = toward - torch.autograd.grad(value.sum(), z)[0]
+        with torch.no_grad():
+            before, fine = fine, fine & toward.isfinite().all(-1)
+            share = fine.to(toward)
+            if emphatic:
+                share = share * emphasis(log_p - log_q, fine)
+            toward = torch.where(fine.unsqueeze(-1), toward, 0.0) * (-share / before.sum().clamp(min=1)).unsqueeze(-1)
+        surrogate = (draws * toward).sum()
+        if not self.path_gradient:
+            surrogate = surrogate + torch.where(fine, log_q, 0.0).sum() / before.sum().clamp(min=1)
+        if self.covering:
+            surrogate = surrogate + self._cover(flow, draws, log_p - log_q, fine)
+        grads = torch.autograd.grad(surrogate, optimizer.parameters, allow_unused=True)
+        return [torch.stack(moments(log_p - log_q.detach(), fine)), *grads]
+
+    @torch.enable_grad()
     def _pull(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the model's log-densities ``(S,)`` and gradients ``(S, dim)``, in parts that fit into memory."""
         values, slopes = [], []
@@ -259,12 +279,12 @@ class GuideTraining(TrainingLoop):
             values.append(log_p.detach())
         return torch.cat(values), torch.cat(slopes)
 
-    def _cover(self, flow: Flow, draws: Tensor, log_weights: Tensor, fine: Tensor) -> None:
-        """Adds the gradient of the forward divergence, from weighted draws."""
+    def _cover(self, flow: Flow, draws: Tensor, log_weights: Tensor, fine: Tensor) -> Tensor:
+        """Returns the forward divergence, from weighted draws."""
         with torch.no_grad():
             share = torch.where(fine, log_weights, -math.inf).softmax(0)
             z = torch.where(fine.unsqueeze(-1), draws, 0.0)
-        (-COVER * (share * flow.score(z)).sum()).backward()
+        return -COVER * (share * flow.score(z)).sum()
 
     def _failed(self, name: str, rate: float, weight: float) -> None:
         self.failed_steps += 1
@@ -320,7 +340,7 @@ class GuideTraining(TrainingLoop):
             "phase": self.phase,
             "first": self._first,
             "flow": self.snapshot(),
-            "moments": [] if self._optimizer is None else self._optimizer.state(),
+            "moments": {} if self._optimizer is None else self._optimizer.state_dict(),
             "best": None if self._best is None else {"elbo": self._best[0], "flow": self._best[1]},
             "exact": self._exact,
             "window": self._window,
