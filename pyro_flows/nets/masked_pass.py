@@ -153,6 +153,8 @@ class _Pass(GradientByHand):
     ) -> tuple[Tensor, ...]:
         out, into, inputs, parts, more = _run(net, univariate, masks, *tensors)
         ctx.net, ctx.univariate, ctx.masks = net, univariate, masks
+        if not ctx.needs_input_grad[3]:
+            parts[0] = []  # which only x would need
         ctx.counts = list(map(len, parts))
         ctx.save_for_backward(*tensors, *into, *inputs, *itertools.chain(*parts), *more)
         return out
