@@ -57,7 +57,8 @@ def _isru_slope(post: Tensor) -> Tensor:
 
 
 def _isru_pull(grad: Tensor, pre: Tensor, post: Tensor) -> Tensor:
-    return grad.mul_(_isru_slope(post))
+    rest = one_plus_square(-_ALPHA, post).relu_()
+    return grad.mul_(rest).mul_(rest.sqrt_())
 
 
 def softplus(x: Tensor) -> Tensor:

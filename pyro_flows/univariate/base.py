@@ -234,6 +234,9 @@ class Affine(Univariate):
         bend = one_plus_square(-(self.max_log_scale**-2), ladj)
         moved = (grad, x) if inverse else (by_z, z)
         by_raw = torch.addcmul(grad_ladj, *moved).mul_(bend)
-        by_params = torch.stack((by_z if inverse else grad, by_raw))
+        # In the memory layout of a network's outputs, to which they flatten without a copy.
+        by_params = torch.stack((by_z if inverse else grad, by_raw), -2)
         factor = -self.gain if inverse else self.gain
-        return by_z, by_params if factor == 1 else by_params.mul_(number(factor, ladj.dtype))
+        if factor != 1:
+            by_params.mul_(number(factor, ladj.dtype))
+        return by_z, by_params.movedim(-2, 0)
