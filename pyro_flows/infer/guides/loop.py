@@ -22,6 +22,7 @@ from pyro_flows.infer.machine.loop import TrainingLoop
 from pyro_flows.infer.machine.optimizers import AdamW
 from pyro_flows.infer.machine.pace import rows_at_once
 from pyro_flows.infer.models.joint import FAILURES
+from pyro_flows.transforms import Autoregressive
 
 __all__ = ["CHECKPOINT", "GuideTraining", "History", "speeds_of"]
 
@@ -243,17 +244,13 @@ class GuideTraining(TrainingLoop):
 
     def _gradients(self, flow: Flow, optimizer: AdamW, emphatic: bool, weight: Tensor) -> list[Tensor | None]:
         """Returns mean, spread and number of the finite log p - log q, and the gradient for each parameter."""
-        draws, log_q = flow.rsample_and_log_prob((self.num_particles,))
-        z = draws.detach()
-        log_p, pull = unrecorded(self._pull, z)
+        with Autoregressive.remembering(flow):
+            draws, log_q = flow.rsample_and_log_prob((self.num_particles,))
+            z = draws.detach()
+            push = self._push(flow, z) if self.path_gradient else torch.zeros_like(z)
+        log_p, pull = unrecorded(self._pull, draws.detach())
         fine = log_p.isfinite() & pull.isfinite().all(-1)
-        toward = weight * pull
-        if self.path_gradient:
-            z = z.requires_grad_()
-            with frozen(flow.chain):
-                value = flow.score(z)
-            # Sums, because gradients given to grad() make torch import its compiler.
-            toward = toward - torch.autograd.grad(value.sum(), z)[0]
+        toward = weight * pull - push
         with torch.no_grad():
             before, fine = fine, fine & toward.isfinite().all(-1)
             share = fine.to(toward)
@@ -267,6 +264,14 @@ class GuideTraining(TrainingLoop):
             surrogate = surrogate + self._cover(flow, draws, log_p - log_q, fine)
         grads = torch.autograd.grad(surrogate, optimizer.parameters, allow_unused=True)
         return [torch.stack(moments(log_p - log_q.detach(), fine)), *grads]
+
+    def _push(self, flow: Flow, z: Tensor) -> Tensor:
+        """Returns the gradient of log q at draws, with fixed parameters."""
+        z = z.requires_grad_()
+        with frozen(flow.chain):
+            value = flow.score(z)
+        # Sums, because gradients given to grad() make torch import its compiler.
+        return torch.autograd.grad(value.sum(), z)[0]
 
     @torch.enable_grad()
     def _pull(self, z: Tensor) -> tuple[Tensor, Tensor]:
