@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from cases import Sinh, diamond, full_but, shake
+from cases import Sinh, diamond, full_but, seeded, shake
 from oracles import d_pass, fast_direction, kept, plain_network, relative_error, slow_direction
 
 import pyro_flows as pf
@@ -120,7 +120,7 @@ def gradients(call, flow, value, context):
     value = value.clone().requires_grad_()
     context = None if context is None else context.clone().requires_grad_()
     out, ladj = call(value, context)
-    generator = torch.Generator().manual_seed(1)
+    generator = seeded(1)
     by_out = torch.randn(out.shape, generator=generator, dtype=out.dtype).to(out.device)
     by_ladj = torch.randn(ladj.shape, generator=generator, dtype=out.dtype).to(out.device)
     wanted = {"value": value, **({} if context is None else {"context": context}), **dict(flow.named_parameters())}

@@ -8,7 +8,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from asserts import refuses
-from cases import full_but, shake
+from cases import full_but, seeded, shake
 from pyro.optim.clipped_adam import ClippedAdam
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -38,7 +38,7 @@ def shaken(chain, seed=0):
 
 
 def points(*batch, seed=1):
-    return torch.randn(*batch, DIM, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(*batch, DIM, generator=seeded(seed))
 
 
 def torch_view(chain):

@@ -153,7 +153,7 @@ class MaskedMLP(nn.Module):
         Returns shape ``(*batch, input_dim, num_params)``; one pass.
         """
         (flat,) = self.ranked(self.to_ranks(x), context, None)
-        params = flat.unflatten(-1, (self.num_params, self.input_dim)).transpose(-1, -2)
+        params = torch.unflatten(flat, -1, (self.num_params, self.input_dim)).transpose(-1, -2)
         return params if self.order_name == "identity" else self._permuted(params, "rank", -2)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MaskedMLP:

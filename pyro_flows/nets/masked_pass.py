@@ -108,7 +108,9 @@ def _plain(
     out = plain_network(net.activations, net.joins, x, first_bias, *split_parameters(masks, matrices))
     if univariate is None:
         return (out,)
-    moved, ladj = univariate.plain(False, x, out.unflatten(-1, (univariate.num_params, x.shape[-1])).movedim(-2, 0))
+    moved, ladj = univariate.plain(
+        False, x, torch.unflatten(out, -1, (univariate.num_params, x.shape[-1])).movedim(-2, 0)
+    )
     return moved, ladj.sum(-1)
 
 

@@ -33,7 +33,7 @@ class Cut(NamedTuple):
 
     def _rows(self, value: Tensor, band: Band, dim: int = 0) -> Tensor:
         """A band's rows, as ``(repeats, rows)``."""
-        return value.unflatten(dim, (self.repeats, -1)).narrow(dim + 1, band.start, band.stop - band.start)
+        return torch.unflatten(value, dim, (self.repeats, -1)).narrow(dim + 1, band.start, band.stop - band.start)
 
     def product(self, weight: Tensor, bits: Tensor, bias: Tensor, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Returns ``x @ weight.T + bias`` and the masked weight, by bands where they pay."""
@@ -151,7 +151,7 @@ class Structure:
         self, tape: Tensor, activations: Sequence[Callable[[Tensor], Tensor]]
     ) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
         """Returns ``(pre, post, params, ladj)``; ``params`` has shape ``(num_params, input_dim, n)``."""
-        params = tape[: self.outputs].unflatten(0, (self.input_dim, self.num_params)).transpose(0, 1)
+        params = torch.unflatten(tape[: self.outputs], 0, (self.input_dim, self.num_params)).transpose(0, 1)
         head = self.outputs + self.input_dim
         hidden, ladj = self.rows(tape, head), tape[self.outputs : head]
         post = [pre if self.in_place(act) else act(pre) for act, pre in zip(activations, hidden, strict=True)]
@@ -160,7 +160,7 @@ class Structure:
     def unpack_adjoint(self, adjoint: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Returns gradients ``(x, outputs, pre)``, outputs parameter by parameter."""
         head = self.input_dim + self.outputs
-        outputs = adjoint[self.input_dim : head].unflatten(0, (self.input_dim, self.num_params))
+        outputs = torch.unflatten(adjoint[self.input_dim : head], 0, (self.input_dim, self.num_params))
         return adjoint[: self.input_dim], outputs.transpose(0, 1).flatten(0, 1), self.rows(adjoint, head)
 
     def blocks(self) -> list[tuple[int, int]]:

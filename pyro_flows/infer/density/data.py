@@ -160,7 +160,7 @@ def expected_by(
 
 @dataclass
 class Rows:
-    """Rows held whole, on the flow's device; ``index`` numbers them in the given data, on the CPU."""
+    """Rows held whole, on the flow's device; ``index`` numbers them in the given data."""
 
     value: Tensor
     context: Tensor | None
@@ -192,7 +192,8 @@ class Rows:
         """Shuffles the rows into equal batches, shape ``(steps, rows)``; the few that are left over wait an epoch."""
         steps = self.steps(batch_size)
         size = len(self) // steps
-        return torch.randperm(len(self), generator=generator)[: steps * size].view(steps, size)
+        order = torch.randperm(len(self), generator=generator, device="cpu")[: steps * size].view(steps, size)
+        return order.to(self.value.device)  # one copy an epoch, because each makes the host wait
 
     def chunks(self, least: int) -> Iterator[Batch]:
         """Yields all rows once, in order, at least so many at a time."""
@@ -202,8 +203,8 @@ class Rows:
 
     def take(self, rows: Tensor) -> Rows:
         """Selects some rows."""
-        there = rows.to(self.value.device)
-        return Rows(self.value[there], None if self.context is None else self.context[there], self.index[rows])
+        rows = rows.to(self.value.device)
+        return Rows(self.value[rows], None if self.context is None else self.context[rows], self.index[rows])
 
     def split(self, fraction: float, most: int, generator: torch.Generator) -> tuple[Rows, Rows]:
         """Splits at random; the second part has ``fraction`` of the rows, from one row to ``most``."""
@@ -213,7 +214,7 @@ class Rows:
                 f"fit_density: {len(self)} rows are too few to hold out {fraction:.0%} of them; give validation=, or "
                 "validation_fraction=0 to fit without"
             )
-        order = torch.randperm(len(self), generator=generator)
+        order = torch.randperm(len(self), generator=generator, device="cpu")
         return self.take(order[held_out:]), self.take(order[:held_out])
 
 
@@ -271,7 +272,7 @@ def admit_rows(given: Any, context: Any, expected: Expected, what: str, what_con
     if len(value) < least:
         raise ValueError(f"{expected.who}: {what} is empty, shape {tuple(value.shape)}; expected at least one row")
     _refuse_nonfinite(expected, {what: value, what_context: context})
-    return Rows(value, context, torch.arange(len(value)))
+    return Rows(value, context, torch.arange(len(value), device=value.device))
 
 
 def _tensor(given: Any, what: str, expected: Expected, precision: Precision) -> Tensor:

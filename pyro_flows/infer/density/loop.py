@@ -137,7 +137,9 @@ class DensityTraining(TrainingLoop):
             count = self.compiled.at_once(len(order), self.budget, self.settings.steps) if self.compiled.ready() else 1
             scores = self._compiled_steps(rows, optimizer, order[:count])
             if scores is None:
-                scores = torch.tensor([self._step(*rows.batch(each)) for each in order[:count]], dtype=torch.float64)
+                scores = torch.tensor(
+                    [self._step(*rows.batch(each)) for each in order[:count]], dtype=torch.float64, device="cpu"
+                )
             yield float(scores.double().mean()), order[:count].numel(), count
             order = order[count:]
 
@@ -165,7 +167,7 @@ class DensityTraining(TrainingLoop):
             return scores
         # Plain steps say what is wrong, or whether the first compiled ones are right.
         torch.set_rng_state(random)
-        scores = torch.tensor([self._step(*rows.batch(each)) for each in pieces], dtype=torch.float64)
+        scores = torch.tensor([self._step(*rows.batch(each)) for each in pieces], dtype=torch.float64, device="cpu")
         if not fine or not self.compiled.agrees(optimizer, state):
             self.compiled.refuse("compiled steps give other numbers than plain ones")
         return scores
@@ -277,7 +279,7 @@ class DensityTraining(TrainingLoop):
         bad = ~self._score(value, context).isfinite().cpu()
         found = self.objective.first_nonfinite(value, context)
         found = self.objective.beyond if found is None else f"it begins in {found}"
-        which = f" ({name_rows(index[bad])} as given)" if index is not None and bad.any() else ""
+        which = f" ({name_rows(index.cpu()[bad])} as given)" if index is not None and bad.any() else ""
         raise FloatingPointError(
             f"fit_density: the {what}, from {int(bad.sum())} of {len(bad)} rows{which}; {found}; {_REMEDY}"
         )

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from pyro_flows.core.modes import on_cpu
 from pyro_flows.infer.machine.budget import Budget
 from pyro_flows.infer.machine.graph import Graph, alike
 from pyro_flows.infer.machine.optimizers import BETAS, EPS, AdamW
@@ -166,6 +167,7 @@ class CompiledSteps:
         """Goes on without compiled steps."""
         self._run, self.why_not = None, why_not
 
+    @on_cpu
     def _inputs(
         self,
         optimizer: AdamW,
