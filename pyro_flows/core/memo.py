@@ -109,7 +109,10 @@ _SCORE = TransformedDistribution.log_prob.__code__
 
 def _scoring() -> FrameType | None:
     """The call of ``TransformedDistribution.log_prob`` that asks the transform, or the inverse, for this memo."""
-    frame: FrameType | None = sys._getframe(3)
+    try:
+        frame: FrameType | None = sys._getframe(3)
+    except ValueError:  # called by no Python code, as a hook of a backward pass
+        return None
     if frame is not None and frame.f_code is not _SCORE:
         frame = frame.f_back
     return frame if frame is not None and frame.f_code is _SCORE else None

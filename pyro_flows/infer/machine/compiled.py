@@ -61,6 +61,7 @@ class CompiledSteps:
         self.compile, self.why_not = compile, why_not if compile else "compile=False"
         self._run: Any = None
         self._process: subprocess.Popen[bytes] | None = None
+        self._work: tempfile.TemporaryDirectory[str] | None = None
         self._path: Path | None = None
         self._constants: list[Tensor] = []
         self._steps, self._rows = STEPS, 0
@@ -71,7 +72,7 @@ class CompiledSteps:
     ) -> None:
         """Starts compiling ``graph`` if that pays in a fit with ``seconds`` left, or takes it from disk.
 
-        ``graph`` is of the parameters, of the rows of ``tables`` that one of ``pieces`` names, the longest first, and of
+        ``graph`` is of the parameters, of the rows of ``tables`` that one of ``pieces`` names, longest first, and of
         each row's share of the score; it returns the score and the gradients.
         """
         if self.why_not is not None or self._path is not None or graph is None:
@@ -160,7 +161,9 @@ class CompiledSteps:
                 os.killpg(self._process.pid, signal.SIGKILL)
                 self._process.wait()
             self._process = None
+        if self._work is not None:
             self._work.cleanup()
+            self._work = None
 
     def refuse(self, why_not: str) -> None:
         """Goes on without compiled steps."""
