@@ -1,5 +1,6 @@
 """Options and fixtures of the whole suite."""
 
+import os
 import signal
 from contextlib import nullcontext
 from importlib.util import find_spec
@@ -26,6 +27,12 @@ def pytest_configure(config):
         torch.empty(1)
     except (AssertionError, RuntimeError) as error:
         raise pytest.UsageError(f"--device {name}: this torch finds no such device ({error})") from None
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """Compiled steps of tests stay out of the user's folder."""
+    os.environ["PYRO_FLOWS_CACHE"] = str(tmp_path_factory.mktemp("compiled"))
 
 
 @pytest.fixture(scope="session")

@@ -43,7 +43,9 @@ def make(kind="maf", **options):
 
 def fit(flow, rows=None, *args, **options):
     rows = data() if rows is None else rows
-    return pf.fit_density(flow, rows, *args, **{"progress": False, "batch_size": 50, "checkpoint_every": 1, **options})
+    return pf.fit_density(
+        flow, rows, *args, **{"progress": False, "batch_size": 50, "checkpoint_every": 1, "compile": False, **options}
+    )
 
 
 class Dropout(nn.Module):

@@ -326,6 +326,25 @@ def test_parameters_changed_in_between(chain, change, grad):
         assert (scored - x).abs().max() > 1e-3
 
 
+def test_what_a_score_found_is_not_reused_after_it(chain):
+    """Within one score nothing can change, so nothing is checked there; after it, everything may have changed."""
+    seen = []
+
+    class Watched(dist.MultivariateNormal):
+        def log_prob(self, value):
+            seen.append(value)
+            return super().log_prob(value)
+
+    data = points(5)
+    distribution = dist.TransformedDistribution(Watched(torch.zeros(DIM), torch.eye(DIM)), [chain])
+    distribution.log_prob(data)
+    assert chain._memo._within is None
+    change_in_place(chain)
+    ladj = chain.log_abs_det_jacobian(seen[0], data)
+    expected = copy.deepcopy(chain).log_abs_det_jacobian(seen[0].detach().clone(), data.clone())
+    torch.testing.assert_close(ladj, expected)
+
+
 def test_values_changed_in_place(chain):
     with torch.no_grad():
         x = points(5)

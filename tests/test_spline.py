@@ -282,7 +282,7 @@ def test_outputs_made_in_bands(order, residual, context_dim):
     y = torch.randn(250, 11, dtype=torch.float64, requires_grad=True)
     context = torch.randn(250, context_dim, dtype=torch.float64) if context_dim else None
     inputs = [y, *flow.parameters()]
-    assert flow.net.layers.cuts[-1].at(len(y)) is not None
+    assert len(y) >= flow.net.layers.cuts[-1].worth_from
     got = flow.inverse_and_ladj(y, context)
     grads = torch.autograd.grad((got[0] * got[0].detach().cos()).sum() + got[1].sum(), inputs)
     with torch.no_grad():

@@ -232,8 +232,11 @@ def first_floating(module: nn.Module) -> Tensor | None:
     modules: list[Any] = [module]
     while modules:
         each = modules.pop()
-        for tensor in (*each._parameters.values(), *each._buffers.values()):
-            if tensor is not None and tensor.is_floating_point():
-                return tensor
-        modules += [child for child in reversed(each._modules.values()) if child is not None]
+        if each is None:
+            continue
+        for held in (each._parameters, each._buffers):
+            for tensor in held.values():
+                if tensor is not None and tensor.is_floating_point():
+                    return tensor
+        modules += reversed(each._modules.values())
     return None

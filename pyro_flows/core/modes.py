@@ -51,9 +51,9 @@ def recording(count: int = 1) -> Iterator[None]:
 
 def by_hand() -> bool:
     """Whether hand-made gradients may be used: in plain eager mode, also while it is recorded."""
-    # Asked often, so without torch's wrappers.
+    # Asked often, so without torch's wrappers.  Whatever else compiles has a dispatch mode.
     return not (
-        torch.compiler.is_compiling()
+        torch.compiler.is_dynamo_compiling()
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() != _recorders
         or torch._C._is_tracing()
@@ -219,13 +219,14 @@ class GradientByHand(torch.autograd.Function):
         given = [grad for grad in grads if grad is not None]
         if not given:
             return (None,) * len(ctx.needs_input_grad)
-        further = torch.is_grad_enabled() or any(batched(grad) for grad in given)
+        further = torch.is_grad_enabled() or any(map(batched, given))
         pull = cls.pull_plainly if further else cls.pull
         with _without_autocast(given[0].device), _without_tf32(given[0].device):
             return pull(ctx, *grads)
 
-    @classmethod
-    def record(cls, *args: Any) -> Any:
-        """As ``apply`` in plain eager mode, but faster."""
+    record: Callable[..., Any]  # as apply in plain eager mode, but faster
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
         plain: Any = super(torch.autograd.Function, cls)
-        return plain.apply(*args)
+        cls.record = plain.apply

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -98,7 +99,7 @@ class Autoregressive(FlowTransform):
         return flat if len(self.event_shape) == 1 else torch.unflatten(flat, -1, self.event_shape)
 
     def _one_pass(self, value: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        net = self.net
+        net: Any = self._modules["net"]  # faster than an attribute
         ranked = net.to_ranks(value.flatten(-len(self.event_shape)))
         if self._preimages is not None:
             self._preimages.append(ranked.detach())

@@ -188,12 +188,11 @@ class Rows:
         found = self.take(rows)
         return found.value, found.context, found.index
 
-    def order(self, batch_size: int, generator: torch.Generator) -> Tensor:
-        """Shuffles the rows into equal batches, shape ``(steps, rows)``; the few that are left over wait an epoch."""
-        steps = self.steps(batch_size)
-        size = len(self) // steps
-        order = torch.randperm(len(self), generator=generator, device="cpu")[: steps * size].view(steps, size)
-        return order.to(self.value.device)  # one copy an epoch, because each makes the host wait
+    def order(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """Shuffles the rows into batches of equal size, up to one row; the larger ones come first."""
+        order = torch.randperm(len(self), generator=generator, device="cpu")
+        # One copy an epoch, because each makes the host wait.
+        return order.to(self.value.device).tensor_split(self.steps(batch_size))
 
     def chunks(self, least: int) -> Iterator[Batch]:
         """Yields all rows once, in order, at least so many at a time."""

@@ -83,6 +83,10 @@ class History:
         return len(self.elbo)
 
 
+class _ModelError(Exception):
+    """A failure of the model at all draws of a step."""
+
+
 def emphasis(log_weights: Tensor, fine: Tensor) -> Tensor:
     r"""Weights each draw by :math:`(1 + c\,w) / (1 + c)`, 1 on average, with its importance weight :math:`w`.
 
@@ -226,7 +230,7 @@ class GuideTraining(TrainingLoop):
             replay = self._replays[name, emphatic] = Replay(run, optimizer.parameters, replayable(flow))
         try:
             stats, *grads = replay(torch.tensor(weight, device=optimizer.values.device))
-        except FAILURES:
+        except _ModelError:
             self._failed(name, rate, weight)
             return
         norm = optimizer.take(grads)
@@ -248,7 +252,7 @@ class GuideTraining(TrainingLoop):
             draws, log_q = flow.rsample_and_log_prob((self.num_particles,))
             z = draws.detach()
             push = self._push(flow, z) if self.path_gradient else torch.zeros_like(z)
-        log_p, pull = unrecorded(self._pull, draws.detach())
+        log_p, pull = unrecorded(self._pulled, draws.detach())
         fine = log_p.isfinite() & pull.isfinite().all(-1)
         toward = weight * pull - push
         with torch.no_grad():
@@ -264,6 +268,13 @@ class GuideTraining(TrainingLoop):
             surrogate = surrogate + self._cover(flow, draws, log_p - log_q, fine)
         grads = torch.autograd.grad(surrogate, optimizer.parameters, allow_unused=True)
         return [torch.stack(moments(log_p - log_q.detach(), fine)), *grads]
+
+    def _pulled(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Like :meth:`_pull`, with failures of the model apart from those of the flow."""
+        try:
+            return self._pull(z)
+        except FAILURES as error:
+            raise _ModelError from error
 
     def _push(self, flow: Flow, z: Tensor) -> Tensor:
         """Returns the gradient of log q at draws, with fixed parameters."""
