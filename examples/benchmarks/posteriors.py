@@ -60,13 +60,19 @@ def ours(posterior: Posterior, seed: int, seconds: float, draws: int) -> Row:
 
     # Counts the evaluations of start, training and verdict, with and without a gradient.
     count = {True: 0, False: 0}
-    plain = JointDensity.__call__
+    value, both = JointDensity.__call__, JointDensity.value_and_slope
 
-    def counted(density: JointDensity, z: Tensor) -> Tensor:
+    def values(density: JointDensity, z: Tensor) -> Tensor:
         count[z.requires_grad and torch.is_grad_enabled()] += len(z)
-        return plain(density, z)
+        return value(density, z)
 
-    JointDensity.__call__ = counted
+    def gradients(density: JointDensity, z: Tensor) -> tuple[Tensor, Tensor]:
+        before = dict(count)
+        found = both(density, z)
+        count.update(before | {True: before[True] + len(z)})  # what it asks of itself is not counted
+        return found
+
+    JointDensity.__call__, JointDensity.value_and_slope = values, gradients
     start = time.process_time()
     guide = AutoFlow(posterior.model(dist.ImproperUniform), seed=seed)
     fit = fit_guide(guide, seconds=seconds, progress=False, fit_prior=posterior.is_prior)
