@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from pyro_flows.core.checks import first_floating
 from pyro_flows.distributions import Flow
 from pyro_flows.infer.density.columns import Precision
+from pyro_flows.infer.machine.processes import count, everyone, part
 
 __all__ = ["Expected", "Loader", "Rows", "Source", "admit_rows", "expected_by", "name_rows", "to_tensor"]
 
@@ -174,16 +175,17 @@ class Rows:
         return -(-len(self) // batch_size)
 
     def batches(self, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
-        """Yields all rows once, shuffled, in nearly equal batches."""
+        """Yields all rows once, shuffled, in nearly equal batches; each of several processes gets a part of each."""
         for piece in torch.randperm(len(self), generator=generator).tensor_split(self.steps(batch_size)):
-            rows = self.take(piece)
+            rows = self.take(part(piece))
             yield rows.value, rows.context, rows.index
 
     def chunks(self, least: int) -> Iterator[Batch]:
-        """Yields all rows once, in order, at least so many at a time."""
+        """Yields all rows once, in order, at least so many at a time; of several processes, each gets a part."""
         size = max(least, _CHUNK // max(self.value[:1].numel(), 1), 1)
-        contexts = (None for _ in self.value.split(size)) if self.context is None else self.context.split(size)
-        yield from zip(self.value.split(size), contexts, self.index.split(size), strict=True)
+        values = part(self.value).split(size) if len(part(self.index)) else ()
+        contexts = [None] * len(values) if self.context is None else part(self.context).split(size)
+        yield from zip(values, contexts, part(self.index).split(size), strict=False)
 
     def take(self, rows: Tensor) -> Rows:
         """Selects some rows."""
@@ -203,7 +205,10 @@ class Rows:
 
 
 class Loader:
-    """A ``DataLoader`` of ``x``, ``(x,)`` or ``(x, context)``; one pass is one epoch."""
+    """A ``DataLoader`` of ``x``, ``(x,)`` or ``(x, context)``; one pass is one epoch.
+
+    Each of several processes has its own.  The numbers of rows are those of all, the number of batches is the largest.
+    """
 
     def __init__(self, loader: DataLoader, expected: Expected, what: str) -> None:
         self.loader, self.expected, self.what = loader, expected, what
@@ -216,12 +221,19 @@ class Loader:
         """The number of batches, counted in the first pass."""
         return self.count
 
-    def batches(self, batch_size: int, generator: torch.Generator | None = None) -> Iterator[Batch]:
+    def batches(self, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
+        """Yields one pass; of several processes, one that is done has empty batches until all are."""
+        sampler: Any = self.loader.sampler
+        if hasattr(sampler, "set_epoch"):  # torch's DistributedSampler
+            sampler.set_epoch(int(torch.randint(2**31, (), generator=generator)))
+        yield from self.chunks(batch_size)
+        while count() > 1:
+            yield torch.empty(0), None, None
+
+    def chunks(self, least: int) -> Iterator[Batch]:
         """Yields one pass."""
         for batch in self.loader:
             yield *_admit(*self._unpack(batch), self.expected, self.what, self.what), None
-
-    chunks = batches
 
     def survey(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Counts in a first pass, and refuses NaN."""
@@ -231,6 +243,8 @@ class Loader:
             _refuse_nonfinite(self.expected, {f"{place}, values,": value, f"{place}, contexts,": context})
             self.rows, self.count = self.rows + len(value), self.count + 1
             yield value, context
+        rows, counts = zip(*everyone((self.rows, self.count)), strict=True)
+        self.rows, self.count = sum(rows), max(counts)
         if not self.rows:
             raise ValueError(f"fit_density: the DataLoader given as {self.what} is empty")
 

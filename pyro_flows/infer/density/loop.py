@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -19,6 +18,7 @@ from pyro_flows.infer.density.data import name_rows
 from pyro_flows.infer.density.objective import Objective, mean_score
 from pyro_flows.infer.density.prepare import Prepared
 from pyro_flows.infer.density.settings import Schedule
+from pyro_flows.infer.machine import processes
 from pyro_flows.infer.machine.budget import Budget
 from pyro_flows.infer.machine.checkpoint import CheckpointFormat
 from pyro_flows.infer.machine.interrupts import interrupts_held_back
@@ -64,7 +64,7 @@ class DensityTraining(TrainingLoop):
         self, flow: nn.Module, objective: Objective, start: Prepared, optimizer: Optimizer, progress: bool
     ) -> None:
         settings, sizes = start.settings, start.sizes
-        super().__init__(flow, Budget(sizes.total_steps, settings.seconds, time.monotonic()))
+        super().__init__(flow, Budget(sizes.total_steps, settings.seconds, processes.clock()))
         self.density, self.objective, self.optimizer = objective.density, objective, optimizer
         self.rows, self.validation, self.shuffle = start.train, start.validation, start.shuffle
         self.settings, self.sizes, self.progress = settings, sizes, progress
@@ -84,7 +84,8 @@ class DensityTraining(TrainingLoop):
         if not self.epoch:
             self.keep(0)
         steps = self.sizes.total_steps
-        with tqdm(total=steps, initial=self.budget.done, disable=not self.progress, unit="step") as bar:
+        hidden = not self.progress or processes.rank() > 0
+        with tqdm(total=steps, initial=self.budget.done, disable=hidden, unit="step") as bar:
             while self.stopped is None:
                 self._train_epoch(bar)
                 self._close_epoch(bar)
@@ -101,15 +102,17 @@ class DensityTraining(TrainingLoop):
         self.flow.train()
         total, rows = 0.0, 0
         for value, context, index in self.rows.batches(self.sizes.batch_size, self.shuffle):
-            if not len(value):
+            if not len(value) and processes.count() == 1:
                 continue
             factor = self.schedule.factor(self.budget.fraction)
             for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
                 group["lr"] = rate * factor
             for resample in self._resample:  # order-agnostic training: another order each step
                 resample()
-            total += len(value) * self._take_step(value, context, index)
-            rows += len(value)
+            score, seen = self._take_step(value, context, index)
+            if not seen:  # no process has rows left
+                break
+            total, rows = total + seen * score, rows + seen
             bar.update(1)
             if self._limit() is not None:
                 break
@@ -127,19 +130,15 @@ class DensityTraining(TrainingLoop):
                 raise
             return value.new_full((len(value),), math.nan, dtype=self.parameters[0].dtype)
 
-    def _take_step(self, value: Tensor, context: Tensor | None, index: Tensor | None) -> float:
-        with collect_penalties() as penalties:
-            loss = -self._score(value, context).mean()
-        score = -loss.item()
-        noun = self.objective.noun
-        if not math.isfinite(score):
-            self._raise_bad_score(f"{noun} of a batch is {score}", value, context, index)
-        if penalties.parts:
-            loss = loss + penalties.total()
-        if not loss.requires_grad:
-            raise ValueError(f"fit_density: the {noun} does not depend on any parameter that is to be trained")
+    def _take_step(self, value: Tensor, context: Tensor | None, index: Tensor | None) -> tuple[float, int]:
+        """Takes a step on the rows of all processes; returns their mean score and number."""
+        if not self.budget.done:
+            processes.primed(self.flow, lambda: self._score_all(value, context))
         self.optimizer.zero_grad()
-        loss.backward()
+        score = self._descend(value, context, index) if len(value) else 0.0
+        score, rows = processes.averaged(self.parameters, score, len(value))
+        if not rows:
+            return score, rows
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         if not math.isfinite(norm.item()):
             named = self.flow.named_parameters()
@@ -157,7 +156,27 @@ class DensityTraining(TrainingLoop):
         with torch.no_grad():
             for mean, parameter in zip(self.averages, self.parameters, strict=False):
                 mean.lerp_(parameter, weight)
+        return score, rows
+
+    def _descend(self, value: Tensor, context: Tensor | None, index: Tensor | None) -> float:
+        """Computes the mean score of rows, and the gradient of the loss."""
+        with collect_penalties() as penalties:
+            loss = -self._score(value, context).mean()
+        score = -loss.item()
+        noun = self.objective.noun
+        if not math.isfinite(score):
+            self._raise_bad_score(f"{noun} of a batch is {score}", value, context, index)
+        if penalties.parts:
+            loss = loss + penalties.total()
+        if not loss.requires_grad:
+            raise ValueError(f"fit_density: the {noun} does not depend on any parameter that is to be trained")
+        loss.backward()
         return score
+
+    def _score_all(self, value: Tensor, context: Tensor | None) -> None:
+        """Scores the rows of all processes in each."""
+        values, contexts = zip(*(pair for pair in processes.everyone((value, context)) if len(pair[0])), strict=True)
+        self._score(torch.cat(values), None if contexts[0] is None else torch.cat(contexts))
 
     def _close_epoch(self, bar: tqdm) -> None:
         self.density.eval()

@@ -24,6 +24,7 @@ from pyro_flows.infer.density.data import Expected, Loader, Rows, Source, admit_
 from pyro_flows.infer.density.settings import HELD_OUT_AT_MOST, Settings, Sizes
 from pyro_flows.infer.density.units import Density, Units, ends_of, head_of, is_plain_flow, over_time, pulled_back
 from pyro_flows.infer.machine.checkpoint import checksum
+from pyro_flows.infer.machine.processes import count, everyone
 
 __all__ = ["Prepared", "Survey", "prepare", "reals_of"]
 
@@ -85,6 +86,8 @@ def prepare(flow: Flow | Density, given: tuple[Any, Any, Any, Any], settings: Se
     shuffle = torch.Generator().manual_seed(settings.seed)
     values, contexts = surveys = Survey(), Survey()
     train = _admit(flow, data, context, expected, "data", surveys)
+    if isinstance(train, Loader):
+        values, contexts = values.of_all(), contexts.of_all()
     held_out: Source | None = None
     if validation is not None:
         own = Survey(), Survey()
@@ -262,16 +265,29 @@ class Survey:
         lowest, highest = piece.amin(0), piece.amax(0)
         piece = piece.double()
         mean = piece.mean(0)
-        squares = (piece - mean).square().sum(0)
+        self._join(len(piece), mean, (piece - mean).square().sum(0), lowest, highest)
+
+    def _join(self, rows: int, mean: Tensor, squares: Tensor, lowest: Tensor, highest: Tensor) -> None:
         if not self.rows:
             self.mean, self.squares, self.lowest, self.highest = mean, torch.zeros_like(mean), lowest, highest
         # Chan's update, which does not cancel where the mean is large.
-        share = len(piece) / (self.rows + len(piece))
+        share = rows / (self.rows + rows)
         gap = mean - self.mean
         self.squares = self.squares + squares + gap.square() * self.rows * share
         self.mean = self.mean + gap * share
         self.lowest, self.highest = torch.minimum(self.lowest, lowest), torch.maximum(self.highest, highest)
-        self.rows += len(piece)
+        self.rows += rows
+
+    def of_all(self) -> Survey:
+        """Joins the surveys of all processes, which saw other rows."""
+        surveys = [each for each in everyone(self) if each.rows]
+        if count() == 1 or not surveys:
+            return self
+        joined = Survey()
+        for each in surveys:
+            joined._join(each.rows, each.mean, each.squares, each.lowest, each.highest)
+            joined._sample += [(x[: _SAMPLE // len(surveys)], y[: _SAMPLE // len(surveys)]) for x, y in each._sample]
+        return joined
 
     def loc_and_scale(self, ends: Tensor | None = None, over_time: bool = False) -> tuple[Tensor, Tensor]:
         """Returns mean and standard deviation in float64; a constant column has scale 1.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from pyro_flows.distributions import Flow
 from pyro_flows.infer.guides.posterior import frozen, preconditioner_of
+from pyro_flows.infer.machine import processes
 from pyro_flows.infer.machine.adam import Adam
 from pyro_flows.infer.machine.budget import Budget, cosine
 from pyro_flows.infer.machine.checkpoint import CheckpointFormat
@@ -182,14 +182,15 @@ class GuideTraining(TrainingLoop):
             optimizer.load(self._moments)
             self._moments = []
         self.keep(self.budget.done, write=True)
+        processes.primed(flow, lambda: flow.rsample((self.num_particles,)))
         while (fraction := self.budget.fraction) < end and self._exact < PATIENCE and not self._settled(name):
             part = (fraction - begin) / max(end - begin, 1e-9)
             rate = cosine(part, *rates)
             weight = 1.0 if self.tempering is None else self.tempering ** max(0.0, 1.0 - part / TEMPERED)
-            before = time.monotonic()
+            before = processes.clock()
             self._step(name, flow, optimizer, rate, weight)
             self.budget.done += 1
-            self.budget.step_seconds = time.monotonic() - before
+            self.budget.step_seconds = processes.clock() - before
             self._window += 1
             if self._window >= LOOK and weight == 1.0:
                 self._window = 0
@@ -206,13 +207,13 @@ class GuideTraining(TrainingLoop):
         rate: float,
         weight: float,
     ) -> None:
-        draws, log_q = flow.rsample_and_log_prob((self.num_particles,))
+        draws, log_q = self._drawn(flow)
         z = draws.detach()
         try:
-            log_p, pull = self._pull(z)
+            with processes.own_draws(self.budget.done):
+                log_p, pull = self._pull(z)
         except FAILURES:
-            self._failed(name, rate, weight)
-            return
+            log_p, pull = torch.full_like(z[:, 0], math.nan), torch.full_like(z, math.nan)
         fine = log_p.isfinite() & pull.isfinite().all(-1)
         z.requires_grad_()
         if self.path_gradient:
@@ -222,23 +223,27 @@ class GuideTraining(TrainingLoop):
         else:
             push = None
         with torch.no_grad():
-            count = fine.sum().clamp(min=1)
             toward = weight * pull if push is None else weight * pull - push
-            fine = fine & (toward.isfinite().all(-1))
+            # From here on, the weights of all processes' draws, which add up their gradients.
+            known = log_p - log_q, fine, fine & (toward.isfinite().all(-1))
+            log_weights, counted, fine = processes.gathered(self.num_particles, *known)
+            count = counted.sum().clamp(min=1)
             share = fine.to(toward)
             if push is not None and name == "flow" and weight == 1.0 and not self.covering:
-                share = share * emphasis(log_p - log_q, fine)
-            toward = torch.where(fine.unsqueeze(-1), toward, 0.0) * (-share / count).unsqueeze(-1)
+                share = share * emphasis(log_weights, fine)
+            own = processes.part(fine)
+            toward = torch.where(own.unsqueeze(-1), toward, 0.0) * (-processes.part(share) / count).unsqueeze(-1)
         optimizer.zero_grad()
         # Sums, because gradients given to backward() make torch import its compiler.
         surrogate = (draws * toward).sum()
         if push is None:
-            surrogate = surrogate + torch.where(fine, log_q, 0.0).sum() / count
+            surrogate = surrogate + torch.where(own, log_q, 0.0).sum() / count
         surrogate.backward()
         if self.covering:
-            self._cover(flow, draws, log_p - log_q, fine)
+            self._cover(flow, draws, log_weights, fine)
+        processes.summed(optimizer.parameters)
         norm = optimizer.clip(CLIP)
-        difference = (log_p - log_q.detach())[fine]
+        difference = log_weights[fine]
         bad = self.num_particles - len(difference)
         if len(difference) == 0 or not bool(norm.isfinite()):
             self._failed(name, rate, weight)
@@ -248,6 +253,13 @@ class GuideTraining(TrainingLoop):
         spread = difference.std().item() if len(difference) > 1 else math.inf
         self._exact = self._exact + 1 if spread < EXACT and weight == 1.0 else 0
         self._note(name, difference.mean().item(), spread, rate, weight, bad)
+
+    def _drawn(self, flow: Flow) -> tuple[Tensor, Tensor]:
+        """Draws, and their log-densities; each of several processes makes a part of the draws of one."""
+        if processes.count() == 1:
+            return flow.rsample_and_log_prob((self.num_particles,))
+        posterior = flow()
+        return posterior.from_base(processes.part(posterior.base_dist.rsample((self.num_particles,))))
 
     def _pull(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the model's log-densities ``(S,)`` and gradients ``(S, dim)``, in parts that fit into memory."""
@@ -262,8 +274,8 @@ class GuideTraining(TrainingLoop):
     def _cover(self, flow: Flow, draws: Tensor, log_weights: Tensor, fine: Tensor) -> None:
         """Adds the gradient of the forward divergence, from weighted draws."""
         with torch.no_grad():
-            share = torch.where(fine, log_weights, -math.inf).softmax(0)
-            z = torch.where(fine.unsqueeze(-1), draws, 0.0)
+            share = processes.part(torch.where(fine, log_weights, -math.inf).softmax(0))
+            z = torch.where(processes.part(fine).unsqueeze(-1), draws, 0.0)
         (-COVER * (share * flow.score(z)).sum()).backward()
 
     def _failed(self, name: str, rate: float, weight: float) -> None:
