@@ -394,7 +394,7 @@ def test_foreign_files_are_refused(tmp_path):
     write_state(path, {}, kind="fit of a guide")
     refuses(ValueError, "cannot be read: it is a fit of a guide; delete it", fit, make(), checkpoint=path)
     write_state(path, {}, kind=CHECKPOINT.kind, version=1)
-    refuses(ValueError, "it is of version 1, and this release reads version 2", fit, make(), checkpoint=path)
+    refuses(ValueError, "it is of version 1, and this release reads version 3", fit, make(), checkpoint=path)
     refuses(ValueError, "expected the path of a file, got", fit, make(), checkpoint=tmp_path)
     refuses(ValueError, "a file in a folder that exists", fit, make(), checkpoint=tmp_path / "nowhere" / "fit.pt")
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Size, Tensor, nn
 from torch.distributions import Distribution, Transform
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 
 from pyro_flows.core.transform import FlowTransform
 from pyro_flows.distributions import Flow
@@ -27,6 +27,7 @@ from pyro_flows.infer.density.units import Density, in_units, is_density, is_pla
 from pyro_flows.infer.machine import processes
 from pyro_flows.infer.machine.checkpoint import Keeper, architecture_of, layout_of
 from pyro_flows.infer.machine.interrupts import carrying, interrupts_held_back
+from pyro_flows.infer.machine.optimizers import AdamW, Given
 from pyro_flows.infer.machine.randomness import own_randomness, random_state, set_random
 
 __all__ = ["DensityFit", "fit_density"]
@@ -217,7 +218,7 @@ def fit_density(
             seed = int(torch.randint(2**31, ())) if known is None else known["settings"]["seed"]
         chosen.update(seed=seed, objective="likelihood" if matching is None else str(matching))
         settings = Settings(**{each.name: chosen[each.name] for each in fields(Settings)})
-        optimizer = _as_optimizer(optimizer, parameters, settings)
+        torchs = _as_optimizer(optimizer, parameters, settings)
         given = (data, context, validation, validation_context)
         device = expected_by(trained).device
         stack.enter_context(own_randomness(device, seed))
@@ -225,7 +226,7 @@ def fit_density(
         identity = {
             "architecture": architecture_of(trained),
             "data": start.identity,
-            "settings": settings.identity(start.sizes, type(optimizer).__name__),
+            "settings": settings.identity(start.sizes, "AdamW" if torchs is None else type(torchs).__name__),
         }
         processes.refuse_different("fit_density", {**identity, "limits": vars(settings)}, _ALIKE)
         processes.made_alike(trained)
@@ -239,7 +240,8 @@ def fit_density(
         aim: Objective = Likelihood(trained, density)
         if matching is not None and is_plain_flow(density):
             aim = Matching(matching, density, seed, held_out)
-        training = DensityTraining(trained, aim, start, optimizer, progress)
+        made = AdamW(parameters, None, settings.lr, settings.weight_decay) if torchs is None else Given(torchs)
+        training = DensityTraining(trained, aim, start, made, progress)
         if known is not None:
             with interrupts_held_back():
                 before = training.best_state
@@ -250,6 +252,7 @@ def fit_density(
                         set_random(states[processes.rank()], device, **start.generators)
                 except ValueError:
                     trained.load_state_dict(before)  # the flow stays as it was
+                    made.release()
                     raise
 
         def content() -> dict[str, Any]:
@@ -300,10 +303,12 @@ def _as_density(flow: object) -> Flow | Density:
     )
 
 
-def _as_optimizer(given: Any, parameters: list[nn.Parameter], settings: Settings) -> Optimizer:
+def _as_optimizer(given: Any, parameters: list[nn.Parameter], settings: Settings) -> Optimizer | None:
+    """Returns a torch optimizer; ``None`` if AdamW on flat buffers will do."""
     if given is None:
-        fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
-        return AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay, fused=fused)
+        if len({(p.dtype, p.device) for p in parameters}) == 1 and parameters[0].is_floating_point():
+            return None
+        return torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
     made = given if isinstance(given, Optimizer) or not callable(given) else given(parameters)
     if not isinstance(made, Optimizer):
         raise TypeError(

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 from tqdm.auto import tqdm
 
@@ -21,8 +20,10 @@ from pyro_flows.infer.density.settings import Schedule
 from pyro_flows.infer.machine import processes
 from pyro_flows.infer.machine.budget import Budget
 from pyro_flows.infer.machine.checkpoint import CheckpointFormat
+from pyro_flows.infer.machine.graph import Replay, replayable
 from pyro_flows.infer.machine.interrupts import interrupts_held_back
 from pyro_flows.infer.machine.loop import TrainingLoop
+from pyro_flows.infer.machine.optimizers import AdamW, Given
 from pyro_flows.transforms.continuous.layer import collect_penalties
 
 __all__ = ["CHECKPOINT", "DensityTraining"]
@@ -33,7 +34,7 @@ _KEPT = ("epoch", "best", "best_epoch", "best_state", "history", "stopped")
 
 CHECKPOINT = CheckpointFormat(
     "fit_density",
-    2,
+    3,
     {
         **dict.fromkeys(("architecture", "data"), dict),
         "settings": {"seed": int},
@@ -61,7 +62,7 @@ class DensityTraining(TrainingLoop):
     """
 
     def __init__(
-        self, flow: nn.Module, objective: Objective, start: Prepared, optimizer: Optimizer, progress: bool
+        self, flow: nn.Module, objective: Objective, start: Prepared, optimizer: AdamW | Given, progress: bool
     ) -> None:
         settings, sizes = start.settings, start.sizes
         super().__init__(flow, Budget(sizes.total_steps, settings.seconds, processes.clock()))
@@ -73,10 +74,12 @@ class DensityTraining(TrainingLoop):
         self.epoch = self.best_epoch = 0
         self.best = -math.inf
         self.stopped: str | None = None
-        self.parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-        self.rates = [group["lr"] for group in optimizer.param_groups]
+        self.parameters = optimizer.parameters
         self.averages = [p.detach().clone() for p in self.parameters] if settings.average else []
         self._resample = [f for module in flow.modules() if callable(f := getattr(module, "resample_masks", None))]
+        self._foreign = replayable(self.density)
+        resampled = "masks change between steps" if self._resample else None
+        self._step = Replay(self._loss_and_grads, self.parameters, self._foreign or resampled)
         self.best_state = self.snapshot()  # to return to if not even the first epoch ends well
 
     def train(self) -> None:
@@ -95,7 +98,7 @@ class DensityTraining(TrainingLoop):
         """Returns to the best state."""
         self.flow.load_state_dict(self.best_state)
         self.density.eval()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.release()
 
     def _train_epoch(self, bar: tqdm) -> None:
         self.density.train()
@@ -104,9 +107,7 @@ class DensityTraining(TrainingLoop):
         for value, context, index in self.rows.batches(self.sizes.batch_size, self.shuffle):
             if not len(value) and processes.count() == 1:
                 continue
-            factor = self.schedule.factor(self.budget.fraction)
-            for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-                group["lr"] = rate * factor
+            self._factor = self.schedule.factor(self.budget.fraction)
             for resample in self._resample:  # order-agnostic training: another order each step
                 resample()
             score, seen = self._take_step(value, context, index)
@@ -130,53 +131,65 @@ class DensityTraining(TrainingLoop):
                 raise
             return value.new_full((len(value),), math.nan, dtype=self.parameters[0].dtype)
 
+    def _loss_and_grads(self, value: Tensor, context: Tensor | None) -> list[Tensor | None]:
+        """Returns the mean score, and the gradient of the loss for each parameter."""
+        with collect_penalties() as penalties:
+            score = self._score(value, context).mean()
+        loss = -score
+        if penalties.parts:
+            loss = loss + penalties.total()
+        if not loss.requires_grad:
+            if score.isfinite():
+                noun = self.objective.noun
+                raise ValueError(f"fit_density: the {noun} does not depend on any parameter that is to be trained")
+            return [score, *(None for _ in self.parameters)]
+        if self._foreign is None:
+            return [score.detach(), *torch.autograd.grad(loss, self.parameters, allow_unused=True)]
+        self.flow.zero_grad()
+        loss.backward()  # calls hooks
+        return [score.detach(), *(p.grad for p in self.parameters)]
+
     def _take_step(self, value: Tensor, context: Tensor | None, index: Tensor | None) -> tuple[float, int]:
         """Takes a step on the rows of all processes; returns their mean score and number."""
         if not self.budget.done:
             processes.primed(self.flow, lambda: self._score_all(value, context))
-        self.optimizer.zero_grad()
-        score = self._descend(value, context, index) if len(value) else 0.0
-        score, rows = processes.averaged(self.parameters, score, len(value))
+        mean: Tensor | None = None
+        grads: Sequence[Tensor | None] = [None for _ in self.parameters]
+        if len(value):
+            mean, *grads = self._step(value, context)
+        score = 0.0 if mean is None else float(mean)
+        if not math.isfinite(score):
+            self._raise_bad_score(f"{self.objective.noun} of a batch is {score}", value, context, index)
+        score, rows, grads = processes.averaged(self.parameters, grads, score, len(value))
         if not rows:
             return score, rows
-        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        norm = self.optimizer.take(grads)
         if not math.isfinite(norm.item()):
-            named = self.flow.named_parameters()
-            bad = [name for name, p in named if p.grad is not None and not p.grad.isfinite().all()]
-            which = f"that of {', '.join(bad[:5])}{', …' if len(bad) > 5 else ''} is not finite"
-            if not bad:
-                which = "each gradient is finite, but their squares overflow"
-            raise FloatingPointError(f"fit_density: the norm of the gradient is {norm.item()}: {which}; {_REMEDY}")
+            self._raise_bad_gradient(norm, grads)
         if self.settings.clip_norm is not None:
-            nn.utils.clip_grads_with_norm_(self.parameters, self.settings.clip_norm, norm)
-        self.optimizer.step()
+            self.optimizer.clip(norm, self.settings.clip_norm)
+        self.optimizer.step(self._factor)
         self.budget.done += 1
         # Early on, the average must not remember the start.
         weight = 1 - min(self.settings.average, (self.budget.done - 1) / (self.budget.done + 9))
-        with torch.no_grad():
-            for mean, parameter in zip(self.averages, self.parameters, strict=False):
-                mean.lerp_(parameter, weight)
+        if self.averages:
+            with torch.no_grad():
+                torch._foreach_lerp_(self.averages, self.parameters, weight)
         return score, rows
-
-    def _descend(self, value: Tensor, context: Tensor | None, index: Tensor | None) -> float:
-        """Computes the mean score of rows, and the gradient of the loss."""
-        with collect_penalties() as penalties:
-            loss = -self._score(value, context).mean()
-        score = -loss.item()
-        noun = self.objective.noun
-        if not math.isfinite(score):
-            self._raise_bad_score(f"{noun} of a batch is {score}", value, context, index)
-        if penalties.parts:
-            loss = loss + penalties.total()
-        if not loss.requires_grad:
-            raise ValueError(f"fit_density: the {noun} does not depend on any parameter that is to be trained")
-        loss.backward()
-        return score
 
     def _score_all(self, value: Tensor, context: Tensor | None) -> None:
         """Scores the rows of all processes in each."""
         values, contexts = zip(*(pair for pair in processes.everyone((value, context)) if len(pair[0])), strict=True)
         self._score(torch.cat(values), None if contexts[0] is None else torch.cat(contexts))
+
+    def _raise_bad_gradient(self, norm: Tensor, grads: Sequence[Tensor | None]) -> None:
+        names = {id(p): name for name, p in self.flow.named_parameters()}
+        pairs = zip(self.parameters, grads, strict=True)
+        bad = [names[id(p)] for p, grad in pairs if grad is not None and not grad.isfinite().all()]
+        which = f"that of {', '.join(bad[:5])}{', …' if len(bad) > 5 else ''} is not finite"
+        if not bad:
+            which = "each gradient is finite, but their squares overflow"
+        raise FloatingPointError(f"fit_density: the norm of the gradient is {norm.item()}: {which}; {_REMEDY}")
 
     def _close_epoch(self, bar: tqdm) -> None:
         self.density.eval()
@@ -185,7 +198,7 @@ class DensityTraining(TrainingLoop):
             with self.objective.fixed():
                 held_out = mean_score(self._score, self.validation, self.sizes.batch_size)
             score = self._trained if self.validation is None else held_out
-            rate = float(self.optimizer.param_groups[0]["lr"])
+            rate = self._factor * self.optimizer.lr
             row = (self.epoch, self.budget.done, self._trained, held_out, rate, self.budget.elapsed)
             with interrupts_held_back():  # the history and the best state must agree
                 for column, entry in zip(_COLUMNS, row, strict=True):

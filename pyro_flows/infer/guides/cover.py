@@ -10,8 +10,8 @@ from torch import Generator
 from pyro_flows.distributions import Flow
 from pyro_flows.infer.guides.loop import CLIP, speeds_of
 from pyro_flows.infer.guides.posterior import preconditioner_of
-from pyro_flows.infer.machine.adam import Adam
 from pyro_flows.infer.machine.budget import Budget, cosine
+from pyro_flows.infer.machine.optimizers import AdamW
 from pyro_flows.infer.search.probe import ModeProbe
 
 __all__ = ["cover_modes"]
@@ -36,15 +36,15 @@ def cover_modes(flow: Flow, probe: ModeProbe, generator: Generator | None = None
     else:
         scale = covariance.diagonal().sqrt()
     preconditioner.place(draws.mean(0), scale)
-    optimizer = Adam([p for p in flow.parameters() if p.requires_grad], speeds_of(flow))
+    optimizer = AdamW([p for p in flow.parameters() if p.requires_grad], speeds_of(flow))
     budget = Budget(STEPS, seconds, time.monotonic())
     while (done := budget.fraction) < 1:
         rows = torch.randint(len(draws), (BATCH,), generator=generator).to(draws.device)
         loss = -flow.log_prob(draws[rows]).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.clip(CLIP)
+        norm = optimizer.take(torch.autograd.grad(loss, optimizer.parameters, allow_unused=True))
+        optimizer.clip(norm, CLIP)
         optimizer.step(cosine(done, *RATES))
         budget.done += 1
+    optimizer.release()
     flow.chain.clear_cache()
     return int((share > 0).sum())

@@ -13,11 +13,11 @@ from torch import Tensor
 from pyro_flows.distributions import Flow
 from pyro_flows.infer.guides.posterior import frozen, preconditioner_of
 from pyro_flows.infer.machine import processes
-from pyro_flows.infer.machine.adam import Adam
 from pyro_flows.infer.machine.budget import Budget, cosine
 from pyro_flows.infer.machine.checkpoint import CheckpointFormat
 from pyro_flows.infer.machine.interrupts import interrupts_held_back
 from pyro_flows.infer.machine.loop import TrainingLoop
+from pyro_flows.infer.machine.optimizers import AdamW
 from pyro_flows.infer.machine.pace import rows_at_once
 from pyro_flows.infer.models.joint import FAILURES
 
@@ -25,14 +25,14 @@ __all__ = ["CHECKPOINT", "GuideTraining", "History", "speeds_of"]
 
 CHECKPOINT = CheckpointFormat(
     "fit_guide",
-    1,
+    2,
     {
         **dict.fromkeys(("architecture", "latents", "data", "parameters", "settings", "start"), dict),
         "training": {
             "phase": str,
             **dict.fromkeys(("first", "spent", "trained"), float),
             **dict.fromkeys(("flow", "history"), dict),
-            "moments": list,
+            "moments": dict,
             "best": (dict, type(None)),
             **dict.fromkeys(("exact", "window", "failed_steps", "dropped", "done"), int),
         },
@@ -147,8 +147,8 @@ class GuideTraining(TrainingLoop):
         self._best: tuple[float, dict[str, Tensor]] | None = None
         self._exact = 0
         self._window = 0
-        self._optimizer: Adam | None = None
-        self._moments: list[list[Tensor]] = []
+        self._optimizer: AdamW | None = None
+        self._moments: dict[str, list[Tensor]] = {}
         self._places = [(m._parameters, n, p) for m in flow.modules() for n, p in m._parameters.items()]
 
     def train(self) -> None:
@@ -158,29 +158,37 @@ class GuideTraining(TrainingLoop):
             affine = preconditioner_of(self.flow)
             self._phase(Flow(affine, self.flow.base), 0.0, WARM, WARM_RATES)
             with interrupts_held_back():
+                self._release()
                 affine.fold()
-                self._best, self._moments, self._exact, self._window = None, [], 0, 0
+                self._best, self._moments, self._exact, self._window = None, {}, 0, 0
                 self._first, self.phase = min(WARM, self.budget.fraction), "flow"
         if self.phase == "flow":
             self._phase(self.flow, self._first, 1.0, self._rates)
             with interrupts_held_back():
                 self._restore()
-                self.phase, self._optimizer = "done", None
+                self._release()
+                self.phase = "done"
                 self.keep(self.budget.done, write=True)
 
     def settle(self) -> None:
         """Returns to the best state."""
         for parameters, name, parameter in self._places:  # an interruption may have left constants there
             parameters[name] = parameter
+        self._release()
         self._restore()
         self.flow.chain.clear_cache()
 
+    def _release(self) -> None:
+        if self._optimizer is not None:
+            self._optimizer.release()
+            self._optimizer = None
+
     def _phase(self, flow: Flow, begin: float, end: float, rates: tuple[float, float]) -> None:
         name = self.phase
-        optimizer = self._optimizer = Adam((p for p in flow.parameters() if p.requires_grad), speeds_of(flow))
+        optimizer = self._optimizer = AdamW((p for p in flow.parameters() if p.requires_grad), speeds_of(flow))
         if self._moments:
-            optimizer.load(self._moments)
-            self._moments = []
+            optimizer.load_state_dict(self._moments)
+            self._moments = {}
         self.keep(self.budget.done, write=True)
         processes.primed(flow, lambda: flow.rsample((self.num_particles,)))
         while (fraction := self.budget.fraction) < end and self._exact < PATIENCE and not self._settled(name):
@@ -203,7 +211,7 @@ class GuideTraining(TrainingLoop):
         self,
         name: str,
         flow: Flow,
-        optimizer: Adam,
+        optimizer: AdamW,
         rate: float,
         weight: float,
     ) -> None:
@@ -233,16 +241,15 @@ class GuideTraining(TrainingLoop):
                 share = share * emphasis(log_weights, fine)
             own = processes.part(fine)
             toward = torch.where(own.unsqueeze(-1), toward, 0.0) * (-processes.part(share) / count).unsqueeze(-1)
-        optimizer.zero_grad()
-        # Sums, because gradients given to backward() make torch import its compiler.
+        # Sums, because gradients given to grad() make torch import its compiler.
         surrogate = (draws * toward).sum()
         if push is None:
             surrogate = surrogate + torch.where(own, log_q, 0.0).sum() / count
-        surrogate.backward()
         if self.covering:
-            self._cover(flow, draws, log_weights, fine)
-        processes.summed(optimizer.parameters)
-        norm = optimizer.clip(CLIP)
+            surrogate = surrogate + self._cover(flow, draws, log_weights, fine)
+        grads = torch.autograd.grad(surrogate, optimizer.parameters, allow_unused=True)
+        norm = optimizer.take(processes.summed(optimizer.parameters, grads))
+        optimizer.clip(norm, CLIP)
         difference = log_weights[fine]
         bad = self.num_particles - len(difference)
         if len(difference) == 0 or not bool(norm.isfinite()):
@@ -271,12 +278,12 @@ class GuideTraining(TrainingLoop):
             values.append(log_p.detach())
         return torch.cat(values), torch.cat(slopes)
 
-    def _cover(self, flow: Flow, draws: Tensor, log_weights: Tensor, fine: Tensor) -> None:
-        """Adds the gradient of the forward divergence, from weighted draws."""
+    def _cover(self, flow: Flow, draws: Tensor, log_weights: Tensor, fine: Tensor) -> Tensor:
+        """Returns the forward divergence, from weighted draws."""
         with torch.no_grad():
             share = processes.part(torch.where(fine, log_weights, -math.inf).softmax(0))
             z = torch.where(processes.part(fine).unsqueeze(-1), draws, 0.0)
-        (-COVER * (share * flow.score(z)).sum()).backward()
+        return -COVER * (share * flow.score(z)).sum()
 
     def _failed(self, name: str, rate: float, weight: float) -> None:
         self.failed_steps += 1
@@ -332,7 +339,7 @@ class GuideTraining(TrainingLoop):
             "phase": self.phase,
             "first": self._first,
             "flow": self.snapshot(),
-            "moments": [] if self._optimizer is None else self._optimizer.state(),
+            "moments": {} if self._optimizer is None else self._optimizer.state_dict(),
             "best": None if self._best is None else {"elbo": self._best[0], "flow": self._best[1]},
             "exact": self._exact,
             "window": self._window,

@@ -217,44 +217,48 @@ def total(*numbers: float) -> list[float]:
     return meeting.exchange("total", *numbers).sum(0)[: len(numbers)].tolist()
 
 
-def averaged(parameters: Sequence[Tensor], score: float, rows: int) -> tuple[float, int]:
-    r"""Averages gradients and a score over the rows of all processes; call it after ``backward()``.
+def averaged(
+    parameters: Sequence[Tensor], grads: Sequence[Tensor | None], score: float, rows: int
+) -> tuple[float, int, Sequence[Tensor | None]]:
+    r"""Averages a score and the gradients of parameters over the rows of all processes.
 
-    Each process has the mean :math:`g_r` over its own :math:`n_r` rows, and gets :math:`\sum_r n_r g_r / \sum_r n_r`:
+    Each process gives means :math:`g_r` over its own :math:`n_r` rows, and gets :math:`\sum_r n_r g_r / \sum_r n_r`, by
     one sum over all processes in one flat tensor, as ``DistributedDataParallel`` makes of its buckets.
 
     Returns:
-        The mean score, and the number of rows, of all processes; with none, gradients stay as they are.
+        The mean score, the number of rows of all processes, and the gradients.
     """
     meeting = _active()
     if meeting is None:
-        return score, rows
+        return score, rows, grads
     scores, counts = meeting.exchange("gradients", score * rows, rows)[:, :2].unbind(1)
     whole = int(counts.sum())
     if not whole:
-        return score, 0
-    _add_up(parameters, rows / whole)
-    return float(scores.sum()) / whole, whole
+        return score, 0, grads
+    return float(scores.sum()) / whole, whole, _added_up(parameters, grads, rows / whole)
 
 
-def summed(parameters: Sequence[Tensor]) -> None:
-    """Adds up the gradients of all processes, like :func:`averaged`."""
+def summed(parameters: Sequence[Tensor], grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    """Adds up the gradients of parameters over all processes, like :func:`averaged`."""
     meeting = _active()
-    if meeting is not None:
-        meeting.exchange("gradients")
-        _add_up(parameters, 1.0)
+    if meeting is None:
+        return grads
+    meeting.exchange("gradients")
+    return _added_up(parameters, grads, 1.0)
 
 
-def _add_up(parameters: Sequence[Tensor], share: float) -> None:
+def _added_up(parameters: Sequence[Tensor], grads: Sequence[Tensor | None], share: float) -> Sequence[Tensor | None]:
+    found: list[Tensor | None] = [None for _ in parameters]
     for dtype, device in dict.fromkeys((p.dtype, p.device) for p in parameters):
-        own = [p for p in parameters if (p.dtype, p.device) == (dtype, device)]
-        flags = torch.tensor([p.grad is not None for p in own], dtype=dtype, device=device)
-        grads = [torch.zeros_like(p) if p.grad is None else share * p.grad for p in own]
-        flat = torch.cat([*(grad.flatten() for grad in grads), flags])
+        own = [k for k, p in enumerate(parameters) if (p.dtype, p.device) == (dtype, device)]
+        flags = torch.tensor([grads[k] is not None for k in own], dtype=dtype, device=device)
+        parts = [torch.zeros_like(parameters[k]) if (grad := grads[k]) is None else share * grad for k in own]
+        flat = torch.cat([*(part.flatten() for part in parts), flags])
         distributed.all_reduce(flat)
-        *sums, found = flat.split([grad.numel() for grad in grads] + [len(own)])
-        for parameter, grad, known in zip(own, sums, found.tolist(), strict=True):
-            parameter.grad = grad.view_as(parameter) if known else None
+        *sums, known = flat.split([part.numel() for part in parts] + [len(own)])
+        for k, each, given in zip(own, sums, known.tolist(), strict=True):
+            found[k] = each.view_as(parameters[k]) if given else None
+    return found
 
 
 def gathered(rows: int, *own: Tensor) -> tuple[Tensor, ...]:
