@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Size, Tensor, nn
 from torch.utils._pytree import tree_map_only
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 
 from pyro_flows.core.checks import first_floating
 from pyro_flows.distributions import Flow
@@ -223,9 +223,9 @@ class Loader:
 
     def batches(self, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
         """Yields one pass; of several processes, one that is done has empty batches until all are."""
-        sampler: Any = self.loader.sampler
-        if hasattr(sampler, "set_epoch"):  # torch's DistributedSampler
-            sampler.set_epoch(int(torch.randint(2**31, (), generator=generator)))
+        for sampler in (self.loader.sampler, getattr(self.loader.batch_sampler, "sampler", None)):
+            if isinstance(sampler, DistributedSampler):
+                sampler.set_epoch(int(torch.randint(2**31, (), generator=generator)))
         yield from self.chunks(batch_size)
         while count() > 1:
             yield torch.empty(0), None, None
@@ -242,7 +242,8 @@ class Loader:
             place = f"batch {self.count} of the DataLoader given as {self.what}"
             _refuse_nonfinite(self.expected, {f"{place}, values,": value, f"{place}, contexts,": context})
             self.rows, self.count = self.rows + len(value), self.count + 1
-            yield value, context
+            if len(value):
+                yield value, context
         rows, counts = zip(*everyone((self.rows, self.count)), strict=True)
         self.rows, self.count = sum(rows), max(counts)
         if not self.rows:

@@ -107,7 +107,6 @@ class DensityTraining(TrainingLoop):
         for value, context, index in self.rows.batches(self.sizes.batch_size, self.shuffle):
             if not len(value) and processes.count() == 1:
                 continue
-            self._factor = self.schedule.factor(self.budget.fraction)
             for resample in self._resample:  # order-agnostic training: another order each step
                 resample()
             score, seen = self._take_step(value, context, index)
@@ -168,6 +167,7 @@ class DensityTraining(TrainingLoop):
             self._raise_bad_gradient(norm, grads)
         if self.settings.clip_norm is not None:
             self.optimizer.clip(norm, self.settings.clip_norm)
+        self._factor = self.schedule.factor(self.budget.fraction)
         self.optimizer.step(self._factor)
         self.budget.done += 1
         # Early on, the average must not remember the start.

@@ -36,6 +36,11 @@ _INSIDE = (
     "rain, a sensor's limit), fit the rows within and give the share of that value beside them (a two-part model)"
 )
 
+_REPEATED = (
+    "all processes read the same rows, so that each step counts them several times; give each process rows of its own, "
+    "e.g. DataLoader(dataset, sampler=torch.utils.data.DistributedSampler(dataset))"
+)
+
 
 @dataclass
 class Prepared:
@@ -106,6 +111,8 @@ def prepare(flow: Flow | Density, given: tuple[Any, Any, Any, Any], settings: Se
         if expected.continuous or ends is not None or settings.standardize:
             real = _survey(flow, whole, train.context, "data", surveys)
     found = [each.told(what) for each, what in zip(expected.precision, ("data", "context"), strict=True)]
+    if values.repeated:
+        found.append(_REPEATED)
     if expected.continuous:
         values.refuse_degenerate(real, found[0])
     if expected.continuous or ends is not None:
@@ -247,9 +254,13 @@ def _refuse(bad: Tensor, what: str, support: str, columns: list[int], remedy: st
 
 
 class Survey:
-    """Location and scale of rows that come in pieces, and a sample of the first rows."""
+    """Location and scale of rows that come in pieces, and a sample of the first rows.
+
+    ``repeated`` tells whether several processes saw the same rows.
+    """
 
     def __init__(self) -> None:
+        self.repeated = False
         self.rows = 0
         self._sample: list[tuple[Tensor, Tensor]] = []
 
@@ -279,7 +290,7 @@ class Survey:
         self.rows += rows
 
     def of_all(self) -> Survey:
-        """Joins the surveys of all processes, which saw other rows."""
+        """Joins the surveys of all processes."""
         surveys = [each for each in everyone(self) if each.rows]
         if count() == 1 or not surveys:
             return self
@@ -287,6 +298,10 @@ class Survey:
         for each in surveys:
             joined._join(each.rows, each.mean, each.squares, each.lowest, each.highest)
             joined._sample += [(x[: _SAMPLE // len(surveys)], y[: _SAMPLE // len(surveys)]) for x, y in each._sample]
+        near = 1e-9 * joined.squares.sqrt()
+        joined.repeated = len(surveys) == count() and all(
+            each.rows == self.rows and bool(((each.mean - joined.mean).abs() <= near).all()) for each in surveys
+        )
         return joined
 
     def loc_and_scale(self, ends: Tensor | None = None, over_time: bool = False) -> tuple[Tensor, Tensor]:

@@ -163,7 +163,7 @@ def fit_guide(
         if guide.model_parameters:
             notes.append(_held(guide.model_parameters))
             warnings.warn(notes[-1], stacklevel=2)
-        begun.notes = list(dict.fromkeys([*notes, *begun.notes]))
+        begun.notes = processes.from_first(lambda: list(dict.fromkeys([*notes, *begun.notes])))
         device = begun.initial.device
 
         def content() -> dict[str, object]:

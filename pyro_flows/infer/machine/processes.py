@@ -11,6 +11,7 @@ the last message, so that all decide alike about time.
 from __future__ import annotations
 
 import io
+import math
 import signal
 import threading
 import time
@@ -46,6 +47,7 @@ __all__ = [
 Density = TypeVar("Density", bound=Callable[[Tensor], Tensor])
 Result = TypeVar("Result")
 NUMBERS = 4  # that a message holds at most
+MESSAGES = 3.0  # as long as the operations that share a call
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 KINDS = (KeyboardInterrupt, ValueError, TypeError, FloatingPointError, OSError)  # that others raise, too
 
@@ -58,7 +60,7 @@ class _Meeting:
         self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
         on_cpu = "cpu" in distributed.get_backend_config()
         self.device = torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
-        self.time = time.monotonic()
+        self.time, self.fastest = time.monotonic(), math.inf  # of all messages, in seconds
         self.interrupted = self.over = self.leading = False
 
     def exchange(self, topic: str, *numbers: float, error: BaseException | None = None) -> Tensor:
@@ -69,7 +71,7 @@ class _Meeting:
         self.over = True  # unless all answer, and agree
         distributed.all_gather(found, own)
         failed, interrupted, clocks, topics, *rest = torch.stack(found).cpu().unbind(1)
-        self.time = float(clocks[0])
+        self.time, self.fastest = float(clocks[0]), min(self.fastest, time.monotonic() - told[2])
         if failed.any():
             self._raise(error)
         elif interrupted.any():
@@ -323,7 +325,7 @@ def made_alike(module: nn.Module) -> None:
 
 def primed(module: nn.Module, call: Callable[[], object]) -> None:
     """Calls the module on the first batch of all processes if a layer, e.g. ``ActNorm``, is set by its first batch."""
-    if _active() is None or all(bool(getattr(each, "initialized", True)) for each in module.modules()):
+    if all(bool(getattr(each, "initialized", True)) for each in module.modules()):
         return
     with torch.no_grad(), torch.random.fork_rng(_devices()), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # each process sees all rows, so that none is alone
@@ -369,7 +371,7 @@ def led(density: Density, like: Tensor, run: Callable[[Density], Result]) -> Res
 
 
 class _Shared:
-    """A density of which each process evaluates its part."""
+    """A density of which each process evaluates its part, if that saves more time than the messages take."""
 
     def __init__(self, density: Callable[[Tensor], Tensor], meeting: _Meeting) -> None:
         self.density, self.meeting = density, meeting
@@ -379,7 +381,8 @@ class _Shared:
 
     def __call__(self, z: Tensor) -> Tensor:
         """Returns log-densities ``(S,)`` of points ``(S, dim)``, with their gradient."""
-        if not len(z):
+        seconds = getattr(getattr(self.density, "pace", None), "seconds_per_draw", math.inf)
+        if len(z) < 2 or seconds * len(z) * (1 - 1 / self.meeting.size) <= MESSAGES * self.meeting.fastest:
             return self.density(z)
         gradient = z.requires_grad and torch.is_grad_enabled()
         self.meeting.exchange("led", *z.shape, DTYPES.index(z.dtype), gradient)
