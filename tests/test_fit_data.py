@@ -327,6 +327,7 @@ def test_defaults_by_the_amount_of_data():
         clip_norm=None,
         average=0.0,
         checkpoint_every=1,
+        compile=False,
         seed=0,
     )
     batches = [settings.batch_size_for(rows) for rows in (20, 500, 5000, 10**5, 10**7)]

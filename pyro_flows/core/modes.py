@@ -18,10 +18,12 @@ __all__ = [
     "autocasting",
     "batched",
     "beyond_rules",
+    "by_hand",
     "forward_mode",
     "full_precision",
     "lasting",
     "plain_eager",
+    "recording",
     "uncompiled",
 ]
 
@@ -31,19 +33,38 @@ _R = TypeVar("_R")
 _Outputs = Tensor | tuple[Tensor, ...]
 
 
-def plain_eager() -> bool:
-    """False under ``torch.compile``, ``torch.jit.trace``, ``torch.func``, ``make_fx`` and other dispatch modes.
+_recorders = 0
 
-    Only plain eager mode allows hand-made kernels and cached results.
-    """
+
+@contextmanager
+def recording(count: int = 1) -> Iterator[None]:
+    """Says that so many more of the dispatch modes write down what they see, so that :func:`by_hand` holds."""
+    global _recorders
+    _recorders += count
+    try:
+        yield
+    finally:
+        _recorders -= count
+
+
+def by_hand() -> bool:
+    """Whether hand-made gradients may be used: in plain eager mode, also while it is recorded."""
     # Asked often, so without torch's wrappers.
     return not (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_dispatch_stack() != _recorders
         or torch._C._is_tracing()
         or forward_ad._current_level >= 0
     )
+
+
+def plain_eager() -> bool:
+    """False under ``torch.compile``, ``torch.jit.trace``, ``torch.func``, ``make_fx`` and other dispatch modes.
+
+    Only plain eager mode allows looks at values, and cached results.
+    """
+    return not _recorders and by_hand()
 
 
 def autocasting(device: torch.device) -> bool:

@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
 
-from pyro_flows.core.modes import beyond_rules, full_precision, plain_eager
+from pyro_flows.core.modes import beyond_rules, by_hand, full_precision, plain_eager
 from pyro_flows.inverse.buffers import ForwardSweep, ReverseSweep, Solver, columns_at_once, named
 from pyro_flows.inverse.newton_adjoint import vmapped
 from pyro_flows.nets.activations import slope
 from pyro_flows.nets.masked_pass import plain_network, split_parameters
 from pyro_flows.univariate.base import Univariate
 
-__all__ = ["solve"]
+__all__ = ["KERNELS", "solve"]
 
 
 @full_precision  # half precision would give no inverse
@@ -63,12 +63,11 @@ def solve(
         bias = first_bias.expand(*batch, -1).reshape(-1, first_bias.shape[-1])
     tensors = [*weights, *biases, *masks]
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (flat, bias, *tensors))
-    if plain_eager():
-        if keep:
-            x, ladj, _ = _apply_plainly(flat, bias, solver.handle, *tensors)
-        else:
-            with torch._C._AutoDispatchBelowAutograd():  # nothing to record: spares each small call a look
-                x, ladj, _ = _solve(flat, bias, tensors, solver.handle, False)
+    if by_hand() and keep:
+        x, ladj, _ = _apply_plainly(flat, bias, solver.handle, *tensors)
+    elif plain_eager():
+        with torch._C._AutoDispatchBelowAutograd():  # nothing to record: spares each small call a look
+            x, ladj, _ = _solve(flat, bias, tensors, solver.handle, False)
     elif beyond_rules():
         x, ladj = _by_passes(solver, masks, flat, bias, *weights, *biases)
     elif torch._C._are_functorch_transforms_active():  # a gradient may be wanted though no tensor says so
@@ -140,7 +139,7 @@ def _gradient(
     inputs = (solver.handle, grad_x, grad_ladj, x, tape, z, first_bias, *tensors)
     if torch.is_grad_enabled():  # the gradient may be differentiated further
         return _Gradient.apply(*inputs)
-    return _first_order(*inputs, by_weights=not plain_eager() or any(t.requires_grad for t in tensors))
+    return _first_order(*inputs, by_weights=not by_hand() or any(t.requires_grad for t in tensors))
 
 
 def _gradient_op(ctx: Any, *cotangents: Tensor | None) -> tuple:
@@ -193,14 +192,14 @@ def _first_order(
     """Gradients with respect to ``z``, the first bias, weights and biases."""
     solver = named(handle)
     _, _, masks = _groups(tensors)
-    eager = plain_eager()
+    eager = by_hand()
     pre, post, params, ladj = solver.structure.unpack(tape.T, solver.activations)
     zt, xt = z.T, x.T
     by_z, by_params, ladj_by_z, ladj_by_params = solver.univariate.partials(True, zt, params, xt, ladj, grad_ladj)
     slopes = [slope(act, a, h) for act, a, h in zip(solver.activations, pre, post, strict=True)]
     elementwise = by_params.movedim(-1, 0), ladj_by_params.movedim(-1, 0), [s.T for s in slopes]
     arguments = (grad_x, *elementwise, tensors, handle)
-    if eager:
+    if plain_eager():
         with torch._C._AutoDispatchBelowAutograd():
             adjoint = _sweep_back(*arguments)
     else:
@@ -289,6 +288,10 @@ def _empty_adjoint(grad_x: Tensor, *others: Any) -> Tensor:
 
 _sweep_back_op = torch.library.custom_op("pyro_flows::sweep_back", _sweep_back, mutates_args=())
 _sweep_back_op.register_fake(_empty_adjoint)
+
+
+# What the operators do, for callers that need none of torch's machinery around them, which loads its compiler.
+KERNELS = {torch.ops.pyro_flows.solve.default: _solve, torch.ops.pyro_flows.sweep_back.default: _sweep_back}
 
 
 @_solve_op.register_vmap

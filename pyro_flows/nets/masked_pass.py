@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyro_flows.core.modes import GradientByHand, full_precision, plain_eager
+from pyro_flows.core.modes import GradientByHand, by_hand, full_precision
 from pyro_flows.nets.activations import in_place, pull
 from pyro_flows.nets.structure import Cut
 from pyro_flows.univariate.base import Univariate
@@ -52,7 +52,7 @@ def masked_network(
     weight counts; other places are never used.
     """
     first_bias = first_bias.to(x.dtype)
-    if not plain_eager() or masks[0].element_size() != weights[0].element_size():
+    if not by_hand() or masks[0].element_size() != weights[0].element_size():
         return _plain(net, univariate, masks, x, first_bias, *weights, *biases)
     batch = x.shape[:-1]
     if first_bias.dim() > 1:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_flows.core.modes import lasting, plain_eager
+from pyro_flows.core.modes import by_hand, lasting
 from pyro_flows.core.recipes import options_of, remembered
 
 __all__ = ["Affine", "Shift", "Univariate", "number", "numbers", "soft_clip"]
@@ -35,7 +35,7 @@ def number(value: float, dtype: torch.dtype) -> Tensor:
 
 def numbers(dtype: torch.dtype) -> Callable[[float], Tensor]:
     """Returns :func:`number` of one dtype, or under tracing a function that makes a traced tensor."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    if not by_hand() and (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()):
         return partial(torch.tensor, dtype=dtype, device="cpu")
     return lambda value: number(value, dtype)
 
@@ -92,7 +92,7 @@ class Univariate:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Returns ``(dx/dz, dx/dparams, weight dladj/dz, weight dladj/dparams)``, elementwise."""
         one, none, weight = torch.ones_like(x), torch.zeros_like(x), weight.expand_as(x)
-        if self._by_hand and plain_eager():
+        if self._by_hand and by_hand():
             pull = partial(self.pull, inverse, z, x, ladj, self.run(inverse, z, params)[2])
             return *pull(one, none), *pull(none, weight)
         vjp = torch.func.vjp(partial(self.plain, inverse), z, params)[1]
@@ -199,7 +199,7 @@ class Affine(Univariate):
     def partials(
         self, inverse: bool, z: Tensor, params: Tensor, x: Tensor, ladj: Tensor, weight: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        if not plain_eager():
+        if not by_hand():
             return super().partials(inverse, z, params, x, ladj, weight)
         scale, zero = ladj.exp(), torch.zeros_like(x)
         tanh = ladj * (math.sqrt(self.gain) / self.max_log_scale)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows.core.checks import choice, integer
-from pyro_flows.core.modes import GradientByHand, plain_eager
+from pyro_flows.core.modes import GradientByHand, by_hand
 from pyro_flows.core.recipes import options_of
 from pyro_flows.univariate.base import Univariate, numbers
 
@@ -116,13 +116,13 @@ class Spline(Univariate):
         return self.run(inverse, z, params)[:2]
 
     def _move(self, inverse: bool, z: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
-        if plain_eager() and torch.is_grad_enabled() and (z.requires_grad or params.requires_grad):
+        if by_hand() and torch.is_grad_enabled() and (z.requires_grad or params.requires_grad):
             return _Move.record(self, inverse, z, params)
         return self.run(inverse, z, params)[:2]
 
     def run(self, inverse: bool, z: Tensor, params: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         columns, rows = z.reshape(-1), params.reshape(params.shape[0], z.numel())
-        if z.numel() <= 2 * _PIECE or not plain_eager():
+        if z.numel() <= 2 * _PIECE or not by_hand():
             x, ladj, kept = self._run(inverse, columns, rows)
         else:
             pieces = [

@@ -175,10 +175,25 @@ class Rows:
         return -(-len(self) // batch_size)
 
     def batches(self, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
-        """Yields all rows once, shuffled, in nearly equal batches; each of several processes gets a part of each."""
-        for piece in torch.randperm(len(self), generator=generator).tensor_split(self.steps(batch_size)):
-            rows = self.take(part(piece))
-            yield rows.value, rows.context, rows.index
+        """Yields the rows once, in the :meth:`order` of an epoch."""
+        for piece in self.order(batch_size, generator):
+            yield self.batch(piece)
+
+    @property
+    def tables(self) -> list[Tensor]:
+        """Values, and contexts if there are any."""
+        return [each for each in (self.value, self.context) if each is not None]
+
+    def batch(self, rows: Tensor) -> Batch:
+        """Selects a batch, or the part of this process."""
+        found = self.take(part(rows))
+        return found.value, found.context, found.index
+
+    def order(self, batch_size: int, generator: torch.Generator) -> Tensor:
+        """Shuffles the rows into equal batches, shape ``(steps, rows)``; the few that are left over wait an epoch."""
+        steps = self.steps(batch_size)
+        size = len(self) // steps
+        return torch.randperm(len(self), generator=generator)[: steps * size].view(steps, size)
 
     def chunks(self, least: int) -> Iterator[Batch]:
         """Yields all rows once, in order, at least so many at a time; of several processes, each gets a part."""

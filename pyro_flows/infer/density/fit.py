@@ -26,6 +26,7 @@ from pyro_flows.infer.density.settings import Settings
 from pyro_flows.infer.density.units import Density, in_units, is_density, is_plain_flow
 from pyro_flows.infer.machine import processes
 from pyro_flows.infer.machine.checkpoint import Keeper, architecture_of, layout_of
+from pyro_flows.infer.machine.compiled import Compile
 from pyro_flows.infer.machine.interrupts import carrying, interrupts_held_back
 from pyro_flows.infer.machine.optimizers import AdamW, Given
 from pyro_flows.infer.machine.randomness import own_randomness, random_state, set_random
@@ -119,6 +120,7 @@ def fit_density(
     optimizer: Optimizer | Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int = 10,
+    compile: Compile = "auto",
     resume: bool = True,
     seed: int | None = 0,
     objective: str | FlowMatching = "likelihood",
@@ -181,6 +183,9 @@ def fit_density(
             The file is replaced as a whole, verified by a checksum, and nothing in it is run.  An interruption saves
             the last whole epoch.  Each epoch costs a copy of the state.
         checkpoint_every: epochs between saves; the end is saved, too.
+        compile: whether a second process compiles the steps, on a CPU, with rows held in memory and the default
+            optimizer. ``"auto"`` does so where the fit will take much longer than that, and plain steps go on
+            meanwhile; ``True`` waits for it. Numbers differ by rounding.
         resume: whether to continue from an existing checkpoint; otherwise it is replaced.
         seed: the seed of the split, the order of rows, and inside the fit torch's global generators, which are
             restored; ``None`` draws one.
@@ -240,7 +245,12 @@ def fit_density(
         aim: Objective = Likelihood(trained, density)
         if matching is not None and is_plain_flow(density):
             aim = Matching(matching, density, seed, held_out)
-        made = AdamW(parameters, None, settings.lr, settings.weight_decay) if torchs is None else Given(torchs)
+        average = bool(settings.average)
+        made: AdamW | Given = (
+            AdamW(parameters, None, settings.lr, settings.weight_decay, average)
+            if torchs is None
+            else Given(torchs, average)
+        )
         training = DensityTraining(trained, aim, start, made, progress)
         if known is not None:
             with interrupts_held_back():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -13,13 +14,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from tqdm.auto import tqdm
 
-from pyro_flows.infer.density.data import name_rows
+from pyro_flows.infer.density.data import Rows, name_rows
 from pyro_flows.infer.density.objective import Objective, mean_score
 from pyro_flows.infer.density.prepare import Prepared
 from pyro_flows.infer.density.settings import Schedule
 from pyro_flows.infer.machine import processes
 from pyro_flows.infer.machine.budget import Budget
 from pyro_flows.infer.machine.checkpoint import CheckpointFormat
+from pyro_flows.infer.machine.compiled import CompiledSteps
 from pyro_flows.infer.machine.graph import Replay, replayable
 from pyro_flows.infer.machine.interrupts import interrupts_held_back
 from pyro_flows.infer.machine.loop import TrainingLoop
@@ -75,11 +77,12 @@ class DensityTraining(TrainingLoop):
         self.best = -math.inf
         self.stopped: str | None = None
         self.parameters = optimizer.parameters
-        self.averages = [p.detach().clone() for p in self.parameters] if settings.average else []
+        self.averages = optimizer.averages
         self._resample = [f for module in flow.modules() if callable(f := getattr(module, "resample_masks", None))]
         self._foreign = replayable(self.density)
         resampled = "masks change between steps" if self._resample else None
         self._step = Replay(self._loss_and_grads, self.parameters, self._foreign or resampled)
+        self.compiled = CompiledSteps(settings.compile, self._uncompilable())
         self.best_state = self.snapshot()  # to return to if not even the first epoch ends well
 
     def train(self) -> None:
@@ -99,11 +102,16 @@ class DensityTraining(TrainingLoop):
         self.flow.load_state_dict(self.best_state)
         self.density.eval()
         self.optimizer.release()
+        self.compiled.close()
 
     def _train_epoch(self, bar: tqdm) -> None:
         self.density.train()
         self.flow.train()
         total, rows = 0.0, 0
+        if isinstance(self.optimizer, AdamW) and isinstance(self.rows, Rows) and self.compiled.ready():
+            self._train_at_once(self.rows, self.optimizer, bar)
+            return
+        begin = processes.clock(), self.budget.done
         for value, context, index in self.rows.batches(self.sizes.batch_size, self.shuffle):
             if not len(value) and processes.count() == 1:
                 continue
@@ -120,6 +128,51 @@ class DensityTraining(TrainingLoop):
             raise ValueError("fit_density: the DataLoader given as data was empty in this pass; it must start anew")
         self.epoch += 1
         self._trained = total / rows
+        self.budget.step_seconds = (processes.clock() - begin[0]) / (self.budget.done - begin[1])
+        if isinstance(self.optimizer, AdamW) and isinstance(self.rows, Rows):  # what can be compiled
+            seconds = min(self.budget.left(), (self.sizes.total_steps - self.budget.done) * self.budget.step_seconds)
+            index = self.rows.order(self.sizes.batch_size, torch.Generator())
+            graph = self._step.graph_of(value, context)
+            self.compiled.consider(graph, self.optimizer, index, self.rows.tables, seconds)
+
+    def _uncompilable(self) -> str | None:
+        if not isinstance(self.optimizer, AdamW) or not isinstance(self.rows, Rows):
+            return "compiled steps need the default optimizer, and rows held in memory"
+        if processes.count() > 1:
+            return "steps of several processes exchange gradients"
+        if self.rows.value.device.type != "cpu":
+            return "steps are compiled for the CPU only"
+        return self._step.why_not
+
+    def _train_at_once(self, rows: Rows, optimizer: AdamW, bar: tqdm) -> None:
+        """Trains an epoch by compiled steps, many in a call."""
+        order, total, done = rows.order(self.sizes.batch_size, self.shuffle), 0.0, 0
+        while done < len(order):
+            count = self.compiled.at_once(len(order) - done, self.budget, self.settings.steps)
+            pieces = order[done : done + count]
+            factors = [self.schedule.factor(self.budget.fraction_after(k)) for k in range(len(pieces))]
+            weights = [self._weight(self.budget.done + 1 + k) for k in range(len(pieces))]
+            begin, random = time.monotonic(), torch.get_rng_state()
+            state, scores, norms = self.compiled.run(
+                optimizer, self.settings.clip_norm, factors, weights, pieces, rows.tables
+            )
+            fine = bool((scores.isfinite() & norms.isfinite()).all())
+            if not fine or not self.compiled.trusted:
+                torch.set_rng_state(random)
+                scores = torch.tensor([self._take_step(*rows.batch(piece))[0] for piece in pieces])
+                if not fine or not self.compiled.agrees(optimizer, state):
+                    self.compiled.refuse("compiled steps give other numbers than plain ones")
+            else:
+                optimizer.assign(state)
+                self.budget.done += count
+                self.budget.step_seconds = (time.monotonic() - begin) / count
+            self._factor = factors[-1]
+            total, done = total + float(scores.double().sum()), done + len(pieces)
+            bar.update(len(pieces))
+            if self._limit() is not None:
+                break
+        self.epoch += 1
+        self._trained = total / done
 
     def _score(self, value: Tensor, context: Tensor | None) -> Tensor:
         try:
@@ -168,19 +221,18 @@ class DensityTraining(TrainingLoop):
         if self.settings.clip_norm is not None:
             self.optimizer.clip(norm, self.settings.clip_norm)
         self._factor = self.schedule.factor(self.budget.fraction)
-        self.optimizer.step(self._factor)
         self.budget.done += 1
-        # Early on, the average must not remember the start.
-        weight = 1 - min(self.settings.average, (self.budget.done - 1) / (self.budget.done + 9))
-        if self.averages:
-            with torch.no_grad():
-                torch._foreach_lerp_(self.averages, self.parameters, weight)
+        self.optimizer.step(self._factor, self._weight(self.budget.done))
         return score, rows
 
     def _score_all(self, value: Tensor, context: Tensor | None) -> None:
         """Scores the rows of all processes in each."""
         values, contexts = zip(*(pair for pair in processes.everyone((value, context)) if len(pair[0])), strict=True)
         self._score(torch.cat(values), None if contexts[0] is None else torch.cat(contexts))
+
+    def _weight(self, step: int) -> float:
+        """The weight of a step in the averages, which must not remember the start early on."""
+        return 1 - min(self.settings.average, (step - 1) / (step + 9))
 
     def _raise_bad_gradient(self, norm: Tensor, grads: Sequence[Tensor | None]) -> None:
         names = {id(p): name for name, p in self.flow.named_parameters()}

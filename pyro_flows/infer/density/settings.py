@@ -55,6 +55,7 @@ class Settings:
     clip_norm: float | None
     average: float
     checkpoint_every: int
+    compile: bool | str
     seed: int
     objective: str = "likelihood"
 
@@ -71,6 +72,8 @@ class Settings:
                 raise ValueError(f"fit_density: expected 0 <= {name} < 1, got {getattr(self, name)!r}")
         if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"fit_density: expected weight_decay >= 0, got {self.weight_decay!r}")
+        if not isinstance(self.compile, bool):
+            choice("fit_density", "compile", self.compile, ("auto",))
         choice("fit_density", "schedule", self.schedule, SCHEDULES)
 
     def batch_size_for(self, rows: int) -> int:
@@ -100,7 +103,7 @@ class Settings:
     def identity(self, sizes: Sizes, optimizer: str) -> dict[str, Any]:
         """The settings on which a resumed fit must agree: limits count only for the cosine."""
         chosen = {**asdict(self), "batch_size": sizes.batch_size, "patience": sizes.patience, "optimizer": optimizer}
-        del chosen["checkpoint_every"]
+        del chosen["checkpoint_every"], chosen["compile"]
         if count() > 1:
             chosen["processes"] = count()
         limits = {name: chosen.pop(name) for name in ("max_epochs", "steps", "seconds")}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from pyro_flows.infer.guides.posterior import frozen, preconditioner_of
 from pyro_flows.infer.machine import processes
 from pyro_flows.infer.machine.budget import Budget, cosine
 from pyro_flows.infer.machine.checkpoint import CheckpointFormat
+from pyro_flows.infer.machine.graph import Replay, replayable, unrecorded
 from pyro_flows.infer.machine.interrupts import interrupts_held_back
 from pyro_flows.infer.machine.loop import TrainingLoop
 from pyro_flows.infer.machine.optimizers import AdamW
@@ -92,9 +94,17 @@ def emphasis(log_weights: Tensor, fine: Tensor) -> Tensor:
     log_weights = torch.where(fine, log_weights, -math.inf)
     count = fine.sum()
     weights = torch.exp(log_weights - torch.logsumexp(log_weights, 0)) * count
-    spread = torch.where(fine, log_weights, log_weights[fine].mean()).std(correction=0)
+    spread = moments(log_weights, fine)[1]
+    spread = spread * ((count - 1) / len(fine)).sqrt()  # of all, where those that failed lie at the mean
     c = (EVEN - spread).clamp(0.0, 1.0)
     return (1.0 + c * weights.clamp(max=HEAVIEST)) / (1.0 + c)
+
+
+def moments(values: Tensor, fine: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns mean, standard deviation and number of the values that are ``fine``."""
+    count = fine.sum().to(values)
+    mean = torch.where(fine, values, 0.0).sum() / count
+    return mean, (torch.where(fine, values - mean, 0.0).square().sum() / (count - 1).clamp(min=1)).sqrt(), count
 
 
 def speeds_of(flow: Flow) -> dict[int, float]:
@@ -147,6 +157,7 @@ class GuideTraining(TrainingLoop):
         self._best: tuple[float, dict[str, Tensor]] | None = None
         self._exact = 0
         self._window = 0
+        self._replays: dict[tuple[str, bool], Replay] = {}
         self._optimizer: AdamW | None = None
         self._moments: dict[str, list[Tensor]] = {}
         self._places = [(m._parameters, n, p) for m in flow.modules() for n, p in m._parameters.items()]
@@ -207,59 +218,62 @@ class GuideTraining(TrainingLoop):
             if self.report is not None:
                 self.report(self.history)
 
-    def _step(
-        self,
-        name: str,
-        flow: Flow,
-        optimizer: AdamW,
-        rate: float,
-        weight: float,
-    ) -> None:
+    def _step(self, name: str, flow: Flow, optimizer: AdamW, rate: float, weight: float) -> None:
+        emphatic = self.path_gradient and name == "flow" and weight == 1.0 and not self.covering
+        replay = self._replays.get((name, emphatic))
+        if replay is None:
+            run = partial(self._gradients, flow, optimizer, emphatic)
+            why_not = replayable(flow) if processes.count() == 1 else "its process waits for others"
+            replay = self._replays[name, emphatic] = Replay(run, optimizer.parameters, why_not)
+        try:
+            stats, *grads = replay(torch.tensor(weight, device=optimizer.values.device))
+        except FAILURES:
+            if processes.count() > 1:  # the others do not take this step
+                raise
+            self._failed(name, rate, weight)
+            return
+        norm = optimizer.take(grads)
+        mean, spread, count = stats.tolist()  # type: ignore[union-attr]  # the first is never None
+        if not count or not bool(norm.isfinite()):
+            self._failed(name, rate, weight)
+            return
+        optimizer.clip(norm, CLIP)
+        optimizer.step(rate)
+        bad = self.num_particles - int(count)
+        self.dropped += bad
+        spread = spread if count > 1 else math.inf
+        self._exact = self._exact + 1 if spread < EXACT and weight == 1.0 else 0
+        self._note(name, mean, spread, rate, weight, bad)
+
+    def _gradients(self, flow: Flow, optimizer: AdamW, emphatic: bool, weight: Tensor) -> list[Tensor | None]:
+        """Returns mean, spread and number of the finite log p - log q, and the gradient for each parameter."""
         draws, log_q = self._drawn(flow)
         z = draws.detach()
-        try:
-            with processes.own_draws(self.budget.done):
-                log_p, pull = self._pull(z)
-        except FAILURES:
-            log_p, pull = torch.full_like(z[:, 0], math.nan), torch.full_like(z, math.nan)
+        log_p, pull = unrecorded(self._pulled, z)
         fine = log_p.isfinite() & pull.isfinite().all(-1)
-        z.requires_grad_()
+        toward = weight * pull
         if self.path_gradient:
+            z = z.requires_grad_()
             with frozen(flow.chain):
                 value = flow.score(z)
-            (push,) = torch.autograd.grad(value.sum(), z)
-        else:
-            push = None
+            # Sums, because gradients given to grad() make torch import its compiler.
+            toward = toward - torch.autograd.grad(value.sum(), z)[0]
         with torch.no_grad():
-            toward = weight * pull if push is None else weight * pull - push
-            # From here on, the weights of all processes' draws, which add up their gradients.
-            known = log_p - log_q, fine, fine & (toward.isfinite().all(-1))
-            log_weights, counted, fine = processes.gathered(self.num_particles, *known)
-            count = counted.sum().clamp(min=1)
+            known = log_p - log_q, fine, fine & toward.isfinite().all(-1)
+            # Weights of the draws of all processes, which add up their gradients.
+            log_weights, before, fine = processes.gathered(self.num_particles, *known)
             share = fine.to(toward)
-            if push is not None and name == "flow" and weight == 1.0 and not self.covering:
+            if emphatic:
                 share = share * emphasis(log_weights, fine)
-            own = processes.part(fine)
-            toward = torch.where(own.unsqueeze(-1), toward, 0.0) * (-processes.part(share) / count).unsqueeze(-1)
-        # Sums, because gradients given to grad() make torch import its compiler.
+            share, own = processes.part(-share / before.sum().clamp(min=1)), processes.part(fine)
+            toward = torch.where(own.unsqueeze(-1), toward, 0.0) * share.unsqueeze(-1)
         surrogate = (draws * toward).sum()
-        if push is None:
-            surrogate = surrogate + torch.where(own, log_q, 0.0).sum() / count
+        if not self.path_gradient:
+            surrogate = surrogate + torch.where(own, log_q, 0.0).sum() / before.sum().clamp(min=1)
         if self.covering:
             surrogate = surrogate + self._cover(flow, draws, log_weights, fine)
         grads = torch.autograd.grad(surrogate, optimizer.parameters, allow_unused=True)
-        norm = optimizer.take(processes.summed(optimizer.parameters, grads))
-        optimizer.clip(norm, CLIP)
-        difference = log_weights[fine]
-        bad = self.num_particles - len(difference)
-        if len(difference) == 0 or not bool(norm.isfinite()):
-            self._failed(name, rate, weight)
-            return
-        optimizer.step(rate)
-        self.dropped += bad
-        spread = difference.std().item() if len(difference) > 1 else math.inf
-        self._exact = self._exact + 1 if spread < EXACT and weight == 1.0 else 0
-        self._note(name, difference.mean().item(), spread, rate, weight, bad)
+        return [torch.stack(moments(log_weights, fine)), *processes.summed(optimizer.parameters, grads)]
 
     def _drawn(self, flow: Flow) -> tuple[Tensor, Tensor]:
         """Draws, and their log-densities; each of several processes makes a part of the draws of one."""
@@ -268,6 +282,17 @@ class GuideTraining(TrainingLoop):
         posterior = flow()
         return posterior.from_base(processes.part(posterior.base_dist.rsample((self.num_particles,))))
 
+    def _pulled(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Like :meth:`_pull`; of several processes, one whose model raises gives NaN, and the others go on."""
+        try:
+            with processes.own_draws(self.budget.done):
+                return self._pull(z)
+        except FAILURES:
+            if processes.count() == 1:
+                raise
+            return torch.full_like(z[:, 0], math.nan), torch.full_like(z, math.nan)
+
+    @torch.enable_grad()
     def _pull(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the model's log-densities ``(S,)`` and gradients ``(S, dim)``, in parts that fit into memory."""
         values, slopes = [], []

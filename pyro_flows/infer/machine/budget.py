@@ -48,10 +48,14 @@ class Budget:
     @property
     def fraction(self) -> float:
         """The finished part of training; at least 1 if the next step would end far too late."""
-        by_steps = 0.0 if self.steps is None else self.done / self.steps
+        return self.fraction_after(0)
+
+    def fraction_after(self, steps: int) -> float:
+        """The part that will be finished after so many more steps."""
+        by_steps = 0.0 if self.steps is None else (self.done + steps) / self.steps
         if self.seconds is None:
             return by_steps
-        now, end = clock(), self.start + self.seconds - self.keep
+        now, end = clock() + steps * self.step_seconds, self.start + self.seconds - self.keep
         if now + 0.5 * self.step_seconds > end:
             return max(by_steps, 1.0)
         whole = max(end - self._training_from, 1e-3)

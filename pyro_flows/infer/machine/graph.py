@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from functools import partial
+from types import FunctionType, MethodType
+from typing import Any, cast
 
 import torch
 from torch import Tag, Tensor, fx, nn
@@ -15,7 +17,10 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-__all__ = ["Graph", "RecordError", "Replay", "record", "replayable"]
+from pyro_flows.core.modes import recording
+from pyro_flows.inverse.sweep import KERNELS
+
+__all__ = ["Graph", "RecordError", "Replay", "alike", "record", "replayable", "unrecorded"]
 
 aten = torch.ops.aten
 ALIASES = {aten.detach.default, aten.alias.default, aten.lift_fresh.default}
@@ -26,6 +31,7 @@ TURNS = {aten.t.default, aten.permute.default, aten.transpose.int}
 
 TRIALS = 2  # the first step of a fit may set up buffers
 SHAPES = 4  # recordings at most
+CHECKED = {2, 16, 256, 4096, 65536}  # calls that are compared with plain ones
 BYTES = 2**30  # of all tensors made, which are held while a call is recorded
 Results = Sequence[Tensor | None]
 
@@ -53,6 +59,12 @@ class Graph:
         """The number of calls of torch."""
         return sum(node.op in ("call_function", "call_method") for node in self.program.graph.nodes)
 
+    @property
+    def portable(self) -> bool:
+        """Whether it consists of torch's own operations."""
+        calls = [node.target for node in self.program.graph.nodes if node.op == "call_function"]
+        return not any(isinstance(each, MethodType | FunctionType | partial) for each in calls)
+
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Runs the computation anew, without gradients."""
         with torch.no_grad():
@@ -72,24 +84,29 @@ class Replay:
         self._graphs: dict[Any, Graph] = {}
         self._calls: dict[Any, int] = {}
 
+    def graph_of(self, *inputs: Tensor | None) -> Graph | None:
+        """Returns the recording that was found right for inputs like these."""
+        key = _shapes(inputs)
+        return self._graphs.get(key) if self.why_not is None and self._calls.get(key, 0) > TRIALS else None
+
     def __call__(self, *inputs: Tensor | None) -> Results:
         """Returns the function's results, without gradients."""
         if self.why_not is not None:
             return self.run(*inputs)
-        key = tuple(None if each is None else (each.shape, each.dtype) for each in inputs)
+        key = _shapes(inputs)
         given = [*self.parameters, *(each for each in inputs if each is not None)]
         calls = self._calls[key] = self._calls.get(key, 0) + 1
         graph = self._graphs.get(key)
         if graph is None or not graph.holds:
             return self._record(key, given, inputs)
-        if calls.bit_count() > 1:
+        if calls not in CHECKED:
             return graph(*given)
         plain: Results
-        with torch.random.fork_rng(devices=_devices(given)):  # calls 2, 4, 8, ...
+        with torch.random.fork_rng(devices=_devices(given)):
             plain = self.run(*inputs)
         try:
             found = graph(*given)
-            if all(map(_alike, found, plain)):
+            if all(map(alike, found, plain)):
                 return found
             self.why_not = "a recording of its step gives other numbers"
         except (TypeError, RuntimeError) as error:
@@ -113,11 +130,16 @@ class Replay:
         return self.run(*inputs)
 
 
+def _shapes(inputs: Sequence[Tensor | None]) -> Any:
+    return tuple(None if each is None else (each.shape, each.dtype) for each in inputs)
+
+
 def _devices(tensors: Sequence[Tensor]) -> list[torch.device]:
     return list({each.device for each in tensors if each.is_cuda})
 
 
-def _alike(a: Tensor | None, b: Tensor | None) -> bool:
+def alike(a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether two results differ by rounding only."""
     if a is None or b is None:
         return a is b
     rtol = 1e-3 if a.dtype.itemsize < 8 else 1e-6
@@ -137,6 +159,21 @@ def replayable(module: nn.Module) -> str | None:
     return None
 
 
+def unrecorded(call: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> tuple[Tensor, ...]:
+    """Calls a function of tensors, without gradients; a recording keeps the call as one step of its own."""
+    recorder = _Recorder.active
+    if recorder is None:
+        return call(*inputs)
+    with torch.utils._python_dispatch._pop_mode_temporarily(), recording(-1):
+        _Recorder.active = None
+        try:
+            found = call(*inputs)
+        finally:
+            _Recorder.active = recorder
+    recorder.add(call, inputs, found)
+    return found
+
+
 def record(run: Callable[[], Results], inputs: Sequence[Tensor]) -> tuple[Results, Graph]:
     """Runs a computation of ``inputs`` and records it; returns its results and the graph.
 
@@ -146,14 +183,19 @@ def record(run: Callable[[], Results], inputs: Sequence[Tensor]) -> tuple[Result
     Raises:
         RecordError: if Python asks for a tensor's value, or a tensor from outside is changed.
     """
-    recorder = _Recorder(inputs)
-    with recorder:
-        results = tuple(run())
+    recorder = _Recorder.active = _Recorder(inputs)
+    try:
+        with recording(), recorder:
+            results = tuple(run())
+    finally:
+        _Recorder.active = None
     return results, recorder.finish(results)
 
 
 class _Recorder(TorchDispatchMode):
     """Writes down each call of a kernel."""
+
+    active: _Recorder | None = None
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:
         super().__init__()
@@ -181,12 +223,13 @@ class _Recorder(TorchDispatchMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> object:
         kwargs = dict(kwargs or {})
-        found = func(*args, **kwargs)
+        kernel: Any = KERNELS.get(func, func)
+        found = kernel(*args, **kwargs)
         several = isinstance(found, tuple | list)
-        made: list[Any] = list(found) if several else [found]
-        if not all(isinstance(each, Tensor) for each in made) or Tag.dynamic_output_shape in func.tags:
+        if not all(isinstance(each, Tensor) for each in (found if several else [found])) or (
+            Tag.dynamic_output_shape in func.tags
+        ):
             raise RecordError(f"{func.name()} gives Python a value that depends on tensors")
-        node = self.graph.call_function(func, *tree_map(self._node_of, (tuple(args), kwargs)))
         given = zip(func._schema.arguments, args, strict=False)
         named = ((spec, kwargs.get(spec.name)) for spec in func._schema.arguments)
         for each in tree_leaves([value for spec, value in (*given, *named) if _writes(spec)]):
@@ -194,12 +237,21 @@ class _Recorder(TorchDispatchMode):
                 if _storage(each) in self.outer:
                     raise RecordError(f"{func.name()} changes a tensor from outside")
                 self.written.add(_storage(each))
+        self.add(func, args, found, kwargs)
+        return found
+
+    def add(
+        self, call: Callable[..., Any], args: Sequence[Any], found: Any, kwargs: Mapping[str, Any] | None = None
+    ) -> None:
+        """Notes a call and its results."""
+        several = isinstance(found, tuple | list)
+        made: list[Any] = list(found) if several else [found]
+        node = self.graph.call_function(call, *tree_map(self._node_of, (tuple(args), dict(kwargs or {}))))
         self.bytes += sum(each.nbytes for each in made if _storage(each) not in self.outer)
         if self.bytes > BYTES:
             raise RecordError("its tensors are so large that calls cost little")
         for k, each in enumerate(made):
             self._know(each, self.graph.call_function(operator.getitem, (node, k)) if several else node)
-        return found
 
     def _know(self, tensor: Tensor, node: fx.Node) -> None:
         self.nodes[id(tensor)] = node
@@ -272,6 +324,8 @@ class _Recorder(TorchDispatchMode):
     def _is_pure(self, node: fx.Node) -> bool:
         """Whether the call may run once for several, at any time."""
         func: Any = node.target
+        if not isinstance(func, OpOverload):
+            return False
         touched = self._storages(node).union(*map(self._storages, node.all_input_nodes))
         return Tag.nondeterministic_seeded not in func.tags and not touched & self.written
 
@@ -301,6 +355,9 @@ class _Recorder(TorchDispatchMode):
     def _quicken(self, node: fx.Node) -> None:
         """Takes the function of ``torch`` that does the same with half the overhead."""
         func: Any = node.target
+        if func in KERNELS:
+            node.target = cast(Callable[..., Any], KERNELS[func])
+            return
         quick = getattr(torch._C._VariableFunctions, func._schema.name.removeprefix("aten::"), None)
         if quick is not None and not node.kwargs and not func._schema.is_mutable:
             node.target = quick

@@ -1,0 +1,221 @@
+"""Many training steps in one call of machine code, which a second process compiles and the disk keeps."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from pyro_flows.infer.machine.budget import Budget
+from pyro_flows.infer.machine.graph import Graph, alike
+from pyro_flows.infer.machine.optimizers import BETAS, EPS, AdamW
+
+__all__ = ["Compile", "CompiledSteps", "cache_folder"]
+
+Compile = Literal["auto"] | bool
+STEPS = 64  # at most in a call
+COST = 30.0, 0.05  # seconds of compiling, in all and for each call in the graph
+GAIN = 2.0  # least time left, in units of that cost
+LEAST = 1.0  # seconds left that a file on disk is worth
+FILES = 100  # kept on disk
+CHECKED = 3  # steps that are compared with plain ones
+CALL = 0.25  # seconds of a call, after which a fit can be interrupted
+
+WORKER = Path(__file__).with_name("compile_worker.py")
+
+_told: set[str] = set()
+
+
+def cache_folder() -> Path:
+    """The folder of compiled steps: ``PYRO_FLOWS_CACHE``, or ``pyro_flows`` in the user's folder of caches."""
+    own = os.environ.get("PYRO_FLOWS_CACHE")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pyro_flows"
+
+
+class CompiledSteps:
+    """Training steps that a second process compiles while plain ones go on.
+
+    ``compile`` says whether: ``"auto"`` where the fit will take much longer than compiling, or the file is there;
+    ``True`` waits for it.  Files are named by a checksum of graph, shapes, torch and processor.
+
+    Attributes:
+        why_not: why steps are not compiled, if so.
+        trusted: whether the first compiled steps were found equal to plain ones.
+    """
+
+    def __init__(self, compile: bool | str, why_not: str | None = None) -> None:
+        self.compile, self.why_not = compile, why_not if compile else "compile=False"
+        self._run: Any = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._path: Path | None = None
+        self._constants: list[Tensor] = []
+        self._steps = STEPS
+        self.trusted = False
+
+    def consider(
+        self, graph: Graph | None, optimizer: AdamW, index: Tensor, tables: Sequence[Tensor], seconds: float
+    ) -> None:
+        """Starts compiling ``graph`` if that pays in a fit with ``seconds`` left, or takes it from disk.
+
+        ``graph`` is of the parameters and of rows of ``tables`` that a row of ``index``, shape ``(steps, rows)``,
+        names; it returns a score and the gradients.
+        """
+        if self.why_not is not None or self._path is not None or graph is None:
+            return
+        if not graph.portable:
+            self.refuse("a kernel of this flow is no plain operation of torch")
+            return
+        self._constants = [each.detach().clone(memory_format=torch.contiguous_format) for each in graph.constants]
+        steps = min(STEPS, len(index))
+        inputs = [*self._inputs(optimizer, 1.0, [0.0] * steps, [0.0] * steps, index, tables), self._constants]
+        pairs = zip(optimizer.offsets, optimizer.parameters, strict=True)
+        request = {
+            "code": graph.program.code,
+            "places": [(at, p.numel(), tuple(p.shape)) for at, p in pairs],
+            "parts": [(speed, part.start, part.stop) for speed, part in optimizer.parts.items()],
+            "betas": BETAS,
+            "eps": EPS,
+            "threads": torch.get_num_threads(),
+        }
+        self._steps = steps
+        self._path = cache_folder() / f"{_checksum(request, inputs)}.pt2"
+        if self._path.exists():
+            if self.compile is True or seconds > LEAST:
+                self._load()
+            else:
+                self.why_not = "the fit is too short"
+            return
+        cost = COST[0] + COST[1] * len(graph)
+        if self.compile is not True and seconds < GAIN * cost:
+            self._path = None  # steps may turn out slower
+            return
+        if shutil.which(os.environ.get("CXX", "g++")) is None and shutil.which("clang++") is None:
+            self._give_up("no C++ compiler was found (g++, clang++, or CXX)")
+            return
+        try:
+            self._start({**request, "inputs": inputs}, self._path)
+        except OSError as error:
+            self._give_up(f"the cache of compiled steps cannot be written ({error}); set PYRO_FLOWS_CACHE")
+        if self.compile is True and self._process is not None:
+            self._process.wait()
+
+    def ready(self) -> bool:
+        """Whether compiled steps are there."""
+        if self._process is not None and self._process.poll() is not None:
+            code = self._process.returncode
+            self.close()
+            if code == 0 and self._path is not None and self._path.exists():
+                self._load()
+            else:
+                self._give_up(f"the compiler failed (exit status {code})")
+        return self._run is not None
+
+    def at_once(self, most: int, budget: Budget, last: int | None) -> int:
+        """Returns the steps of the next call, which takes a part of a second."""
+        if not self.trusted:
+            most = min(most, CHECKED)
+        if last is not None:
+            most = min(most, last - budget.done)
+        seconds = min(CALL, budget.left())
+        return max(1, min(most, self._steps, int(seconds / max(budget.step_seconds, 1e-9))))
+
+    def agrees(self, optimizer: AdamW, state: Sequence[Tensor]) -> bool:
+        """Whether plain steps gave the same buffers; compiled steps are trusted from then on."""
+        self.trusted = all(map(alike, state[:3], optimizer.buffers[:3]))
+        return self.trusted
+
+    def run(
+        self,
+        optimizer: AdamW,
+        most: float | None,
+        factors: Sequence[float],
+        weights: Sequence[float],
+        index: Tensor,
+        tables: Sequence[Tensor],
+    ) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Takes a step for each row of ``index``; returns the new buffers, and each step's score and norm."""
+        rates = [optimizer.lr * factor for factor in factors]
+        given = self._inputs(optimizer, most, rates, weights, index, tables)
+        flat = [*given[0], *given[1:-1], *given[-1], *self._constants]
+        scores, norms, *buffers = self._run(flat)
+        return buffers, scores[: len(factors)], norms[: len(factors)]
+
+    def close(self) -> None:
+        """Stops the second process."""
+        if self._process is not None:
+            if self._process.poll() is None:
+                os.killpg(self._process.pid, signal.SIGKILL)
+                self._process.wait()
+            self._process = None
+            self._work.cleanup()
+
+    def refuse(self, why_not: str) -> None:
+        """Goes on without compiled steps."""
+        self._run, self.why_not = None, why_not
+
+    def _inputs(
+        self,
+        optimizer: AdamW,
+        most: float | None,
+        rates: Sequence[float],
+        weights: Sequence[float],
+        index: Tensor,
+        tables: Sequence[Tensor],
+    ) -> list[Any]:
+        like, steps = optimizer.values, self._steps
+        settings = torch.tensor([float("inf") if most is None else most, optimizer.weight_decay], dtype=like.dtype)
+        padded = torch.zeros(2, steps, dtype=like.dtype)
+        padded[0, : len(rates)], padded[1, : len(weights)] = torch.tensor(rates), torch.tensor(weights)
+        rows = index.new_zeros(steps, index.shape[1])
+        rows[: len(index)] = index[:steps]
+        count = torch.tensor(len(rates))
+        return [optimizer.buffers, settings, count, padded[0].clone(), padded[1].clone(), rows, list(tables)]
+
+    def _start(self, request: dict[str, Any], path: Path) -> None:
+        folder = path.parent
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for old in sorted(folder.iterdir(), key=lambda each: each.stat().st_mtime)[:-FILES]:
+            shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+        self._work = tempfile.TemporaryDirectory(dir=folder)
+        given = os.path.join(self._work.name, "request.pt")
+        torch.save(request, given)
+        self._process = subprocess.Popen(
+            [sys.executable, str(WORKER), given, str(path)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # to stop the compiler's own processes, too
+        )
+
+    def _load(self) -> None:
+        # What torch._inductor.aoti_load_package does, without loading the compiler.
+        try:
+            self._run = torch._C._aoti.AOTIModelPackageLoader(str(self._path), "model", True, 1, -1).run
+        except RuntimeError as error:
+            self._give_up(f"the compiled steps in {str(self._path)!r} cannot be loaded ({error}); delete the file")
+
+    def _give_up(self, why_not: str) -> None:
+        self.refuse(why_not)
+        if why_not not in _told:
+            _told.add(why_not)
+            warnings.warn(f"training goes on without compiled steps: {why_not}", RuntimeWarning, stacklevel=2)
+
+
+def _checksum(request: dict[str, Any], inputs: list[Any]) -> str:
+    leaves = tree_leaves(inputs)
+    layout = [(tuple(each.shape), each.stride(), str(each.dtype)) for each in leaves]
+    machine = platform.machine(), sys.platform, torch.backends.cpu.get_cpu_capability(), torch.__version__
+    worker = WORKER.read_bytes()
+    return hashlib.sha256(repr((sorted(request.items()), layout, machine)).encode() + worker).hexdigest()[:32]
