@@ -159,7 +159,7 @@ def near(one, two, atol):
     for name, value in state.items():
         torch.testing.assert_close(value, other_state[name], rtol=0, atol=atol, msg=lambda text, n=name: f"{n}: {text}")
     for name in history.keys() - {"seconds"}:
-        assert history[name] == pytest.approx(other_history[name], abs=1e-6, nan_ok=True), name
+        assert history[name] == pytest.approx(other_history[name], rel=1e-9, abs=1e-6, nan_ok=True), name
 
 
 def same(one, two):
@@ -358,7 +358,8 @@ def schools(y, kind=None):
     tau = pyro.sample("tau", dist.HalfCauchy(zero + 5.0))
     if kind == "alone":
         float(mu)  # neither broadcasts nor goes through vmap
-    if kind == "raises" and len(mu.flatten()) == 64 and mu.max() > 15:  # half of the draws of a step
+    # In some steps of two processes, which have 64 draws each.
+    if kind == "raises" and len(mu.flatten()) == 64 and mu.max() > mu.mean() + 2.4 * mu.std():
         raise ValueError("too far")
     if kind == "parts":
         with pyro.plate("schools", 8, subsample_size=4) as at:
@@ -578,11 +579,12 @@ def killed(target, path):
 
 
 class Noisy(nn.Module):
-    """A density whose training draws random numbers, other ones in each process."""
+    """A density whose training draws random numbers and keeps statistics, other ones in each process."""
 
     def __init__(self):
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(1, 8), nn.Dropout(0.5), nn.Linear(8, 1)).double()
+        layers = nn.BatchNorm1d(1), nn.Linear(1, 8), nn.Dropout(0.5), nn.Linear(8, 1)
+        self.net = nn.Sequential(*layers).double()
 
     def log_prob(self, value):
         return -0.5 * ((value[:, 1] - self.net(value[:, :1])[:, 0]) ** 2 + value[:, 0] ** 2)
@@ -590,14 +592,10 @@ class Noisy(nn.Module):
 
 def noisy(checkpoint=None):
     torch.manual_seed(1)
-    loader = (
-        shards()
-        if checkpoint == "loader"
-        else DataLoader(rows(80)[rank() :: 2], 9, shuffle=True, generator=torch.Generator().manual_seed(rank()))
-    )
-    return None, told(
-        pf.fit_density(Noisy(), loader, max_epochs=12, progress=False, checkpoint=checkpoint, checkpoint_every=2)
-    )
+    own = torch.Generator().manual_seed(rank())
+    loader = DataLoader(rows(80)[rank() :: 2], 9, shuffle=True, generator=own)
+    options = {"max_epochs": 12, "progress": False, "checkpoint": checkpoint, "checkpoint_every": 2}
+    return None, told(pf.fit_density(Noisy(), loader, **options))
 
 
 @pytest.mark.parametrize("target", ["both", "second"])

@@ -246,6 +246,7 @@ class DensityTraining(TrainingLoop):
     def _close_epoch(self, bar: tqdm) -> None:
         self.density.eval()
         self.flow.eval()
+        processes.average_buffers(self.flow)
         with self._averaged():
             with self.objective.fixed():
                 held_out = mean_score(self._score, self.validation, self.sizes.batch_size)

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 __all__ = [
+    "average_buffers",
     "averaged",
     "clock",
     "count",
@@ -321,6 +322,22 @@ def made_alike(module: nn.Module) -> None:
     """Copies parameters and buffers of the first process to the others."""
     if _active() is not None:
         module.load_state_dict(from_first(module.state_dict))
+
+
+@torch.no_grad()
+def average_buffers(module: nn.Module) -> None:
+    """Averages buffers of real numbers, such as running statistics, over all processes."""
+    meeting = _active()
+    buffers = [each for each in module.buffers() if each.is_floating_point() and each.numel()]
+    if meeting is None or not buffers:
+        return
+    meeting.exchange("buffers")
+    for buffer in buffers:
+        first = buffer.clone()
+        distributed.broadcast(first, 0)
+        change = buffer - first  # exactly 0 if all are alike
+        distributed.all_reduce(change)
+        buffer.copy_(first + change / meeting.size)
 
 
 def primed(module: nn.Module, call: Callable[[], object]) -> None:
