@@ -119,7 +119,7 @@ def density(steps: int, checkpoint: str | None = None, kill: int = 0) -> tuple[l
 
 def guide(steps: int) -> tuple[list[Tensor], dict[str, Tensor]]:
     y = torch.tensor([28.0, 8, -3, 7, -1, 1, 18, 12], dtype=torch.float64)
-    seen, fit = watched(lambda: fit_guide(AutoFlow(schools, seed=0), y, steps=steps, progress=False))
+    seen, fit = watched(lambda: fit_guide(AutoFlow(schools, seed=0, num_particles=128), y, steps=steps, progress=False))
     return seen, dict(fit.flow.state_dict())
 
 
