@@ -24,6 +24,7 @@ from pyro_flows.inverse.buffers import ForwardSweep, ReverseSweep, Solver, colum
 from pyro_flows.inverse.newton_adjoint import vmapped
 from pyro_flows.nets.activations import slope
 from pyro_flows.nets.masked_pass import plain_network, split_parameters
+from pyro_flows.nets.structure import keep as masked
 from pyro_flows.univariate.base import Univariate
 
 __all__ = ["KERNELS", "solve"]
@@ -37,6 +38,7 @@ def solve(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
     masks: Sequence[Tensor],
+    known: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Solves for ``x``, everything by rank; exact, and differentiable in all tensors.
 
@@ -50,6 +52,7 @@ def solve(
         weights: one matrix per layer; values in masked places are not used.
         biases: of the layers after the first.
         masks: one per weight, an integer of its element's size with all bits set where the weight counts.
+        known: the solution, if it is known: then only its gradient takes a sweep.
 
     Returns:
         ``x`` with the shape of ``z``, and the log-determinant of ``z -> x``, shape ``(*batch,)``.
@@ -63,7 +66,9 @@ def solve(
         bias = first_bias.expand(*batch, -1).reshape(-1, first_bias.shape[-1])
     tensors = [*weights, *biases, *masks]
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (flat, bias, *tensors))
-    if by_hand() and keep:
+    if by_hand() and keep and known is not None and known.shape == flat.shape:
+        x, ladj, _ = _At.apply(flat, bias, solver.handle, known, *tensors)
+    elif by_hand() and keep:
         x, ladj, _ = _apply_plainly(flat, bias, solver.handle, *tensors)
     elif plain_eager():
         with torch._C._AutoDispatchBelowAutograd():  # nothing to record: spares each small call a look
@@ -176,6 +181,40 @@ class _Solve(torch.autograd.Function):
 
 # apply() without its search for transforms of torch.func, for plain eager calls.
 _apply_plainly = super(torch.autograd.Function, _Solve).apply
+
+
+class _At(_Solve):
+    """As :class:`_Solve`, at a known solution: all units at once."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        z: Tensor, first_bias: Tensor, handle: str, x: Tensor, *tensors: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        solver, (weights, biases, masks) = named(handle), _groups(tensors)
+        s, value, pre = solver.structure, x.T, []
+        for k, (weight, mask) in enumerate(zip(weights, masks, strict=True)):
+            bias = biases[k - 1].unsqueeze(-1) if k else first_bias.T
+            pre.append(torch.addmm(bias, masked(weight, mask), value))
+            if k < len(s.widths):
+                if k in s.joins:
+                    pre[k] = pre[k] + pre[k - 2]
+                value = solver.activations[k](pre[k])
+                if s.in_place(solver.activations[k]):
+                    pre[k] = value
+        params = pre.pop().unflatten(0, (s.num_params, s.input_dim))
+        ladj = solver.univariate.run(True, z.T, params)[1]
+        tape = torch.cat([params.transpose(0, 1).flatten(0, 1), ladj, *pre])
+        return x.view_as(x), ladj.sum(0), tape.T
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+        z, first_bias, handle, _, *tensors = inputs
+        _Solve.setup_context(ctx, (z, first_bias, handle, *tensors), output)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        dz, dbias, none, *rest = _Solve.backward(ctx, *cotangents)
+        return dz, dbias, none, None, *rest
 
 
 def _first_order(

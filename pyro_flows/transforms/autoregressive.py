@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_flows.core.checks import choice
 from pyro_flows.core.transform import FlowTransform
@@ -36,6 +37,8 @@ class Autoregressive(FlowTransform):
         Masked Autoregressive Flow for Density Estimation (Papamakarios et al., 2017), arXiv:1705.07057.
         Improved Variational Inference with Inverse Autoregressive Flow (Kingma et al., 2016), arXiv:1606.04934.
     """
+
+    _preimages: list[Tensor] | None = None
 
     def __init__(
         self,
@@ -74,19 +77,38 @@ class Autoregressive(FlowTransform):
         slow = f"1 sweep of {structure.num_steps} steps"
         self.sampling_cost, self.density_cost = (slow, "1 pass") if fast == "density" else ("1 pass", slow)
 
+    @classmethod
+    @contextmanager
+    def remembering(cls, module: nn.Module) -> Iterator[None]:
+        """Within it, a sweep of what a module's layers just made from one pass goes on from there.
+
+        The caller promises that each value is inverted at most once, right after it was made.
+        """
+        layers = [each for each in module.modules() if isinstance(each, cls) and each.fast == "sampling"]
+        for layer in layers:
+            layer._preimages = []
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer._preimages = None
+
     def _shaped(self, flat: Tensor) -> Tensor:
         return flat if len(self.event_shape) == 1 else flat.unflatten(-1, self.event_shape)
 
     def _one_pass(self, value: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         net = self.net
         ranked = net.to_ranks(value.flatten(-len(self.event_shape)))
+        if self._preimages is not None:
+            self._preimages.append(ranked.detach())
         moved, ladj = net.ranked(ranked, context, self.univariate)
         return self._shaped(net.from_ranks(moved)), ladj
 
     def _sweep(self, value: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         weights, biases, masks = self.net.tensors()
         ranked = self.net.to_ranks(value.flatten(-len(self.event_shape)))
-        solved, ladj = solve(self.solver, ranked, self.net.first_bias(context), weights, biases[1:], masks)
+        known = self._preimages.pop() if self._preimages else None
+        solved, ladj = solve(self.solver, ranked, self.net.first_bias(context), weights, biases[1:], masks, known)
         return self._shaped(self.net.from_ranks(solved)), ladj
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -22,6 +22,7 @@ from pyro_flows.infer.machine.loop import TrainingLoop
 from pyro_flows.infer.machine.optimizers import AdamW
 from pyro_flows.infer.machine.pace import rows_at_once
 from pyro_flows.infer.models.joint import FAILURES
+from pyro_flows.transforms import Autoregressive
 
 __all__ = ["CHECKPOINT", "GuideTraining", "History", "speeds_of"]
 
@@ -247,17 +248,13 @@ class GuideTraining(TrainingLoop):
 
     def _gradients(self, flow: Flow, optimizer: AdamW, emphatic: bool, weight: Tensor) -> list[Tensor | None]:
         """Returns mean, spread and number of the finite log p - log q, and the gradient for each parameter."""
-        draws, log_q = self._drawn(flow)
-        z = draws.detach()
-        log_p, pull = unrecorded(self._pulled, z)
+        with Autoregressive.remembering(flow):
+            draws, log_q = self._drawn(flow)
+            z = draws.detach()
+            push = self._push(flow, z) if self.path_gradient else torch.zeros_like(z)
+        log_p, pull = unrecorded(self._pulled, draws.detach())
         fine = log_p.isfinite() & pull.isfinite().all(-1)
-        toward = weight * pull
-        if self.path_gradient:
-            z = z.requires_grad_()
-            with frozen(flow.chain):
-                value = flow.score(z)
-            # Sums, because gradients given to grad() make torch import its compiler.
-            toward = toward - torch.autograd.grad(value.sum(), z)[0]
+        toward = weight * pull - push
         with torch.no_grad():
             known = log_p - log_q, fine, fine & toward.isfinite().all(-1)
             # Weights of the draws of all processes, which add up their gradients.
@@ -291,6 +288,14 @@ class GuideTraining(TrainingLoop):
             if processes.count() == 1:
                 raise
             return torch.full_like(z[:, 0], math.nan), torch.full_like(z, math.nan)
+
+    def _push(self, flow: Flow, z: Tensor) -> Tensor:
+        """Returns the gradient of log q at draws, with fixed parameters."""
+        z = z.requires_grad_()
+        with frozen(flow.chain):
+            value = flow.score(z)
+        # Sums, because gradients given to grad() make torch import its compiler.
+        return torch.autograd.grad(value.sum(), z)[0]
 
     @torch.enable_grad()
     def _pull(self, z: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from types import FunctionType, MethodType
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import FunctionType
 from typing import Any, cast
 
 import torch
@@ -30,7 +30,7 @@ TURNS = {aten.t.default, aten.permute.default, aten.transpose.int}
 
 
 TRIALS = 2  # the first step of a fit may set up buffers
-SHAPES = 4  # recordings at most
+SHAPES, RECORDINGS = 4, 12  # at most
 CHECKED = {2, 16, 256, 4096, 65536}  # calls that are compared with plain ones
 BYTES = 2**30  # of all tensors made, which are held while a call is recorded
 Results = Sequence[Tensor | None]
@@ -63,7 +63,7 @@ class Graph:
     def portable(self) -> bool:
         """Whether it consists of torch's own operations."""
         calls = [node.target for node in self.program.graph.nodes if node.op == "call_function"]
-        return not any(isinstance(each, MethodType | FunctionType | partial) for each in calls)
+        return not any(isinstance(each, FunctionType | _Call) for each in calls)
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Runs the computation anew, without gradients."""
@@ -83,6 +83,7 @@ class Replay:
         self.run, self.parameters, self.why_not = run, list(parameters), why_not
         self._graphs: dict[Any, Graph] = {}
         self._calls: dict[Any, int] = {}
+        self.recordings = 0
 
     def graph_of(self, *inputs: Tensor | None) -> Graph | None:
         """Returns the recording that was found right for inputs like these."""
@@ -98,25 +99,31 @@ class Replay:
         calls = self._calls[key] = self._calls.get(key, 0) + 1
         graph = self._graphs.get(key)
         if graph is None or not graph.holds:
+            self.recordings += 1
+            if self.recordings > RECORDINGS:
+                self.why_not = "what it reads keeps changing"
             return self._record(key, given, inputs)
         if calls not in CHECKED:
             return graph(*given)
-        plain: Results
-        with torch.random.fork_rng(devices=_devices(given)):
+        state = _random_state(given)
+        with _Call.shared():
             plain = self.run(*inputs)
-        try:
-            found = graph(*given)
-            if all(map(alike, found, plain)):
-                return found
-            self.why_not = "a recording of its step gives other numbers"
-        except (TypeError, RuntimeError) as error:
-            self.why_not = f"a recording of its step fails: {error}"
+            try:
+                with torch.random.fork_rng(devices=_devices(given)):
+                    _set_random_state(given, state)
+                    found = graph(*given)
+            except (TypeError, RuntimeError) as error:
+                self.why_not = f"a recording of its step fails: {error}"
+                return plain
+        if all(map(alike, found, plain)):
+            return found
+        self.why_not = "a recording of its step gives other numbers"
         return plain
 
     def _record(self, key: Any, given: Sequence[Tensor], inputs: Sequence[Tensor | None]) -> Results:
         if len(self._calls) > SHAPES:
             return self.run(*inputs)
-        state = [torch.get_rng_state(), *(torch.cuda.get_rng_state(each) for each in _devices(given))]
+        state = _random_state(given)
         try:
             found, self._graphs[key] = record(lambda: self.run(*inputs), given)
         except RecordError as error:
@@ -124,9 +131,7 @@ class Replay:
                 self.why_not = str(error)
         else:
             return found
-        torch.set_rng_state(state[0])
-        for each, known in zip(_devices(given), state[1:], strict=True):
-            torch.cuda.set_rng_state(known, each)
+        _set_random_state(given, state)
         return self.run(*inputs)
 
 
@@ -136,6 +141,16 @@ def _shapes(inputs: Sequence[Tensor | None]) -> Any:
 
 def _devices(tensors: Sequence[Tensor]) -> list[torch.device]:
     return list({each.device for each in tensors if each.is_cuda})
+
+
+def _random_state(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(each) for each in _devices(tensors))]
+
+
+def _set_random_state(tensors: Sequence[Tensor], state: Sequence[Tensor]) -> None:
+    torch.set_rng_state(state[0])
+    for each, known in zip(_devices(tensors), state[1:], strict=True):
+        torch.cuda.set_rng_state(known, each)
 
 
 def alike(a: Tensor | None, b: Tensor | None) -> bool:
@@ -163,15 +178,41 @@ def unrecorded(call: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> tupl
     """Calls a function of tensors, without gradients; a recording keeps the call as one step of its own."""
     recorder = _Recorder.active
     if recorder is None:
-        return call(*inputs)
+        found = call(*inputs)
+        if _Call.results is not None:
+            _Call.results.append(found)
+        return found
     with torch.utils._python_dispatch._pop_mode_temporarily(), recording(-1):
         _Recorder.active = None
         try:
             found = call(*inputs)
         finally:
             _Recorder.active = recorder
-    recorder.add(call, inputs, found)
+    recorder.add(_Call(call), inputs, found)
     return found
+
+
+class _Call:
+    """A call that a graph makes as it is."""
+
+    results: list[Any] | None = None
+    __name__ = "call"
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self.call = call
+
+    @classmethod
+    @contextmanager
+    def shared(cls) -> Iterator[None]:
+        """Within it, a graph takes over the results of a plain run before it."""
+        cls.results = []
+        try:
+            yield
+        finally:
+            cls.results = None
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        return _Call.results.pop(0) if _Call.results else self.call(*inputs)
 
 
 def record(run: Callable[[], Results], inputs: Sequence[Tensor]) -> tuple[Results, Graph]:
