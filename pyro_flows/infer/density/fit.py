@@ -140,6 +140,9 @@ def fit_density(
         except KeyboardInterrupt as stop:
             fit = stop.fit
 
+    If a process group of ``torch.distributed`` is initialized, its processes fit together.  Each calls this function,
+    with the same rows, of which it takes its part of each batch, or with a ``DataLoader`` of its own.
+
     A step costs one density pass and its gradient; an epoch adds one density pass over all validation rows.  With flow
     matching a step costs one evaluation of the field and its gradient, without a solve, and one density pass over the
     validation rows ends the fit.  The ``kinetic`` and ``jacobian`` penalties of continuous parts, in their own

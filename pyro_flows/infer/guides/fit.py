@@ -85,6 +85,9 @@ def fit_guide(
         except KeyboardInterrupt as stop:
             fit = stop.fit
 
+    If a process group of ``torch.distributed`` is initialized, its processes fit together. Each calls this function
+    with the same arguments, and takes its part of the draws.
+
     The model's own parameters (``pyro.param``, modules) are held at their present or first values, with a warning. The
     result keeps those of ``pyro.param``.
 
