@@ -129,7 +129,7 @@ def furthest(one: list[Tensor], two: list[Tensor]) -> float:
 
 def equality(steps: int) -> None:
     table = Table("two processes against one, float64", "gradient of a step", f"parameters after {steps} steps")
-    for name, fit in (("maf, batches of 101 rows", density), ("guide of eight schools", guide)):
+    for name, fit in {"maf, batches of 101 rows": density, "guide of eight schools": guide}.items():
         (first, state), (_, other) = together(partial(fit, steps))
         (alone, alone_state), *_ = together(partial(fit, steps), 1)
         assert all(torch.equal(value, other[key]) for key, value in state.items()), "processes differ"
@@ -138,13 +138,17 @@ def equality(steps: int) -> None:
     print(f"{table}\n")
 
 
+def both(steps: int, path: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A fit that goes on from a file, and one that never stopped."""
+    return density(steps, path)[1], density(steps)[1]
+
+
 def resumption(steps: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = f"{folder}/fit.pt"
         together(partial(density, steps, path, kill=steps * 2 // 3), killed=True)
         assert Path(path).exists(), "no checkpoint was written"
-        (_, resumed), _ = together(partial(density, steps, path))
-    (_, whole), _ = together(partial(density, steps))
+        (resumed, whole), _ = together(partial(both, steps, path))
     gap = furthest(list(resumed.values()), list(whole.values()))
     print(f"Killed after {steps * 2 // 3} of {steps} steps and resumed, against uninterrupted: {gap:.1e} apart\n")
 
@@ -257,12 +261,12 @@ def times(smoke: bool) -> None:
         found = together(partial(messages, width, 3 if smoke else 100))
         table.add(f"width {width}", *(f"{1e3 * max(pair):.2f} ms" for pair in zip(*found, strict=True)))
     print(f"{table}\n")
-    table = Table("", "one process", "two", "ratio")
+    table, sizes = Table("", "one process", "two", "ratio"), (1, 1) if smoke else (1, 2)
     for batch, width in ((64, 8),) if smoke else ((512, 128), (8192, 128)):
-        one, two = (max(together(partial(many, batch, width), size)) for size in (1, 2))
+        one, two = (max(together(partial(many, batch, width), size)) for size in sizes)
         table.add(f"density, step of {batch} rows", f"{1e3 * one:.1f} ms", f"{1e3 * two:.1f} ms", f"{one / two:.2f}")
     for count in (100,) if smoke else (1000, 20_000):
-        one, two = (together(partial(draws, count, 4 if smoke else 60), size)[0] for size in (1, 2))
+        one, two = (together(partial(draws, count, 4 if smoke else 60), size)[0] for size in sizes)
         name = f"guide, 128 draws of a model of {count} rows"
         for what, a, b in zip(("step", "whole fit"), one, two, strict=True):
             table.add(f"{name}, {what}", f"{1e3 * a:.1f} ms", f"{1e3 * b:.1f} ms", f"{a / b:.2f}")
