@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -81,7 +80,7 @@ class DensityTraining(TrainingLoop):
         self._resample = [f for module in flow.modules() if callable(f := getattr(module, "resample_masks", None))]
         self._foreign = replayable(self.density)
         resampled = "masks change between steps" if self._resample else None
-        self._step = Replay(self._loss_and_grads, self.parameters, self._foreign or resampled)
+        self._replay = Replay(self._loss_and_grads, self.parameters, self._foreign or resampled)
         self.compiled = CompiledSteps(settings.compile, self._uncompilable())
         self.best_state = self.snapshot()  # to return to if not even the first epoch ends well
 
@@ -107,33 +106,72 @@ class DensityTraining(TrainingLoop):
     def _train_epoch(self, bar: tqdm) -> None:
         self.density.train()
         self.flow.train()
-        total, rows = 0.0, 0
-        if isinstance(self.optimizer, AdamW) and isinstance(self.rows, Rows) and self.compiled.ready():
-            self._train_at_once(self.rows, self.optimizer, bar)
-            return
-        begin = processes.clock(), self.budget.done
-        for value, context, index in self.rows.batches(self.sizes.batch_size, self.shuffle):
-            if not len(value) and processes.count() == 1:
-                continue
-            for resample in self._resample:  # order-agnostic training: another order each step
-                resample()
-            score, seen = self._take_step(value, context, index)
-            if not seen:  # no process has rows left
-                break
-            total, rows = total + seen * score, rows + seen
-            bar.update(1)
+        total, rows, begin, before = 0.0, 0, processes.clock(), self.budget.done
+        for score, count, steps in self._steps():
+            total += score * count
+            rows += count
+            bar.update(steps)
             if self._limit() is not None:
                 break
         if not rows:
             raise ValueError("fit_density: the DataLoader given as data was empty in this pass; it must start anew")
         self.epoch += 1
         self._trained = total / rows
-        self.budget.step_seconds = (processes.clock() - begin[0]) / (self.budget.done - begin[1])
+        self.budget.step_seconds = (processes.clock() - begin) / (self.budget.done - before)
         if isinstance(self.optimizer, AdamW) and isinstance(self.rows, Rows):  # what can be compiled
             seconds = min(self.budget.left(), (self.sizes.total_steps - self.budget.done) * self.budget.step_seconds)
             index = self.rows.order(self.sizes.batch_size, torch.Generator())
-            graph = self._step.graph_of(value, context)
+            value, context, _ = self.rows.batch(index[0])
+            graph = self._replay.graph_of(value, context)
             self.compiled.consider(graph, self.optimizer, index, self.rows.tables, seconds)
+
+    def _steps(self) -> Iterator[tuple[float, int, int]]:
+        """Takes the steps of an epoch; yields the mean score and number of the rows of one or more, and theirs."""
+        rows, optimizer = self.rows, self.optimizer
+        if not (isinstance(rows, Rows) and isinstance(optimizer, AdamW) and self.compiled.ready()):
+            for value, context, index in rows.batches(self.sizes.batch_size, self.shuffle):
+                if len(value) or processes.count() > 1:
+                    score, seen = self._step(value, context, index)
+                    if not seen:  # no process has rows left
+                        return
+                    yield score, seen, 1
+            return
+        order = rows.order(self.sizes.batch_size, self.shuffle)
+        while len(order):
+            count = self.compiled.at_once(len(order), self.budget, self.settings.steps) if self.compiled.ready() else 1
+            scores = self._compiled_steps(rows, optimizer, order[:count])
+            if scores is None:
+                scores = torch.tensor([self._step(*rows.batch(each))[0] for each in order[:count]], dtype=torch.float64)
+            yield float(scores.double().mean()), order[:count].numel(), count
+            order = order[count:]
+
+    def _step(self, value: Tensor, context: Tensor | None, index: Tensor | None) -> tuple[float, int]:
+        for resample in self._resample:  # order-agnostic training: another order each step
+            resample()
+        return self._take_step(value, context, index)
+
+    def _compiled_steps(self, rows: Rows, optimizer: AdamW, pieces: Tensor) -> Tensor | None:
+        """Takes a step for each batch and returns their scores; ``None`` if plain ones must do."""
+        if not self.compiled.ready():
+            return None
+        factors = [self.schedule.factor(self.budget.fraction_after(k)) for k in range(len(pieces))]
+        weights = [self._weight(self.budget.done + 1 + k) for k in range(len(pieces))]
+        random = torch.get_rng_state()
+        state, scores, norms = self.compiled.run(
+            optimizer, self.settings.clip_norm, factors, weights, pieces, rows.tables
+        )
+        fine = bool((scores.isfinite() & norms.isfinite()).all())
+        if fine and self.compiled.trusted:
+            optimizer.assign(state)
+            self.budget.done += len(pieces)
+            self._factor = factors[-1]
+            return scores
+        # Plain steps say what is wrong, or whether the first compiled ones are right.
+        torch.set_rng_state(random)
+        scores = torch.tensor([self._step(*rows.batch(each)) for each in pieces], dtype=torch.float64)
+        if not fine or not self.compiled.agrees(optimizer, state):
+            self.compiled.refuse("compiled steps give other numbers than plain ones")
+        return scores
 
     def _uncompilable(self) -> str | None:
         if not isinstance(self.optimizer, AdamW) or not isinstance(self.rows, Rows):
@@ -142,37 +180,7 @@ class DensityTraining(TrainingLoop):
             return "steps of several processes exchange gradients"
         if self.rows.value.device.type != "cpu":
             return "steps are compiled for the CPU only"
-        return self._step.why_not
-
-    def _train_at_once(self, rows: Rows, optimizer: AdamW, bar: tqdm) -> None:
-        """Trains an epoch by compiled steps, many in a call."""
-        order, total, done = rows.order(self.sizes.batch_size, self.shuffle), 0.0, 0
-        while done < len(order):
-            count = self.compiled.at_once(len(order) - done, self.budget, self.settings.steps)
-            pieces = order[done : done + count]
-            factors = [self.schedule.factor(self.budget.fraction_after(k)) for k in range(len(pieces))]
-            weights = [self._weight(self.budget.done + 1 + k) for k in range(len(pieces))]
-            begin, random = time.monotonic(), torch.get_rng_state()
-            state, scores, norms = self.compiled.run(
-                optimizer, self.settings.clip_norm, factors, weights, pieces, rows.tables
-            )
-            fine = bool((scores.isfinite() & norms.isfinite()).all())
-            if not fine or not self.compiled.trusted:
-                torch.set_rng_state(random)
-                scores = torch.tensor([self._take_step(*rows.batch(piece))[0] for piece in pieces])
-                if not fine or not self.compiled.agrees(optimizer, state):
-                    self.compiled.refuse("compiled steps give other numbers than plain ones")
-            else:
-                optimizer.assign(state)
-                self.budget.done += count
-                self.budget.step_seconds = (time.monotonic() - begin) / count
-            self._factor = factors[-1]
-            total, done = total + float(scores.double().sum()), done + len(pieces)
-            bar.update(len(pieces))
-            if self._limit() is not None:
-                break
-        self.epoch += 1
-        self._trained = total / done
+        return self._replay.why_not
 
     def _score(self, value: Tensor, context: Tensor | None) -> Tensor:
         try:
@@ -208,7 +216,7 @@ class DensityTraining(TrainingLoop):
         mean: Tensor | None = None
         grads: Sequence[Tensor | None] = [None for _ in self.parameters]
         if len(value):
-            mean, *grads = self._step(value, context)
+            mean, *grads = self._replay(value, context)
         score = 0.0 if mean is None else float(mean)
         if not math.isfinite(score):
             self._raise_bad_score(f"{self.objective.noun} of a batch is {score}", value, context, index)

@@ -25,7 +25,12 @@ __all__ = ["Graph", "RecordError", "Replay", "alike", "record", "replayable", "u
 aten = torch.ops.aten
 ALIASES = {aten.detach.default, aten.alias.default, aten.lift_fresh.default}
 RESHAPES = {aten.view.default, aten.expand.default, aten._unsafe_view.default}
-LIKE = {aten.ones_like.default, aten.zeros_like.default, aten.full_like.default}  # of a shape alone
+LIKE = {  # of a shape alone
+    getattr(aten, f"{kind}{name}{like}").default
+    for name in ("ones", "zeros", "full")
+    for kind, like in (("new_", ""), ("", "_like"))
+}
+FACTORS = {"value", "alpha", "beta"}  # keywords that torch's functions share with the kernels
 TURNS = {aten.t.default, aten.permute.default, aten.transpose.int}
 
 
@@ -399,9 +404,13 @@ class _Recorder(TorchDispatchMode):
         if func in KERNELS:
             node.target = cast(Callable[..., Any], KERNELS[func])
             return
-        quick = getattr(torch._C._VariableFunctions, func._schema.name.removeprefix("aten::"), None)
-        if quick is not None and not node.kwargs and not func._schema.is_mutable:
+        name = func._schema.name.removeprefix("aten::")
+        homes = (torch._C._nn,) if func._schema.is_mutable else (torch._C._VariableFunctions, torch._C._nn)
+        quick = next((getattr(home, name) for home in homes if hasattr(home, name)), None)
+        if quick is not None and node.kwargs.keys() <= FACTORS:
             node.target = quick
+        elif not node.kwargs and hasattr(torch._C.TensorBase, name) and isinstance(node.args[0], fx.Node):
+            node.op, node.target = "call_method", name
 
 
 def _order(node: fx.Node) -> Sequence[int]:

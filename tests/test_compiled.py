@@ -1,0 +1,170 @@
+"""Training steps compiled in a second process: the same numbers, kept on disk, and never in the way."""
+
+import math
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from asserts import refuses
+
+import pyro_flows as pf
+from pyro_flows.infer.density.loop import DensityTraining
+from pyro_flows.infer.machine import compiled
+
+pytestmark = pytest.mark.filterwarnings("ignore:fit_density")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYRO_FLOWS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(compiled, "_told", set())
+    return tmp_path / "cache"
+
+
+def fit(build=lambda: pf.maf(3, num_layers=2, hidden_dims=(8,)), context=None, rows=300, **options):
+    torch.manual_seed(0)
+    flow = build().double()
+    data = torch.randn(rows, 3, dtype=torch.float64).cumsum(1).sinh()
+    options = {"steps": 200, "batch_size": 50, "patience": 1000, "seed": 0, "progress": False, **options}
+    return pf.fit_density(flow, data, context=context, **options)
+
+
+def parameters(found):
+    return torch.cat([p.detach().reshape(-1) for p in found.flow.parameters()])
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """The compiled steps of each fit."""
+    seen = []
+    train = DensityTraining.train
+
+    def watch(self):
+        seen.append(self.compiled)
+        train(self)
+
+    monkeypatch.setattr(DensityTraining, "train", watch)
+    return seen
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", ["plain", "everything"])
+def test_numbers_are_those_of_plain_steps(kind, cache, trained):
+    options = {}
+    if kind == "everything":
+        context = torch.randn(300, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        options = {
+            "build": lambda: pf.nsf(3, num_layers=2, hidden_dims=(8,), context_dim=2),
+            "context": context,
+            "clip_norm": 0.5,
+            "average": 0.9,
+            "weight_decay": 0.1,
+            "schedule": "cosine",
+            "max_epochs": 34,
+        }
+    plain = fit(compile=False, **options)
+    for _ in range(2):  # the second finds the file
+        found = fit(compile=True, **options)
+        assert trained[-1].trusted and trained[-1].why_not is None
+        torch.testing.assert_close(parameters(found), parameters(plain), rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(found.history["train"], plain.history["train"], rtol=1e-6, atol=1e-8)
+        assert found.history["step"] == plain.history["step"] and found.history["lr"] == plain.history["lr"]
+        assert [each.suffix for each in cache.iterdir()] == [".pt2"]
+
+
+def test_a_short_fit_does_not_wait(monkeypatch, trained):
+    monkeypatch.setattr(compiled, "COST", (0.0, 0.0))
+    plain = fit(compile=False)
+    begin = time.monotonic()
+    found = fit(compile="auto")
+    spent = time.monotonic() - begin
+    assert trained[-1]._process is None and trained[-1]._path is not None  # begun, and stopped
+    assert torch.equal(parameters(found), parameters(plain))
+    assert spent < 20
+    assert not any("compile_worker" in each for each in _children())
+
+
+def _children():
+    told = subprocess.run(["ps", "-o", "ppid=,args="], capture_output=True, text=True, check=False).stdout
+    return [line for line in told.splitlines() if line.split()[:1] == [str(os.getpid())]]
+
+
+def test_what_would_not_pay_is_not_begun(cache, trained):
+    fit(compile="auto")
+    assert trained[-1]._process is None and trained[-1]._path is None and not cache.exists()
+
+
+@pytest.mark.parametrize("fault", ["no compiler", "worker", "file", "folder"])
+def test_faults_are_told_once(fault, cache, monkeypatch, tmp_path, trained):
+    told = {"no compiler": "no C.. compiler", "worker": "exit status 3", "file": "cannot be loaded", "folder": "cache"}
+    if fault == "no compiler":
+        monkeypatch.setattr(compiled.shutil, "which", lambda name: None)
+    elif fault == "folder":
+        cache.write_text("a file")
+    else:
+        worker = tmp_path / "worker.py"
+        make = "open(sys.argv[2], 'w').write('no archive')" if fault == "file" else "sys.exit(3)"
+        worker.write_text(f"import sys; {make}")
+        monkeypatch.setattr(compiled, "WORKER", worker)
+    plain = fit(compile=False, steps=30)
+    with pytest.warns(RuntimeWarning, match=told[fault]) as warned:
+        found = fit(compile=True, steps=30)
+        fit(compile=True, steps=30)
+    assert len([each for each in warned if "without compiled steps" in str(each.message)]) == 1
+    assert torch.equal(parameters(found), parameters(plain))
+
+
+@pytest.mark.parametrize("score", [0.0, math.nan])
+def test_steps_that_differ_are_refused(score, trained, monkeypatch):
+    monkeypatch.setattr(compiled.CompiledSteps, "ready", lambda self: self.why_not is None and self._path is not None)
+    monkeypatch.setattr(compiled.CompiledSteps, "_start", lambda self, request, path: None)
+
+    def wrong(self, optimizer, most, factors, *others):
+        moved = [each + 0.1 for each in optimizer.buffers]
+        return moved, torch.full((len(factors),), score), torch.zeros(len(factors))
+
+    monkeypatch.setattr(compiled.CompiledSteps, "run", wrong)
+    plain = fit(compile=False)
+    found = fit(compile=True)
+    assert trained[-1].why_not == "compiled steps give other numbers than plain ones"
+    assert torch.equal(parameters(found), parameters(plain))
+
+
+class Own(torch.nn.Module):
+    """A user's density, which may count its calls."""
+
+    event_shape, context_dim = torch.Size([3]), 0
+
+    def __init__(self):
+        super().__init__()
+        self.loc = torch.nn.Parameter(torch.zeros(3))
+        self.calls = 0
+
+    def log_prob(self, value):
+        self.calls += 1
+        return -(value - self.loc).square().sum(-1) * (1.0 + 0.01 * self.calls)
+
+
+def test_foreign_code_is_called_each_time(trained):
+    torch.manual_seed(0)
+    density = Own()
+    pf.fit_density(density, torch.randn(200, 3), steps=30, batch_size=20, progress=False, compile=True, seed=0)
+    assert trained[-1].why_not is not None and "Own is foreign code" in trained[-1].why_not
+    assert density.calls >= 30
+
+
+def test_wrong_choice():
+    refuses(ValueError, "expected compile to be 'auto'", fit, compile="always")
+
+
+@pytest.mark.full
+def test_the_package_loads_no_compiler_for_a_fit():
+    code = (
+        "import sys, torch, pyro_flows as pf\n"
+        "pf.fit_density(pf.maf(2), torch.randn(200, 2), steps=20, progress=False)\n"
+        "assert not {'torch._dynamo', 'torch._inductor', 'sympy'} & set(sys.modules), sorted(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
