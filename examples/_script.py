@@ -1,15 +1,13 @@
-"""What the scripts share: command lines, colors, pictures, and the small data sets beside them."""
+"""What the scripts share: colors, pictures, and the small data sets beside them."""
 
-import argparse
-import tempfile
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
+from _command import command
 from matplotlib import pyplot as plt
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
@@ -32,36 +30,6 @@ STYLE = {
     "ytick.labelsize": 8,
 }
 FOLDER = Path(__file__).parent / "data"
-
-
-def command(
-    doc: str, smoke: str, *, folder: str = "", picture: bool = False, **options: Mapping[str, object]
-) -> Namespace:
-    """Reads the command line of a script.
-
-    Args:
-        doc: the script's docstring.
-        smoke: what ``--smoke`` does.
-        folder: what the positional folder holds, for a script that needs one unless it is a smoke run.
-        picture: whether the script leaves a picture in ``--out``, which is made.
-        **options: arguments of ``add_argument`` by the name of the option.
-    """
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    if folder:
-        parser.add_argument("folder", type=Path, nargs="?", help=folder)
-    parser.add_argument("--smoke", action="store_true", help=smoke)
-    for name, how in options.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", **how)
-    if picture:
-        parser.add_argument("--out", type=Path, help="folder for pictures (default: out, temporary with --smoke)")
-    args = parser.parse_args()
-    if folder and args.folder is None and not args.smoke:
-        parser.error("give the folder of the data, or --smoke")
-    if picture:
-        args.out = args.out or Path(tempfile.mkdtemp() if args.smoke else "out")
-        args.out.mkdir(parents=True, exist_ok=True)
-        matplotlib.use("Agg")
-    return args
 
 
 def begin(doc: str, **options: Mapping[str, object]) -> Namespace:

@@ -4,9 +4,9 @@ Other names than these are in the subpackages, which need no import, as in ``pyr
 """
 
 import importlib
-from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-from pyro_flows import distributions, flows, infer, nets, transforms, univariate
+from pyro_flows import distributions, flows, nets, transforms, univariate
 from pyro_flows.core.chain import Chain
 from pyro_flows.core.transform import FlowTransform, Inverse
 from pyro_flows.core.wrap import Wrap
@@ -22,7 +22,6 @@ from pyro_flows.distributions import (
     bits_per_dim,
 )
 from pyro_flows.flows import causal_maf, cnf, glow, iaf, maf, mintnet, multiscale_realnvp, ncsf, nice, nsf, realnvp
-from pyro_flows.infer import AutoFlow, fit_density, fit_guide, load_guide
 from pyro_flows.transforms import (
     ActNorm,
     Autoregressive,
@@ -37,6 +36,12 @@ from pyro_flows.transforms import (
     Standardization,
 )
 from pyro_flows.univariate import Spline
+
+if TYPE_CHECKING:
+    from pyro_flows import infer as infer
+    from pyro_flows import plots as plots
+    from pyro_flows import testing as testing
+    from pyro_flows.infer import AutoFlow, fit_density, fit_guide, load_guide
 
 __version__ = "0.1.0"
 
@@ -83,13 +88,16 @@ __all__ = [
     "realnvp",
 ]
 
-_LOADED = {module.__name__.rpartition(".")[2] for module in (distributions, flows, infer, nets, transforms, univariate)}
-_ON_USE = {"plots", "testing"}
+_LOADED = {module.__name__.rpartition(".")[2] for module in (distributions, flows, nets, transforms, univariate)}
+_ON_USE = {"infer", "plots", "testing"}
+_OF_INFER = {"AutoFlow", "fit_density", "fit_guide", "load_guide"}
 
 
-def __getattr__(name: str) -> ModuleType:
+def __getattr__(name: str) -> Any:
     if name in _ON_USE:
         return importlib.import_module(f"{__name__}.{name}")
+    if name in _OF_INFER:
+        return getattr(importlib.import_module(f"{__name__}.infer"), name)
     raise AttributeError(
         f"module {__name__!r} has no attribute {name!r}; names that are not here are in "
         f"{', '.join(sorted(_LOADED | _ON_USE))}"

@@ -59,9 +59,14 @@ class Case:
         return x.abs() + 0.1 if self.positive else x
 
 
+def seeded(seed: int) -> torch.Generator:
+    """A generator of the default device."""
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
+
+
 def shake(module: nn.Module, scale: float = 0.5, seed: int | None = None) -> nn.Module:
     """Moves all parameters far from where they start, zeros included, by normal noise; returns the module."""
-    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    generator = None if seed is None else torch.Generator(next(module.parameters()).device).manual_seed(seed)
     with torch.no_grad():
         for p in module.parameters():
             p.add_(scale * torch.randn(p.shape, generator=generator, dtype=p.dtype, device=p.device))
@@ -307,7 +312,7 @@ def _leaves() -> Iterator[Case]:
 
     def preconditioner(name: str, size: int, full: bool) -> Case:
         def build(_: int) -> pf.FlowTransform:
-            generator = torch.Generator().manual_seed(0)
+            generator = seeded(0)
 
             def normal(*shape: int) -> Tensor:
                 return torch.randn(*shape, generator=generator, dtype=torch.float64).to(torch.get_default_dtype())

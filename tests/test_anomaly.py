@@ -7,7 +7,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from asserts import refuses
-from cases import shake
+from cases import seeded, shake
 from torch import nn
 
 import pyro_flows as pf
@@ -42,11 +42,11 @@ def test_bits_are_the_mean_over_fixed_draws():
     want = -terms.mean(0).double() / (6 * math.log(2))
     got = detector.bits(rows)
     assert got.dtype == torch.float64 and got.device.type == "cpu" and not got.requires_grad
-    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got, want.cpu(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(detector.reference, got.sort().values)
     assert detector.mean == pytest.approx(float(got.mean()))
     # The same in any batch, order and kind of array.
-    for same in (rows.numpy(), rows.to(torch.uint8), rows.double().numpy(), rows.tolist()):
+    for same in (rows.cpu().numpy(), rows.to(torch.uint8), rows.double().cpu().numpy(), rows.tolist()):
         torch.testing.assert_close(detector.bits(same), got)
     torch.testing.assert_close(torch.cat([detector.bits(row[None]) for row in rows]), got, rtol=1e-5, atol=1e-6)
     assert torch.equal(detector.scores(rows), got)
@@ -66,22 +66,22 @@ def test_many_rows_go_in_pieces(monkeypatch):
 
 
 def given(count):
-    generator = torch.Generator().manual_seed(1)
+    generator = seeded(1)
     return torch.randint(0, 16, (count, 1, 2, 3), generator=generator), torch.randn(count, 2, generator=generator)
 
 
 def test_other_densities_have_bits_too():
     flow = normal_flow()
     rows = torch.randn(30, 4, dtype=torch.float64)
-    detector = AnomalyDetector(flow, rows.numpy())
-    torch.testing.assert_close(detector.bits(rows), -flow.log_prob(rows) / (4 * math.log(2)))
+    detector = AnomalyDetector(flow, rows.cpu().numpy())
+    torch.testing.assert_close(detector.bits(rows), -flow.log_prob(rows).cpu() / (4 * math.log(2)))
 
     class Ring(nn.Module):
         def log_prob(self, value):
             return -((value.norm(dim=-1) - 1) ** 2)
 
     torch.testing.assert_close(
-        AnomalyDetector(Ring(), rows.float()).bits(rows.float()), Ring().log_prob(rows) / (-4 * math.log(2))
+        AnomalyDetector(Ring(), rows.float()).bits(rows.float()), Ring().log_prob(rows).cpu() / (-4 * math.log(2))
     )
 
 
@@ -94,7 +94,7 @@ def brute_force(reference, bits, two_sided):
         everyone = np.append(reference, b)
         scores = np.abs(everyone - everyone.mean()) if two_sided else everyone
         values.append((scores >= scores[-1] - 1e-13).mean())
-    return torch.tensor(values)
+    return torch.tensor(values, device="cpu")
 
 
 @pytest.mark.parametrize("two_sided", [False, True])
@@ -103,7 +103,7 @@ def test_p_values_count_the_row_itself_in(two_sided):
     rows = torch.cat((3 * torch.randn(60, 4, dtype=torch.float64), reference[:5], torch.zeros(1, 4)))
     detector = AnomalyDetector(normal_flow(), reference, two_sided=two_sided)
     got = detector.p_values(rows)
-    want = brute_force(detector.bits(reference).numpy(), detector.bits(rows).numpy(), two_sided)
+    want = brute_force(detector.bits(reference).cpu().numpy(), detector.bits(rows).cpu().numpy(), two_sided)
     torch.testing.assert_close(got, want)
     assert got.min() == 1 / 58 and got.max() <= 1
     # Infinitely unlikely rows are as anomalous as can be.
@@ -115,7 +115,7 @@ def test_p_values_count_the_row_itself_in(two_sided):
 @pytest.mark.parametrize("two_sided", [False, True])
 def test_p_values_are_calibrated(two_sided):
     """Over reference rows as well: rows of the usual kind have uniform ranks, though the model is a wrong one."""
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     flow = pf.Flow(pf.Standardization([0.3, -0.2], [0.5, 2.0])).double()
     values, flagged = [], []
     for _ in range(150):
@@ -145,7 +145,7 @@ def test_threshold_bears_out_its_level():
 
 
 def test_two_sides_find_what_is_too_likely():
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     rows = torch.randn(400, 100, generator=generator, dtype=torch.float64)
     bland, loud = 0.1 * rows[:50], 3 * rows[:50]
     one, two = (AnomalyDetector(normal_flow(100), rows[100:], two_sided=side) for side in (False, True))
@@ -154,7 +154,7 @@ def test_two_sides_find_what_is_too_likely():
 
 
 def test_anomalous_images_are_found():
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     shape = (1, 4, 4)
     level = torch.randint(0, 11, (800, 1, 1, 1), generator=generator)
     rows = level + torch.randint(0, 6, (800, *shape), generator=generator)  # flat but for noise

@@ -12,6 +12,7 @@ import pyro.distributions as dist
 import pyro.distributions.transforms as T
 import pytest
 import torch
+from cases import seeded
 from pyro import poutine
 from pyro.contrib.forecast import Forecaster, ForecastingModel
 from pyro.infer import (
@@ -728,7 +729,7 @@ def test_gains_do_not_slow_fits(builder):
 
 def regression():
     """The model of Pyro's regression tutorial, on simulated data."""
-    generator = torch.Generator().manual_seed(1)
+    generator = seeded(1)
     africa = (torch.rand(170, generator=generator) < 0.3).float()
     rugged = 6 * torch.rand(170, generator=generator)
     x = torch.stack([africa, rugged, africa * rugged], 1)

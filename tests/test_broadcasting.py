@@ -8,6 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from cases import seeded
 from pyro.nn import PyroModule, PyroSample
 from pyro.ops.indexing import Vindex
 
@@ -15,8 +16,8 @@ from pyro_flows.infer.machine.pace import BYTES, Footprint, rows_at_once
 from pyro_flows.infer.models.joint import JointDensity
 from pyro_flows.infer.models.prototype import initializer, inspect
 
-X = torch.randn(7, 3, generator=torch.Generator().manual_seed(0))
-Y = torch.randn(7, generator=torch.Generator().manual_seed(1))
+X = torch.randn(7, 3, generator=seeded(0))
+Y = torch.randn(7, generator=seeded(1))
 GROUP = torch.tensor([0, 2, 1, 1, 0, 2, 2])
 SEEN = {"pyro": pyro, "dist": dist, "torch": torch, "X": X, "Y": Y, "GROUP": GROUP}
 

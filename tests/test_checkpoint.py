@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from asserts import refuses
-from cases import altered
+from cases import altered, seeded
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -28,7 +28,7 @@ SMALL = {"num_layers": 2, "hidden_dims": (8,)}
 
 
 def data(rows=300, columns=2):
-    generator = torch.Generator().manual_seed(7)
+    generator = seeded(7)
     return (
         10 + 3 * torch.randn(rows, columns, generator=generator) ** 2 + torch.randn(rows, columns, generator=generator)
     )
@@ -43,7 +43,9 @@ def make(kind="maf", **options):
 
 def fit(flow, rows=None, *args, **options):
     rows = data() if rows is None else rows
-    return pf.fit_density(flow, rows, *args, **{"progress": False, "batch_size": 50, "checkpoint_every": 1, **options})
+    return pf.fit_density(
+        flow, rows, *args, **{"progress": False, "batch_size": 50, "checkpoint_every": 1, "compile": False, **options}
+    )
 
 
 class Dropout(nn.Module):
@@ -247,6 +249,7 @@ class Named(Stops):
 Named.__name__ = "Adam"  # goes for Adam when it is resumed
 
 
+@pytest.mark.cpu("torch's loaders shuffle by generators of the CPU")
 @pytest.mark.parametrize("shuffle", ["global", "own", "none"])
 def test_resumed_with_a_loader(shuffle, tmp_path):
     start, path = make(), tmp_path / "fit.pt"

@@ -10,7 +10,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from asserts import refuses
-from cases import shake
+from cases import seeded, shake
 from pyro.distributions import constraints as pyro_constraints
 from torch import nn
 from torch.distributions import (
@@ -53,7 +53,7 @@ def ending(*back, input_dim=3):
 
 def people(rows=600, dtype=torch.float32):
     """Age, income, and a share, far from unit scale and independent."""
-    made = torch.Generator().manual_seed(3)
+    made = seeded(3)
     z = torch.randn(rows, 3, generator=made, dtype=torch.float64)
     return torch.stack((40 + 12 * z[:, 0], (10 + 0.5 * z[:, 1]).exp(), torch.sigmoid(z[:, 2] - 1)), -1).to(dtype)
 
@@ -196,7 +196,7 @@ def mixed():
 
 
 def survey(rows=800):
-    made = torch.Generator().manual_seed(1)
+    made = seeded(1)
     age = 40 + 12 * torch.randn(rows, 1, generator=made)
     income = (10 + 0.02 * age + 0.5 * torch.randn(rows, 1, generator=made)).exp()
     sex = (torch.rand(rows, 1, generator=made) < 0.4).float()
@@ -442,7 +442,7 @@ GRIDS = {
     "tenths": lambda n: normal(n).round(1),
     "thousandths": lambda n: normal(n).round(3),
     "float16": lambda n: (300 * normal(n)).astype(np.float16),
-    "bfloat16": lambda n: torch.as_tensor(normal(n)).bfloat16().double().numpy(),
+    "bfloat16": lambda n: torch.as_tensor(normal(n)).bfloat16().double().cpu().numpy(),
     "digits": lambda n: np.array([float(f"{v:.2e}") for v in np.exp(2 * normal(n))]),
     "integers": lambda n: np.floor(100 * np.abs(normal(n))),
     "money": lambda n: np.exp(normal(n) + 5).round(),
@@ -591,7 +591,7 @@ def test_arrays_of_many_kinds(name):
             warnings.filterwarnings("ignore", "fit_density: column .* discrete")
             assert math.isfinite(fit(flow(), given).validation)
         want = np.asarray(given.to_dense() if name == "sparse" else given, dtype=np.float64)
-        np.testing.assert_array_equal(to_tensor(given, "x", "rows").double().numpy(), want)
+        np.testing.assert_array_equal(to_tensor(given, "x", "rows").double().cpu().numpy(), want)
         return
     with pytest.raises((ValueError, TypeError)) as error:
         fit(flow(), given)
@@ -618,7 +618,7 @@ def test_half_precision_is_right_or_refused(name, dtype):
         for call in (lambda: half.log_prob(value.to(dtype)), lambda: half.sample((3,))):
             refuses(TypeError, r"needs float32 or float64, .*flow\.float\(\).*autocast", call)
         flow.float()
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(torch.get_default_device().type, torch.bfloat16):
             assert flow.log_prob(value).isfinite().all()
         return
     got = half.log_prob(value.to(dtype)).double()

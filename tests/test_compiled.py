@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:fit_density")
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
+def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("PYRO_FLOWS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(compiled, "_told", set())
     return tmp_path / "cache"
@@ -52,7 +52,7 @@ def trained(monkeypatch):
 
 @pytest.mark.full
 @pytest.mark.parametrize("kind", ["plain", "everything"])
-def test_numbers_are_those_of_plain_steps(kind, cache, trained):
+def test_numbers_are_those_of_plain_steps(kind, folder, trained):
     options = {}
     if kind == "everything":
         context = torch.randn(300, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -72,7 +72,7 @@ def test_numbers_are_those_of_plain_steps(kind, cache, trained):
         torch.testing.assert_close(parameters(found), parameters(plain), rtol=1e-5, atol=1e-7)
         torch.testing.assert_close(found.history["train"], plain.history["train"], rtol=1e-6, atol=1e-8)
         assert found.history["step"] == plain.history["step"] and found.history["lr"] == plain.history["lr"]
-        assert [each.suffix for each in cache.iterdir()] == [".pt2"]
+        assert [each.suffix for each in folder.iterdir()] == [".pt2"]
 
 
 def test_a_short_fit_does_not_wait(monkeypatch, trained):
@@ -92,18 +92,18 @@ def _children():
     return [line for line in told.splitlines() if line.split()[:1] == [str(os.getpid())]]
 
 
-def test_what_would_not_pay_is_not_begun(cache, trained):
+def test_what_would_not_pay_is_not_begun(folder, trained):
     fit(compile="auto")
-    assert trained[-1]._process is None and trained[-1]._path is None and not cache.exists()
+    assert trained[-1]._process is None and trained[-1]._path is None and not folder.exists()
 
 
 @pytest.mark.parametrize("fault", ["no compiler", "worker", "file", "folder"])
-def test_faults_are_told_once(fault, cache, monkeypatch, tmp_path, trained):
+def test_faults_are_told_once(fault, folder, monkeypatch, tmp_path, trained):
     told = {"no compiler": "no C.. compiler", "worker": "exit status 3", "file": "cannot be loaded", "folder": "cache"}
     if fault == "no compiler":
         monkeypatch.setattr(compiled.shutil, "which", lambda name: None)
     elif fault == "folder":
-        cache.write_text("a file")
+        folder.write_text("a file")
     else:
         worker = tmp_path / "worker.py"
         make = "open(sys.argv[2], 'w').write('no archive')" if fault == "file" else "sys.exit(3)"

@@ -278,6 +278,7 @@ def test_the_graph_does_not_hold_what_the_caller_made():
         assert ladj.requires_grad and seen() is None
 
 
+@pytest.mark.cpu("pieces that fit into a processor's cache")
 def test_large_batches_go_in_pieces_without_gradients(monkeypatch):
     monkeypatch.setattr("pyro_flows.transforms.coupling._ROWS", 4)
     layer, passes = make(5), []

@@ -308,8 +308,8 @@ def test_moments_of_pieces(pieces):
     for piece in data.tensor_split(pieces):
         survey.add(piece)
     loc, scale = survey.loc_and_scale()
-    torch.testing.assert_close(loc, data.mean(0), rtol=1e-13, atol=0)
-    torch.testing.assert_close(scale, data.std(0), rtol=1e-9, atol=0)
+    torch.testing.assert_close(loc, data.mean(0).cpu(), rtol=1e-13, atol=0)
+    torch.testing.assert_close(scale, data.std(0).cpu(), rtol=1e-9, atol=0)
 
 
 def test_defaults_by_the_amount_of_data():

@@ -11,7 +11,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from asserts import refuses
-from cases import full_but
+from cases import full_but, seeded
 from torch import nn
 from torch.distributions import AffineTransform, ExpTransform, biject_to, constraints
 from torch.utils.data import DataLoader, TensorDataset
@@ -30,7 +30,7 @@ def fit(flow, data, *args, **options):
 
 def cloud(rows, seed=1):
     """Points around a parabola, far from standardised."""
-    noise = torch.randn(2, rows, generator=torch.Generator().manual_seed(seed))
+    noise = torch.randn(2, rows, generator=seeded(seed))
     return torch.stack([100 + 5 * noise[0] ** 2 + noise[1], 3 * noise[0]], -1)
 
 
@@ -90,7 +90,7 @@ def test_conditional_density_in_its_own_units():
     assert -0.05 < gap < 0.08
     for made in (found.distribution.condition(context[:5]), found.distribution(context[:5])):
         assert made.batch_shape == (5,) and made.sample((4,)).shape == (4, 5, 2)
-    torch.testing.assert_close(found.log_prob(data, context), found.distribution.log_prob(data, context).detach())
+    torch.testing.assert_close(found.log_prob(data, context), found.distribution.log_prob(data, context).detach().cpu())
 
 
 @pytest.mark.parametrize("standardize", [None, False])
@@ -204,7 +204,7 @@ def test_module_with_log_prob():
     assert set(module.seen) == {torch.int64}
     want = [0.2, 0.2, 0.2, 0.4]
     got = found.log_prob([[0, 0], [0, 1], [1, 0], [1, 1]]).exp()
-    torch.testing.assert_close(got, torch.tensor(want), atol=0.03, rtol=0)
+    torch.testing.assert_close(got, torch.tensor(want, device="cpu"), atol=0.03, rtol=0)
 
 
 def test_module_standardised_if_asked():
@@ -232,7 +232,7 @@ def test_scores_are_those_of_the_data():
     found = fit(pf.maf(2, **SMALL), data, held_out, max_epochs=4)
     scores = found.distribution.log_prob(held_out)
     assert abs(found.validation - scores.mean().item()) < 1e-5
-    torch.testing.assert_close(found.log_prob(held_out), scores.detach())
+    torch.testing.assert_close(found.log_prob(held_out), scores.detach().cpu())
     assert max(found.history["validation"]) == found.validation
     assert found.history["validation"][found.best_epoch - 1] == found.validation
     standardization = found.distribution.chain[-1]
@@ -471,7 +471,7 @@ def test_model_is_saved_and_loaded(context_dim, tmp_path):
     loaded = standardized(pf.Flow(pf.maf(2, context_dim=context_dim, **SMALL)))
     loaded.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
     want = found.log_prob(data, context)
-    torch.testing.assert_close(loaded.log_prob(data, context), want)
+    torch.testing.assert_close(loaded.log_prob(data, context).cpu(), want)
     for again in (pickle.loads(pickle.dumps(found)), copy.deepcopy(found)):
         torch.testing.assert_close(again.log_prob(data, context), want)
 
@@ -506,7 +506,7 @@ def test_far_from_zero_in_float64():
 def test_numpy_lists_and_single_columns():
     data = cloud(300)
     flow = pf.maf(2, **SMALL)
-    results = [fit(copy.deepcopy(flow), given).validation for given in (data, data.numpy(), data.tolist())]
+    results = [fit(copy.deepcopy(flow), given).validation for given in (data, data.cpu().numpy(), data.tolist())]
     assert results[0] == results[1] == results[2]
     line, context = data[:, 0], data[:, 1]
     flow = pf.maf(1, context_dim=1, **SMALL)
@@ -539,6 +539,7 @@ def test_loader_equals_tensor(with_context):
     assert abs(held_out.validation - again) < 1e-4 and got.stopped == "max_epochs"
 
 
+@pytest.mark.cpu("torch's loaders shuffle by generators of the CPU")
 def test_loader_of_bare_tensors_and_another_dtype():
     loader = DataLoader(cloud(256).double(), batch_size=64, shuffle=True)
     found = fit(pf.maf(2, **SMALL), loader, cloud(50))
@@ -548,6 +549,7 @@ def test_loader_of_bare_tensors_and_another_dtype():
 # Reproducibility
 
 
+@pytest.mark.cpu("torch's loaders shuffle by generators of the CPU")
 def test_seed_decides_and_the_global_generator_is_left_alone():
     data, context = cloud(300), torch.randn(300, 1)
     loader = DataLoader(TensorDataset(data[:, :1], context), batch_size=50, shuffle=True)

@@ -176,7 +176,7 @@ def test_density_is_that_of_the_distribution(name, dtype, device, default_dtype)
         exact = value.double()
         want = [truth(name, params[..., d, :].double(), d).log_prob(exact[..., d]) for d in range(DIM)]
         rtol = 1e-9 if dtype == torch.double else 2e-4
-        torch.testing.assert_close(got.cpu().double(), torch.stack(want, -1), rtol=rtol, atol=rtol)
+        torch.testing.assert_close(got.double(), torch.stack(want, -1), rtol=rtol, atol=rtol)
         coded = head.features(value.to(device))
         assert coded.shape == (*batch, DIM, head.num_features) and coded.dtype == dtype
         assert head.sample(params.to(device)).dtype == dtype

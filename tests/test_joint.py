@@ -7,6 +7,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from asserts import refuses
+from cases import seeded
 from pyro import poutine
 from pyro.distributions import constraints
 from pyro.nn import PyroModule, PyroSample
@@ -49,7 +50,7 @@ def supports():
     scale = pyro.sample("scale", dist.ImproperUniform(constraints.lower_cholesky, (), (2, 2)))
     precision = pyro.sample("precision", dist.ImproperUniform(constraints.positive_definite, (), (2, 2)))
     pyro.factor("well behaved", -scale.square().sum((-1, -2)) - precision.diagonal(dim1=-2, dim2=-1).sum(-1))
-    data = torch.randn(6, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    data = torch.randn(6, 3, generator=seeded(1), dtype=torch.float64)
     spread = concentration.unsqueeze(-1).unsqueeze(-1) * corr
     with pyro.plate("rows", 6):
         pyro.sample("y", dist.MultivariateNormal((p + cuts) * level.unsqueeze(-1), scale_tril=spread), obs=data)
@@ -237,7 +238,7 @@ def test_many_draws_by_vmap(model, dtype, monkeypatch):
     if isinstance(model, torch.nn.Module):
         model.to(dtype)
     torch.set_default_dtype(dtype)  # which the fixture restores
-    x = torch.randn(6, 3, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(6, 3, generator=seeded(1))
     y = (x[:, 0] > 0).to(dtype)
     density = joint(model, x if model is not process else x[:, 0], y)
     z = torch.randn(7, density.latents.dim, requires_grad=True)

@@ -8,7 +8,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from asserts import refuses
-from cases import reload, shake, train
+from cases import reload, seeded, shake, train
 from oracles import jacobian
 from torch.func import functional_call, hessian, jacfwd, jacrev, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -41,7 +41,7 @@ def made(name, dtype=torch.double):
 
 
 def points(*batch, dtype=torch.double):
-    return torch.randn(*batch, DIM, generator=torch.Generator().manual_seed(1), dtype=torch.double).to(dtype)
+    return torch.randn(*batch, DIM, generator=seeded(1), dtype=torch.double).to(dtype)
 
 
 def matrix(flow):
@@ -108,7 +108,7 @@ def test_lu_uses_each_entry_once_whatever_it_holds():
 
 
 def points_of(flow):
-    return torch.randn(5, *flow.event_shape, generator=torch.Generator().manual_seed(3), dtype=torch.double)
+    return torch.randn(5, *flow.event_shape, generator=seeded(3), dtype=torch.double)
 
 
 def test_lu_images_are_flattened_row_by_row():
@@ -364,7 +364,7 @@ def test_autocast(name, direction):
     value = points(5, dtype=torch.float)
     exact = getattr(flow, direction)(value)
     for kind in (torch.float, torch.bfloat16):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(torch.get_default_device().type, torch.bfloat16):
             rough = getattr(flow, direction)(value.to(kind))
         for found, expected in zip(rough, exact, strict=True):
             assert found.shape == expected.shape

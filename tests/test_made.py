@@ -10,7 +10,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from asserts import refuses
-from cases import reload, shake
+from cases import reload, seeded, shake
 from torch.distributions import constraints
 
 import pyro_flows as pf
@@ -273,7 +273,7 @@ def test_imputation_against_enumeration(number):
 
 def test_imputation_of_twelve_dimensions_against_enumeration():
     made, states = make("any order and connections", dims=12), binary(12)
-    generator = torch.Generator().manual_seed(3)
+    generator = seeded(3)
     for _ in range(6):
         observed = torch.rand(12, generator=generator) < torch.rand((), generator=generator)
         observed[0], observed[1] = True, False
@@ -377,7 +377,7 @@ def test_dtype_follows_the_parameters(dtype, default_dtype):
 
 
 def test_fitting_goes_through_the_masks():
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     cause = torch.rand(600, 1, generator=generator) < 0.5
     rows = ((torch.rand(600, D, generator=generator) < 0.9) == cause).float()
     made = pf.MADE(D, hidden_dims=(32,), order="any", seed=0)
@@ -390,7 +390,7 @@ def test_fitting_goes_through_the_masks():
 
 
 def test_marginals_to_start_from():
-    rows = (torch.rand(300, D, generator=torch.Generator().manual_seed(0)) < torch.linspace(0.1, 0.9, D)).float()
+    rows = (torch.rand(300, D, generator=seeded(0)) < torch.linspace(0.1, 0.9, D)).float()
     expected = dist.Bernoulli((rows.sum(0) + 0.5) / 301).log_prob(binary().float()).sum(-1)
     made = pf.MADE(D, hidden_dims=(6,), seed=0).fit_marginals(rows)
     torch.testing.assert_close(made.log_prob(binary().float()), expected)
@@ -402,7 +402,7 @@ def test_marginals_to_start_from():
 
 
 def test_real_data_in_their_own_units():
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     rows = 1000 + 50 * torch.randn(600, 2, generator=generator) @ torch.tensor([[1.0, 0.9], [0.0, 0.4]])
     made = pf.MADE(2, "normal", hidden_dims=(16,), seed=0)
     fit = pf.fit_density(made, rows, standardize=True, steps=300, progress=False)

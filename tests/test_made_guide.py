@@ -7,7 +7,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from asserts import refuses
-from cases import shake
+from cases import seeded, shake
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO, TraceGraph_ELBO
 from pyro.optim import Adam
@@ -17,7 +17,7 @@ import pyro_flows as pf
 
 CAUSES, FINDINGS, ROWS, PARTICLES = 3, 4, 3, 100
 STATES = torch.tensor(list(itertools.product((0.0, 1.0), repeat=CAUSES)), dtype=torch.float64)
-generator = torch.Generator().manual_seed(5)
+generator = seeded(5)
 WEIGHT = 2 * torch.randn(CAUSES, FINDINGS, generator=generator, dtype=torch.float64)
 SEEN = torch.randint(2, (ROWS, FINDINGS), generator=generator).double()
 LOGIT = torch.tensor([-0.5, 0.3, -1.0], dtype=torch.float64)

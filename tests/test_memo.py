@@ -8,7 +8,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from asserts import refuses
-from cases import full_but, shake
+from cases import full_but, seeded, shake
 from pyro.optim.clipped_adam import ClippedAdam
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -38,7 +38,7 @@ def shaken(chain, seed=0):
 
 
 def points(*batch, seed=1):
-    return torch.randn(*batch, DIM, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(*batch, DIM, generator=seeded(seed))
 
 
 def torch_view(chain):
@@ -324,6 +324,25 @@ def test_parameters_changed_in_between(chain, change, grad):
         torch.testing.assert_close(scored, fresh.inv(y.detach().clone()))
         torch.testing.assert_close(ladj, fresh.log_abs_det_jacobian(pulled.detach().clone(), data))
         assert (scored - x).abs().max() > 1e-3
+
+
+def test_what_a_score_found_is_not_reused_after_it(chain):
+    """Within one score nothing can change, so nothing is checked there; after it, everything may have changed."""
+    seen = []
+
+    class Watched(dist.MultivariateNormal):
+        def log_prob(self, value):
+            seen.append(value)
+            return super().log_prob(value)
+
+    data = points(5)
+    distribution = dist.TransformedDistribution(Watched(torch.zeros(DIM), torch.eye(DIM)), [chain])
+    distribution.log_prob(data)
+    assert chain._memo._within is None
+    change_in_place(chain)
+    ladj = chain.log_abs_det_jacobian(seen[0], data)
+    expected = copy.deepcopy(chain).log_abs_det_jacobian(seen[0].detach().clone(), data.clone())
+    torch.testing.assert_close(ladj, expected)
 
 
 def test_values_changed_in_place(chain):

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from asserts import refuses
-from cases import Calls, reload, scaled, shake, train
+from cases import Calls, reload, scaled, seeded, shake, train
 from oracles import jacobians, kept
 
 import pyro_flows as pf
@@ -602,12 +602,12 @@ def test_svi_trains_it():
 def test_digits_are_learnt():
     """T12: handwritten digits of 17 levels, in about a minute.  T13: draws have the moments of the data."""
     raw = torch.from_numpy(np.load(DIGITS)["x"])[:, None]
-    raw = raw[torch.randperm(len(raw), generator=torch.Generator().manual_seed(0))]
+    raw = raw[torch.randperm(len(raw), generator=seeded(0))]
     train, validation, test = raw[:1297], raw[1297:1497], raw[1497:]
     flow = pf.mintnet((1, 8, 8), num_layers=8, num_groups=(16, 16), squeeze=1)
     model = pf.Dequantized(pf.Chain([*flow, pf.LogitPixels((1, 8, 8), 17, margin=1e-6)]), 17)
     options = {"lr": 6e-3, "batch_size": 64, "schedule": "cosine", "weight_decay": 0.3, "steps": 1000}
-    fit_density(model, train.numpy(), validation.numpy(), progress=False, **options)
+    fit_density(model, train.cpu().numpy(), validation.cpu().numpy(), progress=False, **options)
     with torch.no_grad():
         bits = float(pf.bits_per_dim(model.scores(test, num_noise_samples=4).mean(), (1, 8, 8)))
         drawn = model.sample((600,)).double()
@@ -627,7 +627,7 @@ def test_autocast_keeps_the_density():
     made = layer((2, 3, 3), scale=1.0, double=False, context_dim=2)
     y, context = torch.randn(4, 2, 3, 3), torch.randn(4, 2)
     want = made.inverse_and_ladj(y, context)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
         got = made.inverse_and_ladj(y, context)
         back = made.forward_and_ladj(got[0], context)[0]
     assert got[0].dtype == got[1].dtype == torch.float32
@@ -645,7 +645,7 @@ def test_gradients_taken_under_autocast_are_the_same():
         return torch.autograd.grad(x.square().sum() - ladj.sum(), list(made.parameters()))
 
     want = grads()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
         got = grads()
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 

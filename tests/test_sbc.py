@@ -72,7 +72,7 @@ def test_wrong_posteriors_are_not(wrong, words):
 def test_false_alarms_are_as_rare_as_they_should_be():
     alarms = 0
     for seed in range(60):
-        ranks = torch.randint(100, (100, 5), generator=torch.Generator().manual_seed(seed))
+        ranks = torch.randint(100, (100, 5), generator=torch.Generator().manual_seed(seed), device="cpu")
         alarms += not Calibration({"z": ranks}, 99).ok
     assert alarms <= 9  # 5 % at most; 9 of 60 has a chance of one in a thousand
 
@@ -96,11 +96,11 @@ def test_more_draws_are_thinned():
     data = [simulate_seed(seed) for seed in seeds(10)]
     for index, truth in enumerate(data):
         expected = (torch.linspace(0, 999, 9).round()[:, None] / 1000 - 0.5 < truth).sum(0)
-        assert torch.equal(found.ranks["mu"][index], expected)
+        assert torch.equal(found.ranks["mu"][index], expected.cpu())
 
 
 def seeds(n, seed=0):
-    return torch.randint(2**31, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return torch.randint(2**31, (n,), generator=torch.Generator().manual_seed(seed), device="cpu").tolist()
 
 
 def simulate_seed(seed):
@@ -303,14 +303,14 @@ def test_default_dtype_does_not_matter(default_dtype):
 
 @pytest.mark.parametrize("draws", [7, 99, 100])
 def test_pvalues_of_uniform_ranks_are_uniform(draws):
-    ranks = torch.randint(draws + 1, (200, 2000))
+    ranks = torch.randint(draws + 1, (200, 2000), device="cpu")
     for pvalues in (chi_square(ranks, draws), ecdf_pvalues(ranks, draws)):
         for level in (0.05, 0.2, 0.5):
             assert float((pvalues <= level).double().mean()) == pytest.approx(level, abs=0.035 + 0.05 * (draws == 7))
 
 
 def test_chi_square_by_hand():
-    ranks = torch.tensor([0] * 30 + [1] * 20 + [2] * 10 + [3] * 20)[:, None]
+    ranks = torch.tensor([0] * 30 + [1] * 20 + [2] * 10 + [3] * 20, device="cpu")[:, None]
     # Expected 20 each: (100 + 0 + 100 + 0) / 20 = 10 with 3 degrees of freedom.
     x = 10.0
     expected = math.erfc(math.sqrt(x / 2)) + math.sqrt(2 * x / math.pi) * math.exp(-x / 2)
@@ -320,7 +320,7 @@ def test_chi_square_by_hand():
 @pytest.mark.parametrize(("n", "draws"), [(50, 99), (300, 19)])
 def test_band_holds_whole_curves_as_often_as_it_says(n, draws):
     place, low, high = band(n, draws, 0.1)
-    ranks = torch.randint(draws + 1, (4000, n), generator=torch.Generator().manual_seed(7))
+    ranks = torch.randint(draws + 1, (4000, n), generator=torch.Generator().manual_seed(7), device="cpu")
     last = (place * (draws + 1)).round() - 1
     share = (ranks[:, None, :] <= last[None, :, None]).sum(-1).double() / n
     inside = ((share >= low - 1e-9) & (share <= high + 1e-9)).all(1).double().mean()
@@ -338,13 +338,13 @@ def test_picture_is_the_distribution_functions():
     assert [line.get_label() for line in lines] == ["mu[0]", "mu[1]"]
     for k, line in enumerate(lines):
         x = line.get_xdata()
-        share = (found.ranks["mu"][:, k].numpy()[None] < np.round(x * 100)[:, None]).mean(1)
+        share = (found.ranks["mu"][:, k].cpu().numpy()[None] < np.round(x * 100)[:, None]).mean(1)
         np.testing.assert_allclose(line.get_ydata(), share - x, atol=1e-12)
-    place, low, high = (part.numpy() for part in found.bands())
+    place, low, high = (part.cpu().numpy() for part in found.bands())
     assert (lines[0].get_ydata() > high - place).any() and (lines[0].get_ydata() < low - place).any()
     ax = plots.ranks(found, kind="histogram", sites=["mu"])
     (heights,) = [patch.get_data().values for patch in ax.patches if patch.get_label() == "mu[0]"]
-    np.testing.assert_array_equal(heights, torch.histc(found.ranks["mu"][:, 0].float(), 20, 0, 100).numpy())
+    np.testing.assert_array_equal(heights, torch.histc(found.ranks["mu"][:, 0].float(), 20, 0, 100).cpu().numpy())
 
 
 def test_picture_is_drawn_into_given_axes_and_says_what_does_not_fit():
@@ -356,7 +356,7 @@ def test_picture_is_drawn_into_given_axes_and_says_what_does_not_fit():
     refuses(ValueError, r"sites among \['mu'\], got \['nu'\]", plots.ranks, found, sites="nu")
     refuses(ValueError, "'ecdf' or 'histogram'", plots.ranks, found, kind="bars")
     refuses(TypeError, "got dict", plots.ranks, {})
-    many = Calibration({"z": torch.randint(20, (30, 40))}, 19)
+    many = Calibration({"z": torch.randint(20, (30, 40), device="cpu")}, 19)
     for kind in ("ecdf", "histogram"):
         assert plots.ranks(many, kind=kind).get_legend() is None
     plt.close("all")

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 from asserts import refuses
-from cases import shake
+from cases import seeded, shake
 
 import pyro_flows as pf
 
@@ -50,7 +50,7 @@ BUILDERS = {
 
 def arguments(flow):
     """A batch of points, and of contexts where the flow takes one; the same in every process."""
-    generator = torch.Generator().manual_seed(5)
+    generator = seeded(5)
     value = torch.randn(7, *flow.event_shape, generator=generator)
     return (value, torch.randn(7, flow.context_dim, generator=generator)) if flow.context_dim else (value,)
 

@@ -9,7 +9,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from cases import full_but, guide_of, shake
+from cases import full_but, guide_of, seeded, shake
 from pyro.infer import JitTrace_ELBO, Trace_ELBO
 from torch.func import grad, hessian, jacfwd, jacrev, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -44,7 +44,7 @@ def direction(request):
 
 
 def points(*batch, dtype=torch.double):
-    return torch.randn(*batch, DIM, generator=torch.Generator().manual_seed(1), dtype=dtype)
+    return torch.randn(*batch, DIM, generator=seeded(1), dtype=dtype)
 
 
 def gradients(outputs, module, *inputs):
@@ -234,6 +234,7 @@ def test_flow_built_on_a_device(name, elsewhere):
     torch.testing.assert_close(flow.log_prob(sample.clone()), score)
 
 
+@pytest.mark.cpu("compares two devices")
 def test_both_directions_on_a_device(name, direction, elsewhere):
     chain = shaken(BUILDERS[name](context_dim=2))
     value, context = points(5), torch.ones(5, 2, dtype=torch.double)
@@ -262,7 +263,7 @@ def test_autocast(name, direction):
     chain = shaken(BUILDERS[name](), torch.float)
     value = points(5, dtype=torch.float)
     exact = getattr(chain, direction)(value)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         rough = getattr(chain, direction)(value)
         loss = -pf.Flow(chain).log_prob(value).mean()
     loss.backward()

@@ -14,7 +14,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from _runs import Row, alone, complete, markdown, power_plant, spread
+from _runs import Row, alone, complete, markdown, spread
+from _script import power_plant
 from torch import Tensor
 
 import pyro_flows as pf

@@ -19,7 +19,7 @@ EXAMPLES = Path(__file__).parent.parent
 Row = dict[str, object]
 sys.path.append(str(EXAMPLES))
 
-from _script import command, digits, power_plant, save_rows  # noqa: E402
+from _command import command  # noqa: E402
 
 __all__ = [
     "EXAMPLES",
@@ -29,11 +29,8 @@ __all__ = [
     "between",
     "command",
     "complete",
-    "digits",
     "machine",
     "markdown",
-    "power_plant",
-    "save_rows",
     "shaken",
     "spread",
     "trained",

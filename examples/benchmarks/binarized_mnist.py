@@ -21,7 +21,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from _runs import command, machine, markdown, save_rows, trained
+from _runs import command, machine, markdown, trained
+from _script import save_rows
 from torch import Tensor
 
 import pyro_flows as pf

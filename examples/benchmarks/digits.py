@@ -23,7 +23,8 @@ import time
 from collections.abc import Callable
 
 import torch
-from _runs import command, complete, digits, machine, markdown, save_rows
+from _runs import command, complete, machine, markdown
+from _script import digits, save_rows
 from torch import Tensor
 
 import pyro_flows as pf

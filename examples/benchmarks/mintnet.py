@@ -25,7 +25,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from _runs import Table, between, command, digits, machine
+from _runs import Table, between, command, machine
+from _script import digits
 from _timing import grown, kept, shown, spent
 from torch import Tensor, nn
 

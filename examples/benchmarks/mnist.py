@@ -18,7 +18,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from _runs import Table, command, machine, save_rows, trained
+from _runs import Table, command, machine, trained
+from _script import save_rows
 from torch import Tensor
 
 import pyro_flows as pf

@@ -105,12 +105,14 @@ class Chain(FlowTransform):
 
     @constraints.dependent_property(is_discrete=False)
     def domain(self) -> constraints.Constraint:
-        return next(iter(self)).domain
+        return self._parts()[0].domain
 
     @constraints.dependent_property(is_discrete=False)
     def codomain(self) -> constraints.Constraint:
         parts = self._parts()
-        last = next((k for k in range(len(parts) - 1, 0, -1) if not isinstance(parts[k], Wrap)), 0)
+        last = len(parts) - 1
+        while last and isinstance(parts[last], Wrap):
+            last -= 1
         reached = parts[last].codomain
         for part in parts[last + 1 :]:
             if isinstance(part, Wrap):
@@ -118,10 +120,10 @@ class Chain(FlowTransform):
         return reached
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return _through([(part._forward_and_ladj, part.context_dim) for part in self._parts()], x, context)
+        return _through("_forward_and_ladj", self._parts(), x, context)
 
     def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return _through([(part._inverse_and_ladj, part.context_dim) for part in reversed(self._parts())], y, context)
+        return _through("_inverse_and_ladj", self._parts()[::-1], y, context)
 
     @property
     def batch_shape(self) -> Size:
@@ -143,10 +145,12 @@ class Chain(FlowTransform):
         return Chain(part) if isinstance(part, list) else part
 
 
-def _through(moves: Sequence[tuple[Any, int]], value: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+def _through(
+    direction: str, parts: Sequence[FlowTransform], value: Tensor, context: Tensor | None
+) -> tuple[Tensor, Tensor]:
     ladjs = []
-    for move, context_dim in moves:
-        value, ladj = move(value, context if context_dim else None)
+    for part in parts:
+        value, ladj = getattr(part, direction)(value, context if part.context_dim else None)
         ladjs.append(ladj)
     return value, functools.reduce(operator.add, ladjs)
 

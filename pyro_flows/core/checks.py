@@ -77,7 +77,7 @@ def choice(name: str, what: str, value: str, options: Iterable[str], otherwise: 
 
 def boolean_mask(name: str, event_shape: Size, mask: object) -> Tensor:
     """Returns a copy of a mask that keeps some dimensions of an event and moves others; it may move a single one."""
-    given = torch.as_tensor(mask).cpu()
+    given = torch.as_tensor(mask).to(torch.get_default_device())
     prefix = f"{name}: " if name else ""
     if given.dtype != torch.bool or given.shape != event_shape:
         raise ValueError(
@@ -99,8 +99,9 @@ def permutation_of(name: str, size: int, permutation: object, known: Iterable[st
         if permutation == "random":
             return torch.randperm(size)
         return torch.arange(size).flip(0) if permutation == "reverse" else torch.arange(size)
-    indices = torch.as_tensor(permutation).cpu().flatten()
-    if indices.is_floating_point() or not torch.equal(indices.sort().values, torch.arange(size)):
+    natural = torch.arange(size)
+    indices = torch.as_tensor(permutation).to(natural.device).flatten()
+    if indices.is_floating_point() or not torch.equal(indices.sort().values, natural):
         raise ValueError(f"{name}: expected a permutation of 0..{size - 1}, got {indices.tolist()}")
     return indices.long().clone()
 
@@ -231,8 +232,11 @@ def first_floating(module: nn.Module) -> Tensor | None:
     modules: list[Any] = [module]
     while modules:
         each = modules.pop()
-        for tensor in (*each._parameters.values(), *each._buffers.values()):
-            if tensor is not None and tensor.is_floating_point():
-                return tensor
-        modules += [child for child in reversed(each._modules.values()) if child is not None]
+        if each is None:
+            continue
+        for held in (each._parameters, each._buffers):
+            for tensor in held.values():
+                if tensor is not None and tensor.is_floating_point():
+                    return tensor
+        modules += reversed(each._modules.values())
     return None

@@ -4,16 +4,22 @@ It holds ``y -> (x, ladj)`` for a ``y`` that the forward map produced, so that s
 ``ladj`` of an ``x`` that the inverse returned, so that scoring data costs one pass.  A result is invalid once grad
 mode, a parameter or buffer (identity, storage, layout, version, ``requires_grad``) or the process's number of optimizer
 steps changes.
+
+``TransformedDistribution.log_prob`` asks for a value and at once for its ladj.  Nothing can change in between, so
+nothing is checked within one such call.
 """
 
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import TransformedDistribution
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import TensorWeakRef
@@ -98,10 +104,24 @@ class _Entry(NamedTuple):
         return self.states == _state(x) + _state(y) and self.stamp.still_holds(module)
 
 
-class Memo:
-    """At most one result for each direction of a transform."""
+_SCORE = TransformedDistribution.log_prob.__code__
 
-    __slots__ = ("_forward", "_inverse", "cleared")
+
+def _scoring() -> FrameType | None:
+    """The call of ``TransformedDistribution.log_prob`` that asks the transform, or the inverse, for this memo."""
+    try:
+        frame: FrameType | None = sys._getframe(3)
+    except ValueError:  # called by no Python code, as a hook of a backward pass
+        return None
+    if frame is not None and frame.f_code is not _SCORE:
+        frame = frame.f_back
+    return frame if frame is not None and frame.f_code is _SCORE else None
+
+
+class Memo:
+    """At most one result for each direction of a transform, and one within a score."""
+
+    __slots__ = ("_forward", "_inverse", "_within", "cleared")
 
     def __init__(self) -> None:
         self.cleared = 0  # how often
@@ -112,10 +132,17 @@ class Memo:
         self.cleared += 1
         self._forward: _Entry | None = None
         self._inverse: _Entry | None = None
+        self._within: tuple[FrameType, Tensor, Tensor, Tensor] | None = None  # the score, x, y and ladj
 
     def remember(self, module: nn.Module, x: Tensor, y: Tensor, ladj: Tensor, made_y: bool) -> None:
         """Caches a result; ``made_y`` says which side the transform made."""
-        if not plain_eager() or x.is_inference() or y.is_inference() or x is y:
+        if not plain_eager():
+            return
+        score = _scoring()
+        if score is not None:
+            self._within = score, x, y, ladj
+            return
+        if x.is_inference() or y.is_inference() or x is y:
             return
         try:
             stamp, states = _Stamp(module).keep(), _state(x) + _state(y)
@@ -148,6 +175,9 @@ class Memo:
         """The forward map's ladj if it is cached for ``(x, y)`` and nothing changed since."""
         if not plain_eager():
             return None
+        within, self._within = self._within, None
+        if within is not None and within[1] is x and within[2] is y and within[0] is _scoring():
+            return within[3]
         for entry in (self._inverse, self._forward):
             if entry is None:
                 continue

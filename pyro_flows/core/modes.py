@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -19,9 +19,11 @@ __all__ = [
     "batched",
     "beyond_rules",
     "by_hand",
+    "exact_products",
     "forward_mode",
     "full_precision",
     "lasting",
+    "on_cpu",
     "plain_eager",
     "recording",
     "uncompiled",
@@ -49,9 +51,9 @@ def recording(count: int = 1) -> Iterator[None]:
 
 def by_hand() -> bool:
     """Whether hand-made gradients may be used: in plain eager mode, also while it is recorded."""
-    # Asked often, so without torch's wrappers.
+    # Asked often, so without torch's wrappers.  Whatever else compiles has a dispatch mode.
     return not (
-        torch.compiler.is_compiling()
+        torch.compiler.is_dynamo_compiling()
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() != _recorders
         or torch._C._is_tracing()
@@ -87,15 +89,61 @@ def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, enabled=False) if autocasting(device) else nullcontext()
 
 
+@contextmanager
+def _all_digits() -> Iterator[None]:
+    """Within it, float32 products and convolutions on a GPU keep all their digits: TF32 has three."""
+    before = {kind: torch._C._get_fp32_precision_getter("cuda", kind) for kind in ("matmul", "conv")}
+    try:
+        for kind in before:
+            torch._C._set_fp32_precision_setter("cuda", kind, "ieee")
+        yield
+    finally:
+        for kind, value in before.items():
+            torch._C._set_fp32_precision_setter("cuda", kind, value)
+
+
+def _without_tf32(device: torch.device) -> AbstractContextManager[Any]:
+    # A compiler cannot follow changes of torch's settings.
+    return _all_digits() if device.type == "cuda" and not torch.compiler.is_compiling() else nullcontext()
+
+
+def _within(
+    *settings: Callable[[torch.device], AbstractContextManager[Any]],
+) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+    """Decorator: runs a function within these settings for the device of its first tensor."""
+
+    def decorate(call: Callable[_P, _R]) -> Callable[_P, _R]:
+        @functools.wraps(call)
+        def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+            if not (torch._C._is_any_autocast_enabled() or torch.cuda._initialized):
+                return call(*args, **kwargs)
+            device = next((each.device for each in args if isinstance(each, Tensor)), torch.device("cpu"))
+            with ExitStack() as stack:
+                for setting in settings:
+                    stack.enter_context(setting(device))
+                return call(*args, **kwargs)
+
+        return run
+
+    return decorate
+
+
+def exact_products(call: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Decorator: runs a function without TF32, so that one direction of a linear map undoes the other."""
+    return _within(_without_tf32)(call)
+
+
 def full_precision(call: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Decorator: runs a function, which converts its arguments, without autocast on its first tensor's device."""
+    """Decorator: runs a function, which converts its arguments, without TF32 and autocast."""
+    return _within(_without_autocast, _without_tf32)(call)
+
+
+def on_cpu(call: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Decorator: within the function, new tensors belong to the CPU, whatever the default device is."""
 
     @functools.wraps(call)
     def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        if not torch._C._is_any_autocast_enabled():
-            return call(*args, **kwargs)
-        devices = (each.device for each in args if isinstance(each, Tensor))
-        with _without_autocast(next(devices, torch.device("cpu"))):
+        with torch.device("cpu"):
             return call(*args, **kwargs)
 
     return run
@@ -134,7 +182,7 @@ class GradientByHand(torch.autograd.Function):
     """Abstract base of autograd functions with a hand-made gradient.
 
     A subclass writes ``forward``, :meth:`pull` and :meth:`plain`, which serves gradients that are differentiated or
-    stand for many.  The backward pass runs without autocast.
+    stand for many.  The backward pass runs without TF32 and autocast.
     """
 
     @staticmethod
@@ -171,13 +219,14 @@ class GradientByHand(torch.autograd.Function):
         given = [grad for grad in grads if grad is not None]
         if not given:
             return (None,) * len(ctx.needs_input_grad)
-        further = torch.is_grad_enabled() or any(batched(grad) for grad in given)
+        further = torch.is_grad_enabled() or any(map(batched, given))
         pull = cls.pull_plainly if further else cls.pull
-        with _without_autocast(given[0].device):
+        with _without_autocast(given[0].device), _without_tf32(given[0].device):
             return pull(ctx, *grads)
 
-    @classmethod
-    def record(cls, *args: Any) -> Any:
-        """As ``apply`` in plain eager mode, but faster."""
+    record: Callable[..., Any]  # as apply in plain eager mode, but faster
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
         plain: Any = super(torch.autograd.Function, cls)
-        return plain.apply(*args)
+        cls.record = plain.apply

@@ -59,7 +59,7 @@ def recipe(value: Any) -> Any:
     if isinstance(value, _SCALARS):
         return value
     if isinstance(value, (Tensor, np.ndarray)):
-        return torch.as_tensor(value).detach()
+        return torch.as_tensor(value, device="cpu").detach()
     if isinstance(value, (list, tuple)):
         return type(value)(map(recipe, value)) if type(value) in (list, tuple) else tuple(map(recipe, value))
     if isinstance(value, dict):

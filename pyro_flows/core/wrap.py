@@ -70,8 +70,9 @@ class Wrap(FlowTransform):
 
     def _tried(self, shape: Size) -> Size:
         """The shape of an event's image, tried in both directions."""
-        held = (each for each in held_inside(self.transform) if isinstance(each, Tensor))
-        kin = next((tensor for tensor in held if tensor.is_floating_point()), torch.zeros((), device="cpu"))
+        held = [each for each in held_inside(self.transform) if isinstance(each, Tensor)]
+        place = held[0].device if held else torch.device("cpu")
+        kin = next((tensor for tensor in held if tensor.is_floating_point()), torch.zeros((), device=place))
         # Inside all of torch's sets: a half, and identity matrices.
         one = kin.new_full(shape, 0.5)
         if self.transform.domain.event_dim > 1:

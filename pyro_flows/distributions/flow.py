@@ -187,11 +187,12 @@ class Flow(nn.Module):
 
 def _refuse_outside(chain: FlowTransform, value: Tensor) -> None:
     """Refuses values outside the support, including NaN."""
-    support, dims = chain.codomain, len(chain.data_shape)
-    if support is REAL[dims]:  # the usual case, four times as fast
-        if (value == value).all():
+    support, shape = chain.codomain, chain.data_shape
+    if support is REAL[len(shape)]:  # the usual case: a sum shows NaN, or infinities of both signs
+        total = value.sum().item()
+        if total == total or (value == value).all():
             return
-    elif value.shape[value.dim() - dims :] != chain.data_shape or support.check(value).all():
+    elif value.shape[value.dim() - len(shape) :] != shape or support.check(value).all():
         return  # the chain refuses a wrong shape
     raise ValueError(
         f"Flow: expected a value within the support ({support}), got NaN or numbers beyond it in\n{value}\nCheck the "

@@ -309,7 +309,8 @@ def ncsf(
         Normalizing Flows on Tori and Spheres (Rezende et al., 2020), arXiv:2002.02428.
     """
     event = event_size(input_dim)
-    angle = torch.ones(event, dtype=torch.bool) if periodic is None else torch.as_tensor(periodic).bool().cpu()
+    angle = torch.ones(event, dtype=torch.bool) if periodic is None else torch.as_tensor(periodic).bool()
+    angle = angle.to(torch.get_default_device())
     if angle.shape != event:
         raise ValueError(f"ncsf: expected periodic to have shape {tuple(event)}, got {tuple(angle.shape)}")
     options: dict[str, Any] = {"context_dim": context_dim, "residual": residual, "activation": activation}

@@ -149,7 +149,7 @@ class _Sweep:
 
     def by_parameter(self, rows: Tensor) -> Tensor:
         """Outputs as in the weights, in the same shape."""
-        return rows.unflatten(0, (self.structure.num_params, self.structure.input_dim)).transpose(0, 1)
+        return torch.unflatten(rows, 0, (self.structure.num_params, self.structure.input_dim)).transpose(0, 1)
 
     def load_weights(self, weights: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
         if not self.structure.dense:

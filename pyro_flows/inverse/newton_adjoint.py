@@ -188,5 +188,5 @@ def vmapped(
         flat.append(t)
     result = call(*constants, *flat)
     if isinstance(result, Tensor):
-        return result.unflatten(0, (size, n))
-    return *(each.unflatten(0, (size, n)) for each in result[:results]), *result[results:]
+        return torch.unflatten(result, 0, (size, n))
+    return *(torch.unflatten(each, 0, (size, n)) for each in result[:results]), *result[results:]

@@ -356,7 +356,7 @@ class _Sweeps:
         stats = [self.evaluations, self.evaluations, residual, int(self.bisections), broken == 0, self.count]
         if broken:
             self.fail(broken, residual)
-        return self.out.view(-1, *self.event), torch.tensor(stats, dtype=torch.float64)
+        return self.out.view(-1, *self.event), torch.tensor(stats, dtype=torch.float64, device="cpu")
 
     def check(self) -> None:
         """Raises ValueError if the input is at fault."""
@@ -410,5 +410,5 @@ def sweep(
     """``x`` with ``f(x) = z``, without gradient, and the numbers of its :class:`SolveReport`."""
     if z.numel() == 0:
         stats = [0, 0, 0, 0, 1, solved.waves(z.device)[1]]
-        return z.clone(memory_format=torch.contiguous_format), torch.tensor(stats, dtype=torch.float64)
+        return z.clone(memory_format=torch.contiguous_format), torch.tensor(stats, dtype=torch.float64, device="cpu")
     return _Sweeps(solved, z, shared, rowwise, settings, start).run()

@@ -294,7 +294,7 @@ def _by_passes(
     x = torch.zeros_like(z)
     for _ in range(structure.num_steps):
         pre = plain_network(solver.activations, structure.joins, x, first_bias, *parameters)
-        params = pre.unflatten(-1, (structure.num_params, structure.input_dim)).movedim(-2, 0)
+        params = torch.unflatten(pre, -1, (structure.num_params, structure.input_dim)).movedim(-2, 0)
         x, ladj = solver.univariate.plain(True, z, params)
     return x, ladj.sum(-1)
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyro_flows.core.checks import choice
-from pyro_flows.univariate.base import number
+from pyro_flows.univariate.base import one_plus_square
 
 __all__ = [
     "KNOWN",
@@ -48,13 +48,17 @@ def isru(x: Tensor) -> Tensor:
 
 
 def _isru_(x: Tensor) -> Tensor:
-    one = number(1.0, x.dtype) if x.device.type == "cpu" else x.new_ones(())
-    return x.mul_(torch.addcmul(one, x, x, value=_ALPHA).rsqrt_())
+    return x.mul_(one_plus_square(_ALPHA, x).rsqrt_())
 
 
 def _isru_slope(post: Tensor) -> Tensor:
-    rest = torch.addcmul(post.new_ones(()), post, post, value=-_ALPHA).clamp_(min=0)  # rounding may give less than 0
+    rest = one_plus_square(-_ALPHA, post).relu_()  # rounding may give less than 0
     return rest.sqrt().mul_(rest)
+
+
+def _isru_pull(grad: Tensor, pre: Tensor, post: Tensor) -> Tensor:
+    rest = one_plus_square(-_ALPHA, post).relu_()
+    return grad.mul_(rest).mul_(rest.sqrt_())
 
 
 def softplus(x: Tensor) -> Tensor:
@@ -114,7 +118,7 @@ KNOWN = {
             steepest=1.0,
         ),
         KnownActivation("gelu", F.gelu),
-        KnownActivation("isru", isru, _isru_slope, _isru_),
+        KnownActivation("isru", isru, _isru_slope, _isru_, pull=_isru_pull),
         KnownActivation(
             "leaky_relu",
             F.leaky_relu,

@@ -21,7 +21,7 @@ def as_order(input_dim: int, order: str | Sequence[int] | Tensor) -> Tensor:
         if order == "random":
             return torch.randperm(input_dim)
         return natural if order == "identity" else natural.flip(0)
-    given = torch.as_tensor(order).cpu()
+    given = torch.as_tensor(order).to(natural.device)
     if given.dim() != 1 or given.is_floating_point() or not torch.equal(given.sort().values, natural):
         shown = given.tolist() if given.numel() <= 20 else f"a tensor of shape {tuple(given.shape)}"
         raise ValueError(f"expected order to be a permutation of 0..{input_dim - 1}, got {shown}")
@@ -95,7 +95,7 @@ class Degrees:
         else:
             if not (isinstance(order, str) and order == "identity"):
                 raise ValueError("give either an order or an adjacency, not both: the adjacency implies an order")
-            self._by_set(context, torch.as_tensor(adjacency).cpu())
+            self._by_set(context, torch.as_tensor(adjacency).to(torch.get_default_device()))
         # Units of different degrees may share a time.
         free = visible(self.steps + 1, self.times, self.steps)
         self.dense = all(map(torch.equal, self.masks(), free))

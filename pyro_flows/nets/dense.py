@@ -124,7 +124,7 @@ class MLP(nn.Module):
                 if k in self.joins:
                     stream = flat = flat + stream
         out = flat.view(self.num_params, self.output_dim, flat.shape[1]).permute(2, 1, 0)
-        return out if len(batch) == 1 else out.unflatten(0, batch) if batch else out[0]
+        return out if len(batch) == 1 else torch.unflatten(out, 0, batch) if batch else out[0]
 
     def _first(self, columns: Tensor, context: Tensor, batch: Size) -> Tensor:
         """Applies the first layer; the context's share is computed once per context."""

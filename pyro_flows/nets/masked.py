@@ -116,9 +116,10 @@ class MaskedMLP(nn.Module):
         buffers: Mapping[str, Any] = self._buffers
         weights, biases, masks = self._names
         try:
-            return [parameters[n] for n in weights], [parameters[n] for n in biases], [buffers[n] for n in masks]
+            found = [list(map(parameters.__getitem__, names)) for names in (weights, biases)]
         except KeyError:  # reparameterized
-            return [getattr(self, n) for n in weights], [getattr(self, n) for n in biases], [buffers[n] for n in masks]
+            found = [[getattr(self, name) for name in names] for names in (weights, biases)]
+        return found[0], found[1], list(map(buffers.__getitem__, masks))
 
     def output_parameters(self) -> list[Tensor]:
         """The weight and the bias of the last layer."""
@@ -127,16 +128,14 @@ class MaskedMLP(nn.Module):
 
     def to_ranks(self, x: Tensor) -> Tensor:
         """Puts the last axis in autoregressive order."""
-        return self._permuted(x, self.order)
+        return x if self.order_name == "identity" else self._permuted(x, "order")
 
     def from_ranks(self, x: Tensor) -> Tensor:
         """Undoes :meth:`to_ranks`."""
-        return self._permuted(x, self.rank)
+        return x if self.order_name == "identity" else self._permuted(x, "rank")
 
-    def _permuted(self, x: Tensor, index: Tensor, dim: int = -1) -> Tensor:
-        if self.order_name == "identity":
-            return x
-        return x.flip(dim) if self.order_name == "reverse" else x.index_select(dim, index)
+    def _permuted(self, x: Tensor, index: str, dim: int = -1) -> Tensor:
+        return x.flip(dim) if self.order_name == "reverse" else x.index_select(dim, self.get_buffer(index))
 
     def first_bias(self, context: Tensor | None) -> Tensor:
         """The first layer's bias at a context: shape ``(*context_batch, width)`` or ``(width,)``."""
@@ -144,8 +143,9 @@ class MaskedMLP(nn.Module):
 
     def ranked(self, x: Tensor, context: Tensor | None, univariate: Univariate | None) -> tuple[Tensor, ...]:
         """Returns flat ``(params,)`` by rank, or with a univariate the moved ``x`` and the ladj."""
-        weights, (_, *biases), masks = self.tensors()
-        return masked_network(self.layers, x, self.first_bias(context), weights, biases, masks, univariate)
+        weights, (bias, *biases), masks = self.tensors()
+        first = bias if context is None else self.first_bias(context)
+        return masked_network(self.layers, x, first, weights, biases, masks, univariate)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """``x``: shape ``(*batch, input_dim)``; ``context``: broadcasts to ``(*batch, context_dim)``.
@@ -153,8 +153,8 @@ class MaskedMLP(nn.Module):
         Returns shape ``(*batch, input_dim, num_params)``; one pass.
         """
         (flat,) = self.ranked(self.to_ranks(x), context, None)
-        params = flat.unflatten(-1, (self.num_params, self.input_dim)).transpose(-1, -2)
-        return self._permuted(params, self.rank, -2)
+        params = torch.unflatten(flat, -1, (self.num_params, self.input_dim)).transpose(-1, -2)
+        return params if self.order_name == "identity" else self._permuted(params, "rank", -2)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MaskedMLP:
         super()._apply(fn, recurse)

@@ -270,7 +270,7 @@ class StackSteps:
     def known(self, x: Tensor) -> Tensor:
         """Outputs at the next steps from their values, ``(rows, C, n)`` to ``(rows, C, num_params, n)``."""
         out = self.net(x.unsqueeze(-2), self.context, self.past).squeeze(-2)
-        return out.unflatten(1, (self.net.shape[0], self.net.num_params))
+        return torch.unflatten(out, 1, (self.net.shape[0], self.net.num_params))
 
     def next(self, find: Callable[[int, Tensor], Tensor]) -> Tensor:
         """The next step, ``(rows, C)``, channel by channel.

@@ -51,7 +51,8 @@ def masked_network(
     ``biases`` are those of later layers.  A mask has integers of the weight's element size, all bits set where the
     weight counts; other places are never used.
     """
-    first_bias = first_bias.to(x.dtype)
+    if first_bias.dtype != x.dtype:
+        first_bias = first_bias.to(x.dtype)
     if not by_hand() or masks[0].element_size() != weights[0].element_size():
         return _plain(net, univariate, masks, x, first_bias, *weights, *biases)
     batch = x.shape[:-1]
@@ -107,7 +108,9 @@ def _plain(
     out = plain_network(net.activations, net.joins, x, first_bias, *split_parameters(masks, matrices))
     if univariate is None:
         return (out,)
-    moved, ladj = univariate.plain(False, x, out.unflatten(-1, (univariate.num_params, x.shape[-1])).movedim(-2, 0))
+    moved, ladj = univariate.plain(
+        False, x, torch.unflatten(out, -1, (univariate.num_params, x.shape[-1])).movedim(-2, 0)
+    )
     return moved, ladj.sum(-1)
 
 
@@ -121,26 +124,24 @@ def _run(
 ) -> tuple[tuple[Tensor, ...], list[Tensor], list[Tensor], list[list[Tensor]], tuple[Tensor, ...]]:
     """Returns the results and what their gradient needs.
 
-    That is each activation's arguments, the layers' inputs, each weight's masked parts, and tensors of the univariate.
+    That is each activation's arguments and values, each weight's masked parts, and tensors of the univariate.
     """
-    weights, biases = matrices[: len(masks)], (first_bias, *matrices[len(masks) :])
-    pre = stream = x
-    into, inputs, parts = [], [x], []
-    for k, (cut, weight, bits, bias) in enumerate(zip(net.cuts, weights, masks, biases, strict=True)):
-        if k:
-            activation = net.activations[k - 1]
-            overwrite = None if net.joins else in_place(activation)
-            into.append(pre)
-            inputs.append((overwrite or activation)(pre))
-        pre, kept = cut.product(weight, bits, bias, inputs[-1])
+    layers, joins = len(masks), net.joins
+    pre, kept = net.cuts[0].product(matrices[0], masks[0], first_bias, x)
+    stream, into, inputs, parts = pre, [], [], [kept]
+    for k in range(1, layers):
+        activation = net.activations[k - 1]
+        overwrite = None if joins else in_place(activation)
+        into.append(pre)
+        pre = (overwrite or activation)(pre)
+        inputs.append(pre)
+        pre, kept = net.cuts[k].product(matrices[k], masks[k], matrices[layers + k - 1], pre)
         parts.append(kept)
-        if k in net.joins:
-            pre.add_(stream)
-        if k == 0 or k in net.joins:
-            stream = pre
+        if k in joins:
+            stream = pre.add_(stream)
     if univariate is None:
         return (pre,), into, inputs, parts, ()
-    params = pre.view(len(x), univariate.num_params, x.shape[1]).transpose(0, 1)
+    params = pre.view(x.shape[0], univariate.num_params, x.shape[1]).transpose(0, 1)
     moved, slope, more = univariate.run(False, x, params)
     return (moved, slope.sum(-1)), into, inputs, parts, (moved, slope, *more)
 
@@ -154,8 +155,10 @@ class _Pass(GradientByHand):
     ) -> tuple[Tensor, ...]:
         out, into, inputs, parts, more = _run(net, univariate, masks, *tensors)
         ctx.net, ctx.univariate, ctx.masks = net, univariate, masks
-        ctx.counts = [len(kept) for kept in parts]
-        ctx.save_for_backward(*tensors, *into, *inputs[1:], *itertools.chain(*parts), *more)
+        if not ctx.needs_input_grad[3]:
+            parts[0] = []  # which only x would need
+        ctx.counts = list(map(len, parts))
+        ctx.save_for_backward(*tensors, *into, *inputs, *itertools.chain(*parts), *more)
         return out
 
     @staticmethod
@@ -167,30 +170,33 @@ class _Pass(GradientByHand):
     def pull(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad, grad_ladj = grads[0], grads[-1]  # the same one without a univariate
         net, layers = ctx.net, len(ctx.masks)
-        x, first_bias, *saved = ctx.saved_tensors
-        rest = iter(saved[2 * layers - 1 :])
-        into = [next(rest) for _ in range(layers - 1)]
-        inputs = [x, *(next(rest) for _ in range(layers - 1))]
-        parts = [[next(rest) for _ in range(count)] for count in ctx.counts]
+        tensors = ctx.saved_tensors
+        x, first_bias = tensors[:2]
+        into = tensors[2 * layers + 1 : 3 * layers]
+        inputs = x, *tensors[3 * layers : 4 * layers - 1]
+        end = 4 * layers - 1 + sum(ctx.counts)  # of the weights' parts
         wants_x, _, *wanted = ctx.needs_input_grad[3:]
         by_x: Tensor | None = None
         by_weight: list[Tensor | None] = [None] * layers
         by_bias: list[Tensor | None] = [None] * layers
         if ctx.univariate is not None:
-            moved, slope, *more = rest
+            moved, slope, *more = tensors[end:]
             by_x, grad = ctx.univariate.pull(False, x, moved, slope, more, grad, grad_ladj.unsqueeze(-1))
-            grad = grad.movedim(0, -2).flatten(-2)
+            grad = grad.transpose(0, 1).flatten(1)
         after: dict[int, Tensor] = {}
-        for k in reversed(range(layers)):
+        for k in range(layers - 1, -1, -1):
+            start = end - ctx.counts[k]
             if wanted[k]:
                 by_weight[k] = net.cuts[k].weight_gradient(ctx.masks[k], grad, inputs[k])
             if k == 0:
                 by_bias[0] = grad if first_bias.dim() > 1 else grad.sum(0)
             elif wanted[layers + k - 1]:
                 by_bias[k] = grad.sum(0)
-            after[k] = grad
+            if net.joins:
+                after[k] = grad
             if k or wants_x:
-                grad = net.cuts[k].input_gradient(parts[k], grad, inputs[k].shape[1])
+                grad = net.cuts[k].input_gradient(tensors[start:end], grad, inputs[k].shape[1])
+            end = start
             if k:
                 grad = pull(net.activations[k - 1], grad, into[k - 1], inputs[k])
                 if k + 1 in net.joins:  # the skip connection

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pyro_flows.nets.activations import in_place
@@ -30,23 +31,19 @@ class Cut(NamedTuple):
     repeats: int = 1
     worth_from: float = math.inf
 
-    def at(self, n: int) -> tuple[Band, ...] | None:
-        """The bands if they pay for ``n`` rows, else ``None``: one product."""
-        return self.bands if n >= self.worth_from else None
-
     def _rows(self, value: Tensor, band: Band, dim: int = 0) -> Tensor:
         """A band's rows, as ``(repeats, rows)``."""
-        return value.unflatten(dim, (self.repeats, -1)).narrow(dim + 1, band.start, band.stop - band.start)
+        return torch.unflatten(value, dim, (self.repeats, -1)).narrow(dim + 1, band.start, band.stop - band.start)
 
     def product(self, weight: Tensor, bits: Tensor, bias: Tensor, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Returns ``x @ weight.T + bias`` and the masked weight, by bands."""
-        bands = self.at(len(x))
-        if bands is None:
-            masked = keep(weight, bits)
-            return torch.addmm(bias, x, masked.T), [masked]
+        """Returns ``x @ weight.T + bias`` and the masked weight, by bands where they pay."""
+        if x.shape[0] < self.worth_from:
+            masked = (weight.view(bits.dtype) & bits).view(weight.dtype)
+            out = F.linear(x, masked, bias) if bias.dim() == 1 else torch.addmm(bias, x, masked.t())
+            return out, [masked]
         out = x.new_empty(len(x), len(weight))
         kept = []
-        for band in bands:
+        for band in self.bands:
             seen, mask = (self._rows(each, band)[..., : band.high] for each in (weight, bits))
             kept.append(keep(seen, mask).flatten(0, 1))
             own = self._rows(bias, band, bias.dim() - 1).flatten(-2)
@@ -59,13 +56,12 @@ class Cut(NamedTuple):
 
     def weight_gradient(self, bits: Tensor, grad: Tensor, x: Tensor) -> Tensor:
         """The gradient with respect to a weight: ``grad.T @ x`` with zeros in masked places."""
-        bands = self.at(len(x))
-        if bands is None:
-            product = grad.T @ x
+        if x.shape[0] < self.worth_from:
+            product = torch.mm(grad.t(), x)
             product.view(bits.dtype).bitwise_and_(bits)
             return product
         product = grad.new_zeros(bits.shape)
-        for band in bands:
+        for band in self.bands:
             place, mask = (self._rows(each, band)[..., : band.high] for each in (product, bits))
             own = self._rows(grad, band, 1).flatten(1)
             if self.repeats == 1:
@@ -77,11 +73,10 @@ class Cut(NamedTuple):
 
     def input_gradient(self, kept: Sequence[Tensor], grad: Tensor, columns: int) -> Tensor:
         """The gradient with respect to a layer's input of so many columns."""
-        bands = self.at(len(grad))
-        if bands is None:
-            return grad @ kept[0]
+        if grad.shape[0] < self.worth_from:
+            return torch.mm(grad, kept[0])
         total = grad.new_zeros(len(grad), columns)
-        for band, masked in zip(bands, kept, strict=True):
+        for band, masked in zip(self.bands, kept, strict=True):
             total[:, : band.high].addmm_(self._rows(grad, band, 1).flatten(1), masked)
         return total
 
@@ -156,7 +151,7 @@ class Structure:
         self, tape: Tensor, activations: Sequence[Callable[[Tensor], Tensor]]
     ) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
         """Returns ``(pre, post, params, ladj)``; ``params`` has shape ``(num_params, input_dim, n)``."""
-        params = tape[: self.outputs].unflatten(0, (self.input_dim, self.num_params)).transpose(0, 1)
+        params = torch.unflatten(tape[: self.outputs], 0, (self.input_dim, self.num_params)).transpose(0, 1)
         head = self.outputs + self.input_dim
         hidden, ladj = self.rows(tape, head), tape[self.outputs : head]
         post = [pre if self.in_place(act) else act(pre) for act, pre in zip(activations, hidden, strict=True)]
@@ -165,7 +160,7 @@ class Structure:
     def unpack_adjoint(self, adjoint: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Returns gradients ``(x, outputs, pre)``, outputs parameter by parameter."""
         head = self.input_dim + self.outputs
-        outputs = adjoint[self.input_dim : head].unflatten(0, (self.input_dim, self.num_params))
+        outputs = torch.unflatten(adjoint[self.input_dim : head], 0, (self.input_dim, self.num_params))
         return adjoint[: self.input_dim], outputs.transpose(0, 1).flatten(0, 1), self.rows(adjoint, head)
 
     def blocks(self) -> list[tuple[int, int]]:

@@ -53,7 +53,7 @@ def pit(model: Any, data: Any, context: Any = None, num_samples: int = 1000) -> 
     if each and len(context) != len(rows):
         raise ValueError(f"pit: expected one context for each of {len(rows)} rows of data, got {len(context)}")
     found = []
-    for part in torch.arange(len(rows)).split(max(1, CHUNK // (n * rows.shape[1]))):
+    for part in torch.arange(len(rows), device="cpu").split(max(1, CHUNK // (n * rows.shape[1]))):
         if each:
             drawn = draw(distribution_of(model, context[part[0] : part[-1] + 1], "pit"), (n,))
         else:
@@ -62,7 +62,7 @@ def pit(model: Any, data: Any, context: Any = None, num_samples: int = 1000) -> 
         if drawn.isnan().any():
             raise ValueError("pit: a draw of the model is NaN; pyro_flows.testing.locate_nonfinite finds the layer")
         below, equal = (drawn < rows[part]).sum(0), (drawn == rows[part]).sum(0)
-        found.append((below + torch.rand(below.shape, dtype=drawn.dtype) * (equal + 1)) / (n + 1))
+        found.append((below + torch.rand_like(below, dtype=drawn.dtype) * (equal + 1)) / (n + 1))
     return torch.cat(found)
 
 

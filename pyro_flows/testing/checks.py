@@ -105,7 +105,7 @@ def _ladj(s: Subject) -> None:
 
 
 def _random_like(value: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(value.shape, generator=generator, dtype=value.dtype).to(value.device)
+    return torch.randn(value.shape, generator=generator, dtype=value.dtype, device="cpu").to(value.device)
 
 
 def _gradients(loss: Tensor, wanted: Sequence[Tensor]) -> list[Tensor]:

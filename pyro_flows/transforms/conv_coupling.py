@@ -140,7 +140,7 @@ class ConvCoupling(FlowTransform):
         flat = value.flatten(-dims)
         moved, slope = move(flat.index_select(-1, self.moved_at), params)
         out = flat.index_copy(-1, self.moved_at, moved.to(value.dtype))
-        return out.unflatten(-1, self.event_shape), slope.sum(-1)
+        return torch.unflatten(out, -1, self.event_shape), slope.sum(-1)
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._move(x, context, inverse=False)

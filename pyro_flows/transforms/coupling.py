@@ -112,7 +112,7 @@ class Coupling(FlowTransform):
         if periodic is None:
             angle = torch.full(self.event_shape, self.univariate.periodic)
         else:
-            angle = torch.as_tensor(periodic).bool().cpu()
+            angle = torch.as_tensor(periodic).bool().to(kept.device)
         if angle.shape != self.event_shape:
             raise ValueError(
                 f"Coupling: expected periodic to have shape {tuple(self.event_shape)}, got {tuple(angle.shape)}"

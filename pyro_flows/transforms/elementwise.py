@@ -123,7 +123,7 @@ class Standardization(FlowTransform):
         *,
         event_shape: int | Iterable[int] | None = None,
     ) -> None:
-        given = [torch.as_tensor(loc).detach(), torch.as_tensor(scale).detach()]
+        given = [(each if isinstance(each, Tensor) else torch.as_tensor(each)).detach() for each in (loc, scale)]
         if not all(tensor.is_floating_point() for tensor in given):
             raise TypeError(
                 f"Standardization: expected floating-point loc and scale, got {given[0].dtype} and {given[1].dtype}"
@@ -230,7 +230,7 @@ class Permutation(FlowTransform):
     def _reorder(self, value: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
         flat, indices = value.flatten(-len(self.event_shape)), self.undo if inverse else self.permutation
         moved = flat.index_select(-1, indices.to(value.device))
-        return moved.unflatten(-1, self.event_shape), value.new_zeros(()).expand(flat.shape[:-1])
+        return torch.unflatten(moved, -1, self.event_shape), value.new_zeros(()).expand(flat.shape[:-1])
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._reorder(x, inverse=False)

@@ -56,7 +56,7 @@ class Squeeze(FlowTransform):
         sides = self.event_shape[1:]
         dims = len(sides)
         # (*batch, 2, .., 2, C, h, ..) to (*batch, C, h, 2, ..)
-        parts = x.unflatten(-1 - dims, (*(2 for _ in sides), self._image[0]))
+        parts = torch.unflatten(x, -1 - dims, (*(2 for _ in sides), self._image[0]))
         order = [dims, *(k for side in range(dims) for k in (dims + 1 + side, side))]
         y = _permuted(parts, order).reshape(*x.shape[: -1 - dims], *self._image)
         return y, x.new_zeros(x.shape[: -1 - dims])

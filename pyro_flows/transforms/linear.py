@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyro_flows.core.checks import choice, event_size, integer, permutation_of
+from pyro_flows.core.modes import exact_products
 from pyro_flows.core.transform import FlowTransform
 
 __all__ = ["Conv1x1", "Householder", "LULinear"]
@@ -84,6 +85,7 @@ class LULinear(FlowTransform):
         """Logarithm of the diagonal of :math:`U`; its sum is the log-determinant."""
         return self.factors.diagonal()
 
+    @exact_products
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         rows = _lu_product(_rows(self, x), self.factors)
         if self.permutation is not None:
@@ -92,6 +94,7 @@ class LULinear(FlowTransform):
             rows = rows + self.bias
         return rows.reshape(x.shape), self.log_diagonal.sum().expand(x.shape[: x.dim() - len(self.event_shape)])
 
+    @exact_products
     def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         # Under autocast solves take the factors' dtype.
         rows = _rows(self, y).to(self.factors.dtype)
@@ -186,10 +189,12 @@ class Conv1x1(FlowTransform):
         columns = value.reshape(*value.shape[: value.dim() - len(self.event_shape)], self.event_shape[0], self._places)
         return torch.matmul(matrix, columns).to(value.dtype).reshape(value.shape)
 
+    @exact_products
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         y = self._at_each_place(self.matrix, x)
         return y if self.bias is None else y + _spread(self.bias, self), self._ladj(x)
 
+    @exact_products
     def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         value = y if self.bias is None else y - _spread(self.bias, self)
         return self._at_each_place(self.inverse_matrix, value), -self._ladj(y)
@@ -244,6 +249,7 @@ class Householder(FlowTransform):
         # Under autocast the product has a dtype that solves refuse.
         return unit, 2 * (unit @ unit.mT).triu(1).to(unit.dtype)
 
+    @exact_products
     def _turn(self, value: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
         unit, above = self._unit()
         rows = _rows(self, value).to(unit.dtype)

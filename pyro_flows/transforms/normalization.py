@@ -154,7 +154,7 @@ def _moments(events: Tensor, group: distributed.ProcessGroup | None) -> tuple[in
     received = [torch.empty_like(sent) for _ in range(distributed.get_world_size(group))]
     distributed.all_gather(received, sent, group=group)
     found = torch.stack(received)  # the same in each process
-    counts, (means, variances, largest) = found[:, -1:], found[:, :-1].unflatten(1, (3, channels)).unbind(1)
+    counts, (means, variances, largest) = found[:, -1:], torch.unflatten(found[:, :-1], 1, (3, channels)).unbind(1)
     weights = counts / counts.sum().clamp(min=1)
     mean = (weights * means).sum(0)
     variance = (weights * (variances + (means - mean) ** 2)).sum(0)

@@ -18,7 +18,7 @@ from torch import Tensor
 from pyro_flows.core.modes import by_hand, lasting
 from pyro_flows.core.recipes import options_of, remembered
 
-__all__ = ["Affine", "Shift", "Univariate", "number", "numbers", "soft_clip"]
+__all__ = ["Affine", "Shift", "Univariate", "number", "numbers", "one_plus_square", "soft_clip"]
 
 
 def soft_clip(value: Tensor, bound: float) -> Tensor:
@@ -31,6 +31,12 @@ def number(value: float, dtype: torch.dtype) -> Tensor:
     """A zero-dimensional tensor for eager calls: products with it cost half as much as with a Python number."""
     with lasting():
         return torch.tensor(value, dtype=dtype, device="cpu")
+
+
+def one_plus_square(factor: float, x: Tensor) -> Tensor:
+    """``1 + factor x^2``, for eager calls."""
+    one = number(1.0, x.dtype) if x.device.type == "cpu" else x.new_ones(())
+    return torch.addcmul(one, x, x, value=factor)
 
 
 def numbers(dtype: torch.dtype) -> Callable[[float], Tensor]:
@@ -211,24 +217,26 @@ class Affine(Univariate):
         return scale, by_params, zero, torch.stack((zero, weight * bend))
 
     def run(self, inverse: bool, z: Tensor, params: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        if self.gain != 1:
-            return *self._move(inverse, z, *params.unbind()), ()
         shift, raw = params.unbind()
-        bound, dtype = self.max_log_scale, raw.dtype
-        ladj = (raw * number(1.0 / bound, dtype)).tanh_().mul_(number(-bound if inverse else bound, dtype))
+        bound, gain, dtype = self.max_log_scale, self.gain, raw.dtype
+        ladj = (raw * number(gain / bound, dtype)).tanh_().mul_(number(-bound if inverse else bound, dtype))
+        scale = ladj.exp()
         if inverse:
-            return (z - shift).mul_(ladj.exp()), ladj, ()
-        return torch.addcmul(shift, z, ladj.exp()), ladj, ()
+            return torch.sub(z, shift, alpha=gain).mul_(scale), ladj, (scale,)
+        if gain == 1:
+            return torch.addcmul(shift, z, scale), ladj, (scale,)
+        return torch.add(z * scale, shift, alpha=gain), ladj, (scale,)
 
     def pull(
         self, inverse: bool, z: Tensor, x: Tensor, ladj: Tensor, kept: Sequence[Tensor], grad: Tensor, grad_ladj: Tensor
     ) -> tuple[Tensor, Tensor]:
-        by_z = ladj.exp().mul_(grad)
-        tanh = ladj * number(1.0 / self.max_log_scale, ladj.dtype)
-        bend = 1.0 - tanh.mul_(tanh)
-        if inverse:
-            by_raw = torch.addcmul(grad_ladj, grad, x).mul_(bend)
-            return by_z, torch.stack((by_z, by_raw)).mul_(-self.gain)
-        by_raw = torch.addcmul(grad_ladj, by_z, z).mul_(bend)
-        by_params = torch.stack((grad, by_raw))
-        return by_z, by_params if self.gain == 1 else by_params.mul_(self.gain)
+        by_z = kept[0] * grad
+        bend = one_plus_square(-(self.max_log_scale**-2), ladj)
+        moved = (grad, x) if inverse else (by_z, z)
+        by_raw = torch.addcmul(grad_ladj, *moved).mul_(bend)
+        # In the memory layout of a network's outputs, to which they flatten without a copy.
+        by_params = torch.stack((by_z if inverse else grad, by_raw), -2)
+        factor = -self.gain if inverse else self.gain
+        if factor != 1:
+            by_params.mul_(number(factor, ladj.dtype))
+        return by_z, by_params.movedim(-2, 0)

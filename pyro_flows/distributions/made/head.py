@@ -165,7 +165,7 @@ class Head(nn.Module):
     def fills(self, make: Callable[[], Tensor], dims: Tensor, x: Tensor, coded: Tensor) -> Calls:
         """Calls that fill ``x`` with values, made in shape ``(columns, n)``, and their features; see :meth:`draws`."""
         value, shared = x.T, coded.data_ptr() == x.data_ptr()
-        columns = coded.unflatten(0, (len(dims), self.num_features)).permute(2, 0, 1)
+        columns = torch.unflatten(coded, 0, (len(dims), self.num_features)).permute(2, 0, 1)
 
         def run() -> None:
             value.copy_(make())

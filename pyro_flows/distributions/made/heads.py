@@ -282,7 +282,7 @@ class CategoricalHead(Head):
 
     def draws(self, dims: Tensor, z: Tensor, params: Tensor, x: Tensor, features: Tensor) -> Calls:
         probs = torch.empty_like(params)
-        coded = features.unflatten(0, (len(dims), self.num_features))
+        coded = torch.unflatten(features, 0, (len(dims), self.num_features))
         if self._same:
             calls = _choosing(params, z, probs, coded)
         else:
@@ -362,7 +362,7 @@ class _Mixture(Head):
 
     def _parts(self, params: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Logits, means and log-scales, shape ``(*, n, num_components)``."""
-        logits, loc, raw = params.unflatten(-1, (3, self.num_components)).unbind(-2)
+        logits, loc, raw = torch.unflatten(params, -1, (3, self.num_components)).unbind(-2)
         return logits, loc, soft_clip(raw, self.max_log_scale)
 
     def _middles(self, dtype: torch.dtype) -> Tensor:
@@ -381,7 +381,7 @@ class _Mixture(Head):
 
     def _picking(self, z: Tensor, params: Tensor, x: Tensor) -> tuple[Calls, Tensor]:
         """Calls that draw a component: its mean to ``x``, its scale to the result."""
-        logits, loc, raw = params.unflatten(1, (3, self.num_components)).unbind(1)
+        logits, loc, raw = torch.unflatten(params, 1, (3, self.num_components)).unbind(1)
         room, code, scale = torch.empty_like(logits), torch.empty_like(logits), torch.empty_like(x)
         bound = self.max_log_scale
         calls: Calls = [

@@ -114,7 +114,7 @@ class MADE(AutoregressiveModel):
         self.seed = int(torch.randint(2**31, ())) if seed is None else int(seed)
         self.position = 0
         drawn = isinstance(order, str) and order == "random"
-        fixed = torch.randperm(input_dim, generator=self._generator(-1)) if drawn else order
+        fixed = torch.randperm(input_dim, generator=self._generator(-1), device="cpu") if drawn else order
         fixed = torch.arange(input_dim) if self.any_order else as_order(input_dim, fixed)
         self.register_buffer("order", fixed, persistent=drawn)
         if activation is None:
@@ -273,7 +273,7 @@ class MADE(AutoregressiveModel):
             given = out[:, rows].flatten(0, 1)
             repeated = None if own is None else own.repeat(num_samples, 1)
             drawn = self.net.draw(self.head, len(given), repeated, member, given, int(known.sum()))
-            out[:, rows] = drawn.unflatten(0, (num_samples, len(rows)))
+            out[:, rows] = torch.unflatten(drawn, 0, (num_samples, len(rows)))
         return out.view(num_samples, *value.shape)
 
     def _split_log_prob(

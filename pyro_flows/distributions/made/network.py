@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyro_flows.core.modes import lasting
+from pyro_flows.core.modes import lasting, on_cpu
 from pyro_flows.distributions.made.head import Calls, Head
 from pyro_flows.inverse.buffers import ForwardSweep, Solver, columns_at_once
 from pyro_flows.nets.activations import Activation, activation_functions
@@ -47,7 +47,7 @@ class Recent(OrderedDict[object, Any]):
         """The value of a key, made if it is not here."""
         held = self.pop(key, None)
         if held is None:
-            with lasting():
+            with lasting(), torch.device("cpu"):  # the same members everywhere
                 held = make()
         return self.keep(key, held)
 
@@ -72,6 +72,7 @@ class Member:
         masks = visible(inputs, self.units, outputs)
         return masks + visible(inputs, [], outputs) if self.direct else masks
 
+    @on_cpu
     def structure(self) -> Structure:
         """The structure of the network with sorted units."""
         dims, widths = len(self.order), [len(unit) for unit in self.units]
@@ -83,6 +84,7 @@ class Member:
             degrees.steps, degrees.times, self.num_params, (), True, cuts, features=self.features, direct=self.direct
         )
 
+    @on_cpu
     def permutations(self) -> list[tuple[Tensor, Tensor]]:
         """Rows and columns of each weight in sorted order, the direct one last."""
         dims = len(self.order)
@@ -224,7 +226,7 @@ class SharedNetwork(nn.Module):
             none = self.direct.new_zeros(self.direct.shape[0])
             bias = none if self.mask_direct is None else _seen(self.mask_direct, bits[-1])
             out = out + masked_network(plain, x, bias, [self.direct], [], bits[-1:])[0]
-        return out.unflatten(-1, (self.head.num_params, self.head.input_dim)).transpose(-1, -2)
+        return torch.unflatten(out, -1, (self.head.num_params, self.head.input_dim)).transpose(-1, -2)
 
     @torch.no_grad()
     def draw(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_flows.core.modes import on_cpu
 from pyro_flows.distributions import MADE, ConvMADE, Dequantized, Flow
 from pyro_flows.infer.compression.conditionals import Conditionals, NetworkConditionals
 from pyro_flows.infer.compression.container import DTYPES, MOST_ROWS, Header, corrupt, pack, unpack
@@ -62,6 +63,7 @@ class Codec:
         The coder: Understanding Entropy Coding With Asymmetric Numeral Systems (Bamler, 2022), arXiv:2201.01741.
     """
 
+    @on_cpu
     def __init__(self, model: nn.Module, *, number: int = 0) -> None:
         self._model = _conditionals(model, number)
         self.levels = self._model.levels
@@ -72,6 +74,7 @@ class Codec:
         levels = low if low == high else f"{low} to {high}"
         return f"Codec(event_shape={tuple(self._model.event_shape)}, levels={levels})"
 
+    @on_cpu
     @torch.no_grad()
     def bits(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         r""":math:`-\log_2 P(x)`, shape ``(*batch,)``, in float64: the least size of a file.
@@ -85,6 +88,7 @@ class Codec:
         found = [-self._model.log_prob(rows[part], own) / math.log(2) for part, own in pieces]
         return torch.cat([torch.zeros(0, dtype=torch.float64), *found]).view(batch)
 
+    @on_cpu
     @torch.no_grad()
     def encode(self, x: Tensor, context: Tensor | None = None, *, verify: bool = True) -> bytes:
         """Writes rows as a file.
@@ -123,6 +127,7 @@ class Codec:
         header = Header(x.dtype, self._digest, _sum(rows), self._context_sum(contexts), tuple(batch), self._rows())
         return pack(header, pieces)
 
+    @on_cpu
     @torch.no_grad()
     def decode(self, data: bytes, context: Tensor | None = None) -> Tensor:
         """Reads the rows given to :meth:`encode`, in their dtype, on the CPU, shape ``(*batch, *event_shape)``.

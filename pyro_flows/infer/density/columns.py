@@ -9,6 +9,8 @@ from pyro.distributions import constraints as pyro_constraints
 from torch import Size, Tensor
 from torch.distributions import constraints
 
+from pyro_flows.core.modes import on_cpu
+
 __all__ = ["Precision", "at_bounds", "few_values", "is_free", "spikes"]
 
 
@@ -113,6 +115,7 @@ def spikes(rows: Tensor, columns: list[int]) -> dict[int, tuple[list[float], int
     return found
 
 
+@on_cpu
 def _candidates(counts: Tensor) -> Tensor:
     """Lists places that exceed the mean of a neighborhood by the allowed factor, the most common first."""
     sums = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
@@ -126,6 +129,7 @@ def _candidates(counts: Tensor) -> Tensor:
     return places[counts[places].argsort(descending=True)][:64]
 
 
+@on_cpu
 def _is_spike(counts: Tensor, place: int, chance: float) -> bool:
     least, most = _NEAR
     own = int(counts[place])

@@ -161,7 +161,7 @@ def expected_by(
 
 @dataclass
 class Rows:
-    """Rows held whole, on the flow's device; ``index`` numbers them in the given data, on the CPU."""
+    """Rows held whole, on the flow's device; ``index`` numbers them in the given data."""
 
     value: Tensor
     context: Tensor | None
@@ -189,11 +189,11 @@ class Rows:
         found = self.take(part(rows))
         return found.value, found.context, found.index
 
-    def order(self, batch_size: int, generator: torch.Generator) -> Tensor:
-        """Shuffles the rows into equal batches, shape ``(steps, rows)``; the few that are left over wait an epoch."""
-        steps = self.steps(batch_size)
-        size = len(self) // steps
-        return torch.randperm(len(self), generator=generator)[: steps * size].view(steps, size)
+    def order(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """Shuffles the rows into batches of equal size, up to one row; the larger ones come first."""
+        order = torch.randperm(len(self), generator=generator, device="cpu")
+        # One copy an epoch, because each makes the host wait.
+        return order.to(self.value.device).tensor_split(self.steps(batch_size))
 
     def chunks(self, least: int) -> Iterator[Batch]:
         """Yields all rows once, in order, at least so many at a time; of several processes, each gets a part."""
@@ -204,8 +204,8 @@ class Rows:
 
     def take(self, rows: Tensor) -> Rows:
         """Selects some rows."""
-        there = rows.to(self.value.device)
-        return Rows(self.value[there], None if self.context is None else self.context[there], self.index[rows])
+        rows = rows.to(self.value.device)
+        return Rows(self.value[rows], None if self.context is None else self.context[rows], self.index[rows])
 
     def split(self, fraction: float, most: int, generator: torch.Generator) -> tuple[Rows, Rows]:
         """Splits at random; the second part has ``fraction`` of the rows, from one row to ``most``."""
@@ -215,7 +215,7 @@ class Rows:
                 f"fit_density: {len(self)} rows are too few to hold out {fraction:.0%} of them; give validation=, or "
                 "validation_fraction=0 to fit without"
             )
-        order = torch.randperm(len(self), generator=generator)
+        order = torch.randperm(len(self), generator=generator, device="cpu")
         return self.take(order[held_out:]), self.take(order[:held_out])
 
 
@@ -286,7 +286,7 @@ def admit_rows(given: Any, context: Any, expected: Expected, what: str, what_con
     if len(value) < least:
         raise ValueError(f"{expected.who}: {what} is empty, shape {tuple(value.shape)}; expected at least one row")
     _refuse_nonfinite(expected, {what: value, what_context: context})
-    return Rows(value, context, torch.arange(len(value)))
+    return Rows(value, context, torch.arange(len(value), device=value.device))
 
 
 def _tensor(given: Any, what: str, expected: Expected, precision: Precision) -> Tensor:

@@ -120,10 +120,10 @@ class DensityTraining(TrainingLoop):
         self.budget.step_seconds = (processes.clock() - begin) / (self.budget.done - before)
         if isinstance(self.optimizer, AdamW) and isinstance(self.rows, Rows):  # what can be compiled
             seconds = min(self.budget.left(), (self.sizes.total_steps - self.budget.done) * self.budget.step_seconds)
-            index = self.rows.order(self.sizes.batch_size, torch.Generator())
-            value, context, _ = self.rows.batch(index[0])
-            graph = self._replay.graph_of(value, context)
-            self.compiled.consider(graph, self.optimizer, index, self.rows.tables, seconds)
+            pieces = self.rows.order(self.sizes.batch_size, torch.Generator())
+            value, context, _ = self.rows.batch(pieces[0])
+            graph = self._replay.graph_of(value, context, self._shares(value))
+            self.compiled.consider(graph, self.optimizer, pieces, self.rows.tables, seconds)
 
     def _steps(self) -> Iterator[tuple[float, int, int]]:
         """Takes the steps of an epoch; yields the mean score and number of the rows of one or more, and theirs."""
@@ -141,8 +141,11 @@ class DensityTraining(TrainingLoop):
             count = self.compiled.at_once(len(order), self.budget, self.settings.steps) if self.compiled.ready() else 1
             scores = self._compiled_steps(rows, optimizer, order[:count])
             if scores is None:
-                scores = torch.tensor([self._step(*rows.batch(each))[0] for each in order[:count]], dtype=torch.float64)
-            yield float(scores.double().mean()), order[:count].numel(), count
+                scores = torch.tensor(
+                    [self._step(*rows.batch(each))[0] for each in order[:count]], dtype=torch.float64, device="cpu"
+                )
+            sizes = torch.tensor([len(each) for each in order[:count]], dtype=torch.float64, device="cpu")
+            yield float(scores.double() @ sizes / sizes.sum()), int(sizes.sum()), count
             order = order[count:]
 
     def _step(self, value: Tensor, context: Tensor | None, index: Tensor | None) -> tuple[float, int]:
@@ -150,7 +153,7 @@ class DensityTraining(TrainingLoop):
             resample()
         return self._take_step(value, context, index)
 
-    def _compiled_steps(self, rows: Rows, optimizer: AdamW, pieces: Tensor) -> Tensor | None:
+    def _compiled_steps(self, rows: Rows, optimizer: AdamW, pieces: Sequence[Tensor]) -> Tensor | None:
         """Takes a step for each batch and returns their scores; ``None`` if plain ones must do."""
         if not self.compiled.ready():
             return None
@@ -168,7 +171,7 @@ class DensityTraining(TrainingLoop):
             return scores
         # Plain steps say what is wrong, or whether the first compiled ones are right.
         torch.set_rng_state(random)
-        scores = torch.tensor([self._step(*rows.batch(each)) for each in pieces], dtype=torch.float64)
+        scores = torch.tensor([self._step(*rows.batch(each)) for each in pieces], dtype=torch.float64, device="cpu")
         if not fine or not self.compiled.agrees(optimizer, state):
             self.compiled.refuse("compiled steps give other numbers than plain ones")
         return scores
@@ -191,12 +194,13 @@ class DensityTraining(TrainingLoop):
                 raise
             return value.new_full((len(value),), math.nan, dtype=self.parameters[0].dtype)
 
-    def _loss_and_grads(self, value: Tensor, context: Tensor | None) -> list[Tensor | None]:
-        """Returns the mean score, and the gradient of the loss for each parameter."""
+    def _loss_and_grads(self, value: Tensor, context: Tensor | None, share: Tensor) -> list[Tensor | None]:
+        """Returns the mean score, with each row's share, and the gradient of the loss for each parameter."""
         with collect_penalties() as penalties:
-            score = self._score(value, context).mean()
+            score = (self._score(value, context) * share).sum()
         loss = -score
         if penalties.parts:
+            self.compiled.refuse("penalties count all rows alike")
             loss = loss + penalties.total()
         if not loss.requires_grad:
             if score.isfinite():
@@ -209,6 +213,10 @@ class DensityTraining(TrainingLoop):
         loss.backward()  # calls hooks
         return [score.detach(), *(p.grad for p in self.parameters)]
 
+    def _shares(self, rows: Tensor) -> Tensor:
+        """Returns the equal shares of rows, which add up to 1."""
+        return self.parameters[0].new_full((len(rows),), 1 / max(len(rows), 1))
+
     def _take_step(self, value: Tensor, context: Tensor | None, index: Tensor | None) -> tuple[float, int]:
         """Takes a step on the rows of all processes; returns their mean score and number."""
         if not self.budget.done:
@@ -216,7 +224,7 @@ class DensityTraining(TrainingLoop):
         mean: Tensor | None = None
         grads: Sequence[Tensor | None] = [None for _ in self.parameters]
         if len(value):
-            mean, *grads = self._replay(value, context)
+            mean, *grads = self._replay(value, context, self._shares(value))
         score = 0.0 if mean is None else float(mean)
         if not math.isfinite(score):
             self._raise_bad_score(f"{self.objective.noun} of a batch is {score}", value, context, index)
@@ -298,7 +306,7 @@ class DensityTraining(TrainingLoop):
         bad = ~self._score(value, context).isfinite().cpu()
         found = self.objective.first_nonfinite(value, context)
         found = self.objective.beyond if found is None else f"it begins in {found}"
-        which = f" ({name_rows(index[bad])} as given)" if index is not None and bad.any() else ""
+        which = f" ({name_rows(index.cpu()[bad])} as given)" if index is not None and bad.any() else ""
         raise FloatingPointError(
             f"fit_density: the {what}, from {int(bad.sum())} of {len(bad)} rows{which}; {found}; {_REMEDY}"
         )

@@ -135,7 +135,7 @@ def prepare(flow: Flow | Density, given: tuple[Any, Any, Any, Any], settings: Se
 def _discrete(flow: Flow | Density) -> Tensor:
     head = head_of(flow)
     dims = [False] * flow.event_shape.numel() if head is None else head.discrete_dims()
-    return torch.tensor(dims).reshape(flow.event_shape)
+    return torch.tensor(dims, device="cpu").reshape(flow.event_shape)
 
 
 def _far_units(flow: Flow | Density, ends: Tensor, values: Survey, contexts: Survey, wanted: bool) -> Iterator[str]:
@@ -156,7 +156,7 @@ def _far_units(flow: Flow | Density, ends: Tensor, values: Survey, contexts: Sur
         remedy = "say standardize=True, after which fit.distribution scores and draws in the units of the data"
         yield values.far_from((0.0, 1.0), ~fixed, "data", remedy)
         if contexts.rows:
-            yield contexts.far_from((0.0, 1.0), torch.tensor(True), "context", remedy)
+            yield contexts.far_from((0.0, 1.0), torch.tensor(True, device="cpu"), "context", remedy)
 
 
 def _admit(flow: Flow | Density, given: Any, context: Any, expected: Expected, what: str, surveys: Surveys) -> Source:

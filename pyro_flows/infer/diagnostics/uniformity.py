@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Binomial
 
+from pyro_flows.core.modes import on_cpu
+
 __all__ = ["band", "chi_square", "ecdf_pvalues"]
 
 REPEATS = 10000  # simulated curves behind a distribution
@@ -17,6 +19,7 @@ EXPECTED = 5  # least expected ranks in a chi-square cell
 CELLS = 20  # most cells
 
 
+@on_cpu
 def chi_square(ranks: Tensor, num_samples: int) -> Tensor:
     """Tests equal counts in cells: p-values, shape ``(scalars,)``, for ranks of shape ``(simulations, scalars)``."""
     n = len(ranks)
@@ -36,6 +39,7 @@ def _smallest_tail(counts: Tensor, cumulative: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=4)
+@on_cpu
 def _reference(n: int, num_samples: int) -> tuple[Tensor, Tensor, Tensor]:
     """Returns ranks to compare at, binomial functions of their counts, and the sorted statistic of uniform ranks."""
     # Without the last, where all functions are 1.

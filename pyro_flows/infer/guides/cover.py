@@ -26,7 +26,7 @@ def cover_modes(flow: Flow, probe: ModeProbe, generator: Generator | None = None
     share = torch.where(probe.share > LEAST, probe.share, 0.0).double().cpu()
     which = torch.multinomial(share / share.sum(), DRAWS, replacement=True, generator=generator)
     which = which.to(probe.locations.device)
-    noise = torch.randn(DRAWS, probe.locations.shape[1], generator=generator, dtype=torch.float64)
+    noise = torch.randn(DRAWS, probe.locations.shape[1], generator=generator, dtype=torch.float64, device="cpu")
     draws = probe.locations[which] + (probe.scale[which] @ noise.to(probe.locations).unsqueeze(-1)).squeeze(-1)
     preconditioner = preconditioner_of(flow)
     centered = draws - draws.mean(0)
@@ -39,7 +39,7 @@ def cover_modes(flow: Flow, probe: ModeProbe, generator: Generator | None = None
     optimizer = AdamW([p for p in flow.parameters() if p.requires_grad], speeds_of(flow))
     budget = Budget(STEPS, seconds, time.monotonic())
     while (done := budget.fraction) < 1:
-        rows = torch.randint(len(draws), (BATCH,), generator=generator).to(draws.device)
+        rows = torch.randint(len(draws), (BATCH,), generator=generator, device="cpu").to(draws.device)
         loss = -flow.log_prob(draws[rows]).mean()
         norm = optimizer.take(torch.autograd.grad(loss, optimizer.parameters, allow_unused=True))
         optimizer.clip(norm, CLIP)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,7 +50,7 @@ class Steady:
 
     def __init__(self, at_most: float = 10.0) -> None:
         self.at_most = at_most
-        self.usual: Tensor | None = None
+        self.usual: float | None = None
         self.draws = 0
         self.failed = 0  # consecutive calls without a finite gradient
 
@@ -78,8 +79,23 @@ class Steady:
 
     def __call__(self, grad: Tensor) -> Tensor:
         """Returns the gradient to use for draws of shape ``(*draws, dim)``."""
+        # All draws together, because one may rightly dominate a weighted objective.
+        norm = grad.norm().item()
+        if math.isfinite(norm):
+            self.failed = 0
+        else:
+            grad = self._finite(grad)
+            norm = grad.norm().item()
+        if not norm > 0:
+            return grad
+        usual = norm if self.usual is None else self.usual
+        most = self.at_most * usual
+        self.usual = usual + 0.1 * (min(norm, most) - usual)
+        return grad if norm <= most else grad * (most / norm)
+
+    def _finite(self, grad: Tensor) -> Tensor:
+        """Zeros in place of the draws whose gradient is not finite."""
         fine = grad.isfinite().all(-1, keepdim=True)
-        grad = torch.where(fine, grad, 0.0)
         self.failed = 0 if fine.any() else self.failed + 1
         if self.failed == PATIENCE:
             warnings.warn(
@@ -87,17 +103,9 @@ class Steady:
                 "density of the model is not finite there. Look for log(0) and overflow in it, use float64, or train a "
                 "new guide with a smaller step size",
                 RuntimeWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
-        with torch.no_grad():
-            # All draws together, because one may rightly dominate a weighted objective.
-            norm = grad.norm()
-            if not norm > 0:
-                return grad
-            usual = norm if self.usual is None else self.usual.to(norm)
-            self.usual = torch.lerp(usual, norm.clamp(max=self.at_most * usual), 0.1)
-            share = (self.at_most * usual / norm).clamp(max=1.0)
-        return grad * share
+        return torch.where(fine, grad, 0.0)
 
 
 class PathPosterior(FlowDistribution):

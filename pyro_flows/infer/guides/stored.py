@@ -11,6 +11,7 @@ from torch import Size, Tensor
 from torch.distributions import biject_to
 
 from pyro_flows.core.chain import Chain
+from pyro_flows.core.modes import on_cpu
 from pyro_flows.core.recipes import made_from, recipe
 from pyro_flows.distributions import Flow
 from pyro_flows.infer.diagnostics.verdict import LABELS
@@ -99,6 +100,7 @@ def plain_flow(flow: Flow) -> FlowRecord:
         ) from error
 
 
+@on_cpu
 def flow_of(plain: FlowRecord, builder: Builder | None = None) -> Flow:
     """Rebuilds the flow of :func:`plain_flow` on the CPU, with the builder if its part was left out.
 

@@ -61,6 +61,7 @@ class Loop(torch.nn.Module):
         rates: Tensor,
         weights: Tensor,
         index: Tensor,
+        shares: Tensor,
         tables: list[Tensor],
         constants: list[Tensor],
     ) -> Any:
@@ -74,6 +75,7 @@ class Loop(torch.nn.Module):
             at = k.reshape(1)
             chosen = index.index_select(0, at)[0]
             inputs = [table.index_select(0, chosen) for table in tables]
+            inputs.append(shares.index_select(0, at)[0])
             rate, weight = (each.index_select(0, at)[0] for each in (rates, weights))
             found, score, norm = self.step(state, rate, weight, settings, [*inputs, *constants])
             here = every == k

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from pyro_flows.core.modes import on_cpu
 from pyro_flows.infer.machine.budget import Budget
 from pyro_flows.infer.machine.graph import Graph, alike
 from pyro_flows.infer.machine.optimizers import BETAS, EPS, AdamW
@@ -60,18 +61,19 @@ class CompiledSteps:
         self.compile, self.why_not = compile, why_not if compile else "compile=False"
         self._run: Any = None
         self._process: subprocess.Popen[bytes] | None = None
+        self._work: tempfile.TemporaryDirectory[str] | None = None
         self._path: Path | None = None
         self._constants: list[Tensor] = []
-        self._steps = STEPS
+        self._steps, self._rows = STEPS, 0
         self.trusted = False
 
     def consider(
-        self, graph: Graph | None, optimizer: AdamW, index: Tensor, tables: Sequence[Tensor], seconds: float
+        self, graph: Graph | None, optimizer: AdamW, pieces: Sequence[Tensor], tables: Sequence[Tensor], seconds: float
     ) -> None:
         """Starts compiling ``graph`` if that pays in a fit with ``seconds`` left, or takes it from disk.
 
-        ``graph`` is of the parameters and of rows of ``tables`` that a row of ``index``, shape ``(steps, rows)``,
-        names; it returns a score and the gradients.
+        ``graph`` is of the parameters, of the rows of ``tables`` that one of ``pieces`` names, longest first, and of
+        each row's share of the score; it returns the score and the gradients.
         """
         if self.why_not is not None or self._path is not None or graph is None:
             return
@@ -79,8 +81,8 @@ class CompiledSteps:
             self.refuse("a kernel of this flow is no plain operation of torch")
             return
         self._constants = [each.detach().clone(memory_format=torch.contiguous_format) for each in graph.constants]
-        steps = min(STEPS, len(index))
-        inputs = [*self._inputs(optimizer, 1.0, [0.0] * steps, [0.0] * steps, index, tables), self._constants]
+        self._steps, self._rows = min(STEPS, len(pieces)), len(pieces[0])
+        inputs = [*self._inputs(optimizer, 1.0, [0.0], [0.0], pieces[:1], tables), self._constants]
         pairs = zip(optimizer.offsets, optimizer.parameters, strict=True)
         request = {
             "code": graph.program.code,
@@ -90,7 +92,6 @@ class CompiledSteps:
             "eps": EPS,
             "threads": torch.get_num_threads(),
         }
-        self._steps = steps
         self._path = cache_folder() / f"{_checksum(request, inputs)}.pt2"
         if self._path.exists():
             if self.compile is True or seconds > LEAST:
@@ -143,12 +144,12 @@ class CompiledSteps:
         most: float | None,
         factors: Sequence[float],
         weights: Sequence[float],
-        index: Tensor,
+        pieces: Sequence[Tensor],
         tables: Sequence[Tensor],
     ) -> tuple[list[Tensor], Tensor, Tensor]:
-        """Takes a step for each row of ``index``; returns the new buffers, and each step's score and norm."""
+        """Takes a step for each of ``pieces``; returns the new buffers, and each step's score and norm."""
         rates = [optimizer.lr * factor for factor in factors]
-        given = self._inputs(optimizer, most, rates, weights, index, tables)
+        given = self._inputs(optimizer, most, rates, weights, pieces, tables)
         flat = [*given[0], *given[1:-1], *given[-1], *self._constants]
         scores, norms, *buffers = self._run(flat)
         return buffers, scores[: len(factors)], norms[: len(factors)]
@@ -160,29 +161,36 @@ class CompiledSteps:
                 os.killpg(self._process.pid, signal.SIGKILL)
                 self._process.wait()
             self._process = None
+        if self._work is not None:
             self._work.cleanup()
+            self._work = None
 
     def refuse(self, why_not: str) -> None:
         """Goes on without compiled steps."""
         self._run, self.why_not = None, why_not
 
+    @on_cpu
     def _inputs(
         self,
         optimizer: AdamW,
         most: float | None,
         rates: Sequence[float],
         weights: Sequence[float],
-        index: Tensor,
+        pieces: Sequence[Tensor],
         tables: Sequence[Tensor],
     ) -> list[Any]:
         like, steps = optimizer.values, self._steps
         settings = torch.tensor([float("inf") if most is None else most, optimizer.weight_decay], dtype=like.dtype)
         padded = torch.zeros(2, steps, dtype=like.dtype)
         padded[0, : len(rates)], padded[1, : len(weights)] = torch.tensor(rates), torch.tensor(weights)
-        rows = index.new_zeros(steps, index.shape[1])
-        rows[: len(index)] = index[:steps]
+        rows, shares = (
+            torch.zeros(steps, self._rows, dtype=torch.int64),
+            torch.zeros(steps, self._rows, dtype=like.dtype),
+        )
+        for k, piece in enumerate(pieces):  # shorter ones are filled up with rows that do not count
+            rows[k, : len(piece)], shares[k, : len(piece)] = piece, 1 / len(piece)
         count = torch.tensor(len(rates))
-        return [optimizer.buffers, settings, count, padded[0].clone(), padded[1].clone(), rows, list(tables)]
+        return [optimizer.buffers, settings, count, padded[0].clone(), padded[1].clone(), rows, shares, list(tables)]
 
     def _start(self, request: dict[str, Any], path: Path) -> None:
         folder = path.parent

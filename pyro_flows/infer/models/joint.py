@@ -353,7 +353,7 @@ class _Validity(TorchFunctionMode):
             self.found.append(args[0].all())
             return True
         if func is torch.isclose and kwargs == {"atol": 1e-6}:  # torch branches on whether matrices are symmetric
-            return torch.ones(args[0].shape, dtype=torch.bool)
+            return torch.ones(args[0].shape, dtype=torch.bool, device=args[0].device)
         return func(*args, **(kwargs or {}))
 
 

@@ -251,8 +251,8 @@ def sizes_of(model: Model, args: tuple[object, ...], kwargs: Mapping[str, object
         shape = getattr(leaf, "shape", None)
         if isinstance(shape, tuple):
             sizes.update({(path, dim): size for dim, size in enumerate(shape)})
-        elif isinstance(leaf, int | str):
-            sizes[(path, None)] = str(leaf) if isinstance(leaf, bool | str) else leaf
+        elif isinstance(leaf, (int, str)):
+            sizes[(path, None)] = str(leaf) if isinstance(leaf, (bool, str)) else leaf
     return sizes
 
 

@@ -84,7 +84,7 @@ class ForwardKL(Objective):
         self.vectorize_particles = vectorize_particles
         self.max_plate_nesting = max_plate_nesting
         self._generator = torch.Generator().manual_seed(seed)
-        self._order = torch.empty(0, dtype=torch.long)
+        self._order = torch.empty(0, dtype=torch.long, device="cpu")
         self._values: WeakKeyDictionary[Model, tuple[dict[str, Tensor], int]] = WeakKeyDictionary()
 
     def _get_trace(self, model: Model, guide: Model, args: tuple, kwargs: dict[str, Any]) -> tuple[Trace, Trace]:
@@ -124,13 +124,13 @@ class ForwardKL(Objective):
 
     def loss(self, model: Model, guide: Model, *args: Any, **kwargs: Any) -> float:
         """Returns minus the mean log-density of all draws, computed ``batch_size`` at a time."""
-        pieces = torch.arange(self.num_samples).split(self.batch_size)
+        pieces = torch.arange(self.num_samples, device="cpu").split(self.batch_size)
         with torch.no_grad():
             return -sum(self._log_q(guide, args, kwargs, rows).sum().item() for rows in pieces) / self.num_samples
 
     def _losses(self, model: Model, guide: Model, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
         if len(self._order) < self.batch_size:
-            self._order = torch.randperm(self.num_samples, generator=self._generator)
+            self._order = torch.randperm(self.num_samples, generator=self._generator, device="cpu")
         rows, self._order = self._order[: self.batch_size], self._order[self.batch_size :]
         log_q = self._log_q(guide, args, kwargs, rows)
         fine = log_q.detach().isfinite().cpu()

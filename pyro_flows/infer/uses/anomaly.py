@@ -86,11 +86,14 @@ class AnomalyDetector:
         admitted = admit_rows(rows, context, expected, "rows", "context", least=0)
         with evaluating(self.model):
             scores = [] if not len(admitted.value) else evaluate(self._log_prob, admitted)
-            log_prob = torch.cat([torch.zeros(0).double(), *(part.double().cpu() for part in scores)])
+            log_prob = torch.cat(
+                [torch.zeros(0, dtype=torch.float64, device="cpu"), *(part.double().cpu() for part in scores)]
+            )
         if log_prob.isnan().any():
             where = name_rows(log_prob.isnan().nonzero()[:, 0])
             raise FloatingPointError(f"AnomalyDetector: the log-density is NaN in {where}; look for NaN in the model")
-        return torch.as_tensor(bits_per_dim(log_prob, admitted.value.shape[1:]))
+        bits = bits_per_dim(log_prob, admitted.value.shape[1:])
+        return torch.as_tensor(bits, device="cpu")
 
     def scores(self, rows: Any, context: Any = None) -> Tensor:
         """Scores for thresholds: bits, or two-sided their distance from the mean; shape ``(rows,)``."""

@@ -144,7 +144,7 @@ class FieldDynamics(nn.Module):
 
     def forward(self, t: Tensor, x: Tensor, context: Tensor | None, probes: Tensor | None) -> tuple[Tensor, Tensor]:
         event = self.inner.event_shape
-        x = x if len(event) == 1 else x.unflatten(1, event)
+        x = x if len(event) == 1 else torch.unflatten(x, 1, event)
         probes = None if probes is None else probes.view(*probes.shape[:2], *event)
         v, made = columns(self.settings, self.inner, t, x, context, probes, self.penalties)
         return v.flatten(1), torch.stack(made, 1)

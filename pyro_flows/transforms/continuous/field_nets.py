@@ -274,7 +274,7 @@ class ConvField(Field):
             pre = pre if gate is None else torch.addcmul(shift, pre, gate)
             if tangents is not None:
                 moved = convolve(tangents.flatten(0, 1), layer.weight, padding=self.padding)
-                tangents = moved.unflatten(0, tangents.shape[:2])
+                tangents = torch.unflatten(moved, 0, tangents.shape[:2])
                 tangents = tangents if gate is None else tangents * gate
             if k == len(self.layers) - 1:
                 return pre, tangents

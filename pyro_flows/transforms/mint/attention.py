@@ -172,7 +172,7 @@ class Attention(NamedTuple):
         return F.linear(out.transpose(-3, -2).flatten(-2), weights.out)
 
     def _heads(self, tokens: Tensor) -> Tensor:
-        return tokens.unflatten(-1, (self.heads, self.head_dim)).transpose(-3, -2)
+        return torch.unflatten(tokens, -1, (self.heads, self.head_dim)).transpose(-3, -2)
 
     def _turn(self, x: Tensor, places: Tensor) -> Tensor:
         """Rotates pairs of numbers by angles proportional to the places."""

@@ -51,7 +51,7 @@ class MintMap(TriangularMap):
         # Each path passes two activations.
         most = w.inner.abs().sum(-1) * w.outer.abs() * (self.convolutions.activation.steepest or 1.0) ** 2
         if w.gate is not None:
-            most = most * w.gate.unflatten(-1, most.shape)
+            most = most * torch.unflatten(w.gate, -1, most.shape)
         most = w.scale + most.sum(-1)[..., None, None]
         least = w.scale
         if self.wave.dim() == 2:  # a series is an image of one row

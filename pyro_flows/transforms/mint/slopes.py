@@ -106,7 +106,7 @@ def convolved(act: KnownActivation, x: Tensor, w: Weights, convolve: Sequence[Co
     """
     eager = plain_eager()
     activate = (act.in_place if eager else None) or act.value
-    outer = w.outer if w.gate is None else w.outer * w.gate.unflatten(-1, w.outer.shape)
+    outer = w.outer if w.gate is None else w.outer * torch.unflatten(w.gate, -1, w.outer.shape)
     first = activate(convolve[0](x, w.first, w.first_bias))
     if eager and torch.is_grad_enabled():
         second = activate(convolve[1](first, w.second, w.second_bias))
