@@ -171,7 +171,7 @@ class DensityTraining(TrainingLoop):
             return scores
         # Plain steps say what is wrong, or whether the first compiled ones are right.
         torch.set_rng_state(random)
-        scores = torch.tensor([self._step(*rows.batch(each)) for each in pieces], dtype=torch.float64, device="cpu")
+        scores = torch.tensor([self._step(*rows.batch(each))[0] for each in pieces], dtype=torch.float64, device="cpu")
         if not fine or not self.compiled.agrees(optimizer, state):
             self.compiled.refuse("compiled steps give other numbers than plain ones")
         return scores
