@@ -83,6 +83,10 @@ class History:
         return len(self.elbo)
 
 
+class _ModelError(Exception):
+    """A failure of the model at all draws of a step."""
+
+
 def emphasis(log_weights: Tensor, fine: Tensor) -> Tensor:
     r"""Weights each draw by :math:`(1 + c\,w) / (1 + c)`, 1 on average, with its importance weight :math:`w`.
 
@@ -228,9 +232,7 @@ class GuideTraining(TrainingLoop):
             replay = self._replays[name, emphatic] = Replay(run, optimizer.parameters, why_not)
         try:
             stats, *grads = replay(torch.tensor(weight, device=optimizer.values.device))
-        except FAILURES:
-            if processes.count() > 1:  # the others do not take this step
-                raise
+        except _ModelError:
             self._failed(name, rate, weight)
             return
         norm = optimizer.take(grads)
@@ -280,13 +282,16 @@ class GuideTraining(TrainingLoop):
         return posterior.from_base(processes.part(posterior.base_dist.rsample((self.num_particles,))))
 
     def _pulled(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Like :meth:`_pull`; of several processes, one whose model raises gives NaN, and the others go on."""
+        """Like :meth:`_pull`, with failures of the model apart from those of the flow.
+
+        Of several processes, one whose model fails gives NaN, and the others go on.
+        """
         try:
             with processes.own_draws(self.budget.done):
                 return self._pull(z)
-        except FAILURES:
+        except FAILURES as error:
             if processes.count() == 1:
-                raise
+                raise _ModelError from error
             return torch.full_like(z[:, 0], math.nan), torch.full_like(z, math.nan)
 
     def _push(self, flow: Flow, z: Tensor) -> Tensor:
