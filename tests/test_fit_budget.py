@@ -60,11 +60,17 @@ def by_first(a, b):
     return a.reshape(-1)[:1].sum() if a.dim() else a, b.reshape(-1)[0]
 
 
+def not_recorded(value):
+    """Asks for a value, so that each evaluation runs the model."""
+    return value.isnan().any().item()
+
+
 def costly(clock, cost, loc_scale=together):
     """A model whose runs take ``cost(number of draws)`` seconds."""
 
     def model():
         a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        not_recorded(a)
         b = pyro.sample("b", dist.LogNormal(0.0, 1.0))
         clock.now += cost(a.numel())
         pyro.sample("y", dist.Normal(*loc_scale(a, b)), obs=torch.tensor(0.5))
@@ -194,6 +200,7 @@ def large():
     def model():
         mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
         sd = pyro.sample("sd", dist.HalfNormal(10.0))
+        not_recorded(mu)
         rows.append(mu.numel())
         with pyro.plate("data", len(y)):
             pyro.sample("y", dist.Normal(mu, sd), obs=y)
@@ -249,6 +256,7 @@ def hierarchy(y):
     if runs[0] == stop_at[0]:
         os.kill(os.getpid(), signal.SIGINT)
     mu = pyro.sample("mu", dist.Normal(0.0, 3.0))
+    not_recorded(mu)
     with pyro.plate("groups", len(y)):
         theta = pyro.sample("theta", dist.Normal(mu, 1.0))
         pyro.sample("y", dist.Normal(theta, 1.0), obs=y)
@@ -260,6 +268,7 @@ def modes(y):
         os.kill(os.getpid(), signal.SIGINT)
     parts = dist.Normal(torch.tensor([[-2.0, -2.0], [2.0, 2.0]]), 0.5).to_event(1)
     x = pyro.sample("x", dist.MixtureSameFamily(dist.Categorical(torch.tensor([0.7, 0.3])), parts))
+    not_recorded(x)
     pyro.sample("y", dist.Normal(x[..., 0] ** 2, 3.0), obs=y[0])
 
 
@@ -315,6 +324,39 @@ def test_interrupted_fits_go_on(model, options, tmp_path):
     again = fit(started(model, **options), Y, steps=steps, checkpoint=path)  # has nothing left to train
     same(whole, again)
     assert os.listdir(tmp_path) == ["fit.pt"]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("together", [True, False])
+def test_interrupted_fits_of_recorded_models(together, tmp_path, monkeypatch):
+    """The recording of a resumed fit gives the same numbers, also for a model that does not broadcast."""
+
+    def model(y):
+        b = pyro.sample("b", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        x = torch.stack([y, y.square()], -1).double()
+        with pyro.plate("rows", len(y)):
+            mean = (x * b.unsqueeze(-2)).sum(-1) if together else x @ b
+            pyro.sample("y", dist.Normal(mean, 1.0), obs=y.exp())
+
+    def run(**options):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return fit(AutoFlow(model, SMALL, seed=0, num_starts=1, num_particles=16), Y, steps=60, **options)
+
+    whole, path, note = run(), tmp_path / "fit.pt", GuideTraining._note
+
+    def stop(training, *row):
+        note(training, *row)
+        if len(training.history) == 37:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(GuideTraining, "_note", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(checkpoint=path, checkpoint_every=7)
+    monkeypatch.undo()
+    found = run(checkpoint=path)
+    assert whole.guide.density(Y).recorded.why_not is None
+    same(whole, found)
 
 
 def test_interrupted_without_a_checkpoint():
@@ -378,6 +420,7 @@ def test_time_spent_before_counts(clock, tmp_path):
 
     def model():
         a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        not_recorded(a)
         clock.now += 0.05
         if clock.now > limit:
             raise KeyboardInterrupt

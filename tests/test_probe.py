@@ -276,3 +276,16 @@ def test_nothing_is_made_on_the_default_device():
         found = probe_modes(target.log_prob, target.parts[0].log_prob, draws, initial, **options)
     assert found.missed.device.type == found.share.device.type == "cpu"
     assert abs(found.missing_share - 0.3) < 0.02
+
+
+def test_an_earlier_search_is_used_again():
+    """Its modes are judged for the new guide, with fewer climbs, also where no new climb leads there."""
+    target = pair((0.7, 0.3))
+    first = probe(target, target.parts[0], log_evidence=math.log(0.7))
+    again = probe(target, target, known=first)
+    assert len(again.share) == 2 and not again.missed.any() and again.evaluations < probe(target, target).evaluations
+    torch.testing.assert_close(again.share, torch.tensor([0.7, 0.3], dtype=torch.float64), atol=0.05, rtol=0)
+    alone = probe(
+        target, target.parts[1], log_evidence=math.log(0.3), known=first, num_starts=1, initial=-first.locations[1]
+    )
+    assert alone.missed.tolist() == [True, False] and abs(alone.missing_share - 0.7) < 0.02

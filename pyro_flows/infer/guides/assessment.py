@@ -98,12 +98,13 @@ def assess(
     num_samples: int = DRAWS,
     seconds: float = math.inf,
     search_seconds: float = math.inf,
+    known: ModeProbe | None = None,
     generator: Generator | None = None,
 ) -> Assessment:
     """Judges a flow by draws, weights, moments, a wider guide and a search for modes.
 
     Half of ``seconds`` is for draws (more if too short for a thousand). The rest is for the wider guide and the search,
-    which takes at most ``search_seconds``.
+    which takes at most ``search_seconds``, and begins with ``known`` modes.
     """
     begin = time.monotonic()
     pace = pace_of(density) or Pace()
@@ -128,6 +129,7 @@ def assess(
             z[fine],
             initial,
             log_evidence=found.log_evidence,
+            known=known,
             generator=generator,
             seconds=None if left == math.inf else left,
         )

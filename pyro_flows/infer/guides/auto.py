@@ -47,6 +47,7 @@ NOT_BUILT = "AutoFlow: this guide has not seen its model yet: call .setup(*args)
 NO_MODEL = "AutoFlow: this guide comes from a pickle, which holds no model; make a new one and load its state_dict"
 SLOW_SECONDS = 20.0  # for the start of a model that runs one draw at a time
 SEARCH = 0.2  # least share of the start's seconds for its search
+RECORDING = 0.7  # the same, for a recording of the density
 FULL_RANK = 300  # dimensions up to which the preconditioner is full
 GAIN = 0.1  # keeps the default flow stable at the step size 0.03 of Pyro's tutorials
 STARTS = ("pathfinder", "prior")
@@ -351,7 +352,10 @@ class AutoFlow(AutoContinuous):
         # pyro.markov needs all sites; hidden ones do not count.
         model, ignored = unblocked(self.plain_model) if self._shown else self.plain_model, self._hidden - self._shown
         # Quiet, because stock SVI runs the model one draw at a time.
-        return JointDensity(model, self.latents, args, kwargs, vectorize, self.discrete, ignored, quiet=True)
+        density = JointDensity(model, self.latents, args, kwargs, vectorize, self.discrete, ignored, quiet=True)
+        if self.start_seconds is not None:
+            density.recorded.seconds = RECORDING * self.start_seconds
+        return density
 
     @property
     def _shown(self) -> frozenset[str]:

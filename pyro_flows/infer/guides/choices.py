@@ -19,14 +19,23 @@ from pyro_flows.infer.machine.pace import FLAT, rows_at_once
 from pyro_flows.infer.models.joint import FAILURES, JointDensity
 from pyro_flows.infer.search.probe import ModeProbe, probe_modes
 
-__all__ = ["SLOW_SECONDS", "choose_particles", "seconds_for_verdict", "several_modes", "start_within"]
+__all__ = [
+    "SEARCHING",
+    "SEVERAL",
+    "SLOW_SECONDS",
+    "choose_particles",
+    "seconds_for_verdict",
+    "several_modes",
+    "start_within",
+]
 
 PARTICLES = 128  # draws per step
 SLOW_PARTICLES = 8  # for a model that runs one draw at a time
 SLOW_SECONDS = 40.0  # for the same kind of model
 LONG = 0.03  # seconds of a call that matter
-ASSESSING = 0.12  # least share of the verdict's seconds
+ASSESSING = 0.1  # least share of the verdict's seconds
 SLOW_ASSESSING = 0.4
+SEARCHING = 0.08  # share of the seconds for a search for modes before training
 SEVERAL = 0.01  # share of outside modes that is worth another start
 
 
@@ -91,10 +100,10 @@ def seconds_for_verdict(density: JointDensity, seconds: float | None) -> float:
 def several_modes(
     guide: AutoFlow, density: JointDensity, initial: Tensor, budget: Budget, generator: Generator
 ) -> ModeProbe | None:
-    """Finds modes outside the start, if they hold enough mass."""
+    """Searches for modes outside the start, if there is time."""
     if guide.subsampled or guide.start == "prior" or guide.tempering is not None:
         return None
-    seconds = math.inf if budget.seconds is None else 0.15 * budget.seconds
+    seconds = math.inf if budget.seconds is None else SEARCHING * budget.seconds
     if seconds < max(10 * density.pace.shortest, 100 * density.pace.seconds_per_draw):
         return None  # too short to find anything
     end = time.monotonic() + min(seconds, math.inf if density.many_at_once else SLOW_SECONDS / 2)
@@ -105,7 +114,7 @@ def several_modes(
     seconds = end - time.monotonic()
     if not math.isfinite(found.log_evidence) or len(z) < 2 or seconds <= 0:
         return None
-    probe = probe_modes(
+    return probe_modes(
         density,
         affine.log_prob,
         z[z.isfinite().all(-1)],
@@ -115,4 +124,3 @@ def several_modes(
         generator=generator,
         seconds=None if seconds == math.inf else seconds,
     )
-    return probe if probe.missing_share > SEVERAL else None

@@ -8,7 +8,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,8 @@ from pyro_flows.core.checks import integer
 from pyro_flows.infer.guides.assessment import DRAWS, FEWEST, Assessment, assess
 from pyro_flows.infer.guides.auto import AutoFlow, seeded
 from pyro_flows.infer.guides.choices import (
+    SEARCHING,
+    SEVERAL,
     SLOW_SECONDS,
     choose_particles,
     seconds_for_verdict,
@@ -41,13 +43,14 @@ from pyro_flows.infer.models.enumeration import unblocked
 from pyro_flows.infer.models.held import own_density
 from pyro_flows.infer.models.joint import JointDensity
 from pyro_flows.infer.models.sites import Model
+from pyro_flows.infer.search.probe import ModeProbe
 
 __all__ = ["fit_guide"]
 
 
 _ALIKE = "the processes fit one posterior together, and each takes its part of the draws"
 SETTINGS = ("num_particles", "path_gradient", "tempering", "start", "num_starts", "seed", "of_prior")
-STARTING = 0.25  # share of the seconds for the start
+STARTING = 0.15  # share of the seconds for the start
 DEFAULT_STEPS = 4000
 SECONDS_BETWEEN_FILES = 30.0  # the most between checkpoints
 
@@ -196,11 +199,11 @@ def fit_guide(
         path = None if processes.rank() else checkpoint  # one file is enough, as all are alike
         training.run(Keeper(CHECKPOINT, path, content, checkpoint_every, SECONDS_BETWEEN_FILES))
         bar.say("judging")
-        assessment = _assess(guide, begun.density, begun.initial, begun.generator, budget)
+        assessment = _assess(guide, begun, budget)
         if begun.covered is not None and assessment.verdict.label == "modes missing":
             before = copy.deepcopy(guide)
             before.flow.load_state_dict(begun.covered)
-            other = _assess(before, begun.density, begun.initial, begun.generator, budget)
+            other = _assess(before, begun, budget)
             if other.verdict.label != "modes missing" and other.importance.ess >= 0.1:
                 guide.flow.load_state_dict(begun.covered)
                 assessment = other
@@ -218,6 +221,7 @@ class _Begun:
     covered: dict[str, Tensor] | None = None  # the state of a flow fitted to several modes
     notes: list[str] = field(default_factory=list)
     keep: float = 0.0  # seconds for the verdict
+    modes: ModeProbe | None = None  # of the search before training
     evaluations: int = 0  # of all processes, at the end
 
     def state(self, guide: AutoFlow) -> dict[str, object]:
@@ -232,6 +236,7 @@ class _Begun:
             "bytes_per_draw": self.density.pace.bytes_per_draw,
             "why_not": self.density.why_not,
             "keep": self.keep,
+            "modes": None if self.modes is None else vars(self.modes),
             "evaluations": guide.start_evaluations + self.density.evaluations,
         }
 
@@ -246,25 +251,28 @@ def _begin(guide: AutoFlow, args: tuple[object, ...], kwargs: dict[str, object],
     initial = guide.initial
     refuse_random(guide, density, initial)
 
-    def plan(density: JointDensity) -> tuple[int, Tensor, float, float, dict[str, Tensor] | None, list[str]]:
+    def plan(density: JointDensity) -> dict[str, Any]:
         particles = choose_particles(guide, density, initial, budget.seconds)
         generator = Generator().manual_seed(int(torch.randint(2**62, ())))
-        keep = seconds_for_verdict(density, budget.seconds)
+        budget.keep = keep = seconds_for_verdict(density, budget.seconds)
         covered, notes = None, []
         several = several_modes(guide, density, initial, budget, generator)
-        if several is not None:
-            limit = None if budget.seconds is None else 0.15 * budget.seconds
+        if several is not None and several.missing_share > SEVERAL:
+            limit = None if budget.seconds is None else SEARCHING * budget.seconds
             found = cover_modes(guide.flow, several, generator, limit)
             notes.append(f"the start covers {found} modes, by a mixture of Gaussians")
             covered = copy.deepcopy(guide.flow.state_dict())
-        step_seconds = max(density.pace.shortest, particles * density.pace.seconds_per_draw)
-        return particles, generator.get_state(), keep, step_seconds, covered, notes
+        budget.step_seconds = max(density.pace.shortest, particles * density.pace.seconds_per_draw)
+        known = {"num_particles": particles, "covered": covered, "notes": notes, "keep": keep, "modes": several}
+        return {"begun": known, "random": generator.get_state(), "step_seconds": budget.step_seconds}
 
-    particles, state, budget.keep, budget.step_seconds, covered, notes = processes.led(density, initial, plan)
-    budget.begin()
+    found = processes.led(density, initial, plan)
     generator = Generator()
-    generator.set_state(state)
-    return _Begun(density, initial, particles, generator, covered, notes, budget.keep)
+    generator.set_state(found["random"])
+    begun = _Begun(density, initial, generator=generator, **found["begun"])
+    budget.keep, budget.step_seconds = begun.keep, found["step_seconds"]
+    budget.begin()
+    return begun
 
 
 def _begin_again(
@@ -287,9 +295,9 @@ def _begin_again(
     guide.start_evaluations = state["evaluations"]
     density.why_not, density.pace.bytes_per_draw = state["why_not"], state["bytes_per_draw"]
     budget.keep = state["keep"]
-    return _Begun(
-        density, guide.initial, state["particles"], Generator(), state["covered"], state["notes"], state["keep"]
-    )
+    begun = _Begun(density, guide.initial, state["particles"], Generator(), state["covered"], state["notes"])
+    begun.keep, begun.modes = state["keep"], state["modes"] and ModeProbe(**state["modes"])
+    return begun
 
 
 def _result(guide: AutoFlow, begun: _Begun, training: GuideTraining, assessment: Assessment | None) -> GuideFit:
@@ -299,7 +307,7 @@ def _result(guide: AutoFlow, begun: _Begun, training: GuideTraining, assessment:
         own.flow,
         own.latents,
         training.history,
-        assessment or partial(_assess, own, density, begun.initial, begun.generator),
+        assessment or partial(_assess, own, replace(begun, density=density)),
         guide=own,
         density=density,
         failures=training.dropped,
@@ -329,9 +337,7 @@ def _held(parameters: dict[str, Tensor]) -> str:
     )
 
 
-def _assess(
-    guide: AutoFlow, density: JointDensity, initial: Tensor, generator: Generator, budget: Budget | None = None
-) -> Assessment:
+def _assess(guide: AutoFlow, begun: _Begun, budget: Budget | None = None) -> Assessment:
     left = math.inf
     if budget is not None and budget.seconds is not None:
         left = max(budget.left(), 0.02 * budget.seconds)
@@ -341,15 +347,16 @@ def _assess(
             guide.flow,
             density,
             guide.latents,
-            initial,
+            begun.initial,
             minibatch=guide.subsampled,
             num_samples=DRAWS if density.many_at_once else FEWEST,
             seconds=left,
             search_seconds=left if density.many_at_once else SLOW_SECONDS / 3,
-            generator=generator,
+            known=begun.modes,
+            generator=begun.generator,
         )
 
-    return processes.led(density, initial, run)
+    return processes.led(begun.density, begun.initial, run)
 
 
 class _Bar:

@@ -21,14 +21,14 @@ from pyro_flows.infer.machine.interrupts import interrupts_held_back
 from pyro_flows.infer.machine.loop import TrainingLoop
 from pyro_flows.infer.machine.optimizers import AdamW
 from pyro_flows.infer.machine.pace import rows_at_once
-from pyro_flows.infer.models.joint import FAILURES
+from pyro_flows.infer.models.recorded import FAILURES, value_and_slope
 from pyro_flows.transforms import Autoregressive
 
 __all__ = ["CHECKPOINT", "GuideTraining", "History", "speeds_of"]
 
 CHECKPOINT = CheckpointFormat(
     "fit_guide",
-    2,
+    3,
     {
         **dict.fromkeys(("architecture", "latents", "data", "parameters", "settings", "start"), dict),
         "training": {
@@ -305,13 +305,9 @@ class GuideTraining(TrainingLoop):
     @torch.enable_grad()
     def _pull(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the model's log-densities ``(S,)`` and gradients ``(S, dim)``, in parts that fit into memory."""
-        values, slopes = [], []
-        for part in z.split(rows_at_once(self.density, len(z))):
-            part = part.detach().requires_grad_()
-            log_p = self.density(part)
-            slopes += torch.autograd.grad(log_p.sum(), part)
-            values.append(log_p.detach())
-        return torch.cat(values), torch.cat(slopes)
+        parts = [value_and_slope(self.density, part) for part in z.split(rows_at_once(self.density, len(z)))]
+        log_p, slope = map(torch.cat, zip(*parts, strict=True))
+        return log_p, slope
 
     def _cover(self, flow: Flow, draws: Tensor, log_weights: Tensor, fine: Tensor) -> Tensor:
         """Returns the forward divergence, from weighted draws."""

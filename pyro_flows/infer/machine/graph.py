@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,8 +15,9 @@ from typing import Any, cast
 import torch
 from torch import Tag, Tensor, fx, nn
 from torch._ops import OpOverload
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from pyro_flows.core.modes import recording
 from pyro_flows.inverse.sweep import KERNELS
@@ -32,7 +34,10 @@ LIKE = {  # of a shape alone
 }
 FACTORS = {"value", "alpha", "beta"}  # keywords that torch's functions share with the kernels
 TURNS = {aten.t.default, aten.permute.default, aten.transpose.int}
-
+INDEXED = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}
+READS = {Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.data_ptr}  # without a call of a kernel
+DETACHES = {Tensor.detach, torch.detach, Tensor.data.__get__}  # type: ignore[attr-defined]
+PLAIN = (int, float, complex, bool, str, torch.dtype, torch.device, torch.layout, torch.memory_format, type(None))
 
 TRIALS = 2  # the first step of a fit may set up buffers
 SHAPES, RECORDINGS = 4, 12  # at most
@@ -48,21 +53,30 @@ class RecordError(RuntimeError):
 class Graph:
     """The recorded computation of tensors ``inputs``, in terms of which the result was a tuple of tensors.
 
-    ``program`` takes the inputs and then the ``constants``, all other tensors that were read.
+    ``program`` takes the inputs and then the ``constants``, all other tensors that were read.  A run makes tensors of
+    ``bytes``, at most, and ``mutates`` if it changes some of them.
     """
 
-    def __init__(self, program: fx.GraphModule, constants: list[Tensor], read: dict[Tensor, int]) -> None:
-        self.program, self.constants = program, constants
-        self._run, self._read = program.forward, list(read.items())
+    def __init__(
+        self,
+        program: fx.GraphModule,
+        constants: list[Tensor],
+        read: dict[Tensor, int],
+        made: int = 0,
+        mutates: bool = False,
+    ) -> None:
+        self.program, self.constants, self.bytes, self.mutates = program, constants, made, mutates
+        self._run, self._read = program.forward, read
+        self._length = sum(node.op in ("call_function", "call_method") for node in program.graph.nodes)
 
     @property
     def holds(self) -> bool:
         """Whether no tensor from outside changed since."""
-        return all(tensor._version == version for tensor, version in self._read)
+        return all(tensor._version == version for tensor, version in self._read.items())
 
     def __len__(self) -> int:
         """The number of calls of torch."""
-        return sum(node.op in ("call_function", "call_method") for node in self.program.graph.nodes)
+        return self._length
 
     @property
     def portable(self) -> bool:
@@ -74,6 +88,31 @@ class Graph:
         """Runs the computation anew, without gradients."""
         with torch.no_grad():
             return self._run(*inputs, *self.constants)
+
+    def differentiable(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Runs the computation anew, so that gradients can be taken."""
+        return self._run(*inputs, *self.constants)
+
+    def functional(self, *inputs: Tensor) -> Graph:
+        """Returns the same computation without changes of tensors."""
+
+        def run() -> tuple[Tensor, ...]:
+            torch._enable_functionalization(reapply_views=True)
+            try:
+                found = self._run(*map(torch._to_functional_tensor, inputs), *self.constants)
+                for each in found:
+                    torch._sync(each)
+                return tuple(map(torch._from_functional_tensor, found))
+            finally:
+                torch._disable_functionalization()
+
+        with torch.no_grad():
+            graph = record(run, inputs)[1]
+        for node in graph.program.graph.nodes:
+            if node.target is aten.copy.default:
+                node.target = _copied
+        graph.program.recompile()
+        return Graph(graph.program, graph.constants, graph._read)
 
 
 class Replay:
@@ -140,6 +179,10 @@ class Replay:
         return self.run(*inputs)
 
 
+def _copied(to: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    return source.to(to).expand_as(to)
+
+
 def _shapes(inputs: Sequence[Tensor | None]) -> Any:
     return tuple(None if each is None else (each.shape, each.dtype) for each in inputs)
 
@@ -193,7 +236,7 @@ def unrecorded(call: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> tupl
             found = call(*inputs)
         finally:
             _Recorder.active = recorder
-    recorder.add(_Call(call), inputs, found)
+    recorder.add(_Call(call), recorder.node_of((inputs, {})), found)
     return found
 
 
@@ -220,22 +263,54 @@ class _Call:
         return _Call.results.pop(0) if _Call.results else self.call(*inputs)
 
 
-def record(run: Callable[[], Results], inputs: Sequence[Tensor]) -> tuple[Results, Graph]:
+def record(
+    run: Callable[[], Results], inputs: Sequence[Tensor], failures: list[Tensor] | None = None
+) -> tuple[Results, Graph]:
     """Runs a computation of ``inputs`` and records it; returns its results and the graph.
 
     Backward passes inside are recorded as well, random numbers are drawn anew in each run, and constants are used as
-    they are then.  What Python computes of numbers, shapes and branches stays as it was.
+    they are then.  What Python computes of numbers, shapes, constants and branches stays as it was.  With ``failures``,
+    decompositions of matrices do not raise, but append their codes, 0 for success.
 
     Raises:
-        RecordError: if Python asks for a tensor's value, or a tensor from outside is changed.
+        RecordError: if Python asks for a value that depends on the inputs or on random numbers, or a tensor from
+            outside is changed.
     """
-    recorder = _Recorder.active = _Recorder(inputs)
+    recorder = _Recorder.active = _Recorder(inputs, failures)
+    collects = gc.isenabled()
+    gc.disable()  # a third of the time, since all that is made is kept
     try:
-        with recording(), recorder:
+        with recording(), recorder, _Reads(recorder):
             results = tuple(run())
+        _Recorder.active = None
+        return results, recorder.finish(results)
     finally:
         _Recorder.active = None
-    return results, recorder.finish(results)
+        if collects:
+            gc.enable()
+
+
+class _Reads(TorchFunctionMode):
+    """Refuses values that leave torch without a kernel, unless they depend on constants alone."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if _Recorder.active is not self.recorder:
+            return func(*args, **(kwargs or {}))
+        if func in READS and not self.recorder.is_fixed(args[0]):
+            raise RecordError(f"{func.__name__}() gives Python a value that depends on tensors")
+        found = func(*args, **(kwargs or {}))
+        if func in DETACHES and not torch.is_grad_enabled():
+            if id(found) in self.recorder.nodes:
+                self.recorder.detached.add(self.recorder.nodes[id(found)])
+            elif torch._is_functional_tensor(found):  # whose inner tensor has another identity
+                self.recorder.detaches = True
+        return found
 
 
 class _Recorder(TorchDispatchMode):
@@ -243,15 +318,20 @@ class _Recorder(TorchDispatchMode):
 
     active: _Recorder | None = None
 
-    def __init__(self, inputs: Sequence[Tensor]) -> None:
+    def __init__(self, inputs: Sequence[Tensor], failures: list[Tensor] | None) -> None:
         super().__init__()
+        self.failures = failures
         self.graph = fx.Graph()
         self.nodes: dict[int, fx.Node] = {}
         self.kept: list[Tensor] = []  # so that no id and no storage occurs twice
         self.constants: dict[fx.Node, Tensor] = {}
         self.read: dict[Tensor, int] = {}  # with versions
         self.outer: set[int] = set()  # storages
-        self.written: set[int] = set()
+        self.written: set[int] = set()  # by values that depend on constants alone
+        self.varied: set[int] = set()  # by others
+        self.fixed: set[fx.Node] = set()  # nodes that depend on constants alone
+        self.detached: set[fx.Node] = set()  # by the caller, which matters where gradients are taken later
+        self.detaches = False  # whether all calls of detach may be such
         self.bytes = 0
         for each in inputs:
             self._know(each, self.graph.placeholder(f"i{len(self.kept)}"))
@@ -269,53 +349,96 @@ class _Recorder(TorchDispatchMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> object:
         kwargs = dict(kwargs or {})
+        if func is aten._linalg_check_errors.default and self.failures is not None:
+            self.failures.append(args[0])
+            return None
+        if func.overloadpacket in INDEXED:
+            args = (args[0], list(self._places(args[1])), *args[2:])
+        self._fixed = True
+        nodes = self.node_of((args, kwargs))
+        fixed = self._fixed and Tag.nondeterministic_seeded not in func.tags
         kernel: Any = KERNELS.get(func, func)
         found = kernel(*args, **kwargs)
         several = isinstance(found, tuple | list)
-        if not all(isinstance(each, Tensor) for each in (found if several else [found])) or (
-            Tag.dynamic_output_shape in func.tags
-        ):
-            raise RecordError(f"{func.name()} gives Python a value that depends on tensors")
-        given = zip(func._schema.arguments, args, strict=False)
-        named = ((spec, kwargs.get(spec.name)) for spec in func._schema.arguments)
-        for each in tree_leaves([value for spec, value in (*given, *named) if _writes(spec)]):
-            if isinstance(each, Tensor):
-                if _storage(each) in self.outer:
-                    raise RecordError(f"{func.name()} changes a tensor from outside")
-                self.written.add(_storage(each))
-        self.add(func, args, found, kwargs)
+        made: list[Any] = list(found) if several else [found]
+        sized = Tag.dynamic_output_shape in func.tags and func is not aten.index.Tensor
+        if sized or not all(isinstance(each, Tensor) or (several and each is None) for each in made):
+            if not fixed:
+                raise RecordError(f"{func.name()} gives Python a value that depends on tensors")
+            return found  # its tensors are constants
+        if func._schema.is_mutable:
+            given = zip(func._schema.arguments, args, strict=False)
+            named = ((spec, kwargs.get(spec.name)) for spec in func._schema.arguments)
+            for each in tree_leaves([value for spec, value in (*given, *named) if _writes(spec)]):
+                if isinstance(each, Tensor):
+                    if _storage(each) in self.outer:
+                        raise RecordError(f"{func.name()} changes a tensor from outside")
+                    (self.written if fixed else self.varied).add(_storage(each))
+        self.add(func, nodes, found, fixed)
         return found
 
-    def add(
-        self, call: Callable[..., Any], args: Sequence[Any], found: Any, kwargs: Mapping[str, Any] | None = None
-    ) -> None:
+    def add(self, call: Callable[..., Any], nodes: tuple[Any, Any], found: Any, fixed: bool = False) -> None:
         """Notes a call and its results."""
         several = isinstance(found, tuple | list)
         made: list[Any] = list(found) if several else [found]
-        node = self.graph.call_function(call, *tree_map(self._node_of, (tuple(args), dict(kwargs or {}))))
-        self.bytes += sum(each.nbytes for each in made if _storage(each) not in self.outer)
+        node = self.graph.call_function(call, *nodes)
+        self.bytes += sum(each.nbytes for each in made if each is not None and _storage(each) not in self.outer)
         if self.bytes > BYTES:
             raise RecordError("its tensors are so large that calls cost little")
+        if fixed:
+            self.fixed.add(node)
         for k, each in enumerate(made):
-            self._know(each, self.graph.call_function(operator.getitem, (node, k)) if several else node)
+            if each is None:  # a gradient that nobody asked for
+                continue
+            part = self.graph.call_function(operator.getitem, (node, k)) if several else node
+            if fixed:
+                self.fixed.add(part)
+            self._know(each, part)
+
+    def _places(self, indices: Sequence[Tensor | None]) -> Iterator[Tensor | None]:
+        """Replaces masks by the places that they choose, whose number must not depend on inputs."""
+        for each in indices:
+            if each is None or each.dtype not in (torch.bool, torch.uint8):
+                yield each
+            elif self.is_fixed(each):
+                yield from each.nonzero().unbind(-1)
+            else:
+                raise RecordError("the size of a choice by a mask depends on tensors")
+
+    def is_fixed(self, tensor: Tensor) -> bool:
+        """Whether a tensor depends on constants alone."""
+        self._fixed = True
+        self.node_of(tensor)
+        return self._fixed
 
     def _know(self, tensor: Tensor, node: fx.Node) -> None:
         self.nodes[id(tensor)] = node
         node.meta["value"] = tensor
         self.kept.append(tensor)
 
-    def _node_of(self, value: object) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        if id(value) not in self.nodes:
-            node = self.graph.placeholder(f"c{len(self.constants)}")
-            self.constants[node], self.read[value] = value, value._version
-            self.outer.add(_storage(value))
-            self._know(value, node)
-        return self.nodes[id(value)]
+    def node_of(self, value: object) -> Any:
+        """Puts nodes in place of tensors, and clears ``_fixed`` at one that may change between runs."""
+        if isinstance(value, Tensor):
+            node = self.nodes.get(id(value))
+            if node is None:
+                node = self.graph.placeholder(f"c{len(self.constants)}")
+                self.constants[node], self.read[value] = value, value._version
+                self.outer.add(_storage(value))
+                self.fixed.add(node)
+                self._know(value, node)
+            elif node not in self.fixed or (self.varied and _storage(value) in self.varied):
+                self._fixed = False
+            return node
+        if isinstance(value, list | tuple):
+            return type(value)(map(self.node_of, value))
+        if isinstance(value, dict):
+            return {name: self.node_of(each) for name, each in value.items()}
+        if not isinstance(value, PLAIN):
+            raise RecordError(f"a kernel takes a {type(value).__name__}")
+        return value
 
     def finish(self, results: Results) -> Graph:
-        self.graph.output(tuple(self._node_of(each) for each in results))
+        self.graph.output(tuple(self.node_of(each) for each in results))
         self._simplify()
         inputs = [node for node in self.graph.nodes if node.op == "placeholder" and node not in self.constants]
         used = [node for node in self.constants if node.users]
@@ -326,19 +449,21 @@ class _Recorder(TorchDispatchMode):
         constants = [self.constants[node] for node in used]
         for node in self.graph.nodes:
             node.meta.clear()
-        return Graph(fx.GraphModule(torch.nn.Module(), self.graph), constants, self.read)
+        return Graph(fx.GraphModule(torch.nn.Module(), self.graph), constants, self.read, self.bytes, self.mutates)
 
     def _simplify(self) -> None:
         """Leaves out calls that change nothing, repeat another, are not needed, or depend on nothing."""
+        written = self.written | self.varied  # whose first values are lost
+        self.shared = self._shared(written)
         seen: dict[Any, fx.Node] = {}
         for node in list(self.graph.nodes):
-            if node.op != "call_function" or node.target is operator.getitem:
+            fixed = node in self.fixed and "value" in node.meta
+            if node.op != "call_function" or (node.target is operator.getitem and not fixed):
                 continue
             same = self._same(node)
-            if same is None and self._is_pure(node):
-                if "value" in node.meta and (
-                    node.target in LIKE or all(each in self.constants for each in node.all_input_nodes)
-                ):
+            fixed |= node.target in LIKE and self._is_pure(node)
+            if same is None and (fixed or self._is_pure(node)):
+                if fixed and not self._storages(node) & written:
                     same = self.graph.placeholder(f"c{len(self.constants)}")
                     self.constants[same] = same.meta["value"] = node.meta["value"]
                 else:
@@ -359,9 +484,31 @@ class _Recorder(TorchDispatchMode):
         for node in reversed(list(self.graph.nodes)):
             if node.op == "call_function" and not node.users and self._can_go(node):
                 self.graph.erase_node(node)
+        kernels = [node for node in self.graph.nodes if isinstance(node.target, OpOverload)]
+        self.mutates = any(node.target._schema.is_mutable for node in kernels)
+        for node in kernels:
+            self._quicken(node)
+
+    def _shared(self, written: set[int]) -> set[int]:
+        """Puts plain calls in place of those that change a tensor without views; returns the other storages."""
+        for node in list(self.graph.nodes):  # new tensors come as aliases
+            if self._is_alias(node) and len(node.args[0].users) == 1:
+                node.replace_all_uses_with(node.args[0])
+                self.graph.erase_node(node)
+        members: dict[int, list[fx.Node]] = {storage: [] for storage in written}
         for node in self.graph.nodes:
-            if isinstance(node.target, OpOverload):
-                self._quicken(node)
+            for storage in self._storages(node) & written if "value" in node.meta else ():
+                members[storage].append(node)
+        for storage, nodes in members.items():
+            plain = [_functional(node.target) for node in nodes[1:]]
+            if all(each is not None and n.args[0] is m for each, m, n in zip(plain, nodes, nodes[1:], strict=False)):
+                for target, node in zip(plain, nodes[1:], strict=True):
+                    node.target = target  # type: ignore[assignment]
+                written = written - {storage}
+        return written
+
+    def _is_alias(self, node: fx.Node) -> bool:
+        return node.target in ALIASES and node not in self.detached and not self.detaches
 
     def _storages(self, node: fx.Node) -> set[int]:
         made = [node] if "value" in node.meta else list(node.users)  # one result or several
@@ -373,7 +520,7 @@ class _Recorder(TorchDispatchMode):
         if not isinstance(func, OpOverload):
             return False
         touched = self._storages(node).union(*map(self._storages, node.all_input_nodes))
-        return Tag.nondeterministic_seeded not in func.tags and not touched & self.written
+        return Tag.nondeterministic_seeded not in func.tags and not touched & self.shared
 
     def _can_go(self, node: fx.Node) -> bool:
         func: Any = node.target
@@ -388,7 +535,7 @@ class _Recorder(TorchDispatchMode):
         if old is None or new is None:
             return None
         alike = old.shape == new.shape and old.stride() == new.stride() and old.dtype == new.dtype
-        if node.target in ALIASES or (alike and node.target in RESHAPES | TURNS):
+        if self._is_alias(node) or (alike and node.target in RESHAPES | TURNS):
             return source
         if alike and node.target in (aten.mul.Scalar, aten.mul.Tensor) and node.args[1] == 1 and self._is_pure(node):
             return source
@@ -403,6 +550,8 @@ class _Recorder(TorchDispatchMode):
         func: Any = node.target
         if func in KERNELS:
             node.target = cast(Callable[..., Any], KERNELS[func])
+            return
+        if any(isinstance(each, list) and None in each for each in node.args):
             return
         name = func._schema.name.removeprefix("aten::")
         homes = (torch._C._nn,) if func._schema.is_mutable else (torch._C._VariableFunctions, torch._C._nn)
@@ -434,6 +583,13 @@ def _key(node: fx.Node) -> Any:
         return (type(value), value) if isinstance(value, int | float | bool) else value
 
     return node.target, fixed(node.args), tuple((name, fixed(value)) for name, value in sorted(node.kwargs.items()))
+
+
+def _functional(target: Any) -> OpOverload | None:
+    """Returns the call that makes a new tensor in place of changing its first."""
+    if not isinstance(target, OpOverload) or not target._schema.name.endswith("_"):
+        return None
+    return getattr(getattr(aten, target._schema.name[6:-1], None), target._overloadname, None)
 
 
 def _writes(argument: Any) -> bool:

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map
 
 from pyro_flows.infer.models.joint import JointDensity
 from pyro_flows.infer.models.latents import Latents
+from pyro_flows.infer.models.recorded import Recorded
 
 __all__ = ["own_density"]
 
@@ -50,6 +51,7 @@ def own_density(density: JointDensity, latents: Latents, parameters: dict[str, T
     own.args, own.kwargs = tree_map(_detached_copy, (density.args, density.kwargs))
     if parameters:
         own.model = _HeldParameters(parameters)(density.model)
+    own.recorded = Recorded(own._alone, density.recorded.seconds)
     return own
 
 

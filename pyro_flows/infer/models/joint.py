@@ -5,20 +5,19 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Collection, Mapping
-from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pyro
 import torch
 from pyro.poutine import Trace
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from pyro_flows.infer.machine.pace import Footprint, Pace
 from pyro_flows.infer.models.broadcasting import explain, warn_once
 from pyro_flows.infer.models.enumeration import enumerating, marginal_log_prob
 from pyro_flows.infer.models.latents import Latents
+from pyro_flows.infer.models.recorded import FAILURES, Recorded, seeded_alike, value_and_slope
 from pyro_flows.infer.models.sites import (
     COMPUTED,
     DATA,
@@ -37,21 +36,18 @@ __all__ = ["FAILURES", "JointDensity"]
 HIDDEN_PLATES = 2  # plates that poutine.block may hide, left of those that the guide knows
 RUNS = 6  # of a model that draws random numbers
 MOVES = 3  # points at which to look for effects of masked entries
-FAILURES = (ValueError, RuntimeError, ArithmeticError)  # of a model where its density is undefined
-
-T = TypeVar("T")
 
 
 class JointDensity:
     r"""The unnormalized log-density of a model's latents in unconstrained space.
 
     :math:`\log p(z) = \log p(\text{data}, \theta(z)) + \log|\partial \theta / \partial z|`, in nats, differentiable;
-    ``(S, dim)`` gives ``(S,)``. A model that broadcasts, as a comparison shows, runs once for all ``S``, in a dimension
-    left of its plates. Another runs once under ``torch.vmap``, with a warning, if values and gradients then equal those
-    of single runs: not with Python numbers or branches made from latents. The rest runs one point at a time. Points
-    that share a run share the random numbers that the model draws, e.g. a minibatch. Scales, masks and subsampling
-    count as in an ELBO, except that masked entries of a latent that nothing depends on, such as a series' padding, keep
-    their own density. Otherwise there would be no posterior.
+    ``(S, dim)`` gives ``(S,)``. One run of the model is recorded and replayed for all ``S`` points, after comparisons
+    with plain runs. Otherwise, as where Python's numbers or branches depend on latents, a model that broadcasts, as a
+    comparison shows, runs once for all ``S``, in a dimension left of its plates; the rest runs one point at a time,
+    with a warning. Points that share a run share the random numbers that the model draws, e.g. a minibatch. Scales,
+    masks and subsampling count as in an ELBO, except that masked entries of a latent that nothing depends on, such as
+    a series' padding, keep their own density. Otherwise there would be no posterior.
 
     Args:
         model: a Pyro model with the given latents.
@@ -81,36 +77,54 @@ class JointDensity:
         self.quiet = quiet
         self.evaluations = 0
         self.vectorized = True if vectorize is None else vectorize
-        self.mapped: bool | None = None  # whether vmap works, once it is known
+        self.recorded = Recorded(self._alone)
         self.why_not: str | None = None
         self.pace = Pace()
         self._tested = vectorize is not None
 
     def __call__(self, z: Tensor) -> Tensor:
         """Returns log-densities ``(S,)`` of points ``(S, dim)``."""
-        if z.dim() != 2 or z.shape[1] != self.latents.dim:
-            raise ValueError(f"expected unconstrained latents of shape (S, {self.latents.dim}), got {tuple(z.shape)}")
+        self._prepare(z)
         if not len(z):
             return z.new_zeros(0)
-        if not self._tested:
+        if z.requires_grad and torch.is_grad_enabled():
+            found = None if self.vectorized else self.recorded(z)
+            return self._plain(z) if found is None else _Known.apply(z, *found, self._plain)
+        found = self.recorded(z, slope=False) if len(z) > 1 else None
+        return self._plain(z) if found is None else found[0]
+
+    def value_and_slope(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns log-densities ``(S,)`` and gradients ``(S, dim)`` at points ``(S, dim)``, without autograd's graph.
+
+        Where the model's validation or decompositions of matrices refuse a point, its value may be NaN.
+        """
+        self._prepare(z)
+        found = self.recorded(z) if len(z) else None
+        return value_and_slope(self._plain, z) if found is None else found
+
+    def _prepare(self, z: Tensor) -> None:
+        if z.dim() != 2 or z.shape[1] != self.latents.dim:
+            raise ValueError(f"expected unconstrained latents of shape (S, {self.latents.dim}), got {tuple(z.shape)}")
+        if len(z) and not self._tested:
             self._test(z)
-        self.evaluations += z.shape[0]
-        if self.vectorized:
-            try:
-                return self._together(z)
-            except ValueError:  # parameters break constraints
-                value = self._where_defined(z)
-                if value is None:
-                    raise
-                return value
-        if len(z) > 1 and self._maps(z):
-            return self._mapped(z)
-        return torch.stack([self._alone(row) for row in z])
+        self.evaluations += len(z)
+
+    def _plain(self, z: Tensor) -> Tensor:
+        """Runs the model, once for all points or point by point."""
+        if not self.vectorized:
+            return torch.stack([self._alone(row) for row in z])
+        try:
+            return self._together(z)
+        except ValueError:  # parameters break constraints
+            value = self._where_defined(z)
+            if value is None:
+                raise
+            return value
 
     @property
     def many_at_once(self) -> bool:
         """Whether one run serves many points, as far as known."""
-        return self.vectorized or self.mapped is not False
+        return self.vectorized or (self.recorded.why_not is None and self.recorded.batches is not False)
 
     @torch.no_grad()
     def random_at(self, row: Tensor) -> bool:
@@ -186,9 +200,9 @@ class JointDensity:
 
     def _alone(self, row: Tensor) -> Tensor:
         if self._own is None:
-            self._own = self._seeded(self._unneeded, row)
+            self._own = seeded_alike(self._unneeded, row)
         values, total = self.latents.unpack(row)
-        return total + self._conditional(values)
+        return (total + self._conditional(values)).to(row.dtype)
 
     def _conditional(self, values: Mapping[str, Tensor]) -> Tensor:
         nesting = self.latents.max_plate_nesting
@@ -196,56 +210,9 @@ class JointDensity:
             return marginal_log_prob(*self.enumerated_at(values, nesting), None, nesting)
         return sum((site.log_prob().sum() for site in self.sites_at(values).values()), torch.zeros(()))
 
-    def _mapped(self, z: Tensor) -> Tensor:
-        """Runs the model under vmap, where draws that validation refuses get NaN."""
-        if self._own is None:
-            self._own = self._seeded(self._unneeded, z[0])
-
-        def alone(row: Tensor) -> Tensor:
-            with _Validity() as validity:
-                total = self._alone(row)
-            for fine in validity.found:
-                total = torch.where(fine, total, math.nan)
-            return total
-
-        return torch.vmap(alone, randomness="same")(z)
-
-    @torch.enable_grad()
-    def _maps(self, z: Tensor) -> bool:
-        """Whether vmap agrees with single runs at two points."""
-        if self.mapped is None:
-            rows = torch.stack((z[0], z[-1] + 0.1)).detach()
-            try:
-                with torch.no_grad(), Footprint() as footprint:
-                    self._timed(len(rows), self._mapped, rows)
-            except Exception:  # models raise anything under vmap
-                self.mapped = False
-                return False
-            self.pace.bytes_per_draw = footprint.bytes / len(rows)
-            try:
-                alone = _value_and_slope(lambda rows: torch.stack([self._seeded(self._alone, r) for r in rows]), rows)
-                if not alone[0].isfinite().all():
-                    return False  # nothing to compare: the next call retries
-                mapped = _value_and_slope(partial(self._seeded, self._mapped), rows)
-            except FAILURES:
-                return False
-            self.mapped = not self._keeps_mapped() and all(
-                torch.allclose(*pair, 1e-4, 1e-3) for pair in zip(mapped, alone, strict=True)
-            )
-        return self.mapped
-
-    def _keeps_mapped(self) -> bool:
-        """Whether the model keeps a tensor of its run, which vmap leaves unusable."""
-        owner: Any = getattr(self.model, "__self__", self.model)
-        holders = owner.modules() if isinstance(owner, torch.nn.Module) else [owner]
-        kept = [value for each in holders for value in getattr(each, "__dict__", {}).values()]
-        return any(
-            isinstance(value, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value) for value in kept
-        )
-
     def _together(self, z: Tensor) -> Tensor:
         if self._own is None:
-            self._own = self._seeded(self._unneeded, z[0])
+            self._own = seeded_alike(self._unneeded, z[0])
         count, nesting = z.shape[0], self.latents.max_plate_nesting
         # No plate here, because a caller's plate may use this dimension.
         values, total = self.latents.unpack(z, nesting)
@@ -317,7 +284,8 @@ class JointDensity:
         self.latents.max_plate_nesting = declared
         self.vectorized = False
         self.pace.bytes_per_draw = alone_footprint.bytes / len(rows)
-        how = "torch.vmap runs them" if self._maps(rows) else "they go one at a time, which is slower"
+        self.recorded(rows)
+        how = "torch.vmap runs them" if self.many_at_once else "they go one at a time, which is slower"
         self.why_not = (
             f"this model does not broadcast over a plate of draws, so {how}: "
             + explain(self.model, self.latents, self.args, self.kwargs, rows, errors[0], self.discrete)
@@ -329,32 +297,24 @@ class JointDensity:
 
     def _timed(self, rows: int, fn: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
         with self.pace.call(rows):
-            return self._seeded(fn, z)
+            return seeded_alike(fn, z)
+
+
+class _Known(torch.autograd.Function):
+    """Gives values their known gradients; second derivatives run the model."""
 
     @staticmethod
-    def _seeded(fn: Callable[[Tensor], T], z: Tensor) -> T:
-        """Calls a function with the same random numbers, hence minibatches, each time."""
-        with torch.random.fork_rng(devices=[z.device] if z.is_cuda else []):
-            torch.manual_seed(0)
-            return fn(z)
+    def forward(ctx: Any, z: Tensor, value: Tensor, slope: Tensor, plain: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.save_for_backward(z, slope)
+        ctx.plain = plain
+        return value
 
-
-class _Validity(TorchFunctionMode):
-    """Collects what torch's validation finds, which cannot raise under vmap."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[Tensor] = []
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is torch._is_all_true:
-            self.found.append(args[0].all())
-            return True
-        if func is torch.isclose and kwargs == {"atol": 1e-6}:  # torch branches on whether matrices are symmetric
-            return torch.ones(args[0].shape, dtype=torch.bool, device=args[0].device)
-        return func(*args, **(kwargs or {}))
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        z, slope = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            (slope,) = torch.autograd.grad(ctx.plain(z).sum(), z, create_graph=True)
+        return grad.unsqueeze(-1) * slope, None, None, None
 
 
 class StillDensity:
@@ -365,13 +325,11 @@ class StillDensity:
 
     def __call__(self, z: Tensor) -> Tensor:
         """Returns log-densities ``(S,)`` of points ``(S, dim)``."""
-        return JointDensity._seeded(self.density, z)
+        return seeded_alike(self.density, z)
 
-
-def _value_and_slope(run: Callable[[Tensor], Tensor], rows: Tensor) -> tuple[Tensor, Tensor]:
-    rows = rows.detach().requires_grad_()
-    value = run(rows)
-    return value, torch.autograd.grad(value.sum(), rows)[0]
+    def value_and_slope(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns log-densities ``(S,)`` and gradients ``(S, dim)``."""
+        return seeded_alike(self.density.value_and_slope, z)
 
 
 def _moved(row: Tensor, move: int) -> Tensor:

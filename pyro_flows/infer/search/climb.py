@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows.infer.machine.pace import pace_of
+from pyro_flows.infer.models.recorded import value_and_slope
 
 __all__ = ["LogDensity", "Paths", "SafeDensity", "bfgs", "climb", "curved", "diagonal_bfgs", "identity"]
 
@@ -96,16 +97,16 @@ class SafeDensity:
     def _call(self, z: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
         self.evaluations += len(z)
         try:
-            with torch.set_grad_enabled(gradient), nullcontext() if self.pace is None else self.pace.call(len(z)):
-                point = z.detach().to(self.device, self.dtype).requires_grad_(gradient)
-                value = self.density(point)
+            with torch.no_grad(), nullcontext() if self.pace is None else self.pace.call(len(z)):
+                point = z.detach().to(self.device, self.dtype)
+                value, slope = value_and_slope(self.density, point) if gradient else (self.density(point), None)
                 if value.shape != z.shape[:1]:
                     raise TypeError(
                         f"log-density: expected shape {tuple(z.shape[:1])} for points of shape {tuple(z.shape)}, got "
                         f"{tuple(value.shape)}; return one number for each row"
                     )
-                slope = torch.autograd.grad(value.sum(), point)[0] if gradient else torch.zeros_like(point)
-            return value.detach().double().cpu(), slope.double().cpu()
+            slope = torch.zeros_like(point) if slope is None else slope
+            return value.double().cpu(), slope.double().cpu()
         except _REFUSALS as error:
             self.error = error
         if len(z) == 1:

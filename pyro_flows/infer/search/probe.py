@@ -68,6 +68,7 @@ def probe_modes(
     *,
     log_evidence: float,
     num_starts: int = 32,
+    known: ModeProbe | None = None,
     generator: Generator | None = None,
     seconds: float | None = None,
 ) -> ModeProbe:
@@ -94,6 +95,8 @@ def probe_modes(
         initial: the point from which fitting began, ``(D,)``.
         log_evidence: the guide's estimate of :math:`\log Z`, its ELBO or, better, by importance sampling.
         num_starts: the number of dispersed climbs.
+        known: an earlier search of the same density, whose modes are judged again; it takes the place of half of the
+            dispersed climbs if it was complete.
         generator: the source of randomness, on the CPU.
         seconds: the wall-clock limit, checked between calls, after which modes are left out.
 
@@ -108,6 +111,8 @@ def probe_modes(
     integer("probe_modes", "num_starts", num_starts)
     if not math.isfinite(log_evidence):
         raise ValueError(f"probe_modes: expected a finite log_evidence, got {log_evidence}; estimate it from the draws")
+    if known is not None and known.complete:
+        num_starts = (num_starts + 1) // 2
     safe = SafeDensity(log_p, draws, seconds=seconds)
     guide = SafeDensity(log_q, draws)
     own = draws.detach().double().cpu()
@@ -126,7 +131,7 @@ def probe_modes(
     size = torch.where(inside, 1.0, _CAUTION)[:, None, None]
     metric = size * (spread @ spread.mT)
     paths = climb(safe, points, memory=None if dense else 10, metric=metric, steps=_STEPS)
-    peaks, basin = _peaks(safe, *paths.ends()[:2], paths.converged, spread, inside)
+    peaks, basin = _peaks(safe, *paths.ends()[:2], paths.converged, spread, inside, _known(known))
     complete = not safe.expired
     q_there = guide.values(peaks.points)
     mass_p, mass_q = _masses(safe, guide, peaks, generator)
@@ -196,13 +201,31 @@ def _starts(
 
 
 def _peaks(
-    safe: SafeDensity, ends: Tensor, values: Tensor, converged: Tensor, spread: Tensor, inside: Tensor
+    safe: SafeDensity,
+    ends: Tensor,
+    values: Tensor,
+    converged: Tensor,
+    spread: Tensor,
+    inside: Tensor,
+    known: list[Peaks],
 ) -> tuple[Peaks, Tensor]:
     """Returns distinct maxima, best first, and the share of the guide's draws that lead there."""
     order = values.masked_fill(~converged, -torch.inf).argsort(descending=True).tolist()
     free = converged & values.isfinite()
     found: list[Peaks] = []
     shares: list[float] = []
+
+    def add(peak: Peaks) -> None:
+        away = torch.linalg.solve_triangular(peak.scale[0], (ends - peak.points).mT, upper=False).square().sum(0)
+        # An end this near and this high is the same maximum.
+        same = (away < 1.0) & ((values - peak.values).abs() < 1.0 + 64 * safe.eps * peak.values.abs())
+        free[same] = False
+        if not any(_same(peak, other) for other in found):
+            found.append(peak)
+            shares.append(float((same & inside).sum()) / max(1, int(inside.sum())))
+
+    for peak in known:
+        add(peak)
     for i in order:
         if not free[i]:
             continue
@@ -210,21 +233,22 @@ def _peaks(
             break
         peak = laplace(safe, ends[i : i + 1], spread[None], rounds=8)
         free[i] = False
-        if not peak.proper[0]:
-            continue
-        away = torch.linalg.solve_triangular(peak.scale[0], (ends - peak.points).mT, upper=False).square().sum(0)
-        # An end this near and this high is the same maximum.
-        same = (away < 1.0) & ((values - peak.values).abs() < 1.0 + 64 * safe.eps * peak.values.abs())
-        free &= ~same
-        if any(_same(peak, other) for other in found):
-            continue
-        found.append(peak)
-        shares.append(float((same & inside).sum()) / max(1, int(inside.sum())))
+        if peak.proper[0]:
+            add(peak)
     if not found:
         dim = ends.shape[-1]
         none = ends.new_zeros(0)
         return Peaks(none.reshape(0, dim), none, none.reshape(0, dim, dim), none.reshape(0, dim), none.bool()), none
-    return Peaks(*(torch.cat(part) for part in zip(*found, strict=True))), ends.new_tensor(shares)
+    best = torch.cat([peak.values for peak in found]).argsort(descending=True)
+    return Peaks(*(torch.cat(part)[best] for part in zip(*found, strict=True))), ends.new_tensor(shares)[best]
+
+
+def _known(probe: ModeProbe | None) -> list[Peaks]:
+    if probe is None:
+        return []
+    points, values, scale = (part.detach().double().cpu() for part in (probe.locations, probe.log_p, probe.scale))
+    peaks = Peaks(points, values, scale, torch.ones_like(points), torch.ones_like(values, dtype=torch.bool))
+    return [Peaks(*(part[k : k + 1] for part in peaks)) for k in range(len(points))]
 
 
 def _same(one: Peaks, other: Peaks) -> bool:
