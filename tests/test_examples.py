@@ -1,6 +1,7 @@
 """Every script under examples/ runs, found by looking: a new one is tested without being listed."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +12,10 @@ ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(path for path in (ROOT / "examples").rglob("*.py") if not path.name.startswith("_"))
 
 
-def run(script, cwd, *arguments):
+def run(script, cwd, *arguments, launcher=("-W", "error")):
     environment = os.environ | {"MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1", "TMPDIR": str(cwd)}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-W", "error", str(script), *arguments]
+    command = [sys.executable, *launcher, str(script), *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=300)
 
 
@@ -28,6 +29,16 @@ def test_smoke(script, tmp_path):
     done = run(script, tmp_path, "--smoke")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.strip(), "an example that says nothing"
+
+
+@pytest.mark.full
+def test_two_processes_give_the_numbers_of_one(tmp_path):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    script = ROOT / "examples" / "distributed.py"
+    one, two = (run(script, tmp_path, "--smoke", **options) for options in ({}, {"launcher": launcher}))
+    assert one.returncode == two.returncode == 0, one.stderr + two.stderr
+    scores = [re.search("not seen: (.*) nats", done.stdout).group(1) for done in (one, two)]
+    assert scores[0] == scores[1] and "2 processes; verdict" in two.stdout
 
 
 @pytest.mark.full

@@ -701,3 +701,13 @@ def test_interruption_keeps_the_best_state():
     with pytest.raises(KeyboardInterrupt):
         fit(module, torch.randint(2, (100, 2)), batch_size=50, max_epochs=50, lr=0.1)
     assert module.first.item() != 0 and not module.training
+
+
+def test_the_first_batch_sets_layers():
+    value = 5 + 3 * torch.randn(60, 2)
+    flow = pf.Flow([pf.ActNorm(2)])
+    sgd = partial(torch.optim.SGD, lr=1e-9)
+    pf.fit_density(flow, value, steps=1, optimizer=sgd, standardize=False, validation_fraction=0, progress=False)
+    layer = flow.chain[0]
+    torch.testing.assert_close(layer.loc.detach(), value.mean(0))
+    torch.testing.assert_close(layer.log_scale.detach().exp(), value.std(0, correction=0))

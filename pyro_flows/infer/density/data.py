@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from torch import Size, Tensor, nn
 from torch.utils._pytree import tree_map_only
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 
 from pyro_flows.core.checks import first_floating
 from pyro_flows.distributions import Flow
 from pyro_flows.infer.density.columns import Precision
+from pyro_flows.infer.machine.processes import count, everyone, part
 
 __all__ = ["Expected", "Loader", "Rows", "Source", "admit_rows", "expected_by", "name_rows", "to_tensor"]
 
@@ -184,8 +185,8 @@ class Rows:
         return [each for each in (self.value, self.context) if each is not None]
 
     def batch(self, rows: Tensor) -> Batch:
-        """Selects a batch."""
-        found = self.take(rows)
+        """Selects a batch, or the part of this process."""
+        found = self.take(part(rows))
         return found.value, found.context, found.index
 
     def order(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, ...]:
@@ -195,10 +196,11 @@ class Rows:
         return order.to(self.value.device).tensor_split(self.steps(batch_size))
 
     def chunks(self, least: int) -> Iterator[Batch]:
-        """Yields all rows once, in order, at least so many at a time."""
+        """Yields all rows once, in order, at least so many at a time; of several processes, each gets a part."""
         size = max(least, _CHUNK // max(self.value[:1].numel(), 1), 1)
-        contexts = (None for _ in self.value.split(size)) if self.context is None else self.context.split(size)
-        yield from zip(self.value.split(size), contexts, self.index.split(size), strict=True)
+        values = part(self.value).split(size) if len(part(self.index)) else ()
+        contexts = [None] * len(values) if self.context is None else part(self.context).split(size)
+        yield from zip(values, contexts, part(self.index).split(size), strict=False)
 
     def take(self, rows: Tensor) -> Rows:
         """Selects some rows."""
@@ -218,7 +220,10 @@ class Rows:
 
 
 class Loader:
-    """A ``DataLoader`` of ``x``, ``(x,)`` or ``(x, context)``; one pass is one epoch."""
+    """A ``DataLoader`` of ``x``, ``(x,)`` or ``(x, context)``; one pass is one epoch.
+
+    Each of several processes has its own.  The numbers of rows are those of all, the number of batches is the largest.
+    """
 
     def __init__(self, loader: DataLoader, expected: Expected, what: str) -> None:
         self.loader, self.expected, self.what = loader, expected, what
@@ -231,12 +236,19 @@ class Loader:
         """The number of batches, counted in the first pass."""
         return self.count
 
-    def batches(self, batch_size: int, generator: torch.Generator | None = None) -> Iterator[Batch]:
+    def batches(self, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
+        """Yields one pass; of several processes, one that is done has empty batches until all are."""
+        for sampler in (self.loader.sampler, getattr(self.loader.batch_sampler, "sampler", None)):
+            if isinstance(sampler, DistributedSampler):
+                sampler.set_epoch(int(torch.randint(2**31, (), generator=generator)))
+        yield from self.chunks(batch_size)
+        while count() > 1:
+            yield torch.empty(0), None, None
+
+    def chunks(self, least: int) -> Iterator[Batch]:
         """Yields one pass."""
         for batch in self.loader:
             yield *_admit(*self._unpack(batch), self.expected, self.what, self.what), None
-
-    chunks = batches
 
     def survey(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Counts in a first pass, and refuses NaN."""
@@ -245,7 +257,10 @@ class Loader:
             place = f"batch {self.count} of the DataLoader given as {self.what}"
             _refuse_nonfinite(self.expected, {f"{place}, values,": value, f"{place}, contexts,": context})
             self.rows, self.count = self.rows + len(value), self.count + 1
-            yield value, context
+            if len(value):
+                yield value, context
+        rows, counts = zip(*everyone((self.rows, self.count)), strict=True)
+        self.rows, self.count = sum(rows), max(counts)
         if not self.rows:
             raise ValueError(f"fit_density: the DataLoader given as {self.what} is empty")
 

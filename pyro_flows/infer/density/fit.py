@@ -6,6 +6,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -23,6 +24,7 @@ from pyro_flows.infer.density.objective import Likelihood, Objective, evaluate, 
 from pyro_flows.infer.density.prepare import prepare, reals_of
 from pyro_flows.infer.density.settings import Settings
 from pyro_flows.infer.density.units import Density, in_units, is_density, is_plain_flow
+from pyro_flows.infer.machine import processes
 from pyro_flows.infer.machine.checkpoint import Keeper, architecture_of, layout_of
 from pyro_flows.infer.machine.compiled import Compile
 from pyro_flows.infer.machine.interrupts import carrying, interrupts_held_back
@@ -30,6 +32,11 @@ from pyro_flows.infer.machine.optimizers import AdamW, Given
 from pyro_flows.infer.machine.randomness import own_randomness, random_state, set_random
 
 __all__ = ["DensityFit", "fit_density"]
+
+_ALIKE = (
+    "each process takes its part of every batch of the same rows; to give each its own rows, give each a DataLoader "
+    "(torch's DistributedSampler, or a stream of its own)"
+)
 
 
 @dataclass(repr=False)
@@ -133,6 +140,9 @@ def fit_density(
         except KeyboardInterrupt as stop:
             fit = stop.fit
 
+    If a process group of ``torch.distributed`` is initialized, its processes fit together.  Each calls this function,
+    with the same rows, of which it takes its part of each batch, or with a ``DataLoader`` of its own.
+
     A step costs one density pass and its gradient; an epoch adds one density pass over all validation rows.  With flow
     matching a step costs one evaluation of the field and its gradient, without a solve, and one density pass over the
     validation rows ends the fit.  The ``kinetic`` and ``jacobian`` penalties of continuous parts, in their own
@@ -199,32 +209,36 @@ def fit_density(
         Decoupled Weight Decay Regularization (Loshchilov & Hutter, 2019), arXiv:1711.05101.
     """
     chosen = dict(locals())
-    trained, matching = _as_density(flow), as_objective(objective)
-    if matching is not None:
-        matched_parts(trained, matching)
-    parameters = [p for p in trained.parameters() if p.requires_grad]
-    if not parameters:
-        raise ValueError(
-            "fit_density: expected a flow with trainable parameters, got one without; if it was frozen, call "
-            "flow.requires_grad_(True)"
-        )
-    known = CHECKPOINT.read(checkpoint) if resume else None
-    if seed is None:
-        seed = int(torch.randint(2**31, ())) if known is None else known["settings"]["seed"]
-    chosen.update(seed=seed, objective="likelihood" if matching is None else str(matching))
-    settings = Settings(**{each.name: chosen[each.name] for each in fields(Settings)})
-    torchs = _as_optimizer(optimizer, parameters, settings)
-    given = (data, context, validation, validation_context)
-    device = expected_by(trained).device
     so_far: list[Callable[[], object]] = []
-    with carrying(so_far), own_randomness(device, seed):
+    with carrying(so_far), processes.joined("fit_density"), ExitStack() as stack:
+        trained, matching = _as_density(flow), as_objective(objective)
+        if matching is not None:
+            matched_parts(trained, matching)
+        parameters = [p for p in trained.parameters() if p.requires_grad]
+        if not parameters:
+            raise ValueError(
+                "fit_density: expected a flow with trainable parameters, got one without; if it was frozen, call "
+                "flow.requires_grad_(True)"
+            )
+        checkpoint = processes.from_first(lambda: checkpoint)
+        known = processes.from_first(lambda: CHECKPOINT.read(checkpoint) if resume else None)
+        if seed is None:
+            seed = int(torch.randint(2**31, ())) if known is None else known["settings"]["seed"]
+        chosen.update(seed=seed, objective="likelihood" if matching is None else str(matching))
+        settings = Settings(**{each.name: chosen[each.name] for each in fields(Settings)})
+        torchs = _as_optimizer(optimizer, parameters, settings)
+        given = (data, context, validation, validation_context)
+        device = expected_by(trained).device
+        stack.enter_context(own_randomness(device, seed))
         start = prepare(trained, given, settings)
         identity = {
             "architecture": architecture_of(trained),
             "data": start.identity,
             "settings": settings.identity(start.sizes, "AdamW" if torchs is None else type(torchs).__name__),
         }
-        units = start.units
+        processes.refuse_different("fit_density", {**identity, "limits": vars(settings)}, _ALIKE)
+        processes.made_alike(trained)
+        units = start.units = processes.from_first(lambda: start.units)
         if known is not None:
             then, now = ({"units": layout_of(each)} for each in (known["units"], units))
             CHECKPOINT.refuse_other(checkpoint, {**known, **then}, {**identity, **now})
@@ -247,14 +261,18 @@ def fit_density(
                 try:
                     with CHECKPOINT.refusing(checkpoint):
                         training.load_state_dict(known["training"])
-                        set_random(known["random"], device, **start.generators)
+                        states = known["random"], *known["random"].get("others", ())
+                        set_random(states[processes.rank()], device, **start.generators)
                 except ValueError:
                     trained.load_state_dict(before)  # the flow stays as it was
                     made.release()
                     raise
 
         def content() -> dict[str, Any]:
-            random = random_state(device, **start.generators)
+            own: dict[str, Any] = random_state(device, **start.generators)
+            random, *others = processes.everyone(own)
+            if others:
+                random["others"] = others
             return {**identity, "units": units, "training": training.state_dict(), "random": random}
 
         def result() -> DensityFit:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -18,6 +17,7 @@ from pyro_flows.infer.density.data import Rows, name_rows
 from pyro_flows.infer.density.objective import Objective, mean_score
 from pyro_flows.infer.density.prepare import Prepared
 from pyro_flows.infer.density.settings import Schedule
+from pyro_flows.infer.machine import processes
 from pyro_flows.infer.machine.budget import Budget
 from pyro_flows.infer.machine.checkpoint import CheckpointFormat
 from pyro_flows.infer.machine.compiled import CompiledSteps
@@ -66,7 +66,7 @@ class DensityTraining(TrainingLoop):
         self, flow: nn.Module, objective: Objective, start: Prepared, optimizer: AdamW | Given, progress: bool
     ) -> None:
         settings, sizes = start.settings, start.sizes
-        super().__init__(flow, Budget(sizes.total_steps, settings.seconds, time.monotonic()))
+        super().__init__(flow, Budget(sizes.total_steps, settings.seconds, processes.clock()))
         self.density, self.objective, self.optimizer = objective.density, objective, optimizer
         self.rows, self.validation, self.shuffle = start.train, start.validation, start.shuffle
         self.settings, self.sizes, self.progress = settings, sizes, progress
@@ -89,7 +89,8 @@ class DensityTraining(TrainingLoop):
         if not self.epoch:
             self.keep(0)
         steps = self.sizes.total_steps
-        with tqdm(total=steps, initial=self.budget.done, disable=not self.progress, unit="step") as bar:
+        hidden = not self.progress or processes.rank() > 0
+        with tqdm(total=steps, initial=self.budget.done, disable=hidden, unit="step") as bar:
             while self.stopped is None:
                 self._train_epoch(bar)
                 self._close_epoch(bar)
@@ -105,7 +106,7 @@ class DensityTraining(TrainingLoop):
     def _train_epoch(self, bar: tqdm) -> None:
         self.density.train()
         self.flow.train()
-        total, rows, begin, before = 0.0, 0, time.monotonic(), self.budget.done
+        total, rows, begin, before = 0.0, 0, processes.clock(), self.budget.done
         for score, count, steps in self._steps():
             total += score * count
             rows += count
@@ -116,7 +117,7 @@ class DensityTraining(TrainingLoop):
             raise ValueError("fit_density: the DataLoader given as data was empty in this pass; it must start anew")
         self.epoch += 1
         self._trained = total / rows
-        self.budget.step_seconds = (time.monotonic() - begin) / (self.budget.done - before)
+        self.budget.step_seconds = (processes.clock() - begin) / (self.budget.done - before)
         if isinstance(self.optimizer, AdamW) and isinstance(self.rows, Rows):  # what can be compiled
             seconds = min(self.budget.left(), (self.sizes.total_steps - self.budget.done) * self.budget.step_seconds)
             pieces = self.rows.order(self.sizes.batch_size, torch.Generator())
@@ -129,8 +130,11 @@ class DensityTraining(TrainingLoop):
         rows, optimizer = self.rows, self.optimizer
         if not (isinstance(rows, Rows) and isinstance(optimizer, AdamW) and self.compiled.ready()):
             for value, context, index in rows.batches(self.sizes.batch_size, self.shuffle):
-                if len(value):
-                    yield self._step(value, context, index), len(value), 1
+                if len(value) or processes.count() > 1:
+                    score, seen = self._step(value, context, index)
+                    if not seen:  # no process has rows left
+                        return
+                    yield score, seen, 1
             return
         order = rows.order(self.sizes.batch_size, self.shuffle)
         while len(order):
@@ -138,14 +142,13 @@ class DensityTraining(TrainingLoop):
             scores = self._compiled_steps(rows, optimizer, order[:count])
             if scores is None:
                 scores = torch.tensor(
-                    [self._step(*rows.batch(each)) for each in order[:count]], dtype=torch.float64, device="cpu"
+                    [self._step(*rows.batch(each))[0] for each in order[:count]], dtype=torch.float64, device="cpu"
                 )
             sizes = torch.tensor([len(each) for each in order[:count]], dtype=torch.float64, device="cpu")
             yield float(scores.double() @ sizes / sizes.sum()), int(sizes.sum()), count
             order = order[count:]
 
-    def _step(self, value: Tensor, context: Tensor | None, index: Tensor | None) -> float:
-        self._factor = self.schedule.factor(self.budget.fraction)
+    def _step(self, value: Tensor, context: Tensor | None, index: Tensor | None) -> tuple[float, int]:
         for resample in self._resample:  # order-agnostic training: another order each step
             resample()
         return self._take_step(value, context, index)
@@ -168,7 +171,7 @@ class DensityTraining(TrainingLoop):
             return scores
         # Plain steps say what is wrong, or whether the first compiled ones are right.
         torch.set_rng_state(random)
-        scores = torch.tensor([self._step(*rows.batch(each)) for each in pieces], dtype=torch.float64, device="cpu")
+        scores = torch.tensor([self._step(*rows.batch(each))[0] for each in pieces], dtype=torch.float64, device="cpu")
         if not fine or not self.compiled.agrees(optimizer, state):
             self.compiled.refuse("compiled steps give other numbers than plain ones")
         return scores
@@ -176,6 +179,8 @@ class DensityTraining(TrainingLoop):
     def _uncompilable(self) -> str | None:
         if not isinstance(self.optimizer, AdamW) or not isinstance(self.rows, Rows):
             return "compiled steps need the default optimizer, and rows held in memory"
+        if processes.count() > 1:
+            return "steps of several processes exchange gradients"
         if self.rows.value.device.type != "cpu":
             return "steps are compiled for the CPU only"
         return self._replay.why_not
@@ -212,19 +217,34 @@ class DensityTraining(TrainingLoop):
         """Returns the equal shares of rows, which add up to 1."""
         return self.parameters[0].new_full((len(rows),), 1 / max(len(rows), 1))
 
-    def _take_step(self, value: Tensor, context: Tensor | None, index: Tensor | None) -> float:
-        mean, *grads = self._replay(value, context, self._shares(value))
-        score = float(mean)  # type: ignore[arg-type]  # the first is never None
+    def _take_step(self, value: Tensor, context: Tensor | None, index: Tensor | None) -> tuple[float, int]:
+        """Takes a step on the rows of all processes; returns their mean score and number."""
+        if not self.budget.done:
+            processes.primed(self.flow, lambda: self._score_all(value, context))
+        mean: Tensor | None = None
+        grads: Sequence[Tensor | None] = [None for _ in self.parameters]
+        if len(value):
+            mean, *grads = self._replay(value, context, self._shares(value))
+        score = 0.0 if mean is None else float(mean)
         if not math.isfinite(score):
             self._raise_bad_score(f"{self.objective.noun} of a batch is {score}", value, context, index)
+        score, rows, grads = processes.averaged(self.parameters, grads, score, len(value))
+        if not rows:
+            return score, rows
         norm = self.optimizer.take(grads)
         if not math.isfinite(norm.item()):
             self._raise_bad_gradient(norm, grads)
         if self.settings.clip_norm is not None:
             self.optimizer.clip(norm, self.settings.clip_norm)
+        self._factor = self.schedule.factor(self.budget.fraction)
         self.budget.done += 1
         self.optimizer.step(self._factor, self._weight(self.budget.done))
-        return score
+        return score, rows
+
+    def _score_all(self, value: Tensor, context: Tensor | None) -> None:
+        """Scores the rows of all processes in each."""
+        values, contexts = zip(*(pair for pair in processes.everyone((value, context)) if len(pair[0])), strict=True)
+        self._score(torch.cat(values), None if contexts[0] is None else torch.cat(contexts))
 
     def _weight(self, step: int) -> float:
         """The weight of a step in the averages, which must not remember the start early on."""
@@ -242,6 +262,7 @@ class DensityTraining(TrainingLoop):
     def _close_epoch(self, bar: tqdm) -> None:
         self.density.eval()
         self.flow.eval()
+        processes.average_buffers(self.flow)
         with self._averaged():
             with self.objective.fixed():
                 held_out = mean_score(self._score, self.validation, self.sizes.batch_size)

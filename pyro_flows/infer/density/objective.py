@@ -16,6 +16,7 @@ from pyro_flows.core.nonfinite import locate_nonfinite, nonfinite_output, nonfin
 from pyro_flows.distributions import Flow
 from pyro_flows.infer.density.data import Source
 from pyro_flows.infer.density.units import Density, is_plain_flow
+from pyro_flows.infer.machine.processes import telling, total
 
 __all__ = ["Likelihood", "Objective", "evaluate", "log_prob_of", "mean_score", "scores_of"]
 
@@ -104,7 +105,9 @@ def evaluate(score: Score, source: Source | None, batch_size: int = 1) -> Iterat
 
 def mean_score(score: Score, source: Source | None, batch_size: int = 1) -> float:
     """Averages the scores of all rows; NaN without rows."""
-    total, rows = 0.0, 0
-    for scores in evaluate(score, source, batch_size):
-        total, rows = total + scores.cpu().double().sum().item(), rows + len(scores)
-    return total / rows if rows else float("nan")
+    whole, rows = 0.0, 0.0
+    with telling():
+        for scores in evaluate(score, source, batch_size):
+            whole, rows = whole + scores.cpu().double().sum().item(), rows + len(scores)
+    whole, rows = total(whole, rows)
+    return whole / rows if rows else float("nan")

@@ -24,6 +24,7 @@ from pyro_flows.infer.density.data import Expected, Loader, Rows, Source, admit_
 from pyro_flows.infer.density.settings import HELD_OUT_AT_MOST, Settings, Sizes
 from pyro_flows.infer.density.units import Density, Units, ends_of, head_of, is_plain_flow, over_time, pulled_back
 from pyro_flows.infer.machine.checkpoint import checksum
+from pyro_flows.infer.machine.processes import count, everyone
 
 __all__ = ["Prepared", "Survey", "prepare", "reals_of"]
 
@@ -33,6 +34,11 @@ _FAR = 10.0  # location or scale, in units of the base, far from the start of tr
 _INSIDE = (
     "move them inside by less than the data are rounded, or {}; where a bound is a value that rows really share (no "
     "rain, a sensor's limit), fit the rows within and give the share of that value beside them (a two-part model)"
+)
+
+_REPEATED = (
+    "all processes read the same rows, so that each step counts them several times; give each process rows of its own, "
+    "e.g. DataLoader(dataset, sampler=torch.utils.data.DistributedSampler(dataset))"
 )
 
 
@@ -85,6 +91,8 @@ def prepare(flow: Flow | Density, given: tuple[Any, Any, Any, Any], settings: Se
     shuffle = torch.Generator().manual_seed(settings.seed)
     values, contexts = surveys = Survey(), Survey()
     train = _admit(flow, data, context, expected, "data", surveys)
+    if isinstance(train, Loader):
+        values, contexts = values.of_all(), contexts.of_all()
     held_out: Source | None = None
     if validation is not None:
         own = Survey(), Survey()
@@ -103,6 +111,8 @@ def prepare(flow: Flow | Density, given: tuple[Any, Any, Any, Any], settings: Se
         if expected.continuous or ends is not None or settings.standardize:
             real = _survey(flow, whole, train.context, "data", surveys)
     found = [each.told(what) for each, what in zip(expected.precision, ("data", "context"), strict=True)]
+    if values.repeated:
+        found.append(_REPEATED)
     if expected.continuous:
         values.refuse_degenerate(real, found[0])
     if expected.continuous or ends is not None:
@@ -244,9 +254,13 @@ def _refuse(bad: Tensor, what: str, support: str, columns: list[int], remedy: st
 
 
 class Survey:
-    """Location and scale of rows that come in pieces, and a sample of the first rows."""
+    """Location and scale of rows that come in pieces, and a sample of the first rows.
+
+    ``repeated`` tells whether several processes saw the same rows.
+    """
 
     def __init__(self) -> None:
+        self.repeated = False
         self.rows = 0
         self._sample: list[tuple[Tensor, Tensor]] = []
 
@@ -262,16 +276,33 @@ class Survey:
         lowest, highest = piece.amin(0), piece.amax(0)
         piece = piece.double()
         mean = piece.mean(0)
-        squares = (piece - mean).square().sum(0)
+        self._join(len(piece), mean, (piece - mean).square().sum(0), lowest, highest)
+
+    def _join(self, rows: int, mean: Tensor, squares: Tensor, lowest: Tensor, highest: Tensor) -> None:
         if not self.rows:
             self.mean, self.squares, self.lowest, self.highest = mean, torch.zeros_like(mean), lowest, highest
         # Chan's update, which does not cancel where the mean is large.
-        share = len(piece) / (self.rows + len(piece))
+        share = rows / (self.rows + rows)
         gap = mean - self.mean
         self.squares = self.squares + squares + gap.square() * self.rows * share
         self.mean = self.mean + gap * share
         self.lowest, self.highest = torch.minimum(self.lowest, lowest), torch.maximum(self.highest, highest)
-        self.rows += len(piece)
+        self.rows += rows
+
+    def of_all(self) -> Survey:
+        """Joins the surveys of all processes."""
+        surveys = [each for each in everyone(self) if each.rows]
+        if count() == 1 or not surveys:
+            return self
+        joined = Survey()
+        for each in surveys:
+            joined._join(each.rows, each.mean, each.squares, each.lowest, each.highest)
+            joined._sample += [(x[: _SAMPLE // len(surveys)], y[: _SAMPLE // len(surveys)]) for x, y in each._sample]
+        near = 1e-9 * joined.squares.sqrt()
+        joined.repeated = len(surveys) == count() and all(
+            each.rows == self.rows and bool(((each.mean - joined.mean).abs() <= near).all()) for each in surveys
+        )
+        return joined
 
     def loc_and_scale(self, ends: Tensor | None = None, over_time: bool = False) -> tuple[Tensor, Tensor]:
         """Returns mean and standard deviation in float64; a constant column has scale 1.

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from pyro_flows.core.checks import choice, integer
 from pyro_flows.infer.machine.budget import cosine
+from pyro_flows.infer.machine.processes import count
 
 __all__ = ["CUT", "CUTS", "FINAL", "HELD_OUT_AT_MOST", "LEAST", "SCHEDULES", "Schedule", "Settings", "Sizes"]
 
@@ -103,6 +104,8 @@ class Settings:
         """The settings on which a resumed fit must agree: limits count only for the cosine."""
         chosen = {**asdict(self), "batch_size": sizes.batch_size, "patience": sizes.patience, "optimizer": optimizer}
         del chosen["checkpoint_every"], chosen["compile"]
+        if count() > 1:
+            chosen["processes"] = count()
         limits = {name: chosen.pop(name) for name in ("max_epochs", "steps", "seconds")}
         return {**chosen, **limits, "max_epochs": sizes.max_epochs} if self.schedule == "cosine" else chosen
 

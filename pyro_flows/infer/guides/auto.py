@@ -31,6 +31,7 @@ from pyro_flows.core.wrap import Wrap
 from pyro_flows.distributions import Flow, FlowDistribution
 from pyro_flows.flows import iaf, nsf, realnvp
 from pyro_flows.infer.guides.posterior import PathPosterior, Steady, preconditioner_of
+from pyro_flows.infer.machine.processes import led
 from pyro_flows.infer.models import prototype, sites
 from pyro_flows.infer.models.enumeration import can_be_summed, hidden_sites, unblocked
 from pyro_flows.infer.models.joint import FAILURES, JointDensity
@@ -319,12 +320,16 @@ class AutoFlow(AutoContinuous):
                 seconds = None if deadline == math.inf else max(0.0, deadline - time.monotonic())
                 if seconds is None and not density.many_at_once:
                     seconds = SLOW_SECONDS
-                found = find_start(
+                found = led(
                     density.still() if self.subsampled else density,
                     initial,
-                    num_starts=self.num_starts,
-                    seconds=seconds,
-                    full_rank_up_to=FULL_RANK,
+                    lambda density: find_start(
+                        density,
+                        initial,
+                        num_starts=self.num_starts,
+                        seconds=seconds,
+                        full_rank_up_to=FULL_RANK,
+                    ),
                 )
             initial, scale = found.loc, found.scale
         if scale.dim() == 1 and dim <= FULL_RANK:

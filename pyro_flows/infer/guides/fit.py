@@ -5,10 +5,9 @@ from __future__ import annotations
 import copy
 import math
 import os
-import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -34,6 +33,7 @@ from pyro_flows.infer.guides.cover import cover_modes
 from pyro_flows.infer.guides.loop import CHECKPOINT, GuideTraining, History
 from pyro_flows.infer.guides.refusals import guide_of, refuse_random, refuse_unobserved
 from pyro_flows.infer.guides.result import GuideFit
+from pyro_flows.infer.machine import processes
 from pyro_flows.infer.machine.budget import Budget
 from pyro_flows.infer.machine.checkpoint import Keeper, architecture_of, checksums
 from pyro_flows.infer.machine.interrupts import carrying, pyro_as_it_was
@@ -48,6 +48,7 @@ from pyro_flows.infer.search.probe import ModeProbe
 __all__ = ["fit_guide"]
 
 
+_ALIKE = "the processes fit one posterior together, and each takes its part of the draws"
 SETTINGS = ("num_particles", "path_gradient", "tempering", "start", "num_starts", "seed", "of_prior")
 STARTING = 0.15  # share of the seconds for the start
 DEFAULT_STEPS = 4000
@@ -87,6 +88,9 @@ def fit_guide(
         except KeyboardInterrupt as stop:
             fit = stop.fit
 
+    If a process group of ``torch.distributed`` is initialized, its processes fit together. Each calls this function
+    with the same arguments, and takes its part of the draws.
+
     The model's own parameters (``pyro.param``, modules) are held at their present or first values, with a warning. The
     result keeps those of ``pyro.param``.
 
@@ -120,24 +124,28 @@ def fit_guide(
         al., 2017), arXiv:1703.09194; Pathfinder (Zhang et al., 2022), arXiv:2108.03782; Yes, but Did It Work? (Yao et
         al., 2018), arXiv:1802.02538.
     """
-    if steps is not None:
-        integer("fit_guide", "steps", steps)
-    if seconds is not None and not 0 < seconds < math.inf:
-        raise ValueError(f"fit_guide: expected seconds to be a positive number, got {seconds!r}")
-    integer("fit_guide", "checkpoint_every", checkpoint_every)
-    budget = Budget(DEFAULT_STEPS if steps is None and seconds is None else steps, seconds, time.monotonic())
-    guide = guide_of(model_or_guide, kwargs)
-    guide.of_prior = fit_prior
-    known = CHECKPOINT.read(checkpoint) if resume else None
-    identity = {
-        "data": checksums(args, kwargs),
-        "settings": {"steps": budget.steps, "seconds": seconds, **{name: getattr(guide, name) for name in SETTINGS}},
-    }
-    if known is not None:
-        CHECKPOINT.refuse_other(checkpoint, known, identity)
     so_far: list[Callable[[], object]] = []
-    bar = _Bar(budget, progress)
-    with carrying(so_far), pyro_as_it_was(), seeded(guide.seed), poutine.block(), torch.enable_grad(), bar:
+    with carrying(so_far), processes.joined("fit_guide"), ExitStack() as stack:
+        if steps is not None:
+            integer("fit_guide", "steps", steps)
+        if seconds is not None and not 0 < seconds < math.inf:
+            raise ValueError(f"fit_guide: expected seconds to be a positive number, got {seconds!r}")
+        integer("fit_guide", "checkpoint_every", checkpoint_every)
+        budget = Budget(DEFAULT_STEPS if steps is None and seconds is None else steps, seconds, processes.clock())
+        guide = guide_of(model_or_guide, kwargs)
+        guide.of_prior = fit_prior
+        checkpoint = processes.from_first(lambda: checkpoint)
+        known = processes.from_first(lambda: CHECKPOINT.read(checkpoint) if resume else None)
+        settings = {"steps": budget.steps, "seconds": seconds, **{name: getattr(guide, name) for name in SETTINGS}}
+        if processes.count() > 1:
+            settings["processes"] = processes.count()
+        identity = {"data": checksums(args, kwargs), "settings": settings}
+        processes.refuse_different("fit_guide", identity, _ALIKE)
+        if known is not None:
+            CHECKPOINT.refuse_other(checkpoint, known, identity)
+        bar = _Bar(budget, progress and not processes.rank())
+        for each in (pyro_as_it_was(), seeded(guide.seed), poutine.block(), torch.enable_grad(), bar):
+            stack.enter_context(each)
         with _warned_once() as notes:
             bar.say("looking for a start")
             if guide.is_built:
@@ -147,6 +155,7 @@ def fit_guide(
                 begun = _begin(guide, args, kwargs, budget)
             else:
                 begun = _begin_again(guide, args, kwargs, budget, known["start"])
+        processes.made_alike(guide.flow)
         identity |= {
             "latents": {site.name: f"{tuple(site.shape)} {site.dtype} on {site.support!r}" for site in guide.latents},
             "parameters": checksums((), guide.model_parameters),
@@ -160,7 +169,7 @@ def fit_guide(
         if guide.model_parameters:
             notes.append(_held(guide.model_parameters))
             warnings.warn(notes[-1], stacklevel=2)
-        begun.notes = list(dict.fromkeys([*notes, *begun.notes]))
+        begun.notes = processes.from_first(lambda: list(dict.fromkeys([*notes, *begun.notes])))
         device = begun.initial.device
 
         def content() -> dict[str, object]:
@@ -187,7 +196,8 @@ def fit_guide(
                 training.load_state_dict(known["training"])
                 set_random(known["random"], device, search=begun.generator)
         so_far.append(lambda: _result(guide, begun, training, None))
-        training.run(Keeper(CHECKPOINT, checkpoint, content, checkpoint_every, SECONDS_BETWEEN_FILES))
+        path = None if processes.rank() else checkpoint  # one file is enough, as all are alike
+        training.run(Keeper(CHECKPOINT, path, content, checkpoint_every, SECONDS_BETWEEN_FILES))
         bar.say("judging")
         assessment = _assess(guide, begun, budget)
         if begun.covered is not None and assessment.verdict.label == "modes missing":
@@ -198,6 +208,7 @@ def fit_guide(
                 guide.flow.load_state_dict(begun.covered)
                 assessment = other
                 begun.notes.append("training lost a mode, so the guide is the fit to the mixture of Gaussians")
+        begun.evaluations = int(processes.total(guide.start_evaluations + begun.density.evaluations)[0])
     return _result(guide, begun, training, assessment)
 
 
@@ -211,6 +222,7 @@ class _Begun:
     notes: list[str] = field(default_factory=list)
     keep: float = 0.0  # seconds for the verdict
     modes: ModeProbe | None = None  # of the search before training
+    evaluations: int = 0  # of all processes, at the end
 
     def state(self, guide: AutoFlow) -> dict[str, object]:
         """Returns the start's part of a checkpoint."""
@@ -238,18 +250,28 @@ def _begin(guide: AutoFlow, args: tuple[object, ...], kwargs: dict[str, object],
     density = guide.density(*args, **kwargs)
     initial = guide.initial
     refuse_random(guide, density, initial)
-    particles = choose_particles(guide, density, initial, budget.seconds)
-    generator = Generator().manual_seed(int(torch.randint(2**62, ())))
-    begun = _Begun(density, initial, particles, generator, keep=seconds_for_verdict(density, budget.seconds))
-    budget.keep = begun.keep
-    begun.modes = several = several_modes(guide, density, initial, budget, generator)
-    if several is not None and several.missing_share > SEVERAL:
-        limit = None if budget.seconds is None else SEARCHING * budget.seconds
-        found = cover_modes(guide.flow, several, generator, limit)
-        begun.notes.append(f"the start covers {found} modes, by a mixture of Gaussians")
-        begun.covered = copy.deepcopy(guide.flow.state_dict())
+
+    def plan(density: JointDensity) -> dict[str, Any]:
+        particles = choose_particles(guide, density, initial, budget.seconds)
+        generator = Generator().manual_seed(int(torch.randint(2**62, ())))
+        budget.keep = keep = seconds_for_verdict(density, budget.seconds)
+        covered, notes = None, []
+        several = several_modes(guide, density, initial, budget, generator)
+        if several is not None and several.missing_share > SEVERAL:
+            limit = None if budget.seconds is None else SEARCHING * budget.seconds
+            found = cover_modes(guide.flow, several, generator, limit)
+            notes.append(f"the start covers {found} modes, by a mixture of Gaussians")
+            covered = copy.deepcopy(guide.flow.state_dict())
+        budget.step_seconds = max(density.pace.shortest, particles * density.pace.seconds_per_draw)
+        known = {"num_particles": particles, "covered": covered, "notes": notes, "keep": keep, "modes": several}
+        return {"begun": known, "random": generator.get_state(), "step_seconds": budget.step_seconds}
+
+    found = processes.led(density, initial, plan)
+    generator = Generator()
+    generator.set_state(found["random"])
+    begun = _Begun(density, initial, generator=generator, **found["begun"])
+    budget.keep, budget.step_seconds = begun.keep, found["step_seconds"]
     budget.begin()
-    budget.step_seconds = max(density.pace.shortest, particles * density.pace.seconds_per_draw)
     return begun
 
 
@@ -289,7 +311,7 @@ def _result(guide: AutoFlow, begun: _Begun, training: GuideTraining, assessment:
         guide=own,
         density=density,
         failures=training.dropped,
-        evaluations=guide.start_evaluations + begun.density.evaluations,
+        evaluations=begun.evaluations or guide.start_evaluations + begun.density.evaluations,
         notes=tuple(begun.notes),
     )
 
@@ -319,18 +341,22 @@ def _assess(guide: AutoFlow, begun: _Begun, budget: Budget | None = None) -> Ass
     left = math.inf
     if budget is not None and budget.seconds is not None:
         left = max(budget.left(), 0.02 * budget.seconds)
-    return assess(
-        guide.flow,
-        begun.density,
-        guide.latents,
-        begun.initial,
-        minibatch=guide.subsampled,
-        num_samples=DRAWS if begun.density.many_at_once else FEWEST,
-        seconds=left,
-        search_seconds=left if begun.density.many_at_once else SLOW_SECONDS / 3,
-        known=begun.modes,
-        generator=begun.generator,
-    )
+
+    def run(density: JointDensity) -> Assessment:
+        return assess(
+            guide.flow,
+            density,
+            guide.latents,
+            begun.initial,
+            minibatch=guide.subsampled,
+            num_samples=DRAWS if density.many_at_once else FEWEST,
+            seconds=left,
+            search_seconds=left if density.many_at_once else SLOW_SECONDS / 3,
+            known=begun.modes,
+            generator=begun.generator,
+        )
+
+    return processes.led(begun.density, begun.initial, run)
 
 
 class _Bar:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from pyro_flows.distributions import Flow
 from pyro_flows.infer.guides.posterior import frozen, preconditioner_of
+from pyro_flows.infer.machine import processes
 from pyro_flows.infer.machine.budget import Budget, cosine
 from pyro_flows.infer.machine.checkpoint import CheckpointFormat
 from pyro_flows.infer.machine.graph import Replay, replayable, unrecorded
@@ -206,14 +206,15 @@ class GuideTraining(TrainingLoop):
             optimizer.load_state_dict(self._moments)
             self._moments = {}
         self.keep(self.budget.done, write=True)
+        processes.primed(flow, lambda: flow.rsample((self.num_particles,)))
         while (fraction := self.budget.fraction) < end and self._exact < PATIENCE and not self._settled(name):
             part = (fraction - begin) / max(end - begin, 1e-9)
             rate = cosine(part, *rates)
             weight = 1.0 if self.tempering is None else self.tempering ** max(0.0, 1.0 - part / TEMPERED)
-            before = time.monotonic()
+            before = processes.clock()
             self._step(name, flow, optimizer, rate, weight)
             self.budget.done += 1
-            self.budget.step_seconds = time.monotonic() - before
+            self.budget.step_seconds = processes.clock() - before
             self._window += 1
             if self._window >= LOOK and weight == 1.0:
                 self._window = 0
@@ -227,7 +228,8 @@ class GuideTraining(TrainingLoop):
         replay = self._replays.get((name, emphatic))
         if replay is None:
             run = partial(self._gradients, flow, optimizer, emphatic)
-            replay = self._replays[name, emphatic] = Replay(run, optimizer.parameters, replayable(flow))
+            why_not = replayable(flow) if processes.count() == 1 else "its process waits for others"
+            replay = self._replays[name, emphatic] = Replay(run, optimizer.parameters, why_not)
         try:
             stats, *grads = replay(torch.tensor(weight, device=optimizer.values.device))
         except _ModelError:
@@ -249,32 +251,48 @@ class GuideTraining(TrainingLoop):
     def _gradients(self, flow: Flow, optimizer: AdamW, emphatic: bool, weight: Tensor) -> list[Tensor | None]:
         """Returns mean, spread and number of the finite log p - log q, and the gradient for each parameter."""
         with Autoregressive.remembering(flow):
-            draws, log_q = flow.rsample_and_log_prob((self.num_particles,))
+            draws, log_q = self._drawn(flow)
             z = draws.detach()
             push = self._push(flow, z) if self.path_gradient else torch.zeros_like(z)
         log_p, pull = unrecorded(self._pulled, draws.detach())
         fine = log_p.isfinite() & pull.isfinite().all(-1)
         toward = weight * pull - push
         with torch.no_grad():
-            before, fine = fine, fine & toward.isfinite().all(-1)
+            known = log_p - log_q, fine, fine & toward.isfinite().all(-1)
+            # Weights of the draws of all processes, which add up their gradients.
+            log_weights, before, fine = processes.gathered(self.num_particles, *known)
             share = fine.to(toward)
             if emphatic:
-                share = share * emphasis(log_p - log_q, fine)
-            toward = torch.where(fine.unsqueeze(-1), toward, 0.0) * (-share / before.sum().clamp(min=1)).unsqueeze(-1)
+                share = share * emphasis(log_weights, fine)
+            share, own = processes.part(-share / before.sum().clamp(min=1)), processes.part(fine)
+            toward = torch.where(own.unsqueeze(-1), toward, 0.0) * share.unsqueeze(-1)
         surrogate = (draws * toward).sum()
         if not self.path_gradient:
-            surrogate = surrogate + torch.where(fine, log_q, 0.0).sum() / before.sum().clamp(min=1)
+            surrogate = surrogate + torch.where(own, log_q, 0.0).sum() / before.sum().clamp(min=1)
         if self.covering:
-            surrogate = surrogate + self._cover(flow, draws, log_p - log_q, fine)
+            surrogate = surrogate + self._cover(flow, draws, log_weights, fine)
         grads = torch.autograd.grad(surrogate, optimizer.parameters, allow_unused=True)
-        return [torch.stack(moments(log_p - log_q.detach(), fine)), *grads]
+        return [torch.stack(moments(log_weights, fine)), *processes.summed(optimizer.parameters, grads)]
+
+    def _drawn(self, flow: Flow) -> tuple[Tensor, Tensor]:
+        """Draws, and their log-densities; each of several processes makes a part of the draws of one."""
+        if processes.count() == 1:
+            return flow.rsample_and_log_prob((self.num_particles,))
+        posterior = flow()
+        return posterior.from_base(processes.part(posterior.base_dist.rsample((self.num_particles,))))
 
     def _pulled(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Like :meth:`_pull`, with failures of the model apart from those of the flow."""
+        """Like :meth:`_pull`, with failures of the model apart from those of the flow.
+
+        Of several processes, one whose model fails gives NaN, and the others go on.
+        """
         try:
-            return self._pull(z)
+            with processes.own_draws(self.budget.done):
+                return self._pull(z)
         except FAILURES as error:
-            raise _ModelError from error
+            if processes.count() == 1:
+                raise _ModelError from error
+            return torch.full_like(z[:, 0], math.nan), torch.full_like(z, math.nan)
 
     def _push(self, flow: Flow, z: Tensor) -> Tensor:
         """Returns the gradient of log q at draws, with fixed parameters."""
@@ -294,8 +312,8 @@ class GuideTraining(TrainingLoop):
     def _cover(self, flow: Flow, draws: Tensor, log_weights: Tensor, fine: Tensor) -> Tensor:
         """Returns the forward divergence, from weighted draws."""
         with torch.no_grad():
-            share = torch.where(fine, log_weights, -math.inf).softmax(0)
-            z = torch.where(fine.unsqueeze(-1), draws, 0.0)
+            share = processes.part(torch.where(fine, log_weights, -math.inf).softmax(0))
+            z = torch.where(processes.part(fine).unsqueeze(-1), draws, 0.0)
         return -COVER * (share * flow.score(z)).sum()
 
     def _failed(self, name: str, rate: float, weight: float) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-import time
+
+from pyro_flows.infer.machine.processes import clock
 
 __all__ = ["Budget", "cosine"]
 
@@ -23,17 +24,17 @@ class Budget:
 
     def begin(self) -> None:
         """Marks the beginning of training."""
-        self._training_from = time.monotonic()
+        self._training_from = clock()
 
     @property
     def elapsed(self) -> float:
         """Seconds since the clock began."""
-        return time.monotonic() - self.start
+        return clock() - self.start
 
     @property
     def trained(self) -> float:
         """Seconds since training began."""
-        return time.monotonic() - self._training_from
+        return clock() - self._training_from
 
     def left(self) -> float:
         """Seconds to the end; infinite without a limit."""
@@ -41,7 +42,7 @@ class Budget:
 
     def resume(self, done: int, spent: float, trained: float) -> None:
         """Continues after ``done`` steps and ``spent`` seconds, ``trained`` of them in training."""
-        now = time.monotonic()
+        now = clock()
         self.done, self.start, self._training_from = done, now - spent, now - trained
 
     @property
@@ -54,7 +55,7 @@ class Budget:
         by_steps = 0.0 if self.steps is None else (self.done + steps) / self.steps
         if self.seconds is None:
             return by_steps
-        now, end = time.monotonic() + steps * self.step_seconds, self.start + self.seconds - self.keep
+        now, end = clock() + steps * self.step_seconds, self.start + self.seconds - self.keep
         if now + 0.5 * self.step_seconds > end:
             return max(by_steps, 1.0)
         whole = max(end - self._training_from, 1e-3)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from pyro_flows.infer.machine.files import check_path, read_state, refuse_others, remove_leftovers, write_state
+from pyro_flows.infer.machine.processes import rank
 
 __all__ = ["CheckpointFormat", "Keeper", "architecture_of", "checksum", "checksums", "layout_of"]
 
@@ -85,7 +86,7 @@ class CheckpointFormat:
 class Keeper:
     """Keeps a copy of a fit's state, and writes it every few rows of the history or seconds.
 
-    ``content`` makes the copy.  Newer rows of a growing history are left out.
+    ``content`` makes the copy.  Newer rows of a growing history are left out.  Of several processes, the first writes.
     """
 
     def __init__(
@@ -114,7 +115,7 @@ class Keeper:
         Raises:
             OSError: if writing fails; the old file is unchanged.
         """
-        if self.path is None or self._kept is None:
+        if self.path is None or self._kept is None or rank():
             return
         content, rows = self._kept
         training = content["training"]

@@ -8,12 +8,18 @@ from contextlib import contextmanager
 import torch
 from torch import Generator, Tensor
 
+from pyro_flows.infer.machine.processes import rank
+
 __all__ = ["own_randomness", "random_state", "set_random"]
 
 
 @contextmanager
 def own_randomness(device: torch.device, seed: int) -> Iterator[None]:
-    """Seeds torch's global generators, of the CPU and this device, inside, and restores them."""
+    """Seeds torch's global generators, of the CPU and this device, inside, and restores them.
+
+    Each process of a fit gets random numbers of its own.
+    """
+    seed += rank() << 40
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         torch.default_generator.manual_seed(seed)
