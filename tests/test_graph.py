@@ -253,3 +253,19 @@ def test_replayable():
     layer = nn.Linear(2, 2)
     layer.weight.register_hook(lambda grad: grad)
     assert "hooks" in replayable(layer)
+
+
+def test_casts_are_those_of_the_recorded_run():
+    """Under autocast, some products are in bfloat16 and some in full precision; a replay does not cast again."""
+    a, b = torch.randn(5, 5), torch.randn(5, 5)
+
+    def run():
+        half = a @ b
+        with torch.autocast("cpu", enabled=False):
+            return [half.float(), a @ b]
+
+    with torch.autocast("cpu", torch.bfloat16):
+        found, graph = record(run, [a, b])
+        again = graph(a, b)
+    assert all(map(torch.equal, found, again)) and all(map(torch.equal, found, graph(a, b)))
+    assert not torch.equal(found[0], found[1]) and torch.equal(found[1], a @ b)

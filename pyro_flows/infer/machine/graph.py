@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pyro_flows.core.modes import recording
+from pyro_flows.core.modes import full_precision, recording
 from pyro_flows.inverse.sweep import KERNELS
 
 __all__ = ["Graph", "RecordError", "Replay", "alike", "record", "replayable", "unrecorded"]
@@ -81,9 +81,9 @@ class Graph:
     @property
     def portable(self) -> bool:
         """Whether it consists of torch's own operations."""
-        calls = [node.target for node in self.program.graph.nodes if node.op == "call_function"]
-        return not any(isinstance(each, FunctionType | _Call) for each in calls)
+        return not any(isinstance(node.target, FunctionType | _Call) for node in self.program.graph.nodes)
 
+    @full_precision  # casts are recorded, and exact parts use no TF32
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Runs the computation anew, without gradients."""
         with torch.no_grad():
