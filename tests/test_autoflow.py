@@ -331,7 +331,7 @@ def test_same_seed_same_guide():
 
 LOAD = """
 import sys, torch, pyro
-sys.path.insert(0, {root!r})
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
 from tests.test_autoflow import AutoFlow, groups, Y
 pyro.set_rng_seed(99)
 guide = AutoFlow(groups, start="prior", seed=99).setup(Y)

@@ -34,8 +34,8 @@ def number(value: float, dtype: torch.dtype) -> Tensor:
 
 
 def one_plus_square(factor: float, x: Tensor) -> Tensor:
-    """``1 + factor x^2``, for eager calls."""
-    one = number(1.0, x.dtype) if x.device.type == "cpu" else x.new_ones(())
+    """``1 + factor x^2``."""
+    one = number(1.0, x.dtype) if x.device.type == "cpu" and by_hand() else x.new_ones(())
     return torch.addcmul(one, x, x, value=factor)
 
 

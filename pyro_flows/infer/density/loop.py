@@ -17,6 +17,7 @@ from pyro_flows.infer.density.data import Rows, name_rows
 from pyro_flows.infer.density.objective import Objective, mean_score
 from pyro_flows.infer.density.prepare import Prepared
 from pyro_flows.infer.density.settings import Schedule
+from pyro_flows.infer.density.units import is_plain_flow
 from pyro_flows.infer.machine import processes
 from pyro_flows.infer.machine.budget import Budget
 from pyro_flows.infer.machine.checkpoint import CheckpointFormat
@@ -224,7 +225,10 @@ class DensityTraining(TrainingLoop):
         mean: Tensor | None = None
         grads: Sequence[Tensor | None] = [None for _ in self.parameters]
         if len(value):
-            mean, *grads = self._replay(value, context, self._shares(value))
+            # Modules with log_prob check values, which a recording leaves out, so each row must have been seen before.
+            seen = is_plain_flow(self.density) or (self.epoch > 0 and isinstance(self.rows, Rows))
+            run = self._replay if seen else self._loss_and_grads
+            mean, *grads = run(value, context, self._shares(value))
         score = 0.0 if mean is None else float(mean)
         if not math.isfinite(score):
             self._raise_bad_score(f"{self.objective.noun} of a batch is {score}", value, context, index)
