@@ -78,7 +78,8 @@ class DensityTraining(TrainingLoop):
         self.stopped: str | None = None
         self.parameters = optimizer.parameters
         self.averages = optimizer.averages
-        self._resample = [f for module in flow.modules() if callable(f := getattr(module, "resample_masks", None))]
+        several = [module for module in flow.modules() if getattr(module, "num_masks", None) != 1]
+        self._resample = [f for module in several if callable(f := getattr(module, "resample_masks", None))]
         self._foreign = replayable(self.density)
         resampled = "masks change between steps" if self._resample else None
         self._replay = Replay(self._loss_and_grads, self.parameters, self._foreign or resampled)
