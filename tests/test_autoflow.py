@@ -175,6 +175,7 @@ def test_module_local_params(elbo):
         assert not list(pyro.get_param_store().keys())
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("elbo", [TraceEnum_ELBO, partial(JitTraceEnum_ELBO, ignore_jit_warnings=True)])
 @pytest.mark.parametrize("vectorized", [False, True])
 @pytest.mark.parametrize("start", ["prior", "pathfinder"])

@@ -179,6 +179,7 @@ def interrupts_the_fit(*_):
         frame = frame.f_back
 
 
+@pytest.mark.full
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_ctrl_c_at_any_time(tmp_path):
     """By the signal itself, one, two at once, or a stream of them, in any line of the fit."""

@@ -89,6 +89,7 @@ def test_far_too_little_time(clock, form, seconds):
     assert found.verdict.label in ("not judged", "bad") and "Time was up after" in found.verdict.text
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("cost", "form"),
     [

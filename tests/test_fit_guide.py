@@ -201,6 +201,7 @@ def test_progress(shown, capsys):
     assert not printed.out and bool("fit_guide" in printed.err) is shown
 
 
+@pytest.mark.full
 def test_same_seed_same_fit():
     """By steps, whatever was drawn before; and random numbers of others are left alone."""
     found = []
@@ -239,6 +240,7 @@ def test_options_of_the_guide(option):
         assert set(weights) == {1.0}
 
 
+@pytest.mark.full
 def test_tempering_of_one_dimension():
     def model():
         pyro.sample("x", dist.Gamma(3.0, 2.0))
@@ -269,6 +271,7 @@ def test_plain_model_takes_its_arguments_by_name():
     assert set(found.sample(2)) == {"a", "b"}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("before", full_but(["setup", "setup elsewhere", "SVI", "fit", "moved"], "SVI", "fit"))
 def test_fits_the_guide_that_is_given(before):
     """A guide that was built, trained or moved before begins anew, and is left as it was fitted."""
@@ -296,6 +299,7 @@ def test_fits_the_guide_that_is_given(before):
     assert not guide.flow.training and all(p.grad is None for p in guide.parameters())
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "later", full_but(["refit", "SVI", "load", "move", "data", "restart"], "refit", "load", "data")
 )
@@ -423,6 +427,7 @@ def test_predictive_one_at_a_time():
     assert found.predictive(4)["y"].shape == (4, 2)
 
 
+@pytest.mark.full
 def test_arviz(fitted):
     az = pytest.importorskip("arviz")
     data = fitted.to_arviz(num_samples=500, constant_data={"x": X})

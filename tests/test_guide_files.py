@@ -69,6 +69,7 @@ def fit():
 # What comes back
 
 
+@pytest.mark.full
 def test_recipes_of_all_flows():
     """Of all public flows, with a case each; what holds something foreign says so."""
     foreign = ("own-univariate", "lambda", "wrap-", "nested", "onto-positive", "continuous-given")
@@ -223,6 +224,7 @@ def varied():
     pyro.sample("y", dist.Normal(pyro.sample("scale", dist.LogNormal(0.0, 1.0)), 1.0), obs=torch.tensor(1.0))
 
 
+@pytest.mark.full
 def test_supports_in_a_fit(tmp_path):
     found = fitted(partial(pf.realnvp, **SMALL), varied)
     found.save(tmp_path / "guide.pt")
@@ -285,6 +287,7 @@ class Field(torch.nn.Module):
         return torch.tanh(self.net(x))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", full_but(OWN, "own-in-a-chain", "function"))
 def test_builders_of_ones_own_are_given_again(name, tmp_path):
     builder, word = OWN[name]

@@ -120,6 +120,7 @@ def test_sites_add_up():
     torch.testing.assert_close(sum(parts.values()) + density.latents.unpack(row)[1], density(row[None])[0])
 
 
+@pytest.mark.full
 def test_subsampled_likelihood_is_scaled():
     """One minibatch for all draws, scaled as in an ELBO, and unbiased."""
     y = torch.randn(6)

@@ -105,6 +105,7 @@ def test_data_under_a_mask_that_leaves_none():
         refuses(ValueError, "nothing is observed", fit, guide(poutine.mask(pair, mask=mask)), Y, steps=1)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("block", [{"expose": ["stay"]}, {"hide_fn": lambda site: site["name"] != "stay"}])
 def test_where_all_data_of_a_chain_are_hidden(block):
     """Pyro's enumeration keeps track of all sites of a markov chain, hidden ones as well."""
@@ -277,6 +278,7 @@ def test_log_likelihoods_are_those_of_the_density():
 # What is drawn anew
 
 
+@pytest.mark.full
 def test_what_is_fixed_stays_fixed():
     def model(x):
         sigma = pyro.sample("sigma", dist.HalfNormal(10.0))
@@ -396,6 +398,7 @@ def test_discrete_latents_are_summed_out(form):
     assert torch.allclose(log_p, prior + each.sum(-1) + ladj) and density.vectorized
 
 
+@pytest.mark.full
 def test_a_fit_of_a_mixture():
     found = fit(AutoFlow(mixture, seed=0), Y, steps=150)
     grid = torch.linspace(-6, 6, 121)
@@ -496,6 +499,7 @@ def test_what_cannot_be_summed_out_is_refused_in_words():
         refuses(ValueError, match, fit, guide(model), Y[0], steps=1)
 
 
+@pytest.mark.full
 def test_scales_that_differ_are_refused():
     def model(y):
         w = pyro.sample("w", dist.Beta(2.0, 2.0))

@@ -100,6 +100,7 @@ class Net(PyroModule):
 MODELS = [school, chain_of_states, mixture, equation, fills, process, missing, Net()]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("model", MODELS, ids=lambda m: getattr(m, "__name__", "net"))
 def test_values_and_gradients(model, dtype, default_dtype, monkeypatch):

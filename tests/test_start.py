@@ -308,6 +308,7 @@ def test_refinement_beats_laplace():
     torch.testing.assert_close(covariance, variance * torch.eye(2, dtype=torch.float64), atol=0.12, rtol=0)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("dim", [400])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_start_is_diagonal_in_high_dimension(dim, dtype):
@@ -373,6 +374,7 @@ def test_errors_of_a_model_that_is_wrong_pass_through():
     refuses(TypeError, "missing argument", find_start, density, torch.zeros(2))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "density",
     [
