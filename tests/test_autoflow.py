@@ -137,6 +137,7 @@ def test_stock_svi(name, built):
         assert {n.rsplit(".", 1)[-1] for n in moved} >= {"shift", "log_diagonal", "lower"}
 
 
+@pytest.mark.full
 def test_svi_trains(default_dtype):
     """A conjugate model is found by stock SVI: mean and standard deviation of the exact posterior."""
     default_dtype(torch.float64)
@@ -591,6 +592,7 @@ def test_predictions_of_data_left_out(kind, parallel):
         assert support.check(drawn["y"]).all()
 
 
+@pytest.mark.full
 def test_predictions_agree_with_the_posterior():
     """A conjugate model: the predictive mean and spread from draws of the guide in ``Predictive``."""
 

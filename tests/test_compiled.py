@@ -97,6 +97,7 @@ def test_what_would_not_pay_is_not_begun(folder, trained):
     assert trained[-1]._process is None and trained[-1]._path is None and not folder.exists()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("fault", ["no compiler", "worker", "file", "folder"])
 def test_faults_are_told_once(fault, folder, monkeypatch, tmp_path, trained):
     told = {"no compiler": "no C.. compiler", "worker": "exit status 3", "file": "cannot be loaded", "folder": "cache"}

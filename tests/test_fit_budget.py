@@ -380,6 +380,7 @@ def test_interrupted_without_a_checkpoint():
     assert found.assessment is found.assessment
 
 
+@pytest.mark.full
 def test_a_fit_that_begins_anew_replaces_the_checkpoint(tmp_path):
     path = tmp_path / "fit.pt"
     fit(started(hierarchy), Y, steps=5, checkpoint=path)

@@ -143,6 +143,7 @@ def test_model_is_bad_for_a_plain_flow():
     assert found.verdict.label != "good" and not found.verdict.ok and found.ess < 0.9
 
 
+@pytest.mark.full
 def test_several_modes_by_default():
     """Two separated modes of unequal weight: both are covered, in about the right shares."""
 
@@ -179,6 +180,7 @@ def test_steps(budget):
     assert len(found.history) == budget["steps"] and found.sample(3)["a"].shape == (3,)
 
 
+@pytest.mark.full
 def test_seconds():
     """Very generous: the machine may be busy; the point is that the budget ends it."""
 
@@ -369,6 +371,7 @@ def test_samples(hierarchical):
     assert nearest.max() < 1e-6  # from those that were judged
 
 
+@pytest.mark.full
 def test_resampled_moments():
     """A guide that is off is put right by its weights."""
     found = fit(AutoFlow(regression, SMALL, start="prior", seed=0), X, y=Y, steps=20)
@@ -532,6 +535,7 @@ def test_densities_that_are_not_finite_in_places():
     assert abs(found.log_evidence - math.log1p(-inside)) < 0.3
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", full_but([ValueError, RuntimeError], ValueError))
 def test_densities_that_raise_in_places(kind):
     """A constraint that breaks, or a factorisation that fails, at some draws."""

@@ -87,6 +87,7 @@ def test_a_prior_is_fitted_on_purpose_alone():
     assert abs(found.log_evidence) < 1e-3 and abs(found.sample(20_000)["a"].mean()) < 0.05
 
 
+@pytest.mark.full
 def test_factors_and_conditioned_sites_are_data():
     def by_factor():
         a = pyro.sample("a", dist.Normal(0.0, 1.0))
@@ -167,6 +168,7 @@ def partly(y, seen, event):
         pyro.sample("y", noise, obs=torch.stack([y, y], -1) if event else y, obs_mask=seen)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("event", [False, True])
 @pytest.mark.parametrize("seen", [[1, 1, 0, 1, 0, 1], [0, 0, 0, 0, 0, 1], [1] * 6])
 def test_missing_data_under_a_mask(event, seen):
@@ -541,6 +543,7 @@ def test_stock_svi_starts_near_the_posterior_of_an_enumerated_model():
     assert (median["mu"] - torch.tensor([-1.85, 2.45])).abs().max() < 0.5
 
 
+@pytest.mark.full
 def test_models_that_do_not_broadcast_are_summed_one_at_a_time():
     def model(y):
         with pyro.plate("components", 2):
