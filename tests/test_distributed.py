@@ -9,6 +9,7 @@ import time
 import traceback
 import warnings
 from functools import partial
+from types import SimpleNamespace
 
 import pyro
 import pyro.distributions as dist
@@ -21,6 +22,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Te
 import pyro_flows as pf
 from pyro_flows.infer import AutoFlow, fit_guide
 from pyro_flows.infer.guides.loop import GuideTraining
+from pyro_flows.infer.machine import processes
 from pyro_flows.infer.machine.checkpoint import Keeper
 from pyro_flows.infer.machine.optimizers import AdamW
 
@@ -394,6 +396,37 @@ def guide(model=schools, steps=200, kind=None, checkpoint=None, seconds=None, **
         return grads_of(fit)
 
 
+class Costly:
+    """A density whose draws seem to take a second each; ``rows`` are those that this process evaluated."""
+
+    pace = SimpleNamespace(seconds_per_draw=1.0)
+
+    def __init__(self):
+        self.rows = []
+
+    def __call__(self, z):
+        self.rows.append(len(z))
+        return -z.square().sum(-1)
+
+    def value_and_slope(self, z):
+        return self(z), -2 * z
+
+
+def led():
+    density, z = Costly(), torch.arange(14.0, dtype=torch.float64).view(7, 2)
+    with processes.joined("led"):
+        found = processes.led(density, z, lambda shared: (shared(z), *shared.value_and_slope(z)))
+    return found, density.rows
+
+
+def test_values_and_gradients_of_a_search_are_shared(both):
+    z = torch.arange(14.0, dtype=torch.float64).view(7, 2)
+    for found, rows in both(led):
+        assert sum(rows) in (6, 8)  # of seven points, twice
+        for each, expected in zip(found, (-z.square().sum(-1), -z.square().sum(-1), -2 * z), strict=True):
+            torch.testing.assert_close(each, expected)
+
+
 GUIDES = {
     "schools": {"start": "prior"},
     "search": {"steps": 5},
@@ -608,7 +641,8 @@ def test_killed_and_resumed(both, target, tmp_path):
     pair = Pair(tmp_path / "other")
     for pipe in pair.pipes:
         pipe.send(partial(killed, target, tmp_path / "fit.pt"))
-    pair.workers[1].join(TIMEOUT)
+    for worker in pair.workers if target == "both" else pair.workers[1:]:
+        worker.join(TIMEOUT)
     if target == "second":
         assert pair.pipes[0].poll(TIMEOUT), "the first process waits for a dead one"
         done, (name, _, fit) = pair.pipes[0].recv()

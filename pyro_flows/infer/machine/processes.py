@@ -119,18 +119,18 @@ class _Meeting:
         finally:
             signal.signal(signal.SIGINT, handler)
 
-    def evaluated(self, density: Callable[[Tensor], Tensor], z: Tensor, gradient: bool) -> Tensor:
+    @torch.no_grad()
+    def evaluated(self, density: Any, z: Tensor, gradient: bool) -> Tensor:
         """Evaluates points of the first process: value, whether a process failed, and the gradient if asked for."""
         distributed.broadcast(z, 0)
         table = z.new_zeros(len(z), 2 + gradient * z.shape[1], dtype=torch.float64)
-        rows, own = part(table, self), part(z, self).detach().requires_grad_(gradient)
+        rows, own = part(table, self), part(z, self)
         if len(own):
             try:
-                with torch.set_grad_enabled(gradient):
-                    value = density(own)
-                    if gradient:
-                        rows[:, 2:] = torch.autograd.grad(value.sum(), own)[0]
-                rows[:, 0] = value.detach()
+                if gradient:
+                    rows[:, 0], rows[:, 2:] = density.value_and_slope(own)
+                else:
+                    rows[:, 0] = density(own)
             except Exception:  # the first process repeats the call, and its caller decides
                 rows[:, 1] = 1.0
         distributed.all_reduce(table)
@@ -390,26 +390,29 @@ def led(density: Density, like: Tensor, run: Callable[[Density], Result]) -> Res
 class _Shared:
     """A density of which each process evaluates its part, if that saves more time than the messages take."""
 
-    def __init__(self, density: Callable[[Tensor], Tensor], meeting: _Meeting) -> None:
+    def __init__(self, density: Any, meeting: _Meeting) -> None:
         self.density, self.meeting = density, meeting
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.density, name)
 
     def __call__(self, z: Tensor) -> Tensor:
-        """Returns log-densities ``(S,)`` of points ``(S, dim)``, with their gradient."""
+        """Returns log-densities ``(S,)`` of points ``(S, dim)``, without gradient."""
+        table = self._table(z, False)
+        return self.density(z) if table is None else table[:, 0]
+
+    def value_and_slope(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns log-densities and gradients ``(S, dim)``."""
+        table = self._table(z, True)
+        return self.density.value_and_slope(z) if table is None else (table[:, 0], table[:, 2:])
+
+    def _table(self, z: Tensor, gradient: bool) -> Tensor | None:
         seconds = getattr(getattr(self.density, "pace", None), "seconds_per_draw", math.inf)
         if len(z) < 2 or seconds * len(z) * (1 - 1 / self.meeting.size) <= MESSAGES * self.meeting.fastest:
-            return self.density(z)
-        gradient = z.requires_grad and torch.is_grad_enabled()
+            return None
         self.meeting.exchange("led", *z.shape, DTYPES.index(z.dtype), gradient)
         table = self.meeting.evaluated(self.density, z.detach().contiguous(), gradient)
-        if table[:, 1].any():
-            return self.density(z)
-        if not gradient:
-            return table[:, 0]
-        # A function of z with the known value and gradient.
-        return table[:, 0] + ((z - z.detach()) * table[:, 2:].to(z)).sum(-1)
+        return None if table[:, 1].any() else table.to(z.dtype)
 
 
 def _devices() -> list[int]:
