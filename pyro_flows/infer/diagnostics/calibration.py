@@ -226,10 +226,8 @@ def _ranks(found: Any, latents: Mapping[str, Tensor], num_samples: int) -> dict[
                 f"simulation_based_calibration: expected draws of {site} of shape ({num_samples} or more, "
                 f"{', '.join(map(str, truth.shape))}), got {tuple(values.shape)}"
             )
-        places = (
-            torch.linspace(0, len(values) - 1, num_samples, dtype=torch.float64, device=values.device).round().long()
-        )
-        chosen = values[places.round().long().to(values.device)].cpu().double()
+        places = torch.linspace(0, len(values) - 1, num_samples, dtype=torch.float64, device=values.device)
+        chosen = values[places.round().long()].cpu().double()
         if chosen.isnan().any():
             raise ValueError(f"simulation_based_calibration: some of the draws of {site} are NaN")
         truth = truth.cpu().double()

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pyro_flows.core.modes import full_precision, recording
+from pyro_flows.infer.machine.randomness import random_state, set_random
 from pyro_flows.inverse.sweep import KERNELS
 
 __all__ = ["Graph", "RecordError", "Replay", "alike", "record", "replayable", "unrecorded"]
@@ -149,12 +150,13 @@ class Replay:
             return self._record(key, given, inputs)
         if calls not in CHECKED:
             return graph(*given)
-        state = _random_state(given)
+        device = given[0].device
+        state = random_state(device)
         with _Call.shared():
             plain = self.run(*inputs)
             try:
-                with torch.random.fork_rng(devices=_devices(given)):
-                    _set_random_state(given, state)
+                with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                    set_random(state, device)
                     found = graph(*given)
             except (TypeError, RuntimeError) as error:
                 self.why_not = f"a recording of its step fails: {error}"
@@ -167,7 +169,8 @@ class Replay:
     def _record(self, key: Any, given: Sequence[Tensor], inputs: Sequence[Tensor | None]) -> Results:
         if len(self._calls) > SHAPES:
             return self.run(*inputs)
-        state = _random_state(given)
+        device = given[0].device
+        state = random_state(device)
         try:
             found, self._graphs[key] = record(lambda: self.run(*inputs), given)
         except RecordError as error:
@@ -175,7 +178,7 @@ class Replay:
                 self.why_not = str(error)
         else:
             return found
-        _set_random_state(given, state)
+        set_random(state, device)
         return self.run(*inputs)
 
 
@@ -185,20 +188,6 @@ def _copied(to: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
 
 def _shapes(inputs: Sequence[Tensor | None]) -> Any:
     return tuple(None if each is None else (each.shape, each.dtype) for each in inputs)
-
-
-def _devices(tensors: Sequence[Tensor]) -> list[torch.device]:
-    return list({each.device for each in tensors if each.is_cuda})
-
-
-def _random_state(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(each) for each in _devices(tensors))]
-
-
-def _set_random_state(tensors: Sequence[Tensor], state: Sequence[Tensor]) -> None:
-    torch.set_rng_state(state[0])
-    for each, known in zip(_devices(tensors), state[1:], strict=True):
-        torch.cuda.set_rng_state(known, each)
 
 
 def alike(a: Tensor | None, b: Tensor | None) -> bool:
