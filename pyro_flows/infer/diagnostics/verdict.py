@@ -66,6 +66,8 @@ class Probe(Protocol):
         locations: the modes, shape ``(modes, D)``, unconstrained.
         share: the posterior's mass in each, shape ``(modes,)``.
         complete: whether the search ended by itself; true if missing.
+        num_starts: the points from which it climbed, if known.
+        reach: the largest distance of these from the initial point, if known.
     """
 
     @property
@@ -242,15 +244,19 @@ def _about_modes(probe: Probe | None, numbers: dict[str, float]) -> str:
         return "Modes were not searched for: a mode that the guide never visits would not show in these numbers."
     numbers["missing_share"] = float(probe.missing_share)
     missed = int(probe.missed.sum())
+    search, count = "A search", getattr(probe, "num_starts", 0)
+    if count:
+        search += f" from {count} points, up to {getattr(probe, 'reach', 0.0):.2g} from the initial one,"
     if not len(probe.missed):
-        ended = "found none" if getattr(probe, "complete", True) else "ran out of time before it found any"
-        return f"A search for modes {ended}, so it says nothing."
+        ended = "found no mode" if getattr(probe, "complete", True) else "ran out of time before it found a mode"
+        return f"{search} {ended}, so it says nothing."
     if not missed:
-        return f"A search found {len(probe.missed)} mode(s), and the guide misses none."
+        found = f"{search} found {len(probe.missed)} mode(s), and the guide misses none of them."
+        return f"{found} Modes much narrower than these, or farther away, can escape such a search."
     where = probe.locations[probe.missed][probe.share[probe.missed].argmax()].tolist()
     place = ", ".join(f"{x:.3g}" for x in where[:6]) + (", …" if len(where) > 6 else "")
     return (
-        f"A search found {missed} mode(s) that the guide misses, with about {float(probe.missing_share):.1%} of the "
+        f"{search} found {missed} mode(s) that the guide misses, with about {float(probe.missing_share):.1%} of the "
         f"posterior; the largest at ({place}) in unconstrained space. Weights do not show that."
     )
 

@@ -22,6 +22,7 @@ __all__ = ["Assessment", "assess", "weigh"]
 CHUNK = 1000
 DRAWS = 10_000
 FEWEST = 1000
+ROUNDS = 16  # of candidates for far starts
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,8 @@ def assess(
             z[fine],
             initial,
             log_evidence=found.log_evidence,
+            log_weights=log_weights[fine],
+            num_rounds=ROUNDS,
             known=known,
             generator=generator,
             seconds=None if left == math.inf else left,

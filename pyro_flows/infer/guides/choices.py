@@ -114,13 +114,15 @@ def several_modes(
     seconds = end - time.monotonic()
     if not math.isfinite(found.log_evidence) or len(z) < 2 or seconds <= 0:
         return None
+    fine = z.isfinite().all(-1)
     return probe_modes(
         density,
         affine.log_prob,
-        z[z.isfinite().all(-1)],
+        z[fine],
         initial,
         log_evidence=found.log_evidence,
-        num_starts=16 if density.many_at_once else 6,
+        log_weights=(log_p - log_q)[fine],
+        num_starts=48 if density.many_at_once else 8,
         generator=generator,
         seconds=None if seconds == math.inf else seconds,
     )

@@ -18,6 +18,7 @@ from torch import Generator, Tensor
 from tqdm.auto import tqdm
 
 from pyro_flows.core.checks import integer
+from pyro_flows.infer.diagnostics.verdict import MODES
 from pyro_flows.infer.guides.assessment import DRAWS, FEWEST, Assessment, assess
 from pyro_flows.infer.guides.auto import AutoFlow, seeded
 from pyro_flows.infer.guides.choices import (
@@ -51,6 +52,8 @@ __all__ = ["fit_guide"]
 _ALIKE = "the processes fit one posterior together, and each takes its part of the draws"
 SETTINGS = ("num_particles", "path_gradient", "tempering", "start", "num_starts", "seed", "of_prior")
 STARTING = 0.15  # share of the seconds for the start
+RESTARTS = 3  # from modes that were found after training
+ANEW, COVERING = 0.2, 0.2  # least share of the seconds left for another training; the part of it for its start
 DEFAULT_STEPS = 4000
 SECONDS_BETWEEN_FILES = 30.0  # the most between checkpoints
 
@@ -180,36 +183,70 @@ def fit_guide(
                 "random": random_state(device, search=begun.generator),
             }
 
-        training = GuideTraining(
-            guide.flow,
-            begun.density,
-            budget,
-            num_particles=begun.num_particles,
-            path_gradient=guide.path_gradient,
-            tempering=guide.tempering if begun.covered is None else None,
-            covering=begun.covered is not None,
-            fresh=begun.covered is None,
-            report=bar.report,
-        )
+        def trainer() -> GuideTraining:
+            return GuideTraining(
+                guide.flow,
+                begun.density,
+                budget,
+                num_particles=begun.num_particles,
+                path_gradient=guide.path_gradient,
+                tempering=guide.tempering if begun.covered is None else None,
+                covering=begun.covered is not None,
+                fresh=begun.covered is None,
+                report=bar.report,
+            )
+
+        training = trainer()
         if known is not None and checkpoint is not None:
             with CHECKPOINT.refusing(checkpoint):
                 training.load_state_dict(known["training"])
                 set_random(known["random"], device, search=begun.generator)
         so_far.append(lambda: _result(guide, begun, training, None))
         path = None if processes.rank() else checkpoint  # one file is enough, as all are alike
-        training.run(Keeper(CHECKPOINT, path, content, checkpoint_every, SECONDS_BETWEEN_FILES))
-        bar.say("judging")
-        assessment = _assess(guide, begun, budget)
-        if begun.covered is not None and assessment.verdict.label == "modes missing":
-            before = copy.deepcopy(guide)
-            before.flow.load_state_dict(begun.covered)
-            other = _assess(before, begun, budget)
-            if other.verdict.label != "modes missing" and other.importance.ess >= 0.1:
-                guide.flow.load_state_dict(begun.covered)
-                assessment = other
-                begun.notes.append("training lost a mode, so the guide is the fit to the mixture of Gaussians")
+        for times in range(RESTARTS + 1):
+            training.run(Keeper(CHECKPOINT, path, content, checkpoint_every, SECONDS_BETWEEN_FILES))
+            bar.say("judging")
+            assessment = _assess(guide, begun, budget)
+            if begun.covered is not None and assessment.verdict.label == MODES:
+                assessment = _fit_to_mixture(guide, begun, budget, begun.covered) or assessment
+            probe = assessment.probe
+            late = budget.seconds is not None and budget.left() < ANEW * budget.seconds
+            if times == RESTARTS or probe is None or late or assessment.verdict.label != MODES:
+                break
+            bar.say("starting anew from all modes")
+            _cover(guide, begun, budget, probe)
+            training = trainer().after(training)
         begun.evaluations = int(processes.total(guide.start_evaluations + begun.density.evaluations)[0])
     return _result(guide, begun, training, assessment)
+
+
+def _cover(guide: AutoFlow, begun: _Begun, budget: Budget, probe: ModeProbe) -> None:
+    """Fits the flow, as it was before any training, to a mixture of Gaussians on all modes known."""
+
+    def covered() -> tuple[int, dict[str, Tensor], Tensor]:
+        guide.flow.load_state_dict(begun.blank)
+        limit = None if budget.seconds is None else COVERING * budget.left()
+        found = cover_modes(guide.flow, probe, begun.generator, limit)
+        return found, copy.deepcopy(guide.flow.state_dict()), begun.generator.get_state()
+
+    found, begun.covered, random = processes.from_first(covered)
+    guide.flow.load_state_dict(begun.covered)
+    begun.generator.set_state(random)
+    begun.modes = probe
+    begun.notes.append(f"a later search found other modes: training began anew, from {found} modes")
+    budget.begin()
+
+
+def _fit_to_mixture(guide: AutoFlow, begun: _Begun, budget: Budget, covered: dict[str, Tensor]) -> Assessment | None:
+    """Returns to the fit to the mixture if that has the modes which training lost."""
+    before = copy.deepcopy(guide)
+    before.flow.load_state_dict(covered)
+    other = _assess(before, begun, budget)
+    if other.verdict.label == MODES or other.importance.ess < 0.1:
+        return None
+    guide.flow.load_state_dict(covered)
+    begun.notes.append("training lost a mode, so the guide is the fit to the mixture of Gaussians")
+    return other
 
 
 @dataclass
@@ -218,6 +255,7 @@ class _Begun:
     initial: Tensor  # a point with finite density
     num_particles: int
     generator: Generator
+    blank: dict[str, Tensor]  # the state of the flow before any training
     covered: dict[str, Tensor] | None = None  # the state of a flow fitted to several modes
     notes: list[str] = field(default_factory=list)
     keep: float = 0.0  # seconds for the verdict
@@ -229,6 +267,7 @@ class _Begun:
         return {
             "initial": self.initial,
             "particles": self.num_particles,
+            "blank": self.blank,
             "covered": self.covered,
             "notes": self.notes,
             "vectorized": self.density.vectorized,
@@ -250,6 +289,7 @@ def _begin(guide: AutoFlow, args: tuple[object, ...], kwargs: dict[str, object],
     density = guide.density(*args, **kwargs)
     initial = guide.initial
     refuse_random(guide, density, initial)
+    blank = copy.deepcopy(guide.flow.state_dict())
 
     def plan(density: JointDensity) -> dict[str, Any]:
         particles = choose_particles(guide, density, initial, budget.seconds)
@@ -269,7 +309,7 @@ def _begin(guide: AutoFlow, args: tuple[object, ...], kwargs: dict[str, object],
     found = processes.led(density, initial, plan)
     generator = Generator()
     generator.set_state(found["random"])
-    begun = _Begun(density, initial, generator=generator, **found["begun"])
+    begun = _Begun(density, initial, generator=generator, blank=blank, **found["begun"])
     budget.keep, budget.step_seconds = begun.keep, found["step_seconds"]
     budget.begin()
     return begun
@@ -295,7 +335,8 @@ def _begin_again(
     guide.start_evaluations = state["evaluations"]
     density.why_not, density.pace.bytes_per_draw = state["why_not"], state["bytes_per_draw"]
     budget.keep = state["keep"]
-    begun = _Begun(density, guide.initial, state["particles"], Generator(), state["covered"], state["notes"])
+    several = {name: state[name] for name in ("blank", "covered", "notes")}
+    begun = _Begun(density, guide.initial, state["particles"], Generator(), **several)
     begun.keep, begun.modes = state["keep"], state["modes"] and ModeProbe(**state["modes"])
     return begun
 

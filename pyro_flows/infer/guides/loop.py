@@ -28,7 +28,7 @@ __all__ = ["CHECKPOINT", "GuideTraining", "History", "speeds_of"]
 
 CHECKPOINT = CheckpointFormat(
     "fit_guide",
-    3,
+    4,
     {
         **dict.fromkeys(("architecture", "latents", "data", "parameters", "settings", "start"), dict),
         "training": {
@@ -193,6 +193,12 @@ class GuideTraining(TrainingLoop):
         self._release()
         self._restore()
         self.flow.chain.clear_cache()
+
+    def after(self, earlier: GuideTraining) -> GuideTraining:
+        """Continues the record of an earlier training in the same budget; returns itself."""
+        self.history, self.failed_steps, self.dropped = earlier.history, earlier.failed_steps, earlier.dropped
+        self._first = self.budget.fraction
+        return self
 
     def _release(self) -> None:
         if self._optimizer is not None:
