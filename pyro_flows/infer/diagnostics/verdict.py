@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyro_flows.core.checks import integer
 from pyro_flows.infer.diagnostics.moments import Moments
+from pyro_flows.infer.diagnostics.walk import Walk
 from pyro_flows.infer.diagnostics.weights import Importance
 
 __all__ = ["LABELS", "Probe", "Verdict", "judge", "widening"]
@@ -29,6 +30,8 @@ SHIFT = 0.1  # harmless, of a mean in standard deviations or of a log standard d
 TAIL = 0.005  # least weight of a meaningful tail
 SHARE = 0.01  # missing posterior mass that matters
 WASTE = 0.02  # draws without weight that matter
+STRAY, STRAYED = 0.003, 0.02  # walkers with weights that were never drawn: too many for resampling, for any use
+WALKED = 4  # moves that make a walk
 
 MEANING = {
     GOOD: "the draws can be used as they are",
@@ -51,6 +54,10 @@ NEXT = {
     "guides and compare their evidence; or a flow with more layers. If two modes differ only in labels, break the "
     "symmetry in the model.",
 }
+FARTHER = (
+    "Let chains go on from these draws, by fit.refine(seconds=...), or NUTS in the guide's space; resampling cannot "
+    "bring back what was never drawn. Training longer, with more layers, or a reparameterized model may be enough."
+)
 UNSAMPLED = (
     "Build the model without subsampling (subsample_size=None), on all data or on a part that fits into memory, and "
     "judge the same guide by that model; or use simulation-based calibration."
@@ -121,6 +128,7 @@ def judge(
     *,
     moments: Moments | None = None,
     wide: Importance | None = None,
+    walk: Walk | None = None,
     minibatch: bool = False,
     failures: int = 0,
     asked: int | None = None,
@@ -131,8 +139,9 @@ def judge(
 
     1. ``"not judged"``: the model subsamples its data, or :math:`n < 100`.
     2. ``"modes missing"``: the guide misses modes of the probe with at least a hundredth of the posterior.
-    3. ``"bad"``: neither good nor fit for resampling, or the wider guide finds more than a tenth of the posterior
-       outside.
+    3. ``"bad"``: neither good nor fit for resampling; or the wider guide finds more than a tenth of the posterior
+       outside; or walkers from the weighted draws find weights above the largest one that was drawn: two in a hundred
+       of them, or three in a thousand if the draws had to be resampled.
     4. ``"use importance resampling"``: :math:`\hat k < \min(0.7, 1 - 1 / \log_{10} n)` and :math:`n e \ge 1000` (a
        tenth of fewer than 10,000 draws, and 100 at least), and :math:`e < 0.9`, or a fiftieth of the draws has no
        weight, or the weights move a mean or log standard deviation by more than 0.1.
@@ -140,7 +149,7 @@ def judge(
     6. ``"good, modes not searched"``: the probe ran out of time.
     7. ``"good, tails uncertain"``: :math:`\hat k` is above that limit; or a standard deviation depends on a few of at
        least 4000 draws; or the wider guide finds a hundredth of the posterior outside, or weights with an index of 0.5
-       or more (an exact guide has at most 0.3).
+       or more (an exact guide has at most 0.3); or three in a thousand walkers find such weights.
     8. ``"good"``.
 
     :math:`\hat k` counts only if the tail's excess has half a percent of all weight; nearly constant weights give
@@ -152,6 +161,8 @@ def judge(
         moments: the moments of the same draws.
         wide: the weights of the guide with its base widened by :func:`widening`.  An exact guide gives the same
             evidence; one with short tails gives less, which its own weights hardly show.
+        walk: a walk of the weighted draws, which shows parts of the posterior that hang together with the guide's draws
+            but hold none, such as the ends of a curve.
         minibatch: whether subsampled data make the weights noisy.
         failures: draws without a log density, beyond those in ``found``.
         asked: the number of draws wanted, if time may have run out.
@@ -160,7 +171,7 @@ def judge(
         Yes, but Did It Work?: Evaluating Variational Inference (Yao et al., 2018), arXiv:1802.02538; Pareto Smoothed
         Importance Sampling (Vehtari et al., 2015), arXiv:1507.02646.
     """
-    facts, numbers = _facts(found, probe, moments, wide, failures)
+    facts, numbers = _facts(found, probe, moments, wide, walk, failures)
 
     def verdict(label: str, step: str = "") -> Verdict:
         text = "\n".join([*facts, f"Next: {step or NEXT[label]}"])
@@ -186,6 +197,9 @@ def judge(
     stray = wide is not None and wide.khat >= 0.5 and wide.tail >= TAIL
     if numbers.get("missing_share", 0.0) >= SHARE:
         return verdict(MODES)
+    strayed = numbers.get("strayed", 0.0)
+    if strayed > STRAYED or (flawed and usable and strayed > STRAY):
+        return verdict(BAD, FARTHER)
     if outside > 0.1 or (flawed and not usable):
         return verdict(BAD, _remedy(found, wasted, outside))
     if flawed:
@@ -195,7 +209,7 @@ def judge(
         return verdict(FEW)
     if probe is not None and not getattr(probe, "complete", True):
         return verdict(UNSEARCHED)
-    if heavy or stray or outside > SHARE or numbers.get("heavy", -math.inf) >= 0.7:
+    if heavy or stray or strayed > STRAY or outside > SHARE or numbers.get("heavy", -math.inf) >= 0.7:
         return verdict(TAILS)
     return verdict(GOOD)
 
@@ -215,7 +229,12 @@ def _remedy(found: Importance, wasted: float, outside: float) -> str:
 
 
 def _facts(
-    found: Importance, probe: Probe | None, moments: Moments | None, wide: Importance | None, failures: int
+    found: Importance,
+    probe: Probe | None,
+    moments: Moments | None,
+    wide: Importance | None,
+    walk: Walk | None,
+    failures: int,
 ) -> tuple[list[str], dict[str, float]]:
     """Collects a verdict's sentences and numbers."""
     names = ("ess", "khat", "tail", "log_evidence", "log_evidence_error", "elbo", "iw_elbo", "spread")
@@ -235,8 +254,22 @@ def _facts(
         facts += _about_moments(moments, found.num_samples, numbers)
     if wide is not None:
         facts.append(_about_tails(found, wide, numbers))
+    if walk is not None and walk.num_moves >= WALKED:
+        facts.append(_about_walk(walk, numbers))
     facts.append(_about_modes(probe, numbers))
     return facts, numbers
+
+
+def _about_walk(walk: Walk, numbers: dict[str, float]) -> str:
+    numbers["strayed"] = walk.above
+    count = len(walk.log_weights)
+    said = f"{count} of the weighted draws walked on by {walk.num_moves} moves"
+    if not walk.above > STRAY:
+        return f"{said}, and found no part of the posterior that the guide leaves out."
+    return (
+        f"{said}: {round(walk.above * count)} of them found weights above any that the guide drew, so a part of the "
+        "posterior that hangs together with its draws is left out."
+    )
 
 
 def _about_modes(probe: Probe | None, numbers: dict[str, float]) -> str:
@@ -246,7 +279,7 @@ def _about_modes(probe: Probe | None, numbers: dict[str, float]) -> str:
     missed = int(probe.missed.sum())
     search, count = "A search", getattr(probe, "num_starts", 0)
     if count:
-        search += f" from {count} points, up to {getattr(probe, 'reach', 0.0):.2g} from the initial one,"
+        search += f" from {count} points, up to {getattr(probe, 'reach', 0.0):,.0f} from the initial one,"
     if not len(probe.missed):
         ended = "found no mode" if getattr(probe, "complete", True) else "ran out of time before it found a mode"
         return f"{search} {ended}, so it says nothing."

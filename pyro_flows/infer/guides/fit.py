@@ -52,6 +52,8 @@ __all__ = ["fit_guide"]
 _ALIKE = "the processes fit one posterior together, and each takes its part of the draws"
 SETTINGS = ("num_particles", "path_gradient", "tempering", "start", "num_starts", "seed", "of_prior")
 STARTING = 0.15  # share of the seconds for the start
+WALKING = 0.08  # most share of the seconds for a walk of the weighted draws
+WALK_EVALUATIONS = 0.3  # the same of evaluations, which take less than those of training
 RESTARTS = 3  # from modes that were found after training
 ANEW, COVERING = 0.2, 0.2  # least share of the seconds left for another training; the part of it for its start
 DEFAULT_STEPS = 4000
@@ -379,9 +381,10 @@ def _held(parameters: dict[str, Tensor]) -> str:
 
 
 def _assess(guide: AutoFlow, begun: _Begun, budget: Budget | None = None) -> Assessment:
-    left = math.inf
+    left = walking = math.inf
+    evaluations = WALK_EVALUATIONS * begun.density.evaluations
     if budget is not None and budget.seconds is not None:
-        left = max(budget.left(), 0.02 * budget.seconds)
+        left, walking = max(budget.left(), 0.02 * budget.seconds), WALKING * budget.seconds
 
     def run(density: JointDensity) -> Assessment:
         return assess(
@@ -393,6 +396,8 @@ def _assess(guide: AutoFlow, begun: _Begun, budget: Budget | None = None) -> Ass
             num_samples=DRAWS if density.many_at_once else FEWEST,
             seconds=left,
             search_seconds=left if density.many_at_once else SLOW_SECONDS / 3,
+            walk_seconds=walking,
+            walk_evaluations=evaluations,
             known=begun.modes,
             generator=begun.generator,
         )

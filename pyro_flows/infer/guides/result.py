@@ -26,7 +26,7 @@ from pyro_flows.infer.models.latents import Latents
 
 __all__ = ["GuideFit", "load_guide"]
 
-KIND, VERSION = "saved fit of a guide", 2
+KIND, VERSION = "saved fit of a guide", 3
 
 
 class GuideFit:

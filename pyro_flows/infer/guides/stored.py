@@ -208,6 +208,8 @@ class Numbers:
         _check_shapes(vars(found), len(found.draws), draws=(dim,))
         if probe is not None:
             _check_shapes(vars(probe), len(probe.locations), locations=(dim,), scale=(dim, dim))
+        if found.walk is not None:
+            _check_shapes(vars(found.walk), len(found.walk.log_weights))
         if found.verdict.label not in LABELS:
             raise ValueError(f"a verdict {found.verdict.label!r}")
         if len({len(column) for column in vars(self.history).values()}) > 1:

@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 
 from pyro_flows.core.checks import integer
 from pyro_flows.infer.search.climb import LogDensity, SafeDensity, climb, identity
-from pyro_flows.infer.search.curvature import Peaks, laplace, triangular
+from pyro_flows.infer.search.curvature import Peaks, laplace, shortened, triangular
 from pyro_flows.infer.search.starting_points import starting_points
 
 __all__ = ["ModeProbe", "nothing_found", "probe_modes"]
@@ -28,6 +28,9 @@ _SAMPLES = 512
 
 
 _CLIMBING = 0.8
+
+
+_LONG, _MOST = 30, 0.9
 
 
 _NEAR = 0.01
@@ -61,7 +64,7 @@ class ModeProbe:
     evaluations: int
     """Points at which the model's density was evaluated."""
     complete: bool
-    """Whether the search ended in time; if not, missing nothing says little."""
+    """Whether nine tenths of the climbs ended or took 30 steps in time; if not, missing nothing says little."""
     num_starts: int
     """Points from which it climbed, with those of an earlier search."""
     reach: float
@@ -146,9 +149,12 @@ def probe_modes(
         # A full Newton step of the guide's size would carry every start into the guide's own mode.
         size = torch.where(inside, 1.0, _CAUTION)[:, None, None]
         metric = size * (spread @ spread.mT)
-        paths = climb(safe, points, memory=None if dense else 10, metric=metric, steps=_STEPS)
+        with safe.share(_CLIMBING):
+            paths = climb(safe, points, memory=None if dense else 10, metric=metric, steps=_STEPS)
         peaks, basin = _peaks(safe, *paths.ends()[:2], paths.converged, spread, inside, _known(known))
-        climbed = not safe.expired
+        # A climb that still goes on after many steps is on a ridge without an end, as in a funnel's neck.
+        taken = torch.tensor([len(path) for path in paths.values], device="cpu")
+        climbed = not safe.expired and bool((paths.converged | (taken > _LONG)).double().mean() >= _MOST)
     q_there = guide.values(peaks.points)
     mass_p, mass_q = _masses(safe, guide, peaks, generator)
     missed, share, rest = _judged(mass_p - log_evidence, mass_q.exp(), basin)
@@ -229,7 +235,7 @@ def _peaks(
             # Climbs that end at the same place.
             free[((apart - apart[i]).norm(dim=-1) < _NEAR) & ((values - values[i]).abs() < _NEAR)] = False
             rows.append(i)
-        peaks = laplace(safe, ends[rows], spread.expand(len(rows), -1, -1), rounds=8)
+        peaks = shortened(safe, laplace(safe, ends[rows], spread.expand(len(rows), -1, -1), rounds=8))
         for k in range(len(rows)):
             if peaks.proper[k] and len(found) < _MODES:
                 add(Peaks(*(part[k : k + 1] for part in peaks)))
