@@ -31,7 +31,7 @@ TAIL = 0.005  # least weight of a meaningful tail
 SHARE = 0.01  # missing posterior mass that matters
 WASTE = 0.02  # draws without weight that matter
 STRAY, STRAYED = 0.003, 0.02  # walkers with weights that were never drawn: too many for resampling, for any use
-WALKED = 4  # moves that make a walk
+WALKED = 2  # moves that make a walk
 
 MEANING = {
     GOOD: "the draws can be used as they are",
@@ -242,9 +242,7 @@ def _facts(
     facts = [
         f"Weights of {found.num_samples:,} draws: ESS {found.ess:.3f} of the draws, k-hat {found.khat:.2f}"
         f"{_about_khat(found)}, spread of the log weights {found.spread:.3f} nats.",
-        f"Log evidence {found.log_evidence:.3f} ± {found.log_evidence_error:.3f} nats"
-        + ("" if found.trusted else " (an error not to be trusted)")
-        + f", ELBO {found.elbo:.3f}, with {found.iw_samples} draws {found.iw_elbo:.3f}.",
+        "",
     ]
     failed = found.failures + failures
     if failed or found.zeros:
@@ -257,7 +255,20 @@ def _facts(
     if walk is not None and walk.num_moves >= WALKED:
         facts.append(_about_walk(walk, numbers))
     facts.append(_about_modes(probe, numbers))
+    facts[1] = _about_evidence(found, numbers)
     return facts, numbers
+
+
+def _about_evidence(found: Importance, numbers: dict[str, float]) -> str:
+    """Gives an error only where the guide seems to leave nothing out."""
+    whole = numbers.get("missing_share", 0.0) < SHARE and numbers.get("strayed", 0.0) <= STRAY
+    said = f"Log evidence {found.log_evidence:.3f} ± {found.log_evidence_error:.3f} nats"
+    if not (found.trusted and whole):
+        said = (
+            f"Log evidence at least {found.log_evidence_bound:.3f} nats, with probability 0.95; the weights' own "
+            f"estimate, {found.log_evidence:.3f} ± {found.log_evidence_error:.3f}, is not to be trusted"
+        )
+    return f"{said}. ELBO {found.elbo:.3f}, with {found.iw_samples} draws {found.iw_elbo:.3f}."
 
 
 def _about_walk(walk: Walk, numbers: dict[str, float]) -> str:

@@ -89,6 +89,14 @@ class Importance:
         light = self.khat < RELIABLE or self.tail < 0.005
         return light and self.num_samples * self.ess >= 100 and not self.failures
 
+    @property
+    def log_evidence_bound(self) -> float:
+        """A number, in nats, that the log evidence exceeds with probability 0.95, however uneven the weights.
+
+        Their mean is unbiased, so by Markov's inequality it is above 20 times the evidence in one of 20 cases at most.
+        """
+        return self.log_evidence - math.log(20)
+
 
 def pareto_smoothed(log_weights: Tensor) -> Smoothed:
     r"""Replaces the largest weights by quantiles of a fitted generalized Pareto distribution.

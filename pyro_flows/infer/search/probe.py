@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
@@ -27,10 +28,10 @@ _MODES, _TOGETHER = 12, 8
 _SAMPLES = 512
 
 
-_CLIMBING = 0.8
+_CLIMBING = 0.85
 
 
-_LONG, _MOST = 30, 0.9
+_LONG, _MOST, _ENOUGH = 30, 0.9, 0.95
 
 
 _NEAR = 0.01
@@ -150,7 +151,8 @@ def probe_modes(
         size = torch.where(inside, 1.0, _CAUTION)[:, None, None]
         metric = size * (spread @ spread.mT)
         with safe.share(_CLIMBING):
-            paths = climb(safe, points, memory=None if dense else 10, metric=metric, steps=_STEPS)
+            options: Any = {"metric": metric, "exact": False, "steps": _STEPS, "enough": (_ENOUGH, _LONG)}
+            paths = climb(safe, points, memory=None if dense else 10, **options)
         peaks, basin = _peaks(safe, *paths.ends()[:2], paths.converged, spread, inside, _known(known))
         # A climb that still goes on after many steps is on a ridge without an end, as in a funnel's neck.
         taken = torch.tensor([len(path) for path in paths.values], device="cpu")
@@ -158,8 +160,8 @@ def probe_modes(
     q_there = guide.values(peaks.points)
     mass_p, mass_q = _masses(safe, guide, peaks, generator)
     missed, share, rest = _judged(mass_p - log_evidence, mass_q.exp(), basin)
-    # Modes that an earlier search found are judged again without new climbs.
-    complete = not safe.expired and (climbed or (known is not None and known.complete))
+    # Modes that an earlier search found are judged again without new climbs; time may have ended before.
+    complete = bool(mass_p.isfinite().all()) and (climbed or (known is not None and known.complete))
 
     def like(part: Tensor) -> Tensor:
         return part.to(draws.device, draws.dtype)
