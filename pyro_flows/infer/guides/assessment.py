@@ -34,6 +34,7 @@ DRAWS = 10_000
 FEWEST = 1000
 WALKERS, MOVES = (512, 256, 128), 30
 SEVERAL_MOVES, LEAPS = 6, 6  # the fewest moves of a walk, and the evaluations of a move
+SEARCHING = 0.6  # part of the time after the draws
 CONSTANT = 0.02  # spread of log-weights
 ROUNDS = 16  # of candidates for far starts
 
@@ -130,8 +131,8 @@ def assess(
     """Judges a flow by draws, weights, moments, a wider guide, a walk of the weighted draws and a search for modes.
 
     Four tenths of ``seconds`` are for draws (more if too short for a thousand). The rest is for the wider guide; for
-    the walk, which has at most ``walk_seconds``, and ``walk_evaluations`` of the density with its gradient; and for the
-    search, which has at most ``search_seconds``, and begins with ``known`` modes.
+    the search, which has at most ``search_seconds``, and begins with ``known`` modes; and for the walk, which has at
+    most ``walk_seconds``, and ``walk_evaluations`` of the density with its gradient.
     """
     begin = time.monotonic()
     pace = pace_of(density) or Pace()
@@ -147,9 +148,7 @@ def assess(
     wide_count = max(min(len(z), 2000), 1)
     _, wide_p, wide_q = weigh(flow, density, wide_count, begin + (part + 0.1) * seconds, scale=widening(z.shape[-1]))
     wide = importance(wide_p - wide_q)
-    left = min(0.5 * (begin + seconds - time.monotonic()), walk_seconds)
-    walked = _walk(flow, density, x[fine], log_weights[fine], pace, left, walk_evaluations, generator)
-    left = min(begin + seconds - time.monotonic(), search_seconds)
+    left = min(SEARCHING * (begin + seconds - time.monotonic()), search_seconds)
     probe = nothing_found(z)
     if left > 0 and math.isfinite(found.log_evidence):
         probe = probe_modes(
@@ -164,6 +163,8 @@ def assess(
             generator=generator,
             seconds=None if left == math.inf else left,
         )
+    left = min(begin + seconds - time.monotonic(), walk_seconds)
+    walked = _walk(flow, density, x[fine], log_weights[fine], pace, left, walk_evaluations, generator)
     verdict = judge(found, probe, moments=moments, wide=wide, walk=walked, asked=num_samples)
     return Assessment(z, log_p, log_q, found, probe, walked, verdict)
 
@@ -182,6 +183,8 @@ def _walk(
 
     ``None`` if even few walkers would not, or if weights are constant.
     """
+    if seconds <= 0:
+        return None
     affordable = min(evaluations, seconds / pace.seconds_per_draw if pace.seconds_per_draw else math.inf)
     most = affordable / LEAPS
     walkers = next((count for count in WALKERS if most / count >= SEVERAL_MOVES), None)

@@ -35,7 +35,7 @@ SLOW_SECONDS = 40.0  # for the same kind of model
 LONG = 0.03  # seconds of a call that matter
 ASSESSING = 0.15  # least share of the verdict's seconds
 SLOW_ASSESSING = 0.4
-SEARCHING = 0.1  # share of the seconds for a search for modes before training
+SEARCHING = 0.12  # share of the seconds for a search for modes before training
 SEVERAL = 0.01  # share of outside modes that is worth another start
 
 
@@ -122,7 +122,7 @@ def several_modes(
         initial,
         log_evidence=found.log_evidence,
         log_weights=(log_p - log_q)[fine],
-        num_starts=48 if density.many_at_once else 8,
+        num_starts=32 if density.many_at_once else 8,
         generator=generator,
         seconds=None if seconds == math.inf else seconds,
     )
