@@ -30,7 +30,7 @@ SHIFT = 0.1  # harmless, of a mean in standard deviations or of a log standard d
 TAIL = 0.005  # least weight of a meaningful tail
 SHARE = 0.01  # missing posterior mass that matters
 WASTE = 0.02  # draws without weight that matter
-STRAY, STRAYED = 0.003, 0.02  # walkers with weights that were never drawn: too many for resampling, for any use
+STRAY, FEW_STRAY = 0.003, 2  # share and number of walkers that matter, with weights that were never drawn
 WALKED = 2  # moves that make a walk
 
 MEANING = {
@@ -140,8 +140,8 @@ def judge(
     1. ``"not judged"``: the model subsamples its data, or :math:`n < 100`.
     2. ``"modes missing"``: the guide misses modes of the probe with at least a hundredth of the posterior.
     3. ``"bad"``: neither good nor fit for resampling; or the wider guide finds more than a tenth of the posterior
-       outside; or walkers from the weighted draws find weights above the largest one that was drawn: two in a hundred
-       of them, or three in a thousand if the draws had to be resampled.
+       outside; or at least two, and three in a thousand, of the walkers from the weighted draws find weights above the
+       largest one that was drawn.
     4. ``"use importance resampling"``: :math:`\hat k < \min(0.7, 1 - 1 / \log_{10} n)` and :math:`n e \ge 1000` (a
        tenth of fewer than 10,000 draws, and 100 at least), and :math:`e < 0.9`, or a fiftieth of the draws has no
        weight, or the weights move a mean or log standard deviation by more than 0.1.
@@ -149,7 +149,7 @@ def judge(
     6. ``"good, modes not searched"``: the probe ran out of time.
     7. ``"good, tails uncertain"``: :math:`\hat k` is above that limit; or a standard deviation depends on a few of at
        least 4000 draws; or the wider guide finds a hundredth of the posterior outside, or weights with an index of 0.5
-       or more (an exact guide has at most 0.3); or three in a thousand walkers find such weights.
+       or more (an exact guide has at most 0.3).
     8. ``"good"``.
 
     :math:`\hat k` counts only if the tail's excess has half a percent of all weight; nearly constant weights give
@@ -174,7 +174,8 @@ def judge(
     facts, numbers = _facts(found, probe, moments, wide, walk, failures)
 
     def verdict(label: str, step: str = "") -> Verdict:
-        text = "\n".join([*facts, f"Next: {step or NEXT[label]}"])
+        evidence = _about_evidence(found, label in (GOOD, FEW, UNSEARCHED))
+        text = "\n".join([*(fact or evidence for fact in facts), f"Next: {step or NEXT[label]}"])
         return Verdict(label, label in (GOOD, TAILS), text, numbers)
 
     if minibatch:
@@ -197,8 +198,7 @@ def judge(
     stray = wide is not None and wide.khat >= 0.5 and wide.tail >= TAIL
     if numbers.get("missing_share", 0.0) >= SHARE:
         return verdict(MODES)
-    strayed = numbers.get("strayed", 0.0)
-    if strayed > STRAYED or (flawed and usable and strayed > STRAY):
+    if numbers.get("strayed", 0.0) > STRAY and (usable or not flawed):
         return verdict(BAD, FARTHER)
     if outside > 0.1 or (flawed and not usable):
         return verdict(BAD, _remedy(found, wasted, outside))
@@ -209,7 +209,7 @@ def judge(
         return verdict(FEW)
     if probe is not None and not getattr(probe, "complete", True):
         return verdict(UNSEARCHED)
-    if heavy or stray or strayed > STRAY or outside > SHARE or numbers.get("heavy", -math.inf) >= 0.7:
+    if heavy or stray or outside > SHARE or numbers.get("heavy", -math.inf) >= 0.7:
         return verdict(TAILS)
     return verdict(GOOD)
 
@@ -242,7 +242,7 @@ def _facts(
     facts = [
         f"Weights of {found.num_samples:,} draws: ESS {found.ess:.3f} of the draws, k-hat {found.khat:.2f}"
         f"{_about_khat(found)}, spread of the log weights {found.spread:.3f} nats.",
-        "",
+        "",  # the evidence, which depends on the verdict
     ]
     failed = found.failures + failures
     if failed or found.zeros:
@@ -255,13 +255,11 @@ def _facts(
     if walk is not None and walk.num_moves >= WALKED:
         facts.append(_about_walk(walk, numbers))
     facts.append(_about_modes(probe, numbers))
-    facts[1] = _about_evidence(found, numbers)
     return facts, numbers
 
 
-def _about_evidence(found: Importance, numbers: dict[str, float]) -> str:
+def _about_evidence(found: Importance, whole: bool) -> str:
     """Gives an error only where the guide seems to leave nothing out."""
-    whole = numbers.get("missing_share", 0.0) < SHARE and numbers.get("strayed", 0.0) <= STRAY
     said = f"Log evidence {found.log_evidence:.3f} ± {found.log_evidence_error:.3f} nats"
     if not (found.trusted and whole):
         said = (
@@ -272,13 +270,14 @@ def _about_evidence(found: Importance, numbers: dict[str, float]) -> str:
 
 
 def _about_walk(walk: Walk, numbers: dict[str, float]) -> str:
-    numbers["strayed"] = walk.above
     count = len(walk.log_weights)
+    strayed = round(walk.above * count)
+    numbers["strayed"] = walk.above if strayed >= FEW_STRAY else 0.0
     said = f"{count} of the weighted draws walked on by {walk.num_moves} moves"
-    if not walk.above > STRAY:
+    if not numbers["strayed"] > STRAY:
         return f"{said}, and found no part of the posterior that the guide leaves out."
     return (
-        f"{said}: {round(walk.above * count)} of them found weights above any that the guide drew, so a part of the "
+        f"{said}: {strayed} of them found weights above any that the guide drew, so a part of the "
         "posterior that hangs together with its draws is left out."
     )
 

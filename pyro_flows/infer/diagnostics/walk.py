@@ -17,6 +17,7 @@ __all__ = ["Walk", "walk_draws"]
 
 SIZE = 0.3  # the first step
 JITTER = 1.0  # of the steps' logarithms, so that some are small where the posterior is thin
+MARGIN = 0.1  # nats; smaller differences do no harm
 LEAPS = (4, 9)  # least and, excluded, greatest
 
 
@@ -27,7 +28,7 @@ class Walk:
     log_weights: Tensor
     """Log-weights of the walkers at the end, float64 on the CPU, ``(S,)``."""
     above: float
-    """The share of them above the largest log-weight of the guide's draws."""
+    """The share of them above the largest log-weight of the guide's draws, by more than a tenth of a nat."""
     accepted: float
     """The mean probability with which moves were taken."""
     num_moves: int
@@ -89,4 +90,6 @@ def walk_draws(
         chains, moves, accepted = move.chains, moves + 1, accepted + float(move.chance.mean())
         size = adapt(size, move.chance.cpu()).clamp(max=1.5)
     after = target.log_weights(chains.points, chains.values).double().cpu()
-    return Walk(after, float((after > largest).double().mean()), accepted / max(moves, 1), moves, safe.evaluations)
+    return Walk(
+        after, float((after > largest + MARGIN).double().mean()), accepted / max(moves, 1), moves, safe.evaluations
+    )

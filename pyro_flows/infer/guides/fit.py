@@ -213,7 +213,8 @@ def fit_guide(
                 assessment = _fit_to_mixture(guide, begun, budget, begun.covered) or assessment
             probe = assessment.probe
             late = budget.seconds is not None and budget.left() < ANEW * budget.seconds
-            if times == RESTARTS or probe is None or late or assessment.verdict.label != MODES:
+            stay = late or guide.start == "prior" or assessment.verdict.label != MODES
+            if times == RESTARTS or probe is None or stay:
                 break
             bar.say("starting anew from all modes")
             _cover(guide, begun, budget, probe)
