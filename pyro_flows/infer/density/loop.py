@@ -125,6 +125,8 @@ class DensityTraining(TrainingLoop):
             pieces = self.rows.order(self.sizes.batch_size, torch.Generator())
             value, context, _ = self.rows.batch(pieces[0])
             graph = self._replay.graph_of(value, context, self._shares(value))
+            if self._replay.why_not is not None and self.compiled.why_not is None:
+                self.compiled.refuse(self._replay.why_not)
             each = self.rows.listed(pieces, self.sizes.batch_size, self.compiled.steps)
             self.compiled.consider(graph, self.optimizer, each, self.rows.tables, seconds)
 

@@ -33,6 +33,7 @@ GAIN = 2.0  # least time left, in units of that cost
 LEAST = 1.0  # seconds left that a file on disk is worth
 LOOKING = 10.0  # seconds left in which a graph made for the purpose is worth it
 FILES = 100  # kept on disk
+LONGEST = 5000  # calls in a graph
 CHECKED = 3  # steps that are compared with plain ones
 CALL = 0.25  # seconds of a call, after which a fit can be interrupted
 
@@ -59,7 +60,7 @@ class CompiledSteps:
     """
 
     def __init__(self, compile: bool | str, why_not: str | None = None) -> None:
-        self.compile, self.why_not = compile, why_not if compile else "compile=False"
+        self.compile, self.why_not = compile, None if compile else "compile=False"
         self._run: Any = None
         self._process: subprocess.Popen[bytes] | None = None
         self._work: tempfile.TemporaryDirectory[str] | None = None
@@ -67,6 +68,8 @@ class CompiledSteps:
         self._constants: list[Tensor] = []
         self.steps = STEPS
         self.trusted = False
+        if compile and why_not is not None:
+            self.refuse(why_not)
 
     def worth_a_look(self, seconds: float) -> bool:
         """Whether steps may be compiled, or be on disk, in a fit with ``seconds`` left, so that a graph is needed."""
@@ -92,6 +95,9 @@ class CompiledSteps:
             return
         if not graph.portable:
             self.refuse("a kernel of this flow is no plain operation of torch")
+            return
+        if len(graph) > LONGEST:
+            self.refuse(f"{len(graph)} operations, more than {LONGEST}, take too long to compile")
             return
         self._constants = [each.detach().clone(memory_format=torch.contiguous_format) for each in graph.constants]
         self.steps = len(each[0])
@@ -179,8 +185,10 @@ class CompiledSteps:
             self._work = None
 
     def refuse(self, why_not: str) -> None:
-        """Goes on without compiled steps."""
+        """Goes on without compiled steps; says so if they were asked for."""
         self._run, self.why_not = None, why_not
+        if self.compile is True:
+            self._tell()
 
     @on_cpu
     def _inputs(
@@ -223,9 +231,12 @@ class CompiledSteps:
 
     def _give_up(self, why_not: str) -> None:
         self.refuse(why_not)
-        if why_not not in _told:
-            _told.add(why_not)
-            warnings.warn(f"training goes on without compiled steps: {why_not}", RuntimeWarning, stacklevel=2)
+        self._tell()
+
+    def _tell(self) -> None:
+        if self.why_not is not None and self.why_not not in _told:
+            _told.add(self.why_not)
+            warnings.warn(f"training goes on without compiled steps: {self.why_not}", RuntimeWarning, stacklevel=3)
 
 
 def _checksum(request: dict[str, Any], inputs: list[Any]) -> str:
