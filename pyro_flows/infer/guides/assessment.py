@@ -36,7 +36,7 @@ WALKERS, MOVES = (512, 256, 128), 30
 SEVERAL_MOVES, LEAPS = 6, 6  # the fewest moves of a walk, and the evaluations of a move
 SEARCHING = 0.6  # part of the time after the draws
 CONSTANT = 0.02  # spread of log-weights
-ROUNDS = 16  # of candidates for far starts
+STARTS, ROUNDS = (64, 128), (16, 128)  # of a search, and of candidates for far starts; of a thorough one
 
 
 @dataclass(frozen=True)
@@ -123,6 +123,7 @@ def assess(
     num_samples: int = DRAWS,
     seconds: float = math.inf,
     search_seconds: float = math.inf,
+    thorough: bool = False,
     walk_seconds: float = math.inf,
     walk_evaluations: float = math.inf,
     known: ModeProbe | None = None,
@@ -158,7 +159,8 @@ def assess(
             initial,
             log_evidence=found.log_evidence,
             log_weights=log_weights[fine],
-            num_rounds=ROUNDS,
+            num_starts=STARTS[thorough],
+            num_rounds=ROUNDS[thorough],
             known=known,
             generator=generator,
             seconds=None if left == math.inf else left,

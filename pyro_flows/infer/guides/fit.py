@@ -55,6 +55,7 @@ SETTINGS = ("num_particles", "path_gradient", "tempering", "start", "num_starts"
 STARTING = 0.15  # share of the seconds for the start
 WALKING = 0.08  # most share of the seconds for a walk of the weighted draws
 WALK_EVALUATIONS = 0.3  # the same of evaluations, which take less than those of training
+SEARCHING_ON = 0.15  # most share of the seconds for the last search
 RESTARTS = 3  # from modes that were found after training
 ANEW, COVERING = 0.2, 0.2  # least share of the seconds left for another training; the part of it for its start
 DEFAULT_STEPS = 4000
@@ -391,10 +392,12 @@ def _held(parameters: dict[str, Tensor]) -> str:
 
 
 def _assess(guide: AutoFlow, begun: _Begun, budget: Budget | None = None) -> Assessment:
-    left = walking = math.inf
+    left = walking = searching = math.inf
     evaluations = WALK_EVALUATIONS * begun.density.evaluations
     if budget is not None and budget.seconds is not None:
-        left, walking = max(budget.left(), 0.02 * budget.seconds), WALKING * budget.seconds
+        left = max(budget.left(), 0.02 * budget.seconds)
+        walking, searching = WALKING * budget.seconds, SEARCHING_ON * budget.seconds
+    thorough = math.inf > left > searching  # training needed less than its time
 
     def run(density: JointDensity) -> Assessment:
         return assess(
@@ -405,7 +408,8 @@ def _assess(guide: AutoFlow, begun: _Begun, budget: Budget | None = None) -> Ass
             minibatch=guide.subsampled,
             num_samples=DRAWS if density.many_at_once else FEWEST,
             seconds=left,
-            search_seconds=left if density.many_at_once else SLOW_SECONDS / 3,
+            search_seconds=min(left, searching) if density.many_at_once else SLOW_SECONDS / 3,
+            thorough=thorough,
             walk_seconds=walking,
             walk_evaluations=evaluations,
             known=begun.modes,
