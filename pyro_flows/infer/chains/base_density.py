@@ -1,0 +1,48 @@
+"""A posterior in the base of a flow."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyro_flows.distributions import Flow
+from pyro_flows.infer.models.recorded import value_and_slope
+from pyro_flows.infer.search.climb import LogDensity, SafeDensity
+
+__all__ = ["BaseDensity"]
+
+
+class BaseDensity:
+    r"""The log-density of :math:`u` if :math:`z = T(u)` follows a given one, with its gradient.
+
+    :math:`\log \pi(u) = \log p(T(u)) + \log|\det \partial T / \partial u|`, in nats: near the base's own density where
+    the flow is near :math:`p`.  The gradient is that of the density at :math:`z`, pulled back through the chain by one
+    backward pass, so a call costs one pass of the chain with its gradient, and one of the density.
+
+    Args:
+        flow: a flow without a context.
+        density: an unnormalized log-density of draws, ``(S, D)`` to ``(S,)``; or a
+            :class:`~pyro_flows.infer.search.climb.SafeDensity` of it, which never raises and keeps to a time.
+    """
+
+    def __init__(self, flow: Flow, density: LogDensity | SafeDensity) -> None:
+        self.flow, self.density = flow, density
+
+    def __call__(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns log-densities ``(S,)`` and gradients ``(S, D)`` at base-side points ``(S, D)``."""
+        with torch.enable_grad():
+            u = u.detach().requires_grad_()
+            z, ladj = self.flow.chain.forward_and_ladj(u)
+        at = z.detach()
+        if isinstance(self.density, SafeDensity):
+            log_p, pull = self.density.gradients(at)
+        else:
+            log_p, pull = value_and_slope(self.density, at)
+        log_p, pull = log_p.to(z.device), pull.to(z)
+        (slope,) = torch.autograd.grad((z, ladj), u, (pull, torch.ones_like(ladj)))
+        return log_p + ladj.detach(), slope
+
+    def log_weights(self, u: Tensor, values: Tensor) -> Tensor:
+        """Returns the log-weights ``log p - log q`` ``(S,)`` at points whose log-densities here are known."""
+        with torch.no_grad():
+            return values - self.flow.base().log_prob(u)
