@@ -98,7 +98,7 @@ def ours(posterior: Posterior, seed: int, seconds: float, draws: int, refine: fl
         found["refined_cpu"] = time.process_time() - start
         found["refined"] = errors(named(posterior.derive(refined.sample(draws))), reference)
         found |= {"refined_verdict": refined.verdict.label, "refined_ok": refined.verdict.ok}
-        found["refined_ess"] = refined.effective
+        found["refined_ess"] = refined.chains.effective
     return found | {
         "dim": fit.latents.dim,
         "ess": fit.ess,
