@@ -13,6 +13,7 @@ from pyro_flows.distributions import Flow
 from pyro_flows.infer.chains.base_density import BaseDensity
 from pyro_flows.infer.diagnostics.settling import ChainDraws, judge_chains, settling
 from pyro_flows.infer.diagnostics.verdict import Verdict
+from pyro_flows.infer.models.joint import JointDensity
 from pyro_flows.infer.search.climb import SafeDensity
 
 __all__ = ["BaseChains"]
@@ -28,7 +29,7 @@ class BaseChains:
     """
 
     def __init__(self, flow: Flow, density: SafeDensity, starts: Tensor) -> None:
-        self.flow, self.density, self.starts = flow, density, starts
+        self.flow, self.starts = flow, starts
         self.target = BaseDensity(flow, density)
         self.kept: list[list[Tensor]] = []
         self.divergences = 0
@@ -51,20 +52,21 @@ class BaseChains:
                 report((number + (k + 1) / every) / len(self.starts), f"chain {number + 1}")
             self.divergences += len(kernel.diagnostics()["divergences"])
 
-    def result(self, stopped: str = "") -> tuple[ChainDraws, Verdict] | None:
-        """Returns the draws of whole chains, or of the only one, and the verdict; ``None`` if there are none."""
-        longest = max(map(len, self.kept), default=0)
-        whole = [chain for chain in self.kept if len(chain) == longest]
-        if longest < 4:
-            return None
-        u = torch.stack([torch.stack(chain) for chain in whole])
-        flat = u.flatten(0, 1)
+    @property
+    def ready(self) -> bool:
+        """Whether there are draws to judge."""
+        return max(map(len, self.kept), default=0) >= 4
+
+    def result(self, density: JointDensity, stopped: str = "") -> tuple[ChainDraws, Verdict]:
+        """Returns the draws of whole chains, or of the only one, and the verdict."""
+        longest = max(map(len, self.kept))
+        u = torch.stack([torch.stack(chain) for chain in self.kept if len(chain) == longest])
+        flat, shape = u.flatten(0, 1), u.shape[:2]
         with torch.no_grad():
             z, ladj = self.flow.chain.forward_and_ladj(flat)
-            log_q = self.flow.base().log_prob(flat) - ladj
-        log_p = self.density.values(z).to(z.device)
-        shape = u.shape[:2]
-        latents, log_p, log_q = z.unflatten(0, shape), log_p.unflatten(0, shape), log_q.double().unflatten(0, shape)
+            log_q = (self.flow.base().log_prob(flat) - ladj).double().unflatten(0, shape)
+        log_p = SafeDensity(density, z).values(z).to(z.device).unflatten(0, shape)
+        latents = z.unflatten(0, shape)
         found = settling(torch.cat([latents.double(), log_p.unsqueeze(-1)], -1))
         draws = ChainDraws(latents, log_p, log_q, found.effective, found.rhat, self.divergences, "nuts")
         return draws, judge_chains(found, draws, stopped=stopped)

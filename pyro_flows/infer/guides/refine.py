@@ -120,6 +120,7 @@ class Refining:
         initial: the point at which the guide's fit began.
         budget: moves or seconds.
         num_chains: a multiple of 16.
+        starts: where earlier chains ended, ``(n, D)``.
     """
 
     def __init__(
@@ -130,10 +131,11 @@ class Refining:
         initial: Tensor,
         budget: Budget,
         num_chains: int,
+        starts: Tensor | None = None,
         bar: ChainBar | None = None,
     ) -> None:
         self.flow, self.density, self.known, self.budget, self.bar = flow, density, known, budget, bar
-        self.initial, self.num_chains = initial, num_chains
+        self.initial, self.num_chains, self.starts = initial, num_chains, starts
         self.safe = SafeDensity(density, known.draws)
         self.walkers: Walkers | None = None
         self.walk: _Walk | None = None
@@ -205,6 +207,8 @@ class Refining:
 
     def _starts(self, probe: ModeProbe) -> Tensor:
         """Returns draws of the guide, resampled by weight, with some on modes that it misses."""
+        if self.starts is not None:
+            return self.starts[torch.randperm(self.num_chains) % len(self.starts)]
         fine = self.known.log_weights.isfinite() & self.known.draws.isfinite().all(-1)
         z = resample(self.known.draws[fine], self.known.log_weights[fine], self.num_chains)
         missed = probe.missed & (probe.share > LEAST_SHARE)
@@ -306,14 +310,14 @@ class Refining:
 
     # The result.
 
-    def result(self) -> tuple[ChainDraws, Assessment]:
+    def result(self, density: JointDensity) -> tuple[ChainDraws, Assessment]:
         """Returns the draws of the chains, and the flow's weighted draws under the verdict on the chains."""
         if self.walk is None or self.settled is None:
             known = self.known
             z = resample(known.draws, known.log_weights, self.num_chains)
             if self.walkers is not None:
                 z = self.walkers.latents
-            log_p = self.safe.values(z).to(z.device)
+            log_p = SafeDensity(density, z).values(z).to(z.device)
             log_q = self.flow.log_prob(z).detach().double()
             walk = _Walk(z, z.unsqueeze(1), log_p.unsqueeze(1), log_q.unsqueeze(1))
             found = Settling(math.inf, 0.0, math.nan, math.nan, True)
@@ -322,7 +326,7 @@ class Refining:
         draws = ChainDraws(walk.latents, walk.log_p, walk.log_q, found.effective, found.rhat, self.diverged, "refine")
         modes = 0 if self.modes is None else len(self.modes.share)
         verdict = judge_chains(found, draws, self.apart, self.stopped, modes, self.ended)
-        return draws, reassessed(self.known, self.flow, self.density, draws, verdict)
+        return draws, reassessed(self.known, self.flow, density, draws, verdict)
 
 
 def reassessed(

@@ -208,17 +208,21 @@ class GuideFit:
             integer("refine", "moves", moves)
         begin = processes.clock()
 
-        def run(guide: AutoFlow, density: JointDensity, bar: ChainBar, so_far: list[Callable[[], object]]) -> Walked:
+        def run(
+            guide: AutoFlow, own: JointDensity, density: JointDensity, bar: ChainBar, so_far: list[Callable[[], object]]
+        ) -> Walked:
             budget = Budget(DEFAULT_MOVES if seconds is None and moves is None else moves, seconds, begin)
             count = choose_chains(density, seconds)
-            refining = Refining(guide.flow, density, self.assessment, guide.initial, budget, count, bar)
-            so_far.append(lambda: self._walked(guide, *refining.result()))
+            starts = None if self.chains is None else self.chains.draws[:, -1]
+            refining = Refining(guide.flow, density, self.assessment, guide.initial, budget, count, starts, bar)
+            # An interruption ends the lead of the first process, and with it the shared density.
+            so_far.append(lambda: self._walked(guide, *refining.result(own)))
             try:
                 refining.run()
             finally:
                 with interrupts_held_back():
                     refining.settle()
-            return refining.result()
+            return refining.result(density)
 
         return self._walk("refine", run, seed, progress)
 
@@ -259,26 +263,27 @@ class GuideFit:
         for name, value in {"num_samples": num_samples, "warmup_steps": warmup_steps, "num_chains": num_chains}.items():
             integer("nuts", name, value, 0 if name == "warmup_steps" else 4 if name == "num_samples" else 1)
 
-        def run(guide: AutoFlow, density: JointDensity, bar: ChainBar, so_far: list[Callable[[], object]]) -> Walked:
+        def run(
+            guide: AutoFlow, own: JointDensity, density: JointDensity, bar: ChainBar, so_far: list[Callable[[], object]]
+        ) -> Walked:
             known = self.assessment
             z = resample(known.draws, known.log_weights, num_chains)
             with torch.no_grad():
                 starts = guide.flow.chain.inverse_and_ladj(z)[0]
             sampled = BaseChains(guide.flow, SafeDensity(density, z), starts)
 
-            def result(stopped: str = "") -> Walked | None:
-                found = sampled.result(stopped)
-                return found and (found[0], reassessed(known, guide.flow, density, *found))
+            def result(density: JointDensity, stopped: str = "") -> Walked:
+                draws, verdict = sampled.result(density, stopped)
+                return draws, reassessed(known, guide.flow, density, draws, verdict)
 
             def interrupted() -> GuideFit | None:
-                found = result("The chains were interrupted.")
-                return found and self._walked(guide, *found)
+                if not sampled.ready:
+                    return None
+                return self._walked(guide, *result(own, "The chains were interrupted."))
 
             so_far.append(interrupted)
             sampled.run(num_samples, warmup_steps, bar.show)
-            found = result()
-            assert found is not None
-            return found
+            return result(density)
 
         return self._walk("nuts", run, seed, progress)
 
@@ -294,7 +299,7 @@ class GuideFit:
             self.assessment  # noqa: B018  # judged by all processes, before the first leads
 
             def led(shared: JointDensity) -> tuple[dict[str, Tensor], Walked]:
-                found = run(guide, shared, bar, so_far)
+                found = run(guide, density, shared, bar, so_far)
                 return guide.flow.state_dict(), found
 
             state, found = processes.led(density, guide.initial, led)
@@ -416,7 +421,8 @@ class GuideFit:
         num_chains = None
         if self.chains is not None:
             many, kept = self.chains.draws.shape[:2]
-            num_chains = min(many, max(1, -(-num_samples // kept)))
+            # ArviZ takes more chains than draws for a mistake.
+            num_chains = min(many, kept, max(1, -(-num_samples // kept)))
             rows = torch.arange(num_chains) * many // num_chains
             z, weights["log_p"] = self.chains.draws[rows].flatten(0, 1), self.chains.log_p[rows].flatten()
         elif resampled:
