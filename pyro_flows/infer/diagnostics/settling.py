@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyro_flows.infer.diagnostics.verdict import GOOD, UNSETTLED, Verdict
 
-__all__ = ["ChainDraws", "Settling", "compare_walks", "judge_chains", "nested_rhat", "settling"]
+__all__ = ["Apart", "ChainDraws", "Settling", "compare_walks", "judge_chains", "nested_rhat", "settling"]
 
 GROUPS = 16  # of chains that began alike
 RHAT = 1.01
@@ -224,15 +224,15 @@ def judge_chains(
     if not ended:
         wrong.append("the posterior goes on where its ridges could not be followed")
     if chains.method == "refine":
-        where = f"of it half on {modes} modes" if modes > 1 else "from the widened guide"
+        where = f"half of it on {modes} modes" if modes > 1 else "at a widened guide"
         if apart is None:
             wrong.append("no other walk confirmed them")
             facts.append("There was no other walk to compare with.")
         else:
             numbers |= {"gap": apart.gap, "beyond": apart.beyond}
             facts.append(
-                f"Another walk, begun {where}, ends with means up to {apart.gap:.3f} ± {apart.error:.3f} standard "
-                f"deviations away; {apart.beyond:.1%} of it lies beyond all weights of the chains."
+                f"Another walk, which began {where}, ends with means up to {apart.gap:.3f} ± {apart.error:.3f} "
+                f"standard deviations away; {apart.beyond:.1%} of it lies beyond all weights of the chains."
             )
             if apart.why_not:
                 wrong.append(apart.why_not)
