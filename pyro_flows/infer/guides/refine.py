@@ -26,6 +26,7 @@ from pyro_flows.infer.diagnostics.settling import (
 from pyro_flows.infer.guides.assessment import Assessment, weigh
 from pyro_flows.infer.guides.loop import CLIP, speeds_of
 from pyro_flows.infer.guides.posterior import frozen
+from pyro_flows.infer.machine import processes
 from pyro_flows.infer.machine.budget import Budget, cosine
 from pyro_flows.infer.machine.graph import Replay, replayable, unrecorded
 from pyro_flows.infer.machine.optimizers import AdamW
@@ -76,7 +77,8 @@ class ChainBar:
         self.bar = tqdm(total=100, desc=name, disable=not show, leave=False, unit="%", bar_format=_FORMAT)
 
     def show(self, fraction: float, what: str) -> None:
-        """Moves the bar."""
+        """Moves the bar, and heeds an interruption."""
+        processes.heed()
         if not self.bar.disable:
             self.bar.n = min(100, int(100 * fraction))
             self.bar.set_postfix_str(what, refresh=False)
@@ -120,7 +122,8 @@ class Refining:
         initial: the point at which the guide's fit began.
         budget: moves or seconds.
         num_chains: a multiple of 16.
-        starts: where earlier chains ended, ``(n, D)``.
+        starts: where earlier chains ended, ``(n, D)``, or ``None``.
+        bar: shows the progress.
     """
 
     def __init__(
@@ -131,8 +134,8 @@ class Refining:
         initial: Tensor,
         budget: Budget,
         num_chains: int,
-        starts: Tensor | None = None,
-        bar: ChainBar | None = None,
+        starts: Tensor | None,
+        bar: ChainBar,
     ) -> None:
         self.flow, self.density, self.known, self.budget, self.bar = flow, density, known, budget, bar
         self.initial, self.num_chains, self.starts = initial, num_chains, starts
@@ -245,8 +248,7 @@ class Refining:
 
     def _spend(self, what: str) -> None:
         self.budget.done += 1
-        if self.bar is not None:
-            self.bar.show(self.budget.fraction, what)
+        self.bar.show(self.budget.fraction, what)
 
     def _adapt(self, walkers: Walkers, length: float, end: float) -> None:
         """Lets walkers adapt for some sweeps; or up to a fraction of the budget, if that is less than 1."""
