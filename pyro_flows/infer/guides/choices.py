@@ -10,10 +10,10 @@ from contextlib import contextmanager
 import torch
 from torch import Generator, Tensor
 
-from pyro_flows.distributions import Flow
 from pyro_flows.infer.diagnostics import importance
 from pyro_flows.infer.guides.assessment import FEWEST, weigh
 from pyro_flows.infer.guides.auto import AutoFlow
+from pyro_flows.infer.guides.posterior import affine_of
 from pyro_flows.infer.machine.budget import Budget
 from pyro_flows.infer.machine.pace import FLAT, rows_at_once
 from pyro_flows.infer.models.joint import FAILURES, JointDensity
@@ -107,7 +107,7 @@ def several_modes(
     if seconds < max(10 * density.pace.shortest, 100 * density.pace.seconds_per_draw):
         return None  # too short to find anything
     end = time.monotonic() + min(seconds, math.inf if density.many_at_once else SLOW_SECONDS / 2)
-    affine = Flow(guide.preconditioner, guide.flow.base)
+    affine = affine_of(guide.flow)
     count = 256 if density.many_at_once else 64
     z, log_p, log_q = weigh(affine, density, count, math.inf if budget.seconds is None else end)
     found = importance(log_p - log_q)
