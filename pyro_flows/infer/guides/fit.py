@@ -54,7 +54,7 @@ __all__ = ["fit_guide"]
 
 _ALIKE = "the processes fit one posterior together, and each takes its part of the draws"
 SETTINGS = ("num_particles", "path_gradient", "tempering", "start", "num_starts", "seed", "of_prior")
-STARTING = 0.15  # share of the seconds for the start
+STARTING = 0.2  # share of the seconds for the start
 DEFAULT_STEPS = 4000
 SECONDS_BETWEEN_FILES = 30.0  # the most between checkpoints
 

@@ -27,7 +27,8 @@ _ROUNDS, _PAIRS = 5, 6  # of more nodes
 _SHORT = 1e-2  # least interval for more nodes, in widths
 _DEEP, _FLOOR = 14.0, -1e3  # nats below the peak that matter little, and not at all
 _GAIN = 0.05  # ELBO, in nats, that splines must gain
-_SHARE = 0.3  # of the seconds left, for the first nodes
+_PLAIN = 0.75  # share of the seconds for the start without splines
+_FIRST_SHARE = 0.3  # of what is left, for the first nodes
 _PLACES, _WEIGHTS = (0.5 * torch.from_numpy(part)[:, None, None] for part in np.polynomial.legendre.leggauss(8))
 
 
@@ -227,18 +228,18 @@ def straight_start(
         The start on the base side of the splines, and their knots; or the plain start and ``None``.
     """
     end = math.inf if seconds is None else time.monotonic() + seconds
-    start = find_start(density, initial, num_starts=num_starts, seconds=seconds, full_rank_up_to=full_rank_up_to)
 
     def left() -> float | None:
         return None if seconds is None else end - time.monotonic()
 
-    safe, pace = SafeDensity(density, initial, seconds=left()), pace_of(density)
+    plain = None if seconds is None else _PLAIN * seconds
+    start = find_start(density, initial, num_starts=num_starts, seconds=plain, full_rank_up_to=full_rank_up_to)
+    pace = pace_of(density)
     first = 0.0 if pace is None else len(_FIRST) * len(initial) * pace.seconds_per_draw
-    knots = (
-        None
-        if first > _SHARE * (end - time.monotonic())
-        else conditional_knots(safe, start.loc.double().cpu(), start.scale.double().cpu())
-    )
+    if first > _FIRST_SHARE * (end - time.monotonic()):
+        return start, None
+    safe = SafeDensity(density, initial, seconds=left())
+    knots = conditional_knots(safe, start.loc.double().cpu(), start.scale.double().cpu())
     if knots is None or safe.expired:
         return start, None
     spline = FixedSpline(len(initial), knots.dims, knots.knots.to(initial.dtype)).to(initial.device)
