@@ -13,11 +13,12 @@ from torch import Generator, Tensor
 from pyro_flows.infer.diagnostics import importance
 from pyro_flows.infer.guides.assessment import FEWEST, weigh
 from pyro_flows.infer.guides.auto import AutoFlow
-from pyro_flows.infer.guides.posterior import affine_of
+from pyro_flows.infer.guides.posterior import affine_of, spline_of
 from pyro_flows.infer.machine.budget import Budget
 from pyro_flows.infer.machine.pace import FLAT, rows_at_once
 from pyro_flows.infer.models.joint import FAILURES, JointDensity
-from pyro_flows.infer.search.probe import ModeProbe, probe_modes
+from pyro_flows.infer.search.conditionals import probe_behind
+from pyro_flows.infer.search.probe import ModeProbe
 
 __all__ = [
     "SEARCHING",
@@ -114,7 +115,8 @@ def several_modes(
     seconds = end - time.monotonic()
     if not math.isfinite(found.log_evidence) or len(z) < 2 or seconds <= 0:
         return None
-    return probe_modes(
+    return probe_behind(
+        spline_of(guide.flow),
         density,
         affine.log_prob,
         z[z.isfinite().all(-1)],

@@ -4,27 +4,32 @@ from __future__ import annotations
 
 import math
 import time
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_flows.core.transform import FlowTransform
 from pyro_flows.infer.machine.pace import pace_of
 from pyro_flows.infer.models.recorded import value_and_slope
 from pyro_flows.infer.search.climb import LogDensity, SafeDensity
+from pyro_flows.infer.search.probe import ModeProbe, probe_modes
 from pyro_flows.infer.search.start import Start, find_start
 from pyro_flows.transforms import FixedSpline
 
-__all__ = ["Knots", "conditional_knots", "straight_start"]
+__all__ = ["Knots", "conditional_knots", "probe_behind", "straight_start"]
 
 _FIRST = (-6.0, -4.0, -2.5, -1.5, -0.7, 0.0, 0.7, 1.5, 2.5, 4.0, 6.0)  # first nodes, in conditional sds
 _BENT = 0.01  # negentropy, in nats, that is worth a spline
 _LEAST, _MOST = 1e-10, 1e-7  # mass beyond the last node
+_UNKNOWN = 1e-3  # mass beyond the last node that makes a conditional unknown
 _TRIALS = 60  # places of a last node
 _MESH = 16  # nodes on each side
 _ROUNDS, _PAIRS = 5, 6  # of more nodes
 _SHORT = 1e-2  # least interval for more nodes, in widths
+_SHARP = 0.1  # change of slope, over the width, between two near nodes that makes a kink
 _DEEP, _FLOOR = 14.0, -1e3  # nats below the peak that matter little, and not at all
 _GAIN = 0.05  # ELBO, in nats, that splines must gain
 _PLAIN = 0.75  # share of the seconds for the start without splines
@@ -75,7 +80,8 @@ class _Lines:
 
     def bent(self) -> _Lines:
         """Returns the lines with a known mass that are no normal densities."""
-        return self.kept((self.mass[:, 0] < math.inf) & (self.negentropy > _BENT))
+        known = (self.outer < _UNKNOWN * self.mass).all(-1)
+        return self.kept(known & (self.negentropy > _BENT))
 
     def quantiles(self) -> Tensor:
         """Returns standard normal places, values and slopes of the quantile functions at the nodes, ``(3, d, n)``."""
@@ -150,7 +156,7 @@ def conditional_knots(safe: SafeDensity, center: Tensor, scale: Tensor) -> Knots
         if not len(lines.dims) or safe.expired:
             return None
         lines = _refined(safe, lines).bent()
-    knots = lines.quantiles().to(safe.dtype).double()
+    knots = _with_kinks(lines).quantiles().to(safe.dtype).double()
     fine = knots.isfinite().all(-1).all(0) & (knots[:2].diff(dim=-1) > 0).all(-1).all(0) & (knots[2] > 0).all(-1)
     # Less could not gain enough.
     return Knots(lines.dims[fine], knots[:, fine]) if lines.negentropy[fine].sum() > _GAIN else None
@@ -176,11 +182,15 @@ def _reach(safe: SafeDensity, lines: _Lines) -> Tensor:
 
 
 def _refined(safe: SafeDensity, lines: _Lines) -> _Lines:
-    """Adds pairs of nodes where slopes change most, around the point where tangents meet, which closes in on kinks."""
+    """Adds pairs of nodes where chords differ most from tangents, around the point where these meet.
+
+    Pairs close in on kinks.
+    """
     length, rise = lines.offsets.diff(dim=-1), lines.values.diff(dim=-1)
     change = lines.slopes[:, :-1] - lines.slopes[:, 1:]
     depth = torch.maximum(lines.values[:, :-1], lines.values[:, 1:]) - lines.peak
-    worth = change.abs() * length * (1 + depth / _DEEP).clamp(min=0.0)
+    away = (lines.slopes[:, :-1] * length - rise).abs() + (lines.slopes[:, 1:] * length - rise).abs()
+    worth = away * (1 + depth / _DEEP).clamp(min=0.0)
     places = (lines.center[lines.dims, None] + lines.offsets).abs()
     rounding = 1e4 * safe.eps * torch.maximum(places[:, :-1], places[:, 1:])
     worth = torch.where(length > torch.maximum(_SHORT * lines.mass, rounding), worth, -1.0)
@@ -193,6 +203,21 @@ def _refined(safe: SafeDensity, lines: _Lines) -> _Lines:
     offsets, order = torch.cat([lines.offsets, fresh], -1).sort(-1)
     found = zip((lines.values, lines.slopes), _along(safe, lines.center, lines.dims, fresh), strict=True)
     return _Lines(lines.dims, lines.center, offsets, *(torch.cat(pair, -1).gather(-1, order) for pair in found))
+
+
+def _with_kinks(lines: _Lines) -> _Lines:
+    """Moves the nearer node of each pair that encloses a kink onto it, where tangents meet."""
+    length, rise = lines.offsets.diff(dim=-1), lines.values.diff(dim=-1)
+    change = lines.slopes[:, :-1] - lines.slopes[:, 1:]
+    meet = (rise - lines.slopes[:, 1:] * length) / (change * length)
+    enclosed = (length < 2 * _SHORT * lines.mass) & (change.abs() * lines.mass > _SHARP) & (meet > 0.005) & (meet < 0.995)
+    dims, index = enclosed.nonzero().unbind(-1)
+    meet, length, first = meet[enclosed], length[enclosed], lines.slopes[dims, index]
+    offset = lines.offsets[dims, index] + meet * length
+    value = lines.values[dims, index] + first * meet * length
+    nearer = index + (meet > 0.5)
+    moved = [part.index_put((dims, nearer), new) for part, new in ((lines.offsets, offset), (lines.values, value))]
+    return _Lines(lines.dims, lines.center, moved[0], moved[1], lines.slopes)
 
 
 class _Straightened:
@@ -251,3 +276,44 @@ def straight_start(
         full_rank_up_to=full_rank_up_to,
     )
     return (other, knots) if other.elbo > start.elbo + _GAIN else (start, None)
+
+
+def probe_behind(
+    spline: FixedSpline | None,
+    log_p: LogDensity,
+    log_q: LogDensity,
+    draws: Tensor,
+    initial: Tensor,
+    *,
+    known: ModeProbe | None = None,
+    **options: Any,
+) -> ModeProbe:
+    """Searches for modes by :func:`~pyro_flows.infer.search.probe.probe_modes` on the base side of a guide's spline.
+
+    There, climbs end at maxima with a curvature also where the density has a kink.
+    """
+    if spline is None:
+        return probe_modes(log_p, log_q, draws, initial, known=known, **options)
+    inner, start = (spline.inverse_and_ladj(each)[0] for each in (draws, initial))
+    if known is not None:
+        known = _moved(known, *_slopes(spline.inv, known.locations))
+    found = probe_modes(
+        _Straightened(log_p, spline), _Straightened(log_q, spline), inner, start, known=known, **options
+    )
+    return _moved(found, *_slopes(spline, found.locations))
+
+
+def _slopes(transform: FlowTransform, points: Tensor) -> tuple[Tensor, Tensor]:
+    """Moves points ``(K, D)`` by an elementwise map; returns them and its slopes."""
+    with torch.enable_grad():
+        points = points.detach().requires_grad_()
+        moved = transform.forward_and_ladj(points)[0]
+        (slopes,) = torch.autograd.grad(moved.sum(), points)
+    return moved.detach(), slopes
+
+
+def _moved(probe: ModeProbe, locations: Tensor, slopes: Tensor) -> ModeProbe:
+    """Moves modes, their Gaussians as by a linear map, and their densities."""
+    ladj = slopes.log().sum(-1)
+    scale = slopes.unsqueeze(-1) * probe.scale
+    return replace(probe, locations=locations, scale=scale, log_p=probe.log_p - ladj, log_q=probe.log_q - ladj)
