@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -194,6 +194,14 @@ class Rows:
         order = torch.randperm(len(self), generator=generator, device="cpu")
         # One copy an epoch, because each makes the host wait.
         return order.to(self.value.device).tensor_split(self.steps(batch_size))
+
+    def listed(self, pieces: Sequence[Tensor], batch_size: int, steps: int) -> list[Tensor]:
+        """Returns the row numbers of up to ``steps`` batches, and each row's share; what is added does not count."""
+        shape = min(steps, self.steps(batch_size)), -(-len(self) // self.steps(batch_size))
+        rows, shares = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=self.value.dtype)
+        for k, piece in enumerate(pieces[: shape[0]]):
+            rows[k, : len(piece)], shares[k, : len(piece)] = piece, 1 / len(piece)
+        return [rows, shares]
 
     def chunks(self, least: int) -> Iterator[Batch]:
         """Yields all rows once, in order, at least so many at a time; of several processes, each gets a part."""

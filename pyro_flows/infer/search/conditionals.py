@@ -210,7 +210,9 @@ def _with_kinks(lines: _Lines) -> _Lines:
     length, rise = lines.offsets.diff(dim=-1), lines.values.diff(dim=-1)
     change = lines.slopes[:, :-1] - lines.slopes[:, 1:]
     meet = (rise - lines.slopes[:, 1:] * length) / (change * length)
-    enclosed = (length < 2 * _SHORT * lines.mass) & (change.abs() * lines.mass > _SHARP) & (meet > 0.005) & (meet < 0.995)
+    enclosed = (
+        (length < 2 * _SHORT * lines.mass) & (change.abs() * lines.mass > _SHARP) & (meet > 0.005) & (meet < 0.995)
+    )
     dims, index = enclosed.nonzero().unbind(-1)
     meet, length, first = meet[enclosed], length[enclosed], lines.slopes[dims, index]
     offset = lines.offsets[dims, index] + meet * length
