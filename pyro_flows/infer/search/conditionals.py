@@ -50,7 +50,7 @@ class _Lines:
     """The densities along axes ``dims`` through ``center``, at ``offsets`` ``(d, n)`` from it in increasing order.
 
     ``values`` and ``slopes`` are the log-densities there and their derivatives. The log-density is a cubic between two
-    nodes, and falls along a line beyond the first and the last.
+    nodes, and falls like a power of the distance from ``center`` beyond the first and the last.
     """
 
     def __init__(self, dims: Tensor, center: Tensor, offsets: Tensor, values: Tensor, slopes: Tensor) -> None:
@@ -62,9 +62,9 @@ class _Lines:
         mass = _WEIGHTS * length * depth.exp()
         self.inner = mass.sum(0)
         """Mass of each interval, ``(d, n - 1)``, in units of the peak's density."""
-        self.outer = _beyond(values[:, [0, -1]] - self.peak, slopes[:, [0, -1]])
+        self.outer = _beyond(values[:, [0, -1]] - self.peak, slopes[:, [0, -1]], offsets[:, [0, -1]])
         """Mass beyond both ends, ``(d, 2)``."""
-        within = self.inner.sum(-1, keepdim=True)
+        self.within = within = self.inner.sum(-1, keepdim=True)
         self.mass = within + self.outer.sum(-1, keepdim=True)
         share, places = mass / within, offsets[:, :-1] + part * length
         mean = (share * places).sum((0, -1))
@@ -80,7 +80,7 @@ class _Lines:
 
     def bent(self) -> _Lines:
         """Returns the lines with a known mass that are no normal densities."""
-        known = (self.outer < _UNKNOWN * self.mass).all(-1)
+        known = (self.outer < _UNKNOWN * self.within).all(-1)
         return self.kept(known & (self.negentropy > _BENT))
 
     def quantiles(self) -> Tensor:
@@ -104,9 +104,9 @@ def _cubic(values: Tensor, slopes: Tensor, length: Tensor, part: Tensor) -> Tens
     return low + part * rise + torch.minimum(torch.maximum(bulge, least), most)
 
 
-def _beyond(depth: Tensor, slope: Tensor) -> Tensor:
-    """Returns the mass beyond both ends ``(d, 2)``; infinite if the density does not fall."""
-    fall = slope * slope.new_tensor([1.0, -1.0])
+def _beyond(depth: Tensor, slope: Tensor, offsets: Tensor) -> Tensor:
+    """Returns the mass beyond both ends ``(d, 2)`` of tails that fall like a power; infinite if that is improper."""
+    fall = slope * slope.new_tensor([1.0, -1.0]) - 1 / offsets.abs()
     return torch.where(depth <= _FLOOR, 0.0, torch.where(fall > 0, depth.exp() / fall, math.inf))
 
 
@@ -143,7 +143,7 @@ def conditional_knots(safe: SafeDensity, center: Tensor, scale: Tensor) -> Knots
     width = width[:, None]
     offsets = width * center.new_tensor(_FIRST)
     lines = _Lines(every, center, offsets, *_along(safe, center, every, offsets))
-    lines = lines.kept((lines.outer > _MOST * lines.mass).any(-1) | ~(lines.negentropy < _BENT))
+    lines = lines.kept((lines.outer > _MOST * lines.within).any(-1) | ~(lines.negentropy < _BENT))
     if not len(lines.dims):
         return None
     width, dims = width[lines.dims], lines.dims
@@ -165,7 +165,7 @@ def conditional_knots(safe: SafeDensity, center: Tensor, scale: Tensor) -> Knots
 def _reach(safe: SafeDensity, lines: _Lines) -> Tensor:
     """Returns offsets ``(d, 2)`` beyond which little mass lies, and not so little that the density is unknown."""
     near, far = torch.zeros_like(lines.outer), torch.full_like(lines.outer, math.inf)
-    trial, share = lines.offsets[:, [0, -1]].clone(), lines.outer / lines.mass
+    trial, share = lines.offsets[:, [0, -1]].clone(), lines.outer / lines.within
     sides = trial.sign()
     for _ in range(_TRIALS):
         size = trial.abs()
@@ -177,7 +177,7 @@ def _reach(safe: SafeDensity, lines: _Lines) -> Tensor:
         fresh = sides * torch.where(far < math.inf, 0.5 * (near + far), 2 * near)
         trial = torch.where(open_, fresh, trial)
         value, slope = _along(safe, lines.center, lines.dims[rows], trial[rows])
-        share[rows] = _beyond(value - lines.peak[rows], slope) / lines.mass[rows]
+        share[rows] = _beyond(value - lines.peak[rows], slope, trial[rows]) / lines.within[rows]
     return torch.where(share < _LEAST, sides * near, trial)
 
 
