@@ -269,3 +269,10 @@ def test_stock_inference_uses_splines():
 def test_knots_are_checked(dims, knots):
     with pytest.raises(ValueError, match="FixedSpline: expected"):
         FixedSpline(2, dims, knots)
+
+
+@pytest.mark.full
+def test_a_guide_of_another_dtype_than_its_model(default_dtype):
+    default_dtype(torch.float64)
+    fit = fit_guide(AutoFlow(kinks, seed=0, dtype=torch.float32), steps=40, progress=False)
+    assert fit.flow.chain[-1].knots.dtype == torch.float32 and fit.ess > 0.95

@@ -8,7 +8,7 @@
 Each run has a process of its own, one thread, and a budget of CPU seconds after import.  ESS is the fraction of the
 draws that count under the importance weights.  Errors are the largest of any mean and of any standard deviation, in the
 standard deviations of 20,000 draws of the posterior: exact ones, or for the regressions the ends of 4,000 Gibbs chains.
-They are those of ``asinh`` of latents whose tails have no moments.  *Bent* is the number of latents with a spline.
+They are those of ``asinh`` of latents whose tails have no moments.
 FOLDER is laid out as posteriordb's ``posterior_database``.
 """
 
@@ -51,10 +51,13 @@ def independent(parts: dict[str, dist.Distribution]) -> None:
 
 
 def _independent(name: str, far: bool = False, **parts: dist.Distribution) -> Posterior:
-    """Independent latents; ``far`` tails are compared by ``asinh``."""
+    """Independent latents; ``far`` tails are compared by ``asinh``, in units of the density."""
 
     def derive(draws: Draws) -> Draws:
-        return {key: value.asinh() if far else value for key, value in draws.items()}
+        if not far:
+            return draws
+        units = {key: (getattr(prior, "loc", 0.0), getattr(prior, "scale", 1.0)) for key, prior in parts.items()}
+        return {key: ((draws[key] - loc) / scale).asinh() for key, (loc, scale) in units.items()}
 
     def reference() -> Draws:
         with torch.random.fork_rng():
@@ -150,14 +153,8 @@ def run(name: str, method: str, seed: int, seconds: float, *, folder: Path | Non
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
     conditionals = importlib.import_module("pyro_flows.infer.search.conditionals")
-    known, counts = conditionals.conditional_knots, [0]
-
-    def knots(*args: object) -> object:
-        found = None if method == WITHOUT else known(*args)
-        counts.append(0 if found is None else len(found.dims))
-        return found
-
-    conditionals.conditional_knots = knots
+    if method == WITHOUT:
+        conditionals.conditional_knots = lambda *args: None
     posterior = KINDS.get(name) or MADE.get(name) or find(name, folder)
     about = {"name": name, "method": method, "seed": seed, "seconds": seconds}
     return about | ours(posterior, seed, seconds, draws, 0.0)

@@ -87,12 +87,14 @@ def as_flow_of(builder: Builder, dim: int) -> FlowTransform:
 
 
 class AutoFlow(AutoContinuous):
-    r"""An autoguide whose posterior is a normalizing flow: :math:`z = \mu + S (A\, f(u) + b)`, :math:`u \sim N(0, I)`.
+    r"""An autoguide whose posterior is a flow: :math:`z = g(\mu + S (A\, f(u) + b))`, :math:`u \sim N(0, I)`.
 
     :math:`z` holds all latents in unconstrained space, :math:`f` is a flow that starts as the identity, :math:`\mu` and
-    :math:`S` come from an informed start, and the triangular :math:`A` and :math:`b` are learned. The guide takes the
-    model's arguments and works with stock ``SVI`` and any ELBO, vectorized particles, plates, ``AutoGuideList``,
-    ``NeuTraReparam`` and ``Predictive``. :func:`~pyro_flows.infer.fit_guide` trains and judges it.
+    :math:`S` come from an informed start, and the triangular :math:`A` and :math:`b` are learned. :math:`g` is the
+    identity, or if the start finds kinks or heavy tails, fixed splines of single latents
+    (:class:`~pyro_flows.transforms.fixed_spline.FixedSpline`). The guide takes the model's arguments and works with
+    stock ``SVI`` and any ELBO, vectorized particles, plates, ``AutoGuideList``, ``NeuTraReparam`` and
+    ``Predictive``. :func:`~pyro_flows.infer.fit_guide` trains and judges it.
 
     The first call, or :meth:`setup`, runs the model and builds the flow. A draw costs one pass of the flow in its
     sampling direction; a step with the path gradient costs one more in the density direction.
@@ -332,6 +334,7 @@ class AutoFlow(AutoContinuous):
                         num_starts=self.num_starts,
                         seconds=seconds,
                         full_rank_up_to=FULL_RANK,
+                        dtype=self.flow_dtype,
                     ),
                 )
             initial, scale = found.loc, found.scale
@@ -375,7 +378,7 @@ class AutoFlow(AutoContinuous):
 
     @property
     def preconditioner(self) -> Preconditioner:
-        """The affine end of the flow."""
+        """The affine part of the flow."""
         return preconditioner_of(self.flow)
 
     @property

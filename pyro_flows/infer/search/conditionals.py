@@ -124,7 +124,9 @@ def _along(safe: SafeDensity, center: Tensor, dims: Tensor, offsets: Tensor) -> 
     return values, slopes
 
 
-def conditional_knots(safe: SafeDensity, center: Tensor, scale: Tensor) -> Knots | None:
+def conditional_knots(
+    safe: SafeDensity, center: Tensor, scale: Tensor, dtype: torch.dtype | None = None
+) -> Knots | None:
     r"""Finds splines that make normal variables of latents, each given that the others are at ``center``.
 
     For a latent with the conditional distribution function :math:`F`, knots follow :math:`F^{-1}(\Phi(x))`. Its
@@ -137,6 +139,7 @@ def conditional_knots(safe: SafeDensity, center: Tensor, scale: Tensor) -> Knots
         safe: the density.
         center: a typical point, float64 on the CPU, ``(D,)``.
         scale: lower triangular factor of a covariance ``(D, D)`` or standard deviations ``(D,)``, of the right order.
+        dtype: that of the spline, in which knots must differ; by default the density's.
     """
     every = torch.arange(len(center))
     width = torch.linalg.inv(scale).norm(dim=0).reciprocal() if scale.dim() == 2 else scale
@@ -156,7 +159,7 @@ def conditional_knots(safe: SafeDensity, center: Tensor, scale: Tensor) -> Knots
         if not len(lines.dims) or safe.expired:
             return None
         lines = _refined(safe, lines).bent()
-    knots = _with_kinks(lines).quantiles().to(safe.dtype).double()
+    knots = _with_kinks(lines).quantiles().to(dtype or safe.dtype).double()
     fine = knots.isfinite().all(-1).all(0) & (knots[:2].diff(dim=-1) > 0).all(-1).all(0) & (knots[2] > 0).all(-1)
     # Less could not gain enough.
     return Knots(lines.dims[fine], knots[:, fine]) if lines.negentropy[fine].sum() > _GAIN else None
@@ -248,8 +251,12 @@ def straight_start(
     num_starts: int = 4,
     seconds: float | None = None,
     full_rank_up_to: int = 300,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Start, Knots | None]:
     """Finds a Gaussian start, and splines at the data end of a guide if with them its ELBO is clearly higher.
+
+    The plain start, of :func:`~pyro_flows.infer.search.start.find_start`, has three quarters of the seconds. Its
+    location is the center of :func:`conditional_knots`; ``dtype`` is that of the guide.
 
     Returns:
         The start on the base side of the splines, and their knots; or the plain start and ``None``.
@@ -266,7 +273,7 @@ def straight_start(
     if first > _FIRST_SHARE * (end - time.monotonic()):
         return start, None
     safe = SafeDensity(density, initial, seconds=left())
-    knots = conditional_knots(safe, start.loc.double().cpu(), start.scale.double().cpu())
+    knots = conditional_knots(safe, start.loc.double().cpu(), start.scale.double().cpu(), dtype)
     if knots is None or safe.expired:
         return start, None
     spline = FixedSpline(len(initial), knots.dims, knots.knots.to(initial.dtype)).to(initial.device)
@@ -296,7 +303,7 @@ def probe_behind(
     """
     if spline is None:
         return probe_modes(log_p, log_q, draws, initial, known=known, **options)
-    inner, start = (spline.inverse_and_ladj(each)[0] for each in (draws, initial))
+    inner, start = (spline.inverse_and_ladj(each.to(spline.knots))[0] for each in (draws, initial))
     if known is not None:
         known = _moved(known, *_slopes(spline.inv, known.locations))
     found = probe_modes(
