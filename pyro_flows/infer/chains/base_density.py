@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
 from pyro_flows.distributions import Flow
+from pyro_flows.infer.machine.graph import Replay, replayable, unrecorded
 from pyro_flows.infer.models.recorded import value_and_slope
 from pyro_flows.infer.search.climb import LogDensity, SafeDensity
 
@@ -27,20 +30,28 @@ class BaseDensity:
 
     def __init__(self, flow: Flow, density: LogDensity | SafeDensity) -> None:
         self.flow, self.density = flow, density
+        self._replay = Replay(self._pulled, list(flow.parameters()), replayable(flow))
 
     def __call__(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Returns log-densities ``(S,)`` and gradients ``(S, D)`` at base-side points ``(S, D)``."""
+        value, slope = cast(list[Tensor], self._replay(u.detach()))
+        return value, slope
+
+    def _pulled(self, u: Tensor) -> list[Tensor]:
         with torch.enable_grad():
-            u = u.detach().requires_grad_()
+            u = u.requires_grad_()
             z, ladj = self.flow.chain.forward_and_ladj(u)
-        at = z.detach()
+            log_p, pull = unrecorded(self._density, z.detach())
+            # A sum, because gradients given to grad() make torch import its compiler.
+            (slope,) = torch.autograd.grad((z * pull).sum() + ladj.sum(), u)
+        return [log_p + ladj.detach(), slope]
+
+    def _density(self, z: Tensor) -> tuple[Tensor, Tensor]:
         if isinstance(self.density, SafeDensity):
-            log_p, pull = self.density.gradients(at)
+            log_p, pull = self.density.gradients(z)
         else:
-            log_p, pull = value_and_slope(self.density, at)
-        log_p, pull = log_p.to(z.device), pull.to(z)
-        (slope,) = torch.autograd.grad((z, ladj), u, (pull, torch.ones_like(ladj)))
-        return log_p + ladj.detach(), slope
+            log_p, pull = value_and_slope(self.density, z)
+        return log_p.to(z.device), pull.to(z)
 
     def log_weights(self, u: Tensor, values: Tensor) -> Tensor:
         """Returns the log-weights ``log p - log q`` ``(S,)`` at points whose log-densities here are known."""

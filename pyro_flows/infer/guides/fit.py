@@ -17,7 +17,9 @@ from pyro import poutine
 from torch import Generator, Tensor
 from tqdm.auto import tqdm
 
+from pyro_flows.core.chain import Chain
 from pyro_flows.core.checks import choice, integer
+from pyro_flows.distributions import Flow
 from pyro_flows.infer.diagnostics.verdict import MODES
 from pyro_flows.infer.guides.assessment import DRAWS, FEWEST, Assessment, assess
 from pyro_flows.infer.guides.auto import AutoFlow, seeded
@@ -32,6 +34,7 @@ from pyro_flows.infer.guides.choices import (
 )
 from pyro_flows.infer.guides.cover import cover_modes
 from pyro_flows.infer.guides.loop import CHECKPOINT, GuideTraining, History
+from pyro_flows.infer.guides.posterior import spline_of
 from pyro_flows.infer.guides.refusals import guide_of, refuse_random, refuse_unobserved
 from pyro_flows.infer.guides.result import GuideFit
 from pyro_flows.infer.machine import processes
@@ -46,13 +49,14 @@ from pyro_flows.infer.models.held import own_density
 from pyro_flows.infer.models.joint import JointDensity
 from pyro_flows.infer.models.sites import Model
 from pyro_flows.infer.search.probe import ModeProbe
+from pyro_flows.transforms import FixedSpline
 
 __all__ = ["fit_guide"]
 
 
 _ALIKE = "the processes fit one posterior together, and each takes its part of the draws"
 SETTINGS = ("num_particles", "path_gradient", "tempering", "start", "num_starts", "seed", "of_prior")
-STARTING = 0.15  # share of the seconds for the start
+STARTING = 0.2  # share of the seconds for the start
 WALKING = 0.08  # most share of the seconds for a walk of the weighted draws
 WALK_EVALUATIONS = 0.3  # the same of evaluations, which take less than those of training
 SEARCHING_ON = 0.15  # most share of the seconds for the last search
@@ -277,6 +281,7 @@ class _Begun:
 
     def state(self, guide: AutoFlow) -> dict[str, object]:
         """Returns the start's part of a checkpoint."""
+        spline = spline_of(guide.flow)
         return {
             "initial": self.initial,
             "particles": self.num_particles,
@@ -289,6 +294,7 @@ class _Begun:
             "why_not": self.density.why_not,
             "keep": self.keep,
             "modes": None if self.modes is None else vars(self.modes),
+            "knots": None if spline is None else {"dims": spline.dims, "knots": spline.knots},
             "evaluations": guide.start_evaluations + self.density.evaluations,
         }
 
@@ -342,6 +348,10 @@ def _begin_again(
         density = guide.density(*args, **kwargs)
     finally:
         guide.start = start
+    if state["knots"] is not None:
+        spline = FixedSpline(guide.latents.dim, **state["knots"])
+        parts: Any = guide.flow.chain
+        guide.flow = Flow(Chain([*parts, spline.to(guide.initial.device)]))
     guide.vectorized = None if density.vectorized else False
     guide.latents.max_plate_nesting = state["nesting"]
     guide.initial = state["initial"].to(guide.initial)
