@@ -34,9 +34,9 @@ PARTICLES = 128  # draws per step
 SLOW_PARTICLES = 8  # for a model that runs one draw at a time
 SLOW_SECONDS = 40.0  # for the same kind of model
 LONG = 0.03  # seconds of a call that matter
-ASSESSING = 0.15  # least share of the verdict's seconds
+ASSESSING = 0.13  # least share of the verdict's seconds
 SLOW_ASSESSING = 0.4
-SEARCHING = 0.12  # share of the seconds for a search for modes before training
+SEARCHING = 0.1  # share of the seconds for a search for modes before training
 SEVERAL = 0.01  # share of outside modes that is worth another start
 
 
