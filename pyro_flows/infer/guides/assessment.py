@@ -11,11 +11,13 @@ from torch import Generator, Tensor
 
 from pyro_flows.distributions import Flow
 from pyro_flows.infer.diagnostics import Importance, Verdict, compare_moments, importance, judge, widening
+from pyro_flows.infer.guides.posterior import spline_of
 from pyro_flows.infer.machine.pace import Pace, pace_of
 from pyro_flows.infer.models.joint import FAILURES
 from pyro_flows.infer.models.latents import Latents
 from pyro_flows.infer.search.climb import LogDensity
-from pyro_flows.infer.search.probe import ModeProbe, nothing_found, probe_modes
+from pyro_flows.infer.search.conditionals import probe_behind
+from pyro_flows.infer.search.probe import ModeProbe, nothing_found
 
 __all__ = ["Assessment", "assess", "weigh"]
 
@@ -123,7 +125,8 @@ def assess(
     left = min(begin + seconds - time.monotonic(), search_seconds)
     probe = nothing_found(z)
     if left > 0 and math.isfinite(found.log_evidence):
-        probe = probe_modes(
+        probe = probe_behind(
+            spline_of(flow),
             density,
             flow.log_prob,
             z[fine],

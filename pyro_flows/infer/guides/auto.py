@@ -36,8 +36,8 @@ from pyro_flows.infer.models import prototype, sites
 from pyro_flows.infer.models.enumeration import can_be_summed, hidden_sites, unblocked
 from pyro_flows.infer.models.joint import FAILURES, JointDensity
 from pyro_flows.infer.models.latents import Latents
-from pyro_flows.infer.search.start import find_start
-from pyro_flows.transforms import Preconditioner
+from pyro_flows.infer.search.conditionals import straight_start
+from pyro_flows.transforms import FixedSpline, Preconditioner
 from pyro_flows.univariate.base import Affine
 
 __all__ = ["AutoFlow", "as_flow_of", "default_builder", "seeded"]
@@ -87,12 +87,14 @@ def as_flow_of(builder: Builder, dim: int) -> FlowTransform:
 
 
 class AutoFlow(AutoContinuous):
-    r"""An autoguide whose posterior is a normalizing flow: :math:`z = \mu + S (A\, f(u) + b)`, :math:`u \sim N(0, I)`.
+    r"""An autoguide whose posterior is a flow: :math:`z = g(\mu + S (A\, f(u) + b))`, :math:`u \sim N(0, I)`.
 
     :math:`z` holds all latents in unconstrained space, :math:`f` is a flow that starts as the identity, :math:`\mu` and
-    :math:`S` come from an informed start, and the triangular :math:`A` and :math:`b` are learned. The guide takes the
-    model's arguments and works with stock ``SVI`` and any ELBO, vectorized particles, plates, ``AutoGuideList``,
-    ``NeuTraReparam`` and ``Predictive``. :func:`~pyro_flows.infer.fit_guide` trains and judges it.
+    :math:`S` come from an informed start, and the triangular :math:`A` and :math:`b` are learned. :math:`g` is the
+    identity, or if the start finds kinks or heavy tails, fixed splines of single latents
+    (:class:`~pyro_flows.transforms.fixed_spline.FixedSpline`). The guide takes the model's arguments and works with
+    stock ``SVI`` and any ELBO, vectorized particles, plates, ``AutoGuideList``, ``NeuTraReparam`` and
+    ``Predictive``. :func:`~pyro_flows.infer.fit_guide` trains and judges it.
 
     The first call, or :meth:`setup`, runs the model and builds the flow. A draw costs one pass of the flow in its
     sampling direction; a step with the path gradient costs one more in the density direction.
@@ -259,8 +261,9 @@ class AutoFlow(AutoContinuous):
                 density._own = alone._own
                 # A slow first run, which may import modules, leaves the search a part of the time.
                 made = as_flow_of(default_builder if self.builder is None else self.builder, len(initial))
-                loc, scale = self._find_start(density, initial, max(begin + limit, time.monotonic() + SEARCH * limit))
-                chain = Chain([made, Preconditioner(loc, scale)])
+                deadline = max(begin + limit, time.monotonic() + SEARCH * limit)
+                loc, scale, splines = self._find_start(density, initial, deadline)
+                chain = Chain([made, Preconditioner(loc, scale), *splines])
                 self.flow = Flow(chain.to(device=initial.device, dtype=self.flow_dtype or initial.dtype))
                 self.initial = initial
                 self.vectorized = None if density.vectorized else False
@@ -306,13 +309,15 @@ class AutoFlow(AutoContinuous):
             pass
         self.unobserved = not self._density(args, kwargs, False).is_observed(point, bool(drawn) and not self.discrete)
 
-    def _find_start(self, density: JointDensity, initial: Tensor, deadline: float) -> tuple[Tensor, Tensor]:
+    def _find_start(
+        self, density: JointDensity, initial: Tensor, deadline: float
+    ) -> tuple[Tensor, Tensor, list[FixedSpline]]:
         dim = len(initial)
         # Without data, a climb would leave the user's initial point; with hidden draws, there is no density to climb.
         hidden = self.unobserved and bool(self.hidden_data) and not self.of_prior
         chosen = hidden and (self.init_loc_fn is not None or not self._shown)
         if self.start == "prior" or chosen or (not self.subsampled and density.random_at(initial)):
-            scale = torch.full_like(initial, 0.1)
+            scale, knots = torch.full_like(initial, 0.1), None
         else:
             with poutine.block():
                 with torch.no_grad():
@@ -320,21 +325,23 @@ class AutoFlow(AutoContinuous):
                 seconds = None if deadline == math.inf else max(0.0, deadline - time.monotonic())
                 if seconds is None and not density.many_at_once:
                     seconds = SLOW_SECONDS
-                found = led(
+                found, knots = led(
                     density.still() if self.subsampled else density,
                     initial,
-                    lambda density: find_start(
+                    lambda density: straight_start(
                         density,
                         initial,
                         num_starts=self.num_starts,
                         seconds=seconds,
                         full_rank_up_to=FULL_RANK,
+                        dtype=self.flow_dtype,
                     ),
                 )
             initial, scale = found.loc, found.scale
         if scale.dim() == 1 and dim <= FULL_RANK:
             scale = torch.diag_embed(scale)
-        return initial, scale
+        spline = [] if knots is None else [FixedSpline(dim, knots.dims, knots.knots)]
+        return initial, scale, spline
 
     def density(self, *args: object, **kwargs: object) -> JointDensity:
         """Returns the joint density over this guide's latents, at these arguments of the model."""
@@ -371,7 +378,7 @@ class AutoFlow(AutoContinuous):
 
     @property
     def preconditioner(self) -> Preconditioner:
-        """The affine end of the flow."""
+        """The affine part of the flow."""
         return preconditioner_of(self.flow)
 
     @property

@@ -10,14 +10,15 @@ from contextlib import contextmanager
 import torch
 from torch import Generator, Tensor
 
-from pyro_flows.distributions import Flow
 from pyro_flows.infer.diagnostics import importance
 from pyro_flows.infer.guides.assessment import FEWEST, weigh
 from pyro_flows.infer.guides.auto import AutoFlow
+from pyro_flows.infer.guides.posterior import affine_of, spline_of
 from pyro_flows.infer.machine.budget import Budget
 from pyro_flows.infer.machine.pace import FLAT, rows_at_once
 from pyro_flows.infer.models.joint import FAILURES, JointDensity
-from pyro_flows.infer.search.probe import ModeProbe, probe_modes
+from pyro_flows.infer.search.conditionals import probe_behind
+from pyro_flows.infer.search.probe import ModeProbe
 
 __all__ = [
     "SEARCHING",
@@ -107,14 +108,15 @@ def several_modes(
     if seconds < max(10 * density.pace.shortest, 100 * density.pace.seconds_per_draw):
         return None  # too short to find anything
     end = time.monotonic() + min(seconds, math.inf if density.many_at_once else SLOW_SECONDS / 2)
-    affine = Flow(guide.preconditioner, guide.flow.base)
+    affine = affine_of(guide.flow)
     count = 256 if density.many_at_once else 64
     z, log_p, log_q = weigh(affine, density, count, math.inf if budget.seconds is None else end)
     found = importance(log_p - log_q)
     seconds = end - time.monotonic()
     if not math.isfinite(found.log_evidence) or len(z) < 2 or seconds <= 0:
         return None
-    return probe_modes(
+    return probe_behind(
+        spline_of(guide.flow),
         density,
         affine.log_prob,
         z[z.isfinite().all(-1)],

@@ -17,7 +17,9 @@ from pyro import poutine
 from torch import Generator, Tensor
 from tqdm.auto import tqdm
 
+from pyro_flows.core.chain import Chain
 from pyro_flows.core.checks import choice, integer
+from pyro_flows.distributions import Flow
 from pyro_flows.infer.guides.assessment import DRAWS, FEWEST, Assessment, assess
 from pyro_flows.infer.guides.auto import AutoFlow, seeded
 from pyro_flows.infer.guides.choices import (
@@ -31,6 +33,7 @@ from pyro_flows.infer.guides.choices import (
 )
 from pyro_flows.infer.guides.cover import cover_modes
 from pyro_flows.infer.guides.loop import CHECKPOINT, GuideTraining, History
+from pyro_flows.infer.guides.posterior import spline_of
 from pyro_flows.infer.guides.refusals import guide_of, refuse_random, refuse_unobserved
 from pyro_flows.infer.guides.result import GuideFit
 from pyro_flows.infer.machine import processes
@@ -45,13 +48,14 @@ from pyro_flows.infer.models.held import own_density
 from pyro_flows.infer.models.joint import JointDensity
 from pyro_flows.infer.models.sites import Model
 from pyro_flows.infer.search.probe import ModeProbe
+from pyro_flows.transforms import FixedSpline
 
 __all__ = ["fit_guide"]
 
 
 _ALIKE = "the processes fit one posterior together, and each takes its part of the draws"
 SETTINGS = ("num_particles", "path_gradient", "tempering", "start", "num_starts", "seed", "of_prior")
-STARTING = 0.15  # share of the seconds for the start
+STARTING = 0.2  # share of the seconds for the start
 DEFAULT_STEPS = 4000
 SECONDS_BETWEEN_FILES = 30.0  # the most between checkpoints
 
@@ -113,8 +117,8 @@ def fit_guide(
         fit_prior: whether to fit the prior of a model without observed sites and factors, which is otherwise refused.
         compile: whether a second process compiles the steps, on a CPU, for a model whose density is recorded for all
             draws at once. ``"auto"``: where the fit will take much longer than compiling, which takes 15 to 60 CPU
-            seconds, or where the compiled steps are on disk, as after an earlier fit with data of the same shape (see
-            :func:`fit_density`). ``True`` waits for it. The numbers are those of plain steps, but for rounding.
+            seconds, or where the compiled steps are on disk, as after an earlier fit with data of the same shape.
+            ``True`` waits for it. The numbers are those of plain steps, but for rounding.
 
     Returns:
         The :class:`~pyro_flows.infer.GuideFit`, with ``verdict``, ``sample``, ``predictive`` and ``to_arviz``.
@@ -235,6 +239,7 @@ class _Begun:
 
     def state(self, guide: AutoFlow) -> dict[str, object]:
         """Returns the start's part of a checkpoint."""
+        spline = spline_of(guide.flow)
         return {
             "initial": self.initial,
             "particles": self.num_particles,
@@ -246,6 +251,7 @@ class _Begun:
             "why_not": self.density.why_not,
             "keep": self.keep,
             "modes": None if self.modes is None else vars(self.modes),
+            "knots": None if spline is None else {"dims": spline.dims, "knots": spline.knots},
             "evaluations": guide.start_evaluations + self.density.evaluations,
         }
 
@@ -298,6 +304,10 @@ def _begin_again(
         density = guide.density(*args, **kwargs)
     finally:
         guide.start = start
+    if state["knots"] is not None:
+        spline = FixedSpline(guide.latents.dim, **state["knots"])
+        parts: Any = guide.flow.chain
+        guide.flow = Flow(Chain([*parts, spline.to(guide.initial.device)]))
     guide.vectorized = None if density.vectorized else False
     guide.latents.max_plate_nesting = state["nesting"]
     guide.initial = state["initial"].to(guide.initial)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows.distributions import Flow
-from pyro_flows.infer.guides.posterior import frozen, preconditioner_of
+from pyro_flows.infer.guides.posterior import affine_of, frozen, preconditioner_of
 from pyro_flows.infer.machine import processes
 from pyro_flows.infer.machine.budget import Budget, cosine
 from pyro_flows.infer.machine.checkpoint import CheckpointFormat
@@ -30,7 +30,7 @@ __all__ = ["CHECKPOINT", "GuideTraining", "History", "speeds_of"]
 
 CHECKPOINT = CheckpointFormat(
     "fit_guide",
-    3,
+    4,
     {
         **dict.fromkeys(("architecture", "latents", "data", "parameters", "settings", "start"), dict),
         "training": {
@@ -176,11 +176,10 @@ class GuideTraining(TrainingLoop):
         """Trains through all remaining phases."""
         self.flow.train()
         if self.phase == "affine":
-            affine = preconditioner_of(self.flow)
-            self._phase(Flow(affine, self.flow.base), 0.0, WARM, WARM_RATES)
+            self._phase(affine_of(self.flow), 0.0, WARM, WARM_RATES)
             with interrupts_held_back():
                 self._release()
-                affine.fold()
+                preconditioner_of(self.flow).fold()
                 self._best, self._moments, self._exact, self._window = None, {}, 0, 0
                 self._first, self.phase = min(WARM, self.budget.fraction), "flow"
         if self.phase == "flow":
