@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, DistributedSampler
 
 from pyro_flows.core.checks import first_floating
-from pyro_flows.distributions import Flow
+from pyro_flows.distributions import Ensemble, Flow
 from pyro_flows.infer.density.columns import Precision
 from pyro_flows.infer.machine.processes import count, everyone, part
 
@@ -156,7 +156,9 @@ def expected_by(
     event, context = getattr(module, "event_shape", None), getattr(module, "context_dim", None)
     event = Size(event) if isinstance(event, (tuple, list)) else None
     context = context if isinstance(context, int) else None
-    return Expected(who, forms, event, context, kin.dtype, kin.device, isinstance(module, Flow))
+    members = module.members if isinstance(module, Ensemble) else [module]
+    continuous = all(isinstance(each, Flow) for each in members)
+    return Expected(who, forms, event, context, kin.dtype, kin.device, continuous)
 
 
 @dataclass

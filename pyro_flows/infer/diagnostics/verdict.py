@@ -19,7 +19,8 @@ GOOD, TAILS, RESAMPLE = "good", "good, tails uncertain", "use importance resampl
 MODES, BAD, UNJUDGED = "modes missing", "bad", "not judged"
 UNSEARCHED = "good, modes not searched"
 FEW = "good, few draws judged"
-LABELS = (GOOD, TAILS, UNSEARCHED, FEW, RESAMPLE, MODES, BAD, UNJUDGED)
+UNSETTLED = "chains not settled"
+LABELS = (GOOD, TAILS, UNSEARCHED, FEW, RESAMPLE, MODES, BAD, UNJUDGED, UNSETTLED)
 
 GOOD_ESS = 0.9  # usable unweighted
 FEWEST = 100  # draws for any judgment
@@ -39,6 +40,7 @@ MEANING = {
     MODES: "the guide leaves out a part of the posterior, and resampling cannot bring it back",
     BAD: "neither the draws nor their weights can be relied on",
     UNJUDGED: "there is no basis for a judgment",
+    UNSETTLED: "the chains do not show that their draws follow the posterior",
 }
 NEXT = {
     GOOD: "Nothing.",

@@ -117,8 +117,8 @@ def fit_guide(
         fit_prior: whether to fit the prior of a model without observed sites and factors, which is otherwise refused.
         compile: whether a second process compiles the steps, on a CPU, for a model whose density is recorded for all
             draws at once. ``"auto"``: where the fit will take much longer than compiling, which takes 15 to 60 CPU
-            seconds, or where the compiled steps are on disk, as after an earlier fit with data of the same shape (see
-            :func:`fit_density`). ``True`` waits for it. The numbers are those of plain steps, but for rounding.
+            seconds, or where the compiled steps are on disk, as after an earlier fit with data of the same shape.
+            ``True`` waits for it. The numbers are those of plain steps, but for rounding.
 
     Returns:
         The :class:`~pyro_flows.infer.GuideFit`, with ``verdict``, ``sample``, ``predictive`` and ``to_arviz``.

@@ -14,6 +14,7 @@ from pyro_flows.core.chain import Chain
 from pyro_flows.core.modes import on_cpu
 from pyro_flows.core.recipes import made_from, recipe
 from pyro_flows.distributions import Flow
+from pyro_flows.infer.diagnostics.settling import ChainDraws
 from pyro_flows.infer.diagnostics.verdict import LABELS
 from pyro_flows.infer.guides.assessment import Assessment
 from pyro_flows.infer.guides.auto import Builder, as_flow_of
@@ -201,6 +202,7 @@ class Numbers:
     failures: int
     evaluations: int
     notes: tuple
+    chains: ChainDraws | None
 
     def check(self, dim: int) -> None:
         """Refuses shapes and words that no fit of ``dim`` dimensions has."""
@@ -208,6 +210,14 @@ class Numbers:
         _check_shapes(vars(found), len(found.draws), draws=(dim,))
         if probe is not None:
             _check_shapes(vars(probe), len(probe.locations), locations=(dim,), scale=(dim, dim))
+        if self.chains is not None:
+            places = self.chains.draws.shape
+            if (
+                len(places) != 3
+                or places[2] != dim
+                or {self.chains.log_p.shape, self.chains.log_q.shape} != {places[:2]}
+            ):
+                raise ValueError(f"chains of shape {tuple(places)}")
         if found.verdict.label not in LABELS:
             raise ValueError(f"a verdict {found.verdict.label!r}")
         if len({len(column) for column in vars(self.history).values()}) > 1:
