@@ -345,7 +345,7 @@ def test_discrete_conditioned_and_masked_sites(way):
 @pytest.mark.full
 @pytest.mark.filterwarnings("ignore:.*does not broadcast")
 def test_a_model_that_goes_one_draw_at_a_time():
-    found = fitted(alone, Y, steps=15).refine(moves=12, progress=False)
+    found = fitted(alone, Y, steps=15).refine(moves=2, progress=False)
     assert found.chains.draws.shape[0] == refining.FEW_CHAINS and not found.verdict.ok
     assert abs(float(found.sample(200)["mu"].mean()) - MEAN) < 0.5 * SD
 

@@ -60,8 +60,9 @@ BATCH, OWN = 96, 64  # rows of a step at walkers, and at draws of the flow
 RATES = (2e-3, 1e-5)
 
 
-def choose_chains(density: JointDensity, seconds: float | None) -> int:
-    """Returns the number of chains: fewer where a move of all would take long."""
+def choose_chains(density: JointDensity, draws: Tensor, seconds: float | None) -> int:
+    """Returns the number of chains: fewer where a move of all would take long, as some draws show."""
+    SafeDensity(density, draws).gradients(draws[:2])  # finds out whether it takes many at once
     most = CHAINS if density.many_at_once else FEW_CHAINS
     each = density.pace.seconds_per_draw
     if seconds is None or not each:
@@ -275,11 +276,11 @@ class Refining:
                 self.flow.load_state_dict(before)
             self.flow.chain.clear_cache()
 
-    def _recorded(self, walkers: Walkers, length: int, end: float, last: bool) -> _Walk:
+    def _recorded(self, walkers: Walkers, length: int, end: float, last: bool, least: int = FEWEST) -> _Walk:
         """Records sweeps, ``length`` of them; the last time as many as go up to a fraction of the budget."""
         first, every, done = _scalars(walkers), 1, 0
         kept: list[tuple[Tensor, ...]] = []
-        while done < FEWEST or ((self.budget.fraction < end) if last else done < length):
+        while done < least or ((self.budget.fraction < end) if last else done < length):
             walkers.sweep(adapting=False)
             self._spend("walking")
             done += 1
@@ -292,6 +293,8 @@ class Refining:
 
     def _other(self, walkers: Walkers, walk: _Walk, length: int, end: float, last: bool) -> Apart | None:
         """Compares with walkers that began elsewhere: at a widened guide, at ends of ridges, on all modes alike."""
+        if last and self.budget.fraction >= 1:
+            return None
         count, dim = self.num_chains, walk.latents.shape[-1]
         with torch.no_grad():
             z = self.flow.chain.forward_and_ladj((1 + 3 / math.sqrt(dim)) * self.flow.base().sample((count,)))[0]
@@ -305,7 +308,7 @@ class Refining:
         except ValueError:
             return None
         middle = 0.5 * (self.budget.fraction + end)
-        found = self._recorded(other, length // 2, middle, last)
+        self._recorded(other, length // 2, middle, last, least=2)
         found = self._recorded(other, length // 2, end, last)
         weights = (walk.log_p - walk.log_q).flatten(), (found.log_p - found.log_q).flatten()
         return compare_walks(walk.scalars, weights[0], found.scalars, weights[1])

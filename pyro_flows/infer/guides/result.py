@@ -212,7 +212,7 @@ class GuideFit:
             guide: AutoFlow, own: JointDensity, density: JointDensity, bar: ChainBar, so_far: list[Callable[[], object]]
         ) -> Walked:
             budget = Budget(DEFAULT_MOVES if seconds is None and moves is None else moves, seconds, begin)
-            count = choose_chains(density, seconds)
+            count = choose_chains(density, self.assessment.draws, seconds)
             starts = None if self.chains is None else self.chains.draws[:, -1]
             refining = Refining(guide.flow, density, self.assessment, guide.initial, budget, count, starts, bar)
             # An interruption ends the lead of the first process, and with it the shared density.
