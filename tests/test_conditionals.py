@@ -276,3 +276,10 @@ def test_a_guide_of_another_dtype_than_its_model(default_dtype):
     default_dtype(torch.float64)
     fit = fit_guide(AutoFlow(kinks, seed=0, dtype=torch.float32), steps=40, progress=False)
     assert fit.flow.chain[-1].knots.dtype == torch.float32 and fit.ess > 0.95
+
+
+def test_nothing_is_made_on_the_default_device():
+    density = lambda z: -z.abs().sum(-1)  # noqa: E731
+    with torch.device("meta"):
+        start, knots = straight_start(density, torch.zeros(2, dtype=torch.float64, device="cpu"))
+    assert knots.knots.device.type == knots.dims.device.type == start.loc.device.type == "cpu"

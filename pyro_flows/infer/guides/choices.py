@@ -34,9 +34,9 @@ PARTICLES = 128  # draws per step
 SLOW_PARTICLES = 8  # for a model that runs one draw at a time
 SLOW_SECONDS = 40.0  # for the same kind of model
 LONG = 0.03  # seconds of a call that matter
-ASSESSING = 0.1  # least share of the verdict's seconds
+ASSESSING = 0.15  # least share of the verdict's seconds
 SLOW_ASSESSING = 0.4
-SEARCHING = 0.08  # share of the seconds for a search for modes before training
+SEARCHING = 0.12  # share of the seconds for a search for modes before training
 SEVERAL = 0.01  # share of outside modes that is worth another start
 
 
@@ -115,14 +115,16 @@ def several_modes(
     seconds = end - time.monotonic()
     if not math.isfinite(found.log_evidence) or len(z) < 2 or seconds <= 0:
         return None
+    fine = z.isfinite().all(-1)
     return probe_behind(
         spline_of(guide.flow),
         density,
         affine.log_prob,
-        z[z.isfinite().all(-1)],
+        z[fine],
         initial,
         log_evidence=found.log_evidence,
-        num_starts=16 if density.many_at_once else 6,
+        log_weights=(log_p - log_q)[fine],
+        num_starts=32 if density.many_at_once else 8,
         generator=generator,
         seconds=None if seconds == math.inf else seconds,
     )

@@ -200,6 +200,12 @@ class GuideTraining(TrainingLoop):
         self._restore()
         self.flow.chain.clear_cache()
 
+    def after(self, earlier: GuideTraining) -> GuideTraining:
+        """Continues the record of an earlier training in the same budget; returns itself."""
+        self.history, self.failed_steps, self.dropped = earlier.history, earlier.failed_steps, earlier.dropped
+        self._first = self.budget.fraction
+        return self
+
     def _release(self) -> None:
         if self._optimizer is not None:
             self._optimizer.release()

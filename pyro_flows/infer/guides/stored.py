@@ -210,6 +210,8 @@ class Numbers:
         _check_shapes(vars(found), len(found.draws), draws=(dim,))
         if probe is not None:
             _check_shapes(vars(probe), len(probe.locations), locations=(dim,), scale=(dim, dim))
+        if found.walk is not None:
+            _check_shapes(vars(found.walk), len(found.walk.log_weights))
         if self.chains is not None:
             places = self.chains.draws.shape
             if (

@@ -141,7 +141,7 @@ def conditional_knots(
         scale: lower triangular factor of a covariance ``(D, D)`` or standard deviations ``(D,)``, of the right order.
         dtype: that of the spline, in which knots must differ; by default the density's.
     """
-    every = torch.arange(len(center))
+    every = torch.arange(len(center), device=center.device)
     width = torch.linalg.inv(scale).norm(dim=0).reciprocal() if scale.dim() == 2 else scale
     width = width[:, None]
     offsets = width * center.new_tensor(_FIRST)
@@ -151,7 +151,7 @@ def conditional_knots(
         return None
     width, dims = width[lines.dims], lines.dims
     reach = _reach(safe, lines)
-    turns = torch.linspace(0, 1, _MESH + 1, dtype=center.dtype)
+    turns = torch.linspace(0, 1, _MESH + 1, dtype=center.dtype, device=center.device)
     left, right = (width * torch.sinh(turns * torch.asinh(reach[:, [k]] / width)) for k in (0, 1))
     offsets = torch.cat([left.flip(-1), right[:, 1:]], -1)
     lines = _Lines(dims, center, offsets, *_along(safe, center, dims, offsets)).bent()
