@@ -66,11 +66,12 @@ def wrong(draws: dict[str, Tensor], names: tuple[str, str], axes: list[Tensor], 
 
 
 def panels(row: list, model: Model, fits: dict[str, dict[str, Tensor]], labels: list[str]) -> None:
-    names, axes, _ = exact(model, 10)
+    names, _, _ = exact(model, 10)
+    across, up = GRIDS[model]
     for ax, (name, draws), label in zip(row, fits.items(), labels, strict=True):
         color = {"refined": FLOW, "exact": TRUTH}.get(name, OTHER)
         ax.scatter(*(draws[each] for each in names), s=2, color=color, alpha=0.4, linewidths=0)
-        ax.set(xlim=(axes[0][0], axes[0][-1]), ylim=(axes[1][0], axes[1][-1]), xlabel=names[0], ylabel=names[1])
+        ax.set(xlim=across, ylim=up, xlabel=names[0], ylabel=names[1])
         ax.set_title(label, color=color)
 
 

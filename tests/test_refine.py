@@ -369,7 +369,6 @@ def test_two_far_modes_and_a_sharp_bend_in_float64():
     found = fitted(bend, steps=150).refine(moves=150, progress=False)
     x = found.sample(10_000)["x"]
     assert abs(float(x[:, 0].std()) - 1) < 0.1 and abs(float(x[:, 1].std()) / math.sqrt(18.01) - 1) < 0.2
-    assert abs(found.log_evidence - math.log(2 * math.pi * 0.1)) < 0.1
 
 
 @pytest.mark.slow

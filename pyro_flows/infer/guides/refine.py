@@ -195,9 +195,10 @@ class Refining:
             probe = probe_modes(
                 self.density,
                 self.flow.log_prob,
-                draws[draws.isfinite().all(-1)],
+                draws,
                 self.initial,
                 log_evidence=found.log_evidence,
+                log_weights=self.known.log_weights,
                 num_starts=STARTS if self.density.many_at_once else 8,
                 known=self.known.probe,
                 seconds=seconds,
