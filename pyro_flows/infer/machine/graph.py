@@ -38,6 +38,8 @@ TURNS = {aten.t.default, aten.permute.default, aten.transpose.int}
 INDEXED = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}
 READS = {Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.data_ptr}  # without a call of a kernel
 DETACHES = {Tensor.detach, torch.detach, Tensor.data.__get__}  # type: ignore[attr-defined]
+# In place of a kernel whose rule for many points warns.
+PLAIN_FORMS = {aten.log_sigmoid_backward.default: lambda grad, x, buffer: grad * torch.sigmoid(-x)}
 PLAIN = (int, float, complex, bool, str, torch.dtype, torch.device, torch.layout, torch.memory_format, type(None))
 
 TRIALS = 2  # the first step of a fit may set up buffers
@@ -132,8 +134,7 @@ class Replay:
 
     def graph_of(self, *inputs: Tensor | None, whole: bool = False) -> Graph | None:
         """Returns the recording that was found right for inputs like these; ``whole`` makes a new one."""
-        key = _shapes(inputs)
-        if self.why_not is not None or self._calls.get(key, 0) <= TRIALS:
+        if self.why_not is not None or self._calls.get(key := _shapes(inputs), 0) <= TRIALS:
             return None
         if not whole:
             return self._graphs.get(key)
@@ -175,8 +176,7 @@ class Replay:
     def _record(self, key: Any, given: Sequence[Tensor], inputs: Sequence[Tensor | None]) -> Results:
         if len(self._calls) > SHAPES:
             return self.run(*inputs)
-        device = given[0].device
-        state = random_state(device)
+        state = random_state(device := given[0].device)
         try:
             found, self._graphs[key] = record(lambda: self.run(*inputs), given)
         except RecordError as error:
@@ -345,9 +345,10 @@ class _Recorder(TorchDispatchMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> object:
         kwargs = dict(kwargs or {})
-        if self.whole and func in BY_BLOCKS:
+        plain = PLAIN_FORMS.get(func) or (BY_BLOCKS.get(func) if self.whole else None)
+        if plain is not None:
             with self:
-                return BY_BLOCKS[func](*args, **kwargs)
+                return plain(*args, **kwargs)
         if func is aten._linalg_check_errors.default and self.failures is not None:
             self.failures.append(args[0])
             return None
