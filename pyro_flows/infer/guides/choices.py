@@ -30,6 +30,7 @@ __all__ = [
 ]
 
 PARTICLES = 128  # draws per step
+FEW_PARTICLES = 32  # where the structure of the model leaves little to learn, more steps serve better
 SLOW_PARTICLES = 8  # for a model that runs one draw at a time
 SLOW_SECONDS = 40.0  # for the same kind of model
 LONG = 0.03  # seconds of a call that matter
@@ -54,8 +55,8 @@ def start_within(guide: AutoFlow, seconds: float | None) -> Iterator[None]:
 @torch.no_grad()
 def choose_particles(guide: AutoFlow, density: JointDensity, initial: Tensor, seconds: float | None) -> int:
     """Returns the guide's draws per step, or as many as suit the model's speed."""
-    asked = guide.num_particles
-    z = initial.expand(PARTICLES, -1)
+    asked, most = guide.num_particles, PARTICLES if guide.structure is None else FEW_PARTICLES
+    z = initial.expand(most, -1)
     if asked is None:
         z = z + 0.01 * torch.randn_like(z)
     pace = density.pace
@@ -63,22 +64,24 @@ def choose_particles(guide: AutoFlow, density: JointDensity, initial: Tensor, se
         if seconds is None:
             density(z[:2])  # finds out whether it broadcasts
         while seconds is not None and density.many_at_once:
-            rows = pace.at_once(PARTICLES, timed=True)
+            rows = pace.at_once(most, timed=True)
             with pace.call(rows):
                 density(z[:rows])
-            if pace.at_once(PARTICLES, timed=True) <= rows:
+            if pace.at_once(most, timed=True) <= rows:
                 break
     except FAILURES:  # training can handle these
-        return asked or PARTICLES
+        return asked or most
     if asked is not None:
         return asked
     if seconds is not None:
         affordable = max(LONG, FLAT * pace.shortest, 0.005 * seconds) / max(pace.seconds_per_draw, 1e-9)
-        sizes = (PARTICLES, 32, SLOW_PARTICLES, 4) if density.many_at_once else (SLOW_PARTICLES, 4)
+        sizes = (most, FEW_PARTICLES, SLOW_PARTICLES, 4) if density.many_at_once else (SLOW_PARTICLES, 4)
         return next((size for size in sizes if size <= affordable), 2)
     if not density.many_at_once:
         return SLOW_PARTICLES
-    times = {PARTICLES: math.inf, 32: math.inf}
+    if most == FEW_PARTICLES:
+        return most
+    times = {PARTICLES: math.inf, FEW_PARTICLES: math.inf}
     for count in (*times, *times):
         start = time.monotonic()
         for part in z[:count].split(rows_at_once(density, count)):
@@ -86,7 +89,7 @@ def choose_particles(guide: AutoFlow, density: JointDensity, initial: Tensor, se
         times[count] = min(times[count], time.monotonic() - start)
     many, few = times.values()
     # If time grows with the draws and steps are slow, fewer draws give more steps.
-    return 32 if many > LONG and many > 2 * few else PARTICLES
+    return FEW_PARTICLES if many > LONG and many > 2 * few else PARTICLES
 
 
 def seconds_for_verdict(density: JointDensity, seconds: float | None) -> float:
@@ -107,16 +110,16 @@ def several_modes(
     if seconds < max(10 * density.pace.shortest, 100 * density.pace.seconds_per_draw):
         return None  # too short to find anything
     end = time.monotonic() + min(seconds, math.inf if density.many_at_once else SLOW_SECONDS / 2)
-    affine = Flow(guide.preconditioner, guide.flow.base)
+    start = Flow(guide.preconditioner, guide.flow.base) if guide.structure is None else guide.flow
     count = 256 if density.many_at_once else 64
-    z, log_p, log_q = weigh(affine, density, count, math.inf if budget.seconds is None else end)
+    z, log_p, log_q = weigh(start, density, count, math.inf if budget.seconds is None else end)
     found = importance(log_p - log_q)
     seconds = end - time.monotonic()
     if not math.isfinite(found.log_evidence) or len(z) < 2 or seconds <= 0:
         return None
     return probe_modes(
         density,
-        affine.log_prob,
+        start.log_prob,
         z[z.isfinite().all(-1)],
         initial,
         log_evidence=found.log_evidence,

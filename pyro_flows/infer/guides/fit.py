@@ -49,7 +49,7 @@ __all__ = ["fit_guide"]
 
 
 _ALIKE = "the processes fit one posterior together, and each takes its part of the draws"
-SETTINGS = ("num_particles", "path_gradient", "tempering", "start", "num_starts", "seed", "of_prior")
+SETTINGS = ("dependencies", "num_particles", "path_gradient", "tempering", "start", "num_starts", "seed", "of_prior")
 STARTING = 0.15  # share of the seconds for the start
 DEFAULT_STEPS = 4000
 SECONDS_BETWEEN_FILES = 30.0  # the most between checkpoints
@@ -188,7 +188,7 @@ def fit_guide(
             path_gradient=guide.path_gradient,
             tempering=guide.tempering if begun.covered is None else None,
             covering=begun.covered is not None,
-            fresh=begun.covered is None,
+            fresh=begun.covered is None and guide.structure is None,
             report=bar.report,
         )
         if known is not None and checkpoint is not None:

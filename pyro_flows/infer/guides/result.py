@@ -18,7 +18,8 @@ from pyro_flows.infer.bridge import to_arviz
 from pyro_flows.infer.diagnostics import Importance, Verdict, resample
 from pyro_flows.infer.guides import predictions, stored
 from pyro_flows.infer.guides.assessment import Assessment, weigh
-from pyro_flows.infer.guides.auto import AutoFlow, Builder
+from pyro_flows.infer.guides.auto import AutoFlow
+from pyro_flows.infer.guides.builders import Builder
 from pyro_flows.infer.guides.loop import History
 from pyro_flows.infer.machine.files import check_path, read_state, refuse_others, write_state
 from pyro_flows.infer.models.joint import JointDensity
