@@ -15,7 +15,8 @@ from pyro.infer import SVI, Predictive, Trace_ELBO
 
 import pyro_flows as pf
 from pyro_flows.infer import AutoFlow, fit_guide, load_guide
-from pyro_flows.infer.diagnostics import importance
+from pyro_flows.infer.diagnostics import importance, resample
+from pyro_flows.infer.guides.members import pick_members
 from pyro_flows.transforms import Plated
 
 GROUP = torch.arange(120) % 20
@@ -25,7 +26,7 @@ ROWS = torch.linspace(-2.0, 2.0, 120)
 def data(count, seed=0):
     generator = torch.Generator().manual_seed(seed)
     sd = 0.5 + torch.rand(count, generator=generator)
-    return 1.5 + 0.8 * torch.randn(count, generator=generator) + sd * torch.randn(count, generator=generator), sd
+    return 1.5 + 1.5 * torch.randn(count, generator=generator) + sd * torch.randn(count, generator=generator), sd
 
 
 def normals(y, sd, centered=True):
@@ -226,6 +227,30 @@ def test_moments_against_exact_ones(dtype):
     # The largest of 102 errors of means, each of standard error 1 / 63.
     assert ((z.mean(0) - mean) / width).abs().max() < 0.07
     assert (z.std(0) / width - 1).abs().max() < 0.06
+
+
+@pytest.mark.full
+def test_members_are_picked_by_their_own_weights():
+    """A poor guide of forty independent members: joint weights are useless, members' own are not."""
+    shape = torch.linspace(1.0, 6.0, 40, dtype=torch.float64)
+
+    def gammas():
+        with pyro.plate("members", 40):
+            x = pyro.sample("x", dist.Gamma(shape, 1.0))
+        pyro.factor("none", 0.0 * x.sum(-1))
+
+    guide = AutoFlow(gammas, dependencies="model", start="prior", seed=0).setup()
+    with torch.no_grad():
+        guide.preconditioner.place(torch.digamma(shape) - 0.1, 1.3 * torch.polygamma(1, shape).sqrt())
+    torch.manual_seed(0)
+    z, log_weights = pick_members(guide.flow, guide.density(), guide.structure, 2000)
+    found = importance(log_weights)
+    assert effective(guide, num_samples=2000) < 0.02
+    assert found.ess > 0.1
+    # The evidence of a normalized prior is 1.
+    assert abs(found.log_evidence) < 4 * found.log_evidence_error
+    drawn = guide.latents.draws(resample(z, log_weights, 2000))["x"]
+    assert ((drawn.mean(0) - shape).abs() / shape.sqrt()).max() < 0.25
 
 
 @pytest.mark.full

@@ -13,7 +13,7 @@ from pyro_flows.nets.dense import MLP
 
 __all__ = ["Plated"]
 
-PAIRS = 8  # globals up to which features have all products, else squares
+PAIRS = 8  # globals up to which features have products
 LEARNED = 8  # features of the network
 STEEP = 4.0  # largest logarithm of a scale, in units of the start's
 
@@ -30,9 +30,10 @@ class Plated(FlowTransform):
         \qquad t(x) = \sinh(e^{\tau_j(g)} \operatorname{asinh} x + \epsilon_j(g)),
 
     with unit lower triangular :math:`\Lambda`.  The inverse solves these for :math:`x_j`.  All of :math:`m, s, \tau,
-    \epsilon` are linear in features of the globals that all members share (1, :math:`g`, products, and a small
-    network), :math:`W, V, \Lambda` in 1 and :math:`g`; the coefficients are each member's own.  Members of a group are
-    thus independent given globals and ancestors, and parameters, memory and time grow linearly with their number.
+    \epsilon` are linear in features of the globals that all members share (1, :math:`g`, bent ones, products, and
+    a small network), :math:`W, V, \Lambda` in 1 and :math:`g`; the coefficients are each member's own.  Members of a
+    group are thus independent given globals and ancestors, and parameters, memory and time grow linearly with their
+    number.
 
     Each direction costs one pass of the globals' flow in that direction, and a product of matrices per group.
 
@@ -108,15 +109,19 @@ class Plated(FlowTransform):
     def num_features(self) -> int:
         """The number of features without the network's."""
         count = self.num_globals
-        return 1 + count + (count * (count + 1) // 2 if count <= PAIRS else count)
+        return 1 + 3 * count + (count * (count - 1) if count <= PAIRS else 0)
 
     def features(self, g: Tensor) -> Tensor:
-        """Returns 1, the globals ``(n, G)``, and their squares, or all products if they are few."""
-        count, one = g.shape[-1], g.new_ones(len(g), 1)
-        if not 0 < count <= PAIRS:
-            return torch.cat([one, g, g * g], -1)
-        i, j = torch.triu_indices(count, count, device=g.device)
-        return torch.cat([one, g, g.index_select(-1, i) * g.index_select(-1, j)], -1)
+        r"""Returns 1, the globals ``(n, G)``, their :math:`\log\cosh` and :math:`\tanh`, and products if they are few.
+
+        None grows faster than the globals, so that maps stay sensible in their tails.
+        """
+        count, one, bent = g.shape[-1], g.new_ones(len(g), 1), g.tanh()
+        parts = [one, g, _log_cosh(g), bent]
+        if 1 < count <= PAIRS:
+            i, j = (~torch.eye(count, dtype=torch.bool, device=g.device)).nonzero().unbind(-1)
+            parts.append(g.index_select(-1, i) * bent.index_select(-1, j))
+        return torch.cat(parts, -1)
 
     def _learned(self, k: int) -> tuple[Tensor, Tensor | None]:
         """Returns a group's coefficients, and those of links within members and to ancestors."""
@@ -148,8 +153,7 @@ class Plated(FlowTransform):
         for k, (count, dim) in enumerate(self.shapes):
             u = rows[:, at : at + count * dim].view(-1, count, dim)
             mean, scale, shift, tail, links = self._members(g, k, features, torch.cat(parts, -1))
-            inner = tail.exp() * u.asinh() + shift
-            v, log_slope = inner.sinh(), tail + _log_cosh(inner) - 0.5 * (u * u).log1p()
+            v, log_slope = _bent(u, shift, tail)
             parts.append((mean + scale.exp() * _linked(v, links, 1.0)).flatten(1))
             ladj = ladj + (log_slope + scale).sum((-2, -1))
             at += count * dim
@@ -164,9 +168,8 @@ class Plated(FlowTransform):
         for k, (count, dim) in enumerate(self.shapes):
             own = rows[:, at : at + count * dim].view(-1, count, dim)
             mean, scale, shift, tail, links = self._members(g, k, features, rows)
-            inner = _solved((own - mean) * (-scale).exp(), links).asinh()
-            u = ((inner - shift) * (-tail).exp()).sinh()
-            ladj = ladj - (tail + _log_cosh(inner) - 0.5 * (u * u).log1p() + scale).sum((-2, -1))
+            u, log_slope = _unbent(_solved((own - mean) * (-scale).exp(), links), shift, tail)
+            ladj = ladj - (log_slope + scale).sum((-2, -1))
             parts.append(u.flatten(1))
             at += count * dim
         return torch.cat(parts, -1).index_select(-1, self.undo).view(y.shape), ladj.view(y.shape[:-1])
@@ -213,6 +216,19 @@ def _least_squares(inputs: Tensor, outputs: Tensor) -> Tensor:
     gram = inputs.mT @ inputs
     gram = gram + 1e-8 * gram.diagonal().amax() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     return torch.linalg.solve(gram, inputs.mT @ outputs)
+
+
+def _bent(x: Tensor, shift: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
+    """Skews normal variables and changes their tails; returns values and logarithms of slopes."""
+    inner = tail.exp() * x.asinh() + shift
+    return inner.sinh(), tail + _log_cosh(inner) - 0.5 * (x * x).log1p()
+
+
+def _unbent(y: Tensor, shift: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
+    """Undoes :func:`_bent`; the logarithms of slopes are those of the way there."""
+    inner = y.asinh()
+    x = ((inner - shift) * (-tail).exp()).sinh()
+    return x, tail + _log_cosh(inner) - 0.5 * (x * x).log1p()
 
 
 def _log_cosh(x: Tensor) -> Tensor:
