@@ -22,6 +22,7 @@ __all__ = ["Assessment", "assess", "weigh"]
 CHUNK = 1000
 DRAWS = 10_000
 FEWEST = 1000
+SEARCHED = 2000  # dimensions up to which matrices of a search for modes fit into memory
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def assess(
     wide = importance(wide_p - wide_q)
     left = min(begin + seconds - time.monotonic(), search_seconds)
     probe = nothing_found(z)
-    if left > 0 and math.isfinite(found.log_evidence):
+    if left > 0 and math.isfinite(found.log_evidence) and len(initial) <= SEARCHED:
         probe = probe_modes(
             density,
             flow.log_prob,

@@ -35,6 +35,7 @@ from pyro_flows.infer.models.enumeration import can_be_summed, hidden_sites, unb
 from pyro_flows.infer.models.joint import FAILURES, JointDensity
 from pyro_flows.infer.models.latents import Latents
 from pyro_flows.infer.models.structure import Structure
+from pyro_flows.infer.models.whole import WholePlates, partly_seen
 from pyro_flows.infer.search.start import find_start
 from pyro_flows.transforms import Preconditioner
 
@@ -159,6 +160,7 @@ class AutoFlow(AutoContinuous):
         self.discrete: frozenset[str] = frozenset()  # hidden sites that the density sums out
         self.why_not_summed: str | None = None
         self._hidden: frozenset[str] = frozenset()
+        self._parts: dict[str, int] = {}  # sizes of the parts of plates that a run of the model sees
         self._sizes: prototype.Sizes = {}  # the arguments at building
         self._fitting: prototype.Sizes = {}  # the last other arguments that fit
         self._observed: set[str] = set()
@@ -219,11 +221,18 @@ class AutoFlow(AutoContinuous):
         limit = math.inf if self.start_seconds is None else self.start_seconds
         begin = time.monotonic()
         init = prototype.initializer(self.init_loc_fn, args, kwargs)
-        self._model = (InitMessenger(init)(self.plain_model),)
         with seeded(self.seed):
+            parts = partly_seen(self.plain_model, init, args, kwargs)
+            if parts:
+                self.__dict__["plain_model"] = WholePlates(frozenset(parts))(self.plain_model)
+                self._parts = parts
+            self._model = (InitMessenger(init)(self.plain_model),)
             trace, latents = prototype.inspect(self.plain_model, init, args, kwargs, begin + 0.3 * limit)
             try:
                 super()._setup_prototype(*args, **kwargs)
+                for name, size in self._parts.items():
+                    # So that the guide's own plates see a part, as the model's do in training.
+                    self._prototype_frames[name] = self._prototype_frames[name]._replace(size=size)
                 self.latents, self.subsampled = latents, sites.is_part(trace)
                 self.model_parameters = prototype.parameters_of(trace)
                 self._observed = set(trace.observation_nodes)
@@ -457,7 +466,12 @@ class AutoFlow(AutoContinuous):
 
     def _unpack_latent(self, latent: Tensor) -> Iterator[tuple[dict[str, object], Tensor]]:
         for site, value in super()._unpack_latent(latent):
-            yield site, value.to(site["value"].dtype)  # the flow may have its own dtype
+            value = value.to(site["value"].dtype)  # the flow may have its own dtype
+            for frame in site["cond_indep_stack"]:
+                if frame.name in self._parts:
+                    free = len(self._unconstrained_shapes[site["name"]]) - len(site["fn"].batch_shape)
+                    value = value.index_select(frame.dim - free, self.plates[frame.name].indices.to(value.device))
+            yield site, value
 
     def _refuse_foreign(self, flow: Flow) -> None:
         """Refuses parameters in Pyro's store that ``SVI`` would train instead."""

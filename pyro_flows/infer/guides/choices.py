@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 
 from pyro_flows.distributions import Flow
 from pyro_flows.infer.diagnostics import importance
-from pyro_flows.infer.guides.assessment import FEWEST, weigh
+from pyro_flows.infer.guides.assessment import FEWEST, SEARCHED, weigh
 from pyro_flows.infer.guides.auto import AutoFlow
 from pyro_flows.infer.machine.budget import Budget
 from pyro_flows.infer.machine.pace import FLAT, rows_at_once
@@ -27,6 +27,7 @@ __all__ = [
     "seconds_for_verdict",
     "several_modes",
     "start_within",
+    "starts_exact",
 ]
 
 PARTICLES = 128  # draws per step
@@ -37,6 +38,7 @@ LONG = 0.03  # seconds of a call that matter
 ASSESSING = 0.1  # least share of the verdict's seconds
 SLOW_ASSESSING = 0.4
 SEARCHING = 0.08  # share of the seconds for a search for modes before training
+EVEN = 0.05  # spread of log-weights at the start that needs no training
 SEVERAL = 0.01  # share of outside modes that is worth another start
 
 
@@ -92,6 +94,14 @@ def choose_particles(guide: AutoFlow, density: JointDensity, initial: Tensor, se
     return FEW_PARTICLES if many > LONG and many > 2 * few else PARTICLES
 
 
+def starts_exact(guide: AutoFlow, density: JointDensity) -> bool:
+    """Whether weights at the start of a guide with the model's structure are so even that training adds noise only."""
+    if guide.structure is None or guide.subsampled or guide.start == "prior" or guide.tempering is not None:
+        return False
+    _, log_p, log_q = weigh(guide.flow, density, FEW_PARTICLES * 2)
+    return bool((log_p - log_q).std() < EVEN)  # false for NaN
+
+
 def seconds_for_verdict(density: JointDensity, seconds: float | None) -> float:
     """Returns the seconds for judging a thousand draws, within bounds."""
     if seconds is None:
@@ -104,7 +114,7 @@ def several_modes(
     guide: AutoFlow, density: JointDensity, initial: Tensor, budget: Budget, generator: Generator
 ) -> ModeProbe | None:
     """Searches for modes outside the start, if there is time."""
-    if guide.subsampled or guide.start == "prior" or guide.tempering is not None:
+    if guide.subsampled or guide.start == "prior" or guide.tempering is not None or len(initial) > SEARCHED:
         return None
     seconds = math.inf if budget.seconds is None else SEARCHING * budget.seconds
     if seconds < max(10 * density.pace.shortest, 100 * density.pace.seconds_per_draw):

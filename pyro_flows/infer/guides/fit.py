@@ -28,6 +28,7 @@ from pyro_flows.infer.guides.choices import (
     seconds_for_verdict,
     several_modes,
     start_within,
+    starts_exact,
 )
 from pyro_flows.infer.guides.cover import cover_modes
 from pyro_flows.infer.guides.loop import CHECKPOINT, GuideTraining, History
@@ -195,6 +196,8 @@ def fit_guide(
             with CHECKPOINT.refusing(checkpoint):
                 training.load_state_dict(known["training"])
                 set_random(known["random"], device, search=begun.generator)
+        if begun.exact:
+            training.phase = "done"
         so_far.append(lambda: _result(guide, begun, training, None))
         path = None if processes.rank() else checkpoint  # one file is enough, as all are alike
         training.run(Keeper(CHECKPOINT, path, content, checkpoint_every, SECONDS_BETWEEN_FILES))
@@ -220,6 +223,7 @@ class _Begun:
     generator: Generator
     covered: dict[str, Tensor] | None = None  # the state of a flow fitted to several modes
     notes: list[str] = field(default_factory=list)
+    exact: bool = False  # whether there is nothing to train
     keep: float = 0.0  # seconds for the verdict
     modes: ModeProbe | None = None  # of the search before training
     evaluations: int = 0  # of all processes, at the end
@@ -263,7 +267,9 @@ def _begin(guide: AutoFlow, args: tuple[object, ...], kwargs: dict[str, object],
             notes.append(f"the start covers {found} modes, by a mixture of Gaussians")
             covered = copy.deepcopy(guide.flow.state_dict())
         budget.step_seconds = max(density.pace.shortest, particles * density.pace.seconds_per_draw)
+        exact = covered is None and starts_exact(guide, density)
         known = {"num_particles": particles, "covered": covered, "notes": notes, "keep": keep, "modes": several}
+        known["exact"] = exact
         return {"begun": known, "random": generator.get_state(), "step_seconds": budget.step_seconds}
 
     found = processes.led(density, initial, plan)
