@@ -17,6 +17,7 @@ import pyro_flows as pf
 from pyro_flows.infer import AutoFlow, fit_guide, load_guide
 from pyro_flows.infer.diagnostics import importance, resample
 from pyro_flows.infer.guides.members import pick_members
+from pyro_flows.infer.models.whole import WholePlates
 from pyro_flows.transforms import Plated
 
 GROUP = torch.arange(120) % 20
@@ -165,7 +166,7 @@ def test_structure_is_found(name):
         ((parent, of),) = found.groups[1].above
         assert parent == 0
         assert of.tolist() == [k // 20 for k in range(120)]
-    assert f"{count} global latents" in repr(guide)
+    assert f"{count} global latent" in repr(guide)
     assert f"of {next(iter(groups))!r}" in repr(guide)
 
 
@@ -266,6 +267,7 @@ def test_nested_plates_fit():
     assert (left.std(0) / (0.25 * 0.49 / 0.74) ** 0.5 - 1).abs().max() < 0.07
 
 
+@pytest.mark.full
 def test_gradients_reach_all_parameters():
     guide = built(nested)
     svi = SVI(nested, guide, pyro.optim.Adam({"lr": 1e-2}), Trace_ELBO(num_particles=4, vectorize_particles=True))
@@ -287,6 +289,7 @@ def small_builder(dim):
     return pf.realnvp(dim, univariate=Sinh(), num_layers=2, hidden_dims=(4,))
 
 
+@pytest.mark.full
 @pytest.mark.filterwarnings("ignore:GuideFit.save")
 @pytest.mark.parametrize("builder", [None, small_builder])
 def test_files_keep_the_structure(builder, tmp_path):
@@ -326,3 +329,89 @@ def test_structure_under_handlers(name):
     guide = built(HANDLED[name](indexed))
     assert [group.name for group in guide.structure.groups] == ["groups"]
     assert len(guide.structure.globals) == (1 if name == "condition" else 2)
+
+
+def parts(y, sd, seen):
+    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+    tau = pyro.sample("tau", dist.LogNormal(0.0, 1.0))
+    with pyro.plate("members", len(y), subsample_size=seen) as i:
+        theta = pyro.sample("theta", dist.Normal(mu, tau))
+        pyro.sample("y", dist.Normal(theta, sd[i]), obs=y[i])
+
+
+def test_fits_see_plates_as_a_whole():
+    """The structure and the density are those of all members."""
+    y, sd = (part.double() for part in data(60))
+    guide = built(parts, y, sd, 10)
+    whole = built(normals, y, sd)
+    assert str(guide.structure) == str(whole.structure)
+    z = guide.flow.sample((5,))
+    torch.testing.assert_close(guide.density(y, sd, 10)(z), whole.density(y, sd)(z))
+
+
+@pytest.mark.full
+def test_svi_trains_on_parts():
+    y, sd = data(60)
+    guide = AutoFlow(parts, dependencies="model", start="prior", seed=0).setup(y, sd, 10)
+    trace = poutine.trace(guide).get_trace(y, sd, 10)
+    index = trace.nodes["members"]["value"]
+    assert index.shape == trace.nodes["theta"]["value"].shape == (10,)
+    assert trace.nodes["theta"]["scale"] == 6.0
+    latent = next(node["value"] for name, node in trace.nodes.items() if name.endswith("_latent"))
+    assert latent.shape == (62,)
+    torch.testing.assert_close(trace.nodes["theta"]["value"], latent[2:][index])
+    svi = SVI(parts, guide, pyro.optim.Adam({"lr": 1e-2}), Trace_ELBO(num_particles=3, vectorize_particles=True))
+    # An unbiased estimate: the mean over all parts is that of the whole.
+    with torch.no_grad():
+        losses = torch.tensor([svi.evaluate_loss(y, sd, 10) for _ in range(300)])
+        whole = torch.tensor([Trace_ELBO().loss(normals, one_whole(guide), y, sd) for _ in range(300)])
+    error = (losses.var() / 300 + whole.var() / 300).sqrt()
+    assert abs(losses.mean() - whole.mean()) < 4 * error
+    assert math.isfinite(svi.step(y, sd, 10))
+
+
+def one_whole(guide):
+    """The guide of all members, for the model without parts."""
+
+    def draw(y, sd):
+        latent = pyro.sample("latent", guide.flow(), infer={"is_auxiliary": True})
+        values, ladj = guide.latents.unpack(latent)
+        pyro.sample("mu", dist.Delta(values["mu"], log_density=-ladj))
+        pyro.sample("tau", dist.Delta(values["tau"]))
+        with pyro.plate("members", len(y)):
+            pyro.sample("theta", dist.Delta(values["theta"]))
+
+    return draw
+
+
+def test_other_plates_keep_their_parts():
+    """Handlers end with their models, also those that run within."""
+    y, sd = data(60)
+    AutoFlow(parts, dependencies="model", start="prior").setup(y, sd, 10)
+    trace = poutine.trace(parts).get_trace(y, sd, 10)
+    assert trace.nodes["theta"]["value"].shape == (10,)
+    with WholePlates(frozenset(["members"])):
+        assert poutine.trace(parts).get_trace(y, sd, 10).nodes["theta"]["value"].shape == (60,)
+        with WholePlates(frozenset(["others"])):
+            assert poutine.trace(parts).get_trace(y, sd, 10).nodes["theta"]["value"].shape == (60,)
+    assert poutine.trace(parts).get_trace(y, sd, 10).nodes["theta"]["value"].shape == (10,)
+
+
+def test_models_of_one_part_are_refused():
+    y, sd = data(10)
+
+    def given(y, sd):
+        mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+        with pyro.plate("members", 60, subsample_size=10):
+            theta = pyro.sample("theta", dist.Normal(mu, 1.0))
+            pyro.sample("y", dist.Normal(theta, sd), obs=y)
+
+    refuses(ValueError, "'members', of which a run sees 10 of 60.*y\\[i\\]", AutoFlow(given).setup, y, sd)
+
+
+@pytest.mark.full
+def test_even_starts_are_not_trained():
+    y, sd = (part.double() for part in data(2000))
+    fit = fit_guide(AutoFlow(normals, seed=0), y, sd, seconds=4, progress=False)
+    assert len(fit.history) == 0
+    assert fit.ess > 0.99

@@ -222,12 +222,15 @@ class AutoFlow(AutoContinuous):
         begin = time.monotonic()
         init = prototype.initializer(self.init_loc_fn, args, kwargs)
         with seeded(self.seed):
-            parts = partly_seen(self.plain_model, init, args, kwargs)
-            if parts:
-                self.__dict__["plain_model"] = WholePlates(frozenset(parts))(self.plain_model)
-                self._parts = parts
+            try:
+                trace, latents = prototype.inspect(self.plain_model, init, args, kwargs, begin + 0.3 * limit)
+            except prototype.PartError:
+                self._parts = partly_seen(self.plain_model, init, args, kwargs)
+                if not self._parts:
+                    raise
+                self.__dict__["plain_model"] = WholePlates(frozenset(self._parts))(self.plain_model)
+                trace, latents = prototype.inspect(self.plain_model, init, args, kwargs, begin + 0.3 * limit)
             self._model = (InitMessenger(init)(self.plain_model),)
-            trace, latents = prototype.inspect(self.plain_model, init, args, kwargs, begin + 0.3 * limit)
             try:
                 super()._setup_prototype(*args, **kwargs)
                 for name, size in self._parts.items():

@@ -63,7 +63,7 @@ class Structure:
         ]
 
     def __str__(self) -> str:
-        words = [f"{len(self.globals)} global latents"]
+        words = [f"{len(self.globals)} global latent{'s' * (len(self.globals) != 1)}"]
         for group in self.groups:
             count, dim = group.places.shape
             words.append(f"{count} members of {group.name!r} with {dim} latent{'s' if dim > 1 else ''} each")

@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 
 from pyro_flows.infer.models.structure import Structure
 from pyro_flows.infer.search.climb import LogDensity, SafeDensity, climb
-from pyro_flows.infer.search.curvature import laplace, symmetric_eigen
+from pyro_flows.infer.search.curvature import Peaks, laplace, symmetric_eigen
 
 __all__ = ["InnerStart", "find_inner_start"]
 
@@ -20,6 +20,7 @@ FAR = 3.0  # longest step of a member, in standard deviations
 SETTLED = 1e-3  # the same, at the end
 LEAST = 1e-8  # curvature
 NEAR = 64  # points whose members' modes are kept
+OTHERS = 4  # starts, of which all but the first need so many times its seconds
 CLIMBING = 0.6  # share of the time for the globals' mode
 WIDE = 1.2  # widths of the globals over which members are expanded
 ROUGH = 1e-9  # precision of a marginal density by differences
@@ -249,10 +250,16 @@ def find_inner_start(
         inner.size[at] = _widths(safe, point, at)
         outer = SafeDensity(inner, best, seconds=None if seconds is None else seconds - (time.monotonic() - begin))
         outer.eps = max(ROUGH, safe.eps)
-        with outer.share(CLIMBING):
-            paths = climb(outer, best[None], memory=None, metric=torch.diag(inner.size[at].square())[None], steps=60)
-        best = paths.ends()[0][0]
-        peak = laplace(outer, best[None], torch.diag(inner.size[at])[None], rounds=4)
+        metric = torch.diag(inner.size[at].square())
+        began = time.monotonic()
+        peak = _peak(outer, best[None], metric)
+        spent = time.monotonic() - began
+        if outer.deadline is None or OTHERS * spent < outer.deadline - time.monotonic():
+            around = torch.rand(OTHERS - 1, len(at), generator=generator, dtype=torch.float64, device="cpu")
+            points = best + 2 * (2 * around - 1)
+            points = points[outer.values(points).isfinite()]
+            other = _peak(outer, points, metric) if len(points) else peak
+            peak = max(peak, other, key=lambda each: (bool(each.proper[0]), float(each.log_mass()[0])))
         best, factor = peak.points[0], peak.scale[0]
         if not (best.isfinite().all() and factor.isfinite().all() and peak.values.isfinite().all()):
             return None
@@ -290,6 +297,13 @@ def _measure(inner: InnerDensity, blocks: _Blocks) -> None:
     """Takes the members' standard deviations as lengths."""
     for group, inverse in zip(inner.groups, blocks.inverse, strict=True):
         inner.size[group.places] = inverse[0].diagonal(dim1=-2, dim2=-1).sqrt()
+
+
+def _peak(outer: SafeDensity, points: Tensor, metric: Tensor) -> Peaks:
+    """Returns Laplace's Gaussian at the end of the highest climb."""
+    with outer.share(CLIMBING):
+        ends, values, _ = climb(outer, points, memory=None, metric=metric.expand(len(points), -1, -1), steps=60).ends()
+    return laplace(outer, ends[values.argmax()][None], metric.sqrt()[None], rounds=4)
 
 
 def _widths(safe: SafeDensity, point: Tensor, at: Tensor) -> Tensor:
