@@ -45,6 +45,7 @@ NOT_BUILT = "AutoFlow: this guide has not seen its model yet: call .setup(*args)
 NO_MODEL = "AutoFlow: this guide comes from a pickle, which holds no model; make a new one and load its state_dict"
 SLOW_SECONDS = 20.0  # for the start of a model that runs one draw at a time
 SEARCH = 0.2  # least share of the start's seconds for its search
+INNER = 0.7  # the same, for the start of a guide with the model's structure, before any other
 RECORDING = 0.7  # the same, for a recording of the density
 FULL_RANK = 300  # dimensions up to which the preconditioner is full
 STARTS = ("pathfinder", "prior")
@@ -308,7 +309,7 @@ class AutoFlow(AutoContinuous):
                 builder,
                 initial,
                 density.still() if self.subsampled else density,
-                seconds if self._searches(density, initial) else 0,
+                (seconds and INNER * seconds) if self._searches(density, initial) else 0,
                 lambda: self._find_start(density, initial, deadline),
             )
 

@@ -261,7 +261,9 @@ def _begin(guide: AutoFlow, args: tuple[object, ...], kwargs: dict[str, object],
         budget.keep = keep = seconds_for_verdict(density, budget.seconds)
         covered, notes = None, []
         several = several_modes(guide, density, initial, budget, generator)
-        if several is not None and several.missing_share > SEVERAL:
+        # A start with the model's structure is better than a Gaussian on one mode.
+        enough = several is not None and (guide.structure is None or int((several.share > SEVERAL).sum()) > 1)
+        if several is not None and enough and several.missing_share > SEVERAL:
             limit = None if budget.seconds is None else SEARCHING * budget.seconds
             found = cover_modes(guide.flow, several, generator, limit)
             notes.append(f"the start covers {found} modes, by a mixture of Gaussians")

@@ -80,24 +80,25 @@ class InnerDensity:
 
     def value_and_slope(self, g: Tensor) -> tuple[Tensor, Tensor]:
         """Returns log-densities and gradients ``(S, G)``."""
-        z, value, blocks = self.settled(g)
+        z, value, blocks, slope = self.settled(g)
         count, length = g.shape[1], 0.1 * self.short**0.5 * self.size[self.at]
         sides = torch.cat([torch.diag(length), -torch.diag(length)])
         rows = z.repeat_interleave(2 * count, 0)
         rows[:, self.at] += sides.repeat(len(g), 1)
         # One step follows the modes, up to the square of the difference.
-        slope = self.safe.gradients(rows)[1]
+        push = self.safe.gradients(rows)[1]
         repeated = _Blocks(
             [each.repeat_interleave(2 * count, 0) for each in blocks.inverse],
             [each.repeat_interleave(2 * count, 0) for each in blocks.slope],
             blocks.log_size,
         )
-        ahead, _, found = self.expanded(rows + self._step(slope, repeated))
-        values = self._marginal(ahead, found).view(len(g), 2, count)
-        return value, (values[:, 0] - values[:, 1]) / (2 * length)
+        ahead, _, found = self.expanded(rows + self._step(push, repeated))
+        # At the members' modes, their own change leaves the log-density as it is.
+        sizes = found.log_size.masked_fill(~ahead.isfinite(), math.nan).view(len(g), 2, count)
+        return value, slope[:, self.at] - (sizes[:, 0] - sizes[:, 1]) / (2 * length)
 
-    def settled(self, g: Tensor) -> tuple[Tensor, Tensor, _Blocks]:
-        """Returns points ``(S, D)`` with the members at their modes, marginal log-densities, and factors there."""
+    def settled(self, g: Tensor) -> tuple[Tensor, Tensor, _Blocks, Tensor]:
+        """Returns points ``(S, D)`` with members at their modes, marginal log-densities, factors and gradients."""
         z = self.point.repeat(len(g), 1)
         if self.known:
             seen, ends = map(torch.stack, zip(*self.known, strict=True))
@@ -120,10 +121,8 @@ class InnerDensity:
             blocks = _chosen(better, found, blocks)
         fine = value.isfinite()
         self.known = [*self.known, *zip(g[fine], z[fine], strict=True)][-NEAR:]
-        return z, self._marginal(value, blocks), blocks
-
-    def _marginal(self, value: Tensor, blocks: _Blocks) -> Tensor:
-        return value - blocks.log_size + 0.5 * len(self.local) * math.log(2 * math.pi)
+        marginal = value - blocks.log_size + 0.5 * len(self.local) * math.log(2 * math.pi)
+        return z, marginal, blocks, slope
 
     def expanded(self, z: Tensor) -> tuple[Tensor, Tensor, _Blocks]:
         """Returns log-densities ``(S,)``, gradients ``(S, D)``, and the factorized Hessian of the members."""
@@ -264,8 +263,8 @@ def find_inner_start(
         if not (best.isfinite().all() and factor.isfinite().all() and peak.values.isfinite().all()):
             return None
         inner.size[at] = factor.square().sum(1).sqrt()
-    z, value, blocks = inner.settled(best[None])
-    if not value.isfinite().all():
+    z, value, blocks, _ = inner.settled(best[None])
+    if safe.expired or not value.isfinite().all():
         return None
     _measure(inner, blocks)
     noise = torch.randn(
@@ -275,13 +274,16 @@ def find_inner_start(
     g = best + WIDE * noise @ factor.mT
     parts = []
     for several in g.split(16):
-        parts.append(inner.settled(several))
+        settled = inner.settled(several)
         if safe.expired:
-            break
+            break  # members may not be at their modes
+        parts.append(settled)
+    if not parts:
+        return None
     found = torch.cat([part[0] for part in parts])
     values = torch.cat([part[1] for part in parts])
     fine = values.isfinite()
-    if int(fine.sum()) < 2 and len(at):
+    if 2 * int(fine.sum()) < len(g):
         return None
     means, factors, slopes = [], [], []
     for k, (group, above) in enumerate(zip(structure.groups, structure.ancestors, strict=True)):
