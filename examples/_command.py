@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def command(
-    doc: str, smoke: str, *, folder: str = "", picture: bool = False, **options: Mapping[str, object]
+    doc: str, smoke: str, *, folder: str = "", instead: str = "", picture: bool = False, **options: Mapping[str, object]
 ) -> Namespace:
     """Reads the command line of a script.
 
@@ -16,6 +16,7 @@ def command(
         doc: the script's docstring.
         smoke: what ``--smoke`` does.
         folder: what the positional folder holds, for a script that needs one unless it is a smoke run.
+        instead: an option that makes the folder unnecessary.
         picture: whether the script leaves a picture in ``--out``, which is made.
         **options: arguments of ``add_argument`` by the name of the option.
     """
@@ -28,8 +29,8 @@ def command(
     if picture:
         parser.add_argument("--out", type=Path, help="folder for pictures (default: out, temporary with --smoke)")
     args = parser.parse_args()
-    if folder and args.folder is None and not args.smoke:
-        parser.error("give the folder of the data, or --smoke")
+    if folder and args.folder is None and not args.smoke and getattr(args, instead, None) is None:
+        parser.error(f"give the folder of the data, {f'--{instead}, ' if instead else ''}or --smoke")
     if picture:
         args.out = args.out or Path(tempfile.mkdtemp() if args.smoke else "out")
         args.out.mkdir(parents=True, exist_ok=True)

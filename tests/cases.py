@@ -13,7 +13,16 @@ from torch.distributions import transforms as torch_transforms
 
 import pyro_flows as pf
 from pyro_flows.testing import CHECKS
-from pyro_flows.transforms import CausalAutoregressive, Conv1x1, Householder, Plated, Preconditioner, Split, Squeeze
+from pyro_flows.transforms import (
+    CausalAutoregressive,
+    Conv1x1,
+    FixedSpline,
+    Householder,
+    Plated,
+    Preconditioner,
+    Split,
+    Squeeze,
+)
 from pyro_flows.univariate import Shift, Univariate
 
 CONTEXT_DIM = 2
@@ -323,6 +332,17 @@ def _leaves() -> Iterator[Case]:
             return Preconditioner(3 * normal(size), scale)
 
         return Case(name, ("Preconditioner",), build, (size,), takes_context=False, scale=0.3)
+
+    def fixed_spline(name: str, size: int, dims: list[int]) -> Case:
+        def build(_: int) -> pf.FlowTransform:
+            x = torch.linspace(-3.0, 3.0, 7).repeat(len(dims), 1)
+            slopes = torch.rand(len(dims), 7, generator=seeded(0), dtype=torch.float64).to(x) + 0.2
+            return FixedSpline(size, torch.tensor(dims), torch.stack([x, x + 0.3 * x.sinh() - 2.0, slopes]))
+
+        return Case(name, ("FixedSpline",), build, (size,), takes_context=False)
+
+    yield fixed_spline("fixed-spline", 4, [3, 1])
+    yield fixed_spline("fixed-spline-one-dimension", 1, [0])
 
     yield preconditioner("preconditioner", 4, full=True)
     yield preconditioner("preconditioner-diagonal", 4, full=False)

@@ -29,6 +29,7 @@ LAYERS = [
     "infer.machine",
     "infer.models",
     "infer.search",
+    "infer.chains",
     "infer.density",
     "infer.diagnostics",
     "infer.objectives",

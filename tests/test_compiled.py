@@ -5,13 +5,17 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from asserts import refuses
 
 import pyro_flows as pf
 from pyro_flows.infer.density.loop import DensityTraining
+from pyro_flows.infer.guides.loop import GuideTraining
 from pyro_flows.infer.machine import compiled
 
 pytestmark = pytest.mark.filterwarnings("ignore:fit_density")
@@ -129,7 +133,8 @@ def test_steps_that_differ_are_refused(score, trained, monkeypatch):
 
     monkeypatch.setattr(compiled.CompiledSteps, "run", wrong)
     plain = fit(compile=False)
-    found = fit(compile=True)
+    with pytest.warns(RuntimeWarning, match="other numbers"):
+        found = fit(compile=True)
     assert trained[-1].why_not == "compiled steps give other numbers than plain ones"
     assert torch.equal(parameters(found), parameters(plain))
 
@@ -152,13 +157,120 @@ class Own(torch.nn.Module):
 def test_foreign_code_is_called_each_time(trained):
     torch.manual_seed(0)
     density = Own()
-    pf.fit_density(density, torch.randn(200, 3), steps=30, batch_size=20, progress=False, compile=True, seed=0)
+    with pytest.warns(RuntimeWarning, match="Own is foreign code"):
+        pf.fit_density(density, torch.randn(200, 3), steps=30, batch_size=20, progress=False, compile=True, seed=0)
     assert trained[-1].why_not is not None and "Own is foreign code" in trained[-1].why_not
     assert density.calls >= 30
 
 
 def test_wrong_choice():
     refuses(ValueError, "expected compile to be 'auto'", fit, compile="always")
+    refuses(ValueError, "expected compile to be 'auto'", fit_guide, compile="always")
+
+
+Y = torch.tensor([28.0, 8.0, -3.0], dtype=torch.float64)
+
+
+def groups(y=Y):
+    one = torch.ones((), dtype=y.dtype)
+    mu, tau = pyro.sample("mu", dist.Normal(0.0, 5.0 * one)), pyro.sample("tau", dist.HalfCauchy(5.0 * one))
+    with pyro.plate("groups", 3):
+        theta = pyro.sample("theta", dist.Normal(mu, tau))
+        pyro.sample("y", dist.Normal(theta, 10.0 * one), obs=y)
+
+
+def fit_guide(model=groups, path_gradient=True, steps=100, **options):
+    def build(dim):
+        return pf.iaf(dim, num_layers=2, hidden_dims=(8,)).double()
+
+    guide = pf.AutoFlow(
+        model, build, start="prior", path_gradient=path_gradient, num_particles=16, seed=0, dtype=torch.float64
+    )
+    return pf.fit_guide(guide, steps=steps, progress=False, **options)
+
+
+@pytest.fixture
+def guided(monkeypatch):
+    """The training of each guide."""
+    seen = []
+    train = GuideTraining.train
+
+    def watch(self):
+        seen.append(self)
+        train(self)
+
+    monkeypatch.setattr(GuideTraining, "train", watch)
+    return seen
+
+
+@pytest.mark.parametrize(
+    "path", [pytest.param(True, marks=pytest.mark.full), pytest.param(False, marks=pytest.mark.slow)]
+)
+def test_steps_of_guides_are_those_of_plain_steps(path, folder, guided, tmp_path):
+    plain = fit_guide(path_gradient=path, compile=False)
+    for options in ({}, {"checkpoint": tmp_path / "fit.pt", "checkpoint_every": 7}):  # the second finds the files
+        found = fit_guide(path_gradient=path, compile=True, **options)
+        compiled = guided[-1].compiled
+        assert set(compiled) == {("affine", False), ("flow", path)}
+        assert all(each.trusted and each.why_not is None for each in compiled.values())
+        torch.testing.assert_close(parameters(guided[-1]), parameters(guided[0]), rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(found.history.elbo, plain.history.elbo, rtol=1e-6, atol=1e-8)
+        assert found.history.rate == plain.history.rate and found.history.phase == plain.history.phase
+        assert [each.suffix for each in folder.iterdir()] == [".pt2"] * 2
+
+
+def branching():
+    mu = pyro.sample("mu", dist.Normal(torch.zeros(3, dtype=torch.float64), 1.0).to_event(1))
+    pyro.sample("y", dist.Normal(mu.sum() if mu[0] > 0 else mu[1], 1.0), obs=torch.tensor(1.0))
+
+
+@pytest.mark.full
+@pytest.mark.filterwarnings("ignore:this model does not broadcast")
+def test_a_model_that_branches_is_not_compiled(folder, guided):
+    with pytest.warns(RuntimeWarning, match="one recorded run"):
+        fit_guide(branching, steps=30, compile=True)
+    assert {each.why_not for each in guided[-1].compiled.values()} == {
+        "the model's density is not one recorded run for all draws"
+    }
+    assert not folder.exists()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("scores", [[0.0, 1.0, 16.0], [math.nan, math.nan, 0.0]], ids=["others", "failed"])
+def test_steps_of_guides_that_differ_are_refused(scores, guided, monkeypatch):
+    monkeypatch.setattr(compiled.CompiledSteps, "ready", lambda self: self.why_not is None and self._path is not None)
+    monkeypatch.setattr(compiled.CompiledSteps, "_start", lambda self, request, path: None)
+
+    def wrong(self, optimizer, most, factors, *others):
+        moved = [each + 0.1 for each in optimizer.buffers]
+        return moved, torch.tensor([scores] * len(factors)), torch.zeros(len(factors))
+
+    monkeypatch.setattr(compiled.CompiledSteps, "run", wrong)
+    with pytest.warns(RuntimeWarning, match="other numbers") if scores[2] else nullcontext():
+        found = fit_guide(steps=60, compile=True)
+    plain = fit_guide(steps=60, compile=False)
+    assert found.history.elbo == plain.history.elbo
+    told = {each.why_not for each in guided[0].compiled.values()}
+    assert told == ({None} if scores[2] == 0 else {"compiled steps give other numbers than plain ones"})
+
+
+@pytest.mark.full
+def test_an_interruption_leaves_compiled_guides_whole(guided, monkeypatch):
+    """Between calls, and with the compiler at work."""
+    noted = GuideTraining._note
+
+    def interrupt(self, *row):
+        noted(self, *row)
+        if len(self.history) == 40:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(GuideTraining, "_note", interrupt)
+    monkeypatch.setattr(compiled, "COST", (0.0, 0.0))
+    with pytest.raises(KeyboardInterrupt) as stop:
+        fit_guide(steps=10**6, compile="auto")
+    assert len(stop.value.fit.history) == 40
+    assert all(each._process is None for each in guided[-1].compiled.values()) and guided[-1].compiled
+    assert not any("compile_worker" in each for each in _children())
 
 
 @pytest.mark.full

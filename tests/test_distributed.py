@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Te
 
 import pyro_flows as pf
 from pyro_flows.infer import AutoFlow, fit_guide
+from pyro_flows.infer.chains.walkers import Walkers
 from pyro_flows.infer.guides.loop import GuideTraining
 from pyro_flows.infer.machine import processes
 from pyro_flows.infer.machine.checkpoint import Keeper
@@ -450,6 +451,40 @@ def test_a_guide_in_two_processes_is_that_of_one(both, name):
         for text in ("phase", "label", "notes"):
             history.pop(text)
     near(first, one, 1e-6)
+
+
+def walked(way, stop=None, **options):
+    """The chains of a guide and its flow; an interruption in the first process at a sweep."""
+    found = fit_guide(AutoFlow(schools, seed=0, start="prior"), SCHOOLS, steps=20, progress=False)
+    sweep, sweeps = Walkers.sweep, []
+
+    def stopping(self, adapting):
+        sweeps.append(adapting)
+        if len(sweeps) == stop and not rank():
+            signal.raise_signal(signal.SIGINT)
+        return sweep(self, adapting)
+
+    Walkers.sweep = stopping
+    try:
+        result = getattr(found, way)(progress=False, **options)
+    except KeyboardInterrupt as error:
+        return None if error.fit is None else error.fit.verdict.text
+    finally:
+        Walkers.sweep = sweep
+    return result.chains.draws, [p.detach() for p in result.flow.parameters()]
+
+
+@pytest.mark.parametrize("way", ["refine", "nuts"])
+def test_chains_in_two_processes_are_those_of_one(both, way):
+    options = {"moves": 14} if way == "refine" else {"num_samples": 6, "warmup_steps": 4, "num_chains": 1}
+    (first, flow), (second, other) = both(walked, way, **options)
+    assert torch.equal(first, second) and all(map(torch.equal, flow, other))
+    assert first.isfinite().all() and first.shape[-1] == 10
+
+
+def test_an_interruption_ends_the_chains_of_all(both):
+    first, second = both(walked, "refine", stop=5)
+    assert "interrupted" in first and second is None
 
 
 def test_processes_draw_parts_of_the_data_of_their_own(both):

@@ -269,3 +269,34 @@ def test_casts_are_those_of_the_recorded_run():
         again = graph(a, b)
     assert all(map(torch.equal, found, again)) and all(map(torch.equal, found, graph(a, b)))
     assert not torch.equal(found[0], found[1]) and torch.equal(found[1], a @ b)
+
+
+@pytest.mark.parametrize("kind", ["affine", "spline", "residual", "long", "sparse"])
+def test_a_whole_recording_sweeps_by_plain_operations(kind):
+    """In blocks, with skips between layers, several parameters, and dimensions that the first do not touch."""
+    options = {"num_layers": 1, "hidden_dims": (24, 24)}
+    if kind == "residual":
+        options = {"num_layers": 1, "hidden_dims": (24,) * 5, "residual": True}
+    elif kind == "sparse":
+        options["adjacency"] = torch.eye(6, dtype=torch.bool).roll(1, 0).tril()
+    elif kind == "spline":
+        options["univariate"] = pf.univariate.Spline()
+    flow = pf.maf(40 if kind == "long" else 6, **options).double()
+    torch.manual_seed(0)
+    for parameter in flow.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    u = torch.randn(9, flow.event_shape[0])
+
+    def run():
+        z = u.clone().requires_grad_()
+        with torch.enable_grad():
+            x = flow(z)
+            loss = x.sin().sum() + flow.log_abs_det_jacobian(z, x).square().sum()
+            return torch.autograd.grad(loss, [z, *flow.parameters()], allow_unused=True)
+
+    plain = run()
+    found, graph = record(run, [u, *flow.parameters()], whole=True)
+    for results in (found, graph(u, *flow.parameters())):
+        torch.testing.assert_close(results, plain)
+    names = [getattr(node.target, "__name__", node.target) for node in graph.program.graph.nodes]
+    assert "_sweep_back" not in names and "_solve" in names

@@ -121,7 +121,7 @@ def test_equal_weights():
     for value in (0.0, -1e5, 300.0):
         found = importance(torch.full((1000,), value))
         assert found.khat == -math.inf and found.trusted
-        assert (found.ess, found.spread, found.tail, found.log_evidence_error) == (1.0, 0.0, 0.0, 0.0)
+        assert (found.ess, found.spread, found.tail, found.log_evidence_error) == (1.0, 0.0, 0.0, 1e-3)
         assert found.log_evidence == found.elbo == found.iw_elbo == pytest.approx(value, abs=1e-9)
 
 

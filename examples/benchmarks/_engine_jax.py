@@ -80,14 +80,47 @@ def regression(x: jax.Array, y: jax.Array) -> None:
         numpyro.sample("y", dist.Bernoulli(logits=x @ b), obs=y)
 
 
+def hmm(y: jax.Array) -> None:
+    p = numpyro.sample("p", dist.Beta(jnp.array([9.0, 9.0]), 1.0).to_event(1))
+    mu = numpyro.sample("mu", dist.Normal(jnp.zeros(2), 3.0).to_event(1))
+    move = jnp.log(jnp.array([[p[0], 1 - p[0]], [1 - p[1], p[1]]]))
+
+    def step(alpha: jax.Array, value: jax.Array) -> tuple[jax.Array, None]:
+        alpha = jax.nn.logsumexp(alpha[:, None] + move, 0) + dist.Normal(mu, 1.0).log_prob(value)
+        return alpha, None
+
+    alpha, _ = jax.lax.scan(step, jnp.log(jnp.array([0.5, 0.5])), y)
+    numpyro.factor("y", jax.nn.logsumexp(alpha))
+
+
+def lotka_volterra(y: jax.Array, count: int) -> None:
+    a = numpyro.sample("a", dist.LogNormal(jnp.zeros(4), 0.3).to_event(1))
+    s = numpyro.sample("s", dist.HalfNormal(1.0))
+    size, between = 2.0 / count, count // (len(y) - 1)
+
+    def field(u: jax.Array) -> jax.Array:
+        return jnp.stack([a[0] * u[0] - a[1] * u[0] * u[1], a[2] * u[0] * u[1] - a[3] * u[1]])
+
+    def step(u: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
+        k1 = field(u)
+        k2 = field(u + size / 2 * k1)
+        k3 = field(u + size / 2 * k2)
+        u = u + size / 6 * (k1 + 2 * k2 + 2 * k3 + field(u + size * k3))
+        return u, u
+
+    path = jax.lax.scan(step, jnp.ones(2), None, length=count)[1]
+    path = jnp.concatenate([jnp.ones((1, 2)), path[between - 1 :: between]])
+    numpyro.sample("y", dist.Normal(path, s).to_event(2), obs=y)
+
+
 def guide(model: str, width: int, draws: int, args: list) -> dict[str, float]:
     """The ELBO of an inverse autoregressive flow with three layers."""
-    args = [jnp.array(each) for each in args]
+    args = [each if isinstance(each, int) else jnp.array(each) for each in args]
     auto = AutoIAFNormal(globals()[model], hidden_dims=[width, width], num_flows=3)
     svi = SVI(globals()[model], auto, numpyro.optim.Adam(1e-3), Trace_ELBO(num_particles=draws))
     state = svi.init(jax.random.key(0), *args)
-    run = jax.jit(lambda state, *args: jax.lax.scan(lambda s, _: svi.update(s, *args), state, None, length=STEPS))
-    return timed(run, state, *args)
+    run = jax.jit(lambda state: jax.lax.scan(lambda s, _: svi.update(s, *args), state, None, length=STEPS))
+    return timed(run, state)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pyro_flows.infer.diagnostics import importance, resample
 
-__all__ = ["NUTS", "PEERS", "nuts", "peer"]
+__all__ = ["NUTS", "PEERS", "nuts", "nuts_within", "peer"]
 
 PEERS = ("AutoNormal", "AutoMultivariateNormal", "AutoIAFNormal x3", "AutoNormalizingFlow")
 NUTS = "NUTS"
@@ -120,31 +120,60 @@ def _weighted(posterior: Posterior, model: Callable[[], None], guide: AutoGuide,
     }
 
 
+class _Counted:
+    """A model that counts its runs."""
+
+    def __init__(self, model: Callable[[], None]) -> None:
+        self.model, self.runs = model, 0
+
+    def __call__(self) -> None:
+        self.runs += 1
+        self.model()
+
+
+def effective(draws: dict[str, Tensor], reference: dict[str, Tensor]) -> float:
+    """The smallest effective sample size of a scalar of one chain; shares of modes have none."""
+    moving = [key for key, values in reference.items() if values.dtype != torch.bool and values.std() > 0]
+    return min(effective_sample_size(draws[key].unsqueeze(0), 0, 1).item() for key in moving)
+
+
 def nuts(posterior: Posterior, seed: int, count: int) -> Row:
     """Pyro's NUTS, uncompiled."""
-    calls = 0
-    plain = posterior.model(Drawable)
-
-    def model() -> None:
-        nonlocal calls
-        calls += 1
-        plain()
-
+    model = _Counted(posterior.model(Drawable))
     pyro.set_rng_seed(seed)
     start = time.process_time()
     chain = MCMC(infer.NUTS(model), num_samples=count, warmup_steps=count // 2, disable_progbar=True)
     chain.run()
     spent = time.process_time() - start
-    draws = named(posterior.derive(chain.get_samples()))
-    reference = posterior.reference()
-    moving = [key for key, values in reference.items() if values.std() > 0]
-    effective = min(effective_sample_size(draws[key].unsqueeze(0), 0, 1).item() for key in moving)
     divergences = sum(map(len, chain.diagnostics()["divergences"].values()))
+    return _chain(posterior, chain.get_samples(), divergences, spent, model.runs)
+
+
+def nuts_within(posterior: Posterior, seed: int, seconds: float, warmup: int = 200) -> Row:
+    """As many draws of Pyro's NUTS as CPU seconds allow; half of the time at most is warm-up."""
+    model = _Counted(posterior.model(Drawable))
+    pyro.set_rng_seed(seed)
+    start = time.process_time()
+    kernel = infer.NUTS(model)
+    kernel.setup(warmup)
+    state, kept, done = kernel.initial_params, [], 0
+    while (spent := time.process_time() - start) < seconds or len(kept) < 4:
+        state = kernel.sample(state)
+        done += 1
+        if done > warmup or spent > seconds / 2:
+            kept.append(state)
+    draws = {name: kernel.transforms[name].inv(torch.stack([each[name] for each in kept])) for name in state}
+    return _chain(posterior, draws, len(kernel.diagnostics()["divergences"]), spent, model.runs)
+
+
+def _chain(posterior: Posterior, draws: dict[str, Tensor], divergences: int, spent: float, runs: int) -> Row:
+    found, reference = named(posterior.derive(draws)), posterior.reference()
+    count = len(next(iter(found.values())))
     return {
-        "ess": effective / count,
-        "errors": errors(draws, reference),
+        "ess": effective(found, reference) / count,
+        "errors": errors(found, reference),
         "verdict": f"{divergences} divergences",
-        "gradients": calls,
+        "gradients": runs,
         "evaluations": 0,
         "cpu": spent,
         "steps": count,

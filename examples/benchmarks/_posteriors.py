@@ -23,7 +23,19 @@ from pyro.distributions import constraints
 from torch import Size, Tensor
 from torch.distributions import biject_to
 
-__all__ = ["SYNTHETIC", "Drawable", "Posterior", "errors", "find", "named", "stored"]
+__all__ = [
+    "SYNTHETIC",
+    "Drawable",
+    "Draws",
+    "Flat",
+    "Posterior",
+    "errors",
+    "find",
+    "funnel",
+    "named",
+    "right",
+    "stored",
+]
 
 Draws = dict[str, Tensor]
 Data = dict[str, Any]
@@ -126,9 +138,9 @@ def hidden_markov(flat: Flat, y: Tensor) -> None:
     pyro.sample("y", chain, obs=y[1:])
 
 
-def funnel(dim: int) -> None:
+def funnel(dim: int, width: float = 3.0) -> None:
     """Neal's: a scale over e^9 and its reciprocal, and what it scales."""
-    v = pyro.sample("v", dist.Normal(0.0, 3.0))
+    v = pyro.sample("v", dist.Normal(0.0, width))
     width = (0.5 * v).exp().unsqueeze(-1).expand(*v.shape, dim - 1)
     pyro.sample("x", dist.Normal(torch.zeros(dim - 1), width).to_event(1))
 
@@ -234,6 +246,8 @@ class Posterior:
     derive: Callable[[Draws], Draws] = dict
     is_prior: bool = False
     """Whether the model is the density itself, without data."""
+    kind: str = "real"
+    """What makes it hard, for those that are made."""
 
 
 def _unzip(path: Path) -> Any:
@@ -309,11 +323,21 @@ def named(draws: Mapping[str, Tensor]) -> Draws:
 
 
 def errors(draws: Draws, reference: Draws) -> tuple[float, float]:
-    """Largest error of a mean and of a standard deviation, over the reference's scalars, in its standard deviations."""
+    """Largest error of a mean and of a standard deviation, over the reference's scalars, in its standard deviations.
+
+    Boolean scalars are shares, and only their means count.
+    """
     means, widths = [], []
     for key, true in reference.items():
+        found, true = draws[key].double(), true.double()
         width = true.std()
         if width > 0:
-            means.append(((draws[key].mean() - true.mean()) / width).abs().item())
-            widths.append((draws[key].std() / width - 1).abs().item())
+            means.append(((found.mean() - true.mean()) / width).abs().item())
+            if reference[key].dtype != torch.bool:
+                widths.append((found.std() / width - 1).abs().item())
     return max(means), max(widths)
+
+
+def right(pair: tuple[float, float]) -> bool:
+    """Whether every mean is within a tenth of a standard deviation, and every standard deviation within a tenth."""
+    return pair[0] <= 0.1 and pair[1] <= 0.1

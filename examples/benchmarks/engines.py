@@ -113,7 +113,32 @@ def regression(x: torch.Tensor, y: torch.Tensor) -> None:
         pyro.sample("y", dist.Bernoulli(logits=x @ b), obs=y)
 
 
-def guide_step(model: Callable[..., None], args: tuple, width: int, draws: int, steps: int, path: bool) -> float:
+def hmm(y: torch.Tensor) -> None:
+    p = pyro.sample("p", dist.Beta(torch.tensor([9.0, 9.0]), 1.0).to_event(1))
+    mu = pyro.sample("mu", dist.Normal(torch.zeros(2), 3.0).to_event(1))
+    move = torch.stack([torch.stack([p[..., 0], 1 - p[..., 0]], -1), torch.stack([1 - p[..., 1], p[..., 1]], -1)], -2)
+    start = torch.log(torch.tensor([0.5, 0.5]))
+    states = dist.DiscreteHMM(start, move.log(), dist.Normal(mu.unsqueeze(-2), 1.0), duration=len(y))
+    pyro.sample("y", states, obs=y)
+
+
+def lotka_volterra(y: torch.Tensor, count: torch.Tensor) -> None:
+    from torchdiffeq import odeint
+
+    a = pyro.sample("a", dist.LogNormal(torch.zeros(4), 0.3).to_event(1))
+    s = pyro.sample("s", dist.HalfNormal(1.0))
+    times = torch.linspace(0.0, 2.0, len(y))
+
+    def field(t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        return torch.stack([a[0] * u[0] - a[1] * u[0] * u[1], a[2] * u[0] * u[1] - a[3] * u[1]])
+
+    path = odeint(field, torch.ones(2), times, method="rk4", options={"step_size": 2.0 / int(count)})
+    pyro.sample("y", dist.Normal(path, s).to_event(2), obs=y)
+
+
+def guide_step(
+    model: Callable[..., None], args: tuple, width: int, draws: int, steps: int, path: bool, compiled: bool = False
+) -> float:
     """Milliseconds of a step of the training inside ``fit_guide``, three layers."""
     spent = []
     train = GuideTraining.run
@@ -129,7 +154,7 @@ def guide_step(model: Callable[..., None], args: tuple, width: int, draws: int, 
         for count in (steps, 3 * steps):
             build = functools.partial(pf.iaf, num_layers=3, hidden_dims=(width, width))
             guide = pf.AutoFlow(model, build, start="prior", path_gradient=path, num_particles=draws, seed=0)
-            pf.fit_guide(guide, *args, steps=count, progress=False)
+            pf.fit_guide(guide, *args, steps=count, progress=False, compile=compiled)
     finally:
         GuideTraining.run = train
     return 1e3 * (spent[1] - spent[0]) / (2 * steps)
@@ -250,27 +275,51 @@ def main() -> None:
         print(f"\n{table}\n")
     if "guides" in args.only:
         table = Table(
-            "guide, three layers",
-            "ours, 128 draws, path gradient",
-            "ours, 128 draws, ELBO",
+            "guide, three layers, 128 draws",
+            "path gradient",
+            "compiled",
+            "ELBO",
+            "compiled",
+            "compiling",
             "Pyro, 1 draw",
-            "ours / Pyro",
-            "NumPyro, 128 draws",
+            "path / Pyro",
+            "compiled ELBO / Pyro",
+            "NumPyro",
         )
         x = torch.randn(1000, 50)
         y = torch.bernoulli((0.3 * x @ torch.randn(50)).sigmoid())
         models = {"eight schools, width 32": (schools, tuple(map(torch.tensor, SCHOOLS)), 32)}
         if not args.smoke:
-            models["logistic regression 1000 x 50 by X @ b, width 64"] = (regression, (x, y), 64)
+            chain = torch.randn(200) + 3.0 * (torch.arange(200) // 20 % 2)
+            prey = torch.rand(5, 2) + 0.5
+            models |= {
+                "logistic regression 1000 x 50 by X @ b, width 64": (regression, (x, y), 64),
+                "hidden Markov model of 200 steps, width 32": (hmm, (chain,), 32),
+                "Lotka-Volterra by 20 steps of RK4, width 32": (lotka_volterra, (prey, torch.tensor(20)), 32),
+                "Lotka-Volterra by 160 steps of RK4, width 32": (lotka_volterra, (prey, torch.tensor(160)), 32),
+            }
         for name, (model, given, width) in models.items():
-            ours = functools.partial(guide_step, model, given, width, 8 if args.smoke else 128, args.steps // 2)
+            steps = args.steps // (2 if model in (schools, regression) else 5)
+            ours = functools.partial(guide_step, model, given, width, 8 if args.smoke else 128, steps)
             jobs = {"path": functools.partial(ours, True), "elbo": functools.partial(ours, False)}
-            jobs["pyro"] = pyro_guide_step(model, given, width, args.steps)
+            compiling = float("nan")
+            if not args.smoke:
+                jobs |= {f"compiled {job}": functools.partial(run, True) for job, run in jobs.items()}
+                compiling = sum(cold(run) for job, run in jobs.items() if job.startswith("compiled"))
+            if model is not hmm:  # whose observations Pyro's guides cannot have
+                jobs["pyro"] = pyro_guide_step(model, given, width, steps)
             figures = in_turns(jobs, args.rounds)
-            each = [a / b for a, b in zip(figures["path"], figures["pyro"], strict=True)]
             told = by_jax(args.jax, "guide", model.__name__, width, 128, [part.tolist() for part in given])
-            middle = [f"{statistics.median(figures[job]):.2f}" for job in jobs]
-            table.add(name, *middle, f"{statistics.median(each):.2f} ({min(each):.2f}-{max(each):.2f})", told)
+            middle = {job: f"{statistics.median(each):.2f}" for job, each in figures.items()}
+
+            def to_pyro(job: str, figures: dict[str, list[float]] = figures) -> str:
+                pairs = zip(figures.get(job, ()), figures.get("pyro", ()), strict=False)
+                each = [a / b for a, b in pairs]
+                return f"{statistics.median(each):.2f} ({min(each):.2f}-{max(each):.2f})" if each else ""
+
+            row = (middle.get(job, "") for job in ("path", "compiled path", "elbo", "compiled elbo"))
+            ratios = to_pyro("path"), to_pyro("compiled elbo")
+            table.add(name, *row, f"{compiling:.0f} s", middle.get("pyro", ""), *ratios, told)
         print(f"\n{table}\n")
 
 

@@ -2,6 +2,7 @@
 
 from pyro_flows.distributions.bases import DiagonalNormal, FixedBase, GaussianMixture, StudentT, UniformCircle
 from pyro_flows.distributions.dequantization import Dequantized, DequantizedDistribution, bits_per_dim
+from pyro_flows.distributions.ensemble import Ensemble, EnsembleDistribution
 from pyro_flows.distributions.flow import Flow, FlowDistribution
 from pyro_flows.distributions.made import (
     MADE,
@@ -29,6 +30,8 @@ __all__ = [
     "Dequantizer",
     "DiagonalNormal",
     "DistributionHead",
+    "Ensemble",
+    "EnsembleDistribution",
     "FixedBase",
     "Flow",
     "FlowDistribution",

@@ -11,11 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_flows.core.checks import integer
 from pyro_flows.infer.diagnostics.weights import importance
 
 __all__ = ["to_arviz"]
 
 KIND = "independent draws of a guide, not MCMC: one chain, for which r_hat is meaningless"
+CHAINS = "draws of Markov chains"
 
 
 def to_arviz(
@@ -31,6 +33,7 @@ def to_arviz(
     dims: Mapping[str, Sequence[str]] | None = None,
     coords: Mapping[str, Sequence[Any]] | None = None,
     attrs: Mapping[str, Any] | None = None,
+    num_chains: int | None = None,
 ) -> Any:
     """Makes ArviZ's ``InferenceData`` (ArviZ 0.x) or ``DataTree`` (1.x) of a guide's draws.
 
@@ -55,6 +58,7 @@ def to_arviz(
         dims: names of a site's dimensions, without chain and draw.
         coords: labels along named dimensions.
         attrs: further attributes, numbers or text.
+        num_chains: for draws of Markov chains, their number; chains follow each other in the first dimension.
 
     Raises:
         ValueError: if numbers of draws differ, nothing is given, a site has the name of a dimension, or ``dims`` and
@@ -64,6 +68,8 @@ def to_arviz(
     if not draws:
         raise ValueError("to_arviz: expected draws of at least one site, got none")
     n = next(iter(draws.values())).shape[1]
+    if num_chains is not None and (integer("to_arviz", "num_chains", num_chains) > n or n % num_chains):
+        raise ValueError(f"to_arviz: expected as many draws of each of {num_chains} chains, got {n} of all")
     if log_weights is None and log_p is not None and log_q is not None:
         log_weights = _array(log_p) - _array(log_q)
     stats = {"lp": log_p, "log_q": log_q, "log_weight": log_weights}
@@ -76,7 +82,11 @@ def to_arviz(
         "constant_data": _arrays("constant_data", constant_data),
     }
     groups = {name: group for name, group in groups.items() if group}
-    facts: dict[str, Any] = {"inference_library": "pyro_flows", "draws": KIND}
+    facts: dict[str, Any] = {"inference_library": "pyro_flows", "draws": KIND if num_chains is None else CHAINS}
+    if num_chains is not None:
+        shape = num_chains, n // num_chains
+        for name in [name for name in groups if not name.endswith("_data")]:
+            groups[name] = {k: v.reshape(*shape, *v.shape[2:]) for k, v in groups[name].items()}
     if log_weights is not None:
         found = importance(torch.from_numpy(_array(log_weights).astype(np.float64)))
         facts |= {"khat": found.khat, "ess": found.ess}

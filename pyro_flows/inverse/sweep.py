@@ -27,7 +27,9 @@ from pyro_flows.nets.masked_pass import plain_network, split_parameters
 from pyro_flows.nets.structure import keep as masked
 from pyro_flows.univariate.base import Univariate
 
-__all__ = ["KERNELS", "solve"]
+__all__ = ["BY_BLOCKS", "KERNELS", "solve"]
+
+BLOCK = 16  # moments that a compiled reverse sweep solves at once
 
 
 @full_precision  # half precision would give no inverse
@@ -329,8 +331,65 @@ _sweep_back_op = torch.library.custom_op("pyro_flows::sweep_back", _sweep_back, 
 _sweep_back_op.register_fake(_empty_adjoint)
 
 
+def _sweep_back_by_blocks(
+    grad_x: Tensor,
+    by_params: Tensor,
+    ladj_by_params: Tensor,
+    slopes: Sequence[Tensor],
+    tensors: Sequence[Tensor],
+    handle: str,
+) -> Tensor:
+    """As :func:`_sweep_back`, by few plain operations: a compiler's time grows with their number.
+
+    In a block of moments the gradient of ``x`` solves a triangular system per row, made by as many pulls as it has
+    dimensions, through the units of this block alone.
+    """
+    solver, (weights, _, masks) = named(handle), _groups(tensors)
+    s, top = solver.structure, len(solver.structure.widths)
+    weights = [masked(weight, mask) for weight, mask in zip(weights, masks, strict=True)]
+    head = weights[-1].unflatten(0, (s.num_params, -1)).transpose(0, 1)  # by dimension
+    by, made = (each.movedim(0, -1).transpose(0, 1) for each in (by_params, ladj_by_params))
+    edges = [[0, *before] for before in s.before]
+    known = [grad_x.T, *(torch.zeros_like(slope.T) for slope in slopes)]  # what later blocks add to rows still open
+    found: list[list[Tensor]] = [[] for _ in range(top + 2)]
+    end = len(edges[0]) - 1
+    while end:
+        begin = max(0, end - BLOCK)
+        x, *units = (slice(edge[begin], edge[end]) for edge in edges)
+        rows = [x, *units]
+        # Adjoints of a layer's units in terms of those of x, (units, dims, n), and what else they are.
+        pulls = (head[x, :, rows[top]].unsqueeze(-1) * by[x].unsqueeze(2)).sum(1).transpose(0, 1)
+        rest = known[top][rows[top]] + head[x, :, rows[top]].flatten(0, 1).T @ made[x].flatten(0, 1)
+        layers: list[tuple[Tensor, Tensor]] = []  # from the last
+        for k in reversed(range(1, top + 1)):
+            slope = slopes[k - 1].T[rows[k]]
+            pulls, rest = pulls * slope.unsqueeze(1), rest * slope
+            if k + 1 in s.joins:
+                pulls, rest = pulls + layers[-2][0], rest + layers[-2][1]
+            layers.append((pulls, rest))
+            weight = weights[k - 1][rows[k], rows[k - 1]].T
+            pulls = (weight @ pulls.flatten(1)).unflatten(1, pulls.shape[1:])
+            rest = known[k - 1][rows[k - 1]] + weight @ rest
+        eye = torch.eye(len(pulls), dtype=pulls.dtype, device=pulls.device)
+        system = eye - pulls.permute(2, 0, 1)
+        solution = torch.linalg.solve_triangular(system, rest.T.unsqueeze(-1), upper=True, unitriangular=True)
+        own = solution.squeeze(-1).T
+        outputs = (made[x] + by[x] * own.unsqueeze(1)).flatten(0, 1)
+        values = [own, *((pulls * own).sum(1) + rest for pulls, rest in reversed(layers)), outputs]
+        for pieces, value in zip(found, values, strict=True):
+            pieces.insert(0, value)
+        for k in range(top + 1) if begin else ():
+            open_rows = slice(0, edges[k][begin])
+            weight = head[x, :, open_rows].flatten(0, 1) if k == top else weights[k][rows[k + 1], open_rows]
+            known[k] = known[k][open_rows] + weight.T @ values[k + 1]
+        end = begin
+    x_adjoint, *hidden, outputs = map(torch.cat, found)
+    return torch.cat([x_adjoint, outputs, *hidden]).T
+
+
 # What the operators do, for callers that need none of torch's machinery around them, which loads its compiler.
 KERNELS = {torch.ops.pyro_flows.solve.default: _solve, torch.ops.pyro_flows.sweep_back.default: _sweep_back}
+BY_BLOCKS = {torch.ops.pyro_flows.sweep_back.default: _sweep_back_by_blocks}  # of plain operations
 
 
 @_solve_op.register_vmap

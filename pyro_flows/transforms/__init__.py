@@ -6,6 +6,7 @@ from pyro_flows.transforms.continuous.layer import Continuous
 from pyro_flows.transforms.conv_coupling import ConvCoupling
 from pyro_flows.transforms.coupling import Coupling
 from pyro_flows.transforms.elementwise import Permutation, Rescaling, Standardization
+from pyro_flows.transforms.fixed_spline import FixedSpline
 from pyro_flows.transforms.images import Split, Squeeze
 from pyro_flows.transforms.linear import Conv1x1, Householder, LULinear
 from pyro_flows.transforms.mint.layer import Mint
@@ -22,6 +23,7 @@ __all__ = [
     "Conv1x1",
     "ConvCoupling",
     "Coupling",
+    "FixedSpline",
     "Householder",
     "LULinear",
     "LogitPixels",

@@ -19,7 +19,7 @@ from pyro_flows.core.modes import GradientByHand, by_hand
 from pyro_flows.core.recipes import options_of
 from pyro_flows.univariate.base import Univariate, numbers
 
-__all__ = ["Spline"]
+__all__ = ["Bin", "Spline", "forward_in_bin", "inverse_in_bin"]
 
 _Number = Callable[[float], Tensor]
 
@@ -35,7 +35,7 @@ _PIECE = 2**14  # inputs that fit in a processor's cache
 _KEPT = 13  # tensors for a gradient; one more unless circular
 
 
-class _Bin(NamedTuple):
+class Bin(NamedTuple):
     """The bin of each input on the unit square, shape ``(columns,)`` each; ``kept`` is for the gradient."""
 
     left: Tensor
@@ -158,7 +158,7 @@ class Spline(Univariate):
         within = unit.clamp(0.0, 1.0)
         part = self._bin(within, params, inverse, number)
         beyond = None if circular else unit - within  # zero inside
-        moved, xi, slope = (_unbend if inverse else _bend)(within, beyond, part, number)
+        moved, xi, slope = (inverse_in_bin if inverse else forward_in_bin)(within, beyond, part, number)
         ladj = slope.log()
         if beyond is None:
             x = (moved - half) * side
@@ -172,7 +172,7 @@ class Spline(Univariate):
             kept = (xi, slope, *part[:6], *part.kept, beyond)
         return x, -ladj if inverse else ladj, kept
 
-    def _bin(self, value: Tensor, params: Tensor, inverse: bool, number: _Number) -> _Bin:
+    def _bin(self, value: Tensor, params: Tensor, inverse: bool, number: _Number) -> Bin:
         count, columns = self.bins, value.shape[0]
         raw, knots = params[: 2 * count], params[2 * count :]
         bend, logs = _soft_sign(raw, _RANGE / 2, number)
@@ -189,7 +189,7 @@ class Spline(Univariate):
         if self.boundary == "identity":
             slopes = torch.where(self._inner(index), slopes, number(1.0))
         slope0, slope1 = slopes.unbind()
-        return _Bin(left, width, bottom, height, slope0, slope1, (bend, sizes, total, index, slope_bend))
+        return Bin(left, width, bottom, height, slope0, slope1, (bend, sizes, total, index, slope_bend))
 
     def _ends(self, index: Tensor) -> Tensor:
         """Indices of the slopes at a bin's two ends, shape ``(2, columns)``."""
@@ -283,7 +283,7 @@ def _to_end(share: Tensor, beyond: Tensor | None, number: _Number) -> Tensor:
     return share.clamp(0.0, 1.0)
 
 
-def _bend(value: Tensor, beyond: Tensor | None, part: _Bin, number: _Number) -> tuple[Tensor, Tensor, Tensor]:
+def forward_in_bin(value: Tensor, beyond: Tensor | None, part: Bin, number: _Number) -> tuple[Tensor, Tensor, Tensor]:
     """Returns value, share ``xi`` of the bin, and slope at a point of the unit interval."""
     left, width, bottom, height, d0, d1, _ = part
     xi = _to_end((value - left) / width, beyond, number)
@@ -301,8 +301,8 @@ def _quotient(xi: Tensor, s: Tensor, d0: Tensor, d1: Tensor, one: Tensor) -> tup
     return top / den, root * root * torch.addcmul(xi * b, om, a)
 
 
-def _unbend(value: Tensor, beyond: Tensor | None, part: _Bin, number: _Number) -> tuple[Tensor, Tensor, Tensor]:
-    """Inverts :func:`_bend`; the slope is that function's."""
+def inverse_in_bin(value: Tensor, beyond: Tensor | None, part: Bin, number: _Number) -> tuple[Tensor, Tensor, Tensor]:
+    """Inverts :func:`forward_in_bin`; the slope is that function's."""
     left, width, bottom, height, d0, d1, _ = part
     one, two = number(1.0), number(2.0)
     s = height / width

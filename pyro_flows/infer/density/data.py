@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, DistributedSampler
 
 from pyro_flows.core.checks import first_floating
-from pyro_flows.distributions import Flow
+from pyro_flows.distributions import Ensemble, Flow
 from pyro_flows.infer.density.columns import Precision
 from pyro_flows.infer.machine.processes import count, everyone, part
 
@@ -156,7 +156,9 @@ def expected_by(
     event, context = getattr(module, "event_shape", None), getattr(module, "context_dim", None)
     event = Size(event) if isinstance(event, (tuple, list)) else None
     context = context if isinstance(context, int) else None
-    return Expected(who, forms, event, context, kin.dtype, kin.device, isinstance(module, Flow))
+    members = module.members if isinstance(module, Ensemble) else [module]
+    continuous = all(isinstance(each, Flow) for each in members)
+    return Expected(who, forms, event, context, kin.dtype, kin.device, continuous)
 
 
 @dataclass
@@ -194,6 +196,14 @@ class Rows:
         order = torch.randperm(len(self), generator=generator, device="cpu")
         # One copy an epoch, because each makes the host wait.
         return order.to(self.value.device).tensor_split(self.steps(batch_size))
+
+    def listed(self, pieces: Sequence[Tensor], batch_size: int, steps: int) -> list[Tensor]:
+        """Returns the row numbers of up to ``steps`` batches, and each row's share; what is added does not count."""
+        shape = min(steps, self.steps(batch_size)), -(-len(self) // self.steps(batch_size))
+        rows, shares = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=self.value.dtype)
+        for k, piece in enumerate(pieces[: shape[0]]):
+            rows[k, : len(piece)], shares[k, : len(piece)] = piece, 1 / len(piece)
+        return [rows, shares]
 
     def chunks(self, least: int) -> Iterator[Batch]:
         """Yields all rows once, in order, at least so many at a time; of several processes, each gets a part."""

@@ -125,7 +125,10 @@ class DensityTraining(TrainingLoop):
             pieces = self.rows.order(self.sizes.batch_size, torch.Generator())
             value, context, _ = self.rows.batch(pieces[0])
             graph = self._replay.graph_of(value, context, self._shares(value))
-            self.compiled.consider(graph, self.optimizer, pieces, self.rows.tables, seconds)
+            if self._replay.why_not is not None and self.compiled.why_not is None:
+                self.compiled.refuse(self._replay.why_not)
+            each = self.rows.listed(pieces, self.sizes.batch_size, self.compiled.steps)
+            self.compiled.consider(graph, self.optimizer, each, self.rows.tables, seconds)
 
     def _steps(self) -> Iterator[tuple[float, int, int]]:
         """Takes the steps of an epoch; yields the mean score and number of the rows of one or more, and theirs."""
@@ -162,15 +165,16 @@ class DensityTraining(TrainingLoop):
         factors = [self.schedule.factor(self.budget.fraction_after(k)) for k in range(len(pieces))]
         weights = [self._weight(self.budget.done + 1 + k) for k in range(len(pieces))]
         random = torch.get_rng_state()
+        each = rows.listed(pieces, self.sizes.batch_size, self.compiled.steps)
         state, scores, norms = self.compiled.run(
-            optimizer, self.settings.clip_norm, factors, weights, pieces, rows.tables
+            optimizer, self.settings.clip_norm, factors, weights, each, rows.tables
         )
         fine = bool((scores.isfinite() & norms.isfinite()).all())
         if fine and self.compiled.trusted:
             optimizer.assign(state)
             self.budget.done += len(pieces)
             self._factor = factors[-1]
-            return scores
+            return scores.squeeze(-1)
         # Plain steps say what is wrong, or whether the first compiled ones are right.
         torch.set_rng_state(random)
         scores = torch.tensor([self._step(*rows.batch(each))[0] for each in pieces], dtype=torch.float64, device="cpu")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_flows.core.nonfinite import locate_nonfinite, nonfinite_output, nonfinite_state
-from pyro_flows.distributions import Flow
+from pyro_flows.distributions import Ensemble, Flow
 from pyro_flows.infer.density.data import Source
 from pyro_flows.infer.density.units import Density, is_plain_flow
 from pyro_flows.infer.machine.processes import telling, total
@@ -76,7 +76,7 @@ class Likelihood(Objective):
         return nonfinite_output(flow, call) or nonfinite_state(flow)
 
 
-def log_prob_of(density: Flow | Density) -> Callable[[Tensor, Tensor | None], Tensor]:
+def log_prob_of(density: Flow | Density | Ensemble) -> Callable[[Tensor, Tensor | None], Tensor]:
     """Chooses the fastest log-density of admitted rows."""
     return density.score if is_plain_flow(density) else partial(scores_of, "fit_density", density)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyro_flows.core.checks import integer
 from pyro_flows.infer.diagnostics.moments import Moments
+from pyro_flows.infer.diagnostics.walk import Walk
 from pyro_flows.infer.diagnostics.weights import Importance
 
 __all__ = ["LABELS", "Probe", "Verdict", "judge", "widening"]
@@ -19,7 +20,8 @@ GOOD, TAILS, RESAMPLE = "good", "good, tails uncertain", "use importance resampl
 MODES, BAD, UNJUDGED = "modes missing", "bad", "not judged"
 UNSEARCHED = "good, modes not searched"
 FEW = "good, few draws judged"
-LABELS = (GOOD, TAILS, UNSEARCHED, FEW, RESAMPLE, MODES, BAD, UNJUDGED)
+UNSETTLED = "chains not settled"
+LABELS = (GOOD, TAILS, UNSEARCHED, FEW, RESAMPLE, MODES, BAD, UNJUDGED, UNSETTLED)
 
 GOOD_ESS = 0.9  # usable unweighted
 FEWEST = 100  # draws for any judgment
@@ -29,6 +31,8 @@ SHIFT = 0.1  # harmless, of a mean in standard deviations or of a log standard d
 TAIL = 0.005  # least weight of a meaningful tail
 SHARE = 0.01  # missing posterior mass that matters
 WASTE = 0.02  # draws without weight that matter
+STRAY, FEW_STRAY = 0.003, 2  # share and number of walkers that matter, with weights that were never drawn
+WALKED = 2  # moves that make a walk
 
 MEANING = {
     GOOD: "the draws can be used as they are",
@@ -39,6 +43,7 @@ MEANING = {
     MODES: "the guide leaves out a part of the posterior, and resampling cannot bring it back",
     BAD: "neither the draws nor their weights can be relied on",
     UNJUDGED: "there is no basis for a judgment",
+    UNSETTLED: "the chains do not show that their draws follow the posterior",
 }
 NEXT = {
     GOOD: "Nothing.",
@@ -51,6 +56,10 @@ NEXT = {
     "guides and compare their evidence; or a flow with more layers. If two modes differ only in labels, break the "
     "symmetry in the model.",
 }
+FARTHER = (
+    "Let chains go on from these draws, by fit.refine(seconds=...), or NUTS in the guide's space; resampling cannot "
+    "bring back what was never drawn. Training longer, with more layers, or a reparameterized model may be enough."
+)
 UNSAMPLED = (
     "Build the model without subsampling (subsample_size=None), on all data or on a part that fits into memory, and "
     "judge the same guide by that model; or use simulation-based calibration."
@@ -66,6 +75,8 @@ class Probe(Protocol):
         locations: the modes, shape ``(modes, D)``, unconstrained.
         share: the posterior's mass in each, shape ``(modes,)``.
         complete: whether the search ended by itself; true if missing.
+        num_starts: the points from which it climbed, if known.
+        reach: the largest distance of these from the initial point, if known.
     """
 
     @property
@@ -119,6 +130,7 @@ def judge(
     *,
     moments: Moments | None = None,
     wide: Importance | None = None,
+    walk: Walk | None = None,
     minibatch: bool = False,
     failures: int = 0,
     asked: int | None = None,
@@ -129,8 +141,9 @@ def judge(
 
     1. ``"not judged"``: the model subsamples its data, or :math:`n < 100`.
     2. ``"modes missing"``: the guide misses modes of the probe with at least a hundredth of the posterior.
-    3. ``"bad"``: neither good nor fit for resampling, or the wider guide finds more than a tenth of the posterior
-       outside.
+    3. ``"bad"``: neither good nor fit for resampling; or the wider guide finds more than a tenth of the posterior
+       outside; or at least two, and three in a thousand, of the walkers from the weighted draws find weights above the
+       largest one that was drawn.
     4. ``"use importance resampling"``: :math:`\hat k < \min(0.7, 1 - 1 / \log_{10} n)` and :math:`n e \ge 1000` (a
        tenth of fewer than 10,000 draws, and 100 at least), and :math:`e < 0.9`, or a fiftieth of the draws has no
        weight, or the weights move a mean or log standard deviation by more than 0.1.
@@ -150,6 +163,8 @@ def judge(
         moments: the moments of the same draws.
         wide: the weights of the guide with its base widened by :func:`widening`.  An exact guide gives the same
             evidence; one with short tails gives less, which its own weights hardly show.
+        walk: a walk of the weighted draws, which shows parts of the posterior that hang together with the guide's draws
+            but hold none, such as the ends of a curve.
         minibatch: whether subsampled data make the weights noisy.
         failures: draws without a log density, beyond those in ``found``.
         asked: the number of draws wanted, if time may have run out.
@@ -158,10 +173,11 @@ def judge(
         Yes, but Did It Work?: Evaluating Variational Inference (Yao et al., 2018), arXiv:1802.02538; Pareto Smoothed
         Importance Sampling (Vehtari et al., 2015), arXiv:1507.02646.
     """
-    facts, numbers = _facts(found, probe, moments, wide, failures)
+    facts, numbers = _facts(found, probe, moments, wide, walk, failures)
 
     def verdict(label: str, step: str = "") -> Verdict:
-        text = "\n".join([*facts, f"Next: {step or NEXT[label]}"])
+        evidence = _about_evidence(found, label in (GOOD, FEW, UNSEARCHED))
+        text = "\n".join([*(fact or evidence for fact in facts), f"Next: {step or NEXT[label]}"])
         return Verdict(label, label in (GOOD, TAILS), text, numbers)
 
     if minibatch:
@@ -184,6 +200,8 @@ def judge(
     stray = wide is not None and wide.khat >= 0.5 and wide.tail >= TAIL
     if numbers.get("missing_share", 0.0) >= SHARE:
         return verdict(MODES)
+    if numbers.get("strayed", 0.0) > STRAY and (usable or not flawed):
+        return verdict(BAD, FARTHER)
     if outside > 0.1 or (flawed and not usable):
         return verdict(BAD, _remedy(found, wasted, outside))
     if flawed:
@@ -213,7 +231,12 @@ def _remedy(found: Importance, wasted: float, outside: float) -> str:
 
 
 def _facts(
-    found: Importance, probe: Probe | None, moments: Moments | None, wide: Importance | None, failures: int
+    found: Importance,
+    probe: Probe | None,
+    moments: Moments | None,
+    wide: Importance | None,
+    walk: Walk | None,
+    failures: int,
 ) -> tuple[list[str], dict[str, float]]:
     """Collects a verdict's sentences and numbers."""
     names = ("ess", "khat", "tail", "log_evidence", "log_evidence_error", "elbo", "iw_elbo", "spread")
@@ -221,9 +244,7 @@ def _facts(
     facts = [
         f"Weights of {found.num_samples:,} draws: ESS {found.ess:.3f} of the draws, k-hat {found.khat:.2f}"
         f"{_about_khat(found)}, spread of the log weights {found.spread:.3f} nats.",
-        f"Log evidence {found.log_evidence:.3f} ± {found.log_evidence_error:.3f} nats"
-        + ("" if found.trusted else " (an error not to be trusted)")
-        + f", ELBO {found.elbo:.3f}, with {found.iw_samples} draws {found.iw_elbo:.3f}.",
+        "",  # the evidence, which depends on the verdict
     ]
     failed = found.failures + failures
     if failed or found.zeros:
@@ -233,8 +254,34 @@ def _facts(
         facts += _about_moments(moments, found.num_samples, numbers)
     if wide is not None:
         facts.append(_about_tails(found, wide, numbers))
+    if walk is not None and walk.num_moves >= WALKED:
+        facts.append(_about_walk(walk, numbers))
     facts.append(_about_modes(probe, numbers))
     return facts, numbers
+
+
+def _about_evidence(found: Importance, whole: bool) -> str:
+    """Gives an error only where the guide seems to leave nothing out."""
+    said = f"Log evidence {found.log_evidence:.3f} ± {found.log_evidence_error:.3f} nats"
+    if not (found.trusted and whole):
+        said = (
+            f"Log evidence at least {found.log_evidence_bound:.3f} nats, with probability 0.95; the weights' own "
+            f"estimate, {found.log_evidence:.3f} ± {found.log_evidence_error:.3f}, is not to be trusted"
+        )
+    return f"{said}. ELBO {found.elbo:.3f}, with {found.iw_samples} draws {found.iw_elbo:.3f}."
+
+
+def _about_walk(walk: Walk, numbers: dict[str, float]) -> str:
+    count = len(walk.log_weights)
+    strayed = round(walk.above * count)
+    numbers["strayed"] = walk.above if strayed >= FEW_STRAY else 0.0
+    said = f"{count} of the weighted draws walked on by {walk.num_moves} moves"
+    if not numbers["strayed"] > STRAY:
+        return f"{said}, and found no part of the posterior that the guide leaves out."
+    return (
+        f"{said}: {strayed} of them found weights above any that the guide drew, so a part of the "
+        "posterior that hangs together with its draws is left out."
+    )
 
 
 def _about_modes(probe: Probe | None, numbers: dict[str, float]) -> str:
@@ -242,15 +289,19 @@ def _about_modes(probe: Probe | None, numbers: dict[str, float]) -> str:
         return "Modes were not searched for: a mode that the guide never visits would not show in these numbers."
     numbers["missing_share"] = float(probe.missing_share)
     missed = int(probe.missed.sum())
+    search, count = "A search", getattr(probe, "num_starts", 0)
+    if count:
+        search += f" from {count} points, up to {getattr(probe, 'reach', 0.0):,.0f} from the initial one,"
     if not len(probe.missed):
-        ended = "found none" if getattr(probe, "complete", True) else "ran out of time before it found any"
-        return f"A search for modes {ended}, so it says nothing."
+        ended = "found no mode" if getattr(probe, "complete", True) else "ran out of time before it found a mode"
+        return f"{search} {ended}, so it says nothing."
     if not missed:
-        return f"A search found {len(probe.missed)} mode(s), and the guide misses none."
+        found = f"{search} found {len(probe.missed)} mode(s), and the guide misses none of them."
+        return f"{found} Modes much narrower than these, or farther away, can escape such a search."
     where = probe.locations[probe.missed][probe.share[probe.missed].argmax()].tolist()
     place = ", ".join(f"{x:.3g}" for x in where[:6]) + (", …" if len(where) > 6 else "")
     return (
-        f"A search found {missed} mode(s) that the guide misses, with about {float(probe.missing_share):.1%} of the "
+        f"{search} found {missed} mode(s) that the guide misses, with about {float(probe.missing_share):.1%} of the "
         f"posterior; the largest at ({place}) in unconstrained space. Weights do not show that."
     )
 

@@ -49,7 +49,8 @@ class Importance:
             the tail's shape, not its size, and means nothing for nearly constant weights.
         ess: effective sample size of the unsmoothed weights, as a fraction of the draws.
         log_evidence: log mean weight.
-        log_evidence_error: its standard error, to first order; see ``trusted``.
+        log_evidence_error: its standard error, to first order, with the share that so many draws may not show; see
+            ``trusted``.
         elbo: mean log weight, a lower bound of the log evidence; minus infinity if a weight is zero.
         elbo_error: its standard error.
         iw_elbo: expected log mean of ``iw_samples`` weights, between the two.
@@ -88,6 +89,14 @@ class Importance:
         """
         light = self.khat < RELIABLE or self.tail < 0.005
         return light and self.num_samples * self.ess >= 100 and not self.failures
+
+    @property
+    def log_evidence_bound(self) -> float:
+        """A number, in nats, that the log evidence exceeds with probability 0.95, however uneven the weights.
+
+        Their mean is unbiased, so by Markov's inequality it is above 20 times the evidence in one of 20 cases at most.
+        """
+        return self.log_evidence - math.log(20)
 
 
 def pareto_smoothed(log_weights: Tensor) -> Smoothed:
@@ -180,10 +189,11 @@ def importance(log_weights: Tensor, *, iw_samples: int = 10) -> Importance:
     .. math::
         \text{ess} = \frac{(\sum_i w_i)^2}{n \sum_i w_i^2}, \qquad
         \log \hat Z = \log \frac1n \sum_i w_i, \qquad
-        \text{se}(\log \hat Z) \approx \sqrt{\frac{1 / \text{ess} - 1}{n - 1}}
+        \text{se}(\log \hat Z) \approx \sqrt{\frac{1 / \text{ess} - 1}{n - 1} + \frac1{n^2}}
 
-    The standard error is by the delta method.  ``iw_elbo`` is an unbiased mean over disjoint random groups, the same at
-    each call.  No statistic sees a region that the guide never draws from.
+    The standard error is by the delta method, with a part of :math:`1 / n` that so many draws may never meet.
+    ``iw_elbo`` is an unbiased mean over disjoint random groups, the same at each call.  No statistic sees a region that
+    the guide never draws from.
 
     Args:
         log_weights: :math:`\log p(z, y) - \log q(z)` at draws of :math:`q`, shape ``(n,)``, in nats.
@@ -217,7 +227,7 @@ def importance(log_weights: Tensor, *, iw_samples: int = 10) -> Importance:
         log_evidence = float(total.log() + top) - math.log(n)
         # Centered, because rounding loses 1 / ess - 1 of nearly constant weights.
         relative = weights * (n / total) - 1
-        error = math.sqrt(float(relative.square().mean()) / (n - 1)) if n > 1 else math.inf
+        error = math.sqrt(float(relative.square().mean()) / (n - 1) + 1 / n**2) if n > 1 else math.inf
         smoothed = _smooth(values - top)
         khat, tail = smoothed.khat, smoothed.tail
         largest = float(1 / total)

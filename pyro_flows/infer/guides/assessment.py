@@ -10,12 +10,24 @@ import torch
 from torch import Generator, Tensor
 
 from pyro_flows.distributions import Flow
-from pyro_flows.infer.diagnostics import Importance, Verdict, compare_moments, importance, judge, widening
+from pyro_flows.infer.chains import BaseDensity
+from pyro_flows.infer.diagnostics import (
+    Importance,
+    Verdict,
+    Walk,
+    compare_moments,
+    importance,
+    judge,
+    walk_draws,
+    widening,
+)
+from pyro_flows.infer.guides.posterior import spline_of
 from pyro_flows.infer.machine.pace import Pace, pace_of
 from pyro_flows.infer.models.joint import FAILURES
 from pyro_flows.infer.models.latents import Latents
 from pyro_flows.infer.search.climb import LogDensity
-from pyro_flows.infer.search.probe import ModeProbe, nothing_found, probe_modes
+from pyro_flows.infer.search.conditionals import probe_behind
+from pyro_flows.infer.search.probe import ModeProbe, nothing_found
 
 __all__ = ["Assessment", "assess", "weigh"]
 
@@ -23,6 +35,11 @@ CHUNK = 1000
 DRAWS = 10_000
 FEWEST = 1000
 SEARCHED = 2000  # dimensions up to which matrices of a search for modes fit into memory
+WALKERS, MOVES = (512, 256, 128), 30
+SEVERAL_MOVES, LEAPS = 6, 6  # the fewest moves of a walk, and the evaluations of a move
+SEARCHING = 0.6  # part of the time after the draws
+CONSTANT = 0.02  # spread of log-weights
+STARTS, ROUNDS = (64, 128), (16, 128)  # of a search, and of candidates for far starts; of a thorough one
 
 
 @dataclass(frozen=True)
@@ -39,6 +56,8 @@ class Assessment:
     """All numbers about the weights."""
     probe: ModeProbe | None
     """The search for modes, if there was one."""
+    walk: Walk | None
+    """The walk of weighted draws, if there was one."""
     verdict: Verdict
     """Whether the flow can be trusted."""
 
@@ -48,7 +67,6 @@ class Assessment:
         return self.log_p - self.log_q
 
 
-@torch.no_grad()
 def weigh(
     flow: Flow, density: LogDensity, num_samples: int, deadline: float = math.inf, scale: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -56,7 +74,15 @@ def weigh(
 
     Where the model raises, log p is NaN. A ``scale`` widens the base, and log q with it.
     """
-    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    return _weigh(flow, density, num_samples, deadline, scale)[1:]
+
+
+@torch.no_grad()
+def _weigh(
+    flow: Flow, density: LogDensity, num_samples: int, deadline: float, scale: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns draws of the base, too."""
+    parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     left = num_samples
     while left > 0 and (not parts or time.monotonic() < deadline):
         count = min(CHUNK, left)
@@ -64,10 +90,11 @@ def weigh(
         z, ladj = flow.chain.forward_and_ladj(x * scale)
         log_q = flow.base().log_prob(x) - x.shape[-1] * math.log(scale) - ladj
         log_p = _scores(density, z, deadline)
-        parts.append((z[: len(log_p)], log_p.to(z.dtype), log_q[: len(log_p)]))
-        left -= count
-    z, log_p, log_q = (torch.cat(part) for part in zip(*parts, strict=True))
-    return z, log_p, log_q
+        count = len(log_p)
+        parts.append((x[:count] * scale, z[:count], log_p.to(z.dtype), log_q[:count]))
+        left -= CHUNK
+    x, z, log_p, log_q = (torch.cat(part) for part in zip(*parts, strict=True))
+    return x, z, log_p, log_q
 
 
 def _scores(density: LogDensity, z: Tensor, deadline: float) -> Tensor:
@@ -99,40 +126,82 @@ def assess(
     num_samples: int = DRAWS,
     seconds: float = math.inf,
     search_seconds: float = math.inf,
+    thorough: bool = False,
+    walk_seconds: float = math.inf,
+    walk_evaluations: float = math.inf,
     known: ModeProbe | None = None,
     generator: Generator | None = None,
 ) -> Assessment:
-    """Judges a flow by draws, weights, moments, a wider guide and a search for modes.
+    """Judges a flow by draws, weights, moments, a wider guide, a walk of the weighted draws and a search for modes.
 
-    Half of ``seconds`` is for draws (more if too short for a thousand). The rest is for the wider guide and the search,
-    which takes at most ``search_seconds``, and begins with ``known`` modes.
+    Four tenths of ``seconds`` are for draws (more if too short for a thousand). The rest is for the wider guide; for
+    the search, which has at most ``search_seconds``, and begins with ``known`` modes; and for the walk, which has at
+    most ``walk_seconds``, and ``walk_evaluations`` of the density with its gradient.
     """
     begin = time.monotonic()
     pace = pace_of(density) or Pace()
     # If time is short, draws come first, because few say little.
-    part = 0.5 if 0.5 * seconds >= min(num_samples, FEWEST) * pace.seconds_per_draw else 0.8
-    z, log_p, log_q = weigh(flow, density, num_samples, begin + part * seconds)
+    part = 0.4 if 0.4 * seconds >= min(num_samples, FEWEST) * pace.seconds_per_draw else 0.8
+    x, z, log_p, log_q = _weigh(flow, density, num_samples, begin + part * seconds)
     log_weights = log_p - log_q
     found = importance(log_weights)
     if minibatch or not (log_weights.isfinite().sum() >= 2):
-        return Assessment(z, log_p, log_q, found, None, judge(found, minibatch=minibatch, asked=num_samples))
+        return Assessment(z, log_p, log_q, found, None, None, judge(found, minibatch=minibatch, asked=num_samples))
     fine = z.isfinite().all(-1)
     moments = compare_moments(latents.draws(z[fine]), log_weights[fine])
     wide_count = max(min(len(z), 2000), 1)
-    _, wide_p, wide_q = weigh(flow, density, wide_count, begin + (part + 0.15) * seconds, scale=widening(z.shape[-1]))
+    _, wide_p, wide_q = weigh(flow, density, wide_count, begin + (part + 0.1) * seconds, scale=widening(z.shape[-1]))
     wide = importance(wide_p - wide_q)
-    left = min(begin + seconds - time.monotonic(), search_seconds)
+    left = min(SEARCHING * (begin + seconds - time.monotonic()), search_seconds)
     probe = nothing_found(z)
     if left > 0 and math.isfinite(found.log_evidence) and len(initial) <= SEARCHED:
-        probe = probe_modes(
+        probe = probe_behind(
+            spline_of(flow),
             density,
             flow.log_prob,
             z[fine],
             initial,
             log_evidence=found.log_evidence,
+            log_weights=log_weights[fine],
+            num_starts=STARTS[thorough],
+            num_rounds=ROUNDS[thorough],
             known=known,
             generator=generator,
             seconds=None if left == math.inf else left,
         )
-    verdict = judge(found, probe, moments=moments, wide=wide, asked=num_samples)
-    return Assessment(z, log_p, log_q, found, probe, verdict)
+    left = min(begin + seconds - time.monotonic(), walk_seconds)
+    walked = _walk(flow, density, x[fine], log_weights[fine], pace, left, walk_evaluations, generator)
+    verdict = judge(found, probe, moments=moments, wide=wide, walk=walked, asked=num_samples)
+    return Assessment(z, log_p, log_q, found, probe, walked, verdict)
+
+
+def _walk(
+    flow: Flow,
+    density: LogDensity,
+    x: Tensor,
+    log_weights: Tensor,
+    pace: Pace,
+    seconds: float,
+    evaluations: float,
+    generator: Generator | None,
+) -> Walk | None:
+    """Walks with as many walkers as make several moves in the time.
+
+    ``None`` if even few walkers would not, or if weights are constant.
+    """
+    if seconds <= 0:
+        return None
+    affordable = min(evaluations, seconds / pace.seconds_per_draw if pace.seconds_per_draw else math.inf)
+    most = affordable / LEAPS
+    walkers = next((count for count in WALKERS if most / count >= SEVERAL_MOVES), None)
+    if walkers is None or log_weights.double().std() < CONSTANT or not (log_weights > -math.inf).any():
+        return None
+    return walk_draws(
+        BaseDensity(flow, density),
+        x,
+        log_weights,
+        num_walkers=walkers,
+        num_moves=min(MOVES, int(most / walkers)),
+        generator=generator,
+        seconds=None if seconds == math.inf else seconds,
+    )

@@ -36,8 +36,8 @@ from pyro_flows.infer.models.joint import FAILURES, JointDensity
 from pyro_flows.infer.models.latents import Latents
 from pyro_flows.infer.models.structure import Structure
 from pyro_flows.infer.models.whole import WholePlates, partly_seen
-from pyro_flows.infer.search.start import find_start
-from pyro_flows.transforms import Preconditioner
+from pyro_flows.infer.search.conditionals import straight_start
+from pyro_flows.transforms import FixedSpline, Preconditioner
 
 __all__ = ["AutoFlow", "seeded"]
 
@@ -54,12 +54,14 @@ _BUILT = itertools.count()
 
 
 class AutoFlow(AutoContinuous):
-    r"""An autoguide whose posterior is a normalizing flow: :math:`z = \mu + S (A\, f(u) + b)`, :math:`u \sim N(0, I)`.
+    r"""An autoguide whose posterior is a flow: :math:`z = g(\mu + S (A\, f(u) + b))`, :math:`u \sim N(0, I)`.
 
     :math:`z` holds all latents in unconstrained space, :math:`f` is a flow that starts as the identity, :math:`\mu` and
-    :math:`S` come from an informed start, and the triangular :math:`A` and :math:`b` are learned. The guide takes the
-    model's arguments and works with stock ``SVI`` and any ELBO, vectorized particles, plates, ``AutoGuideList``,
-    ``NeuTraReparam`` and ``Predictive``. :func:`~pyro_flows.infer.fit_guide` trains and judges it.
+    :math:`S` come from an informed start, and the triangular :math:`A` and :math:`b` are learned. :math:`g` is the
+    identity, or if the start finds kinks or heavy tails, fixed splines of single latents
+    (:class:`~pyro_flows.transforms.fixed_spline.FixedSpline`). The guide takes the model's arguments and works with
+    stock ``SVI`` and any ELBO, vectorized particles, plates, ``AutoGuideList``, ``NeuTraReparam`` and
+    ``Predictive``. :func:`~pyro_flows.infer.fit_guide` trains and judges it.
 
     The first call, or :meth:`setup`, runs the model and builds the flow. A draw costs one pass of the flow in its
     sampling direction; a step with the path gradient costs one more in the density direction.
@@ -301,7 +303,8 @@ class AutoFlow(AutoContinuous):
         """Makes the flow at the start."""
         if self.structure is None:
             made = as_flow_of(builder, len(initial))
-            return Chain([made, Preconditioner(*self._find_start(density, initial, deadline))])
+            loc, scale, splines = self._find_start(density, initial, deadline)
+            return Chain([made, Preconditioner(loc, scale), *splines])
         seconds = None if deadline == math.inf else max(0.0, deadline - time.monotonic())
         with poutine.block():
             return structured(
@@ -320,10 +323,12 @@ class AutoFlow(AutoContinuous):
         chosen = hidden and (self.init_loc_fn is not None or not self._shown)
         return not (self.start == "prior" or chosen or (not self.subsampled and density.random_at(initial)))
 
-    def _find_start(self, density: JointDensity, initial: Tensor, deadline: float) -> tuple[Tensor, Tensor]:
+    def _find_start(
+        self, density: JointDensity, initial: Tensor, deadline: float
+    ) -> tuple[Tensor, Tensor, list[FixedSpline]]:
         dim = len(initial)
         if not self._searches(density, initial):
-            scale = torch.full_like(initial, 0.1)
+            scale, knots = torch.full_like(initial, 0.1), None
         else:
             with poutine.block():
                 with torch.no_grad():
@@ -331,21 +336,23 @@ class AutoFlow(AutoContinuous):
                 seconds = None if deadline == math.inf else max(0.0, deadline - time.monotonic())
                 if seconds is None and not density.many_at_once:
                     seconds = SLOW_SECONDS
-                found = led(
+                found, knots = led(
                     density.still() if self.subsampled else density,
                     initial,
-                    lambda density: find_start(
+                    lambda density: straight_start(
                         density,
                         initial,
                         num_starts=self.num_starts,
                         seconds=seconds,
                         full_rank_up_to=FULL_RANK,
+                        dtype=self.flow_dtype,
                     ),
                 )
             initial, scale = found.loc, found.scale
         if scale.dim() == 1 and dim <= FULL_RANK:
             scale = torch.diag_embed(scale)
-        return initial, scale
+        spline = [] if knots is None else [FixedSpline(dim, knots.dims, knots.knots)]
+        return initial, scale, spline
 
     def density(self, *args: object, **kwargs: object) -> JointDensity:
         """Returns the joint density over this guide's latents, at these arguments of the model."""
@@ -382,7 +389,7 @@ class AutoFlow(AutoContinuous):
 
     @property
     def preconditioner(self) -> Preconditioner:
-        """The affine end of the flow."""
+        """The affine part of the flow."""
         return preconditioner_of(self.flow)
 
     @property

@@ -18,7 +18,7 @@ from pyro_flows.infer.models.latents import Latents
 from pyro_flows.infer.models.structure import Structure, structure_of
 from pyro_flows.infer.search.climb import LogDensity
 from pyro_flows.infer.search.inner import InnerStart, find_inner_start
-from pyro_flows.transforms import Plated, Preconditioner
+from pyro_flows.transforms import FixedSpline, Plated, Preconditioner
 from pyro_flows.univariate.base import Affine
 
 __all__ = ["Builder", "as_flow_of", "default_builder", "find_structure", "structured"]
@@ -97,7 +97,7 @@ def structured(
     initial: Tensor,
     density: LogDensity,
     seconds: float | None,
-    otherwise: Callable[[], tuple[Tensor, Tensor]],
+    otherwise: Callable[[], tuple[Tensor, Tensor, list[FixedSpline]]],
 ) -> Chain:
     """Makes a flow with a structure, at an informed start found within ``seconds``, or at another Gaussian.
 
@@ -114,8 +114,8 @@ def structured(
 
     begun = None if seconds == 0 else led(density, initial, search)
     if begun is None:
-        loc, scale = otherwise()
-        return Chain([plated, Preconditioner(loc, scale.norm(dim=-1) if scale.dim() == 2 else scale)])
+        loc, scale, splines = otherwise()
+        return Chain([plated, Preconditioner(loc, scale.norm(dim=-1) if scale.dim() == 2 else scale), *splines])
     loc, scale, at = begun.loc, begun.scale, structure.globals
     if affine is not None:
         affine.place(affine.loc, (begun.factor / scale[at][:, None]).to(initial))

@@ -10,14 +10,15 @@ from contextlib import contextmanager
 import torch
 from torch import Generator, Tensor
 
-from pyro_flows.distributions import Flow
 from pyro_flows.infer.diagnostics import importance
 from pyro_flows.infer.guides.assessment import FEWEST, SEARCHED, weigh
 from pyro_flows.infer.guides.auto import AutoFlow
+from pyro_flows.infer.guides.posterior import affine_of, spline_of
 from pyro_flows.infer.machine.budget import Budget
 from pyro_flows.infer.machine.pace import FLAT, rows_at_once
 from pyro_flows.infer.models.joint import FAILURES, JointDensity
-from pyro_flows.infer.search.probe import ModeProbe, probe_modes
+from pyro_flows.infer.search.conditionals import probe_behind
+from pyro_flows.infer.search.probe import ModeProbe
 
 __all__ = [
     "SEARCHING",
@@ -35,9 +36,9 @@ FEW_PARTICLES = 32  # where the structure of the model leaves little to learn, m
 SLOW_PARTICLES = 8  # for a model that runs one draw at a time
 SLOW_SECONDS = 40.0  # for the same kind of model
 LONG = 0.03  # seconds of a call that matter
-ASSESSING = 0.1  # least share of the verdict's seconds
+ASSESSING = 0.13  # least share of the verdict's seconds
 SLOW_ASSESSING = 0.4
-SEARCHING = 0.08  # share of the seconds for a search for modes before training
+SEARCHING = 0.1  # share of the seconds for a search for modes before training
 EVEN = 0.05  # spread of log-weights at the start that needs no training
 SEVERAL = 0.01  # share of outside modes that is worth another start
 
@@ -120,20 +121,23 @@ def several_modes(
     if seconds < max(10 * density.pace.shortest, 100 * density.pace.seconds_per_draw):
         return None  # too short to find anything
     end = time.monotonic() + min(seconds, math.inf if density.many_at_once else SLOW_SECONDS / 2)
-    start = Flow(guide.preconditioner, guide.flow.base) if guide.structure is None else guide.flow
+    start = affine_of(guide.flow) if guide.structure is None else guide.flow
     count = 256 if density.many_at_once else 64
     z, log_p, log_q = weigh(start, density, count, math.inf if budget.seconds is None else end)
     found = importance(log_p - log_q)
     seconds = end - time.monotonic()
     if not math.isfinite(found.log_evidence) or len(z) < 2 or seconds <= 0:
         return None
-    return probe_modes(
+    fine = z.isfinite().all(-1)
+    return probe_behind(
+        spline_of(guide.flow),
         density,
         start.log_prob,
-        z[z.isfinite().all(-1)],
+        z[fine],
         initial,
         log_evidence=found.log_evidence,
-        num_starts=16 if density.many_at_once else 6,
+        log_weights=(log_p - log_q)[fine],
+        num_starts=32 if density.many_at_once else 8,
         generator=generator,
         seconds=None if seconds == math.inf else seconds,
     )

@@ -9,7 +9,7 @@ from torch import Generator
 
 from pyro_flows.distributions import Flow
 from pyro_flows.infer.guides.loop import CLIP, speeds_of
-from pyro_flows.infer.guides.posterior import preconditioner_of
+from pyro_flows.infer.guides.posterior import preconditioner_of, spline_of
 from pyro_flows.infer.machine.budget import Budget, cosine
 from pyro_flows.infer.machine.optimizers import AdamW
 from pyro_flows.infer.search.probe import ModeProbe
@@ -29,13 +29,15 @@ def cover_modes(flow: Flow, probe: ModeProbe, generator: Generator | None = None
     noise = torch.randn(DRAWS, probe.locations.shape[1], generator=generator, dtype=torch.float64, device="cpu")
     draws = probe.locations[which] + (probe.scale[which] @ noise.to(probe.locations).unsqueeze(-1)).squeeze(-1)
     preconditioner = preconditioner_of(flow)
-    centered = draws - draws.mean(0)
+    spline = spline_of(flow)
+    inner = draws if spline is None else spline.inverse_and_ladj(draws)[0]
+    centered = inner - inner.mean(0)
     covariance = centered.mT @ centered / len(draws)
     if preconditioner.full:
         scale = torch.linalg.cholesky(covariance + 1e-10 * torch.diag(covariance.diagonal()))
     else:
         scale = covariance.diagonal().sqrt()
-    preconditioner.place(draws.mean(0), scale)
+    preconditioner.place(inner.mean(0), scale)
     optimizer = AdamW([p for p in flow.parameters() if p.requires_grad], speeds_of(flow))
     budget = Budget(STEPS, seconds, time.monotonic())
     while (done := budget.fraction) < 1:

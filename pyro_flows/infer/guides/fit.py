@@ -17,7 +17,10 @@ from pyro import poutine
 from torch import Generator, Tensor
 from tqdm.auto import tqdm
 
-from pyro_flows.core.checks import integer
+from pyro_flows.core.chain import Chain
+from pyro_flows.core.checks import choice, integer
+from pyro_flows.distributions import Flow
+from pyro_flows.infer.diagnostics.verdict import MODES
 from pyro_flows.infer.guides.assessment import DRAWS, FEWEST, Assessment, assess
 from pyro_flows.infer.guides.auto import AutoFlow, seeded
 from pyro_flows.infer.guides.choices import (
@@ -32,11 +35,13 @@ from pyro_flows.infer.guides.choices import (
 )
 from pyro_flows.infer.guides.cover import cover_modes
 from pyro_flows.infer.guides.loop import CHECKPOINT, GuideTraining, History
+from pyro_flows.infer.guides.posterior import spline_of
 from pyro_flows.infer.guides.refusals import guide_of, refuse_random, refuse_unobserved
 from pyro_flows.infer.guides.result import GuideFit
 from pyro_flows.infer.machine import processes
 from pyro_flows.infer.machine.budget import Budget
 from pyro_flows.infer.machine.checkpoint import Keeper, architecture_of, checksums
+from pyro_flows.infer.machine.compiled import Compile
 from pyro_flows.infer.machine.interrupts import carrying, pyro_as_it_was
 from pyro_flows.infer.machine.randomness import random_state, set_random
 from pyro_flows.infer.models.broadcasting import warn_once
@@ -45,13 +50,19 @@ from pyro_flows.infer.models.held import own_density
 from pyro_flows.infer.models.joint import JointDensity
 from pyro_flows.infer.models.sites import Model
 from pyro_flows.infer.search.probe import ModeProbe
+from pyro_flows.transforms import FixedSpline
 
 __all__ = ["fit_guide"]
 
 
 _ALIKE = "the processes fit one posterior together, and each takes its part of the draws"
 SETTINGS = ("dependencies", "num_particles", "path_gradient", "tempering", "start", "num_starts", "seed", "of_prior")
-STARTING = 0.15  # share of the seconds for the start
+STARTING = 0.2  # share of the seconds for the start
+WALKING = 0.08  # most share of the seconds for a walk of the weighted draws
+WALK_EVALUATIONS = 0.3  # the same of evaluations, which take less than those of training
+SEARCHING_ON = 0.15  # most share of the seconds for the last search
+RESTARTS = 3  # from modes that were found after training
+ANEW, COVERING = 0.2, 0.2  # least share of the seconds left for another training; the part of it for its start
 DEFAULT_STEPS = 4000
 SECONDS_BETWEEN_FILES = 30.0  # the most between checkpoints
 
@@ -67,6 +78,7 @@ def fit_guide(
     checkpoint_every: int = 100,
     resume: bool = True,
     fit_prior: bool = False,
+    compile: Compile = "auto",
     **kwargs: object,
 ) -> GuideFit:
     r"""Fits a flow to the posterior of a model, and says whether to trust it.
@@ -110,6 +122,10 @@ def fit_guide(
             ends.
         resume: whether to continue from an existing checkpoint or replace it.
         fit_prior: whether to fit the prior of a model without observed sites and factors, which is otherwise refused.
+        compile: whether a second process compiles the steps, on a CPU, for a model whose density is recorded for all
+            draws at once. ``"auto"``: where the fit will take much longer than compiling, which takes 15 to 60 CPU
+            seconds, or where the compiled steps are on disk, as after an earlier fit with data of the same shape.
+            ``True`` waits for it. The numbers are those of plain steps, but for rounding.
 
     Returns:
         The :class:`~pyro_flows.infer.GuideFit`, with ``verdict``, ``sample``, ``predictive`` and ``to_arviz``.
@@ -132,6 +148,8 @@ def fit_guide(
         if seconds is not None and not 0 < seconds < math.inf:
             raise ValueError(f"fit_guide: expected seconds to be a positive number, got {seconds!r}")
         integer("fit_guide", "checkpoint_every", checkpoint_every)
+        if not isinstance(compile, bool):
+            choice("fit_guide", "compile", compile, ("auto",))
         budget = Budget(DEFAULT_STEPS if steps is None and seconds is None else steps, seconds, processes.clock())
         guide = guide_of(model_or_guide, kwargs)
         guide.of_prior = fit_prior
@@ -181,17 +199,21 @@ def fit_guide(
                 "random": random_state(device, search=begun.generator),
             }
 
-        training = GuideTraining(
-            guide.flow,
-            begun.density,
-            budget,
-            num_particles=begun.num_particles,
-            path_gradient=guide.path_gradient,
-            tempering=guide.tempering if begun.covered is None else None,
-            covering=begun.covered is not None,
-            fresh=begun.covered is None and guide.structure is None,
-            report=bar.report,
-        )
+        def trainer() -> GuideTraining:
+            return GuideTraining(
+                guide.flow,
+                begun.density,
+                budget,
+                num_particles=begun.num_particles,
+                path_gradient=guide.path_gradient,
+                tempering=guide.tempering if begun.covered is None else None,
+                covering=begun.covered is not None,
+                fresh=begun.covered is None and guide.structure is None,
+                compile=compile,
+                report=bar.report,
+            )
+
+        training = trainer()
         if known is not None and checkpoint is not None:
             with CHECKPOINT.refusing(checkpoint):
                 training.load_state_dict(known["training"])
@@ -200,19 +222,51 @@ def fit_guide(
             training.phase = "done"
         so_far.append(lambda: _result(guide, begun, training, None))
         path = None if processes.rank() else checkpoint  # one file is enough, as all are alike
-        training.run(Keeper(CHECKPOINT, path, content, checkpoint_every, SECONDS_BETWEEN_FILES))
-        bar.say("judging")
-        assessment = _assess(guide, begun, budget)
-        if begun.covered is not None and assessment.verdict.label == "modes missing":
-            before = copy.deepcopy(guide)
-            before.flow.load_state_dict(begun.covered)
-            other = _assess(before, begun, budget)
-            if other.verdict.label != "modes missing" and other.importance.ess >= 0.1:
-                guide.flow.load_state_dict(begun.covered)
-                assessment = other
-                begun.notes.append("training lost a mode, so the guide is the fit to the mixture of Gaussians")
+        for times in range(RESTARTS + 1):
+            training.run(Keeper(CHECKPOINT, path, content, checkpoint_every, SECONDS_BETWEEN_FILES))
+            bar.say("judging")
+            assessment = _assess(guide, begun, budget)
+            if begun.covered is not None and assessment.verdict.label == MODES:
+                assessment = _fit_to_mixture(guide, begun, budget, begun.covered) or assessment
+            probe = assessment.probe
+            late = budget.seconds is not None and budget.left() < ANEW * budget.seconds
+            stay = late or guide.start == "prior" or assessment.verdict.label != MODES
+            if times == RESTARTS or probe is None or stay:
+                break
+            bar.say("starting anew from all modes")
+            _cover(guide, begun, budget, probe)
+            training = trainer().after(training)
         begun.evaluations = int(processes.total(guide.start_evaluations + begun.density.evaluations)[0])
     return _result(guide, begun, training, assessment)
+
+
+def _cover(guide: AutoFlow, begun: _Begun, budget: Budget, probe: ModeProbe) -> None:
+    """Fits the flow, as it was before any training, to a mixture of Gaussians on all modes known."""
+
+    def covered() -> tuple[int, dict[str, Tensor], Tensor]:
+        guide.flow.load_state_dict(begun.blank)
+        limit = None if budget.seconds is None else COVERING * budget.left()
+        found = cover_modes(guide.flow, probe, begun.generator, limit)
+        return found, copy.deepcopy(guide.flow.state_dict()), begun.generator.get_state()
+
+    found, begun.covered, random = processes.from_first(covered)
+    guide.flow.load_state_dict(begun.covered)
+    begun.generator.set_state(random)
+    begun.modes = probe
+    begun.notes.append(f"a later search found other modes: training began anew, from {found} modes")
+    budget.begin()
+
+
+def _fit_to_mixture(guide: AutoFlow, begun: _Begun, budget: Budget, covered: dict[str, Tensor]) -> Assessment | None:
+    """Returns to the fit to the mixture if that has the modes which training lost."""
+    before = copy.deepcopy(guide)
+    before.flow.load_state_dict(covered)
+    other = _assess(before, begun, budget)
+    if other.verdict.label == MODES or other.importance.ess < 0.1:
+        return None
+    guide.flow.load_state_dict(covered)
+    begun.notes.append("training lost a mode, so the guide is the fit to the mixture of Gaussians")
+    return other
 
 
 @dataclass
@@ -221,6 +275,7 @@ class _Begun:
     initial: Tensor  # a point with finite density
     num_particles: int
     generator: Generator
+    blank: dict[str, Tensor]  # the state of the flow before any training
     covered: dict[str, Tensor] | None = None  # the state of a flow fitted to several modes
     notes: list[str] = field(default_factory=list)
     exact: bool = False  # whether there is nothing to train
@@ -230,9 +285,11 @@ class _Begun:
 
     def state(self, guide: AutoFlow) -> dict[str, object]:
         """Returns the start's part of a checkpoint."""
+        spline = spline_of(guide.flow)
         return {
             "initial": self.initial,
             "particles": self.num_particles,
+            "blank": self.blank,
             "covered": self.covered,
             "notes": self.notes,
             "vectorized": self.density.vectorized,
@@ -241,6 +298,7 @@ class _Begun:
             "why_not": self.density.why_not,
             "keep": self.keep,
             "modes": None if self.modes is None else vars(self.modes),
+            "knots": None if spline is None else {"dims": spline.dims, "knots": spline.knots},
             "evaluations": guide.start_evaluations + self.density.evaluations,
         }
 
@@ -254,6 +312,7 @@ def _begin(guide: AutoFlow, args: tuple[object, ...], kwargs: dict[str, object],
     density = guide.density(*args, **kwargs)
     initial = guide.initial
     refuse_random(guide, density, initial)
+    blank = copy.deepcopy(guide.flow.state_dict())
 
     def plan(density: JointDensity) -> dict[str, Any]:
         particles = choose_particles(guide, density, initial, budget.seconds)
@@ -277,7 +336,7 @@ def _begin(guide: AutoFlow, args: tuple[object, ...], kwargs: dict[str, object],
     found = processes.led(density, initial, plan)
     generator = Generator()
     generator.set_state(found["random"])
-    begun = _Begun(density, initial, generator=generator, **found["begun"])
+    begun = _Begun(density, initial, generator=generator, blank=blank, **found["begun"])
     budget.keep, budget.step_seconds = begun.keep, found["step_seconds"]
     budget.begin()
     return begun
@@ -297,13 +356,18 @@ def _begin_again(
         density = guide.density(*args, **kwargs)
     finally:
         guide.start = start
+    if state["knots"] is not None:
+        spline = FixedSpline(guide.latents.dim, **state["knots"])
+        parts: Any = guide.flow.chain
+        guide.flow = Flow(Chain([*parts, spline.to(guide.initial.device)]))
     guide.vectorized = None if density.vectorized else False
     guide.latents.max_plate_nesting = state["nesting"]
     guide.initial = state["initial"].to(guide.initial)
     guide.start_evaluations = state["evaluations"]
     density.why_not, density.pace.bytes_per_draw = state["why_not"], state["bytes_per_draw"]
     budget.keep = state["keep"]
-    begun = _Begun(density, guide.initial, state["particles"], Generator(), state["covered"], state["notes"])
+    several = {name: state[name] for name in ("blank", "covered", "notes")}
+    begun = _Begun(density, guide.initial, state["particles"], Generator(), **several)
     begun.keep, begun.modes = state["keep"], state["modes"] and ModeProbe(**state["modes"])
     return begun
 
@@ -346,9 +410,12 @@ def _held(parameters: dict[str, Tensor]) -> str:
 
 
 def _assess(guide: AutoFlow, begun: _Begun, budget: Budget | None = None) -> Assessment:
-    left = math.inf
+    left = walking = searching = math.inf
+    evaluations = WALK_EVALUATIONS * begun.density.evaluations
     if budget is not None and budget.seconds is not None:
         left = max(budget.left(), 0.02 * budget.seconds)
+        walking, searching = WALKING * budget.seconds, SEARCHING_ON * budget.seconds
+    thorough = math.inf > left > searching  # training needed less than its time
 
     def run(density: JointDensity) -> Assessment:
         return assess(
@@ -359,7 +426,10 @@ def _assess(guide: AutoFlow, begun: _Begun, budget: Budget | None = None) -> Ass
             minibatch=guide.subsampled,
             num_samples=DRAWS if density.many_at_once else FEWEST,
             seconds=left,
-            search_seconds=left if density.many_at_once else SLOW_SECONDS / 3,
+            search_seconds=min(left, searching) if density.many_at_once else SLOW_SECONDS / 3,
+            thorough=thorough,
+            walk_seconds=walking,
+            walk_evaluations=evaluations,
             known=begun.modes,
             generator=begun.generator,
         )

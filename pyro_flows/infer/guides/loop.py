@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from pyro_flows.distributions import Flow
-from pyro_flows.infer.guides.posterior import frozen, preconditioner_of
+from pyro_flows.infer.guides.posterior import affine_of, frozen, preconditioner_of
 from pyro_flows.infer.machine import processes
 from pyro_flows.infer.machine.budget import Budget, cosine
 from pyro_flows.infer.machine.checkpoint import CheckpointFormat
-from pyro_flows.infer.machine.graph import Replay, replayable, unrecorded
+from pyro_flows.infer.machine.compiled import Compile, CompiledSteps
+from pyro_flows.infer.machine.graph import RecordError, Replay, replayable, unrecorded
 from pyro_flows.infer.machine.interrupts import interrupts_held_back
 from pyro_flows.infer.machine.loop import TrainingLoop
 from pyro_flows.infer.machine.optimizers import AdamW
 from pyro_flows.infer.machine.pace import rows_at_once
+from pyro_flows.infer.models.joint import JointDensity
 from pyro_flows.infer.models.recorded import FAILURES, value_and_slope
 from pyro_flows.transforms import Autoregressive
 
@@ -28,7 +30,7 @@ __all__ = ["CHECKPOINT", "GuideTraining", "History", "speeds_of"]
 
 CHECKPOINT = CheckpointFormat(
     "fit_guide",
-    3,
+    4,
     {
         **dict.fromkeys(("architecture", "latents", "data", "parameters", "settings", "start"), dict),
         "training": {
@@ -55,6 +57,7 @@ CLIP = 10.0  # largest norm of a gradient
 EXACT = 0.02  # spread of log-weights at which training stops
 PATIENCE = 25  # consecutive steps
 LOOK = 50  # steps per mean compared with others
+WARMED = 10  # steps of a kind after which their time is known
 
 
 @dataclass
@@ -132,7 +135,7 @@ class GuideTraining(TrainingLoop):
     The flow's chain holds a flow and a :class:`Preconditioner`; the density maps unconstrained vectors ``(S, dim)`` to
     ``(S,)``. ``tempering`` is the posterior's first weight, or ``None``. ``covering`` adds the forward divergence, to
     keep the shares of modes found. Unless ``fresh``, the flow is not the identity: the affine phase is skipped and
-    steps are smaller. ``report`` takes the history after each step.
+    steps are smaller. ``compile`` says whether steps are compiled. ``report`` takes the history after each step.
     """
 
     flow: Flow
@@ -148,11 +151,12 @@ class GuideTraining(TrainingLoop):
         tempering: float | None = None,
         covering: bool = False,
         fresh: bool = True,
+        compile: Compile = False,
         report: Callable[[History], None] | None = None,
     ) -> None:
         super().__init__(flow, budget)
         self.density, self.num_particles, self.path_gradient = density, num_particles, path_gradient
-        self.tempering, self.covering, self.report = tempering, covering, report
+        self.tempering, self.covering, self.compile, self.report = tempering, covering, compile, report
         self.history = History()
         self.failed_steps = 0
         self.dropped = 0
@@ -163,6 +167,7 @@ class GuideTraining(TrainingLoop):
         self._exact = 0
         self._window = 0
         self._replays: dict[tuple[str, bool], Replay] = {}
+        self.compiled: dict[tuple[str, bool], CompiledSteps] = {}  # by phase, and whether draws are emphasized
         self._optimizer: AdamW | None = None
         self._moments: dict[str, list[Tensor]] = {}
         self._places = [(m._parameters, n, p) for m in flow.modules() for n, p in m._parameters.items()]
@@ -171,11 +176,10 @@ class GuideTraining(TrainingLoop):
         """Trains through all remaining phases."""
         self.flow.train()
         if self.phase == "affine":
-            affine = preconditioner_of(self.flow)
-            self._phase(Flow(affine, self.flow.base), 0.0, WARM, WARM_RATES)
+            self._phase(affine_of(self.flow), 0.0, WARM, WARM_RATES)
             with interrupts_held_back():
                 self._release()
-                affine.fold()
+                preconditioner_of(self.flow).fold()
                 self._best, self._moments, self._exact, self._window = None, {}, 0, 0
                 self._first, self.phase = min(WARM, self.budget.fraction), "flow"
         if self.phase == "flow":
@@ -190,9 +194,17 @@ class GuideTraining(TrainingLoop):
         """Returns to the best state."""
         for parameters, name, parameter in self._places:  # an interruption may have left constants there
             parameters[name] = parameter
+        for compiled in self.compiled.values():
+            compiled.close()
         self._release()
         self._restore()
         self.flow.chain.clear_cache()
+
+    def after(self, earlier: GuideTraining) -> GuideTraining:
+        """Continues the record of an earlier training in the same budget; returns itself."""
+        self.history, self.failed_steps, self.dropped = earlier.history, earlier.failed_steps, earlier.dropped
+        self._first = self.budget.fraction
+        return self
 
     def _release(self) -> None:
         if self._optimizer is not None:
@@ -207,31 +219,106 @@ class GuideTraining(TrainingLoop):
             self._moments = {}
         self.keep(self.budget.done, write=True)
         processes.primed(flow, lambda: flow.rsample((self.num_particles,)))
-        while (fraction := self.budget.fraction) < end and self._exact < PATIENCE and not self._settled(name):
-            part = (fraction - begin) / max(end - begin, 1e-9)
-            rate = cosine(part, *rates)
+
+        def plan(ahead: int) -> tuple[float, float]:
+            """The step size of a later step, and the posterior's weight in it."""
+            part = (self.budget.fraction_after(ahead) - begin) / max(end - begin, 1e-9)
             weight = 1.0 if self.tempering is None else self.tempering ** max(0.0, 1.0 - part / TEMPERED)
-            before = processes.clock()
-            self._step(name, flow, optimizer, rate, weight)
-            self.budget.done += 1
-            self.budget.step_seconds = processes.clock() - before
-            self._window += 1
-            if self._window >= LOOK and weight == 1.0:
+            return cosine(part, *rates), weight
+
+        while self.budget.fraction < end and self._exact < PATIENCE and not self._settled(name):
+            before, done = processes.clock(), self.budget.done
+            plans = [plan(k) for k in range(self._at_once(name, optimizer, plan(0)[1], end))]
+            if not self._compiled_steps(name, flow, optimizer, plans):
+                for rate, weight in plans:
+                    self._step(name, flow, optimizer, rate, weight)
+            self.budget.step_seconds = (processes.clock() - before) / (self.budget.done - done)
+            if self._window >= LOOK and self.history.weight[-1] == 1.0:
                 self._window = 0
                 self._remember()
             self.keep(self.budget.done)
             if self.report is not None:
                 self.report(self.history)
 
+    def _emphatic(self, name: str, weight: float) -> bool:
+        return self.path_gradient and name == "flow" and weight == 1.0 and not self.covering
+
+    def _at_once(self, name: str, optimizer: AdamW, weight: float, end: float) -> int:
+        """Returns the number of the next steps: 1, or more if they are compiled, up to the next look at them."""
+        key = name, self._emphatic(name, weight)
+        if key not in self.compiled and key in self._replays and self._window >= WARMED:
+            self.compiled[key] = self._considered(key, optimizer)
+        if key not in self.compiled or not self.compiled[key].ready():
+            return 1
+        at = (LOOK, self._window), (LOOK, len(self.history)), (PATIENCE, self._exact)
+        most = min(size - done % size for size, done in at)
+        if self.keeper is not None:
+            most = min(most, self.keeper.every - self.budget.done % self.keeper.every)
+        count = self.compiled[key].at_once(most, self.budget, self.budget.steps)
+        tempered = weight != 1.0  # whose end changes the step
+        ends = (k for k in range(1, count) if tempered or self.budget.fraction_after(k) >= end)
+        return next(ends, count)
+
+    def _considered(self, key: tuple[str, bool], optimizer: AdamW) -> CompiledSteps:
+        """Finds out whether steps can be compiled, and whether that pays."""
+        replay, budget, weights = self._replays[key], self.budget, optimizer.values.new_ones(PATIENCE)
+        compiled = CompiledSteps(self.compile, replay.why_not or self._uncompilable())
+        left = math.inf if budget.steps is None else (budget.steps - budget.done) * budget.step_seconds
+        left = min(left, budget.left())
+        if compiled.worth_a_look(left):
+            try:
+                graph = replay.graph_of(weights[0], whole=True)
+            except RecordError as error:
+                compiled.refuse(str(error))
+            else:
+                compiled.consider(graph, optimizer, [weights], (), left, scores=3)
+        return compiled
+
+    def _uncompilable(self) -> str | None:
+        if processes.count() > 1:
+            return "steps of several processes exchange gradients"
+        if not isinstance(self.density, JointDensity) or not self.density.recorded.batches:
+            return "the model's density is not one recorded run for all draws"
+        if next(self.flow.parameters()).device.type != "cpu":
+            return "steps are compiled for the CPU only"
+        return self.density.recorded.why_not
+
+    def _compiled_steps(self, name: str, flow: Flow, optimizer: AdamW, plans: Sequence[tuple[float, float]]) -> bool:
+        """Takes steps of these sizes, with these weights of the posterior, if they are compiled."""
+        compiled = self.compiled.get((name, self._emphatic(name, plans[0][1])))
+        if compiled is None or not compiled.ready():
+            return False
+        rates, weights = zip(*plans, strict=True)
+        padded = optimizer.values.new_zeros(compiled.steps)
+        padded[: len(weights)] = torch.tensor(weights)
+        random = torch.get_rng_state()
+        state, scores, norms = compiled.run(optimizer, CLIP, rates, [0.0], [padded], ())
+        if not bool(((scores[:, 2] > 0) & norms.isfinite()).all()):
+            torch.set_rng_state(random)  # plain steps say what is wrong
+            return False
+        if compiled.trusted:
+            with interrupts_held_back():
+                optimizer.assign(state)
+                cast(JointDensity, self.density).evaluations += len(plans) * self.num_particles
+                for (rate, weight), (mean, spread, count) in zip(plans, scores.tolist(), strict=True):
+                    self._took(name, mean, spread, count, rate, weight)
+            return True
+        torch.set_rng_state(random)
+        for rate, weight in plans:
+            self._step(name, flow, optimizer, rate, weight)
+        if not compiled.agrees(optimizer, state):
+            compiled.refuse("compiled steps give other numbers than plain ones")
+        return True
+
     def _step(self, name: str, flow: Flow, optimizer: AdamW, rate: float, weight: float) -> None:
-        emphatic = self.path_gradient and name == "flow" and weight == 1.0 and not self.covering
+        emphatic = self._emphatic(name, weight)
         replay = self._replays.get((name, emphatic))
         if replay is None:
             run = partial(self._gradients, flow, optimizer, emphatic)
             why_not = replayable(flow) if processes.count() == 1 else "its process waits for others"
             replay = self._replays[name, emphatic] = Replay(run, optimizer.parameters, why_not)
         try:
-            stats, *grads = replay(torch.tensor(weight, device=optimizer.values.device))
+            stats, *grads = replay(optimizer.values.new_tensor(weight))
         except _ModelError:
             self._failed(name, rate, weight)
             return
@@ -242,6 +329,10 @@ class GuideTraining(TrainingLoop):
             return
         optimizer.clip(norm, CLIP)
         optimizer.step(rate)
+        self._took(name, mean, spread, count, rate, weight)
+
+    def _took(self, name: str, mean: float, spread: float, count: float, rate: float, weight: float) -> None:
+        """Notes a step."""
         bad = self.num_particles - int(count)
         self.dropped += bad
         spread = spread if count > 1 else math.inf
@@ -330,6 +421,8 @@ class GuideTraining(TrainingLoop):
 
     def _note(self, phase: str, elbo: float, spread: float, rate: float, weight: float, bad: int) -> None:
         row = (elbo, spread, rate, phase, self.budget.elapsed, weight, bad)
+        self.budget.done += 1
+        self._window += 1
         for column, value in zip(vars(self.history).values(), row, strict=True):
             column.append(value)
 

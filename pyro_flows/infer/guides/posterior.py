@@ -13,10 +13,11 @@ import torch
 from pyro.distributions.score_parts import ScoreParts
 from torch import Size, Tensor, nn
 
+from pyro_flows.core.chain import Chain
 from pyro_flows.distributions import Flow, FlowDistribution
-from pyro_flows.transforms import Preconditioner
+from pyro_flows.transforms import FixedSpline, Preconditioner
 
-__all__ = ["PathPosterior", "Steady", "frozen", "preconditioner_of"]
+__all__ = ["PathPosterior", "Steady", "affine_of", "frozen", "preconditioner_of", "spline_of"]
 
 PATIENCE = 20  # calls without a finite gradient before a warning
 
@@ -36,9 +37,21 @@ def frozen(module: nn.Module) -> Iterator[None]:
 
 
 def preconditioner_of(flow: Flow) -> Preconditioner:
-    """Returns the affine end of a guide's flow."""
+    """Returns the affine part of a guide's flow."""
     chain: Any = flow.chain
-    return chain[-1]
+    return chain[-1] if spline_of(flow) is None else chain[-2]
+
+
+def spline_of(flow: Flow) -> FixedSpline | None:
+    """Returns the spline at the data end of a guide's flow, if there is one."""
+    chain: Any = flow.chain
+    return chain[-1] if isinstance(chain[-1], FixedSpline) else None
+
+
+def affine_of(flow: Flow) -> Flow:
+    """Returns a guide's flow without its learned bends, with which it shares its affine part."""
+    spline, affine = spline_of(flow), preconditioner_of(flow)
+    return Flow(affine if spline is None else Chain([affine, spline]), flow.base)
 
 
 class Steady:

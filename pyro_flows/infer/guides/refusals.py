@@ -13,7 +13,7 @@ from pyro_flows.infer.models.sites import Model
 
 __all__ = ["guide_of", "refuse_random", "refuse_unobserved"]
 
-RESERVED = ("seconds", "steps", "progress", "checkpoint", "checkpoint_every", "resume", "fit_prior")
+RESERVED = ("seconds", "steps", "progress", "checkpoint", "checkpoint_every", "resume", "fit_prior", "compile")
 
 
 def guide_of(model_or_guide: Model | AutoFlow, kwargs: dict[str, object]) -> AutoFlow:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import math
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any
 
 import torch
+from pyro import poutine
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
@@ -16,20 +20,29 @@ from pyro_flows.core.checks import integer
 from pyro_flows.distributions import Flow, FlowDistribution
 from pyro_flows.infer.bridge import to_arviz
 from pyro_flows.infer.diagnostics import Importance, Verdict, resample
+from pyro_flows.infer.diagnostics.settling import ChainDraws
 from pyro_flows.infer.guides import predictions, stored
 from pyro_flows.infer.guides.assessment import Assessment, weigh
-from pyro_flows.infer.guides.auto import AutoFlow
+from pyro_flows.infer.guides.auto import AutoFlow, seeded
 from pyro_flows.infer.guides.builders import Builder
 from pyro_flows.infer.guides.loop import History
 from pyro_flows.infer.guides.members import pick_members
+from pyro_flows.infer.guides.nuts import BaseChains
+from pyro_flows.infer.guides.refine import DEFAULT_MOVES, ChainBar, Refining, choose_chains, reassessed
+from pyro_flows.infer.machine import processes
+from pyro_flows.infer.machine.budget import Budget
 from pyro_flows.infer.machine.files import check_path, read_state, refuse_others, write_state
+from pyro_flows.infer.machine.interrupts import carrying, interrupts_held_back, pyro_as_it_was
 from pyro_flows.infer.models.joint import JointDensity
 from pyro_flows.infer.models.latents import Latents
+from pyro_flows.infer.search.climb import SafeDensity
 
 __all__ = ["GuideFit", "load_guide"]
 
 EVEN = 0.95  # effective sample size of weights that need no more
-KIND, VERSION = "saved fit of a guide", 2
+Walked = tuple[ChainDraws, Assessment]
+
+KIND, VERSION = "saved fit of a guide", 3
 
 
 class GuideFit:
@@ -46,6 +59,8 @@ class GuideFit:
         evaluations: the number of points at which the model's density was evaluated, from start to verdict.
         failures: the number of training draws whose density was not finite or could not be computed.
         notes: departures from the request, in words.
+        chains: draws of Markov chains, which :meth:`refine` and :meth:`nuts` make; then :meth:`sample` and all that
+            follow from it give these, the verdict is on them, and other numbers are the guide's.
     """
 
     def __init__(
@@ -60,8 +75,10 @@ class GuideFit:
         failures: int = 0,
         evaluations: int = 0,
         notes: tuple[str, ...] = (),
+        chains: ChainDraws | None = None,
     ) -> None:
         self.flow, self.latents, self.history, self._assessment = flow, latents, history, assessment
+        self.chains = chains
         self.guide, self._density = guide, density
         self.failures, self.evaluations, self.notes = failures, evaluations, notes
 
@@ -129,6 +146,11 @@ class GuideFit:
 
     def _unconstrained(self, name: str, num_samples: int, resampled: bool) -> Tensor:
         integer(name, "num_samples", num_samples, 0)
+        if self.chains is not None:
+            z = self.chains.draws.flatten(0, 1)
+            repeats = -(-num_samples // len(z))
+            order = torch.cat([torch.randperm(len(z)) for _ in range(repeats)] or [torch.arange(0)])[:num_samples]
+            return z[order.to(z.device)]
         if not resampled or num_samples == 0:
             return self.flow.sample((num_samples,))
         picked = self._picked(num_samples)
@@ -159,6 +181,177 @@ class GuideFit:
         The density is of the unconstrained latents, without the supports' Jacobians.
         """
         return self.flow.log_prob(self.latents.pack(values))
+
+    # Ways on.
+
+    def refine(
+        self, *, seconds: float | None = None, moves: int | None = None, seed: int | None = None, progress: bool = True
+    ) -> GuideFit:
+        r"""Walks from the guide to draws of the posterior, by many short Markov chains.
+
+        Chains begin at the guide's draws, resampled by their weights, and on modes that it misses. They move by
+        Hamiltonian steps in the flow's base, each with a step size of its own, and among the latents; by proposals of
+        the flow; and by jumps to Gaussians on modes and along ridges. All leave the posterior invariant. Between rounds
+        of walking, the flow learns by path gradients at the chains' states. A round is the result if nested R-hat, the
+        change between halves, and another walk agree, which begins at a widened guide, at the ends of ridges and on all
+        modes alike. Otherwise a longer round follows.
+
+        Ctrl-C raises ``KeyboardInterrupt``, whose attribute ``fit`` is the result so far.
+
+        Args:
+            seconds: the wall time at most.
+            moves: the rounds of moves of each chain at most; with a seed, a limit by moves gives the same draws each
+                time. By default 400 if there is no limit of seconds.
+            seed: of all random choices; by default the guide's.
+            progress: whether to show a bar.
+
+        Returns:
+            A fit with ``chains``, from which it samples, predicts and converts, and a verdict on them: ``"good"`` or
+            ``"chains not settled"``.
+
+        Raises:
+            ValueError: for a fit without its model, or of a model that subsamples its data.
+
+        References:
+            Nested R-hat (Margossian et al., 2021), arXiv:2110.13017; Adaptive Monte Carlo Augmented with Normalizing
+            Flows (Gabrié et al., 2021), arXiv:2105.12603; On Sampling with Approximate Transport Maps (Grenioux et al.,
+            2023), arXiv:2302.04763.
+        """
+        if seconds is not None and not 0 < seconds < math.inf:
+            raise ValueError(f"refine: expected seconds to be a positive number, got {seconds!r}")
+        if moves is not None:
+            integer("refine", "moves", moves)
+        begin = processes.clock()
+
+        def run(
+            guide: AutoFlow, own: JointDensity, density: JointDensity, bar: ChainBar, so_far: list[Callable[[], object]]
+        ) -> Walked:
+            budget = Budget(DEFAULT_MOVES if seconds is None and moves is None else moves, seconds, begin)
+            count = choose_chains(density, self.assessment.draws, seconds)
+            starts = None if self.chains is None else self.chains.draws[:, -1]
+            refining = Refining(guide.flow, density, self.assessment, guide.initial, budget, count, starts, bar)
+            # An interruption ends the lead of the first process, and with it the shared density.
+            so_far.append(lambda: self._walked(guide, *refining.result(own)))
+            try:
+                refining.run()
+            finally:
+                with interrupts_held_back():
+                    refining.settle()
+            return refining.result(density)
+
+        return self._walk("refine", run, seed, progress)
+
+    def nuts(
+        self,
+        *,
+        num_samples: int = 1000,
+        warmup_steps: int = 500,
+        num_chains: int = 4,
+        seed: int | None = None,
+        progress: bool = True,
+    ) -> GuideFit:
+        r"""Samples the posterior by Pyro's NUTS in the base of the flow (NeuTra), chains one after another.
+
+        Where the guide is exact, NUTS moves on a standard normal; elsewhere it corrects the guide. Chains begin at the
+        guide's draws, resampled by their weights. Each leap costs a gradient of the model and a pass of the flow with
+        its gradient. NUTS does not jump between modes: if there are several, :meth:`refine` is the better choice.
+
+        Ctrl-C raises ``KeyboardInterrupt``, whose attribute ``fit`` is the result of whole chains so far, or ``None``.
+
+        Args:
+            num_samples: the draws of each chain.
+            warmup_steps: the steps before these, which adapt step size and metric.
+            num_chains: the number of chains.
+            seed: of all random choices; by default the guide's.
+            progress: whether to show a bar.
+
+        Returns:
+            A fit with ``chains``, as of :meth:`refine`; divergences and R-hat are in the verdict.
+
+        Raises:
+            ValueError: for a fit without its model, or of a model that subsamples its data.
+
+        References:
+            NeuTra-lizing Bad Geometry in HMC Using Neural Transport (Hoffman et al., 2019), arXiv:1903.03704; The
+            No-U-Turn Sampler (Hoffman & Gelman, 2011), arXiv:1111.4246.
+        """
+        for name, value in {"num_samples": num_samples, "warmup_steps": warmup_steps, "num_chains": num_chains}.items():
+            integer("nuts", name, value, 0 if name == "warmup_steps" else 4 if name == "num_samples" else 1)
+
+        def run(
+            guide: AutoFlow, own: JointDensity, density: JointDensity, bar: ChainBar, so_far: list[Callable[[], object]]
+        ) -> Walked:
+            known = self.assessment
+            z = resample(known.draws, known.log_weights, num_chains)
+            with torch.no_grad():
+                starts = guide.flow.chain.inverse_and_ladj(z)[0]
+            sampled = BaseChains(guide.flow, SafeDensity(density, z), starts)
+
+            def result(density: JointDensity, stopped: str = "") -> Walked:
+                draws, verdict = sampled.result(density, stopped)
+                return draws, reassessed(known, guide.flow, density, draws, verdict)
+
+            def interrupted() -> GuideFit | None:
+                if not sampled.ready:
+                    return None
+                return self._walked(guide, *result(own, "The chains were interrupted."))
+
+            so_far.append(interrupted)
+            sampled.run(num_samples, warmup_steps, bar.show)
+            return result(density)
+
+        return self._walk("nuts", run, seed, progress)
+
+    def _walk(self, name: str, run: Callable[..., Walked], seed: int | None, progress: bool) -> GuideFit:
+        """Runs chains on a copy of the guide, led by the first of several processes."""
+        so_far: list[Callable[[], object]] = []
+        with carrying(so_far), processes.joined(name), ExitStack() as stack:
+            guide, density = self._to_walk(name)
+            bar = ChainBar(name, progress and not processes.rank())
+            seed = guide.seed if seed is None else seed
+            for each in (pyro_as_it_was(), seeded(seed), poutine.block(), torch.enable_grad(), bar):
+                stack.enter_context(each)
+            self.assessment  # noqa: B018  # judged by all processes, before the first leads
+
+            def led(shared: JointDensity) -> tuple[dict[str, Tensor], Walked]:
+                found = run(guide, density, shared, bar, so_far)
+                return guide.flow.state_dict(), found
+
+            state, found = processes.led(density, guide.initial, led)
+            guide.flow.load_state_dict(state)
+        return self._walked(guide, *found)
+
+    def _to_walk(self, name: str) -> tuple[AutoFlow, JointDensity]:
+        """Returns a copy of the guide, and the density.
+
+        Raises:
+            ValueError: without a model, or if it sees part of its data in each run.
+        """
+        if self.guide is None or self._density is None:
+            raise ValueError(
+                f"{name}: this fit was loaded without its model, so chains have no density; fit the guide again, or "
+                "save the result of this method in its place"
+            )
+        if self.guide.subsampled:
+            raise ValueError(
+                f"{name}: the model sees a part of its data in each run, and chains need the density of all; build the "
+                "model without subsampling (subsample_size=None) and fit it"
+            )
+        return copy.deepcopy(self.guide), self._density
+
+    def _walked(self, guide: AutoFlow, chains: ChainDraws, assessment: Assessment) -> GuideFit:
+        return GuideFit(
+            guide.flow,
+            guide.latents,
+            self.history,
+            assessment,
+            guide=guide,
+            density=self._density,
+            failures=self.failures,
+            evaluations=self.evaluations,
+            notes=self.notes,
+            chains=chains,
+        )
 
     # Predictions.
 
@@ -229,7 +422,7 @@ class GuideFit:
         sees part of its data per run has no log-likelihoods or predictions here.
 
         Args:
-            num_samples: the number of draws.
+            num_samples: the number of draws; of a fit with ``chains``, that of whole chains with about as many.
             posterior_predictive: whether to run the model for this group; needs the model.
             log_likelihood: whether to run the model for this group.
             resampled: whether to resample the draws by their weights, which are then left out.
@@ -240,7 +433,14 @@ class GuideFit:
         """
         known = self.assessment
         weights: dict[str, Any] = {}
-        if resampled:
+        num_chains = None
+        if self.chains is not None:
+            many, kept = self.chains.draws.shape[:2]
+            # ArviZ takes more chains than draws for a mistake.
+            num_chains = min(many, kept, max(1, -(-num_samples // kept)))
+            rows = torch.arange(num_chains) * many // num_chains
+            z, weights["log_p"] = self.chains.draws[rows].flatten(0, 1), self.chains.log_p[rows].flatten()
+        elif resampled:
             picked = self._picked(num_samples)
             z = resample(known.draws, known.log_weights, num_samples) if picked is None else picked
         else:
@@ -272,7 +472,9 @@ class GuideFit:
                     }
                 if log_likelihood:
                     groups["log_likelihood"] = predictions.log_likelihoods(self._density, z)
-        attrs = {"khat": self.khat, "ess": self.ess, "verdict": self.verdict.label}
+        attrs: dict[str, Any] = {"verdict": self.verdict.label}
+        if self.chains is None:
+            attrs |= {"khat": self.khat, "ess": self.ess}
         return to_arviz(
             posterior,
             **weights,
@@ -281,6 +483,7 @@ class GuideFit:
             coords=coords,
             dims=dims,
             attrs=attrs,
+            num_chains=num_chains,
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -304,7 +507,9 @@ class GuideFit:
                 "give the builder again: load_guide(path, builder=...)",
                 stacklevel=2,
             )
-        numbers = stored.Numbers(self.history, self.assessment, self.failures, self.evaluations, tuple(self.notes))
+        numbers = stored.Numbers(
+            self.history, self.assessment, self.failures, self.evaluations, tuple(self.notes), self.chains
+        )
         state = {"flow": vars(flow), "latents": stored.plain_latents(self.latents), **asdict(numbers)}
         write_state(path, state, kind=KIND, version=VERSION)
 

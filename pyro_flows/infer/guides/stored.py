@@ -14,6 +14,7 @@ from pyro_flows.core.chain import Chain
 from pyro_flows.core.modes import on_cpu
 from pyro_flows.core.recipes import made_from, recipe
 from pyro_flows.distributions import Flow
+from pyro_flows.infer.diagnostics.settling import ChainDraws
 from pyro_flows.infer.diagnostics.verdict import LABELS
 from pyro_flows.infer.guides.assessment import Assessment
 from pyro_flows.infer.guides.builders import Builder, as_flow_of
@@ -118,7 +119,9 @@ def flow_of(plain: FlowRecord, builder: Builder | None = None) -> Flow:
                     f"the builder of its flow used something that a file of plain data cannot hold: {plain.unnamed}; "
                     "give the guide's builder, load_guide(path, builder=...)"
                 )
-            first = _with_builder(chain.pop(0), builder) if len(chain) > 1 else as_flow_of(builder, plain.dim)
+            first = (
+                _with_builder(chain.pop(0), builder) if isinstance(chain[0], list) else as_flow_of(builder, plain.dim)
+            )
             chain = Chain([first, *chain])
         flow = Flow(chain, made_from(plain.base))
     dtypes = {name: value.dtype for name, value in plain.state.items()}
@@ -216,6 +219,7 @@ class Numbers:
     failures: int
     evaluations: int
     notes: tuple
+    chains: ChainDraws | None
 
     def check(self, dim: int) -> None:
         """Refuses shapes and words that no fit of ``dim`` dimensions has."""
@@ -223,6 +227,16 @@ class Numbers:
         _check_shapes(vars(found), len(found.draws), draws=(dim,))
         if probe is not None:
             _check_shapes(vars(probe), len(probe.locations), locations=(dim,), scale=(dim, dim))
+        if found.walk is not None:
+            _check_shapes(vars(found.walk), len(found.walk.log_weights))
+        if self.chains is not None:
+            places = self.chains.draws.shape
+            if (
+                len(places) != 3
+                or places[2] != dim
+                or {self.chains.log_p.shape, self.chains.log_q.shape} != {places[:2]}
+            ):
+                raise ValueError(f"chains of shape {tuple(places)}")
         if found.verdict.label not in LABELS:
             raise ValueError(f"a verdict {found.verdict.label!r}")
         if len({len(column) for column in vars(self.history).values()}) > 1:

@@ -17,7 +17,10 @@ __all__ = ["Loop", "main"]
 
 
 class Loop(torch.nn.Module):
-    """``count`` steps, each on rows of tables chosen by a row of ``index``, as a loop that stays one in the graph."""
+    """``count`` steps as a loop that stays one in the graph.
+
+    Each takes its part of ``each``; where there are ``tables``, the first part chooses rows of these.
+    """
 
     def __init__(self, request: dict[str, Any]) -> None:
         super().__init__()
@@ -29,7 +32,7 @@ class Loop(torch.nn.Module):
     def step(
         self, state: Sequence[Tensor], rate: Tensor, weight: Tensor, settings: Tensor, inputs: Sequence[Tensor]
     ) -> tuple[list[Tensor], Tensor, Tensor]:
-        """One step: the new state, the score and the gradient's norm."""
+        """One step: the new state, the scores and the gradient's norm."""
         request, (values, first, second, steps, *mean) = self.request, state
         (b1, b2), places = request["betas"], request["places"]
         parameters = [values[at : at + size].view(shape) for at, size, shape in places]
@@ -60,29 +63,30 @@ class Loop(torch.nn.Module):
         count: Tensor,
         rates: Tensor,
         weights: Tensor,
-        index: Tensor,
-        shares: Tensor,
+        each: list[Tensor],
         tables: list[Tensor],
         constants: list[Tensor],
     ) -> Any:
-        """Returns the new state, and the score and norm of each step, 0 after the last."""
+        """Returns the new state, and the scores and norm of each step, 0 after the last."""
         every = torch.arange(len(rates))
+        zeros = torch.zeros_like(rates)
 
         def goes_on(k: Tensor, *_: Tensor) -> Tensor:
             return k < count
 
         def body(k: Tensor, scores: Tensor, norms: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
             at = k.reshape(1)
-            chosen = index.index_select(0, at)[0]
-            inputs = [table.index_select(0, chosen) for table in tables]
-            inputs.append(shares.index_select(0, at)[0])
-            rate, weight = (each.index_select(0, at)[0] for each in (rates, weights))
+            rate, weight, *inputs = (given.index_select(0, at)[0] for given in (rates, weights, *each))
+            if tables:
+                inputs = [*(table.index_select(0, inputs[0]) for table in tables), *inputs[1:]]
             found, score, norm = self.step(state, rate, weight, settings, [*inputs, *constants])
             here = every == k
-            return k + 1, torch.where(here, score, scores), torch.where(here, norm, norms), *found
+            scores = torch.where(here.unsqueeze(-1), score.reshape(-1), scores)
+            return k + 1, scores, torch.where(here, norm, norms), *found
 
         zero = torch.zeros((), dtype=torch.int64)
-        return while_loop(goes_on, body, (zero, torch.zeros_like(rates), torch.zeros_like(rates), *state))[1:]
+        scores = zeros.unsqueeze(-1).repeat(1, self.request["scores"])
+        return while_loop(goes_on, body, (zero, scores, zeros, *state))[1:]
 
 
 def main() -> None:

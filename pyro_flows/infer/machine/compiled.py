@@ -31,7 +31,9 @@ STEPS = 64  # at most in a call
 COST = 30.0, 0.05  # seconds of compiling, in all and for each call in the graph
 GAIN = 2.0  # least time left, in units of that cost
 LEAST = 1.0  # seconds left that a file on disk is worth
+LOOKING = 10.0  # seconds left in which a graph made for the purpose is worth it
 FILES = 100  # kept on disk
+LONGEST = 5000  # calls in a graph
 CHECKED = 3  # steps that are compared with plain ones
 CALL = 0.25  # seconds of a call, after which a fit can be interrupted
 
@@ -58,35 +60,53 @@ class CompiledSteps:
     """
 
     def __init__(self, compile: bool | str, why_not: str | None = None) -> None:
-        self.compile, self.why_not = compile, why_not if compile else "compile=False"
+        self.compile, self.why_not = compile, None if compile else "compile=False"
         self._run: Any = None
         self._process: subprocess.Popen[bytes] | None = None
         self._work: tempfile.TemporaryDirectory[str] | None = None
         self._path: Path | None = None
         self._constants: list[Tensor] = []
-        self._steps, self._rows = STEPS, 0
+        self.steps = STEPS
         self.trusted = False
+        if compile and why_not is not None:
+            self.refuse(why_not)
+
+    def worth_a_look(self, seconds: float) -> bool:
+        """Whether steps may be compiled, or be on disk, in a fit with ``seconds`` left, so that a graph is needed."""
+        if self.why_not is not None or self.compile is True:
+            return self.why_not is None
+        return seconds > GAIN * COST[0] or (seconds > LOOKING and any(cache_folder().glob("*.pt2")))
 
     def consider(
-        self, graph: Graph | None, optimizer: AdamW, pieces: Sequence[Tensor], tables: Sequence[Tensor], seconds: float
+        self,
+        graph: Graph | None,
+        optimizer: AdamW,
+        each: Sequence[Tensor],
+        tables: Sequence[Tensor],
+        seconds: float,
+        scores: int = 1,
     ) -> None:
         """Starts compiling ``graph`` if that pays in a fit with ``seconds`` left, or takes it from disk.
 
-        ``graph`` is of the parameters, of the rows of ``tables`` that one of ``pieces`` names, longest first, and of
-        each row's share of the score; it returns the score and the gradients.
+        ``graph`` is of the parameters and of a step's part of ``each``; of rows of ``tables``, if there are any, in
+        place of the first, which has their numbers.  It returns a tensor of ``scores`` and the gradients.
         """
         if self.why_not is not None or self._path is not None or graph is None:
             return
         if not graph.portable:
             self.refuse("a kernel of this flow is no plain operation of torch")
             return
+        if len(graph) > LONGEST:
+            self.refuse(f"{len(graph)} operations, more than {LONGEST}, take too long to compile")
+            return
         self._constants = [each.detach().clone(memory_format=torch.contiguous_format) for each in graph.constants]
-        self._steps, self._rows = min(STEPS, len(pieces)), len(pieces[0])
-        inputs = [*self._inputs(optimizer, 1.0, [0.0], [0.0], pieces[:1], tables), self._constants]
+        self.steps = len(each[0])
+        inputs = [*self._inputs(optimizer, 1.0, [0.0], [0.0], each, tables), self._constants]
         pairs = zip(optimizer.offsets, optimizer.parameters, strict=True)
         request = {
             "code": graph.program.code,
             "places": [(at, p.numel(), tuple(p.shape)) for at, p in pairs],
+            "scores": scores,
             "parts": [(speed, part.start, part.stop) for speed, part in optimizer.parts.items()],
             "betas": BETAS,
             "eps": EPS,
@@ -131,7 +151,7 @@ class CompiledSteps:
         if last is not None:
             most = min(most, last - budget.done)
         seconds = min(CALL, budget.left())
-        return max(1, min(most, self._steps, int(seconds / max(budget.step_seconds, 1e-9))))
+        return max(1, min(most, self.steps, int(seconds / max(budget.step_seconds, 1e-9))))
 
     def agrees(self, optimizer: AdamW, state: Sequence[Tensor]) -> bool:
         """Whether plain steps gave the same buffers; compiled steps are trusted from then on."""
@@ -144,13 +164,12 @@ class CompiledSteps:
         most: float | None,
         factors: Sequence[float],
         weights: Sequence[float],
-        pieces: Sequence[Tensor],
+        each: Sequence[Tensor],
         tables: Sequence[Tensor],
     ) -> tuple[list[Tensor], Tensor, Tensor]:
-        """Takes a step for each of ``pieces``; returns the new buffers, and each step's score and norm."""
+        """Takes a step for each of ``factors``; returns the new buffers, and each step's scores and norm."""
         rates = [optimizer.lr * factor for factor in factors]
-        given = self._inputs(optimizer, most, rates, weights, pieces, tables)
-        flat = [*given[0], *given[1:-1], *given[-1], *self._constants]
+        flat = [*tree_leaves(self._inputs(optimizer, most, rates, weights, each, tables)), *self._constants]
         scores, norms, *buffers = self._run(flat)
         return buffers, scores[: len(factors)], norms[: len(factors)]
 
@@ -166,8 +185,10 @@ class CompiledSteps:
             self._work = None
 
     def refuse(self, why_not: str) -> None:
-        """Goes on without compiled steps."""
+        """Goes on without compiled steps; says so if they were asked for."""
         self._run, self.why_not = None, why_not
+        if self.compile is True:
+            self._tell()
 
     @on_cpu
     def _inputs(
@@ -176,21 +197,15 @@ class CompiledSteps:
         most: float | None,
         rates: Sequence[float],
         weights: Sequence[float],
-        pieces: Sequence[Tensor],
+        each: Sequence[Tensor],
         tables: Sequence[Tensor],
     ) -> list[Any]:
-        like, steps = optimizer.values, self._steps
+        like = optimizer.values
         settings = torch.tensor([float("inf") if most is None else most, optimizer.weight_decay], dtype=like.dtype)
-        padded = torch.zeros(2, steps, dtype=like.dtype)
+        padded = torch.zeros(2, self.steps, dtype=like.dtype)
         padded[0, : len(rates)], padded[1, : len(weights)] = torch.tensor(rates), torch.tensor(weights)
-        rows, shares = (
-            torch.zeros(steps, self._rows, dtype=torch.int64),
-            torch.zeros(steps, self._rows, dtype=like.dtype),
-        )
-        for k, piece in enumerate(pieces):  # shorter ones are filled up with rows that do not count
-            rows[k, : len(piece)], shares[k, : len(piece)] = piece, 1 / len(piece)
         count = torch.tensor(len(rates))
-        return [optimizer.buffers, settings, count, padded[0].clone(), padded[1].clone(), rows, shares, list(tables)]
+        return [optimizer.buffers, settings, count, padded[0].clone(), padded[1].clone(), list(each), list(tables)]
 
     def _start(self, request: dict[str, Any], path: Path) -> None:
         folder = path.parent
@@ -216,9 +231,12 @@ class CompiledSteps:
 
     def _give_up(self, why_not: str) -> None:
         self.refuse(why_not)
-        if why_not not in _told:
-            _told.add(why_not)
-            warnings.warn(f"training goes on without compiled steps: {why_not}", RuntimeWarning, stacklevel=2)
+        self._tell()
+
+    def _tell(self) -> None:
+        if self.why_not is not None and self.why_not not in _told:
+            _told.add(self.why_not)
+            warnings.warn(f"training goes on without compiled steps: {self.why_not}", RuntimeWarning, stacklevel=3)
 
 
 def _checksum(request: dict[str, Any], inputs: list[Any]) -> str:

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from pyro_flows.core.modes import full_precision, recording
 from pyro_flows.infer.machine.randomness import random_state, set_random
-from pyro_flows.inverse.sweep import KERNELS
+from pyro_flows.inverse.sweep import BY_BLOCKS, KERNELS
 
 __all__ = ["Graph", "RecordError", "Replay", "alike", "record", "replayable", "unrecorded"]
 
@@ -130,10 +130,16 @@ class Replay:
         self._calls: dict[Any, int] = {}
         self.recordings = 0
 
-    def graph_of(self, *inputs: Tensor | None) -> Graph | None:
-        """Returns the recording that was found right for inputs like these."""
+    def graph_of(self, *inputs: Tensor | None, whole: bool = False) -> Graph | None:
+        """Returns the recording that was found right for inputs like these; ``whole`` makes a new one."""
         key = _shapes(inputs)
-        return self._graphs.get(key) if self.why_not is None and self._calls.get(key, 0) > TRIALS else None
+        if self.why_not is not None or self._calls.get(key, 0) <= TRIALS:
+            return None
+        if not whole:
+            return self._graphs.get(key)
+        given = [*self.parameters, *(each for each in inputs if each is not None)]
+        with torch.random.fork_rng([]):  # whole ones are for the CPU
+            return record(lambda: self.run(*inputs), given, whole=True)[1]
 
     def __call__(self, *inputs: Tensor | None) -> Results:
         """Returns the function's results, without gradients."""
@@ -214,7 +220,7 @@ def replayable(module: nn.Module) -> str | None:
 def unrecorded(call: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> tuple[Tensor, ...]:
     """Calls a function of tensors, without gradients; a recording keeps the call as one step of its own."""
     recorder = _Recorder.active
-    if recorder is None:
+    if recorder is None or recorder.whole:
         found = call(*inputs)
         if _Call.results is not None:
             _Call.results.append(found)
@@ -253,19 +259,20 @@ class _Call:
 
 
 def record(
-    run: Callable[[], Results], inputs: Sequence[Tensor], failures: list[Tensor] | None = None
+    run: Callable[[], Results], inputs: Sequence[Tensor], failures: list[Tensor] | None = None, whole: bool = False
 ) -> tuple[Results, Graph]:
     """Runs a computation of ``inputs`` and records it; returns its results and the graph.
 
     Backward passes inside are recorded as well, random numbers are drawn anew in each run, and constants are used as
     they are then.  What Python computes of numbers, shapes, constants and branches stays as it was.  With ``failures``,
-    decompositions of matrices do not raise, but append their codes, 0 for success.
+    decompositions of matrices do not raise, but append their codes, 0 for success.  A ``whole`` recording has no calls
+    but of torch, for a compiler.
 
     Raises:
         RecordError: if Python asks for a value that depends on the inputs or on random numbers, or a tensor from
             outside is changed.
     """
-    recorder = _Recorder.active = _Recorder(inputs, failures)
+    recorder = _Recorder.active = _Recorder(inputs, failures, whole)
     collects = gc.isenabled()
     gc.disable()  # a third of the time, since all that is made is kept
     try:
@@ -307,9 +314,9 @@ class _Recorder(TorchDispatchMode):
 
     active: _Recorder | None = None
 
-    def __init__(self, inputs: Sequence[Tensor], failures: list[Tensor] | None) -> None:
+    def __init__(self, inputs: Sequence[Tensor], failures: list[Tensor] | None, whole: bool = False) -> None:
         super().__init__()
-        self.failures = failures
+        self.failures, self.whole = failures, whole
         self.graph = fx.Graph()
         self.nodes: dict[int, fx.Node] = {}
         self.kept: list[Tensor] = []  # so that no id and no storage occurs twice
@@ -338,6 +345,9 @@ class _Recorder(TorchDispatchMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> object:
         kwargs = dict(kwargs or {})
+        if self.whole and func in BY_BLOCKS:
+            with self:
+                return BY_BLOCKS[func](*args, **kwargs)
         if func is aten._linalg_check_errors.default and self.failures is not None:
             self.failures.append(args[0])
             return None
@@ -451,13 +461,11 @@ class _Recorder(TorchDispatchMode):
                 continue
             same = self._same(node)
             fixed |= node.target in LIKE and self._is_pure(node)
-            if same is None and (fixed or self._is_pure(node)):
-                if fixed and not self._storages(node) & written:
-                    same = self.graph.placeholder(f"c{len(self.constants)}")
-                    self.constants[same] = same.meta["value"] = node.meta["value"]
-                else:
-                    key = _key(node)
-                    same = seen.setdefault(key, node)
+            if same is None and fixed and not self._storages(node) & written:
+                same = self.graph.placeholder(f"c{len(self.constants)}")
+                self.constants[same] = same.meta["value"] = node.meta["value"]
+            elif same is None and self._is_pure(node):
+                same = seen.setdefault(_key(node), node)
             if same is not None and same is not node:
                 if "value" not in node.meta:  # several results
                     for part in list(node.users):
@@ -543,6 +551,8 @@ class _Recorder(TorchDispatchMode):
         if any(isinstance(each, list) and None in each for each in node.args):
             return
         name = func._schema.name.removeprefix("aten::")
+        if name.startswith("__"):  # an operator of Python
+            return
         homes = (torch._C._nn,) if func._schema.is_mutable else (torch._C._VariableFunctions, torch._C._nn)
         quick = next((getattr(home, name) for home in homes if hasattr(home, name)), None)
         if quick is not None and node.kwargs.keys() <= FACTORS:

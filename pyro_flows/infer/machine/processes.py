@@ -32,6 +32,7 @@ __all__ = [
     "everyone",
     "from_first",
     "gathered",
+    "heed",
     "joined",
     "led",
     "made_alike",
@@ -385,6 +386,12 @@ def led(density: Density, like: Tensor, run: Callable[[Density], Result]) -> Res
             meeting.evaluated(density, z, bool(order[3]))
     _share_random()
     return from_first(lambda: result)
+
+
+def heed() -> None:
+    """Raises an interruption in the process that leads, which may not send a message for long."""
+    if _meeting is not None and _meeting.leading and _meeting.interrupted:
+        raise KeyboardInterrupt
 
 
 class _Shared:

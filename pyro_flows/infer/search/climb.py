@@ -148,7 +148,9 @@ def climb(
     memory: int | None = 10,
     tolerance: float = 1e-7,
     metric: Tensor | None = None,
+    exact: bool = True,
     seconds: float | None = None,
+    enough: tuple[float, int] | None = None,
 ) -> Paths:
     r"""Climbs from all starts at once by quasi-Newton steps :math:`z \leftarrow z + t H \nabla\log p(z)`.
 
@@ -158,8 +160,10 @@ def climb(
 
     With ``memory`` pairs of differences the climb is L-BFGS, with Gilbert and Lemaréchal's diagonal update; ``None``
     keeps :math:`H` as a matrix (BFGS): fewer steps at :math:`O(D^2)` each. ``metric``, ``(S, D, D)``, is the first
-    :math:`H`, of which L-BFGS takes the diagonal; without one the first step has length at most 1. ``steps`` limits
-    each start, ``seconds`` the wall-clock time between calls.
+    :math:`H`, of which L-BFGS takes the diagonal; unless it is ``exact``, BFGS scales it to fit the first difference.
+    Without one the first step has length at most 1. ``steps`` limits
+    each start, ``seconds`` the wall-clock time between calls. ``enough``, a part and a number, ends all climbs once
+    that part of them has ended or taken so many steps.
 
     Raises:
         ValueError: for starts of another shape than ``(S, D)``.
@@ -174,14 +178,20 @@ def climb(
     before = safe.evaluations
     point = starts.detach().double().cpu()
     value, slope = safe.gradients(point)
-    curvature = _Dense(point, slope, metric) if memory is None else _Limited(point, slope, metric, memory)
+    curvature = _Dense(point, slope, metric, exact) if memory is None else _Limited(point, slope, metric, memory)
     search = _Search(safe, point, value, slope, curvature, tolerance)
     path = [[(point[i], value[i], slope[i])] for i in range(len(point))]
-    while search.active.any() and not safe.expired:
+    going = int(search.active.sum())
+    while going and not safe.expired:
         for i in search.advance():
             path[i].append((search.point[i].clone(), search.value[i].clone(), search.slope[i].clone()))
             if len(path[i]) > steps:
                 search.active[i] = False
+        going = int(search.active.sum())
+        if enough is not None:
+            active = search.active.tolist()
+            short = sum(on and len(row) <= enough[1] for on, row in zip(active, path, strict=True))
+            going *= short > (1 - enough[0]) * len(path)
     columns = [[torch.stack(kind) for kind in zip(*row, strict=True)] for row in path]
     positions, values, gradients = ([row[k] for row in columns] for k in range(3))
     return Paths(positions, gradients, values, search.converged, safe.evaluations - before)
@@ -190,8 +200,8 @@ def climb(
 class _Dense:
     """Inverse Hessians as matrices, ``(S, D, D)``, by BFGS."""
 
-    def __init__(self, point: Tensor, slope: Tensor, metric: Tensor | None) -> None:
-        self.scaled = metric is not None
+    def __init__(self, point: Tensor, slope: Tensor, metric: Tensor | None, exact: bool) -> None:
+        self.exact = exact and metric is not None
         if metric is None:
             metric = identity(point) / slope.norm(dim=-1).clamp(min=1.0)[:, None, None]
         self.first = metric
@@ -206,9 +216,9 @@ class _Dense:
         rows, step, change = rows[keep], step[keep], change[keep]
         inner = (step * change).sum(-1)
         inverse = self.inverse[rows]
-        if not self.scaled:
-            ratio = (inner / (change * change).sum(-1))[:, None, None]
-            inverse = torch.where(self.fresh[rows, None, None], ratio * identity(step), inverse)
+        if not self.exact:
+            ratio = inner / (change * (inverse @ change[..., None])[..., 0]).sum(-1)
+            inverse = torch.where(self.fresh[rows, None, None], ratio[:, None, None] * inverse, inverse)
         self.inverse[rows] = bfgs(inverse, step, change)
         self.fresh[rows] = False
 

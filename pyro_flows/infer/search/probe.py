@@ -3,30 +3,45 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
 from pyro_flows.core.checks import integer
 from pyro_flows.infer.search.climb import LogDensity, SafeDensity, climb, identity
-from pyro_flows.infer.search.curvature import Peaks, laplace, triangular
+from pyro_flows.infer.search.curvature import Peaks, laplace, shortened, triangular
+from pyro_flows.infer.search.starting_points import starting_points
 
 __all__ = ["ModeProbe", "nothing_found", "probe_modes"]
 
 _STEPS, _CAUTION = 100, 0.1
 
 
-_DENSE, _TRIES = 300, 4
+_DENSE = 300
 
 
-_MODES = 12
+_MODES, _TOGETHER = 12, 8
 
 
 _SAMPLES = 512
 
 
-_BASIN = 16
+_CLIMBING = 0.85
+
+
+_LOOKED, _MOST = 20, 0.8
+
+
+_LONG, _ENOUGH = 30, 0.95
+
+
+_GRACE = 0.25
+
+
+_NEAR = 0.01
 
 
 _LEAST_SHARE, _LEAST_PART = 1e-3, 0.1
@@ -57,7 +72,11 @@ class ModeProbe:
     evaluations: int
     """Points at which the model's density was evaluated."""
     complete: bool
-    """Whether the search ended in time; if not, missing nothing says little."""
+    """Whether four fifths of the climbs ended or took 20 steps in time; if not, missing nothing says little."""
+    num_starts: int
+    """Points from which it climbed, with those of an earlier search."""
+    reach: float
+    """The largest distance of a start from ``initial``."""
 
 
 def probe_modes(
@@ -67,24 +86,25 @@ def probe_modes(
     initial: Tensor,
     *,
     log_evidence: float,
-    num_starts: int = 32,
+    log_weights: Tensor | None = None,
+    num_starts: int = 64,
+    num_rounds: int = 4,
     known: ModeProbe | None = None,
     generator: Generator | None = None,
     seconds: float | None = None,
 ) -> ModeProbe:
     r"""Climbs the posterior from many points and compares the guide's density with the model's at the maxima.
 
-    Half of the starts are overdispersed draws, 2 to 5 of the guide's standard deviations wide. The others surround
-    ``initial``, alternately uniform in :math:`(-2, 2)^D` and five times wider. Reflections of the guide's mean through
-    the origin and ``initial`` serve symmetric likelihoods. Climbs from the guide's own draws show its basins. Ends
-    without curvature in all directions (a funnel's neck) are not modes.
+    Half of the starts are near the guide and ``initial``, half at radii log-uniform from 3 to 1000
+    (:func:`~pyro_flows.infer.search.starting_points.starting_points`). Climbs from the guide's own draws, picked by
+    weight, show its basins. Ends without curvature in all directions (a funnel's neck) are not modes.
 
     The mass around a mode comes from importance sampling from its slightly widened Laplace Gaussian :math:`\ell`:
     :math:`m_p = \mathrm{E}_\ell[p / \ell]`, and :math:`m_q` for the guide. A mode is missed if
 
     - its share :math:`m_p / (Z + \text{mass missed})` is above 0.001,
     - the guide has less than a tenth of it, :math:`m_q < m_p / (10 Z)`, and
-    - fewer climbs from the guide's draws end there than a tenth of its share would have.
+    - fewer climbs from the guide's draws, picked by weight, end there than a tenth of its share would have.
 
     A heavy tail or a curved posterior fails the last condition.
 
@@ -94,9 +114,12 @@ def probe_modes(
         draws: at least two draws of the guide, ``(n, D)``.
         initial: the point from which fitting began, ``(D,)``.
         log_evidence: the guide's estimate of :math:`\log Z`, its ELBO or, better, by importance sampling.
-        num_starts: the number of dispersed climbs.
-        known: an earlier search of the same density, whose modes are judged again; it takes the place of half of the
-            dispersed climbs if it was complete.
+        log_weights: log-weights of the draws, ``(n,)``. Without them, draws of weight zero between two modes may climb
+            to one that the guide misses, and hide it.
+        num_starts: the number of climbs from outside of the guide.
+        num_rounds: the rounds of candidates, without gradients, for those of them that start far away.
+        known: an earlier search of the same density, whose modes are judged again. If it was complete, then this one
+            is, too, even if time ends its climbs.
         generator: the source of randomness, on the CPU.
         seconds: the wall-clock limit, checked between calls, after which modes are left out.
 
@@ -111,31 +134,43 @@ def probe_modes(
     integer("probe_modes", "num_starts", num_starts)
     if not math.isfinite(log_evidence):
         raise ValueError(f"probe_modes: expected a finite log_evidence, got {log_evidence}; estimate it from the draws")
-    if known is not None and known.complete:
-        num_starts = (num_starts + 1) // 2
     safe = SafeDensity(log_p, draws, seconds=seconds)
     guide = SafeDensity(log_q, draws)
     own = draws.detach().double().cpu()
-    own = own[own.isfinite().all(-1)]
+    whole = own.isfinite().all(-1)
+    own = own[whole]
+    weights = None if log_weights is None else log_weights.detach().double().cpu()[whole]
     spread = _spread(own)
-    points, inside = _starts(safe, own, initial.detach().double().cpu(), num_starts, generator)
-    dense = points.shape[-1] <= _DENSE
-    if not len(points) and safe.pace is not None and safe.expired:
-        return nothing_found(draws, safe.evaluations)
-    if not len(points):
-        raise ValueError(
-            "probe_modes: log_p is not finite at any start, not even at the guide's own draws; look at the fit and at "
-            "the model's density first"
-        ) from safe.error
-    # A full Newton step of the guide's size would carry every start into the guide's own mode.
-    size = torch.where(inside, 1.0, _CAUTION)[:, None, None]
-    metric = size * (spread @ spread.mT)
-    paths = climb(safe, points, memory=None if dense else 10, metric=metric, steps=_STEPS)
-    peaks, basin = _peaks(safe, *paths.ends()[:2], paths.converged, spread, inside, _known(known))
-    complete = not safe.expired
+    with safe.share(_CLIMBING):
+        starts = starting_points(
+            safe, own, weights, initial.detach().double().cpu(), spread, num_starts, num_rounds, generator
+        )
+        points, inside = starts.points, starts.inside
+        dense = points.shape[-1] <= _DENSE
+        if not len(points) and safe.pace is not None and safe.expired:
+            return nothing_found(draws, safe.evaluations)
+        if not len(points):
+            raise ValueError(
+                "probe_modes: log_p is not finite at any start, not even at the guide's own draws; look at the fit and "
+                "at the model's density first"
+            ) from safe.error
+        # A full Newton step of the guide's size would carry every start into the guide's own mode.
+        size = torch.where(inside, 1.0, _CAUTION)[:, None, None]
+        metric = size * (spread @ spread.mT)
+        with safe.share(_CLIMBING):
+            options: Any = {"metric": metric, "exact": False, "steps": _STEPS, "enough": (_ENOUGH, _LONG)}
+            paths = climb(safe, points, memory=None if dense else 10, **options)
+        peaks, basin = _peaks(safe, *paths.ends()[:2], paths.converged, spread, inside, _known(known))
+        # A climb that still goes on after many steps is on a ridge without an end, as in a funnel's neck.
+        taken = torch.tensor([len(path) for path in paths.values], device="cpu")
+        climbed = not safe.expired and bool((paths.converged | (taken > _LOOKED)).double().mean() >= _MOST)
     q_there = guide.values(peaks.points)
+    if seconds is not None and safe.deadline is not None:  # a mode without a mass would not count
+        safe.deadline = max(safe.deadline, time.monotonic() + _GRACE * seconds)
     mass_p, mass_q = _masses(safe, guide, peaks, generator)
     missed, share, rest = _judged(mass_p - log_evidence, mass_q.exp(), basin)
+    # Modes that an earlier search found are judged again without new climbs; time may have ended before.
+    complete = bool(mass_p.isfinite().all()) and (climbed or (known is not None and known.complete))
 
     def like(part: Tensor) -> Tensor:
         return part.to(draws.device, draws.dtype)
@@ -152,6 +187,8 @@ def probe_modes(
         missing_share=rest,
         evaluations=safe.evaluations,
         complete=complete,
+        num_starts=len(points) + (0 if known is None else known.num_starts),
+        reach=max(starts.reach, 0.0 if known is None else known.reach),
     )
 
 
@@ -159,7 +196,7 @@ def nothing_found(draws: Tensor, evaluations: int = 0) -> ModeProbe:
     """Returns the result of a search without time."""
     none, dim = draws.new_zeros(0), draws.shape[-1]
     places = none.reshape(0, dim), none.reshape(0, dim, dim)
-    return ModeProbe(*places, none, none, none, none, none, none.bool(), 0.0, evaluations, False)
+    return ModeProbe(*places, none, none, none, none, none, none.bool(), 0.0, evaluations, False, 0, 0.0)
 
 
 def _spread(own: Tensor) -> Tensor:
@@ -172,32 +209,6 @@ def _spread(own: Tensor) -> Tensor:
     ridge = 1e-4 * identity(own)
     frame = torch.cat([centered / size / math.sqrt(count), ridge]).mT
     return size[:, None] * triangular(frame[None])[0]
-
-
-def _starts(
-    safe: SafeDensity, own: Tensor, initial: Tensor, num_starts: int, generator: Generator | None
-) -> tuple[Tensor, Tensor]:
-    """Returns finite starting points ``(S, D)``, and which are the guide's draws."""
-    mean, size = own.mean(0), own.std(0)
-    around, elsewhere = num_starts - num_starts // 2, num_starts // 2
-    normal = torch.randn(_TRIES * around, len(mean), generator=generator, dtype=torch.float64, device="cpu")
-    wide = 2 + 3 * torch.rand(_TRIES * around, 1, generator=generator, dtype=torch.float64, device="cpu")
-    uniform = 4 * torch.rand(_TRIES * elsewhere, len(mean), generator=generator, dtype=torch.float64, device="cpu") - 2
-    uniform[1::2] *= 5
-    picked = own[:: max(1, len(own) // _BASIN)][:_BASIN]
-    mirrored = torch.stack([-mean, 2 * initial - mean, initial])
-    found: list[Tensor] = []
-    inside: list[bool] = []
-    for points, wanted, mine in (
-        (picked, _BASIN, True),
-        (mirrored, 3, False),
-        (mean + wide * size * normal, around, False),
-        (initial + uniform, elsewhere, False),
-    ):
-        points = points[safe.values(points).isfinite()][:wanted]
-        found.append(points)
-        inside += [mine] * len(points)
-    return torch.cat(found), torch.tensor(inside, dtype=torch.bool, device="cpu")
 
 
 def _peaks(
@@ -226,15 +237,19 @@ def _peaks(
 
     for peak in known:
         add(peak)
-    for i in order:
-        if not free[i]:
-            continue
-        if len(found) == _MODES or safe.expired:
-            break
-        peak = laplace(safe, ends[i : i + 1], spread[None], rounds=8)
-        free[i] = False
-        if peak.proper[0]:
-            add(peak)
+    apart = torch.linalg.solve_triangular(spread, ends.mT, upper=False).mT
+    while free.any() and len(found) < _MODES and not safe.expired:
+        rows: list[int] = []
+        for i in order:
+            if not free[i] or len(rows) == _TOGETHER:
+                continue
+            # Climbs that end at the same place.
+            free[((apart - apart[i]).norm(dim=-1) < _NEAR) & ((values - values[i]).abs() < _NEAR)] = False
+            rows.append(i)
+        peaks = shortened(safe, laplace(safe, ends[rows], spread.expand(len(rows), -1, -1), rounds=8))
+        for k in range(len(rows)):
+            if peaks.proper[k] and len(found) < _MODES:
+                add(Peaks(*(part[k : k + 1] for part in peaks)))
     if not found:
         dim = ends.shape[-1]
         none = ends.new_zeros(0)
@@ -265,11 +280,21 @@ def _masses(safe: SafeDensity, guide: SafeDensity, peaks: Peaks, generator: Gene
     constant = dim * math.log(wider) + 0.5 * dim * math.log(2 * math.pi) - math.log(_SAMPLES)
     size = constant + peaks.scale.diagonal(dim1=-2, dim2=-1).log().sum(-1)
     where = peaks.points[:, None] + wider * (noise @ peaks.scale.mT)
-    logs = []
-    for density in (safe, guide):
-        values = density.values(where.flatten(0, 1)).reshape(count, _SAMPLES)
-        logs.append((values + 0.5 * (noise * noise).sum(-1)).logsumexp(-1) + size)
-    return logs[0], logs[1]
+    # Each point counts for the peak to which it belongs: a wide one would else claim a part of its neighbor.
+    size = size[:, None] + 0.5 * (noise * noise).sum(-1) + _belonging(peaks, where)
+    logs = [density.values(where.flatten(0, 1)).reshape(count, _SAMPLES) + size for density in (safe, guide)]
+    return logs[0].logsumexp(-1), logs[1].logsumexp(-1)
+
+
+def _belonging(peaks: Peaks, where: Tensor) -> Tensor:
+    """Returns log-probabilities, by the Gaussians, that points ``(K, S, D)`` belong to their own peak, ``(K, S)``."""
+    if len(where) < 2:
+        return torch.zeros_like(where[..., 0])
+    away = (where[:, None] - peaks.points[:, None]).mT
+    away = torch.linalg.solve_triangular(peaks.scale, away, upper=False).square().sum(-2)
+    each = peaks.values[:, None] - 0.5 * away
+    own = torch.arange(len(where), device=where.device)
+    return each[own, own] - each.logsumexp(1)
 
 
 def _judged(log_part: Tensor, guide_share: Tensor, basin: Tensor) -> tuple[Tensor, Tensor, float]:
