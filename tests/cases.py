@@ -18,6 +18,7 @@ from pyro_flows.transforms import (
     Conv1x1,
     FixedSpline,
     Householder,
+    Plated,
     Preconditioner,
     Split,
     Squeeze,
@@ -346,6 +347,21 @@ def _leaves() -> Iterator[Case]:
     yield preconditioner("preconditioner", 4, full=True)
     yield preconditioner("preconditioner-diagonal", 4, full=False)
     yield preconditioner("preconditioner-one-dimension", 1, full=True)
+
+    def plated(name: str, count: int, members: list[list[list[int]]], ancestors: list[list[list[int]]] | None) -> Case:
+        def build(_: int) -> pf.FlowTransform:
+            places = [torch.tensor(each) for each in members]
+            above = None if ancestors is None else [torch.tensor(each).reshape(len(each), -1) for each in ancestors]
+            size = count + sum(each.numel() for each in places)
+            flow = pf.realnvp(count, num_layers=2, hidden_dims=(5,)) if count else None
+            return Plated(size, flow, places, above)
+
+        size = count + sum(len(row) for each in members for row in each)
+        return Case(name, ("Plated",), build, (size,), takes_context=False, scale=0.1)
+
+    yield plated("plated", 2, [[[1], [2], [3]]], None)
+    yield plated("plated-nested", 1, [[[4, 1], [0, 2]], [[5], [3], [6]]], [[[], []], [[4, 1], [0, 2], [0, 2]]])
+    yield plated("plated-without-globals", 0, [[[0, 2], [3, 1]]], None)
 
     def wrap(name: str, transform: torch_transforms.Transform, shape: tuple[int, ...], positive: bool = False) -> Case:
         build = lambda _: pf.Wrap(transform, shape)  # noqa: E731

@@ -12,6 +12,7 @@ from pyro_flows.transforms.linear import Conv1x1, Householder, LULinear
 from pyro_flows.transforms.mint.layer import Mint
 from pyro_flows.transforms.normalization import ActNorm
 from pyro_flows.transforms.pixels import LogitPixels
+from pyro_flows.transforms.plated import Plated
 from pyro_flows.transforms.preconditioner import Preconditioner
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "LogitPixels",
     "Mint",
     "Permutation",
+    "Plated",
     "Preconditioner",
     "Rescaling",
     "Split",

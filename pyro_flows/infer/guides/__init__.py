@@ -1,6 +1,7 @@
 """Guides made of flows: ``AutoFlow``, and ``fit_guide``, which fits and judges one."""
 
-from pyro_flows.infer.guides.auto import AutoFlow, default_builder
+from pyro_flows.infer.guides.auto import AutoFlow
+from pyro_flows.infer.guides.builders import default_builder
 from pyro_flows.infer.guides.fit import fit_guide
 from pyro_flows.infer.guides.loop import History
 from pyro_flows.infer.guides.posterior import PathPosterior

@@ -34,6 +34,7 @@ __all__ = ["Assessment", "assess", "weigh"]
 CHUNK = 1000
 DRAWS = 10_000
 FEWEST = 1000
+SEARCHED = 2000  # dimensions up to which matrices of a search for modes fit into memory
 WALKERS, MOVES = (512, 256, 128), 30
 SEVERAL_MOVES, LEAPS = 6, 6  # the fewest moves of a walk, and the evaluations of a move
 SEARCHING = 0.6  # part of the time after the draws
@@ -153,7 +154,7 @@ def assess(
     wide = importance(wide_p - wide_q)
     left = min(SEARCHING * (begin + seconds - time.monotonic()), search_seconds)
     probe = nothing_found(z)
-    if left > 0 and math.isfinite(found.log_evidence):
+    if left > 0 and math.isfinite(found.log_evidence) and len(initial) <= SEARCHED:
         probe = probe_behind(
             spline_of(flow),
             density,

@@ -6,14 +6,13 @@ import copy
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import TransformModule
 from pyro.infer.autoguide import AutoContinuous
 from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.params.param_store import param_with_module_name
@@ -27,63 +26,31 @@ from pyro_flows.core.chain import Chain
 from pyro_flows.core.checks import choice, integer
 from pyro_flows.core.memo import Kept
 from pyro_flows.core.transform import FlowTransform
-from pyro_flows.core.wrap import Wrap
 from pyro_flows.distributions import Flow, FlowDistribution
-from pyro_flows.flows import iaf, nsf, realnvp
+from pyro_flows.infer.guides.builders import Builder, as_flow_of, default_builder, find_structure, structured
 from pyro_flows.infer.guides.posterior import PathPosterior, Steady, preconditioner_of
 from pyro_flows.infer.machine.processes import led
 from pyro_flows.infer.models import prototype, sites
 from pyro_flows.infer.models.enumeration import can_be_summed, hidden_sites, unblocked
 from pyro_flows.infer.models.joint import FAILURES, JointDensity
 from pyro_flows.infer.models.latents import Latents
+from pyro_flows.infer.models.structure import Structure
+from pyro_flows.infer.models.whole import WholePlates, partly_seen
 from pyro_flows.infer.search.conditionals import straight_start
 from pyro_flows.transforms import FixedSpline, Preconditioner
-from pyro_flows.univariate.base import Affine
 
-__all__ = ["AutoFlow", "as_flow_of", "default_builder", "seeded"]
+__all__ = ["AutoFlow", "seeded"]
 
-Builder = Callable[[int], TransformModule]
 NOT_BUILT = "AutoFlow: this guide has not seen its model yet: call .setup(*args) with its arguments"
 NO_MODEL = "AutoFlow: this guide comes from a pickle, which holds no model; make a new one and load its state_dict"
 SLOW_SECONDS = 20.0  # for the start of a model that runs one draw at a time
 SEARCH = 0.2  # least share of the start's seconds for its search
+INNER = 0.7  # the same, for the start of a guide with the model's structure, before any other
 RECORDING = 0.7  # the same, for a recording of the density
 FULL_RANK = 300  # dimensions up to which the preconditioner is full
-GAIN = 0.1  # keeps the default flow stable at the step size 0.03 of Pyro's tutorials
 STARTS = ("pathfinder", "prior")
+DEPENDENCIES = ("model", "dense")
 _BUILT = itertools.count()
-
-
-def default_builder(input_dim: int) -> FlowTransform:
-    """The default flow of a guide with ``input_dim`` dimensions.
-
-    Up to 64 dimensions: three small autoregressive layers that sample in one pass, in alternating order. Beyond: affine
-    couplings between random halves, which cost less there. In one dimension: a spline.
-    """
-    if input_dim == 1:
-        return nsf(1, num_layers=1)
-    if input_dim <= 64:
-        # A far bound, because log-scales in a funnel follow another latent however far it goes.
-        return iaf(input_dim, num_layers=3, hidden_dims=(max(32, input_dim),) * 2, univariate=Affine(10.0, GAIN))
-    return realnvp(input_dim, num_layers=8, hidden_dims=(64, 64), mask="random", univariate=Affine(2.0, GAIN))
-
-
-def as_flow_of(builder: Builder, dim: int) -> FlowTransform:
-    """Makes one flow with a builder.
-
-    Raises:
-        ValueError: if the builder gives no flow of ``dim`` dimensions.
-    """
-    made = builder(dim)
-    if not isinstance(made, FlowTransform):
-        parts = list(made) if isinstance(made, Iterable) else [made]
-        if parts and all(isinstance(part, torch.distributions.Transform) for part in parts):
-            made = Chain([p if isinstance(p, FlowTransform) else Wrap(p, (dim,)) for p in parts])
-    if not isinstance(made, FlowTransform) or made.event_shape != (dim,) or made.context_dim:
-        raise ValueError(
-            f"AutoFlow: expected builder({dim}) to give a flow of {dim} dimensions without context, got {made!r}"
-        )
-    return made
 
 
 class AutoFlow(AutoContinuous):
@@ -105,7 +72,11 @@ class AutoFlow(AutoContinuous):
     Args:
         model: a Pyro model.
         builder: a function from a number of dimensions to a flow, e.g. ``partial(pf.realnvp, num_layers=8)``; by
-            default :func:`default_builder`.
+            default :func:`~pyro_flows.infer.guides.builders.default_builder`.
+        dependencies: ``"dense"``, any latent may depend on any other; or ``"model"``, members of plates are independent
+            given global latents and their ancestors in nested plates, as gradients of the density confirm (see
+            :class:`~pyro_flows.transforms.Plated`), and the builder makes the flow of the globals. By default
+            ``"model"`` for more than 64 latents, of which at most 32 are global, without a builder.
         start: ``"pathfinder"``, quasi-Newton paths and Laplace's approximation, ranked by their ELBO; or ``"prior"``, a
             small Gaussian around the initial point.
         init_loc_fn: a function that chooses each site's initial value (see ``pyro.infer.autoguide.initialization``); by
@@ -123,9 +94,11 @@ class AutoFlow(AutoContinuous):
     Attributes:
         flow: the :class:`~pyro_flows.distributions.Flow` of the unconstrained latents, once built.
         latents: the latents' names, shapes and supports, once built.
+        structure: the global latents and the members of plates, if the guide has these dependencies, else ``None``.
 
     Raises:
-        ValueError: for unknown options; and, at the first call, for models that no such guide can represent.
+        ValueError: for unknown options; and, at the first call, for models that no such guide can represent, or
+            without the structure that ``dependencies="model"`` demands.
 
     References:
         Variational Inference with Normalizing Flows (Rezende & Mohamed, 2015), arXiv:1505.05770.
@@ -137,6 +110,7 @@ class AutoFlow(AutoContinuous):
     latents: Latents
     flow: Flow
     initial: Tensor
+    structure: Structure | None
     plain_model: sites.Model  # the original one
 
     def __init__(
@@ -144,6 +118,7 @@ class AutoFlow(AutoContinuous):
         model: sites.Model,
         builder: Builder | None = None,
         *,
+        dependencies: str | None = None,
         start: str = "pathfinder",
         init_loc_fn: prototype.Init | None = None,
         path_gradient: bool = True,
@@ -162,6 +137,8 @@ class AutoFlow(AutoContinuous):
                 f"partial(pf.realnvp, num_layers=8), got {type(builder).__name__}"
             )
         choice("AutoFlow", "start", start, STARTS)
+        if dependencies is not None:
+            choice("AutoFlow", "dependencies", dependencies, DEPENDENCIES)
         if tempering is not None and not 0 < tempering <= 1:
             raise ValueError(f"AutoFlow: expected tempering to be in (0, 1], got {tempering}")
         if num_particles is not None:
@@ -172,6 +149,7 @@ class AutoFlow(AutoContinuous):
         self._rename()
         self.__dict__["plain_model"] = model  # past torch, which would register a module
         self.builder, self.start, self.init_loc_fn = builder, start, init_loc_fn
+        self.dependencies = dependencies
         self.path_gradient, self.num_particles, self.tempering = path_gradient, num_particles, tempering
         self.num_starts, self.flow_dtype, self.seed = num_starts, dtype, seed
         self.subsampled = False
@@ -185,6 +163,7 @@ class AutoFlow(AutoContinuous):
         self.discrete: frozenset[str] = frozenset()  # hidden sites that the density sums out
         self.why_not_summed: str | None = None
         self._hidden: frozenset[str] = frozenset()
+        self._parts: dict[str, int] = {}  # sizes of the parts of plates that a run of the model sees
         self._sizes: prototype.Sizes = {}  # the arguments at building
         self._fitting: prototype.Sizes = {}  # the last other arguments that fit
         self._observed: set[str] = set()
@@ -206,7 +185,7 @@ class AutoFlow(AutoContinuous):
         """Discards the flow, so that the next call rebuilds the guide, with new parameter names; returns the guide."""
         self.prototype_trace = self.vectorized = None
         self._sizes = self._fitting = {}
-        for name in ("flow", "latents", "_first_density"):
+        for name in ("flow", "latents", "structure", "_first_density"):
             if hasattr(self, name):
                 delattr(self, name)
         self._rename()
@@ -245,11 +224,21 @@ class AutoFlow(AutoContinuous):
         limit = math.inf if self.start_seconds is None else self.start_seconds
         begin = time.monotonic()
         init = prototype.initializer(self.init_loc_fn, args, kwargs)
-        self._model = (InitMessenger(init)(self.plain_model),)
         with seeded(self.seed):
-            trace, latents = prototype.inspect(self.plain_model, init, args, kwargs, begin + 0.3 * limit)
+            try:
+                trace, latents = prototype.inspect(self.plain_model, init, args, kwargs, begin + 0.3 * limit)
+            except prototype.PartError:
+                self._parts = partly_seen(self.plain_model, init, args, kwargs)
+                if not self._parts:
+                    raise
+                self.__dict__["plain_model"] = WholePlates(frozenset(self._parts))(self.plain_model)
+                trace, latents = prototype.inspect(self.plain_model, init, args, kwargs, begin + 0.3 * limit)
+            self._model = (InitMessenger(init)(self.plain_model),)
             try:
                 super()._setup_prototype(*args, **kwargs)
+                for name, size in self._parts.items():
+                    # So that the guide's own plates see a part, as the model's do in training.
+                    self._prototype_frames[name] = self._prototype_frames[name]._replace(size=size)
                 self.latents, self.subsampled = latents, sites.is_part(trace)
                 self.model_parameters = prototype.parameters_of(trace)
                 self._observed = set(trace.observation_nodes)
@@ -260,10 +249,11 @@ class AutoFlow(AutoContinuous):
                 initial = self._finite_start(alone, trace)
                 density._own = alone._own
                 # A slow first run, which may import modules, leaves the search a part of the time.
-                made = as_flow_of(default_builder if self.builder is None else self.builder, len(initial))
+                searched = density.still() if self.subsampled else density
+                with poutine.block():
+                    self.structure = find_structure(trace, latents, searched, initial, self.dependencies, self.builder)
                 deadline = max(begin + limit, time.monotonic() + SEARCH * limit)
-                loc, scale, splines = self._find_start(density, initial, deadline)
-                chain = Chain([made, Preconditioner(loc, scale), *splines])
+                chain = self._chain(self.builder or default_builder, density, initial, deadline)
                 self.flow = Flow(chain.to(device=initial.device, dtype=self.flow_dtype or initial.dtype))
                 self.initial = initial
                 self.vectorized = None if density.vectorized else False
@@ -309,14 +299,35 @@ class AutoFlow(AutoContinuous):
             pass
         self.unobserved = not self._density(args, kwargs, False).is_observed(point, bool(drawn) and not self.discrete)
 
+    def _chain(self, builder: Builder, density: JointDensity, initial: Tensor, deadline: float) -> Chain:
+        """Makes the flow at the start."""
+        if self.structure is None:
+            made = as_flow_of(builder, len(initial))
+            loc, scale, splines = self._find_start(density, initial, deadline)
+            return Chain([made, Preconditioner(loc, scale), *splines])
+        seconds = None if deadline == math.inf else max(0.0, deadline - time.monotonic())
+        with poutine.block():
+            return structured(
+                self.structure,
+                builder,
+                initial,
+                density.still() if self.subsampled else density,
+                (seconds and INNER * seconds) if self._searches(density, initial) else 0,
+                lambda: self._find_start(density, initial, deadline),
+            )
+
+    def _searches(self, density: JointDensity, initial: Tensor) -> bool:
+        """Whether there is a density to search for a start."""
+        # Without data, a climb would leave the user's initial point; with hidden draws, there is no density to climb.
+        hidden = self.unobserved and bool(self.hidden_data) and not self.of_prior
+        chosen = hidden and (self.init_loc_fn is not None or not self._shown)
+        return not (self.start == "prior" or chosen or (not self.subsampled and density.random_at(initial)))
+
     def _find_start(
         self, density: JointDensity, initial: Tensor, deadline: float
     ) -> tuple[Tensor, Tensor, list[FixedSpline]]:
         dim = len(initial)
-        # Without data, a climb would leave the user's initial point; with hidden draws, there is no density to climb.
-        hidden = self.unobserved and bool(self.hidden_data) and not self.of_prior
-        chosen = hidden and (self.init_loc_fn is not None or not self._shown)
-        if self.start == "prior" or chosen or (not self.subsampled and density.random_at(initial)):
+        if not self._searches(density, initial):
             scale, knots = torch.full_like(initial, 0.1), None
         else:
             with poutine.block():
@@ -391,11 +402,17 @@ class AutoFlow(AutoContinuous):
             raise ValueError(NOT_BUILT)
         return self.flow
 
+    def extra_repr(self) -> str:
+        if not self.is_built:
+            return "not built"
+        how = "dense" if self.structure is None else f"by the model: {self.structure}"
+        return f"{self.latents.dim} latents, dependencies {how}"
+
     def __getattr__(self, name: str) -> Any:
         # A property's own error would end here without its message.
         if name in ("model", "plain_model"):
             raise AttributeError(NO_MODEL)
-        if name in ("flow", "latents", "preconditioner", "initial", "latent_dim") and not self.is_built:
+        if name in ("flow", "latents", "structure", "preconditioner", "initial", "latent_dim") and not self.is_built:
             raise AttributeError(NOT_BUILT)
         return super().__getattr__(name)
 
@@ -460,7 +477,12 @@ class AutoFlow(AutoContinuous):
 
     def _unpack_latent(self, latent: Tensor) -> Iterator[tuple[dict[str, object], Tensor]]:
         for site, value in super()._unpack_latent(latent):
-            yield site, value.to(site["value"].dtype)  # the flow may have its own dtype
+            value = value.to(site["value"].dtype)  # the flow may have its own dtype
+            for frame in site["cond_indep_stack"]:
+                if frame.name in self._parts:
+                    free = len(self._unconstrained_shapes[site["name"]]) - len(site["fn"].batch_shape)
+                    value = value.index_select(frame.dim - free, self.plates[frame.name].indices.to(value.device))
+            yield site, value
 
     def _refuse_foreign(self, flow: Flow) -> None:
         """Refuses parameters in Pyro's store that ``SVI`` would train instead."""

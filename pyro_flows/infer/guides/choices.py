@@ -11,7 +11,7 @@ import torch
 from torch import Generator, Tensor
 
 from pyro_flows.infer.diagnostics import importance
-from pyro_flows.infer.guides.assessment import FEWEST, weigh
+from pyro_flows.infer.guides.assessment import FEWEST, SEARCHED, weigh
 from pyro_flows.infer.guides.auto import AutoFlow
 from pyro_flows.infer.guides.posterior import affine_of, spline_of
 from pyro_flows.infer.machine.budget import Budget
@@ -28,15 +28,18 @@ __all__ = [
     "seconds_for_verdict",
     "several_modes",
     "start_within",
+    "starts_exact",
 ]
 
 PARTICLES = 128  # draws per step
+FEW_PARTICLES = 32  # where the structure of the model leaves little to learn, more steps serve better
 SLOW_PARTICLES = 8  # for a model that runs one draw at a time
 SLOW_SECONDS = 40.0  # for the same kind of model
 LONG = 0.03  # seconds of a call that matter
 ASSESSING = 0.13  # least share of the verdict's seconds
 SLOW_ASSESSING = 0.4
 SEARCHING = 0.1  # share of the seconds for a search for modes before training
+EVEN = 0.05  # spread of log-weights at the start that needs no training
 SEVERAL = 0.01  # share of outside modes that is worth another start
 
 
@@ -55,8 +58,8 @@ def start_within(guide: AutoFlow, seconds: float | None) -> Iterator[None]:
 @torch.no_grad()
 def choose_particles(guide: AutoFlow, density: JointDensity, initial: Tensor, seconds: float | None) -> int:
     """Returns the guide's draws per step, or as many as suit the model's speed."""
-    asked = guide.num_particles
-    z = initial.expand(PARTICLES, -1)
+    asked, most = guide.num_particles, PARTICLES if guide.structure is None else FEW_PARTICLES
+    z = initial.expand(most, -1)
     if asked is None:
         z = z + 0.01 * torch.randn_like(z)
     pace = density.pace
@@ -64,22 +67,24 @@ def choose_particles(guide: AutoFlow, density: JointDensity, initial: Tensor, se
         if seconds is None:
             density(z[:2])  # finds out whether it broadcasts
         while seconds is not None and density.many_at_once:
-            rows = pace.at_once(PARTICLES, timed=True)
+            rows = pace.at_once(most, timed=True)
             with pace.call(rows):
                 density(z[:rows])
-            if pace.at_once(PARTICLES, timed=True) <= rows:
+            if pace.at_once(most, timed=True) <= rows:
                 break
     except FAILURES:  # training can handle these
-        return asked or PARTICLES
+        return asked or most
     if asked is not None:
         return asked
     if seconds is not None:
         affordable = max(LONG, FLAT * pace.shortest, 0.005 * seconds) / max(pace.seconds_per_draw, 1e-9)
-        sizes = (PARTICLES, 32, SLOW_PARTICLES, 4) if density.many_at_once else (SLOW_PARTICLES, 4)
+        sizes = (most, FEW_PARTICLES, SLOW_PARTICLES, 4) if density.many_at_once else (SLOW_PARTICLES, 4)
         return next((size for size in sizes if size <= affordable), 2)
     if not density.many_at_once:
         return SLOW_PARTICLES
-    times = {PARTICLES: math.inf, 32: math.inf}
+    if most == FEW_PARTICLES:
+        return most
+    times = {PARTICLES: math.inf, FEW_PARTICLES: math.inf}
     for count in (*times, *times):
         start = time.monotonic()
         for part in z[:count].split(rows_at_once(density, count)):
@@ -87,7 +92,15 @@ def choose_particles(guide: AutoFlow, density: JointDensity, initial: Tensor, se
         times[count] = min(times[count], time.monotonic() - start)
     many, few = times.values()
     # If time grows with the draws and steps are slow, fewer draws give more steps.
-    return 32 if many > LONG and many > 2 * few else PARTICLES
+    return FEW_PARTICLES if many > LONG and many > 2 * few else PARTICLES
+
+
+def starts_exact(guide: AutoFlow, density: JointDensity) -> bool:
+    """Whether weights at the start of a guide with the model's structure are so even that training adds noise only."""
+    if guide.structure is None or guide.subsampled or guide.start == "prior" or guide.tempering is not None:
+        return False
+    _, log_p, log_q = weigh(guide.flow, density, FEW_PARTICLES * 2)
+    return bool((log_p - log_q).std() < EVEN)  # false for NaN
 
 
 def seconds_for_verdict(density: JointDensity, seconds: float | None) -> float:
@@ -102,15 +115,15 @@ def several_modes(
     guide: AutoFlow, density: JointDensity, initial: Tensor, budget: Budget, generator: Generator
 ) -> ModeProbe | None:
     """Searches for modes outside the start, if there is time."""
-    if guide.subsampled or guide.start == "prior" or guide.tempering is not None:
+    if guide.subsampled or guide.start == "prior" or guide.tempering is not None or len(initial) > SEARCHED:
         return None
     seconds = math.inf if budget.seconds is None else SEARCHING * budget.seconds
     if seconds < max(10 * density.pace.shortest, 100 * density.pace.seconds_per_draw):
         return None  # too short to find anything
     end = time.monotonic() + min(seconds, math.inf if density.many_at_once else SLOW_SECONDS / 2)
-    affine = affine_of(guide.flow)
+    start = affine_of(guide.flow) if guide.structure is None else guide.flow
     count = 256 if density.many_at_once else 64
-    z, log_p, log_q = weigh(affine, density, count, math.inf if budget.seconds is None else end)
+    z, log_p, log_q = weigh(start, density, count, math.inf if budget.seconds is None else end)
     found = importance(log_p - log_q)
     seconds = end - time.monotonic()
     if not math.isfinite(found.log_evidence) or len(z) < 2 or seconds <= 0:
@@ -119,7 +132,7 @@ def several_modes(
     return probe_behind(
         spline_of(guide.flow),
         density,
-        affine.log_prob,
+        start.log_prob,
         z[fine],
         initial,
         log_evidence=found.log_evidence,

@@ -31,6 +31,7 @@ from pyro_flows.infer.guides.choices import (
     seconds_for_verdict,
     several_modes,
     start_within,
+    starts_exact,
 )
 from pyro_flows.infer.guides.cover import cover_modes
 from pyro_flows.infer.guides.loop import CHECKPOINT, GuideTraining, History
@@ -55,7 +56,7 @@ __all__ = ["fit_guide"]
 
 
 _ALIKE = "the processes fit one posterior together, and each takes its part of the draws"
-SETTINGS = ("num_particles", "path_gradient", "tempering", "start", "num_starts", "seed", "of_prior")
+SETTINGS = ("dependencies", "num_particles", "path_gradient", "tempering", "start", "num_starts", "seed", "of_prior")
 STARTING = 0.2  # share of the seconds for the start
 WALKING = 0.08  # most share of the seconds for a walk of the weighted draws
 WALK_EVALUATIONS = 0.3  # the same of evaluations, which take less than those of training
@@ -207,7 +208,7 @@ def fit_guide(
                 path_gradient=guide.path_gradient,
                 tempering=guide.tempering if begun.covered is None else None,
                 covering=begun.covered is not None,
-                fresh=begun.covered is None,
+                fresh=begun.covered is None and guide.structure is None,
                 compile=compile,
                 report=bar.report,
             )
@@ -217,6 +218,8 @@ def fit_guide(
             with CHECKPOINT.refusing(checkpoint):
                 training.load_state_dict(known["training"])
                 set_random(known["random"], device, search=begun.generator)
+        if begun.exact:
+            training.phase = "done"
         so_far.append(lambda: _result(guide, begun, training, None))
         path = None if processes.rank() else checkpoint  # one file is enough, as all are alike
         for times in range(RESTARTS + 1):
@@ -275,6 +278,7 @@ class _Begun:
     blank: dict[str, Tensor]  # the state of the flow before any training
     covered: dict[str, Tensor] | None = None  # the state of a flow fitted to several modes
     notes: list[str] = field(default_factory=list)
+    exact: bool = False  # whether there is nothing to train
     keep: float = 0.0  # seconds for the verdict
     modes: ModeProbe | None = None  # of the search before training
     evaluations: int = 0  # of all processes, at the end
@@ -316,13 +320,17 @@ def _begin(guide: AutoFlow, args: tuple[object, ...], kwargs: dict[str, object],
         budget.keep = keep = seconds_for_verdict(density, budget.seconds)
         covered, notes = None, []
         several = several_modes(guide, density, initial, budget, generator)
-        if several is not None and several.missing_share > SEVERAL:
+        # A start with the model's structure is better than a Gaussian on one mode.
+        enough = several is not None and (guide.structure is None or int((several.share > SEVERAL).sum()) > 1)
+        if several is not None and enough and several.missing_share > SEVERAL:
             limit = None if budget.seconds is None else SEARCHING * budget.seconds
             found = cover_modes(guide.flow, several, generator, limit)
             notes.append(f"the start covers {found} modes, by a mixture of Gaussians")
             covered = copy.deepcopy(guide.flow.state_dict())
         budget.step_seconds = max(density.pace.shortest, particles * density.pace.seconds_per_draw)
+        exact = covered is None and starts_exact(guide, density)
         known = {"num_particles": particles, "covered": covered, "notes": notes, "keep": keep, "modes": several}
+        known["exact"] = exact
         return {"begun": known, "random": generator.get_state(), "step_seconds": budget.step_seconds}
 
     found = processes.led(density, initial, plan)

@@ -23,8 +23,10 @@ from pyro_flows.infer.diagnostics import Importance, Verdict, resample
 from pyro_flows.infer.diagnostics.settling import ChainDraws
 from pyro_flows.infer.guides import predictions, stored
 from pyro_flows.infer.guides.assessment import Assessment, weigh
-from pyro_flows.infer.guides.auto import AutoFlow, Builder, seeded
+from pyro_flows.infer.guides.auto import AutoFlow, seeded
+from pyro_flows.infer.guides.builders import Builder
 from pyro_flows.infer.guides.loop import History
+from pyro_flows.infer.guides.members import pick_members
 from pyro_flows.infer.guides.nuts import BaseChains
 from pyro_flows.infer.guides.refine import DEFAULT_MOVES, ChainBar, Refining, choose_chains, reassessed
 from pyro_flows.infer.machine import processes
@@ -37,6 +39,7 @@ from pyro_flows.infer.search.climb import SafeDensity
 
 __all__ = ["GuideFit", "load_guide"]
 
+EVEN = 0.95  # effective sample size of weights that need no more
 Walked = tuple[ChainDraws, Assessment]
 
 KIND, VERSION = "saved fit of a guide", 3
@@ -136,7 +139,8 @@ class GuideFit:
         Args:
             num_samples: the number of draws.
             resampled: whether to correct them by smoothed importance resampling, as the verdict may advise; costs four
-                model evaluations per draw unless the verdict's draws suffice.
+                model evaluations per draw unless the verdict's draws suffice. If the guide has the model's structure
+                and uneven weights, each member is picked by its own weights, which costs 24 gradients per draw.
         """
         return self.latents.draws(self._unconstrained("sample", num_samples, resampled))
 
@@ -149,6 +153,9 @@ class GuideFit:
             return z[order.to(z.device)]
         if not resampled or num_samples == 0:
             return self.flow.sample((num_samples,))
+        picked = self._picked(num_samples)
+        if picked is not None:
+            return picked
         known = self.assessment
         if 4 * num_samples <= len(known.draws) or self._density is None:
             if self._density is None and num_samples > len(known.draws):
@@ -159,6 +166,14 @@ class GuideFit:
             return resample(known.draws, known.log_weights, num_samples)
         z, log_p, log_q = weigh(self.flow, self._density, 4 * num_samples)
         return resample(z, log_p - log_q, num_samples)
+
+    def _picked(self, num_samples: int) -> Tensor | None:
+        """Returns draws whose members were picked by their own weights, if that pays."""
+        guide = self.guide
+        if guide is None or guide.structure is None or self._density is None or guide.subsampled or self.ess > EVEN:
+            return None
+        found = pick_members(self.flow, self._density, guide.structure, 2 * num_samples)
+        return None if found is None else resample(*found, num_samples)
 
     def log_prob(self, values: Mapping[str, Tensor]) -> Tensor:
         """Returns the log-density, in nats, at values by site of shapes ``(*sample, *site.shape)``.
@@ -426,7 +441,8 @@ class GuideFit:
             rows = torch.arange(num_chains) * many // num_chains
             z, weights["log_p"] = self.chains.draws[rows].flatten(0, 1), self.chains.log_p[rows].flatten()
         elif resampled:
-            z = resample(known.draws, known.log_weights, num_samples)
+            picked = self._picked(num_samples)
+            z = resample(known.draws, known.log_weights, num_samples) if picked is None else picked
         else:
             z = known.draws[:num_samples]
             weights = {name: getattr(known, name)[:num_samples] for name in ("log_weights", "log_p", "log_q")}

@@ -17,10 +17,11 @@ from pyro_flows.distributions import Flow
 from pyro_flows.infer.diagnostics.settling import ChainDraws
 from pyro_flows.infer.diagnostics.verdict import LABELS
 from pyro_flows.infer.guides.assessment import Assessment
-from pyro_flows.infer.guides.auto import Builder, as_flow_of
+from pyro_flows.infer.guides.builders import Builder, as_flow_of
 from pyro_flows.infer.guides.loop import History
 from pyro_flows.infer.models.latents import Latent, Latents, same_support
 from pyro_flows.infer.models.supports import plain_support, support_of
+from pyro_flows.transforms import Plated
 
 __all__ = ["FlowRecord", "Numbers", "device_of", "flow_of", "plain_flow", "plain_latents", "read", "read_latents"]
 
@@ -89,10 +90,12 @@ def plain_flow(flow: Flow) -> FlowRecord:
     except (TypeError, ValueError, RuntimeError, LookupError, AttributeError) as error:
         record.unnamed = str(error)
     try:
-        parts = list(flow.chain)[1:] if isinstance(flow.chain, Chain) else []
+        first, *parts = list(flow.chain) if isinstance(flow.chain, Chain) else [flow.chain]
         if not parts:
             raise TypeError(record.unnamed)
         record.chain = [recipe(part) for part in parts]
+        if isinstance(first, Plated):
+            record.chain.insert(0, _without_builder(first))
         return record
     except TypeError as error:
         raise ValueError(
@@ -109,14 +112,17 @@ def flow_of(plain: FlowRecord, builder: Builder | None = None) -> Flow:
         ValueError: if the flow differs from the saved one.
     """
     with torch.random.fork_rng(devices=[]):  # building draws initial parameters
-        chain = made_from(plain.chain)
+        chain: Any = made_from(plain.chain)
         if plain.unnamed is not None:
             if builder is None:
                 raise ValueError(
                     f"the builder of its flow used something that a file of plain data cannot hold: {plain.unnamed}; "
                     "give the guide's builder, load_guide(path, builder=...)"
                 )
-            chain = Chain([as_flow_of(builder, plain.dim), *chain])
+            first = (
+                _with_builder(chain.pop(0), builder) if isinstance(chain[0], list) else as_flow_of(builder, plain.dim)
+            )
+            chain = Chain([first, *chain])
         flow = Flow(chain, made_from(plain.base))
     dtypes = {name: value.dtype for name, value in plain.state.items()}
     flow.to(next(dtype for dtype in dtypes.values() if dtype.is_floating_point))
@@ -137,6 +143,17 @@ def flow_of(plain: FlowRecord, builder: Builder | None = None) -> Flow:
                 "after they were made; give the guide's builder, load_guide(path, builder=...)"
             )
     return flow.train(plain.training)
+
+
+def _without_builder(plated: Plated) -> list[Any]:
+    """Describes a flow with the model's structure, whose globals' flow begins with what the builder made."""
+    (dim, globals_, *places), _ = plated.__dict__["_arguments"]
+    return recipe([dim, list(globals_)[1:], *places])
+
+
+def _with_builder(plain: list[Any], builder: Builder) -> Plated:
+    dim, rest, *places = plain
+    return Plated(dim, Chain([as_flow_of(builder, *rest[0].event_shape), *rest]), *places)
 
 
 # Latents.

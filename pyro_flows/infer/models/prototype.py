@@ -97,6 +97,10 @@ def initializer(chosen: Init | None, args: tuple[object, ...], kwargs: Mapping[s
     return init
 
 
+class PartError(ValueError):
+    """A run sees only a part of a plate that has latents."""
+
+
 def inspect(
     model: Model, init: Init, args: tuple[object, ...], kwargs: Mapping[str, object], deadline: float = math.inf
 ) -> tuple[Trace, Latents]:
@@ -167,10 +171,11 @@ def _refuse_site(site: Message) -> None:
                 f"`with pyro.plate({frame.name!r}, {frame.size}):`, or as one site with an event dimension"
             )
         if frame.full_size is not None and frame.full_size != frame.size:
-            raise ValueError(
+            raise PartError(
                 f"AutoFlow: the latent site {name!r} lies in the plate {frame.name!r}, of which a run sees "
                 f"{frame.size} of {frame.full_size}: one vector for all runs would share these latents between "
-                "different data. Give the whole plate at once, or amortize: in a guide of your own, "
+                "different data. Let the model take its data by index, `with pyro.plate(...) as i: ... obs=y[i]`, so "
+                "that it can run on the whole plate; or amortize: in a guide of your own, "
                 f"`with pyro.plate({frame.name!r}, ..., subsample_size=...) as i: pyro.sample({name!r}, "
                 "flow(context_of(data[i])))` with a conditional flow"
             )

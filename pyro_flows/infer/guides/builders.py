@@ -1,0 +1,133 @@
+"""Makes the flow of a guide: a dense one, or one with the dependencies of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from pyro.distributions import TransformModule
+from pyro.poutine import Trace
+from torch import Tensor
+
+from pyro_flows.core.chain import Chain
+from pyro_flows.core.transform import FlowTransform
+from pyro_flows.core.wrap import Wrap
+from pyro_flows.flows import iaf, nsf, realnvp
+from pyro_flows.infer.machine.processes import led
+from pyro_flows.infer.models.latents import Latents
+from pyro_flows.infer.models.structure import Structure, structure_of
+from pyro_flows.infer.search.climb import LogDensity
+from pyro_flows.infer.search.inner import InnerStart, find_inner_start
+from pyro_flows.transforms import FixedSpline, Plated, Preconditioner
+from pyro_flows.univariate.base import Affine
+
+__all__ = ["Builder", "as_flow_of", "default_builder", "find_structure", "structured"]
+
+Builder = Callable[[int], TransformModule]
+GAIN = 0.1  # keeps the default flow stable at the step size 0.03 of Pyro's tutorials
+SMALL = 64  # dimensions up to which one dense autoregressive flow does as well as one with the model's structure
+MANY_GLOBALS = 32  # global latents up to which a structure pays by itself
+POINTS = 2  # values of the globals for each feature of the members' maps
+
+
+def default_builder(input_dim: int) -> FlowTransform:
+    """The default flow of a guide with ``input_dim`` dimensions.
+
+    Up to 64 dimensions: three small autoregressive layers that sample in one pass, in alternating order. Beyond: affine
+    couplings between random halves, which cost less there. In one dimension: a spline.
+    """
+    if input_dim == 1:
+        return nsf(1, num_layers=1)
+    if input_dim <= 64:
+        # A far bound, because log-scales in a funnel follow another latent however far it goes.
+        return iaf(input_dim, num_layers=3, hidden_dims=(max(32, input_dim),) * 2, univariate=Affine(10.0, GAIN))
+    return realnvp(input_dim, num_layers=8, hidden_dims=(64, 64), mask="random", univariate=Affine(2.0, GAIN))
+
+
+def as_flow_of(builder: Builder, dim: int) -> FlowTransform:
+    """Makes one flow with a builder.
+
+    Raises:
+        ValueError: if the builder gives no flow of ``dim`` dimensions.
+    """
+    made = builder(dim)
+    if not isinstance(made, FlowTransform):
+        parts = list(made) if isinstance(made, Iterable) else [made]
+        if parts and all(isinstance(part, torch.distributions.Transform) for part in parts):
+            made = Chain([p if isinstance(p, FlowTransform) else Wrap(p, (dim,)) for p in parts])
+    if not isinstance(made, FlowTransform) or made.event_shape != (dim,) or made.context_dim:
+        raise ValueError(
+            f"AutoFlow: expected builder({dim}) to give a flow of {dim} dimensions without context, got {made!r}"
+        )
+    return made
+
+
+def find_structure(
+    trace: Trace,
+    latents: Latents,
+    density: LogDensity,
+    initial: Tensor,
+    dependencies: str | None = None,
+    builder: Builder | None = None,
+) -> Structure | None:
+    """Returns the structure of a model's latents if ``dependencies`` demands it or it pays.
+
+    Raises:
+        ValueError: if it is demanded, and there are no independent members.
+    """
+    asked = dependencies == "model"
+    if dependencies == "dense" or (not asked and (len(initial) <= SMALL or builder is not None)):
+        return None
+    found = led(density, initial, lambda density: structure_of(trace, latents, density, initial))
+    if found is not None and found.groups and (asked or len(found.globals) <= MANY_GLOBALS):
+        return found
+    if asked:
+        why = "its density is not finite near the initial point" if found is None else "; ".join(found.coupled)
+        raise ValueError(
+            'AutoFlow: expected members of plates that are independent given other latents, for dependencies="model", '
+            f"got {why or 'no latents in plates'}. Write latents of members in a pyro.plate, or leave dependencies "
+            "out, for a flow in which any latent may depend on any other"
+        )
+    return None
+
+
+def structured(
+    structure: Structure,
+    builder: Builder,
+    initial: Tensor,
+    density: LogDensity,
+    seconds: float | None,
+    otherwise: Callable[[], tuple[Tensor, Tensor, list[FixedSpline]]],
+) -> Chain:
+    """Makes a flow with a structure, at an informed start found within ``seconds``, or at another Gaussian.
+
+    Like other guides' flows, it ends in an affine map of all latents, here without correlations.
+    """
+    count, dim = len(structure.globals), len(initial)
+    affine = Preconditioner(initial[:count] * 0, torch.eye(count).to(initial)) if count else None
+    flow = None if affine is None else Chain([as_flow_of(builder, count), affine])
+    plated = Plated(dim, flow, [group.places for group in structure.groups], structure.ancestors).to(initial)
+    points = POINTS * plated.num_features
+
+    def search(density: LogDensity) -> InnerStart | None:
+        return find_inner_start(density, structure, initial, num_points=points, seconds=seconds)
+
+    begun = None if seconds == 0 else led(density, initial, search)
+    if begun is None:
+        loc, scale, splines = otherwise()
+        return Chain([plated, Preconditioner(loc, scale.norm(dim=-1) if scale.dim() == 2 else scale), *splines])
+    loc, scale, at = begun.loc, begun.scale, structure.globals
+    if affine is not None:
+        affine.place(affine.loc, (begun.factor / scale[at][:, None]).to(initial))
+    g = ((begun.globals - loc[at]) / scale[at]).to(initial)
+    for k, (group, above) in enumerate(zip(structure.groups, structure.ancestors, strict=True)):
+        own, slope = scale[group.places], begun.slopes[k]
+        # All in units of the affine map.
+        means = begun.means[k] + (slope @ loc[above][..., None])[..., 0]
+        parts = (
+            (means - loc[group.places]) / own,
+            begun.factors[k] / own[..., None],
+            slope * scale[above][:, None] / own[..., None],
+        )
+        plated.fit(k, g, *(part.to(initial) for part in parts))
+    return Chain([plated, Preconditioner(loc.to(initial), scale.to(initial))])
