@@ -25,14 +25,15 @@ from pyro_flows.infer.diagnostics.settling import (
 )
 from pyro_flows.infer.guides.assessment import Assessment, weigh
 from pyro_flows.infer.guides.loop import CLIP, speeds_of
-from pyro_flows.infer.guides.posterior import frozen
+from pyro_flows.infer.guides.posterior import frozen, spline_of
 from pyro_flows.infer.machine import processes
 from pyro_flows.infer.machine.budget import Budget, cosine
 from pyro_flows.infer.machine.graph import Replay, replayable, unrecorded
 from pyro_flows.infer.machine.optimizers import AdamW
 from pyro_flows.infer.models.joint import JointDensity
 from pyro_flows.infer.search.climb import SafeDensity
-from pyro_flows.infer.search.probe import ModeProbe, nothing_found, probe_modes
+from pyro_flows.infer.search.conditionals import probe_behind
+from pyro_flows.infer.search.probe import ModeProbe, nothing_found
 from pyro_flows.infer.search.ridges import follow_ridges
 from pyro_flows.transforms import Autoregressive
 
@@ -192,7 +193,8 @@ class Refining:
         seconds = None if self.budget.seconds is None else SEARCH * self.budget.seconds
         probe = self.known.probe or nothing_found(draws)
         if math.isfinite(found.log_evidence):
-            probe = probe_modes(
+            probe = probe_behind(
+                spline_of(self.flow),
                 self.density,
                 self.flow.log_prob,
                 draws,
