@@ -360,7 +360,7 @@ def _leaves() -> Iterator[Case]:
         return Case(name, ("Plated",), build, (size,), takes_context=False, scale=0.1)
 
     yield plated("plated", 2, [[[1], [2], [3]]], None)
-    yield plated("plated-nested", 1, [[[4, 1], [0, 2]], [[5], [3], [6]]], [[[], []], [[4, 1], [0, 2], [0, 2]]])
+    yield plated("plated-two-levels", 1, [[[4, 1], [0, 2]], [[5], [3], [6]]], [[[], []], [[4, 1], [0, 2], [0, 2]]])
     yield plated("plated-without-globals", 0, [[[0, 2], [3, 1]]], None)
 
     def wrap(name: str, transform: torch_transforms.Transform, shape: tuple[int, ...], positive: bool = False) -> Case:

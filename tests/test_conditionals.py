@@ -1,5 +1,6 @@
 """Splines for latents with kinks and tails, against exact quantile functions and posteriors."""
 
+import copy
 import math
 
 import pyro
@@ -283,3 +284,27 @@ def test_nothing_is_made_on_the_default_device():
     with torch.device("meta"):
         start, knots = straight_start(density, torch.zeros(2, dtype=torch.float64, device="cpu"))
     assert knots.knots.device.type == knots.dims.device.type == start.loc.device.type == "cpu"
+
+
+@pytest.mark.full
+def test_a_state_brings_its_splines_along():
+    """Into a guide without a spline, with others, and out of one that has none."""
+
+    def model(scale):
+        with pyro.plate("latents", 3):
+            x = pyro.sample("x", dist.Laplace(0.0, scale))
+        pyro.sample("y", dist.Normal(x.sum(), 5.0), obs=torch.tensor(1.0))
+
+    guides = [
+        AutoFlow(model, seed=0, start=start).setup(scale) for start, scale in (("pathfinder", 1.0), ("prior", 1.0))
+    ]
+    other = AutoFlow(model, seed=0).setup(0.1)
+    states = [copy.deepcopy(each.state_dict()) for each in guides]
+    assert [isinstance(each.flow.chain[-1], FixedSpline) for each in (*guides, other)] == [True, False, True]
+    z = torch.randn(5, 3)
+    for state, source in zip(states, guides, strict=True):
+        expected = source.flow.log_prob(z)
+        for target in (other, AutoFlow(model, start="prior").setup(1.0)):
+            torch.nn.ModuleList([target]).load_state_dict({f"0.{name}": value for name, value in state.items()})
+            torch.testing.assert_close(target.flow.log_prob(z), expected)
+            assert target.sample_posterior(4)["x"].shape == (4, 3)

@@ -423,7 +423,7 @@ def test_an_interruption_at_once_has_the_guide_or_nothing(simple, monkeypatch):
     def stopping(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(refining, "probe_modes", stopping)
+    monkeypatch.setattr(refining, "probe_behind", stopping)
     with pytest.raises(KeyboardInterrupt) as stopped:
         simple.refine(progress=False)
     assert "interrupted" in stopped.value.fit.verdict.text and stopped.value.fit.sample(9)["mu"].shape == (9,)

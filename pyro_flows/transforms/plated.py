@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -56,6 +57,7 @@ class Plated(FlowTransform):
 
     order: Tensor  # places: globals first, then the groups
     undo: Tensor
+    pairs: Tensor  # of globals
 
     def __init__(
         self,
@@ -92,6 +94,8 @@ class Plated(FlowTransform):
         self.register_buffer("undo", order.argsort(), persistent=False)
         self.shapes = [tuple(each.shape) for each in places]
         self.num_globals = rest
+        pairs = torch.tensor(list(itertools.permutations(range(rest if rest <= PAIRS else 0), 2))).long()
+        self.register_buffer("pairs", pairs.reshape(-1, 2).T, persistent=False)
         self.net = MLP(rest, LEARNED, hidden_dims=(16, 16), zero_init=False) if rest else None
         plain, linear = self.num_features, 1 + rest
         for k, (own, upper) in enumerate(zip(places, above, strict=True)):
@@ -119,7 +123,7 @@ class Plated(FlowTransform):
         count, one, bent = g.shape[-1], g.new_ones(len(g), 1), g.tanh()
         parts = [one, g, _log_cosh(g), bent]
         if 1 < count <= PAIRS:
-            i, j = (~torch.eye(count, dtype=torch.bool, device=g.device)).nonzero().unbind(-1)
+            i, j = self.pairs
             parts.append(g.index_select(-1, i) * bent.index_select(-1, j))
         return torch.cat(parts, -1)
 

@@ -28,7 +28,7 @@ from pyro_flows.core.memo import Kept
 from pyro_flows.core.transform import FlowTransform
 from pyro_flows.distributions import Flow, FlowDistribution
 from pyro_flows.infer.guides.builders import Builder, as_flow_of, default_builder, find_structure, structured
-from pyro_flows.infer.guides.posterior import PathPosterior, Steady, preconditioner_of
+from pyro_flows.infer.guides.posterior import PathPosterior, Steady, preconditioner_of, with_spline
 from pyro_flows.infer.machine.processes import led
 from pyro_flows.infer.models import prototype, sites
 from pyro_flows.infer.models.enumeration import can_be_summed, hidden_sites, unblocked
@@ -163,6 +163,7 @@ class AutoFlow(AutoContinuous):
         self.discrete: frozenset[str] = frozenset()  # hidden sites that the density sums out
         self.why_not_summed: str | None = None
         self._hidden: frozenset[str] = frozenset()
+        self._draws_hidden = False  # whether the density draws hidden latents that are not summed out
         self._parts: dict[str, int] = {}  # sizes of the parts of plates that a run of the model sees
         self._sizes: prototype.Sizes = {}  # the arguments at building
         self._fitting: prototype.Sizes = {}  # the last other arguments that fit
@@ -297,7 +298,8 @@ class AutoFlow(AutoContinuous):
             self.discrete = frozenset()
         except FAILURES:  # the density is undefined here
             pass
-        self.unobserved = not self._density(args, kwargs, False).is_observed(point, bool(drawn) and not self.discrete)
+        self._draws_hidden = bool(drawn) and not self.discrete
+        self.unobserved = not self._density(args, kwargs, False).is_observed(point, self._draws_hidden)
 
     def _chain(self, builder: Builder, density: JointDensity, initial: Tensor, deadline: float) -> Chain:
         """Makes the flow at the start."""
@@ -321,7 +323,8 @@ class AutoFlow(AutoContinuous):
         # Without data, a climb would leave the user's initial point; with hidden draws, there is no density to climb.
         hidden = self.unobserved and bool(self.hidden_data) and not self.of_prior
         chosen = hidden and (self.init_loc_fn is not None or not self._shown)
-        return not (self.start == "prior" or chosen or (not self.subsampled and density.random_at(initial)))
+        drawn = (self._draws_hidden or not self.subsampled) and density.random_at(initial)  # not only which rows
+        return not (self.start == "prior" or chosen or drawn)
 
     def _find_start(
         self, density: JointDensity, initial: Tensor, deadline: float
@@ -533,6 +536,18 @@ class AutoFlow(AutoContinuous):
 
         memo: Any = flow.chain._memo
         return self._sorted.get(flow, memo, make)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        """Takes over the spline of the guide that was saved, which another start may not have found."""
+        if self.is_built:
+            bare: Any = with_spline(self.flow, None).chain
+            place = f"{prefix}flow.chain.parts.{len(list(bare))}."
+            known = [state_dict.get(place + name) for name in ("dims", "knots")]
+            spline = None
+            if isinstance(known[0], Tensor) and isinstance(known[1], Tensor):
+                spline = FixedSpline(self.latents.dim, known[0], known[1]).to(self.initial.device)
+            self.flow = with_spline(self.flow, spline)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     # Copies keep the model; pickles, which cannot hold most models, do not.
 

@@ -17,9 +17,7 @@ from pyro import poutine
 from torch import Generator, Tensor
 from tqdm.auto import tqdm
 
-from pyro_flows.core.chain import Chain
 from pyro_flows.core.checks import choice, integer
-from pyro_flows.distributions import Flow
 from pyro_flows.infer.diagnostics.verdict import MODES
 from pyro_flows.infer.guides.assessment import DRAWS, FEWEST, Assessment, assess
 from pyro_flows.infer.guides.auto import AutoFlow, seeded
@@ -35,7 +33,7 @@ from pyro_flows.infer.guides.choices import (
 )
 from pyro_flows.infer.guides.cover import cover_modes
 from pyro_flows.infer.guides.loop import CHECKPOINT, GuideTraining, History
-from pyro_flows.infer.guides.posterior import spline_of
+from pyro_flows.infer.guides.posterior import spline_of, with_spline
 from pyro_flows.infer.guides.refusals import guide_of, refuse_random, refuse_unobserved
 from pyro_flows.infer.guides.result import GuideFit
 from pyro_flows.infer.machine import processes
@@ -358,8 +356,7 @@ def _begin_again(
         guide.start = start
     if state["knots"] is not None:
         spline = FixedSpline(guide.latents.dim, **state["knots"])
-        parts: Any = guide.flow.chain
-        guide.flow = Flow(Chain([*parts, spline.to(guide.initial.device)]))
+        guide.flow = with_spline(guide.flow, spline.to(guide.initial.device))
     guide.vectorized = None if density.vectorized else False
     guide.latents.max_plate_nesting = state["nesting"]
     guide.initial = state["initial"].to(guide.initial)

@@ -17,7 +17,7 @@ from pyro_flows.core.chain import Chain
 from pyro_flows.distributions import Flow, FlowDistribution
 from pyro_flows.transforms import FixedSpline, Preconditioner
 
-__all__ = ["PathPosterior", "Steady", "affine_of", "frozen", "preconditioner_of", "spline_of"]
+__all__ = ["PathPosterior", "Steady", "affine_of", "frozen", "preconditioner_of", "spline_of", "with_spline"]
 
 PATIENCE = 20  # calls without a finite gradient before a warning
 
@@ -46,6 +46,13 @@ def spline_of(flow: Flow) -> FixedSpline | None:
     """Returns the spline at the data end of a guide's flow, if there is one."""
     chain: Any = flow.chain
     return chain[-1] if isinstance(chain[-1], FixedSpline) else None
+
+
+def with_spline(flow: Flow, spline: FixedSpline | None) -> Flow:
+    """Returns a guide's flow with this spline in place of its own, or with none."""
+    chain: Any = flow.chain
+    parts = list(chain) if spline_of(flow) is None else list(chain)[:-1]
+    return Flow(Chain(parts if spline is None else [*parts, spline]), flow.base).train(flow.training)
 
 
 def affine_of(flow: Flow) -> Flow:

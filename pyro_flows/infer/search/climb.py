@@ -163,7 +163,7 @@ def climb(
     :math:`H`, of which L-BFGS takes the diagonal; unless it is ``exact``, BFGS scales it to fit the first difference.
     Without one the first step has length at most 1. ``steps`` limits
     each start, ``seconds`` the wall-clock time between calls. ``enough``, a part and a number, ends all climbs once
-    that part of them has ended or taken so many steps.
+    that part of them has ended or taken so many steps, and a quarter has ended.
 
     Raises:
         ValueError: for starts of another shape than ``(S, D)``.
@@ -191,7 +191,7 @@ def climb(
         if enough is not None:
             active = search.active.tolist()
             short = sum(on and len(row) <= enough[1] for on, row in zip(active, path, strict=True))
-            going *= short > (1 - enough[0]) * len(path)
+            going *= short > (1 - enough[0]) * len(path) or sum(active) > 0.75 * len(path)
     columns = [[torch.stack(kind) for kind in zip(*row, strict=True)] for row in path]
     positions, values, gradients = ([row[k] for row in columns] for k in range(3))
     return Paths(positions, gradients, values, search.converged, safe.evaluations - before)

@@ -17,34 +17,16 @@ from pyro_flows.infer.search.starting_points import starting_points
 
 __all__ = ["ModeProbe", "nothing_found", "probe_modes"]
 
-_STEPS, _CAUTION = 100, 0.1
-
-
-_DENSE = 300
-
-
-_MODES, _TOGETHER = 12, 8
-
-
-_SAMPLES = 512
-
-
-_CLIMBING = 0.85
-
-
-_LOOKED, _MOST = 20, 0.8
-
-
-_LONG, _ENOUGH = 30, 0.95
-
-
-_GRACE = 0.25
-
-
-_NEAR = 0.01
-
-
-_LEAST_SHARE, _LEAST_PART = 1e-3, 0.1
+_STEPS, _CAUTION = 200, 0.1  # of a climb; size of the first step of starts from outside
+_DENSE = 300  # dimensions up to which metrics are matrices
+_MODES, _TOGETHER = 12, 8  # modes at most, and those whose curvatures are computed at once
+_SAMPLES = 512  # for a mode's mass
+_CLIMBING = 0.85  # share of the seconds
+_LOOKED, _MOST = 20, 0.8  # steps of a climb that has looked, and the share of climbs that must have
+_LONG, _ENOUGH = 30, 0.95  # steps after which climbs end once this share of them has
+_GRACE = 0.25  # share of the seconds that masses may take beyond
+_NEAR = 0.01  # between ends of one mode
+_LEAST_SHARE, _LEAST_PART = 1e-3, 0.1  # of a missed mode; of its mass in the guide
 
 
 @dataclass(frozen=True)
