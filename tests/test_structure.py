@@ -415,3 +415,11 @@ def test_even_starts_are_not_trained():
     fit = fit_guide(AutoFlow(normals, seed=0), y, sd, seconds=4, progress=False)
     assert len(fit.history) == 0
     assert fit.ess > 0.99
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("start", ["pathfinder", "prior"])
+def test_only_informed_starts_skip_the_affine_phase(start):
+    guide = AutoFlow(indexed, dependencies="model", start=start, seed=0)
+    fit = fit_guide(guide, ROWS, ROWS, steps=10, progress=False)
+    assert fit.history.phase[0] == ("flow" if start == "pathfinder" else "affine")

@@ -206,7 +206,7 @@ def fit_guide(
                 path_gradient=guide.path_gradient,
                 tempering=guide.tempering if begun.covered is None else None,
                 covering=begun.covered is not None,
-                fresh=begun.covered is None and guide.structure is None,
+                fresh=begun.covered is None and not begun.informed,
                 compile=compile,
                 report=bar.report,
             )
@@ -280,6 +280,11 @@ class _Begun:
     keep: float = 0.0  # seconds for the verdict
     modes: ModeProbe | None = None  # of the search before training
     evaluations: int = 0  # of all processes, at the end
+
+    @property
+    def informed(self) -> bool:
+        """Whether the flow began with members' conditional means and scales."""
+        return any(bool(value.any()) for name, value in self.blank.items() if ".coefficients_" in name)
 
     def state(self, guide: AutoFlow) -> dict[str, object]:
         """Returns the start's part of a checkpoint."""
