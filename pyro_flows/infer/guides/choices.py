@@ -34,7 +34,7 @@ __all__ = [
 PARTICLES = 128  # draws per step
 FEW_PARTICLES = 32  # where the structure of the model leaves little to learn, more steps serve better
 SLOW_PARTICLES = 8  # for a model that runs one draw at a time
-SLOW_SECONDS = 40.0  # for the same kind of model
+SLOW_SECONDS = 40.0  # for slow models
 LONG = 0.03  # seconds of a call that matter
 ASSESSING = 0.13  # least share of the verdict's seconds
 SLOW_ASSESSING = 0.4
@@ -120,7 +120,7 @@ def several_modes(
     seconds = math.inf if budget.seconds is None else SEARCHING * budget.seconds
     if seconds < max(10 * density.pace.shortest, 100 * density.pace.seconds_per_draw):
         return None  # too short to find anything
-    end = time.monotonic() + min(seconds, math.inf if density.many_at_once else SLOW_SECONDS / 2)
+    end = time.monotonic() + min(seconds, SLOW_SECONDS / 2)
     start = affine_of(guide.flow) if guide.structure is None else guide.flow
     count = 256 if density.many_at_once else 64
     z, log_p, log_q = weigh(start, density, count, math.inf if budget.seconds is None else end)

@@ -412,7 +412,8 @@ def _held(parameters: dict[str, Tensor]) -> str:
 
 
 def _assess(guide: AutoFlow, begun: _Begun, budget: Budget | None = None) -> Assessment:
-    left = walking = searching = math.inf
+    left = walking = math.inf
+    searching = SLOW_SECONDS  # cuts off searches of slow models alone
     evaluations = WALK_EVALUATIONS * begun.density.evaluations
     if budget is not None and budget.seconds is not None:
         left = max(budget.left(), 0.02 * budget.seconds)
@@ -428,7 +429,7 @@ def _assess(guide: AutoFlow, begun: _Begun, budget: Budget | None = None) -> Ass
             minibatch=guide.subsampled,
             num_samples=DRAWS if density.many_at_once else FEWEST,
             seconds=left,
-            search_seconds=min(left, searching) if density.many_at_once else SLOW_SECONDS / 3,
+            search_seconds=min(left, searching if density.many_at_once else SLOW_SECONDS / 3),
             thorough=thorough,
             walk_seconds=walking,
             walk_evaluations=evaluations,
