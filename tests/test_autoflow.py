@@ -775,6 +775,7 @@ def plated(x, y, weights):
             pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("start", ["prior", "pathfinder"])
 def test_plates_of_two_levels(start):
     x, y = torch.randn(3, 2, 2), torch.randn(3, 2)

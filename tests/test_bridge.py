@@ -75,6 +75,7 @@ def test_arguments_stay_as_they_are(parts):
     assert parts["dims"]["theta"] == ["school"] and parts["attrs"] == before["attrs"]
 
 
+@pytest.mark.full
 def test_functions_of_arviz_work(parts, tmp_path, capfd):
     data = to_arviz(**parts)
     table = arviz.summary(data, round_to="none")

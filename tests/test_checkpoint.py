@@ -403,6 +403,7 @@ def test_foreign_files_are_refused(tmp_path):
     refuses(ValueError, "a file in a folder that exists", fit, make(), checkpoint=tmp_path / "nowhere" / "fit.pt")
 
 
+@pytest.mark.full
 def test_checkpoints_with_missing_or_other_parts_are_refused(written, tmp_path):
     path, options = tmp_path / "fit.pt", {"kind": CHECKPOINT.kind, "version": CHECKPOINT.version}
     path.write_bytes(written)

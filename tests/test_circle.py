@@ -339,6 +339,7 @@ def test_refuses(make, message):
     refuses(ValueError, message, make)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("order", [[2, 0, 1], [1, 0, 2]])
 def test_angles_keep_their_places_through_permutations(order):
     """The default base knows where the angles are on its side, and the whole integrates to one."""

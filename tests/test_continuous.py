@@ -182,6 +182,7 @@ def test_ladj_is_that_of_the_solved_map(name, context_dim):
     torch.testing.assert_close(minus, -ladj, rtol=0, atol=1e-7)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("solver", full_but([*ADAPTIVE, *FIXED], "dopri5", "dopri8", "rk4", "euler"))
 def test_linear_field_is_a_matrix_exponential(solver):
     matrix = 0.5 * torch.randn(3, 3, dtype=torch.double)
@@ -246,6 +247,7 @@ def small_copy(flow):
     return twin
 
 
+@pytest.mark.full
 @torch.no_grad()
 def test_rows_and_their_mates():
     x = torch.cat([0.1 * torch.randn(99, 2), torch.tensor([[3.0, 0.0]])]).double()
@@ -263,6 +265,7 @@ def test_rows_and_their_mates():
     assert errors[True, "count"] > errors[False, "count"]
 
 
+@pytest.mark.full
 def test_gradients_of_rows_and_their_mates():
     x = torch.cat([0.1 * torch.randn(99, 2), torch.tensor([[3.0, 0.0]])]).double()
 
@@ -536,6 +539,7 @@ def test_what_an_evaluation_keeps(name, monkeypatch):
     assert before.grad.isfinite().all()
 
 
+@pytest.mark.full
 def test_functions_of_parameters():
     flow = small()[0]
     x = torch.randn(4, 2, dtype=torch.double)
@@ -556,6 +560,7 @@ def test_functions_of_parameters():
         torch.testing.assert_close(a.sum(0), b, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.full
 def test_compiled_callers_are_right():
     flow = small()
     x = torch.randn(4, 2, dtype=torch.double)
@@ -625,6 +630,7 @@ def test_the_estimate_is_a_function_in_eval_and_fresh_in_training():
         torch.testing.assert_close(scored.inverse_and_ladj(x)[1], exact.inverse_and_ladj(x)[1], rtol=0, atol=1e-5)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", full_but(["hutchinson", "hutch++"], "hutch++"))
 def test_a_frozen_estimate_is_one_function_both_ways(kind):
     flow = small(size=4, divergence=kind, scoring="frozen", gradient="backprop", context_dim=1).eval()
@@ -691,6 +697,7 @@ def test_what_the_builder_is_given_arrives():
 # Penalties
 
 
+@pytest.mark.full
 def test_penalties_are_integrals():
     matrix = 0.5 * torch.randn(2, 2, dtype=torch.double)
     x = torch.randn(6, 2, dtype=torch.double)
@@ -827,6 +834,7 @@ def test_two_moons_by_maximum_likelihood():
         assert flow.eval().log_prob(held_out).mean() > gaussian + 0.3
 
 
+@pytest.mark.full
 def test_as_a_guide():
     def model():
         pyro.sample("z", dist.MultivariateNormal(torch.ones(2), torch.eye(2)))

@@ -79,6 +79,7 @@ class Breaking(nn.Module):
 # Evidence and gradients.
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("field", full_but(["concatsquash", "mlp"], "concatsquash"))
 def test_elbo_reaches_the_evidence_of_a_conjugate_model(field):
     flow = partial(pf.cnf, field=field, hidden_dims=(8,), gradient="backprop", rtol=1e-4, atol=1e-4)
@@ -212,6 +213,7 @@ def test_what_an_elbo_sees_of_an_estimate():
     torch.testing.assert_close(flow().log_prob(z.detach().clone()), flow().log_prob(z), rtol=0, atol=1e-3)
 
 
+@pytest.mark.full
 def test_a_fit_is_judged_by_a_function():
     guide = AutoFlow(conjugate, partial(estimating, gradient="backprop"), seed=0, num_particles=16)
     for _ in range(2):  # it can be fitted again
@@ -221,6 +223,7 @@ def test_a_fit_is_judged_by_a_function():
     torch.testing.assert_close(found.log_q, fit.flow.log_prob(found.draws), rtol=0, atol=1e-3)
 
 
+@pytest.mark.full
 def test_the_estimate_of_an_objective_trains():
     flow = pf.Flow(pf.cnf(2, hidden_dims=(8,), divergence="hutchinson", rtol=1e-3, atol=1e-3))
 

@@ -41,6 +41,7 @@ def test_contract_of_every_field(name, context_dim):
     check_transform(flow, x, context, rtol=2**16 * torch.finfo(torch.double).eps)
 
 
+@pytest.mark.full
 @torch.no_grad()
 def test_rows_differ_with_their_mates_as_far_as_the_tolerance_lets_them():
     """What is off in the log-density, and how far a row alone is from itself among others."""

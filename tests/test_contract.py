@@ -55,6 +55,7 @@ def test_contract(case, context_dim, dtype, device, default_dtype):
     hold(case, flow, case.draw((7,), dtype, device), context, case.checks)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case, context_dim", FIRST_VARIANTS)
 def test_contract_in_other_batch_shapes(case, context_dim, dtype, device, default_dtype):
@@ -70,6 +71,7 @@ EVERY_BUILDER = [*BUILDERS, *IMAGE_BUILDERS]
 TRAINED = [case for case in EVERY_BUILDER if case.name in ("nsf", "multiscale_realnvp")]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("context_dim", [0, CONTEXT_DIM])
 @pytest.mark.parametrize("case", full_but(EVERY_BUILDER, *TRAINED), ids=lambda case: case.name)
 def test_contract_after_training(case, context_dim, device):

@@ -267,6 +267,7 @@ def test_without_gradients_nothing_is_kept(family, how):
     assert all(out.grad_fn is None and not out.requires_grad for out in outputs)
 
 
+@pytest.mark.full
 def test_the_graph_does_not_hold_what_the_caller_made():
     layer = make(5)
     for wants in (False, True):

@@ -373,6 +373,7 @@ def test_transform(layer, direction, transform):
         transform(*make(layer, direction))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("mode", ["inference", "fake", "vmap", "compile"])
 def test_constants_outlive_the_mode_they_were_made_in(mode):
     """Every later call would meet a tensor that belongs to a compiler, a transform or inference mode."""

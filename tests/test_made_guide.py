@@ -119,6 +119,7 @@ def agree(estimates, exact):
     assert not wrong.any(), (estimates.mean(0)[wrong], exact[wrong], error[wrong])
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("form", [Trace_ELBO, TraceGraph_ELBO])
 def test_score_function_gradients_are_unbiased(form):
     guide = Guide()
@@ -126,6 +127,7 @@ def test_score_function_gradients_are_unbiased(form):
     agree(estimates, exact_gradient(guide))
 
 
+@pytest.mark.full
 def test_one_particle_after_another_gives_the_same_gradient():
     guide = Guide()
     agree(gradients(guide, program(guide), TraceGraph_ELBO(num_particles=2), 120), exact_gradient(guide))
@@ -149,6 +151,7 @@ def test_a_learnt_baseline_reduces_the_variance_and_not_the_mean():
     assert with_it.var(0).sum() < 0.5 * without.var(0).sum()
 
 
+@pytest.mark.full
 def test_both_kinds_of_baseline_together():
     guide, baseline = Guide(), Baseline()
     run = program(guide, nn_baseline=baseline, nn_baseline_input=SEEN, use_decaying_avg_baseline=True)

@@ -128,6 +128,7 @@ def test_best_field_takes_the_base_to_the_data():
             assert other.scores(data, None).mean() < least
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("coupling", full_but(["independent", "optimal_transport"], "optimal_transport"))
 def test_gaussian_is_recovered(coupling):
     torch.manual_seed(1)

@@ -535,6 +535,7 @@ def test_data_is_never_answered_from_memory(passes):
         assert passes["pass"] == 2 * (k + 1)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("direction", ["forward", "inverse"])
 def test_the_graph_dies_with_its_output(direction):
     """No gradient graph, no batch: the memo holds what it belongs to and nothing more."""

@@ -539,6 +539,7 @@ def test_fresh_flows_are_near_the_identity():
 # Densities
 
 
+@pytest.mark.full
 def test_density_integrates_to_one():
     """T11: two pixels, on a grid."""
     flow = shake(pf.mintnet((1, 1, 2), num_layers=1, num_groups=2), 0.4).double()

@@ -146,6 +146,7 @@ def expected(objective, particles, count):
     return loss, total
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", full_but(PATHWISE, "path", "alpha 0.5"))
 def test_expected_gradients_are_those_of_the_bound(name, vectorized):
     count, particles = 24, 2

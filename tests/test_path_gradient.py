@@ -126,6 +126,7 @@ def exact_gradients(guide):
     return dict(zip(names, torch.autograd.grad(kl, [getattr(part, n) for n in names]), strict=True))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("path", full_but([True, False], True))
 def test_expected_gradient(path):
     """Both estimators have the gradient of the divergence as their mean."""

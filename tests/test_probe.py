@@ -199,6 +199,7 @@ def test_no_false_alarm(log_p, guide, log_evidence, seed):
     assert found.missing_share == 0 and not found.missed.any()
 
 
+@pytest.mark.full
 def test_a_funnel_has_no_mode():
     """Its top is in the neck, where the density has no bound, or next to none of the mass."""
     found = probe(schools, normal(torch.tensor([4.0, 1.0] + [5.0] * 8), 3.0))

@@ -294,6 +294,7 @@ def test_discrete_sites_are_enumerated_beside_a_flow_guide(builder):
     assert sum(losses[-20:]) < sum(losses[:20])
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", full_but(["realnvp", "maf", "iaf"], "realnvp"))
 def test_elbo_reaches_the_evidence(name):
     """Conjugate model whose posterior the flow can represent: the ELBO is the evidence, without variance."""

@@ -123,6 +123,7 @@ def test_dilated_mint_layers_are_triangular(channels, dilation):
         )
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", BUILDERS)
 @pytest.mark.parametrize("channels", [1, 2, 3])
 def test_causal_flows_are_triangular(name, channels):
@@ -189,6 +190,7 @@ def test_round_trips_of_large_parameters(name):
                 torch.testing.assert_close(minus, -ladj, rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", full_but(BUILDERS, "attention"))
 def test_round_trips(name):
     """T4: trained, from the base's values and from four times as far; float64 and float32."""
@@ -212,6 +214,7 @@ def test_round_trips(name):
         assert ((back - x).abs() <= 1e-4 * (1 + x.abs()) + 100 * eps * moved).all()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", full_but(BUILDERS, "attention", "maf", "iaf"))
 @pytest.mark.parametrize("context_dim", [0, 1])
 def test_gradients_of_sampling(name, context_dim):
@@ -380,6 +383,7 @@ def test_forecasts_are_those_of_an_autoregression():
         assert ((own.T.cov() - cov).abs() < 5 * spread).all()
 
 
+@pytest.mark.full
 def test_draws_of_a_stream_have_the_flow_s_own_distribution():
     """Mean and covariance of many short series, drawn step by step and in one piece."""
     flow = pf.Flow(trained(mint((2, 3), num_layers=1)))
