@@ -209,6 +209,7 @@ class Permutation(FlowTransform):
     """
 
     sampling_cost = density_cost = "1 gather"
+    discrete = None
     permutation: Tensor
     undo: Tensor
 

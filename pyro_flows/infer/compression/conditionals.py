@@ -17,7 +17,16 @@ from pyro_flows.distributions import MADE, ConvMADE
 from pyro_flows.distributions.made import BernoulliHead, CategoricalHead, Head, LogisticMixtureHead, MixedHead
 from pyro_flows.inverse.raster import RasterSweep
 
-__all__ = ["Conditionals", "Edges", "NetworkConditionals", "Read", "cumulative", "level_counts", "snapshot"]
+__all__ = [
+    "Conditionals",
+    "Edges",
+    "NetworkConditionals",
+    "Read",
+    "cumulative",
+    "digest_of",
+    "level_counts",
+    "snapshot",
+]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -66,15 +75,20 @@ class Conditionals(ABC):
 
     def digest(self) -> bytes:
         """An eight-byte digest of the model."""
-        made = hashlib.sha256(type(self).__name__.encode())
-        parts = {"levels": self.levels, "steps": torch.cat(self.steps), **self.others}
-        parts |= {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
-        for name in sorted(parts):
-            part = parts[name].detach().contiguous()
-            array = part.double().numpy() if part.is_floating_point() else part.long().numpy()
-            made.update(f"{name}{tuple(part.shape)}".encode())
-            made.update(array.astype(array.dtype.newbyteorder("<")).tobytes())
-        return made.digest()[:8]
+        others = {"levels": self.levels, "steps": torch.cat(self.steps), **self.others}
+        return digest_of(type(self).__name__, self.model, others)
+
+
+def digest_of(kind: str, model: nn.Module, others: dict[str, Tensor]) -> bytes:
+    """An eight-byte digest of a model, of a kind, with other numbers that identify it."""
+    made = hashlib.sha256(kind.encode())
+    parts = {**others, **dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name in sorted(parts):
+        part = parts[name].detach().contiguous()
+        array = part.double().numpy() if part.is_floating_point() else part.long().numpy()
+        made.update(f"{name}{tuple(part.shape)}".encode())
+        made.update(array.astype(array.dtype.newbyteorder("<")).tobytes())
+    return made.digest()[:8]
 
 
 class _Reading(Head):

@@ -204,6 +204,8 @@ def split_chain(chain: FlowTransform) -> tuple[list[FlowTransform], list[FlowTra
 
 def movable(flow: Flow) -> Tensor:
     """Marks the numbers that may be standardized, unlike angles, where the standardization goes; on the CPU."""
+    if flow.chain.discrete:
+        return torch.zeros(flow.chain.data_shape, dtype=torch.bool, device="cpu")
     front, back = split_chain(flow.chain)
     periodic = Chain(front).periodic if front else None
     if periodic is not None and periodic.any():
@@ -243,7 +245,7 @@ def over_time(flow: Flow) -> bool:
 
 def pulled_back(flow: Flow, value: Tensor) -> tuple[Tensor, Tensor, list[int]]:
     """Pulls data back to the place of the standardization; marks rows at or beyond a bound, and lists its columns."""
-    codomain, back = flow.chain.codomain, split_chain(flow.chain)[1]
+    codomain, back = flow.chain.codomain, [] if flow.chain.discrete else split_chain(flow.chain)[1]
     # Some of torch's transforms do not know their codomain.
     inside = torch.tensor(True) if constraints.is_dependent(codomain) else codomain.check(value)
     inside = inside.to(value.device).reshape(*inside.shape[:1], -1).all(-1)
