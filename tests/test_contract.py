@@ -39,7 +39,7 @@ def variants(repeats):
 
 # The first case of each flow both ways, the others in pairs with and without a context.
 ONCE = [*FIRST, *INTEGER_BUILDERS]
-VARIANTS = list(variants(lambda case, other: other and case not in ONCE))
+VARIANTS = list(variants(lambda case, other: case not in ONCE and (other or case.whole)))
 # The first case of each flow, in pairs with and without a context.
 FIRST_VARIANTS = list(variants(lambda case, other: other or case not in ONCE))
 OTHER = {torch.float32: torch.float64, torch.float64: torch.float32}

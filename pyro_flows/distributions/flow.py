@@ -15,7 +15,7 @@ from pyro_flows.core.modes import plain_eager
 from pyro_flows.core.transform import REAL, FlowTransform
 from pyro_flows.distributions.bases import DiagonalNormal, FixedBase, UniformCircle
 from pyro_flows.distributions.integers import IntegerLogistics
-from pyro_flows.transforms.integers import IntegerSplit, levels_of
+from pyro_flows.transforms.integers import IntegerCoupling, IntegerSplit, levels_of
 
 __all__ = ["Flow", "FlowDistribution"]
 
@@ -225,10 +225,15 @@ def _refuse_outside(chain: FlowTransform, value: Tensor) -> None:
 
 
 def _integers_for(chain: FlowTransform) -> IntegerLogistics:
-    """The default base of an integer flow: its scale, its context, and a scale for each split."""
-    splits = sum(isinstance(part, IntegerSplit) for part in chain.modules())
+    """The default base of an integer flow: its levels, context and splits, and networks as large as its couplings'."""
+    nets = [part.net for part in chain.modules() if isinstance(part, IntegerCoupling)]
     return IntegerLogistics(
-        chain.event_shape, levels=levels_of(chain), context_dim=chain.context_dim, num_splits=splits
+        chain.event_shape,
+        levels=levels_of(chain),
+        context_dim=chain.context_dim,
+        num_splits=sum(isinstance(part, IntegerSplit) for part in chain.modules()),
+        hidden_dims=nets[0].hidden_dims,
+        kernel_size=nets[0].kernel_size,
     )
 
 

@@ -119,7 +119,7 @@ class IntegerLogistics(nn.Module):
     def __init__(
         self,
         event_shape: int | Iterable[int],
-        num_components: int = 5,
+        num_components: int = 3,
         *,
         levels: int = 256,
         context_dim: int = 0,

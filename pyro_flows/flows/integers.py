@@ -49,8 +49,8 @@ def idf(
         num_parts: parts of a layer, at most as many as channels.
         context_dim: size of the context, 0 for none; couplings and the base see it.
         levels: the number of values that the data mostly have, from 0; a scale, no bound (paper: 256).
-        num_scales: of images and series, each with a squeeze; by default as many as leave sides of 4, at least one
-            (paper: 3).
+        num_scales: of images and series, each with a squeeze; by default the most with coarsest sides of 4 or more, and
+            at least two where sides allow it: 2 for 8 x 8 and 28 x 28, 3 for 32 x 32 (paper: 3).
         hidden_dims: widths of the networks; by default two layers of ``4 * input_dim``, from 64 to 256, for vectors,
             and (32, 32) for images and series (paper: a DenseNet of 512 channels).
         kernel_size: of the first and the last layer of the networks of images (paper: 3).
@@ -94,7 +94,7 @@ def idf(
         return Chain(layers(event))
     image_shape("idf", event)
     wanted = None if num_scales is None else integer("idf", "num_scales", num_scales)
-    count = squeezes("idf", "num_scales", event, wanted, least=1)
+    count = squeezes("idf", "num_scales", event, wanted, least=2)
 
     def scale(shape: Size, level: int) -> list[FlowTransform]:
         whole, half = halved(shape)

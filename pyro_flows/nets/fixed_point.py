@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -60,18 +61,19 @@ class _Sums(nn.Module):
         weight = rounded(self.weight, self.bits, -self.bound, self.bound)
         places, outputs, inputs = weight.shape
         if places == 1 or inputs <= outputs:
-            seen = torch.cat(self._shifted(h)) if places > 1 else h
+            seen = self._windows(h).movedim((-2, -1), (0, 1)) if places > 1 else h
             sums = weight.transpose(0, 1).reshape(outputs, places * inputs) @ seen.reshape(places * inputs, -1)
             return sums.view(outputs, *h.shape[1:]) + bias
         # To shift the fewer outputs is cheaper.
-        parts = (weight.view(-1, inputs) @ h.reshape(inputs, -1)).view(places, outputs, *h.shape[1:])
-        return torch.stack([part[k] for k, part in enumerate(self._shifted(parts))]).sum(0) + bias
+        parts = (weight.view(-1, inputs) @ h.reshape(inputs, -1)).view(*self.kernel, outputs, *h.shape[1:])
+        own = self._windows(parts).diagonal(dim1=0, dim2=-2).diagonal(dim1=0, dim2=-2)
+        return functools.reduce(torch.add, (each for line in own.unbind(-2) for each in line.unbind(-1)), bias)
 
-    def _shifted(self, h: Tensor) -> list[Tensor]:
-        """The maps as each place of the kernel sees them, zeros beyond the borders."""
-        (down, right), (height, width) = self.kernel, h.shape[-2:]
+    def _windows(self, h: Tensor) -> Tensor:
+        """The neighborhoods of all places, zeros beyond the borders, in two more dimensions of the kernel's size."""
+        down, right = self.kernel
         padded = F.pad(h, (right // 2, right // 2, down // 2, down // 2))
-        return [padded[..., y : y + height, x : x + width] for y in range(down) for x in range(right)]
+        return padded.unfold(-2, down, 1).unfold(-2, right, 1)
 
 
 class FixedPointNet(nn.Module):
@@ -120,7 +122,7 @@ class FixedPointNet(nn.Module):
         widths = tuple(hidden_dims)
         self.hidden_dims = positive_integers("", "hidden_dims", widths) if widths else ()
         self.center, self.exponent = 0.5 * (levels - 1), (levels - 1).bit_length() - 1
-        integer("", "kernel_size", kernel_size, odd=True)
+        self.kernel_size = integer("", "kernel_size", kernel_size, odd=True)
         sides = 1 if space_dims < 2 else kernel_size, 1 if space_dims < 1 else kernel_size
         inputs = in_channels + context_dim
         wide, narrow = Size(sides), Size((1, 1))

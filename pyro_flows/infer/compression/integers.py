@@ -1,8 +1,8 @@
 """Entropy coding of whole numbers without bounds by an integer discrete flow.
 
 The flow maps rows to its base without loss.  The base numbers of a group are independent, so all are coded together, by
-decisions whether a number lies at or above a border: first the middle of its distribution, then borders one, two, four,
-... away until it lies between two of them, then halves.  Most numbers take two or three decisions.
+decisions: is a number the one in the middle of its likeliest logistic; if not, does it lie above; then borders, by
+doubling steps away from there until it lies between two of them, and by halves.  Most numbers take one or two.
 
 Parameters come from networks in fixed point, equal everywhere; only the last digits of the logistic function differ
 between machines.  Where a cumulative probability is close to the border between two roundings, the encoder notes its
@@ -11,6 +11,7 @@ choice.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol, cast
 
 import numpy as np
@@ -37,8 +38,8 @@ class _Side(Protocol):
     def round(self, scaled: Tensor) -> Tensor:
         """Rounds cumulative probabilities in counts to integers."""
 
-    def choose(self, left: Tensor, middle: Tensor, live: Tensor) -> Tensor:
-        """Tells which of the ``live`` numbers lie at or above the middle, of lower share ``left``."""
+    def choose(self, left: Tensor, test: Callable[[Tensor], Tensor], live: Tensor) -> Tensor:
+        """Tells which of the ``live`` numbers pass a test; ``left`` is the share of the others."""
 
 
 class _Writer:
@@ -59,8 +60,8 @@ class _Writer:
         self.count += len(scaled)
         return rounded
 
-    def choose(self, left: Tensor, middle: Tensor, live: Tensor) -> Tensor:
-        upper = self.value[live] >= middle
+    def choose(self, left: Tensor, test: Callable[[Tensor], Tensor], live: Tensor) -> Tensor:
+        upper = test(self.value[live])
         self.upper.append(upper)
         self.left.append(left)
         return upper
@@ -88,47 +89,69 @@ class _Reader:
         self.count += len(scaled)
         return rounded
 
-    def choose(self, left: Tensor, middle: Tensor, live: Tensor) -> Tensor:
-        if (middle.abs() >= _FAR // 2).any():
-            raise foreign()
+    def choose(self, left: Tensor, test: Callable[[Tensor], Tensor], live: Tensor) -> Tensor:
         return self.decisions.read(left)
 
 
 def _search(law: Logistics, rows: int, side: _Side) -> Tensor:
     """Finds whole numbers, shape ``(rows, n)``, by decisions."""
-    # Rows that share their mixtures repeat them.
-    size = law.loc[..., 0].numel()
-    weights, loc, rate = (
-        each.reshape(size, -1) for each in (torch.softmax(law.logits, -1), law.loc, torch.exp(-law.log_scale))
-    )
-    if not bool(loc.isfinite().all() and rate.isfinite().all() and weights.isfinite().all()):
-        raise FloatingPointError("Codec: the model gives parameters that are not finite; look for NaN in its weights")
-    top = law.loc.gather(-1, law.logits.argmax(-1, keepdim=True)).flatten()
-    live = torch.arange(rows * law.loc.shape[-2])
-    center = (top + 0.5).floor().clamp(-WHOLE_BOUND, WHOLE_BOUND - 1).long()[live % size]
-    low, high = torch.full_like(center, -_FAR), torch.full_like(center, _FAR)
-    under, over = torch.zeros_like(center), torch.full_like(center, COUNTS)
-    found = torch.empty_like(center)
+    center, parts = _prepared(law, rows)
+    live = torch.arange(len(center))
+    at = side.round(_below(parts, center))
+    above = torch.maximum(side.round(_below(parts, center + 1)), at)
+    found = center.clone()
+    beside = at + (COUNTS - above)
+    same = side.choose(_left(beside, torch.full_like(at, COUNTS)), center.__eq__, live)
+    keep = (~same).nonzero()[:, 0]
+    live, center, at, above, parts = live[keep], center[keep], at[keep], above[keep], parts[..., keep]
+    upper = side.choose(_left(at, at + (COUNTS - above)), center.__lt__, live)
+    low, high = torch.where(upper, center + 1, -_FAR), torch.where(upper, _FAR, center)
+    under, over = torch.where(upper, above, 0), torch.where(upper, COUNTS, at)
     while len(live):
-        bottomless, endless = low == -_FAR, high == _FAR
-        middle = torch.where(endless, center + (2 * (low - center)).clamp(min=1), (low + high) // 2)
-        middle = torch.where(bottomless, center - (2 * (center - high)).clamp(min=1), middle)
-        middle = torch.where(bottomless & endless, center, middle)
-        which = live % size
-        inside = torch.sigmoid((middle.double().unsqueeze(-1) - 0.5 - loc[which]) * rate[which])
-        at = side.round((weights[which] * inside).sum(-1) * COUNTS)
+        middle = _middle(center, low, high)
+        if (middle.abs() >= _FAR // 4).any():
+            raise foreign()
+        at = side.round(_below(parts, middle))
         at = torch.minimum(torch.maximum(at, under), over)
-        total = over - under
-        share = (at - under) * (WHOLE - 2 - 2 * LEAST) // total.clamp(min=1)
-        left = LEAST + torch.where(total > 0, share, WHOLE // 2 - LEAST)
-        upper = side.choose(left, middle, live)
+        upper = side.choose(_left(at - under, over - under), middle.__le__, live)
         low, high = torch.where(upper, middle, low), torch.where(upper, high, middle)
         under, over = torch.where(upper, at, under), torch.where(upper, over, at)
         done = high - low == 1
         found[live[done]] = low[done]
-        go_on = (~done).nonzero()[:, 0]
-        live, center, low, high, under, over = (each[go_on] for each in (live, center, low, high, under, over))
+        keep = (~done).nonzero()[:, 0]
+        live, center, low, high, under, over = (each[keep] for each in (live, center, low, high, under, over))
+        parts = parts[..., keep]
     return found.view(rows, -1)
+
+
+def _prepared(law: Logistics, rows: int) -> tuple[Tensor, Tensor]:
+    """Starting points of all numbers, and their weights, locations and rates, shape ``(3, K, numbers)``."""
+    parts = torch.stack((torch.softmax(law.logits, -1), law.loc, torch.exp(-law.log_scale)))
+    if not bool(parts.isfinite().all()):
+        raise FloatingPointError("Codec: the model gives parameters that are not finite; look for NaN in its weights")
+    top = law.loc.gather(-1, law.logits.argmax(-1, keepdim=True)).squeeze(-1)
+    center = (top + 0.5).floor().clamp(-WHOLE_BOUND, WHOLE_BOUND - 1).long()
+    parts = parts.movedim(-1, 1).expand(-1, -1, rows, -1)
+    return center.expand(rows, -1).reshape(-1), parts.reshape(*parts.shape[:2], -1)
+
+
+def _below(parts: Tensor, border: Tensor) -> Tensor:
+    """Cumulative probabilities of smaller numbers, in counts."""
+    weight, loc, rate = parts
+    inside = (border - 0.5 - loc).mul_(rate).sigmoid_().mul_(weight)
+    return inside.sum(0).mul_(COUNTS)
+
+
+def _left(part: Tensor, total: Tensor) -> Tensor:
+    """The lower shares, out of ``WHOLE - 2``, of decisions of these counts; no outcome is impossible."""
+    share = part * (WHOLE - 2 - 2 * LEAST) // total.clamp(min=1)
+    return LEAST + torch.where(total > 0, share, WHOLE // 2 - LEAST)
+
+
+def _middle(center: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """The next borders: away from the center by doubling steps, then by halves."""
+    away = torch.where(high == _FAR, center + 2 * (low - center), center - 2 * (center - high) - 1)
+    return torch.where((high == _FAR) | (low == -_FAR), away, (low + high) // 2)
 
 
 class IntegerModel:
