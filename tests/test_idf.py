@@ -127,18 +127,18 @@ def test_gradient_takes_rounding_for_the_identity():
 
 @pytest.mark.parametrize("dtype", full_but(DTYPES, torch.float32))
 @pytest.mark.parametrize("num_parts", full_but((2, 4), 4))
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", full_but(SHAPES, (5,), (1, 8, 8)))
 def test_inverse_is_exact_in_other_batches(shape, num_parts, dtype):
     flow = made(shape, num_parts=num_parts).to(dtype)
-    x = whole(300, *shape)
+    x = whole(100, *shape)
     x[0], x[1] = TOP - 1, -TOP
     y = in_pieces(flow.chain.forward_and_ladj, x, 100)
     assert y.dtype == torch.float64 and (y != x).float().mean() > 0.5
     for size in (7, 1):
-        assert torch.equal(in_pieces(flow.chain.inverse_and_ladj, y[:50], size).long(), x[:50])
-    assert torch.equal(in_pieces(flow.chain.inverse_and_ladj, y, 300).long(), x)
+        assert torch.equal(in_pieces(flow.chain.inverse_and_ladj, y[:30], size).long(), x[:30])
+    assert torch.equal(in_pieces(flow.chain.inverse_and_ladj, y, 99).long(), x)
     assert torch.equal(
-        in_pieces(flow.chain.forward_and_ladj, in_pieces(flow.chain.inverse_and_ladj, x, 9), 300), x.double()
+        in_pieces(flow.chain.forward_and_ladj, in_pieces(flow.chain.inverse_and_ladj, x, 19), 300), x.double()
     )
 
 
@@ -175,13 +175,13 @@ def test_a_million_events_after_training_in_batches_threads_and_processes(shape,
     flow.to(dtype)
     x = torch.randint(-200, 300, (1_000_000, *shape))
     begun = torch.get_num_threads()
-    for threads in (1, 2):
+    for threads in (1, 2):  # of the way there, and others of the way back
         torch.set_num_threads(threads)
         y = in_pieces(flow.chain.forward_and_ladj, x, 1000)
         assert torch.equal(in_pieces(flow.chain.inverse_and_ladj, y, 10_000).long(), x)
         torch.set_num_threads(3 - threads)
-        assert torch.equal(in_pieces(flow.chain.inverse_and_ladj, y[:70_000], 7).long(), x[:70_000])
-        assert torch.equal(in_pieces(flow.chain.inverse_and_ladj, y[-10_000:], 1).long(), x[-10_000:])
+        assert torch.equal(in_pieces(flow.chain.inverse_and_ladj, y[:21_000], 7).long(), x[:21_000])
+        assert torch.equal(in_pieces(flow.chain.inverse_and_ladj, y[-3000:], 1).long(), x[-3000:])
     torch.set_num_threads(begun)
     torch.save((shape, options, dtype, flow.state_dict(), x, y), tmp_path / "flow.pt")
     elsewhere(tmp_path / "flow.pt", 2, 7)
@@ -274,6 +274,7 @@ def test_masses_add_up_to_one(context_dim):
     assert abs(masses.sum() - 1) < 1e-10
 
 
+@pytest.mark.full
 def test_masses_of_a_box_of_data_after_training():
     torch.manual_seed(0)
     flow = pf.Flow(pf.idf(2, levels=16, hidden_dims=(16,), num_layers=2)).double()
@@ -360,7 +361,7 @@ def test_site_of_a_program_and_context():
 # Fits.
 
 
-@pytest.mark.parametrize("kind", ["tensor", "numpy", "frame"])
+@pytest.mark.parametrize("kind", full_but(["tensor", "numpy", "frame"], "tensor"))
 def test_fit_takes_whole_numbers_as_they_are(kind):
     rows = step(300)
     data = {"tensor": rows, "numpy": rows.numpy().astype(np.int32)}.get(kind)

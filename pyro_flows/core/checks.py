@@ -177,7 +177,9 @@ def like_given(name: str, given: Tensor, made: Tensor) -> Tensor:
         ValueError: if that dtype cannot hold one of them.
     """
     cast = made.to(given.dtype)
-    if cast is not made and made.numel() and not made.is_meta and plain_eager() and not (cast == made).all():
+    if cast is made or not made.numel() or made.is_meta or not plain_eager():
+        return cast
+    if ((cast != made) & made.isfinite()).any():
         largest = made.detach().abs().max().item()
         raise ValueError(
             f"{name}: the result has whole numbers up to {largest:.17g}, which {given.dtype} cannot hold exactly; give "

@@ -94,7 +94,7 @@ class Flow(nn.Module):
         elif not isinstance(base, nn.Module):
             raise TypeError(f"Flow: expected base to be a distribution or a module, got {type(base).__name__}")
         self.base = base
-        self._base_context = getattr(base, "context_dim", 0)
+        self._base_context = getattr(base, "context_dim", 0) if self.chain.discrete else 0
         if self._base_context not in (0, self.chain.context_dim):
             raise ValueError(
                 f"Flow: expected a base with the chain's context_dim={self.chain.context_dim} or none, got "
