@@ -1,6 +1,6 @@
 """An integer discrete flow: two dependent counts, and handwritten digits as whole numbers.
 
-    python examples/integers.py           # integers.png in out/; about two minutes of CPU time
+    python examples/integers.py           # integers.png in out/; about a minute of CPU time
     python examples/integers.py --smoke   # in seconds, with budgets too small to mean anything
 
 Two counts, the second about twice the first, have a mass at every pair of whole numbers; the masses of all pairs add up
@@ -61,8 +61,8 @@ def of_digits(steps: int, seed: int) -> tuple[pf.Flow, Tensor]:
 def main() -> None:
     args = begin(__doc__)
     begun = time.process_time()
-    _, masses = of_counts(20 if args.smoke else 400, args.seed)
-    flow, test = of_digits(4 if args.smoke else 400, args.seed)
+    _, masses = of_counts(20 if args.smoke else 200, args.seed)
+    flow, test = of_digits(4 if args.smoke else 300, args.seed)
     print(f"{time.process_time() - begun:.0f} CPU seconds")
     fig, axes = plt.subplot_mosaic(
         [["data", "digits"], ["flow", "base"], ["flow", "draws"]],

@@ -83,8 +83,9 @@ class Flow(nn.Module):
         self.chain = chain if isinstance(chain, FlowTransform) else Chain(chain)
         event, periodic = self.chain.event_shape, self.chain.periodic
         if base is None:
-            base = _integers_for(self.chain) if self.chain.discrete else None
-            if base is None:
+            if self.chain.discrete:
+                base = _integers_for(self.chain)
+            else:
                 base = DiagonalNormal(event) if periodic is None else UniformCircle(event, periodic)
             kin = first_floating(self.chain)
             if kin is not None:
