@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Size, Tensor, nn
 
-from pyro_flows.core.checks import integer, positive_integers
+from pyro_flows.core.checks import integer, layer_widths
 
 __all__ = ["FixedPointNet", "rounded"]
 
@@ -119,8 +119,7 @@ class FixedPointNet(nn.Module):
         self.in_channels = integer("", "in_channels", in_channels, 0)
         self.context_dim = integer("", "context_dim", context_dim, 0)
         self.out_channels, self.num_params, self.space_dims = out_channels, num_params, space_dims
-        widths = tuple(hidden_dims)
-        self.hidden_dims = positive_integers("", "hidden_dims", widths) if widths else ()
+        self.hidden_dims = layer_widths("", "hidden_dims", hidden_dims)
         self.center, self.exponent = 0.5 * (levels - 1), (levels - 1).bit_length() - 1
         self.kernel_size = integer("", "kernel_size", kernel_size, odd=True)
         sides = 1 if space_dims < 2 else kernel_size, 1 if space_dims < 1 else kernel_size
