@@ -87,6 +87,7 @@ class FlowTransform(TransformModule):
     sampling_cost = "1 pass"  # base to data
     density_cost = "1 pass"  # data to base
     discrete: bool | None = False  # whether it maps whole numbers to whole numbers; None if it only rearranges
+    affine = False  # whether the map is a matrix and a shift, at each context
     event_shape: Size
     context_dim: int
     _memo: Memo

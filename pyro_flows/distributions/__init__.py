@@ -19,12 +19,21 @@ from pyro_flows.distributions.made import (
     RelaxedBernoulliHead,
 )
 from pyro_flows.distributions.noise import Dequantizer
+from pyro_flows.distributions.queries import (
+    Conditional,
+    Estimate,
+    Marginal,
+    Modes,
+    estimate_entropy,
+    estimate_kl,
+)
 
 __all__ = [
     "MADE",
     "AutoregressiveDistribution",
     "BernoulliHead",
     "CategoricalHead",
+    "Conditional",
     "ConvMADE",
     "Dequantized",
     "DequantizedDistribution",
@@ -33,6 +42,7 @@ __all__ = [
     "DistributionHead",
     "Ensemble",
     "EnsembleDistribution",
+    "Estimate",
     "FixedBase",
     "Flow",
     "FlowDistribution",
@@ -40,11 +50,15 @@ __all__ = [
     "IntegerLogistics",
     "IntegerLogisticsDistribution",
     "LogisticMixtureHead",
+    "Marginal",
     "MixedHead",
     "MixtureHead",
+    "Modes",
     "NormalHead",
     "RelaxedBernoulliHead",
     "StudentT",
     "UniformCircle",
     "bits_per_dim",
+    "estimate_entropy",
+    "estimate_kl",
 ]
