@@ -301,6 +301,13 @@ def test_distribution_of_whole_numbers():
     assert torch.isfinite(pf.bits_per_dim(flow.log_prob(x), (3,))).all()
 
 
+def test_queries_of_parts_are_refused_in_words():
+    flow = pf.Flow(pf.idf(2, **SMALL))
+    refuses(NotImplementedError, "count among draws", flow().marginal, [0])
+    refuses(NotImplementedError, "count among draws", flow().conditional, [0], torch.zeros(1, 1))
+    assert flow().entropy() > 0
+
+
 def test_draws_follow_the_masses():
     torch.manual_seed(0)
     flow = shake(pf.Flow(pf.idf(2, levels=4, hidden_dims=(8,), num_layers=1)), 0.3)

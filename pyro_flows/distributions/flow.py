@@ -27,6 +27,11 @@ class FlowDistribution(Answering, TransformedDistribution):
     """A ``TransformedDistribution`` that :class:`Flow` makes and that shares its parameters; it scores in one pass."""
 
     def _pieces(self, dims: Sequence[int]) -> Weighted:
+        if dims and self.transforms[0].discrete:
+            raise NotImplementedError(
+                "marginal and conditional: the couplings of an integer flow mix its numbers, so that neither is known; "
+                "count among draws, flow.sample((100_000,))"
+            )
         return [(0.0, ChainPiece(self.base_dist, self.transforms[0]))]
 
     def log_prob(self, value: Tensor) -> Tensor:
