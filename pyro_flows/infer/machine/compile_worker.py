@@ -81,7 +81,7 @@ class Loop(torch.nn.Module):
                 inputs = [*(table.index_select(0, inputs[0]) for table in tables), *inputs[1:]]
             found, score, norm = self.step(state, rate, weight, settings, [*inputs, *constants])
             here = every == k
-            scores = torch.where(here.unsqueeze(-1), score.reshape(-1).to(scores), scores)  # of integers in float64
+            scores = torch.where(here.unsqueeze(-1), score.reshape(-1), scores)
             return k + 1, scores, torch.where(here, norm, norms), *found
 
         zero = torch.zeros((), dtype=torch.int64)
