@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyro_flows.core.modes import by_hand, plain_eager
+from pyro_flows.core.modes import by_hand
 from pyro_flows.nets.masked_convolutional import Stacks, StackSteps
 from pyro_flows.nets.rotary import places_along, turned
 
@@ -35,7 +35,7 @@ class _Block(nn.Module):
         self.mix_in, self.mix_out = nn.Linear(size, 2 * size), nn.Linear(2 * size, size)
 
     def forward(
-        self, tokens: Tensor, places: Tensor, past: Tensor, allowed: Tensor
+        self, tokens: Tensor, places: Tensor, past: Tensor, allowed: Tensor, fused: bool
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """The tokens' outputs, and the keys and values of past and tokens, keys not yet turned."""
         asked = torch.unflatten(self.ask(self.attention_norm(tokens)), -1, (3, self.num_heads, -1))
@@ -44,14 +44,13 @@ class _Block(nn.Module):
         size, pair = keys.shape[-1], 2 * places.shape[-1]
         rotated = size // pair * pair
         queries = turned(queries, places[-tokens.shape[1] :], rotated)
-        found = _attended(queries, turned(keys, places, rotated), values, allowed)
+        found = _attended(queries, turned(keys, places, rotated), values, allowed, fused)
         tokens = tokens + self.answer(found.transpose(1, 2).flatten(2))
         return tokens + self.mix_out(self.activation(self.mix_in(self.mix_norm(tokens)))), (keys, values)
 
 
-def _attended(queries: Tensor, keys: Tensor, values: Tensor, allowed: Tensor) -> Tensor:
-    if plain_eager() and not torch.is_grad_enabled():
-        # Spares the scores, but has neither second derivatives nor rules of torch.func.
+def _attended(queries: Tensor, keys: Tensor, values: Tensor, allowed: Tensor, fused: bool) -> Tensor:
+    if fused:  # half the time at hundreds of tokens, but no second derivatives, and no rules of torch.func
         return F.scaled_dot_product_attention(queries, keys, values, attn_mask=allowed)
     scores = (queries / math.sqrt(queries.shape[-1])) @ keys.mT
     return torch.softmax(scores + torch.where(allowed, 0.0, -math.inf).to(scores), -1) @ values
@@ -88,13 +87,14 @@ class CausalAttention(nn.Module):
         size = self.norm.weight.numel() // self.num_heads
         return like.new_zeros(2 * len(self.blocks), rows, self.num_heads, 0, size)
 
-    def forward(self, tokens: Tensor, past: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, tokens: Tensor, past: Tensor, places: Tensor, fused: bool) -> tuple[Tensor, Tensor]:
         """Outputs of the next tokens, shape ``(rows, n, size)``, and what is remembered after them.
 
         Args:
             tokens: shape ``(rows, n, size)``.
             past: from :meth:`start` or the last call.
             places: of the tokens remembered and the next, shape ``(kept + n, axes)``.
+            fused: whether no second derivatives are wanted.
         """
         count, kept = tokens.shape[1], past.shape[-2]
         every = torch.arange(kept + count, device=tokens.device)
@@ -102,7 +102,7 @@ class CausalAttention(nn.Module):
         allowed = back >= 0 if self.window is None else (back >= 0) & (back < self.window)
         made: list[Tensor] = []
         for k, block in enumerate(self.blocks):
-            tokens, both = block(tokens, places, past[2 * k : 2 * k + 2], allowed)
+            tokens, both = block(tokens, places, past[2 * k : 2 * k + 2], allowed, fused)
             made += both
         first = 0 if self.window is None else max(kept + count + 1 - self.window, 0)
         return self.norm(tokens), torch.stack([each[..., first:, :] for each in made])
@@ -201,15 +201,18 @@ class TokenNet(nn.Module):
             taken: number of places taken before.
         """
         rows, count = before.shape[:2]
+        plain = by_hand()  # torch's own kernels: the same numbers, without some of torch's functions
         told = [] if context is None else [context.unsqueeze(1).expand(rows, count, -1)]
         tokens = self.into(torch.cat((before, *told), -1))
         if self.place_tokens is not None:
             tokens = tokens + self.place_tokens[taken : taken + count]
         if isinstance(self.memory, nn.GRU):
-            run = self.memory if by_hand() else partial(_unrolled, self.memory)
+            run = self.memory if plain else partial(_unrolled, self.memory)
             seen, past = run(tokens, past)
         else:
-            seen, past = self.memory(tokens, past, self._places(taken - past.shape[-2], taken + count))
+            fused = plain and not (before.requires_grad or (context is not None and context.requires_grad))
+            places = self._places(taken - past.shape[-2], taken + count)
+            seen, past = self.memory(tokens, past, places, fused)
         return torch.cat((seen, *told), -1), past
 
     def _places(self, first: int, last: int) -> Tensor:
