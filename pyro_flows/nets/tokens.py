@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -109,7 +108,7 @@ class CausalAttention(nn.Module):
 
 
 def _unrolled(net: nn.GRU, tokens: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
-    """The GRU's outputs and last states by plain products, which ``torch.func`` can go through."""
+    """The GRU's outputs and last states by plain products."""
     last = []
     for layer, state in enumerate(past):
         into, again, into_bias, again_bias = (
@@ -201,16 +200,16 @@ class TokenNet(nn.Module):
             taken: number of places taken before.
         """
         rows, count = before.shape[:2]
-        plain = by_hand()  # torch's own kernels: the same numbers, without some of torch's functions
+        # Torch's own kernels know neither all derivatives nor torch.func, and a GRU's none outside of training.
+        fused = by_hand() and not (before.requires_grad or (context is not None and context.requires_grad))
         told = [] if context is None else [context.unsqueeze(1).expand(rows, count, -1)]
         tokens = self.into(torch.cat((before, *told), -1))
         if self.place_tokens is not None:
             tokens = tokens + self.place_tokens[taken : taken + count]
         if isinstance(self.memory, nn.GRU):
-            run = self.memory if plain else partial(_unrolled, self.memory)
-            seen, past = run(tokens, past)
+            fused = fused and (self.training or not torch.is_grad_enabled())
+            seen, past = self.memory(tokens, past) if fused else _unrolled(self.memory, tokens, past)
         else:
-            fused = plain and not (before.requires_grad or (context is not None and context.requires_grad))
             places = self._places(taken - past.shape[-2], taken + count)
             seen, past = self.memory(tokens, past, places, fused)
         return torch.cat((seen, *told), -1), past

@@ -91,8 +91,8 @@ class ConvMADE(AutoregressiveModel):
     A density costs one pass; in a pass, a GRU goes through the places one after another, and attention costs a score
     for each pair of places and head.  A draw goes from place to place with cached states: a convolution or GRU costs
     the same at each, attention in proportion to the window or the places before.  Differentiable draws (``rsample``) of
-    convolutions take one pass for each dimension, those of the others one draw.  Attention has no second derivatives
-    on some devices.
+    convolutions take one pass for each dimension, those of the others one draw.  By ``"gru"`` and
+    ``"attention"``, second derivatives need a value or a context that requires a gradient.
 
     Args:
         event_shape: ``(C, H, W)`` or ``(C, T)``.
