@@ -53,7 +53,7 @@ def context_of(model, *batch):
 
 @pytest.mark.parametrize("positions", full_but([False, True], False))
 @pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("event", [(1, 6), (3, 4), (2, 1)])
+@pytest.mark.parametrize("event", full_but([(1, 6), (3, 4), (2, 1)], (3, 4)))
 def test_parameters_see_earlier_numbers_and_the_context_and_nothing_else(name, event, positions):
     """T1: exactly zero at and after a number in the order, and not zero before it, as far as the network looks back."""
     made = shaken(name, event, "normal", positions=positions, context_dim=2)
@@ -107,7 +107,7 @@ def test_sums_to_one(name, event, head, values):
     assert (logp[:, 0] - logp[:, 1]).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("name", full_but(NETWORKS, "gru", "attention"))
+@pytest.mark.parametrize("name", full_but(["gru", "two grus", "attention", "window"], "gru", "attention"))
 @pytest.mark.parametrize("head", HEADS)
 def test_draws_go_by_the_parameters_of_a_full_pass(name, head):
     """The parameters that each draw came from, against one pass over all that was drawn."""
@@ -119,12 +119,7 @@ def test_draws_go_by_the_parameters_of_a_full_pass(name, head):
         seen[int(dims)] = params[:, 0]
         return made.head.sample(params, dims)
 
-    x = made._drawn(made.head, 4, context, pick) if name != "conv" else made.sample((), context)
-    if name == "conv":
-        steps = made.stepper(4, context)
-        for t in range(5):
-            steps.score(x[..., t : t + 1])
-        return
+    x = made._drawn(made.head, 4, context, pick)
     assert list(seen) == made.order.tolist()
     got = torch.stack([seen[k] for k in range(made.input_dim)], 1)
     torch.testing.assert_close(got, made.params(x.squeeze(-2), context), rtol=0, atol=1e-10)
@@ -132,9 +127,9 @@ def test_draws_go_by_the_parameters_of_a_full_pass(name, head):
     assert made.head.discrete or x.std(0).max() > 1e-2
 
 
-@pytest.mark.parametrize("name", full_but(NETWORKS, "gru", "window"))
+@pytest.mark.parametrize("name", full_but(NETWORKS, "window"))
 def test_draws_have_the_frequencies_of_the_density(name):
-    made, n = shaken(name, (2, 3), "bernoulli", 0.6), 20_000
+    made, n = shaken(name, (2, 3), "bernoulli", 0.6), 10_000
     every = states(made, 2)
     want = made.log_prob(every).exp() * n
     stream = Stream(made, (n,))
@@ -171,7 +166,7 @@ def test_differentiable_draws(name):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("head", full_but(HEADS, "mixture", "mixed"))
+@pytest.mark.parametrize("head", full_but(HEADS, "mixed"))
 @pytest.mark.parametrize("batch", full_but([(), (3,), (2, 3)], (3,)))
 def test_streams_equal_whole_series(name, head, batch, monkeypatch):
     """T2: over more steps than the model's own, and than windows, kernels and pieces."""
@@ -333,13 +328,13 @@ def test_streams_can_be_pickled_and_forecast(name):
 
 
 @pytest.mark.parametrize(
-    "name, event", [("gru", (2, 7)), ("window", (2, 7)), ("attention", (2, 3, 2)), ("conv", (2, 9))]
+    "name, event", [("gru", (2, 4)), ("window", (2, 5)), ("attention", (2, 2, 2)), ("conv", (2, 4))]
 )
 def test_codecs_restore_all(name, event, monkeypatch):
     plain(monkeypatch)
     head = MixedHead([(LogisticMixtureHead(9, 2), [0]), (CategoricalHead(4), [1])])
     made = shaken(name, event, head, dtype=torch.float32, context_dim=1)
-    context = torch.randn(40, 1)
+    context = torch.randn(30, 1)
     x = made.sample((), context).long()
     codec = Codec(made)
     data = codec.encode(x, context)
@@ -406,7 +401,6 @@ def test_functions_of_torch(name):
     torch.testing.assert_close(torch.func.vmap(lambda x: made.score(x, None))(x), made.log_prob(x))
     want = torch.autograd.functional.hessian(lambda x: made.score(x, None), x[0])
     torch.testing.assert_close(torch.func.hessian(lambda x: made.score(x, None))(x[0]), want)
-    assert torch.autograd.gradgradcheck(lambda x: made.score(x, None), (x[:1].requires_grad_(),), fast_mode=True)
     with torch.no_grad():  # another kernel of attention
         plainly = made.params(x)
     torch.testing.assert_close(plainly, made.params(x), rtol=0, atol=1e-10)
