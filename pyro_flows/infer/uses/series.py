@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Size, Tensor
@@ -102,17 +103,18 @@ class Stream:
         self._base: _Independent | ModelSteps
         self._codomain: Constraint | None = None
         self._channels = flow.event_shape[0]
-        made, rows = _made(flow), self.batch_shape.numel()
+        made = _made(flow)
         if made is not None:
             if isinstance(flow, StandardizedDensity):
                 own = (each.expand(flow.event_shape) for each in (flow.loc, flow.scale.log()))
                 self._parts.append((affine(*(at_any_time("Stream", "standardization", each) for each in own)), False))
                 context = None if context is None else (context - flow.context_loc) / flow.context_scale
-            self._reach, self._base = made.reach, made.stepper(rows, self._spread(context))
+            self._reach = made.reach
+            self._base = made.stepper(self.batch_shape.numel(), self._spread(context))
         elif is_plain_flow(flow):
             self._codomain, self._reach = flow.chain.codomain, flow.chain.reach
             self._take_apart(flow, flow.inner_context(context))
-            base = flow.base
+            base, rows = flow.base, self.batch_shape.numel()
             if isinstance(base, ConvMADE):
                 self._reach = None if self._reach is None or base.reach is None else self._reach + base.reach
                 self._base = base.stepper(rows)
@@ -324,7 +326,7 @@ def _one_step(flow: Flow) -> Distribution:
 
 
 def step_log_prob(
-    flow: Flow | ConvMADE, value: Tensor, context: Tensor | None = None, *, lengths: Tensor | None = None
+    flow: Series, value: Tensor, context: Tensor | None = None, *, lengths: Tensor | None = None
 ) -> Tensor:
     r"""The log-density of each step of whole series given all before, :math:`\log p(y_t \mid y_{<t}, c)`.
 
@@ -334,7 +336,7 @@ def step_log_prob(
 
     Args:
         flow: a :class:`~pyro_flows.distributions.flow.Flow` of series ``(C, T)`` with causal or elementwise parts; the
-            latter may differ between times.  Or a ``ConvMADE`` of series.
+            latter may differ between times.  Or a ``ConvMADE`` of series, also in the units of data.
         value: shape ``(*batch, C, T)``; the padding may hold anything, NaN included.
         context: shape ``(*batch, context_dim)``, if the flow takes one.
         lengths: steps of each series, integers from 1 to ``T`` that broadcast to ``batch``; by default ``T``.  A
@@ -348,9 +350,17 @@ def step_log_prob(
         TypeError: for anything but a flow and a tensor of its dtype.
     """
     _check(flow, "step_log_prob")
-    if isinstance(flow, ConvMADE):
-        return flow(context, lengths=lengths).step_log_prob(value)
-    inside: Tensor | None = None
+    made = _made(flow)
+    if made is not None:
+        stretched = value.new_zeros(())
+        if isinstance(flow, StandardizedDensity):
+            stretched = flow.scale.log().expand(flow.event_shape).sum(0)
+            value = (value - flow.loc) / flow.scale
+            context = None if context is None else (context - flow.context_loc) / flow.context_scale
+        law = made(context, lengths=lengths)
+        scores = law.step_log_prob(value) - stretched
+        return scores if law.inside is None else torch.where(law.inside, scores, 0.0)
+    flow, inside = cast(Flow, flow), None
     if lengths is not None:
         value = admit(flow.chain, value, context, data_side=True)
         inside = length_mask("step_log_prob", lengths, value.shape[:-2], value.shape[-1], value.device)
