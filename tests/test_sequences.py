@@ -459,6 +459,7 @@ def test_wrong_lengths():
     refuses(ValueError, r"broadcast to the batch \(3,\), one for each series", made.log_prob, x, lengths=[1, 2])
     other = shaken("gru", (2, 6), "normal", context_dim=1)
     refuses(ValueError, r"broadcast to the batch \(4,\)", other, torch.zeros(4, 1, dtype=F64), lengths=[1, 2])
+    refuses(NotImplementedError, "at_length", made(lengths=[3, 2])._pieces, [0])
     image = shaken("gru", (1, 2, 3), "normal")
     refuses(ValueError, r"lengths are of series \(C, T\)", image, lengths=[2])
     refuses(ValueError, r"a model of series \(C, T\)", image.at_length, 4)

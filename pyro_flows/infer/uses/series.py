@@ -17,8 +17,9 @@ from pyro_flows.core.checks import admit, check_context, first_floating, integer
 from pyro_flows.core.steps import Move, Stepper, affine, at_any_time, length_mask
 from pyro_flows.distributions import ConvMADE, Flow
 from pyro_flows.distributions.made.steps import ModelSteps
+from pyro_flows.distributions.queries.layers import leaves_of
 from pyro_flows.infer.density.units import StandardizedDensity, is_plain_flow
-from pyro_flows.infer.uses.surprise import leaves_of, single_base, surprise
+from pyro_flows.infer.uses.surprise import single_base, surprise
 
 __all__ = ["Stream", "step_log_prob"]
 
@@ -126,7 +127,7 @@ class Stream:
 
     def _take_apart(self, flow: Flow, context: Tensor | None) -> None:
         """Finds the steps of a flow's parts."""
-        leaves = leaves_of(flow, context)
+        leaves = leaves_of(flow.chain, context)
         for part, own, _ in leaves:
             if own is not None and own is not context:
                 self._widen(f"a {type(part).__name__} that is bound to a context", own)
