@@ -15,7 +15,6 @@ from torch.distributions import constraints
 from pyro_flows.core.checks import integer
 from pyro_flows.distributions import MADE, ConvMADE
 from pyro_flows.distributions.made import BernoulliHead, CategoricalHead, Head, LogisticMixtureHead, MixedHead
-from pyro_flows.inverse.raster import RasterSweep
 
 __all__ = [
     "Conditionals",
@@ -152,7 +151,7 @@ class NetworkConditionals(Conditionals):
         head, model = _Reading(self.model.head, read), self.model
         with torch.random.fork_rng(devices=[]):  # the sweep's noise goes unused
             if isinstance(model, ConvMADE):
-                return RasterSweep(model.net, head, model.bias, rows, context).run().flatten(1).long()
+                return model.sweep(head, rows, context).flatten(1).long()
             drawn = model.net.draw(head, rows, context, model.member(self.number))
             model.net._idle.clear()
             return drawn.long()

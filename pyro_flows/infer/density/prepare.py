@@ -122,7 +122,7 @@ def prepare(flow: Flow | Density, given: tuple[Any, Any, Any, Any], settings: Se
         found += values.repeats(whole, looked_at)
     units: Units = dict.fromkeys(("loc", "scale", "context_loc", "context_scale"))
     if values.rows and settings.standardize is not False:
-        units["loc"], units["scale"] = values.loc_and_scale(ends, is_plain_flow(flow) and over_time(flow))
+        units["loc"], units["scale"] = values.loc_and_scale(ends, over_time(flow))
         if contexts.rows:
             units["context_loc"], units["context_scale"] = contexts.loc_and_scale()
         if ends is not None:

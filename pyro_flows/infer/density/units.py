@@ -81,8 +81,8 @@ class StandardizedFlow(Flow):
 class StandardizedDensity(Density):
     r"""A module with ``log_prob`` in other units, :math:`\log p(y) = \log q((y - t) / \sigma) - \sum_i \log\sigma_i`.
 
-    The ``module`` has the density :math:`q`; ``loc`` :math:`t` and ``scale`` :math:`\sigma` have the event's shape.
-    ``context_loc`` and ``context_scale`` are the units of contexts, if any.
+    The ``module`` has the density :math:`q`; ``loc`` :math:`t` and ``scale`` :math:`\sigma` have the event's shape,
+    or ``(C, 1)`` for series.  ``context_loc`` and ``context_scale`` are the units of contexts, if any.
     """
 
     loc: Tensor
@@ -104,7 +104,8 @@ class StandardizedDensity(Density):
 
     def log_prob(self, value: Tensor, context: Tensor | None = None) -> Tensor:
         """Log-density in nats."""
-        return self.module.log_prob((value - self.loc) / self.scale, *self._contexts(context)) - self.scale.log().sum()
+        stretched = self.scale.log().expand(self.event_shape).sum()  # units of series may be those of channels
+        return self.module.log_prob((value - self.loc) / self.scale, *self._contexts(context)) - stretched
 
     def sample(self, sample_shape: Size | tuple[int, ...] = (), context: Tensor | None = None) -> Tensor:
         """Draws, if the module can."""
@@ -237,8 +238,10 @@ def _end(part: FlowTransform) -> tuple[Constraint, Size]:
     return part.codomain, part.data_shape
 
 
-def over_time(flow: Flow) -> bool:
+def over_time(flow: Flow | Density) -> bool:
     """Tells whether series have units by channel: no part before the standardization knows the time."""
+    if not is_plain_flow(flow):
+        return bool(getattr(flow, "shared_over_time", False))
     front = split_chain(flow.chain)[0]
     return bool(front) and all(part.shared_over_time for part in front)
 
