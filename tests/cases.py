@@ -20,6 +20,7 @@ from pyro_flows.transforms import (
     Householder,
     Plated,
     Preconditioner,
+    RecursiveSphere,
     Split,
     Squeeze,
 )
@@ -42,6 +43,7 @@ class Case:
         rtol: of ``check_transform``, in units of the machine epsilon; ``None`` for its own.
         positive: whether base-side values must be positive.
         angles: whether base-side values are angles, from one turn.
+        sphere: whether base-side values have length 1.
         left_out: checks of ``check_transform`` that Python itself rules out for this one.
     """
 
@@ -54,6 +56,7 @@ class Case:
     rtol: float | None = None
     positive: bool = False
     angles: bool = False
+    sphere: bool = False
     left_out: tuple[str, ...] = ()
 
     @property
@@ -65,6 +68,8 @@ class Case:
         x = torch.randn(*batch, *self.event_shape, dtype=dtype, device=device)
         if self.angles:
             return 3 * torch.tanh(x)
+        if self.sphere:
+            return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         return x.abs() + 0.1 if self.positive else x
 
 
@@ -461,6 +466,24 @@ def _builders() -> Iterator[Case]:
             yield Case(name + suffix, (name, "Chain"), build, event, scale=scale, angles=name == "ncsf")
 
 
+def _spheres() -> Iterator[Case]:
+    def layer(name: str, size: int, **options: object) -> Case:
+        def build(context_dim: int) -> pf.FlowTransform:
+            return RecursiveSphere(size, context_dim=context_dim, **{"hidden_dims": (8,), "bins": 4, **options})
+
+        return Case(f"recursive-sphere-{name}", ("RecursiveSphere",), build, (size,), scale=0.3, sphere=True)
+
+    yield layer("2", 3)
+    yield layer("1", 2)
+    yield layer("3", 4, axis=1)
+    yield layer("5", 6, bins=3, residual=True, hidden_dims=(6, 6))
+
+    def build(context_dim: int) -> pf.FlowTransform:
+        return pf.sphere(3, context_dim=context_dim, num_layers=3, bins=4, **_SMALL)
+
+    yield Case("sphere", ("sphere", "RecursiveSphere", "Chain"), build, (3,), scale=0.2, sphere=True)
+
+
 def _images() -> Iterator[Case]:
     small = {"hidden_channels": 3, "num_blocks": 1}
 
@@ -625,7 +648,7 @@ def _inverses(cases: list[Case]) -> Iterator[Case]:
         yield Case(f"inverse-{name}", ("Inverse",), build, case.event_shape, scale=case.scale)
 
 
-CASES = [*_leaves(), *_composites(), *_builders(), *_images(), *_mint(), *_series(), *_continuous()]
+CASES = [*_leaves(), *_composites(), *_builders(), *_spheres(), *_images(), *_mint(), *_series(), *_continuous()]
 CASES += _inverses(CASES)
 # The first case of each flow, and the others for the full suite.
 FIRST = list({case.covers[0]: case for case in reversed(CASES)}.values())

@@ -18,6 +18,7 @@ from pyro_flows.distributions.made import (
     RelaxedBernoulliHead,
 )
 from pyro_flows.distributions.noise import Dequantizer
+from pyro_flows.distributions.sphere import UniformSphere, VonMisesFisher
 
 __all__ = [
     "MADE",
@@ -43,5 +44,7 @@ __all__ = [
     "RelaxedBernoulliHead",
     "StudentT",
     "UniformCircle",
+    "UniformSphere",
+    "VonMisesFisher",
     "bits_per_dim",
 ]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import pyro.distributions.constraints as pyro_constraints
 import torch
 from pyro.distributions import TransformedDistribution
 from torch import Size, Tensor, nn
@@ -14,6 +16,7 @@ from pyro_flows.core.checks import check_context, check_tensor, first_floating, 
 from pyro_flows.core.modes import plain_eager
 from pyro_flows.core.transform import REAL, FlowTransform
 from pyro_flows.distributions.bases import DiagonalNormal, FixedBase, UniformCircle
+from pyro_flows.distributions.sphere import UniformSphere
 
 __all__ = ["Flow", "FlowDistribution"]
 
@@ -66,13 +69,13 @@ class Flow(nn.Module):
 
     Args:
         chain: a flow transform; several are put in a :class:`~pyro_flows.core.chain.Chain`.
-        base: ``None`` for a standard normal, uniform for angles (see :func:`~pyro_flows.flows.ncsf`); a fixed
-            distribution, whose tensors move with the module; or an ``nn.Module`` that returns a distribution when
-            called, and whose parameters become the flow's.
+        base: ``None`` for a standard normal, uniform for angles (see :func:`~pyro_flows.flows.ncsf`) and on the sphere
+            (see :func:`~pyro_flows.flows.sphere`); a fixed distribution, whose tensors move with the module; or an
+            ``nn.Module`` that returns a distribution when called, and whose parameters become the flow's.
 
     Raises:
-        ValueError: if the base's event shape is not the chain's, a fixed base requires a gradient, or a chain of angles
-            has a base that is no density of angles.
+        ValueError: if the base's event shape is not the chain's, a fixed base requires a gradient, a chain of angles
+            has a base that is no density of angles, or a chain on the sphere one that is not on the sphere.
     """
 
     def __init__(self, chain: FlowTransform | list[Transform], base: Distribution | nn.Module | None = None) -> None:
@@ -80,7 +83,10 @@ class Flow(nn.Module):
         self.chain = chain if isinstance(chain, FlowTransform) else Chain(chain)
         event, periodic = self.chain.event_shape, self.chain.periodic
         if base is None:
-            base = DiagonalNormal(event) if periodic is None else UniformCircle(event, periodic)
+            if self.chain.domain is pyro_constraints.sphere:
+                base = UniformSphere(event[0])
+            else:
+                base = DiagonalNormal(event) if periodic is None else UniformCircle(event, periodic)
             kin = first_floating(self.chain)
             if kin is not None:
                 base.to(kin.device, kin.dtype)
@@ -100,6 +106,8 @@ class Flow(nn.Module):
 
         if periodic is not None:
             _refuse_line(made, periodic)
+        if self.chain.domain is pyro_constraints.sphere:
+            _refuse_space(made)
 
     @property
     def event_shape(self) -> Size:
@@ -214,4 +222,15 @@ def _refuse_line(base: Distribution, angles: Tensor) -> None:
         raise ValueError(
             "Flow: this chain takes angles modulo 2 pi, but the base gives another density at x + 2 pi than at x, so "
             "it would not integrate to 1 over a turn; leave base out, or take UniformCircle or Pyro's VonMises"
+        )
+
+
+def _refuse_space(base: Distribution) -> None:
+    """Refuses a base whose support is not the sphere."""
+    first = torch.eye(base.event_shape[0])[0]
+    support: Any = base.support
+    if not support.check(first).all() or support.check(2 * first).any():
+        raise ValueError(
+            f"Flow: this chain moves unit vectors, but the base has the support {support}; leave base out, or take a "
+            "distribution on the sphere such as VonMisesFisher or Pyro's ProjectedNormal"
         )

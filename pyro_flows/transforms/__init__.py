@@ -14,6 +14,7 @@ from pyro_flows.transforms.normalization import ActNorm
 from pyro_flows.transforms.pixels import LogitPixels
 from pyro_flows.transforms.plated import Plated
 from pyro_flows.transforms.preconditioner import Preconditioner
+from pyro_flows.transforms.sphere import RecursiveSphere
 
 __all__ = [
     "ActNorm",
@@ -31,6 +32,7 @@ __all__ = [
     "Permutation",
     "Plated",
     "Preconditioner",
+    "RecursiveSphere",
     "Rescaling",
     "Split",
     "Squeeze",
