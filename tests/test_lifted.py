@@ -1,6 +1,5 @@
 """Latents on circles, spheres and tori, as directions of points of the plane or the space around them."""
 
-import io
 import math
 
 import pyro
@@ -30,15 +29,16 @@ def directions(kappa: float = 4.0):
     """A mean direction with a uniform prior, whose posterior is von Mises-Fisher."""
     mu = pyro.sample("mu", dist.ProjectedNormal(torch.zeros(3)))
     with pyro.plate("rows", len(DIRECTIONS)):
-        pyro.sample("x", VonMisesFisher(mu.unsqueeze(-2), kappa), obs=DIRECTIONS)
+        pyro.sample("x", VonMisesFisher(mu, kappa), obs=DIRECTIONS)
 
 
 def exact_directions(kappa: float = 4.0) -> tuple[VonMisesFisher, float]:
     """The posterior and the log-evidence, by Bayes' rule at one point."""
-    total = kappa * DIRECTIONS.double().sum(0)
+    rows = torch.nn.functional.normalize(DIRECTIONS.double(), dim=-1)
+    total = kappa * rows.sum(0)
     posterior = VonMisesFisher(total / total.norm(), total.norm())
     at = torch.eye(3).double()[0]
-    joint = VonMisesFisher(at, kappa).log_prob(DIRECTIONS.double()).sum() - math.log(4 * math.pi)
+    joint = VonMisesFisher(at, kappa).log_prob(rows).sum() - math.log(4 * math.pi)
     return posterior, float(joint - posterior.log_prob(at))
 
 
@@ -190,8 +190,6 @@ def test_an_angle_beside_a_number():
     turn = draws["turn"].double()
     assert draws["speed"].double().mean() == pytest.approx(float(speed), abs=0.03)
     torch.testing.assert_close(torch.stack((turn.cos().mean(), turn.sin().mean())), direction, atol=0.02, rtol=0)
-    file = io.BytesIO()
-    torch.save(fit.flow.state_dict(), file)
 
 
 @pytest.mark.full
@@ -209,7 +207,7 @@ def test_guide_files(tmp_path):
 def test_pyros_own_inference():
     """NUTS, NeuTra and AutoNormal see spheres by themselves, and angles under the handler."""
     exact, _ = exact_directions()
-    mcmc = MCMC(NUTS(directions), num_samples=300, warmup_steps=100, disable_progbar=True)
+    mcmc = MCMC(NUTS(directions), num_samples=200, warmup_steps=100, disable_progbar=True)
     pyro.set_rng_seed(0)
     mcmc.run()
     mu = mcmc.get_samples()["mu"]
@@ -220,7 +218,7 @@ def test_pyros_own_inference():
     guide = AutoFlow(around, seed=0).setup()
     neutra = NeuTraReparam(guide.requires_grad_(False))
     for model in (Circles()(around), neutra.reparam(Circles()(around))):
-        mcmc = MCMC(NUTS(model), num_samples=400, warmup_steps=150, disable_progbar=True)
+        mcmc = MCMC(NUTS(model), num_samples=300, warmup_steps=100, disable_progbar=True)
         mcmc.run()
         draws = mcmc.get_samples()
         if "turn" not in draws:

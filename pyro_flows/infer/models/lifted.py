@@ -145,39 +145,39 @@ class LiftedAngles(_Lifted):
 
 
 class _OnAngles(FlowDistribution):
-    support: Any = None
+    """A flow of angles that says so."""
+
+    @property
+    def support(self) -> Angles:
+        transform: Any = self.transforms[0]
+        return Angles(transform.turned(transform.periodic).cpu())
 
 
 def on_circles(fn: Any) -> Any:
     """The same distribution with :class:`Angles` as support, if it is one of angles."""
-    support: constraints.Constraint
     if isinstance(fn, FlowDistribution):
-        transform: Any = fn.transforms[0]
-        if transform.periodic is None:
-            return fn
-        support = Angles(transform.turned(transform.periodic).cpu())
-    elif isinstance(fn, dist.VonMises):
-        support = circle
-    elif isinstance(fn, dist.SineBivariateVonMises | dist.SineSkewed):
-        support = constraints.independent(circle, 1)
-    else:
-        name = "_component_distribution" if isinstance(fn, dist.MixtureSameFamily) else "base_dist"
-        base = getattr(fn, name, None)
-        inner = on_circles(base) if isinstance(base, Distribution) else base
-        if inner is base or isinstance(fn, dist.TransformedDistribution):
+        angular: Any = fn.transforms[0]
+        if angular.periodic is None:
             return fn
         fn = copy.copy(fn)
-        setattr(fn, name, inner)
+        fn.__class__ = _OnAngles
+        return fn
+    if isinstance(fn, dist.VonMises | dist.SineBivariateVonMises | dist.SineSkewed):
+        fn = copy.copy(fn)
+        fn.support = constraints.independent(circle, 1) if fn.event_dim else circle
+        return fn
+    name = "_component_distribution" if isinstance(fn, dist.MixtureSameFamily) else "base_dist"
+    base = getattr(fn, name, None)
+    inner = on_circles(base) if isinstance(base, Distribution) else base
+    if inner is base or isinstance(fn, dist.TransformedDistribution):
         return fn
     fn = copy.copy(fn)
-    if isinstance(fn, FlowDistribution):
-        fn.__class__ = _OnAngles
-    fn.support = support
+    setattr(fn, name, inner)
     return fn
 
 
 class Circles(Messenger):
-    """A handler under which latent angles lie on circles: a model around which Pyro's inference finds no line.
+    """A handler that puts the latent angles of a model on circles.
 
     Pyro's ``VonMises``, ``SineBivariateVonMises`` and ``SineSkewed``, and flows of angles, have all real numbers as
     support, over which their densities repeat.  Under this handler their support is :class:`Angles`, whose

@@ -10,7 +10,7 @@ import pyro.distributions.constraints as pyro_constraints
 import torch
 from pyro.distributions.transforms import CholeskyTransform
 from torch import Size, Tensor
-from torch.distributions import ComposeTransform, Transform, biject_to, constraints
+from torch.distributions import ComposeTransform, Transform, biject_to, constraints, transform_to
 
 from pyro_flows.infer.models.lifted import Angles, LiftedAngles, LiftedSphere, circle
 
@@ -131,3 +131,4 @@ for _support, _make in _MADE:
         biject_to(_support)
     except NotImplementedError:  # the user's registrations come first
         biject_to.register(_support, _make)
+transform_to.register(circle, lambda support: LiftedAngles(support.mask))  # for Pyro's initial values
