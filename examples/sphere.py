@@ -68,7 +68,7 @@ def mass(flow: pf.Flow, count: int) -> float:
 
 
 def posterior(seconds: float, seed: int) -> pf.infer.GuideFit:
-    """The mean direction of five measurements of known precision, and how far the source is, in one guide."""
+    """The direction of a source from five measurements of known precision, and its log-distance, in one guide."""
     seen = normalize(
         torch.tensor([[0.1, 0.9, 0.6], [0.4, 0.8, 0.7], [-0.1, 0.7, 0.9], [0.3, 1.0, 0.3], [0.0, 0.6, 1.0]]), dim=-1
     )
@@ -88,11 +88,9 @@ def posterior(seconds: float, seed: int) -> pf.infer.GuideFit:
 def main() -> None:
     args = begin(__doc__)
     truth = Truth()
-    rows, held_out, budget = (
-        (500, 500, {"steps": 5}) if args.smoke else (10_000, 10_000, {"steps": 1500, "batch_size": 512})
-    )
+    rows, held_out, steps = (500, 500, 5) if args.smoke else (10_000, 10_000, 1500)
     data, test = truth.sample((rows,)), truth.sample((held_out,))
-    fit = pf.fit_density(pf.sphere(3), data, seed=args.seed, progress=False, **budget)
+    fit = pf.fit_density(pf.sphere(3), data, seed=args.seed, steps=steps, batch_size=500, progress=False)
     print(fit)
     flow = fit.distribution
     with torch.no_grad():
