@@ -5,7 +5,7 @@
 
 The truth is known: a belt around a tilted axis, as of poles of orbits, with two clusters, one of them over the pole of
 the coordinates.  So the score of the flow can be held against that of the truth on the same held-out rows, and its
-integral over the sphere is checked.  It takes some minutes on one CPU core.
+integral over the sphere is checked.  It takes a minute on one CPU core.
 """
 
 import math
@@ -88,7 +88,7 @@ def posterior(seconds: float, seed: int) -> pf.infer.GuideFit:
 def main() -> None:
     args = begin(__doc__)
     truth = Truth()
-    rows, held_out, steps = (500, 500, 5) if args.smoke else (10_000, 10_000, 1500)
+    rows, held_out, steps = (500, 500, 5) if args.smoke else (10_000, 10_000, 800)
     data, test = truth.sample((rows,)), truth.sample((held_out,))
     fit = pf.fit_density(pf.sphere(3), data, seed=args.seed, steps=steps, batch_size=500, progress=False)
     print(fit)
@@ -98,14 +98,14 @@ def main() -> None:
     print(f"Held-out log-likelihood, nats per row, {len(test)} rows, ± 2 standard errors")
     for name, each in (("truth", best), ("sphere", scores), ("truth - sphere", best - scores)):
         print(f"  {name:<16}{mean_of(each, 4):>17}")
-    guide = posterior(2.0 if args.smoke else 20.0, args.seed)
+    guide = posterior(2.0 if args.smoke else 5.0, args.seed)
     print(guide)
     draws = guide.sample(1000, resampled=True)["direction"]
 
     fig, axes = plt.subplots(2, 2, figsize=(11.4, 6.0), layout="constrained")
-    plots.globe(truth, ax=axes[0, 0], points=100 if args.smoke else 300)
+    plots.globe(truth, ax=axes[0, 0], points=60 if args.smoke else 200)
     axes[0, 0].set_title("the truth")
-    plots.globe(flow, ax=axes[0, 1], points=100 if args.smoke else 300)
+    plots.globe(flow, ax=axes[0, 1], points=60 if args.smoke else 200)
     axes[0, 1].set_title("what pf.sphere learned from draws")
     plots.globe(
         dist.ProjectedNormal(torch.zeros(3)), data=test, ax=axes[1, 0], points=50, cmap="Greys", vmin=1.0, vmax=2.0
@@ -114,7 +114,7 @@ def main() -> None:
     plots.globe(VonMisesFisher(normalize(draws.mean(0), dim=0), 40.0), data=draws, ax=axes[1, 1], points=100, alpha=0.5)
     axes[1, 1].set_title("a posterior of a direction: draws")
     save(fig, args.out / "sphere.png")
-    print(f"Integral of the learned density over the sphere: {mass(flow, 100 if args.smoke else 800):.6f}")
+    print(f"Integral of the learned density over the sphere: {mass(flow, 100 if args.smoke else 400):.6f}")
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ def learn(size: int, layers: int, seed: int, steps: int, lr: float = 5e-3) -> pf
         "optim_args": {"lr": lr},
         "lr_lambda": lambda step: 0.5 + 0.5 * math.cos(math.pi * min(step, steps) / steps) + 1e-3,
     }
-    scheduler = pyro.optim.LambdaLR(schedule)
+    scheduler = pyro.optim.LambdaLR(schedule, clip_args={"clip_norm": 2.0})
 
     def model() -> None:
         with pyro.poutine.scale(scale=power):
@@ -136,7 +136,7 @@ def main() -> None:
         tables={"nargs": "+", "default": ["target", "posterior"], "choices": ["target", "posterior"]},
         layers={"type": int, "nargs": "+", "default": [1, 3]},
         sizes={"type": int, "nargs": "+", "default": [3, 4]},
-        steps={"type": int, "default": 3000},
+        steps={"type": int, "default": 1200},
         seconds={"type": float, "default": 20.0},
         seeds={"type": int, "nargs": "+", "default": [0, 1, 2]},
     )

@@ -228,8 +228,12 @@ def _refuse_line(base: Distribution, angles: Tensor) -> None:
 def _refuse_space(base: Distribution) -> None:
     """Refuses a base whose support is not the sphere."""
     first = torch.eye(base.event_shape[0])[0]
-    support: Any = base.support
-    if not support.check(first).all() or support.check(2 * first).any():
+    try:
+        support: Any = base.support
+        fits = support.check(first).all() and not support.check(2 * first).any()
+    except (NotImplementedError, ValueError):  # an unknown or dependent support
+        return
+    if not fits:
         raise ValueError(
             f"Flow: this chain moves unit vectors, but the base has the support {support}; leave base out, or take a "
             "distribution on the sphere such as VonMisesFisher or Pyro's ProjectedNormal"
