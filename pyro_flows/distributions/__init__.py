@@ -18,6 +18,14 @@ from pyro_flows.distributions.made import (
     RelaxedBernoulliHead,
 )
 from pyro_flows.distributions.noise import Dequantizer
+from pyro_flows.distributions.queries import (
+    Conditional,
+    Estimate,
+    Marginal,
+    Modes,
+    estimate_entropy,
+    estimate_kl,
+)
 from pyro_flows.distributions.sphere import UniformSphere, VonMisesFisher
 
 __all__ = [
@@ -25,6 +33,7 @@ __all__ = [
     "AutoregressiveDistribution",
     "BernoulliHead",
     "CategoricalHead",
+    "Conditional",
     "ConvMADE",
     "Dequantized",
     "DequantizedDistribution",
@@ -33,13 +42,16 @@ __all__ = [
     "DistributionHead",
     "Ensemble",
     "EnsembleDistribution",
+    "Estimate",
     "FixedBase",
     "Flow",
     "FlowDistribution",
     "GaussianMixture",
     "LogisticMixtureHead",
+    "Marginal",
     "MixedHead",
     "MixtureHead",
+    "Modes",
     "NormalHead",
     "RelaxedBernoulliHead",
     "StudentT",
@@ -47,4 +59,6 @@ __all__ = [
     "UniformSphere",
     "VonMisesFisher",
     "bits_per_dim",
+    "estimate_entropy",
+    "estimate_kl",
 ]
