@@ -90,7 +90,9 @@ def main() -> None:
     truth = Truth()
     rows, held_out, steps = (500, 500, 5) if args.smoke else (10_000, 10_000, 800)
     data, test = truth.sample((rows,)), truth.sample((held_out,))
-    fit = pf.fit_density(pf.sphere(3), data, seed=args.seed, steps=steps, batch_size=500, progress=False)
+    fit = pf.fit_density(
+        pf.sphere(3), data, seed=args.seed, steps=steps, batch_size=min(500, rows // 2), progress=False
+    )
     print(fit)
     flow = fit.distribution
     with torch.no_grad():
