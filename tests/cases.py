@@ -22,6 +22,7 @@ from pyro_flows.transforms import (
     IntegerSplit,
     Plated,
     Preconditioner,
+    RecursiveSphere,
     Split,
     Squeeze,
 )
@@ -45,6 +46,7 @@ class Case:
         positive: whether base-side values must be positive.
         angles: whether base-side values are angles, from one turn.
         whole: whether base-side values are whole numbers.
+        sphere: whether base-side values have length 1.
         left_out: checks of ``check_transform`` that Python itself rules out for this one.
     """
 
@@ -58,6 +60,7 @@ class Case:
     positive: bool = False
     angles: bool = False
     whole: bool = False
+    sphere: bool = False
     left_out: tuple[str, ...] = ()
 
     @property
@@ -71,6 +74,8 @@ class Case:
             return 3 * torch.tanh(x)
         if self.whole:
             return (3 * x).round()
+        if self.sphere:
+            return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         return x.abs() + 0.1 if self.positive else x
 
 
@@ -467,6 +472,24 @@ def _builders() -> Iterator[Case]:
             yield Case(name + suffix, (name, "Chain"), build, event, scale=scale, angles=name == "ncsf")
 
 
+def _spheres() -> Iterator[Case]:
+    def layer(name: str, size: int, **options: object) -> Case:
+        def build(context_dim: int) -> pf.FlowTransform:
+            return RecursiveSphere(size, context_dim=context_dim, **{"hidden_dims": (8,), "bins": 4, **options})
+
+        return Case(f"recursive-sphere-{name}", ("RecursiveSphere",), build, (size,), scale=0.3, sphere=True)
+
+    yield layer("2", 3)
+    yield layer("1", 2)
+    yield layer("3", 4, axis=1)
+    yield layer("5", 6, bins=3, residual=True, hidden_dims=(6, 6))
+
+    def build(context_dim: int) -> pf.FlowTransform:
+        return pf.sphere(3, context_dim=context_dim, num_layers=3, bins=4, **_SMALL)
+
+    yield Case("sphere", ("sphere", "RecursiveSphere", "Chain"), build, (3,), scale=0.2, sphere=True)
+
+
 def _images() -> Iterator[Case]:
     small = {"hidden_channels": 3, "num_blocks": 1}
 
@@ -662,7 +685,7 @@ def _inverses(cases: list[Case]) -> Iterator[Case]:
         yield Case(f"inverse-{name}", ("Inverse",), build, case.event_shape, scale=case.scale)
 
 
-CASES = [*_leaves(), *_composites(), *_builders(), *_images(), *_mint(), *_series(), *_continuous()]
+CASES = [*_leaves(), *_composites(), *_builders(), *_spheres(), *_images(), *_mint(), *_series(), *_continuous()]
 CASES += _inverses(CASES)
 # Bijections of whole numbers: in the contract only, since no other test draws values that they take.
 INTEGERS = list(_integers())

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import pyro.distributions.constraints as pyro_constraints
 from torch import Size, Tensor, nn
 from torch.distributions import Transform, constraints
 
@@ -31,7 +32,8 @@ class Chain(FlowTransform):
         parts: the transforms, whose event shapes follow on from each other.
 
     Raises:
-        ValueError: for an empty list, event shapes that do not fit, or contexts of different sizes.
+        ValueError: for an empty list, event shapes that do not fit, contexts of different sizes, or parts of which only
+            some stay on the sphere.
     """
 
     def __init__(self, parts: Iterable[Transform]) -> None:
@@ -73,6 +75,12 @@ class Chain(FlowTransform):
         self.discrete = kinds == {True} if kinds else None
         self.sampling_cost = total_cost(part.sampling_cost for part in self)
         self.density_cost = total_cost(part.density_cost for part in self)
+        kinds = {side is pyro_constraints.sphere for part in self for side in (part.domain, part.codomain)}
+        if len(kinds) > 1:
+            raise ValueError(
+                "Chain: some parts move unit vectors and others leave the sphere, so the result would be no density; "
+                "use parts of pf.sphere for all, or fit their coordinates without one"
+            )
         angles = self.periodic
         if angles is not None:
             self.turned(angles)  # refuses parts that do not take them as angles

@@ -27,6 +27,7 @@ from pyro_flows.distributions.queries import (
     estimate_entropy,
     estimate_kl,
 )
+from pyro_flows.distributions.sphere import UniformSphere, VonMisesFisher
 
 __all__ = [
     "MADE",
@@ -58,6 +59,8 @@ __all__ = [
     "RelaxedBernoulliHead",
     "StudentT",
     "UniformCircle",
+    "UniformSphere",
+    "VonMisesFisher",
     "bits_per_dim",
     "estimate_entropy",
     "estimate_kl",

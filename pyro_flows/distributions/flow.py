@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
+import pyro.distributions.constraints as pyro_constraints
 import torch
 from pyro.distributions import TransformedDistribution
 from torch import Size, Tensor, nn
@@ -18,6 +20,7 @@ from pyro_flows.distributions.bases import DiagonalNormal, FixedBase, UniformCir
 from pyro_flows.distributions.integers import IntegerLogistics
 from pyro_flows.distributions.queries.answers import Answering, Weighted
 from pyro_flows.distributions.queries.chain import ChainPiece
+from pyro_flows.distributions.sphere import UniformSphere
 from pyro_flows.transforms.integers import IntegerCoupling, IntegerSplit, levels_of
 
 __all__ = ["Flow", "FlowDistribution"]
@@ -80,13 +83,13 @@ class Flow(nn.Module):
 
     Args:
         chain: a flow transform; several are put in a :class:`~pyro_flows.core.chain.Chain`.
-        base: ``None`` for a standard normal, uniform for angles (see :func:`~pyro_flows.flows.ncsf`); a fixed
-            distribution, whose tensors move with the module; or an ``nn.Module`` that returns a distribution when
-            called, and whose parameters become the flow's.
+        base: ``None`` for a standard normal, uniform for angles (see :func:`~pyro_flows.flows.ncsf`) and on the sphere
+            (see :func:`~pyro_flows.flows.sphere`); a fixed distribution, whose tensors move with the module; or an
+            ``nn.Module`` that returns a distribution when called, and whose parameters become the flow's.
 
     Raises:
-        ValueError: if the base's event shape is not the chain's, a fixed base requires a gradient, or a chain of angles
-            has a base that is no density of angles.
+        ValueError: if the base's event shape is not the chain's, a fixed base requires a gradient, a chain of angles
+            has a base that is no density of angles, or a chain on the sphere one that is not on the sphere.
     """
 
     def __init__(self, chain: FlowTransform | list[Transform], base: Distribution | nn.Module | None = None) -> None:
@@ -96,6 +99,8 @@ class Flow(nn.Module):
         if base is None:
             if self.chain.discrete:
                 base = _integers_for(self.chain)
+            elif self.chain.domain is pyro_constraints.sphere:
+                base = UniformSphere(event[0])
             else:
                 base = DiagonalNormal(event) if periodic is None else UniformCircle(event, periodic)
             kin = first_floating(self.chain)
@@ -129,6 +134,8 @@ class Flow(nn.Module):
                 f"Flow: this chain maps whole numbers, but the base has the support {made.support}; leave base out, or "
                 "take IntegerLogistics or another distribution over whole numbers"
             )
+        if self.chain.domain is pyro_constraints.sphere:
+            _refuse_space(made)
 
     @property
     def event_shape(self) -> Size:
@@ -263,4 +270,19 @@ def _refuse_line(base: Distribution, angles: Tensor) -> None:
         raise ValueError(
             "Flow: this chain takes angles modulo 2 pi, but the base gives another density at x + 2 pi than at x, so "
             "it would not integrate to 1 over a turn; leave base out, or take UniformCircle or Pyro's VonMises"
+        )
+
+
+def _refuse_space(base: Distribution) -> None:
+    """Refuses a base whose support is not the sphere."""
+    first = torch.eye(base.event_shape[0])[0]
+    try:
+        support: Any = base.support
+        fits = support.check(first).all() and not support.check(2 * first).any()
+    except (NotImplementedError, ValueError):  # an unknown or dependent support
+        return
+    if not fits:
+        raise ValueError(
+            f"Flow: this chain moves unit vectors, but the base has the support {support}; leave base out, or take a "
+            "distribution on the sphere such as VonMisesFisher or Pyro's ProjectedNormal"
         )

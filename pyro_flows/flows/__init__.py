@@ -10,6 +10,7 @@ from pyro_flows.flows.images import glow, multiscale_realnvp
 from pyro_flows.flows.integers import idf
 from pyro_flows.flows.mint import MINTNET_CONFIGURATIONS, mintnet
 from pyro_flows.flows.series import causal_maf
+from pyro_flows.flows.sphere import sphere
 from pyro_flows.flows.vectors import iaf, maf, ncsf, nice, nsf, realnvp
 
 __all__ = [
@@ -26,4 +27,5 @@ __all__ = [
     "nice",
     "nsf",
     "realnvp",
+    "sphere",
 ]

@@ -151,7 +151,10 @@ def score(made: Distribution, points: np.ndarray, name: str) -> np.ndarray:
     event = made.event_shape
     found = []
     with _resting(made):
-        kin = made.sample()
+        try:
+            kin = made.sample()
+        except NotImplementedError:  # as of Pyro's VonMises3D
+            kin = torch.zeros(event)
         for part in torch.from_numpy(points).split(CHUNK):
             values = part.to(kin.device, kin.dtype).reshape(len(part), *event)
             try:

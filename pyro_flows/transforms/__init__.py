@@ -15,6 +15,7 @@ from pyro_flows.transforms.normalization import ActNorm
 from pyro_flows.transforms.pixels import LogitPixels
 from pyro_flows.transforms.plated import Plated
 from pyro_flows.transforms.preconditioner import Preconditioner
+from pyro_flows.transforms.sphere import RecursiveSphere
 
 __all__ = [
     "ActNorm",
@@ -34,6 +35,7 @@ __all__ = [
     "Permutation",
     "Plated",
     "Preconditioner",
+    "RecursiveSphere",
     "Rescaling",
     "Split",
     "Squeeze",
