@@ -8,7 +8,7 @@ from pyro_flows.transforms.coupling import Coupling
 from pyro_flows.transforms.elementwise import Permutation, Rescaling, Standardization
 from pyro_flows.transforms.fixed_spline import FixedSpline
 from pyro_flows.transforms.images import Split, Squeeze
-from pyro_flows.transforms.linear import Conv1x1, Householder, LULinear
+from pyro_flows.transforms.linear import Coloring, Conv1x1, Householder, LULinear
 from pyro_flows.transforms.mint.layer import Mint
 from pyro_flows.transforms.normalization import ActNorm
 from pyro_flows.transforms.pixels import LogitPixels
@@ -19,6 +19,7 @@ __all__ = [
     "ActNorm",
     "Autoregressive",
     "CausalAutoregressive",
+    "Coloring",
     "Continuous",
     "Conv1x1",
     "ConvCoupling",
