@@ -187,7 +187,7 @@ def test_an_interrupted_fold_leaves_the_members_before_it(monkeypatch):
 
 
 def test_folds_that_cannot_be():
-    refuses(ValueError, "from 2 folds", fit, folds=1)
+    refuses(ValueError, "folds", fit, folds=0)
     refuses(ValueError, "from 2 folds", fit, folds=41)
     refuses(ValueError, "without validation", fit, folds=3, validation=rows())
     loader = torch.utils.data.DataLoader(rows(), batch_size=10)

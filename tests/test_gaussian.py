@@ -5,7 +5,7 @@ import torch
 from asserts import refuses
 from torch.distributions import MultivariateNormal
 
-from pyro_flows.infer.density.gaussian import Moments, coloring, fit_gaussian, shrinkage
+from pyro_flows.infer.density.gaussian import fit_gaussian, shrinkage
 from pyro_flows.transforms import Coloring
 
 
@@ -63,20 +63,6 @@ def test_contexts_that_determine_each_other():
     at = torch.cat([torch.eye(3).double(), torch.ones(3, 1).double()], 1)
     mean = found.sample((2000,), at).mean(0)
     assert (mean - torch.tensor([[5.0, 0.0], [0.0, 5.0], [0.0, 0.0]])).abs().max() < 0.3
-
-
-def test_pieces_give_the_moments_of_the_whole():
-    x = correlated(100)
-    pieces, whole = Moments(), Moments()
-    for piece in x.split([1, 60, 0, 39]):
-        pieces.add(piece)
-    whole.add(x)
-    for moments in (pieces, whole):
-        assert moments.rows == 100
-        torch.testing.assert_close(moments.mean, x.mean(0))
-        torch.testing.assert_close(moments.products / 99, x.T.cov(), rtol=1e-8, atol=1e-12)
-    made = coloring(pieces, 0.0, torch.Size([2, 2]))
-    torch.testing.assert_close(made.factor @ made.factor.T, x.T.cov(), rtol=1e-8, atol=1e-12)
 
 
 def test_coloring_refuses_what_is_no_map():

@@ -293,6 +293,7 @@ class Coloring(FlowTransform):
     sampling_cost = "1 product"
     half_precision = False  # torch solves triangular systems in float32 and float64 only
     density_cost = "1 solve"
+    order, lower = "channel", True  # triangular in row-major order
     loc: Tensor
     factor: Tensor
     slope: Tensor | None
@@ -316,6 +317,14 @@ class Coloring(FlowTransform):
         if not (finite and (self.factor.diagonal() > 0).all()):
             raise ValueError("Coloring: expected finite numbers, and a factor with a positive diagonal")
 
+    @torch.no_grad()
+    def place(self, loc: Tensor, factor: Tensor, slope: Tensor | None = None) -> None:
+        """Sets the numbers."""
+        for name, value in {"loc": loc, "factor": factor, "slope": slope}.items():
+            if value is not None:
+                getattr(self, name).copy_(value)
+        self.clear_cache()
+
     def _mean(self, context: Tensor | None) -> Tensor:
         """The mean of flat events."""
         mean = self.loc.flatten()
@@ -336,3 +345,7 @@ class Coloring(FlowTransform):
         rows = flat.reshape(-1, flat.shape[-1]).to(self.factor.dtype)
         solved = torch.linalg.solve_triangular(self.factor.mT, rows, upper=True, left=False)
         return solved.reshape(y.shape), -self._ladj(y)
+
+    def log_slopes(self, y: Tensor, context: Tensor | None = None) -> Tensor:
+        """Log-slopes from data to base, of the shape of ``y``."""
+        return -self.factor.diagonal().log().reshape(self.event_shape).expand(y.shape)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import math
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -21,12 +22,13 @@ from pyro_flows.core.checks import integer
 from pyro_flows.core.transform import FlowTransform
 from pyro_flows.distributions import Ensemble, Flow
 from pyro_flows.infer.density.data import admit_rows, expected_by, to_tensor
+from pyro_flows.infer.density.gaussian import start_as_gaussian
 from pyro_flows.infer.density.loop import CHECKPOINT, DensityTraining
 from pyro_flows.infer.density.matching import FlowMatching, Matching, as_objective, matched_parts
 from pyro_flows.infer.density.objective import Likelihood, Objective, evaluate, log_prob_of, mean_score
 from pyro_flows.infer.density.prepare import prepare, reals_of
-from pyro_flows.infer.density.settings import Settings
-from pyro_flows.infer.density.units import Density, in_units, is_density, is_plain_flow
+from pyro_flows.infer.density.settings import FEW_ROWS, FOLDS, Settings
+from pyro_flows.infer.density.units import Density, coloring_of, head_of, in_units, is_density, is_plain_flow
 from pyro_flows.infer.machine import processes
 from pyro_flows.infer.machine.checkpoint import Keeper, architecture_of, layout_of
 from pyro_flows.infer.machine.compiled import Compile
@@ -54,14 +56,17 @@ class DensityFit:
         history: lists with one entry an epoch: ``epoch``; ``step``, steps so far; ``train`` (during the epoch) and
             ``validation`` (at its end; NaN without rows), mean log-likelihood in nats per row, in the units of the
             data; ``lr``; ``seconds`` so far.
-        best_epoch: the epoch whose state the flow is left in.
+        best_epoch: the epoch whose state the flow is left in; 0 for the state that it started with, the fitted
+            Gaussian.
         validation: the validation rows' mean log-likelihood in that state, in the same units.
         stopped: the end of training: ``"patience"``, ``"max_epochs"``, ``"steps"`` or ``"seconds"``; ``"interrupted"``
             if an exception carries the result.
         objective: ``"likelihood"`` or ``"flow_matching"``.
-        members: the fits of an ensemble by ``folds=``. ``flow`` and ``distribution`` are then ensembles, ``history``
-            has the members' one after the other, and ``validation`` is the mean score of rows by members that did not
-            see them, which the ensemble itself exceeds.
+        members: the fits of an ensemble. ``distribution`` is then an
+            :class:`~pyro_flows.distributions.Ensemble`, and ``validation`` is the mean score of rows by members that
+            did not see them, which the ensemble itself exceeds. If ``folds`` was given, ``flow`` is an ensemble, too,
+            and ``history`` has the members' one after the other; if it is a default, all else is that of the first
+            member, which is the flow given.
 
     With flow matching, scores in the history are minus the mean squared error of the velocity per dimension, in units
     of the field's end at the data (variance 1 if standardized).  Validation uses fixed pairs and times, and picks the
@@ -95,7 +100,7 @@ class DensityFit:
 
     def __repr__(self) -> str:
         held_out = not math.isnan(self.validation)
-        score = self.validation if held_out else self.history["train"][self.best_epoch - 1]
+        score = self.validation if held_out else self.history["train"][max(self.best_epoch, 1) - 1]
         unit = "nats per row" if held_out or self.objective == "likelihood" else "(negative matching loss)"
         if self.members:
             steps, seconds = (sum(fit.history[name][-1] for fit in self.members) for name in ("step", "seconds"))
@@ -144,7 +149,10 @@ def fit_density(
     Training is in place; frozen parameters stay frozen.  The flow is left in evaluation mode, without gradients, in the
     state that scored best, even after an error or interruption.  Data are standardized on the way:
     ``DensityFit.distribution``, the density in their own units, ends in a
-    :class:`~pyro_flows.transforms.elementwise.Standardization`.
+    :class:`~pyro_flows.transforms.elementwise.Standardization`.  For vectors, it begins with a
+    :class:`~pyro_flows.transforms.linear.Coloring`, so that a flow that starts as the identity starts as the Gaussian
+    of the training rows (:func:`~pyro_flows.infer.density.gaussian.fit_gaussian`), linear in the context.  That state
+    counts as any other, so on held-out rows the fit ends no worse than the Gaussian.
 
     Any exception that ends the training carries the :class:`DensityFit` so far, or ``None`` before the end of the first
     epoch, as its attribute ``fit``::
@@ -212,7 +220,10 @@ def fit_density(
         folds: the number of parts of the rows, each held out once: as many members are fitted, the given flow and
             copies of it, and the result's distribution is their :class:`~pyro_flows.distributions.Ensemble`. Worth
             several nats a row where rows are few; costs as many fits, which share ``seconds``, and a checkpoint for
-            each, ``{checkpoint}.0`` and so on.
+            each, ``{checkpoint}.0`` and so on. 1 makes one fit. The default is 5 for a flow or a MADE of fewer than
+            1000 vectors, unless ``validation``, ``validation_fraction``, ``steps``, ``max_epochs``, ``checkpoint``, an
+            optimizer made before, several processes or flow matching say otherwise, or the first member takes more
+            than a fifth of the ``seconds``; else 1.
 
     Raises:
         ValueError: for data that do not fit or have unbounded likelihood (constant or dependent columns), rows outside
@@ -227,9 +238,17 @@ def fit_density(
         Decoupled Weight Decay Regularization (Loshchilov & Hutter, 2019), arXiv:1711.05101.
     """
     chosen = dict(locals())
-    if folds is not None:
-        return _fit_folds(chosen)
     del chosen["folds"]
+    if folds is None and _is_small(chosen):
+        return _fit_folds(chosen, FOLDS, by_default=True)
+    return _fit(chosen, 4) if folds is None or folds == 1 else _fit_folds(chosen, folds)
+
+
+def _fit(chosen: dict[str, Any], stacklevel: int | None) -> DensityFit:
+    """Fits one density; ``chosen`` are the options, and the level is that of warnings about the data, if any."""
+    flow, data, validation, context = (chosen[name] for name in ("flow", "data", "validation", "context"))
+    optimizer, objective, standardize = (chosen[name] for name in ("optimizer", "objective", "standardize"))
+    checkpoint, resume, seed = (chosen[name] for name in ("checkpoint", "resume", "seed"))
     so_far: list[Callable[[], object]] = []
     with carrying(so_far), processes.joined("fit_density"), ExitStack() as stack:
         trained, matching = _as_density(flow), as_objective(objective)
@@ -248,10 +267,10 @@ def fit_density(
         chosen.update(seed=seed, objective="likelihood" if matching is None else str(matching))
         settings = Settings(**{each.name: chosen[each.name] for each in fields(Settings)})
         torchs = _as_optimizer(optimizer, parameters, settings)
-        given = (data, context, validation, validation_context)
+        given = (data, context, validation, chosen["validation_context"])
         device = expected_by(trained).device
         stack.enter_context(own_randomness(device, seed))
-        start = prepare(trained, given, settings)
+        start = prepare(trained, given, settings, stacklevel)
         identity = {
             "architecture": architecture_of(trained),
             "data": start.identity,
@@ -265,6 +284,13 @@ def fit_density(
             CHECKPOINT.refuse_other(checkpoint, {**known, **then}, {**identity, **now})
             units = start.known_units(known["units"], checkpoint)
         density = in_units(trained, units, standardize)
+        part = coloring_of(density)
+        if part is not None and is_plain_flow(density):
+            if known is None:
+                start_as_gaussian(density, start.sample.value, start.sample.context)
+                processes.made_alike(part)
+            else:
+                part.place(**known["coloring"])
         held_out = 0 if start.validation is None else len(start.validation)
         aim: Objective = Likelihood(trained, density)
         if matching is not None and is_plain_flow(density):
@@ -275,7 +301,7 @@ def fit_density(
             if torchs is None
             else Given(torchs, average)
         )
-        training = DensityTraining(trained, aim, start, made, progress)
+        training = DensityTraining(trained, aim, start, made, chosen["progress"])
         if known is not None:
             with interrupts_held_back():
                 before = training.best_state
@@ -294,7 +320,15 @@ def fit_density(
             random, *others = processes.everyone(own)
             if others:
                 random["others"] = others
-            return {**identity, "units": units, "training": training.state_dict(), "random": random}
+            buffers = {} if part is None else dict(part.named_buffers())
+            coloring = {name: buffers[name].cpu() if name in buffers else None for name in ("loc", "factor", "slope")}
+            return {
+                **identity,
+                "units": units,
+                "coloring": coloring,
+                "training": training.state_dict(),
+                "random": random,
+            }
 
         def result() -> DensityFit:
             return DensityFit(
@@ -302,13 +336,13 @@ def fit_density(
                 density,
                 training.history,
                 training.best_epoch,
-                math.nan if matching is not None else training.history["validation"][training.best_epoch - 1],
+                math.nan if matching is not None or start.validation is None else training.best,
                 training.stopped or "interrupted",
                 "likelihood" if matching is None else "flow_matching",
             )
 
-        so_far.append(lambda: result() if training.best_epoch else None)
-        training.run(Keeper(CHECKPOINT, checkpoint, content, checkpoint_every))
+        so_far.append(lambda: result() if training.epoch else None)
+        training.run(Keeper(CHECKPOINT, checkpoint, content, chosen["checkpoint_every"]))
         fit = result()
         if matching is not None:
             try:
@@ -317,15 +351,32 @@ def fit_density(
                 warnings.warn(
                     f"fit_density: the flow is trained, but its held-out log-likelihood could not be computed: {error}",
                     RuntimeWarning,
-                    stacklevel=2,
+                    stacklevel=3,
                 )
     return fit
 
 
-def _fit_folds(options: dict[str, Any]) -> DensityFit:
-    """Fits a member to the rows outside of each fold; ``options`` are those of :func:`fit_density`."""
-    count, seconds, checkpoint = options.pop("folds"), options["seconds"], options["checkpoint"]
-    flow, data, context = (options.pop(name) for name in ("flow", "data", "context"))
+def _is_small(options: dict[str, Any]) -> bool:
+    """Tells whether folds are worth their time by default: few rows, and no say on what they change."""
+    flow, data = options["flow"], options["data"]
+    said = ("validation", "max_epochs", "steps", "checkpoint")
+    if any(options[name] is not None for name in said) or options["validation_fraction"] != 0.1:
+        return False
+    if isinstance(data, DataLoader) or not hasattr(data, "__len__") or options["objective"] != "likelihood":
+        return False
+    vectors = len(getattr(flow, "data_shape", getattr(flow, "event_shape", ()))) == 1
+    ours = isinstance(flow, FlowTransform | Flow) or (is_density(flow) and head_of(flow) is not None)
+    alone = processes.count() == 1 and not isinstance(options["optimizer"], Optimizer)
+    return ours and vectors and alone and 2 * FOLDS <= len(data) < FEW_ROWS
+
+
+def _fit_folds(options: dict[str, Any], count: int, by_default: bool = False) -> DensityFit:
+    """Fits a member to the rows outside of each fold; ``options`` are those of :func:`fit_density`.
+
+    By default, the others follow only if there is time for them after the first.
+    """
+    seconds, checkpoint = options["seconds"], options["checkpoint"]
+    flow, data, context = (options[name] for name in ("flow", "data", "context"))
     integer("fit_density", "folds", count)
     if options["validation"] is not None or isinstance(data, DataLoader):
         raise ValueError("fit_density: folds hold out rows of data in turn, so data must be rows, without validation=")
@@ -334,26 +385,38 @@ def _fit_folds(options: dict[str, Any]) -> DensityFit:
     rows = admit_rows(data, context, expected_by(first), "data", "context")
     if not 2 <= count <= len(rows):
         raise ValueError(f"fit_density: expected from 2 folds to one for each of the {len(rows)} rows, got {count}")
-    seed = options["seed"] = int(torch.randint(2**31, ())) if options["seed"] is None else options["seed"]
+    seed = int(torch.randint(2**31, ())) if options["seed"] is None else options["seed"]
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed), device="cpu")
     parts, begin = order.tensor_split(count), processes.clock()
     fits: list[DensityFit] = []
-    with carrying([lambda: _ensemble(fits, parts) if fits else None]):
+
+    def so_far() -> object:
+        return _ensemble(fits, parts, by_default) if fits else getattr(sys.exc_info()[1], "fit", None)
+
+    with carrying([so_far]):
         for k, member in enumerate(members):
             kept, held_out = (rows.take(part) for part in (torch.cat([*parts[:k], *parts[k + 1 :]]), parts[k]))
-            options |= {"validation": held_out.value, "validation_context": held_out.context, "seed": seed + k}
-            if seconds is not None:
-                options["seconds"] = max((seconds - processes.clock() + begin) / (count - k), 1e-3)
+            own = {"flow": member, "data": kept.value, "context": kept.context, "seed": seed + k}
+            own |= {"validation": held_out.value, "validation_context": held_out.context}
+            spent = processes.clock() - begin
+            if seconds is not None and by_default:
+                if k == 1 and spent * count > seconds:
+                    return fits[0]
+                own["seconds"] = max(seconds - spent, 1e-3)
+            elif seconds is not None:
+                own["seconds"] = max((seconds - spent) / (count - k), 1e-3)
             if checkpoint is not None:
-                options["checkpoint"] = f"{os.fspath(checkpoint)}.{k}"
-            fits.append(fit_density(member, kept.value, context=kept.context, **options))
-    return _ensemble(fits, parts)
+                own["checkpoint"] = f"{os.fspath(checkpoint)}.{k}"
+            fits.append(_fit({**options, **own}, None if k else 5))
+    return _ensemble(fits, parts, by_default)
 
 
-def _ensemble(fits: Sequence[DensityFit], parts: Sequence[Tensor]) -> DensityFit:
+def _ensemble(fits: Sequence[DensityFit], parts: Sequence[Tensor], by_default: bool) -> DensityFit:
     """Returns the fit of several members; each row has a score by the one that did not see it."""
     sizes = [len(part) for part in parts[: len(fits)]]
     score = sum(size * fit.validation for size, fit in zip(sizes, fits, strict=True)) / sum(sizes)
+    if by_default:  # all else is that of the flow given
+        return replace(fits[0], distribution=Ensemble(fits), validation=score, members=tuple(fits))
     history = {name: [entry for fit in fits for entry in fit.history[name]] for name in fits[0].history}
     ends = {fit.stopped for fit in fits}
     return DensityFit(

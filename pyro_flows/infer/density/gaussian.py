@@ -2,65 +2,33 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import torch
 from torch import Tensor
 
 from pyro_flows.distributions import Flow
-from pyro_flows.infer.machine.processes import count, everyone
-from pyro_flows.transforms import Coloring
+from pyro_flows.infer.density.units import coloring_of
+from pyro_flows.transforms import ActNorm, Coloring
 
-__all__ = ["Moments", "fit_gaussian", "shrinkage"]
+__all__ = ["LARGEST_SAMPLE", "coloring", "fit_gaussian", "shrinkage", "start_as_gaussian"]
 
+LARGEST_SAMPLE = 20_000  # rows that a shrinkage, and the start of a fit, are computed from
 _FOLDS = 5
+_PIECE = 2048  # rows scored at once
 _FEWEST = 2 * _FOLDS  # rows to choose a shrinkage by; fewer have a diagonal covariance
-_ROWS = 20_000  # to choose it by, where there are more
 _LAMBDAS = torch.logspace(-6, 0, 25, dtype=torch.float64, device="cpu")
 
 
-class Moments:
-    """Mean and covariance, in float64, of flat rows that come in pieces."""
-
-    def __init__(self) -> None:
-        self.rows = 0
-        self.mean = self.products = torch.zeros(())
-
-    def add(self, rows: Tensor) -> None:
-        """Adds a piece, shape ``(rows, D)``."""
-        if len(rows):
-            piece = rows.detach().cpu().double()
-            mean = piece.mean(0)
-            self._join(len(piece), mean, (piece - mean).T @ (piece - mean))
-
-    def _join(self, rows: int, mean: Tensor, products: Tensor) -> None:
-        if not self.rows:
-            self.mean, self.products = torch.zeros_like(mean), torch.zeros_like(products)
-        # Chan's update, which does not cancel where the mean is large.
-        share, gap = rows / (self.rows + rows), mean - self.mean
-        self.products = self.products + products + torch.outer(gap, gap) * self.rows * share
-        self.mean = self.mean + gap * share
-        self.rows += rows
-
-    def of_all(self) -> Moments:
-        """Joins the moments of all processes."""
-        if count() == 1:
-            return self
-        joined = Moments()
-        for each in everyone(self):
-            if each.rows:
-                joined._join(each.rows, each.mean, each.products)
-        return joined
-
-    def scale(self) -> Tensor:
-        """Standard deviations; 1 for a constant column."""
-        squares = self.products.diagonal() / max(self.rows - 1, 1)
-        return torch.where(squares > 0, squares.sqrt(), 1.0)
-
-    def correlation(self) -> Tensor:
-        """The correlation matrix, with ones on its diagonal."""
-        scale = self.scale()
-        found = self.products / (max(self.rows - 1, 1) * torch.outer(scale, scale))
-        found.fill_diagonal_(1.0)
-        return found
+def _moments(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Means, standard deviations (1 for a constant column) and correlations of flat rows, in float64."""
+    loc = rows.mean(0)
+    centered = rows - loc
+    std = (centered.square().sum(0) / max(len(rows) - 1, 1)).sqrt()
+    scale = torch.where(std > 0, std, 1.0)
+    matrix = centered.T @ centered / (max(len(rows) - 1, 1) * torch.outer(scale, scale))
+    matrix.fill_diagonal_(1.0)
+    return loc, scale, matrix
 
 
 def shrinkage(rows: Tensor, context_dim: int = 0) -> float:
@@ -73,15 +41,13 @@ def shrinkage(rows: Tensor, context_dim: int = 0) -> float:
         rows: shape ``(rows, context_dim + D)``, contexts first.
         context_dim: the number of columns that are given, whose own likelihood does not count.
     """
-    rows = rows[:_ROWS].detach().cpu().double()
+    rows = rows[:LARGEST_SAMPLE].detach().cpu().double()
     if len(rows) < _FEWEST:
         return 1.0
     total = torch.zeros_like(_LAMBDAS)
     for k in range(_FOLDS):
-        kept = Moments()
-        kept.add(rows[torch.arange(len(rows), device="cpu") % _FOLDS != k])
-        standard = (rows[k::_FOLDS] - kept.mean) / kept.scale()
-        matrix = kept.correlation()
+        loc, scale, matrix = _moments(rows[torch.arange(len(rows), device="cpu") % _FOLDS != k])
+        standard = (rows[k::_FOLDS] - loc) / scale
         total += _likelihoods(standard, matrix)
         if context_dim:
             total -= _likelihoods(standard[:, :context_dim], matrix[:context_dim, :context_dim])
@@ -96,21 +62,19 @@ def _likelihoods(rows: Tensor, matrix: Tensor) -> Tensor:
     return -0.5 * ((squares / shrunk).sum(1) + len(rows) * shrunk.log().sum(1))
 
 
-def coloring(moments: Moments, weight: float, event_shape: torch.Size, context_dim: int = 0) -> Coloring:
-    """Makes a standard normal the Gaussian of moments, shrunk by ``weight``, in float64; contexts come first."""
-    scale = moments.scale()
-    covariance = (1 - weight) * moments.correlation()
+def coloring(rows: Tensor, event_shape: torch.Size, context_dim: int = 0) -> Coloring:
+    """Makes a standard normal the Gaussian of flat rows, contexts first; in float64, on the CPU."""
+    rows = rows.detach().cpu().double()
+    mean, scale, matrix = _moments(rows)
+    covariance = (1 - shrinkage(rows, context_dim)) * matrix
     covariance.fill_diagonal_(1.0)
     covariance *= torch.outer(scale, scale)
-    loc, slope = moments.mean[context_dim:], None
+    loc, slope = mean[context_dim:], None
     if context_dim:
-        given, both, own = (
-            covariance[:context_dim, :context_dim],
-            covariance[context_dim:, :context_dim],
-            covariance[context_dim:, context_dim:],
-        )
+        above, below = covariance.split([context_dim, len(loc)])
+        given, both, own = above[:, :context_dim], below[:, :context_dim], below[:, context_dim:]
         slope = torch.linalg.solve(given, both, left=False)
-        loc = loc - slope @ moments.mean[:context_dim]
+        loc = loc - slope @ mean[:context_dim]
         covariance = own - slope @ both.T
     return Coloring(loc.reshape(event_shape), torch.linalg.cholesky(covariance), slope)
 
@@ -127,8 +91,30 @@ def fit_gaussian(value: Tensor, context: Tensor | None = None) -> Flow:
     """
     flat = value.flatten(1)
     rows = flat if context is None else torch.cat([context, flat], 1)
-    context_dim = 0 if context is None else context.shape[1]
-    moments = Moments()
-    moments.add(rows)
-    made = coloring(moments, shrinkage(rows, context_dim), value.shape[1:], context_dim)
-    return Flow(made.to(value)).eval()
+    return Flow(coloring(rows, value.shape[1:], rows.shape[1] - flat.shape[1]).to(value)).eval()
+
+
+@torch.no_grad()
+def start_as_gaussian(density: Flow, value: Tensor, context: Tensor | None) -> None:
+    """Makes a flow whose chain is linear start as the Gaussian of rows in its units.
+
+    In general, the base becomes the Gaussian of the rows pulled back to it, so that a chain trained before keeps what
+    it has learned.  Nothing changes if that is not finite, or before the first batch sets an ``ActNorm``.
+    """
+    part = coloring_of(density)
+    unset = any(isinstance(each, ActNorm) and not each.initialized for each in density.modules())
+    if part is None or unset or len(value) < 2:
+        return
+    density.eval()
+    context = density.inner_context(context)
+    latent = torch.cat(
+        [
+            density.chain._inverse_and_ladj(y, None if context is None else context[k : k + _PIECE])[0]
+            for k, y in zip(range(0, len(value), _PIECE), value.split(_PIECE), strict=True)
+        ]
+    )
+    rows = latent if context is None else torch.cat([context, latent], 1)
+    if rows.isfinite().all():
+        with suppress(torch.linalg.LinAlgError, ValueError):
+            made = coloring(rows, part.event_shape, part.context_dim)
+            part.place(made.loc, made.factor, made.slope)

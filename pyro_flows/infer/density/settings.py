@@ -10,7 +10,19 @@ from pyro_flows.core.checks import choice, integer
 from pyro_flows.infer.machine.budget import cosine
 from pyro_flows.infer.machine.processes import count
 
-__all__ = ["CUT", "CUTS", "FINAL", "HELD_OUT_AT_MOST", "LEAST", "SCHEDULES", "Schedule", "Settings", "Sizes"]
+__all__ = [
+    "CUT",
+    "CUTS",
+    "FEW_ROWS",
+    "FINAL",
+    "FOLDS",
+    "HELD_OUT_AT_MOST",
+    "LEAST",
+    "SCHEDULES",
+    "Schedule",
+    "Settings",
+    "Sizes",
+]
 
 SCHEDULES = ("plateau", "cosine", "constant")
 
@@ -18,6 +30,7 @@ SCHEDULES = ("plateau", "cosine", "constant")
 SMALLEST_BATCH, LARGEST_BATCH, BATCHES = 64, 1024, 32  # BATCHES: about, in an epoch
 TOTAL_STEPS, FEWEST_EPOCHS, MOST_EPOCHS = 20_000, 20, 1000
 PATIENCE_STEPS, SHORTEST_PATIENCE = 600, 5
+FOLDS, FEW_ROWS = 5, 1000  # of data with fewer rows, by default
 HELD_OUT_AT_MOST = 20_000  # rows of a random validation part
 
 # Plateau: factor of a cut; cuts in vain before the end; the factor that ends training.
