@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -23,12 +23,14 @@ from pyro_flows.core.transform import FlowTransform
 from pyro_flows.distributions import Ensemble, Flow
 from pyro_flows.infer.density.data import admit_rows, expected_by, to_tensor
 from pyro_flows.infer.density.gaussian import start_as_gaussian
+from pyro_flows.infer.density.judging import Kept, admitted, check_density, keep
 from pyro_flows.infer.density.loop import CHECKPOINT, DensityTraining
 from pyro_flows.infer.density.matching import FlowMatching, Matching, as_objective, matched_parts
 from pyro_flows.infer.density.objective import Likelihood, Objective, evaluate, log_prob_of, mean_score
-from pyro_flows.infer.density.prepare import prepare, reals_of
+from pyro_flows.infer.density.prepare import prepare
 from pyro_flows.infer.density.settings import FEW_ROWS, FOLDS, Settings
 from pyro_flows.infer.density.units import Density, coloring_of, head_of, in_units, is_density, is_plain_flow
+from pyro_flows.infer.diagnostics.densities import DensityVerdict, judge_density
 from pyro_flows.infer.machine import processes
 from pyro_flows.infer.machine.checkpoint import Keeper, architecture_of, layout_of
 from pyro_flows.infer.machine.compiled import Compile
@@ -67,6 +69,7 @@ class DensityFit:
             did not see them, which the ensemble itself exceeds. If ``folds`` was given, ``flow`` is an ensemble, too,
             and ``history`` has the members' one after the other; if it is a default, all else is that of the first
             member, which is the flow given.
+        kept: rows for the verdict, on the CPU: at most 2,000 that were held out and 10,000 of the others.
 
     With flow matching, scores in the history are minus the mean squared error of the velocity per dimension, in units
     of the field's end at the data (variance 1 if standardized).  Validation uses fixed pairs and times, and picks the
@@ -81,12 +84,58 @@ class DensityFit:
     stopped: str
     objective: str = "likelihood"
     members: tuple[DensityFit, ...] = ()
+    kept: tuple[Kept, ...] = ()
+    _verdict: DensityVerdict | None = field(default=None, init=False)
+
+    @property
+    def verdict(self) -> DensityVerdict:
+        """What the density is worth, in words and numbers: ``print(fit.verdict)``.
+
+        It is computed when first asked for, from rows that the fit keeps, in about two seconds or a tenth of the fit's
+        own time: held-out rows, those that each member of an ensemble has not seen, or training rows if there are no
+        others.  See :func:`~pyro_flows.infer.diagnostics.densities.judge_density`.
+        """
+        if self._verdict is None:
+            parts, judged, remedy = (
+                self.kept,
+                "{} rows, each by a member that did not see it; together they score more",
+                "",
+            )
+            if self.members:
+                remedy = "more rows"
+            elif parts and parts[0].fresh is not None:
+                judged = "{} held-out rows, which also chose the best epoch, so that scores are a little too good"
+            else:
+                judged = "{} training rows, as none were held out"
+                parts = tuple(Kept(part.density, part.trained, part.trained) for part in parts)
+            self._verdict = self._judged(parts, judged, remedy, None)
+        return self._verdict
+
+    def judge(self, data: Any, context: Any = None, *, seconds: float | None = None) -> DensityVerdict:
+        """Judges the density by rows that no part of the fit has seen, in the manner of :attr:`verdict`.
+
+        Args:
+            data: rows, at least 100 for a full judgment; of more than 2,000, as many are chosen at random.
+            context: their contexts.
+            seconds: the time for draws, by default two seconds or a tenth of the fit's time, if that is longer.
+        """
+        rows = admitted(self.distribution, data, context)
+        trained = self.kept[0].trained if self.kept else None
+        return self._judged(
+            (Kept(self.distribution, rows, trained),), "{} of the rows given", "give more rows", seconds
+        )
+
+    def _judged(self, parts: Sequence[Kept], judged: str, remedy: str, seconds: float | None) -> DensityVerdict:
+        if seconds is None:
+            seconds = max(2.0, 0.1 * sum(fit.history["seconds"][-1] for fit in self.members or (self,)))
+        checks = check_density(parts, seconds)
+        seen = all(part.fresh is part.trained for part in parts)
+        judged = f"Judged on {judged.format(f'{len(checks.scores):,}')}."
+        return judge_density(checks, judged, seen=seen, stopped=self.stopped, remedy=remedy)
 
     def log_prob(self, data: Any, context: Any = None) -> Tensor:
         """Computes log-densities of raw rows in nats, shape ``(rows,)``, in pieces, without a graph, on the CPU."""
-        rows = admit_rows(data, context, expected_by(self.distribution), "data", "context")
-        if is_plain_flow(self.distribution):
-            reals_of(self.distribution, rows.value, "data")
+        rows = admitted(self.distribution, data, context)
         return torch.cat([scores.cpu() for scores in evaluate(log_prob_of(self.distribution), rows)])
 
     @torch.no_grad()
@@ -98,20 +147,24 @@ class DensityFit:
         context = to_tensor(context, "DensityFit.sample", "context").to(expected.device, expected.dtype)
         return self.distribution.sample(sample_shape, context)
 
+    def __str__(self) -> str:
+        return f"{self!r}\n{self.verdict}"
+
     def __repr__(self) -> str:
         held_out = not math.isnan(self.validation)
         score = self.validation if held_out else self.history["train"][max(self.best_epoch, 1) - 1]
+        judged = "" if self._verdict is None else f", verdict: {self._verdict.label}"
         unit = "nats per row" if held_out or self.objective == "likelihood" else "(negative matching loss)"
         if self.members:
             steps, seconds = (sum(fit.history[name][-1] for fit in self.members) for name in ("step", "seconds"))
             return (
                 f"DensityFit({len(self.members)} members, validation {score:.4f} {unit}, stopped by {self.stopped}, "
-                f"{steps} steps in {seconds:.1f} s)"
+                f"{steps} steps in {seconds:.1f} s{judged})"
             )
         return (
             f"DensityFit({'validation' if held_out else 'train'} {score:.4f} {unit} at epoch {self.best_epoch} "
             f"of {self.history['epoch'][-1]}, stopped by {self.stopped}, {self.history['step'][-1]} steps in "
-            f"{self.history['seconds'][-1]:.1f} s)"
+            f"{self.history['seconds'][-1]:.1f} s{judged})"
         )
 
 
@@ -339,6 +392,7 @@ def _fit(chosen: dict[str, Any], stacklevel: int | None) -> DensityFit:
                 math.nan if matching is not None or start.validation is None else training.best,
                 training.stopped or "interrupted",
                 "likelihood" if matching is None else "flow_matching",
+                kept=(keep(density, start.validation, start.sample, seed),),
             )
 
         so_far.append(lambda: result() if training.epoch else None)
@@ -391,7 +445,10 @@ def _fit_folds(options: dict[str, Any], count: int, by_default: bool = False) ->
     fits: list[DensityFit] = []
 
     def so_far() -> object:
-        return _ensemble(fits, parts, by_default) if fits else getattr(sys.exc_info()[1], "fit", None)
+        if fits:
+            return _ensemble(fits, parts, by_default)
+        first = getattr(sys.exc_info()[1], "fit", None)
+        return first and _numbered(first, parts, 0)
 
     with carrying([so_far]):
         for k, member in enumerate(members):
@@ -407,7 +464,7 @@ def _fit_folds(options: dict[str, Any], count: int, by_default: bool = False) ->
                 own["seconds"] = max((seconds - spent) / (count - k), 1e-3)
             if checkpoint is not None:
                 own["checkpoint"] = f"{os.fspath(checkpoint)}.{k}"
-            fits.append(_fit({**options, **own}, None if k else 5))
+            fits.append(_numbered(_fit({**options, **own}, None if k else 5), parts, k))
     return _ensemble(fits, parts, by_default)
 
 
@@ -415,8 +472,9 @@ def _ensemble(fits: Sequence[DensityFit], parts: Sequence[Tensor], by_default: b
     """Returns the fit of several members; each row has a score by the one that did not see it."""
     sizes = [len(part) for part in parts[: len(fits)]]
     score = sum(size * fit.validation for size, fit in zip(sizes, fits, strict=True)) / sum(sizes)
+    kept = tuple(part for fit in fits for part in fit.kept)
     if by_default:  # all else is that of the flow given
-        return replace(fits[0], distribution=Ensemble(fits), validation=score, members=tuple(fits))
+        return replace(fits[0], distribution=Ensemble(fits), validation=score, members=tuple(fits), kept=kept)
     history = {name: [entry for fit in fits for entry in fit.history[name]] for name in fits[0].history}
     ends = {fit.stopped for fit in fits}
     return DensityFit(
@@ -428,7 +486,14 @@ def _ensemble(fits: Sequence[DensityFit], parts: Sequence[Tensor], by_default: b
         fits[0].stopped if len(ends) == 1 else ", ".join(sorted(ends)),
         fits[0].objective,
         tuple(fits),
+        kept,
     )
+
+
+def _numbered(fit: DensityFit, parts: Sequence[Tensor], k: int) -> DensityFit:
+    """Numbers the rows that member ``k`` keeps as in the data of all."""
+    fit.kept = (fit.kept[0].renumbered(parts[k], torch.cat([*parts[:k], *parts[k + 1 :]])),)
+    return fit
 
 
 def _as_density(flow: object) -> Flow | Density:

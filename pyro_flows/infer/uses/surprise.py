@@ -10,11 +10,11 @@ from torch.distributions import Distribution, Independent
 
 from pyro_flows.core.chain import leaves
 from pyro_flows.core.checks import admit
+from pyro_flows.core.modes import evaluating
 from pyro_flows.core.transform import Conditioned, FlowTransform, Inverse
 from pyro_flows.core.wrap import Wrap
 from pyro_flows.distributions import Dequantized, Flow
 from pyro_flows.infer.density.units import is_plain_flow
-from pyro_flows.infer.uses.anomaly import evaluating
 from pyro_flows.transforms import ActNorm, Autoregressive, LogitPixels, Rescaling, Standardization
 
 __all__ = ["Leaf", "is_elementwise", "leaves_of", "pixel_flow", "pixel_scores", "single_base", "surprise"]
