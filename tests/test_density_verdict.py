@@ -242,10 +242,10 @@ def test_a_verdict_is_computed_once_and_leaves_no_trace():
 def test_the_same_fit_has_the_same_verdict():
     torch.manual_seed(0)
     data = torch.randn(400, 2)
-    torch.manual_seed(5)
-    first = fit(standard(), data, steps=5)
+    flow = standard()
+    first, second = fit(copy.deepcopy(flow), data, steps=5), fit(flow, data, steps=5)
+    second = pickle.loads(pickle.dumps(second))
     torch.manual_seed(6)
-    second = pickle.loads(pickle.dumps(fit(standard(), data, steps=5)))
     assert str(first.verdict) == str(second.verdict) == str(copy.deepcopy(first).verdict)
     assert str(first.judge(data)) == str(second.judge(data))
 
@@ -401,13 +401,13 @@ def test_draws_that_are_not_finite_count():
 
 
 def test_slow_draws_are_cut():
-    def sample(shape, row=0.0):
-        time.sleep(0.02 + row * shape[0])
+    def sample(shape, row):
+        time.sleep(row * shape[0])
         return torch.randn(*shape, 2)
 
-    found = judge_rows(Scores(sample), torch.randn(1000, 2), seconds=0.1)
-    assert 4 <= found.numbers["copies"] < 20 and "of 20" in found.text and found.numbers["rows"] == 1000
-    slower = judge_rows(Scores(partial(sample, row=1e-3)), torch.randn(1000, 2), seconds=0.3)
+    found = judge_rows(Scores(partial(sample, row=1e-4)), torch.randn(1000, 2), seconds=0.5)
+    assert 1 <= found.numbers["copies"] < 20 and "of 20" in found.text and found.numbers["rows"] == 1000
+    slower = judge_rows(Scores(partial(sample, row=5e-4)), torch.randn(1000, 2), seconds=0.15)
     assert 20 <= slower.numbers["rows"] < 500 and "of 1,000 rows were judged" in slower.text
 
 
@@ -429,7 +429,7 @@ def test_rows_are_checked():
     refuses(ValueError, "expected data of shape", found.judge, torch.randn(100, 3))
     refuses(ValueError, "NaN", found.judge, torch.full((50, 2), math.nan))
     inside = pf.Flow([standard().chain, ExpTransform()])
-    refuses(ValueError, "judge_rows: .* support", judge_rows, inside, -torch.ones(50, 2))
+    refuses(ValueError, "outside of the flow's support", judge_rows, inside, -torch.ones(50, 2))
 
 
 # Level and power

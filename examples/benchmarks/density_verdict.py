@@ -102,7 +102,7 @@ def judged(model: nn.Module, count: int, change: Change | None = None, lean: flo
         if lean:
             x = x + lean * x.std(0) * context[:, :1].sign()
         drawn += [x if change is None else centered(change)(x), context]
-    found = judge_rows(model, *drawn[:2], training=drawn[2], training_context=drawn[3])
+    found = judge_rows(model, *drawn[:2], training=drawn[2], training_context=drawn[3], seconds=60.0)
     return found.numbers["pvalue"] < 0.05, found.label not in (
         "good",
         "good, few rows judged",
@@ -115,7 +115,7 @@ def overfitted(count: int) -> tuple[bool, bool]:
     x = torch.randn(count + 1000, 6) @ (torch.eye(6) + 0.5 * torch.ones(6, 6))
     options = {"steps": 800, "lr": 5e-3, "average": 0.0, "validation_fraction": 0, "patience": 800}
     fit = pf.fit_density(pf.maf(6, hidden_dims=(64, 64)), x[:count], progress=False, compile=False, **options)
-    found = fit.judge(x[count:])
+    found = fit.judge(x[count:], seconds=60.0)
     told = found.label in ("good, overfitted", "worse than a Gaussian", "misfit")
     return told, told
 

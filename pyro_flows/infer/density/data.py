@@ -20,7 +20,6 @@ from pyro_flows.infer.machine.processes import count, everyone, part
 __all__ = ["Expected", "Loader", "Rows", "Source", "admit_rows", "expected_by", "name_rows", "to_tensor"]
 
 _CHUNK = 2**18  # numbers in a chunk of rows
-_FIRST = 2**18  # numbers of a loader that are kept
 _UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)  # with few operations in torch
 
 
@@ -248,8 +247,6 @@ class Loader:
     def __init__(self, loader: DataLoader, expected: Expected, what: str) -> None:
         self.loader, self.expected, self.what = loader, expected, what
         self.rows = self.count = 0
-        self._first: list[tuple[Tensor, Tensor | None]] = []
-        self._kept = 0
 
     def __len__(self) -> int:
         return self.rows
@@ -274,35 +271,17 @@ class Loader:
 
     def survey(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Counts in a first pass, and refuses NaN."""
-        self.rows = self.count = self._kept = 0
-        self._first.clear()
+        self.rows = self.count = 0
         for value, context, _ in self.chunks(0):
             place = f"batch {self.count} of the DataLoader given as {self.what}"
             _refuse_nonfinite(self.expected, {f"{place}, values,": value, f"{place}, contexts,": context})
             self.rows, self.count = self.rows + len(value), self.count + 1
             if len(value):
-                self._keep(value, context)
                 yield value, context
         rows, counts = zip(*everyone((self.rows, self.count)), strict=True)
         self.rows, self.count = sum(rows), max(counts)
         if not self.rows:
             raise ValueError(f"fit_density: the DataLoader given as {self.what} is empty")
-
-    @property
-    def first(self) -> Rows | None:
-        """The first rows of the pass that counted them, on the CPU."""
-        if not self._first:
-            return None
-        values, contexts = zip(*self._first, strict=True)
-        context = None if contexts[0] is None else torch.cat(contexts)
-        return Rows(torch.cat(values), context, torch.arange(self._kept, device="cpu"))
-
-    def _keep(self, value: Tensor, context: Tensor | None) -> None:
-        """Keeps rows of a batch while there is room."""
-        room = max(_FIRST // max(value[0].numel(), 1), 100) - self._kept
-        if room > 0:
-            self._first.append((value[:room].cpu().clone(), None if context is None else context[:room].cpu().clone()))
-            self._kept += len(self._first[-1][0])
 
     def _unpack(self, batch: Any) -> tuple[Any, Any]:
         if isinstance(batch, (Tensor, np.ndarray)):

@@ -392,7 +392,7 @@ def _fit(chosen: dict[str, Any], stacklevel: int | None) -> DensityFit:
                 math.nan if matching is not None or start.validation is None else training.best,
                 training.stopped or "interrupted",
                 "likelihood" if matching is None else "flow_matching",
-                kept=(keep(density, start.validation, start.sample, seed),),
+                kept=(keep(density, start.held_out_sample, start.sample, seed),),
             )
 
         so_far.append(lambda: result() if training.epoch else None)

@@ -14,7 +14,7 @@ from torch import Tensor
 from pyro_flows.core.chain import Chain
 from pyro_flows.core.modes import evaluating
 from pyro_flows.distributions import Ensemble, Flow
-from pyro_flows.infer.density.data import Loader, Rows, Source, admit_rows, expected_by
+from pyro_flows.infer.density.data import Rows, admit_rows, expected_by
 from pyro_flows.infer.density.gaussian import fit_gaussian
 from pyro_flows.infer.density.objective import evaluate, log_prob_of
 from pyro_flows.infer.density.prepare import Survey, reals_of
@@ -52,17 +52,22 @@ class Kept:
         return Kept(self.density, own[0], own[1])
 
 
-def keep(density: Any, held_out: Source | None, train: Source, seed: int) -> Kept:
-    """Keeps random rows of those held out and of those for training; of a loader, the first rows of its first pass."""
+def keep(density: Any, held_out: Rows | None, train: Rows, seed: int) -> Kept:
+    """Keeps random rows of those held out and of those for training."""
     return Kept(density, *(_some(source, most, seed) for source, most in ((held_out, _JUDGED), (train, _KEPT))))
 
 
-def _some(source: Source | None, most: int, seed: int) -> Rows | None:
-    rows = source.first if isinstance(source, Loader) else source
+def _some(rows: Rows | None, most: int, seed: int) -> Rows | None:
     if rows is None:
         return None
+    return _chosen(rows, most, seed).to("cpu")
+
+
+def _chosen(rows: Rows, most: int, seed: int) -> Rows:
+    """Chooses rows at random, fewer of large events, and keeps their order."""
     room = max(100, _NUMBERS // max(rows.value[0].numel(), 1))
-    return _shuffled(rows, seed).take(torch.arange(min(most, room, len(rows)), device="cpu")).to("cpu")
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed), device="cpu")
+    return rows.take(order[: min(most, room)].sort().values)
 
 
 def judge_rows(
@@ -121,9 +126,24 @@ def check_density(parts: Sequence[Kept], seconds: float) -> DensityChecks:
         for part in parts:
             stack.enter_context(evaluating(part.density))
         judging = _Judging(parts, seconds)
+        try:
+            judging.cut()
+            failed = None
+        except _DrawError as error:
+            failed = error
         checks = judging.scores()
-        checks = replace(checks, **judging.rival(), **judging.draws(checks.scores))
-    return replace(checks, notes=tuple(judging.notes))
+        checks = replace(checks, **judging.rival())
+        if failed is None:
+            try:
+                checks = replace(checks, **judging.draws(checks.scores))
+            except _DrawError as error:
+                failed = error
+    notes = judging.notes if failed is None else [*judging.notes, str(failed)]
+    return replace(checks, notes=tuple(notes))
+
+
+class _DrawError(Exception):
+    """There are no draws, for the reason told."""
 
 
 class _Judging:
@@ -133,22 +153,13 @@ class _Judging:
         self.parts, self.seconds, self.notes = parts, seconds, list[str]()
         most = max(_JUDGED // len(parts), 1)
         whole = [part.fresh for part in parts if part.fresh is not None]
-        self.rows = [self._placed(_shuffled(rows, _SEED), most, part) for rows, part in zip(whole, parts, strict=True)]
-        self.trained = [self._placed(part.trained, most, part) for part in parts if part.trained is not None]
-        self.drawing = True
-        try:
-            self._cut(sum(map(len, self.rows)))
-        except _FAILURES as error:
-            self.drawing = False
-            self.notes.append(f"There are no draws to compare rows with: {type(error).__name__}: {error}")
+        self.rows = [_placed(_chosen(rows, most, _SEED), part) for rows, part in zip(whole, parts, strict=True)]
+        known = [(part.trained, part) for part in parts if part.trained is not None]
+        self.trained = [_placed(_chosen(rows, most, _SEED), part) for rows, part in known]
 
-    def _placed(self, rows: Rows, most: int, part: Kept) -> Rows:
-        expected = expected_by(part.density)
-        return rows.take(torch.arange(min(most, len(rows)), device="cpu")).to(expected.device, expected.dtype)
-
-    def _cut(self, count: int) -> None:
+    def cut(self) -> None:
         """Leaves as many rows as have time for one draw each."""
-        each, first = 0.0, self.rows[0]
+        each, first, count = 0.0, self.rows[0], sum(map(len, self.rows))
         for probe in _PROBES:
             begin = time.monotonic()
             _draw(self.parts[0].density, first.take(torch.arange(probe, device="cpu") % len(first)), 1)
@@ -157,18 +168,15 @@ class _Judging:
             if each <= self.seconds or taken > self.seconds / 4:
                 break
         if each > self.seconds:
-            share = self.seconds / each
-            self.rows = [
-                rows.take(torch.arange(max(1, FEWEST // len(self.rows), int(share * len(rows))))[: len(rows)])
-                for rows in self.rows
-            ]
+            share, least = self.seconds / each, max(1, FEWEST // len(self.rows))
+            self.rows = [_chosen(rows, max(least, int(share * len(rows))), _SEED) for rows in self.rows]
             self.notes.append(f"Draws take long, so {sum(map(len, self.rows)):,} of {count:,} rows were judged.")
 
     def scores(self) -> DensityChecks:
         """Scores rows, and finds values that many of them share."""
         pairs = list(zip(self.parts, self.rows, strict=True)), list(zip(self.parts, self.trained, strict=False))
         fresh, training = ([_score(part.density, rows) for part, rows in each] for each in pairs)
-        contexts = [rows.context.cpu().flatten(1) for rows in self.rows if rows.context is not None]
+        contexts = [_flat(rows.context) for rows in self.rows if rows.context is not None]
         empty = torch.zeros(0, dtype=torch.long, device="cpu")
         return DensityChecks(
             torch.cat(fresh),
@@ -186,7 +194,7 @@ class _Judging:
         head = head_of(model)
         if not is_plain_flow(model) and head is None:
             return ()
-        values = torch.cat([rows.value.flatten(1).cpu() for rows in (*self.rows, *self.trained)])
+        values = torch.cat([_flat(rows.value) for rows in (*self.rows, *self.trained)])
         discrete = [False] * values.shape[1] if head is None else head.discrete_dims()
         survey = Survey()
         survey.add(values)
@@ -200,8 +208,7 @@ class _Judging:
             model, trained = _bare(part.density), part.trained
             if trained is None:
                 return {}
-            expected = expected_by(part.density)
-            trained = trained.to(expected.device, expected.dtype)
+            trained = _placed(trained, part)
             if is_plain_flow(model):
                 why = _no_gaussian(model)
                 if why:
@@ -218,17 +225,15 @@ class _Judging:
 
     def draws(self, scores: Tensor) -> dict[str, Any]:
         """Ranks rows among draws, and classifies rows and draws."""
-        if not self.drawing:
-            return {}
         begin, count = time.monotonic(), len(scores)
-        values = torch.cat([rows.value.flatten(1).cpu() for rows in self.rows])
+        values = torch.cat([_flat(rows.value) for rows in self.rows])
         asked = min(max(_DRAWS // count, _COPIES), _MOST)
         at_once = max(1, min(_AT_ONCE // count, _NUMBERS // max(values.numel(), 1)))
         own = torch.cat([values.double(), scores.unsqueeze(-1)], 1)
         below, equal = (torch.zeros(own.shape, dtype=torch.long, device="cpu") for _ in range(2))
         drawn_scores, shown, failed, copies = [], [], 0, 0
-        while copies < asked and (not copies or time.monotonic() - begin < self.seconds):
-            more = min(at_once, asked - copies)
+        more = 1
+        while more > 0:
             pieces = [_draw(part.density, rows, more) for part, rows in zip(self.parts, self.rows, strict=True)]
             drawn = torch.cat(pieces, 1)
             failed += int((~drawn[..., :-1].isfinite()).any(-1).sum())
@@ -238,10 +243,12 @@ class _Judging:
             drawn_scores.append(drawn[..., -1])
             shown.append(drawn[: max(_CLASSIFIED - copies, 0)])
             copies += more
+            spent = time.monotonic() - begin
+            more = min(at_once, asked - copies, int((self.seconds - spent) * copies / max(spent, 1e-9)))
         if copies < asked:
             self.notes.append(f"Draws take long, so each row has {copies} of {asked}.")
         ties = (torch.rand(equal.shape, dtype=torch.float64, device="cpu") * (equal + 1)).long()
-        contexts = [rows.context.cpu().double().flatten(1) for rows in self.rows if rows.context is not None]
+        contexts = [_flat(rows.context).double() for rows in self.rows if rows.context is not None]
         context = [torch.cat(contexts)] if contexts else []
         few = torch.cat(shown)
         return {
@@ -255,31 +262,44 @@ class _Judging:
         }
 
 
-_FAILURES = (RuntimeError, ArithmeticError, AttributeError, TypeError, ValueError)
+def _placed(rows: Rows, part: Kept) -> Rows:
+    expected = expected_by(part.density)
+    return rows.to(expected.device, expected.dtype)
+
+
+def _flat(values: Tensor) -> Tensor:
+    return values.reshape(len(values), -1).cpu()
 
 
 def _draw(density: Any, rows: Rows, copies: int) -> Tensor:
     """Draws for each row, with log-densities in the last column; shape ``(copies, rows, columns + 1)``, on the CPU."""
     count = copies * len(rows)
-    if rows.context is None:
-        context, drawn = None, density.sample((count,))
-    else:
-        context = rows.context.repeat(copies, *[1] * (rows.context.dim() - 1))
-        drawn = density.sample((), context)
     shape = (count, *rows.value.shape[1:])
-    # A density that caches its last draws scores this very tensor for free.
-    drawn = drawn if drawn.shape == shape else drawn.reshape(shape)
-    scores = log_prob_of(density)(drawn, context)
-    table = torch.cat([drawn.flatten(1).double(), scores.double().unsqueeze(-1)], 1)
-    return table.cpu().unflatten(0, (copies, len(rows)))
+    try:
+        if rows.context is None:
+            context, drawn = None, density.sample((count,))
+        else:
+            context = rows.context.repeat(copies, *[1] * (rows.context.dim() - 1))
+            drawn = density.sample((), context)
+        # A density that caches its last draws scores this very tensor for free.
+        drawn = drawn if drawn.shape == shape else drawn.reshape(shape)
+        bad = ~drawn.isfinite().reshape(count, -1).all(1)
+        safe = drawn
+        if bad.any():  # a validating distribution refuses NaN
+            safe = drawn.clone()
+            safe[bad] = rows.value[0].to(drawn)
+        scores = log_prob_of(density)(safe, context).masked_fill(bad, torch.nan)
+    except (RuntimeError, ArithmeticError, AttributeError, TypeError, ValueError) as error:  # a module's own ways
+        told = f"There are no draws to compare rows with ({type(error).__name__}: {error})."
+        raise _DrawError(told) from error
+    table = torch.cat([_flat(drawn).double(), scores.double().cpu().unsqueeze(-1)], 1)
+    return table.unflatten(0, (copies, len(rows)))
 
 
 def _score(density: Any, rows: Rows) -> Tensor:
-    return torch.cat([scores.double().cpu() for scores in evaluate(log_prob_of(density), rows)])
-
-
-def _shuffled(rows: Rows, seed: int) -> Rows:
-    return rows.take(torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed), device="cpu"))
+    """Scores rows; NaN counts as density zero."""
+    found = torch.cat([scores.double().cpu() for scores in evaluate(log_prob_of(density), rows)])
+    return found.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
 
 
 def _bare(density: Any) -> Any:
@@ -310,7 +330,7 @@ def _gaussian_scores(flow: Flow, trained: Rows, rows: Rows) -> Tensor:
 
 def _column_scores(model: Any, trained: Rows, rows: Rows) -> tuple[str, Tensor]:
     """Scores rows by the frequencies of discrete columns, and a Gaussian of the others, all independent."""
-    known, own = (each.value.flatten(1).double().cpu() for each in (trained, rows))
+    known, own = (_flat(each.value).double() for each in (trained, rows))
     discrete = torch.tensor(model.head.discrete_dims(), device="cpu")
     total = torch.zeros(len(own), dtype=torch.float64, device="cpu")
     for k in discrete.nonzero()[:, 0].tolist():

@@ -48,11 +48,12 @@ class Prepared:
     """The data of a fit and its settings.
 
     ``identity`` holds checksums or sizes that identify the data; ``shuffle`` orders their rows.  ``sample`` holds
-    training rows, all if they are not too many.
+    training rows, all if they are not too many, and ``held_out_sample`` held-out ones.
     """
 
     train: Source
     sample: Rows
+    held_out_sample: Rows | None
     validation: Source | None
     units: Units
     identity: dict[str, str]
@@ -98,14 +99,14 @@ def prepare(
         )
     shuffle = torch.Generator().manual_seed(settings.seed)
     values, contexts = surveys = Survey(), Survey()
-    thinned = Thinned()
+    thinned, thinned_out = Thinned(), Thinned()
     train = _admit(flow, data, context, expected, "data", surveys, thinned)
     if isinstance(train, Loader):
         values, contexts = values.of_all(), contexts.of_all()
     held_out: Source | None = None
     if validation is not None:
         own = Survey(), Survey()
-        held_out = _admit(flow, validation, validation_context, expected_by(flow), "validation", own)
+        held_out = _admit(flow, validation, validation_context, expected_by(flow), "validation", own, thinned_out)
         if expected.event_shape is None and isinstance(train, Rows) and isinstance(held_out, Rows):
             _same_columns(train, held_out)
     elif validation_context is not None:
@@ -141,7 +142,8 @@ def prepare(
     size = settings.batch_size_for(len(train)) if isinstance(train, Rows) else 0
     sizes = settings.sizes(size, train.steps(size))
     sample = _sample(train, thinned, expected)
-    return Prepared(train, sample, held_out, units, identity, shuffle, settings, sizes)
+    some = _sample(held_out, thinned_out, expected) if isinstance(held_out, Loader) else held_out
+    return Prepared(train, sample, some, held_out, units, identity, shuffle, settings, sizes)
 
 
 def _discrete(flow: Flow | Density) -> Tensor:

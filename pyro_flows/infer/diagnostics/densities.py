@@ -185,7 +185,7 @@ def judge_density(
         return DensityVerdict(label, label in (GOOD, CLOSE, OVERFITTED), text, numbers, pvalues, *rows, checks)
 
     if n:
-        found.scores()
+        found.scores(seen)
     if n < FEWEST:
         return verdict(UNJUDGED, remedy or FOLDS)
     if checks.ranks is None:
@@ -226,9 +226,9 @@ class _Findings:
         self.pvalues: dict[str, float] = {}
         self.size = 0.0
         self.missed = checks.index[checks.unexplained(checks.scores)]
-        self.lost = checks.training_index[checks.unexplained(checks.training)]
+        self.lost = checks.training_index[checks.unexplained(checks.training)].unique()
 
-    def scores(self) -> None:
+    def scores(self, seen: bool) -> None:
         """States scores, and their differences from a Gaussian's and from those of training rows."""
         checks, numbers = self.checks, self.numbers
         mean, error = _mean(checks.scores)
@@ -242,9 +242,9 @@ class _Findings:
         empty = int((checks.scores == -math.inf).sum())
         if empty:
             self.facts.append(f"{empty} rows have density zero.")
-        if len(checks.training):
-            seen, seen_error = _mean(checks.training)
-            gap, error = seen - mean, math.hypot(seen_error, numbers["score_error"])
+        if len(checks.training) and not seen:
+            trained, trained_error = _mean(checks.training)
+            gap, error = trained - mean, math.hypot(trained_error, numbers["score_error"])
             numbers |= {"gap": gap, "gap_error": error, "overfitting": _tail(gap, error)}
             self.facts.append(f"Training rows score {abs(gap):.3f} ± {error:.3f} {'more' if gap >= 0 else 'less'}.")
 
@@ -262,7 +262,7 @@ class _Findings:
     def columns(self, ranks: Tensor) -> None:
         """Tests the ranks of each column, and of the log-density."""
         checks, count = self.checks, len(self.checks.names)
-        every = pvalues_of(ranks, checks.copies)
+        every = torch.cat([pvalues_of(part, checks.copies) for part in ranks.split(64, 1)])  # little memory
         columns, density = every[:-1], float(every[-1])
         least = min(1.0, float(columns.min()) * count)
         self.pvalues |= {"columns": least, "log-density": density}
