@@ -167,6 +167,7 @@ def uneven(power, rows=200):
         ("misfit", {"ranks": uneven(2.0)}),
         ("worse than a Gaussian", {"rival_scores": torch.full((200,), 2.0)}),
         ("worse than independent columns", {"rival_scores": torch.full((200,), 2.0), "rival": "independent columns"}),
+        ("good", {"rival_scores": (torch.manual_seed(1), torch.randn(200).double().clamp(min=-2.0) + 0.005)[1]}),
         ("good, overfitted", {"training": torch.randn(500) + 1.0}),
         ("good", {"training": torch.randn(500) + 0.05}),
         ("repeated values", {"repeated": ("values that many rows share",)}),
@@ -281,6 +282,7 @@ def test_members_are_judged_on_rows_that_they_have_not_seen(context_dim):
     assert "by a member that did not see it" in verdict.text
 
 
+@pytest.mark.full
 def test_verdicts_say_which_rows_they_rest_on():
     torch.manual_seed(0)
     data = torch.randn(300, 2)
@@ -338,6 +340,7 @@ def test_the_rival_is_a_gaussian_behind_the_support():
     assert found.label == "worse than a Gaussian"
 
 
+@pytest.mark.full
 def test_mixed_columns_have_frequencies_for_a_rival():
     torch.manual_seed(0)
     made = shake(pf.MADE(3, MixedHead([("bernoulli", [0]), (CategoricalHead(3), [1]), ("normal", [2])])), 0.3).eval()
@@ -362,6 +365,7 @@ def test_repeated_values_make_scores_meaningless():
     assert judge_rows(pf.MADE(4, "bernoulli").eval(), binary).label != "repeated values"
 
 
+@pytest.mark.full
 def test_what_is_left_out_is_said():
     torch.manual_seed(0)
     angles = pf.Flow(pf.ncsf(2, num_layers=1)).eval()
@@ -400,6 +404,7 @@ def test_draws_that_are_not_finite_count():
     assert found.label == "misfit" and "25.00% of the draws are not finite" in found.text
 
 
+@pytest.mark.full
 def test_slow_draws_are_cut():
     def sample(shape, row):
         time.sleep(row * shape[0])

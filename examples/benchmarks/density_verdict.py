@@ -1,6 +1,6 @@
 """How often the verdict on a density finds a difference: of exact densities, which have none, and of misfits.
 
-    python examples/benchmarks/density_verdict.py             # 400 data sets of each exact density, 100 of each misfit
+    python examples/benchmarks/density_verdict.py             # 200 data sets of each exact density, 50 of each misfit
     python examples/benchmarks/density_verdict.py --smoke     # two data sets of each
 
 Rows of an exact density are its own draws, so that any difference found is false: at most 5 % should be.  Misfits are
@@ -164,7 +164,7 @@ if __name__ == "__main__":
             __doc__,
             "two data sets of each",
             seed={**numbers, "default": 0},
-            exact={**numbers, "default": 400, "help": "data sets of each exact density"},
-            misfits={**numbers, "default": 100, "help": "data sets of each misfit"},
+            exact={**numbers, "default": 200, "help": "data sets of each exact density"},
+            misfits={**numbers, "default": 50, "help": "data sets of each misfit"},
         )
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import zlib
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from pyro_flows.infer.density.units import StandardizedDensity, head_of, is_plai
 from pyro_flows.infer.diagnostics.densities import FEWEST, DensityChecks, DensityVerdict, judge_density
 from pyro_flows.infer.diagnostics.moments import scalar_names
 from pyro_flows.infer.diagnostics.two_sample import classify
+from pyro_flows.infer.machine.checkpoint import checksum
 from pyro_flows.infer.machine.randomness import own_randomness
 
 __all__ = ["Kept", "admitted", "check_density", "judge_rows", "keep"]
@@ -34,7 +36,6 @@ _CLASSIFIED = 4  # draws of a row that the classifier sees
 _PROBES = (64, 512)  # draws that are timed first
 _AT_ONCE = 4096  # draws of a call
 _WIDEST = 256  # numbers of an event with a Gaussian
-_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def judge_rows(
     trained = None
     if training is not None:
         trained = _some(
-            admitted(density, training, training_context, "training", "training_context", "judge_rows"), _KEPT, _SEED
+            admitted(density, training, training_context, "training", "training_context", "judge_rows"), _KEPT, 0
         )
     checks = check_density((Kept(density, fresh, trained),), seconds)
     return judge_density(checks, f"Judged on {len(checks.scores):,} of the rows given.", remedy="give more rows")
@@ -122,10 +123,11 @@ def check_density(parts: Sequence[Kept], seconds: float) -> DensityChecks:
     80 draws at its own context, 20,000 in all, at the cost of as many draws and scores; time cuts the draws of a row
     first, and then the rows.
     """
-    with own_randomness(expected_by(parts[0].density).device, _SEED), ExitStack() as stack:
+    seed = _seed_of(parts)
+    with own_randomness(expected_by(parts[0].density).device, seed), ExitStack() as stack:
         for part in parts:
             stack.enter_context(evaluating(part.density))
-        judging = _Judging(parts, seconds)
+        judging = _Judging(parts, seconds, seed)
         try:
             judging.cut()
             failed = None
@@ -142,6 +144,11 @@ def check_density(parts: Sequence[Kept], seconds: float) -> DensityChecks:
     return replace(checks, notes=tuple(notes))
 
 
+def _seed_of(parts: Sequence[Kept]) -> int:
+    """A seed for these rows, so that a verdict can be repeated, and is independent of that on other rows."""
+    return zlib.crc32("".join(checksum(part.fresh.value) for part in parts if part.fresh is not None).encode())
+
+
 class _DrawError(Exception):
     """There are no draws, for the reason told."""
 
@@ -149,13 +156,13 @@ class _DrawError(Exception):
 class _Judging:
     """Rows of each part, chosen at random and on the density's device, and notes on what is left out."""
 
-    def __init__(self, parts: Sequence[Kept], seconds: float) -> None:
-        self.parts, self.seconds, self.notes = parts, seconds, list[str]()
+    def __init__(self, parts: Sequence[Kept], seconds: float, seed: int) -> None:
+        self.parts, self.seconds, self.seed, self.notes = parts, seconds, seed, list[str]()
         most = max(_JUDGED // len(parts), 1)
         whole = [part.fresh for part in parts if part.fresh is not None]
-        self.rows = [_placed(_chosen(rows, most, _SEED), part) for rows, part in zip(whole, parts, strict=True)]
+        self.rows = [_placed(_chosen(rows, most, seed), part) for rows, part in zip(whole, parts, strict=True)]
         known = [(part.trained, part) for part in parts if part.trained is not None]
-        self.trained = [_placed(_chosen(rows, most, _SEED), part) for rows, part in known]
+        self.trained = [_placed(_chosen(rows, most, seed), part) for rows, part in known]
 
     def cut(self) -> None:
         """Leaves as many rows as have time for one draw each."""
@@ -169,7 +176,7 @@ class _Judging:
                 break
         if each > self.seconds:
             share, least = self.seconds / each, max(1, FEWEST // len(self.rows))
-            self.rows = [_chosen(rows, max(least, int(share * len(rows))), _SEED) for rows in self.rows]
+            self.rows = [_chosen(rows, max(least, int(share * len(rows))), self.seed) for rows in self.rows]
             self.notes.append(f"Draws take long, so {sum(map(len, self.rows)):,} of {count:,} rows were judged.")
 
     def scores(self) -> DensityChecks:
@@ -186,6 +193,7 @@ class _Judging:
             training_index=torch.cat([empty, *(rows.index.cpu() for rows in self.trained)]),
             context=torch.cat(contexts) if contexts else None,
             repeated=self._repeated(),
+            seed=self.seed,
         )
 
     def _repeated(self) -> tuple[str, ...]:
@@ -258,6 +266,7 @@ class _Judging:
             "two_sample": classify(
                 torch.cat([own, *context], 1),
                 torch.cat([few, *(each.expand(len(few), -1, -1) for each in context)], -1),
+                self.seed,
             ),
         }
 

@@ -28,7 +28,7 @@ ENOUGH = 100  # rows for a full judgment
 HARMLESS = 0.05  # of a distribution function, and of the classifier's probability beyond a half
 SHARE = 0.01  # unexplained rows that matter
 WASTE = 0.02  # failed draws that matter
-GAP = 0.1  # nats a row by which training rows may score more
+GAP, LOSS = 0.1, 0.01  # nats a row by which training rows, and a Gaussian, may score more
 NAMED = 8  # rows and columns that a text names
 
 MEANING = {
@@ -71,6 +71,7 @@ class DensityChecks:
         context: the contexts of the rows, if any.
         notes: what was left out, and why.
         repeated: values that many rows share, in words.
+        seed: the seed of what is random, which the rows determine.
     """
 
     scores: Tensor
@@ -87,6 +88,7 @@ class DensityChecks:
     context: Tensor | None = None
     notes: tuple[str, ...] = ()
     repeated: tuple[str, ...] = ()
+    seed: int = 0
 
     @property
     def copies(self) -> int:
@@ -99,11 +101,11 @@ class DensityChecks:
         return (scores < least) | (scores == -math.inf)
 
     def places(self) -> Tensor:
-        """Spreads ranks evenly over the unit interval, with noise of a fixed seed; shape as ``ranks``."""
+        """Spreads ranks evenly over the unit interval, by noise; shape as ``ranks``."""
         if self.ranks is None:
             return torch.zeros(0, len(self.names) + 1, dtype=torch.float64, device="cpu")
         noise = torch.rand(
-            self.ranks.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu"
+            self.ranks.shape, generator=torch.Generator().manual_seed(self.seed), dtype=torch.float64, device="cpu"
         )
         return (self.ranks + noise) / (self.copies + 1)
 
@@ -152,7 +154,7 @@ def judge_density(
     1. ``"not judged"``: fewer than 20 rows, or no draws.
     2. ``"repeated values"``: many rows share a value of a continuous column.
     3. ``"worse than a Gaussian"``, or ``"worse than independent columns"`` if some are discrete: that model's scores of
-       the same rows are higher, by a paired test at level 0.025.
+       the same rows are higher, by more than 0.01 nats, and surely (by a paired test at level 0.025).
     4. ``"misfit"``: a difference is found, or a fiftieth of the draws is not finite, and it is not small.
     5. ``"good, few rows judged"``: fewer than 100 rows.
     6. ``"good, by training rows"``: no rows were held out.
@@ -199,7 +201,7 @@ def judge_density(
     if checks.repeated:
         found.facts += [f"{each[0].upper()}{each[1:]}." for each in checks.repeated]
         return verdict(REPEATED, "model such values apart, as the lines above say")
-    if numbers.get("worse", 1.0) < CERTAIN:
+    if numbers.get("worse", 1.0) < CERTAIN and numbers["gain"] < -LOSS:
         label = WORSE if checks.rival == "the Gaussian" else WORSE_DISCRETE
         return verdict(label, *REGULARIZE, f"else use {checks.rival}")
     if checks.failures > WASTE or (differs and not (found.size <= HARMLESS and numbers["unexplained"] <= SHARE * n)):
