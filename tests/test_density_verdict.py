@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import pyro_flows as pf
 from pyro_flows.distributions import CategoricalHead, Ensemble, MixedHead
 from pyro_flows.infer.density.judging import judge_rows
-from pyro_flows.infer.diagnostics.densities import LABELS, MEANING, DensityChecks, judge_density
+from pyro_flows.infer.diagnostics.densities import LABELS, MEANING, DensityChecks, judge_density, tail_chance
 from pyro_flows.infer.diagnostics.neighborhoods import local_pvalues, neighborhoods
 from pyro_flows.infer.diagnostics.two_sample import TwoSample, classify, normal_scores
 
@@ -207,13 +207,34 @@ def test_numbers_against_direct_sums():
 
 
 def test_rows_below_all_draws_are_counted_exactly():
-    """The lowest of rows and draws are all rows: a hypergeometric probability."""
-    scores = torch.cat([torch.full((3,), -99.0), torch.zeros(97)]).double()
-    found = judge_density(checks(rows=100, copies=10, scores=scores, ranks=torch.randint(11, (100, 3))))
-    expected = math.comb(100, 3) / math.comb(1100, 3)
-    assert found.pvalues["rows"] == pytest.approx(expected)
-    assert found.unexplained == [0, 1, 2] and "3 of the judged rows (0, 1, 2)" in found.text
-    assert "StudentT" in found.text
+    """The lowest of rows and draws are all rows: a hypergeometric probability.  Ties are not continued."""
+    scores = torch.cat([torch.full((3,), -2.0), torch.zeros(97)]).double()
+    given = {"ranks": torch.randint(11, (100, 3)), "draws": -torch.ones(10, 100).double()}
+    found = judge_density(checks(rows=100, copies=10, scores=scores, **given))
+    assert found.pvalues["rows"] == pytest.approx(2 * math.comb(100, 3) / math.comb(1100, 3))
+    assert found.unexplained == []
+
+
+def test_one_row_far_below_the_draws_is_named():
+    scores = torch.randn(200).double() - 0.5
+    scores[[7, 9]] = -40.0
+    found = judge_density(checks(scores=scores, index=torch.arange(100, 300), training=scores[:50]))
+    assert found.unexplained == [107, 109] and "2 of the judged rows (107, 109)" in found.text
+    assert found.unexplained_training == [7, 9] and "StudentT" in found.text and found.pvalues["rows"] < 1e-6
+
+
+@pytest.mark.parametrize("df", [2.0, 200.0])
+def test_tails_of_scores_are_continued(df):
+    """Against the distribution function, far beyond 20,000 draws, where heavy and light tails differ most."""
+    torch.manual_seed(1)
+    heavy = torch.distributions.StudentT(torch.tensor(df).double())
+    draws, far = heavy.sample((20_000,)), torch.tensor([-2.0, -5.0, -8.0, -50.0]).double()
+    scipy = pytest.importorskip("scipy.stats")
+    exact = torch.from_numpy(scipy.t.cdf(far.numpy(), df))
+    found = tail_chance(far, draws)
+    assert df > 100 or ((found / exact).log().abs() < 0.3 + 0.2 * exact.log().abs()).all()
+    assert (found >= 0.3 * exact).all() and found[0] == pytest.approx(float(exact[0]), rel=0.1)
+    assert found[3] < (1e-3 if df < 100 else 1e-12) and tail_chance(torch.tensor([-math.inf]), draws) == 0
 
 
 def test_densities_of_zero_are_unexplained():

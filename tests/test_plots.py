@@ -669,7 +669,7 @@ def test_devices(device):
 
 
 def test_verdict_shows_ranks_scores_and_unexplained_rows():
-    torch.manual_seed(0)
+    torch.manual_seed(1)
     rows = torch.randn(300, 2)
     rows[5] = 9.0
     found = judge_rows(pf.Flow(pf.maf(2, num_layers=1, hidden_dims=(4,))).eval(), rows, training=torch.randn(500, 2))

@@ -25,7 +25,7 @@ def verdict(fit: Any, *, names: Sequence[str] | None = None) -> Figure:
     of a right density stay within the band with probability 95 %.  The second has each judged row's log-density
     against that by the Gaussian: rows above the diagonal are better described by the density.  The third has the
     distribution functions of log-densities, of judged rows, training rows and draws, on a logarithmic scale; rows that
-    score less than all draws are marked, with their numbers.
+    score too little for draws are marked, with their numbers.
 
     Args:
         fit: the result of :func:`~pyro_flows.infer.density.fit.fit_density`, or a

@@ -28,8 +28,8 @@ from pyro_flows.infer.machine.randomness import own_randomness
 
 __all__ = ["Kept", "admitted", "check_density", "judge_rows", "keep"]
 
-_KEPT = 10_000  # training rows kept, for the Gaussian
-_JUDGED = 2000  # rows judged, and training rows scored
+_KEPT = 10_000  # training rows kept, for the Gaussian and to find some that score too little
+_JUDGED = 2000  # rows judged
 _NUMBERS = 2**21  # in kept rows, and in the draws of a call
 _COPIES, _MOST, _DRAWS = 20, 80, 20_000  # draws of a row, at least and at most, and draws in all
 _CLASSIFIED = 4  # draws of a row that the classifier sees
@@ -162,7 +162,7 @@ class _Judging:
         whole = [part.fresh for part in parts if part.fresh is not None]
         self.rows = [_placed(_chosen(rows, most, seed), part) for rows, part in zip(whole, parts, strict=True)]
         known = [(part.trained, part) for part in parts if part.trained is not None]
-        self.trained = [_placed(_chosen(rows, most, seed), part) for rows, part in known]
+        self.trained = [_placed(_chosen(rows, _KEPT // len(parts), seed), part) for rows, part in known]
 
     def cut(self) -> None:
         """Leaves as many rows as have time for one draw each."""

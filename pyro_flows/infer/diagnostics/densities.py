@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 import torch
+from pyro.ops.stats import fit_generalized_pareto
 from torch import Tensor
 
 from pyro_flows.infer.diagnostics.neighborhoods import local_pvalues, neighborhoods
@@ -13,7 +14,7 @@ from pyro_flows.infer.diagnostics.two_sample import TwoSample
 from pyro_flows.infer.diagnostics.uniformity import manner, pvalues_of
 from pyro_flows.infer.diagnostics.verdict import GOOD, UNJUDGED, in_words
 
-__all__ = ["DensityChecks", "DensityVerdict", "judge_density"]
+__all__ = ["DensityChecks", "DensityVerdict", "judge_density", "tail_chance"]
 
 CLOSE, OVERFITTED = "good, small differences", "good, overfitted"
 FEW, SEEN = "good, few rows judged", "good, by training rows"
@@ -96,9 +97,10 @@ class DensityChecks:
         return 0 if self.draws is None else len(self.draws)
 
     def unexplained(self, scores: Tensor) -> Tensor:
-        """Marks rows that score less than all draws."""
-        least = -math.inf if self.draws is None else float(self.draws.min())
-        return (scores < least) | (scores == -math.inf)
+        """Marks rows that score so little that the draws would leave one of as many with probability 0.05."""
+        if self.draws is None:
+            return scores == -math.inf
+        return tail_chance(scores, self.draws) * len(scores) < LEVEL
 
     def places(self) -> Tensor:
         """Spreads ranks evenly over the unit interval, by noise; shape as ``ranks``."""
@@ -120,7 +122,7 @@ class DensityVerdict:
         text: the numbers, their meaning, and the next step.
         numbers: the numbers by name; ``pvalue`` is that of all tests together.
         pvalues: the p-value of each test, corrected for the number of columns, but not for that of tests.
-        unexplained: the numbers of judged rows that score less than all draws, in the data given.
+        unexplained: the numbers, in the data given, of judged rows that score too little for draws.
         unexplained_training: the same of training rows.
         checks: the numbers by row.
     """
@@ -145,9 +147,9 @@ def judge_density(
 
     Four tests compare rows and draws: a classifier (:func:`~pyro_flows.infer.diagnostics.two_sample.classify`); the
     ranks of each column, and of the log-density, among draws (as in simulation-based calibration); these ranks by
-    neighborhoods of the context; and the number of rows that score less than all draws.  Each p-value is multiplied by
-    the number of columns behind it, and the smallest by the number of tests.  If the product is below 0.05, a
-    difference is found; for an exact density that has a chance of at most 5 %.
+    neighborhoods of the context; and rows that score too little (:func:`tail_chance`, and how many score less than all
+    draws).  Each p-value is multiplied by the number of columns or rows behind it, and the smallest by the number of
+    tests.  If the product is below 0.05, a difference is found; for an exact density that has a chance of at most 5 %.
 
     The first label that applies:
 
@@ -161,7 +163,7 @@ def judge_density(
     7. ``"good, overfitted"``: training rows score 0.1 nats more, and surely more (at level 0.025).
     8. ``"good, small differences"``: a difference is found, and it is small: the classifier tells rows from draws with
        a probability of at most 0.55, distribution functions of ranks are within 0.05 of uniform ones up to noise, and
-       at most 1 % of the rows score less than all draws.
+       at most 1 % of the rows score too little.
     9. ``"good"``.
 
     Args:
@@ -176,7 +178,7 @@ def judge_density(
         (Modrák et al., 2022), on ranks of the log-density, arXiv:2211.02383.
         Revisiting Classifier Two-Sample Tests (Lopez-Paz & Oquab, 2016), arXiv:1610.06545.
     """
-    found = _Findings(checks)
+    found = _Findings(checks, seen)
     n, numbers, pvalues = len(checks.scores), found.numbers, found.pvalues
     facts = [judged, *checks.notes]
 
@@ -187,7 +189,7 @@ def judge_density(
         return DensityVerdict(label, label in (GOOD, CLOSE, OVERFITTED), text, numbers, pvalues, *rows, checks)
 
     if n:
-        found.scores(seen)
+        found.scores()
     if n < FEWEST:
         return verdict(UNJUDGED, remedy or FOLDS)
     if checks.ranks is None:
@@ -219,8 +221,8 @@ def judge_density(
 class _Findings:
     """What the numbers show: facts, numbers, p-values, the size of differences, and what to do."""
 
-    def __init__(self, checks: DensityChecks) -> None:
-        self.checks = checks
+    def __init__(self, checks: DensityChecks, seen: bool) -> None:
+        self.checks, self.seen = checks, seen
         self.facts: list[str] = []
         self.steps: list[str] = []  # against differences
         self.look: list[str] = []
@@ -228,9 +230,10 @@ class _Findings:
         self.pvalues: dict[str, float] = {}
         self.size = 0.0
         self.missed = checks.index[checks.unexplained(checks.scores)]
-        self.lost = checks.training_index[checks.unexplained(checks.training)].unique()
+        lost = torch.zeros(0, dtype=torch.long) if seen else checks.training_index[checks.unexplained(checks.training)]
+        self.lost = lost.unique()
 
-    def scores(self, seen: bool) -> None:
+    def scores(self) -> None:
         """States scores, and their differences from a Gaussian's and from those of training rows."""
         checks, numbers = self.checks, self.numbers
         mean, error = _mean(checks.scores)
@@ -244,7 +247,7 @@ class _Findings:
         empty = int((checks.scores == -math.inf).sum())
         if empty:
             self.facts.append(f"{empty} rows have density zero.")
-        if len(checks.training) and not seen:
+        if len(checks.training) and not self.seen:
             trained, trained_error = _mean(checks.training)
             gap, error = trained - mean, math.hypot(trained_error, numbers["score_error"])
             numbers |= {"gap": gap, "gap_error": error, "overfitting": _tail(gap, error)}
@@ -307,23 +310,53 @@ class _Findings:
         self.facts.append(f"{said}.")
 
     def rows(self) -> None:
-        """Tests the number of rows that score less than all draws, and names them."""
-        n, total = len(self.checks.scores), len(self.checks.scores) * self.checks.copies
-        count = len(self.missed)
-        # All of the lowest ``count`` of rows and draws together are rows.
-        steps = torch.arange(count, dtype=torch.float64, device="cpu")
-        self.pvalues["rows"] = float(((n - steps) / (n + total - steps)).prod())
-        self.numbers["unexplained"] = float(count)
-        if self.checks.failures:
-            self.facts.append(f"{self.checks.failures:.2%} of the draws are not finite.")
+        """Tests the lowest scores, and names rows with scores that draws do not have."""
+        checks, n = self.checks, len(self.checks.scores)
+        draws = torch.zeros(0) if checks.draws is None else checks.draws
+        steps = torch.arange(int((checks.scores < draws.min()).sum()), dtype=torch.float64, device="cpu")
+        # All of the lowest ones of rows and draws together are rows.
+        lowest = float(((n - steps) / (n + draws.numel() - steps)).prod())
+        least = float(tail_chance(checks.scores, draws).min()) * n
+        self.pvalues["rows"] = min(1.0, 2 * lowest, 2 * least)
+        self.numbers["unexplained"] = float(len(self.missed))
+        if checks.failures:
+            self.facts.append(f"{checks.failures:.2%} of the draws are not finite.")
         for kind, rows in (("judged", self.missed), ("training", self.lost)):
             if len(rows):
                 named = ", ".join(map(str, rows[:NAMED].tolist())) + (", …" if len(rows) > NAMED else "")
-                chance = f", where chance would leave {n / (n + total):.2g}" if kind == "judged" else ""
-                self.facts.append(
-                    f"Score less than all {total:,} draws: {len(rows)} of the {kind} rows ({named}){chance}."
-                )
-                self.look.append("look at the rows named, for errors, or for tails that a StudentT base would have")
+                self.facts.append(f"Scores below those of draws: {len(rows)} of the {kind} rows ({named}).")
+                self.look.append("look at the rows named: errors, or tails that a StudentT base would have")
+
+
+def tail_chance(scores: Tensor, draws: Tensor) -> Tensor:
+    r"""Estimates the probability that a draw scores no more than each score, shape ``(rows,)``.
+
+    It is :math:`(r + 1) / (m + 1)` for a score above :math:`r \ge 1` of :math:`m` draws.  Below all of them, a
+    generalized Pareto distribution of the :math:`3 \sqrt m` lowest continues the tail, with an index of 0, exponential,
+    or more, unless half of these are ties.
+
+    Args:
+        scores: shape ``(rows,)``.
+        draws: scores of draws, any shape.
+
+    References:
+        Pareto Smoothed Importance Sampling (Vehtari et al., 2015), for the number of draws, arXiv:1507.02646.
+    """
+    ordered = draws.flatten().double().sort().values
+    total = len(ordered)
+    scores = scores.double().contiguous()
+    chance = (torch.searchsorted(ordered, scores, right=True) + 1).double() / (total + 1)
+    size = math.ceil(min(total / 5, 3 * math.sqrt(total)))
+    excess = (ordered[size] - ordered[:size]).flip(0)
+    if len(excess.unique()) >= max(size / 2, FEWEST) and excess.isfinite().all():
+        with torch.device("cpu"):
+            index, scale = fit_generalized_pareto(excess)
+        if not index > 0:
+            index, scale = 0.0, float(excess.mean())
+        beyond = (ordered[size] - scores) / scale
+        rest = -beyond if index < 1e-6 else -torch.log1p(index * beyond) / index
+        chance = torch.where(scores < ordered[0], torch.minimum(chance, rest.exp() * size / total), chance)
+    return chance.masked_fill(scores == -math.inf, 0.0)
 
 
 def _mean(values: Tensor) -> tuple[float, float]:
