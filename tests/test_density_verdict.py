@@ -450,6 +450,14 @@ def test_interrupted_verdicts_leave_the_fit_whole():
     assert found.verdict.numbers["rows"] == 50
 
 
+def test_another_default_device_changes_nothing():
+    torch.manual_seed(0)
+    flow, rows, context = standard(2, 1), torch.randn(100, 2), torch.randn(100, 1)
+    expected = str(judge_rows(flow, rows, context))
+    with torch.device("meta"):
+        assert str(judge_rows(flow, rows, context)) == expected
+
+
 def test_rows_are_checked():
     found = fit(standard(), torch.randn(100, 2), steps=3)
     refuses(ValueError, "expected data of shape", found.judge, torch.randn(100, 3))

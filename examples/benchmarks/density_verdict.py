@@ -1,6 +1,6 @@
 """How often the verdict on a density finds a difference: of exact densities, which have none, and of misfits.
 
-    python examples/benchmarks/density_verdict.py             # 200 data sets of each exact density, 50 of each misfit
+    python examples/benchmarks/density_verdict.py             # 100 data sets of each exact density, 25 of each misfit
     python examples/benchmarks/density_verdict.py --smoke     # two data sets of each
 
 Rows of an exact density are its own draws, so that any difference found is false: at most 5 % should be.  Misfits are
@@ -16,7 +16,7 @@ from argparse import Namespace
 from collections.abc import Callable
 
 import torch
-from _runs import command, machine, markdown, shaken
+from _runs import Table, command, machine, shaken
 from torch import Tensor, nn
 
 import pyro_flows as pf
@@ -149,12 +149,15 @@ def main(args: Namespace) -> None:
     exact = 2 if args.smoke else args.exact
     some = 2 if args.smoke else args.misfits
     print(f"{machine()}; {exact} data sets of each exact density, {some} of each misfit, seed {args.seed}\n")
-    print(markdown(heads, [[name, *shares(of(make), exact)] for name, make in EXACT.items()]), flush=True)
-    table = [[name, *shares(of(lambda: flow(scale=0.05), change=change), some)] for name, change in MISFITS.items()]
+    first, second = Table(*heads), Table(*heads)
+    for name, make in EXACT.items():
+        first.add(name, *shares(of(make), exact))
+    for name, change in MISFITS.items():
+        second.add(name, *shares(of(lambda: flow(scale=0.05), change=change), some))
     leaning = shares(of(lambda: flow(context_dim=1, scale=0.05), lean=0.25), some)
-    table.append(["a wrong dependence on the context: ± 0.25 standard deviations by its sign", *leaning])
-    table.append(["trained until it overfits", *shares(trained, max(some // 10, 1))])
-    print(f"\n{markdown(heads, table)}\n\n{time.process_time() - begin:.0f} CPU seconds")
+    second.add("a wrong dependence on the context: ± 0.25 standard deviations by its sign", *leaning)
+    second.add("trained until it overfits", *shares(trained, max(some // 5, 1)))
+    print(f"\n{first}\n\n{second}\n\n{time.process_time() - begin:.0f} CPU seconds")
 
 
 if __name__ == "__main__":
@@ -164,7 +167,7 @@ if __name__ == "__main__":
             __doc__,
             "two data sets of each",
             seed={**numbers, "default": 0},
-            exact={**numbers, "default": 200, "help": "data sets of each exact density"},
-            misfits={**numbers, "default": 50, "help": "data sets of each misfit"},
+            exact={**numbers, "default": 100, "help": "data sets of each exact density"},
+            misfits={**numbers, "default": 25, "help": "data sets of each misfit"},
         )
     )

@@ -9,6 +9,7 @@ import torch
 from pyro.ops.stats import fit_generalized_pareto
 from torch import Tensor
 
+from pyro_flows.core.modes import on_cpu
 from pyro_flows.infer.diagnostics.neighborhoods import local_pvalues, neighborhoods
 from pyro_flows.infer.diagnostics.two_sample import TwoSample
 from pyro_flows.infer.diagnostics.uniformity import manner, pvalues_of
@@ -140,6 +141,7 @@ class DensityVerdict:
         return in_words(self.label, MEANING[self.label], self.text)
 
 
+@on_cpu
 def judge_density(
     checks: DensityChecks, judged: str = "rows", *, seen: bool = False, stopped: str = "", remedy: str = ""
 ) -> DensityVerdict:
@@ -328,6 +330,7 @@ class _Findings:
                 self.look.append("look at the rows named: errors, or tails that a StudentT base would have")
 
 
+@on_cpu
 def tail_chance(scores: Tensor, draws: Tensor) -> Tensor:
     r"""Estimates the probability that a draw scores no more than each score, shape ``(rows,)``.
 
@@ -349,8 +352,7 @@ def tail_chance(scores: Tensor, draws: Tensor) -> Tensor:
     size = math.ceil(min(total / 5, 3 * math.sqrt(total)))
     excess = (ordered[size] - ordered[:size]).flip(0)
     if len(excess.unique()) >= max(size / 2, FEWEST) and excess.isfinite().all():
-        with torch.device("cpu"):
-            index, scale = fit_generalized_pareto(excess)
+        index, scale = fit_generalized_pareto(excess)
         if not index > 0:
             index, scale = 0.0, float(excess.mean())
         beyond = (ordered[size] - scores) / scale
