@@ -164,8 +164,8 @@ def judge_density(
     6. ``"good, by training rows"``: no rows were held out.
     7. ``"good, overfitted"``: training rows score 0.1 nats more, and surely more (at level 0.025).
     8. ``"good, small differences"``: a difference is found, and it is small: the classifier tells rows from draws with
-       a probability of at most 0.55, distribution functions of ranks are within 0.05 of uniform ones up to noise, and
-       at most 1 % of the rows score too little.
+       a probability of at most 0.55, where ranks are uneven their distribution function is within 0.05 of a uniform one
+       up to noise (1.36 / √rows), and at most 1 % of the rows score too little.
     9. ``"good"``.
 
     Args:
@@ -273,7 +273,6 @@ class _Findings:
         columns, density = every[:-1], float(every[-1])
         least = min(1.0, float(columns.min()) * count)
         self.pvalues |= {"columns": least, "log-density": density}
-        self.size = max(self.size, float(_beyond_noise(checks.places())))
         said = f"Ranks among {checks.copies} draws: smallest p = {least:.2g} of {count} columns, corrected"
         uneven = [k for k in columns.argsort().tolist() if float(columns[k]) * count < LEVEL]
         named = [f"{checks.names[k]} ({manner(ranks[:, k], checks.copies)})" for k in uneven[:NAMED]]
@@ -281,6 +280,8 @@ class _Findings:
         more = "more" if float(ranks[:, -1].double().mean()) > 0.5 * checks.copies else "less"
         shape = f" (rows score {more} than draws)" if density < LEVEL else ""
         self.facts.append(f"{said}{tail}; p = {density:.2g} of the log-density{shape}.")
+        found = [*uneven, *([count] if density < LEVEL else [])]
+        self._note_size(checks.places()[:, found])
         if uneven:
             self.steps.append(TRANSFORM)
 
@@ -298,11 +299,10 @@ class _Findings:
         every, normals = local_pvalues(places, cells)
         k = int(every.argmin())
         least = self.pvalues["context"] = min(1.0, float(every[k]) * len(scalars))
-        for cell in range(count):
-            self.size = max(self.size, float(_beyond_noise(places[cells == cell], count)))
         said = f"In {count} neighborhoods of the context: smallest p = {least:.2g} of {len(scalars)} scalars, corrected"
         if least < LEVEL:
             cell, kind = divmod(int(normals[:, k].abs().argmax()), 2)
+            self._note_size(places[cells == cell, k : k + 1])
             how = (("high", "low"), ("wide", "narrow"))[kind][int(normals[cell, k, kind] > 0)]
             where = ", ".join(f"{x:.3g}" for x in checks.context[cells == cell].double().mean(0)[:4].tolist())
             dots = ", …" if checks.context.shape[1] > 4 else ""
@@ -310,6 +310,14 @@ class _Findings:
             said += f"; {scalars[k]} worst near ({where}{dots}), where draws {how}"
             self.steps.append("wider networks for the context, or features of it as further contexts")
         self.facts.append(f"{said}.")
+
+    def _note_size(self, places: Tensor) -> None:
+        """Notes the largest distance of a column's distribution function from uniform, less usual noise."""
+        n = len(places)
+        ordered, steps = places.sort(0).values, torch.arange(n, dtype=places.dtype, device="cpu").unsqueeze(-1)
+        distances = torch.maximum((steps + 1) / n - ordered, ordered - steps / n).flatten()
+        noise = math.sqrt(math.log(2 / LEVEL) / (2 * n))  # Dvoretzky, Kiefer and Wolfowitz
+        self.size = max([self.size, *(distances - noise).tolist()])
 
     def rows(self) -> None:
         """Tests the lowest scores, and names rows with scores that draws do not have."""
@@ -375,12 +383,3 @@ def _tail(value: float, error: float) -> float:
     if not error > 0 or math.isnan(value):
         return 1.0
     return 0.5 * math.erfc(value / error / math.sqrt(2))
-
-
-def _beyond_noise(places: Tensor, groups: int = 1) -> Tensor:
-    """The largest distance of a column's distribution function from uniform, less what noise makes, at least 0."""
-    n, scalars = places.shape
-    ordered, steps = places.sort(0).values, torch.arange(n, dtype=places.dtype, device="cpu").unsqueeze(-1)
-    distance = torch.maximum((steps + 1) / n - ordered, ordered - steps / n).amax()
-    noise = math.sqrt(math.log(2 * scalars * groups / LEVEL) / (2 * n))  # Dvoretzky, Kiefer and Wolfowitz
-    return (distance - noise).clamp(min=0)
