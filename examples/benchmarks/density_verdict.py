@@ -6,8 +6,8 @@
 Rows of an exact density are its own draws, so that any difference found is false: at most 5 % should be.  Misfits are
 the same draws, changed: the density is too narrow, lacks a mode, and so on.  Cells are the share of data sets with a
 corrected p-value below 0.05 of all tests together, by the number of rows.  The last line has flows trained on as many
-rows until they overfit, and judged by 1000 fresh rows: the share whose label says so, or says that a Gaussian is better,
-or that there is a misfit.
+rows until they overfit, and judged by 1000 fresh rows: the share with the label overfitted, worse than a Gaussian, or
+misfit.
 """
 
 import math
