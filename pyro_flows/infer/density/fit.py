@@ -89,7 +89,7 @@ class DensityFit:
 
     @property
     def verdict(self) -> DensityVerdict:
-        """What the density is worth, in words and numbers: ``print(fit.verdict)``.
+        """The worth of the density, in words and numbers, as ``print(fit.verdict)`` shows.
 
         It is computed when first asked for, from rows that the fit keeps, in about two seconds or a tenth of the fit's
         own time: held-out rows, those that each member of an ensemble has not seen, or training rows if there are no
