@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from pyro_flows.core.checks import integer
 from pyro_flows.core.transform import FlowTransform
 from pyro_flows.distributions import Ensemble, Flow
-from pyro_flows.infer.density.data import admit_rows, expected_by, to_tensor
+from pyro_flows.infer.density.data import Rows, admit_rows, expected_by, to_tensor
 from pyro_flows.infer.density.gaussian import start_as_gaussian
 from pyro_flows.infer.density.loop import CHECKPOINT, DensityTraining
 from pyro_flows.infer.density.matching import FlowMatching, Matching, as_objective, matched_parts
@@ -132,7 +132,7 @@ def fit_density(
     lr: float = 3e-3,
     schedule: str = "plateau",
     patience: int | None = None,
-    weight_decay: float = 0.0,
+    weight_decay: float | None = None,
     clip_norm: float | None = 5.0,
     average: float = 0.998,
     optimizer: Optimizer | Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
@@ -196,9 +196,10 @@ def fit_density(
         schedule: ``"cosine"`` (from ``lr`` to a hundredth of it over the whole run) or ``"constant"``, both ended by
             ``patience`` epochs without improvement; or ``"plateau"``, where these lead back to the best state with 0.3
             times the learning rate, and two such cuts in vain end training.
-        patience: epochs, by default as many as make 600 steps, at least 5.  An improvement is 0.001 nats per row since
-            the last one.
-        weight_decay: the weight decay of AdamW.
+        patience: epochs, by default as many as make a step for each row, from 100 to 600 steps, at least 5.  An
+            improvement is 0.001 nats per row since the last one.
+        weight_decay: the weight decay of AdamW. The default is 0; where a flow starts as the Gaussian of fewer than
+            1000 rows, to which the decay draws it back, it is 100 divided by the rows, at most 1.
         clip_norm: the largest norm of the gradient, or ``None``.
         average: the decay of an exponential moving average of the parameters for validation and the final state, at
             most :math:`t / (t + 10)` at step :math:`t`; 0 for none.
@@ -285,7 +286,7 @@ def _fit(chosen: dict[str, Any], stacklevel: int | None) -> DensityFit:
             units = start.known_units(known["units"], checkpoint)
         density = in_units(trained, units, standardize)
         part = coloring_of(density)
-        if part is not None and is_plain_flow(density):
+        if part is not None:
             if known is None:
                 start_as_gaussian(density, start.sample.value, start.sample.context)
                 processes.made_alike(part)
@@ -296,10 +297,9 @@ def _fit(chosen: dict[str, Any], stacklevel: int | None) -> DensityFit:
         if matching is not None and is_plain_flow(density):
             aim = Matching(matching, density, seed, held_out)
         average = bool(settings.average)
+        decay = settings.weight_decay_for(len(start.train), part is not None)
         made: AdamW | Given = (
-            AdamW(parameters, None, settings.lr, settings.weight_decay, average)
-            if torchs is None
-            else Given(torchs, average)
+            AdamW(parameters, None, settings.lr, decay, average) if torchs is None else Given(torchs, average)
         )
         training = DensityTraining(trained, aim, start, made, chosen["progress"])
         if known is not None:
@@ -343,6 +343,10 @@ def _fit(chosen: dict[str, Any], stacklevel: int | None) -> DensityFit:
 
         so_far.append(lambda: result() if training.epoch else None)
         training.run(Keeper(CHECKPOINT, checkpoint, content, chosen["checkpoint_every"]))
+        if part is not None and not training.best_epoch and isinstance(start.validation, Rows):
+            with interrupts_held_back():  # nothing is learned from some rows alone, so all may tell the Gaussian
+                whole = start.sample.joined(start.validation)
+                start_as_gaussian(density, whole.value, whole.context)
         fit = result()
         if matching is not None:
             try:
@@ -451,7 +455,7 @@ def _as_optimizer(given: Any, parameters: list[nn.Parameter], settings: Settings
     if given is None:
         if len({(p.dtype, p.device) for p in parameters}) == 1 and parameters[0].is_floating_point():
             return None
-        return torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
+        return torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay or 0.0)
     made = given if isinstance(given, Optimizer) or not callable(given) else given(parameters)
     if not isinstance(made, Optimizer):
         raise TypeError(
