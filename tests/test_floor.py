@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_flows as pf
 from pyro_flows.infer import standardized
-from pyro_flows.infer.density.gaussian import LARGEST_SAMPLE, fit_gaussian, start_as_gaussian
+from pyro_flows.infer.density.gaussian import LARGEST_SAMPLE, better, fit_gaussian, start_as_gaussian
 from pyro_flows.infer.density.prepare import Thinned
 from pyro_flows.transforms import Coloring
 
@@ -181,6 +181,34 @@ def test_scores_number_by_number_see_the_coloring():
 
 
 # Folds by default
+
+
+@pytest.mark.full
+def test_folds_are_kept_where_they_are_better():
+    torch.manual_seed(0)
+    curved = torch.randn(400, 3)
+    curved[:, 1] += 2 * curved[:, 0] ** 2
+    found = pf.fit_density(small(), curved[:200], progress=False, patience=8, batch_size=64, lr=0.02)
+    *flows, gaussian = found.distribution.members
+    assert len(flows) == 5 and all(each.best_epoch for each in found.members)
+    reference = fit_gaussian(curved[:200].double()).log_prob(curved[200:].double())
+    torch.testing.assert_close(gaussian.log_prob(curved[200:]).double(), reference, atol=1e-2, rtol=1e-3)
+    assert (found.log_prob(curved[200:]) - reference).mean() > 0.3
+
+
+def test_folds_return_to_the_gaussian_unless_they_are_better_by_more_than_chance():
+    x, fresh = (correlated(rows, dtype=torch.float) for rows in (80, 500))
+    want = fit_gaussian(x.double()).log_prob(fresh.double())
+    found = pf.fit_density(small(), x, progress=False, patience=4, batch_size=64, lr=0.01)
+    assert len(found.members) == 5 and {each.best_epoch for each in found.members} == {0}
+    torch.testing.assert_close(found.log_prob(fresh).double(), want, atol=1e-2, rtol=1e-3)
+    assert found.validation < fit_gaussian(x.double()).log_prob(x.double()).mean()  # of rows held out
+
+
+def test_better_by_more_than_chance():
+    torch.manual_seed(0)
+    assert better(torch.randn(400) + 0.3) and not better(torch.randn(400)) and not better(torch.zeros(50))
+    assert not better(torch.cat([torch.randn(99) * 0.1, torch.tensor([500.0])]))
 
 
 def test_few_rows_are_fitted_in_folds_by_default():

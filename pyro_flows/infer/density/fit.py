@@ -22,7 +22,7 @@ from pyro_flows.core.checks import integer
 from pyro_flows.core.transform import FlowTransform
 from pyro_flows.distributions import Ensemble, Flow
 from pyro_flows.infer.density.data import Rows, admit_rows, expected_by, to_tensor
-from pyro_flows.infer.density.gaussian import start_as_gaussian
+from pyro_flows.infer.density.gaussian import better, start_as_gaussian, started
 from pyro_flows.infer.density.loop import CHECKPOINT, DensityTraining
 from pyro_flows.infer.density.matching import FlowMatching, Matching, as_objective, matched_parts
 from pyro_flows.infer.density.objective import Likelihood, Objective, evaluate, log_prob_of, mean_score
@@ -385,7 +385,7 @@ def _fit_folds(options: dict[str, Any], count: int, by_default: bool = False) ->
     if options["validation"] is not None or isinstance(data, DataLoader):
         raise ValueError("fit_density: folds hold out rows of data in turn, so data must be rows, without validation=")
     first = _as_density(flow)
-    members = [first, *(copy.deepcopy(first) for _ in range(count - 1))]
+    fresh, *members = [copy.deepcopy(first), first, *(copy.deepcopy(first) for _ in range(count - 1))]
     rows = admit_rows(data, context, expected_by(first), "data", "context")
     if not 2 <= count <= len(rows):
         raise ValueError(f"fit_density: expected from 2 folds to one for each of the {len(rows)} rows, got {count}")
@@ -412,15 +412,44 @@ def _fit_folds(options: dict[str, Any], count: int, by_default: bool = False) ->
             if checkpoint is not None:
                 own["checkpoint"] = f"{os.fspath(checkpoint)}.{k}"
             fits.append(_fit({**options, **own}, None if k else 5))
-    return _ensemble(fits, parts, by_default)
+        gaussian = _floor(fits, fresh, rows, parts)
+    return _ensemble(fits, parts, by_default, gaussian if by_default else [])
 
 
-def _ensemble(fits: Sequence[DensityFit], parts: Sequence[Tensor], by_default: bool) -> DensityFit:
+@torch.no_grad()
+def _floor(fits: list[DensityFit], fresh: Flow | Density, rows: Rows, parts: Sequence[Tensor]) -> list[Flow]:
+    """Returns members to the Gaussian unless they score better than it, by more than chance, on rows held out.
+
+    Returns the Gaussian of all rows, if flows of this kind start as one.
+    """
+    fitted: list[Any] = [each.distribution for each in fits]
+    if not is_plain_flow(fresh) or coloring_of(fitted[0]) is None:
+        return []
+    gains, scores = [], []
+    for fit, member, held in zip(fits, fitted, parts, strict=True):
+        others = rows.take(torch.cat([part for part in parts if part is not held]))
+        own = rows.take(held)
+        start = started(fresh, member, others.value, others.context)
+        scores.append(start.score(own.value, own.context).double().cpu())
+        reached = scores[-1] if not fit.best_epoch else member.score(own.value, own.context).double().cpu()
+        gains.append(reached - scores[-1])
+    if not better(torch.cat(gains)):
+        with interrupts_held_back():
+            for k, (fit, member, score) in enumerate(zip(fits, fitted, scores, strict=True)):
+                fit.flow.load_state_dict(fresh.state_dict())
+                start_as_gaussian(member, rows.value, rows.context)
+                fits[k] = replace(fit, best_epoch=0, validation=score.mean().item())
+    return [started(fresh, fitted[0], rows.value, rows.context)]
+
+
+def _ensemble(
+    fits: Sequence[DensityFit], parts: Sequence[Tensor], by_default: bool, others: Sequence[Flow] = ()
+) -> DensityFit:
     """Returns the fit of several members; each row has a score by the one that did not see it."""
     sizes = [len(part) for part in parts[: len(fits)]]
     score = sum(size * fit.validation for size, fit in zip(sizes, fits, strict=True)) / sum(sizes)
     if by_default:  # all else is that of the flow given
-        return replace(fits[0], distribution=Ensemble(fits), validation=score, members=tuple(fits))
+        return replace(fits[0], distribution=Ensemble([*fits, *others]), validation=score, members=tuple(fits))
     history = {name: [entry for fit in fits for entry in fit.history[name]] for name in fits[0].history}
     ends = {fit.stopped for fit in fits}
     return DensityFit(

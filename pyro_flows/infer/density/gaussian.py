@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyro_flows.core.chain import Chain, leaves
 from pyro_flows.distributions import Flow
-from pyro_flows.infer.density.units import Density, coloring_of, is_plain_flow
+from pyro_flows.infer.density.units import (
+    Density,
+    StandardizedFlow,
+    coloring_of,
+    is_plain_flow,
+    split_chain,
+    standardized,
+)
 from pyro_flows.transforms import ActNorm, Coloring
 
-__all__ = ["LARGEST_SAMPLE", "coloring", "fit_gaussian", "shrinkage", "start_as_gaussian"]
+__all__ = ["LARGEST_SAMPLE", "better", "coloring", "fit_gaussian", "shrinkage", "start_as_gaussian", "started"]
 
 LARGEST_SAMPLE = 20_000  # rows that a shrinkage, and the start of a fit, are computed from
 _FOLDS = 5
@@ -116,3 +124,21 @@ def start_as_gaussian(density: Flow | Density, value: Tensor, context: Tensor | 
         if rows.isfinite().all():
             made = coloring(rows, part.event_shape, part.context_dim)
             part.place(made.loc, made.factor, made.slope)
+
+
+def started(flow: Flow, fitted: Flow, value: Tensor, context: Tensor | None) -> Flow:
+    """Puts a flow in the units of a fitted one of the same architecture, as the Gaussian of rows."""
+    units: Any = leaves(fitted.chain)[1 + len(split_chain(flow.chain)[0])]
+    own = (fitted.context_loc, fitted.context_scale) if isinstance(fitted, StandardizedFlow) else ()
+    made = standardized(flow, units.loc, units.scale, *own)
+    start_as_gaussian(made, value, context)
+    return made.eval()
+
+
+def better(gains: Tensor) -> bool:
+    """Tells whether paired differences of scores are positive by two standard errors.
+
+    Each counts for one nat at most, so that single rows do not decide.
+    """
+    counted = gains.clamp(-1.0, 1.0)
+    return bool(counted.mean() > 2 * counted.std() / len(counted) ** 0.5)

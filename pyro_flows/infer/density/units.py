@@ -32,6 +32,7 @@ __all__ = [
     "over_time",
     "pull_back",
     "pulled_back",
+    "split_chain",
     "standardized",
 ]
 
