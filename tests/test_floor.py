@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_flows as pf
 from pyro_flows.infer import standardized
-from pyro_flows.infer.density.gaussian import LARGEST_SAMPLE, fit_gaussian, start_as_gaussian
+from pyro_flows.infer.density.gaussian import LARGEST_SAMPLE, better, fit_gaussian, start_as_gaussian
 from pyro_flows.infer.density.prepare import Thinned
 from pyro_flows.transforms import Coloring
 
@@ -70,8 +70,8 @@ def test_every_builder_starts_as_the_gaussian(name, context_dim):
 @pytest.mark.parametrize("dtype", [torch.float, torch.double])
 def test_a_fit_that_learns_nothing_is_the_gaussian_of_its_training_rows(dtype):
     x = correlated(200, dtype=dtype)
-    found = fit(small().to(dtype), x[:150], x[150:], lr=1e-12, max_epochs=1)
-    expected = fit_gaussian(x[:150].double())
+    found = fit(small().to(dtype), x, validation_fraction=0, lr=1e-12, max_epochs=1)
+    expected = fit_gaussian(x.double())
     torch.testing.assert_close(found.log_prob(x).double(), expected.log_prob(x.double()), rtol=1e-3, atol=1e-3)
     assert isinstance(found.distribution.chain[0], Coloring) and isinstance(
         found.distribution.chain[-1], pf.Standardization
@@ -81,8 +81,8 @@ def test_a_fit_that_learns_nothing_is_the_gaussian_of_its_training_rows(dtype):
 def test_constrained_data_start_as_the_gaussian_before_the_constraint():
     x = correlated(200) / 100
     chain = pf.Chain([*small().double(), ExpTransform()])
-    found = fit(chain, x[:150].exp(), x[150:].exp(), lr=1e-12, max_epochs=1)
-    expected = fit_gaussian(x[:150]).log_prob(x) - x.sum(-1)
+    found = fit(chain, x.exp(), validation_fraction=0, lr=1e-12, max_epochs=1)
+    expected = fit_gaussian(x).log_prob(x) - x.sum(-1)
     torch.testing.assert_close(found.log_prob(x.exp()), expected, rtol=1e-4, atol=1e-3)
 
 
@@ -90,7 +90,7 @@ def test_a_loader_starts_as_the_gaussian_of_rows_from_all_of_it():
     x = correlated(400)
     x = x[x[:, 0].argsort()]  # the first rows are not like the others
     loader = DataLoader(TensorDataset(x), batch_size=64)
-    found = fit(small().double(), loader, correlated(50, seed=2), lr=1e-12, max_epochs=1)
+    found = fit(small().double(), loader, lr=1e-12, max_epochs=1)
     torch.testing.assert_close(found.log_prob(x), fit_gaussian(x).log_prob(x), rtol=1e-3, atol=1e-3)
 
 
@@ -142,7 +142,10 @@ def test_the_gaussian_stays_where_nothing_is_better():
     assert found.validation > max(found.history["validation"])
     expected = fit_gaussian(x.double()).log_prob(held_out.double()).mean()
     assert found.validation == pytest.approx(expected.item(), abs=1e-3)
-    assert found.log_prob(held_out).mean().item() == pytest.approx(found.validation, abs=1e-4)
+    # What the fit leaves behind is the Gaussian of all rows.
+    fresh, whole = correlated(100, 6, seed=2, dtype=torch.float), torch.cat([x, held_out]).double()
+    want = fit_gaussian(whole).log_prob(fresh.double())
+    torch.testing.assert_close(found.log_prob(fresh).double(), want, atol=1e-2, rtol=1e-3)
 
 
 def test_without_held_out_rows_training_decides():
@@ -178,6 +181,34 @@ def test_scores_number_by_number_see_the_coloring():
 
 
 # Folds by default
+
+
+@pytest.mark.full
+def test_folds_are_kept_where_they_are_better():
+    torch.manual_seed(0)
+    curved = torch.randn(400, 3)
+    curved[:, 1] += 2 * curved[:, 0] ** 2
+    found = pf.fit_density(small(), curved[:200], progress=False, patience=8, batch_size=64, lr=0.02)
+    *flows, gaussian = found.distribution.members
+    assert len(flows) == 5 and all(each.best_epoch for each in found.members)
+    reference = fit_gaussian(curved[:200].double()).log_prob(curved[200:].double())
+    torch.testing.assert_close(gaussian.log_prob(curved[200:]).double(), reference, atol=1e-2, rtol=1e-3)
+    assert (found.log_prob(curved[200:]) - reference).mean() > 0.3
+
+
+def test_folds_return_to_the_gaussian_unless_they_are_better_by_more_than_chance():
+    x, fresh = (correlated(rows, dtype=torch.float) for rows in (80, 500))
+    want = fit_gaussian(x.double()).log_prob(fresh.double())
+    found = pf.fit_density(small(), x, progress=False, patience=4, batch_size=64, lr=0.01)
+    assert len(found.members) == 5 and {each.best_epoch for each in found.members} == {0}
+    torch.testing.assert_close(found.log_prob(fresh).double(), want, atol=1e-2, rtol=1e-3)
+    assert found.validation < fit_gaussian(x.double()).log_prob(x.double()).mean()  # of rows held out
+
+
+def test_better_by_more_than_chance():
+    torch.manual_seed(0)
+    assert better(torch.randn(400) + 0.3) and not better(torch.randn(400)) and not better(torch.zeros(50))
+    assert not better(torch.cat([torch.randn(99) * 0.1, torch.tensor([500.0])]))
 
 
 def test_few_rows_are_fitted_in_folds_by_default():

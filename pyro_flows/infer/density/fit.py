@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader
 from pyro_flows.core.checks import integer
 from pyro_flows.core.transform import FlowTransform
 from pyro_flows.distributions import Ensemble, Flow
-from pyro_flows.infer.density.data import admit_rows, expected_by, to_tensor
-from pyro_flows.infer.density.gaussian import start_as_gaussian
+from pyro_flows.infer.density.data import Rows, admit_rows, expected_by, to_tensor
+from pyro_flows.infer.density.gaussian import better, start_as_gaussian, started
 from pyro_flows.infer.density.judging import Kept, admitted, check_density, keep
 from pyro_flows.infer.density.loop import CHECKPOINT, DensityTraining
 from pyro_flows.infer.density.matching import FlowMatching, Matching, as_objective, matched_parts
@@ -185,7 +185,7 @@ def fit_density(
     lr: float = 3e-3,
     schedule: str = "plateau",
     patience: int | None = None,
-    weight_decay: float = 0.0,
+    weight_decay: float | None = None,
     clip_norm: float | None = 5.0,
     average: float = 0.998,
     optimizer: Optimizer | Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
@@ -249,9 +249,10 @@ def fit_density(
         schedule: ``"cosine"`` (from ``lr`` to a hundredth of it over the whole run) or ``"constant"``, both ended by
             ``patience`` epochs without improvement; or ``"plateau"``, where these lead back to the best state with 0.3
             times the learning rate, and two such cuts in vain end training.
-        patience: epochs, by default as many as make 600 steps, at least 5.  An improvement is 0.001 nats per row since
-            the last one.
-        weight_decay: the weight decay of AdamW.
+        patience: epochs, by default as many as make a step for each row, from 100 to 600 steps, at least 5.  An
+            improvement is 0.001 nats per row since the last one.
+        weight_decay: the weight decay of AdamW. The default is 0; where a flow starts as the Gaussian of fewer than
+            1000 rows, to which the decay draws it back, it is 100 divided by the rows, at most 1.
         clip_norm: the largest norm of the gradient, or ``None``.
         average: the decay of an exponential moving average of the parameters for validation and the final state, at
             most :math:`t / (t + 10)` at step :math:`t`; 0 for none.
@@ -338,7 +339,7 @@ def _fit(chosen: dict[str, Any], stacklevel: int | None) -> DensityFit:
             units = start.known_units(known["units"], checkpoint)
         density = in_units(trained, units, standardize)
         part = coloring_of(density)
-        if part is not None and is_plain_flow(density):
+        if part is not None:
             if known is None:
                 start_as_gaussian(density, start.sample.value, start.sample.context)
                 processes.made_alike(part)
@@ -349,10 +350,9 @@ def _fit(chosen: dict[str, Any], stacklevel: int | None) -> DensityFit:
         if matching is not None and is_plain_flow(density):
             aim = Matching(matching, density, seed, held_out)
         average = bool(settings.average)
+        decay = settings.weight_decay_for(len(start.train), part is not None)
         made: AdamW | Given = (
-            AdamW(parameters, None, settings.lr, settings.weight_decay, average)
-            if torchs is None
-            else Given(torchs, average)
+            AdamW(parameters, None, settings.lr, decay, average) if torchs is None else Given(torchs, average)
         )
         training = DensityTraining(trained, aim, start, made, chosen["progress"])
         if known is not None:
@@ -397,6 +397,10 @@ def _fit(chosen: dict[str, Any], stacklevel: int | None) -> DensityFit:
 
         so_far.append(lambda: result() if training.epoch else None)
         training.run(Keeper(CHECKPOINT, checkpoint, content, chosen["checkpoint_every"]))
+        if part is not None and not training.best_epoch and isinstance(start.validation, Rows):
+            with interrupts_held_back():  # nothing is learned from some rows alone, so all may tell the Gaussian
+                whole = start.sample.joined(start.validation)
+                start_as_gaussian(density, whole.value, whole.context)
         fit = result()
         if matching is not None:
             try:
@@ -435,7 +439,7 @@ def _fit_folds(options: dict[str, Any], count: int, by_default: bool = False) ->
     if options["validation"] is not None or isinstance(data, DataLoader):
         raise ValueError("fit_density: folds hold out rows of data in turn, so data must be rows, without validation=")
     first = _as_density(flow)
-    members = [first, *(copy.deepcopy(first) for _ in range(count - 1))]
+    fresh, *members = [copy.deepcopy(first), first, *(copy.deepcopy(first) for _ in range(count - 1))]
     rows = admit_rows(data, context, expected_by(first), "data", "context")
     if not 2 <= count <= len(rows):
         raise ValueError(f"fit_density: expected from 2 folds to one for each of the {len(rows)} rows, got {count}")
@@ -465,16 +469,48 @@ def _fit_folds(options: dict[str, Any], count: int, by_default: bool = False) ->
             if checkpoint is not None:
                 own["checkpoint"] = f"{os.fspath(checkpoint)}.{k}"
             fits.append(_numbered(_fit({**options, **own}, None if k else 5), parts, k))
-    return _ensemble(fits, parts, by_default)
+        gaussian = _floor(fits, fresh, rows, parts)
+    return _ensemble(fits, parts, by_default, gaussian if by_default else [])
 
 
-def _ensemble(fits: Sequence[DensityFit], parts: Sequence[Tensor], by_default: bool) -> DensityFit:
+@torch.no_grad()
+def _floor(fits: list[DensityFit], fresh: Flow | Density, rows: Rows, parts: Sequence[Tensor]) -> list[Flow]:
+    """Returns members to the Gaussian unless they score better than it, by more than chance, on rows held out.
+
+    Returns the Gaussian of all rows, if flows of this kind start as one.
+    """
+    fitted: list[Any] = [each.distribution for each in fits]
+    if not is_plain_flow(fresh) or coloring_of(fitted[0]) is None:
+        return []
+    gains, scores, starts = [], [], []
+    for fit, member, held in zip(fits, fitted, parts, strict=True):
+        others = rows.take(torch.cat([part for part in parts if part is not held]))
+        own = rows.take(held)
+        start = started(fresh, member, others.value, others.context)
+        starts.append(start)
+        scores.append(start.score(own.value, own.context).double().cpu())
+        reached = scores[-1] if not fit.best_epoch else member.score(own.value, own.context).double().cpu()
+        gains.append(reached - scores[-1])
+    if not better(torch.cat(gains)):
+        with interrupts_held_back():
+            for k, (fit, member, score) in enumerate(zip(fits, fitted, scores, strict=True)):
+                fit.flow.load_state_dict(fresh.state_dict())
+                start_as_gaussian(member, rows.value, rows.context)
+                kept = (replace(fit.kept[0], density=starts[k]),)  # the member has seen all rows now
+                fits[k] = replace(fit, best_epoch=0, validation=score.mean().item(), kept=kept)
+    return [started(fresh, fitted[0], rows.value, rows.context)]
+
+
+def _ensemble(
+    fits: Sequence[DensityFit], parts: Sequence[Tensor], by_default: bool, others: Sequence[Flow] = ()
+) -> DensityFit:
     """Returns the fit of several members; each row has a score by the one that did not see it."""
     sizes = [len(part) for part in parts[: len(fits)]]
     score = sum(size * fit.validation for size, fit in zip(sizes, fits, strict=True)) / sum(sizes)
     kept = tuple(part for fit in fits for part in fit.kept)
     if by_default:  # all else is that of the flow given
-        return replace(fits[0], distribution=Ensemble(fits), validation=score, members=tuple(fits), kept=kept)
+        density = Ensemble([*fits, *others])
+        return replace(fits[0], distribution=density, validation=score, members=tuple(fits), kept=kept)
     history = {name: [entry for fit in fits for entry in fit.history[name]] for name in fits[0].history}
     ends = {fit.stopped for fit in fits}
     return DensityFit(
@@ -516,7 +552,7 @@ def _as_optimizer(given: Any, parameters: list[nn.Parameter], settings: Settings
     if given is None:
         if len({(p.dtype, p.device) for p in parameters}) == 1 and parameters[0].is_floating_point():
             return None
-        return torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
+        return torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay or 0.0)
     made = given if isinstance(given, Optimizer) or not callable(given) else given(parameters)
     if not isinstance(made, Optimizer):
         raise TypeError(

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from pyro_flows.core.chain import Chain, leaves
 from pyro_flows.distributions import Flow
-from pyro_flows.infer.density.units import coloring_of
+from pyro_flows.infer.density.units import (
+    Density,
+    StandardizedFlow,
+    coloring_of,
+    is_plain_flow,
+    split_chain,
+    standardized,
+)
 from pyro_flows.transforms import ActNorm, Coloring
 
-__all__ = ["LARGEST_SAMPLE", "coloring", "fit_gaussian", "shrinkage", "start_as_gaussian"]
+__all__ = ["LARGEST_SAMPLE", "better", "coloring", "fit_gaussian", "shrinkage", "start_as_gaussian", "started"]
 
 LARGEST_SAMPLE = 20_000  # rows that a shrinkage, and the start of a fit, are computed from
 _FOLDS = 5
@@ -95,7 +104,7 @@ def fit_gaussian(value: Tensor, context: Tensor | None = None) -> Flow:
 
 
 @torch.no_grad()
-def start_as_gaussian(density: Flow, value: Tensor, context: Tensor | None) -> None:
+def start_as_gaussian(density: Flow | Density, value: Tensor, context: Tensor | None) -> None:
     """Makes a flow whose chain is linear start as the Gaussian of rows in its units.
 
     In general, the base becomes the Gaussian of the rows pulled back to it, so that a chain trained before keeps what
@@ -103,18 +112,33 @@ def start_as_gaussian(density: Flow, value: Tensor, context: Tensor | None) -> N
     """
     part = coloring_of(density)
     unset = any(isinstance(each, ActNorm) and not each.initialized for each in density.modules())
-    if part is None or unset or len(value) < 2:
+    if part is None or unset or len(value) < 2 or not is_plain_flow(density):
         return
+    rest = Chain(list(leaves(density.chain))[1:])
     density.eval()
     context = density.inner_context(context)
-    latent = torch.cat(
-        [
-            density.chain._inverse_and_ladj(y, None if context is None else context[k : k + _PIECE])[0]
-            for k, y in zip(range(0, len(value), _PIECE), value.split(_PIECE), strict=True)
-        ]
-    )
-    rows = latent if context is None else torch.cat([context, latent], 1)
-    if rows.isfinite().all():
-        with suppress(torch.linalg.LinAlgError, ValueError):
+    pieces = zip(value.split(_PIECE), [None] * len(value) if context is None else context.split(_PIECE), strict=False)
+    with suppress(RuntimeError, ValueError, ArithmeticError):  # training says what is wrong, and where
+        latent = torch.cat([rest._inverse_and_ladj(*piece)[0] for piece in pieces])
+        rows = latent if context is None else torch.cat([context, latent], 1)
+        if rows.isfinite().all():
             made = coloring(rows, part.event_shape, part.context_dim)
             part.place(made.loc, made.factor, made.slope)
+
+
+def started(flow: Flow, fitted: Flow, value: Tensor, context: Tensor | None) -> Flow:
+    """Puts a flow in the units of a fitted one of the same architecture, as the Gaussian of rows."""
+    units: Any = leaves(fitted.chain)[1 + len(split_chain(flow.chain)[0])]
+    own = (fitted.context_loc, fitted.context_scale) if isinstance(fitted, StandardizedFlow) else ()
+    made = standardized(flow, units.loc, units.scale, *own)
+    start_as_gaussian(made, value, context)
+    return made.eval()
+
+
+def better(gains: Tensor) -> bool:
+    """Tells whether paired differences of scores are positive by two standard errors.
+
+    Each counts for one nat at most, so that single rows do not decide.
+    """
+    counted = gains.clamp(-1.0, 1.0)
+    return bool(counted.mean() > 2 * counted.std() / len(counted) ** 0.5)

@@ -140,7 +140,7 @@ def prepare(
         if stacklevel is not None:
             warnings.warn(f"fit_density: {told}", stacklevel=stacklevel)
     size = settings.batch_size_for(len(train)) if isinstance(train, Rows) else 0
-    sizes = settings.sizes(size, train.steps(size))
+    sizes = settings.sizes(size, train.steps(size), len(train))
     sample = _sample(train, thinned, expected)
     some = _sample(held_out, thinned_out, expected) if isinstance(held_out, Loader) else held_out
     return Prepared(train, sample, some, held_out, units, identity, shuffle, settings, sizes)

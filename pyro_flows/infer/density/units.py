@@ -32,6 +32,7 @@ __all__ = [
     "over_time",
     "pull_back",
     "pulled_back",
+    "split_chain",
     "standardized",
 ]
 
@@ -185,8 +186,9 @@ def _colorless(flow: Flow, kin: Tensor) -> Coloring:
 
 def coloring_of(density: Flow | Density) -> Coloring | None:
     """Returns the part that makes a flow start as a Gaussian, if :func:`standardized` has put one there."""
-    parts = leaves(density.chain) if is_plain_flow(density) else [None]
-    return parts[0] if isinstance(parts[0], Coloring) else None
+    chain = density.chain if is_plain_flow(density) else None
+    first = chain[0] if isinstance(chain, Chain) else None
+    return first if isinstance(first, Coloring) else None
 
 
 def in_units(density: Flow | Density, units: Units, standardize: bool | None) -> Flow | Density:
