@@ -292,15 +292,23 @@ def test_members_are_judged_on_rows_that_they_have_not_seen(context_dim):
     data[17] = 50.0
     found = fit(standard(context_dim=context_dim), data, context=context, folds=3, steps=10)
     assert sorted(torch.cat([part.fresh.index for part in found.kept]).tolist()) == list(range(120))
-    for part, member in zip(found.kept, found.members, strict=True):
+    for part in found.kept:
         assert torch.equal(part.fresh.value, data[part.fresh.index])
         assert torch.equal(part.trained.value, data[part.trained.index])
         assert not set(part.fresh.index.tolist()) & set(part.trained.index.tolist())
-        assert (part.density is member.distribution) != (member.best_epoch == 0)
     verdict = found.verdict
     assert verdict.numbers["rows"] == 120 and verdict.unexplained == [17]
     assert verdict.numbers["score"] == pytest.approx(found.validation, abs=1e-4)
     assert "by a member that did not see it" in verdict.text
+
+
+def test_a_fit_that_ends_as_the_gaussian_is_judged_by_rows_that_it_has_not_seen():
+    torch.manual_seed(0)
+    data = torch.randn(300, 2)
+    found = fit(standard(), data[:200], data[200:], steps=1, lr=1e-8)
+    assert found.best_epoch == 0 and found.kept[0].density is not found.distribution
+    assert found.verdict.numbers["score"] == pytest.approx(found.validation, abs=1e-4)
+    assert abs(found.verdict.numbers["gain"]) < 1e-2 and "by the Gaussian of the others" in found.verdict.text
 
 
 @pytest.mark.full

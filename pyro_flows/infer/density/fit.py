@@ -105,6 +105,8 @@ class DensityFit:
                 remedy = "more rows"
             elif parts and parts[0].fresh is not None:
                 judged = "{} held-out rows, which also chose the best epoch, so that scores are a little too good"
+                if parts[0].density is not self.distribution:
+                    judged = "{} held-out rows, by the Gaussian of the others; the result is the Gaussian of all"
             else:
                 judged = "{} training rows, as none were held out"
                 parts = tuple(Kept(part.density, part.trained, part.trained) for part in parts)
@@ -383,6 +385,8 @@ def _fit(chosen: dict[str, Any], stacklevel: int | None) -> DensityFit:
                 "random": random,
             }
 
+        judged: list[Any] = [density]
+
         def result() -> DensityFit:
             return DensityFit(
                 trained,
@@ -392,13 +396,15 @@ def _fit(chosen: dict[str, Any], stacklevel: int | None) -> DensityFit:
                 math.nan if matching is not None or start.validation is None else training.best,
                 training.stopped or "interrupted",
                 "likelihood" if matching is None else "flow_matching",
-                kept=(keep(density, start.held_out_sample, start.sample, seed),),
+                kept=(keep(judged[-1], start.held_out_sample, start.sample, seed),),
             )
 
         so_far.append(lambda: result() if training.epoch else None)
         training.run(Keeper(CHECKPOINT, checkpoint, content, chosen["checkpoint_every"]))
-        if part is not None and not training.best_epoch and isinstance(start.validation, Rows):
+        gaussian = part is not None and not training.best_epoch
+        if gaussian and isinstance(start.validation, Rows) and is_plain_flow(trained) and is_plain_flow(density):
             with interrupts_held_back():  # nothing is learned from some rows alone, so all may tell the Gaussian
+                judged.append(started(trained, density, start.sample.value, start.sample.context))
                 whole = start.sample.joined(start.validation)
                 start_as_gaussian(density, whole.value, whole.context)
         fit = result()
