@@ -103,6 +103,7 @@ def test_thinned_rows_are_evenly_spaced():
     assert set(value.diff().tolist()) == {float(thinned.stride)}
 
 
+@pytest.mark.full
 def test_a_trained_chain_keeps_what_it_has_learned():
     torch.manual_seed(0)
     x = torch.randn(600, 3)
@@ -196,6 +197,7 @@ def test_folds_are_kept_where_they_are_better():
     assert (found.log_prob(curved[200:]) - reference).mean() > 0.3
 
 
+@pytest.mark.full
 def test_folds_return_to_the_gaussian_unless_they_are_better_by_more_than_chance():
     x, fresh = (correlated(rows, dtype=torch.float) for rows in (80, 500))
     want = fit_gaussian(x.double()).log_prob(fresh.double())
@@ -240,11 +242,25 @@ def test_what_says_otherwise(options, tmp_path, monkeypatch):
     assert not found.members and isinstance(found.distribution, pf.Flow)
 
 
+@pytest.mark.full
 def test_warnings_of_folds_come_once_and_from_the_call():
     x = (correlated(200, dtype=torch.float) / 5).round()
     with pytest.warns(UserWarning, match="discrete") as told:
         pf.fit_density(small(), x, progress=False, patience=1, lr=1e-9, seconds=20)
     assert len(told) == 1 and told[0].filename == __file__
+
+
+def test_rows_keep_their_numbers_and_digits_in_folds():
+    x = correlated(60, dtype=torch.float).abs()
+    x[41] = -1
+    chain = pf.Chain([*small(), ExpTransform()])
+    refuses(ValueError, r"1 of 60 rows of data \(row 41\)", pf.fit_density, chain, x, progress=False)
+    refuses(TypeError, "got dict", pf.fit_density, small(), {"a": 1}, progress=False)
+    close = correlated(60)
+    close[:, 0] = 1e9 + torch.rand(60)
+    with pytest.warns(UserWarning, match="column 0") as told, pytest.raises(ValueError, match="constant"):
+        pf.fit_density(small(), close, progress=False)
+    assert told[0].filename == __file__
 
 
 def test_an_error_in_the_first_fold_carries_its_fit(monkeypatch):

@@ -27,7 +27,7 @@ from pyro_flows.infer.density.judging import Kept, admitted, check_density, keep
 from pyro_flows.infer.density.loop import CHECKPOINT, DensityTraining
 from pyro_flows.infer.density.matching import FlowMatching, Matching, as_objective, matched_parts
 from pyro_flows.infer.density.objective import Likelihood, Objective, evaluate, log_prob_of, mean_score
-from pyro_flows.infer.density.prepare import prepare
+from pyro_flows.infer.density.prepare import prepare, refuse_support
 from pyro_flows.infer.density.settings import FEW_ROWS, FOLDS, Settings
 from pyro_flows.infer.density.units import Density, coloring_of, head_of, in_units, is_density, is_plain_flow
 from pyro_flows.infer.diagnostics.densities import DensityVerdict, judge_density
@@ -426,12 +426,16 @@ def _is_small(options: dict[str, Any]) -> bool:
     said = ("validation", "max_epochs", "steps", "checkpoint")
     if any(options[name] is not None for name in said) or options["validation_fraction"] != 0.1:
         return False
-    if isinstance(data, DataLoader) or not hasattr(data, "__len__") or options["objective"] != "likelihood":
+    if isinstance(data, DataLoader) or options["objective"] != "likelihood":
+        return False
+    try:
+        rows = len(data)
+    except TypeError:  # of no rows, which is refused later
         return False
     vectors = len(getattr(flow, "data_shape", getattr(flow, "event_shape", ()))) == 1
     ours = isinstance(flow, FlowTransform | Flow) or (is_density(flow) and head_of(flow) is not None)
     alone = processes.count() == 1 and not isinstance(options["optimizer"], Optimizer)
-    return ours and vectors and alone and 2 * FOLDS <= len(data) < FEW_ROWS
+    return ours and vectors and alone and 2 * FOLDS <= rows < FEW_ROWS
 
 
 def _fit_folds(options: dict[str, Any], count: int, by_default: bool = False) -> DensityFit:
@@ -446,7 +450,12 @@ def _fit_folds(options: dict[str, Any], count: int, by_default: bool = False) ->
         raise ValueError("fit_density: folds hold out rows of data in turn, so data must be rows, without validation=")
     first = _as_density(flow)
     fresh, *members = [copy.deepcopy(first), first, *(copy.deepcopy(first) for _ in range(count - 1))]
-    rows = admit_rows(data, context, expected_by(first), "data", "context")
+    expected = expected_by(first)
+    rows = admit_rows(data, context, expected, "data", "context")
+    refuse_support(first, rows.value)
+    for told in (each.told(what) for each, what in zip(expected.precision, ("data", "context"), strict=True)):
+        if told:
+            warnings.warn(f"fit_density: {told}", stacklevel=3)
     if not 2 <= count <= len(rows):
         raise ValueError(f"fit_density: expected from 2 folds to one for each of the {len(rows)} rows, got {count}")
     seed = int(torch.randint(2**31, ())) if options["seed"] is None else options["seed"]
@@ -455,16 +464,12 @@ def _fit_folds(options: dict[str, Any], count: int, by_default: bool = False) ->
     fits: list[DensityFit] = []
 
     def so_far() -> object:
-        if fits:
-            return _ensemble(fits, parts, by_default)
-        first = getattr(sys.exc_info()[1], "fit", None)
-        return first and _numbered(first, parts, 0)
+        return _ensemble(fits, parts, by_default) if fits else getattr(sys.exc_info()[1], "fit", None)
 
     with carrying([so_far]):
         for k, member in enumerate(members):
             kept, held_out = (rows.take(part) for part in (torch.cat([*parts[:k], *parts[k + 1 :]]), parts[k]))
-            own = {"flow": member, "data": kept.value, "context": kept.context, "seed": seed + k}
-            own |= {"validation": held_out.value, "validation_context": held_out.context}
+            own = {"flow": member, "data": kept, "context": None, "validation": held_out, "seed": seed + k}
             spent = processes.clock() - begin
             if seconds is not None and by_default:
                 if k == 1 and spent * count > seconds:
@@ -474,7 +479,7 @@ def _fit_folds(options: dict[str, Any], count: int, by_default: bool = False) ->
                 own["seconds"] = max((seconds - spent) / (count - k), 1e-3)
             if checkpoint is not None:
                 own["checkpoint"] = f"{os.fspath(checkpoint)}.{k}"
-            fits.append(_numbered(_fit({**options, **own}, None if k else 5), parts, k))
+            fits.append(_fit({**options, **own}, None if k else 5))
         gaussian = _floor(fits, fresh, rows, parts)
     return _ensemble(fits, parts, by_default, gaussian if by_default else [])
 
@@ -530,12 +535,6 @@ def _ensemble(
         tuple(fits),
         kept,
     )
-
-
-def _numbered(fit: DensityFit, parts: Sequence[Tensor], k: int) -> DensityFit:
-    """Numbers the rows that member ``k`` keeps as in the data of all."""
-    fit.kept = (fit.kept[0].renumbered(parts[k], torch.cat([*parts[:k], *parts[k + 1 :]])),)
-    return fit
 
 
 def _as_density(flow: object) -> Flow | Density:

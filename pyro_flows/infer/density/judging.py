@@ -46,12 +46,6 @@ class Kept:
     fresh: Rows | None
     trained: Rows | None
 
-    def renumbered(self, fresh: Tensor, trained: Tensor) -> Kept:
-        """Replaces the numbers of rows by those in other data, shape ``(rows,)`` each."""
-        pairs = (self.fresh, fresh), (self.trained, trained)
-        own = [rows and replace(rows, index=numbers.cpu()[rows.index]) for rows, numbers in pairs]
-        return Kept(self.density, own[0], own[1])
-
 
 def keep(density: Any, held_out: Rows | None, train: Rows, seed: int) -> Kept:
     """Keeps random rows of those held out and of those for training."""

@@ -27,7 +27,7 @@ from pyro_flows.infer.density.units import Density, Units, ends_of, head_of, is_
 from pyro_flows.infer.machine.checkpoint import checksum
 from pyro_flows.infer.machine.processes import count, everyone
 
-__all__ = ["Prepared", "Survey", "prepare", "reals_of"]
+__all__ = ["Prepared", "Survey", "Thinned", "prepare", "reals_of", "refuse_support"]
 
 _SAMPLE = 4096  # rows to find discrete and dependent columns in
 _FEWEST = 100  # rows that can tell a discrete column
@@ -185,8 +185,8 @@ def _admit(
     """Checks rows, or surveys a loader in a first pass."""
     what_context = "context" if what == "data" else f"{what}_context"
     if not isinstance(given, DataLoader):
-        rows = admit_rows(given, context, expected, what, what_context)
-        _reals(flow, rows.value, what)
+        rows = given if isinstance(given, Rows) else admit_rows(given, context, expected, what, what_context)
+        refuse_support(flow, rows.value, what)
         return rows
     if context is not None:
         raise ValueError(
@@ -201,7 +201,7 @@ def _admit(
 
 
 def _survey(flow: Flow | Density, value: Tensor, context: Tensor | None, what: str, surveys: Surveys) -> Tensor:
-    real = _reals(flow, value, what)
+    real = refuse_support(flow, value, what)
     surveys[0].add(real, value)
     if context is not None:
         surveys[1].add(context)
@@ -237,7 +237,7 @@ def _sample(train: Source, thinned: Thinned, expected: Expected) -> Rows:
     return Rows(value, context[0] if context else None, torch.arange(len(value), device=value.device))
 
 
-def _reals(flow: Flow | Density, value: Tensor, what: str) -> Tensor:
+def refuse_support(flow: Flow | Density, value: Tensor, what: str = "data") -> Tensor:
     """Pulls data back to the trained part of the chain, and refuses rows outside the support."""
     if is_plain_flow(flow):
         return reals_of(flow, value, what)
