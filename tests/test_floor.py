@@ -257,7 +257,7 @@ def test_rows_keep_their_numbers_and_digits_in_folds():
     refuses(ValueError, r"1 of 60 rows of data \(row 41\)", pf.fit_density, chain, x, progress=False)
     refuses(TypeError, "got dict", pf.fit_density, small(), {"a": 1}, progress=False)
     close = correlated(60)
-    close[:, 0] = 1e9 + torch.rand(60)
+    close[:, 0] = 1e9 + torch.rand(60, dtype=torch.double)
     with pytest.warns(UserWarning, match="column 0") as told, pytest.raises(ValueError, match="constant"):
         pf.fit_density(small(), close, progress=False)
     assert told[0].filename == __file__
