@@ -395,6 +395,13 @@ def test_repeated_values_make_scores_meaningless():
 
 
 @pytest.mark.full
+def test_many_folds_repeat_no_values():
+    torch.manual_seed(0)
+    found = fit(standard(), torch.randn(100, 2), folds=25, steps=1)
+    assert found.verdict.label != "repeated values" and not found.verdict.checks.repeated
+
+
+@pytest.mark.full
 def test_what_is_left_out_is_said():
     torch.manual_seed(0)
     angles = pf.Flow(pf.ncsf(2, num_layers=1)).eval()

@@ -96,13 +96,9 @@ class DensityFit:
         others.  See :func:`~pyro_flows.infer.diagnostics.densities.judge_density`.
         """
         if self._verdict is None:
-            parts, judged, remedy = (
-                self.kept,
-                "{} rows, each by a member that did not see it; together they score more",
-                "",
-            )
+            parts, remedy = self.kept, ""
             if self.members:
-                remedy = "more rows"
+                judged, remedy = "{} rows, each by a member that did not see it; together they score more", "more rows"
             elif parts and parts[0].fresh is not None:
                 judged = "{} held-out rows, which also chose the best epoch, so that scores are a little too good"
                 if parts[0].density is not self.distribution:

@@ -196,7 +196,9 @@ class _Judging:
         head = head_of(model)
         if not is_plain_flow(model) and head is None:
             return ()
-        values = torch.cat([_flat(rows.value) for rows in (*self.rows, *self.trained)])
+        # Rows of several members, and training rows that are judged, must not count twice.
+        apart = len(self.parts) == 1 and self.parts[0].fresh is not self.parts[0].trained
+        values = torch.cat([_flat(rows.value) for rows in (*self.rows, *(self.trained if apart else []))])
         discrete = [False] * values.shape[1] if head is None else head.discrete_dims()
         survey = Survey()
         survey.add(values)
