@@ -493,7 +493,7 @@ def test_exact_densities_are_rejected_at_the_level(kind):
         if kind == "discrete":
             model = shake(pf.MADE(3, CategoricalHead(3), hidden_dims=(8,)), 0.5).eval()
         else:
-            models = [shake(standard(2, kind == "context"), 0.4) for _ in range(1 + 2 * (kind == "ensemble"))]
+            models = [shake(standard(2, int(kind == "context")), 0.4) for _ in range(1 + 2 * (kind == "ensemble"))]
             model = models[0] if kind != "ensemble" else Ensemble(models)
         context = torch.randn(150, 1) if kind == "context" else None
         rows = model.sample((150,)) if context is None else model.sample((), context)
