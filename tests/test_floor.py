@@ -243,6 +243,28 @@ def test_what_says_otherwise(options, tmp_path, monkeypatch):
 
 
 @pytest.mark.full
+def test_few_rows_with_contexts_and_of_a_made():
+    x = correlated(60, 4, dtype=torch.float)
+    value, context = x[:, :3].numpy(), x[:, 3:].numpy()
+    options = {"progress": False, "patience": 2, "lr": 0.02}
+    found = pf.fit_density(small(context_dim=1), value, context=context, **options)
+    assert len(found.members) == 5 and found.log_prob(value, context).isfinite().all()
+    assert found.sample((2,), context[:4]).shape == (2, 4, 3)
+    made = pf.fit_density(pf.MADE(4, "bernoulli", hidden_dims=(8,)), torch.randint(2, (60, 4)), **options)
+    assert len(made.members) == 5 and len(made.distribution) == 5
+    refuses(
+        ValueError,
+        "without validation",
+        pf.fit_density,
+        small(context_dim=1),
+        value,
+        None,
+        context,
+        validation_context=context,
+    )
+
+
+@pytest.mark.full
 def test_warnings_of_folds_come_once_and_from_the_call():
     x = (correlated(200, dtype=torch.float) / 5).round()
     with pytest.warns(UserWarning, match="discrete") as told:

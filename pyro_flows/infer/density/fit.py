@@ -53,7 +53,8 @@ class DensityFit:
     Attributes:
         flow: the trained module: the one given, or a ``Flow`` around the given chain.
         distribution: the density in the units of the data, with shared parameters, ``log_prob`` and ``sample``: a
-            ``Flow`` if ``flow`` is, ``flow`` itself if nothing was standardized.  ``distribution()`` or
+            ``Flow`` if ``flow`` is, an ensemble of several fits, ``flow`` itself if nothing was standardized.
+            ``distribution()`` or
             ``distribution(context)`` makes a Pyro distribution.
         history: lists with one entry an epoch: ``epoch``; ``step``, steps so far; ``train`` (during the epoch) and
             ``validation`` (at its end; NaN without rows), mean log-likelihood in nats per row, in the units of the
@@ -67,8 +68,9 @@ class DensityFit:
         members: the fits of an ensemble. ``distribution`` is then an
             :class:`~pyro_flows.distributions.Ensemble`, and ``validation`` is the mean score of rows by members that
             did not see them, which the ensemble itself exceeds. If ``folds`` was given, ``flow`` is an ensemble, too,
-            and ``history`` has the members' one after the other; if it is a default, all else is that of the first
-            member, which is the flow given.
+            and ``history`` has the members' one after the other. If it is a default, all else is that of the first
+            member, which is the flow given, and the Gaussian of all rows is one more density of the ensemble, if the
+            flow starts as one.
         kept: rows for the verdict, on the CPU: at most 2,000 that were held out and 10,000 of the others.
 
     With flow matching, scores in the history are minus the mean squared error of the velocity per dimension, in units
@@ -275,7 +277,8 @@ def fit_density(
             each, ``{checkpoint}.0`` and so on. 1 makes one fit. The default is 5 for a flow or a MADE of fewer than
             1000 vectors, unless ``validation``, ``validation_fraction``, ``steps``, ``max_epochs``, ``checkpoint``, an
             optimizer made before, several processes or flow matching say otherwise, or the first member takes more
-            than a fifth of the ``seconds``; else 1.
+            than a fifth of the ``seconds``; else 1. Flows that start as the Gaussian return to it unless their scores
+            of the rows that they did not see exceed it by two standard errors.
 
     Raises:
         ValueError: for data that do not fit or have unbounded likelihood (constant or dependent columns), rows outside
@@ -419,7 +422,7 @@ def _fit(chosen: dict[str, Any], stacklevel: int | None) -> DensityFit:
 def _is_small(options: dict[str, Any]) -> bool:
     """Tells whether folds are worth their time by default: few rows, and no say on what they change."""
     flow, data = options["flow"], options["data"]
-    said = ("validation", "max_epochs", "steps", "checkpoint")
+    said = ("validation", "validation_context", "max_epochs", "steps", "checkpoint")
     if any(options[name] is not None for name in said) or options["validation_fraction"] != 0.1:
         return False
     if isinstance(data, DataLoader) or options["objective"] != "likelihood":
