@@ -15,6 +15,7 @@ import pyro_flows as pf
 from pyro_flows.testing import CHECKS
 from pyro_flows.transforms import (
     CausalAutoregressive,
+    Coloring,
     Conv1x1,
     FixedSpline,
     Householder,
@@ -322,6 +323,19 @@ def _leaves() -> Iterator[Case]:
         return pf.Standardization(torch.tensor([1.0, -20.0, 0.3]), torch.tensor([0.1, 3.0, 10.0]))
 
     yield Case("standardization", ("Standardization",), standardization, (3,), takes_context=False)
+
+    def coloring(name: str, shape: tuple[int, ...]) -> Case:
+        def build(context_dim: int) -> pf.FlowTransform:
+            size = torch.Size(shape).numel()
+            factor = 0.3 * torch.randn(size, size) + torch.diag(1 + torch.rand(size))
+            factor.diagonal().abs_().add_(0.1)
+            slope = torch.randn(size, context_dim) if context_dim else None
+            return Coloring(torch.randn(shape), factor, slope)
+
+        return Case(name, ("Coloring",), build, shape)
+
+    yield coloring("coloring", (3,))
+    yield coloring("coloring-image", (2, 3))
 
     def logit_pixels(name: str, shape: tuple[int, ...], **options: object) -> Case:
         build = lambda _: pf.LogitPixels(shape, **options)  # noqa: E731

@@ -13,5 +13,6 @@ from pyro_flows.plots.globes import globe
 from pyro_flows.plots.histories import history
 from pyro_flows.plots.ranks import ranks
 from pyro_flows.plots.scatters import corner, samples
+from pyro_flows.plots.verdicts import verdict
 
-__all__ = ["calibration", "corner", "density", "globe", "history", "pit", "ranks", "samples"]
+__all__ = ["calibration", "corner", "density", "globe", "history", "pit", "ranks", "samples", "verdict"]

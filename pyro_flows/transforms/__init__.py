@@ -9,7 +9,7 @@ from pyro_flows.transforms.elementwise import Permutation, Rescaling, Standardiz
 from pyro_flows.transforms.fixed_spline import FixedSpline
 from pyro_flows.transforms.images import Split, Squeeze
 from pyro_flows.transforms.integers import IntegerCoupling, IntegerSplit
-from pyro_flows.transforms.linear import Conv1x1, Householder, LULinear
+from pyro_flows.transforms.linear import Coloring, Conv1x1, Householder, LULinear
 from pyro_flows.transforms.mint.layer import Mint
 from pyro_flows.transforms.normalization import ActNorm
 from pyro_flows.transforms.pixels import LogitPixels
@@ -21,6 +21,7 @@ __all__ = [
     "ActNorm",
     "Autoregressive",
     "CausalAutoregressive",
+    "Coloring",
     "Continuous",
     "Conv1x1",
     "ConvCoupling",

@@ -14,7 +14,7 @@ from pyro_flows.infer.diagnostics.moments import Moments
 from pyro_flows.infer.diagnostics.walk import Walk
 from pyro_flows.infer.diagnostics.weights import Importance
 
-__all__ = ["LABELS", "Probe", "Verdict", "judge", "widening"]
+__all__ = ["LABELS", "Probe", "Verdict", "in_words", "judge", "widening"]
 
 GOOD, TAILS, RESAMPLE = "good", "good, tails uncertain", "use importance resampling"
 MODES, BAD, UNJUDGED = "modes missing", "bad", "not judged"
@@ -110,10 +110,15 @@ class Verdict:
     numbers: dict[str, float]
 
     def __str__(self) -> str:
-        lines = [f"{self.label}: {MEANING[self.label]}"]
-        for paragraph in self.text.splitlines():
-            lines += textwrap.wrap(paragraph, 100, initial_indent="  ", subsequent_indent="    ")
-        return "\n".join(lines)
+        return in_words(self.label, MEANING[self.label], self.text)
+
+
+def in_words(label: str, meaning: str, text: str) -> str:
+    """Joins a label, its meaning and the paragraphs of a text, in lines of 100 characters."""
+    lines = [f"{label}: {meaning}"]
+    for paragraph in text.splitlines():
+        lines += textwrap.wrap(paragraph, 100, initial_indent="  ", subsequent_indent="    ")
+    return "\n".join(lines)
 
 
 def widening(input_dim: int) -> float:
