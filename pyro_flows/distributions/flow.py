@@ -37,8 +37,8 @@ class FlowDistribution(Answering, TransformedDistribution):
             )
         if dims and self.transforms[0].codomain is pyro_constraints.sphere:
             raise NotImplementedError(
-                "marginal and conditional: on a sphere a number follows from the others up to its sign, so that they have "
-                "no joint density; count among draws, flow.sample((100_000,))"
+                "marginal and conditional: on a sphere a number follows from the others up to its sign, so that they "
+                "have no joint density; count among draws, flow.sample((100_000,))"
             )
         return [(0.0, ChainPiece(self.base_dist, self.transforms[0]))]
 
