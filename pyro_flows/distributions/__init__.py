@@ -4,6 +4,7 @@ from pyro_flows.distributions.bases import DiagonalNormal, FixedBase, GaussianMi
 from pyro_flows.distributions.dequantization import Dequantized, DequantizedDistribution, bits_per_dim
 from pyro_flows.distributions.ensemble import Ensemble, EnsembleDistribution
 from pyro_flows.distributions.flow import Flow, FlowDistribution
+from pyro_flows.distributions.integers import IntegerLogistics, IntegerLogisticsDistribution
 from pyro_flows.distributions.made import (
     MADE,
     AutoregressiveDistribution,
@@ -18,12 +19,21 @@ from pyro_flows.distributions.made import (
     RelaxedBernoulliHead,
 )
 from pyro_flows.distributions.noise import Dequantizer
+from pyro_flows.distributions.queries import (
+    Conditional,
+    Estimate,
+    Marginal,
+    Modes,
+    estimate_entropy,
+    estimate_kl,
+)
 
 __all__ = [
     "MADE",
     "AutoregressiveDistribution",
     "BernoulliHead",
     "CategoricalHead",
+    "Conditional",
     "ConvMADE",
     "Dequantized",
     "DequantizedDistribution",
@@ -32,16 +42,23 @@ __all__ = [
     "DistributionHead",
     "Ensemble",
     "EnsembleDistribution",
+    "Estimate",
     "FixedBase",
     "Flow",
     "FlowDistribution",
     "GaussianMixture",
+    "IntegerLogistics",
+    "IntegerLogisticsDistribution",
     "LogisticMixtureHead",
+    "Marginal",
     "MixedHead",
     "MixtureHead",
+    "Modes",
     "NormalHead",
     "RelaxedBernoulliHead",
     "StudentT",
     "UniformCircle",
     "bits_per_dim",
+    "estimate_entropy",
+    "estimate_kl",
 ]

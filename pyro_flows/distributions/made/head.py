@@ -86,6 +86,13 @@ class Head(nn.Module):
     def _settle(self, input_dim: int) -> None:
         """Checks the number of dimensions, and prepares for it."""
 
+    def tiled(self, places: int) -> Head:
+        """The bound head of channels as one of events ``(channels, places)``, with each channel's at all places.
+
+        A subclass that treats dimensions differently defines it.
+        """
+        return self.bind(self.input_dim * places)
+
     # For subclasses.
 
     def log_prob(self, value: Tensor, params: Tensor, dims: Tensor | None = None) -> Tensor:
@@ -161,6 +168,14 @@ class Head(nn.Module):
         return self.fills(lambda: self.sample(rows, dims), dims, x, features)
 
     # Derived.
+
+    def num_values(self) -> list[int | None]:
+        """The number of values of each dimension, which are 0, 1, ...; ``None`` where they are endless or unknown."""
+        least, most = (getattr(self.constraint, end, None) for end in ("lower_bound", "upper_bound"))
+        if self.constraint is constraints.boolean:
+            least, most = 0, 1
+        count = int(most) + 1 if self.discrete and least == 0 and most is not None else None
+        return [count] * self.input_dim
 
     def fills(self, make: Callable[[], Tensor], dims: Tensor, x: Tensor, coded: Tensor) -> Calls:
         """Calls that fill ``x`` with values, made in shape ``(columns, n)``, and their features; see :meth:`draws`."""
