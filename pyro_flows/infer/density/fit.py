@@ -225,8 +225,8 @@ def fit_density(
             several nats a row where rows are few; costs as many fits, which share ``seconds``, and a checkpoint for
             each, ``{checkpoint}.0`` and so on. 1 makes one fit. The default is 5 for a flow or a MADE of fewer than
             1000 vectors, unless ``validation``, ``validation_fraction``, ``steps``, ``max_epochs``, ``checkpoint``, an
-            optimizer made before, several processes, integer flows or flow matching say otherwise, or the first member takes more
-            than a fifth of the ``seconds``; else 1. Flows that start as the Gaussian return to it unless their scores
+            optimizer made before, several processes, an integer flow or flow matching say otherwise, or the first
+            member takes more than a fifth of the ``seconds``; else 1. Flows that start as the Gaussian return to it unless their scores
             of the rows that they did not see exceed it by two standard errors.
 
     Raises:
