@@ -226,8 +226,8 @@ def fit_density(
             each, ``{checkpoint}.0`` and so on. 1 makes one fit. The default is 5 for a flow or a MADE of fewer than
             1000 vectors, unless ``validation``, ``validation_fraction``, ``steps``, ``max_epochs``, ``checkpoint``, an
             optimizer made before, several processes, an integer flow or flow matching say otherwise, or the first
-            member takes more than a fifth of the ``seconds``; else 1. Flows that start as the Gaussian return to it unless their scores
-            of the rows that they did not see exceed it by two standard errors.
+            member takes more than a fifth of the ``seconds``; else 1. Flows that start as the Gaussian return to it
+            unless their scores of the rows that they did not see exceed it by two standard errors.
 
     Raises:
         ValueError: for data that do not fit or have unbounded likelihood (constant or dependent columns), rows outside
