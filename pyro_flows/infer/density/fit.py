@@ -276,9 +276,9 @@ def fit_density(
             several nats a row where rows are few; costs as many fits, which share ``seconds``, and a checkpoint for
             each, ``{checkpoint}.0`` and so on. 1 makes one fit. The default is 5 for a flow or a MADE of fewer than
             1000 vectors, unless ``validation``, ``validation_fraction``, ``steps``, ``max_epochs``, ``checkpoint``, an
-            optimizer made before, several processes or flow matching say otherwise, or the first member takes more
-            than a fifth of the ``seconds``; else 1. Flows that start as the Gaussian return to it unless their scores
-            of the rows that they did not see exceed it by two standard errors.
+            optimizer made before, several processes, an integer flow or flow matching say otherwise, or the first
+            member takes more than a fifth of the ``seconds``; else 1. Flows that start as the Gaussian return to it
+            unless their scores of the rows that they did not see exceed it by two standard errors.
 
     Raises:
         ValueError: for data that do not fit or have unbounded likelihood (constant or dependent columns), rows outside
@@ -432,7 +432,8 @@ def _is_small(options: dict[str, Any]) -> bool:
     except TypeError:  # of no rows, which is refused later
         return False
     vectors = len(getattr(flow, "data_shape", getattr(flow, "event_shape", ()))) == 1
-    ours = isinstance(flow, FlowTransform | Flow) or (is_density(flow) and head_of(flow) is not None)
+    whole = bool(getattr(getattr(flow, "chain", flow), "discrete", False))
+    ours = (isinstance(flow, FlowTransform | Flow) and not whole) or (is_density(flow) and head_of(flow) is not None)
     alone = processes.count() == 1 and not isinstance(options["optimizer"], Optimizer)
     return ours and vectors and alone and 2 * FOLDS <= rows < FEW_ROWS
 
