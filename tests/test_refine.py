@@ -110,6 +110,8 @@ def test_another_walk_is_compared():
     own, weights = noise(256, 32, 2), noise(256 * 32)
     same = compare_walks(own, weights, noise(256, 16, 2, seed=1), noise(256 * 16, seed=2).clamp(max=3))
     assert same.why_not == "" and same.error < 0.03
+    short = compare_walks(own[:, :4], weights[:1024], noise(256, 4, 2, seed=1), noise(1024, seed=2).clamp(max=3))
+    assert short.why_not == "" and 0.04 < short.error < 0.05  # twice 1024 draws
     moved = compare_walks(own, weights, noise(256, 16, 2, seed=1) + 0.3, noise(4096, seed=2).clamp(max=3))
     assert "did not end" in moved.why_not
     wider = compare_walks(own, weights, 1.5 * noise(256, 16, 2, seed=1), noise(4096, seed=2).clamp(max=3))
@@ -126,7 +128,7 @@ def test_the_verdict_names_what_is_wrong():
     good = judge_chains(settling(states, first), draws, apart)
     assert good.ok and good.label == "good" and "256 chains with 32 draws" in str(good)
     for words, verdict in {
-        "no other walk": judge_chains(settling(states, first), draws),
+        "none that began elsewhere": judge_chains(settling(states, first), draws),
         "interrupted": judge_chains(settling(states, first), draws, apart, "The chains were interrupted."),
         "ridges could not": judge_chains(settling(states, first), draws, apart, ended=False),
         "remember": judge_chains(settling(states + first.unsqueeze(1), first), draws, apart),

@@ -16,9 +16,11 @@ GROUPS = 16  # of chains that began alike
 RHAT = 1.01
 FEWEST = 1000  # effective draws
 HARMLESS = 0.02  # change between halves, in standard deviations
-APART, KNOWN = 0.05, 0.03  # the same, of another walk, and the standard error that this takes
+APART = 0.05  # the same, between chains that began apart
 CERTAIN = 4.0  # standard errors
-BEYOND = 0.01  # part of another walk beyond all weights of the first
+# A difference that passes as chance moves the mean of both halves by at most half of it, a tenth of a standard deviation.
+KNOWN = 2 * 0.1 / CERTAIN
+BEYOND = 0.01  # part of the chains begun elsewhere that lies beyond all weights of the others
 
 
 @dataclass(frozen=True)
@@ -64,23 +66,23 @@ class Settling:
 
 @dataclass(frozen=True)
 class Apart:
-    """How far another walk ends from the first."""
+    """How far chains that began elsewhere end from the others."""
 
     gap: float
     """The largest difference of a mean, in standard deviations."""
     error: float
     """The largest standard error of these."""
     beyond: float
-    """The part of the other walk whose weights are above all of the first."""
+    """The part of the chains begun elsewhere whose weights are above all of the others."""
     differs: bool
     """Whether a scalar's difference is certain and not harmless."""
 
     @property
     def why_not(self) -> str:
-        """What speaks against it that both walks end in the same place; empty if nothing does."""
+        """What speaks against it that all end in the same place; empty if nothing does."""
         if self.differs or self.beyond > BEYOND:
-            return "another walk, begun elsewhere, did not end in the same place"
-        return "" if self.error <= KNOWN else "another walk was too short to compare with"
+            return "chains that began elsewhere did not end in the same place"
+        return "" if self.error <= KNOWN else "the chains are too short to compare with those that began elsewhere"
 
 
 def _scores(states: Tensor, like: Tensor | None = None) -> Tensor:
@@ -193,12 +195,12 @@ def judge_chains(
     """Judges whether draws of chains can be used.
 
     They can, as ``"good"``, if R-hat is below 1.01, at least 1000 draws are effective, the halves of the chains agree,
-    and another walk, which began elsewhere, ends in the same place.  Otherwise the label is ``"chains not settled"``.
+    and chains that began elsewhere end in the same place.  Otherwise the label is ``"chains not settled"``.
 
     Args:
         found: the tests of the chains.
         chains: the draws.
-        apart: the comparison with another walk, which ``refine`` needs.
+        apart: the comparison with chains that began elsewhere, which ``refine`` needs.
         stopped: why the chains ended early, if they did.
         modes: the number of modes known.
         ended: whether the ridges along which chains jump were followed to their ends.
@@ -224,15 +226,15 @@ def judge_chains(
     if not ended:
         wrong.append("the posterior goes on where its ridges could not be followed")
     if chains.method == "refine":
-        where = f"half of it on {modes} modes" if modes > 1 else "at a widened guide"
+        where = f"elsewhere, on {modes} modes alike," if modes > 1 else "elsewhere, at a widened guide,"
         if apart is None:
-            wrong.append("no other walk confirmed them")
-            facts.append("There was no other walk to compare with.")
+            wrong.append("none that began elsewhere confirmed them")
+            facts.append("There were no chains from elsewhere to compare with.")
         else:
             numbers |= {"gap": apart.gap, "beyond": apart.beyond}
             facts.append(
-                f"Another walk, which began {where}, ends with means up to {apart.gap:.3f} ± {apart.error:.3f} "
-                f"standard deviations away; {apart.beyond:.1%} of it lies beyond all weights of the chains."
+                f"Half of the chains began {where}, and end with means up to {apart.gap:.3f} ± {apart.error:.3f} "
+                f"standard deviations from the others'; {apart.beyond:.1%} of them lie beyond all weights of the others."
             )
             if apart.why_not:
                 wrong.append(apart.why_not)

@@ -18,7 +18,7 @@ from pyro_flows.infer.search.starting_points import starting_points
 __all__ = ["ModeProbe", "nothing_found", "probe_modes"]
 
 _STEPS, _CAUTION = 200, 0.1  # of a climb; size of the first step of starts from outside
-_DENSE = 300  # dimensions up to which metrics are matrices
+_DENSE = 50  # dimensions up to which inverse Hessians are matrices
 _MODES, _TOGETHER = 12, 8  # modes at most, and those whose curvatures are computed at once
 _SAMPLES = 512  # for a mode's mass
 _CLIMBING = 0.85  # share of the seconds
@@ -128,7 +128,6 @@ def probe_modes(
             safe, own, weights, initial.detach().double().cpu(), spread, num_starts, num_rounds, generator
         )
         points, inside = starts.points, starts.inside
-        dense = points.shape[-1] <= _DENSE
         if not len(points) and safe.pace is not None and safe.expired:
             return nothing_found(draws, safe.evaluations)
         if not len(points):
@@ -137,11 +136,12 @@ def probe_modes(
                 "at the model's density first"
             ) from safe.error
         # A full Newton step of the guide's size would carry every start into the guide's own mode.
-        size = torch.where(inside, 1.0, _CAUTION)[:, None, None]
-        metric = size * (spread @ spread.mT)
+        size = torch.where(inside, 1.0, _CAUTION)[:, None]
+        options: Any = {"memory": 10, "metric": size.expand_as(points), "frame": spread}
+        if points.shape[-1] <= _DENSE:
+            options = {"memory": None, "metric": size[..., None] * (spread @ spread.mT), "exact": False}
         with safe.share(_CLIMBING):
-            options: Any = {"metric": metric, "exact": False, "steps": _STEPS, "enough": (_ENOUGH, _LONG)}
-            paths = climb(safe, points, memory=None if dense else 10, **options)
+            paths = climb(safe, points, steps=_STEPS, enough=(_ENOUGH, _LONG), **options)
         peaks, basin = _peaks(safe, *paths.ends()[:2], paths.converged, spread, inside, _known(known))
         # A climb that still goes on after many steps is on a ridge without an end, as in a funnel's neck.
         taken = torch.tensor([len(path) for path in paths.values], device="cpu")
