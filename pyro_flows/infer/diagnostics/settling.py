@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyro_flows.infer.diagnostics.verdict import GOOD, UNSETTLED, Verdict
+from pyro_flows.infer.diagnostics.verdict import GOOD, NEXT, UNSETTLED, Verdict
 
 __all__ = ["Apart", "ChainDraws", "Settling", "compare_walks", "judge_chains", "nested_rhat", "settling"]
 
@@ -18,7 +18,7 @@ FEWEST = 1000  # effective draws
 HARMLESS = 0.02  # change between halves, in standard deviations
 APART = 0.05  # the same, between chains that began apart
 CERTAIN = 4.0  # standard errors
-# A difference that passes as chance moves the mean of both halves by at most half of it, a tenth of a standard deviation.
+# A gap that passes as chance moves the mean of all by at most half of it, to be a tenth of a standard deviation.
 KNOWN = 2 * 0.1 / CERTAIN
 BEYOND = 0.01  # part of the chains begun elsewhere that lies beyond all weights of the others
 
@@ -234,7 +234,7 @@ def judge_chains(
             numbers |= {"gap": apart.gap, "beyond": apart.beyond}
             facts.append(
                 f"Half of the chains began {where}, and end with means up to {apart.gap:.3f} ± {apart.error:.3f} "
-                f"standard deviations from the others'; {apart.beyond:.1%} of them lie beyond all weights of the others."
+                f"standard deviations from the others'; {apart.beyond:.1%} of them lie beyond the others' weights."
             )
             if apart.why_not:
                 wrong.append(apart.why_not)
@@ -245,4 +245,4 @@ def judge_chains(
         why = "; ".join(wrong) or "nothing else is wrong"
         step = f"Go on with fit.refine(seconds=...), since {why}; if that does not help, reparameterize the model."
         return Verdict(UNSETTLED, False, "\n".join([*facts, f"Next: {step}"]), numbers)
-    return Verdict(GOOD, True, "\n".join([*facts, "Next: Nothing."]), numbers)
+    return Verdict(GOOD, True, "\n".join([*facts, f"Next: {NEXT[GOOD]}"]), numbers)

@@ -46,7 +46,8 @@ MEANING = {
     UNSETTLED: "the chains do not show that their draws follow the posterior",
 }
 NEXT = {
-    GOOD: "Nothing.",
+    GOOD: "Nothing. If the posterior may have a mode much narrower than those found, or farther away, which no search "
+    "reaches, fit it from there, with init_loc_fn.",
     TAILS: "For tail quantities compare with the resampled draws, report quantiles in place of standard deviations, "
     "and try a reparameterized model (a non-centered one for hierarchies), a base with heavier tails, or NUTS.",
     UNSEARCHED: "Give the fit more seconds, so that the search can end; or write the model so that it runs for many "

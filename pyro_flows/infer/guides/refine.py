@@ -113,9 +113,9 @@ class _Walk:
 class Refining:
     """Refines a flow, in place, and draws of its posterior with it.
 
-    A round lets walkers adapt, and the flow learn from where they are, and then records them.  Half of the walkers began
-    at draws of the guide, to which all adapt, and half elsewhere.  If the record passes all tests, and both halves
-    agree, it is the result, with the draws of both.  Otherwise, a longer round follows.
+    A round lets walkers adapt, and the flow learn from where they are, and then records them.  Half of them began at
+    draws of the guide, to which all adapt, and half elsewhere.  If the record passes all tests, and both halves agree,
+    it is the result, with the draws of both.  Otherwise, a longer round follows.
 
     Args:
         flow: the flow, which changes.

@@ -163,10 +163,10 @@ def climb(
     keeps :math:`H` as a matrix (BFGS): fewer steps at :math:`O(D^2)` each, several times the cost of one product.
     ``metric`` is the first :math:`H`, ``(S, D, D)`` for BFGS and its diagonal, ``(S, D)``, for L-BFGS; unless it is
     ``exact``, BFGS scales it to fit the first difference. Without one the first step has length at most 1. L-BFGS works
-    in the coordinates of a ``frame`` :math:`F`, lower triangular, ``(D, D)``: :math:`H = F H' F^\top`, and the metric is
-    the diagonal of :math:`H'`. ``steps`` limits each start, ``seconds`` the wall-clock time between calls. ``enough``,
-    a part and a number, ends all climbs once that part of them has ended or taken so many steps, and a quarter has
-    ended.
+    in the coordinates of a ``frame`` :math:`F`, lower triangular, ``(D, D)``: :math:`H = F H' F^\top`, and the metric
+    is the diagonal of :math:`H'`. ``steps`` limits each start, ``seconds`` the wall-clock time between calls.
+    ``enough``, a part and a number, ends all climbs once that part of them has ended or taken so many steps, and a
+    quarter has ended.
 
     Raises:
         ValueError: for starts of another shape than ``(S, D)``.

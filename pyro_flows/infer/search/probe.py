@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor
@@ -21,10 +21,12 @@ _STEPS, _CAUTION = 200, 0.1  # of a climb; size of the first step of starts from
 _DENSE = 50  # dimensions up to which inverse Hessians are matrices
 _MODES, _TOGETHER = 12, 8  # modes at most, and those whose curvatures are computed at once
 _SAMPLES = 512  # for a mode's mass
-_CLIMBING = 0.85  # share of the seconds
+_CLIMBING, _BENDING = 0.85, 0.3  # share of the seconds for starts, climbs and curvatures; of the last in it
+_FIRST = 24  # starts of the first climbs where time is limited
 _LOOKED, _MOST = 20, 0.8  # steps of a climb that has looked, and the share of climbs that must have
 _LONG, _ENOUGH = 30, 0.95  # steps after which climbs end once this share of them has
 _GRACE = 0.25  # share of the seconds that masses may take beyond
+_PER_DIM, _SPREAD = 4, (2000, 5)  # draws by dimensions that give a scale; those that are used, and more by dimensions
 _NEAR = 0.01  # between ends of one mode
 _LEAST_SHARE, _LEAST_PART = 1e-3, 0.1  # of a missed mode; of its mass in the guide
 
@@ -54,9 +56,10 @@ class ModeProbe:
     evaluations: int
     """Points at which the model's density was evaluated."""
     complete: bool
-    """Whether four fifths of the climbs ended or took 20 steps in time; if not, missing nothing says little."""
+    """Whether four fifths of the first climbs, 24 or all, ended or took 20 steps in time; if not, missing nothing says
+    little."""
     num_starts: int
-    """Points from which it climbed, with those of an earlier search."""
+    """Points from which climbs ended or took 20 steps in time, with those of an earlier search."""
     reach: float
     """The largest distance of a start from ``initial``."""
 
@@ -103,7 +106,8 @@ def probe_modes(
         known: an earlier search of the same density, whose modes are judged again. If it was complete, then this one
             is, too, even if time ends its climbs.
         generator: the source of randomness, on the CPU.
-        seconds: the wall-clock limit, checked between calls, after which modes are left out.
+        seconds: the wall-clock limit, checked between calls, after which modes are left out. With one, 24 starts of all
+            kinds climb first, and the others in the time left.
 
     Raises:
         ValueError: for other shapes, an evidence that is not finite, or a density that is finite nowhere.
@@ -135,17 +139,10 @@ def probe_modes(
                 "probe_modes: log_p is not finite at any start, not even at the guide's own draws; look at the fit and "
                 "at the model's density first"
             ) from safe.error
-        # A full Newton step of the guide's size would carry every start into the guide's own mode.
-        size = torch.where(inside, 1.0, _CAUTION)[:, None]
-        options: Any = {"memory": 10, "metric": size.expand_as(points), "frame": spread}
-        if points.shape[-1] <= _DENSE:
-            options = {"memory": None, "metric": size[..., None] * (spread @ spread.mT), "exact": False}
-        with safe.share(_CLIMBING):
-            paths = climb(safe, points, steps=_STEPS, enough=(_ENOUGH, _LONG), **options)
-        peaks, basin = _peaks(safe, *paths.ends()[:2], paths.converged, spread, inside, _known(known))
-        # A climb that still goes on after many steps is on a ridge without an end, as in a funnel's neck.
-        taken = torch.tensor([len(path) for path in paths.values], device="cpu")
-        climbed = not safe.expired and bool((paths.converged | (taken > _LOOKED)).double().mean() >= _MOST)
+        with safe.share(1 - _BENDING):
+            climbs = _climbed(safe, points, inside, spread)
+        peaks, basin = _peaks(safe, climbs, spread, _known(known))
+        climbed = not safe.expired and climbs.enough
     q_there = guide.values(peaks.points)
     if seconds is not None and safe.deadline is not None:  # a mode without a mass would not count
         safe.deadline = max(safe.deadline, time.monotonic() + _GRACE * seconds)
@@ -169,7 +166,7 @@ def probe_modes(
         missing_share=rest,
         evaluations=safe.evaluations,
         complete=complete,
-        num_starts=len(points) + (0 if known is None else known.num_starts),
+        num_starts=int(climbs.looked.sum()) + (0 if known is None else known.num_starts),
         reach=max(starts.reach, 0.0 if known is None else known.reach),
     )
 
@@ -183,26 +180,58 @@ def nothing_found(draws: Tensor, evaluations: int = 0) -> ModeProbe:
 
 def _spread(own: Tensor) -> Tensor:
     """Returns the scale of the guide's draws, ``(D, D)``, diagonal for few draws."""
+    own = own[: _SPREAD[0] + _SPREAD[1] * own.shape[1]]
     count, dim = own.shape
     centered = own - own.mean(0)
     size = centered.square().mean(0).clamp(min=1e-24).sqrt()
-    if count <= 4 * dim:
+    if count < _PER_DIM * dim:
         return torch.diag(size)
     ridge = 1e-4 * identity(own)
     frame = torch.cat([centered / size / math.sqrt(count), ridge]).mT
     return size[:, None] * triangular(frame[None])[0]
 
 
-def _peaks(
-    safe: SafeDensity,
-    ends: Tensor,
-    values: Tensor,
-    converged: Tensor,
-    spread: Tensor,
-    inside: Tensor,
-    known: list[Peaks],
-) -> tuple[Peaks, Tensor]:
+class _Climbs(NamedTuple):
+    """The ends of climbs."""
+
+    ends: Tensor
+    """``(S, D)``."""
+    values: Tensor
+    """Log-densities there, ``(S,)``."""
+    converged: Tensor
+    """Whether these are maxima, ``(S,)``."""
+    looked: Tensor
+    """Whether they are, or so many steps were taken that the climb is on a ridge without an end, as in a funnel."""
+    inside: Tensor
+    """Whether the climb began at a draw of the guide, ``(S,)``."""
+    enough: bool
+    """Whether most of the first climbs have looked."""
+
+
+def _climbed(safe: SafeDensity, points: Tensor, inside: Tensor, spread: Tensor) -> _Climbs:
+    """Climbs from all points; first from some of each kind if time is limited."""
+    stride = 1 if safe.deadline is None else -(-len(points) // _FIRST)
+    first = torch.arange(len(points), device="cpu") % stride == 0
+    parts: list[tuple[Tensor, ...]] = []
+    for rows in (first, ~first):
+        if not rows.any() or (parts and safe.expired):
+            continue
+        # A full Newton step of the guide's size would carry every start into the guide's own mode.
+        size, dim = torch.where(inside[rows], 1.0, _CAUTION)[:, None].double(), points.shape[1]
+        options: Any = {"memory": 10, "metric": size.expand(-1, dim), "frame": spread}
+        if dim <= _DENSE:
+            options = {"memory": None, "metric": size[..., None] * (spread @ spread.mT), "exact": False}
+        paths = climb(safe, points[rows], steps=_STEPS, enough=(_ENOUGH, _LONG), **options)
+        taken = torch.tensor([len(path) for path in paths.values], device="cpu")
+        looked = paths.converged | (taken > _LOOKED)
+        parts.append((*paths.ends()[:2], paths.converged, looked, inside[rows]))
+    ends, values, converged, looked, inside = (torch.cat(part) for part in zip(*parts, strict=True))
+    return _Climbs(ends, values, converged, looked, inside, bool(parts[0][3].double().mean() >= _MOST))
+
+
+def _peaks(safe: SafeDensity, climbs: _Climbs, spread: Tensor, known: list[Peaks]) -> tuple[Peaks, Tensor]:
     """Returns distinct maxima, best first, and the share of the guide's draws that lead there."""
+    ends, values, converged, inside = climbs.ends, climbs.values, climbs.converged, climbs.inside
     order = values.masked_fill(~converged, -torch.inf).argsort(descending=True).tolist()
     free = converged & values.isfinite()
     found: list[Peaks] = []
