@@ -1,6 +1,7 @@
 """The mode probe: lost modes are found with their share, and nothing else raises an alarm."""
 
 import math
+import time
 
 import pytest
 import torch
@@ -244,6 +245,23 @@ def test_time_limit():
     target = pair((0.7, 0.3))
     found = probe(target, target.parts[0], seconds=0.0)
     assert found.missing_share == 0 and len(found.share) == 0 and not found.complete
+
+
+def test_a_search_short_in_time_climbs_from_fewer_points(monkeypatch):
+    """Each point takes a millisecond, by a clock that nothing else moves."""
+    now, target = [0.0], pair((0.7, 0.3))
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+
+    def slow(z):
+        now[0] += 0.001 * len(z)
+        return target.log_prob(z)
+
+    found = {
+        seconds: probe(slow, target.parts[0], seconds=seconds, log_evidence=math.log(0.7)) for seconds in (1, 2, 90)
+    }
+    assert [each.complete for each in found.values()] == [False, True, True]
+    assert found[1].num_starts < 20 <= found[2].num_starts < 60 < found[90].num_starts
+    assert found[2].missed.any() and abs(found[2].missing_share - 0.3) < 0.02
 
 
 @pytest.mark.parametrize(
