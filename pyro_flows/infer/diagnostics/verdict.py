@@ -144,7 +144,7 @@ def judge(
     2. ``"modes missing"``: the guide misses modes of the probe with at least a hundredth of the posterior.
     3. ``"bad"``: neither good nor fit for resampling; or the wider guide finds more than a tenth of the posterior
        outside; or at least two, and three in a thousand, of the walkers from the weighted draws find weights above the
-       largest one that was drawn.
+       largest one that was drawn; or a mean of theirs is 0.1 standard deviations from that of the weighted draws.
     4. ``"use importance resampling"``: :math:`\hat k < \min(0.7, 1 - 1 / \log_{10} n)` and :math:`n e \ge 1000` (a
        tenth of fewer than 10,000 draws, and 100 at least), and :math:`e < 0.9`, or a fiftieth of the draws has no
        weight, or the weights move a mean or log standard deviation by more than 0.1.
@@ -201,7 +201,8 @@ def judge(
     stray = wide is not None and wide.khat >= 0.5 and wide.tail >= TAIL
     if numbers.get("missing_share", 0.0) >= SHARE:
         return verdict(MODES)
-    if numbers.get("strayed", 0.0) > STRAY and (usable or not flawed):
+    gone = numbers.get("strayed", 0.0) > STRAY or numbers.get("walk_shift", 0.0) > SHIFT
+    if gone and (usable or not flawed):
         return verdict(BAD, FARTHER)
     if outside > 0.1 or (flawed and not usable):
         return verdict(BAD, _remedy(found, wasted, outside))
@@ -276,13 +277,15 @@ def _about_walk(walk: Walk, numbers: dict[str, float]) -> str:
     count = len(walk.log_weights)
     strayed = round(walk.above * count)
     numbers["strayed"] = walk.above if strayed >= FEW_STRAY else 0.0
+    numbers["walk_shift"] = walk.shift
     said = f"{count} of the weighted draws walked on by {walk.num_moves} moves"
-    if not numbers["strayed"] > STRAY:
+    if numbers["strayed"] > STRAY:
+        said = f"{said}: {strayed} of them found weights above any that the guide drew"
+    elif walk.shift > SHIFT:
+        said = f"{said}, which moved a mean by {walk.shift:.2f} standard deviations"
+    else:
         return f"{said}, and found no part of the posterior that the guide leaves out."
-    return (
-        f"{said}: {strayed} of them found weights above any that the guide drew, so a part of the "
-        "posterior that hangs together with its draws is left out."
-    )
+    return f"{said}, so a part of the posterior that hangs together with its draws is left out."
 
 
 def _about_modes(probe: Probe | None, numbers: dict[str, float]) -> str:

@@ -42,7 +42,7 @@ __all__ = ["GuideFit", "load_guide"]
 EVEN = 0.95  # effective sample size of weights that need no more
 Walked = tuple[ChainDraws, Assessment]
 
-KIND, VERSION = "saved fit of a guide", 3
+KIND, VERSION = "saved fit of a guide", 4
 
 
 class GuideFit:
