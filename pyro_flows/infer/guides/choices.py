@@ -11,7 +11,7 @@ import torch
 from torch import Generator, Tensor
 
 from pyro_flows.infer.diagnostics import importance
-from pyro_flows.infer.guides.assessment import FEWEST, SEARCHED, weigh
+from pyro_flows.infer.guides.assessment import FEWEST, ROUNDS, SEARCHED, weigh
 from pyro_flows.infer.guides.auto import AutoFlow
 from pyro_flows.infer.guides.posterior import affine_of, spline_of
 from pyro_flows.infer.machine.budget import Budget
@@ -138,6 +138,7 @@ def several_modes(
         log_evidence=found.log_evidence,
         log_weights=(log_p - log_q)[fine],
         num_starts=32 if density.many_at_once else 8,
+        num_rounds=ROUNDS[0],
         generator=generator,
         seconds=None if seconds == math.inf else seconds,
     )

@@ -47,6 +47,7 @@ STARTS = 64
 LEAST_SHARE = 0.003  # of a mode to jump to
 WIDER = 1.1  # Gaussians to jump to, by those of Laplace
 RIDGES, RIDGE_DIM = 4, 50  # walkers to follow ridges from, both ways, in so many dimensions at most
+FOLLOWING = 0.1  # part of the seconds that are left for it
 TAKEN = 0.02  # least part of proposals along ridges that makes them worthwhile
 ADAPT = 0.5  # sweeps that adapt, by those recorded
 ROUND = 1.5  # sweeps of a round, those that adapt included, by those recorded
@@ -251,11 +252,15 @@ class Refining:
         return (1 - fraction) * done / max(1e-9, fraction) < 3 * ROUND * length
 
     def _ridges(self, z: Tensor) -> list[Gaussians]:
-        """Returns Gaussians along ridges from some points, if there are any."""
+        """Returns Gaussians along ridges from some points, if there are any and time suffices to follow them."""
         self.ended = True
         if z.shape[1] > RIDGE_DIM or not self.density.many_at_once:
             return []
-        ridges = follow_ridges(self.safe, z[torch.randperm(len(z))[:RIDGES]], z.std(0))
+        seconds = None if self.budget.seconds is None else FOLLOWING * self.budget.left()
+        safe = SafeDensity(self.density, z, seconds=seconds)
+        ridges = follow_ridges(safe, z[torch.randperm(len(z))[:RIDGES]], z.std(0))
+        if safe.expired:
+            return []
         self.ended = ridges.complete
         if not len(ridges.points):
             return []
