@@ -145,9 +145,10 @@ def judge(
     3. ``"bad"``: neither good nor fit for resampling; or the wider guide finds more than a tenth of the posterior
        outside; or at least two, and three in a thousand, of the walkers from the weighted draws find weights above the
        largest one that was drawn; or a mean of theirs is 0.1 standard deviations from that of the weighted draws.
-    4. ``"use importance resampling"``: :math:`\hat k < \min(0.7, 1 - 1 / \log_{10} n)` and :math:`n e \ge 1000` (a
-       tenth of fewer than 10,000 draws, and 100 at least), and :math:`e < 0.9`, or a fiftieth of the draws has no
-       weight, or the weights move a mean or log standard deviation by more than 0.1.
+    4. ``"use importance resampling"``: :math:`\hat k < \min(0.7, 1 - 1 / \log_{10} n)`, or the fitted tail has less
+       than a hundredth of all weight beyond the largest; and :math:`n e \ge 1000` (a tenth of fewer than 10,000 draws,
+       and 100 at least); and :math:`e < 0.9`, or a fiftieth of the draws has no weight, or the weights move a mean or
+       log standard deviation by more than 0.1.
     5. ``"good, few draws judged"``: fewer than 1000 draws, of more that were asked for.
     6. ``"good, modes not searched"``: the probe ran out of time.
     7. ``"good, tails uncertain"``: :math:`\hat k` is above that limit; or a standard deviation depends on a few of at
@@ -193,7 +194,7 @@ def judge(
     limit = min(0.7, 1 - 1 / math.log10(found.num_samples))
     heavy = found.khat >= limit and found.tail >= TAIL
     effective = found.num_samples * found.ess
-    usable = not heavy and effective >= max(100, min(1000, found.num_samples / 10))
+    usable = (not heavy or found.unseen < SHARE) and effective >= max(100, min(1000, found.num_samples / 10))
     wasted = (found.failures + found.zeros + failures) / (found.num_samples + failures)
     # A shift of NaN counts as a shift.
     moved = not (numbers.get("mean_shift", 0.0) <= SHIFT and numbers.get("scale_shift", 0.0) <= SHIFT)
