@@ -122,7 +122,7 @@ def several_modes(
         return None  # too short to find anything
     end = time.monotonic() + min(seconds, SLOW_SECONDS / 2)
     start = affine_of(guide.flow) if guide.structure is None else guide.flow
-    count = max(256, 4 * len(initial)) if density.many_at_once else 64  # enough for their covariance
+    count = min(max(256, 4 * len(initial)), 1200) if density.many_at_once else 64  # enough for a covariance
     z, log_p, log_q = weigh(start, density, count, math.inf if budget.seconds is None else end)
     found = importance(log_p - log_q)
     seconds = end - time.monotonic()

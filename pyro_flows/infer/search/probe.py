@@ -18,7 +18,7 @@ from pyro_flows.infer.search.starting_points import starting_points
 __all__ = ["ModeProbe", "nothing_found", "probe_modes"]
 
 _STEPS, _CAUTION = 200, 0.1  # of a climb; size of the first step of starts from outside
-_DENSE = 50  # dimensions up to which inverse Hessians are matrices
+_DENSE, _FRAMED = 50, 300  # dimensions up to which inverse Hessians, and the guide's scale, are matrices
 _MODES, _TOGETHER = 12, 8  # modes at most, and those whose curvatures are computed at once
 _SAMPLES = 512  # for a mode's mass
 _CLIMBING, _BENDING = 0.85, 0.3  # share of the seconds for starts, climbs and curvatures; of the last in it
@@ -179,12 +179,12 @@ def nothing_found(draws: Tensor, evaluations: int = 0) -> ModeProbe:
 
 
 def _spread(own: Tensor) -> Tensor:
-    """Returns the scale of the guide's draws, ``(D, D)``, diagonal for few draws."""
+    """Returns the scale of the guide's draws, ``(D, D)``, diagonal for few draws and in many dimensions."""
     own = own[: _SPREAD[0] + _SPREAD[1] * own.shape[1]]
     count, dim = own.shape
     centered = own - own.mean(0)
     size = centered.square().mean(0).clamp(min=1e-24).sqrt()
-    if count < _PER_DIM * dim:
+    if count < _PER_DIM * dim or dim > _FRAMED:
         return torch.diag(size)
     ridge = 1e-4 * identity(own)
     frame = torch.cat([centered / size / math.sqrt(count), ridge]).mT
@@ -218,9 +218,12 @@ def _climbed(safe: SafeDensity, points: Tensor, inside: Tensor, spread: Tensor) 
             continue
         # A full Newton step of the guide's size would carry every start into the guide's own mode.
         size, dim = torch.where(inside[rows], 1.0, _CAUTION)[:, None].double(), points.shape[1]
-        options: Any = {"memory": 10, "metric": size.expand(-1, dim), "frame": spread}
         if dim <= _DENSE:
-            options = {"memory": None, "metric": size[..., None] * (spread @ spread.mT), "exact": False}
+            options: Any = {"memory": None, "metric": size[..., None] * (spread @ spread.mT), "exact": False}
+        elif dim <= _FRAMED:
+            options = {"memory": 10, "metric": size.expand(-1, dim), "frame": spread}
+        else:
+            options = {"memory": 10, "metric": size * spread.diagonal().square()}
         paths = climb(safe, points[rows], steps=_STEPS, enough=(_ENOUGH, _LONG), **options)
         taken = torch.tensor([len(path) for path in paths.values], device="cpu")
         looked = paths.converged | (taken > _LOOKED)
