@@ -8,6 +8,7 @@ import torch
 from asserts import refuses
 from torch.distributions import Independent, MultivariateNormal, Normal
 
+from pyro_flows.infer.machine.pace import Pace
 from pyro_flows.infer.search.probe import probe_modes
 
 
@@ -252,16 +253,19 @@ def test_a_search_short_in_time_climbs_from_fewer_points(monkeypatch):
     now, target = [0.0], pair((0.7, 0.3))
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
 
-    def slow(z):
-        now[0] += 0.001 * len(z)
-        return target.log_prob(z)
+    class Slow:
+        pace = Pace()
+
+        def __call__(self, z):
+            now[0] += 0.001 * len(z)
+            return target.log_prob(z)
 
     found = {
-        seconds: probe(slow, target.parts[0], seconds=seconds, log_evidence=math.log(0.7)) for seconds in (1, 2, 90)
+        seconds: probe(Slow(), target.parts[0], seconds=seconds, log_evidence=math.log(0.7)) for seconds in (0.3, 8, 90)
     }
     assert [each.complete for each in found.values()] == [False, True, True]
-    assert found[1].num_starts < 20 <= found[2].num_starts < 60 < found[90].num_starts
-    assert found[2].missed.any() and abs(found[2].missing_share - 0.3) < 0.02
+    assert found[0.3].num_starts < 16 <= found[8].num_starts < 60 < found[90].num_starts
+    assert found[8].missed.any() and abs(found[8].missing_share - 0.3) < 0.02
 
 
 @pytest.mark.parametrize(

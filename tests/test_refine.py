@@ -93,6 +93,15 @@ def test_settling_tells_what_is_wrong(kind):
         assert found.effective < 1000
 
 
+@pytest.mark.parametrize(("memory", "away", "fine"), [(0.2, 0.0, True), (0.2, 0.6, False), (0.5, 0.0, False)])
+def test_memory_matters_where_chains_began_elsewhere(memory, away, fine):
+    first = noise(512, 1, seed=1) + away
+    states = math.sqrt(1 - memory**2) * noise(512, 32, 1) + memory * first.unsqueeze(1)
+    found = settling(states, first)
+    assert found.rhat > 1.01 and found.ok == fine and found.remembers == (not fine)
+    assert memory * away - 0.02 < found.moved < memory * (away + 0.25)
+
+
 def test_heavy_tails_settle_and_few_long_chains_have_the_usual_rhat():
     cauchy = torch.tan(math.pi * (torch.rand(256, 32, 1, generator=generator(), dtype=torch.float64) - 0.5))
     assert settling(cauchy, cauchy[:, 0]).ok

@@ -14,6 +14,7 @@ __all__ = ["Apart", "ChainDraws", "Settling", "compare_walks", "judge_chains", "
 
 GROUPS = 16  # of chains that began alike
 RHAT = 1.01
+MOVED = 0.05  # standard deviations by which the chains' memory of where they began may move a mean
 FEWEST = 1000  # effective draws
 HARMLESS = 0.02  # change between halves, in standard deviations
 APART = 0.05  # the same, between chains that began apart
@@ -49,6 +50,8 @@ class Settling:
 
     rhat: float
     """R-hat, nested if there are many chains."""
+    moved: float
+    """The most that the memory of where chains began moves a mean, in standard deviations; infinite if unknown."""
     effective: float
     """The least number of effective draws."""
     change: float
@@ -61,7 +64,12 @@ class Settling:
     @property
     def ok(self) -> bool:
         """Whether all tests pass."""
-        return self.rhat < RHAT and self.effective >= FEWEST and not self.drifts
+        return not self.remembers and self.effective >= FEWEST and not self.drifts
+
+    @property
+    def remembers(self) -> bool:
+        """Whether chains remember where they began, and that matters."""
+        return not (self.rhat < RHAT or self.moved < MOVED)
 
 
 @dataclass(frozen=True)
@@ -129,7 +137,18 @@ def nested_rhat(states: Tensor, first: Tensor) -> Tensor:
 
 
 def settling(states: Tensor, first: Tensor | None = None) -> Settling:
-    """Tests chains by ranks of each scalar, and of its distance from the median, so that tails need no moments.
+    r"""Tests chains by ranks of each scalar, and of its distance from the median, so that tails need no moments.
+
+    What many short chains remember does no harm if they began nearly as the posterior.  If :math:`m(x)` is the mean of
+    chains that began at :math:`x`, and these follow :math:`f` in place of the posterior :math:`p`, then by Cauchy and
+    Schwarz
+
+    .. math::
+        \left|\mathrm{E}_f m - \mathrm{E}_p m\right| \le \mathrm{sd}_p(m) \, \chi(f \| p),
+
+    with the standard deviation of nested R-hat's groups, :math:`\sqrt{\hat R^2 - 1}` in those of a draw, and the
+    distance :math:`\chi^2 = \sum_k (f_k - p_k)^2 / p_k` over 16 parts of the chains' own draws, at least what it is by
+    chance.
 
     Args:
         states: ``(chains, kept, K)``, ``kept`` at least 4.
@@ -145,21 +164,29 @@ def settling(states: Tensor, first: Tensor | None = None) -> Settling:
     means = scores.mean(1)
     if first is None:
         rhat = nested_rhat(torch.cat([early, late]), torch.cat([early, late]).mean(1))
+        moved = torch.full_like(rhat, math.inf)
         effective = count * kept / _steps_between(scores)
         error = (4 / effective).sqrt()
     else:
         began = _scores(first.unsqueeze(1), states).squeeze(1)
         rhat = nested_rhat(scores, began)
+        moved = (rhat.square() - 1).clamp(min=0).sqrt() * _distance(began)
         effective = scores.flatten(0, 1).var(0) / (means.var(0) / count).clamp(min=1e-12)
         error = (late.mean(1) - early.mean(1)).std(0) / math.sqrt(count)
     # A scalar that never moves, as log_p of a flat density, says nothing.
     moving = states.flatten(0, 1).std(0).repeat(2) > 0
-    change, error, rhat, effective = change[moving], error[moving], rhat[moving], effective[moving]
+    change, error, rhat, effective, moved = (part[moving] for part in (change, error, rhat, effective, moved))
     drifts = (change > HARMLESS) & (change > CERTAIN * error)
     certain = change / error.clamp(min=1e-12)
-    return Settling(
-        float(rhat.max()), float(effective.min()), float(change.max()), float(certain.max()), bool(drifts.any())
-    )
+    most = float(rhat.max()), float(moved.max()), float(effective.min())
+    return Settling(*most, float(change.max()), float(certain.max()), bool(drifts.any()))
+
+
+def _distance(scores: Tensor) -> Tensor:
+    """Returns how far normal scores ``(S, K)`` are from normal, by the chi-square distance over 16 equal parts."""
+    part = (GROUPS * torch.special.ndtr(scores)).long().clamp(max=GROUPS - 1)
+    share = torch.nn.functional.one_hot(part, GROUPS).double().mean(0)
+    return (GROUPS * (share - 1 / GROUPS).square().sum(-1)).clamp(min=(GROUPS - 1) / len(scores)).sqrt()
 
 
 def _steps_between(scores: Tensor) -> Tensor:
@@ -194,8 +221,9 @@ def judge_chains(
 ) -> Verdict:
     """Judges whether draws of chains can be used.
 
-    They can, as ``"good"``, if R-hat is below 1.01, at least 1000 draws are effective, the halves of the chains agree,
-    and chains that began elsewhere end in the same place.  Otherwise the label is ``"chains not settled"``.
+    They can, as ``"good"``, if R-hat is below 1.01, or what chains remember of where they began moves no mean by more
+    than 0.05 standard deviations; if at least 1000 draws are effective, the halves of the chains agree, and chains that
+    began elsewhere end in the same place.  Otherwise the label is ``"chains not settled"``.
 
     Args:
         found: the tests of the chains.
@@ -210,14 +238,15 @@ def judge_chains(
     facts = [
         *([stopped] if stopped else []),
         f"{many:,} chains with {kept:,} draws each, of which {found.effective:,.0f} count; {nested}R-hat "
-        f"{found.rhat:.3f}, {chains.divergences:,} divergent moves.",
+        f"{found.rhat:.3f}, {chains.divergences:,} divergent moves."
+        + (f" Where they began moves means by up to {found.moved:.3f} standard deviations." if nested else ""),
         f"Between the halves of the chains, means change by up to {found.change:.3f} standard deviations"
         + (", which is more than chance." if found.drifts else ", as chance would have it."),
     ]
     numbers = {"rhat": found.rhat, "effective": found.effective, "change": found.change}
     numbers["divergences"] = float(chains.divergences)
     wrong = []
-    if not found.rhat < RHAT:
+    if found.remembers:
         wrong.append("the chains remember where they began")
     if found.effective < FEWEST:
         wrong.append("too few draws are effective")

@@ -39,6 +39,7 @@ LONG = 0.03  # seconds of a call that matter
 ASSESSING = 0.13  # least share of the verdict's seconds
 SLOW_ASSESSING = 0.4
 SEARCHING = 0.1  # share of the seconds for a search for modes before training
+SHORT, SHORTER = 6.0, 0.15  # seconds of a short fit; the same share then
 EVEN = 0.05  # spread of log-weights at the start that needs no training
 SEVERAL = 0.01  # share of outside modes that is worth another start
 
@@ -103,12 +104,13 @@ def starts_exact(guide: AutoFlow, density: JointDensity) -> bool:
     return bool((log_p - log_q).std() < EVEN)  # false for NaN
 
 
-def seconds_for_verdict(density: JointDensity, seconds: float | None) -> float:
-    """Returns the seconds for judging a thousand draws, within bounds."""
+def seconds_for_verdict(density: JointDensity, seconds: float | None, searched: bool) -> float:
+    """Returns the seconds for judging a thousand draws, within bounds; more if no search for modes is complete yet."""
     if seconds is None:
         return 0.0
     need = 2.5 * FEWEST * density.pace.seconds_per_draw
-    return min(max(need, ASSESSING * seconds), SLOW_ASSESSING * seconds)
+    least = ASSESSING if searched else ASSESSING + SEARCHING
+    return min(max(need, least * seconds), SLOW_ASSESSING * seconds)
 
 
 def several_modes(
@@ -117,7 +119,8 @@ def several_modes(
     """Searches for modes outside the start, if there is time."""
     if guide.subsampled or guide.start == "prior" or guide.tempering is not None or len(initial) > SEARCHED:
         return None
-    seconds = math.inf if budget.seconds is None else SEARCHING * budget.seconds
+    seconds = math.inf if budget.seconds is None else budget.seconds
+    seconds *= SHORTER if seconds < SHORT else SEARCHING
     if seconds < max(10 * density.pace.shortest, 100 * density.pace.seconds_per_draw):
         return None  # too short to find anything
     end = time.monotonic() + min(seconds, SLOW_SECONDS / 2)

@@ -320,9 +320,10 @@ def _begin(guide: AutoFlow, args: tuple[object, ...], kwargs: dict[str, object],
     def plan(density: JointDensity) -> dict[str, Any]:
         particles = choose_particles(guide, density, initial, budget.seconds)
         generator = Generator().manual_seed(int(torch.randint(2**62, ())))
-        budget.keep = keep = seconds_for_verdict(density, budget.seconds)
         covered, notes = None, []
         several = several_modes(guide, density, initial, budget, generator)
+        searched = guide.subsampled or (several is not None and several.complete)
+        budget.keep = keep = seconds_for_verdict(density, budget.seconds, searched)
         # A start with the model's structure is better than a Gaussian on one mode.
         enough = several is not None and (guide.structure is None or int((several.share > SEVERAL).sum()) > 1)
         if several is not None and enough and several.missing_share > SEVERAL:

@@ -331,7 +331,7 @@ class Refining:
             log_p = SafeDensity(density, z).values(z).to(z.device)
             log_q = self.flow.log_prob(z).detach().double()
             walk = _Walk(z, z.unsqueeze(1), log_p.unsqueeze(1), log_q.unsqueeze(1))
-            found = Settling(math.inf, 0.0, math.nan, math.nan, True)
+            found = Settling(math.inf, math.inf, 0.0, math.nan, math.nan, True)
         else:
             walk, found = self.walk, self.settled
         draws = ChainDraws(walk.latents, walk.log_p, walk.log_q, found.effective, found.rhat, self.diverged, "refine")

@@ -21,8 +21,8 @@ _STEPS, _CAUTION = 200, 0.1  # of a climb; size of the first step of starts from
 _DENSE, _FRAMED = 50, 300  # dimensions up to which inverse Hessians, and the guide's scale, are matrices
 _MODES, _TOGETHER = 12, 8  # modes at most, and those whose curvatures are computed at once
 _SAMPLES = 512  # for a mode's mass
-_CLIMBING, _BENDING = 0.85, 0.3  # share of the seconds for starts, climbs and curvatures; of the last in it
-_FIRST = 24  # starts of the first climbs where time is limited
+_CLIMBING, _BENDING = 0.85, 0.15  # share of the seconds for starts, climbs and curvatures; of the last in it
+_FEWEST, _CLIMB = 16, 200  # starts of a short search; evaluations, without gradients, that take the time of a climb
 _LOOKED, _MOST = 20, 0.8  # steps of a climb that has looked, and the share of climbs that must have
 _LONG, _ENOUGH = 30, 0.95  # steps after which climbs end once this share of them has
 _GRACE = 0.25  # share of the seconds that masses may take beyond
@@ -56,8 +56,7 @@ class ModeProbe:
     evaluations: int
     """Points at which the model's density was evaluated."""
     complete: bool
-    """Whether four fifths of the first climbs, 24 or all, ended or took 20 steps in time; if not, missing nothing says
-    little."""
+    """Whether four fifths of the climbs ended or took 20 steps in time; if not, missing nothing says little."""
     num_starts: int
     """Points from which climbs ended or took 20 steps in time, with those of an earlier search."""
     reach: float
@@ -106,8 +105,8 @@ def probe_modes(
         known: an earlier search of the same density, whose modes are judged again. If it was complete, then this one
             is, too, even if time ends its climbs.
         generator: the source of randomness, on the CPU.
-        seconds: the wall-clock limit, checked between calls, after which modes are left out. With one, 24 starts of all
-            kinds climb first, and the others in the time left.
+        seconds: the wall-clock limit, checked between calls, after which modes are left out. If it is short for a
+            model of known :class:`~pyro_flows.infer.machine.pace.Pace`, fewer starts climb, 16 at least, of all kinds.
 
     Raises:
         ValueError: for other shapes, an evidence that is not finite, or a density that is finite nowhere.
@@ -142,7 +141,7 @@ def probe_modes(
         with safe.share(1 - _BENDING):
             climbs = _climbed(safe, points, inside, spread)
         peaks, basin = _peaks(safe, climbs, spread, _known(known))
-        climbed = not safe.expired and climbs.enough
+        climbed = not safe.expired and bool(climbs.looked.double().mean() >= _MOST)
     q_there = guide.values(peaks.points)
     if seconds is not None and safe.deadline is not None:  # a mode without a mass would not count
         safe.deadline = max(safe.deadline, time.monotonic() + _GRACE * seconds)
@@ -204,32 +203,27 @@ class _Climbs(NamedTuple):
     """Whether they are, or so many steps were taken that the climb is on a ridge without an end, as in a funnel."""
     inside: Tensor
     """Whether the climb began at a draw of the guide, ``(S,)``."""
-    enough: bool
-    """Whether most of the first climbs have looked."""
 
 
 def _climbed(safe: SafeDensity, points: Tensor, inside: Tensor, spread: Tensor) -> _Climbs:
-    """Climbs from all points; first from some of each kind if time is limited."""
-    stride = 1 if safe.deadline is None else -(-len(points) // _FIRST)
-    first = torch.arange(len(points), device="cpu") % stride == 0
-    parts: list[tuple[Tensor, ...]] = []
-    for rows in (first, ~first):
-        if not rows.any() or (parts and safe.expired):
-            continue
-        # A full Newton step of the guide's size would carry every start into the guide's own mode.
-        size, dim = torch.where(inside[rows], 1.0, _CAUTION)[:, None].double(), points.shape[1]
-        if dim <= _DENSE:
-            options: Any = {"memory": None, "metric": size[..., None] * (spread @ spread.mT), "exact": False}
-        elif dim <= _FRAMED:
-            options = {"memory": 10, "metric": size.expand(-1, dim), "frame": spread}
-        else:
-            options = {"memory": 10, "metric": size * spread.diagonal().square()}
-        paths = climb(safe, points[rows], steps=_STEPS, enough=(_ENOUGH, _LONG), **options)
-        taken = torch.tensor([len(path) for path in paths.values], device="cpu")
-        looked = paths.converged | (taken > _LOOKED)
-        parts.append((*paths.ends()[:2], paths.converged, looked, inside[rows]))
-    ends, values, converged, looked, inside = (torch.cat(part) for part in zip(*parts, strict=True))
-    return _Climbs(ends, values, converged, looked, inside, bool(parts[0][3].double().mean() >= _MOST))
+    """Climbs from all points, or from as many of all kinds as there is time for."""
+    count, dim = points.shape
+    if safe.deadline is not None and safe.pace is not None and safe.pace.seconds_per_draw:
+        affordable = (safe.deadline - time.monotonic()) / (_CLIMB * safe.pace.seconds_per_draw)
+        rows = torch.linspace(0, count - 1, min(count, max(_FEWEST, int(affordable))), device="cpu").long()
+        points, inside = points[rows], inside[rows]
+    # A full Newton step of the guide's size would carry every start into the guide's own mode.
+    size = torch.where(inside, 1.0, _CAUTION)[:, None].double()
+    if dim <= _DENSE:
+        options: Any = {"memory": None, "metric": size[..., None] * (spread @ spread.mT), "exact": False}
+    elif dim <= _FRAMED:
+        options = {"memory": 10, "metric": size.expand(-1, dim), "frame": spread}
+    else:
+        options = {"memory": 10, "metric": size * spread.diagonal().square()}
+    paths = climb(safe, points, steps=_STEPS, enough=(_ENOUGH, _LONG), **options)
+    taken = torch.tensor([len(path) for path in paths.values], device="cpu")
+    looked = paths.converged | (taken > _LOOKED)
+    return _Climbs(*paths.ends()[:2], paths.converged, looked, inside)
 
 
 def _peaks(safe: SafeDensity, climbs: _Climbs, spread: Tensor, known: list[Peaks]) -> tuple[Peaks, Tensor]:

@@ -15,7 +15,7 @@ __all__ = ["StartingPoints", "starting_points"]
 OWN, HEAVIEST = 16, 4  # draws of the guide: picked by weight, and those of the largest weights
 TRIES = 4  # candidates for a near start, as some may have no density
 SCREENED = 64  # candidates for a far start
-SCREENING = 0.2  # most part of the time
+SCREENING = 0.1  # most part of the time
 RADII = (3.0, 1000.0)  # of far starts
 KINDS = 4
 
@@ -61,7 +61,7 @@ def starting_points(
         initial: the point from which fitting began, ``(D,)``.
         frame: the scale of the guide's draws, ``(D, D)``, triangular.
         num_starts: the number of starts outside of the guide.
-        num_rounds: the rounds of candidates for far starts; they end early at a fifth of the time.
+        num_rounds: the rounds of candidates for far starts; they end early at a tenth of the time.
         generator: the source of randomness, on the CPU.
     """
     rand = Uniforms(generator)
