@@ -39,7 +39,7 @@ LONG = 0.03  # seconds of a call that matter
 ASSESSING = 0.13  # least share of the verdict's seconds
 SLOW_ASSESSING = 0.4
 SEARCHING = 0.1  # share of the seconds for a search for modes before training
-SHORT, SHORTER = 6.0, 0.15  # seconds of a short fit; the same share then
+SHORT, SUFFICIENT = 0.15, 0.6  # the same share of few seconds, up to so many
 EVEN = 0.05  # spread of log-weights at the start that needs no training
 SEVERAL = 0.01  # share of outside modes that is worth another start
 
@@ -120,7 +120,7 @@ def several_modes(
     if guide.subsampled or guide.start == "prior" or guide.tempering is not None or len(initial) > SEARCHED:
         return None
     seconds = math.inf if budget.seconds is None else budget.seconds
-    seconds *= SHORTER if seconds < SHORT else SEARCHING
+    seconds = max(SEARCHING * seconds, min(SHORT * seconds, SUFFICIENT))
     if seconds < max(10 * density.pace.shortest, 100 * density.pace.seconds_per_draw):
         return None  # too short to find anything
     end = time.monotonic() + min(seconds, SLOW_SECONDS / 2)
