@@ -69,6 +69,19 @@ def test_a_far_mode_is_found_with_its_share(dim, distance, width, share, unit):
     assert found.num_starts > 80 and found.reach > 300
 
 
+@pytest.mark.parametrize(("dim", "place", "width"), [(2, (2.5, -1.5), 0.01), (4, (-3.0, 2.0), 0.1)])
+def test_a_thorough_search_finds_needles_in_few_dimensions(dim, place, width):
+    center = torch.cat([torch.tensor(place), torch.zeros(dim - 2)])
+
+    def needle(z):
+        return torch.logaddexp(math.log(0.7) + normal(z), math.log(0.3) + normal(z - center, width))
+
+    draws = torch.randn(2000, dim, generator=generator(1))
+    options = {"log_evidence": math.log(0.7), "log_weights": torch.zeros(2000), "generator": generator()}
+    found = probe_modes(needle, normal, draws, torch.zeros(dim), num_starts=128, num_rounds=128, **options)
+    assert found.missed.tolist() == [True, False] and abs(found.missing_share - 0.3) < 0.02
+
+
 def test_draws_of_weight_zero_hide_no_mode():
     """A guide on one of two modes that draws a bridge to the other."""
     log_p = two(2, 20.0, 1.0, 0.5, seed=3)

@@ -120,6 +120,22 @@ def test_climb_does_not_depend_on_units_given_a_metric(memory):
     torch.testing.assert_close(units.ends()[0] / scale, plain.ends()[0], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("memory", [None, 10])
+def test_a_climb_that_promises_little_stays_in_a_narrow_mode(memory):
+    """From the slope of a narrow mode, whose first step by the metric of a wide one would end in that one."""
+
+    def two(z):
+        narrow = 8.0 - 0.5 * ((z - torch.tensor([3.0, 1.0])) / 0.01).square().sum(-1)
+        return torch.logaddexp(-0.5 * z.square().sum(-1), narrow)
+
+    start = (1 + 0.045 / 10**0.5) * torch.tensor([[3.0, 1.0]], dtype=torch.float64)
+    metric = torch.full((1, 2), 0.1, dtype=torch.float64)
+    metric = metric.diag_embed() if memory is None else metric
+    ends = [climb(two, start, memory=memory, metric=metric, promise=most).ends()[0] for most in (math.inf, 4.0)]
+    torch.testing.assert_close(ends[1], torch.tensor([[3.0, 1.0]], dtype=torch.float64), atol=1e-4, rtol=0)
+    assert ends[0].norm() < 0.01
+
+
 @pytest.mark.parametrize("scaled", [False, True])
 def test_climb_in_a_frame_is_that_of_the_density_in_its_coordinates(scaled):
     factor = 10 * torch.randn(8, 8, generator=generator(), dtype=torch.float64).tril() + 5 * torch.eye(8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -150,6 +151,7 @@ def climb(
     metric: Tensor | None = None,
     exact: bool = True,
     frame: Tensor | None = None,
+    promise: float = math.inf,
     seconds: float | None = None,
     enough: tuple[float, int] | None = None,
 ) -> Paths:
@@ -164,9 +166,11 @@ def climb(
     ``metric`` is the first :math:`H`, ``(S, D, D)`` for BFGS and its diagonal, ``(S, D)``, for L-BFGS; unless it is
     ``exact``, BFGS scales it to fit the first difference. Without one the first step has length at most 1. L-BFGS works
     in the coordinates of a ``frame`` :math:`F`, lower triangular, ``(D, D)``: :math:`H = F H' F^\top`, and the metric
-    is the diagonal of :math:`H'`. ``steps`` limits each start, ``seconds`` the wall-clock time between calls.
-    ``enough``, a part and a number, ends all climbs once that part of them has ended or taken so many steps, and a
-    quarter has ended.
+    is the diagonal of :math:`H'`. A metric is shrunk so far that the first step promises at most ``promise`` nats
+    (:math:`g^\top H g / 2`), since a longer one would leave a narrow mode, as its slopes are steep.
+
+    ``steps`` limits each start, ``seconds`` the wall-clock time between calls. ``enough``, a part and a number, ends
+    all climbs once that part of them has ended or taken so many steps, and a quarter has ended.
 
     Raises:
         ValueError: for starts of another shape than ``(S, D)``.
@@ -182,6 +186,7 @@ def climb(
     point = starts.detach().double().cpu()
     value, slope = safe.gradients(point)
     curvature = _Dense(point, slope, metric, exact) if memory is None else _Limited(point, slope, metric, memory, frame)
+    curvature.shrink(slope, promise)
     search = _Search(safe, point, value, slope, curvature, tolerance)
     path = [[(point[i], value[i], slope[i])] for i in range(len(point))]
     going = int(search.active.sum())
@@ -210,6 +215,12 @@ class _Dense:
         self.first = metric
         self.inverse = metric.clone()
         self.fresh = torch.ones_like(point[:, 0], dtype=torch.bool)
+
+    def shrink(self, slope: Tensor, promise: float) -> None:
+        """Makes the first steps promise no more."""
+        gain = 0.5 * (slope * (self.first @ slope[..., None])[..., 0]).sum(-1)
+        self.first = self.first * (promise / gain.clamp(min=1e-300)).clamp(max=1.0)[:, None, None]
+        self.inverse = self.first.clone()
 
     def directions(self, rows: Tensor, slope: Tensor) -> Tensor:
         return (self.inverse[rows] @ slope[..., None])[..., 0]
@@ -251,6 +262,12 @@ class _Limited:
         self.steps = point.new_zeros(memory, *point.shape)
         self.changes = torch.zeros_like(self.steps)
         self.fresh = torch.ones_like(point[:, 0], dtype=torch.bool)
+
+    def shrink(self, slope: Tensor, promise: float) -> None:
+        """Makes the first steps promise no more."""
+        gain = 0.5 * (self.first * self._pulled(slope).square()).sum(-1)
+        self.first = self.first * (promise / gain.clamp(min=1e-300)).clamp(max=1.0)[:, None]
+        self.diagonal = self.first.clone()
 
     def _pulled(self, slope: Tensor) -> Tensor:
         """Returns gradients in the coordinates of the frame."""

@@ -23,8 +23,9 @@ _MODES, _TOGETHER = 12, 8  # modes at most, and those whose curvatures are compu
 _SAMPLES = 512  # for a mode's mass
 _CLIMBING, _BENDING = 0.85, 0.15  # share of the seconds for starts, climbs and curvatures; of the last in it
 _FEWEST, _CLIMB = 16, 200  # starts of a short search; evaluations, without gradients, that take the time of a climb
+_PROMISE = 4.0  # nats of a first step
 _LOOKED, _MOST = 20, 0.8  # steps of a climb that has looked, and the share of climbs that must have
-_LONG, _ENOUGH = 30, 0.95  # steps after which climbs end once this share of them has
+_LONG, _ENOUGH = 30, 1.0  # steps after which climbs end once this share of them has
 _GRACE = 0.25  # share of the seconds that masses may take beyond
 _PER_DIM, _SPREAD = 4, (2000, 5)  # draws by dimensions that give a scale; those that are used, and more by dimensions
 _NEAR = 0.01  # between ends of one mode
@@ -220,7 +221,7 @@ def _climbed(safe: SafeDensity, points: Tensor, inside: Tensor, spread: Tensor) 
         options = {"memory": 10, "metric": size.expand(-1, dim), "frame": spread}
     else:
         options = {"memory": 10, "metric": size * spread.diagonal().square()}
-    paths = climb(safe, points, steps=_STEPS, enough=(_ENOUGH, _LONG), **options)
+    paths = climb(safe, points, steps=_STEPS, enough=(_ENOUGH, _LONG), promise=_PROMISE, **options)
     taken = torch.tensor([len(path) for path in paths.values], device="cpu")
     looked = paths.converged | (taken > _LOOKED)
     return _Climbs(*paths.ends()[:2], paths.converged, looked, inside)
