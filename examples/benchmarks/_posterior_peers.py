@@ -1,7 +1,10 @@
-"""Pyro's own guides and its NUTS on a posterior of ``_posteriors.py``, scored as ``posteriors.py`` scores."""
+"""Pyro's guides and NUTS, and NumPyro's, on a posterior of ``_posteriors.py``, scored as ``posteriors.py`` scores."""
 
+import json
+import subprocess
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pyro
 import torch
@@ -18,10 +21,11 @@ from torch import Tensor
 
 from pyro_flows.infer.diagnostics import importance, resample
 
-__all__ = ["NUTS", "PEERS", "nuts", "nuts_within", "peer"]
+__all__ = ["NUMPYRO", "NUTS", "PEERS", "numpyro_nuts", "nuts", "nuts_within", "peer"]
 
 PEERS = ("AutoNormal", "AutoMultivariateNormal", "AutoIAFNormal x3", "AutoNormalizingFlow")
 NUTS = "NUTS"
+NUMPYRO = "NumPyro's NUTS"
 PARTICLES = 16
 Row = dict[str, object]
 
@@ -164,6 +168,30 @@ def nuts_within(posterior: Posterior, seed: int, seconds: float, warmup: int = 2
             kept.append(state)
     draws = {name: kernel.transforms[name].inv(torch.stack([each[name] for each in kept])) for name in state}
     return _chain(posterior, draws, len(kernel.diagnostics()["divergences"]), spent, model.runs)
+
+
+def _plain(value: object) -> object:
+    """What JSON can say of a model's argument: a list, a number, or a distribution's name and scale."""
+    if isinstance(value, Tensor):
+        return value.tolist()
+    if isinstance(value, torch.distributions.Distribution):
+        return [type(value).__name__, value.scale.item()]
+    return value
+
+
+def numpyro_nuts(posterior: Posterior, seed: int, count: int, python: Path) -> Row:
+    """NumPyro's NUTS in a worker; its CPU seconds, and as ``warm`` those of a second run."""
+    model = posterior.model(Drawable)
+    given = {name: _plain(value) for name, value in model.keywords.items()}
+    order = json.dumps([model.func.__name__, given, seed, count // 2, count])
+    worker = Path(__file__).with_name("_posterior_jax.py")
+    ran = subprocess.run([python, worker], input=order, capture_output=True, text=True, check=False)
+    if ran.returncode:
+        raise RuntimeError(ran.stderr.strip().splitlines()[-1])
+    found = json.loads(ran.stdout)
+    draws = {name: torch.tensor(values, dtype=torch.float64) for name, values in found["draws"].items()}
+    cold, warm = found["seconds"]
+    return _chain(posterior, draws, found["divergences"], cold, found["gradients"]) | {"warm": warm}
 
 
 def _chain(posterior: Posterior, draws: dict[str, Tensor], divergences: int, spent: float, runs: int) -> Row:

@@ -131,7 +131,13 @@ def spread(values: Sequence[float], digits: int = 3) -> str:
 
 
 def trained(
-    model: nn.Module, train: Tensor, validation: Tensor, args: Namespace, smoke_steps: int, batch_size: int
+    model: nn.Module,
+    train: Tensor,
+    validation: Tensor,
+    args: Namespace,
+    smoke_steps: int,
+    batch_size: int,
+    checkpoint: Path | None = None,
 ) -> tuple[nn.Module, float, int]:
     """A model of images after ``args.seconds`` of training, the CPU seconds that it took, and its steps.
 
@@ -151,6 +157,8 @@ def trained(
         schedule="cosine",
         patience=10_000,
         lr=args.lr,
+        checkpoint=checkpoint,
+        checkpoint_every=1,
         **budget,
     )
     return model.eval(), time.process_time() - begin, int(found.history["step"][-1])

@@ -2,6 +2,7 @@
 
     python examples/benchmarks/posteriors.py FOLDER                    # fit_guide on all, three seeds; ten minutes
     python examples/benchmarks/posteriors.py FOLDER --peers --nuts     # beside Pyro's guides and NUTS; about an hour
+    python examples/benchmarks/posteriors.py FOLDER --nuts --jax PYTHON  # beside NumPyro's NUTS, by that interpreter
     python examples/benchmarks/posteriors.py FOLDER --names sblrc-blr  # one posterior
     python examples/benchmarks/posteriors.py --made --refine 30        # made ones, on which guides fail; an hour
     python examples/benchmarks/posteriors.py --made curved --refine 30 --nuts-seconds 40  # one kind, beside NUTS
@@ -13,7 +14,9 @@ Made posteriors are those of ``_made_posteriors.py``.
 
 Each run has a process of its own, one thread, float64, and a budget of CPU seconds after import.  ``fit_guide`` has
 nothing but the model, the seconds and a seed.  Pyro's guides are trained by Adam with 16 vectorized particles, a step
-size that falls from 0.01 to 0.001, and nothing else; NUTS has 500 warm-up steps, 1000 draws and no limit.
+size that falls from 0.01 to 0.001, and nothing else; NUTS has 500 warm-up steps, 1000 draws and no limit, and so has
+NumPyro's, whose effective draws a second are told of a first run, which compiles, and of a second one, and whose
+gradients are those after warm-up.
 
 Errors are the largest of any mean and of any standard deviation, in the reference's standard deviations, of 10,000
 draws; the reference has 10,000 too, so an error of 0.02 or so is its noise, and for the wide part of the funnel, whose
@@ -39,7 +42,7 @@ from pathlib import Path
 import pyro.distributions as dist
 import torch
 from _made_posteriors import MADE
-from _posterior_peers import NUTS, PEERS, nuts, nuts_within, peer
+from _posterior_peers import NUMPYRO, NUTS, PEERS, numpyro_nuts, nuts, nuts_within, peer
 from _posteriors import Posterior, errors, find, named, right, stored
 from _runs import Row, command, complete, machine, markdown
 from torch import Tensor
@@ -111,7 +114,17 @@ def ours(posterior: Posterior, seed: int, seconds: float, draws: int, refine: fl
     }
 
 
-def run(name: str, method: str, seed: int, seconds: float, refine: float, *, folder: Path | None, draws: int) -> Row:
+def run(
+    name: str,
+    method: str,
+    seed: int,
+    seconds: float,
+    refine: float,
+    *,
+    folder: Path | None,
+    draws: int,
+    jax: Path | None = None,
+) -> Row:
     """One run in a process of its own."""
     # fit_guide keeps its budget by time.monotonic(). On a machine that others use, wall time would measure them as
     # well; with one thread CPU time is the same thing without them.
@@ -133,6 +146,8 @@ def run(name: str, method: str, seed: int, seconds: float, refine: float, *, fol
             return about | nuts_within(posterior, seed, seconds)
         if method == NUTS:
             return about | nuts(posterior, seed, 1000 if draws == DRAWS else 10)
+        if method == NUMPYRO:
+            return about | numpyro_nuts(posterior, seed, 1000 if draws == DRAWS else 10, jax)
         return about | peer(method, posterior, seed, seconds, draws)
     except Exception as error:  # a peer that cannot run a posterior is a result, too
         if method == OURS:
@@ -169,7 +184,11 @@ def _counted(words: list[str]) -> str:
 
 def _per_second(row: Row) -> float:
     """Effective draws of a CPU second: of a chain, or of 10,000 draws of a guide."""
-    return float(row["ess"]) * (row["steps"] if row["method"] == NUTS else JUDGED) / float(row["cpu"])
+    return float(row["ess"]) * (row["steps"] if row["method"] in (NUTS, NUMPYRO) else JUDGED) / float(row["cpu"])
+
+
+def _warm_per_second(row: Row) -> float:
+    return _per_second(row) * float(row["cpu"]) / float(row["warm"])
 
 
 def _refined(rows: list[Row]) -> list[str]:
@@ -234,7 +253,8 @@ def table(rows: list[Row]) -> str:
                 _counted(verdicts),
                 f"{gradients / 1000:.0f} k" + (f" + {others / 1000:.0f} k" if others else ""),
                 _cell(these, lambda row: float(row["cpu"]), ".1f"),
-                _cell(these, _per_second, ".0f"),
+                _cell(these, _per_second, ".0f")
+                + ("" if "warm" not in these[0] else f"; {_cell(these, _warm_per_second, '.0f')} in a second run"),
             ]
         )
         if refining:
@@ -268,6 +288,7 @@ def arguments() -> Namespace:
         peer_seconds={"type": float, "default": 30},
         peer_seeds={"type": int, "nargs": "+", "default": [0]},
         nuts={"action": "store_true", "help": "Pyro's NUTS as well, with the seeds of the peers"},
+        jax={"type": Path, "help": "an interpreter with jax and NumPyro, whose NUTS runs as well, with the same seeds"},
         nuts_seconds={"type": float, "nargs": "*", "default": [], "help": "the same with limits of CPU seconds"},
         made={
             "nargs": "*",
@@ -296,6 +317,8 @@ def plan(args: Namespace) -> list[tuple[str, str, int, float, float]]:
         runs += [(name, method, seed, args.peer_seconds, 0.0) for method in peers for seed in args.peer_seeds]
         limits = [0.0] * args.nuts + args.nuts_seconds
         runs += [(name, NUTS, seed, seconds, 0.0) for seconds in limits for seed in args.peer_seeds]
+        if args.jax is not None:
+            runs += [(name, NUMPYRO, seed, 0.0, 0.0) for seed in args.peer_seeds]
     return runs
 
 
@@ -316,7 +339,7 @@ def main() -> None:
     args = arguments()
     print(f"{machine()}; float64, one thread a run, CPU seconds\n")
     rows = complete(
-        functools.partial(run, folder=args.folder, draws=2000 if args.smoke else DRAWS),
+        functools.partial(run, folder=args.folder, draws=2000 if args.smoke else DRAWS, jax=args.jax),
         plan(args),
         lambda row: (row["name"], row["method"], row["seed"], row["seconds"], row.get("refine", 0.0)),
         said,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Size
@@ -54,7 +54,7 @@ def multiscale_realnvp(
     num_couplings: int = 3,
     hidden_channels: int = 32,
     num_blocks: int = 2,
-    kernel_size: int = 3,
+    kernel_size: int | Sequence[int] = 3,
     activation: Activation = "relu",
     max_log_scale: float = 3.0,
     univariate: Univariate | None = None,
@@ -77,7 +77,7 @@ def multiscale_realnvp(
         hidden_channels: width of the finest networks, doubled by each squeeze (paper: 64 for CIFAR-10, else 32).
         num_blocks: residual blocks of each network (paper: 8 for CIFAR-10, 4 for other images of 32 x 32, 2 for 64 x
             64).
-        kernel_size: of the networks (paper: 3).
+        kernel_size: of the networks (paper: 3); or three, as for :func:`glow`.
         activation: of the networks (paper: ReLU).
         max_log_scale: bound of the smooth clip on log-scales (paper: tanh times a learned scale).
         univariate: another family of scalar maps for the couplings.
@@ -122,7 +122,7 @@ def glow(
     num_layers: int = 8,
     hidden_channels: int = 64,
     num_blocks: int = 1,
-    kernel_size: int = 3,
+    kernel_size: int | Sequence[int] = 3,
     activation: Activation = "relu",
     max_log_scale: float = 3.0,
     univariate: Univariate | None = None,
@@ -145,8 +145,9 @@ def glow(
             least two where sides allow it: 2 for 8 x 8 and 28 x 28, 3 for 32 x 32 (paper: :math:`L = 3`).
         num_layers: number of layers of each scale (paper: :math:`K = 32`, and 48 for ImageNet).
         hidden_channels: width of the networks (paper: 512).
-        num_blocks: residual blocks of each network (paper: three convolutions, of 3, 1 and 3, without residual blocks).
-        kernel_size: of the networks (paper: 3).
+        num_blocks: residual blocks of each network (paper: one convolution in their place, without a skip).
+        kernel_size: of all convolutions of the networks; or three, of the first, those of the blocks, and the last
+            (paper: 3, 1 and 3).
         activation: of the networks (paper: ReLU).
         max_log_scale: bound of the smooth clip on log-scales (paper: a sigmoid).
         univariate: another family of scalar maps for the couplings.

@@ -2,7 +2,14 @@
 
 from pyro_flows.infer.bridge import to_arviz
 from pyro_flows.infer.compression import Codec
-from pyro_flows.infer.density import DensityFit, FlowMatching, StandardizedFlow, fit_density, standardized
+from pyro_flows.infer.density import (
+    DensityFit,
+    FlowMatching,
+    StandardizedFlow,
+    fit_density,
+    sparse_adjacency,
+    standardized,
+)
 from pyro_flows.infer.diagnostics import simulation_based_calibration
 from pyro_flows.infer.guides.auto import AutoFlow
 from pyro_flows.infer.guides.fit import fit_guide
@@ -30,6 +37,7 @@ __all__ = [
     "load_guide",
     "pixel_scores",
     "simulation_based_calibration",
+    "sparse_adjacency",
     "standardized",
     "step_log_prob",
     "to_arviz",

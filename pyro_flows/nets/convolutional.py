@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Size, Tensor, nn
 
-from pyro_flows.core.checks import event_size, integer
+from pyro_flows.core.checks import event_size, integer, positive_integers
 from pyro_flows.core.modes import plain_eager
 from pyro_flows.nets.activations import Activation, activation_functions
 
@@ -41,7 +41,7 @@ class ConvNet(nn.Module):
         space_dims: 2 for images, 1 for series.
         hidden_channels: channels of the hidden layers.
         num_blocks: number of residual blocks; 0 leaves two convolutions.
-        kernel_size: odd size of all kernels.
+        kernel_size: odd size of all kernels; or three, of the first convolution, those of the blocks, and the last.
         context_dim: size of the context, 0 for none.
         activation: a name or an elementwise function without parameters.
         zero_init: whether the last convolution starts at zero.
@@ -60,7 +60,7 @@ class ConvNet(nn.Module):
         space_dims: int = 2,
         hidden_channels: int = 32,
         num_blocks: int = 2,
-        kernel_size: int = 3,
+        kernel_size: int | Sequence[int] = 3,
         context_dim: int = 0,
         activation: Activation = "relu",
         zero_init: bool = True,
@@ -68,7 +68,10 @@ class ConvNet(nn.Module):
         super().__init__()
         if space_dims not in (1, 2):
             raise ValueError(f"expected space_dims to be 1 or 2, got {space_dims!r}")
-        integer("", "kernel_size", kernel_size, odd=True)
+        given = (kernel_size,) * 3 if isinstance(kernel_size, int) else kernel_size
+        sizes = positive_integers("", "kernel_size", given)
+        if len(sizes) != 3 or not all(size % 2 for size in sizes):
+            raise ValueError(f"expected an odd kernel_size, or three odd ones, got {kernel_size!r}")
         self.in_channels = integer("", "in_channels", in_channels)
         self.out_channels = integer("", "out_channels", out_channels)
         self.num_params = integer("", "num_params", num_params)
@@ -78,13 +81,14 @@ class ConvNet(nn.Module):
         self.space_dims = space_dims
         self.activations = activation_functions(activation, 2 * num_blocks + 1)
 
-        def convolution(inputs: int, outputs: int) -> nn.Conv1d | nn.Conv2d:
+        def convolution(inputs: int, outputs: int, size: int) -> nn.Conv1d | nn.Conv2d:
             make = nn.Conv1d if space_dims == 1 else nn.Conv2d
-            return make(inputs, outputs, kernel_size, padding=kernel_size // 2)
+            return make(inputs, outputs, size, padding=size // 2)
 
-        self.first = convolution(in_channels, hidden_channels)
-        self.blocks = nn.ModuleList(convolution(hidden_channels, hidden_channels) for _ in range(2 * num_blocks))
-        self.last = convolution(hidden_channels, num_params * out_channels)
+        hidden = hidden_channels
+        self.first = convolution(in_channels, hidden, sizes[0])
+        self.blocks = nn.ModuleList(convolution(hidden, hidden, sizes[1]) for _ in range(2 * num_blocks))
+        self.last = convolution(hidden, num_params * out_channels, sizes[2])
         if context_dim:
             self.context = nn.Linear(context_dim, (1 + num_blocks) * hidden_channels, bias=False)
         if zero_init:

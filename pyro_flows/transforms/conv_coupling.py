@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Size, Tensor
@@ -85,7 +85,7 @@ class ConvCoupling(FlowTransform):
         context_dim: int = 0,
         hidden_channels: int = 32,
         num_blocks: int = 2,
-        kernel_size: int = 3,
+        kernel_size: int | Sequence[int] = 3,
         activation: Activation = "relu",
     ) -> None:
         super().__init__(image_shape("ConvCoupling", event_shape), context_dim)

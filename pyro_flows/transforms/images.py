@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Size, Tensor
@@ -121,7 +121,7 @@ class Split(FlowTransform):
         max_log_scale: float = 3.0,
         hidden_channels: int = 32,
         num_blocks: int = 0,
-        kernel_size: int = 3,
+        kernel_size: int | Sequence[int] = 3,
         activation: Activation = "relu",
     ) -> None:
         event = image_shape("Split", event_shape)
