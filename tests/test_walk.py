@@ -98,6 +98,10 @@ def test_what_the_verdict_makes_of_it(spread, above, label):
     found = judge(weights, walk=strayed(above))
     assert found.label == label
     assert ("left out" in found.text) == (above > 0.003)
+    if label == "use importance resampling":
+        short = judge(weights, walk=strayed(above, moves=7))
+        assert short.label == label and "fit.refine(seconds=...) shows" in short.text
+        assert "fit.refine" not in found.text
     if label == "bad":
         assert "fit.refine(seconds=...)" in found.text and "at least" in found.text  # the evidence is a bound
     assert judge(weights, walk=strayed(above, moves=1)).label == judge(weights).label

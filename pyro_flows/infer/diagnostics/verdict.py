@@ -32,7 +32,7 @@ TAIL = 0.005  # least weight of a meaningful tail
 SHARE = 0.01  # missing posterior mass that matters
 WASTE = 0.02  # draws without weight that matter
 STRAY, FEW_STRAY = 0.003, 2  # share and number of walkers that matter, with weights that were never drawn
-WALKED = 2  # moves that make a walk
+WALKED, CONFIRMED = 2, 8  # moves that make a walk, and one that confirms weighted draws
 
 MEANING = {
     GOOD: "the draws can be used as they are",
@@ -209,6 +209,8 @@ def judge(
         return verdict(BAD, _remedy(found, wasted, outside))
     if flawed:
         resample = f"Resample at most {int(effective):,} draws by their smoothed weights."
+        if walk is not None and walk.num_moves < CONFIRMED:
+            resample += " Time was too short to let them walk on: fit.refine(seconds=...) shows whether they hold."
         return verdict(RESAMPLE, f"{resample} More training time, then more layers, would make that unnecessary.")
     if cut:
         return verdict(FEW)
