@@ -40,6 +40,7 @@ ASSESSING = 0.13  # least share of the verdict's seconds
 SLOW_ASSESSING = 0.4
 SEARCHING = 0.1  # share of the seconds for a search for modes before training
 SHORT, SUFFICIENT = 0.15, 0.6  # the same share of few seconds, up to so many
+ANOTHER = 0.05  # most part of the time left for another search
 EVEN = 0.05  # spread of log-weights at the start that needs no training
 SEVERAL = 0.01  # share of outside modes that is worth another start
 
@@ -104,13 +105,16 @@ def starts_exact(guide: AutoFlow, density: JointDensity) -> bool:
     return bool((log_p - log_q).std() < EVEN)  # false for NaN
 
 
-def seconds_for_verdict(density: JointDensity, seconds: float | None, searched: bool) -> float:
+def seconds_for_verdict(density: JointDensity, budget: Budget, searched: bool) -> float:
     """Returns the seconds for judging a thousand draws, within bounds; more if no search for modes is complete yet."""
+    seconds = budget.seconds
     if seconds is None:
         return 0.0
     need = 2.5 * FEWEST * density.pace.seconds_per_draw
-    least = ASSESSING if searched else ASSESSING + SEARCHING
-    return min(max(need, least * seconds), SLOW_ASSESSING * seconds)
+    least = ASSESSING * seconds
+    if not searched:
+        least += min(SEARCHING * seconds, ANOTHER * budget.left())
+    return min(max(need, least), SLOW_ASSESSING * seconds)
 
 
 def several_modes(

@@ -323,7 +323,7 @@ def _begin(guide: AutoFlow, args: tuple[object, ...], kwargs: dict[str, object],
         covered, notes = None, []
         several = several_modes(guide, density, initial, budget, generator)
         searched = guide.subsampled or (several is not None and several.complete)
-        budget.keep = keep = seconds_for_verdict(density, budget.seconds, searched)
+        budget.keep = keep = seconds_for_verdict(density, budget, searched)
         # A start with the model's structure is better than a Gaussian on one mode.
         enough = several is not None and (guide.structure is None or int((several.share > SEVERAL).sum()) > 1)
         if several is not None and enough and several.missing_share > SEVERAL:

@@ -21,12 +21,12 @@ _STEPS, _CAUTION = 200, 0.1  # of a climb; size of the first step of starts from
 _DENSE, _FRAMED = 50, 300  # dimensions up to which inverse Hessians, and the guide's scale, are matrices
 _MODES, _TOGETHER = 12, 8  # modes at most, and those whose curvatures are computed at once
 _SAMPLES = 512  # for a mode's mass
-_CLIMBING, _BENDING = 0.85, 0.15  # share of the seconds for starts, climbs and curvatures; of the last in it
+_CLIMBING = 0.75  # share of the seconds for starts and climbs
 _FEWEST, _CLIMB = 16, 200  # starts of a short search; evaluations, without gradients, that take the time of a climb
 _PROMISE = 4.0  # nats of a first step
 _LOOKED, _MOST = 20, 0.8  # steps of a climb that has looked, and the share of climbs that must have
 _LONG, _ENOUGH = 30, 1.0  # steps after which climbs end once this share of them has
-_GRACE = 0.25  # share of the seconds that masses may take beyond
+_GRACE = 0.5  # share of the seconds for curvatures and masses, if need be beyond these
 _PER_DIM, _SPREAD = 4, (2000, 5)  # draws by dimensions that give a scale; those that are used, and more by dimensions
 _NEAR = 0.01  # between ends of one mode
 _LEAST_SHARE, _LEAST_PART = 1e-3, 0.1  # of a missed mode; of its mass in the guide
@@ -139,13 +139,12 @@ def probe_modes(
                 "probe_modes: log_p is not finite at any start, not even at the guide's own draws; look at the fit and "
                 "at the model's density first"
             ) from safe.error
-        with safe.share(1 - _BENDING):
-            climbs = _climbed(safe, points, inside, spread)
-        peaks, basin = _peaks(safe, climbs, spread, _known(known))
-        climbed = not safe.expired and bool(climbs.looked.double().mean() >= _MOST)
+        climbs = _climbed(safe, points, inside, spread)
+    if seconds is not None:  # a mode without a mass would not count
+        safe.deadline = time.monotonic() + _GRACE * seconds
+    peaks, basin = _peaks(safe, climbs, spread, _known(known))
+    climbed = not safe.expired and bool(climbs.looked.double().mean() >= _MOST)
     q_there = guide.values(peaks.points)
-    if seconds is not None and safe.deadline is not None:  # a mode without a mass would not count
-        safe.deadline = max(safe.deadline, time.monotonic() + _GRACE * seconds)
     mass_p, mass_q = _masses(safe, guide, peaks, generator)
     missed, share, rest = _judged(mass_p - log_evidence, mass_q.exp(), basin)
     # Modes that an earlier search found are judged again without new climbs; time may have ended before.
