@@ -415,7 +415,7 @@ def test_an_interruption_carries_the_result(simple, monkeypatch, way):
     def stopping(self, *args, **kwargs):
         nonlocal count
         count += 1
-        if count == (40 if way == "refine" else 400):
+        if count == (20 if way == "refine" else 400):
             signal.raise_signal(signal.SIGINT)
         return whole(self, *args, **kwargs)
 
