@@ -13,7 +13,7 @@ from torch import Generator, Tensor
 from pyro_flows.infer.diagnostics import importance
 from pyro_flows.infer.guides.assessment import FEWEST, ROUNDS, SEARCHED, weigh
 from pyro_flows.infer.guides.auto import AutoFlow
-from pyro_flows.infer.guides.posterior import affine_of, spline_of
+from pyro_flows.infer.guides.posterior import affine_of, preconditioner_of, spline_of
 from pyro_flows.infer.machine.budget import Budget
 from pyro_flows.infer.machine.pace import FLAT, rows_at_once
 from pyro_flows.infer.models.joint import FAILURES, JointDensity
@@ -25,6 +25,7 @@ __all__ = [
     "SEVERAL",
     "SLOW_SECONDS",
     "choose_particles",
+    "moved_to_mode",
     "seconds_for_verdict",
     "several_modes",
     "start_within",
@@ -42,6 +43,7 @@ SEARCHING = 0.1  # share of the seconds for a search for modes before training
 SHORT, SUFFICIENT = 0.15, 0.6  # the same share of few seconds, up to so many
 ANOTHER = 0.05  # most part of the time left for another search
 EVEN = 0.05  # spread of log-weights at the start that needs no training
+MOVING, CLEARLY = 128, 1.0  # draws for an ELBO of the start, and nats that make one clearly higher
 SEVERAL = 0.01  # share of outside modes that is worth another start
 
 
@@ -115,6 +117,25 @@ def seconds_for_verdict(density: JointDensity, budget: Budget, searched: bool) -
     if not searched:
         least += min(SEARCHING * seconds, ANOTHER * budget.left())
     return min(max(need, least), SLOW_ASSESSING * seconds)
+
+
+def moved_to_mode(guide: AutoFlow, density: JointDensity, probe: ModeProbe) -> bool:
+    """Moves the affine map to the Gaussian on the largest mode, if the ELBO of a start cut short is lower than its."""
+    affine = preconditioner_of(guide.flow)
+    if guide.structure is not None or spline_of(guide.flow) is not None or not len(probe.share):
+        return False
+
+    def elbo() -> float:
+        _, log_p, log_q = weigh(affine_of(guide.flow), density, MOVING)
+        return float((log_p - log_q).nan_to_num(nan=-math.inf).mean())
+
+    before, (loc, scale) = elbo(), (affine.loc.clone(), affine.scale.clone())
+    k = int(probe.share.argmax())
+    affine.place(probe.locations[k], probe.scale[k] if affine.full else probe.scale[k].norm(dim=-1))
+    better = elbo() > before + CLEARLY
+    if not better:
+        affine.place(loc, scale)
+    return better
 
 
 def several_modes(

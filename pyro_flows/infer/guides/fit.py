@@ -26,6 +26,7 @@ from pyro_flows.infer.guides.choices import (
     SEVERAL,
     SLOW_SECONDS,
     choose_particles,
+    moved_to_mode,
     seconds_for_verdict,
     several_modes,
     start_within,
@@ -331,6 +332,8 @@ def _begin(guide: AutoFlow, args: tuple[object, ...], kwargs: dict[str, object],
             found = cover_modes(guide.flow, several, generator, limit)
             notes.append(f"the start covers {found} modes, by a mixture of Gaussians")
             covered = copy.deepcopy(guide.flow.state_dict())
+        elif several is not None and moved_to_mode(guide, density, several):
+            notes.append("the start is the Gaussian on a mode that the search found")
         budget.step_seconds = max(density.pace.shortest, particles * density.pace.seconds_per_draw)
         exact = covered is None and starts_exact(guide, density)
         known = {"num_particles": particles, "covered": covered, "notes": notes, "keep": keep, "modes": several}
