@@ -5,11 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from asserts import refuses
 
 import pyro_flows as pf
 from pyro_flows.infer.density.adjacency import _lasso
 from pyro_flows.nets.degrees import _levels
-from tests.asserts import refuses
 
 find = pf.infer.sparse_adjacency
 

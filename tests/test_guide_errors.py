@@ -471,6 +471,12 @@ def test_options_of_the_guide_given_to_fit_guide(name):
         fit(plain, Y, steps=1, **{name: 3})
 
 
+@pytest.mark.parametrize("name", ["num_layers", "hidden_dims", "context"])
+def test_unknown_arguments_of_the_model(name):
+    message = rf"'{name}' is no argument of the model; the model takes y, size\..*AutoFlow\(model, partial\("
+    refuses(TypeError, message, fit, plain, Y, steps=1, **{name: 3})
+
+
 def test_budgets():
     for steps in (0, -1, 1.5, True, "3"):
         refuses(ValueError, "steps to be an integer >= 1", fit, Quick(plain), Y, steps=steps)

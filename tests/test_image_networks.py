@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from asserts import refuses
 
 import pyro_flows as pf
 from pyro_flows.flows import MINTNET_CONFIGURATIONS
 from pyro_flows.nets import ConvNet
-from tests.asserts import refuses
 
 NETWORKS = {
     **{

@@ -523,3 +523,10 @@ def test_seven_by_seven_needs_no_squeeze():
     flow = pf.multiscale_realnvp((1, 7, 7), hidden_channels=2, num_blocks=0)
     assert not any(isinstance(part, Squeeze) for part in flow)
     assert flow(torch.randn(2, 1, 7, 7)).shape == (2, 1, 7, 7)
+
+
+def test_an_image_without_its_channel_is_told():
+    for build in (pf.glow, pf.multiscale_realnvp):
+        with pytest.warns(UserWarning, match=r"series of 8 channels and 8 steps; an image .* is \(1, 8, 8\)"):
+            build((8, 8))
+        build((2, 8)), build((1, 8, 8))  # no warning

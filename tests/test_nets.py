@@ -256,3 +256,12 @@ def test_large_batches_go_in_pieces_without_a_trace(monkeypatch, own_context):
         pieces, params = layer.inverse_and_ladj(x, context), layer.net(x, context)
     torch.testing.assert_close(pieces, whole)
     torch.testing.assert_close(params, whole_params)
+
+
+def test_hidden_dims_that_are_no_sequence():
+    for build in (pf.nice, pf.realnvp, pf.maf, pf.iaf, pf.nsf, pf.ncsf, pf.cnf, pf.nets.MLP):
+        for wrong in (64, 64.0, "64"):
+            with pytest.raises(TypeError, match=r"hidden_dims to be positive integers in a tuple.*\(64, 64\)"):
+                build(3, hidden_dims=wrong) if build is not pf.nets.MLP else build(3, 1, hidden_dims=wrong)
+    with pytest.raises(TypeError, match="MADE: expected hidden_dims"):
+        pf.MADE(3, "normal", hidden_dims=64)

@@ -310,3 +310,10 @@ def test_bounds_that_a_module_learns():
         with torch.no_grad():
             flow.chain[1].transform.low.fill_(low)
         assert flow().support.check(torch.full((3,), 4.0)) == (low < 4)
+
+
+def test_repr_names_what_is_wrapped():
+    torchs = torch.distributions.transforms
+    assert repr(pf.Wrap(torchs.ExpTransform(), 2)).startswith("Wrap(ExpTransform, 2, ")
+    both = torchs.ComposeTransform([torchs.AffineTransform(0.0, torch.ones(9)), torchs.ExpTransform().inv])
+    assert repr(pf.Wrap(both, 9)).startswith("Wrap(Compose(AffineTransform, ExpTransform.inv), 9, ")

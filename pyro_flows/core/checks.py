@@ -61,6 +61,17 @@ def positive_integers(name: str, what: str, given: int | Iterable[int]) -> tuple
     return found
 
 
+def layer_widths(name: str, what: str, sizes: object) -> tuple[int, ...]:
+    """Returns the sizes of hidden layers, any number of them, as a tuple."""
+    if not isinstance(sizes, Iterable) or isinstance(sizes, str):
+        raise TypeError(
+            f"{name}{': ' if name else ''}expected {what} to be positive integers in a tuple, which may be empty, got "
+            f"{sizes!r}; two layers of 64 units are (64, 64)"
+        )
+    found = tuple(sizes)
+    return positive_integers(name, what, found) if found else ()
+
+
 def choice(name: str, what: str, value: str, options: Iterable[str], otherwise: str = "") -> str:
     """Returns one of the options.
 

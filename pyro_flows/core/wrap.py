@@ -119,6 +119,10 @@ class Wrap(FlowTransform):
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_images": {}}
 
+    def extra_repr(self) -> str:
+        held = "" if isinstance(self.transform, nn.Module) else f"{_told(self.transform)}, "  # modules are listed below
+        return held + super().extra_repr()
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Wrap:
         self._images.clear()
         if not isinstance(self.transform, nn.Module):
@@ -271,6 +275,15 @@ def held_inside(holder: Any, seen: set[int] | None = None) -> Iterator[Any]:
                 yield inner
                 if not isinstance(inner, (Tensor, nn.Module)):
                     yield from held_inside(inner, seen)
+
+
+def _told(transform: Transform) -> str:
+    """A transform by its class, with its parts; torch's own leave these out, or print whole tensors."""
+    if isinstance(transform, ComposeTransform):
+        return f"Compose({', '.join(map(_told, transform.parts))})"
+    if type(transform).__name__ == "_InverseTransform":
+        return f"{_told(transform.inv)}.inv"
+    return type(transform).__name__
 
 
 def _bare(transform: Transform) -> Transform:

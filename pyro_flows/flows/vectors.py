@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows.core.chain import Chain
-from pyro_flows.core.checks import choice, event_size, integer
+from pyro_flows.core.checks import choice, event_size, integer, layer_widths
 from pyro_flows.nets.activations import Activation
 from pyro_flows.transforms import Autoregressive, Coupling, Rescaling
 from pyro_flows.transforms.coupling import Mask, coupling_mask
@@ -21,9 +21,9 @@ __all__ = ["iaf", "maf", "ncsf", "nice", "nsf", "realnvp"]
 Order = str | Sequence[int] | Tensor
 
 
-def _hidden(event_shape: int | Iterable[int], hidden_dims: Sequence[int] | None) -> Sequence[int]:
+def _hidden(event_shape: int | Iterable[int], hidden_dims: Sequence[int] | None) -> tuple[int, ...]:
     if hidden_dims is not None:
-        return hidden_dims
+        return layer_widths("", "hidden_dims", hidden_dims)
     return (min(max(64, 4 * event_size(event_shape).numel()), 512),) * 2
 
 
@@ -77,7 +77,7 @@ def nice(
     options: dict[str, Any] = {"context_dim": context_dim, "residual": residual, "activation": activation}
     hidden = _hidden(input_dim, hidden_dims)
     layers = _couplings(input_dim, Shift(), num_layers, mask, hidden_dims=hidden, **options)
-    first = [Rescaling(input_dim, hidden_dims=tuple(hidden)[:1], **options)] if rescale else []
+    first = [Rescaling(input_dim, hidden_dims=hidden[:1], **options)] if rescale else []
     return Chain([*first, *layers])
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Size, Tensor, nn
 
-from pyro_flows.core.checks import event_size, integer, positive_integers
+from pyro_flows.core.checks import event_size, integer
 from pyro_flows.core.modes import plain_eager
 from pyro_flows.nets.activations import Activation, activation_functions
 
@@ -22,6 +23,12 @@ def image_shape(name: str, event_shape: int | Iterable[int]) -> Size:
         raise ValueError(
             f"{name}: expected an event of shape (C, H, W) or (C, T), got {tuple(shape)}; a single channel has a "
             "dimension of its own too, e.g. (1, 28, 28)"
+        )
+    if len(shape) == 2 and shape[0] == shape[1] > 4:
+        warnings.warn(
+            f"{name}: an event of shape {tuple(shape)} is a series of {shape[0]} channels and {shape[1]} steps; an "
+            f"image of one channel is (1, {shape[0]}, {shape[1]})",
+            stacklevel=3,
         )
     return shape
 
@@ -68,10 +75,10 @@ class ConvNet(nn.Module):
         super().__init__()
         if space_dims not in (1, 2):
             raise ValueError(f"expected space_dims to be 1 or 2, got {space_dims!r}")
-        given = (kernel_size,) * 3 if isinstance(kernel_size, int) else kernel_size
-        sizes = positive_integers("", "kernel_size", given)
-        if len(sizes) != 3 or not all(size % 2 for size in sizes):
-            raise ValueError(f"expected an odd kernel_size, or three odd ones, got {kernel_size!r}")
+        sizes = tuple(kernel_size) if isinstance(kernel_size, Sequence) else (kernel_size,) * 3
+        sizes = tuple(integer("", "kernel_size", size, odd=True) for size in sizes)
+        if len(sizes) != 3:
+            raise ValueError(f"expected one kernel_size, or three, got {kernel_size!r}")
         self.in_channels = integer("", "in_channels", in_channels)
         self.out_channels = integer("", "out_channels", out_channels)
         self.num_params = integer("", "num_params", num_params)

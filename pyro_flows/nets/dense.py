@@ -11,16 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Size, Tensor, nn
 
-from pyro_flows.core.checks import integer, positive_integers
+from pyro_flows.core.checks import integer, layer_widths
 from pyro_flows.nets.activations import Activation, activation_functions
 
 __all__ = ["MLP"]
 
 
 def _widths(hidden_dims: Sequence[int], residual: bool) -> tuple[int, ...]:
-    widths = tuple(hidden_dims)
-    if widths:
-        positive_integers("", "hidden_dims", widths)
+    widths = layer_widths("", "hidden_dims", hidden_dims)
     if not residual:
         return widths
     if not widths or len(set(widths)) > 1:

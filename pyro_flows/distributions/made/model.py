@@ -16,7 +16,7 @@ from pyro_flows.core.checks import (
     choice,
     event_size,
     integer,
-    positive_integers,
+    layer_widths,
 )
 from pyro_flows.distributions.made.autoregressive import AutoregressiveDistribution, AutoregressiveModel, by_row
 from pyro_flows.distributions.made.composed import as_head
@@ -99,8 +99,7 @@ class MADE(AutoregressiveModel):
         if len(event) != 1:
             raise ValueError(f"MADE: expected input_dim to be an integer, got {input_dim!r}; for images see ConvMADE")
         super().__init__(event, as_head(head, input_dim), integer("MADE", "context_dim", context_dim, 0))
-        hidden = tuple(hidden_dims)
-        self.hidden_dims = positive_integers("MADE", "hidden_dims", hidden) if hidden else ()
+        self.hidden_dims = layer_widths("MADE", "hidden_dims", hidden_dims)
         if not 0 <= dropout < 1:
             raise ValueError(f"MADE: expected 0 <= dropout < 1, got {dropout}")
         self.dropout = float(dropout)

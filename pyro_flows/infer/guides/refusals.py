@@ -28,13 +28,17 @@ def guide_of(model_or_guide: Model | AutoFlow, kwargs: dict[str, object]) -> Aut
             f"fit_guide: the model has an argument named {taken[0]!r}, as fit_guide itself has: bind it beforehand, "
             f"functools.partial(model, {taken[0]}=...), or rename it"
         )
+    known = argument_names(model)
     options = set(inspect.signature(AutoFlow.__init__).parameters) - {"self", "model"}
-    for name in kwargs:
-        if name in options and names and name not in names:
-            raise TypeError(
-                f"fit_guide: {name!r} is no argument of the model; it is an option of the guide: "
-                f"fit_guide(AutoFlow(model, {name}=...), ...)"
+    for name in () if known is None else set(kwargs) - set(known):
+        if name in options:
+            told = f"it is an option of the guide: fit_guide(AutoFlow(model, {name}=...), ...)"
+        else:
+            told = (
+                f"the model takes {', '.join(known or ()) or 'none'}. Options of the flow belong to its builder: "
+                "fit_guide(AutoFlow(model, partial(pf.realnvp, num_layers=4)), ...)"
             )
+        raise TypeError(f"fit_guide: {name!r} is no argument of the model; {told}")
     return guide
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyro_flows.core.checks import choice, integer, positive_integers
+from pyro_flows.core.checks import choice, integer, layer_widths
 from pyro_flows.core.recipes import remembered
 from pyro_flows.nets.activations import activation_function, value_and_slope
 from pyro_flows.nets.convolutional import image_shape
@@ -26,14 +26,6 @@ def _smooth(activation: str | Function) -> Function:
     if isinstance(activation, str):
         choice("", "activation", activation, ("silu", "softplus", "tanh"), "a smooth function")
     return activation_function(activation)
-
-
-def _widths(name: str, sizes: Sequence[int]) -> tuple[int, ...]:
-    """Checks hidden sizes, any number."""
-    if not isinstance(sizes, Iterable):
-        raise TypeError(f"expected {name} to be positive integers in a tuple, which may be empty, got {sizes!r}")
-    sizes = tuple(sizes)
-    return positive_integers("", name, sizes) if sizes else ()
 
 
 class Modulation(nn.Module):
@@ -124,7 +116,7 @@ class ChainField(Field):
         squash: bool = True,
     ) -> None:
         super().__init__(event_shape, context_dim, time_dependent)
-        size, hidden = self.event_shape.numel(), _widths("hidden_dims", hidden_dims)
+        size, hidden = self.event_shape.numel(), layer_widths("", "hidden_dims", hidden_dims)
         self.activation = _smooth(activation)
         self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in itertools.pairwise((size, *hidden, size)))
         nn.init.zeros_(self.layers[-1].weight)
@@ -239,7 +231,7 @@ class ConvField(Field):
         self.padding = integer("", "kernel_size", kernel_size, odd=True) // 2
         channels, self.space_dims = self.event_shape[0], len(self.event_shape) - 1
         make = _CONVOLUTIONS[self.space_dims][0]
-        sizes = (channels, *_widths("hidden_channels", hidden_channels), channels)
+        sizes = (channels, *layer_widths("", "hidden_channels", hidden_channels), channels)
         self.activation = _smooth(activation)
         self.layers = nn.ModuleList(make(i, o, kernel_size, padding=self.padding) for i, o in itertools.pairwise(sizes))
         nn.init.zeros_(self.layers[-1].weight)
