@@ -127,6 +127,15 @@ def test_another_walk_is_compared():
     assert "did not end" in wider.why_not
     beyond = compare_walks(own, weights, noise(256, 16, 2, seed=1), noise(4096, seed=2) + 3)
     assert "did not end" in beyond.why_not
+    high = noise(256, 16, seed=2).clamp(max=3)
+    for chains, words in (
+        (9, ""),
+        (10, "did not end"),
+    ):  # the highest of 512 by chance, with a probability of 2^-chains
+        high[:chains] = 9.0
+        found = compare_walks(own, weights, noise(256, 16, 2, seed=1), high)
+        assert found.chains == chains and found.beyond > 0.03 and found.why_not.startswith(("chains",) if words else "")
+        assert bool(found.why_not) == bool(words)
     assert "too short" in compare_walks(own, weights, noise(16, 16, 2, seed=1), noise(256, seed=2).clamp(max=3)).why_not
 
 

@@ -22,6 +22,7 @@ CERTAIN = 4.0  # standard errors
 # A gap that passes as chance moves the mean of all by at most half of it, to be a tenth of a standard deviation.
 KNOWN = 2 * 0.1 / CERTAIN
 BEYOND = 0.01  # part of the chains begun elsewhere that lies beyond all weights of the others
+TOSSES = 10  # chains there that are no chance: as many of the highest are on one side with probability 2^-10
 
 
 @dataclass(frozen=True)
@@ -81,14 +82,16 @@ class Apart:
     error: float
     """The largest standard error of these."""
     beyond: float
-    """The part of the chains begun elsewhere whose weights are above all of the others."""
+    """The part of the draws of chains begun elsewhere whose weights are above all of the others."""
+    chains: int
+    """The number of chains that have such draws."""
     differs: bool
     """Whether a scalar's difference is certain and not harmless."""
 
     @property
     def why_not(self) -> str:
         """What speaks against it that all end in the same place; empty if nothing does."""
-        if self.differs or self.beyond > BEYOND:
+        if self.differs or (self.beyond > BEYOND and self.chains >= TOSSES):
             return "chains that began elsewhere did not end in the same place"
         return "" if self.error <= KNOWN else "the chains are too short to compare with those that began elsewhere"
 
@@ -206,9 +209,10 @@ def compare_walks(states: Tensor, log_weights: Tensor, other: Tensor, other_weig
     own, others = _scores(states), _scores(other, states)
     gap = (others.mean((0, 1)) - own.mean((0, 1))).abs()
     error = (others.mean(1).var(0) / len(others) + own.mean(1).var(0) / len(own)).sqrt()
-    beyond = float((other_weights > log_weights.max()).double().mean())
+    above = (other_weights > log_weights.max()).reshape(len(other), -1)
+    beyond, chains = float(above.double().mean()), int(above.any(-1).sum())
     differs = (gap > APART) & (gap > CERTAIN * error)
-    return Apart(float(gap.max()), float(error.max()), beyond, bool(differs.any()))
+    return Apart(float(gap.max()), float(error.max()), beyond, chains, bool(differs.any()))
 
 
 def judge_chains(

@@ -418,7 +418,7 @@ def _held(parameters: dict[str, Tensor]) -> str:
 def _assess(guide: AutoFlow, begun: _Begun, budget: Budget | None = None) -> Assessment:
     left = walking = math.inf
     searching = SLOW_SECONDS  # cuts off searches of slow models alone
-    evaluations = WALK_EVALUATIONS * begun.density.evaluations
+    evaluations = WALK_EVALUATIONS * (guide.start_evaluations + begun.density.evaluations)  # of resumed fits, too
     if budget is not None and budget.seconds is not None:
         left = max(budget.left(), 0.02 * budget.seconds)
         walking, searching = WALKING * budget.seconds, SEARCHING_ON * budget.seconds

@@ -176,7 +176,7 @@ class Refining:
             self.walk, self.settled = walk, found
             self.apart = compare_walks(walk.scalars[:half], weights[:half], walk.scalars[half:], weights[half:])
             self.diverged = walkers.diverged - before
-            if found.ok and self.ended and not self.apart.why_not:
+            if (found.ok and self.ended and not self.apart.why_not) or self._sweeps_left() < ROUND * FEWEST:
                 break
             length *= 2
         self.stopped = ""
@@ -244,12 +244,15 @@ class Refining:
 
     # Rounds.
 
-    def _is_last(self, length: int) -> bool:
-        """Whether no longer round would follow one of this length, so that this one takes all that is left."""
+    def _sweeps_left(self) -> float:
         fraction, done = self.budget.fraction, self.budget.done
         if not done:
-            return self.budget.steps is not None and self.budget.steps < 3 * ROUND * length
-        return (1 - fraction) * done / max(1e-9, fraction) < 3 * ROUND * length
+            return math.inf if self.budget.steps is None else self.budget.steps
+        return (1 - fraction) * done / max(1e-9, fraction)
+
+    def _is_last(self, length: int) -> bool:
+        """Whether no longer round would follow one of this length, so that this one takes all that is left."""
+        return self._sweeps_left() < 3 * ROUND * length
 
     def _ridges(self, z: Tensor) -> list[Gaussians]:
         """Returns Gaussians along ridges from some points, if there are any and time suffices to follow them."""
