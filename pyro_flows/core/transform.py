@@ -75,6 +75,7 @@ class FlowTransform(TransformModule):
     bijective = True
     sampling_cost = "1 pass"  # base to data
     density_cost = "1 pass"  # data to base
+    affine = False  # whether the map is a matrix and a shift, at each context
     event_shape: Size
     context_dim: int
     _memo: Memo

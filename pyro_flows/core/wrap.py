@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+from pyro.distributions.transforms import LowerCholeskyAffine
 from torch import Size, Tensor, nn
 from torch.distributions import (
     AffineTransform,
@@ -165,6 +166,10 @@ class Wrap(FlowTransform):
     def elementwise(self) -> bool:
         """Whether the transform maps single numbers."""
         return self.transform.domain.event_dim == self.transform.codomain.event_dim == 0
+
+    @property
+    def affine(self) -> bool:  # type: ignore[override]  # of other classes, a constant
+        return _one_of(_bare(self.transform), AffineTransform, LowerCholeskyAffine)[0] is not None
 
     def log_slopes(self, y: Tensor, context: Tensor | None = None) -> Tensor:
         """The logarithm of each slope from data to base, of the shape of ``y``."""

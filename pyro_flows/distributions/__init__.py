@@ -18,12 +18,21 @@ from pyro_flows.distributions.made import (
     RelaxedBernoulliHead,
 )
 from pyro_flows.distributions.noise import Dequantizer
+from pyro_flows.distributions.queries import (
+    Conditional,
+    Estimate,
+    Marginal,
+    Modes,
+    estimate_entropy,
+    estimate_kl,
+)
 
 __all__ = [
     "MADE",
     "AutoregressiveDistribution",
     "BernoulliHead",
     "CategoricalHead",
+    "Conditional",
     "ConvMADE",
     "Dequantized",
     "DequantizedDistribution",
@@ -32,16 +41,21 @@ __all__ = [
     "DistributionHead",
     "Ensemble",
     "EnsembleDistribution",
+    "Estimate",
     "FixedBase",
     "Flow",
     "FlowDistribution",
     "GaussianMixture",
     "LogisticMixtureHead",
+    "Marginal",
     "MixedHead",
     "MixtureHead",
+    "Modes",
     "NormalHead",
     "RelaxedBernoulliHead",
     "StudentT",
     "UniformCircle",
     "bits_per_dim",
+    "estimate_entropy",
+    "estimate_kl",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import pyro
@@ -19,6 +19,7 @@ from pyro_flows.core.modes import plain_eager
 from pyro_flows.core.transform import FlowTransform
 from pyro_flows.distributions.flow import Flow
 from pyro_flows.distributions.noise import counted_uniform, fresh_uniform, from_uniform, grid_bits
+from pyro_flows.distributions.queries.answers import Weighted
 from pyro_flows.distributions.shared import SharedDistribution
 from pyro_flows.transforms.pixels import LogitPixels
 
@@ -56,6 +57,12 @@ class DequantizedDistribution(SharedDistribution):
 
     def _scores(self, value: Tensor) -> Tensor:
         return self.model._terms(value, self.context)
+
+    def _pieces(self, dims: Sequence[int]) -> Weighted:
+        raise NotImplementedError(
+            "Dequantized: the log-mass of pixels is a bound, which has no marginals, conditionals and modes; ask "
+            "the density of their intensities, dequantized.flow()"
+        )
 
     def _draw(self, sample_shape: Size) -> Tensor:
         """Draws, of 64-bit integers."""

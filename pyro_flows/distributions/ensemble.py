@@ -13,6 +13,7 @@ from torch.distributions.constraints import Constraint
 
 from pyro_flows.core.checks import check_context, check_tensor, without_leading_ones
 from pyro_flows.distributions.flow import Flow
+from pyro_flows.distributions.queries.answers import Answering, Weighted
 from pyro_flows.distributions.shared import SharedDistribution
 
 __all__ = ["Ensemble", "EnsembleDistribution"]
@@ -28,6 +29,24 @@ class EnsembleDistribution(SharedDistribution):
         if self._validate_args:
             self._validate_sample(value)
         return value
+
+    def _pieces(self, dims: Sequence[int]) -> Weighted:
+        given = () if self.context is None else (self.context,)
+        found: Weighted = []
+        for k, member in enumerate(self.model.members):
+            try:
+                each: Any = member(*given)
+            except NotImplementedError:  # a module without a call
+                each = None
+            if not isinstance(each, Answering):
+                raise NotImplementedError(
+                    f"Ensemble: expected members whose calls give distributions with marginals, but member {k} is a "
+                    f"{type(member).__name__}; make the ensemble of flows and MADEs"
+                )
+            made: Any = each
+            made = made if made.batch_shape == self.batch_shape else made.expand(self.batch_shape)
+            found += [(log_weight - math.log(len(self.model)), piece) for log_weight, piece in made._pieces(dims)]
+        return found
 
     def _scores(self, value: Tensor) -> Sequence[Tensor]:
         return self.model.scores(value, self.context)

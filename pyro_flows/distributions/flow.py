@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from pyro.distributions import TransformedDistribution
@@ -14,12 +15,17 @@ from pyro_flows.core.checks import check_context, check_tensor, first_floating, 
 from pyro_flows.core.modes import plain_eager
 from pyro_flows.core.transform import REAL, FlowTransform
 from pyro_flows.distributions.bases import DiagonalNormal, FixedBase, UniformCircle
+from pyro_flows.distributions.queries.answers import Answering, Weighted
+from pyro_flows.distributions.queries.chain import ChainPiece
 
 __all__ = ["Flow", "FlowDistribution"]
 
 
-class FlowDistribution(TransformedDistribution):
+class FlowDistribution(Answering, TransformedDistribution):
     """A ``TransformedDistribution`` that :class:`Flow` makes and that shares its parameters; it scores in one pass."""
+
+    def _pieces(self, dims: Sequence[int]) -> Weighted:
+        return [(0.0, ChainPiece(self.base_dist, self.transforms[0]))]
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-density in nats, shape ``(*sample, *batch)``; one pass."""

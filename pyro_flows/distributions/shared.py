@@ -15,11 +15,12 @@ from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
 
 from pyro_flows.core.checks import joint_shape
+from pyro_flows.distributions.queries.answers import Answering
 
 __all__ = ["SharedDistribution"]
 
 
-class SharedDistribution(TorchDistribution):
+class SharedDistribution(Answering, TorchDistribution):
     """Abstract base: a distribution that a module makes at a context and that shares its parameters.
 
     A subclass defines ``_admit``, ``_scores`` and ``_draw``.

@@ -74,6 +74,7 @@ class Degrees:
             earlier steps.
         times: for each hidden layer, how many steps must precede each unit; sorted.
         dense: whether ``steps`` and ``times`` alone imply the masks.
+        adjacency: what each output may see, by rank; ``None`` for all inputs of lower rank.
     """
 
     def __init__(
@@ -112,7 +113,7 @@ class Degrees:
         seen = ranks if direct else seen
         self.steps = torch.unique(seen, return_inverse=True)[1]
         self.times = [torch.where(r == 0, 0, self.steps[(r - 1).clamp(min=0)] + 1) for r in reach[:-1]]
-        self._sees: Tensor | None = None
+        self.adjacency: Tensor | None = None
 
     def _by_set(self, context: bool, adjacency: Tensor) -> None:
         shape = (self.input_dim, self.input_dim)
@@ -123,9 +124,9 @@ class Degrees:
             raise ValueError("expected an adjacency with a false diagonal: a dimension cannot be its own condition")
         level = _levels(adjacency)
         self.order = torch.argsort(level, stable=True)
-        self._sees = adjacency[self.order][:, self.order]  # by rank
+        self.adjacency = adjacency[self.order][:, self.order]  # by rank
         self.steps = level[self.order]
-        sets = torch.unique(self._sees, dim=0)
+        sets = torch.unique(self.adjacency, dim=0)
         if not context and sets.any():
             sets = sets[sets.any(1)]
         last = torch.where(sets, self.steps + 1, 0).amax(1)  # when a set is complete
@@ -137,11 +138,11 @@ class Degrees:
 
     def masks(self) -> list[Tensor]:
         """A boolean mask for each layer; rows are the layer's outputs."""
-        if self._sees is None:
+        if self.adjacency is None:
             ranks = torch.arange(self.input_dim)
             return visible(ranks + 1, self._unit, ranks)
         below = [torch.eye(self.input_dim, dtype=torch.bool), *self._unit]
-        above = [*self._unit, self._sees]
+        above = [*self._unit, self.adjacency]
         # A set may use its subsets.
         return [(~a).float() @ b.float().T == 0 for a, b in zip(above, below, strict=True)]
 

@@ -34,6 +34,7 @@ class Rescaling(FlowTransform):
     """
 
     sampling_cost = density_cost = "1 product"
+    affine = True
 
     def __init__(
         self,
@@ -113,6 +114,7 @@ class Standardization(FlowTransform):
     """
 
     sampling_cost = density_cost = "1 product"
+    affine = True
     loc: Tensor
     scale: Tensor
 
@@ -209,6 +211,7 @@ class Permutation(FlowTransform):
     """
 
     sampling_cost = density_cost = "1 gather"
+    affine = True
     permutation: Tensor
     undo: Tensor
 

@@ -59,6 +59,7 @@ class LULinear(FlowTransform):
     """
 
     sampling_cost = "1 product"
+    affine = True
     half_precision = False  # torch solves triangular systems in float32 and float64 only
     density_cost = "1 solve"
     bias: Tensor | None
@@ -147,6 +148,7 @@ class Conv1x1(FlowTransform):
     """
 
     sampling_cost = density_cost = "1 product"
+    affine = True
     half_precision = False  # torch solves triangular systems in float32 and float64 only
     bias: Tensor | None
     permutation: Tensor
@@ -229,6 +231,7 @@ class Householder(FlowTransform):
     """
 
     sampling_cost = density_cost = "1 product"
+    affine = True
     half_precision = False  # torch solves triangular systems in float32 and float64 only
 
     def __init__(self, event_shape: int | Iterable[int], num_reflections: int | None = None) -> None:

@@ -49,6 +49,7 @@ class ActNorm(FlowTransform):
     """
 
     sampling_cost = density_cost = "1 product"
+    affine = True
     initialized: Tensor
     _read: tuple[Tensor, int, bool] | None = None
 

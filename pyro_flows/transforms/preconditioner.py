@@ -33,6 +33,7 @@ class Preconditioner(FlowTransform):
     """
 
     sampling_cost = "1 product"
+    affine = True
     half_precision = False  # torch solves triangular systems in float32 and float64 only
     density_cost = "1 solve"
     loc: Tensor

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import math
+from collections.abc import Sequence
+
 import torch
 from pyro.ops.provenance import track_provenance
 from torch import Size, Tensor, nn
@@ -11,6 +15,8 @@ from pyro_flows.core.checks import check_context, check_tensor, wrong_event
 from pyro_flows.core.modes import plain_eager
 from pyro_flows.distributions.made.head import Head
 from pyro_flows.distributions.made.network import Member
+from pyro_flows.distributions.made.pieces import OrderPiece
+from pyro_flows.distributions.queries.answers import Weighted
 from pyro_flows.distributions.shared import SharedDistribution
 
 __all__ = ["AutoregressiveDistribution", "AutoregressiveModel", "by_row"]
@@ -42,6 +48,19 @@ class AutoregressiveDistribution(SharedDistribution):
         if self._validate_args and value.numel() and plain_eager():
             self.model.head.check(value.reshape(*value.shape[:cut], self.model.input_dim))
         return value
+
+    def _beginning_with(self, dims: Sequence[int]) -> AutoregressiveDistribution:
+        if not getattr(self.model, "any_order", False):
+            return self
+        observed = torch.zeros(self.model.input_dim, dtype=torch.bool, device="cpu")
+        observed[list(dims)] = True
+        made = copy.copy(self)
+        made.members = tuple(self.model.member_for(observed, number) for number in range(len(self.members)))
+        return made
+
+    def _pieces(self, dims: Sequence[int]) -> Weighted:
+        own = self._beginning_with(dims).members if dims else self.members
+        return [(-math.log(len(own)), OrderPiece(self.model, self.context, each, self.batch_shape)) for each in own]
 
     def _scores(self, value: Tensor) -> list[Tensor]:
         return [self.model.score(value, self.context, member) for member in self.members]

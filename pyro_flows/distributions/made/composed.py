@@ -258,6 +258,9 @@ class MixedHead(Head):
     def discrete_dims(self) -> list[bool]:
         return self._spread([head.discrete_dims() for head in self.heads])
 
+    def num_values(self) -> list[int | None]:
+        return self._spread([head.num_values() for head in self.heads])
+
     def fixed_points(self) -> list[float]:
         return self._spread([head.fixed_points() for head in self.heads])
 

@@ -162,6 +162,14 @@ class Head(nn.Module):
 
     # Derived.
 
+    def num_values(self) -> list[int | None]:
+        """The number of values of each dimension, which are 0, 1, ...; ``None`` where they are endless or unknown."""
+        least, most = (getattr(self.constraint, end, None) for end in ("lower_bound", "upper_bound"))
+        if self.constraint is constraints.boolean:
+            least, most = 0, 1
+        count = int(most) + 1 if self.discrete and least == 0 and most is not None else None
+        return [count] * self.input_dim
+
     def fills(self, make: Callable[[], Tensor], dims: Tensor, x: Tensor, coded: Tensor) -> Calls:
         """Calls that fill ``x`` with values, made in shape ``(columns, n)``, and their features; see :meth:`draws`."""
         value, shared = x.T, coded.data_ptr() == x.data_ptr()

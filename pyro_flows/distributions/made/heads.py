@@ -270,6 +270,9 @@ class CategoricalHead(Head):
     def allowed(self, dim: int) -> str:
         return f"one of the categories 0 to {self.num_classes[dim] - 1}"
 
+    def num_values(self) -> list[int | None]:
+        return [*self.num_classes]
+
     def code(self, value: Tensor, dims: Tensor | None = None) -> Tensor:
         value = value.unsqueeze(-1)
         return (value == self.index).to(value.dtype) + (value - value)  # NaN for NaN

@@ -17,8 +17,9 @@ from torch.distributions import Normal
 
 from pyro_flows.core.wrap import Wrap
 from pyro_flows.distributions import Dequantized, Flow
+from pyro_flows.distributions.queries.layers import Leaf, is_elementwise, leaves_of
 from pyro_flows.infer.compression.conditionals import Conditionals, Edges, Read, snapshot
-from pyro_flows.infer.uses.surprise import Leaf, is_elementwise, leaves_of, pixel_flow, single_base
+from pyro_flows.infer.uses.surprise import pixel_flow, single_base
 from pyro_flows.transforms import ActNorm, LogitPixels, Mint
 from pyro_flows.transforms.mint.orders import as_image, ranks
 
@@ -101,7 +102,7 @@ class FlowConditionals(Conditionals):
         self.numbers = dims * (6 * pixels.levels.bit_length() + sum(4 + 3 * layer.num_groups for layer in layers))
 
     def _check(self) -> tuple[LogitPixels, list[Mint]]:
-        leaves = leaves_of(self.flow, None)
+        leaves = leaves_of(self.flow.chain, None)
         last = leaves[-1][0]
         if not isinstance(last, LogitPixels) or leaves[-1][2]:
             raise ValueError(
@@ -132,7 +133,7 @@ class FlowConditionals(Conditionals):
         value = (x.double() + 0.5).unflatten(1, self.event_shape)
         places = torch.arange(len(self.levels)) if dims is None else dims
         borders: list[Border] = []
-        for leaf in leaves_of(self.flow, self.flow.inner_context(context))[::-1]:
+        for leaf in leaves_of(self.flow.chain, self.flow.inner_context(context))[::-1]:
             border: Border = functools.partial(self._elementwise, leaf)
             if isinstance(leaf.part, Mint):
                 value, border = _centers(leaf.part, value, leaf.context)

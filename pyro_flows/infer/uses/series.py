@@ -13,8 +13,9 @@ from torch.distributions import Distribution, constraints
 from pyro_flows.core.checks import admit, check_context, integer, joint_shape, refuse_other_kind
 from pyro_flows.core.steps import Move, Stepper, at_any_time
 from pyro_flows.distributions import Flow
+from pyro_flows.distributions.queries.layers import leaves_of
 from pyro_flows.infer.density.units import is_plain_flow
-from pyro_flows.infer.uses.surprise import leaves_of, single_base, surprise
+from pyro_flows.infer.uses.surprise import single_base, surprise
 
 __all__ = ["Stream", "step_log_prob"]
 
@@ -68,7 +69,7 @@ class Stream:
             context = refuse_other_kind("Stream", "context", context, flow)
             self._widen("a context", context)
         context = flow.inner_context(context)
-        leaves = leaves_of(flow, context)
+        leaves = leaves_of(flow.chain, context)
         for part, own, _ in leaves:
             if own is not None and own is not context:
                 self._widen(f"a {type(part).__name__} that is bound to a context", own)

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent
 
-from pyro_flows.core.chain import leaves
 from pyro_flows.core.checks import admit
-from pyro_flows.core.transform import Conditioned, FlowTransform, Inverse
-from pyro_flows.core.wrap import Wrap
+from pyro_flows.core.transform import FlowTransform
 from pyro_flows.distributions import Dequantized, Flow
+from pyro_flows.distributions.queries.layers import is_elementwise, leaves_of, order_of
 from pyro_flows.infer.density.units import is_plain_flow
 from pyro_flows.infer.uses.anomaly import evaluating
-from pyro_flows.transforms import ActNorm, Autoregressive, LogitPixels, Rescaling, Standardization
 
-__all__ = ["Leaf", "is_elementwise", "leaves_of", "pixel_flow", "pixel_scores", "single_base", "surprise"]
+__all__ = ["pixel_flow", "pixel_scores", "single_base", "surprise"]
 
 
 @torch.no_grad()
@@ -91,11 +87,10 @@ def surprise(
         places = torch.arange(flow.chain.event_shape.numel(), device="cpu").view(flow.chain.event_shape)
         known = ("time", places.T.flatten().tolist())
     total = torch.zeros_like(value)
-    found = leaves_of(flow, context)
+    found = leaves_of(flow.chain, context)
     for k, leaf in reversed(list(enumerate(found))):
-        part: Any = leaf.part
-        name = f"{type(part).__name__} (part {k} of {len(found)})"
-        order = _order(part, name, who)
+        name = f"{type(leaf.part).__name__} (part {k} of {len(found)})"
+        order = _order(leaf.part, name, who)
         if order is not None:
             if known is not None and known[1] != order:
                 raise ValueError(
@@ -104,61 +99,22 @@ def surprise(
                     "and of the same order"
                 )
             known = (name, order)
-        if hasattr(part, "inverse_and_log_slopes") and not leaf.inverse:
-            moved, slopes = part.inverse_and_log_slopes(value, leaf.context)
-        else:
-            moved = leaf.to_base(value)
-            slopes = part.log_slopes(moved if leaf.inverse else value, leaf.context)
-        value, total = moved, total - slopes if leaf.inverse else total + slopes
+        value, slopes = leaf.to_base_and_slopes(value)
+        total = total + slopes
     return -(single.log_prob(value) + total)
-
-
-class Leaf(NamedTuple):
-    """A layer of a flow, its context, and whether the flow uses its inverse."""
-
-    part: FlowTransform
-    context: Tensor | None
-    inverse: bool
-
-    def to_base(self, value: Tensor) -> Tensor:
-        """Moves a value through the layer, towards the base."""
-        move = self.part._forward_and_ladj if self.inverse else self.part._inverse_and_ladj
-        return move(value, self.context)[0]
-
-
-def leaves_of(flow: Flow, context: Tensor | None) -> list[Leaf]:
-    """The layers from base to data, without inverses and conditioned views."""
-    found = []
-    for part in leaves(flow.chain):
-        own, inverse = context, False
-        while isinstance(part, (Inverse, Conditioned)):
-            own, inverse = (own, not inverse) if isinstance(part, Inverse) else (part.context, inverse)
-            part = part.transform
-        found.append(Leaf(part, own if part.context_dim else None, inverse))
-    return found
 
 
 def _order(part: FlowTransform, name: str, who: str) -> list[int] | None:
     """The dimensions in a triangular layer's order; ``None`` for an elementwise layer."""
     if is_elementwise(part):
         return None
-    if isinstance(part, Autoregressive):
-        return part.net.order.tolist()
-    if not all(hasattr(part, each) for each in ("log_slopes", "order", "lower")):
+    order = order_of(part)
+    if order is None:
         raise ValueError(
             f"{who}: {name} mixes the dimensions in no order that is known, so that there are no conditionals to read; "
             "build a flow of one orientation, of Mint or Autoregressive layers and elementwise parts"
         )
-    places = torch.arange(part.event_shape.numel(), device="cpu").view(part.event_shape)
-    places = (places if part.order == "channel" else places.movedim(0, -1)).flatten()
-    return (places if part.lower else places.flip(0)).tolist()
-
-
-def is_elementwise(part: FlowTransform) -> bool:
-    """Whether a layer maps each dimension by itself."""
-    if isinstance(part, Wrap):
-        return part.elementwise
-    return isinstance(part, (ActNorm, LogitPixels, Rescaling, Standardization))
+    return order
 
 
 def single_base(base: Distribution, flow: Flow, who: str) -> Distribution:
