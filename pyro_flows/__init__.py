@@ -21,7 +21,7 @@ from pyro_flows.distributions import (
     StudentT,
     bits_per_dim,
 )
-from pyro_flows.flows import causal_maf, cnf, glow, iaf, maf, mintnet, multiscale_realnvp, ncsf, nice, nsf, realnvp
+from pyro_flows.flows import causal_maf, cnf, glow, iaf, idf, maf, mintnet, multiscale_realnvp, ncsf, nice, nsf, realnvp
 from pyro_flows.transforms import (
     ActNorm,
     Autoregressive,
@@ -78,6 +78,7 @@ __all__ = [
     "fit_guide",
     "glow",
     "iaf",
+    "idf",
     "load_guide",
     "maf",
     "mintnet",

@@ -18,6 +18,8 @@ from pyro_flows.transforms import (
     Conv1x1,
     FixedSpline,
     Householder,
+    IntegerCoupling,
+    IntegerSplit,
     Plated,
     Preconditioner,
     Split,
@@ -42,6 +44,7 @@ class Case:
         rtol: of ``check_transform``, in units of the machine epsilon; ``None`` for its own.
         positive: whether base-side values must be positive.
         angles: whether base-side values are angles, from one turn.
+        whole: whether base-side values are whole numbers.
         left_out: checks of ``check_transform`` that Python itself rules out for this one.
     """
 
@@ -54,6 +57,7 @@ class Case:
     rtol: float | None = None
     positive: bool = False
     angles: bool = False
+    whole: bool = False
     left_out: tuple[str, ...] = ()
 
     @property
@@ -65,6 +69,8 @@ class Case:
         x = torch.randn(*batch, *self.event_shape, dtype=dtype, device=device)
         if self.angles:
             return 3 * torch.tanh(x)
+        if self.whole:
+            return (3 * x).round()
         return x.abs() + 0.1 if self.positive else x
 
 
@@ -606,6 +612,37 @@ def _continuous() -> Iterator[Case]:
     yield Case("continuous-given", ("Continuous",), given, (2,), takes_context=False, scale=0.2, rtol=ulps)
 
 
+def _integers() -> Iterator[Case]:
+    small = {"hidden_dims": (5,), "levels": 8}
+
+    def coupling(name: str, shape: int | tuple[int, ...], mask: list[bool], **options: object) -> Case:
+        event = (shape,) if isinstance(shape, int) else shape
+        build = lambda c: IntegerCoupling(shape, mask, context_dim=c, **{**small, **options})  # noqa: E731
+        return Case(f"integer-coupling{name}", ("IntegerCoupling",), build, event, whole=True)
+
+    yield coupling("", 3, [True, False, True])
+    yield coupling("-image", (3, 2, 3), [False, True, False])
+    yield coupling("-series", (2, 4), [True, False], kernel_size=1, hidden_dims=())
+    yield coupling("-one-dimension", 1, [False])
+
+    def idf(name: str, shape: int | tuple[int, ...], **options: object) -> Case:
+        event = (shape,) if isinstance(shape, int) else shape
+        build = lambda c: pf.idf(shape, context_dim=c, **{**small, "num_layers": 2, **options})  # noqa: E731
+        covers = ("idf", "IntegerCoupling", "Chain") + (("IntegerSplit",) if len(event) > 1 else ())
+        return Case(f"idf{name}", covers, build, event, whole=True, scale=0.3)
+
+    yield idf("", 5, num_parts=4)
+    yield idf("-one-dimension", 1)
+    yield idf("-image", (1, 4, 8), num_scales=2)
+    yield idf("-series", (2, 8), num_scales=2, num_parts=3, num_layers=1)
+
+    def split(context_dim: int) -> pf.FlowTransform:
+        inner = IntegerCoupling((2, 2, 2), [True, False], context_dim=context_dim, **small)
+        return IntegerSplit(inner, (4, 2, 2))
+
+    yield Case("integer-split", ("IntegerSplit",), split, (4, 2, 2), whole=True)
+
+
 def _inverses(cases: list[Case]) -> Iterator[Case]:
     for name in (
         "coupling-image",
@@ -627,8 +664,11 @@ def _inverses(cases: list[Case]) -> Iterator[Case]:
 
 CASES = [*_leaves(), *_composites(), *_builders(), *_images(), *_mint(), *_series(), *_continuous()]
 CASES += _inverses(CASES)
+# Bijections of whole numbers: in the contract only, since no other test draws values that they take.
+INTEGERS = list(_integers())
 # The first case of each flow, and the others for the full suite.
 FIRST = list({case.covers[0]: case for case in reversed(CASES)}.values())
 EACH_FLOW = full_but(CASES, *FIRST)
 BUILDERS = [case for case in CASES if case.name in ("nice", "realnvp", "maf", "iaf", "nsf", "ncsf")]
+INTEGER_BUILDERS = [case for case in INTEGERS if case.name == "idf"]
 IMAGE_BUILDERS = [case for case in CASES if case.name in ("causal_maf", "cnf", "glow", "mintnet", "multiscale_realnvp")]

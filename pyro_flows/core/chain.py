@@ -12,7 +12,7 @@ from torch import Size, Tensor, nn
 from torch.distributions import Transform, constraints
 
 from pyro_flows.core.checks import first_floating, joint_shape
-from pyro_flows.core.transform import Conditioned, FlowTransform, Inverse
+from pyro_flows.core.transform import WHOLE, Conditioned, FlowTransform, Inverse
 from pyro_flows.core.wrap import Wrap
 
 __all__ = ["Chain", "leaves", "total_cost"]
@@ -64,6 +64,13 @@ class Chain(FlowTransform):
                 )
             self.parts.append(part)
             shape = part.data_shape
+        kinds = {part.discrete for part in self} - {None}
+        if len(kinds) > 1:
+            raise ValueError(
+                "Chain: expected parts that all map whole numbers, or all real ones, got both: "
+                f"{', '.join(type(part).__name__ for part in self)}"
+            )
+        self.discrete = kinds == {True} if kinds else None
         self.sampling_cost = total_cost(part.sampling_cost for part in self)
         self.density_cost = total_cost(part.density_cost for part in self)
         angles = self.periodic
@@ -105,11 +112,13 @@ class Chain(FlowTransform):
 
     @constraints.dependent_property(is_discrete=False)
     def domain(self) -> constraints.Constraint:
-        return self._parts()[0].domain
+        return WHOLE[len(self.event_shape)] if self.discrete else self._parts()[0].domain
 
     @constraints.dependent_property(is_discrete=False)
     def codomain(self) -> constraints.Constraint:
         parts = self._parts()
+        if self.discrete:
+            return WHOLE[len(self.data_shape)]
         last = len(parts) - 1
         while last and isinstance(parts[last], Wrap):
             last -= 1

@@ -4,6 +4,7 @@ from pyro_flows.distributions.bases import DiagonalNormal, FixedBase, GaussianMi
 from pyro_flows.distributions.dequantization import Dequantized, DequantizedDistribution, bits_per_dim
 from pyro_flows.distributions.ensemble import Ensemble, EnsembleDistribution
 from pyro_flows.distributions.flow import Flow, FlowDistribution
+from pyro_flows.distributions.integers import IntegerLogistics, IntegerLogisticsDistribution
 from pyro_flows.distributions.made import (
     MADE,
     AutoregressiveDistribution,
@@ -46,6 +47,8 @@ __all__ = [
     "Flow",
     "FlowDistribution",
     "GaussianMixture",
+    "IntegerLogistics",
+    "IntegerLogisticsDistribution",
     "LogisticMixtureHead",
     "Marginal",
     "MixedHead",

@@ -8,6 +8,7 @@ from pyro_flows.transforms.coupling import Coupling
 from pyro_flows.transforms.elementwise import Permutation, Rescaling, Standardization
 from pyro_flows.transforms.fixed_spline import FixedSpline
 from pyro_flows.transforms.images import Split, Squeeze
+from pyro_flows.transforms.integers import IntegerCoupling, IntegerSplit
 from pyro_flows.transforms.linear import Conv1x1, Householder, LULinear
 from pyro_flows.transforms.mint.layer import Mint
 from pyro_flows.transforms.normalization import ActNorm
@@ -25,6 +26,8 @@ __all__ = [
     "Coupling",
     "FixedSpline",
     "Householder",
+    "IntegerCoupling",
+    "IntegerSplit",
     "LULinear",
     "LogitPixels",
     "Mint",

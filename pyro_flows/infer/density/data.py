@@ -157,7 +157,7 @@ def expected_by(
     event = Size(event) if isinstance(event, (tuple, list)) else None
     context = context if isinstance(context, int) else None
     members = module.members if isinstance(module, Ensemble) else [module]
-    continuous = all(isinstance(each, Flow) for each in members)
+    continuous = all(isinstance(each, Flow) and not each.chain.discrete for each in members)
     return Expected(who, forms, event, context, kin.dtype, kin.device, continuous)
 
 

@@ -189,6 +189,8 @@ class DensityTraining(TrainingLoop):
             return "steps of several processes exchange gradients"
         if self.rows.value.device.type != "cpu":
             return "steps are compiled for the CPU only"
+        if is_plain_flow(self.density) and self.density.chain.discrete:
+            return "a compiler rounds integer flows otherwise"
         return self._replay.why_not
 
     def _score(self, value: Tensor, context: Tensor | None) -> Tensor:

@@ -25,6 +25,7 @@ from pyro_flows.infer.density.settings import HELD_OUT_AT_MOST, Settings, Sizes
 from pyro_flows.infer.density.units import Density, Units, ends_of, head_of, is_plain_flow, over_time, pulled_back
 from pyro_flows.infer.machine.checkpoint import checksum
 from pyro_flows.infer.machine.processes import count, everyone
+from pyro_flows.transforms.integers import levels_of
 
 __all__ = ["Prepared", "Survey", "prepare", "reals_of"]
 
@@ -121,7 +122,7 @@ def prepare(flow: Flow | Density, given: tuple[Any, Any, Any, Any], settings: Se
         found += values.repeats(whole, looked_at)
     units: Units = dict.fromkeys(("loc", "scale", "context_loc", "context_scale"))
     if values.rows and settings.standardize is not False:
-        units["loc"], units["scale"] = values.loc_and_scale(ends, is_plain_flow(flow) and over_time(flow))
+        units["loc"], units["scale"] = values.loc_and_scale(ends, over_time(flow))
         if contexts.rows:
             units["context_loc"], units["context_scale"] = contexts.loc_and_scale()
         if ends is not None:
@@ -133,8 +134,8 @@ def prepare(flow: Flow | Density, given: tuple[Any, Any, Any, Any], settings: Se
 
 
 def _discrete(flow: Flow | Density) -> Tensor:
-    head = head_of(flow)
-    dims = [False] * flow.event_shape.numel() if head is None else head.discrete_dims()
+    head, whole = head_of(flow), is_plain_flow(flow) and bool(flow.chain.discrete)
+    dims = [whole] * flow.event_shape.numel() if head is None else head.discrete_dims()
     return torch.tensor(dims, device="cpu").reshape(flow.event_shape)
 
 
@@ -143,7 +144,11 @@ def _far_units(flow: Flow | Density, ends: Tensor, values: Survey, contexts: Sur
     fixed = ends.isinf()
     remedy = "give them in units in which they are of the order of 1, angles in radians"
     if is_plain_flow(flow):
-        if fixed.any():
+        if flow.chain.discrete:
+            half = 0.5 * levels_of(flow.chain)
+            remedy = "subtract whole numbers so that columns begin near 0, and build the flow with as many levels"
+            yield values.far_from((half, half), fixed, "data", remedy, narrow=False)
+        elif fixed.any():
             with torch.no_grad():
                 drawn = flow.base().sample((256,)).cpu().double().reshape(256, -1)
             # Parts may permute dimensions, so each is compared with the whole base.
@@ -327,11 +332,14 @@ class Survey:
             scale = torch.where(free, scale, torch.where(none, 1.0, about))
         return loc, scale
 
-    def far_from(self, start: tuple[float, float], left: Tensor, what: str, remedy: str) -> str:
-        """Tells of columns ``left`` unstandardized and far from ``start``, the first location and scale."""
+    def far_from(self, start: tuple[float, float], left: Tensor, what: str, remedy: str, *, narrow: bool = True) -> str:
+        """Tells of columns ``left`` unstandardized and far from ``start``, the first location and scale.
+
+        With ``narrow``, a much smaller scale counts, too.
+        """
         loc, scale = self.loc_and_scale()
         ratio = scale / start[1]
-        far = left & (((loc - start[0]).abs() > _FAR * start[1]) | (ratio > _FAR) | (ratio < 1 / _FAR))
+        far = left & (((loc - start[0]).abs() > _FAR * start[1]) | (ratio > _FAR) | ((ratio < 1 / _FAR) & narrow))
         columns = far.flatten().nonzero()[:, 0].tolist()
         if not columns:
             return ""

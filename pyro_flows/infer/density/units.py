@@ -81,8 +81,8 @@ class StandardizedFlow(Flow):
 class StandardizedDensity(Density):
     r"""A module with ``log_prob`` in other units, :math:`\log p(y) = \log q((y - t) / \sigma) - \sum_i \log\sigma_i`.
 
-    The ``module`` has the density :math:`q`; ``loc`` :math:`t` and ``scale`` :math:`\sigma` have the event's shape.
-    ``context_loc`` and ``context_scale`` are the units of contexts, if any.
+    The ``module`` has the density :math:`q`; ``loc`` :math:`t` and ``scale`` :math:`\sigma` have the event's shape,
+    or ``(C, 1)`` for series.  ``context_loc`` and ``context_scale`` are the units of contexts, if any.
     """
 
     loc: Tensor
@@ -104,7 +104,8 @@ class StandardizedDensity(Density):
 
     def log_prob(self, value: Tensor, context: Tensor | None = None) -> Tensor:
         """Log-density in nats."""
-        return self.module.log_prob((value - self.loc) / self.scale, *self._contexts(context)) - self.scale.log().sum()
+        stretched = self.scale.log().expand(self.event_shape).sum()  # units of series may be those of channels
+        return self.module.log_prob((value - self.loc) / self.scale, *self._contexts(context)) - stretched
 
     def sample(self, sample_shape: Size | tuple[int, ...] = (), context: Tensor | None = None) -> Tensor:
         """Draws, if the module can."""
@@ -204,6 +205,8 @@ def split_chain(chain: FlowTransform) -> tuple[list[FlowTransform], list[FlowTra
 
 def movable(flow: Flow) -> Tensor:
     """Marks the numbers that may be standardized, unlike angles, where the standardization goes; on the CPU."""
+    if flow.chain.discrete:
+        return torch.zeros(flow.chain.data_shape, dtype=torch.bool, device="cpu")
     front, back = split_chain(flow.chain)
     periodic = Chain(front).periodic if front else None
     if periodic is not None and periodic.any():
@@ -235,15 +238,17 @@ def _end(part: FlowTransform) -> tuple[Constraint, Size]:
     return part.codomain, part.data_shape
 
 
-def over_time(flow: Flow) -> bool:
+def over_time(flow: Flow | Density) -> bool:
     """Tells whether series have units by channel: no part before the standardization knows the time."""
+    if not is_plain_flow(flow):
+        return bool(getattr(flow, "shared_over_time", False))
     front = split_chain(flow.chain)[0]
     return bool(front) and all(part.shared_over_time for part in front)
 
 
 def pulled_back(flow: Flow, value: Tensor) -> tuple[Tensor, Tensor, list[int]]:
     """Pulls data back to the place of the standardization; marks rows at or beyond a bound, and lists its columns."""
-    codomain, back = flow.chain.codomain, split_chain(flow.chain)[1]
+    codomain, back = flow.chain.codomain, [] if flow.chain.discrete else split_chain(flow.chain)[1]
     # Some of torch's transforms do not know their codomain.
     inside = torch.tensor(True) if constraints.is_dependent(codomain) else codomain.check(value)
     inside = inside.to(value.device).reshape(*inside.shape[:1], -1).all(-1)
