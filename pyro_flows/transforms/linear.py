@@ -296,6 +296,7 @@ class Coloring(FlowTransform):
     sampling_cost = "1 product"
     half_precision = False  # torch solves triangular systems in float32 and float64 only
     density_cost = "1 solve"
+    affine = True
     order, lower = "channel", True  # triangular in row-major order
     loc: Tensor
     factor: Tensor

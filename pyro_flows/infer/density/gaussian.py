@@ -20,9 +20,10 @@ from pyro_flows.infer.density.units import (
 )
 from pyro_flows.transforms import ActNorm, Coloring
 
-__all__ = ["LARGEST_SAMPLE", "better", "coloring", "fit_gaussian", "shrinkage", "start_as_gaussian", "started"]
+__all__ = ["better", "coloring", "fit_gaussian", "sample_size", "shrinkage", "start_as_gaussian", "started"]
 
-LARGEST_SAMPLE = 20_000  # rows that a shrinkage, and the start of a fit, are computed from
+LARGEST_SAMPLE = 20_000  # rows that a shrinkage, and the start of a fit, are computed from; fewer of large events
+_NUMBERS = 2**23  # of them
 _FOLDS = 5
 _PIECE = 2048  # rows scored at once
 _FEWEST = 2 * _FOLDS  # rows to choose a shrinkage by; fewer have a diagonal covariance
@@ -69,6 +70,11 @@ def _likelihoods(rows: Tensor, matrix: Tensor) -> Tensor:
     shrunk = (1 - _LAMBDAS[:, None]) * values.clamp(min=0.0) + _LAMBDAS[:, None]
     squares = (rows @ vectors).square().sum(0)
     return -0.5 * ((squares / shrunk).sum(1) + len(rows) * shrunk.log().sum(1))
+
+
+def sample_size(row: Tensor) -> int:
+    """Returns how many rows like this one are enough to start from."""
+    return min(LARGEST_SAMPLE, max(1000, _NUMBERS // max(row.numel(), 1)))
 
 
 def coloring(rows: Tensor, event_shape: torch.Size, context_dim: int = 0) -> Coloring:

@@ -21,7 +21,7 @@ from pyro_flows.distributions import Flow
 from pyro_flows.distributions.made import Head, MixedHead
 from pyro_flows.infer.density.columns import at_bounds, few_values, spikes
 from pyro_flows.infer.density.data import Expected, Loader, Rows, Source, admit_rows, expected_by, name_rows
-from pyro_flows.infer.density.gaussian import LARGEST_SAMPLE
+from pyro_flows.infer.density.gaussian import sample_size
 from pyro_flows.infer.density.settings import HELD_OUT_AT_MOST, Settings, Sizes
 from pyro_flows.infer.density.units import Density, Units, ends_of, head_of, is_plain_flow, over_time, pulled_back
 from pyro_flows.infer.machine.checkpoint import checksum
@@ -226,7 +226,7 @@ class Thinned:
         self.seen += len(tensors[0])
         chosen = tuple(each[first :: self.stride].cpu().clone() for each in tensors)
         self.rows = tuple(map(torch.cat, zip(self.rows, chosen, strict=True))) if self.rows else chosen
-        while len(self.rows[0]) > LARGEST_SAMPLE:
+        while len(self.rows[0]) > sample_size(self.rows[0][:1]):
             self.rows, self.stride = tuple(each[::2].clone() for each in self.rows), 2 * self.stride
 
     def of_all(self) -> tuple[Tensor, ...]:
@@ -237,7 +237,7 @@ class Thinned:
 
 def _sample(train: Source, thinned: Thinned, expected: Expected) -> Rows:
     if isinstance(train, Rows):
-        return train.take(torch.arange(min(len(train), LARGEST_SAMPLE), device="cpu"))
+        return train.take(torch.arange(min(len(train), sample_size(train.value[:1])), device="cpu"))
     value, *context = (each.to(expected.device) for each in thinned.of_all())
     return Rows(value, context[0] if context else None, torch.arange(len(value), device=value.device))
 

@@ -46,7 +46,7 @@ MEANING = {
     UNJUDGED: "there is no basis for a judgment",
 }
 FOLDS = "fit with folds=5, so that each row is judged by a member that did not see it"
-REGULARIZE = ("fit with folds=5", "a smaller flow", "weight_decay=1e-2", "or more rows")
+REGULARIZE = ("take a smaller flow", "weight_decay=1e-2", "or more rows")
 TRANSFORM = "transform columns that are skewed or end somewhere, as by a logarithm"
 LONGER = "train longer (the fit was ended by {}), then with more layers or wider networks"
 MORE = "nothing, or train longer and with more layers where small differences matter"
@@ -190,6 +190,7 @@ def judge_density(
         rows = found.missed.tolist(), found.lost.tolist()
         return DensityVerdict(label, label in (GOOD, CLOSE, OVERFITTED), text, numbers, pvalues, *rows, checks)
 
+    folds = "" if remedy else "fit with folds=5"
     if n:
         found.scores()
     if n < FEWEST:
@@ -207,7 +208,7 @@ def judge_density(
         return verdict(REPEATED, "model such values apart, as the lines above say")
     if numbers.get("worse", 1.0) < CERTAIN and numbers["gain"] < -LOSS:
         label = WORSE if checks.rival == "the Gaussian" else WORSE_DISCRETE
-        return verdict(label, *REGULARIZE, f"else use {checks.rival}")
+        return verdict(label, folds, *REGULARIZE, f"else use {checks.rival}")
     if checks.failures > WASTE or (differs and not (found.size <= HARMLESS and numbers["unexplained"] <= SHARE * n)):
         ended = stopped in ("steps", "seconds", "max_epochs")
         return verdict(MISFIT, LONGER.format(stopped) if ended else LARGER, *found.steps, *found.look)
@@ -216,7 +217,7 @@ def judge_density(
     if seen:
         return verdict(SEEN, "hold rows out, or judge fresh rows by fit.judge(rows)", *found.look)
     if numbers.get("overfitting", 1.0) < CERTAIN and numbers["gap"] >= GAP:
-        return verdict(OVERFITTED, *REGULARIZE, *found.look)
+        return verdict(OVERFITTED, folds, *REGULARIZE, *found.look)
     return verdict(CLOSE, MORE, *found.look) if differs else verdict(GOOD, *found.look)
 
 
