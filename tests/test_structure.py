@@ -412,7 +412,7 @@ def test_models_of_one_part_are_refused():
 @pytest.mark.full
 def test_even_starts_are_not_trained():
     y, sd = (part.double() for part in data(2000))
-    fit = fit_guide(AutoFlow(normals, seed=0), y, sd, seconds=4, progress=False)
+    fit = fit_guide(AutoFlow(normals, seed=0), y, sd, steps=100, progress=False)
     assert len(fit.history) == 0
     assert fit.ess > 0.99
 

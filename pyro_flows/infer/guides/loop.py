@@ -443,7 +443,8 @@ class GuideTraining(TrainingLoop):
         """Stores the state if the last steps were the best."""
         last = [v for v in self.history.elbo[-LOOK:] if math.isfinite(v)]
         mean = sum(last) / len(last) if last else -math.inf
-        if last and (self._best is None or mean > self._best[0]):
+        # Means over steps before parameters broke say nothing of the state.
+        if last and math.isfinite(self.history.elbo[-1]) and (self._best is None or mean > self._best[0]):
             self._best = (mean, self.snapshot())
 
     def _restore(self) -> None:
