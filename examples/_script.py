@@ -1,5 +1,8 @@
 """What the scripts share: colors, pictures, and the small data sets beside them."""
 
+import bz2
+import io
+import lzma
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -86,6 +89,19 @@ def digits(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     x = np.load(FOLDER / "digits.npz")["x"].reshape(-1, 1, 8, 8)
     x = torch.from_numpy(x[np.random.default_rng(seed).permutation(len(x))]).to(torch.uint8)
     return x[:1297], x[1297:1497], x[1497:]
+
+
+def general(images: np.ndarray, width: int) -> dict[str, int]:
+    """Bytes by general compressors, each at its best; ``width``: bits that hold a level."""
+    bits = (images.reshape(-1, 1) >> np.arange(width)[::-1].astype(np.uint8)) & 1
+    kinds = {"": images.tobytes()} | ({f", {width} bits packed": np.packbits(bits).tobytes()} if width < 8 else {})
+    sheet = io.BytesIO()
+    Image.fromarray(images.reshape(-1, images.shape[-1])).save(sheet, "png", optimize=True)
+    sizes = {"uncompressed" + kind: len(data) for kind, data in kinds.items()} | {"png": len(sheet.getvalue())}
+    for kind, data in kinds.items():
+        sizes["bz2" + kind] = len(bz2.compress(data))
+        sizes["lzma" + kind] = len(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME))
+    return sizes
 
 
 def power_plant() -> tuple[Tensor, Tensor, Tensor]:

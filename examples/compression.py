@@ -13,10 +13,7 @@ named too.  With --mnist, the same for the first 1,000 test images of MNIST, of 
 arrays x_train and x_test.  Needs the extra "compression".
 """
 
-import bz2
 import importlib.util
-import io
-import lzma
 import sys
 import time
 from argparse import Namespace
@@ -24,10 +21,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from _script import FLOW, OTHER, TRUTH, begin, digits, save
+from _script import FLOW, OTHER, TRUTH, begin, digits, general, save
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from PIL import Image
 from torch import Tensor
 
 import pyro_flows as pf
@@ -64,19 +60,6 @@ def fit(args: Namespace, train: Tensor, held_out: Tensor, levels: int) -> pf.Con
     )
     print(f"{time.process_time() - begun:.0f} CPU seconds of training")
     return conv
-
-
-def general(images: np.ndarray, width: int) -> dict[str, int]:
-    """Bytes by general compressors, each at its best; ``width``: bits that hold a level."""
-    bits = (images.reshape(-1, 1) >> np.arange(width)[::-1].astype(np.uint8)) & 1
-    kinds = {"": images.tobytes()} | ({f", {width} bits packed": np.packbits(bits).tobytes()} if width < 8 else {})
-    sheet = io.BytesIO()
-    Image.fromarray(images.reshape(-1, images.shape[-1])).save(sheet, "png", optimize=True)
-    sizes = {"uncompressed" + kind: len(data) for kind, data in kinds.items()} | {"png": len(sheet.getvalue())}
-    for kind, data in kinds.items():
-        sizes["bz2" + kind] = len(bz2.compress(data))
-        sizes["lzma" + kind] = len(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME))
-    return sizes
 
 
 def compress(model: pf.ConvMADE, images: Tensor, levels: int, path: Path) -> dict[str, int]:

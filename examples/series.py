@@ -1,14 +1,15 @@
-"""Forecasts of a real series: causal flows against autoregressions, on years that none of them has seen.
+"""Forecasts of a real series: causal flows and ``ConvMADE`` against autoregressions, on years that none has seen.
 
     python examples/series.py                  # sunspots: prints a table, leaves series.png in out/
     python examples/series.py --data elnino    # monthly sea surface temperatures
     python examples/series.py --smoke          # the same in seconds, with a budget too small to mean anything
 
 Sunspots go by square roots, whose spread depends less on the level, and temperatures by their difference from the mean
-of their month in the years of training.  Flows learn windows of the first part of the series and are stopped early by
-the next part; autoregressions are fitted to both.  Then every model goes through the rest step by step: the density of
-what came next, and draws of the steps to come from every origin.  Where ``statsmodels`` is installed (the ``bench``
-extra) its ARMA model of the best BIC takes part.  About two minutes on one CPU core.
+of their month in the years of training.  Flows, and a ``ConvMADE`` by convolutions, a GRU and attention, learn windows
+of the first part of the series and are stopped early by the next part; autoregressions are fitted to both.  Then every
+model goes through the rest step by step: the density of what came next, and draws of the steps to come from every
+origin.  Where ``statsmodels`` is installed (the ``bench`` extra) its ARMA model of the best BIC takes part.  About five
+minutes on one CPU core.
 """
 
 import math
@@ -24,10 +25,11 @@ import numpy as np
 import torch
 from _script import FLOW, FOLDER, TRUTH, begin, save
 from matplotlib import pyplot as plt
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Normal
 
 import pyro_flows as pf
+from pyro_flows.distributions import NormalHead
 from pyro_flows.infer import Stream
 
 MOST_LAGS = 24
@@ -133,10 +135,12 @@ def arma(series: Series, n: int) -> Scores:
 
 
 class Learner(NamedTuple):
-    build: Callable[[tuple[int, int]], pf.Chain]
+    build: Callable[[tuple[int, int]], pf.Chain | pf.ConvMADE]
     weight_decay: float
 
 
+# The bound of scales, and the activation that contains outliers, of causal_maf.
+CONDITIONALS = partial(pf.ConvMADE, head=NormalHead(1.0), positions=False, activation=("isru", "silu"))
 LEARNERS = {
     "mintnet": Learner(partial(pf.mintnet, causal=True, num_layers=1, num_groups=4, kernel_size=7, dilations=1), 0.3),
     "causal_maf": Learner(
@@ -151,21 +155,28 @@ LEARNERS = {
         ),
         1.0,
     ),
+    "ConvMADE, convolutions": Learner(
+        partial(CONDITIONALS, hidden_channels=6, num_layers=2, kernel_size=12, dilations=1), 0.3
+    ),
+    "ConvMADE, GRU": Learner(partial(CONDITIONALS, network="gru", hidden_channels=8), 0.3),
+    "ConvMADE, attention": Learner(
+        partial(CONDITIONALS, network="attention", hidden_channels=8, num_heads=2, window=12), 0.3
+    ),
 }
 
 
-def learn(series: Series, learner: Learner, seed: int, budget: dict[str, object]) -> pf.Flow:
+def learn(series: Series, learner: Learner, seed: int, budget: dict[str, object]) -> pf.Flow | nn.Module:
     """Fits to all windows of the first part; what judges are windows of which at least a third lies in the next."""
     torch.manual_seed(seed)
     z = series.z[None]  # one channel
-    chain = learner.build((1, WINDOW))
+    model = learner.build((1, WINDOW))
     windows = z[:, : series.train].unfold(1, WINDOW, 1).movedim(1, 0)  # shape (windows, 1, WINDOW)
     held_out = z[:, series.train - 2 * WINDOW // 3 : series.known].unfold(1, WINDOW, 1).movedim(1, 0)
     options = {"batch_size": 64, "weight_decay": learner.weight_decay, "patience": 20, "seed": seed, "progress": False}
-    return pf.fit_density(chain, windows, held_out, **options, **budget).distribution
+    return pf.fit_density(model, windows, held_out, standardize=True, **options, **budget).distribution
 
 
-def forecasts(series: Series, flow: pf.Flow, n: int) -> Scores:
+def forecasts(series: Series, flow: pf.Flow | nn.Module, n: int) -> Scores:
     stream = Stream(flow)
     log_prob = stream.observe(series.z[None])
     stream = Stream(flow)
@@ -215,7 +226,10 @@ def row(name: str, scores: list[Scores]) -> str:
 
 def main() -> None:
     args = begin(
-        __doc__, data={"choices": ("sunspots", "elnino"), "default": "sunspots"}, seeds={"type": int, "default": 3}
+        __doc__,
+        data={"choices": ("sunspots", "elnino"), "default": "sunspots"},
+        models={"nargs": "+", "choices": list(LEARNERS), "default": list(LEARNERS), "metavar": "MODEL"},
+        seeds={"type": int, "default": 3},
     )
     series = load(args.data)
     if args.smoke:
@@ -225,15 +239,16 @@ def main() -> None:
     table = [row(f"AR by {each}", [autoregression(series, n, each)]) for each in ("BIC", "AIC")]
     if not args.smoke and find_spec("statsmodels"):
         table.append(row("ARMA by BIC", [arma(series, n)]))
-    for k, (name, learner) in enumerate(LEARNERS.items()):
+    for k, name in enumerate(args.models):
         scores = []
         for seed in range(seeds):
-            flow = learn(series, learner, seed, budget)
+            flow = learn(series, LEARNERS[name], seed, budget)
             scores.append(forecasts(series, flow, n))
             if k == seed == 0:
                 draw(series, flow, args.out / "series.png", 10 * n)
         count = sum(p.numel() for p in flow.parameters())
-        table.append(row(f"{name}, {count} numbers, reach {flow.chain.reach}", scores))
+        reach = getattr(flow, "chain", getattr(flow, "module", None)).reach
+        table.append(row(f"{name}, {count} numbers, reach {'all' if reach is None else reach}", scores))
         print(table[-1], flush=True)
     size = len(series.z) - series.known
     print(f"\n{args.data}: the last {size} steps, {series.ahead} ahead from each; {seeds} seeds (± half of the range)")

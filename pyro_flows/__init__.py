@@ -14,14 +14,28 @@ from pyro_flows.distributions import (
     MADE,
     ConvMADE,
     Dequantized,
-    Dequantizer,
     DiagonalNormal,
     Flow,
     GaussianMixture,
     StudentT,
     bits_per_dim,
 )
-from pyro_flows.flows import causal_maf, cnf, glow, iaf, maf, mintnet, multiscale_realnvp, ncsf, nice, nsf, realnvp
+from pyro_flows.distributions import Dequantizer as Dequantizer  # reachable; the names listed below are few
+from pyro_flows.flows import (
+    causal_maf,
+    cnf,
+    glow,
+    iaf,
+    idf,
+    maf,
+    mintnet,
+    multiscale_realnvp,
+    ncsf,
+    nice,
+    nsf,
+    realnvp,
+    sphere,
+)
 from pyro_flows.transforms import (
     ActNorm,
     Autoregressive,
@@ -32,9 +46,9 @@ from pyro_flows.transforms import (
     LULinear,
     Mint,
     Permutation,
-    Rescaling,
     Standardization,
 )
+from pyro_flows.transforms import Rescaling as Rescaling  # reachable, too
 from pyro_flows.univariate import Spline
 
 if TYPE_CHECKING:
@@ -56,7 +70,6 @@ __all__ = [
     "ConvMADE",
     "Coupling",
     "Dequantized",
-    "Dequantizer",
     "DiagonalNormal",
     "Flow",
     "FlowTransform",
@@ -66,7 +79,6 @@ __all__ = [
     "LogitPixels",
     "Mint",
     "Permutation",
-    "Rescaling",
     "Spline",
     "Standardization",
     "StudentT",
@@ -78,6 +90,7 @@ __all__ = [
     "fit_guide",
     "glow",
     "iaf",
+    "idf",
     "load_guide",
     "maf",
     "mintnet",
@@ -86,6 +99,7 @@ __all__ = [
     "nice",
     "nsf",
     "realnvp",
+    "sphere",
 ]
 
 _LOADED = {module.__name__.rpartition(".")[2] for module in (distributions, flows, nets, transforms, univariate)}

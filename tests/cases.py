@@ -15,11 +15,15 @@ import pyro_flows as pf
 from pyro_flows.testing import CHECKS
 from pyro_flows.transforms import (
     CausalAutoregressive,
+    Coloring,
     Conv1x1,
     FixedSpline,
     Householder,
+    IntegerCoupling,
+    IntegerSplit,
     Plated,
     Preconditioner,
+    RecursiveSphere,
     Split,
     Squeeze,
 )
@@ -42,6 +46,8 @@ class Case:
         rtol: of ``check_transform``, in units of the machine epsilon; ``None`` for its own.
         positive: whether base-side values must be positive.
         angles: whether base-side values are angles, from one turn.
+        whole: whether base-side values are whole numbers.
+        sphere: whether base-side values have length 1.
         left_out: checks of ``check_transform`` that Python itself rules out for this one.
     """
 
@@ -54,6 +60,8 @@ class Case:
     rtol: float | None = None
     positive: bool = False
     angles: bool = False
+    whole: bool = False
+    sphere: bool = False
     left_out: tuple[str, ...] = ()
 
     @property
@@ -65,6 +73,10 @@ class Case:
         x = torch.randn(*batch, *self.event_shape, dtype=dtype, device=device)
         if self.angles:
             return 3 * torch.tanh(x)
+        if self.whole:
+            return (3 * x).round()
+        if self.sphere:
+            return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         return x.abs() + 0.1 if self.positive else x
 
 
@@ -312,6 +324,19 @@ def _leaves() -> Iterator[Case]:
 
     yield Case("standardization", ("Standardization",), standardization, (3,), takes_context=False)
 
+    def coloring(name: str, shape: tuple[int, ...]) -> Case:
+        def build(context_dim: int) -> pf.FlowTransform:
+            size = torch.Size(shape).numel()
+            factor = 0.3 * torch.randn(size, size) + torch.diag(1 + torch.rand(size))
+            factor.diagonal().abs_().add_(0.1)
+            slope = torch.randn(size, context_dim) if context_dim else None
+            return Coloring(torch.randn(shape), factor, slope)
+
+        return Case(name, ("Coloring",), build, shape)
+
+    yield coloring("coloring", (3,))
+    yield coloring("coloring-image", (2, 3))
+
     def logit_pixels(name: str, shape: tuple[int, ...], **options: object) -> Case:
         build = lambda _: pf.LogitPixels(shape, **options)  # noqa: E731
         return Case(f"logit-pixels{name}", ("LogitPixels",), build, shape, takes_context=False)
@@ -471,6 +496,24 @@ def _builders() -> Iterator[Case]:
             yield Case(name + suffix, (name, "Chain"), build, event, scale=scale, angles=name == "ncsf")
 
 
+def _spheres() -> Iterator[Case]:
+    def layer(name: str, size: int, **options: object) -> Case:
+        def build(context_dim: int) -> pf.FlowTransform:
+            return RecursiveSphere(size, context_dim=context_dim, **{"hidden_dims": (8,), "bins": 4, **options})
+
+        return Case(f"recursive-sphere-{name}", ("RecursiveSphere",), build, (size,), scale=0.3, sphere=True)
+
+    yield layer("2", 3)
+    yield layer("1", 2)
+    yield layer("3", 4, axis=1)
+    yield layer("5", 6, bins=3, residual=True, hidden_dims=(6, 6))
+
+    def build(context_dim: int) -> pf.FlowTransform:
+        return pf.sphere(3, context_dim=context_dim, num_layers=3, bins=4, **_SMALL)
+
+    yield Case("sphere", ("sphere", "RecursiveSphere", "Chain"), build, (3,), scale=0.2, sphere=True)
+
+
 def _images() -> Iterator[Case]:
     small = {"hidden_channels": 3, "num_blocks": 1}
 
@@ -616,6 +659,37 @@ def _continuous() -> Iterator[Case]:
     yield Case("continuous-given", ("Continuous",), given, (2,), takes_context=False, scale=0.2, rtol=ulps)
 
 
+def _integers() -> Iterator[Case]:
+    small = {"hidden_dims": (5,), "levels": 8}
+
+    def coupling(name: str, shape: int | tuple[int, ...], mask: list[bool], **options: object) -> Case:
+        event = (shape,) if isinstance(shape, int) else shape
+        build = lambda c: IntegerCoupling(shape, mask, context_dim=c, **{**small, **options})  # noqa: E731
+        return Case(f"integer-coupling{name}", ("IntegerCoupling",), build, event, whole=True)
+
+    yield coupling("", 3, [True, False, True])
+    yield coupling("-image", (3, 2, 3), [False, True, False])
+    yield coupling("-series", (2, 4), [True, False], kernel_size=1, hidden_dims=())
+    yield coupling("-one-dimension", 1, [False])
+
+    def idf(name: str, shape: int | tuple[int, ...], **options: object) -> Case:
+        event = (shape,) if isinstance(shape, int) else shape
+        build = lambda c: pf.idf(shape, context_dim=c, **{**small, "num_layers": 2, **options})  # noqa: E731
+        covers = ("idf", "IntegerCoupling", "Chain") + (("IntegerSplit",) if len(event) > 1 else ())
+        return Case(f"idf{name}", covers, build, event, whole=True, scale=0.3)
+
+    yield idf("", 5, num_parts=4)
+    yield idf("-one-dimension", 1)
+    yield idf("-image", (1, 4, 8), num_scales=2)
+    yield idf("-series", (2, 8), num_scales=2, num_parts=3, num_layers=1)
+
+    def split(context_dim: int) -> pf.FlowTransform:
+        inner = IntegerCoupling((2, 2, 2), [True, False], context_dim=context_dim, **small)
+        return IntegerSplit(inner, (4, 2, 2))
+
+    yield Case("integer-split", ("IntegerSplit",), split, (4, 2, 2), whole=True)
+
+
 def _inverses(cases: list[Case]) -> Iterator[Case]:
     for name in (
         "coupling-image",
@@ -635,10 +709,13 @@ def _inverses(cases: list[Case]) -> Iterator[Case]:
         yield Case(f"inverse-{name}", ("Inverse",), build, case.event_shape, scale=case.scale)
 
 
-CASES = [*_leaves(), *_composites(), *_builders(), *_images(), *_mint(), *_series(), *_continuous()]
+CASES = [*_leaves(), *_composites(), *_builders(), *_spheres(), *_images(), *_mint(), *_series(), *_continuous()]
 CASES += _inverses(CASES)
+# Bijections of whole numbers: in the contract only, since no other test draws values that they take.
+INTEGERS = list(_integers())
 # The first case of each flow, and the others for the full suite.
 FIRST = list({case.covers[0]: case for case in reversed(CASES)}.values())
 EACH_FLOW = full_but(CASES, *FIRST)
 BUILDERS = [case for case in CASES if case.name in ("nice", "realnvp", "maf", "iaf", "nsf", "ncsf")]
+INTEGER_BUILDERS = [case for case in INTEGERS if case.name == "idf"]
 IMAGE_BUILDERS = [case for case in CASES if case.name in ("causal_maf", "cnf", "glow", "mintnet", "multiscale_realnvp")]

@@ -30,8 +30,8 @@ LAYERS = [
     "infer.models",
     "infer.search",
     "infer.chains",
-    "infer.density",
     "infer.diagnostics",
+    "infer.density",
     "infer.objectives",
     "infer.bridge",
     "infer.guides",
@@ -234,7 +234,7 @@ PAPERS = [v for v in TRANSFORMS if v.__module__.startswith("pyro_flows.transform
 BUILDERS = [v for v in PUBLIC.values() if inspect.isfunction(v) and v.__module__.startswith("pyro_flows.flows")]
 
 
-VECTORS = [v for v in BUILDERS if v.__module__ == "pyro_flows.flows.vectors"]
+VECTORS = [v for v in BUILDERS if v.__module__ in ("pyro_flows.flows.vectors", "pyro_flows.flows.sphere")]
 SERIES = [v for v in BUILDERS if v.__module__ == "pyro_flows.flows.series"]
 
 

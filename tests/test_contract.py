@@ -5,7 +5,18 @@ import inspect
 import pytest
 import torch
 from asserts import refuses
-from cases import BUILDERS, CASES, CONTEXT_DIM, FIRST, IMAGE_BUILDERS, full_but, shake, train
+from cases import (
+    BUILDERS,
+    CASES,
+    CONTEXT_DIM,
+    FIRST,
+    IMAGE_BUILDERS,
+    INTEGER_BUILDERS,
+    INTEGERS,
+    full_but,
+    shake,
+    train,
+)
 from torch import nn
 
 import pyro_flows as pf
@@ -18,7 +29,7 @@ def variants(repeats):
     It is asked of each case, and whether this is the other one of both. Continuous flows, whose solves are as fine as
     float64 allows, take seconds: one of them is not left.
     """
-    for k, case in enumerate(CASES):
+    for k, case in enumerate([*CASES, *INTEGERS]):
         for context_dim in (0, CONTEXT_DIM) if case.takes_context else (0,):
             other = case.takes_context and bool(context_dim) == k // 2 % 2
             long = case.rtol is not None and (other or case.name != "cnf")
@@ -27,9 +38,10 @@ def variants(repeats):
 
 
 # The first case of each flow both ways, the others in pairs with and without a context.
-VARIANTS = list(variants(lambda case, other: other and case not in FIRST))
+ONCE = [*FIRST, *INTEGER_BUILDERS]
+VARIANTS = list(variants(lambda case, other: case not in ONCE and (other or case.whole)))
 # The first case of each flow, in pairs with and without a context.
-FIRST_VARIANTS = list(variants(lambda case, other: other or case not in FIRST))
+FIRST_VARIANTS = list(variants(lambda case, other: other or case not in ONCE))
 OTHER = {torch.float32: torch.float64, torch.float64: torch.float32}
 DTYPES = [pytest.param(dtype, id=str(dtype).removeprefix("torch.")) for dtype in OTHER]
 # What another batch shape can change; the rest is seen with one.
@@ -116,14 +128,14 @@ def test_nothing_stays_behind_on_the_host(case, context_dim):
 
 
 def test_every_public_flow_has_a_case():
-    covered = {name for case in CASES for name in case.covers}
+    covered = {name for case in (*CASES, *INTEGERS) for name in case.covers}
     public = {name: getattr(place, name) for place in (pf, pf.transforms, pf.flows) for name in place.__all__}
     transforms = {n for n, v in public.items() if inspect.isclass(v) and issubclass(v, pf.FlowTransform)}
     builders = {n for n, v in public.items() if inspect.isfunction(v) and v.__annotations__.get("return") == "Chain"}
     assert {"nice", "Coupling"} <= transforms | builders  # that is, both are found
     assert transforms | builders <= covered | {"FlowTransform"}
-    assert len({case.name for case in CASES}) == len(CASES)
-    assert {case.name for case in (*BUILDERS, *IMAGE_BUILDERS)} == builders
+    assert len({case.name for case in (*CASES, *INTEGERS)}) == len(CASES) + len(INTEGERS)
+    assert {case.name for case in (*BUILDERS, *IMAGE_BUILDERS, *INTEGER_BUILDERS)} == builders
 
 
 # The checker itself.  Each of these breaks one rule; the first is what they are made of.

@@ -215,7 +215,7 @@ def test_density_by_hand():
     for t in range(4):
         past = x[t - 1] if t else 0.0
         hidden = torch.nn.functional.elu(layer.left_weight[:, 0, 0] * past + layer.left_bias)
-        logit = made.net.out_weight[0, 0] @ hidden + made.bias[t, 0]
+        logit = made.net.out_weight[0, 0] @ hidden + made.bias[0, 0]
         total = total + torch.nn.functional.logsigmoid(logit if x[t] else -logit)
     torch.testing.assert_close(made.log_prob(x.view(1, 4)), total)
 

@@ -196,6 +196,23 @@ def test_a_density_in_two_processes_is_that_of_one(both, name):
     near(first, density(**options), 1e-6)
 
 
+def judged():
+    fit = pf.fit_density(flow_of("maf"), rows(), progress=False, steps=20)
+    return str(fit.verdict)
+
+
+def test_each_process_has_the_same_verdict(both):
+    """It needs no other process, so one alone may ask."""
+    first, second = both(judged)
+    assert first == second and "held-out rows" in first
+    assert both(asked_in_the_first)[1] is None
+
+
+def asked_in_the_first():
+    fit = pf.fit_density(flow_of("maf"), rows(), progress=False, steps=5)
+    return None if rank() else fit.verdict.label
+
+
 def parallel():
     """The gradient of torch's own ``DistributedDataParallel`` on halves of a batch, and ours."""
     value = rows(40)

@@ -5,6 +5,7 @@ import os
 import signal
 import time
 import warnings
+from dataclasses import replace
 from functools import partial
 
 import pyro
@@ -17,6 +18,7 @@ from pyro.poutine.runtime import _PYRO_STACK
 import pyro_flows as pf
 from pyro_flows.infer import AutoFlow, fit_guide
 from pyro_flows.infer.diagnostics import importance, judge
+from pyro_flows.infer.guides import assessment
 from pyro_flows.infer.guides.assessment import weigh
 from pyro_flows.infer.guides.loop import GuideTraining
 from pyro_flows.infer.machine.budget import Budget
@@ -116,6 +118,34 @@ def test_seconds_are_kept_to(clock, cost, form):
         assert found.verdict.label != "good" and not found.verdict.ok
     if cost(1) < 0.1:
         assert len(found.history) >= 10 and n >= 10
+
+
+@pytest.mark.full
+def test_the_last_search_goes_on_while_there_is_time(clock, monkeypatch):
+    """Each search takes a tenth of a second."""
+    found = fit(AutoFlow(costly(clock, lambda n: 0.0), SMALL, seed=0), steps=2)
+    seen = []
+
+    def search(spline, density, log_q, draws, initial, *, known, seconds, **options):
+        seen.append((known, seconds))
+        clock.now += 0.1
+        return replace(nothing_found(draws), complete=True)
+
+    monkeypatch.setattr(assessment, "probe_behind", search)
+    for seconds, limit, count in ((100.0, 0.45, 4), (100.0, 0.05, 1), (math.inf, 0.45, 1)):
+        seen.clear()
+        assessed = assessment.assess(
+            found.flow,
+            found.guide.density(),
+            found.latents,
+            found.guide.initial,
+            num_samples=200,
+            seconds=seconds,
+            search_seconds=limit,
+            walk_seconds=0.0,
+        )
+        assert len(seen) == count and assessed.probe.complete
+        assert seen[0][0] is None and all(known is not None for known, _ in seen[1:])
 
 
 def test_a_slow_first_run(clock):

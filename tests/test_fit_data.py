@@ -176,7 +176,7 @@ ERRORS = {
         "50 of 50 rows .*Simplex",
     ),
     "frozen": (lambda: fit(flow().requires_grad_(False), normal(50, 2)), "trainable parameters.*requires_grad_"),
-    "unsummed": (lambda: fit(Unsummed(), normal(50, 2), batch_size=9), r"log_prob of Unsummed .*got shape \(9, 2\)"),
+    "unsummed": (lambda: fit(Unsummed(), normal(50, 2), batch_size=9), r"log_prob of Unsummed .*got shape \(5, 2\)"),
     "detached": (lambda: fit(Detached(), normal(50, 2)), "does not depend on any parameter"),
     "foreign-optimizer": (
         lambda: fit(flow(), normal(50, 2), optimizer=torch.optim.SGD(flow().parameters(), lr=0.1)),
@@ -333,7 +333,9 @@ def test_defaults_by_the_amount_of_data():
     batches = [settings.batch_size_for(rows) for rows in (20, 500, 5000, 10**5, 10**7)]
     assert batches == sorted(batches) and batches[0] == 20 < batches[1] < batches[-1] == batches[-2]
     for rows, size in zip((20, 500, 5000, 10**5, 10**7), batches, strict=True):
-        sizes = settings.sizes(size, -(-rows // size))
+        sizes = settings.sizes(size, -(-rows // size), rows)
         assert not 64 < size < 1024 or rows / 64 < size < rows / 16
         assert sizes.patience >= 5 and 20 <= sizes.max_epochs <= 1000
         assert sizes.total_steps == sizes.max_epochs * -(-rows // size)
+        wanted = min(max(rows, 100), 600)  # steps without improvement
+        assert sizes.patience == 5 or wanted <= sizes.patience * -(-rows // size) < wanted + -(-rows // size)

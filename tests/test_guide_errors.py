@@ -218,10 +218,6 @@ def odd():
     pyro.sample("odd", Odd(0.0, 1.0))
 
 
-def angle():
-    pyro.sample("angle", dist.VonMises(0.0, 2.0))
-
-
 def one_by_one():
     for i in pyro.plate("years", 2):
         pyro.sample(f"x_{i}", dist.Normal(0, 1))
@@ -230,9 +226,7 @@ def one_by_one():
 REFUSED = {
     discrete: "(?s)discrete sample site 'kind'.*enumerat",
     counts: "(?s)discrete sample site 'count'.*enumerat",
-    sphere: "(?s)spherical sample site 'y'.*ProjectedNormalReparam",
     odd: "no bijection from the line is known for the support of site 'odd'",
-    angle: "'angle' is an angle",
     one_by_one: "'x_0' lies in the sequential plate 'years'",
 }
 
@@ -247,7 +241,7 @@ def test_refused_whatever_the_initial_values(model, init):
 
 @pytest.mark.parametrize("init", INITS, ids=init_ids)
 def test_reparameterized_sites_are_no_latents(init):
-    """With the advice followed, the guide has the plain latents, and the model's values lie on the sphere."""
+    """The guide has the plain latents, and the model's values lie on the sphere."""
     model = poutine.reparam(sphere, {"y": ProjectedNormalReparam()})
     guide = AutoFlow(model, SMALL, start="prior", init_loc_fn=init, seed=0).setup()
     assert {site.name for site in guide.latents} == {"x", "y_normal"}
@@ -294,17 +288,6 @@ def test_random_numbers_that_do_not_matter_are_fine():
         pyro.sample("y", dist.Normal(mu, 1), obs=y)
 
     assert fit(Quick(model), Y[0], steps=1).notes == ()
-
-
-def test_supports_without_a_bijection():
-    with pytest.raises(ValueError, match=r"(?i)projected ?normal|sphere"):
-        Quick(lambda: pyro.sample("x", dist.ProjectedNormal(torch.ones(3)))).setup()
-
-
-def test_angles():
-    """On the line their density repeats, and a guide would spread over as many turns as it reaches."""
-    in_every_way(lambda: pyro.sample("x", dist.VonMises(0.0, 2.0)), match="'x' is an angle.*ImproperUniform")
-    in_every_way(lambda: pyro.sample("x", dist.VonMises(torch.zeros(2), 2.0).to_event(1)), match="'x' is an angle")
 
 
 # Data of another shape

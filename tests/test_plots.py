@@ -3,6 +3,7 @@
 import inspect
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +21,8 @@ from torch.distributions import ExpTransform
 
 import pyro_flows as pf
 from pyro_flows import plots
+from pyro_flows.infer.density.judging import judge_rows
+from pyro_flows.infer.diagnostics.densities import judge_density
 
 
 @pytest.fixture(autouse=True)
@@ -660,3 +663,41 @@ def test_devices(device):
     assert plots.calibration(flow, data, context, num_samples=10).lines
     assert plots.history({"train": data[:, 0]}).lines
     assert all(parameter.device.type == device.type for parameter in flow.parameters())
+
+
+# Verdict
+
+
+def test_verdict_shows_ranks_scores_and_unexplained_rows():
+    torch.manual_seed(1)
+    rows = torch.randn(300, 2)
+    rows[5] = 9.0
+    found = judge_rows(pf.Flow(pf.maf(2, num_layers=1, hidden_dims=(4,))).eval(), rows, training=torch.randn(500, 2))
+    fig = plots.verdict(found, names=["a", "b"])
+    left, middle, right = fig.axes
+    assert [text.get_text() for text in left.get_legend().get_texts()] == ["a", "b", "log-density"]
+    own, other = found.checks.scores.numpy(), found.checks.rival_scores.numpy()
+    low = np.quantile(np.concatenate([own, other]), 0.005)
+    assert np.allclose(points(middle), np.stack([other.clip(low), own.clip(low)], 1))
+    assert middle.get_title() == f"{(own - other).mean():+.2f} nats a row on average"
+    assert [text.get_text() for text in right.texts] == ["5"] and right.get_yscale() == "log"
+    assert np.allclose(points(right), [(own[list(found.checks.index).index(5)], 1 / 300)])
+    curves = {line.get_label(): line.get_xdata() for line in right.lines}
+    assert {name: len(x) for name, x in curves.items()} == {
+        "draws": 300 * found.checks.copies,
+        "training rows": 500,
+        "judged rows": 300,
+    }
+    assert np.allclose(curves["judged rows"], np.sort(own))
+
+
+def test_verdict_without_a_rival_or_draws():
+    torch.manual_seed(0)
+    found = judge_rows(flow_of(2), torch.randn(40, 2))
+    assert plots.verdict(found).axes[1].get_title() == "no Gaussian to compare with"
+    refuses(TypeError, "fit_density", plots.verdict, torch.zeros(3))
+    bare = SimpleNamespace(
+        verdict=judge_density(replace(found.checks, ranks=None, draws=None, notes=("no way to draw",)))
+    )
+    refuses(ValueError, "no way to draw", plots.verdict, bare)
+    refuses(ValueError, "expected 2 names", plots.verdict, found, names=["a"])

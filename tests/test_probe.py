@@ -1,12 +1,14 @@
 """The mode probe: lost modes are found with their share, and nothing else raises an alarm."""
 
 import math
+import time
 
 import pytest
 import torch
 from asserts import refuses
 from torch.distributions import Independent, MultivariateNormal, Normal
 
+from pyro_flows.infer.machine.pace import Pace
 from pyro_flows.infer.search.probe import probe_modes
 
 
@@ -244,6 +246,26 @@ def test_time_limit():
     target = pair((0.7, 0.3))
     found = probe(target, target.parts[0], seconds=0.0)
     assert found.missing_share == 0 and len(found.share) == 0 and not found.complete
+
+
+def test_a_search_short_in_time_climbs_from_fewer_points(monkeypatch):
+    """Each point takes a millisecond, by a clock that nothing else moves."""
+    now, target = [0.0], pair((0.7, 0.3))
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+
+    class Slow:
+        pace = Pace()
+
+        def __call__(self, z):
+            now[0] += 0.001 * len(z)
+            return target.log_prob(z)
+
+    found = {
+        seconds: probe(Slow(), target.parts[0], seconds=seconds, log_evidence=math.log(0.7)) for seconds in (0.3, 8, 90)
+    }
+    assert [each.complete for each in found.values()] == [False, True, True]
+    assert found[0.3].num_starts < 16 <= found[8].num_starts < 60 < found[90].num_starts
+    assert found[8].missed.any() and abs(found[8].missing_share - 0.3) < 0.02
 
 
 @pytest.mark.parametrize(

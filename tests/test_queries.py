@@ -704,3 +704,11 @@ def test_random_numbers_go_on_as_before():
         warnings.simplefilter("ignore")
         found.log_prob(torch.zeros(1))
     assert torch.equal(torch.rand(1), first)
+
+
+def test_directions_have_no_marginals():
+    density = pf.Flow(pf.sphere(3))()
+    refuses(NotImplementedError, "on a sphere", density.marginal, 0)
+    refuses(NotImplementedError, "on a sphere", density.conditional, 0, [0.5])
+    torch.testing.assert_close(density.modes().points.norm(dim=-1), torch.ones(len(density.modes().points)))
+    torch.testing.assert_close(density.entropy(), torch.tensor(4 * math.pi).log())

@@ -93,6 +93,15 @@ def test_settling_tells_what_is_wrong(kind):
         assert found.effective < 1000
 
 
+@pytest.mark.parametrize(("memory", "away", "fine"), [(0.2, 0.0, True), (0.2, 0.6, False), (0.5, 0.0, False)])
+def test_memory_matters_where_chains_began_elsewhere(memory, away, fine):
+    first = noise(512, 1, seed=1) + away
+    states = math.sqrt(1 - memory**2) * noise(512, 32, 1) + memory * first.unsqueeze(1)
+    found = settling(states, first)
+    assert found.rhat > 1.01 and found.ok == fine and found.remembers == (not fine)
+    assert memory * away - 0.02 < found.moved < memory * (away + 0.25)
+
+
 def test_heavy_tails_settle_and_few_long_chains_have_the_usual_rhat():
     cauchy = torch.tan(math.pi * (torch.rand(256, 32, 1, generator=generator(), dtype=torch.float64) - 0.5))
     assert settling(cauchy, cauchy[:, 0]).ok
@@ -110,12 +119,23 @@ def test_another_walk_is_compared():
     own, weights = noise(256, 32, 2), noise(256 * 32)
     same = compare_walks(own, weights, noise(256, 16, 2, seed=1), noise(256 * 16, seed=2).clamp(max=3))
     assert same.why_not == "" and same.error < 0.03
+    short = compare_walks(own[:, :4], weights[:1024], noise(256, 4, 2, seed=1), noise(1024, seed=2).clamp(max=3))
+    assert short.why_not == "" and 0.04 < short.error < 0.05  # twice 1024 draws
     moved = compare_walks(own, weights, noise(256, 16, 2, seed=1) + 0.3, noise(4096, seed=2).clamp(max=3))
     assert "did not end" in moved.why_not
     wider = compare_walks(own, weights, 1.5 * noise(256, 16, 2, seed=1), noise(4096, seed=2).clamp(max=3))
     assert "did not end" in wider.why_not
     beyond = compare_walks(own, weights, noise(256, 16, 2, seed=1), noise(4096, seed=2) + 3)
     assert "did not end" in beyond.why_not
+    high = noise(256, 16, seed=2).clamp(max=3)
+    for chains, words in (
+        (9, ""),
+        (10, "did not end"),
+    ):  # the highest of 512 by chance, with a probability of 2^-chains
+        high[:chains] = 9.0
+        found = compare_walks(own, weights, noise(256, 16, 2, seed=1), high)
+        assert found.chains == chains and found.beyond > 0.03 and found.why_not.startswith(("chains",) if words else "")
+        assert bool(found.why_not) == bool(words)
     assert "too short" in compare_walks(own, weights, noise(16, 16, 2, seed=1), noise(256, seed=2).clamp(max=3)).why_not
 
 
@@ -126,7 +146,7 @@ def test_the_verdict_names_what_is_wrong():
     good = judge_chains(settling(states, first), draws, apart)
     assert good.ok and good.label == "good" and "256 chains with 32 draws" in str(good)
     for words, verdict in {
-        "no other walk": judge_chains(settling(states, first), draws),
+        "none that began elsewhere": judge_chains(settling(states, first), draws),
         "interrupted": judge_chains(settling(states, first), draws, apart, "The chains were interrupted."),
         "ridges could not": judge_chains(settling(states, first), draws, apart, ended=False),
         "remember": judge_chains(settling(states + first.unsqueeze(1), first), draws, apart),
@@ -404,7 +424,7 @@ def test_an_interruption_carries_the_result(simple, monkeypatch, way):
     def stopping(self, *args, **kwargs):
         nonlocal count
         count += 1
-        if count == (40 if way == "refine" else 400):
+        if count == (20 if way == "refine" else 400):
             signal.raise_signal(signal.SIGINT)
         return whole(self, *args, **kwargs)
 

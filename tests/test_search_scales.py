@@ -12,6 +12,7 @@ from pyro.distributions import constraints
 import pyro_flows as pf
 from pyro_flows.infer import AutoFlow, fit_guide
 from pyro_flows.infer.guides import fit as fitting
+from pyro_flows.infer.guides.choices import moved_to_mode
 from pyro_flows.infer.search.climb import SafeDensity
 from pyro_flows.infer.search.curvature import Peaks, shortened
 from pyro_flows.infer.search.probe import probe_modes
@@ -67,6 +68,19 @@ def test_a_far_mode_is_found_with_its_share(dim, distance, width, share, unit):
     assert found.complete and found.missed.sum() == 1
     assert found.missing_share == pytest.approx(share, abs=0.05 * share + 0.002)
     assert found.num_starts > 80 and found.reach > 300
+
+
+@pytest.mark.parametrize(("dim", "place", "width"), [(2, (2.5, -1.5), 0.01), (4, (-3.0, 2.0), 0.1)])
+def test_a_thorough_search_finds_needles_in_few_dimensions(dim, place, width):
+    center = torch.cat([torch.tensor(place), torch.zeros(dim - 2)])
+
+    def needle(z):
+        return torch.logaddexp(math.log(0.7) + normal(z), math.log(0.3) + normal(z - center, width))
+
+    draws = torch.randn(2000, dim, generator=generator(1))
+    options = {"log_evidence": math.log(0.7), "log_weights": torch.zeros(2000), "generator": generator()}
+    found = probe_modes(needle, normal, draws, torch.zeros(dim), num_starts=128, num_rounds=128, **options)
+    assert found.missed.tolist() == [True, False] and abs(found.missing_share - 0.3) < 0.02
 
 
 def test_draws_of_weight_zero_hide_no_mode():
@@ -149,6 +163,26 @@ def test_a_mode_found_late_starts_training_anew(monkeypatch, tmp_path):
     assert float(far.double().mean()) == pytest.approx(0.4, abs=0.08)
     again = fit_guide(guide, steps=200, progress=False, checkpoint=path)  # goes on from the end
     assert torch.equal(again.log_weights, fit.log_weights)
+
+
+@pytest.mark.parametrize("wrong", [True, False])
+def test_a_start_cut_short_moves_to_the_mode(wrong):
+    def model():
+        x = pyro.sample("x", dist.Normal(torch.zeros(3), torch.tensor([1.0, 2.0, 3.0])).to_event(1))
+        pyro.sample("y", dist.Normal(x, 1.0).to_event(1), obs=torch.tensor([1.0, -1.0, 4.0]))
+
+    guide = AutoFlow(model, SMALL, seed=0).setup()
+    density, affine = guide.density(), guide.preconditioner
+    right = affine.loc.clone()
+    if wrong:
+        affine.place(right + torch.tensor([4.0, 1.0, 0.0]), 0.3 * torch.eye(3))
+    before = affine.loc.clone(), affine.scale.clone()
+    draws = affine.loc + torch.randn(256, 3, generator=generator()) @ affine.scale.mT
+    probe = probe_modes(density, guide.flow.log_prob, draws, guide.initial, log_evidence=0.0, generator=generator())
+    assert moved_to_mode(guide, density, probe) == wrong
+    torch.testing.assert_close(affine.loc, right, atol=1e-2, rtol=0)
+    if not wrong:
+        assert torch.equal(affine.loc, before[0]) and torch.equal(affine.scale, before[1])
 
 
 def test_words_say_how_far_was_looked():

@@ -113,11 +113,44 @@ def test_climb_does_not_depend_on_units_given_a_metric(memory):
     def hill(z):
         return -torch.logaddexp(z, -z).sum(-1) - 0.1 * (z[:, 1:] - z[:, :-1].square()).square().sum(-1)
 
-    metric = torch.eye(8, dtype=torch.float64)[None]
+    metric = torch.eye(8, dtype=torch.float64)[None] if memory is None else torch.ones_like(scale)[None]
     plain = climb(hill, start[None], memory=memory, metric=metric)
     units = climb(lambda z: hill(z / scale), (start * scale)[None], memory=memory, metric=metric * scale * scale)
     assert plain.converged.all() and units.converged.all()
     torch.testing.assert_close(units.ends()[0] / scale, plain.ends()[0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("memory", [None, 10])
+def test_a_climb_that_promises_little_stays_in_a_narrow_mode(memory):
+    """From the slope of a narrow mode, whose first step by the metric of a wide one would end in that one."""
+
+    def two(z):
+        narrow = 8.0 - 0.5 * ((z - torch.tensor([3.0, 1.0])) / 0.01).square().sum(-1)
+        return torch.logaddexp(-0.5 * z.square().sum(-1), narrow)
+
+    start = (1 + 0.045 / 10**0.5) * torch.tensor([[3.0, 1.0]], dtype=torch.float64)
+    metric = torch.full((1, 2), 0.1, dtype=torch.float64)
+    metric = metric.diag_embed() if memory is None else metric
+    ends = [climb(two, start, memory=memory, metric=metric, promise=most).ends()[0] for most in (math.inf, 4.0)]
+    torch.testing.assert_close(ends[1], torch.tensor([[3.0, 1.0]], dtype=torch.float64), atol=1e-4, rtol=0)
+    assert ends[0].norm() < 0.01
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_climb_in_a_frame_is_that_of_the_density_in_its_coordinates(scaled):
+    factor = 10 * torch.randn(8, 8, generator=generator(), dtype=torch.float64).tril() + 5 * torch.eye(8)
+    starts = torch.randn(3, 8, generator=generator(1), dtype=torch.float64)
+
+    def hill(z):
+        return -torch.logaddexp(z, -z).sum(-1) - 0.1 * (z[:, 1:] - z[:, :-1].square()).square().sum(-1)
+
+    metric = torch.full_like(starts, 0.5) if scaled else None
+    plain = climb(hill, starts, metric=metric)
+    inverse = torch.linalg.inv(factor)
+    framed = climb(lambda z: hill(z @ inverse.mT), starts @ factor.mT, metric=metric, frame=factor)
+    assert plain.converged.all() and framed.converged.all()
+    assert [len(path) for path in framed.values] == [len(path) for path in plain.values]
+    torch.testing.assert_close(framed.ends()[0] @ inverse.mT, plain.ends()[0], atol=1e-6, rtol=0)
 
 
 def test_climb_takes_a_sensible_first_step():

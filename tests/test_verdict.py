@@ -282,6 +282,22 @@ def test_moments_that_are_no_numbers_do_not_pass():
     assert not judge(importance(torch.zeros(N)), moments=compare_moments(z, torch.zeros(N))).ok
 
 
+def test_what_a_heavy_tail_hides():
+    places = ((torch.arange(N) + 0.5) / N).double()
+    guide, posterior = normal(0.0, 0.4), normal()
+    draws = guide.icdf(places)
+    found = importance(posterior.log_prob(draws) - guide.log_prob(draws))
+    outside = 2 * float(posterior.cdf(guide.icdf(real(1 / N))))  # of the posterior, where no draw is expected
+    assert found.khat > 0.7 and 0.5 < found.unseen / outside < 2 and judge(found).label == "bad"
+    # A tail as heavy that holds little: weights of the index 0.8, with a known part beyond the first of N places.
+    log_weights = torch.log1p(0.004 * places.pow(-0.8))
+    log_weights[7::8] = -math.inf
+    found = importance(log_weights)
+    outside = 0.004 / 0.2 * (1 / N) ** 0.2
+    assert found.khat > 0.7 and found.tail > 0.005 and found.ess < 0.9 and 0.5 < found.unseen / outside < 3
+    assert judge(found).label == "use importance resampling"
+
+
 def test_few_draws_do_not_make_tails_heavy():
     z = torch.distributions.Exponential(1.0).sample((500, 20))
     found = judge(importance(torch.zeros(500)), moments=compare_moments(z, torch.zeros(500)))

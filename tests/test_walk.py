@@ -33,7 +33,7 @@ def walked(density, width=1.0, dim=3, **options):
 @pytest.mark.parametrize("width", [1.0, 1.2])
 def test_a_guide_that_leaves_nothing_out(width):
     found, _ = walked(normal, width)
-    assert found.above <= 0.003 and found.num_moves == 15 and 0.6 < found.accepted <= 1
+    assert found.above <= 0.003 and found.shift == 0 and found.num_moves == 15 and 0.6 < found.accepted <= 1
 
 
 def test_a_curve_whose_ends_are_cut_off():
@@ -45,6 +45,20 @@ def test_a_curve_whose_ends_are_cut_off():
     found, log_weights = walked(banana, 0.6, dim=2, num_walkers=512, num_moves=30)
     assert found.above > 0.02
     assert (found.log_weights > log_weights.max() + 0.1).double().mean() == found.above
+
+
+def test_a_part_that_is_left_out_at_equal_weights():
+    """Draws above 1 of a normal are missing: no weight there is above the others', but means move."""
+    torch.manual_seed(0)
+    guide = pf.Flow(pf.transforms.Preconditioner(torch.zeros(2), torch.eye(2)))
+    u = guide.base().sample((N,))
+    u = u[u[:, 0] < 1]
+    options = {"num_walkers": 256, "num_moves": 15, "generator": torch.Generator().manual_seed(0)}
+    found = walk_draws(BaseDensity(guide, normal), u, torch.zeros(len(u)), **options)
+    # Percentiles below 1 have the mean 0.42 and the standard deviation 0.24, where all have 0.5.
+    assert found.above == 0 and abs(found.shift - 0.33) < 0.1
+    verdict = judge(importance(torch.zeros(len(u))), walk=found)
+    assert verdict.label == "bad" and "moved a mean by 0.3" in str(verdict) and "left out" in verdict.text
 
 
 def test_failures_and_time():
@@ -65,7 +79,7 @@ def test_failures_and_time():
 
 
 def strayed(above, moves=30):
-    return Walk(torch.zeros(500), above, 0.9, moves, 1000)
+    return Walk(torch.zeros(500), above, 0.0, 0.9, moves, 1000)
 
 
 @pytest.mark.parametrize(
@@ -84,6 +98,10 @@ def test_what_the_verdict_makes_of_it(spread, above, label):
     found = judge(weights, walk=strayed(above))
     assert found.label == label
     assert ("left out" in found.text) == (above > 0.003)
+    if label == "use importance resampling":
+        short = judge(weights, walk=strayed(above, moves=7))
+        assert short.label == label and "fit.refine(seconds=...) shows" in short.text
+        assert "fit.refine" not in found.text
     if label == "bad":
         assert "fit.refine(seconds=...)" in found.text and "at least" in found.text  # the evidence is a bound
     assert judge(weights, walk=strayed(above, moves=1)).label == judge(weights).label

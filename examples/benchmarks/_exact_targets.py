@@ -202,7 +202,85 @@ def nested(of: Numbers) -> Made:
     return 1 + 2 * dim, log_p, x
 
 
-KINDS = {each.__name__: each for each in (gaussian, banana, chain, ring, funnel, student, bumps, gamma, skewed, nested)}
+def wave(of: Numbers) -> Made:
+    """A thin curve that follows a sine."""
+    dim, height, length, width = of.dim(2, 5), of.between(1, 3), of.between(1, 2.5), of.between(0.1, 0.5)
+    x = of.normals(COUNT, dim)
+    x[:, 1] = height * (length * x[:, 0]).sin() + width * x[:, 1]
+
+    def log_p(z: Tensor) -> Tensor:
+        across = normal(z[..., 1], height * (length * z[..., 0]).sin(), width)
+        return normal(z[..., 0]) + across + normal(z[..., 2:]).sum(-1)
+
+    return dim, log_p, x
+
+
+def cross(of: Numbers) -> Made:
+    """Two long normals across each other."""
+    dim, long, short, share = of.dim(2, 4), of.between(2, 6), of.between(0.1, 0.5), of.between(0.3, 0.7)
+    first = of.uniforms(COUNT, 1) < share
+    x = of.normals(COUNT, dim)
+    x[:, :2] *= torch.where(first, torch.tensor([long, short]), torch.tensor([short, long]))
+
+    def log_p(z: Tensor) -> Tensor:
+        a, b = z[..., 0], z[..., 1]
+        one = math.log(share) + normal(a, 0.0, long) + normal(b, 0.0, short)
+        other = math.log1p(-share) + normal(a, 0.0, short) + normal(b, 0.0, long)
+        return torch.logaddexp(one, other) + normal(z[..., 2:]).sum(-1)
+
+    return dim, log_p, x
+
+
+def _polar(z: Tensor, angle: float, spread: float, radius: float, turn: float, width: float) -> Tensor:
+    """Log-density in the plane of a normal angle, with a radius that is normal around a line in it."""
+    r = (z.square().sum(-1) + 1e-12).sqrt()
+    angles = torch.atan2(z[..., 1], z[..., 0]).unsqueeze(-1) + 2 * math.pi * torch.arange(-3, 4)
+    each = normal(angles, angle, spread) + normal(r.unsqueeze(-1), radius + turn * angles, width)
+    return each.logsumexp(-1) - r.log()
+
+
+def _on_polar(of: Numbers, count: int, angle: float, spread: float, radius: float, turn: float, width: float) -> Tensor:
+    angles = angle + spread * of.normals(count)
+    r = radius + turn * angles + width * of.normals(count)
+    return torch.stack([r * angles.cos(), r * angles.sin()], -1)
+
+
+def spiral(of: Numbers) -> Made:
+    """One turn or so around the origin, outward."""
+    numbers = of.between(-1, 1), of.between(0.8, 1.6), of.between(6, 9), of.between(0.4, 0.8), of.between(0.15, 0.4)
+    return 2, lambda z: _polar(z, *numbers), _on_polar(of, COUNT, *numbers)
+
+
+def crescents(of: Numbers) -> Made:
+    """Two half-moons that open toward each other."""
+    numbers = 0.0, of.between(0.5, 0.9), of.between(2.5, 4), 0.0, of.between(0.15, 0.4)
+    away, share = torch.tensor([of.between(-1.5, 0), of.between(0.5, 2)], dtype=torch.float64), of.between(0.35, 0.65)
+    x = _on_polar(of, COUNT, *numbers) + away
+    x = torch.where(of.uniforms(COUNT, 1) < share, x, -x)
+
+    def log_p(z: Tensor) -> Tensor:
+        one, other = (_polar(sign * z - away, *numbers) for sign in (1, -1))
+        return torch.logaddexp(math.log(share) + one, math.log1p(-share) + other)
+
+    return 2, log_p, x
+
+
+def shell(of: Numbers) -> Made:
+    """A sphere in three to five dimensions."""
+    dim, radius, width = of.dim(3, 5), of.between(3, 6), of.between(0.2, 0.6)
+    way = of.normals(COUNT, dim)
+    x = (radius + width * of.normals(COUNT, 1)) * way / way.norm(dim=-1, keepdim=True)
+    area = math.log(2) + 0.5 * dim * math.log(math.pi) - math.lgamma(0.5 * dim)
+
+    def log_p(z: Tensor) -> Tensor:
+        r = (z.square().sum(-1) + 1e-12).sqrt()
+        return normal(r, radius, width) - (dim - 1) * r.log() - area
+
+    return dim, log_p, x
+
+
+FIRST = gaussian, banana, chain, ring, funnel, student, bumps, gamma, skewed, nested
+KINDS = {each.__name__: each for each in (*FIRST, wave, cross, spiral, crescents, shell)}
 HEAVY = ("chain", "funnel", "student", "skewed", "nested")
 
 

@@ -3,9 +3,10 @@
     python examples/benchmarks/series.py
     python examples/benchmarks/series.py --smoke
 
-For causal flows of series of ``T`` steps: the density of one more step given all before, by ``Stream.observe`` and by
-one pass over the window; and one more draw, by ``Stream.step`` and by drawing the window once more.  All calls take
-turns, in CPU seconds of one thread; what is shown are medians, and of ratios median, least and greatest over rounds.
+For causal flows of series of ``T`` steps, and for ``ConvMADE`` by each of its networks: the density of one more step
+given all before, by ``Stream.observe`` and by one pass over the window; and one more draw, by ``Stream.step`` (of a
+``ConvMADE``, ``Stream.sample``) and by drawing the window once more.  All calls take turns, in CPU seconds of one
+thread; what is shown are medians, and of ratios median, least and greatest over rounds.
 """
 
 import statistics
@@ -19,26 +20,39 @@ import pyro_flows as pf
 from pyro_flows.infer import Stream
 
 CHANNELS = 2
-FLOWS: dict[str, Callable[[int], pf.Chain]] = {
-    "mintnet": lambda times: pf.mintnet((CHANNELS, times), causal=True, num_layers=2, num_groups=8),
-    "causal_maf": lambda times: pf.causal_maf((CHANNELS, times), num_layers=2, hidden_channels=32),
+
+
+def made(times: int, **options: object) -> pf.ConvMADE:
+    return pf.ConvMADE((CHANNELS, times), "normal", positions=False, hidden_channels=32, **options)
+
+
+MODELS: dict[str, Callable[[int], pf.Flow | pf.ConvMADE]] = {
+    "mintnet": lambda times: pf.Flow(pf.mintnet((CHANNELS, times), causal=True, num_layers=2, num_groups=8)),
+    "causal_maf": lambda times: pf.Flow(pf.causal_maf((CHANNELS, times), num_layers=2, hidden_channels=32)),
+    "ConvMADE, convolutions": lambda times: made(times, num_layers=4, dilations=(1, 2, 4)),
+    "ConvMADE, GRU": lambda times: made(times, network="gru"),
+    "ConvMADE, attention to 64": lambda times: made(times, network="attention", window=64),
 }
 
 
 def calls_of(name: str, times: int, batch: int, seed: int) -> dict[str, Callable[[], object]]:
     """What is timed."""
     torch.manual_seed(seed)
-    flow = shaken(pf.Flow(FLOWS[name](times)).eval(), 0.03)
-    stream = Stream(flow, (batch,))
-    window = flow.sample((batch,)).clone()  # its scores would be known else
+    model = shaken(MODELS[name](times).eval(), 0.03)
+    stream = Stream(model, (batch,))
+    window = model.sample((batch,)).clone()  # its scores would be known else
     stream.observe(window)
     base = torch.randn(batch, CHANNELS, times)
-    return {
+    calls: dict[str, Callable[[], object]] = {
         "observe": lambda: stream.observe(window[..., -1]),
-        "whole density": torch.no_grad()(lambda: flow.log_prob(window)),
-        "step": lambda: stream.step(base[..., -1]),
-        "whole draw": torch.no_grad()(lambda: flow.chain.forward_and_ladj(base)),
+        "whole density": torch.no_grad()(lambda: model.log_prob(window)),
     }
+    if isinstance(model, pf.Flow):
+        calls["step"] = lambda: stream.step(base[..., -1])
+        calls["whole draw"] = torch.no_grad()(lambda: model.chain.forward_and_ladj(base))
+    else:
+        calls |= {"step": stream.sample, "whole draw": lambda: model.sample((batch,))}
+    return calls
 
 
 def measure(calls: dict[str, Callable[[], object]], rounds: int, target: float) -> dict[str, list[float]]:
@@ -55,6 +69,7 @@ def main() -> None:
     args = command(
         __doc__,
         "small sizes, one round",
+        models={"nargs": "+", "choices": list(MODELS), "default": list(MODELS)},
         times={"type": int, "nargs": "+", "default": [16, 64, 256, 1024]},
         batches={"type": int, "nargs": "+", "default": [1, 64]},
         rounds={"type": int, "default": 7},
@@ -64,9 +79,9 @@ def main() -> None:
     if args.smoke:
         args.times, args.batches, args.rounds, target = [8], [1], 1, 0.0
     print(f"{machine()}; one thread, seed {args.seed}, float32, {CHANNELS} channels, {args.rounds} rounds in turns\n")
-    header = ["flow", "batch", "T", "observe", "whole pass / observe", "step", "whole draw / step"]
+    header = ["model", "batch", "T", "observe", "whole pass / observe", "step", "whole draw / step"]
     table = Table(*header)
-    for name in FLOWS:
+    for name in args.models:
         for batch in args.batches:
             for times in args.times:
                 figures = measure(calls_of(name, times, batch, args.seed), args.rounds, target)

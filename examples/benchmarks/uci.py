@@ -2,6 +2,7 @@
 
     python examples/benchmarks/uci.py FOLDER                       # all sets, all models, three seeds; about an hour
     python examples/benchmarks/uci.py FOLDER --sets wine_white     # one set; minutes
+    python examples/benchmarks/uci.py FOLDER --rows 100 200 400 0  # fit_density as it is; 0 for all rows
     python examples/benchmarks/uci.py --smoke                      # synthetic data, seconds
 
 FOLDER holds ``uci_small/*.npz`` (``x``, and ``split_test_rows`` where a split is published) and
@@ -15,6 +16,11 @@ All models go through ``fit_density`` with the same steps, batches and schedule,
 held-out score.  Scores are nats per row in standardized units, mean and standard deviation over seeds; times are CPU
 seconds of training on one thread.  Runs are kept in ``--results``, so that a second call only fills in what is missing.
 Needs the ``bench`` extra for zuko.
+
+``--rows`` compares the defaults of ``fit_density`` instead: it is given that many of the rows that are not for testing,
+and a flow, and nothing else but ``--seconds`` of CPU time.  Columns give the mean difference to the Gaussian of the
+same rows (of full covariance, shrunk where rows are few), over the test rows, with its standard error.  Where rows are
+few, the default is ``folds=5``.  ``from N(0, I)`` starts as independent normals, without folds.
 """
 
 import functools
@@ -31,6 +37,7 @@ from torch import Tensor, nn
 
 import pyro_flows as pf
 from pyro_flows.distributions import MixtureHead
+from pyro_flows.infer.density.gaussian import fit_gaussian
 
 SETS = ["power_plant", "kin8nm", "wine_white", "houses", "protein_tertiary_structure", "miniboone"]
 Split = tuple[Tensor, Tensor, Tensor]
@@ -150,6 +157,76 @@ def run(folder: Path | None, name: str, model: str, seed: int, steps: int) -> di
     }
 
 
+KINDS: dict[str, tuple[Callable[[int], nn.Module], dict[str, object]]] = {
+    **{
+        f"{name}{said}": (build, options)
+        for name, build in (("maf", pf.maf), ("nsf", pf.nsf))
+        for said, options in {
+            "": {},
+            ", folds=1": {"folds": 1},
+            ", folds=5": {"folds": 5},
+            ", from N(0, I)": {"folds": 1, "standardize": False},
+        }.items()
+    },
+    "zuko MAF": (lambda dims: Zuko("MAF", dims, 5), {}),
+    "zuko NSF": (lambda dims: Zuko("NSF", dims, 3), {}),
+}
+
+
+def compare(
+    folder: Path | None, name: str, rows: int, model: str, seed: int, seconds: float | None, steps: int | None
+) -> dict[str, object]:
+    """Fits one model to some rows of one set, and scores it against the Gaussian of the same rows."""
+    alone()
+    time.monotonic = time.process_time  # seconds of CPU time
+    train, validation, test = load(folder, name, 0)
+    train = torch.cat([train, validation])
+    chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
+    train = train[chosen[: rows or None]]
+    loc, scale = train.mean(0), train.std(0)
+    train, test = (train - loc) / scale, (test - loc) / scale
+    gaussian = fit_gaussian(train.double()).log_prob(test.double())
+    torch.manual_seed(seed)
+    build, options = KINDS[model]
+    limits = {name: value for name, value in (("seconds", seconds), ("steps", steps)) if value is not None}
+    start = time.process_time()
+    fit = pf.fit_density(build(train.shape[1]), train, progress=False, seed=seed, **options, **limits)
+    spent = time.process_time() - start
+    difference = fit.log_prob(test).double() - gaussian
+    return {
+        "set": name,
+        "rows": rows,
+        "model": model,
+        "seed": seed,
+        "seconds": seconds,
+        "steps": steps,
+        "gaussian": gaussian.mean().item(),
+        "difference": difference.mean().item(),
+        "error": difference.std().item() / len(difference) ** 0.5,
+        "spent": spent,
+        "members": max(len(fit.members), 1),
+    }
+
+
+def differences(runs: list[dict[str, object]]) -> str:
+    """The differences to the Gaussian, a row for each set and number of rows, and their sums below."""
+    models = list(dict.fromkeys(str(r["model"]) for r in runs))
+    cells = {(r["set"], r["rows"]): r for r in runs}
+    lines = []
+    for (name, rows), first in cells.items():
+        line = [str(name), str(rows or "all"), f"{first['gaussian']:.2f}"]
+        for model in models:
+            these = [r for r in runs if (r["set"], r["rows"], r["model"]) == (name, rows, model)]
+            line.append("; ".join(f"{r['difference']:+.2f} ± {r['error']:.2f}, {r['spent']:.0f} s" for r in these))
+        lines.append(line)
+    below, mean = ["cells below -2 errors", "", ""], ["mean", "", ""]
+    for model in models:
+        these = [r for r in runs if r["model"] == model]
+        below.append(f"{sum(r['difference'] < -2 * r['error'] for r in these)} of {len(these)}")
+        mean.append(f"{statistics.mean(float(r['difference']) for r in these):+.2f}")
+    return markdown(["set", "rows", "Gaussian", *models], [*lines, below, mean])
+
+
 def table(runs: list[dict[str, object]], sets: list[str], models: list[str]) -> str:
     """Scores with their spread, and what they cost."""
     rows = []
@@ -175,16 +252,36 @@ def main() -> None:
         "synthetic data, a few steps",
         folder="where the data are",
         sets={"nargs": "+", "default": SETS},
-        models={"nargs": "+", "default": ["Gaussian", *MODELS]},
+        models={"nargs": "+", "help": "of those in the tables"},
+        rows={"type": int, "nargs": "+", "help": "compares defaults on so many rows, 0 for all"},
+        seconds={"type": float, "help": "CPU seconds of a fit with --rows"},
         seeds={"type": int, "nargs": "+", "default": [0, 1, 2]},
         steps={"type": int, "default": 2000},
         jobs={"type": int, "default": 1, "help": "runs at a time"},
         results={"type": Path, "help": "JSON lines of runs, read and added to"},
     )
+    args.models = args.models or [*KINDS] if args.rows else args.models or ["Gaussian", *MODELS]
     if args.smoke:
         args.folder, args.sets, args.seeds, args.steps = None, ["synthetic"], [0], 5
         args.models = [name for name in args.models if not name.startswith("zuko")]
         args.results = Path(tempfile.mkdtemp()) / "runs.jsonl"
+        smoke = [compare(None, "synthetic", 100, model, 0, None, 5) for model in ("maf", "nsf, folds=1")]
+        print(differences(smoke))
+    if args.rows:
+        limits = args.seconds, 5 if args.smoke else None
+        cells = [(name, rows) for name in args.sets for rows in args.rows]
+        wanted = [(*cell, model, seed, *limits) for cell in cells for seed in args.seeds for model in args.models]
+        print(f"{machine()}; seeds {args.seeds}, float32, one thread a run\n")
+        found = complete(
+            functools.partial(compare, args.folder),
+            wanted,
+            lambda r: tuple(r[name] for name in ("set", "rows", "model", "seed", "seconds", "steps")),
+            lambda r: f"{r['set']:<28}{r['rows']:>5}  {r['model']:<20}{r['difference']:+8.3f} ± {r['error']:.3f}",
+            results=args.results or Path("uci_rows.jsonl"),
+            jobs=args.jobs,
+        )
+        print("\n" + differences(found))
+        return
     wanted = [(name, model, seed, args.steps) for name in args.sets for seed in args.seeds for model in args.models]
     print(f"{machine()}; {args.steps} steps, seeds {args.seeds}, float32, one thread a run\n")
     found = complete(

@@ -8,11 +8,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import pyro.distributions.constraints as pyro_constraints
 from torch import Size, Tensor, nn
 from torch.distributions import Transform, constraints
 
 from pyro_flows.core.checks import first_floating, joint_shape
-from pyro_flows.core.transform import Conditioned, FlowTransform, Inverse
+from pyro_flows.core.transform import WHOLE, Conditioned, FlowTransform, Inverse
 from pyro_flows.core.wrap import Wrap
 
 __all__ = ["Chain", "leaves", "total_cost"]
@@ -31,7 +32,8 @@ class Chain(FlowTransform):
         parts: the transforms, whose event shapes follow on from each other.
 
     Raises:
-        ValueError: for an empty list, event shapes that do not fit, or contexts of different sizes.
+        ValueError: for an empty list, event shapes that do not fit, contexts of different sizes, or parts of which only
+            some stay on the sphere.
     """
 
     def __init__(self, parts: Iterable[Transform]) -> None:
@@ -64,8 +66,21 @@ class Chain(FlowTransform):
                 )
             self.parts.append(part)
             shape = part.data_shape
+        kinds = {part.discrete for part in self} - {None}
+        if len(kinds) > 1:
+            raise ValueError(
+                "Chain: expected parts that all map whole numbers, or all real ones, got both: "
+                f"{', '.join(type(part).__name__ for part in self)}"
+            )
+        self.discrete = kinds == {True} if kinds else None
         self.sampling_cost = total_cost(part.sampling_cost for part in self)
         self.density_cost = total_cost(part.density_cost for part in self)
+        kinds = {side is pyro_constraints.sphere for part in self for side in (part.domain, part.codomain)}
+        if len(kinds) > 1:
+            raise ValueError(
+                "Chain: some parts move unit vectors and others leave the sphere, so the result would be no density; "
+                "use parts of pf.sphere for all, or fit their coordinates without one"
+            )
         angles = self.periodic
         if angles is not None:
             self.turned(angles)  # refuses parts that do not take them as angles
@@ -105,11 +120,13 @@ class Chain(FlowTransform):
 
     @constraints.dependent_property(is_discrete=False)
     def domain(self) -> constraints.Constraint:
-        return self._parts()[0].domain
+        return WHOLE[len(self.event_shape)] if self.discrete else self._parts()[0].domain
 
     @constraints.dependent_property(is_discrete=False)
     def codomain(self) -> constraints.Constraint:
         parts = self._parts()
+        if self.discrete:
+            return WHOLE[len(self.data_shape)]
         last = len(parts) - 1
         while last and isinstance(parts[last], Wrap):
             last -= 1

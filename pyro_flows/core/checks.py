@@ -9,9 +9,10 @@ import torch
 from pyro.distributions.util import broadcast_shape
 from torch import Size, Tensor, nn
 
-from pyro_flows.core.modes import autocasting
+from pyro_flows.core.modes import autocasting, plain_eager
 
 __all__ = [
+    "WHOLE_BOUND",
     "admit",
     "boolean_mask",
     "check_context",
@@ -21,12 +22,16 @@ __all__ = [
     "first_floating",
     "integer",
     "joint_shape",
+    "like_given",
     "permutation_of",
     "positive_integers",
     "refuse_other_kind",
     "without_leading_ones",
     "wrong_event",
 ]
+
+
+WHOLE_BOUND = 2**52  # integer flows map the whole numbers from its negative up to it, and not it
 
 
 def event_size(event_shape: int | Iterable[int]) -> Size:
@@ -132,10 +137,14 @@ def admit(transform: Any, value: Tensor, context: Tensor | None, data_side: bool
     cut = len(shape) - len(event)
     if cut < 0 or shape[cut:] != event:
         raise ValueError(wrong_event(transform, shape, event))
-    if not value.is_floating_point():
-        raise TypeError(f"{name}: expected a floating-point value, got {value.dtype}; use value.float()")
     kin = first_floating(transform)
-    if kin is not None:
+    if transform.discrete:
+        if kin is not None:
+            _same_device(name, "value", value, kin)
+        value = _whole(name, value)
+    elif not value.is_floating_point():
+        raise TypeError(f"{name}: expected a floating-point value, got {value.dtype}; use value.float()")
+    elif kin is not None:
         if kin.dtype.itemsize < 4:
             _refuse_half(name, transform, kin.dtype)
         _same_kind(name, "value", value, kin)
@@ -151,6 +160,43 @@ def admit(transform: Any, value: Tensor, context: Tensor | None, data_side: bool
             "broadcast"
         ) from None
     return value if whole == batch else value.expand(whole + event)
+
+
+def _whole(name: str, value: Tensor) -> Tensor:
+    """Whole numbers of any dtype, in float64; refuses others."""
+    if value.is_complex():
+        raise TypeError(f"{name}: expected whole numbers, got {value.dtype}")
+    made = value.double()
+    if not value.numel() or value.is_meta or not plain_eager():
+        return made
+    found = made.detach()
+    wrong = (found != found.floor()) | (found < -WHOLE_BOUND) | (found >= WHOLE_BOUND)
+    if wrong.any():
+        where = tuple(wrong.nonzero()[0].tolist())
+        raise ValueError(
+            f"{name}: expected whole numbers from -2 ** 52 to 2 ** 52 - 1, got {found[where].item():.17g} at {where} "
+            f"({int(wrong.sum())} such in {wrong.numel()}); round fractions, leave out rows with NaN, and subtract a "
+            "constant from numbers that are too large"
+        )
+    return made
+
+
+def like_given(name: str, given: Tensor, made: Tensor) -> Tensor:
+    """Returns whole numbers in the floating dtype of the given ones.
+
+    Raises:
+        ValueError: if that dtype cannot hold one of them.
+    """
+    cast = made.to(given.dtype)
+    if cast is made or not made.numel() or made.is_meta or not plain_eager():
+        return cast
+    if ((cast != made) & made.isfinite()).any():
+        largest = made.detach().abs().max().item()
+        raise ValueError(
+            f"{name}: the result has whole numbers up to {largest:.17g}, which {given.dtype} cannot hold exactly; give "
+            "values as integers or in float64"
+        )
+    return cast
 
 
 def joint_shape(*shapes: Iterable[int]) -> Size:
@@ -230,6 +276,10 @@ def _same_kind(name: str, what: str, value: Tensor, kin: Tensor) -> None:
             f"{name}: the {what} is {value.dtype} but the parameters are {kin.dtype}; "
             f"convert one of them, e.g. {what}.to({kin.dtype})"
         )
+    _same_device(name, what, value, kin)
+
+
+def _same_device(name: str, what: str, value: Tensor, kin: Tensor) -> None:
     if value.device != kin.device:
         raise ValueError(
             f"{name}: the {what} is on {value.device} but the parameters are on {kin.device}; "

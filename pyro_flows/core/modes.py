@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from typing import Any, ParamSpec, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C._dynamo import eval_frame
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
@@ -19,6 +19,7 @@ __all__ = [
     "batched",
     "beyond_rules",
     "by_hand",
+    "evaluating",
     "exact_products",
     "forward_mode",
     "full_precision",
@@ -176,6 +177,22 @@ def lasting() -> Iterator[None]:
     """Within it, new tensors belong to no transform of ``torch.func`` nor inference mode."""
     with torch.inference_mode(False), temporarily_clear_interpreter_stack():
         yield
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Puts the model in evaluation mode, and restores all modes afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    if not any(modes.values()):
+        yield
+        return
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train()
+        for module, mode in modes.items():
+            module.training = mode
 
 
 class GradientByHand(torch.autograd.Function):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Size, Tensor, device
 
-__all__ = ["Elementwise", "Past", "Stepper", "affine", "at_any_time"]
+__all__ = ["Elementwise", "Past", "Stepper", "affine", "at_any_time", "length_mask"]
 
 Move = Callable[[Tensor], tuple[Tensor, Tensor]]
 
@@ -104,3 +104,30 @@ def at_any_time(name: str, what: str, value: Tensor) -> Tensor:
             "part whose parameters all times share, such as ActNorm"
         )
     return first
+
+
+def length_mask(name: str, lengths: Tensor | Iterable[int], batch: Size | None, times: int, device: device) -> Tensor:
+    """Whether each step is within its series' length, shape ``(*batch, times)``.
+
+    Args:
+        name: the caller, for messages.
+        lengths: integers from 1 to ``times`` that broadcast to ``batch``.
+        batch: the batch of series; ``None`` for the lengths' own shape.
+        times: the number of steps.
+        device: where the mask is.
+
+    Raises:
+        ValueError: for other lengths.
+    """
+    lengths = torch.as_tensor(lengths, device=device)
+    whole = not (lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool)
+    if not whole or (lengths.numel() and not ((lengths > 0) & (lengths <= times)).all()):
+        raise ValueError(f"{name}: expected lengths to be integers from 1 to {times}, got {lengths}")
+    try:
+        lengths = lengths if batch is None else lengths.expand(batch)
+    except RuntimeError:
+        raise ValueError(
+            f"{name}: expected lengths that broadcast to the batch {tuple(batch or ())}, one for each series, got "
+            f"shape {tuple(lengths.shape)}"
+        ) from None
+    return torch.arange(times, device=device) < lengths.unsqueeze(-1)

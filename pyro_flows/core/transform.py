@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 import torch
+from pyro.distributions import constraints as pyro_constraints
 from pyro.distributions.conditional import ConditionalTransform
 from pyro.distributions.torch_transform import TransformModule
 from pyro.ops.provenance import ProvenanceTensor, extract_provenance, track_provenance
@@ -15,24 +16,30 @@ from torch import Size, Tensor, nn
 from torch.distributions import constraints
 
 from pyro_flows.core.checks import (
+    WHOLE_BOUND,
     admit,
     check_context,
     event_size,
     integer,
     joint_shape,
+    like_given,
     without_leading_ones,
     wrong_event,
 )
 from pyro_flows.core.memo import Memo
 from pyro_flows.core.recipes import remembered
 
-__all__ = ["REAL", "Conditioned", "FlowTransform", "Inverse"]
+__all__ = ["REAL", "WHOLE", "WHOLE_BOUND", "Conditioned", "FlowTransform", "Inverse"]
 
 
 REAL = [
     constraints.real,
     constraints.real_vector,
     *(constraints.independent(constraints.real, n) for n in range(2, 9)),
+]
+WHOLE = [
+    pyro_constraints.integer,
+    *(constraints.independent(pyro_constraints.integer, n) for n in range(1, 9)),
 ]
 
 
@@ -43,7 +50,11 @@ def _guarded(leaf: Callable[..., tuple[Tensor, Tensor]], data_side: bool) -> Cal
             # Hand-made gradients lose Pyro's marks of provenance.
             given: Any = extract_provenance((value, context))
             return track_provenance(method(self, *given[0]), given[1])
-        return leaf(self, admit(self, value, context, data_side), context)
+        admitted = admit(self, value, context, data_side)
+        if not self.discrete or not value.is_floating_point():
+            return leaf(self, admitted, context)
+        out, ladj = leaf(self, admitted, context)
+        return like_given(type(self).__name__, value, out), ladj.to(value.dtype)
 
     return method
 
@@ -75,6 +86,7 @@ class FlowTransform(TransformModule):
     bijective = True
     sampling_cost = "1 pass"  # base to data
     density_cost = "1 pass"  # data to base
+    discrete: bool | None = False  # whether it maps whole numbers to whole numbers; None if it only rearranges
     affine = False  # whether the map is a matrix and a shift, at each context
     event_shape: Size
     context_dim: int
@@ -114,12 +126,12 @@ class FlowTransform(TransformModule):
     @constraints.dependent_property(is_discrete=False)
     def domain(self) -> constraints.Constraint:
         """Constraint on ``x``."""
-        return REAL[len(self.event_shape)]
+        return (WHOLE if self.discrete else REAL)[len(self.event_shape)]
 
     @constraints.dependent_property(is_discrete=False)
     def codomain(self) -> constraints.Constraint:
         """Constraint on ``y``: the ``support`` of a ``TransformedDistribution``."""
-        return REAL[len(self.data_shape)]
+        return (WHOLE if self.discrete else REAL)[len(self.data_shape)]
 
     def __call__(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """``y = f(x)``, at a context if given."""
@@ -305,6 +317,7 @@ class Inverse(FlowTransform):
     transform: FlowTransform
     data_shape, batch_shape = _inner("event_shape"), _inner("batch_shape")
     domain, codomain = _inner("codomain"), _inner("domain")
+    discrete = _inner("discrete")
     shared_over_time = _inner("shared_over_time")
 
     # The inverse of an inverse is the transform itself.
@@ -374,6 +387,7 @@ class Conditioned(FlowTransform):
     context: Tensor
     data_shape, domain, codomain = _inner("data_shape"), _inner("domain"), _inner("codomain")
     reach, shared_over_time, periodic = _inner("reach"), _inner("shared_over_time"), _inner("periodic")
+    discrete = _inner("discrete")
 
     def __init__(self, transform: FlowTransform, context: Tensor) -> None:
         super().__init__(transform.event_shape)

@@ -4,6 +4,7 @@ from pyro_flows.distributions.bases import DiagonalNormal, FixedBase, GaussianMi
 from pyro_flows.distributions.dequantization import Dequantized, DequantizedDistribution, bits_per_dim
 from pyro_flows.distributions.ensemble import Ensemble, EnsembleDistribution
 from pyro_flows.distributions.flow import Flow, FlowDistribution
+from pyro_flows.distributions.integers import IntegerLogistics, IntegerLogisticsDistribution
 from pyro_flows.distributions.made import (
     MADE,
     AutoregressiveDistribution,
@@ -26,6 +27,7 @@ from pyro_flows.distributions.queries import (
     estimate_entropy,
     estimate_kl,
 )
+from pyro_flows.distributions.sphere import UniformSphere, VonMisesFisher
 
 __all__ = [
     "MADE",
@@ -46,6 +48,8 @@ __all__ = [
     "Flow",
     "FlowDistribution",
     "GaussianMixture",
+    "IntegerLogistics",
+    "IntegerLogisticsDistribution",
     "LogisticMixtureHead",
     "Marginal",
     "MixedHead",
@@ -55,6 +59,8 @@ __all__ = [
     "RelaxedBernoulliHead",
     "StudentT",
     "UniformCircle",
+    "UniformSphere",
+    "VonMisesFisher",
     "bits_per_dim",
     "estimate_entropy",
     "estimate_kl",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
+import pyro.distributions.constraints as pyro_constraints
 import torch
 from pyro.distributions import TransformedDistribution
 from torch import Size, Tensor, nn
@@ -15,8 +17,11 @@ from pyro_flows.core.checks import check_context, check_tensor, first_floating, 
 from pyro_flows.core.modes import plain_eager
 from pyro_flows.core.transform import REAL, FlowTransform
 from pyro_flows.distributions.bases import DiagonalNormal, FixedBase, UniformCircle
+from pyro_flows.distributions.integers import IntegerLogistics
 from pyro_flows.distributions.queries.answers import Answering, Weighted
 from pyro_flows.distributions.queries.chain import ChainPiece
+from pyro_flows.distributions.sphere import UniformSphere
+from pyro_flows.transforms.integers import IntegerCoupling, IntegerSplit, levels_of
 
 __all__ = ["Flow", "FlowDistribution"]
 
@@ -25,12 +30,23 @@ class FlowDistribution(Answering, TransformedDistribution):
     """A ``TransformedDistribution`` that :class:`Flow` makes and that shares its parameters; it scores in one pass."""
 
     def _pieces(self, dims: Sequence[int]) -> Weighted:
+        if dims and self.transforms[0].discrete:
+            raise NotImplementedError(
+                "marginal and conditional: the couplings of an integer flow mix its numbers, so that neither is known; "
+                "count among draws, flow.sample((100_000,))"
+            )
+        if dims and self.transforms[0].codomain is pyro_constraints.sphere:
+            raise NotImplementedError(
+                "marginal and conditional: on a sphere a number follows from the others up to its sign, so that they "
+                "have no joint density; count among draws, flow.sample((100_000,))"
+            )
         return [(0.0, ChainPiece(self.base_dist, self.transforms[0]))]
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-density in nats, shape ``(*sample, *batch)``; one pass."""
         check_tensor("Flow", "a tensor", value)
-        if self._validate_args and _can_check(value):
+        (transform,) = self.transforms
+        if self._validate_args and _can_check(value) and not transform.discrete:  # which checks its own
             self._validate_sample(value)
         return self.score(value)
 
@@ -72,13 +88,13 @@ class Flow(nn.Module):
 
     Args:
         chain: a flow transform; several are put in a :class:`~pyro_flows.core.chain.Chain`.
-        base: ``None`` for a standard normal, uniform for angles (see :func:`~pyro_flows.flows.ncsf`); a fixed
-            distribution, whose tensors move with the module; or an ``nn.Module`` that returns a distribution when
-            called, and whose parameters become the flow's.
+        base: ``None`` for a standard normal, uniform for angles (see :func:`~pyro_flows.flows.ncsf`) and on the sphere
+            (see :func:`~pyro_flows.flows.sphere`); a fixed distribution, whose tensors move with the module; or an
+            ``nn.Module`` that returns a distribution when called, and whose parameters become the flow's.
 
     Raises:
-        ValueError: if the base's event shape is not the chain's, a fixed base requires a gradient, or a chain of angles
-            has a base that is no density of angles.
+        ValueError: if the base's event shape is not the chain's, a fixed base requires a gradient, a chain of angles
+            has a base that is no density of angles, or a chain on the sphere one that is not on the sphere.
     """
 
     def __init__(self, chain: FlowTransform | list[Transform], base: Distribution | nn.Module | None = None) -> None:
@@ -86,7 +102,12 @@ class Flow(nn.Module):
         self.chain = chain if isinstance(chain, FlowTransform) else Chain(chain)
         event, periodic = self.chain.event_shape, self.chain.periodic
         if base is None:
-            base = DiagonalNormal(event) if periodic is None else UniformCircle(event, periodic)
+            if self.chain.discrete:
+                base = _integers_for(self.chain)
+            elif self.chain.domain is pyro_constraints.sphere:
+                base = UniformSphere(event[0])
+            else:
+                base = DiagonalNormal(event) if periodic is None else UniformCircle(event, periodic)
             kin = first_floating(self.chain)
             if kin is not None:
                 base.to(kin.device, kin.dtype)
@@ -95,7 +116,14 @@ class Flow(nn.Module):
         elif not isinstance(base, nn.Module):
             raise TypeError(f"Flow: expected base to be a distribution or a module, got {type(base).__name__}")
         self.base = base
-        made = self.base()
+        self._base_context = getattr(base, "context_dim", 0) if self.chain.discrete else 0
+        if self._base_context not in (0, self.chain.context_dim):
+            raise ValueError(
+                f"Flow: expected a base with the chain's context_dim={self.chain.context_dim} or none, got "
+                f"{self._base_context}"
+            )
+        kin = first_floating(self.base)
+        made = self._held(kin.new_zeros(self._base_context) if self._base_context and kin is not None else None)
         shape = made.batch_shape + made.event_shape
         if made.event_shape != event:
             hint = ": call .to_event() on it" if shape == event else ""
@@ -106,6 +134,13 @@ class Flow(nn.Module):
 
         if periodic is not None:
             _refuse_line(made, periodic)
+        if self.chain.discrete and not (made.support is not None and made.support.is_discrete):
+            raise ValueError(
+                f"Flow: this chain maps whole numbers, but the base has the support {made.support}; leave base out, or "
+                "take IntegerLogistics or another distribution over whole numbers"
+            )
+        if self.chain.domain is pyro_constraints.sphere:
+            _refuse_space(made)
 
     @property
     def event_shape(self) -> Size:
@@ -133,7 +168,7 @@ class Flow(nn.Module):
         """The distribution, at a context of shape ``(*batch, context_dim)`` if the chain takes one."""
         check_context(self, context)
         context = self.inner_context(context)
-        return FlowDistribution(self.base(), [self.chain if context is None else self.chain.condition(context)])
+        return FlowDistribution(self._held(context), [self.chain if context is None else self.chain.condition(context)])
 
     condition = forward
 
@@ -148,24 +183,25 @@ class Flow(nn.Module):
         """``log_prob`` without checking the support."""
         context = self._admitted(context)
         x, ladj = self.chain.inverse_and_memo(value, context)
-        return _density(self._held(), x, ladj, self.chain)
+        return _density(self._scorer(context), x, ladj, self.chain)
 
     def sample(self, sample_shape: Size | tuple[int, ...] = (), context: Tensor | None = None) -> Tensor:
         """Draws without gradient, shape ``(*sample_shape, *context_batch, *event_shape)``."""
         context = self._admitted(context)
         with torch.no_grad():
-            return self.chain(self._draw(self._held(), Size(sample_shape), context, "sample"), context)
+            return self.chain(self._draw(self._scorer(context), Size(sample_shape), context, "sample"), context)
 
     def rsample(self, sample_shape: Size | tuple[int, ...] = (), context: Tensor | None = None) -> Tensor:
         """Reparameterized draws."""
         context = self._admitted(context)
-        return self.chain(self._draw(self._held(), Size(sample_shape), context), context)
+        return self.chain(self._draw(self._scorer(context), Size(sample_shape), context), context)
 
     def rsample_and_log_prob(
         self, sample_shape: Size | tuple[int, ...] = (), context: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Reparameterized draws and their log-densities; one pass."""
-        context, base = self._admitted(context), self._held()
+        context = self._admitted(context)
+        base = self._scorer(context)
         x = self._draw(base, Size(sample_shape), context)
         y, ladj = self.chain.forward_and_ladj(x, context)
         return y, _density(base, x, -ladj, self.chain)
@@ -175,9 +211,13 @@ class Flow(nn.Module):
         context = self.inner_context(context)
         return None if context is None else without_leading_ones(context)
 
-    def _held(self) -> Distribution | DiagonalNormal:
+    def _held(self, context: Tensor | None) -> Distribution:
+        """The base's distribution, at the context if it takes one."""
+        return self.base(context) if self._base_context else self.base()
+
+    def _scorer(self, context: Tensor | None) -> Distribution | DiagonalNormal:
         """The base's distribution, or ``DiagonalNormal`` itself, which is faster."""
-        return self.base if type(self.base) is DiagonalNormal else self.base()
+        return self.base if type(self.base) is DiagonalNormal else self._held(context)
 
     def _draw(
         self, base: Distribution | DiagonalNormal, sample_shape: Size, context: Tensor | None, kind: str = "rsample"
@@ -193,6 +233,8 @@ class Flow(nn.Module):
 
 def _refuse_outside(chain: FlowTransform, value: Tensor) -> None:
     """Refuses values outside the support, including NaN."""
+    if chain.discrete:
+        return  # the chain checks whole numbers itself
     support, shape = chain.codomain, chain.data_shape
     if support is REAL[len(shape)]:  # the usual case: a sum shows NaN, or infinities of both signs
         total = value.sum().item()
@@ -203,6 +245,19 @@ def _refuse_outside(chain: FlowTransform, value: Tensor) -> None:
     raise ValueError(
         f"Flow: expected a value within the support ({support}), got NaN or numbers beyond it in\n{value}\nCheck the "
         "data, or end the chain in a transform onto the set that they lie in"
+    )
+
+
+def _integers_for(chain: FlowTransform) -> IntegerLogistics:
+    """The default base of an integer flow: its levels, context and splits, and networks as large as its couplings'."""
+    nets = [part.net for part in chain.modules() if isinstance(part, IntegerCoupling)]
+    return IntegerLogistics(
+        chain.event_shape,
+        levels=levels_of(chain),
+        context_dim=chain.context_dim,
+        num_splits=sum(isinstance(part, IntegerSplit) for part in chain.modules()),
+        hidden_dims=nets[0].hidden_dims,
+        kernel_size=nets[0].kernel_size,
     )
 
 
@@ -220,4 +275,19 @@ def _refuse_line(base: Distribution, angles: Tensor) -> None:
         raise ValueError(
             "Flow: this chain takes angles modulo 2 pi, but the base gives another density at x + 2 pi than at x, so "
             "it would not integrate to 1 over a turn; leave base out, or take UniformCircle or Pyro's VonMises"
+        )
+
+
+def _refuse_space(base: Distribution) -> None:
+    """Refuses a base whose support is not the sphere."""
+    first = torch.eye(base.event_shape[0])[0]
+    try:
+        support: Any = base.support
+        fits = support.check(first).all() and not support.check(2 * first).any()
+    except (NotImplementedError, ValueError):  # an unknown or dependent support
+        return
+    if not fits:
+        raise ValueError(
+            f"Flow: this chain moves unit vectors, but the base has the support {support}; leave base out, or take a "
+            "distribution on the sphere such as VonMisesFisher or Pyro's ProjectedNormal"
         )

@@ -7,8 +7,10 @@ Each takes ``input_dim`` or an event shape, then keywords; ``hidden_dims=None`` 
 
 from pyro_flows.flows.continuous import cnf
 from pyro_flows.flows.images import glow, multiscale_realnvp
+from pyro_flows.flows.integers import idf
 from pyro_flows.flows.mint import MINTNET_CONFIGURATIONS, mintnet
 from pyro_flows.flows.series import causal_maf
+from pyro_flows.flows.sphere import sphere
 from pyro_flows.flows.vectors import iaf, maf, ncsf, nice, nsf, realnvp
 
 __all__ = [
@@ -17,6 +19,7 @@ __all__ = [
     "cnf",
     "glow",
     "iaf",
+    "idf",
     "maf",
     "mintnet",
     "multiscale_realnvp",
@@ -24,4 +27,5 @@ __all__ = [
     "nice",
     "nsf",
     "realnvp",
+    "sphere",
 ]

@@ -21,7 +21,8 @@ __all__ = ["iaf", "maf", "ncsf", "nice", "nsf", "realnvp"]
 Order = str | Sequence[int] | Tensor
 
 
-def _hidden(event_shape: int | Iterable[int], hidden_dims: Sequence[int] | None) -> tuple[int, ...]:
+def default_hidden(event_shape: int | Iterable[int], hidden_dims: Sequence[int] | None) -> tuple[int, ...]:
+    """The widths of the networks, ``hidden_dims`` if given."""
     if hidden_dims is not None:
         return layer_widths("", "hidden_dims", hidden_dims)
     return (min(max(64, 4 * event_size(event_shape).numel()), 512),) * 2
@@ -75,7 +76,7 @@ def nice(
         NICE: Non-linear Independent Components Estimation (Dinh et al., 2014), arXiv:1410.8516.
     """
     options: dict[str, Any] = {"context_dim": context_dim, "residual": residual, "activation": activation}
-    hidden = _hidden(input_dim, hidden_dims)
+    hidden = default_hidden(input_dim, hidden_dims)
     layers = _couplings(input_dim, Shift(), num_layers, mask, hidden_dims=hidden, **options)
     first = [Rescaling(input_dim, hidden_dims=hidden[:1], **options)] if rescale else []
     return Chain([*first, *layers])
@@ -116,7 +117,7 @@ def realnvp(
     family = Affine(max_log_scale) if univariate is None else univariate
     options: dict[str, Any] = {"context_dim": context_dim, "residual": residual, "activation": activation}
     return Chain(
-        _couplings(input_dim, family, num_layers, mask, hidden_dims=_hidden(input_dim, hidden_dims), **options)
+        _couplings(input_dim, family, num_layers, mask, hidden_dims=default_hidden(input_dim, hidden_dims), **options)
     )
 
 
@@ -170,7 +171,7 @@ def maf(
         Masked Autoregressive Flow for Density Estimation (Papamakarios et al., 2017), arXiv:1705.07057.
     """
     options: dict[str, Any] = {"context_dim": context_dim, "residual": residual, "activation": activation}
-    options |= {"hidden_dims": _hidden(input_dim, hidden_dims), "adjacency": adjacency}
+    options |= {"hidden_dims": default_hidden(input_dim, hidden_dims), "adjacency": adjacency}
     family = Affine(max_log_scale) if univariate is None else univariate
     return _autoregressive(input_dim, family, num_layers, order, **options)
 
@@ -211,7 +212,7 @@ def iaf(
         Improved Variational Inference with Inverse Autoregressive Flow (Kingma et al., 2016), arXiv:1606.04934.
     """
     options: dict[str, Any] = {"context_dim": context_dim, "residual": residual, "activation": activation}
-    options |= {"hidden_dims": _hidden(input_dim, hidden_dims), "adjacency": adjacency}
+    options |= {"hidden_dims": default_hidden(input_dim, hidden_dims), "adjacency": adjacency}
     family = Affine(max_log_scale) if univariate is None else univariate
     return _autoregressive(input_dim, family, num_layers, order, fast="sampling", **options)
 
@@ -262,7 +263,7 @@ def nsf(
     """
     choice("nsf", "boundary", boundary, ("linear", "identity"))
     options: dict[str, Any] = {"context_dim": context_dim, "residual": residual, "activation": activation}
-    options["hidden_dims"] = _hidden(input_dim, hidden_dims)
+    options["hidden_dims"] = default_hidden(input_dim, hidden_dims)
     family = Spline(bins, bound, boundary)
     if autoregressive:
         layers = 3 if num_layers is None else num_layers
@@ -314,7 +315,7 @@ def ncsf(
     if angle.shape != event:
         raise ValueError(f"ncsf: expected periodic to have shape {tuple(event)}, got {tuple(angle.shape)}")
     options: dict[str, Any] = {"context_dim": context_dim, "residual": residual, "activation": activation}
-    options |= {"hidden_dims": _hidden(input_dim, hidden_dims), "periodic": angle}
+    options |= {"hidden_dims": default_hidden(input_dim, hidden_dims), "periodic": angle}
     options["save_mask"] = isinstance(mask, str) and mask == "random"
     families = (angle, Spline(bins, boundary="circular")), (~angle, Spline(bins, bound))
     layers = []

@@ -14,6 +14,7 @@ from pyro_flows.infer.diagnostics import simulation_based_calibration
 from pyro_flows.infer.guides.auto import AutoFlow
 from pyro_flows.infer.guides.fit import fit_guide
 from pyro_flows.infer.guides.result import GuideFit, load_guide
+from pyro_flows.infer.models.lifted import Circles
 from pyro_flows.infer.objectives import AlphaDivergence, DReGELBO, ForwardKL, PathELBO
 from pyro_flows.infer.uses.anomaly import AnomalyDetector
 from pyro_flows.infer.uses.series import Stream, step_log_prob
@@ -23,6 +24,7 @@ __all__ = [
     "AlphaDivergence",
     "AnomalyDetector",
     "AutoFlow",
+    "Circles",
     "Codec",
     "DReGELBO",
     "DensityFit",

@@ -16,7 +16,15 @@ __all__ = ["RasterSweep", "rows_at_once"]
 ROOM, MORE_ROOM = 2**26, 2**28  # numbers that a sweep may hold, on a processor and elsewhere
 
 
-def rows_at_once(net: Stacks, device: torch.device) -> int:
+class Sized(Protocol):
+    """A network that tells about how many numbers a sweep holds per draw."""
+
+    @property
+    def numbers_per_draw(self) -> int:
+        """The number."""
+
+
+def rows_at_once(net: Sized, device: torch.device) -> int:
     """The number of draws that one sweep takes."""
     return max(16, (ROOM if device.type == "cpu" else MORE_ROOM) // net.numbers_per_draw)
 

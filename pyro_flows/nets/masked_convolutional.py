@@ -253,6 +253,10 @@ class Stacks(nn.Module):
             return out
         return out + _spread(F.linear(context, self.out_context.flatten(0, 1)))
 
+    def steps(self, rows: int, context: Tensor | None) -> StackSteps:
+        """The stack of series step by step, for a number of rows."""
+        return StackSteps(self, rows, context)
+
     def extra_repr(self) -> str:
         return f"{self.shape}, features={self.features}, num_params={self.num_params}, channels={self.hidden}"
 

@@ -9,8 +9,10 @@ contexts are tensors, arrays or lists, of any dtype and device.  No gradient is 
 
 from pyro_flows.plots.calibrations import calibration, pit
 from pyro_flows.plots.densities import density
+from pyro_flows.plots.globes import globe
 from pyro_flows.plots.histories import history
 from pyro_flows.plots.ranks import ranks
 from pyro_flows.plots.scatters import corner, samples
+from pyro_flows.plots.verdicts import verdict
 
-__all__ = ["calibration", "corner", "density", "history", "pit", "ranks", "samples"]
+__all__ = ["calibration", "corner", "density", "globe", "history", "pit", "ranks", "samples", "verdict"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from pyro_flows.core.checks import integer
 from pyro_flows.plots.canvas import DATA, MODEL, SHADES, Axes, bars, canvas, reach, thinned
 from pyro_flows.plots.inputs import distribution_of, drawn_rows, numbers, rows_of, score, single
 
-__all__ = ["density"]
+__all__ = ["density", "picture"]
 
 
 def density(
@@ -51,7 +52,7 @@ def density(
     height = np.exp(score(made, mesh, "density")).reshape((count,) * dims)
     ax = canvas(ax)
     if dims == 2:
-        _picture(ax, grids, height, rows, style)
+        picture(ax, grids, height, None if rows is None else thinned(rows, 1000), style)
         return ax
     (grid,) = grids
     if rows is not None:
@@ -80,21 +81,27 @@ def _limits(bounds: Any, made: Distribution, rows: np.ndarray | None) -> list[tu
     return reach(rows)
 
 
-def _picture(
-    ax: Axes, grids: list[np.ndarray], height: np.ndarray, rows: np.ndarray | None, style: dict[str, Any]
+def picture(
+    ax: Axes,
+    grids: list[np.ndarray],
+    height: np.ndarray,
+    rows: np.ndarray | None,
+    style: dict[str, Any],
+    place: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> None:
+    """Draws heights on a grid as colors, where they are not NaN, and rows as points, at their place in the picture."""
     from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 
     look: dict[str, Any] = {"cmap": LinearSegmentedColormap.from_list("flow", SHADES), "shading": "nearest"}
     look |= {"rasterized": True} | style
     if "norm" not in style:
         # A hundredth of the mass is denser than the top: a spike must not leave the picture pale.
-        ranked = np.sort(height, axis=None)[::-1]
+        ranked = np.sort(height[~np.isnan(height)])[::-1]
         mass = ranked.cumsum()
         top = float(ranked[np.searchsorted(mass, 0.01 * mass[-1])]) if 0 < mass[-1] < np.inf else 1.0
         look["norm"] = PowerNorm(0.5, look.pop("vmin", 0.0), look.pop("vmax", None) or top)
     ax.pcolormesh(*grids, height.T, **look)
     if rows is not None:
-        first, second = thinned(rows, 1000).T
+        first, second = (rows if place is None else place(rows)).T
         ax.scatter(first, second, s=4, color=DATA, alpha=0.5, linewidths=0)
     ax.set(xlim=(grids[0][0], grids[0][-1]), ylim=(grids[1][0], grids[1][-1]))

@@ -12,9 +12,9 @@ from torch import Size, Tensor, nn
 from torch.distributions import Distribution
 
 from pyro_flows.core.checks import first_floating, integer
+from pyro_flows.core.modes import evaluating
 from pyro_flows.core.transform import FlowTransform
 from pyro_flows.infer.density.data import to_tensor
-from pyro_flows.infer.uses.anomaly import evaluating
 
 __all__ = ["distribution_of", "draw", "drawn_rows", "draws_of", "numbers", "rows_of", "score", "single"]
 
@@ -151,7 +151,10 @@ def score(made: Distribution, points: np.ndarray, name: str) -> np.ndarray:
     event = made.event_shape
     found = []
     with _resting(made):
-        kin = made.sample()
+        try:
+            kin = made.sample()
+        except NotImplementedError:  # as of Pyro's VonMises3D
+            kin = torch.zeros(event)
         for part in torch.from_numpy(points).split(CHUNK):
             values = part.to(kin.device, kin.dtype).reshape(len(part), *event)
             try:

@@ -145,6 +145,8 @@ def _gradient(s: Subject) -> None:
                 hint = f"the gradients of {NAMES[0]} and {NAMES[1]} do not belong to the same map"
                 size = want.abs().max() if want.numel() else 0.0
                 s.close(f"gradient of {NAMES[side]} for {name}", got, want, hint, size, DERIVATIVE)
+        if s.transform.discrete:
+            continue  # gradients pass roundings as if these were the identity, so no differences confirm them
         steps = [_random_like(value, generator) for value in inputs]
         slopes = [(g * d).flatten() for g, d in zip(grads, steps, strict=True)]
         ends = []
@@ -310,6 +312,9 @@ def _errors(s: Subject) -> None:
         wide = torch.cat((value, value[..., :1]), -1)
         s.refuses("a wrong event size", ValueError, lambda: call(wide, s.context))  # noqa: B023
         s.refuses("too few dimensions", ValueError, lambda: call(value.new_zeros(()), s.context))  # noqa: B023
+        if t.discrete:
+            s.refuses("fractions", ValueError, lambda: call(value + 0.5, s.context))  # noqa: B023
+            continue
         s.refuses("integers", TypeError, lambda: call(value.long(), s.context))  # noqa: B023
         if any(p.is_floating_point() for p in (*t.parameters(), *t.buffers())):
             other = value.double() if value.dtype == torch.float32 else value.float()

@@ -211,6 +211,7 @@ class Permutation(FlowTransform):
     """
 
     sampling_cost = density_cost = "1 gather"
+    discrete = None
     affine = True
     permutation: Tensor
     undo: Tensor

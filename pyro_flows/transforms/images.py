@@ -35,6 +35,7 @@ class Squeeze(FlowTransform):
     """
 
     sampling_cost = density_cost = "1 gather"
+    discrete = None
 
     def __init__(self, event_shape: Iterable[int]) -> None:
         image = image_shape("Squeeze", event_shape)

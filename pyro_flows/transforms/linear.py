@@ -1,4 +1,4 @@
-"""Linear transforms: LU-decomposed matrices of events and of channels, and Householder reflections."""
+"""Linear transforms: LU-decomposed matrices of events and channels, Householder reflections, and a fixed coloring."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pyro_flows.core.checks import choice, event_size, integer, permutation_of
 from pyro_flows.core.modes import exact_products
 from pyro_flows.core.transform import FlowTransform
 
-__all__ = ["Conv1x1", "Householder", "LULinear"]
+__all__ = ["Coloring", "Conv1x1", "Householder", "LULinear"]
 
 
 def _rows(transform: FlowTransform, value: Tensor) -> Tensor:
@@ -270,3 +270,85 @@ class Householder(FlowTransform):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, num_reflections={len(self.vectors)}"
+
+
+class Coloring(FlowTransform):
+    r"""A fixed affine map that gives a standard normal a mean and a covariance, :math:`y = t + B c + L x`.
+
+    :math:`L` is lower triangular with a positive diagonal, so a standard normal base becomes :math:`N(t + B c, L
+    L^\top)`; with a context :math:`c` its mean is a linear regression.  :math:`\log|\det| = \sum_i \log L_{ii}`.  All
+    numbers are buffers, and nothing is learned.  Base to data costs one product, data to base one triangular solve,
+    both quadratic in the size of an event.
+
+    Args:
+        loc: :math:`t`, shape ``event_shape``; events are flattened in row-major order.
+        factor: :math:`L`, shape ``(D, D)`` for events of :math:`D` numbers; what is above its diagonal is left out.
+        slope: :math:`B`, shape ``(D, context_dim)``; ``None`` for no context.
+
+    Raises:
+        ValueError: if shapes do not fit, numbers are not finite, or the diagonal is not positive.
+
+    References:
+        Optimal Whitening and Decorrelation (Kessy, Lewin & Strimmer, 2018), whose Cholesky whitening is the inverse,
+        arXiv:1512.00809.
+    """
+
+    sampling_cost = "1 product"
+    half_precision = False  # torch solves triangular systems in float32 and float64 only
+    density_cost = "1 solve"
+    order, lower = "channel", True  # triangular in row-major order
+    loc: Tensor
+    factor: Tensor
+    slope: Tensor | None
+
+    def __init__(self, loc: Tensor, factor: Tensor, slope: Tensor | None = None) -> None:
+        super().__init__(loc.shape, 0 if slope is None else slope.shape[-1])
+        size = self.event_shape.numel()
+        fits = factor.shape == (size, size) and (slope is None or slope.shape == (size, self.context_dim))
+        if not fits:
+            raise ValueError(
+                f"Coloring: expected factor of shape {(size, size)} and slope of shape ({size}, context_dim) for "
+                f"events of {size} numbers, got {tuple(factor.shape)} and "
+                f"{None if slope is None else tuple(slope.shape)}"
+            )
+        given = {"loc": loc, "factor": factor.tril(), "slope": slope}
+        for name, value in given.items():
+            self.register_buffer(name, None if value is None else value.detach().clone())
+        if self.loc.is_meta:
+            return
+        finite = all(value.isfinite().all() for value in given.values() if value is not None)
+        if not (finite and (self.factor.diagonal() > 0).all()):
+            raise ValueError("Coloring: expected finite numbers, and a factor with a positive diagonal")
+
+    @torch.no_grad()
+    def place(self, loc: Tensor, factor: Tensor, slope: Tensor | None = None) -> None:
+        """Sets the numbers."""
+        for name, value in {"loc": loc, "factor": factor, "slope": slope}.items():
+            if value is not None:
+                getattr(self, name).copy_(value)
+        self.clear_cache()
+
+    def _mean(self, context: Tensor | None) -> Tensor:
+        """The mean of flat events."""
+        mean = self.loc.flatten()
+        return mean if context is None or self.slope is None else F.linear(context, self.slope, mean)
+
+    def _ladj(self, value: Tensor) -> Tensor:
+        return self.factor.diagonal().log().sum().expand(value.shape[: value.dim() - len(self.event_shape)])
+
+    @exact_products
+    def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        flat = x.flatten(-len(self.event_shape))
+        return (F.linear(flat, self.factor) + self._mean(context)).reshape(x.shape), self._ladj(x)
+
+    @exact_products
+    def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        flat = y.flatten(-len(self.event_shape)) - self._mean(context)
+        # Under autocast solves take the factor's dtype.
+        rows = flat.reshape(-1, flat.shape[-1]).to(self.factor.dtype)
+        solved = torch.linalg.solve_triangular(self.factor.mT, rows, upper=True, left=False)
+        return solved.reshape(y.shape), -self._ladj(y)
+
+    def log_slopes(self, y: Tensor, context: Tensor | None = None) -> Tensor:
+        """Log-slopes from data to base, of the shape of ``y``."""
+        return -self.factor.diagonal().log().reshape(self.event_shape).expand(y.shape)

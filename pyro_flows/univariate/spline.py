@@ -26,7 +26,7 @@ _Number = Callable[[float], Tensor]
 _RANGE = math.log(1e3)  # bounds the ratio of two bins, and a slope
 
 
-_BOUNDARIES = ("linear", "identity", "circular")
+_BOUNDARIES = ("linear", "identity", "circular", "interval")
 
 
 _PIECE = 2**14  # inputs that fit in a processor's cache
@@ -67,7 +67,8 @@ class Spline(Univariate):
         bound: half the side :math:`B` of the square.
         boundary: the map beyond the square.  ``"linear"``: a line with the last knot's learned slope;
             ``"identity"``: :math:`y = x`, as in the paper; ``"circular"``: inputs are angles modulo :math:`2\pi`,
-            :math:`B = \pi`, both ends share one slope, and a rotation follows.
+            :math:`B = \pi`, both ends share one slope, and a rotation follows; ``"interval"``: the square is
+            :math:`[0, 1]^2` with a line beyond, and a number near 0 keeps its relative accuracy in both directions.
 
     Raises:
         ValueError: for fewer than two bins, a bound that is not positive, or an unknown boundary.
@@ -82,24 +83,24 @@ class Spline(Univariate):
     def __init__(self, bins: int = 8, bound: float | None = None, boundary: str = "linear") -> None:
         integer("Spline", "bins", bins, 2)
         choice("Spline", "boundary", boundary, _BOUNDARIES)
-        if boundary == "circular" and bound is not None:
-            raise ValueError("Spline: a circular boundary has the bound pi: leave bound out")
+        own = {"circular": math.pi, "interval": 0.5}.get(boundary)
+        if own is not None and bound is not None:
+            name = {"circular": "pi", "interval": "1"}[boundary]
+            raise ValueError(f"Spline: the boundary {boundary!r} has the bound {name}: leave bound out")
         if bound is not None and not 0 < bound < math.inf:
             raise ValueError(f"Spline: expected bound to be positive and finite, got {bound}")
         self.bins = bins
         self.boundary = boundary
-        self.bound = math.pi if boundary == "circular" else float(5.0 if bound is None else bound)
+        self.bound = float(5.0 if bound is None else bound) if own is None else own
+        self._center = 0.0 if boundary == "interval" else 0.5  # the input 0 on the unit square
 
     def arguments(self) -> tuple[tuple[object, ...], dict[str, object]]:
-        return (), options_of(self) | ({"bound": None} if self.periodic else {})
+        return (), options_of(self) | ({"bound": None} if self.boundary in ("circular", "interval") else {})
 
     @property
     def num_params(self) -> int:  # type: ignore[override]  # bins and boundary say it
         """Number of widths, heights and slopes, and one rotation if circular."""
-        return (
-            2 * self.bins
-            + {"linear": self.bins + 1, "identity": self.bins - 1, "circular": self.bins + 1}[self.boundary]
-        )
+        return 2 * self.bins + (self.bins - 1 if self.boundary == "identity" else self.bins + 1)
 
     @property
     def periodic(self) -> bool:  # type: ignore[override]  # the boundary says it
@@ -150,25 +151,27 @@ class Spline(Univariate):
 
     def _run(self, inverse: bool, z: Tensor, params: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         number = numbers(z.dtype)
-        half, side = number(0.5), number(2 * self.bound)
+        center, side = number(self._center), number(2 * self.bound)
         circular = self.boundary == "circular"
-        unit = torch.add(half, (z - params[-1] if circular and inverse else z) * number(0.5 / self.bound))
+        unit = torch.add(center, (z - params[-1] if circular and inverse else z) * number(0.5 / self.bound))
         if circular:
             unit = unit - unit.floor()
         within = unit.clamp(0.0, 1.0)
         part = self._bin(within, params, inverse, number)
         beyond = None if circular else unit - within  # zero inside
         moved, xi, slope = (inverse_in_bin if inverse else forward_in_bin)(within, beyond, part, number)
+        if inverse and self.boundary == "interval":
+            moved, xi, slope = _polished(within, beyond, part, xi, number)
         ladj = slope.log()
         if beyond is None:
-            x = (moved - half) * side
+            x = (moved - center) * side
             if not inverse:
                 x = x + params[-1]
-                x = x - torch.floor(x / side + half) * side
+                x = x - torch.floor(x / side + center) * side
             kept = (xi, slope, *part[:6], *part.kept)
         else:
             x = torch.addcdiv(moved, beyond, slope) if inverse else torch.addcmul(moved, beyond, slope)
-            x = (x - half) * side
+            x = (x - center) * side
             kept = (xi, slope, *part[:6], *part.kept, beyond)
         return x, -ladj if inverse else ladj, kept
 
@@ -193,11 +196,11 @@ class Spline(Univariate):
 
     def _ends(self, index: Tensor) -> Tensor:
         """Indices of the slopes at a bin's two ends, shape ``(2, columns)``."""
-        if self.boundary == "linear":
-            return torch.stack((index, index + 1))
+        if self.boundary == "identity":
+            return torch.stack(((index - 1).clamp(min=0), index.clamp(max=self.bins - 2)))
         if self.boundary == "circular":
             return torch.stack((index, (index + 1) % self.bins))
-        return torch.stack(((index - 1).clamp(min=0), index.clamp(max=self.bins - 2)))
+        return torch.stack((index, index + 1))
 
     def _inner(self, index: Tensor) -> Tensor:
         """Whether a bin's two knots lie inside the square."""
@@ -318,6 +321,18 @@ def inverse_in_bin(value: Tensor, beyond: Tensor | None, part: Bin, number: _Num
     disc = torch.addcmul(least * least, two * twice * near, lean)
     step = twice * far / (s + lean + disc.sqrt())
     xi = _to_end(torch.where(above, step, one - step), beyond, number)
+    return torch.addcmul(left, width, xi), xi, _quotient(xi, s, d0, d1, one)[1]
+
+
+def _polished(
+    value: Tensor, beyond: Tensor | None, part: Bin, xi: Tensor, number: _Number
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Refines a small share of :func:`inverse_in_bin` by a step of Newton: its error is then relative."""
+    left, width, bottom, height, d0, d1, _ = part
+    s, one = height / width, number(1.0)
+    ratio, slope = _quotient(xi, s, d0, d1, one)
+    better = _to_end(xi - (ratio - (value - bottom) / height) * s / slope, beyond, number)
+    xi = torch.where(xi < 0.01, better, xi)
     return torch.addcmul(left, width, xi), xi, _quotient(xi, s, d0, d1, one)[1]
 
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from pyro.ops.provenance import track_provenance
 from torch import Size, Tensor, nn
 from torch.distributions.constraints import Constraint
 
-from pyro_flows.core.checks import check_context, check_tensor, wrong_event
+from pyro_flows.core.checks import check_context, check_tensor, joint_shape, wrong_event
 from pyro_flows.core.modes import plain_eager
+from pyro_flows.core.steps import length_mask
 from pyro_flows.distributions.made.head import Head
 from pyro_flows.distributions.made.network import Member
 from pyro_flows.distributions.made.pieces import OrderPiece
@@ -27,6 +29,16 @@ def by_row(context: Tensor | None, batch: Size) -> Tensor | None:
     return None if context is None else context.expand(*batch, -1).reshape(batch.numel(), context.shape[-1])
 
 
+def _joint(model: AutoregressiveModel, batch: Iterable[int], lengths: Iterable[int]) -> Size:
+    try:
+        return joint_shape(batch, lengths)
+    except ValueError:
+        raise ValueError(
+            f"{type(model).__name__}: expected lengths that broadcast to the batch {tuple(batch)}, one for each "
+            f"series, got shape {tuple(lengths)}"
+        ) from None
+
+
 class AutoregressiveDistribution(SharedDistribution):
     r"""A product of univariate conditionals, :math:`p(x) = \prod_i p(x_i \mid x_{<i}, c)`, for ``pyro.sample``.
 
@@ -37,14 +49,45 @@ class AutoregressiveDistribution(SharedDistribution):
         model: the owner of the parameters.
         context: shape ``(*batch, context_dim)``, or ``None``.
         members: orders with masks; several stand for the mean of their densities.
-        batch_shape: by default the context's.
+        lengths: steps of each series of a model of series, integers from 1 to ``T``.  Later steps are padding, which
+            counts in no density, may hold anything in a value, and is zero in draws.
+        batch_shape: by default that of context and lengths.
     """
+
+    def __init__(
+        self,
+        model: AutoregressiveModel,
+        context: Tensor | None = None,
+        members: tuple[Any, ...] = (None,),
+        *,
+        lengths: Tensor | Iterable[int] | None = None,
+        batch_shape: Size | None = None,
+        validate_args: bool | None = None,
+    ) -> None:
+        self.inside = None
+        if lengths is not None:
+            self.inside = length_mask(type(model).__name__, lengths, None, model.event_shape[-1], model.device)
+            batch = () if context is None else context.shape[:-1]
+            batch_shape = _joint(model, batch, self.inside.shape[:-1]) if batch_shape is None else batch_shape
+        super().__init__(model, context, members, batch_shape=batch_shape, validate_args=validate_args)
+
+    def expand(
+        self, batch_shape: Size | Iterable[int], _instance: SharedDistribution | None = None
+    ) -> AutoregressiveDistribution:
+        made: Any = super().expand(batch_shape, _instance)
+        if self.inside is not None:
+            made.inside = self.inside.expand(*made.batch_shape, -1)
+        return made
 
     def _admit(self, value: Tensor) -> Tensor:
         check_tensor(type(self.model).__name__, "a tensor", value)
         cut = value.dim() - len(self.event_shape)
         if cut < 0 or value.shape[cut:] != self.event_shape:
             raise ValueError(wrong_event(self.model, value.shape, self.event_shape))
+        if self.inside is not None:
+            _joint(self.model, value.shape[:cut], self.batch_shape)
+            value = torch.where(self.inside.unsqueeze(-2), value, value[..., :1])  # numbers that have a density
+            cut = value.dim() - len(self.event_shape)
         if self._validate_args and value.numel() and plain_eager():
             self.model.head.check(value.reshape(*value.shape[:cut], self.model.input_dim))
         return value
@@ -59,17 +102,34 @@ class AutoregressiveDistribution(SharedDistribution):
         return made
 
     def _pieces(self, dims: Sequence[int]) -> Weighted:
+        if self.inside is not None:
+            raise NotImplementedError(
+                f"{type(self.model).__name__}: marginals, conditionals and modes of series of several lengths are not "
+                "known at once; ask a model of one length, by at_length(times)"
+            )
         own = self._beginning_with(dims).members if dims else self.members
         return [(-math.log(len(own)), OrderPiece(self.model, self.context, each, self.batch_shape)) for each in own]
 
     def _scores(self, value: Tensor) -> list[Tensor]:
+        if self.inside is not None:
+            return [self._by_step(value).sum(-1)]
         return [self.model.score(value, self.context, member) for member in self.members]
+
+    def step_log_prob(self, value: Tensor) -> Tensor:
+        """Log-density of each step of series given those before it, in nats, shape ``(*batch, T)``; one pass."""
+        value = self._admit(value)
+        batch = joint_shape(value.shape[: value.dim() - len(self.event_shape)], self.batch_shape)
+        return self._by_step(value.expand(batch + self.event_shape))
+
+    def _by_step(self, value: Tensor) -> Tensor:
+        scores = self.model.step_scores(value, self.context)
+        return scores if self.inside is None else torch.where(self.inside, scores, 0.0)
 
     def _draw(self, sample_shape: Size) -> Tensor:
         """Draws, each from a random member."""
         shape = sample_shape + self.batch_shape
         if len(self.members) == 1:
-            return self.model.draw(shape, self.context, self.members[0])
+            return self._cut(self.model.draw(shape, self.context, self.members[0]))
         which = torch.randint(len(self.members), (shape.numel(),), device=self.model.device)
         context = by_row(self.context, shape)
         out = torch.empty(shape.numel(), *self.event_shape, dtype=self.model.dtype, device=self.model.device)
@@ -86,8 +146,11 @@ class AutoregressiveDistribution(SharedDistribution):
                 + (", nor of an ensemble of orders" if len(self.members) > 1 else "")
                 + "; use .sample() with a score-function estimator, or .relaxed(temperature) where the head has one"
             )
-        drawn = self.model.rdraw(Size(sample_shape) + self.batch_shape, self.context, self.members[0])
+        drawn = self._cut(self.model.rdraw(Size(sample_shape) + self.batch_shape, self.context, self.members[0]))
         return track_provenance(drawn, self._marks)
+
+    def _cut(self, drawn: Tensor) -> Tensor:
+        return drawn if self.inside is None else torch.where(self.inside.unsqueeze(-2), drawn, 0.0)
 
 
 class AutoregressiveModel(nn.Module):
@@ -123,6 +186,10 @@ class AutoregressiveModel(nn.Module):
     def draw(self, batch: Size, context: Tensor | None, member: Member | None = None) -> Tensor:
         """Draws without gradient, shape ``(*batch, *event)``."""
         raise TypeError(f"{type(self).__name__} must define draw(batch, context, member)")
+
+    def step_scores(self, value: Tensor, context: Tensor | None = None) -> Tensor:
+        """Log-density of each place of events ``(C, *places)`` given those before it, shape ``(*batch, *places)``."""
+        raise TypeError(f"{type(self).__name__} has no places one after another: see ConvMADE")
 
     def set_bias(self, bias: Tensor) -> None:
         """Sets the output biases, shape ``(input_dim, num_params)``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -158,6 +159,14 @@ class DistributionHead(Head):
                     f"DistributionHead: expected {name} to be a number or of shape ({input_dim},), got {tuple(shape)}"
                 )
 
+    def tiled(self, places: int) -> Head:
+        made = copy.deepcopy(self)
+        for name in self.fixed:
+            value = getattr(self, f"fixed_{name}")
+            setattr(made, f"fixed_{name}", value if value.dim() == 0 else value.repeat_interleave(places))
+        made._input_dim = None
+        return made.bind(self.input_dim * places)
+
     def _made(self, params: Tensor, dims: Tensor | None) -> Distribution:
         given = {name: move(raw) for name, move, raw in zip(self.arguments, self.maps, params.unbind(-1), strict=True)}
         for name in self.fixed:
@@ -250,6 +259,11 @@ class MixedHead(Head):
     def _settle(self, input_dim: int) -> None:
         if input_dim != len(self.owner):
             raise ValueError(f"MixedHead: expected heads for {input_dim} dimensions, got them for {len(self.owner)}")
+
+    def tiled(self, places: int) -> Head:
+        spread = [[dim * places + k for dim in dims for k in range(places)] for dims in self.places]
+        made = MixedHead([(head.tiled(places), dims) for head, dims in zip(self.heads, spread, strict=True)])
+        return made.to(self.like).bind(self.input_dim * places)
 
     def _spread(self, each: Sequence[Sequence[_T]]) -> list[_T]:
         """Merges the heads' entries by dimension."""

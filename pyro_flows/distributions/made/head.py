@@ -86,6 +86,13 @@ class Head(nn.Module):
     def _settle(self, input_dim: int) -> None:
         """Checks the number of dimensions, and prepares for it."""
 
+    def tiled(self, places: int) -> Head:
+        """The bound head of channels as one of events ``(channels, places)``, with each channel's at all places.
+
+        A subclass that treats dimensions differently defines it.
+        """
+        return self.bind(self.input_dim * places)
+
     # For subclasses.
 
     def log_prob(self, value: Tensor, params: Tensor, dims: Tensor | None = None) -> Tensor:

@@ -209,6 +209,12 @@ class CategoricalHead(Head):
             self.num_classes = self.num_classes[:1] * input_dim
         self._limit(self.num_classes)
 
+    def tiled(self, places: int) -> Head:
+        if not self._listed:
+            return super().tiled(places)
+        made = CategoricalHead([count for count in self.num_classes for _ in range(places)])
+        return made.to(self.like).bind(self.input_dim * places)
+
     def extra_repr(self) -> str:
         return f"num_classes={list(self.num_classes)}" if self._listed else f"num_classes={self.num_params}"
 

@@ -95,7 +95,7 @@ class Walkers:
         density: the posterior's log-density of latents, never raising.
         z: the latents to begin at, ``(S, D)``; those without a density give way to others.
         jumps: mixtures of Gaussians.
-        tuning: that of other walkers; by default a new one.
+        leading: the number of walkers, the first ones, to which sizes adapt; by default all.
 
     Raises:
         ValueError: if the density is finite at none of the points.
@@ -111,11 +111,12 @@ class Walkers:
         density: SafeDensity,
         z: Tensor,
         jumps: Sequence[Gaussians] = (),
-        tuning: Tuning | None = None,
+        leading: int | None = None,
     ) -> None:
         self.flow, self.density, self.jumps = flow, density, list(jumps)
         self.target = BaseDensity(flow, density)
-        self.tuning = Tuning() if tuning is None else tuning
+        self.tuning = Tuning()
+        self.leading = len(z) if leading is None else leading
         self.diverged = 0
         self.renewed = 0.0  # the acceptance of the flow's last proposals
         self.jumped = 0.0  # and of the last mixture's
@@ -128,8 +129,7 @@ class Walkers:
         others = fine.nonzero().squeeze(-1)
         rows = torch.where(fine, torch.arange(len(z), device=z.device), others[torch.randint(len(others), (len(z),))])
         self.chains = Chains(*(part[rows] for part in chains))
-        if self.tuning.scale is None:
-            self.rescale()
+        self.rescale()
 
     @property
     def latents(self) -> Tensor:
@@ -149,8 +149,8 @@ class Walkers:
         return found.nan_to_num(nan=-math.inf)
 
     def rescale(self) -> None:
-        """Takes the metric among the latents from the walkers."""
-        z = self.latents.double()
+        """Takes the metric among the latents from the leading walkers."""
+        z = self.latents[: self.leading].double()
         centered = z - z.mean(0)
         size = centered.square().mean(0).sqrt().clamp(min=1e-12)
         self.tuning.scale = size.to(self.latents)
@@ -183,8 +183,9 @@ class Walkers:
         self.diverged += int((move.diverged & known).sum())
         arrived, back = self._from_base(move.chains.points)
         self.chains = self.chains.where(known & move.taken & back, arrived)
-        if adapting and known.any():
-            self.tuning.base_size = min(2.0, float(adapt(self.tuning.base_size, move.chance[known].double())))
+        chance = move.chance[: self.leading][known[: self.leading]]
+        if adapting and len(chance):
+            self.tuning.base_size = min(2.0, float(adapt(self.tuning.base_size, chance.double())))
 
     def _from_base(self, u: Tensor) -> tuple[Chains, Tensor]:
         """Returns chains at base-side points, and whether they lead back there and have a density."""
@@ -224,7 +225,8 @@ class Walkers:
         self.diverged += int(move.diverged.sum())
         self.chains = move.chains
         if adapting:
-            self.tuning.latent_size = min(1.0, float(adapt(self.tuning.latent_size, move.chance, target=LATENT_TARGET)))
+            chance = move.chance[: self.leading]
+            self.tuning.latent_size = min(1.0, float(adapt(self.tuning.latent_size, chance, target=LATENT_TARGET)))
 
 
 @torch.no_grad()

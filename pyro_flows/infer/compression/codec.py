@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_flows.core.checks import WHOLE_BOUND
 from pyro_flows.core.modes import on_cpu
 from pyro_flows.distributions import MADE, ConvMADE, Dequantized, Flow
 from pyro_flows.infer.compression.conditionals import Conditionals, NetworkConditionals
 from pyro_flows.infer.compression.container import DTYPES, MOST_ROWS, Header, corrupt, pack, unpack
 from pyro_flows.infer.compression.decisions import Piece, Reader, even, write
+from pyro_flows.infer.compression.integers import IntegerModel, from_plain, plain
 from pyro_flows.infer.compression.triangular import FlowConditionals
 
 __all__ = ["Codec"]
@@ -32,6 +34,8 @@ class Codec:
     - a :class:`~pyro_flows.distributions.made.MADE` or :class:`~pyro_flows.distributions.made.ConvMADE` with head
       ``"bernoulli"``, ``CategoricalHead``, ``LogisticMixtureHead``, a ``MixedHead`` of these, or another of levels 0 to
       :math:`L - 1`;
+    - an integer flow, :func:`~pyro_flows.flows.idf`, of whole numbers from :math:`-2^{52}` to :math:`2^{52} - 1`, whose
+      base is coded in one go for each scale: decoding takes one pass, too;
     - a flow of :class:`~pyro_flows.transforms.Mint` layers of one orientation, over independent normals, on
       :class:`~pyro_flows.transforms.pixels.LogitPixels`, or a ``Dequantized`` of one.  With earlier pixels at their
       centers, :math:`P(n_i \mid n_{<i}) = \Phi(f_i(n_i + 1)) - \Phi(f_i(n_i))`, plus the tails at the first and the
@@ -52,7 +56,7 @@ class Codec:
         number: the member that codes, of a ``MADE`` with several orders or masks.
 
     Attributes:
-        levels: the number of levels of each dimension, shape ``(D,)``.
+        levels: the number of levels of each dimension, shape ``(D,)``; ``None`` for all whole numbers.
 
     Raises:
         TypeError: for a model of another kind.
@@ -67,11 +71,14 @@ class Codec:
     def __init__(self, model: nn.Module, *, number: int = 0) -> None:
         self._model = _conditionals(model, number)
         self.levels = self._model.levels
+        self._size = self._model.event_shape.numel()
         self._digest = self._model.digest()
 
     def __repr__(self) -> str:
-        low, high = int(self.levels.min()), int(self.levels.max())
-        levels = low if low == high else f"{low} to {high}"
+        levels: object = "all whole numbers"
+        if self.levels is not None:
+            low, high = int(self.levels.min()), int(self.levels.max())
+            levels = low if low == high else f"{low} to {high}"
         return f"Codec(event_shape={tuple(self._model.event_shape)}, levels={levels})"
 
     @on_cpu
@@ -109,14 +116,13 @@ class Codec:
         pieces, failed = [], 0
         for part, own in self._pieces(contexts, self._rows()):
             mine = rows[part]
-            piece = write(mine, self.levels, self._model.steps, self._model.edges(mine, own))
+            piece = self._write(mine, own)
             # Rows that surprise the model are written without it.
-            plain = 32 * len(piece.words) > len(mine) * float(self.levels.log2().sum()) + 64
-            if not plain and verify and not self._reads(piece, mine, own):
-                failed, plain = failed + 1, True
-            if plain:
-                piece = write(mine, self.levels, [torch.arange(len(self.levels))], even(self.levels))
-            pieces.append((piece, plain))
+            width = 64.0 * self._size if self.levels is None else float(self.levels.log2().sum())
+            without = 32 * len(piece.words) > len(mine) * width + 64
+            if not without and verify and not self._reads(piece, mine, own):
+                failed, without = failed + 1, True
+            pieces.append((self._write_plain(mine) if without else piece, without))
         if failed:
             warnings.warn(
                 f"Codec: {failed} of {len(pieces)} pieces could not be decoded and were written without the model: "
@@ -156,7 +162,7 @@ class Codec:
             raise ValueError("Codec: expected the context with which the data were encoded, got another")
         parts = zip(pieces, self._pieces(contexts, header.rows), strict=True)
         found = [self._read(*piece, part.stop - part.start, own) for piece, (part, own) in parts]
-        rows = torch.cat([self.levels.new_zeros(0, len(self.levels)), *found])
+        rows = torch.cat([torch.zeros(0, self._size, dtype=torch.long), *found])
         if _sum(rows) != header.data:
             raise ValueError(
                 "Codec: the file is whole, but the rows decoded are not those encoded: the model's probabilities "
@@ -173,10 +179,22 @@ class Codec:
         except (ValueError, FloatingPointError):
             return False
 
-    def _read(self, piece: Piece, plain: bool, rows: int, context: Tensor | None) -> Tensor:
-        reader = Reader(piece, self.levels, rows)
-        if plain:
-            return reader.read(torch.arange(len(self.levels)), even(self.levels))
+    def _write(self, rows: Tensor, context: Tensor | None) -> Piece:
+        if isinstance(self._model, IntegerModel):
+            return self._model.write(rows, context)
+        return write(rows, self._model.levels, self._model.steps, self._model.edges(rows, context))
+
+    def _write_plain(self, rows: Tensor) -> Piece:
+        if self.levels is None:
+            return plain(rows)
+        return write(rows, self.levels, [torch.arange(self._size)], even(self.levels))
+
+    def _read(self, piece: Piece, without: bool, rows: int, context: Tensor | None) -> Tensor:
+        if isinstance(self._model, IntegerModel):
+            return from_plain(piece, rows, self._size) if without else self._model.read(piece, rows, context)
+        reader = Reader(piece, self._model.levels, rows)
+        if without:
+            return reader.read(torch.arange(self._size), even(self._model.levels))
         return self._model.find(rows, context, reader.read)
 
     def _rows(self) -> int:
@@ -201,7 +219,10 @@ class Codec:
             want = ", ".join(map(str, ("*batch", *event)))
             raise ValueError(f"Codec: expected x of shape ({want}), got shape {tuple(x.shape)}")
         batch = x.shape[:cut]
-        rows = x.detach().to("cpu", torch.long).reshape(batch.numel(), len(self.levels))
+        rows = x.detach().to("cpu", torch.long).reshape(batch.numel(), self._size)
+        if self.levels is None:
+            _refuse_large(rows)
+            return rows, batch, self._contexts(context, batch)
         wrong = (rows < 0) | (rows >= self.levels)
         if bool(wrong.any()):
             row, dim = wrong.nonzero()[0].tolist()
@@ -234,13 +255,25 @@ class Codec:
         return made.reshape(batch.numel(), dim)
 
 
-def _conditionals(model: Any, number: int) -> Conditionals:
+def _refuse_large(rows: Tensor) -> None:
+    wrong = (rows < -WHOLE_BOUND) | (rows >= WHOLE_BOUND)
+    if bool(wrong.any()):
+        row, dim = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"Codec: expected whole numbers from -2 ** 52 to 2 ** 52 - 1, got {int(rows[row, dim])} in dimension {dim} "
+            f"of row {row} ({int(wrong.sum())} such in {wrong.numel()})"
+        )
+
+
+def _conditionals(model: Any, number: int) -> Conditionals | IntegerModel:
     if isinstance(model, (MADE, ConvMADE)):
         return NetworkConditionals(model, number)
+    if isinstance(model, Flow) and model.chain.discrete:
+        return IntegerModel(model)
     if isinstance(model, (Flow, Dequantized)):
         return FlowConditionals(model)
     raise TypeError(
-        "Codec: expected a MADE or ConvMADE, a Flow of Mint layers of one orientation, or a Dequantized of one, got "
+        "Codec: expected a MADE or ConvMADE, a Flow of integers (idf), or one of Mint layers of one orientation, got "
         f"{type(model).__name__}"
     )
 

@@ -15,9 +15,17 @@ from torch.distributions import constraints
 from pyro_flows.core.checks import integer
 from pyro_flows.distributions import MADE, ConvMADE
 from pyro_flows.distributions.made import BernoulliHead, CategoricalHead, Head, LogisticMixtureHead, MixedHead
-from pyro_flows.inverse.raster import RasterSweep
 
-__all__ = ["Conditionals", "Edges", "NetworkConditionals", "Read", "cumulative", "level_counts", "snapshot"]
+__all__ = [
+    "Conditionals",
+    "Edges",
+    "NetworkConditionals",
+    "Read",
+    "cumulative",
+    "digest_of",
+    "level_counts",
+    "snapshot",
+]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -66,15 +74,20 @@ class Conditionals(ABC):
 
     def digest(self) -> bytes:
         """An eight-byte digest of the model."""
-        made = hashlib.sha256(type(self).__name__.encode())
-        parts = {"levels": self.levels, "steps": torch.cat(self.steps), **self.others}
-        parts |= {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
-        for name in sorted(parts):
-            part = parts[name].detach().contiguous()
-            array = part.double().numpy() if part.is_floating_point() else part.long().numpy()
-            made.update(f"{name}{tuple(part.shape)}".encode())
-            made.update(array.astype(array.dtype.newbyteorder("<")).tobytes())
-        return made.digest()[:8]
+        others = {"levels": self.levels, "steps": torch.cat(self.steps), **self.others}
+        return digest_of(type(self).__name__, self.model, others)
+
+
+def digest_of(kind: str, model: nn.Module, others: dict[str, Tensor]) -> bytes:
+    """An eight-byte digest of a model, of a kind, with other numbers that identify it."""
+    made = hashlib.sha256(kind.encode())
+    parts = {**others, **dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name in sorted(parts):
+        part = parts[name].detach().contiguous()
+        array = part.double().numpy() if part.is_floating_point() else part.long().numpy()
+        made.update(f"{name}{tuple(part.shape)}".encode())
+        made.update(array.astype(array.dtype.newbyteorder("<")).tobytes())
+    return made.digest()[:8]
 
 
 class _Reading(Head):
@@ -138,7 +151,7 @@ class NetworkConditionals(Conditionals):
         head, model = _Reading(self.model.head, read), self.model
         with torch.random.fork_rng(devices=[]):  # the sweep's noise goes unused
             if isinstance(model, ConvMADE):
-                return RasterSweep(model.net, head, model.bias, rows, context).run().flatten(1).long()
+                return model.sweep(head, rows, context).flatten(1).long()
             drawn = model.net.draw(head, rows, context, model.member(self.number))
             model.net._idle.clear()
             return drawn.long()

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pyro_flows.infer.compression.conditionals import Edges
 
-__all__ = ["Piece", "Reader", "even", "write"]
+__all__ = ["Decisions", "Piece", "Reader", "encoded", "even", "foreign", "parity", "write"]
 
 COUNTS = 2**18
 SHARE = 2**10
@@ -57,6 +57,46 @@ def _queue() -> tuple[Any, Any]:
 def _pairs(left: Tensor) -> np.ndarray:
     # The coder adds one to both and divides the rest in proportion, which keeps numbers that add up to the rest.
     return torch.stack((left, WHOLE - 2 - left), -1).double().numpy()
+
+
+def encoded(upper: Tensor, left: Tensor) -> np.ndarray:
+    """The range coder's words for decisions, ``upper`` or lower, with lower shares ``left`` out of ``WHOLE - 2``."""
+    queue, family = _queue()
+    encoder = queue.RangeEncoder()
+    encoder.encode(upper.int().numpy(), family, _pairs(left))
+    return encoder.get_compressed()
+
+
+class Decisions:
+    """Reads decisions from the range coder's words."""
+
+    def __init__(self, words: np.ndarray) -> None:
+        queue, self.family = _queue()
+        self.coder = queue.RangeDecoder(words.astype(np.uint32))
+
+    def read(self, left: Tensor) -> Tensor:
+        """Which of the next decisions are upper.
+
+        Raises:
+            ValueError: if the words cannot have been written with these shares.
+        """
+        try:
+            return torch.from_numpy(self.coder.decode(self.family, _pairs(left))).bool()
+        except AssertionError:
+            raise foreign() from None
+
+
+def foreign() -> ValueError:
+    """The error for words that the model cannot have written."""
+    return ValueError(
+        "Codec: this model cannot have written the file; it was written elsewhere, by other arithmetic, or tampered "
+        "with"
+    )
+
+
+def parity(scaled: Tensor, odd: Tensor) -> Tensor:
+    """The integer of this parity next to each count."""
+    return 2 * ((scaled - odd) / 2).round().long() + odd
 
 
 def _scaled(probability: Tensor) -> Tensor:
@@ -107,7 +147,6 @@ def write(x: Tensor, levels: Tensor, steps: Sequence[Tensor], edges: Edges) -> P
 
     ``x`` has shape ``(rows, D)``, ``levels`` ``(D,)``; the dimensions of one step are coded together.
     """
-    queue, family = _queue()
     told = _Bisection(levels, len(x))
     kept: list[tuple[Tensor, ...]] = []
     for bit in reversed(range(told.bits)):
@@ -126,18 +165,15 @@ def write(x: Tensor, levels: Tensor, steps: Sequence[Tensor], edges: Edges) -> P
     places = torch.arange(len(live)).view(told.bits, *x.shape).transpose(1, 2)
     order = torch.cat([places[:, dims].flatten() for dims in steps])
     order = order[live[order]]
-    encoder = queue.RangeEncoder()
-    encoder.encode(upper[order].int().numpy(), family, _pairs(left[order]))
     noted = near[order].nonzero()[:, 0]
-    return Piece(encoder.get_compressed(), noted.numpy(), odd[order][noted].numpy())
+    return Piece(encoded(upper[order], left[order]), noted.numpy(), odd[order][noted].numpy())
 
 
 class Reader:
     """Reads symbols from a piece, step by step, in coding order."""
 
     def __init__(self, piece: Piece, levels: Tensor, rows: int) -> None:
-        queue, self.family = _queue()
-        self.coder = queue.RangeDecoder(piece.words.astype(np.uint32))
+        self.decisions = Decisions(piece.words)
         self.places, self.odd = piece.places, piece.odd
         self.levels, self.rows, self.count = levels, rows, 0
 
@@ -156,15 +192,8 @@ class Reader:
             scaled = _scaled(edges(middle))
             rounded = self._noted((scaled + 0.5).floor().long(), scaled, chosen)
             left = told.split(middle, rounded).T.flatten()[chosen]
-            try:
-                found = torch.from_numpy(self.coder.decode(self.family, _pairs(left)))
-            except AssertionError:
-                raise ValueError(
-                    "Codec: this model cannot have written the file; it was written elsewhere, by other arithmetic, or "
-                    "tampered with"
-                ) from None
             upper = torch.zeros(live.numel(), dtype=torch.bool)
-            upper[chosen] = found.bool()
+            upper[chosen] = self.decisions.read(left)
             told.go(middle, upper.view(live.T.shape).T, live)
         return told.low
 
@@ -176,8 +205,7 @@ class Reader:
             at = chosen[torch.from_numpy(self.places[first:last] - self.count)]
             odd = torch.from_numpy(self.odd[first:last].astype(np.int64))
             flat = rounded.T.flatten()
-            near = scaled.T.flatten()[at]
-            flat[at] = 2 * ((near - odd) / 2).round().long() + odd
+            flat[at] = parity(scaled.T.flatten()[at], odd)
             rounded = flat.view(rounded.T.shape).T
         self.count = end
         return rounded

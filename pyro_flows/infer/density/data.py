@@ -157,7 +157,7 @@ def expected_by(
     event = Size(event) if isinstance(event, (tuple, list)) else None
     context = context if isinstance(context, int) else None
     members = module.members if isinstance(module, Ensemble) else [module]
-    continuous = all(isinstance(each, Flow) for each in members)
+    continuous = all(isinstance(each, Flow) and not each.chain.discrete for each in members)
     return Expected(who, forms, event, context, kin.dtype, kin.device, continuous)
 
 
@@ -216,6 +216,21 @@ class Rows:
         """Selects some rows."""
         rows = rows.to(self.value.device)
         return Rows(self.value[rows], None if self.context is None else self.context[rows], self.index[rows])
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Rows:
+        """Moves the rows; ``dtype`` is that of real numbers, and integers stay."""
+
+        def moved(value: Tensor) -> Tensor:
+            return value.to(device, dtype if value.is_floating_point() else None)
+
+        context = None if self.context is None else moved(self.context)
+        return Rows(moved(self.value), context, self.index.to(device))
+
+    def joined(self, other: Rows) -> Rows:
+        """These rows and others."""
+        contexts = [each.context for each in (self, other) if each.context is not None]
+        context = torch.cat(contexts) if contexts else None
+        return Rows(torch.cat([self.value, other.value]), context, torch.cat([self.index, other.index]))
 
     def split(self, fraction: float, most: int, generator: torch.Generator) -> tuple[Rows, Rows]:
         """Splits at random; the second part has ``fraction`` of the rows, from one row to ``most``."""

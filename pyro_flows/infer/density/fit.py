@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import math
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -20,13 +21,16 @@ from torch.utils.data import DataLoader
 from pyro_flows.core.checks import integer
 from pyro_flows.core.transform import FlowTransform
 from pyro_flows.distributions import Ensemble, Flow
-from pyro_flows.infer.density.data import admit_rows, expected_by, to_tensor
+from pyro_flows.infer.density.data import Rows, admit_rows, expected_by, to_tensor
+from pyro_flows.infer.density.gaussian import better, start_as_gaussian, started
+from pyro_flows.infer.density.judging import Kept, admitted, check_density, keep
 from pyro_flows.infer.density.loop import CHECKPOINT, DensityTraining
 from pyro_flows.infer.density.matching import FlowMatching, Matching, as_objective, matched_parts
 from pyro_flows.infer.density.objective import Likelihood, Objective, evaluate, log_prob_of, mean_score
-from pyro_flows.infer.density.prepare import prepare, reals_of
-from pyro_flows.infer.density.settings import Settings
-from pyro_flows.infer.density.units import Density, in_units, is_density, is_plain_flow
+from pyro_flows.infer.density.prepare import prepare, refuse_support
+from pyro_flows.infer.density.settings import FEW_ROWS, FOLDS, Settings
+from pyro_flows.infer.density.units import Density, coloring_of, head_of, in_units, is_density, is_plain_flow
+from pyro_flows.infer.diagnostics.densities import DensityVerdict, judge_density
 from pyro_flows.infer.machine import processes
 from pyro_flows.infer.machine.checkpoint import Keeper, architecture_of, layout_of
 from pyro_flows.infer.machine.compiled import Compile
@@ -49,19 +53,25 @@ class DensityFit:
     Attributes:
         flow: the trained module: the one given, or a ``Flow`` around the given chain.
         distribution: the density in the units of the data, with shared parameters, ``log_prob`` and ``sample``: a
-            ``Flow`` if ``flow`` is, ``flow`` itself if nothing was standardized.  ``distribution()`` or
+            ``Flow`` if ``flow`` is, an ensemble of several fits, ``flow`` itself if nothing was standardized.
+            ``distribution()`` or
             ``distribution(context)`` makes a Pyro distribution.
         history: lists with one entry an epoch: ``epoch``; ``step``, steps so far; ``train`` (during the epoch) and
             ``validation`` (at its end; NaN without rows), mean log-likelihood in nats per row, in the units of the
             data; ``lr``; ``seconds`` so far.
-        best_epoch: the epoch whose state the flow is left in.
+        best_epoch: the epoch whose state the flow is left in; 0 for the state that it started with, the fitted
+            Gaussian.
         validation: the validation rows' mean log-likelihood in that state, in the same units.
         stopped: the end of training: ``"patience"``, ``"max_epochs"``, ``"steps"`` or ``"seconds"``; ``"interrupted"``
             if an exception carries the result.
         objective: ``"likelihood"`` or ``"flow_matching"``.
-        members: the fits of an ensemble by ``folds=``. ``flow`` and ``distribution`` are then ensembles, ``history``
-            has the members' one after the other, and ``validation`` is the mean score of rows by members that did not
-            see them, which the ensemble itself exceeds.
+        members: the fits of an ensemble. ``distribution`` is then an
+            :class:`~pyro_flows.distributions.Ensemble`, and ``validation`` is the mean score of rows by members that
+            did not see them, which the ensemble itself exceeds. If ``folds`` was given, ``flow`` is an ensemble, too,
+            and ``history`` has the members' one after the other. If it is a default, all else is that of the first
+            member, which is the flow given, and the Gaussian of all rows is one more density of the ensemble, if the
+            flow starts as one.
+        kept: rows for the verdict, on the CPU: at most 2,000 that were held out and 10,000 of the others.
 
     With flow matching, scores in the history are minus the mean squared error of the velocity per dimension, in units
     of the field's end at the data (variance 1 if standardized).  Validation uses fixed pairs and times, and picks the
@@ -76,12 +86,56 @@ class DensityFit:
     stopped: str
     objective: str = "likelihood"
     members: tuple[DensityFit, ...] = ()
+    kept: tuple[Kept, ...] = ()
+    _verdict: DensityVerdict | None = field(default=None, init=False)
+
+    @property
+    def verdict(self) -> DensityVerdict:
+        """The worth of the density, in words and numbers, as ``print(fit.verdict)`` shows.
+
+        It is computed when first asked for, from rows that the fit keeps, in about two seconds or a tenth of the fit's
+        own time: held-out rows, those that each member of an ensemble has not seen, or training rows if there are no
+        others.  See :func:`~pyro_flows.infer.diagnostics.densities.judge_density`.
+        """
+        if self._verdict is None:
+            parts, remedy = self.kept, ""
+            if self.members:
+                judged, remedy = "{} rows, each by a member that did not see it; together they score more", "more rows"
+            elif parts and parts[0].fresh is not None:
+                judged = "{} held-out rows, which also chose the best epoch, so that scores are a little too good"
+                if parts[0].density is not self.distribution:
+                    judged = "{} held-out rows, by the Gaussian of the others; the result is the Gaussian of all"
+            else:
+                judged = "{} training rows, as none were held out"
+                parts = tuple(Kept(part.density, part.trained, part.trained) for part in parts)
+            self._verdict = self._judged(parts, judged, remedy, None)
+        return self._verdict
+
+    def judge(self, data: Any, context: Any = None, *, seconds: float | None = None) -> DensityVerdict:
+        """Judges the density by rows that no part of the fit has seen, in the manner of :attr:`verdict`.
+
+        Args:
+            data: rows, at least 100 for a full judgment; of more than 2,000, as many are chosen at random.
+            context: their contexts.
+            seconds: the time for draws, by default two seconds or a tenth of the fit's time, if that is longer.
+        """
+        rows = admitted(self.distribution, data, context)
+        trained = self.kept[0].trained if self.kept else None
+        return self._judged(
+            (Kept(self.distribution, rows, trained),), "{} of the rows given", "give more rows", seconds
+        )
+
+    def _judged(self, parts: Sequence[Kept], judged: str, remedy: str, seconds: float | None) -> DensityVerdict:
+        if seconds is None:
+            seconds = max(2.0, 0.1 * sum(fit.history["seconds"][-1] for fit in self.members or (self,)))
+        checks = check_density(parts, seconds)
+        seen = all(part.fresh is part.trained for part in parts)
+        judged = f"Judged on {judged.format(f'{len(checks.scores):,}')}."
+        return judge_density(checks, judged, seen=seen, stopped=self.stopped, remedy=remedy)
 
     def log_prob(self, data: Any, context: Any = None) -> Tensor:
         """Computes log-densities of raw rows in nats, shape ``(rows,)``, in pieces, without a graph, on the CPU."""
-        rows = admit_rows(data, context, expected_by(self.distribution), "data", "context")
-        if is_plain_flow(self.distribution):
-            reals_of(self.distribution, rows.value, "data")
+        rows = admitted(self.distribution, data, context)
         return torch.cat([scores.cpu() for scores in evaluate(log_prob_of(self.distribution), rows)])
 
     @torch.no_grad()
@@ -93,20 +147,24 @@ class DensityFit:
         context = to_tensor(context, "DensityFit.sample", "context").to(expected.device, expected.dtype)
         return self.distribution.sample(sample_shape, context)
 
+    def __str__(self) -> str:
+        return f"{self!r}\n{self.verdict}"
+
     def __repr__(self) -> str:
         held_out = not math.isnan(self.validation)
-        score = self.validation if held_out else self.history["train"][self.best_epoch - 1]
+        score = self.validation if held_out else self.history["train"][max(self.best_epoch, 1) - 1]
+        judged = "" if self._verdict is None else f", verdict: {self._verdict.label}"
         unit = "nats per row" if held_out or self.objective == "likelihood" else "(negative matching loss)"
         if self.members:
             steps, seconds = (sum(fit.history[name][-1] for fit in self.members) for name in ("step", "seconds"))
             return (
                 f"DensityFit({len(self.members)} members, validation {score:.4f} {unit}, stopped by {self.stopped}, "
-                f"{steps} steps in {seconds:.1f} s)"
+                f"{steps} steps in {seconds:.1f} s{judged})"
             )
         return (
             f"DensityFit({'validation' if held_out else 'train'} {score:.4f} {unit} at epoch {self.best_epoch} "
             f"of {self.history['epoch'][-1]}, stopped by {self.stopped}, {self.history['step'][-1]} steps in "
-            f"{self.history['seconds'][-1]:.1f} s)"
+            f"{self.history['seconds'][-1]:.1f} s{judged})"
         )
 
 
@@ -127,7 +185,7 @@ def fit_density(
     lr: float = 3e-3,
     schedule: str = "plateau",
     patience: int | None = None,
-    weight_decay: float = 0.0,
+    weight_decay: float | None = None,
     clip_norm: float | None = 5.0,
     average: float = 0.998,
     optimizer: Optimizer | Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
@@ -144,7 +202,10 @@ def fit_density(
     Training is in place; frozen parameters stay frozen.  The flow is left in evaluation mode, without gradients, in the
     state that scored best, even after an error or interruption.  Data are standardized on the way:
     ``DensityFit.distribution``, the density in their own units, ends in a
-    :class:`~pyro_flows.transforms.elementwise.Standardization`.
+    :class:`~pyro_flows.transforms.elementwise.Standardization`.  For vectors, it begins with a
+    :class:`~pyro_flows.transforms.linear.Coloring`, so that a flow that starts as the identity starts as the Gaussian
+    of the training rows (:func:`~pyro_flows.infer.density.gaussian.fit_gaussian`), linear in the context.  That state
+    counts as any other, so on held-out rows the fit ends no worse than the Gaussian.
 
     Any exception that ends the training carries the :class:`DensityFit` so far, or ``None`` before the end of the first
     epoch, as its attribute ``fit``::
@@ -188,9 +249,10 @@ def fit_density(
         schedule: ``"cosine"`` (from ``lr`` to a hundredth of it over the whole run) or ``"constant"``, both ended by
             ``patience`` epochs without improvement; or ``"plateau"``, where these lead back to the best state with 0.3
             times the learning rate, and two such cuts in vain end training.
-        patience: epochs, by default as many as make 600 steps, at least 5.  An improvement is 0.001 nats per row since
-            the last one.
-        weight_decay: the weight decay of AdamW.
+        patience: epochs, by default as many as make a step for each row, from 100 to 600 steps, at least 5.  An
+            improvement is 0.001 nats per row since the last one.
+        weight_decay: the weight decay of AdamW. The default is 0; where a flow starts as the Gaussian of fewer than
+            1000 rows, to which the decay draws it back, it is 100 divided by the rows, at most 1.
         clip_norm: the largest norm of the gradient, or ``None``.
         average: the decay of an exponential moving average of the parameters for validation and the final state, at
             most :math:`t / (t + 10)` at step :math:`t`; 0 for none.
@@ -212,7 +274,11 @@ def fit_density(
         folds: the number of parts of the rows, each held out once: as many members are fitted, the given flow and
             copies of it, and the result's distribution is their :class:`~pyro_flows.distributions.Ensemble`. Worth
             several nats a row where rows are few; costs as many fits, which share ``seconds``, and a checkpoint for
-            each, ``{checkpoint}.0`` and so on.
+            each, ``{checkpoint}.0`` and so on. 1 makes one fit. The default is 5 for a flow or a MADE of fewer than
+            1000 vectors, unless ``validation``, ``validation_fraction``, ``steps``, ``max_epochs``, ``checkpoint``, an
+            optimizer made before, several processes, an integer flow or flow matching say otherwise, or the first
+            member takes more than a fifth of the ``seconds``; else 1. Flows that start as the Gaussian return to it
+            unless their scores of the rows that they did not see exceed it by two standard errors.
 
     Raises:
         ValueError: for data that do not fit or have unbounded likelihood (constant or dependent columns), rows outside
@@ -227,9 +293,17 @@ def fit_density(
         Decoupled Weight Decay Regularization (Loshchilov & Hutter, 2019), arXiv:1711.05101.
     """
     chosen = dict(locals())
-    if folds is not None:
-        return _fit_folds(chosen)
     del chosen["folds"]
+    if folds is None and _is_small(chosen):
+        return _fit_folds(chosen, FOLDS, by_default=True)
+    return _fit(chosen, 4) if folds is None or folds == 1 else _fit_folds(chosen, folds)
+
+
+def _fit(chosen: dict[str, Any], stacklevel: int | None) -> DensityFit:
+    """Fits one density; ``chosen`` are the options, and the level is that of warnings about the data, if any."""
+    flow, data, validation, context = (chosen[name] for name in ("flow", "data", "validation", "context"))
+    optimizer, objective, standardize = (chosen[name] for name in ("optimizer", "objective", "standardize"))
+    checkpoint, resume, seed = (chosen[name] for name in ("checkpoint", "resume", "seed"))
     so_far: list[Callable[[], object]] = []
     with carrying(so_far), processes.joined("fit_density"), ExitStack() as stack:
         trained, matching = _as_density(flow), as_objective(objective)
@@ -248,10 +322,10 @@ def fit_density(
         chosen.update(seed=seed, objective="likelihood" if matching is None else str(matching))
         settings = Settings(**{each.name: chosen[each.name] for each in fields(Settings)})
         torchs = _as_optimizer(optimizer, parameters, settings)
-        given = (data, context, validation, validation_context)
+        given = (data, context, validation, chosen["validation_context"])
         device = expected_by(trained).device
         stack.enter_context(own_randomness(device, seed))
-        start = prepare(trained, given, settings)
+        start = prepare(trained, given, settings, stacklevel)
         identity = {
             "architecture": architecture_of(trained),
             "data": start.identity,
@@ -265,17 +339,23 @@ def fit_density(
             CHECKPOINT.refuse_other(checkpoint, {**known, **then}, {**identity, **now})
             units = start.known_units(known["units"], checkpoint)
         density = in_units(trained, units, standardize)
+        part = coloring_of(density)
+        if part is not None:
+            if known is None:
+                start_as_gaussian(density, start.sample.value, start.sample.context)
+                processes.made_alike(part)
+            else:
+                part.place(**known["coloring"])
         held_out = 0 if start.validation is None else len(start.validation)
         aim: Objective = Likelihood(trained, density)
         if matching is not None and is_plain_flow(density):
             aim = Matching(matching, density, seed, held_out)
         average = bool(settings.average)
+        decay = settings.weight_decay_for(len(start.train), part is not None)
         made: AdamW | Given = (
-            AdamW(parameters, None, settings.lr, settings.weight_decay, average)
-            if torchs is None
-            else Given(torchs, average)
+            AdamW(parameters, None, settings.lr, decay, average) if torchs is None else Given(torchs, average)
         )
-        training = DensityTraining(trained, aim, start, made, progress)
+        training = DensityTraining(trained, aim, start, made, chosen["progress"])
         if known is not None:
             with interrupts_held_back():
                 before = training.best_state
@@ -294,7 +374,17 @@ def fit_density(
             random, *others = processes.everyone(own)
             if others:
                 random["others"] = others
-            return {**identity, "units": units, "training": training.state_dict(), "random": random}
+            buffers = {} if part is None else dict(part.named_buffers())
+            coloring = {name: buffers[name].cpu() if name in buffers else None for name in ("loc", "factor", "slope")}
+            return {
+                **identity,
+                "units": units,
+                "coloring": coloring,
+                "training": training.state_dict(),
+                "random": random,
+            }
+
+        judged: list[Any] = [density]
 
         def result() -> DensityFit:
             return DensityFit(
@@ -302,13 +392,20 @@ def fit_density(
                 density,
                 training.history,
                 training.best_epoch,
-                math.nan if matching is not None else training.history["validation"][training.best_epoch - 1],
+                math.nan if matching is not None or start.validation is None else training.best,
                 training.stopped or "interrupted",
                 "likelihood" if matching is None else "flow_matching",
+                kept=(keep(judged[-1], start.held_out_sample, start.sample, seed),),
             )
 
-        so_far.append(lambda: result() if training.best_epoch else None)
-        training.run(Keeper(CHECKPOINT, checkpoint, content, checkpoint_every))
+        so_far.append(lambda: result() if training.epoch else None)
+        training.run(Keeper(CHECKPOINT, checkpoint, content, chosen["checkpoint_every"]))
+        gaussian = part is not None and not training.best_epoch
+        if gaussian and isinstance(start.validation, Rows) and is_plain_flow(trained) and is_plain_flow(density):
+            with interrupts_held_back():  # nothing is learned from some rows alone, so all may tell the Gaussian
+                judged.append(started(trained, density, start.sample.value, start.sample.context))
+                whole = start.sample.joined(start.validation)
+                start_as_gaussian(density, whole.value, whole.context)
         fit = result()
         if matching is not None:
             try:
@@ -317,43 +414,114 @@ def fit_density(
                 warnings.warn(
                     f"fit_density: the flow is trained, but its held-out log-likelihood could not be computed: {error}",
                     RuntimeWarning,
-                    stacklevel=2,
+                    stacklevel=3,
                 )
     return fit
 
 
-def _fit_folds(options: dict[str, Any]) -> DensityFit:
-    """Fits a member to the rows outside of each fold; ``options`` are those of :func:`fit_density`."""
-    count, seconds, checkpoint = options.pop("folds"), options["seconds"], options["checkpoint"]
-    flow, data, context = (options.pop(name) for name in ("flow", "data", "context"))
+def _is_small(options: dict[str, Any]) -> bool:
+    """Tells whether folds are worth their time by default: few rows, and no say on what they change."""
+    flow, data = options["flow"], options["data"]
+    said = ("validation", "validation_context", "max_epochs", "steps", "checkpoint")
+    if any(options[name] is not None for name in said) or options["validation_fraction"] != 0.1:
+        return False
+    if isinstance(data, DataLoader) or options["objective"] != "likelihood":
+        return False
+    try:
+        rows = len(data)
+    except TypeError:  # of no rows, which is refused later
+        return False
+    vectors = len(getattr(flow, "data_shape", getattr(flow, "event_shape", ()))) == 1
+    whole = bool(getattr(getattr(flow, "chain", flow), "discrete", False))
+    ours = (isinstance(flow, FlowTransform | Flow) and not whole) or (is_density(flow) and head_of(flow) is not None)
+    alone = processes.count() == 1 and not isinstance(options["optimizer"], Optimizer)
+    return ours and vectors and alone and 2 * FOLDS <= rows < FEW_ROWS
+
+
+def _fit_folds(options: dict[str, Any], count: int, by_default: bool = False) -> DensityFit:
+    """Fits a member to the rows outside of each fold; ``options`` are those of :func:`fit_density`.
+
+    By default, the others follow only if there is time for them after the first.
+    """
+    seconds, checkpoint = options["seconds"], options["checkpoint"]
+    flow, data, context = (options[name] for name in ("flow", "data", "context"))
     integer("fit_density", "folds", count)
     if options["validation"] is not None or isinstance(data, DataLoader):
         raise ValueError("fit_density: folds hold out rows of data in turn, so data must be rows, without validation=")
     first = _as_density(flow)
-    members = [first, *(copy.deepcopy(first) for _ in range(count - 1))]
-    rows = admit_rows(data, context, expected_by(first), "data", "context")
+    fresh, *members = [copy.deepcopy(first), first, *(copy.deepcopy(first) for _ in range(count - 1))]
+    expected = expected_by(first)
+    rows = admit_rows(data, context, expected, "data", "context")
+    refuse_support(first, rows.value)
+    for told in (each.told(what) for each, what in zip(expected.precision, ("data", "context"), strict=True)):
+        if told:
+            warnings.warn(f"fit_density: {told}", stacklevel=3)
     if not 2 <= count <= len(rows):
         raise ValueError(f"fit_density: expected from 2 folds to one for each of the {len(rows)} rows, got {count}")
-    seed = options["seed"] = int(torch.randint(2**31, ())) if options["seed"] is None else options["seed"]
+    seed = int(torch.randint(2**31, ())) if options["seed"] is None else options["seed"]
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed), device="cpu")
     parts, begin = order.tensor_split(count), processes.clock()
     fits: list[DensityFit] = []
-    with carrying([lambda: _ensemble(fits, parts) if fits else None]):
+
+    def so_far() -> object:
+        return _ensemble(fits, parts, by_default) if fits else getattr(sys.exc_info()[1], "fit", None)
+
+    with carrying([so_far]):
         for k, member in enumerate(members):
             kept, held_out = (rows.take(part) for part in (torch.cat([*parts[:k], *parts[k + 1 :]]), parts[k]))
-            options |= {"validation": held_out.value, "validation_context": held_out.context, "seed": seed + k}
-            if seconds is not None:
-                options["seconds"] = max((seconds - processes.clock() + begin) / (count - k), 1e-3)
+            own = {"flow": member, "data": kept, "context": None, "validation": held_out, "seed": seed + k}
+            spent = processes.clock() - begin
+            if seconds is not None and by_default:
+                if k == 1 and spent * count > seconds:
+                    return fits[0]
+                own["seconds"] = max(seconds - spent, 1e-3)
+            elif seconds is not None:
+                own["seconds"] = max((seconds - spent) / (count - k), 1e-3)
             if checkpoint is not None:
-                options["checkpoint"] = f"{os.fspath(checkpoint)}.{k}"
-            fits.append(fit_density(member, kept.value, context=kept.context, **options))
-    return _ensemble(fits, parts)
+                own["checkpoint"] = f"{os.fspath(checkpoint)}.{k}"
+            fits.append(_fit({**options, **own}, None if k else 5))
+        gaussian = _floor(fits, fresh, rows, parts)
+    return _ensemble(fits, parts, by_default, gaussian if by_default else [])
 
 
-def _ensemble(fits: Sequence[DensityFit], parts: Sequence[Tensor]) -> DensityFit:
+@torch.no_grad()
+def _floor(fits: list[DensityFit], fresh: Flow | Density, rows: Rows, parts: Sequence[Tensor]) -> list[Flow]:
+    """Returns members to the Gaussian unless they score better than it, by more than chance, on rows held out.
+
+    Returns the Gaussian of all rows, if flows of this kind start as one.
+    """
+    fitted: list[Any] = [each.distribution for each in fits]
+    if not is_plain_flow(fresh) or coloring_of(fitted[0]) is None:
+        return []
+    gains, scores, starts = [], [], []
+    for fit, member, held in zip(fits, fitted, parts, strict=True):
+        others = rows.take(torch.cat([part for part in parts if part is not held]))
+        own = rows.take(held)
+        start = started(fresh, member, others.value, others.context)
+        starts.append(start)
+        scores.append(start.score(own.value, own.context).double().cpu())
+        reached = scores[-1] if not fit.best_epoch else member.score(own.value, own.context).double().cpu()
+        gains.append(reached - scores[-1])
+    if not better(torch.cat(gains)):
+        with interrupts_held_back():
+            for k, (fit, member, score) in enumerate(zip(fits, fitted, scores, strict=True)):
+                fit.flow.load_state_dict(fresh.state_dict())
+                start_as_gaussian(member, rows.value, rows.context)
+                kept = (replace(fit.kept[0], density=starts[k]),)  # the member has seen all rows now
+                fits[k] = replace(fit, best_epoch=0, validation=score.mean().item(), kept=kept)
+    return [started(fresh, fitted[0], rows.value, rows.context)]
+
+
+def _ensemble(
+    fits: Sequence[DensityFit], parts: Sequence[Tensor], by_default: bool, others: Sequence[Flow] = ()
+) -> DensityFit:
     """Returns the fit of several members; each row has a score by the one that did not see it."""
     sizes = [len(part) for part in parts[: len(fits)]]
     score = sum(size * fit.validation for size, fit in zip(sizes, fits, strict=True)) / sum(sizes)
+    kept = tuple(part for fit in fits for part in fit.kept)
+    if by_default:  # all else is that of the flow given
+        density = Ensemble([*fits, *others])
+        return replace(fits[0], distribution=density, validation=score, members=tuple(fits), kept=kept)
     history = {name: [entry for fit in fits for entry in fit.history[name]] for name in fits[0].history}
     ends = {fit.stopped for fit in fits}
     return DensityFit(
@@ -365,6 +533,7 @@ def _ensemble(fits: Sequence[DensityFit], parts: Sequence[Tensor]) -> DensityFit
         fits[0].stopped if len(ends) == 1 else ", ".join(sorted(ends)),
         fits[0].objective,
         tuple(fits),
+        kept,
     )
 
 
@@ -388,7 +557,7 @@ def _as_optimizer(given: Any, parameters: list[nn.Parameter], settings: Settings
     if given is None:
         if len({(p.dtype, p.device) for p in parameters}) == 1 and parameters[0].is_floating_point():
             return None
-        return torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
+        return torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay or 0.0)
     made = given if isinstance(given, Optimizer) or not callable(given) else given(parameters)
     if not isinstance(made, Optimizer):
         raise TypeError(

@@ -36,11 +36,12 @@ _KEPT = ("epoch", "best", "best_epoch", "best_state", "history", "stopped")
 
 CHECKPOINT = CheckpointFormat(
     "fit_density",
-    3,
+    4,
     {
         **dict.fromkeys(("architecture", "data"), dict),
         "settings": {"seed": int},
         "units": {name: (Tensor, type(None)) for name in ("loc", "scale", "context_loc", "context_scale")},
+        "coloring": {name: (Tensor, type(None)) for name in ("loc", "factor", "slope")},
         "training": {
             **dict.fromkeys(("flow", "best_state", "optimizer"), dict),
             "schedule": {name: type(value) for name, value in asdict(Schedule("plateau", 1)).items()},
@@ -59,8 +60,8 @@ CHECKPOINT = CheckpointFormat(
 class DensityTraining(TrainingLoop):
     """Trains a density by an objective.
 
-    The objective's density is the ``flow`` in the units of the data.  Without validation rows, the training score
-    decides.
+    The objective's density is the ``flow`` in the units of the data.  The best state is the one with the best score of
+    the validation rows, which may be the first; without these rows, the training score of an epoch decides.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class DensityTraining(TrainingLoop):
     def train(self) -> None:
         """Runs the remaining epochs."""
         if not self.epoch:
+            self._judge_start()
             self.keep(0)
         steps = self.sizes.total_steps
         hidden = not self.progress or processes.rank() > 0
@@ -189,6 +191,8 @@ class DensityTraining(TrainingLoop):
             return "steps of several processes exchange gradients"
         if self.rows.value.device.type != "cpu":
             return "steps are compiled for the CPU only"
+        if is_plain_flow(self.density) and self.density.chain.discrete:
+            return "a compiler rounds integer flows otherwise"
         return self._replay.why_not
 
     def _score(self, value: Tensor, context: Tensor | None) -> Tensor:
@@ -268,13 +272,24 @@ class DensityTraining(TrainingLoop):
             which = "each gradient is finite, but their squares overflow"
         raise FloatingPointError(f"fit_density: the norm of the gradient is {norm.item()}: {which}; {_REMEDY}")
 
+    def _held_out(self) -> float:
+        with self.objective.fixed():
+            return mean_score(self._score, self.validation, self.sizes.batch_size)
+
+    def _judge_start(self) -> None:
+        """Scores the first state, to which the fit returns if training makes it no better."""
+        self.density.eval()
+        self.flow.eval()
+        score = self._held_out()
+        if math.isfinite(score):
+            self.best = self.schedule.reference = score
+
     def _close_epoch(self, bar: tqdm) -> None:
         self.density.eval()
         self.flow.eval()
         processes.average_buffers(self.flow)
         with self._averaged():
-            with self.objective.fixed():
-                held_out = mean_score(self._score, self.validation, self.sizes.batch_size)
+            held_out = self._held_out()
             score = self._trained if self.validation is None else held_out
             rate = self._factor * self.optimizer.lr
             row = (self.epoch, self.budget.done, self._trained, held_out, rate, self.budget.elapsed)
@@ -288,7 +303,8 @@ class DensityTraining(TrainingLoop):
         bar.set_postfix_str(f"{shown}, best {self.best:.4f}, lr {rate:.1e}", refresh=False)
         verdict = self.schedule.judge(score if math.isfinite(score) else math.nan)
         self.stopped = "patience" if verdict == "stop" else self._limit()
-        if not self.best_epoch and (verdict != "go" or self.stopped is not None):
+        scores = self.history["train" if self.validation is None else "validation"]
+        if (verdict != "go" or self.stopped is not None) and not any(map(math.isfinite, scores)):
             self._raise_never_finite()
         if verdict == "back":
             self.flow.load_state_dict(self.best_state)

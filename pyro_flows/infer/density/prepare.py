@@ -21,12 +21,14 @@ from pyro_flows.distributions import Flow
 from pyro_flows.distributions.made import Head, MixedHead
 from pyro_flows.infer.density.columns import at_bounds, few_values, spikes
 from pyro_flows.infer.density.data import Expected, Loader, Rows, Source, admit_rows, expected_by, name_rows
+from pyro_flows.infer.density.gaussian import LARGEST_SAMPLE
 from pyro_flows.infer.density.settings import HELD_OUT_AT_MOST, Settings, Sizes
 from pyro_flows.infer.density.units import Density, Units, ends_of, head_of, is_plain_flow, over_time, pulled_back
 from pyro_flows.infer.machine.checkpoint import checksum
 from pyro_flows.infer.machine.processes import count, everyone
+from pyro_flows.transforms.integers import levels_of
 
-__all__ = ["Prepared", "Survey", "prepare", "reals_of"]
+__all__ = ["Prepared", "Survey", "Thinned", "prepare", "reals_of", "refuse_support"]
 
 _SAMPLE = 4096  # rows to find discrete and dependent columns in
 _FEWEST = 100  # rows that can tell a discrete column
@@ -46,10 +48,13 @@ _REPEATED = (
 class Prepared:
     """The data of a fit and its settings.
 
-    ``identity`` holds checksums or sizes that identify the data; ``shuffle`` orders their rows.
+    ``identity`` holds checksums or sizes that identify the data; ``shuffle`` orders their rows.  ``sample`` holds
+    training rows, all if they are not too many, and ``held_out_sample`` held-out ones.
     """
 
     train: Source
+    sample: Rows
+    held_out_sample: Rows | None
     validation: Source | None
     units: Units
     identity: dict[str, str]
@@ -79,8 +84,13 @@ class Prepared:
         return known
 
 
-def prepare(flow: Flow | Density, given: tuple[Any, Any, Any, Any], settings: Settings) -> Prepared:
-    """Admits ``given`` (data, contexts, and those of validation), holds rows out, and surveys the rest."""
+def prepare(
+    flow: Flow | Density, given: tuple[Any, Any, Any, Any], settings: Settings, stacklevel: int | None = 3
+) -> Prepared:
+    """Admits ``given`` (data, contexts, and those of validation), holds rows out, and surveys the rest.
+
+    Warnings about the data have the ``stacklevel`` of the fit's caller; ``None`` for no warnings.
+    """
     data, context, validation, validation_context = given
     expected = expected_by(flow)
     if expected.dtype.itemsize < 4:
@@ -90,13 +100,14 @@ def prepare(flow: Flow | Density, given: tuple[Any, Any, Any, Any], settings: Se
         )
     shuffle = torch.Generator().manual_seed(settings.seed)
     values, contexts = surveys = Survey(), Survey()
-    train = _admit(flow, data, context, expected, "data", surveys)
+    thinned, thinned_out = Thinned(), Thinned()
+    train = _admit(flow, data, context, expected, "data", surveys, thinned)
     if isinstance(train, Loader):
         values, contexts = values.of_all(), contexts.of_all()
     held_out: Source | None = None
     if validation is not None:
         own = Survey(), Survey()
-        held_out = _admit(flow, validation, validation_context, expected_by(flow), "validation", own)
+        held_out = _admit(flow, validation, validation_context, expected_by(flow), "validation", own, thinned_out)
         if expected.event_shape is None and isinstance(train, Rows) and isinstance(held_out, Rows):
             _same_columns(train, held_out)
     elif validation_context is not None:
@@ -121,20 +132,24 @@ def prepare(flow: Flow | Density, given: tuple[Any, Any, Any, Any], settings: Se
         found += values.repeats(whole, looked_at)
     units: Units = dict.fromkeys(("loc", "scale", "context_loc", "context_scale"))
     if values.rows and settings.standardize is not False:
-        units["loc"], units["scale"] = values.loc_and_scale(ends, is_plain_flow(flow) and over_time(flow))
+        units["loc"], units["scale"] = values.loc_and_scale(ends, over_time(flow))
         if contexts.rows:
             units["context_loc"], units["context_scale"] = contexts.loc_and_scale()
         if ends is not None:
             found += _far_units(flow, ends, values, contexts, bool(settings.standardize))
     for told in filter(None, found):
-        warnings.warn(f"fit_density: {told}", stacklevel=3)
+        if stacklevel is not None:
+            warnings.warn(f"fit_density: {told}", stacklevel=stacklevel)
     size = settings.batch_size_for(len(train)) if isinstance(train, Rows) else 0
-    return Prepared(train, held_out, units, identity, shuffle, settings, settings.sizes(size, train.steps(size)))
+    sizes = settings.sizes(size, train.steps(size), len(train))
+    sample = _sample(train, thinned, expected)
+    some = _sample(held_out, thinned_out, expected) if isinstance(held_out, Loader) else held_out
+    return Prepared(train, sample, some, held_out, units, identity, shuffle, settings, sizes)
 
 
 def _discrete(flow: Flow | Density) -> Tensor:
-    head = head_of(flow)
-    dims = [False] * flow.event_shape.numel() if head is None else head.discrete_dims()
+    head, whole = head_of(flow), is_plain_flow(flow) and bool(flow.chain.discrete)
+    dims = [whole] * flow.event_shape.numel() if head is None else head.discrete_dims()
     return torch.tensor(dims, device="cpu").reshape(flow.event_shape)
 
 
@@ -143,7 +158,11 @@ def _far_units(flow: Flow | Density, ends: Tensor, values: Survey, contexts: Sur
     fixed = ends.isinf()
     remedy = "give them in units in which they are of the order of 1, angles in radians"
     if is_plain_flow(flow):
-        if fixed.any():
+        if flow.chain.discrete:
+            half = 0.5 * levels_of(flow.chain)
+            remedy = "subtract whole numbers so that columns begin near 0, and build the flow with as many levels"
+            yield values.far_from((half, half), fixed, "data", remedy, narrow=False)
+        elif fixed.any():
             with torch.no_grad():
                 drawn = flow.base().sample((256,)).cpu().double().reshape(256, -1)
             # Parts may permute dimensions, so each is compared with the whole base.
@@ -159,12 +178,20 @@ def _far_units(flow: Flow | Density, ends: Tensor, values: Survey, contexts: Sur
             yield contexts.far_from((0.0, 1.0), torch.tensor(True, device="cpu"), "context", remedy)
 
 
-def _admit(flow: Flow | Density, given: Any, context: Any, expected: Expected, what: str, surveys: Surveys) -> Source:
+def _admit(
+    flow: Flow | Density,
+    given: Any,
+    context: Any,
+    expected: Expected,
+    what: str,
+    surveys: Surveys,
+    thinned: Thinned | None = None,
+) -> Source:
     """Checks rows, or surveys a loader in a first pass."""
     what_context = "context" if what == "data" else f"{what}_context"
     if not isinstance(given, DataLoader):
-        rows = admit_rows(given, context, expected, what, what_context)
-        _reals(flow, rows.value, what)
+        rows = given if isinstance(given, Rows) else admit_rows(given, context, expected, what, what_context)
+        refuse_support(flow, rows.value, what)
         return rows
     if context is not None:
         raise ValueError(
@@ -173,18 +200,49 @@ def _admit(flow: Flow | Density, given: Any, context: Any, expected: Expected, w
     loader = Loader(given, expected, what)
     for piece in loader.survey():
         _survey(flow, *piece, f"a batch of {what}", surveys)
+        if thinned is not None:
+            thinned.add(*(each for each in piece if each is not None))
     return loader
 
 
 def _survey(flow: Flow | Density, value: Tensor, context: Tensor | None, what: str, surveys: Surveys) -> Tensor:
-    real = _reals(flow, value, what)
+    real = refuse_support(flow, value, what)
     surveys[0].add(real, value)
     if context is not None:
         surveys[1].add(context)
     return real
 
 
-def _reals(flow: Flow | Density, value: Tensor, what: str) -> Tensor:
+class Thinned:
+    """Evenly spaced rows of a stream: every ``stride``-th, where the stride doubles as rows become too many."""
+
+    def __init__(self) -> None:
+        self.stride, self.seen = 1, 0
+        self.rows: tuple[Tensor, ...] = ()
+
+    def add(self, *tensors: Tensor) -> None:
+        """Adds a piece."""
+        first = -self.seen % self.stride
+        self.seen += len(tensors[0])
+        chosen = tuple(each[first :: self.stride].cpu().clone() for each in tensors)
+        self.rows = tuple(map(torch.cat, zip(self.rows, chosen, strict=True))) if self.rows else chosen
+        while len(self.rows[0]) > LARGEST_SAMPLE:
+            self.rows, self.stride = tuple(each[::2].clone() for each in self.rows), 2 * self.stride
+
+    def of_all(self) -> tuple[Tensor, ...]:
+        """Joins the rows of all processes."""
+        found = [each for each in everyone(self.rows) if each]
+        return tuple(map(torch.cat, zip(*found, strict=True)))
+
+
+def _sample(train: Source, thinned: Thinned, expected: Expected) -> Rows:
+    if isinstance(train, Rows):
+        return train.take(torch.arange(min(len(train), LARGEST_SAMPLE), device="cpu"))
+    value, *context = (each.to(expected.device) for each in thinned.of_all())
+    return Rows(value, context[0] if context else None, torch.arange(len(value), device=value.device))
+
+
+def refuse_support(flow: Flow | Density, value: Tensor, what: str = "data") -> Tensor:
     """Pulls data back to the trained part of the chain, and refuses rows outside the support."""
     if is_plain_flow(flow):
         return reals_of(flow, value, what)
@@ -327,11 +385,14 @@ class Survey:
             scale = torch.where(free, scale, torch.where(none, 1.0, about))
         return loc, scale
 
-    def far_from(self, start: tuple[float, float], left: Tensor, what: str, remedy: str) -> str:
-        """Tells of columns ``left`` unstandardized and far from ``start``, the first location and scale."""
+    def far_from(self, start: tuple[float, float], left: Tensor, what: str, remedy: str, *, narrow: bool = True) -> str:
+        """Tells of columns ``left`` unstandardized and far from ``start``, the first location and scale.
+
+        With ``narrow``, a much smaller scale counts, too.
+        """
         loc, scale = self.loc_and_scale()
         ratio = scale / start[1]
-        far = left & (((loc - start[0]).abs() > _FAR * start[1]) | (ratio > _FAR) | (ratio < 1 / _FAR))
+        far = left & (((loc - start[0]).abs() > _FAR * start[1]) | (ratio > _FAR) | ((ratio < 1 / _FAR) & narrow))
         columns = far.flatten().nonzero()[:, 0].tolist()
         if not columns:
             return ""

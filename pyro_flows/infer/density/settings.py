@@ -10,14 +10,28 @@ from pyro_flows.core.checks import choice, integer
 from pyro_flows.infer.machine.budget import cosine
 from pyro_flows.infer.machine.processes import count
 
-__all__ = ["CUT", "CUTS", "FINAL", "HELD_OUT_AT_MOST", "LEAST", "SCHEDULES", "Schedule", "Settings", "Sizes"]
+__all__ = [
+    "CUT",
+    "CUTS",
+    "FEW_ROWS",
+    "FINAL",
+    "FOLDS",
+    "HELD_OUT_AT_MOST",
+    "LEAST",
+    "SCHEDULES",
+    "Schedule",
+    "Settings",
+    "Sizes",
+]
 
 SCHEDULES = ("plateau", "cosine", "constant")
 
 # Defaults by the amount of data.
 SMALLEST_BATCH, LARGEST_BATCH, BATCHES = 64, 1024, 32  # BATCHES: about, in an epoch
 TOTAL_STEPS, FEWEST_EPOCHS, MOST_EPOCHS = 20_000, 20, 1000
-PATIENCE_STEPS, SHORTEST_PATIENCE = 600, 5
+PATIENCE_STEPS, FEWEST_PATIENCE_STEPS, SHORTEST_PATIENCE = 600, 100, 5  # steps: as many as rows, in between
+FOLDS, FEW_ROWS = 5, 1000  # of data with fewer rows, by default
+ROWS_OF_DECAY = 100  # rows that have a weight decay of 1; it falls with their number
 HELD_OUT_AT_MOST = 20_000  # rows of a random validation part
 
 # Plateau: factor of a cut; cuts in vain before the end; the factor that ends training.
@@ -51,7 +65,7 @@ class Settings:
     lr: float
     schedule: str
     patience: int | None
-    weight_decay: float
+    weight_decay: float | None
     clip_norm: float | None
     average: float
     checkpoint_every: int
@@ -70,7 +84,7 @@ class Settings:
         for name in ("validation_fraction", "average"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"fit_density: expected 0 <= {name} < 1, got {getattr(self, name)!r}")
-        if not 0 <= self.weight_decay < math.inf:
+        if self.weight_decay is not None and not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"fit_density: expected weight_decay >= 0, got {self.weight_decay!r}")
         if not isinstance(self.compile, bool):
             choice("fit_density", "compile", self.compile, ("auto",))
@@ -88,15 +102,22 @@ class Settings:
         near = 2 ** round(math.log2(max(rows / BATCHES, 1.0)))
         return min(max(near, SMALLEST_BATCH), LARGEST_BATCH, rows)
 
-    def sizes(self, batch_size: int, steps_per_epoch: int) -> Sizes:
-        """Computes sizes; an epoch's steps set the defaults."""
+    def weight_decay_for(self, rows: int, from_gaussian: bool) -> float:
+        """Returns the chosen weight decay, or one that draws a flow of few rows back to the Gaussian it starts as."""
+        if self.weight_decay is not None:
+            return self.weight_decay
+        return min(ROWS_OF_DECAY / rows, 1.0) if from_gaussian and rows < FEW_ROWS else 0.0
+
+    def sizes(self, batch_size: int, steps_per_epoch: int, rows: int) -> Sizes:
+        """Computes sizes; an epoch's steps and the rows to train on set the defaults."""
         epochs, patience = self.max_epochs, self.patience
         if epochs is None and self.steps is not None:
             epochs = -(-self.steps // steps_per_epoch)
         elif epochs is None:
             epochs = min(max(-(-TOTAL_STEPS // steps_per_epoch), FEWEST_EPOCHS), MOST_EPOCHS)
         if patience is None:
-            patience = max(SHORTEST_PATIENCE, -(-PATIENCE_STEPS // steps_per_epoch))
+            steps = min(max(rows, FEWEST_PATIENCE_STEPS), PATIENCE_STEPS)  # few rows are overfitted soon
+            patience = max(SHORTEST_PATIENCE, -(-steps // steps_per_epoch))
         total = epochs * steps_per_epoch
         return Sizes(batch_size, epochs, patience, total if self.steps is None else min(total, self.steps))
 

@@ -14,15 +14,16 @@ from pyro_flows.core.chain import Chain, leaves
 from pyro_flows.core.checks import first_floating
 from pyro_flows.core.transform import FlowTransform
 from pyro_flows.core.wrap import Wrap, _bare, _joined, image
-from pyro_flows.distributions import Flow
+from pyro_flows.distributions import DiagonalNormal, Flow
 from pyro_flows.distributions.made import Head
 from pyro_flows.infer.density.columns import at_bounds, is_free
-from pyro_flows.transforms import Standardization
+from pyro_flows.transforms import Coloring, Standardization
 
 __all__ = [
     "Density",
     "StandardizedFlow",
     "Units",
+    "coloring_of",
     "ends_of",
     "head_of",
     "in_units",
@@ -31,11 +32,14 @@ __all__ = [
     "over_time",
     "pull_back",
     "pulled_back",
+    "split_chain",
     "standardized",
 ]
 
 Units = dict[str, Tensor | None]
 """``loc``, ``scale``, ``context_loc`` and ``context_scale`` in float64, ``None`` for what is not standardized."""
+
+_LARGEST = 1024  # numbers of an event with a full covariance
 
 
 class Density(nn.Module):
@@ -81,8 +85,8 @@ class StandardizedFlow(Flow):
 class StandardizedDensity(Density):
     r"""A module with ``log_prob`` in other units, :math:`\log p(y) = \log q((y - t) / \sigma) - \sum_i \log\sigma_i`.
 
-    The ``module`` has the density :math:`q`; ``loc`` :math:`t` and ``scale`` :math:`\sigma` have the event's shape.
-    ``context_loc`` and ``context_scale`` are the units of contexts, if any.
+    The ``module`` has the density :math:`q`; ``loc`` :math:`t` and ``scale`` :math:`\sigma` have the event's shape,
+    or ``(C, 1)`` for series.  ``context_loc`` and ``context_scale`` are the units of contexts, if any.
     """
 
     loc: Tensor
@@ -104,7 +108,8 @@ class StandardizedDensity(Density):
 
     def log_prob(self, value: Tensor, context: Tensor | None = None) -> Tensor:
         """Log-density in nats."""
-        return self.module.log_prob((value - self.loc) / self.scale, *self._contexts(context)) - self.scale.log().sum()
+        stretched = self.scale.log().expand(self.event_shape).sum()  # units of series may be those of channels
+        return self.module.log_prob((value - self.loc) / self.scale, *self._contexts(context)) - stretched
 
     def sample(self, sample_shape: Size | tuple[int, ...] = (), context: Tensor | None = None) -> Tensor:
         """Draws, if the module can."""
@@ -127,7 +132,9 @@ def standardized(
 
     A :class:`~pyro_flows.transforms.elementwise.Standardization` is put at the data end of the chain, but before parts
     there that learn nothing (e.g. ``ExpTransform()``), to keep the support.  A :class:`StandardizedFlow` standardizes
-    contexts.  The default locations 0 and scales 1 suffice to load the state of a fitted flow of the same architecture.
+    contexts.  Vectors of up to 1024 free numbers over a base of independent normals get a
+    :class:`~pyro_flows.transforms.linear.Coloring`, at first the identity, at the base end.  The default locations 0
+    and scales 1 suffice to load the state of a fitted flow of the same architecture.
 
     Args:
         flow: the flow, which is not changed.
@@ -152,7 +159,8 @@ def standardized(
         loc = kin.new_zeros(own) if loc is None else loc
         scale = kin.new_ones(own) if scale is None else scale
         units = Standardization(loc.to(kin), scale.to(kin), event_shape=shape)
-        chain = Chain([*front, units, *back]).train(flow.training)
+        colored = [_colorless(flow, kin)] if _is_colorable(flow) else []
+        chain = Chain([*colored, *front, units, *back]).train(flow.training)
     elif not flow.context_dim:
         return flow
     if not flow.context_dim:
@@ -162,6 +170,26 @@ def standardized(
     if isinstance(flow, StandardizedFlow):  # contexts come in their own units, so keep the numbers
         first, then = flow.context_loc, flow.context_scale
     return StandardizedFlow(chain, flow.base, first.to(kin), then.to(kin)).train(flow.training)
+
+
+def _is_colorable(flow: Flow) -> bool:
+    """Tells whether a flow of free vectors over independent normals may start as a Gaussian."""
+    event = flow.chain.event_shape
+    vectors = len(event) == 1 and event[0] <= _LARGEST and (event[0] > 1 or flow.context_dim > 0)
+    return vectors and type(flow.base) is DiagonalNormal and bool(movable(flow).all())
+
+
+def _colorless(flow: Flow, kin: Tensor) -> Coloring:
+    size = flow.chain.event_shape[0]
+    slope = kin.new_zeros(size, flow.context_dim) if flow.context_dim else None
+    return Coloring(kin.new_zeros(size), torch.eye(size, dtype=kin.dtype, device=kin.device), slope)
+
+
+def coloring_of(density: Flow | Density) -> Coloring | None:
+    """Returns the part that makes a flow start as a Gaussian, if :func:`standardized` has put one there."""
+    chain = density.chain if is_plain_flow(density) else None
+    first = chain[0] if isinstance(chain, Chain) else None
+    return first if isinstance(first, Coloring) else None
 
 
 def in_units(density: Flow | Density, units: Units, standardize: bool | None) -> Flow | Density:
@@ -204,6 +232,8 @@ def split_chain(chain: FlowTransform) -> tuple[list[FlowTransform], list[FlowTra
 
 def movable(flow: Flow) -> Tensor:
     """Marks the numbers that may be standardized, unlike angles, where the standardization goes; on the CPU."""
+    if flow.chain.discrete:
+        return torch.zeros(flow.chain.data_shape, dtype=torch.bool, device="cpu")
     front, back = split_chain(flow.chain)
     periodic = Chain(front).periodic if front else None
     if periodic is not None and periodic.any():
@@ -235,15 +265,17 @@ def _end(part: FlowTransform) -> tuple[Constraint, Size]:
     return part.codomain, part.data_shape
 
 
-def over_time(flow: Flow) -> bool:
+def over_time(flow: Flow | Density) -> bool:
     """Tells whether series have units by channel: no part before the standardization knows the time."""
+    if not is_plain_flow(flow):
+        return bool(getattr(flow, "shared_over_time", False))
     front = split_chain(flow.chain)[0]
     return bool(front) and all(part.shared_over_time for part in front)
 
 
 def pulled_back(flow: Flow, value: Tensor) -> tuple[Tensor, Tensor, list[int]]:
     """Pulls data back to the place of the standardization; marks rows at or beyond a bound, and lists its columns."""
-    codomain, back = flow.chain.codomain, split_chain(flow.chain)[1]
+    codomain, back = flow.chain.codomain, [] if flow.chain.discrete else split_chain(flow.chain)[1]
     # Some of torch's transforms do not know their codomain.
     inside = torch.tensor(True) if constraints.is_dependent(codomain) else codomain.check(value)
     inside = inside.to(value.device).reshape(*inside.shape[:1], -1).all(-1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,7 @@ from tqdm.auto import tqdm
 from pyro_flows.core.checks import integer
 from pyro_flows.infer.diagnostics.moments import scalar_names
 from pyro_flows.infer.diagnostics.prior import argument_names, simulate
-from pyro_flows.infer.diagnostics.uniformity import band, chi_square, ecdf_pvalues
+from pyro_flows.infer.diagnostics.uniformity import band, manner, pvalues_of
 
 __all__ = ["Calibration", "simulation_based_calibration"]
 
@@ -62,8 +61,7 @@ class Calibration:
         return {site: part.reshape(ranks.shape[1:]) for (site, ranks), part in pairs}
 
     def _flat_pvalues(self) -> Tensor:
-        flat, n = self.flat(), self.num_samples
-        return (2 * torch.minimum(chi_square(flat, n), ecdf_pvalues(flat, n))).clamp(max=1)
+        return pvalues_of(self.flat(), self.num_samples)
 
     @property
     def worst(self) -> float:
@@ -100,22 +98,9 @@ class Calibration:
         every = self._flat_pvalues()
         for k in every.argsort().tolist()[:8]:
             if every[k] * scalars < self.level:
-                manner = _manner(self.flat()[:, k], self.num_samples)
-                lines.append(f"  {self.names[k]}: p = {float(every[k]):.2g}, {manner}")
+                how = manner(self.flat()[:, k], self.num_samples)
+                lines.append(f"  {self.names[k]}: p = {float(every[k]):.2g}, {how}")
         return "\n".join(lines)
-
-
-def _manner(ranks: Tensor, num_samples: int) -> str:
-    """Describes how the ranks of a scalar differ from uniform ones."""
-    place = (ranks.double() + 0.5) / (num_samples + 1) * 2 - 1
-    lean = float(place.mean()) * math.sqrt(3 * len(place))
-    square = place.square() - 1 / 3
-    ends = float(square.mean()) / math.sqrt(4 / 45 / len(place))
-    if max(abs(lean), abs(ends)) < 2:
-        return "ranks are uneven"
-    if abs(lean) > abs(ends):
-        return "draws lie too low" if lean > 0 else "draws lie too high"
-    return "draws are too narrow" if ends > 0 else "draws are too wide"
 
 
 def simulation_based_calibration(

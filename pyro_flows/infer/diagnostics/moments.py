@@ -42,7 +42,9 @@ def scalar_names(site: str, shape: Sequence[int]) -> list[str]:
     """Names scalars ``site`` or ``site[0, 1]`` and so on."""
     if not shape:
         return [site]
-    return [f"{site}[{', '.join(map(str, place))}]" for place in torch.ones(tuple(shape)).nonzero().tolist()]
+    return [
+        f"{site}[{', '.join(map(str, place))}]" for place in torch.ones(tuple(shape), device="cpu").nonzero().tolist()
+    ]
 
 
 def compare_moments(draws: Tensor | Mapping[str, Tensor], log_weights: Tensor) -> Moments:

@@ -8,17 +8,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyro_flows.infer.diagnostics.verdict import GOOD, UNSETTLED, Verdict
+from pyro_flows.infer.diagnostics.verdict import GOOD, NEXT, UNSETTLED, Verdict
 
 __all__ = ["Apart", "ChainDraws", "Settling", "compare_walks", "judge_chains", "nested_rhat", "settling"]
 
 GROUPS = 16  # of chains that began alike
 RHAT = 1.01
+MOVED = 0.05  # standard deviations by which the chains' memory of where they began may move a mean
 FEWEST = 1000  # effective draws
 HARMLESS = 0.02  # change between halves, in standard deviations
-APART, KNOWN = 0.05, 0.03  # the same, of another walk, and the standard error that this takes
+APART = 0.05  # the same, between chains that began apart
 CERTAIN = 4.0  # standard errors
-BEYOND = 0.01  # part of another walk beyond all weights of the first
+# A gap that passes as chance moves the mean of all by at most half of it, to be a tenth of a standard deviation.
+KNOWN = 2 * 0.1 / CERTAIN
+BEYOND = 0.01  # part of the chains begun elsewhere that lies beyond all weights of the others
+TOSSES = 10  # chains there that are no chance: as many of the highest are on one side with probability 2^-10
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,8 @@ class Settling:
 
     rhat: float
     """R-hat, nested if there are many chains."""
+    moved: float
+    """The most that the memory of where chains began moves a mean, in standard deviations; infinite if unknown."""
     effective: float
     """The least number of effective draws."""
     change: float
@@ -59,28 +65,35 @@ class Settling:
     @property
     def ok(self) -> bool:
         """Whether all tests pass."""
-        return self.rhat < RHAT and self.effective >= FEWEST and not self.drifts
+        return not self.remembers and self.effective >= FEWEST and not self.drifts
+
+    @property
+    def remembers(self) -> bool:
+        """Whether chains remember where they began, and that matters."""
+        return not (self.rhat < RHAT or self.moved < MOVED)
 
 
 @dataclass(frozen=True)
 class Apart:
-    """How far another walk ends from the first."""
+    """How far chains that began elsewhere end from the others."""
 
     gap: float
     """The largest difference of a mean, in standard deviations."""
     error: float
     """The largest standard error of these."""
     beyond: float
-    """The part of the other walk whose weights are above all of the first."""
+    """The part of the draws of chains begun elsewhere whose weights are above all of the others."""
+    chains: int
+    """The number of chains that have such draws."""
     differs: bool
     """Whether a scalar's difference is certain and not harmless."""
 
     @property
     def why_not(self) -> str:
-        """What speaks against it that both walks end in the same place; empty if nothing does."""
-        if self.differs or self.beyond > BEYOND:
-            return "another walk, begun elsewhere, did not end in the same place"
-        return "" if self.error <= KNOWN else "another walk was too short to compare with"
+        """What speaks against it that all end in the same place; empty if nothing does."""
+        if self.differs or (self.beyond > BEYOND and self.chains >= TOSSES):
+            return "chains that began elsewhere did not end in the same place"
+        return "" if self.error <= KNOWN else "the chains are too short to compare with those that began elsewhere"
 
 
 def _scores(states: Tensor, like: Tensor | None = None) -> Tensor:
@@ -127,7 +140,18 @@ def nested_rhat(states: Tensor, first: Tensor) -> Tensor:
 
 
 def settling(states: Tensor, first: Tensor | None = None) -> Settling:
-    """Tests chains by ranks of each scalar, and of its distance from the median, so that tails need no moments.
+    r"""Tests chains by ranks of each scalar, and of its distance from the median, so that tails need no moments.
+
+    What many short chains remember does no harm if they began nearly as the posterior.  If :math:`m(x)` is the mean of
+    chains that began at :math:`x`, and these follow :math:`f` in place of the posterior :math:`p`, then by Cauchy and
+    Schwarz
+
+    .. math::
+        \left|\mathrm{E}_f m - \mathrm{E}_p m\right| \le \mathrm{sd}_p(m) \, \chi(f \| p),
+
+    with the standard deviation of nested R-hat's groups, :math:`\sqrt{\hat R^2 - 1}` in those of a draw, and the
+    distance :math:`\chi^2 = \sum_k (f_k - p_k)^2 / p_k` over 16 parts of the chains' own draws, at least what it is by
+    chance.
 
     Args:
         states: ``(chains, kept, K)``, ``kept`` at least 4.
@@ -143,21 +167,29 @@ def settling(states: Tensor, first: Tensor | None = None) -> Settling:
     means = scores.mean(1)
     if first is None:
         rhat = nested_rhat(torch.cat([early, late]), torch.cat([early, late]).mean(1))
+        moved = torch.full_like(rhat, math.inf)
         effective = count * kept / _steps_between(scores)
         error = (4 / effective).sqrt()
     else:
         began = _scores(first.unsqueeze(1), states).squeeze(1)
         rhat = nested_rhat(scores, began)
+        moved = (rhat.square() - 1).clamp(min=0).sqrt() * _distance(began)
         effective = scores.flatten(0, 1).var(0) / (means.var(0) / count).clamp(min=1e-12)
         error = (late.mean(1) - early.mean(1)).std(0) / math.sqrt(count)
     # A scalar that never moves, as log_p of a flat density, says nothing.
     moving = states.flatten(0, 1).std(0).repeat(2) > 0
-    change, error, rhat, effective = change[moving], error[moving], rhat[moving], effective[moving]
+    change, error, rhat, effective, moved = (part[moving] for part in (change, error, rhat, effective, moved))
     drifts = (change > HARMLESS) & (change > CERTAIN * error)
     certain = change / error.clamp(min=1e-12)
-    return Settling(
-        float(rhat.max()), float(effective.min()), float(change.max()), float(certain.max()), bool(drifts.any())
-    )
+    most = float(rhat.max()), float(moved.max()), float(effective.min())
+    return Settling(*most, float(change.max()), float(certain.max()), bool(drifts.any()))
+
+
+def _distance(scores: Tensor) -> Tensor:
+    """Returns how far normal scores ``(S, K)`` are from normal, by the chi-square distance over 16 equal parts."""
+    part = (GROUPS * torch.special.ndtr(scores)).long().clamp(max=GROUPS - 1)
+    share = torch.nn.functional.one_hot(part, GROUPS).double().mean(0)
+    return (GROUPS * (share - 1 / GROUPS).square().sum(-1)).clamp(min=(GROUPS - 1) / len(scores)).sqrt()
 
 
 def _steps_between(scores: Tensor) -> Tensor:
@@ -177,9 +209,10 @@ def compare_walks(states: Tensor, log_weights: Tensor, other: Tensor, other_weig
     own, others = _scores(states), _scores(other, states)
     gap = (others.mean((0, 1)) - own.mean((0, 1))).abs()
     error = (others.mean(1).var(0) / len(others) + own.mean(1).var(0) / len(own)).sqrt()
-    beyond = float((other_weights > log_weights.max()).double().mean())
+    above = (other_weights > log_weights.max()).reshape(len(other), -1)
+    beyond, chains = float(above.double().mean()), int(above.any(-1).sum())
     differs = (gap > APART) & (gap > CERTAIN * error)
-    return Apart(float(gap.max()), float(error.max()), beyond, bool(differs.any()))
+    return Apart(float(gap.max()), float(error.max()), beyond, chains, bool(differs.any()))
 
 
 def judge_chains(
@@ -192,13 +225,14 @@ def judge_chains(
 ) -> Verdict:
     """Judges whether draws of chains can be used.
 
-    They can, as ``"good"``, if R-hat is below 1.01, at least 1000 draws are effective, the halves of the chains agree,
-    and another walk, which began elsewhere, ends in the same place.  Otherwise the label is ``"chains not settled"``.
+    They can, as ``"good"``, if R-hat is below 1.01, or what chains remember of where they began moves no mean by more
+    than 0.05 standard deviations; if at least 1000 draws are effective, the halves of the chains agree, and chains that
+    began elsewhere end in the same place.  Otherwise the label is ``"chains not settled"``.
 
     Args:
         found: the tests of the chains.
         chains: the draws.
-        apart: the comparison with another walk, which ``refine`` needs.
+        apart: the comparison with chains that began elsewhere, which ``refine`` needs.
         stopped: why the chains ended early, if they did.
         modes: the number of modes known.
         ended: whether the ridges along which chains jump were followed to their ends.
@@ -208,14 +242,15 @@ def judge_chains(
     facts = [
         *([stopped] if stopped else []),
         f"{many:,} chains with {kept:,} draws each, of which {found.effective:,.0f} count; {nested}R-hat "
-        f"{found.rhat:.3f}, {chains.divergences:,} divergent moves.",
+        f"{found.rhat:.3f}, {chains.divergences:,} divergent moves."
+        + (f" Where they began moves means by up to {found.moved:.3f} standard deviations." if nested else ""),
         f"Between the halves of the chains, means change by up to {found.change:.3f} standard deviations"
         + (", which is more than chance." if found.drifts else ", as chance would have it."),
     ]
     numbers = {"rhat": found.rhat, "effective": found.effective, "change": found.change}
     numbers["divergences"] = float(chains.divergences)
     wrong = []
-    if not found.rhat < RHAT:
+    if found.remembers:
         wrong.append("the chains remember where they began")
     if found.effective < FEWEST:
         wrong.append("too few draws are effective")
@@ -224,15 +259,15 @@ def judge_chains(
     if not ended:
         wrong.append("the posterior goes on where its ridges could not be followed")
     if chains.method == "refine":
-        where = f"half of it on {modes} modes" if modes > 1 else "at a widened guide"
+        where = f"elsewhere, on {modes} modes alike," if modes > 1 else "elsewhere, at a widened guide,"
         if apart is None:
-            wrong.append("no other walk confirmed them")
-            facts.append("There was no other walk to compare with.")
+            wrong.append("none that began elsewhere confirmed them")
+            facts.append("There were no chains from elsewhere to compare with.")
         else:
             numbers |= {"gap": apart.gap, "beyond": apart.beyond}
             facts.append(
-                f"Another walk, which began {where}, ends with means up to {apart.gap:.3f} ± {apart.error:.3f} "
-                f"standard deviations away; {apart.beyond:.1%} of it lies beyond all weights of the chains."
+                f"Half of the chains began {where}, and end with means up to {apart.gap:.3f} ± {apart.error:.3f} "
+                f"standard deviations from the others'; {apart.beyond:.1%} of them lie beyond the others' weights."
             )
             if apart.why_not:
                 wrong.append(apart.why_not)
@@ -243,4 +278,4 @@ def judge_chains(
         why = "; ".join(wrong) or "nothing else is wrong"
         step = f"Go on with fit.refine(seconds=...), since {why}; if that does not help, reparameterize the model."
         return Verdict(UNSETTLED, False, "\n".join([*facts, f"Next: {step}"]), numbers)
-    return Verdict(GOOD, True, "\n".join([*facts, "Next: Nothing."]), numbers)
+    return Verdict(GOOD, True, "\n".join([*facts, f"Next: {NEXT[GOOD]}"]), numbers)

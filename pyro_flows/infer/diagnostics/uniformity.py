@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch.distributions import Binomial
 
 from pyro_flows.core.modes import on_cpu
 
-__all__ = ["band", "chi_square", "ecdf_pvalues"]
+__all__ = ["band", "chi_square", "ecdf_pvalues", "manner", "pvalues_of"]
 
 REPEATS = 10000  # simulated curves behind a distribution
 POINTS = 100  # most points of a compared curve
@@ -70,3 +71,21 @@ def band(n: int, num_samples: int, level: float) -> tuple[Tensor, Tensor, Tensor
     pointwise = float(reference[int(level * len(reference))]) * (1 - 1e-6)
     low, high = ((cumulative < limit).sum(0).double() / n for limit in (pointwise / 2, 1 - pointwise / 2))
     return (grid + 1).double() / (num_samples + 1), low, high
+
+
+def pvalues_of(ranks: Tensor, num_samples: int) -> Tensor:
+    """Returns twice the smaller p-value of both tests, shape ``(scalars,)``."""
+    return (2 * torch.minimum(chi_square(ranks, num_samples), ecdf_pvalues(ranks, num_samples))).clamp(max=1)
+
+
+def manner(ranks: Tensor, num_samples: int) -> str:
+    """Describes how the ranks of a scalar differ from uniform ones."""
+    place = (ranks.double() + 0.5) / (num_samples + 1) * 2 - 1
+    lean = float(place.mean()) * math.sqrt(3 * len(place))
+    square = place.square() - 1 / 3
+    ends = float(square.mean()) / math.sqrt(4 / 45 / len(place))
+    if max(abs(lean), abs(ends)) < 2:
+        return "ranks are uneven"
+    if abs(lean) > abs(ends):
+        return "draws lie too low" if lean > 0 else "draws lie too high"
+    return "draws are too narrow" if ends > 0 else "draws are too wide"

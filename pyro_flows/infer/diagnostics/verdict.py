@@ -14,7 +14,7 @@ from pyro_flows.infer.diagnostics.moments import Moments
 from pyro_flows.infer.diagnostics.walk import Walk
 from pyro_flows.infer.diagnostics.weights import Importance
 
-__all__ = ["LABELS", "Probe", "Verdict", "judge", "widening"]
+__all__ = ["LABELS", "Probe", "Verdict", "in_words", "judge", "widening"]
 
 GOOD, TAILS, RESAMPLE = "good", "good, tails uncertain", "use importance resampling"
 MODES, BAD, UNJUDGED = "modes missing", "bad", "not judged"
@@ -32,7 +32,7 @@ TAIL = 0.005  # least weight of a meaningful tail
 SHARE = 0.01  # missing posterior mass that matters
 WASTE = 0.02  # draws without weight that matter
 STRAY, FEW_STRAY = 0.003, 2  # share and number of walkers that matter, with weights that were never drawn
-WALKED = 2  # moves that make a walk
+WALKED, CONFIRMED = 2, 8  # moves that make a walk, and one that confirms weighted draws
 
 MEANING = {
     GOOD: "the draws can be used as they are",
@@ -46,7 +46,8 @@ MEANING = {
     UNSETTLED: "the chains do not show that their draws follow the posterior",
 }
 NEXT = {
-    GOOD: "Nothing.",
+    GOOD: "Nothing. If the posterior may have a mode much narrower than those found, or farther away, which no search "
+    "reaches, fit it from there, with init_loc_fn.",
     TAILS: "For tail quantities compare with the resampled draws, report quantiles in place of standard deviations, "
     "and try a reparameterized model (a non-centered one for hierarchies), a base with heavier tails, or NUTS.",
     UNSEARCHED: "Give the fit more seconds, so that the search can end; or write the model so that it runs for many "
@@ -110,10 +111,15 @@ class Verdict:
     numbers: dict[str, float]
 
     def __str__(self) -> str:
-        lines = [f"{self.label}: {MEANING[self.label]}"]
-        for paragraph in self.text.splitlines():
-            lines += textwrap.wrap(paragraph, 100, initial_indent="  ", subsequent_indent="    ")
-        return "\n".join(lines)
+        return in_words(self.label, MEANING[self.label], self.text)
+
+
+def in_words(label: str, meaning: str, text: str) -> str:
+    """Joins a label, its meaning and the paragraphs of a text, in lines of 100 characters."""
+    lines = [f"{label}: {meaning}"]
+    for paragraph in text.splitlines():
+        lines += textwrap.wrap(paragraph, 100, initial_indent="  ", subsequent_indent="    ")
+    return "\n".join(lines)
 
 
 def widening(input_dim: int) -> float:
@@ -143,10 +149,11 @@ def judge(
     2. ``"modes missing"``: the guide misses modes of the probe with at least a hundredth of the posterior.
     3. ``"bad"``: neither good nor fit for resampling; or the wider guide finds more than a tenth of the posterior
        outside; or at least two, and three in a thousand, of the walkers from the weighted draws find weights above the
-       largest one that was drawn.
-    4. ``"use importance resampling"``: :math:`\hat k < \min(0.7, 1 - 1 / \log_{10} n)` and :math:`n e \ge 1000` (a
-       tenth of fewer than 10,000 draws, and 100 at least), and :math:`e < 0.9`, or a fiftieth of the draws has no
-       weight, or the weights move a mean or log standard deviation by more than 0.1.
+       largest one that was drawn; or a mean of theirs is 0.1 standard deviations from that of the weighted draws.
+    4. ``"use importance resampling"``: :math:`\hat k < \min(0.7, 1 - 1 / \log_{10} n)`, or the fitted tail has less
+       than a hundredth of all weight beyond the largest; and :math:`n e \ge 1000` (a tenth of fewer than 10,000 draws,
+       and 100 at least); and :math:`e < 0.9`, or a fiftieth of the draws has no weight, or the weights move a mean or
+       log standard deviation by more than 0.1.
     5. ``"good, few draws judged"``: fewer than 1000 draws, of more that were asked for.
     6. ``"good, modes not searched"``: the probe ran out of time.
     7. ``"good, tails uncertain"``: :math:`\hat k` is above that limit; or a standard deviation depends on a few of at
@@ -192,7 +199,7 @@ def judge(
     limit = min(0.7, 1 - 1 / math.log10(found.num_samples))
     heavy = found.khat >= limit and found.tail >= TAIL
     effective = found.num_samples * found.ess
-    usable = not heavy and effective >= max(100, min(1000, found.num_samples / 10))
+    usable = (not heavy or found.unseen < SHARE) and effective >= max(100, min(1000, found.num_samples / 10))
     wasted = (found.failures + found.zeros + failures) / (found.num_samples + failures)
     # A shift of NaN counts as a shift.
     moved = not (numbers.get("mean_shift", 0.0) <= SHIFT and numbers.get("scale_shift", 0.0) <= SHIFT)
@@ -200,12 +207,15 @@ def judge(
     stray = wide is not None and wide.khat >= 0.5 and wide.tail >= TAIL
     if numbers.get("missing_share", 0.0) >= SHARE:
         return verdict(MODES)
-    if numbers.get("strayed", 0.0) > STRAY and (usable or not flawed):
+    gone = numbers.get("strayed", 0.0) > STRAY or numbers.get("walk_shift", 0.0) > SHIFT
+    if gone and (usable or not flawed):
         return verdict(BAD, FARTHER)
     if outside > 0.1 or (flawed and not usable):
         return verdict(BAD, _remedy(found, wasted, outside))
     if flawed:
         resample = f"Resample at most {int(effective):,} draws by their smoothed weights."
+        if walk is not None and walk.num_moves < CONFIRMED:
+            resample += " Time was too short to let them walk on: fit.refine(seconds=...) shows whether they hold."
         return verdict(RESAMPLE, f"{resample} More training time, then more layers, would make that unnecessary.")
     if cut:
         return verdict(FEW)
@@ -275,13 +285,15 @@ def _about_walk(walk: Walk, numbers: dict[str, float]) -> str:
     count = len(walk.log_weights)
     strayed = round(walk.above * count)
     numbers["strayed"] = walk.above if strayed >= FEW_STRAY else 0.0
+    numbers["walk_shift"] = walk.shift
     said = f"{count} of the weighted draws walked on by {walk.num_moves} moves"
-    if not numbers["strayed"] > STRAY:
+    if numbers["strayed"] > STRAY:
+        said = f"{said}: {strayed} of them found weights above any that the guide drew"
+    elif walk.shift > SHIFT:
+        said = f"{said}, which moved a mean by {walk.shift:.2f} standard deviations"
+    else:
         return f"{said}, and found no part of the posterior that the guide leaves out."
-    return (
-        f"{said}: {strayed} of them found weights above any that the guide drew, so a part of the "
-        "posterior that hangs together with its draws is left out."
-    )
+    return f"{said}, so a part of the posterior that hangs together with its draws is left out."
 
 
 def _about_modes(probe: Probe | None, numbers: dict[str, float]) -> str:

@@ -19,6 +19,7 @@ SIZE = 0.3  # the first step
 JITTER = 1.0  # of the steps' logarithms, so that some are small where the posterior is thin
 MARGIN = 0.1  # nats; smaller differences do no harm
 LEAPS = (4, 9)  # least and, excluded, greatest
+CERTAIN = 4.5  # standard errors of a shift, of some hundreds of means, that is no chance
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,9 @@ class Walk:
     """Log-weights of the walkers at the end, float64 on the CPU, ``(S,)``."""
     above: float
     """The share of them above the largest log-weight of the guide's draws, by more than a tenth of a nat."""
+    shift: float
+    """The largest difference, in standard deviations, of the walkers' mean from that of the weighted draws, over base
+    coordinates' percentiles and the distances of these from a half; 0 if none is above 4.5 standard errors."""
     accepted: float
     """The mean probability with which moves were taken."""
     num_moves: int
@@ -51,8 +55,9 @@ def walk_draws(
 
     If the weighted draws follow the posterior, the walkers follow it before each move and after it, and the law of
     their weights stays.  If the guide never drew in a part of the posterior that hangs together with the rest, its
-    weights cannot show that, but walkers reach it, and their weights there are larger than any that was drawn.  Modes
-    that are apart stay unseen: they take a search.
+    weights cannot show that, but walkers reach it, and their weights there are larger than any that was drawn; or their
+    means leave those of the weighted draws, which are compared with the walkers' means over their last moves, by
+    regression on where each began.  Modes that are apart stay unseen: they take a search.
 
     The cost is 180 evaluations with gradients of density and flow, at ``num_walkers`` points.
 
@@ -80,7 +85,8 @@ def walk_draws(
     values = log_weights.detach().double().cpu()
     largest = float(values[values < math.inf].max())
     chains = start_chains(target, resample(u, log_weights, num_walkers, generator))
-    size, accepted, moves = torch.tensor(SIZE, dtype=torch.float64), 0.0, 0
+    first, total = _percentiles(chains.points), torch.zeros((), dtype=torch.float64, device=u.device)
+    size, accepted, moves, late = torch.tensor(SIZE, dtype=torch.float64), 0.0, 0, 0
     while moves < num_moves and not safe.expired:
         leaps = int(torch.randint(*LEAPS, (), generator=generator, device="cpu"))
         noise = torch.rand(num_walkers, generator=generator, dtype=torch.float64, device="cpu")
@@ -89,7 +95,30 @@ def walk_draws(
             break  # points without a value would count as refused
         chains, moves, accepted = move.chains, moves + 1, accepted + float(move.chance.mean())
         size = adapt(size, move.chance.cpu()).clamp(max=1.5)
+        if moves & (moves - 1) == 0:  # from a power of two on, as the last move is not known
+            total, late = torch.zeros_like(total), 0
+        total, late = total + _percentiles(chains.points), late + 1
+    shift = _shift(first, total / late, _percentiles(u), log_weights) if late else 0.0
     after = target.log_weights(chains.points, chains.values).double().cpu()
-    return Walk(
-        after, float((after > largest + MARGIN).double().mean()), accepted / max(moves, 1), moves, safe.evaluations
-    )
+    above = float((after > largest + MARGIN).double().mean())
+    return Walk(after, above, shift, accepted / max(moves, 1), moves, safe.evaluations)
+
+
+def _percentiles(u: Tensor) -> Tensor:
+    """Returns percentiles of base coordinates and twice their distances from a half, ``(S, 2 D)``, between 0 and 1."""
+    part = torch.special.ndtr(u.detach().double())
+    return torch.cat([part, (2 * part - 1).abs()], -1)
+
+
+def _shift(first: Tensor, late: Tensor, drawn: Tensor, log_weights: Tensor) -> float:
+    """Returns the largest certain shift of a mean from the weighted draws' to the walkers', in standard deviations."""
+    share = log_weights.detach().double().nan_to_num(-math.inf, -math.inf, -math.inf).softmax(0).unsqueeze(-1)
+    mean = (share * drawn).sum(0)
+    away = drawn - mean
+    sd = (share * away.square()).sum(0).sqrt().clamp(min=1e-12)
+    # Where walkers still are near their starts, these account for most of the noise.
+    slope = ((first - first.mean(0)) * (late - late.mean(0))).mean(0) / first.var(0, correction=0).clamp(min=1e-12)
+    left = late - slope * (first - mean) - mean
+    error = (left.var(0) / len(left) + (share.square() * away.square()).sum(0)).sqrt()
+    shift = left.mean(0).abs()
+    return float((shift / sd).where(shift > CERTAIN * error, 0.0).max())

@@ -91,6 +91,15 @@ class Importance:
         return light and self.num_samples * self.ess >= 100 and not self.failures
 
     @property
+    def unseen(self) -> float:
+        r"""The share of all weight beyond the largest, by the fitted tail, about :math:`w_{\max} / (1 - \hat k)`.
+
+        Of :math:`n` draws, none is expected beyond the weight that one reaches, and weights beyond :math:`w` have the
+        mean :math:`w / (1 - k)` in a tail of index :math:`k`, to the leading order.
+        """
+        return 0.0 if self.khat == -math.inf else min(1.0, self.largest / max(1 - self.khat, 1e-12))
+
+    @property
     def log_evidence_bound(self) -> float:
         """A number, in nats, that the log evidence exceeds with probability 0.95, however uneven the weights.
 

@@ -153,9 +153,10 @@ def assess(
     _, wide_p, wide_q = weigh(flow, density, wide_count, begin + (part + 0.1) * seconds, scale=widening(z.shape[-1]))
     wide = importance(wide_p - wide_q)
     left = min(SEARCHING * (begin + seconds - time.monotonic()), search_seconds)
+    end, took = time.monotonic() + left, 0.0
     probe = nothing_found(z)
-    if left > 0 and math.isfinite(found.log_evidence) and len(initial) <= SEARCHED:
-        probe = probe_behind(
+    while left > took and math.isfinite(found.log_evidence) and len(initial) <= SEARCHED:
+        probe = known = probe_behind(
             spline_of(flow),
             density,
             flow.log_prob,
@@ -169,6 +170,10 @@ def assess(
             generator=generator,
             seconds=None if left == math.inf else left,
         )
+        # Others follow, with other starts, while there is time for a whole one, if time is limited.
+        took, left = left - (end - time.monotonic()), end - time.monotonic()
+        if seconds == math.inf or probe.missing_share > 0 or not probe.complete:
+            break
     left = min(begin + seconds - time.monotonic(), walk_seconds)
     walked = _walk(flow, density, x[fine], log_weights[fine], pace, left, walk_evaluations, generator)
     verdict = judge(found, probe, moments=moments, wide=wide, walk=walked, asked=num_samples)

@@ -237,6 +237,7 @@ class AutoFlow(AutoContinuous):
                     raise
                 self.__dict__["plain_model"] = WholePlates(frozenset(self._parts))(self.plain_model)
                 trace, latents = prototype.inspect(self.plain_model, init, args, kwargs, begin + 0.3 * limit)
+            self.__dict__["plain_model"] = prototype.on_circles(self.plain_model, latents)
             self._model = (InitMessenger(init)(self.plain_model),)
             try:
                 super()._setup_prototype(*args, **kwargs)

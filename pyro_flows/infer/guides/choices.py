@@ -11,9 +11,9 @@ import torch
 from torch import Generator, Tensor
 
 from pyro_flows.infer.diagnostics import importance
-from pyro_flows.infer.guides.assessment import FEWEST, SEARCHED, weigh
+from pyro_flows.infer.guides.assessment import FEWEST, ROUNDS, SEARCHED, weigh
 from pyro_flows.infer.guides.auto import AutoFlow
-from pyro_flows.infer.guides.posterior import affine_of, spline_of
+from pyro_flows.infer.guides.posterior import affine_of, preconditioner_of, spline_of
 from pyro_flows.infer.machine.budget import Budget
 from pyro_flows.infer.machine.pace import FLAT, rows_at_once
 from pyro_flows.infer.models.joint import FAILURES, JointDensity
@@ -25,6 +25,7 @@ __all__ = [
     "SEVERAL",
     "SLOW_SECONDS",
     "choose_particles",
+    "moved_to_mode",
     "seconds_for_verdict",
     "several_modes",
     "start_weights",
@@ -40,7 +41,10 @@ ASSESSING = 0.13  # least share of the verdict's seconds
 SLOW_ASSESSING = 0.4
 SEARCHING = 0.1  # share of the seconds for a search for modes before training
 ERRORS = 2.0  # standard errors by which a later state must not fall below the start
+SHORT, SUFFICIENT = 0.15, 0.6  # the same share of few seconds, up to so many
+ANOTHER = 0.05  # most part of the time left for another search
 EVEN = 0.05  # spread of log-weights at the start that needs no training
+MOVING, CLEARLY = 128, 1.0  # draws for an ELBO of the start, and nats that make one clearly higher
 SEVERAL = 0.01  # share of outside modes that is worth another start
 
 
@@ -110,12 +114,35 @@ def start_weights(guide: AutoFlow, density: JointDensity) -> tuple[bool, float]:
     return spread < EVEN, level if math.isfinite(level) else -math.inf  # false for NaN
 
 
-def seconds_for_verdict(density: JointDensity, seconds: float | None) -> float:
-    """Returns the seconds for judging a thousand draws, within bounds."""
+def seconds_for_verdict(density: JointDensity, budget: Budget, searched: bool) -> float:
+    """Returns the seconds for judging a thousand draws, within bounds; more if no search for modes is complete yet."""
+    seconds = budget.seconds
     if seconds is None:
         return 0.0
     need = 2.5 * FEWEST * density.pace.seconds_per_draw
-    return min(max(need, ASSESSING * seconds), SLOW_ASSESSING * seconds)
+    least = ASSESSING * seconds
+    if not searched:
+        least += min(SEARCHING * seconds, ANOTHER * budget.left())
+    return min(max(need, least), SLOW_ASSESSING * seconds)
+
+
+def moved_to_mode(guide: AutoFlow, density: JointDensity, probe: ModeProbe) -> bool:
+    """Moves the affine map to the Gaussian on the largest mode, if the ELBO of a start cut short is lower than its."""
+    affine = preconditioner_of(guide.flow)
+    if guide.structure is not None or spline_of(guide.flow) is not None or not len(probe.share):
+        return False
+
+    def elbo() -> float:
+        _, log_p, log_q = weigh(affine_of(guide.flow), density, MOVING)
+        return float((log_p - log_q).nan_to_num(nan=-math.inf).mean())
+
+    before, (loc, scale) = elbo(), (affine.loc.clone(), affine.scale.clone())
+    k = int(probe.share.argmax())
+    affine.place(probe.locations[k], probe.scale[k] if affine.full else probe.scale[k].norm(dim=-1))
+    better = elbo() > before + CLEARLY
+    if not better:
+        affine.place(loc, scale)
+    return better
 
 
 def several_modes(
@@ -124,12 +151,13 @@ def several_modes(
     """Searches for modes outside the start, if there is time."""
     if guide.subsampled or guide.start == "prior" or guide.tempering is not None or len(initial) > SEARCHED:
         return None
-    seconds = math.inf if budget.seconds is None else SEARCHING * budget.seconds
+    seconds = math.inf if budget.seconds is None else budget.seconds
+    seconds = max(SEARCHING * seconds, min(SHORT * seconds, SUFFICIENT))
     if seconds < max(10 * density.pace.shortest, 100 * density.pace.seconds_per_draw):
         return None  # too short to find anything
     end = time.monotonic() + min(seconds, SLOW_SECONDS / 2)
     start = affine_of(guide.flow) if guide.structure is None else guide.flow
-    count = 256 if density.many_at_once else 64
+    count = min(max(256, 4 * len(initial)), 1200) if density.many_at_once else 64  # enough for a covariance
     z, log_p, log_q = weigh(start, density, count, math.inf if budget.seconds is None else end)
     found = importance(log_p - log_q)
     seconds = end - time.monotonic()
@@ -145,6 +173,7 @@ def several_modes(
         log_evidence=found.log_evidence,
         log_weights=(log_p - log_q)[fine],
         num_starts=32 if density.many_at_once else 8,
+        num_rounds=ROUNDS[0],
         generator=generator,
         seconds=None if seconds == math.inf else seconds,
     )

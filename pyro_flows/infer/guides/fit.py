@@ -26,6 +26,7 @@ from pyro_flows.infer.guides.choices import (
     SEVERAL,
     SLOW_SECONDS,
     choose_particles,
+    moved_to_mode,
     seconds_for_verdict,
     several_modes,
     start_weights,
@@ -323,9 +324,10 @@ def _begin(guide: AutoFlow, args: tuple[object, ...], kwargs: dict[str, object],
     def plan(density: JointDensity) -> dict[str, Any]:
         particles = choose_particles(guide, density, initial, budget.seconds)
         generator = Generator().manual_seed(int(torch.randint(2**62, ())))
-        budget.keep = keep = seconds_for_verdict(density, budget.seconds)
         covered, notes = None, []
         several = several_modes(guide, density, initial, budget, generator)
+        searched = guide.subsampled or (several is not None and several.complete)
+        budget.keep = keep = seconds_for_verdict(density, budget, searched)
         # A start with the model's structure is better than a Gaussian on one mode.
         enough = several is not None and (guide.structure is None or int((several.share > SEVERAL).sum()) > 1)
         if several is not None and enough and several.missing_share > SEVERAL:
@@ -333,6 +335,8 @@ def _begin(guide: AutoFlow, args: tuple[object, ...], kwargs: dict[str, object],
             found = cover_modes(guide.flow, several, generator, limit)
             notes.append(f"the start covers {found} modes, by a mixture of Gaussians")
             covered = copy.deepcopy(guide.flow.state_dict())
+        elif several is not None and moved_to_mode(guide, density, several):
+            notes.append("the start is the Gaussian on a mode that the search found")
         budget.step_seconds = max(density.pace.shortest, particles * density.pace.seconds_per_draw)
         exact, level = (False, -math.inf) if covered is not None else start_weights(guide, density)
         known = {"num_particles": particles, "covered": covered, "notes": notes, "keep": keep, "modes": several}
@@ -418,7 +422,7 @@ def _held(parameters: dict[str, Tensor]) -> str:
 def _assess(guide: AutoFlow, begun: _Begun, budget: Budget | None = None) -> Assessment:
     left = walking = math.inf
     searching = SLOW_SECONDS  # cuts off searches of slow models alone
-    evaluations = WALK_EVALUATIONS * begun.density.evaluations
+    evaluations = WALK_EVALUATIONS * (guide.start_evaluations + begun.density.evaluations)  # of resumed fits, too
     if budget is not None and budget.seconds is not None:
         left = max(budget.left(), 0.02 * budget.seconds)
         walking, searching = WALKING * budget.seconds, SEARCHING_ON * budget.seconds

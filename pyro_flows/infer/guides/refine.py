@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import dataclass, replace
 from typing import Any
@@ -40,7 +39,7 @@ from pyro_flows.transforms import Autoregressive
 __all__ = ["DEFAULT_MOVES", "ChainBar", "Refining", "choose_chains", "reassessed"]
 
 DEFAULT_MOVES = 400
-CHAINS, FEW_CHAINS = 256, 32
+CHAINS, FEW_CHAINS = 512, 32
 FIRST = 16  # sweeps of the first round
 KEPT = 64  # draws of a chain
 SEARCH = 0.1  # part of the seconds for modes
@@ -48,10 +47,11 @@ STARTS = 64
 LEAST_SHARE = 0.003  # of a mode to jump to
 WIDER = 1.1  # Gaussians to jump to, by those of Laplace
 RIDGES, RIDGE_DIM = 4, 50  # walkers to follow ridges from, both ways, in so many dimensions at most
+FOLLOWING = 0.1  # part of the seconds that are left for it
 TAKEN = 0.02  # least part of proposals along ridges that makes them worthwhile
 ADAPT = 0.5  # sweeps that adapt, by those recorded
-ROUND = 2.5  # sweeps of a round, those that adapt and those of the other walk included, by those recorded
-ENDS = (0.3, 0.8, 1.0)  # of adapting, recording and the other walk in the last round
+ROUND = 1.5  # sweeps of a round, those that adapt included, by those recorded
+ADAPTED = 0.3  # part of the last round
 FEWEST = 8  # sweeps recorded
 BRIDGE = 2000  # draws of the flow for its weights and the evidence
 LEARN_EVERY, LEARN_STEPS = 4, 20
@@ -114,8 +114,9 @@ class _Walk:
 class Refining:
     """Refines a flow, in place, and draws of its posterior with it.
 
-    A round lets walkers adapt, and the flow learn from where they are, and then records them.  If the record passes all
-    tests, another walk, which begins elsewhere, must agree.  Otherwise, a longer round follows.
+    A round lets walkers adapt, and the flow learn from where they are, and then records them.  Half of them began at
+    draws of the guide, to which all adapt, and half elsewhere.  If the record passes all tests, and both halves agree,
+    it is the result, with the draws of both.  Otherwise, a longer round follows.
 
     Args:
         flow: the flow, which changes.
@@ -156,23 +157,26 @@ class Refining:
     def run(self) -> None:
         """Walks until all tests pass, or the budget ends."""
         probe = self._search()
+        lead = self._starts(probe)
         jumps = [] if self.modes is None else [self.modes]
-        self.walkers = walkers = Walkers(self.flow, self.safe, self._starts(probe), jumps)
+        jumps += self._ridges(lead)
+        z = torch.cat([lead, self._elsewhere()])
+        self.walkers = walkers = Walkers(self.flow, self.safe, z, jumps, len(lead))
         length, last = FIRST, False
         while not last:
-            self._follow(walkers, length == FIRST)
+            if length > FIRST:
+                self._follow(walkers)
             begin = self.budget.fraction
             last = self._is_last(length)
-            ends = [begin + part * (1 - begin) for part in ENDS] if last else [1.0] * 3
-            self._adapt(walkers, ADAPT * length, ends[0])
+            self._adapt(walkers, ADAPT * length, begin + ADAPTED * (1 - begin) if last else 1.0)
             before = walkers.diverged
-            walk = self._recorded(walkers, length, ends[1], last)
-            found = settling(walk.scalars, walk.first)
-            self.walk, self.settled, self.apart = walk, found, None
+            walk = self._recorded(walkers, length, last)
+            found, half = settling(walk.scalars, walk.first), len(lead)
+            weights = walk.log_p - walk.log_q
+            self.walk, self.settled = walk, found
+            self.apart = compare_walks(walk.scalars[:half], weights[:half], walk.scalars[half:], weights[half:])
             self.diverged = walkers.diverged - before
-            if found.ok or last:
-                self.apart = self._other(walkers, walk, length, ends[2], last)
-            if found.ok and self.ended and self.apart is not None and not self.apart.why_not:
+            if (found.ok and self.ended and not self.apart.why_not) or self._sweeps_left() < ROUND * FEWEST:
                 break
             length *= 2
         self.stopped = ""
@@ -214,41 +218,65 @@ class Refining:
 
     def _starts(self, probe: ModeProbe) -> Tensor:
         """Returns draws of the guide, resampled by weight, with some on modes that it misses."""
+        count = self.num_chains // 2
         if self.starts is not None:
-            return self.starts[torch.randperm(self.num_chains) % len(self.starts)]
+            return self.starts[torch.randperm(count) % len(self.starts)]
         fine = self.known.log_weights.isfinite() & self.known.draws.isfinite().all(-1)
-        z = resample(self.known.draws[fine], self.known.log_weights[fine], self.num_chains)
+        z = resample(self.known.draws[fine], self.known.log_weights[fine], count)
         missed = probe.missed & (probe.share > LEAST_SHARE)
         if missed.any():
             outside = Gaussians(probe.locations[missed], probe.scale[missed], probe.share[missed])
-            count = int(self.num_chains * min(0.5, max(0.1, float(outside.share.sum()))))
+            count = int(count * min(0.5, max(0.1, float(outside.share.sum()))))
             z[:count] = outside.sample(count)
+        return z
+
+    def _elsewhere(self) -> Tensor:
+        """Returns other starts: a widened guide, ends of ridges, all modes alike."""
+        count, dim = self.num_chains - self.num_chains // 2, self.known.draws.shape[-1]
+        with torch.no_grad():
+            z = self.flow.chain.forward_and_ladj((1 + 3 / math.sqrt(dim)) * self.flow.base().sample((count,)))[0]
+        if self.modes is not None:
+            which = torch.arange(count // 2) % len(self.modes.share)
+            z[: count // 2] = self.modes.around(which)
+        if self.ends is not None:
+            z[-(count // 4) :] = self.ends[torch.arange(count // 4) % len(self.ends)]
         return z
 
     # Rounds.
 
-    def _is_last(self, length: int) -> bool:
-        """Whether no longer round would follow one of this length, so that this one takes all that is left."""
+    def _sweeps_left(self) -> float:
         fraction, done = self.budget.fraction, self.budget.done
         if not done:
-            return self.budget.steps is not None and self.budget.steps < 3 * ROUND * length
-        return (1 - fraction) * done / max(1e-9, fraction) < 3 * ROUND * length
+            return math.inf if self.budget.steps is None else self.budget.steps
+        return (1 - fraction) * done / max(1e-9, fraction)
 
-    def _follow(self, walkers: Walkers, first: bool) -> None:
-        """Lays Gaussians along ridges from some walkers, as one more proposal while it is taken."""
-        dim, count = walkers.latents.shape[1], 1 if self.modes is None else 2
-        followed = len(walkers.jumps) == count
-        if dim > RIDGE_DIM or not self.density.many_at_once or not (first or (followed and walkers.jumped > TAKEN)):
-            walkers.jumps, self.ended = walkers.jumps[: count - 1], True
-            return
-        z = walkers.latents
-        ridges = follow_ridges(self.safe, z[torch.randperm(len(z))[:RIDGES]], z.std(0))
+    def _is_last(self, length: int) -> bool:
+        """Whether no longer round would follow one of this length, so that this one takes all that is left."""
+        return self._sweeps_left() < 3 * ROUND * length
+
+    def _ridges(self, z: Tensor) -> list[Gaussians]:
+        """Returns Gaussians along ridges from some points, if there are any and time suffices to follow them."""
+        self.ended = True
+        if z.shape[1] > RIDGE_DIM or not self.density.many_at_once:
+            return []
+        seconds = None if self.budget.seconds is None else FOLLOWING * self.budget.left()
+        safe = SafeDensity(self.density, z, seconds=seconds)
+        ridges = follow_ridges(safe, z[torch.randperm(len(z))[:RIDGES]], z.std(0))
+        if safe.expired:
+            return []
         self.ended = ridges.complete
-        walkers.jumps = walkers.jumps[: count - 1]
-        if len(ridges.points):
-            mixture = Gaussians.of_heights(ridges.points, ridges.scale, ridges.values)
-            walkers.jumps.append(Gaussians(ridges.points.to(z), WIDER * ridges.scale.to(z), mixture.share.to(z)))
-            self.ends = ridges.ends.to(z)
+        if not len(ridges.points):
+            return []
+        mixture = Gaussians.of_heights(ridges.points, ridges.scale, ridges.values)
+        self.ends = ridges.ends.to(z)
+        return [Gaussians(ridges.points.to(z), WIDER * ridges.scale.to(z), mixture.share.to(z))]
+
+    def _follow(self, walkers: Walkers) -> None:
+        """Lays Gaussians along ridges from where walkers are now, while jumps along them are taken."""
+        count = 0 if self.modes is None else 1
+        taken = len(walkers.jumps) > count and walkers.jumped > TAKEN
+        self.ended = True
+        walkers.jumps = walkers.jumps[:count] + (self._ridges(walkers.latents[: walkers.leading]) if taken else [])
 
     def _spend(self, what: str) -> None:
         self.budget.done += 1
@@ -259,7 +287,7 @@ class Refining:
         pool: list[Tensor] = []
         while (self.budget.fraction < end) if end < 1 else len(pool) < length:
             walkers.sweep(adapting=True)
-            pool.append(walkers.latents)
+            pool.append(walkers.latents[: walkers.leading])
             self._spend("adapting")
             part = self.budget.fraction / LEARN_UNTIL
             if len(pool) % LEARN_EVERY == 0 and part < 1 and walkers.renewed < LEARNED:
@@ -279,11 +307,11 @@ class Refining:
                 self.flow.load_state_dict(before)
             self.flow.chain.clear_cache()
 
-    def _recorded(self, walkers: Walkers, length: int, end: float, last: bool, least: int = FEWEST) -> _Walk:
-        """Records sweeps, ``length`` of them; the last time as many as go up to a fraction of the budget."""
+    def _recorded(self, walkers: Walkers, length: int, last: bool) -> _Walk:
+        """Records sweeps, ``length`` of them; the last time as many as go up to the end of the budget."""
         first, every, done = _scalars(walkers), 1, 0
         kept: list[tuple[Tensor, ...]] = []
-        while done < least or ((self.budget.fraction < end) if last else done < length):
+        while done < FEWEST or ((self.budget.fraction < 1) if last else done < length):
             walkers.sweep(adapting=False)
             self._spend("walking")
             done += 1
@@ -293,28 +321,6 @@ class Refining:
                 kept, every = kept[1::2], 2 * every
         latents, log_p, log_q = (torch.stack(part, 1) for part in zip(*kept, strict=True))
         return _Walk(first, latents, log_p.double(), log_q.double())
-
-    def _other(self, walkers: Walkers, walk: _Walk, length: int, end: float, last: bool) -> Apart | None:
-        """Compares with walkers that began elsewhere: at a widened guide, at ends of ridges, on all modes alike."""
-        if last and self.budget.fraction >= 1:
-            return None
-        count, dim = self.num_chains, walk.latents.shape[-1]
-        with torch.no_grad():
-            z = self.flow.chain.forward_and_ladj((1 + 3 / math.sqrt(dim)) * self.flow.base().sample((count,)))[0]
-        if self.modes is not None:
-            which = torch.arange(count // 2) % len(self.modes.share)
-            z[: count // 2] = self.modes.around(which)
-        if self.ends is not None:
-            z[-(count // 4) :] = self.ends[torch.arange(count // 4) % len(self.ends)]
-        try:
-            other = Walkers(self.flow, self.safe, z, walkers.jumps, copy.copy(walkers.tuning))
-        except ValueError:
-            return None
-        middle = 0.5 * (self.budget.fraction + end)
-        self._recorded(other, length // 2, middle, last, least=2)
-        found = self._recorded(other, length // 2, end, last)
-        weights = (walk.log_p - walk.log_q).flatten(), (found.log_p - found.log_q).flatten()
-        return compare_walks(walk.scalars, weights[0], found.scalars, weights[1])
 
     # The result.
 
@@ -328,7 +334,7 @@ class Refining:
             log_p = SafeDensity(density, z).values(z).to(z.device)
             log_q = self.flow.log_prob(z).detach().double()
             walk = _Walk(z, z.unsqueeze(1), log_p.unsqueeze(1), log_q.unsqueeze(1))
-            found = Settling(math.inf, 0.0, math.nan, math.nan, True)
+            found = Settling(math.inf, math.inf, 0.0, math.nan, math.nan, True)
         else:
             walk, found = self.walk, self.settled
         draws = ChainDraws(walk.latents, walk.log_p, walk.log_q, found.effective, found.rhat, self.diverged, "refine")

@@ -43,7 +43,7 @@ __all__ = ["GuideFit", "load_guide"]
 EVEN = 0.95  # effective sample size of weights that need no more
 Walked = tuple[ChainDraws, Assessment]
 
-KIND, VERSION = "saved fit of a guide", 3
+KIND, VERSION = "saved fit of a guide", 4
 
 
 class GuideFit:
@@ -190,12 +190,13 @@ class GuideFit:
     ) -> GuideFit:
         r"""Walks from the guide to draws of the posterior, by many short Markov chains.
 
-        Chains begin at the guide's draws, resampled by their weights, and on modes that it misses. They move by
-        Hamiltonian steps in the flow's base, each with a step size of its own, and among the latents; by proposals of
-        the flow; and by jumps to Gaussians on modes and along ridges. All leave the posterior invariant. Between rounds
-        of walking, the flow learns by path gradients at the chains' states. A round is the result if nested R-hat, the
-        change between halves, and another walk agree, which begins at a widened guide, at the ends of ridges and on all
-        modes alike. Otherwise a longer round follows.
+        Half of the chains begin at the guide's draws, resampled by their weights, and on modes that it misses; half
+        elsewhere: at a widened guide, at the ends of ridges and on all modes alike. They move by Hamiltonian steps in
+        the flow's base, each with a step size of its own, and among the latents; by proposals of the flow; and by jumps
+        to Gaussians on modes and along ridges. All leave the posterior invariant. Between rounds of walking, the flow
+        learns by path gradients at the chains' states. A round is the result if nested R-hat and the change in time
+        show that chains have settled, and those that began elsewhere agree with the others. Otherwise a longer round
+        follows.
 
         Ctrl-C raises ``KeyboardInterrupt``, whose attribute ``fit`` is the result so far.
 

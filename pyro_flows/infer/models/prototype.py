@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_flatten_with_path, tree_leave
 
 from pyro_flows.infer.models.joint import FAILURES, JointDensity
 from pyro_flows.infer.models.latents import Latents, same_support
+from pyro_flows.infer.models.lifted import Angles, Circles
 from pyro_flows.infer.models.sites import Message, Model, latent_messages, run
 
 __all__ = [
@@ -28,13 +29,13 @@ __all__ = [
     "initializer",
     "inspect",
     "latent_shapes",
+    "on_circles",
     "parameters_of",
     "resized",
     "same_objects",
     "sizes_of",
 ]
 
-ANGLES = (dist.VonMises, dist.SineBivariateVonMises, dist.SineSkewed)
 Init = Callable[[Message], Tensor]
 Sizes = dict[tuple[object, ...], int | str]
 
@@ -108,10 +109,11 @@ def inspect(
     """Traces the model at an initial point, lays out its latents, and reruns it at four more points until a deadline.
 
     Raises:
-        ValueError: for a model without latents; for a latent that is discrete, spherical, an angle, in a sequential or
-            subsampled plate, or with a support that has no bijection from the line or depends on another latent; or if
-            the latents change between runs.
+        ValueError: for a model without latents; for a latent that is discrete, in a sequential or subsampled plate, or
+            with a support that has no bijection from the line or depends on another latent; or if the latents change
+            between runs.
     """
+    model = Circles()(model)
     trace = run(InitMessenger(init)(model), args, kwargs)
     messages = latent_messages(trace)
     for message in messages.values():
@@ -145,6 +147,17 @@ def inspect(
     return trace, latents
 
 
+def on_circles(model: Model, latents: Latents) -> Model:
+    """The model with its latent angles on circles, if it has any."""
+    return Circles()(model) if any(_has_angles(site.support) for site in latents) else model
+
+
+def _has_angles(support: constraints.Constraint) -> bool:
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return isinstance(support, Angles)
+
+
 def _refuse_site(site: Message) -> None:
     name = site["name"]
     try:
@@ -153,14 +166,8 @@ def _refuse_site(site: Message) -> None:
     except NotImplementedError as error:
         raise _no_bijection(site) from error
     inner = site["fn"]
-    while not isinstance(inner, ANGLES) and isinstance(getattr(inner, "base_dist", None), Distribution):
+    while isinstance(getattr(inner, "base_dist", None), Distribution):
         inner = inner.base_dist
-    if isinstance(inner, ANGLES):
-        raise ValueError(
-            f"AutoFlow: site {name!r} is an angle ({type(inner).__name__}), whose density repeats along the line, "
-            "so it has no posterior there. Sample it as ImproperUniform on constraints.interval(-pi, pi), with its "
-            "log-density in pyro.factor"
-        )
     if isinstance(inner, dist.Delta):
         raise ValueError(
             f"AutoFlow: site {name!r} is a Delta, a value and no latent: write pyro.deterministic({name!r}, value)"

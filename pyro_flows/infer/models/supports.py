@@ -1,4 +1,4 @@
-"""Adds bijections for supports that have none in torch and Pyro, such as triangular matrices and mixtures."""
+"""Adds bijections for supports that have none in torch and Pyro, such as triangular matrices, spheres and mixtures."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import pyro.distributions.constraints as pyro_constraints
 import torch
 from pyro.distributions.transforms import CholeskyTransform
 from torch import Size, Tensor
-from torch.distributions import ComposeTransform, Transform, biject_to, constraints
+from torch.distributions import ComposeTransform, Transform, biject_to, constraints, transform_to
+
+from pyro_flows.infer.models.lifted import Angles, LiftedAngles, LiftedSphere, circle
 
 __all__ = ["LowerTriangular", "plain_support", "support_of"]
 
@@ -97,7 +99,7 @@ def _public() -> dict[str, Any]:
     kind = constraints.Constraint
     classes = {name: each for name, each in found.items() if isinstance(each, type) and issubclass(each, kind)}
     del classes["Constraint"]
-    return {name: each for name, each in found.items() if isinstance(each, kind)} | classes
+    return {name: each for name, each in found.items() if isinstance(each, kind)} | classes | {"Angles": Angles}
 
 
 def _plain(bound: Any) -> Any:
@@ -119,6 +121,8 @@ def _restored(plain: Any) -> Any:
 _MADE: tuple[tuple[constraints.Constraint, Callable[[Any], Transform]], ...] = (
     (constraints.lower_cholesky, lambda _: LowerTriangular()),
     (constraints.positive_definite, lambda _: ComposeTransform([LowerTriangular(), CholeskyTransform().inv])),
+    (pyro_constraints.sphere, lambda _: LiftedSphere()),
+    (circle, lambda support: LiftedAngles(support.mask)),
     (constraints.MixtureSameFamilyConstraint(constraints.real), lambda support: biject_to(support.base_constraint)),
 )
 
@@ -127,3 +131,4 @@ for _support, _make in _MADE:
         biject_to(_support)
     except NotImplementedError:  # the user's registrations come first
         biject_to.register(_support, _make)
+transform_to.register(circle, lambda support: LiftedAngles(support.mask))  # for Pyro's initial values

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -149,6 +150,8 @@ def climb(
     tolerance: float = 1e-7,
     metric: Tensor | None = None,
     exact: bool = True,
+    frame: Tensor | None = None,
+    promise: float = math.inf,
     seconds: float | None = None,
     enough: tuple[float, int] | None = None,
 ) -> Paths:
@@ -159,11 +162,15 @@ def climb(
     tolerance in nats, whatever the coordinate units.
 
     With ``memory`` pairs of differences the climb is L-BFGS, with Gilbert and Lemaréchal's diagonal update; ``None``
-    keeps :math:`H` as a matrix (BFGS): fewer steps at :math:`O(D^2)` each. ``metric``, ``(S, D, D)``, is the first
-    :math:`H`, of which L-BFGS takes the diagonal; unless it is ``exact``, BFGS scales it to fit the first difference.
-    Without one the first step has length at most 1. ``steps`` limits
-    each start, ``seconds`` the wall-clock time between calls. ``enough``, a part and a number, ends all climbs once
-    that part of them has ended or taken so many steps, and a quarter has ended.
+    keeps :math:`H` as a matrix (BFGS): fewer steps at :math:`O(D^2)` each, several times the cost of one product.
+    ``metric`` is the first :math:`H`, ``(S, D, D)`` for BFGS and its diagonal, ``(S, D)``, for L-BFGS; unless it is
+    ``exact``, BFGS scales it to fit the first difference. Without one the first step has length at most 1. L-BFGS works
+    in the coordinates of a ``frame`` :math:`F`, lower triangular, ``(D, D)``: :math:`H = F H' F^\top`, and the metric
+    is the diagonal of :math:`H'`. A metric is shrunk so far that the first step promises at most ``promise`` nats
+    (:math:`g^\top H g / 2`), since a longer one would leave a narrow mode, as its slopes are steep.
+
+    ``steps`` limits each start, ``seconds`` the wall-clock time between calls. ``enough``, a part and a number, ends
+    all climbs once that part of them has ended or taken so many steps, and a quarter has ended.
 
     Raises:
         ValueError: for starts of another shape than ``(S, D)``.
@@ -178,7 +185,8 @@ def climb(
     before = safe.evaluations
     point = starts.detach().double().cpu()
     value, slope = safe.gradients(point)
-    curvature = _Dense(point, slope, metric, exact) if memory is None else _Limited(point, slope, metric, memory)
+    curvature = _Dense(point, slope, metric, exact) if memory is None else _Limited(point, slope, metric, memory, frame)
+    curvature.shrink(slope, promise)
     search = _Search(safe, point, value, slope, curvature, tolerance)
     path = [[(point[i], value[i], slope[i])] for i in range(len(point))]
     going = int(search.active.sum())
@@ -208,6 +216,12 @@ class _Dense:
         self.inverse = metric.clone()
         self.fresh = torch.ones_like(point[:, 0], dtype=torch.bool)
 
+    def shrink(self, slope: Tensor, promise: float) -> None:
+        """Makes the first steps promise no more."""
+        gain = 0.5 * (slope * (self.first @ slope[..., None])[..., 0]).sum(-1)
+        self.first = self.first * (promise / gain.clamp(min=1e-300)).clamp(max=1.0)[:, None, None]
+        self.inverse = self.first.clone()
+
     def directions(self, rows: Tensor, slope: Tensor) -> Tensor:
         return (self.inverse[rows] @ slope[..., None])[..., 0]
 
@@ -232,22 +246,35 @@ class _Dense:
 
 
 class _Limited:
-    """Inverse Hessians by L-BFGS; a step costs ``O(S D memory)``."""
+    """Inverse Hessians by L-BFGS; a step costs ``O(S D memory)``, and in a frame two products with it.
 
-    def __init__(self, point: Tensor, slope: Tensor, metric: Tensor | None, memory: int) -> None:
-        self.scaled = metric is not None
+    All but the arguments and results of the methods is in the coordinates of the frame.
+    """
+
+    def __init__(
+        self, point: Tensor, slope: Tensor, metric: Tensor | None, memory: int, frame: Tensor | None = None
+    ) -> None:
+        self.scaled, self.frame = metric is not None, frame
         if metric is None:
-            metric = (1 / slope.norm(dim=-1, keepdim=True).clamp(min=1.0)).expand_as(point)
-        else:
-            metric = metric.diagonal(dim1=-2, dim2=-1)
+            metric = (1 / self._pulled(slope).norm(dim=-1, keepdim=True).clamp(min=1.0)).expand_as(point)
         self.first = metric
         self.diagonal = metric.clone()
         self.steps = point.new_zeros(memory, *point.shape)
         self.changes = torch.zeros_like(self.steps)
         self.fresh = torch.ones_like(point[:, 0], dtype=torch.bool)
 
+    def shrink(self, slope: Tensor, promise: float) -> None:
+        """Makes the first steps promise no more."""
+        gain = 0.5 * (self.first * self._pulled(slope).square()).sum(-1)
+        self.first = self.first * (promise / gain.clamp(min=1e-300)).clamp(max=1.0)[:, None]
+        self.diagonal = self.first.clone()
+
+    def _pulled(self, slope: Tensor) -> Tensor:
+        """Returns gradients in the coordinates of the frame."""
+        return slope if self.frame is None else slope @ self.frame
+
     def directions(self, rows: Tensor, slope: Tensor) -> Tensor:
-        steps, changes = self.steps[:, rows], self.changes[:, rows]
+        slope, steps, changes = self._pulled(slope), self.steps[:, rows], self.changes[:, rows]
         inner = (steps * changes).sum(-1, keepdim=True)
         weight = torch.where(inner > 0, 1 / inner, torch.zeros_like(inner))
         taken = []
@@ -258,11 +285,14 @@ class _Limited:
         slope = self.diagonal[rows] * slope
         for k in range(len(steps)):
             slope = slope + (taken[-1 - k] - weight[k] * (changes[k] * slope).sum(-1, keepdim=True)) * steps[k]
-        return slope
+        return slope if self.frame is None else slope @ self.frame.mT
 
     def update(self, rows: Tensor, step: Tensor, change: Tensor) -> None:
         keep = curved(step, change)
         rows, step, change = rows[keep], step[keep], change[keep]
+        if self.frame is not None:
+            step = torch.linalg.solve_triangular(self.frame, step.mT, upper=False).mT
+            change = self._pulled(change)
         self.steps[:, rows] = torch.cat([self.steps[1:, rows], step[None]])
         self.changes[:, rows] = torch.cat([self.changes[1:, rows], change[None]])
         diagonal = self.diagonal[rows]
@@ -274,7 +304,7 @@ class _Limited:
 
     def reset(self, rows: Tensor, slope: Tensor) -> None:
         again = self.fresh[rows]
-        plain = (1 / slope.norm(dim=-1, keepdim=True).clamp(min=1e-300)).expand_as(slope)
+        plain = (1 / self._pulled(slope).norm(dim=-1, keepdim=True).clamp(min=1e-300)).expand_as(slope)
         self.diagonal[rows] = torch.where(again[:, None], plain, self.first[rows])
         self.steps[:, rows] = 0.0
         self.changes[:, rows] = 0.0

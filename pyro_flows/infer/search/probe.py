@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor
@@ -18,13 +18,16 @@ from pyro_flows.infer.search.starting_points import starting_points
 __all__ = ["ModeProbe", "nothing_found", "probe_modes"]
 
 _STEPS, _CAUTION = 200, 0.1  # of a climb; size of the first step of starts from outside
-_DENSE = 300  # dimensions up to which metrics are matrices
+_DENSE, _FRAMED = 50, 300  # dimensions up to which inverse Hessians, and the guide's scale, are matrices
 _MODES, _TOGETHER = 12, 8  # modes at most, and those whose curvatures are computed at once
 _SAMPLES = 512  # for a mode's mass
-_CLIMBING = 0.85  # share of the seconds
+_CLIMBING = 0.75  # share of the seconds for starts and climbs
+_FEWEST, _CLIMB = 16, 200  # starts of a short search; evaluations, without gradients, that take the time of a climb
+_PROMISE = 4.0  # nats of a first step
 _LOOKED, _MOST = 20, 0.8  # steps of a climb that has looked, and the share of climbs that must have
-_LONG, _ENOUGH = 30, 0.95  # steps after which climbs end once this share of them has
-_GRACE = 0.25  # share of the seconds that masses may take beyond
+_LONG, _ENOUGH = 30, 1.0  # steps after which climbs end once this share of them has
+_GRACE = 0.5  # share of the seconds for curvatures and masses, if need be beyond these
+_PER_DIM, _SPREAD = 4, (2000, 5)  # draws by dimensions that give a scale; those that are used, and more by dimensions
 _NEAR = 0.01  # between ends of one mode
 _LEAST_SHARE, _LEAST_PART = 1e-3, 0.1  # of a missed mode; of its mass in the guide
 
@@ -56,7 +59,7 @@ class ModeProbe:
     complete: bool
     """Whether four fifths of the climbs ended or took 20 steps in time; if not, missing nothing says little."""
     num_starts: int
-    """Points from which it climbed, with those of an earlier search."""
+    """Points from which climbs ended or took 20 steps in time, with those of an earlier search."""
     reach: float
     """The largest distance of a start from ``initial``."""
 
@@ -103,7 +106,8 @@ def probe_modes(
         known: an earlier search of the same density, whose modes are judged again. If it was complete, then this one
             is, too, even if time ends its climbs.
         generator: the source of randomness, on the CPU.
-        seconds: the wall-clock limit, checked between calls, after which modes are left out.
+        seconds: the wall-clock limit, checked between calls, after which modes are left out. If it is short for a
+            model of known :class:`~pyro_flows.infer.machine.pace.Pace`, fewer starts climb, 16 at least, of all kinds.
 
     Raises:
         ValueError: for other shapes, an evidence that is not finite, or a density that is finite nowhere.
@@ -128,7 +132,6 @@ def probe_modes(
             safe, own, weights, initial.detach().double().cpu(), spread, num_starts, num_rounds, generator
         )
         points, inside = starts.points, starts.inside
-        dense = points.shape[-1] <= _DENSE
         if not len(points) and safe.pace is not None and safe.expired:
             return nothing_found(draws, safe.evaluations)
         if not len(points):
@@ -136,19 +139,12 @@ def probe_modes(
                 "probe_modes: log_p is not finite at any start, not even at the guide's own draws; look at the fit and "
                 "at the model's density first"
             ) from safe.error
-        # A full Newton step of the guide's size would carry every start into the guide's own mode.
-        size = torch.where(inside, 1.0, _CAUTION)[:, None, None]
-        metric = size * (spread @ spread.mT)
-        with safe.share(_CLIMBING):
-            options: Any = {"metric": metric, "exact": False, "steps": _STEPS, "enough": (_ENOUGH, _LONG)}
-            paths = climb(safe, points, memory=None if dense else 10, **options)
-        peaks, basin = _peaks(safe, *paths.ends()[:2], paths.converged, spread, inside, _known(known))
-        # A climb that still goes on after many steps is on a ridge without an end, as in a funnel's neck.
-        taken = torch.tensor([len(path) for path in paths.values], device="cpu")
-        climbed = not safe.expired and bool((paths.converged | (taken > _LOOKED)).double().mean() >= _MOST)
+        climbs = _climbed(safe, points, inside, spread)
+    if seconds is not None:  # a mode without a mass would not count
+        safe.deadline = time.monotonic() + _GRACE * seconds
+    peaks, basin = _peaks(safe, climbs, spread, _known(known))
+    climbed = not safe.expired and bool(climbs.looked.double().mean() >= _MOST)
     q_there = guide.values(peaks.points)
-    if seconds is not None and safe.deadline is not None:  # a mode without a mass would not count
-        safe.deadline = max(safe.deadline, time.monotonic() + _GRACE * seconds)
     mass_p, mass_q = _masses(safe, guide, peaks, generator)
     missed, share, rest = _judged(mass_p - log_evidence, mass_q.exp(), basin)
     # Modes that an earlier search found are judged again without new climbs; time may have ended before.
@@ -169,7 +165,7 @@ def probe_modes(
         missing_share=rest,
         evaluations=safe.evaluations,
         complete=complete,
-        num_starts=len(points) + (0 if known is None else known.num_starts),
+        num_starts=int(climbs.looked.sum()) + (0 if known is None else known.num_starts),
         reach=max(starts.reach, 0.0 if known is None else known.reach),
     )
 
@@ -182,27 +178,57 @@ def nothing_found(draws: Tensor, evaluations: int = 0) -> ModeProbe:
 
 
 def _spread(own: Tensor) -> Tensor:
-    """Returns the scale of the guide's draws, ``(D, D)``, diagonal for few draws."""
+    """Returns the scale of the guide's draws, ``(D, D)``, diagonal for few draws and in many dimensions."""
+    own = own[: _SPREAD[0] + _SPREAD[1] * own.shape[1]]
     count, dim = own.shape
     centered = own - own.mean(0)
     size = centered.square().mean(0).clamp(min=1e-24).sqrt()
-    if count <= 4 * dim:
+    if count < _PER_DIM * dim or dim > _FRAMED:
         return torch.diag(size)
     ridge = 1e-4 * identity(own)
     frame = torch.cat([centered / size / math.sqrt(count), ridge]).mT
     return size[:, None] * triangular(frame[None])[0]
 
 
-def _peaks(
-    safe: SafeDensity,
-    ends: Tensor,
-    values: Tensor,
-    converged: Tensor,
-    spread: Tensor,
-    inside: Tensor,
-    known: list[Peaks],
-) -> tuple[Peaks, Tensor]:
+class _Climbs(NamedTuple):
+    """The ends of climbs."""
+
+    ends: Tensor
+    """``(S, D)``."""
+    values: Tensor
+    """Log-densities there, ``(S,)``."""
+    converged: Tensor
+    """Whether these are maxima, ``(S,)``."""
+    looked: Tensor
+    """Whether they are, or so many steps were taken that the climb is on a ridge without an end, as in a funnel."""
+    inside: Tensor
+    """Whether the climb began at a draw of the guide, ``(S,)``."""
+
+
+def _climbed(safe: SafeDensity, points: Tensor, inside: Tensor, spread: Tensor) -> _Climbs:
+    """Climbs from all points, or from as many of all kinds as there is time for."""
+    count, dim = points.shape
+    if safe.deadline is not None and safe.pace is not None and safe.pace.seconds_per_draw:
+        affordable = (safe.deadline - time.monotonic()) / (_CLIMB * safe.pace.seconds_per_draw)
+        rows = torch.linspace(0, count - 1, min(count, max(_FEWEST, int(affordable))), device="cpu").long()
+        points, inside = points[rows], inside[rows]
+    # A full Newton step of the guide's size would carry every start into the guide's own mode.
+    size = torch.where(inside, 1.0, _CAUTION)[:, None].double()
+    if dim <= _DENSE:
+        options: Any = {"memory": None, "metric": size[..., None] * (spread @ spread.mT), "exact": False}
+    elif dim <= _FRAMED:
+        options = {"memory": 10, "metric": size.expand(-1, dim), "frame": spread}
+    else:
+        options = {"memory": 10, "metric": size * spread.diagonal().square()}
+    paths = climb(safe, points, steps=_STEPS, enough=(_ENOUGH, _LONG), promise=_PROMISE, **options)
+    taken = torch.tensor([len(path) for path in paths.values], device="cpu")
+    looked = paths.converged | (taken > _LOOKED)
+    return _Climbs(*paths.ends()[:2], paths.converged, looked, inside)
+
+
+def _peaks(safe: SafeDensity, climbs: _Climbs, spread: Tensor, known: list[Peaks]) -> tuple[Peaks, Tensor]:
     """Returns distinct maxima, best first, and the share of the guide's draws that lead there."""
+    ends, values, converged, inside = climbs.ends, climbs.values, climbs.converged, climbs.inside
     order = values.masked_fill(~converged, -torch.inf).argsort(descending=True).tolist()
     free = converged & values.isfinite()
     found: list[Peaks] = []

@@ -17,7 +17,8 @@ TRIES = 4  # candidates for a near start, as some may have no density
 SCREENED = 64  # candidates for a far start
 SCREENING = 0.2  # most part of the time
 RADII = (3.0, 1000.0)  # of far starts
-KINDS = 4
+NEAR = (0.5, 4.0)  # standard deviations of screened starts within the guide
+KINDS = 5
 
 
 class StartingPoints(NamedTuple):
@@ -50,9 +51,10 @@ def starting_points(
     - A quarter: around ``initial``, alternately uniform in :math:`(-2, 2)^D` and five times wider.
     - Half: at radii log-uniform from 3 to 1000, in turn around ``initial``; around the guide's mean, in its standard
       deviations; along one coordinate from one of its draws, in either unit; along a diagonal, of equal or random
-      signs.  Radii around a point grow with :math:`\sqrt D / 2`, as the part along any one way falls.  Each is the
-      best of 64 candidates a round by :math:`\log p - \log N`, with a Gaussian :math:`N` like the guide, which points
-      to where the guide does not draw.
+      signs; and in every fifth place draws from half to four of the guide's standard deviations wide, where narrow
+      modes may be.  Radii around a point grow with :math:`\sqrt D / 2`, as the part along any one way falls.  Each is
+      the best of 64 candidates a round by :math:`\log p - \log N`, with a Gaussian :math:`N` like the guide, which
+      points to where the guide does not draw.
 
     Args:
         safe: the density.
@@ -137,6 +139,7 @@ class _Far:
         low, high = map(math.log, RADII)
         part = torch.arange(each, dtype=torch.float64, device="cpu")[:, None] + self.rand(each, SCREENED)
         radius = (low + (high - low) * part / each).exp()[..., None]
+        width = NEAR[0] + (NEAR[1] - NEAR[0]) * part / each
         around = radius * max(1.0, 0.5 * math.sqrt(dim))
         shape = each, SCREENED, dim
         ways = [way / way.norm(dim=-1, keepdim=True) for way in (self.rand.normal(*shape), self.rand.normal(*shape))]
@@ -150,6 +153,7 @@ class _Far:
             self.mean + around * ways[1] @ self.frame.mT,
             base + radius * axis,
             self.initial + radius * signs / math.sqrt(dim),
+            self.mean + width[..., None] * self.rand.normal(*shape) @ self.frame.mT,
         ]
         return torch.stack(kinds, 1).flatten(0, 1)[:count]
 

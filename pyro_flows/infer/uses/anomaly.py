@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pyro_flows.core.modes import evaluating
 from pyro_flows.distributions import Dequantized, bits_per_dim
 from pyro_flows.infer.density.data import admit_rows, expected_by, name_rows
 from pyro_flows.infer.density.objective import evaluate, scores_of
 
-__all__ = ["AnomalyDetector", "evaluating"]
+__all__ = ["AnomalyDetector"]
 
 
 class AnomalyDetector:
@@ -138,19 +137,3 @@ class AnomalyDetector:
         if isinstance(self.model, Dequantized):
             return self.model.scores(rows, context, self.num_noise_samples, fresh=False).mean(0)
         return scores_of("AnomalyDetector", self.model, rows, context)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Puts the model in evaluation mode, and restores all modes afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    if not any(modes.values()):
-        yield
-        return
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train()
-        for module, mode in modes.items():
-            module.training = mode

@@ -3,47 +3,79 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Size, Tensor
 from torch.distributions import Distribution, constraints
+from torch.distributions.constraints import Constraint
 
-from pyro_flows.core.checks import admit, check_context, integer, joint_shape, refuse_other_kind
-from pyro_flows.core.steps import Move, Stepper, at_any_time
-from pyro_flows.distributions import Flow
+from pyro_flows.core.checks import admit, check_context, first_floating, integer, joint_shape, refuse_other_kind
+from pyro_flows.core.steps import Move, Stepper, affine, at_any_time, length_mask
+from pyro_flows.distributions import ConvMADE, Flow
+from pyro_flows.distributions.made.steps import ModelSteps
 from pyro_flows.distributions.queries.layers import leaves_of
-from pyro_flows.infer.density.units import is_plain_flow
+from pyro_flows.infer.density.units import StandardizedDensity, is_plain_flow
 from pyro_flows.infer.uses.surprise import single_base, surprise
 
 __all__ = ["Stream", "step_log_prob"]
 
 
-def _check(flow: Flow, who: str) -> None:
-    if not is_plain_flow(flow):
+Series = Flow | ConvMADE | StandardizedDensity
+
+
+def _made(model: Series) -> ConvMADE | None:
+    """The autoregressive model that is a density itself, or in the units of data."""
+    inner = model.module if isinstance(model, StandardizedDensity) else model
+    return inner if isinstance(inner, ConvMADE) else None
+
+
+def _check(model: Series, who: str) -> None:
+    if not is_plain_flow(model) and _made(model) is None:
         raise TypeError(
-            f"{who}: expected a Flow, e.g. pf.Flow(pf.mintnet((C, T), causal=True)), got {type(flow).__name__}"
+            f"{who}: expected a Flow, e.g. pf.Flow(pf.mintnet((C, T), causal=True)), or a ConvMADE, got "
+            f"{type(model).__name__}"
         )
-    if len(flow.chain.event_shape) != 2 or len(flow.event_shape) != 2:
-        raise ValueError(f"{who}: expected a flow of series (C, T), got event shape {tuple(flow.event_shape)}")
+    if len(model.event_shape) != 2 or (is_plain_flow(model) and len(model.chain.event_shape) != 2):
+        raise ValueError(f"{who}: expected a model of series (C, T), got event shape {tuple(model.event_shape)}")
+
+
+class _Independent:
+    """A base of independent dimensions, the same at all times; ``single`` has batch shape ``(C, 1)``."""
+
+    def __init__(self, single: Distribution, rows: int) -> None:
+        self.single, self.rows = single, rows
+
+    def score(self, x: Tensor) -> Tensor:
+        return self.single.log_prob(x).sum(-2)
+
+    def draw(self) -> Tensor:
+        return self.single.sample((self.rows,)).squeeze(-1)
+
+    def repeated(self, times: int) -> _Independent:
+        return _Independent(self.single, times * self.rows)
 
 
 class Stream:
-    r"""Runs a causal flow over series step by step without end: :math:`p(y_t \mid y_{<t}, c)`.
+    r"""Runs a causal flow or a ``ConvMADE`` over series step by step without end: :math:`p(y_t \mid y_{<t}, c)`.
 
-    The stream keeps the past that the flow needs: each convolution's last inputs, and the keys and values in the window
-    of attention.  So every step costs the same, except under attention without a window: in the density direction one
-    pass of one step; in the other, a solve of ``C`` numbers for each ``Mint`` layer, and an evaluation a channel for
-    each ``CausalAutoregressive`` layer.  Densities equal those of whole series up to rounding, and beyond the flow's
-    ``T`` those of a longer flow with the same parameters.  The stream copies the flow, records no gradient, and can be
-    pickled.
+    The stream keeps the past that the model needs: each convolution's last inputs, the states of a GRU, and the keys
+    and values in the window of attention.  So every step costs the same, except under attention without a window: in
+    the density direction one pass of one step; in the other, a solve of ``C`` numbers for each ``Mint`` layer, and an
+    evaluation a channel for each ``CausalAutoregressive`` layer and for a ``ConvMADE``.  Densities equal those of whole
+    series up to rounding, and beyond the ``T`` of the model those of a longer one with the same parameters.  The stream
+    copies the model, records no gradient, and can be pickled.
 
     Args:
         flow: a :class:`~pyro_flows.distributions.flow.Flow` of series ``(C, T)``.  Its parts are causal in time
             (``mintnet(..., causal=True)``, ``causal_maf``), or elementwise with the same parameters at all times
             (``ActNorm``, ``Rescaling``, ``Standardization``, transforms of torch); its base has independent dimensions
-            and is the same at all times.
+            and is the same at all times, or is a ``ConvMADE``.  Or such a
+            :class:`~pyro_flows.distributions.made.convolutional.ConvMADE` itself, with ``positions=False``, also in the
+            units of data by ``fit_density(..., standardize=True)``; its base values are the values themselves.
         batch_shape: the batch shape of the series.
         context: shape ``(*batch, context_dim)``, if the flow takes one; the same at all times.
 
@@ -52,7 +84,7 @@ class Stream:
 
     Raises:
         ValueError: for parts or a base of another kind, named in the message, or a context that does not fit.
-        TypeError: for anything but a flow.
+        TypeError: for anything but a flow or a ``ConvMADE``.
 
     References:
         MintNet (Song et al., 2019), arXiv:1907.07945.
@@ -60,7 +92,7 @@ class Stream:
     """
 
     @torch.no_grad()
-    def __init__(self, flow: Flow, batch_shape: Iterable[int] = (), context: Tensor | None = None) -> None:
+    def __init__(self, flow: Series, batch_shape: Iterable[int] = (), context: Tensor | None = None) -> None:
         _check(flow, "Stream")
         self.batch_shape = _batch(batch_shape)
         check_context(flow, context)
@@ -68,16 +100,39 @@ class Stream:
         if context is not None:
             context = refuse_other_kind("Stream", "context", context, flow)
             self._widen("a context", context)
-        context = flow.inner_context(context)
+        self._parts: list[tuple[Stepper, bool]] = []  # from base to data, and whether each is inverted
+        self._base: _Independent | ModelSteps
+        self._codomain: Constraint | None = None
+        self._channels = flow.event_shape[0]
+        made = _made(flow)
+        if made is not None:
+            if isinstance(flow, StandardizedDensity):
+                own = (each.expand(flow.event_shape) for each in (flow.loc, flow.scale.log()))
+                self._parts.append((affine(*(at_any_time("Stream", "standardization", each) for each in own)), False))
+                context = None if context is None else (context - flow.context_loc) / flow.context_scale
+            self._reach = made.reach
+            self._base = made.stepper(self.batch_shape.numel(), self._spread(context))
+        elif is_plain_flow(flow):
+            self._codomain, self._reach = flow.chain.codomain, flow.chain.reach
+            self._take_apart(flow, flow.inner_context(context))
+            base, rows = flow.base, self.batch_shape.numel()
+            if isinstance(base, ConvMADE):
+                self._reach = None if self._reach is None or base.reach is None else self._reach + base.reach
+                self._base = base.stepper(rows)
+            else:
+                self._base = _Independent(_one_step(flow), rows)
+        kin = first_floating(flow)
+        self._device = "cpu" if kin is None else kin.device.type
+        self.steps, self._torn = 0, False
+
+    def _take_apart(self, flow: Flow, context: Tensor | None) -> None:
+        """Finds the steps of a flow's parts."""
         leaves = leaves_of(flow.chain, context)
         for part, own, _ in leaves:
             if own is not None and own is not context:
                 self._widen(f"a {type(part).__name__} that is bound to a context", own)
         rows = self.batch_shape.numel()
-        self._parts: list[tuple[Stepper, bool]] = []  # from base to data, and whether each is inverted
         for k, (part, own, inverse) in enumerate(leaves):
-            if own is not None:
-                own = own.expand(*self.batch_shape, -1).reshape(rows, own.shape[-1])
             try:
                 stepper = getattr(part, "stepper", None)
                 if stepper is None:
@@ -85,12 +140,16 @@ class Stream:
                         "it is not known to be causal in time with the same parameters at all times; build the flow of "
                         "causal_maf, mintnet(..., causal=True) and elementwise parts"
                     )
-                self._parts.append((stepper(rows, own), inverse))
+                self._parts.append((stepper(rows, self._spread(own)), inverse))
             except ValueError as error:
                 name = f"{type(part).__name__} (part {k} of {len(leaves)})"
                 raise ValueError(f"Stream: {name} does not go step by step: {error}") from None
-        self._base = _one_step(flow)
-        self.steps, self._torn = 0, False
+
+    def _spread(self, context: Tensor | None) -> Tensor | None:
+        """A context for each row."""
+        if context is None:
+            return None
+        return context.expand(*self.batch_shape, -1).reshape(self.batch_shape.numel(), context.shape[-1])
 
     @torch.no_grad()
     def observe(self, y: Tensor) -> Tensor:
@@ -108,15 +167,23 @@ class Stream:
             RuntimeError: if a solver gives up (``max_sweeps``); the stream is then unusable.
         """
         value, several = self._admit(y, "y")
-        codomain = self.flow.chain.codomain
-        known = value.numel() and not constraints.is_dependent(codomain)
-        if not value.isfinite().all() or (known and not codomain.check(value).all()):
+        codomain = self._codomain
+        known = codomain is not None and value.numel() and not constraints.is_dependent(codomain)
+        if not value.isfinite().all() or (codomain is not None and known and not codomain.check(value).all()):
+            told = "" if codomain is None else f", {codomain}"
             raise ValueError(
-                f"Stream: expected finite values in the support, {codomain}, got others; in the place of a missing "
-                "step, .sample() draws one"
+                f"Stream: expected finite values in the support{told}, got others; in the place of a missing step, "
+                ".sample() draws one"
             )
+        if codomain is None and isinstance(self._base, ModelSteps):
+            moved = value
+            for part, _ in self._parts:
+                moved = part.inverse(moved)[0]
+            self._base.check(moved)
         moves = [partial(_one_by_one, part) if inverse else part.inverse for part, inverse in reversed(self._parts)]
-        _, total = self._moved(value, moves, from_data=True)
+        with self._taking(value.shape[-1]):
+            x, total = _through(value, moves)
+            total = self._base.score(x) + total
         return total.view(*self.batch_shape, total.shape[1]) if several else total.view(self.batch_shape)
 
     @torch.no_grad()
@@ -137,14 +204,18 @@ class Stream:
             raise ValueError(f"Stream: expected one step of shape {(*self.batch_shape, value.shape[1])}, got several")
         if not value.isfinite().all():
             raise ValueError("Stream: expected finite base values, got some that are not; .sample() draws them")
-        moves = [part.inverse if inverse else part.forward for part, inverse in self._parts]
-        y, total = self._moved(value, moves, from_data=False)
-        return y.view(*self.batch_shape, y.shape[1]), total.view(self.batch_shape)
+        with self._taking(1):
+            y, total = _through(value, self._forward())
+            total = self._base.score(value) - total
+        return y.view(*self.batch_shape, self._channels), total.view(self.batch_shape)
 
+    @torch.no_grad()
     def sample(self) -> Tensor:
         """Draws the next step, shape ``(*batch, C)``, and takes it."""
-        x = self._base.sample((self.batch_shape.numel(),)).squeeze(-1)
-        return self.step(x.view(*self.batch_shape, x.shape[1]))[0]
+        self._refuse_torn()
+        with self._taking(1):
+            y, _ = _through(self._base.draw().unsqueeze(-1), self._forward())
+        return y.view(*self.batch_shape, self._channels)
 
     def forecast(self, steps: int, num_samples: int) -> Tensor:
         """Draws the next steps, shape ``(num_samples, *batch, C, steps)``, without moving this stream.
@@ -166,6 +237,7 @@ class Stream:
     def _repeated(self, times: int) -> Stream:
         made = copy.copy(self)
         made._parts = [(part.repeated(times), inverse) for part, inverse in self._parts]
+        made._base = self._base.repeated(times)
         return made
 
     def _widen(self, what: str, context: Tensor) -> None:
@@ -177,30 +249,31 @@ class Stream:
                 f"broadcasts with batch_shape {tuple(self.batch_shape)}, got shape {tuple(context.shape)}"
             ) from None
 
-    def _moved(self, value: Tensor, moves: Iterable[Move], from_data: bool) -> tuple[Tensor, Tensor]:
-        """Takes steps in full precision, and marks a stream as torn whose parts took different ones.
+    def _forward(self) -> list[Move]:
+        return [part.inverse if inverse else part.forward for part, inverse in self._parts]
 
-        Returns the values on the other side, and the log-densities of the steps.
-        """
+    @contextmanager
+    def _taking(self, count: int) -> Iterator[None]:
+        """Takes steps in full precision, and marks a stream as torn whose parts took different ones."""
         self._torn = True
-        start, total = value, value.new_zeros(len(value), value.shape[-1])
-        with torch.autocast(value.device.type, enabled=False):
-            for move in moves if value.shape[-1] else ():
-                value, ladj = move(value)
-                total = total + ladj
-        base = self._base.log_prob(value if from_data else start).sum(-2)
-        self._torn, self.steps = False, self.steps + value.shape[-1]
-        return value, base + total if from_data else base - total
+        with torch.autocast(self._device, enabled=False):
+            yield
+        self._torn, self.steps = False, self.steps + count
 
-    def _admit(self, value: Tensor, what: str) -> tuple[Tensor, bool]:
-        """Rows of shape ``(rows, C, n)``, and whether the value had a time axis."""
+    def _refuse_torn(self) -> None:
         if self._torn:
             raise RuntimeError(
                 "Stream: an error stopped an earlier step halfway, so that parts stand at different times; go on with "
                 "a .copy() made before it, or observe all in a new one"
             )
+
+    def _admit(self, value: Tensor, what: str) -> tuple[Tensor, bool]:
+        """Rows of shape ``(rows, C, n)``, and whether the value had a time axis."""
+        self._refuse_torn()
+        if isinstance(self.flow, ConvMADE) and isinstance(value, Tensor) and not value.is_floating_point():
+            value = self.flow.cast(value)
         value = refuse_other_kind("Stream", what, value, self.flow)
-        one = (*self.batch_shape, self.flow.chain.event_shape[0])
+        one = (*self.batch_shape, self._channels)
         if value.shape == one:
             return value.reshape(self.batch_shape.numel(), one[-1], 1), False
         if value.shape[:-1] != one:
@@ -211,9 +284,17 @@ class Stream:
         return value.reshape(self.batch_shape.numel(), one[-1], value.shape[-1]), True
 
     def __repr__(self) -> str:
-        reach = self.flow.chain.reach
-        sees = "" if reach is None else f", reach={reach}"
-        return f"Stream(batch_shape={tuple(self.batch_shape)}, C={self.flow.event_shape[0]}, steps={self.steps}{sees})"
+        sees = "" if self._reach is None else f", reach={self._reach}"
+        return f"Stream(batch_shape={tuple(self.batch_shape)}, C={self._channels}, steps={self.steps}{sees})"
+
+
+def _through(value: Tensor, moves: Iterable[Move]) -> tuple[Tensor, Tensor]:
+    """The steps moved, with their log-determinants."""
+    total = value.new_zeros(len(value), value.shape[-1])
+    for move in moves if value.shape[-1] else ():
+        value, ladj = move(value)
+        total = total + ladj
+    return value, total
 
 
 def _one_by_one(part: Stepper, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -245,7 +326,9 @@ def _one_step(flow: Flow) -> Distribution:
         ) from None
 
 
-def step_log_prob(flow: Flow, value: Tensor, context: Tensor | None = None, *, lengths: Tensor | None = None) -> Tensor:
+def step_log_prob(
+    flow: Series, value: Tensor, context: Tensor | None = None, *, lengths: Tensor | None = None
+) -> Tensor:
     r"""The log-density of each step of whole series given all before, :math:`\log p(y_t \mid y_{<t}, c)`.
 
     This is minus :func:`~pyro_flows.infer.pixel_scores`, summed over channels, and differentiable.  Over time it adds
@@ -254,7 +337,7 @@ def step_log_prob(flow: Flow, value: Tensor, context: Tensor | None = None, *, l
 
     Args:
         flow: a :class:`~pyro_flows.distributions.flow.Flow` of series ``(C, T)`` with causal or elementwise parts; the
-            latter may differ between times.
+            latter may differ between times.  Or a ``ConvMADE`` of series, also in the units of data.
         value: shape ``(*batch, C, T)``; the padding may hold anything, NaN included.
         context: shape ``(*batch, context_dim)``, if the flow takes one.
         lengths: steps of each series, integers from 1 to ``T`` that broadcast to ``batch``; by default ``T``.  A
@@ -268,26 +351,20 @@ def step_log_prob(flow: Flow, value: Tensor, context: Tensor | None = None, *, l
         TypeError: for anything but a flow and a tensor of its dtype.
     """
     _check(flow, "step_log_prob")
-    inside: Tensor | None = None
+    made = _made(flow)
+    if made is not None:
+        stretched = value.new_zeros(())
+        if isinstance(flow, StandardizedDensity):
+            stretched = flow.scale.log().expand(flow.event_shape).sum(0)
+            value = (value - flow.loc) / flow.scale
+            context = None if context is None else (context - flow.context_loc) / flow.context_scale
+        law = made(context, lengths=lengths)
+        scores = law.step_log_prob(value) - stretched
+        return scores if law.inside is None else torch.where(law.inside, scores, 0.0)
+    flow, inside = cast(Flow, flow), None
     if lengths is not None:
         value = admit(flow.chain, value, context, data_side=True)
-        inside = _inside(lengths, value)
+        inside = length_mask("step_log_prob", lengths, value.shape[:-2], value.shape[-1], value.device)
         value = torch.where(inside.unsqueeze(-2), value, value[..., :1])  # numbers that have a density
     scores = -surprise(flow, value, flow.inner_context(context), "step_log_prob", by_time=True).sum(-2)
     return scores if inside is None else torch.where(inside, scores, 0.0)
-
-
-def _inside(lengths: Tensor | Iterable[int], value: Tensor) -> Tensor:
-    """Whether each step is within its series' length."""
-    lengths, times, batch = torch.as_tensor(lengths, device=value.device), value.shape[-1], value.shape[:-2]
-    whole = not (lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool)
-    if not whole or (lengths.numel() and not ((lengths > 0) & (lengths <= times)).all()):
-        raise ValueError(f"step_log_prob: expected lengths to be integers from 1 to {times}, got {lengths}")
-    try:
-        lengths = lengths.expand(batch)
-    except RuntimeError:
-        raise ValueError(
-            f"step_log_prob: expected lengths that broadcast to the batch {tuple(batch)}, one for each series, got "
-            f"shape {tuple(lengths.shape)}"
-        ) from None
-    return torch.arange(times, device=value.device) < lengths.unsqueeze(-1)

@@ -7,11 +7,11 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent
 
 from pyro_flows.core.checks import admit
+from pyro_flows.core.modes import evaluating
 from pyro_flows.core.transform import FlowTransform
 from pyro_flows.distributions import Dequantized, Flow
 from pyro_flows.distributions.queries.layers import is_elementwise, leaves_of, order_of
 from pyro_flows.infer.density.units import is_plain_flow
-from pyro_flows.infer.uses.anomaly import evaluating
 
 __all__ = ["pixel_flow", "pixel_scores", "single_base", "surprise"]
 

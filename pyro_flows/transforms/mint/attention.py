@@ -25,18 +25,11 @@ from torch import Tensor, nn
 
 from pyro_flows.core.modes import full_precision, plain_eager
 from pyro_flows.core.steps import Past
+from pyro_flows.nets.rotary import places_along, turned
 
 __all__ = ["Attention", "AttentionNet", "AttentionSteps", "AttentionWeights"]
 
-_BASE = 100.0  # the rotations' wavelengths go from 2 pi to nearly 100 times that
-
 _AT_ONCE = 256  # steps at a time; bounds the memory of the scores
-
-
-def _numbers(first: int, count: int, device: torch.device) -> Tensor:
-    """Places along an axis; single precision would blur the angles of distant ones."""
-    kind = torch.float32 if device.type == "mps" else torch.float64
-    return torch.arange(first, first + count, device=device, dtype=kind)
 
 
 class AttentionWeights(NamedTuple):
@@ -114,7 +107,7 @@ class Attention(NamedTuple):
 
     def places(self, x: Tensor) -> Tensor:
         """Rows and columns of the tokens, shape ``(H * W, axes)``."""
-        rows, columns = (_numbers(0, n, x.device) for n in x.shape[-2:])
+        rows, columns = (places_along(0, n, x.device) for n in x.shape[-2:])
         if self.axes == 1:
             return columns.expand(len(rows), -1).reshape(-1, 1)
         return torch.stack(torch.meshgrid(rows, columns, indexing="ij"), -1).flatten(0, 1)
@@ -145,13 +138,13 @@ class Attention(NamedTuple):
         """
         bias = weights.query_bias
         seen = torch.tanh(F.linear(before, weights.query_taps) + (bias if bias.dim() == 1 else bias.unsqueeze(-2)))
-        return self._turn(self._heads(F.linear(seen, weights.query_mix) / math.sqrt(self.head_dim)), places)
+        return turned(self._heads(F.linear(seen, weights.query_mix) / math.sqrt(self.head_dim)), places, self.rotated)
 
     def keys_values(self, patches: Tensor, places: Tensor, weights: AttentionWeights) -> tuple[Tensor, Tensor]:
         """Keys and values of tokens, both of shape ``(n, heads, tokens, head_dim)``, from rows of :meth:`patches`."""
         seen = torch.tanh(F.linear(patches, weights.key_taps, weights.key_bias))
         keys, values = (self._heads(each) for each in F.linear(seen, weights.key_mix).chunk(2, -1))
-        return self._turn(keys, places), values
+        return turned(keys, places, self.rotated), values
 
     def attend(
         self, queries: Tensor, keys: Tensor, values: Tensor, weights: AttentionWeights, allowed: Tensor | None = None
@@ -173,16 +166,6 @@ class Attention(NamedTuple):
 
     def _heads(self, tokens: Tensor) -> Tensor:
         return torch.unflatten(tokens, -1, (self.heads, self.head_dim)).transpose(-3, -2)
-
-    def _turn(self, x: Tensor, places: Tensor) -> Tensor:
-        """Rotates pairs of numbers by angles proportional to the places."""
-        half = self.rotated // 2
-        pairs = half // self.axes
-        speeds = _BASE ** (-torch.arange(pairs, device=x.device, dtype=places.dtype) / pairs)
-        angles = (places.unsqueeze(-1) * speeds).flatten(-2)
-        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-        a, b, rest = x.split((half, half, self.head_dim - self.rotated), -1)
-        return torch.cat((a * cos - b * sin, a * sin + b * cos, rest), -1)
 
 
 class AttentionNet(nn.Module):
@@ -224,7 +207,7 @@ class AttentionSteps:
         self.keys = self.values = weights.out.new_zeros(rows, rule.heads, 0, rule.head_dim)
 
     def _places(self, count: int) -> Tensor:
-        return _numbers(self.taken, count, self.keys.device).unsqueeze(-1)
+        return places_along(self.taken, count, self.keys.device).unsqueeze(-1)
 
     def ahead(self) -> Tensor:
         """The output of the next step from those before it, shape ``(rows, C)``."""
