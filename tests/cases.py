@@ -373,13 +373,20 @@ def _leaves() -> Iterator[Case]:
     yield preconditioner("preconditioner-diagonal", 4, full=False)
     yield preconditioner("preconditioner-one-dimension", 1, full=True)
 
-    def plated(name: str, count: int, members: list[list[list[int]]], ancestors: list[list[list[int]]] | None) -> Case:
+    def plated(
+        name: str,
+        count: int,
+        members: list[list[list[int]]],
+        ancestors: list[list[list[int]]] | None,
+        lengths: list[int] | None = None,
+        differences: list[bool] | None = None,
+    ) -> Case:
         def build(_: int) -> pf.FlowTransform:
             places = [torch.tensor(each) for each in members]
             above = None if ancestors is None else [torch.tensor(each).reshape(len(each), -1) for each in ancestors]
             size = count + sum(each.numel() for each in places)
             flow = pf.realnvp(count, num_layers=2, hidden_dims=(5,)) if count else None
-            return Plated(size, flow, places, above)
+            return Plated(size, flow, places, above, lengths, differences)
 
         size = count + sum(len(row) for each in members for row in each)
         return Case(name, ("Plated",), build, (size,), takes_context=False, scale=0.1)
@@ -387,6 +394,9 @@ def _leaves() -> Iterator[Case]:
     yield plated("plated", 2, [[[1], [2], [3]]], None)
     yield plated("plated-two-levels", 1, [[[4, 1], [0, 2]], [[5], [3], [6]]], [[[], []], [[4, 1], [0, 2], [0, 2]]])
     yield plated("plated-without-globals", 0, [[[0, 2], [3, 1]]], None)
+    chains = [[[1], [3], [2], [5], [4], [6]], [[8, 9], [7, 10], [12, 11], [13, 14]]]
+    yield plated("plated-chains", 1, chains, None, [3, 4])
+    yield plated("plated-chains-of-differences", 1, chains, None, [6, 2], [True, True])
 
     def wrap(name: str, transform: torch_transforms.Transform, shape: tuple[int, ...], positive: bool = False) -> Case:
         build = lambda _: pf.Wrap(transform, shape)  # noqa: E731

@@ -111,7 +111,7 @@ def nested(x, y):
 def coupled(x, y):
     with pyro.plate("sites", 20):
         a = pyro.sample("a", dist.Normal(0.0, 1.0))
-    pyro.factor("smooth", -0.5 * (a[..., 1:] - a[..., :-1]).square().sum(-1))
+    pyro.factor("smooth", -0.5 * (a[..., 2:] - a[..., :-2]).square().sum(-1))
     with pyro.plate("rows", len(x)):
         pyro.sample("y", dist.Normal(a[..., GROUP], 1.0), obs=y)
 
@@ -120,7 +120,7 @@ def weakly_coupled(x, y):
     """Two members only."""
     with pyro.plate("sites", 20):
         a = pyro.sample("a", dist.Normal(0.0, 1.0))
-    pyro.factor("pair", -0.01 * a[..., 6] * a[..., 7])
+    pyro.factor("pair", -0.01 * a[..., 6] * a[..., 9])
     with pyro.plate("rows", len(x)):
         pyro.sample("y", dist.Normal(a[..., GROUP], 1.0), obs=y)
 
@@ -170,7 +170,7 @@ def test_structure_is_found(name):
     assert f"of {next(iter(groups))!r}" in repr(guide)
 
 
-@pytest.mark.parametrize("model", [coupled, weakly_coupled])
+@pytest.mark.parametrize("model", [coupled, pytest.param(weakly_coupled, marks=pytest.mark.full)])
 def test_coupled_members_are_refused(model):
     refuses(ValueError, "'sites': its members depend on each other.*leave dependencies out", built, model)
     assert AutoFlow(model, start="prior").setup(ROWS, ROWS).structure is None
@@ -412,7 +412,7 @@ def test_models_of_one_part_are_refused():
 @pytest.mark.full
 def test_even_starts_are_not_trained():
     y, sd = (part.double() for part in data(2000))
-    fit = fit_guide(AutoFlow(normals, seed=0), y, sd, seconds=4, progress=False)
+    fit = fit_guide(AutoFlow(normals, seed=0), y, sd, steps=100, progress=False)
     assert len(fit.history) == 0
     assert fit.ess > 0.99
 

@@ -7,7 +7,9 @@
 Each run is ``fit_guide`` with nothing but ``AutoFlow(dependencies=)``, float64, one thread, in a process of its own,
 and a budget of CPU seconds.  *normals*: members with normal data of known error, whose mean and spread are global.
 *logistic*: groups of twelve yes-or-no data with a covariate.  *radon*: 85 groups of 1 to 60 data.  *nested*: classes
-with pupils, both normal.  Centered forms have each member's value as latent, the others its standardized deviation.
+with pupils, both normal.  *rows*: groups with 100,000 normal rows and a covariate, whose density takes milliseconds.
+*level*: a random walk seen with normal noise, a chain.  Centered forms have each member's value as latent, the others
+its standardized deviation, or the increments of the walk.
 
 Globals' moments come from importance sampling of their exact marginal density, members' from their exact conditional
 moments there, by quadrature for the logistic ones.  Errors are the largest of any mean in standard deviations, and of
@@ -33,6 +35,8 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 DRAWS, REFERENCE = 4000, 4096
+FEWER = 256  # points of the reference for ten thousand members
+ROWS = 100_000
 WIDER = 1.4
 Exact = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 
@@ -103,7 +107,7 @@ def logistic(count: int, centered: bool) -> Hierarchy:
 
     def exact(g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         parts = []
-        for mu, slope, t in (part.T.unsqueeze(-1) for part in g.split(25)):
+        for mu, slope, t in (part.T.unsqueeze(-1) for part in g.split(max(1, 25_000 // count))):
             log_p = (log_normal(mu, 0, 9) + log_normal(slope, 0, 4) + log_normal(t, 0, 1))[:, 0]
             theta = mu + t.exp() * nodes  # (n, K); the trapezoid rule is exact to many digits
             eta = theta[..., None, None] + slope[..., None, None] * x
@@ -197,14 +201,108 @@ def nested(count: int, centered: bool) -> Hierarchy:
     return Hierarchy(model, ("mu", "between", "within"), ("level", "pupil"), exact)
 
 
-KINDS = {"normals": normals, "logistic": logistic, "radon": radon, "nested": nested}
-SIZES = {"normals": (8, 100, 1000), "logistic": (200, 1000), "radon": (85,), "nested": (20,)}
+def rows(count: int, centered: bool) -> Hierarchy:
+    random = torch.Generator().manual_seed(0)
+    group = torch.randint(count, (ROWS,), generator=random)
+    x = torch.randn(ROWS, generator=random)
+    level = 1.0 + 0.5 * torch.randn(count, generator=random)
+    y = level[group] + 0.7 * x + torch.randn(ROWS, generator=random)
+
+    def model() -> None:
+        mu, slope = (pyro.sample(name, dist.Normal(0.0, 5.0)) for name in ("mu", "slope"))
+        tau, sigma = (pyro.sample(name, dist.LogNormal(0.0, 1.0)) for name in ("tau", "sigma"))
+        with pyro.plate("members", count):
+            if centered:
+                theta = pyro.sample("theta", dist.Normal(mu, tau))
+            else:
+                theta = mu + tau * pyro.sample("theta", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", ROWS):
+            pyro.sample("y", dist.Normal(theta[..., group] + slope * x, sigma), obs=y)
+
+    def total(each: Tensor) -> Tensor:
+        return torch.zeros(count).index_add(0, group, each)
+
+    n, sum_x, sum_y = total(torch.ones(ROWS)), total(x), total(y)
+    xx, xy, yy = (x * x).sum(), (x * y).sum(), (y * y).sum()
+
+    def exact(g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        mu, slope, t, s = g.T.unsqueeze(-1)
+        log_p = (log_normal(mu, 0, 25) + log_normal(slope, 0, 25) + log_normal(t, 0, 1) + log_normal(s, 0, 1))[:, 0]
+        between, within = (2 * t).exp(), (2 * s).exp()
+        mean = (sum_y - slope * sum_x) / n
+        rest = (yy - 2 * slope * xy + slope**2 * xx)[:, 0] - (n * mean**2).sum(-1)
+        log_p = log_p - 0.5 * rest / within[:, 0] - 0.5 * (ROWS - count) * within[:, 0].log()
+        log_p = log_p + log_normal(mean, mu, between + within / n).sum(-1)
+        v = 1 / (1 / between + n / within)
+        m = v * (n * mean / within + mu / between)
+        return (log_p, m, v) if centered else (log_p, (m - mu) / t.exp(), v / between)
+
+    return Hierarchy(model, ("mu", "slope", "tau", "sigma"), ("theta",), exact)
+
+
+def level(count: int, centered: bool) -> Hierarchy:
+    random = torch.Generator().manual_seed(0)
+    y = (0.3 * torch.randn(count, generator=random)).cumsum(0) + 0.7 * torch.randn(count, generator=random)
+
+    def model() -> None:
+        walk, noise = (pyro.sample(name, dist.LogNormal(-1.0, 1.0)) for name in ("walk", "noise"))
+        if centered:
+            theta = pyro.sample("theta", dist.Normal(torch.zeros(count), 100.0).to_event(1))
+            before = torch.cat([torch.zeros_like(theta[..., :1]), theta[..., :-1]], -1)
+            flat = dist.Normal(0.0, 100.0).log_prob(theta)
+            pyro.factor("walks", (dist.Normal(before, walk.unsqueeze(-1)).log_prob(theta) - flat).sum(-1))
+        else:
+            moves = pyro.sample("theta", dist.Normal(torch.zeros(count), 1.0).to_event(1))
+            theta = walk.unsqueeze(-1) * moves.cumsum(-1)
+        pyro.sample("y", dist.Normal(theta, noise.unsqueeze(-1)).to_event(1), obs=y)
+
+    def exact(g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Kalman's filter, and Rauch, Tung and Striebel's smoother."""
+        log_p = (log_normal(g, -1, 1)).sum(-1)
+        move, error = (2 * g).exp().T
+        mean, variance = torch.zeros_like(move), torch.zeros_like(move)
+        seen = []
+        for value in y:
+            ahead = variance + move
+            log_p = log_p + log_normal(value, mean, ahead + error)
+            gain = ahead / (ahead + error)
+            mean, variance = mean + gain * (value - mean), gain * error
+            seen.append((mean, variance))
+        means, variances, across = [mean], [variance], []
+        for mean, variance in seen[-2::-1]:
+            back = variance / (variance + move)
+            across.append(back * variances[-1])
+            variances.append(variance + back**2 * (variances[-1] - variance - move))
+            means.append(mean + back * (means[-1] - mean))
+        m, v = torch.stack(means[::-1], -1), torch.stack(variances[::-1], -1)
+        if centered:
+            return log_p, m, v
+        between = v[:, 1:] + v[:, :-1] - 2 * torch.stack(across[::-1], -1)
+        size = g[:, :1].exp()
+        return (
+            log_p,
+            m.diff(dim=-1, prepend=torch.zeros(len(g), 1)) / size,
+            torch.cat([v[:, :1], between], -1) / size**2,
+        )
+
+    return Hierarchy(model, ("walk", "noise"), ("theta",), exact)
+
+
+KINDS = {"normals": normals, "logistic": logistic, "radon": radon, "nested": nested, "rows": rows, "level": level}
+SIZES = {
+    "normals": (8, 100, 1000),
+    "logistic": (200, 1000, 10_000),
+    "radon": (85,),
+    "nested": (20,),
+    "rows": (300,),
+    "level": (200, 1000),
+}
 FORMS = {"centered": True, "noncentered": False}
 NAMES = [f"{kind}-{count}-{form}" for kind, counts in SIZES.items() for count in counts for form in FORMS]
 
 
 @torch.no_grad()
-def reference(hierarchy: Hierarchy) -> tuple[Tensor, Tensor]:
+def reference(hierarchy: Hierarchy, count: int = REFERENCE) -> tuple[Tensor, Tensor]:
     """Means and standard deviations of globals, then members."""
     from pyro_flows.infer.search.start import find_start
 
@@ -212,7 +310,7 @@ def reference(hierarchy: Hierarchy) -> tuple[Tensor, Tensor]:
     start = find_start(lambda g: hierarchy.exact(g)[0], torch.zeros(len(hierarchy.shared)), generator=random)
     dim = len(hierarchy.shared)
     # Points that fill the space evenly, of a normal that is wider than the marginal density of the globals.
-    uniform = torch.quasirandom.SobolEngine(dim, scramble=True, seed=0).draw(REFERENCE, dtype=torch.float64)
+    uniform = torch.quasirandom.SobolEngine(dim, scramble=True, seed=0).draw(count, dtype=torch.float64)
     noise = WIDER * torch.distributions.Normal(0.0, 1.0).icdf(uniform.clamp(1e-12, 1 - 1e-12))
     g = start.loc + noise @ start.scale.mT
     log_p, mean, variance = hierarchy.exact(g)
@@ -235,7 +333,7 @@ def run(name: str, dependencies: str, seed: int, seconds: float) -> Row:
     members = importlib.import_module("pyro_flows.infer.guides.members")
     kind, count, form = name.split("-")
     hierarchy = KINDS[kind](int(count), FORMS[form])
-    center, width = reference(hierarchy)
+    center, width = reference(hierarchy, REFERENCE if int(count) < 10_000 else FEWER)
     begin = time.process_time()
     fit = fit_guide(AutoFlow(hierarchy.model, dependencies=dependencies, seed=seed), seconds=seconds, progress=False)
     spent = time.process_time() - begin

@@ -1,4 +1,4 @@
-"""A flow with the dependencies of a hierarchical model: global variables, and members of plates given these."""
+"""A flow with a model's dependencies: global variables, and members of plates or steps of chains given these."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pyro_flows.core.checks import integer
+from pyro_flows.core.recurrence import recurrence
 from pyro_flows.core.transform import FlowTransform
 from pyro_flows.nets.dense import MLP
 
@@ -36,6 +39,12 @@ class Plated(FlowTransform):
     group are thus independent given globals and ancestors, and parameters, memory and time grow linearly with their
     number.
 
+    Members can also be steps of chains, such as the states of a time series. Step :math:`t` then has
+    :math:`C_t(g)\, y_{t-1}` in addition, with a matrix :math:`C_t` that is linear in all features of
+    globals that are kept within :math:`\sqrt G + 1` units, so that no chain explodes in their tails. From base to data,
+    steps follow each other in :math:`\log_2` of their number of operations on whole chains; from data to base, all are
+    solved at once.
+
     Each direction costs one pass of the globals' flow in that direction, and a product of matrices per group.
 
     Args:
@@ -44,10 +53,13 @@ class Plated(FlowTransform):
         members: for each group the members' places in the vector, integers of shape ``(J, d)``, ancestors before
             their descendants.
         ancestors: for each group the places of the members' ancestors, shape ``(J, a)`` with ``a`` from 0.
+        lengths: for each group the number of members in a row that form a chain; by default 1, no chains.
+        differences: for each group whether its places hold differences between steps of chains, the first step first,
+            in place of the steps; by default not.
 
     Raises:
-        ValueError: if places repeat or lie outside the vector, if ancestors are no earlier members, or if the flow has
-            another number of dimensions than the rest.
+        ValueError: if places repeat or lie outside the vector, if ancestors are no earlier members, if lengths do not
+            divide the numbers of members, or if the flow has another number of dimensions than the rest.
 
     References:
         Amortized Variational Inference for Simple Hierarchical Models (Agrawal & Domke, 2021), arXiv:2111.03144;
@@ -65,6 +77,8 @@ class Plated(FlowTransform):
         flow: FlowTransform | None,
         members: Sequence[Tensor],
         ancestors: Sequence[Tensor] | None = None,
+        lengths: Sequence[int] | None = None,
+        differences: Sequence[bool] | None = None,
     ) -> None:
         super().__init__(input_dim)
         size = self.event_shape.numel()
@@ -88,6 +102,12 @@ class Plated(FlowTransform):
             raise ValueError(
                 f"Plated: expected a flow of the {rest} dimensions that are no members, without context, got {flow!r}"
             )
+        self.lengths = [1] * len(places) if lengths is None else list(lengths)
+        for own, length in zip(places, self.lengths, strict=True):
+            integer("Plated", "lengths", length)
+            if len(own) % length:
+                raise ValueError(f"Plated: expected chains of {length} steps each, got {len(own)} members")
+        self.differences = [False] * len(places) if differences is None else list(differences)
         self.flow = flow
         order = torch.cat([(~first).nonzero().squeeze(-1), local])
         self.register_buffer("order", order, persistent=False)
@@ -106,6 +126,9 @@ class Plated(FlowTransform):
             each = dim * (dim - 1) // 2 + 2 * dim * over
             links = nn.Parameter(torch.zeros(linear, count * each)) if each else None
             self.register_parameter(f"links_{k}", links)
+            moved = (count - count // self.lengths[k]) * dim * dim
+            carries = nn.Parameter(torch.zeros(shape[0], moved)) if moved else None
+            self.register_parameter(f"carries_{k}", carries)
         if flow is not None:
             self.sampling_cost, self.density_cost = flow.sampling_cost, flow.density_cost
 
@@ -131,6 +154,13 @@ class Plated(FlowTransform):
         """Returns a group's coefficients, and those of links within members and to ancestors."""
         held: Any = self._parameters  # faster than attributes
         return held[f"coefficients_{k}"], held[f"links_{k}"]
+
+    def _carries(self, k: int, g: Tensor) -> Tensor:
+        """Returns what steps of chains take over from those before, ``(n, chains, length - 1, d, d)``."""
+        (count, dim), length = self.shapes[k], self.lengths[k]
+        learned: Any = self._parameters[f"carries_{k}"]
+        features = self._features(_within(g))
+        return (features @ learned).view(len(features), count // length, length - 1, dim, dim)
 
     def _members(self, g: Tensor, k: int, features: Tensor, before: Tensor) -> tuple[Tensor, ...]:
         """Returns mean, log-scale, shift and log-tail ``(n, J, d)``, and links ``(n, J, d(d-1)/2)`` of a group."""
@@ -158,7 +188,12 @@ class Plated(FlowTransform):
             u = rows[:, at : at + count * dim].view(-1, count, dim)
             mean, scale, shift, tail, links = self._members(g, k, features, torch.cat(parts, -1))
             v, log_slope = _bent(u, shift, tail)
-            parts.append((mean + scale.exp() * _linked(v, links, 1.0)).flatten(1))
+            own = mean + scale.exp() * _linked(v, links, 1.0)
+            if self.lengths[k] > 1:
+                own = recurrence(self._carries(k, g), own.unflatten(1, (-1, self.lengths[k])))
+                if self.differences[k]:
+                    own = own - F.pad(own[:, :, :-1], (0, 0, 1, 0))
+            parts.append(own.flatten(1))
             ladj = ladj + (log_slope + scale).sum((-2, -1))
             at += count * dim
         y = torch.cat(parts, -1).index_select(-1, self.undo)
@@ -172,6 +207,13 @@ class Plated(FlowTransform):
         for k, (count, dim) in enumerate(self.shapes):
             own = rows[:, at : at + count * dim].view(-1, count, dim)
             mean, scale, shift, tail, links = self._members(g, k, features, rows)
+            if self.lengths[k] > 1:
+                chains = own.unflatten(1, (-1, self.lengths[k]))
+                if self.differences[k]:
+                    chains = chains.cumsum(2)
+                    own = chains.flatten(1, 2)
+                carried = (self._carries(k, g) @ chains[:, :, :-1, :, None]).squeeze(-1)
+                mean = mean + F.pad(carried, (0, 0, 1, 0)).flatten(1, 2)
             u, log_slope = _unbent(_solved((own - mean) * (-scale).exp(), links), shift, tail)
             ladj = ladj - (log_slope + scale).sum((-2, -1))
             parts.append(u.flatten(1))
@@ -187,39 +229,74 @@ class Plated(FlowTransform):
         return plain if self.net is None else torch.cat([plain, self.net(g).squeeze(-1).tanh()], -1)
 
     @torch.no_grad()
-    def fit(self, k: int, g: Tensor, mean: Tensor, factor: Tensor, slopes: Tensor) -> None:
-        r"""Sets a group's coefficients, by least squares, to conditional normals at some values of the globals.
+    def fit(
+        self,
+        k: int,
+        g: Tensor,
+        mean: Tensor,
+        factor: Tensor,
+        slopes: Tensor,
+        carries: Tensor | None = None,
+        shift: Tensor | None = None,
+        tail: Tensor | None = None,
+    ) -> None:
+        r"""Sets a group's coefficients, by least squares, to conditional distributions at some values of the globals.
 
         Args:
             k: the group.
             g: globals, shape ``(n, G)``.
-            mean: the members' means where their ancestors are 0, shape ``(n, J, d)``.
-            factor: lower triangular factors of their covariances given the ancestors, shape ``(n, J, d, d)``.
+            mean: the members' means where their ancestors and the steps before are 0, shape ``(n, J, d)``.
+            factor: lower triangular factors of their covariances given these, shape ``(n, J, d, d)``.
             slopes: the means' derivatives with respect to the ancestors, shape ``(n, J, d, a)``.
+            carries: the same with respect to the step before, shape ``(n, chains, length - 1, d, d)``.
+            shift: :math:`\epsilon`, shape ``(n, J, d)``; by default 0.
+            tail: :math:`\tau`, as wide; by default 0.
         """
         plain, dim = self.features(g), self.shapes[k][1]
+        straight = 1 + self.num_globals
         size = factor.diagonal(dim1=-2, dim2=-1)
-        wanted = torch.stack([mean, size.log()], 1).flatten(1)
+        bends = [torch.zeros_like(mean) if each is None else each for each in (shift, tail)]
+        wanted = torch.stack([mean, size.log(), bends[0], bends[1].clamp(-0.9, 0.9).atanh()], 1).flatten(1)
         coefficients, links = self._learned(k)
         coefficients.zero_()
-        coefficients[: plain.shape[1], : wanted.shape[1]] = _least_squares(plain, wanted)
+        coefficients[: plain.shape[1]] = _least_squares(plain, wanted, straight)
+        learned = self._parameters[f"carries_{k}"]
+        if learned is not None and carries is not None:
+            learned.zero_()
+            learned[: plain.shape[1]] = _least_squares(self.features(_within(g)), carries.flatten(1), straight)
         if links is None:
             return
         row, column = torch.tril_indices(dim, dim, -1, device=g.device)
         unit = (factor / size.unsqueeze(-1))[..., row, column]
         flat = torch.cat([unit, slopes.flatten(-2), torch.zeros_like(slopes).flatten(-2)], -1).flatten(1)
-        links.copy_(_least_squares(plain[:, : len(links)], flat))
+        links.copy_(_least_squares(plain[:, : len(links)], flat, straight))
 
     def extra_repr(self) -> str:
-        groups = ", ".join(f"{count} x {dim}" for count, dim in self.shapes)
+        groups = ", ".join(
+            f"{count} x {dim}" + f" in chains of {length}" * (length > 1)
+            for (count, dim), length in zip(self.shapes, self.lengths, strict=True)
+        )
         return f"{super().extra_repr()}, {self.num_globals} globals, members: {groups}"
 
 
-def _least_squares(inputs: Tensor, outputs: Tensor) -> Tensor:
-    """Solves by a slight ridge, because a few values of the globals may not tell all features apart."""
-    gram = inputs.mT @ inputs
-    gram = gram + 1e-8 * gram.diagonal().amax() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    return torch.linalg.solve(gram, inputs.mT @ outputs)
+def _least_squares(inputs: Tensor, outputs: Tensor, straight: int) -> Tensor:
+    """Solves by the first, ``straight`` columns, then by all columns for what these leave.
+
+    Both by a slight ridge, because a few values of the globals may not tell all features apart.
+    """
+    found = outputs.new_zeros(inputs.shape[1], outputs.shape[1])
+    for part in (inputs[:, :straight], inputs):
+        gram = part.mT @ part
+        gram = gram + 1e-8 * gram.diagonal().amax() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        found[: part.shape[1]] += torch.linalg.solve(gram, part.mT @ (outputs - inputs @ found))
+    return found
+
+
+def _within(g: Tensor) -> Tensor:
+    """Keeps globals where most of a standard normal is, by their distance from 0."""
+    most = g.shape[-1] ** 0.5 + 1
+    length = (g.square().sum(-1, keepdim=True) + 1e-12).sqrt() / most
+    return g * (length.tanh() / length)
 
 
 def _bent(x: Tensor, shift: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:

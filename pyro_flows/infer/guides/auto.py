@@ -7,7 +7,6 @@ import itertools
 import math
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pyro
@@ -20,7 +19,6 @@ from pyro.poutine import Trace
 from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
-from torch.utils._pytree import tree_flatten
 
 from pyro_flows.core.chain import Chain
 from pyro_flows.core.checks import choice, integer
@@ -28,8 +26,9 @@ from pyro_flows.core.memo import Kept
 from pyro_flows.core.transform import FlowTransform
 from pyro_flows.distributions import Flow, FlowDistribution
 from pyro_flows.infer.guides.builders import Builder, as_flow_of, default_builder, find_structure, structured
-from pyro_flows.infer.guides.posterior import PathPosterior, Steady, preconditioner_of, with_spline
+from pyro_flows.infer.guides.posterior import PathPosterior, Steady, preconditioner_of, with_spline_of
 from pyro_flows.infer.machine.processes import led
+from pyro_flows.infer.machine.randomness import seeded
 from pyro_flows.infer.models import prototype, sites
 from pyro_flows.infer.models.enumeration import can_be_summed, hidden_sites, unblocked
 from pyro_flows.infer.models.joint import FAILURES, JointDensity
@@ -39,13 +38,14 @@ from pyro_flows.infer.models.whole import WholePlates, partly_seen
 from pyro_flows.infer.search.conditionals import straight_start
 from pyro_flows.transforms import FixedSpline, Preconditioner
 
-__all__ = ["AutoFlow", "seeded"]
+__all__ = ["AutoFlow"]
 
 NOT_BUILT = "AutoFlow: this guide has not seen its model yet: call .setup(*args) with its arguments"
 NO_MODEL = "AutoFlow: this guide comes from a pickle, which holds no model; make a new one and load its state_dict"
 SLOW_SECONDS = 20.0  # for the start of a model that runs one draw at a time
 SEARCH = 0.2  # least share of the start's seconds for its search
-INNER = 0.7  # the same, for the start of a guide with the model's structure, before any other
+INNER = 0.85  # the same, for the start of a guide with the model's structure, before any other
+GRADIENTS, CALLS = 1000, 300  # for which that start may take its seconds once more
 RECORDING = 0.7  # the same, for a recording of the density
 FULL_RANK = 300  # dimensions up to which the preconditioner is full
 STARTS = ("pathfinder", "prior")
@@ -74,9 +74,9 @@ class AutoFlow(AutoContinuous):
         builder: a function from a number of dimensions to a flow, e.g. ``partial(pf.realnvp, num_layers=8)``; by
             default :func:`~pyro_flows.infer.guides.builders.default_builder`.
         dependencies: ``"dense"``, any latent may depend on any other; or ``"model"``, members of plates are independent
-            given global latents and their ancestors in nested plates, as gradients of the density confirm (see
-            :class:`~pyro_flows.transforms.Plated`), and the builder makes the flow of the globals. By default
-            ``"model"`` for more than 64 latents, of which at most 32 are global, without a builder.
+            given global latents and their ancestors in nested plates, or form chains, as gradients of the density
+            confirm (see :class:`~pyro_flows.transforms.Plated`), and the builder makes the flow of the globals. By
+            default ``"model"`` for more than 64 latents, of which at most 32 are global, without a builder.
         start: ``"pathfinder"``, quasi-Newton paths and Laplace's approximation, ranked by their ELBO; or ``"prior"``, a
             small Gaussian around the initial point.
         init_loc_fn: a function that chooses each site's initial value (see ``pyro.infer.autoguide.initialization``); by
@@ -94,7 +94,8 @@ class AutoFlow(AutoContinuous):
     Attributes:
         flow: the :class:`~pyro_flows.distributions.Flow` of the unconstrained latents, once built.
         latents: the latents' names, shapes and supports, once built.
-        structure: the global latents and the members of plates, if the guide has these dependencies, else ``None``.
+        structure: the global latents, and the members of plates or steps of chains, if the guide has these
+            dependencies, else ``None``.
 
     Raises:
         ValueError: for unknown options; and, at the first call, for models that no such guide can represent, or
@@ -162,6 +163,7 @@ class AutoFlow(AutoContinuous):
         self.hidden_data: frozenset[str] = frozenset()
         self.discrete: frozenset[str] = frozenset()  # hidden sites that the density sums out
         self.why_not_summed: str | None = None
+        self.why_dense: str | None = None  # in spite of a structure
         self._hidden: frozenset[str] = frozenset()
         self._draws_hidden = False  # whether the density draws hidden latents that are not summed out
         self._parts: dict[str, int] = {}  # sizes of the parts of plates that a run of the model sees
@@ -186,6 +188,7 @@ class AutoFlow(AutoContinuous):
         """Discards the flow, so that the next call rebuilds the guide, with new parameter names; returns the guide."""
         self.prototype_trace = self.vectorized = None
         self._sizes = self._fitting = {}
+        self.why_dense = None
         for name in ("flow", "latents", "structure", "_first_density"):
             if hasattr(self, name):
                 delattr(self, name)
@@ -304,19 +307,33 @@ class AutoFlow(AutoContinuous):
 
     def _chain(self, builder: Builder, density: JointDensity, initial: Tensor, deadline: float) -> Chain:
         """Makes the flow at the start."""
-        if self.structure is None:
-            made = as_flow_of(builder, len(initial))
-            loc, scale, splines = self._find_start(density, initial, deadline)
-            return Chain([made, Preconditioner(loc, scale), *splines])
-        seconds = None if deadline == math.inf else max(0.0, deadline - time.monotonic())
+        if self.structure is not None:
+            chain = self._structured(self.structure, builder, density, initial, deadline)
+            if chain is not None:
+                return chain
+            self.structure, self.why_dense = None, "a start with those of the model was not found in time"
+        made = as_flow_of(builder, len(initial))
+        loc, scale, splines = self._find_start(density, initial, deadline)
+        return Chain([made, Preconditioner(loc, scale), *splines])
+
+    def _structured(
+        self, structure: Structure, builder: Builder, density: JointDensity, initial: Tensor, deadline: float
+    ) -> Chain | None:
+        """Makes a flow with a structure; ``None`` if that is not demanded, and no start is found."""
+        seconds = None if deadline == math.inf else INNER * max(0.0, deadline - time.monotonic())
+        if seconds is not None and self.start_seconds is not None:
+            pace = density.pace
+            slow = max(GRADIENTS * pace.seconds_per_draw, CALLS * pace.shortest)
+            seconds = max(seconds, min(slow, self.start_seconds))
+        searches = self._searches(density, initial)
         with poutine.block():
             return structured(
-                self.structure,
+                structure,
                 builder,
                 initial,
                 density.still() if self.subsampled else density,
-                (seconds and INNER * seconds) if self._searches(density, initial) else 0,
-                lambda: self._find_start(density, initial, deadline),
+                seconds if searches else 0,
+                (lambda: self._find_start(density, initial, deadline)) if self.dependencies or not searches else None,
             )
 
     def _searches(self, density: JointDensity, initial: Tensor) -> bool:
@@ -366,7 +383,7 @@ class AutoFlow(AutoContinuous):
             self._compare_latents(args, kwargs)
         # The first density keeps what building found out.
         known = self.__dict__.pop("_first_density", None)
-        if known is not None and _same_objects((known.args, known.kwargs), (args, kwargs)):
+        if known is not None and prototype.same_objects((known.args, known.kwargs), (args, kwargs)):
             return known
         return self._density(args, kwargs, self.vectorized)
 
@@ -410,6 +427,8 @@ class AutoFlow(AutoContinuous):
         if not self.is_built:
             return "not built"
         how = "dense" if self.structure is None else f"by the model: {self.structure}"
+        if self.why_dense is not None:
+            how += f" ({self.why_dense})"
         return f"{self.latents.dim} latents, dependencies {how}"
 
     def __getattr__(self, name: str) -> Any:
@@ -541,13 +560,7 @@ class AutoFlow(AutoContinuous):
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         """Takes over the spline of the guide that was saved, which another start may not have found."""
         if self.is_built:
-            bare: Any = with_spline(self.flow, None).chain
-            place = f"{prefix}flow.chain.parts.{len(list(bare))}."
-            known = [state_dict.get(place + name) for name in ("dims", "knots")]
-            spline = None
-            if isinstance(known[0], Tensor) and isinstance(known[1], Tensor):
-                spline = FixedSpline(self.latents.dim, known[0], known[1]).to(self.initial.device)
-            self.flow = with_spline(self.flow, spline)
+            self.flow = with_spline_of(state_dict, f"{prefix}flow.chain.parts.", self.flow)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     # Copies keep the model; pickles, which cannot hold most models, do not.
@@ -580,19 +593,3 @@ class AutoFlow(AutoContinuous):
         if "." not in self._pyro_name:
             count = next(_BUILT)
             self._pyro_name = type(self).__name__ + (f"_{count}" if count else "")
-
-
-def _same_objects(first: object, second: object) -> bool:
-    (one, one_spec), (other, other_spec) = tree_flatten(first), tree_flatten(second)
-    return one_spec == other_spec and all(a is b for a, b in zip(one, other, strict=True))
-
-
-@contextmanager
-def seeded(seed: int | None) -> Iterator[None]:
-    """Seeds the code inside, if there is a seed."""
-    if seed is None:
-        yield
-        return
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        yield

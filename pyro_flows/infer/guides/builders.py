@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 import torch
+import torch.nn.functional as F
 from pyro.distributions import TransformModule
 from pyro.poutine import Trace
 from torch import Tensor
@@ -15,9 +16,9 @@ from pyro_flows.core.wrap import Wrap
 from pyro_flows.flows import iaf, nsf, realnvp
 from pyro_flows.infer.machine.processes import led
 from pyro_flows.infer.models.latents import Latents
-from pyro_flows.infer.models.structure import Structure, structure_of
+from pyro_flows.infer.models.structure import Structure, SummedDensity, structure_of, summed_up
 from pyro_flows.infer.search.climb import LogDensity
-from pyro_flows.infer.search.inner import InnerStart, find_inner_start
+from pyro_flows.infer.search.inner_start import InnerStart, find_inner_start
 from pyro_flows.transforms import FixedSpline, Plated, Preconditioner
 from pyro_flows.univariate.base import Affine
 
@@ -27,7 +28,7 @@ Builder = Callable[[int], TransformModule]
 GAIN = 0.1  # keeps the default flow stable at the step size 0.03 of Pyro's tutorials
 SMALL = 64  # dimensions up to which one dense autoregressive flow does as well as one with the model's structure
 MANY_GLOBALS = 32  # global latents up to which a structure pays by itself
-POINTS = 2  # values of the globals for each feature of the members' maps
+POINTS = 3  # values of the globals for each feature of the members' maps
 
 
 def default_builder(input_dim: int) -> FlowTransform:
@@ -97,37 +98,56 @@ def structured(
     initial: Tensor,
     density: LogDensity,
     seconds: float | None,
-    otherwise: Callable[[], tuple[Tensor, Tensor, list[FixedSpline]]],
-) -> Chain:
+    otherwise: Callable[[], tuple[Tensor, Tensor, list[FixedSpline]]] | None,
+) -> Chain | None:
     """Makes a flow with a structure, at an informed start found within ``seconds``, or at another Gaussian.
 
-    Like other guides' flows, it ends in an affine map of all latents, here without correlations.
+    ``None`` if there is neither. Like other guides' flows, it ends in an affine map of all latents, here without
+    correlations.
     """
     count, dim = len(structure.globals), len(initial)
     affine = Preconditioner(initial[:count] * 0, torch.eye(count).to(initial)) if count else None
     flow = None if affine is None else Chain([as_flow_of(builder, count), affine])
-    plated = Plated(dim, flow, [group.places for group in structure.groups], structure.ancestors).to(initial)
+    groups = structure.groups
+    places, lengths, summed = zip(*((each.places, each.length, each.summed) for each in groups), strict=True)
+    plated = Plated(dim, flow, places, structure.ancestors, lengths, summed).to(initial)
     points = POINTS * plated.num_features
 
     def search(density: LogDensity) -> InnerStart | None:
-        return find_inner_start(density, structure, initial, num_points=points, seconds=seconds)
+        if any(summed):
+            density = SummedDensity(density, groups)
+        start = summed_up(initial, groups)
+        return find_inner_start(density, structure, start, num_points=points, seconds=seconds)
 
     begun = None if seconds == 0 else led(density, initial, search)
     if begun is None:
+        if otherwise is None:
+            return None
         loc, scale, splines = otherwise()
         return Chain([plated, Preconditioner(loc, scale.norm(dim=-1) if scale.dim() == 2 else scale), *splines])
     loc, scale, at = begun.loc, begun.scale, structure.globals
+    for group in groups:
+        if group.summed:  # differences of steps need one unit for all
+            scale[group.places] = scale[group.places].mean(0)
     if affine is not None:
         affine.place(affine.loc, (begun.factor / scale[at][:, None]).to(initial))
     g = ((begun.globals - loc[at]) / scale[at]).to(initial)
-    for k, (group, above) in enumerate(zip(structure.groups, structure.ancestors, strict=True)):
-        own, slope = scale[group.places], begun.slopes[k]
+    for k, (group, above, found) in enumerate(zip(structure.groups, structure.ancestors, begun.members, strict=True)):
         # All in units of the affine map.
-        means = begun.means[k] + (slope @ loc[above][..., None])[..., 0]
+        own, center = scale[group.places], loc[group.places]
+        means = found.means - center + (found.slopes @ loc[above][..., None])[..., 0]
+        chains = (-1, group.length)
+        before, after = own.unflatten(0, chains)[:, :-1], own.unflatten(0, chains)[:, 1:]
+        carried = (found.carries @ center.unflatten(0, chains)[:, :-1, :, None])[..., 0]
+        means = (means.unflatten(1, chains) + F.pad(carried, (0, 0, 1, 0))).flatten(1, 2)
         parts = (
-            (means - loc[group.places]) / own,
-            begun.factors[k] / own[..., None],
-            slope * scale[above][:, None] / own[..., None],
+            means / own,
+            found.factors / own[..., None],
+            found.slopes * scale[above][:, None] / own[..., None],
+            found.carries * before[..., None, :] / after[..., None],
+            found.shift,
+            found.tail,
         )
         plated.fit(k, g, *(part.to(initial) for part in parts))
+    loc = summed_up(loc, groups, -1)
     return Chain([plated, Preconditioner(loc.to(initial), scale.to(initial))])

@@ -28,8 +28,8 @@ __all__ = [
     "moved_to_mode",
     "seconds_for_verdict",
     "several_modes",
+    "start_weights",
     "start_within",
-    "starts_exact",
 ]
 
 PARTICLES = 128  # draws per step
@@ -40,6 +40,7 @@ LONG = 0.03  # seconds of a call that matter
 ASSESSING = 0.13  # least share of the verdict's seconds
 SLOW_ASSESSING = 0.4
 SEARCHING = 0.1  # share of the seconds for a search for modes before training
+ERRORS = 2.0  # standard errors by which a later state must not fall below the start
 SHORT, SUFFICIENT = 0.15, 0.6  # the same share of few seconds, up to so many
 ANOTHER = 0.05  # most part of the time left for another search
 EVEN = 0.05  # spread of log-weights at the start that needs no training
@@ -99,12 +100,18 @@ def choose_particles(guide: AutoFlow, density: JointDensity, initial: Tensor, se
     return FEW_PARTICLES if many > LONG and many > 2 * few else PARTICLES
 
 
-def starts_exact(guide: AutoFlow, density: JointDensity) -> bool:
-    """Whether weights at the start of a guide with the model's structure are so even that training adds noise only."""
+def start_weights(guide: AutoFlow, density: JointDensity) -> tuple[bool, float]:
+    """Returns whether weights at the start are so even that training adds noise only, and a lower bound of their ELBO.
+
+    Of a guide with the model's structure, else false and minus infinity.
+    """
     if guide.structure is None or guide.subsampled or guide.start == "prior" or guide.tempering is not None:
-        return False
+        return False, -math.inf
     _, log_p, log_q = weigh(guide.flow, density, FEW_PARTICLES * 2)
-    return bool((log_p - log_q).std() < EVEN)  # false for NaN
+    log_weights = (log_p - log_q).double()
+    spread = float(log_weights.std())
+    level = float(log_weights.mean()) - ERRORS * spread / math.sqrt(len(log_weights))
+    return spread < EVEN, level if math.isfinite(level) else -math.inf  # false for NaN
 
 
 def seconds_for_verdict(density: JointDensity, budget: Budget, searched: bool) -> float:

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from pyro_flows.core.checks import choice, integer
 from pyro_flows.infer.diagnostics.verdict import MODES
 from pyro_flows.infer.guides.assessment import DRAWS, FEWEST, Assessment, assess
-from pyro_flows.infer.guides.auto import AutoFlow, seeded
+from pyro_flows.infer.guides.auto import AutoFlow
 from pyro_flows.infer.guides.choices import (
     SEARCHING,
     SEVERAL,
@@ -29,8 +29,8 @@ from pyro_flows.infer.guides.choices import (
     moved_to_mode,
     seconds_for_verdict,
     several_modes,
+    start_weights,
     start_within,
-    starts_exact,
 )
 from pyro_flows.infer.guides.cover import cover_modes
 from pyro_flows.infer.guides.loop import CHECKPOINT, GuideTraining, History
@@ -42,7 +42,7 @@ from pyro_flows.infer.machine.budget import Budget
 from pyro_flows.infer.machine.checkpoint import Keeper, architecture_of, checksums
 from pyro_flows.infer.machine.compiled import Compile
 from pyro_flows.infer.machine.interrupts import carrying, pyro_as_it_was
-from pyro_flows.infer.machine.randomness import random_state, set_random
+from pyro_flows.infer.machine.randomness import random_state, seeded, set_random
 from pyro_flows.infer.models.broadcasting import warn_once
 from pyro_flows.infer.models.enumeration import unblocked
 from pyro_flows.infer.models.held import own_density
@@ -208,6 +208,7 @@ def fit_guide(
                 tempering=guide.tempering if begun.covered is None else None,
                 covering=begun.covered is not None,
                 fresh=begun.covered is None and not begun.informed,
+                level=begun.level if begun.covered is None and begun.informed else -math.inf,
                 compile=compile,
                 report=bar.report,
             )
@@ -278,6 +279,7 @@ class _Begun:
     covered: dict[str, Tensor] | None = None  # the state of a flow fitted to several modes
     notes: list[str] = field(default_factory=list)
     exact: bool = False  # whether there is nothing to train
+    level: float = -math.inf  # at least the ELBO of the start, if that may be better than what follows
     keep: float = 0.0  # seconds for the verdict
     modes: ModeProbe | None = None  # of the search before training
     evaluations: int = 0  # of all processes, at the end
@@ -304,6 +306,7 @@ class _Begun:
             "modes": None if self.modes is None else vars(self.modes),
             "knots": None if spline is None else {"dims": spline.dims, "knots": spline.knots},
             "evaluations": guide.start_evaluations + self.density.evaluations,
+            "dense": guide.structure is None,
         }
 
 
@@ -335,9 +338,9 @@ def _begin(guide: AutoFlow, args: tuple[object, ...], kwargs: dict[str, object],
         elif several is not None and moved_to_mode(guide, density, several):
             notes.append("the start is the Gaussian on a mode that the search found")
         budget.step_seconds = max(density.pace.shortest, particles * density.pace.seconds_per_draw)
-        exact = covered is None and starts_exact(guide, density)
+        exact, level = (False, -math.inf) if covered is not None else start_weights(guide, density)
         known = {"num_particles": particles, "covered": covered, "notes": notes, "keep": keep, "modes": several}
-        known["exact"] = exact
+        known |= {"exact": exact, "level": level}
         return {"begun": known, "random": generator.get_state(), "step_seconds": budget.step_seconds}
 
     found = processes.led(density, initial, plan)
@@ -353,16 +356,17 @@ def _begin_again(
     guide: AutoFlow, args: tuple[object, ...], kwargs: dict[str, object], budget: Budget, state: dict[str, Any]
 ) -> _Begun:
     """Reads the start from a checkpoint, and builds a matching guide."""
-    start = guide.start
+    start, dependencies = guide.start, guide.dependencies
     try:
-        guide.start = "prior"
+        guide.start = "prior"  # without a search, which may have found no structure
+        guide.dependencies = "dense" if state["dense"] else dependencies
         guide.hide_discrete(*args, **kwargs)
         guide.setup(*args, **kwargs)
         guide.__dict__.pop("_first_density", None)
         guide.vectorized = state["vectorized"]
         density = guide.density(*args, **kwargs)
     finally:
-        guide.start = start
+        guide.start, guide.dependencies = start, dependencies
     if state["knots"] is not None:
         spline = FixedSpline(guide.latents.dim, **state["knots"])
         guide.flow = with_spline(guide.flow, spline.to(guide.initial.device))

@@ -135,7 +135,8 @@ class GuideTraining(TrainingLoop):
     The flow's chain holds a flow and a :class:`Preconditioner`; the density maps unconstrained vectors ``(S, dim)`` to
     ``(S,)``. ``tempering`` is the posterior's first weight, or ``None``. ``covering`` adds the forward divergence, to
     keep the shares of modes found. Unless ``fresh``, the flow is not the identity: the affine phase is skipped and
-    steps are smaller. ``compile`` says whether steps are compiled. ``report`` takes the history after each step.
+    steps are smaller. The start's ELBO is at least ``level``: if no later one is better, the flow returns to the start.
+    ``compile`` says whether steps are compiled. ``report`` takes the history after each step.
     """
 
     flow: Flow
@@ -151,6 +152,7 @@ class GuideTraining(TrainingLoop):
         tempering: float | None = None,
         covering: bool = False,
         fresh: bool = True,
+        level: float = -math.inf,
         compile: Compile = False,
         report: Callable[[History], None] | None = None,
     ) -> None:
@@ -164,6 +166,8 @@ class GuideTraining(TrainingLoop):
         self._rates = RATES if fresh else CAREFUL_RATES
         self._first = 0.0  # progress at the start of the flow phase
         self._best: tuple[float, dict[str, Tensor]] | None = None
+        if level > -math.inf:
+            self._best = level, self.snapshot()
         self._exact = 0
         self._window = 0
         self._replays: dict[tuple[str, bool], Replay] = {}
@@ -439,7 +443,8 @@ class GuideTraining(TrainingLoop):
         """Stores the state if the last steps were the best."""
         last = [v for v in self.history.elbo[-LOOK:] if math.isfinite(v)]
         mean = sum(last) / len(last) if last else -math.inf
-        if last and (self._best is None or mean > self._best[0]):
+        # Means over steps before parameters broke say nothing of the state.
+        if last and math.isfinite(self.history.elbo[-1]) and (self._best is None or mean > self._best[0]):
             self._best = (mean, self.snapshot())
 
     def _restore(self) -> None:

@@ -33,11 +33,11 @@ def pick_members(
     for all members at once, by Gauss and Legendre's rule. Its sum over members is known, too, which shows its error.
     The weights of the picked draws, :math:`w(g) \prod_j \frac1M \sum_m w_j(l_j^m)`, have the mean of the first ones.
 
-    Members of members (pupils of a class) are picked together with their ancestor. The cost is
+    Members of members (pupils of a class) are picked together with their ancestor, and chains as wholes. The cost is
     ``4 (candidates - 1)`` gradients of model and guide per draw, more for densities that are not smooth.
 
     Returns:
-        Draws ``(n, D)`` and log-weights ``(n,)``; ``None`` if the integrals are not accurate.
+        Draws ``(n, D)`` and log-weights ``(n,)``; ``None`` if the integrals are not accurate, or for one chain alone.
 
     References:
         Pseudo-marginal importance sampling (Beaumont, 2003; Andrieu & Roberts, 2009), arXiv:0903.5480.
@@ -45,6 +45,8 @@ def pick_members(
     owner = _owners(structure, flow.event_shape[0])
     local = owner >= 0
     count = int(owner.max()) + 1
+    if count == 1:
+        return None
     nodes = NODES[0]
     draws, log_weights = [], []
     for part in torch.arange(num_samples).split(rows_at_once(density, ROWS)):
@@ -74,7 +76,7 @@ def pick_members(
 
 
 def _owners(structure: Structure, dim: int) -> Tensor:
-    """Returns for each latent the number of its outermost member, -1 for globals, ``(dim,)``."""
+    """Returns for each latent the number of its outermost member or its chain, -1 for globals, ``(dim,)``."""
     owner = torch.full((dim,), -1)
     numbers: list[Tensor] = []
     count = 0
@@ -83,8 +85,8 @@ def _owners(structure: Structure, dim: int) -> Tensor:
             parent, of = group.above[0]
             numbers.append(numbers[parent][of])
         else:
-            numbers.append(count + torch.arange(len(group.places)))
-            count += len(group.places)
+            numbers.append(count + torch.arange(len(group.places)) // group.length)
+            count += len(group.places) // group.length
         owner[group.places] = numbers[-1][:, None]
     return owner
 

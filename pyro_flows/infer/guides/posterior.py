@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,16 @@ from pyro_flows.core.chain import Chain
 from pyro_flows.distributions import Flow, FlowDistribution
 from pyro_flows.transforms import FixedSpline, Preconditioner
 
-__all__ = ["PathPosterior", "Steady", "affine_of", "frozen", "preconditioner_of", "spline_of", "with_spline"]
+__all__ = [
+    "PathPosterior",
+    "Steady",
+    "affine_of",
+    "frozen",
+    "preconditioner_of",
+    "spline_of",
+    "with_spline",
+    "with_spline_of",
+]
 
 PATIENCE = 20  # calls without a finite gradient before a warning
 
@@ -53,6 +62,16 @@ def with_spline(flow: Flow, spline: FixedSpline | None) -> Flow:
     chain: Any = flow.chain
     parts = list(chain) if spline_of(flow) is None else list(chain)[:-1]
     return Flow(Chain(parts if spline is None else [*parts, spline]), flow.base).train(flow.training)
+
+
+def with_spline_of(state: Mapping[str, Tensor], place: str, flow: Flow) -> Flow:
+    """Returns a guide's flow with the spline, or without one, of another in whose state the chain's parts begin so."""
+    bare: Any = with_spline(flow, None)
+    known = [state.get(f"{place}{len(list(bare.chain))}.{name}") for name in ("dims", "knots")]
+    if not isinstance(known[0], Tensor) or not isinstance(known[1], Tensor):
+        return with_spline(flow, None)
+    device = preconditioner_of(flow).loc.device
+    return with_spline(flow, FixedSpline(flow.event_shape[0], known[0], known[1]).to(device))
 
 
 def affine_of(flow: Flow) -> Flow:

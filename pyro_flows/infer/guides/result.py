@@ -23,7 +23,7 @@ from pyro_flows.infer.diagnostics import Importance, Verdict, resample
 from pyro_flows.infer.diagnostics.settling import ChainDraws
 from pyro_flows.infer.guides import predictions, stored
 from pyro_flows.infer.guides.assessment import Assessment, weigh
-from pyro_flows.infer.guides.auto import AutoFlow, seeded
+from pyro_flows.infer.guides.auto import AutoFlow
 from pyro_flows.infer.guides.builders import Builder
 from pyro_flows.infer.guides.loop import History
 from pyro_flows.infer.guides.members import pick_members
@@ -33,6 +33,7 @@ from pyro_flows.infer.machine import processes
 from pyro_flows.infer.machine.budget import Budget
 from pyro_flows.infer.machine.files import check_path, read_state, refuse_others, write_state
 from pyro_flows.infer.machine.interrupts import carrying, interrupts_held_back, pyro_as_it_was
+from pyro_flows.infer.machine.randomness import seeded
 from pyro_flows.infer.models.joint import JointDensity
 from pyro_flows.infer.models.latents import Latents
 from pyro_flows.infer.search.climb import SafeDensity

@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 
 from pyro_flows.infer.machine.processes import rank
 
-__all__ = ["own_randomness", "random_state", "set_random"]
+__all__ = ["own_randomness", "random_state", "seeded", "set_random"]
 
 
 @contextmanager
@@ -46,3 +46,14 @@ def set_random(states: Mapping[str, Tensor], device: torch.device, **generators:
     torch.set_rng_state(states["cpu"])
     if device.type == "cuda" and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"], device)
+
+
+@contextmanager
+def seeded(seed: int | None) -> Iterator[None]:
+    """Seeds the code inside, if there is a seed."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield

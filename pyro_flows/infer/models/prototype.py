@@ -16,7 +16,7 @@ from pyro.infer.autoguide.utils import helpful_support_errors
 from pyro.poutine import Trace
 from torch import Tensor
 from torch.distributions import Distribution, Transform, biject_to, constraints, transform_to
-from torch.utils._pytree import tree_flatten_with_path, tree_leaves
+from torch.utils._pytree import tree_flatten, tree_flatten_with_path, tree_leaves
 
 from pyro_flows.infer.models.joint import FAILURES, JointDensity
 from pyro_flows.infer.models.latents import Latents, same_support
@@ -32,6 +32,7 @@ __all__ = [
     "on_circles",
     "parameters_of",
     "resized",
+    "same_objects",
     "sizes_of",
 ]
 
@@ -303,3 +304,9 @@ def parameters_of(trace: Trace) -> dict[str, Tensor]:
         if free.requires_grad:
             found[name] = value.detach().clone()
     return found
+
+
+def same_objects(first: object, second: object) -> bool:
+    """Whether two nests of arguments hold the same objects."""
+    (one, one_spec), (other, other_spec) = tree_flatten(first), tree_flatten(second)
+    return one_spec == other_spec and all(a is b for a, b in zip(one, other, strict=True))
