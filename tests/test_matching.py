@@ -359,7 +359,7 @@ def test_kinds_of_data_and_fields(kind):
         found = match(flow, torch.randn(100, *event), FlowMatching(coupling="optimal_transport"))
         assert found.distribution.sample((3,)).shape == (3, *event)
     else:
-        field = Rowwise(2) if kind == "rowwise" else affine(torch.eye(2), torch.zeros(2))
+        field = Rowwise(2) if kind == "rowwise" else affine(2 * torch.eye(2), torch.ones(2))
         found = match(pf.cnf(2, field=field), data, max_epochs=10)
         assert found.history["validation"][-1] > found.history["validation"][0]
     assert math.isfinite(found.validation)

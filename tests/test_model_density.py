@@ -173,7 +173,7 @@ def partly(y, seen, event):
 @pytest.mark.parametrize("seen", [[1, 1, 0, 1, 0, 1], [0, 0, 0, 0, 0, 1], [1] * 6])
 def test_missing_data_under_a_mask(event, seen):
     seen = torch.tensor(seen).bool()
-    found = fit(AutoFlow(partly, seed=0), Y, seen, event, steps=40)
+    found = fit(AutoFlow(partly, seed=0), Y, seen, event, steps=80)
     data = Y[seen].repeat_interleave(2) if event else Y[seen]
     precision = 0.25 + len(data)
     marginal = dist.MultivariateNormal(torch.zeros(len(data)), 4.0 + torch.eye(len(data)))

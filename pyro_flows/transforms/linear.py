@@ -323,10 +323,14 @@ class Coloring(FlowTransform):
 
     @torch.no_grad()
     def place(self, loc: Tensor, factor: Tensor, slope: Tensor | None = None) -> None:
-        """Sets the numbers."""
-        for name, value in {"loc": loc, "factor": factor, "slope": slope}.items():
-            if value is not None:
-                getattr(self, name).copy_(value)
+        """Sets the numbers; shapes must be those that are there."""
+        given = {"loc": loc, "factor": factor} | ({} if slope is None else {"slope": slope})
+        held = dict(self.named_buffers())
+        shapes = [{name: value.shape for name, value in each.items()} for each in (held, given)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"Coloring: expected shapes {shapes[0]}, got {shapes[1]}")
+        for name, buffer in held.items():
+            buffer.copy_(given[name])
         self.clear_cache()
 
     def _mean(self, context: Tensor | None) -> Tensor:

@@ -340,11 +340,11 @@ def _fit(chosen: dict[str, Any], stacklevel: int | None) -> DensityFit:
             units = start.known_units(known["units"], checkpoint)
         density = in_units(trained, units, standardize)
         part = coloring_of(density)
-        if part is not None:
-            if known is None:
-                start_as_gaussian(density, start.sample.value, start.sample.context)
-                processes.made_alike(part)
-            else:
+        if part is not None and known is None:
+            start_as_gaussian(density, start.sample.value, start.sample.context)
+            processes.made_alike(part)
+        elif part is not None and known is not None:
+            with CHECKPOINT.refusing(checkpoint):
                 part.place(**known["coloring"])
         held_out = 0 if start.validation is None else len(start.validation)
         aim: Objective = Likelihood(trained, density)
