@@ -6,6 +6,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from asserts import refuses
 from pyro import poutine
 from pyro.infer import MCMC, NUTS, SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
@@ -235,3 +236,21 @@ def test_pyros_own_inference():
         svi.step()
     median = guide.median()["mu"]
     assert median @ exact.loc.float() > 0.95
+
+
+@pytest.mark.full
+@pytest.mark.filterwarnings("ignore:this model does not run for many draws")
+def test_data_that_cannot_be_drawn_are_told():
+    def model(x):
+        mu = pyro.sample("mu", dist.ProjectedNormal(torch.ones(3)))
+        pyro.sample(
+            "x",
+            dist.VonMises3D(concentration=5 * mu.unsqueeze(-2)).expand((*mu.shape[:-1], len(x))).to_event(1),
+            obs=x,
+        )
+
+    x = torch.nn.functional.normalize(torch.randn(6, 3), dim=-1)
+    fit = pf.fit_guide(model, x, steps=5, progress=False)
+    for call in (fit.predictive, fit.to_arviz):
+        refuses(NotImplementedError, r"\['x'\] cannot be drawn.*posterior_predictive=False", call)
+    assert fit.to_arviz(posterior_predictive=False).posterior["mu"].shape[-1] == 3

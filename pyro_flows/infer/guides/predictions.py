@@ -33,7 +33,13 @@ def redrawn(density: JointDensity, z: Tensor, redraw: Collection[str]) -> Values
 
     Includes computed sites; data that ``redraw`` does not name keep their values.
     """
-    return _values(_Redrawn(redraw)(density.model), density, z, lambda site: site.kind not in (LATENT, FACTOR))
+    try:
+        return _values(_Redrawn(redraw)(density.model), density, z, lambda site: site.kind not in (LATENT, FACTOR))
+    except NotImplementedError as error:
+        raise NotImplementedError(
+            f"predictive: the distribution of one of the sites {sorted(redraw)} cannot be drawn from, as Pyro's "
+            "VonMises3D; name others by redraw=[...], or leave predictions out, to_arviz(posterior_predictive=False)"
+        ) from error
 
 
 def computed(density: JointDensity, z: Tensor) -> Values:
