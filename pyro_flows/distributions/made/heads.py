@@ -383,10 +383,10 @@ class _Mixture(Head):
         places = self._middles(torch.double) * (len(data) - 1)
         return data.sort(0).values[places.round().long()].T
 
-    def _packed(self, loc: Tensor, scale: Tensor) -> Tensor:
-        """Parameters of equal weights."""
+    def _packed(self, loc: Tensor, scale: Tensor, logits: Tensor | None = None) -> Tensor:
+        """Parameters, of equal weights unless others are given."""
         raw = _unclip(scale.log().expand_as(loc), self.max_log_scale)
-        return torch.cat((torch.zeros_like(loc), loc, raw), -1)
+        return torch.cat((torch.zeros_like(loc) if logits is None else logits, loc, raw), -1)
 
     def _picking(self, z: Tensor, params: Tensor, x: Tensor) -> tuple[Calls, Tensor]:
         """Calls that draw a component: its mean to ``x``, its scale to the result."""
@@ -454,6 +454,10 @@ class MixtureHead(_Mixture):
         return [*calls, z.normal_, partial(x.addcmul_, z, scale), *_copying(x, features)]
 
 
+ROWS, WEIGHINGS = 2000, 20  # of a logistic mixture's start
+NARROW, REST = 0.15, 1 / 16  # least scales: of a spike, in levels, and of the rest, in units of half the range
+
+
 class LogisticMixtureHead(_Mixture):
     r"""Levels 0 to :math:`L - 1`, such as those of a pixel, from a mixture of logistics cut into bins.
 
@@ -465,7 +469,8 @@ class LogisticMixtureHead(_Mixture):
     and :math:`S = h e^{c \tanh(a / c)}` with :math:`h = (L - 1) / 2`.  The network sees :math:`x / h - 1`.
 
     Log-masses are accurate far out in the tails; probabilities add up to 1.  ``bias()`` spreads the means evenly,
-    ``bias(data)`` over the quantiles of the data.  ``mean`` sums over all levels.
+    ``bias(data)`` gives each component a part of the sorted data, and weights them by expectation maximization.
+    ``mean`` sums over all levels.
 
     Args:
         levels: the number :math:`L` of levels.
@@ -491,6 +496,10 @@ class LogisticMixtureHead(_Mixture):
         return logits, (loc + 1) * self.half_range, log_scale + math.log(self.half_range)
 
     def log_prob(self, value: Tensor, params: Tensor, dims: Tensor | None = None) -> Tensor:
+        return torch.logsumexp(self._joint(value, params), -1)
+
+    def _joint(self, value: Tensor, params: Tensor) -> Tensor:
+        """The log-mass of a value and each component, along the last dimension."""
         logits, loc, log_scale = self._parts(params)
         level = value.to(params.dtype).unsqueeze(-1)
         rate = torch.exp(-log_scale)
@@ -501,7 +510,7 @@ class LogisticMixtureHead(_Mixture):
         first, last = level <= 0, level >= self.levels - 1
         zero = torch.zeros_like(upper)
         mass = torch.where(last, zero, upper) + torch.where(first, zero, lower + torch.where(last, zero, width))
-        return torch.logsumexp(torch.log_softmax(logits, -1) + mass, -1)
+        return torch.log_softmax(logits, -1) + mass
 
     def mean(self, params: Tensor, dims: Tensor | None = None) -> Tensor:
         logits, loc, log_scale = self._parts(params)
@@ -521,10 +530,19 @@ class LogisticMixtureHead(_Mixture):
         if data is None:
             loc = (2 * self._middles(self.like.dtype) - 1).expand(self.input_dim, -1)
             return self._packed(loc, loc.new_full((self.input_dim, 1), 1 / self.num_components))
-        scaled = data / self.half_range - 1
-        # A logistic of scale 1 has a standard deviation of 1.8; the scale is at least half a level.
-        scale = (scaled.std(0, correction=0) / (1.8 * math.sqrt(self.num_components))).clamp(min=0.5 / self.half_range)
-        return self._packed(self._quantiles(scaled), scale.unsqueeze(-1))
+        rows = data[:: -(-len(data) // ROWS)]
+        parts = (rows / self.half_range - 1).sort(0).values.tensor_split(self.num_components)
+        filled = [part if len(part) else rows[-1:] / self.half_range - 1 for part in parts]
+        loc = torch.stack([part.mean(0) for part in filled], -1)
+        # A logistic of scale 1 has a standard deviation of 1.8.  The last component covers what others leave out.
+        scale = torch.stack([part.std(0, correction=0) for part in filled], -1) / 1.8
+        scale = scale.clamp(min=NARROW / self.half_range)
+        scale[:, -1] = scale[:, -1].clamp(min=REST)
+        logits = torch.zeros_like(loc)
+        for _ in range(WEIGHINGS):  # expectation maximization of the weights
+            shares = self._joint(rows, self._packed(loc, scale, logits)).softmax(-1).mean(0)
+            logits = (shares + 1e-3).log()
+        return self._packed(loc, scale, logits)
 
     def draws(self, dims: Tensor, z: Tensor, params: Tensor, x: Tensor, features: Tensor) -> Calls:
         calls, scale = self._picking(z, params, x)
