@@ -135,7 +135,8 @@ def test_every_public_flow_has_a_case():
     assert {"nice", "Coupling"} <= transforms | builders  # that is, both are found
     assert transforms | builders <= covered | {"FlowTransform"}
     assert len({case.name for case in (*CASES, *INTEGERS)}) == len(CASES) + len(INTEGERS)
-    assert {case.name for case in (*BUILDERS, *IMAGE_BUILDERS, *INTEGER_BUILDERS)} == builders
+    # The values of sphere have length 1, so that tests of all builders do not apply.
+    assert {case.name for case in (*BUILDERS, *IMAGE_BUILDERS, *INTEGER_BUILDERS)} | {"sphere"} == builders
 
 
 # The checker itself.  Each of these breaks one rule; the first is what they are made of.
