@@ -359,9 +359,21 @@ def timed(**options):
     return density(optimizer=partial(Slow, lr=1e-3), seconds=1.0, steps=None, schedule="cosine", **options)[1]
 
 
+def folded():
+    fit = pf.fit_density(flow_of("maf"), rows(), folds=2, seconds=1.0, seed=None, progress=False)
+    return [member.state_dict() for member in fit.distribution.members], fit.history["validation"]
+
+
 def test_the_first_clock_ends_a_fit(both):
     first, second = both(timed)
     same(first, second)
+
+
+@pytest.mark.full
+def test_processes_agree_on_folds(both):
+    (states, scores), (others, other_scores) = both(folded)
+    torch.testing.assert_close(states, others, rtol=0, atol=0)
+    assert scores == other_scores
 
 
 # Guides.

@@ -296,7 +296,10 @@ def fit_density(
     del chosen["folds"]
     if folds is None and _is_small(chosen):
         return _fit_folds(chosen, FOLDS, by_default=True)
-    return _fit(chosen, 4) if folds is None or folds == 1 else _fit_folds(chosen, folds)
+    if folds is None or folds == 1:
+        return _fit(chosen, 4)
+    with processes.joined("fit_density"):  # for one clock and one order of rows
+        return _fit_folds(chosen, folds)
 
 
 def _fit(chosen: dict[str, Any], stacklevel: int | None) -> DensityFit:
@@ -434,7 +437,7 @@ def _is_small(options: dict[str, Any]) -> bool:
     vectors = len(getattr(flow, "data_shape", getattr(flow, "event_shape", ()))) == 1
     whole = bool(getattr(getattr(flow, "chain", flow), "discrete", False))
     ours = (isinstance(flow, FlowTransform | Flow) and not whole) or (is_density(flow) and head_of(flow) is not None)
-    alone = processes.count() == 1 and not isinstance(options["optimizer"], Optimizer)
+    alone = not processes.several() and not isinstance(options["optimizer"], Optimizer)
     return ours and vectors and alone and 2 * FOLDS <= rows < FEW_ROWS
 
 

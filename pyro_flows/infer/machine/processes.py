@@ -41,6 +41,7 @@ __all__ = [
     "primed",
     "rank",
     "refuse_different",
+    "several",
     "summed",
     "telling",
     "total",
@@ -153,8 +154,7 @@ def joined(who: str) -> Iterator[None]:
     alike; those of the others are restored.
     """
     global _meeting
-    several = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
-    if not several or _meeting is not None:
+    if not several() or _meeting is not None:
         yield
         return
     meeting = _Meeting(who)
@@ -187,6 +187,11 @@ def telling() -> Iterator[None]:
         if meeting is not None:
             meeting.tell(error)
         raise
+
+
+def several() -> bool:
+    """Tells whether a fit that begins now is one of several processes."""
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
 def rank() -> int:
