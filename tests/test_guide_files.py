@@ -185,6 +185,7 @@ SUPPORTS = {
     "ordered": pyro_constraints.ordered_vector,
     "positive-ordered": pyro_constraints.positive_ordered_vector,
     "cat": constraints.cat([constraints.real, constraints.greater_than(torch.tensor(2.0))], dim=-1, lengths=[1, 3]),
+    "sphere": pyro_constraints.sphere,
     "stack": constraints.stack([constraints.positive, constraints.interval(-1, 1)], dim=-1),
     "mixture": constraints.MixtureSameFamilyConstraint(constraints.interval(torch.tensor(0.0), torch.tensor(2.0))),
     "nested": constraints.independent(

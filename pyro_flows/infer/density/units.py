@@ -108,7 +108,8 @@ class StandardizedDensity(Density):
 
     def log_prob(self, value: Tensor, context: Tensor | None = None) -> Tensor:
         """Log-density in nats."""
-        stretched = self.scale.log().expand(self.event_shape).sum()  # units of series may be those of channels
+        shape = self.scale.shape if self.event_shape is None else self.event_shape
+        stretched = self.scale.log().expand(shape).sum()  # units of series may be those of channels
         return self.module.log_prob((value - self.loc) / self.scale, *self._contexts(context)) - stretched
 
     def sample(self, sample_shape: Size | tuple[int, ...] = (), context: Tensor | None = None) -> Tensor:
