@@ -202,6 +202,7 @@ def test_marginal_density_and_its_gradient(chained, monkeypatch):
     assert (slope - known).abs().max() < (1e-3 if chained else 1e-5)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("count", [0, 3, 11])
 def test_shapes_along_lines(count):
     """Of log-odds with a normal prior after some of twelve trials."""

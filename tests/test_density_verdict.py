@@ -223,6 +223,7 @@ def test_one_row_far_below_the_draws_is_named():
     assert found.unexplained_training == [7, 9] and "StudentT" in found.text and found.pvalues["rows"] < 1e-6
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("df", [2.0, 200.0])
 def test_tails_of_scores_are_continued(df):
     """Against the distribution function, far beyond 20,000 draws, where heavy and light tails differ most."""
@@ -357,6 +358,7 @@ def test_a_wrong_dependence_on_the_context_is_placed():
     assert place > 0.5
 
 
+@pytest.mark.full
 def test_the_rival_is_a_gaussian_behind_the_support():
     """Here it is the exact density, so the gain is exactly that of the flow over its log-normal."""
     torch.manual_seed(0)

@@ -706,6 +706,7 @@ def test_random_numbers_go_on_as_before():
     assert torch.equal(torch.rand(1), first)
 
 
+@pytest.mark.full
 def test_directions_have_no_marginals():
     density = pf.Flow(pf.sphere(3))()
     refuses(NotImplementedError, "on a sphere", density.marginal, 0)

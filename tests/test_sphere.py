@@ -345,6 +345,7 @@ def test_fit_density():
     refuses(ValueError, "(?s)row|support", pf.fit_density, pf.sphere(3), data, steps=1, progress=False)
 
 
+@pytest.mark.full
 def test_globe():
     truth = VonMisesFisher(torch.tensor([0.0, 0.6, -0.8]), 10.0)
     ax = plots.globe(truth, points=60, data=truth.sample((50,)))
