@@ -22,6 +22,7 @@ __all__ = [
     "first_floating",
     "integer",
     "joint_shape",
+    "layer_widths",
     "like_given",
     "permutation_of",
     "positive_integers",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows.core.checks import permutation_of
+from pyro_flows.core.modes import on_cpu
 from pyro_flows.infer.density.data import name_rows, to_tensor
 
 __all__ = ["sparse_adjacency"]
@@ -18,6 +19,7 @@ ROUNDS, STEPS = 10, 1000  # of noise levels, and of steps for each
 SETTLED = 1e-4  # the largest change of a coefficient at the end, and of a noise level
 
 
+@on_cpu
 def sparse_adjacency(data: Any, order: str | Sequence[int] | Tensor = "identity", level: float = 0.05) -> Tensor:
     r"""Finds which columns a column depends on, among those before it, by sparse linear regression.
 
@@ -71,6 +73,7 @@ def sparse_adjacency(data: Any, order: str | Sequence[int] | Tensor = "identity"
         graph = _selected(correlation, others, penalty)
         first_to_last = torch.tensor(_dissected(graph | graph.T))
     else:
+        order = order.cpu() if isinstance(order, Tensor) else order
         first_to_last = permutation_of("sparse_adjacency", size, order, ("identity", "reverse", "shallow"))
     place = torch.argsort(first_to_last)
     return _selected(correlation, place < place.unsqueeze(1), penalty)
@@ -107,7 +110,6 @@ def _selected(correlation: Tensor, allowed: Tensor, penalty: float) -> Tensor:
     """Where a column, by row, has a coefficient that is not zero, among the allowed ones."""
     size = len(correlation)
     noise, slopes = torch.ones(size, 1, dtype=correlation.dtype), torch.zeros_like(correlation)
-    # Rows of a block of columns settle together; the step size is that of the steepest direction.
     step = 1 / torch.linalg.eigvalsh(correlation)[-1]
     for _ in range(ROUNDS):
         slopes = _lasso(correlation, allowed, slopes, penalty * noise, step)
