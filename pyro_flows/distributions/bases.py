@@ -261,6 +261,10 @@ class FixedBase(nn.Module):
         map_tensors(distribution, _refuse_gradient)
         self.distribution = copy.deepcopy(distribution)  # the caller's object stays
 
+    def arguments(self) -> tuple[tuple[object, ...], dict[str, object]]:
+        """The constructor's arguments."""
+        return (self.distribution,), {}
+
     def forward(self) -> Distribution:
         """The distribution."""
         return self.distribution

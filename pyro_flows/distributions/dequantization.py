@@ -16,6 +16,7 @@ from torch.distributions.constraints import Constraint
 
 from pyro_flows.core.checks import check_context, event_size, integer, wrong_event
 from pyro_flows.core.modes import plain_eager
+from pyro_flows.core.recipes import remembered
 from pyro_flows.core.transform import FlowTransform
 from pyro_flows.distributions.flow import Flow
 from pyro_flows.distributions.noise import counted_uniform, fresh_uniform, from_uniform, grid_bits
@@ -77,6 +78,7 @@ class DequantizedDistribution(SharedDistribution):
         return drawn.floor().clamp(0, self.model.levels - 1).long()
 
 
+@remembered
 class Dequantized(nn.Module):
     r"""A distribution of integer pixels by a density of intensities: :math:`P(n) = \int_{[n, n + 1)^D} p(v)\,dv`.
 
@@ -151,6 +153,11 @@ class Dequantized(nn.Module):
                 f"Dequantized: expected a dequantizer of event shape {tuple(self.event_shape)}, got {tuple(own)}"
             )
         self.dequantizer = dequantizer
+
+    def arguments(self) -> tuple[tuple[object, ...], dict[str, object]]:
+        """The constructor's arguments."""
+        own = self.flow, self.levels, self.num_noise_samples, self.dequantizer, self.seed
+        return own, {"name": self.name}
 
     def _fit(self) -> None:
         """Refuses a flow whose data cannot be pixels of these levels."""

@@ -12,6 +12,7 @@ from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
 
 from pyro_flows.core.checks import check_context, check_tensor, without_leading_ones
+from pyro_flows.core.recipes import remembered
 from pyro_flows.distributions.flow import Flow
 from pyro_flows.distributions.queries.answers import Answering, Weighted
 from pyro_flows.distributions.shared import SharedDistribution
@@ -57,6 +58,7 @@ class EnsembleDistribution(SharedDistribution):
         return self.model.rows(math.prod(shape), rows).reshape(shape + self.event_shape)
 
 
+@remembered
 class Ensemble(nn.Module):
     r"""The mean density of several, :math:`p(x \mid c) = \frac1K \sum_k p_k(x \mid c)`.
 
@@ -105,6 +107,10 @@ class Ensemble(nn.Module):
             raise ValueError(f"Ensemble: expected members of one event shape and context_dim, got {told}")
         self.members = nn.ModuleList(found)
         ((self.event_shape, self.context_dim),) = kinds
+
+    def arguments(self) -> tuple[tuple[object, ...], dict[str, object]]:
+        """The constructor's arguments."""
+        return (list(self.members),), {}
 
     def __len__(self) -> int:
         """The number of members."""

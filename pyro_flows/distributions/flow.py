@@ -15,6 +15,7 @@ from torch.distributions import Distribution, Transform
 from pyro_flows.core.chain import Chain
 from pyro_flows.core.checks import check_context, check_tensor, first_floating, joint_shape, without_leading_ones
 from pyro_flows.core.modes import plain_eager
+from pyro_flows.core.recipes import remembered
 from pyro_flows.core.transform import REAL, FlowTransform
 from pyro_flows.distributions.bases import DiagonalNormal, FixedBase, UniformCircle
 from pyro_flows.distributions.integers import IntegerLogistics
@@ -79,6 +80,7 @@ def _density(base: Distribution | DiagonalNormal, x: Tensor, ladj: Tensor, trans
     return ladj + x.sum(tuple(range(-len(transform.event_shape), 0)))
 
 
+@remembered
 class Flow(nn.Module):
     r"""A normalizing flow as a module: a base and a chain.
 
@@ -141,6 +143,10 @@ class Flow(nn.Module):
             )
         if self.chain.domain is pyro_constraints.sphere:
             _refuse_space(made)
+
+    def arguments(self) -> tuple[tuple[object, ...], dict[str, object]]:
+        """The constructor's arguments."""
+        return (self.chain, self.base), {}
 
     @property
     def event_shape(self) -> Size:

@@ -18,6 +18,7 @@ from pyro_flows.core.checks import (
     joint_shape,
     positive_integers,
 )
+from pyro_flows.core.recipes import remembered
 from pyro_flows.distributions.made.autoregressive import AutoregressiveDistribution, AutoregressiveModel, by_row
 from pyro_flows.distributions.made.composed import as_head
 from pyro_flows.distributions.made.head import Head
@@ -71,6 +72,7 @@ def _heads(head: str | Head, event: Size) -> tuple[Head, Head | None]:
     return own.tiled(event[1:].numel()), own
 
 
+@remembered
 class ConvMADE(AutoregressiveModel):
     r"""MADE of images and sequences: :math:`p(x \mid c) = \prod_i p(x_i \mid x_{<i}, c)`, one network for all places.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Size, Tensor, nn
@@ -12,6 +13,7 @@ from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
 
 from pyro_flows.core.checks import integer
+from pyro_flows.core.recipes import remembered
 
 __all__ = ["Head"]
 
@@ -58,6 +60,10 @@ class Head(nn.Module):
     has_rsample: bool = False
     constraint: Constraint | None = None
     like: Tensor
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        remembered(cls)
 
     def __init__(self) -> None:
         super().__init__()

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import os
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Size, Tensor
+from torch import Size, Tensor, nn
 
+from pyro_flows.core.transform import FlowTransform
 from pyro_flows.distributions import Ensemble, Flow
+from pyro_flows.infer.density import stored
 from pyro_flows.infer.density.data import expected_by, to_tensor
 from pyro_flows.infer.density.judging import Kept, admitted, check_density
 from pyro_flows.infer.density.objective import evaluate, log_prob_of
 from pyro_flows.infer.density.units import Density
 from pyro_flows.infer.diagnostics.densities import DensityVerdict, judge_density
+from pyro_flows.infer.machine.files import check_path, read_state, refuse_others, write_state
+from pyro_flows.infer.machine.records import device_of, read
 
-__all__ = ["DensityFit"]
+__all__ = ["DensityFit", "load_density"]
+
+KIND, VERSION = "saved fit of a density", 1
 
 
 @dataclass(repr=False)
@@ -121,6 +129,31 @@ class DensityFit:
         context = to_tensor(context, "DensityFit.sample", "context").to(expected.device, expected.dtype)
         return self.distribution.sample(sample_shape, context)
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the fit to a file that :func:`load_density` reads, in another process, without the code of the flow.
+
+        The file is written atomically, has a checksum, and holds no code: numbers, the names of classes of this package
+        and of torch's and Pyro's with their options, the record of the training, and the rows :attr:`kept` for the
+        verdict.  If the flow used classes or functions of your own, a warning says so, and loading needs the flow
+        again.
+
+        Args:
+            path: a file in a folder that exists.
+
+        Raises:
+            ValueError: if the folder does not exist, or the flow cannot be made again.
+            OSError: if the file cannot be written, e.g. because the disk is full; the old one is unchanged.
+        """
+        check_path(path)
+        modules, fit = stored.plain_fit(self)
+        if modules.unnamed is not None:
+            warnings.warn(
+                f"DensityFit.save: the file cannot hold the architecture of the flow ({modules.unnamed}); to load it, "
+                "give the flow again: load_density(path, flow=...)",
+                stacklevel=2,
+            )
+        write_state(path, {"modules": vars(modules), "fit": vars(fit)}, kind=KIND, version=VERSION)
+
     def __str__(self) -> str:
         return f"{self!r}\n{self.verdict}"
 
@@ -139,4 +172,37 @@ class DensityFit:
             f"DensityFit({'validation' if held_out else 'train'} {score:.4f} {unit} at epoch {self.best_epoch} "
             f"of {self.history['epoch'][-1]}, stopped by {self.stopped}, {self.history['step'][-1]} steps in "
             f"{self.history['seconds'][-1]:.1f} s{judged})"
+        )
+
+
+def load_density(
+    path: str | os.PathLike[str],
+    map_location: str | torch.device | dict[str, str] | Callable[..., Any] | None = None,
+    *,
+    flow: FlowTransform | nn.Module | None = None,
+) -> DensityFit:
+    """Reads a file of :meth:`DensityFit.save`: the flow, its distribution, the record of the training and the verdict.
+
+    No code in the file runs. Loading verifies the checksum, and compares the rebuilt density with the saved one at a
+    few rows.
+
+    Args:
+        path: the file.
+        map_location: the device, as in ``torch.load``; by default the fit's. Rows kept for the verdict stay on the CPU.
+        flow: a flow made as the fitted one was, if it used classes or functions of your own; it is copied.
+
+    Raises:
+        FileNotFoundError: if there is no file.
+        ValueError: if the file is no saved fit, is damaged, comes from another release, or needs the flow.
+    """
+    remedy = "give the path of a file that DensityFit.save of this release wrote"
+    known: dict[str, Any] = {"kind": KIND, "remedy": remedy}
+    state = read_state(path, version=VERSION, parts={"modules": dict, "fit": dict}, **known)
+    with refuse_others(path, **known):
+        record: stored.ModulesRecord = read(stored.ModulesRecord, state["modules"], "modules")
+    device = device_of(map_location, record.device, "load_density")
+    with refuse_others(path, **known):
+        modules = stored.modules_of(record, Flow(flow) if isinstance(flow, FlowTransform) else flow)
+        return stored.fit_of(
+            DensityFit, read(stored.FitRecord, state["fit"], "fit"), [module.to(device) for module in modules]
         )
