@@ -133,7 +133,7 @@ class DensityFit:
         """Writes the fit to a file that :func:`load_density` reads, in another process, without the code of the flow.
 
         The file is written atomically, has a checksum, and holds no code: numbers, the names of classes of this package
-        and of torch's and Pyro's with their options, the record of the training, and the rows :attr:`kept` for the
+        and of torch's and Pyro's with their options, the record of the training, and the rows ``kept`` for the
         verdict.  If the flow used classes or functions of your own, a warning says so, and loading needs the flow
         again.
 
