@@ -17,6 +17,7 @@ from pyro_flows.core.checks import (
     integer,
     joint_shape,
     positive_integers,
+    refuse_as_site,
 )
 from pyro_flows.core.recipes import remembered
 from pyro_flows.distributions.made.autoregressive import AutoregressiveDistribution, AutoregressiveModel, by_row
@@ -374,6 +375,7 @@ class ConvMADE(AutoregressiveModel):
         Raises:
             ValueError: for lengths of another kind, or of images.
         """
+        refuse_as_site(self)
         if lengths is None:
             return super().forward(context)
         if len(self.event_shape) != 2:

@@ -70,6 +70,9 @@ class Head(nn.Module):
         self._input_dim: int | None = None
         self.register_buffer("like", torch.zeros(()), persistent=False)  # has the current dtype and device
 
+    def extra_repr(self) -> str:
+        return "" if self._input_dim is None else f"input_dim={self._input_dim}"
+
     @property
     def input_dim(self) -> int:
         """The number of bound dimensions."""
