@@ -277,6 +277,8 @@ def _fit(chosen: dict[str, Any], stacklevel: int | None) -> DensityFit:
                 training.stopped or "interrupted",
                 "likelihood" if matching is None else "flow_matching",
                 kept=(keep(judged[-1], start.held_out_sample, start.sample, seed),),
+                columns=start.sample.columns,
+                context_columns=start.sample.context_columns,
             )
 
         so_far.append(lambda: result() if training.epoch else None)
@@ -333,8 +335,8 @@ def _fit_folds(options: dict[str, Any], count: int, by_default: bool = False) ->
     fresh, *members = [copy.deepcopy(first), first, *(copy.deepcopy(first) for _ in range(count - 1))]
     expected = expected_by(first)
     rows = admit_rows(data, context, expected, "data", "context")
-    refuse_support(first, rows.value)
-    for told in (each.told(what) for each, what in zip(expected.precision, ("data", "context"), strict=True)):
+    refuse_support(first, rows.value, names=rows.columns)
+    for told in expected.told(rows.columns, rows.context_columns):
         if told:
             warnings.warn(f"fit_density: {told}", stacklevel=3)
     if not 2 <= count <= len(rows):
@@ -415,6 +417,8 @@ def _ensemble(
         fits[0].objective,
         tuple(fits),
         kept,
+        columns=fits[0].columns,
+        context_columns=fits[0].context_columns,
     )
 
 
