@@ -12,6 +12,7 @@ from cases import seeded
 from torch import nn
 
 import pyro_flows as pf
+from pyro_flows import plots
 from pyro_flows.infer.density.data import to_tensor
 from pyro_flows.infer.density.names import by_name, column_names
 from pyro_flows.infer.diagnostics.summary import quantiles_of
@@ -282,3 +283,20 @@ def test_series_and_arrays_of_one_column(table):
     assert found.columns == ("age",)
     assert found.score(table["age"]) == found.score(table[["age"]]) == found.score(table["age"].to_numpy()[:, None])
     assert to_tensor(table["age"], "f", "x").shape == (400,)
+
+
+@pytest.mark.full
+def test_pictures_and_verdicts_name_columns(table, conditional):
+    assert conditional.verdict.checks.names == ["height", "weight"]
+    fig = plots.corner(conditional, table, context=table, num_samples=400)
+    assert [ax.get_xlabel() for ax in fig.axes] == ["", "height", "weight"]
+    assert fig.axes[1].get_ylabel() == "weight"
+    ax = plots.density(conditional, context=table.iloc[0], data=table[["weight", "height"]], points=10)
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("height", "weight")
+    ax = plots.samples(conditional, context=table, num_samples=400)
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("height", "weight")
+    assert plots.samples(table[["age", "height"]]).get_xlabel() == "age"
+    judged = conditional.judge(table[["weight", "height"]].to_numpy()[:, ::-1].copy(), table["age"].to_numpy())
+    assert judged.checks.names == ["height", "weight"]
+    spiked = table.assign(weight=table["weight"].where(table.index % 4 > 0, 80.0))
+    assert "column 'weight'" in conditional.judge(spiked, spiked).text

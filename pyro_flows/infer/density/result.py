@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -240,7 +240,8 @@ class DensityFit:
         """Admits rows, the columns of data frames by name."""
         data = by_name(data, self.columns, "fit_density", "data")
         context = by_name(context, self.context_columns, "fit_density", "context")
-        return admitted(self.distribution, data, context)
+        rows = admitted(self.distribution, data, context)
+        return replace(rows, columns=self.columns, context_columns=self.context_columns)
 
     def _context(self, who: str, given: Any) -> Tensor:
         """Converts contexts, shape ``(*batch, context_dim)``; of one number each, they may be a vector."""
