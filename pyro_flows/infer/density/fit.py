@@ -21,11 +21,13 @@ from torch.utils.data import DataLoader
 from pyro_flows.core.checks import integer
 from pyro_flows.core.transform import FlowTransform
 from pyro_flows.distributions import Ensemble, Flow
+from pyro_flows.infer.density.bounded import bounded, bounds_in
 from pyro_flows.infer.density.data import Rows, admit_rows, expected_by
 from pyro_flows.infer.density.gaussian import better, start_as_gaussian, started
 from pyro_flows.infer.density.judging import keep
 from pyro_flows.infer.density.loop import CHECKPOINT, DensityTraining
 from pyro_flows.infer.density.matching import FlowMatching, Matching, as_objective, matched_parts
+from pyro_flows.infer.density.names import column_names
 from pyro_flows.infer.density.objective import Likelihood, Objective, log_prob_of, mean_score
 from pyro_flows.infer.density.prepare import prepare, refuse_support
 from pyro_flows.infer.density.result import DensityFit
@@ -74,6 +76,7 @@ def fit_density(
     seed: int | None = 0,
     objective: str | FlowMatching = "likelihood",
     folds: int | None = None,
+    bounds: Any = None,
 ) -> DensityFit:
     """Fits a density to data by maximum likelihood or flow matching, stopped early by held-out rows.
 
@@ -157,6 +160,9 @@ def fit_density(
             optimizer made before, several processes, an integer flow or flow matching say otherwise, or the first
             member takes more than a fifth of the ``seconds``; else 1. Flows that start as the Gaussian return to it
             unless their scores of the rows that they did not see exceed it by two standard errors.
+        bounds: the bounds of columns of vectors, which draws never reach: a dictionary from names or numbers of columns
+            to ``(low, high)``, or a pair or ``None`` for each column; ``None`` for an open side. The flow then learns
+            numbers on the line, behind a :class:`~pyro_flows.transforms.bounds.Bounds` at its data end.
 
     Raises:
         ValueError: for data that do not fit or have unbounded likelihood (constant or dependent columns), rows outside
@@ -172,6 +178,8 @@ def fit_density(
     """
     chosen = dict(locals())
     del chosen["folds"]
+    if bounds is not None:
+        chosen["flow"] = bounded(_as_density(flow), bounds, column_names(data))
     if folds is None and _is_small(chosen):
         return _fit_folds(chosen, FOLDS, by_default=True)
     if folds is None or folds == 1:
@@ -209,7 +217,7 @@ def _fit(chosen: dict[str, Any], stacklevel: int | None) -> DensityFit:
         start = prepare(trained, given, settings, stacklevel)
         identity = {
             "architecture": architecture_of(trained),
-            "data": start.identity,
+            "data": {**start.identity, **bounds_in(trained)},
             "settings": settings.identity(start.sizes, "AdamW" if torchs is None else type(torchs).__name__),
         }
         processes.refuse_different("fit_density", {**identity, "limits": vars(settings)}, _ALIKE)

@@ -33,7 +33,8 @@ class DensityFit:
     """The result of :func:`~pyro_flows.infer.density.fit.fit_density`.
 
     Attributes:
-        flow: the trained module: the one given, or a ``Flow`` around the given chain.
+        flow: the trained module: the one given, or a ``Flow`` around the given chain; if bounds were given, a ``Flow``
+            of the same parts that ends in them.
         distribution: the density in the units of the data, with shared parameters, ``log_prob`` and ``sample``: a
             ``Flow`` if ``flow`` is, an ensemble of several fits, ``flow`` itself if nothing was standardized.
             ``distribution()`` or
