@@ -45,8 +45,8 @@ class DensityFit:
         best_epoch: the epoch whose state the flow is left in; 0 for the state that it started with, the fitted
             Gaussian.
         validation: the validation rows' mean log-likelihood in that state, in the same units.
-        stopped: the end of training: ``"patience"``, ``"max_epochs"``, ``"steps"`` or ``"seconds"``; ``"interrupted"``
-            if an exception carries the result.
+        stopped: the end of training: ``"patience"``, ``"max_epochs"``, ``"steps"``, ``"seconds"`` or ``"callback"``;
+            ``"interrupted"`` if an exception carries the result.
         objective: ``"likelihood"`` or ``"flow_matching"``.
         members: the fits of an ensemble. ``distribution`` is then an
             :class:`~pyro_flows.distributions.Ensemble`, and ``validation`` is the mean score of rows by members that
