@@ -55,6 +55,10 @@ def keep(density: Any, held_out: Rows | None, train: Rows, seed: int) -> Kept:
 def _some(rows: Rows | None, most: int, seed: int) -> Rows | None:
     if rows is None:
         return None
+    if rows.weight is not None:  # as many rows of each kind as the weights say, and none twice
+        chance = torch.rand(len(rows), generator=torch.Generator().manual_seed(seed), device="cpu")
+        rows = rows.take((chance < (rows.weight / rows.weight.max()).cpu()).nonzero()[:, 0])
+        rows = replace(rows, weight=None)
     return _chosen(rows, most, seed).to("cpu")
 
 
@@ -182,7 +186,7 @@ class _Judging:
         return DensityChecks(
             torch.cat(fresh),
             torch.cat([rows.index for rows in self.rows]).cpu(),
-            scalar_names("x", self.rows[0].value.shape[1:]),
+            list(self.rows[0].columns or scalar_names("x", self.rows[0].value.shape[1:])),
             training=torch.cat([empty.double(), *training]),
             training_index=torch.cat([empty, *(rows.index.cpu() for rows in self.trained)]),
             context=torch.cat(contexts) if contexts else None,
@@ -200,7 +204,7 @@ class _Judging:
         apart = len(self.parts) == 1 and self.parts[0].fresh is not self.parts[0].trained
         values = torch.cat([_flat(rows.value) for rows in (*self.rows, *(self.trained if apart else []))])
         discrete = [False] * values.shape[1] if head is None else head.discrete_dims()
-        survey = Survey()
+        survey = Survey(self.rows[0].columns)
         survey.add(values)
         return tuple(survey.repeats(values, ~torch.tensor(discrete, device="cpu")))
 
