@@ -79,6 +79,14 @@ class FlowTransform(TransformModule):
     Raises:
         ValueError: for a shape, dtype, device or context that does not fit.
 
+    Example:
+        >>> class Mirror(pf.FlowTransform):
+        ...     def forward_and_ladj(self, x, context=None):
+        ...         return -x, torch.zeros_like(x[..., 0])
+        ...     inverse_and_ladj = forward_and_ladj
+        >>> Mirror(2)(torch.tensor([1.0, -3.0])).tolist()
+        [-1.0, 3.0]
+
     References:
         Normalizing Flows for Probabilistic Modeling and Inference (Papamakarios et al., 2019), arXiv:1912.02762.
     """
@@ -312,6 +320,14 @@ class Inverse(FlowTransform):
 
     Args:
         transform: the transform to invert; for an inverse, its own ``transform`` is returned.
+
+    Example:
+        >>> fast_draws = pf.Inverse(pf.maf(3))
+        >>> x = torch.randn(5, 3)
+        >>> fast_draws(x).shape
+        torch.Size([5, 3])
+        >>> pf.Inverse(fast_draws) is fast_draws.transform
+        True
     """
 
     transform: FlowTransform

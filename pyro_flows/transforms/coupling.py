@@ -62,6 +62,12 @@ class Coupling(FlowTransform):
         ValueError: for a mask of another shape or, with several dimensions, one that keeps all or none; if a periodic
             univariate would move anything but angles, or another one an angle.
 
+    Example:
+        >>> layer = pf.Coupling(4, pf.Spline(bound=4.0), mask="half")
+        >>> x = torch.randn(5, 4)
+        >>> torch.equal(layer(x)[:, :2], x[:, :2])  # the kept half
+        True
+
     References:
         Density estimation using Real NVP (Dinh et al., 2016), arXiv:1605.08803.
         NICE: Non-linear Independent Components Estimation (Dinh et al., 2014), arXiv:1410.8516.

@@ -28,6 +28,14 @@ class Field(nn.Module):
         event_shape: shape of one ``x``.
         context_dim: size of the context, 0 for none.
         time_dependent: whether the field may depend on ``t``.
+
+    Example:
+        >>> class Rotation(pf.transforms.continuous.Field):
+        ...     def forward(self, t, x, context=None):
+        ...         return torch.stack([-x[..., 1], x[..., 0]], -1)
+        >>> layer = pf.Continuous(2, Rotation(2))
+        >>> layer(torch.tensor([[1.0, 0.0]])).detach().round(decimals=2)  # by one radian
+        tensor([[0.5400, 0.8400]])
     """
 
     #: Whether the exact divergence costs about as much as the field, in any dimension.

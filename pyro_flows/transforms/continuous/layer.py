@@ -160,6 +160,14 @@ class Continuous(FlowTransform):
         RuntimeError: in a pass, if the field is not finite or too stiff for ``solver_steps``; names time and rows.
         NotImplementedError: for derivatives in forward mode.
 
+    Example:
+        >>> class Field(torch.nn.Linear):
+        ...     def forward(self, t, x):
+        ...         return super().forward(x)
+        >>> flow = pf.Flow(pf.Continuous(2, Field(2, 2)))
+        >>> flow.log_prob(flow.sample((5,))).shape
+        torch.Size([5])
+
     References:
         Those of :func:`~pyro_flows.flows.cnf`, and
         Hutch++: Optimal Stochastic Trace Estimation (Meyer et al., 2021), arXiv:2010.09649.
