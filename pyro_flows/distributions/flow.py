@@ -27,7 +27,15 @@ __all__ = ["Flow", "FlowDistribution"]
 
 
 class FlowDistribution(Answering, TransformedDistribution):
-    """A ``TransformedDistribution`` that :class:`Flow` makes and that shares its parameters; it scores in one pass."""
+    """A ``TransformedDistribution`` that :class:`Flow` makes and that shares its parameters; it scores in one pass.
+
+    Example:
+        >>> density = pf.Flow(pf.maf(3, context_dim=2))(torch.randn(5, 2))
+        >>> density.batch_shape, density.event_shape
+        (torch.Size([5]), torch.Size([3]))
+        >>> density.log_prob(density.sample()).shape
+        torch.Size([5])
+    """
 
     def _pieces(self, dims: Sequence[int]) -> Weighted:
         if dims and self.transforms[0].discrete:
@@ -95,6 +103,14 @@ class Flow(nn.Module):
     Raises:
         ValueError: if the base's event shape is not the chain's, a fixed base requires a gradient, a chain of angles
             has a base that is no density of angles, or a chain on the sphere one that is not on the sphere.
+
+    Example:
+        >>> flow = pf.Flow(pf.nsf(3))
+        >>> x = flow.sample((5,))
+        >>> flow.log_prob(x).shape
+        torch.Size([5])
+        >>> with pyro.plate("rows", 5):
+        ...     x = pyro.sample("x", flow())
     """
 
     def __init__(self, chain: FlowTransform | list[Transform], base: Distribution | nn.Module | None = None) -> None:

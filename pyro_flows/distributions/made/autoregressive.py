@@ -52,6 +52,13 @@ class AutoregressiveDistribution(SharedDistribution):
         lengths: steps of each series of a model of series, integers from 1 to ``T``.  Later steps are padding, which
             counts in no density, may hold anything in a value, and is zero in draws.
         batch_shape: by default that of context and lengths.
+
+    Example:
+        >>> made = pf.MADE(8)
+        >>> with pyro.plate("rows", 5):
+        ...     x = pyro.sample("x", made())
+        >>> made().log_prob(x).shape
+        torch.Size([5])
     """
 
     def __init__(

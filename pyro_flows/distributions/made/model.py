@@ -70,6 +70,15 @@ class MADE(AutoregressiveModel):
     Raises:
         ValueError: for an order that is not a permutation, sizes out of range, or an unknown head.
 
+    Example:
+        >>> made = pf.MADE(8, order="any").eval()
+        >>> x = made.sample((5,))
+        >>> made.log_prob(x).shape
+        torch.Size([5])
+        >>> observed = torch.tensor([True, False] * 4)
+        >>> made.impute(x, observed, 10).shape  # ten draws of what is missing
+        torch.Size([10, 5, 8])
+
     References:
         MADE (Germain, Gregor, Murray & Larochelle, 2015), arXiv:1502.03509.
         Order-agnostic training: A Deep and Tractable Density Estimator (Uria, Murray & Larochelle, 2014),

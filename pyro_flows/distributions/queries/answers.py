@@ -323,6 +323,14 @@ class Marginal(_Answer):
         parent: the distribution.
         dims, num_samples, seed: as in ``marginal``.
 
+    Example:
+        >>> density = pf.Flow(pf.maf(3, order="identity"))()
+        >>> pair = density.marginal((0, 1))
+        >>> pair.log_prob(pair.sample((5,))).shape
+        torch.Size([5])
+        >>> pair.exact
+        True
+
     References:
         Monte Carlo theory, methods and examples (Owen, 2013), chapter 9.
     """
@@ -365,6 +373,14 @@ class Conditional(_Answer):
     Args:
         parent: the distribution.
         dims, values, of, num_samples, seed: as in ``conditional``.
+
+    Example:
+        >>> density = pf.Flow(pf.maf(3, order="identity"))()
+        >>> rest = density.conditional(0, [0.5])  # of the other two
+        >>> rest.sample((10,)).shape
+        torch.Size([10, 2])
+        >>> rest.exact
+        True
 
     References:
         Using the SIR algorithm to simulate posterior distributions (Rubin, 1988).
