@@ -62,6 +62,13 @@ class Codec:
         TypeError: for a model of another kind.
         ValueError: for a model without levels, or a flow not of one orientation.
 
+    Example:
+        >>> pixels = torch.randint(2, (100, 8))
+        >>> codec = pf.infer.Codec(pf.MADE(8))  # in earnest, a fitted one
+        >>> file = codec.encode(pixels)
+        >>> torch.equal(codec.decode(file), pixels)
+        True
+
     References:
         Arithmetic Coding for Data Compression (Witten, Neal & Cleary, 1987).
         The coder: Understanding Entropy Coding With Asymmetric Numeral Systems (Bamler, 2022), arXiv:2201.01741.

@@ -183,6 +183,13 @@ class Circles(Messenger):
     support, over which their densities repeat.  Under this handler their support is :class:`Angles`, whose
     ``biject_to`` is :class:`LiftedAngles`.  :class:`~pyro_flows.infer.AutoFlow` applies it by itself; NUTS, NeuTra and
     Pyro's autoguides need ``Circles()(model)``.
+
+    Example:
+        >>> def model():
+        ...     pyro.sample("angle", dist.VonMises(torch.tensor(3.0), 10.0))
+        >>> handled = pf.infer.Circles()(model)
+        >>> pyro.poutine.trace(handled).get_trace().nodes["angle"]["fn"].support
+        Angles()
     """
 
     def _pyro_sample(self, msg: Message) -> None:

@@ -49,6 +49,13 @@ class AnomalyDetector:
         ValueError: for rows that the model does not take, or fewer than 2 reference rows.
         FloatingPointError: if a score is NaN.
 
+    Example:
+        >>> flow = pf.Flow(pf.nsf(2))  # in earnest, a fitted one
+        >>> detector = pf.infer.AnomalyDetector(flow, torch.randn(200, 2))
+        >>> rows = torch.tensor([[0.0, 0.0], [10.0, -10.0]])
+        >>> detector.flag(rows).tolist()
+        [False, True]
+
     References:
         Detecting Out-of-Distribution Inputs Using Typicality (Nalisnick et al., 2019), arXiv:1906.02994.
         A Gentle Introduction to Conformal Prediction (Angelopoulos & Bates, 2021), arXiv:2107.07511.

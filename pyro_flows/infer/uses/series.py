@@ -86,6 +86,14 @@ class Stream:
         ValueError: for parts or a base of another kind, named in the message, or a context that does not fit.
         TypeError: for anything but a flow or a ``ConvMADE``.
 
+    Example:
+        >>> flow = pf.Flow(pf.causal_maf((1, 20))).eval()
+        >>> stream = pf.infer.Stream(flow)
+        >>> stream.observe(torch.randn(1, 50)).shape  # log-density of each step
+        torch.Size([50])
+        >>> stream.forecast(10, num_samples=100).shape
+        torch.Size([100, 1, 10])
+
     References:
         MintNet (Song et al., 2019), arXiv:1907.07945.
         WaveNet (van den Oord et al., 2016), arXiv:1609.03499.
@@ -349,6 +357,13 @@ def step_log_prob(
     Raises:
         ValueError: for a flow that is not causal, values outside the support, or invalid lengths.
         TypeError: for anything but a flow and a tensor of its dtype.
+
+    Example:
+        >>> flow = pf.Flow(pf.causal_maf((1, 20)))
+        >>> y = torch.randn(5, 1, 20)
+        >>> steps = pf.infer.step_log_prob(flow, y)
+        >>> torch.allclose(steps.sum(-1), flow.log_prob(y), atol=1e-4)
+        True
     """
     _check(flow, "step_log_prob")
     made = _made(flow)
