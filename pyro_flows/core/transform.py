@@ -397,6 +397,13 @@ class Conditioned(FlowTransform):
     Args:
         transform: a transform with ``context_dim > 0``.
         context: shape ``(*context_batch, context_dim)``.
+
+    Example:
+        >>> chain, context = pf.maf(3, context_dim=2), torch.randn(5, 2)
+        >>> base = dist.Normal(torch.zeros(3), 1.0).to_event(1)
+        >>> density = dist.TransformedDistribution(base, [chain.condition(context)])
+        >>> density.batch_shape
+        torch.Size([5])
     """
 
     transform: FlowTransform

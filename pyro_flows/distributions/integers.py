@@ -25,7 +25,14 @@ __all__ = ["IntegerLogistics", "IntegerLogisticsDistribution", "Logistics"]
 
 
 class Logistics(NamedTuple):
-    """Mixtures of logistics: logits, locations and log-scales in whole numbers, each of shape ``(*, K)``."""
+    """Mixtures of logistics: logits, locations and log-scales in whole numbers, each of shape ``(*, K)``.
+
+    Example:
+        >>> zeros, loc = torch.zeros(1, 2), torch.tensor([[0.0, 5.0]])  # two components
+        >>> law = pf.distributions.integers.Logistics(zeros, loc, zeros)
+        >>> round(law.log_mass(torch.arange(-50.0, 50.0)).exp().sum().item(), 3)
+        1.0
+    """
 
     logits: Tensor
     loc: Tensor

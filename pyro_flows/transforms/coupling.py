@@ -25,6 +25,10 @@ def coupling_mask(event_shape: Size, mask: Mask) -> Tensor:
 
     ``"half"`` keeps the first half, ``"alternating"`` every other dimension from the second on, ``"random"`` a random
     half; a single dimension is moved.
+
+    Example:
+        >>> pf.transforms.coupling.coupling_mask(torch.Size([4]), "alternating").tolist()
+        [False, True, False, True]
     """
     size = event_shape.numel()
     if isinstance(mask, str):

@@ -32,6 +32,13 @@ class Answering:
     """What one asks of a density; a mixin of this package's distributions.
 
     A distribution defines ``_pieces``.
+
+    Example:
+        >>> density = pf.Flow(pf.maf(3, order="identity"))()
+        >>> density.marginal(0).log_prob(torch.zeros(5, 1)).shape
+        torch.Size([5])
+        >>> density.conditional(0, [0.5]).sample((10,)).shape
+        torch.Size([10, 2])
     """
 
     def _pieces(self, dims: Sequence[int]) -> Weighted:

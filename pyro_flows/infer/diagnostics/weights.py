@@ -148,7 +148,15 @@ def pareto_smoothed(log_weights: Tensor) -> Smoothed:
 
 
 def tail_index(log_values: Tensor) -> float:
-    """Computes the index of :func:`pareto_smoothed` for logarithms of numbers; infinite if none is positive."""
+    """Computes the index of :func:`pareto_smoothed` for logarithms of numbers; infinite if none is positive.
+
+    Example:
+        >>> from pyro_flows.infer.diagnostics.weights import tail_index
+        >>> exponential = torch.rand(4000).log().neg()
+        >>> light, heavy = tail_index(exponential.log()), tail_index(exponential)
+        >>> light < 0.5 < heavy  # 0 and 1, up to noise
+        True
+    """
     values, _ = _usable(log_values, "tail_index")
     top = values.max()
     return _smooth(values - top).khat if top > -math.inf else math.inf

@@ -136,6 +136,14 @@ class GivenField(Field):
         ValueError: if the module changes the shape, mixes rows, writes into ``x``, hides its dependence on ``x`` from
             autograd, or claims ``rowwise_times`` wrongly.
         TypeError: for anything but a module, a wrong signature, or a result that is not a tensor.
+
+    Example:
+        >>> class Linear(torch.nn.Linear):
+        ...     def forward(self, t, x):
+        ...         return super().forward(x)
+        >>> field = pf.transforms.continuous.fields.GivenField(Linear(2, 2), 2)
+        >>> field(torch.tensor(0.0), torch.randn(5, 2)).shape
+        torch.Size([5, 2])
     """
 
     def __init__(self, module: nn.Module, event_shape: int | Iterable[int], context_dim: int = 0) -> None:

@@ -34,6 +34,12 @@ class SolveCheck(NamedTuple):
         ladj: largest difference of log-determinants, or NaN.
         report: the report on the solve.
         finer: the report on the finer solve.
+
+    Example:
+        >>> layer = pf.cnf(2)[0]
+        >>> check = layer.check_solve(torch.randn(5, 2))
+        >>> check.value < 1e-3
+        True
     """
 
     value: float
@@ -48,6 +54,13 @@ class Penalties:
 
     Attributes:
         parts: each pass's weighted integrals, of the batch shape.
+
+    Example:
+        >>> flow = pf.Flow(pf.cnf(2, kinetic=0.01))
+        >>> with pf.transforms.continuous.layer.collect_penalties() as penalties:
+        ...     scores = flow.log_prob(torch.randn(5, 2))
+        >>> penalties.parts[0].shape
+        torch.Size([5])
     """
 
     parts: list[Tensor] = dataclass_field(default_factory=list)
@@ -65,11 +78,16 @@ _collectors: ContextVar[tuple[Penalties, ...]] = ContextVar("collectors", defaul
 def collect_penalties() -> Iterator[Penalties]:
     """Collects the penalties of continuous transforms with ``kinetic`` or ``jacobian`` weights.
 
-    Only passes within the block, in the same thread, compute penalties. ::
+    Only passes within the block, in the same thread, compute penalties.
 
-        with collect_penalties() as penalties:
-            loss = -flow.log_prob(data).mean()
-        (loss + penalties.total()).backward()
+    Example:
+        >>> from pyro_flows.transforms.continuous.layer import collect_penalties
+        >>> flow = pf.Flow(pf.cnf(2, kinetic=0.01))
+        >>> with collect_penalties() as penalties:
+        ...     loss = -flow.log_prob(torch.randn(5, 2)).mean()
+        >>> (loss + penalties.total()).backward()
+        >>> penalties.total().shape
+        torch.Size([])
     """
     penalties = Penalties()
     token = _collectors.set((*_collectors.get(), penalties))
