@@ -116,11 +116,23 @@ class FlowTransform(TransformModule):
         self.__dict__["_memo"] = Memo()
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Base to data, with ``log|det dy/dx|``."""
+        """Base to data, with ``log|det dy/dx|``.
+
+        Example:
+            >>> y, ladj = pf.realnvp(3).forward_and_ladj(torch.randn(5, 3))
+            >>> y.shape, ladj.shape
+            (torch.Size([5, 3]), torch.Size([5]))
+        """
         raise TypeError(f"{type(self).__name__} must define forward_and_ladj(x, context=None) -> (y, ladj)")
 
     def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Data to base, with ``log|det dx/dy|``."""
+        """Data to base, with ``log|det dx/dy|``.
+
+        Example:
+            >>> x, ladj = pf.realnvp(3).inverse_and_ladj(torch.randn(5, 3))
+            >>> x.shape, ladj.shape
+            (torch.Size([5, 3]), torch.Size([5]))
+        """
         raise TypeError(f"{type(self).__name__} must define inverse_and_ladj(y, context=None) -> (x, ladj)")
 
     _forward_and_ladj = forward_and_ladj
@@ -259,7 +271,13 @@ class FlowTransform(TransformModule):
         return angles
 
     def condition(self, context: Tensor) -> Conditioned:
-        """A view of this transform at one or more contexts; see :class:`Conditioned`."""
+        """A view of this transform at one or more contexts; see :class:`Conditioned`.
+
+        Example:
+            >>> chain, context = pf.realnvp(3, context_dim=2), torch.randn(2)
+            >>> chain.condition(context)(torch.randn(5, 3)).shape
+            torch.Size([5, 3])
+        """
         if self.context_dim == 0:
             raise ValueError(
                 f"{type(self).__name__} was built with context_dim=0 and takes no context; to condition a list where "

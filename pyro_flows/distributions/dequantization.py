@@ -214,7 +214,14 @@ class Dequantized(nn.Module):
     condition = forward
 
     def log_prob(self, value: Tensor, context: Tensor | None = None) -> Tensor:
-        """Lower bound in nats of the log-mass, of the shape to which value and context broadcast."""
+        """Lower bound in nats of the log-mass, of the shape to which value and context broadcast.
+
+        Example:
+            >>> model = pf.Dequantized(pf.Chain([pf.LogitPixels(4, levels=16)]), levels=16)
+            >>> bound = model.eval().log_prob(torch.randint(16, (5, 4)))
+            >>> pf.bits_per_dim(bound, 4).shape
+            torch.Size([5])
+        """
         return self(context).log_prob(value)
 
     def sample(self, sample_shape: Size | tuple[int, ...] = (), context: Tensor | None = None) -> Tensor:

@@ -346,6 +346,11 @@ class ConvMADE(AutoregressiveModel):
 
         Raises:
             ValueError: for a model of images, or whose parameters depend on the time.
+
+        Example:
+            >>> made = pf.ConvMADE((1, 20), "normal", network="gru", hidden_channels=16)
+            >>> made.at_length(50).sample((5,)).shape
+            torch.Size([5, 1, 50])
         """
         integer("ConvMADE", "times", times)
         if len(self.event_shape) != 2:

@@ -61,6 +61,12 @@ class Answering:
         Raises:
             ValueError: for dimensions out of range or twice.
             NotImplementedError: for a density without marginals.
+
+        Example:
+            >>> density = pf.Flow(pf.maf(3, order="identity"))()
+            >>> pair = density.marginal((0, 1))
+            >>> pair.log_prob(torch.zeros(5, 2)).shape
+            torch.Size([5])
         """
         return Marginal(self, dims, num_samples=num_samples, seed=seed)
 
@@ -85,6 +91,12 @@ class Answering:
         Raises:
             ValueError: for dimensions out of range, twice or all, and values of another shape.
             NotImplementedError: for a density without conditionals.
+
+        Example:
+            >>> density = pf.Flow(pf.maf(3, order="identity"))()
+            >>> rest = density.conditional(0, [0.5])
+            >>> rest.sample((10,)).shape
+            torch.Size([10, 2])
         """
         return Conditional(self, dims, values, of=of, num_samples=num_samples, seed=seed)
 
@@ -104,6 +116,11 @@ class Answering:
 
         Raises:
             NotImplementedError: for discrete events of more values, and events that are discrete in part.
+
+        Example:
+            >>> density = pf.Flow(pf.maf(2))()
+            >>> density.modes(num_starts=4, steps=50).points.shape
+            torch.Size([1, 2])
         """
         return climb_modes(self, self._pieces(()), num_starts=num_starts, steps=steps, seed=seed)
 

@@ -173,6 +173,13 @@ class Stream:
             ValueError: for another shape, or values outside the support or not finite; the stream does not move.
             TypeError: for anything but a tensor of the flow's dtype.
             RuntimeError: if a solver gives up (``max_sweeps``); the stream is then unusable.
+
+        Example:
+            >>> stream = pf.infer.Stream(pf.Flow(pf.causal_maf((2, 20))).eval())
+            >>> stream.observe(torch.randn(2)).shape, stream.observe(torch.randn(2, 50)).shape
+            (torch.Size([]), torch.Size([50]))
+            >>> stream.steps
+            51
         """
         value, several = self._admit(y, "y")
         codomain = self._codomain
@@ -219,7 +226,14 @@ class Stream:
 
     @torch.no_grad()
     def sample(self) -> Tensor:
-        """Draws the next step, shape ``(*batch, C)``, and takes it."""
+        """Draws the next step, shape ``(*batch, C)``, and takes it.
+
+        Example:
+            >>> flow = pf.Flow(pf.causal_maf((2, 20))).eval()
+            >>> stream = pf.infer.Stream(flow, batch_shape=(5,))
+            >>> stream.sample().shape
+            torch.Size([5, 2])
+        """
         self._refuse_torn()
         with self._taking(1):
             y, _ = _through(self._base.draw().unsqueeze(-1), self._forward())
@@ -232,6 +246,13 @@ class Stream:
 
         Raises:
             ValueError: unless both numbers are positive integers.
+
+        Example:
+            >>> stream = pf.infer.Stream(pf.Flow(pf.causal_maf((2, 20))).eval())
+            >>> past = stream.observe(torch.randn(2, 50))
+            >>> draws = stream.forecast(10, num_samples=100)
+            >>> draws.quantile(torch.tensor([0.05, 0.5, 0.95]), dim=0).shape
+            torch.Size([3, 2, 10])
         """
         integer("Stream", "steps", steps)
         ahead = self._repeated(integer("Stream", "num_samples", num_samples))
@@ -239,7 +260,15 @@ class Stream:
         return torch.stack([ahead.sample() for _ in range(steps)], -1)
 
     def copy(self) -> Stream:
-        """An independent stream at the same point in time."""
+        """An independent stream at the same point in time.
+
+        Example:
+            >>> stream = pf.infer.Stream(pf.Flow(pf.causal_maf((2, 20))).eval())
+            >>> other = stream.copy()
+            >>> _ = other.sample()
+            >>> stream.steps, other.steps
+            (0, 1)
+        """
         return self._repeated(1)
 
     def _repeated(self, times: int) -> Stream:
