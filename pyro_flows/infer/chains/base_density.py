@@ -25,7 +25,7 @@ class BaseDensity:
     Args:
         flow: a flow without a context.
         density: an unnormalized log-density of draws, ``(S, D)`` to ``(S,)``; or a
-            :class:`~pyro_flows.infer.search.climb.SafeDensity` of it, which never raises and keeps to a time.
+            ``SafeDensity`` of it, which never raises and keeps to a time.
     """
 
     def __init__(self, flow: Flow, density: LogDensity | SafeDensity) -> None:
