@@ -25,7 +25,7 @@ class BaseDensity:
     Args:
         flow: a flow without a context.
         density: an unnormalized log-density of draws, ``(S, D)`` to ``(S,)``; or a
-            :class:`~pyro_flows.infer.search.climb.SafeDensity` of it, which never raises and keeps to a time.
+            ``SafeDensity`` of it, which never raises and keeps to a time.
 
     Example:
         >>> posterior = dist.Normal(torch.zeros(2), 1.0).to_event(1)

@@ -25,7 +25,7 @@ def sparse_adjacency(data: Any, order: str | Sequence[int] | Tensor = "identity"
 
     Column :math:`i`, standardized, is regressed on the columns before it by the lasso,
 
-    .. math:: \hat b = \arg\min_b \frac{1}{2n} \lVert x_i - \textstyle\sum_j b_j x_j \rVert^2
+    .. math:: \hat b = \arg\min_b \frac{1}{2n} \lVert x_i - \sum_j b_j x_j \rVert^2
         + \lambda \sigma_i \lVert b \rVert_1,
 
     where :math:`\sigma_i` is the standard deviation of what is left (the scaled lasso), and

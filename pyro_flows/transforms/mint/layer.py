@@ -55,7 +55,7 @@ def _attention(
 class Mint(FlowTransform):
     r"""A Mint layer: increasing in each coordinate, from data to base in one pass.
 
-    .. math:: x = L(y) = t \odot y + \sum_k W_{3,k} * h\Big(\sum_j W_{2,kj} * h(W_{1,j} * y + b_{1,j}) + b_{2,k}\Big)
+    .. math:: x = L(y) = t \odot y + \sum_k W_{3,k} * h\Bigl(\sum_j W_{2,kj} * h(W_{1,j} * y + b_{1,j}) + b_{2,k}\Bigr)
         + b_3
 
     by convolutions :math:`W` masked so that coordinate :math:`i` depends on those before it in a total order of
