@@ -35,6 +35,12 @@ def verdict(fit: Any, *, names: Sequence[str] | None = None) -> Figure:
     Raises:
         TypeError: for anything else.
         ValueError: if there were no draws to compare with, or names do not fit.
+
+    Example:
+        >>> fit = pf.fit_density(pf.realnvp(2), torch.randn(200, 2), max_epochs=2)
+        >>> figure = pf.plots.verdict(fit)
+        >>> len(figure.axes)
+        3
     """
     found = getattr(fit, "verdict", fit)
     if not isinstance(found, DensityVerdict):
