@@ -309,7 +309,7 @@ class AutoregressiveModel(nn.Module):
             >>> made.sample((4,), torch.randn(5, 3)).shape
             torch.Size([4, 5, 8])
         """
-        return self(context).sample(Size(sample_shape))
+        return self(context).sample(sample_size(sample_shape))
 
     def rsample(
         self, sample_shape: int | Size | list[int] | tuple[int, ...] = (), context: Tensor | None = None
