@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,17 +22,20 @@ from torch.utils.data import DataLoader
 from pyro_flows.core.checks import integer
 from pyro_flows.core.transform import FlowTransform
 from pyro_flows.distributions import Ensemble, Flow
+from pyro_flows.infer.density.bounded import bounded, bounds_in
 from pyro_flows.infer.density.data import Rows, admit_rows, expected_by
 from pyro_flows.infer.density.gaussian import better, start_as_gaussian, started
 from pyro_flows.infer.density.judging import keep
 from pyro_flows.infer.density.loop import CHECKPOINT, DensityTraining
 from pyro_flows.infer.density.matching import FlowMatching, Matching, as_objective, matched_parts
+from pyro_flows.infer.density.names import column_names
 from pyro_flows.infer.density.objective import Likelihood, Objective, log_prob_of, mean_score
 from pyro_flows.infer.density.prepare import prepare, refuse_support
 from pyro_flows.infer.density.result import DensityFit
 from pyro_flows.infer.density.settings import FEW_ROWS, FOLDS, Settings
 from pyro_flows.infer.density.units import Density, coloring_of, head_of, in_units, is_density, is_plain_flow
 from pyro_flows.infer.machine import processes
+from pyro_flows.infer.machine.callback import Callback, check_callback
 from pyro_flows.infer.machine.checkpoint import Keeper, architecture_of, layout_of
 from pyro_flows.infer.machine.compiled import Compile
 from pyro_flows.infer.machine.interrupts import carrying, interrupts_held_back
@@ -74,6 +78,9 @@ def fit_density(
     seed: int | None = 0,
     objective: str | FlowMatching = "likelihood",
     folds: int | None = None,
+    bounds: Any = None,
+    callback: Callback | None = None,
+    weights: Any = None,
 ) -> DensityFit:
     """Fits a density to data by maximum likelihood or flow matching, stopped early by held-out rows.
 
@@ -157,6 +164,17 @@ def fit_density(
             optimizer made before, several processes, an integer flow or flow matching say otherwise, or the first
             member takes more than a fifth of the ``seconds``; else 1. Flows that start as the Gaussian return to it
             unless their scores of the rows that they did not see exceed it by two standard errors.
+        bounds: the bounds of columns of vectors, which draws never reach: a dictionary from names or numbers of columns
+            to ``(low, high)``, or a pair or ``None`` for each column; ``None`` for an open side. The flow then learns
+            numbers on the line, behind a :class:`~pyro_flows.transforms.bounds.Bounds` at its data end.
+        callback: a function that is called after each epoch, with a dictionary of the history's last row and, in an
+            ensemble, the number of the ``member``. If it returns ``True``, training stops, and may be resumed from a
+            checkpoint. Of several processes, the first calls it. It has random numbers of its own, and its exceptions
+            carry the fit.
+        weights: how much each row of ``data`` counts, shape ``(rows,)``, at least 0; they are scaled to a mean of 1. A
+            weight of 2 is as good as the row twice, but for the number of rows, which sets batches and folds. Scores,
+            units and the Gaussian are weighted; rows for the verdict are kept with chances in proportion.
+            ``validation`` rows that are given count alike.
 
     Raises:
         ValueError: for data that do not fit or have unbounded likelihood (constant or dependent columns), rows outside
@@ -172,6 +190,9 @@ def fit_density(
     """
     chosen = dict(locals())
     del chosen["folds"]
+    check_callback("fit_density", callback)
+    if bounds is not None:
+        chosen["flow"] = bounded(_as_density(flow), bounds, column_names(data))
     if folds is None and _is_small(chosen):
         return _fit_folds(chosen, FOLDS, by_default=True)
     if folds is None or folds == 1:
@@ -206,10 +227,10 @@ def _fit(chosen: dict[str, Any], stacklevel: int | None) -> DensityFit:
         given = (data, context, validation, chosen["validation_context"])
         device = expected_by(trained).device
         stack.enter_context(own_randomness(device, seed))
-        start = prepare(trained, given, settings, stacklevel)
+        start = prepare(trained, given, settings, stacklevel, chosen["weights"])
         identity = {
             "architecture": architecture_of(trained),
-            "data": start.identity,
+            "data": {**start.identity, **bounds_in(trained)},
             "settings": settings.identity(start.sizes, "AdamW" if torchs is None else type(torchs).__name__),
         }
         processes.refuse_different("fit_density", {**identity, "limits": vars(settings)}, _ALIKE)
@@ -222,7 +243,7 @@ def _fit(chosen: dict[str, Any], stacklevel: int | None) -> DensityFit:
         density = in_units(trained, units, standardize)
         part = coloring_of(density)
         if part is not None and known is None:
-            start_as_gaussian(density, start.sample.value, start.sample.context)
+            start_as_gaussian(density, start.sample.value, start.sample.context, start.sample.weight)
             processes.made_alike(part)
         elif part is not None and known is not None:
             with CHECKPOINT.refusing(checkpoint):
@@ -232,11 +253,12 @@ def _fit(chosen: dict[str, Any], stacklevel: int | None) -> DensityFit:
         if matching is not None and is_plain_flow(density):
             aim = Matching(matching, density, seed, held_out)
         average = bool(settings.average)
-        decay = settings.weight_decay_for(len(start.train), part is not None)
+        rows = start.train.effective if isinstance(start.train, Rows) else len(start.train)
+        decay = settings.weight_decay_for(rows, part is not None)
         made: AdamW | Given = (
             AdamW(parameters, None, settings.lr, decay, average) if torchs is None else Given(torchs, average)
         )
-        training = DensityTraining(trained, aim, start, made, chosen["progress"])
+        training = DensityTraining(trained, aim, start, made, chosen["progress"], chosen["callback"])
         if known is not None:
             with interrupts_held_back():
                 before = training.best_state
@@ -286,9 +308,10 @@ def _fit(chosen: dict[str, Any], stacklevel: int | None) -> DensityFit:
         gaussian = part is not None and not training.best_epoch
         if gaussian and isinstance(start.validation, Rows) and is_plain_flow(trained) and is_plain_flow(density):
             with interrupts_held_back():  # nothing is learned from some rows alone, so all may tell the Gaussian
-                judged.append(started(trained, density, start.sample.value, start.sample.context))
-                whole = start.sample.joined(start.validation)
-                start_as_gaussian(density, whole.value, whole.context)
+                sample = start.sample
+                judged.append(started(trained, density, sample.value, sample.context, sample.weight))
+                whole = sample.joined(start.validation)
+                start_as_gaussian(density, whole.value, whole.context, whole.weight)
         fit = result()
         if matching is not None:
             try:
@@ -326,7 +349,7 @@ def _fit_folds(options: dict[str, Any], count: int, by_default: bool = False) ->
 
     By default, the others follow only if there is time for them after the first.
     """
-    seconds, checkpoint = options["seconds"], options["checkpoint"]
+    seconds, checkpoint, callback = (options[name] for name in ("seconds", "checkpoint", "callback"))
     flow, data, context = (options[name] for name in ("flow", "data", "context"))
     integer("fit_density", "folds", count)
     if options["validation"] is not None or isinstance(data, DataLoader):
@@ -334,9 +357,9 @@ def _fit_folds(options: dict[str, Any], count: int, by_default: bool = False) ->
     first = _as_density(flow)
     fresh, *members = [copy.deepcopy(first), first, *(copy.deepcopy(first) for _ in range(count - 1))]
     expected = expected_by(first)
-    rows = admit_rows(data, context, expected, "data", "context")
+    rows = admit_rows(data, context, expected, "data", "context").weighted(options["weights"], expected)
     refuse_support(first, rows.value, names=rows.columns)
-    for told in expected.told(rows.columns, rows.context_columns):
+    for told in (*expected.told(rows.columns, rows.context_columns), rows.told()):
         if told:
             warnings.warn(f"fit_density: {told}", stacklevel=3)
     if not 2 <= count <= len(rows):
@@ -344,15 +367,18 @@ def _fit_folds(options: dict[str, Any], count: int, by_default: bool = False) ->
     seed = int(torch.randint(2**31, ())) if options["seed"] is None else options["seed"]
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed), device="cpu")
     parts, begin = order.tensor_split(count), processes.clock()
+    sizes = [float(rows.counts[part].sum()) for part in parts]
     fits: list[DensityFit] = []
 
     def so_far() -> object:
-        return _ensemble(fits, parts, by_default) if fits else getattr(sys.exc_info()[1], "fit", None)
+        return _ensemble(fits, sizes, by_default) if fits else getattr(sys.exc_info()[1], "fit", None)
 
     with carrying([so_far]):
         for k, member in enumerate(members):
-            kept, held_out = (rows.take(part) for part in (torch.cat([*parts[:k], *parts[k + 1 :]]), parts[k]))
+            others = torch.cat([*parts[:k], *parts[k + 1 :]])
+            kept, held_out = (rows.take(part).scaled() for part in (others, parts[k]))
             own = {"flow": member, "data": kept, "context": None, "validation": held_out, "seed": seed + k}
+            own["weights"] = None
             spent = processes.clock() - begin
             if seconds is not None and by_default:
                 if k == 1 and spent * count > seconds:
@@ -362,9 +388,17 @@ def _fit_folds(options: dict[str, Any], count: int, by_default: bool = False) ->
                 own["seconds"] = max((seconds - spent) / (count - k), 1e-3)
             if checkpoint is not None:
                 own["checkpoint"] = f"{os.fspath(checkpoint)}.{k}"
+            if callback is not None:
+                own["callback"] = partial(_of_member, callback, k)
             fits.append(_fit({**options, **own}, None if k else 5))
+            if fits[-1].stopped == "callback" and len(fits) < count:
+                return fits[0] if by_default and not k else _ensemble(fits, sizes, by_default)
         gaussian = _floor(fits, fresh, rows, parts)
-    return _ensemble(fits, parts, by_default, gaussian if by_default else [])
+    return _ensemble(fits, sizes, by_default, gaussian if by_default else [])
+
+
+def _of_member(callback: Callback, member: int, record: dict[str, Any]) -> object:
+    return callback({**record, "member": member})
 
 
 @torch.no_grad()
@@ -380,26 +414,28 @@ def _floor(fits: list[DensityFit], fresh: Flow | Density, rows: Rows, parts: Seq
     for fit, member, held in zip(fits, fitted, parts, strict=True):
         others = rows.take(torch.cat([part for part in parts if part is not held]))
         own = rows.take(held)
-        start = started(fresh, member, others.value, others.context)
+        start = started(fresh, member, others.value, others.context, others.weight)
         starts.append(start)
         scores.append(start.score(own.value, own.context).double().cpu())
         reached = scores[-1] if not fit.best_epoch else member.score(own.value, own.context).double().cpu()
         gains.append(reached - scores[-1])
-    if not better(torch.cat(gains)):
+    weights = [rows.counts[part] for part in parts]
+    if not better(torch.cat(gains), torch.cat(weights)):
         with interrupts_held_back():
             for k, (fit, member, score) in enumerate(zip(fits, fitted, scores, strict=True)):
                 fit.flow.load_state_dict(fresh.state_dict())
-                start_as_gaussian(member, rows.value, rows.context)
+                start_as_gaussian(member, rows.value, rows.context, rows.weight)
                 kept = (replace(fit.kept[0], density=starts[k]),)  # the member has seen all rows now
-                fits[k] = replace(fit, best_epoch=0, validation=score.mean().item(), kept=kept)
-    return [started(fresh, fitted[0], rows.value, rows.context)]
+                mean = (weights[k] * score).sum() / weights[k].sum()
+                fits[k] = replace(fit, best_epoch=0, validation=mean.item(), kept=kept)
+    return [started(fresh, fitted[0], rows.value, rows.context, rows.weight)]
 
 
 def _ensemble(
-    fits: Sequence[DensityFit], parts: Sequence[Tensor], by_default: bool, others: Sequence[Flow] = ()
+    fits: Sequence[DensityFit], sizes: Sequence[float], by_default: bool, others: Sequence[Flow] = ()
 ) -> DensityFit:
     """Returns the fit of several members; each row has a score by the one that did not see it."""
-    sizes = [len(part) for part in parts[: len(fits)]]
+    sizes = sizes[: len(fits)]
     score = sum(size * fit.validation for size, fit in zip(sizes, fits, strict=True)) / sum(sizes)
     kept = tuple(part for fit in fits for part in fit.kept)
     if by_default:  # all else is that of the flow given

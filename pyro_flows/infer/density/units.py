@@ -12,12 +12,13 @@ from torch.distributions.constraints import Constraint
 
 from pyro_flows.core.chain import Chain, leaves
 from pyro_flows.core.checks import first_floating
+from pyro_flows.core.recipes import remembered
 from pyro_flows.core.transform import FlowTransform
 from pyro_flows.core.wrap import Wrap, _bare, _joined, image
 from pyro_flows.distributions import DiagonalNormal, Flow
 from pyro_flows.distributions.made import Head
 from pyro_flows.infer.density.columns import at_bounds, is_free
-from pyro_flows.transforms import Coloring, Standardization
+from pyro_flows.transforms import Bounds, Coloring, Standardization
 
 __all__ = [
     "Density",
@@ -56,6 +57,7 @@ def is_density(module: object) -> TypeGuard[Density]:
     return isinstance(module, nn.Module) and callable(getattr(module, "log_prob", None))
 
 
+@remembered
 class StandardizedFlow(Flow):
     """A conditional flow that standardizes contexts inside, made by :func:`standardized`.
 
@@ -77,11 +79,16 @@ class StandardizedFlow(Flow):
         self.register_buffer("context_loc", context_loc.detach().clone())
         self.register_buffer("context_scale", context_scale.detach().clone())
 
+    def arguments(self) -> tuple[tuple[object, ...], dict[str, object]]:
+        """The constructor's arguments."""
+        return (self.chain, self.base, self.context_loc, self.context_scale), {}
+
     def inner_context(self, context: Tensor | None) -> Tensor | None:
         """Standardizes the context."""
         return None if context is None else (context - self.context_loc) / self.context_scale
 
 
+@remembered
 class StandardizedDensity(Density):
     r"""A module with ``log_prob`` in other units, :math:`\log p(y) = \log q((y - t) / \sigma) - \sum_i \log\sigma_i`.
 
@@ -102,6 +109,10 @@ class StandardizedDensity(Density):
         kin = next(p for p in module.parameters() if p.is_floating_point())
         for name, value in units.items():
             self.register_buffer(name, None if value is None else value.to(kin))
+
+    def arguments(self) -> tuple[tuple[object, ...], dict[str, object]]:
+        """The constructor's arguments."""
+        return (self.module, dict(self._buffers)), {}
 
     def _contexts(self, context: Tensor | None) -> tuple[Tensor, ...]:
         return () if context is None else ((context - self.context_loc) / self.context_scale,)
@@ -286,7 +297,7 @@ def pulled_back(flow: Flow, value: Tensor) -> tuple[Tensor, Tensor, list[int]]:
     infinite = ~real.isfinite()
     bad = ~inside | edge.reshape(len(value), -1).any(1) | infinite.flatten(1).any(1)
     columns: list[int] = []
-    if edge.shape == value.shape and all(isinstance(part, Wrap) for part in back):
+    if edge.shape == value.shape and all(isinstance(part, (Wrap, Bounds)) for part in back):
         edge = edge | infinite if infinite.shape == edge.shape else edge
         columns = edge.flatten(1).any(0).nonzero()[:, 0].tolist()
     return real, bad, columns

@@ -32,13 +32,15 @@ from pyro_flows.infer.guides.choices import (
     start_weights,
     start_within,
 )
-from pyro_flows.infer.guides.cover import cover_modes
+from pyro_flows.infer.guides.cover import add_modes, cover_modes
 from pyro_flows.infer.guides.loop import CHECKPOINT, GuideTraining, History
+from pyro_flows.infer.guides.modes import with_base_of
 from pyro_flows.infer.guides.posterior import spline_of, with_spline
 from pyro_flows.infer.guides.refusals import guide_of, refuse_random, refuse_unobserved
 from pyro_flows.infer.guides.result import GuideFit
 from pyro_flows.infer.machine import processes
 from pyro_flows.infer.machine.budget import Budget
+from pyro_flows.infer.machine.callback import Callback, check_callback
 from pyro_flows.infer.machine.checkpoint import Keeper, architecture_of, checksums
 from pyro_flows.infer.machine.compiled import Compile
 from pyro_flows.infer.machine.interrupts import carrying, pyro_as_it_was
@@ -59,9 +61,10 @@ SETTINGS = ("dependencies", "num_particles", "path_gradient", "tempering", "star
 STARTING = 0.2  # share of the seconds for the start
 WALKING = 0.08  # most share of the seconds for a walk of the weighted draws
 WALK_EVALUATIONS = 0.3  # the same of evaluations, which take less than those of training
-SEARCHING_ON = 0.15  # most share of the seconds for the last search
+SEARCHING_ON = 0.25  # most share of the seconds for the last search
 RESTARTS = 3  # from modes that were found after training
 ANEW, COVERING = 0.2, 0.2  # least share of the seconds left for another training; the part of it for its start
+ADDING, REJUDGING = 0.05, 0.5  # the same for modes that are only added; the part of it for another verdict
 DEFAULT_STEPS = 4000
 SECONDS_BETWEEN_FILES = 30.0  # the most between checkpoints
 
@@ -78,6 +81,7 @@ def fit_guide(
     resume: bool = True,
     fit_prior: bool = False,
     compile: Compile = "auto",
+    callback: Callback | None = None,
     **kwargs: object,
 ) -> GuideFit:
     r"""Fits a flow to the posterior of a model, and says whether to trust it.
@@ -125,6 +129,10 @@ def fit_guide(
             draws at once. ``"auto"``: where the fit will take much longer than compiling, which takes 15 to 60 CPU
             seconds, or where the compiled steps are on disk, as after an earlier fit with data of the same shape.
             ``True`` waits for it. The numbers are those of plain steps, but for rounding.
+        callback: a function that is called every 50 steps, with a dictionary of the ``step``, the mean ``elbo`` and
+            ``spread`` of these steps, ``rate``, ``phase``, ``seconds``, ``weight`` and ``failures``, as in the history.
+            If it returns ``True``, training stops, and may be resumed from a checkpoint. Of several processes, the
+            first calls it. It has random numbers of its own, and its exceptions carry the fit.
 
     Returns:
         The :class:`~pyro_flows.infer.GuideFit`, with ``verdict``, ``sample``, ``predictive`` and ``to_arviz``.
@@ -147,6 +155,7 @@ def fit_guide(
         if seconds is not None and not 0 < seconds < math.inf:
             raise ValueError(f"fit_guide: expected seconds to be a positive number, got {seconds!r}")
         integer("fit_guide", "checkpoint_every", checkpoint_every)
+        check_callback("fit_guide", callback)
         if not isinstance(compile, bool):
             choice("fit_guide", "compile", compile, ("auto",))
         budget = Budget(DEFAULT_STEPS if steps is None and seconds is None else steps, seconds, processes.clock())
@@ -177,7 +186,7 @@ def fit_guide(
         identity |= {
             "latents": {site.name: f"{tuple(site.shape)} {site.dtype} on {site.support!r}" for site in guide.latents},
             "parameters": checksums((), guide.model_parameters),
-            "architecture": architecture_of(guide.flow),
+            "architecture": architecture_of(guide.flow.chain),  # modes may be added to the base
         }
         if known is not None:
             CHECKPOINT.refuse_other(checkpoint, known, identity)
@@ -211,6 +220,7 @@ def fit_guide(
                 level=begun.level if begun.covered is None and begun.informed else -math.inf,
                 compile=compile,
                 report=bar.report,
+                callback=callback,
             )
 
         training = trainer()
@@ -224,47 +234,61 @@ def fit_guide(
         path = None if processes.rank() else checkpoint  # one file is enough, as all are alike
         for times in range(RESTARTS + 1):
             training.run(Keeper(CHECKPOINT, path, content, checkpoint_every, SECONDS_BETWEEN_FILES))
+            if training.halted:
+                begun.notes.append(f"the callback ended training after {len(training.history)} steps")
             bar.say("judging")
             assessment = _assess(guide, begun, budget)
             if begun.covered is not None and assessment.verdict.label == MODES:
                 assessment = _fit_to_mixture(guide, begun, budget, begun.covered) or assessment
             probe = assessment.probe
-            late = budget.seconds is not None and budget.left() < ANEW * budget.seconds
-            stay = late or guide.start == "prior" or assessment.verdict.label != MODES
+            least = ANEW if guide.structure is not None else ADDING
+            late = budget.seconds is not None and budget.left() < least * budget.seconds
+            stay = training.halted or late or guide.start == "prior" or assessment.verdict.label != MODES
             if times == RESTARTS or probe is None or stay:
                 break
-            bar.say("starting anew from all modes")
+            bar.say("adding modes")
             _cover(guide, begun, budget, probe)
             training = trainer().after(training)
         begun.evaluations = int(processes.total(guide.start_evaluations + begun.density.evaluations)[0])
     return _result(guide, begun, training, assessment)
 
 
+def _load(guide: AutoFlow, state: dict[str, Tensor]) -> None:
+    """Loads a state of the flow, of before or after it covered several modes."""
+    guide.flow = with_base_of(state, "base.", guide.flow)
+    guide.flow.load_state_dict(state)
+
+
 def _cover(guide: AutoFlow, begun: _Begun, budget: Budget, probe: ModeProbe) -> None:
-    """Fits the flow, as it was before any training, to a mixture of Gaussians on all modes known."""
+    """Adds the modes that a guide misses; or begins it anew, from a mixture of Gaussians on all modes known."""
 
-    def covered() -> tuple[int, dict[str, Tensor], Tensor]:
-        guide.flow.load_state_dict(begun.blank)
-        limit = None if budget.seconds is None else COVERING * budget.left()
-        found = cover_modes(guide.flow, probe, begun.generator, limit)
-        return found, copy.deepcopy(guide.flow.state_dict()), begun.generator.get_state()
+    def covered() -> tuple[str, dict[str, Tensor], Tensor]:
+        added = add_modes(guide, probe)
+        note = f"a later search found other modes: {added} of them were added to the guide"
+        if not added:
+            _load(guide, begun.blank)
+            limit = None if budget.seconds is None else COVERING * budget.left()
+            found = cover_modes(guide, begun.density, probe, begun.generator, limit)
+            note = f"a later search found other modes: training began anew, from {found} modes"
+        return note, copy.deepcopy(guide.flow.state_dict()), begun.generator.get_state()
 
-    found, begun.covered, random = processes.from_first(covered)
-    guide.flow.load_state_dict(begun.covered)
+    note, begun.covered, random = processes.from_first(covered)
+    _load(guide, begun.covered)
     begun.generator.set_state(random)
     begun.modes = probe
-    begun.notes.append(f"a later search found other modes: training began anew, from {found} modes")
+    begun.notes.append(note)
+    budget.keep = min(budget.keep, REJUDGING * budget.left())
     budget.begin()
 
 
 def _fit_to_mixture(guide: AutoFlow, begun: _Begun, budget: Budget, covered: dict[str, Tensor]) -> Assessment | None:
     """Returns to the fit to the mixture if that has the modes which training lost."""
     before = copy.deepcopy(guide)
-    before.flow.load_state_dict(covered)
+    _load(before, covered)
     other = _assess(before, begun, budget)
     if other.verdict.label == MODES or other.importance.ess < 0.1:
         return None
-    guide.flow.load_state_dict(covered)
+    _load(guide, covered)
     begun.notes.append("training lost a mode, so the guide is the fit to the mixture of Gaussians")
     return other
 
@@ -332,7 +356,7 @@ def _begin(guide: AutoFlow, args: tuple[object, ...], kwargs: dict[str, object],
         enough = several is not None and (guide.structure is None or int((several.share > SEVERAL).sum()) > 1)
         if several is not None and enough and several.missing_share > SEVERAL:
             limit = None if budget.seconds is None else SEARCHING * budget.seconds
-            found = cover_modes(guide.flow, several, generator, limit)
+            found = cover_modes(guide, density, several, generator, limit)
             notes.append(f"the start covers {found} modes, by a mixture of Gaussians")
             covered = copy.deepcopy(guide.flow.state_dict())
         elif several is not None and moved_to_mode(guide, density, several):
@@ -347,6 +371,8 @@ def _begin(guide: AutoFlow, args: tuple[object, ...], kwargs: dict[str, object],
     generator = Generator()
     generator.set_state(found["random"])
     begun = _Begun(density, initial, generator=generator, blank=blank, **found["begun"])
+    if begun.covered is not None:  # by the first of several processes
+        _load(guide, begun.covered)
     budget.keep, budget.step_seconds = begun.keep, found["step_seconds"]
     budget.begin()
     return begun
@@ -370,6 +396,8 @@ def _begin_again(
     if state["knots"] is not None:
         spline = FixedSpline(guide.latents.dim, **state["knots"])
         guide.flow = with_spline(guide.flow, spline.to(guide.initial.device))
+    if state["covered"] is not None:
+        guide.flow = with_base_of(state["covered"], "base.", guide.flow)
     guide.vectorized = None if density.vectorized else False
     guide.latents.max_plate_nesting = state["nesting"]
     guide.initial = state["initial"].to(guide.initial)
