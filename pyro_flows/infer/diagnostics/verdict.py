@@ -115,10 +115,10 @@ class Verdict:
 
 
 def in_words(label: str, meaning: str, text: str) -> str:
-    """Joins a label, its meaning and the paragraphs of a text, in lines of 100 characters."""
-    lines = [f"{label}: {meaning}"]
+    """Joins a label, its meaning and the paragraphs of a text, in lines that fit the code blocks of the pages."""
+    lines = textwrap.wrap(f"{label}: {meaning}", 84, subsequent_indent="    ")
     for paragraph in text.splitlines():
-        lines += textwrap.wrap(paragraph, 100, initial_indent="  ", subsequent_indent="    ")
+        lines += textwrap.wrap(paragraph, 84, initial_indent="  ", subsequent_indent="    ")
     return "\n".join(lines)
 
 
