@@ -9,11 +9,11 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
-from torch import Size, Tensor, nn
+from torch import Tensor, nn
 from torch.distributions import Distribution, Transform
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
@@ -21,16 +21,16 @@ from torch.utils.data import DataLoader
 from pyro_flows.core.checks import integer
 from pyro_flows.core.transform import FlowTransform
 from pyro_flows.distributions import Ensemble, Flow
-from pyro_flows.infer.density.data import Rows, admit_rows, expected_by, to_tensor
+from pyro_flows.infer.density.data import Rows, admit_rows, expected_by
 from pyro_flows.infer.density.gaussian import better, start_as_gaussian, started
-from pyro_flows.infer.density.judging import Kept, admitted, check_density, keep
+from pyro_flows.infer.density.judging import keep
 from pyro_flows.infer.density.loop import CHECKPOINT, DensityTraining
 from pyro_flows.infer.density.matching import FlowMatching, Matching, as_objective, matched_parts
-from pyro_flows.infer.density.objective import Likelihood, Objective, evaluate, log_prob_of, mean_score
+from pyro_flows.infer.density.objective import Likelihood, Objective, log_prob_of, mean_score
 from pyro_flows.infer.density.prepare import prepare, refuse_support
+from pyro_flows.infer.density.result import DensityFit
 from pyro_flows.infer.density.settings import FEW_ROWS, FOLDS, Settings
 from pyro_flows.infer.density.units import Density, coloring_of, head_of, in_units, is_density, is_plain_flow
-from pyro_flows.infer.diagnostics.densities import DensityVerdict, judge_density
 from pyro_flows.infer.machine import processes
 from pyro_flows.infer.machine.checkpoint import Keeper, architecture_of, layout_of
 from pyro_flows.infer.machine.compiled import Compile
@@ -38,134 +38,12 @@ from pyro_flows.infer.machine.interrupts import carrying, interrupts_held_back
 from pyro_flows.infer.machine.optimizers import AdamW, Given
 from pyro_flows.infer.machine.randomness import own_randomness, random_state, set_random
 
-__all__ = ["DensityFit", "fit_density"]
+__all__ = ["fit_density"]
 
 _ALIKE = (
     "each process takes its part of every batch of the same rows; to give each its own rows, give each a DataLoader "
     "(torch's DistributedSampler, or a stream of its own)"
 )
-
-
-@dataclass(repr=False)
-class DensityFit:
-    """The result of :func:`fit_density`.
-
-    Attributes:
-        flow: the trained module: the one given, or a ``Flow`` around the given chain.
-        distribution: the density in the units of the data, with shared parameters, ``log_prob`` and ``sample``: a
-            ``Flow`` if ``flow`` is, an ensemble of several fits, ``flow`` itself if nothing was standardized.
-            ``distribution()`` or
-            ``distribution(context)`` makes a Pyro distribution.
-        history: lists with one entry an epoch: ``epoch``; ``step``, steps so far; ``train`` (during the epoch) and
-            ``validation`` (at its end; NaN without rows), mean log-likelihood in nats per row, in the units of the
-            data; ``lr``; ``seconds`` so far.
-        best_epoch: the epoch whose state the flow is left in; 0 for the state that it started with, the fitted
-            Gaussian.
-        validation: the validation rows' mean log-likelihood in that state, in the same units.
-        stopped: the end of training: ``"patience"``, ``"max_epochs"``, ``"steps"`` or ``"seconds"``; ``"interrupted"``
-            if an exception carries the result.
-        objective: ``"likelihood"`` or ``"flow_matching"``.
-        members: the fits of an ensemble. ``distribution`` is then an
-            :class:`~pyro_flows.distributions.Ensemble`, and ``validation`` is the mean score of rows by members that
-            did not see them, which the ensemble itself exceeds. If ``folds`` was given, ``flow`` is an ensemble, too,
-            and ``history`` has the members' one after the other. If it is a default, all else is that of the first
-            member, which is the flow given, and the Gaussian of all rows is one more density of the ensemble, if the
-            flow starts as one.
-        kept: rows for the verdict, on the CPU: at most 2,000 that were held out and 10,000 of the others.
-
-    With flow matching, scores in the history are minus the mean squared error of the velocity per dimension, in units
-    of the field's end at the data (variance 1 if standardized).  Validation uses fixed pairs and times, and picks the
-    best epoch.  The attribute ``validation`` is still a log-likelihood, computed once at the end.
-    """
-
-    flow: Flow | Density | Ensemble
-    distribution: Flow | Density | Ensemble
-    history: dict[str, list[float]]
-    best_epoch: int
-    validation: float
-    stopped: str
-    objective: str = "likelihood"
-    members: tuple[DensityFit, ...] = ()
-    kept: tuple[Kept, ...] = ()
-    _verdict: DensityVerdict | None = field(default=None, init=False)
-
-    @property
-    def verdict(self) -> DensityVerdict:
-        """The worth of the density, in words and numbers, as ``print(fit.verdict)`` shows.
-
-        It is computed when first asked for, from rows that the fit keeps, in about two seconds or a tenth of the fit's
-        own time: held-out rows, those that each member of an ensemble has not seen, or training rows if there are no
-        others.  See :func:`~pyro_flows.infer.diagnostics.densities.judge_density`.
-        """
-        if self._verdict is None:
-            parts, remedy = self.kept, ""
-            if self.members:
-                judged, remedy = "{} rows, each by a member that did not see it; together they score more", "more rows"
-            elif parts and parts[0].fresh is not None:
-                judged = "{} held-out rows, which also chose the best epoch, so that scores are a little too good"
-                if parts[0].density is not self.distribution:
-                    judged = "{} held-out rows, by the Gaussian of the others; the result is the Gaussian of all"
-            else:
-                judged = "{} training rows, as none were held out"
-                parts = tuple(Kept(part.density, part.trained, part.trained) for part in parts)
-            self._verdict = self._judged(parts, judged, remedy, None)
-        return self._verdict
-
-    def judge(self, data: Any, context: Any = None, *, seconds: float | None = None) -> DensityVerdict:
-        """Judges the density by rows that no part of the fit has seen, in the manner of :attr:`verdict`.
-
-        Args:
-            data: rows, at least 100 for a full judgment; of more than 2,000, as many are chosen at random.
-            context: their contexts.
-            seconds: the time for draws, by default two seconds or a tenth of the fit's time, if that is longer.
-        """
-        rows = admitted(self.distribution, data, context)
-        trained = self.kept[0].trained if self.kept else None
-        return self._judged(
-            (Kept(self.distribution, rows, trained),), "{} of the rows given", "give more rows", seconds
-        )
-
-    def _judged(self, parts: Sequence[Kept], judged: str, remedy: str, seconds: float | None) -> DensityVerdict:
-        if seconds is None:
-            seconds = max(2.0, 0.1 * sum(fit.history["seconds"][-1] for fit in self.members or (self,)))
-        checks = check_density(parts, seconds)
-        seen = all(part.fresh is part.trained for part in parts)
-        judged = f"Judged on {judged.format(f'{len(checks.scores):,}')}."
-        return judge_density(checks, judged, seen=seen, stopped=self.stopped, remedy=remedy)
-
-    def log_prob(self, data: Any, context: Any = None) -> Tensor:
-        """Computes log-densities of raw rows in nats, shape ``(rows,)``, in pieces, without a graph, on the CPU."""
-        rows = admitted(self.distribution, data, context)
-        return torch.cat([scores.cpu() for scores in evaluate(log_prob_of(self.distribution), rows)])
-
-    @torch.no_grad()
-    def sample(self, sample_shape: Size | tuple[int, ...] = (), context: Any = None) -> Tensor:
-        """Draws in the units of the data, shape ``(*sample_shape, *context_batch, *event_shape)``."""
-        if context is None:
-            return self.distribution.sample(sample_shape)
-        expected = expected_by(self.distribution)
-        context = to_tensor(context, "DensityFit.sample", "context").to(expected.device, expected.dtype)
-        return self.distribution.sample(sample_shape, context)
-
-    def __str__(self) -> str:
-        return f"{self!r}\n{self.verdict}"
-
-    def __repr__(self) -> str:
-        held_out = not math.isnan(self.validation)
-        score = self.validation if held_out else self.history["train"][max(self.best_epoch, 1) - 1]
-        judged = "" if self._verdict is None else f", verdict: {self._verdict.label}"
-        unit = "nats per row" if held_out or self.objective == "likelihood" else "(negative matching loss)"
-        if self.members:
-            steps, seconds = (sum(fit.history[name][-1] for fit in self.members) for name in ("step", "seconds"))
-            return (
-                f"DensityFit({len(self.members)} members, validation {score:.4f} {unit}, stopped by {self.stopped}, "
-                f"{steps} steps in {seconds:.1f} s{judged})"
-            )
-        return (
-            f"DensityFit({'validation' if held_out else 'train'} {score:.4f} {unit} at epoch {self.best_epoch} "
-            f"of {self.history['epoch'][-1]}, stopped by {self.stopped}, {self.history['step'][-1]} steps in "
-            f"{self.history['seconds'][-1]:.1f} s{judged})"
-        )
 
 
 def fit_density(
@@ -207,8 +85,8 @@ def fit_density(
     of the training rows (:func:`~pyro_flows.infer.density.gaussian.fit_gaussian`), linear in the context.  That state
     counts as any other, so on held-out rows the fit ends no worse than the Gaussian.
 
-    Any exception that ends the training carries the :class:`DensityFit` so far, or ``None`` before the end of the first
-    epoch, as its attribute ``fit``::
+    Any exception that ends the training carries the :class:`~pyro_flows.infer.density.result.DensityFit` so far, or
+    ``None`` before the end of the first epoch, as its attribute ``fit``::
 
         try:
             fit = fit_density(flow, data, checkpoint="fit.pt")
@@ -399,6 +277,8 @@ def _fit(chosen: dict[str, Any], stacklevel: int | None) -> DensityFit:
                 training.stopped or "interrupted",
                 "likelihood" if matching is None else "flow_matching",
                 kept=(keep(judged[-1], start.held_out_sample, start.sample, seed),),
+                columns=start.sample.columns,
+                context_columns=start.sample.context_columns,
             )
 
         so_far.append(lambda: result() if training.epoch else None)
@@ -455,8 +335,8 @@ def _fit_folds(options: dict[str, Any], count: int, by_default: bool = False) ->
     fresh, *members = [copy.deepcopy(first), first, *(copy.deepcopy(first) for _ in range(count - 1))]
     expected = expected_by(first)
     rows = admit_rows(data, context, expected, "data", "context")
-    refuse_support(first, rows.value)
-    for told in (each.told(what) for each, what in zip(expected.precision, ("data", "context"), strict=True)):
+    refuse_support(first, rows.value, names=rows.columns)
+    for told in expected.told(rows.columns, rows.context_columns):
         if told:
             warnings.warn(f"fit_density: {told}", stacklevel=3)
     if not 2 <= count <= len(rows):
@@ -537,6 +417,8 @@ def _ensemble(
         fits[0].objective,
         tuple(fits),
         kept,
+        columns=fits[0].columns,
+        context_columns=fits[0].context_columns,
     )
 
 
