@@ -231,7 +231,12 @@ TRANSFORMS = sorted(
     {v for v in PUBLIC.values() if inspect.isclass(v) and issubclass(v, pf.FlowTransform)}, key=lambda v: v.__name__
 )
 PAPERS = [v for v in TRANSFORMS if v.__module__.startswith("pyro_flows.transforms")]
-BUILDERS = [v for v in PUBLIC.values() if inspect.isfunction(v) and v.__module__.startswith("pyro_flows.flows")]
+#: All functions but the one that takes over a finished transform.
+BUILDERS = [
+    v
+    for v in PUBLIC.values()
+    if inspect.isfunction(v) and v.__module__.startswith("pyro_flows.flows") and v is not pf.flows.from_pyro
+]
 
 
 VECTORS = [v for v in BUILDERS if v.__module__ in ("pyro_flows.flows.vectors", "pyro_flows.flows.sphere")]
