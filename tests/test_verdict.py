@@ -160,7 +160,7 @@ def test_missed_modes_come_first():
         found = judge(importance(log_weights), mode_probe(0.6, 0.3, 0.1, missed=[False, True, True]))
         assert found.label == "modes missing" and not found.ok
         assert found.numbers["missing_share"] == pytest.approx(0.4)
-        assert "2 mode(s)" in found.text and "40.0%" in found.text and "(2, 3)" in found.text
+        assert "2 modes" in found.text and "40.0%" in found.text and "(2, 3)" in found.text
 
 
 def test_modes_that_are_covered_or_negligible_change_nothing():
