@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,17 +22,20 @@ from torch.utils.data import DataLoader
 from pyro_flows.core.checks import integer
 from pyro_flows.core.transform import FlowTransform
 from pyro_flows.distributions import Ensemble, Flow
+from pyro_flows.infer.density.bounded import bounded, bounds_in
 from pyro_flows.infer.density.data import Rows, admit_rows, expected_by
 from pyro_flows.infer.density.gaussian import better, start_as_gaussian, started
 from pyro_flows.infer.density.judging import keep
 from pyro_flows.infer.density.loop import CHECKPOINT, DensityTraining
 from pyro_flows.infer.density.matching import FlowMatching, Matching, as_objective, matched_parts
+from pyro_flows.infer.density.names import column_names
 from pyro_flows.infer.density.objective import Likelihood, Objective, log_prob_of, mean_score
 from pyro_flows.infer.density.prepare import prepare, refuse_support
 from pyro_flows.infer.density.result import DensityFit
 from pyro_flows.infer.density.settings import FEW_ROWS, FOLDS, Settings
 from pyro_flows.infer.density.units import Density, coloring_of, head_of, in_units, is_density, is_plain_flow
 from pyro_flows.infer.machine import processes
+from pyro_flows.infer.machine.callback import Callback, check_callback
 from pyro_flows.infer.machine.checkpoint import Keeper, architecture_of, layout_of
 from pyro_flows.infer.machine.compiled import Compile
 from pyro_flows.infer.machine.interrupts import carrying, interrupts_held_back
@@ -74,6 +78,8 @@ def fit_density(
     seed: int | None = 0,
     objective: str | FlowMatching = "likelihood",
     folds: int | None = None,
+    bounds: Any = None,
+    callback: Callback | None = None,
 ) -> DensityFit:
     """Fits a density to data by maximum likelihood or flow matching, stopped early by held-out rows.
 
@@ -157,6 +163,13 @@ def fit_density(
             optimizer made before, several processes, an integer flow or flow matching say otherwise, or the first
             member takes more than a fifth of the ``seconds``; else 1. Flows that start as the Gaussian return to it
             unless their scores of the rows that they did not see exceed it by two standard errors.
+        bounds: the bounds of columns of vectors, which draws never reach: a dictionary from names or numbers of columns
+            to ``(low, high)``, or a pair or ``None`` for each column; ``None`` for an open side. The flow then learns
+            numbers on the line, behind a :class:`~pyro_flows.transforms.bounds.Bounds` at its data end.
+        callback: a function that is called after each epoch, with a dictionary of the history's last row and, in an
+            ensemble, the number of the ``member``. If it returns ``True``, training stops, and may be resumed from a
+            checkpoint. Of several processes, the first calls it. It has random numbers of its own, and its exceptions
+            carry the fit.
 
     Raises:
         ValueError: for data that do not fit or have unbounded likelihood (constant or dependent columns), rows outside
@@ -172,6 +185,9 @@ def fit_density(
     """
     chosen = dict(locals())
     del chosen["folds"]
+    check_callback("fit_density", callback)
+    if bounds is not None:
+        chosen["flow"] = bounded(_as_density(flow), bounds, column_names(data))
     if folds is None and _is_small(chosen):
         return _fit_folds(chosen, FOLDS, by_default=True)
     if folds is None or folds == 1:
@@ -209,7 +225,7 @@ def _fit(chosen: dict[str, Any], stacklevel: int | None) -> DensityFit:
         start = prepare(trained, given, settings, stacklevel)
         identity = {
             "architecture": architecture_of(trained),
-            "data": start.identity,
+            "data": {**start.identity, **bounds_in(trained)},
             "settings": settings.identity(start.sizes, "AdamW" if torchs is None else type(torchs).__name__),
         }
         processes.refuse_different("fit_density", {**identity, "limits": vars(settings)}, _ALIKE)
@@ -236,7 +252,7 @@ def _fit(chosen: dict[str, Any], stacklevel: int | None) -> DensityFit:
         made: AdamW | Given = (
             AdamW(parameters, None, settings.lr, decay, average) if torchs is None else Given(torchs, average)
         )
-        training = DensityTraining(trained, aim, start, made, chosen["progress"])
+        training = DensityTraining(trained, aim, start, made, chosen["progress"], chosen["callback"])
         if known is not None:
             with interrupts_held_back():
                 before = training.best_state
@@ -326,7 +342,7 @@ def _fit_folds(options: dict[str, Any], count: int, by_default: bool = False) ->
 
     By default, the others follow only if there is time for them after the first.
     """
-    seconds, checkpoint = options["seconds"], options["checkpoint"]
+    seconds, checkpoint, callback = (options[name] for name in ("seconds", "checkpoint", "callback"))
     flow, data, context = (options[name] for name in ("flow", "data", "context"))
     integer("fit_density", "folds", count)
     if options["validation"] is not None or isinstance(data, DataLoader):
@@ -362,9 +378,17 @@ def _fit_folds(options: dict[str, Any], count: int, by_default: bool = False) ->
                 own["seconds"] = max((seconds - spent) / (count - k), 1e-3)
             if checkpoint is not None:
                 own["checkpoint"] = f"{os.fspath(checkpoint)}.{k}"
+            if callback is not None:
+                own["callback"] = partial(_of_member, callback, k)
             fits.append(_fit({**options, **own}, None if k else 5))
+            if fits[-1].stopped == "callback" and len(fits) < count:
+                return fits[0] if by_default and not k else _ensemble(fits, parts, by_default)
         gaussian = _floor(fits, fresh, rows, parts)
     return _ensemble(fits, parts, by_default, gaussian if by_default else [])
+
+
+def _of_member(callback: Callback, member: int, record: dict[str, Any]) -> object:
+    return callback({**record, "member": member})
 
 
 @torch.no_grad()

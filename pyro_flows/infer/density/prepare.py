@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from pyro_flows.distributions import Flow
 from pyro_flows.distributions.made import Head, MixedHead
+from pyro_flows.infer.density.bounded import tell_bounds
 from pyro_flows.infer.density.columns import at_bounds, few_values, spikes
 from pyro_flows.infer.density.data import Expected, Loader, Rows, Source, admit_rows, expected_by, name_rows
 from pyro_flows.infer.density.gaussian import sample_size
@@ -276,8 +277,10 @@ def reals_of(flow: Flow, value: Tensor, what: str, names: Names = None) -> Tenso
     """Pulls data back to the trained part of the chain; refuses rows at or beyond a bound of the support."""
     real, bad, columns = pulled_back(flow, value)
     if bad.any():
-        remedy = _INSIDE.format("end the chain in another transform")
-        _refuse(bad, what, f"the flow's support, {flow.chain.codomain}", columns, remedy, value.dtype, names)
+        told = tell_bounds(flow, columns, names)
+        remedy = _INSIDE.format("give wider bounds" if told else "end the chain in another transform")
+        support = told or f"the flow's support, {flow.chain.codomain}"
+        _refuse(bad, what, support, [] if told else columns, remedy, value.dtype, names)
     return real
 
 

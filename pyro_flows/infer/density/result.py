@@ -33,7 +33,8 @@ class DensityFit:
     """The result of :func:`~pyro_flows.infer.density.fit.fit_density`.
 
     Attributes:
-        flow: the trained module: the one given, or a ``Flow`` around the given chain.
+        flow: the trained module: the one given, or a ``Flow`` around the given chain; if bounds were given, a ``Flow``
+            of the same parts that ends in them.
         distribution: the density in the units of the data, with shared parameters, ``log_prob`` and ``sample``: a
             ``Flow`` if ``flow`` is, an ensemble of several fits, ``flow`` itself if nothing was standardized.
             ``distribution()`` or
@@ -44,8 +45,8 @@ class DensityFit:
         best_epoch: the epoch whose state the flow is left in; 0 for the state that it started with, the fitted
             Gaussian.
         validation: the validation rows' mean log-likelihood in that state, in the same units.
-        stopped: the end of training: ``"patience"``, ``"max_epochs"``, ``"steps"`` or ``"seconds"``; ``"interrupted"``
-            if an exception carries the result.
+        stopped: the end of training: ``"patience"``, ``"max_epochs"``, ``"steps"``, ``"seconds"`` or ``"callback"``;
+            ``"interrupted"`` if an exception carries the result.
         objective: ``"likelihood"`` or ``"flow_matching"``.
         members: the fits of an ensemble. ``distribution`` is then an
             :class:`~pyro_flows.distributions.Ensemble`, and ``validation`` is the mean score of rows by members that
