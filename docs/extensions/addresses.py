@@ -31,7 +31,10 @@ def packages():
     """All packages, the shallow ones first; those at one depth in the order of ``NAMESPACES``."""
     found = [m.name for m in pkgutil.walk_packages(pyro_flows.__path__, "pyro_flows.") if m.ispkg]
     rank = {name: number for number, name in enumerate(NAMESPACES)}
-    return sorted({"pyro_flows", *found}, key=lambda name: (name.count("."), rank.get(name, len(rank)), name))
+    return sorted(
+        {"pyro_flows", *found},
+        key=lambda name: (name.count("."), rank.get(name, len(rank)), name),
+    )
 
 
 @functools.cache

@@ -10,7 +10,10 @@ from sphinx.transforms import SphinxTransform
 
 NAME = re.compile(r"(?P<name>[A-Za-z]\w*(?:\.\w+)*)(?P<call>\(.*\))?", re.DOTALL)
 # What pages call ``fit`` is the result of these.
-RESULTS = {"fit_density": "pyro_flows.infer.DensityFit", "fit_guide": "pyro_flows.infer.GuideFit"}
+RESULTS = {
+    "fit_density": "pyro_flows.infer.DensityFit",
+    "fit_guide": "pyro_flows.infer.GuideFit",
+}
 
 
 @functools.cache
@@ -51,7 +54,15 @@ def target(text, folder, made_by=()):
         if not rest and not called and is_word(first, bare(folder)[first]):
             return None
         home = addresses.address(".".join(filter(None, (bare(folder)[first], rest))))
-    elif first in ("pf", "pyro_flows", *(space.rpartition(".")[2] for space in addresses.NAMESPACES)) and rest:
+    elif (
+        first
+        in (
+            "pf",
+            "pyro_flows",
+            *(space.rpartition(".")[2] for space in addresses.NAMESPACES),
+        )
+        and rest
+    ):
         paths = [f"{space.rpartition('.')[0]}.{name}".lstrip(".") for space in addresses.NAMESPACES]
         paths = [f"pyro_flows.{rest}"] if first == "pf" else [p for p in paths if p.startswith("pyro_flows.")]
         home = next(filter(None, map(addresses.address, paths)), None)
@@ -66,7 +77,10 @@ def is_prose(literal):
     """Whether a literal stands outside of headings, links and signatures."""
     place = literal.parent
     while place is not None and not isinstance(place, nodes.document):
-        if isinstance(place, nodes.title | nodes.reference | addnodes.pending_xref | addnodes.desc_signature):
+        if isinstance(
+            place,
+            nodes.title | nodes.reference | addnodes.pending_xref | addnodes.desc_signature,
+        ):
             return False
         place = place.parent
     return "xref" not in literal["classes"]
@@ -85,7 +99,12 @@ class LinkNames(SphinxTransform):
             if not home or self.within(literal, home):
                 continue
             link = addnodes.pending_xref(
-                "", refdomain="py", reftype="obj", reftarget=home, refdoc=self.env.docname, refexplicit=True
+                "",
+                refdomain="py",
+                reftype="obj",
+                reftarget=home,
+                refdoc=self.env.docname,
+                refexplicit=True,
             )
             # A member that has no entry stays as it is.
             link["optional"] = home not in reference.listed(self.env.srcdir)

@@ -44,14 +44,30 @@ def entry(where, signature, members):
     if inspect.isclass(objects[-1]):
         options = [] if members == "-" else [f":members: {members or ''}".rstrip()]
         options.append(":show-inheritance:")
-        return [f".. autoclass:: {where}{signature}", *(f"   {option}" for option in options), ""]
+        return [
+            f".. autoclass:: {where}{signature}",
+            *(f"   {option}" for option in options),
+            "",
+        ]
     kind = "autofunction" if callable(objects[-1]) else "autodata"
-    return [f".. {kind}:: {where}{signature}", *["   :no-value:"] * (kind == "autodata"), ""]
+    return [
+        f".. {kind}:: {where}{signature}",
+        *["   :no-value:"] * (kind == "autodata"),
+        "",
+    ]
 
 
 def table(names):
     head = ["```{eval-rst}", ".. py:currentmodule:: None", ""]
-    return [*head, ".. autosummary::", "   :nosignatures:", "", *(f"   ~{name}" for name in names), "```", ""]
+    return [
+        *head,
+        ".. autosummary::",
+        "   :nosignatures:",
+        "",
+        *(f"   ~{name}" for name in names),
+        "```",
+        "",
+    ]
 
 
 def summary(text):
