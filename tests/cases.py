@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from torch.distributions import transforms as torch_transforms
 import pyro_flows as pf
 from pyro_flows.testing import CHECKS
 from pyro_flows.transforms import (
+    Bounds,
     CausalAutoregressive,
     Coloring,
     Conv1x1,
@@ -323,6 +325,11 @@ def _leaves() -> Iterator[Case]:
         return pf.Standardization(torch.tensor([1.0, -20.0, 0.3]), torch.tensor([0.1, 3.0, 10.0]))
 
     yield Case("standardization", ("Standardization",), standardization, (3,), takes_context=False)
+
+    def bounds(_: int) -> pf.FlowTransform:
+        return Bounds([0.0, -3.0, -math.inf, -math.inf], [1.0, math.inf, 7.0, math.inf])
+
+    yield Case("bounds", ("Bounds",), bounds, (4,), takes_context=False)
 
     def coloring(name: str, shape: tuple[int, ...]) -> Case:
         def build(context_dim: int) -> pf.FlowTransform:

@@ -504,7 +504,8 @@ def test_numbers_that_float32_cannot_tell_apart_are_told(loc, scale, kind):
         "tensor": torch.as_tensor(data),
         "loader": DataLoader(torch.as_tensor(data), batch_size=30),
     }[kind]
-    words = r"column.* 0 of data: 500 distinct values in torch.float64 become \d+ .*flow\.double\(\)"
+    column = "'time'" if kind == "frame" else "0"
+    words = rf"column.* {column} of data: 500 distinct values in torch.float64 become \d+ .*flow\.double\(\)"
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:

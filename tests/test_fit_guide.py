@@ -371,6 +371,29 @@ def test_samples(hierarchical):
     assert nearest.max() < 1e-6  # from those that were judged
 
 
+def test_quantiles_and_summary(fitted, hierarchical):
+    mean, covariance, _ = exact()
+    sd = covariance.diagonal().sqrt()
+    q = torch.tensor([[0.05, 0.5], [0.95, 0.25]])
+    z = dist.Normal(0.0, 1.0).icdf(q)
+    before = torch.get_rng_state()
+    for resampled in (False, True):
+        found = fitted.quantiles(q, num_samples=2500, resampled=resampled)
+        assert found["a"].shape == (2, 2) and found["mean"].shape == (2, 2, 8)
+        for k, name in enumerate("ab"):
+            torch.testing.assert_close(found[name], mean[k] + z * sd[k], rtol=0, atol=0.2 * sd[k].item())
+        table = fitted.summary(num_samples=2500, resampled=resampled)
+        assert list(table.index[:3]) == ["a", "b", "mean[0]"] and list(table) == ["mean", "sd", "5%", "50%", "95%"]
+        assert ((table["mean"][:2] - mean.numpy()).abs() < 0.1 * sd.numpy()).all()
+        assert (abs(table["sd"][:2] / sd.numpy() - 1) < 0.06).all()
+        assert table["5%"]["b"] == found["b"][0, 0] and table["95%"]["mean[7]"] == found["mean"][1, 0, 7]
+    assert torch.equal(torch.get_rng_state(), before)
+    sites = hierarchical.summary(num_samples=50)
+    assert len(sites) == 1 + 3 + 4 + 4 + 1 and "weights[2]" in sites.index and "total" in sites.index
+    with pytest.raises(ValueError, match=r"GuideFit.quantiles: expected q from 0 to 1, got 5; give 5 % as 0.05"):
+        fitted.quantiles(5)
+
+
 @pytest.mark.full
 def test_resampled_moments():
     """A guide that is off is put right by its weights."""

@@ -9,8 +9,9 @@ import numpy as np
 from torch.distributions import Distribution
 
 from pyro_flows.core.checks import integer
+from pyro_flows.infer.density.names import by_name
 from pyro_flows.plots.canvas import DATA, MODEL, SHADES, Axes, bars, canvas, reach, thinned
-from pyro_flows.plots.inputs import distribution_of, drawn_rows, numbers, rows_of, score, single
+from pyro_flows.plots.inputs import columns_of, distribution_of, drawn_rows, numbers, rows_of, score, single
 
 __all__ = ["density", "picture"]
 
@@ -43,7 +44,10 @@ def density(
         ValueError: for more dimensions, a batch shape, a density of NaN, or invalid arguments.
     """
     made = single(distribution_of(model, context, "density"), "density", (1, 2))
-    rows = None if data is None else rows_of(data, made.event_shape, "density", "data")
+    names = columns_of(model, data)
+    rows = (
+        None if data is None else rows_of(by_name(data, names, "density", "data"), made.event_shape, "density", "data")
+    )
     limits = _limits(bounds, made, rows)
     dims = len(limits)
     count = (500, 200)[dims - 1] if points is None else integer("density", "points", points, 2)
@@ -53,13 +57,15 @@ def density(
     ax = canvas(ax)
     if dims == 2:
         picture(ax, grids, height, None if rows is None else thinned(rows, 1000), style)
+        if names is not None:
+            ax.set(xlabel=names[0], ylabel=names[1])
         return ax
     (grid,) = grids
     if rows is not None:
         ax.stairs(*bars(rows[:, 0], grid[0], grid[-1]), fill=True, color=DATA, alpha=0.25, label="data")
     look: dict[str, Any] = {} if "color" in style or "c" in style else {"color": MODEL}
     ax.plot(grid, height, **look, **style)
-    ax.set(xlim=(grid[0], grid[-1]), ylabel="density")
+    ax.set(xlim=(grid[0], grid[-1]), ylabel="density", xlabel="" if names is None else names[0])
     ax.set_ylim(bottom=0)
     return ax
 

@@ -15,8 +15,9 @@ from pyro_flows.core.checks import first_floating, integer
 from pyro_flows.core.modes import evaluating
 from pyro_flows.core.transform import FlowTransform
 from pyro_flows.infer.density.data import to_tensor
+from pyro_flows.infer.density.names import by_name, column_names
 
-__all__ = ["distribution_of", "draw", "drawn_rows", "draws_of", "numbers", "rows_of", "score", "single"]
+__all__ = ["columns_of", "distribution_of", "draw", "drawn_rows", "draws_of", "numbers", "rows_of", "score", "single"]
 
 CHUNK = 1 << 14  # rows scored at a time
 
@@ -47,9 +48,16 @@ def rows_of(value: Any, event_shape: Size, name: str, what: str) -> np.ndarray:
     return array.reshape(-1, size)
 
 
+def columns_of(model: Any, data: Any = None) -> tuple[str, ...] | None:
+    """The names of columns: those of a fit, of samples in a data frame, or else of the data."""
+    found = getattr(model, "columns", None)
+    return found if isinstance(found, tuple) else column_names(model) or column_names(data)
+
+
 def distribution_of(model: Any, context: Any, name: str) -> Distribution:
     """A model's distribution, at a context if given."""
     if not isinstance(model, (Distribution, nn.Module)):
+        context = by_name(context, getattr(model, "context_columns", None), name, "context")
         model = getattr(model, "distribution", model)  # the result of a fit
     if isinstance(model, FlowTransform):
         raise TypeError(
@@ -134,7 +142,7 @@ def drawn_rows(made: Distribution, num_samples: int, name: str) -> np.ndarray:
 def draws_of(model: Any, num_samples: int, context: Any, name: str) -> tuple[np.ndarray, Size]:
     """Rows and their event shape: given samples, or at least ``num_samples`` draws."""
     integer(name, "num_samples", num_samples)
-    if isinstance(model, (Tensor, np.ndarray, list, tuple)):
+    if isinstance(model, (Tensor, np.ndarray, list, tuple)) or hasattr(model, "to_numpy"):
         array = numbers(model, name, "samples")
         if array.ndim == 0:
             raise ValueError(f"{name}: expected samples of shape (rows, *event), got a single number")

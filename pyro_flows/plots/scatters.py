@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from pyro_flows.infer.density.names import by_name
 from pyro_flows.plots.canvas import DATA, MODEL, Axes, Figure, bars, canvas, figure, labels, reach, thinned
-from pyro_flows.plots.inputs import draws_of, rows_of
+from pyro_flows.plots.inputs import columns_of, draws_of, rows_of
 
 __all__ = ["corner", "samples"]
 
@@ -42,7 +43,8 @@ def samples(
     draws, event = draws_of(model, num_samples, context, "samples")
     if draws.shape[1] != 2:
         raise ValueError(f"samples: expected two dimensions, got {draws.shape[1]}; plots.corner draws other numbers")
-    rows = None if data is None else rows_of(data, event, "samples", "data")
+    names = columns_of(model, data)
+    rows = None if data is None else rows_of(by_name(data, names, "samples", "data"), event, "samples", "data")
     ax = canvas(ax)
     if rows is not None:
         first, second = thinned(rows, num_samples).T
@@ -53,6 +55,8 @@ def samples(
     ax.scatter(first, second, **look | style)
     xlim, ylim = reach(draws if rows is None else rows)
     ax.set(xlim=xlim, ylim=ylim)
+    if names is not None:
+        ax.set(xlabel=names[0], ylabel=names[1])
     if rows is not None:
         ax.legend(frameon=False, markerscale=2.5, fontsize=8)
     return ax
@@ -74,7 +78,7 @@ def corner(
     Args:
         model: a model, or samples of shape ``(rows, *event)``.
         data: rows to compare with; the picture covers nearly all of them, or else of the draws.
-        names: one for each dimension drawn.
+        names: one for each dimension drawn, by default the names of a data frame's columns.
         num_samples: number of draws.
         context: one context, or a batch over which to spread the draws.
         dims: dimensions of the flattened event to draw, at most 12; by default all.
@@ -91,14 +95,19 @@ def corner(
         )
     if any(isinstance(k, bool) or not isinstance(k, int) or not 0 <= k < total for k in chosen):
         raise ValueError(f"corner: expected dims to be integers from 0 to {total - 1}, got {chosen}")
-    rows = None if data is None else rows_of(data, event, "corner", "data")[:, chosen]
+    known = columns_of(model, data)
+    rows = None
+    if data is not None:
+        rows = rows_of(by_name(data, known, "corner", "data"), event, "corner", "data")[:, chosen]
+    if names is None and known is not None:
+        names = [known[k] for k in chosen]
     text = labels(names, chosen, "corner")
     draws = draws[:, chosen]
     shown, color = (draws, MODEL) if rows is None else (rows, DATA)
     limits = reach(shown)
     edges = [np.linspace(low, high, BINS + 1) for low, high in limits]
     size = len(chosen)
-    side = max(3.2, 1.5 * size + 0.4)
+    side = max(3.2, 1.6 * size + 0.4)
     fig, axes = figure(size, size, (side, side))
     for i, j in np.ndindex(size, size):
         ax = axes[i, j]
@@ -122,7 +131,10 @@ def corner(
     fig.align_labels()
     if rows is not None:
         handles, called = axes[0, 0].get_legend_handles_labels()
-        fig.legend(handles, called, loc="outside upper right", frameon=False, fontsize=9)
+        # Two dimensions and more leave the upper right corner free.
+        fig.legend(
+            handles, called, loc="upper right" if size > 1 else "outside upper right", frameon=False, fontsize=11
+        )
     return fig
 
 

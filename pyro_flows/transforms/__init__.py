@@ -1,6 +1,7 @@
 """Transforms, one file a paper family; builders in :mod:`pyro_flows.flows` stack them."""
 
 from pyro_flows.transforms.autoregressive import Autoregressive
+from pyro_flows.transforms.bounds import Bounds
 from pyro_flows.transforms.causal import CausalAutoregressive
 from pyro_flows.transforms.continuous.layer import Continuous
 from pyro_flows.transforms.conv_coupling import ConvCoupling
@@ -20,6 +21,7 @@ from pyro_flows.transforms.sphere import RecursiveSphere
 __all__ = [
     "ActNorm",
     "Autoregressive",
+    "Bounds",
     "CausalAutoregressive",
     "Coloring",
     "Continuous",

@@ -10,7 +10,7 @@ from torch import Tensor
 from pyro_flows.core.chain import leaves
 from pyro_flows.core.transform import Conditioned, FlowTransform, Inverse
 from pyro_flows.core.wrap import Wrap
-from pyro_flows.transforms import ActNorm, Autoregressive, LogitPixels, Permutation, Rescaling, Standardization
+from pyro_flows.transforms import ActNorm, Autoregressive, Bounds, LogitPixels, Permutation, Rescaling, Standardization
 
 __all__ = ["Leaf", "Links", "is_elementwise", "leaves_of", "links_of", "matrix_of", "order_of"]
 
@@ -63,7 +63,7 @@ def is_elementwise(part: FlowTransform) -> bool:
     """Whether a layer maps each dimension by itself."""
     if isinstance(part, Wrap):
         return part.elementwise
-    return isinstance(part, (ActNorm, LogitPixels, Rescaling, Standardization))
+    return isinstance(part, (ActNorm, Bounds, LogitPixels, Rescaling, Standardization))
 
 
 def order_of(part: FlowTransform) -> list[int] | None:

@@ -1,8 +1,9 @@
 """Densities by maximum likelihood or flow matching."""
 
 from pyro_flows.infer.density.adjacency import sparse_adjacency
-from pyro_flows.infer.density.fit import DensityFit, fit_density
+from pyro_flows.infer.density.fit import fit_density
 from pyro_flows.infer.density.matching import FlowMatching
+from pyro_flows.infer.density.result import DensityFit
 from pyro_flows.infer.density.units import StandardizedFlow, standardized
 
 __all__ = ["DensityFit", "FlowMatching", "StandardizedFlow", "fit_density", "sparse_adjacency", "standardized"]

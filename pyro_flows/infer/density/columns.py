@@ -10,6 +10,7 @@ from torch import Size, Tensor
 from torch.distributions import constraints
 
 from pyro_flows.core.modes import on_cpu
+from pyro_flows.infer.density.names import Names, tell_columns
 
 __all__ = ["Precision", "at_bounds", "few_values", "is_free", "spikes"]
 
@@ -195,19 +196,19 @@ class Precision:
         lost = (after < _LEFT * before).nonzero()[:, 0].tolist()
         return {column: (int(before[column]), int(after[column])) for column in lost}
 
-    def told(self, what: str) -> str:
+    def told(self, what: str, names: Names = None) -> str:
         """Describes the columns of :meth:`merged`, if any, with a remedy."""
         merged = self.merged()
         if not merged:
             return ""
         given, used = (piece.dtype for piece in self._pieces[0])
-        columns = ", ".join(map(str, list(merged)[:8])) + (", …" if len(merged) > 8 else "")
         before, after = next(iter(merged.values()))
         remedy = "flow.float()" if used.itemsize < 4 and given.itemsize == 4 else "flow.double()"
         return (
-            f"the flow computes in {used}, which cannot tell apart the numbers in column{'s' * (len(merged) > 1)} "
-            f"{columns} of {what}: {before} distinct values in {given} become {after} (in {self._rows} rows); take "
-            f"{remedy} and score in that dtype, or shift and scale such a column first, in {given}"
+            f"the flow computes in {used}, which cannot tell apart the numbers in "
+            f"{tell_columns(list(merged), names)} of {what}: {before} distinct values in {given} become {after} (in "
+            f"{self._rows} rows); take {remedy} and score in that dtype, or shift and scale such a column first, in "
+            f"{given}"
         )
 
 

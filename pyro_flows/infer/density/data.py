@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from pyro_flows.core.checks import first_floating
 from pyro_flows.distributions import Ensemble, Flow
 from pyro_flows.infer.density.columns import Precision
+from pyro_flows.infer.density.names import Names, column_names, tell_column
 from pyro_flows.infer.machine.processes import count, everyone, part
 
 __all__ = ["Expected", "Loader", "Rows", "Source", "admit_rows", "expected_by", "name_rows", "to_tensor"]
@@ -49,6 +50,8 @@ def to_tensor(given: Any, name: str, what: str, kinds: str = "to be real numbers
         return _plain(given, name, what)
     array = _array(given, expected) if hasattr(given, "__array__") or isinstance(given, (list, tuple)) else None
     if array is None or array.dtype.kind not in "fiub":
+        if array is not None and column_names(given) is not None and hasattr(given, "columns"):
+            _refuse_columns(given, [(label, np.asarray(given[label]).dtype) for label in given.columns], expected)
         kind = type(given).__name__ if array is None else f"{type(given).__name__} of dtype {array.dtype}"
         hint = "; a Dataset goes in a DataLoader" if isinstance(given, torch.utils.data.Dataset) else ""
         if array is not None:
@@ -104,11 +107,7 @@ def _array(given: Any, expected: str) -> np.ndarray | None:
     pairs: Any = columns.items() if hasattr(columns, "items") else [(getattr(given, "name", None), columns)]
     # Types that are not NumPy's may lack its letter.
     kinds = [(label, kind) for label, kind in pairs if isinstance(getattr(kind, "kind", None), str)]
-    wrong = [(label, kind) for label, kind in kinds if kind.kind not in "fiub"]
-    if wrong:
-        told = ", ".join(f"{label!r} ({kind})" for label, kind in wrong[:5]) + (", …" if len(wrong) > 5 else "")
-        hint = _HINTS.get(wrong[0][1].kind, _WORDS)
-        raise TypeError(f"{expected}, got a {type(given).__name__} with {told}; {hint}")
+    _refuse_columns(given, kinds, expected)
     try:
         array = np.asarray(given)
         if array.dtype == object and kinds:
@@ -116,6 +115,15 @@ def _array(given: Any, expected: str) -> np.ndarray | None:
     except (TypeError, ValueError, RuntimeError):  # e.g. rows of unequal lengths
         return None
     return array
+
+
+def _refuse_columns(given: Any, kinds: list[tuple[Any, Any]], expected: str) -> None:
+    """Names the columns of a data frame that are no numbers."""
+    wrong = [(label, kind) for label, kind in kinds if kind.kind not in "fiub"]
+    if wrong:
+        told = ", ".join(f"{label!r} ({kind})" for label, kind in wrong[:5]) + (", …" if len(wrong) > 5 else "")
+        hint = _HINTS.get(wrong[0][1].kind, _WORDS)
+        raise TypeError(f"{expected}, got a {type(given).__name__} with {told}; {hint}")
 
 
 def _numbers(part: Tensor) -> np.ndarray:
@@ -146,6 +154,11 @@ class Expected:
     continuous: bool
     precision: tuple[Precision, Precision] = field(default_factory=lambda: (Precision(), Precision()))
 
+    def told(self, columns: Names, context_columns: Names) -> list[str]:
+        """Says which columns lost digits, of values and of contexts; empty for none."""
+        values, contexts = self.precision
+        return [values.told("data", columns), contexts.told("context", context_columns)]
+
 
 def expected_by(
     module: nn.Module, who: str = "fit_density", forms: str = "a tensor, a NumPy array of numbers or a DataLoader"
@@ -163,11 +176,16 @@ def expected_by(
 
 @dataclass
 class Rows:
-    """Rows held whole, on the flow's device; ``index`` numbers them in the given data."""
+    """Rows held whole, on the flow's device.
+
+    ``index`` numbers them in the given data, whose columns have the names ``columns`` and ``context_columns``, if any.
+    """
 
     value: Tensor
     context: Tensor | None
     index: Tensor
+    columns: tuple[str, ...] | None = None
+    context_columns: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.value)
@@ -215,7 +233,8 @@ class Rows:
     def take(self, rows: Tensor) -> Rows:
         """Selects some rows."""
         rows = rows.to(self.value.device)
-        return Rows(self.value[rows], None if self.context is None else self.context[rows], self.index[rows])
+        context = None if self.context is None else self.context[rows]
+        return replace(self, value=self.value[rows], context=context, index=self.index[rows])
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Rows:
         """Moves the rows; ``dtype`` is that of real numbers, and integers stay."""
@@ -224,13 +243,14 @@ class Rows:
             return value.to(device, dtype if value.is_floating_point() else None)
 
         context = None if self.context is None else moved(self.context)
-        return Rows(moved(self.value), context, self.index.to(device))
+        return replace(self, value=moved(self.value), context=context, index=self.index.to(device))
 
     def joined(self, other: Rows) -> Rows:
         """These rows and others."""
         contexts = [each.context for each in (self, other) if each.context is not None]
         context = torch.cat(contexts) if contexts else None
-        return Rows(torch.cat([self.value, other.value]), context, torch.cat([self.index, other.index]))
+        value, index = torch.cat([self.value, other.value]), torch.cat([self.index, other.index])
+        return replace(self, value=value, context=context, index=index)
 
     def split(self, fraction: float, most: int, generator: torch.Generator) -> tuple[Rows, Rows]:
         """Splits at random; the second part has ``fraction`` of the rows, from one row to ``most``."""
@@ -280,7 +300,9 @@ class Loader:
         self.rows = self.count = 0
         for value, context, _ in self.chunks(0):
             place = f"batch {self.count} of the DataLoader given as {self.what}"
-            _refuse_nonfinite(self.expected, {f"{place}, values,": value, f"{place}, contexts,": context})
+            _refuse_nonfinite(
+                self.expected, {f"{place}, values,": (value, None), f"{place}, contexts,": (context, None)}
+            )
             self.rows, self.count = self.rows + len(value), self.count + 1
             if len(value):
                 yield value, context
@@ -305,13 +327,22 @@ class Loader:
 Source = Rows | Loader
 
 
-def admit_rows(given: Any, context: Any, expected: Expected, what: str, what_context: str, least: int = 1) -> Rows:
+def admit_rows(
+    given: Any, given_context: Any, expected: Expected, what: str, what_context: str, least: int = 1
+) -> Rows:
     """Checks values and contexts, at least so many, and converts them to the flow's dtype and device."""
-    value, context = _admit(given, context, expected, what, what_context)
+    value, context = _admit(given, given_context, expected, what, what_context)
     if len(value) < least:
         raise ValueError(f"{expected.who}: {what} is empty, shape {tuple(value.shape)}; expected at least one row")
-    _refuse_nonfinite(expected, {what: value, what_context: context})
-    return Rows(value, context, torch.arange(len(value), device=value.device))
+    columns, context_columns = _names_of(given, value), None if context is None else _names_of(given_context, context)
+    _refuse_nonfinite(expected, {what: (value, columns), what_context: (context, context_columns)})
+    return Rows(value, context, torch.arange(len(value), device=value.device), columns, context_columns)
+
+
+def _names_of(given: Any, rows: Tensor) -> tuple[str, ...] | None:
+    """Returns the names of columns, if there is one for each number of a row."""
+    names = column_names(given)
+    return names if names is not None and len(names) == rows[:1].numel() else None
 
 
 def _tensor(given: Any, what: str, expected: Expected, precision: Precision) -> Tensor:
@@ -362,14 +393,22 @@ def _admit(
     return value, context
 
 
-def _refuse_nonfinite(expected: Expected, named: dict[str, Tensor | None]) -> None:
-    for what, value in named.items():
-        if value is None:
+def _refuse_nonfinite(expected: Expected, named: dict[str, tuple[Tensor | None, Names]]) -> None:
+    """Refuses missing values and other numbers that are not finite, by column."""
+    for what, (value, names) in named.items():
+        if value is None or value.isfinite().all():
             continue
-        bad = ~value.isfinite().unsqueeze(-1).flatten(1).all(-1)
-        if bad.any():
-            rows = bad.nonzero()[:, 0]
-            raise ValueError(
-                f"{expected.who}: {what} has NaN, infinity or numbers too large for {value.dtype} in {len(rows)} of "
-                f"{len(value)} rows ({name_rows(rows)}); leave these rows out or repair them"
-            )
+        flat = value.unsqueeze(-1).flatten(1)
+        bad, missing = ~flat.isfinite(), flat.isnan()
+        rows = bad.any(1).nonzero()[:, 0]
+        counts = bad.sum(0)
+        columns = counts.nonzero()[:, 0].tolist()
+        where = ", ".join(f"{tell_column(k, names)} ({int(counts[k])})" for k in columns[:8])
+        where = f"column{'s' if len(columns) > 1 else ''} {where}{', …' if len(columns) > 8 else ''}"
+        told = "NaN (missing values)" if bad.eq(missing).all() else "NaN, infinity or numbers too large for "
+        told += "" if bad.eq(missing).all() else str(value.dtype)
+        raise ValueError(
+            f"{expected.who}: {what} has {told} in {len(rows)} of {len(value)} rows ({name_rows(rows)}), in {where}; "
+            "leave these rows out (dropna() of a data frame) or fill in the numbers. To predict what is missing, fit "
+            'MADE(..., order="any") to whole rows, whose impute() draws any numbers of a row from the others'
+        )

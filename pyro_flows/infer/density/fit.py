@@ -9,11 +9,12 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import fields, replace
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Size, Tensor, nn
+from torch import Tensor, nn
 from torch.distributions import Distribution, Transform
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
@@ -21,151 +22,32 @@ from torch.utils.data import DataLoader
 from pyro_flows.core.checks import integer
 from pyro_flows.core.transform import FlowTransform
 from pyro_flows.distributions import Ensemble, Flow
-from pyro_flows.infer.density.data import Rows, admit_rows, expected_by, to_tensor
+from pyro_flows.infer.density.bounded import bounded, bounds_in
+from pyro_flows.infer.density.data import Rows, admit_rows, expected_by
 from pyro_flows.infer.density.gaussian import better, start_as_gaussian, started
-from pyro_flows.infer.density.judging import Kept, admitted, check_density, keep
+from pyro_flows.infer.density.judging import keep
 from pyro_flows.infer.density.loop import CHECKPOINT, DensityTraining
 from pyro_flows.infer.density.matching import FlowMatching, Matching, as_objective, matched_parts
-from pyro_flows.infer.density.objective import Likelihood, Objective, evaluate, log_prob_of, mean_score
+from pyro_flows.infer.density.names import column_names
+from pyro_flows.infer.density.objective import Likelihood, Objective, log_prob_of, mean_score
 from pyro_flows.infer.density.prepare import prepare, refuse_support
+from pyro_flows.infer.density.result import DensityFit
 from pyro_flows.infer.density.settings import FEW_ROWS, FOLDS, Settings
 from pyro_flows.infer.density.units import Density, coloring_of, head_of, in_units, is_density, is_plain_flow
-from pyro_flows.infer.diagnostics.densities import DensityVerdict, judge_density
 from pyro_flows.infer.machine import processes
+from pyro_flows.infer.machine.callback import Callback, check_callback
 from pyro_flows.infer.machine.checkpoint import Keeper, architecture_of, layout_of
 from pyro_flows.infer.machine.compiled import Compile
 from pyro_flows.infer.machine.interrupts import carrying, interrupts_held_back
 from pyro_flows.infer.machine.optimizers import AdamW, Given
 from pyro_flows.infer.machine.randomness import own_randomness, random_state, set_random
 
-__all__ = ["DensityFit", "fit_density"]
+__all__ = ["fit_density"]
 
 _ALIKE = (
     "each process takes its part of every batch of the same rows; to give each its own rows, give each a DataLoader "
     "(torch's DistributedSampler, or a stream of its own)"
 )
-
-
-@dataclass(repr=False)
-class DensityFit:
-    """The result of :func:`fit_density`.
-
-    Attributes:
-        flow: the trained module: the one given, or a ``Flow`` around the given chain.
-        distribution: the density in the units of the data, with shared parameters, ``log_prob`` and ``sample``: a
-            ``Flow`` if ``flow`` is, an ensemble of several fits, ``flow`` itself if nothing was standardized.
-            ``distribution()`` or
-            ``distribution(context)`` makes a Pyro distribution.
-        history: lists with one entry an epoch: ``epoch``; ``step``, steps so far; ``train`` (during the epoch) and
-            ``validation`` (at its end; NaN without rows), mean log-likelihood in nats per row, in the units of the
-            data; ``lr``; ``seconds`` so far.
-        best_epoch: the epoch whose state the flow is left in; 0 for the state that it started with, the fitted
-            Gaussian.
-        validation: the validation rows' mean log-likelihood in that state, in the same units.
-        stopped: the end of training: ``"patience"``, ``"max_epochs"``, ``"steps"`` or ``"seconds"``; ``"interrupted"``
-            if an exception carries the result.
-        objective: ``"likelihood"`` or ``"flow_matching"``.
-        members: the fits of an ensemble. ``distribution`` is then an
-            :class:`~pyro_flows.distributions.Ensemble`, and ``validation`` is the mean score of rows by members that
-            did not see them, which the ensemble itself exceeds. If ``folds`` was given, ``flow`` is an ensemble, too,
-            and ``history`` has the members' one after the other. If it is a default, all else is that of the first
-            member, which is the flow given, and the Gaussian of all rows is one more density of the ensemble, if the
-            flow starts as one.
-        kept: rows for the verdict, on the CPU: at most 2,000 that were held out and 10,000 of the others.
-
-    With flow matching, scores in the history are minus the mean squared error of the velocity per dimension, in units
-    of the field's end at the data (variance 1 if standardized).  Validation uses fixed pairs and times, and picks the
-    best epoch.  The attribute ``validation`` is still a log-likelihood, computed once at the end.
-    """
-
-    flow: Flow | Density | Ensemble
-    distribution: Flow | Density | Ensemble
-    history: dict[str, list[float]]
-    best_epoch: int
-    validation: float
-    stopped: str
-    objective: str = "likelihood"
-    members: tuple[DensityFit, ...] = ()
-    kept: tuple[Kept, ...] = ()
-    _verdict: DensityVerdict | None = field(default=None, init=False)
-
-    @property
-    def verdict(self) -> DensityVerdict:
-        """The worth of the density, in words and numbers, as ``print(fit.verdict)`` shows.
-
-        It is computed when first asked for, from rows that the fit keeps, in about two seconds or a tenth of the fit's
-        own time: held-out rows, those that each member of an ensemble has not seen, or training rows if there are no
-        others.  See :func:`~pyro_flows.infer.diagnostics.densities.judge_density`.
-        """
-        if self._verdict is None:
-            parts, remedy = self.kept, ""
-            if self.members:
-                judged, remedy = "{} rows, each by a member that did not see it; together they score more", "more rows"
-            elif parts and parts[0].fresh is not None:
-                judged = "{} held-out rows, which also chose the best epoch, so that scores are a little too good"
-                if parts[0].density is not self.distribution:
-                    judged = "{} held-out rows, by the Gaussian of the others; the result is the Gaussian of all"
-            else:
-                judged = "{} training rows, as none were held out"
-                parts = tuple(Kept(part.density, part.trained, part.trained) for part in parts)
-            self._verdict = self._judged(parts, judged, remedy, None)
-        return self._verdict
-
-    def judge(self, data: Any, context: Any = None, *, seconds: float | None = None) -> DensityVerdict:
-        """Judges the density by rows that no part of the fit has seen, in the manner of :attr:`verdict`.
-
-        Args:
-            data: rows, at least 100 for a full judgment; of more than 2,000, as many are chosen at random.
-            context: their contexts.
-            seconds: the time for draws, by default two seconds or a tenth of the fit's time, if that is longer.
-        """
-        rows = admitted(self.distribution, data, context)
-        trained = self.kept[0].trained if self.kept else None
-        return self._judged(
-            (Kept(self.distribution, rows, trained),), "{} of the rows given", "give more rows", seconds
-        )
-
-    def _judged(self, parts: Sequence[Kept], judged: str, remedy: str, seconds: float | None) -> DensityVerdict:
-        if seconds is None:
-            seconds = max(2.0, 0.1 * sum(fit.history["seconds"][-1] for fit in self.members or (self,)))
-        checks = check_density(parts, seconds)
-        seen = all(part.fresh is part.trained for part in parts)
-        judged = f"Judged on {judged.format(f'{len(checks.scores):,}')}."
-        return judge_density(checks, judged, seen=seen, stopped=self.stopped, remedy=remedy)
-
-    def log_prob(self, data: Any, context: Any = None) -> Tensor:
-        """Computes log-densities of raw rows in nats, shape ``(rows,)``, in pieces, without a graph, on the CPU."""
-        rows = admitted(self.distribution, data, context)
-        return torch.cat([scores.cpu() for scores in evaluate(log_prob_of(self.distribution), rows)])
-
-    @torch.no_grad()
-    def sample(self, sample_shape: Size | tuple[int, ...] = (), context: Any = None) -> Tensor:
-        """Draws in the units of the data, shape ``(*sample_shape, *context_batch, *event_shape)``."""
-        if context is None:
-            return self.distribution.sample(sample_shape)
-        expected = expected_by(self.distribution)
-        context = to_tensor(context, "DensityFit.sample", "context").to(expected.device, expected.dtype)
-        return self.distribution.sample(sample_shape, context)
-
-    def __str__(self) -> str:
-        return f"{self!r}\n{self.verdict}"
-
-    def __repr__(self) -> str:
-        held_out = not math.isnan(self.validation)
-        score = self.validation if held_out else self.history["train"][max(self.best_epoch, 1) - 1]
-        judged = "" if self._verdict is None else f", verdict: {self._verdict.label}"
-        unit = "nats per row" if held_out or self.objective == "likelihood" else "(negative matching loss)"
-        if self.members:
-            steps, seconds = (sum(fit.history[name][-1] for fit in self.members) for name in ("step", "seconds"))
-            return (
-                f"DensityFit({len(self.members)} members, validation {score:.4f} {unit}, stopped by {self.stopped}, "
-                f"{steps} steps in {seconds:.1f} s{judged})"
-            )
-        return (
-            f"DensityFit({'validation' if held_out else 'train'} {score:.4f} {unit} at epoch {self.best_epoch} "
-            f"of {self.history['epoch'][-1]}, stopped by {self.stopped}, {self.history['step'][-1]} steps in "
-            f"{self.history['seconds'][-1]:.1f} s{judged})"
-        )
 
 
 def fit_density(
@@ -196,6 +78,8 @@ def fit_density(
     seed: int | None = 0,
     objective: str | FlowMatching = "likelihood",
     folds: int | None = None,
+    bounds: Any = None,
+    callback: Callback | None = None,
 ) -> DensityFit:
     """Fits a density to data by maximum likelihood or flow matching, stopped early by held-out rows.
 
@@ -207,8 +91,8 @@ def fit_density(
     of the training rows (:func:`~pyro_flows.infer.density.gaussian.fit_gaussian`), linear in the context.  That state
     counts as any other, so on held-out rows the fit ends no worse than the Gaussian.
 
-    Any exception that ends the training carries the :class:`DensityFit` so far, or ``None`` before the end of the first
-    epoch, as its attribute ``fit``::
+    Any exception that ends the training carries the :class:`~pyro_flows.infer.density.result.DensityFit` so far, or
+    ``None`` before the end of the first epoch, as its attribute ``fit``::
 
         try:
             fit = fit_density(flow, data, checkpoint="fit.pt")
@@ -279,6 +163,13 @@ def fit_density(
             optimizer made before, several processes, an integer flow or flow matching say otherwise, or the first
             member takes more than a fifth of the ``seconds``; else 1. Flows that start as the Gaussian return to it
             unless their scores of the rows that they did not see exceed it by two standard errors.
+        bounds: the bounds of columns of vectors, which draws never reach: a dictionary from names or numbers of columns
+            to ``(low, high)``, or a pair or ``None`` for each column; ``None`` for an open side. The flow then learns
+            numbers on the line, behind a :class:`~pyro_flows.transforms.bounds.Bounds` at its data end.
+        callback: a function that is called after each epoch, with a dictionary of the history's last row and, in an
+            ensemble, the number of the ``member``. If it returns ``True``, training stops, and may be resumed from a
+            checkpoint. Of several processes, the first calls it. It has random numbers of its own, and its exceptions
+            carry the fit.
 
     Raises:
         ValueError: for data that do not fit or have unbounded likelihood (constant or dependent columns), rows outside
@@ -294,6 +185,9 @@ def fit_density(
     """
     chosen = dict(locals())
     del chosen["folds"]
+    check_callback("fit_density", callback)
+    if bounds is not None:
+        chosen["flow"] = bounded(_as_density(flow), bounds, column_names(data))
     if folds is None and _is_small(chosen):
         return _fit_folds(chosen, FOLDS, by_default=True)
     if folds is None or folds == 1:
@@ -331,7 +225,7 @@ def _fit(chosen: dict[str, Any], stacklevel: int | None) -> DensityFit:
         start = prepare(trained, given, settings, stacklevel)
         identity = {
             "architecture": architecture_of(trained),
-            "data": start.identity,
+            "data": {**start.identity, **bounds_in(trained)},
             "settings": settings.identity(start.sizes, "AdamW" if torchs is None else type(torchs).__name__),
         }
         processes.refuse_different("fit_density", {**identity, "limits": vars(settings)}, _ALIKE)
@@ -358,7 +252,7 @@ def _fit(chosen: dict[str, Any], stacklevel: int | None) -> DensityFit:
         made: AdamW | Given = (
             AdamW(parameters, None, settings.lr, decay, average) if torchs is None else Given(torchs, average)
         )
-        training = DensityTraining(trained, aim, start, made, chosen["progress"])
+        training = DensityTraining(trained, aim, start, made, chosen["progress"], chosen["callback"])
         if known is not None:
             with interrupts_held_back():
                 before = training.best_state
@@ -399,6 +293,8 @@ def _fit(chosen: dict[str, Any], stacklevel: int | None) -> DensityFit:
                 training.stopped or "interrupted",
                 "likelihood" if matching is None else "flow_matching",
                 kept=(keep(judged[-1], start.held_out_sample, start.sample, seed),),
+                columns=start.sample.columns,
+                context_columns=start.sample.context_columns,
             )
 
         so_far.append(lambda: result() if training.epoch else None)
@@ -446,7 +342,7 @@ def _fit_folds(options: dict[str, Any], count: int, by_default: bool = False) ->
 
     By default, the others follow only if there is time for them after the first.
     """
-    seconds, checkpoint = options["seconds"], options["checkpoint"]
+    seconds, checkpoint, callback = (options[name] for name in ("seconds", "checkpoint", "callback"))
     flow, data, context = (options[name] for name in ("flow", "data", "context"))
     integer("fit_density", "folds", count)
     if options["validation"] is not None or isinstance(data, DataLoader):
@@ -455,8 +351,8 @@ def _fit_folds(options: dict[str, Any], count: int, by_default: bool = False) ->
     fresh, *members = [copy.deepcopy(first), first, *(copy.deepcopy(first) for _ in range(count - 1))]
     expected = expected_by(first)
     rows = admit_rows(data, context, expected, "data", "context")
-    refuse_support(first, rows.value)
-    for told in (each.told(what) for each, what in zip(expected.precision, ("data", "context"), strict=True)):
+    refuse_support(first, rows.value, names=rows.columns)
+    for told in expected.told(rows.columns, rows.context_columns):
         if told:
             warnings.warn(f"fit_density: {told}", stacklevel=3)
     if not 2 <= count <= len(rows):
@@ -482,9 +378,17 @@ def _fit_folds(options: dict[str, Any], count: int, by_default: bool = False) ->
                 own["seconds"] = max((seconds - spent) / (count - k), 1e-3)
             if checkpoint is not None:
                 own["checkpoint"] = f"{os.fspath(checkpoint)}.{k}"
+            if callback is not None:
+                own["callback"] = partial(_of_member, callback, k)
             fits.append(_fit({**options, **own}, None if k else 5))
+            if fits[-1].stopped == "callback" and len(fits) < count:
+                return fits[0] if by_default and not k else _ensemble(fits, parts, by_default)
         gaussian = _floor(fits, fresh, rows, parts)
     return _ensemble(fits, parts, by_default, gaussian if by_default else [])
+
+
+def _of_member(callback: Callback, member: int, record: dict[str, Any]) -> object:
+    return callback({**record, "member": member})
 
 
 @torch.no_grad()
@@ -537,6 +441,8 @@ def _ensemble(
         fits[0].objective,
         tuple(fits),
         kept,
+        columns=fits[0].columns,
+        context_columns=fits[0].context_columns,
     )
 
 

@@ -182,7 +182,7 @@ class _Judging:
         return DensityChecks(
             torch.cat(fresh),
             torch.cat([rows.index for rows in self.rows]).cpu(),
-            scalar_names("x", self.rows[0].value.shape[1:]),
+            list(self.rows[0].columns or scalar_names("x", self.rows[0].value.shape[1:])),
             training=torch.cat([empty.double(), *training]),
             training_index=torch.cat([empty, *(rows.index.cpu() for rows in self.trained)]),
             context=torch.cat(contexts) if contexts else None,
@@ -200,7 +200,7 @@ class _Judging:
         apart = len(self.parts) == 1 and self.parts[0].fresh is not self.parts[0].trained
         values = torch.cat([_flat(rows.value) for rows in (*self.rows, *(self.trained if apart else []))])
         discrete = [False] * values.shape[1] if head is None else head.discrete_dims()
-        survey = Survey()
+        survey = Survey(self.rows[0].columns)
         survey.add(values)
         return tuple(survey.repeats(values, ~torch.tensor(discrete, device="cpu")))
 

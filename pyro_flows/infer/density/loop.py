@@ -20,6 +20,7 @@ from pyro_flows.infer.density.settings import Schedule
 from pyro_flows.infer.density.units import is_plain_flow
 from pyro_flows.infer.machine import processes
 from pyro_flows.infer.machine.budget import Budget
+from pyro_flows.infer.machine.callback import Callback, asks_to_stop
 from pyro_flows.infer.machine.checkpoint import CheckpointFormat
 from pyro_flows.infer.machine.compiled import CompiledSteps
 from pyro_flows.infer.machine.graph import Replay, replayable
@@ -65,13 +66,19 @@ class DensityTraining(TrainingLoop):
     """
 
     def __init__(
-        self, flow: nn.Module, objective: Objective, start: Prepared, optimizer: AdamW | Given, progress: bool
+        self,
+        flow: nn.Module,
+        objective: Objective,
+        start: Prepared,
+        optimizer: AdamW | Given,
+        progress: bool,
+        callback: Callback | None = None,
     ) -> None:
         settings, sizes = start.settings, start.sizes
         super().__init__(flow, Budget(sizes.total_steps, settings.seconds, processes.clock()))
         self.density, self.objective, self.optimizer = objective.density, objective, optimizer
         self.rows, self.validation, self.shuffle = start.train, start.validation, start.shuffle
-        self.settings, self.sizes, self.progress = settings, sizes, progress
+        self.settings, self.sizes, self.progress, self.callback = settings, sizes, progress, callback
         self.schedule = Schedule(settings.schedule, sizes.patience, objective.notable)
         self.history: dict[str, list[float]] = {name: [] for name in _COLUMNS}
         self.epoch = self.best_epoch = 0
@@ -99,6 +106,13 @@ class DensityTraining(TrainingLoop):
                 self._train_epoch(bar)
                 self._close_epoch(bar)
                 self.keep(self.epoch, write=self.stopped is not None)
+                if self.callback is not None and self._asked_to_stop(self.callback):
+                    self.stopped = "callback"
+                    self.keep(self.epoch, write=True)
+
+    def _asked_to_stop(self, callback: Callback) -> bool:
+        record = {name: column[-1] for name, column in self.history.items()}
+        return asks_to_stop(callback, record) and self.stopped is None
 
     def settle(self) -> None:
         """Returns to the best state."""

@@ -19,9 +19,11 @@ from torch.utils.data import DataLoader
 
 from pyro_flows.distributions import Flow
 from pyro_flows.distributions.made import Head, MixedHead
+from pyro_flows.infer.density.bounded import tell_bounds
 from pyro_flows.infer.density.columns import at_bounds, few_values, spikes
 from pyro_flows.infer.density.data import Expected, Loader, Rows, Source, admit_rows, expected_by, name_rows
 from pyro_flows.infer.density.gaussian import sample_size
+from pyro_flows.infer.density.names import Names, by_name, tell_column, tell_columns
 from pyro_flows.infer.density.settings import HELD_OUT_AT_MOST, Settings, Sizes
 from pyro_flows.infer.density.units import Density, Units, ends_of, head_of, is_plain_flow, over_time, pulled_back
 from pyro_flows.infer.machine.checkpoint import checksum
@@ -102,11 +104,15 @@ def prepare(
     values, contexts = surveys = Survey(), Survey()
     thinned, thinned_out = Thinned(), Thinned()
     train = _admit(flow, data, context, expected, "data", surveys, thinned)
+    names = (train.columns, train.context_columns) if isinstance(train, Rows) else (None, None)
+    values.names, contexts.names = names
     if isinstance(train, Loader):
         values, contexts = values.of_all(), contexts.of_all()
     held_out: Source | None = None
     if validation is not None:
         own = Survey(), Survey()
+        validation = by_name(validation, names[0], "fit_density", "validation")
+        validation_context = by_name(validation_context, names[1], "fit_density", "validation_context")
         held_out = _admit(flow, validation, validation_context, expected_by(flow), "validation", own, thinned_out)
         if expected.event_shape is None and isinstance(train, Rows) and isinstance(held_out, Rows):
             _same_columns(train, held_out)
@@ -121,7 +127,7 @@ def prepare(
         whole = train.value
         if expected.continuous or ends is not None or settings.standardize:
             real = _survey(flow, whole, train.context, "data", surveys)
-    found = [each.told(what) for each, what in zip(expected.precision, ("data", "context"), strict=True)]
+    found = expected.told(*names)
     if values.repeated:
         found.append(_REPEATED)
     if expected.continuous:
@@ -191,7 +197,7 @@ def _admit(
     what_context = "context" if what == "data" else f"{what}_context"
     if not isinstance(given, DataLoader):
         rows = given if isinstance(given, Rows) else admit_rows(given, context, expected, what, what_context)
-        refuse_support(flow, rows.value, what)
+        refuse_support(flow, rows.value, what, rows.columns)
         return rows
     if context is not None:
         raise ValueError(
@@ -206,7 +212,7 @@ def _admit(
 
 
 def _survey(flow: Flow | Density, value: Tensor, context: Tensor | None, what: str, surveys: Surveys) -> Tensor:
-    real = refuse_support(flow, value, what)
+    real = refuse_support(flow, value, what, surveys[0].names)
     surveys[0].add(real, value)
     if context is not None:
         surveys[1].add(context)
@@ -242,13 +248,13 @@ def _sample(train: Source, thinned: Thinned, expected: Expected) -> Rows:
     return Rows(value, context[0] if context else None, torch.arange(len(value), device=value.device))
 
 
-def refuse_support(flow: Flow | Density, value: Tensor, what: str = "data") -> Tensor:
+def refuse_support(flow: Flow | Density, value: Tensor, what: str = "data", names: Names = None) -> Tensor:
     """Pulls data back to the trained part of the chain, and refuses rows outside the support."""
     if is_plain_flow(flow):
-        return reals_of(flow, value, what)
+        return reals_of(flow, value, what, names)
     head = head_of(flow)
     if head is not None:
-        refuse_outside(head, value, what)
+        refuse_outside(head, value, what, names)
     return value
 
 
@@ -267,16 +273,18 @@ def _same_columns(train: Rows, held_out: Rows) -> None:
             )
 
 
-def reals_of(flow: Flow, value: Tensor, what: str) -> Tensor:
+def reals_of(flow: Flow, value: Tensor, what: str, names: Names = None) -> Tensor:
     """Pulls data back to the trained part of the chain; refuses rows at or beyond a bound of the support."""
     real, bad, columns = pulled_back(flow, value)
     if bad.any():
-        remedy = _INSIDE.format("end the chain in another transform")
-        _refuse(bad, what, f"the flow's support, {flow.chain.codomain}", columns, remedy, value.dtype)
+        told = tell_bounds(flow, columns, names)
+        remedy = _INSIDE.format("give wider bounds" if told else "end the chain in another transform")
+        support = told or f"the flow's support, {flow.chain.codomain}"
+        _refuse(bad, what, support, [] if told else columns, remedy, value.dtype, names)
     return real
 
 
-def refuse_outside(head: Head, value: Tensor, what: str) -> None:
+def refuse_outside(head: Head, value: Tensor, what: str, names: Names = None) -> None:
     """Refuses rows outside the support of an autoregressive model."""
     rows = value.detach().flatten(1)
     outside = ~head.inside(rows) | _without_density(head, head.floating(rows))
@@ -285,7 +293,7 @@ def refuse_outside(head: Head, value: Tensor, what: str) -> None:
         support = f"the model's support ({type(head).__name__}: expected {head.allowed(columns[0])})"
         counts = head.discrete_dims()[columns[0]]
         remedy = "number categories and levels from 0, or {}" if counts else _INSIDE
-        _refuse(outside.any(1), what, support, columns, remedy.format("take another head"), value.dtype)
+        _refuse(outside.any(1), what, support, columns, remedy.format("take another head"), value.dtype, names)
 
 
 @torch.no_grad()
@@ -302,9 +310,11 @@ def _without_density(head: Head, rows: Tensor) -> Tensor:
     return edge
 
 
-def _refuse(bad: Tensor, what: str, support: str, columns: list[int], remedy: str, dtype: torch.dtype) -> None:
+def _refuse(
+    bad: Tensor, what: str, support: str, columns: list[int], remedy: str, dtype: torch.dtype, names: Names
+) -> None:
     rows = bad.nonzero()[:, 0]
-    where = f" in {_columns(columns).rsplit(' ', 1)[0]}" if columns else ""
+    where = f" in {tell_columns(columns, names)}" if columns else ""
     raise ValueError(
         f"fit_density: {len(rows)} of {len(bad)} rows of {what} ({name_rows(rows)}) lie outside of {support}, or on "
         f"its edge{where}, as {dtype} has them; leave them out, {remedy}"
@@ -317,7 +327,8 @@ class Survey:
     ``repeated`` tells whether several processes saw the same rows.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, names: Names = None) -> None:
+        self.names = names
         self.repeated = False
         self.rows = 0
         self._sample: list[tuple[Tensor, Tensor]] = []
@@ -352,7 +363,7 @@ class Survey:
         surveys = [each for each in everyone(self) if each.rows]
         if count() == 1 or not surveys:
             return self
-        joined = Survey()
+        joined = Survey(self.names)
         for each in surveys:
             joined._join(each.rows, each.mean, each.squares, each.lowest, each.highest)
             joined._sample += [(x[: _SAMPLE // len(surveys)], y[: _SAMPLE // len(surveys)]) for x, y in each._sample]
@@ -397,8 +408,9 @@ class Survey:
         if not columns:
             return ""
         sizes = ", ".join(f"{loc.flatten()[k]:.3g} ± {scale.flatten()[k]:.3g}" for k in columns[:4])
+        told = tell_columns(columns, self.names, verb=True)
         return (
-            f"{what}: {_columns(columns)} not standardized, and far from the location and scale that training starts "
+            f"{what}: {told} not standardized, and far from the location and scale that training starts "
             f"with ({sizes}{', …' if len(columns) > 4 else ''}), so that it may take long or fail; {remedy}"
         )
 
@@ -409,16 +421,18 @@ class Survey:
         if constant:
             if self.rows < 2:
                 raise ValueError("fit_density: expected at least 2 rows to fit to, got 1")
+            told = tell_columns(constant, self.names, verb=True)
             raise ValueError(
-                f"fit_density: {_columns(constant)} constant (in {dtype}), so the density there would be infinite; "
+                f"fit_density: {told} constant (in {dtype}), so the density there would be infinite; "
                 + (merged or "leave out what does not vary")
             )
         sample = torch.cat([real for real, _ in self._sample]).flatten(1)
         whole = sample if whole is None else whole.flatten(1)
         for i, j in _suspects(sample.double()):
             if _dependent(whole[:, i], whole[:, j]):
+                pair = " and ".join(tell_column(k, self.names) for k in (i, j))
                 raise ValueError(
-                    f"fit_density: columns {i} and {j} determine each other exactly (one is a multiple of the other, "
+                    f"fit_density: columns {pair} determine each other exactly (one is a multiple of the other, "
                     "up to a constant), so the density would be infinite on a line; leave one of them out"
                 )
 
@@ -430,7 +444,7 @@ class Survey:
         found = spikes(sample if whole is None else whole.flatten(1), [k for k in places if k not in grid])
         if found:
             told = [
-                f"{values[0]:.6g} in {count} of {rows} rows of column {column}"
+                f"{values[0]:.6g} in {count} of {rows} rows of {tell_columns([column], self.names)}"
                 + (f" (and {len(values) - 1} more values there)" if len(values) > 1 else "")
                 for column, (values, count, rows) in list(found.items())[:4]
             ]
@@ -443,8 +457,9 @@ class Survey:
             )
         if grid and len(sample) >= _FEWEST:
             widths = ", ".join(f"{width:.3g}" for width in list(grid.values())[:8])
+            which = tell_columns(list(grid), self.names, verb=True)
             yield (
-                f"{_columns(list(grid))} discrete: few distinct values, where a density can grow spikes without bound; "
+                f"{which} discrete: few distinct values, where a density can grow spikes without bound; "
                 f"add uniform noise of the grid's width (dequantize; the smallest steps are {widths}), or model it as "
                 "discrete"
             )
@@ -468,8 +483,3 @@ def _suspects(sample: Tensor) -> list[tuple[int, int]]:
         return []
     close = torch.triu(sample[:512].T.corrcoef().abs() > 1 - 1e-6, diagonal=1)
     return [(int(close[:, j].nonzero()[0, 0]), int(j)) for j in close.any(0).nonzero()[:, 0]]
-
-
-def _columns(columns: list[int]) -> str:
-    named = ", ".join(map(str, columns[:8])) + (", …" if len(columns) > 8 else "")
-    return f"column {named} is" if len(columns) == 1 else f"columns {named} are"

@@ -17,7 +17,7 @@ from pyro_flows.core.wrap import Wrap, _bare, _joined, image
 from pyro_flows.distributions import DiagonalNormal, Flow
 from pyro_flows.distributions.made import Head
 from pyro_flows.infer.density.columns import at_bounds, is_free
-from pyro_flows.transforms import Coloring, Standardization
+from pyro_flows.transforms import Bounds, Coloring, Standardization
 
 __all__ = [
     "Density",
@@ -286,7 +286,7 @@ def pulled_back(flow: Flow, value: Tensor) -> tuple[Tensor, Tensor, list[int]]:
     infinite = ~real.isfinite()
     bad = ~inside | edge.reshape(len(value), -1).any(1) | infinite.flatten(1).any(1)
     columns: list[int] = []
-    if edge.shape == value.shape and all(isinstance(part, Wrap) for part in back):
+    if edge.shape == value.shape and all(isinstance(part, (Wrap, Bounds)) for part in back):
         edge = edge | infinite if infinite.shape == edge.shape else edge
         columns = edge.flatten(1).any(0).nonzero()[:, 0].tolist()
     return real, bad, columns

@@ -39,6 +39,7 @@ from pyro_flows.infer.guides.refusals import guide_of, refuse_random, refuse_uno
 from pyro_flows.infer.guides.result import GuideFit
 from pyro_flows.infer.machine import processes
 from pyro_flows.infer.machine.budget import Budget
+from pyro_flows.infer.machine.callback import Callback, check_callback
 from pyro_flows.infer.machine.checkpoint import Keeper, architecture_of, checksums
 from pyro_flows.infer.machine.compiled import Compile
 from pyro_flows.infer.machine.interrupts import carrying, pyro_as_it_was
@@ -78,6 +79,7 @@ def fit_guide(
     resume: bool = True,
     fit_prior: bool = False,
     compile: Compile = "auto",
+    callback: Callback | None = None,
     **kwargs: object,
 ) -> GuideFit:
     r"""Fits a flow to the posterior of a model, and says whether to trust it.
@@ -125,6 +127,10 @@ def fit_guide(
             draws at once. ``"auto"``: where the fit will take much longer than compiling, which takes 15 to 60 CPU
             seconds, or where the compiled steps are on disk, as after an earlier fit with data of the same shape.
             ``True`` waits for it. The numbers are those of plain steps, but for rounding.
+        callback: a function that is called every 50 steps, with a dictionary of the ``step``, the mean ``elbo`` and
+            ``spread`` of these steps, ``rate``, ``phase``, ``seconds``, ``weight`` and ``failures``, as in the history.
+            If it returns ``True``, training stops, and may be resumed from a checkpoint. Of several processes, the
+            first calls it. It has random numbers of its own, and its exceptions carry the fit.
 
     Returns:
         The :class:`~pyro_flows.infer.GuideFit`, with ``verdict``, ``sample``, ``predictive`` and ``to_arviz``.
@@ -147,6 +153,7 @@ def fit_guide(
         if seconds is not None and not 0 < seconds < math.inf:
             raise ValueError(f"fit_guide: expected seconds to be a positive number, got {seconds!r}")
         integer("fit_guide", "checkpoint_every", checkpoint_every)
+        check_callback("fit_guide", callback)
         if not isinstance(compile, bool):
             choice("fit_guide", "compile", compile, ("auto",))
         budget = Budget(DEFAULT_STEPS if steps is None and seconds is None else steps, seconds, processes.clock())
@@ -211,6 +218,7 @@ def fit_guide(
                 level=begun.level if begun.covered is None and begun.informed else -math.inf,
                 compile=compile,
                 report=bar.report,
+                callback=callback,
             )
 
         training = trainer()
@@ -224,13 +232,15 @@ def fit_guide(
         path = None if processes.rank() else checkpoint  # one file is enough, as all are alike
         for times in range(RESTARTS + 1):
             training.run(Keeper(CHECKPOINT, path, content, checkpoint_every, SECONDS_BETWEEN_FILES))
+            if training.halted:
+                begun.notes.append(f"the callback ended training after {len(training.history)} steps")
             bar.say("judging")
             assessment = _assess(guide, begun, budget)
             if begun.covered is not None and assessment.verdict.label == MODES:
                 assessment = _fit_to_mixture(guide, begun, budget, begun.covered) or assessment
             probe = assessment.probe
             late = budget.seconds is not None and budget.left() < ANEW * budget.seconds
-            stay = late or guide.start == "prior" or assessment.verdict.label != MODES
+            stay = training.halted or late or guide.start == "prior" or assessment.verdict.label != MODES
             if times == RESTARTS or probe is None or stay:
                 break
             bar.say("starting anew from all modes")

@@ -15,6 +15,7 @@ from pyro_flows.distributions import Flow
 from pyro_flows.infer.guides.posterior import affine_of, frozen, preconditioner_of
 from pyro_flows.infer.machine import processes
 from pyro_flows.infer.machine.budget import Budget, cosine
+from pyro_flows.infer.machine.callback import Callback, asks_to_stop
 from pyro_flows.infer.machine.checkpoint import CheckpointFormat
 from pyro_flows.infer.machine.compiled import Compile, CompiledSteps
 from pyro_flows.infer.machine.graph import RecordError, Replay, replayable, unrecorded
@@ -136,7 +137,8 @@ class GuideTraining(TrainingLoop):
     ``(S,)``. ``tempering`` is the posterior's first weight, or ``None``. ``covering`` adds the forward divergence, to
     keep the shares of modes found. Unless ``fresh``, the flow is not the identity: the affine phase is skipped and
     steps are smaller. The start's ELBO is at least ``level``: if no later one is better, the flow returns to the start.
-    ``compile`` says whether steps are compiled. ``report`` takes the history after each step.
+    ``compile`` says whether steps are compiled. ``report`` takes the history after each step; ``callback`` gets a
+    record every 50 steps, and ``halted`` tells that it has ended training.
     """
 
     flow: Flow
@@ -155,6 +157,7 @@ class GuideTraining(TrainingLoop):
         level: float = -math.inf,
         compile: Compile = False,
         report: Callable[[History], None] | None = None,
+        callback: Callback | None = None,
     ) -> None:
         super().__init__(flow, budget)
         self.density, self.num_particles, self.path_gradient = density, num_particles, path_gradient
@@ -162,6 +165,7 @@ class GuideTraining(TrainingLoop):
         self.history = History()
         self.failed_steps = 0
         self.dropped = 0
+        self.callback, self.halted = callback, False
         self.phase = "affine" if fresh and tempering is None else "flow"
         self._rates = RATES if fresh else CAREFUL_RATES
         self._first = 0.0  # progress at the start of the flow phase
@@ -181,6 +185,8 @@ class GuideTraining(TrainingLoop):
         self.flow.train()
         if self.phase == "affine":
             self._phase(affine_of(self.flow), 0.0, WARM, WARM_RATES)
+            if self.halted:
+                return
             with interrupts_held_back():
                 self._release()
                 preconditioner_of(self.flow).fold()
@@ -188,6 +194,8 @@ class GuideTraining(TrainingLoop):
                 self._first, self.phase = min(WARM, self.budget.fraction), "flow"
         if self.phase == "flow":
             self._phase(self.flow, self._first, 1.0, self._rates)
+            if self.halted:
+                return
             with interrupts_held_back():
                 self._restore()
                 self._release()
@@ -230,7 +238,7 @@ class GuideTraining(TrainingLoop):
             weight = 1.0 if self.tempering is None else self.tempering ** max(0.0, 1.0 - part / TEMPERED)
             return cosine(part, *rates), weight
 
-        while self.budget.fraction < end and self._exact < PATIENCE and not self._settled(name):
+        while self.budget.fraction < end and self._exact < PATIENCE and not self._settled(name) and not self.halted:
             before, done = processes.clock(), self.budget.done
             plans = [plan(k) for k in range(self._at_once(name, optimizer, plan(0)[1], end))]
             if not self._compiled_steps(name, flow, optimizer, plans):
@@ -243,6 +251,18 @@ class GuideTraining(TrainingLoop):
             self.keep(self.budget.done)
             if self.report is not None:
                 self.report(self.history)
+            if self.callback is not None and len(self.history) % LOOK == 0:
+                self.halted = asks_to_stop(self.callback, self._record())
+        if self.halted:
+            self.keep(self.budget.done, write=True)  # as it is, to go on from
+
+    def _record(self) -> dict[str, Any]:
+        """The last row of the history, with the means of what varies from step to step."""
+        found = {name: column[-1] for name, column in vars(self.history).items()}
+        for name in ("elbo", "spread"):
+            recent = [value for value in getattr(self.history, name)[-LOOK:] if math.isfinite(value)]
+            found[name] = sum(recent) / len(recent) if recent else math.nan
+        return {"step": len(self.history), **found}
 
     def _emphatic(self, name: str, weight: float) -> bool:
         return self.path_gradient and name == "flow" and weight == 1.0 and not self.covering

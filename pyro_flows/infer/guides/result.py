@@ -20,7 +20,9 @@ from pyro_flows.core.checks import integer
 from pyro_flows.distributions import Flow, FlowDistribution
 from pyro_flows.infer.bridge import to_arviz
 from pyro_flows.infer.diagnostics import Importance, Verdict, resample
+from pyro_flows.infer.diagnostics.moments import scalar_names
 from pyro_flows.infer.diagnostics.settling import ChainDraws
+from pyro_flows.infer.diagnostics.summary import levels_of, quantiles_of, tabulate
 from pyro_flows.infer.guides import predictions, stored
 from pyro_flows.infer.guides.assessment import Assessment, weigh
 from pyro_flows.infer.guides.auto import AutoFlow
@@ -175,6 +177,49 @@ class GuideFit:
             return None
         found = pick_members(self.flow, self._density, guide.structure, 2 * num_samples)
         return None if found is None else resample(*found, num_samples)
+
+    @torch.no_grad()
+    def quantiles(
+        self, q: Any, *, num_samples: int = 10_000, resampled: bool = False, seed: int = 0
+    ) -> dict[str, Tensor]:
+        """Quantiles of each latent and each ``pyro.deterministic``, by site, shape ``(*q.shape, *site.shape)``.
+
+        Args:
+            q: levels from 0 to 1, a number or an array of any shape.
+            num_samples: the number of draws.
+            resampled: as in :meth:`sample`.
+            seed: the seed of the draws; torch's global generators stay as they are.
+
+        Raises:
+            ValueError: for levels out of range.
+        """
+        levels = levels_of("GuideFit.quantiles", q)
+        return {
+            name: quantiles_of(draws, levels)
+            for name, draws in self._of_sites("quantiles", num_samples, resampled, seed).items()
+        }
+
+    def summary(self, *, num_samples: int = 10_000, resampled: bool = False, seed: int = 0) -> Any:
+        """A pandas ``DataFrame`` with a row for each number of a site: mean, standard deviation, and quantiles.
+
+        Sites are the latents and each ``pyro.deterministic``; a loaded fit without its model has the latents only.
+        ``arviz.summary(fit.to_arviz())`` adds highest-density intervals.
+
+        Args:
+            num_samples: the number of draws.
+            resampled: as in :meth:`sample`; whether that is needed, and helps, the verdict says.
+            seed: the seed of the draws; torch's global generators stay as they are.
+        """
+        sites = self._of_sites("summary", num_samples, resampled, seed)
+        names = [each for name, draws in sites.items() for each in scalar_names(name, draws.shape[1:])]
+        return tabulate(names, torch.cat([draws.reshape(len(draws), -1).double() for draws in sites.values()], 1))
+
+    def _of_sites(self, name: str, num_samples: int, resampled: bool, seed: int) -> dict[str, Tensor]:
+        integer(name, "num_samples", num_samples, 2)
+        with seeded(seed):
+            z = self._unconstrained(name, num_samples, resampled)
+            computed = {} if self._density is None else predictions.computed(self._density, z)
+        return {**self.latents.draws(z), **computed}
 
     def log_prob(self, values: Mapping[str, Tensor]) -> Tensor:
         """Returns the log-density, in nats, at values by site of shapes ``(*sample, *site.shape)``.
