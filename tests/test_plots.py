@@ -390,6 +390,8 @@ def test_history_of_a_dictionary():
 def test_history_of_a_fit_marks_the_epoch_that_the_fit_kept():
     ax = plots.history(SimpleNamespace(history=RECORD, best_epoch=4))
     assert "best: -1.900 at epoch 4" in curves(ax)
+    ax = plots.history(SimpleNamespace(history=RECORD, best_epoch=0))  # the Gaussian that the flow started as
+    assert list(curves(ax)["best: the start, at epoch 0"].get_xdata()) == [0, 0]
     refuses(ValueError, "best epoch, 9, is not among", plots.history, SimpleNamespace(history=RECORD, best_epoch=9))
 
 

@@ -103,6 +103,12 @@ class Mint(FlowTransform):
         ValueError: for an event of another number of dimensions, an even kernel, an activation that is not increasing,
             attention in the order by channel, or options out of range.
 
+    Example:
+        >>> layer = pf.Mint((1, 6, 6), num_groups=4)
+        >>> x, ladj = layer.inverse_and_ladj(torch.randn(5, 1, 6, 6))
+        >>> x.shape, ladj.shape
+        (torch.Size([5, 1, 6, 6]), torch.Size([5]))
+
     References:
         MintNet: Building Invertible Neural Networks with Masked Convolutions (Song et al., 2019), arXiv:1907.07945.
         Attention Is All You Need (Vaswani et al., 2017), arXiv:1706.03762.
