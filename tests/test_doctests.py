@@ -13,7 +13,7 @@ import torch
 
 import pyro_flows as pf
 
-#: What an example finds: docs/api.md names these, so that no example repeats their imports.
+#: What an example finds: docs/api/index.md names these, so that no example repeats their imports.
 NAMESPACE = {"torch": torch, "pyro": pyro, "dist": dist, "pf": pf}
 
 #: Packages whose names are no part of the reference.

@@ -88,9 +88,9 @@ def test_formulas():
 
 
 def blocks(text):
-    """``(line, code)`` of the fenced blocks of a page."""
+    """``(line, code)`` of the blocks of code on a page, without what they print."""
     for found in re.finditer(r"^( *)```([^\n`]*)\n(.*?)^\1```[ \t]*$", text, re.MULTILINE | re.DOTALL):
-        if not found[2].startswith("{"):
+        if found[2].strip() in ("python", "pycon", "sh"):
             yield text.count("\n", 0, found.start()) + 2, [line[len(found[1]) :] for line in found[3].splitlines()]
 
 

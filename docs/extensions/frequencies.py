@@ -9,7 +9,9 @@ from sphinx.search.en import SearchEnglish
 def count(app, doctree):
     language = SearchEnglish({})
     words = map(str.lower, language.split(doctree.astext()))
-    app.env.metadata[app.env.docname]["words"] = Counter(language.stem(w) for w in words if language.word_filter(w))
+    app.env.metadata[app.env.docname]["words"] = Counter(
+        language.stem(w) for w in words if language.word_filter(w)
+    )
 
 
 def add(app, pagename, templatename, context, doctree):
@@ -23,7 +25,9 @@ def add(app, pagename, templatename, context, doctree):
         for word, number in counts.items():
             if number > 1:
                 words.setdefault(word, {})[page] = number
-    data = json.dumps({"words": words, "lengths": lengths}, separators=(",", ":"), sort_keys=True)
+    data = json.dumps(
+        {"words": words, "lengths": lengths}, separators=(",", ":"), sort_keys=True
+    )
     app.add_js_file(None, body=f"var Frequencies = {data};")
 
 

@@ -7,7 +7,9 @@ from docutils.utils.math import MathError
 from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.util import logging
 
-APPLIED = re.compile(r"(<mo>&ApplyFunction;</mo>)(?!\s*(?:<mrow>\s*)?<mo[^>]*>[(\[{|‖])")
+APPLIED = re.compile(
+    r"(<mo>&ApplyFunction;</mo>)(?!\s*(?:<mrow>\s*)?<mo[^>]*>[(\[{|‖])"
+)
 logger = logging.getLogger(__name__)
 
 
@@ -28,7 +30,9 @@ def inline(self, node):
 
 
 def block(self, node):
-    self.body.append(self.starttag(node, "div", CLASS="math notranslate nohighlight"))
+    self.body.append(
+        self.starttag(node, "div", CLASS="math notranslate nohighlight")
+    )
     self.body.append(mathml(node.astext(), node, True))
     self.body.append("</div>\n")
     raise nodes.SkipNode

@@ -94,7 +94,10 @@ def write(path: Path, project: str, objects: dict[str, tuple[str, str]]) -> None
     """One inventory, in version 2 of Sphinx's format."""
     head = f"# Sphinx inventory version 2\n# Project: {project}\n# Version: \n"
     head += "# The remainder of this file is compressed using zlib.\n"
-    lines = (f"{name} py:{role} 1 {where} -\n" for name, (role, where) in sorted(objects.items()))
+    lines = (
+        f"{name} py:{role} 1 {where} -\n"
+        for name, (role, where) in sorted(objects.items())
+    )
     path.write_bytes(head.encode() + zlib.compress("".join(lines).encode(), 9))
 
 
