@@ -16,9 +16,12 @@ import warnings
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 import pyro
 import pytest
 import torch
+from matplotlib import pyplot as plt
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted({*ROOT.glob("README.md"), *(p for p in (ROOT / "docs").rglob("*.md") if "_build" not in p.parts)})
@@ -155,6 +158,27 @@ def test_outputs_that_are_exact_or_not_shown():
     )
 
 
+def other(path, stored):
+    """Whether two pictures differ in size, or clearly in more than a twentieth of their areas of 10 by 10 pixels."""
+    if not stored.exists():
+        return True
+    with Image.open(path) as a, Image.open(stored) as b:
+        if a.size != b.size:
+            return True
+        coarse = [np.asarray(image.convert("RGB").reduce(10)).astype(float) for image in (a, b)]
+    return (np.abs(coarse[0] - coarse[1]).max(-1) > 40).mean() > 0.05
+
+
+def test_pictures_that_differ(tmp_path):
+    rows = np.full((100, 200, 3), 255, np.uint8)
+    moved, wide = rows.copy(), np.full((100, 210, 3), 255, np.uint8)
+    moved[:30, :100] = 0
+    for name, pixels in (("rows", rows), ("moved", moved), ("wide", wide)):
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+    found = [other(tmp_path / "rows.png", tmp_path / f"{name}.png") for name in ("rows", "moved", "wide", "none")]
+    assert found == [False, True, True, True]
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_python_blocks_run(page, tmp_path, monkeypatch, request):
@@ -164,6 +188,7 @@ def test_python_blocks_run(page, tmp_path, monkeypatch, request):
     if not code:
         pytest.skip("no Python on this page")
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")  # pages read examples/data, as from the repository's root
     matplotlib.use("Agg")
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
@@ -183,10 +208,18 @@ def test_python_blocks_run(page, tmp_path, monkeypatch, request):
     finally:
         torch.set_default_dtype(before)
         pyro.clear_param_store()
+    plt.close("all")
     differences, refreshed = compared(text, printed)
+    pictures = {path: ROOT / "docs" / "pictures" / path.name for path in tmp_path.glob("*.png") if path.name in text}
     if request.config.getoption("--refresh-outputs"):
         page.write_text(refreshed)
+        for path, stored in pictures.items():
+            with Image.open(path) as image:  # few colors make a small file
+                image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(stored, optimize=True)
     else:
+        differences += [
+            f"{stored.name} is not what the page draws" for p, stored in pictures.items() if other(p, stored)
+        ]
         remedy = f"see what came, then refresh: pytest -m full tests/test_docs.py -k {page.stem} --refresh-outputs"
         assert not differences, "\n".join([*differences, remedy])
 

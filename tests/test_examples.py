@@ -57,6 +57,12 @@ def test_stored_pictures_are_small():
         assert path.stat().st_size < 300_000, path.name
 
 
+def test_every_stored_picture_is_on_a_page():
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    shown = {name for page in pages for name in re.findall(r"pictures/([\w.]+)", page.read_text())}
+    assert {path.name for path in (ROOT / "docs" / "pictures").iterdir()} <= shown
+
+
 def test_every_data_file_has_its_source():
     source = (ROOT / "examples" / "data" / "SOURCE.txt").read_text()
     for path in (ROOT / "examples" / "data").iterdir():

@@ -90,6 +90,14 @@ def judge_rows(
 
     Raises:
         ValueError: for rows that do not fit, or lie outside the support.
+
+    Example:
+        >>> from pyro_flows.infer.density.judging import judge_rows
+        >>> flow = pf.Flow(pf.realnvp(2))  # the standard normal
+        >>> judge_rows(flow, torch.randn(200, 2), training=torch.randn(200, 2)).ok
+        True
+        >>> judge_rows(flow, 3 + torch.randn(200, 2), training=3 + torch.randn(200, 2)).ok
+        False
     """
     fresh = admitted(density, data, context, who="judge_rows")
     trained = None

@@ -61,6 +61,14 @@ class StandardizedFlow(Flow):
 
     Contexts, less ``context_loc``, are divided by ``context_scale``; both have shape ``(context_dim,)`` and are in the
     ``state_dict``.
+
+    Example:
+        >>> data, context = torch.randn(100, 2), 5 + torch.randn(100, 1)
+        >>> fit = pf.fit_density(pf.maf(2, context_dim=1), data, context=context, steps=2)
+        >>> type(fit.distribution).__name__
+        'StandardizedFlow'
+        >>> fit.distribution.context_loc.shape
+        torch.Size([1])
     """
 
     context_loc: Tensor
@@ -146,6 +154,12 @@ def standardized(
 
     Returns:
         A flow that shares all parts; ``flow`` itself if there is nothing to standardize.
+
+    Example:
+        >>> loc, scale = torch.tensor([10.0, 0.0]), torch.tensor([3.0, 0.1])
+        >>> flow = pf.infer.standardized(pf.Flow(pf.maf(2)), loc, scale)
+        >>> flow.sample((5,)).shape
+        torch.Size([5, 2])
     """
     if not is_plain_flow(flow):
         raise TypeError(f"standardized: expected a Flow as it is, got a {type(flow).__name__}")

@@ -64,6 +64,16 @@ class GuideFit:
         notes: departures from the request, in words.
         chains: draws of Markov chains, which :meth:`refine` and :meth:`nuts` make; then :meth:`sample` and all that
             follow from it give these, the verdict is on them, and other numbers are the guide's.
+
+    Example:
+        >>> def model(y):
+        ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...     pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+        >>> fit = pf.fit_guide(model, torch.tensor(2.0), steps=20)
+        >>> fit.verdict.ok
+        True
+        >>> fit.sample(100)["z"].shape
+        torch.Size([100])
     """
 
     def __init__(
@@ -580,6 +590,15 @@ def load_guide(
     Raises:
         FileNotFoundError: if there is no file.
         ValueError: if the file is no saved fit, is damaged, comes from another release, or needs the builder.
+
+    Example:
+        >>> def model(y):
+        ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...     pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+        >>> pf.fit_guide(model, torch.tensor(2.0), steps=20).save("fit.pt")
+        >>> fit = pf.load_guide("fit.pt")
+        >>> fit.sample(100)["z"].shape
+        torch.Size([100])
     """
     known: dict[str, Any] = {"kind": KIND, "remedy": "give the path of a file that GuideFit.save of this release wrote"}
     state = read_state(path, version=VERSION, **known)
