@@ -80,6 +80,8 @@ def vectors():
 
 KINDS = {
     "nsf": lambda: fitted(pf.nsf(2, bins=4, **SMALL)),
+    "bounds": lambda: fitted(pf.nsf(2, bins=4, **SMALL), real().abs(), bounds=[(0, None), (-1.0, 99.0)]),
+    "weights": lambda: fitted(pf.maf(2, **SMALL), real(), weights=torch.rand(60)),
     "inverse": lambda: fitted(pf.Chain([pf.Chain([pf.iaf(2, **SMALL), pf.Permutation(2)]).inv, pf.LULinear(2)])),
     "positive": positive,
     "box": box,
@@ -121,7 +123,7 @@ KINDS = {
     ),
 }
 
-QUICK = ("positive", "context", "made-mixed")
+QUICK = ("bounds", "context", "made-mixed")
 
 
 def same(fit, loaded, *, verdict=True):
@@ -174,6 +176,17 @@ def fit_and_file(tmp_path, flow=None, **options):
     fit = fitted(pf.maf(2, **SMALL) if flow is None else flow, **options)
     fit.save(tmp_path / "fit.pt")
     return fit, tmp_path / "fit.pt"
+
+
+def test_columns_come_back(tmp_path):
+    pandas = pytest.importorskip("pandas")
+    fit, path = fit_and_file(
+        tmp_path, data=pandas.DataFrame(real().numpy(), columns=["a", "b"]), bounds={"b": (-50, 50)}
+    )
+    loaded = pf.load_density(path)
+    assert loaded.columns == ("a", "b") and loaded.kept[0].trained.columns == ("a", "b")
+    assert list(loaded.summary(num_samples=100).index) == list(fit.summary(num_samples=100).index)
+    same(fit, loaded, verdict=False)
 
 
 def test_verdicts_come_back(tmp_path):

@@ -1,6 +1,7 @@
 """What a hand does first: numbers in place of shapes, arrays, modules in place of distributions; and what prints."""
 
 import re
+import warnings
 
 import numpy as np
 import pyro
@@ -117,8 +118,10 @@ def test_options_of_the_flow_belong_to_its_builder():
 
 
 def test_images_without_channels_are_noticed():
-    with pytest.warns(UserWarning, match=r"glow: an event of shape \(28, 28\) is a series .* image .* \(1, 28, 28\)"):
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
         pf.glow((28, 28), num_layers=1, num_scales=1, hidden_channels=4)
+    assert re.match(r"glow: an event of shape \(28, 28\) is a series .* image .* \(1, 28, 28\)", str(told[0].message))
 
 
 def test_empty_batches_and_gradients():
@@ -167,7 +170,7 @@ def pictures():
     yield Codec(pf.MADE(3, "bernoulli", hidden_dims=(4,)).eval()), "levels=2"
     yield PathELBO(4), "num_particles=4"
     yield DReGELBO(4), "num_particles=4"
-    yield AlphaDivergence(4, alpha=0.5), "alpha=0.5"
+    yield AlphaDivergence(0.5, 4), "alpha=0.5"
     yield ForwardKL(draws), "num_samples=10"
     yield guide, "AutoFlow"
     yield guide.latents, "a ()"

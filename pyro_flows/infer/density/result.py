@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import math
 import os
 import warnings
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Size, Tensor, nn
 
-from pyro_flows.core.checks import integer
+from pyro_flows.core.checks import integer, sample_size
 from pyro_flows.core.transform import FlowTransform
 from pyro_flows.distributions import Ensemble, Flow
 from pyro_flows.infer.density import stored
@@ -141,11 +142,55 @@ class DensityFit:
         return self.log_prob(data, context).double().mean().item()
 
     @torch.no_grad()
-    def sample(self, sample_shape: Size | tuple[int, ...] = (), context: Any = None) -> Tensor:
+    def sample(self, sample_shape: int | Size | tuple[int, ...] = (), context: Any = None) -> Tensor:
         """Draws in the units of the data, shape ``(*sample_shape, *context_batch, *event_shape)``."""
+        sample_shape = sample_size(sample_shape)
         if context is None:
             return self.distribution.sample(sample_shape)
         return self.distribution.sample(sample_shape, self._context("DensityFit.sample", context))
+
+    @torch.no_grad()
+    def forecast(self, y: Any, horizon: int, num_samples: int = 1000, context: Any = None) -> Tensor:
+        """Draws the next steps of series, shape ``(num_samples, *batch, C, horizon)``, in the units of the data.
+
+        A :class:`~pyro_flows.infer.uses.series.Stream` of the fitted model reads the past, and its copies go on, each
+        with draws of its own. The past may be shorter or longer than the series of the fit. The cost is a density of
+        the past, and ``horizon`` draws of one step with ``num_samples`` times the rows.
+
+        Args:
+            y: the past of one or several series, oldest step first, shape ``(*batch, C, n)`` with any ``n``; a vector
+                ``(n,)`` of one channel; or a data frame with a row for each step and a column for each channel.
+            horizon: the number of steps.
+            num_samples: the number of paths.
+            context: contexts, shape ``(*batch, context_dim)``, the same at all times.
+
+        Raises:
+            ValueError: for a fit that is not of series by a causal flow or a ``ConvMADE``, or a past that does not fit.
+        """
+        who = "DensityFit.forecast"
+        event = self._event_shape
+        if len(event) != 2 or isinstance(self.distribution, Ensemble):
+            kind = "an ensemble; ask one of its members, fit.members[0].forecast(y, horizon)"
+            kind = kind if len(event) == 2 else f"one of events of shape {tuple(event)}"
+            raise ValueError(
+                f"{who}: expected a fit of series (C, T) by a causal flow such as causal_maf or a ConvMADE, got {kind}"
+            )
+        expected = expected_by(self.distribution)
+        past = to_tensor(y, who, "y").to(expected.device, expected.dtype)
+        if hasattr(y, "columns") or past.dim() == 1:  # a row for each step
+            past = past.reshape(len(past), -1).T
+        if past.dim() < 2 or past.shape[-2] != event[0] or not past.shape[-1]:
+            raise ValueError(
+                f"{who}: expected y to be the past of series, shape (*batch, {event[0]}, n), or a data frame with "
+                f"{event[0]} columns, got {type(y).__name__} of shape {tuple(getattr(y, 'shape', past.shape))}"
+            )
+        integer(who, "horizon", horizon)
+        # The folder of what one does with densities imports this one.
+        series: Any = importlib.import_module("pyro_flows.infer.uses.series")
+        given = None if context is None else self._context(who, context)
+        stream = series.Stream(self.distribution, past.shape[:-2], given)
+        stream.observe(past.expand(*stream.batch_shape, *past.shape[-2:]))
+        return stream.forecast(horizon, num_samples)
 
     @torch.no_grad()
     def quantile(self, q: Any, context: Any = None, *, num_samples: int | None = None, seed: int = 0) -> Tensor:
