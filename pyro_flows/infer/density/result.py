@@ -173,7 +173,8 @@ class DensityFit:
             kind = "an ensemble; ask one of its members, fit.members[0].forecast(y, horizon)"
             kind = kind if len(event) == 2 else f"one of events of shape {tuple(event)}"
             raise ValueError(
-                f"{who}: expected a fit of series (C, T) by a causal flow such as causal_maf or a ConvMADE, got {kind}"
+                f"{who}: expected a fit of series (C, T) by a causal flow, such as causal_maf, or a ConvMADE, got "
+                f"{kind}"
             )
         expected = expected_by(self.distribution)
         past = to_tensor(y, who, "y").to(expected.device, expected.dtype)
