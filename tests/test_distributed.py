@@ -184,6 +184,8 @@ KINDS = {
     "orders": {"steps": 50},
     "no-validation": {"kind": "maf", "steps": 50, "validation_fraction": 0, "standardize": False},
     "one-row": {"kind": "maf", "steps": 50, "batch_size": 1, "average": 0.0},
+    "weights": {"kind": "maf", "steps": 50, "weights": torch.linspace(0, 3, 303)},
+    "bounds": {"kind": "maf", "steps": 20, "bounds": [(-5, 15), (0, None), None]},
     "plateau": {"kind": "maf", "steps": 100, "lr": 0.1, "patience": 1},
 }
 
@@ -357,6 +359,31 @@ def timed(**options):
             return super().step(closure)
 
     return density(optimizer=partial(Slow, lr=1e-3), seconds=1.0, steps=None, schedule="cosine", **options)[1]
+
+
+def looked_at(stop_at):
+    """Epochs that were shown to this process, and at which its fit ended."""
+    seen = []
+
+    def look(record):
+        seen.append(record["epoch"])
+        if stop_at is None:
+            raise OSError("no more ink")
+        return record["epoch"] == stop_at
+
+    try:
+        fit = pf.fit_density(flow_of("maf"), rows(), max_epochs=4, callback=look, progress=False)
+    except OSError as error:
+        return seen, str(error), error.fit.history["epoch"]
+    return seen, fit.stopped, fit.history["epoch"]
+
+
+@pytest.mark.full
+def test_the_first_process_is_called_and_its_answer_counts(both):
+    assert both(looked_at, 2) == [([1, 2], "callback", [1, 2]), ([], "callback", [1, 2])]
+    first, second = both(looked_at, None)
+    assert first == ([1], "no more ink", [1])
+    assert second == ([], "fit_density: process 0 raised OSError: no more ink", [1])
 
 
 def folded():

@@ -16,6 +16,7 @@ from pyro_flows.core.checks import first_floating
 from pyro_flows.distributions import Ensemble, Flow
 from pyro_flows.infer.density.columns import Precision
 from pyro_flows.infer.density.names import Names, column_names, tell_column
+from pyro_flows.infer.density.settings import FEW_ROWS
 from pyro_flows.infer.machine.processes import count, everyone, part
 
 __all__ = ["Expected", "Loader", "Rows", "Source", "admit_rows", "expected_by", "name_rows", "to_tensor"]
@@ -131,10 +132,10 @@ def _numbers(part: Tensor) -> np.ndarray:
     return (part.double() if part.dtype == torch.bfloat16 else part).numpy()
 
 
-Batch = tuple[Tensor, Tensor | None, Tensor | None]
+Batch = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 
-"""Values, contexts, and the numbers of the rows in the data given (``None`` from a loader)."""
+"""Values, contexts, the numbers of the rows in the data given (``None`` from a loader), and weights, if any."""
 
 
 @dataclass(frozen=True)
@@ -179,6 +180,7 @@ class Rows:
     """Rows held whole, on the flow's device.
 
     ``index`` numbers them in the given data, whose columns have the names ``columns`` and ``context_columns``, if any.
+    Each row counts as much as its ``weight`` says, which is 1 on average, and 1 for all without weights.
     """
 
     value: Tensor
@@ -186,6 +188,7 @@ class Rows:
     index: Tensor
     columns: tuple[str, ...] | None = None
     context_columns: tuple[str, ...] | None = None
+    weight: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.value)
@@ -207,7 +210,7 @@ class Rows:
     def batch(self, rows: Tensor) -> Batch:
         """Selects a batch, or the part of this process."""
         found = self.take(part(rows))
-        return found.value, found.context, found.index
+        return found.value, found.context, found.index, found.weight
 
     def order(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, ...]:
         """Shuffles the rows into batches of equal size, up to one row; the larger ones come first."""
@@ -220,21 +223,24 @@ class Rows:
         shape = min(steps, self.steps(batch_size)), -(-len(self) // self.steps(batch_size))
         rows, shares = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=self.value.dtype)
         for k, piece in enumerate(pieces[: shape[0]]):
-            rows[k, : len(piece)], shares[k, : len(piece)] = piece, 1 / len(piece)
+            own = torch.ones(len(piece)) if self.weight is None else self.weight[piece]
+            rows[k, : len(piece)], shares[k, : len(piece)] = piece, own / len(piece)
         return [rows, shares]
 
     def chunks(self, least: int) -> Iterator[Batch]:
         """Yields all rows once, in order, at least so many at a time; of several processes, each gets a part."""
         size = max(least, _CHUNK // max(self.value[:1].numel(), 1), 1)
         values = part(self.value).split(size) if len(part(self.index)) else ()
-        contexts = [None] * len(values) if self.context is None else part(self.context).split(size)
-        yield from zip(values, contexts, part(self.index).split(size), strict=False)
+        contexts, weights = (
+            [None] * len(values) if each is None else part(each).split(size) for each in (self.context, self.weight)
+        )
+        yield from zip(values, contexts, part(self.index).split(size), weights, strict=False)
 
     def take(self, rows: Tensor) -> Rows:
         """Selects some rows."""
         rows = rows.to(self.value.device)
-        context = None if self.context is None else self.context[rows]
-        return replace(self, value=self.value[rows], context=context, index=self.index[rows])
+        context, weight = (None if each is None else each[rows] for each in (self.context, self.weight))
+        return replace(self, value=self.value[rows], context=context, index=self.index[rows], weight=weight)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Rows:
         """Moves the rows; ``dtype`` is that of real numbers, and integers stay."""
@@ -242,15 +248,69 @@ class Rows:
         def moved(value: Tensor) -> Tensor:
             return value.to(device, dtype if value.is_floating_point() else None)
 
-        context = None if self.context is None else moved(self.context)
-        return replace(self, value=moved(self.value), context=context, index=self.index.to(device))
+        context, weight = (None if each is None else moved(each) for each in (self.context, self.weight))
+        return replace(self, value=moved(self.value), context=context, index=self.index.to(device), weight=weight)
 
     def joined(self, other: Rows) -> Rows:
         """These rows and others."""
         contexts = [each.context for each in (self, other) if each.context is not None]
         context = torch.cat(contexts) if contexts else None
         value, index = torch.cat([self.value, other.value]), torch.cat([self.index, other.index])
-        return replace(self, value=value, context=context, index=index)
+        weight = None
+        if self.weight is not None or other.weight is not None:
+            ones = [torch.ones(len(each), device=value.device) for each in (self, other)]
+            given = zip((self.weight, other.weight), ones, strict=True)
+            weight = torch.cat([one if own is None else own for own, one in given])
+        return replace(self, value=value, context=context, index=index, weight=weight)
+
+    def weighted(self, given: Any, expected: Expected) -> Rows:
+        """Gives rows weights, scaled to a mean of 1, and leaves out those of weight 0.
+
+        Raises:
+            ValueError: for weights that are not finite, negative, all 0, or not one for each row.
+        """
+        if given is None:
+            return self
+        weight = to_tensor(given, expected.who, "weights").to(self.value.device)
+        if weight.shape not in ((len(self),), (len(self), 1)):
+            raise ValueError(
+                f"{expected.who}: expected a weight for each of the {len(self)} rows, got weights of shape "
+                f"{tuple(weight.shape)}"
+            )
+        weight = weight.reshape(-1).double()
+        bad = ~(weight.isfinite() & (weight >= 0))
+        if bad.any() or not weight.any():
+            where = f"{int(bad.sum())} that are not ({name_rows(bad.nonzero()[:, 0])})" if bad.any() else "only zeros"
+            raise ValueError(
+                f"{expected.who}: expected weights to be finite numbers of at least 0, and some above it; got {where}"
+            )
+        counted = weight > 0
+        own = replace(self, weight=(weight / weight.max()).to(expected.dtype))
+        return (own if counted.all() else own.take(counted.nonzero()[:, 0])).scaled()
+
+    @property
+    def counts(self) -> Tensor:
+        """How much each row counts, in float64 on the CPU."""
+        one = torch.ones(len(self), dtype=torch.float64, device="cpu")
+        return one if self.weight is None else self.weight.to(one)
+
+    def scaled(self) -> Rows:
+        """The same rows with weights of mean 1."""
+        return self if self.weight is None else replace(self, weight=self.weight / self.weight.mean())
+
+    @property
+    def effective(self) -> float:
+        """The number of rows of equal weight whose mean would be as uncertain."""
+        return float(self.counts.sum().square() / self.counts.square().sum())
+
+    def told(self) -> str:
+        """Says how few the effective rows are, if they are."""
+        if self.effective >= min(0.5 * len(self), FEW_ROWS):
+            return ""
+        return (
+            f"weights: the {len(self)} rows count like {self.effective:.0f} of equal weight, so that scores and the "
+            "fit are as uncertain as those of so few; if single rows weigh that much by mistake, bound the weights"
+        )
 
     def split(self, fraction: float, most: int, generator: torch.Generator) -> tuple[Rows, Rows]:
         """Splits at random; the second part has ``fraction`` of the rows, from one row to ``most``."""
@@ -261,7 +321,7 @@ class Rows:
                 "validation_fraction=0 to fit without"
             )
         order = torch.randperm(len(self), generator=generator, device="cpu")
-        return self.take(order[held_out:]), self.take(order[:held_out])
+        return self.take(order[held_out:]).scaled(), self.take(order[:held_out]).scaled()
 
 
 class Loader:
@@ -288,17 +348,17 @@ class Loader:
                 sampler.set_epoch(int(torch.randint(2**31, (), generator=generator)))
         yield from self.chunks(batch_size)
         while count() > 1:
-            yield torch.empty(0), None, None
+            yield torch.empty(0), None, None, None
 
     def chunks(self, least: int) -> Iterator[Batch]:
         """Yields one pass."""
         for batch in self.loader:
-            yield *_admit(*self._unpack(batch), self.expected, self.what, self.what), None
+            yield *_admit(*self._unpack(batch), self.expected, self.what, self.what), None, None
 
     def survey(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Counts in a first pass, and refuses NaN."""
         self.rows = self.count = 0
-        for value, context, _ in self.chunks(0):
+        for value, context, *_ in self.chunks(0):
             place = f"batch {self.count} of the DataLoader given as {self.what}"
             _refuse_nonfinite(
                 self.expected, {f"{place}, values,": (value, None), f"{place}, contexts,": (context, None)}

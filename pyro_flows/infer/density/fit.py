@@ -80,6 +80,7 @@ def fit_density(
     folds: int | None = None,
     bounds: Any = None,
     callback: Callback | None = None,
+    weights: Any = None,
 ) -> DensityFit:
     """Fits a density to data by maximum likelihood or flow matching, stopped early by held-out rows.
 
@@ -170,6 +171,10 @@ def fit_density(
             ensemble, the number of the ``member``. If it returns ``True``, training stops, and may be resumed from a
             checkpoint. Of several processes, the first calls it. It has random numbers of its own, and its exceptions
             carry the fit.
+        weights: how much each row of ``data`` counts, shape ``(rows,)``, at least 0; they are scaled to a mean of 1. A
+            weight of 2 is as good as the row twice, but for the number of rows, which sets batches and folds. Scores,
+            units and the Gaussian are weighted; rows for the verdict are kept with chances in proportion.
+            ``validation`` rows that are given count alike.
 
     Raises:
         ValueError: for data that do not fit or have unbounded likelihood (constant or dependent columns), rows outside
@@ -230,7 +235,7 @@ def _fit(chosen: dict[str, Any], stacklevel: int | None) -> DensityFit:
         given = (data, context, validation, chosen["validation_context"])
         device = expected_by(trained).device
         stack.enter_context(own_randomness(device, seed))
-        start = prepare(trained, given, settings, stacklevel)
+        start = prepare(trained, given, settings, stacklevel, chosen["weights"])
         identity = {
             "architecture": architecture_of(trained),
             "data": {**start.identity, **bounds_in(trained)},
@@ -246,7 +251,7 @@ def _fit(chosen: dict[str, Any], stacklevel: int | None) -> DensityFit:
         density = in_units(trained, units, standardize)
         part = coloring_of(density)
         if part is not None and known is None:
-            start_as_gaussian(density, start.sample.value, start.sample.context)
+            start_as_gaussian(density, start.sample.value, start.sample.context, start.sample.weight)
             processes.made_alike(part)
         elif part is not None and known is not None:
             with CHECKPOINT.refusing(checkpoint):
@@ -256,7 +261,8 @@ def _fit(chosen: dict[str, Any], stacklevel: int | None) -> DensityFit:
         if matching is not None and is_plain_flow(density):
             aim = Matching(matching, density, seed, held_out)
         average = bool(settings.average)
-        decay = settings.weight_decay_for(len(start.train), part is not None)
+        rows = start.train.effective if isinstance(start.train, Rows) else len(start.train)
+        decay = settings.weight_decay_for(rows, part is not None)
         made: AdamW | Given = (
             AdamW(parameters, None, settings.lr, decay, average) if torchs is None else Given(torchs, average)
         )
@@ -310,9 +316,10 @@ def _fit(chosen: dict[str, Any], stacklevel: int | None) -> DensityFit:
         gaussian = part is not None and not training.best_epoch
         if gaussian and isinstance(start.validation, Rows) and is_plain_flow(trained) and is_plain_flow(density):
             with interrupts_held_back():  # nothing is learned from some rows alone, so all may tell the Gaussian
-                judged.append(started(trained, density, start.sample.value, start.sample.context))
-                whole = start.sample.joined(start.validation)
-                start_as_gaussian(density, whole.value, whole.context)
+                sample = start.sample
+                judged.append(started(trained, density, sample.value, sample.context, sample.weight))
+                whole = sample.joined(start.validation)
+                start_as_gaussian(density, whole.value, whole.context, whole.weight)
         fit = result()
         if matching is not None:
             try:
@@ -358,9 +365,9 @@ def _fit_folds(options: dict[str, Any], count: int, by_default: bool = False) ->
     first = _as_density(flow)
     fresh, *members = [copy.deepcopy(first), first, *(copy.deepcopy(first) for _ in range(count - 1))]
     expected = expected_by(first)
-    rows = admit_rows(data, context, expected, "data", "context")
+    rows = admit_rows(data, context, expected, "data", "context").weighted(options["weights"], expected)
     refuse_support(first, rows.value, names=rows.columns)
-    for told in expected.told(rows.columns, rows.context_columns):
+    for told in (*expected.told(rows.columns, rows.context_columns), rows.told()):
         if told:
             warnings.warn(f"fit_density: {told}", stacklevel=3)
     if not 2 <= count <= len(rows):
@@ -368,15 +375,18 @@ def _fit_folds(options: dict[str, Any], count: int, by_default: bool = False) ->
     seed = int(torch.randint(2**31, ())) if options["seed"] is None else options["seed"]
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed), device="cpu")
     parts, begin = order.tensor_split(count), processes.clock()
+    sizes = [float(rows.counts[part].sum()) for part in parts]
     fits: list[DensityFit] = []
 
     def so_far() -> object:
-        return _ensemble(fits, parts, by_default) if fits else getattr(sys.exc_info()[1], "fit", None)
+        return _ensemble(fits, sizes, by_default) if fits else getattr(sys.exc_info()[1], "fit", None)
 
     with carrying([so_far]):
         for k, member in enumerate(members):
-            kept, held_out = (rows.take(part) for part in (torch.cat([*parts[:k], *parts[k + 1 :]]), parts[k]))
+            others = torch.cat([*parts[:k], *parts[k + 1 :]])
+            kept, held_out = (rows.take(part).scaled() for part in (others, parts[k]))
             own = {"flow": member, "data": kept, "context": None, "validation": held_out, "seed": seed + k}
+            own["weights"] = None
             spent = processes.clock() - begin
             if seconds is not None and by_default:
                 if k == 1 and spent * count > seconds:
@@ -390,9 +400,9 @@ def _fit_folds(options: dict[str, Any], count: int, by_default: bool = False) ->
                 own["callback"] = partial(_of_member, callback, k)
             fits.append(_fit({**options, **own}, None if k else 5))
             if fits[-1].stopped == "callback" and len(fits) < count:
-                return fits[0] if by_default and not k else _ensemble(fits, parts, by_default)
+                return fits[0] if by_default and not k else _ensemble(fits, sizes, by_default)
         gaussian = _floor(fits, fresh, rows, parts)
-    return _ensemble(fits, parts, by_default, gaussian if by_default else [])
+    return _ensemble(fits, sizes, by_default, gaussian if by_default else [])
 
 
 def _of_member(callback: Callback, member: int, record: dict[str, Any]) -> object:
@@ -412,26 +422,28 @@ def _floor(fits: list[DensityFit], fresh: Flow | Density, rows: Rows, parts: Seq
     for fit, member, held in zip(fits, fitted, parts, strict=True):
         others = rows.take(torch.cat([part for part in parts if part is not held]))
         own = rows.take(held)
-        start = started(fresh, member, others.value, others.context)
+        start = started(fresh, member, others.value, others.context, others.weight)
         starts.append(start)
         scores.append(start.score(own.value, own.context).double().cpu())
         reached = scores[-1] if not fit.best_epoch else member.score(own.value, own.context).double().cpu()
         gains.append(reached - scores[-1])
-    if not better(torch.cat(gains)):
+    weights = [rows.counts[part] for part in parts]
+    if not better(torch.cat(gains), torch.cat(weights)):
         with interrupts_held_back():
             for k, (fit, member, score) in enumerate(zip(fits, fitted, scores, strict=True)):
                 fit.flow.load_state_dict(fresh.state_dict())
-                start_as_gaussian(member, rows.value, rows.context)
+                start_as_gaussian(member, rows.value, rows.context, rows.weight)
                 kept = (replace(fit.kept[0], density=starts[k]),)  # the member has seen all rows now
-                fits[k] = replace(fit, best_epoch=0, validation=score.mean().item(), kept=kept)
-    return [started(fresh, fitted[0], rows.value, rows.context)]
+                mean = (weights[k] * score).sum() / weights[k].sum()
+                fits[k] = replace(fit, best_epoch=0, validation=mean.item(), kept=kept)
+    return [started(fresh, fitted[0], rows.value, rows.context, rows.weight)]
 
 
 def _ensemble(
-    fits: Sequence[DensityFit], parts: Sequence[Tensor], by_default: bool, others: Sequence[Flow] = ()
+    fits: Sequence[DensityFit], sizes: Sequence[float], by_default: bool, others: Sequence[Flow] = ()
 ) -> DensityFit:
     """Returns the fit of several members; each row has a score by the one that did not see it."""
-    sizes = [len(part) for part in parts[: len(fits)]]
+    sizes = sizes[: len(fits)]
     score = sum(size * fit.validation for size, fit in zip(sizes, fits, strict=True)) / sum(sizes)
     kept = tuple(part for fit in fits for part in fit.kept)
     if by_default:  # all else is that of the flow given

@@ -30,10 +30,11 @@ _FEWEST = 2 * _FOLDS  # rows to choose a shrinkage by; fewer have a diagonal cov
 _LAMBDAS = torch.logspace(-6, 0, 25, dtype=torch.float64, device="cpu")
 
 
-def _moments(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _moments(rows: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Means, standard deviations (1 for a constant column) and correlations of flat rows, in float64."""
-    loc = rows.mean(0)
-    centered = rows - loc
+    weight = weight / weight.mean()
+    loc = (weight * rows).mean(0)
+    centered = weight.sqrt() * (rows - loc)
     std = (centered.square().sum(0) / max(len(rows) - 1, 1)).sqrt()
     scale = torch.where(std > 0, std, 1.0)
     matrix = centered.T @ centered / (max(len(rows) - 1, 1) * torch.outer(scale, scale))
@@ -41,7 +42,7 @@ def _moments(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return loc, scale, matrix
 
 
-def shrinkage(rows: Tensor, context_dim: int = 0) -> float:
+def shrinkage(rows: Tensor, context_dim: int = 0, weight: Tensor | None = None) -> float:
     r"""Chooses the :math:`\lambda` of :math:`(1 - \lambda) R + \lambda I` for a correlation matrix.
 
     It is the best of 25, from 1e-6 to 1, by the likelihood of held-out rows over five folds, given the context.
@@ -50,6 +51,7 @@ def shrinkage(rows: Tensor, context_dim: int = 0) -> float:
     Args:
         rows: shape ``(rows, context_dim + D)``, contexts first.
         context_dim: the number of columns that are given, whose own likelihood does not count.
+        weight: the rows' weights, by default equal.
 
     Example:
         >>> from pyro_flows.infer.density.gaussian import shrinkage
@@ -58,24 +60,33 @@ def shrinkage(rows: Tensor, context_dim: int = 0) -> float:
         True
     """
     rows = rows[:LARGEST_SAMPLE].detach().cpu().double()
+    own = _column(rows, weight)
     if len(rows) < _FEWEST:
         return 1.0
     total = torch.zeros_like(_LAMBDAS)
     for k in range(_FOLDS):
-        loc, scale, matrix = _moments(rows[torch.arange(len(rows), device="cpu") % _FOLDS != k])
-        standard = (rows[k::_FOLDS] - loc) / scale
-        total += _likelihoods(standard, matrix)
+        others = torch.arange(len(rows), device="cpu") % _FOLDS != k
+        loc, scale, matrix = _moments(rows[others], own[others])
+        standard, held = (rows[k::_FOLDS] - loc) / scale, own[k::_FOLDS]
+        total += _likelihoods(standard, matrix, held)
         if context_dim:
-            total -= _likelihoods(standard[:, :context_dim], matrix[:context_dim, :context_dim])
+            total -= _likelihoods(standard[:, :context_dim], matrix[:context_dim, :context_dim], held)
     return float(_LAMBDAS[total.argmax()])
 
 
-def _likelihoods(rows: Tensor, matrix: Tensor) -> Tensor:
+def _column(rows: Tensor, weight: Tensor | None) -> Tensor:
+    """The weights of as many rows as a column in float64 on the CPU, 1 by default."""
+    if weight is None:
+        return rows.new_ones(len(rows), 1)
+    return weight[: len(rows)].detach().cpu().double().unsqueeze(-1)
+
+
+def _likelihoods(rows: Tensor, matrix: Tensor, weight: Tensor) -> Tensor:
     """The log-likelihood of rows for each shrinkage of a correlation matrix, up to a constant."""
     values, vectors = torch.linalg.eigh(matrix)
     shrunk = (1 - _LAMBDAS[:, None]) * values.clamp(min=0.0) + _LAMBDAS[:, None]
-    squares = (rows @ vectors).square().sum(0)
-    return -0.5 * ((squares / shrunk).sum(1) + len(rows) * shrunk.log().sum(1))
+    squares = (weight * (rows @ vectors).square()).sum(0)
+    return -0.5 * ((squares / shrunk).sum(1) + weight.sum() * shrunk.log().sum(1))
 
 
 def sample_size(row: Tensor) -> int:
@@ -83,11 +94,11 @@ def sample_size(row: Tensor) -> int:
     return min(LARGEST_SAMPLE, max(1000, _NUMBERS // max(row.numel(), 1)))
 
 
-def coloring(rows: Tensor, event_shape: torch.Size, context_dim: int = 0) -> Coloring:
+def coloring(rows: Tensor, event_shape: torch.Size, context_dim: int = 0, weight: Tensor | None = None) -> Coloring:
     """Makes a standard normal the Gaussian of flat rows, contexts first; in float64, on the CPU."""
     rows = rows.detach().cpu().double()
-    mean, scale, matrix = _moments(rows)
-    covariance = (1 - shrinkage(rows, context_dim)) * matrix
+    mean, scale, matrix = _moments(rows, _column(rows, weight))
+    covariance = (1 - shrinkage(rows, context_dim, weight)) * matrix
     covariance.fill_diagonal_(1.0)
     covariance *= torch.outer(scale, scale)
     loc, slope = mean[context_dim:], None
@@ -100,7 +111,7 @@ def coloring(rows: Tensor, event_shape: torch.Size, context_dim: int = 0) -> Col
     return Coloring(loc.reshape(event_shape), torch.linalg.cholesky(covariance), slope)
 
 
-def fit_gaussian(value: Tensor, context: Tensor | None = None) -> Flow:
+def fit_gaussian(value: Tensor, context: Tensor | None = None, weight: Tensor | None = None) -> Flow:
     r"""Fits a normal of full covariance to rows, as a flow of one linear part, in their dtype.
 
     :math:`\log p(y \mid c) = \log N(y; t + B c, \Sigma)`.  Columns keep their variances; correlations, with the context
@@ -109,6 +120,7 @@ def fit_gaussian(value: Tensor, context: Tensor | None = None) -> Flow:
     Args:
         value: shape ``(rows, *event_shape)``.
         context: shape ``(rows, context_dim)``.
+        weight: how much each row counts, shape ``(rows,)``; by default all alike.
 
     Example:
         >>> from pyro_flows.infer.density.gaussian import fit_gaussian
@@ -118,11 +130,13 @@ def fit_gaussian(value: Tensor, context: Tensor | None = None) -> Flow:
     """
     flat = value.flatten(1)
     rows = flat if context is None else torch.cat([context, flat], 1)
-    return Flow(coloring(rows, value.shape[1:], rows.shape[1] - flat.shape[1]).to(value)).eval()
+    return Flow(coloring(rows, value.shape[1:], rows.shape[1] - flat.shape[1], weight).to(value)).eval()
 
 
 @torch.no_grad()
-def start_as_gaussian(density: Flow | Density, value: Tensor, context: Tensor | None) -> None:
+def start_as_gaussian(
+    density: Flow | Density, value: Tensor, context: Tensor | None, weight: Tensor | None = None
+) -> None:
     """Makes a flow whose chain is linear start as the Gaussian of rows in its units.
 
     In general, the base becomes the Gaussian of the rows pulled back to it, so that a chain trained before keeps what
@@ -140,23 +154,26 @@ def start_as_gaussian(density: Flow | Density, value: Tensor, context: Tensor | 
         latent = torch.cat([rest._inverse_and_ladj(*piece)[0] for piece in pieces])
         rows = latent if context is None else torch.cat([context, latent], 1)
         if rows.isfinite().all():
-            made = coloring(rows, part.event_shape, part.context_dim)
+            made = coloring(rows, part.event_shape, part.context_dim, weight)
             part.place(made.loc, made.factor, made.slope)
 
 
-def started(flow: Flow, fitted: Flow, value: Tensor, context: Tensor | None) -> Flow:
+def started(flow: Flow, fitted: Flow, value: Tensor, context: Tensor | None, weight: Tensor | None = None) -> Flow:
     """Puts a flow in the units of a fitted one of the same architecture, as the Gaussian of rows."""
     units: Any = leaves(fitted.chain)[1 + len(split_chain(flow.chain)[0])]
     own = (fitted.context_loc, fitted.context_scale) if isinstance(fitted, StandardizedFlow) else ()
     made = standardized(flow, units.loc, units.scale, *own)
-    start_as_gaussian(made, value, context)
+    start_as_gaussian(made, value, context, weight)
     return made.eval()
 
 
-def better(gains: Tensor) -> bool:
-    """Tells whether paired differences of scores are positive by two standard errors.
+def better(gains: Tensor, weight: Tensor | None = None) -> bool:
+    """Tells whether paired differences of scores, of rows with weights of mean 1, are positive by two standard errors.
 
     Each counts for one nat at most, so that single rows do not decide.
     """
-    counted = gains.clamp(-1.0, 1.0)
-    return bool(counted.mean() > 2 * counted.std() / len(counted) ** 0.5)
+    counted, count = gains.clamp(-1.0, 1.0), len(gains)
+    weight = torch.ones_like(counted) if weight is None else weight
+    mean = (weight * counted).mean()
+    deviations = weight * (counted - mean)
+    return bool(mean > 2 * (deviations.square().sum() / (count * (count - 1))).sqrt())

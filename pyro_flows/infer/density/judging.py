@@ -55,6 +55,10 @@ def keep(density: Any, held_out: Rows | None, train: Rows, seed: int) -> Kept:
 def _some(rows: Rows | None, most: int, seed: int) -> Rows | None:
     if rows is None:
         return None
+    if rows.weight is not None:  # as many rows of each kind as the weights say, and none twice
+        chance = torch.rand(len(rows), generator=torch.Generator().manual_seed(seed), device="cpu")
+        rows = rows.take((chance < (rows.weight / rows.weight.max()).cpu()).nonzero()[:, 0])
+        rows = replace(rows, weight=None)
     return _chosen(rows, most, seed).to("cpu")
 
 

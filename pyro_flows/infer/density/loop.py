@@ -139,8 +139,8 @@ class DensityTraining(TrainingLoop):
         if isinstance(self.optimizer, AdamW) and isinstance(self.rows, Rows):  # what can be compiled
             seconds = min(self.budget.left(), (self.sizes.total_steps - self.budget.done) * self.budget.step_seconds)
             pieces = self.rows.order(self.sizes.batch_size, torch.Generator())
-            value, context, _ = self.rows.batch(pieces[0])
-            graph = self._replay.graph_of(value, context, self._shares(value))
+            value, context, _, weight = self.rows.batch(pieces[0])
+            graph = self._replay.graph_of(value, context, self._shares(value, weight))
             if self._replay.why_not is not None and self.compiled.why_not is None:
                 self.compiled.refuse(self._replay.why_not)
             each = self.rows.listed(pieces, self.sizes.batch_size, self.compiled.steps)
@@ -150,9 +150,9 @@ class DensityTraining(TrainingLoop):
         """Takes the steps of an epoch; yields the mean score and number of the rows of one or more, and theirs."""
         rows, optimizer = self.rows, self.optimizer
         if not (isinstance(rows, Rows) and isinstance(optimizer, AdamW) and self.compiled.ready()):
-            for value, context, index in rows.batches(self.sizes.batch_size, self.shuffle):
-                if len(value) or processes.count() > 1:
-                    score, seen = self._step(value, context, index)
+            for batch in rows.batches(self.sizes.batch_size, self.shuffle):
+                if len(batch[0]) or processes.count() > 1:
+                    score, seen = self._step(*batch)
                     if not seen:  # no process has rows left
                         return
                     yield score, seen, 1
@@ -169,10 +169,12 @@ class DensityTraining(TrainingLoop):
             yield float(scores.double() @ sizes / sizes.sum()), int(sizes.sum()), count
             order = order[count:]
 
-    def _step(self, value: Tensor, context: Tensor | None, index: Tensor | None) -> tuple[float, int]:
+    def _step(
+        self, value: Tensor, context: Tensor | None, index: Tensor | None, weight: Tensor | None
+    ) -> tuple[float, int]:
         for resample in self._resample:  # order-agnostic training: another order each step
             resample()
-        return self._take_step(value, context, index)
+        return self._take_step(value, context, index, weight)
 
     def _compiled_steps(self, rows: Rows, optimizer: AdamW, pieces: Sequence[Tensor]) -> Tensor | None:
         """Takes a step for each batch and returns their scores; ``None`` if plain ones must do."""
@@ -237,11 +239,14 @@ class DensityTraining(TrainingLoop):
         loss.backward()  # calls hooks
         return [score.detach(), *(p.grad for p in self.parameters)]
 
-    def _shares(self, rows: Tensor) -> Tensor:
-        """Returns the equal shares of rows, which add up to 1."""
-        return self.parameters[0].new_full((len(rows),), 1 / max(len(rows), 1))
+    def _shares(self, rows: Tensor, weight: Tensor | None) -> Tensor:
+        """Returns the shares of rows in the mean, equal or by their weights."""
+        shares = self.parameters[0].new_full((len(rows),), 1 / max(len(rows), 1))
+        return shares if weight is None else shares * weight
 
-    def _take_step(self, value: Tensor, context: Tensor | None, index: Tensor | None) -> tuple[float, int]:
+    def _take_step(
+        self, value: Tensor, context: Tensor | None, index: Tensor | None, weight: Tensor | None
+    ) -> tuple[float, int]:
         """Takes a step on the rows of all processes; returns their mean score and number."""
         if not self.budget.done:
             processes.primed(self.flow, lambda: self._score_all(value, context))
@@ -251,7 +256,7 @@ class DensityTraining(TrainingLoop):
             # Modules with log_prob check values, which a recording leaves out, so each row must have been seen before.
             seen = is_plain_flow(self.density) or (self.epoch > 0 and isinstance(self.rows, Rows))
             run = self._replay if seen else self._loss_and_grads
-            mean, *grads = run(value, context, self._shares(value))
+            mean, *grads = run(value, context, self._shares(value, weight))
         score = 0.0 if mean is None else float(mean)
         if not math.isfinite(score):
             self._raise_bad_score(f"{self.objective.noun} of a batch is {score}", value, context, index)
@@ -337,7 +342,7 @@ class DensityTraining(TrainingLoop):
         what = f"validation {self.objective.noun} was not finite in any of {self.epoch} epochs"
         for batch in () if self.validation is None else self.validation.chunks(self.sizes.batch_size):
             if not self._score(*batch[:2]).isfinite().all():
-                self._raise_bad_score(what, *batch)
+                self._raise_bad_score(what, *batch[:3])
         raise FloatingPointError(f"fit_density: the {what}; try a smaller lr")
 
     def _raise_bad_score(self, what: str, value: Tensor, context: Tensor | None, index: Tensor | None) -> None:

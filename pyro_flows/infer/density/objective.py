@@ -99,15 +99,17 @@ Score = Callable[[Tensor, Tensor | None], Tensor]
 @torch.no_grad()
 def evaluate(score: Score, source: Source | None, batch_size: int = 1) -> Iterator[Tensor]:
     """Yields the scores of all rows, in pieces, without a graph."""
-    for value, context, _ in () if source is None else source.chunks(batch_size):
+    for value, context, *_ in () if source is None else source.chunks(batch_size):
         yield score(value, context)
 
 
 def mean_score(score: Score, source: Source | None, batch_size: int = 1) -> float:
-    """Averages the scores of all rows; NaN without rows."""
+    """Averages the scores of all rows, by their weights; NaN without rows."""
     whole, rows = 0.0, 0.0
-    with telling():
-        for scores in evaluate(score, source, batch_size):
-            whole, rows = whole + scores.cpu().double().sum().item(), rows + len(scores)
+    with telling(), torch.no_grad():
+        for value, context, _, weight in () if source is None else source.chunks(batch_size):
+            scores = score(value, context).cpu().double()
+            own = torch.ones_like(scores) if weight is None else weight.cpu().double()
+            whole, rows = whole + (own * scores).sum().item(), rows + own.sum().item()
     whole, rows = total(whole, rows)
     return whole / rows if rows else float("nan")

@@ -87,7 +87,11 @@ class Prepared:
 
 
 def prepare(
-    flow: Flow | Density, given: tuple[Any, Any, Any, Any], settings: Settings, stacklevel: int | None = 3
+    flow: Flow | Density,
+    given: tuple[Any, Any, Any, Any],
+    settings: Settings,
+    stacklevel: int | None = 3,
+    weights: Any = None,
 ) -> Prepared:
     """Admits ``given`` (data, contexts, and those of validation), holds rows out, and surveys the rest.
 
@@ -104,6 +108,13 @@ def prepare(
     values, contexts = surveys = Survey(), Survey()
     thinned, thinned_out = Thinned(), Thinned()
     train = _admit(flow, data, context, expected, "data", surveys, thinned)
+    if isinstance(train, Rows):
+        train = train.weighted(weights, expected)
+    elif weights is not None:
+        raise ValueError(
+            "fit_density: weights= needs rows in memory, got a DataLoader; let it draw rows as often as their weights "
+            "say: DataLoader(dataset, sampler=torch.utils.data.WeightedRandomSampler(weights, len(weights)))"
+        )
     names = (train.columns, train.context_columns) if isinstance(train, Rows) else (None, None)
     values.names, contexts.names = names
     if isinstance(train, Loader):
@@ -126,8 +137,10 @@ def prepare(
     if isinstance(train, Rows):
         whole = train.value
         if expected.continuous or ends is not None or settings.standardize:
-            real = _survey(flow, whole, train.context, "data", surveys)
+            real = _survey(flow, whole, train.context, "data", surveys, train.weight)
     found = expected.told(*names)
+    if isinstance(train, Rows) and weights is not None:
+        found.append(train.told())
     if values.repeated:
         found.append(_REPEATED)
     if expected.continuous:
@@ -211,11 +224,18 @@ def _admit(
     return loader
 
 
-def _survey(flow: Flow | Density, value: Tensor, context: Tensor | None, what: str, surveys: Surveys) -> Tensor:
+def _survey(
+    flow: Flow | Density,
+    value: Tensor,
+    context: Tensor | None,
+    what: str,
+    surveys: Surveys,
+    weight: Tensor | None = None,
+) -> Tensor:
     real = refuse_support(flow, value, what, surveys[0].names)
-    surveys[0].add(real, value)
+    surveys[0].add(real, value, weight)
     if context is not None:
-        surveys[1].add(context)
+        surveys[1].add(context, None, weight)
     return real
 
 
@@ -260,7 +280,8 @@ def refuse_support(flow: Flow | Density, value: Tensor, what: str = "data", name
 
 def _identity(source: Source | None, what: str) -> dict[str, str]:
     if isinstance(source, Rows):
-        return {what: checksum(source.value), f"contexts of {what}": checksum(source.context)}
+        own = {what: checksum(source.value), f"contexts of {what}": checksum(source.context)}
+        return own if source.weight is None else {**own, f"weights of {what}": checksum(source.weight)}
     return {what: "none" if source is None else f"{len(source)} rows in {source.count} batches"}
 
 
@@ -333,8 +354,8 @@ class Survey:
         self.rows = 0
         self._sample: list[tuple[Tensor, Tensor]] = []
 
-    def add(self, value: Tensor, given: Tensor | None = None) -> None:
-        """Adds a piece, shape ``(rows, *event_shape)``; ``given`` is in the units of the data."""
+    def add(self, value: Tensor, given: Tensor | None = None, weight: Tensor | None = None) -> None:
+        """Adds a piece, shape ``(rows, *event_shape)``; ``given`` is in the units of the data, weights have mean 1."""
         if not len(value):
             return
         given = value if given is None else given
@@ -344,8 +365,10 @@ class Survey:
             self._sample.append((piece[:rows].clone(), given[:rows].cpu().clone()))
         lowest, highest = piece.amin(0), piece.amax(0)
         piece = piece.double()
-        mean = piece.mean(0)
-        self._join(len(piece), mean, (piece - mean).square().sum(0), lowest, highest)
+        own = torch.ones(len(piece)) if weight is None else weight.cpu()
+        own = own.double().view(-1, *(1,) * (piece.dim() - 1))
+        mean = (own * piece).mean(0)
+        self._join(len(piece), mean, (own * (piece - mean).square()).sum(0), lowest, highest)
 
     def _join(self, rows: int, mean: Tensor, squares: Tensor, lowest: Tensor, highest: Tensor) -> None:
         if not self.rows:

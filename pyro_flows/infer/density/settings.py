@@ -102,7 +102,7 @@ class Settings:
         near = 2 ** round(math.log2(max(rows / BATCHES, 1.0)))
         return min(max(near, SMALLEST_BATCH), LARGEST_BATCH, rows)
 
-    def weight_decay_for(self, rows: int, from_gaussian: bool) -> float:
+    def weight_decay_for(self, rows: float, from_gaussian: bool) -> float:
         """Returns the chosen weight decay, or one that draws a flow of few rows back to the Gaussian it starts as."""
         if self.weight_decay is not None:
             return self.weight_decay

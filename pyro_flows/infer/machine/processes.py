@@ -341,7 +341,7 @@ def average_buffers(module: nn.Module) -> None:
     for buffer in buffers:
         first = buffer.clone()
         distributed.broadcast(first, 0)
-        change = buffer - first  # exactly 0 if all are alike
+        change = torch.where(buffer == first, 0.0, buffer - first)  # of infinities that are alike, 0, too
         distributed.all_reduce(change)
         buffer.copy_(first + change / meeting.size)
 
