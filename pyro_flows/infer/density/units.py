@@ -95,6 +95,13 @@ class StandardizedDensity(Density):
 
     The ``module`` has the density :math:`q`; ``loc`` :math:`t` and ``scale`` :math:`\sigma` have the event's shape,
     or ``(C, 1)`` for series.  ``context_loc`` and ``context_scale`` are the units of contexts, if any.
+
+    Example:
+        >>> data = 100 + torch.randn(200, 2)
+        >>> made = pf.MADE(2, "normal")
+        >>> fit = pf.fit_density(made, data, standardize=True, steps=2)
+        >>> type(fit.distribution).__name__
+        'StandardizedDensity'
     """
 
     loc: Tensor
