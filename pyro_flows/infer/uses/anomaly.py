@@ -50,7 +50,7 @@ class AnomalyDetector:
         FloatingPointError: if a score is NaN.
 
     Example:
-        >>> flow = pf.Flow(pf.nsf(2))  # in earnest, a fitted one
+        >>> flow = pf.Flow(pf.nsf(2))  # in practice, a fitted one
         >>> detector = pf.infer.AnomalyDetector(flow, torch.randn(200, 2))
         >>> rows = torch.tensor([[0.0, 0.0], [10.0, -10.0]])
         >>> detector.flag(rows).tolist()
