@@ -44,7 +44,7 @@ def fit(args: Namespace, train: Tensor, held_out: Tensor) -> dict[str, pf.Dequan
         shapes["one orientation"] |= {"num_layers": 1, "num_groups": 2}
     budgets = {"both orientations": (2500, 5e-3), "one orientation": (1500, 1e-2)}
     if not small:
-        budgets = {"both orientations": (700, 5e-3), "one orientation": (700, 1e-2)}
+        budgets = {"both orientations": (200, 5e-3), "one orientation": (400, 1e-2)}
     models = {}
     for name, options in shapes.items():
         chain = pf.Chain([pf.mintnet(shape, **options), pf.LogitPixels(shape, LEVELS)])
@@ -261,7 +261,7 @@ def main() -> None:
     args = begin(__doc__, data={"type": Path, "help": "folder of mnist.npz"})
     print(f"torch {torch.__version__}, float32, {torch.get_num_threads()} threads, seed {args.seed}")
     train, held_out, test = (part.long() for part in (mnist(args.data) if args.data else digits()))
-    held_out, test = held_out[:200], test[: 120 if args.data else 300]
+    held_out, test = held_out[:200], test[: 80 if args.data else 300]
     models = {name: model.eval() for name, model in fit(args, train, held_out).items()}
     print(f"\nBits per pixel, of {LEVELS} levels (two standard errors), by the bound of one noise and of 20 together")
     for name, model in models.items():

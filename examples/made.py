@@ -1,7 +1,7 @@
 """MADE as a distribution: handwritten digits drawn, and completed from any part of them.
 
     python examples/made.py                 # prints a table, leaves made_digits.png in out/; about two minutes
-    python examples/made.py --data FOLDER   # 28 x 28 digits of mnist.npz in that folder, black or white; four minutes
+    python examples/made.py --data FOLDER   # 28 x 28 digits of mnist.npz in that folder, black or white; five minutes
     python examples/made.py --smoke         # the same in seconds, with budgets too small to mean anything
 
 An order-agnostic MADE and a convolutional one learn 8 x 8 digits of 17 gray levels (Optical Recognition of Handwritten

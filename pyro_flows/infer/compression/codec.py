@@ -64,7 +64,7 @@ class Codec:
 
     Example:
         >>> pixels = torch.randint(2, (100, 8))
-        >>> codec = pf.infer.Codec(pf.MADE(8))  # in earnest, a fitted one
+        >>> codec = pf.infer.Codec(pf.MADE(8))  # in practice, a fitted one
         >>> file = codec.encode(pixels)
         >>> torch.equal(codec.decode(file), pixels)
         True

@@ -32,7 +32,7 @@ class Calibration:
         level: the largest probability that right inference is not ``ok``.
 
     Example:
-        >>> ranks = {"loc": torch.arange(200) % 100}  # as uniform as can be
+        >>> ranks = {"loc": torch.arange(200) % 100}  # uniform
         >>> found = pf.infer.diagnostics.Calibration(ranks, num_samples=99)
         >>> found.ok
         True

@@ -23,7 +23,7 @@ from pyro_flows.infer.diagnostics import Importance, Verdict, resample
 from pyro_flows.infer.diagnostics.moments import scalar_names
 from pyro_flows.infer.diagnostics.settling import ChainDraws
 from pyro_flows.infer.diagnostics.summary import levels_of, quantiles_of, tabulate
-from pyro_flows.infer.guides import predictions, stored
+from pyro_flows.infer.guides import predictions, refusals, stored
 from pyro_flows.infer.guides.assessment import Assessment, weigh
 from pyro_flows.infer.guides.auto import AutoFlow
 from pyro_flows.infer.guides.builders import Builder
@@ -36,6 +36,7 @@ from pyro_flows.infer.machine.budget import Budget
 from pyro_flows.infer.machine.files import check_path, read_state, refuse_others, write_state
 from pyro_flows.infer.machine.interrupts import carrying, interrupts_held_back, pyro_as_it_was
 from pyro_flows.infer.machine.randomness import seeded
+from pyro_flows.infer.machine.records import device_of, read
 from pyro_flows.infer.models.joint import JointDensity
 from pyro_flows.infer.models.latents import Latents
 from pyro_flows.infer.search.climb import SafeDensity
@@ -67,13 +68,10 @@ class GuideFit:
 
     Example:
         >>> def model(y):
-        ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        ...     pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+        ...     pyro.sample("y", dist.Normal(pyro.sample("z", dist.Normal(0, 1)), 1), obs=y)
         >>> fit = pf.fit_guide(model, torch.tensor(2.0), steps=20)
-        >>> fit.verdict.ok
-        True
-        >>> fit.sample(100)["z"].shape
-        torch.Size([100])
+        >>> fit.verdict.ok, fit.sample(100)["z"].shape
+        (True, torch.Size([100]))
     """
 
     def __init__(
@@ -363,7 +361,8 @@ class GuideFit:
         """Runs chains on a copy of the guide, led by the first of several processes."""
         so_far: list[Callable[[], object]] = []
         with carrying(so_far), processes.joined(name), ExitStack() as stack:
-            guide, density = self._to_walk(name)
+            known, density = refusals.walkable(name, self.guide, self._density)
+            guide = copy.deepcopy(known)
             bar = ChainBar(name, progress and not processes.rank())
             seed = guide.seed if seed is None else seed
             for each in (pyro_as_it_was(), seeded(seed), poutine.block(), torch.enable_grad(), bar):
@@ -377,24 +376,6 @@ class GuideFit:
             state, found = processes.led(density, guide.initial, led)
             guide.flow.load_state_dict(state)
         return self._walked(guide, *found)
-
-    def _to_walk(self, name: str) -> tuple[AutoFlow, JointDensity]:
-        """Returns a copy of the guide, and the density.
-
-        Raises:
-            ValueError: without a model, or if it sees part of its data in each run.
-        """
-        if self.guide is None or self._density is None:
-            raise ValueError(
-                f"{name}: this fit was loaded without its model, so chains have no density; fit the guide again, or "
-                "save the result of this method in its place"
-            )
-        if self.guide.subsampled:
-            raise ValueError(
-                f"{name}: the model sees a part of its data in each run, and chains need the density of all; build the "
-                "model without subsampling (subsample_size=None) and fit it"
-            )
-        return copy.deepcopy(self.guide), self._density
 
     def _walked(self, guide: AutoFlow, chains: ChainDraws, assessment: Assessment) -> GuideFit:
         return GuideFit(
@@ -508,7 +489,6 @@ class GuideFit:
         if self._density is not None:
             extra = predictions.computed(self._density, z)
             posterior |= extra
-            data = predictions.observed(self._density, z)
             if self.guide is not None and self.guide.subsampled:
                 if posterior_predictive or log_likelihood:
                     warnings.warn(
@@ -517,18 +497,8 @@ class GuideFit:
                         stacklevel=2,
                     )
             else:
-                groups["observed_data"] = {n: predictions.seen(site.value, site) for n, site in data.items()}
-                if posterior_predictive:
-                    names = predictions.to_redraw(self._density, z, redraw)
-                    found = predictions.redrawn(self._density, z, names)
-                    held = {*extra, *data} - set(names)
-                    groups["posterior_predictive"] = {
-                        name: predictions.seen(value, data[name]) if name in data else value
-                        for name, value in found.items()
-                        if name not in held
-                    }
-                if log_likelihood:
-                    groups["log_likelihood"] = predictions.log_likelihoods(self._density, z)
+                wanted = {"predictive": posterior_predictive, "likelihood": log_likelihood}
+                groups = predictions.groups(self._density, z, set(extra), redraw, **wanted)
         attrs: dict[str, Any] = {"verdict": self.verdict.label}
         if self.chains is None:
             attrs |= {"khat": self.khat, "ess": self.ess}
@@ -593,24 +563,22 @@ def load_guide(
 
     Example:
         >>> def model(y):
-        ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        ...     pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+        ...     pyro.sample("y", dist.Normal(pyro.sample("z", dist.Normal(0, 1)), 1), obs=y)
         >>> pf.fit_guide(model, torch.tensor(2.0), steps=20).save("fit.pt")
-        >>> fit = pf.load_guide("fit.pt")
-        >>> fit.sample(100)["z"].shape
+        >>> pf.load_guide("fit.pt").sample(100)["z"].shape
         torch.Size([100])
     """
     known: dict[str, Any] = {"kind": KIND, "remedy": "give the path of a file that GuideFit.save of this release wrote"}
     state = read_state(path, version=VERSION, **known)
     with refuse_others(path, **known):
-        record: stored.FlowRecord = stored.read(stored.FlowRecord, state.pop("flow"), "flow")
-    device = stored.device_of(map_location, record.device)
+        record: stored.FlowRecord = read(stored.FlowRecord, state.pop("flow"), "flow")
+    device = device_of(map_location, record.device, "load_guide")
     with refuse_others(path, **known):
         flow = stored.flow_of(record, builder).to(device)
         state = tree_map_only(Tensor, lambda value: value.to(device), state)
         latents = stored.read_latents(state.pop("latents"))
         if (latents.dim,) != flow.event_shape:
             raise ValueError(f"a flow of {tuple(flow.event_shape)} dimensions for {latents.dim} latents")
-        numbers: stored.Numbers = stored.read(stored.Numbers, state)
+        numbers: stored.Numbers = read(stored.Numbers, state)
         numbers.check(latents.dim)
         return GuideFit(flow, latents, **vars(numbers))

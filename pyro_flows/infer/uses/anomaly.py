@@ -50,7 +50,7 @@ class AnomalyDetector:
         FloatingPointError: if a score is NaN.
 
     Example:
-        >>> flow = pf.Flow(pf.nsf(2))  # in earnest, a fitted one
+        >>> flow = pf.Flow(pf.nsf(2))  # in practice, a fitted one
         >>> detector = pf.infer.AnomalyDetector(flow, torch.randn(200, 2))
         >>> rows = torch.tensor([[0.0, 0.0], [10.0, -10.0]])
         >>> detector.flag(rows).tolist()
@@ -84,6 +84,13 @@ class AnomalyDetector:
                 f"({name_rows((~bits.isfinite()).nonzero()[:, 0])}) have no density; leave them out"
             )
         self.reference, self.mean = bits.sort().values, float(bits.mean())
+
+    def __repr__(self) -> str:
+        sides = "two-sided" if self.two_sided else "one-sided"
+        return (
+            f"AnomalyDetector({type(self.model).__name__}, {len(self.reference):,} reference rows of {self.mean:.4g} "
+            f"bits per dimension, {sides})"
+        )
 
     @torch.no_grad()
     def bits(self, rows: Any, context: Any = None) -> Tensor:
