@@ -188,7 +188,7 @@ def several_modes(
             seconds=None if budget.seconds is None else seconds,
         )
         before = 1 - (1 - before) * (1 - probe.missing_share)
-        if probe.missing_share <= SEVERAL or before > probe.missing_share:
+        if probe.missing_share <= SEVERAL or before > probe.missing_share or end - time.monotonic() < 0.5 * seconds:
             break
         # Narrow modes hide behind wide ones that the start misses: another look, from the Gaussians on all of them.
         z, mixture = mixture_draws(probe, count, generator)

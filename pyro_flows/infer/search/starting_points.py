@@ -15,7 +15,7 @@ __all__ = ["StartingPoints", "starting_points"]
 OWN, HEAVIEST = 16, 4  # draws of the guide: picked by weight, and those of the largest weights
 TRIES = 4  # candidates for a near start, as some may have no density
 SCREENED, DENSELY = 64, 1024  # candidates a round for a far start, and for one within the guide's reach
-SCREENING = 0.1, 0.4  # most part of the time for either
+SCREENING = 0.1, 0.3  # most part of the time for either
 RADII = (3.0, 1000.0)  # of far starts
 WITHIN = (0.7, 4.0)  # the guide's standard deviations, for starts where narrow modes may be
 KINDS, HALVES = 4, 2
@@ -65,7 +65,7 @@ def starting_points(
         initial: the point from which fitting began, ``(D,)``.
         frame: the scale of the guide's draws, ``(D, D)``, triangular.
         num_starts: the number of starts outside of the guide.
-        num_rounds: the rounds of candidates for either kind; they end early after a tenth and four tenths of the time.
+        num_rounds: the rounds of candidates for either kind; they end early after a tenth and three tenths of the time.
         generator: the source of randomness, on the CPU.
     """
     rand = Uniforms(generator)
