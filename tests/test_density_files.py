@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from asserts import refuses
-from cases import shake
+from cases import full_but, shake
 from torch import nn
 from torch.distributions import transforms
 
@@ -123,7 +123,7 @@ KINDS = {
     ),
 }
 
-QUICK = ("bounds", "context", "made-mixed")
+QUICK = ("context", "made-mixed")
 
 
 def same(fit, loaded, *, verdict=True):
@@ -178,6 +178,7 @@ def fit_and_file(tmp_path, flow=None, **options):
     return fit, tmp_path / "fit.pt"
 
 
+@pytest.mark.full
 def test_columns_come_back(tmp_path):
     pandas = pytest.importorskip("pandas")
     fit, path = fit_and_file(
@@ -202,6 +203,7 @@ def test_verdicts_come_back(tmp_path):
     assert torch.equal(loaded.verdict.checks.scores, fit.verdict.checks.scores)
 
 
+@pytest.mark.full
 def test_parts_are_shared_as_before(tmp_path):
     """A step of the flow moves its distribution, too."""
     _, path = fit_and_file(tmp_path, pf.Chain([layer := pf.Coupling(2, hidden_dims=(5,)), pf.Permutation(2), layer]))
@@ -292,7 +294,7 @@ OWN = {
 }
 
 
-@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("name", full_but(OWN, "layer"))
 @pytest.mark.parametrize("options", [{}, pytest.param({"folds": 2}, marks=pytest.mark.full)], ids=["one", "folds"])
 def test_own_code_is_given_again(name, options, tmp_path):
     fit = fitted(OWN[name](), **options)
@@ -321,6 +323,7 @@ def test_own_code_in_small_data(tmp_path):
     same(fit, pf.load_density(tmp_path / "fit.pt", flow=OWN["layer"]()), verdict=False)
 
 
+@pytest.mark.full
 def test_changed_parts_are_noticed(tmp_path):
     """A part with another option than it was made with would come back as it was made."""
 

@@ -37,7 +37,7 @@ def made(base, chain, context_dim=0):
 
 
 PAIRS = [(base, chain) for base in BASES for chain in CHAINS]
-SHORT = [*((base, "spline") for base in BASES if base != "full"), *(("normal", chain) for chain in CHAINS)]
+SHORT = [("normal", "spline"), ("mixture", "falling"), ("laplace", "positive")]
 
 
 @pytest.mark.parametrize("pair", full_but(PAIRS, *SHORT), ids=str)
@@ -51,9 +51,9 @@ def test_cdf_is_the_integral_of_the_density(pair, double):
     assert torch.allclose(d.icdf(p), x, rtol=1e-8, atol=1e-8)
     # From the least value on, which the slope does not tell.
     with torch.no_grad():
-        low, high = (d.icdf(torch.tensor(each)) for each in (1e-9, 1 - 1e-9))
-        assert low < high and d.cdf(low).item() == pytest.approx(1e-9, rel=1e-5)
-        assert 1 - d.cdf(high).item() == pytest.approx(1e-9, rel=1e-5)
+        low, high = (d.icdf(torch.tensor(each)) for each in (1e-4, 1 - 1e-4))
+        assert low < high and d.cdf(low).item() == pytest.approx(1e-4, rel=1e-6)
+        assert 1 - d.cdf(high).item() == pytest.approx(1e-4, rel=1e-6)
 
 
 @pytest.mark.parametrize("base", full_but(["normal", "student", "mixture"], "normal"))
@@ -80,6 +80,7 @@ def test_quantiles_are_differentiable(base, double):
         assert grad.reshape(-1)[index].item() == pytest.approx(((ends[0] - ends[1]) / 2e-5).item(), rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.full
 def test_student_against_scipy(double):
     stats = pytest.importorskip("scipy.stats")
     base = dist.StudentT(torch.tensor([1.5]), torch.tensor([0.3]), torch.tensor([2.0])).to_event(1)
@@ -113,6 +114,7 @@ def test_shapes_dtypes_and_ends(dtype):
     refuses(ValueError, "support", d.cdf, torch.full((4, 1, 1), -1.0, dtype=dtype))
 
 
+@pytest.mark.full
 def test_ensembles(double):
     parts = [made("normal", "spline"), made("student", "falling")]
     d = pf.distributions.Ensemble(parts)()
@@ -125,6 +127,7 @@ def test_ensembles(double):
     assert torch.allclose(d.mean, (parts[0]().mean + parts[1]().mean) / 2)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("base, chain", [("normal", "spline"), ("mixture", "positive"), ("student", "falling")])
 def test_means_against_quadrature_of_quantiles(base, chain, double):
     d = made(base, chain)()
