@@ -15,6 +15,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as shells leave it for 
 
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", help="where the tests make their tensors, e.g. cuda or cpu")
+    parser.addoption("--refresh-outputs", action="store_true", help="write what a page prints and draws into docs/")
 
 
 def pytest_configure(config):
@@ -47,6 +48,7 @@ ON_CPU = {
     "test_compression": "a Codec works on a copy of its model on the CPU",
     "test_devices": "names its devices",
     "test_docs": "pages and their own processes",
+    "test_doctests": "printed values",
     "test_examples": "processes of their own",
     "test_files": "bytes of files",
     "test_guide_files": "files hold tensors of the CPU; test_fit_guide saves and loads on the device",

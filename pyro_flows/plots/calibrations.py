@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyro_flows.core.checks import integer
 from pyro_flows.infer.diagnostics.uniformity import band
-from pyro_flows.plots.canvas import DATA, FRAME, NAMED, Axes, canvas, labels, line_style
+from pyro_flows.plots.canvas import DATA, FRAME, NAMED, Axes, beside, canvas, labels, line_style
 from pyro_flows.plots.inputs import distribution_of, draw, numbers, rows_of, single
 
 __all__ = ["calibration", "pit"]
@@ -38,6 +38,11 @@ def pit(model: Any, data: Any, context: Any = None, num_samples: int = 1000) -> 
 
     Raises:
         ValueError: if shapes do not fit, or a draw is NaN.
+
+    Example:
+        >>> u = pf.plots.pit(pf.Flow(pf.realnvp(2)), torch.randn(100, 2), num_samples=200)
+        >>> u.shape, bool(((u > 0) & (u < 1)).all())
+        (torch.Size([100, 2]), True)
 
     References:
         Simulation-Based Calibration (Talts et al., 2018), arXiv:1804.06788.
@@ -94,6 +99,12 @@ def calibration(
     Raises:
         ValueError: if shapes do not fit.
 
+    Example:
+        >>> flow = pf.Flow(pf.realnvp(2))
+        >>> axes = pf.plots.calibration(flow, torch.randn(100, 2), names=["x", "y"])
+        >>> len(axes.lines) >= 2
+        True
+
     References:
         Graphical Test for Discrete Uniformity (Säilynoja et al., 2021), arXiv:2103.10522.
     """
@@ -117,5 +128,5 @@ def calibration(
     ax.text(0.04, 0.96, "intervals too wide", color=FRAME, fontsize=8, ha="left", va="top")
     ax.text(0.96, 0.04, "intervals too narrow", color=FRAME, fontsize=8, ha="right", va="bottom")
     if 1 < dims <= NAMED or names is not None:
-        ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        beside(ax)
     return ax

@@ -39,6 +39,11 @@ def samples(
 
     Raises:
         ValueError: for samples of another number of dimensions, or invalid arguments.
+
+    Example:
+        >>> axes = pf.plots.samples(pf.Flow(pf.realnvp(2)), torch.randn(200, 2))
+        >>> len(axes.collections)  # data and draws
+        2
     """
     draws, event = draws_of(model, num_samples, context, "samples")
     if draws.shape[1] != 2:
@@ -85,6 +90,12 @@ def corner(
 
     Raises:
         ValueError: for more than 12 dimensions, or invalid arguments.
+
+    Example:
+        >>> flow, data = pf.Flow(pf.realnvp(3)), torch.randn(200, 3)
+        >>> figure = pf.plots.corner(flow, data, names=["x", "y", "z"], num_samples=1000)
+        >>> len(figure.axes)  # three histograms and three pairs
+        6
     """
     draws, event = draws_of(model, num_samples, context, "corner")
     total = draws.shape[1]
@@ -107,7 +118,7 @@ def corner(
     limits = reach(shown)
     edges = [np.linspace(low, high, BINS + 1) for low, high in limits]
     size = len(chosen)
-    side = max(3.2, 1.5 * size + 0.4)
+    side = max(3.2, 1.6 * size + 0.4)
     fig, axes = figure(size, size, (side, side))
     for i, j in np.ndindex(size, size):
         ax = axes[i, j]
@@ -131,7 +142,10 @@ def corner(
     fig.align_labels()
     if rows is not None:
         handles, called = axes[0, 0].get_legend_handles_labels()
-        fig.legend(handles, called, loc="outside upper right", frameon=False, fontsize=9)
+        # Two dimensions and more leave the upper right corner free.
+        fig.legend(
+            handles, called, loc="upper right" if size > 1 else "outside upper right", frameon=False, fontsize=11
+        )
     return fig
 
 

@@ -65,6 +65,12 @@ class Bounds(FlowTransform):
     Raises:
         ValueError: for bounds that are no two vectors of one length, or a lower one that is not below the upper one.
 
+    Example:
+        >>> inf = float("inf")
+        >>> ends = pf.transforms.Bounds([0.0, 0.0, -inf], [1.0, inf, inf])
+        >>> ends(torch.zeros(3)).tolist()
+        [0.5, 1.0, 0.0]
+
     References:
         The transforms of Stan (Carpenter et al., 2017), section 2.7 of its reference manual; behind a flow, as in
         Automatic Differentiation Variational Inference (Kucukelbir et al., 2016), arXiv:1603.00788.

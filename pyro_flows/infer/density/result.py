@@ -70,6 +70,14 @@ class DensityFit:
     With flow matching, scores in the history are minus the mean squared error of the velocity per dimension, in units
     of the field's end at the data (variance 1 if standardized).  Validation uses fixed pairs and times, and picks the
     best epoch.  The attribute ``validation`` is still a log-likelihood, computed once at the end.
+
+    Example:
+        >>> x = torch.linspace(-2.0, 2.0, 300).unsqueeze(1)
+        >>> y = x.sin() + 0.1 * torch.randn(300, 1)
+        >>> fit = pf.fit_density(pf.nsf(1, context_dim=1), y, context=x, steps=20)
+        >>> lower, upper = fit.interval(0.9, context=torch.tensor([[0.5], [1.5]]))
+        >>> lower.shape
+        torch.Size([2, 1])
     """
 
     flow: Flow | Density | Ensemble

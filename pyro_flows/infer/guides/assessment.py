@@ -46,7 +46,16 @@ ROUNDS = 16, 1024  # of candidates for its starts, and if time ends them
 
 @dataclass(frozen=True)
 class Assessment:
-    """Draws of a flow, their densities under model and flow, and the verdict."""
+    """Draws of a flow, their densities under model and flow, and the verdict.
+
+    Example:
+        >>> def model(y):
+        ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...     pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+        >>> fit = pf.fit_guide(model, torch.tensor(2.0), steps=20)
+        >>> fit.assessment.draws.shape
+        torch.Size([10000, 1])
+    """
 
     draws: Tensor
     """Unconstrained, ``(n, D)``."""

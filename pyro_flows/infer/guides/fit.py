@@ -143,6 +143,17 @@ def fit_guide(
             or of another fit.
         OSError: if the checkpoint cannot be written, e.g. because the disk is full; the old one is unchanged.
 
+    Example:
+        >>> def model(y):
+        ...     loc = pyro.sample("loc", dist.Normal(0.0, 10.0))
+        ...     with pyro.plate("rows", len(y)):
+        ...         pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
+        >>> fit = pf.fit_guide(model, torch.tensor([1.0, 2.0, 3.0]), steps=20)
+        >>> fit.verdict.label
+        'good'
+        >>> fit.sample(100)["loc"].shape
+        torch.Size([100])
+
     References:
         Advances in Black-Box VI (Agrawal, Sheldon & Domke, 2020), arXiv:2006.10343; Sticking the Landing (Roeder et
         al., 2017), arXiv:1703.09194; Pathfinder (Zhang et al., 2022), arXiv:2108.03782; Yes, but Did It Work? (Yao et

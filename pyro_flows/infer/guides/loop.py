@@ -75,6 +75,14 @@ class History:
         seconds: the wall time since the fit began.
         weight: the posterior's weight under tempering, else 1.
         failures: the number of draws whose density was not finite or could not be computed.
+
+    Example:
+        >>> def model(y):
+        ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...     pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+        >>> fit = pf.fit_guide(model, torch.tensor(2.0), steps=20)
+        >>> len(fit.history.elbo), fit.history.phase[0]
+        (20, 'affine')
     """
 
     elbo: list[float] = field(default_factory=list)
