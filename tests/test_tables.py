@@ -344,3 +344,31 @@ def test_files_keep_names_and_bounds(tmp_path, table):
         assert repr(again.distribution(torch.zeros(1)).support) == "Within((100, 250), (0, inf))"
         torch.testing.assert_close(again.log_prob(table, table), found.log_prob(table, table))
         pd.testing.assert_frame_equal(again.summary(num_samples=100), found.summary(num_samples=100))
+
+
+class Moved(pf.FlowTransform):
+    """A transform of the user's own, which a file cannot hold."""
+
+    def __init__(self):
+        super().__init__(2)
+        self.loc = nn.Parameter(torch.zeros(2))
+
+    def forward_and_ladj(self, x, context=None):
+        return x + self.loc, x.new_zeros(x.shape[:-1])
+
+    def inverse_and_ladj(self, y, context=None):
+        return y - self.loc, y.new_zeros(y.shape[:-1])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("folds", [1, 2])
+def test_files_of_own_transforms_between_bounds(tmp_path, folds):
+    def chain():
+        return pf.Chain([Moved(), *pf.maf(2, **SMALL)])
+
+    data = torch.rand(80, 2, generator=seeded(3))
+    found = fit(chain(), data, bounds=[(0, 1), None], folds=folds)
+    with pytest.warns(UserWarning, match="give the flow again"):
+        found.save(tmp_path / "fit.pt")
+    again = pf.load_density(tmp_path / "fit.pt", flow=chain())
+    torch.testing.assert_close(again.log_prob(data), found.log_prob(data))

@@ -121,7 +121,7 @@ def corner(
     side = max(3.2, 1.6 * size + 0.4)
     fig, axes = figure(size, size, (side, side))
     for i, j in np.ndindex(size, size):
-        ax = axes[i, j]
+        ax: Axes = axes[i, j]  # type: ignore[assignment]  # of objects
         if i < j:
             ax.remove()
             continue
