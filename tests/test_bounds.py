@@ -148,6 +148,7 @@ def test_rows_on_and_beyond_bounds():
     assert fit(pf.maf(4, **SMALL).double(), near, bounds=BOUNDS, folds=1).log_prob(near).isfinite().all()
 
 
+@pytest.mark.full
 def test_folds_contexts_and_verdict():
     data = table(120)
     found = fit(pf.maf(3, context_dim=1, **SMALL), data[list(BOUNDS)], context=data["free"], bounds=BOUNDS, folds=2)
@@ -192,6 +193,7 @@ def test_loader_by_number():
     refuses(ValueError, "outside of the bounds of column 0", fit, pf.maf(4, **SMALL), loader, bounds={0: (0.5, 1)})
 
 
+@pytest.mark.full
 def test_as_a_prior_and_in_pictures():
     found = fit(pf.maf(2, **SMALL), table()[["share", "price"]], bounds=[(0, 1), (0, None)], folds=1)
     made = found.distribution()

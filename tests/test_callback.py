@@ -49,6 +49,7 @@ def test_true_stops(kind):
     assert not found.flow.training and "stopped by callback" in repr(found)
 
 
+@pytest.mark.full
 def test_other_answers_do_not_stop():
     for answer in (None, 1, "yes", [1], 0.0):
         assert fit(callback=lambda record, answer=answer: answer, max_epochs=2).stopped == "max_epochs"
@@ -65,6 +66,7 @@ def test_exceptions_carry_the_fit():
     assert caught.value.fit.history["epoch"] == [1, 2] and caught.value.fit.stopped == "interrupted"
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("way", ["stop", "interrupt"])
 def test_resumes(way, tmp_path):
     path, whole = tmp_path / "fit.pt", fit()
@@ -82,6 +84,7 @@ def test_resumes(way, tmp_path):
     assert again.history["validation"] == whole.history["validation"] and again.stopped == "max_epochs"
 
 
+@pytest.mark.full
 def test_members_are_numbered_and_all_stop():
     seen = []
     found = fit(callback=lambda record: seen.append((record["member"], record["epoch"])), folds=2, max_epochs=2)

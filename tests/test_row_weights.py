@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 from asserts import refuses
-from cases import seeded
+from cases import full_but, seeded
 from torch.utils.data import DataLoader
 
 import pyro_flows as pf
@@ -99,6 +99,7 @@ def test_scores_units_and_gaussian_are_those_of_repeated_rows():
     torch.testing.assert_close(weighted.log_prob(*points), plain.log_prob(*points), rtol=0, atol=0.2)
 
 
+@pytest.mark.full
 def test_equal_weights_change_nothing():
     data = rows()
     for given in (torch.full((240,), 7.0), np.full((240, 1), 0.5), pd.Series([3] * 240)):
@@ -118,7 +119,7 @@ def mixture(count):
     return x, log_weight[:, 0].exp()
 
 
-@pytest.mark.parametrize("kind", ["whole", "folds", "float32"])
+@pytest.mark.parametrize("kind", full_but(["whole", "folds", "float32"], "float32"))
 def test_the_density_is_that_of_the_weights(kind):
     x, weights = mixture(4000 if kind == "whole" else 900)
     flow = pf.nsf(1, **SMALL)
@@ -180,6 +181,7 @@ def test_loaders_have_samplers_instead():
     refuses(ValueError, "weights= needs rows in memory.*WeightedRandomSampler", fit, loader, weights=torch.ones(240))
 
 
+@pytest.mark.full
 def test_resumes_with_the_same_weights(tmp_path):
     path, options = tmp_path / "fit.pt", {"steps": None, "validation_fraction": 0.2, "weights": COUNTS}
     whole = fit(rows(), max_epochs=4, **options)

@@ -20,6 +20,7 @@ from pyro_flows.infer.density.judging import Kept
 from pyro_flows.infer.density.objective import log_prob_of
 from pyro_flows.infer.diagnostics.densities import LABELS, DensityVerdict
 from pyro_flows.infer.machine.records import read
+from pyro_flows.transforms import Bounds
 
 __all__ = ["FitRecord", "ModulesRecord", "fit_of", "modules_of", "plain_fit"]
 
@@ -112,7 +113,8 @@ def _places(flows: Sequence[nn.Module], fitted: nn.Module, others: Sequence[nn.M
     found: dict[int, list[Any]] = {}
     for k, flow in enumerate(flows):
         for name, module in flow.named_modules():
-            found.setdefault(id(module), [k, name])
+            if not any(isinstance(part, Bounds) for part in module.modules()):  # which the fit may have added
+                found.setdefault(id(module), [k, name])
     twins = dict(fitted.named_modules())
     for k, other in enumerate(others, len(flows)):
         for name, module in other.named_modules():
