@@ -40,7 +40,6 @@ from pyro_flows.transforms import (
     ActNorm,
     Autoregressive,
     Continuous,
-    ConvCoupling,
     Coupling,
     LogitPixels,
     LULinear,
@@ -48,14 +47,15 @@ from pyro_flows.transforms import (
     Permutation,
     Standardization,
 )
-from pyro_flows.transforms import Rescaling as Rescaling  # reachable, too
+from pyro_flows.transforms import ConvCoupling as ConvCoupling  # reachable, too
+from pyro_flows.transforms import Rescaling as Rescaling
 from pyro_flows.univariate import Spline
 
 if TYPE_CHECKING:
     from pyro_flows import infer as infer
     from pyro_flows import plots as plots
     from pyro_flows import testing as testing
-    from pyro_flows.infer import AutoFlow, fit_density, fit_guide, load_guide
+    from pyro_flows.infer import AutoFlow, fit_density, fit_guide, load_density, load_guide
 
 __version__ = "0.1.0"
 
@@ -66,7 +66,6 @@ __all__ = [
     "Autoregressive",
     "Chain",
     "Continuous",
-    "ConvCoupling",
     "ConvMADE",
     "Coupling",
     "Dequantized",
@@ -91,6 +90,7 @@ __all__ = [
     "glow",
     "iaf",
     "idf",
+    "load_density",
     "load_guide",
     "maf",
     "mintnet",
@@ -104,7 +104,7 @@ __all__ = [
 
 _LOADED = {module.__name__.rpartition(".")[2] for module in (distributions, flows, nets, transforms, univariate)}
 _ON_USE = {"infer", "plots", "testing"}
-_OF_INFER = {"AutoFlow", "fit_density", "fit_guide", "load_guide"}
+_OF_INFER = {"AutoFlow", "fit_density", "fit_guide", "load_density", "load_guide"}
 
 
 def __getattr__(name: str) -> Any:

@@ -45,6 +45,12 @@ class Chain(FlowTransform):
     """
 
     def __init__(self, parts: Iterable[Transform]) -> None:
+        if isinstance(parts, Transform) or not isinstance(parts, Iterable):
+            kind = getattr(parts, "__name__", type(parts).__name__)
+            raise TypeError(
+                f"expected a flow transform, such as pf.maf(3), or transforms in a list, got {kind}; call a builder, "
+                "and put a transform of torch's or Pyro's own in a list with a flow's layers"
+            )
         parts = list(parts)
         if any(_depth(part) >= _DEEPEST for part in parts):
             parts = [leaf for part in parts for leaf in leaves(part)]

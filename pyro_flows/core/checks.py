@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -26,7 +28,9 @@ __all__ = [
     "like_given",
     "permutation_of",
     "positive_integers",
+    "refuse_as_site",
     "refuse_other_kind",
+    "sample_size",
     "without_leading_ones",
     "wrong_event",
 ]
@@ -41,6 +45,45 @@ def event_size(event_shape: int | Iterable[int]) -> Size:
     if len(shape) > 8:
         raise ValueError(f"expected an event of at most 8 dimensions, got shape {shape}")
     return Size(shape)
+
+
+def sample_size(sample_shape: int | Iterable[int]) -> Size:
+    """A sample shape, also from a number of draws.
+
+    Raises:
+        TypeError, ValueError: for anything but integers, and negative ones.
+    """
+    if isinstance(sample_shape, Size):
+        return sample_shape
+    try:
+        given: Any = (int(sample_shape),) if isinstance(sample_shape, Integral) else sample_shape
+        shape = Size(given)
+    except TypeError:
+        raise TypeError(
+            f"expected sample_shape to be a shape, such as (10,) or (), or a number of draws, got {sample_shape!r}"
+        ) from None
+    if any(n < 0 for n in shape):
+        raise ValueError(f"expected sample_shape to have no negative numbers, got {sample_shape!r}")
+    return shape
+
+
+def refuse_as_site(module: nn.Module) -> None:
+    """Refuses ``pyro.sample(name, module)`` from a module's ``forward``: a call returns the distribution, no draw.
+
+    Raises:
+        TypeError: if Pyro makes the call.
+    """
+    if not plain_eager():
+        return
+    frame: Any = sys._getframe(2)
+    while frame is not None and frame.f_globals.get("__name__") == nn.Module.__module__:
+        frame = frame.f_back
+    if frame is not None and frame.f_globals.get("__name__") in ("pyro.primitives", "pyro.poutine.runtime"):
+        name = type(module).__name__
+        raise TypeError(
+            f"pyro.sample: expected a distribution, got a {name}, which is a module that makes one; call it: "
+            'pyro.sample("x", flow()), or flow(context)'
+        )
 
 
 def _is_integer(value: object, least: int) -> bool:
@@ -241,8 +284,9 @@ def without_leading_ones(context: Tensor) -> Tensor:
 def check_tensor(name: str, what: str, value: object) -> None:
     """Refuses any value but a tensor."""
     if not isinstance(value, Tensor):
-        masked = hasattr(value, "filled")
-        hint = "fill in what is masked, then torch.tensor(array.filled())" if masked else "e.g. torch.tensor(numbers)"
+        hint = "e.g. torch.as_tensor(x, dtype=torch.float32)"
+        if hasattr(value, "filled"):
+            hint = "fill in what is masked, then torch.tensor(array.filled())"
         raise TypeError(f"{name}: expected {what}, got {type(value).__name__}; convert it, {hint}")
 
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributions import Transform
+
+from pyro_flows.core.foreign import arguments_of, known_by, name_of
 
 __all__ = ["made_from", "options_of", "recipe", "remembered"]
 
@@ -42,54 +46,117 @@ def remembered(cls: type[_T]) -> type[_T]:
     return cls
 
 
-def recipe(value: Any) -> Any:
+def recipe(value: Any, given: Mapping[int, Any] | None = None) -> Any:
     """Describes an object's class and options, without parameters and buffers, as plain data for :func:`made_from`.
+
+    A module that occurs several times is described once.
 
     Args:
         value: a scalar, a tensor, an object of this package (which becomes ``{"make": name, "args": [...], "kwargs":
-            {...}}``), or a list, tuple or dictionary of such.
+            {...}}``), a transform, distribution, module or activation of torch or Pyro, or a list, tuple or dictionary
+            of such.
+        given: plain data by the ``id`` of modules, which stand for these.
 
     Raises:
         TypeError: for anything else, such as the user's own class or function.
     """
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, _Foreign):
-        raise TypeError(f"{str(value)!r} is not of this package")
-    if isinstance(value, _SCALARS):
-        return value
-    if isinstance(value, (Tensor, np.ndarray)):
-        return torch.as_tensor(value, device="cpu").detach()
-    if isinstance(value, (list, tuple)):
-        return type(value)(map(recipe, value)) if type(value) in (list, tuple) else tuple(map(recipe, value))
-    if isinstance(value, dict):
-        return {"items": [[recipe(key), recipe(each)] for key, each in value.items()]}
-    if not _is_ours(value):
-        return recipe(_foreign(value))
-    args, kwargs = value.arguments() if hasattr(value, "arguments") else value.__dict__["_arguments"]
-    return {
-        "make": type(value).__name__,
-        "args": [recipe(each) for each in args],
-        "kwargs": {name: recipe(each) for name, each in kwargs.items()},
-    }
+    return _Describer(given or {})(value)
 
 
-def made_from(plain: Any) -> Any:
-    """Makes the object that :func:`recipe` described.
+class _Describer:
+    """Describes objects; ``known`` has the modules in order, by which later places refer to them."""
+
+    def __init__(self, given: Mapping[int, Any]) -> None:
+        self.given, self.known = given, dict[nn.Module, int]()
+
+    def __call__(self, value: Any) -> Any:
+        if not isinstance(value, nn.Module):
+            return self._plain(value)
+        if value in self.known:
+            return {"same": self.known[value]}
+        plain = {"given": self.given[id(value)]} if id(value) in self.given else self._plain(value)
+        self.known[value] = len(self.known)
+        return plain
+
+    def _plain(self, value: Any) -> Any:
+        if isinstance(value, np.generic):
+            value = value.item()
+        if isinstance(value, _Foreign):
+            raise TypeError(f"{str(value)!r} is not of this package")
+        if isinstance(value, _SCALARS):
+            return value
+        if isinstance(value, (Tensor, np.ndarray)):
+            return torch.as_tensor(value, device="cpu").detach()
+        if isinstance(value, (list, tuple)):
+            return type(value)(map(self, value)) if type(value) in (list, tuple) else tuple(map(self, value))
+        if isinstance(value, dict):
+            return {"items": [[self(key), self(each)] for key, each in value.items()]}
+        if _is_ours(value):
+            own = callable(getattr(type(value), "arguments", None))
+            args, kwargs = value.arguments() if own else value.__dict__["_arguments"]
+            return self._call(type(value).__name__, args, kwargs)
+        name = name_of(value)
+        if name is not None:
+            return {"name": name}
+        if isinstance(value, Transform) and type(value).__name__ == "_InverseTransform":
+            return {"inverse": self(value.inv)}
+        if type(value) is nn.Sequential:
+            return {"sequence": [[key, self(each)] for key, each in value.named_children()]}
+        name = name_of(type(value))
+        return self(_foreign(value)) if name is None else self._call(name, (), arguments_of(value))
+
+    def _call(self, name: str, args: Iterable[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            "make": name,
+            "args": [self(each) for each in args],
+            "kwargs": {key: self(each) for key, each in kwargs.items()},
+        }
+
+
+def made_from(plain: Any, given: Callable[[Any], nn.Module] | None = None) -> Any:
+    """Makes the object that :func:`recipe` described; ``given`` returns the modules that were given there.
 
     Raises:
         ValueError: for a name that this release does not know.
     """
-    if isinstance(plain, (list, tuple)):
-        return type(plain)(map(made_from, plain))
-    if not isinstance(plain, dict):
-        return plain
-    if "items" in plain:
-        return {made_from(key): made_from(each) for key, each in plain["items"]}
-    if plain["make"] not in _KNOWN:
-        raise ValueError(f"there is no {plain['make']!r} in this release")
-    kwargs = {name: made_from(each) for name, each in plain["kwargs"].items()}
-    return _KNOWN[plain["make"]](*map(made_from, plain["args"]), **kwargs)
+    return _Maker(given)(plain)
+
+
+class _Maker:
+    def __init__(self, given: Callable[[Any], nn.Module] | None) -> None:
+        self.given, self.known = given, list[nn.Module]()
+
+    def __call__(self, plain: Any) -> Any:
+        if isinstance(plain, (list, tuple)):
+            return type(plain)(map(self, plain))
+        if not isinstance(plain, dict):
+            return plain
+        if "items" in plain:
+            return {self(key): self(each) for key, each in plain["items"]}
+        if "same" in plain:
+            return self.known[plain["same"]]
+        if "inverse" in plain:
+            return self(plain["inverse"]).inv
+        made = self._made(plain)
+        if isinstance(made, nn.Module):
+            self.known.append(made)
+        return made
+
+    def _made(self, plain: dict[str, Any]) -> Any:
+        if "given" in plain:
+            if self.given is None:
+                raise ValueError("its modules were left out")
+            return self.given(plain["given"])
+        if "sequence" in plain:
+            return nn.Sequential(OrderedDict((key, self(each)) for key, each in plain["sequence"]))
+        name = plain["make"] if "make" in plain else plain["name"]
+        found = _KNOWN.get(name, known_by(name))
+        if found is None:
+            raise ValueError(f"there is no {name!r} in this release")
+        if "make" not in plain:
+            return found
+        args = [self(each) for each in plain["args"]]
+        return found(*args, **{key: self(each) for key, each in plain["kwargs"].items()})
 
 
 def options_of(instance: object) -> dict[str, Any]:
@@ -121,4 +188,6 @@ def _kept(value: Any) -> Any:
         return {name: _kept(each) for name, each in value.items()}
     if isinstance(value, range):
         return list(value)
-    return value if isinstance(value, (*_SCALARS, np.generic)) or _is_ours(value) else _foreign(value)
+    if isinstance(value, (*_SCALARS, np.generic)) or _is_ours(value) or name_of(value) or name_of(type(value)):
+        return value
+    return _foreign(value)

@@ -26,6 +26,10 @@ def _hold(module: nn.Module, name: str, value: Tensor, learnable: bool) -> None:
         module.register_buffer(name, value, persistent=False)
 
 
+def _told(event_shape: Size) -> str:
+    return str(event_shape[0] if len(event_shape) == 1 else tuple(event_shape))
+
+
 @remembered
 class DiagonalNormal(nn.Module):
     r"""Independent normals, :math:`x_i \sim N(\mu_i, e^{2 r_i})`; standard normal at first.
@@ -59,6 +63,9 @@ class DiagonalNormal(nn.Module):
         """Draws, without making the distribution."""
         drawn = self.loc.new_empty(sample_shape + self.event_shape).normal_()
         return self.loc + drawn * self.log_scale.exp()
+
+    def extra_repr(self) -> str:
+        return f"{_told(self.event_shape)}, learnable={isinstance(self.loc, nn.Parameter)}"
 
     def forward(self) -> dist.Distribution:
         """The distribution, event shape ``event_shape``."""
@@ -115,6 +122,12 @@ class StudentT(nn.Module):
         _hold(self, "raw_df", torch.full(self.event_shape, raw), learnable)
         for name in ("loc", "log_scale"):
             _hold(self, name, torch.zeros(self.event_shape), learn_affine)
+
+    def extra_repr(self) -> str:
+        low, high = (float(end) for end in self.df.detach().aminmax()) if not self.raw_df.is_meta else (math.nan,) * 2
+        df = f"{low:.3g}" if low == high or low != low else f"{low:.3g} to {high:.3g}"
+        learnable = isinstance(self.raw_df, nn.Parameter)
+        return f"{_told(self.event_shape)}, df={df}, learnable={learnable}, min_df={self.min_df:g}"
 
     @property
     def df(self) -> Tensor:
@@ -183,6 +196,9 @@ class GaussianMixture(nn.Module):
         # Read strictly below the diagonal.
         lower = nn.Parameter(torch.zeros(num_components, input_dim, input_dim)) if full_covariance else None
         self.register_parameter("lower", lower)
+
+    def extra_repr(self) -> str:
+        return f"{self.event_shape[0]}, num_components={len(self.logits)}, full_covariance={self.lower is not None}"
 
     def forward(self) -> dist.Distribution:
         """The distribution, event shape ``(input_dim,)``."""
@@ -263,6 +279,10 @@ class UniformCircle(nn.Module):
         self.register_buffer("center", torch.zeros(self.event_shape), persistent=False)
         self.register_buffer("angle", angle.clone(), persistent=False)
 
+    def extra_repr(self) -> str:
+        count = "" if self.angle.is_meta else f", angles={int(self.angle.sum())}"
+        return f"{_told(self.event_shape)}{count}"
+
     def forward(self) -> dist.Distribution:
         """The distribution, event shape ``event_shape``."""
         return _Circles(self.center, self.angle).to_event(len(self.event_shape))
@@ -289,6 +309,10 @@ class FixedBase(nn.Module):
         super().__init__()
         map_tensors(distribution, _refuse_gradient)
         self.distribution = copy.deepcopy(distribution)  # the caller's object stays
+
+    def arguments(self) -> tuple[tuple[object, ...], dict[str, object]]:
+        """The constructor's arguments."""
+        return (self.distribution,), {}
 
     def forward(self) -> Distribution:
         """The distribution."""

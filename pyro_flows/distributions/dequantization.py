@@ -14,8 +14,9 @@ from torch import Size, Tensor, nn
 from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
 
-from pyro_flows.core.checks import check_context, event_size, integer, wrong_event
+from pyro_flows.core.checks import check_context, event_size, integer, refuse_as_site, sample_size, wrong_event
 from pyro_flows.core.modes import plain_eager
+from pyro_flows.core.recipes import remembered
 from pyro_flows.core.transform import FlowTransform
 from pyro_flows.distributions.flow import Flow
 from pyro_flows.distributions.noise import counted_uniform, fresh_uniform, from_uniform, grid_bits
@@ -90,6 +91,7 @@ class DequantizedDistribution(SharedDistribution):
         return drawn.floor().clamp(0, self.model.levels - 1).long()
 
 
+@remembered
 class Dequantized(nn.Module):
     r"""A distribution of integer pixels by a density of intensities: :math:`P(n) = \int_{[n, n + 1)^D} p(v)\,dv`.
 
@@ -172,6 +174,11 @@ class Dequantized(nn.Module):
             )
         self.dequantizer = dequantizer
 
+    def arguments(self) -> tuple[tuple[object, ...], dict[str, object]]:
+        """The constructor's arguments."""
+        own = self.flow, self.levels, self.num_noise_samples, self.dequantizer, self.seed
+        return own, {"name": self.name}
+
     def _fit(self) -> None:
         """Refuses a flow whose data cannot be pixels of these levels."""
         for part in self.flow.modules():
@@ -209,6 +216,7 @@ class Dequantized(nn.Module):
 
     def forward(self, context: Tensor | None = None) -> DequantizedDistribution:
         """The distribution, at a context of shape ``(*batch, context_dim)`` if the flow takes one."""
+        refuse_as_site(self)
         return DequantizedDistribution(self, self._admit(context))
 
     condition = forward
@@ -224,9 +232,9 @@ class Dequantized(nn.Module):
         """
         return self(context).log_prob(value)
 
-    def sample(self, sample_shape: Size | tuple[int, ...] = (), context: Tensor | None = None) -> Tensor:
+    def sample(self, sample_shape: int | Size | tuple[int, ...] = (), context: Tensor | None = None) -> Tensor:
         """Draws, of 64-bit integers, shape ``(*sample_shape, *context_batch, *event_shape)``."""
-        return self(context).sample(Size(sample_shape))
+        return self(context).sample(sample_size(sample_shape))
 
     def scores(
         self,

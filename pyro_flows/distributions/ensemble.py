@@ -11,9 +11,11 @@ from torch import Size, Tensor, nn
 from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
 
-from pyro_flows.core.checks import check_context, check_tensor, without_leading_ones
+from pyro_flows.core.checks import check_context, check_tensor, refuse_as_site, sample_size, without_leading_ones
+from pyro_flows.core.recipes import remembered
 from pyro_flows.distributions.flow import Flow
 from pyro_flows.distributions.queries.answers import Answering, Weighted
+from pyro_flows.distributions.queries.line import Line
 from pyro_flows.distributions.shared import SharedDistribution
 
 __all__ = ["Ensemble", "EnsembleDistribution"]
@@ -56,6 +58,17 @@ class EnsembleDistribution(SharedDistribution):
             found += [(log_weight - math.log(len(self.model)), piece) for log_weight, piece in made._pieces(dims)]
         return found
 
+    def _lines(self) -> list[Line]:
+        given = () if self.context is None else (self.context,)
+        members: Iterable[Any] = self.model.members
+        found: list[list[Line]] = []
+        for member in members:
+            each = member(*given) if isinstance(member, Flow) else None
+            if each is None:
+                return super()._lines()
+            found.append(each._lines())
+        return [line for lines in found for line in lines]
+
     def _scores(self, value: Tensor) -> Sequence[Tensor]:
         return self.model.scores(value, self.context)
 
@@ -65,6 +78,7 @@ class EnsembleDistribution(SharedDistribution):
         return self.model.rows(math.prod(shape), rows).reshape(shape + self.event_shape)
 
 
+@remembered
 class Ensemble(nn.Module):
     r"""The mean density of several, :math:`p(x \mid c) = \frac1K \sum_k p_k(x \mid c)`.
 
@@ -116,6 +130,10 @@ class Ensemble(nn.Module):
         self.members = nn.ModuleList(found)
         ((self.event_shape, self.context_dim),) = kinds
 
+    def arguments(self) -> tuple[tuple[object, ...], dict[str, object]]:
+        """The constructor's arguments."""
+        return (list(self.members),), {}
+
     def __len__(self) -> int:
         """The number of members."""
         return len(self.members)
@@ -129,6 +147,7 @@ class Ensemble(nn.Module):
 
     def forward(self, context: Tensor | None = None) -> EnsembleDistribution:
         """The distribution, at a context of shape ``(*batch, context_dim)`` if members take one."""
+        refuse_as_site(self)
         check_context(self, context)
         return EnsembleDistribution(self, context, tuple(range(len(self))))
 
@@ -145,10 +164,10 @@ class Ensemble(nn.Module):
         members: Iterable[Any] = self.members
         return [each.log_prob(value, *given) for each in members]
 
-    def sample(self, sample_shape: Size | tuple[int, ...] = (), context: Tensor | None = None) -> Tensor:
+    def sample(self, sample_shape: int | Size | tuple[int, ...] = (), context: Tensor | None = None) -> Tensor:
         """Draws without gradient, shape ``(*sample_shape, *context_batch, *event_shape)``."""
         check_context(self, context)
-        return self(None if context is None else without_leading_ones(context)).sample(Size(sample_shape))
+        return self(None if context is None else without_leading_ones(context)).sample(sample_size(sample_shape))
 
     def rows(self, count: int, context: Tensor | None) -> Tensor:
         """Draws ``count`` times, each from a member chosen at random, at a context ``(count, context_dim)`` if any."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -10,16 +11,26 @@ import pyro.distributions.constraints as pyro_constraints
 import torch
 from pyro.distributions import TransformedDistribution
 from torch import Size, Tensor, nn
-from torch.distributions import Distribution, Transform
+from torch.distributions import Distribution, Independent, Transform
 
-from pyro_flows.core.chain import Chain
-from pyro_flows.core.checks import check_context, check_tensor, first_floating, joint_shape, without_leading_ones
+from pyro_flows.core.chain import Chain, leaves
+from pyro_flows.core.checks import (
+    check_context,
+    check_tensor,
+    first_floating,
+    joint_shape,
+    refuse_as_site,
+    sample_size,
+    without_leading_ones,
+)
 from pyro_flows.core.modes import plain_eager
+from pyro_flows.core.recipes import remembered
 from pyro_flows.core.transform import REAL, FlowTransform
 from pyro_flows.distributions.bases import DiagonalNormal, FixedBase, UniformCircle
 from pyro_flows.distributions.integers import IntegerLogistics
 from pyro_flows.distributions.queries.answers import Answering, Weighted
 from pyro_flows.distributions.queries.chain import ChainPiece
+from pyro_flows.distributions.queries.line import Line, mean_of_affine
 from pyro_flows.distributions.sphere import UniformSphere
 from pyro_flows.transforms.integers import IntegerCoupling, IntegerSplit, levels_of
 
@@ -50,6 +61,34 @@ class FlowDistribution(Answering, TransformedDistribution):
             )
         return [(0.0, ChainPiece(self.base_dist, self.transforms[0]))]
 
+    def _lines(self) -> list[Line]:
+        return [Line(self.base_dist, self.transforms[0])]
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean, shape ``(*batch, *event_shape)``: of affine flows in closed form, else of events of one number."""
+        known = mean_of_affine(self.base_dist, self.transforms[0])
+        return Answering.mean.fget(self) if known is None else known  # type: ignore[attr-defined]  # a property
+
+    def sample(self, sample_shape: int | Size | tuple[int, ...] = ()) -> Tensor:
+        """Draws without gradient, shape ``(*sample_shape, *batch, *event)``."""
+        return super().sample(sample_size(sample_shape))
+
+    def rsample(self, sample_shape: int | Size | tuple[int, ...] = ()) -> Tensor:
+        """Reparameterized draws, of the same shape."""
+        return super().rsample(sample_size(sample_shape))
+
+    def __repr__(self) -> str:
+        names = [type(leaf).__name__ for leaf in leaves(self.transforms[0])]
+        told = ", ".join(f"{len(list(same))} {name}" for name, same in itertools.groupby(names))
+        base = self.base_dist
+        while isinstance(base, Independent):
+            base = base.base_dist
+        return (
+            f"{type(self).__name__}({type(base).__name__.strip('_')} through {told}, "
+            f"batch_shape={tuple(self.batch_shape)}, event_shape={tuple(self.event_shape)})"
+        )
+
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-density in nats, shape ``(*sample, *batch)``; one pass."""
         check_tensor("Flow", "a tensor", value)
@@ -64,9 +103,9 @@ class FlowDistribution(Answering, TransformedDistribution):
         x, ladj = transform.inverse_and_memo(value)
         return _density(self.base_dist, x, ladj, transform)
 
-    def rsample_and_log_prob(self, sample_shape: Size | tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
+    def rsample_and_log_prob(self, sample_shape: int | Size | tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
         """Reparameterized samples and their log-densities; one pass."""
-        return self.from_base(self.base_dist.rsample(Size(sample_shape)))
+        return self.from_base(self.base_dist.rsample(sample_size(sample_shape)))
 
     def from_base(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Maps base-side values to data, with log-densities; one pass."""
@@ -87,6 +126,7 @@ def _density(base: Distribution | DiagonalNormal, x: Tensor, ladj: Tensor, trans
     return ladj + x.sum(tuple(range(-len(transform.event_shape), 0)))
 
 
+@remembered
 class Flow(nn.Module):
     r"""A normalizing flow as a module: a base and a chain.
 
@@ -158,6 +198,10 @@ class Flow(nn.Module):
         if self.chain.domain is pyro_constraints.sphere:
             _refuse_space(made)
 
+    def arguments(self) -> tuple[tuple[object, ...], dict[str, object]]:
+        """The constructor's arguments."""
+        return (self.chain, self.base), {}
+
     @property
     def event_shape(self) -> Size:
         """Shape of one draw."""
@@ -182,6 +226,7 @@ class Flow(nn.Module):
 
     def forward(self, context: Tensor | None = None) -> FlowDistribution:
         """The distribution, at a context of shape ``(*batch, context_dim)`` if the chain takes one."""
+        refuse_as_site(self)
         check_context(self, context)
         context = self.inner_context(context)
         return FlowDistribution(self._held(context), [self.chain if context is None else self.chain.condition(context)])
@@ -207,7 +252,7 @@ class Flow(nn.Module):
         x, ladj = self.chain.inverse_and_memo(value, context)
         return _density(self._scorer(context), x, ladj, self.chain)
 
-    def sample(self, sample_shape: Size | tuple[int, ...] = (), context: Tensor | None = None) -> Tensor:
+    def sample(self, sample_shape: int | Size | tuple[int, ...] = (), context: Tensor | None = None) -> Tensor:
         """Draws without gradient, shape ``(*sample_shape, *context_batch, *event_shape)``.
 
         Example:
@@ -217,9 +262,9 @@ class Flow(nn.Module):
         """
         context = self._admitted(context)
         with torch.no_grad():
-            return self.chain(self._draw(self._scorer(context), Size(sample_shape), context, "sample"), context)
+            return self.chain(self._draw(self._scorer(context), sample_size(sample_shape), context, "sample"), context)
 
-    def rsample(self, sample_shape: Size | tuple[int, ...] = (), context: Tensor | None = None) -> Tensor:
+    def rsample(self, sample_shape: int | Size | tuple[int, ...] = (), context: Tensor | None = None) -> Tensor:
         """Reparameterized draws.
 
         Example:
@@ -229,10 +274,10 @@ class Flow(nn.Module):
             True
         """
         context = self._admitted(context)
-        return self.chain(self._draw(self._scorer(context), Size(sample_shape), context), context)
+        return self.chain(self._draw(self._scorer(context), sample_size(sample_shape), context), context)
 
     def rsample_and_log_prob(
-        self, sample_shape: Size | tuple[int, ...] = (), context: Tensor | None = None
+        self, sample_shape: int | Size | tuple[int, ...] = (), context: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Reparameterized draws and their log-densities; one pass.
 
@@ -244,7 +289,7 @@ class Flow(nn.Module):
         """
         context = self._admitted(context)
         base = self._scorer(context)
-        x = self._draw(base, Size(sample_shape), context)
+        x = self._draw(base, sample_size(sample_shape), context)
         y, ladj = self.chain.forward_and_ladj(x, context)
         return y, _density(base, x, -ladj, self.chain)
 

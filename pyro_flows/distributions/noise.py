@@ -13,6 +13,7 @@ from torch.distributions import Distribution, Independent, SigmoidTransform, con
 
 from pyro_flows.core.chain import Chain
 from pyro_flows.core.checks import event_size
+from pyro_flows.core.recipes import remembered
 from pyro_flows.distributions.flow import Flow, FlowDistribution
 from pyro_flows.flows import realnvp
 from pyro_flows.nets.activations import Activation
@@ -77,6 +78,7 @@ class _Logistic(dist.Logistic):
         return self.icdf(drawn.clamp(min=torch.finfo(drawn.dtype).eps / 2))
 
 
+@remembered
 class Dequantizer(nn.Module):
     r"""Noise from a flow that sees the pixels, :math:`q(u \mid n)` over :math:`(0, 1)^D`.
 

@@ -14,7 +14,7 @@ from torch import Size, Tensor
 from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
 
-from pyro_flows.core.checks import joint_shape
+from pyro_flows.core.checks import joint_shape, sample_size
 from pyro_flows.distributions.queries.answers import Answering
 
 __all__ = ["SharedDistribution"]
@@ -50,6 +50,13 @@ class SharedDistribution(Answering, TorchDistribution):
         own = Size() if found is None else found.shape[:-1]
         super().__init__(own if batch_shape is None else batch_shape, model.event_shape, validate_args=validate_args)
 
+    def __repr__(self) -> str:
+        several = f"{len(self.members)} members, " if len(self.members) > 1 else ""
+        return (
+            f"{type(self).__name__}({type(self.model).__name__}, {several}batch_shape={tuple(self.batch_shape)}, "
+            f"event_shape={tuple(self.event_shape)})"
+        )
+
     @constraints.dependent_property
     def support(self) -> Constraint:
         """The support of one event."""
@@ -74,9 +81,9 @@ class SharedDistribution(Answering, TorchDistribution):
         return track_provenance(score, marks | self._marks)
 
     @torch.no_grad()
-    def sample(self, sample_shape: Size | list[int] | tuple[int, ...] = ()) -> Tensor:
+    def sample(self, sample_shape: int | Size | list[int] | tuple[int, ...] = ()) -> Tensor:
         """Draws, shape ``(*sample, *batch, *event)``."""
-        return track_provenance(self._draw(Size(sample_shape)), self._marks)
+        return track_provenance(self._draw(sample_size(sample_shape)), self._marks)
 
     def _admit(self, value: Tensor) -> Tensor:
         """Checks a value."""

@@ -12,7 +12,7 @@ import torch
 from torch import Size, Tensor, nn
 from torch.distributions import Distribution, constraints
 
-from pyro_flows.core.checks import integer
+from pyro_flows.core.checks import integer, sample_size
 from pyro_flows.core.recipes import remembered
 
 __all__ = ["UniformSphere", "VonMisesFisher"]
@@ -133,8 +133,8 @@ class VonMisesFisher(dist.TorchDistribution):
         apart = 0.5 * (value - self.loc).square().sum(-1)
         return -self.concentration * apart - normalizer.to(self.loc.dtype)
 
-    def rsample(self, sample_shape: Size | list[int] | tuple[int, ...] = ()) -> Tensor:
-        shape = self._extended_shape(Size(sample_shape))
+    def rsample(self, sample_shape: int | Size | list[int] | tuple[int, ...] = ()) -> Tensor:
+        shape = self._extended_shape(sample_size(sample_shape))
         if self.event_shape[0] != 3 and self.concentration.requires_grad and torch.is_grad_enabled():
             raise NotImplementedError(
                 "VonMisesFisher: draws have a gradient with respect to the concentration on the 2-sphere (n = 3) "
@@ -149,7 +149,7 @@ class VonMisesFisher(dist.TorchDistribution):
         x = (1 - gap) * loc + (gap * (2 - gap)).sqrt() * side
         return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True)
 
-    def sample(self, sample_shape: Size | list[int] | tuple[int, ...] = ()) -> Tensor:
+    def sample(self, sample_shape: int | Size | list[int] | tuple[int, ...] = ()) -> Tensor:
         with torch.no_grad():
             return self.rsample(sample_shape)
 
@@ -197,8 +197,8 @@ class _Uniform(dist.TorchDistribution):
     def expand(self, batch_shape: Iterable[int], _instance: Distribution | None = None) -> _Uniform:
         return _Uniform(self.center.expand(*Size(batch_shape), -1))
 
-    def rsample(self, sample_shape: Size | list[int] | tuple[int, ...] = ()) -> Tensor:
-        noise = self.center.new_empty(self._extended_shape(Size(sample_shape))).normal_()
+    def rsample(self, sample_shape: int | Size | list[int] | tuple[int, ...] = ()) -> Tensor:
+        noise = self.center.new_empty(self._extended_shape(sample_size(sample_shape))).normal_()
         return noise / torch.linalg.vector_norm(noise, dim=-1, keepdim=True)
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -232,6 +232,9 @@ class UniformSphere(nn.Module):
         super().__init__()
         self.event_shape = Size((integer("UniformSphere", "input_dim", input_dim, 2),))
         self.register_buffer("center", torch.zeros(self.event_shape), persistent=False)
+
+    def extra_repr(self) -> str:
+        return str(self.event_shape[0])
 
     def forward(self) -> dist.Distribution:
         """The distribution, event shape ``(input_dim,)``."""

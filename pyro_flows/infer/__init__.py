@@ -7,6 +7,7 @@ from pyro_flows.infer.density import (
     FlowMatching,
     StandardizedFlow,
     fit_density,
+    load_density,
     sparse_adjacency,
     standardized,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "Stream",
     "fit_density",
     "fit_guide",
+    "load_density",
     "load_guide",
     "pixel_scores",
     "simulation_based_calibration",

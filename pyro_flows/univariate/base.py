@@ -134,7 +134,8 @@ class Univariate:
         return hash((type(self), *self.__dict__.values()))
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(f'{k}={v}' for k, v in self.__dict__.items())})"
+        told = ", ".join(f"{name}={value}" for name, value in self.__dict__.items() if not name.startswith("_"))
+        return f"{type(self).__name__}({told})"
 
 
 class Shift(Univariate):

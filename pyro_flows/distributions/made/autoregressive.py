@@ -12,7 +12,7 @@ from pyro.ops.provenance import track_provenance
 from torch import Size, Tensor, nn
 from torch.distributions.constraints import Constraint
 
-from pyro_flows.core.checks import check_context, check_tensor, joint_shape, wrong_event
+from pyro_flows.core.checks import check_context, check_tensor, joint_shape, refuse_as_site, sample_size, wrong_event
 from pyro_flows.core.modes import plain_eager
 from pyro_flows.core.steps import length_mask
 from pyro_flows.distributions.made.head import Head
@@ -145,7 +145,7 @@ class AutoregressiveDistribution(SharedDistribution):
             out[chosen] = self.model.draw(chosen.shape, None if context is None else context[chosen], member)
         return out.view(shape + self.event_shape)
 
-    def rsample(self, sample_shape: Size | list[int] | tuple[int, ...] = ()) -> Tensor:
+    def rsample(self, sample_shape: int | Size | list[int] | tuple[int, ...] = ()) -> Tensor:
         """Differentiable draws, if the head has them."""
         if not self.has_rsample:
             raise NotImplementedError(
@@ -153,7 +153,7 @@ class AutoregressiveDistribution(SharedDistribution):
                 + (", nor of an ensemble of orders" if len(self.members) > 1 else "")
                 + "; use .sample() with a score-function estimator, or .relaxed(temperature) where the head has one"
             )
-        drawn = self._cut(self.model.rdraw(Size(sample_shape) + self.batch_shape, self.context, self.members[0]))
+        drawn = self._cut(self.model.rdraw(sample_size(sample_shape) + self.batch_shape, self.context, self.members[0]))
         return track_provenance(drawn, self._marks)
 
     def _cut(self, drawn: Tensor) -> Tensor:
@@ -284,6 +284,7 @@ class AutoregressiveModel(nn.Module):
 
     def forward(self, context: Tensor | None = None) -> AutoregressiveDistribution:
         """The distribution at a context of shape ``(*batch, context_dim)``."""
+        refuse_as_site(self)
         return self.at_members(self.members(), context)
 
     condition = forward
@@ -298,7 +299,9 @@ class AutoregressiveModel(nn.Module):
         """
         return self(context).log_prob(value)
 
-    def sample(self, sample_shape: Size | list[int] | tuple[int, ...] = (), context: Tensor | None = None) -> Tensor:
+    def sample(
+        self, sample_shape: int | Size | list[int] | tuple[int, ...] = (), context: Tensor | None = None
+    ) -> Tensor:
         """Draws without gradient, shape ``(*sample_shape, *context_batch, *event_shape)``.
 
         Example:
@@ -306,8 +309,10 @@ class AutoregressiveModel(nn.Module):
             >>> made.sample((4,), torch.randn(5, 3)).shape
             torch.Size([4, 5, 8])
         """
-        return self(context).sample(Size(sample_shape))
+        return self(context).sample(sample_size(sample_shape))
 
-    def rsample(self, sample_shape: Size | list[int] | tuple[int, ...] = (), context: Tensor | None = None) -> Tensor:
+    def rsample(
+        self, sample_shape: int | Size | list[int] | tuple[int, ...] = (), context: Tensor | None = None
+    ) -> Tensor:
         """Differentiable draws, if the head has them."""
-        return self(context).rsample(Size(sample_shape))
+        return self(context).rsample(sample_size(sample_shape))

@@ -17,7 +17,9 @@ from pyro_flows.core.checks import (
     integer,
     joint_shape,
     positive_integers,
+    refuse_as_site,
 )
+from pyro_flows.core.recipes import remembered
 from pyro_flows.distributions.made.autoregressive import AutoregressiveDistribution, AutoregressiveModel, by_row
 from pyro_flows.distributions.made.composed import as_head
 from pyro_flows.distributions.made.head import Head
@@ -71,6 +73,7 @@ def _heads(head: str | Head, event: Size) -> tuple[Head, Head | None]:
     return own.tiled(event[1:].numel()), own
 
 
+@remembered
 class ConvMADE(AutoregressiveModel):
     r"""MADE of images and sequences: :math:`p(x \mid c) = \prod_i p(x_i \mid x_{<i}, c)`, one network for all places.
 
@@ -383,6 +386,7 @@ class ConvMADE(AutoregressiveModel):
         Raises:
             ValueError: for lengths of another kind, or of images.
         """
+        refuse_as_site(self)
         if lengths is None:
             return super().forward(context)
         if len(self.event_shape) != 2:

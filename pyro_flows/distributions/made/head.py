@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Size, Tensor, nn
@@ -12,6 +13,7 @@ from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
 
 from pyro_flows.core.checks import integer
+from pyro_flows.core.recipes import remembered
 
 __all__ = ["Head"]
 
@@ -69,10 +71,17 @@ class Head(nn.Module):
     constraint: Constraint | None = None
     like: Tensor
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        remembered(cls)
+
     def __init__(self) -> None:
         super().__init__()
         self._input_dim: int | None = None
         self.register_buffer("like", torch.zeros(()), persistent=False)  # has the current dtype and device
+
+    def extra_repr(self) -> str:
+        return "" if self._input_dim is None else f"input_dim={self._input_dim}"
 
     @property
     def input_dim(self) -> int:

@@ -18,6 +18,7 @@ from pyro_flows.core.checks import (
     integer,
     layer_widths,
 )
+from pyro_flows.core.recipes import remembered
 from pyro_flows.distributions.made.autoregressive import AutoregressiveDistribution, AutoregressiveModel, by_row
 from pyro_flows.distributions.made.composed import as_head
 from pyro_flows.distributions.made.head import Head
@@ -31,6 +32,7 @@ ENDLESS = 16  # ensemble members, if their number is unlimited
 HELD = 256  # cached members
 
 
+@remembered
 class MADE(AutoregressiveModel):
     r"""Masked autoencoder for distribution estimation: :math:`p(x \mid c) = \prod_k p(x_{\pi_k} \mid x_{\pi_{<k}}, c)`.
 

@@ -6,6 +6,7 @@ import copy
 import math
 import warnings
 from collections.abc import Iterable, Sequence
+from functools import partial
 from numbers import Integral
 from typing import Any, ClassVar
 
@@ -16,8 +17,9 @@ from torch import Size, Tensor
 from torch.distributions import Categorical, constraints
 from torch.distributions.constraints import Constraint
 
-from pyro_flows.core.checks import check_tensor, integer, joint_shape
+from pyro_flows.core.checks import check_tensor, integer, joint_shape, sample_size
 from pyro_flows.distributions.queries.estimates import estimate_entropy
+from pyro_flows.distributions.queries.line import Line, root
 from pyro_flows.distributions.queries.modes import Modes, climb_modes
 from pyro_flows.distributions.queries.piece import Piece
 from pyro_flows.distributions.queries.rough import FEWEST, Estimate, own_draws, pool, score_of
@@ -128,6 +130,97 @@ class Answering:
     def mode(self) -> Tensor:
         """The highest mode that :meth:`modes` finds, shape ``(*batch, *event)``."""
         return self.modes().points[0]
+
+    def _lines(self) -> list[Line]:
+        """The densities on the line, in equal parts, whose mean this is."""
+        raise NotImplementedError(
+            f"{type(self).__name__}: cdf, icdf and mean are known of flows of one number and ensembles of such; count "
+            "among draws, e.g. torch.quantile(d.sample((100_000,)), 0.9, 0) (the result of fit_density has "
+            "fit.quantile(q) and fit.interval())"
+        )
+
+    def cdf(self, value: Tensor) -> Tensor:
+        """The probability of at most a value, of a flow with events of one number, shape ``(*sample, *batch)``.
+
+        The base has a closed form (normals, mixtures of them, Student's t and others with a ``cdf``), and the chain is
+        monotone, so the result is exact, at the cost of a density.
+
+        Args:
+            value: shape ``(*sample, *batch, *event_shape)``.
+
+        Raises:
+            NotImplementedError: for events of several numbers, whole numbers, angles, and other bases.
+        """
+        given: Any
+        given, marks = extract_provenance(value)
+        lines = self._lines()
+        this: Any = self
+        check_tensor(type(self).__name__, "a tensor", given)
+        if this._validate_args and given.numel():
+            this._validate_sample(given)
+        each = [line.cdf(given) for line in lines]
+        return track_provenance(each[0] if len(each) == 1 else torch.stack(each).mean(0), marks)
+
+    def icdf(self, value: Tensor) -> Tensor:
+        """The inverse of :meth:`cdf`: the quantile of a probability, shape ``(*sample, *batch, *event_shape)``.
+
+        Args:
+            value: probabilities, shape ``(*sample, *batch)``.
+
+        Raises:
+            ValueError: for numbers outside of 0 to 1.
+            NotImplementedError: as :meth:`cdf`.
+        """
+        lines = self._lines()
+        this: Any = self
+        like = lines[0].law.like
+        q = torch.as_tensor(value, dtype=like.dtype, device=like.device) if not isinstance(value, Tensor) else value
+        if not ((q >= 0) & (q <= 1)).all():
+            raise ValueError(f"icdf: expected probabilities from 0 to 1, got {value}")
+        q = q.expand(joint_shape(q.shape, this.batch_shape))
+        if len(lines) == 1:
+            found = lines[0].icdf(q)
+        else:
+            found = root(partial(self._sides, lines), self._score_of, q).to(like.dtype)
+        return found.reshape(found.shape + this.event_shape)
+
+    def _as_event(self, x: Tensor) -> Tensor:
+        this: Any = self
+        return x.to(self._lines()[0].law.like.dtype).reshape(x.shape + this.event_shape)
+
+    def _sides(self, lines: list[Line], x: Tensor) -> tuple[Tensor, Tensor]:
+        """The probabilities below and above single numbers, of the mean of several densities."""
+        below = torch.stack([line.cdf(self._as_event(x)) for line in lines]).double().mean(0)
+        return below, 1 - below
+
+    def _score_of(self, x: Tensor) -> Tensor:
+        this: Any = self
+        return this.log_prob(self._as_event(x))
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean, shape ``(*batch, *event_shape)``: of affine flows in closed form, else of events of one number.
+
+        The mean of a nonlinear flow is an integral over the base, by a quadrature of 2049 nodes, to some six digits.
+
+        Raises:
+            NotImplementedError: for other densities, and tails so heavy that the integral does not settle.
+        """
+        this: Any = self
+        means = [line.mean() for line in self._lines()]
+        found = torch.stack(means).mean(0)
+        return found.expand(this.batch_shape).reshape(this.batch_shape + this.event_shape)
+
+    @property
+    def variance(self) -> Tensor:
+        """Not known in closed form.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__}: the variance has no closed form; take that of draws, d.sample((100_000,)).var(0)"
+        )
 
     def entropy(self) -> Tensor:
         """The entropy in nats, by :func:`~pyro_flows.distributions.queries.estimates.estimate_entropy`."""
@@ -288,7 +381,7 @@ class _Answer(TorchDistribution):
         """
         raise NotImplementedError
 
-    def sample(self, sample_shape: Size | list[int] | tuple[int, ...] = ()) -> Tensor:
+    def sample(self, sample_shape: int | Size | list[int] | tuple[int, ...] = ()) -> Tensor:
         """Draws without gradient, shape ``(*sample, *batch, number of dimensions)``."""
         raise NotImplementedError
 
@@ -324,7 +417,10 @@ class _Answer(TorchDistribution):
         return each, Estimate(values_.logsumexp(0), error, effective.masked_fill(share < 1e-3, math.inf).amin(0))
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(dims={self.dims}, exact={self.exact}, of {type(self.parent).__name__})"
+        return (
+            f"{type(self).__name__}(dims={self.dims}, exact={self.exact}, of {type(self.parent).__name__}, "
+            f"batch_shape={tuple(self.batch_shape)}, event_shape={tuple(self.event_shape)})"
+        )
 
 
 class Marginal(_Answer):
@@ -376,12 +472,12 @@ class Marginal(_Answer):
         same = self.batch_shape == self.parent.batch_shape
         return self.parent if same else self.parent.expand(self.batch_shape)
 
-    def sample(self, sample_shape: Size | list[int] | tuple[int, ...] = ()) -> Tensor:
-        return self._cut(self._whole().sample(Size(sample_shape)))
+    def sample(self, sample_shape: int | Size | list[int] | tuple[int, ...] = ()) -> Tensor:
+        return self._cut(self._whole().sample(sample_size(sample_shape)))
 
-    def rsample(self, sample_shape: Size | list[int] | tuple[int, ...] = ()) -> Tensor:
+    def rsample(self, sample_shape: int | Size | list[int] | tuple[int, ...] = ()) -> Tensor:
         """Reparameterized draws, where the whole has them."""
-        return self._cut(self._whole().rsample(Size(sample_shape)))
+        return self._cut(self._whole().rsample(sample_size(sample_shape)))
 
 
 class Conditional(_Answer):
@@ -445,8 +541,8 @@ class Conditional(_Answer):
         return Estimate(joint.value - evidence.value, error, torch.minimum(joint.effective, evidence.effective))
 
     @torch.no_grad()
-    def sample(self, sample_shape: Size | list[int] | tuple[int, ...] = ()) -> Tensor:
-        shape = Size(sample_shape)
+    def sample(self, sample_shape: int | Size | list[int] | tuple[int, ...] = ()) -> Tensor:
+        shape = sample_size(sample_shape)
         count = shape.numel()
         batch = self.batch_shape
         drawn = [self._draws(piece, count, batch) for _, piece in self.pieces]

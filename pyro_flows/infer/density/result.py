@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import math
-from collections.abc import Sequence
+import os
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Size, Tensor
+from torch import Size, Tensor, nn
 
-from pyro_flows.core.checks import integer
+from pyro_flows.core.checks import integer, sample_size
+from pyro_flows.core.transform import FlowTransform
 from pyro_flows.distributions import Ensemble, Flow
+from pyro_flows.infer.density import stored
 from pyro_flows.infer.density.data import Rows, expected_by, to_tensor
 from pyro_flows.infer.density.judging import Kept, admitted, check_density
 from pyro_flows.infer.density.names import by_name
@@ -21,9 +26,13 @@ from pyro_flows.infer.density.units import Density
 from pyro_flows.infer.diagnostics.densities import DensityVerdict, judge_density
 from pyro_flows.infer.diagnostics.moments import scalar_names
 from pyro_flows.infer.diagnostics.summary import equal_tails, levels_of, quantiles_of, tabulate
+from pyro_flows.infer.machine.files import check_path, read_state, refuse_others, write_state
 from pyro_flows.infer.machine.randomness import own_randomness
+from pyro_flows.infer.machine.records import device_of, read
 
-__all__ = ["DensityFit"]
+__all__ = ["DensityFit", "load_density"]
+
+KIND, VERSION = "saved fit of a density", 1
 
 _DRAWN = 2**22  # numbers drawn at once for quantiles
 
@@ -113,6 +122,11 @@ class DensityFit:
             data: rows, at least 100 for a full judgment; of more than 2,000, as many are chosen at random.
             context: their contexts.
             seconds: the time for draws, by default two seconds or a tenth of the fit's time, if that is longer.
+
+        Example:
+            >>> fit = pf.fit_density(pf.realnvp(2), torch.randn(300, 2), steps=5)
+            >>> fit.judge(3 + torch.randn(200, 2)).ok  # rows of another distribution
+            False
         """
         rows = self._rows(data, context)
         trained = self.kept[0].trained if self.kept else None
@@ -132,20 +146,90 @@ class DensityFit:
         """Computes log-densities of raw rows in nats, shape ``(rows,)``, in pieces, without a graph, on the CPU.
 
         The columns of a data frame are taken by name.
+
+        Example:
+            >>> fit = pf.fit_density(pf.nsf(2), torch.randn(200, 2), steps=5)
+            >>> fit.log_prob([[0.0, 0.0], [9.0, 9.0]]).shape
+            torch.Size([2])
         """
         rows = self._rows(data, context)
         return torch.cat([scores.cpu() for scores in evaluate(log_prob_of(self.distribution), rows)])
 
     def score(self, data: Any, context: Any = None) -> float:
-        """The mean log-density of rows in nats, as of scikit-learn's mixture models."""
+        """The mean log-density of rows in nats, as of scikit-learn's mixture models.
+
+        Example:
+            >>> fit = pf.fit_density(pf.nsf(2), torch.randn(200, 2), steps=5)
+            >>> fit.score(torch.randn(100, 2)) > fit.score(5 + torch.randn(100, 2))
+            True
+        """
         return self.log_prob(data, context).double().mean().item()
 
     @torch.no_grad()
-    def sample(self, sample_shape: Size | tuple[int, ...] = (), context: Any = None) -> Tensor:
-        """Draws in the units of the data, shape ``(*sample_shape, *context_batch, *event_shape)``."""
+    def sample(self, sample_shape: int | Size | tuple[int, ...] = (), context: Any = None) -> Tensor:
+        """Draws in the units of the data, shape ``(*sample_shape, *context_batch, *event_shape)``.
+
+        Example:
+            >>> x, y = torch.randn(2, 200, 1)
+            >>> fit = pf.fit_density(pf.nsf(1, context_dim=1), y, context=x, steps=5)
+            >>> fit.sample((4,), [[0.5], [1.5]]).shape  # four draws for each context
+            torch.Size([4, 2, 1])
+        """
+        sample_shape = sample_size(sample_shape)
         if context is None:
             return self.distribution.sample(sample_shape)
         return self.distribution.sample(sample_shape, self._context("DensityFit.sample", context))
+
+    @torch.no_grad()
+    def forecast(self, y: Any, horizon: int, num_samples: int = 1000, context: Any = None) -> Tensor:
+        """Draws the next steps of series, shape ``(num_samples, *batch, C, horizon)``, in the units of the data.
+
+        A :class:`~pyro_flows.infer.uses.series.Stream` of the fitted model reads the past, and its copies go on, each
+        with draws of its own. The past may be shorter or longer than the series of the fit. The cost is a density of
+        the past, and ``horizon`` draws of one step with ``num_samples`` times the rows.
+
+        Args:
+            y: the past of one or several series, oldest step first, shape ``(*batch, C, n)`` with any ``n``; a vector
+                ``(n,)`` of one channel; or a data frame with a row for each step and a column for each channel.
+            horizon: the number of steps.
+            num_samples: the number of paths.
+            context: contexts, shape ``(*batch, context_dim)``, the same at all times.
+
+        Raises:
+            ValueError: for a fit that is not of series by a causal flow or a ``ConvMADE``, or a past that does not fit.
+
+        Example:
+            >>> series = torch.randn(100, 1, 20).cumsum(-1)
+            >>> flow = pf.causal_maf((1, 20), num_layers=1)
+            >>> fit = pf.fit_density(flow, series, steps=5)
+            >>> fit.forecast(series[0], horizon=10, num_samples=50).shape
+            torch.Size([50, 1, 10])
+        """
+        who = "DensityFit.forecast"
+        event = self._event_shape
+        if len(event) != 2 or isinstance(self.distribution, Ensemble):
+            kind = "an ensemble; ask one of its members, fit.members[0].forecast(y, horizon)"
+            kind = kind if len(event) == 2 else f"one of events of shape {tuple(event)}"
+            raise ValueError(
+                f"{who}: expected a fit of series (C, T) by a causal flow, such as causal_maf, or a ConvMADE, got "
+                f"{kind}"
+            )
+        expected = expected_by(self.distribution)
+        past = to_tensor(y, who, "y").to(expected.device, expected.dtype)
+        if hasattr(y, "columns") or past.dim() == 1:  # a row for each step
+            past = past.reshape(len(past), -1).T
+        if past.dim() < 2 or past.shape[-2] != event[0] or not past.shape[-1]:
+            raise ValueError(
+                f"{who}: expected y to be the past of series, shape (*batch, {event[0]}, n), or a data frame with "
+                f"{event[0]} columns, got {type(y).__name__} of shape {tuple(getattr(y, 'shape', past.shape))}"
+            )
+        integer(who, "horizon", horizon)
+        # The folder of what one does with densities imports this one.
+        series: Any = importlib.import_module("pyro_flows.infer.uses.series")
+        given = None if context is None else self._context(who, context)
+        stream = series.Stream(self.distribution, past.shape[:-2], given)
+        stream.observe(past.expand(*stream.batch_shape, *past.shape[-2:]))
+        return stream.forecast(horizon, num_samples)
 
     @torch.no_grad()
     def quantile(self, q: Any, context: Any = None, *, num_samples: int | None = None, seed: int = 0) -> Tensor:
@@ -164,6 +248,11 @@ class DensityFit:
 
         Raises:
             ValueError: for levels out of range.
+
+        Example:
+            >>> fit = pf.fit_density(pf.nsf(2), torch.randn(200, 2), steps=5)
+            >>> fit.quantile([0.05, 0.5, 0.95]).shape
+            torch.Size([3, 2])
         """
         who = "DensityFit.quantile"
         levels, device = levels_of(who, q), expected_by(self.distribution).device
@@ -190,6 +279,13 @@ class DensityFit:
 
         Each has the shape ``(*context_batch, *event_shape)``.  An interval at a context predicts one new value there
         with this probability, as far as the density is right.
+
+        Example:
+            >>> x, y = torch.randn(2, 200, 1)
+            >>> fit = pf.fit_density(pf.nsf(1, context_dim=1), y, context=x, steps=5)
+            >>> lower, upper = fit.interval(0.9, context=[[0.5], [1.5]])
+            >>> lower.shape
+            torch.Size([2, 1])
         """
         levels = equal_tails("DensityFit.interval", level)
         lower, upper = self.quantile(levels, context, num_samples=num_samples, seed=seed)
@@ -209,6 +305,11 @@ class DensityFit:
 
         Raises:
             ValueError: without a context, if a fit with contexts keeps no rows.
+
+        Example:
+            >>> fit = pf.fit_density(pf.nsf(2), torch.randn(200, 2), steps=5)
+            >>> list(fit.summary().columns)
+            ['mean', 'sd', '5%', '50%', '95%', 'data mean', 'data sd']
         """
         who = "DensityFit.summary"
         integer(who, "num_samples", num_samples, 2)
@@ -260,6 +361,37 @@ class DensityFit:
         several = context.dim() == 1 and len(context) != 1 and expected.context_dim == 1
         return context.unsqueeze(-1) if several else context
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the fit to a file that :func:`load_density` reads, in another process, without the code of the flow.
+
+        The file is written atomically, has a checksum, and holds no code: numbers, the names of classes of this package
+        and of torch's and Pyro's with their options, the record of the training, and the rows ``kept`` for the
+        verdict.  If the flow used classes or functions of your own, a warning says so, and loading needs the flow
+        again.
+
+        Args:
+            path: a file in a folder that exists.
+
+        Raises:
+            ValueError: if the folder does not exist, or the flow cannot be made again.
+            OSError: if the file cannot be written, e.g. because the disk is full; the old one is unchanged.
+
+        Example:
+            >>> fit = pf.fit_density(pf.nsf(2), torch.randn(200, 2), steps=5)
+            >>> fit.save("density.pt")
+            >>> pf.load_density("density.pt").validation == fit.validation
+            True
+        """
+        check_path(path)
+        modules, fit = stored.plain_fit(self)
+        if modules.unnamed is not None:
+            warnings.warn(
+                f"DensityFit.save: the file cannot hold the architecture of the flow ({modules.unnamed}); to load it, "
+                "give the flow again: load_density(path, flow=...)",
+                stacklevel=2,
+            )
+        write_state(path, {"modules": vars(modules), "fit": vars(fit)}, kind=KIND, version=VERSION)
+
     def __str__(self) -> str:
         return f"{self!r}\n{self.verdict}"
 
@@ -278,4 +410,43 @@ class DensityFit:
             f"DensityFit({'validation' if held_out else 'train'} {score:.4f} {unit} at epoch {self.best_epoch} "
             f"of {self.history['epoch'][-1]}, stopped by {self.stopped}, {self.history['step'][-1]} steps in "
             f"{self.history['seconds'][-1]:.1f} s{judged})"
+        )
+
+
+def load_density(
+    path: str | os.PathLike[str],
+    map_location: str | torch.device | dict[str, str] | Callable[..., Any] | None = None,
+    *,
+    flow: FlowTransform | nn.Module | None = None,
+) -> DensityFit:
+    """Reads a file of :meth:`DensityFit.save`: the flow, its distribution, the record of the training and the verdict.
+
+    No code in the file runs. Loading verifies the checksum, and compares the rebuilt density with the saved one at a
+    few rows.
+
+    Args:
+        path: the file.
+        map_location: the device, as in ``torch.load``; by default the fit's. Rows kept for the verdict stay on the CPU.
+        flow: a flow made as the fitted one was, if it used classes or functions of your own; it is copied.
+
+    Raises:
+        FileNotFoundError: if there is no file.
+        ValueError: if the file is no saved fit, is damaged, comes from another release, or needs the flow.
+
+    Example:
+        >>> fit = pf.fit_density(pf.nsf(2), torch.randn(200, 2), steps=5)
+        >>> fit.save("density.pt")
+        >>> pf.load_density("density.pt").sample((5,)).shape
+        torch.Size([5, 2])
+    """
+    remedy = "give the path of a file that DensityFit.save of this release wrote"
+    known: dict[str, Any] = {"kind": KIND, "remedy": remedy}
+    state = read_state(path, version=VERSION, parts={"modules": dict, "fit": dict}, **known)
+    with refuse_others(path, **known):
+        record: stored.ModulesRecord = read(stored.ModulesRecord, state["modules"], "modules")
+    device = device_of(map_location, record.device, "load_density")
+    with refuse_others(path, **known):
+        modules = stored.modules_of(record, Flow(flow) if isinstance(flow, FlowTransform) else flow)
+        return stored.fit_of(
+            DensityFit, read(stored.FitRecord, state["fit"], "fit"), [module.to(device) for module in modules]
         )

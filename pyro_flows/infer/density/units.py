@@ -12,6 +12,7 @@ from torch.distributions.constraints import Constraint
 
 from pyro_flows.core.chain import Chain, leaves
 from pyro_flows.core.checks import first_floating
+from pyro_flows.core.recipes import remembered
 from pyro_flows.core.transform import FlowTransform
 from pyro_flows.core.wrap import Wrap, _bare, _joined, image
 from pyro_flows.distributions import DiagonalNormal, Flow
@@ -56,6 +57,7 @@ def is_density(module: object) -> TypeGuard[Density]:
     return isinstance(module, nn.Module) and callable(getattr(module, "log_prob", None))
 
 
+@remembered
 class StandardizedFlow(Flow):
     """A conditional flow that standardizes contexts inside, made by :func:`standardized`.
 
@@ -85,11 +87,16 @@ class StandardizedFlow(Flow):
         self.register_buffer("context_loc", context_loc.detach().clone())
         self.register_buffer("context_scale", context_scale.detach().clone())
 
+    def arguments(self) -> tuple[tuple[object, ...], dict[str, object]]:
+        """The constructor's arguments."""
+        return (self.chain, self.base, self.context_loc, self.context_scale), {}
+
     def inner_context(self, context: Tensor | None) -> Tensor | None:
         """Standardizes the context."""
         return None if context is None else (context - self.context_loc) / self.context_scale
 
 
+@remembered
 class StandardizedDensity(Density):
     r"""A module with ``log_prob`` in other units, :math:`\log p(y) = \log q((y - t) / \sigma) - \sum_i \log\sigma_i`.
 
@@ -117,6 +124,10 @@ class StandardizedDensity(Density):
         kin = next(p for p in module.parameters() if p.is_floating_point())
         for name, value in units.items():
             self.register_buffer(name, None if value is None else value.to(kin))
+
+    def arguments(self) -> tuple[tuple[object, ...], dict[str, object]]:
+        """The constructor's arguments."""
+        return (self.module, dict(self._buffers)), {}
 
     def _contexts(self, context: Tensor | None) -> tuple[Tensor, ...]:
         return () if context is None else ((context - self.context_loc) / self.context_scale,)

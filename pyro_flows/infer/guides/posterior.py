@@ -179,7 +179,7 @@ class PathPosterior(FlowDistribution):
         self.linear = linear
         super().__init__(*args, **kwargs)
 
-    def rsample(self, sample_shape: Size | tuple[int, ...] = ()) -> Tensor:
+    def rsample(self, sample_shape: int | Size | tuple[int, ...] = ()) -> Tensor:
         """Makes reparameterized draws, which this distribution recognizes."""
         self._drawn = super().rsample(sample_shape)
         return self._drawn

@@ -36,6 +36,7 @@ from pyro_flows.infer.machine.budget import Budget
 from pyro_flows.infer.machine.files import check_path, read_state, refuse_others, write_state
 from pyro_flows.infer.machine.interrupts import carrying, interrupts_held_back, pyro_as_it_was
 from pyro_flows.infer.machine.randomness import seeded
+from pyro_flows.infer.machine.records import device_of, read
 from pyro_flows.infer.models.joint import JointDensity
 from pyro_flows.infer.models.latents import Latents
 from pyro_flows.infer.search.climb import SafeDensity
@@ -570,14 +571,14 @@ def load_guide(
     known: dict[str, Any] = {"kind": KIND, "remedy": "give the path of a file that GuideFit.save of this release wrote"}
     state = read_state(path, version=VERSION, **known)
     with refuse_others(path, **known):
-        record: stored.FlowRecord = stored.read(stored.FlowRecord, state.pop("flow"), "flow")
-    device = stored.device_of(map_location, record.device)
+        record: stored.FlowRecord = read(stored.FlowRecord, state.pop("flow"), "flow")
+    device = device_of(map_location, record.device, "load_guide")
     with refuse_others(path, **known):
         flow = stored.flow_of(record, builder).to(device)
         state = tree_map_only(Tensor, lambda value: value.to(device), state)
         latents = stored.read_latents(state.pop("latents"))
         if (latents.dim,) != flow.event_shape:
             raise ValueError(f"a flow of {tuple(flow.event_shape)} dimensions for {latents.dim} latents")
-        numbers: stored.Numbers = stored.read(stored.Numbers, state)
+        numbers: stored.Numbers = read(stored.Numbers, state)
         numbers.check(latents.dim)
         return GuideFit(flow, latents, **vars(numbers))

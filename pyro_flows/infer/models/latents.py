@@ -81,6 +81,10 @@ class Latents:
         self.sites, self.max_plate_nesting = tuple(sites), max_plate_nesting
         self.dim = sum(site.size for site in self.sites)
 
+    def __repr__(self) -> str:
+        sites = ", ".join(f"{site.name} {tuple(site.shape)}" for site in self.sites)
+        return f"Latents({self.dim} dimensions: {sites})"
+
     @classmethod
     def of(cls, trace: Trace) -> Latents:
         """Collects the unobserved sites of a trace, except subsamples."""

@@ -35,6 +35,11 @@ class Objective(ELBO):
         self.num_dropped = 0
         self.num_scored = 0
 
+    def __repr__(self) -> str:
+        names = ("num_particles", "alpha", "batch_size", "num_samples", "num_dropped")
+        told = (f"{name}={getattr(self, name)}" for name in names if hasattr(self, name))
+        return f"{type(self).__name__}({', '.join(told)})"
+
     def _losses(self, model: Model, guide: Model, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
         """Returns the scalar loss and any surrogate for its gradient."""
         raise NotImplementedError

@@ -85,6 +85,13 @@ class AnomalyDetector:
             )
         self.reference, self.mean = bits.sort().values, float(bits.mean())
 
+    def __repr__(self) -> str:
+        sides = "two-sided" if self.two_sided else "one-sided"
+        return (
+            f"AnomalyDetector({type(self.model).__name__}, {len(self.reference):,} reference rows of {self.mean:.4g} "
+            f"bits per dimension, {sides})"
+        )
+
     @torch.no_grad()
     def bits(self, rows: Any, context: Any = None) -> Tensor:
         """Bits per dimension, shape ``(rows,)``, in float64 on the CPU; costs ``num_noise_samples`` scores a row."""
