@@ -20,21 +20,30 @@ extensions = [
     "sphinx.ext.intersphinx",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
+    "extensions.frequencies",
     "extensions.mathml",
     "extensions.names",
     "extensions.reference",
 ]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "extensions"]
 html_math_renderer = "mathml"
 html_search_scorer = str(here / "extensions" / "scorer.js")
 html_theme = "furo"
 html_title = f"pyro_flows {version}"
+html_static_path = ["_static"]
+html_css_files = ["pages.css"]
 
 # A reference that leads nowhere is an error.
 nitpicky = True
 nitpick_ignore = [
-    ("py:class", "pyro_flows.infer.diagnostics.weights._Draws"),  # a vector of draws, or draws by name
-    ("py:class", "pyro.poutine.trace_struct.Trace"),  # which the inventory lists under another name
+    (
+        "py:class",
+        "pyro_flows.infer.diagnostics.weights._Draws",
+    ),  # a vector of draws, or draws by name
+    (
+        "py:class",
+        "pyro.poutine.trace_struct.Trace",
+    ),  # which the inventory lists under another name
 ]
 
 myst_enable_extensions = ["dollarmath"]

@@ -15,13 +15,13 @@ from pathlib import Path
 import pyro
 import pyro.distributions as dist
 import torch
+from _schools import EFFECTS, ERRORS, exact_schools
+from _schools import schools as centered
 from _script import FLOW, OTHER, THIRD, TRUTH, begin, levels, save
 from matplotlib import pyplot as plt
 from pyro.infer import MCMC, NUTS, SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 from pyro.optim import ClippedAdam
-from quickstart import EFFECTS, ERRORS, exact_schools
-from quickstart import schools as centered
 from torch import Tensor
 
 from pyro_flows.infer import AutoFlow, GuideFit, fit_guide

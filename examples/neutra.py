@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 import pyro
 import torch
+from _schools import EFFECTS, exact_schools
 from _script import FLOW, OTHER, THIRD, TRUTH, begin, levels, save
 from eight_schools import centered, non_centered, with_theta
 from matplotlib import pyplot as plt
 from pyro.infer import MCMC, NUTS
 from pyro.infer.reparam import NeuTraReparam
-from quickstart import EFFECTS, exact_schools
 from torch import Tensor
 
 from pyro_flows.infer import AutoFlow, fit_guide, to_arviz

@@ -15,6 +15,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as shells leave it for 
 
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", help="where the tests make their tensors, e.g. cuda or cpu")
+    parser.addoption("--refresh-outputs", action="store_true", help="write what a page prints and draws into docs/")
 
 
 def pytest_configure(config):

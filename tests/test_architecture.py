@@ -231,7 +231,12 @@ TRANSFORMS = sorted(
     {v for v in PUBLIC.values() if inspect.isclass(v) and issubclass(v, pf.FlowTransform)}, key=lambda v: v.__name__
 )
 PAPERS = [v for v in TRANSFORMS if v.__module__.startswith("pyro_flows.transforms")]
-BUILDERS = [v for v in PUBLIC.values() if inspect.isfunction(v) and v.__module__.startswith("pyro_flows.flows")]
+#: All functions but the one that takes over a finished transform.
+BUILDERS = [
+    v
+    for v in PUBLIC.values()
+    if inspect.isfunction(v) and v.__module__.startswith("pyro_flows.flows") and v is not pf.flows.from_pyro
+]
 
 
 VECTORS = [v for v in BUILDERS if v.__module__ in ("pyro_flows.flows.vectors", "pyro_flows.flows.sphere")]
@@ -346,8 +351,11 @@ def test_typing_marker_is_shipped():
     assert (ROOT / "py.typed").exists()
 
 
-def test_version_is_literal():
+def test_version_is_literal_and_one():
     source = (ROOT / "__init__.py").read_text()
     assert re.search(r'^__version__ = "\d+\.\d+\.\d+"$', source, re.MULTILINE)
-    project = (ROOT.parent / "pyproject.toml").read_text()
-    assert f'version = "{pf.__version__}"' in project or 'dynamic = ["version"]' in project
+    project, citation, changes = (
+        (ROOT.parent / name).read_text().splitlines() for name in ("pyproject.toml", "CITATION.cff", "CHANGELOG.md")
+    )
+    assert f'version = "{pf.__version__}"' in project and f"version: {pf.__version__}" in citation
+    assert next(line for line in changes if line.startswith("## ")).startswith(f"## {pf.__version__} - ")

@@ -180,7 +180,7 @@ def test_label(label, others):
     found = judge_density(checks(**others))
     assert found.label == label
     assert found.ok is (label in ("good", "good, small differences", "good, overfitted"))
-    assert "Next: " in str(found) and str(found).startswith(f"{label}: {MEANING[label]}")
+    assert "Next: " in str(found) and " ".join(str(found).split()).startswith(f"{label}: {MEANING[label]}")
 
 
 def test_labels_have_meanings():

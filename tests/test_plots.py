@@ -22,7 +22,9 @@ from torch.distributions import ExpTransform
 import pyro_flows as pf
 from pyro_flows import plots
 from pyro_flows.infer.density.judging import judge_rows
+from pyro_flows.infer.diagnostics import importance, judge
 from pyro_flows.infer.diagnostics.densities import judge_density
+from pyro_flows.infer.guides.assessment import Assessment
 
 
 @pytest.fixture(autouse=True)
@@ -573,9 +575,9 @@ def test_calibration_says_what_does_not_fit():
 
 
 def test_documented_signatures_are_the_real_ones():
-    page = (Path(__file__).parent.parent / "docs" / "api.md").read_text()
+    page = (Path(__file__).parent.parent / "docs" / "api" / "plots.md").read_text()
     for name in plots.__all__:
-        (found,) = re.findall(rf"autofunction:: pyro_flows\.plots\.{name}(\(.*\))", page)
+        (found,) = re.findall(rf"^{name}(\(.*\))$", page, re.MULTILINE)
         bare = [p.replace(annotation=p.empty) for p in inspect.signature(getattr(plots, name)).parameters.values()]
         assert found == str(inspect.Signature(bare)), name
 
@@ -703,3 +705,47 @@ def test_verdict_without_a_rival_or_draws():
     )
     refuses(ValueError, "no way to draw", plots.verdict, bare)
     refuses(ValueError, "expected 2 names", plots.verdict, found, names=["a"])
+
+
+def guide_fit(log_p, log_q, shares=None, guide_shares=None, missed=()):
+    """What a fit of a guide holds, of draws with these log-densities and modes with these masses."""
+    found = importance(log_p - log_q)
+    probe = None
+    if shares is not None:
+        missed = torch.tensor(missed)
+        probe = SimpleNamespace(share=torch.tensor(shares), guide_share=torch.tensor(guide_shares), missed=missed)
+    assessment = Assessment(log_q[:, None], log_p, log_q, found, probe, None, judge(found))
+    return SimpleNamespace(assessment=assessment, verdict=assessment.verdict)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_verdict_of_a_guide_shows_weights_and_modes(dtype):
+    torch.manual_seed(0)
+    log_q = dist.Normal(0.0, 1.0).log_prob(torch.randn(1000)).to(dtype)
+    log_p = log_q - 3 + 0.1 * torch.randn(1000, dtype=dtype)  # an evidence of about -3
+    log_p[7] = -math.inf
+    fit = guide_fit(log_p, log_q, [0.7, 0.3], [1.0, 0.0], [False, True])
+    left, middle, right = plots.verdict(fit).axes
+    kept = log_p.isfinite()
+    shift = fit.assessment.importance.log_evidence
+    own, other = log_q[kept].double().numpy(), (log_p[kept].double() - shift).numpy()
+    low = np.quantile(np.concatenate([own, other]), 0.005)
+    assert np.allclose(points(left), np.stack([own.clip(low), other.clip(low)], 1), atol=1e-5)
+    assert f"{fit.assessment.importance.ess:.2f}" in left.get_title()
+    weights, above = middle.lines[0].get_data()
+    assert np.allclose(weights, np.sort(np.exp(other - own)), rtol=1e-5) and np.mean(weights) == pytest.approx(
+        1, abs=0.01
+    )
+    assert np.allclose(above, [(weights >= weight).mean() for weight in weights])
+    assert [round(bar.get_height(), 3) for bar in right.patches] == [0.7, 0.3, 1.0, 0.0]
+    assert [text.get_text() for text in right.texts] == ["missed"] and right.get_title() == fit.verdict.label
+
+
+def test_verdict_of_a_guide_without_modes_or_weights():
+    log_q = torch.linspace(-3, -1, 200)
+    right = plots.verdict(guide_fit(log_q - 1, log_q)).axes[2]
+    assert [text.get_text() for text in right.texts] == ["modes were not searched"]
+    refuses(TypeError, "columns of a density", plots.verdict, guide_fit(log_q, log_q), names=["a"])
+    lost = guide_fit(log_q, log_q)
+    object.__setattr__(lost.assessment, "log_p", torch.full((200,), -math.inf))
+    refuses(ValueError, "no draw of the guide has a finite weight", plots.verdict, lost)

@@ -295,7 +295,7 @@ def refined(simple):
 def test_a_refined_fit_is_a_fit(simple, refined, tmp_path):
     draws = refined.sample(20_000)["mu"].double()
     assert abs(float(draws.mean()) - MEAN) < 0.06 * SD and abs(float(draws.std()) / SD - 1) < 0.05
-    assert refined.verdict.ok and refined.verdict.label == "good" and "nested R-hat" in str(refined.verdict)
+    assert refined.verdict.ok and refined.verdict.label == "good" and "nested R-hat" in refined.verdict.text
     covariance = torch.eye(6, dtype=torch.float64) + 4.0
     evidence = float(MultivariateNormal(torch.zeros(6).double(), covariance).log_prob(Y.double()))
     assert abs(refined.log_evidence - evidence) < max(0.02, 4 * refined.importance.log_evidence_error)

@@ -359,4 +359,11 @@ def test_picture_is_drawn_into_given_axes_and_says_what_does_not_fit():
     many = Calibration({"z": torch.randint(20, (30, 40), device="cpu")}, 19)
     for kind in ("ecdf", "histogram"):
         assert plots.ranks(many, kind=kind).get_legend() is None
+    few, one = (Calibration({"z": torch.randint(20, (30, size), device="cpu")}, 19) for size in (3, 1))
+    legend = plots.ranks(few).get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == few.names
+    assert (
+        plots.ranks(one).get_legend() is None
+        and plots.ranks(one).get_xlabel() == f"rank of {one.names[0]}, as a fraction"
+    )
     plt.close("all")

@@ -8,7 +8,7 @@ from asserts import refuses
 from cases import Sinh
 from oracles import relative_error
 
-from pyro_flows.univariate import Affine, Shift, Spline, Univariate
+from pyro_flows.univariate import Affine, ClampedAffine, Shift, Spline, Univariate
 from pyro_flows.univariate.base import soft_clip
 
 FAMILIES = [
@@ -16,6 +16,7 @@ FAMILIES = [
     Affine(),
     Affine(max_log_scale=0.7),
     Affine(3.0, gain=0.3),
+    ClampedAffine(-1.0, 0.7),
     Spline(),
     Spline(3, 2.0, "identity"),
     Sinh(),

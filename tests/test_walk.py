@@ -58,7 +58,7 @@ def test_a_part_that_is_left_out_at_equal_weights():
     # Percentiles below 1 have the mean 0.42 and the standard deviation 0.24, where all have 0.5.
     assert found.above == 0 and abs(found.shift - 0.33) < 0.1
     verdict = judge(importance(torch.zeros(len(u))), walk=found)
-    assert verdict.label == "bad" and "moved a mean by 0.3" in str(verdict) and "left out" in verdict.text
+    assert verdict.label == "bad" and "moved a mean by 0.3" in verdict.text and "left out" in verdict.text
 
 
 def test_failures_and_time():

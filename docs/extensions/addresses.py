@@ -29,9 +29,16 @@ NAMESPACES = tuple(
 @functools.cache
 def packages():
     """All packages, the shallow ones first; those at one depth in the order of ``NAMESPACES``."""
-    found = [m.name for m in pkgutil.walk_packages(pyro_flows.__path__, "pyro_flows.") if m.ispkg]
+    found = [
+        m.name
+        for m in pkgutil.walk_packages(pyro_flows.__path__, "pyro_flows.")
+        if m.ispkg
+    ]
     rank = {name: number for number, name in enumerate(NAMESPACES)}
-    return sorted({"pyro_flows", *found}, key=lambda name: (name.count("."), rank.get(name, len(rank)), name))
+    return sorted(
+        {"pyro_flows", *found},
+        key=lambda name: (name.count("."), rank.get(name, len(rank)), name),
+    )
 
 
 @functools.cache
@@ -57,7 +64,9 @@ def find(path):
     """``(module, parts, objects)``: the module that the start of a dotted path names, and what the rest leads to."""
     names = path.split(".")
     # An attribute comes before a module: a function may share its name with the module that defines it.
-    return _walk(names, 1) or next(filter(None, (_walk(names, cut) for cut in range(len(names), 1, -1))), None)
+    return _walk(names, 1) or next(
+        filter(None, (_walk(names, cut) for cut in range(len(names), 1, -1))), None
+    )
 
 
 def _walk(names, cut):
@@ -81,7 +90,10 @@ def _walk(names, cut):
 
 def _annotated(value, name):
     """Whether a class declares an attribute that only its instances have."""
-    return any(name in vars(kind).get("__annotations__", ()) for kind in getattr(value, "__mro__", ()))
+    return any(
+        name in vars(kind).get("__annotations__", ())
+        for kind in getattr(value, "__mro__", ())
+    )
 
 
 def address(path):
@@ -94,6 +106,8 @@ def address(path):
         return module
     first = objects[0]
     top = _by_identity().get(id(first))
-    if top is None and str(getattr(first, "__module__", "")).startswith("pyro_flows"):
+    if top is None and str(getattr(first, "__module__", "")).startswith(
+        "pyro_flows"
+    ):
         top = f"{first.__module__}.{getattr(first, '__qualname__', parts[0])}"
     return ".".join([top or f"{module}.{parts[0]}", *parts[1:]])

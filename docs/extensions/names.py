@@ -4,13 +4,17 @@ import functools
 import re
 
 from docutils import nodes
-from extensions import addresses, reference
 from sphinx import addnodes
 from sphinx.transforms import SphinxTransform
 
+from extensions import addresses, reference
+
 NAME = re.compile(r"(?P<name>[A-Za-z]\w*(?:\.\w+)*)(?P<call>\(.*\))?", re.DOTALL)
 # What pages call ``fit`` is the result of these.
-RESULTS = {"fit_density": "pyro_flows.infer.DensityFit", "fit_guide": "pyro_flows.infer.GuideFit"}
+RESULTS = {
+    "fit_density": "pyro_flows.infer.DensityFit",
+    "fit_guide": "pyro_flows.infer.GuideFit",
+}
 
 
 @functools.cache
@@ -45,19 +49,40 @@ def target(text, folder, made_by=()):
     first, _, rest = name.partition(".")
     if first == "fit" and rest:
         classes = [RESULTS[function] for function in made_by or RESULTS]
-        homes = [f"{home}.{rest}" for home in classes if addresses.find(f"{home}.{rest}")]
+        homes = [
+            f"{home}.{rest}" for home in classes if addresses.find(f"{home}.{rest}")
+        ]
         return homes[0] if len(homes) == 1 else None
     if first in bare(folder):
         if not rest and not called and is_word(first, bare(folder)[first]):
             return None
-        home = addresses.address(".".join(filter(None, (bare(folder)[first], rest))))
-    elif first in ("pf", "pyro_flows", *(space.rpartition(".")[2] for space in addresses.NAMESPACES)) and rest:
-        paths = [f"{space.rpartition('.')[0]}.{name}".lstrip(".") for space in addresses.NAMESPACES]
-        paths = [f"pyro_flows.{rest}"] if first == "pf" else [p for p in paths if p.startswith("pyro_flows.")]
+        home = addresses.address(
+            ".".join(filter(None, (bare(folder)[first], rest)))
+        )
+    elif (
+        first
+        in (
+            "pf",
+            "pyro_flows",
+            *(space.rpartition(".")[2] for space in addresses.NAMESPACES),
+        )
+        and rest
+    ):
+        paths = [
+            f"{space.rpartition('.')[0]}.{name}".lstrip(".")
+            for space in addresses.NAMESPACES
+        ]
+        paths = (
+            [f"pyro_flows.{rest}"]
+            if first == "pf"
+            else [p for p in paths if p.startswith("pyro_flows.")]
+        )
         home = next(filter(None, map(addresses.address, paths)), None)
     else:
         return None
-    if home in reference.listed(folder) or (home and any(home.startswith(f"{e}.") for e in objects(folder))):
+    if home in reference.listed(folder) or (
+        home and any(home.startswith(f"{e}.") for e in objects(folder))
+    ):
         return home
     return None
 
@@ -66,7 +91,13 @@ def is_prose(literal):
     """Whether a literal stands outside of headings, links and signatures."""
     place = literal.parent
     while place is not None and not isinstance(place, nodes.document):
-        if isinstance(place, nodes.title | nodes.reference | addnodes.pending_xref | addnodes.desc_signature):
+        if isinstance(
+            place,
+            nodes.title
+            | nodes.reference
+            | addnodes.pending_xref
+            | addnodes.desc_signature,
+        ):
             return False
         place = place.parent
     return "xref" not in literal["classes"]
@@ -78,14 +109,25 @@ class LinkNames(SphinxTransform):
     default_priority = 700
 
     def apply(self, **kwargs):
-        code = "\n".join(block.astext() for block in self.document.findall(nodes.literal_block))
+        code = "\n".join(
+            block.astext() for block in self.document.findall(nodes.literal_block)
+        )
         made_by = [function for function in RESULTS if f"{function}(" in code]
         for literal in list(self.document.findall(nodes.literal)):
-            home = target(literal.astext(), self.env.srcdir, made_by) if is_prose(literal) else None
+            home = (
+                target(literal.astext(), self.env.srcdir, made_by)
+                if is_prose(literal)
+                else None
+            )
             if not home or self.within(literal, home):
                 continue
             link = addnodes.pending_xref(
-                "", refdomain="py", reftype="obj", reftarget=home, refdoc=self.env.docname, refexplicit=True
+                "",
+                refdomain="py",
+                reftype="obj",
+                reftarget=home,
+                refdoc=self.env.docname,
+                refexplicit=True,
             )
             # A member that has no entry stays as it is.
             link["optional"] = home not in reference.listed(self.env.srcdir)

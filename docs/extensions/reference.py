@@ -18,10 +18,13 @@ import itertools
 import re
 from pathlib import Path
 
-from extensions import addresses
 from sphinx.ext.intersphinx import InventoryAdapter
 
-BLOCK = re.compile(r"^```\{(entries|summary)\} *(\S*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+from extensions import addresses
+
+BLOCK = re.compile(
+    r"^```\{(entries|summary)\} *(\S*)\n(.*?)^```$", re.MULTILINE | re.DOTALL
+)
 LINE = re.compile(r"(?P<name>[\w.]+)(?P<signature>\(.*\))?(?:: *(?P<members>.*))?")
 HEADING = re.compile(r"^## (.+)$", re.MULTILINE)
 
@@ -44,14 +47,30 @@ def entry(where, signature, members):
     if inspect.isclass(objects[-1]):
         options = [] if members == "-" else [f":members: {members or ''}".rstrip()]
         options.append(":show-inheritance:")
-        return [f".. autoclass:: {where}{signature}", *(f"   {option}" for option in options), ""]
+        return [
+            f".. autoclass:: {where}{signature}",
+            *(f"   {option}" for option in options),
+            "",
+        ]
     kind = "autofunction" if callable(objects[-1]) else "autodata"
-    return [f".. {kind}:: {where}{signature}", *["   :no-value:"] * (kind == "autodata"), ""]
+    return [
+        f".. {kind}:: {where}{signature}",
+        *["   :no-value:"] * (kind == "autodata"),
+        "",
+    ]
 
 
 def table(names):
     head = ["```{eval-rst}", ".. py:currentmodule:: None", ""]
-    return [*head, ".. autosummary::", "   :nosignatures:", "", *(f"   ~{name}" for name in names), "```", ""]
+    return [
+        *head,
+        ".. autosummary::",
+        "   :nosignatures:",
+        "",
+        *(f"   ~{name}" for name in names),
+        "```",
+        "",
+    ]
 
 
 def summary(text):
@@ -78,7 +97,9 @@ def expand(text):
     def replace(found):
         kind, namespace, body = found.groups()
         if kind == "summary":
-            names = [where for where, _, _ in lines(namespace, body)] if body else []
+            names = (
+                [where for where, _, _ in lines(namespace, body)] if body else []
+            )
             return "\n".join(table(names)) if names else summary(text)
         written = [line for item in lines(namespace, body) for line in entry(*item)]
         return "\n".join(["```{eval-rst}", *written, "```"])
@@ -89,8 +110,17 @@ def expand(text):
 @functools.cache
 def listed(folder):
     """All addresses that have entries."""
-    blocks = (block for page in sorted(Path(folder, "api").glob("*.md")) for block in BLOCK.findall(page.read_text()))
-    return [item[0] for kind, namespace, body in blocks if kind == "entries" for item in lines(namespace, body)]
+    blocks = (
+        block
+        for page in sorted(Path(folder, "api").glob("*.md"))
+        for block in BLOCK.findall(page.read_text())
+    )
+    return [
+        item[0]
+        for kind, namespace, body in blocks
+        if kind == "entries"
+        for item in lines(namespace, body)
+    ]
 
 
 def source_read(app, docname, content):
@@ -110,8 +140,14 @@ def candidates(node, objects):
             yield f"{found[2][0].__module__}.{target}"
             yield f"{module}.{within}.{target}"
     # A name that only one object has, members aside.
-    same = {addresses.address(name) for name in objects if name.endswith(f".{target}")}
-    same = {name for name in same if len(addresses.find(name)[1]) == target.count(".") + 1}
+    same = {
+        addresses.address(name) for name in objects if name.endswith(f".{target}")
+    }
+    same = {
+        name
+        for name in same
+        if len(addresses.find(name)[1]) == target.count(".") + 1
+    }
     if len(same) == 1:
         yield same.pop()
 
@@ -129,12 +165,17 @@ def documented_elsewhere(app, env, node, contnode):
         _, parts, objects = addresses.find(home)
         if len(objects) > 1 and inspect.isclass(objects[0]):
             bases = objects[0].__mro__[1:]
-            homes += [f"{addresses.address(f'{b.__module__}.{b.__qualname__}')}.{'.'.join(parts[1:])}" for b in bases]
+            homes += [
+                f"{addresses.address(f'{b.__module__}.{b.__qualname__}')}.{'.'.join(parts[1:])}"
+                for b in bases
+            ]
         for name in homes:
             if name in domain.objects:
                 kind = domain.objects[name].objtype
                 role = "mod" if kind == "module" else "obj"
-                return domain.resolve_xref(env, node["refdoc"], app.builder, role, name, node, contnode)
+                return domain.resolve_xref(
+                    env, node["refdoc"], app.builder, role, name, node, contnode
+                )
     return contnode if node.get("optional") else None
 
 
@@ -144,7 +185,9 @@ def public_bases(app, name, obj, options, bases):
 
     def known(base):
         home = f"{base.__module__}.{base.__qualname__}"
-        return addresses.address(home) in listed(app.srcdir) or (home in inventory and base is not object)
+        return addresses.address(home) in listed(app.srcdir) or (
+            home in inventory and base is not object
+        )
 
     bases[:] = [base for base in bases if known(base)]
 

@@ -1,4 +1,5 @@
-// Ranks the results of the search: pages before entries of the reference, titles before headings, headings before text.
+// Ranks the results of the search: the page whose title, headings and text say the words most comes first, and the lists of
+// the reference last, unless one searches for a name as it is spelled.
 var Scorer = {
   objNameMatch: 11,
   objPartialMatch: 6,
@@ -10,29 +11,39 @@ var Scorer = {
   partialTerm: 2,
 
   score: ([docname, title, anchor, descr, score, filename, kind]) => {
-    const listing = /^(api\/|changelog$)/.test(docname);
+    const query = (new URLSearchParams(window.location.search).get("q") ?? "").trim();
     if (kind === "object") {
-      // One searches for a name by its spelling; a plain word is more often a topic.
+      // A plain word is a topic more often than a name.
       const name = title.split(".").pop();
       const plain = /^[a-z]+$/.test(name) && title.split(".").length > 2;
-      return score < Scorer.objNameMatch ? 0 : plain ? 15 : 45;
+      return [name, title].includes(query) && !plain ? 60 : score < Scorer.objNameMatch ? 0 : 3;
     }
     const stems = (text) => {
       const words = splitQuery(text.toLowerCase()).filter((word) => !stopwords.has(word));
       return words.map((word) => new Stemmer().stemWord(word));
     };
-    const wanted = stems(new URLSearchParams(window.location.search).get("q") ?? "");
+    const wanted = stems(query);
     // From 0, where none of the words is in the text, to 1, where the text is nothing else.
     const share = (text) => {
       const has = stems(text);
       const found = wanted.filter((word) => has.includes(word)).length;
       return found && (found / wanted.length) * (0.75 + (0.25 * found) / has.length);
     };
-    const ofPage = share(Search._index.titles[Search._index.docnames.indexOf(docname)]);
-    const headings = Object.entries(Search._index.alltitles)
-      .filter(([, places]) => places.some(([page]) => Search._index.docnames[page] === docname))
-      .map(([heading]) => share(heading));
-    const ofHeadings = Math.max(0, ...headings) + 0.05 * headings.filter((part) => part).length;
-    return (listing ? -40 : 0) + 5 + (60 * ofPage || 25 * ofHeadings);
+    const { titles, docnames, alltitles } = Search._index;
+    const headings = Object.entries(alltitles).filter(([, places]) => places.some(([page]) => docnames[page] === docname));
+    // Of the words in the text, by Okapi's formula: more say less and less, and a long page needs more.
+    const lengths = Object.values(Frequencies.lengths);
+    const long = (Frequencies.lengths[docname] * lengths.length) / lengths.reduce((sum, length) => sum + length, 0);
+    const said = wanted.map((word) => {
+      const number = Object.hasOwn(Frequencies.words, word) ? (Frequencies.words[word][docname] ?? 0) : 0;
+      return number / (number + 0.6 + 1.8 * long);
+    });
+    return (
+      5 +
+      60 * share(titles[docnames.indexOf(docname)]) +
+      20 * Math.max(0, ...headings.map(([heading]) => share(heading))) +
+      20 * (said.reduce((sum, part) => sum + part, 0) / Math.max(said.length, 1)) -
+      (/^(api\/|changelog$)/.test(docname) ? 40 : 0)
+    );
   },
 };

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from pyro_flows.nets.activations import in_place, known_activations
 from pyro_flows.nets.structure import Structure, keep
-from pyro_flows.univariate import Affine, Shift, Spline
+from pyro_flows.univariate import Affine, ClampedAffine, Shift, Spline
 from pyro_flows.univariate.base import Univariate
 
 __all__ = ["ForwardSweep", "ReverseSweep", "Solver", "columns_at_once", "named"]
 
 # These have the same mathematics in every process; a user's class may change behind its name.
-_OURS = {Affine, Shift, Spline}
+_OURS = {Affine, ClampedAffine, Shift, Spline}
 
 Calls = list[Callable[[], object]]
 

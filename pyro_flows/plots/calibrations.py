@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyro_flows.core.checks import integer
 from pyro_flows.infer.diagnostics.uniformity import band
-from pyro_flows.plots.canvas import DATA, FRAME, NAMED, Axes, canvas, labels, line_style
+from pyro_flows.plots.canvas import DATA, FRAME, NAMED, Axes, beside, canvas, labels, line_style
 from pyro_flows.plots.inputs import distribution_of, draw, numbers, rows_of, single
 
 __all__ = ["calibration", "pit"]
@@ -128,5 +128,5 @@ def calibration(
     ax.text(0.04, 0.96, "intervals too wide", color=FRAME, fontsize=8, ha="left", va="top")
     ax.text(0.96, 0.04, "intervals too narrow", color=FRAME, fontsize=8, ha="right", va="bottom")
     if 1 < dims <= NAMED or names is not None:
-        ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        beside(ax)
     return ax

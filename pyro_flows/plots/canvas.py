@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 else:  # only annotations need them, and matplotlib loads slowly
     Axes = Figure = Any
 
-__all__ = ["bars", "canvas", "figure", "labels", "line_style", "reach", "thinned"]
+__all__ = ["bars", "beside", "canvas", "figure", "labels", "line_style", "reach", "thinned"]
 
 DATA, MODEL, MARK, FRAME = "#3d405b", "#1f7a8c", "#e07a5f", "#8d99ae"
 SHADES = ["#ffffff", "#bfe3e6", "#5fb3bf", "#1f7a8c", "#0d3f4d"]
@@ -29,15 +29,20 @@ def figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, 
     for ax in axes.flat:
         ax.spines[["top", "right"]].set_visible(False)
         ax.spines[["left", "bottom"]].set_color(FRAME)
-        ax.tick_params(color=FRAME, labelsize=8)
-        ax.xaxis.label.set_fontsize(9)
-        ax.yaxis.label.set_fontsize(9)
+        ax.tick_params(color=FRAME, labelsize=9)
+        ax.xaxis.label.set_fontsize(10)
+        ax.yaxis.label.set_fontsize(10)
     return fig, axes
 
 
 def canvas(ax: Axes | None, size: tuple[float, float] = (4.8, 3.6)) -> Axes:
     """The given axes, unchanged, or those of a new figure."""
     return figure(1, 1, size)[1][0, 0] if ax is None else ax
+
+
+def beside(ax: Axes) -> None:
+    """A legend at the right of the axes, where it covers no curve."""
+    ax.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=1.2)
 
 
 def line_style(k: int, count: int) -> dict[str, Any]:

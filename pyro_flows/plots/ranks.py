@@ -10,7 +10,7 @@ import numpy as np
 
 from pyro_flows.core.checks import choice
 from pyro_flows.infer.diagnostics.calibration import Calibration
-from pyro_flows.plots.canvas import DATA, FRAME, NAMED, Axes, canvas, line_style
+from pyro_flows.plots.canvas import DATA, FRAME, NAMED, Axes, beside, canvas, line_style
 
 __all__ = ["ranks"]
 
@@ -55,8 +55,10 @@ def ranks(calibration: Any, ax: Axes | None = None, *, sites: Sequence[str] | No
     part = Calibration({site: calibration.ranks[site] for site in chosen}, calibration.num_samples, calibration.level)
     ax = canvas(ax)
     (_ecdf if kind == "ecdf" else _histogram)(ax, calibration, part.flat().numpy(), part.names)
-    if len(part.names) <= NAMED:
-        ax.legend(frameon=False, fontsize=8, loc="best")
+    if len(part.names) == 1:
+        ax.set_xlabel(f"rank of {part.names[0]}, as a fraction")
+    elif len(part.names) <= NAMED:
+        beside(ax)
     return ax
 
 

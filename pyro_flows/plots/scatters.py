@@ -118,7 +118,7 @@ def corner(
     limits = reach(shown)
     edges = [np.linspace(low, high, BINS + 1) for low, high in limits]
     size = len(chosen)
-    side = max(3.2, 1.5 * size + 0.4)
+    side = max(3.2, 1.6 * size + 0.4)
     fig, axes = figure(size, size, (side, side))
     for i, j in np.ndindex(size, size):
         ax = axes[i, j]
@@ -142,7 +142,10 @@ def corner(
     fig.align_labels()
     if rows is not None:
         handles, called = axes[0, 0].get_legend_handles_labels()
-        fig.legend(handles, called, loc="outside upper right", frameon=False, fontsize=9)
+        # Two dimensions and more leave the upper right corner free.
+        fig.legend(
+            handles, called, loc="upper right" if size > 1 else "outside upper right", frameon=False, fontsize=11
+        )
     return fig
 
 

@@ -16,6 +16,7 @@ from pyro_flows.core.checks import integer
 from pyro_flows.infer.diagnostics.moments import scalar_names
 from pyro_flows.infer.diagnostics.prior import argument_names, simulate
 from pyro_flows.infer.diagnostics.uniformity import band, manner, pvalues_of
+from pyro_flows.infer.diagnostics.verdict import several
 
 __all__ = ["Calibration", "simulation_based_calibration"]
 
@@ -97,7 +98,8 @@ class Calibration:
     def __str__(self) -> str:
         scalars = len(self.names)
         lines = [
-            f"{self.simulations} simulations, {self.num_samples} draws each, {scalars} scalar latent(s): "
+            f"{several(self.simulations, 'simulation')}, {several(self.num_samples, 'draw')} each, "
+            f"{several(scalars, 'scalar latent')}: "
             + ("the ranks are as even as chance allows" if self.ok else "the ranks are not uniform")
             + f" (smallest p-value, corrected for their number: {self.worst:.2g})"
         ]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyro_flows.infer.diagnostics.verdict import GOOD, NEXT, UNSETTLED, Verdict
+from pyro_flows.infer.diagnostics.verdict import GOOD, NEXT, UNSETTLED, Verdict, several
 
 __all__ = ["Apart", "ChainDraws", "Settling", "compare_walks", "judge_chains", "nested_rhat", "settling"]
 
@@ -294,8 +294,8 @@ def judge_chains(
     nested = "nested " if chains.method == "refine" else ""
     facts = [
         *([stopped] if stopped else []),
-        f"{many:,} chains with {kept:,} draws each, of which {found.effective:,.0f} count; {nested}R-hat "
-        f"{found.rhat:.3f}, {chains.divergences:,} divergent moves."
+        f"{several(many, 'chain')} with {several(kept, 'draw')} each, of which {found.effective:,.0f} count; "
+        f"{nested}R-hat {found.rhat:.3f}, {chains.divergences:,} divergent moves."
         + (f" Where they began moves means by up to {found.moved:.3f} standard deviations." if nested else ""),
         f"Between the halves of the chains, means change by up to {found.change:.3f} standard deviations"
         + (", which is more than chance." if found.drifts else ", as chance would have it."),
@@ -312,15 +312,16 @@ def judge_chains(
     if not ended:
         wrong.append("the posterior goes on where its ridges could not be followed")
     if chains.method == "refine":
-        where = f"elsewhere, on {modes} modes alike," if modes > 1 else "elsewhere, at a widened guide,"
+        where = f"on {modes} modes alike" if modes > 1 else "at a widened guide"
         if apart is None:
             wrong.append("none that began elsewhere confirmed them")
             facts.append("There were no chains from elsewhere to compare with.")
         else:
             numbers |= {"gap": apart.gap, "beyond": apart.beyond}
             facts.append(
-                f"Half of the chains began {where}, and end with means up to {apart.gap:.3f} ± {apart.error:.3f} "
-                f"standard deviations from the others'; {apart.beyond:.1%} of them lie beyond the others' weights."
+                f"Half of the chains began elsewhere, {where}, and end with means up to {apart.gap:.3f} ± "
+                f"{apart.error:.3f} standard deviations from the others'; "
+                f"{apart.beyond:.1%} of them lie beyond the others' weights."
             )
             if apart.why_not:
                 wrong.append(apart.why_not)

@@ -14,7 +14,7 @@ from pyro_flows.infer.diagnostics.moments import Moments
 from pyro_flows.infer.diagnostics.walk import Walk
 from pyro_flows.infer.diagnostics.weights import Importance
 
-__all__ = ["LABELS", "Probe", "Verdict", "in_words", "judge", "widening"]
+__all__ = ["LABELS", "Probe", "Verdict", "in_words", "judge", "several", "widening"]
 
 GOOD, TAILS, RESAMPLE = "good", "good, tails uncertain", "use importance resampling"
 MODES, BAD, UNJUDGED = "modes missing", "bad", "not judged"
@@ -121,11 +121,18 @@ class Verdict:
 
 
 def in_words(label: str, meaning: str, text: str) -> str:
-    """Joins a label, its meaning and the paragraphs of a text, in lines of 100 characters."""
-    lines = [f"{label}: {meaning}"]
+    """Joins a label, its meaning and the paragraphs of a text, in lines that fit the code blocks of the pages."""
+    wrapper = textwrap.TextWrapper(84, subsequent_indent="    ", break_on_hyphens=False)
+    lines = wrapper.wrap(f"{label}: {meaning}")
+    wrapper.initial_indent = "  "
     for paragraph in text.splitlines():
-        lines += textwrap.wrap(paragraph, 100, initial_indent="  ", subsequent_indent="    ")
+        lines += wrapper.wrap(paragraph)
     return "\n".join(lines)
+
+
+def several(count: int, noun: str) -> str:
+    """The count with its noun, as 1 mode and 2,000 modes."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
 def widening(input_dim: int) -> float:
@@ -324,13 +331,14 @@ def _about_modes(probe: Probe | None, numbers: dict[str, float]) -> str:
         ended = "found no mode" if getattr(probe, "complete", True) else "ran out of time before it found a mode"
         return f"{search} {ended}, so it says nothing."
     if not missed:
-        found = f"{search} found {len(probe.missed)} mode(s), and the guide misses none of them."
+        found = f"{search} found {several(len(probe.missed), 'mode')}, and the guide misses none."
         return f"{found} Modes much narrower than these, or farther away, can escape such a search."
     where = probe.locations[probe.missed][probe.share[probe.missed].argmax()].tolist()
     place = ", ".join(f"{x:.3g}" for x in where[:6]) + (", …" if len(where) > 6 else "")
     return (
-        f"{search} found {missed} mode(s) that the guide misses, with about {float(probe.missing_share):.1%} of the "
-        f"posterior; the largest at ({place}) in unconstrained space. Weights do not show that."
+        f"{search} found {several(missed, 'mode')} that the guide misses, with about "
+        f"{float(probe.missing_share):.1%} of the posterior; the largest at ({place}) in unconstrained "
+        "space. Weights do not show that."
     )
 
 

@@ -26,6 +26,7 @@ from pyro_flows.core.memo import Kept
 from pyro_flows.core.transform import FlowTransform
 from pyro_flows.distributions import Flow, FlowDistribution
 from pyro_flows.infer.guides.builders import Builder, as_flow_of, default_builder, find_structure, structured
+from pyro_flows.infer.guides.modes import with_base_of
 from pyro_flows.infer.guides.posterior import PathPosterior, Steady, preconditioner_of, with_spline_of
 from pyro_flows.infer.machine.processes import led
 from pyro_flows.infer.machine.randomness import seeded
@@ -564,7 +565,8 @@ class AutoFlow(AutoContinuous):
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         """Takes over the spline of the guide that was saved, which another start may not have found."""
         if self.is_built:
-            self.flow = with_spline_of(state_dict, f"{prefix}flow.chain.parts.", self.flow)
+            flow = with_spline_of(state_dict, f"{prefix}flow.chain.parts.", self.flow)
+            self.flow = with_base_of(state_dict, f"{prefix}flow.base.", flow)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     # Copies keep the model; pickles, which cannot hold most models, do not.
