@@ -19,7 +19,8 @@ var Scorer = {
       return [name, title].includes(query) && !plain ? 60 : score < Scorer.objNameMatch ? 0 : 3;
     }
     const stems = (text) => {
-      const words = splitQuery(text.toLowerCase()).filter((word) => !stopwords.has(word));
+      const asking = ["how", "do", "i", "what", "can"];
+      const words = splitQuery(text.toLowerCase()).filter((word) => !stopwords.has(word) && !asking.includes(word));
       return words.map((word) => new Stemmer().stemWord(word));
     };
     const wanted = stems(query);
@@ -42,7 +43,8 @@ var Scorer = {
       5 +
       60 * share(titles[docnames.indexOf(docname)]) +
       20 * Math.max(0, ...headings.map(([heading]) => share(heading))) +
-      20 * (said.reduce((sum, part) => sum + part, 0) / Math.max(said.length, 1)) -
+      20 * (said.reduce((sum, part) => sum + part, 0) / Math.max(said.length, 1)) +
+      (docname.startsWith("howto/") ? 10 : 0) - // pages that answer a question
       (/^(api\/|changelog$)/.test(docname) ? 40 : 0)
     );
   },
