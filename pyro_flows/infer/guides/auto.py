@@ -100,8 +100,7 @@ class AutoFlow(AutoContinuous):
 
     Example:
         >>> def model(y):
-        ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        ...     pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+        ...     pyro.sample("y", dist.Normal(pyro.sample("z", dist.Normal(0, 1)), 1), obs=y)
         >>> guide, adam = pf.AutoFlow(model), pyro.optim.Adam({"lr": 1e-3})
         >>> svi = pyro.infer.SVI(model, guide, adam, pyro.infer.Trace_ELBO())
         >>> round(svi.step(torch.tensor(2.0)), 1)  # nats; the start is the posterior here
