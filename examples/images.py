@@ -6,10 +6,11 @@
 
 Two flows learn 8 x 8 digits of 17 gray levels (Optical Recognition of Handwritten Digits, Alpaydin and Kaynak, 1998),
 or those of MNIST, rounded to as many levels.
-One has layers in both orientations and two squeezes: its draws, what becomes of digits on the way to the base and back,
-and ways between two digits are in images_samples.png.  The other has layers in one orientation, so that its density is
-a product of conditionals of single pixels: its maps of surprise, in images_anomalies.png, show which pixels of a digit
-were tampered with.  The table says how well the scores of both tell digits from images of other kinds, hard ones among
+
+One has layers in both orientations and two squeezes: what becomes of digits on the way to the base and back, ways
+between two digits, and draws, if the digits are small, are in images_samples.png.  The other has layers in one
+orientation, so that its density is a product of conditionals of single pixels: its maps of surprise, in
+images_anomalies.png, show which pixels of a digit were tampered with.  The table says how well the scores of both tell digits from images of other kinds, hard ones among
 them, by the area under the ROC curve (0.5 is chance).
 """
 
