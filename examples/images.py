@@ -10,8 +10,8 @@ or those of MNIST, rounded to as many levels.
 One has layers in both orientations and two squeezes: what becomes of digits on the way to the base and back, ways
 between two digits, and draws, if the digits are small, are in images_samples.png.  The other has layers in one
 orientation, so that its density is a product of conditionals of single pixels: its maps of surprise, in
-images_anomalies.png, show which pixels of a digit were tampered with.  The table says how well the scores of both tell digits from images of other kinds, hard ones among
-them, by the area under the ROC curve (0.5 is chance).
+images_anomalies.png, show which pixels of a digit were tampered with.  The table says how well the scores of both tell
+digits from images of other kinds, hard ones among them, by the area under the ROC curve (0.5 is chance).
 """
 
 import math
