@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -120,7 +121,7 @@ def corner(
     size = len(chosen)
     side = max(3.2, 1.6 * size + 0.4)
     fig, axes = figure(size, size, (side, side))
-    for i, j in np.ndindex(size, size):
+    for i, j in product(range(size), repeat=2):
         ax = axes[i, j]
         if i < j:
             ax.remove()

@@ -60,9 +60,9 @@ class AutoFlow(AutoContinuous):
     :math:`z` holds all latents in unconstrained space, :math:`f` is a flow that starts as the identity, :math:`\mu` and
     :math:`S` come from an informed start, and the triangular :math:`A` and :math:`b` are learned. :math:`g` is the
     identity, or fixed splines (:class:`~pyro_flows.transforms.FixedSpline`) of latents in which the start finds kinks
-    or heavy tails. The guide takes the model's arguments and works with ``SVI`` and any ELBO, vectorized particles,
-    plates, ``AutoGuideList``, ``NeuTraReparam`` and ``Predictive``. :func:`~pyro_flows.infer.fit_guide` trains and
-    judges it.
+    or heavy tails. Where ``fit_guide`` finds several modes, :math:`u` follows a normal for each. The guide takes the
+    model's arguments and works with ``SVI`` and any ELBO, vectorized particles, plates, ``AutoGuideList``,
+    ``NeuTraReparam`` and ``Predictive``. :func:`~pyro_flows.infer.fit_guide` trains and judges it.
 
     The first call, or :meth:`setup`, runs the model and builds the flow. A draw costs one pass of the flow in its
     sampling direction; a step with the path gradient costs one more in the density direction. Hide and enumerate
@@ -78,15 +78,14 @@ class AutoFlow(AutoContinuous):
             default ``"model"`` for more than 64 latents, of which at most 32 are global, without a builder.
         start: ``"pathfinder"``, quasi-Newton paths and Laplace's approximation, ranked by their ELBO; or ``"prior"``, a
             small Gaussian around the initial point.
-        init_loc_fn: a function that chooses each site's initial value (see ``pyro.infer.autoguide.initialization``); by
-            default mid-support, even under an improper prior.
+        init_loc_fn: a function to each site's initial value (see ``pyro.infer.autoguide.initialization``); by default
+            mid-support, even under an improper prior.
         path_gradient: whether the entropy term uses only the path gradient (see ``PathPosterior``).
         num_particles: the draws per step of ``fit_guide``; by default 128, or fewer for slow models.
         tempering: the posterior's first weight against the base in ``fit_guide``, which rises to 1 over the first 60 %
             of the steps; 0.05 helps with several modes, ``None`` disables tempering.
         num_starts: the number of dispersed points from which to search for the start.
-        start_seconds: the wall time for building the guide, which then takes the best start so far. By default 20 for
-            the search if the model runs one draw at a time, else unlimited.
+        start_seconds: the wall time for the guide's start, by default 20 if the model runs one draw at a time.
         dtype: the flow's dtype; by default that of the latents.
         seed: the seed for all random choices: fits by steps are reproducible, fits by seconds nearly so.
 
