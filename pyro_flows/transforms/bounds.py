@@ -136,8 +136,9 @@ class Bounds(FlowTransform):
 
     def _base_and_slopes(self, y: Tensor) -> tuple[Tensor, Tensor]:
         low, high, lower, upper = self._ends(y)
-        # Distances from both ends, exact where small.
-        below, above = (torch.where(lower, y - low, 1.0).log(), torch.where(upper, high - y, 1.0).log())
+        # Distances from both ends, exact where small; beyond a bound, the number on the line is infinite.
+        below = torch.where(lower, y - low, 1.0).clamp(min=0.0).log()
+        above = torch.where(upper, high - y, 1.0).clamp(min=0.0).log()
         width = torch.where(lower & upper, high - low, 1.0)
         return torch.where(lower | upper, below - above, y), width.log() - below - above
 

@@ -181,7 +181,10 @@ class Answering:
         if len(lines) == 1:
             found = lines[0].icdf(q)
         else:
-            found = root(partial(self._sides, lines), self._score_of, q).to(like.dtype)
+            with torch.no_grad():  # the members' quantiles enclose that of their mean
+                each = torch.stack([line.icdf(q) for line in lines])
+            between = each.amin(0), each.amax(0)
+            found = root(partial(self._sides, lines), self._score_of, q, between=between).to(like.dtype)
         return found.reshape(found.shape + this.event_shape)
 
     def _as_event(self, x: Tensor) -> Tensor:

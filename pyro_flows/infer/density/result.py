@@ -205,7 +205,8 @@ class DensityFit:
     def quantile(self, q: Any, context: Any = None, *, num_samples: int | None = None, seed: int = 0) -> Tensor:
         r"""The quantiles of each column by itself, shape ``(*q.shape, *context_batch, *event_shape)``.
 
-        They are those of draws, the same for the same seed: the smallest draw that at least a share :math:`q` of all
+        They are exact where the distribution has an ``icdf``: in flows of one number, and ensembles of them.  Elsewhere
+        they are those of draws, the same for the same seed: the smallest draw that at least a share :math:`q` of all
         does not exceed.  Of :math:`n` draws, the share of the density below it has the standard error
         :math:`\sqrt{q (1 - q) / n}`, which is 0.002 at 5 % of 10,000 draws.
 
@@ -227,6 +228,9 @@ class DensityFit:
             contexts = 1 if context is None else context.shape[:-1].numel()
             num_samples = min(10_000, max(1000, 10**6 // max(contexts, 1)))
         integer(who, "num_samples", num_samples)
+        exact = self._inverted(levels, context)
+        if exact is not None:
+            return exact
         with own_randomness(device, seed):
             if context is None:
                 return quantiles_of(self.sample((num_samples,)), levels)
@@ -236,6 +240,17 @@ class DensityFit:
                 draws = self.sample((num_samples,), piece).reshape(num_samples, len(piece), *event)
                 found.append(quantiles_of(draws, levels))
         return torch.cat(found, levels.dim()).reshape(levels.shape + context.shape[:-1] + event)
+
+    def _inverted(self, levels: Tensor, context: Tensor | None) -> Tensor | None:
+        """Quantiles of a single number by the inverse of its distribution function; ``None`` if that is not known."""
+        if not isinstance(self.distribution, Flow | Ensemble) or self._event_shape.numel() != 1:
+            return None
+        made: Any = self.distribution() if context is None else self.distribution(context)
+        levels = levels.to(expected_by(self.distribution).device)
+        try:
+            return made.icdf(levels.reshape(levels.shape + (1,) * len(made.batch_shape)))
+        except NotImplementedError:
+            return None
 
     def interval(
         self, level: float = 0.9, context: Any = None, *, num_samples: int | None = None, seed: int = 0
