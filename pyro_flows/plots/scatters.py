@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -120,7 +121,7 @@ def corner(
     size = len(chosen)
     side = max(3.2, 1.6 * size + 0.4)
     fig, axes = figure(size, size, (side, side))
-    for i, j in np.ndindex(size, size):
+    for i, j in itertools.product(range(size), repeat=2):
         ax = axes[i, j]
         if i < j:
             ax.remove()

@@ -25,9 +25,9 @@ class ClampedAffine(Univariate):
         ValueError: for bounds of other signs.
 
     Example:
-        >>> x, params = torch.tensor([1.0]), torch.tensor([[0.5, 9.0]])  # the log-scale 9 is clamped to 3
+        >>> x, params = torch.tensor([1.0]), torch.tensor([[0.5, 9.0]])
         >>> y, ladj = pf.univariate.ClampedAffine().forward(x, params)
-        >>> ladj
+        >>> ladj  # the log-scale 9 is clamped to 3
         tensor([3.])
 
     References:

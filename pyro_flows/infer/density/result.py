@@ -122,6 +122,11 @@ class DensityFit:
             data: rows, at least 100 for a full judgment; of more than 2,000, as many are chosen at random.
             context: their contexts.
             seconds: the time for draws, by default two seconds or a tenth of the fit's time, if that is longer.
+
+        Example:
+            >>> fit = pf.fit_density(pf.realnvp(2), torch.randn(300, 2), steps=5)
+            >>> fit.judge(3 + torch.randn(200, 2)).ok  # rows of another distribution
+            False
         """
         rows = self._rows(data, context)
         trained = self.kept[0].trained if self.kept else None
@@ -141,17 +146,35 @@ class DensityFit:
         """Computes log-densities of raw rows in nats, shape ``(rows,)``, in pieces, without a graph, on the CPU.
 
         The columns of a data frame are taken by name.
+
+        Example:
+            >>> fit = pf.fit_density(pf.nsf(2), torch.randn(200, 2), steps=5)
+            >>> fit.log_prob([[0.0, 0.0], [9.0, 9.0]]).shape
+            torch.Size([2])
         """
         rows = self._rows(data, context)
         return torch.cat([scores.cpu() for scores in evaluate(log_prob_of(self.distribution), rows)])
 
     def score(self, data: Any, context: Any = None) -> float:
-        """The mean log-density of rows in nats, as of scikit-learn's mixture models."""
+        """The mean log-density of rows in nats, as of scikit-learn's mixture models.
+
+        Example:
+            >>> fit = pf.fit_density(pf.nsf(2), torch.randn(200, 2), steps=5)
+            >>> fit.score(torch.randn(100, 2)) > fit.score(5 + torch.randn(100, 2))
+            True
+        """
         return self.log_prob(data, context).double().mean().item()
 
     @torch.no_grad()
     def sample(self, sample_shape: int | Size | tuple[int, ...] = (), context: Any = None) -> Tensor:
-        """Draws in the units of the data, shape ``(*sample_shape, *context_batch, *event_shape)``."""
+        """Draws in the units of the data, shape ``(*sample_shape, *context_batch, *event_shape)``.
+
+        Example:
+            >>> x, y = torch.randn(2, 200, 1)
+            >>> fit = pf.fit_density(pf.nsf(1, context_dim=1), y, context=x, steps=5)
+            >>> fit.sample((4,), [[0.5], [1.5]]).shape  # four draws for each context
+            torch.Size([4, 2, 1])
+        """
         sample_shape = sample_size(sample_shape)
         if context is None:
             return self.distribution.sample(sample_shape)
@@ -174,6 +197,13 @@ class DensityFit:
 
         Raises:
             ValueError: for a fit that is not of series by a causal flow or a ``ConvMADE``, or a past that does not fit.
+
+        Example:
+            >>> series = torch.randn(100, 1, 20).cumsum(-1)
+            >>> flow = pf.causal_maf((1, 20), num_layers=1)
+            >>> fit = pf.fit_density(flow, series, steps=5)
+            >>> fit.forecast(series[0], horizon=10, num_samples=50).shape
+            torch.Size([50, 1, 10])
         """
         who = "DensityFit.forecast"
         event = self._event_shape
@@ -219,6 +249,11 @@ class DensityFit:
 
         Raises:
             ValueError: for levels out of range.
+
+        Example:
+            >>> fit = pf.fit_density(pf.nsf(2), torch.randn(200, 2), steps=5)
+            >>> fit.quantile([0.05, 0.5, 0.95]).shape
+            torch.Size([3, 2])
         """
         who = "DensityFit.quantile"
         levels, device = levels_of(who, q), expected_by(self.distribution).device
@@ -259,6 +294,13 @@ class DensityFit:
 
         Each has the shape ``(*context_batch, *event_shape)``.  An interval at a context predicts one new value there
         with this probability, as far as the density is right.
+
+        Example:
+            >>> x, y = torch.randn(2, 200, 1)
+            >>> fit = pf.fit_density(pf.nsf(1, context_dim=1), y, context=x, steps=5)
+            >>> lower, upper = fit.interval(0.9, context=[[0.5], [1.5]])
+            >>> lower.shape
+            torch.Size([2, 1])
         """
         levels = equal_tails("DensityFit.interval", level)
         lower, upper = self.quantile(levels, context, num_samples=num_samples, seed=seed)
@@ -278,6 +320,11 @@ class DensityFit:
 
         Raises:
             ValueError: without a context, if a fit with contexts keeps no rows.
+
+        Example:
+            >>> fit = pf.fit_density(pf.nsf(2), torch.randn(200, 2), steps=5)
+            >>> list(fit.summary().columns)
+            ['mean', 'sd', '5%', '50%', '95%', 'data mean', 'data sd']
         """
         who = "DensityFit.summary"
         integer(who, "num_samples", num_samples, 2)
@@ -343,6 +390,12 @@ class DensityFit:
         Raises:
             ValueError: if the folder does not exist, or the flow cannot be made again.
             OSError: if the file cannot be written, e.g. because the disk is full; the old one is unchanged.
+
+        Example:
+            >>> fit = pf.fit_density(pf.nsf(2), torch.randn(200, 2), steps=5)
+            >>> fit.save("density.pt")
+            >>> pf.load_density("density.pt").validation == fit.validation
+            True
         """
         check_path(path)
         modules, fit = stored.plain_fit(self)
@@ -394,6 +447,12 @@ def load_density(
     Raises:
         FileNotFoundError: if there is no file.
         ValueError: if the file is no saved fit, is damaged, comes from another release, or needs the flow.
+
+    Example:
+        >>> fit = pf.fit_density(pf.nsf(2), torch.randn(200, 2), steps=5)
+        >>> fit.save("density.pt")
+        >>> pf.load_density("density.pt").sample((5,)).shape
+        torch.Size([5, 2])
     """
     remedy = "give the path of a file that DensityFit.save of this release wrote"
     known: dict[str, Any] = {"kind": KIND, "remedy": remedy}

@@ -60,9 +60,8 @@ class AutoFlow(AutoContinuous):
     :math:`z` holds all latents in unconstrained space, :math:`f` is a flow that starts as the identity, :math:`\mu` and
     :math:`S` come from an informed start, and the triangular :math:`A` and :math:`b` are learned. :math:`g` is the
     identity, or fixed splines (:class:`~pyro_flows.transforms.FixedSpline`) of latents in which the start finds kinks
-    or heavy tails. The guide takes the model's arguments and works with ``SVI`` and any ELBO, vectorized particles,
-    plates, ``AutoGuideList``, ``NeuTraReparam`` and ``Predictive``. :func:`~pyro_flows.infer.fit_guide` trains and
-    judges it.
+    or heavy tails. The guide takes the model's arguments, and works with ``SVI``, any ELBO, vectorized particles,
+    plates, ``AutoGuideList``, ``NeuTraReparam``, ``Predictive``. :func:`~pyro_flows.infer.fit_guide` fits it.
 
     The first call, or :meth:`setup`, runs the model and builds the flow. A draw costs one pass of the flow in its
     sampling direction; a step with the path gradient costs one more in the density direction. Hide and enumerate
@@ -101,8 +100,7 @@ class AutoFlow(AutoContinuous):
 
     Example:
         >>> def model(y):
-        ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        ...     pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+        ...     pyro.sample("y", dist.Normal(pyro.sample("z", dist.Normal(0, 1)), 1), obs=y)
         >>> guide, adam = pf.AutoFlow(model), pyro.optim.Adam({"lr": 1e-3})
         >>> svi = pyro.infer.SVI(model, guide, adam, pyro.infer.Trace_ELBO())
         >>> round(svi.step(torch.tensor(2.0)), 1)  # nats; the start is the posterior here
