@@ -1,11 +1,10 @@
 """Sphinx configuration: python -m sphinx -W -b html docs docs/_build/html."""
 
-import importlib
 import sys
 from pathlib import Path
 
 here = Path(__file__).parent
-sys.path.insert(0, str(here.parent))
+sys.path[:0] = [str(here.parent), str(here)]
 
 import pyro_flows  # noqa: E402
 
@@ -17,19 +16,34 @@ version = release = pyro_flows.__version__
 extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
     "sphinx.ext.intersphinx",
-    "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "extensions.frequencies",
+    "extensions.mathml",
+    "extensions.names",
+    "extensions.reference",
 ]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "extensions"]
+html_math_renderer = "mathml"
+html_search_scorer = str(here / "extensions" / "scorer.js")
 html_theme = "furo"
 html_title = f"pyro_flows {version}"
+html_static_path = ["_static"]
+html_css_files = ["pages.css"]
 
 # A reference that leads nowhere is an error.
 nitpicky = True
 nitpick_ignore = [
-    ("py:class", "pyro_flows.infer.diagnostics.weights._Draws"),  # a vector of draws, or draws by name
-    ("py:class", "pyro.poutine.trace_struct.Trace"),  # which the inventory lists under another name
+    (
+        "py:class",
+        "pyro_flows.infer.diagnostics.weights._Draws",
+    ),  # a vector of draws, or draws by name
+    (
+        "py:class",
+        "pyro.poutine.trace_struct.Trace",
+    ),  # which the inventory lists under another name
 ]
 
 myst_enable_extensions = ["dollarmath"]
@@ -44,6 +58,10 @@ autodoc_member_order = "bysource"
 autodoc_inherit_docstrings = False
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
+autosummary_generate = False
+maximum_signature_line_length = 88
+python_maximum_signature_line_length = 88
+toc_object_entries_show_parents = "hide"
 
 # Inventories are kept here, so that the build needs no network; inventories/make.py writes them.
 intersphinx_mapping = {
@@ -51,21 +69,3 @@ intersphinx_mapping = {
     "torch": ("https://docs.pytorch.org/docs/stable", "inventories/torch.inv"),
     "pyro": ("https://docs.pyro.ai/en/stable", "inventories/pyro.inv"),
 }
-
-
-def documented_elsewhere(app, env, node, contnode):
-    """Leads a name under which something is imported, such as pyro_flows.Flow, to where it is documented."""
-    target = node.get("reftarget", "")
-    if not target.startswith("pyro_flows."):
-        return None
-    module, _, name = target.rpartition(".")
-    try:
-        found = getattr(importlib.import_module(module), name)
-        home = f"{found.__module__}.{found.__qualname__}"
-    except (ImportError, AttributeError):
-        return None
-    return env.get_domain("py").resolve_xref(env, node["refdoc"], app.builder, node["reftype"], home, node, contnode)
-
-
-def setup(app):
-    app.connect("missing-reference", documented_elsewhere)

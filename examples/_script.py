@@ -21,16 +21,16 @@ TRUTH, FLOW, OTHER, THIRD = "#3d405b", "#1f7a8c", "#e07a5f", "#81b29a"  # data o
 SHADES = LinearSegmentedColormap.from_list("flow", ["#ffffff", "#bfe3e6", "#5fb3bf", "#1f7a8c", "#0d3f4d"])
 STYLE = {
     "axes.edgecolor": "#8d99ae",
-    "axes.labelsize": 9,
+    "axes.labelsize": 11,
     "axes.spines.right": False,
     "axes.spines.top": False,
-    "axes.titlesize": 10,
-    "figure.titlesize": 12,
-    "legend.fontsize": 8,
+    "axes.titlesize": 12,
+    "figure.titlesize": 13,
+    "legend.fontsize": 10,
     "legend.frameon": False,
     "savefig.dpi": 90,
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
+    "xtick.labelsize": 10,
+    "ytick.labelsize": 10,
 }
 FOLDER = Path(__file__).parent / "data"
 
@@ -71,16 +71,17 @@ def save_rows(rows: Sequence[tuple[str, Tensor]], most: float, path: Path) -> No
     """
     columns = len(rows[0][1])
     side = round((rows[0][1].numel() / columns) ** 0.5)
-    gap = side // 4 if side < 16 else 0  # small images run into each other
+    gap = side // 4 if side < 16 else side // 14  # small images run into each other
     padded = [F.pad(x.reshape(columns, side, side).float().cpu(), (0, gap, 0, gap)) for _, x in rows]
     canvas = torch.cat([x.permute(1, 0, 2).flatten(1) for x in padded])
-    fig, ax = plt.subplots(figsize=(8.5, 0.55 * len(rows) + 0.1))
+    left = 0.205
+    fig, ax = plt.subplots(figsize=(8.5, 8.5 * (0.995 - left) / columns * len(rows) + 0.1))
     cmap = plt.get_cmap("Greys").with_extremes(bad="#f3d9cf")
     ax.imshow(canvas.numpy(), cmap=cmap, vmin=0, vmax=most, interpolation="none")
     ax.set(xticks=[], yticks=[(side + gap) * k + (side - 1) / 2 for k in range(len(rows))])
-    ax.set_yticklabels([name for name, _ in rows], fontsize=8)
+    ax.set_yticklabels([name for name, _ in rows], fontsize=11)
     ax.tick_params(length=0)
-    fig.subplots_adjust(left=0.17, right=0.995, top=0.99, bottom=0.01)
+    fig.subplots_adjust(left=left, right=0.995, top=0.99, bottom=0.01)
     save(fig, path)
 
 
@@ -89,6 +90,13 @@ def digits(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     x = np.load(FOLDER / "digits.npz")["x"].reshape(-1, 1, 8, 8)
     x = torch.from_numpy(x[np.random.default_rng(seed).permutation(len(x))]).to(torch.uint8)
     return x[:1297], x[1297:1497], x[1497:]
+
+
+def mnist(folder: Path, rows: int = 30_000, others: int = 1000) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of MNIST, from ``mnist.npz`` in the folder, rounded to the same levels, shape ``(rows, 1, 28, 28)``."""
+    held = np.load(folder / "mnist.npz")
+    parts = held["x_train"][:rows], held["x_train"][-others:], held["x_test"]
+    return tuple((torch.from_numpy(part)[:, None] / 255 * 16).round().to(torch.uint8) for part in parts)
 
 
 def general(images: np.ndarray, width: int) -> dict[str, int]:

@@ -28,6 +28,8 @@ from matplotlib.animation import FuncAnimation, PillowWriter
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.colors import PowerNorm
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from torch import Tensor
 
 import pyro_flows as pf
@@ -93,7 +95,7 @@ def draw_path(flows: dict[str, pf.Flow], out: Path, n: int, animate: bool) -> No
     frames = 41
     times = torch.linspace(0, 1, frames)
     shown = (0, 10, 20, 30, 40)
-    fig, axes = plt.subplots(len(flows), len(shown), figsize=(11.2, 2.3 * len(flows) + 0.4), layout="constrained")
+    fig, axes = plt.subplots(len(flows), len(shown), figsize=(9.6, 1.95 * len(flows) + 0.8), layout="constrained")
     films = []
     for row, (name, flow) in zip(axes, flows.items(), strict=True):
         layer = continuous(flow)
@@ -101,10 +103,15 @@ def draw_path(flows: dict[str, pf.Flow], out: Path, n: int, animate: bool) -> No
         walks = layer.path(torch.randn(60, 2), times)[0].transpose(0, 1).numpy()
         for k, (ax, frame) in enumerate(zip(row, shown, strict=True)):
             shade(ax, corners[k], density[k], walks[:, max(0, frame - 10) : frame + 1])
-        row[0].set_ylabel(name, fontsize=11)
+        row[0].set_ylabel(name, fontsize=12)
         films.append((layer, walks))
     for ax, frame in zip(axes[0], shown, strict=True):
-        ax.set_title(f"t = {float(times[frame]):g}")
+        ax.set_title(f"t = {float(times[frame]):g}" + {0: ", base", frames - 1: ", data"}.get(frame, ""))
+    handles = [
+        Patch(color=FLOW, label="density at that time"),
+        Line2D([], [], color=OTHER, marker="o", markersize=4, label="sixty draws, and the last quarter of their ways"),
+    ]
+    fig.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=12)
     save(fig, out / "continuous_path.png")
     if animate:
         film(films, times, out / "continuous_path.gif", n // 2)

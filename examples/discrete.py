@@ -185,41 +185,40 @@ def shown(exact: Exact, count: int) -> list[int]:
 
 
 def draw(guides: dict[str, tuple[Guide, list[tuple[int, float]], str]], exact: Exact, path: Path) -> None:
-    fig = plt.figure(figsize=(11.2, 5.2), layout="constrained")
-    grid = fig.add_gridspec(2, 4, height_ratios=(3, 1.5), width_ratios=(1, 1, 1, 0.95))
-    left = list(guides)[:2] + list(guides)[-1:]
-    first = None
-    for column, row in enumerate(shown(exact, 3)):
+    """For two patients the likeliest sets of diseases, with bars of their probabilities; the gaps along training."""
+    fig = plt.figure(figsize=(9.6, 5.8), layout="constrained")
+    grid = fig.add_gridspec(2, 3, height_ratios=(3, 2), width_ratios=(1, 1, 0.9))
+    first, *_, last = guides
+    bars = None
+    for column, row in enumerate(shown(exact, 2)):
         probs = {"exact": (exact.log_posterior[row].exp(), TRUTH)}
-        probs |= {name: (exact.log_guide(guides[name][0])[row].exp(), guides[name][2]) for name in left}
-        top = probs["exact"][0].argsort(descending=True)[:7]
-        ax = fig.add_subplot(grid[0, column], sharey=first)
-        first = first or ax
+        probs |= {name: (exact.log_guide(guides[name][0])[row].exp(), guides[name][2]) for name in (first, last)}
+        top = probs["exact"][0].argsort(descending=True)[:6]
+        bars = ax = fig.add_subplot(grid[0, column], sharey=bars)
         for k, (name, (values, color)) in enumerate(probs.items()):
-            places = [j + 0.2 * k - 0.3 for j in range(len(top))]
-            ax.bar(places, values[top].tolist(), 0.2, color=color, label=name)
+            places = [j + 0.27 * (k - 1) for j in range(len(top))]
+            ax.bar(places, values[top].tolist(), 0.27, color=color, label=name.split(",")[0])
         listed = ", ".join(str(k + 1) for k in exact.seen[row].nonzero().squeeze(-1).tolist())
-        ax.set(xticks=[], title=f"symptoms {listed}")
+        ax.set(xticks=[], title=f"a patient with\nsymptoms {listed}")
         states = fig.add_subplot(grid[1, column], sharex=ax)
         for disease in range(DISEASES):
-            present = STATES[top, disease] > 0
-            states.scatter(range(len(top)), [disease + 1] * len(top), s=16, color="#e3e6ec")
-            there = present.nonzero().squeeze(-1).tolist()
-            states.scatter(there, [disease + 1] * len(there), s=22, color=TRUTH)
-        states.set(ylim=(DISEASES + 0.6, 0.4), yticks=(1, DISEASES), xticks=[])
-        for side in states.spines.values():
-            side.set_visible(False)
+            there = STATES[top, disease].nonzero().squeeze(-1).tolist()
+            states.scatter(range(len(top)), [disease + 1] * len(top), s=24, color="#e3e6ec")
+            states.scatter(there, [disease + 1] * len(there), s=34, color=TRUTH)
+        states.set(ylim=(DISEASES + 0.6, 0.4), yticks=(1, DISEASES), xticks=[], xlabel="likeliest sets of diseases")
+        states.spines[:].set_visible(False)
         if column == 0:
-            ax.set_ylabel("probability")
-            states.set_ylabel("diseases")
-    curves = fig.add_subplot(grid[:, 3])
+            ax.set_ylabel("posterior probability")
+            ax.legend()
+            states.set_ylabel("disease")
+    curves = fig.add_subplot(grid[:, 2])
     for name, (_, curve, color) in guides.items():
-        curves.plot(*zip(*curve, strict=True), color=color, label=name, linewidth=1.6)
-    curves.set(yscale="log", xlabel="step", title="ELBO to log evidence, nats")
-    bars, names = first.get_legend_handles_labels()
-    lines = [line for line in curves.get_lines() if line.get_label() not in names]
-    fig.legend([*bars, *lines], [*names, *(line.get_label() for line in lines)], loc="outside lower center", ncols=5)
-    fig.suptitle("Seven most probable sets of diseases of three patients, and what the guides make of them")
+        curves.plot(*zip(*curve, strict=True), color=color, linewidth=1.8)
+        label = name.replace(", ", ",\n", 1)
+        look = {"textcoords": "offset points", "color": color, "ha": "right", "va": "top"}
+        curves.annotate(label, curve[-1], (0, -6), **look)
+    curves.set_ylim(bottom=0.4 * min(curve[-1][1] for _, curve, _ in guides.values()))
+    curves.set(yscale="log", xlabel="step", title="nats from the ELBO\nto the log evidence")
     save(fig, path)
 
 

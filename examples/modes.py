@@ -25,6 +25,8 @@ from torch import Tensor
 from pyro_flows.infer import AutoFlow, GuideFit, fit_guide
 
 SHARES = torch.tensor([0.55, 0.45])
+# Two ways to read the data: their name and color, and where the name stands among data and among means.
+READINGS = (("A", FLOW, -1.8, (-2.6, 2.6)), ("B", OTHER, 1.8, (2.6, -2.6)))
 
 
 def parts() -> dist.MixtureSameFamily:
@@ -60,23 +62,24 @@ def row(name: str, draws: Tensor, fit: GuideFit | None = None) -> None:
 
 
 def data_panel(ax: Axes, x: Tensor, fit: GuideFit) -> None:
-    ax.hist(x.numpy(), 18, color=TRUTH, alpha=0.3, density=True)
+    """The measurements, and where the guide's draws put the first machine: at the lower hump (A) or the upper (B)."""
+    ax.hist(x.numpy(), 18, color=TRUTH, alpha=0.25, density=True)
     points = torch.linspace(-4, 4, 300)
     draws = fit.sample(400)
-    for swapped, color, label in ((False, FLOW, "lower"), (True, OTHER, "upper")):
+    top = 1.3 * ax.get_ylim()[1]
+    for swapped, (name, color, place, _) in zip((False, True), READINGS, strict=True):
         rows = (draws["mean"][:, 0] > draws["mean"][:, 1]) == swapped
         first = dist.Normal(draws["mean"][rows, 0, None], draws["spread"][rows, 0, None])
         density = SHARES[0] * first.log_prob(points).exp()
         ax.plot(points, density[:15].T, color=color, linewidth=0.7, alpha=0.6)
-        ax.plot([], [], color=color, label=f"first machine, if it is the {label} one")
-    ax.set(xlabel="measurement", title="40 measurements", yticks=[])
-    ax.set_ylim(top=1.4 * ax.get_ylim()[1])
-    ax.legend(loc="upper left")
+        ax.text(place, 0.98 * top, f"{name}: first\nmachine?", color=color, ha="center", va="top", fontsize=11)
+    ax.set(xlabel="measurement", title="40 measurements", yticks=[], ylim=(0, top), xlim=(-4, 4))
 
 
 def draw(fits: dict[str, GuideFit], x: Tensor, mean: Tensor, table: Tensor, path: Path) -> None:
     default, prior = fits.values()
-    fig, axes = plt.subplots(1, 4, figsize=(13.2, 3.7), layout="constrained")
+    fig, grid = plt.subplots(2, 2, figsize=(7.6, 7.6), layout="constrained")
+    axes = grid.flatten()
     data_panel(axes[0], x, default)
     panels = (
         (f"default: “{default.verdict.label}”", default.sample(2000), FLOW),
@@ -88,8 +91,10 @@ def draw(fits: dict[str, GuideFit], x: Tensor, mean: Tensor, table: Tensor, path
         ax.contour(mean, mean, table.T, levels=levels(table.numpy()), colors=TRUTH, linewidths=(0.8, 1.1, 1.4))
         ax.set(xlim=(-3, 3), ylim=(-3, 3), xlabel="mean of the first machine", aspect="equal")
         ax.set_title(title, color=color)
-    axes[1].set_ylabel("mean of the second machine")
-    fig.suptitle("Draws of two guides, and where 50, 90, 99 % of the exact posterior lie")
+        ax.set_ylabel("mean of the second machine")
+        for name, shade, _, (across, up) in READINGS:
+            ax.text(across, up, name, color=shade, ha="center", va="center", fontsize=14)
+    fig.suptitle("Draws of guides, and 50, 90, 99 % of the exact posterior")
     save(fig, path)
 
 

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from _script import FLOW, OTHER, SHADES, THIRD, TRUTH, begin, levels, power_plant, save
 from matplotlib import pyplot as plt
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from torch import Tensor
 
 import pyro_flows as pf
@@ -62,10 +64,10 @@ def report(density: FlowDistribution, data: Tensor, rows: Tensor) -> None:
 
 def picture(density: FlowDistribution, data: Tensor, path: Path, points: int) -> None:
     """The marginal of two columns, and the output at three temperatures, over the rows."""
-    fig, (left, right) = plt.subplots(1, 2, figsize=(8.8, 3.6))
+    fig, (left, right) = plt.subplots(1, 2, figsize=(8.4, 3.9))
     low, high = (data[:, [TEMPERATURE, OUTPUT]].quantile(q, 0) for q in (0.001, 0.999))
     axes = [
-        torch.linspace(float(a - 0.1 * (b - a)), float(b + 0.1 * (b - a)), points)
+        torch.linspace(float(a - 0.06 * (b - a)), float(b + 0.06 * (b - a)), points)
         for a, b in zip(low, high, strict=True)
     ]
     grid = torch.cartesian_prod(*axes)
@@ -73,15 +75,20 @@ def picture(density: FlowDistribution, data: Tensor, path: Path, points: int) ->
     heights = torch.cat([some.estimate(part).value for part in grid.split(4096)]).exp().reshape(points, points).numpy()
     left.scatter(*data[:2000, [TEMPERATURE, OUTPUT]].T.numpy(), s=2, color=TRUTH, alpha=0.35, linewidths=0)
     left.contour(*(axis.numpy() for axis in axes), heights.T, levels=levels(heights), cmap=SHADES, vmin=-heights.max())
-    left.set(xlabel=NAMES[TEMPERATURE], ylabel=NAMES[OUTPUT], title="One marginal of five columns: 50, 90 and 99 %")
+    left.set(xlabel=NAMES[TEMPERATURE], ylabel=NAMES[OUTPUT], title="two of five columns: 50, 90, 99 %")
     bins = np.linspace(float(low[1]), float(high[1]), 60)
     for temperature, color in DAYS:
         near = data[(data[:, TEMPERATURE] - temperature).abs() < 0.5, OUTPUT]
         height = output_at(density, temperature).estimate(axes[1].unsqueeze(-1)).value.exp()
         right.hist(near.numpy(), bins, density=True, color=color, alpha=0.3)
-        right.plot(axes[1].numpy(), height.numpy(), color=color, label=f"{temperature:.0f} °C")
-    right.legend(title="density (lines), rows (areas)", title_fontsize=8)
-    right.set(xlabel=NAMES[OUTPUT], yticks=[], title="The output given the temperature")
+        right.plot(axes[1].numpy(), height.numpy(), color=color)
+        peak = int(height.argmax())
+        place = (float(axes[1][peak]), float(height[peak]))
+        right.annotate(f"{temperature:.0f} °C", place, (0, 24), textcoords="offset points", color=color, ha="center")
+    right.set(xlabel=NAMES[OUTPUT], yticks=[], title="output on days of three temperatures")
+    right.set_ylim(top=1.25 * right.get_ylim()[1])
+    handles = [Line2D([], [], color=TRUTH), Patch(color=TRUTH, alpha=0.3)]
+    right.legend(handles, ["density", "rows"], loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)
     fig.tight_layout()
     save(fig, path)
 

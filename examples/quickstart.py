@@ -8,6 +8,7 @@
 3. Posterior: eight schools (Rubin, 1981), a verdict on the guide, and ArviZ's summary.
 """
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +46,7 @@ def density(out: Path, epochs: int) -> None:
 def conditional(out: Path, epochs: int) -> None:
     rows, test = plant()
     given, asked = rows.columns[:1], rows.columns[1:]
-    print("\n2. The density of vacuum and output given the temperature")
+    print("2. The density of vacuum and output given the temperature")
     fit = pf.fit_density(pf.nsf(2, context_dim=1), rows[asked], context=rows[given], max_epochs=epochs)
     print(f"Score of hours not seen: {fit.score(test[asked], test[given]):.3f} nats each")
     lower, upper = (ends.numpy() for ends in fit.interval(0.9, test[given]))
@@ -75,7 +76,7 @@ def schools(y: Tensor, sigma: Tensor) -> None:
 
 
 def posterior(out: Path, steps: int) -> None:
-    print("\n3. The posterior of eight schools")
+    print("3. The posterior of eight schools")
     y = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
     sigma = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
     fit = pf.fit_guide(schools, y, sigma, steps=steps)
@@ -94,7 +95,9 @@ def main() -> None:
     args = begin(__doc__)
     for part, budget in ((density, 40), (conditional, 40), (posterior, 1000)):
         pyro.set_rng_seed(args.seed)
+        begun = time.process_time()
         part(args.out, max(1, budget // 40) if args.smoke else budget)
+        print(f"CPU time: {time.process_time() - begun:.0f} s\n")
 
 
 if __name__ == "__main__":

@@ -194,8 +194,8 @@ def draw(series: Series, flow: pf.Flow, path: Path, n: int) -> None:
     """What the flow thought would come, from three origins, and what came."""
     shown, steps = len(series.z) - 100, 11 if series.start else 24
     time = np.arange(len(series.z)) + series.start if series.start else 1950 + np.arange(len(series.z)) / 12
-    fig, ax = plt.subplots(figsize=(9, 3.4), layout="constrained")
-    ax.plot(time[shown:], series.z[shown:], color=TRUTH, lw=1.1, label="what came")
+    fig, ax = plt.subplots(figsize=(8, 3.8), layout="constrained")
+    ax.plot(time[shown:], series.z[shown:], color=TRUTH, lw=1.1, label="measured")
     first = max(series.known, shown + 10)
     for origin in np.linspace(first, len(series.z) - steps - 1, 3).astype(int):
         stream = Stream(flow)
@@ -204,14 +204,14 @@ def draw(series: Series, flow: pf.Flow, path: Path, n: int) -> None:
         known = series.z[origin - 1].expand(n, 1)
         levels = torch.quantile(torch.cat((known, ahead), 1), torch.tensor([0.1, 0.25, 0.5, 0.75, 0.9]), 0)
         when, last = time[origin - 1 : origin + steps], origin == len(series.z) - steps - 1
-        for (low, high), alpha, name in (((0, 4), 0.18, "80 % of draws"), ((1, 3), 0.3, "50 % of draws")):
+        for (low, high), alpha, name in (((1, 3), 0.3, "50 % of draws"), ((0, 4), 0.18, "80 % of draws")):
             ax.fill_between(
                 when, levels[low], levels[high], color=FLOW, alpha=alpha, lw=0, label=name if last else None
             )
-        ax.plot(when, levels[2], color=FLOW, lw=1.4, label="their median" if last else None)
-        ax.axvline(time[origin - 1], color=FLOW, lw=0.8, ls=":")
-    ax.set_ylabel(series.unit)
-    ax.legend(frameon=False, ncols=4, loc="upper center", bbox_to_anchor=(0.5, 1.16))
+        ax.plot(when, levels[2], color=FLOW, lw=1.4, label="forecast: median of draws" if last else None)
+        ax.axvline(time[origin - 1], color=FLOW, lw=1, ls=":", label="forecast begins" if last else None)
+    ax.set(xlabel="year", ylabel=series.unit)
+    fig.legend(loc="outside upper center", ncols=3)
     save(fig, path, 128)
 
 

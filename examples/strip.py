@@ -3,7 +3,8 @@
     python examples/strip.py            # leaves strip.png in out/
     python examples/strip.py --smoke    # the same, in a temporary folder
 
-Two guides of eight schools (eight_schools.py), a conditional density (quickstart.py), and flows of the plane (gallery.py).
+The parts: two guides of eight schools (eight_schools.py), a conditional density (quickstart.py), and data of the plane
+beside their flows (gallery.py).
 """
 
 from pathlib import Path
@@ -18,7 +19,9 @@ PARTS = {
     "schools": ("guides_schools.png", (0, 0.08, 0.515, 1)),
     "conditional": ("quickstart_conditional.png", (0, 0, 0.5, 1)),
 }
-CELLS = [("gallery.png", (left, top, left + 0.136, top + 0.1165)) for top in (0.3985, 0.64) for left in (0.0243, 0.7225)]
+CELLS = [
+    ("gallery.png", (left, top, left + 0.136, top + 0.1165)) for top in (0.3985, 0.64) for left in (0.0243, 0.7225)
+]
 
 
 def part(name: str, box: tuple[float, ...]) -> Image.Image:
@@ -27,7 +30,9 @@ def part(name: str, box: tuple[float, ...]) -> Image.Image:
         picture = stored.convert("RGBA")
     white = Image.new("RGBA", picture.size, "white")
     white.alpha_composite(picture)
-    return white.convert("RGB").crop(tuple(round(share * side) for share, side in zip(box, picture.size * 2, strict=True)))
+    return white.convert("RGB").crop(
+        tuple(round(share * side) for share, side in zip(box, picture.size * 2, strict=True))
+    )
 
 
 def scaled(picture: Image.Image, height: int) -> Image.Image:

@@ -48,6 +48,7 @@ ON_CPU = {
     "test_compression": "a Codec works on a copy of its model on the CPU",
     "test_devices": "names its devices",
     "test_docs": "pages and their own processes",
+    "test_doctests": "printed values",
     "test_examples": "processes of their own",
     "test_files": "bytes of files",
     "test_guide_files": "files hold tensors of the CPU; test_fit_guide saves and loads on the device",

@@ -267,6 +267,10 @@ def test_links_lead_somewhere():
     assert offenders == []
 
 
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 130
+
+
 def test_ci_runs_the_set_up_commands_of_the_readme():
     """The first as it stands, and the second last, so that the closing line of pytest ends the output."""
     readme = (ROOT / "README.md").read_text()

@@ -48,12 +48,19 @@ def test_quickstart_leaves_three_pictures_where_it_is_told(tmp_path):
     names = {"quickstart_density.png", "quickstart_conditional.png", "quickstart_posterior.png"}
     assert {path.name for path in (tmp_path / "pictures").iterdir()} == names
     assert names == {path.name for path in (ROOT / "docs" / "pictures").glob("quickstart_*.png")}
-    assert "maf" in done.stdout and "full Gaussian" in done.stdout
+    assert "Score of hours not seen" in done.stdout and "Weights of 10,000 draws" in done.stdout
+    assert len((ROOT / "examples" / "quickstart.py").read_text().splitlines()) < 120
 
 
 def test_stored_pictures_are_small():
     for path in (ROOT / "docs" / "pictures").iterdir():
         assert path.stat().st_size < 300_000, path.name
+
+
+def test_every_stored_picture_is_on_a_page():
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    shown = {name for page in pages for name in re.findall(r"pictures/([\w.]+)", page.read_text())}
+    assert {path.name for path in (ROOT / "docs" / "pictures").iterdir()} <= shown
 
 
 def test_every_data_file_has_its_source():

@@ -390,6 +390,8 @@ def test_history_of_a_dictionary():
 def test_history_of_a_fit_marks_the_epoch_that_the_fit_kept():
     ax = plots.history(SimpleNamespace(history=RECORD, best_epoch=4))
     assert "best: -1.900 at epoch 4" in curves(ax)
+    ax = plots.history(SimpleNamespace(history=RECORD, best_epoch=0))  # the Gaussian that the flow started as
+    assert list(curves(ax)["best: the start, at epoch 0"].get_xdata()) == [0, 0]
     refuses(ValueError, "best epoch, 9, is not among", plots.history, SimpleNamespace(history=RECORD, best_epoch=9))
 
 
@@ -573,9 +575,9 @@ def test_calibration_says_what_does_not_fit():
 
 
 def test_documented_signatures_are_the_real_ones():
-    page = (Path(__file__).parent.parent / "docs" / "api.md").read_text()
+    page = (Path(__file__).parent.parent / "docs" / "api" / "plots.md").read_text()
     for name in plots.__all__:
-        (found,) = re.findall(rf"autofunction:: pyro_flows\.plots\.{name}(\(.*\))", page)
+        (found,) = re.findall(rf"^{name}(\(.*\))$", page, re.MULTILINE)
         bare = [p.replace(annotation=p.empty) for p in inspect.signature(getattr(plots, name)).parameters.values()]
         assert found == str(inspect.Signature(bare)), name
 

@@ -300,3 +300,43 @@ def test_pictures_and_verdicts_name_columns(table, conditional):
     assert judged.checks.names == ["height", "weight"]
     spiked = table.assign(weight=table["weight"].where(table.index % 4 > 0, 80.0))
     assert "column 'weight'" in conditional.judge(spiked, spiked).text
+
+
+@pytest.mark.parametrize("folds", [1, 2])
+@pytest.mark.parametrize("end", ["line", "bounds", "positive"])
+def test_quantiles_of_one_number_are_exact(end, folds):
+    x = torch.randn(150, 1, generator=seeded(4), dtype=torch.float64)
+    y = x + 0.5 * torch.randn(150, 1, generator=seeded(5), dtype=torch.float64)
+    y = {"line": y, "bounds": torch.sigmoid(y), "positive": y.exp()}[end]
+    chain = pf.nsf(1, context_dim=1, **SMALL).double()
+    chain = pf.Chain([*chain, torch.distributions.ExpTransform()]) if end == "positive" else chain
+    bounds = {"bounds": {0: (0, 1)}}.get(end)
+    found = fit(chain, y, context=x, bounds=bounds, folds=folds, steps=20)
+    q = torch.tensor([[0.01, 0.5], [0.9, 0.999]], dtype=torch.float64)
+    context = x[:3]
+    got = found.quantile(q, context, num_samples=1)
+    assert got.shape == (2, 2, 3, 1) and not got.requires_grad
+    below = found.distribution(context).cdf(got)
+    torch.testing.assert_close(below, q[..., None].expand(2, 2, 3), rtol=0, atol=1e-9)
+    one = found.quantile(0.5, x[0])
+    assert one.shape == (1,) and abs(one - got[0, 1, 0]) < 1e-9
+    lower, upper = found.interval(0.5, x)
+    assert 0.3 < ((y > lower) & (y < upper)).double().mean() < 0.7
+
+
+def test_files_keep_names_and_bounds(tmp_path, table):
+    bounds = {"height": (100, 250), "weight": (0, None)}
+    for folds in (1, 2):
+        found = fit(
+            pf.maf(2, context_dim=1, **SMALL),
+            table[["height", "weight"]],
+            context=table[["age"]],
+            bounds=bounds,
+            folds=folds,
+        )
+        found.save(tmp_path / "fit.pt")
+        again = pf.load_density(tmp_path / "fit.pt")
+        assert again.columns == ("height", "weight") and again.context_columns == ("age",)
+        assert repr(again.distribution(torch.zeros(1)).support) == "Within((100, 250), (0, inf))"
+        torch.testing.assert_close(again.log_prob(table, table), found.log_prob(table, table))
+        pd.testing.assert_frame_equal(again.summary(num_samples=100), found.summary(num_samples=100))

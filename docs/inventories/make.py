@@ -39,17 +39,32 @@ PYTHON = {
     "None": ("data", "library/constants.html#$"),
 }
 TORCH = {
-    "torch._C.Generator": ("class", "generated/torch.Generator.html#torch.Generator"),
+    "torch._C.Generator": (
+        "class",
+        "generated/torch.Generator.html#torch.Generator",
+    ),
     "torch.Size": ("class", "size.html#$"),
     "torch.Tensor": ("class", "tensors.html#$"),
     "torch.device": ("class", "tensor_attributes.html#$"),
     "torch.dtype": ("class", "tensor_attributes.html#$"),
     "torch.distributions.constraints.Constraint": ("class", "distributions.html#$"),
-    "torch.distributions.distribution.Distribution": ("class", "distributions.html#$"),
+    "torch.distributions.distribution.Distribution": (
+        "class",
+        "distributions.html#$",
+    ),
     "torch.distributions.transforms.Transform": ("class", "distributions.html#$"),
-    "torch.nn.modules.module.Module": ("class", "generated/torch.nn.Module.html#torch.nn.Module"),
-    "torch.nn.parameter.Parameter": ("class", "generated/torch.nn.parameter.Parameter.html#$"),
-    "torch.optim.optimizer.Optimizer": ("class", "optim.html#torch.optim.Optimizer"),
+    "torch.nn.modules.module.Module": (
+        "class",
+        "generated/torch.nn.Module.html#torch.nn.Module",
+    ),
+    "torch.nn.parameter.Parameter": (
+        "class",
+        "generated/torch.nn.parameter.Parameter.html#$",
+    ),
+    "torch.optim.optimizer.Optimizer": (
+        "class",
+        "optim.html#torch.optim.Optimizer",
+    ),
 }
 PYRO = {
     "pyro.distributions.conditional.ConditionalTransform": (
@@ -79,7 +94,10 @@ def write(path: Path, project: str, objects: dict[str, tuple[str, str]]) -> None
     """One inventory, in version 2 of Sphinx's format."""
     head = f"# Sphinx inventory version 2\n# Project: {project}\n# Version: \n"
     head += "# The remainder of this file is compressed using zlib.\n"
-    lines = (f"{name} py:{role} 1 {where} -\n" for name, (role, where) in sorted(objects.items()))
+    lines = (
+        f"{name} py:{role} 1 {where} -\n"
+        for name, (role, where) in sorted(objects.items())
+    )
     path.write_bytes(head.encode() + zlib.compress("".join(lines).encode(), 9))
 
 

@@ -68,7 +68,7 @@ def main() -> None:
     plt.rcParams.update(STYLE)
     text = args.tables.read_text()
     tables = {
-        "drawing": ratios(text, "ours / dense pass"),
+        "drawing samples": ratios(text, "ours / dense pass"),
         "log_prob": ratios(text, "call", "log_prob"),
         "training step": ratios(text, "call", "train"),
     }

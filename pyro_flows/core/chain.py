@@ -34,6 +34,14 @@ class Chain(FlowTransform):
     Raises:
         ValueError: for an empty list, event shapes that do not fit, contexts of different sizes, or parts of which only
             some stay on the sphere.
+
+    Example:
+        >>> chain = pf.Chain([*pf.realnvp(3, num_layers=2), pf.LULinear(3)])
+        >>> len(chain)
+        3
+        >>> x = torch.randn(5, 3)
+        >>> torch.allclose(chain.inv(chain(x)), x, atol=1e-4)
+        True
     """
 
     def __init__(self, parts: Iterable[Transform]) -> None:

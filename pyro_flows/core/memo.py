@@ -119,7 +119,14 @@ def _scoring() -> FrameType | None:
 
 
 class Memo:
-    """At most one result for each direction of a transform, and one within a score."""
+    """At most one result for each direction of a transform, and one within a score.
+
+    Example:
+        >>> chain, x = pf.maf(3), torch.randn(5, 3)
+        >>> y = chain(x)
+        >>> chain.inv(y) is x  # kept, not computed
+        True
+    """
 
     __slots__ = ("_forward", "_inverse", "_within", "cleared")
 

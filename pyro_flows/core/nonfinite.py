@@ -29,6 +29,11 @@ def locate_nonfinite(
 
     Returns:
         The path of the part, and its parameter or output that is not finite.
+
+    Example:
+        >>> chain = pf.Chain([pf.LULinear(2), torch.distributions.ExpTransform()])
+        >>> pf.testing.locate_nonfinite(chain, torch.tensor([[1000.0, 0.0]]))
+        'parts.1 (Wrap): output y has 1 non-finite of 2 entries'
     """
     for what, value in (("x", x), ("context", context)):
         if value is not None and not value.isfinite().all():

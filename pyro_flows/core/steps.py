@@ -21,6 +21,12 @@ class Stepper(ABC):
     A transform's ``stepper`` returns it at the first time.  Each call takes the next n time steps, shape ``(rows, C,
     n)``, and advances the state by n.  It returns their images given all earlier steps, and their log-determinants,
     shape ``(rows, n)``.  Weights are those at construction.
+
+    Example:
+        >>> stepper = pf.transforms.CausalAutoregressive((1, 20)).stepper(rows=5)
+        >>> x, ladj = stepper.inverse(torch.randn(5, 1, 3))  # the first three steps
+        >>> x.shape, ladj.shape
+        (torch.Size([5, 1, 3]), torch.Size([5, 3]))
     """
 
     @abstractmethod

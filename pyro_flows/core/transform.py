@@ -79,6 +79,14 @@ class FlowTransform(TransformModule):
     Raises:
         ValueError: for a shape, dtype, device or context that does not fit.
 
+    Example:
+        >>> class Mirror(pf.FlowTransform):
+        ...     def forward_and_ladj(self, x, context=None):
+        ...         return -x, torch.zeros_like(x[..., 0])
+        ...     inverse_and_ladj = forward_and_ladj
+        >>> Mirror(2)(torch.tensor([1.0, -3.0])).tolist()
+        [-1.0, 3.0]
+
     References:
         Normalizing Flows for Probabilistic Modeling and Inference (Papamakarios et al., 2019), arXiv:1912.02762.
     """
@@ -108,11 +116,23 @@ class FlowTransform(TransformModule):
         self.__dict__["_memo"] = Memo()
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Base to data, with ``log|det dy/dx|``."""
+        """Base to data, with ``log|det dy/dx|``.
+
+        Example:
+            >>> y, ladj = pf.realnvp(3).forward_and_ladj(torch.randn(5, 3))
+            >>> y.shape, ladj.shape
+            (torch.Size([5, 3]), torch.Size([5]))
+        """
         raise TypeError(f"{type(self).__name__} must define forward_and_ladj(x, context=None) -> (y, ladj)")
 
     def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Data to base, with ``log|det dx/dy|``."""
+        """Data to base, with ``log|det dx/dy|``.
+
+        Example:
+            >>> x, ladj = pf.realnvp(3).inverse_and_ladj(torch.randn(5, 3))
+            >>> x.shape, ladj.shape
+            (torch.Size([5, 3]), torch.Size([5]))
+        """
         raise TypeError(f"{type(self).__name__} must define inverse_and_ladj(y, context=None) -> (x, ladj)")
 
     _forward_and_ladj = forward_and_ladj
@@ -251,7 +271,13 @@ class FlowTransform(TransformModule):
         return angles
 
     def condition(self, context: Tensor) -> Conditioned:
-        """A view of this transform at one or more contexts; see :class:`Conditioned`."""
+        """A view of this transform at one or more contexts; see :class:`Conditioned`.
+
+        Example:
+            >>> chain, context = pf.realnvp(3, context_dim=2), torch.randn(2)
+            >>> chain.condition(context)(torch.randn(5, 3)).shape
+            torch.Size([5, 3])
+        """
         if self.context_dim == 0:
             raise ValueError(
                 f"{type(self).__name__} was built with context_dim=0 and takes no context; to condition a list where "
@@ -312,6 +338,14 @@ class Inverse(FlowTransform):
 
     Args:
         transform: the transform to invert; for an inverse, its own ``transform`` is returned.
+
+    Example:
+        >>> fast_draws = pf.Inverse(pf.maf(3))
+        >>> x = torch.randn(5, 3)
+        >>> fast_draws(x).shape
+        torch.Size([5, 3])
+        >>> pf.Inverse(fast_draws) is fast_draws.transform
+        True
     """
 
     transform: FlowTransform
@@ -381,6 +415,13 @@ class Conditioned(FlowTransform):
     Args:
         transform: a transform with ``context_dim > 0``.
         context: shape ``(*context_batch, context_dim)``.
+
+    Example:
+        >>> chain, context = pf.maf(3, context_dim=2), torch.randn(5, 2)
+        >>> base = dist.Normal(torch.zeros(3), 1.0).to_event(1)
+        >>> density = dist.TransformedDistribution(base, [chain.condition(context)])
+        >>> density.batch_shape
+        torch.Size([5])
     """
 
     transform: FlowTransform

@@ -44,6 +44,12 @@ class Wrap(FlowTransform):
     Raises:
         ValueError: if the transform is not bijective, cannot take this event, or holds parameters or modules, which a
             copy would not train.
+
+    Example:
+        >>> positive = pf.Wrap(torch.distributions.ExpTransform(), event_shape=2)
+        >>> flow = pf.Flow(pf.Chain([*pf.realnvp(2), positive]))
+        >>> bool((flow.sample((5,)) > 0).all())
+        True
     """
 
     sampling_cost = density_cost = "1 product"

@@ -37,6 +37,11 @@ class DiagonalNormal(nn.Module):
     Args:
         event_shape: an ``input_dim`` or the shape of one event.
         learnable: whether locations and log-scales are parameters (else constant buffers).
+
+    Example:
+        >>> flow = pf.Flow(pf.realnvp(3), pf.DiagonalNormal(3, learnable=True))
+        >>> flow.sample((5,)).shape
+        torch.Size([5, 3])
     """
 
     loc: Tensor
@@ -84,6 +89,11 @@ class StudentT(nn.Module):
 
     Raises:
         ValueError: unless ``df > min_df >= 0``.
+
+    Example:
+        >>> flow = pf.Flow(pf.nsf(3), pf.StudentT(3, df=4.0))
+        >>> [round(df, 3) for df in flow.base.df.tolist()]
+        [4.0, 4.0, 4.0]
 
     References:
         Tails of Lipschitz Triangular Flows (Jaini et al., 2019), arXiv:1907.04481.
@@ -160,6 +170,12 @@ class GaussianMixture(nn.Module):
 
     Raises:
         ValueError: for sizes that are no positive integers.
+
+    Example:
+        >>> base = pf.GaussianMixture(2, num_components=4)
+        >>> flow = pf.Flow(pf.maf(2), base)
+        >>> flow.log_prob(flow.sample((5,))).shape
+        torch.Size([5])
 
     References:
         Semi-Supervised Learning with Normalizing Flows (Izmailov et al., 2019), arXiv:1912.13025.
@@ -238,6 +254,13 @@ class UniformCircle(nn.Module):
     Raises:
         ValueError: if ``periodic`` has another shape.
 
+    Example:
+        >>> base = pf.distributions.UniformCircle(2, periodic=[True, False])
+        >>> flow = pf.Flow(pf.ncsf(2, periodic=[True, False]), base)
+        >>> angles = flow.sample((5,))[:, 0]
+        >>> bool((angles.abs() <= torch.pi).all())
+        True
+
     References:
         Normalizing Flows on Tori and Spheres (Rezende et al., 2020), arXiv:2002.02428.
     """
@@ -274,6 +297,12 @@ class FixedBase(nn.Module):
 
     Raises:
         ValueError: if one of its tensors requires a gradient, which no optimizer would find.
+
+    Example:
+        >>> base = pf.distributions.FixedBase(dist.Laplace(torch.zeros(3), 1.0).to_event(1))
+        >>> flow = pf.Flow(pf.nsf(3), base)
+        >>> flow.sample((5,)).shape
+        torch.Size([5, 3])
     """
 
     def __init__(self, distribution: Distribution) -> None:

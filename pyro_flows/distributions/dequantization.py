@@ -45,13 +45,26 @@ def bits_per_dim(
 
     Raises:
         ValueError: for ``levels`` below 2, or sizes that are no positive integers.
+
+    Example:
+        >>> uniform = torch.log(torch.tensor(1 / 256)) * 64  # each of 64 pixels
+        >>> round(pf.bits_per_dim(uniform, (1, 8, 8)).item(), 3)
+        8.0
     """
     offset = 0.0 if levels is None else math.log2(integer("bits_per_dim", "levels", levels, 2))
     return log_prob * (-1 / (event_size(event_shape).numel() * math.log(2))) + offset
 
 
 class DequantizedDistribution(SharedDistribution):
-    """Integer images for ``pyro.sample``: made by :class:`Dequantized`, whose parameters it shares."""
+    """Integer images for ``pyro.sample``: made by :class:`Dequantized`, whose parameters it shares.
+
+    Example:
+        >>> model = pf.Dequantized(pf.Chain([pf.LogitPixels(4, levels=16)]), levels=16)
+        >>> with pyro.plate("rows", 5):
+        ...     pixels = pyro.sample("pixels", model())
+        >>> pixels.shape
+        torch.Size([5, 4])
+    """
 
     def _admit(self, value: Tensor) -> Tensor:
         return self.model.whole(value, self._validate_args)
@@ -111,6 +124,13 @@ class Dequantized(nn.Module):
     Raises:
         ValueError: for a flow whose data are not pixels of these levels, or settings out of range.
         TypeError: for a module without ``event_shape`` or ``log_prob``.
+
+    Example:
+        >>> chain = pf.Chain([*pf.realnvp(4), pf.LogitPixels(4, levels=16)])
+        >>> model = pf.Dequantized(pf.Flow(chain), levels=16).eval()
+        >>> pixels = model.sample((5,))
+        >>> model.log_prob(pixels).shape  # a lower bound of log-masses
+        torch.Size([5])
 
     References:
         A note on the evaluation of generative models (Theis et al., 2015), arXiv:1511.01844.
@@ -202,7 +222,14 @@ class Dequantized(nn.Module):
     condition = forward
 
     def log_prob(self, value: Tensor, context: Tensor | None = None) -> Tensor:
-        """Lower bound in nats of the log-mass, of the shape to which value and context broadcast."""
+        """Lower bound in nats of the log-mass, of the shape to which value and context broadcast.
+
+        Example:
+            >>> model = pf.Dequantized(pf.Chain([pf.LogitPixels(4, levels=16)]), levels=16)
+            >>> bound = model.eval().log_prob(torch.randint(16, (5, 4)))
+            >>> pf.bits_per_dim(bound, 4).shape
+            torch.Size([5])
+        """
         return self(context).log_prob(value)
 
     def sample(self, sample_shape: int | Size | tuple[int, ...] = (), context: Tensor | None = None) -> Tensor:

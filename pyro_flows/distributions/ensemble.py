@@ -22,7 +22,15 @@ __all__ = ["Ensemble", "EnsembleDistribution"]
 
 
 class EnsembleDistribution(SharedDistribution):
-    """The mean density of the members of an :class:`Ensemble`, whose parameters it shares."""
+    """The mean density of the members of an :class:`Ensemble`, whose parameters it shares.
+
+    Example:
+        >>> model = pf.distributions.Ensemble([pf.Flow(pf.maf(3)), pf.Flow(pf.nsf(3))])
+        >>> with pyro.plate("rows", 5):
+        ...     x = pyro.sample("x", model())
+        >>> x.shape
+        torch.Size([5, 3])
+    """
 
     model: Ensemble
 
@@ -78,11 +86,6 @@ class Ensemble(nn.Module):
     are few it is worth several nats a row.  A score costs one of each member; a draw comes from one of them, chosen at
     random, and has no gradient.  The members' parameters are the ensemble's.
 
-    ::
-
-        fits = [fit_density(pf.nsf(3), data, seed=seed) for seed in range(5)]
-        density = pf.distributions.Ensemble(fits)
-
     Args:
         members: modules with ``log_prob`` and ``sample``, of one event shape and context: flows, MADEs, ensembles; or
             results of :func:`~pyro_flows.infer.fit_density`, whose distributions are taken.
@@ -96,6 +99,13 @@ class Ensemble(nn.Module):
     Raises:
         ValueError: if there are no members, or they differ in event or context.
         TypeError: if one is no module with ``log_prob`` and ``sample``.
+
+    Example:
+        >>> data = torch.randn(64, 2)
+        >>> fits = [pf.fit_density(pf.nsf(2), data, seed=k, steps=2) for k in range(3)]
+        >>> density = pf.distributions.Ensemble(fits)
+        >>> density.log_prob(density.sample((5,))).shape
+        torch.Size([5])
 
     References:
         Simple and Scalable Predictive Uncertainty Estimation using Deep Ensembles (Lakshminarayanan et al., 2017),

@@ -100,6 +100,13 @@ class Dequantizer(nn.Module):
     Raises:
         ValueError: for a flow with another event shape or context, or values outside (0, 1).
 
+    Example:
+        >>> chain = pf.Chain([*pf.realnvp(4), pf.LogitPixels(4, levels=16)])
+        >>> noise = pf.distributions.Dequantizer(4)
+        >>> model = pf.Dequantized(pf.Flow(chain), levels=16, dequantizer=noise)
+        >>> model.log_prob(model.sample((5,))).shape
+        torch.Size([5])
+
     References:
         Flow++ (Ho et al., 2019), section 3.1, arXiv:1902.00275.
     """

@@ -81,6 +81,13 @@ class VonMisesFisher(dist.TorchDistribution):
     Raises:
         ValueError: for fewer than two coordinates, a direction of another length or a negative concentration.
 
+    Example:
+        >>> north = torch.tensor([0.0, 0.0, 1.0])
+        >>> cap = pf.distributions.VonMisesFisher(north, 50.0)
+        >>> flow = pf.Flow(pf.sphere(3), cap)
+        >>> flow.sample((5,)).shape
+        torch.Size([5, 3])
+
     References:
         Simulation of the von Mises Fisher distribution (Wood, 1994), doi:10.1080/03610919408813161.
     """
@@ -209,6 +216,11 @@ class UniformSphere(nn.Module):
 
     Raises:
         ValueError: if ``input_dim`` is no integer of at least 2.
+
+    Example:
+        >>> base = pf.distributions.UniformSphere(3)
+        >>> round(base().log_prob(base().sample()).exp().item() * 4 * torch.pi, 3)
+        1.0
 
     References:
         Normalizing Flows on Tori and Spheres (Rezende et al., 2020), arXiv:2002.02428.

@@ -72,6 +72,12 @@ def cnf(  # noqa: D417 -- the class documents the other options
     Raises:
         ValueError, TypeError: for options and fields, as in :class:`~pyro_flows.transforms.Continuous`.
 
+    Example:
+        >>> flow = pf.Flow(pf.cnf(2))
+        >>> x = flow.sample((5,))
+        >>> flow.log_prob(x).shape
+        torch.Size([5])
+
     References:
         Neural Ordinary Differential Equations (Chen et al., 2018), arXiv:1806.07366.
         FFJORD (Grathwohl et al., 2019), arXiv:1810.01367.

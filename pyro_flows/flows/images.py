@@ -85,6 +85,11 @@ def multiscale_realnvp(
     Raises:
         ValueError: if the event is no image or series, or cannot be squeezed that often.
 
+    Example:
+        >>> flow = pf.Flow(pf.multiscale_realnvp((1, 8, 8), num_blocks=1))
+        >>> flow.log_prob(torch.randn(2, 1, 8, 8)).shape
+        torch.Size([2])
+
     References:
         Density estimation using Real NVP (Dinh et al., 2016), section 3.6, arXiv:1605.08803.
     """
@@ -155,6 +160,11 @@ def glow(
 
     Raises:
         ValueError: if the event is no image or series, or cannot be squeezed that often.
+
+    Example:
+        >>> flow = pf.Flow(pf.glow((3, 8, 8), num_layers=2, hidden_channels=16)).eval()
+        >>> flow.sample((2,)).shape
+        torch.Size([2, 3, 8, 8])
 
     References:
         Glow: Generative Flow with Invertible 1x1 Convolutions (Kingma & Dhariwal, 2018), arXiv:1807.03039.

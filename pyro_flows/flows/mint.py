@@ -87,6 +87,12 @@ def mintnet(  # noqa: D417 -- the class documents the other options
     Raises:
         ValueError: if the event is no image or series, or cannot be squeezed that often, or options do not go together.
 
+    Example:
+        >>> flow = pf.Flow(pf.mintnet((1, 6, 6), num_layers=1, num_groups=4))
+        >>> x = flow.sample((2,))
+        >>> flow.log_prob(x).shape
+        torch.Size([2])
+
     References:
         MintNet: Building Invertible Neural Networks with Masked Convolutions (Song et al., 2019), arXiv:1907.07945.
     """

@@ -52,6 +52,13 @@ def causal_maf(
     Raises:
         ValueError: for an event that is no series, or options out of range.
 
+    Example:
+        >>> flow = pf.Flow(pf.causal_maf((1, 20)))
+        >>> flow.sample((2,)).shape
+        torch.Size([2, 1, 20])
+        >>> flow.chain.reach  # steps back that a step depends on
+        60
+
     References:
         Masked Autoregressive Flow for Density Estimation (Papamakarios et al., 2017), arXiv:1705.07057.
         WaveNet: A Generative Model for Raw Audio (van den Oord et al., 2016), arXiv:1609.03499.

@@ -48,6 +48,12 @@ def sphere(
     Raises:
         ValueError: for fewer than two coordinates.
 
+    Example:
+        >>> flow = pf.Flow(pf.sphere(3))
+        >>> x = flow.sample((5,))
+        >>> torch.allclose(x.norm(dim=-1), torch.ones(5))
+        True
+
     References:
         Normalizing Flows on Tori and Spheres (Rezende et al., 2020), arXiv:2002.02428.
     """

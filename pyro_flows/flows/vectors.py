@@ -72,6 +72,12 @@ def nice(
         residual: whether conditioners have residual blocks.
         activation: activation of the conditioners (paper: ReLU).
 
+    Example:
+        >>> flow = pf.Flow(pf.nice(4))
+        >>> x = flow.sample((5,))
+        >>> flow.log_prob(x).shape
+        torch.Size([5])
+
     References:
         NICE: Non-linear Independent Components Estimation (Dinh et al., 2014), arXiv:1410.8516.
     """
@@ -110,6 +116,12 @@ def realnvp(
         activation: activation of the conditioners (paper: ReLU).
         max_log_scale: bound of the smooth clip on log-scales (paper: tanh times a learned scale).
         univariate: scalar maps in place of affine ones.
+
+    Example:
+        >>> flow = pf.Flow(pf.realnvp(4, num_layers=6, hidden_dims=(32, 32)))
+        >>> x = flow.sample((5,))
+        >>> flow.log_prob(x).shape
+        torch.Size([5])
 
     References:
         Density estimation using Real NVP (Dinh et al., 2016), arXiv:1605.08803.
@@ -167,6 +179,14 @@ def maf(
     The paper writes the family from base to data, :math:`y_i = x_i e^{\alpha_i} + \mu_i`, with batch normalization
     between layers.
 
+    Example:
+        >>> flow = pf.Flow(pf.maf(3, context_dim=2))
+        >>> x, context = torch.randn(5, 3), torch.randn(5, 2)
+        >>> flow.log_prob(x, context).shape
+        torch.Size([5])
+        >>> flow.sample((4,), context).shape  # four draws for each context
+        torch.Size([4, 5, 3])
+
     References:
         Masked Autoregressive Flow for Density Estimation (Papamakarios et al., 2017), arXiv:1705.07057.
     """
@@ -207,6 +227,12 @@ def iaf(
         univariate: scalar maps in place of affine ones.
 
     The paper's layer is :math:`\sigma x + (1 - \sigma) m` with a sigmoid gate.
+
+    Example:
+        >>> flow = pf.Flow(pf.iaf(3))
+        >>> z, log_q = flow.rsample_and_log_prob((5,))
+        >>> z.shape, log_q.shape
+        (torch.Size([5, 3]), torch.Size([5]))
 
     References:
         Improved Variational Inference with Inverse Autoregressive Flow (Kingma et al., 2016), arXiv:1606.04934.
@@ -258,6 +284,12 @@ def nsf(
     The paper puts a permutation and an LU-decomposed linear layer before each spline layer; here masks and orders
     alternate.
 
+    Example:
+        >>> flow = pf.Flow(pf.nsf(3, bins=16))
+        >>> x = flow.sample((5,))
+        >>> flow.log_prob(x).shape
+        torch.Size([5])
+
     References:
         Neural Spline Flows (Durkan et al., 2019), arXiv:1906.04032.
     """
@@ -305,6 +337,12 @@ def ncsf(
         mask: the dimensions that the first step keeps, as for :func:`realnvp`.
         residual: whether conditioners have residual blocks.
         activation: activation of the conditioners.
+
+    Example:
+        >>> flow = pf.Flow(pf.ncsf(2))
+        >>> angles = torch.tensor([3.0, -1.0])
+        >>> bool(flow.log_prob(angles).isclose(flow.log_prob(angles + 2 * torch.pi)))
+        True
 
     References:
         Normalizing Flows on Tori and Spheres (Rezende et al., 2020), arXiv:2002.02428.

@@ -63,6 +63,12 @@ def to_arviz(
     Raises:
         ValueError: if numbers of draws differ, nothing is given, a site has the name of a dimension, or ``dims`` and
             ``coords`` do not fit the shapes.
+
+    Example:
+        >>> draws = {"slope": torch.randn(500), "effects": torch.randn(500, 8)}
+        >>> data = pf.infer.to_arviz(draws, dims={"effects": ["school"]})
+        >>> data.posterior["effects"].sizes["school"]
+        8
     """
     draws = _groups("posterior", posterior, None)
     if not draws:

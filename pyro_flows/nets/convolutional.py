@@ -53,6 +53,11 @@ class ConvNet(nn.Module):
         activation: a name or an elementwise function without parameters.
         zero_init: whether the last convolution starts at zero.
 
+    Example:
+        >>> net = pf.nets.ConvNet(3, 6, num_params=2)
+        >>> net(torch.randn(5, 3, 8, 8)).shape
+        torch.Size([5, 6, 8, 8, 2])
+
     References:
         Density estimation using Real NVP (Dinh et al., 2016), section 3.7, arXiv:1605.08803.
         Identity Mappings in Deep Residual Networks (He et al., 2016), arXiv:1603.05027.

@@ -58,6 +58,11 @@ class MLP(nn.Module):
         activation: a name or an elementwise function without parameters, or one per hidden layer; the last one serves
             all later layers.
         zero_init: whether the last layer starts at zero, so that a fresh flow is the identity.
+
+    Example:
+        >>> net = pf.nets.MLP(3, 4, num_params=2, context_dim=1)
+        >>> net(torch.randn(5, 3), torch.randn(5, 1)).shape
+        torch.Size([5, 4, 2])
     """
 
     layers: Sequence[nn.Linear]

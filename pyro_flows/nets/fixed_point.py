@@ -98,6 +98,12 @@ class FixedPointNet(nn.Module):
         kernel_size: odd size of the first and the last layer's kernels.
         context_dim: size of a context, which joins the inputs as further channels.
 
+    Example:
+        >>> net = pf.nets.FixedPointNet(3, 2, levels=10)
+        >>> pixels = torch.randint(10, (5, 3)).double()
+        >>> torch.equal(net(pixels)[0], net(pixels[:1])[0])  # to the last bit
+        True
+
     References:
         Integer networks against the differences of platforms: Integer Networks for Data Compression with
         Latent-Variable Models (Ballé, Johnston & Minnen, ICLR 2019).

@@ -49,6 +49,14 @@ class MaskedMLP(nn.Module):
     Raises:
         ValueError: for an ``order`` that is no permutation, an ``adjacency`` with a cycle, or sizes out of range.
 
+    Example:
+        >>> net = pf.nets.MaskedMLP(3, num_params=2, zero_init=False)
+        >>> net(torch.randn(5, 3)).shape
+        torch.Size([5, 3, 2])
+        >>> one, other = net(torch.zeros(3)), net(torch.tensor([0.0, 1.0, 0.0]))
+        >>> (one == other).all(-1).tolist()  # only output 2 sees input 1
+        [True, True, False]
+
     References:
         MADE: Masked Autoencoder for Distribution Estimation (Germain et al., 2015), arXiv:1502.03509.
     """

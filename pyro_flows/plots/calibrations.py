@@ -39,6 +39,11 @@ def pit(model: Any, data: Any, context: Any = None, num_samples: int = 1000) -> 
     Raises:
         ValueError: if shapes do not fit, or a draw is NaN.
 
+    Example:
+        >>> u = pf.plots.pit(pf.Flow(pf.realnvp(2)), torch.randn(100, 2), num_samples=200)
+        >>> u.shape, bool(((u > 0) & (u < 1)).all())
+        (torch.Size([100, 2]), True)
+
     References:
         Simulation-Based Calibration (Talts et al., 2018), arXiv:1804.06788.
     """
@@ -93,6 +98,12 @@ def calibration(
 
     Raises:
         ValueError: if shapes do not fit.
+
+    Example:
+        >>> flow = pf.Flow(pf.realnvp(2))
+        >>> axes = pf.plots.calibration(flow, torch.randn(100, 2), names=["x", "y"])
+        >>> len(axes.lines) >= 2
+        True
 
     References:
         Graphical Test for Discrete Uniformity (Säilynoja et al., 2021), arXiv:2103.10522.

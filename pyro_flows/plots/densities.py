@@ -42,6 +42,10 @@ def density(
 
     Raises:
         ValueError: for more dimensions, a batch shape, a density of NaN, or invalid arguments.
+
+    Example:
+        >>> axes = pf.plots.density(pf.Flow(pf.realnvp(2)), points=50)
+        >>> axes.figure.savefig("density.png")
     """
     made = single(distribution_of(model, context, "density"), "density", (1, 2))
     names = columns_of(model, data)

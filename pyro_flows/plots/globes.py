@@ -38,6 +38,11 @@ def globe(
 
     Raises:
         ValueError: for other event shapes, a batch shape, a density of NaN or a support that is not the sphere.
+
+    Example:
+        >>> cap = pf.distributions.VonMisesFisher(torch.tensor([0.0, 0.0, 1.0]), 10.0)
+        >>> axes = pf.plots.globe(cap, points=50)
+        >>> axes.figure.savefig("globe.png")
     """
     made = single(distribution_of(model, context, "globe"), "globe", (3,))
     rows = None if data is None else rows_of(data, made.event_shape, "globe", "data")

@@ -17,8 +17,8 @@ def history(fit: Any, ax: Axes | None = None) -> Axes:
     """Draws the scores of training and validation data after each epoch; higher is better.
 
     Scores are log-likelihoods in nats per row, or negative losses of flow matching.  A mark shows the best epoch, by
-    the fit or by validation.  A learning rate that changes has a second axis.  First epochs far below the rest are cut
-    off.
+    the fit or by validation; epoch 0 is the state before training.  A learning rate that changes has a second axis.
+    First epochs far below the rest are cut off.
 
     Args:
         fit: the result of a fit; its history, a dictionary of equally long lists with ``train`` and optionally
@@ -27,6 +27,11 @@ def history(fit: Any, ax: Axes | None = None) -> Axes:
 
     Raises:
         ValueError: for a history that is empty, without ``train``, or with lists of several lengths.
+
+    Example:
+        >>> fit = pf.fit_density(pf.realnvp(2), torch.randn(200, 2), max_epochs=3)
+        >>> pf.plots.history(fit).get_xlabel()
+        'epoch'
     """
     record = getattr(fit, "history", fit)
     if not isinstance(record, Mapping):
@@ -72,6 +77,9 @@ def _mark(ax: Axes, fit: Any, epoch: np.ndarray, validation: np.ndarray) -> None
     if best is None:
         best = epoch[np.nanargmax(validation)]
     (places,) = np.nonzero(epoch == float(best))
+    if not len(places) and best == 0:  # the state before the first epoch, of which a history has no score
+        ax.axvline(0.0, color=MARK, linewidth=0.9, linestyle=":", label="best: the start, at epoch 0")
+        return
     if not len(places):
         raise ValueError(f"history: the best epoch, {best}, is not among the epochs of the history")
     place = places[0]

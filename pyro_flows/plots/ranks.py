@@ -36,6 +36,12 @@ def ranks(calibration: Any, ax: Axes | None = None, *, sites: Sequence[str] | No
     Raises:
         ValueError: for an unknown site or kind.
 
+    Example:
+        >>> ranks = {"loc": torch.arange(100)}
+        >>> found = pf.infer.diagnostics.Calibration(ranks, num_samples=99)
+        >>> pf.plots.ranks(found).get_xlabel()
+        'rank, as a fraction'
+
     References:
         Graphical Test for Discrete Uniformity (Säilynoja et al., 2021), arXiv:2103.10522.
     """

@@ -39,6 +39,11 @@ def samples(
 
     Raises:
         ValueError: for samples of another number of dimensions, or invalid arguments.
+
+    Example:
+        >>> axes = pf.plots.samples(pf.Flow(pf.realnvp(2)), torch.randn(200, 2))
+        >>> len(axes.collections)  # data and draws
+        2
     """
     draws, event = draws_of(model, num_samples, context, "samples")
     if draws.shape[1] != 2:
@@ -85,6 +90,12 @@ def corner(
 
     Raises:
         ValueError: for more than 12 dimensions, or invalid arguments.
+
+    Example:
+        >>> flow, data = pf.Flow(pf.realnvp(3)), torch.randn(200, 3)
+        >>> figure = pf.plots.corner(flow, data, names=["x", "y", "z"], num_samples=1000)
+        >>> len(figure.axes)  # three histograms and three pairs
+        6
     """
     draws, event = draws_of(model, num_samples, context, "corner")
     total = draws.shape[1]

@@ -43,6 +43,12 @@ def verdict(fit: Any, *, names: Sequence[str] | None = None) -> Figure:
     Raises:
         TypeError: for anything else, or for names with a guide.
         ValueError: if there were no draws to compare with, or names do not fit.
+
+    Example:
+        >>> fit = pf.fit_density(pf.realnvp(2), torch.randn(200, 2), max_epochs=2)
+        >>> figure = pf.plots.verdict(fit)
+        >>> len(figure.axes)
+        3
     """
     assessment = getattr(fit, "assessment", None)
     if isinstance(getattr(assessment, "verdict", None), Verdict):

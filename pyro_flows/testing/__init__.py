@@ -42,6 +42,12 @@ def check_transform(
 
     Raises:
         AssertionError: with the failed check, the expected value, the actual one and a hint.
+
+    Example:
+        >>> chain = pf.realnvp(3, num_layers=2)
+        >>> for parameter in chain.parameters():
+        ...     _ = torch.nn.init.normal_(parameter, std=0.1)
+        >>> pf.testing.check_transform(chain, torch.randn(5, 3))
     """
     wanted = set(checks)
     if wanted - ALL.keys():

@@ -35,6 +35,13 @@ class Autoregressive(FlowTransform):
         context_dim: size of the context, 0 for none.
         hidden_dims, order, adjacency, residual, activation: options of the :class:`~pyro_flows.nets.MaskedMLP`.
 
+    Example:
+        >>> layer = pf.Autoregressive(3, pf.Spline(bound=4.0), fast="sampling")
+        >>> x = torch.randn(5, 3)
+        >>> y, ladj = layer.forward_and_ladj(x)
+        >>> y.shape, ladj.shape
+        (torch.Size([5, 3]), torch.Size([5]))
+
     References:
         Masked Autoregressive Flow for Density Estimation (Papamakarios et al., 2017), arXiv:1705.07057.
         Improved Variational Inference with Inverse Autoregressive Flow (Kingma et al., 2016), arXiv:1606.04934.

@@ -65,6 +65,12 @@ class Bounds(FlowTransform):
     Raises:
         ValueError: for bounds that are no two vectors of one length, or a lower one that is not below the upper one.
 
+    Example:
+        >>> inf = float("inf")
+        >>> ends = pf.transforms.Bounds([0.0, 0.0, -inf], [1.0, inf, inf])
+        >>> ends(torch.zeros(3)).tolist()
+        [0.5, 1.0, 0.0]
+
     References:
         The transforms of Stan (Carpenter et al., 2017), section 2.7 of its reference manual; behind a flow, as in
         Automatic Differentiation Variational Inference (Kucukelbir et al., 2016), arXiv:1603.00788.
@@ -130,8 +136,9 @@ class Bounds(FlowTransform):
 
     def _base_and_slopes(self, y: Tensor) -> tuple[Tensor, Tensor]:
         low, high, lower, upper = self._ends(y)
-        # Distances from both ends, exact where small.
-        below, above = (torch.where(lower, y - low, 1.0).log(), torch.where(upper, high - y, 1.0).log())
+        # Distances from both ends, exact where small; beyond a bound, the number on the line is infinite.
+        below = torch.where(lower, y - low, 1.0).clamp(min=0.0).log()
+        above = torch.where(upper, high - y, 1.0).clamp(min=0.0).log()
         width = torch.where(lower & upper, high - low, 1.0)
         return torch.where(lower | upper, below - above, y), width.log() - below - above
 

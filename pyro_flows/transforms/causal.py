@@ -49,6 +49,12 @@ class CausalAutoregressive(FlowTransform):
     Raises:
         ValueError: for an event that is no series, too few hidden channels, or options out of range.
 
+    Example:
+        >>> layer = pf.transforms.CausalAutoregressive((2, 10))
+        >>> y, ladj = layer.forward_and_ladj(torch.randn(5, 2, 10))
+        >>> y.shape, ladj.shape
+        (torch.Size([5, 2, 10]), torch.Size([5]))
+
     References:
         Masked Autoregressive Flow for Density Estimation (Papamakarios et al., 2017), arXiv:1705.07057.
         WaveNet: A Generative Model for Raw Audio (van den Oord et al., 2016), arXiv:1609.03499.

@@ -67,6 +67,11 @@ class ConvCoupling(FlowTransform):
     Raises:
         ValueError: if the event is no image or series, or the mask has another shape, or keeps all or nothing.
 
+    Example:
+        >>> layer = pf.ConvCoupling((3, 8, 8), mask="checkerboard")
+        >>> layer(torch.randn(5, 3, 8, 8)).shape
+        torch.Size([5, 3, 8, 8])
+
     References:
         Density estimation using Real NVP (Dinh et al., 2016), section 3.4, arXiv:1605.08803.
     """

@@ -25,6 +25,10 @@ def coupling_mask(event_shape: Size, mask: Mask) -> Tensor:
 
     ``"half"`` keeps the first half, ``"alternating"`` every other dimension from the second on, ``"random"`` a random
     half; a single dimension is moved.
+
+    Example:
+        >>> pf.transforms.coupling.coupling_mask(torch.Size([4]), "alternating").tolist()
+        [False, True, False, True]
     """
     size = event_shape.numel()
     if isinstance(mask, str):
@@ -61,6 +65,12 @@ class Coupling(FlowTransform):
     Raises:
         ValueError: for a mask of another shape or, with several dimensions, one that keeps all or none; if a periodic
             univariate would move anything but angles, or another one an angle.
+
+    Example:
+        >>> layer = pf.Coupling(4, pf.Spline(bound=4.0), mask="half")
+        >>> x = torch.randn(5, 4)
+        >>> torch.equal(layer(x)[:, :2], x[:, :2])  # the kept half
+        True
 
     References:
         Density estimation using Real NVP (Dinh et al., 2016), arXiv:1605.08803.

@@ -29,6 +29,11 @@ class Rescaling(FlowTransform):
         hidden_dims, residual, activation: of :math:`g`, as in :class:`~pyro_flows.nets.MLP`.
         max_log_scale: the bound :math:`\kappa` on the context's part.
 
+    Example:
+        >>> layer = pf.transforms.Rescaling(3)
+        >>> layer(torch.ones(3)).tolist()
+        [1.0, 1.0, 1.0]
+
     References:
         NICE: Non-linear Independent Components Estimation (Dinh et al., 2014), section 3.3, arXiv:1410.8516.
     """
@@ -108,6 +113,12 @@ class Standardization(FlowTransform):
     Raises:
         ValueError: for shapes that do not fit, a location that is not finite, or a scale that is not positive.
         TypeError: for numbers that are not floating-point.
+
+    Example:
+        >>> data = torch.tensor([[10.0, 0.1], [30.0, 0.3]])
+        >>> layer = pf.Standardization(data.mean(0), data.std(0))
+        >>> layer(torch.zeros(2))
+        tensor([20.0000,  0.2000])
 
     References:
         Masked Autoregressive Flow for Density Estimation (Papamakarios et al., 2017), arXiv:1705.07057.
@@ -205,6 +216,10 @@ class Permutation(FlowTransform):
 
     Raises:
         ValueError: if the indices are no permutation.
+
+    Example:
+        >>> pf.Permutation(3, [2, 0, 1])(torch.tensor([10.0, 20.0, 30.0]))
+        tensor([30., 10., 20.])
 
     References:
         Density estimation using Real NVP (Dinh et al., 2016), section 3.5, arXiv:1605.08803.

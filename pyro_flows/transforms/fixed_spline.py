@@ -34,6 +34,13 @@ class FixedSpline(FlowTransform):
     Raises:
         ValueError: for other shapes, dimensions or knots.
 
+    Example:
+        >>> x, slopes = torch.tensor([-1.0, 0.0, 1.0]), torch.tensor([1.0, 2.0, 4.0])
+        >>> knots = torch.stack([x, x.sinh(), slopes]).unsqueeze(1)
+        >>> bent = pf.transforms.FixedSpline(2, torch.tensor([0]), knots)
+        >>> bent(torch.tensor([1.0, 5.0]))  # the first dimension is bent
+        tensor([1.1752, 5.0000])
+
     References:
         Neural Spline Flows (Durkan et al., 2019), arXiv:1906.04032.
     """

@@ -30,6 +30,11 @@ class Squeeze(FlowTransform):
     Raises:
         ValueError: if the event is no image or series, or a side is odd.
 
+    Example:
+        >>> layer = pf.transforms.Squeeze((1, 4, 4))
+        >>> layer.inv(torch.randn(5, 1, 4, 4)).shape
+        torch.Size([5, 4, 2, 2])
+
     References:
         Density estimation using Real NVP (Dinh et al., 2016), section 3.6, arXiv:1605.08803.
     """
@@ -107,6 +112,12 @@ class Split(FlowTransform):
 
     Raises:
         ValueError: for an odd number of channels, or an inner flow of other events or another context.
+
+    Example:
+        >>> half = pf.ConvCoupling((2, 4, 4))
+        >>> layer = pf.transforms.Split(half, (4, 4, 4))
+        >>> layer(torch.randn(5, 4, 4, 4)).shape
+        torch.Size([5, 4, 4, 4])
 
     References:
         Density estimation using Real NVP (Dinh et al., 2016), section 3.6, arXiv:1605.08803.

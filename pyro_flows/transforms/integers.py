@@ -40,6 +40,12 @@ class IntegerCoupling(FlowTransform):
         ValueError: for a mask of another shape, or one that keeps all or, of several channels, none; for values that
             are not whole or too large.
 
+    Example:
+        >>> layer = pf.transforms.IntegerCoupling(4, [True, True, False, False], levels=10)
+        >>> x = torch.randint(10, (5, 4))
+        >>> torch.equal(layer.inv(layer(x)), x.double())
+        True
+
     References:
         Integer Discrete Flows and Lossless Compression (Hoogeboom et al., 2019), arXiv:1905.07376.
     """
@@ -114,6 +120,13 @@ class IntegerSplit(FlowTransform):
 
     Raises:
         ValueError: for an odd number of channels, or an inner flow of other events or of real numbers.
+
+    Example:
+        >>> mask = [True, False]
+        >>> inner = pf.transforms.IntegerCoupling((2, 4, 4), mask)
+        >>> layer = pf.transforms.IntegerSplit(inner, (4, 4, 4))
+        >>> layer(torch.randint(256, (5, 4, 4, 4))).shape
+        torch.Size([5, 4, 4, 4])
 
     References:
         Integer Discrete Flows and Lossless Compression (Hoogeboom et al., 2019), section 3.3, arXiv:1905.07376.

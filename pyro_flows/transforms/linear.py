@@ -53,6 +53,12 @@ class LULinear(FlowTransform):
     Raises:
         ValueError: if the indices are no permutation.
 
+    Example:
+        >>> layer = pf.LULinear(3, permutation="random")
+        >>> y, ladj = layer.forward_and_ladj(torch.randn(5, 3))
+        >>> y.shape, ladj.shape
+        (torch.Size([5, 3]), torch.Size([5]))
+
     References:
         Glow: Generative Flow with Invertible 1x1 Convolutions (Kingma & Dhariwal, 2018), section 3.2, arXiv:1807.03039.
         Neural Spline Flows (Durkan et al., 2019), arXiv:1906.04032.
@@ -143,6 +149,11 @@ class Conv1x1(FlowTransform):
     Raises:
         ValueError: for an unknown ``start``.
 
+    Example:
+        >>> layer = pf.transforms.Conv1x1((3, 8, 8))
+        >>> layer(torch.randn(5, 3, 8, 8)).shape
+        torch.Size([5, 3, 8, 8])
+
     References:
         Glow: Generative Flow with Invertible 1x1 Convolutions (Kingma & Dhariwal, 2018), section 3.2, arXiv:1807.03039.
     """
@@ -226,6 +237,12 @@ class Householder(FlowTransform):
     Raises:
         ValueError: if ``num_reflections`` is no positive integer.
 
+    Example:
+        >>> layer = pf.transforms.Householder(3)
+        >>> x = torch.randn(5, 3)
+        >>> torch.allclose(layer(x).norm(dim=-1), x.norm(dim=-1))
+        True
+
     References:
         Improving Variational Auto-Encoders using Householder Flow (Tomczak & Welling, 2016), arXiv:1611.09630.
     """
@@ -287,6 +304,14 @@ class Coloring(FlowTransform):
 
     Raises:
         ValueError: if shapes do not fit, numbers are not finite, or the diagonal is not positive.
+
+    Example:
+        >>> covariance = torch.tensor([[4.0, 2.0], [2.0, 3.0]])
+        >>> factor = torch.linalg.cholesky(covariance)
+        >>> flow = pf.Flow(pf.transforms.Coloring(torch.zeros(2), factor))
+        >>> normal = dist.MultivariateNormal(torch.zeros(2), covariance)
+        >>> torch.allclose(flow.log_prob(torch.ones(2)), normal.log_prob(torch.ones(2)))
+        True
 
     References:
         Optimal Whitening and Decorrelation (Kessy, Lewin & Strimmer, 2018), whose Cholesky whitening is the inverse,

@@ -44,6 +44,13 @@ class ActNorm(FlowTransform):
     Raises:
         ValueError: if the first batch is not finite, in any of the processes.
 
+    Example:
+        >>> data = 10 + 3 * torch.randn(100, 2)
+        >>> flow = pf.Flow(pf.Chain([*pf.realnvp(2), pf.ActNorm(2)]))
+        >>> scores = flow.log_prob(data)  # the first batch sets the layer
+        >>> flow.eval().sample((5,)).shape
+        torch.Size([5, 2])
+
     References:
         Glow: Generative Flow with Invertible 1x1 Convolutions (Kingma & Dhariwal, 2018), section 3.1, arXiv:1807.03039.
     """

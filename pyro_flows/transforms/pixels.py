@@ -36,6 +36,12 @@ class LogitPixels(FlowTransform):
     Raises:
         ValueError: for ``levels`` or a ``margin`` out of range.
 
+    Example:
+        >>> chain = pf.Chain([*pf.realnvp(4, num_layers=2), pf.LogitPixels(4, levels=16)])
+        >>> pixels = pf.Dequantized(pf.Flow(chain), levels=16).sample((5,))
+        >>> bool(((pixels >= 0) & (pixels <= 15)).all())
+        True
+
     References:
         Density estimation using Real NVP (Dinh et al., 2016), section 4.1, arXiv:1605.08803.
         MintNet: Building Invertible Neural Networks with Masked Convolutions (Song et al., 2019), arXiv:1907.07945.

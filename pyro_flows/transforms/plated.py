@@ -61,6 +61,12 @@ class Plated(FlowTransform):
         ValueError: if places repeat or lie outside the vector, if ancestors are no earlier members, if lengths do not
             divide the numbers of members, or if the flow has another number of dimensions than the rest.
 
+    Example:
+        >>> members = torch.tensor([[1], [2], [3]])  # three members of one variable
+        >>> layer = pf.transforms.Plated(4, pf.iaf(1), [members])
+        >>> layer(torch.randn(5, 4)).shape
+        torch.Size([5, 4])
+
     References:
         Amortized Variational Inference for Simple Hierarchical Models (Agrawal & Domke, 2021), arXiv:2111.03144;
         ADAVI: Automatic Dual Amortized Variational Inference (Rouillard & Wassermann, 2021), arXiv:2106.12248.

@@ -27,6 +27,11 @@ class Preconditioner(FlowTransform):
     Raises:
         ValueError: if shapes do not fit, or a diagonal is not positive.
 
+    Example:
+        >>> layer = pf.transforms.Preconditioner(torch.tensor([1.0, 2.0]), torch.eye(2))
+        >>> layer(torch.zeros(2)).tolist()
+        [1.0, 2.0]
+
     References:
         Automatic Differentiation Variational Inference (Kucukelbir et al., 2017), arXiv:1603.00788; Pathfinder (Zhang
         et al., 2022), arXiv:2108.03782.

@@ -53,6 +53,12 @@ class RecursiveSphere(FlowTransform):
     Raises:
         ValueError: for fewer than two coordinates or an axis that is not among them.
 
+    Example:
+        >>> layer = pf.transforms.RecursiveSphere(3)
+        >>> x = torch.nn.functional.normalize(torch.randn(5, 3), dim=-1)
+        >>> torch.allclose(layer(x).norm(dim=-1), torch.ones(5))
+        True
+
     References:
         Normalizing Flows on Tori and Spheres (Rezende et al., 2020), arXiv:2002.02428, section 2.3.
     """

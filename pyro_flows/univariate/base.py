@@ -47,7 +47,18 @@ def numbers(dtype: torch.dtype) -> Callable[[float], Tensor]:
 
 
 class Univariate:
-    """Abstract base of families of increasing bijections of the line, each with ``num_params`` parameters."""
+    """Abstract base of families of increasing bijections of the line, each with ``num_params`` parameters.
+
+    Example:
+        >>> class Scaling(pf.univariate.Univariate):
+        ...     num_params = 1
+        ...     def forward(self, x, params):
+        ...         return x * params[..., 0].exp(), params[..., 0]
+        ...     def inverse(self, y, params):
+        ...         return y * (-params[..., 0]).exp(), -params[..., 0]
+        >>> pf.maf(3, univariate=Scaling())(torch.ones(3)).tolist()
+        [1.0, 1.0, 1.0]
+    """
 
     num_params: int
     periodic = False  # whether it maps angles, modulo 2 pi
@@ -130,6 +141,12 @@ class Univariate:
 class Shift(Univariate):
     r"""The additive map :math:`y = x + m`, with unit Jacobian.
 
+    Example:
+        >>> layer = pf.Coupling(4, pf.univariate.Shift())
+        >>> y, ladj = layer.forward_and_ladj(torch.randn(5, 4))
+        >>> bool((ladj == 0).all())
+        True
+
     References:
         NICE: Non-linear Independent Components Estimation (Dinh et al., 2014), arXiv:1410.8516.
     """
@@ -156,6 +173,11 @@ class Affine(Univariate):
     Args:
         max_log_scale: the bound :math:`c` on the absolute log-scale.
         gain: the factor :math:`g` on both parameters; below 1, an optimizer's steps move the flow less.
+
+    Example:
+        >>> shift_and_log_scale = torch.tensor([3.0, 0.0])
+        >>> pf.univariate.Affine().forward(torch.tensor(2.0), shift_and_log_scale)
+        (tensor(5.), tensor(0.))
 
     References:
         Density estimation using Real NVP (Dinh et al., 2016), arXiv:1605.08803.

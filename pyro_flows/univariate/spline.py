@@ -73,6 +73,11 @@ class Spline(Univariate):
     Raises:
         ValueError: for fewer than two bins, a bound that is not positive, or an unknown boundary.
 
+    Example:
+        >>> flow = pf.Flow(pf.Chain([pf.Coupling(2, pf.Spline(bins=4, bound=3.0))]))
+        >>> flow.sample((5,)).shape
+        torch.Size([5, 2])
+
     References:
         Neural Spline Flows (Durkan et al., 2019), arXiv:1906.04032.
         Normalizing Flows on Tori and Spheres (Rezende et al., 2020), arXiv:2002.02428.

@@ -52,6 +52,13 @@ class AutoregressiveDistribution(SharedDistribution):
         lengths: steps of each series of a model of series, integers from 1 to ``T``.  Later steps are padding, which
             counts in no density, may hold anything in a value, and is zero in draws.
         batch_shape: by default that of context and lengths.
+
+    Example:
+        >>> made = pf.MADE(8)
+        >>> with pyro.plate("rows", 5):
+        ...     x = pyro.sample("x", made())
+        >>> made().log_prob(x).shape
+        torch.Size([5])
     """
 
     def __init__(
@@ -224,6 +231,12 @@ class AutoregressiveModel(nn.Module):
 
         Args:
             rows: shape ``(rows, *event_shape)``.
+
+        Example:
+            >>> rows = torch.tensor([[1.0, 0.0], [1.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
+            >>> made = pf.MADE(2).fit_marginals(rows)
+            >>> made.sample((1000,)).mean(0)[0] > 0.8  # 0.9, and noise
+            tensor(True)
         """
         check_tensor(type(self).__name__, "a tensor of rows", rows)
         self.set_bias(self.head.bias(self.cast(rows.to(self.device)).reshape(len(rows), self.input_dim)))
@@ -277,13 +290,25 @@ class AutoregressiveModel(nn.Module):
     condition = forward
 
     def log_prob(self, value: Tensor, context: Tensor | None = None) -> Tensor:
-        """Log-density in nats; value and context broadcast."""
+        """Log-density in nats; value and context broadcast.
+
+        Example:
+            >>> made = pf.MADE(8)
+            >>> made.log_prob(torch.randint(2, (5, 8)).float()).shape
+            torch.Size([5])
+        """
         return self(context).log_prob(value)
 
     def sample(
         self, sample_shape: int | Size | list[int] | tuple[int, ...] = (), context: Tensor | None = None
     ) -> Tensor:
-        """Draws without gradient, shape ``(*sample_shape, *context_batch, *event_shape)``."""
+        """Draws without gradient, shape ``(*sample_shape, *context_batch, *event_shape)``.
+
+        Example:
+            >>> made = pf.MADE(8, context_dim=3)
+            >>> made.sample((4,), torch.randn(5, 3)).shape
+            torch.Size([4, 5, 8])
+        """
         return self(context).sample(sample_size(sample_shape))
 
     def rsample(

@@ -76,6 +76,12 @@ class DistributionHead(Head):
         TypeError: for neither a class of distributions nor a function with constraints.
         ValueError: for a distribution of vectors, arguments that are not real numbers, or a support that depends on
             learned arguments.
+
+    Example:
+        >>> counts = pf.distributions.DistributionHead(dist.Poisson)
+        >>> made = pf.MADE(3, counts)
+        >>> made.sample((5,)).shape
+        torch.Size([5, 3])
     """
 
     def __init__(
@@ -223,6 +229,12 @@ class MixedHead(Head):
 
     Raises:
         ValueError: unless the dimensions are 0 to D - 1, each once.
+
+    Example:
+        >>> head = pf.distributions.MixedHead([("normal", [0, 1]), ("bernoulli", [2])])
+        >>> x = pf.MADE(3, head).sample((5,))
+        >>> bool(((x[:, 2] == 0) | (x[:, 2] == 1)).all())
+        True
     """
 
     heads: Any  # an nn.ModuleList of heads

@@ -122,6 +122,12 @@ class ConvMADE(AutoregressiveModel):
         ValueError: for other events, even kernels for images, too few hidden channels, sizes out of range, options of
             another network, or an unknown head.
 
+    Example:
+        >>> made = pf.ConvMADE((1, 8, 8), "bernoulli", hidden_channels=16, num_layers=2)
+        >>> x = made.sample((5,))
+        >>> made.log_prob(x).shape
+        torch.Size([5])
+
     References:
         Pixel Recurrent Neural Networks (van den Oord et al., 2016), arXiv:1601.06759.
         Two stacks: PixelCNN Decoders (van den Oord et al., 2016), arXiv:1606.05328.
@@ -343,6 +349,11 @@ class ConvMADE(AutoregressiveModel):
 
         Raises:
             ValueError: for a model of images, or whose parameters depend on the time.
+
+        Example:
+            >>> made = pf.ConvMADE((1, 20), "normal", network="gru", hidden_channels=16)
+            >>> made.at_length(50).sample((5,)).shape
+            torch.Size([5, 1, 50])
         """
         integer("ConvMADE", "times", times)
         if len(self.event_shape) != 2:

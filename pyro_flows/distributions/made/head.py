@@ -43,8 +43,8 @@ class Head(nn.Module):
     categories and levels.  In all methods ``dims`` are the dimensions of a value's ``n`` columns, by default all.  Only
     ``check`` checks values.
 
-    A subclass defines ``log_prob``; one of ``sample``, ``rsample`` and ``draws``; and a ``constraint``, or ``inside``
-    and ``allowed`` where dimensions differ.
+    A subclass defines ``log_prob``; one of ``sample``, ``rsample`` (then ``has_rsample = True``) and ``draws``; and a
+    ``constraint``, or ``inside`` and ``allowed`` where dimensions differ.
 
     Attributes:
         num_params: the network's outputs per dimension.
@@ -52,6 +52,16 @@ class Head(nn.Module):
         discrete: whether all dimensions are discrete, so that ``log_prob`` is a log-mass.
         has_rsample: whether differentiable draws exist.
         constraint: the constraint of each number, ``None`` where dimensions differ.
+
+    Example:
+        >>> class LaplaceHead(pf.distributions.made.Head):
+        ...     discrete, has_rsample, constraint = False, True, dist.constraints.real
+        ...     def log_prob(self, value, params, dims=None):
+        ...         return dist.Laplace(params[..., 0], 1.0).log_prob(value)
+        ...     def rsample(self, params, dims=None):
+        ...         return dist.Laplace(params[..., 0], 1.0).rsample()
+        >>> pf.MADE(3, LaplaceHead()).sample((5,)).shape
+        torch.Size([5, 3])
     """
 
     num_params: int = 1

@@ -72,6 +72,15 @@ class MADE(AutoregressiveModel):
     Raises:
         ValueError: for an order that is not a permutation, sizes out of range, or an unknown head.
 
+    Example:
+        >>> made = pf.MADE(8, order="any").eval()
+        >>> x = made.sample((5,))
+        >>> made.log_prob(x).shape
+        torch.Size([5])
+        >>> observed = torch.tensor([True, False] * 4)
+        >>> made.impute(x, observed, 10).shape  # ten draws of what is missing
+        torch.Size([10, 5, 8])
+
     References:
         MADE (Germain, Gregor, Murray & Larochelle, 2015), arXiv:1502.03509.
         Order-agnostic training: A Deep and Tractable Density Estimator (Uria, Murray & Larochelle, 2014),
@@ -164,7 +173,14 @@ class MADE(AutoregressiveModel):
         return Member(order, units, self.net.is_direct, self.head)
 
     def resample_masks(self) -> None:
-        """Moves on to the next member, cyclically."""
+        """Moves on to the next member, cyclically.
+
+        Example:
+            >>> made = pf.MADE(8, order="any")
+            >>> made.resample_masks()  # before each step of a training loop
+            >>> made.log_prob(torch.randint(2, (5, 8)).float()).shape
+            torch.Size([5])
+        """
         self.position += 1
         if self.num_masks is not None:
             self.position %= self.num_masks
@@ -267,6 +283,13 @@ class MADE(AutoregressiveModel):
         Raises:
             ValueError: for a row with everything or nothing hidden, or if the model's only order does not begin with
                 the observed dimensions.
+
+        Example:
+            >>> made = pf.MADE(4, "normal", order="any")
+            >>> value = torch.tensor([[1.0, float("nan"), 2.0, float("nan")]])
+            >>> completed = made.impute(value, ~value.isnan(), num_samples=100)
+            >>> completed.shape
+            torch.Size([100, 1, 4])
         """
         seen = self._check_observed(value, observed, context)
         out = self.cast(value).expand(num_samples, *value.shape).reshape(num_samples, -1, self.input_dim).clone()
@@ -316,6 +339,12 @@ class MADE(AutoregressiveModel):
 
         Raises:
             NotImplementedError: if the head has no relaxed form.
+
+        Example:
+            >>> relaxed = pf.MADE(8).relaxed(temperature=0.5)
+            >>> x = relaxed.rsample((5,))
+            >>> bool(((x > 0) & (x < 1)).all())
+            True
         """
         other = copy.copy(self)
         other._modules = {**self._modules, "head": self.head.relaxed(temperature).to(self.head.like)}

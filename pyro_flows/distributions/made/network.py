@@ -57,6 +57,10 @@ class Member:
 
     ``order[k]`` is the ``k``-th dimension.  ``units`` are the degrees of each hidden layer's units; a unit of degree d
     sees the first ``d`` dimensions.  With ``direct``, outputs also see earlier dimensions through a linear layer.
+
+    Example:
+        >>> pf.MADE(4, order="reverse").member(0).order.tolist()
+        [3, 2, 1, 0]
     """
 
     def __init__(self, order: Tensor, units: Sequence[Tensor], direct: bool, head: Head) -> None:

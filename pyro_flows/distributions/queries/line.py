@@ -252,15 +252,17 @@ def root(
     score: Callable[[Tensor], Tensor],
     probability: Tensor,
     upper: bool = False,
+    between: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """The value with a probability below it (or above it), by bisection to rounding; differentiable.
 
-    ``cdf`` returns the probabilities below and above a value, and ``score`` its log-density.
+    ``cdf`` returns the probabilities below and above a value, and ``score`` its log-density.  The value lies
+    ``between`` two, if they are known; without them, all of the line must have a probability.
     """
     aim = probability.detach().double()
     side = 1 if upper else 0
     with torch.no_grad():
-        known = ~cdf(torch.zeros_like(aim))[0].isnan()
+        known = ~(cdf(torch.zeros_like(aim))[0] if between is None else between[0] + between[1]).isnan()
         aim = aim.expand(torch.broadcast_shapes(aim.shape, known.shape))
         inner = (aim > 0) & (aim < 1) & known
         sought = torch.where(inner, aim, 0.5)
@@ -270,10 +272,15 @@ def root(
             return torch.where(inner, found > sought if upper else found < sought, x < 0)
 
         left, right = -torch.ones_like(sought), torch.ones_like(sought)
-        while (more := ~low(left)).any() and left.min() > -1e300:
-            left = torch.where(more, 2 * left, left)
-        while (more := low(right)).any() and right.max() < 1e300:
-            right = torch.where(more, 2 * right, right)
+        if between is not None:
+            left, right = (
+                torch.where(inner, each.double(), end) for each, end in zip(between, (left, right), strict=True)
+            )
+        else:
+            while (more := ~low(left)).any() and left.min() > -1e300:
+                left = torch.where(more, 2 * left, left)
+            while (more := low(right)).any() and right.max() < 1e300:
+                right = torch.where(more, 2 * right, right)
         for _ in range(200):
             middle = left / 2 + right / 2
             below = low(middle)
@@ -287,4 +294,6 @@ def root(
         step = (gap - gap.detach()) / score(x).detach().exp().double()
         x = x + step if upper else x - step
     end = torch.where((aim == 0) == upper, math.inf, -math.inf)
+    if between is not None:
+        end = torch.where((aim == 0) == upper, between[1].double(), between[0].double())
     return torch.where(inner, x, torch.where(known, end, math.nan))

@@ -25,7 +25,14 @@ class BaseDensity:
     Args:
         flow: a flow without a context.
         density: an unnormalized log-density of draws, ``(S, D)`` to ``(S,)``; or a
-            :class:`~pyro_flows.infer.search.climb.SafeDensity` of it, which never raises and keeps to a time.
+            ``SafeDensity`` of it, which never raises and keeps to a time.
+
+    Example:
+        >>> posterior = dist.Normal(torch.zeros(2), 1.0).to_event(1)
+        >>> density = pf.infer.chains.BaseDensity(pf.Flow(pf.iaf(2)), posterior.log_prob)
+        >>> values, gradients = density(torch.randn(5, 2))
+        >>> values.shape, gradients.shape
+        (torch.Size([5]), torch.Size([5, 2]))
     """
 
     def __init__(self, flow: Flow, density: LogDensity | SafeDensity) -> None:

@@ -62,6 +62,13 @@ class Codec:
         TypeError: for a model of another kind.
         ValueError: for a model without levels, or a flow not of one orientation.
 
+    Example:
+        >>> pixels = torch.randint(2, (100, 8))
+        >>> codec = pf.infer.Codec(pf.MADE(8))  # in practice, a fitted one
+        >>> file = codec.encode(pixels)
+        >>> torch.equal(codec.decode(file), pixels)
+        True
+
     References:
         Arithmetic Coding for Data Compression (Witten, Neal & Cleary, 1987).
         The coder: Understanding Entropy Coding With Asymmetric Numeral Systems (Bamler, 2022), arXiv:2201.01741.
@@ -89,6 +96,11 @@ class Codec:
         Args:
             x: whole numbers, shape ``(*batch, *event_shape)``.
             context: broadcasts to ``(*batch, context_dim)``, if the model takes one.
+
+        Example:
+            >>> codec = pf.infer.Codec(pf.MADE(8))
+            >>> codec.bits(torch.randint(2, (100, 8))).shape
+            torch.Size([100])
         """
         rows, batch, contexts = self._admit(x, context)
         pieces = self._pieces(contexts, self._rows())
@@ -111,6 +123,11 @@ class Codec:
             ValueError: for another shape, or numbers beyond the levels.
             FloatingPointError: if the model gives NaN.
             ImportError: without the package constriction.
+
+        Example:
+            >>> codec, pixels = pf.infer.Codec(pf.MADE(8)), torch.randint(2, (100, 8))
+            >>> len(codec.encode(pixels)) < 100 * 8  # bytes
+            True
         """
         rows, batch, contexts = self._admit(x, context)
         pieces, failed = [], 0
@@ -145,6 +162,11 @@ class Codec:
         Raises:
             TypeError: unless ``data`` are bytes.
             ValueError: for data that are corrupt, truncated, of another model or context, or cannot be decoded here.
+
+        Example:
+            >>> codec, pixels = pf.infer.Codec(pf.MADE(8)), torch.randint(2, (100, 8))
+            >>> torch.equal(codec.decode(codec.encode(pixels)), pixels)
+            True
         """
         if not isinstance(data, (bytes, bytearray, memoryview)):
             raise TypeError(f"Codec: expected the bytes of encode, got {type(data).__name__}")

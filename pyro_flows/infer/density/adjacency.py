@@ -25,7 +25,7 @@ def sparse_adjacency(data: Any, order: str | Sequence[int] | Tensor = "identity"
 
     Column :math:`i`, standardized, is regressed on the columns before it by the lasso,
 
-    .. math:: \hat b = \arg\min_b \frac{1}{2n} \lVert x_i - \textstyle\sum_j b_j x_j \rVert^2
+    .. math:: \hat b = \arg\min_b \frac{1}{2n} \lVert x_i - \sum_j b_j x_j \rVert^2
         + \lambda \sigma_i \lVert b \rVert_1,
 
     where :math:`\sigma_i` is the standard deviation of what is left (the scaled lasso), and
@@ -37,9 +37,7 @@ def sparse_adjacency(data: Any, order: str | Sequence[int] | Tensor = "identity"
     missed, and a flow with this adjacency cannot learn it: compare its held-out score with that of a flow without.
 
     The result is for ``adjacency=`` of :func:`~pyro_flows.flows.maf`, :func:`~pyro_flows.flows.iaf` and
-    :func:`~pyro_flows.flows.nsf`; sampling takes as many steps as the graph is deep::
-
-        flow = pf.maf(20, adjacency=pf.infer.sparse_adjacency(data, order="shallow"))
+    :func:`~pyro_flows.flows.nsf`; sampling takes as many steps as the graph is deep.
 
     Costs a product of two :math:`d \times d` matrices for each of some tens to hundreds of steps, and as much memory.
 
@@ -57,6 +55,13 @@ def sparse_adjacency(data: Any, order: str | Sequence[int] | Tensor = "identity"
         ValueError: for data of another shape, fewer than three rows, missing or constant columns, or an ``order`` that
             is no permutation.
         TypeError: for data that are no numbers.
+
+    Example:
+        >>> data = torch.randn(500, 5).cumsum(1)  # each column depends on the last
+        >>> found = pf.infer.sparse_adjacency(data)
+        >>> found.diagonal(-1).tolist()
+        [True, True, True, True]
+        >>> flow = pf.maf(5, adjacency=found)
 
     References:
         High-dimensional graphs and variable selection with the Lasso (Meinshausen & Bühlmann, 2006),

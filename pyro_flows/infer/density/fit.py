@@ -184,6 +184,14 @@ def fit_density(
         FloatingPointError: if a score or gradient is not finite; names the rows and the layer where this began.
         OSError: if the checkpoint cannot be written, e.g. because the disk is full; the old one is unchanged.
 
+    Example:
+        >>> data = torch.randn(500, 2)
+        >>> fit = pf.fit_density(pf.nsf(2), data, steps=20)
+        >>> fit.log_prob(data).shape
+        torch.Size([500])
+        >>> fit.sample((3,)).shape
+        torch.Size([3, 2])
+
     References:
         Masked Autoregressive Flow for Density Estimation (Papamakarios et al., 2017), section 4, arXiv:1705.07057.
         Decoupled Weight Decay Regularization (Loshchilov & Hutter, 2019), arXiv:1711.05101.

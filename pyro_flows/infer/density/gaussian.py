@@ -52,6 +52,12 @@ def shrinkage(rows: Tensor, context_dim: int = 0, weight: Tensor | None = None) 
         rows: shape ``(rows, context_dim + D)``, contexts first.
         context_dim: the number of columns that are given, whose own likelihood does not count.
         weight: the rows' weights, by default equal.
+
+    Example:
+        >>> from pyro_flows.infer.density.gaussian import shrinkage
+        >>> rows = torch.randn(5000, 3).cumsum(1)
+        >>> shrinkage(rows) < 0.01  # so many rows show the correlations
+        True
     """
     rows = rows[:LARGEST_SAMPLE].detach().cpu().double()
     own = _column(rows, weight)
@@ -115,6 +121,12 @@ def fit_gaussian(value: Tensor, context: Tensor | None = None, weight: Tensor | 
         value: shape ``(rows, *event_shape)``.
         context: shape ``(rows, context_dim)``.
         weight: how much each row counts, shape ``(rows,)``; by default all alike.
+
+    Example:
+        >>> from pyro_flows.infer.density.gaussian import fit_gaussian
+        >>> flow = fit_gaussian(torch.randn(100, 3))
+        >>> flow.sample((5,)).shape
+        torch.Size([5, 3])
     """
     flat = value.flatten(1)
     rows = flat if context is None else torch.cat([context, flat], 1)

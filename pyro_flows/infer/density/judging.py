@@ -40,7 +40,13 @@ _WIDEST = 256  # numbers of an event with a Gaussian
 
 @dataclass(frozen=True)
 class Kept:
-    """Rows on the CPU to judge a density by: fresh ones, and some that it was trained on; ``None`` for none."""
+    """Rows on the CPU to judge a density by: fresh ones, and some that it was trained on; ``None`` for none.
+
+    Example:
+        >>> fit = pf.fit_density(pf.realnvp(2), torch.randn(200, 2), steps=2)
+        >>> len(fit.kept[0].fresh), len(fit.kept[0].trained)  # of 200 rows
+        (20, 180)
+    """
 
     density: Any
     fresh: Rows | None
@@ -90,6 +96,14 @@ def judge_rows(
 
     Raises:
         ValueError: for rows that do not fit, or lie outside the support.
+
+    Example:
+        >>> from pyro_flows.infer.density.judging import judge_rows
+        >>> flow = pf.Flow(pf.realnvp(2))  # the standard normal
+        >>> judge_rows(flow, torch.randn(200, 2), training=torch.randn(200, 2)).ok
+        True
+        >>> judge_rows(flow, 3 + torch.randn(200, 2), training=3 + torch.randn(200, 2)).ok
+        False
     """
     fresh = admitted(density, data, context, who="judge_rows")
     trained = None

@@ -54,6 +54,13 @@ class FlowMatching:
     Raises:
         ValueError: for other values.
 
+    Example:
+        >>> data = torch.randn(200, 2)
+        >>> objective = pf.infer.FlowMatching(time="logit_normal")
+        >>> fit = pf.fit_density(pf.cnf(2), data, objective=objective, steps=20)
+        >>> fit.objective
+        'flow_matching'
+
     References:
         Flow Matching for Generative Modeling (Lipman et al., 2023), arXiv:2210.02747.
         Flow Straight and Fast: Learning to Generate and Transfer Data with Rectified Flow (Liu et al., 2023),

@@ -70,6 +70,14 @@ class DensityFit:
     With flow matching, scores in the history are minus the mean squared error of the velocity per dimension, in units
     of the field's end at the data (variance 1 if standardized).  Validation uses fixed pairs and times, and picks the
     best epoch.  The attribute ``validation`` is still a log-likelihood, computed once at the end.
+
+    Example:
+        >>> x = torch.linspace(-2.0, 2.0, 300).unsqueeze(1)
+        >>> y = x.sin() + 0.1 * torch.randn(300, 1)
+        >>> fit = pf.fit_density(pf.nsf(1, context_dim=1), y, context=x, steps=20)
+        >>> lower, upper = fit.interval(0.9, context=torch.tensor([[0.5], [1.5]]))
+        >>> lower.shape
+        torch.Size([2, 1])
     """
 
     flow: Flow | Density | Ensemble
@@ -173,7 +181,8 @@ class DensityFit:
             kind = "an ensemble; ask one of its members, fit.members[0].forecast(y, horizon)"
             kind = kind if len(event) == 2 else f"one of events of shape {tuple(event)}"
             raise ValueError(
-                f"{who}: expected a fit of series (C, T) by a causal flow, such as causal_maf, or a ConvMADE, got {kind}"
+                f"{who}: expected a fit of series (C, T) by a causal flow, such as causal_maf, or a ConvMADE, got "
+                f"{kind}"
             )
         expected = expected_by(self.distribution)
         past = to_tensor(y, who, "y").to(expected.device, expected.dtype)
@@ -196,7 +205,8 @@ class DensityFit:
     def quantile(self, q: Any, context: Any = None, *, num_samples: int | None = None, seed: int = 0) -> Tensor:
         r"""The quantiles of each column by itself, shape ``(*q.shape, *context_batch, *event_shape)``.
 
-        They are those of draws, the same for the same seed: the smallest draw that at least a share :math:`q` of all
+        They are exact where the distribution has an ``icdf``: in flows of one number, and ensembles of them.  Elsewhere
+        they are those of draws, the same for the same seed: the smallest draw that at least a share :math:`q` of all
         does not exceed.  Of :math:`n` draws, the share of the density below it has the standard error
         :math:`\sqrt{q (1 - q) / n}`, which is 0.002 at 5 % of 10,000 draws.
 
@@ -218,6 +228,9 @@ class DensityFit:
             contexts = 1 if context is None else context.shape[:-1].numel()
             num_samples = min(10_000, max(1000, 10**6 // max(contexts, 1)))
         integer(who, "num_samples", num_samples)
+        exact = self._inverted(levels, context)
+        if exact is not None:
+            return exact
         with own_randomness(device, seed):
             if context is None:
                 return quantiles_of(self.sample((num_samples,)), levels)
@@ -227,6 +240,17 @@ class DensityFit:
                 draws = self.sample((num_samples,), piece).reshape(num_samples, len(piece), *event)
                 found.append(quantiles_of(draws, levels))
         return torch.cat(found, levels.dim()).reshape(levels.shape + context.shape[:-1] + event)
+
+    def _inverted(self, levels: Tensor, context: Tensor | None) -> Tensor | None:
+        """Quantiles of a single number by the inverse of its distribution function; ``None`` if that is not known."""
+        if not isinstance(self.distribution, Flow | Ensemble) or self._event_shape.numel() != 1:
+            return None
+        made: Any = self.distribution() if context is None else self.distribution(context)
+        levels = levels.to(expected_by(self.distribution).device)
+        try:
+            return made.icdf(levels.reshape(levels.shape + (1,) * len(made.batch_shape)))
+        except NotImplementedError:
+            return None
 
     def interval(
         self, level: float = 0.9, context: Any = None, *, num_samples: int | None = None, seed: int = 0

@@ -32,6 +32,13 @@ def bridged(found: Importance, guide: Tensor, posterior: Tensor, effective: floa
         posterior: those of draws of the posterior.
         effective: the effective number of these.
 
+    Example:
+        >>> from pyro_flows.infer.diagnostics.bridging import bridged
+        >>> guide, posterior = torch.zeros(1000), torch.zeros(500)  # exact up to constants
+        >>> found = pf.infer.diagnostics.importance(guide)
+        >>> abs(bridged(found, guide, posterior, 500.0).log_evidence) < 1e-6
+        True
+
     References:
         Meng, Wong: Simulating ratios of normalizing constants via a simple identity, 1996.
     """

@@ -30,6 +30,12 @@ class Calibration:
             CPU; uniform from 0 to ``num_samples`` if the inference is right.
         num_samples: the number of draws that a value is ranked among.
         level: the largest probability that right inference is not ``ok``.
+
+    Example:
+        >>> ranks = {"loc": torch.arange(200) % 100}  # uniform
+        >>> found = pf.infer.diagnostics.Calibration(ranks, num_samples=99)
+        >>> found.ok
+        True
     """
 
     ranks: dict[str, Tensor]
@@ -123,13 +129,6 @@ def simulation_based_calibration(
     a time.  Each simulation costs a fit.  With 100 simulations the test detects, nine times in ten, draws off by 0.4
     posterior standard deviations, a third too narrow or half too wide; with 1000, a third of that.
 
-    For a ``model(x, y=None)`` with a latent ``slope`` that observes ``y``::
-
-        def fit(data, seed):  # {"y": tensor}
-            return draw_posterior(model, x, **data, seed=seed)  # {"slope": shape (99,)}
-
-        simulation_based_calibration(model, fit, x, y)
-
     Args:
         model: the model, with proper priors and data sites that can draw.
         fit: a function of the data, by argument, and a seed, to nearly independent draws by site (discrete ones may be
@@ -148,6 +147,15 @@ def simulation_based_calibration(
         ValueError: if the model has no data, an improper prior, a ``pyro.factor``, a scaled or subsampled site, or a
             data site without an argument; or if the fit does not return draws of the latents.
         RuntimeError: if a fit fails; names the simulation and its seed.
+
+    Example:
+        >>> def model(y):
+        ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...     pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+        >>> def fit(data, seed):  # draws of the exact posterior
+        ...     return {"z": data["y"] / 2 + 0.5**0.5 * torch.randn(99)}
+        >>> pf.infer.simulation_based_calibration(model, fit, torch.tensor(0.0)).ok
+        True
 
     References:
         Validating Bayesian Inference Algorithms with Simulation-Based Calibration (Talts et al., 2018),

@@ -74,6 +74,12 @@ class DensityChecks:
         notes: what was left out, and why.
         repeated: values that many rows share, in words.
         seed: the seed of what is random, which the rows determine.
+
+    Example:
+        >>> fit = pf.fit_density(pf.realnvp(2), torch.randn(300, 2), max_epochs=2)
+        >>> checks = fit.verdict.checks
+        >>> checks.scores.shape, checks.ranks.shape  # 30 rows, 2 columns and the density
+        (torch.Size([30]), torch.Size([30, 3]))
     """
 
     scores: Tensor
@@ -126,6 +132,11 @@ class DensityVerdict:
         unexplained: the numbers, in the data given, of judged rows that score too little for draws.
         unexplained_training: the same of training rows.
         checks: the numbers by row.
+
+    Example:
+        >>> fit = pf.fit_density(pf.realnvp(2), torch.randn(300, 2), max_epochs=2)
+        >>> fit.verdict.unexplained  # rows that score too little
+        []
     """
 
     label: str
@@ -174,6 +185,12 @@ def judge_density(
         seen: whether these are training rows.
         stopped: what ended the training.
         remedy: how more rows can be judged; by default by folds.
+
+    Example:
+        >>> fit = pf.fit_density(pf.realnvp(2), torch.randn(300, 2), max_epochs=2)
+        >>> verdict = pf.infer.diagnostics.densities.judge_density(fit.verdict.checks)
+        >>> verdict.numbers["rows"]
+        30.0
 
     References:
         Simulation-Based Calibration Checking for Bayesian Computation: The Choice of Test Quantities Shapes Sensitivity
@@ -350,6 +367,12 @@ def tail_chance(scores: Tensor, draws: Tensor) -> Tensor:
     Args:
         scores: shape ``(rows,)``.
         draws: scores of draws, any shape.
+
+    Example:
+        >>> scores = torch.tensor([0.0, -100.0])
+        >>> chance = pf.infer.diagnostics.densities.tail_chance(scores, torch.randn(1000))
+        >>> bool(chance[0] > 0.4), bool(chance[1] < 1e-6)
+        (True, True)
 
     References:
         Pareto Smoothed Importance Sampling (Vehtari et al., 2015), for the number of draws, arXiv:1507.02646.

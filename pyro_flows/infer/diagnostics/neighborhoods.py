@@ -25,6 +25,11 @@ def neighborhoods(context: Tensor) -> Tensor:
 
     Args:
         context: shape ``(rows, context_dim)``.
+
+    Example:
+        >>> from pyro_flows.infer.diagnostics.neighborhoods import neighborhoods
+        >>> neighborhoods(torch.randn(200, 2)).bincount().tolist()
+        [25, 25, 25, 25, 25, 25, 25, 25]
     """
     scores = normal_scores(context)
     found = [torch.arange(len(scores))]
@@ -60,6 +65,13 @@ def local_pvalues(places: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         p-values, shape ``(scalars,)``, and the normals, shape ``(neighborhoods, scalars, 2)``: positive ones where
         places lie too high, and too far out.
+
+    Example:
+        >>> from pyro_flows.infer.diagnostics import neighborhoods
+        >>> numbers = neighborhoods.neighborhoods(torch.randn(200, 1))
+        >>> pvalues, normals = neighborhoods.local_pvalues(torch.rand(200, 3), numbers)
+        >>> pvalues.shape, normals.shape
+        (torch.Size([3]), torch.Size([8, 3, 2]))
     """
     scores = []
     for k in range(int(numbers.max()) + 1):

@@ -27,7 +27,17 @@ TOSSES = 10  # chains there that are no chance: as many of the highest are on on
 
 @dataclass(frozen=True)
 class ChainDraws:
-    """Draws of the posterior by Markov chains, in place of those of a guide."""
+    """Draws of the posterior by Markov chains, in place of those of a guide.
+
+    Example:
+        >>> def model(y):
+        ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...     pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+        >>> fit = pf.fit_guide(model, torch.tensor(2.0), steps=20)
+        >>> chains = fit.nuts(num_samples=20, warmup_steps=10, num_chains=2).chains
+        >>> chains.draws.shape  # unconstrained
+        torch.Size([2, 20, 1])
+    """
 
     draws: Tensor
     """Unconstrained, ``(chains, kept, D)``."""
@@ -47,7 +57,14 @@ class ChainDraws:
 
 @dataclass(frozen=True)
 class Settling:
-    """What chains show of whether they have settled; all maxima over scalars."""
+    """What chains show of whether they have settled; all maxima over scalars.
+
+    Example:
+        >>> from pyro_flows.infer.diagnostics.settling import settling
+        >>> found = settling(torch.randn(256, 32, 2), torch.randn(256, 2))
+        >>> found.rhat < 1.01, found.effective > 1000
+        (True, True)
+    """
 
     rhat: float
     """R-hat, nested if there are many chains."""
@@ -75,7 +92,14 @@ class Settling:
 
 @dataclass(frozen=True)
 class Apart:
-    """How far chains that began elsewhere end from the others."""
+    """How far chains that began elsewhere end from the others.
+
+    Example:
+        >>> from pyro_flows.infer.diagnostics.settling import compare_walks
+        >>> states, weights = torch.randn(2, 128, 32, 2), torch.zeros(128, 32)
+        >>> compare_walks(states[0], weights, states[1], weights).differs
+        False
+    """
 
     gap: float
     """The largest difference of a mean, in standard deviations."""
@@ -126,6 +150,11 @@ def nested_rhat(states: Tensor, first: Tensor) -> Tensor:
         states: ``(chains, kept, K)``.
         first: the values at which the chains began, ``(chains, K)``.
 
+    Example:
+        >>> from pyro_flows.infer.diagnostics.settling import nested_rhat
+        >>> nested_rhat(torch.randn(256, 32, 2), torch.randn(256, 2)).shape
+        torch.Size([2])
+
     References:
         Nested R-hat: Assessing the convergence of MCMC when running many short chains (Margossian et al., 2021),
         arXiv:2110.13017.
@@ -156,6 +185,14 @@ def settling(states: Tensor, first: Tensor | None = None) -> Settling:
     Args:
         states: ``(chains, kept, K)``, ``kept`` at least 4.
         first: where many short chains began, ``(chains, K)``.  Without it, R-hat is the usual one, of halves of chains.
+
+    Example:
+        >>> from pyro_flows.infer.diagnostics.settling import settling
+        >>> started, states = torch.randn(256, 2), torch.randn(256, 32, 2)
+        >>> fresh = settling(states, started)
+        >>> remembering = settling(states + 0.5 * started.unsqueeze(1), started)
+        >>> fresh.ok, remembering.ok
+        (True, False)
 
     References:
         Rank-normalization, folding, and localization: An improved R-hat (Vehtari et al., 2019), arXiv:1903.08008.
@@ -205,7 +242,14 @@ def _steps_between(scores: Tensor) -> Tensor:
 
 
 def compare_walks(states: Tensor, log_weights: Tensor, other: Tensor, other_weights: Tensor) -> Apart:
-    """Compares chains with others that began elsewhere, ``(chains, kept, K)`` each, and their log-weights."""
+    """Compares chains with others that began elsewhere, ``(chains, kept, K)`` each, and their log-weights.
+
+    Example:
+        >>> from pyro_flows.infer.diagnostics.settling import compare_walks
+        >>> states, weights = torch.randn(128, 32, 2), torch.zeros(128, 32)
+        >>> compare_walks(states, weights, 1 + torch.randn(128, 32, 2), weights).differs
+        True
+    """
     own, others = _scores(states), _scores(other, states)
     gap = (others.mean((0, 1)) - own.mean((0, 1))).abs()
     error = (others.mean(1).var(0) / len(others) + own.mean(1).var(0) / len(own)).sqrt()
@@ -236,6 +280,15 @@ def judge_chains(
         stopped: why the chains ended early, if they did.
         modes: the number of modes known.
         ended: whether the ridges along which chains jump were followed to their ends.
+
+    Example:
+        >>> from pyro_flows.infer.diagnostics import settling
+        >>> states, zeros = torch.randn(256, 32, 2), torch.zeros(256, 32)
+        >>> found = settling.settling(states, torch.randn(256, 2))
+        >>> chains = settling.ChainDraws(
+        ...     states, zeros, zeros, found.effective, found.rhat, divergences=0, method="")
+        >>> settling.judge_chains(found, chains).label
+        'good'
     """
     many, kept = chains.draws.shape[:2]
     nested = "nested " if chains.method == "refine" else ""

@@ -26,6 +26,12 @@ class TwoSample:
         pvalue: the permutation p-value; small if rows and draws differ.
         auc: the probability that the classifier picks the row out of a row and one of its draws, in groups that it was
             not fitted to; a half if they do not differ.
+
+    Example:
+        >>> rows, draws = 1 + torch.randn(200, 2), torch.randn(10, 200, 2)
+        >>> found = pf.infer.diagnostics.two_sample.classify(rows, draws)
+        >>> found.auc > 0.7
+        True
     """
 
     pvalue: float
@@ -54,6 +60,11 @@ def classify(rows: Tensor, draws: Tensor, seed: int = 0) -> TwoSample:
         rows: shape ``(n, columns)``; contexts and log-densities may be among the columns.
         draws: shape ``(L, n, columns)``.
         seed: the seed of permutations, folds and principal components.
+
+    Example:
+        >>> rows, draws = torch.randn(200, 2), torch.randn(10, 200, 2)
+        >>> pf.infer.diagnostics.two_sample.classify(rows + 1, draws).pvalue
+        0.002
 
     References:
         Revisiting Classifier Two-Sample Tests (Lopez-Paz & Oquab, 2016), arXiv:1610.06545.

@@ -103,6 +103,12 @@ class Verdict:
             ``"good, tails uncertain"``.
         text: the numbers, their meaning, and the next step.
         numbers: the numbers by name.
+
+    Example:
+        >>> weights = pf.infer.diagnostics.importance(0.01 * torch.randn(5000))
+        >>> verdict = pf.infer.diagnostics.judge(weights)
+        >>> verdict.label, verdict.ok
+        ('good', True)
     """
 
     label: str
@@ -133,6 +139,10 @@ def widening(input_dim: int) -> float:
     r"""The factor :math:`1 + 0.7 / \sqrt D` that widens a guide's base for :func:`judge` to check tails.
 
     For an exact guide, about half of the wider draws are effective in any dimension.
+
+    Example:
+        >>> [round(pf.infer.diagnostics.widening(n), 2) for n in (1, 100)]
+        [1.7, 1.07]
     """
     return 1 + 0.7 / math.sqrt(integer("widening", "input_dim", input_dim))
 
@@ -182,6 +192,12 @@ def judge(
         minibatch: whether subsampled data make the weights noisy.
         failures: draws without a log density, beyond those in ``found``.
         asked: the number of draws wanted, if time may have run out.
+
+    Example:
+        >>> weights = pf.infer.diagnostics.importance(3 * torch.randn(5000))
+        >>> verdict = pf.infer.diagnostics.judge(weights)
+        >>> verdict.ok
+        False
 
     References:
         Yes, but Did It Work?: Evaluating Variational Inference (Yao et al., 2018), arXiv:1802.02538; Pareto Smoothed

@@ -24,7 +24,16 @@ CERTAIN = 4.5  # standard errors of a shift, of some hundreds of means, that is 
 
 @dataclass(frozen=True)
 class Walk:
-    """What :func:`walk_draws` saw."""
+    """What :func:`walk_draws` saw.
+
+    Example:
+        >>> posterior = dist.Normal(torch.zeros(2), 1.0).to_event(1)
+        >>> target = pf.infer.chains.BaseDensity(pf.Flow(pf.iaf(2)), posterior.log_prob)
+        >>> u, log_weights = torch.randn(500, 2), torch.zeros(500)  # of an exact guide
+        >>> walk = pf.infer.diagnostics.walk_draws(target, u, log_weights, num_walkers=64)
+        >>> walk.shift, walk.above
+        (0.0, 0.0)
+    """
 
     log_weights: Tensor
     """Log-weights of the walkers at the end, float64 on the CPU, ``(S,)``."""
@@ -72,6 +81,14 @@ def walk_draws(
 
     Raises:
         ValueError: if shapes do not fit, or no weight is positive.
+
+    Example:
+        >>> posterior = dist.Normal(torch.zeros(2), 1.0).to_event(1)
+        >>> target = pf.infer.chains.BaseDensity(pf.Flow(pf.iaf(2)), posterior.log_prob)
+        >>> u, log_weights = torch.randn(500, 2), torch.zeros(500)  # of an exact guide
+        >>> walk = pf.infer.diagnostics.walk_draws(target, u, log_weights, num_walkers=64)
+        >>> walk.above  # the share of walkers that found a larger weight
+        0.0
 
     References:
         The idea of moving particles after resampling is that of resample-move (Gilks, Berzuini, 2001); the base as the

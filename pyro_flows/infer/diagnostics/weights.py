@@ -30,6 +30,11 @@ class Smoothed:
         log_weights: shape ``(n,)``, float64; their exponentials sum to 1.
         khat: tail index; infinite for a tail below five draws, minus infinity if the largest weights are equal.
         tail: share of all weight in the tail's excess over its threshold.
+
+    Example:
+        >>> smoothed = pf.infer.diagnostics.pareto_smoothed(torch.randn(1000))
+        >>> round(smoothed.log_weights.exp().sum().item(), 6)
+        1.0
     """
 
     log_weights: Tensor
@@ -62,6 +67,11 @@ class Importance:
         num_samples: draws, failures included.
         failures: weights of NaN or plus infinity.
         zeros: weights of zero.
+
+    Example:
+        >>> found = pf.infer.diagnostics.importance(0.1 * torch.randn(5000))
+        >>> found.ess > 0.9, found.failures
+        (True, 0)
     """
 
     khat: float
@@ -125,6 +135,12 @@ def pareto_smoothed(log_weights: Tensor) -> Smoothed:
     Raises:
         ValueError: if the shape does not fit, or no weight is positive.
 
+    Example:
+        >>> log_weights = 2 * torch.randn(1000)
+        >>> smoothed = pf.infer.diagnostics.pareto_smoothed(log_weights)
+        >>> smoothed.log_weights.shape
+        torch.Size([1000])
+
     References:
         Pareto Smoothed Importance Sampling (Vehtari et al., 2015), arXiv:1507.02646.
     """
@@ -132,7 +148,15 @@ def pareto_smoothed(log_weights: Tensor) -> Smoothed:
 
 
 def tail_index(log_values: Tensor) -> float:
-    """Computes the index of :func:`pareto_smoothed` for logarithms of numbers; infinite if none is positive."""
+    """Computes the index of :func:`pareto_smoothed` for logarithms of numbers; infinite if none is positive.
+
+    Example:
+        >>> from pyro_flows.infer.diagnostics.weights import tail_index
+        >>> exponential = torch.rand(4000).log().neg()
+        >>> light, heavy = tail_index(exponential.log()), tail_index(exponential)
+        >>> light < 0.5 < heavy  # 0 and 1, up to noise
+        True
+    """
     values, _ = _usable(log_values, "tail_index")
     top = values.max()
     return _smooth(values - top).khat if top > -math.inf else math.inf
@@ -211,6 +235,13 @@ def importance(log_weights: Tensor, *, iw_samples: int = 10) -> Importance:
     Raises:
         ValueError: if a shape or number does not fit.
 
+    Example:
+        >>> guide, posterior = dist.Normal(0.0, 1.1), dist.Normal(0.0, 1.0)
+        >>> draws = guide.sample((5000,))
+        >>> log_weights = posterior.log_prob(draws) - guide.log_prob(draws)
+        >>> pf.infer.diagnostics.importance(log_weights).ess > 0.9
+        True
+
     References:
         Pareto Smoothed Importance Sampling (Vehtari et al., 2015), arXiv:1507.02646; Importance Weighted Autoencoders
         (Burda et al., 2015), arXiv:1509.00519.
@@ -287,6 +318,11 @@ def resample(
 
     Raises:
         ValueError: if shapes or numbers do not fit, or no weight is positive.
+
+    Example:
+        >>> draws, log_weights = torch.randn(1000, 2), torch.randn(1000)
+        >>> pf.infer.diagnostics.resample(draws, log_weights, 100).shape
+        torch.Size([100, 2])
     """
     n = integer("resample", "num_samples", num_samples)
     values = _shifted(log_weights, "resample")

@@ -21,6 +21,7 @@ from pyro_flows.infer.diagnostics import (
     walk_draws,
     widening,
 )
+from pyro_flows.infer.guides.modes import ModesBase
 from pyro_flows.infer.guides.posterior import spline_of
 from pyro_flows.infer.machine.pace import Pace, pace_of
 from pyro_flows.infer.models.joint import FAILURES
@@ -29,7 +30,7 @@ from pyro_flows.infer.search.climb import LogDensity
 from pyro_flows.infer.search.conditionals import probe_behind
 from pyro_flows.infer.search.probe import ModeProbe, nothing_found
 
-__all__ = ["Assessment", "assess", "weigh"]
+__all__ = ["Assessment", "assess", "scores", "weigh"]
 
 CHUNK = 1000
 DRAWS = 10_000
@@ -39,12 +40,22 @@ WALKERS, MOVES = (512, 256, 128), 30
 SEVERAL_MOVES, LEAPS = 6, 6  # the fewest moves of a walk, and the evaluations of a move
 SEARCHING = 0.6  # part of the time after the draws
 CONSTANT = 0.02  # spread of log-weights
-STARTS, ROUNDS = (64, 128), (16, 128)  # of a search, and of candidates for far starts; of a thorough one
+STARTS = 64, 128  # of a search, and of a thorough one
+ROUNDS = 16, 1024  # of candidates for its starts, and if time ends them
 
 
 @dataclass(frozen=True)
 class Assessment:
-    """Draws of a flow, their densities under model and flow, and the verdict."""
+    """Draws of a flow, their densities under model and flow, and the verdict.
+
+    Example:
+        >>> def model(y):
+        ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...     pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+        >>> fit = pf.fit_guide(model, torch.tensor(2.0), steps=20)
+        >>> fit.assessment.draws.shape
+        torch.Size([10000, 1])
+    """
 
     draws: Tensor
     """Unconstrained, ``(n, D)``."""
@@ -86,18 +97,26 @@ def _weigh(
     left = num_samples
     while left > 0 and (not parts or time.monotonic() < deadline):
         count = min(CHUNK, left)
-        x = flow.base().sample((count,))
-        z, ladj = flow.chain.forward_and_ladj(x * scale)
-        log_q = flow.base().log_prob(x) - x.shape[-1] * math.log(scale) - ladj
-        log_p = _scores(density, z, deadline)
+        if isinstance(flow.base, ModesBase):
+            base = flow.base(scale)
+            x = base.sample((count,))
+            log_base = base.log_prob(x)
+        else:
+            x = flow.base().sample((count,))
+            log_base = flow.base().log_prob(x) - x.shape[-1] * math.log(scale)
+            x = x * scale
+        z, ladj = flow.chain.forward_and_ladj(x)
+        log_q = log_base - ladj
+        log_p = scores(density, z, deadline)
         count = len(log_p)
-        parts.append((x[:count] * scale, z[:count], log_p.to(z.dtype), log_q[:count]))
+        parts.append((x[:count], z[:count], log_p.to(z.dtype), log_q[:count]))
         left -= CHUNK
     x, z, log_p, log_q = (torch.cat(part) for part in zip(*parts, strict=True))
     return x, z, log_p, log_q
 
 
-def _scores(density: LogDensity, z: Tensor, deadline: float) -> Tensor:
+def scores(density: LogDensity, z: Tensor, deadline: float) -> Tensor:
+    """Returns log-densities of points ``(S, D)``, NaN where the model raises; after a deadline, of fewer."""
     pace = pace_of(density) or Pace()
     parts: list[Tensor] = []
     first, alone = 0, 0  # rows up to ``alone`` go one at a time
@@ -165,7 +184,7 @@ def assess(
             log_evidence=found.log_evidence,
             log_weights=log_weights[fine],
             num_starts=STARTS[thorough],
-            num_rounds=ROUNDS[thorough],
+            num_rounds=ROUNDS[left < math.inf],
             known=known,
             generator=generator,
             seconds=None if left == math.inf else left,
@@ -175,6 +194,8 @@ def assess(
         if seconds == math.inf or probe.missing_share > 0 or not probe.complete:
             break
     left = min(begin + seconds - time.monotonic(), walk_seconds)
+    if probe is not None and probe.missing_share > 0 and seconds < math.inf:
+        left = 0.0  # time to add the modes says more
     walked = _walk(flow, density, x[fine], log_weights[fine], pace, left, walk_evaluations, generator)
     verdict = judge(found, probe, moments=moments, wide=wide, walk=walked, asked=num_samples)
     return Assessment(z, log_p, log_q, found, probe, walked, verdict)

@@ -6,17 +6,20 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Generator, Tensor
 
 from pyro_flows.infer.diagnostics import importance
-from pyro_flows.infer.guides.assessment import FEWEST, ROUNDS, SEARCHED, weigh
+from pyro_flows.infer.guides.assessment import FEWEST, ROUNDS, SEARCHED, scores, weigh
 from pyro_flows.infer.guides.auto import AutoFlow
+from pyro_flows.infer.guides.cover import mixture_draws
 from pyro_flows.infer.guides.posterior import affine_of, preconditioner_of, spline_of
 from pyro_flows.infer.machine.budget import Budget
 from pyro_flows.infer.machine.pace import FLAT, rows_at_once
 from pyro_flows.infer.models.joint import FAILURES, JointDensity
+from pyro_flows.infer.search.climb import LogDensity
 from pyro_flows.infer.search.conditionals import probe_behind
 from pyro_flows.infer.search.probe import ModeProbe
 
@@ -160,20 +163,37 @@ def several_modes(
     count = min(max(256, 4 * len(initial)), 1200) if density.many_at_once else 64  # enough for a covariance
     z, log_p, log_q = weigh(start, density, count, math.inf if budget.seconds is None else end)
     found = importance(log_p - log_q)
-    seconds = end - time.monotonic()
-    if not math.isfinite(found.log_evidence) or len(z) < 2 or seconds <= 0:
+    if not math.isfinite(found.log_evidence) or len(z) < 2:
         return None
     fine = z.isfinite().all(-1)
-    return probe_behind(
-        spline_of(guide.flow),
-        density,
-        start.log_prob,
-        z[fine],
-        initial,
-        log_evidence=found.log_evidence,
-        log_weights=(log_p - log_q)[fine],
-        num_starts=32 if density.many_at_once else 8,
-        num_rounds=ROUNDS[0],
-        generator=generator,
-        seconds=None if seconds == math.inf else seconds,
-    )
+    z, weights, evidence = z[fine], (log_p - log_q)[fine], found.log_evidence
+    log_q_of: LogDensity = start.log_prob
+    probe, before = None, 0.0
+    for _ in range(2):
+        seconds = end - time.monotonic()
+        if seconds <= 0:
+            break
+        probe = probe_behind(
+            spline_of(guide.flow),
+            density,
+            log_q_of,
+            z,
+            initial,
+            log_evidence=evidence,
+            log_weights=weights,
+            num_starts=32 if density.many_at_once else 8,
+            num_rounds=ROUNDS[budget.seconds is not None],
+            known=probe,
+            generator=generator,
+            seconds=None if budget.seconds is None else seconds,
+        )
+        before = 1 - (1 - before) * (1 - probe.missing_share)
+        if probe.missing_share <= SEVERAL or before > probe.missing_share:
+            break
+        # Narrow modes hide behind wide ones that the start misses: another look, from the Gaussians on all of them.
+        z, mixture = mixture_draws(probe, count, generator)
+        log_q_of, evidence = mixture.log_prob, evidence - math.log1p(-probe.missing_share)
+        log_p = scores(density, z, math.inf if budget.seconds is None else end)
+        z = z[: len(log_p)]
+        weights = log_p - log_q_of(z)
+    return None if probe is None else replace(probe, missing_share=before)

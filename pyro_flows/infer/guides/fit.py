@@ -32,8 +32,9 @@ from pyro_flows.infer.guides.choices import (
     start_weights,
     start_within,
 )
-from pyro_flows.infer.guides.cover import cover_modes
+from pyro_flows.infer.guides.cover import add_modes, cover_modes
 from pyro_flows.infer.guides.loop import CHECKPOINT, GuideTraining, History
+from pyro_flows.infer.guides.modes import with_base_of
 from pyro_flows.infer.guides.posterior import spline_of, with_spline
 from pyro_flows.infer.guides.refusals import guide_of, refuse_random, refuse_unobserved
 from pyro_flows.infer.guides.result import GuideFit
@@ -60,9 +61,10 @@ SETTINGS = ("dependencies", "num_particles", "path_gradient", "tempering", "star
 STARTING = 0.2  # share of the seconds for the start
 WALKING = 0.08  # most share of the seconds for a walk of the weighted draws
 WALK_EVALUATIONS = 0.3  # the same of evaluations, which take less than those of training
-SEARCHING_ON = 0.15  # most share of the seconds for the last search
+SEARCHING_ON = 0.25  # most share of the seconds for the last search
 RESTARTS = 3  # from modes that were found after training
 ANEW, COVERING = 0.2, 0.2  # least share of the seconds left for another training; the part of it for its start
+ADDING, REJUDGING = 0.05, 0.5  # the same for modes that are only added; the part of it for another verdict
 DEFAULT_STEPS = 4000
 SECONDS_BETWEEN_FILES = 30.0  # the most between checkpoints
 
@@ -141,6 +143,17 @@ def fit_guide(
             or of another fit.
         OSError: if the checkpoint cannot be written, e.g. because the disk is full; the old one is unchanged.
 
+    Example:
+        >>> def model(y):
+        ...     loc = pyro.sample("loc", dist.Normal(0.0, 10.0))
+        ...     with pyro.plate("rows", len(y)):
+        ...         pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
+        >>> fit = pf.fit_guide(model, torch.tensor([1.0, 2.0, 3.0]), steps=20)
+        >>> fit.verdict.label
+        'good'
+        >>> fit.sample(100)["loc"].shape
+        torch.Size([100])
+
     References:
         Advances in Black-Box VI (Agrawal, Sheldon & Domke, 2020), arXiv:2006.10343; Sticking the Landing (Roeder et
         al., 2017), arXiv:1703.09194; Pathfinder (Zhang et al., 2022), arXiv:2108.03782; Yes, but Did It Work? (Yao et
@@ -184,7 +197,7 @@ def fit_guide(
         identity |= {
             "latents": {site.name: f"{tuple(site.shape)} {site.dtype} on {site.support!r}" for site in guide.latents},
             "parameters": checksums((), guide.model_parameters),
-            "architecture": architecture_of(guide.flow),
+            "architecture": architecture_of(guide.flow.chain),  # modes may be added to the base
         }
         if known is not None:
             CHECKPOINT.refuse_other(checkpoint, known, identity)
@@ -239,42 +252,54 @@ def fit_guide(
             if begun.covered is not None and assessment.verdict.label == MODES:
                 assessment = _fit_to_mixture(guide, begun, budget, begun.covered) or assessment
             probe = assessment.probe
-            late = budget.seconds is not None and budget.left() < ANEW * budget.seconds
+            least = ANEW if guide.structure is not None else ADDING
+            late = budget.seconds is not None and budget.left() < least * budget.seconds
             stay = training.halted or late or guide.start == "prior" or assessment.verdict.label != MODES
             if times == RESTARTS or probe is None or stay:
                 break
-            bar.say("starting anew from all modes")
+            bar.say("adding modes")
             _cover(guide, begun, budget, probe)
             training = trainer().after(training)
         begun.evaluations = int(processes.total(guide.start_evaluations + begun.density.evaluations)[0])
     return _result(guide, begun, training, assessment)
 
 
+def _load(guide: AutoFlow, state: dict[str, Tensor]) -> None:
+    """Loads a state of the flow, of before or after it covered several modes."""
+    guide.flow = with_base_of(state, "base.", guide.flow)
+    guide.flow.load_state_dict(state)
+
+
 def _cover(guide: AutoFlow, begun: _Begun, budget: Budget, probe: ModeProbe) -> None:
-    """Fits the flow, as it was before any training, to a mixture of Gaussians on all modes known."""
+    """Adds the modes that a guide misses; or begins it anew, from a mixture of Gaussians on all modes known."""
 
-    def covered() -> tuple[int, dict[str, Tensor], Tensor]:
-        guide.flow.load_state_dict(begun.blank)
-        limit = None if budget.seconds is None else COVERING * budget.left()
-        found = cover_modes(guide.flow, probe, begun.generator, limit)
-        return found, copy.deepcopy(guide.flow.state_dict()), begun.generator.get_state()
+    def covered() -> tuple[str, dict[str, Tensor], Tensor]:
+        added = add_modes(guide, probe)
+        note = f"a later search found other modes: {added} of them were added to the guide"
+        if not added:
+            _load(guide, begun.blank)
+            limit = None if budget.seconds is None else COVERING * budget.left()
+            found = cover_modes(guide, begun.density, probe, begun.generator, limit)
+            note = f"a later search found other modes: training began anew, from {found} modes"
+        return note, copy.deepcopy(guide.flow.state_dict()), begun.generator.get_state()
 
-    found, begun.covered, random = processes.from_first(covered)
-    guide.flow.load_state_dict(begun.covered)
+    note, begun.covered, random = processes.from_first(covered)
+    _load(guide, begun.covered)
     begun.generator.set_state(random)
     begun.modes = probe
-    begun.notes.append(f"a later search found other modes: training began anew, from {found} modes")
+    begun.notes.append(note)
+    budget.keep = min(budget.keep, REJUDGING * budget.left())
     budget.begin()
 
 
 def _fit_to_mixture(guide: AutoFlow, begun: _Begun, budget: Budget, covered: dict[str, Tensor]) -> Assessment | None:
     """Returns to the fit to the mixture if that has the modes which training lost."""
     before = copy.deepcopy(guide)
-    before.flow.load_state_dict(covered)
+    _load(before, covered)
     other = _assess(before, begun, budget)
     if other.verdict.label == MODES or other.importance.ess < 0.1:
         return None
-    guide.flow.load_state_dict(covered)
+    _load(guide, covered)
     begun.notes.append("training lost a mode, so the guide is the fit to the mixture of Gaussians")
     return other
 
@@ -342,7 +367,7 @@ def _begin(guide: AutoFlow, args: tuple[object, ...], kwargs: dict[str, object],
         enough = several is not None and (guide.structure is None or int((several.share > SEVERAL).sum()) > 1)
         if several is not None and enough and several.missing_share > SEVERAL:
             limit = None if budget.seconds is None else SEARCHING * budget.seconds
-            found = cover_modes(guide.flow, several, generator, limit)
+            found = cover_modes(guide, density, several, generator, limit)
             notes.append(f"the start covers {found} modes, by a mixture of Gaussians")
             covered = copy.deepcopy(guide.flow.state_dict())
         elif several is not None and moved_to_mode(guide, density, several):
@@ -357,6 +382,8 @@ def _begin(guide: AutoFlow, args: tuple[object, ...], kwargs: dict[str, object],
     generator = Generator()
     generator.set_state(found["random"])
     begun = _Begun(density, initial, generator=generator, blank=blank, **found["begun"])
+    if begun.covered is not None:  # by the first of several processes
+        _load(guide, begun.covered)
     budget.keep, budget.step_seconds = begun.keep, found["step_seconds"]
     budget.begin()
     return begun
@@ -380,6 +407,8 @@ def _begin_again(
     if state["knots"] is not None:
         spline = FixedSpline(guide.latents.dim, **state["knots"])
         guide.flow = with_spline(guide.flow, spline.to(guide.initial.device))
+    if state["covered"] is not None:
+        guide.flow = with_base_of(state["covered"], "base.", guide.flow)
     guide.vectorized = None if density.vectorized else False
     guide.latents.max_plate_nesting = state["nesting"]
     guide.initial = state["initial"].to(guide.initial)

@@ -56,6 +56,8 @@ EVEN = 1.5  # spread of log-weights below which this divergence counts
 HEAVIEST = 10.0  # largest weight of a draw, in units of the mean
 CLIP = 10.0  # largest norm of a gradient
 EXACT = 0.02  # spread of log-weights at which training stops
+NEARLY, EARLY = 0.2, 0.5  # spread of log-weights that needs little more training, if it comes before this part of it
+LEFT = 0.3  # share of the time that is then left to search for modes
 PATIENCE = 25  # consecutive steps
 LOOK = 50  # steps per mean compared with others
 WARMED = 10  # steps of a kind after which their time is known
@@ -73,6 +75,14 @@ class History:
         seconds: the wall time since the fit began.
         weight: the posterior's weight under tempering, else 1.
         failures: the number of draws whose density was not finite or could not be computed.
+
+    Example:
+        >>> def model(y):
+        ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...     pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+        >>> fit = pf.fit_guide(model, torch.tensor(2.0), steps=20)
+        >>> len(fit.history.elbo), fit.history.phase[0]
+        (20, 'affine')
     """
 
     elbo: list[float] = field(default_factory=list)
@@ -248,6 +258,7 @@ class GuideTraining(TrainingLoop):
             if self._window >= LOOK and self.history.weight[-1] == 1.0:
                 self._window = 0
                 self._remember()
+                self._leave_time(name)
             self.keep(self.budget.done)
             if self.report is not None:
                 self.report(self.history)
@@ -263,6 +274,12 @@ class GuideTraining(TrainingLoop):
             recent = [value for value in getattr(self.history, name)[-LOOK:] if math.isfinite(value)]
             found[name] = sum(recent) / len(recent) if recent else math.nan
         return {"step": len(self.history), **found}
+
+    def _leave_time(self, name: str) -> None:
+        """Leaves more of the time for the verdict's search if the weights are nearly even."""
+        budget, recent = self.budget, self.history.spread[-LOOK:]
+        if name == "flow" and budget.seconds is not None and budget.fraction < EARLY and sum(recent) < NEARLY * LOOK:
+            budget.keep = max(budget.keep, LEFT * budget.seconds)
 
     def _emphatic(self, name: str, weight: float) -> bool:
         return self.path_gradient and name == "flow" and weight == 1.0 and not self.covering

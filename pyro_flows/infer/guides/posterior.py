@@ -161,6 +161,13 @@ class PathPosterior(FlowDistribution):
         linear: whether the bound is linear in this log-density, as ``TraceEnum_ELBO`` is, so that
             ``score_parts(...).log_prob`` can use the path gradient too.
 
+    Example:
+        >>> base, chain = dist.Normal(torch.zeros(2), 1.0).to_event(1), pf.iaf(2)
+        >>> posterior = pf.infer.guides.PathPosterior(base, [chain])
+        >>> z = posterior.rsample((5,))
+        >>> posterior.log_prob(z).shape
+        torch.Size([5])
+
     References:
         Sticking the Landing (Roeder et al., 2017), arXiv:1703.09194.
         Doubly Reparameterized Gradient Estimators (Tucker et al., 2019), arXiv:1810.04152.

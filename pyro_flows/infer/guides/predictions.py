@@ -19,7 +19,7 @@ from pyro_flows.infer.models.enumeration import pointwise
 from pyro_flows.infer.models.joint import JointDensity
 from pyro_flows.infer.models.sites import COMPUTED, DATA, DRAWN, FACTOR, LATENT, Model, Site
 
-__all__ = ["computed", "log_likelihoods", "observed", "redrawn", "seen", "to_redraw"]
+__all__ = ["computed", "groups", "log_likelihoods", "observed", "redrawn", "seen", "to_redraw"]
 
 PLATE = "_draws_at_once"
 AT_ONCE = 1000
@@ -112,6 +112,30 @@ def to_redraw(density: JointDensity, z: Tensor, redraw: str | Sequence[str] | No
     ends = [name for name in data if not below[name] - {name}]
     # In-place operations and NumPy leave no trace.
     return ends if len(ends) > TRIED else [name for name in ends if not _moves_others(density, z, sites, name)]
+
+
+def groups(
+    density: JointDensity,
+    z: Tensor,
+    extra: set[str],
+    redraw: str | Sequence[str] | None,
+    *,
+    predictive: bool,
+    likelihood: bool,
+) -> dict[str, Values]:
+    """Makes ArviZ's groups beside the posterior, which has the sites of ``extra``."""
+    data = observed(density, z)
+    found = {"observed_data": {name: seen(site.value, site) for name, site in data.items()}}
+    if predictive:
+        names = to_redraw(density, z, redraw)
+        found["posterior_predictive"] = {
+            name: seen(value, data[name]) if name in data else value
+            for name, value in redrawn(density, z, names).items()
+            if name not in (extra | data.keys()) - set(names)
+        }
+    if likelihood:
+        found["log_likelihood"] = log_likelihoods(density, z)
+    return found
 
 
 def _moves_others(density: JointDensity, z: Tensor, sites: dict[str, Site], name: str) -> bool:

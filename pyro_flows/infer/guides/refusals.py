@@ -1,4 +1,4 @@
-"""Refuses arguments and models for ``fit_guide``."""
+"""Refuses arguments and models for ``fit_guide``, and fits for chains."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pyro_flows.infer.guides.auto import AutoFlow
 from pyro_flows.infer.models.joint import JointDensity
 from pyro_flows.infer.models.sites import Model
 
-__all__ = ["guide_of", "refuse_random", "refuse_unobserved"]
+__all__ = ["guide_of", "refuse_random", "refuse_unobserved", "walkable"]
 
 RESERVED = ("seconds", "steps", "progress", "checkpoint", "checkpoint_every", "resume", "fit_prior", "compile")
 
@@ -77,3 +77,18 @@ def refuse_random(guide: AutoFlow, density: JointDensity, initial: Tensor) -> No
             "discrete sites hidden by poutine.block around the model are summed out, those hidden within it are not: "
             "leave them to fit_guide"
         )
+
+
+def walkable(name: str, guide: AutoFlow | None, density: JointDensity | None) -> tuple[AutoFlow, JointDensity]:
+    """Returns a fit's guide and density; refuses one without its model, or that sees part of its data in each run."""
+    if guide is None or density is None:
+        raise ValueError(
+            f"{name}: this fit was loaded without its model, so chains have no density; fit the guide again, or "
+            "save the result of this method in its place"
+        )
+    if guide.subsampled:
+        raise ValueError(
+            f"{name}: the model sees a part of its data in each run, and chains need the density of all; build the "
+            "model without subsampling (subsample_size=None) and fit it"
+        )
+    return guide, density

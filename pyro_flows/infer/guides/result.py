@@ -23,7 +23,7 @@ from pyro_flows.infer.diagnostics import Importance, Verdict, resample
 from pyro_flows.infer.diagnostics.moments import scalar_names
 from pyro_flows.infer.diagnostics.settling import ChainDraws
 from pyro_flows.infer.diagnostics.summary import levels_of, quantiles_of, tabulate
-from pyro_flows.infer.guides import predictions, stored
+from pyro_flows.infer.guides import predictions, refusals, stored
 from pyro_flows.infer.guides.assessment import Assessment, weigh
 from pyro_flows.infer.guides.auto import AutoFlow
 from pyro_flows.infer.guides.builders import Builder
@@ -65,6 +65,13 @@ class GuideFit:
         notes: departures from the request, in words.
         chains: draws of Markov chains, which :meth:`refine` and :meth:`nuts` make; then :meth:`sample` and all that
             follow from it give these, the verdict is on them, and other numbers are the guide's.
+
+    Example:
+        >>> def model(y):
+        ...     pyro.sample("y", dist.Normal(pyro.sample("z", dist.Normal(0, 1)), 1), obs=y)
+        >>> fit = pf.fit_guide(model, torch.tensor(2.0), steps=20)
+        >>> fit.verdict.ok, fit.sample(100)["z"].shape
+        (True, torch.Size([100]))
     """
 
     def __init__(
@@ -354,7 +361,8 @@ class GuideFit:
         """Runs chains on a copy of the guide, led by the first of several processes."""
         so_far: list[Callable[[], object]] = []
         with carrying(so_far), processes.joined(name), ExitStack() as stack:
-            guide, density = self._to_walk(name)
+            known, density = refusals.walkable(name, self.guide, self._density)
+            guide = copy.deepcopy(known)
             bar = ChainBar(name, progress and not processes.rank())
             seed = guide.seed if seed is None else seed
             for each in (pyro_as_it_was(), seeded(seed), poutine.block(), torch.enable_grad(), bar):
@@ -368,24 +376,6 @@ class GuideFit:
             state, found = processes.led(density, guide.initial, led)
             guide.flow.load_state_dict(state)
         return self._walked(guide, *found)
-
-    def _to_walk(self, name: str) -> tuple[AutoFlow, JointDensity]:
-        """Returns a copy of the guide, and the density.
-
-        Raises:
-            ValueError: without a model, or if it sees part of its data in each run.
-        """
-        if self.guide is None or self._density is None:
-            raise ValueError(
-                f"{name}: this fit was loaded without its model, so chains have no density; fit the guide again, or "
-                "save the result of this method in its place"
-            )
-        if self.guide.subsampled:
-            raise ValueError(
-                f"{name}: the model sees a part of its data in each run, and chains need the density of all; build the "
-                "model without subsampling (subsample_size=None) and fit it"
-            )
-        return copy.deepcopy(self.guide), self._density
 
     def _walked(self, guide: AutoFlow, chains: ChainDraws, assessment: Assessment) -> GuideFit:
         return GuideFit(
@@ -499,7 +489,6 @@ class GuideFit:
         if self._density is not None:
             extra = predictions.computed(self._density, z)
             posterior |= extra
-            data = predictions.observed(self._density, z)
             if self.guide is not None and self.guide.subsampled:
                 if posterior_predictive or log_likelihood:
                     warnings.warn(
@@ -508,18 +497,8 @@ class GuideFit:
                         stacklevel=2,
                     )
             else:
-                groups["observed_data"] = {n: predictions.seen(site.value, site) for n, site in data.items()}
-                if posterior_predictive:
-                    names = predictions.to_redraw(self._density, z, redraw)
-                    found = predictions.redrawn(self._density, z, names)
-                    held = {*extra, *data} - set(names)
-                    groups["posterior_predictive"] = {
-                        name: predictions.seen(value, data[name]) if name in data else value
-                        for name, value in found.items()
-                        if name not in held
-                    }
-                if log_likelihood:
-                    groups["log_likelihood"] = predictions.log_likelihoods(self._density, z)
+                wanted = {"predictive": posterior_predictive, "likelihood": log_likelihood}
+                groups = predictions.groups(self._density, z, set(extra), redraw, **wanted)
         attrs: dict[str, Any] = {"verdict": self.verdict.label}
         if self.chains is None:
             attrs |= {"khat": self.khat, "ess": self.ess}
@@ -581,6 +560,13 @@ def load_guide(
     Raises:
         FileNotFoundError: if there is no file.
         ValueError: if the file is no saved fit, is damaged, comes from another release, or needs the builder.
+
+    Example:
+        >>> def model(y):
+        ...     pyro.sample("y", dist.Normal(pyro.sample("z", dist.Normal(0, 1)), 1), obs=y)
+        >>> pf.fit_guide(model, torch.tensor(2.0), steps=20).save("fit.pt")
+        >>> pf.load_guide("fit.pt").sample(100)["z"].shape
+        torch.Size([100])
     """
     known: dict[str, Any] = {"kind": KIND, "remedy": "give the path of a file that GuideFit.save of this release wrote"}
     state = read_state(path, version=VERSION, **known)

@@ -57,6 +57,15 @@ class JointDensity:
         discrete: the names of latents to sum out.
         ignored: the names of sites to leave out.
         quiet: whether to report in ``why_not`` only, without a warning.
+
+    Example:
+        >>> def model():
+        ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...     pyro.sample("y", dist.Normal(z, 1.0), obs=torch.tensor(2.0))
+        >>> trace = pyro.poutine.trace(model).get_trace()
+        >>> latents = pf.infer.models.latents.Latents.of(trace)
+        >>> pf.infer.models.joint.JointDensity(model, latents)(torch.zeros(5, 1)).shape
+        torch.Size([5])
     """
 
     def __init__(

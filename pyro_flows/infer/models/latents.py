@@ -18,7 +18,16 @@ __all__ = ["Latent", "Latents", "same_support"]
 
 @dataclass(frozen=True)
 class Latent:
-    """One latent site: its place in the packed vector, its shapes and its support."""
+    """One latent site: its place in the packed vector, its shapes and its support.
+
+    Example:
+        >>> def model():
+        ...     pyro.sample("mix", dist.Dirichlet(torch.ones(3)))
+        >>> trace = pyro.poutine.trace(model).get_trace()
+        >>> (site,) = pf.infer.models.latents.Latents.of(trace)
+        >>> site.shape, site.size  # a simplex has one free number less
+        (torch.Size([3]), 2)
+    """
 
     name: str
     support: constraints.Constraint
@@ -57,6 +66,15 @@ class Latents:
 
     Holds no model and no data, and can be pickled. ``max_plate_nesting`` counts the plate and batch dimensions of all
     sites.
+
+    Example:
+        >>> def model():
+        ...     pyro.sample("scale", dist.HalfNormal(1.0))
+        ...     pyro.sample("mix", dist.Dirichlet(torch.ones(3)))
+        >>> trace = pyro.poutine.trace(model).get_trace()
+        >>> latents = pf.infer.models.latents.Latents.of(trace)
+        >>> latents.names()
+        ['scale', 'mix[0]', 'mix[1]']
     """
 
     def __init__(self, sites: Iterable[Latent], max_plate_nesting: int) -> None:

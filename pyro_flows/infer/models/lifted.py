@@ -25,6 +25,11 @@ class Angles(constraints.Constraint):
 
     Args:
         mask: boolean, of the shape of an event.
+
+    Example:
+        >>> from pyro_flows.infer.models.lifted import Angles
+        >>> Angles(torch.tensor([True, False])).check(torch.tensor([7.0, -1.0]))
+        tensor(True)
     """
 
     is_discrete = False
@@ -75,7 +80,13 @@ class _Lifted(Transform):
 
 
 class LiftedSphere(_Lifted):
-    """Maps points of space to the unit sphere around the origin, which itself goes to the first unit vector."""
+    """Maps points of space to the unit sphere around the origin, which itself goes to the first unit vector.
+
+    Example:
+        >>> lifted = pf.infer.models.lifted.LiftedSphere()
+        >>> lifted(torch.tensor([3.0, 0.0, 4.0]))
+        tensor([0.6000, 0.0000, 0.8000])
+    """
 
     domain = constraints.real_vector
     codomain = dist.constraints.sphere
@@ -102,6 +113,12 @@ class LiftedAngles(_Lifted):
 
     Args:
         mask: boolean, of the shape of an event, true for angles.
+
+    Example:
+        >>> lifted = pf.infer.models.lifted.LiftedAngles(torch.tensor([True]))
+        >>> angle = lifted(torch.tensor([0.0, 2.0]))  # of the point (0, 2)
+        >>> round(angle.item(), 4)
+        1.5708
     """
 
     domain = constraints.real_vector
@@ -183,6 +200,13 @@ class Circles(Messenger):
     support, over which their densities repeat.  Under this handler their support is :class:`Angles`, whose
     ``biject_to`` is :class:`LiftedAngles`.  :class:`~pyro_flows.infer.AutoFlow` applies it by itself; NUTS, NeuTra and
     Pyro's autoguides need ``Circles()(model)``.
+
+    Example:
+        >>> def model():
+        ...     pyro.sample("angle", dist.VonMises(torch.tensor(3.0), 10.0))
+        >>> handled = pf.infer.Circles()(model)
+        >>> pyro.poutine.trace(handled).get_trace().nodes["angle"]["fn"].support
+        Angles()
     """
 
     def _pyro_sample(self, msg: Message) -> None:

@@ -58,6 +58,15 @@ class Site:
             reparametrization), or ``"drawn"`` (any other).
         message: Pyro's record.
         own: the entries of a latent, in its batch shape, that keep their density under a mask.
+
+    Example:
+        >>> def model(y):
+        ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...     pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+        >>> trace = pyro.poutine.trace(model).get_trace(torch.tensor(2.0))
+        >>> site = pf.infer.models.sites.sites_of(trace, frozenset({"z"}))["y"]
+        >>> site.kind
+        'data'
     """
 
     name: str

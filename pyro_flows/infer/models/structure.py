@@ -41,6 +41,12 @@ class Group:
         length: the number of members in a row that form a chain, each coupled with the one before; 1 for no chains.
         summed: whether the steps of chains are not the latents but their sums up to each, as of a random walk's
             increments.
+
+    Example:
+        >>> from pyro_flows.infer.models.structure import Group
+        >>> schools = Group("schools", torch.tensor([[2], [3], [4]]))
+        >>> schools.places.shape  # three members of one latent
+        torch.Size([3, 1])
     """
 
     name: str
@@ -58,6 +64,13 @@ class Structure:
         globals: their places in the vector, ascending.
         groups: ancestors before descendants.
         coupled: in words, the plates whose members are not independent.
+
+    Example:
+        >>> from pyro_flows.infer.models.structure import Group, Structure
+        >>> schools = Group("schools", torch.tensor([[2], [3], [4]]))
+        >>> structure = Structure(torch.tensor([0, 1]), (schools,))
+        >>> len(structure.groups)
+        1
     """
 
     globals: Tensor

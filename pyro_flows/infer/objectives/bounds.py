@@ -138,6 +138,16 @@ class PathELBO(_PathObjective):
         ValueError: if a site of the guide is not reparameterized; names it.
         NotImplementedError: if the guide cannot score a given draw, or runs its model itself.
 
+    Example:
+        >>> def model():
+        ...     pyro.sample("z", dist.Normal(torch.tensor(3.0), 1.0))
+        >>> guide = pyro.infer.autoguide.AutoNormal(model)
+        >>> svi = pyro.infer.SVI(
+        ...     model, guide, pyro.optim.Adam({"lr": 0.01}), pf.infer.PathELBO())
+        >>> losses = [svi.step() for _ in range(10)]
+        >>> len(losses)
+        10
+
     References:
         Roeder, Wu, Duvenaud. Sticking the Landing: Simple, Lower-Variance Gradient Estimators for Variational
         Inference. arXiv:1703.09194.
@@ -175,6 +185,16 @@ class DReGELBO(_PathObjective):
 
     Options, attributes, errors and cost are those of :class:`PathELBO`; ``num_particles`` is ``K``.
 
+    Example:
+        >>> def model():
+        ...     pyro.sample("z", dist.Normal(torch.tensor(3.0), 1.0))
+        >>> guide = pyro.infer.autoguide.AutoNormal(model)
+        >>> elbo = pf.infer.DReGELBO(num_particles=16, vectorize_particles=True)
+        >>> svi = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), elbo)
+        >>> losses = [svi.step() for _ in range(10)]
+        >>> len(losses)
+        10
+
     References:
         Burda, Grosse, Salakhutdinov. Importance Weighted Autoencoders. arXiv:1509.00519.
         Tucker, Lawson, Gu, Maddison. Doubly Reparameterized Gradient Estimators for Monte Carlo Objectives.
@@ -211,6 +231,16 @@ class AlphaDivergence(_PathObjective):
 
     Raises:
         ValueError: if ``alpha`` is not finite.
+
+    Example:
+        >>> def model():
+        ...     pyro.sample("z", dist.Normal(torch.tensor(3.0), 1.0))
+        >>> guide = pyro.infer.autoguide.AutoNormal(model)
+        >>> elbo = pf.infer.AlphaDivergence(alpha=0.5, num_particles=16)
+        >>> svi = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), elbo)
+        >>> losses = [svi.step() for _ in range(10)]
+        >>> len(losses)
+        10
 
     References:
         Li, Turner. Rényi Divergence Variational Inference. arXiv:1602.02311.

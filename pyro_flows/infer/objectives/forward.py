@@ -57,6 +57,16 @@ class ForwardKL(Objective):
 
     Raises:
         ValueError: if sites, shapes or supports of draws and guide do not fit; names the site.
+
+    Example:
+        >>> def model():
+        ...     pyro.sample("z", dist.Normal(0.0, 1.0))
+        >>> guide = pyro.infer.autoguide.AutoNormal(model)
+        >>> elbo = pf.infer.ForwardKL({"z": 3 + torch.randn(500)})
+        >>> svi = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 0.1}), elbo)
+        >>> losses = [svi.step() for _ in range(50)]
+        >>> losses[-1] < losses[0]
+        True
     """
 
     def __init__(

@@ -19,7 +19,7 @@ from pyro_flows.infer.search.probe import ModeProbe, probe_modes
 from pyro_flows.infer.search.start import Start, find_start
 from pyro_flows.transforms import FixedSpline
 
-__all__ = ["Knots", "conditional_knots", "probe_behind", "straight_start"]
+__all__ = ["Knots", "conditional_knots", "moved_with_slopes", "probe_behind", "straight_start"]
 
 _FIRST = (-6.0, -4.0, -2.5, -1.5, -0.7, 0.0, 0.7, 1.5, 2.5, 4.0, 6.0)  # first nodes, in conditional sds
 _BENT = 0.01  # negentropy, in nats, that is worth a spline
@@ -305,14 +305,14 @@ def probe_behind(
         return probe_modes(log_p, log_q, draws, initial, known=known, **options)
     inner, start = (spline.inverse_and_ladj(each.to(spline.knots))[0] for each in (draws, initial))
     if known is not None:
-        known = _moved(known, *_slopes(spline.inv, known.locations))
+        known = _moved(known, *moved_with_slopes(spline.inv, known.locations))
     found = probe_modes(
         _Straightened(log_p, spline), _Straightened(log_q, spline), inner, start, known=known, **options
     )
-    return _moved(found, *_slopes(spline, found.locations))
+    return _moved(found, *moved_with_slopes(spline, found.locations))
 
 
-def _slopes(transform: FlowTransform, points: Tensor) -> tuple[Tensor, Tensor]:
+def moved_with_slopes(transform: FlowTransform, points: Tensor) -> tuple[Tensor, Tensor]:
     """Moves points ``(K, D)`` by an elementwise map; returns them and its slopes."""
     with torch.enable_grad():
         points = points.detach().requires_grad_()

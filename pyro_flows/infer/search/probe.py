@@ -34,7 +34,16 @@ _LEAST_SHARE, _LEAST_PART = 1e-3, 0.1  # of a missed mode; of its mass in the gu
 
 @dataclass(frozen=True)
 class ModeProbe:
-    """The modes that :func:`probe_modes` found, best first, with the draws' dtype and device."""
+    """The modes that ``probe_modes`` found, best first, with the draws' dtype and device.
+
+    Example:
+        >>> def model(y):
+        ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...     pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+        >>> fit = pf.fit_guide(model, torch.tensor(2.0), steps=20)
+        >>> fit.assessment.probe.locations.round(decimals=2)
+        tensor([[1.]])
+    """
 
     locations: Tensor
     """Maxima of the log-density, ``(K, D)``."""
@@ -51,9 +60,9 @@ class ModeProbe:
     guide_share: Tensor
     """Share of the guide's mass in the same place, ``(K,)``."""
     missed: Tensor
-    """Whether the guide misses the mode: it has at most a tenth of the mass there, and no draws that lead to it."""
+    """Whether the guide misses the mode, with at most a tenth of the mass there and no draws that lead to it."""
     missing_share: float
-    """Sum of the missed modes' shares: 0 where nothing is missed."""
+    """Sum of the missed modes' shares, 0 where nothing is missed."""
     evaluations: int
     """Points at which the model's density was evaluated."""
     complete: bool

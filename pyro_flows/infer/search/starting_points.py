@@ -14,11 +14,11 @@ __all__ = ["StartingPoints", "starting_points"]
 
 OWN, HEAVIEST = 16, 4  # draws of the guide: picked by weight, and those of the largest weights
 TRIES = 4  # candidates for a near start, as some may have no density
-SCREENED = 64  # candidates for a far start
-SCREENING = 0.2  # most part of the time
+SCREENED, DENSELY = 64, 1024  # candidates a round for a far start, and for one within the guide's reach
+SCREENING = 0.1, 0.4  # most part of the time for either
 RADII = (3.0, 1000.0)  # of far starts
-NEAR = (0.5, 4.0)  # standard deviations of screened starts within the guide
-KINDS = 5
+WITHIN = (0.7, 4.0)  # the guide's standard deviations, for starts where narrow modes may be
+KINDS, HALVES = 4, 2
 
 
 class StartingPoints(NamedTuple):
@@ -48,13 +48,15 @@ def starting_points(
       the largest weights, which a mode that the guide hardly reaches may have caused.
     - ``initial``, and the reflections of the guide's mean through it and the origin, for symmetric likelihoods.
     - A quarter of ``num_starts``: overdispersed draws, 2 to 5 of the guide's standard deviations wide.
-    - A quarter: around ``initial``, alternately uniform in :math:`(-2, 2)^D` and five times wider.
-    - Half: at radii log-uniform from 3 to 1000, in turn around ``initial``; around the guide's mean, in its standard
-      deviations; along one coordinate from one of its draws, in either unit; along a diagonal, of equal or random
-      signs; and in every fifth place draws from half to four of the guide's standard deviations wide, where narrow
-      modes may be.  Radii around a point grow with :math:`\sqrt D / 2`, as the part along any one way falls.  Each is
-      the best of 64 candidates a round by :math:`\log p - \log N`, with a Gaussian :math:`N` like the guide, which
-      points to where the guide does not draw.
+    - An eighth: around ``initial``, alternately uniform in :math:`(-2, 2)^D` and five times wider.
+    - Three eighths: at radii log-uniform from 3 to 1000, in turn around ``initial``; around the guide's mean, in its
+      standard deviations; along one coordinate from one of its draws, in either unit; and along a diagonal, of equal or
+      random signs.  Radii around a point grow with :math:`\sqrt D / 2`, as the part along any one way falls.
+    - A quarter: draws 0.7 to 4 of the guide's standard deviations wide, where narrow modes may be, by distance and by
+      quarters of the space, so that one wide mode outside of the guide is not the best everywhere.
+
+    Each of the last two kinds is the best of 64 and of about 256 candidates a round by :math:`\log p - \log N`, with a
+    Gaussian :math:`N` like the guide, which points to where the guide does not draw.
 
     Args:
         safe: the density.
@@ -63,14 +65,14 @@ def starting_points(
         initial: the point from which fitting began, ``(D,)``.
         frame: the scale of the guide's draws, ``(D, D)``, triangular.
         num_starts: the number of starts outside of the guide.
-        num_rounds: the rounds of candidates for far starts; they end early at a fifth of the time.
+        num_rounds: the rounds of candidates for either kind; they end early after a tenth and four tenths of the time.
         generator: the source of randomness, on the CPU.
     """
     rand = Uniforms(generator)
     mean, size, dim = draws.mean(0), draws.std(0), draws.shape[1]
-    quarter = num_starts // 4
+    quarter, eighth = num_starts // 4, num_starts // 8
     wide = (2 + 3 * rand(TRIES * quarter, 1)) * rand.normal(TRIES * quarter, dim)
-    uniform = 4 * rand(TRIES * quarter, dim) - 2
+    uniform = 4 * rand(TRIES * eighth, dim) - 2
     uniform[1::2] *= 5
     heaviest = draws[:0]
     if log_weights is not None:
@@ -83,16 +85,17 @@ def starting_points(
         (torch.stack([-mean, 2 * initial - mean, initial]), 3, False),
         (heaviest, HEAVIEST, False),
         (mean + size * wide, quarter, False),
-        (initial + uniform, quarter, False),
+        (initial + uniform, eighth, False),
     ):
         points = points[safe.values(points).isfinite()][:wanted]
         found.append(points)
         inside += [mine] * len(points)
-    screened = _Far(own, mean, size, initial, frame, num_starts - 2 * quarter, rand)
-    with safe.share(SCREENING):
-        for _ in range(num_rounds):
-            screened.screen(safe)
-    far = screened.best[screened.score > -math.inf]
+    screens = _Far(own, mean, size, initial, frame, 3 * eighth, rand), _Within(mean, frame, quarter, rand)
+    for screen, part in zip(screens, SCREENING, strict=True):
+        with safe.share(part):
+            for _ in range(num_rounds):
+                screen.screen(safe)
+    far = torch.cat([screen.best[screen.score > -math.inf] for screen in screens])
     points = torch.cat([*found, far])
     inside += [False] * len(far)
     reach = float((points - initial).norm(dim=-1).max()) if len(points) else 0.0
@@ -122,24 +125,44 @@ def _picked(draws: Tensor, log_weights: Tensor | None, rand: Uniforms) -> Tensor
     return draws[torch.searchsorted(reached, at).clamp(max=len(draws) - 1)]
 
 
-class _Far:
-    """Far starts, each the best of its candidates so far."""
+class _Screen:
+    """Starts, each the best of its candidates so far."""
 
-    def __init__(
-        self, own: Tensor, mean: Tensor, size: Tensor, initial: Tensor, frame: Tensor, count: int, rand: Uniforms
-    ) -> None:
-        self.own, self.mean, self.size, self.initial, self.frame, self.rand = own, mean, size, initial, frame, rand
+    def __init__(self, mean: Tensor, frame: Tensor, count: int, rand: Uniforms) -> None:
+        self.mean, self.frame, self.rand = mean, frame, rand
         self.best = mean.expand(count, -1).clone()
         self.score = mean.new_full((count,), -math.inf)
 
-    def _candidates(self) -> Tensor:
-        """Returns points ``(starts, 64, D)``, each start with its own stratum of radii."""
+    def _candidates(self) -> tuple[Tensor, Tensor]:
+        """Returns points ``(n, D)``, and the start to which each belongs, ``(n,)``."""
+        raise NotImplementedError
+
+    def screen(self, safe: SafeDensity) -> None:
+        """Tries another round of candidates, if there is time."""
+        if safe.expired or not len(self.best):
+            return
+        tried, start = self._candidates()
+        values = safe.values(tried)
+        away = torch.linalg.solve_triangular(self.frame, (tried - self.mean).mT, upper=False)
+        score = torch.where(values.isfinite(), values + 0.5 * away.square().sum(0), -math.inf)
+        self.score, before = self.score.scatter_reduce(0, start, score, "amax"), self.score
+        better = (score == self.score[start]) & (score > before[start])
+        self.best[start[better]] = tried[better]
+
+
+class _Far(_Screen):
+    def __init__(
+        self, own: Tensor, mean: Tensor, size: Tensor, initial: Tensor, frame: Tensor, count: int, rand: Uniforms
+    ) -> None:
+        super().__init__(mean, frame, count, rand)
+        self.own, self.size, self.initial = own, size, initial
+
+    def _candidates(self) -> tuple[Tensor, Tensor]:
         count, dim = self.best.shape
         each = -(-count // KINDS)
         low, high = map(math.log, RADII)
         part = torch.arange(each, dtype=torch.float64, device="cpu")[:, None] + self.rand(each, SCREENED)
         radius = (low + (high - low) * part / each).exp()[..., None]
-        width = NEAR[0] + (NEAR[1] - NEAR[0]) * part / each
         around = radius * max(1.0, 0.5 * math.sqrt(dim))
         shape = each, SCREENED, dim
         ways = [way / way.norm(dim=-1, keepdim=True) for way in (self.rand.normal(*shape), self.rand.normal(*shape))]
@@ -153,19 +176,24 @@ class _Far:
             self.mean + around * ways[1] @ self.frame.mT,
             base + radius * axis,
             self.initial + radius * signs / math.sqrt(dim),
-            self.mean + width[..., None] * self.rand.normal(*shape) @ self.frame.mT,
         ]
-        return torch.stack(kinds, 1).flatten(0, 1)[:count]
+        start = torch.arange(count, device="cpu").repeat_interleave(SCREENED)
+        return torch.stack(kinds, 1).flatten(0, 1)[:count].flatten(0, 1), start
 
-    def screen(self, safe: SafeDensity) -> None:
-        """Tries another round of candidates, if there is time."""
-        if safe.expired or not len(self.best):
-            return
-        tried = self._candidates()
-        values = safe.values(tried.flatten(0, 1)).reshape(tried.shape[:2])
-        away = torch.linalg.solve_triangular(self.frame, (tried - self.mean).flatten(0, 1).mT, upper=False)
-        score = torch.where(values.isfinite(), values + 0.5 * away.square().sum(0).reshape(values.shape), -math.inf)
-        score, place = score.max(1)
-        better = score > self.score
-        self.best[better] = tried[better, place[better]]
-        self.score[better] = score[better]
+
+class _Within(_Screen):
+    def __init__(self, mean: Tensor, frame: Tensor, count: int, rand: Uniforms) -> None:
+        super().__init__(mean, frame, count, rand)
+        self.halves = min(HALVES, len(mean))
+        self.ways = rand.normal(len(mean), self.halves)
+
+    def _candidates(self) -> tuple[Tensor, Tensor]:
+        count, dim = self.best.shape
+        widths = max(1, count >> self.halves)
+        part = torch.arange(widths, dtype=torch.float64, device="cpu")[:, None] + self.rand(widths, DENSELY)
+        low, high = map(math.log, WITHIN)
+        way = self.rand.normal(widths, DENSELY, dim)
+        side = ((way @ self.ways > 0) * 2 ** torch.arange(self.halves, device="cpu")).sum(-1)
+        start = torch.arange(widths, device="cpu")[:, None] + widths * side
+        tried = self.mean + (low + (high - low) * part / widths).exp()[..., None] * way @ self.frame.mT
+        return tried.flatten(0, 1), start.flatten().remainder(count)

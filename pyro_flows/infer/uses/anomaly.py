@@ -49,6 +49,13 @@ class AnomalyDetector:
         ValueError: for rows that the model does not take, or fewer than 2 reference rows.
         FloatingPointError: if a score is NaN.
 
+    Example:
+        >>> flow = pf.Flow(pf.nsf(2))  # in practice, a fitted one
+        >>> detector = pf.infer.AnomalyDetector(flow, torch.randn(200, 2))
+        >>> rows = torch.tensor([[0.0, 0.0], [10.0, -10.0]])
+        >>> detector.flag(rows).tolist()
+        [False, True]
+
     References:
         Detecting Out-of-Distribution Inputs Using Typicality (Nalisnick et al., 2019), arXiv:1906.02994.
         A Gentle Introduction to Conformal Prediction (Angelopoulos & Bates, 2021), arXiv:2107.07511.
@@ -107,7 +114,13 @@ class AnomalyDetector:
         return (bits - self.mean).abs() if self.two_sided else bits
 
     def p_values(self, rows: Any, context: Any = None) -> Tensor:
-        """Conformal p-values, shape ``(rows,)``, from ``1 / (m + 1)`` to 1 with ``m`` reference rows."""
+        """Conformal p-values, shape ``(rows,)``, from ``1 / (m + 1)`` to 1 with ``m`` reference rows.
+
+        Example:
+            >>> detector = pf.infer.AnomalyDetector(pf.Flow(pf.nsf(2)), torch.randn(199, 2))
+            >>> round(detector.p_values(torch.tensor([[10.0, 10.0]])).item(), 3)  # 1 / 200
+            0.005
+        """
         bits, m = self.bits(rows, context), len(self.reference)
         if not self.two_sided:
             return (1 + m - torch.searchsorted(self.reference, bits)).double() / (m + 1)
@@ -123,6 +136,11 @@ class AnomalyDetector:
 
         Args:
             level: between 0 and 1, at least ``1 / (m + 1)`` with ``m`` reference rows.
+
+        Example:
+            >>> detector = pf.infer.AnomalyDetector(pf.Flow(pf.nsf(2)), torch.randn(199, 2))
+            >>> detector.threshold(0.01) > detector.threshold(0.1)
+            True
         """
         m = len(self.reference)
         if not 0 < level < 1:
@@ -137,7 +155,13 @@ class AnomalyDetector:
         return float(scores[m - allowed])
 
     def flag(self, rows: Any, context: Any = None, level: float = 0.05) -> Tensor:
-        """Whether each row's score exceeds :meth:`threshold`, shape ``(rows,)``."""
+        """Whether each row's score exceeds :meth:`threshold`, shape ``(rows,)``.
+
+        Example:
+            >>> detector = pf.infer.AnomalyDetector(pf.Flow(pf.nsf(2)), torch.randn(199, 2))
+            >>> detector.flag(torch.tensor([[0.0, 0.0], [10.0, 10.0]]), level=0.01).tolist()
+            [False, True]
+        """
         return self.scores(rows, context) > self.threshold(level)
 
     def _log_prob(self, rows: Tensor, context: Tensor | None) -> Tensor:

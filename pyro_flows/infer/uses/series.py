@@ -86,6 +86,14 @@ class Stream:
         ValueError: for parts or a base of another kind, named in the message, or a context that does not fit.
         TypeError: for anything but a flow or a ``ConvMADE``.
 
+    Example:
+        >>> flow = pf.Flow(pf.causal_maf((1, 20))).eval()
+        >>> stream = pf.infer.Stream(flow)
+        >>> stream.observe(torch.randn(1, 50)).shape  # log-density of each step
+        torch.Size([50])
+        >>> stream.forecast(10, num_samples=100).shape
+        torch.Size([100, 1, 10])
+
     References:
         MintNet (Song et al., 2019), arXiv:1907.07945.
         WaveNet (van den Oord et al., 2016), arXiv:1609.03499.
@@ -165,6 +173,13 @@ class Stream:
             ValueError: for another shape, or values outside the support or not finite; the stream does not move.
             TypeError: for anything but a tensor of the flow's dtype.
             RuntimeError: if a solver gives up (``max_sweeps``); the stream is then unusable.
+
+        Example:
+            >>> stream = pf.infer.Stream(pf.Flow(pf.causal_maf((2, 20))).eval())
+            >>> stream.observe(torch.randn(2)).shape, stream.observe(torch.randn(2, 50)).shape
+            (torch.Size([]), torch.Size([50]))
+            >>> stream.steps
+            51
         """
         value, several = self._admit(y, "y")
         codomain = self._codomain
@@ -211,7 +226,14 @@ class Stream:
 
     @torch.no_grad()
     def sample(self) -> Tensor:
-        """Draws the next step, shape ``(*batch, C)``, and takes it."""
+        """Draws the next step, shape ``(*batch, C)``, and takes it.
+
+        Example:
+            >>> flow = pf.Flow(pf.causal_maf((2, 20))).eval()
+            >>> stream = pf.infer.Stream(flow, batch_shape=(5,))
+            >>> stream.sample().shape
+            torch.Size([5, 2])
+        """
         self._refuse_torn()
         with self._taking(1):
             y, _ = _through(self._base.draw().unsqueeze(-1), self._forward())
@@ -224,6 +246,13 @@ class Stream:
 
         Raises:
             ValueError: unless both numbers are positive integers.
+
+        Example:
+            >>> stream = pf.infer.Stream(pf.Flow(pf.causal_maf((2, 20))).eval())
+            >>> past = stream.observe(torch.randn(2, 50))
+            >>> draws = stream.forecast(10, num_samples=100)
+            >>> draws.quantile(torch.tensor([0.05, 0.5, 0.95]), dim=0).shape
+            torch.Size([3, 2, 10])
         """
         integer("Stream", "steps", steps)
         ahead = self._repeated(integer("Stream", "num_samples", num_samples))
@@ -231,7 +260,15 @@ class Stream:
         return torch.stack([ahead.sample() for _ in range(steps)], -1)
 
     def copy(self) -> Stream:
-        """An independent stream at the same point in time."""
+        """An independent stream at the same point in time.
+
+        Example:
+            >>> stream = pf.infer.Stream(pf.Flow(pf.causal_maf((2, 20))).eval())
+            >>> other = stream.copy()
+            >>> _ = other.sample()
+            >>> stream.steps, other.steps
+            (0, 1)
+        """
         return self._repeated(1)
 
     def _repeated(self, times: int) -> Stream:
@@ -349,6 +386,13 @@ def step_log_prob(
     Raises:
         ValueError: for a flow that is not causal, values outside the support, or invalid lengths.
         TypeError: for anything but a flow and a tensor of its dtype.
+
+    Example:
+        >>> flow = pf.Flow(pf.causal_maf((1, 20)))
+        >>> y = torch.randn(5, 1, 20)
+        >>> steps = pf.infer.step_log_prob(flow, y)
+        >>> torch.allclose(steps.sum(-1), flow.log_prob(y), atol=1e-4)
+        True
     """
     _check(flow, "step_log_prob")
     made = _made(flow)

@@ -44,6 +44,13 @@ def pixel_scores(
             dimensions.
         TypeError: for a model of another kind.
 
+    Example:
+        >>> flow = pf.Flow(pf.mintnet((1, 4, 4), num_layers=1, one_sided=True))
+        >>> y = torch.randn(5, 1, 4, 4)
+        >>> scores = pf.infer.pixel_scores(flow, y)
+        >>> torch.allclose(scores.sum((1, 2, 3)), -flow.log_prob(y), atol=1e-3)
+        True
+
     References:
         MintNet (Song et al., 2019), arXiv:1907.07945.
     """

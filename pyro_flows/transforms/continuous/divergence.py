@@ -22,6 +22,11 @@ EXACT_UP_TO = 32
 class Estimator(NamedTuple):
     """How to compute the divergence; each of ``num_probes`` probes costs a product with the Jacobian in each
     evaluation.
+
+    Example:
+        >>> layer = pf.cnf(2, divergence="hutchinson", num_probes=4)[0]
+        >>> layer.estimator
+        Estimator(kind='hutchinson', noise='rademacher', num_probes=4)
     """
 
     kind: str = "auto"

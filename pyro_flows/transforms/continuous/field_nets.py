@@ -100,6 +100,12 @@ class ChainField(Field):
         time_dependent: whether the field depends on ``t``.
         activation: ``"tanh"``, ``"softplus"``, ``"silu"`` or a smooth elementwise function.
         squash: whether time and context gate all layers.
+
+    Example:
+        >>> field = pf.transforms.continuous.field_nets.ChainField(2, hidden_dims=(16,))
+        >>> flow = pf.Flow(pf.Continuous(2, field))
+        >>> flow.sample((5,)).shape
+        torch.Size([5, 2])
     """
 
     rowwise_times = True
@@ -212,6 +218,11 @@ class ConvField(Field):
         context_dim: size of the context, 0 for none.
         time_dependent: whether the field depends on ``t``.
         activation: as in :class:`ChainField`.
+
+    Example:
+        >>> field = pf.transforms.continuous.field_nets.ConvField((1, 4, 4))
+        >>> field(torch.tensor(0.0), torch.randn(5, 1, 4, 4)).shape
+        torch.Size([5, 1, 4, 4])
     """
 
     rowwise_times = True

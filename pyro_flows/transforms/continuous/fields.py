@@ -28,6 +28,14 @@ class Field(nn.Module):
         event_shape: shape of one ``x``.
         context_dim: size of the context, 0 for none.
         time_dependent: whether the field may depend on ``t``.
+
+    Example:
+        >>> class Rotation(pf.transforms.continuous.Field):
+        ...     def forward(self, t, x, context=None):
+        ...         return torch.stack([-x[..., 1], x[..., 0]], -1)
+        >>> layer = pf.Continuous(2, Rotation(2))
+        >>> layer(torch.tensor([[1.0, 0.0]])).detach().round(decimals=2)  # by one radian
+        tensor([[0.5400, 0.8400]])
     """
 
     #: Whether the exact divergence costs about as much as the field, in any dimension.
@@ -128,6 +136,14 @@ class GivenField(Field):
         ValueError: if the module changes the shape, mixes rows, writes into ``x``, hides its dependence on ``x`` from
             autograd, or claims ``rowwise_times`` wrongly.
         TypeError: for anything but a module, a wrong signature, or a result that is not a tensor.
+
+    Example:
+        >>> class Linear(torch.nn.Linear):
+        ...     def forward(self, t, x):
+        ...         return super().forward(x)
+        >>> field = pf.transforms.continuous.fields.GivenField(Linear(2, 2), 2)
+        >>> field(torch.tensor(0.0), torch.randn(5, 2)).shape
+        torch.Size([5, 2])
     """
 
     def __init__(self, module: nn.Module, event_shape: int | Iterable[int], context_dim: int = 0) -> None:

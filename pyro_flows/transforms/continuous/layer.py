@@ -34,6 +34,12 @@ class SolveCheck(NamedTuple):
         ladj: largest difference of log-determinants, or NaN.
         report: the report on the solve.
         finer: the report on the finer solve.
+
+    Example:
+        >>> layer = pf.cnf(2)[0]
+        >>> check = layer.check_solve(torch.randn(5, 2))
+        >>> check.value < 1e-3
+        True
     """
 
     value: float
@@ -48,6 +54,13 @@ class Penalties:
 
     Attributes:
         parts: each pass's weighted integrals, of the batch shape.
+
+    Example:
+        >>> flow = pf.Flow(pf.cnf(2, kinetic=0.01))
+        >>> with pf.transforms.continuous.layer.collect_penalties() as penalties:
+        ...     scores = flow.log_prob(torch.randn(5, 2))
+        >>> penalties.parts[0].shape
+        torch.Size([5])
     """
 
     parts: list[Tensor] = dataclass_field(default_factory=list)
@@ -65,11 +78,16 @@ _collectors: ContextVar[tuple[Penalties, ...]] = ContextVar("collectors", defaul
 def collect_penalties() -> Iterator[Penalties]:
     """Collects the penalties of continuous transforms with ``kinetic`` or ``jacobian`` weights.
 
-    Only passes within the block, in the same thread, compute penalties. ::
+    Only passes within the block, in the same thread, compute penalties.
 
-        with collect_penalties() as penalties:
-            loss = -flow.log_prob(data).mean()
-        (loss + penalties.total()).backward()
+    Example:
+        >>> from pyro_flows.transforms.continuous.layer import collect_penalties
+        >>> flow = pf.Flow(pf.cnf(2, kinetic=0.01))
+        >>> with collect_penalties() as penalties:
+        ...     loss = -flow.log_prob(torch.randn(5, 2)).mean()
+        >>> (loss + penalties.total()).backward()
+        >>> penalties.total().shape
+        torch.Size([])
     """
     penalties = Penalties()
     token = _collectors.set((*_collectors.get(), penalties))
@@ -159,6 +177,14 @@ class Continuous(FlowTransform):
         TypeError: for a field that is not a module or has a wrong signature; in a pass, for half precision.
         RuntimeError: in a pass, if the field is not finite or too stiff for ``solver_steps``; names time and rows.
         NotImplementedError: for derivatives in forward mode.
+
+    Example:
+        >>> class Field(torch.nn.Linear):
+        ...     def forward(self, t, x):
+        ...         return super().forward(x)
+        >>> flow = pf.Flow(pf.Continuous(2, Field(2, 2)))
+        >>> flow.log_prob(flow.sample((5,))).shape
+        torch.Size([5])
 
     References:
         Those of :func:`~pyro_flows.flows.cnf`, and
@@ -315,6 +341,11 @@ class Continuous(FlowTransform):
         Returns:
             The largest differences of values and of log-determinants (nats), without the error of an estimated
             divergence, as both solves share its noise.  In float32, rough near a tolerance of 1.2e-6, and NaN at it.
+
+        Example:
+            >>> layer = pf.cnf(2)[0]
+            >>> layer.check_solve(torch.randn(5, 2), density=True).ladj < 1e-3
+            True
         """
         value = admit(self, value, context, density)
         settings = self.estimator if self.training else self._scorer()
@@ -348,6 +379,12 @@ class Continuous(FlowTransform):
 
         Raises:
             ValueError: for times that do not increase or leave the interval from 0 to 1.
+
+        Example:
+            >>> layer = pf.cnf(2)[0]
+            >>> values, ladj = layer.path(torch.randn(5, 2), times=[0.0, 0.5, 1.0])
+            >>> values.shape, ladj.shape
+            (torch.Size([3, 5, 2]), torch.Size([3, 5]))
         """
         value = admit(self, value, context, density)
         times = _increasing(times)

@@ -55,7 +55,7 @@ def _attention(
 class Mint(FlowTransform):
     r"""A Mint layer: increasing in each coordinate, from data to base in one pass.
 
-    .. math:: x = L(y) = t \odot y + \sum_k W_{3,k} * h\Big(\sum_j W_{2,kj} * h(W_{1,j} * y + b_{1,j}) + b_{2,k}\Big)
+    .. math:: x = L(y) = t \odot y + \sum_k W_{3,k} * h\Bigl(\sum_j W_{2,kj} * h(W_{1,j} * y + b_{1,j}) + b_{2,k}\Bigr)
         + b_3
 
     by convolutions :math:`W` masked so that coordinate :math:`i` depends on those before it in a total order of
@@ -102,6 +102,12 @@ class Mint(FlowTransform):
     Raises:
         ValueError: for an event of another number of dimensions, an even kernel, an activation that is not increasing,
             attention in the order by channel, or options out of range.
+
+    Example:
+        >>> layer = pf.Mint((1, 6, 6), num_groups=4)
+        >>> x, ladj = layer.inverse_and_ladj(torch.randn(5, 1, 6, 6))
+        >>> x.shape, ladj.shape
+        (torch.Size([5, 1, 6, 6]), torch.Size([5]))
 
     References:
         MintNet: Building Invertible Neural Networks with Masked Convolutions (Song et al., 2019), arXiv:1907.07945.
