@@ -215,9 +215,7 @@ def draw(guides: dict[str, tuple[Guide, list[tuple[int, float]], str]], exact: E
     for name, (_, curve, color) in guides.items():
         curves.plot(*zip(*curve, strict=True), color=color, linewidth=1.8)
         label = name.replace(", ", ",\n", 1)
-        look = {"textcoords": "offset points", "color": color, "ha": "right", "va": "top"}
-        curves.annotate(label, curve[-1], (0, -6), **look)
-    curves.set_ylim(bottom=0.4 * min(curve[-1][1] for _, curve, _ in guides.values()))
+        curves.annotate(label, curve[-1], (-4, 5), textcoords="offset points", color=color, ha="right")
     curves.set(yscale="log", xlabel="step", title="nats from the ELBO\nto the log evidence")
     save(fig, path)
 
