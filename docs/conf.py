@@ -36,14 +36,10 @@ html_css_files = ["pages.css"]
 # A reference that leads nowhere is an error.
 nitpicky = True
 nitpick_ignore = [
-    (
-        "py:class",
-        "pyro_flows.infer.diagnostics.weights._Draws",
-    ),  # a vector of draws, or draws by name
-    (
-        "py:class",
-        "pyro.poutine.trace_struct.Trace",
-    ),  # which the inventory lists under another name
+    # A vector of draws, or draws by name.
+    ("py:class", "pyro_flows.infer.diagnostics.weights._Draws"),
+    # The inventory lists it under another name.
+    ("py:class", "pyro.poutine.trace_struct.Trace"),
 ]
 
 myst_enable_extensions = ["dollarmath"]

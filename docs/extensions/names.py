@@ -10,6 +10,7 @@ from sphinx.transforms import SphinxTransform
 from extensions import addresses, reference
 
 NAME = re.compile(r"(?P<name>[A-Za-z]\w*(?:\.\w+)*)(?P<call>\(.*\))?", re.DOTALL)
+SPACES = {space.rpartition(".")[2]: space for space in addresses.NAMESPACES}
 # What pages call ``fit`` is the result of these.
 RESULTS = {
     "fit_density": "pyro_flows.infer.DensityFit",
@@ -59,25 +60,10 @@ def target(text, folder, made_by=()):
         home = addresses.address(
             ".".join(filter(None, (bare(folder)[first], rest)))
         )
-    elif (
-        first
-        in (
-            "pf",
-            "pyro_flows",
-            *(space.rpartition(".")[2] for space in addresses.NAMESPACES),
-        )
-        and rest
-    ):
-        paths = [
-            f"{space.rpartition('.')[0]}.{name}".lstrip(".")
-            for space in addresses.NAMESPACES
-        ]
-        paths = (
-            [f"pyro_flows.{rest}"]
-            if first == "pf"
-            else [p for p in paths if p.startswith("pyro_flows.")]
-        )
-        home = next(filter(None, map(addresses.address, paths)), None)
+    elif first == "pf" and rest:
+        home = addresses.address(f"pyro_flows.{rest}")
+    elif first in SPACES and rest:
+        home = addresses.address(f"{SPACES[first]}.{rest}")
     else:
         return None
     if home in reference.listed(folder) or (
