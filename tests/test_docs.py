@@ -50,12 +50,13 @@ def blocks(text):
 def reads(printed, expected, percent):
     """Whether ``printed`` is ``expected``: word by word, and numbers within ``percent``, if that is given.
 
-    A sign is part of the words. Spaces, which move with the width of a number, count only where numbers do.
+    A sign is part of the words. Spaces, and where an indented text is broken, move with the width of numbers, so they
+    count only without ``percent``.
     """
     if percent is None:
         return [line.rstrip() for line in printed.splitlines()] == [line.rstrip() for line in expected.splitlines()]
     words, numbers = [], []
-    for text in (printed, expected):
+    for text in (re.sub(r"\n {4,}(?=\S)", " ", text) for text in (printed, expected)):
         words.append([NUMBER.sub("0", line).split() for line in text.splitlines()])
         numbers.append([float(found.replace(",", "")) for found in NUMBER.findall(text)])
     near = (abs(a - b) <= percent / 100 * abs(b) for a, b in zip(*numbers, strict=True))
@@ -117,6 +118,7 @@ not an output
         "mean 1,000.0, sd -2.5e-01 (60%) of x1\nend\n",
         "mean 850, sd -0.21 (71%) of x1\nend\n",
         "mean   1199.00, sd -0.25 (60%) of x1   \nend",
+        "mean 1,000.0, sd -0.25 (60%)\n    of x1\nend\n",
     ],
 )
 def test_outputs_that_agree(came):
@@ -136,6 +138,7 @@ def test_outputs_that_agree(came):
         "mean 1,000.0, sd -0.25 (60%) of x1\n",  # a line
         "mean 1,000.0, sd -0.25 (60%) of x1\n\nend\n",
         "mean 1,000.0, sd -0.25 (60%) of x1 end\n",
+        "mean 1,000.0, sd -0.25 (60%) of\nx1\nend\n",
         "mean 1,000.0, sd -0.25 (60%) of x1\nend\n2\n",
         "",
     ],
