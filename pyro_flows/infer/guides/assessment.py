@@ -184,7 +184,7 @@ def assess(
             log_evidence=found.log_evidence,
             log_weights=log_weights[fine],
             num_starts=STARTS[thorough],
-            num_rounds=ROUNDS[left < math.inf],
+            num_rounds=ROUNDS[seconds < math.inf],
             known=known,
             generator=generator,
             seconds=None if left == math.inf else left,
