@@ -280,7 +280,23 @@ def shell(of: Numbers) -> Made:
 
 
 FIRST = gaussian, banana, chain, ring, funnel, student, bumps, gamma, skewed, nested
-KINDS = {each.__name__: each for each in (*FIRST, wave, cross, spiral, crescents, shell)}
+
+
+def islands(of: Numbers) -> Made:
+    """Two to four normals far apart, each up to five times as wide as another."""
+    dim, count, apart = of.dim(1, 10), of.dim(2, 4), of.log_between(4, 20)
+    loc = apart * of.normals(count, dim)
+    sds = 0.4 * 5 ** of.uniforms(count)
+    share = (0.2 + of.uniforms(count)).log().log_softmax(0)
+    which = torch.multinomial(share.exp(), COUNT, replacement=True, generator=of.generator)
+
+    def log_p(z: Tensor) -> Tensor:
+        return (share + normal(z[..., None, :], loc, sds[:, None]).sum(-1)).logsumexp(-1)
+
+    return dim, log_p, loc[which] + sds[which, None] * of.normals(COUNT, dim)
+
+
+KINDS = {each.__name__: each for each in (*FIRST, wave, cross, spiral, crescents, shell, islands)}
 HEAVY = ("chain", "funnel", "student", "skewed", "nested")
 
 

@@ -5,7 +5,7 @@
     python examples/benchmarks/trust.py --kinds ring spiral crescents --seconds 2 --refine 5  # refined ones, too
     python examples/benchmarks/trust.py --smoke                             # two fits, too short to count
 
-Targets are those of ``_exact_targets.py``: fifteen kinds of densities with exact draws and a log evidence of 0, with
+Targets are those of ``_exact_targets.py``: sixteen kinds of densities with exact draws and a log evidence of 0, with
 other numbers for each seed.  Each run is a process of its own with one thread, float64, and a budget of CPU seconds.
 
 A fit is *right* if 20,000 draws, resampled by their weights, have every mean within 0.1 standard deviations and every

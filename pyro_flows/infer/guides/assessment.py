@@ -21,7 +21,7 @@ from pyro_flows.infer.diagnostics import (
     walk_draws,
     widening,
 )
-from pyro_flows.infer.guides.modes import ModesBase
+from pyro_flows.infer.guides.modes import base_draws
 from pyro_flows.infer.guides.posterior import spline_of
 from pyro_flows.infer.machine.pace import Pace, pace_of
 from pyro_flows.infer.models.joint import FAILURES
@@ -97,14 +97,7 @@ def _weigh(
     left = num_samples
     while left > 0 and (not parts or time.monotonic() < deadline):
         count = min(CHUNK, left)
-        if isinstance(flow.base, ModesBase):
-            base = flow.base(scale)
-            x = base.sample((count,))
-            log_base = base.log_prob(x)
-        else:
-            x = flow.base().sample((count,))
-            log_base = flow.base().log_prob(x) - x.shape[-1] * math.log(scale)
-            x = x * scale
+        x, log_base = base_draws(flow, count, scale)
         z, ladj = flow.chain.forward_and_ladj(x)
         log_q = log_base - ladj
         log_p = scores(density, z, deadline)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import pyro.distributions as dist
@@ -11,7 +12,7 @@ from torch import Size, Tensor, nn
 from pyro_flows.core.recipes import remembered
 from pyro_flows.distributions import DiagonalNormal, Flow
 
-__all__ = ["ModesBase", "with_base_of"]
+__all__ = ["ModesBase", "base_draws", "with_base_of"]
 
 
 class _Modes(dist.MixtureSameFamily):
@@ -65,6 +66,17 @@ class ModesBase(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.event_shape[0]}, {len(self.logits)} modes"
+
+
+def base_draws(flow: Flow, count: int, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Draws ``(count, D)`` of a base so much wider, around each of its modes, and their log-densities."""
+    if isinstance(flow.base, ModesBase):
+        base = flow.base(scale)
+        draws = base.sample((count,))
+        return draws, base.log_prob(draws)
+    base = flow.base()
+    draws = base.sample((count,))
+    return draws * scale, base.log_prob(draws) - draws.shape[-1] * math.log(scale)
 
 
 def with_base_of(state: Mapping[str, Tensor], place: str, flow: Flow) -> Flow:

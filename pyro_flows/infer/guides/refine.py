@@ -24,6 +24,7 @@ from pyro_flows.infer.diagnostics.settling import (
 )
 from pyro_flows.infer.guides.assessment import Assessment, weigh
 from pyro_flows.infer.guides.loop import CLIP, speeds_of
+from pyro_flows.infer.guides.modes import base_draws
 from pyro_flows.infer.guides.posterior import frozen, spline_of
 from pyro_flows.infer.machine import processes
 from pyro_flows.infer.machine.budget import Budget, cosine
@@ -234,7 +235,7 @@ class Refining:
         """Returns other starts: a widened guide, ends of ridges, all modes alike."""
         count, dim = self.num_chains - self.num_chains // 2, self.known.draws.shape[-1]
         with torch.no_grad():
-            z = self.flow.chain.forward_and_ladj((1 + 3 / math.sqrt(dim)) * self.flow.base().sample((count,)))[0]
+            z = self.flow.chain.forward_and_ladj(base_draws(self.flow, count, 1 + 3 / math.sqrt(dim))[0])[0]
         if self.modes is not None:
             which = torch.arange(count // 2) % len(self.modes.share)
             z[: count // 2] = self.modes.around(which)
