@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows.distributions import Flow
+from pyro_flows.infer.guides.modes import ModesBase
 from pyro_flows.infer.guides.posterior import affine_of, frozen, preconditioner_of
 from pyro_flows.infer.machine import processes
 from pyro_flows.infer.machine.budget import Budget, cosine
@@ -282,7 +284,8 @@ class GuideTraining(TrainingLoop):
             budget.keep = max(budget.keep, LEFT * budget.seconds)
 
     def _emphatic(self, name: str, weight: float) -> bool:
-        return self.path_gradient and name == "flow" and weight == 1.0 and not self.covering
+        covering = self.covering and not isinstance(self.flow.base, ModesBase)
+        return self.path_gradient and name == "flow" and weight == 1.0 and not covering
 
     def _at_once(self, name: str, optimizer: AdamW, weight: float, end: float) -> int:
         """Returns the number of the next steps: 1, or more if they are compiled, up to the next look at them."""
@@ -442,11 +445,12 @@ class GuideTraining(TrainingLoop):
         return log_p, slope
 
     def _cover(self, flow: Flow, draws: Tensor, log_weights: Tensor, fine: Tensor) -> Tensor:
-        """Returns the forward divergence, from weighted draws."""
+        """Returns the forward divergence, from weighted draws; where modes are in the base, for their weights alone."""
         with torch.no_grad():
             share = processes.part(torch.where(fine, log_weights, -math.inf).softmax(0))
             z = torch.where(processes.part(fine).unsqueeze(-1), draws, 0.0)
-        return -COVER * (share * flow.score(z)).sum()
+        with frozen(flow.chain) if isinstance(flow.base, ModesBase) else nullcontext():
+            return -COVER * (share * flow.score(z)).sum()
 
     def _failed(self, name: str, rate: float, weight: float) -> None:
         self.failed_steps += 1
