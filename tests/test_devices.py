@@ -103,7 +103,7 @@ def test_rows_are_numbered_on_their_device():
     """An order is copied once an epoch: each copy makes the host wait."""
     rows = Rows(torch.zeros(20, 3, device=META), None, torch.arange(20, device=META))
     assert {piece.device for piece in rows.order(8, torch.Generator())} == {META}
-    for value, _, index in rows.batches(8, torch.Generator()):
+    for value, _, index, _ in rows.batches(8, torch.Generator()):
         assert value.device == index.device == META
 
 

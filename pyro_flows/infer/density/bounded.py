@@ -46,7 +46,7 @@ def bounded(flow: Flow | Density, given: Any, names: Names) -> Flow | Density:
         return flow
     kin = first_floating(flow)
     kin = torch.zeros(()) if kin is None else kin
-    low, high = (torch.tensor(ends, dtype=torch.float64) for ends in zip(*pairs, strict=True))
+    low, high = (torch.tensor(ends, dtype=torch.float64, device="cpu") for ends in zip(*pairs, strict=True))
     made = copy.copy(flow)
     made._modules = dict(flow._modules)
     made.chain = Chain([*leaves(flow.chain), Bounds(low, high).to(kin)]).train(flow.training)

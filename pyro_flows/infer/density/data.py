@@ -221,9 +221,9 @@ class Rows:
     def listed(self, pieces: Sequence[Tensor], batch_size: int, steps: int) -> list[Tensor]:
         """Returns the row numbers of up to ``steps`` batches, and each row's share; what is added does not count."""
         shape = min(steps, self.steps(batch_size)), -(-len(self) // self.steps(batch_size))
-        rows, shares = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=self.value.dtype)
+        rows, shares = (torch.zeros(shape, dtype=kind, device="cpu") for kind in (torch.int64, self.value.dtype))
         for k, piece in enumerate(pieces[: shape[0]]):
-            own = torch.ones(len(piece)) if self.weight is None else self.weight[piece]
+            own = torch.ones(len(piece), device="cpu") if self.weight is None else self.weight[piece]
             rows[k, : len(piece)], shares[k, : len(piece)] = piece, own / len(piece)
         return [rows, shares]
 

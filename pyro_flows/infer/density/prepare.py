@@ -365,7 +365,7 @@ class Survey:
             self._sample.append((piece[:rows].clone(), given[:rows].cpu().clone()))
         lowest, highest = piece.amin(0), piece.amax(0)
         piece = piece.double()
-        own = torch.ones(len(piece)) if weight is None else weight.cpu()
+        own = torch.ones(len(piece), device="cpu") if weight is None else weight.cpu()
         own = own.double().view(-1, *(1,) * (piece.dim() - 1))
         mean = (own * piece).mean(0)
         self._join(len(piece), mean, (own * (piece - mean).square()).sum(0), lowest, highest)

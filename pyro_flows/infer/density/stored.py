@@ -129,7 +129,7 @@ def _points(density: Any, part: Kept) -> dict[str, Tensor | None]:
     rows = part.trained if part.trained is not None else part.fresh
     if rows is None:
         return {}
-    rows = rows.take(torch.arange(min(POINTS, len(rows))))
+    rows = rows.take(torch.arange(min(POINTS, len(rows)), device="cpu"))
     return {"value": rows.value, "context": rows.context, "log_prob": _scores(density, rows.value, rows.context)}
 
 
