@@ -423,3 +423,17 @@ def test_only_informed_starts_skip_the_affine_phase(start):
     guide = AutoFlow(indexed, dependencies="model", start=start, seed=0)
     fit = fit_guide(guide, ROWS, ROWS, steps=10, progress=False)
     assert fit.history.phase[0] == ("flow" if start == "pathfinder" else "affine")
+
+
+@pytest.mark.full
+def test_members_without_a_mode_leave_a_dense_guide():
+    """A scale of each row's own falls to zero where the row is at the location, and has no curvature there."""
+
+    def rows(y):
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", len(y)):
+            pyro.sample("y", dist.Normal(loc, pyro.sample("scale", dist.HalfNormal(1.0))), obs=y)
+
+    torch.manual_seed(6)
+    guide = AutoFlow(rows, seed=0).setup(torch.randn(100))
+    assert guide.structure is None and guide.flow.sample((10,)).isfinite().all()

@@ -100,7 +100,23 @@ def find_inner_start(
         Approximate Bayesian inference for latent Gaussian models by using integrated nested Laplace approximations (Rue
         et al., 2009); Embedded Laplace approximation (Margossian et al., 2020), arXiv:2004.12550.
     """
-    safe = SafeDensity(density, initial, seconds=seconds)
+    try:
+        found = _found(SafeDensity(density, initial, seconds=seconds), structure, initial, num_points, generator)
+    except torch.linalg.LinAlgError:  # curvatures of members that hardly have a mode
+        return None
+    if found is None:
+        return None
+    # As the guide will hold them, perhaps with fewer digits.
+    parts = [part.to(initial.dtype) for part in (*found[:4], *(x for members in found.members for x in members))]
+    sizes = parts[1], parts[2].diagonal()
+    fine = all(bool(part.isfinite().all()) for part in parts) and all(bool((size > 0).all()) for size in sizes)
+    return found if fine else None
+
+
+def _found(
+    safe: SafeDensity, structure: Structure, initial: Tensor, num_points: int, generator: Generator | None
+) -> InnerStart | None:
+    """Finds the start, which may be without finite numbers."""
     inner = InnerDensity(safe, structure, initial)
     at, best = structure.globals, inner.point[structure.globals]
     inner.measure(inner.expanded(inner.point[None])[2])
