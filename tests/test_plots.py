@@ -349,6 +349,7 @@ def test_corner_of_events_of_any_shape():
     refuses(ValueError, r"data of shape \(rows, 2, 2\), got shape \(50, 4\)", plots.corner, model, torch.randn(50, 4))
 
 
+@pytest.mark.full
 def test_corner_of_degenerate_rows():
     """A column of one value, and a single row, are drawn without a warning or an error."""
     flat = torch.randn(50, 2) * torch.tensor([1.0, 0.0]) + 5

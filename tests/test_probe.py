@@ -97,6 +97,7 @@ def test_a_guide_over_both_modes_is_not_blamed(dim):
     assert abs(probe(target, target.parts[1], log_evidence=math.log(0.5)).missing_share - 0.5) < 0.03
 
 
+@pytest.mark.full
 def test_all_labels_of_a_mixture_are_found():
     """Six modes, as no mean has a name."""
     noise = torch.randn(3, 60, generator=generator(), dtype=torch.float64)
@@ -196,6 +197,7 @@ def ragged(z):
     ],
     ids=["banana", "student3", "student10", "student30", "funnel", "schools", "ragged"],
 )
+@pytest.mark.full
 def test_no_false_alarm(log_p, guide, log_evidence, seed):
     found = probe(log_p, guide, log_evidence=log_evidence, generator=generator(seed))
     assert found.missing_share == 0 and not found.missed.any()
@@ -211,6 +213,7 @@ def test_a_funnel_has_no_mode():
 # The rest of the contract
 
 
+@pytest.mark.full
 def test_refused_points_are_worked_around():
     target = pair((0.7, 0.3))
 

@@ -101,6 +101,7 @@ def examples(path):
             yield node.body[0].lineno, re.findall(r"^(?:>>>|\.\.\.) .*", ast.get_docstring(node), re.MULTILINE)
 
 
+@pytest.mark.full
 def test_code_fits_its_box():
     pages = [ROOT / "README.md", *(page for page in DOCS.rglob("*.md") if "_build" not in page.parts)]
     parts = [(page, *block) for page in pages for block in blocks(page.read_text())]

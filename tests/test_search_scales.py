@@ -70,6 +70,7 @@ def test_a_far_mode_is_found_with_its_share(dim, distance, width, share, unit):
     assert found.num_starts > 80 and found.reach > 300
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("dim", "place", "width"), [(2, (2.5, -1.5), 0.01), (4, (-3.0, 2.0), 0.1)])
 def test_a_thorough_search_finds_needles_in_few_dimensions(dim, place, width):
     center = torch.cat([torch.tensor(place), torch.zeros(dim - 2)])
@@ -165,6 +166,7 @@ def test_a_mode_found_late_starts_training_anew(monkeypatch, tmp_path):
     assert torch.equal(again.log_weights, fit.log_weights)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("wrong", [True, False])
 def test_a_start_cut_short_moves_to_the_mode(wrong):
     def model():
@@ -185,6 +187,7 @@ def test_a_start_cut_short_moves_to_the_mode(wrong):
         assert torch.equal(affine.loc, before[0]) and torch.equal(affine.scale, before[1])
 
 
+@pytest.mark.full
 def test_words_say_how_far_was_looked():
     fit = fit_guide(AutoFlow(model(normal, 2), SMALL, seed=0), steps=60, progress=False)
     probe = fit.assessment.probe
