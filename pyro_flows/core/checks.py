@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from itertools import islice
 from numbers import Integral
 from typing import Any
 
@@ -21,6 +22,7 @@ __all__ = [
     "check_tensor",
     "choice",
     "event_size",
+    "first_few",
     "first_floating",
     "integer",
     "joint_shape",
@@ -37,6 +39,12 @@ __all__ = [
 
 
 WHOLE_BOUND = 2**52  # integer flows map the whole numbers from its negative up to it, and not it
+
+
+def first_few(words: Iterable[object], most: int) -> str:
+    """Lists words for a message, at most so many, with an ellipsis for the rest."""
+    known = [str(word) for word in islice(words, most + 1)]
+    return ", ".join(known[:most] + ["…"] * (len(known) > most))
 
 
 def event_size(event_shape: int | Iterable[int]) -> Size:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from tqdm.auto import tqdm
 
+from pyro_flows.core.checks import first_few
 from pyro_flows.infer.density.data import Rows, name_rows
 from pyro_flows.infer.density.objective import Objective, mean_score
 from pyro_flows.infer.density.prepare import Prepared
@@ -286,7 +287,7 @@ class DensityTraining(TrainingLoop):
         names = {id(p): name for name, p in self.flow.named_parameters()}
         pairs = zip(self.parameters, grads, strict=True)
         bad = [names[id(p)] for p, grad in pairs if grad is not None and not grad.isfinite().all()]
-        which = f"that of {', '.join(bad[:5])}{', …' if len(bad) > 5 else ''} is not finite"
+        which = f"that of {first_few(bad, 5)} is not finite"
         if not bad:
             which = "each gradient is finite, but their squares overflow"
         raise FloatingPointError(f"fit_density: the norm of the gradient is {norm.item()}: {which}; {_REMEDY}")

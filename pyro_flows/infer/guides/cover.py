@@ -35,10 +35,7 @@ def mixture_draws(probe: ModeProbe, count: int, generator: Generator | None = No
     kept = probe.share > LEAST
     share = probe.share[kept] / probe.share[kept].sum()
     mixture = Gaussians(probe.locations[kept], probe.scale[kept], share)
-    which = torch.multinomial(share.double().cpu(), count, replacement=True, generator=generator).to(share.device)
-    noise = torch.randn(count, probe.locations.shape[1], generator=generator, dtype=torch.float64, device="cpu")
-    moved = mixture.scale[which] @ noise.to(mixture.locations).unsqueeze(-1)
-    return mixture.locations[which] + moved.squeeze(-1), mixture
+    return mixture.sample(count, generator), mixture
 
 
 def cover_modes(

@@ -17,7 +17,7 @@ from pyro import poutine
 from torch import Generator, Tensor
 from tqdm.auto import tqdm
 
-from pyro_flows.core.checks import choice, integer
+from pyro_flows.core.checks import choice, first_few, integer
 from pyro_flows.infer.diagnostics.verdict import MODES
 from pyro_flows.infer.guides.assessment import DRAWS, FEWEST, Assessment, assess
 from pyro_flows.infer.guides.auto import AutoFlow
@@ -450,7 +450,7 @@ def _warned_once() -> Iterator[list[str]]:
 
 
 def _held(parameters: dict[str, Tensor]) -> str:
-    names = ", ".join(map(repr, list(parameters)[:6])) + (", …" if len(parameters) > 6 else "")
+    names = first_few(map(repr, parameters), 6)
     return (
         f"the parameters of the model ({names}) are held at their present values, and not trained: the posterior is "
         "that at these values. Train them first, by SVI(model, AutoFlow(model), optimizer, Trace_ELBO()); if they "

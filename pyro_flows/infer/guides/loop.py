@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyro_flows.distributions import Flow
 from pyro_flows.infer.guides.modes import ModesBase
-from pyro_flows.infer.guides.posterior import affine_of, frozen, preconditioner_of
+from pyro_flows.infer.guides.posterior import affine_of, frozen, preconditioner_of, slope_of
 from pyro_flows.infer.machine import processes
 from pyro_flows.infer.machine.budget import Budget, cosine
 from pyro_flows.infer.machine.callback import Callback, asks_to_stop
@@ -387,8 +387,7 @@ class GuideTraining(TrainingLoop):
         """Returns mean, spread and number of the finite log p - log q, and the gradient for each parameter."""
         with Autoregressive.remembering(flow):
             draws, log_q = self._drawn(flow)
-            z = draws.detach()
-            push = self._push(flow, z) if self.path_gradient else torch.zeros_like(z)
+            push = slope_of(flow, draws) if self.path_gradient else torch.zeros_like(draws)
         log_p, pull = unrecorded(self._pulled, draws.detach())
         fine = log_p.isfinite() & pull.isfinite().all(-1)
         toward = weight * pull - push
@@ -428,14 +427,6 @@ class GuideTraining(TrainingLoop):
             if processes.count() == 1:
                 raise _ModelError from error
             return torch.full_like(z[:, 0], math.nan), torch.full_like(z, math.nan)
-
-    def _push(self, flow: Flow, z: Tensor) -> Tensor:
-        """Returns the gradient of log q at draws, with fixed parameters."""
-        z = z.requires_grad_()
-        with frozen(flow.chain):
-            value = flow.score(z)
-        # Sums, because gradients given to grad() make torch import its compiler.
-        return torch.autograd.grad(value.sum(), z)[0]
 
     @torch.enable_grad()
     def _pull(self, z: Tensor) -> tuple[Tensor, Tensor]:

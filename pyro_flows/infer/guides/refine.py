@@ -25,7 +25,7 @@ from pyro_flows.infer.diagnostics.settling import (
 from pyro_flows.infer.guides.assessment import Assessment, weigh
 from pyro_flows.infer.guides.loop import CLIP, speeds_of
 from pyro_flows.infer.guides.modes import base_draws
-from pyro_flows.infer.guides.posterior import frozen, spline_of
+from pyro_flows.infer.guides.posterior import slope_of, spline_of
 from pyro_flows.infer.machine import processes
 from pyro_flows.infer.machine.budget import Budget, cosine
 from pyro_flows.infer.machine.graph import Replay, replayable, unrecorded
@@ -392,13 +392,10 @@ class _Learner:
         with torch.enable_grad():
             with Autoregressive.remembering(self.flow):
                 draws = self.flow.chain(x)
-                z = draws.detach().requires_grad_()
-                with frozen(self.flow.chain):
-                    value = self.flow.score(z)
-                push = torch.autograd.grad(value.sum(), z)[0]
+                push = slope_of(self.flow, draws)
             log_p, pull = unrecorded(self.density.gradients, draws.detach())
-            fine = log_p.to(z.device).isfinite().unsqueeze(-1) & push.isfinite()
-            toward = torch.where(fine, pull.to(z) - push, 0.0) / len(x)
+            fine = log_p.to(push.device).isfinite().unsqueeze(-1) & push.isfinite()
+            toward = torch.where(fine, pull.to(push) - push, 0.0) / len(x)
             return torch.autograd.grad(-(draws * toward).sum(), self.optimizer.parameters, allow_unused=True)
 
     def release(self) -> None:

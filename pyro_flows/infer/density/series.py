@@ -18,8 +18,8 @@ from pyro_flows.core.steps import Move, Stepper, affine, at_any_time, length_mas
 from pyro_flows.distributions import ConvMADE, Flow
 from pyro_flows.distributions.made.steps import ModelSteps
 from pyro_flows.distributions.queries.layers import leaves_of
+from pyro_flows.infer.density.surprise import single_base, surprise
 from pyro_flows.infer.density.units import StandardizedDensity, is_plain_flow
-from pyro_flows.infer.uses.surprise import single_base, surprise
 
 __all__ = ["Stream", "step_log_prob"]
 
