@@ -55,7 +55,7 @@ class _Sums(nn.Module):
         self.register_parameter("weight", nn.Parameter((2 * torch.rand(shape) - 1) * size) if inputs else None)
         self.bias = nn.Parameter((2 * torch.rand(outputs) - 1) * size)
 
-    def on(self, places: tuple[int, int]) -> Callable[[Tensor], Tensor]:
+    def on(self, places: Sequence[int]) -> Callable[[Tensor], Tensor]:
         """The layer on images of this size, with its parameters rounded once."""
         bias = rounded(self.bias, self.bits, -self.bound, self.bound)[:, None] * 2.0**_BITS
         if self.weight is None:
