@@ -3,6 +3,7 @@
 import copy
 import io
 
+import pyro.distributions
 import pytest
 import torch
 from asserts import refuses
@@ -119,7 +120,7 @@ def test_a_trained_chain_keeps_what_it_has_learned():
 @pytest.mark.parametrize(
     "flow",
     [
-        lambda: pf.Flow(small(), pf.GaussianMixture(3, 2)),
+        lambda: pf.Flow(small(), pyro.distributions.Laplace(torch.zeros(3), 1.0).to_event(1)),
         lambda: pf.Flow(pf.Chain([*small(), pf.ActNorm(3)])),
         lambda: pf.ncsf(3),
     ],
@@ -130,6 +131,18 @@ def test_other_models_start_as_they_are(flow):
     found = fit(flow(), x, max_epochs=1)
     for part in found.distribution.modules():
         assert not isinstance(part, Coloring) or torch.equal(part.factor, torch.eye(3))
+
+
+@pytest.mark.parametrize("base", [pf.GaussianMixture(3, 2), pf.StudentT(3)])
+def test_other_bases_start_with_the_covariance_of_the_rows(base):
+    x = correlated(400)
+    flow = pf.Flow(small(), base).double()
+    density = standardized(flow, x.mean(0), x.std(0))
+    start_as_gaussian(density, x, None)
+    drawn = density.sample((40_000,))
+    torch.testing.assert_close(drawn.mean(0), x.mean(0), atol=0.3, rtol=0)
+    torch.testing.assert_close(drawn.T.cov(), x.T.cov(), atol=8.0, rtol=0.1)
+    assert (density.log_prob(x) - fit_gaussian(x).log_prob(x)).mean() > -0.5
 
 
 @pytest.mark.parametrize("dtype", [torch.float, torch.double])

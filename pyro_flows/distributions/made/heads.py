@@ -342,9 +342,7 @@ class NormalHead(Head):
     """
 
     num_params, location = 2, slice(0, 1)
-    discrete = False
-    has_rsample = True
-    constraint = constraints.real
+    discrete, has_rsample, constraint = False, True, constraints.real
 
     def __init__(self, max_log_scale: float = 5.0) -> None:
         super().__init__()
@@ -455,8 +453,7 @@ class MixtureHead(_Mixture):
         Masked Autoregressive Flow (Papamakarios et al., 2017), arXiv:1705.07057.
     """
 
-    discrete = False
-    constraint = constraints.real
+    discrete, constraint = False, constraints.real
 
     def __init__(self, num_components: int = 10, max_log_scale: float = 5.0) -> None:
         super().__init__(num_components, max_log_scale)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows.core.chain import Chain, leaves
-from pyro_flows.distributions import Flow
+from pyro_flows.distributions import DiagonalNormal, Flow
 from pyro_flows.distributions.made import MADE, AutoregressiveModel
 from pyro_flows.infer.density.units import (
     Density,
@@ -174,7 +174,8 @@ def start_as_gaussian(
     """Makes a flow whose chain is linear start as the Gaussian of rows in its units.
 
     In general, the base becomes the Gaussian of the rows pulled back to it, so that a chain trained before keeps what
-    it has learned.  Nothing changes if that is not finite, or before the first batch sets an ``ActNorm``.
+    it has learned.  A base of Student's t, or of a mixture of normals, gets its mean and covariance.  Nothing changes
+    if that is not finite, or before the first batch sets an ``ActNorm``.
 
     A fresh autoregressive model gets the columns of the rows as its marginals, and a MADE of one order the linear
     regressions of normal and mixture columns on those before them, without the context.
@@ -199,7 +200,13 @@ def _start_flow(density: Flow, part: Coloring, value: Tensor, context: Tensor | 
     rows = latent if context is None else torch.cat([context, latent], 1)
     if rows.isfinite().all():
         made = coloring(rows, part.event_shape, part.context_dim, weight)
-        part.place(made.loc, made.factor, made.slope)
+        loc, factor = made.loc, made.factor
+        if type(density.base) is not DiagonalNormal:  # of another mean and variance
+            base = density.base()
+            mean, variance = (each.cpu().double() for each in (base.mean, base.variance))
+            factor = factor / torch.where(variance.isfinite(), variance, 1.0).sqrt()
+            loc = loc - factor @ torch.where(mean.isfinite(), mean, 0.0)
+        part.place(loc, factor, made.slope)
 
 
 def _start_made(model: AutoregressiveModel, value: Tensor, weight: Tensor | None) -> None:

@@ -15,7 +15,7 @@ from pyro_flows.core.checks import check_context, first_floating, refuse_as_site
 from pyro_flows.core.recipes import remembered
 from pyro_flows.core.transform import FlowTransform
 from pyro_flows.core.wrap import Wrap, _bare, _joined, image
-from pyro_flows.distributions import DiagonalNormal, Ensemble, Flow
+from pyro_flows.distributions import DiagonalNormal, Ensemble, Flow, GaussianMixture, StudentT
 from pyro_flows.distributions.made import AutoregressiveModel, Head
 from pyro_flows.distributions.scaled import ScaledDistribution
 from pyro_flows.infer.density.columns import at_bounds, is_free
@@ -184,7 +184,7 @@ def standardized(
 
     A :class:`~pyro_flows.transforms.elementwise.Standardization` is put at the data end of the chain, but before parts
     there that learn nothing (e.g. ``ExpTransform()``), to keep the support.  A :class:`StandardizedFlow` standardizes
-    contexts.  Vectors of up to 1024 free numbers over a base of independent normals get a
+    contexts.  Vectors of up to 1024 free numbers over a base of normals, mixtures or Student's t get a
     :class:`~pyro_flows.transforms.linear.Coloring`, at first the identity, at the base end.  The default locations 0
     and scales 1 suffice to load the state of a fitted flow of the same architecture.
 
@@ -231,10 +231,10 @@ def standardized(
 
 
 def _is_colorable(flow: Flow) -> bool:
-    """Tells whether a flow of free vectors over independent normals may start as a Gaussian."""
+    """Tells whether a flow of free vectors over a base of this package may start as a Gaussian, or nearly."""
     event = flow.chain.event_shape
     vectors = len(event) == 1 and event[0] <= _LARGEST and (event[0] > 1 or flow.context_dim > 0)
-    return vectors and type(flow.base) is DiagonalNormal and bool(movable(flow).all())
+    return vectors and type(flow.base) in (DiagonalNormal, GaussianMixture, StudentT) and bool(movable(flow).all())
 
 
 def _colorless(flow: Flow, kin: Tensor) -> Coloring:
