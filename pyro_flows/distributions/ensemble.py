@@ -123,7 +123,13 @@ class Ensemble(nn.Module):
                 )
         if not found:
             raise ValueError("Ensemble: expected at least one member, got none")
-        kinds = {(Size(each.event_shape), int(each.context_dim or 0)) for each in found}
+        for each in found:
+            if getattr(each, "event_shape", None) is None:
+                raise TypeError(
+                    f"Ensemble: expected modules with an event_shape, got a {type(each).__name__} without one; set "
+                    "it in its constructor, e.g. self.event_shape = torch.Size([3])"
+                )
+        kinds = {(Size(each.event_shape), int(getattr(each, "context_dim", 0) or 0)) for each in found}
         if len(kinds) > 1:
             told = ", ".join(f"{tuple(event)} and {dim}" for event, dim in sorted(kinds))
             raise ValueError(f"Ensemble: expected members of one event shape and context_dim, got {told}")

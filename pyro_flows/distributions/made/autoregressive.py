@@ -224,13 +224,14 @@ class AutoregressiveModel(nn.Module):
         return torch.stack(columns, -1).view(*batch, *self.event_shape)
 
     @torch.no_grad()
-    def fit_marginals(self, rows: Tensor) -> AutoregressiveModel:
+    def fit_marginals(self, rows: Tensor, *, as_normals: bool = False) -> AutoregressiveModel:
         """Sets the output biases to the marginals of data, and returns the model.
 
         A fresh model then has independent dimensions with these marginals.
 
         Args:
             rows: shape ``(rows, *event_shape)``.
+            as_normals: whether mixtures begin as normals with the data's means and variances, not at their quantiles.
 
         Example:
             >>> rows = torch.tensor([[1.0, 0.0], [1.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
@@ -239,7 +240,8 @@ class AutoregressiveModel(nn.Module):
             tensor(True)
         """
         check_tensor(type(self).__name__, "a tensor of rows", rows)
-        self.set_bias(self.head.bias(self.cast(rows.to(self.device)).reshape(len(rows), self.input_dim)))
+        flat = self.cast(rows.to(self.device)).reshape(len(rows), self.input_dim)
+        self.set_bias(self.head.bias(flat, as_normals=as_normals))
         return self
 
     @property

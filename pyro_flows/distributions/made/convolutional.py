@@ -290,12 +290,12 @@ class ConvMADE(AutoregressiveModel):
         self.bias.copy_(bias)
 
     @torch.no_grad()
-    def fit_marginals(self, rows: Tensor) -> AutoregressiveModel:
+    def fit_marginals(self, rows: Tensor, *, as_normals: bool = False) -> AutoregressiveModel:
         if self.positions:
-            return super().fit_marginals(rows)
+            return super().fit_marginals(rows, as_normals=as_normals)
         check_tensor("ConvMADE", "a tensor of rows", rows)
         pooled = self.cast(rows.to(self.device)).flatten(2).movedim(1, -1).flatten(0, 1)
-        self.set_bias(self._shared_head().bias(pooled))
+        self.set_bias(self._shared_head().bias(pooled, as_normals=as_normals))
         return self
 
     def order_of(self, member: Member | None) -> Tensor:

@@ -22,6 +22,7 @@ CLOSE, OVERFITTED = "good, small differences", "good, overfitted"
 FEW, SEEN = "good, few rows judged", "good, by training rows"
 REPEATED, MISFIT = "repeated values", "misfit"
 WORSE, WORSE_DISCRETE = "worse than a Gaussian", "worse than independent columns"
+GAUSSIANS = ("the Gaussian", "a Gaussian autoregression", "a von Mises-Fisher distribution")
 LABELS = (GOOD, CLOSE, OVERFITTED, FEW, SEEN, REPEATED, WORSE, WORSE_DISCRETE, MISFIT, UNJUDGED)
 
 LEVEL = 0.05  # chance of a difference found where there is none
@@ -169,8 +170,9 @@ def judge_density(
 
     1. ``"not judged"``: fewer than 20 rows, or no draws.
     2. ``"repeated values"``: many rows share a value of a continuous column.
-    3. ``"worse than a Gaussian"``, or ``"worse than independent columns"`` if some are discrete: that model's scores of
-       the same rows are higher, by more than 0.01 nats, and surely (by a paired test at level 0.025).
+    3. ``"worse than a Gaussian"`` (an autoregression and a von Mises-Fisher distribution among them), or ``"worse than
+       independent columns"``: that model's scores of the same rows are higher, by more than 0.01 nats, and surely (by a
+       paired test at level 0.025).
     4. ``"misfit"``: a difference is found, or a fiftieth of the draws is not finite, and it is not small.
     5. ``"good, few rows judged"``: fewer than 100 rows.
     6. ``"good, by training rows"``: no rows were held out.
@@ -225,7 +227,7 @@ def judge_density(
         found.facts += [f"{each[0].upper()}{each[1:]}." for each in checks.repeated]
         return verdict(REPEATED, "model such values apart, as the lines above say")
     if numbers.get("worse", 1.0) < CERTAIN and numbers["gain"] < -LOSS:
-        label = WORSE if checks.rival == "the Gaussian" else WORSE_DISCRETE
+        label = WORSE if checks.rival in GAUSSIANS else WORSE_DISCRETE
         return verdict(label, folds, *REGULARIZE, f"else use {checks.rival}")
     if checks.failures > WASTE or (differs and not (found.size <= HARMLESS and numbers["unexplained"] <= SHARE * n)):
         ended = stopped in ("steps", "seconds", "max_epochs")
