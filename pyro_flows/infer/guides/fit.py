@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from pyro import poutine
 from torch import Generator, Tensor
-from tqdm.auto import tqdm
 
-from pyro_flows.core.checks import choice, first_few, integer
+from pyro_flows.core.checks import choice, first_few, integer, positive_seconds
 from pyro_flows.infer.diagnostics.verdict import MODES
 from pyro_flows.infer.guides.assessment import DRAWS, FEWEST, Assessment, assess
 from pyro_flows.infer.guides.auto import AutoFlow
@@ -43,7 +42,8 @@ from pyro_flows.infer.machine.budget import Budget
 from pyro_flows.infer.machine.callback import Callback, check_callback
 from pyro_flows.infer.machine.checkpoint import Keeper, architecture_of, checksums
 from pyro_flows.infer.machine.compiled import Compile
-from pyro_flows.infer.machine.interrupts import carrying, pyro_as_it_was
+from pyro_flows.infer.machine.interrupts import SoFar, carrying, pyro_as_it_was
+from pyro_flows.infer.machine.progress import ProgressBar
 from pyro_flows.infer.machine.randomness import random_state, seeded, set_random
 from pyro_flows.infer.models.broadcasting import warn_once
 from pyro_flows.infer.models.enumeration import unblocked
@@ -159,12 +159,11 @@ def fit_guide(
         al., 2017), arXiv:1703.09194; Pathfinder (Zhang et al., 2022), arXiv:2108.03782; Yes, but Did It Work? (Yao et
         al., 2018), arXiv:1802.02538.
     """
-    so_far: list[Callable[[], object]] = []
+    so_far: SoFar = []
     with carrying(so_far), processes.joined("fit_guide"), ExitStack() as stack:
         if steps is not None:
             integer("fit_guide", "steps", steps)
-        if seconds is not None and not 0 < seconds < math.inf:
-            raise ValueError(f"fit_guide: expected seconds to be a positive number, got {seconds!r}")
+        positive_seconds("fit_guide", "seconds", seconds)
         integer("fit_guide", "checkpoint_every", checkpoint_every)
         check_callback("fit_guide", callback)
         if not isinstance(compile, bool):
@@ -181,11 +180,12 @@ def fit_guide(
         processes.refuse_different("fit_guide", identity, _ALIKE)
         if known is not None:
             CHECKPOINT.refuse_other(checkpoint, known, identity)
-        bar = _Bar(budget, progress and not processes.rank())
-        for each in (pyro_as_it_was(), seeded(guide.seed), poutine.block(), torch.enable_grad(), bar):
+        bar = ProgressBar("fit_guide", progress and not processes.rank())
+        stack.callback(bar.close)
+        for each in (pyro_as_it_was(), seeded(guide.seed), poutine.block(), torch.enable_grad()):
             stack.enter_context(each)
         with _warned_once() as notes:
-            bar.say("looking for a start")
+            bar.show(None, "looking for a start")
             if guide.is_built:
                 guide.restart()
             guide.hide_discrete(*args, **kwargs)
@@ -230,7 +230,7 @@ def fit_guide(
                 fresh=begun.covered is None and not begun.informed,
                 level=begun.level if begun.covered is None and begun.informed else -math.inf,
                 compile=compile,
-                report=bar.report,
+                report=_reporting(bar, budget),
                 callback=callback,
             )
 
@@ -247,7 +247,7 @@ def fit_guide(
             training.run(Keeper(CHECKPOINT, path, content, checkpoint_every, SECONDS_BETWEEN_FILES))
             if training.halted:
                 begun.notes.append(f"the callback ended training after {len(training.history)} steps")
-            bar.say("judging")
+            bar.show(None, "judging")
             assessment = _assess(guide, begun, budget)
             if begun.covered is not None and assessment.verdict.label == MODES:
                 assessment = _fit_to_mixture(guide, begun, budget, begun.covered) or assessment
@@ -257,7 +257,7 @@ def fit_guide(
             stay = training.halted or late or guide.start == "prior" or assessment.verdict.label != MODES
             if times == RESTARTS or probe is None or stay:
                 break
-            bar.say("adding modes")
+            bar.show(None, "adding modes")
             _cover(guide, begun, budget, probe)
             training = trainer().after(training)
         begun.evaluations = int(processes.total(guide.start_evaluations + begun.density.evaluations)[0])
@@ -348,7 +348,6 @@ class _Begun:
 def _begin(guide: AutoFlow, args: tuple[object, ...], kwargs: dict[str, object], budget: Budget) -> _Begun:
     """Finds a start, draws per step and the verdict's time."""
     with start_within(guide, None if budget.seconds is None else STARTING * budget.seconds):
-        guide.hide_discrete(*args, **kwargs)
         guide.setup(*args, **kwargs)
     refuse_unobserved(guide)
     density = guide.density(*args, **kwargs)
@@ -397,7 +396,6 @@ def _begin_again(
     try:
         guide.start = "prior"  # without a search, which may have found no structure
         guide.dependencies = "dense" if state["dense"] else dependencies
-        guide.hide_discrete(*args, **kwargs)
         guide.setup(*args, **kwargs)
         guide.__dict__.pop("_first_density", None)
         guide.vectorized = state["vectorized"]
@@ -487,29 +485,18 @@ def _assess(guide: AutoFlow, begun: _Begun, budget: Budget | None = None) -> Ass
     return processes.led(begun.density, begun.initial, run)
 
 
-class _Bar:
-    def __init__(self, budget: Budget, show: bool) -> None:
-        self.budget = budget
-        self.bar = tqdm(total=100, desc="fit_guide", disable=not show, leave=False, unit="%", bar_format=_FORMAT)
-        self._last = 0.0
+def _reporting(bar: ProgressBar, budget: Budget) -> Callable[[History], None]:
+    """Shows the last steps ten times a second."""
+    last = 0.0
 
-    def say(self, what: str) -> None:
-        self.bar.set_postfix_str(what)
-
-    def report(self, history: History) -> None:
-        if self.bar.disable or self.budget.elapsed - self._last < 0.1:
+    def report(history: History) -> None:
+        nonlocal last
+        if bar.hidden or budget.elapsed - last < 0.1:
             return
-        self._last = self.budget.elapsed
-        self.bar.n = min(100, int(100 * self.budget.fraction))
+        last = budget.elapsed
         recent = [v for v in history.elbo[-20:] if math.isfinite(v)]
         elbo = f"ELBO {sum(recent) / len(recent):.3f}, " if recent else ""
-        self.bar.set_postfix_str(f"{history.phase[-1]}, {elbo}spread {history.spread[-1]:.3f}, step {len(history)}")
+        told = f"{history.phase[-1]}, {elbo}spread {history.spread[-1]:.3f}, step {len(history)}"
+        bar.show(budget.fraction, told)
 
-    def __enter__(self) -> _Bar:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.bar.close()
-
-
-_FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {elapsed} {postfix}"
+    return report
