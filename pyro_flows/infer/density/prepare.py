@@ -2,7 +2,7 @@
 
 Training rows are surveyed for constant or dependent columns, repeated values and rows outside the support.  A survey
 sees rows in the flow's dtype, shuffled.  :class:`~pyro_flows.infer.density.columns.Precision` sees the numbers as
-given, in their order.
+given, before their conversion.
 """
 
 from __future__ import annotations

@@ -29,6 +29,7 @@ _LONG, _ENOUGH = 30, 1.0  # steps after which climbs end once this share of them
 _GRACE = 0.5  # share of the seconds for curvatures and masses, if need be beyond these
 _PER_DIM, _SPREAD = 4, (2000, 5)  # draws by dimensions that give a scale; those that are used, and more by dimensions
 _NEAR = 0.01  # between ends of one mode
+_DEEP = 25.0  # nats by dimensions below the evidence; a mode would be e^24 wide to count
 _LEAST_SHARE, _LEAST_PART = 1e-3, 0.1  # of a missed mode; of its mass in the guide
 
 
@@ -151,7 +152,7 @@ def probe_modes(
         climbs = _climbed(safe, points, inside, spread)
     if seconds is not None:  # a mode without a mass would not count
         safe.deadline = time.monotonic() + _GRACE * seconds
-    peaks, basin = _peaks(safe, climbs, spread, _known(known))
+    peaks, basin = _peaks(safe, climbs, spread, log_evidence - _DEEP * len(initial), _known(known))
     climbed = not safe.expired and bool(climbs.looked.double().mean() >= _MOST)
     q_there = guide.values(peaks.points)
     mass_p, mass_q = _masses(safe, guide, peaks, generator)
@@ -235,11 +236,13 @@ def _climbed(safe: SafeDensity, points: Tensor, inside: Tensor, spread: Tensor) 
     return _Climbs(*paths.ends()[:2], paths.converged, looked, inside)
 
 
-def _peaks(safe: SafeDensity, climbs: _Climbs, spread: Tensor, known: list[Peaks]) -> tuple[Peaks, Tensor]:
-    """Returns distinct maxima, best first, and the share of the guide's draws that lead there."""
+def _peaks(
+    safe: SafeDensity, climbs: _Climbs, spread: Tensor, least: float, known: list[Peaks]
+) -> tuple[Peaks, Tensor]:
+    """Returns distinct maxima above the ``least`` value, best first, and the share of the draws that lead there."""
     ends, values, converged, inside = climbs.ends, climbs.values, climbs.converged, climbs.inside
     order = values.masked_fill(~converged, -torch.inf).argsort(descending=True).tolist()
-    free = converged & values.isfinite()
+    free = converged & (values > least)
     found: list[Peaks] = []
     shares: list[float] = []
 
