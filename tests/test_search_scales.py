@@ -136,7 +136,7 @@ def test_a_ridge_that_bends_has_no_length_of_its_own():
 
     like = torch.zeros(1, 2)
     scale = torch.diag(torch.tensor([0.3, 40.0]))[None]
-    peak = Peaks(torch.tensor([[5.0, 0.0]]), torch.zeros(1), scale, like, torch.ones(1, dtype=torch.bool))
+    peak = Peaks(torch.tensor([[5.0, 0.0]]), torch.zeros(1), scale, torch.ones(1, dtype=torch.bool))
     scale = shortened(SafeDensity(ring, like), peak).scale[0]
     assert scale[0, 0] == pytest.approx(0.3) and 1 < scale[1, 1] < 4
     plain = peak._replace(scale=torch.diag(torch.tensor([0.3, 1.0]))[None])

@@ -18,21 +18,11 @@ from torch import Generator, Tensor
 
 from pyro_flows.core.checks import choice, first_few, integer, positive_seconds
 from pyro_flows.infer.diagnostics.verdict import MODES
+from pyro_flows.infer.guides import choices
 from pyro_flows.infer.guides.assessment import DRAWS, FEWEST, Assessment, assess
 from pyro_flows.infer.guides.auto import AutoFlow
-from pyro_flows.infer.guides.choices import (
-    SEARCHING,
-    SEVERAL,
-    SLOW_SECONDS,
-    choose_particles,
-    moved_to_mode,
-    seconds_for_verdict,
-    several_modes,
-    start_weights,
-    start_within,
-)
 from pyro_flows.infer.guides.cover import add_modes, cover_modes
-from pyro_flows.infer.guides.loop import CHECKPOINT, GuideTraining, History
+from pyro_flows.infer.guides.loop import CHECKPOINT, GuideTraining, History, mean_of_finite
 from pyro_flows.infer.guides.modes import with_base_of
 from pyro_flows.infer.guides.posterior import spline_of, with_spline
 from pyro_flows.infer.guides.refusals import guide_of, refuse_random, refuse_unobserved
@@ -347,7 +337,7 @@ class _Begun:
 
 def _begin(guide: AutoFlow, args: tuple[object, ...], kwargs: dict[str, object], budget: Budget) -> _Begun:
     """Finds a start, draws per step and the verdict's time."""
-    with start_within(guide, None if budget.seconds is None else STARTING * budget.seconds):
+    with choices.start_within(guide, None if budget.seconds is None else STARTING * budget.seconds):
         guide.setup(*args, **kwargs)
     refuse_unobserved(guide)
     density = guide.density(*args, **kwargs)
@@ -356,23 +346,23 @@ def _begin(guide: AutoFlow, args: tuple[object, ...], kwargs: dict[str, object],
     blank = copy.deepcopy(guide.flow.state_dict())
 
     def plan(density: JointDensity) -> dict[str, Any]:
-        particles = choose_particles(guide, density, initial, budget.seconds)
+        particles = choices.choose_particles(guide, density, initial, budget.seconds)
         generator = Generator().manual_seed(int(torch.randint(2**62, ())))
         covered, notes = None, []
-        several = several_modes(guide, density, initial, budget, generator)
+        several = choices.several_modes(guide, density, initial, budget, generator)
         searched = guide.subsampled or (several is not None and several.complete)
-        budget.keep = keep = seconds_for_verdict(density, budget, searched)
+        budget.keep = keep = choices.seconds_for_verdict(density, budget, searched)
         # A start with the model's structure is better than a Gaussian on one mode.
-        enough = several is not None and (guide.structure is None or int((several.share > SEVERAL).sum()) > 1)
-        if several is not None and enough and several.missing_share > SEVERAL:
-            limit = None if budget.seconds is None else SEARCHING * budget.seconds
+        enough = several is not None and (guide.structure is None or int((several.share > choices.SEVERAL).sum()) > 1)
+        if several is not None and enough and several.missing_share > choices.SEVERAL:
+            limit = None if budget.seconds is None else choices.SEARCHING * budget.seconds
             found = cover_modes(guide, density, several, generator, limit)
             notes.append(f"the start covers {found} modes, by a mixture of Gaussians")
             covered = copy.deepcopy(guide.flow.state_dict())
-        elif several is not None and moved_to_mode(guide, density, several):
+        elif several is not None and choices.moved_to_mode(guide, density, several):
             notes.append("the start is the Gaussian on a mode that the search found")
         budget.step_seconds = max(density.pace.shortest, particles * density.pace.seconds_per_draw)
-        exact, level = (False, -math.inf) if covered is not None else start_weights(guide, density)
+        exact, level = (False, -math.inf) if covered is not None else choices.start_weights(guide, density)
         known = {"num_particles": particles, "covered": covered, "notes": notes, "keep": keep, "modes": several}
         known |= {"exact": exact, "level": level}
         return {"begun": known, "random": generator.get_state(), "step_seconds": budget.step_seconds}
@@ -458,7 +448,7 @@ def _held(parameters: dict[str, Tensor]) -> str:
 
 def _assess(guide: AutoFlow, begun: _Begun, budget: Budget | None = None) -> Assessment:
     left = walking = math.inf
-    searching = SLOW_SECONDS  # cuts off searches of slow models alone
+    searching = choices.SLOW_SECONDS  # cuts off searches of slow models alone
     evaluations = WALK_EVALUATIONS * (guide.start_evaluations + begun.density.evaluations)  # of resumed fits, too
     if budget is not None and budget.seconds is not None:
         left = max(budget.left(), 0.02 * budget.seconds)
@@ -474,7 +464,7 @@ def _assess(guide: AutoFlow, begun: _Begun, budget: Budget | None = None) -> Ass
             minibatch=guide.subsampled,
             num_samples=DRAWS if density.many_at_once else FEWEST,
             seconds=left,
-            search_seconds=min(left, searching if density.many_at_once else SLOW_SECONDS / 3),
+            search_seconds=min(left, searching if density.many_at_once else choices.SLOW_SECONDS / 3),
             thorough=thorough,
             walk_seconds=walking,
             walk_evaluations=evaluations,
@@ -494,9 +484,8 @@ def _reporting(bar: ProgressBar, budget: Budget) -> Callable[[History], None]:
         if bar.hidden or budget.elapsed - last < 0.1:
             return
         last = budget.elapsed
-        recent = [v for v in history.elbo[-20:] if math.isfinite(v)]
-        elbo = f"ELBO {sum(recent) / len(recent):.3f}, " if recent else ""
-        told = f"{history.phase[-1]}, {elbo}spread {history.spread[-1]:.3f}, step {len(history)}"
+        elbo, spread = mean_of_finite(history.elbo[-20:]), history.spread[-1]
+        told = f"{history.phase[-1]}, ELBO {elbo:.3f}, spread {spread:.3f}, step {len(history)}"
         bar.show(budget.fraction, told)
 
     return report

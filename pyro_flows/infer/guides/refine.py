@@ -310,7 +310,7 @@ class Refining:
             log_p = SafeDensity(density, z).values(z).to(z.device)
             log_q = self.flow.log_prob(z).detach().double()
             walk = _Walk(z, z.unsqueeze(1), log_p.unsqueeze(1), log_q.unsqueeze(1))
-            found = Settling(math.inf, math.inf, 0.0, math.nan, math.nan, True)
+            found = Settling(math.inf, math.inf, 0.0, math.nan, True)
         else:
             walk, found = self.walk, self.settled
         draws = ChainDraws(walk.latents, walk.log_p, walk.log_q, found.effective, found.rhat, self.diverged, "refine")
@@ -323,10 +323,10 @@ def reassessed(
     known: Assessment, flow: Flow, density: JointDensity, chains: ChainDraws, verdict: Verdict
 ) -> Assessment:
     """Returns weighted draws of the flow under a verdict on chains; the evidence is bridged if that is ok."""
-    z, log_p, log_q = weigh(flow, density, BRIDGE)
-    numbers = importance(log_p - log_q)
+    _, z, log_p, log_q = drawn = weigh(flow, density, BRIDGE)
+    numbers = importance(drawn.log_weights)
     if verdict.ok:
-        numbers = bridged(numbers, log_p - log_q, (chains.log_p - chains.log_q).flatten(), chains.effective)
+        numbers = bridged(numbers, drawn.log_weights, (chains.log_p - chains.log_q).flatten(), chains.effective)
     found = verdict.numbers | {"log_evidence": numbers.log_evidence, "log_evidence_error": numbers.log_evidence_error}
     said = replace(verdict, numbers=found)
     return replace(known, draws=z, log_p=log_p, log_q=log_q, importance=numbers, verdict=said)

@@ -175,8 +175,8 @@ class GuideFit:
                     f"be resampled; got num_samples={num_samples}"
                 )
             return resample(known.draws, known.log_weights, num_samples)
-        z, log_p, log_q = weigh(self.flow, self._density, 4 * num_samples)
-        return resample(z, log_p - log_q, num_samples)
+        drawn = weigh(self.flow, self._density, 4 * num_samples)
+        return resample(drawn.draws, drawn.log_weights, num_samples)
 
     def _picked(self, num_samples: int) -> Tensor | None:
         """Returns draws whose members were picked by their own weights, if that pays."""
