@@ -6,6 +6,7 @@ from functools import partial
 import pyro
 import pytest
 import torch
+from cases import generator
 from pyro import distributions as dist
 from pyro.distributions import constraints
 
@@ -20,10 +21,6 @@ from pyro_flows.infer.search.starting_points import starting_points
 
 pytestmark = pytest.mark.usefixtures("double")
 SMALL = partial(pf.realnvp, num_layers=4, hidden_dims=(16,))
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def two(dim, distance, width, share, seed=0, unit=1.0):

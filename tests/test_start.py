@@ -6,15 +6,12 @@ import time
 import pytest
 import torch
 from asserts import refuses
+from cases import generator
 from torch.distributions import MultivariateNormal, Normal
 
 from pyro_flows.infer.search.climb import SafeDensity, climb
 from pyro_flows.infer.search.curvature import bend, first_metric, laplace
 from pyro_flows.infer.search.start import _Gaussian, _Ranking, find_start
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def gaussian(dim, condition, dtype=torch.float64, offset=7.0):
