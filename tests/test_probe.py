@@ -6,16 +6,13 @@ import time
 import pytest
 import torch
 from asserts import refuses
+from cases import generator
 from torch.distributions import Independent, MultivariateNormal, Normal
 
 import pyro_flows.infer.search.probe
 from pyro_flows.infer.machine.pace import Pace
 from pyro_flows.infer.search.climb import SafeDensity
 from pyro_flows.infer.search.probe import probe_modes
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def normal(loc, sd, dtype=torch.float64):

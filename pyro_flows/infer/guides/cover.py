@@ -72,8 +72,7 @@ def cover_modes(
         scale = torch.linalg.solve_triangular(outer, scale, upper=False)
         base = ModesBase(loc.shape[1], len(loc)).to(loc).place(loc, scale, mixture.share)
         flow = Flow(guide.flow.chain, base).train(guide.flow.training)
-        _, log_p, log_q = weigh(flow, density, FEWEST, end)
-        if importance(log_p - log_q).ess > EVEN:
+        if importance(weigh(flow, density, FEWEST, end).log_weights).ess > EVEN:
             guide.flow = flow
             return len(loc)
     _fit(guide.flow, draws, generator, None if seconds is None else max(0.0, end - time.monotonic()))

@@ -29,7 +29,7 @@ from pyro_flows.infer.models.joint import JointDensity
 from pyro_flows.infer.models.recorded import FAILURES, value_and_slope
 from pyro_flows.transforms import Autoregressive
 
-__all__ = ["CHECKPOINT", "GuideTraining", "History", "speeds_of"]
+__all__ = ["CHECKPOINT", "GuideTraining", "History", "mean_of_finite", "speeds_of"]
 
 CHECKPOINT = CheckpointFormat(
     "fit_guide",
@@ -97,6 +97,12 @@ class History:
 
     def __len__(self) -> int:
         return len(self.elbo)
+
+
+def mean_of_finite(values: Sequence[float]) -> float:
+    """Returns the mean of the finite values, NaN without any."""
+    known = [value for value in values if math.isfinite(value)]
+    return sum(known) / len(known) if known else math.nan
 
 
 class _ModelError(Exception):
@@ -272,9 +278,7 @@ class GuideTraining(TrainingLoop):
     def _record(self) -> dict[str, Any]:
         """The last row of the history, with the means of what varies from step to step."""
         found = {name: column[-1] for name, column in vars(self.history).items()}
-        for name in ("elbo", "spread"):
-            recent = [value for value in getattr(self.history, name)[-LOOK:] if math.isfinite(value)]
-            found[name] = sum(recent) / len(recent) if recent else math.nan
+        found |= {name: mean_of_finite(getattr(self.history, name)[-LOOK:]) for name in ("elbo", "spread")}
         return {"step": len(self.history), **found}
 
     def _leave_time(self, name: str) -> None:
@@ -473,10 +477,9 @@ class GuideTraining(TrainingLoop):
 
     def _remember(self) -> None:
         """Stores the state if the last steps were the best."""
-        last = [v for v in self.history.elbo[-LOOK:] if math.isfinite(v)]
-        mean = sum(last) / len(last) if last else -math.inf
+        mean = mean_of_finite(self.history.elbo[-LOOK:])
         # Means over steps before parameters broke say nothing of the state.
-        if last and math.isfinite(self.history.elbo[-1]) and (self._best is None or mean > self._best[0]):
+        if math.isfinite(self.history.elbo[-1]) and (self._best is None or mean > self._best[0]):
             self._best = (mean, self.snapshot())
 
     def _restore(self) -> None:
@@ -484,11 +487,10 @@ class GuideTraining(TrainingLoop):
         if self._best is None:
             return
         last = [v for v in self.history.elbo[-LOOK:] if math.isfinite(v)]
-        spread = [v for v in self.history.spread[-LOOK:] if math.isfinite(v)]
         finite = all(p.isfinite().all() for p in self.flow.parameters())
         if last and finite:
-            noise = 3 * (sum(spread) / max(len(spread), 1)) / math.sqrt(self.num_particles * len(last))
-            if sum(last) / len(last) >= self._best[0] - max(noise, 0.02):
+            noise = 3 * mean_of_finite(self.history.spread[-LOOK:]) / math.sqrt(self.num_particles * len(last))
+            if sum(last) / len(last) >= self._best[0] - max(0.02, noise):  # of NaN, 0.02
                 return
         self.flow.load_state_dict(self._best[1])
 

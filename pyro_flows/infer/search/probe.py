@@ -269,21 +269,21 @@ def _peaks(
         peaks = shortened(safe, laplace(safe, ends[rows], spread.expand(len(rows), -1, -1), rounds=8))
         for k in range(len(rows)):
             if peaks.proper[k] and len(found) < _MODES:
-                add(Peaks(*(part[k : k + 1] for part in peaks)))
+                add(peaks.chosen(slice(k, k + 1)))
     if not found:
         dim = ends.shape[-1]
         none = ends.new_zeros(0)
-        return Peaks(none.reshape(0, dim), none, none.reshape(0, dim, dim), none.reshape(0, dim), none.bool()), none
+        return Peaks(none.reshape(0, dim), none, none.reshape(0, dim, dim), none.bool()), none
     best = torch.cat([peak.values for peak in found]).argsort(descending=True)
-    return Peaks(*(torch.cat(part)[best] for part in zip(*found, strict=True))), ends.new_tensor(shares)[best]
+    return Peaks(*map(torch.cat, zip(*found, strict=True))).chosen(best), ends.new_tensor(shares)[best]
 
 
 def _known(probe: ModeProbe | None) -> list[Peaks]:
     if probe is None:
         return []
     points, values, scale = (part.detach().double().cpu() for part in (probe.locations, probe.log_p, probe.scale))
-    peaks = Peaks(points, values, scale, torch.ones_like(points), torch.ones_like(values, dtype=torch.bool))
-    return [Peaks(*(part[k : k + 1] for part in peaks)) for k in range(len(points))]
+    peaks = Peaks(points, values, scale, torch.ones_like(values, dtype=torch.bool))
+    return [peaks.chosen(slice(k, k + 1)) for k in range(len(points))]
 
 
 def _same(one: Peaks, other: Peaks) -> bool:
