@@ -259,9 +259,11 @@ class GuideTraining(TrainingLoop):
         while self.budget.fraction < end and self._exact < PATIENCE and not self._settled(name) and not self.halted:
             before, done = processes.clock(), self.budget.done
             plans = [plan(k) for k in range(self._at_once(name, optimizer, plan(0)[1], end))]
-            if not self._compiled_steps(name, flow, optimizer, plans):
-                for rate, weight in plans:
-                    self._step(name, flow, optimizer, rate, weight)
+            compiled = self.compiled.get((name, self._emphatic(name, plans[0][1])))
+            with nullcontext() if compiled is None else compiled.turn(len(plans)):
+                if compiled is None or not self._compiled_steps(compiled, name, flow, optimizer, plans):
+                    for rate, weight in plans:
+                        self._step(name, flow, optimizer, rate, weight)
             self.budget.step_seconds = (processes.clock() - before) / (self.budget.done - done)
             if self._window >= LOOK and self.history.weight[-1] == 1.0:
                 self._window = 0
@@ -331,10 +333,11 @@ class GuideTraining(TrainingLoop):
             return "steps are compiled for the CPU only"
         return self.density.recorded.why_not
 
-    def _compiled_steps(self, name: str, flow: Flow, optimizer: AdamW, plans: Sequence[tuple[float, float]]) -> bool:
-        """Takes steps of these sizes, with these weights of the posterior, if they are compiled."""
-        compiled = self.compiled.get((name, self._emphatic(name, plans[0][1])))
-        if compiled is None or not compiled.ready():
+    def _compiled_steps(
+        self, compiled: CompiledSteps, name: str, flow: Flow, optimizer: AdamW, plans: Sequence[tuple[float, float]]
+    ) -> bool:
+        """Takes steps of these sizes, with these weights of the posterior, if it is their turn."""
+        if not compiled.has_turn():
             return False
         rates, weights = zip(*plans, strict=True)
         padded = optimizer.values.new_zeros(compiled.steps)
