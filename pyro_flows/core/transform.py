@@ -225,6 +225,10 @@ class FlowTransform(TransformModule):
         """Batch shape of bound contexts."""
         return Size()
 
+    def _batch_of(self, value: Tensor) -> Size:
+        """The batch shape of a value on either side."""
+        return value.shape[: value.dim() - len(self.event_shape)]
+
     def _map_shape(self, shape: Size, source: Size, target: Size) -> Size:
         cut = len(shape) - len(source)
         if cut < 0:

@@ -19,14 +19,9 @@ from pyro_flows.distributions.made.head import Head
 from pyro_flows.distributions.made.network import Member
 from pyro_flows.distributions.made.pieces import OrderPiece
 from pyro_flows.distributions.queries.answers import Weighted
-from pyro_flows.distributions.shared import SharedDistribution
+from pyro_flows.distributions.shared import SharedDistribution, by_row
 
-__all__ = ["AutoregressiveDistribution", "AutoregressiveModel", "by_row"]
-
-
-def by_row(context: Tensor | None, batch: Size) -> Tensor | None:
-    """Expands a context to one row for each batch element."""
-    return None if context is None else context.expand(*batch, -1).reshape(batch.numel(), context.shape[-1])
+__all__ = ["AutoregressiveDistribution", "AutoregressiveModel"]
 
 
 def _joint(model: AutoregressiveModel, batch: Iterable[int], lengths: Iterable[int]) -> Size:

@@ -20,11 +20,12 @@ from pyro_flows.core.checks import (
     refuse_as_site,
 )
 from pyro_flows.core.recipes import remembered
-from pyro_flows.distributions.made.autoregressive import AutoregressiveDistribution, AutoregressiveModel, by_row
+from pyro_flows.distributions.made.autoregressive import AutoregressiveDistribution, AutoregressiveModel
 from pyro_flows.distributions.made.composed import as_head
 from pyro_flows.distributions.made.head import Head
 from pyro_flows.distributions.made.network import Member
 from pyro_flows.distributions.made.steps import ModelSteps
+from pyro_flows.distributions.shared import by_row
 from pyro_flows.inverse.raster import RasterSweep, rows_at_once
 from pyro_flows.nets.activations import Activation, activation_functions
 from pyro_flows.nets.masked_convolutional import Stacks

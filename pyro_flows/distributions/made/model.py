@@ -19,10 +19,11 @@ from pyro_flows.core.checks import (
     layer_widths,
 )
 from pyro_flows.core.recipes import remembered
-from pyro_flows.distributions.made.autoregressive import AutoregressiveDistribution, AutoregressiveModel, by_row
+from pyro_flows.distributions.made.autoregressive import AutoregressiveDistribution, AutoregressiveModel
 from pyro_flows.distributions.made.composed import as_head
 from pyro_flows.distributions.made.head import Head
 from pyro_flows.distributions.made.network import Member, Recent, SharedNetwork
+from pyro_flows.distributions.shared import by_row
 from pyro_flows.nets.activations import Activation
 from pyro_flows.nets.degrees import as_order, even_degrees, least_degree
 

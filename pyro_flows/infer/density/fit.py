@@ -38,7 +38,7 @@ from pyro_flows.infer.machine import processes
 from pyro_flows.infer.machine.callback import Callback, check_callback
 from pyro_flows.infer.machine.checkpoint import Keeper, architecture_of, layout_of
 from pyro_flows.infer.machine.compiled import Compile
-from pyro_flows.infer.machine.interrupts import carrying, interrupts_held_back
+from pyro_flows.infer.machine.interrupts import SoFar, carrying, interrupts_held_back
 from pyro_flows.infer.machine.optimizers import AdamW, Given
 from pyro_flows.infer.machine.randomness import own_randomness, random_state, set_random
 
@@ -215,7 +215,7 @@ def _fit(chosen: dict[str, Any], stacklevel: int | None) -> DensityFit:
     flow, data, validation, context = (chosen[name] for name in ("flow", "data", "validation", "context"))
     optimizer, objective, standardize = (chosen[name] for name in ("optimizer", "objective", "standardize"))
     checkpoint, resume, seed = (chosen[name] for name in ("checkpoint", "resume", "seed"))
-    so_far: list[Callable[[], object]] = []
+    so_far: SoFar = []
     with carrying(so_far), processes.joined("fit_density"), ExitStack() as stack:
         trained, matching = _as_density(flow), as_objective(objective)
         if matching is not None:

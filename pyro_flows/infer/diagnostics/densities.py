@@ -9,6 +9,7 @@ import torch
 from pyro.ops.stats import fit_generalized_pareto
 from torch import Tensor
 
+from pyro_flows.core.checks import first_few
 from pyro_flows.core.modes import on_cpu
 from pyro_flows.infer.diagnostics.neighborhoods import local_pvalues, neighborhoods
 from pyro_flows.infer.diagnostics.two_sample import TwoSample
@@ -295,8 +296,8 @@ class _Findings:
         self.pvalues |= {"columns": least, "log-density": density}
         said = f"Ranks among {checks.copies} draws: smallest p = {least:.2g} of {count} columns, corrected"
         uneven = [k for k in columns.argsort().tolist() if float(columns[k]) * count < LEVEL]
-        named = [f"{checks.names[k]} ({manner(ranks[:, k], checks.copies)})" for k in uneven[:NAMED]]
-        tail = f"; {', '.join(named)}{', …' if len(uneven) > NAMED else ''}" if named else ""
+        named = [f"{checks.names[k]} ({manner(ranks[:, k], checks.copies)})" for k in uneven[: NAMED + 1]]
+        tail = f"; {first_few(named, NAMED)}" if named else ""
         more = "more" if float(ranks[:, -1].double().mean()) > 0.5 * checks.copies else "less"
         shape = f" (rows score {more} than draws)" if density < LEVEL else ""
         self.facts.append(f"{said}{tail}; p = {density:.2g} of the log-density{shape}.")
@@ -324,10 +325,10 @@ class _Findings:
             cell, kind = divmod(int(normals[:, k].abs().argmax()), 2)
             self._note_size(places[cells == cell, k : k + 1])
             how = (("high", "low"), ("wide", "narrow"))[kind][int(normals[cell, k, kind] > 0)]
-            where = ", ".join(f"{x:.3g}" for x in checks.context[cells == cell].double().mean(0)[:4].tolist())
-            dots = ", …" if checks.context.shape[1] > 4 else ""
+            place = checks.context[cells == cell].double().mean(0).tolist()
+            where = first_few((f"{x:.3g}" for x in place), 4)
             how = f"lie too {how}" if not kind else f"are too {how}"
-            said += f"; {scalars[k]} worst near ({where}{dots}), where draws {how}"
+            said += f"; {scalars[k]} worst near ({where}), where draws {how}"
             self.steps.append("wider networks for the context, or features of it as further contexts")
         self.facts.append(f"{said}.")
 
@@ -353,7 +354,7 @@ class _Findings:
             self.facts.append(f"{checks.failures:.2%} of the draws are not finite.")
         for kind, rows in (("judged", self.missed), ("training", self.lost)):
             if len(rows):
-                named = ", ".join(map(str, rows[:NAMED].tolist())) + (", …" if len(rows) > NAMED else "")
+                named = first_few(rows.tolist(), NAMED)
                 self.facts.append(f"Scores below those of draws: {len(rows)} of the {kind} rows ({named}).")
                 self.look.append("look at the rows named: errors, or tails that a StudentT base would have")
 

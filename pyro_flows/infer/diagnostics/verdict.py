@@ -9,7 +9,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from pyro_flows.core.checks import integer
+from pyro_flows.core.checks import first_few, integer
 from pyro_flows.infer.diagnostics.moments import Moments
 from pyro_flows.infer.diagnostics.walk import Walk
 from pyro_flows.infer.diagnostics.weights import Importance
@@ -334,7 +334,7 @@ def _about_modes(probe: Probe | None, numbers: dict[str, float]) -> str:
         found = f"{search} found {several(len(probe.missed), 'mode')}, and the guide misses none."
         return f"{found} Modes much narrower than these, or farther away, can escape such a search."
     where = probe.locations[probe.missed][probe.share[probe.missed].argmax()].tolist()
-    place = ", ".join(f"{x:.3g}" for x in where[:6]) + (", …" if len(where) > 6 else "")
+    place = first_few((f"{x:.3g}" for x in where), 6)
     return (
         f"{search} found {several(missed, 'mode')} that the guide misses, with about "
         f"{float(probe.missing_share):.1%} of the posterior; the largest at ({place}) in unconstrained "
@@ -367,7 +367,7 @@ def _about_moments(moments: Moments, n: int, numbers: dict[str, float]) -> list[
     if heavy.any():
         names = [moments.names[k] for k in heavy.nonzero()[:, 0].tolist()]
         facts.append(
-            f"The standard deviation of {', '.join(names[:4])}{', …' if len(names) > 4 else ''} depends on a few draws "
+            f"The standard deviation of {first_few(names, 4)} depends on a few draws "
             f"(tail index up to {numbers['heavy']:.2f}): no sample of this size settles it."
         )
     return facts

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyro_flows.distributions import Flow
 from pyro_flows.infer.guides.modes import ModesBase
-from pyro_flows.infer.guides.posterior import affine_of, frozen, preconditioner_of
+from pyro_flows.infer.guides.posterior import affine_of, frozen, preconditioner_of, slope_of
 from pyro_flows.infer.machine import processes
 from pyro_flows.infer.machine.budget import Budget, cosine
 from pyro_flows.infer.machine.callback import Callback, asks_to_stop
@@ -29,7 +29,7 @@ from pyro_flows.infer.models.joint import JointDensity
 from pyro_flows.infer.models.recorded import FAILURES, value_and_slope
 from pyro_flows.transforms import Autoregressive
 
-__all__ = ["CHECKPOINT", "GuideTraining", "History", "speeds_of"]
+__all__ = ["CHECKPOINT", "GuideTraining", "History", "mean_of_finite", "speeds_of"]
 
 CHECKPOINT = CheckpointFormat(
     "fit_guide",
@@ -97,6 +97,12 @@ class History:
 
     def __len__(self) -> int:
         return len(self.elbo)
+
+
+def mean_of_finite(values: Sequence[float]) -> float:
+    """Returns the mean of the finite values, NaN without any."""
+    known = [value for value in values if math.isfinite(value)]
+    return sum(known) / len(known) if known else math.nan
 
 
 class _ModelError(Exception):
@@ -272,9 +278,7 @@ class GuideTraining(TrainingLoop):
     def _record(self) -> dict[str, Any]:
         """The last row of the history, with the means of what varies from step to step."""
         found = {name: column[-1] for name, column in vars(self.history).items()}
-        for name in ("elbo", "spread"):
-            recent = [value for value in getattr(self.history, name)[-LOOK:] if math.isfinite(value)]
-            found[name] = sum(recent) / len(recent) if recent else math.nan
+        found |= {name: mean_of_finite(getattr(self.history, name)[-LOOK:]) for name in ("elbo", "spread")}
         return {"step": len(self.history), **found}
 
     def _leave_time(self, name: str) -> None:
@@ -387,8 +391,7 @@ class GuideTraining(TrainingLoop):
         """Returns mean, spread and number of the finite log p - log q, and the gradient for each parameter."""
         with Autoregressive.remembering(flow):
             draws, log_q = self._drawn(flow)
-            z = draws.detach()
-            push = self._push(flow, z) if self.path_gradient else torch.zeros_like(z)
+            push = slope_of(flow, draws) if self.path_gradient else torch.zeros_like(draws)
         log_p, pull = unrecorded(self._pulled, draws.detach())
         fine = log_p.isfinite() & pull.isfinite().all(-1)
         toward = weight * pull - push
@@ -428,14 +431,6 @@ class GuideTraining(TrainingLoop):
             if processes.count() == 1:
                 raise _ModelError from error
             return torch.full_like(z[:, 0], math.nan), torch.full_like(z, math.nan)
-
-    def _push(self, flow: Flow, z: Tensor) -> Tensor:
-        """Returns the gradient of log q at draws, with fixed parameters."""
-        z = z.requires_grad_()
-        with frozen(flow.chain):
-            value = flow.score(z)
-        # Sums, because gradients given to grad() make torch import its compiler.
-        return torch.autograd.grad(value.sum(), z)[0]
 
     @torch.enable_grad()
     def _pull(self, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -482,10 +477,9 @@ class GuideTraining(TrainingLoop):
 
     def _remember(self) -> None:
         """Stores the state if the last steps were the best."""
-        last = [v for v in self.history.elbo[-LOOK:] if math.isfinite(v)]
-        mean = sum(last) / len(last) if last else -math.inf
+        mean = mean_of_finite(self.history.elbo[-LOOK:])
         # Means over steps before parameters broke say nothing of the state.
-        if last and math.isfinite(self.history.elbo[-1]) and (self._best is None or mean > self._best[0]):
+        if math.isfinite(self.history.elbo[-1]) and (self._best is None or mean > self._best[0]):
             self._best = (mean, self.snapshot())
 
     def _restore(self) -> None:
@@ -493,11 +487,10 @@ class GuideTraining(TrainingLoop):
         if self._best is None:
             return
         last = [v for v in self.history.elbo[-LOOK:] if math.isfinite(v)]
-        spread = [v for v in self.history.spread[-LOOK:] if math.isfinite(v)]
         finite = all(p.isfinite().all() for p in self.flow.parameters())
         if last and finite:
-            noise = 3 * (sum(spread) / max(len(spread), 1)) / math.sqrt(self.num_particles * len(last))
-            if sum(last) / len(last) >= self._best[0] - max(noise, 0.02):
+            noise = 3 * mean_of_finite(self.history.spread[-LOOK:]) / math.sqrt(self.num_particles * len(last))
+            if sum(last) / len(last) >= self._best[0] - max(0.02, noise):  # of NaN, 0.02
                 return
         self.flow.load_state_dict(self._best[1])
 
