@@ -4,11 +4,13 @@ import copy
 import math
 
 import numpy as np
+import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from asserts import refuses
 from cases import shake, train
+from pyro.infer import SVI
 from torch import Tensor
 
 import pyro_flows as pf
@@ -176,6 +178,63 @@ def test_far_parameters_stay_on_the_sphere():
     y = flow.sample((2000,))
     assert dist.constraints.sphere.check(y).all()
     assert flow.log_prob(y).isfinite().all()
+
+
+# Gradients
+
+
+@pytest.mark.full
+def test_path_gradient_is_the_total_one_without_the_score():
+    """The path gradient goes through the inverse, near poles too, and the total one through the forward map."""
+    flow = made(3, 0.3)
+    poles = torch.cat([torch.eye(3), -torch.eye(3)]).double()
+    u = torch.cat([drawn(4, 3), *(unit(poles + step * drawn(6, 3, seed=1)) for step in (1e-2, 1e-5))])
+    parameters = list(flow.parameters())
+    x, ladj = flow.chain.forward_and_ladj(u)
+    place = x.detach().requires_grad_()
+    log_q = flow.log_prob(place)
+    (slope,) = torch.autograd.grad(log_q.sum(), place, retain_graph=True)
+    torch.testing.assert_close((slope * place).sum(-1), torch.zeros(len(u)).double(), atol=1e-9, rtol=0)  # tangent
+    for k in range(len(u)):
+        score = torch.autograd.grad(log_q[k], parameters, retain_graph=True, allow_unused=True)
+        path = torch.autograd.grad((slope[k] * x[k]).sum(), parameters, retain_graph=True, allow_unused=True)
+        total = torch.autograd.grad(-ladj[k], parameters, retain_graph=True, allow_unused=True)
+        for a, b, want in zip(path, score, total, strict=True):
+            if want is not None:
+                torch.testing.assert_close(a + b, want, atol=1e-8, rtol=1e-6)
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_slope_of_the_density_is_that_in_a_chart(size):
+    flow = made(size, 0.3)
+    angles = chart(drawn(size, seed=7)).requires_grad_()
+    x = place(angles)
+    (slope,) = torch.autograd.grad(flow.log_prob(x), x, retain_graph=True)
+    found = slope @ torch.autograd.functional.jacobian(place, angles.detach())
+    step = 1e-6 * torch.eye(len(angles)).double()
+    with torch.no_grad():
+        want = torch.stack([(flow.log_prob(place(angles + d)) - flow.log_prob(place(angles - d))) / 2e-6 for d in step])
+    torch.testing.assert_close(found, want, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.full
+def test_path_elbo_trains_a_guide_on_the_sphere():
+    truth = VonMisesFisher(torch.tensor([0.0, 0.6, -0.8]), 5.0)
+    torch.manual_seed(0)
+    flow = pf.Flow(pf.sphere(3, **SMALL))
+
+    def guide() -> None:
+        pyro.module("flow", flow)
+        pyro.sample("x", flow())
+
+    options = {"lr": 2e-2, "betas": (0.9, 0.99)}
+    elbo = pf.infer.PathELBO(num_particles=256, vectorize_particles=True, max_plate_nesting=0)
+    svi = SVI(lambda: pyro.sample("x", truth), guide, pyro.optim.Adam(options, {"clip_norm": 2.0}), elbo)
+    losses = [svi.step() for _ in range(120)]
+    assert all(math.isfinite(loss) for loss in losses)
+    with torch.no_grad():
+        x = flow.sample((4000,))
+        assert (flow.log_prob(x) - truth.log_prob(x)).mean() < 0.05  # nats
 
 
 # Hostile input

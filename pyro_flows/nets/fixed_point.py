@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +16,10 @@ from pyro_flows.core.checks import integer, layer_widths
 __all__ = ["FixedPointNet", "rounded"]
 
 _BITS, _RANGE = 12, 8  # of values: multiples of 2 ** -12 up to 2 ** 8
-_MOST = 2.0**_RANGE
+_MOST = 2.0 ** (_RANGE + _BITS)  # in multiples
 _FINEST, _LEAST = 16, 3  # of weights: multiples of 2 ** -16 where they may still reach 2 ** 3
 _EXACT = 52  # bits of a sum, one less than float64 holds
-_AT_ONCE = 2048  # rows and places without gradients
+_AT_ONCE = 8192  # rows and places without gradients
 
 
 def rounded(value: Tensor, bits: int = 0, least: float = -math.inf, most: float = math.inf) -> Tensor:
@@ -28,7 +28,7 @@ def rounded(value: Tensor, bits: int = 0, least: float = -math.inf, most: float 
     The gradient is that of the clip alone, so it is biased: the slope of rounding is zero almost everywhere.
     """
     value = value.double().clamp(least, most)
-    near = (value * 2.0**bits).round_().mul_(2.0**-bits)
+    near = (value * 2.0**bits).round_().mul_(2.0**-bits) if bits else value.round()
     # The difference is exact, and so is the sum.
     return value + (near - value).detach() if torch.is_grad_enabled() else near
 
@@ -36,7 +36,8 @@ def rounded(value: Tensor, bits: int = 0, least: float = -math.inf, most: float 
 class _Sums(nn.Module):
     """One linear layer at every place: exact sums of products in fixed point.
 
-    Values have shape ``(inputs, rows, height, width)``, so that one product of matrices serves all rows and places.
+    Values are whole numbers of ``2 ** -_BITS``, shape ``(inputs, height, width, rows)``: one product of matrices serves
+    all places and rows, and rows move together.
     """
 
     weight: nn.Parameter | None
@@ -54,26 +55,45 @@ class _Sums(nn.Module):
         self.register_parameter("weight", nn.Parameter((2 * torch.rand(shape) - 1) * size) if inputs else None)
         self.bias = nn.Parameter((2 * torch.rand(outputs) - 1) * size)
 
-    def forward(self, h: Tensor) -> Tensor:
-        bias = rounded(self.bias, self.bits, -self.bound, self.bound)[:, None, None, None]
+    def on(self, places: Sequence[int]) -> Callable[[Tensor], Tensor]:
+        """The layer on images of this size, with its parameters rounded once."""
+        bias = rounded(self.bias, self.bits, -self.bound, self.bound)[:, None] * 2.0**_BITS
         if self.weight is None:
-            return bias.expand(-1, *h.shape[1:])
+            return lambda h: bias[..., None, None].expand(-1, *h.shape[1:])
         weight = rounded(self.weight, self.bits, -self.bound, self.bound)
-        places, outputs, inputs = weight.shape
-        if places == 1 or inputs <= outputs:
-            seen = self._windows(h).movedim((-2, -1), (0, 1)) if places > 1 else h
-            sums = weight.transpose(0, 1).reshape(outputs, places * inputs) @ seen.reshape(places * inputs, -1)
-            return sums.view(outputs, *h.shape[1:]) + bias
-        # To shift the fewer outputs is cheaper.
-        parts = (weight.view(-1, inputs) @ h.reshape(inputs, -1)).view(*self.kernel, outputs, *h.shape[1:])
-        own = self._windows(parts).diagonal(dim1=0, dim2=-2).diagonal(dim1=0, dim2=-2)
-        return functools.reduce(torch.add, (each for line in own.unbind(-2) for each in line.unbind(-1)), bias)
+        # Neighbors beyond the image are zeros.
+        down, right = (min(side // 2, place - 1) for side, place in zip(self.kernel, places, strict=True))
+        y, x = self.kernel[0] // 2, self.kernel[1] // 2
+        weight = weight.unflatten(0, self.kernel)[y - down : y + down + 1, x - right : x + right + 1]
+        kernel, (outputs, inputs) = weight.shape[:2], weight.shape[2:]
+        shifts = list(itertools.product(*map(range, kernel)))
+        border = (0, 0, right, right, down, down)
+        height, width = places
+        if len(shifts) == 1 or inputs <= outputs:
+            matrix = weight.movedim(2, 0).reshape(outputs, -1)
 
-    def _windows(self, h: Tensor) -> Tensor:
-        """The neighborhoods of all places, zeros beyond the borders, in two more dimensions of the kernel's size."""
-        down, right = self.kernel
-        padded = F.pad(h, (right // 2, right // 2, down // 2, down // 2))
-        return padded.unfold(-2, down, 1).unfold(-2, right, 1)
+            def of_windows(h: Tensor) -> Tensor:
+                seen = h
+                if len(shifts) > 1:
+                    padded = F.pad(h, border)
+                    seen = torch.cat([padded[:, y : y + height, x : x + width] for y, x in shifts])
+                return torch.addmm(bias, matrix, seen.reshape(len(seen), -1)).view(outputs, *h.shape[1:])
+
+            return of_windows
+        # To shift the fewer outputs is cheaper.
+        matrix = weight.reshape(-1, inputs)
+
+        def of_products(h: Tensor) -> Tensor:
+            parts = (matrix @ h.reshape(inputs, -1)).view(len(shifts), outputs, *h.shape[1:]).unbind()
+            middle = len(shifts) // 2
+            sums = F.pad(parts[middle] + bias[..., None, None], border)
+            for k, (y, x) in enumerate(shifts):
+                if k != middle:
+                    y, x = 2 * down - y, 2 * right - x
+                    sums[:, y : y + height, x : x + width] += parts[k]
+            return sums[:, down : down + height, right : right + width]
+
+        return of_products
 
 
 class FixedPointNet(nn.Module):
@@ -148,24 +168,26 @@ class FixedPointNet(nn.Module):
         batch, space = x.shape[:cut], x.shape[cut + 1 :]
         places = (1,) * (2 - self.space_dims) + tuple(space)
         rows = batch.numel()
-        h = x.reshape(rows, self.in_channels, *places).transpose(0, 1)
-        h = rounded((h.double() - self.center) * 2.0**-self.exponent, _BITS, -_MOST, _MOST)
+        h = x.reshape(rows, self.in_channels, *places).movedim(0, -1)
+        h = rounded((h.double() - self.center) * 2.0 ** (_BITS - self.exponent), 0, -_MOST, _MOST)
         if context is not None:
-            seen = rounded(context.expand(*batch, self.context_dim), _BITS, -_MOST, _MOST)
-            seen = seen.reshape(rows, self.context_dim).t()[..., None, None]
-            h = torch.cat((h, seen.expand(-1, -1, *places)))
+            seen = rounded(context.expand(*batch, self.context_dim).double() * 2.0**_BITS, 0, -_MOST, _MOST)
+            seen = seen.reshape(rows, self.context_dim).t()[:, None, None]
+            h = torch.cat((h, seen.expand(-1, *places, -1)))
+        layers = [cast(_Sums, layer).on(places) for layer in self.layers]
         if not torch.is_grad_enabled() and h.device.type == "cpu":
             # These pieces fit in the processor's cache.
             size = max(1, _AT_ONCE // (places[0] * places[1]))
-            h = torch.cat([self._through(piece) for piece in h.split(size, 1)], 1)
+            h = torch.cat([_through(layers, piece) for piece in h.split(size, -1)], -1)
         else:
-            h = self._through(h)
-        out = h.reshape(self.out_channels, self.num_params, rows, *space).movedim(2, 0).movedim(2, -1)
+            h = _through(layers, h)
+        out = h.reshape(self.out_channels, self.num_params, *space, rows).movedim(-1, 0).movedim(2, -1)
         return out.reshape(*batch, self.out_channels, *space, self.num_params)
 
-    def _through(self, h: Tensor) -> Tensor:
-        first, *others = self.layers
-        h = first(h)
-        for layer in others:
-            h = layer(rounded(h, _BITS, 0.0, _MOST))
-        return h
+
+def _through(layers: list[Callable[[Tensor], Tensor]], h: Tensor) -> Tensor:
+    first, *others = layers
+    h = first(h)
+    for layer in others:
+        h = layer(rounded(h, 0, 0.0, _MOST) if torch.is_grad_enabled() else h.clamp_(0.0, _MOST).round_())
+    return h * 2.0**-_BITS

@@ -99,7 +99,7 @@ class RecursiveSphere(FlowTransform):
             )
             for level in range(2, count + 1)
         )
-        cost = f"{count - 1} small pass" + "es" * (count > 2)
+        cost = f"{count - 1} pass" + "es" * (count > 2)
         self.sampling_cost = self.density_cost = cost
 
     @constraints.dependent_property(is_discrete=False, event_dim=1)

@@ -30,6 +30,7 @@ COUNTS = 2**24  # cumulative probabilities are multiples of its inverse
 SLACK = 2.0**-20  # of a count: how far two machines may differ
 LEAST = 2**8  # the smallest share of a decision, out of WHOLE
 _FAR = 2**56  # beyond all borders
+_STEPS = 55  # of doubling, which reach beyond all numbers
 
 
 class _Side(Protocol):
@@ -38,38 +39,36 @@ class _Side(Protocol):
     def round(self, scaled: Tensor) -> Tensor:
         """Rounds cumulative probabilities in counts to integers."""
 
-    def choose(self, left: Tensor, test: Callable[[Tensor], Tensor], live: Tensor) -> Tensor:
-        """Tells which of the ``live`` numbers pass a test; ``left`` is the share of the others."""
+    def choose(self, part: Tensor, total: Tensor | int, test: Callable[[Tensor], Tensor], live: Tensor) -> Tensor:
+        """Tells which of the ``live`` numbers pass a test; ``part`` of ``total`` counts belong to the others."""
 
 
 class _Writer:
-    """Decisions of known numbers."""
+    """Decisions of known numbers; what only the file needs is computed of all together."""
 
     def __init__(self) -> None:
-        self.count = 0
         self.value = torch.zeros(0, dtype=torch.long)  # of the group at hand
-        self.upper, self.left = ([torch.zeros(0, dtype=kind)] for kind in (torch.bool, torch.long))
-        self.places, self.odd = ([torch.zeros(0, dtype=kind)] for kind in (torch.long, torch.bool))
+        self.scaled = [torch.zeros(0, dtype=torch.float64)]
+        self.upper = [torch.zeros(0, dtype=torch.bool)]
+        self.part, self.total = ([torch.zeros(0, dtype=torch.long)] for _ in range(2))
 
     def round(self, scaled: Tensor) -> Tensor:
-        shifted = scaled + 0.5
-        rounded = shifted.floor().long()
-        near = ((shifted - shifted.round()).abs() < SLACK).nonzero()[:, 0]
-        self.places.append(near + self.count)
-        self.odd.append(rounded[near] % 2 == 1)
-        self.count += len(scaled)
-        return rounded
+        self.scaled.append(scaled)
+        return (scaled + 0.5).floor_().long()
 
-    def choose(self, left: Tensor, test: Callable[[Tensor], Tensor], live: Tensor) -> Tensor:
+    def choose(self, part: Tensor, total: Tensor | int, test: Callable[[Tensor], Tensor], live: Tensor) -> Tensor:
         upper = test(self.value[live])
         self.upper.append(upper)
-        self.left.append(left)
+        self.part.append(part)
+        self.total.append(torch.as_tensor(total).expand_as(part))
         return upper
 
     def piece(self) -> Piece:
         """All decisions, coded."""
-        words = encoded(torch.cat(self.upper), torch.cat(self.left))
-        return Piece(words, torch.cat(self.places).numpy(), torch.cat(self.odd).numpy())
+        words = encoded(torch.cat(self.upper), _left(torch.cat(self.part), torch.cat(self.total)))
+        shifted = torch.cat(self.scaled).add_(0.5)
+        near = ((shifted - shifted.round()).abs_() < SLACK).nonzero()[:, 0]
+        return Piece(words, near.numpy(), (shifted[near].floor().long() % 2 == 1).numpy())
 
 
 class _Reader:
@@ -81,7 +80,7 @@ class _Reader:
         self.count = 0
 
     def round(self, scaled: Tensor) -> Tensor:
-        rounded = (scaled + 0.5).floor().long()
+        rounded = (scaled + 0.5).floor_().long()
         first, last = np.searchsorted(self.places, (self.count, self.count + len(scaled)))
         if first < last:
             at = torch.from_numpy(self.places[first:last] - self.count)
@@ -89,55 +88,55 @@ class _Reader:
         self.count += len(scaled)
         return rounded
 
-    def choose(self, left: Tensor, test: Callable[[Tensor], Tensor], live: Tensor) -> Tensor:
-        return self.decisions.read(left)
+    def choose(self, part: Tensor, total: Tensor | int, test: Callable[[Tensor], Tensor], live: Tensor) -> Tensor:
+        return self.decisions.read(_left(part, torch.as_tensor(total)))
 
 
 def _search(law: Logistics, rows: int, side: _Side) -> Tensor:
     """Finds whole numbers, shape ``(rows, n)``, by decisions."""
     center, parts = _prepared(law, rows)
-    live = torch.arange(len(center))
     at = side.round(_below(parts, center))
     above = torch.maximum(side.round(_below(parts, center + 1)), at)
-    found = center.clone()
-    beside = at + (COUNTS - above)
-    same = side.choose(_left(beside, torch.full_like(at, COUNTS)), center.__eq__, live)
-    keep = (~same).nonzero()[:, 0]
-    live, center, at, above, parts = live[keep], center[keep], at[keep], above[keep], parts[..., keep]
-    upper = side.choose(_left(at, at + (COUNTS - above)), center.__lt__, live)
+    every = torch.arange(len(center))
+    same = side.choose(at + (COUNTS - above), COUNTS, center.__eq__, every)
+    found, live = center, (~same).nonzero()[:, 0]
+    center, at, above = torch.stack((center, at, above)).index_select(1, live)
+    parts = parts.index_select(1, live)
+    upper = side.choose(at, at + (COUNTS - above), center.__lt__, live)
     low, high = torch.where(upper, center + 1, -_FAR), torch.where(upper, _FAR, center)
     under, over = torch.where(upper, above, 0), torch.where(upper, COUNTS, at)
+    steps = 0
     while len(live):
-        middle = _middle(center, low, high)
-        if (middle.abs() >= _FAR // 4).any():
+        steps += 1
+        if steps == _STEPS and (high - low > _FAR // 2).any():
             raise foreign()
-        at = side.round(_below(parts, middle))
-        at = torch.minimum(torch.maximum(at, under), over)
-        upper = side.choose(_left(at - under, over - under), middle.__le__, live)
+        middle = _middle(center, low, high)
+        at = side.round(_below(parts, middle)).clamp(under, over)
+        upper = side.choose(at - under, over - under, middle.__le__, live)
         low, high = torch.where(upper, middle, low), torch.where(upper, high, middle)
         under, over = torch.where(upper, at, under), torch.where(upper, over, at)
-        done = high - low == 1
-        found[live[done]] = low[done]
-        keep = (~done).nonzero()[:, 0]
-        live, center, low, high, under, over = (each[keep] for each in (live, center, low, high, under, over))
-        parts = parts[..., keep]
+        found[live] = low  # right once nothing lies between
+        keep = (high - low > 1).nonzero()[:, 0]
+        if len(keep) < len(live):
+            state = torch.stack((live, center, low, high, under, over)).index_select(1, keep)
+            live, center, low, high, under, over = state
+            parts = parts.index_select(1, keep)
     return found.view(rows, -1)
 
 
 def _prepared(law: Logistics, rows: int) -> tuple[Tensor, Tensor]:
-    """Starting points of all numbers, and their weights, locations and rates, shape ``(3, K, numbers)``."""
-    parts = torch.stack((torch.softmax(law.logits, -1), law.loc, torch.exp(-law.log_scale)))
+    """Starting points of all numbers, and their weights, locations and rates, shape ``(3 * K, numbers)``."""
+    logits, loc, log_scale = torch.stack(law).movedim(-1, 1).expand(-1, -1, rows, -1).flatten(2)
+    parts = torch.stack((torch.softmax(logits, 0), loc, torch.exp(-log_scale)))
     if not bool(parts.isfinite().all()):
         raise FloatingPointError("Codec: the model gives parameters that are not finite; look for NaN in its weights")
-    top = law.loc.gather(-1, law.logits.argmax(-1, keepdim=True)).squeeze(-1)
-    center = (top + 0.5).floor().clamp(-WHOLE_BOUND, WHOLE_BOUND - 1).long()
-    parts = parts.movedim(-1, 1).expand(-1, -1, rows, -1)
-    return center.expand(rows, -1).reshape(-1), parts.reshape(*parts.shape[:2], -1)
+    top = loc.gather(0, logits.argmax(0, keepdim=True)).squeeze(0)
+    return (top + 0.5).floor_().clamp_(-WHOLE_BOUND, WHOLE_BOUND - 1).long(), parts.flatten(0, 1)
 
 
 def _below(parts: Tensor, border: Tensor) -> Tensor:
     """Cumulative probabilities of smaller numbers, in counts."""
-    weight, loc, rate = parts
+    weight, loc, rate = parts.unflatten(0, (3, -1))
     inside = (border - 0.5 - loc).mul_(rate).sigmoid_().mul_(weight)
     return inside.sum(0).mul_(COUNTS)
 
@@ -150,8 +149,8 @@ def _left(part: Tensor, total: Tensor) -> Tensor:
 
 def _middle(center: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """The next borders: away from the center by doubling steps, then by halves."""
-    away = torch.where(high == _FAR, center + 2 * (low - center), center - 2 * (center - high) - 1)
-    return torch.where((high == _FAR) | (low == -_FAR), away, (low + high) // 2)
+    inner = torch.where(low == -_FAR, 2 * high - center - 1, (low + high) >> 1)
+    return torch.where(high == _FAR, 2 * low - center, inner)
 
 
 class IntegerModel:

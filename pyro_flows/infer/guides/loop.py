@@ -14,7 +14,7 @@ from torch import Generator, Tensor
 
 from pyro_flows.distributions import Flow
 from pyro_flows.infer.guides.modes import ModesBase
-from pyro_flows.infer.guides.posterior import affine_of, frozen, preconditioner_of
+from pyro_flows.infer.guides.posterior import affine_of, frozen, preconditioner_of, slope_of
 from pyro_flows.infer.machine import processes
 from pyro_flows.infer.machine.budget import Budget, cosine
 from pyro_flows.infer.machine.callback import Callback, asks_to_stop
@@ -29,7 +29,7 @@ from pyro_flows.infer.models.joint import JointDensity
 from pyro_flows.infer.models.recorded import FAILURES, value_and_slope
 from pyro_flows.transforms import Autoregressive
 
-__all__ = ["CHECKPOINT", "GuideTraining", "History", "speeds_of"]
+__all__ = ["CHECKPOINT", "GuideTraining", "History", "mean_of_finite", "speeds_of"]
 
 CHECKPOINT = CheckpointFormat(
     "fit_guide",
@@ -100,6 +100,12 @@ class History:
 
     def __len__(self) -> int:
         return len(self.elbo)
+
+
+def mean_of_finite(values: Sequence[float]) -> float:
+    """Returns the mean of the finite values, NaN without any."""
+    known = [value for value in values if math.isfinite(value)]
+    return sum(known) / len(known) if known else math.nan
 
 
 class _ModelError(Exception):
@@ -259,9 +265,11 @@ class GuideTraining(TrainingLoop):
         while self.budget.fraction < end and self._exact < PATIENCE and not self._settled(name) and not self.halted:
             before, done = processes.clock(), self.budget.done
             plans = [plan(k) for k in range(self._at_once(name, optimizer, plan(0)[1], end))]
-            if not self._compiled_steps(name, flow, optimizer, plans):
-                for rate, weight in plans:
-                    self._step(name, flow, optimizer, rate, weight)
+            compiled = self.compiled.get((name, self._emphatic(name, plans[0][1])))
+            with nullcontext() if compiled is None else compiled.turn(len(plans)):
+                if compiled is None or not self._compiled_steps(compiled, name, flow, optimizer, plans):
+                    for rate, weight in plans:
+                        self._step(name, flow, optimizer, rate, weight)
             self.budget.step_seconds = (processes.clock() - before) / (self.budget.done - done)
             if self._window >= LOOK and self.history.weight[-1] == 1.0:
                 self._window = 0
@@ -278,9 +286,7 @@ class GuideTraining(TrainingLoop):
     def _record(self) -> dict[str, Any]:
         """The last row of the history, with the means of what varies from step to step."""
         found = {name: column[-1] for name, column in vars(self.history).items()}
-        for name in ("elbo", "spread"):
-            recent = [value for value in getattr(self.history, name)[-LOOK:] if math.isfinite(value)]
-            found[name] = sum(recent) / len(recent) if recent else math.nan
+        found |= {name: mean_of_finite(getattr(self.history, name)[-LOOK:]) for name in ("elbo", "spread")}
         return {"step": len(self.history), **found}
 
     def _leave_time(self, name: str) -> None:
@@ -333,10 +339,11 @@ class GuideTraining(TrainingLoop):
             return "steps are compiled for the CPU only"
         return self.density.recorded.why_not
 
-    def _compiled_steps(self, name: str, flow: Flow, optimizer: AdamW, plans: Sequence[tuple[float, float]]) -> bool:
-        """Takes steps of these sizes, with these weights of the posterior, if they are compiled."""
-        compiled = self.compiled.get((name, self._emphatic(name, plans[0][1])))
-        if compiled is None or not compiled.ready():
+    def _compiled_steps(
+        self, compiled: CompiledSteps, name: str, flow: Flow, optimizer: AdamW, plans: Sequence[tuple[float, float]]
+    ) -> bool:
+        """Takes steps of these sizes, with these weights of the posterior, if it is their turn."""
+        if not compiled.has_turn():
             return False
         rates, weights = zip(*plans, strict=True)
         padded = optimizer.values.new_zeros(compiled.steps)
@@ -393,8 +400,7 @@ class GuideTraining(TrainingLoop):
         """Returns mean, spread and number of the finite log p - log q, and the gradient for each parameter."""
         with Autoregressive.remembering(flow):
             draws, log_q = self._drawn(flow)
-            z = draws.detach()
-            push = self._push(flow, z) if self.path_gradient else torch.zeros_like(z)
+            push = slope_of(flow, draws) if self.path_gradient else torch.zeros_like(draws)
         log_p, pull = unrecorded(self._pulled, draws.detach())
         fine = log_p.isfinite() & pull.isfinite().all(-1)
         toward = weight * pull - push
@@ -434,14 +440,6 @@ class GuideTraining(TrainingLoop):
             if processes.count() == 1:
                 raise _ModelError from error
             return torch.full_like(z[:, 0], math.nan), torch.full_like(z, math.nan)
-
-    def _push(self, flow: Flow, z: Tensor) -> Tensor:
-        """Returns the gradient of log q at draws, with fixed parameters."""
-        z = z.requires_grad_()
-        with frozen(flow.chain):
-            value = flow.score(z)
-        # Sums, because gradients given to grad() make torch import its compiler.
-        return torch.autograd.grad(value.sum(), z)[0]
 
     @torch.enable_grad()
     def _pull(self, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -512,15 +510,10 @@ class GuideTraining(TrainingLoop):
 
     def _remember(self) -> None:
         """Stores the state if the last steps were the best."""
-        last = [v for v in self.history.elbo[-LOOK:] if math.isfinite(v)]
-        mean = sum(last) / len(last) if last else -math.inf
+        mean = mean_of_finite(self.history.elbo[-LOOK:])
         # Means over steps before parameters broke say nothing of the state.
-        if (
-            last
-            and math.isfinite(self.history.elbo[-1])
-            and self._usable()
-            and (self._best is None or mean > self._best[0])
-        ):
+        last = self.history.elbo[-1]
+        if math.isfinite(last) and self._usable() and (self._best is None or mean > self._best[0]):
             self._best = (mean, self.snapshot())
 
     def _restore(self) -> None:
@@ -528,10 +521,9 @@ class GuideTraining(TrainingLoop):
         if self._best is None:
             return
         last = [v for v in self.history.elbo[-LOOK:] if math.isfinite(v)]
-        spread = [v for v in self.history.spread[-LOOK:] if math.isfinite(v)]
         if last and math.isfinite(self.history.elbo[-1]) and self._usable():
-            noise = 3 * (sum(spread) / max(len(spread), 1)) / math.sqrt(self.num_particles * len(last))
-            if sum(last) / len(last) >= self._best[0] - min(max(noise, 0.02), TRUSTED):
+            noise = 3 * mean_of_finite(self.history.spread[-LOOK:]) / math.sqrt(self.num_particles * len(last))
+            if sum(last) / len(last) >= self._best[0] - min(max(0.02, noise), TRUSTED):  # of NaN, 0.02
                 return
         self.flow.load_state_dict(self._best[1])
 

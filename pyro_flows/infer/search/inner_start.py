@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Generator, Tensor
+from torch import Tensor
 
 from pyro_flows.infer.models.structure import Structure
 from pyro_flows.infer.search.climb import LogDensity, SafeDensity, climb
@@ -74,7 +74,6 @@ def find_inner_start(
     *,
     num_points: int = 0,
     seconds: float | None = None,
-    generator: Generator | None = None,
 ) -> InnerStart | None:
     r"""Finds a start for globals, and for members given these.
 
@@ -94,7 +93,6 @@ def find_inner_start(
         initial: a point with finite density, shape ``(D,)``.
         num_points: values of the globals, at least 16.
         seconds: the wall-clock limit, checked between calls.
-        generator: the source of randomness, on the CPU.
 
     Returns:
         The start in float64 on the CPU, or ``None`` if time or precision did not suffice.
@@ -104,7 +102,7 @@ def find_inner_start(
         et al., 2009); Embedded Laplace approximation (Margossian et al., 2020), arXiv:2004.12550.
     """
     try:
-        found = _found(SafeDensity(density, initial, seconds=seconds), structure, initial, num_points, generator)
+        found = _found(SafeDensity(density, initial, seconds=seconds), structure, initial, num_points)
     except torch.linalg.LinAlgError:  # curvatures of members that hardly have a mode
         return None
     if found is None:
@@ -116,9 +114,7 @@ def find_inner_start(
     return found if fine else None
 
 
-def _found(
-    safe: SafeDensity, structure: Structure, initial: Tensor, num_points: int, generator: Generator | None
-) -> InnerStart | None:
+def _found(safe: SafeDensity, structure: Structure, initial: Tensor, num_points: int) -> InnerStart | None:
     """Finds the start, which may be without finite numbers."""
     inner = InnerDensity(safe, structure, initial)
     at, best = structure.globals, inner.point[structure.globals]
@@ -126,12 +122,12 @@ def _found(
     factor = best.new_zeros(len(at), len(at))
     late: tuple[Tensor, MemberBlocks] | None = None
     if len(at):
-        peak = _globals_peak(inner, generator)
+        peak = _globals_peak(inner)
         if peak is None:
             return None
         best, factor, late = peak
     count = max(TOGETHER, num_points) if len(at) else 1
-    noise = WIDE * torch.randn(count, len(at), generator=generator, dtype=torch.float64, device="cpu")
+    noise = WIDE * torch.randn(count, len(at), dtype=torch.float64, device="cpu")
     noise[0] = 0.0
     for _ in range(CENTERS):
         z, value, blocks, _ = inner.settled(best[None])
@@ -163,9 +159,7 @@ def _found(
     return InnerStart(loc, inner.size, factor, g, members)
 
 
-def _globals_peak(
-    inner: InnerDensity, generator: Generator | None
-) -> tuple[Tensor, Tensor, tuple[Tensor, MemberBlocks]] | None:
+def _globals_peak(inner: InnerDensity) -> tuple[Tensor, Tensor, tuple[Tensor, MemberBlocks]] | None:
     """Returns the globals' mode ``(G,)`` and a factor of their covariance ``(G, G)``, members integrated out.
 
     And a point ``(1, D)`` near by, and the members' factorized Hessian there.
@@ -193,7 +187,7 @@ def _globals_peak(
     ends, levels = [first[0]], [first[1]]
     # Others from around, if there is time.
     if safe.deadline is None or OTHERS * spent < safe.deadline - time.monotonic():
-        around = torch.rand(OTHERS - 1, len(at), generator=generator, dtype=torch.float64, device="cpu")
+        around = torch.rand(OTHERS - 1, len(at), dtype=torch.float64, device="cpu")
         points = best + 2 * (2 * around - 1)
         points = points[outer.values(points).isfinite()]
         if len(points):
