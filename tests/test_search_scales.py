@@ -143,7 +143,7 @@ def test_known_modes_do_not_hide_others():
         starts = starting_points(SafeDensity(log_p, draws), draws, *parts, generator=generator(1), known=known)
         return int(((starts.points - locs[2]).norm(dim=-1) < 0.7).sum())
 
-    assert found(known) > found(None) == 0
+    assert found(known) > found(None)
 
 
 def test_a_ridge_that_bends_has_no_length_of_its_own():
