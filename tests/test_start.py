@@ -455,7 +455,8 @@ def test_time_limit_gives_the_best_so_far(monkeypatch, full_rank_up_to):
     assert spent[100] > -1.0 and spent[4000] > -1e-3, spent
 
 
-def test_a_short_time_goes_into_the_climb(monkeypatch):
+@pytest.mark.parametrize("points", [60, 120, 200])
+def test_a_short_time_goes_into_the_climb(monkeypatch, points):
     """A hundred thousand rows, seven hundred standard deviations from the initial point."""
     y = 100 + 2 * torch.randn(1000, dtype=torch.float64, generator=generator())
 
@@ -463,7 +464,7 @@ def test_a_short_time_goes_into_the_climb(monkeypatch):
         scale = z[:, 1:].exp()
         return 100 * (-0.5 * ((y - z[:, :1]) / scale) ** 2).sum(-1) - 100_000 * z[:, 1]
 
-    function, seconds = timed(monkeypatch, density, 200)
+    function, seconds = timed(monkeypatch, density, points)
     start = find_start(function, torch.zeros(2, dtype=torch.float64), seconds=seconds, generator=generator())
     assert abs(start.loc[0] - y.mean()) < 0.02 and abs(start.loc[1] - y.std().log()) < 0.02
     sds = (start.scale @ start.scale.mT).diagonal().sqrt()
