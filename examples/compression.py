@@ -19,9 +19,8 @@ import time
 from argparse import Namespace
 from pathlib import Path
 
-import numpy as np
 import torch
-from _script import FLOW, OTHER, TRUTH, begin, digits, general, save
+from _script import FLOW, OTHER, TRUTH, begin, digits, general, mnist_bytes, save
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from torch import Tensor
@@ -31,13 +30,6 @@ from pyro_flows.distributions import LogisticMixtureHead
 from pyro_flows.infer import Codec
 
 BOUND, OURS = "bound by the model", "codec"
-
-
-def mnist(folder: Path) -> tuple[Tensor, Tensor, Tensor]:
-    """The same of MNIST, shape ``(rows, 1, 28, 28)``, levels 0 to 255; the first 1,000 test images."""
-    with np.load(folder / "mnist.npz") as data:
-        train, test = (torch.from_numpy(data[name]).to(torch.uint8).unsqueeze(1) for name in ("x_train", "x_test"))
-    return train[:-1000], train[-1000:], test[:1000]
 
 
 def fit(args: Namespace, train: Tensor, held_out: Tensor, levels: int) -> pf.ConvMADE:
@@ -99,7 +91,7 @@ def main() -> None:
     args = begin(__doc__, mnist={"type": Path, "help": "the folder of mnist.npz"})
     sets = {"300 digits, 8 x 8 of 17 levels": (digits(), 17)}
     if args.mnist is not None:
-        sets["1,000 of MNIST, 28 x 28 of 256 levels"] = (mnist(args.mnist), 256)
+        sets["1,000 of MNIST, 28 x 28 of 256 levels"] = (mnist_bytes(args.mnist), 256)
     fig, axes = plt.subplots(1, len(sets), figsize=(4.8 * len(sets), 2.6), squeeze=False, layout="constrained")
     for ax, (title, ((train, held_out, test), levels)) in zip(axes[0], sets.items(), strict=True):
         print(title)

@@ -82,6 +82,11 @@ class Case:
         return x.abs() + 0.1 if self.positive else x
 
 
+def generator(seed: int = 0) -> torch.Generator:
+    """A generator of the CPU."""
+    return torch.Generator().manual_seed(seed)
+
+
 def seeded(seed: int) -> torch.Generator:
     """A generator of the default device."""
     return torch.Generator(torch.get_default_device()).manual_seed(seed)

@@ -35,7 +35,6 @@ LAYERS = [
     "infer.objectives",
     "infer.bridge",
     "infer.guides",
-    "infer.uses",
     "infer.compression",
     "infer",
     "plots",

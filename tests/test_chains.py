@@ -4,15 +4,12 @@ import math
 
 import pytest
 import torch
+from cases import generator
 
 import pyro_flows as pf
 from pyro_flows.infer.chains import BaseDensity, adapt, hmc, start_chains
 from pyro_flows.infer.models.recorded import value_and_slope
 from pyro_flows.infer.search.climb import SafeDensity
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def skewed(z):

@@ -313,6 +313,57 @@ def test_own_code_is_given_again(name, options, tmp_path):
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("dim", [1, 2])
+@pytest.mark.parametrize("folds", [1, 2])
+def test_own_code_between_bounds_keeps_its_quantiles(dim, folds, tmp_path):
+    """Those of one number are exact, by the inverse of the distribution function, which the bounds are a part of."""
+    torch.manual_seed(0)
+    data, bounds = 2 + 3 * torch.rand(60, dim), [(2, 5)] * dim
+
+    def made():
+        return pf.Chain([Shifted(dim, 0.5), *pf.nsf(dim, num_layers=1, hidden_dims=(8,))])
+
+    fit, path = pf.fit_density(made(), data, bounds=bounds, folds=folds, steps=3, progress=False), tmp_path / "fit.pt"
+    with pytest.warns(UserWarning, match="cannot hold the architecture"):
+        fit.save(path)
+    for given in (made(), pf.Flow(made())):
+        loaded = pf.load_density(path, flow=given)
+        levels = [0.0, 0.05, 0.5, 0.95, 1.0]
+        found = loaded.quantile(levels)
+        assert torch.equal(found, fit.quantile(levels)) and (found.diff(dim=0) >= 0).all()
+        assert found.min() >= 2 and found.max() <= 5
+        assert torch.equal(loaded.interval(0.9)[1], fit.interval(0.9)[1])
+        same(fit, loaded, verdict=False)
+        if dim == 1:
+            cdf = loaded.distribution().cdf(found[1:4])
+            torch.testing.assert_close(cdf, torch.tensor(levels[1:4]), atol=1e-4, rtol=0)
+
+
+class OwnHead(pf.distributions.made.Head):
+    """A normal of unit scale."""
+
+    discrete, has_rsample, constraint = False, True, torch.distributions.constraints.real
+
+    def log_prob(self, value, params, dims=None):
+        return dist.Normal(params[..., 0], 1.0).log_prob(value)
+
+    def rsample(self, params, dims=None):
+        return dist.Normal(params[..., 0], 1.0).rsample()
+
+
+@pytest.mark.full
+def test_an_own_head_in_small_data(tmp_path):
+    """Folds by default add the start, a further copy of the model."""
+    torch.manual_seed(1)
+    fit = pf.fit_density(pf.MADE(2, OwnHead(), hidden_dims=(8,)), real(20), patience=1, progress=False)
+    assert len(fit.distribution) == 6
+    with pytest.warns(UserWarning, match="'OwnHead' is not of this package"):
+        fit.save(tmp_path / "fit.pt")
+    again = pf.load_density(tmp_path / "fit.pt", flow=pf.MADE(2, OwnHead(), hidden_dims=(8,)))
+    assert torch.equal(again.log_prob(real(20)), fit.log_prob(real(20)))
+
+
+@pytest.mark.full
 def test_own_code_in_small_data(tmp_path):
     """Folds by default add a Gaussian, a further copy of the flow."""
     torch.manual_seed(1)

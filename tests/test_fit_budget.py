@@ -248,7 +248,7 @@ def test_memory_is_bounded(large):
     """Draws are judged, and trained by, a few at a time: the same numbers as all at once."""
     guide, density, rows = large
     most = BYTES // (8 * 100_000)  # a number for each datum and draw, at the very least
-    z, log_p, log_q = weigh(guide.flow, density, 400)
+    _, z, log_p, log_q = weigh(guide.flow, density, 400)
     assert len(log_p) == len(log_q) == 400 and sum(rows) == 400 and max(rows) < most / 2
     torch.testing.assert_close(torch.cat([density(part) for part in z[::50].split(2)]), log_p[::50])
     training = GuideTraining(guide.flow, density, Budget(1, None, 0.0), num_particles=128)

@@ -21,7 +21,9 @@ from pyro.nn import PyroModule
 import pyro_flows as pf
 from pyro_flows.infer import AutoFlow, fit_guide, load_guide
 from pyro_flows.infer.diagnostics.verdict import LABELS, Verdict
+from pyro_flows.infer.guides import loop
 from pyro_flows.infer.guides.loop import emphasis
+from pyro_flows.infer.machine.budget import Budget
 from pyro_flows.infer.machine.optimizers import AdamW
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -751,3 +753,37 @@ def test_adam_is_that_of_torch():
         reference.step()
     adam.release()
     torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("dependencies", ["model", "dense"])
+def test_steps_that_break_the_state_are_taken_back(dependencies, monkeypatch):
+    """At these rates single steps leave no draw with a density."""
+    monkeypatch.setattr(loop, "RATES", (3.0, 1e-4))
+    monkeypatch.setattr(loop, "CAREFUL_RATES", (3.0, 1e-4))
+
+    def members(y):
+        mu, tau = pyro.sample("mu", dist.Normal(0.0, 5.0)), pyro.sample("tau", dist.LogNormal(0.0, 1.0))
+        with pyro.plate("members", len(y)):
+            pyro.sample("y", dist.Normal(pyro.sample("theta", dist.Normal(mu, tau)), 0.5), obs=y)
+
+    y = torch.linspace(-2.0, 3.0, 12)
+    fit = fit_guide(AutoFlow(members, dependencies=dependencies, seed=0), y, steps=300, progress=False)
+    assert any(map(math.isnan, fit.history.elbo)) and math.isfinite(fit.history.elbo[-1])
+    assert all(v.isfinite().all() for v in fit.flow.state_dict().values()) and fit.ess > 0.1
+
+
+@pytest.mark.parametrize("harm", [math.nan, 1e30])
+def test_a_last_step_without_a_record_does_not_spoil_the_state(harm):
+    flow = AutoFlow(regression, SMALL, seed=0).setup(X, Y).flow
+    training = loop.GuideTraining(flow, lambda z: -z.square().sum(-1), Budget(60, None, 0.0), num_particles=8)
+    training._best = -1.0, training.snapshot()
+    before = copy.deepcopy(flow.state_dict())
+    for _ in range(50):
+        training._note("flow", -1.0, 0.1, 1e-3, 1.0, 0)
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            parameter += harm
+    training._remember()
+    training._restore()
+    assert all(torch.equal(value, before[name]) for name, value in flow.state_dict().items())

@@ -3,6 +3,7 @@
 import copy
 import io
 
+import pyro.distributions
 import pytest
 import torch
 from asserts import refuses
@@ -11,8 +12,9 @@ from torch.distributions import ExpTransform
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_flows as pf
+from pyro_flows.distributions import MixedHead, MixtureHead
 from pyro_flows.infer import standardized
-from pyro_flows.infer.density.gaussian import LARGEST_SAMPLE, better, fit_gaussian, start_as_gaussian
+from pyro_flows.infer.density.gaussian import LARGEST_SAMPLE, better, can_start, fit_gaussian, start_as_gaussian
 from pyro_flows.infer.density.prepare import Thinned
 from pyro_flows.transforms import Coloring
 
@@ -118,10 +120,9 @@ def test_a_trained_chain_keeps_what_it_has_learned():
 @pytest.mark.parametrize(
     "flow",
     [
-        lambda: pf.Flow(small(), pf.GaussianMixture(3, 2)),
+        lambda: pf.Flow(small(), pyro.distributions.Laplace(torch.zeros(3), 1.0).to_event(1)),
         lambda: pf.Flow(pf.Chain([*small(), pf.ActNorm(3)])),
         lambda: pf.ncsf(3),
-        lambda: pf.MADE(3, "normal", hidden_dims=(8,)),
     ],
 )
 def test_other_models_start_as_they_are(flow):
@@ -130,6 +131,75 @@ def test_other_models_start_as_they_are(flow):
     found = fit(flow(), x, max_epochs=1)
     for part in found.distribution.modules():
         assert not isinstance(part, Coloring) or torch.equal(part.factor, torch.eye(3))
+
+
+@pytest.mark.parametrize("base", [pf.GaussianMixture(3, 2), pf.StudentT(3)])
+def test_other_bases_start_with_the_covariance_of_the_rows(base):
+    x = correlated(400)
+    flow = pf.Flow(small(), base).double()
+    density = standardized(flow, x.mean(0), x.std(0))
+    start_as_gaussian(density, x, None)
+    drawn = density.sample((40_000,))
+    torch.testing.assert_close(drawn.mean(0), x.mean(0), atol=0.3, rtol=0)
+    torch.testing.assert_close(drawn.T.cov(), x.T.cov(), atol=8.0, rtol=0.1)
+    assert (density.log_prob(x) - fit_gaussian(x).log_prob(x)).mean() > -0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float, torch.double])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_made_of_normals_starts_as_the_gaussian_in_any_order(dtype, weighted):
+    x = correlated(200, 4, dtype=dtype) / 10
+    weight = torch.linspace(0.2, 3.0, 200).to(dtype) if weighted else None
+    made = pf.MADE(4, "normal", order=[2, 0, 3, 1], hidden_dims=(8,)).to(dtype)
+    start_as_gaussian(made, x, None, weight)
+    want = fit_gaussian(x.double(), weight=weight).log_prob(x.double())
+    torch.testing.assert_close(made.log_prob(x).double(), want, atol=1e-9 if dtype == torch.double else 2e-3, rtol=1e-5)
+    learned = shake(pf.MADE(4, "normal", hidden_dims=(8,)).to(dtype), 0.1)
+    before = learned.log_prob(x)
+    start_as_gaussian(learned, x, None)  # which is not fresh
+    assert not can_start(learned, x, None) and torch.equal(learned.log_prob(x), before)
+
+
+def test_other_autoregressive_models_start_with_the_columns_of_the_rows():
+    torch.manual_seed(0)
+    x, bits = correlated(300) / 10, (torch.rand(300, 2) < torch.tensor([0.2, 0.9])).double()
+    rows = torch.stack([bits[:, 0], x[:, 0], x[:, 1], bits[:, 1], x[:, 2]], 1)
+    head = MixedHead([("bernoulli", [0, 3]), ("normal", [1, 4]), (MixtureHead(1), [2])])
+    made = pf.MADE(5, head, hidden_dims=(8,)).double()
+    start_as_gaussian(made, rows, None)
+    share = bits.mean(0)
+    want = fit_gaussian(x).log_prob(x) + (bits * share.log() + (1 - bits) * (1 - share).log()).sum(1)
+    torch.testing.assert_close(made.log_prob(rows), want, atol=0.05, rtol=0)  # frequencies are smoothed
+    series = 3 + torch.randn(50, 2, 5).double().cumsum(-1)
+    conv = pf.ConvMADE((2, 5), "normal", hidden_channels=8).double()
+    start_as_gaussian(conv, series, None)
+    want = torch.distributions.Normal(series.mean(0), series.std(0, correction=0)).log_prob(series).sum((1, 2))
+    torch.testing.assert_close(conv.log_prob(series), want, atol=1e-9, rtol=0)
+
+
+def test_a_standardized_made_starts_as_the_gaussian_and_ends_no_worse():
+    x = correlated(60, 5, dtype=torch.float)
+    held_out = correlated(300, 5, seed=1, dtype=torch.float)
+    made = pf.MADE(5, "normal", hidden_dims=(16,))
+    found = fit(made, x, held_out, standardize=True, max_epochs=4, lr=0.03)
+    want = fit_gaussian(x.double()).log_prob(held_out.double()).mean()
+    assert found.best_epoch == 0 and found.validation == pytest.approx(want.item(), abs=1e-3)
+    whole = fit_gaussian(torch.cat([x, held_out]).double()).log_prob(held_out.double())  # what it leaves behind
+    torch.testing.assert_close(found.log_prob(held_out).double(), whole, atol=1e-2, rtol=1e-3)
+
+
+@pytest.mark.full
+def test_folds_of_a_made_return_to_the_gaussian(tmp_path):
+    x, fresh = (correlated(rows, 5, dtype=torch.float) for rows in (80, 500))
+    want = fit_gaussian(x.double()).log_prob(fresh.double())
+    found = pf.fit_density(
+        pf.MADE(5, "normal", hidden_dims=(16,)), x, progress=False, patience=3, standardize=True, lr=0.01
+    )
+    assert {each.best_epoch for each in found.members} == {0} and len(found.distribution) == 6
+    torch.testing.assert_close(found.log_prob(fresh).double(), want, atol=1e-2, rtol=1e-3)
+    found.save(tmp_path / "fit.pt")
+    again = pf.load_density(tmp_path / "fit.pt")
+    assert torch.equal(again.log_prob(fresh), found.log_prob(fresh))
 
 
 # The end
@@ -251,7 +321,7 @@ def test_few_rows_with_contexts_and_of_a_made():
     assert len(found.members) == 5 and found.log_prob(value, context).isfinite().all()
     assert found.sample((2,), context[:4]).shape == (2, 4, 3)
     made = pf.fit_density(pf.MADE(4, "bernoulli", hidden_dims=(8,)), torch.randint(2, (60, 4)), **options)
-    assert len(made.members) == 5 and len(made.distribution) == 5
+    assert len(made.members) == 5 and len(made.distribution) == 6  # with the independent columns of all rows
     refuses(
         ValueError,
         "without validation",

@@ -59,7 +59,7 @@ def test_density_and_draws_are_those_of_the_mixture(dtype):
 
 def test_a_wider_base_is_wider_around_each_mode():
     flow = SimpleNamespace(base=placed(), chain=SimpleNamespace(forward_and_ladj=lambda x: (x, x.new_zeros(len(x)))))
-    draws, log_p, log_q = weigh(flow, lambda z: z.new_zeros(len(z)), 4000, scale=3.0)
+    _, draws, log_p, log_q = weigh(flow, lambda z: z.new_zeros(len(z)), 4000, scale=3.0)
     narrow = dist.MultivariateNormal(placed().loc, scale_tril=3 * placed().scale)
     known = (narrow.log_prob(draws[:, None]) + torch.tensor([0.3, 0.7]).log()).logsumexp(-1)
     torch.testing.assert_close(log_q, known)

@@ -699,7 +699,7 @@ def test_verdict_shows_ranks_scores_and_unexplained_rows():
 def test_verdict_without_a_rival_or_draws():
     torch.manual_seed(0)
     found = judge_rows(flow_of(2), torch.randn(40, 2))
-    assert plots.verdict(found).axes[1].get_title() == "no Gaussian to compare with"
+    assert plots.verdict(found).axes[1].get_title() == "nothing to compare with"
     refuses(TypeError, "fit_density", plots.verdict, torch.zeros(3))
     bare = SimpleNamespace(
         verdict=judge_density(replace(found.checks, ranks=None, draws=None, notes=("no way to draw",)))

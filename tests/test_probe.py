@@ -6,14 +6,13 @@ import time
 import pytest
 import torch
 from asserts import refuses
+from cases import generator
 from torch.distributions import Independent, MultivariateNormal, Normal
 
+import pyro_flows.infer.search.probe
 from pyro_flows.infer.machine.pace import Pace
+from pyro_flows.infer.search.climb import SafeDensity
 from pyro_flows.infer.search.probe import probe_modes
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def normal(loc, sd, dtype=torch.float64):
@@ -224,6 +223,31 @@ def test_refused_points_are_worked_around():
 
     found = probe(log_p, target.parts[0], log_evidence=math.log(0.7))
     assert abs(found.missing_share - 0.3) < 0.02
+
+
+def test_plateaus_cost_little(monkeypatch):
+    """Where the density is level, far below the mode, no curvatures and no infinite points are asked for."""
+    asked = []
+
+    def log_p(z):
+        asked.append(bool(z.isfinite().all()))
+        return torch.logaddexp(-0.5 * z.square().sum(-1), torch.tensor(-400.0, dtype=z.dtype))
+
+    examined = []
+    whole = pyro_flows.infer.search.probe.laplace
+    monkeypatch.setattr(
+        pyro_flows.infer.search.probe, "laplace", lambda *args, **more: examined.append(args[1]) or whole(*args, **more)
+    )
+    guide = normal(torch.zeros(3), 1.0)
+    found = probe(log_p, guide, 1.5 * math.log(2 * math.pi))
+    assert found.complete and len(found.locations) == 1 and all(asked)
+    assert torch.cat(examined).norm(dim=-1).max() < 30
+
+    log_q, calls = torch.tensor([[math.nan, 0.0], [1.0, 2.0], [math.inf, 0.0]], dtype=torch.float64), []
+    safe = SafeDensity(lambda z: calls.append(len(z)) or -0.5 * z.square().sum(-1), log_q)
+    value, slope = safe.gradients(log_q)
+    assert value.tolist() == [-math.inf, -2.5, -math.inf] and slope.tolist() == [[0, 0], [-1, -2], [0, 0]]
+    assert safe.values(log_q[:1]).tolist() == [-math.inf] and calls == [1]
 
 
 def test_reproducible_and_counted():

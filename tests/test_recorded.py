@@ -8,6 +8,7 @@ import pytest
 import torch
 from pyro.nn import PyroModule, PyroSample
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_flows.infer import AutoFlow
 from pyro_flows.infer.models import recorded
@@ -97,7 +98,15 @@ class Net(PyroModule):
         pyro.sample("y", dist.Normal(mean, 1.0).to_event(1), obs=y)
 
 
-MODELS = [school, chain_of_states, mixture, equation, fills, process, missing, Net()]
+def products(y):
+    """A constant matrix before one that differs between points: a column, three columns, and one of a batch of one."""
+    x = torch.stack([y, y.cos()], 1)
+    b = pyro.sample("b", dist.Normal(torch.zeros(2, 3), 1.0).to_event(2))
+    mean = (x @ b[:, :1]).squeeze(-1) + (x @ b).tanh().sum(-1) + torch.einsum("nd,dk->nk", x, b.exp())[:, 1]
+    pyro.sample("y", dist.Normal(mean, 1.0).to_event(1), obs=y)
+
+
+MODELS = [school, chain_of_states, mixture, equation, fills, process, missing, products, Net()]
 
 
 @pytest.mark.full
@@ -121,6 +130,22 @@ def test_values_and_gradients(model, dtype, default_dtype, monkeypatch):
         torch.testing.assert_close(density(z), expected[0], **near)
         assert not found[0].requires_grad and found[0].dtype == dtype
     assert density.recorded._shapes
+
+
+def test_products_with_a_constant_matrix_are_one_for_all_points():
+    called = set()
+
+    class Kernels(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            called.add(func.overloadpacket)
+            return func(*args, **(kwargs or {}))
+
+    density = density_of(products, Y)
+    z = torch.randn(9, 6)
+    torch.testing.assert_close(density.value_and_slope(z), plain(density, z))
+    with Kernels():
+        density.value_and_slope(z)
+    assert torch.ops.aten.mm in called and torch.ops.aten.bmm not in called
 
 
 def test_second_derivatives():

@@ -9,6 +9,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from cases import generator
 from pyro import poutine
 from pyro.distributions import constraints
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
@@ -47,10 +48,6 @@ MEAN, SD = float(Y.sum() / PRECISION), PRECISION**-0.5
 
 def fitted(model, *args, steps=60, seed=0, **options):
     return fit_guide(AutoFlow(model, seed=seed, **options), *args, steps=steps, progress=False)
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def noise(*shape, seed=0):

@@ -6,6 +6,7 @@ from functools import partial
 import pyro
 import pytest
 import torch
+from cases import generator
 from pyro import distributions as dist
 from pyro.distributions import constraints
 
@@ -20,10 +21,6 @@ from pyro_flows.infer.search.starting_points import starting_points
 
 pytestmark = pytest.mark.usefixtures("double")
 SMALL = partial(pf.realnvp, num_layers=4, hidden_dims=(16,))
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def two(dim, distance, width, share, seed=0, unit=1.0):
@@ -136,7 +133,7 @@ def test_a_ridge_that_bends_has_no_length_of_its_own():
 
     like = torch.zeros(1, 2)
     scale = torch.diag(torch.tensor([0.3, 40.0]))[None]
-    peak = Peaks(torch.tensor([[5.0, 0.0]]), torch.zeros(1), scale, like, torch.ones(1, dtype=torch.bool))
+    peak = Peaks(torch.tensor([[5.0, 0.0]]), torch.zeros(1), scale, torch.ones(1, dtype=torch.bool))
     scale = shortened(SafeDensity(ring, like), peak).scale[0]
     assert scale[0, 0] == pytest.approx(0.3) and 1 < scale[1, 1] < 4
     plain = peak._replace(scale=torch.diag(torch.tensor([0.3, 1.0]))[None])

@@ -142,10 +142,10 @@ def _steps(dim: int, noise: float) -> Posterior:
             values.append(values[-1].square() + noise * normal[k])
         return torch.stack(values, -1)
 
-    return _of_vector(f"steps{dim}", "curved", dim, log_density, draw, _asinh)
+    return _of_vector(f"steps{dim}", "curved", dim, log_density, draw, asinh)
 
 
-def _asinh(draws: Draws) -> Draws:
+def asinh(draws: Draws) -> Draws:
     return {name: value.asinh() for name, value in draws.items()}
 
 
@@ -435,7 +435,7 @@ def _tails(count: int, freedom: float) -> Posterior:
 
     name = f"tails{count}_{freedom:g}"
     model = partial(tails, count, freedom)
-    return Posterior(name, lambda flat: model, reference, _asinh, is_prior=True, kind="kinks and tails")
+    return Posterior(name, lambda flat: model, reference, asinh, is_prior=True, kind="kinks and tails")
 
 
 def parts(flat: Flat, concentration: Tensor, y: Tensor) -> None:

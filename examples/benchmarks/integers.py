@@ -22,10 +22,9 @@ from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 from _runs import Table, command, machine
-from _script import digits, general
+from _script import digits, general, mnist_bytes
 from torch import Tensor, nn
 
 import pyro_flows as pf
@@ -81,13 +80,6 @@ DIGITS = {
 MNIST = {"idf, 4 parts": integers(4, 1, (24, 24)), "ConvMADE": made(20)}
 
 
-def mnist(folder: Path) -> tuple[Tensor, Tensor, Tensor]:
-    """Images to train on, to stop by, and to code, shape ``(rows, 1, 28, 28)``, levels 0 to 255."""
-    with np.load(folder / "mnist.npz") as data:
-        train, test = (torch.from_numpy(data[name]).to(torch.uint8).unsqueeze(1) for name in ("x_train", "x_test"))
-    return train[:-1000], train[-1000:-500], test[:1000]
-
-
 def fit(model: nn.Module, train: Tensor, held_out: Tensor, seconds: float, seed: int, batch: int) -> float:
     """Trains a model; CPU seconds."""
     as_given = train.long() if not isinstance(model, pf.ConvMADE) else train.float()
@@ -141,7 +133,8 @@ def main() -> None:
             depths.add(*of_depth(layers, args))
         print(f"\n{depths}\n")
         return
-    (train, held_out, test), levels = (digits(), 17) if args.mnist is None else (mnist(args.mnist), 256)
+    (train, held_out, test), levels = (digits(), 17) if args.mnist is None else (mnist_bytes(args.mnist), 256)
+    held_out = held_out[:500]
     seconds = 1.0 if args.smoke else args.seconds
     if args.smoke:
         train, held_out, test = train[:200], held_out[:20], test[:20]

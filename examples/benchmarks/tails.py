@@ -25,7 +25,7 @@ from pathlib import Path
 import pyro
 import pyro.distributions as dist
 import torch
-from _made_posteriors import MADE
+from _made_posteriors import MADE, asinh
 from _posteriors import Draws, Flat, Posterior, find, named, stored
 from _runs import Row, command, complete, machine, markdown
 from posteriors import ours
@@ -79,7 +79,7 @@ def _regression(name: str, prior: dist.Distribution, rows: int, noise: float) ->
     x = _normal(rows, count, seed=0) + 0.5 * _normal(rows, 1, seed=1)
     b = 2.0 * (torch.arange(count) < count / 4)
     y = x @ b.double() + noise * _normal(rows, seed=2)
-    derive = _asinh if isinstance(prior, dist.StudentT) else dict
+    derive = asinh if isinstance(prior, dist.StudentT) else dict
 
     def variance(b: Tensor) -> Tensor:
         """Draws the variances of which the prior is a mixture of normals."""
@@ -108,10 +108,6 @@ def _regression(name: str, prior: dist.Distribution, rows: int, noise: float) ->
 
     model = functools.partial(regression, prior=prior, x=x, y=y, noise=noise)
     return Posterior(name, lambda flat: functools.partial(model, flat), reference, derive)
-
-
-def _asinh(draws: Draws) -> Draws:
-    return {name: value.asinh() for name, value in draws.items()}
 
 
 def _kinds() -> dict[str, Posterior]:

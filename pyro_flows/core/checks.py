@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterable
+from itertools import islice
 from numbers import Integral
 from typing import Any
 
@@ -21,6 +23,7 @@ __all__ = [
     "check_tensor",
     "choice",
     "event_size",
+    "first_few",
     "first_floating",
     "integer",
     "joint_shape",
@@ -28,6 +31,7 @@ __all__ = [
     "like_given",
     "permutation_of",
     "positive_integers",
+    "positive_seconds",
     "refuse_as_site",
     "refuse_other_kind",
     "sample_size",
@@ -37,6 +41,12 @@ __all__ = [
 
 
 WHOLE_BOUND = 2**52  # integer flows map the whole numbers from its negative up to it, and not it
+
+
+def first_few(words: Iterable[object], most: int) -> str:
+    """Lists words for a message, at most so many, with an ellipsis for the rest."""
+    known = [str(word) for word in islice(words, most + 1)]
+    return ", ".join(known[:most] + ["…"] * (len(known) > most))
 
 
 def event_size(event_shape: int | Iterable[int]) -> Size:
@@ -108,6 +118,12 @@ def positive_integers(name: str, what: str, given: int | Iterable[int]) -> tuple
     if not found or not all(_is_integer(n, 1) for n in found):
         raise ValueError(f"{name}{': ' if name else ''}expected {what} to be positive integers, got {given!r}")
     return found
+
+
+def positive_seconds(name: str, what: str, value: float | None) -> None:
+    """Refuses seconds that are neither ``None``, for no limit, nor a positive number."""
+    if value is not None and not 0 < value < math.inf:
+        raise ValueError(f"{name}: expected {what} to be a positive number, got {value!r}")
 
 
 def layer_widths(name: str, what: str, sizes: object) -> tuple[int, ...]:
@@ -335,14 +351,12 @@ def _same_device(name: str, what: str, value: Tensor, kin: Tensor) -> None:
 def first_floating(module: nn.Module) -> Tensor | None:
     """A floating-point parameter or buffer, for its dtype and device."""
     # Asked at each call, so without the slower module.parameters().
-    modules: list[Any] = [module]
-    while modules:
-        each = modules.pop()
-        if each is None:
-            continue
-        for held in (each._parameters, each._buffers):
-            for tensor in held.values():
-                if tensor is not None and tensor.is_floating_point():
-                    return tensor
-        modules += reversed(each._modules.values())
+    for held in (module._parameters, module._buffers):
+        for tensor in held.values():
+            if tensor is not None and tensor.is_floating_point():
+                return tensor
+    for child in module._modules.values():
+        found = None if child is None else first_floating(child)
+        if found is not None:
+            return found
     return None

@@ -225,6 +225,9 @@ class _Circles(dist.Normal):
         shape = Size(batch_shape)
         return _Circles(self.loc.expand(shape), self.angle.expand(shape))
 
+    def entropy(self) -> Tensor:
+        return torch.where(self.angle, math.log(2 * math.pi), super().entropy())
+
     def rsample(self, sample_shape: Size | list[int] | tuple[int, ...] = ()) -> Tensor:
         angles = (
             torch.rand(self._extended_shape(Size(sample_shape)), dtype=self.loc.dtype, device=self.loc.device) - 0.5

@@ -16,7 +16,7 @@ from pyro_flows.core.recipes import remembered
 from pyro_flows.distributions.flow import Flow
 from pyro_flows.distributions.queries.answers import Answering, Weighted
 from pyro_flows.distributions.queries.line import Line
-from pyro_flows.distributions.shared import SharedDistribution
+from pyro_flows.distributions.shared import SharedDistribution, by_row
 
 __all__ = ["Ensemble", "EnsembleDistribution"]
 
@@ -73,9 +73,8 @@ class EnsembleDistribution(SharedDistribution):
         return self.model.scores(value, self.context)
 
     def _draw(self, sample_shape: Size) -> Tensor:
-        shape, context = sample_shape + self.batch_shape, self.context
-        rows = None if context is None else context.expand(*shape, -1).reshape(math.prod(shape), -1)
-        return self.model.rows(math.prod(shape), rows).reshape(shape + self.event_shape)
+        shape = sample_shape + self.batch_shape
+        return self.model.rows(shape.numel(), by_row(self.context, shape)).reshape(shape + self.event_shape)
 
 
 @remembered
@@ -123,7 +122,13 @@ class Ensemble(nn.Module):
                 )
         if not found:
             raise ValueError("Ensemble: expected at least one member, got none")
-        kinds = {(Size(each.event_shape), int(each.context_dim or 0)) for each in found}
+        for each in found:
+            if getattr(each, "event_shape", None) is None:
+                raise TypeError(
+                    f"Ensemble: expected modules with an event_shape, got a {type(each).__name__} without one; set "
+                    "it in its constructor, e.g. self.event_shape = torch.Size([3])"
+                )
+        kinds = {(Size(each.event_shape), int(getattr(each, "context_dim", 0) or 0)) for each in found}
         if len(kinds) > 1:
             told = ", ".join(f"{tuple(event)} and {dim}" for event, dim in sorted(kinds))
             raise ValueError(f"Ensemble: expected members of one event shape and context_dim, got {told}")

@@ -17,7 +17,12 @@ from torch.distributions.constraints import Constraint
 from pyro_flows.core.checks import joint_shape, sample_size
 from pyro_flows.distributions.queries.answers import Answering
 
-__all__ = ["SharedDistribution"]
+__all__ = ["SharedDistribution", "by_row"]
+
+
+def by_row(context: Tensor | None, batch: Size) -> Tensor | None:
+    """Expands a context to one row for each batch element."""
+    return None if context is None else context.expand(*batch, -1).reshape(batch.numel(), context.shape[-1])
 
 
 class SharedDistribution(Answering, TorchDistribution):

@@ -11,15 +11,15 @@ from pyro_flows.infer.density import (
     sparse_adjacency,
     standardized,
 )
+from pyro_flows.infer.density.anomaly import AnomalyDetector
+from pyro_flows.infer.density.series import Stream, step_log_prob
+from pyro_flows.infer.density.surprise import pixel_scores
 from pyro_flows.infer.diagnostics import simulation_based_calibration
 from pyro_flows.infer.guides.auto import AutoFlow
 from pyro_flows.infer.guides.fit import fit_guide
 from pyro_flows.infer.guides.result import GuideFit, load_guide
 from pyro_flows.infer.models.lifted import Circles
 from pyro_flows.infer.objectives import AlphaDivergence, DReGELBO, ForwardKL, PathELBO
-from pyro_flows.infer.uses.anomaly import AnomalyDetector
-from pyro_flows.infer.uses.series import Stream, step_log_prob
-from pyro_flows.infer.uses.surprise import pixel_scores
 
 __all__ = [
     "AlphaDivergence",

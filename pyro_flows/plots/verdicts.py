@@ -119,7 +119,7 @@ def _modes(ax: Axes, probe: Any) -> None:
 def _against_rival(ax: Axes, checks: Any) -> None:
     own = checks.scores.numpy()
     if checks.rival_scores is None:
-        ax.set_title("no Gaussian to compare with", fontsize=11)
+        ax.set_title("nothing to compare with", fontsize=11)
         ax.set_axis_off()
         return
     other = checks.rival_scores.numpy()

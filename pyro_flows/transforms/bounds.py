@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributions import StackTransform, Transform, biject_to, constraints, transform_to
 
+from pyro_flows.core.checks import first_few
 from pyro_flows.core.transform import REAL, FlowTransform
 
 __all__ = ["Bounds", "Within"]
@@ -28,7 +29,7 @@ class Within(constraints.stack):
 
     def __repr__(self) -> str:
         pairs = [f"({a:g}, {b:g})" for a, b in zip(self.low.tolist(), self.high.tolist(), strict=True)]
-        return f"Within({', '.join(pairs[:8])}{', …' if len(pairs) > 8 else ''})"
+        return f"Within({first_few(pairs, 8)})"
 
 
 def _between(low: float, high: float) -> constraints.Constraint:

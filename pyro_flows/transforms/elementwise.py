@@ -190,7 +190,7 @@ class Standardization(FlowTransform):
 
     def _ladj(self, value: Tensor) -> Tensor:
         total = self.scale.log().sum() * (self.event_shape.numel() // self.scale.numel())
-        return total.expand(value.shape[: value.dim() - len(self.event_shape)])
+        return total.expand(self._batch_of(value))
 
     def turned(self, angles: Tensor, inverse: bool = False) -> Tensor:
         moved = ((self.loc != 0) | (self.scale != 1)).to(angles.device)

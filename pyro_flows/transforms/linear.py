@@ -99,7 +99,7 @@ class LULinear(FlowTransform):
             rows = rows.index_select(-1, self.permutation)
         if self.bias is not None:
             rows = rows + self.bias
-        return rows.reshape(x.shape), self.log_diagonal.sum().expand(x.shape[: x.dim() - len(self.event_shape)])
+        return rows.reshape(x.shape), self.log_diagonal.sum().expand(self._batch_of(x))
 
     @exact_products
     def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -110,7 +110,7 @@ class LULinear(FlowTransform):
         if self.permutation is not None:
             rows = rows.index_select(-1, torch.argsort(self.permutation))
         rows = _lu_solve(rows, self.factors)
-        return rows.reshape(y.shape), -self.log_diagonal.sum().expand(y.shape[: y.dim() - len(self.event_shape)])
+        return rows.reshape(y.shape), -self.log_diagonal.sum().expand(self._batch_of(y))
 
 
 def _start(size: int, start: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -196,10 +196,10 @@ class Conv1x1(FlowTransform):
         return torch.eye(self.event_shape[0], dtype=self.factors.dtype, device=self.factors.device)
 
     def _ladj(self, value: Tensor) -> Tensor:
-        return (self.factors.diagonal().sum() * self._places).expand(value.shape[: value.dim() - len(self.event_shape)])
+        return (self.factors.diagonal().sum() * self._places).expand(self._batch_of(value))
 
     def _at_each_place(self, matrix: Tensor, value: Tensor) -> Tensor:
-        columns = value.reshape(*value.shape[: value.dim() - len(self.event_shape)], self.event_shape[0], self._places)
+        columns = value.reshape(*self._batch_of(value), self.event_shape[0], self._places)
         return torch.matmul(matrix, columns).to(value.dtype).reshape(value.shape)
 
     @exact_products
@@ -277,7 +277,7 @@ class Householder(FlowTransform):
         matrix = above if inverse else above.mT
         seen = torch.linalg.solve_triangular(matrix, seen, upper=inverse, left=False, unitriangular=True)
         rows = rows - 2 * seen @ unit
-        return rows.reshape(value.shape), rows.new_zeros(()).expand(value.shape[: value.dim() - len(self.event_shape)])
+        return rows.reshape(value.shape), rows.new_zeros(()).expand(self._batch_of(value))
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._turn(x, inverse=False)
@@ -364,7 +364,7 @@ class Coloring(FlowTransform):
         return mean if context is None or self.slope is None else F.linear(context, self.slope, mean)
 
     def _ladj(self, value: Tensor) -> Tensor:
-        return self.factor.diagonal().log().sum().expand(value.shape[: value.dim() - len(self.event_shape)])
+        return self.factor.diagonal().log().sum().expand(self._batch_of(value))
 
     @exact_products
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:

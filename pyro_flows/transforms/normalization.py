@@ -96,7 +96,7 @@ class ActNorm(FlowTransform):
 
     def _ladj(self, value: Tensor) -> Tensor:
         places = math.prod(self.event_shape[1:])
-        return (self.log_scale.sum() * places).expand(value.shape[: value.dim() - len(self.event_shape)])
+        return (self.log_scale.sum() * places).expand(self._batch_of(value))
 
     def _first(self, value: Tensor) -> tuple[Tensor, Tensor] | None:
         """Mean and log standard deviation of a batch that sets the layer, else ``None``."""

@@ -19,14 +19,9 @@ from pyro_flows.distributions.made.head import Head
 from pyro_flows.distributions.made.network import Member
 from pyro_flows.distributions.made.pieces import OrderPiece
 from pyro_flows.distributions.queries.answers import Weighted
-from pyro_flows.distributions.shared import SharedDistribution
+from pyro_flows.distributions.shared import SharedDistribution, by_row
 
-__all__ = ["AutoregressiveDistribution", "AutoregressiveModel", "by_row"]
-
-
-def by_row(context: Tensor | None, batch: Size) -> Tensor | None:
-    """Expands a context to one row for each batch element."""
-    return None if context is None else context.expand(*batch, -1).reshape(batch.numel(), context.shape[-1])
+__all__ = ["AutoregressiveDistribution", "AutoregressiveModel"]
 
 
 def _joint(model: AutoregressiveModel, batch: Iterable[int], lengths: Iterable[int]) -> Size:
@@ -224,13 +219,14 @@ class AutoregressiveModel(nn.Module):
         return torch.stack(columns, -1).view(*batch, *self.event_shape)
 
     @torch.no_grad()
-    def fit_marginals(self, rows: Tensor) -> AutoregressiveModel:
+    def fit_marginals(self, rows: Tensor, *, as_normals: bool = False) -> AutoregressiveModel:
         """Sets the output biases to the marginals of data, and returns the model.
 
         A fresh model then has independent dimensions with these marginals.
 
         Args:
             rows: shape ``(rows, *event_shape)``.
+            as_normals: whether mixtures begin as normals with the data's means and variances, not at their quantiles.
 
         Example:
             >>> rows = torch.tensor([[1.0, 0.0], [1.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
@@ -239,7 +235,8 @@ class AutoregressiveModel(nn.Module):
             tensor(True)
         """
         check_tensor(type(self).__name__, "a tensor of rows", rows)
-        self.set_bias(self.head.bias(self.cast(rows.to(self.device)).reshape(len(rows), self.input_dim)))
+        flat = self.cast(rows.to(self.device)).reshape(len(rows), self.input_dim)
+        self.set_bias(self.head.bias(flat, as_normals=as_normals))
         return self
 
     @property

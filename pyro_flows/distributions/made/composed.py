@@ -346,6 +346,19 @@ class MixedHead(Head):
 
         return self._each(None, one, -2)
 
+    def locations(self) -> Tensor:
+        def one(head: Head, at: Tensor, own: Tensor | None) -> Tensor:
+            return F.pad(head.locations(), (0, self.num_params - head.num_params))
+
+        return self._each(None, one, -2)
+
+    def normal(self, loc: Tensor, scale: Tensor) -> Tensor:
+        def one(head: Head, at: Tensor, own: Tensor | None) -> Tensor:
+            made = head.normal(loc.index_select(0, at), scale.index_select(0, at))
+            return F.pad(made, (0, self.num_params - head.num_params))
+
+        return self._each(None, one, -2)
+
     def draws(self, dims: Tensor, z: Tensor, params: Tensor, x: Tensor, features: Tensor) -> Calls:
         calls: Calls = []
         for k, dim in enumerate(dims.tolist()):

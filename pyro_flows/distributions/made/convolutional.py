@@ -20,11 +20,12 @@ from pyro_flows.core.checks import (
     refuse_as_site,
 )
 from pyro_flows.core.recipes import remembered
-from pyro_flows.distributions.made.autoregressive import AutoregressiveDistribution, AutoregressiveModel, by_row
+from pyro_flows.distributions.made.autoregressive import AutoregressiveDistribution, AutoregressiveModel
 from pyro_flows.distributions.made.composed import as_head
 from pyro_flows.distributions.made.head import Head
 from pyro_flows.distributions.made.network import Member
 from pyro_flows.distributions.made.steps import ModelSteps
+from pyro_flows.distributions.shared import by_row
 from pyro_flows.inverse.raster import RasterSweep, rows_at_once
 from pyro_flows.nets.activations import Activation, activation_functions
 from pyro_flows.nets.masked_convolutional import Stacks
@@ -290,12 +291,12 @@ class ConvMADE(AutoregressiveModel):
         self.bias.copy_(bias)
 
     @torch.no_grad()
-    def fit_marginals(self, rows: Tensor) -> AutoregressiveModel:
+    def fit_marginals(self, rows: Tensor, *, as_normals: bool = False) -> AutoregressiveModel:
         if self.positions:
-            return super().fit_marginals(rows)
+            return super().fit_marginals(rows, as_normals=as_normals)
         check_tensor("ConvMADE", "a tensor of rows", rows)
         pooled = self.cast(rows.to(self.device)).flatten(2).movedim(1, -1).flatten(0, 1)
-        self.set_bias(self._shared_head().bias(pooled))
+        self.set_bias(self._shared_head().bias(pooled, as_normals=as_normals))
         return self
 
     def order_of(self, member: Member | None) -> Tensor:

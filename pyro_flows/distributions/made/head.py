@@ -49,6 +49,7 @@ class Head(nn.Module):
     Attributes:
         num_params: the network's outputs per dimension.
         num_features: the network's inputs per dimension.
+        location: the parameters that move by as much as the values do; by default none.
         discrete: whether all dimensions are discrete, so that ``log_prob`` is a log-mass.
         has_rsample: whether differentiable draws exist.
         constraint: the constraint of each number, ``None`` where dimensions differ.
@@ -66,6 +67,7 @@ class Head(nn.Module):
 
     num_params: int = 1
     num_features: int = 1
+    location: slice = slice(0)
     discrete: bool = True
     has_rsample: bool = False
     constraint: Constraint | None = None
@@ -173,6 +175,16 @@ class Head(nn.Module):
         """Like :meth:`bias`, for checked floating data; may return any dtype."""
         return self.like.new_zeros(self.input_dim, self.num_params)
 
+    def locations(self) -> Tensor:
+        """Marks the parameters that move by as much as the values do, shape ``(input_dim, num_params)``."""
+        found = torch.zeros(self.input_dim, self.num_params, dtype=torch.bool, device=self.like.device)
+        found[:, self.location] = True
+        return found
+
+    def normal(self, loc: Tensor, scale: Tensor) -> Tensor:
+        """Parameters of normals, nearly, in dimensions that have locations; shape ``(input_dim, num_params)``."""
+        return self.start(None)
+
     def draws(self, dims: Tensor, z: Tensor, params: Tensor, x: Tensor, features: Tensor) -> Calls:
         """Calls that draw ``x`` and its features in place, for sampling dimension by dimension; samples are columns.
 
@@ -216,11 +228,12 @@ class Head(nn.Module):
         """The network's floating inputs, shape ``(*, n, num_features)``."""
         return self.code(self.floating(value), dims)
 
-    def bias(self, data: Tensor | None = None) -> Tensor:
+    def bias(self, data: Tensor | None = None, *, as_normals: bool = False) -> Tensor:
         """Initial output biases, shape ``(input_dim, num_params)``, in the head's dtype.
 
         Args:
             data: rows, shape ``(N, input_dim)``, whose marginals the biases fit where cheap.
+            as_normals: whether mixtures fit a normal of the data's mean and variance, in place of quantiles.
         """
         if data is None:
             return self.start(None).to(self.like.dtype)
@@ -229,7 +242,13 @@ class Head(nn.Module):
                 f"{type(self).__name__}: expected data of shape (N, {self.input_dim}) with N >= 1, got "
                 f"shape {tuple(data.shape)}"
             )
-        return self.start(self.floating(data.detach())).to(self.like.dtype)
+        data = self.floating(data.detach())
+        made = self.start(data)
+        if as_normals:
+            std, mean = torch.std_mean(data.double(), 0, correction=0)
+            normal = self.normal(mean, std.clamp(min=torch.finfo(data.dtype).tiny))
+            made = torch.where(self.locations().any(1, keepdim=True), normal, made)
+        return made.to(self.like.dtype)
 
     def support(self, event_shape: Size | tuple[int, ...]) -> Constraint:
         """The support of one event."""

@@ -341,10 +341,8 @@ class NormalHead(Head):
         Masked Autoregressive Flow (Papamakarios et al., 2017), arXiv:1705.07057.
     """
 
-    num_params = 2
-    discrete = False
-    has_rsample = True
-    constraint = constraints.real
+    num_params, location = 2, slice(0, 1)
+    discrete, has_rsample, constraint = False, True, constraints.real
 
     def __init__(self, max_log_scale: float = 5.0) -> None:
         super().__init__()
@@ -366,8 +364,10 @@ class NormalHead(Head):
     def start(self, data: Tensor | None) -> Tensor:
         if data is None:
             return super().start(None)
-        scale = data.std(0, correction=0).clamp(min=torch.finfo(data.dtype).tiny)
-        return torch.stack((data.mean(0), _unclip(scale.log(), self.max_log_scale)), -1)
+        return self.normal(data.mean(0), data.std(0, correction=0).clamp(min=torch.finfo(data.dtype).tiny))
+
+    def normal(self, loc: Tensor, scale: Tensor) -> Tensor:
+        return torch.stack((loc, _unclip(scale.log(), self.max_log_scale)), -1)
 
     def draws(self, dims: Tensor, z: Tensor, params: Tensor, x: Tensor, features: Tensor) -> Calls:
         bound = self.max_log_scale
@@ -453,11 +453,11 @@ class MixtureHead(_Mixture):
         Masked Autoregressive Flow (Papamakarios et al., 2017), arXiv:1705.07057.
     """
 
-    discrete = False
-    constraint = constraints.real
+    discrete, constraint = False, constraints.real
 
     def __init__(self, num_components: int = 10, max_log_scale: float = 5.0) -> None:
         super().__init__(num_components, max_log_scale)
+        self.location = slice(self.num_components, 2 * self.num_components)
 
     def log_prob(self, value: Tensor, params: Tensor, dims: Tensor | None = None) -> Tensor:
         logits, loc, log_scale = self._parts(params)
@@ -476,6 +476,11 @@ class MixtureHead(_Mixture):
             return self._packed(middles.expand(self.input_dim, -1), rest.expand(self.input_dim, 1))
         scale = data.double().std(0, correction=0).unsqueeze(-1).clamp(min=torch.finfo(data.dtype).tiny)
         return self._packed(self._quantiles(data).double(), rest * scale)
+
+    def normal(self, loc: Tensor, scale: Tensor) -> Tensor:
+        apart = 0.5 * torch.special.ndtri(self._middles(torch.double))  # so near that their sum is a normal to 1e-3
+        scale = scale.double().unsqueeze(-1)
+        return self._packed(loc.unsqueeze(-1) + scale * apart, scale * (1 - apart.square().mean()).sqrt())
 
     def draws(self, dims: Tensor, z: Tensor, params: Tensor, x: Tensor, features: Tensor) -> Calls:
         calls, scale = self._picking(z, params, x)

@@ -19,10 +19,11 @@ from pyro_flows.core.checks import (
     layer_widths,
 )
 from pyro_flows.core.recipes import remembered
-from pyro_flows.distributions.made.autoregressive import AutoregressiveDistribution, AutoregressiveModel, by_row
+from pyro_flows.distributions.made.autoregressive import AutoregressiveDistribution, AutoregressiveModel
 from pyro_flows.distributions.made.composed import as_head
 from pyro_flows.distributions.made.head import Head
 from pyro_flows.distributions.made.network import Member, Recent, SharedNetwork
+from pyro_flows.distributions.shared import by_row
 from pyro_flows.nets.activations import Activation
 from pyro_flows.nets.degrees import as_order, even_degrees, least_degree
 
@@ -362,6 +363,17 @@ class MADE(AutoregressiveModel):
 
     def set_bias(self, bias: Tensor) -> None:
         self.net._weights()[1][-1].copy_(bias.T.reshape(-1))
+
+    @property
+    def linear(self) -> bool:
+        """Whether the hidden units do not count yet, as in a fresh model, so that parameters are linear in values."""
+        return bool(self.hidden_dims) and not self.net._weights()[0][-1].any()
+
+    def set_slopes(self, slopes: Tensor) -> None:
+        """Sets by how much each conditional's location moves with each earlier value, shape ``(D, D)``."""
+        head = self.head
+        direct = self.net.direct.view(head.num_params, self.input_dim, self.input_dim, head.num_features)
+        direct.zero_()[..., 0] = head.locations().T.unsqueeze(-1) * slopes.to(direct)
 
     def draw(self, batch: Size, context: Tensor | None, member: Member | None = None) -> Tensor:
         drawn = self.net.draw(self.head, batch.numel(), by_row(context, batch), self._in_use(member))

@@ -10,6 +10,7 @@ from torch import Size, Tensor
 
 from pyro_flows.distributions.made.network import Member
 from pyro_flows.distributions.queries.piece import Piece, kept, places_of
+from pyro_flows.distributions.shared import by_row
 
 __all__ = ["OrderPiece"]
 
@@ -69,11 +70,7 @@ class OrderPiece(Piece):
             return z
         if not hasattr(self.model, "member_for"):
             return kept(closed, z, self._drawn(z, closed, self.size))
-        batch = z.shape[:-1]
-        context = None
-        if self.context is not None:
-            context = self.context.expand(*batch, -1).reshape(batch.numel(), -1)
-        rows = z.reshape(batch.numel(), self.size)
+        rows, context = z.reshape(-1, self.size), by_row(self.context, z.shape[:-1])
         drawn = self.model.net.draw(self.model.head, len(rows), context, self.member, rows, known)
         return kept(closed, z, drawn.reshape(z.shape))
 

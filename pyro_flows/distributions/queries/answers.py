@@ -139,7 +139,7 @@ class Answering:
             "fit.quantile(q) and fit.interval())"
         )
 
-    def cdf(self, value: Tensor) -> Tensor:
+    def cdf(self: Any, value: Tensor) -> Tensor:
         """The probability of at most a value, of a flow with events of one number, shape ``(*sample, *batch)``.
 
         The base has a closed form (normals, mixtures of them, Student's t and others with a ``cdf``), and the chain is
@@ -154,14 +154,13 @@ class Answering:
         given: Any
         given, marks = extract_provenance(value)
         lines = self._lines()
-        this: Any = self
         check_tensor(type(self).__name__, "a tensor", given)
-        if this._validate_args and given.numel():
-            this._validate_sample(given)
+        if self._validate_args and given.numel():
+            self._validate_sample(given)
         each = [line.cdf(given) for line in lines]
         return track_provenance(each[0] if len(each) == 1 else torch.stack(each).mean(0), marks)
 
-    def icdf(self, value: Tensor) -> Tensor:
+    def icdf(self: Any, value: Tensor) -> Tensor:
         """The inverse of :meth:`cdf`: the quantile of a probability, shape ``(*sample, *batch, *event_shape)``.
 
         Args:
@@ -172,12 +171,11 @@ class Answering:
             NotImplementedError: as :meth:`cdf`.
         """
         lines = self._lines()
-        this: Any = self
         like = lines[0].law.like
         q = torch.as_tensor(value, dtype=like.dtype, device=like.device) if not isinstance(value, Tensor) else value
         if not ((q >= 0) & (q <= 1)).all():
             raise ValueError(f"icdf: expected probabilities from 0 to 1, got {value}")
-        q = q.expand(joint_shape(q.shape, this.batch_shape))
+        q = q.expand(joint_shape(q.shape, self.batch_shape))
         if len(lines) == 1:
             found = lines[0].icdf(q)
         else:
@@ -185,23 +183,21 @@ class Answering:
                 each = torch.stack([line.icdf(q) for line in lines])
             between = each.amin(0), each.amax(0)
             found = root(partial(self._sides, lines), self._score_of, q, between=between).to(like.dtype)
-        return found.reshape(found.shape + this.event_shape)
+        return found.reshape(found.shape + self.event_shape)
 
-    def _as_event(self, x: Tensor) -> Tensor:
-        this: Any = self
-        return x.to(self._lines()[0].law.like.dtype).reshape(x.shape + this.event_shape)
+    def _as_event(self: Any, x: Tensor) -> Tensor:
+        return x.to(self._lines()[0].law.like.dtype).reshape(x.shape + self.event_shape)
 
     def _sides(self, lines: list[Line], x: Tensor) -> tuple[Tensor, Tensor]:
         """The probabilities below and above single numbers, of the mean of several densities."""
         below = torch.stack([line.cdf(self._as_event(x)) for line in lines]).double().mean(0)
         return below, 1 - below
 
-    def _score_of(self, x: Tensor) -> Tensor:
-        this: Any = self
-        return this.log_prob(self._as_event(x))
+    def _score_of(self: Any, x: Tensor) -> Tensor:
+        return self.log_prob(self._as_event(x))
 
     @property
-    def mean(self) -> Tensor:
+    def mean(self: Any) -> Tensor:
         """The mean, shape ``(*batch, *event_shape)``: of affine flows in closed form, else of events of one number.
 
         The mean of a nonlinear flow is an integral over the base, by a quadrature of 2049 nodes, to some six digits.
@@ -209,10 +205,9 @@ class Answering:
         Raises:
             NotImplementedError: for other densities, and tails so heavy that the integral does not settle.
         """
-        this: Any = self
         means = [line.mean() for line in self._lines()]
         found = torch.stack(means).mean(0)
-        return found.expand(this.batch_shape).reshape(this.batch_shape + this.event_shape)
+        return found.expand(self.batch_shape).reshape(self.batch_shape + self.event_shape)
 
     @property
     def variance(self) -> Tensor:

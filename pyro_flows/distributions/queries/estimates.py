@@ -5,12 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Size, Tensor
+from torch import Size, Tensor, nn
 
 from pyro_flows.core.checks import integer
 from pyro_flows.distributions.queries.rough import Estimate
 
 __all__ = ["estimate_entropy", "estimate_kl"]
+
+
+def _distribution(p: Any) -> Any:
+    """Returns what a module hands out, and distributions as they are."""
+    return p() if isinstance(p, nn.Module) else p
 
 
 def _drawn(p: Any, num_samples: int) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -34,6 +39,7 @@ def _mean(numbers: Tensor, aside: Tensor | None) -> Estimate:
     if aside is not None:
         centered = aside.detach() - aside.detach().mean(0)
         slope = (centered * numbers.detach()).mean(0) / centered.square().mean(0).clamp(min=1e-30)
+        slope = slope.clamp(-10.0, 10.0)  # of a uniform base's there is rounding alone
         numbers = numbers - slope * aside
     error = numbers.detach().std(0) / count**0.5
     return Estimate(numbers.mean(0), error, torch.full_like(error, count))
@@ -47,7 +53,8 @@ def estimate_entropy(p: Any, *, num_samples: int = 10_000) -> Estimate:
     and densities; differentiable where draws are.
 
     Args:
-        p: a distribution with ``log_prob`` and ``sample``: a flow's, a MADE's, an ensemble's, a marginal, Pyro's.
+        p: a distribution with ``log_prob`` and ``sample``: a flow's, a MADE's, an ensemble's, a marginal, Pyro's; or a
+            module without a context that hands one out.
         num_samples: the number of draws.
 
     Example:
@@ -56,7 +63,7 @@ def estimate_entropy(p: Any, *, num_samples: int = 10_000) -> Estimate:
         >>> bool((value - normal.entropy()).abs() < 5 * error)
         True
     """
-    _, score, aside = _drawn(p, integer("estimate_entropy", "num_samples", num_samples, 2))
+    _, score, aside = _drawn(_distribution(p), integer("estimate_entropy", "num_samples", num_samples, 2))
     return _mean(-score, aside)
 
 
@@ -69,7 +76,7 @@ def estimate_kl(p: Any, q: Any, *, num_samples: int = 10_000) -> Estimate:
     there.
 
     Args:
-        p: a distribution with ``log_prob`` and ``sample``.
+        p: a distribution with ``log_prob`` and ``sample``, or a module without a context that hands one out.
         q: one of the same events, with ``log_prob``; batches broadcast.
         num_samples: the number of draws.
 
@@ -82,6 +89,7 @@ def estimate_kl(p: Any, q: Any, *, num_samples: int = 10_000) -> Estimate:
         >>> bool((value - 0.5).abs() < 5 * error)  # the true value is 1/2
         True
     """
+    p, q = _distribution(p), _distribution(q)
     if p.event_shape != q.event_shape:
         raise ValueError(
             f"estimate_kl: expected distributions of the same events, got event shapes {tuple(p.event_shape)} and "

@@ -74,8 +74,9 @@ def score_of(piece: Piece, z: Tensor, some: Tensor, num_samples: int) -> Estimat
     r"""Computes the log-density of ``some`` dimensions in inner coordinates.
 
     With :math:`w_i = p(z_S, z_i) / q(z_i \mid z_S)` at draws of :math:`q`, the estimate is :math:`\log \frac1n \sum_i
-    w_i`, its standard error by the delta method :math:`\sqrt{(n / n_e - 1) / (n - 1)}`, and the effective number
-    :math:`n_e = (\sum_i w_i)^2 / \sum_i w_i^2`.
+    w_i`, the effective number :math:`n_e = (\sum_i w_i)^2 / \sum_i w_i^2`, and the standard error by the delta method
+    :math:`\sqrt{(n / n_e - 1 + n (s - 1 / n)^2) / (n - 1)}`.  Its last part, with the largest share :math:`s` of a
+    weight, counts that one twice: where few weights are large, others as large were missed by chance.
     """
     closed = piece.closed(some)
     if torch.equal(closed, some):
@@ -83,14 +84,16 @@ def score_of(piece: Piece, z: Tensor, some: Tensor, num_samples: int) -> Estimat
     if piece.states(closed & ~some) is not None:
         return Estimate.exact(pool(piece, z, some, closed, 0)[1].logsumexp(0))
     rows = max(1, z.shape[:-1].numel()) * piece.size
-    sums, squares, left = [], [], num_samples
+    sums, squares, tops, left = [], [], [], num_samples
     while left:
         count = min(left, max(1, AT_ONCE // rows))
         log_weights = pool(piece, z, some, closed, count)[1]
         sums.append(log_weights.logsumexp(0))
         squares.append((2 * log_weights.detach()).logsumexp(0))
+        tops.append(log_weights.detach().amax(0))
         left -= count
     total = torch.stack(sums).logsumexp(0)
     effective = (2 * total.detach() - torch.stack(squares).logsumexp(0)).exp().nan_to_num(0.0).clamp(max=num_samples)
-    spread = (num_samples / effective - 1).clamp(min=0) / max(num_samples - 1, 1)
+    excess = (torch.stack(tops).amax(0) - total.detach()).exp().nan_to_num(0.0) - 1 / num_samples
+    spread = ((num_samples / effective - 1).clamp(min=0) + num_samples * excess.square()) / max(num_samples - 1, 1)
     return Estimate(total - math.log(num_samples), spread.sqrt(), effective)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from pyro_flows.distributions import Flow
 from pyro_flows.infer.chains.base_density import BaseDensity
@@ -45,14 +45,15 @@ class Gaussians:
             mixture = cls(locations, scale, share / share.sum())
         return mixture
 
-    def sample(self, num_samples: int) -> Tensor:
-        """Draws ``(num_samples, D)``."""
-        which = torch.multinomial(self.share, num_samples, replacement=True)
-        return self.around(which)
+    def sample(self, num_samples: int, generator: Generator | None = None) -> Tensor:
+        """Draws ``(num_samples, D)``, with random numbers of the CPU."""
+        which = torch.multinomial(self.share.double().cpu(), num_samples, replacement=True, generator=generator)
+        return self.around(which.to(self.share.device), generator)
 
-    def around(self, which: Tensor) -> Tensor:
+    def around(self, which: Tensor, generator: Generator | None = None) -> Tensor:
         """Draws from the Gaussians of these numbers, ``(n, D)``."""
-        noise = torch.randn(len(which), self.locations.shape[1], 1).to(self.locations)
+        shape = len(which), self.locations.shape[1], 1
+        noise = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(self.locations)
         return self.locations[which] + (self.scale[which] @ noise).squeeze(-1)
 
     def log_prob(self, z: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from pyro_flows.core.wrap import Wrap
 from pyro_flows.distributions import Dequantized, Flow
 from pyro_flows.distributions.queries.layers import Leaf, is_elementwise, leaves_of
 from pyro_flows.infer.compression.conditionals import Conditionals, Edges, Read, snapshot
-from pyro_flows.infer.uses.surprise import pixel_flow, single_base
+from pyro_flows.infer.density.surprise import pixel_flow, single_base
 from pyro_flows.transforms import ActNorm, LogitPixels, Mint
 from pyro_flows.transforms.mint.orders import as_image, ranks
 

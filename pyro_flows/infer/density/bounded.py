@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from pyro_flows.core.chain import Chain, leaves
-from pyro_flows.core.checks import first_floating
+from pyro_flows.core.checks import first_few, first_floating
 from pyro_flows.distributions import Flow
 from pyro_flows.infer.density.columns import is_free
 from pyro_flows.infer.density.names import Names, tell_column
@@ -114,5 +114,5 @@ def tell_bounds(flow: Flow, columns: list[int], names: Names) -> str:
     part = leaves(flow.chain)[-1]
     if not isinstance(part, Bounds) or not columns:
         return ""
-    told = [f"{tell_column(k, names)} ({float(part.low[k]):g} to {float(part.high[k]):g})" for k in columns[:8]]
-    return f"the bounds of column{'s' if len(columns) > 1 else ''} {', '.join(told)}{', …' if len(columns) > 8 else ''}"
+    told = [f"{tell_column(k, names)} ({float(part.low[k]):g} to {float(part.high[k]):g})" for k in columns]
+    return f"the bounds of column{'s' if len(columns) > 1 else ''} {first_few(told, 8)}"

@@ -12,7 +12,7 @@ from torch import Size, Tensor, nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, DistributedSampler
 
-from pyro_flows.core.checks import first_floating
+from pyro_flows.core.checks import first_few, first_floating
 from pyro_flows.distributions import Ensemble, Flow
 from pyro_flows.infer.density.columns import Precision
 from pyro_flows.infer.density.names import Names, column_names, tell_column
@@ -82,8 +82,7 @@ def _refuse_masked(given: Any, name: str, what: str) -> None:
 
 def name_rows(rows: Tensor) -> str:
     """Names the first few rows."""
-    first = ", ".join(str(int(row)) for row in rows[:5])
-    return f"row{'s' if len(rows) > 1 else ''} {first}{', …' if len(rows) > 5 else ''}"
+    return f"row{'s' if len(rows) > 1 else ''} {first_few(rows.tolist(), 5)}"
 
 
 def _plain(given: Tensor, name: str, what: str) -> Tensor:
@@ -122,7 +121,7 @@ def _refuse_columns(given: Any, kinds: list[tuple[Any, Any]], expected: str) -> 
     """Names the columns of a data frame that are no numbers."""
     wrong = [(label, kind) for label, kind in kinds if kind.kind not in "fiub"]
     if wrong:
-        told = ", ".join(f"{label!r} ({kind})" for label, kind in wrong[:5]) + (", …" if len(wrong) > 5 else "")
+        told = first_few((f"{label!r} ({kind})" for label, kind in wrong), 5)
         hint = _HINTS.get(wrong[0][1].kind, _WORDS)
         raise TypeError(f"{expected}, got a {type(given).__name__} with {told}; {hint}")
 
@@ -463,8 +462,8 @@ def _refuse_nonfinite(expected: Expected, named: dict[str, tuple[Tensor | None, 
         rows = bad.any(1).nonzero()[:, 0]
         counts = bad.sum(0)
         columns = counts.nonzero()[:, 0].tolist()
-        where = ", ".join(f"{tell_column(k, names)} ({int(counts[k])})" for k in columns[:8])
-        where = f"column{'s' if len(columns) > 1 else ''} {where}{', …' if len(columns) > 8 else ''}"
+        where = first_few((f"{tell_column(k, names)} ({int(counts[k])})" for k in columns), 8)
+        where = f"column{'s' if len(columns) > 1 else ''} {where}"
         told = "NaN (missing values)" if bad.eq(missing).all() else "NaN, infinity or numbers too large for "
         told += "" if bad.eq(missing).all() else str(value.dtype)
         raise ValueError(

@@ -24,7 +24,7 @@ from pyro_flows.core.transform import FlowTransform
 from pyro_flows.distributions import Ensemble, Flow
 from pyro_flows.infer.density.bounded import bounded, bounds_in
 from pyro_flows.infer.density.data import Rows, admit_rows, expected_by
-from pyro_flows.infer.density.gaussian import better, start_as_gaussian, started
+from pyro_flows.infer.density.gaussian import better, can_start, start_as_gaussian, started
 from pyro_flows.infer.density.judging import keep
 from pyro_flows.infer.density.loop import CHECKPOINT, DensityTraining
 from pyro_flows.infer.density.matching import FlowMatching, Matching, as_objective, matched_parts
@@ -38,7 +38,7 @@ from pyro_flows.infer.machine import processes
 from pyro_flows.infer.machine.callback import Callback, check_callback
 from pyro_flows.infer.machine.checkpoint import Keeper, architecture_of, layout_of
 from pyro_flows.infer.machine.compiled import Compile
-from pyro_flows.infer.machine.interrupts import carrying, interrupts_held_back
+from pyro_flows.infer.machine.interrupts import SoFar, carrying, interrupts_held_back
 from pyro_flows.infer.machine.optimizers import AdamW, Given
 from pyro_flows.infer.machine.randomness import own_randomness, random_state, set_random
 
@@ -90,7 +90,8 @@ def fit_density(
     :class:`~pyro_flows.transforms.elementwise.Standardization`.  For vectors, it begins with a
     :class:`~pyro_flows.transforms.linear.Coloring`, so that a flow that starts as the identity starts as the Gaussian
     of the training rows (:func:`~pyro_flows.infer.density.gaussian.fit_gaussian`), linear in the context.  That state
-    counts as any other, so on held-out rows the fit ends no worse than the Gaussian.
+    counts as any other, so on held-out rows the fit ends no worse than the Gaussian.  A fresh
+    :class:`~pyro_flows.distributions.made.MADE` starts so, too, beside the frequencies of discrete columns.
 
     Any exception that ends the training carries the :class:`~pyro_flows.infer.density.result.DensityFit` so far, or
     ``None`` before the end of the first epoch, as its attribute ``fit``::
@@ -162,7 +163,7 @@ def fit_density(
             each, ``{checkpoint}.0`` and so on. 1 makes one fit. The default is 5 for a flow or a MADE of fewer than
             1000 vectors, unless ``validation``, ``validation_fraction``, ``steps``, ``max_epochs``, ``checkpoint``, an
             optimizer made before, several processes, an integer flow or flow matching say otherwise, or the first
-            member takes more than a fifth of the ``seconds``; else 1. Flows that start as the Gaussian return to it
+            member takes more than a fifth of the ``seconds``; else 1. Models that start as the Gaussian return to it
             unless their scores of the rows that they did not see exceed it by two standard errors.
         bounds: the bounds of columns of vectors, which draws never reach: a dictionary from names or numbers of columns
             to ``(low, high)``, or a pair or ``None`` for each column; ``None`` for an open side. The flow then learns
@@ -214,7 +215,7 @@ def _fit(chosen: dict[str, Any], stacklevel: int | None) -> DensityFit:
     flow, data, validation, context = (chosen[name] for name in ("flow", "data", "validation", "context"))
     optimizer, objective, standardize = (chosen[name] for name in ("optimizer", "objective", "standardize"))
     checkpoint, resume, seed = (chosen[name] for name in ("checkpoint", "resume", "seed"))
-    so_far: list[Callable[[], object]] = []
+    so_far: SoFar = []
     with carrying(so_far), processes.joined("fit_density"), ExitStack() as stack:
         trained, matching = _as_density(flow), as_objective(objective)
         if matching is not None:
@@ -250,10 +251,10 @@ def _fit(chosen: dict[str, Any], stacklevel: int | None) -> DensityFit:
             units = start.known_units(known["units"], checkpoint)
         density = in_units(trained, units, standardize)
         part = coloring_of(density)
-        if part is not None and known is None:
+        if known is None:
             start_as_gaussian(density, start.sample.value, start.sample.context, start.sample.weight)
-            processes.made_alike(part)
-        elif part is not None and known is not None:
+            processes.made_alike(density)
+        elif part is not None:
             with CHECKPOINT.refusing(checkpoint):
                 part.place(**known["coloring"])
         held_out = 0 if start.validation is None else len(start.validation)
@@ -313,10 +314,10 @@ def _fit(chosen: dict[str, Any], stacklevel: int | None) -> DensityFit:
 
         so_far.append(lambda: result() if training.epoch else None)
         training.run(Keeper(CHECKPOINT, checkpoint, content, chosen["checkpoint_every"]))
-        gaussian = part is not None and not training.best_epoch
-        if gaussian and isinstance(start.validation, Rows) and is_plain_flow(trained) and is_plain_flow(density):
+        sample = start.sample
+        gaussian = not training.best_epoch and can_start(density, sample.value, sample.context)
+        if gaussian and isinstance(start.validation, Rows):
             with interrupts_held_back():  # nothing is learned from some rows alone, so all may tell the Gaussian
-                sample = start.sample
                 judged.append(started(trained, density, sample.value, sample.context, sample.weight))
                 whole = sample.joined(start.validation)
                 start_as_gaussian(density, whole.value, whole.context, whole.weight)
@@ -363,6 +364,7 @@ def _fit_folds(options: dict[str, Any], count: int, by_default: bool = False) ->
     if options["validation"] is not None or isinstance(data, DataLoader):
         raise ValueError("fit_density: folds hold out rows of data in turn, so data must be rows, without validation=")
     first = _as_density(flow)
+    Ensemble([first])  # refuses what cannot be a member, before the work
     fresh, *members = [copy.deepcopy(first), first, *(copy.deepcopy(first) for _ in range(count - 1))]
     expected = expected_by(first)
     rows = admit_rows(data, context, expected, "data", "context").weighted(options["weights"], expected)
@@ -410,13 +412,14 @@ def _of_member(callback: Callback, member: int, record: dict[str, Any]) -> objec
 
 
 @torch.no_grad()
-def _floor(fits: list[DensityFit], fresh: Flow | Density, rows: Rows, parts: Sequence[Tensor]) -> list[Flow]:
+def _floor(fits: list[DensityFit], fresh: Flow | Density, rows: Rows, parts: Sequence[Tensor]) -> list[Flow | Density]:
     """Returns members to the Gaussian unless they score better than it, by more than chance, on rows held out.
 
-    Returns the Gaussian of all rows, if flows of this kind start as one.
+    Returns the Gaussian of all rows, if models of this kind start as one.
     """
     fitted: list[Any] = [each.distribution for each in fits]
-    if not is_plain_flow(fresh) or coloring_of(fitted[0]) is None:
+    whole = fitted[0] if is_plain_flow(fresh) else fresh
+    if not can_start(whole, rows.value, rows.context):
         return []
     gains, scores, starts = [], [], []
     for fit, member, held in zip(fits, fitted, parts, strict=True):
@@ -424,8 +427,8 @@ def _floor(fits: list[DensityFit], fresh: Flow | Density, rows: Rows, parts: Seq
         own = rows.take(held)
         start = started(fresh, member, others.value, others.context, others.weight)
         starts.append(start)
-        scores.append(start.score(own.value, own.context).double().cpu())
-        reached = scores[-1] if not fit.best_epoch else member.score(own.value, own.context).double().cpu()
+        scores.append(log_prob_of(start)(own.value, own.context).double().cpu())
+        reached = log_prob_of(member)(own.value, own.context).double().cpu() if fit.best_epoch else scores[-1]
         gains.append(reached - scores[-1])
     weights = [rows.counts[part] for part in parts]
     if not better(torch.cat(gains), torch.cat(weights)):
@@ -440,7 +443,7 @@ def _floor(fits: list[DensityFit], fresh: Flow | Density, rows: Rows, parts: Seq
 
 
 def _ensemble(
-    fits: Sequence[DensityFit], sizes: Sequence[float], by_default: bool, others: Sequence[Flow] = ()
+    fits: Sequence[DensityFit], sizes: Sequence[float], by_default: bool, others: Sequence[Flow | Density] = ()
 ) -> DensityFit:
     """Returns the fit of several members; each row has a score by the one that did not see it."""
     sizes = sizes[: len(fits)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import suppress
 from typing import Any
 
@@ -9,9 +10,11 @@ import torch
 from torch import Tensor
 
 from pyro_flows.core.chain import Chain, leaves
-from pyro_flows.distributions import Flow
+from pyro_flows.distributions import DiagonalNormal, Flow
+from pyro_flows.distributions.made import MADE, AutoregressiveModel
 from pyro_flows.infer.density.units import (
     Density,
+    StandardizedDensity,
     StandardizedFlow,
     coloring_of,
     is_plain_flow,
@@ -20,7 +23,16 @@ from pyro_flows.infer.density.units import (
 )
 from pyro_flows.transforms import ActNorm, Coloring
 
-__all__ = ["better", "coloring", "fit_gaussian", "sample_size", "shrinkage", "start_as_gaussian", "started"]
+__all__ = [
+    "better",
+    "can_start",
+    "coloring",
+    "fit_gaussian",
+    "sample_size",
+    "shrinkage",
+    "start_as_gaussian",
+    "started",
+]
 
 LARGEST_SAMPLE = 20_000  # rows that a shrinkage, and the start of a fit, are computed from; fewer of large events
 _NUMBERS = 2**23  # of them
@@ -133,6 +145,28 @@ def fit_gaussian(value: Tensor, context: Tensor | None = None, weight: Tensor | 
     return Flow(coloring(rows, value.shape[1:], rows.shape[1] - flat.shape[1], weight).to(value)).eval()
 
 
+def _made_of(density: Flow | Density, value: Tensor) -> tuple[AutoregressiveModel | None, Tensor]:
+    """Returns the autoregressive model inside of a density, if there is one, and rows in its units."""
+    if isinstance(density, StandardizedDensity):
+        return _made_of(density.module, (value - density.loc) / density.scale)
+    return (density if isinstance(density, AutoregressiveModel) else None), value
+
+
+@torch.no_grad()
+def can_start(density: Flow | Density, value: Tensor, context: Tensor | None) -> bool:
+    """Tells whether a density starts as the Gaussian of rows, or as the independent columns of discrete ones.
+
+    So do flows with a :class:`~pyro_flows.transforms.linear.Coloring`, and autoregressive models that learned nothing.
+    """
+    model, rows = _made_of(density, value[:2])
+    if isinstance(model, MADE):
+        return model.linear
+    if model is None:
+        return coloring_of(density) is not None
+    params = model.params(rows, None if context is None else context[:2])
+    return torch.equal(params, params[:1].expand_as(params))
+
+
 @torch.no_grad()
 def start_as_gaussian(
     density: Flow | Density, value: Tensor, context: Tensor | None, weight: Tensor | None = None
@@ -140,29 +174,87 @@ def start_as_gaussian(
     """Makes a flow whose chain is linear start as the Gaussian of rows in its units.
 
     In general, the base becomes the Gaussian of the rows pulled back to it, so that a chain trained before keeps what
-    it has learned.  Nothing changes if that is not finite, or before the first batch sets an ``ActNorm``.
+    it has learned.  A base of Student's t, or of a mixture of normals, gets its mean and covariance.  Nothing changes
+    if that is not finite, or before the first batch sets an ``ActNorm``.
+
+    A fresh autoregressive model gets the columns of the rows as its marginals, and a MADE of one order the linear
+    regressions of normal and mixture columns on those before them, without the context.
     """
-    part = coloring_of(density)
     unset = any(isinstance(each, ActNorm) and not each.initialized for each in density.modules())
-    if part is None or unset or len(value) < 2 or not is_plain_flow(density):
+    if unset or len(value) < 2 or not can_start(density, value, context):
         return
-    rest = Chain(list(leaves(density.chain))[1:])
     density.eval()
+    part, (model, rows) = coloring_of(density), _made_of(density, value)
+    with suppress(RuntimeError, ValueError, ArithmeticError):  # training says what is wrong, and where
+        if model is not None:
+            _start_made(model, rows, weight)
+        elif part is not None and is_plain_flow(density):
+            _start_flow(density, part, value, context, weight)
+
+
+def _start_flow(density: Flow, part: Coloring, value: Tensor, context: Tensor | None, weight: Tensor | None) -> None:
+    rest = Chain(list(leaves(density.chain))[1:])
     context = density.inner_context(context)
     pieces = zip(value.split(_PIECE), [None] * len(value) if context is None else context.split(_PIECE), strict=False)
-    with suppress(RuntimeError, ValueError, ArithmeticError):  # training says what is wrong, and where
-        latent = torch.cat([rest._inverse_and_ladj(*piece)[0] for piece in pieces])
-        rows = latent if context is None else torch.cat([context, latent], 1)
-        if rows.isfinite().all():
-            made = coloring(rows, part.event_shape, part.context_dim, weight)
-            part.place(made.loc, made.factor, made.slope)
+    latent = torch.cat([rest._inverse_and_ladj(*piece)[0] for piece in pieces])
+    rows = latent if context is None else torch.cat([context, latent], 1)
+    if rows.isfinite().all():
+        made = coloring(rows, part.event_shape, part.context_dim, weight)
+        loc, factor = made.loc, made.factor
+        if type(density.base) is not DiagonalNormal:  # of another mean and variance
+            base = density.base()
+            mean, variance = (each.cpu().double() for each in (base.mean, base.variance))
+            factor = factor / torch.where(variance.isfinite(), variance, 1.0).sqrt()
+            loc = loc - factor @ torch.where(mean.isfinite(), mean, 0.0)
+        part.place(loc, factor, made.slope)
 
 
-def started(flow: Flow, fitted: Flow, value: Tensor, context: Tensor | None, weight: Tensor | None = None) -> Flow:
-    """Puts a flow in the units of a fitted one of the same architecture, as the Gaussian of rows."""
-    units: Any = leaves(fitted.chain)[1 + len(split_chain(flow.chain)[0])]
-    own = (fitted.context_loc, fitted.context_scale) if isinstance(fitted, StandardizedFlow) else ()
-    made = standardized(flow, units.loc, units.scale, *own)
+def _start_made(model: AutoregressiveModel, value: Tensor, weight: Tensor | None) -> None:
+    rows = value.detach().cpu().clone()
+    chosen = slice(None) if weight is None else _by_weight(weight)
+    slopes = None
+    if isinstance(model, MADE) and model.net.is_direct and not model.any_order:
+        order = model.order.cpu()
+        own = order[model.head.locations().any(1).cpu()[order]]
+        if len(own):
+            flat = rows[:, own].double()
+            made = coloring(flat, torch.Size((len(own),)), 0, weight)
+            size, eye = made.factor.diagonal(), torch.eye(len(own), dtype=torch.float64, device="cpu")
+            # Its factor L says how each number follows from those before it: x = B x + t + (diagonal of L) z.
+            back = eye - size.unsqueeze(-1) * torch.linalg.solve_triangular(made.factor, eye, upper=False)
+            rest, shift = flat - flat @ back.T, made.loc - back @ made.loc
+            std, mean = torch.std_mean(rest[chosen], 0, correction=0)
+            rows[:, own] = (shift + (rest - mean) * (size / std)).to(rows)
+            slopes = torch.zeros(model.input_dim, model.input_dim, dtype=torch.float64, device="cpu")
+            slopes[own.unsqueeze(-1), own] = back
+    model.fit_marginals(rows[chosen], as_normals=True)
+    if slopes is not None and isinstance(model, MADE):
+        model.set_slopes(slopes)
+
+
+def _by_weight(weight: Tensor) -> Tensor:
+    """Chooses as many rows as there are, each about as often as its weight says."""
+    ends = weight.detach().cpu().double().cumsum(0)
+    places = (torch.arange(len(ends), dtype=torch.float64, device="cpu") + 0.5) * (ends[-1] / len(ends))
+    return torch.searchsorted(ends, places).clamp(max=len(ends) - 1)
+
+
+def started(
+    flow: Flow | Density, fitted: Flow | Density, value: Tensor, context: Tensor | None, weight: Tensor | None = None
+) -> Flow | Density:
+    """Puts a fresh model in the units of a fitted one of the same architecture, as the Gaussian of rows.
+
+    A flow shares its parts with the result; other models are copied.
+    """
+    made: Flow | Density
+    if is_plain_flow(flow) and is_plain_flow(fitted):
+        units: Any = leaves(fitted.chain)[1 + len(split_chain(flow.chain)[0])]
+        own = (fitted.context_loc, fitted.context_scale) if isinstance(fitted, StandardizedFlow) else ()
+        made = standardized(flow, units.loc, units.scale, *own)
+    else:
+        made = copy.deepcopy(flow)
+        if isinstance(fitted, StandardizedDensity):
+            made = StandardizedDensity(made, copy.deepcopy(dict(fitted._buffers)))
     start_as_gaussian(made, value, context, weight)
     return made.eval()
 

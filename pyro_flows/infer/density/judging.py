@@ -12,14 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_flows.core.chain import Chain
 from pyro_flows.core.modes import evaluating
-from pyro_flows.distributions import Ensemble, Flow
+from pyro_flows.distributions import Ensemble
 from pyro_flows.infer.density.data import Rows, admit_rows, expected_by
-from pyro_flows.infer.density.gaussian import fit_gaussian
 from pyro_flows.infer.density.objective import evaluate, log_prob_of
 from pyro_flows.infer.density.prepare import Survey, reals_of
-from pyro_flows.infer.density.units import StandardizedDensity, head_of, is_plain_flow, movable, split_chain
+from pyro_flows.infer.density.references import reference_scores
+from pyro_flows.infer.density.units import StandardizedDensity, head_of, is_plain_flow
 from pyro_flows.infer.diagnostics.densities import FEWEST, DensityChecks, DensityVerdict, judge_density
 from pyro_flows.infer.diagnostics.moments import scalar_names
 from pyro_flows.infer.diagnostics.two_sample import classify
@@ -35,7 +34,6 @@ _COPIES, _MOST, _DRAWS = 20, 80, 20_000  # draws of a row, at least and at most,
 _CLASSIFIED = 4  # draws of a row that the classifier sees
 _PROBES = (64, 512)  # draws that are timed first
 _AT_ONCE = 4096  # draws of a call
-_WIDEST = 256  # numbers of an event with a Gaussian
 
 
 @dataclass(frozen=True)
@@ -223,24 +221,15 @@ class _Judging:
         return tuple(survey.repeats(values, ~torch.tensor(discrete, device="cpu")))
 
     def rival(self) -> dict[str, Any]:
-        """Scores the rows by a Gaussian of the training rows, or by independent columns where they are discrete."""
+        """Scores the rows by a simple density of the training rows."""
         found: list[Tensor] = []
         name = ""
         for part, rows in zip(self.parts, self.rows, strict=True):
-            model, trained = _bare(part.density), part.trained
-            if trained is None:
+            if part.trained is None:
                 return {}
-            trained = _placed(trained, part)
-            if is_plain_flow(model):
-                why = _no_gaussian(model)
-                if why:
-                    self.notes.append(f"There is no Gaussian to compare with, {why}.")
-                    return {}
-                name, scores = "the Gaussian", _gaussian_scores(model, trained, rows)
-            elif head_of(model) is not None:
-                name, scores = _column_scores(model, trained, rows)
-            else:
-                self.notes.append("There is no Gaussian to compare with, as it is not known whether this is a density.")
+            name, scores = reference_scores(_bare(part.density), _placed(part.trained, part), rows)
+            if scores is None:
+                self.notes.append(f"There is no simple density to compare with, {name}.")
                 return {}
             found.append(scores)
         return {"rival": name, "rival_scores": torch.cat(found)}
@@ -330,41 +319,3 @@ def _bare(density: Any) -> Any:
     while isinstance(density, Ensemble | StandardizedDensity):
         density = density.members[0] if isinstance(density, Ensemble) else density.module
     return density
-
-
-def _no_gaussian(flow: Flow) -> str:
-    """Says why a Gaussian is no rival of a flow; empty if it is."""
-    if flow.event_shape.numel() > _WIDEST:
-        return f"as it would have more than {_WIDEST} dimensions"
-    return "" if movable(flow).all() else "as some numbers are angles or bounded"
-
-
-def _gaussian_scores(flow: Flow, trained: Rows, rows: Rows) -> Tensor:
-    """Scores rows by the Gaussian of training rows, behind the parts of the flow that map onto its support."""
-    back = split_chain(flow.chain)[1]
-    pulled = []
-    for each in (trained, rows):
-        zero = each.value.new_zeros(len(each))
-        value, ladj = Chain(back).inverse_and_ladj(each.value) if back else (each.value, zero)
-        pulled.append((value.double().cpu(), None if each.context is None else each.context.double().cpu(), ladj))
-    gaussian = fit_gaussian(*pulled[0][:2])
-    return gaussian.log_prob(*pulled[1][:2]) + pulled[1][2].double().cpu()
-
-
-def _column_scores(model: Any, trained: Rows, rows: Rows) -> tuple[str, Tensor]:
-    """Scores rows by the frequencies of discrete columns, and a Gaussian of the others, all independent."""
-    known, own = (_flat(each.value).double() for each in (trained, rows))
-    discrete = torch.tensor(model.head.discrete_dims(), device="cpu")
-    total = torch.zeros(len(own), dtype=torch.float64, device="cpu")
-    for k in discrete.nonzero()[:, 0].tolist():
-        values, counts = known[:, k].unique(return_counts=True)
-        place = torch.searchsorted(values, own[:, k].contiguous()).clamp(max=len(values) - 1)
-        seen = torch.where(values[place] == own[:, k], counts[place], 0)
-        total += ((seen + 0.5) / (len(known) + 0.5 * (len(values) + 1))).log()  # as if there was one more value
-    free = ~discrete
-    if not free.any():
-        return "independent columns", total
-    contexts = [None if each.context is None else each.context.double().cpu() for each in (trained, rows)]
-    gaussian = fit_gaussian(known[:, free], contexts[0])
-    total += gaussian.log_prob(own[:, free], contexts[1])
-    return "the Gaussian" if free.all() else "a Gaussian beside independent discrete columns", total

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from tqdm.auto import tqdm
 
+from pyro_flows.core.checks import first_few
 from pyro_flows.infer.density.data import Rows, name_rows
 from pyro_flows.infer.density.objective import Objective, mean_score
 from pyro_flows.infer.density.prepare import Prepared
@@ -160,11 +161,10 @@ class DensityTraining(TrainingLoop):
         order = rows.order(self.sizes.batch_size, self.shuffle)
         while len(order):
             count = self.compiled.at_once(len(order), self.budget, self.settings.steps) if self.compiled.ready() else 1
-            scores = self._compiled_steps(rows, optimizer, order[:count])
-            if scores is None:
-                scores = torch.tensor(
-                    [self._step(*rows.batch(each))[0] for each in order[:count]], dtype=torch.float64, device="cpu"
-                )
+            with self.compiled.turn(count):
+                scores = self._compiled_steps(rows, optimizer, order[:count])
+                if scores is None:
+                    scores = self._plain_steps(rows, order[:count])
             sizes = torch.tensor([len(each) for each in order[:count]], dtype=torch.float64, device="cpu")
             yield float(scores.double() @ sizes / sizes.sum()), int(sizes.sum()), count
             order = order[count:]
@@ -176,9 +176,13 @@ class DensityTraining(TrainingLoop):
             resample()
         return self._take_step(value, context, index, weight)
 
+    def _plain_steps(self, rows: Rows, pieces: Sequence[Tensor]) -> Tensor:
+        """Takes a step for each batch and returns their scores."""
+        return torch.tensor([self._step(*rows.batch(each))[0] for each in pieces], dtype=torch.float64, device="cpu")
+
     def _compiled_steps(self, rows: Rows, optimizer: AdamW, pieces: Sequence[Tensor]) -> Tensor | None:
         """Takes a step for each batch and returns their scores; ``None`` if plain ones must do."""
-        if not self.compiled.ready():
+        if not self.compiled.has_turn():
             return None
         factors = [self.schedule.factor(self.budget.fraction_after(k)) for k in range(len(pieces))]
         weights = [self._weight(self.budget.done + 1 + k) for k in range(len(pieces))]
@@ -195,7 +199,7 @@ class DensityTraining(TrainingLoop):
             return scores.squeeze(-1)
         # Plain steps say what is wrong, or whether the first compiled ones are right.
         torch.set_rng_state(random)
-        scores = torch.tensor([self._step(*rows.batch(each))[0] for each in pieces], dtype=torch.float64, device="cpu")
+        scores = self._plain_steps(rows, pieces)
         if not fine or not self.compiled.agrees(optimizer, state):
             self.compiled.refuse("compiled steps give other numbers than plain ones")
         return scores
@@ -286,7 +290,7 @@ class DensityTraining(TrainingLoop):
         names = {id(p): name for name, p in self.flow.named_parameters()}
         pairs = zip(self.parameters, grads, strict=True)
         bad = [names[id(p)] for p, grad in pairs if grad is not None and not grad.isfinite().all()]
-        which = f"that of {', '.join(bad[:5])}{', …' if len(bad) > 5 else ''} is not finite"
+        which = f"that of {first_few(bad, 5)} is not finite"
         if not bad:
             which = "each gradient is finite, but their squares overflow"
         raise FloatingPointError(f"fit_density: the norm of the gradient is {norm.item()}: {which}; {_REMEDY}")

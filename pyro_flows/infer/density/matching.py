@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_flows.core.chain import leaves
-from pyro_flows.core.checks import choice, integer
+from pyro_flows.core.checks import choice, first_few, integer
 from pyro_flows.core.transform import FlowTransform
 from pyro_flows.distributions import Flow
 from pyro_flows.infer.density.objective import Objective
@@ -134,7 +134,7 @@ def matched_parts(
     if others:
         raise ValueError(
             "fit_density: flow matching trains the field alone, but parameters of the base or of other parts also want "
-            f"a gradient: {', '.join(others[:5])}{', …' if len(others) > 5 else ''}; training them makes the "
+            f"a gradient: {first_few(others, 5)}; training them makes the "
             "regression easy and the density wrong: freeze them (part.requires_grad_(False)) or leave them out"
         )
     if not own:

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from pyro_flows.core.checks import first_few
+
 __all__ = ["Names", "by_name", "column_names", "tell_column", "tell_columns"]
 
 Names = Sequence[str] | None
@@ -44,7 +46,7 @@ def by_name(given: Any, names: Names, who: str, what: str) -> Any:
     if wrong:
         raise ValueError(
             f"{who}: expected {what} with each of the columns {', '.join(map(repr, names))} once, as in the fit; got "
-            f"{', '.join(map(repr, known[:20]))}{', …' if len(known) > 20 else ''}, where {', '.join(wrong)} "
+            f"{first_few(map(repr, known), 20)}, where {', '.join(wrong)} "
             f"{'is' if len(wrong) == 1 else 'are'} missing or repeated; rename the columns, or give an array without "
             "names, in the order of the fit"
         )
@@ -58,6 +60,5 @@ def tell_column(column: int, names: Names) -> str:
 
 def tell_columns(columns: Sequence[int], names: Names = None, *, verb: bool = False) -> str:
     """Lists columns by name, or by number; with a ``verb``, as the beginning of a sentence: "column 3 is"."""
-    told = ", ".join(tell_column(k, names) for k in columns[:8])
-    told += ", …" if len(columns) > 8 else ""
+    told = first_few((tell_column(k, names) for k in columns), 8)
     return f"column {told}{' is' * verb}" if len(columns) == 1 else f"columns {told}{' are' * verb}"

@@ -2,7 +2,7 @@
 
 Training rows are surveyed for constant or dependent columns, repeated values and rows outside the support.  A survey
 sees rows in the flow's dtype, shuffled.  :class:`~pyro_flows.infer.density.columns.Precision` sees the numbers as
-given, in their order.
+given, before their conversion.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from pyro_flows.core.checks import first_few
 from pyro_flows.distributions import Flow
 from pyro_flows.distributions.made import Head, MixedHead
 from pyro_flows.infer.density.bounded import tell_bounds
@@ -430,11 +431,11 @@ class Survey:
         columns = far.flatten().nonzero()[:, 0].tolist()
         if not columns:
             return ""
-        sizes = ", ".join(f"{loc.flatten()[k]:.3g} ± {scale.flatten()[k]:.3g}" for k in columns[:4])
+        sizes = first_few((f"{loc.flatten()[k]:.3g} ± {scale.flatten()[k]:.3g}" for k in columns), 4)
         told = tell_columns(columns, self.names, verb=True)
         return (
             f"{what}: {told} not standardized, and far from the location and scale that training starts "
-            f"with ({sizes}{', …' if len(columns) > 4 else ''}), so that it may take long or fail; {remedy}"
+            f"with ({sizes}), so that it may take long or fail; {remedy}"
         )
 
     def refuse_degenerate(self, whole: Tensor | None, merged: str) -> None:
@@ -469,11 +470,11 @@ class Survey:
             told = [
                 f"{values[0]:.6g} in {count} of {rows} rows of {tell_columns([column], self.names)}"
                 + (f" (and {len(values) - 1} more values there)" if len(values) > 1 else "")
-                for column, (values, count, rows) in list(found.items())[:4]
+                for column, (values, count, rows) in found.items()
             ]
             yield (
-                f"values that many rows share, far more than the values next to them: {', '.join(told)}"
-                f"{', …' if len(found) > 4 else ''}; a density grows a spike without bound there, so that scores mean "
+                f"values that many rows share, far more than the values next to them: {first_few(told, 4)}"
+                f"; a density grows a spike without bound there, so that scores mean "
                 "nothing. Model such a value apart (a two-part or hurdle model): fit the flow to the other rows and "
                 "give the share of the value beside it, or say in a column of 0 and 1 which rows have it and take MADE "
                 "with a MixedHead. Noise does not help"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import math
 import os
 import warnings
@@ -22,6 +21,7 @@ from pyro_flows.infer.density.data import Rows, expected_by, to_tensor
 from pyro_flows.infer.density.judging import Kept, admitted, check_density
 from pyro_flows.infer.density.names import by_name
 from pyro_flows.infer.density.objective import evaluate, log_prob_of
+from pyro_flows.infer.density.series import Stream
 from pyro_flows.infer.density.units import Density
 from pyro_flows.infer.diagnostics.densities import DensityVerdict, judge_density
 from pyro_flows.infer.diagnostics.moments import scalar_names
@@ -184,9 +184,9 @@ class DensityFit:
     def forecast(self, y: Any, horizon: int, num_samples: int = 1000, context: Any = None) -> Tensor:
         """Draws the next steps of series, shape ``(num_samples, *batch, C, horizon)``, in the units of the data.
 
-        A :class:`~pyro_flows.infer.uses.series.Stream` of the fitted model reads the past, and its copies go on, each
-        with draws of its own. The past may be shorter or longer than the series of the fit. The cost is a density of
-        the past, and ``horizon`` draws of one step with ``num_samples`` times the rows.
+        A :class:`~pyro_flows.infer.density.series.Stream` of the fitted model reads the past, and its copies go on,
+        each with draws of its own. The past may be shorter or longer than the series of the fit. The cost is a density
+        of the past, and ``horizon`` draws of one step with ``num_samples`` times the rows.
 
         Args:
             y: the past of one or several series, oldest step first, shape ``(*batch, C, n)`` with any ``n``; a vector
@@ -224,10 +224,9 @@ class DensityFit:
                 f"{event[0]} columns, got {type(y).__name__} of shape {tuple(getattr(y, 'shape', past.shape))}"
             )
         integer(who, "horizon", horizon)
-        # The folder of what one does with densities imports this one.
-        series: Any = importlib.import_module("pyro_flows.infer.uses.series")
         given = None if context is None else self._context(who, context)
-        stream = series.Stream(self.distribution, past.shape[:-2], given)
+        model: Any = self.distribution  # the stream refuses others
+        stream = Stream(model, past.shape[:-2], given)
         stream.observe(past.expand(*stream.batch_shape, *past.shape[-2:]))
         return stream.forecast(horizon, num_samples)
 

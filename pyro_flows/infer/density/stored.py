@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pyro_flows.core.modes import evaluating, on_cpu
 from pyro_flows.core.recipes import made_from, recipe
-from pyro_flows.distributions import Ensemble, Flow
+from pyro_flows.distributions import Ensemble
 from pyro_flows.infer.density.data import Rows
 from pyro_flows.infer.density.judging import Kept
 from pyro_flows.infer.density.objective import log_prob_of
@@ -81,8 +81,8 @@ def plain_fit(fit: Any) -> tuple[ModulesRecord, FitRecord]:
     numbers = {id(root): k for k, root in enumerate(unique)}
     members: Any = fit.distribution.members if isinstance(fit.distribution, Ensemble) else ()
     known = {id(each) for one in fits for each in (one.flow, one.distribution)}
-    gaussians = [each for each in (*members, *unique) if isinstance(each, Flow) and id(each) not in known]
-    given = _places(flows, fits[-1].distribution, gaussians)
+    starts = [each for each in (*members, *unique) if id(each) not in known]  # copies, as the Gaussian
+    given = _places(flows, fits[-1].distribution, starts)
     points = _points(fit.distribution, fit.kept[0]) if fit.kept else {}
     return _plain_modules(unique, flows, given, points, numbers[id(fit.distribution)]), _plain(fit, numbers)
 
@@ -108,7 +108,7 @@ def _rows(rows: Rows | None) -> dict[str, Any] | None:
 def _places(flows: Sequence[nn.Module], fitted: nn.Module, others: Sequence[nn.Module]) -> dict[int, list[Any]]:
     """Finds each module in the flows: the number of the flow and the name in it.
 
-    The others are copies of a flow in the units of a fitted one, where parts have the same names.
+    The others are copies of a flow or another model in the units of a fitted one, where parts have the same names.
     """
     found: dict[int, list[Any]] = {}
     for k, flow in enumerate(flows):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch import Size, Tensor, nn
@@ -11,12 +11,13 @@ from torch.distributions import AffineTransform, ComposeTransform, Distribution,
 from torch.distributions.constraints import Constraint
 
 from pyro_flows.core.chain import Chain, leaves
-from pyro_flows.core.checks import first_floating
+from pyro_flows.core.checks import check_context, first_floating, refuse_as_site
 from pyro_flows.core.recipes import remembered
 from pyro_flows.core.transform import FlowTransform
 from pyro_flows.core.wrap import Wrap, _bare, _joined, image
-from pyro_flows.distributions import DiagonalNormal, Flow
-from pyro_flows.distributions.made import Head
+from pyro_flows.distributions import DiagonalNormal, Ensemble, Flow, GaussianMixture, StudentT
+from pyro_flows.distributions.made import AutoregressiveModel, Head
+from pyro_flows.distributions.scaled import ScaledDistribution
 from pyro_flows.infer.density.columns import at_bounds, is_free
 from pyro_flows.transforms import Bounds, Coloring, Standardization
 
@@ -119,8 +120,10 @@ class StandardizedDensity(Density):
     def __init__(self, module: Flow | Density, units: Units) -> None:
         super().__init__()
         self.module = module
-        for name in ("event_shape", "context_dim"):
-            setattr(self, name, getattr(module, name, None))
+        self.context_dim: Any = getattr(module, "context_dim", None)
+        event = getattr(module, "event_shape", None)
+        loc = units["loc"]
+        self.event_shape = Size(() if loc is None else loc.shape) if event is None else event
         kin = next(p for p in module.parameters() if p.is_floating_point())
         for name, value in units.items():
             self.register_buffer(name, None if value is None else value.to(kin))
@@ -132,11 +135,33 @@ class StandardizedDensity(Density):
     def _contexts(self, context: Tensor | None) -> tuple[Tensor, ...]:
         return () if context is None else ((context - self.context_loc) / self.context_scale,)
 
+    @property
+    def support(self) -> Constraint:
+        """The support of one event, that of the module: units move no end of it."""
+        known = getattr(self.module, "support", None)
+        return constraints.independent(constraints.real, len(self.event_shape)) if known is None else known
+
+    def forward(self, context: Tensor | None = None) -> ScaledDistribution:
+        """The distribution, at a context of shape ``(*batch, context_dim)`` if the module takes one."""
+        refuse_as_site(self)
+        if self.context_dim is not None:
+            check_context(self, context)
+        return ScaledDistribution(self, context)
+
+    condition = forward
+
+    def within(self, context: Tensor | None) -> Distribution | None:
+        """The module's own distribution, if it has one."""
+        module = self.module
+        return module(*self._contexts(context)) if isinstance(module, Flow | AutoregressiveModel | Ensemble) else None
+
+    def stretched(self) -> Tensor:
+        """The logarithm of the factor by which the units stretch an event."""
+        return self.scale.log().expand(self.event_shape).sum()  # units of series may be those of channels
+
     def log_prob(self, value: Tensor, context: Tensor | None = None) -> Tensor:
         """Log-density in nats."""
-        shape = self.scale.shape if self.event_shape is None else self.event_shape
-        stretched = self.scale.log().expand(shape).sum()  # units of series may be those of channels
-        return self.module.log_prob((value - self.loc) / self.scale, *self._contexts(context)) - stretched
+        return self.module.log_prob((value - self.loc) / self.scale, *self._contexts(context)) - self.stretched()
 
     def sample(self, sample_shape: Size | tuple[int, ...] = (), context: Tensor | None = None) -> Tensor:
         """Draws, if the module can."""
@@ -159,7 +184,7 @@ def standardized(
 
     A :class:`~pyro_flows.transforms.elementwise.Standardization` is put at the data end of the chain, but before parts
     there that learn nothing (e.g. ``ExpTransform()``), to keep the support.  A :class:`StandardizedFlow` standardizes
-    contexts.  Vectors of up to 1024 free numbers over a base of independent normals get a
+    contexts.  Vectors of up to 1024 free numbers over a base of normals, mixtures or Student's t get a
     :class:`~pyro_flows.transforms.linear.Coloring`, at first the identity, at the base end.  The default locations 0
     and scales 1 suffice to load the state of a fitted flow of the same architecture.
 
@@ -206,10 +231,10 @@ def standardized(
 
 
 def _is_colorable(flow: Flow) -> bool:
-    """Tells whether a flow of free vectors over independent normals may start as a Gaussian."""
+    """Tells whether a flow of free vectors over a base of this package may start as a Gaussian, or nearly."""
     event = flow.chain.event_shape
     vectors = len(event) == 1 and event[0] <= _LARGEST and (event[0] > 1 or flow.context_dim > 0)
-    return vectors and type(flow.base) is DiagonalNormal and bool(movable(flow).all())
+    return vectors and type(flow.base) in (DiagonalNormal, GaussianMixture, StudentT) and bool(movable(flow).all())
 
 
 def _colorless(flow: Flow, kin: Tensor) -> Coloring:

@@ -9,6 +9,7 @@ import torch
 from pyro.ops.stats import fit_generalized_pareto
 from torch import Tensor
 
+from pyro_flows.core.checks import first_few
 from pyro_flows.core.modes import on_cpu
 from pyro_flows.infer.diagnostics.neighborhoods import local_pvalues, neighborhoods
 from pyro_flows.infer.diagnostics.two_sample import TwoSample
@@ -21,6 +22,7 @@ CLOSE, OVERFITTED = "good, small differences", "good, overfitted"
 FEW, SEEN = "good, few rows judged", "good, by training rows"
 REPEATED, MISFIT = "repeated values", "misfit"
 WORSE, WORSE_DISCRETE = "worse than a Gaussian", "worse than independent columns"
+GAUSSIANS = ("the Gaussian", "a Gaussian autoregression", "a von Mises-Fisher distribution")
 LABELS = (GOOD, CLOSE, OVERFITTED, FEW, SEEN, REPEATED, WORSE, WORSE_DISCRETE, MISFIT, UNJUDGED)
 
 LEVEL = 0.05  # chance of a difference found where there is none
@@ -168,8 +170,9 @@ def judge_density(
 
     1. ``"not judged"``: fewer than 20 rows, or no draws.
     2. ``"repeated values"``: many rows share a value of a continuous column.
-    3. ``"worse than a Gaussian"``, or ``"worse than independent columns"`` if some are discrete: that model's scores of
-       the same rows are higher, by more than 0.01 nats, and surely (by a paired test at level 0.025).
+    3. ``"worse than a Gaussian"`` (an autoregression and a von Mises-Fisher distribution among them), or ``"worse than
+       independent columns"``: that model's scores of the same rows are higher, by more than 0.01 nats, and surely (by a
+       paired test at level 0.025).
     4. ``"misfit"``: a difference is found, or a fiftieth of the draws is not finite, and it is not small.
     5. ``"good, few rows judged"``: fewer than 100 rows.
     6. ``"good, by training rows"``: no rows were held out.
@@ -224,7 +227,7 @@ def judge_density(
         found.facts += [f"{each[0].upper()}{each[1:]}." for each in checks.repeated]
         return verdict(REPEATED, "model such values apart, as the lines above say")
     if numbers.get("worse", 1.0) < CERTAIN and numbers["gain"] < -LOSS:
-        label = WORSE if checks.rival == "the Gaussian" else WORSE_DISCRETE
+        label = WORSE if checks.rival in GAUSSIANS else WORSE_DISCRETE
         return verdict(label, folds, *REGULARIZE, f"else use {checks.rival}")
     if checks.failures > WASTE or (differs and not (found.size <= HARMLESS and numbers["unexplained"] <= SHARE * n)):
         ended = stopped in ("steps", "seconds", "max_epochs")
@@ -293,8 +296,8 @@ class _Findings:
         self.pvalues |= {"columns": least, "log-density": density}
         said = f"Ranks among {checks.copies} draws: smallest p = {least:.2g} of {count} columns, corrected"
         uneven = [k for k in columns.argsort().tolist() if float(columns[k]) * count < LEVEL]
-        named = [f"{checks.names[k]} ({manner(ranks[:, k], checks.copies)})" for k in uneven[:NAMED]]
-        tail = f"; {', '.join(named)}{', …' if len(uneven) > NAMED else ''}" if named else ""
+        named = [f"{checks.names[k]} ({manner(ranks[:, k], checks.copies)})" for k in uneven[: NAMED + 1]]
+        tail = f"; {first_few(named, NAMED)}" if named else ""
         more = "more" if float(ranks[:, -1].double().mean()) > 0.5 * checks.copies else "less"
         shape = f" (rows score {more} than draws)" if density < LEVEL else ""
         self.facts.append(f"{said}{tail}; p = {density:.2g} of the log-density{shape}.")
@@ -322,10 +325,10 @@ class _Findings:
             cell, kind = divmod(int(normals[:, k].abs().argmax()), 2)
             self._note_size(places[cells == cell, k : k + 1])
             how = (("high", "low"), ("wide", "narrow"))[kind][int(normals[cell, k, kind] > 0)]
-            where = ", ".join(f"{x:.3g}" for x in checks.context[cells == cell].double().mean(0)[:4].tolist())
-            dots = ", …" if checks.context.shape[1] > 4 else ""
+            place = checks.context[cells == cell].double().mean(0).tolist()
+            where = first_few((f"{x:.3g}" for x in place), 4)
             how = f"lie too {how}" if not kind else f"are too {how}"
-            said += f"; {scalars[k]} worst near ({where}{dots}), where draws {how}"
+            said += f"; {scalars[k]} worst near ({where}), where draws {how}"
             self.steps.append("wider networks for the context, or features of it as further contexts")
         self.facts.append(f"{said}.")
 
@@ -351,7 +354,7 @@ class _Findings:
             self.facts.append(f"{checks.failures:.2%} of the draws are not finite.")
         for kind, rows in (("judged", self.missed), ("training", self.lost)):
             if len(rows):
-                named = ", ".join(map(str, rows[:NAMED].tolist())) + (", …" if len(rows) > NAMED else "")
+                named = first_few(rows.tolist(), NAMED)
                 self.facts.append(f"Scores below those of draws: {len(rows)} of the {kind} rows ({named}).")
                 self.look.append("look at the rows named: errors, or tails that a StudentT base would have")
 

@@ -74,8 +74,6 @@ class Settling:
     """The least number of effective draws."""
     change: float
     """The mean's change between the halves of the chains, in standard deviations."""
-    certain: float
-    """The same in standard errors."""
     drifts: bool
     """Whether a scalar's change is both certain and not harmless."""
 
@@ -217,9 +215,8 @@ def settling(states: Tensor, first: Tensor | None = None) -> Settling:
     moving = states.flatten(0, 1).std(0).repeat(2) > 0
     change, error, rhat, effective, moved = (part[moving] for part in (change, error, rhat, effective, moved))
     drifts = (change > HARMLESS) & (change > CERTAIN * error)
-    certain = change / error.clamp(min=1e-12)
     most = float(rhat.max()), float(moved.max()), float(effective.min())
-    return Settling(*most, float(change.max()), float(certain.max()), bool(drifts.any()))
+    return Settling(*most, float(change.max()), bool(drifts.any()))
 
 
 def _distance(scores: Tensor) -> Tensor:

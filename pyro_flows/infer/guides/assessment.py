@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor
@@ -30,7 +31,7 @@ from pyro_flows.infer.search.climb import LogDensity
 from pyro_flows.infer.search.conditionals import probe_behind
 from pyro_flows.infer.search.probe import ModeProbe, nothing_found
 
-__all__ = ["Assessment", "assess", "scores", "weigh"]
+__all__ = ["Assessment", "Weighed", "assess", "scores", "weigh"]
 
 CHUNK = 1000
 DRAWS = 10_000
@@ -78,21 +79,30 @@ class Assessment:
         return self.log_p - self.log_q
 
 
-def weigh(
-    flow: Flow, density: LogDensity, num_samples: int, deadline: float = math.inf, scale: float = 1.0
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns draws of the flow, log p and log q; fewer, at least one, after a deadline of ``time.monotonic()``.
+class Weighed(NamedTuple):
+    """Draws of a flow with their log-densities."""
 
-    Where the model raises, log p is NaN. A ``scale`` widens the base, and log q with it.
-    """
-    return _weigh(flow, density, num_samples, deadline, scale)[1:]
+    base: Tensor
+    """Draws of the base, ``(n, D)``."""
+    draws: Tensor
+    """Their images, ``(n, D)``."""
+    log_p: Tensor
+    """The model's log-density there, ``(n,)``; NaN where it raises."""
+    log_q: Tensor
+    """The flow's, ``(n,)``."""
+
+    @property
+    def log_weights(self) -> Tensor:
+        """``log_p - log_q``."""
+        return self.log_p - self.log_q
 
 
 @torch.no_grad()
-def _weigh(
-    flow: Flow, density: LogDensity, num_samples: int, deadline: float, scale: float = 1.0
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns draws of the base, too."""
+def weigh(flow: Flow, density: LogDensity, num_samples: int, deadline: float = math.inf, scale: float = 1.0) -> Weighed:
+    """Draws from a flow and scores the draws; fewer, at least one, after a deadline of ``time.monotonic()``.
+
+    A ``scale`` widens the base, and log q with it.
+    """
     parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     left = num_samples
     while left > 0 and (not parts or time.monotonic() < deadline):
@@ -104,8 +114,7 @@ def _weigh(
         count = len(log_p)
         parts.append((x[:count], z[:count], log_p.to(z.dtype), log_q[:count]))
         left -= CHUNK
-    x, z, log_p, log_q = (torch.cat(part) for part in zip(*parts, strict=True))
-    return x, z, log_p, log_q
+    return Weighed(*map(torch.cat, zip(*parts, strict=True)))
 
 
 def scores(density: LogDensity, z: Tensor, deadline: float) -> Tensor:
@@ -154,16 +163,17 @@ def assess(
     pace = pace_of(density) or Pace()
     # If time is short, draws come first, because few say little.
     part = 0.4 if 0.4 * seconds >= min(num_samples, FEWEST) * pace.seconds_per_draw else 0.8
-    x, z, log_p, log_q = _weigh(flow, density, num_samples, begin + part * seconds)
-    log_weights = log_p - log_q
+    drawn = weigh(flow, density, num_samples, begin + part * seconds)
+    x, z, log_p, log_q = drawn
+    log_weights = drawn.log_weights
     found = importance(log_weights)
     if minibatch or not (log_weights.isfinite().sum() >= 2):
         return Assessment(z, log_p, log_q, found, None, None, judge(found, minibatch=minibatch, asked=num_samples))
     fine = z.isfinite().all(-1)
     moments = compare_moments(latents.draws(z[fine]), log_weights[fine])
     wide_count = max(min(len(z), 2000), 1)
-    _, wide_p, wide_q = weigh(flow, density, wide_count, begin + (part + 0.1) * seconds, scale=widening(z.shape[-1]))
-    wide = importance(wide_p - wide_q)
+    wider = weigh(flow, density, wide_count, begin + (part + 0.1) * seconds, scale=widening(z.shape[-1]))
+    wide = importance(wider.log_weights)
     left = min(SEARCHING * (begin + seconds - time.monotonic()), search_seconds)
     end, took = time.monotonic() + left, 0.0
     probe = nothing_found(z)

@@ -21,7 +21,7 @@ from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 
 from pyro_flows.core.chain import Chain
-from pyro_flows.core.checks import choice, integer
+from pyro_flows.core.checks import choice, integer, positive_seconds
 from pyro_flows.core.memo import Kept
 from pyro_flows.core.transform import FlowTransform
 from pyro_flows.distributions import Flow, FlowDistribution
@@ -147,8 +147,7 @@ class AutoFlow(AutoContinuous):
             raise ValueError(f"AutoFlow: expected tempering to be in (0, 1], got {tempering}")
         if num_particles is not None:
             integer("AutoFlow", "num_particles", num_particles)
-        if start_seconds is not None and not 0 < start_seconds < math.inf:
-            raise ValueError(f"AutoFlow: expected start_seconds to be a positive number, got {start_seconds!r}")
+        positive_seconds("AutoFlow", "start_seconds", start_seconds)
         super().__init__(model, init_loc_fn=prototype.feasible)
         self._rename()
         self.__dict__["plain_model"] = model  # past torch, which would register a module

@@ -110,8 +110,7 @@ def start_weights(guide: AutoFlow, density: JointDensity) -> tuple[bool, float]:
     """
     if guide.structure is None or guide.subsampled or guide.start == "prior" or guide.tempering is not None:
         return False, -math.inf
-    _, log_p, log_q = weigh(guide.flow, density, FEW_PARTICLES * 2)
-    log_weights = (log_p - log_q).double()
+    log_weights = weigh(guide.flow, density, FEW_PARTICLES * 2).log_weights.double()
     spread = float(log_weights.std())
     level = float(log_weights.mean()) - ERRORS * spread / math.sqrt(len(log_weights))
     return spread < EVEN, level if math.isfinite(level) else -math.inf  # false for NaN
@@ -136,8 +135,7 @@ def moved_to_mode(guide: AutoFlow, density: JointDensity, probe: ModeProbe) -> b
         return False
 
     def elbo() -> float:
-        _, log_p, log_q = weigh(affine_of(guide.flow), density, MOVING)
-        return float((log_p - log_q).nan_to_num(nan=-math.inf).mean())
+        return float(weigh(affine_of(guide.flow), density, MOVING).log_weights.nan_to_num(nan=-math.inf).mean())
 
     before, (loc, scale) = elbo(), (affine.loc.clone(), affine.scale.clone())
     k = int(probe.share.argmax())
@@ -161,12 +159,12 @@ def several_modes(
     end = time.monotonic() + min(seconds, SLOW_SECONDS / 2)
     start = affine_of(guide.flow) if guide.structure is None else guide.flow
     count = min(max(256, 4 * len(initial)), 1200) if density.many_at_once else 64  # enough for a covariance
-    z, log_p, log_q = weigh(start, density, count, math.inf if budget.seconds is None else end)
-    found = importance(log_p - log_q)
-    if not math.isfinite(found.log_evidence) or len(z) < 2:
+    drawn = weigh(start, density, count, math.inf if budget.seconds is None else end)
+    evidence = importance(drawn.log_weights).log_evidence
+    if not math.isfinite(evidence) or len(drawn.draws) < 2:
         return None
-    fine = z.isfinite().all(-1)
-    z, weights, evidence = z[fine], (log_p - log_q)[fine], found.log_evidence
+    fine = drawn.draws.isfinite().all(-1)
+    z, weights = drawn.draws[fine], drawn.log_weights[fine]
     log_q_of: LogDensity = start.log_prob
     probe, before = None, 0.0
     for _ in range(2):

@@ -35,10 +35,7 @@ def mixture_draws(probe: ModeProbe, count: int, generator: Generator | None = No
     kept = probe.share > LEAST
     share = probe.share[kept] / probe.share[kept].sum()
     mixture = Gaussians(probe.locations[kept], probe.scale[kept], share)
-    which = torch.multinomial(share.double().cpu(), count, replacement=True, generator=generator).to(share.device)
-    noise = torch.randn(count, probe.locations.shape[1], generator=generator, dtype=torch.float64, device="cpu")
-    moved = mixture.scale[which] @ noise.to(mixture.locations).unsqueeze(-1)
-    return mixture.locations[which] + moved.squeeze(-1), mixture
+    return mixture.sample(count, generator), mixture
 
 
 def cover_modes(
@@ -75,8 +72,7 @@ def cover_modes(
         scale = torch.linalg.solve_triangular(outer, scale, upper=False)
         base = ModesBase(loc.shape[1], len(loc)).to(loc).place(loc, scale, mixture.share)
         flow = Flow(guide.flow.chain, base).train(guide.flow.training)
-        _, log_p, log_q = weigh(flow, density, FEWEST, end)
-        if importance(log_p - log_q).ess > EVEN:
+        if importance(weigh(flow, density, FEWEST, end).log_weights).ess > EVEN:
             guide.flow = flow
             return len(loc)
     _fit(guide.flow, draws, generator, None if seconds is None else max(0.0, end - time.monotonic()))

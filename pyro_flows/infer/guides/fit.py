@@ -15,25 +15,14 @@ from typing import Any
 import torch
 from pyro import poutine
 from torch import Generator, Tensor
-from tqdm.auto import tqdm
 
-from pyro_flows.core.checks import choice, integer
+from pyro_flows.core.checks import choice, first_few, integer, positive_seconds
 from pyro_flows.infer.diagnostics.verdict import MODES
+from pyro_flows.infer.guides import choices
 from pyro_flows.infer.guides.assessment import DRAWS, FEWEST, Assessment, assess
 from pyro_flows.infer.guides.auto import AutoFlow
-from pyro_flows.infer.guides.choices import (
-    SEARCHING,
-    SEVERAL,
-    SLOW_SECONDS,
-    choose_particles,
-    moved_to_mode,
-    seconds_for_verdict,
-    several_modes,
-    start_weights,
-    start_within,
-)
 from pyro_flows.infer.guides.cover import add_modes, cover_modes
-from pyro_flows.infer.guides.loop import CHECKPOINT, GuideTraining, History
+from pyro_flows.infer.guides.loop import CHECKPOINT, GuideTraining, History, mean_of_finite
 from pyro_flows.infer.guides.modes import with_base_of
 from pyro_flows.infer.guides.posterior import spline_of, with_spline
 from pyro_flows.infer.guides.refusals import guide_of, refuse_random, refuse_unobserved
@@ -43,7 +32,8 @@ from pyro_flows.infer.machine.budget import Budget
 from pyro_flows.infer.machine.callback import Callback, check_callback
 from pyro_flows.infer.machine.checkpoint import Keeper, architecture_of, checksums
 from pyro_flows.infer.machine.compiled import Compile
-from pyro_flows.infer.machine.interrupts import carrying, pyro_as_it_was
+from pyro_flows.infer.machine.interrupts import SoFar, carrying, pyro_as_it_was
+from pyro_flows.infer.machine.progress import ProgressBar
 from pyro_flows.infer.machine.randomness import random_state, seeded, set_random
 from pyro_flows.infer.models.broadcasting import warn_once
 from pyro_flows.infer.models.enumeration import unblocked
@@ -159,12 +149,11 @@ def fit_guide(
         al., 2017), arXiv:1703.09194; Pathfinder (Zhang et al., 2022), arXiv:2108.03782; Yes, but Did It Work? (Yao et
         al., 2018), arXiv:1802.02538.
     """
-    so_far: list[Callable[[], object]] = []
+    so_far: SoFar = []
     with carrying(so_far), processes.joined("fit_guide"), ExitStack() as stack:
         if steps is not None:
             integer("fit_guide", "steps", steps)
-        if seconds is not None and not 0 < seconds < math.inf:
-            raise ValueError(f"fit_guide: expected seconds to be a positive number, got {seconds!r}")
+        positive_seconds("fit_guide", "seconds", seconds)
         integer("fit_guide", "checkpoint_every", checkpoint_every)
         check_callback("fit_guide", callback)
         if not isinstance(compile, bool):
@@ -181,11 +170,12 @@ def fit_guide(
         processes.refuse_different("fit_guide", identity, _ALIKE)
         if known is not None:
             CHECKPOINT.refuse_other(checkpoint, known, identity)
-        bar = _Bar(budget, progress and not processes.rank())
-        for each in (pyro_as_it_was(), seeded(guide.seed), poutine.block(), torch.enable_grad(), bar):
+        bar = ProgressBar("fit_guide", progress and not processes.rank())
+        stack.callback(bar.close)
+        for each in (pyro_as_it_was(), seeded(guide.seed), poutine.block(), torch.enable_grad()):
             stack.enter_context(each)
         with _warned_once() as notes:
-            bar.say("looking for a start")
+            bar.show(None, "looking for a start")
             if guide.is_built:
                 guide.restart()
             guide.hide_discrete(*args, **kwargs)
@@ -230,7 +220,7 @@ def fit_guide(
                 fresh=begun.covered is None and not begun.informed,
                 level=begun.level if begun.covered is None and begun.informed else -math.inf,
                 compile=compile,
-                report=bar.report,
+                report=_reporting(bar, budget),
                 callback=callback,
             )
 
@@ -247,7 +237,7 @@ def fit_guide(
             training.run(Keeper(CHECKPOINT, path, content, checkpoint_every, SECONDS_BETWEEN_FILES))
             if training.halted:
                 begun.notes.append(f"the callback ended training after {len(training.history)} steps")
-            bar.say("judging")
+            bar.show(None, "judging")
             assessment = _assess(guide, begun, budget)
             if begun.covered is not None and assessment.verdict.label == MODES:
                 assessment = _fit_to_mixture(guide, begun, budget, begun.covered) or assessment
@@ -257,7 +247,7 @@ def fit_guide(
             stay = training.halted or late or guide.start == "prior" or assessment.verdict.label != MODES
             if times == RESTARTS or probe is None or stay:
                 break
-            bar.say("adding modes")
+            bar.show(None, "adding modes")
             _cover(guide, begun, budget, probe)
             training = trainer().after(training)
         begun.evaluations = int(processes.total(guide.start_evaluations + begun.density.evaluations)[0])
@@ -347,8 +337,7 @@ class _Begun:
 
 def _begin(guide: AutoFlow, args: tuple[object, ...], kwargs: dict[str, object], budget: Budget) -> _Begun:
     """Finds a start, draws per step and the verdict's time."""
-    with start_within(guide, None if budget.seconds is None else STARTING * budget.seconds):
-        guide.hide_discrete(*args, **kwargs)
+    with choices.start_within(guide, None if budget.seconds is None else STARTING * budget.seconds):
         guide.setup(*args, **kwargs)
     refuse_unobserved(guide)
     density = guide.density(*args, **kwargs)
@@ -357,23 +346,23 @@ def _begin(guide: AutoFlow, args: tuple[object, ...], kwargs: dict[str, object],
     blank = copy.deepcopy(guide.flow.state_dict())
 
     def plan(density: JointDensity) -> dict[str, Any]:
-        particles = choose_particles(guide, density, initial, budget.seconds)
+        particles = choices.choose_particles(guide, density, initial, budget.seconds)
         generator = Generator().manual_seed(int(torch.randint(2**62, ())))
         covered, notes = None, []
-        several = several_modes(guide, density, initial, budget, generator)
+        several = choices.several_modes(guide, density, initial, budget, generator)
         searched = guide.subsampled or (several is not None and several.complete)
-        budget.keep = keep = seconds_for_verdict(density, budget, searched)
+        budget.keep = keep = choices.seconds_for_verdict(density, budget, searched)
         # A start with the model's structure is better than a Gaussian on one mode.
-        enough = several is not None and (guide.structure is None or int((several.share > SEVERAL).sum()) > 1)
-        if several is not None and enough and several.missing_share > SEVERAL:
-            limit = None if budget.seconds is None else SEARCHING * budget.seconds
+        enough = several is not None and (guide.structure is None or int((several.share > choices.SEVERAL).sum()) > 1)
+        if several is not None and enough and several.missing_share > choices.SEVERAL:
+            limit = None if budget.seconds is None else choices.SEARCHING * budget.seconds
             found = cover_modes(guide, density, several, generator, limit)
             notes.append(f"the start covers {found} modes, by a mixture of Gaussians")
             covered = copy.deepcopy(guide.flow.state_dict())
-        elif several is not None and moved_to_mode(guide, density, several):
+        elif several is not None and choices.moved_to_mode(guide, density, several):
             notes.append("the start is the Gaussian on a mode that the search found")
         budget.step_seconds = max(density.pace.shortest, particles * density.pace.seconds_per_draw)
-        exact, level = (False, -math.inf) if covered is not None else start_weights(guide, density)
+        exact, level = (False, -math.inf) if covered is not None else choices.start_weights(guide, density)
         known = {"num_particles": particles, "covered": covered, "notes": notes, "keep": keep, "modes": several}
         known |= {"exact": exact, "level": level}
         return {"begun": known, "random": generator.get_state(), "step_seconds": budget.step_seconds}
@@ -397,7 +386,6 @@ def _begin_again(
     try:
         guide.start = "prior"  # without a search, which may have found no structure
         guide.dependencies = "dense" if state["dense"] else dependencies
-        guide.hide_discrete(*args, **kwargs)
         guide.setup(*args, **kwargs)
         guide.__dict__.pop("_first_density", None)
         guide.vectorized = state["vectorized"]
@@ -450,7 +438,7 @@ def _warned_once() -> Iterator[list[str]]:
 
 
 def _held(parameters: dict[str, Tensor]) -> str:
-    names = ", ".join(map(repr, list(parameters)[:6])) + (", …" if len(parameters) > 6 else "")
+    names = first_few(map(repr, parameters), 6)
     return (
         f"the parameters of the model ({names}) are held at their present values, and not trained: the posterior is "
         "that at these values. Train them first, by SVI(model, AutoFlow(model), optimizer, Trace_ELBO()); if they "
@@ -460,7 +448,7 @@ def _held(parameters: dict[str, Tensor]) -> str:
 
 def _assess(guide: AutoFlow, begun: _Begun, budget: Budget | None = None) -> Assessment:
     left = walking = math.inf
-    searching = SLOW_SECONDS  # cuts off searches of slow models alone
+    searching = choices.SLOW_SECONDS  # cuts off searches of slow models alone
     evaluations = WALK_EVALUATIONS * (guide.start_evaluations + begun.density.evaluations)  # of resumed fits, too
     if budget is not None and budget.seconds is not None:
         left = max(budget.left(), 0.02 * budget.seconds)
@@ -476,7 +464,7 @@ def _assess(guide: AutoFlow, begun: _Begun, budget: Budget | None = None) -> Ass
             minibatch=guide.subsampled,
             num_samples=DRAWS if density.many_at_once else FEWEST,
             seconds=left,
-            search_seconds=min(left, searching if density.many_at_once else SLOW_SECONDS / 3),
+            search_seconds=min(left, searching if density.many_at_once else choices.SLOW_SECONDS / 3),
             thorough=thorough,
             walk_seconds=walking,
             walk_evaluations=evaluations,
@@ -487,29 +475,17 @@ def _assess(guide: AutoFlow, begun: _Begun, budget: Budget | None = None) -> Ass
     return processes.led(begun.density, begun.initial, run)
 
 
-class _Bar:
-    def __init__(self, budget: Budget, show: bool) -> None:
-        self.budget = budget
-        self.bar = tqdm(total=100, desc="fit_guide", disable=not show, leave=False, unit="%", bar_format=_FORMAT)
-        self._last = 0.0
+def _reporting(bar: ProgressBar, budget: Budget) -> Callable[[History], None]:
+    """Shows the last steps ten times a second."""
+    last = 0.0
 
-    def say(self, what: str) -> None:
-        self.bar.set_postfix_str(what)
-
-    def report(self, history: History) -> None:
-        if self.bar.disable or self.budget.elapsed - self._last < 0.1:
+    def report(history: History) -> None:
+        nonlocal last
+        if bar.hidden or budget.elapsed - last < 0.1:
             return
-        self._last = self.budget.elapsed
-        self.bar.n = min(100, int(100 * self.budget.fraction))
-        recent = [v for v in history.elbo[-20:] if math.isfinite(v)]
-        elbo = f"ELBO {sum(recent) / len(recent):.3f}, " if recent else ""
-        self.bar.set_postfix_str(f"{history.phase[-1]}, {elbo}spread {history.spread[-1]:.3f}, step {len(history)}")
+        last = budget.elapsed
+        elbo, spread = mean_of_finite(history.elbo[-20:]), history.spread[-1]
+        told = f"{history.phase[-1]}, ELBO {elbo:.3f}, spread {spread:.3f}, step {len(history)}"
+        bar.show(budget.fraction, told)
 
-    def __enter__(self) -> _Bar:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.bar.close()
-
-
-_FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {elapsed} {postfix}"
+    return report

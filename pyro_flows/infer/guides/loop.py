@@ -10,11 +10,11 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from pyro_flows.distributions import Flow
 from pyro_flows.infer.guides.modes import ModesBase
-from pyro_flows.infer.guides.posterior import affine_of, frozen, preconditioner_of
+from pyro_flows.infer.guides.posterior import affine_of, frozen, preconditioner_of, slope_of
 from pyro_flows.infer.machine import processes
 from pyro_flows.infer.machine.budget import Budget, cosine
 from pyro_flows.infer.machine.callback import Callback, asks_to_stop
@@ -29,16 +29,16 @@ from pyro_flows.infer.models.joint import JointDensity
 from pyro_flows.infer.models.recorded import FAILURES, value_and_slope
 from pyro_flows.transforms import Autoregressive
 
-__all__ = ["CHECKPOINT", "GuideTraining", "History", "speeds_of"]
+__all__ = ["CHECKPOINT", "GuideTraining", "History", "mean_of_finite", "speeds_of"]
 
 CHECKPOINT = CheckpointFormat(
     "fit_guide",
-    4,
+    5,
     {
         **dict.fromkeys(("architecture", "latents", "data", "parameters", "settings", "start"), dict),
         "training": {
             "phase": str,
-            **dict.fromkeys(("first", "spent", "trained"), float),
+            **dict.fromkeys(("first", "caution", "spent", "trained"), float),
             **dict.fromkeys(("flow", "history"), dict),
             "moments": dict,
             "best": (dict, type(None)),
@@ -61,6 +61,9 @@ EXACT = 0.02  # spread of log-weights at which training stops
 NEARLY, EARLY = 0.2, 0.5  # spread of log-weights that needs little more training, if it comes before this part of it
 LEFT = 0.3  # share of the time that is then left to search for modes
 PATIENCE = 25  # consecutive steps
+BROKEN, SMALLER = 5, 0.3  # steps in a row without a finite draw, after which training returns; what it does to rates
+TRIED = 16  # draws that show whether a state is finite
+TRUSTED = 1.0  # nats by which noise may hide that the last state is worse than the best
 LOOK = 50  # steps per mean compared with others
 WARMED = 10  # steps of a kind after which their time is known
 
@@ -97,6 +100,12 @@ class History:
 
     def __len__(self) -> int:
         return len(self.elbo)
+
+
+def mean_of_finite(values: Sequence[float]) -> float:
+    """Returns the mean of the finite values, NaN without any."""
+    known = [value for value in values if math.isfinite(value)]
+    return sum(known) / len(known) if known else math.nan
 
 
 class _ModelError(Exception):
@@ -181,6 +190,7 @@ class GuideTraining(TrainingLoop):
         self.phase = "affine" if fresh and tempering is None else "flow"
         self._rates = RATES if fresh else CAREFUL_RATES
         self._first = 0.0  # progress at the start of the flow phase
+        self._caution = 1.0  # part of the planned rates
         self._best: tuple[float, dict[str, Tensor]] | None = None
         if level > -math.inf:
             self._best = level, self.snapshot()
@@ -215,7 +225,7 @@ class GuideTraining(TrainingLoop):
                 self.keep(self.budget.done, write=True)
 
     def settle(self) -> None:
-        """Returns to the best state."""
+        """Returns to the best state, or stays if the last one is as good."""
         for parameters, name, parameter in self._places:  # an interruption may have left constants there
             parameters[name] = parameter
         for compiled in self.compiled.values():
@@ -241,6 +251,8 @@ class GuideTraining(TrainingLoop):
         if self._moments:
             optimizer.load_state_dict(self._moments)
             self._moments = {}
+        if self._best is None:
+            self._best = -math.inf, self.snapshot()
         self.keep(self.budget.done, write=True)
         processes.primed(flow, lambda: flow.rsample((self.num_particles,)))
 
@@ -248,14 +260,16 @@ class GuideTraining(TrainingLoop):
             """The step size of a later step, and the posterior's weight in it."""
             part = (self.budget.fraction_after(ahead) - begin) / max(end - begin, 1e-9)
             weight = 1.0 if self.tempering is None else self.tempering ** max(0.0, 1.0 - part / TEMPERED)
-            return cosine(part, *rates), weight
+            return self._caution * cosine(part, *rates), weight
 
         while self.budget.fraction < end and self._exact < PATIENCE and not self._settled(name) and not self.halted:
             before, done = processes.clock(), self.budget.done
             plans = [plan(k) for k in range(self._at_once(name, optimizer, plan(0)[1], end))]
-            if not self._compiled_steps(name, flow, optimizer, plans):
-                for rate, weight in plans:
-                    self._step(name, flow, optimizer, rate, weight)
+            compiled = self.compiled.get((name, self._emphatic(name, plans[0][1])))
+            with nullcontext() if compiled is None else compiled.turn(len(plans)):
+                if compiled is None or not self._compiled_steps(compiled, name, flow, optimizer, plans):
+                    for rate, weight in plans:
+                        self._step(name, flow, optimizer, rate, weight)
             self.budget.step_seconds = (processes.clock() - before) / (self.budget.done - done)
             if self._window >= LOOK and self.history.weight[-1] == 1.0:
                 self._window = 0
@@ -272,9 +286,7 @@ class GuideTraining(TrainingLoop):
     def _record(self) -> dict[str, Any]:
         """The last row of the history, with the means of what varies from step to step."""
         found = {name: column[-1] for name, column in vars(self.history).items()}
-        for name in ("elbo", "spread"):
-            recent = [value for value in getattr(self.history, name)[-LOOK:] if math.isfinite(value)]
-            found[name] = sum(recent) / len(recent) if recent else math.nan
+        found |= {name: mean_of_finite(getattr(self.history, name)[-LOOK:]) for name in ("elbo", "spread")}
         return {"step": len(self.history), **found}
 
     def _leave_time(self, name: str) -> None:
@@ -327,10 +339,11 @@ class GuideTraining(TrainingLoop):
             return "steps are compiled for the CPU only"
         return self.density.recorded.why_not
 
-    def _compiled_steps(self, name: str, flow: Flow, optimizer: AdamW, plans: Sequence[tuple[float, float]]) -> bool:
-        """Takes steps of these sizes, with these weights of the posterior, if they are compiled."""
-        compiled = self.compiled.get((name, self._emphatic(name, plans[0][1])))
-        if compiled is None or not compiled.ready():
+    def _compiled_steps(
+        self, compiled: CompiledSteps, name: str, flow: Flow, optimizer: AdamW, plans: Sequence[tuple[float, float]]
+    ) -> bool:
+        """Takes steps of these sizes, with these weights of the posterior, if it is their turn."""
+        if not compiled.has_turn():
             return False
         rates, weights = zip(*plans, strict=True)
         padded = optimizer.values.new_zeros(compiled.steps)
@@ -387,8 +400,7 @@ class GuideTraining(TrainingLoop):
         """Returns mean, spread and number of the finite log p - log q, and the gradient for each parameter."""
         with Autoregressive.remembering(flow):
             draws, log_q = self._drawn(flow)
-            z = draws.detach()
-            push = self._push(flow, z) if self.path_gradient else torch.zeros_like(z)
+            push = slope_of(flow, draws) if self.path_gradient else torch.zeros_like(draws)
         log_p, pull = unrecorded(self._pulled, draws.detach())
         fine = log_p.isfinite() & pull.isfinite().all(-1)
         toward = weight * pull - push
@@ -429,14 +441,6 @@ class GuideTraining(TrainingLoop):
                 raise _ModelError from error
             return torch.full_like(z[:, 0], math.nan), torch.full_like(z, math.nan)
 
-    def _push(self, flow: Flow, z: Tensor) -> Tensor:
-        """Returns the gradient of log q at draws, with fixed parameters."""
-        z = z.requires_grad_()
-        with frozen(flow.chain):
-            value = flow.score(z)
-        # Sums, because gradients given to grad() make torch import its compiler.
-        return torch.autograd.grad(value.sum(), z)[0]
-
     @torch.enable_grad()
     def _pull(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the model's log-densities ``(S,)`` and gradients ``(S, dim)``, in parts that fit into memory."""
@@ -463,6 +467,30 @@ class GuideTraining(TrainingLoop):
                 "was not finite at any draw. Check the model with pyro.enable_validation(), or start from a better "
                 "point: AutoFlow(model, init_loc_fn=...)"
             )
+        broken = self.history.elbo[-BROKEN:]
+        if len(broken) == BROKEN and not any(map(math.isfinite, broken)):
+            self._retreat()
+
+    def _retreat(self) -> None:
+        """Goes on from the best state in smaller steps, after a step that left no draw with a density."""
+        if self._best is None or self._optimizer is None:
+            return
+        with interrupts_held_back():
+            self.flow.load_state_dict(self._best[1])
+            self._optimizer.forget()
+            self._caution *= SMALLER
+            self._window = self._exact = 0
+
+    @torch.no_grad()
+    def _usable(self) -> bool:
+        """Whether the state is finite, and draws are: the last step has no record of what it did."""
+        parts = [v for v in self.flow.state_dict().values() if isinstance(v, Tensor) and v.is_floating_point()]
+        if not all(v.isfinite().all() for v in parts):
+            return False
+        noise = torch.randn(TRIED, *self.flow.event_shape, generator=Generator().manual_seed(0), device="cpu")
+        self.flow.chain.clear_cache()
+        z, ladj = self.flow.chain.forward_and_ladj(noise.to(next(self.flow.parameters())))
+        return bool(z.isfinite().all() and ladj.isfinite().all())
 
     def _note(self, phase: str, elbo: float, spread: float, rate: float, weight: float, bad: int) -> None:
         row = (elbo, spread, rate, phase, self.budget.elapsed, weight, bad)
@@ -482,10 +510,10 @@ class GuideTraining(TrainingLoop):
 
     def _remember(self) -> None:
         """Stores the state if the last steps were the best."""
-        last = [v for v in self.history.elbo[-LOOK:] if math.isfinite(v)]
-        mean = sum(last) / len(last) if last else -math.inf
+        mean = mean_of_finite(self.history.elbo[-LOOK:])
         # Means over steps before parameters broke say nothing of the state.
-        if last and math.isfinite(self.history.elbo[-1]) and (self._best is None or mean > self._best[0]):
+        last = self.history.elbo[-1]
+        if math.isfinite(last) and self._usable() and (self._best is None or mean > self._best[0]):
             self._best = (mean, self.snapshot())
 
     def _restore(self) -> None:
@@ -493,11 +521,9 @@ class GuideTraining(TrainingLoop):
         if self._best is None:
             return
         last = [v for v in self.history.elbo[-LOOK:] if math.isfinite(v)]
-        spread = [v for v in self.history.spread[-LOOK:] if math.isfinite(v)]
-        finite = all(p.isfinite().all() for p in self.flow.parameters())
-        if last and finite:
-            noise = 3 * (sum(spread) / max(len(spread), 1)) / math.sqrt(self.num_particles * len(last))
-            if sum(last) / len(last) >= self._best[0] - max(noise, 0.02):
+        if last and math.isfinite(self.history.elbo[-1]) and self._usable():
+            noise = 3 * mean_of_finite(self.history.spread[-LOOK:]) / math.sqrt(self.num_particles * len(last))
+            if sum(last) / len(last) >= self._best[0] - min(max(0.02, noise), TRUSTED):  # of NaN, 0.02
                 return
         self.flow.load_state_dict(self._best[1])
 
@@ -508,6 +534,7 @@ class GuideTraining(TrainingLoop):
         return {
             "phase": self.phase,
             "first": self._first,
+            "caution": self._caution,
             "flow": self.snapshot(),
             "moments": {} if self._optimizer is None else self._optimizer.state_dict(),
             "best": None if self._best is None else {"elbo": self._best[0], "flow": self._best[1]},
@@ -525,6 +552,7 @@ class GuideTraining(TrainingLoop):
         """Restores what :meth:`state_dict` returned."""
         self.flow.load_state_dict(state["flow"])
         self.phase, self._first, self._moments = state["phase"], state["first"], state["moments"]
+        self._caution = state["caution"]
         best = state["best"]
         self._best = None if best is None else (best["elbo"], best["flow"])
         self._exact, self._window = state["exact"], state["window"]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pyro_flows.distributions import Flow
-from pyro_flows.infer.guides.posterior import frozen
+from pyro_flows.infer.guides.posterior import slope_of
 from pyro_flows.infer.machine.pace import rows_at_once
 from pyro_flows.infer.models.recorded import value_and_slope
 from pyro_flows.infer.models.structure import Structure
@@ -97,19 +98,8 @@ def _ratios(
     """Returns each member's difference of log-weights between two draws ``(n, D)``, shape ``(n, members)``."""
     step = (second - first)[:, local]
     found = torch.zeros(len(first), int(owner.max()) + 1, dtype=first.dtype, device=first.device)
-    for at, weight in zip(*_legendre(nodes), strict=True):
-        z = torch.lerp(first, second, at)
+    for place, weight in zip(*map(np.ndarray.tolist, np.polynomial.legendre.leggauss(nodes)), strict=True):
+        z = torch.lerp(first, second, 0.5 * (place + 1))
         pull = torch.cat([value_and_slope(density, each)[1] for each in z.split(rows_at_once(density, len(z)))])
-        with torch.enable_grad(), frozen(flow.chain):
-            z = z.requires_grad_()
-            push = torch.autograd.grad(flow.score(z).sum(), z)[0]
-        found.index_add_(1, owner.to(found.device), weight * step * (pull - push)[:, local])
+        found.index_add_(1, owner.to(found.device), 0.5 * weight * step * (pull - slope_of(flow, z))[:, local])
     return found
-
-
-def _legendre(nodes: int) -> tuple[list[float], list[float]]:
-    """Returns places and weights of Gauss and Legendre's rule on the unit interval (Golub & Welsch, 1969)."""
-    k = torch.arange(1, nodes, dtype=torch.float64, device="cpu")
-    beside = k / (4 * k * k - 1).sqrt()
-    at, axes = torch.linalg.eigh(torch.diag(beside, 1) + torch.diag(beside, -1))
-    return (0.5 * (at + 1)).tolist(), axes[0].square().tolist()

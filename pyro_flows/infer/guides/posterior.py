@@ -23,6 +23,7 @@ __all__ = [
     "affine_of",
     "frozen",
     "preconditioner_of",
+    "slope_of",
     "spline_of",
     "with_spline",
     "with_spline_of",
@@ -43,6 +44,15 @@ def frozen(module: nn.Module) -> Iterator[None]:
     finally:
         for parameters, name, parameter in held:
             parameters[name] = parameter
+
+
+def slope_of(flow: Flow, z: Tensor) -> Tensor:
+    """Returns the gradient of log q at points ``(S, D)``, with fixed parameters."""
+    with torch.enable_grad(), frozen(flow.chain):
+        z = z.detach().requires_grad_()
+        value = flow.score(z)
+    # Sums, because gradients given to grad() make torch import its compiler.
+    return torch.autograd.grad(value.sum(), z)[0]
 
 
 def preconditioner_of(flow: Flow) -> Preconditioner:

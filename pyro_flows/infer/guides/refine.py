@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from pyro_flows.distributions import Flow
 from pyro_flows.infer.chains.walkers import Gaussians, Walkers, round_trip
@@ -25,11 +24,11 @@ from pyro_flows.infer.diagnostics.settling import (
 from pyro_flows.infer.guides.assessment import Assessment, weigh
 from pyro_flows.infer.guides.loop import CLIP, speeds_of
 from pyro_flows.infer.guides.modes import base_draws
-from pyro_flows.infer.guides.posterior import frozen, spline_of
-from pyro_flows.infer.machine import processes
+from pyro_flows.infer.guides.posterior import slope_of, spline_of
 from pyro_flows.infer.machine.budget import Budget, cosine
 from pyro_flows.infer.machine.graph import Replay, replayable, unrecorded
 from pyro_flows.infer.machine.optimizers import AdamW
+from pyro_flows.infer.machine.progress import ProgressBar
 from pyro_flows.infer.models.joint import JointDensity
 from pyro_flows.infer.search.climb import SafeDensity
 from pyro_flows.infer.search.conditionals import probe_behind
@@ -37,7 +36,7 @@ from pyro_flows.infer.search.probe import ModeProbe, nothing_found
 from pyro_flows.infer.search.ridges import follow_ridges
 from pyro_flows.transforms import Autoregressive
 
-__all__ = ["DEFAULT_MOVES", "ChainBar", "Refining", "choose_chains", "reassessed"]
+__all__ = ["DEFAULT_MOVES", "Refining", "choose_chains", "reassessed"]
 
 DEFAULT_MOVES = 400
 CHAINS, FEW_CHAINS = 512, 32
@@ -71,30 +70,6 @@ def choose_chains(density: JointDensity, draws: Tensor, seconds: float | None) -
         return most
     affordable = 0.01 * seconds / (8 * each)
     return max(16, min(most, int(affordable) // 16 * 16))
-
-
-class ChainBar:
-    """A bar of progress."""
-
-    def __init__(self, name: str, show: bool) -> None:
-        self.bar = tqdm(total=100, desc=name, disable=not show, leave=False, unit="%", bar_format=_FORMAT)
-
-    def show(self, fraction: float, what: str) -> None:
-        """Moves the bar, and heeds an interruption."""
-        processes.heed()
-        if not self.bar.disable:
-            self.bar.n = min(100, int(100 * fraction))
-            self.bar.set_postfix_str(what, refresh=False)
-            self.bar.update(0)
-
-    def __enter__(self) -> ChainBar:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.bar.close()
-
-
-_FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {elapsed} {postfix}"
 
 
 @dataclass
@@ -139,7 +114,7 @@ class Refining:
         budget: Budget,
         num_chains: int,
         starts: Tensor | None,
-        bar: ChainBar,
+        bar: ProgressBar,
     ) -> None:
         self.flow, self.density, self.known, self.budget, self.bar = flow, density, known, budget, bar
         self.initial, self.num_chains, self.starts = initial, num_chains, starts
@@ -335,7 +310,7 @@ class Refining:
             log_p = SafeDensity(density, z).values(z).to(z.device)
             log_q = self.flow.log_prob(z).detach().double()
             walk = _Walk(z, z.unsqueeze(1), log_p.unsqueeze(1), log_q.unsqueeze(1))
-            found = Settling(math.inf, math.inf, 0.0, math.nan, math.nan, True)
+            found = Settling(math.inf, math.inf, 0.0, math.nan, True)
         else:
             walk, found = self.walk, self.settled
         draws = ChainDraws(walk.latents, walk.log_p, walk.log_q, found.effective, found.rhat, self.diverged, "refine")
@@ -348,10 +323,10 @@ def reassessed(
     known: Assessment, flow: Flow, density: JointDensity, chains: ChainDraws, verdict: Verdict
 ) -> Assessment:
     """Returns weighted draws of the flow under a verdict on chains; the evidence is bridged if that is ok."""
-    z, log_p, log_q = weigh(flow, density, BRIDGE)
-    numbers = importance(log_p - log_q)
+    _, z, log_p, log_q = drawn = weigh(flow, density, BRIDGE)
+    numbers = importance(drawn.log_weights)
     if verdict.ok:
-        numbers = bridged(numbers, log_p - log_q, (chains.log_p - chains.log_q).flatten(), chains.effective)
+        numbers = bridged(numbers, drawn.log_weights, (chains.log_p - chains.log_q).flatten(), chains.effective)
     found = verdict.numbers | {"log_evidence": numbers.log_evidence, "log_evidence_error": numbers.log_evidence_error}
     said = replace(verdict, numbers=found)
     return replace(known, draws=z, log_p=log_p, log_q=log_q, importance=numbers, verdict=said)
@@ -392,13 +367,10 @@ class _Learner:
         with torch.enable_grad():
             with Autoregressive.remembering(self.flow):
                 draws = self.flow.chain(x)
-                z = draws.detach().requires_grad_()
-                with frozen(self.flow.chain):
-                    value = self.flow.score(z)
-                push = torch.autograd.grad(value.sum(), z)[0]
+                push = slope_of(self.flow, draws)
             log_p, pull = unrecorded(self.density.gradients, draws.detach())
-            fine = log_p.to(z.device).isfinite().unsqueeze(-1) & push.isfinite()
-            toward = torch.where(fine, pull.to(z) - push, 0.0) / len(x)
+            fine = log_p.to(push.device).isfinite().unsqueeze(-1) & push.isfinite()
+            toward = torch.where(fine, pull.to(push) - push, 0.0) / len(x)
             return torch.autograd.grad(-(draws * toward).sum(), self.optimizer.parameters, allow_unused=True)
 
     def release(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +15,7 @@ from pyro import poutine
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from pyro_flows.core.checks import integer
+from pyro_flows.core.checks import integer, positive_seconds
 from pyro_flows.distributions import Flow, FlowDistribution
 from pyro_flows.infer.bridge import to_arviz
 from pyro_flows.infer.diagnostics import Importance, Verdict, resample
@@ -30,11 +29,12 @@ from pyro_flows.infer.guides.builders import Builder
 from pyro_flows.infer.guides.loop import History
 from pyro_flows.infer.guides.members import pick_members
 from pyro_flows.infer.guides.nuts import BaseChains
-from pyro_flows.infer.guides.refine import DEFAULT_MOVES, ChainBar, Refining, choose_chains, reassessed
+from pyro_flows.infer.guides.refine import DEFAULT_MOVES, Refining, choose_chains, reassessed
 from pyro_flows.infer.machine import processes
 from pyro_flows.infer.machine.budget import Budget
 from pyro_flows.infer.machine.files import check_path, read_state, refuse_others, write_state
-from pyro_flows.infer.machine.interrupts import carrying, interrupts_held_back, pyro_as_it_was
+from pyro_flows.infer.machine.interrupts import SoFar, carrying, interrupts_held_back, pyro_as_it_was
+from pyro_flows.infer.machine.progress import ProgressBar
 from pyro_flows.infer.machine.randomness import seeded
 from pyro_flows.infer.machine.records import device_of, read
 from pyro_flows.infer.models.joint import JointDensity
@@ -175,8 +175,8 @@ class GuideFit:
                     f"be resampled; got num_samples={num_samples}"
                 )
             return resample(known.draws, known.log_weights, num_samples)
-        z, log_p, log_q = weigh(self.flow, self._density, 4 * num_samples)
-        return resample(z, log_p - log_q, num_samples)
+        drawn = weigh(self.flow, self._density, 4 * num_samples)
+        return resample(drawn.draws, drawn.log_weights, num_samples)
 
     def _picked(self, num_samples: int) -> Tensor | None:
         """Returns draws whose members were picked by their own weights, if that pays."""
@@ -272,14 +272,17 @@ class GuideFit:
             Flows (Gabrié et al., 2021), arXiv:2105.12603; On Sampling with Approximate Transport Maps (Grenioux et al.,
             2023), arXiv:2302.04763.
         """
-        if seconds is not None and not 0 < seconds < math.inf:
-            raise ValueError(f"refine: expected seconds to be a positive number, got {seconds!r}")
+        positive_seconds("refine", "seconds", seconds)
         if moves is not None:
             integer("refine", "moves", moves)
         begin = processes.clock()
 
         def run(
-            guide: AutoFlow, own: JointDensity, density: JointDensity, bar: ChainBar, so_far: list[Callable[[], object]]
+            guide: AutoFlow,
+            own: JointDensity,
+            density: JointDensity,
+            bar: ProgressBar,
+            so_far: SoFar,
         ) -> Walked:
             budget = Budget(DEFAULT_MOVES if seconds is None and moves is None else moves, seconds, begin)
             count = choose_chains(density, self.assessment.draws, seconds)
@@ -334,7 +337,11 @@ class GuideFit:
             integer("nuts", name, value, 0 if name == "warmup_steps" else 4 if name == "num_samples" else 1)
 
         def run(
-            guide: AutoFlow, own: JointDensity, density: JointDensity, bar: ChainBar, so_far: list[Callable[[], object]]
+            guide: AutoFlow,
+            own: JointDensity,
+            density: JointDensity,
+            bar: ProgressBar,
+            so_far: SoFar,
         ) -> Walked:
             known = self.assessment
             z = resample(known.draws, known.log_weights, num_chains)
@@ -359,13 +366,14 @@ class GuideFit:
 
     def _walk(self, name: str, run: Callable[..., Walked], seed: int | None, progress: bool) -> GuideFit:
         """Runs chains on a copy of the guide, led by the first of several processes."""
-        so_far: list[Callable[[], object]] = []
+        so_far: SoFar = []
         with carrying(so_far), processes.joined(name), ExitStack() as stack:
             known, density = refusals.walkable(name, self.guide, self._density)
             guide = copy.deepcopy(known)
-            bar = ChainBar(name, progress and not processes.rank())
+            bar = ProgressBar(name, progress and not processes.rank())
             seed = guide.seed if seed is None else seed
-            for each in (pyro_as_it_was(), seeded(seed), poutine.block(), torch.enable_grad(), bar):
+            stack.callback(bar.close)
+            for each in (pyro_as_it_was(), seeded(seed), poutine.block(), torch.enable_grad()):
                 stack.enter_context(each)
             self.assessment  # noqa: B018  # judged by all processes, before the first leads
 
@@ -378,18 +386,10 @@ class GuideFit:
         return self._walked(guide, *found)
 
     def _walked(self, guide: AutoFlow, chains: ChainDraws, assessment: Assessment) -> GuideFit:
-        return GuideFit(
-            guide.flow,
-            guide.latents,
-            self.history,
-            assessment,
-            guide=guide,
-            density=self._density,
-            failures=self.failures,
-            evaluations=self.evaluations,
-            notes=self.notes,
-            chains=chains,
-        )
+        fit = copy.copy(self)
+        fit.guide, fit.flow, fit.latents = guide, guide.flow, guide.latents
+        fit.chains, fit._assessment = chains, assessment
+        return fit
 
     # Predictions.
 

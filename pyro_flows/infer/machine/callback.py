@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pyro_flows.infer.machine.processes import from_first
+from pyro_flows.infer.machine.processes import devices, from_first
 
 __all__ = ["Callback", "asks_to_stop", "check_callback"]
 
@@ -28,8 +28,7 @@ def asks_to_stop(callback: Callback, record: dict[str, Any]) -> bool:
     """Calls the function in the first process, with random numbers of its own; all get its answer, if it is true."""
 
     def ask() -> bool:
-        devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-        with torch.random.fork_rng(devices):
+        with torch.random.fork_rng(devices()):
             answer = callback(record)
         return isinstance(answer, (bool, np.bool_)) and bool(answer)
 

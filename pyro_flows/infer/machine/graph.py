@@ -69,13 +69,13 @@ class Graph:
         mutates: bool = False,
     ) -> None:
         self.program, self.constants, self.bytes, self.mutates = program, constants, made, mutates
-        self._run, self._read = program.forward, read
+        self._run, self.read = program.forward, read
         self._length = sum(node.op in ("call_function", "call_method") for node in program.graph.nodes)
 
     @property
     def holds(self) -> bool:
         """Whether no tensor from outside changed since."""
-        return all(tensor._version == version for tensor, version in self._read.items())
+        return all(tensor._version == version for tensor, version in self.read.items())
 
     def __len__(self) -> int:
         """The number of calls of torch."""
@@ -115,7 +115,7 @@ class Graph:
             if node.target is aten.copy.default:
                 node.target = _copied
         graph.program.recompile()
-        return Graph(graph.program, graph.constants, graph._read)
+        return Graph(graph.program, graph.constants, graph.read)
 
 
 class Replay:

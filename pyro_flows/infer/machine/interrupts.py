@@ -7,11 +7,21 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 from pyro.poutine.runtime import _DIM_ALLOCATOR, _PYRO_STACK
 
-__all__ = ["carrying", "interrupts_held_back", "pyro_as_it_was"]
+__all__ = ["SoFar", "carrying", "interrupts_held_back", "own_handler", "pyro_as_it_was"]
+
+SoFar = list[Callable[[], object]]
+"""At most one function, which gives the result so far."""
+
+
+def own_handler() -> Callable[[int, FrameType | None], Any] | None:
+    """The handler of Ctrl-C, if it can be replaced here: in the main thread, and set from Python."""
+    handler = signal.getsignal(signal.SIGINT)
+    return handler if threading.current_thread() is threading.main_thread() and callable(handler) else None
 
 
 @contextmanager
@@ -20,9 +30,8 @@ def interrupts_held_back() -> Iterator[None]:
 
     While one interruption is handled, others are dropped, so that it keeps all it carries.
     """
-    handler = signal.getsignal(signal.SIGINT)
-    # Python runs handlers only in the main thread; None is a handler not set from Python.
-    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+    handler = own_handler()
+    if handler is None:
         yield
         return
     came: list[int] = []
@@ -37,7 +46,7 @@ def interrupts_held_back() -> Iterator[None]:
 
 
 @contextmanager
-def carrying(so_far: list[Callable[[], object]]) -> Iterator[None]:
+def carrying(so_far: SoFar) -> Iterator[None]:
     """Gives errors raised inside an attribute ``fit``: the result of the first function, or ``None``."""
     try:
         yield

@@ -13,7 +13,6 @@ from __future__ import annotations
 import io
 import math
 import signal
-import threading
 import time
 import warnings
 import zlib
@@ -24,11 +23,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, distributed, nn
 
+from pyro_flows.infer.machine.interrupts import own_handler
+
 __all__ = [
     "average_buffers",
     "averaged",
     "clock",
     "count",
+    "devices",
     "everyone",
     "from_first",
     "gathered",
@@ -105,8 +107,8 @@ class _Meeting:
     @contextmanager
     def holding_interrupts(self) -> Iterator[None]:
         """Keeps Ctrl-C for the next message; a second one counts at once."""
-        handler = signal.getsignal(signal.SIGINT)
-        if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        handler = own_handler()
+        if handler is None:
             yield
             return
 
@@ -163,7 +165,7 @@ def joined(who: str) -> Iterator[None]:
         if meeting.rank:
             stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")
-            stack.enter_context(torch.random.fork_rng(_devices()))
+            stack.enter_context(torch.random.fork_rng(devices()))
         _meeting = meeting
         try:
             meeting.exchange(who)
@@ -350,7 +352,7 @@ def primed(module: nn.Module, call: Callable[[], object]) -> None:
     """Calls the module on the first batch of all processes if a layer, e.g. ``ActNorm``, is set by its first batch."""
     if all(bool(getattr(each, "initialized", True)) for each in module.modules()):
         return
-    with torch.no_grad(), torch.random.fork_rng(_devices()), warnings.catch_warnings():
+    with torch.no_grad(), torch.random.fork_rng(devices()), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # each process sees all rows, so that none is alone
         call()
 
@@ -362,7 +364,7 @@ def own_draws(number: int) -> Iterator[None]:
     if meeting is None:
         yield
         return
-    with torch.random.fork_rng(_devices()):
+    with torch.random.fork_rng(devices()):
         torch.manual_seed(hash((torch.initial_seed(), number, meeting.rank)))
         yield
 
@@ -427,7 +429,8 @@ class _Shared:
         return None if table[:, 1].any() else table.to(z.dtype)
 
 
-def _devices() -> list[int]:
+def devices() -> list[int]:
+    """The GPU whose random numbers this process draws, if any."""
     return [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
 
 
@@ -435,11 +438,11 @@ def _share_random() -> None:
     """Gives all processes the random state of the first."""
 
     def states() -> list[Tensor]:
-        return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in _devices())]
+        return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices())]
 
     on_cpu, *others = from_first(states)
     torch.set_rng_state(on_cpu)
-    for device, state in zip(_devices(), others, strict=False):
+    for device, state in zip(devices(), others, strict=False):
         torch.cuda.set_rng_state(state, device)
 
 

@@ -11,7 +11,7 @@ from functools import partial, reduce
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
 
 from pyro_flows.infer.machine.graph import Graph, RecordError, record
@@ -151,13 +151,13 @@ class Recorded:
         row = row.clone().requires_grad_()
         graph = record(lambda: _sloped(run, row), [row], failures)[1]
         if not graph.mutates:
-            return [graph]
+            return [_turned(graph)]
         # Changes of tensors, and the gradients of changes, have no rules for many points.
         failures.clear()
         with torch.no_grad():
             value = record(lambda: run(row), [row], failures)[1]
         pure = value.functional(row)
-        return [value, record(lambda: _sloped(pure.differentiable, row), [row])[1]]
+        return [value, _turned(record(lambda: _sloped(pure.differentiable, row), [row])[1])]
 
     def _checked(self, row: Tensor, failures: list[Tensor]) -> Pair:
         """Returns the density at a point, and whether everything is defined there."""
@@ -219,6 +219,33 @@ def _sloped(run: Callable[[Tensor], Any], row: Tensor) -> Pair:
         value, fine = run(row)
         (slope,) = torch.autograd.grad(value, row)
     return torch.where(fine, value.detach(), math.nan), slope
+
+
+def _turned(graph: Graph) -> Graph:
+    """Turns products of a constant matrix and one that differs between points.
+
+    ``torch.vmap`` makes one product for all points only if the second matrix is the constant one, up to 25 times as
+    fast.
+    """
+    for node in graph.program.graph.nodes:
+        first = node.args[0] if node.target in _PRODUCTS else None
+        if isinstance(first, fx.Node) and first.op == "placeholder" and first.name.startswith("c"):
+            node.target = _PRODUCTS[node.target]
+    graph.program.recompile()
+    return Graph(graph.program, graph.constants, graph.read, graph.bytes, graph.mutates)
+
+
+def _mm(a: Tensor, b: Tensor) -> Tensor:
+    if b.shape[1] == 1:
+        return torch.mv(a, b[:, 0])[:, None]
+    return torch.matmul(b.mT.contiguous(), a.mT).mT.contiguous()
+
+
+def _bmm(a: Tensor, b: Tensor) -> Tensor:
+    return _mm(a[0], b[0])[None] if len(a) == 1 else torch.bmm(a, b)
+
+
+_PRODUCTS = {torch._C._VariableFunctions.mm: _mm, torch._C._VariableFunctions.bmm: _bmm}
 
 
 def _mapped(graph: Graph, rows: Tensor) -> tuple[Tensor, ...]:

@@ -18,6 +18,7 @@ from pyro.poutine import Trace
 from torch import Tensor
 from torch.distributions import biject_to
 
+from pyro_flows.core.checks import first_few
 from pyro_flows.infer.models.sites import Message, Model, latent_messages
 
 __all__ = ["guide_values"]
@@ -84,8 +85,9 @@ def _check_support(site: Message, value: Tensor) -> None:
 def _refuse_rows(name: str, fine: Tensor, why: str) -> None:
     if not fine.all():
         rows = (~fine).nonzero().flatten().tolist()
-        shown = ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
-        raise ValueError(f"ForwardKL: {len(rows)} of {len(fine)} draws of {name!r} are {why}, rows {shown}")
+        raise ValueError(
+            f"ForwardKL: {len(rows)} of {len(fine)} draws of {name!r} are {why}, rows {first_few(rows, 5)}"
+        )
 
 
 def _unconstrained(guide: AutoContinuous | AutoNormal, draws: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -31,10 +31,10 @@ _TRIALS, _MANY, _TROUBLES = 20, 8, 3
 class SafeDensity:
     """A log-density that never raises, counts its evaluations, and returns ``-inf`` at refused points.
 
-    Points and results are float64 on the CPU; the density sees the dtype and device of ``like``. A call that raises is
-    split in halves until the refused points stand alone. The density's :class:`~pyro_flows.infer.machine.pace.Pace` and
-    ``rows`` (four times as many without gradients) limit the points per call. After ``seconds``, remaining points are
-    ``-inf``.
+    Points and results are float64 on the CPU; the density sees the dtype and device of ``like``, and never a point that
+    is not finite. A call that raises is split in halves until the refused points stand alone. The density's
+    :class:`~pyro_flows.infer.machine.pace.Pace` and ``rows`` (four times as many without gradients) limit the points of
+    a call. After ``seconds``, remaining points are ``-inf``.
     """
 
     def __init__(self, density: LogDensity, like: Tensor, *, seconds: float | None = None, rows: int = 256) -> None:
@@ -74,6 +74,11 @@ class SafeDensity:
         return self._all(z, True, self.rows)
 
     def _all(self, z: Tensor, gradient: bool, rows: int) -> tuple[Tensor, Tensor]:
+        fine = z.isfinite().all(-1)
+        if not fine.all():
+            value, slope = self._late(z)
+            value[fine], slope[fine] = self._all(z[fine], gradient, rows)
+            return value, slope
         # A density need not accept a call without rows.
         parts = [(z.new_zeros(0), z[:0])]
         first = 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -25,15 +24,12 @@ class Peaks(NamedTuple):
     """Log-density there in nats, ``(S,)``."""
     scale: Tensor
     """Lower triangular with positive diagonal, ``(S, D, D)``: the Cholesky factor of the covariance."""
-    spectrum: Tensor
-    """Eigenvalues of the negative Hessian in the units of the last scale but one, ``(S, D)``; near 1 when settled."""
     proper: Tensor
     """Whether the point is a maximum with curvature in all directions, ``(S,)``."""
 
-    def log_mass(self) -> Tensor:
-        """Returns the log integral of the Gaussian bump, in nats, ``(S,)``."""
-        size = self.scale.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        return self.values + size + 0.5 * self.points.shape[-1] * math.log(2 * math.pi)
+    def chosen(self, rows: Tensor | slice) -> Peaks:
+        """Selects some of them."""
+        return Peaks(*(part[rows] for part in self))
 
 
 def bend(safe: SafeDensity, points: Tensor, slope: Tensor, frame: Tensor) -> Tensor:
@@ -91,7 +87,7 @@ def laplace(safe: SafeDensity, points: Tensor, frame: Tensor, *, rounds: int = 6
     """
     points, frame = points.clone(), frame.clone()
     value, slope = safe.gradients(points)
-    spectrum = torch.zeros_like(points)
+    spectrum = torch.zeros_like(points)  # of the negative Hessian in units of the scale; near 1 when settled
     short = difference(safe)
     open_ = torch.ones_like(value, dtype=torch.bool)
     for turn in range(rounds):
@@ -124,7 +120,7 @@ def laplace(safe: SafeDensity, points: Tensor, frame: Tensor, *, rounds: int = 6
     flat = 0.5 * (push * push).sum(-1) < 1e-3 + 64 * safe.eps * value.abs()
     proper = flat & (spectrum > 0.05).all(-1) & value.isfinite() & frame.isfinite().all(-1).all(-1)
     frame = torch.where(proper[:, None, None], frame, frame.nan_to_num(nan=0.0, posinf=1e150, neginf=-1e150))
-    return Peaks(points, value, triangular(frame), spectrum, proper)
+    return Peaks(points, value, triangular(frame), proper)
 
 
 def shortened(safe: SafeDensity, peaks: Peaks) -> Peaks:

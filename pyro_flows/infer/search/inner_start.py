@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Generator, Tensor
+from torch import Tensor
 
 from pyro_flows.infer.models.structure import Structure
 from pyro_flows.infer.search.climb import LogDensity, SafeDensity, climb
@@ -29,6 +29,9 @@ CALLS = 2.5  # of Newton's method for a point, from where its neighbors lead
 SAME = 0.1  # distance of two ends of climbs, in standard deviations
 NEAR = 0.5  # shift of the center, in standard deviations, after which points need not move
 CENTERS = 3
+WALLS = 3  # climbs anew, each with the walls of members where the last one ended
+FLATTER = 1e3  # times the standard deviations without the members' volume, at which a curvature is noise
+FLAT = 1e-16  # precision of a global
 BENT = 0.8  # most part of the curvature that a correction takes away
 FARTHEST = 3.0  # shift of the center at once, in standard deviations
 
@@ -71,7 +74,6 @@ def find_inner_start(
     *,
     num_points: int = 0,
     seconds: float | None = None,
-    generator: Generator | None = None,
 ) -> InnerStart | None:
     r"""Finds a start for globals, and for members given these.
 
@@ -91,7 +93,6 @@ def find_inner_start(
         initial: a point with finite density, shape ``(D,)``.
         num_points: values of the globals, at least 16.
         seconds: the wall-clock limit, checked between calls.
-        generator: the source of randomness, on the CPU.
 
     Returns:
         The start in float64 on the CPU, or ``None`` if time or precision did not suffice.
@@ -101,7 +102,7 @@ def find_inner_start(
         et al., 2009); Embedded Laplace approximation (Margossian et al., 2020), arXiv:2004.12550.
     """
     try:
-        found = _found(SafeDensity(density, initial, seconds=seconds), structure, initial, num_points, generator)
+        found = _found(SafeDensity(density, initial, seconds=seconds), structure, initial, num_points)
     except torch.linalg.LinAlgError:  # curvatures of members that hardly have a mode
         return None
     if found is None:
@@ -113,9 +114,7 @@ def find_inner_start(
     return found if fine else None
 
 
-def _found(
-    safe: SafeDensity, structure: Structure, initial: Tensor, num_points: int, generator: Generator | None
-) -> InnerStart | None:
+def _found(safe: SafeDensity, structure: Structure, initial: Tensor, num_points: int) -> InnerStart | None:
     """Finds the start, which may be without finite numbers."""
     inner = InnerDensity(safe, structure, initial)
     at, best = structure.globals, inner.point[structure.globals]
@@ -123,12 +122,12 @@ def _found(
     factor = best.new_zeros(len(at), len(at))
     late: tuple[Tensor, MemberBlocks] | None = None
     if len(at):
-        peak = _globals_peak(inner, generator)
+        peak = _globals_peak(inner)
         if peak is None:
             return None
         best, factor, late = peak
     count = max(TOGETHER, num_points) if len(at) else 1
-    noise = WIDE * torch.randn(count, len(at), generator=generator, dtype=torch.float64, device="cpu")
+    noise = WIDE * torch.randn(count, len(at), dtype=torch.float64, device="cpu")
     noise[0] = 0.0
     for _ in range(CENTERS):
         z, value, blocks, _ = inner.settled(best[None])
@@ -141,6 +140,10 @@ def _found(
         else:
             return None
         g = best + noise @ factor.mT
+        there, value, found, _ = inner.settled(g[: TOGETHER if inner.walled else 1])
+        if not safe.expired and value.isfinite().all() and inner.bound(there, found):
+            z, _, blocks, _ = inner.settled(best[None])
+            inner.measure(blocks)
         g, members, log_mass = _expanded(inner, g) or _extended(inner, z, blocks, g)
         near = (g - best) if not len(at) else torch.linalg.solve_triangular(factor, (g - best).mT, upper=False).mT
         shift, turn = _correction(near, log_mass)
@@ -156,9 +159,7 @@ def _found(
     return InnerStart(loc, inner.size, factor, g, members)
 
 
-def _globals_peak(
-    inner: InnerDensity, generator: Generator | None
-) -> tuple[Tensor, Tensor, tuple[Tensor, MemberBlocks]] | None:
+def _globals_peak(inner: InnerDensity) -> tuple[Tensor, Tensor, tuple[Tensor, MemberBlocks]] | None:
     """Returns the globals' mode ``(G,)`` and a factor of their covariance ``(G, G)``, members integrated out.
 
     And a point ``(1, D)`` near by, and the members' factorized Hessian there.
@@ -168,6 +169,8 @@ def _globals_peak(
     z, value, blocks, _ = inner.settled(best[None])
     if safe.expired or not value.isfinite().all():
         return None
+    if inner.bound(z, blocks):
+        z, value, blocks, _ = inner.settled(best[None])
     inner.measure(blocks)
     metric = _covariance(inner.joint(z[0], blocks), least=1.0)
     inner.size[at] = metric.diagonal().sqrt()
@@ -175,11 +178,16 @@ def _globals_peak(
     outer.deadline, outer.eps = safe.deadline, max(ROUGH, safe.eps)
     began = time.monotonic()
     first = _end(outer, best[None], metric)
+    for _ in range(WALLS):
+        z, value, blocks, _ = inner.settled(first[0][None])
+        if safe.expired or not value.isfinite().all() or not inner.bound(z, blocks):
+            break
+        first = _end(outer, best[None], metric)
     spent = time.monotonic() - began
     ends, levels = [first[0]], [first[1]]
     # Others from around, if there is time.
     if safe.deadline is None or OTHERS * spent < safe.deadline - time.monotonic():
-        around = torch.rand(OTHERS - 1, len(at), generator=generator, dtype=torch.float64, device="cpu")
+        around = torch.rand(OTHERS - 1, len(at), dtype=torch.float64, device="cpu")
         points = best + 2 * (2 * around - 1)
         points = points[outer.values(points).isfinite()]
         if len(points):
@@ -207,7 +215,8 @@ def _globals_peak(
             if not peak.proper[0] and not outer.expired:
                 peak = laplace(outer, peak.points, peak.scale, rounds=3)
             late = outer.expired
-        if not late and all(part[0].isfinite().all() for part in peak[:3]):
+        sizes = peak.scale[0].norm(dim=-1) / factor.norm(dim=-1)
+        if not late and all(part[0].isfinite().all() for part in peak[:3]) and sizes.amax() < FLATTER:
             rough = (bool(peak.proper[0]), _mass(peak), peak.points[0], peak.scale[0], there)
         found.append(rough)
     if not found:
@@ -233,7 +242,7 @@ def _covariance(precision: Tensor, least: float = 0.0) -> Tensor:
     """Inverts a precision, by its eigenvalues in absolute value, at least ``least``."""
     strength, axes = symmetric_eigen(precision)
     strength = strength.abs()
-    strength = strength.clamp(min=max(least, 1e-300)).maximum(1e-12 * strength.amax())
+    strength = strength.clamp(min=max(least, FLAT)).maximum(1e-12 * strength.amax())
     return (axes / strength) @ axes.mT
 
 

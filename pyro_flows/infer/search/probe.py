@@ -29,6 +29,7 @@ _LONG, _ENOUGH = 30, 1.0  # steps after which climbs end once this share of them
 _GRACE = 0.5  # share of the seconds for curvatures and masses, if need be beyond these
 _PER_DIM, _SPREAD = 4, (2000, 5)  # draws by dimensions that give a scale; those that are used, and more by dimensions
 _NEAR = 0.01  # between ends of one mode
+_DEEP = 25.0  # nats by dimensions below the evidence; a mode would be e^24 wide to count
 _LEAST_SHARE, _LEAST_PART = 1e-3, 0.1  # of a missed mode; of its mass in the guide
 
 
@@ -151,7 +152,7 @@ def probe_modes(
         climbs = _climbed(safe, points, inside, spread)
     if seconds is not None:  # a mode without a mass would not count
         safe.deadline = time.monotonic() + _GRACE * seconds
-    peaks, basin = _peaks(safe, climbs, spread, _known(known))
+    peaks, basin = _peaks(safe, climbs, spread, log_evidence - _DEEP * len(initial), _known(known))
     climbed = not safe.expired and bool(climbs.looked.double().mean() >= _MOST)
     q_there = guide.values(peaks.points)
     mass_p, mass_q = _masses(safe, guide, peaks, generator)
@@ -235,11 +236,13 @@ def _climbed(safe: SafeDensity, points: Tensor, inside: Tensor, spread: Tensor) 
     return _Climbs(*paths.ends()[:2], paths.converged, looked, inside)
 
 
-def _peaks(safe: SafeDensity, climbs: _Climbs, spread: Tensor, known: list[Peaks]) -> tuple[Peaks, Tensor]:
-    """Returns distinct maxima, best first, and the share of the guide's draws that lead there."""
+def _peaks(
+    safe: SafeDensity, climbs: _Climbs, spread: Tensor, least: float, known: list[Peaks]
+) -> tuple[Peaks, Tensor]:
+    """Returns distinct maxima above the ``least`` value, best first, and the share of the draws that lead there."""
     ends, values, converged, inside = climbs.ends, climbs.values, climbs.converged, climbs.inside
     order = values.masked_fill(~converged, -torch.inf).argsort(descending=True).tolist()
-    free = converged & values.isfinite()
+    free = converged & (values > least)
     found: list[Peaks] = []
     shares: list[float] = []
 
@@ -266,21 +269,21 @@ def _peaks(safe: SafeDensity, climbs: _Climbs, spread: Tensor, known: list[Peaks
         peaks = shortened(safe, laplace(safe, ends[rows], spread.expand(len(rows), -1, -1), rounds=8))
         for k in range(len(rows)):
             if peaks.proper[k] and len(found) < _MODES:
-                add(Peaks(*(part[k : k + 1] for part in peaks)))
+                add(peaks.chosen(slice(k, k + 1)))
     if not found:
         dim = ends.shape[-1]
         none = ends.new_zeros(0)
-        return Peaks(none.reshape(0, dim), none, none.reshape(0, dim, dim), none.reshape(0, dim), none.bool()), none
+        return Peaks(none.reshape(0, dim), none, none.reshape(0, dim, dim), none.bool()), none
     best = torch.cat([peak.values for peak in found]).argsort(descending=True)
-    return Peaks(*(torch.cat(part)[best] for part in zip(*found, strict=True))), ends.new_tensor(shares)[best]
+    return Peaks(*map(torch.cat, zip(*found, strict=True))).chosen(best), ends.new_tensor(shares)[best]
 
 
 def _known(probe: ModeProbe | None) -> list[Peaks]:
     if probe is None:
         return []
     points, values, scale = (part.detach().double().cpu() for part in (probe.locations, probe.log_p, probe.scale))
-    peaks = Peaks(points, values, scale, torch.ones_like(points), torch.ones_like(values, dtype=torch.bool))
-    return [Peaks(*(part[k : k + 1] for part in peaks)) for k in range(len(points))]
+    peaks = Peaks(points, values, scale, torch.ones_like(values, dtype=torch.bool))
+    return [peaks.chosen(slice(k, k + 1)) for k in range(len(points))]
 
 
 def _same(one: Peaks, other: Peaks) -> bool:

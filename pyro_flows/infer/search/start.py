@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from typing import NamedTuple
 
 import torch
@@ -99,8 +100,9 @@ def find_start(
         num_starts: the number of climbs, the first from ``initial``.
         num_samples: the draws per ELBO, four times as many in refinements.
         generator: the source of randomness, on the CPU.
-        seconds: the wall-clock limit, checked between calls. If it ends before any ranking, the result is the Gaussian
-            at the end of the highest path, or a narrow one around ``initial``, with ELBO minus infinity.
+        seconds: the wall-clock limit, checked between calls. If it ends all paths before a maximum, the highest goes on
+            for as long again at most. If it ends before any ranking, the result is the Gaussian at the end of the
+            highest path, or a narrow one around ``initial``, with ELBO minus infinity.
         full_rank_up_to: the largest dimension with a full-rank scale.
 
     Raises:
@@ -123,7 +125,7 @@ def find_start(
     unit = identity(center) if full else torch.ones_like(center)
     best = _Ranking(safe, _pairs(num_samples, center, generator))
     # Climbs need few points, and leave a good Gaussian if time ends before any ranking.
-    found = _candidates(safe, _dispersed(safe, center, num_starts, generator), full)
+    found = _candidates(safe, _dispersed(safe, center, num_starts, generator), full, seconds)
     best.add_all([_Gaussian(center, size * unit, "initial") for size in _PLAIN] + found)
     if best.winner is None and safe.found and safe.expired:
         blind = _Gaussian(center, _BLIND * unit, "initial")
@@ -220,8 +222,12 @@ def _dispersed(safe: SafeDensity, center: Tensor, num_starts: int, generator: Ge
     return torch.cat(found)
 
 
-def _candidates(safe: SafeDensity, points: Tensor, full: bool) -> list[_Gaussian]:
-    """Climbs from ``points``; returns Gaussians along the paths and at their ends, the most trustworthy first."""
+def _candidates(safe: SafeDensity, points: Tensor, full: bool, more: float | None = None) -> list[_Gaussian]:
+    """Climbs from ``points``; returns Gaussians along the paths and at their ends, the most trustworthy first.
+
+    If time ends all paths before a maximum, the highest goes on, as training would start far from the posterior: there
+    are ``more`` seconds.
+    """
     value, slope = safe.gradients(points)
     points, slope = points[value.isfinite()], slope[value.isfinite()]
     if not len(points):
@@ -233,8 +239,12 @@ def _candidates(safe: SafeDensity, points: Tensor, full: bool) -> list[_Gaussian
             paths = climb(safe, points, memory=None, metric=metric, steps=_STEPS)
         else:
             paths = climb(safe, points)
+        cut = safe.expired and not paths.converged.any()
     ends, values, slope = paths.ends()
     order = values.argsort(descending=True)
+    if cut and more is not None and safe.deadline is not None:
+        safe.deadline = time.monotonic() + more
+        return _candidates(safe, ends[order[:1]], full)
     along = [_along(paths, i, None if metric is None else metric[i]) for i in order.tolist()]
     last = [path.pop() for path in along]
     rest = [each for path in along for each in path]

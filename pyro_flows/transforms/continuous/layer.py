@@ -271,7 +271,7 @@ class Continuous(FlowTransform):
     ) -> tuple[Tensor, Tensor, OdeReport]:
         report = OdeReport(self.solver, "density" if density else "sampling")
         span = ((1.0, 0.0) if density else (0.0, 1.0)) if span is None else span
-        batch = x.shape[: x.dim() - len(self.event_shape)]
+        batch = self._batch_of(x)
         if x.is_meta:
             return torch.empty_like(x), x.new_empty(batch), report
         like = next((p for p in self.parameters() if p.is_floating_point()), x)
@@ -389,7 +389,7 @@ class Continuous(FlowTransform):
         value = admit(self, value, context, density)
         times = _increasing(times)
         states, ladjs, at = [], [], 1.0 if density else 0.0
-        ladj = value.new_zeros(value.shape[: value.dim() - len(self.event_shape)])
+        ladj = value.new_zeros(self._batch_of(value))
         for t in reversed(times) if density else times:
             if t != at:
                 value, more, _ = self._solve(value, context, density, span=(at, t))

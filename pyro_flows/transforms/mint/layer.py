@@ -251,7 +251,7 @@ class Mint(FlowTransform):
 
     def inverse_and_log_slopes(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Data to base, and :meth:`log_slopes`, for a checked value and context."""
-        batch = y.shape[: y.dim() - len(self.event_shape)]
+        batch = self._batch_of(y)
         rows = y.reshape(batch.numel(), *self.event_shape)
         x, slopes = self.map.value_and_slope(rows, *self._weights(context, batch))
         return x.view(y.shape), slopes.log().view(y.shape)
@@ -261,7 +261,7 @@ class Mint(FlowTransform):
         return x, logs.flatten(-len(self.event_shape)).sum(-1)
 
     def forward_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        batch = x.shape[: x.dim() - len(self.event_shape)]
+        batch = self._batch_of(x)
         shared, rowwise = self._weights(context, batch)
         rows = x.reshape(batch.numel(), *self.event_shape).to(self.scale.dtype)
         y, self.last_solve = solve_triangular(self.map, rows, shared, rowwise, self.settings)

@@ -18,8 +18,9 @@ from pyro_flows.core.steps import Move, Stepper, affine, at_any_time, length_mas
 from pyro_flows.distributions import ConvMADE, Flow
 from pyro_flows.distributions.made.steps import ModelSteps
 from pyro_flows.distributions.queries.layers import leaves_of
+from pyro_flows.distributions.shared import by_row
+from pyro_flows.infer.density.surprise import single_base, surprise
 from pyro_flows.infer.density.units import StandardizedDensity, is_plain_flow
-from pyro_flows.infer.uses.surprise import single_base, surprise
 
 __all__ = ["Stream", "step_log_prob"]
 
@@ -119,7 +120,7 @@ class Stream:
                 self._parts.append((affine(*(at_any_time("Stream", "standardization", each) for each in own)), False))
                 context = None if context is None else (context - flow.context_loc) / flow.context_scale
             self._reach = made.reach
-            self._base = made.stepper(self.batch_shape.numel(), self._spread(context))
+            self._base = made.stepper(self.batch_shape.numel(), by_row(context, self.batch_shape))
         elif is_plain_flow(flow):
             self._codomain, self._reach = flow.chain.codomain, flow.chain.reach
             self._take_apart(flow, flow.inner_context(context))
@@ -148,16 +149,10 @@ class Stream:
                         "it is not known to be causal in time with the same parameters at all times; build the flow of "
                         "causal_maf, mintnet(..., causal=True) and elementwise parts"
                     )
-                self._parts.append((stepper(rows, self._spread(own)), inverse))
+                self._parts.append((stepper(rows, by_row(own, self.batch_shape)), inverse))
             except ValueError as error:
                 name = f"{type(part).__name__} (part {k} of {len(leaves)})"
                 raise ValueError(f"Stream: {name} does not go step by step: {error}") from None
-
-    def _spread(self, context: Tensor | None) -> Tensor | None:
-        """A context for each row."""
-        if context is None:
-            return None
-        return context.expand(*self.batch_shape, -1).reshape(self.batch_shape.numel(), context.shape[-1])
 
     @torch.no_grad()
     def observe(self, y: Tensor) -> Tensor:

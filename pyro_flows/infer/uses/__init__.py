@@ -1,3 +1,0 @@
-"""Uses of a fitted density."""
-
-__all__: list[str] = []
