@@ -64,16 +64,16 @@ def grid(size: int, count: int) -> tuple[Tensor, Tensor]:
 
 
 def learn(modes: dist.TorchDistribution, layers: int, seed: int, args: argparse.Namespace) -> pf.Flow:
-    """A flow that learns the target from its density, which is flattened in the first 60 % of the steps."""
+    """A flow that learns the target from its density, which is flattened in the first third of the steps."""
     torch.manual_seed(seed)
     flow = pf.Flow(pf.sphere(modes.event_shape[0], num_layers=layers))
     # Gradients of flows with narrow bins have heavy tails: a short memory of their size forgets outliers soon.
-    optimizer = torch.optim.Adam(flow.parameters(), lr=3e-3, betas=(0.9, args.beta))
+    optimizer = torch.optim.Adam(flow.parameters(), lr=5e-3, betas=(0.9, args.beta))
     steps = 3 if args.smoke else args.steps
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step in range(steps):
         optimizer.zero_grad()
-        power = min(1.0, 0.1 + 1.5 * step / steps)  # mass between modes moves slowly
+        power = min(1.0, 0.1 + 2.7 * step / steps)
         x, log_q = flow.rsample_and_log_prob((args.draws,))
         if args.gradient == "path":
             place = x.detach().requires_grad_()
