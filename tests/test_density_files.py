@@ -356,7 +356,7 @@ def test_an_own_head_in_small_data(tmp_path):
     """Folds by default add the start, a further copy of the model."""
     torch.manual_seed(1)
     rows, made = real(20), pf.MADE(2, OwnHead(), hidden_dims=(8,))
-    fit = pf.fit_density(made, rows, patience=1, schedule="constant", progress=False)
+    fit = pf.fit_density(made, rows, patience=1, schedule="constant", lr=0.1, progress=False)
     assert len(fit.distribution) == 6
     with pytest.warns(UserWarning, match="'OwnHead' is not of this package"):
         fit.save(tmp_path / "fit.pt")
