@@ -139,6 +139,40 @@ def test_steps_that_differ_are_refused(score, trained, monkeypatch):
     assert torch.equal(parameters(found), parameters(plain))
 
 
+@pytest.mark.parametrize("slow", [0.5, 2.0])
+@pytest.mark.parametrize("compile", ["auto", True])
+def test_the_faster_steps_go_on(slow, compile, monkeypatch):
+    """Each is timed in turns, so that what slows the machine for a while slows both."""
+    steps, now, taken = compiled.CompiledSteps(compile), 0.0, []
+    steps._run = steps.trusted = True
+    monkeypatch.setattr(compiled.time, "monotonic", lambda: now)
+    for k in range(12):
+        with steps.turn(10):
+            taken.append(steps.has_turn())
+            now += (1 + 9 * (k in (2, 3))) * (slow if taken[-1] else 1.0)
+    faster = slow < 1 or compile is True
+    assert taken == ([True] * 12 if compile is True else [True, False] * 3 + [faster] * 6)
+    assert steps.why_not == (None if faster else "compiled steps take longer than plain ones")
+
+
+@pytest.mark.full
+def test_slower_compiled_steps_end(monkeypatch, trained):
+    fit(compile=True)
+    run, calls = compiled.CompiledSteps.run, []
+
+    def slowly(self, *args):
+        calls.append(time.sleep(0.1))
+        return run(self, *args)
+
+    monkeypatch.setattr(compiled, "LEAST", 0.0)
+    monkeypatch.setattr(compiled, "LOOKING", 0.0)
+    monkeypatch.setattr(compiled.CompiledSteps, "run", slowly)
+    found, plain = fit(compile="auto"), fit(compile=False)
+    assert trained[1].trusted and trained[1].why_not == "compiled steps take longer than plain ones"
+    assert len(calls) == 1 + compiled.TURNS  # one is checked
+    assert (parameters(found) - parameters(plain)).abs().max() < 1e-5
+
+
 class Own(torch.nn.Module):
     """A user's density, which may count its calls."""
 

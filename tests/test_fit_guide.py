@@ -3,8 +3,6 @@
 import copy
 import math
 import pickle
-import subprocess
-import sys
 import time
 from functools import partial
 
@@ -12,6 +10,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from asserts import output_of
 from cases import full_but, seeded
 from pyro import poutine
 from pyro.infer import SVI, Predictive, Trace_ELBO
@@ -21,7 +20,9 @@ from pyro.nn import PyroModule
 import pyro_flows as pf
 from pyro_flows.infer import AutoFlow, fit_guide, load_guide
 from pyro_flows.infer.diagnostics.verdict import LABELS, Verdict
+from pyro_flows.infer.guides import loop
 from pyro_flows.infer.guides.loop import emphasis
+from pyro_flows.infer.machine.budget import Budget
 from pyro_flows.infer.machine.optimizers import AdamW
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -518,9 +519,7 @@ def test_saved_fit_in_another_process(hierarchical, tmp_path, request):
     points = (values, hierarchical.log_prob(values).detach(), hierarchical.verdict.label, hierarchical.khat)
     torch.save(points, tmp_path / "points.pt")
     code = LOAD.format(root=str(request.config.rootpath), saved=str(path), points=str(tmp_path / "points.pt"))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == repr(hierarchical)
+    assert output_of("-c", code).strip() == repr(hierarchical)
 
 
 def test_saving_changes_nothing(hierarchical, tmp_path):
@@ -602,16 +601,16 @@ def test_hopeless_densities_end():
     assert "no more" in str(caught.value) or "failed" in str(caught.value)
 
 
+def with_parameter(y):
+    sd = pyro.param("sd", torch.tensor(2.0), constraint=dist.constraints.positive)
+    a = pyro.sample("a", dist.Normal(0.0, sd))
+    pyro.sample("y", dist.Normal(a, 1.0), obs=y)
+
+
 def test_parameters_of_the_model_are_held():
     """``pyro.param`` in the model keeps its value; the posterior is that at this value, and a warning says so."""
-
-    def model(y):
-        sd = pyro.param("sd", torch.tensor(2.0), constraint=dist.constraints.positive)
-        a = pyro.sample("a", dist.Normal(0.0, sd))
-        pyro.sample("y", dist.Normal(a, 1.0), obs=y)
-
     with pytest.warns(UserWarning, match=r"parameters of the model \('sd'\) are held") as caught:
-        found = fit(AutoFlow(model, seed=0), torch.tensor(1.0), steps=60)
+        found = fit(AutoFlow(with_parameter, seed=0), torch.tensor(1.0), steps=60)
     assert len(caught) == 1 and any("'sd'" in note for note in found.notes)
     assert pyro.param("sd").item() == 2.0
     assert abs(found.sample(10_000)["a"].mean() - 0.8) < 0.05
@@ -621,13 +620,7 @@ def test_parameters_of_the_model_are_held():
 
 def test_copies_where_the_model_has_parameters():
     """A trace of such a model holds tensors that cannot be copied, and data that need not be."""
-
-    def model(y):
-        sd = pyro.param("sd", torch.tensor(2.0), constraint=dist.constraints.positive)
-        a = pyro.sample("a", dist.Normal(0.0, sd))
-        pyro.sample("y", dist.Normal(a, 1.0), obs=y)
-
-    guide = AutoFlow(model, start="prior", seed=0).setup(torch.tensor(1.0))
+    guide = AutoFlow(with_parameter, start="prior", seed=0).setup(torch.tensor(1.0))
     twin = copy.deepcopy(guide)
     assert twin.prototype_trace is guide.prototype_trace and twin.latents is not guide.latents
     assert all(p is not q for p, q in zip(twin.parameters(), guide.parameters(), strict=True))
@@ -751,3 +744,37 @@ def test_adam_is_that_of_torch():
         reference.step()
     adam.release()
     torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("dependencies", ["model", "dense"])
+def test_steps_that_break_the_state_are_taken_back(dependencies, monkeypatch):
+    """At these rates single steps leave no draw with a density."""
+    monkeypatch.setattr(loop, "RATES", (3.0, 1e-4))
+    monkeypatch.setattr(loop, "CAREFUL_RATES", (3.0, 1e-4))
+
+    def members(y):
+        mu, tau = pyro.sample("mu", dist.Normal(0.0, 5.0)), pyro.sample("tau", dist.LogNormal(0.0, 1.0))
+        with pyro.plate("members", len(y)):
+            pyro.sample("y", dist.Normal(pyro.sample("theta", dist.Normal(mu, tau)), 0.5), obs=y)
+
+    y = torch.linspace(-2.0, 3.0, 12)
+    fit = fit_guide(AutoFlow(members, dependencies=dependencies, seed=0), y, steps=300, progress=False)
+    assert any(map(math.isnan, fit.history.elbo)) and math.isfinite(fit.history.elbo[-1])
+    assert all(v.isfinite().all() for v in fit.flow.state_dict().values()) and fit.ess > 0.1
+
+
+@pytest.mark.parametrize("harm", [math.nan, 1e30])
+def test_a_last_step_without_a_record_does_not_spoil_the_state(harm):
+    flow = AutoFlow(regression, SMALL, seed=0).setup(X, Y).flow
+    training = loop.GuideTraining(flow, lambda z: -z.square().sum(-1), Budget(60, None, 0.0), num_particles=8)
+    training._best = -1.0, training.snapshot()
+    before = copy.deepcopy(flow.state_dict())
+    for _ in range(50):
+        training._note("flow", -1.0, 0.1, 1e-3, 1.0, 0)
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            parameter += harm
+    training._remember()
+    training._restore()
+    assert all(torch.equal(value, before[name]) for name, value in flow.state_dict().items())

@@ -9,7 +9,7 @@ import torch
 from asserts import refuses
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal, StudentT, Uniform
 
-from pyro_flows.infer.diagnostics.moments import compare_moments, scalar_names
+from pyro_flows.infer.diagnostics.moments import Moments, compare_moments, scalar_names
 from pyro_flows.infer.diagnostics.verdict import LABELS, judge, widening
 from pyro_flows.infer.diagnostics.weights import importance, resample
 
@@ -280,6 +280,22 @@ def test_moments_that_are_no_numbers_do_not_pass():
     z = torch.randn(N, 2)
     z[3, 1] = math.inf
     assert not judge(importance(torch.zeros(N)), moments=compare_moments(z, torch.zeros(N))).ok
+
+
+def test_a_standard_deviation_that_may_be_off_by_a_tenth_is_open():
+    """Weights that move it by six percent, with an error of a half or of four percent."""
+
+    def moments(error):
+        scale = torch.tensor([0.0, 0.06])
+        parts = {"mean": 0 * scale, "mean_error": 0 * scale, "scale": scale, "heavy": scale - math.inf}
+        return Moments(names=("a", "b"), scale_error=torch.tensor([0.0, error]), **parts)
+
+    found = importance(torch.zeros(N))
+    assert judge(found, moments=moments(0.005)).label == "good"
+    said = judge(found, moments=moments(0.04))
+    assert said.label == "good, tails uncertain" and said.ok and "standard deviation of b is off" in said.text
+    draws, log_weights = weigh(normal(), normal(0.0, 1.03))  # surely within
+    assert judge(importance(log_weights), moments=compare_moments(draws, log_weights)).label == "good"
 
 
 def test_what_a_heavy_tail_hides():

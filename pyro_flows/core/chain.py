@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import operator
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -179,11 +177,11 @@ class Chain(FlowTransform):
 def _through(
     direction: str, parts: Sequence[FlowTransform], value: Tensor, context: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    ladjs = []
+    total: Any = None
     for part in parts:
         value, ladj = getattr(part, direction)(value, context if part.context_dim else None)
-        ladjs.append(ladj)
-    return value, functools.reduce(operator.add, ladjs)
+        total = ladj if total is None else total + ladj
+    return value, total
 
 
 def leaves(transform: Any) -> list[FlowTransform]:

@@ -351,14 +351,12 @@ def _same_device(name: str, what: str, value: Tensor, kin: Tensor) -> None:
 def first_floating(module: nn.Module) -> Tensor | None:
     """A floating-point parameter or buffer, for its dtype and device."""
     # Asked at each call, so without the slower module.parameters().
-    modules: list[Any] = [module]
-    while modules:
-        each = modules.pop()
-        if each is None:
-            continue
-        for held in (each._parameters, each._buffers):
-            for tensor in held.values():
-                if tensor is not None and tensor.is_floating_point():
-                    return tensor
-        modules += reversed(each._modules.values())
+    for held in (module._parameters, module._buffers):
+        for tensor in held.values():
+            if tensor is not None and tensor.is_floating_point():
+                return tensor
+    for child in module._modules.values():
+        found = None if child is None else first_floating(child)
+        if found is not None:
+            return found
     return None

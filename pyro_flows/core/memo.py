@@ -26,7 +26,7 @@ from torch.utils.weak import TensorWeakRef
 
 from pyro_flows.core.modes import plain_eager
 
-__all__ = ["Kept", "Memo"]
+__all__ = ["Kept", "Memo", "asked_by_score"]
 
 _steps = 0
 
@@ -107,6 +107,11 @@ class _Entry(NamedTuple):
 _SCORE = TransformedDistribution.log_prob.__code__
 
 
+def asked_by_score() -> bool:
+    """Whether ``TransformedDistribution.log_prob`` reads the property that asks."""
+    return plain_eager() and sys._getframe(2).f_code is _SCORE
+
+
 def _scoring() -> FrameType | None:
     """The call of ``TransformedDistribution.log_prob`` that asks the transform, or the inverse, for this memo."""
     try:
@@ -180,11 +185,11 @@ class Memo:
 
     def ladj(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor | None:
         """The forward map's ladj if it is cached for ``(x, y)`` and nothing changed since."""
-        if not plain_eager():
-            return None
         within, self._within = self._within, None
         if within is not None and within[1] is x and within[2] is y and within[0] is _scoring():
             return within[3]
+        if not plain_eager():
+            return None
         for entry in (self._inverse, self._forward):
             if entry is None:
                 continue

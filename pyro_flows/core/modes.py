@@ -139,6 +139,11 @@ def full_precision(call: Callable[_P, _R]) -> Callable[_P, _R]:
     return _within(_without_autocast, _without_tf32)(call)
 
 
+@full_precision
+def _call_precisely(call: Callable[..., _R], *args: Any) -> _R:
+    return call(*args)
+
+
 def on_cpu(call: Callable[_P, _R]) -> Callable[_P, _R]:
     """Decorator: within the function, new tensors belong to the CPU, whatever the default device is."""
 
@@ -240,9 +245,7 @@ class GradientByHand(torch.autograd.Function):
         if not given:
             return (None,) * len(ctx.needs_input_grad)
         further = torch.is_grad_enabled() or any(map(batched, given))
-        pull = cls.pull_plainly if further else cls.pull
-        with _without_autocast(given[0].device), _without_tf32(given[0].device):
-            return pull(ctx, *grads)
+        return _call_precisely(cls.pull_plainly if further else cls.pull, ctx, *grads)
 
     record: Callable[..., Any]  # as apply in plain eager mode, but faster
 

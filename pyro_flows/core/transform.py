@@ -26,7 +26,7 @@ from pyro_flows.core.checks import (
     without_leading_ones,
     wrong_event,
 )
-from pyro_flows.core.memo import Memo
+from pyro_flows.core.memo import Memo, asked_by_score
 from pyro_flows.core.recipes import remembered
 
 __all__ = ["REAL", "WHOLE", "WHOLE_BOUND", "Conditioned", "FlowTransform", "Inverse"]
@@ -192,12 +192,15 @@ class FlowTransform(TransformModule):
         ref = self.__dict__.get("_inverse_ref")
         inverse = ref() if ref is not None else None
         if inverse is None:
+            if asked_by_score():  # which only calls it
+                inverted: Any = self._inv_call
+                return inverted
             inverse = self._make_inverse()
             self.__dict__["_inverse_ref"] = weakref.ref(inverse)
         return inverse
 
     def _make_inverse(self) -> FlowTransform:
-        # Made at each score from fields that are made once.  A strong reference would be a cycle that keeps parameters
+        # Made at each call from fields that are made once.  A strong reference would be a cycle that keeps parameters
         # alive.
         fields = self.__dict__.get("_inverse_fields")
         if fields is None:

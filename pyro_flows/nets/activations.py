@@ -81,7 +81,7 @@ class KnownActivation(NamedTuple):
         slope: the derivative from the value alone; a new tensor.
         in_place: the function, overwriting its argument; requires ``slope``.
         both: value and derivative from the argument, where that is cheaper.
-        pull: the argument's gradient from the value's gradient, argument and value, in one kernel.
+        pull: the argument's gradient, in place of the value's; from that, argument and value, in one kernel.
         curvature: the slope's derivative over the slope, from the value; ``None`` if zero or unknown.
         steepest: the largest slope, if the function suits a monotone map.
     """
@@ -131,14 +131,14 @@ KNOWN = {
             torch.relu,
             torch.sign,
             torch.relu_,
-            pull=lambda grad, pre, post: _aten.threshold_backward.default(grad, post, 0),
+            pull=lambda grad, pre, post: _aten.threshold_backward.grad_input(grad, post, 0, grad_input=grad),
         ),
         KnownActivation(
             "sigmoid",
             torch.sigmoid,
             lambda post: post * (1 - post),
             torch.sigmoid_,
-            pull=lambda grad, pre, post: _aten.sigmoid_backward.default(grad, post),
+            pull=lambda grad, pre, post: _aten.sigmoid_backward.grad_input(grad, post, grad_input=grad),
             curvature=lambda post: 1 - 2 * post,
             steepest=0.25,
         ),
@@ -146,7 +146,7 @@ KNOWN = {
             "silu",
             F.silu,
             both=_silu_and_slope,
-            pull=lambda grad, pre, post: _aten.silu_backward.default(grad, pre),
+            pull=lambda grad, pre, post: _aten.silu_backward.grad_input(grad, pre, grad_input=grad),
         ),
         KnownActivation(
             "softplus",
@@ -161,7 +161,7 @@ KNOWN = {
             torch.tanh,
             lambda post: 1 - post * post,
             torch.tanh_,
-            pull=lambda grad, pre, post: _aten.tanh_backward.default(grad, post),
+            pull=lambda grad, pre, post: _aten.tanh_backward.grad_input(grad, post, grad_input=grad),
             curvature=lambda post: -2 * post,
             steepest=1.0,
         ),
@@ -223,7 +223,10 @@ def value_and_slope(activation: Function, pre: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pull(activation: Function, grad: Tensor, pre: Tensor, post: Tensor) -> Tensor:
-    """The gradient for ``pre`` from ``grad``, the gradient for ``post``, which may be overwritten."""
+    """The gradient for ``pre`` from ``grad``, the gradient for ``post``, which may be overwritten.
+
+    ``pre`` is not read if :func:`in_place` is known.
+    """
     known = _BY_FUNCTION.get(activation)
     if known is not None and known.pull is not None:
         return known.pull(grad, pre, post)

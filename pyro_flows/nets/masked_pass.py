@@ -121,18 +121,20 @@ def _run(
     x: Tensor,
     first_bias: Tensor,
     *matrices: Tensor,
-) -> tuple[tuple[Tensor, ...], list[Tensor], list[Tensor], list[list[Tensor]], tuple[Tensor, ...]]:
+) -> tuple[tuple[Tensor, ...], list[Tensor | None], list[Tensor], list[list[Tensor]], tuple[Tensor, ...]]:
     """Returns the results and what their gradient needs.
 
-    That is each activation's arguments and values, each weight's masked parts, and tensors of the univariate.
+    That is each activation's arguments, unless overwritten, and values, each weight's masked parts, and tensors of the
+    univariate.
     """
     layers, joins = len(masks), net.joins
     pre, kept = net.cuts[0].product(matrices[0], masks[0], first_bias, x)
-    stream, into, inputs, parts = pre, [], [], [kept]
+    stream, inputs, parts = pre, [], [kept]
+    into: list[Tensor | None] = []
     for k in range(1, layers):
         activation = net.activations[k - 1]
         overwrite = None if joins else in_place(activation)
-        into.append(pre)
+        into.append(pre if overwrite is None else None)
         pre = (overwrite or activation)(pre)
         inputs.append(pre)
         pre, kept = net.cuts[k].product(matrices[k], masks[k], matrices[layers + k - 1], pre)

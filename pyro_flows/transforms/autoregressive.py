@@ -102,12 +102,15 @@ class Autoregressive(FlowTransform):
             for layer in layers:
                 layer._preimages = None
 
+    def _flat(self, value: Tensor) -> Tensor:
+        return value if len(self.event_shape) == 1 else value.flatten(-len(self.event_shape))
+
     def _shaped(self, flat: Tensor) -> Tensor:
         return flat if len(self.event_shape) == 1 else torch.unflatten(flat, -1, self.event_shape)
 
     def _one_pass(self, value: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         net: Any = self._modules["net"]  # faster than an attribute
-        ranked = net.to_ranks(value.flatten(-len(self.event_shape)))
+        ranked = net.to_ranks(self._flat(value))
         if self._preimages is not None:
             self._preimages.append(ranked.detach())
         moved, ladj = net.ranked(ranked, context, self.univariate)
@@ -115,7 +118,7 @@ class Autoregressive(FlowTransform):
 
     def _sweep(self, value: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         weights, biases, masks = self.net.tensors()
-        ranked = self.net.to_ranks(value.flatten(-len(self.event_shape)))
+        ranked = self.net.to_ranks(self._flat(value))
         known = self._preimages.pop() if self._preimages else None
         solved, ladj = solve(self.solver, ranked, self.net.first_bias(context), weights, biases[1:], masks, known)
         return self._shaped(self.net.from_ranks(solved)), ladj
@@ -130,7 +133,7 @@ class Autoregressive(FlowTransform):
         """Returns the base-side value and :meth:`log_slopes`."""
         x = self.inverse_and_ladj(y, context)[0]
         seen, sign = (y, 1) if self.fast == "density" else (x, -1)  # the network's input
-        flat = seen.flatten(-len(self.event_shape))
+        flat = self._flat(seen)
         slopes = self.univariate.forward(flat, self.net(flat, context))[1]
         return x, sign * torch.unflatten(slopes, -1, self.event_shape)
 

@@ -254,9 +254,8 @@ class Affine(Univariate):
         self, inverse: bool, z: Tensor, x: Tensor, ladj: Tensor, kept: Sequence[Tensor], grad: Tensor, grad_ladj: Tensor
     ) -> tuple[Tensor, Tensor]:
         by_z = kept[0] * grad
-        bend = one_plus_square(-(self.max_log_scale**-2), ladj)
-        moved = (grad, x) if inverse else (by_z, z)
-        by_raw = torch.addcmul(grad_ladj, *moved).mul_(bend)
+        by_raw = torch.addcmul(grad_ladj, *((grad, x) if inverse else (by_z, z)))
+        by_raw.addcmul_(by_raw, ladj * ladj, value=-(self.max_log_scale**-2))
         # In the memory layout of a network's outputs, to which they flatten without a copy.
         by_params = torch.stack((by_z if inverse else grad, by_raw), -2)
         factor = -self.gain if inverse else self.gain

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from statistics import NormalDist
 from typing import Any
 
 import torch
@@ -72,7 +73,7 @@ def sparse_adjacency(data: Any, order: str | Sequence[int] | Tensor = "identity"
         raise ValueError(f"sparse_adjacency: expected level between 0 and 1, got {level}")
     correlation, count = _correlation(data)
     size = len(correlation)
-    penalty = _normal_quantile(1 - level / max(size * (size - 1), 1)) / math.sqrt(count)
+    penalty = -NormalDist().inv_cdf(level / max(size * (size - 1), 1)) / math.sqrt(count)
     if isinstance(order, str) and order == "shallow":
         others = ~torch.eye(size, dtype=torch.bool)
         graph = _selected(correlation, others, penalty)
@@ -105,10 +106,6 @@ def _correlation(data: Any) -> tuple[Tensor, int]:
         )
     centered = centered / width
     return centered.T @ centered / len(rows), len(rows)
-
-
-def _normal_quantile(probability: float) -> float:
-    return float(torch.special.ndtri(torch.tensor(probability, dtype=torch.float64)))
 
 
 def _selected(correlation: Tensor, allowed: Tensor, penalty: float) -> Tensor:

@@ -161,9 +161,10 @@ class DensityTraining(TrainingLoop):
         order = rows.order(self.sizes.batch_size, self.shuffle)
         while len(order):
             count = self.compiled.at_once(len(order), self.budget, self.settings.steps) if self.compiled.ready() else 1
-            scores = self._compiled_steps(rows, optimizer, order[:count])
-            if scores is None:
-                scores = self._plain_steps(rows, order[:count])
+            with self.compiled.turn(count):
+                scores = self._compiled_steps(rows, optimizer, order[:count])
+                if scores is None:
+                    scores = self._plain_steps(rows, order[:count])
             sizes = torch.tensor([len(each) for each in order[:count]], dtype=torch.float64, device="cpu")
             yield float(scores.double() @ sizes / sizes.sum()), int(sizes.sum()), count
             order = order[count:]
@@ -177,12 +178,11 @@ class DensityTraining(TrainingLoop):
 
     def _plain_steps(self, rows: Rows, pieces: Sequence[Tensor]) -> Tensor:
         """Takes a step for each batch and returns their scores."""
-        scores = [self._step(*rows.batch(each))[0] for each in pieces]
-        return torch.tensor(scores, dtype=torch.float64, device="cpu")
+        return torch.tensor([self._step(*rows.batch(each))[0] for each in pieces], dtype=torch.float64, device="cpu")
 
     def _compiled_steps(self, rows: Rows, optimizer: AdamW, pieces: Sequence[Tensor]) -> Tensor | None:
         """Takes a step for each batch and returns their scores; ``None`` if plain ones must do."""
-        if not self.compiled.ready():
+        if not self.compiled.has_turn():
             return None
         factors = [self.schedule.factor(self.budget.fraction_after(k)) for k in range(len(pieces))]
         weights = [self._weight(self.budget.done + 1 + k) for k in range(len(pieces))]

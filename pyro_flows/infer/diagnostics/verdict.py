@@ -174,8 +174,9 @@ def judge(
     5. ``"good, few draws judged"``: fewer than 1000 draws, of more that were asked for.
     6. ``"good, modes not searched"``: the probe ran out of time.
     7. ``"good, tails uncertain"``: :math:`\hat k` is above that limit; or a standard deviation depends on a few of at
-       least 4000 draws; or the wider guide finds a hundredth of the posterior outside, or weights with an index of 0.5
-       or more (an exact guide has at most 0.3).
+       least 4000 draws, or its logarithm may be off by more than 0.1 within two standard errors; or the wider guide
+       finds a hundredth of the posterior outside, or weights with an index of 0.5 or more (an exact guide has at most
+       0.3).
     8. ``"good"``.
 
     :math:`\hat k` counts only if the tail's excess has half a percent of all weight; nearly constant weights give
@@ -244,7 +245,8 @@ def judge(
         return verdict(FEW)
     if probe is not None and not getattr(probe, "complete", True):
         return verdict(UNSEARCHED)
-    if heavy or stray or outside > SHARE or numbers.get("heavy", -math.inf) >= 0.7:
+    open_ = numbers.get("scale_reach", 0.0) > SHIFT
+    if heavy or stray or open_ or outside > SHARE or numbers.get("heavy", -math.inf) >= 0.7:
         return verdict(TAILS)
     return verdict(GOOD)
 
@@ -359,6 +361,9 @@ def _about_moments(moments: Moments, n: int, numbers: dict[str, float]) -> list[
     scaled = (moments.scale.abs() - 2 * moments.scale_error).clamp(min=0).masked_fill(heavy, 0.0)
     i, j = int(certain.argmax()), int(scaled.argmax())
     numbers["mean_shift"], numbers["scale_shift"] = float(certain[i]), float(scaled[j])
+    reach = (moments.scale.abs() + 2 * moments.scale_error).masked_fill(heavy, 0.0)
+    k = int(reach.argmax())
+    numbers["scale_reach"] = float(reach[k])
     numbers["heavy"] = float(moments.heavy.max()) if n >= SETTLED else -math.inf
     facts = [
         f"The weights move means by up to {float(moments.mean[i]):+.3f} standard deviations ({moments.names[i]}) and "
@@ -369,6 +374,11 @@ def _about_moments(moments: Moments, n: int, numbers: dict[str, float]) -> list[
         facts.append(
             f"The standard deviation of {first_few(names, 4)} depends on a few draws "
             f"(tail index up to {numbers['heavy']:.2f}): no sample of this size settles it."
+        )
+    if reach[k] > SHIFT >= scaled[j]:
+        facts.append(
+            f"The weights leave it open whether the standard deviation of {moments.names[k]} is off by a tenth "
+            f"({float(moments.scale[k]):+.3f} ± {float(moments.scale_error[k]):.3f} in its logarithm)."
         )
     return facts
 

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from pyro_flows.distributions import Flow
 from pyro_flows.infer.guides.modes import ModesBase
@@ -33,12 +33,12 @@ __all__ = ["CHECKPOINT", "GuideTraining", "History", "mean_of_finite", "speeds_o
 
 CHECKPOINT = CheckpointFormat(
     "fit_guide",
-    4,
+    5,
     {
         **dict.fromkeys(("architecture", "latents", "data", "parameters", "settings", "start"), dict),
         "training": {
             "phase": str,
-            **dict.fromkeys(("first", "spent", "trained"), float),
+            **dict.fromkeys(("first", "caution", "spent", "trained"), float),
             **dict.fromkeys(("flow", "history"), dict),
             "moments": dict,
             "best": (dict, type(None)),
@@ -61,6 +61,9 @@ EXACT = 0.02  # spread of log-weights at which training stops
 NEARLY, EARLY = 0.2, 0.5  # spread of log-weights that needs little more training, if it comes before this part of it
 LEFT = 0.3  # share of the time that is then left to search for modes
 PATIENCE = 25  # consecutive steps
+BROKEN, SMALLER = 5, 0.3  # steps in a row without a finite draw, after which training returns; what it does to rates
+TRIED = 16  # draws that show whether a state is finite
+TRUSTED = 1.0  # nats by which noise may hide that the last state is worse than the best
 LOOK = 50  # steps per mean compared with others
 WARMED = 10  # steps of a kind after which their time is known
 
@@ -187,6 +190,7 @@ class GuideTraining(TrainingLoop):
         self.phase = "affine" if fresh and tempering is None else "flow"
         self._rates = RATES if fresh else CAREFUL_RATES
         self._first = 0.0  # progress at the start of the flow phase
+        self._caution = 1.0  # part of the planned rates
         self._best: tuple[float, dict[str, Tensor]] | None = None
         if level > -math.inf:
             self._best = level, self.snapshot()
@@ -221,7 +225,7 @@ class GuideTraining(TrainingLoop):
                 self.keep(self.budget.done, write=True)
 
     def settle(self) -> None:
-        """Returns to the best state."""
+        """Returns to the best state, or stays if the last one is as good."""
         for parameters, name, parameter in self._places:  # an interruption may have left constants there
             parameters[name] = parameter
         for compiled in self.compiled.values():
@@ -247,6 +251,8 @@ class GuideTraining(TrainingLoop):
         if self._moments:
             optimizer.load_state_dict(self._moments)
             self._moments = {}
+        if self._best is None:
+            self._best = -math.inf, self.snapshot()
         self.keep(self.budget.done, write=True)
         processes.primed(flow, lambda: flow.rsample((self.num_particles,)))
 
@@ -254,14 +260,16 @@ class GuideTraining(TrainingLoop):
             """The step size of a later step, and the posterior's weight in it."""
             part = (self.budget.fraction_after(ahead) - begin) / max(end - begin, 1e-9)
             weight = 1.0 if self.tempering is None else self.tempering ** max(0.0, 1.0 - part / TEMPERED)
-            return cosine(part, *rates), weight
+            return self._caution * cosine(part, *rates), weight
 
         while self.budget.fraction < end and self._exact < PATIENCE and not self._settled(name) and not self.halted:
             before, done = processes.clock(), self.budget.done
             plans = [plan(k) for k in range(self._at_once(name, optimizer, plan(0)[1], end))]
-            if not self._compiled_steps(name, flow, optimizer, plans):
-                for rate, weight in plans:
-                    self._step(name, flow, optimizer, rate, weight)
+            compiled = self.compiled.get((name, self._emphatic(name, plans[0][1])))
+            with nullcontext() if compiled is None else compiled.turn(len(plans)):
+                if compiled is None or not self._compiled_steps(compiled, name, flow, optimizer, plans):
+                    for rate, weight in plans:
+                        self._step(name, flow, optimizer, rate, weight)
             self.budget.step_seconds = (processes.clock() - before) / (self.budget.done - done)
             if self._window >= LOOK and self.history.weight[-1] == 1.0:
                 self._window = 0
@@ -331,10 +339,11 @@ class GuideTraining(TrainingLoop):
             return "steps are compiled for the CPU only"
         return self.density.recorded.why_not
 
-    def _compiled_steps(self, name: str, flow: Flow, optimizer: AdamW, plans: Sequence[tuple[float, float]]) -> bool:
-        """Takes steps of these sizes, with these weights of the posterior, if they are compiled."""
-        compiled = self.compiled.get((name, self._emphatic(name, plans[0][1])))
-        if compiled is None or not compiled.ready():
+    def _compiled_steps(
+        self, compiled: CompiledSteps, name: str, flow: Flow, optimizer: AdamW, plans: Sequence[tuple[float, float]]
+    ) -> bool:
+        """Takes steps of these sizes, with these weights of the posterior, if it is their turn."""
+        if not compiled.has_turn():
             return False
         rates, weights = zip(*plans, strict=True)
         padded = optimizer.values.new_zeros(compiled.steps)
@@ -458,6 +467,30 @@ class GuideTraining(TrainingLoop):
                 "was not finite at any draw. Check the model with pyro.enable_validation(), or start from a better "
                 "point: AutoFlow(model, init_loc_fn=...)"
             )
+        broken = self.history.elbo[-BROKEN:]
+        if len(broken) == BROKEN and not any(map(math.isfinite, broken)):
+            self._retreat()
+
+    def _retreat(self) -> None:
+        """Goes on from the best state in smaller steps, after a step that left no draw with a density."""
+        if self._best is None or self._optimizer is None:
+            return
+        with interrupts_held_back():
+            self.flow.load_state_dict(self._best[1])
+            self._optimizer.forget()
+            self._caution *= SMALLER
+            self._window = self._exact = 0
+
+    @torch.no_grad()
+    def _usable(self) -> bool:
+        """Whether the state is finite, and draws are: the last step has no record of what it did."""
+        parts = [v for v in self.flow.state_dict().values() if isinstance(v, Tensor) and v.is_floating_point()]
+        if not all(v.isfinite().all() for v in parts):
+            return False
+        noise = torch.randn(TRIED, *self.flow.event_shape, generator=Generator().manual_seed(0), device="cpu")
+        self.flow.chain.clear_cache()
+        z, ladj = self.flow.chain.forward_and_ladj(noise.to(next(self.flow.parameters())))
+        return bool(z.isfinite().all() and ladj.isfinite().all())
 
     def _note(self, phase: str, elbo: float, spread: float, rate: float, weight: float, bad: int) -> None:
         row = (elbo, spread, rate, phase, self.budget.elapsed, weight, bad)
@@ -479,7 +512,8 @@ class GuideTraining(TrainingLoop):
         """Stores the state if the last steps were the best."""
         mean = mean_of_finite(self.history.elbo[-LOOK:])
         # Means over steps before parameters broke say nothing of the state.
-        if math.isfinite(self.history.elbo[-1]) and (self._best is None or mean > self._best[0]):
+        last = self.history.elbo[-1]
+        if math.isfinite(last) and self._usable() and (self._best is None or mean > self._best[0]):
             self._best = (mean, self.snapshot())
 
     def _restore(self) -> None:
@@ -487,10 +521,9 @@ class GuideTraining(TrainingLoop):
         if self._best is None:
             return
         last = [v for v in self.history.elbo[-LOOK:] if math.isfinite(v)]
-        finite = all(p.isfinite().all() for p in self.flow.parameters())
-        if last and finite:
+        if last and math.isfinite(self.history.elbo[-1]) and self._usable():
             noise = 3 * mean_of_finite(self.history.spread[-LOOK:]) / math.sqrt(self.num_particles * len(last))
-            if sum(last) / len(last) >= self._best[0] - max(0.02, noise):  # of NaN, 0.02
+            if sum(last) / len(last) >= self._best[0] - min(max(0.02, noise), TRUSTED):  # of NaN, 0.02
                 return
         self.flow.load_state_dict(self._best[1])
 
@@ -501,6 +534,7 @@ class GuideTraining(TrainingLoop):
         return {
             "phase": self.phase,
             "first": self._first,
+            "caution": self._caution,
             "flow": self.snapshot(),
             "moments": {} if self._optimizer is None else self._optimizer.state_dict(),
             "best": None if self._best is None else {"elbo": self._best[0], "flow": self._best[1]},
@@ -518,6 +552,7 @@ class GuideTraining(TrainingLoop):
         """Restores what :meth:`state_dict` returned."""
         self.flow.load_state_dict(state["flow"])
         self.phase, self._first, self._moments = state["phase"], state["first"], state["moments"]
+        self._caution = state["caution"]
         best = state["best"]
         self._best = None if best is None else (best["elbo"], best["flow"])
         self._exact, self._window = state["exact"], state["window"]

@@ -10,8 +10,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,6 +37,7 @@ LOOKING = 10.0  # seconds left in which a graph made for the purpose is worth it
 FILES = 100  # kept on disk
 LONGEST = 5000  # calls in a graph
 CHECKED = 3  # steps that are compared with plain ones
+TURNS = 3  # of compiled and of plain steps, after which the faster ones go on
 CALL = 0.25  # seconds of a call, after which a fit can be interrupted
 
 WORKER = Path(__file__).with_name("compile_worker.py")
@@ -51,8 +54,9 @@ def cache_folder() -> Path:
 class CompiledSteps:
     """Training steps that a second process compiles while plain ones go on.
 
-    ``compile`` says whether: ``"auto"`` where the fit will take much longer than compiling, or the file is there;
-    ``True`` waits for it.  Files are named by a checksum of graph, shapes, torch and processor.
+    ``compile`` says whether: ``"auto"`` where the fit will take much longer than compiling, or the file is there, and
+    then only while they are faster than plain ones; ``True`` waits for it, and keeps them.  Files are named by a
+    checksum of graph, shapes, torch and processor.
 
     Attributes:
         why_not: why steps are not compiled, if so.
@@ -68,6 +72,7 @@ class CompiledSteps:
         self._constants: list[Tensor] = []
         self.steps = STEPS
         self.trusted = False
+        self._times: dict[bool, list[float]] = {True: [], False: []}  # of a step, compiled or plain
         if compile and why_not is not None:
             self.refuse(why_not)
 
@@ -152,6 +157,24 @@ class CompiledSteps:
             most = min(most, last - budget.done)
         seconds = min(CALL, budget.left())
         return max(1, min(most, self.steps, int(seconds / max(budget.step_seconds, 1e-9))))
+
+    def has_turn(self) -> bool:
+        """Whether the next steps are compiled ones; until it is known which are faster, plain ones take turns."""
+        return self.ready() and not (self._undecided() and len(self._times[True]) > len(self._times[False]))
+
+    def _undecided(self) -> bool:
+        return self.compile == "auto" and self.trusted and len(self._times[False]) < TURNS
+
+    @contextmanager
+    def turn(self, steps: int) -> Iterator[None]:
+        """Times the next steps, which are taken inside; ends compiled ones that turn out to be slower."""
+        compiled, timed = self.has_turn(), self._undecided()
+        begin = time.monotonic()
+        yield
+        if timed and self._run is not None:
+            self._times[compiled].append((time.monotonic() - begin) / steps)
+            if not self._undecided() and min(self._times[True]) > min(self._times[False]):
+                self.refuse("compiled steps take longer than plain ones")
 
     def agrees(self, optimizer: AdamW, state: Sequence[Tensor]) -> bool:
         """Whether plain steps gave the same buffers; compiled steps are trusted from then on."""

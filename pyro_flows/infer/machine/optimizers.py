@@ -118,6 +118,12 @@ class AdamW:
         torch._foreach_copy_(self.buffers, list(buffers))
         self.touch()
 
+    def forget(self) -> None:
+        """Returns to moments of 0, after the parameters were set anew."""
+        for buffer in (self._first, self._second, self._steps):
+            buffer.zero_()
+        self.touch()
+
     def touch(self) -> None:
         """Tells caches that the parameters changed."""
         torch.autograd.graph.increment_version(self.parameters)

@@ -25,6 +25,8 @@ SHORTEST = 0.05  # part of a step
 FARTHER = 4.0  # times after each step that gained
 SETTLED = 1e-6  # nats that all members may be short of their modes
 LEAST = 1e-8  # curvature
+TURNS = tuple(4.0**k for k in range(-7, 2))  # standard deviations from a mode at which walls are looked for
+STEEP = 4.0  # slopes on both sides, in parts of a normal density's, that make a wall
 NEAR = 64  # points whose members' modes are kept
 ONE_SIDED = 1e-12  # rounding at which differences may be one-sided
 COLORS = 3  # steps of a chain that do not react to each other are moved together
@@ -93,6 +95,8 @@ class InnerDensity:
         self.local = torch.cat([group.places.flatten() for group in self.groups])
         self.short = 8.2 * safe.eps**0.25
         self.known: list[tuple[Tensor, Tensor]] = []
+        self.widest = torch.full_like(self.point, LEAST**-0.5)
+        """The largest standard deviations of members, ``(D,)``."""
         self.lean: Tensor | None = None
         """Derivatives of the members' modes with respect to the globals, ``(D, G)``, near the last center."""
         self.begin = time.monotonic()
@@ -227,9 +231,10 @@ class InnerDensity:
                 inverse[k] = (axes * strength[..., None, :]) @ axes.mT
                 log_size = log_size - 0.5 * strength.log().sum((-2, -1))
             else:
-                strength, axes = _strengths(symmetric)
-                inverse[k] = (axes / strength[..., None, :]) @ axes.mT
-                log_size = log_size + 0.5 * strength.log().sum((-2, -1))
+                widest = self.widest[self.groups[k].places]
+                strength, axes = _strengths(symmetric * widest[..., None] * widest[..., None, :], 1.0)
+                inverse[k] = (axes / strength[..., None, :]) @ axes.mT * widest[..., None] * widest[..., None, :]
+                log_size = log_size + (0.5 * strength.log() - widest.log()).sum((-2, -1))
             slope[k] = -inverse[k] @ over[k]
             filled = over[k].mT @ slope[k]  # (S, J, a, a), to be added to the ancestors' blocks
             at = 0
@@ -301,6 +306,37 @@ class InnerDensity:
         """Takes the members' standard deviations as lengths."""
         for group, inverse in zip(self.groups, blocks.inverse, strict=True):
             self.size[group.places] = inverse[0].diagonal(dim1=-2, dim2=-1).sqrt()
+
+    @property
+    def walled(self) -> bool:
+        """Whether a member has walls."""
+        return bool((self.widest < LEAST**-0.5).any())
+
+    def bound(self, z: Tensor, blocks: MemberBlocks) -> bool:
+        """Finds the walls of members that are nearly flat at their modes, for ``widest``; returns whether there are.
+
+        A scale with one observation :math:`r` is flat between :math:`r` and its prior's scale, so the curvature at its
+        mode, of order :math:`r`, says nothing of its width, and Laplace's approximation is infinite at :math:`r = 0`.
+        Slopes on both sides say how wide it is. The cost is 18 gradients for each variable of a member and point ``z``
+        of ``(S, D)``.
+        """
+        free = [column for column in self.columns if self.groups[column.group].length == 1]
+        still = self.safe.gradients(z)[1] if free else z
+        sides = z.new_tensor([1.0, -1.0])[:, None, None]
+        before = self.widest.clone()
+        for turn in TURNS:
+            for k, c, _, places in free:
+                unit = blocks.inverse[k][..., c, c].sqrt()
+                length = turn * unit * (turn * unit < self.widest[places])
+                rows = z.repeat(2, 1, 1)
+                rows[..., places] += sides * length
+                value, slope = self.safe.gradients(rows.flatten(0, 1))
+                fine = value.view(2, -1).isfinite().all(0)[:, None]
+                # One side alone may be skew.
+                pull = (sides * (still - slope.view(rows.shape))[..., places]).amin(0)
+                wall = fine & (length > 0) & (pull * unit > STEEP * turn)
+                self.widest[places] = self.widest[places].minimum(torch.where(wall, length, math.inf).amin(0))
+        return bool((self.widest < before).any())
 
     @property
     def shapely(self) -> list[int]:

@@ -29,6 +29,9 @@ CALLS = 2.5  # of Newton's method for a point, from where its neighbors lead
 SAME = 0.1  # distance of two ends of climbs, in standard deviations
 NEAR = 0.5  # shift of the center, in standard deviations, after which points need not move
 CENTERS = 3
+WALLS = 3  # climbs anew, each with the walls of members where the last one ended
+FLATTER = 1e3  # times the standard deviations without the members' volume, at which a curvature is noise
+FLAT = 1e-16  # precision of a global
 BENT = 0.8  # most part of the curvature that a correction takes away
 FARTHEST = 3.0  # shift of the center at once, in standard deviations
 
@@ -137,6 +140,10 @@ def _found(safe: SafeDensity, structure: Structure, initial: Tensor, num_points:
         else:
             return None
         g = best + noise @ factor.mT
+        there, value, found, _ = inner.settled(g[: TOGETHER if inner.walled else 1])
+        if not safe.expired and value.isfinite().all() and inner.bound(there, found):
+            z, _, blocks, _ = inner.settled(best[None])
+            inner.measure(blocks)
         g, members, log_mass = _expanded(inner, g) or _extended(inner, z, blocks, g)
         near = (g - best) if not len(at) else torch.linalg.solve_triangular(factor, (g - best).mT, upper=False).mT
         shift, turn = _correction(near, log_mass)
@@ -162,6 +169,8 @@ def _globals_peak(inner: InnerDensity) -> tuple[Tensor, Tensor, tuple[Tensor, Me
     z, value, blocks, _ = inner.settled(best[None])
     if safe.expired or not value.isfinite().all():
         return None
+    if inner.bound(z, blocks):
+        z, value, blocks, _ = inner.settled(best[None])
     inner.measure(blocks)
     metric = _covariance(inner.joint(z[0], blocks), least=1.0)
     inner.size[at] = metric.diagonal().sqrt()
@@ -169,6 +178,11 @@ def _globals_peak(inner: InnerDensity) -> tuple[Tensor, Tensor, tuple[Tensor, Me
     outer.deadline, outer.eps = safe.deadline, max(ROUGH, safe.eps)
     began = time.monotonic()
     first = _end(outer, best[None], metric)
+    for _ in range(WALLS):
+        z, value, blocks, _ = inner.settled(first[0][None])
+        if safe.expired or not value.isfinite().all() or not inner.bound(z, blocks):
+            break
+        first = _end(outer, best[None], metric)
     spent = time.monotonic() - began
     ends, levels = [first[0]], [first[1]]
     # Others from around, if there is time.
@@ -201,7 +215,8 @@ def _globals_peak(inner: InnerDensity) -> tuple[Tensor, Tensor, tuple[Tensor, Me
             if not peak.proper[0] and not outer.expired:
                 peak = laplace(outer, peak.points, peak.scale, rounds=3)
             late = outer.expired
-        if not late and all(part[0].isfinite().all() for part in peak[:3]):
+        sizes = peak.scale[0].norm(dim=-1) / factor.norm(dim=-1)
+        if not late and all(part[0].isfinite().all() for part in peak[:3]) and sizes.amax() < FLATTER:
             rough = (bool(peak.proper[0]), _mass(peak), peak.points[0], peak.scale[0], there)
         found.append(rough)
     if not found:
@@ -227,7 +242,7 @@ def _covariance(precision: Tensor, least: float = 0.0) -> Tensor:
     """Inverts a precision, by its eigenvalues in absolute value, at least ``least``."""
     strength, axes = symmetric_eigen(precision)
     strength = strength.abs()
-    strength = strength.clamp(min=max(least, 1e-300)).maximum(1e-12 * strength.amax())
+    strength = strength.clamp(min=max(least, FLAT)).maximum(1e-12 * strength.amax())
     return (axes / strength) @ axes.mT
 
 
