@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 
 from pyro_flows.core.chain import Chain, leaves
 from pyro_flows.distributions import DiagonalNormal, Flow
 from pyro_flows.distributions.made import MADE, AutoregressiveModel
+from pyro_flows.distributions.queries.mixtures import as_mixture
 from pyro_flows.infer.density.units import (
     Density,
     StandardizedDensity,
@@ -203,10 +205,23 @@ def _start_flow(density: Flow, part: Coloring, value: Tensor, context: Tensor | 
         loc, factor = made.loc, made.factor
         if type(density.base) is not DiagonalNormal:  # of another mean and variance
             base = density.base()
-            mean, variance = (each.cpu().double() for each in (base.mean, base.variance))
-            factor = factor / torch.where(variance.isfinite(), variance, 1.0).sqrt()
-            loc = loc - factor @ torch.where(mean.isfinite(), mean, 0.0)
+            mean, covariance = _moments_of(base)
+            root = torch.linalg.cholesky(covariance)
+            factor = torch.linalg.solve_triangular(root, factor, upper=False, left=False)
+            loc = loc - factor @ mean
         part.place(loc, factor, made.slope)
+
+
+def _moments_of(base: Distribution) -> tuple[Tensor, Tensor]:
+    """Mean and covariance of a base over vectors; 0 and 1 for numbers where they are not finite."""
+    mixture = as_mixture(base)
+    if mixture is not None:  # whose numbers hang together by the locations of its components
+        weights, locs = mixture.log_weights.exp().cpu(), mixture.loc.cpu()
+        mean = weights @ locs
+        far = locs - mean
+        return mean, torch.einsum("k,kij->ij", weights, mixture.cov.cpu()) + (weights * far.T) @ far
+    mean, variance = (each.cpu().double() for each in (base.mean, base.variance))
+    return torch.where(mean.isfinite(), mean, 0.0), torch.where(variance.isfinite(), variance, 1.0).diag_embed()
 
 
 def _start_made(model: AutoregressiveModel, value: Tensor, weight: Tensor | None) -> None:
