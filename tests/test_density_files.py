@@ -3,15 +3,13 @@
 import copy
 import json
 import os
-import subprocess
-import sys
 import warnings
 
 import pyro.distributions as dist
 import pytest
 import torch
 import torch.nn.functional as F
-from asserts import refuses
+from asserts import output_of, refuses
 from cases import full_but, shake
 from torch import nn
 from torch.distributions import transforms
@@ -232,9 +230,9 @@ print(fit.log_prob([[1.0, 2.0], [3.0, 4.0]]).tolist())
 @pytest.mark.full
 def test_another_process(tmp_path):
     fit, path = fit_and_file(tmp_path, pf.nsf(2, **SMALL))
-    done = subprocess.run([sys.executable, "-c", ELSEWHERE, str(path)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == pytest.approx(fit.log_prob([[1.0, 2.0], [3.0, 4.0]]).tolist(), abs=1e-5)
+    assert json.loads(output_of("-c", ELSEWHERE, path)) == pytest.approx(
+        fit.log_prob([[1.0, 2.0], [3.0, 4.0]]).tolist(), abs=1e-5
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -2,14 +2,12 @@
 
 import copy
 import itertools
-import subprocess
-import sys
 
 import numpy as np
 import pyro
 import pytest
 import torch
-from asserts import refuses
+from asserts import output_of, refuses
 from cases import full_but, reload, shake, train
 from torch import nn
 from torch.distributions import constraints
@@ -157,10 +155,7 @@ print("equal", len(found))
 
 
 def elsewhere(path, threads, rows):
-    command = [sys.executable, "-c", INVERT, str(threads), str(path), str(rows)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("equal")
+    assert output_of("-c", INVERT, threads, path, rows).startswith("equal")
 
 
 @pytest.mark.slow
