@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
 
 from pyro_flows.core.chain import Chain, leaves
 from pyro_flows.distributions import DiagonalNormal, Flow
