@@ -6,12 +6,11 @@ import importlib
 import inspect
 import pkgutil
 import re
-import subprocess
-import sys
 import typing
 from pathlib import Path
 
 import pytest
+from asserts import output_of
 
 import pyro_flows as pf
 from pyro_flows.univariate import Univariate
@@ -175,9 +174,7 @@ import pyro_flows
 assert ({state}) == before and torch.equal(torch.get_rng_state(), generator)
 print(*sorted(set(sys.modules) - loaded))
 """
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, cwd=ROOT.parent)
-    assert done.returncode == 0, done.stderr
-    loaded = set(done.stdout.split())
+    loaded = set(output_of("-W", "error", "-c", code).split())
     assert "pyro_flows" in loaded and not loaded & {*HEAVY, "pyro_flows.infer", "pyro_flows.plots"}
 
 
@@ -202,9 +199,7 @@ print(*sorted(sys.modules))
 @pytest.mark.full
 def test_guides_and_scores_load_no_compiler():
     """This takes a second and more, as long as a short fit."""
-    done = subprocess.run([sys.executable, "-c", USE], capture_output=True, text=True, cwd=ROOT.parent)
-    assert done.returncode == 0, done.stderr
-    assert not set(done.stdout.split()) & set(HEAVY)
+    assert not set(output_of("-c", USE).split()) & set(HEAVY)
 
 
 # Public names
@@ -262,7 +257,7 @@ def test_top_level():
         assert any(getattr(getattr(pf, place), name, None) is getattr(pf, name) for place in places), name
     assert pf.fit_guide is pf.infer.fit_guide
     code = "import pyro_flows as pf; pf.plots.density, pf.testing.check_transform"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT.parent)
+    output_of("-c", code)
     assert not hasattr(pf, "MLP")
 
 

@@ -2,8 +2,6 @@
 
 import copy
 import pickle
-import subprocess
-import sys
 import warnings
 from functools import partial
 
@@ -12,6 +10,7 @@ import pyro.distributions as dist
 import pyro.distributions.transforms as T
 import pytest
 import torch
+from asserts import output_of
 from cases import seeded
 from pyro import poutine
 from pyro.contrib.forecast import Forecaster, ForecastingModel
@@ -355,8 +354,7 @@ def test_state_in_another_process(tmp_path, request):
     code = LOAD.format(
         root=str(request.config.rootpath), state=str(tmp_path / "state.pt"), points=str(tmp_path / "points.pt")
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    output_of("-c", code)
 
 
 BUILDERS = {

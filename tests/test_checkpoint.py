@@ -5,7 +5,6 @@ import math
 import os
 import random
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from asserts import refuses
+from asserts import output_of, refuses
 from cases import altered, seeded
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -282,8 +281,7 @@ def test_resumed_in_another_process(tmp_path):
         f"found = fit(make(), max_epochs=4, checkpoint={str(path)!r}); "
         f"torch.save([found.distribution.state_dict(), found.history['train']], {str(tmp_path / 'done.pt')!r})"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    output_of("-c", code)
     state, history = torch.load(tmp_path / "done.pt", weights_only=True)
     assert history == whole.history["train"]
     assert all(torch.equal(value, state[name]) for name, value in whole.distribution.state_dict().items())

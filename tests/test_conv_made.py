@@ -166,6 +166,49 @@ def test_masked_weights_never_count():
 # It is a distribution.
 
 
+def sums_to_one(made, values):
+    """The probabilities of all events add up to 1, for each of two contexts, which matter."""
+    context = torch.tensor([[0.7], [-1.3]], dtype=F64)
+    logp = made.log_prob(states(made, values).unsqueeze(1), context)
+    assert logp.shape == (values**made.input_dim, 2)
+    torch.testing.assert_close(logp.exp().sum(0), torch.ones(2, dtype=F64), rtol=0, atol=1e-12)
+    assert (logp[:, 0] - logp[:, 1]).abs().max() > 0.1
+
+
+def keeps_dtype(made, dtype):
+    """Draws, densities and gradients have this dtype, with little rounding; returns contexts, draws and densities."""
+    context = torch.randn(5, 2, dtype=dtype)
+    x = made.sample((), context)
+    logp = made.log_prob(x, context)
+    assert x.dtype == logp.dtype == dtype
+    logp.sum().backward()
+    assert {p.grad.dtype for p in made.parameters()} == {dtype}
+    exact = copy.deepcopy(made).to(F64)
+    torch.testing.assert_close(logp.double(), exact.log_prob(x.double(), context.double()), rtol=1e-4, atol=1e-4)
+    return context, x, logp.detach()
+
+
+def draws_differentiably(made):
+    """Draws of normal conditionals have right gradients, of parameters too, and the noise behind them is white."""
+    context = torch.randn(2, 1, dtype=F64, requires_grad=True)
+
+    def drawn(context):
+        pyro.set_rng_seed(7)
+        return made.rsample((2,), context)
+
+    assert drawn(context).shape == (2, 2, *made.event_shape)
+    assert torch.autograd.gradcheck(drawn, (context,))
+    grads = torch.autograd.grad(drawn(context).square().sum(), list(made.parameters()))
+    assert all(grad.isfinite().all() for grad in grads)
+    with torch.no_grad():  # the noise, by the conditionals' own location and scale
+        x = made.rsample((1000,), context)
+        loc, raw = made.params(x, context).unbind(-1)
+        noise = (x.flatten(2) - loc) / (5 * torch.tanh(raw / 5)).exp()
+    covariance = torch.cov(noise.flatten(0, 1).T)
+    torch.testing.assert_close(covariance, torch.eye(made.input_dim, dtype=F64), rtol=0, atol=0.12)
+    return grads, loc, raw, noise
+
+
 @pytest.mark.parametrize(
     ("event", "head", "values"),
     [
@@ -178,12 +221,7 @@ def test_masked_weights_never_count():
     ],
 )
 def test_sums_to_one(event, head, values):
-    made = shaken(event, head, scale=0.8, context_dim=1)
-    context = torch.tensor([[0.7], [-1.3]], dtype=F64)
-    logp = made.log_prob(states(made, values).unsqueeze(1), context)
-    assert logp.shape == (values**made.input_dim, 2)
-    torch.testing.assert_close(logp.exp().sum(0), torch.ones(2, dtype=F64), rtol=0, atol=1e-12)
-    assert (logp[:, 0] - logp[:, 1]).abs().max() > 0.1
+    sums_to_one(shaken(event, head, scale=0.8, context_dim=1), values)
 
 
 @pytest.mark.parametrize(("event", "head", "values"), [((1, 2, 2), CategoricalHead(3), 3), ((2, 3), "bernoulli", 2)])
@@ -280,16 +318,7 @@ def test_expand_and_plates(case):
 def test_the_dtype_that_is_not_the_default(event, dtype, default, default_dtype):
     default_dtype(default)
     for head in ("bernoulli", CategoricalHead(3), "normal"):
-        made = shaken(event, head, scale=0.1, dtype=dtype, context_dim=2)
-        context = torch.randn(5, 2, dtype=dtype)
-        x = made.sample((), context)
-        assert x.dtype == dtype
-        logp = made.log_prob(x, context)
-        assert logp.dtype == dtype
-        logp.sum().backward()
-        assert {p.grad.dtype for p in made.parameters()} == {dtype}
-        exact = copy.deepcopy(made).to(F64)
-        torch.testing.assert_close(logp.double(), exact.log_prob(x.double(), context.double()), rtol=1e-4, atol=1e-4)
+        keeps_dtype(shaken(event, head, scale=0.1, dtype=dtype, context_dim=2), dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.uint8])
@@ -319,23 +348,9 @@ def test_chunks_of_draws_are_put_together(monkeypatch):
 @pytest.mark.parametrize("event", full_but([(2, 2, 3), (2, 3)], (2, 3)))
 def test_differentiable_draws(event):
     made = shaken(event, "normal", context_dim=1, scale=0.2, dilations=1)
-    context = torch.randn(2, 1, dtype=F64, requires_grad=True)
-
-    def drawn(context):
-        pyro.set_rng_seed(7)
-        return made.rsample((2,), context)
-
-    assert drawn(context).shape == (2, 2, *event)
-    assert torch.autograd.gradcheck(drawn, (context,))
-    grads = torch.autograd.grad(drawn(context).square().sum(), list(made.parameters()))
-    assert all(grad.isfinite().all() and grad.abs().sum() > 0 for grad in grads)
-    with torch.no_grad():  # the noise behind draws, by the conditionals' own location and scale
-        x = made.rsample((1000,), context)
-        loc, raw = made.params(x, context).unbind(-1)
-        noise = (x.flatten(2) - loc) / (5 * torch.tanh(raw / 5)).exp()
+    grads, loc, raw, noise = draws_differentiably(made)
+    assert all(grad.abs().sum() > 0 for grad in grads)
     assert loc.std() > 0.1 and raw.std() > 0.1
-    covariance = torch.cov(noise.flatten(0, 1).T)
-    torch.testing.assert_close(covariance, torch.eye(made.input_dim, dtype=F64), rtol=0, atol=0.12)
     assert noise.mean((0, 1)).abs().max() < 0.12
 
 

@@ -14,6 +14,7 @@ from torch.distributions import AffineTransform, ExpTransform, biject_to, constr
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_flows as pf
+from pyro_flows.infer.density.columns import copied
 from pyro_flows.infer.density.prepare import Survey
 from pyro_flows.infer.density.settings import Settings
 
@@ -339,3 +340,45 @@ def test_defaults_by_the_amount_of_data():
         assert sizes.total_steps == sizes.max_epochs * -(-rows // size)
         wanted = min(max(rows, 100), 600)  # steps without improvement
         assert sizes.patience == 5 or wanted <= sizes.patience * -(-rows // size) < wanted + -(-rows // size)
+
+
+def test_held_out_copies_of_training_rows_are_told():
+    x = torch.randn(300, 2)
+    with pytest.warns(UserWarning, match="100% of the held-out rows are copies of training rows, .*drop_duplicates"):
+        fit(flow(), x.repeat(4, 1), folds=1)
+    with pytest.warns(UserWarning, match="50% of the held-out rows"):
+        fit(flow(), x, torch.cat((x[:50], torch.randn(50, 2))))
+
+
+@pytest.mark.parametrize(
+    ("seen", "fresh", "share"),
+    [
+        ([torch.randn(4000, 2).mul(50).round()], [torch.randn(500, 2).mul(50).round()], 0.0),
+        ([torch.randint(2, (400, 2))], [torch.randint(2, (40, 2))], 0.0),
+        ([torch.randn(400, 2).clip(min=0.0)], [torch.randn(100, 2).clip(min=0.0)], 0.0),
+        ([torch.arange(4000.0)[:, None]], [torch.arange(50.0)[:, None]], 0.0),  # one number cannot tell
+        (2 * [torch.arange(4000.0)[:, None]], 2 * [torch.arange(50.0)[:, None]], 1.0),  # with its context it can
+        ([torch.arange(4000.0)[:, None], torch.randn(4000, 1)], 2 * [torch.arange(50.0)[:, None]], 0.0),
+        (
+            [torch.stack((torch.arange(4000.0), torch.zeros(4000)), 1)],
+            [torch.stack((torch.arange(3990.0, 4010), -torch.zeros(20)), 1)],
+            0.5,
+        ),
+    ],
+    ids=["rounded", "coins", "spike", "one-number", "context", "other-context", "half"],
+)
+def test_share_of_copies(seen, fresh, share):
+    assert copied(seen, fresh) == share
+
+
+def test_rows_with_labels_in_another_order_are_refused():
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame(np.random.default_rng(0).normal(size=(50, 2)), columns=["x", "y"])
+    x, turned = frame[["x"]], frame[["y"]].iloc[::-1]
+    message = r"context in the order of the rows of data, .*same labels.*; give context.loc\[data.index\]"
+    refuses(ValueError, message, fit, flow(1, 1), x, context=turned, folds=1)
+    refuses(ValueError, "weights in the order of", fit, flow(), frame, weights=turned["y"].abs(), folds=1)
+    given = fit(flow(1, 1), x, context=turned.loc[x.index], weights=turned["y"].abs().to_numpy(), folds=1)
+    refuses(ValueError, message, given.log_prob, x, turned)
+    moved = turned.loc[x.index].set_axis(range(7, 57))  # other labels say nothing
+    assert torch.equal(given.log_prob(x, moved), given.log_prob(x.to_numpy(), moved.to_numpy()))

@@ -378,7 +378,7 @@ def test_schedules_in_the_loop():
     rates = fit(pf.maf(2, **SMALL), data, schedule="cosine", max_epochs=8, lr=0.01).history["lr"]
     assert rates == sorted(rates, reverse=True) and rates[0] < 0.01 and 1e-4 <= rates[-1] < 1e-3
     assert set(fit(pf.maf(2, **SMALL), data, schedule="constant", max_epochs=3).history["lr"]) == {3e-3}
-    found = fit(pf.maf(2, **SMALL), data, data[:50], schedule="plateau", patience=1, lr=0.3, max_epochs=60)
+    found = fit(pf.maf(2, **SMALL), data, cloud(50), schedule="plateau", patience=1, lr=0.3, max_epochs=60)
     rates = found.history["lr"]
     assert rates == sorted(rates, reverse=True) and rates[-1] < 0.3 * 0.31 and found.stopped == "patience"
 

@@ -3,8 +3,6 @@
 import copy
 import math
 import pickle
-import subprocess
-import sys
 import time
 from functools import partial
 
@@ -12,6 +10,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from asserts import output_of
 from cases import full_but, seeded
 from pyro import poutine
 from pyro.infer import SVI, Predictive, Trace_ELBO
@@ -520,9 +519,7 @@ def test_saved_fit_in_another_process(hierarchical, tmp_path, request):
     points = (values, hierarchical.log_prob(values).detach(), hierarchical.verdict.label, hierarchical.khat)
     torch.save(points, tmp_path / "points.pt")
     code = LOAD.format(root=str(request.config.rootpath), saved=str(path), points=str(tmp_path / "points.pt"))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == repr(hierarchical)
+    assert output_of("-c", code).strip() == repr(hierarchical)
 
 
 def test_saving_changes_nothing(hierarchical, tmp_path):
@@ -604,16 +601,16 @@ def test_hopeless_densities_end():
     assert "no more" in str(caught.value) or "failed" in str(caught.value)
 
 
+def with_parameter(y):
+    sd = pyro.param("sd", torch.tensor(2.0), constraint=dist.constraints.positive)
+    a = pyro.sample("a", dist.Normal(0.0, sd))
+    pyro.sample("y", dist.Normal(a, 1.0), obs=y)
+
+
 def test_parameters_of_the_model_are_held():
     """``pyro.param`` in the model keeps its value; the posterior is that at this value, and a warning says so."""
-
-    def model(y):
-        sd = pyro.param("sd", torch.tensor(2.0), constraint=dist.constraints.positive)
-        a = pyro.sample("a", dist.Normal(0.0, sd))
-        pyro.sample("y", dist.Normal(a, 1.0), obs=y)
-
     with pytest.warns(UserWarning, match=r"parameters of the model \('sd'\) are held") as caught:
-        found = fit(AutoFlow(model, seed=0), torch.tensor(1.0), steps=60)
+        found = fit(AutoFlow(with_parameter, seed=0), torch.tensor(1.0), steps=60)
     assert len(caught) == 1 and any("'sd'" in note for note in found.notes)
     assert pyro.param("sd").item() == 2.0
     assert abs(found.sample(10_000)["a"].mean() - 0.8) < 0.05
@@ -623,13 +620,7 @@ def test_parameters_of_the_model_are_held():
 
 def test_copies_where_the_model_has_parameters():
     """A trace of such a model holds tensors that cannot be copied, and data that need not be."""
-
-    def model(y):
-        sd = pyro.param("sd", torch.tensor(2.0), constraint=dist.constraints.positive)
-        a = pyro.sample("a", dist.Normal(0.0, sd))
-        pyro.sample("y", dist.Normal(a, 1.0), obs=y)
-
-    guide = AutoFlow(model, start="prior", seed=0).setup(torch.tensor(1.0))
+    guide = AutoFlow(with_parameter, start="prior", seed=0).setup(torch.tensor(1.0))
     twin = copy.deepcopy(guide)
     assert twin.prototype_trace is guide.prototype_trace and twin.latents is not guide.latents
     assert all(p is not q for p, q in zip(twin.parameters(), guide.parameters(), strict=True))

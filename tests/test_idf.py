@@ -2,14 +2,12 @@
 
 import copy
 import itertools
-import subprocess
-import sys
 
 import numpy as np
 import pyro
 import pytest
 import torch
-from asserts import refuses
+from asserts import output_of, refuses
 from cases import full_but, reload, shake, train
 from torch import nn
 from torch.distributions import constraints
@@ -76,12 +74,14 @@ def by_integers(net, x, context=None):
 
 
 @pytest.mark.parametrize("dtype", full_but(DTYPES, torch.float32))
-@pytest.mark.parametrize("space, context_dim", [((), 0), ((), 2), ((4,), 0), ((3, 4), 2)])
-def test_network_is_that_of_integers(space, context_dim, dtype):
+@pytest.mark.parametrize(
+    "space, context_dim, kernel_size",
+    [((), 0, 3), ((), 2, 3), ((4,), 0, 3), ((3, 4), 2, 3), ((1, 1), 0, 3), ((2, 3), 0, 7)],
+)
+def test_network_is_that_of_integers(space, context_dim, kernel_size, dtype):
     torch.manual_seed(0)
-    net = FixedPointNet(
-        3, 2, num_params=2, space_dims=len(space), levels=17, hidden_dims=(6, 5), context_dim=context_dim
-    )
+    options = {"space_dims": len(space), "context_dim": context_dim, "kernel_size": kernel_size}
+    net = FixedPointNet(3, 2, num_params=2, levels=17, hidden_dims=(6, 5), **options)
     shake(net, 1.0).to(dtype)
     x = whole(8, 3, *space).double()
     x[0], x[1] = TOP - 1, -TOP
@@ -157,10 +157,7 @@ print("equal", len(found))
 
 
 def elsewhere(path, threads, rows):
-    command = [sys.executable, "-c", INVERT, str(threads), str(path), str(rows)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("equal")
+    assert output_of("-c", INVERT, threads, path, rows).startswith("equal")
 
 
 @pytest.mark.slow

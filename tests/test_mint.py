@@ -12,7 +12,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 import torch.nn.functional as F
-from asserts import refuses
+from asserts import comes_back, refuses, rises
 from cases import Calls, reload, scaled, seeded, shake, train
 from oracles import jacobians, kept
 
@@ -58,15 +58,9 @@ def check_layer(made, rows=3):
     context = context_of(made, rows)
     x, ladj = made.inverse_and_ladj(y, context)
     full = jacobians(x, y)
-    ordered = in_order(full, made)
-    assert (ordered.triu(1) == 0).all() and (ordered.tril(-1) != 0).any()
-    slopes = ordered.diagonal(dim1=1, dim2=2)
-    assert (slopes > 0).all()
+    rises(in_order(full, made), ladj)
     own = made.log_slopes(y, context).exp()
     torch.testing.assert_close(own.flatten(1), full.diagonal(dim1=1, dim2=2), rtol=1e-12, atol=1e-12)
-    sign, truth = torch.linalg.slogdet(full)
-    assert (sign == 1).all()
-    torch.testing.assert_close(ladj, truth, rtol=1e-10, atol=1e-10)
     least, most = made.map.slope_bounds(*made._weights(context, y.shape[:1]))
     assert (own >= least).all() and (own <= most).all()
 
@@ -318,12 +312,9 @@ def test_trained_layers_are_inverted(times):
         check_layer(made)
         for far in (1.0, 4.0):
             x = far * torch.randn(20, 2, 4, 4, dtype=torch.float64)
-            y, ladj = made.forward_and_ladj(x)
+            comes_back(made, x)
             report = made.last_solve
             assert report.converged and report.sweeps <= report.waves + 10
-            back, minus = made.inverse_and_ladj(y)
-            assert ((back - x).abs() <= 1e-8 * (1 + x.abs())).all()
-            torch.testing.assert_close(minus, -ladj, rtol=1e-10, atol=1e-10)
         single = copy.deepcopy(made).float()
         x = torch.randn(20, 2, 4, 4)
         back = single.inverse_and_ladj(single(x))[0]

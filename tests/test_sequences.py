@@ -12,7 +12,7 @@ import torch
 from asserts import refuses
 from cases import full_but, reload, shake
 from test_compression import plain
-from test_conv_made import before, states
+from test_conv_made import before, draws_differentiably, keeps_dtype, states, sums_to_one
 
 import pyro_flows as pf
 from pyro_flows.distributions import CategoricalHead, ConvMADE, DistributionHead, LogisticMixtureHead, MixedHead
@@ -100,11 +100,7 @@ def test_attention_over_images_knows_rows_and_columns():
 @pytest.mark.parametrize("name", full_but(NETWORKS, "gru", "window"))
 @pytest.mark.parametrize(("event", "head", "values"), [((1, 6), "bernoulli", 2), ((2, 2), CategoricalHead(3), 3)])
 def test_sums_to_one(name, event, head, values):
-    made = shaken(name, event, head, 0.8, context_dim=1)
-    context = torch.tensor([[0.7], [-1.3]], dtype=F64)
-    logp = made.log_prob(states(made, values).unsqueeze(1), context)
-    torch.testing.assert_close(logp.exp().sum(0), torch.ones(2, dtype=F64), rtol=0, atol=1e-12)
-    assert (logp[:, 0] - logp[:, 1]).abs().max() > 0.1
+    sums_to_one(shaken(name, event, head, 0.8, context_dim=1), values)
 
 
 @pytest.mark.parametrize("name", full_but(["gru", "two grus", "attention", "window"], "gru", "attention"))
@@ -145,21 +141,7 @@ def test_draws_have_the_frequencies_of_the_density(name):
 
 @pytest.mark.parametrize("name", full_but(["gru", "attention"], "gru"))
 def test_differentiable_draws(name):
-    made = shaken(name, (2, 3), "normal", 0.2, context_dim=1)
-    context = torch.randn(2, 1, dtype=F64, requires_grad=True)
-
-    def drawn(context):
-        pyro.set_rng_seed(7)
-        return made.rsample((2,), context)
-
-    assert torch.autograd.gradcheck(drawn, (context,))
-    grads = torch.autograd.grad(drawn(context).square().sum(), list(made.parameters()))
-    assert all(grad.isfinite().all() for grad in grads)
-    with torch.no_grad():
-        x = made.rsample((1000,), context)
-        loc, raw = made.params(x, context).unbind(-1)
-        noise = (x.flatten(2) - loc) / (5 * torch.tanh(raw / 5)).exp()
-    torch.testing.assert_close(torch.cov(noise.flatten(0, 1).T), torch.eye(6, dtype=F64), rtol=0, atol=0.12)
+    draws_differentiably(shaken(name, (2, 3), "normal", 0.2, context_dim=1))
 
 
 # Step by step, and any length.
@@ -370,16 +352,9 @@ def test_the_dtype_that_is_not_the_default(name, dtype, default, default_dtype):
     default_dtype(default)
     for channels, head in (HEADS["classes"], HEADS["mixed"]):
         made = shaken(name, (channels, 6), head, 0.1, dtype, context_dim=2)
-        context = torch.randn(5, 2, dtype=dtype)
-        x = made.sample((), context)
-        logp = made.log_prob(x, context)
-        assert x.dtype == logp.dtype == dtype
-        logp.sum().backward()
-        assert {p.grad.dtype for p in made.parameters()} == {dtype}
-        exact = copy.deepcopy(made).to(F64)
-        torch.testing.assert_close(logp.double(), exact.log_prob(x.double(), context.double()), rtol=1e-4, atol=1e-4)
+        context, x, logp = keeps_dtype(made, dtype)
         stream = Stream(made, (5,), context)
-        torch.testing.assert_close(stream.observe(x).sum(-1), logp.detach(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(stream.observe(x).sum(-1), logp, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", full_but(["gru", "attention", "window"], "gru", "window"))

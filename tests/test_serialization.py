@@ -4,12 +4,10 @@ import copy
 import io
 import pickle
 import runpy
-import subprocess
-import sys
 
 import pytest
 import torch
-from asserts import refuses
+from asserts import output_of, refuses
 from cases import seeded, shake
 
 import pyro_flows as pf
@@ -87,9 +85,7 @@ torch.save(found, sys.argv[3])
 def test_state_dict_reloads_in_another_process(tmp_path):
     flows = {name: made(name) for name in BUILDERS}
     torch.save({name: flow.state_dict() for name, flow in flows.items()}, tmp_path / "states.pt")
-    command = [sys.executable, "-W", "error", "-c", CHILD, __file__, tmp_path / "states.pt", tmp_path / "found.pt"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    output_of("-W", "error", "-c", CHILD, __file__, tmp_path / "states.pt", tmp_path / "found.pt")
     found = torch.load(tmp_path / "found.pt", weights_only=True)
     assert set(found) == set(BUILDERS)
     for name, flow in flows.items():

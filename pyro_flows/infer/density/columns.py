@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.distributions import constraints
 from pyro_flows.core.modes import on_cpu
 from pyro_flows.infer.density.names import Names, tell_columns
 
-__all__ = ["Precision", "at_bounds", "few_values", "is_free", "spikes"]
+__all__ = ["Precision", "at_bounds", "copied", "few_values", "is_free", "spikes"]
 
 
 def is_free(constraint: constraints.Constraint, shape: Size) -> Tensor:
@@ -216,3 +217,37 @@ def _distinct(rows: Tensor) -> Tensor:
     """Counts the distinct values of each column."""
     ordered = rows.sort(0).values
     return (ordered[1:] != ordered[:-1]).sum(0) + 1
+
+
+_FRESH, _LOOKED_AT = 1000, 64  # rows, and columns among which one is chosen, to find copies by
+_TELLING = 0.8  # of the numbers that fresh rows share with rows seen, unless rows agree by chance
+
+
+def copied(seen: Sequence[Tensor], fresh: Sequence[Tensor]) -> float:
+    """The share of fresh rows that are copies of rows seen; 0 where rounding alone may explain this.
+
+    Rows come as values and contexts, if any.  A number of the column with most values tells of copies if all rows that
+    share it are the same.  In rounded or discrete data, few do.  Rows of one number cannot tell.
+    """
+    own = torch.cat([each[:_FRESH].flatten(1) for each in fresh], 1)
+    if own.shape[1] < 2 or not own.is_floating_point():
+        return 0.0
+    places = torch.linspace(0, own.shape[1] - 1, min(own.shape[1], _LOOKED_AT)).long().tolist()
+    place = max(places, key=lambda k: len(own[:, k].unique()))
+    size = seen[0][:1].numel()
+    column = seen[0].flatten(1)[:, place] if place < size else seen[1].flatten(1)[:, place - size]
+    alike = torch.isin(column.to(own.dtype), own[:, place]).nonzero()[:, 0][: 10 * _FRESH]
+    known = torch.cat([each[alike].flatten(1) for each in seen], 1)
+    with_number: dict[float, set[bytes]] = {number: set() for number in known[:, place].tolist()}
+    mine = list(zip(own[:, place].tolist(), _as_bytes(own), strict=True))
+    for number, row in (*mine, *zip(known[:, place].tolist(), _as_bytes(known), strict=True)):
+        if number in with_number:
+            with_number[number].add(row)
+    telling = {number for number, rows in with_number.items() if len(rows) == 1}
+    if len(telling) < _TELLING * len(with_number):
+        return 0.0
+    return sum(number in telling for number, _ in mine) / len(mine)
+
+
+def _as_bytes(rows: Tensor) -> list[bytes]:
+    return [row.tobytes() for row in (rows + 0.0).cpu().numpy()]  # the sum has no -0.0

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from pyro_flows.core.checks import first_few, first_floating
 from pyro_flows.distributions import Ensemble, Flow
 from pyro_flows.infer.density.columns import Precision
-from pyro_flows.infer.density.names import Names, column_names, tell_column
+from pyro_flows.infer.density.names import Names, column_names, refuse_other_order, tell_column
 from pyro_flows.infer.density.settings import FEW_ROWS
 from pyro_flows.infer.machine.processes import count, everyone, part
 
@@ -436,6 +436,7 @@ def _admit(
             f"{expected.who}: this flow was built with context_dim=0, but contexts came with {what}: leave them out, "
             "or build the flow with context_dim"
         )
+    refuse_other_order(given_context, given, expected.who, what_context, what)
     context = _tensor(given_context, what_context, expected, expected.precision[1])
     if context.dim() == 1 and size == 1:
         context = context.unsqueeze(-1)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyro_flows.core.checks import first_few
 
-__all__ = ["Names", "by_name", "column_names", "tell_column", "tell_columns"]
+__all__ = ["Names", "by_name", "column_names", "refuse_other_order", "tell_column", "tell_columns"]
 
 Names = Sequence[str] | None
 
@@ -51,6 +51,24 @@ def by_name(given: Any, names: Names, who: str, what: str) -> Any:
             "names, in the order of the fit"
         )
     return given[[labels[known.index(name)] for name in names]]
+
+
+def refuse_other_order(given: Any, others: Any, who: str, what: str, what_others: str) -> None:
+    """Refuses rows with the labels of others in another order, because rows are paired by position.
+
+    Raises:
+        ValueError: for such a pandas index; other labels, and rows without them, pass.
+    """
+    own, known = (
+        each.index if hasattr(each, "to_numpy") and hasattr(each, "index") else None for each in (given, others)
+    )
+    if own is None or known is None or len(own) != len(known) or own.equals(known) or set(own) != set(known):
+        return
+    raise ValueError(
+        f"{who}: expected {what} in the order of the rows of {what_others}, as they are paired by position; got the "
+        f"same labels (index) in another order; give {what}.loc[{what_others}.index], or {what}.to_numpy() if the "
+        "order is right as it is"
+    )
 
 
 def tell_column(column: int, names: Names) -> str:

@@ -21,10 +21,10 @@ from pyro_flows.core.checks import first_few
 from pyro_flows.distributions import Flow
 from pyro_flows.distributions.made import Head, MixedHead
 from pyro_flows.infer.density.bounded import tell_bounds
-from pyro_flows.infer.density.columns import at_bounds, few_values, spikes
+from pyro_flows.infer.density.columns import at_bounds, copied, few_values, spikes
 from pyro_flows.infer.density.data import Expected, Loader, Rows, Source, admit_rows, expected_by, name_rows
 from pyro_flows.infer.density.gaussian import sample_size
-from pyro_flows.infer.density.names import Names, by_name, tell_column, tell_columns
+from pyro_flows.infer.density.names import Names, by_name, refuse_other_order, tell_column, tell_columns
 from pyro_flows.infer.density.settings import HELD_OUT_AT_MOST, Settings, Sizes
 from pyro_flows.infer.density.units import Density, Units, ends_of, head_of, is_plain_flow, over_time, pulled_back
 from pyro_flows.infer.machine.checkpoint import checksum
@@ -35,6 +35,7 @@ __all__ = ["Prepared", "Survey", "Thinned", "prepare", "reals_of", "refuse_suppo
 
 _SAMPLE = 4096  # rows to find discrete and dependent columns in
 _FEWEST = 100  # rows that can tell a discrete column
+_COPIES = 0.1  # the share of held-out rows that are training rows, from which on the fit warns
 _FAR = 10.0  # location or scale, in units of the base, far from the start of training
 _INSIDE = (
     "move them inside by less than the data are rounded, or {}; where a bound is a value that rows really share (no "
@@ -110,6 +111,7 @@ def prepare(
     thinned, thinned_out = Thinned(), Thinned()
     train = _admit(flow, data, context, expected, "data", surveys, thinned)
     if isinstance(train, Rows):
+        refuse_other_order(weights, data, "fit_density", "weights", "data")
         train = train.weighted(weights, expected)
     elif weights is not None:
         raise ValueError(
@@ -150,6 +152,8 @@ def prepare(
         looked_at = ~_discrete(flow)
         looked_at.view(-1)[list(expected.precision[0].merged())] = False  # already reported
         found += values.repeats(whole, looked_at)
+        if isinstance(train, Rows) and isinstance(held_out, Rows):
+            found.append(_copies(train, held_out))
     units: Units = dict.fromkeys(("loc", "scale", "context_loc", "context_scale"))
     if values.rows and settings.standardize is not False:
         units["loc"], units["scale"] = values.loc_and_scale(ends, over_time(flow))
@@ -165,6 +169,19 @@ def prepare(
     sample = _sample(train, thinned, expected)
     some = _sample(held_out, thinned_out, expected) if isinstance(held_out, Loader) else held_out
     return Prepared(train, sample, some, held_out, units, identity, shuffle, settings, sizes)
+
+
+def _copies(train: Rows, held_out: Rows) -> str:
+    """Tells of held-out rows that are training rows, too."""
+    share = copied(train.tables, held_out.tables)
+    if share < _COPIES:
+        return ""
+    return (
+        f"{share:.0%} of the held-out rows are copies of training rows, so that what the flow learns by heart raises "
+        "the held-out score, and neither that score nor the verdict tells how well it fits others; leave copies out "
+        "(data.drop_duplicates() of a data frame, torch.unique(data, dim=0)) and say in weights= how often a row "
+        "counts, or give validation= other rows"
+    )
 
 
 def _discrete(flow: Flow | Density) -> Tensor:
