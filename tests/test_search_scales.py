@@ -172,7 +172,7 @@ def model(log_p, dim):
 @pytest.mark.full
 def test_a_mode_found_late_starts_training_anew(monkeypatch, tmp_path):
     """The search before training sees nothing; the one after it does, and steps are left."""
-    monkeypatch.setattr(fitting, "several_modes", lambda *_: None)
+    monkeypatch.setattr(fitting.choices, "several_modes", lambda *_: None)
     path, guide = tmp_path / "fit", AutoFlow(model(two(2, 12.0, 1.0, 0.4), 2), SMALL, seed=0)
     fit = fit_guide(guide, steps=200, progress=False, checkpoint=path)
     assert any("1 of them were added" in note for note in fit.notes)
