@@ -407,7 +407,7 @@ def test_many_folds_repeat_no_values():
 def test_what_is_left_out_is_said():
     torch.manual_seed(0)
     wide = judge_rows(standard(300), torch.randn(120, 300), training=torch.randn(120, 300))
-    assert "independent normals" in wide.text and wide.numbers["gain"] > 0 and wide.label == "good"
+    assert "independent normals" in wide.text and wide.numbers["gain"] > 0 and wide.ok
     rows = torch.randn(400, 2).round()
     told = judge_rows(Scores(lambda shape: torch.randn(*shape, 2)), rows[:200], training=rows[200:])
     assert "no simple density to compare with, as values repeat" in told.text and "gain" not in told.numbers

@@ -74,12 +74,14 @@ def by_integers(net, x, context=None):
 
 
 @pytest.mark.parametrize("dtype", full_but(DTYPES, torch.float32))
-@pytest.mark.parametrize("space, context_dim", [((), 0), ((), 2), ((4,), 0), ((3, 4), 2)])
-def test_network_is_that_of_integers(space, context_dim, dtype):
+@pytest.mark.parametrize(
+    "space, context_dim, kernel_size",
+    [((), 0, 3), ((), 2, 3), ((4,), 0, 3), ((3, 4), 2, 3), ((1, 1), 0, 3), ((2, 3), 0, 7)],
+)
+def test_network_is_that_of_integers(space, context_dim, kernel_size, dtype):
     torch.manual_seed(0)
-    net = FixedPointNet(
-        3, 2, num_params=2, space_dims=len(space), levels=17, hidden_dims=(6, 5), context_dim=context_dim
-    )
+    options = {"space_dims": len(space), "context_dim": context_dim, "kernel_size": kernel_size}
+    net = FixedPointNet(3, 2, num_params=2, levels=17, hidden_dims=(6, 5), **options)
     shake(net, 1.0).to(dtype)
     x = whole(8, 3, *space).double()
     x[0], x[1] = TOP - 1, -TOP

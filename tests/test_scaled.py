@@ -19,6 +19,7 @@ def in_units(made, loc, scale, **units):
     return StandardizedDensity(made, {"loc": loc, "scale": scale, **UNITS, **units}).eval()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("dtype", [torch.float, torch.double])
 def test_answers_have_closed_forms(dtype):
     """A MADE that is a normal, in units that differ by column."""

@@ -125,6 +125,27 @@ def test_starts_have_a_density_and_repeat():
     assert index.double().mean() > 80
 
 
+def test_known_modes_do_not_hide_others():
+    """Two narrow modes in the same direction, the farther of which is known and higher."""
+    locs = torch.tensor([[0.0, 0.0, 0.0], [4.0, 0.3, 0.0], [3.0, 0.0, 0.0]])
+    sds, shares = torch.tensor([1.0, 0.1, 0.15]), torch.tensor([0.5, 0.4, 0.1])
+
+    def log_p(z):
+        away = (z[:, None] - locs) / sds[:, None]
+        return (shares.log() - 3 * sds.log() - 0.5 * away.square().sum(-1)).logsumexp(-1)
+
+    scale = torch.diag_embed(sds[:, None].expand(-1, 3))
+    known = locs[:2], scale[:2], shares[:2]
+    draws = torch.randn(400, 3, generator=generator())
+    parts = None, torch.zeros(3), torch.eye(3), 16, 8
+
+    def found(known):
+        starts = starting_points(SafeDensity(log_p, draws), draws, *parts, generator=generator(1), known=known)
+        return int(((starts.points - locs[2]).norm(dim=-1) < 0.7).sum())
+
+    assert found(known) > found(None) == 0
+
+
 def test_a_ridge_that_bends_has_no_length_of_its_own():
     """A ring is level along its top."""
 

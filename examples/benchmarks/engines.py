@@ -29,9 +29,12 @@ from _runs import Table, alone, command, machine
 from pyro.distributions.transforms import affine_autoregressive
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoIAFNormal
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import pyro_flows as pf
 from pyro_flows.infer.guides.loop import GuideTraining
+from pyro_flows.infer.models.joint import JointDensity
+from pyro_flows.infer.models.latents import Latents
 
 CASES = [Case(8, 64, 1, 100), Case(21, 100, 5, 100), Case(64, 512, 1, 1000)]
 FLOWS = {
@@ -41,6 +44,7 @@ FLOWS = {
     "MADE 64, 512, 1, 100": (lambda: pf.MADE(64, "normal", hidden_dims=(512, 512)), (64,), 100),
     "mintnet 1x28x28, 20": (lambda: pf.mintnet((1, 28, 28)), (1, 28, 28), 20),
 }
+PARTS = ["densities", "flows", "guides"]
 SCHOOLS = (28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0), (15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0)
 
 
@@ -160,6 +164,25 @@ def guide_step(
     return 1e3 * (spent[1] - spent[0]) / (2 * steps)
 
 
+def density_alone(model: Callable[..., None], args: tuple, draws: int, compiled: bool) -> float:
+    """Milliseconds of a model's log-density with its gradient, the part of a guide's step that no guide saves."""
+    latents = Latents.of(pyro.poutine.trace(model).get_trace(*args))
+    density = JointDensity(model, latents, args)
+    z = torch.randn(draws, latents.dim)
+    value, _ = density.value_and_slope(z)
+    run: Callable[..., tuple] = lambda z: density.value_and_slope(z)  # noqa: E731  # whose one argument is traced
+    if compiled:
+        run = torch.compile(make_fx(run)(z), dynamic=False)
+        assert torch.allclose(run(z)[0], value, rtol=1e-4)
+    each = []
+    for _ in range(7):
+        begin = time.process_time()
+        for _ in range(30):
+            run(z)
+        each.append(1e3 * (time.process_time() - begin) / 30)
+    return statistics.median(each)
+
+
 def pyro_guide_step(model: Callable[..., None], args: tuple, width: int, steps: int) -> Callable[[], float]:
     """Milliseconds of a step of Pyro's own, with one draw."""
     pyro.clear_param_store()
@@ -218,7 +241,7 @@ def main() -> None:
         rounds={"type": int, "default": 5},
         jax={"type": Path, "default": None, "help": "an interpreter with jax, flowjax and numpyro"},
         steps={"type": int, "default": 200},
-        only={"choices": ["densities", "flows", "guides"], "nargs": "+", "default": ["densities", "flows", "guides"]},
+        only={"choices": [*PARTS, "models"], "nargs": "+", "default": PARTS},
     )
     alone()
     warnings.simplefilter("ignore")
@@ -272,6 +295,15 @@ def main() -> None:
             jobs["compiled"] = functools.partial(ours, True)
             middle = {job: statistics.median(each) for job, each in in_turns(jobs, args.rounds).items()}
             table.add(name, *(f"{middle[job]:.2f}" for job in jobs), f"{compiling:.0f} s")
+        print(f"\n{table}\n")
+    if "models" in args.only:
+        table = Table("model, 128 draws", "density and gradient", "compiled by torch")
+        chain = torch.randn(200) + 3.0 * (torch.arange(200) // 20 % 2)
+        for name, model, given in (
+            ("eight schools", schools, tuple(map(torch.tensor, SCHOOLS))),
+            ("hidden Markov model of 200 steps", hmm, (chain,)),
+        ):
+            table.add(name, *(f"{density_alone(model, given, 128, compiled):.2f}" for compiled in (False, True)))
         print(f"\n{table}\n")
     if "guides" in args.only:
         table = Table(

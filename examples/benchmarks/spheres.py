@@ -2,22 +2,23 @@
 
     python examples/benchmarks/spheres.py                      # both; some minutes on one core
     python examples/benchmarks/spheres.py --tables target --layers 1 3 --seeds 0 1 2
-    python examples/benchmarks/spheres.py --tables target --drawn 5 --seeds 0
+    python examples/benchmarks/spheres.py --tables target --drawn 0 1 2 3 4 --seeds 0
     python examples/benchmarks/spheres.py --tables target --gradient path
     python examples/benchmarks/spheres.py --smoke
 
 *target*: four von Mises-Fisher modes of concentration 20 on the sphere S^2 and four on S^3, of means and weights of our
-own; with ``--drawn``, four of means, weights and a concentration from 5 to 40 drawn at random, for each number so many
-times.  ``pf.sphere`` learns them from the density alone, by the reverse divergence, whose gradient is the total
-derivative or that of ``PathELBO``.  What is shown is the Kullback-Leibler divergence from the flow to the target in
-nats and the effective sample size of 20,000 of the flow's draws as a share, and the integral of the flow's density by
-quadrature in float64.
+own; with ``--drawn``, four of means, weights and a concentration from 5 to 40 drawn at random by each number.
+``pf.sphere`` learns them from the density alone, by the reverse divergence, whose gradient is the total derivative or
+that of ``PathELBO``.  What is shown is the Kullback-Leibler divergence from the flow to the target in nats and the
+effective sample size of 20,000 of the flow's draws as a share, and the integral of the flow's density by quadrature in
+float64.
 
 *posterior*: the mean direction of von Mises-Fisher data of known concentration, whose posterior is of this kind, too.
 ``fit_guide`` sees the model only.  What is shown is the share of effective draws, the error of the log-evidence in
 nats, and the largest error of the posterior's mean vector, in units of the exact standard deviation of its coordinates.
 """
 
+import argparse
 import itertools
 import math
 import time
@@ -62,20 +63,19 @@ def grid(size: int, count: int) -> tuple[Tensor, Tensor]:
     return x, area
 
 
-def learn(
-    modes: dist.TorchDistribution, layers: int, seed: int, steps: int, gradient: str = "total", lr: float = 5e-3
-) -> pf.Flow:
+def learn(modes: dist.TorchDistribution, layers: int, seed: int, args: argparse.Namespace) -> pf.Flow:
     """A flow that learns the target from its density, which is flattened in the first third of the steps."""
     torch.manual_seed(seed)
     flow = pf.Flow(pf.sphere(modes.event_shape[0], num_layers=layers))
     # Gradients of flows with narrow bins have heavy tails: a short memory of their size forgets outliers soon.
-    optimizer = torch.optim.Adam(flow.parameters(), lr=lr, betas=(0.9, 0.99))
+    optimizer = torch.optim.Adam(flow.parameters(), lr=5e-3, betas=(0.9, args.beta))
+    steps = 3 if args.smoke else args.steps
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step in range(steps):
         optimizer.zero_grad()
         power = min(1.0, 0.1 + 2.7 * step / steps)
-        x, log_q = flow.rsample_and_log_prob((512,))
-        if gradient == "path":
+        x, log_q = flow.rsample_and_log_prob((args.draws,))
+        if args.gradient == "path":
             place = x.detach().requires_grad_()
             (slope,) = torch.autograd.grad(flow.log_prob(place).sum(), place)
             log_q = (slope * x).sum(-1)
@@ -139,8 +139,10 @@ def main() -> None:
         "few steps",
         tables={"nargs": "+", "default": ["target", "posterior"], "choices": ["target", "posterior"]},
         layers={"type": int, "nargs": "+", "default": [1, 3]},
-        drawn={"type": int, "default": 0, "help": "so many targets drawn at random, in place of our own"},
+        drawn={"type": int, "nargs": "+", "default": [None], "help": "numbers of targets drawn at random"},
         gradient={"default": "total", "choices": ["total", "path"]},
+        draws={"type": int, "default": 512, "help": "of a step"},
+        beta={"type": float, "default": 0.99, "help": "Adam's memory of the size of gradients"},
         sizes={"type": int, "nargs": "+", "default": [3, 4]},
         steps={"type": int, "default": 1000},
         seconds={"type": float, "default": 20.0},
@@ -148,16 +150,15 @@ def main() -> None:
     )
     torch.set_num_threads(1)
     seeds = args.seeds[:1] if args.smoke else args.seeds
-    steps = 3 if args.smoke else args.steps
     tables = []
     if "target" in args.tables:
         table = Table("sphere", "target", "layers", "KL, nats", "ESS", "integral", "CPU s")
         sizes, layers = (args.sizes[:1], args.layers[:1]) if args.smoke else (args.sizes, args.layers)
-        for size, number, count in itertools.product(sizes, range(args.drawn) if args.drawn else [None], layers):
+        for size, number, count in itertools.product(sizes, args.drawn, layers):
             name, modes = target(size, number)
             cells = {3: 40, 4: 10}[size] if args.smoke else {3: 500, 4: 70}[size]
             begin = time.process_time()
-            found = [judged(learn(modes, count, seed, steps, args.gradient), modes, cells) for seed in seeds]
+            found = [judged(learn(modes, count, seed, args), modes, cells) for seed in seeds]
             spent = (time.process_time() - begin) / len(seeds)
             columns = [spread(each, digits) for each, digits in zip(zip(*found, strict=True), (4, 3, 5), strict=True)]
             table.add(f"S^{size - 1}", name, str(count), *columns, f"{spent:.0f}")

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
 
 from pyro_flows.core.chain import Chain, leaves
 from pyro_flows.distributions import DiagonalNormal, Flow
@@ -204,24 +203,24 @@ def _start_flow(density: Flow, part: Coloring, value: Tensor, context: Tensor | 
         made = coloring(rows, part.event_shape, part.context_dim, weight)
         loc, factor = made.loc, made.factor
         if type(density.base) is not DiagonalNormal:  # of another mean and variance
-            base = density.base()
-            mean, covariance = _moments_of(base)
-            root = torch.linalg.cholesky(covariance)
+            mean, root = _spread_of(density.base())
             factor = torch.linalg.solve_triangular(root, factor, upper=False, left=False)
             loc = loc - factor @ mean
         part.place(loc, factor, made.slope)
 
 
-def _moments_of(base: Distribution) -> tuple[Tensor, Tensor]:
-    """Mean and covariance of a base over vectors; 0 and 1 for numbers where they are not finite."""
-    mixture = as_mixture(base)
-    if mixture is not None:  # whose numbers hang together by the locations of its components
-        weights, locs = mixture.log_weights.exp().cpu(), mixture.loc.cpu()
-        mean = weights @ locs
-        far = locs - mean
-        return mean, torch.einsum("k,kij->ij", weights, mixture.cov.cpu()) + (weights * far.T) @ far
-    mean, variance = (each.cpu().double() for each in (base.mean, base.variance))
-    return torch.where(mean.isfinite(), mean, 0.0), torch.where(variance.isfinite(), variance, 1.0).diag_embed()
+def _spread_of(base: Any) -> tuple[Tensor, Tensor]:
+    """The mean of a base, and a triangular root of its covariance; where there is none, 0 and 1."""
+    normals = as_mixture(base)
+    if normals is None:
+        mean, variance = (each.cpu().double() for each in (base.mean, base.variance))
+        known = mean.isfinite() & variance.isfinite()
+        return torch.where(known, mean, 0.0), torch.where(known, variance, 1.0).sqrt().diag()
+    weights, places, cov = (each.cpu() for each in (normals.log_weights.exp(), normals.loc, normals.cov))
+    mean = weights @ places
+    apart = places - mean
+    whole = (weights[:, None, None] * cov).sum(0) + apart.T @ (weights.unsqueeze(-1) * apart)
+    return mean, torch.linalg.cholesky(whole)
 
 
 def _start_made(model: AutoregressiveModel, value: Tensor, weight: Tensor | None) -> None:

@@ -39,7 +39,8 @@ FEWEST = 1000
 SEARCHED = 2000  # dimensions up to which matrices of a search for modes fit into memory
 WALKERS, MOVES = (512, 256, 128), 30
 SEVERAL_MOVES, LEAPS = 6, 6  # the fewest moves of a walk, and the evaluations of a move
-SEARCHING = 0.6  # part of the time after the draws
+SEARCHING, THOROUGH = 0.6, 0.8  # part of the time after the draws, and of time that training did not need
+AGAIN = 0.4  # part of the last search's time for which another is worth while
 CONSTANT = 0.02  # spread of log-weights
 STARTS = 64, 128  # of a search, and of a thorough one
 ROUNDS = 16, 1024  # of candidates for its starts, and if time ends them
@@ -174,10 +175,10 @@ def assess(
     wide_count = max(min(len(z), 2000), 1)
     wider = weigh(flow, density, wide_count, begin + (part + 0.1) * seconds, scale=widening(z.shape[-1]))
     wide = importance(wider.log_weights)
-    left = min(SEARCHING * (begin + seconds - time.monotonic()), search_seconds)
+    left = min((THOROUGH if thorough else SEARCHING) * (begin + seconds - time.monotonic()), search_seconds)
     end, took = time.monotonic() + left, 0.0
     probe = nothing_found(z)
-    while left > took and math.isfinite(found.log_evidence) and len(initial) <= SEARCHED:
+    while left > AGAIN * took and math.isfinite(found.log_evidence) and len(initial) <= SEARCHED:
         probe = known = probe_behind(
             spline_of(flow),
             density,
@@ -192,7 +193,7 @@ def assess(
             generator=generator,
             seconds=None if left == math.inf else left,
         )
-        # Others follow, with other starts, while there is time for a whole one, if time is limited.
+        # Others follow, with other starts, while there is time, if time is limited.
         took, left = left - (end - time.monotonic()), end - time.monotonic()
         if seconds == math.inf or probe.missing_share > 0 or not probe.complete:
             break

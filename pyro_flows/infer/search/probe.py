@@ -138,8 +138,13 @@ def probe_modes(
     weights = None if log_weights is None else log_weights.detach().double().cpu()[whole]
     spread = _spread(own)
     with safe.share(_CLIMBING):
+        around = initial.detach().double().cpu()
+        places, again = None, known is not None and known.complete
+        if known is not None:
+            locations, scale, share = (x.detach().double().cpu() for x in (known.locations, known.scale, known.share))
+            places = locations, scale, share
         starts = starting_points(
-            safe, own, weights, initial.detach().double().cpu(), spread, num_starts, num_rounds, generator
+            safe, own, weights, around, spread, num_starts, num_rounds, generator, known=places, again=again
         )
         points, inside = starts.points, starts.inside
         if not len(points) and safe.pace is not None and safe.expired:

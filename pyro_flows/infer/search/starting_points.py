@@ -15,10 +15,11 @@ __all__ = ["StartingPoints", "starting_points"]
 OWN, HEAVIEST = 16, 4  # draws of the guide: picked by weight, and those of the largest weights
 TRIES = 4  # candidates for a near start, as some may have no density
 SCREENED, DENSELY = 64, 1024  # candidates a round for a far start, and for one within the guide's reach
-SCREENING = 0.1, 0.3  # most part of the time for either
+SCREENING, AGAIN = (0.1, 0.3), (0.1, 0.7)  # most part of the time for either; after a search that was complete
 RADII = (3.0, 1000.0)  # of far starts
 WITHIN = (0.7, 4.0)  # the guide's standard deviations, for starts where narrow modes may be
 KINDS, HALVES = 4, 2
+MATRICES = 50  # dimensions up to which known modes are told apart
 
 
 class StartingPoints(NamedTuple):
@@ -41,6 +42,9 @@ def starting_points(
     num_starts: int,
     num_rounds: int = 4,
     generator: Generator | None = None,
+    *,
+    known: tuple[Tensor, Tensor, Tensor] | None = None,
+    again: bool = False,
 ) -> StartingPoints:
     r"""Finds starts inside the guide, near it, near ``initial``, and at all scales up to 1000.
 
@@ -56,7 +60,8 @@ def starting_points(
       quarters of the space, so that one wide mode outside of the guide is not the best everywhere.
 
     Each of the last two kinds is the best of 64 and of about 256 candidates a round by :math:`\log p - \log N`, with a
-    Gaussian :math:`N` like the guide, which points to where the guide does not draw.
+    Gaussian :math:`N` like the guide, which points to where the guide does not draw. With ``known`` modes, :math:`N` is
+    a mixture with the Gaussians on them, lest a narrow one that is known hide another.
 
     Args:
         safe: the density.
@@ -67,6 +72,9 @@ def starting_points(
         num_starts: the number of starts outside of the guide.
         num_rounds: the rounds of candidates for either kind; they end early after a tenth and three tenths of the time.
         generator: the source of randomness, on the CPU.
+        known: locations ``(K, D)``, triangular scales ``(K, D, D)`` and shares ``(K,)`` of known modes, which count in
+            up to 50 dimensions.
+        again: whether a complete search went before, so that starts within the guide's reach may take seven tenths.
     """
     rand = Uniforms(generator)
     mean, size, dim = draws.mean(0), draws.std(0), draws.shape[1]
@@ -90,8 +98,9 @@ def starting_points(
         points = points[safe.values(points).isfinite()][:wanted]
         found.append(points)
         inside += [mine] * len(points)
-    screens = _Far(own, mean, size, initial, frame, 3 * eighth, rand), _Within(mean, frame, quarter, rand)
-    for screen, part in zip(screens, SCREENING, strict=True):
+    reference = _Reference(mean, frame, known if dim <= MATRICES else None)
+    screens = _Far(own, size, initial, reference, 3 * eighth, rand), _Within(reference, quarter, rand)
+    for screen, part in zip(screens, AGAIN if again else SCREENING, strict=True):
         with safe.share(part):
             for _ in range(num_rounds):
                 screen.screen(safe)
@@ -125,13 +134,31 @@ def _picked(draws: Tensor, log_weights: Tensor | None, rand: Uniforms) -> Tensor
     return draws[torch.searchsorted(reached, at).clamp(max=len(draws) - 1)]
 
 
+class _Reference:
+    """A Gaussian like the guide's draws, mixed with those on known modes."""
+
+    def __init__(self, mean: Tensor, frame: Tensor, known: tuple[Tensor, Tensor, Tensor] | None) -> None:
+        self.mean, self.frame = mean, frame
+        self.parts = [(mean, frame, 0.0)]
+        if known is not None:
+            self.parts += [(*part[:2], float(part[2].log())) for part in zip(*known, strict=True) if part[2] > 0]
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """Returns log-densities ``(n,)``, but for a constant."""
+        found = []
+        for loc, scale, share in self.parts:
+            away = torch.linalg.solve_triangular(scale, (z - loc).mT, upper=False)
+            found.append(share - scale.diagonal().log().sum() - 0.5 * away.square().sum(0))
+        return torch.stack(found).logsumexp(0)
+
+
 class _Screen:
     """Starts, each the best of its candidates so far."""
 
-    def __init__(self, mean: Tensor, frame: Tensor, count: int, rand: Uniforms) -> None:
-        self.mean, self.frame, self.rand = mean, frame, rand
-        self.best = mean.expand(count, -1).clone()
-        self.score = mean.new_full((count,), -math.inf)
+    def __init__(self, reference: _Reference, count: int, rand: Uniforms) -> None:
+        self.reference, self.mean, self.frame, self.rand = reference, reference.mean, reference.frame, rand
+        self.best = self.mean.expand(count, -1).clone()
+        self.score = self.mean.new_full((count,), -math.inf)
 
     def _candidates(self) -> tuple[Tensor, Tensor]:
         """Returns points ``(n, D)``, and the start to which each belongs, ``(n,)``."""
@@ -143,8 +170,7 @@ class _Screen:
             return
         tried, start = self._candidates()
         values = safe.values(tried)
-        away = torch.linalg.solve_triangular(self.frame, (tried - self.mean).mT, upper=False)
-        score = torch.where(values.isfinite(), values + 0.5 * away.square().sum(0), -math.inf)
+        score = torch.where(values.isfinite(), values - self.reference.log_prob(tried), -math.inf)
         self.score, before = self.score.scatter_reduce(0, start, score, "amax"), self.score
         better = (score == self.score[start]) & (score > before[start])
         self.best[start[better]] = tried[better]
@@ -152,9 +178,9 @@ class _Screen:
 
 class _Far(_Screen):
     def __init__(
-        self, own: Tensor, mean: Tensor, size: Tensor, initial: Tensor, frame: Tensor, count: int, rand: Uniforms
+        self, own: Tensor, size: Tensor, initial: Tensor, reference: _Reference, count: int, rand: Uniforms
     ) -> None:
-        super().__init__(mean, frame, count, rand)
+        super().__init__(reference, count, rand)
         self.own, self.size, self.initial = own, size, initial
 
     def _candidates(self) -> tuple[Tensor, Tensor]:
@@ -182,10 +208,10 @@ class _Far(_Screen):
 
 
 class _Within(_Screen):
-    def __init__(self, mean: Tensor, frame: Tensor, count: int, rand: Uniforms) -> None:
-        super().__init__(mean, frame, count, rand)
-        self.halves = min(HALVES, len(mean))
-        self.ways = rand.normal(len(mean), self.halves)
+    def __init__(self, reference: _Reference, count: int, rand: Uniforms) -> None:
+        super().__init__(reference, count, rand)
+        self.halves = min(HALVES, len(self.mean))
+        self.ways = rand.normal(len(self.mean), self.halves)
 
     def _candidates(self) -> tuple[Tensor, Tensor]:
         count, dim = self.best.shape
