@@ -133,11 +133,16 @@ def test_other_models_start_as_they_are(flow):
         assert not isinstance(part, Coloring) or torch.equal(part.factor, torch.eye(3))
 
 
+def mixture(seed, **options):
+    torch.manual_seed(seed)
+    return pf.GaussianMixture(3, 2, **options)
+
+
 @pytest.mark.parametrize(
     "base",
     [
-        lambda: shake(pf.GaussianMixture(3, 2), seed=2),
-        lambda: shake(pf.GaussianMixture(3, 2, full_covariance=True), seed=1),
+        lambda: mixture(2),
+        lambda: shake(mixture(1, full_covariance=True), 0.2, seed=1),
         lambda: pf.StudentT(3),
     ],
     ids=["mixture", "full-covariance", "t"],
