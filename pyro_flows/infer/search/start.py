@@ -27,7 +27,7 @@ _PER_PATH = 30
 _FINALISTS = 8
 
 
-_SCREEN, _FIRST, _ERRORS, _SURE = 16, 12, 3.0, 0.1
+_SCREEN, _FIRST, _ERRORS, _SURE, _ROUGH = 16, 12, 3.0, 0.1, 3.0
 
 
 _TASTE, _REFINEMENTS, _POOR = 3, 30, 3
@@ -100,9 +100,10 @@ def find_start(
         num_starts: the number of climbs, the first from ``initial``.
         num_samples: the draws per ELBO, four times as many in refinements.
         generator: the source of randomness, on the CPU.
-        seconds: the wall-clock limit, checked between calls. If it ends all paths before a maximum, the highest goes on
-            for as long again at most. If it ends before any ranking, the result is the Gaussian at the end of the
-            highest path, or a narrow one around ``initial``, with ELBO minus infinity.
+        seconds: the wall-clock limit, checked between calls. If it ends all paths before a maximum, and no Gaussian is
+            near the posterior, the highest path goes on for as long again at most. If time ends before any ranking,
+            the result is the Gaussian at the end of the highest path, or a narrow one around ``initial``, with ELBO
+            minus infinity.
         full_rank_up_to: the largest dimension with a full-rank scale.
 
     Raises:
@@ -125,8 +126,14 @@ def find_start(
     unit = identity(center) if full else torch.ones_like(center)
     best = _Ranking(safe, _pairs(num_samples, center, generator))
     # Climbs need few points, and leave a good Gaussian if time ends before any ranking.
-    found = _candidates(safe, _dispersed(safe, center, num_starts, generator), full, seconds)
+    found, highest = _candidates(safe, _dispersed(safe, center, num_starts, generator), full)
     best.add_all([_Gaussian(center, size * unit, "initial") for size in _PLAIN] + found)
+    # A start far from the posterior costs training more than this costs the start.
+    poor = safe.expired or best.winner is None or best.elbo - best.score > _ROUGH
+    if poor and highest is not None and seconds is not None:
+        safe.deadline = time.monotonic() + seconds
+        found = _candidates(safe, highest, full)[0] + found
+        best.add_all(found)
     if best.winner is None and safe.found and safe.expired:
         blind = _Gaussian(center, _BLIND * unit, "initial")
         best.winner = next((each for each in found if each.usable(safe.eps)), blind)
@@ -222,16 +229,15 @@ def _dispersed(safe: SafeDensity, center: Tensor, num_starts: int, generator: Ge
     return torch.cat(found)
 
 
-def _candidates(safe: SafeDensity, points: Tensor, full: bool, more: float | None = None) -> list[_Gaussian]:
+def _candidates(safe: SafeDensity, points: Tensor, full: bool) -> tuple[list[_Gaussian], Tensor | None]:
     """Climbs from ``points``; returns Gaussians along the paths and at their ends, the most trustworthy first.
 
-    If time ends all paths before a maximum, the highest goes on, as training would start far from the posterior: there
-    are ``more`` seconds.
+    Also returns the highest end ``(1, D)`` if time ended all paths before a maximum.
     """
     value, slope = safe.gradients(points)
     points, slope = points[value.isfinite()], slope[value.isfinite()]
     if not len(points):
-        return []
+        return [], None
     metric = first_metric(safe, points, slope) if full else None
     with safe.share(_CLIMBING):
         # With a first metric, only a density without a maximum takes more steps.
@@ -242,9 +248,7 @@ def _candidates(safe: SafeDensity, points: Tensor, full: bool, more: float | Non
         cut = safe.expired and not paths.converged.any()
     ends, values, slope = paths.ends()
     order = values.argsort(descending=True)
-    if cut and more is not None and safe.deadline is not None:
-        safe.deadline = time.monotonic() + more
-        return _candidates(safe, ends[order[:1]], full)
+    highest = ends[order[:1]] if cut else None
     along = [_along(paths, i, None if metric is None else metric[i]) for i in order.tolist()]
     last = [path.pop() for path in along]
     rest = [each for path in along for each in path]
@@ -253,10 +257,10 @@ def _candidates(safe: SafeDensity, points: Tensor, full: bool, more: float | Non
         pairs = zip(peaks.points, peaks.scale, strict=True)
         doubted = [_Gaussian(*pair, "laplace") for pair in pairs]
         proper = [doubted.pop(i) for i in range(len(last))[::-1] if peaks.proper[i]][::-1]
-        return proper + last + doubted + rest
+        return proper + last + doubted + rest, highest
     if not safe.expired and len(points[0]) <= 4 * safe.rows:
-        return _diagonal(safe, ends[order[0]], slope[order[0]], last[0]) + last + rest
-    return last + rest
+        return _diagonal(safe, ends[order[0]], slope[order[0]], last[0]) + last + rest, highest
+    return last + rest, highest
 
 
 def _along(paths: Paths, i: int, metric: Tensor | None) -> list[_Gaussian]:
