@@ -248,6 +248,7 @@ def test_plateaus_cost_little(monkeypatch):
     value, slope = safe.gradients(log_q)
     assert value.tolist() == [-math.inf, -2.5, -math.inf] and slope.tolist() == [[0, 0], [-1, -2], [0, 0]]
     assert safe.values(log_q[:1]).tolist() == [-math.inf] and calls == [1]
+    assert safe.gradients(log_q.float())[1].dtype == torch.float64
 
 
 def test_reproducible_and_counted():

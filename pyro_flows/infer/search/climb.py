@@ -74,9 +74,9 @@ class SafeDensity:
         return self._all(z, True, self.rows)
 
     def _all(self, z: Tensor, gradient: bool, rows: int) -> tuple[Tensor, Tensor]:
-        fine = z.isfinite().all(-1)
+        fine = z.isfinite().all(-1).cpu()
         if not fine.all():
-            value, slope = self._late(z)
+            value, slope = self._late(z.double().cpu())
             value[fine], slope[fine] = self._all(z[fine], gradient, rows)
             return value, slope
         # A density need not accept a call without rows.
