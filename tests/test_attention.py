@@ -149,6 +149,7 @@ def test_softmaxes_are_kept_once():
 # In a layer
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("lower", [True, False], ids=["lower", "upper"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_jacobian(shape, lower):

@@ -79,6 +79,7 @@ def test_numbers_are_those_of_plain_steps(kind, folder, trained):
         assert [each.suffix for each in folder.iterdir()] == [".pt2"]
 
 
+@pytest.mark.full
 def test_a_short_fit_does_not_wait(monkeypatch, trained):
     monkeypatch.setattr(compiled, "COST", (0.0, 0.0))
     plain = fit(compile=False)

@@ -320,7 +320,7 @@ def same(one, other):
     [
         pytest.param(hierarchy, {}, marks=pytest.mark.full),
         pytest.param(modes, {}, marks=pytest.mark.full),
-        (hierarchy, {"tempering": 0.2}),
+        pytest.param(hierarchy, {"tempering": 0.2}, marks=pytest.mark.full),
     ],
 )
 def test_interrupted_fits_go_on(model, options, tmp_path):

@@ -292,6 +292,7 @@ def test_refuses(make, kind, message):
 # Compilers, function transforms, precisions
 
 
+@pytest.mark.full
 def test_compile(name, direction):
     torch._dynamo.reset()
     flow = made(name)

@@ -400,7 +400,9 @@ def test_too_few_sweeps_are_reported():
         pytest.param((2, 2, 2), 2, {}, marks=pytest.mark.full),
         pytest.param((2, 3), 1, {}, marks=pytest.mark.full),
         pytest.param((1, 2, 2), 0, {"attention": 1, "head_dim": 5, "num_groups": 1}, marks=pytest.mark.full),
-        ((1, 3), 1, {"attention": 1, "head_dim": 3, "num_groups": 1, "lower": False}),
+        pytest.param(
+            (1, 3), 1, {"attention": 1, "head_dim": 3, "num_groups": 1, "lower": False}, marks=pytest.mark.full
+        ),
     ],
 )
 def test_gradients_of_sampling(shape, context_dim, options):
