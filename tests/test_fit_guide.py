@@ -176,7 +176,7 @@ def test_missing_mode_is_seen():
 # Budgets and options
 
 
-@pytest.mark.parametrize("budget", [{"steps": 1}, {"steps": 7}, {"steps": 3, "seconds": 2}])
+@pytest.mark.parametrize("budget", [{"steps": 1}, {"steps": 7}, {"steps": 3, "seconds": 8}])
 def test_steps(budget):
     found = fit(AutoFlow(regression, SMALL, start="prior", seed=0), X, y=Y, **budget)
     assert len(found.history) == budget["steps"] and found.sample(3)["a"].shape == (3,)

@@ -245,8 +245,8 @@ def judge(
         return verdict(FEW)
     if probe is not None and not getattr(probe, "complete", True):
         return verdict(UNSEARCHED)
-    open_ = numbers.get("scale_reach", 0.0) > SHIFT
-    if heavy or stray or open_ or outside > SHARE or numbers.get("heavy", -math.inf) >= 0.7:
+    uncertain = numbers.get("scale_reach", 0.0) > SHIFT
+    if heavy or stray or uncertain or outside > SHARE or numbers.get("heavy", -math.inf) >= 0.7:
         return verdict(TAILS)
     return verdict(GOOD)
 

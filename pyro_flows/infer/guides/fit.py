@@ -453,9 +453,9 @@ def _assess(guide: AutoFlow, begun: _Begun, budget: Budget | None = None) -> Ass
     if budget is not None and budget.seconds is not None:
         left = max(budget.left(), 0.02 * budget.seconds)
         walking, searching = WALKING * budget.seconds, SEARCHING_ON * budget.seconds
-    thorough = math.inf > left > searching  # training needed less than its time, and the search has the rest
-    if thorough and begun.density.many_at_once:
-        searching = left
+    thorough = math.inf > left > searching  # training needed less than its time
+    if thorough and begun.density.many_at_once and budget is not None and budget.steps is None:
+        searching = left  # a limit of steps asks for an end, not for a search of all the seconds
 
     def run(density: JointDensity) -> Assessment:
         return assess(
