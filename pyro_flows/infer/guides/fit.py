@@ -104,7 +104,7 @@ def fit_guide(
         model_or_guide: a Pyro model, or an :class:`~pyro_flows.infer.AutoFlow` of one.
         *args: the model's positional arguments.
         **kwargs: the model's keyword arguments.
-        seconds: the wall time, the verdict included.
+        seconds: the wall time, the verdict included. Without ``steps``, the search for modes has what training leaves.
         steps: the number of optimizer steps. The first limit reached counts; without any, there are 4000 steps.
             Training stops early once the log-weights are constant.
         progress: whether to show a bar.
